@@ -1,0 +1,232 @@
+"""Data collectors: the point clouds that pruners look at, one point per filter or neuron."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.hooks.base import Data, DataCollector, PruningContext
+
+Preprocess = Literal["none", "center", "standardize", "unit"]
+_PREPROCESS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda points: points,
+    "center": lambda points: points - points.mean(0),
+    "standardize": lambda points: (points - points.mean(0)) / _nonzero(points.std(0, correction=0)),
+    "unit": lambda points: points / _nonzero(points.norm(dim=1, keepdim=True)),
+}
+
+
+class WeightCollector(DataCollector):
+    """The weight cloud: a block's own weights are its coordinates.
+
+    A convolution of shape ``(out, in, kh, kw)`` gives ``out`` points in ``in * kh * kw`` dimensions, a linear layer
+    ``(out, in)`` gives ``out`` points in ``in`` dimensions.
+
+    Parameters
+    ----------
+    preprocess : {"none", "center", "standardize", "unit"}, default="none"
+        As it is; mean point moved to the origin; also each feature scaled to unit variance; each point scaled to unit
+        length (zero points stay). Constant features are left at zero by ``"standardize"``.
+
+    References
+    ----------
+    .. [1] Perera, "Topological Pruner", MSc thesis, University of Moratuwa, 2022, section 6.3.
+    """
+
+    def __init__(self, *, preprocess: Preprocess = "none") -> None:
+        self.preprocess = checked_preprocess(preprocess)
+
+    def collect(self, context: PruningContext) -> Data:
+        """Return float64 clouds ``(blocks, features)`` on the CPU.
+
+        Raises
+        ------
+        DataError
+            If a weight is NaN or infinite.
+        """
+        data: Data = {}
+        for module_name, target_name in _members(context):
+            space = context.target_spaces[module_name][target_name]
+            weight = space.target.detach().to("cpu", torch.float64)  # type: ignore[union-attr]
+            if not bool(torch.isfinite(weight).all()):
+                raise DataError(f"weights must be finite, got NaN or infinity ({module_name}.{target_name})")
+            blocks = weight[..., None] if space._scaler is None else space._scaler.shrink(weight, _identity, keepdim=True)
+            points = blocks.reshape(-1, blocks.shape[-1])
+            data.setdefault(module_name, {})[target_name] = _PREPROCESS[self.preprocess](points)
+        return data
+
+
+class ActivationCollector(DataCollector):
+    """The activation cloud: a neuron's outputs over a calibration set are its coordinates.
+
+    Only inner products of activations enter distances, so they are summed up batch by batch and the cloud is handed on
+    as the ``n`` points in ``n`` dimensions that have these inner products. Memory doesn't grow with the number of
+    samples; distances are those of the full cloud up to rounding (about 1e-8 of the largest norm).
+
+    Parameters
+    ----------
+    calibration : iterable or None
+        Batches of inputs, or of ``(inputs, ...)`` of which the first is used. Iterated once per collection, so pass a
+        list or a DataLoader rather than a generator. None: the pruner's evaluator runs its evaluation instead.
+    center : bool, default=True
+        Subtract each neuron's mean first: the next layer's bias can take over a constant.
+    preprocess : {"none", "center", "standardize", "unit"}, default="none"
+        As in :class:`WeightCollector`, on the points handed on.
+
+    Notes
+    -----
+    Distances are per sample and position: they don't grow with the size of the calibration set. Convolutions count
+    every position of their output map as a sample.
+    """
+
+    def __init__(
+        self, calibration: Iterable[Any] | None = None, *, center: bool = True, preprocess: Preprocess = "none"
+    ) -> None:
+        self.calibration = calibration
+        self.center = center
+        self.preprocess = checked_preprocess(preprocess)
+
+    def collect(self, context: PruningContext) -> Data:
+        """Return float64 clouds ``(blocks, blocks)`` on the CPU.
+
+        Raises
+        ------
+        ConfigError
+            If there is neither calibration data nor an evaluator, or a target isn't pruned by output channel.
+        DataError
+            If no batch came, or activations are NaN or infinite.
+        """
+        moments = {module_name: _Moments() for module_name, _ in _members(context)}
+        with _recording(context.model, moments):
+            self._run(context)
+        data: Data = {}
+        for module_name, target_name in _members(context):
+            blocks = context.metric_shape(module_name, target_name)[0]
+            points = moments[module_name].points(module_name, center=self.center)
+            if len(points) != blocks or context.target_spaces[module_name][target_name].granularity != "out_channel":
+                raise ConfigError(
+                    f"an activation cloud needs one output channel per block, got {len(points)} channels for "
+                    f"{blocks} blocks ({module_name}.{target_name})"
+                )
+            data.setdefault(module_name, {})[target_name] = _PREPROCESS[self.preprocess](points)
+        return data
+
+    def _run(self, context: PruningContext) -> None:
+        if self.calibration is not None:
+            run_calibration(context.model, self.calibration)
+        else:
+            with _evaluating(context.model), torch.no_grad():
+                context.evaluate()
+
+
+def checked_preprocess(preprocess: str) -> Preprocess:
+    """Return the name of a preprocessing step, or raise :class:`~nni_topo.errors.ConfigError`."""
+    if preprocess not in _PREPROCESS:
+        raise unknown_name("preprocess", preprocess, _PREPROCESS)
+    return preprocess  # type: ignore[return-value]
+
+
+def run_calibration(model: nn.Module, calibration: Iterable[Any]) -> int:
+    """Run a model over calibration batches in eval mode, without gradients, on the model's own device.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model; its training flags are put back afterwards.
+    calibration : iterable
+        Batches: a tensor, or a tuple or list whose first entry is the input.
+
+    Returns
+    -------
+    int
+        Number of batches.
+
+    Raises
+    ------
+    DataError
+        If there was no batch.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    count = 0
+    with _evaluating(model), torch.no_grad():
+        for batch in calibration:
+            inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+            model(inputs.to(device))
+            count += 1
+    if count == 0:
+        raise DataError("calibration must hold at least one batch, got none (calibration; was a generator used twice?)")
+    return count
+
+
+class _Moments:
+    """Running sums of a layer's activations: how many samples, their sum and their inner products."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.total: Tensor | None = None
+        self.products: Tensor | None = None
+
+    def add(self, outputs: Tensor, channel_dim: int) -> None:
+        rows = outputs.detach().movedim(channel_dim, 0).flatten(1).double()
+        total, products = rows.sum(1), rows @ rows.T
+        self.samples += rows.shape[1]
+        self.total = total if self.total is None else self.total + total
+        self.products = products if self.products is None else self.products + products
+
+    def points(self, name: str, *, center: bool) -> Tensor:
+        if self.total is None or self.products is None:
+            raise DataError(f"calibration must reach every pruned layer, got no activation ({name})")
+        gram = (self.products / self.samples).cpu()
+        if center:
+            mean = (self.total / self.samples).cpu()
+            gram = gram - torch.outer(mean, mean)
+        if not bool(torch.isfinite(gram).all()):
+            raise DataError(f"activations must be finite, got NaN or infinity ({name})")
+        values, vectors = torch.linalg.eigh(gram)
+        return vectors * values.clamp(min=0.0).sqrt()
+
+
+def _members(context: PruningContext) -> Iterator[tuple[str, str]]:
+    for unit in context.units:
+        yield from unit.members
+
+
+def _identity(blocks: Tensor) -> Tensor:
+    return blocks
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+@contextmanager
+def _recording(model: nn.Module, moments: dict[str, _Moments]) -> Iterator[None]:
+    def recorder(name: str, channel_dim: int) -> Callable[..., None]:
+        return lambda module, inputs, outputs: moments[name].add(outputs, channel_dim)
+
+    modules = dict(model.named_modules())
+    handles = [
+        modules[name].register_forward_hook(recorder(name, -1 if isinstance(modules[name], nn.Linear) else 1))
+        for name in moments
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

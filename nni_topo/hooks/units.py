@@ -1,0 +1,144 @@
+"""Pruning units: the targets of a config_list, grouped into what has to lose the same blocks.
+
+NNI hands a pruner one target space per parameter. A *unit* is one such target, or all targets that share a
+``dependency_group_id``. It has ``blocks`` scores (one per filter or neuron at the default granularity), of which
+``parts`` equal stretches lose the same number each (NNI's ``internal_metric_block``, for grouped convolutions).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from nni.compression.base.target_space import PruningTargetSpace, TargetType
+
+from nni_topo.errors import ConfigError
+
+TargetSpaces = dict[str, dict[str, PruningTargetSpace]]
+"""NNI's ``{module name: {target name: target space}}``."""
+
+
+@dataclass(frozen=True)
+class PruningUnit:
+    """Targets that keep and lose the same blocks.
+
+    Attributes
+    ----------
+    name : str
+        The targets, joined by ``+``, e.g. ``"layer1.conv2.weight+layer1.conv1.weight"``.
+    members : tuple of (str, str)
+        Module and target name of each target, in the order of the config_list.
+    blocks : int
+        Number of scores a member has, at least 1.
+    parts : int
+        Number of equal stretches of blocks that lose the same count each, at least 1.
+    elements : int
+        Number of tensor elements that go with one block, over all members.
+    sparse_ratio, sparse_threshold : float or None
+        The rule that applies; exactly one is given.
+    min_sparse_ratio, max_sparse_ratio : float
+        Bounds of the share of blocks that may go, in [0, 1].
+    global_group_id : int, str or None
+        Units of one id are ranked together.
+    """
+
+    name: str
+    members: tuple[tuple[str, str], ...]
+    blocks: int
+    parts: int
+    elements: int
+    sparse_ratio: float | None
+    sparse_threshold: float | None
+    min_sparse_ratio: float
+    max_sparse_ratio: float
+    global_group_id: int | str | None = field(default=None)
+
+    @property
+    def rows(self) -> int:
+        """Number of blocks in one part; counts are kept and lost per row, ``parts`` blocks at a time."""
+        return self.blocks // self.parts
+
+
+def is_active(space: PruningTargetSpace) -> bool:
+    """Say whether the config_list asks to prune a target: it has a ratio or a threshold."""
+    return space.sparse_ratio is not None or space.sparse_threshold is not None
+
+
+def block_shape(space: PruningTargetSpace) -> tuple[int, ...]:
+    """Return the shape of a target's metric, e.g. ``(out_channels, 1, 1, 1)`` for a convolution."""
+    target = space.target
+    if target is None:
+        raise ConfigError(f"a pruned target must be a parameter, got {space.type.value} {space._target_name!r}")
+    if space._scaler is None:
+        return tuple(target.shape)
+    return tuple(space._scaler.shrink(target.detach(), lambda block: block[..., 0], keepdim=True).shape)
+
+
+def pruning_units(target_spaces: TargetSpaces) -> list[PruningUnit]:
+    """Group the active targets of a pruner into units.
+
+    Parameters
+    ----------
+    target_spaces : dict
+        NNI's target spaces. Groups with at least one active member are units as a whole.
+
+    Returns
+    -------
+    list of PruningUnit
+        In the order in which their first member stands in ``target_spaces``.
+
+    Raises
+    ------
+    ConfigError
+        If the members of a group disagree in their rule, in their number of blocks or in their global group, or
+        if ``internal_metric_block`` doesn't divide the number of blocks.
+    """
+    groups: dict[Any, list[tuple[str, str, PruningTargetSpace]]] = {}
+    for module_name, spaces in target_spaces.items():
+        for target_name, space in spaces.items():
+            if space.type is TargetType.PARAMETER and space.target is None:
+                continue
+            grouped = space.dependency_group_id is not None
+            key = ("group", space.dependency_group_id) if grouped else (module_name, target_name)
+            groups.setdefault(key, []).append((module_name, target_name, space))
+    active = (group for group in groups.values() if any(is_active(space) for _, _, space in group))
+    return [_unit(group) for group in active]
+
+
+def _unit(group: list[tuple[str, str, PruningTargetSpace]]) -> PruningUnit:
+    name = "+".join(f"{module}.{target}" for module, target, _ in group)
+    spaces = [space for _, _, space in group]
+    rules = {
+        key: _common(name, key, (getattr(space, key) for space in spaces))
+        for key in ("sparse_ratio", "sparse_threshold", "global_group_id")
+    }
+    if rules["sparse_ratio"] is not None and rules["sparse_threshold"] is not None:
+        raise ConfigError(f"a dependency group must have a ratio or a threshold, got both ({name})")
+    blocks = _common(name, "number of blocks", (math.prod(block_shape(space)) for space in spaces))
+    parts = math.lcm(*(int(space.internal_metric_block or 1) for space in spaces))  # type: ignore[arg-type]
+    if blocks % parts:
+        raise ConfigError(f"internal_metric_block must divide the {blocks} blocks, got {parts} ({name})")
+    low = max(space.min_sparse_ratio or 0.0 for space in spaces)
+    high = min(1.0 if space.max_sparse_ratio is None else space.max_sparse_ratio for space in spaces)
+    if low > high:
+        raise ConfigError(f"min_sparse_ratio must not exceed max_sparse_ratio, got {low} > {high} ({name})")
+    return PruningUnit(
+        name=name,
+        members=tuple((module, target) for module, target, _ in group),
+        blocks=blocks,
+        parts=parts,
+        elements=sum(space.target.numel() // blocks for space in spaces),  # type: ignore[union-attr]
+        min_sparse_ratio=low,
+        max_sparse_ratio=high,
+        **rules,
+    )
+
+
+def _common(name: str, key: str, values: Iterable[Any]) -> Any:
+    distinct = {value for value in values if value is not None}
+    if len(distinct) > 1:
+        found = ", ".join(sorted(map(str, distinct)))
+        raise ConfigError(f"the members of a dependency group must share one {key}, got {found} ({name})")
+    return distinct.pop() if distinct else None

@@ -1,0 +1,1 @@
+"""NNI pruners, one family a file."""

@@ -1,0 +1,158 @@
+"""The base class of the package's structured pruners: NNI's Pruner with three hooks.
+
+A pruner of this kind is a data collector, a metric calculator and a sparsity allocator. NNI's three stages call them,
+so the pruner also works inside NNI's scheduled pruners::
+
+    config_list -> NNI wraps the model -> DataCollector -> MetricCalculator -> SparsityAllocator -> masks
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import torch
+from nni.compression.base.compressor import Pruner
+from nni.compression.base.wrapper import ModuleWrapper
+from nni.compression.utils import Evaluator
+from torch import nn
+
+from nni_topo.errors import ConfigError
+from nni_topo.hooks import (
+    ConfigAllocator,
+    Data,
+    DataCollector,
+    Masks,
+    MetricCalculator,
+    Metrics,
+    PruningContext,
+    SparsityAllocator,
+)
+from nni_topo.pruners.checks import check_request
+
+_logger = logging.getLogger(__name__)
+
+
+class StructuredPruner(Pruner):
+    """Prune whole filters and neurons by a collector, a metric and an allocator.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Model to prune. NNI wraps it; ``unwrap_model()`` takes the wrappers off again.
+    config_list : list of dict
+        NNI's config_list.
+    evaluator : nni.compression.utils.Evaluator or None, default=None
+        Needed for scheduled pruning, and by collectors that have no calibration data.
+    existed_wrappers : dict or None, default=None
+        Used by ``from_compressor``.
+    collector : DataCollector
+        What is looked at.
+    calculator : MetricCalculator
+        How it is scored; larger = keep.
+    allocator : SparsityAllocator or None, default=None
+        How much goes. None: :class:`~nni_topo.hooks.ConfigAllocator`.
+
+    Raises
+    ------
+    ConfigError, DataError
+        If the request is bad, before the model is wrapped; see :func:`~nni_topo.pruners.checks.check_request`.
+
+    Notes
+    -----
+    ``unwrap_model()`` restores the unmasked weights as *new* Parameters: an optimizer made before doesn't know them.
+    ``interval_steps``, ``total_times`` and ``first_step_gen`` mean what they mean for NNI's own pruners; ``LinearPruner``
+    and ``AGPPruner`` set them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[dict[str, Any]],
+        evaluator: Evaluator | None = None,
+        existed_wrappers: dict[str, ModuleWrapper] | None = None,
+        *,
+        collector: DataCollector,
+        calculator: MetricCalculator,
+        allocator: SparsityAllocator | None = None,
+    ) -> None:
+        check_request(model, config_list, existed_wrappers)
+        self.collector = collector
+        self.calculator = calculator
+        self.allocator = ConfigAllocator() if allocator is None else allocator
+        self.interval_steps = -1
+        self.total_times: int | Literal["unlimited"] = 1
+        self.first_step_gen = False
+        super().__init__(model, config_list, evaluator, existed_wrappers)
+        self._target_spaces = self._in_network_order()
+
+    def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Masks]:
+        """Make the masks and put them into the wrapped model.
+
+        Parameters
+        ----------
+        max_steps, max_epochs : int or None, default=None
+            Only for pruners fused with a training one (``from_compressor``).
+
+        Returns
+        -------
+        torch.nn.Module
+            The wrapped model, masked.
+        dict
+            The masks, ``{module name: {target name: tensor of 0 and 1}}``.
+        """
+        return super().compress(max_steps, max_epochs)
+
+    def _collect_data(self) -> Data:
+        return self.collector.collect(self._context())
+
+    def _calculate_metrics(self, data: Data) -> Metrics:
+        return self.calculator.calculate(data, self._context())
+
+    def _generate_sparsity(self, metrics: Metrics) -> Masks:
+        return self.allocator.allocate(metrics, self._context())
+
+    def _context(self) -> PruningContext:
+        names = self._get_param_names_map() if self._is_wrapped else {}
+        return PruningContext(self.bound_model, self._target_spaces, self.evaluator, names)
+
+    def _in_network_order(self) -> Any:
+        order = {name: index for index, (name, _) in enumerate(self.bound_model.named_modules(remove_duplicate=False))}
+        return dict(sorted(self._target_spaces.items(), key=lambda item: order[item[0]]))
+
+    def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
+        if max_steps is not None or max_epochs is not None:
+            raise ConfigError(
+                f"{type(self).__name__} doesn't train by itself: max_steps and max_epochs must be None, got "
+                f"{max_steps} and {max_epochs} (compress)"
+            )
+        self.update_masks(self.generate_masks())
+
+    def _fuse_preprocess(self, evaluator: Evaluator) -> None:
+        schedule = _Schedule(self)
+        evaluator.patch_optimizer_step(before_step_tasks=[], after_step_tasks=[schedule.step])
+
+    def _fuse_postprocess(self, evaluator: Evaluator) -> None:
+        """Leave the evaluator as it is: NNI reverts its patches."""
+
+
+class _Schedule:
+    """Makes masks at the optimizer steps that a scheduled pruner asks for."""
+
+    def __init__(self, pruner: StructuredPruner) -> None:
+        self.pruner = pruner
+        self.steps = 0
+        self.first = True
+        self.remaining: float = torch.inf if pruner.total_times == "unlimited" else pruner.total_times
+
+    def step(self) -> None:
+        """Count one optimizer step; make masks when the interval is over."""
+        self.steps += 1
+        due = self.steps == self.pruner.interval_steps
+        if due or (self.first and self.pruner.first_step_gen):
+            self.pruner.update_masks(self.pruner.generate_masks())
+            self.remaining -= 1
+            _logger.debug("%s made masks, %s times remaining", type(self.pruner).__name__, self.remaining)
+        if due and self.remaining > 0:
+            self.steps = 0
+        self.first = False

@@ -1,0 +1,106 @@
+"""What is checked about a model and its config_list before NNI wraps anything."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from nni.compression.base.config import (
+    default_config_schema,
+    select_modules_by_config,
+    trans_legacy_config_list,
+)
+from nni.compression.base.setting import PruningSetting
+from schema import SchemaError
+from torch import nn
+
+from nni_topo.errors import ConfigError, DataError
+
+_logger = logging.getLogger(__name__)
+
+
+def check_request(
+    model: nn.Module, config_list: list[dict[str, Any]], existed_wrappers: Mapping[str, Any] | None = None
+) -> None:
+    """Check a pruning request; the model isn't changed.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model to prune.
+    config_list : list of dict
+        NNI's config_list. Empty is legal: scheduled pruners are built so.
+    existed_wrappers : mapping or None
+        Wrappers inherited from another compressor.
+
+    Raises
+    ------
+    ConfigError
+        If an entry breaks NNI's schema or holds a ratio outside [0, 1), if nothing in the model matches, if a matched
+        module's type is unknown to NNI, or if the model is wrapped by another compressor.
+    DataError
+        If a parameter of a matched module is NaN or infinite.
+    """
+    if not isinstance(config_list, (list, tuple)):
+        raise ConfigError(f"config_list must be a list of dicts, got {type(config_list).__name__} (config_list)")
+    _check_unwrapped(model, existed_wrappers or {})
+    matched: dict[str, nn.Module] = {}
+    for index, config in enumerate(trans_legacy_config_list(list(config_list))):
+        place = f"config_list[{index}]"
+        _check_entry(config, place)
+        modules, _, _ = select_modules_by_config(model, config)
+        if not modules:
+            _logger.warning("%s matches no module: %s", place, config)
+        matched.update(modules)
+    if config_list and not matched:
+        types = sorted({type(module).__name__ for module in model.modules() if not list(module.children())})
+        raise ConfigError(
+            f"config_list must match at least one module, got none; layer types in this model: {', '.join(types)} "
+            "(config_list)"
+        )
+    for name, module in matched.items():
+        _check_module(name, module)
+
+
+def _check_unwrapped(model: nn.Module, existed_wrappers: Mapping[str, Any]) -> None:
+    own = {id(wrapper) for wrapper in existed_wrappers.values()}
+    for name, module in model.named_modules():
+        wrapper = getattr(module, "_nni_wrapper", None)
+        if wrapper is not None and id(wrapper) not in own:
+            raise ConfigError(
+                "a model must not be wrapped by another compressor; call its unwrap_model() or use from_compressor, "
+                f"got a wrapped module ({name})"
+            )
+
+
+def _check_entry(config: Any, place: str) -> None:
+    if not isinstance(config, dict):
+        raise ConfigError(f"a config_list entry must be a dict, got {type(config).__name__} ({place})")
+    try:
+        default_config_schema("pruning").validate(config)
+    except SchemaError as error:
+        raise ConfigError(f"a config_list entry must follow NNI's schema; {_reason(error)} ({place})") from error
+    settings = {"": config, **{f".target_settings.{name}": s for name, s in config.get("target_settings", {}).items()}}
+    for suffix, setting in settings.items():
+        ratio = setting.get("sparse_ratio")
+        if ratio is not None and not 0.0 <= ratio < 1.0:
+            raise ConfigError(f"sparse_ratio must be in [0, 1), got {ratio} ({place}{suffix})")
+
+
+def _reason(error: SchemaError) -> str:
+    return " ".join(str(part) for part in dict.fromkeys(error.autos + error.errors) if part)
+
+
+def _check_module(name: str, module: nn.Module) -> None:
+    if type(module).__name__ not in PruningSetting.registry:
+        known = ", ".join(sorted(PruningSetting.registry))
+        raise ConfigError(
+            f"a pruned module's type must be registered with NNI's PruningSetting, got {type(module).__name__}; "
+            f"known: {known} ({name})"
+        )
+    for target, tensor in module.named_parameters(recurse=False):
+        bad = int((~torch.isfinite(tensor.detach())).sum())
+        if bad:
+            raise DataError(f"weights must be finite, got {bad} NaN or infinite values ({name}.{target})")

@@ -1,0 +1,190 @@
+"""Pruners by name: the package's own and NNI's, in one table."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import nni.compression.pruning
+from nni.compression.base.compressor import Pruner
+from nni.compression.utils import Evaluator
+from torch import nn
+
+from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.pruners.checks import check_request
+
+_NNI_ARGUMENTS = ("model", "config_list", "evaluator", "existed_wrappers")
+
+
+@dataclass(frozen=True)
+class PrunerInfo:
+    """A pruner in the table.
+
+    Attributes
+    ----------
+    name : str
+        Name to create it by.
+    path : str
+        ``"package.module:Class"``; imported when needed.
+    summary : str
+        What it keeps, in one line.
+    structured : bool
+        Whether it removes whole filters and neurons at the default granularity.
+    needs : tuple of str
+        Knobs without which it can't work.
+    """
+
+    name: str
+    path: str
+    summary: str
+    structured: bool = True
+    needs: tuple[str, ...] = ()
+
+    @property
+    def origin(self) -> str:
+        """The package it comes from: ``"nni_topo"``, ``"nni"`` or a third party's."""
+        return self.path.partition(".")[0]
+
+    def load(self) -> type[Pruner]:
+        """Import and return the class."""
+        module, _, name = self.path.partition(":")
+        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+
+    def knobs(self) -> tuple[str, ...]:
+        """Return the names of the arguments beyond NNI's own four."""
+        parameters = inspect.signature(self.load().__init__).parameters
+        return tuple(name for name in parameters if name not in (*_NNI_ARGUMENTS, "self", "args", "kwargs"))
+
+
+_TABLE: dict[str, PrunerInfo] = {}
+
+
+def register_pruner(info: PrunerInfo) -> None:
+    """Add a pruner to the table, for example a third party's.
+
+    Raises
+    ------
+    ConfigError
+        If the name is taken by another class.
+    """
+    known = _TABLE.get(info.name)
+    if known is not None and known.path != info.path:
+        raise ConfigError(f"a pruner's name must be free, got {info.name!r}, taken by {known.path} (register_pruner)")
+    _TABLE[info.name] = info
+
+
+def list_pruners(pattern: str = "*") -> list[str]:
+    """Return the names of all registered pruners that match a pattern.
+
+    Parameters
+    ----------
+    pattern : str, default="*"
+        Shell pattern, e.g. ``"l*"``.
+
+    Returns
+    -------
+    list of str
+        Sorted names.
+
+    Examples
+    --------
+    >>> list_pruners("l?")
+    ['l1', 'l2']
+    """
+    return sorted(name for name in _TABLE if fnmatchcase(name, pattern))
+
+
+def pruner_info(name: str) -> PrunerInfo:
+    """Return a pruner's record.
+
+    Raises
+    ------
+    ConfigError
+        If the name isn't registered; the message holds the nearest names.
+    """
+    if name not in _TABLE:
+        raise unknown_name("pruner", name, _TABLE)
+    return _TABLE[name]
+
+
+def create_pruner(
+    name: str,
+    model: nn.Module,
+    config_list: list[dict[str, Any]],
+    evaluator: Evaluator | None = None,
+    **knobs: Any,
+) -> Pruner:
+    """Create a pruner by name; the model is wrapped as NNI does.
+
+    Parameters
+    ----------
+    name : str
+        See :func:`list_pruners`.
+    model : torch.nn.Module
+        Model to prune.
+    config_list : list of dict
+        NNI's config_list.
+    evaluator : nni.compression.utils.Evaluator or None, default=None
+        For pruners and schedules that train or evaluate.
+    **knobs
+        The pruner's own arguments.
+
+    Returns
+    -------
+    nni.compression.base.compressor.Pruner
+        The pruner.
+
+    Raises
+    ------
+    ConfigError
+        If the name or a knob is unknown, a needed knob is missing, or the request is bad.
+    """
+    info = pruner_info(name)
+    allowed = info.knobs()
+    for knob in knobs:
+        if knob not in allowed:
+            raise unknown_name(f"knob of pruner {name!r}", knob, allowed)
+    given = {**knobs, "evaluator": evaluator}
+    missing = [need for need in info.needs if given.get(need) is None]
+    if missing:
+        raise ConfigError(f"pruner {name!r} needs {', '.join(missing)}, got none (create_pruner)")
+    check_request(model, config_list)
+    if evaluator is not None:
+        knobs["evaluator"] = evaluator
+    return info.load()(model, config_list, **knobs)
+
+
+def expose_in_nni() -> None:
+    """Make the package's pruners attributes of ``nni.compression.pruning``, where users of NNI look for pruners."""
+    for info in _TABLE.values():
+        if info.origin == "nni_topo":
+            cls = info.load()
+            setattr(nni.compression.pruning, cls.__name__, cls)
+
+
+_OWN = "nni_topo.pruners"
+_NNI = "nni.compression.pruning"
+for _info in (
+    PrunerInfo("topological", f"{_OWN}.topological:TopologicalPruner", "filters that cover the layer's point cloud"),
+    PrunerInfo("random", f"{_OWN}.random:RandomPruner", "random filters (baseline)"),
+    PrunerInfo("l1", f"{_NNI}:L1NormPruner", "filters with the largest L1 norm"),
+    PrunerInfo("l2", f"{_NNI}:L2NormPruner", "filters with the largest L2 norm"),
+    PrunerInfo("fpgm", f"{_NNI}:FPGMPruner", "filters far from the geometric median"),
+    PrunerInfo("level", f"{_NNI}:LevelPruner", "weights with the largest magnitude", structured=False),
+    PrunerInfo(
+        "taylor",
+        f"{_NNI}:TaylorPruner",
+        "filters with the largest first-order effect on the loss",
+        needs=("evaluator", "training_steps"),
+    ),
+    PrunerInfo(
+        "slim",
+        f"{_NNI}:SlimPruner",
+        "channels with the largest batch-norm scale after sparse training",
+        needs=("evaluator", "training_steps"),
+    ),
+):
+    register_pruner(_info)

@@ -1,0 +1,80 @@
+"""A small network with a residual connection, data for it, and an NNI evaluator that trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import nni
+import torch
+from nni.compression import TorchEvaluator
+from torch import Tensor, nn
+
+
+class ToyModel(nn.Module):
+    """Two convolutions tied by a residual addition, then a linear layer and a head; 3x8x8 images, four classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.inner = nn.Conv2d(8, 8, 3, padding=1)
+        self.hidden = nn.Linear(8, 16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images ``(n, 3, 8, 8)`` to logits ``(n, 4)``."""
+        features = torch.relu(self.norm(self.stem(images)))
+        features = torch.relu(self.inner(features) + features)
+        return self.head(torch.relu(self.hidden(features.mean((2, 3)))))  # type: ignore[no-any-return]
+
+
+def toy_model(seed: int = 0) -> ToyModel:
+    """Return the toy network with seeded weights, the global generator left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ToyModel()
+
+
+def toy_images(count: int = 32, seed: int = 0) -> Tensor:
+    """Return seeded normal images, shape ``(count, 3, 8, 8)``."""
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def toy_evaluator(model: nn.Module, *, batch_size: int = 4) -> TorchEvaluator:
+    """Return an NNI evaluator that trains a toy network on random labels and evaluates on the same images.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network, before it is wrapped.
+    batch_size : int, default=4
+        Images per step, 32 images in all.
+    """
+    images = toy_images()
+    labels = torch.arange(len(images)) % 4
+
+    def train(
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        step: Callable[..., Tensor],
+        scheduler: Any,
+        max_steps: int | None,
+        max_epochs: int | None,
+    ) -> None:
+        batches = len(images) // batch_size
+        model.train()
+        for index in range(max_steps if max_steps is not None else (max_epochs or 1) * batches):
+            rows = slice(index % batches * batch_size, (index % batches + 1) * batch_size)
+            optimizer.zero_grad()
+            step((images[rows], labels[rows]), model).backward()
+            optimizer.step()
+
+    def training_step(batch: tuple[Tensor, Tensor], model: nn.Module) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    def evaluate(model: nn.Module) -> float:
+        return float((model(images).argmax(1) == labels).float().mean())
+
+    optimizer = nni.trace(torch.optim.SGD)(model.parameters(), lr=0.01)
+    return TorchEvaluator(train, optimizer, training_step, evaluating_func=evaluate)

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from nni_topo.errors import ConfigError
+from nni_topo.hooks import pruning_units
+from nni_topo.pruners.random import RandomPruner
+
+
+def units_of(model, config_list):
+    return pruning_units(RandomPruner(model, config_list)._target_spaces)
+
+
+def test_each_weight_is_a_unit_in_network_order(convnet):
+    units = units_of(convnet, [{"op_types": ["Linear", "Conv2d"], "sparse_ratio": 0.5}])
+    assert [unit.name for unit in units] == ["0.weight", "2.weight", "6.weight"]
+    assert [unit.blocks for unit in units] == [8, 12, 5]
+    assert [unit.elements for unit in units] == [27, 72, 12]
+
+
+def test_a_dependency_group_is_one_unit():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1))
+    config = [
+        {"op_names": ["0", "1"], "sparse_ratio": 0.5, "dependency_group_id": "g"},
+        {"op_names": ["2"], "sparse_ratio": 0.25},
+    ]
+    first, second = units_of(model, config)
+    assert first.members == (("0", "weight"), ("1", "weight"))
+    assert first.elements == 27 + 8
+    assert second.sparse_ratio == 0.25
+
+
+def test_a_target_without_rule_is_no_unit(convnet):
+    assert units_of(convnet, [{"op_types": ["Conv2d"]}]) == []
+
+
+def test_blocks_follow_granularity():
+    config = [{"op_types": ["Linear"], "sparse_ratio": 0.5, "granularity": [2, 4]}]
+    (unit,) = units_of(nn.Sequential(nn.Linear(8, 6)), config)
+    assert (unit.blocks, unit.elements) == (6, 8)
+
+
+def test_bounds_of_a_group_are_the_tightest():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8))
+    shared = {"sparse_ratio": 0.5, "dependency_group_id": 1}
+    config = [
+        {"op_names": ["0"], "max_sparse_ratio": 0.8, "min_sparse_ratio": 0.1, **shared},
+        {"op_names": ["1"], "max_sparse_ratio": 0.4, "min_sparse_ratio": 0.3, **shared},
+    ]
+    (unit,) = units_of(model, config)
+    assert (unit.min_sparse_ratio, unit.max_sparse_ratio) == (0.3, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        ({"sparse_ratio": 0.5}, {"sparse_ratio": 0.6}, "share one sparse_ratio, got 0.5, 0.6"),
+        ({"sparse_ratio": 0.5}, {"sparse_threshold": 0.6}, "a ratio or a threshold"),
+        ({"sparse_ratio": 0.5, "global_group_id": 1}, {"sparse_ratio": 0.5, "global_group_id": 2}, "global_group_id"),
+        ({"sparse_ratio": 0.5, "internal_metric_block": 3}, {"sparse_ratio": 0.5}, "divide the 8 blocks, got 3"),
+        ({"sparse_ratio": 0.5, "min_sparse_ratio": 0.9, "max_sparse_ratio": 0.2}, {"sparse_ratio": 0.5}, "0.9 > 0.2"),
+    ],
+)
+def test_a_group_whose_members_disagree_is_refused(first, second, words):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8))
+    config = [
+        {"op_names": ["0"], "dependency_group_id": "g", **first},
+        {"op_names": ["1"], "dependency_group_id": "g", **second},
+    ]
+    with pytest.raises(ConfigError, match=words):
+        units_of(model, config)
+
+
+def test_a_group_with_different_block_counts_is_refused():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 6))
+    config = [{"op_types": ["Linear"], "sparse_ratio": 0.5, "dependency_group_id": "g"}]
+    with pytest.raises(ConfigError, match="number of blocks, got 6, 8"):
+        units_of(model, config)

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from nni.compression.pruning import LinearPruner
+
+from nni_topo.errors import ConfigError
+from nni_topo.pruners.random import RandomPruner
+from nni_topo.testing import toy_evaluator, toy_model
+
+HALF = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
+
+
+def test_training_arguments_are_refused_where_nothing_trains():
+    with pytest.raises(ConfigError, match="max_steps and max_epochs must be None, got 3 and None"):
+        RandomPruner(toy_model(), HALF).compress(max_steps=3)
+
+
+def test_scheduled_ratios_rise_step_by_step():
+    model = toy_model()
+    pruner = RandomPruner(model, HALF, toy_evaluator(model))
+    kept = []
+    generate = pruner.generate_masks
+
+    def recording():
+        masks = generate()
+        kept.append(int(masks["hidden"]["weight"][:, 0].sum()))
+        return masks
+
+    pruner.generate_masks = recording
+    LinearPruner(pruner, interval_steps=2, total_times=4).compress(max_steps=10, max_epochs=None)
+    assert kept == [14, 12, 10, 8]
+
+
+def test_masks_made_once_at_the_first_step_on_request():
+    model = toy_model()
+    pruner = RandomPruner(model, HALF, toy_evaluator(model))
+    pruner.first_step_gen = True
+    pruner.interval_steps = 100
+    pruner._fusion_compress(max_steps=2, max_epochs=None)
+    assert int(pruner.get_masks()["hidden"]["weight"][:, 0].sum()) == 8
+
+
+def test_from_compressor_passes_the_knobs_on():
+    first = RandomPruner(toy_model(), HALF, seed=1)
+    first.compress()
+    second = RandomPruner.from_compressor(first, [{"op_names": ["stem"], "sparse_ratio": 0.5}], seed=5)
+    assert second.seed == 5
+    assert second.fused_compressors == [second, first]
+
+
+def test_targets_are_in_network_order_whatever_the_hash_seed():
+    pruner = RandomPruner(toy_model(), [{"op_types": ["Linear", "Conv2d"], "sparse_ratio": 0.5}])
+    assert list(pruner._target_spaces) == ["stem", "inner", "hidden", "head"]
+
+
+def test_masks_move_to_the_layers_device():
+    pruner = RandomPruner(toy_model(), HALF)
+    _, masks = pruner.compress()
+    assert masks["hidden"]["weight"].device == torch.device("cpu")
