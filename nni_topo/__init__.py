@@ -1,2 +1,37 @@
 """Pruners for NNI that look at the shape of a layer; importing the package makes NNI 3.0 run on the installed PyTorch."""
 
+from nni_topo import compat as compat
+
+compat.enable()
+
+from nni_topo import errors, hooks, topology  # noqa: E402
+from nni_topo._version import __version__  # noqa: E402
+from nni_topo.pruners.base import StructuredPruner  # noqa: E402
+from nni_topo.pruners.random import RandomPruner  # noqa: E402
+from nni_topo.pruners.topological import TopologicalPruner  # noqa: E402
+from nni_topo.registry import (  # noqa: E402
+    PrunerInfo,
+    create_pruner,
+    expose_in_nni,
+    list_pruners,
+    pruner_info,
+    register_pruner,
+)
+
+expose_in_nni()
+
+__all__ = [
+    "PrunerInfo",
+    "RandomPruner",
+    "StructuredPruner",
+    "TopologicalPruner",
+    "__version__",
+    "compat",
+    "create_pruner",
+    "errors",
+    "hooks",
+    "list_pruners",
+    "pruner_info",
+    "register_pruner",
+    "topology",
+]
