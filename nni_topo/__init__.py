@@ -1,4 +1,4 @@
-"""Pruners for NNI that look at the shape of a layer; importing the package makes NNI 3.0 run on the installed PyTorch."""
+"""Pruners for NNI that look at the shape of a layer. Importing the package makes NNI run on the installed PyTorch."""
 
 from nni_topo import compat as compat
 

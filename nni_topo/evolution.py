@@ -1,8 +1,8 @@
 """A genetic algorithm over subsets of fixed size, on pyeasyga's loop.
 
 pyeasyga evaluates one list of genes at a time, changes how many genes are set, draws from the global generator and
-evaluates its elite again in every generation. Here an individual is a boolean mask with exactly ``keep`` entries set, the
-operators keep that number, a whole population is bred and evaluated at once, and every draw comes from one seed.
+evaluates its elite again in every generation. Here an individual is a boolean mask with exactly ``keep`` entries set,
+the operators keep that number, a whole population is bred and evaluated at once, and every draw comes from one seed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Generation:
     mean: float
 
 
-class SubsetGeneticAlgorithm(GeneticAlgorithm):  # type: ignore[misc]
+class SubsetGeneticAlgorithm(GeneticAlgorithm):
     """Minimise a fitness over all subsets of a fixed size.
 
     Parameters

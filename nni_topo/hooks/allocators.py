@@ -30,7 +30,7 @@ class NNIAllocator(SparsityAllocator):
 
     def allocate(self, metrics: Metrics, context: PruningContext) -> Masks:
         """Return what NNI's function returns for these metrics."""
-        return dict(generate_sparsity(metrics, context.target_spaces))  # type: ignore[arg-type]
+        return dict(generate_sparsity(metrics, context.target_spaces))
 
 
 class ConfigAllocator(SparsityAllocator):
@@ -119,13 +119,14 @@ class ConfigAllocator(SparsityAllocator):
         return kept
 
     def _rows_by_threshold(self, unit: PruningUnit, scores: Tensor) -> int:
-        threshold = unit.sparse_threshold
+        threshold = float(unit.sparse_threshold or 0.0)
         count = int((scores > threshold).sum() if self.strict else (scores >= threshold).sum())
         fewest, most = _removable(unit)
         if count == 0 and most == unit.rows - 1 and self.on_empty == "raise":
             rule = "lie below" if self.strict else "not exceed"
+            highest = f"{float(scores.max()):.6g}"
             raise ConfigError(
-                f"sparse_threshold must {rule} a layer's highest score, got {threshold} over {float(scores.max()):.6g}: "
+                f"sparse_threshold must {rule} a layer's highest score, got {threshold} over {highest}: "
                 f"all {unit.blocks} blocks would go ({unit.name})"
             )
         return unit.rows - min(max(unit.rows - count, fewest), most)
@@ -152,9 +153,7 @@ class ConfigAllocator(SparsityAllocator):
         order = torch.cat(scores).argsort(stable=True)
         spent = torch.cat(costs)[order].cumsum(0)
         removed = torch.cat(owners)[order][spent <= budget].bincount(minlength=len(group))
-        return {
-            unit.name: unit.rows - bounds[unit.name][0] - int(removed[index]) for index, unit in enumerate(group)
-        }
+        return {unit.name: unit.rows - bounds[unit.name][0] - int(removed[index]) for index, unit in enumerate(group)}
 
     def _comparable(self, scores: Tensor) -> Tensor:
         if self.normalization == "none":
@@ -217,13 +216,13 @@ def _rows_by_ratio(unit: PruningUnit) -> int:
 
 def _add_aligned(masks: Masks, context: PruningContext) -> None:
     """Add the masks of targets that follow another one, such as a bias its weight."""
-    aligned, _ = target_spaces_filter(context.target_spaces, lambda space: space.align is not None)  # type: ignore[arg-type]
+    aligned, _ = target_spaces_filter(context.target_spaces, lambda space: space.align is not None)
     followers: dict[str, dict[str, object]] = defaultdict(dict)
     for module_name, spaces in aligned.items():
         for target_name, space in spaces.items():
-            source = space.align["module_name"] or module_name  # type: ignore[index]
+            source = space.align["module_name"] or module_name
             has_value = space.type is not TargetType.PARAMETER or space.target is not None
-            if has_value and space.align["target_name"] in masks.get(source, {}):  # type: ignore[index]
+            if has_value and space.align["target_name"] in masks.get(source, {}):
                 followers[module_name][target_name] = space
-    for module_name, found in _expand_masks(_generate_align_sparsity(masks, followers), followers).items():  # type: ignore[arg-type]
+    for module_name, found in _expand_masks(_generate_align_sparsity(masks, followers), followers).items():
         masks[module_name].update(found)

@@ -52,10 +52,12 @@ class WeightCollector(DataCollector):
         data: Data = {}
         for module_name, target_name in _members(context):
             space = context.target_spaces[module_name][target_name]
-            weight = space.target.detach().to("cpu", torch.float64)  # type: ignore[union-attr]
+            weight = space.target.detach().to("cpu", torch.float64)
             if not bool(torch.isfinite(weight).all()):
                 raise DataError(f"weights must be finite, got NaN or infinity ({module_name}.{target_name})")
-            blocks = weight[..., None] if space._scaler is None else space._scaler.shrink(weight, _identity, keepdim=True)
+            blocks = (
+                weight[..., None] if space._scaler is None else space._scaler.shrink(weight, _identity, keepdim=True)
+            )
             points = blocks.reshape(-1, blocks.shape[-1])
             data.setdefault(module_name, {})[target_name] = _PREPROCESS[self.preprocess](points)
         return data
@@ -85,7 +87,11 @@ class ActivationCollector(DataCollector):
     """
 
     def __init__(
-        self, calibration: Iterable[Any] | None = None, *, center: bool = True, preprocess: Preprocess = "none"
+        self,
+        calibration: Iterable[Any] | None = None,
+        *,
+        center: bool = True,
+        preprocess: Preprocess = "none",
     ) -> None:
         self.calibration = calibration
         self.center = center
@@ -117,50 +123,42 @@ class ActivationCollector(DataCollector):
         return data
 
     def _run(self, context: PruningContext) -> None:
-        if self.calibration is not None:
-            run_calibration(context.model, self.calibration)
-        else:
-            with _evaluating(context.model), torch.no_grad():
+        with _evaluating(context.model), torch.no_grad():
+            if self.calibration is None:
                 context.evaluate()
+                return
+            for inputs in calibration_inputs(context.model, self.calibration):
+                context.model(inputs)
 
 
-def checked_preprocess(preprocess: str) -> Preprocess:
+def checked_preprocess(preprocess: Preprocess) -> Preprocess:
     """Return the name of a preprocessing step, or raise :class:`~nni_topo.errors.ConfigError`."""
     if preprocess not in _PREPROCESS:
         raise unknown_name("preprocess", preprocess, _PREPROCESS)
-    return preprocess  # type: ignore[return-value]
+    return preprocess
 
 
-def run_calibration(model: nn.Module, calibration: Iterable[Any]) -> int:
-    """Run a model over calibration batches in eval mode, without gradients, on the model's own device.
+def calibration_inputs(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the inputs of calibration batches on a model's device.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The model; its training flags are put back afterwards.
+        Says which device.
     calibration : iterable
         Batches: a tensor, or a tuple or list whose first entry is the input.
-
-    Returns
-    -------
-    int
-        Number of batches.
 
     Raises
     ------
     DataError
-        If there was no batch.
+        If there is no batch, after the last one would have come.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     count = 0
-    with _evaluating(model), torch.no_grad():
-        for batch in calibration:
-            inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-            model(inputs.to(device))
-            count += 1
+    for count, batch in enumerate(calibration, start=1):  # noqa: B007
+        yield (batch[0] if isinstance(batch, (tuple, list)) else batch).to(device)
     if count == 0:
-        raise DataError("calibration must hold at least one batch, got none (calibration; was a generator used twice?)")
-    return count
+        raise DataError("calibration must hold at least one batch, got none (was a generator used twice?)")
 
 
 class _Moments:
@@ -188,7 +186,8 @@ class _Moments:
         if not bool(torch.isfinite(gram).all()):
             raise DataError(f"activations must be finite, got NaN or infinity ({name})")
         values, vectors = torch.linalg.eigh(gram)
-        return vectors * values.clamp(min=0.0).sqrt()
+        points: Tensor = vectors * values.clamp(min=0.0).sqrt()
+        return points
 
 
 def _members(context: PruningContext) -> Iterator[tuple[str, str]]:

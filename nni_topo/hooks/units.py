@@ -117,7 +117,7 @@ def _unit(group: list[tuple[str, str, PruningTargetSpace]]) -> PruningUnit:
     if rules["sparse_ratio"] is not None and rules["sparse_threshold"] is not None:
         raise ConfigError(f"a dependency group must have a ratio or a threshold, got both ({name})")
     blocks = _common(name, "number of blocks", (math.prod(block_shape(space)) for space in spaces))
-    parts = math.lcm(*(int(space.internal_metric_block or 1) for space in spaces))  # type: ignore[arg-type]
+    parts = math.lcm(*(int(space.internal_metric_block or 1) for space in spaces))
     if blocks % parts:
         raise ConfigError(f"internal_metric_block must divide the {blocks} blocks, got {parts} ({name})")
     low = max(space.min_sparse_ratio or 0.0 for space in spaces)
@@ -129,7 +129,7 @@ def _unit(group: list[tuple[str, str, PruningTargetSpace]]) -> PruningUnit:
         members=tuple((module, target) for module, target, _ in group),
         blocks=blocks,
         parts=parts,
-        elements=sum(space.target.numel() // blocks for space in spaces),  # type: ignore[union-attr]
+        elements=sum(space.target.numel() // blocks for space in spaces),
         min_sparse_ratio=low,
         max_sparse_ratio=high,
         **rules,

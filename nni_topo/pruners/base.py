@@ -61,8 +61,8 @@ class StructuredPruner(Pruner):
     Notes
     -----
     ``unwrap_model()`` restores the unmasked weights as *new* Parameters: an optimizer made before doesn't know them.
-    ``interval_steps``, ``total_times`` and ``first_step_gen`` mean what they mean for NNI's own pruners; ``LinearPruner``
-    and ``AGPPruner`` set them.
+    ``interval_steps``, ``total_times`` and ``first_step_gen`` mean what they mean for NNI's own pruners;
+    ``LinearPruner`` and ``AGPPruner`` set them.
     """
 
     def __init__(
@@ -101,7 +101,8 @@ class StructuredPruner(Pruner):
         dict
             The masks, ``{module name: {target name: tensor of 0 and 1}}``.
         """
-        return super().compress(max_steps, max_epochs)
+        model, masks = super().compress(max_steps, max_epochs)
+        return model, masks
 
     def _collect_data(self) -> Data:
         return self.collector.collect(self._context())

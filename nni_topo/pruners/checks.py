@@ -82,7 +82,10 @@ def _check_entry(config: Any, place: str) -> None:
         default_config_schema("pruning").validate(config)
     except SchemaError as error:
         raise ConfigError(f"a config_list entry must follow NNI's schema; {_reason(error)} ({place})") from error
-    settings = {"": config, **{f".target_settings.{name}": s for name, s in config.get("target_settings", {}).items()}}
+    settings = {
+        "": config,
+        **{f".target_settings.{name}": s for name, s in config.get("target_settings", {}).items()},
+    }
     for suffix, setting in settings.items():
         ratio = setting.get("sparse_ratio")
         if ratio is not None and not 0.0 <= ratio < 1.0:

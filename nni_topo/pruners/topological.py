@@ -1,7 +1,7 @@
 """Topological pruning: keep the filters that keep the shape of a layer's point cloud.
 
-A layer is a cloud with one point per filter or neuron, plus the origin, to which a pruned one falls. How *many* points a
-cloud can spare is read off its H0 death times; *which* points stay is a search over subsets of that size, by a genetic
+A layer is a cloud with one point per filter or neuron, plus the origin, to which a pruned one falls. How *many* points
+a cloud can spare is read off its H0 death times; *which* points stay is a search over subsets of that size, by a genetic
 algorithm or greedily, that minimises a distance between the kept and the whole cloud.
 
 References
@@ -175,8 +175,8 @@ class TopologicalPruner(StructuredPruner):
     model : torch.nn.Module
         Model to prune. NNI wraps it; ``unwrap_model()`` takes the wrappers off again.
     config_list : list of dict
-        NNI's config_list; all its keys keep their meaning. The members of a ``dependency_group_id`` are one joint cloud,
-        features side by side. ``sparse_threshold`` is a tolerance: blocks go as long as half the longest H0 death time
+        NNI's config_list; all its keys keep their meaning. The members of a ``dependency_group_id`` are one joint
+        cloud, features side by side. ``sparse_threshold`` is a tolerance: blocks go as long as half the longest H0 death time
         that the cloud loses stays below it, in units of the layer's mean death time; at least one block stays.
     evaluator : nni.compression.utils.Evaluator or None, default=None
         Needed for scheduled pruning; serves the activation cloud where there is no ``calibration``.
@@ -209,8 +209,9 @@ class TopologicalPruner(StructuredPruner):
     engine : {"exact", "gudhi"}, default="exact"
         Closed forms on a cached distance matrix, or a simplex tree per individual: the slow reference.
     preset : {None, "perera2022"}, default=None
-        ``"perera2022"`` is the thesis' setting: weight cloud without the origin, bottleneck distance in H0 and H1, genetic
-        algorithm from random individuals. It fixes ``collector``, ``criterion``, ``homology_dimensions`` and ``solver``.
+        ``"perera2022"`` is the thesis' setting: weight cloud without the origin, bottleneck distance in H0 and H1,
+        genetic algorithm from random individuals. It fixes ``collector``, ``criterion``, ``homology_dimensions`` and
+        ``solver``.
     seed : int, default=0
         Same seed, same masks.
     progress : bool, default=False
@@ -228,8 +229,8 @@ class TopologicalPruner(StructuredPruner):
     Notes
     -----
     With ``k`` points kept, the H0 bottleneck distance is at least half the ``(k+1)``-th death time and for almost all
-    subsets equal to it: at a fixed ratio it can't tell subsets apart. The default criterion can, and bounds the bottleneck
-    distance of every degree: by the stability theorem it is at most twice the Hausdorff distance.
+    subsets equal to it: at a fixed ratio it can't tell subsets apart. The default criterion can, and bounds the
+    bottleneck distance of every degree: by the stability theorem it is at most twice the Hausdorff distance.
 
     References
     ----------
@@ -270,7 +271,7 @@ class TopologicalPruner(StructuredPruner):
         seed: int = 0,
         progress: bool = False,
     ) -> None:
-        choice = {
+        choice: dict[str, Any] = {
             "collector": collector,
             "criterion": criterion,
             "homology_dimensions": tuple(homology_dimensions),

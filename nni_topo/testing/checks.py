@@ -1,7 +1,7 @@
 """Conformance checks that every structured pruner has to pass; a third party's too.
 
-Each check takes ``create``, a function ``create(model, config_list, evaluator=None, existed_wrappers=None)`` that returns
-the pruner under test, and raises AssertionError where the pruner breaks a promise::
+Each check takes ``create``, a function ``create(model, config_list, evaluator=None, existed_wrappers=None)`` that
+returns the pruner under test, and raises AssertionError where the pruner breaks a promise::
 
     for check in STRUCTURED_CHECKS:
         check(lambda *args, **kwargs: MyPruner(*args, **kwargs, my_knob=3))
@@ -28,7 +28,10 @@ _HALF = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names": ["head"], "spars
 def check_ratio(create: Create) -> None:
     """Half of the filters and neurons go, their biases with them, and nothing else."""
     masks = _masks(create, _HALF)
-    _require(set(masks) == {"stem", "inner", "hidden"}, f"masks for the configured layers only, got {sorted(masks)}")
+    _require(
+        set(masks) == {"stem", "inner", "hidden"},
+        f"masks for the configured layers only, got {sorted(masks)}",
+    )
     for name, kept in (("stem", 4), ("inner", 4), ("hidden", 8)):
         rows = masks[name]["weight"].flatten(1)
         _require(set(rows.unique().tolist()) <= {0.0, 1.0}, f"{name}: masks of 0 and 1")

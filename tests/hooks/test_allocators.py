@@ -49,7 +49,12 @@ def test_a_layer_without_bias_gets_no_bias_mask():
 
 def test_of_equal_scores_the_lower_index_stays():
     context = context_of([{"op_types": ["Linear"], "sparse_ratio": 0.5}], nn.Linear(3, 4))
-    assert kept(ConfigAllocator().allocate(metrics_of(context, [1, 1, 1, 1]), context), "0") == [True, True, False, False]
+    assert kept(ConfigAllocator().allocate(metrics_of(context, [1, 1, 1, 1]), context), "0") == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_minimum_and_maximum_ratio_bound_the_ratio():
@@ -89,7 +94,12 @@ def test_a_threshold_that_empties_a_layer_is_refused_or_keeps_the_best():
     scores = metrics_of(context, [2, 1, 3, 0.5])
     with pytest.raises(ConfigError, match=r"got 9\.0 over 3: all 4 blocks would go \(0\.weight\)"):
         ConfigAllocator().allocate(scores, context)
-    assert kept(ConfigAllocator(on_empty="keep").allocate(scores, context), "0") == [False, False, True, False]
+    assert kept(ConfigAllocator(on_empty="keep").allocate(scores, context), "0") == [
+        False,
+        False,
+        True,
+        False,
+    ]
 
 
 def test_global_ranking_weighs_blocks_by_their_elements():
@@ -159,10 +169,24 @@ def test_unknown_options_are_refused(knob):
 
 CONFIGS = [
     [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.3}],
-    [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.7, "min_sparse_ratio": 0.1, "max_sparse_ratio": 0.5}],
+    [
+        {
+            "op_types": ["Conv2d", "Linear"],
+            "sparse_ratio": 0.7,
+            "min_sparse_ratio": 0.1,
+            "max_sparse_ratio": 0.5,
+        }
+    ],
     [{"op_types": ["Conv2d", "Linear"], "sparse_threshold": 0.2}],
     [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5, "dependency_group_id": "g"}],
-    [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5, "internal_metric_block": 2, "dependency_group_id": "g"}],
+    [
+        {
+            "op_types": ["Conv2d", "Linear"],
+            "sparse_ratio": 0.5,
+            "internal_metric_block": 2,
+            "dependency_group_id": "g",
+        }
+    ],
 ]
 
 
@@ -189,7 +213,9 @@ def test_where_nni_is_right_both_allocators_agree(seed, config):
 @given(seed=st.integers(0, 10_000), ratio=st.floats(0.05, 0.8))
 def test_global_ranking_of_equal_grains_agrees_with_nni_unless_a_layer_dies(seed, ratio):
     context = context_of(
-        [{"op_types": ["Linear"], "sparse_ratio": ratio, "global_group_id": 1}], nn.Linear(6, 9), nn.Linear(6, 12)
+        [{"op_types": ["Linear"], "sparse_ratio": ratio, "global_group_id": 1}],
+        nn.Linear(6, 9),
+        nn.Linear(6, 12),
     )
     generator = torch.Generator().manual_seed(seed)
     metrics = {

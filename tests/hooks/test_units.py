@@ -57,9 +57,21 @@ def test_bounds_of_a_group_are_the_tightest():
     [
         ({"sparse_ratio": 0.5}, {"sparse_ratio": 0.6}, "share one sparse_ratio, got 0.5, 0.6"),
         ({"sparse_ratio": 0.5}, {"sparse_threshold": 0.6}, "a ratio or a threshold"),
-        ({"sparse_ratio": 0.5, "global_group_id": 1}, {"sparse_ratio": 0.5, "global_group_id": 2}, "global_group_id"),
-        ({"sparse_ratio": 0.5, "internal_metric_block": 3}, {"sparse_ratio": 0.5}, "divide the 8 blocks, got 3"),
-        ({"sparse_ratio": 0.5, "min_sparse_ratio": 0.9, "max_sparse_ratio": 0.2}, {"sparse_ratio": 0.5}, "0.9 > 0.2"),
+        (
+            {"sparse_ratio": 0.5, "global_group_id": 1},
+            {"sparse_ratio": 0.5, "global_group_id": 2},
+            "global_group_id",
+        ),
+        (
+            {"sparse_ratio": 0.5, "internal_metric_block": 3},
+            {"sparse_ratio": 0.5},
+            "divide the 8 blocks, got 3",
+        ),
+        (
+            {"sparse_ratio": 0.5, "min_sparse_ratio": 0.9, "max_sparse_ratio": 0.2},
+            {"sparse_ratio": 0.5},
+            "0.9 > 0.2",
+        ),
     ],
 )
 def test_a_group_whose_members_disagree_is_refused(first, second, words):

@@ -12,7 +12,10 @@ from nni_topo.pruners.random import RandomPruner
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ([{"op_types": ["LSTM"], "sparse_ratio": 0.5}], "at least one module, got none; layer types in this model"),
+        (
+            [{"op_types": ["LSTM"], "sparse_ratio": 0.5}],
+            "at least one module, got none; layer types in this model",
+        ),
         ([{"op_types": ["Linear"], "sparse_ratio": 1.2}], r"in \[0, 1\), got 1\.2 \(config_list\[0\]\)"),
         (
             [{"op_types": ["Linear"], "target_settings": {"weight": {"sparse_ratio": -0.5}}}],
@@ -23,7 +26,10 @@ from nni_topo.pruners.random import RandomPruner
         ([{"op_types": ["Linear"], "sparse_ratio": 0.5, "sparse_threshold": 1.0}], "schema"),
         (["Linear"], r"must be a dict, got str \(config_list\[0\]\)"),
         ({"op_types": ["Linear"]}, "must be a list of dicts, got dict"),
-        ([{"op_types": ["Flatten"], "sparse_ratio": 0.5}], "registered with NNI's PruningSetting, got Flatten"),
+        (
+            [{"op_types": ["Flatten"], "sparse_ratio": 0.5}],
+            "registered with NNI's PruningSetting, got Flatten",
+        ),
     ],
 )
 def test_bad_config_lists_are_refused_by_name(convnet, config, words):

@@ -1,0 +1,217 @@
+"""The ``nni-topo`` command: each verb parses, calls one library function and prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import nni_topo
+from nni_topo.errors import ConfigError, NniTopoError
+from nni_topo.registry import list_pruners, pruner_info
+from nni_topo.runner import (
+    Cell,
+    DataChoice,
+    ModelChoice,
+    Plan,
+    PrunerChoice,
+    Target,
+    compare,
+    load_plan,
+    plot_accuracy,
+    print_report,
+)
+from nni_topo.runner.demo import DEMO
+from nni_topo.runner.prune import load_prune_config, prune_checkpoint
+from nni_topo.zoo import list_data, list_models
+
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    arguments : sequence of str or None, default=None
+        Words after ``nni-topo``. None: those of this process.
+
+    Returns
+    -------
+    int
+        0: done; 1: some cells of a comparison failed; 2: the request can't be carried out; 130: interrupted.
+    """
+    options = _parser().parse_args(arguments)
+    # With --json, standard output holds the document and nothing else.
+    console = Console(stderr=options.json, soft_wrap=False, width=None if sys.stdout.isatty() else 160)
+    try:
+        return int(options.run(options, console))
+    except NniTopoError as error:
+        Console(stderr=True).print(f"nni-topo {options.verb}: {error}", style="red", markup=False, highlight=False)
+        return 2
+    except KeyboardInterrupt:
+        Console(stderr=True).print(f"nni-topo {options.verb}: interrupted; the same command goes on from here")
+        return _INTERRUPTED
+
+
+def _list(options: argparse.Namespace, console: Console) -> int:
+    names = list_pruners(options.pattern)
+    if options.json:
+        pruners = {name: {"summary": pruner_info(name).summary, "knobs": pruner_info(name).knobs()} for name in names}
+        print(json.dumps({"pruners": pruners, "models": list_models(), "data": list_data()}, indent=1))
+        return 0
+    table = Table("pruner", "from", "keeps", "knobs", title=f"nni_topo {nni_topo.__version__}", title_justify="left")
+    for name in names:
+        info = pruner_info(name)
+        table.add_row(name, info.origin, info.summary, ", ".join(info.knobs()))
+    console.print(table)
+    console.print("models:", ", ".join(list_models()), "· torchvision/NAME · package.module:factory")
+    console.print("data:  ", ", ".join(list_data()), "· an .npz file · a folder of images")
+    return 0
+
+
+def _demo(options: argparse.Namespace, console: Console) -> int:
+    return _run_plan(DEMO, options, console, isolate=False)
+
+
+def _compare(options: argparse.Namespace, console: Console) -> int:
+    plan = load_plan(options.plan) if options.plan else _plan(options)
+    return _run_plan(plan, options, console, isolate=not options.in_process)
+
+
+def _run_plan(plan: Plan, options: argparse.Namespace, console: Console, *, isolate: bool) -> int:
+    def announce(cell: Cell, number: int, count: int) -> None:
+        what = f"{cell.model.label} on {cell.data.name}, seed {cell.seed}: {cell.pruner.row}, {cell.target.label}"
+        console.print(f"[{number}/{count}] {what}", markup=False, highlight=False)
+
+    records, failures = compare(plan, options.out, isolate=isolate, on_cell=announce)
+    if records:
+        picture = plot_accuracy(records, options.out / "accuracy.png")
+        print_report(records, console)
+        console.print(f"records: {options.out / 'results.json'} · picture: {picture}", markup=False)
+    for failure in failures:
+        console.print(f"failed: {failure.cell.pruner.row}, seed {failure.cell.seed}\n{failure.reason}", markup=False)
+    if options.json:
+        print(json.dumps(records, indent=1, sort_keys=True))
+    return 1 if failures else 0
+
+
+def _prune(options: argparse.Namespace, console: Console) -> int:
+    record = prune_checkpoint(
+        ModelChoice(options.model, options.width),
+        options.checkpoint,
+        load_prune_config(options.config),
+        _data(options),
+        options.out,
+        seed=options.seed,
+        device=options.device,
+        progress=not options.json and sys.stderr.isatty(),
+    )
+    if options.json:
+        print(json.dumps(record, indent=1, sort_keys=True))
+        return 0
+    table = Table("", "before", "after", title=f"{record['model']}, {record['pruner']}", title_justify="left")
+    table.add_row("MACs (M)", f"{record['flops_before'] / 1e6:.2f}", f"{record['flops'] / 1e6:.2f}")
+    table.add_row("parameters (k)", f"{record['params_before'] / 1e3:.1f}", f"{record['params'] / 1e3:.1f}")
+    table.add_row("accuracy %", f"{100 * record['accuracy_before']:.1f}", f"{100 * record['accuracy_oneshot']:.1f}")
+    if "accuracy_retrained" in record:
+        table.add_row("retrained %", "", f"{100 * record['accuracy_retrained']:.1f}")
+    console.print(table)
+    console.print(f"dense model: {options.out / 'dense.pt'} (nni_topo.load)", markup=False)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    if options.model is None:
+        raise ConfigError("a comparison must have --model or --plan, got neither (nni-topo compare)")
+    targets = [Target("ratio", value) for value in options.ratio] + [Target("flops", value) for value in options.flops]
+    train = {} if options.train_epochs is None else {"epochs": options.train_epochs}
+    return Plan(
+        models=(ModelChoice(options.model, options.width),),
+        data=(_data(options),),
+        pruners=tuple(PrunerChoice(name) for name in _known_pruners(options.pruners)),
+        targets=tuple(targets or [Target("ratio", 0.5)]),
+        seeds=options.seeds,
+        train=train,
+        retrain={"epochs": options.retrain_epochs},
+        device=options.device,
+    )
+
+
+def _known_pruners(names: str) -> list[str]:
+    return [pruner_info(name.strip()).name for name in names.split(",") if name.strip()]
+
+
+def _data(options: argparse.Namespace) -> DataChoice:
+    folder = None if options.data_dir is None else str(options.data_dir)
+    return DataChoice(options.data, folder, options.limit, options.download)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nni-topo", description="Topological pruning for NNI on current PyTorch.")
+    parser.add_argument("--version", action="version", version=f"nni_topo {nni_topo.__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    listing = _verb(verbs, "list", _list, "pruners, models and data by name")
+    listing.add_argument("pattern", nargs="?", default="*", help="shell pattern of pruner names")
+
+    demo = _verb(verbs, "demo", _demo, "train a small net on digits, prune it by every data-free pruner, compare")
+    _out(demo, Path("demo"))
+
+    comparison = _verb(verbs, "compare", _compare, "compare pruners at equal cost; resumes where it was stopped")
+    comparison.add_argument("--plan", type=Path, help="YAML file with the whole comparison; see configs/")
+    _model(comparison, required=False)
+    _data_arguments(comparison)
+    comparison.add_argument("--pruners", default="topological,l1,l2,fpgm,random", help="names, separated by commas")
+    comparison.add_argument("--ratio", type=float, action="append", default=[], help="sparse_ratio of every layer")
+    comparison.add_argument("--flops", type=float, action="append", default=[], help="share of the MACs to be left")
+    comparison.add_argument("--seeds", type=int, default=1, help="number of seeds (default 1)")
+    comparison.add_argument("--train-epochs", type=int, help="default: the model's recipe")
+    comparison.add_argument("--retrain-epochs", type=int, default=1, help="after pruning (default 1)")
+    comparison.add_argument("--in-process", action="store_true", help="don't start a process per cell")
+    _out(comparison, None)
+
+    prune = _verb(verbs, "prune", _prune, "prune one trained model as a YAML file says")
+    _model(prune, required=True)
+    prune.add_argument("--checkpoint", type=Path, help="state dict of the trained model; default: train it first")
+    prune.add_argument("--config", type=Path, required=True, help="YAML file: pruner, knobs, config_list; see configs/")
+    _data_arguments(prune)
+    _out(prune, None)
+    return parser
+
+
+def _verb(
+    verbs: Any, name: str, run: Callable[[argparse.Namespace, Console], int], summary: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    parser.add_argument("--seed", type=int, default=0, help="of a single run (default 0)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto (default cpu)")
+    return parser
+
+
+def _model(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument("--model", required=required, help="a listed name, torchvision/NAME or package.module:factory")
+    parser.add_argument("--width", type=float, default=1.0, help="factor on the layers' widths (default 1)")
+
+
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", default="digits", help="a listed name, an .npz file or a folder (default digits)")
+    parser.add_argument("--data-dir", type=Path, help="folder with the data set's files")
+    parser.add_argument("--limit", type=int, help="training images used (default all)")
+    parser.add_argument("--download", action="store_true", help="let torchvision download CIFAR")
+
+
+def _out(parser: argparse.ArgumentParser, default: Path | None) -> None:
+    parser.add_argument("--out", type=Path, default=default, required=default is None, help="output folder")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

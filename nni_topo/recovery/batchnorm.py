@@ -1,0 +1,60 @@
+"""Batch-norm re-calibration: running statistics measured anew on unlabelled inputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nni_topo.hooks.collectors import calibration_inputs
+
+
+def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any]) -> nn.Module:
+    """Return a copy of a model whose batch norms have the statistics of its own activations.
+
+    Pruning changes the distribution that reaches a batch norm, whose running mean and variance still are those of the
+    whole network. Measuring them anew needs no labels and no gradients.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model; it isn't changed.
+    calibration : iterable
+        Batches of inputs, or of ``(inputs, ...)``, of more than one sample each.
+
+    Returns
+    -------
+    torch.nn.Module
+        The copy, in the training mode that the model was in. Without batch norms it equals the model.
+
+    Raises
+    ------
+    DataError
+        If there is no batch.
+
+    Notes
+    -----
+    The statistics are the average over the batches, each batch counting the same. Only batch norms run in training
+    mode meanwhile; dropout stays off.
+    """
+    copied = copy.deepcopy(model)
+    norms = [module for module in copied.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    flags = {module: module.training for module in copied.modules()}
+    momenta = {norm: norm.momentum for norm in norms}
+    copied.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    with torch.no_grad():
+        for inputs in calibration_inputs(copied, calibration):
+            copied(inputs)
+    for norm, momentum in momenta.items():
+        norm.momentum = momentum
+    for module, flag in flags.items():
+        module.training = flag
+    return copied

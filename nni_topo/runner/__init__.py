@@ -1,0 +1,19 @@
+"""Comparisons of pruners that resume: cells of model x data x pruner x target x seed, one record each."""
+
+from nni_topo.runner.cells import Cell, DataChoice, ModelChoice, Plan, PrunerChoice, Target, load_plan
+from nni_topo.runner.compare import RunFailure, compare
+from nni_topo.runner.report import plot_accuracy, print_report
+
+__all__ = [
+    "Cell",
+    "DataChoice",
+    "ModelChoice",
+    "Plan",
+    "PrunerChoice",
+    "RunFailure",
+    "Target",
+    "compare",
+    "load_plan",
+    "plot_accuracy",
+    "print_report",
+]

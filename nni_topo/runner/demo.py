@@ -1,0 +1,19 @@
+"""The demonstration: a small network on scikit-learn's digits, every data-free pruner at the same widths."""
+
+from __future__ import annotations
+
+from nni_topo.runner.cells import DataChoice, ModelChoice, Plan, PrunerChoice, Target
+
+DEMO = Plan(
+    models=(ModelChoice("small_cnn"),),
+    data=(DataChoice("digits"),),
+    pruners=(
+        PrunerChoice("topological"),
+        PrunerChoice("l1"),
+        PrunerChoice("l2"),
+        PrunerChoice("fpgm"),
+        PrunerChoice("random"),
+    ),
+    targets=(Target("ratio", 0.5), Target("ratio", 0.75)),
+    retrain={"epochs": 2},
+)

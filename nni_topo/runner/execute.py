@@ -1,0 +1,167 @@
+"""Run one cell: train or load, prune, make dense, measure, retrain."""
+
+from __future__ import annotations
+
+import copy
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nni_topo import zoo
+from nni_topo.errors import ConfigError
+from nni_topo.hooks import Masks
+from nni_topo.recovery import recalibrate_batch_norm
+from nni_topo.registry import create_pruner
+from nni_topo.runner.cells import Cell
+from nni_topo.runner.records import Record, provenance
+from nni_topo.runner.widths import pruning_config, ratio_for_macs
+from nni_topo.speedup import to_dense
+
+LATENCY_BATCH = 64
+_RECALIBRATION_IMAGES = 1024
+
+
+def run_cell(cell: Cell, out: Path) -> Record:
+    """Run a cell and return its record.
+
+    Parameters
+    ----------
+    cell : Cell
+        What to run.
+    out : Path
+        Folder of the comparison; its ``checkpoints`` hold the trained models.
+
+    Returns
+    -------
+    dict
+        The cell's settings, accuracies in [0, 1] on the test images, MACs and parameters before and after, seconds,
+        median latencies in milliseconds at a batch of 64 on one thread, peak memory in bytes, and provenance.
+    """
+    start = time.perf_counter()
+    torch.set_num_threads(1)
+    device = resolve_device(cell.device)
+    data = load_cell_data(cell)
+    model = trained_model(cell, data, out, device)
+    example = data.test.tensors[0][:2].to(device)
+    macs = zoo.count_macs(model, example)
+    ratio = cell.target.value if cell.target.kind == "ratio" else ratio_for_macs(model, example, cell.target.value)
+    masks, prune_seconds = prune(cell, model, data, example, ratio)
+    began = time.perf_counter()
+    dense = to_dense(model, example, masks)
+    speedup_seconds = time.perf_counter() - began
+    latency = zoo.latencies({"before": model, "after": dense}, data.test.tensors[0][:LATENCY_BATCH].to(device))
+    record = {
+        "key": cell.key,
+        "pruner": cell.pruner.row,
+        "pruner_name": cell.pruner.name,
+        "seed": cell.seed,
+        "model": cell.model.label,
+        "data": cell.data.name,
+        "target": cell.target.label,
+        "sparse_ratio": ratio,
+        "flops_before": macs,
+        "flops": zoo.count_macs(dense, example),
+        "params_before": zoo.count_params(model),
+        "params": zoo.count_params(dense),
+        "widths": layer_widths(dense),
+        "accuracy_before": zoo.evaluate(model, data.test, device=device),
+        "accuracy_oneshot": zoo.evaluate(dense, data.test, device=device),
+        "accuracy_recalibrated": _recalibrated_accuracy(dense, data, device),
+        "prune_seconds": prune_seconds,
+        "speedup_seconds": speedup_seconds,
+        "latency_before_ms": latency["before"],
+        "latency_ms": latency["after"],
+        "latency_batch": LATENCY_BATCH,
+    }
+    log = zoo.train(dense, data, cell.retrain, seed=cell.seed, device=device)
+    record["accuracy_retrained"] = zoo.evaluate(dense, data.test, device=device)
+    record["retrain_seconds"] = log.seconds
+    record["peak_memory_bytes"] = _peak_memory()
+    record["seconds"] = time.perf_counter() - start
+    return {**record, **provenance()}
+
+
+def load_cell_data(cell: Cell) -> zoo.DataBundle:
+    """Load the cell's data, padded to the size that its model needs."""
+    choice = cell.data
+    return zoo.load_data(
+        choice.name,
+        choice.data_dir,
+        limit=choice.limit,
+        pad_to=zoo.model_info(cell.model.name).pad_to,
+        download=choice.download,
+    )
+
+
+def trained_model(cell: Cell, data: zoo.DataBundle, out: Path, device: torch.device) -> nn.Module:
+    """Return the cell's trained model, from its checkpoint if there is one; train and keep it otherwise."""
+    model = zoo.create_model(
+        cell.model.name,
+        num_classes=data.num_classes,
+        in_channels=data.in_channels,
+        image_size=data.image_size,
+        width=cell.model.width,
+        seed=cell.seed,
+    )
+    path = out / "checkpoints" / f"{cell.training_key}.pt"
+    if path.exists():
+        zoo.load_checkpoint(path, model)
+    else:
+        log = zoo.train(model, data, cell.train, seed=cell.seed, device=device)
+        zoo.save_checkpoint(path, model, {"seed": cell.seed, "seconds": log.seconds})
+    return model.to(device).eval()
+
+
+def prune(cell: Cell, model: nn.Module, data: zoo.DataBundle, example: Tensor, ratio: float) -> tuple[Masks, float]:
+    """Run the cell's pruner on a copy of the model; return its masks and the seconds it took."""
+    victim = copy.deepcopy(model)
+    config_list = pruning_config(victim, example, ratio)
+    knobs: dict[str, Any] = dict(cell.pruner.knobs)
+    if cell.pruner.calibration:
+        images = data.train.tensors[0][: cell.pruner.calibration]
+        knobs["calibration"] = list(images.split(128))
+    began = time.perf_counter()
+    pruner = create_pruner(cell.pruner.name, victim, config_list, **knobs)
+    _, masks = pruner.compress()
+    return masks, time.perf_counter() - began
+
+
+def layer_widths(model: nn.Module) -> dict[str, int]:
+    """Return the output channels of every convolution and linear layer, by module name."""
+    return {
+        name: int(module.weight.shape[0])
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
+    }
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device of a name; ``"auto"`` takes CUDA where it is there.
+
+    Raises
+    ------
+    ConfigError
+        If the name is none of ``cpu``, ``cuda``, ``auto``, or CUDA is asked for and isn't there.
+    """
+    if name not in ("cpu", "cuda", "auto"):
+        raise ConfigError(f"device must be cpu, cuda or auto, got {name!r} (device)")
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise ConfigError("device 'cuda' must be there to be used, got no CUDA device (device)")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and there) else "cpu")
+
+
+def _recalibrated_accuracy(dense: nn.Module, data: zoo.DataBundle, device: torch.device) -> float:
+    images = data.train.tensors[0][:_RECALIBRATION_IMAGES].to(device)
+    return zoo.evaluate(recalibrate_batch_norm(dense, images.split(128)), data.test, device=device)
+
+
+def _peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

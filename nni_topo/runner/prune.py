@@ -1,0 +1,194 @@
+"""Prune one trained model as a YAML file says: the library function behind ``nni-topo prune``."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from nni_topo import serialization, zoo
+from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.registry import create_pruner, pruner_info
+from nni_topo.runner.cells import DataChoice, ModelChoice, changed_recipe
+from nni_topo.runner.execute import layer_widths, resolve_device
+from nni_topo.runner.records import Record, provenance
+from nni_topo.speedup import dependency_groups, to_dense
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """What a pruning configuration file says.
+
+    Attributes
+    ----------
+    pruner : str
+        Registered name.
+    config_list : list of dict
+        NNI's config_list.
+    knobs : dict
+        The pruner's own arguments.
+    calibration : int
+        Training images (without labels) given to the pruner; 0: none.
+    dependency_groups : bool
+        Whether layers that meet in an addition are tied, so that they lose the same channels.
+    retrain : dict
+        Fields of the retraining recipe, ``epochs`` first of all; empty: no retraining.
+    """
+
+    pruner: str
+    config_list: list[dict[str, Any]]
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    calibration: int = 0
+    dependency_groups: bool = True
+    retrain: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_prune_config(path: str | Path) -> PruneConfig:
+    """Read a pruning configuration from a YAML file.
+
+    Raises
+    ------
+    DataError
+        If the file is missing or isn't YAML.
+    ConfigError
+        If a key is unknown or missing, or the pruner's name is unknown.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise DataError(f"a configuration must be a readable YAML file, got: {error} ({path})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"a configuration must be a mapping, got {type(content).__name__} ({path})")
+    known = {item.name for item in fields(PruneConfig)}
+    for key in content:
+        if key not in known:
+            raise unknown_name(f"key of {path.name}", str(key), known)
+    for key in ("pruner", "config_list"):
+        if key not in content:
+            raise ConfigError(
+                f"a configuration must name {key}, got {', '.join(map(str, content)) or 'nothing'} ({path})"
+            )
+    pruner_info(content["pruner"])
+    return PruneConfig(**content)
+
+
+def prune_checkpoint(
+    model: ModelChoice,
+    checkpoint: str | Path | None,
+    config: PruneConfig,
+    data: DataChoice,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = False,
+) -> Record:
+    """Prune a trained model and write the dense one.
+
+    Parameters
+    ----------
+    model : ModelChoice
+        Which architecture.
+    checkpoint : str, Path or None
+        Its trained weights. None: the model is trained first by its default recipe.
+    config : PruneConfig
+        How to prune.
+    data : DataChoice
+        Example inputs, calibration images, test images.
+    out : str or Path
+        Folder for ``dense.pt``, ``masks.pt`` and ``summary.json``. It must be new or empty.
+    seed : int, default=0
+        Seed of training; the pruner's own seed is a knob.
+    device : {"cpu", "cuda", "auto"}, default="cpu"
+        Where to compute.
+    progress : bool, default=False
+        Show a bar while training.
+
+    Returns
+    -------
+    dict
+        What ``summary.json`` holds: accuracies, MACs, parameters, layer widths, seconds, provenance.
+
+    Raises
+    ------
+    ConfigError
+        If the folder isn't empty, or the configuration can't be used with the model.
+    DataError
+        If the checkpoint or the data can't be used.
+    SpeedupError
+        If the masks can't be made dense.
+    """
+    out = Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"an output folder must be new or empty, got {len(list(out.iterdir()))} entries ({out})")
+    target = resolve_device(device)
+    bundle = zoo.load_data(
+        data.name,
+        data.data_dir,
+        limit=data.limit,
+        pad_to=zoo.model_info(model.name).pad_to,
+        download=data.download,
+    )
+    net = zoo.create_model(
+        model.name,
+        num_classes=bundle.num_classes,
+        in_channels=bundle.in_channels,
+        image_size=bundle.image_size,
+        width=model.width,
+        seed=seed,
+    )
+    recipe = zoo.default_recipe(model.name, data.name)
+    if checkpoint is None:
+        zoo.train(net, bundle, recipe, seed=seed, device=target, progress=progress)
+    else:
+        zoo.load_checkpoint(checkpoint, net)
+    net = net.to(target).eval()
+    zoo.check_model(net, bundle)
+    example = bundle.test.tensors[0][:2].to(target)
+    before: Record = {
+        "model": model.label,
+        "data": data.name,
+        "pruner": config.pruner,
+        "accuracy_before": zoo.evaluate(net, bundle.test, device=target),
+        "flops_before": zoo.count_macs(net, example),
+        "params_before": zoo.count_params(net),
+    }
+    config_list = config.config_list
+    if config.dependency_groups:
+        config_list = dependency_groups(net, example, config_list)
+    knobs = dict(config.knobs)
+    if config.calibration:
+        knobs["calibration"] = list(bundle.train.tensors[0][: config.calibration].split(128))
+    began = time.perf_counter()
+    pruner = create_pruner(config.pruner, net, config_list, **knobs)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    before["prune_seconds"] = time.perf_counter() - began
+    dense = to_dense(net, example, masks)
+    after: Record = {
+        "accuracy_oneshot": zoo.evaluate(dense, bundle.test, device=target),
+        "flops": zoo.count_macs(dense, example),
+        "params": zoo.count_params(dense),
+        "widths": layer_widths(dense),
+    }
+    if config.retrain:
+        epochs = int(config.retrain.get("epochs", 1))
+        retraining = changed_recipe(recipe.for_retraining(epochs), config.retrain)
+        zoo.train(dense, bundle, retraining, seed=seed, device=target, progress=progress)
+        after["accuracy_retrained"] = zoo.evaluate(dense, bundle.test, device=target)
+    out.mkdir(parents=True, exist_ok=True)
+    serialization.save(dense, out / "dense.pt")
+    torch.save(
+        {m: {t: v.cpu() for t, v in targets.items() if v is not None} for m, targets in masks.items()},
+        out / "masks.pt",
+    )
+    record = {**before, **after, **provenance()}
+    (out / "summary.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return record

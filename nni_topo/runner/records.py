@@ -1,0 +1,114 @@
+"""Records of finished cells: one JSON line each, with where they came from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nni_topo.errors import DataError
+
+Record = dict[str, Any]
+_PACKAGES = (
+    "nni_topo",
+    "nni",
+    "torch",
+    "torchvision",
+    "gudhi",
+    "pyeasyga",
+    "numpy",
+    "scikit-learn",
+    "torch-pruning",
+)
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read the records of ``results.jsonl``; a last line that a crash cut short is left out and removed.
+
+    Raises
+    ------
+    DataError
+        If another line isn't a record.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().splitlines(keepends=True)
+    records, good = [], 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise DataError(f"every line must be a JSON record, got: {error} ({path}:{number})") from error
+            _truncate(path, good)
+            break
+        good += len(line)
+    return records
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Add a record to ``results.jsonl`` and wait until it is on the disk."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record, sort_keys=True) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def provenance() -> Record:
+    """Return versions, git revision and hardware of this process."""
+    return {"versions": _versions(), "revision": _revision(), "hardware": _hardware()}
+
+
+def _truncate(path: Path, size: int) -> None:
+    with path.open("r+b") as stream:
+        stream.truncate(size)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _revision() -> str | None:
+    """Git revision of the checkout this package runs from, ``+`` behind it if files differ; None outside of one."""
+    folder = Path(__file__).resolve().parent
+    try:
+        revision = _git(folder, "rev-parse", "--short=12", "HEAD")
+        return revision + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _hardware() -> Record:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.hooks import ActivationCollector, WeightCollector
+from nni_topo.pruners.random import RandomPruner
+from nni_topo.testing import toy_evaluator, toy_images, toy_model
+from nni_topo.topology import pairwise_distances
+
+
+def context_of(model, config_list, evaluator=None):
+    return RandomPruner(model, config_list, evaluator)._context()
+
+
+CONVS = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+
+
+def test_weight_cloud_has_one_point_per_filter():
+    model = toy_model()
+    weight = model.inner.weight.detach().clone()
+    cloud = WeightCollector().collect(context_of(model, CONVS))["inner"]["weight"]
+    assert cloud.dtype == torch.float64
+    assert torch.equal(cloud, weight.flatten(1).double())
+
+
+def test_weight_cloud_follows_granularity():
+    layer = nn.Linear(4, 6)
+    config = [{"op_types": ["Linear"], "sparse_ratio": 0.5, "granularity": [2, 4]}]
+    weight = layer.weight.detach().clone()
+    cloud = WeightCollector().collect(context_of(nn.Sequential(layer), config))["0"]["weight"]
+    assert torch.equal(cloud[1], weight[2:4].flatten().double())
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "expected"),
+    [
+        ("none", [[3.0, 4.0], [0.0, 0.0]]),
+        ("center", [[1.5, 2.0], [-1.5, -2.0]]),
+        ("standardize", [[1.0, 1.0], [-1.0, -1.0]]),
+        ("unit", [[0.6, 0.8], [0.0, 0.0]]),
+    ],
+)
+def test_preprocessing(preprocess, expected):
+    layer = nn.Linear(2, 2)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    context = context_of(nn.Sequential(layer), [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    cloud = WeightCollector(preprocess=preprocess).collect(context)["0"]["weight"]
+    torch.testing.assert_close(cloud, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_unknown_preprocessing_is_refused_with_the_nearest_name():
+    with pytest.raises(ConfigError, match="did you mean center"):
+        WeightCollector(preprocess="centre")
+
+
+def test_weights_that_became_nan_are_refused():
+    model = toy_model()
+    context = context_of(model, CONVS)
+    with torch.no_grad():
+        model.inner._nni_wrapper.weight[0] = float("nan")
+    with pytest.raises(DataError, match=r"inner\.weight"):
+        WeightCollector().collect(context)
+
+
+def test_activation_cloud_has_the_distances_of_the_activations():
+    model, images = toy_model(), toy_images(16)
+    outputs = {}
+    with torch.no_grad():
+        handle = model.inner.register_forward_hook(lambda module, inputs, output: outputs.update(inner=output))
+        model.eval()(images)
+        handle.remove()
+    rows = outputs["inner"].movedim(1, 0).flatten(1).double().numpy()
+    rows = rows - rows.mean(1, keepdims=True)
+    expected = pairwise_distances(rows) / np.sqrt(rows.shape[1])
+    cloud = ActivationCollector(list(images.split(5))).collect(context_of(model, CONVS))["inner"]["weight"]
+    np.testing.assert_allclose(pairwise_distances(cloud.numpy()), expected, atol=1e-7)
+
+
+def test_activation_cloud_without_centring_keeps_the_norms():
+    model, images = toy_model(), toy_images(8)
+    cloud = ActivationCollector([images], center=False).collect(context_of(model, CONVS))["stem"]["weight"]
+    with torch.no_grad():
+        outputs = model.stem(images).movedim(1, 0).flatten(1).double()
+    torch.testing.assert_close(cloud.norm(dim=1), outputs.pow(2).mean(1).sqrt(), atol=1e-6, rtol=1e-5)
+
+
+def test_activations_of_linear_layers_count_tokens_as_samples():
+    layer = nn.Linear(4, 6)
+    context = context_of(nn.Sequential(layer), [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    cloud = ActivationCollector([torch.randn(3, 7, 4)]).collect(context)["0"]["weight"]
+    assert cloud.shape == (6, 6)
+
+
+def test_collecting_leaves_modes_hooks_and_statistics_alone():
+    model = toy_model().train()
+    context = context_of(model, CONVS)
+    before = model.norm.running_mean.clone()
+    ActivationCollector([toy_images()]).collect(context)
+    assert model.training
+    assert model.norm.training
+    assert torch.equal(model.norm.running_mean, before)
+    assert not model.stem._forward_hooks
+
+
+def test_an_evaluator_serves_instead_of_calibration():
+    model = toy_model()
+    evaluator = toy_evaluator(model)
+    context = context_of(model, CONVS, evaluator)
+    from_evaluator = ActivationCollector().collect(context)["inner"]["weight"]
+    from_images = ActivationCollector([toy_images()]).collect(context)["inner"]["weight"]
+    np.testing.assert_allclose(
+        pairwise_distances(from_evaluator.numpy()), pairwise_distances(from_images.numpy()), atol=1e-7
+    )
+    assert evaluator.model is None
+
+
+def test_neither_calibration_nor_evaluator_is_refused():
+    with pytest.raises(ConfigError, match="needs an evaluator"):
+        ActivationCollector().collect(context_of(toy_model(), CONVS))
+
+
+def test_no_batch_is_refused():
+    with pytest.raises(DataError, match="at least one batch"):
+        ActivationCollector([]).collect(context_of(toy_model(), CONVS))
+
+
+def test_nan_images_are_refused():
+    with pytest.raises(DataError, match=r"finite.*stem"):
+        ActivationCollector([toy_images() * float("nan")]).collect(context_of(toy_model(), CONVS))
+
+
+class Skipping(nn.Sequential):
+    """Runs its first layer only."""
+
+    def forward(self, x):
+        return self[0](x)
+
+
+def test_a_layer_that_never_ran_is_refused():
+    context = context_of(Skipping(nn.Linear(4, 4), nn.Linear(4, 4)), [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    with pytest.raises(DataError, match=r"got no activation \(1\)"):
+        ActivationCollector([torch.randn(2, 4)]).collect(context)
+
+
+def test_pruning_by_input_channel_is_refused():
+    config = [{"op_types": ["Linear"], "sparse_ratio": 0.5, "granularity": "in_channel"}]
+    context = context_of(nn.Sequential(nn.Linear(4, 4)), config)
+    with pytest.raises(ConfigError, match="one output channel per block"):
+        ActivationCollector([torch.randn(2, 4)]).collect(context)

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import nni_topo
+from nni_topo import topology, zoo
+from nni_topo.errors import ConfigError
+from nni_topo.hooks import WeightCollector
+from nni_topo.pruners.topological import TopologicalPruner
+from nni_topo.testing import toy_evaluator, toy_images, toy_model
+
+HALF = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
+
+
+def kept(masks, name):
+    return masks[name]["weight"].flatten(1)[:, 0].bool().numpy()
+
+
+def layer_of(points):
+    """A one-layer model whose weight cloud is the given points."""
+    layer = nn.Linear(len(points[0]), len(points))
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(points))
+    return nn.Sequential(layer)
+
+
+def pruned(points, ratio=None, **knobs):
+    rule = {"sparse_threshold": knobs.pop("threshold")} if ratio is None else {"sparse_ratio": ratio}
+    _, masks = TopologicalPruner(layer_of(points), [{"op_names": ["0"], **rule}], **knobs).compress()
+    return kept(masks, "0").tolist()
+
+
+FOUR_CLUSTERS = [
+    [5.0, 0.0],
+    [5.1, 0.0],
+    [0.0, 5.0],
+    [0.0, 5.1],
+    [-5.0, 0.0],
+    [-5.1, 0.0],
+    [0.1, 0.0],
+    [0.0, 0.1],
+]
+
+
+@pytest.mark.parametrize("solver", ["genetic", "greedy"])
+def test_one_filter_of_each_cluster_stays_and_those_near_zero_go(solver):
+    # k = 3 of 8: one of each pair; the two filters near the origin cost nothing.
+    mask = pruned(FOUR_CLUSTERS, 0.625, solver=solver)
+    assert [sum(mask[i : i + 2]) for i in (0, 2, 4, 6)] == [1, 1, 1, 0]
+
+
+def test_threshold_says_how_many():
+    # Deaths: three long (about 5), two short ones (0.1) within the pairs and two short ones at the origin.
+    assert sum(pruned(FOUR_CLUSTERS, threshold=0.5)) == 3
+    assert sum(pruned(FOUR_CLUSTERS, threshold=0.0001)) == 8
+    assert sum(pruned(FOUR_CLUSTERS, threshold=1000.0)) == 1
+
+
+def test_the_scores_are_half_the_death_times_in_units_of_their_mean():
+    model = layer_of(FOUR_CLUSTERS)
+    pruner = TopologicalPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.5}])
+    metrics = pruner._calculate_metrics(pruner._collect_data())["0"]["weight"].flatten()
+    deaths = topology.h0_deaths(topology.pairwise_distances(topology.with_origin(np.float32(FOUR_CLUSTERS))))
+    np.testing.assert_allclose(np.sort(metrics.numpy())[::-1], deaths / (2 * deaths.mean()), atol=1e-9)
+    assert len(set(metrics.tolist())) == 8
+
+
+def test_the_search_never_ends_above_its_greedy_start():
+    torch.manual_seed(0)
+    weight = torch.randn(40, 6)
+    cloud = topology.with_origin(weight.double().numpy())
+    fitness = topology.SubsetFitness(topology.pairwise_distances(cloud), "hausdorff", base=40)
+    masks = {s: pruned(weight.tolist(), 0.5, solver=s) for s in ("greedy", "genetic")}
+    loss = {s: float(fitness(np.array([[*mask, True]]))[0]) for s, mask in masks.items()}
+    assert loss["genetic"] <= loss["greedy"]
+
+
+@pytest.mark.parametrize("criterion", topology.CRITERIA)
+def test_what_is_kept_is_the_search_best(criterion):
+    model = toy_model()
+    pruner = TopologicalPruner(model, HALF, criterion=criterion, homology_dimensions=(0, 1), generations=4)
+    _, masks = pruner.compress()
+    cloud = topology.with_origin(toy_model().hidden.weight.detach().double().numpy())
+    fitness = topology.SubsetFitness(
+        topology.pairwise_distances(cloud), criterion, homology_dimensions=(0, 1), base=len(cloud) - 1
+    )
+    loss = float(fitness(np.append(kept(masks, "hidden"), True)[None])[0])
+    assert loss == pytest.approx(pruner.trace["hidden.weight"][-1].best, abs=1e-12)
+
+
+def test_both_engines_choose_the_same():
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(10, 3)).tolist()
+    knobs = {"preset": "perera2022", "population_size": 6, "generations": 3}
+    assert pruned(points, 0.5, engine="exact", **knobs) == pruned(points, 0.5, engine="gudhi", **knobs)
+
+
+def test_a_group_is_one_joint_cloud():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 12), nn.Linear(12, 12))
+    config = [{"op_types": ["Linear"], "sparse_ratio": 0.5, "dependency_group_id": "g"}]
+    joint = torch.cat([model[0].weight, model[1].weight], dim=1).tolist()
+    _, masks = TopologicalPruner(model, config).compress()
+    assert kept(masks, "0").tolist() == kept(masks, "1").tolist() == pruned(joint, 0.5)
+
+
+def test_the_parts_of_a_grouped_convolution_are_clouds_of_their_own():
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Conv2d(4, 12, 1, groups=2))
+    config = [{"op_names": ["0"], "sparse_ratio": 0.5, "internal_metric_block": 2}]
+    weight = model[0].weight.detach().flatten(1).tolist()
+    pruner = TopologicalPruner(model, config)
+    _, masks = pruner.compress()
+    assert kept(masks, "0").tolist() == pruned(weight[:6], 0.5) + pruned(weight[6:], 0.5)
+    assert list(pruner.trace) == ["0.weight[0]", "0.weight[1]"]
+
+
+def test_calibration_switches_to_the_activation_cloud():
+    images = toy_images(16)
+    _, by_weight = TopologicalPruner(toy_model(), HALF).compress()
+    _, by_activation = TopologicalPruner(toy_model(), HALF, calibration=[images]).compress()
+    _, named = TopologicalPruner(toy_model(), HALF, calibration=[images], collector="weight").compress()
+    assert kept(by_weight, "hidden").tolist() == kept(named, "hidden").tolist()
+    assert kept(by_weight, "hidden").tolist() != kept(by_activation, "hidden").tolist()
+
+
+def test_an_evaluator_serves_as_calibration():
+    model = toy_model()
+    pruner = TopologicalPruner(model, HALF, toy_evaluator(model), collector="activation")
+    _, masks = pruner.compress()
+    _, expected = TopologicalPruner(toy_model(), HALF, calibration=[toy_images()]).compress()
+    assert kept(masks, "hidden").tolist() == kept(expected, "hidden").tolist()
+
+
+def test_a_collector_of_ones_own():
+    class Doubled(WeightCollector):
+        def collect(self, context):
+            return {m: {t: 2 * v for t, v in targets.items()} for m, targets in super().collect(context).items()}
+
+    _, own = TopologicalPruner(toy_model(), HALF, collector=Doubled()).compress()
+    _, plain = TopologicalPruner(toy_model(), HALF).compress()
+    assert kept(own, "hidden").tolist() == kept(plain, "hidden").tolist()
+
+
+def test_seeds_matter_and_repeat():
+    points = np.random.default_rng(0).normal(size=(30, 4)).tolist()
+    knobs = {"preset": "perera2022", "generations": 2, "population_size": 4}
+    first, again, other = (pruned(points, 0.5, seed=seed, **knobs) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("points", [[[1.0]], [[0.0], [0.0]], [[1.0], [1.0], [1.0]], [[1.0], [2.0], [3.0], [4.0]]])
+@pytest.mark.parametrize("preset", [None, "perera2022"])
+def test_degenerate_layers(points, preset):
+    assert sum(pruned(points, 0.5, preset=preset)) == len(points) - len(points) // 2
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"criterion": "hausdorf"}, "did you mean hausdorff"),
+        ({"solver": "annealing"}, "solver must be a known name"),
+        ({"engine": "ripser"}, "engine must be a known name"),
+        ({"collector": "gradient"}, "collector must be a known name"),
+        ({"preset": "perera"}, "did you mean perera2022"),
+        ({"preset": "perera2022", "criterion": "cover"}, "fixes criterion='bottleneck', got 'cover'"),
+        ({"preprocess": "scale"}, "preprocess must be a known name"),
+        ({"homology_dimensions": ()}, "homology_dimensions"),
+        ({"homology_dimensions": (-1,)}, "homology_dimensions"),
+        ({"population_size": 1}, "population_size"),
+    ],
+)
+def test_bad_knobs_are_refused_before_the_model_is_wrapped(knobs, words):
+    model = toy_model()
+    with pytest.raises(ConfigError, match=words):
+        TopologicalPruner(model, HALF, **knobs)
+    assert not hasattr(model.hidden, "_nni_wrapper")
+
+
+class PlainNet(nn.Module):
+    """Two convolutions and two linear layers without batch norm, which would hide what a filter costs."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
+        self.hidden = nn.Linear(128, 64)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, images):
+        features = torch.max_pool2d(torch.relu(self.conv1(images)), 2)
+        features = torch.max_pool2d(torch.relu(self.conv2(features)), 2)
+        return self.head(torch.relu(self.hidden(features.flatten(1))))
+
+
+def test_the_default_and_l1_beat_random_subsets_of_the_same_size_on_trained_nets():
+    data = zoo.load_data("digits")
+    config = [{"op_names": ["conv1", "conv2", "hidden"], "sparse_ratio": 0.5}]
+    accuracy = {name: [] for name in ("random", "l1", "topological")}
+    for seed in range(5):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = PlainNet()
+        zoo.train(model, data, zoo.default_recipe("small_cnn", "digits"), seed=seed)
+        assert zoo.evaluate(model, data.test) > 0.9
+        for name, runs in accuracy.items():
+            knobs = {} if name == "l1" else {"seed": seed}
+            victim = copy.deepcopy(model)
+            masked, _ = nni_topo.create_pruner(name, victim, config, **knobs).compress()
+            runs.append(zoo.evaluate(masked, data.test))
+    random, l1, ours = (np.array(accuracy[name]) for name in ("random", "l1", "topological"))
+    print("\naccuracy with half of every layer gone, no retraining, 5 seeds:", accuracy)
+    assert (ours > random).all()
+    assert (l1 - random).mean() > 0.1
+    assert (ours - random).mean() > 0.2
+    assert (ours - l1).mean() > 0.0
