@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -110,6 +111,20 @@ def pruner_info(name: str) -> PrunerInfo:
     return _TABLE[name]
 
 
+def check_knobs(name: str, knobs: Iterable[str]) -> None:
+    """Check the names of a pruner's knobs.
+
+    Raises
+    ------
+    ConfigError
+        If the pruner or a knob is unknown; the message holds the nearest names.
+    """
+    allowed = pruner_info(name).knobs()
+    for knob in knobs:
+        if knob not in allowed:
+            raise unknown_name(f"knob of pruner {name!r}", knob, allowed)
+
+
 def create_pruner(
     name: str,
     model: nn.Module,
@@ -142,11 +157,8 @@ def create_pruner(
     ConfigError
         If the name or a knob is unknown, a needed knob is missing, or the request is bad.
     """
+    check_knobs(name, knobs)
     info = pruner_info(name)
-    allowed = info.knobs()
-    for knob in knobs:
-        if knob not in allowed:
-            raise unknown_name(f"knob of pruner {name!r}", knob, allowed)
     given = {**knobs, "evaluator": evaluator}
     missing = [need for need in info.needs if given.get(need) is None]
     if missing:

@@ -126,7 +126,9 @@ class Plan:
     models, data, pruners, targets : tuple
         The factors; every combination is a cell.
     seeds : int
-        Seeds 0 ... seeds - 1, at least 1.
+        How many seeds, at least 1.
+    first_seed : int
+        The seeds are ``first_seed``, ``first_seed + 1``, ...
     train, retrain : dict
         Fields of the recipe to replace in the model's default recipe; ``retrain`` needs ``epochs``.
     device : str
@@ -138,6 +140,7 @@ class Plan:
     pruners: tuple[PrunerChoice, ...]
     targets: tuple[Target, ...]
     seeds: int = 1
+    first_seed: int = 0
     train: Mapping[str, Any] = field(default_factory=dict)
     retrain: Mapping[str, Any] = field(default_factory=lambda: {"epochs": 1})
     device: str = "cpu"
@@ -153,9 +156,12 @@ class Plan:
         if twice:
             raise ConfigError(f"labels of pruners must differ, got twice: {', '.join(twice)} (plan)")
 
+    def _seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.seeds)
+
     def cells(self) -> Iterator[Cell]:
         """Yield the cells, those that share a trained model next to each other."""
-        for model, data, seed in itertools.product(self.models, self.data, range(self.seeds)):
+        for model, data, seed in itertools.product(self.models, self.data, self._seeds()):
             default = default_recipe(model.name, data.name)
             train = changed_recipe(default, self.train)
             retrain = changed_recipe(train.for_retraining(int(self.retrain.get("epochs", 1))), self.retrain)
@@ -201,7 +207,7 @@ def load_plan(path: str | Path) -> Plan:
         data=tuple(_choice(DataChoice, entry, "data") for entry in entries["data"]),
         pruners=tuple(_choice(PrunerChoice, entry, "pruners") for entry in entries["pruners"]),
         targets=tuple(_target(entry) for entry in entries["targets"]),
-        **{key: content[key] for key in ("seeds", "train", "retrain", "device") if key in content},
+        **{key: content[key] for key in ("seeds", "first_seed", "train", "retrain", "device") if key in content},
     )
 
 

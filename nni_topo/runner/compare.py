@@ -15,7 +15,8 @@ from typing import Any
 
 from nni_topo.errors import ConfigError
 from nni_topo.runner.cells import Cell, Plan
-from nni_topo.runner.execute import run_cell
+from nni_topo.registry import check_knobs
+from nni_topo.runner.execute import load_model_data, resolve_device, run_cell
 from nni_topo.runner.records import Record, append_record, read_records
 
 _START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -60,10 +61,13 @@ def compare(
     Raises
     ------
     ConfigError
-        If the folder holds records of another comparison.
+        If a name, a knob or the device is unknown, or the folder holds records of another comparison.
+    DataError
+        If the data can't be read.
     """
     out = Path(out)
     cells = list(plan.cells())
+    _check_choices(cells)
     done = {record["key"]: record for record in read_records(out / "results.jsonl")}
     strangers = [record for key, record in done.items() if key not in {cell.key for cell in cells}]
     if strangers:
@@ -88,6 +92,15 @@ def compare(
     records = [done[cell.key] for cell in cells if cell.key in done]
     (out / "results.json").write_text(json.dumps(records, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return records, failures
+
+
+def _check_choices(cells: list[Cell]) -> None:
+    """Raise, before anything runs, what would stop every cell of a model, data set or pruner."""
+    for pruner in {cell.pruner.name: cell.pruner for cell in cells}.values():
+        check_knobs(pruner.name, pruner.knobs)
+    for cell in {(cell.model.name, cell.data): cell for cell in cells}.values():
+        resolve_device(cell.device)
+        load_model_data(cell.model, cell.data)
 
 
 def _isolated(cell: Cell, out: Path) -> Record | str:

@@ -17,7 +17,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.hooks import Masks
 from nni_topo.recovery import recalibrate_batch_norm
 from nni_topo.registry import create_pruner
-from nni_topo.runner.cells import Cell
+from nni_topo.runner.cells import Cell, DataChoice, ModelChoice
 from nni_topo.runner.records import Record, provenance
 from nni_topo.runner.widths import pruning_config, ratio_for_macs
 from nni_topo.speedup import to_dense
@@ -45,7 +45,7 @@ def run_cell(cell: Cell, out: Path) -> Record:
     start = time.perf_counter()
     torch.set_num_threads(1)
     device = resolve_device(cell.device)
-    data = load_cell_data(cell)
+    data = load_model_data(cell.model, cell.data)
     model = trained_model(cell, data, out, device)
     example = data.test.tensors[0][:2].to(device)
     macs = zoo.count_macs(model, example)
@@ -86,28 +86,27 @@ def run_cell(cell: Cell, out: Path) -> Record:
     return {**record, **provenance()}
 
 
-def load_cell_data(cell: Cell) -> zoo.DataBundle:
-    """Load the cell's data, padded to the size that its model needs."""
-    choice = cell.data
-    return zoo.load_data(
-        choice.name,
-        choice.data_dir,
-        limit=choice.limit,
-        pad_to=zoo.model_info(cell.model.name).pad_to,
-        download=choice.download,
+def load_model_data(model: ModelChoice, data: DataChoice) -> zoo.DataBundle:
+    """Load a data set, padded to the size that a model needs."""
+    pad_to = zoo.model_info(model.name).pad_to
+    return zoo.load_data(data.name, data.data_dir, limit=data.limit, pad_to=pad_to, download=data.download)
+
+
+def build_model(model: ModelChoice, data: zoo.DataBundle, seed: int) -> nn.Module:
+    """Return an untrained model that fits a data set."""
+    return zoo.create_model(
+        model.name,
+        num_classes=data.num_classes,
+        in_channels=data.in_channels,
+        image_size=data.image_size,
+        width=model.width,
+        seed=seed,
     )
 
 
 def trained_model(cell: Cell, data: zoo.DataBundle, out: Path, device: torch.device) -> nn.Module:
     """Return the cell's trained model, from its checkpoint if there is one; train and keep it otherwise."""
-    model = zoo.create_model(
-        cell.model.name,
-        num_classes=data.num_classes,
-        in_channels=data.in_channels,
-        image_size=data.image_size,
-        width=cell.model.width,
-        seed=cell.seed,
-    )
+    model = build_model(cell.model, data, cell.seed)
     path = out / "checkpoints" / f"{cell.training_key}.pt"
     if path.exists():
         zoo.load_checkpoint(path, model)

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 
 from nni_topo import serialization, zoo
 from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.hooks import Masks
 from nni_topo.registry import create_pruner, pruner_info
 from nni_topo.runner.cells import DataChoice, ModelChoice, changed_recipe
-from nni_topo.runner.execute import layer_widths, resolve_device
+from nni_topo.runner.execute import build_model, layer_widths, load_model_data, resolve_device
 from nni_topo.runner.records import Record, provenance
 from nni_topo.speedup import dependency_groups, to_dense
 
@@ -128,67 +130,56 @@ def prune_checkpoint(
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"an output folder must be new or empty, got {len(list(out.iterdir()))} entries ({out})")
-    target = resolve_device(device)
-    bundle = zoo.load_data(
-        data.name,
-        data.data_dir,
-        limit=data.limit,
-        pad_to=zoo.model_info(model.name).pad_to,
-        download=data.download,
-    )
-    net = zoo.create_model(
-        model.name,
-        num_classes=bundle.num_classes,
-        in_channels=bundle.in_channels,
-        image_size=bundle.image_size,
-        width=model.width,
-        seed=seed,
-    )
+    place = resolve_device(device)
+    bundle = load_model_data(model, data)
+    net = build_model(model, bundle, seed)
     recipe = zoo.default_recipe(model.name, data.name)
     if checkpoint is None:
-        zoo.train(net, bundle, recipe, seed=seed, device=target, progress=progress)
+        zoo.train(net, bundle, recipe, seed=seed, device=place, progress=progress)
     else:
         zoo.load_checkpoint(checkpoint, net)
-    net = net.to(target).eval()
+    net = net.to(place).eval()
     zoo.check_model(net, bundle)
-    example = bundle.test.tensors[0][:2].to(target)
-    before: Record = {
-        "model": model.label,
-        "data": data.name,
-        "pruner": config.pruner,
-        "accuracy_before": zoo.evaluate(net, bundle.test, device=target),
-        "flops_before": zoo.count_macs(net, example),
-        "params_before": zoo.count_params(net),
+    record = {"model": model.label, "data": data.name, "pruner": config.pruner, "seed": seed}
+    record |= _measured(net, bundle, place, accuracy="accuracy_before", suffix="_before")
+    masks, record["prune_seconds"] = _masks(net, config, bundle)
+    dense = to_dense(net, bundle.test.tensors[0][:2].to(place), masks)
+    record |= _measured(dense, bundle, place, accuracy="accuracy_oneshot")
+    record["widths"] = layer_widths(dense)
+    if config.retrain:
+        retraining = changed_recipe(recipe.for_retraining(int(config.retrain.get("epochs", 1))), config.retrain)
+        zoo.train(dense, bundle, retraining, seed=seed, device=place, progress=progress)
+        record["accuracy_retrained"] = zoo.evaluate(dense, bundle.test, device=place)
+    record |= provenance()
+    out.mkdir(parents=True, exist_ok=True)
+    serialization.save(dense, out / "dense.pt")
+    torch.save(masks, out / "masks.pt")
+    (out / "summary.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return record
+
+
+def _measured(
+    net: nn.Module, data: zoo.DataBundle, device: torch.device, *, accuracy: str, suffix: str = ""
+) -> Record:
+    return {
+        accuracy: zoo.evaluate(net, data.test, device=device),
+        f"flops{suffix}": zoo.count_macs(net, data.test.tensors[0][:1].to(device)),
+        f"params{suffix}": zoo.count_params(net),
     }
+
+
+def _masks(net: nn.Module, config: PruneConfig, data: zoo.DataBundle) -> tuple[Masks, float]:
+    """Run the pruner and take NNI's wrappers off again; return the masks, on the CPU, and the seconds."""
+    example = data.test.tensors[0][:2].to(next(net.parameters()).device)
     config_list = config.config_list
     if config.dependency_groups:
         config_list = dependency_groups(net, example, config_list)
     knobs = dict(config.knobs)
     if config.calibration:
-        knobs["calibration"] = list(bundle.train.tensors[0][: config.calibration].split(128))
+        knobs["calibration"] = list(data.train.tensors[0][: config.calibration].split(128))
     began = time.perf_counter()
     pruner = create_pruner(config.pruner, net, config_list, **knobs)
     _, masks = pruner.compress()
+    seconds = time.perf_counter() - began
     pruner.unwrap_model()
-    before["prune_seconds"] = time.perf_counter() - began
-    dense = to_dense(net, example, masks)
-    after: Record = {
-        "accuracy_oneshot": zoo.evaluate(dense, bundle.test, device=target),
-        "flops": zoo.count_macs(dense, example),
-        "params": zoo.count_params(dense),
-        "widths": layer_widths(dense),
-    }
-    if config.retrain:
-        epochs = int(config.retrain.get("epochs", 1))
-        retraining = changed_recipe(recipe.for_retraining(epochs), config.retrain)
-        zoo.train(dense, bundle, retraining, seed=seed, device=target, progress=progress)
-        after["accuracy_retrained"] = zoo.evaluate(dense, bundle.test, device=target)
-    out.mkdir(parents=True, exist_ok=True)
-    serialization.save(dense, out / "dense.pt")
-    torch.save(
-        {m: {t: v.cpu() for t, v in targets.items() if v is not None} for m, targets in masks.items()},
-        out / "masks.pt",
-    )
-    record = {**before, **after, **provenance()}
-    (out / "summary.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    return record
+    return {m: {t: v.cpu() for t, v in found.items() if v is not None} for m, found in masks.items()}, seconds

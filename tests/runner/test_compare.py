@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nni_topo.errors import ConfigError
+from nni_topo.runner import DataChoice, ModelChoice, Plan, PrunerChoice, Target, compare
+from nni_topo.runner.records import append_record, read_records
+
+RESULTS = ("accuracy_before", "accuracy_oneshot", "accuracy_recalibrated", "accuracy_retrained", "flops", "params")
+
+
+def plan(*pruners, seeds=1, targets=(Target("ratio", 0.5),)):
+    return Plan(
+        models=(ModelChoice("small_cnn"),),
+        data=(DataChoice("digits", limit=300),),
+        pruners=tuple(PrunerChoice(name) for name in pruners),
+        targets=targets,
+        seeds=seeds,
+        train={"epochs": 2},
+        retrain={"epochs": 1},
+    )
+
+
+def figures(records):
+    return [{name: record[name] for name in (*RESULTS, "pruner", "seed")} for record in records]
+
+
+def test_records_hold_what_a_table_needs(tmp_path):
+    records, failures = compare(plan("l1", "topological"), tmp_path, isolate=False)
+    assert failures == []
+    assert [record["pruner"] for record in records] == ["l1", "topological"]
+    for record in records:
+        assert record["flops"] < record["flops_before"]
+        assert record["params"] < 0.35 * record["params_before"]
+        assert all(0.0 <= record[name] <= 1.0 for name in RESULTS[:4])
+        assert record["widths"]["head" if "head" in record["widths"] else list(record["widths"])[-1]] == 10
+        assert record["versions"]["torch"]
+        assert record["peak_memory_bytes"] > 2**26
+    assert records[0]["flops"] == records[1]["flops"]
+    assert json.loads((tmp_path / "results.json").read_text()) == records
+
+
+def test_a_finished_comparison_runs_nothing_again(tmp_path):
+    first, _ = compare(plan("l1"), tmp_path, isolate=False)
+    ran = []
+    second, _ = compare(plan("l1", "random"), tmp_path, isolate=False, on_cell=lambda cell, *_: ran.append(cell.pruner.name))
+    assert ran == ["random"]
+    assert second[0] == first[0]
+
+
+def test_a_process_per_cell_gives_the_same_figures(tmp_path):
+    alone, _ = compare(plan("l1"), tmp_path / "alone", isolate=True)
+    together, _ = compare(plan("l1"), tmp_path / "together", isolate=False)
+    assert figures(alone) == figures(together)
+
+
+def test_a_failing_cell_is_reported_and_the_others_run(tmp_path):
+    broken = Plan(**{**plan("l1").__dict__, "pruners": (PrunerChoice("taylor"), PrunerChoice("l1"))})
+    records, failures = compare(broken, tmp_path)
+    assert [record["pruner"] for record in records] == ["l1"]
+    assert "needs evaluator" in failures[0].reason
+    assert failures[0].cell.pruner.name == "taylor"
+
+
+def test_a_folder_of_another_comparison_is_refused(tmp_path):
+    compare(plan("l1"), tmp_path, isolate=False)
+    with pytest.raises(ConfigError, match="1 records of another one, e.g. small_cnn, digits, l1, ratio 0.5"):
+        compare(plan("l2"), tmp_path, isolate=False)
+
+
+def test_a_line_cut_short_by_a_crash_is_dropped(tmp_path):
+    path = tmp_path / "results.jsonl"
+    append_record(path, {"key": "a"})
+    append_record(path, {"key": "b"})
+    path.write_bytes(path.read_bytes()[:-5])
+    assert read_records(path) == [{"key": "a"}]
+    append_record(path, {"key": "c"})
+    assert read_records(path) == [{"key": "a"}, {"key": "c"}]
+
+
+SCRIPT = """
+import sys
+from tests_plan import plan
+from nni_topo.runner import compare
+compare(plan("random", "l1", "l2", seeds=2), sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_and_repeated_it_ends_with_the_same_table(tmp_path):
+    source = open(__file__, encoding="utf-8").read()
+    (tmp_path / "tests_plan.py").write_text(source)
+    (tmp_path / "run.py").write_text(f"if __name__ == '__main__':\n    {SCRIPT.strip().replace(chr(10), chr(10) + '    ')}\n")
+    out = tmp_path / "killed"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(tmp_path / "run.py"), str(out)]
+    process = subprocess.Popen(command, env=environment)
+    deadline = time.monotonic() + 300
+    while len(read_lines(out / "results.jsonl")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 2 <= len(read_lines(out / "results.jsonl")) < 6
+    subprocess.run(command, env=environment, check=True)
+    whole, _ = compare(plan("random", "l1", "l2", seeds=2), tmp_path / "whole", isolate=False)
+    assert figures(json.loads((out / "results.json").read_text())) == figures(whole)
+
+
+def read_lines(path):
+    return path.read_text().splitlines() if path.exists() else []

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+from scipy import stats
+
+from nni_topo.runner import plot_accuracy, print_report
+from nni_topo.runner.report import best_rival, grouped, interval, paired_difference
+
+
+def record(pruner, seed, retrained, name=None):
+    return {
+        "model": "net", "data": "digits", "target": "ratio 0.5", "pruner": pruner, "pruner_name": name or pruner,
+        "seed": seed, "flops_before": 4e6, "flops": 1e6, "params_before": 8e3, "params": 2e3, "accuracy_before": 0.99,
+        "accuracy_oneshot": 0.5, "accuracy_recalibrated": 0.7, "accuracy_retrained": retrained, "latency_before_ms": 2.0,
+        "latency_ms": 1.0, "prune_seconds": 0.1,
+    }  # fmt: skip
+
+
+RECORDS = [
+    *(record("l1", seed, value) for seed, value in enumerate([0.90, 0.92, 0.94])),
+    *(record("fpgm", seed, value) for seed, value in enumerate([0.91, 0.92, 0.91])),
+    *(record("ours", seed, value, "topological") for seed, value in enumerate([0.92, 0.93, 0.96])),
+    *(record("random", seed, 0.99) for seed in range(3)),
+]
+
+
+def test_interval_is_students():
+    values = [0.5, 0.7, 0.9, 0.4]
+    found = interval(values)
+    low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
+
+
+def test_one_value_has_no_interval():
+    assert interval([0.5]).show(100) == "50.0"
+
+
+def test_rivals_are_the_pruners_of_others():
+    (rows,) = grouped(RECORDS).values()
+    assert best_rival(rows, "accuracy_retrained") == "l1"
+
+
+def test_differences_are_paired_over_seeds():
+    (rows,) = grouped(RECORDS).values()
+    difference = paired_difference(rows["ours"], rows["l1"], "accuracy_retrained")
+    expected = stats.ttest_rel([0.92, 0.93, 0.96], [0.90, 0.92, 0.94]).confidence_interval(0.95)
+    assert (difference.mean - difference.half, difference.mean + difference.half) == pytest.approx(tuple(expected))
+
+
+def test_the_table_names_every_row_and_the_best_rival():
+    stream = io.StringIO()
+    print_report(RECORDS, Console(file=stream, width=160))
+    text = stream.getvalue()
+    assert "net on digits, ratio 0.5 (3 seeds)" in text
+    (ours,) = [line for line in text.splitlines() if "ours" in line]
+    assert "+1.7 ± 1.4" in ours
+    (rival,) = [line for line in text.splitlines() if "l1" in line]
+    assert "best rival" in rival
+
+
+def test_the_picture_is_a_picture(tmp_path):
+    image = imread(plot_accuracy(RECORDS, tmp_path / "accuracy.png"))
+    assert image.shape[0] > 300
+    assert image[..., :3].std() > 0.05

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from nni_topo.cli import main
+
+QUICK = ["--limit", "300", "--train-epochs", "1", "--retrain-epochs", "1", "--in-process"]
+
+
+def test_list_names_pruners_models_and_data(capsys):
+    assert main(["list"]) == 0
+    text = capsys.readouterr().out
+    for name in ("topological", "fpgm", "lenet5_like", "digits"):
+        assert name in text
+
+
+def test_list_as_json(capsys):
+    assert main(["list", "--json", "topo*"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert list(document["pruners"]) == ["topological"]
+    assert "criterion" in document["pruners"]["topological"]["knobs"]
+
+
+def test_compare_writes_records_and_a_picture(tmp_path, capsys):
+    words = ["compare", "--model", "small_cnn", "--pruners", "l1,random", "--ratio", "0.5", *QUICK]
+    assert main([*words, "--out", str(tmp_path / "run"), "--json"]) == 0
+    output = capsys.readouterr()
+    assert [record["pruner"] for record in json.loads(output.out)] == ["l1", "random"]
+    assert "[2/2]" in output.err
+    assert (tmp_path / "run" / "accuracy.png").stat().st_size > 5000
+    assert len((tmp_path / "run" / "results.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["compare", "--model", "lenet5like"], "did you mean lenet5_like"),
+        (["compare", "--model", "small_cnn", "--pruners", "topologica"], "did you mean topological"),
+        (["compare", "--model", "small_cnn", "--data", "mnits"], "did you mean mnist"),
+        (["compare", "--model", "small_cnn", "--ratio", "1.5"], "got 1.5"),
+        (["compare", "--model", "small_cnn", "--device", "tpu"], "device must be cpu, cuda or auto, got 'tpu'"),
+        (["compare"], "--model or --plan"),
+        (["prune", "--model", "small_cnn", "--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_bad_requests_end_with_2_and_a_message(words, message, tmp_path, capsys):
+    in_process = ["--in-process"] if words[0] == "compare" else []
+    assert main([*words, *in_process, "--out", str(tmp_path / "out")]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())

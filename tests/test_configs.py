@@ -1,0 +1,84 @@
+"""Every file in configs/ loads, and does what its comment says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nni_topo import zoo
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.runner import DataChoice, ModelChoice, load_plan
+from nni_topo.runner.prune import load_prune_config, prune_checkpoint
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SMALL, DIGITS = ModelChoice("small_cnn"), DataChoice("digits", limit=400)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    data = zoo.load_data("digits", limit=400)
+    model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
+    zoo.train(model, data, zoo.Recipe(epochs=5, batch_size=32), seed=0)
+    path = tmp_path_factory.mktemp("trained") / "small_cnn.pt"
+    zoo.save_checkpoint(path, model, {"accuracy": zoo.evaluate(model, data.test)})
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("compare_*.yaml")), ids=lambda path: path.stem)
+def test_comparisons_load(path):
+    cells = list(load_plan(path).cells())
+    assert len(cells) == len({cell.key for cell in cells}) > 1
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("prune_*.yaml")), ids=lambda path: path.stem)
+def test_pruning_files_prune(path, checkpoint, tmp_path):
+    record = prune_checkpoint(SMALL, checkpoint, load_prune_config(path), DIGITS, tmp_path / "out")
+    assert record["params"] < 0.6 * record["params_before"]
+    assert record["accuracy_before"] > 0.8
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == record
+    masks = torch.load(tmp_path / "out" / "masks.pt", weights_only=True)
+    assert all(set(mask.unique().tolist()) <= {0.0, 1.0} for found in masks.values() for mask in found.values())
+
+
+def test_every_file_is_commented_key_by_key():
+    for path in CONFIGS.glob("*.yaml"):
+        text = path.read_text()
+        assert text.startswith("# ")
+        assert "nni-topo" in text
+
+
+GOOD = "pruner: l1\nconfig_list: [{op_types: [Conv2d], sparse_ratio: 0.5}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "words"),
+    [
+        (GOOD.replace("l1", "l3"), ConfigError, "did you mean l"),
+        (GOOD + "knob: {}\n", ConfigError, "did you mean knobs"),
+        ("pruner: l1\n", ConfigError, "must name config_list, got pruner"),
+        ("[1, 2]", ConfigError, "must be a mapping, got list"),
+        ("pruner: [", DataError, "readable YAML file"),
+    ],
+)
+def test_bad_files_are_refused(text, error, words, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(error, match=words):
+        load_prune_config(path)
+
+
+def test_a_folder_with_files_is_left_alone(checkpoint, tmp_path):
+    (tmp_path / "keep.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="must be new or empty, got 1 entries"):
+        prune_checkpoint(SMALL, checkpoint, load_prune_config(CONFIGS / "prune_l1.yaml"), DIGITS, tmp_path)
+    assert (tmp_path / "keep.txt").read_text() == "mine"
+
+
+def test_a_checkpoint_of_another_model_is_refused(checkpoint, tmp_path):
+    config = load_prune_config(CONFIGS / "prune_l1.yaml")
+    with pytest.raises(DataError):
+        prune_checkpoint(ModelChoice("lenet300"), checkpoint, config, DIGITS, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
