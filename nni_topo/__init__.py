@@ -4,7 +4,7 @@ from nni_topo import compat as compat
 
 compat.enable()
 
-from nni_topo import errors, hooks, topology  # noqa: E402
+from nni_topo import errors, hooks, topology, zoo  # noqa: E402
 from nni_topo._version import __version__  # noqa: E402
 from nni_topo.pruners.base import StructuredPruner  # noqa: E402
 from nni_topo.pruners.random import RandomPruner  # noqa: E402
@@ -18,6 +18,9 @@ from nni_topo.registry import (  # noqa: E402
     register_pruner,
 )
 
+from nni_topo.serialization import load, save  # noqa: E402
+from nni_topo.speedup import dependency_groups, masked_model, to_dense  # noqa: E402
+
 expose_in_nni()
 
 __all__ = [
@@ -28,10 +31,16 @@ __all__ = [
     "__version__",
     "compat",
     "create_pruner",
+    "dependency_groups",
     "errors",
     "hooks",
     "list_pruners",
+    "load",
+    "masked_model",
     "pruner_info",
     "register_pruner",
+    "save",
+    "to_dense",
     "topology",
+    "zoo",
 ]

@@ -28,6 +28,7 @@ from nni_topo.runner import (
     print_report,
 )
 from nni_topo.runner.demo import DEMO
+from nni_topo.runner.rivals import is_rival
 from nni_topo.runner.prune import load_prune_config, prune_checkpoint
 from nni_topo.zoo import list_data, list_models
 
@@ -138,6 +139,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         pruners=tuple(PrunerChoice(name) for name in _known_pruners(options.pruners)),
         targets=tuple(targets or [Target("ratio", 0.5)]),
         seeds=options.seeds,
+        first_seed=options.seed,
         train=train,
         retrain={"epochs": options.retrain_epochs},
         device=options.device,
@@ -145,7 +147,8 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 
 def _known_pruners(names: str) -> list[str]:
-    return [pruner_info(name.strip()).name for name in names.split(",") if name.strip()]
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    return [name if is_rival(name) else pruner_info(name).name for name in found]
 
 
 def _data(options: argparse.Namespace) -> DataChoice:
@@ -192,7 +195,7 @@ def _verb(
     parser: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary)
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
-    parser.add_argument("--seed", type=int, default=0, help="of a single run (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of a single run; a comparison's first (default 0)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto (default cpu)")
     return parser
 

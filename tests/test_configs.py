@@ -36,7 +36,7 @@ def test_comparisons_load(path):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("prune_*.yaml")), ids=lambda path: path.stem)
 def test_pruning_files_prune(path, checkpoint, tmp_path):
     record = prune_checkpoint(SMALL, checkpoint, load_prune_config(path), DIGITS, tmp_path / "out")
-    assert record["params"] < 0.6 * record["params_before"]
+    assert record["params"] < 0.7 * record["params_before"]
     assert record["accuracy_before"] > 0.8
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == record
     masks = torch.load(tmp_path / "out" / "masks.pt", weights_only=True)

@@ -59,7 +59,7 @@ class WeightCollector(DataCollector):
                 weight[..., None] if space._scaler is None else space._scaler.shrink(weight, _identity, keepdim=True)
             )
             points = blocks.reshape(-1, blocks.shape[-1])
-            data.setdefault(module_name, {})[target_name] = _PREPROCESS[self.preprocess](points)
+            data.setdefault(module_name, {})[target_name] = preprocess_points(points, self.preprocess)
         return data
 
 
@@ -107,23 +107,23 @@ class ActivationCollector(DataCollector):
         DataError
             If no batch came, or activations are NaN or infinite.
         """
-        moments = {module_name: _Moments() for module_name, _ in _members(context)}
+        moments = {module_name: Moments() for module_name, _ in _members(context)}
         with _recording(context.model, moments):
             self._run(context)
         data: Data = {}
         for module_name, target_name in _members(context):
             blocks = context.metric_shape(module_name, target_name)[0]
-            points = moments[module_name].points(module_name, center=self.center)
+            points = points_of_gram(moments[module_name].gram(module_name, center=self.center))
             if len(points) != blocks or context.target_spaces[module_name][target_name].granularity != "out_channel":
                 raise ConfigError(
                     f"an activation cloud needs one output channel per block, got {len(points)} channels for "
                     f"{blocks} blocks ({module_name}.{target_name})"
                 )
-            data.setdefault(module_name, {})[target_name] = _PREPROCESS[self.preprocess](points)
+            data.setdefault(module_name, {})[target_name] = preprocess_points(points, self.preprocess)
         return data
 
     def _run(self, context: PruningContext) -> None:
-        with _evaluating(context.model), torch.no_grad():
+        with evaluating(context.model), torch.no_grad():
             if self.calibration is None:
                 context.evaluate()
                 return
@@ -136,6 +136,11 @@ def checked_preprocess(preprocess: Preprocess) -> Preprocess:
     if preprocess not in _PREPROCESS:
         raise unknown_name("preprocess", preprocess, _PREPROCESS)
     return preprocess
+
+
+def preprocess_points(points: Tensor, preprocess: Preprocess) -> Tensor:
+    """Return preprocessed points ``(n, features)``; see :class:`WeightCollector`."""
+    return _PREPROCESS[preprocess](points)
 
 
 def calibration_inputs(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Tensor]:
@@ -161,33 +166,45 @@ def calibration_inputs(model: nn.Module, calibration: Iterable[Any]) -> Iterator
         raise DataError("calibration must hold at least one batch, got none (was a generator used twice?)")
 
 
-class _Moments:
-    """Running sums of a layer's activations: how many samples, their sum and their inner products."""
+class Moments:
+    """Running sums over samples: how many there were, the sum of each place of each row, the rows' inner products."""
 
     def __init__(self) -> None:
         self.samples = 0
-        self.total: Tensor | None = None
-        self.products: Tensor | None = None
+        self._total: Tensor | None = None
+        self._products: Tensor | None = None
 
-    def add(self, outputs: Tensor, channel_dim: int) -> None:
-        rows = outputs.detach().movedim(channel_dim, 0).flatten(1).double()
-        total, products = rows.sum(1), rows @ rows.T
-        self.samples += rows.shape[1]
-        self.total = total if self.total is None else self.total + total
-        self.products = products if self.products is None else self.products + products
+    def add(self, rows: Tensor) -> None:
+        """Add a batch of rows, shape ``(n, places, samples)``, float64."""
+        total, flat = rows.sum(2), rows.flatten(1)
+        self.samples += rows.shape[2]
+        self._total = total if self._total is None else self._total + total
+        self._products = flat @ flat.T if self._products is None else self._products + flat @ flat.T
 
-    def points(self, name: str, *, center: bool) -> Tensor:
-        if self.total is None or self.products is None:
+    def gram(self, name: str, *, center: bool) -> Tensor:
+        """Return inner products per sample, shape ``(n, n)``, on the CPU; each place's mean taken off on request.
+
+        Raises
+        ------
+        DataError
+            If nothing was added, or a product isn't finite; ``name`` says where.
+        """
+        if self._total is None or self._products is None:
             raise DataError(f"calibration must reach every pruned layer, got no activation ({name})")
-        gram = (self.products / self.samples).cpu()
+        gram = (self._products / self.samples).cpu()
         if center:
-            mean = (self.total / self.samples).cpu()
-            gram = gram - torch.outer(mean, mean)
+            mean = (self._total / self.samples).cpu()
+            gram = gram - mean @ mean.T
         if not bool(torch.isfinite(gram).all()):
             raise DataError(f"activations must be finite, got NaN or infinity ({name})")
-        values, vectors = torch.linalg.eigh(gram)
-        points: Tensor = vectors * values.clamp(min=0.0).sqrt()
-        return points
+        return gram
+
+
+def points_of_gram(gram: Tensor) -> Tensor:
+    """Return ``n`` points in ``n`` dimensions that have given inner products ``(n, n)``, float64."""
+    values, vectors = torch.linalg.eigh(gram)
+    points: Tensor = vectors * values.clamp(min=0.0).sqrt()
+    return points
 
 
 def _members(context: PruningContext) -> Iterator[tuple[str, str]]:
@@ -204,7 +221,8 @@ def _nonzero(scale: Tensor) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and every module of it back into its own mode afterwards."""
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -215,9 +233,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _recording(model: nn.Module, moments: dict[str, _Moments]) -> Iterator[None]:
+def _recording(model: nn.Module, moments: dict[str, Moments]) -> Iterator[None]:
     def recorder(name: str, channel_dim: int) -> Callable[..., None]:
-        return lambda module, inputs, outputs: moments[name].add(outputs, channel_dim)
+        def record(module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+            moments[name].add(outputs.detach().movedim(channel_dim, 0).flatten(1).double()[:, None])
+
+        return record
 
     modules = dict(model.named_modules())
     handles = [

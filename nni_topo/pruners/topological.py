@@ -1,8 +1,8 @@
 """Topological pruning: keep the filters that keep the shape of a layer's point cloud.
 
 A layer is a cloud with one point per filter or neuron, plus the origin, to which a pruned one falls. How *many* points
-a cloud can spare is read off its H0 death times; *which* points stay is a search over subsets of that size, by a genetic
-algorithm or greedily, that minimises a distance between the kept and the whole cloud.
+a cloud can spare is read off its H0 death times; *which* points stay is a search over subsets of that size, by a
+genetic algorithm or greedily, that minimises a distance between the kept and the whole cloud.
 
 References
 ----------
@@ -41,6 +41,7 @@ from nni_topo.hooks import (
     profile,
 )
 from nni_topo.hooks.collectors import Preprocess
+from nni_topo.hooks.functional import FunctionalCollector
 from nni_topo.pruners.base import StructuredPruner
 
 IntArray = NDArray[np.intp]
@@ -176,15 +177,15 @@ class TopologicalPruner(StructuredPruner):
         Model to prune. NNI wraps it; ``unwrap_model()`` takes the wrappers off again.
     config_list : list of dict
         NNI's config_list; all its keys keep their meaning. The members of a ``dependency_group_id`` are one joint
-        cloud, features side by side. ``sparse_threshold`` is a tolerance: blocks go as long as half the longest H0 death time
-        that the cloud loses stays below it, in units of the layer's mean death time; at least one block stays.
+        cloud, features side by side. ``sparse_threshold`` is a tolerance: blocks go as long as half the longest H0
+        death time that the cloud loses stays below it, in units of the layer's mean death time; at least one block stays.
     evaluator : nni.compression.utils.Evaluator or None, default=None
         Needed for scheduled pruning; serves the activation cloud where there is no ``calibration``.
     existed_wrappers : dict or None, default=None
         Used by ``from_compressor``.
-    collector : {"auto", "weight", "activation"} or DataCollector, default="auto"
-        The cloud: the filters' weights, or their outputs over the calibration data. ``"auto"`` takes the outputs if
-        ``calibration`` is given.
+    collector : {"auto", "weight", "activation", "functional"} or DataCollector, default="auto"
+        The cloud: the filters' weights, their outputs over the calibration data, or what these outputs do in the layers
+        that read them. ``"auto"`` is ``"functional"`` if ``calibration`` is given, else ``"weight"``.
     calibration : iterable or None, default=None
         Batches of inputs, or of ``(inputs, targets)``; labels aren't used. A list or DataLoader, not a generator.
     preprocess : {"none", "center", "standardize", "unit"}, default="none"
@@ -367,12 +368,16 @@ def _collector(
     if isinstance(collector, DataCollector):
         return collector
     if collector == "auto":
-        collector = "weight" if calibration is None else "activation"
+        collector = "weight" if calibration is None else "functional"
     if collector == "weight":
         return WeightCollector(preprocess=preprocess)
     if collector == "activation":
         return ActivationCollector(calibration, preprocess=preprocess)
-    raise unknown_name("collector", str(collector), ("auto", "weight", "activation"))
+    if collector == "functional":
+        if calibration is None:
+            raise ConfigError("collector 'functional' needs calibration data, got none (calibration)")
+        return FunctionalCollector(calibration, preprocess=preprocess)
+    raise unknown_name("collector", str(collector), ("auto", "weight", "activation", "functional"))
 
 
 def _preset(preset: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from nni_topo.recovery import recalibrate_batch_norm
 from nni_topo.registry import create_pruner
 from nni_topo.runner.cells import Cell, DataChoice, ModelChoice
 from nni_topo.runner.records import Record, provenance
-from nni_topo.runner.widths import pruning_config, ratio_for_macs
+from nni_topo.runner.rivals import is_rival, rival_dense
+from nni_topo.runner.widths import macs_at, pruning_config, ratio_for_macs
 from nni_topo.speedup import to_dense
 
 LATENCY_BATCH = 64
@@ -50,10 +51,7 @@ def run_cell(cell: Cell, out: Path) -> Record:
     example = data.test.tensors[0][:2].to(device)
     macs = zoo.count_macs(model, example)
     ratio = cell.target.value if cell.target.kind == "ratio" else ratio_for_macs(model, example, cell.target.value)
-    masks, prune_seconds = prune(cell, model, data, example, ratio)
-    began = time.perf_counter()
-    dense = to_dense(model, example, masks)
-    speedup_seconds = time.perf_counter() - began
+    dense, seconds = make_dense(cell, model, data, example, ratio)
     latency = zoo.latencies({"before": model, "after": dense}, data.test.tensors[0][:LATENCY_BATCH].to(device))
     record = {
         "key": cell.key,
@@ -72,8 +70,7 @@ def run_cell(cell: Cell, out: Path) -> Record:
         "accuracy_before": zoo.evaluate(model, data.test, device=device),
         "accuracy_oneshot": zoo.evaluate(dense, data.test, device=device),
         "accuracy_recalibrated": _recalibrated_accuracy(dense, data, device),
-        "prune_seconds": prune_seconds,
-        "speedup_seconds": speedup_seconds,
+        **seconds,
         "latency_before_ms": latency["before"],
         "latency_ms": latency["after"],
         "latency_batch": LATENCY_BATCH,
@@ -114,6 +111,22 @@ def trained_model(cell: Cell, data: zoo.DataBundle, out: Path, device: torch.dev
         log = zoo.train(model, data, cell.train, seed=cell.seed, device=device)
         zoo.save_checkpoint(path, model, {"seed": cell.seed, "seconds": log.seconds})
     return model.to(device).eval()
+
+
+def make_dense(
+    cell: Cell, model: nn.Module, data: zoo.DataBundle, example: Tensor, ratio: float
+) -> tuple[nn.Module, dict[str, float]]:
+    """Prune a copy of the model and make it dense; return it and the seconds of both steps.
+
+    Torch-Pruning does both in one step, to the MACs that the common ratio leaves.
+    """
+    if is_rival(cell.pruner.name):
+        macs = macs_at(model, example, ratio)
+        return rival_dense(cell.pruner.name, model, example, macs)
+    masks, prune_seconds = prune(cell, model, data, example, ratio)
+    began = time.perf_counter()
+    dense = to_dense(model, example, masks)
+    return dense, {"prune_seconds": prune_seconds, "speedup_seconds": time.perf_counter() - began}
 
 
 def prune(cell: Cell, model: nn.Module, data: zoo.DataBundle, example: Tensor, ratio: float) -> tuple[Masks, float]:

@@ -91,7 +91,7 @@ def _table(title: str, rows: dict[str, dict[int, Record]]) -> Table:
     seeds = max(len(runs) for runs in rows.values())
     rival = best_rival(rows, "accuracy_retrained")
     table = Table(title=f"{title} ({seeds} seed{'s' if seeds > 1 else ''})", title_justify="left")
-    columns = ["method", "MACs (M)", "parameters (k)", "one-shot %", "BN recal. %", "retrained %"]
+    columns = ["method", "MACs (M)", "parameters (k)", "before %", "one-shot %", "BN recal. %", "retrained %"]
     table.add_column(columns[0])
     for name in (*columns[1:], "vs best rival", "latency ms", "prune s"):
         table.add_column(name, justify="right")
@@ -102,6 +102,7 @@ def _table(title: str, rows: dict[str, dict[int, Record]]) -> Table:
         f"{first['flops_before'] / 1e6:.2f}",
         f"{first['params_before'] / 1e3:.1f}",
         before("accuracy_before").show(100),
+        "",
         "",
         "",
         "",
@@ -118,6 +119,7 @@ def _table(title: str, rows: dict[str, dict[int, Record]]) -> Table:
             row,
             f"{cell('flops').mean / 1e6:.2f}",
             f"{cell('params').mean / 1e3:.1f}",
+            cell("accuracy_before").show(100),
             cell("accuracy_oneshot").show(100),
             cell("accuracy_recalibrated").show(100),
             cell("accuracy_retrained").show(100),
@@ -156,7 +158,7 @@ def plot_accuracy(records: Sequence[Record], path: str | Path) -> Path:
         axis.set(title=f"{model} on {data}", xlabel="MACs (millions)", ylabel="test accuracy (%)")
         axis.grid(alpha=0.3)
         _draw(axis, found)
-    axes[0].legend(fontsize="small")
+    axes[0].legend(fontsize="small", title="filled: retrained, hollow: one-shot", title_fontsize="small")
     figure.savefig(path, dpi=150)
     return Path(path)
 
@@ -165,12 +167,15 @@ def _draw(axis: object, records: list[Record]) -> None:
     markers = "osD^vP*X<>"
     first = records[0]
     axis.plot(first["flops_before"] / 1e6, 100 * first["accuracy_before"], "kh", label="unpruned")  # type: ignore[attr-defined]
-    for index, row in enumerate(dict.fromkeys(record["pruner"] for record in records)):
+    rows = list(dict.fromkeys(record["pruner"] for record in records))
+    for index, row in enumerate(rows):
         targets: dict[str, list[Record]] = defaultdict(list)
         for record in records:
             if record["pruner"] == row:
                 targets[record["target"]].append(record)
         macs = [interval([r["flops"] for r in runs]).mean / 1e6 for runs in targets.values()]
+        # Rows of one target have the same MACs: a small step to the side keeps their markers apart.
+        macs = [value + (index - (len(rows) - 1) / 2) * first["flops_before"] / 1e8 for value in macs]
         shared = {"marker": markers[index % len(markers)], "color": f"C{index % 10}", "linestyle": "none"}
         for column, style in (
             ("accuracy_oneshot", {"markerfacecolor": "none"}),

@@ -133,7 +133,7 @@ def test_an_evaluator_serves_as_calibration():
     model = toy_model()
     pruner = TopologicalPruner(model, HALF, toy_evaluator(model), collector="activation")
     _, masks = pruner.compress()
-    _, expected = TopologicalPruner(toy_model(), HALF, calibration=[toy_images()]).compress()
+    _, expected = TopologicalPruner(toy_model(), HALF, calibration=[toy_images()], collector="activation").compress()
     assert kept(masks, "hidden").tolist() == kept(expected, "hidden").tolist()
 
 

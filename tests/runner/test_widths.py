@@ -6,7 +6,7 @@ import torch
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.registry import create_pruner
-from nni_topo.runner.widths import pruning_config, ratio_for_macs
+from nni_topo.runner.widths import bisect_ratio, pruning_config, ratio_for_macs
 from nni_topo.speedup import to_dense
 
 IMAGES = torch.zeros(2, 1, 8, 8)
@@ -41,3 +41,11 @@ def test_the_whole_budget_prunes_nothing():
 def test_a_budget_below_one_channel_per_layer_is_refused():
     with pytest.raises(ConfigError, match="must be reachable, got 1e-06"):
         ratio_for_macs(model(), IMAGES, 1e-6)
+
+
+def test_the_search_finds_the_nearest_step():
+    def steps(ratio):
+        return 100 - int(10 * ratio) * 10
+
+    assert steps(bisect_ratio(steps, 37)) == 40
+    assert bisect_ratio(steps, 1000) == 0.0

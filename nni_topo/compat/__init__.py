@@ -1,0 +1,120 @@
+"""Makes NNI 3.0 trace, wrap and speed up models on the installed PyTorch, without touching its files.
+
+This package is the only home of patches to NNI. Each mend is one function that names the place, the cause
+and the versions, checks that it's needed, and does nothing where NNI or PyTorch is already right. No mend
+that `enable` applies changes the result of a computation that worked before.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from nni_topo.compat.importing import keep_pytree_nodes
+from nni_topo.compat.report import CompatibilityWarning, CompatReport, MendResult
+from nni_topo.errors import CompatibilityError
+
+__all__ = [
+    "KNOWN_NNI_VERSIONS",
+    "CompatReport",
+    "CompatibilityWarning",
+    "MendResult",
+    "disable_fast_metrics",
+    "enable",
+    "enable_fast_metrics",
+]
+
+KNOWN_NNI_VERSIONS = ("3.0",)
+
+_reports: list[CompatReport] = []
+
+
+def enable() -> CompatReport:
+    """Mend what is broken between NNI and the installed PyTorch and Python. Later calls do nothing.
+
+    Returns
+    -------
+    CompatReport
+        What was applied and what wasn't needed; the same object on every call.
+
+    Raises
+    ------
+    CompatibilityError
+        If NNI's compression can't be imported.
+
+    Warns
+    -----
+    CompatibilityWarning
+        Once, if NNI's version isn't a known one or a mend couldn't be put in place; it says what was done.
+
+    Examples
+    --------
+    >>> from nni_topo import compat
+    >>> compat.enable() is compat.enable()
+    True
+    """
+    if not _reports:
+        report = _mend()
+        _reports.append(report)
+        if report.nni not in KNOWN_NNI_VERSIONS or report.failed:
+            known = " or ".join(KNOWN_NNI_VERSIONS)
+            warnings.warn(f"nni_topo knows NNI {known}, found {report}", CompatibilityWarning, stacklevel=2)
+    return _reports[0]
+
+
+def enable_fast_metrics() -> None:
+    """Let NNI's ``FPGMPruner`` compute its metric without a Python loop; same values, 1e-5 relative."""
+    from nni_topo.compat import metrics
+
+    metrics.enable_fast_metrics()
+
+
+def disable_fast_metrics() -> None:
+    """Let NNI's ``FPGMPruner`` use NNI's own loop again."""
+    from nni_topo.compat import metrics
+
+    metrics.disable_fast_metrics()
+
+
+def _mend() -> CompatReport:
+    """Import NNI and run every mend."""
+    try:
+        results = [MendResult(keep_pytree_nodes.__name__, "applied" if keep_pytree_nodes() else "unneeded")]
+        nni_version = str(importlib.import_module("nni").__version__)
+    except ImportError as error:
+        raise CompatibilityError(
+            f"nni.compression must be importable, got {error!r} (torch {torch.__version__})"
+        ) from error
+    results += [_run(mend) for mend in _mends()]
+    return CompatReport(nni_version, torch.__version__, platform.python_version(), tuple(results))
+
+
+def _mends() -> tuple[Callable[[], bool], ...]:
+    """List the mends; importing them imports NNI, which has to happen after `keep_pytree_nodes`."""
+    from nni_topo.compat import bytecode, evaluators, speedup, tracing
+
+    return (
+        tracing.restore_tensor_methods,
+        tracing.accept_purity_argument,
+        tracing.postpone_annotations,
+        tracing.name_class_of_super,
+        tracing.wrap_type_itself,
+        bytecode.index_code_units,
+        bytecode.restore_branch_opcodes,
+        speedup.keep_size_whole,
+        speedup.restore_randomized_output,
+        speedup.count_masks_faster,
+        evaluators.set_lightning_steps,
+    )
+
+
+def _run(mend: Callable[[], bool]) -> MendResult:
+    """Run one mend; an unknown NNI or PyTorch may lack what it looks at, which mustn't stop the others."""
+    try:
+        return MendResult(mend.__name__, "applied" if mend() else "unneeded")
+    except Exception as error:
+        return MendResult(mend.__name__, "failed", repr(error))

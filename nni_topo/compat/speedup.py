@@ -1,0 +1,91 @@
+"""Mends of NNI's ``ModelSpeedup``: pytrees, a misspelt attribute, and the cost of its log lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from nni.compression.speedup import container, mask_updater, model_speedup, utils
+
+
+def keep_size_whole() -> bool:
+    """Treat ``torch.Size`` as one value when masks are mapped over a node's arguments.
+
+    Place: ``nni/compression/speedup/utils.py``, ``tree_map_zip``. Cause: NNI takes a ``torch.Size`` for a
+    leaf. PyTorch opens it as a container of integers (2.11 to 2.15, every Python) and rebuilds it as a plain
+    tuple, so that ``x.size().numel()`` fails and sizes no longer pair with their masks.
+
+    Returns
+    -------
+    bool
+        True if NNI's functions were replaced, False if a size comes back as it is.
+    """
+    size = torch.Size((2, 3))
+    if utils.tree_map_zip(lambda value: value, size) is size:
+        return False
+    utils.tree_map = partial(utils.tree_map, is_leaf=_is_size)
+    utils.tree_flatten = partial(utils.tree_flatten, is_leaf=_is_size)
+    return True
+
+
+def restore_randomized_output() -> bool:
+    """Let a node without masks free the random values of its inputs.
+
+    Place: ``nni/compression/speedup/mask_updater.py``, ``NoMaskUpdater.direct_update_process``. Cause: NNI's
+    own slip on every version: it deletes ``_output_randomize``, but the attribute of ``NodeInfo`` is
+    ``output_randomize``, so a ``len``, ``dim`` or ``is None`` that is the last user of a value raised an
+    AttributeError.
+
+    Returns
+    -------
+    bool
+        True if ``NodeInfo`` got the second name, False if it's not used or known.
+    """
+    names = mask_updater.NoMaskUpdater.direct_update_process.__code__.co_names
+    if "_output_randomize" not in names or hasattr(container.NodeInfo, "_output_randomize"):
+        return False
+    container.NodeInfo._output_randomize = property(fdel=lambda info: delattr(info, "output_randomize"))
+    return True
+
+
+def count_masks_faster() -> bool:
+    """Write the same log lines about masks at a small part of the cost.
+
+    Place: ``nni/compression/speedup/model_speedup.py``, ``sparsity_stats``. Cause: it lists the index of
+    every kept entry to count them, for three log lines a node; on every version that is nearly half of the
+    time of a speedup.
+
+    Returns
+    -------
+    bool
+        True if the function was replaced, False if it already counts.
+    """
+    if "nonzero" not in model_speedup.sparsity_stats.__code__.co_names:
+        return False
+    model_speedup.sparsity_stats = sparsity_text
+    return True
+
+
+def sparsity_text(masks: Mapping[str, Any]) -> str:
+    """Describe how sparse masks are, as NNI's log does.
+
+    Parameters
+    ----------
+    masks : mapping of str to Tensor of any shape or None
+        Masks by target name; what isn't a tensor is passed over.
+
+    Returns
+    -------
+    str
+        For each tensor its name and share of zeros in [0, 1] with four decimals, each followed by a space.
+    """
+    tensors = {name: mask for name, mask in masks.items() if isinstance(mask, torch.Tensor)}
+    return "".join(
+        f"{name}: {1 - int(torch.count_nonzero(mask)) / mask.numel(): .4f} " for name, mask in tensors.items()
+    )
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, torch.Size)

@@ -1,0 +1,161 @@
+"""Mends of NNI's concrete tracer: what it wraps, and how it asks whether a node is pure."""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import functools
+import inspect
+from collections.abc import Callable
+from types import MethodDescriptorType, SimpleNamespace
+from typing import Any
+
+import torch
+from nni.common.concrete_trace_utils import concrete_tracer, operator_patcher
+from torch.fx.node import Node
+
+
+def restore_tensor_methods() -> bool:
+    """Let the tracer find the methods of ``torch.Tensor`` again.
+
+    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``ConcreteTracer.trace``. Cause: it knows
+    the methods by qualified names that start with ``_TensorBase``; the class is called ``TensorBase`` now
+    (2.11 to 2.15, every Python). So no method was put in its place on ``torch.Tensor``, and the static
+    builtins (``_make_subclass``) reached a branch that reads their ``__module__``, which is None: every
+    trace ended in an AttributeError.
+
+    The methods get the place that NNI would have given them; the static builtins, which no traced model
+    calls, are dropped. A method that ``torch.Tensor`` overrides in Python (``split``, ``norm``) is listed by
+    that override, as NNI does.
+
+    Returns
+    -------
+    bool
+        True if the table was changed, False if every method has its place.
+    """
+    table = concrete_tracer.ConcreteTracer.default_autowrap_leaf_function
+    misplaced = [
+        function
+        for function, (positions, _, _) in table.items()
+        if function.__qualname__.startswith("TensorBase.") and (torch.Tensor, function.__name__) not in positions
+    ]
+    for function in misplaced:
+        _place(table, function)
+    return bool(misplaced)
+
+
+def accept_purity_argument() -> bool:
+    """Let NNI's test of a node's purity take the argument that PyTorch passes.
+
+    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``node_is_impure_wrapper(node)``. Cause:
+    it stands in for ``torch.fx.Node.is_impure``, which takes ``impure_random`` as well (2.11 to 2.15, every
+    Python), so that dead code elimination, and with it every trace, ended in a TypeError. The argument is
+    ignored: NNI's rule, under which a random operation without users is dead, stays as it is.
+
+    Returns
+    -------
+    bool
+        True if the function was replaced, False if it takes what PyTorch passes.
+    """
+    is_impure = concrete_tracer.node_is_impure_wrapper
+    passed = len(inspect.signature(concrete_tracer._orig_node_is_impure).parameters)
+    code = is_impure.__code__
+    if code.co_flags & inspect.CO_VARARGS or code.co_argcount >= passed:
+        return False
+
+    def is_impure_as_nni_says(node: Node, *_: Any, **__: Any) -> bool:
+        return bool(is_impure(node))
+
+    concrete_tracer.node_is_impure_wrapper = is_impure_as_nni_says
+    return True
+
+
+def postpone_annotations() -> bool:
+    """Let functions with annotations such as ``list[Tensor]`` be traced.
+
+    Place: ``nni/common/concrete_trace_utils/operator_patcher.py``, ``OperatorPatcher.patch_inner_helper``.
+    Cause: it compiles a traced function again while ``list``, ``dict`` and ``tuple`` are stand-ins that take
+    no subscript, and without the ``from __future__ import annotations`` of the function's module; so an
+    annotation in the style of Python 3.9 and newer ended the trace in a TypeError (every Python and
+    PyTorch). The second compilation leaves annotations alone; nothing reads them there.
+
+    Returns
+    -------
+    bool
+        True if NNI's ``compile`` was replaced, False if it's not the builtin one.
+    """
+    if "compile" in vars(operator_patcher):
+        return False
+    operator_patcher.compile = functools.partial(compile, flags=__future__.annotations.compiler_flag)
+    return True
+
+
+def wrap_type_itself() -> bool:
+    """Let the tracer make its stand-in for ``type``.
+
+    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``functools.wraps(type)`` in
+    ``ConcreteTracer.trace``. Cause: Python 3.12 copies ``__type_params__`` as well; in its first releases (3.12.0 and
+    3.12.1 at least, any PyTorch) ``type`` gives a descriptor for it instead of a tuple, and every trace ended in a
+    TypeError.
+
+    Returns
+    -------
+    bool
+        True if NNI's view of ``functools`` was replaced, False if ``type`` can be wrapped.
+    """
+    try:
+        concrete_tracer.functools.wraps(type)(lambda value: value)
+    except TypeError:
+        concrete_tracer.functools = SimpleNamespace(**{**vars(functools), "wraps": _wraps})
+        return True
+    return False
+
+
+def name_class_of_super() -> bool:
+    """Let ``super()`` in a traced method mean the class that defines the method.
+
+    Place: ``nni/common/concrete_trace_utils/operator_patcher.py``, ``TransformerOp.visit_Call``. Cause: NNI's
+    own slip on every version: it writes ``super()`` as ``super(self.__class__, self)``, so that a method
+    inherited by a subclass calls itself until the trace ends in a RecursionError.
+
+    Returns
+    -------
+    bool
+        True if the rewriting was replaced, False if it names the class already.
+    """
+    _, tree = operator_patcher.TransformerOp().visit_start(ast.parse("super()"))
+    if "self.__class__" not in ast.unparse(tree):
+        return False
+
+    rewrite = operator_patcher.TransformerOp.visit_Call
+
+    def visit_call(self: ast.NodeTransformer, node: ast.Call) -> ast.AST:
+        if isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args:
+            # a method that says super() has __class__ among its free variables, which NNI makes globals
+            names = [ast.Name(id=name, ctx=ast.Load()) for name in ("__class__", "self")]
+            return ast.Call(func=node.func, args=[*names], keywords=[])
+        rewritten: ast.AST = rewrite(self, node)
+        return rewritten
+
+    operator_patcher.TransformerOp.visit_Call = visit_call
+    return True
+
+
+def _wraps(wrapped: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Do what ``functools.wraps`` does, but for type parameters that aren't a tuple."""
+    skipped = () if isinstance(getattr(wrapped, "__type_params__", ()), tuple) else ("__type_params__",)
+    return functools.wraps(wrapped, assigned=[name for name in functools.WRAPPER_ASSIGNMENTS if name not in skipped])
+
+
+def _place(table: dict[Any, tuple[list[tuple[Any, str]], bool, Any]], function: Any) -> None:
+    """Give one entry of the tracer's table its position on ``torch.Tensor``, or drop it."""
+    if not isinstance(function, MethodDescriptorType):
+        del table[function]
+        return
+    positions, forced, replacement = table[function]
+    public = getattr(torch.Tensor, function.__name__)
+    if public is function:
+        table[function] = ([*positions, (torch.Tensor, function.__name__)], forced, replacement)
+    else:
+        del table[function]
+        table.setdefault(public, (list(positions), forced, replacement))

@@ -1,0 +1,161 @@
+"""The functional cloud: what a neuron's outputs do in the layers that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError
+from nni_topo.hooks.base import Data, DataCollector, PruningContext
+from nni_topo.hooks.collectors import (
+    Moments,
+    Preprocess,
+    calibration_inputs,
+    checked_preprocess,
+    evaluating,
+    points_of_gram,
+    preprocess_points,
+)
+from nni_topo.hooks.units import PruningUnit
+from nni_topo.speedup.channels import ChannelFlow, is_depthwise
+from nni_topo.speedup.dependency import channel_flow
+from nni_topo.speedup.inputs import call_arguments
+
+IntArray = NDArray[np.int64]
+
+
+class FunctionalCollector(DataCollector):
+    """The functional cloud: a neuron's outputs where they are read, weighted by how strongly they are read.
+
+    A neuron's coordinates are the values that it puts into each layer behind it (after batch norm, activation and
+    pooling), each times the norm of the weights that read it. So a neuron that is always silent, or that nobody listens
+    to, lies at the origin, and two neurons are near each other if one can stand in for the other.
+
+    Parameters
+    ----------
+    calibration : iterable
+        Batches of inputs, or of ``(inputs, ...)``. A list or DataLoader: it's iterated twice.
+    center : bool, default=True
+        Subtract each neuron's mean first: the reading layer's bias can take over a constant.
+    preprocess : {"none", "center", "standardize", "unit"}, default="none"
+        As in :class:`~nni_topo.hooks.WeightCollector`.
+
+    Notes
+    -----
+    Only inner products are summed up, batch by batch: memory is independent of the number of samples, and the cloud is
+    handed on as ``n`` points in ``n`` dimensions with the same distances. The members of a dependency group put out the
+    same channels: the first one carries the joint cloud, the others none.
+    """
+
+    def __init__(
+        self, calibration: Iterable[Any], *, center: bool = True, preprocess: Preprocess = "none"
+    ) -> None:
+        self.calibration = calibration
+        self.center = center
+        self.preprocess = checked_preprocess(preprocess)
+
+    def collect(self, context: PruningContext) -> Data:
+        """Return float64 clouds ``(blocks, blocks)``, and ``(blocks, 0)`` for a group's other members.
+
+        Raises
+        ------
+        ConfigError
+            If a unit isn't pruned by output channel, or no layer reads it.
+        SpeedupError
+            If the model can't be traced.
+        DataError
+            If no batch came, or activations are NaN or infinite.
+        """
+        example = next(iter(calibration_inputs(context.model, self.calibration)))
+        with evaluating(context.model):
+            flow = channel_flow(context.model, call_arguments(example))
+        readers = {unit.name: _readers(unit, flow, context) for unit in context.units}
+        moments = {name: [Moments() for _ in found] for name, found in readers.items()}
+        self._run(context, readers, moments)
+        data: Data = {}
+        for unit in context.units:
+            grams = [moment.gram(unit.name, center=self.center) for moment in moments[unit.name]]
+            products = torch.stack(grams).sum(0)
+            points = preprocess_points(points_of_gram(products), self.preprocess)
+            for module_name, target_name in unit.members:
+                data.setdefault(module_name, {})[target_name] = points
+                points = points[:, :0]
+        return data
+
+    def _run(
+        self, context: PruningContext, readers: dict[str, list[_Reader]], moments: dict[str, list[Moments]]
+    ) -> None:
+        handles = []
+        try:
+            for name, found in readers.items():
+                for reader, moment in zip(found, moments[name], strict=True):
+                    handles.append(reader.module.register_forward_pre_hook(reader.recorder(moment)))
+            with evaluating(context.model), torch.no_grad():
+                for inputs in calibration_inputs(context.model, self.calibration):
+                    context.model(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A layer that reads a unit: where each channel enters, ``(channels, places)``, and how strongly it's read."""
+
+    module: nn.Module
+    places: IntArray
+    strength: Tensor
+
+    def recorder(self, moments: Moments) -> Any:
+        def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            dim = -1 if isinstance(module, nn.Linear) else 1
+            rows = inputs[0].detach().movedim(dim, 0).flatten(1).double()
+            moments.add(rows[torch.from_numpy(self.places).to(rows.device)] * self.strength.to(rows.device)[..., None])
+
+        return record
+
+
+def _readers(unit: PruningUnit, flow: ChannelFlow, context: PruningContext) -> list[_Reader]:
+    modules = dict(context.model.named_modules())
+    lead, target = unit.members[0]
+    if lead not in flow.layers or context.target_spaces[lead][target].granularity != "out_channel":
+        raise ConfigError(f"a functional cloud needs a layer pruned by output channel ({unit.name})")
+    channels = flow.layer_roots(lead)
+    readers = []
+    for name in flow.layers:
+        module = modules[name]
+        if is_depthwise(module) or not isinstance(getattr(module, "weight", None), Tensor):
+            continue
+        places = _places(channels, flow.entering_roots(name))
+        if places is not None:
+            readers.append(_Reader(module, places, _strength(module, places)))
+    if not readers:
+        raise ConfigError(f"a functional cloud needs a layer that reads the channels, got none ({unit.name})")
+    return readers
+
+
+def _places(channels: IntArray, entering: IntArray) -> IntArray | None:
+    """Input positions of each channel, ``(channels, places)``; None if the layer doesn't read them all alike."""
+    found = [np.flatnonzero(entering == channel) for channel in channels]
+    counts = {len(places) for places in found}
+    return np.stack(found) if len(counts) == 1 and counts != {0} else None
+
+
+def _strength(module: nn.Module, places: IntArray) -> Tensor:
+    """Norm of the weights that read each place, ``(channels, places)``, float64."""
+    weight = module.weight.detach().double()  # type: ignore[union-attr, operator]
+    transposed = getattr(module, "transposed", False)
+    groups = getattr(module, "groups", 1)
+    if transposed:
+        norms = weight.flatten(1).norm(dim=1)
+    else:
+        # Input channel j of group g is column j of the g-th stretch of rows.
+        stretches = weight.reshape(groups, -1, weight.shape[1], int(np.prod(weight.shape[2:])))
+        norms = stretches.pow(2).sum((1, 3)).sqrt().reshape(-1)
+    return norms[torch.from_numpy(places).to(norms.device)].cpu()

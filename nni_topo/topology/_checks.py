@@ -1,0 +1,128 @@
+"""Checks of the arrays that the topology functions are given."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nni_topo.errors import DataError, unknown_name
+
+FloatArray: TypeAlias = NDArray[np.float64]
+BoolArray: TypeAlias = NDArray[np.bool_]
+IntArray: TypeAlias = NDArray[np.intp]
+
+ENGINES = ("exact", "gudhi")
+
+
+def _as_floats(values: ArrayLike, what: str) -> FloatArray:
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{what} must be real numbers, got {type(values).__name__}: {error}") from error
+
+
+def _require_finite(values: FloatArray, what: str) -> None:
+    if not np.isfinite(values).all():
+        place = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
+        raise DataError(f"{what} must be finite, got {values[place]} at index {place}")
+
+
+def as_points(points: ArrayLike, what: str = "points") -> FloatArray:
+    """Return a point cloud, or any matrix, as float64 of shape (n, features), finite and not empty."""
+    cloud = _as_floats(points, what)
+    if cloud.ndim != 2 or 0 in cloud.shape:
+        raise DataError(f"{what} must be a matrix with at least one row and column, got shape {cloud.shape}")
+    _require_finite(cloud, what)
+    return cloud
+
+
+def as_distances(distances: ArrayLike) -> FloatArray:
+    """Return a distance matrix as C-contiguous float64 (n, n): finite, symmetric, >= 0, zero diagonal."""
+    matrix = np.ascontiguousarray(_as_floats(distances, "distances"))
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.size == 0:
+        raise DataError(f"distances must have shape (n, n) with n >= 1, got {matrix.shape}")
+    _require_finite(matrix, "distances")
+    if matrix.min() < 0 or matrix.diagonal().any():
+        raise DataError(
+            "distances must be >= 0 with a zero diagonal, got a minimum of "
+            f"{matrix.min()} and a diagonal maximum of {matrix.diagonal().max()}"
+        )
+    if not np.array_equal(matrix, matrix.T):
+        place = tuple(int(i) for i in np.argwhere(matrix != matrix.T)[0])
+        raise DataError(f"distances must be symmetric, got {matrix[place]} against its mirror at {place}")
+    return matrix
+
+
+def as_index(index: int, size: int, what: str) -> int:
+    """Return a point's index in [0, size)."""
+    if not 0 <= index < size:
+        raise DataError(f"{what} must be a point's index in [0, {size}), got {index}")
+    return int(index)
+
+
+def as_subsets(subsets: ArrayLike, size: int, base: int | None = None) -> BoolArray:
+    """Return subsets as boolean (p, size), none of them empty; the base point, if any, is always kept."""
+    masks = np.asarray(subsets)
+    if masks.dtype != np.bool_:
+        if masks.size and not np.isin(masks, (0, 1)).all():
+            raise DataError(f"subsets must be boolean, got values of {masks.dtype} other than 0 and 1")
+        masks = masks.astype(np.bool_)
+    if masks.ndim != 2 or masks.shape[1] != size:
+        raise DataError(f"subsets must have shape (p, {size}), got {masks.shape}")
+    if base is not None:
+        masks = masks.copy()
+        masks[:, as_index(base, size, "base")] = True
+    empty = np.flatnonzero(~masks.any(axis=1))
+    if empty.size:
+        raise DataError(f"a subset must keep at least one point, got none in subset {int(empty[0])}")
+    return np.ascontiguousarray(masks)
+
+
+def as_deaths(deaths: ArrayLike, what: str) -> FloatArray:
+    """Return death times as float64, 1-D or 2-D, finite, >= 0, descending along the last axis."""
+    times = _as_floats(deaths, what)
+    if times.ndim not in (1, 2):
+        raise DataError(f"{what} must have shape (k,) or (p, k), got {times.shape}")
+    _require_finite(times, what)
+    if times.size and times.min() < 0:
+        raise DataError(f"{what} must be >= 0, got {times.min()}")
+    if (np.diff(times, axis=-1) > 0).any():
+        raise DataError(f"{what} must be sorted descending")
+    return times
+
+
+def as_diagram(diagram: ArrayLike, what: str) -> FloatArray:
+    """Return a persistence diagram as float64 (n, 2): finite births, deaths >= births, inf allowed."""
+    bars = _as_floats(diagram, what)
+    if bars.size == 0:
+        return np.empty((0, 2))
+    if bars.ndim != 2 or bars.shape[1] != 2:
+        raise DataError(f"{what} must have shape (n, 2), got {bars.shape}")
+    wrong = np.flatnonzero(~(np.isfinite(bars[:, 0]) & (bars[:, 1] >= bars[:, 0])))
+    if wrong.size:
+        row = int(wrong[0])
+        raise DataError(f"{what} must have finite births and deaths >= births, got {bars[row]} in row {row}")
+    return bars
+
+
+def as_order(order: float) -> float:
+    """Return a Wasserstein order in [1, inf)."""
+    if not (np.isfinite(order) and order >= 1):
+        raise DataError(f"order must be in [1, inf), got {order}")
+    return float(order)
+
+
+def as_dimension(dimension: int) -> int:
+    """Return a homology dimension, an integer >= 0."""
+    if isinstance(dimension, bool) or not isinstance(dimension, (int, np.integer)) or dimension < 0:
+        raise DataError(f"a homology dimension must be an integer >= 0, got {dimension!r}")
+    return int(dimension)
+
+
+def as_engine(engine: str) -> str:
+    """Return the name of an engine that exists."""
+    if engine not in ENGINES:
+        raise unknown_name("engine", engine, ENGINES)
+    return engine

@@ -1,0 +1,116 @@
+"""Euclidean distance matrices of point clouds, with a stated error."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.spatial.distance import cdist
+
+from nni_topo.topology._checks import FloatArray, as_points
+
+_RELATIVE_ERROR = 1e-9
+_BLOCK_ROWS = 256
+
+
+def with_origin(points: ArrayLike) -> FloatArray:
+    """Append the zero vector to a point cloud, as its base point.
+
+    A pruned neuron becomes the zero vector, so a neuron near the origin costs nothing to prune: with the
+    origin in the cloud, distances say so.
+
+    Parameters
+    ----------
+    points : array_like, shape (n, features)
+        Finite coordinates.
+
+    Returns
+    -------
+    ndarray of float64, shape (n + 1, features)
+        The points in their order, then the origin: its index is n.
+
+    Raises
+    ------
+    DataError
+        If the points aren't a finite, non-empty matrix.
+
+    Examples
+    --------
+    >>> with_origin([[3.0, 4.0]])
+    array([[3., 4.],
+           [0., 0.]])
+    """
+    cloud = as_points(points)
+    return np.vstack([cloud, np.zeros((1, cloud.shape[1]))])
+
+
+def pairwise_distances(points: ArrayLike) -> FloatArray:
+    """Compute all Euclidean distances of a point cloud.
+
+    Parameters
+    ----------
+    points : array_like, shape (n, features)
+        Finite coordinates; computed in float64 whatever their type.
+
+    Returns
+    -------
+    ndarray of float64, shape (n, n)
+        Symmetric, exactly 0 on the diagonal and between identical rows.
+
+    Raises
+    ------
+    DataError
+        If the points aren't a finite, non-empty matrix.
+
+    Notes
+    -----
+    The squares come from a Gram matrix of the centred cloud, one matrix product. Where two points are so
+    near each other that the subtraction cancels, the entry is computed again from the differences of the
+    given coordinates. An entry d is within 1e-9 d of the exact distance, as long as d is above 1e-150
+    times the largest coordinate.
+
+    Time is O(n^2 features); memory the result, a copy of the points and a few MB.
+
+    Examples
+    --------
+    >>> pairwise_distances([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])
+    array([[0., 5., 0.],
+           [5., 0., 5.],
+           [0., 5., 0.]])
+    """
+    cloud = as_points(points)
+    largest = np.abs(cloud).max()
+    if largest == 0:
+        return np.zeros((len(cloud), len(cloud)))
+    # A power of two rescales without rounding, and keeps the squares from overflowing.
+    exponent = -int(np.frexp(largest)[1])
+    cloud = np.ldexp(cloud, exponent)
+    centred = cloud - cloud.mean(axis=0)
+    norms = np.einsum("ij,ij->i", centred, centred)
+    distances: FloatArray = centred @ centred.T
+    for start in range(0, len(cloud), _BLOCK_ROWS):
+        _finish_rows(distances, cloud, norms, slice(start, min(start + _BLOCK_ROWS, len(cloud))))
+    return np.ldexp(distances, -exponent, out=distances)
+
+
+def _cancellation(features: int) -> float:
+    """Return the share of |x|^2 + |y|^2 below which a Gram square may miss the stated error.
+
+    The rounding of a sum of `features` products is at most `features * eps` times the sum of their sizes;
+    a square root halves a relative error, and the subtraction adds two roundings more.
+    """
+    return float((features + 4) * np.finfo(np.float64).eps / _RELATIVE_ERROR)
+
+
+def _finish_rows(distances: FloatArray, cloud: FloatArray, norms: FloatArray, rows: slice) -> None:
+    """Turn rows of the Gram matrix into distances, from the diagonal on, and mirror them."""
+    block = distances[rows, rows.start :]
+    sizes = norms[rows, None] + norms[rows.start :]
+    np.subtract(sizes, 2.0 * block, out=block)
+    cancelled = block < _cancellation(cloud.shape[1]) * sizes
+    np.sqrt(np.maximum(block, 0.0, out=block), out=block)
+    for i in np.flatnonzero(cancelled.any(axis=1)):
+        near = np.flatnonzero(cancelled[i])
+        block[i, near] = cdist(cloud[rows.start + i, None], cloud[rows.start + near])[0]
+    square = np.triu(block[:, : len(block)], 1)
+    block[:, : len(block)] = square + square.T
+    distances[rows.stop :, rows] = distances[rows, rows.stop :].T

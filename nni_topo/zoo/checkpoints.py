@@ -1,0 +1,134 @@
+"""Checkpoints of weights: tensors and plain values alone, no pickled code in either direction."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError
+
+_FORMAT = "nni-topo checkpoint 1"
+_SHOWN = 3
+
+
+def save_checkpoint(path: str | Path, model: nn.Module, meta: Mapping[str, Any]) -> None:
+    """Write a model's parameters and buffers, with a few words about them.
+
+    The file appears whole or not at all: it is written beside its place and moved there.
+
+    Parameters
+    ----------
+    path : str or Path
+        Where to write; folders are made, a former file is replaced.
+    model : nn.Module
+        Left as it is.
+    meta : mapping
+        What to remember, e.g. the model's name, seed and accuracy: strings, numbers, booleans, None, and
+        lists, tuples or dicts of these.
+
+    Raises
+    ------
+    DataError
+        If ``meta`` holds anything else, which couldn't be read back without running pickled code.
+    """
+    path = Path(path)
+    _check_plain(dict(meta), "meta")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        torch.save({"format": _FORMAT, "state_dict": state, "meta": dict(meta)}, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | Path, model: nn.Module) -> dict[str, Any]:
+    """Read weights into a model.
+
+    Parameters
+    ----------
+    path : str or Path
+        A file of :func:`save_checkpoint`, or one of ``torch.save`` that holds a state dict, bare or under the
+        key ``state_dict`` or ``model``.
+    model : nn.Module
+        Gets the weights, on the device it is on; unchanged if an error is raised.
+
+    Returns
+    -------
+    dict
+        The ``meta`` of :func:`save_checkpoint`, empty for other files.
+
+    Raises
+    ------
+    DataError
+        If the file is missing or damaged, holds pickled code, holds no state dict, or its names or shapes
+        aren't the model's.
+    """
+    path = Path(path)
+    content = _content(path)
+    state = _state_dict(content, path)
+    _check_fit(state, model, path)
+    model.load_state_dict(state)
+    meta = content.get("meta", {}) if content.get("format") == _FORMAT else {}
+    return dict(meta)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise DataError(f"a checkpoint must be a file that exists, got none ({path})")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"a checkpoint must hold tensors and plain values only, got: {reason} ({path})") from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        size = path.stat().st_size
+        raise DataError(f"a checkpoint must be a whole file of torch.save, got {size} bytes ({path})") from error
+    if not isinstance(content, dict):
+        raise DataError(f"a checkpoint must hold a dict, got {type(content).__name__} ({path})")
+    return content
+
+
+def _state_dict(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    for key in ("state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        found = ", ".join(str(key) for key in list(content)[:_SHOWN]) or "nothing"
+        raise DataError(f"a checkpoint must hold a state dict, got {found} ({path})")
+    return tensors
+
+
+def _check_fit(state: dict[str, Tensor], model: nn.Module, path: Path) -> None:
+    wanted = model.state_dict()
+    wrong = [
+        f"{key} is {tuple(state[key].shape)}, the model's {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    wrong += [f"{key} is missing" for key in wanted if key not in state]
+    wrong += [f"{key} is not in the model" for key in state if key not in wanted]
+    if wrong:
+        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise DataError(f"a checkpoint must fit the model, got: {'; '.join(wrong[:_SHOWN])}{more} ({path})")
+
+
+def _check_plain(value: Any, place: str) -> None:
+    if type(value) is dict:
+        for key, item in value.items():
+            _check_plain(key, f"a key of {place}")
+            _check_plain(item, f"{place}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{place}[{index}]")
+    elif type(value) not in (str, int, float, bool, type(None)):
+        raise DataError(f"meta must hold plain values, got {type(value).__name__} ({place})")

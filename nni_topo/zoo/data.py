@@ -1,0 +1,243 @@
+"""Data sets by name, normalised, with a validation split apart from the test set.
+
+``load_data("digits")`` needs nothing; the others read ``data_dir``, a folder or an ``.npz`` file. Nothing is
+downloaded unless asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from ..errors import ConfigError, DataError, unknown_name
+from .sources import (
+    Array,
+    RawData,
+    class_rank,
+    download_idx,
+    read_cifar,
+    read_digits,
+    read_idx_folder,
+    read_npz,
+    stratified_fraction,
+)
+
+_NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100")
+
+
+@dataclass(frozen=True)
+class DataBundle:
+    """A data set ready for training.
+
+    Attributes
+    ----------
+    train, validation, test : TensorDataset
+        Two tensors each: float32 images ``[n, in_channels, image_size, image_size]``, normalised per channel
+        to mean 0 and standard deviation 1 over the training images, and int64 labels ``[n]`` in ``[0,
+        num_classes)``.
+    in_channels : int
+        Channels of the images.
+    image_size : int
+        Side of the images in pixels, after padding.
+    num_classes : int
+        Number of classes.
+    mean, std : tuple of float
+        Per channel, of the stored training images (``uint8`` in units of 255) before padding.
+    name : str
+        The name or path that was loaded.
+    class_names : tuple of str
+        One name per class.
+    """
+
+    train: TensorDataset
+    validation: TensorDataset
+    test: TensorDataset
+    in_channels: int
+    image_size: int
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    name: str
+    class_names: tuple[str, ...]
+
+
+def list_data() -> list[str]:
+    """Return the names that :func:`load_data` knows, besides paths of folders and ``.npz`` files."""
+    return list(_NAMES)
+
+
+def load_data(
+    name: str,
+    data_dir: str | Path | None = None,
+    *,
+    limit: int | None = None,
+    validation: float = 0.1,
+    pad_to: int | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+    download: bool = False,
+) -> DataBundle:
+    """Load a data set.
+
+    Parameters
+    ----------
+    name : str
+        ``digits`` (8x8, embedded in scikit-learn), ``mnist`` or ``fashion-mnist`` (idx files, plain or
+        gzipped), ``cifar10`` or ``cifar100`` (as torchvision stores them), the path of an image folder, or
+        the path of an ``.npz`` file with ``x_train, y_train, x_test, y_test``.
+    data_dir : str, Path or None, default=None
+        Folder of the files; needed for MNIST, Fashion-MNIST and CIFAR.
+    limit : int or None, default=None
+        Number of training images to keep, at least 1, drawn evenly from the classes after the validation
+        split. None keeps all.
+    validation : float, default=0.1
+        Fraction of every class of the training images that becomes the validation set, in [0, 1).
+    pad_to : int or None, default=None
+        Side in pixels up to which smaller images are padded with zeros (black), as evenly as possible.
+    image_size : int or None, default=None
+        Side in pixels to which the files of an image folder are scaled; None takes them as they are.
+    seed : int, default=0
+        Of the validation split and the limit. The test set doesn't depend on it.
+    download : bool, default=False
+        Whether torchvision may fetch missing files into ``data_dir``.
+
+    Returns
+    -------
+    DataBundle
+
+    Raises
+    ------
+    ConfigError
+        If the name is unknown, ``data_dir`` is missing or a number is out of its range.
+    DataError
+        If files are missing or damaged, or images and labels don't go together.
+
+    Notes
+    -----
+    Mean and standard deviation come from all training images, those of the validation split included, so that
+    neither ``limit`` nor ``seed`` changes what a trained model is fed.
+
+    Examples
+    --------
+    >>> data = load_data("digits", limit=100)
+    >>> data.train.tensors[0].shape, len(data.test), data.num_classes
+    (torch.Size([100, 1, 8, 8]), 355, 10)
+    """
+    _check_arguments(limit, validation, pad_to, image_size)
+    raw = _read(name, None if data_dir is None else Path(data_dir), image_size, download)
+    _check_raw(raw, name)
+    generator = np.random.default_rng(seed)
+    held_out = stratified_fraction(raw.train_labels, validation, generator)
+    kept = np.flatnonzero(~held_out)
+    if limit is not None:
+        kept = kept[_balanced(raw.train_labels[kept], limit, generator)]
+    mean, std = _statistics(raw.train_images)
+
+    def dataset(images: Array, labels: Array) -> TensorDataset:
+        return TensorDataset(_normalised(images, mean, std, pad_to), torch.from_numpy(labels))
+
+    train = dataset(raw.train_images[kept], raw.train_labels[kept])
+    return DataBundle(
+        train=train,
+        validation=dataset(raw.train_images[held_out], raw.train_labels[held_out]),
+        test=dataset(raw.test_images, raw.test_labels),
+        in_channels=train.tensors[0].shape[1],
+        image_size=train.tensors[0].shape[2],
+        num_classes=len(raw.class_names),
+        mean=tuple(mean.tolist()),
+        std=tuple(std.tolist()),
+        name=name,
+        class_names=raw.class_names,
+    )
+
+
+def _read(name: str, data_dir: Path | None, image_size: int | None, download: bool) -> RawData:
+    if name == "digits":
+        return read_digits()
+    if name in _NAMES:
+        if data_dir is None:
+            raise ConfigError(f"data_dir must be given for data that is read from files, got None ({name})")
+        return _read_files(name, data_dir, download)
+    path = Path(name)
+    if path.suffix == ".npz":
+        return read_npz(path)
+    if path.is_dir():
+        from .image_folder import read_image_folder  # needs Pillow, which nothing else here does
+
+        return read_image_folder(path, image_size)
+    if len(path.parts) > 1:
+        raise DataError(f"an image folder must exist, got none ({path})")
+    raise unknown_name("data", name, [*_NAMES, "FOLDER", "FILE.npz"])
+
+
+def _read_files(name: str, data_dir: Path, download: bool) -> RawData:
+    if not download and not data_dir.is_dir():
+        raise DataError(f"data_dir must be a folder that exists, got none ({data_dir})")
+    if name in ("cifar10", "cifar100"):
+        return read_cifar(data_dir, name, download)
+    if download:
+        download_idx(data_dir, name)
+    return read_idx_folder(data_dir, name)
+
+
+def _check_arguments(limit: int | None, validation: float, pad_to: int | None, image_size: int | None) -> None:
+    for knob, value in (("limit", limit), ("pad_to", pad_to), ("image_size", image_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{knob} must be at least 1, got {value} (load_data)")
+    if not 0.0 <= validation < 1.0:
+        raise ConfigError(f"validation must be in [0, 1), got {validation} (load_data)")
+
+
+def _check_raw(raw: RawData, name: str) -> None:
+    """Check that images and labels go together, whatever they were read from."""
+    for part, images, labels in (
+        ("training", raw.train_images, raw.train_labels),
+        ("test", raw.test_images, raw.test_labels),
+    ):
+        if len(images) != len(labels) or len(labels) == 0:
+            raise DataError(f"there must be one label per image, got {len(images)} and {len(labels)} ({part}, {name})")
+        if labels.min() < 0 or labels.max() >= len(raw.class_names):
+            found = f"{labels.min()} to {labels.max()}"
+            raise DataError(f"labels must be in [0, {len(raw.class_names)}), got {found} ({part}, {name})")
+        if images.dtype.kind == "f" and not np.isfinite(images).all():
+            raise DataError(f"images must be finite, got NaN or infinity ({part}, {name})")
+    train_shape, test_shape = raw.train_images.shape[1:], raw.test_images.shape[1:]
+    if train_shape != test_shape:
+        raise DataError(f"training and test images must share a shape, got {train_shape} and {test_shape} ({name})")
+    if train_shape[1] != train_shape[2]:
+        raise DataError(f"images must be squares, got {train_shape[1]}x{train_shape[2]} ({name})")
+
+
+def _balanced(labels: Array, limit: int, generator: np.random.Generator) -> Array:
+    """Positions of ``limit`` images, class by class in turn; small classes run out first."""
+    order = np.lexsort((labels, class_rank(labels, generator)))
+    return np.sort(order[:limit])
+
+
+def _statistics(images: Array) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel, in float64; a constant channel gets deviation 1."""
+    pixels = images.transpose(1, 0, 2, 3).reshape(images.shape[1], -1)
+    if images.dtype == np.uint8:
+        counts = np.stack([np.bincount(channel, minlength=256) for channel in pixels])
+        values = np.arange(256) / 255.0
+        mean = counts @ values / pixels.shape[1]
+        std = np.sqrt(counts @ values**2 / pixels.shape[1] - mean**2)
+    else:
+        mean, std = pixels.mean(axis=1, dtype=np.float64), pixels.std(axis=1, dtype=np.float64)
+    return torch.from_numpy(mean), torch.from_numpy(np.where(std > 1e-8, std, 1.0))
+
+
+def _normalised(images: Array, mean: Tensor, std: Tensor, pad_to: int | None) -> Tensor:
+    """float32 images, scaled, padded and normalised."""
+    scale = 255.0 if images.dtype == np.uint8 else 1.0
+    pixels = torch.tensor(images).to(torch.float32).div_(scale)
+    missing = max(0, (pad_to or 0) - pixels.shape[-1])
+    before, after = missing // 2, missing - missing // 2
+    pixels = torch.nn.functional.pad(pixels, (before, after, before, after))
+    shift, factor = (value.to(torch.float32).view(1, -1, 1, 1) for value in (mean, std))
+    return pixels.sub_(shift).div_(factor)

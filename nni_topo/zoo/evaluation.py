@@ -1,0 +1,102 @@
+"""Accuracy and loss of classifiers, and whether a model fits a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
+
+from ..errors import DataError
+from .data import DataBundle
+from .measure import evaluation_mode
+
+
+def check_model(model: nn.Module, data: DataBundle) -> None:
+    """Check that a model takes the images of a data set and has one logit per class.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Run on one image, in evaluation mode.
+    data : DataBundle
+
+    Raises
+    ------
+    DataError
+        If the model can't compute on the images, or its number of outputs isn't the number of classes.
+    """
+    image = data.train.tensors[0][:1]
+    shape = tuple(image.shape[1:])
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            logits = model(image.to(_device_of(model)))
+    except RuntimeError as error:
+        raise DataError(f"the model must take images of shape {shape}, got: {error} ({data.name})") from error
+    if not isinstance(logits, Tensor) or logits.shape != (1, data.num_classes):
+        found = tuple(logits.shape[1:]) if isinstance(logits, Tensor) else type(logits).__name__
+        raise DataError(f"the model must have {data.num_classes} outputs, one per class, got {found} ({data.name})")
+
+
+def evaluate(
+    model: nn.Module, dataset: TensorDataset, *, device: str | torch.device = "cpu", batch_size: int = 512
+) -> float:
+    """Return the accuracy of a classifier.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Moved to ``device``; run in evaluation mode, then put back into the modes it was in.
+    dataset : TensorDataset
+        Images ``[n, in_channels, h, w]`` and labels ``[n]``, at least one.
+    device : str or torch.device, default="cpu"
+        Where to compute.
+    batch_size : int, default=512
+        At least 1; the result doesn't depend on it.
+
+    Returns
+    -------
+    float
+        Fraction of the labels that have the largest logit, in [0, 1].
+
+    Raises
+    ------
+    DataError
+        If the data set is empty or has a label that the model has no output for.
+    """
+    hits = [(logits.argmax(1) == labels).sum() for logits, labels in _outputs(model, dataset, device, batch_size)]
+    return int(torch.stack(hits).sum()) / len(dataset)
+
+
+def evaluate_loss(
+    model: nn.Module, dataset: TensorDataset, *, device: str | torch.device = "cpu", batch_size: int = 512
+) -> float:
+    """Return the mean cross entropy in nats; parameters and errors as for :func:`evaluate`."""
+    losses = [
+        cross_entropy(logits.float(), labels, reduction="sum").double()
+        for logits, labels in _outputs(model, dataset, device, batch_size)
+    ]
+    return float(torch.stack(losses).sum()) / len(dataset)
+
+
+def _outputs(
+    model: nn.Module, dataset: TensorDataset, device: str | torch.device, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield logits and labels, batch by batch, in evaluation mode and without gradients."""
+    if len(dataset) == 0:
+        raise DataError("a data set must hold at least one image to be evaluated on, got 0 (dataset)")
+    model.to(device)
+    images, labels = dataset.tensors
+    with evaluation_mode(model), torch.no_grad():
+        for batch, wanted in zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True):
+            logits = model(batch.to(device))
+            if int(wanted.max()) >= logits.shape[1]:
+                raise DataError(f"labels must be below the model's {logits.shape[1]} outputs, got {int(wanted.max())}")
+            yield logits, wanted.to(device)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device

@@ -1,0 +1,138 @@
+"""Small nets of the pruning literature: LeNets, a net for 8x8 digits, a 12-layer CNN.
+
+All are plain chains of named layers, without batch sizes or image sizes in ``forward``, so that ``torch.fx``
+traces them. ReLUs are not in place: hooks see a layer's output as the layer left it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+
+class ConvNet(nn.Module):
+    """Convolutional features, flattened, and a classifier behind them.
+
+    Parameters
+    ----------
+    features : nn.Module
+        From images ``[n, in_channels, h, w]`` to feature maps ``[n, c, h', w']``.
+    classifier : nn.Module
+        From ``[n, c * h' * w']`` to logits ``[n, num_classes]``.
+    """
+
+    def __init__(self, features: nn.Module, classifier: nn.Module) -> None:
+        super().__init__()
+        self.features = features
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the logits ``[n, num_classes]`` of images ``[n, in_channels, h, w]``."""
+        logits: Tensor = self.classifier(torch.flatten(self.features(images), 1))
+        return logits
+
+
+class Mlp(nn.Sequential):
+    """Fully connected layers with ReLUs in between, on flattened images.
+
+    Parameters
+    ----------
+    sizes : int
+        Widths of the input, of every hidden layer and of the output, in this order.
+    """
+
+    def __init__(self, *sizes: int) -> None:
+        layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+        for index, (inputs, outputs) in enumerate(pairwise(sizes), start=1):
+            layers[f"fc{index}"] = nn.Linear(inputs, outputs)
+            layers[f"relu{index}"] = nn.ReLU()
+        del layers[f"relu{len(sizes) - 1}"]
+        super().__init__(layers)
+
+
+def lenet300(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+    """Build LeNet-300-100: two hidden layers of 300 and 100 neurons."""
+    del width
+    return Mlp(in_channels * image_size**2, 300, 100, num_classes)
+
+
+def lenet5(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+    """Build LeNet-5 in the 6-16-84 form: unpadded 5x5 convolutions, average pooling, one hidden layer."""
+    del width
+    side = ((image_size - 4) // 2 - 4) // 2
+    features = OrderedDict[str, nn.Module](
+        conv1=nn.Conv2d(in_channels, 6, 5),
+        relu1=nn.ReLU(),
+        pool1=nn.AvgPool2d(2),
+        conv2=nn.Conv2d(6, 16, 5),
+        relu2=nn.ReLU(),
+        pool2=nn.AvgPool2d(2),
+    )
+    return ConvNet(nn.Sequential(features), _classifier(16 * side**2, 84, num_classes))
+
+
+def lenet5_like(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+    """Build the wider LeNet-5: padded 5x5 convolutions of 32 and 64 filters, 1024 hidden neurons."""
+    del width
+    features = OrderedDict[str, nn.Module](
+        conv1=nn.Conv2d(in_channels, 32, 5, padding=2),
+        relu1=nn.ReLU(),
+        pool1=nn.MaxPool2d(2),
+        conv2=nn.Conv2d(32, 64, 5, padding=2),
+        relu2=nn.ReLU(),
+        pool2=nn.MaxPool2d(2),
+    )
+    return ConvNet(nn.Sequential(features), _classifier(64 * (image_size // 4) ** 2, 1024, num_classes))
+
+
+def small_cnn(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+    """Build three 3x3 convolutions of 16, 32 and 64 filters with batch norm, and 64 hidden neurons.
+
+    The last feature maps are averaged to 2x2, so that the number of parameters doesn't depend on the image
+    size.
+    """
+    del image_size, width
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for index, (inputs, outputs) in enumerate(pairwise((in_channels, 16, 32, 64)), start=1):
+        layers[f"conv{index}"] = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        layers[f"norm{index}"] = nn.BatchNorm2d(outputs)
+        layers[f"relu{index}"] = nn.ReLU()
+        layers[f"pool{index}"] = nn.MaxPool2d(2)
+    layers["pool3"] = nn.AdaptiveAvgPool2d(2)
+    return ConvNet(nn.Sequential(layers), _classifier(64 * 4, 64, num_classes))
+
+
+def cnn12(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+    """Build the 12-layer CNN: convolution, ReLU, pooling, batch norm four times, then three hidden layers.
+
+    Kernels are 3x3, 3x3, 5x5 and 5x5; every hidden layer goes through ReLU, dropout and batch norm. The
+    dropout rate isn't stated in the source; it is 0.25 here.
+    """
+    del width
+    features: OrderedDict[str, nn.Module] = OrderedDict()
+    widths = (in_channels, 64, 128, 256, 512)
+    for index, ((inputs, outputs), kernel) in enumerate(zip(pairwise(widths), (3, 3, 5, 5), strict=True), start=1):
+        features[f"conv{index}"] = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+        features[f"relu{index}"] = nn.ReLU()
+        features[f"pool{index}"] = nn.MaxPool2d(2)
+        features[f"norm{index}"] = nn.BatchNorm2d(outputs)
+    head: OrderedDict[str, nn.Module] = OrderedDict()
+    hidden = (512 * (image_size // 16) ** 2, 128, 256, 512)
+    for index, (inputs, outputs) in enumerate(pairwise(hidden), start=1):
+        head[f"fc{index}"] = nn.Linear(inputs, outputs)
+        head[f"relu{index}"] = nn.ReLU()
+        head[f"dropout{index}"] = nn.Dropout(0.25)
+        head[f"norm{index}"] = nn.BatchNorm1d(outputs)
+    head["fc4"] = nn.Linear(512, num_classes)
+    return ConvNet(nn.Sequential(features), nn.Sequential(head))
+
+
+def _classifier(inputs: int, hidden: int, num_classes: int) -> nn.Sequential:
+    """Chain one hidden layer with a ReLU and the logits."""
+    layers = OrderedDict[str, nn.Module](
+        fc1=nn.Linear(inputs, hidden), relu1=nn.ReLU(), fc2=nn.Linear(hidden, num_classes)
+    )
+    return nn.Sequential(layers)

@@ -1,0 +1,257 @@
+"""Where the images come from: every reader returns :class:`RawData`, as stored, not yet normalised."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import DataError
+from .idx import find_idx, read_idx
+
+Array = npt.NDArray[Any]
+
+_FASHION = (
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+_NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
+_DIGITS_SPLIT_SEED = 1797
+
+
+@dataclass(frozen=True)
+class RawData:
+    """Images and labels of a training and a test set.
+
+    Attributes
+    ----------
+    train_images, test_images : ndarray, shape (n, channels, height, width)
+        ``uint8`` in [0, 255], or floats as stored.
+    train_labels, test_labels : ndarray of int64, shape (n,)
+        From 0.
+    class_names : tuple of str
+        One name per class.
+    """
+
+    train_images: Array
+    train_labels: Array
+    test_images: Array
+    test_labels: Array
+    class_names: tuple[str, ...]
+
+
+def read_digits() -> RawData:
+    """Return scikit-learn's 1,797 digits of 8x8; the same 20 % of every class are always the test set."""
+    from sklearn.datasets import load_digits  # slow to import
+
+    images, labels = load_digits(return_X_y=True)
+    pictures = (images / 16.0).astype(np.float32).reshape(-1, 1, 8, 8)
+    return split_off_test(pictures, labels.astype(np.int64), tuple("0123456789"), _DIGITS_SPLIT_SEED)
+
+
+def read_idx_folder(folder: Path, name: str) -> RawData:
+    """Read the four idx files of MNIST or Fashion-MNIST.
+
+    Parameters
+    ----------
+    folder : Path
+        See :func:`~nni_topo.zoo.idx.find_idx`.
+    name : str
+        ``"mnist"`` or ``"fashion-mnist"``.
+
+    Returns
+    -------
+    RawData
+
+    Raises
+    ------
+    DataError
+        If a file is missing or truncated, or images and labels differ in number.
+    """
+    parts = {}
+    for part, prefix in (("train", "train"), ("test", "t10k")):
+        images = read_idx(find_idx(folder, f"{prefix}-images-idx3-ubyte"), 3)
+        labels = read_idx(find_idx(folder, f"{prefix}-labels-idx1-ubyte"), 1)
+        parts[part] = (images[:, None], labels.astype(np.int64))
+    class_names = _FASHION if name == "fashion-mnist" else tuple("0123456789")
+    return RawData(*parts["train"], *parts["test"], class_names)
+
+
+def read_cifar(folder: Path, name: str, download: bool) -> RawData:
+    """Read CIFAR-10 or CIFAR-100 through torchvision, which checks the files' MD5 sums.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder that holds ``cifar-10-batches-py`` or ``cifar-100-python``.
+    name : str
+        ``"cifar10"`` or ``"cifar100"``.
+    download : bool
+        Whether torchvision may fetch what is missing.
+
+    Returns
+    -------
+    RawData
+
+    Raises
+    ------
+    DataError
+        If the files are missing or damaged and ``download`` is False.
+    """
+    from torchvision import datasets  # optional and slow to import
+
+    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    try:
+        train = kind(folder, train=True, download=download)
+        test = kind(folder, train=False, download=download)
+    except RuntimeError as error:
+        raise DataError(f"{name} must be in the folder, got: {error} ({folder}); download=True fetches it") from error
+    parts = [(part.data.transpose(0, 3, 1, 2), np.asarray(part.targets, dtype=np.int64)) for part in (train, test)]
+    return RawData(*parts[0], *parts[1], tuple(train.classes))
+
+
+def download_idx(folder: Path, name: str) -> None:
+    """Let torchvision fetch the idx files that the folder lacks."""
+    from torchvision import datasets  # optional and slow to import
+
+    kind = datasets.FashionMNIST if name == "fashion-mnist" else datasets.MNIST
+    kind(folder, download=True)
+
+
+def read_npz(path: Path) -> RawData:
+    """Read an ``.npz`` file with ``x_train, y_train, x_test, y_test`` and, if it likes, ``class_names``.
+
+    Images may be ``[n, h, w]``, ``[n, c, h, w]`` or ``[n, h, w, c]`` with 1 or 3 channels, ``uint8`` in [0,
+    255] or floats; labels ``[n]`` or ``[n, 1]``, integers from 0. Without names the classes are as many as
+    the largest training label says.
+
+    Parameters
+    ----------
+    path : Path
+
+    Returns
+    -------
+    RawData
+
+    Raises
+    ------
+    DataError
+        If the file is missing or damaged, holds Python objects, lacks a key, or an array has another shape or
+        type.
+    """
+    arrays = _npz_arrays(path)
+    missing = [key for key in _NPZ_KEYS if key not in arrays]
+    if missing:
+        found = ", ".join(sorted(arrays)) or "no arrays"
+        raise DataError(f"an .npz data set must hold {', '.join(_NPZ_KEYS)}, got {found} ({path})")
+    train_labels, test_labels = (_npz_labels(arrays[key], f"{key} in {path}") for key in ("y_train", "y_test"))
+    train_images, test_images = (_npz_images(arrays[key], f"{key} in {path}") for key in ("x_train", "x_test"))
+    if "class_names" in arrays:
+        names = tuple(str(label) for label in arrays["class_names"])
+    else:
+        names = tuple(str(label) for label in range(int(train_labels.max(initial=-1)) + 1))
+    return RawData(train_images, train_labels, test_images, test_labels, names)
+
+
+def split_off_test(images: Array, labels: Array, class_names: tuple[str, ...], seed: int) -> RawData:
+    """Set 20 % of every class apart as the test set, for data that comes without one.
+
+    Parameters
+    ----------
+    images : ndarray, shape (n, channels, height, width)
+    labels : ndarray of int64, shape (n,)
+    class_names : tuple of str
+    seed : int
+        Of the draw. Callers keep it fixed, so that every run is tested on the same images.
+
+    Returns
+    -------
+    RawData
+    """
+    test = stratified_fraction(labels, 0.2, np.random.default_rng(seed))
+    return RawData(images[~test], labels[~test], images[test], labels[test], class_names)
+
+
+def stratified_fraction(labels: Array, fraction: float, generator: np.random.Generator) -> npt.NDArray[np.bool_]:
+    """Draw the same fraction of every class.
+
+    Parameters
+    ----------
+    labels : ndarray of int64, shape (n,)
+    fraction : float
+        In [0, 1); of ``m`` images of a class ``floor(fraction * m)`` are drawn.
+    generator : numpy.random.Generator
+
+    Returns
+    -------
+    ndarray of bool, shape (n,)
+        True where drawn.
+    """
+    counts = np.bincount(labels)
+    return np.asarray(class_rank(labels, generator) < np.floor(fraction * counts + 1e-9)[labels])
+
+
+def class_rank(labels: Array, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Return each image's place in a random order of its own class.
+
+    Parameters
+    ----------
+    labels : ndarray of int64, shape (n,)
+    generator : numpy.random.Generator
+
+    Returns
+    -------
+    ndarray of int64, shape (n,)
+        From 0 to the size of the class less one.
+    """
+    order = np.lexsort((generator.random(len(labels)), labels))
+    counts = np.bincount(labels)
+    starts = np.cumsum(counts) - counts
+    ranks = np.empty(len(labels), dtype=np.int64)
+    ranks[order] = np.arange(len(labels)) - starts[labels[order]]
+    return ranks
+
+
+def _npz_arrays(path: Path) -> dict[str, Array]:
+    if not path.is_file():
+        raise DataError(f"an .npz data set must be a file that exists, got none ({path})")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        size = path.stat().st_size
+        raise DataError(f"an .npz data set must hold plain arrays, got {error} in {size} bytes ({path})") from error
+
+
+def _npz_labels(labels: Array, place: str) -> Array:
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise DataError(f"labels must be integers of shape (n,), got {labels.dtype} of shape {labels.shape} ({place})")
+    return labels.astype(np.int64)
+
+
+def _npz_images(images: Array, place: str) -> Array:
+    if images.dtype != np.uint8 and images.dtype.kind != "f":
+        raise DataError(f"images must be uint8 or floats, got {images.dtype} ({place})")
+    if images.ndim == 3:
+        return images[:, None]
+    if images.ndim == 4 and images.shape[1] in (1, 3):
+        return images
+    if images.ndim == 4 and images.shape[3] in (1, 3):
+        return np.moveaxis(images, 3, 1)
+    raise DataError(
+        f"images must be (n, h, w), (n, c, h, w) or (n, h, w, c) with 1 or 3 channels, got {images.shape} ({place})"
+    )

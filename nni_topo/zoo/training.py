@@ -1,0 +1,230 @@
+"""Training and evaluation of classifiers on data that fits into memory.
+
+Batches are indexed straight from the tensors, without loader processes. All randomness (order, augmentation,
+dropout) comes from one seed; the global generators are left as they were.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+
+from ..errors import ConfigError
+from .data import DataBundle
+from .evaluation import check_model, evaluate
+from .recipes import Recipe
+
+
+@dataclass(frozen=True)
+class EpochLog:
+    """One pass over the training images.
+
+    Attributes
+    ----------
+    epoch : int
+        From 1.
+    loss : float
+        Mean training loss over the pass, label smoothing included, while the weights moved.
+    accuracy : float
+        Training accuracy over the pass, in [0, 1], while the weights moved.
+    validation_accuracy : float or None
+        In [0, 1], after the pass; None without a validation set.
+    lr : float
+        Learning rate of the last step.
+    seconds : float
+        Wall time of the pass, validation included.
+    """
+
+    epoch: int
+    loss: float
+    accuracy: float
+    validation_accuracy: float | None
+    lr: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """What a training did.
+
+    Attributes
+    ----------
+    epochs : tuple of EpochLog
+        One per pass, in order.
+    recipe : Recipe
+        What was followed.
+    seed : int
+        What was drawn from.
+    """
+
+    epochs: tuple[EpochLog, ...]
+    recipe: Recipe
+    seed: int
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all passes."""
+        return sum(epoch.seconds for epoch in self.epochs)
+
+
+def train(
+    model: nn.Module,
+    data: DataBundle,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+    callback: Callable[[EpochLog], None] | None = None,
+) -> TrainingLog:
+    """Train a classifier in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        From images ``[n, in_channels, h, w]`` to logits ``[n, num_classes]``. Moved to ``device``; in
+        evaluation mode afterwards.
+    data : DataBundle
+        Its training images are learned from, its validation images only watched.
+    recipe : Recipe
+        How to train.
+    seed : int
+        Of the order of the images, the augmentation and dropout. Same seed, same result on one machine.
+    device : str or torch.device, default="cpu"
+        Where to train; the whole training set is moved there.
+    progress : bool, default=False
+        Whether to show a bar on standard error.
+    callback : callable or None, default=None
+        Called with the :class:`EpochLog` after every epoch, the model being in evaluation mode. An exception
+        it raises ends the training.
+
+    Returns
+    -------
+    TrainingLog
+
+    Raises
+    ------
+    DataError
+        If the model doesn't fit the data.
+    ConfigError
+        If the loss stops being finite.
+    """
+    device = torch.device(device)
+    check_model(model.to(device), data)
+    logs: list[EpochLog] = []
+    with _seeded(seed, device), _channels_last(model), _progress_bar(progress) as bar:
+        task = bar.add_task("training", total=recipe.epochs)
+        trainer = _Trainer(model, data, recipe, seed, device)
+        for epoch in range(1, recipe.epochs + 1):
+            log = trainer.run_epoch(epoch)
+            logs.append(log)
+            bar.update(task, advance=1, description=f"loss {log.loss:.3f}, accuracy {100 * log.accuracy:.1f} %")
+            if callback is not None:
+                callback(log)
+    return TrainingLog(tuple(logs), recipe, seed)
+
+
+class _Trainer:
+    """The state that lasts from one epoch to the next."""
+
+    def __init__(self, model: nn.Module, data: DataBundle, recipe: Recipe, seed: int, device: torch.device) -> None:
+        self.model, self.data, self.recipe, self.device = model, data, recipe, device
+        self.images, self.labels = (tensor.to(device) for tensor in data.train.tensors)
+        self.black = -torch.tensor(data.mean) / torch.tensor(data.std)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.optimizer = torch.optim.SGD(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            nesterov=recipe.momentum > 0,
+        )
+        self.batches = math.ceil(len(self.labels) / recipe.batch_size)
+
+    def run_epoch(self, epoch: int) -> EpochLog:
+        """Go once through the training images, then look at the validation images."""
+        start = time.perf_counter()
+        self.model.train()
+        order = torch.randperm(len(self.labels), generator=self.generator)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for step, chosen in enumerate(order.tensor_split(self.batches)):
+            done = ((epoch - 1) * self.batches + step) / (self.recipe.epochs * self.batches)
+            totals += self._step(chosen, self.recipe.rate(done))
+        loss, hits = (totals / len(order)).tolist()
+        if not math.isfinite(loss):
+            raise ConfigError(f"lr must keep the loss finite, got {loss} at lr={self.recipe.lr} (epoch {epoch})")
+        self.model.eval()
+        watched = len(self.data.validation)
+        accuracy = evaluate(self.model, self.data.validation, device=self.device) if watched else None
+        rate = self.optimizer.param_groups[0]["lr"]
+        return EpochLog(epoch, loss, hits, accuracy, rate, time.perf_counter() - start)
+
+    def _step(self, chosen: Tensor, rate: float) -> Tensor:
+        """Take one step on the chosen images; their summed loss and the number of hits, shape (2,)."""
+        self.optimizer.param_groups[0]["lr"] = rate
+        images, labels = self.images[chosen.to(self.device)], self.labels[chosen.to(self.device)]
+        images = self._augmented(images).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+            logits = self.model(images).float()
+        loss = cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return torch.stack([loss.detach() * len(chosen), (logits.argmax(1) == labels).sum()])
+
+    def _augmented(self, images: Tensor) -> Tensor:
+        if self.recipe.augmentation == "none":
+            return images
+        images = _shifted(images, self.black.to(self.device), self.generator)
+        if self.recipe.augmentation == "crop-flip":
+            flip = torch.rand(len(images), 1, 1, 1, generator=self.generator) < 0.5
+            images = torch.where(flip.to(self.device), images.flip(3), images)
+        return images
+
+
+def _shifted(images: Tensor, black: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift every image on its own by up to an eighth of its side; ``black``, shape (c,), comes in behind."""
+    count, _, height, width = images.shape
+    reach = max(1, width // 8)
+    shift = black.view(1, -1, 1, 1)
+    padded = pad(images - shift, (reach, reach, reach, reach)) + shift
+    corner = torch.randint(0, 2 * reach + 1, (2, count, 1), generator=generator).to(images.device)
+    rows = corner[0] + torch.arange(height, device=images.device)
+    columns = corner[1] + torch.arange(width, device=images.device)
+    item = torch.arange(count, device=images.device).view(-1, 1, 1)
+    return padded[item, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the global generators of the CPU and of the device inside; leave them as they were."""
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else ()):
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            torch.cuda.manual_seed_all(seed)
+        yield
+
+
+@contextmanager
+def _channels_last(model: nn.Module) -> Iterator[None]:
+    """Lay weights out as CPUs convolve faster; afterwards as usual, in evaluation mode."""
+    model.to(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        model.to(memory_format=torch.contiguous_format)
+        model.eval()
+
+
+def _progress_bar(shown: bool) -> Progress:
+    return Progress(console=Console(stderr=True), disable=not shown)

@@ -1,0 +1,321 @@
+"""The traced values read the bytecode of the Python that runs the tests."""
+
+from __future__ import annotations
+
+import dis
+import sys
+from collections.abc import Callable
+from types import CodeType, FrameType
+from typing import Any
+
+import pytest
+import torch
+from nni.common.concrete_trace_utils import concrete_proxy, concrete_trace
+from torch import Tensor, nn
+
+from nni_topo.compat import bytecode
+
+ONES = torch.ones(4, 3)
+
+
+def branch(self: nn.Module, x: Tensor) -> Tensor:
+    if x.sum() > 0:
+        return x + 1
+    return x - 1
+
+
+def branch_on_value(self: nn.Module, x: Tensor) -> Tensor:
+    positive = x.sum() > 0
+    return x + 1 if positive else x - 1
+
+
+def branch_not(self: nn.Module, x: Tensor) -> Tensor:
+    positive = x.sum() > 0
+    if not positive:
+        return x - 1
+    return x + 1
+
+
+def branch_and(self: nn.Module, x: Tensor) -> Tensor:
+    if x.sum() > 0 and x.max() > 0.5:
+        return x + 1
+    return x - 1
+
+
+def branch_or(self: nn.Module, x: Tensor) -> Tensor:
+    if x.sum() > 100 or x.max() > 0.5:
+        return x + 1
+    return x - 1
+
+
+def branch_on_shape(self: nn.Module, x: Tensor) -> Tensor:
+    if x.shape[0] == 4 and x.dim() != 3:
+        return x + 1
+    return x - 1
+
+
+def branch_on_identity(self: nn.Module, x: Tensor, other: Tensor | None = None) -> Tensor:
+    if other is not None:
+        return x + other
+    return x - 1
+
+
+def branch_on_membership(self: nn.Module, x: Tensor) -> Tensor:
+    if x.shape[1] in (3, 5):
+        return x + 1
+    return x - 1
+
+
+def chained_comparison(self: nn.Module, x: Tensor) -> Tensor:
+    if 0 < x.sum() < 100:
+        return x + 1
+    return x - 1
+
+
+def value_of_and(self: nn.Module, x: Tensor) -> Tensor:
+    flag = x.sum() > 0 and x > 0.5
+    return x * flag
+
+
+def value_of_or(self: nn.Module, x: Tensor) -> Tensor:
+    flag = x.sum() > 100 or x > 0.5
+    return x * flag
+
+
+def value_of_not(self: nn.Module, x: Tensor) -> Tensor:
+    empty = not x.sum() > 0
+    return x - 1 if empty else x + 1
+
+
+def loop_while(self: nn.Module, x: Tensor) -> Tensor:
+    while x.sum() < 100:
+        x = x * 2
+    return x
+
+
+def loop_while_not(self: nn.Module, x: Tensor) -> Tensor:
+    done = x.sum() > 100
+    while not done:
+        x = x * 2
+        done = x.sum() > 100
+    return x
+
+
+def assertion(self: nn.Module, x: Tensor) -> Tensor:
+    assert x.sum() > 0
+    return x + 1
+
+
+def unpacking(self: nn.Module, x: Tensor) -> Tensor:
+    first, second = x.chunk(2)
+    rows, columns = x.shape
+    return first * rows + second * columns
+
+
+def starred_unpacking(self: nn.Module, x: Tensor) -> Tensor:
+    first, *others = x.unbind()
+    return first + others[0] * 2
+
+
+def list_display(self: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([*x.chunk(2), x, *x.chunk(4)])
+
+
+def call_with_positional(self: nn.Module, x: Tensor) -> Tensor:
+    return torch.add(*x.chunk(2))
+
+
+def call_with_mixed(self: nn.Module, x: Tensor) -> Tensor:
+    return torch.addcmul(x[:2], *x.chunk(2), value=2)
+
+
+def call_with_shape(self: nn.Module, x: Tensor) -> Tensor:
+    return x.flatten().view(*x.shape[:1], -1)
+
+
+def scaled(x: Tensor, factor: float = 1.0, shift: float = 0.0) -> Tensor:
+    return x * factor + shift
+
+
+def call_with_keywords(self: nn.Module, x: Tensor, options: dict[str, float]) -> Tensor:
+    return scaled(x, **options)
+
+
+def call_with_keywords_only(self: nn.Module, x: Tensor, options: dict[str, float]) -> Tensor:
+    return scaled(x, shift=3.0, **options) + scaled(**{"x": x, "factor": 2.0})
+
+
+def items(self: nn.Module, x: Tensor, options: dict[str, float]) -> Tensor:
+    for _, value in options.items():  # noqa: PERF102
+        x = x * value
+    return x
+
+
+def length(self: nn.Module, x: Tensor) -> Tensor:
+    return x * len(x)
+
+
+def loop_over_range(self: nn.Module, x: Tensor) -> Tensor:
+    total = x[0]
+    for index in range(1, x.shape[0]):
+        total = total + index * x[index]
+    return total
+
+
+def loop_over_tuple(self: nn.Module, x: Tensor) -> Tensor:
+    total = torch.zeros(2, 3)
+    for part in x.chunk(2):
+        total = total * 2 + part
+    return total
+
+
+def comprehension(self: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([part * 2 for part in x.chunk(2)])
+
+
+def enumeration(self: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([part * index for index, part in enumerate(x.chunk(2))])
+
+
+CASES: list[Callable[..., Tensor]] = [
+    branch, branch_on_value, branch_not, branch_and, branch_or, branch_on_shape, branch_on_membership,
+    chained_comparison, value_of_and, value_of_or, value_of_not, loop_while, loop_while_not, assertion,
+    unpacking, starred_unpacking, list_display, call_with_positional, call_with_mixed, call_with_shape,
+    length, loop_over_range, loop_over_tuple, comprehension, enumeration,
+]  # fmt: skip
+KEYWORD_CASES: list[Callable[..., Tensor]] = [call_with_keywords, call_with_keywords_only, items]
+
+
+def module(forward: Callable[..., Tensor]) -> nn.Module:
+    built = type("Case", (nn.Module,), {"forward": forward})()
+    assert isinstance(built, nn.Module)
+    return built
+
+
+@pytest.mark.parametrize("operator_patch", [True, False])
+@pytest.mark.parametrize("forward", CASES, ids=lambda case: case.__name__)
+def test_trace_computes_what_the_function_computes(forward: Callable[..., Tensor], operator_patch: bool) -> None:
+    traced = concrete_trace(module(forward), (ONES,), use_operator_patch=operator_patch)
+    same_branch = ONES + 0.01 * torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
+    for x in (ONES, same_branch):
+        torch.testing.assert_close(traced(x), forward(None, x))
+
+
+@pytest.mark.parametrize("forward", KEYWORD_CASES, ids=lambda case: case.__name__)
+def test_trace_opens_a_dictionary(forward: Callable[..., Tensor]) -> None:
+    traced = concrete_trace(module(forward), (ONES, {"factor": 3.0}))
+    torch.testing.assert_close(traced(2 * ONES, {"factor": 5.0}), forward(None, 2 * ONES, {"factor": 5.0}))
+
+
+def test_trace_follows_an_identity_test_if_operators_are_patched() -> None:
+    traced = concrete_trace(module(branch_on_identity), (ONES,))
+    torch.testing.assert_close(traced(2 * ONES), ONES)
+
+
+@pytest.mark.parametrize("start", [1.0, -1.0])
+def test_trace_follows_the_branch_that_its_input_takes(start: float) -> None:
+    traced = concrete_trace(module(branch), (start * ONES,))
+    torch.testing.assert_close(traced(ONES), ONES + start)
+
+
+def test_branch_over_a_jump_too_far_for_one_byte() -> None:
+    body = "        x = x + 1\n" * 60
+    namespace: dict[str, Any] = {}
+    exec(f"def forward(self, x):\n    if x.sum() > 0:\n{body}        return x\n    return x - 1\n", namespace)
+    opnames = [instruction.opname for instruction in dis.get_instructions(namespace["forward"])]
+    assert "EXTENDED_ARG" in opnames
+    traced = concrete_trace(module(namespace["forward"]), (ONES,), use_operator_patch=False)
+    torch.testing.assert_close(traced(ONES), ONES + 60)
+
+
+class Witness:
+    """A value that keeps the frame and the position at which it is tested for truth."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[CodeType, int]] = []
+
+    def __bool__(self) -> bool:
+        frame = sys._getframe().f_back
+        assert isinstance(frame, FrameType)
+        self.seen.append((frame.f_code, frame.f_lasti))
+        return len(self.seen) < 2
+
+    def __lt__(self, other: object) -> Witness:
+        return self
+
+
+def in_if(value: Any) -> object:
+    if value:
+        return 1
+    return 2
+
+
+def in_not(value: Any) -> object:
+    return not value
+
+
+def in_and(value: Any) -> object:
+    return value and 1
+
+
+def in_or(value: Any) -> object:
+    return value or 1
+
+
+def in_while(value: Any) -> object:
+    while value:
+        pass
+    return 1
+
+
+def in_while_not(value: Any) -> object:
+    while not value:
+        pass
+    return 1
+
+
+def in_comparison(value: Any) -> object:
+    if value < 3:
+        return 1
+    return 2
+
+
+@pytest.mark.parametrize("test", [in_if, in_and, in_or, in_while, in_while_not, in_comparison])
+def test_running_instruction_of_a_truth_test_is_a_branch_or_stands_before_one(
+    test: Callable[[Any], object],
+) -> None:
+    witness = Witness()
+    test(witness)
+    jumps = concrete_proxy.ConcreteProxy.jump_opcodes
+    for code, last in witness.seen:
+        units = bytecode.code_units(code)
+        running, following = units[last // 2], units[last // 2 + 1]
+        assert running.opcode in jumps or (running.opname == "COMPARE_OP" and following.opcode in jumps)
+
+
+def test_running_instruction_of_a_negation() -> None:
+    witness = Witness()
+    in_not(witness)
+    code, last = witness.seen[0]
+    assert bytecode.code_units(code)[last // 2].opname == "UNARY_NOT"
+
+
+@pytest.mark.parametrize("function", [*CASES, module, Witness.__bool__])
+def test_code_units_hold_every_instruction_at_its_offset(function: Callable[..., object]) -> None:
+    units = bytecode.code_units(function.__code__)
+    assert len(units) == len(function.__code__.co_code) // 2
+    for instruction in dis.get_instructions(function):
+        if instruction.opname not in ("EXTENDED_ARG", "TO_BOOL"):
+            assert units[instruction.offset // 2] == instruction
+
+
+def test_mends_are_needed_on_the_pythons_that_have_caches_or_other_jumps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain_jumps = tuple(dis.opmap[name] for name in concrete_proxy.ConcreteProxy.jump_opnames if name in dis.opmap)
+    monkeypatch.setattr(concrete_proxy, "dis", dis)
+    monkeypatch.setattr(concrete_proxy.ConcreteProxy, "jump_opcodes", plain_jumps)
+    assert bytecode.index_code_units() is (sys.version_info >= (3, 11))
+    assert bytecode.restore_branch_opcodes() is ("POP_JUMP_FORWARD_IF_TRUE" in dis.opmap)
+    assert bytecode.index_code_units() is False
+    assert bytecode.restore_branch_opcodes() is False

@@ -1,0 +1,111 @@
+"""The mends as a whole: what is reported, what is warned of, and what a fresh interpreter gets."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from nni.common.concrete_trace_utils import concrete_tracer
+
+from nni_topo import compat
+from nni_topo.compat import tracing
+
+ALWAYS_BROKEN = {
+    "keep_pytree_nodes",
+    "restore_tensor_methods",
+    "accept_purity_argument",
+    "postpone_annotations",
+    "name_class_of_super",
+    "keep_size_whole",
+    "restore_randomized_output",
+    "count_masks_faster",
+}
+
+FRESH = """
+import json, sys
+from nni_topo import compat
+report = compat.enable()
+from torch.fx.immutable_collections import immutable_list
+from torch.utils import _pytree
+again = [mend.__name__ for mend in compat._mends() if mend()]
+node = _pytree.SUPPORTED_NODES[immutable_list]
+print(json.dumps({
+    "applied": report.applied, "failed": report.failed, "again": again, "nni": report.nni,
+    "serialized": _pytree.SUPPORTED_SERIALIZED_TYPES[immutable_list].serialized_type_name,
+    "flatten": node.flatten_fn.__module__,
+}))
+"""
+
+
+def test_fresh_interpreter_is_mended_without_a_warning_and_once() -> None:
+    # NNI's dependencies import what Python deprecates; NNI and PyTorch themselves stay quiet
+    command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", FRESH]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    bytecode = {"index_code_units"} if sys.version_info >= (3, 11) else set()
+    bytecode |= {"restore_branch_opcodes"} if sys.version_info[:2] == (3, 11) else set()
+    assert set(found["applied"]) - {"set_lightning_steps", "wrap_type_itself"} == ALWAYS_BROKEN | bytecode
+    assert found["failed"] == []
+    assert found["again"] == []
+    assert found["nni"] == "3.0"
+    assert found["flatten"] == "torch.fx.immutable_collections"
+    assert found["serialized"] == "torch.fx.immutable_collections.immutable_list"
+
+
+def test_missing_nni_is_told() -> None:
+    command = [sys.executable, "-c", "import sys; sys.modules['nni'] = None; import nni_topo"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "CompatibilityError: nni.compression must be importable, got ModuleNotFoundError" in done.stderr
+
+
+def test_second_call_gives_the_same_report_and_changes_nothing(compat_report: compat.CompatReport) -> None:
+    purity = concrete_tracer.node_is_impure_wrapper
+    assert compat.enable() is compat_report
+    assert concrete_tracer.node_is_impure_wrapper is purity
+
+
+def test_report_names_every_mend_once(compat_report: compat.CompatReport) -> None:
+    names = [result.name for result in compat_report.results]
+    assert sorted(names) == sorted(compat_report.applied + compat_report.unneeded + compat_report.failed)
+    assert len(set(names)) == len(names)
+    assert compat_report.torch == torch.__version__
+    assert compat_report.python == platform.python_version()
+    assert "restore_tensor_methods" in str(compat_report)
+
+
+def test_unknown_version_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "_reports", [])
+    monkeypatch.setattr(compat, "KNOWN_NNI_VERSIONS", ("2.10",))
+    with pytest.warns(compat.CompatibilityWarning, match=r"knows NNI 2\.10, found NNI 3\.0.*applied: .*not needed: "):
+        compat.enable()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compat.enable()
+
+
+def test_mend_that_fails_is_named_and_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "_reports", [])
+    monkeypatch.delattr(concrete_tracer, "node_is_impure_wrapper")
+    with pytest.warns(compat.CompatibilityWarning, match="failed: accept_purity_argument \\(AttributeError"):
+        report = compat.enable()
+    assert report.failed == ("accept_purity_argument",)
+    assert len(report.results) == len(compat._mends()) + 1
+
+
+@pytest.mark.parametrize("mend", compat._mends(), ids=lambda mend: mend.__name__)
+def test_mend_says_where_and_why(mend: object) -> None:
+    text = mend.__doc__ or ""
+    assert "Place: ``nni/" in text
+    assert "Cause:" in text
+    assert "Returns" in text
+
+
+def test_mend_is_not_needed_twice() -> None:
+    assert tracing.restore_tensor_methods() is False

@@ -1,0 +1,136 @@
+"""Speedup keeps sizes whole, frees what it should, and logs what NNI logs."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from nni.compression.pruning import L1NormPruner
+from nni.compression.speedup import ModelSpeedup, container, mask_updater, model_speedup, utils
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from nni_topo.compat import speedup
+
+INPUTS = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Sized(nn.Module):
+    """Uses a size as a value, and a length as the last user of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 4, 3, padding=1)
+        self.head = nn.Linear(256, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(self.conv1(x).relu())
+        flat = y.view(-1, y.size()[1:].numel())
+        return self.head(flat) * len(x)
+
+
+def masks_of(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    pruner = L1NormPruner(model, [{"op_names": ["conv1"], "sparse_ratio": 0.5}])
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    assert isinstance(masks, dict)
+    return masks
+
+
+def test_model_with_sizes_and_a_dying_length_is_sped_up() -> None:
+    torch.manual_seed(0)
+    model = Sized().eval()
+    masks = masks_of(model)
+    with torch.no_grad():
+        for name, mask in masks["conv1"].items():
+            model.conv1.get_parameter(name).mul_(mask)
+        expected = model(INPUTS)
+    dense = ModelSpeedup(model, INPUTS, masks).speedup_model()
+    assert dense.conv1.weight.shape == (4, 3, 3, 3)
+    assert dense.conv2.weight.shape == (4, 4, 3, 3)
+    torch.testing.assert_close(dense(INPUTS), expected)
+
+
+def test_sizes_are_leaves_in_speedup_only() -> None:
+    size = torch.Size((2, 3))
+    seen: list[object] = []
+    utils.tree_map_zip(lambda value, other: seen.append((value, other)), [size, 1], [None, 2])
+    assert seen == [(size, None), (1, 2)]
+    assert tree_map is not utils.tree_map
+
+
+def test_sizes_are_left_alone_where_they_are_leaves() -> None:
+    before = utils.tree_map, utils.tree_flatten
+    assert speedup.keep_size_whole() is False
+    assert (utils.tree_map, utils.tree_flatten) == before
+
+
+def test_sizes_are_mended_where_pytorch_opens_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(utils, "tree_map", tree_map)
+    monkeypatch.setattr(utils, "tree_flatten", tree_flatten)
+    opened = len(tree_flatten(torch.Size((2, 3)))[0]) == 2
+    assert speedup.keep_size_whole() is opened
+
+
+def test_randomized_output_goes_by_both_names() -> None:
+    node = next(iter(torch.fx.symbolic_trace(nn.ReLU()).graph.nodes))
+    info = container.NodeInfo(node)
+    info.output_randomize = INPUTS
+    del info._output_randomize
+    assert not hasattr(info, "output_randomize")
+
+
+def test_randomized_output_is_mended_once_and_only_where_it_is_misspelt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert speedup.restore_randomized_output() is False
+    monkeypatch.delattr(container.NodeInfo, "_output_randomize")
+    assert speedup.restore_randomized_output() is True
+
+    class Right:
+        def direct_update_process(self, info: container.NodeInfo) -> None:
+            del info.output_randomize
+
+    monkeypatch.delattr(container.NodeInfo, "_output_randomize")
+    monkeypatch.setattr(mask_updater, "NoMaskUpdater", Right)
+    assert speedup.restore_randomized_output() is False
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bool, torch.int64])
+def test_sparsity_text_is_the_text_of_nni(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    masks = {
+        "weight": (torch.rand(6, 3, 5, generator=generator) > 0.4).to(dtype),
+        "bias": torch.zeros(7).to(dtype),
+        "_output_": torch.ones(1).to(dtype),
+        "nothing": None,
+    }
+    text = "".join(
+        f"{name}: {1 - mask.nonzero().size(0) / mask.numel(): .4f} " for name, mask in masks.items() if mask is not None
+    )
+    assert speedup.sparsity_text(masks) == text
+    assert speedup.sparsity_text({}) == ""
+
+
+def test_log_of_a_speedup_tells_the_sparsity(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = Sized().eval()
+    logger = logging.getLogger("test_compat_speedup")
+    with caplog.at_level(logging.INFO, logger=logger.name):
+        ModelSpeedup(model, INPUTS, masks_of(model), logger=logger).speedup_model()
+    assert (
+        "Update direct mask for call_module: conv1, weight:  0.5000 bias:  0.5000 , output mask:  0.5000" in caplog.text
+    )
+
+
+def test_sparsity_text_replaces_the_slow_function_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert model_speedup.sparsity_stats is speedup.sparsity_text
+    assert speedup.count_masks_faster() is False
+
+    def lists_every_entry(masks: dict[str, Tensor]) -> str:
+        return str(masks["weight"].nonzero())
+
+    monkeypatch.setattr(model_speedup, "sparsity_stats", lists_every_entry)
+    assert speedup.count_masks_faster() is True

@@ -1,0 +1,158 @@
+"""The tracer knows the tensor's methods, agrees with PyTorch on purity, and leaves annotations alone."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from types import MethodDescriptorType
+from typing import Any
+
+import pytest
+import torch
+from nni.common.concrete_trace_utils import concrete_trace, concrete_tracer, operator_patcher
+from torch import Tensor, nn
+from torch.fx.graph_module import GraphModule
+
+from nni_topo.compat import tracing
+
+TABLE = concrete_tracer.ConcreteTracer.default_autowrap_leaf_function
+
+
+class Net(nn.Module):
+    """Calls methods by way of the class, has dead code and an in-place method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        unused = torch.Tensor.exp(x)  # noqa: F841
+        y = torch.Tensor.add(self.linear(x), x)
+        left, right = torch.Tensor.split(y, 2)
+        return torch.cat([left, right.clone().mul_(2)])
+
+
+def parts(x: Tensor, sizes: list[int], names: dict[str, int]) -> list[Tensor]:
+    return list(torch.split(x, sizes)) if names else []
+
+
+class Annotated(nn.Module):
+    def forward(self, x: Tensor, names: dict[str, int] | None = None) -> list[Tensor]:
+        return [part * 2 for part in parts(x, [1, 3], {"a": 1})]
+
+
+class Base(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x)
+
+
+class Middle(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+class Inheriting(Middle):
+    pass
+
+
+class Overriding(Middle):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+def targets(traced: GraphModule) -> list[Any]:
+    return [node.target for node in traced.graph.nodes]
+
+
+def test_trace_records_methods_called_on_the_class() -> None:
+    torch.manual_seed(0)
+    net, x = Net().eval(), torch.rand(4, 3)
+    traced = concrete_trace(net, (x,))
+    torch.testing.assert_close(traced(2 * x), net(2 * x))
+    assert "add" in targets(traced)
+
+
+def test_dead_code_is_removed_and_in_place_methods_stay() -> None:
+    net = Net().eval()
+    kept = targets(concrete_trace(net, (torch.rand(4, 3),), dce=False))
+    left = targets(concrete_trace(net, (torch.rand(4, 3),), dce=True))
+    assert "exp" in kept
+    assert "exp" not in left
+    assert "mul_" in left
+
+
+def test_annotations_of_builtin_generics_are_not_evaluated() -> None:
+    traced = concrete_trace(Annotated(), (torch.rand(4, 2),))
+    x = torch.rand(4, 2)
+    for got, expected in zip(traced(x), Annotated()(x), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("kind", [Middle, Inheriting, Overriding])
+def test_super_is_the_base_of_the_defining_class(kind: type[nn.Module]) -> None:
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(concrete_trace(kind(), (x,))(-x), kind()(-x))
+
+
+def test_super_is_mended_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_instance(self: ast.NodeTransformer, node: ast.Call) -> ast.AST:
+        return ast.parse("super(self.__class__, self)", mode="eval").body
+
+    monkeypatch.setattr(operator_patcher.TransformerOp, "visit_Call", by_instance)
+    assert tracing.name_class_of_super() is True
+    assert tracing.name_class_of_super() is False
+
+
+def test_every_method_has_its_position_on_tensor() -> None:
+    methods = [function for function in TABLE if isinstance(function, MethodDescriptorType)]
+    assert len(methods) > 500
+    for function in methods:
+        assert (torch.Tensor, function.__name__) in TABLE[function][0]
+    assert torch.Tensor._make_subclass not in TABLE
+
+
+def test_methods_overridden_in_python_are_listed_by_their_override() -> None:
+    assert TABLE[torch.Tensor.split] == ([], False, torch.Tensor.split)
+
+
+def test_methods_are_restored_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    method, static = torch.Tensor.add, torch.Tensor._make_subclass
+    monkeypatch.setitem(TABLE, method, ([], False, None))
+    monkeypatch.setitem(TABLE, static, ([], False, None))
+    assert tracing.restore_tensor_methods() is True
+    assert TABLE[method] == ([(torch.Tensor, "add")], False, None)
+    assert static not in TABLE
+    assert tracing.restore_tensor_methods() is False
+
+
+def test_purity_is_left_alone_where_it_takes_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    def takes_both(node: Any, impure_random: bool = True) -> bool:
+        return impure_random
+
+    monkeypatch.setattr(concrete_tracer, "node_is_impure_wrapper", takes_both)
+    assert tracing.accept_purity_argument() is False
+    assert concrete_tracer.node_is_impure_wrapper is takes_both
+
+
+def test_purity_is_mended_where_it_takes_the_node_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(concrete_tracer, "node_is_impure_wrapper", lambda node: node.op == "output")
+    assert tracing.accept_purity_argument() is True
+    nodes = list(torch.fx.symbolic_trace(nn.ReLU()).graph.nodes)
+    assert [concrete_tracer.node_is_impure_wrapper(node, True) for node in nodes] == [False, False, True]
+    assert tracing.accept_purity_argument() is False
+
+
+def test_type_can_be_wrapped_and_the_mend_is_applied_where_it_could_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tracing.wrap_type_itself() is False
+    monkeypatch.setattr(concrete_tracer, "functools", functools)
+    broken = not isinstance(getattr(type, "__type_params__", ()), tuple)
+    assert tracing.wrap_type_itself() is broken
+    stand_in = concrete_tracer.functools.wraps(type)(lambda value: value)
+    assert stand_in.__name__ == "type"
+    assert stand_in.__wrapped__ is type
+
+
+def test_annotations_are_postponed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(operator_patcher, "compile")
+    assert tracing.postpone_annotations() is True
+    assert tracing.postpone_annotations() is False

@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from speedup_nets import (
+    Concatenated,
+    Grouped,
+    LeNet,
+    Optional,
+    Residual,
+    Shared,
+    chain,
+    filter_mask,
+    l1_masks,
+    lively,
+    parameters,
+    prune_half,
+)  # fmt: skip
+from torch import nn
+
+from nni_topo.errors import ConfigError, SpeedupError
+from nni_topo.speedup import masked_model, to_dense
+from nni_topo.zoo import create_model
+
+
+def images(channels=3, size=8, batch=2):
+    return torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def same_output(dense, reference, inputs, tolerance=1e-5):
+    with torch.no_grad():
+        expected, actual = (copy.deepcopy(model).eval()(inputs) for model in (reference, dense))
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_a_chain_becomes_the_slices_that_a_hand_would_cut():
+    model, kept, kept_next = chain(), [0, 2, 3, 6, 7], [1, 2, 3, 5]
+    masks = {"0": filter_mask(model[0], [1, 4, 5]), "3": filter_mask(model[3], [0, 4])}
+
+    dense = to_dense(model, images(), masks)
+
+    assert torch.equal(dense[0].weight, model[0].weight[kept])
+    assert torch.equal(dense[0].bias, model[0].bias[kept])
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        assert torch.equal(getattr(dense[1], name), getattr(model[1], name)[kept])
+    assert torch.equal(dense[3].weight, model[3].weight[kept_next][:, kept])
+    assert torch.equal(dense[8].weight, model[8].weight[:, kept_next])
+    assert torch.equal(dense[8].bias, model[8].bias)
+    sizes = dense[0].out_channels, dense[1].num_features, dense[3].in_channels, dense[8].in_features
+    assert sizes == (5, 5, 5, 4)
+
+
+def test_lenet_has_the_parameters_counted_by_hand():
+    _, dense = prune_half(LeNet(), images(1, 28), ("Conv2d", "Linear"), exclude=["fc2"])
+    assert parameters(dense) == (3 * 25 + 3) + (8 * 3 * 25 + 8) + (42 * 8 * 25 + 42) + (10 * 42 + 10)
+
+
+@pytest.mark.parametrize("net", [LeNet, Residual, Concatenated, Grouped, Shared])
+def test_dense_equals_masked(net):
+    model = net()
+    inputs = images(1, 28) if net is LeNet else images()
+    exclude = ["fc2", "tail"]
+    masks, dense = prune_half(model, inputs, exclude=exclude)
+    same_output(dense, masked_model(model, inputs, masks), inputs)
+    assert parameters(dense) < 0.7 * parameters(model)
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet20", 32), ("resnet56", 32), ("lenet5", 32)])
+def test_small_zoo_models(name, size):
+    model = lively(create_model(name, num_classes=10, in_channels=3, image_size=size, seed=0))
+    masks, dense = prune_half(model, images(3, size))
+    same_output(dense, masked_model(model, images(3, size), masks), images(3, size, batch=3))
+    assert parameters(dense) < 0.5 * parameters(model)
+
+
+def test_vgg16_at_one_half_has_a_quarter_of_the_parameters():
+    model = lively(create_model("vgg16", num_classes=10, in_channels=3, image_size=32, seed=0))
+    masks, dense = prune_half(model, images(3, 32))
+    assert 0.24 < parameters(dense) / parameters(model) < 0.26
+    same_output(dense, masked_model(model, images(3, 32), masks), images(3, 32, batch=3))
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("resnet18", 0.27),
+        ("mobilenet_v2", 0.36),
+        pytest.param("densenet121", 0.30, marks=pytest.mark.slow),
+        pytest.param("resnet50", 0.28, marks=pytest.mark.slow),
+        pytest.param("efficientnet_b0", 0.34, marks=pytest.mark.slow),
+        pytest.param("googlenet", 0.65, marks=pytest.mark.slow),
+    ],
+)
+def test_torchvision_models(name, share):
+    model = lively(create_model(f"torchvision/{name}", num_classes=10, in_channels=3, image_size=64, seed=0))
+    masks, dense = prune_half(model, images(3, 64, batch=1))
+    same_output(dense, masked_model(model, images(3, 64), masks), images(3, 64))
+    assert parameters(dense) < share * parameters(model)
+
+
+def test_nnis_masked_model_differs_where_a_batch_norm_follows_and_masked_model_does_not():
+    model, inputs = chain(), images()
+    masks = {"0": filter_mask(model[0], [0, 2, 3])}
+    dense = to_dense(model, inputs, masks).eval()
+    plain = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        plain[0].weight.mul_(masks["0"]["weight"])
+        plain[0].bias[[0, 2, 3]] = 0
+        expected = plain(inputs)
+        assert (dense(inputs) - expected).abs().max() > 0.01 * expected.abs().max()
+    same_output(dense, masked_model(model, inputs, masks), inputs)
+
+
+@pytest.mark.parametrize("pruned", [[0], [8]])
+def test_nothing_of_the_callers_changes(pruned):
+    model, inputs = chain(), images()
+    model[1].eval()
+    masks = {"0": filter_mask(model[0], pruned if pruned == [0] else range(8))}
+    before = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    mask = masks["0"]["weight"].clone()
+    random_state = torch.get_rng_state()
+
+    try:
+        to_dense(model, inputs, masks)
+        failed = False
+    except SpeedupError:
+        failed = True
+
+    assert failed is (pruned == [8])
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert [module.training for module in model.modules()] == modes
+    assert list(masks) == ["0"]
+    assert list(masks["0"]) == ["weight"]
+    assert torch.equal(masks["0"]["weight"], mask)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_mode_precision_and_frozen_parameters_stay():
+    model = chain().double()
+    model[1].eval()
+    model[3].weight.requires_grad_(False)
+    model[1].momentum, model[1].num_batches_tracked = None, torch.tensor(7)
+    dense = to_dense(model, images().double(), {"0": filter_mask(model[0], [0, 1])})
+    assert dense.training
+    assert not dense[1].training
+    assert {parameter.dtype for parameter in dense.parameters()} == {torch.float64}
+    assert not dense[3].weight.requires_grad
+    assert dense[0].weight.requires_grad
+    assert dense[1].momentum is None
+    assert dense[1].num_batches_tracked == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_stays_and_loses_nothing(dtype):
+    model = chain().to(dtype)
+    dense = to_dense(model, images().to(dtype), {"0": filter_mask(model[0], [0, 1])})
+    assert {parameter.dtype for parameter in dense.parameters()} == {dtype}
+    assert torch.equal(dense[0].weight, model[0].weight[2:])
+
+
+def test_the_same_masks_give_the_same_model_whatever_the_global_seed():
+    model, masks = chain(), {"0": filter_mask(chain()[0], [0, 1])}
+    torch.manual_seed(1)
+    first = to_dense(model, images(), masks)
+    torch.manual_seed(2)
+    second = to_dense(model, images(), masks)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_the_dense_model_trains():
+    _, dense = prune_half(chain(), images())
+    dense(images()).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in dense.parameters())
+
+
+def test_single_masked_weights_stay_zero():
+    model = LeNet()
+    mask = (torch.rand(model.conv1.weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    mask[2] = 0
+    dense = to_dense(model, images(1, 28), {"conv1": {"weight": mask}})
+    kept = [0, 1, 3, 4, 5]
+    assert torch.equal(dense.conv1.weight, (model.conv1.weight * mask)[kept])
+    assert torch.equal(dense.conv2.weight, model.conv2.weight[:, kept])
+
+
+def test_arguments_by_name_options_left_out_and_one_output_a_sample():
+    model = Optional()
+    inputs = torch.rand(3, 6, generator=torch.Generator().manual_seed(0))
+    masks = {"first": filter_mask(model.first, [0, 3, 4])}
+    dense = to_dense(model, {"x": inputs}, masks)
+    assert (dense.first.out_features, dense.second.in_features) == (5, 5)
+    shifted = to_dense(model, {"x": inputs, "shift": torch.ones(3, 1)}, masks)
+    assert torch.allclose(shifted(inputs)["y"], dense(inputs)["y"])
+
+
+def test_a_model_that_branches_on_values_is_traced_by_running():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = torch.relu(self.first(x))
+            return self.second(x) if x.sum() > -1 else x
+
+    model = Branching()
+    dense = to_dense(model, torch.rand(2, 4), {"first": filter_mask(model.first, [1, 2])})
+    assert dense.second.weight.shape == (3, 6)
+
+
+def test_input_channels_that_nothing_reads_stay_inputs():
+    model = chain()
+    mask = torch.ones_like(model[0].weight)
+    mask[:, 1] = 0
+    dense = to_dense(model, images(), {"0": {"weight": mask}})
+    assert dense[0].weight.shape == model[0].weight.shape
+
+
+def test_a_layer_of_tiny_weights_is_not_taken_for_constant():
+    model = chain()
+    with torch.no_grad():
+        model[0].weight.mul_(1e-9)
+    dense = to_dense(model, images(), {"0": filter_mask(model[0], [1])})
+    assert dense[0].out_channels == 7
+
+
+def test_a_pruned_head_is_named():
+    model = LeNet()
+    masks = l1_masks(model, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    with pytest.raises(SpeedupError, match=r"output must not change: exclude .* \(fc2\)"):
+        to_dense(model, images(1, 28), masks)
+
+
+def test_a_head_that_no_rule_sees_is_found_by_the_check():
+    class Lost(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.head = nn.Linear(4, 8), nn.Linear(8, 6)
+
+        def forward(self, x):
+            return torch.sort(self.head(self.first(x)), dim=0).values
+
+    model = Lost()
+    with pytest.raises(SpeedupError, match="output must not change"):
+        to_dense(model, torch.rand(2, 4), {"head": filter_mask(model.head, [0])})
+
+
+def test_a_fixed_size_in_the_forward_is_reported():
+    class Fixed(LeNet):
+        def forward(self, x):
+            x = torch.max_pool2d(torch.relu(self.conv2(torch.max_pool2d(self.conv1(x), 2))), 2)
+            return self.fc2(self.fc1(x.view(-1, 400)))
+
+    model = Fixed()
+    with pytest.raises(SpeedupError, match=r"ModelSpeedup|fixed size"):
+        to_dense(model, images(1, 28), {"conv2": filter_mask(model.conv2, [0])})
+
+
+def test_a_norm_over_channels_differs_and_the_layer_is_named():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    masks = {"0": filter_mask(model[0], [2, 3, 6])}
+    with pytest.raises(SpeedupError, match=r"got a difference of 0\.\d+ \(from 1 on\)"):
+        to_dense(model, torch.rand(4, 5), masks)
+    assert to_dense(model, torch.rand(4, 5), masks, check=False)[1].normalized_shape == (5,)
+
+
+def test_an_activation_that_is_not_zero_at_zero_leaves_a_constant_behind():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Sigmoid(), nn.Linear(8, 3))
+    masks = {"0": filter_mask(model[0], [2, 3, 6])}
+    with pytest.raises(SpeedupError, match=r"got a difference of .* \(from 2 on\)"):
+        to_dense(model, torch.rand(4, 5), masks)
+    assert to_dense(model, torch.rand(4, 5), masks, check=False)[2].weight.shape == (3, 5)
+
+
+def test_inputs_must_fit_the_model():
+    with pytest.raises(ConfigError, match="example_inputs must fit LeNet"):
+        to_dense(LeNet(), {"image": images(1, 28)}, {})
+    with pytest.raises(ConfigError, match="example_inputs must be a tensor"):
+        to_dense(LeNet(), "image", {})
+
+
+def test_no_masks_give_an_equal_copy():
+    model = chain()
+    dense = to_dense(model, images(), {})
+    assert dense is not model
+    assert all(torch.equal(a, b) for a, b in zip(dense.parameters(), model.parameters(), strict=True))

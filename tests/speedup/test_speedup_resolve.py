@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from speedup_nets import Chunked, Concatenated, Grouped, Residual, chain, filter_mask, l1_masks
+
+from nni_topo.errors import ConfigError
+from nni_topo.speedup import dependency_groups, to_dense
+
+IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_unselected_partner_keeps_the_channels_and_is_named(caplog):
+    model = Residual()
+    with caplog.at_level(logging.WARNING, "nni_topo"):
+        dense = to_dense(model, IMAGES, {"stem": filter_mask(model.stem, [0, 1])})
+    assert dense.stem.out_channels == 8
+    assert "stem 2 of 8" in caplog.text
+    assert "point" in caplog.text
+
+
+def test_a_depthwise_convolution_without_a_mask_follows():
+    model = Residual()
+    masks = {name: filter_mask(getattr(model, name), [0, 5]) for name in ("stem", "point")}
+    dense = to_dense(model, IMAGES, masks)
+    assert (dense.depthwise.groups, dense.depthwise.in_channels, dense.norm.num_features) == (6, 6, 6)
+
+
+def test_masks_that_differ_are_united():
+    model = Residual()
+    masks = {"stem": filter_mask(model.stem, [0, 1, 2]), "point": filter_mask(model.point, [1, 2, 3])}
+    dense = to_dense(model, IMAGES, masks)
+    assert torch.equal(dense.stem.weight, model.stem.weight[[0, 3, 4, 5, 6, 7]])
+
+
+def test_groups_of_a_convolution_stay_equal():
+    model = Grouped()
+    masks = {"first": filter_mask(model.first, [0, 1, 4]), "second": filter_mask(model.second, [0, 1, 6])}
+    dense = to_dense(model, IMAGES, masks)
+    second = dense.second
+    assert (second.groups, second.in_channels, second.out_channels) == (2, 6, 10)
+    norms = model.second.weight.flatten(1).abs().sum(1)
+    back = 0 if norms[0] > norms[1] else 1
+    assert torch.equal(dense.norm.running_mean, model.norm.running_mean[[back, 2, 3, 4, 5, *range(7, 12)]])
+
+
+def test_whole_groups_of_a_convolution_can_go():
+    model = Grouped()
+    masks = {"first": filter_mask(model.first, range(4)), "second": filter_mask(model.second, range(6))}
+    dense = to_dense(model, IMAGES, masks)
+    assert (dense.second.groups, dense.second.in_channels, dense.second.out_channels) == (1, 4, 6)
+
+
+def test_halves_of_a_chunk_lose_the_same_channels():
+    model = Chunked()
+    masks = {"first": filter_mask(model.first, [0, 1, 3, 5, 7])}
+    dense = to_dense(model, IMAGES, masks)
+    assert torch.equal(dense.first.weight, model.first.weight[[0, 2, 4, 6]])
+    assert torch.equal(dense.second.weight, model.second.weight[:, [0, 2]])
+
+
+@pytest.mark.parametrize(("round_to", "kept"), [(None, 5), (1, 5), (2, 6), (4, 8), (3, 6), (100, 8)])
+def test_rounding_brings_channels_back(round_to, kept):
+    model = chain()
+    dense = to_dense(model, IMAGES, {"0": filter_mask(model[0], [1, 4, 5])}, round_to=round_to)
+    assert dense[0].out_channels == kept
+    assert dense[3].out_channels == 6
+
+
+def test_rounding_brings_back_the_largest_weights_of_all_tied_layers():
+    model = Residual()
+    with torch.no_grad():
+        model.point.weight[5] += 10
+    masks = {name: filter_mask(getattr(model, name), [1, 4, 5]) for name in ("stem", "point")}
+    dense = to_dense(model, IMAGES, masks, round_to=3)
+    assert torch.equal(dense.stem.weight, model.stem.weight[[0, 2, 3, 5, 6, 7]])
+
+
+def test_rounding_is_no_conflict_to_warn_of(caplog):
+    model = Residual()
+    masks = {name: filter_mask(getattr(model, name), [1, 4, 5]) for name in ("stem", "point")}
+    with caplog.at_level(logging.WARNING, "nni_topo"):
+        to_dense(model, IMAGES, masks, round_to=4)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("round_to", [0, -4, 2.0, True, "8"])
+def test_round_to_must_be_a_positive_integer(round_to):
+    with pytest.raises(ConfigError, match="round_to must be a positive integer"):
+        to_dense(chain(), IMAGES, {"0": filter_mask(chain()[0], [1])}, round_to=round_to)
+
+
+@pytest.mark.parametrize("net", [Residual, Concatenated])
+def test_groups_leave_nothing_to_reconcile(net, caplog):
+    model = net()
+    config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5, "exclude_op_names": ["tail"]}]
+    masks = l1_masks(model, dependency_groups(model, IMAGES, config))
+    with caplog.at_level(logging.WARNING, "nni_topo"):
+        to_dense(model, IMAGES, masks)
+    assert not caplog.records

@@ -1,0 +1,139 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.topology import bottleneck_distance, wasserstein_distance
+
+
+def make_diagram(seed: int, longest: int = 20) -> np.ndarray:
+    """Return finite bars; every third seed on a grid, so that many tie."""
+    rng = np.random.default_rng(seed)
+    size = int(rng.integers(0, longest))
+    births, lengths = rng.random(size), rng.random(size) ** 2
+    if seed % 3 == 0:
+        births, lengths = np.round(4 * births) / 4, np.round(4 * lengths) / 4
+    return np.stack([births, births + lengths], axis=1)
+
+
+def augmented(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Costs between n bars and m diagonal points on one side, m bars and n diagonal points on the other."""
+    n, m = len(a), len(b)
+    costs = np.zeros((n + m, n + m))
+    costs[:n, :m] = np.abs(a[:, None] - b[None]).max(axis=2)
+    costs[:n, m:] = (a[:, 1:] - a[:, :1]) / 2
+    costs[n:, :m] = ((b[:, 1] - b[:, 0]) / 2)[None]
+    return costs
+
+
+def exhaustive_bottleneck(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the least cost within which all rows can be assigned, trying every cost in turn."""
+    costs = augmented(a, b)
+    for threshold in np.unique(np.append(costs, 0.0)):
+        beyond = (costs > threshold).astype(float)
+        if beyond[linear_sum_assignment(beyond)].sum() == 0:
+            return float(threshold)
+    raise AssertionError("the largest cost always suffices")
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_bottleneck_is_the_least_feasible_threshold(seed, compiled):
+    a, b = make_diagram(seed, 9), make_diagram(seed + 3000, 9)
+    exact = exhaustive_bottleneck(a, b)
+    assert bottleneck_distance(a, b, compiled=compiled) == pytest.approx(exact, rel=1e-12, abs=1e-15)
+    assert bottleneck_distance(a, b, engine="gudhi") >= exact - 1e-9
+
+
+def test_bottleneck_equals_gudhi_except_where_gudhi_stops_early(compiled):
+    pairs = [(make_diagram(seed, 40), make_diagram(seed + 5000, 40)) for seed in range(400)]
+    differences = np.array([bottleneck_distance(a, b, engine="gudhi") - bottleneck_distance(a, b) for a, b in pairs])
+    assert (differences > -1e-9).all()
+    assert (np.abs(differences) > 1e-9).sum() <= 4
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_wasserstein_equals_gudhi(seed):
+    a, b = make_diagram(seed), make_diagram(seed + 7000)
+    for order in (1.0, 2.0, 3.0):
+        expected = wasserstein_distance(a, b, order, engine="gudhi")
+        assert wasserstein_distance(a, b, order) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+        costs = augmented(a, b) ** order
+        expected = costs[linear_sum_assignment(costs)].sum() ** (1 / order)
+        assert wasserstein_distance(a, b, order) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_closed_forms_equal_the_general_matching(seed):
+    a, b = make_diagram(seed), make_diagram(seed + 9000)
+    a[:, 1] -= a[:, 0]
+    b[:, 1] -= b[:, 0]
+    a[:, 0] = b[:, 0] = 0.0
+    # A shift along the diagonal changes no distance, but takes the general path.
+    for distance in (bottleneck_distance, wasserstein_distance):
+        assert distance(a, b) == pytest.approx(distance(a + 1.0, b + 1.0), rel=1e-9, abs=1e-12)
+
+
+@given(st.integers(0, 10_000), st.floats(1e-3, 1e3), st.floats(-10, 10))
+@settings(max_examples=60, deadline=None)
+def test_symmetry_shift_and_scale(seed, scale, shift):
+    a, b = make_diagram(seed), make_diagram(seed + 1)
+    for distance in (bottleneck_distance, wasserstein_distance):
+        value = distance(a, b)
+        assert distance(b, a) == pytest.approx(value, rel=1e-9, abs=1e-12)
+        assert distance(scale * (a + shift), scale * (b + shift)) == pytest.approx(
+            scale * value, rel=1e-9, abs=1e-9 * scale
+        )
+        assert distance(a, a) == 0
+
+
+def test_near_identical_clusters_keep_their_digits():
+    bars = np.array([0.3, 1.3]) + 1e-9 * np.random.default_rng(0).normal(size=(6, 2))
+    other = bars[::-1] + 1e-10
+    assert wasserstein_distance(bars, other) == pytest.approx(np.sqrt(6) * 1e-10, rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["exact", "gudhi"])
+def test_infinite_bars_match_among_themselves(engine):
+    a = [[0.0, np.inf], [1.0, np.inf], [0.0, 1.0]]
+    b = [[1.5, np.inf], [0.25, np.inf]]
+    assert bottleneck_distance(a, b, engine=engine) == pytest.approx(0.5)
+    expected = np.linalg.norm([0.25, 0.5, 0.5])
+    assert wasserstein_distance(a, b, engine=engine) == pytest.approx(expected)
+    for fewer in (b[:1], []):
+        assert bottleneck_distance(a, fewer, engine=engine) == np.inf
+        assert wasserstein_distance(fewer, a, engine=engine) == np.inf
+
+
+@pytest.mark.parametrize("engine", ["exact", "gudhi"])
+def test_empty_diagrams_and_bars_of_length_zero(engine):
+    for distance in (bottleneck_distance, wasserstein_distance):
+        assert distance([], np.empty((0, 2)), engine=engine) == 0
+        assert distance([[1.0, 3.0]], [], engine=engine) == pytest.approx(1.0)
+        assert distance([[1.0, 3.0], [2.0, 2.0]], [[5.0, 5.0]], engine=engine) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("bars", "message"),
+    [
+        ([[2.0, 1.0]], r"deaths >= births, got \[2. 1.\] in row 0"),
+        ([[0.0, 1.0], [np.nan, 1.0]], "in row 1"),
+        ([[0.0, np.nan]], "in row 0"),
+        ([[-np.inf, 1.0]], "finite births"),
+        ([[0.0, 1.0, 2.0]], r"shape \(n, 2\), got \(1, 3\)"),
+    ],
+)
+def test_malformed_diagrams_are_refused(bars, message):
+    for distance in (bottleneck_distance, wasserstein_distance):
+        with pytest.raises(DataError, match=message):
+            distance([[0.0, 1.0]], bars)
+
+
+def test_orders_and_engines_are_checked():
+    with pytest.raises(DataError, match="order must be in"):
+        wasserstein_distance([], [], 0.9)
+    with pytest.raises(ConfigError, match="engine must be a known name"):
+        bottleneck_distance([], [], engine="hera")
+    with pytest.raises(ConfigError, match="engine must be a known name"):
+        wasserstein_distance([], [], engine="hera")

@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial.distance import directed_hausdorff
+from topology_clouds import make_cloud, make_subsets
+
+from nni_topo.errors import DataError
+from nni_topo.topology import (
+    bottleneck_distance,
+    farthest_point_order,
+    hausdorff_to_subset,
+    mean_cover,
+    pairwise_distances,
+    rips_diagram,
+    with_origin,
+)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_covers_equal_direct_computation(seed, compiled):
+    points = make_cloud(seed)
+    distances = pairwise_distances(points)
+    subsets = make_subsets(seed, 9, len(points))
+    nearest = [distances[subset].min(axis=0) for subset in subsets]
+    np.testing.assert_array_equal(
+        hausdorff_to_subset(distances, subsets, compiled=compiled), [row.max() for row in nearest]
+    )
+    np.testing.assert_allclose(
+        mean_cover(distances, subsets, compiled=compiled), [row.mean() for row in nearest], rtol=1e-12
+    )
+    expected = [directed_hausdorff(points, points[subset])[0] for subset in subsets]
+    np.testing.assert_allclose(hausdorff_to_subset(distances, subsets), expected, rtol=1e-8, atol=1e-12)
+
+
+def test_a_base_point_is_always_kept(compiled):
+    distances = pairwise_distances(with_origin([[3.0], [-1.0], [10.0]]))
+    subsets = np.array([[False, False, True, False], [False, False, False, True]])
+    np.testing.assert_array_equal(hausdorff_to_subset(distances, subsets, 3, compiled=compiled), [3.0, 10.0])
+    np.testing.assert_array_equal(mean_cover(distances, subsets, 3, compiled=compiled), [1.0, 3.5])
+    assert not subsets[0, 3]
+
+
+def test_large_populations_are_worked_off_in_chunks(compiled):
+    distances = pairwise_distances(np.random.default_rng(0).normal(size=(700, 3)))
+    subsets = make_subsets(1, 800, 700, 40)
+    values = hausdorff_to_subset(distances, subsets, compiled=compiled)
+    for row in (0, 374, 375, 799):
+        assert values[row] == distances[subsets[row]].min(axis=0).max()
+
+
+@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("degree", [0, 1])
+def test_stability_theorem(seed, degree):
+    distances = pairwise_distances(make_cloud(seed))
+    whole = rips_diagram(distances=distances, dimension=degree)
+    for subset in make_subsets(seed, 3, len(distances)):
+        kept = rips_diagram(distances=distances[np.ix_(subset, subset)], dimension=degree)
+        bound = 2 * hausdorff_to_subset(distances, subset[None])[0]
+        assert bottleneck_distance(kept, whole) <= bound + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_farthest_points_cover_greedily(seed):
+    distances = pairwise_distances(make_cloud(seed))
+    n = len(distances)
+    order, radii = farthest_point_order(distances, start=n - 1)
+    assert order[0] == n - 1
+    assert sorted(order) == list(range(n))
+    for count in range(1, n + 1):
+        reached = distances[order[:count]].min(axis=0)
+        assert radii[count - 1] == reached.max()
+        if count < n:
+            rest = np.setdiff1d(np.arange(n), order[:count])
+            assert order[count] == rest[reached[rest].argmax()]
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=40, deadline=None)
+def test_greedy_radius_is_at_most_twice_any_other(seed):
+    distances = pairwise_distances(make_cloud(seed))
+    n = len(distances)
+    _, radii = farthest_point_order(distances, start=0)
+    subsets = make_subsets(seed, 20, n)
+    sizes = (subsets | (np.arange(n) == 0)).sum(axis=1)
+    others = hausdorff_to_subset(distances, subsets, base=0)
+    assert (radii[sizes - 1] <= 2 * others + 1e-9).all()
+
+
+def test_malformed_arguments_are_refused():
+    distances = np.ones((3, 3)) - np.eye(3)
+    for cover in (hausdorff_to_subset, mean_cover):
+        with pytest.raises(DataError, match="at least one point"):
+            cover(distances, [[False] * 3])
+        with pytest.raises(DataError, match=r"base must be a point's index in \[0, 3\), got 3"):
+            cover(distances, [[True] * 3], base=3)
+    with pytest.raises(DataError, match="start must be"):
+        farthest_point_order(distances, start=-1)

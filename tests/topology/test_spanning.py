@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse.csgraph import minimum_spanning_tree
+from topology_clouds import make_cloud, make_subsets
+
+from nni_topo.errors import DataError
+from nni_topo.topology import h0_deaths, maximum_spanning_tree, pairwise_distances
+
+
+def reference_deaths(distances: np.ndarray) -> np.ndarray:
+    """Return SciPy's tree edges; it takes zeros for missing edges, so that all are raised by 1."""
+    tree = minimum_spanning_tree(distances + 1.0).tocoo()
+    return np.sort(distances[tree.row, tree.col])[::-1]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_batched_trees_equal_scipy_per_subset(seed, compiled):
+    distances = pairwise_distances(make_cloud(seed))
+    n = len(distances)
+    for size in {1, min(2, n), (n + 1) // 2, n}:
+        subsets = make_subsets(seed, 7, n, size)
+        deaths = h0_deaths(distances, subsets, compiled=compiled)
+        assert deaths.shape == (7, size - 1)
+        for subset, row in zip(subsets, deaths, strict=True):
+            np.testing.assert_array_equal(row, reference_deaths(distances[np.ix_(subset, subset)]))
+
+
+@pytest.mark.parametrize("size", [5, 90, 200, 400])
+def test_sparse_and_dense_subsets_in_several_chunks(size, compiled):
+    distances = pairwise_distances(np.random.default_rng(0).normal(size=(400, 6)))
+    subsets = make_subsets(1, 130, 400, size)
+    deaths = h0_deaths(distances, subsets, compiled=compiled)
+    for row in (0, 64, 129):
+        expected = reference_deaths(distances[np.ix_(subsets[row], subsets[row])])
+        np.testing.assert_array_equal(deaths[row], expected)
+
+
+def test_deaths_by_hand(compiled):
+    line = np.array([0.0, 1.0, 5.0, 5.0])
+    distances = np.abs(np.subtract.outer(line, line))
+    np.testing.assert_array_equal(h0_deaths(distances, compiled=compiled), [4.0, 1.0, 0.0])
+    subsets = [[True, False, True, False], [False, False, True, True]]
+    np.testing.assert_array_equal(h0_deaths(distances, subsets, compiled=compiled), [[5.0], [0.0]])
+    assert h0_deaths([[0.0]], compiled=compiled).shape == (0,)
+    assert h0_deaths(distances, np.empty((0, 4), dtype=bool), compiled=compiled).shape == (0, 0)
+
+
+@given(st.integers(0, 10_000), st.floats(1e-3, 1e3))
+@settings(max_examples=60, deadline=None)
+def test_deaths_ignore_order_and_place_and_follow_scale(seed, scale):
+    points = make_cloud(seed)
+    rng = np.random.default_rng(seed)
+    deaths = h0_deaths(pairwise_distances(points))
+    moved = scale * (points[rng.permutation(len(points))] + rng.normal(size=points.shape[1]))
+    np.testing.assert_allclose(h0_deaths(pairwise_distances(moved)), scale * deaths, rtol=1e-6, atol=1e-12 * scale)
+
+
+@pytest.mark.parametrize(
+    ("subsets", "message"),
+    [
+        ([[True, True, False], [True, False, False]], "same size, got sizes from 1 to 2"),
+        ([[True, False, False], [False, False, False]], "at least one point, got none in subset 1"),
+        ([[True, False]], r"shape \(p, 3\), got \(1, 2\)"),
+        ([True, False, True], r"got \(3,\)"),
+        ([[2, 0, 1]], "must be boolean"),
+    ],
+)
+def test_malformed_subsets_are_refused(subsets, message):
+    with pytest.raises(DataError, match=message):
+        h0_deaths(np.ones((3, 3)) - np.eye(3), subsets)
+
+
+@pytest.mark.parametrize(
+    ("distances", "message"),
+    [
+        ([[0.0, 1.0]], r"got \(1, 2\)"),
+        (np.empty((0, 0)), r"got \(0, 0\)"),
+        ([[0.0, np.nan], [np.nan, 0.0]], "finite, got nan"),
+        ([[0.0, 1.0], [2.0, 0.0]], r"symmetric, got 1.0 .* at \(0, 1\)"),
+        ([[0.0, -1.0], [-1.0, 0.0]], ">= 0"),
+        ([[1.0, 1.0], [1.0, 0.0]], "zero diagonal"),
+    ],
+)
+def test_malformed_distances_are_refused(distances, message):
+    with pytest.raises(DataError, match=message):
+        h0_deaths(distances)
+
+
+def tree_by_kruskal(weight: np.ndarray) -> np.ndarray:
+    """Take the largest |w| first, in row-major order among equals, unless it closes a cycle."""
+    outputs, inputs = weight.shape
+    part = list(range(outputs + inputs))
+    mask = np.zeros(weight.shape, dtype=bool)
+    for cell in np.argsort(-np.abs(weight), axis=None, kind="stable"):
+        i, j = divmod(int(cell), inputs)
+        if part[i] != part[outputs + j]:
+            part = [part[i] if p == part[outputs + j] else p for p in part]
+            mask[i, j] = True
+    return mask
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 6), (6, 1), (4, 4), (7, 3), (3, 11)])
+@pytest.mark.parametrize("kind", ["normal", "ties", "zeros"])
+def test_maximum_spanning_tree_equals_kruskal(shape, kind):
+    rng = np.random.default_rng(sum(shape))
+    weight = {
+        "normal": rng.normal(size=shape),
+        "ties": rng.integers(-2, 3, size=shape).astype(float),
+        "zeros": np.zeros(shape),
+    }[kind]
+    mask = maximum_spanning_tree(weight)
+    assert mask.sum() == sum(shape) - 1
+    np.testing.assert_array_equal(mask, tree_by_kruskal(weight))
+
+
+def test_maximum_spanning_tree_refuses_nan_and_other_shapes():
+    with pytest.raises(DataError, match="weight must be finite"):
+        maximum_spanning_tree([[np.nan]])
+    with pytest.raises(DataError, match="weight must be a matrix"):
+        maximum_spanning_tree(np.ones((2, 2, 3)))

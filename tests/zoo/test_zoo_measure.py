@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nni_topo.errors import ConfigError
+from nni_topo.zoo import count_macs, count_params, create_model, latencies, latency_ms
+
+
+# Convolution: output positions * output channels * input channels per group * kernel area.
+@pytest.mark.parametrize(
+    ("layer", "shape", "expected"),
+    [
+        (nn.Conv2d(3, 8, 3, padding=1), (3, 10, 12), 10 * 12 * 8 * 3 * 9),
+        (nn.Conv2d(3, 8, 3, stride=2), (3, 11, 11), 5 * 5 * 8 * 3 * 9),
+        (nn.Conv2d(4, 8, (3, 5), groups=2, padding=(1, 2)), (4, 6, 6), 6 * 6 * 8 * 2 * 15),
+        (nn.Conv2d(6, 6, 3, groups=6, padding=1), (6, 5, 5), 5 * 5 * 6 * 1 * 9),
+        (nn.ConvTranspose2d(4, 2, 2, stride=2), (4, 5, 5), 5 * 5 * 4 * 2 * 4),
+        (nn.Conv1d(4, 2, 3), (4, 9), 7 * 2 * 4 * 3),
+        (nn.Linear(20, 7), (20,), 20 * 7),
+        (nn.Linear(20, 7), (5, 20), 5 * 20 * 7),
+        (nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2)), (3, 4, 4), 0),
+    ],
+)
+def test_macs_by_hand(layer: nn.Module, shape: tuple[int, ...], expected: int) -> None:
+    assert count_macs(layer, torch.zeros(1, *shape)) == expected
+    assert count_macs(layer, torch.zeros(4, *shape)) == expected
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.attention(tokens, tokens, tokens, need_weights=False)[0]
+
+
+def test_macs_of_attention_by_hand() -> None:
+    tokens, width = 10, 16
+    # Queries, keys, values and output projection; then scores and weighted values, all heads together.
+    expected = 4 * tokens * width * width + 2 * tokens * tokens * width
+    assert count_macs(SelfAttention(width, heads=4), torch.zeros(2, tokens, width)) == expected
+
+
+def test_macs_of_an_encoder_layer_see_through_the_fast_path() -> None:
+    tokens, width, hidden = 6, 8, 32
+    layer = nn.TransformerEncoderLayer(width, 2, hidden, batch_first=True)
+    expected = 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * hidden
+    assert count_macs(layer, torch.zeros(1, tokens, width)) == expected
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+# ResNet-20 on 1x28x28: 3x3 convolutions at 28, 14 and 7, shortcuts, head.
+def test_macs_of_resnet20_by_hand() -> None:
+    model = create_model("resnet20", num_classes=10, in_channels=1, image_size=28)
+    first = 784 * 9 * (16 + 6 * 16 * 16)
+    second = 196 * (9 * (16 * 32 + 5 * 32 * 32) + 16 * 32)
+    third = 49 * (9 * (32 * 64 + 5 * 64 * 64) + 32 * 64)
+    assert count_macs(model, torch.zeros(1, 1, 28, 28)) == first + second + third + 640
+
+
+def test_macs_of_a_model_with_two_inputs() -> None:
+    model = nn.Bilinear(3, 4, 5)
+    assert count_macs(model, (torch.zeros(2, 3), torch.zeros(2, 4))) == count_macs(
+        model, (torch.zeros(1, 3), torch.zeros(1, 4))
+    )
+
+
+def test_measuring_leaves_the_modes_and_batch_norms_alone() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)).train()
+    model[1].eval()
+    inputs = torch.full((3, 4), 5.0)
+    count_macs(model, inputs)
+    latency_ms(model, inputs, runs=2, warmup=1)
+    assert [module.training for module in model.modules()] == [True, True, False]
+    assert torch.equal(model[0].running_mean, torch.zeros(4))
+
+
+def test_params_count_shared_ones_once_and_no_buffers() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    assert count_params(model) == 16 + 4 + 8 + 4
+
+
+def test_latencies_order_models_by_their_work() -> None:
+    models = {"large": nn.Linear(1500, 1500), "small": nn.Linear(1500, 15)}
+    times = latencies(models, torch.zeros(64, 1500), runs=9, warmup=2)
+    assert list(times) == ["large", "small"]
+    assert times["large"] > 5 * times["small"] > 0
+
+
+def test_latency_restores_the_thread_count_even_after_an_error() -> None:
+    before = torch.get_num_threads()
+    assert latency_ms(nn.Linear(4, 2), torch.zeros(1, 4), runs=3, threads=before + 1) > 0
+    assert torch.get_num_threads() == before
+    with pytest.raises(RuntimeError):
+        latency_ms(nn.Linear(4, 2), torch.zeros(1, 5), runs=1, threads=before + 1)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"runs": 0}, "runs must be at least 1, got 0"),
+        ({"warmup": -1}, "warmup must be at least 0, got -1"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+    ],
+)
+def test_bad_numbers_are_named(knobs: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        latency_ms(nn.Linear(4, 2), torch.zeros(1, 4), **knobs)

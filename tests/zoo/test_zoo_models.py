@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from nni_topo.errors import ConfigError
+from nni_topo.zoo import count_params, create_model, list_models, model_info
+
+BUILT_IN = [
+    "cnn12",
+    "lenet300",
+    "lenet5",
+    "lenet5_like",
+    "resnet20",
+    "resnet56",
+    "small_cnn",
+    "vgg16",
+    "vgg16_modified",
+]
+OWN_FACTORIES = """
+from torch import nn
+
+def by_classes(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(4, num_classes))
+
+def takes_all(**arguments):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, arguments["num_classes"]))
+    model.arguments = arguments
+    return model
+
+def not_a_model(num_classes):
+    return num_classes
+
+class Nested:
+    build = staticmethod(by_classes)
+
+constant = 3
+"""
+
+
+def build(name: str, *, channels: int = 3, size: int = 32, classes: int = 10, **knobs: float):
+    return create_model(name, num_classes=classes, in_channels=channels, image_size=size, **knobs)
+
+
+# lenet300: 784*300+300 + 300*100+100 + 100*10+10 = 235,500 + 30,100 + 1,010.
+# lenet5 on 1x32x32: (25+1)*6 + (6*25+1)*16 + (16*5*5+1)*84 + 85*10 = 156 + 2,416 + 33,684 + 850.
+# lenet5_like on 1x28x28: 26*32 + 801*64 + (64*7*7+1)*1024 + 1025*10 = 832 + 51,264 + 3,212,288 + 10,250.
+# small_cnn: 9*16 + 32 + 9*16*32 + 64 + 9*32*64 + 128 + 257*64 + 65*10
+#          = 144 + 32 + 4,608 + 64 + 18,432 + 128 + 16,448 + 650.
+# cnn12, as published: 1,792 + 73,856 + 819,456 + 3,277,312 and 262,272 + 33,024 + 131,584 + 5,130;
+#        batch norms 2*(64+128+256+512 + 128+256+512) = 3,712.
+# vgg16: kernels 9*(3*64 + 64*64 + 64*128 + 128*128 + 128*256 + 2*256*256 + 256*512 + 5*512*512)
+#        = 14,710,464, batch norms 2*4,224 = 8,448, head 513*10 = 5,130.
+# vgg16_modified: kernels 14,710,464, their biases 4,224, batch norms 8,448 + 2*512, dense 513*512 + 513*10.
+# resnet20: 432+32 | 6*(2,304+32) | 4,608+64 + 5*(9,216+64) | 18,432+128 + 5*(36,864+128) | 650
+#           = 269,722 (option A), shortcuts 16*32+64 + 32*64+128 = 2,752 more.
+# resnet56: 12 convolutions more per stage: 269,722 + 12*(2,304+32 + 9,216+64 + 36,864+128) = 853,018,
+#           shortcuts 2,752 more.
+COUNTS = [
+    ("lenet300", 1, 28, 266_610),
+    ("lenet5", 1, 32, 37_106),
+    ("lenet5_like", 1, 28, 3_274_634),
+    ("small_cnn", 1, 8, 40_506),
+    ("small_cnn", 1, 28, 40_506),
+    ("cnn12", 3, 32, 4_604_426 + 3_712),
+    ("vgg16", 3, 32, 14_724_042),
+    ("vgg16_modified", 3, 32, 14_991_946),
+    ("resnet20", 3, 32, 269_722 + 2_752),
+    ("resnet56", 3, 32, 853_018 + 2_752),
+    # Published by torchvision for 1,000 classes: 11,689,512; a 10-class head saves 990*(512+1).
+    ("torchvision/resnet18", 3, 64, 11_689_512 - 990 * 513),
+]
+
+
+def test_list_models_is_sorted_and_complete() -> None:
+    assert list_models() == BUILT_IN
+    assert list_models("resnet*") == ["resnet20", "resnet56"]
+
+
+def test_list_models_shows_torchvision_on_request() -> None:
+    names = list_models("torchvision/resnet*")
+    assert {"torchvision/resnet18", "torchvision/resnet50"} <= set(names)
+    assert all(name.startswith("torchvision/resnet") for name in names)
+
+
+@pytest.mark.parametrize(("name", "channels", "size", "expected"), COUNTS)
+def test_parameter_count(name: str, channels: int, size: int, expected: int) -> None:
+    assert count_params(build(name, channels=channels, size=size)) == expected
+
+
+def test_torchvision_imagenet_count() -> None:
+    assert count_params(build("torchvision/resnet18", classes=1000, size=224)) == 11_689_512
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32), (3, 64)])
+def test_built_in_models_compute_and_trace(name: str, channels: int, size: int) -> None:
+    size = max(size, model_info(name).pad_to or 0)
+    model = build(name, channels=channels, size=size, classes=7, seed=0).eval()
+    images = torch.randn(3, channels, size, size, generator=torch.Generator().manual_seed(0))
+    traced = torch.fx.symbolic_trace(model)
+    with torch.no_grad():
+        logits = model(images)
+        assert logits.shape == (3, 7)
+        assert logits.isfinite().all()
+        torch.testing.assert_close(traced(images), logits)
+        torch.testing.assert_close(traced(images[:1]), logits[:1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_smallest_image_of_the_record_is_the_smallest_that_works(name: str) -> None:
+    least = model_info(name).min_image_size
+    model = build(name, channels=1, size=least).eval()
+    assert model(torch.zeros(2, 1, least, least)).shape == (2, 10)
+    if least > 1:
+        with pytest.raises(ConfigError, match=f"image_size must be at least {least}, got {least - 1}"):
+            build(name, channels=1, size=least - 1)
+
+
+@pytest.mark.parametrize("name", ["vgg16", "vgg16_modified", "resnet20", "resnet56"])
+def test_width_scales_every_layer_but_the_ends(name: str) -> None:
+    full, half = build(name, width=1.0), build(name, width=0.5)
+    convolutions = [
+        [layer for layer in model.modules() if isinstance(layer, torch.nn.Conv2d)] for model in (full, half)
+    ]
+    assert [layer.out_channels for layer in convolutions[0]] == [2 * layer.out_channels for layer in convolutions[1]]
+    assert half(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_width_never_empties_a_layer() -> None:
+    assert build("vgg16", width=1e-3)(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_seed_decides_the_weights_and_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, again, other = (build("resnet20", seed=seed).conv1.weight for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_without_a_seed_the_global_generator_decides() -> None:
+    weights = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        weights.append(build("lenet5").features.conv1.weight)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_records_are_frozen_and_say_what_to_pad() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        model_info("vgg16").pad_to = 28
+    assert {name: model_info(name).pad_to for name in ("vgg16", "lenet5", "cnn12", "vgg16_modified")} == {
+        "vgg16": 32,
+        "lenet5": 32,
+        "cnn12": 32,
+        "vgg16_modified": 32,
+    }
+    assert model_info("lenet300").pad_to is None
+
+
+def test_every_record_is_complete() -> None:
+    for name in BUILT_IN:
+        info = model_info(name)
+        assert info.name == name
+        assert info.description
+        assert info.image_size >= info.min_image_size
+
+
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "torchvision/mobilenet_v2", "torchvision/alexnet"])
+def test_torchvision_models_follow_the_channels(name: str) -> None:
+    model = build(name, channels=1, size=64, classes=4).eval()
+    assert model(torch.zeros(2, 1, 64, 64)).shape == (2, 4)
+
+
+def test_torchvision_vision_transformer_follows_the_image_size() -> None:
+    model = build("torchvision/vit_b_32", channels=1, size=64, classes=4).eval()
+    assert model(torch.zeros(1, 1, 64, 64)).shape == (1, 4)
+
+
+def test_torchvision_googlenet_has_one_output() -> None:
+    model = build("torchvision/googlenet", size=64, classes=4)
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 4)
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch) -> str:
+    (tmp_path / "own_factories_for_tests.py").write_text(OWN_FACTORIES)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "own_factories_for_tests"
+
+
+def test_factory_gets_the_arguments_it_accepts(own_module: str) -> None:
+    assert build(f"{own_module}:by_classes", classes=5)[1].out_features == 5
+    assert build(f"{own_module}:Nested.build", classes=5)[1].out_features == 5
+    arguments = build(f"{own_module}:takes_all", channels=2, size=9, width=0.5).arguments
+    assert arguments == {"num_classes": 10, "in_channels": 2, "image_size": 9, "width": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("not_a_model", "must return an nn.Module, got int"),
+        ("absent", "must exist in its module, got .*absent"),
+        ("constant", "must be callable, got int"),
+    ],
+)
+def test_bad_factories_are_named(own_module: str, path: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(f"{own_module}:{path}")
+
+
+def test_factory_without_width_refuses_one(own_module: str) -> None:
+    with pytest.raises(ConfigError, match=r"width must be 1\.0 .* got 0\.5"):
+        build(f"{own_module}:by_classes", width=0.5)
+
+
+def test_factory_of_an_absent_module() -> None:
+    with pytest.raises(ConfigError, match="must be importable, got No module named 'absent_module_of_tests'"):
+        build("absent_module_of_tests:factory")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("resnet21", "resnet20"), ("torchvision/resnet19", "torchvision/resnet18")]
+)
+def test_unknown_names_come_with_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(ConfigError, match=f"model must be a known name, got '{name}'; did you mean .*{nearest}"):
+        build(name)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"classes": 0}, "num_classes must be at least 1, got 0"),
+        ({"channels": 0}, "in_channels must be at least 1, got 0"),
+        ({"width": 0.0}, "width must be positive, got 0.0"),
+        ({"width": float("nan")}, "width must be positive, got nan"),
+    ],
+)
+def test_bad_numbers_are_named(knobs: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build("resnet20", **knobs)
+
+
+def test_models_of_fixed_width_refuse_another() -> None:
+    with pytest.raises(ConfigError, match=r"width must be 1\.0 .* got 0\.5 \(lenet5\)"):
+        build("lenet5", width=0.5)

@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import gzip
+import hashlib
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.zoo import load_data
+
+IMAGES = "train-images-idx3-ubyte"
+LABELS = "train-labels-idx1-ubyte"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("place", ["data", "data/raw", "data/FashionMNIST/raw"])
+def test_idx_files_are_found_and_read(idx_folder, tmp_path: Path, place: str, packed: bool) -> None:
+    folder = idx_folder(place, packed=packed)
+    data = load_data("fashion-mnist", tmp_path / "data", validation=0.0)
+    content = (folder / (IMAGES + (".gz" if packed else ""))).read_bytes()
+    pixels = np.frombuffer(gzip.decompress(content) if packed else content, dtype=np.uint8)[16:] / 255
+    assert (len(data.train), len(data.test), data.image_size, data.num_classes) == (60, 20, 28, 10)
+    assert data.class_names[9] == "ankle boot"
+    assert data.mean[0] == pytest.approx(pixels.mean(), abs=1e-12)
+    assert data.std[0] == pytest.approx(pixels.std(), abs=1e-9)
+    stored = data.train.tensors[0].double().reshape(-1).numpy() * data.std[0] + data.mean[0]
+    np.testing.assert_allclose(stored, pixels, atol=1e-6)
+    assert data.train.tensors[1].tolist() == [index % 10 for index in range(60)]
+
+
+def test_mnist_names_its_digits(idx_folder) -> None:
+    data = load_data("mnist", idx_folder(), pad_to=32, limit=10)
+    assert data.class_names == tuple("0123456789")
+    assert data.train.tensors[0].shape == (10, 1, 32, 32)
+
+
+def test_a_missing_idx_file_is_named(idx_folder) -> None:
+    folder = idx_folder()
+    (folder / LABELS).unlink()
+    with pytest.raises(DataError, match=f"must hold {LABELS} or {LABELS}\\.gz, got none .*data"):
+        load_data("mnist", folder)
+
+
+def test_a_truncated_idx_file_is_named_with_its_bytes(idx_folder) -> None:
+    folder = idx_folder()
+    content = (folder / IMAGES).read_bytes()
+    (folder / IMAGES).write_bytes(content[:-100])
+    # 16 bytes of header and 60 images of 784 bytes.
+    with pytest.raises(DataError, match=rf"\(60, 28, 28\) must hold 47056 bytes, got 46956 .*{IMAGES}"):
+        load_data("mnist", folder)
+    (folder / IMAGES).write_bytes(content[:9])
+    with pytest.raises(DataError, match="must hold at least 16 bytes, got 9"):
+        load_data("mnist", folder)
+
+
+def test_an_idx_file_with_too_much_is_refused(idx_folder) -> None:
+    folder = idx_folder()
+    with (folder / LABELS).open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(DataError, match="must hold 68 bytes, got 69"):
+        load_data("mnist", folder)
+
+
+def test_a_wrong_magic_number_is_named(idx_folder) -> None:
+    folder = idx_folder()
+    (folder / IMAGES).write_bytes((folder / LABELS).read_bytes())
+    with pytest.raises(DataError, match="magic number must be 00000803, got 00000801"):
+        load_data("mnist", folder)
+
+
+@pytest.mark.parametrize("damage", [lambda packed: packed[:-50], lambda packed: b"not a gzip file"])
+def test_a_damaged_gz_file_is_named(idx_folder, damage) -> None:
+    folder = idx_folder(packed=True)
+    path = folder / f"{IMAGES}.gz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=rf"a \.gz file must unpack, got .* after \d+ bytes .*{IMAGES}\.gz"):
+        load_data("mnist", folder)
+
+
+def test_labels_out_of_range_are_named(idx_folder) -> None:
+    folder = idx_folder()
+    content = bytearray((folder / LABELS).read_bytes())
+    content[-1] = 10
+    (folder / LABELS).write_bytes(bytes(content))
+    with pytest.raises(DataError, match=r"labels must be in \[0, 10\), got 0 to 10 \(training, mnist\)"):
+        load_data("mnist", folder)
+
+
+def test_images_and_labels_of_different_number_are_named(idx_folder) -> None:
+    folder = idx_folder()
+    (folder / LABELS).write_bytes((folder / "t10k-labels-idx1-ubyte").read_bytes())
+    with pytest.raises(DataError, match=r"one label per image, got 60 and 20 \(training, mnist\)"):
+        load_data("mnist", folder)
+
+
+@pytest.mark.parametrize("layout", ["last", "first", "grey"])
+def test_npz_layouts(npz_file, layout: str) -> None:
+    plain = np.load(npz_file())
+    turned = {
+        "last": lambda images: images,
+        "first": lambda images: images.transpose(0, 3, 1, 2),
+        "grey": lambda images: images[..., 0],
+    }[layout]
+    data = load_data(str(npz_file(x_train=turned(plain["x_train"]), x_test=turned(plain["x_test"]))), validation=0.0)
+    channels = 1 if layout == "grey" else 3
+    assert (data.in_channels, data.image_size, data.num_classes) == (channels, 6, 4)
+    assert data.class_names == ("0", "1", "2", "3")
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
+    stored = data.test.tensors[0] * std + mean
+    expected = torch.from_numpy(plain["x_test"].transpose(0, 3, 1, 2)[:, :channels] / 255.0).float()
+    torch.testing.assert_close(stored, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_npz_floats_names_and_column_labels(npz_file) -> None:
+    pixels = np.random.default_rng(1).normal(7.0, 2.0, (40, 1, 5, 5))
+    before = pixels.copy()
+    path = npz_file(
+        x_train=pixels,
+        x_test=pixels[:10].astype(np.float32),
+        y_train=(np.arange(40) % 4)[:, None].astype(np.uint8),
+        class_names=np.array(["a", "b", "c", "d", "e"]),
+    )
+    data = load_data(str(path), validation=0.0)
+    assert (data.num_classes, data.class_names[4]) == (5, "e")
+    assert data.mean[0] == pytest.approx(before.mean())
+    assert float(data.train.tensors[0].mean()) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_constant_channel_is_not_divided_by_zero(npz_file) -> None:
+    data = load_data(str(npz_file(x_train=np.full((40, 6, 6), 9, np.uint8), x_test=np.full((10, 6, 6), 9, np.uint8))))
+    assert data.std == (1.0,)
+    torch.testing.assert_close(data.train.tensors[0], torch.zeros(36, 1, 6, 6), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("replaced", "message"),
+    [
+        ({"y_test": None}, "must hold x_train, y_train, x_test, y_test, got x_test, x_train, y_train"),
+        ({"y_test": np.arange(10)}, r"labels must be in \[0, 4\), got 0 to 9 \(test"),
+        ({"y_train": np.arange(40) % 4 - 1}, r"labels must be in \[0, 3\), got -1 to 2 \(training"),
+        ({"y_train": np.arange(39) % 4}, "one label per image, got 40 and 39"),
+        ({"y_train": np.linspace(0, 3, 40)}, r"labels must be integers of shape \(n,\), got float64"),
+        ({"y_train": np.zeros((40, 4), int)}, r"labels must be integers .* of shape \(40, 4\) \(y_train"),
+        ({"x_test": np.zeros((10, 5, 5, 3), np.uint8)}, r"share a shape, got \(3, 6, 6\) and \(3, 5, 5\)"),
+        ({"x_train": np.zeros((40, 6, 6, 2), np.uint8)}, r"images must be .* got \(40, 6, 6, 2\) \(x_train"),
+        ({"x_train": np.zeros((40, 6, 6), np.int32)}, r"images must be uint8 or floats, got int32"),
+        ({"x_test": np.full((10, 6, 6, 3), np.nan)}, r"images must be finite, got NaN or infinity \(test"),
+        (
+            {"x_train": np.zeros((40, 6, 7), np.uint8), "x_test": np.zeros((10, 6, 7), np.uint8)},
+            "images must be squares, got 6x7",
+        ),
+        ({"x_train": np.array([None] * 40)}, "must hold plain arrays, got .* in .* bytes"),
+        ({"x_train": np.zeros((0, 6, 6)), "y_train": np.zeros(0, int)}, "one label per image, got 0 and 0"),
+    ],
+)
+def test_bad_npz_files_are_named(npz_file, replaced, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_data(str(npz_file(**replaced)))
+
+
+def test_missing_and_truncated_npz_files_are_named(npz_file, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"must be a file that exists, got none \(.*absent\.npz\)"):
+        load_data(str(tmp_path / "absent.npz"))
+    path = npz_file()
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(DataError, match=r"must hold plain arrays, got .* in 700 bytes"):
+        load_data(str(path))
+
+
+def write_images(folder: Path, count: int, *, mode: str = "RGB", size: tuple[int, int] = (6, 6)) -> None:
+    folder.mkdir(parents=True)
+    shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+    for index in range(count):
+        pixels = np.random.default_rng(index).integers(0, 256, shape, dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+
+
+def test_image_folder_with_train_and_test(tmp_path: Path) -> None:
+    for name in ("cat", "dog", "owl"):
+        write_images(tmp_path / "train" / name, 5)
+    for name in ("cat", "owl"):
+        write_images(tmp_path / "test" / name, 2)
+    data = load_data(str(tmp_path), validation=0.2)
+    assert (data.in_channels, data.image_size, data.class_names) == (3, 6, ("cat", "dog", "owl"))
+    assert (len(data.train), len(data.validation), len(data.test)) == (12, 3, 4)
+    assert data.test.tensors[1].tolist() == [0, 0, 2, 2]
+    first = np.asarray(Image.open(tmp_path / "test" / "owl" / "0.png")).transpose(2, 0, 1) / 255
+    mean, std = (np.array(values).reshape(3, 1, 1) for values in (data.mean, data.std))
+    np.testing.assert_allclose(data.test.tensors[0][2].numpy() * std + mean, first, atol=1e-5)
+
+
+def test_image_folder_of_classes_alone_splits_a_test_off(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_images(tmp_path / name, 10, mode="L")
+    data, other = (load_data(str(tmp_path), seed=seed) for seed in (0, 1))
+    assert data.in_channels == 1
+    assert torch.bincount(data.test.tensors[1]).tolist() == [2, 2]
+    assert torch.equal(data.test.tensors[0], other.test.tensors[0])
+
+
+def test_image_folder_can_be_scaled(tmp_path: Path) -> None:
+    write_images(tmp_path / "a", 5, size=(9, 6))
+    write_images(tmp_path / "b", 5, size=(6, 12))
+    with pytest.raises(DataError, match=r"share one size unless image_size is given, got \(6, 9\) and \(12, 6\)"):
+        load_data(str(tmp_path))
+    data = load_data(str(tmp_path), image_size=6, validation=0.0)
+    assert data.train.tensors[0].shape == (8, 3, 6, 6)
+    # A 9x6 image needs no scaling: its middle 6 columns, from 1.5 on, are blends of neighbours.
+    pixels = np.stack([np.asarray(Image.open(tmp_path / "a" / f"{i}.png")) for i in range(5)]).astype(float)
+    blends = (pixels[:, :, 1:7] + pixels[:, :, 2:8]) / 2 / 255
+    first = data.train.tensors[0][0].permute(1, 2, 0).numpy() * np.array(data.std) + np.array(data.mean)
+    assert np.abs(blends[:, :, 1:5] - first[:, 1:5]).max(axis=(1, 2, 3)).min() < 1 / 255
+
+
+def test_bad_image_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="one folder per class, got none"):
+        load_data(str(tmp_path))
+    write_images(tmp_path / "train" / "a", 2)
+    with pytest.raises(DataError, match="a folder test or val, got none"):
+        load_data(str(tmp_path))
+    write_images(tmp_path / "val" / "b", 2)
+    with pytest.raises(DataError, match=r"test classes must be training classes, got b \(.*val\)"):
+        load_data(str(tmp_path))
+    (tmp_path / "train" / "b").mkdir()
+    with pytest.raises(DataError, match=r"at least one image, got none \(.*b\)"):
+        load_data(str(tmp_path))
+    with pytest.raises(DataError, match=r"an image folder must exist, got none \(.*absent\)"):
+        load_data(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"), [(60, "whole, got .* in 60 bytes"), (3, "of a known format, got 3 bytes")]
+)
+def test_truncated_images_are_named(tmp_path: Path, kept: int, message: str) -> None:
+    write_images(tmp_path / "a", 3)
+    path = tmp_path / "a" / "1.png"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(DataError, match=rf"an image file must be {message}.*1\.png"):
+        load_data(str(tmp_path))
+
+
+@pytest.fixture
+def cifar_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Twenty-four images in CIFAR-10's own files, whose sums torchvision is told."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    lists: dict[str, list[list[str]]] = {"train_list": [], "test_list": []}
+    for name in ("data_batch_1", "data_batch_2", "test_batch"):
+        pixels = generator.integers(0, 256, (8, 3072), dtype=np.uint8)
+        content = pickle.dumps({"data": pixels, "labels": list(range(8))})
+        (folder / name).write_bytes(content)
+        lists["test_list" if name == "test_batch" else "train_list"].append([name, hashlib.md5(content).hexdigest()])
+    meta = pickle.dumps({"label_names": [f"class {index}" for index in range(10)]})
+    (folder / "batches.meta").write_bytes(meta)
+    cifar = torchvision.datasets.CIFAR10
+    for name, files in lists.items():
+        monkeypatch.setattr(cifar, name, files)
+    monkeypatch.setattr(cifar, "meta", cifar.meta | {"md5": hashlib.md5(meta).hexdigest()})
+    return tmp_path
+
+
+def test_cifar_is_read_through_torchvision(cifar_folder: Path) -> None:
+    data = load_data("cifar10", cifar_folder, validation=0.0)
+    assert (len(data.train), len(data.test)) == (16, 8)
+    assert (data.in_channels, data.image_size, data.num_classes) == (3, 32, 10)
+    content = pickle.loads((cifar_folder / "cifar-10-batches-py" / "test_batch").read_bytes())
+    mean, std = (np.array(values).reshape(3, 1, 1) for values in (data.mean, data.std))
+    stored = data.test.tensors[0].numpy() * std + mean
+    np.testing.assert_allclose(stored, content["data"].reshape(8, 3, 32, 32) / 255, atol=1e-5)
+
+
+def test_damaged_cifar_is_named(cifar_folder: Path) -> None:
+    path = cifar_folder / "cifar-10-batches-py" / "data_batch_2"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"cifar10 must be in the folder, got: .*corrupted.* download=True fetches it"):
+        load_data("cifar10", cifar_folder)
+
+
+def test_a_name_without_a_folder_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="data must be a known name, got 'pictures'"):
+        load_data("pictures")
+    for name in ("a", "b"):
+        write_images(tmp_path / "pictures" / name, 5)
+    assert load_data("pictures").class_names == ("a", "b")

@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.zoo import (
+    Recipe,
+    check_model,
+    create_model,
+    default_recipe,
+    evaluate,
+    evaluate_loss,
+    list_models,
+    load_data,
+    train,
+)
+from nni_topo.zoo.training import _shifted
+
+SHORT = Recipe(epochs=2, batch_size=32, lr=0.05)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_data("digits", limit=200)
+
+
+def small(seed: int = 0, classes: int = 10) -> nn.Module:
+    return create_model("small_cnn", num_classes=classes, in_channels=1, image_size=8, seed=seed)
+
+
+def weights(model: nn.Module) -> torch.Tensor:
+    return torch.cat([value.double().flatten() for value in model.state_dict().values()])
+
+
+def test_digits_reach_97_percent() -> None:
+    digits = load_data("digits")
+    model = small()
+    log = train(model, digits, default_recipe("small_cnn", "digits"), seed=0)
+    assert evaluate(model, digits.test) >= 0.97
+    assert log.epochs[-1].validation_accuracy >= 0.97
+    assert log.epochs[-1].loss < log.epochs[0].loss / 10
+
+
+def test_same_seed_same_weights_and_global_generators_untouched(data) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    results = []
+    for seed in (0, 0, 1):
+        model = small()
+        train(model, data, replace(SHORT, augmentation="crop-flip"), seed=seed)
+        results.append(weights(model))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_dropout_follows_the_seed_too(data) -> None:
+    results = []
+    for seed in (0, 0, 1):
+        model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10, bias=False))
+        nn.init.zeros_(model[2].weight)
+        train(model, data, replace(SHORT, batch_size=200, epochs=1), seed=seed)
+        results.append(weights(model))
+    # One batch of all images: only dropout can tell the seeds apart.
+    assert torch.equal(results[0], results[1])
+    assert (results[0] - results[2]).abs().max() > 1e-5
+
+
+def test_log_tells_what_happened(data) -> None:
+    seen = []
+    model = small()
+    log = train(model, data, SHORT, seed=4, callback=seen.append)
+    assert list(log.epochs) == seen
+    assert [epoch.epoch for epoch in seen] == [1, 2]
+    assert (log.recipe, log.seed) == (SHORT, 4)
+    assert log.seconds == pytest.approx(sum(epoch.seconds for epoch in seen))
+    assert seen[-1].validation_accuracy == evaluate(model, data.validation)
+    # Seven batches an epoch, so the last step comes 13/14 of the way through.
+    assert seen[-1].lr == pytest.approx(SHORT.rate(13 / 14))
+    assert not model.training
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        log.seed = 1
+
+
+def test_first_step_is_plain_sgd_by_hand(data) -> None:
+    recipe = Recipe(epochs=1, batch_size=200, lr=0.1, momentum=0.0, weight_decay=0.01, schedule="cosine")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    start = model[1].weight.detach().clone()
+    images, labels = data.train.tensors
+    loss = nn.functional.cross_entropy(model(images), labels)
+    (gradient,) = torch.autograd.grad(loss, model[1].weight)
+    log = train(model, data, recipe, seed=0)
+    torch.testing.assert_close(model[1].weight, start - 0.1 * (gradient + 0.01 * start))
+    assert log.epochs[0].loss == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_no_epochs_change_nothing_but_the_mode(data) -> None:
+    model = small()
+    before = weights(model)
+    assert train(model, data, replace(SHORT, epochs=0), seed=0).epochs == ()
+    assert torch.equal(weights(model), before)
+    assert not model.training
+
+
+def test_frozen_parameters_and_memory_layout_stay(data) -> None:
+    model = small()
+    model.features.conv1.weight.requires_grad_(False)
+    before = model.features.conv1.weight.clone()
+    train(model, data, SHORT, seed=0)
+    assert torch.equal(model.features.conv1.weight, before)
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+
+
+def test_an_exception_of_the_callback_ends_the_training(data) -> None:
+    def stop(log) -> None:
+        raise KeyboardInterrupt(str(log.epoch))
+
+    model = small()
+    with pytest.raises(KeyboardInterrupt, match="1"):
+        train(model, data, SHORT, seed=0, callback=stop)
+    assert not model.training
+
+
+def test_retraining_is_the_same_function_with_a_smaller_recipe(data) -> None:
+    model = small()
+    train(model, data, replace(SHORT, epochs=10), seed=0)
+    with torch.no_grad():
+        model.classifier.fc1.weight[::2] = 0.0
+        model.classifier.fc1.weight[:, ::2] = 0.0
+    damaged = evaluate_loss(model, data.test)
+    recipe = SHORT.for_retraining(3)
+    assert (recipe.epochs, recipe.lr, recipe.schedule) == (3, SHORT.lr / 5, "cosine")
+    train(model, data, recipe, seed=0)
+    assert evaluate_loss(model, data.test) < damaged
+
+
+def test_a_last_batch_of_one_image_does_not_stop_batch_norm(data) -> None:
+    images, labels = data.train.tensors
+    odd = replace(data, train=TensorDataset(images[:33], labels[:33]))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Linear(16, 10))
+    assert len(train(model, odd, SHORT, seed=0).epochs) == 2
+
+
+def test_bfloat16_trains_and_leaves_float32_weights(data) -> None:
+    model = small()
+    log = train(model, data, replace(SHORT, epochs=4, precision="bfloat16"), seed=0)
+    assert log.epochs[-1].loss < log.epochs[0].loss
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_without_validation_images_nothing_is_watched() -> None:
+    log = train(small(), load_data("digits", limit=50, validation=0.0), SHORT, seed=0)
+    assert [epoch.validation_accuracy for epoch in log.epochs] == [None, None]
+
+
+def test_progress_goes_to_standard_error(data, capsys: pytest.CaptureFixture[str]) -> None:
+    train(small(), data, SHORT, seed=0, progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "accuracy" in shown.err
+
+
+def test_diverging_training_is_named(data) -> None:
+    with pytest.raises(ConfigError, match=r"lr must keep the loss finite, got (nan|inf) at lr=1e\+20 \(epoch 1\)"):
+        train(small(), data, replace(SHORT, lr=1e20), seed=0)
+
+
+def test_evaluation_by_hand() -> None:
+    model = nn.Linear(2, 3)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+        model.bias.zero_()
+    images = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 1.0], [-1.0, -1.0]])
+    dataset = TensorDataset(images, torch.tensor([0, 1, 1, 2]))
+    assert evaluate(model, dataset, batch_size=3) == 0.75
+    # Log-sum-exp of the three logits less the label's logit.
+    rows = [(2, 0, 0, 2), (0, 1, 0, 1), (3, 1, 0, 1), (-1, -1, 0, 0)]
+    losses = [math.log(sum(math.exp(logit) for logit in row[:3])) - row[3] for row in rows]
+    assert evaluate_loss(model, dataset, batch_size=3) == pytest.approx(sum(losses) / 4, rel=1e-6)
+
+
+def test_evaluation_restores_the_modes_and_ignores_the_batch_size(data) -> None:
+    model = small().train()
+    model.features.eval()
+    accuracies = {evaluate(model, data.test, batch_size=size) for size in (1, 100, 512)}
+    assert len(accuracies) == 1
+    assert (model.training, model.features.training, model.classifier.training) == (True, False, True)
+
+
+def test_evaluation_on_nothing_is_named(data) -> None:
+    empty = load_data("digits", limit=20, validation=0.0).validation
+    with pytest.raises(DataError, match="at least one image to be evaluated on, got 0"):
+        evaluate(small(), empty)
+
+
+def test_class_counts_that_do_not_match_are_named(data) -> None:
+    for classes in (7, 12):
+        with pytest.raises(DataError, match=rf"must have 10 outputs, one per class, got \({classes},\) \(digits\)"):
+            train(small(classes=classes), data, SHORT, seed=0)
+    with pytest.raises(DataError, match="labels must be below the model's 7 outputs, got 9"):
+        evaluate(small(classes=7), data.test)
+
+
+def test_images_that_the_model_cannot_take_are_named(data) -> None:
+    model = create_model("resnet20", num_classes=10, in_channels=3, image_size=8)
+    with pytest.raises(DataError, match=r"must take images of shape \(1, 8, 8\), got: .*\(digits\)"):
+        check_model(model, data)
+
+
+def test_shifts_move_every_image_by_itself_and_bring_black_in() -> None:
+    images = torch.arange(1.0, 1 + 40 * 2 * 16 * 16).view(40, 2, 16, 16)
+    black = torch.tensor([-1.0, -2.0])
+    shifted = _shifted(images, black, torch.Generator().manual_seed(0))
+    assert shifted.shape == images.shape
+    offsets = set()
+    for before, after in zip(images, shifted, strict=True):
+        canvas = black.view(2, 1, 1).expand(2, 20, 20).clone()
+        canvas[:, 2:18, 2:18] = before
+        matches = [
+            (top, left)
+            for top in range(5)
+            for left in range(5)
+            if torch.allclose(canvas[:, top : top + 16, left : left + 16], after)
+        ]
+        assert len(matches) == 1
+        offsets.update(matches)
+    assert len(offsets) > 10
+
+
+@pytest.mark.parametrize(
+    ("schedule", "points"),
+    [
+        ("cosine", [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)]),
+        ("one-cycle", [(0.0, 0.04), (0.15, 0.52), (0.3, 1.0), (0.65, 0.5), (1.0, 0.0)]),
+    ],
+)
+def test_schedules_by_hand(schedule: str, points: list[tuple[float, float]]) -> None:
+    recipe = Recipe(epochs=1, lr=1.0, schedule=schedule)
+    for progress, rate in points:
+        assert recipe.rate(progress) == pytest.approx(rate, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"epochs": -1}, "epochs must be at least 0, got -1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0, got -1.0"),
+        ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
+        ({"lr": math.nan}, "lr must be positive and finite, got nan"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"label_smoothing": -0.1}, r"label_smoothing must be in \[0, 1\), got -0.1"),
+        ({"schedule": "step"}, "schedule must be one of cosine, one-cycle, got 'step'"),
+        ({"augmentation": "mixup"}, "augmentation must be one of none, crop, crop-flip, got 'mixup'"),
+        ({"precision": "float16"}, "precision must be one of float32, bfloat16, got 'float16'"),
+    ],
+)
+def test_bad_recipes_are_named(knobs: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(SHORT, **knobs)
+
+
+def test_every_model_has_a_recipe_for_every_data_set() -> None:
+    for model in [*list_models(), "torchvision/resnet18", "own.module:factory"]:
+        for name in ("digits", "mnist", "fashion-mnist", "cifar10", "own.npz"):
+            assert default_recipe(model, name).epochs > 0
+    assert default_recipe("resnet20", "cifar10").augmentation == "crop-flip"
