@@ -13,16 +13,15 @@ from types import CodeType, SimpleNamespace
 
 from nni.common.concrete_trace_utils import concrete_proxy
 
-_TRANSPARENT = ("EXTENDED_ARG", "TO_BOOL")
-
 
 @lru_cache(maxsize=512)
 def code_units(code: CodeType) -> tuple[dis.Instruction, ...]:
     """List the instruction that counts at every code unit (two bytes) of a code object.
 
     A unit that starts an instruction holds it. A unit that is only part of one holds the next instruction:
-    the inline caches that follow most instructions since Python 3.11, ``EXTENDED_ARG``, and ``TO_BOOL``
-    (3.13), the truth test that used to be a part of the jump or the ``not`` behind it.
+    the inline caches that follow most instructions since Python 3.11, ``EXTENDED_ARG``, and from 3.13 on
+    ``TO_BOOL`` and the comparisons that end in a truth test, which used to be a part of the jump or the
+    ``not`` behind it.
 
     Parameters
     ----------
@@ -39,12 +38,17 @@ def code_units(code: CodeType) -> tuple[dis.Instruction, ...]:
     # counted by hand: during a trace len() is NNI's, and walks through what it is given
     filled = 0
     for instruction in dis.get_instructions(code):
-        if instruction.opname not in _TRANSPARENT:
+        if not _leads_to_the_next(instruction):
             following = instruction.offset // 2 + 1
             units += [instruction] * (following - filled)
             filled = following
     units += units[-1:] * (len(code.co_code) // 2 - filled)
     return (*units,)
+
+
+def _leads_to_the_next(instruction: dis.Instruction) -> bool:
+    # Python 3.13 and newer show a comparison that calls bool() on its result as bool(<)
+    return instruction.opname in ("EXTENDED_ARG", "TO_BOOL") or instruction.argrepr.startswith("bool(")
 
 
 def index_code_units() -> bool:
@@ -53,7 +57,7 @@ def index_code_units() -> bool:
     Place: ``nni/common/concrete_trace_utils/concrete_proxy.py``, ``ConcreteProxy.__iter__``, ``__len__``,
     ``__bool__`` and ``keys``. Cause: they take an instruction's index to be its offset in code units. Since
     Python 3.11 inline caches take units that ``dis`` doesn't list, so a wrong instruction, or none, was
-    found (any PyTorch). Python 3.13 tests for truth in an instruction of its own, ``TO_BOOL``.
+    found (any PyTorch). Python 3.13 tests for truth before the jump, in ``TO_BOOL`` or in the comparison.
 
     Returns
     -------

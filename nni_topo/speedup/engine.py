@@ -219,11 +219,10 @@ class _Cutter(Replacer):
 
 
 def _kept(mask: torch.Tensor) -> list[torch.Tensor]:
-    """List the indices of each dimension at which anything is kept."""
-    kept = mask != 0
-    dims = range(kept.dim())
-    return [kept.transpose(0, d).flatten(1).any(1).nonzero().flatten() if kept.dim() > 1 else kept.nonzero().flatten()
-            for d in dims]  # fmt: skip
+    """List the indices of each dimension at which anything is kept; masks are alike for all samples."""
+    one = (mask[:1] if mask.shape[0] == _BATCH else mask).ne(0)
+    rest = [one.transpose(0, d).flatten(1).any(1).nonzero().flatten() for d in range(1, mask.dim())]
+    return [torch.arange(mask.shape[0], device=mask.device), *rest]
 
 
 def _check_calls(name: str, module: torch.nn.Module, first: list[torch.Tensor], other: list[torch.Tensor]) -> None:

@@ -8,8 +8,6 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import linear_sum_assignment
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from nni_topo.errors import ConfigError
 from nni_topo.topology import _kernels
@@ -194,8 +192,10 @@ def _lower_bound(gaps: FloatArray, halves: FloatArray) -> float:
 
 def _covered(gaps: FloatArray, halves: FloatArray, threshold: float) -> bool:
     """Say whether all bars too long to be dropped find distinct partners within the threshold."""
-    near = csr_matrix(gaps[halves > threshold] <= threshold)
-    return bool((maximum_bipartite_matching(near, perm_type="column") >= 0).all())
+    far = gaps[halves > threshold] > threshold
+    if len(far) > far.shape[1] or far.all(axis=1).any():
+        return False
+    return not far[linear_sum_assignment(far)].any()
 
 
 def _assignment(first: FloatArray, second: FloatArray, order: float) -> float:

@@ -11,10 +11,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from nni_topo.topology import _kernels
 from nni_topo.topology._checks import BoolArray, FloatArray, IntArray, as_distances, as_index, as_subsets
+from nni_topo.topology._kernels import use_compiled
 
 _CHUNK_ELEMENTS = 1 << 18
+# Measured: fewer kept points than this many times sqrt(n) are compared directly, without a search.
 _FEW = 6.0
 _FEW_COMPILED = 1.2
+# Measured: sorting all neighbours pays from this many kept points per point on, in all subsets together.
+_WORTH_SORTING = 64
 
 
 def hausdorff_to_subset(
@@ -60,8 +64,7 @@ def hausdorff_to_subset(
     >>> hausdorff_to_subset(line, [[True, False, True], [True, True, False]])
     array([1., 4.])
     """
-    matrix, masks = _checked(distances, subsets, base)
-    return covers(matrix, neighbour_ranks(matrix), masks, compiled)[0]
+    return _public_covers(distances, subsets, base, compiled)[0]
 
 
 def mean_cover(
@@ -82,13 +85,16 @@ def mean_cover(
     >>> mean_cover(line, [[True, False, False], [False, False, False]], base=2)
     array([0.33333333, 3.        ])
     """
-    matrix, masks = _checked(distances, subsets, base)
-    return covers(matrix, neighbour_ranks(matrix), masks, compiled)[1]
+    return _public_covers(distances, subsets, base, compiled)[1]
 
 
-def _checked(distances: ArrayLike, subsets: ArrayLike, base: int | None) -> tuple[FloatArray, BoolArray]:
+def _public_covers(
+    distances: ArrayLike, subsets: ArrayLike, base: int | None, compiled: bool | None
+) -> tuple[FloatArray, FloatArray]:
     matrix = as_distances(distances)
-    return matrix, as_subsets(subsets, len(matrix), base)
+    masks = as_subsets(subsets, len(matrix), base)
+    worthwhile = np.count_nonzero(masks) > _WORTH_SORTING * len(matrix)
+    return covers(matrix, neighbour_ranks(matrix) if worthwhile else None, masks, use_compiled(compiled))
 
 
 def neighbour_ranks(distances: FloatArray) -> NDArray[np.int32]:
@@ -101,30 +107,25 @@ def neighbour_ranks(distances: FloatArray) -> NDArray[np.int32]:
 
 
 def covers(
-    distances: FloatArray, neighbours: NDArray[np.int32], subsets: BoolArray, compiled: bool | None = None
+    distances: FloatArray, neighbours: NDArray[np.int32] | None, subsets: BoolArray, compiled: bool
 ) -> tuple[FloatArray, FloatArray]:
     """Return the maximum and the mean, each (p,), of the distances to the nearest kept points."""
     largest, mean = np.empty(len(subsets)), np.empty(len(subsets))
     rows = max(1, _CHUNK_ELEMENTS // len(distances))
     for start in range(0, len(subsets), rows):
-        chunk = subsets[start : start + rows]
-        nearest = np.empty(chunk.shape)
-        _fill(distances, neighbours, chunk, nearest, _kernels.use_compiled(compiled))
+        nearest = _nearest_kept(distances, neighbours, subsets[start : start + rows], compiled)
         nearest.max(axis=1, out=largest[start : start + rows])
         nearest.mean(axis=1, out=mean[start : start + rows])
     return largest, mean
 
 
-def _fill(
-    distances: FloatArray,
-    neighbours: NDArray[np.int32],
-    subsets: BoolArray,
-    nearest: FloatArray,
-    compiled: bool,
-) -> None:
-    """Fill `nearest` (p, n) with every point's distance to the nearest point of each subset."""
-    few = (_FEW_COMPILED if compiled else _FEW) * np.sqrt(len(distances))
-    if np.count_nonzero(subsets) < few * len(subsets):
+def _nearest_kept(
+    distances: FloatArray, neighbours: NDArray[np.int32] | None, subsets: BoolArray, compiled: bool
+) -> FloatArray:
+    """Return every point's distance to the nearest point of each subset, (p, n)."""
+    nearest = np.empty(subsets.shape)
+    few = (_FEW_COMPILED if compiled else _FEW) * np.sqrt(len(distances)) * len(subsets)
+    if neighbours is None or np.count_nonzero(subsets) < few:
         # A loop over subsets, but each step is a minimum over k by n: 2 to 20 times faster for so few points.
         for subset, row in zip(subsets, nearest, strict=True):
             np.min(distances[subset], axis=0, out=row)
@@ -132,6 +133,7 @@ def _fill(
         _kernels.compiled(_kernels.nearest_kept)(distances, neighbours, subsets, nearest)
     else:
         _search(distances, neighbours, subsets.ravel(), nearest.ravel())
+    return nearest
 
 
 def _search(distances: FloatArray, neighbours: NDArray[np.int32], kept: BoolArray, nearest: FloatArray) -> None:

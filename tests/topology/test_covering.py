@@ -41,12 +41,19 @@ def test_a_base_point_is_always_kept(compiled):
     assert not subsets[0, 3]
 
 
-def test_large_populations_are_worked_off_in_chunks(compiled):
-    distances = pairwise_distances(np.random.default_rng(0).normal(size=(700, 3)))
-    subsets = make_subsets(1, 800, 700, 40)
+@pytest.mark.parametrize("size", [3, 40, 250])
+@pytest.mark.parametrize("grid", [False, True])
+def test_large_populations_are_worked_off_in_chunks(size, grid, compiled):
+    rng = np.random.default_rng(0)
+    points = rng.integers(0, 9, size=(500, 3)) if grid else rng.normal(size=(500, 3))
+    distances = pairwise_distances(points)
+    subsets = make_subsets(1, 900, 500, size)
     values = hausdorff_to_subset(distances, subsets, compiled=compiled)
-    for row in (0, 374, 375, 799):
-        assert values[row] == distances[subsets[row]].min(axis=0).max()
+    means = mean_cover(distances, subsets, compiled=compiled)
+    for row in (0, 523, 524, 899):
+        nearest = distances[subsets[row]].min(axis=0)
+        assert values[row] == nearest.max()
+        assert means[row] == pytest.approx(nearest.mean(), rel=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(60))
