@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,9 @@ def _demo(options: argparse.Namespace, console: Console) -> int:
 
 def _compare(options: argparse.Namespace, console: Console) -> int:
     plan = load_plan(options.plan) if options.plan else _plan(options)
+    if options.plan and options.data_dir:
+        folder = str(options.data_dir)
+        plan = replace(plan, data=tuple(replace(choice, data_dir=folder) for choice in plan.data))
     return _run_plan(plan, options, console, isolate=not options.in_process)
 
 
@@ -168,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     _out(demo, Path("demo"))
 
     comparison = _verb(verbs, "compare", _compare, "compare pruners at equal cost; resumes where it was stopped")
-    comparison.add_argument("--plan", type=Path, help="YAML file with the whole comparison; see configs/")
+    comparison.add_argument("--plan", type=Path, help="YAML file with the whole comparison (with --data-dir, --out); see configs/")
     _model(comparison, required=False)
     _data_arguments(comparison)
     comparison.add_argument("--pruners", default="topological,l1,l2,fpgm,random", help="names, separated by commas")

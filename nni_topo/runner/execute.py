@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import resource
 import sys
 import time
@@ -47,10 +48,10 @@ def run_cell(cell: Cell, out: Path) -> Record:
     torch.set_num_threads(1)
     device = resolve_device(cell.device)
     data = load_model_data(cell.model, cell.data)
-    model = trained_model(cell, data, out, device)
+    model, accuracy_before = trained_model(cell, data, out, device)
     example = data.test.tensors[0][:2].to(device)
     macs = zoo.count_macs(model, example)
-    ratio = cell.target.value if cell.target.kind == "ratio" else ratio_for_macs(model, example, cell.target.value)
+    ratio = common_ratio(cell, model, example, out)
     dense, seconds = make_dense(cell, model, data, example, ratio)
     latency = zoo.latencies({"before": model, "after": dense}, data.test.tensors[0][:LATENCY_BATCH].to(device))
     record = {
@@ -67,7 +68,7 @@ def run_cell(cell: Cell, out: Path) -> Record:
         "params_before": zoo.count_params(model),
         "params": zoo.count_params(dense),
         "widths": layer_widths(dense),
-        "accuracy_before": zoo.evaluate(model, data.test, device=device),
+        "accuracy_before": accuracy_before,
         "accuracy_oneshot": zoo.evaluate(dense, data.test, device=device),
         "accuracy_recalibrated": _recalibrated_accuracy(dense, data, device),
         **seconds,
@@ -101,16 +102,36 @@ def build_model(model: ModelChoice, data: zoo.DataBundle, seed: int) -> nn.Modul
     )
 
 
-def trained_model(cell: Cell, data: zoo.DataBundle, out: Path, device: torch.device) -> nn.Module:
-    """Return the cell's trained model, from its checkpoint if there is one; train and keep it otherwise."""
+def trained_model(
+    cell: Cell, data: zoo.DataBundle, out: Path, device: torch.device
+) -> tuple[nn.Module, float]:
+    """Return the cell's trained model and its accuracy, from its checkpoint if there is one; else train and keep it."""
     model = build_model(cell.model, data, cell.seed)
     path = out / "checkpoints" / f"{cell.training_key}.pt"
     if path.exists():
-        zoo.load_checkpoint(path, model)
+        meta = zoo.load_checkpoint(path, model)
     else:
         log = zoo.train(model, data, cell.train, seed=cell.seed, device=device)
-        zoo.save_checkpoint(path, model, {"seed": cell.seed, "seconds": log.seconds})
-    return model.to(device).eval()
+        accuracy = zoo.evaluate(model, data.test, device=device)
+        meta = {"seed": cell.seed, "seconds": log.seconds, "accuracy": accuracy}
+        zoo.save_checkpoint(path, model, meta)
+    return model.to(device).eval(), float(meta["accuracy"])
+
+
+def common_ratio(cell: Cell, model: nn.Module, example: Tensor, out: Path) -> float:
+    """Return the ``sparse_ratio`` of every layer; one solved for a budget is kept in ``ratios.json``.
+
+    It depends on the architecture alone, so all seeds and pruners share it.
+    """
+    if cell.target.kind == "ratio":
+        return cell.target.value
+    path = out / "ratios.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    key = f"{cell.model.label}, {tuple(example.shape[1:])}, {cell.target.label}"
+    if key not in known:
+        known[key] = ratio_for_macs(model, example, cell.target.value)
+        path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return float(known[key])
 
 
 def make_dense(

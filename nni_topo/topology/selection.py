@@ -50,7 +50,8 @@ class SubsetFitness:
         Index of a point that every subset keeps, whatever its mask says: the origin of `with_origin`.
     engine : {"exact", "gudhi"}, default "exact"
         ``"gudhi"`` builds a simplex tree per subset and calls GUDHI's distances: the slow reference. Both
-        give the same fitness to 1e-9 of the cloud's diameter.
+        give the same fitness to 1e-9 of the cloud's diameter, save for GUDHI's rare errors that
+        `bottleneck_distance` names. The covering criteria have one engine.
     order : float, default 2
         Order of the Wasserstein distance, in [1, inf).
     compiled : bool, optional
