@@ -17,7 +17,6 @@ from nni_topo.registry import (  # noqa: E402
     pruner_info,
     register_pruner,
 )
-
 from nni_topo.serialization import load, save  # noqa: E402
 from nni_topo.speedup import dependency_groups, masked_model, to_dense  # noqa: E402
 

@@ -29,8 +29,8 @@ from nni_topo.runner import (
     print_report,
 )
 from nni_topo.runner.demo import DEMO
-from nni_topo.runner.rivals import is_rival
 from nni_topo.runner.prune import load_prune_config, prune_checkpoint
+from nni_topo.runner.rivals import is_rival
 from nni_topo.zoo import list_data, list_models
 
 _INTERRUPTED = 130
@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     _out(demo, Path("demo"))
 
     comparison = _verb(verbs, "compare", _compare, "compare pruners at equal cost; resumes where it was stopped")
-    comparison.add_argument("--plan", type=Path, help="YAML file with the whole comparison (with --data-dir, --out); see configs/")
+    comparison.add_argument("--plan", type=Path, help="YAML file with the whole comparison; see configs/")
     _model(comparison, required=False)
     _data_arguments(comparison)
     comparison.add_argument("--pruners", default="topological,l1,l2,fpgm,random", help="names, separated by commas")

@@ -92,17 +92,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nni", type=Path, required=True, help="a checkout of NNI's repository at v3.0")
-    parser.add_argument(
-        "--fashion-mnist", type=Path, required=True, help="folder with the four idx files, or .gz"
-    )
+    parser.add_argument("--fashion-mnist", type=Path, required=True, help="folder with the four idx files, or .gz")
     parser.add_argument("--out", type=Path, help="write the results as JSON to this file")
     parser.add_argument("--only", nargs="+", choices=TESTS, metavar="FILE", help="run these files only")
-    parser.add_argument(
-        "--plain", action="store_true", help="leave `import nni_topo` out, to see what breaks"
-    )
-    parser.add_argument(
-        "--timeout", type=float, default=3600.0, help="seconds for one process (default: 3600)"
-    )
+    parser.add_argument("--plain", action="store_true", help="leave `import nni_topo` out, to see what breaks")
+    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for one process (default: 3600)")
     options = parser.parse_args(arguments)
     if not (options.nni / PRUNING_TESTS).is_dir():
         parser.error(f"--nni must be a checkout of NNI, got {options.nni} (no {PRUNING_TESTS})")
@@ -128,9 +122,7 @@ def prepare(workspace: Path, nni: Path, images: Path, *, plain: bool) -> None:
     for name in IDX_FILES:
         plain_file = images / name
         (raw / name).write_bytes(
-            plain_file.read_bytes()
-            if plain_file.is_file()
-            else gzip.decompress((images / f"{name}.gz").read_bytes())
+            plain_file.read_bytes() if plain_file.is_file() else gzip.decompress((images / f"{name}.gz").read_bytes())
         )
 
 
@@ -175,9 +167,7 @@ def add_counts(cases: Iterable[ElementTree.Element], result: FileResult) -> None
         broken = next((part for part in case if part.tag in ("failure", "error")), None)
         if broken is not None:
             result.failed += 1
-            result.failures.append(
-                f"{case.get('name')}: {broken.get('message')}: {(broken.text or '')[-300:]}"
-            )
+            result.failures.append(f"{case.get('name')}: {broken.get('message')}: {(broken.text or '')[-300:]}")
         elif case.find("skipped") is not None:
             result.skipped += 1
         else:

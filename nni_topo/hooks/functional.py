@@ -23,9 +23,10 @@ from nni_topo.hooks.collectors import (
     preprocess_points,
 )
 from nni_topo.hooks.units import PruningUnit
-from nni_topo.speedup.channels import ChannelFlow, is_depthwise
+from nni_topo.speedup.channels import ChannelFlow
 from nni_topo.speedup.dependency import channel_flow
 from nni_topo.speedup.inputs import call_arguments
+from nni_topo.speedup.layers import is_depthwise
 
 IntArray = NDArray[np.int64]
 
@@ -53,9 +54,7 @@ class FunctionalCollector(DataCollector):
     same channels: the first one carries the joint cloud, the others none.
     """
 
-    def __init__(
-        self, calibration: Iterable[Any], *, center: bool = True, preprocess: Preprocess = "none"
-    ) -> None:
+    def __init__(self, calibration: Iterable[Any], *, center: bool = True, preprocess: Preprocess = "none") -> None:
         self.calibration = calibration
         self.center = center
         self.preprocess = checked_preprocess(preprocess)
@@ -149,7 +148,7 @@ def _places(channels: IntArray, entering: IntArray) -> IntArray | None:
 
 def _strength(module: nn.Module, places: IntArray) -> Tensor:
     """Norm of the weights that read each place, ``(channels, places)``, float64."""
-    weight = module.weight.detach().double()  # type: ignore[union-attr, operator]
+    weight: Tensor = module.weight.detach().double()  # type: ignore[operator]
     transposed = getattr(module, "transposed", False)
     groups = getattr(module, "groups", 1)
     if transposed:
@@ -158,4 +157,5 @@ def _strength(module: nn.Module, places: IntArray) -> Tensor:
         # Input channel j of group g is column j of the g-th stretch of rows.
         stretches = weight.reshape(groups, -1, weight.shape[1], int(np.prod(weight.shape[2:])))
         norms = stretches.pow(2).sum((1, 3)).sqrt().reshape(-1)
-    return norms[torch.from_numpy(places).to(norms.device)].cpu()
+    strength: Tensor = norms[torch.from_numpy(places).to(norms.device)]
+    return strength.cpu()

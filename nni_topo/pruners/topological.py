@@ -178,7 +178,7 @@ class TopologicalPruner(StructuredPruner):
     config_list : list of dict
         NNI's config_list; all its keys keep their meaning. The members of a ``dependency_group_id`` are one joint
         cloud, features side by side. ``sparse_threshold`` is a tolerance: blocks go as long as half the longest H0
-        death time that the cloud loses stays below it, in units of the layer's mean death time; at least one block stays.
+        death time that the cloud loses stays below it, in units of the layer's mean death time; one block stays.
     evaluator : nni.compression.utils.Evaluator or None, default=None
         Needed for scheduled pruning; serves the activation cloud where there is no ``calibration``.
     existed_wrappers : dict or None, default=None

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from nni_topo.errors import ConfigError
-from nni_topo.runner.cells import Cell, Plan
 from nni_topo.registry import check_knobs
+from nni_topo.runner.cells import Cell, Plan
 from nni_topo.runner.execute import load_model_data, resolve_device, run_cell
-from nni_topo.runner.rivals import is_rival
 from nni_topo.runner.records import Record, append_record, read_records
+from nni_topo.runner.rivals import is_rival
 
 _START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 

@@ -102,9 +102,7 @@ def build_model(model: ModelChoice, data: zoo.DataBundle, seed: int) -> nn.Modul
     )
 
 
-def trained_model(
-    cell: Cell, data: zoo.DataBundle, out: Path, device: torch.device
-) -> tuple[nn.Module, float]:
+def trained_model(cell: Cell, data: zoo.DataBundle, out: Path, device: torch.device) -> tuple[nn.Module, float]:
     """Return the cell's trained model and its accuracy, from its checkpoint if there is one; else train and keep it."""
     model = build_model(cell.model, data, cell.seed)
     path = out / "checkpoints" / f"{cell.training_key}.pt"

@@ -158,9 +158,7 @@ def prune_checkpoint(
     return record
 
 
-def _measured(
-    net: nn.Module, data: zoo.DataBundle, device: torch.device, *, accuracy: str, suffix: str = ""
-) -> Record:
+def _measured(net: nn.Module, data: zoo.DataBundle, device: torch.device, *, accuracy: str, suffix: str = "") -> Record:
     return {
         accuracy: zoo.evaluate(net, data.test, device=device),
         f"flops{suffix}": zoo.count_macs(net, data.test.tensors[0][:1].to(device)),

@@ -1,7 +1,7 @@
 """Torch-Pruning's pruners as rows of a comparison; they need the extra ``bench``.
 
-Torch-Pruning cuts the model itself instead of making masks, and rounds widths its own way, so its common ratio is solved
-for the multiply-accumulates that the other rows have.
+Torch-Pruning cuts the model itself instead of making masks, and rounds widths its own way, so its common ratio is
+solved for the multiply-accumulates that the other rows have.
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ def is_rival(name: str) -> bool:
     return True
 
 
-def rival_dense(
-    name: str, model: nn.Module, example_inputs: Tensor, macs: int
-) -> tuple[nn.Module, dict[str, float]]:
+def rival_dense(name: str, model: nn.Module, example_inputs: Tensor, macs: int) -> tuple[nn.Module, dict[str, float]]:
     """Return a copy of a model, pruned by Torch-Pruning to the nearest number of MACs, and the seconds it took.
 
     Parameters

@@ -39,8 +39,9 @@ def rips_diagram(
         Homology degree, >= 0: 0 for components, 1 for loops, 2 for voids.
     engine : {"exact", "gudhi"}, default "exact"
         ``"exact"`` takes degree 0 from the minimum spanning tree, degree 1 of up to 320 points from the lunes
-        of its edges where numba is installed, and the rest from GUDHI's fork of Ripser; ``"gudhi"`` builds
-        GUDHI's simplex tree, the reference. All are exact, with coefficients in Z/2.
+        of its edges where numba is installed, and the rest from GUDHI's RipsPersistence, which is fast since
+        GUDHI 3.11; ``"gudhi"`` builds GUDHI's simplex tree, the reference. All are exact, with coefficients in
+        Z/2.
     keep_infinite : bool, default True
         False leaves out the infinite bar that degree 0 has.
     compiled : bool, optional
@@ -135,7 +136,7 @@ def _spanning_tree_and_ripser(distances: FloatArray, degrees: Sequence[int]) -> 
 
 
 def _ripser(distances: FloatArray, degrees: list[int]) -> list[FloatArray]:
-    from gudhi.sklearn import RipsPersistence
+    from gudhi.sklearn.rips_persistence import RipsPersistence
 
     rips = RipsPersistence(
         homology_dimensions=degrees,

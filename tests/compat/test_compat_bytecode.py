@@ -219,13 +219,13 @@ def test_trace_follows_the_branch_that_its_input_takes(start: float) -> None:
 
 
 def test_branch_over_a_jump_too_far_for_one_byte() -> None:
-    body = "        x = x + 1\n" * 60
+    body = "        x = x + 1\n" * 100
     namespace: dict[str, Any] = {}
     exec(f"def forward(self, x):\n    if x.sum() > 0:\n{body}        return x\n    return x - 1\n", namespace)
     opnames = [instruction.opname for instruction in dis.get_instructions(namespace["forward"])]
     assert "EXTENDED_ARG" in opnames
     traced = concrete_trace(module(namespace["forward"]), (ONES,), use_operator_patch=False)
-    torch.testing.assert_close(traced(ONES), ONES + 60)
+    torch.testing.assert_close(traced(ONES), ONES + 100)
 
 
 class Witness:

@@ -35,7 +35,8 @@ def centred(rows, samples):
 
 def test_outputs_are_taken_behind_norm_activation_and_pooling():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 4, 3, padding=1))
+    front = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2)]
+    model = nn.Sequential(*front, nn.Conv2d(6, 4, 3, padding=1))
     model[1].running_mean.normal_()
     images = toy_images(10)
     found, _ = cloud_of(model, config("0"), list(images.split(4)), "0")
@@ -66,7 +67,8 @@ def test_all_readers_count_and_a_group_is_one_cloud():
     with torch.no_grad():
         stem = torch.relu(model.norm.eval()(model.stem(images)))
         total = torch.relu(model.inner(stem) + stem).mean((2, 3))
-    by_inner = stem.movedim(1, 0).flatten(1).double() * model.inner.weight.double().pow(2).sum((0, 2, 3)).sqrt()[:, None]
+    strength = model.inner.weight.double().pow(2).sum((0, 2, 3)).sqrt()
+    by_inner = stem.movedim(1, 0).flatten(1).double() * strength[:, None]
     by_hidden = total.T.double() * model.hidden.weight.double().norm(dim=0)[:, None]
     rows = torch.cat(
         [centred(by_inner[:, None], by_inner.shape[1]), centred(by_hidden[:, None], by_hidden.shape[1])], dim=1

@@ -14,11 +14,24 @@ from nni_topo.runner.report import best_rival, grouped, interval, paired_differe
 
 def record(pruner, seed, retrained, name=None):
     return {
-        "model": "net", "data": "digits", "target": "ratio 0.5", "pruner": pruner, "pruner_name": name or pruner,
-        "seed": seed, "flops_before": 4e6, "flops": 1e6, "params_before": 8e3, "params": 2e3, "accuracy_before": 0.99,
-        "accuracy_oneshot": 0.5, "accuracy_recalibrated": 0.7, "accuracy_retrained": retrained, "latency_before_ms": 2.0,
-        "latency_ms": 1.0, "prune_seconds": 0.1,
-    }  # fmt: skip
+        "model": "net",
+        "data": "digits",
+        "target": "ratio 0.5",
+        "pruner": pruner,
+        "pruner_name": name or pruner,
+        "seed": seed,
+        "flops_before": 4e6,
+        "flops": 1e6,
+        "params_before": 8e3,
+        "params": 2e3,
+        "accuracy_before": 0.99,
+        "accuracy_oneshot": 0.5,
+        "accuracy_recalibrated": 0.7,
+        "accuracy_retrained": retrained,
+        "latency_before_ms": 2.0,
+        "latency_ms": 1.0,
+        "prune_seconds": 0.1,
+    }
 
 
 RECORDS = [

@@ -11,8 +11,6 @@ from nni_topo.runner.rivals import is_rival, rival_dense
 from nni_topo.runner.widths import macs_at
 
 
-
-
 @pytest.mark.parametrize("name", ["torch-pruning", "torch-pruning-l1", "torch-pruning-fpgm"])
 def test_torch_pruning_meets_the_macs_of_the_other_rows(name):
     model = zoo.create_model("resnet20", num_classes=10, in_channels=1, image_size=16, width=0.5, seed=0)

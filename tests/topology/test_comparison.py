@@ -53,6 +53,18 @@ def test_bottleneck_equals_gudhi_except_where_gudhi_stops_early(compiled):
     assert (np.abs(differences) > 1e-9).sum() <= 4
 
 
+def test_bottleneck_where_gudhi_through_3_13_errs(compiled):
+    """Seven bars can match seven, so that the eighth is dropped; GUDHI 3.13 drops the seventh: 1.917 / 2."""
+    kept = [2.132, 1.952, 1.929, 1.811, 1.801, 1.778, 1.262]
+    whole = [2.172, 2.156, 2.132, 2.091, 2.018, 1.952, 1.917, 1.905, 1.786, 1.708, 1.458, 1.433, 1.377, 1.335]
+    whole += [1.325, 1.262, 1.211, 1.140]
+    a, b = (np.stack([np.zeros(len(deaths)), deaths], axis=1) for deaths in (kept, whole))
+    assert exhaustive_bottleneck(a, b) == 1.905 / 2
+    assert bottleneck_distance(a, b) == 1.905 / 2
+    assert bottleneck_distance(a + 1.0, b + 1.0, compiled=compiled) == pytest.approx(1.905 / 2, rel=1e-12)
+    assert bottleneck_distance(a, b, engine="gudhi") >= 1.905 / 2
+
+
 @pytest.mark.parametrize("seed", range(100))
 def test_wasserstein_equals_gudhi(seed):
     a, b = make_diagram(seed), make_diagram(seed + 7000)

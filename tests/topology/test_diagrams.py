@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from gudhi.sklearn import RipsPersistence
+from gudhi.sklearn.rips_persistence import RipsPersistence
 from topology_clouds import make_cloud
 
 from nni_topo.errors import ConfigError, DataError
