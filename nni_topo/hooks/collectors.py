@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.hooks.base import Data, DataCollector, PruningContext
+from nni_topo.modes import evaluation_mode
 
 Preprocess = Literal["none", "center", "standardize", "unit"]
 _PREPROCESS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -123,7 +124,7 @@ class ActivationCollector(DataCollector):
         return data
 
     def _run(self, context: PruningContext) -> None:
-        with evaluating(context.model), torch.no_grad():
+        with evaluation_mode(context.model), torch.no_grad():
             if self.calibration is None:
                 context.evaluate()
                 return
@@ -218,18 +219,6 @@ def _identity(blocks: Tensor) -> Tensor:
 
 def _nonzero(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and every module of it back into its own mode afterwards."""
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
 
 
 @contextmanager

@@ -18,11 +18,11 @@ from nni_topo.hooks.collectors import (
     Preprocess,
     calibration_inputs,
     checked_preprocess,
-    evaluating,
     points_of_gram,
     preprocess_points,
 )
 from nni_topo.hooks.units import PruningUnit
+from nni_topo.modes import evaluation_mode
 from nni_topo.speedup.channels import ChannelFlow
 from nni_topo.speedup.dependency import channel_flow
 from nni_topo.speedup.inputs import call_arguments
@@ -72,7 +72,7 @@ class FunctionalCollector(DataCollector):
             If no batch came, or activations are NaN or infinite.
         """
         example = next(iter(calibration_inputs(context.model, self.calibration)))
-        with evaluating(context.model):
+        with evaluation_mode(context.model):
             flow = channel_flow(context.model, call_arguments(example))
         readers = {unit.name: _readers(unit, flow, context) for unit in context.units}
         moments = {name: [Moments() for _ in found] for name, found in readers.items()}
@@ -95,7 +95,7 @@ class FunctionalCollector(DataCollector):
             for name, found in readers.items():
                 for reader, moment in zip(found, moments[name], strict=True):
                     handles.append(reader.module.register_forward_pre_hook(reader.recorder(moment)))
-            with evaluating(context.model), torch.no_grad():
+            with evaluation_mode(context.model), torch.no_grad():
                 for inputs in calibration_inputs(context.model, self.calibration):
                     context.model(inputs)
         finally:

@@ -21,7 +21,7 @@ from nni_topo.registry import create_pruner
 from nni_topo.runner.cells import Cell, DataChoice, ModelChoice
 from nni_topo.runner.records import Record, provenance
 from nni_topo.runner.rivals import is_rival, rival_dense
-from nni_topo.runner.widths import macs_at, pruning_config, ratio_for_macs
+from nni_topo.runner.widths import layer_ratios, pruning_config
 from nni_topo.speedup import to_dense
 
 LATENCY_BATCH = 64
@@ -51,8 +51,8 @@ def run_cell(cell: Cell, out: Path) -> Record:
     model, accuracy_before = trained_model(cell, data, out, device)
     example = data.test.tensors[0][:2].to(device)
     macs = zoo.count_macs(model, example)
-    ratio = common_ratio(cell, model, example, out)
-    dense, seconds = make_dense(cell, model, data, example, ratio)
+    ratios = shared_ratios(cell, model, example, out)
+    dense, seconds = make_dense(cell, model, data, example, ratios)
     latency = zoo.latencies({"before": model, "after": dense}, data.test.tensors[0][:LATENCY_BATCH].to(device))
     record = {
         "key": cell.key,
@@ -62,7 +62,7 @@ def run_cell(cell: Cell, out: Path) -> Record:
         "model": cell.model.label,
         "data": cell.data.name,
         "target": cell.target.label,
-        "sparse_ratio": ratio,
+        "sparse_ratios": ratios,
         "flops_before": macs,
         "flops": zoo.count_macs(dense, example),
         "params_before": zoo.count_params(model),
@@ -116,42 +116,41 @@ def trained_model(cell: Cell, data: zoo.DataBundle, out: Path, device: torch.dev
     return model.to(device).eval(), float(meta["accuracy"])
 
 
-def common_ratio(cell: Cell, model: nn.Module, example: Tensor, out: Path) -> float:
-    """Return the ``sparse_ratio`` of every layer; one solved for a budget is kept in ``ratios.json``.
+def shared_ratios(cell: Cell, model: nn.Module, example: Tensor, out: Path) -> dict[str, float]:
+    """Return every layer's ``sparse_ratio``; those solved for a budget are kept in ``ratios.json``.
 
-    It depends on the architecture alone, so all seeds and pruners share it.
+    They depend on the architecture alone, so all seeds and pruners share them.
     """
-    if cell.target.kind == "ratio":
-        return cell.target.value
     path = out / "ratios.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     key = f"{cell.model.label}, {tuple(example.shape[1:])}, {cell.target.label}"
     if key not in known:
-        known[key] = ratio_for_macs(model, example, cell.target.value)
-        path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    return float(known[key])
+        known[key] = layer_ratios(model, example, cell.target)
+        path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    return dict(known[key])
 
 
 def make_dense(
-    cell: Cell, model: nn.Module, data: zoo.DataBundle, example: Tensor, ratio: float
+    cell: Cell, model: nn.Module, data: zoo.DataBundle, example: Tensor, ratios: dict[str, float]
 ) -> tuple[nn.Module, dict[str, float]]:
     """Prune a copy of the model and make it dense; return it and the seconds of both steps.
 
-    Torch-Pruning does both in one step, to the MACs that the common ratio leaves.
+    Torch-Pruning does both in one step.
     """
     if is_rival(cell.pruner.name):
-        macs = macs_at(model, example, ratio)
-        return rival_dense(cell.pruner.name, model, example, macs)
-    masks, prune_seconds = prune(cell, model, data, example, ratio)
+        return rival_dense(cell.pruner.name, model, example, ratios)
+    masks, prune_seconds = prune(cell, model, data, example, ratios)
     began = time.perf_counter()
     dense = to_dense(model, example, masks)
     return dense, {"prune_seconds": prune_seconds, "speedup_seconds": time.perf_counter() - began}
 
 
-def prune(cell: Cell, model: nn.Module, data: zoo.DataBundle, example: Tensor, ratio: float) -> tuple[Masks, float]:
+def prune(
+    cell: Cell, model: nn.Module, data: zoo.DataBundle, example: Tensor, ratios: dict[str, float]
+) -> tuple[Masks, float]:
     """Run the cell's pruner on a copy of the model; return its masks and the seconds it took."""
     victim = copy.deepcopy(model)
-    config_list = pruning_config(victim, example, ratio)
+    config_list = pruning_config(victim, example, ratios)
     knobs: dict[str, Any] = dict(cell.pruner.knobs)
     if cell.pruner.calibration:
         images = data.train.tensors[0][: cell.pruner.calibration]

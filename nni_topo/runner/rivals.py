@@ -1,7 +1,7 @@
 """Torch-Pruning's pruners as rows of a comparison; they need the extra ``bench``.
 
-Torch-Pruning cuts the model itself instead of making masks, and rounds widths its own way, so its common ratio is
-solved for the multiply-accumulates that the other rows have.
+Torch-Pruning cuts the model itself instead of making masks. It gets the same layers and the same number of channels per
+layer as the other rows.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nni_topo import zoo
 from nni_topo.errors import ConfigError, unknown_name
-from nni_topo.runner.widths import bisect_ratio, inner_layers
+from nni_topo.speedup.layers import output_channels
 
 PREFIX = "torch-pruning"
 _IMPORTANCES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -41,8 +40,10 @@ def is_rival(name: str) -> bool:
     return True
 
 
-def rival_dense(name: str, model: nn.Module, example_inputs: Tensor, macs: int) -> tuple[nn.Module, dict[str, float]]:
-    """Return a copy of a model, pruned by Torch-Pruning to the nearest number of MACs, and the seconds it took.
+def rival_dense(
+    name: str, model: nn.Module, example_inputs: Tensor, ratios: dict[str, float]
+) -> tuple[nn.Module, dict[str, float]]:
+    """Return a copy of a model that Torch-Pruning has cut, and the seconds it took.
 
     Parameters
     ----------
@@ -52,37 +53,38 @@ def rival_dense(name: str, model: nn.Module, example_inputs: Tensor, macs: int) 
         The model; it isn't changed.
     example_inputs : torch.Tensor
         A batch of inputs.
-    macs : int
-        MACs to be left.
+    ratios : dict of str to float
+        ``sparse_ratio`` by layer; layers that aren't named are left whole.
 
     Returns
     -------
     torch.nn.Module
         The dense model.
     dict of str to float
-        ``prune_seconds``, the search for the ratio left out, and ``speedup_seconds``, which is 0: it's one step.
+        ``prune_seconds``, and ``speedup_seconds``, which is 0: it's one step.
     """
-    ratio = bisect_ratio(lambda r: zoo.count_macs(_pruned(name, model, example_inputs, r), example_inputs), macs)
+    package = _package()
+    dense = copy.deepcopy(model)
+    layers = {n: m for n, m in dense.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))}
+    importance, knobs = _IMPORTANCES[name]
     began = time.perf_counter()
-    dense = _pruned(name, model, example_inputs, ratio)
+    pruner = package.pruner.BasePruner(
+        dense,
+        example_inputs,
+        importance=getattr(package.importance, importance)(**knobs),
+        pruning_ratio=0.0,
+        pruning_ratio_dict={layers[layer]: _exact(layers[layer], ratio) for layer, ratio in ratios.items()},
+        ignored_layers=[module for layer, module in layers.items() if layer not in ratios],
+    )
+    pruner.step()
     return dense, {"prune_seconds": time.perf_counter() - began, "speedup_seconds": 0.0}
 
 
-def _pruned(name: str, model: nn.Module, example_inputs: Tensor, ratio: float) -> nn.Module:
-    package = _package()
-    copied = copy.deepcopy(model)
-    inner = set(inner_layers(copied, example_inputs))
-    layers = {n: m for n, m in copied.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))}
-    importance, knobs = _IMPORTANCES[name]
-    pruner = package.pruner.BasePruner(
-        copied,
-        example_inputs,
-        importance=getattr(package.importance, importance)(**knobs),
-        pruning_ratio=ratio,
-        ignored_layers=[module for layer, module in layers.items() if layer not in inner],
-    )
-    pruner.step()
-    return copied
+def _exact(layer: nn.Module, ratio: float) -> float:
+    """Ratio at which Torch-Pruning, which rounds what it keeps down, removes as many channels as NNI."""
+    channels = output_channels(layer) or 1
+    removed = int(channels * ratio)
+    return (removed - 0.5) / channels if removed else 0.0
 
 
 def _package() -> Any:

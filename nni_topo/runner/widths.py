@@ -1,48 +1,41 @@
-"""Which layers a comparison prunes, and the common ratio that meets a budget of multiply-accumulates."""
+"""Which layers a comparison prunes, and the widths that meet a budget of multiply-accumulates."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+import math
+from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from nni_topo import zoo
 from nni_topo.errors import ConfigError
-from nni_topo.registry import create_pruner
-from nni_topo.speedup import dependency_groups, to_dense
+from nni_topo.runner.cells import Target
+from nni_topo.speedup import dependency_groups
+from nni_topo.speedup.cost import NetworkCost
 from nni_topo.speedup.dependency import channel_flow
 from nni_topo.speedup.inputs import call_arguments
+from nni_topo.speedup.layers import output_channels
 
-_STEPS = 12
-_LARGEST = 1.0 - 1e-6
-
-
-def pruning_config(model: nn.Module, example_inputs: Tensor, ratio: float) -> list[dict[str, Any]]:
-    """Return a config_list that prunes every convolution and linear layer but those that make the output.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model; it isn't changed.
-    example_inputs : torch.Tensor
-        A batch of inputs.
-    ratio : float
-        ``sparse_ratio`` of every layer, in [0, 1).
-
-    Returns
-    -------
-    list of dict
-        With dependency groups.
-    """
-    config = {"op_names": inner_layers(model, example_inputs), "sparse_ratio": float(ratio)}
-    return dependency_groups(model, example_inputs, [config])
+_STEPS = 40
+_GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
-def ratio_for_macs(model: nn.Module, example_inputs: Tensor, share: float) -> float:
-    """Return the common ``sparse_ratio`` whose dense model is nearest to a share of the model's MACs.
+@dataclass(frozen=True)
+class _Unit:
+    """Layers that lose the same channels: ``rows`` steps of ``parts`` channels each."""
+
+    layers: tuple[str, ...]
+    rows: int
+    parts: int
+
+    def removed(self, ratio: float, phase: float) -> int:
+        return min(int(self.rows * ratio + phase), self.rows - 1)
+
+
+def layer_ratios(model: nn.Module, example_inputs: Tensor, target: Target) -> dict[str, float]:
+    """Return the ``sparse_ratio`` of every layer that a comparison prunes.
 
     Parameters
     ----------
@@ -50,51 +43,49 @@ def ratio_for_macs(model: nn.Module, example_inputs: Tensor, share: float) -> fl
         The model; it isn't changed.
     example_inputs : torch.Tensor
         A batch of inputs.
-    share : float
-        MACs to be left, in (0, 1].
+    target : Target
+        One ratio for all layers, or the share of the MACs to be left.
 
     Returns
     -------
-    float
-        In [0, 1). Widths are whole numbers, so the share is met as nearly as they allow.
+    dict of str to float
+        By layer, in network order; in [0, 1). For a share of the MACs every layer loses the same share of its channels, up to
+        one step of rounding, which is dealt to the layers such that the whole meets the budget.
 
     Raises
     ------
     ConfigError
         If even one channel per layer costs more than twice the budget.
     """
-    whole = zoo.count_macs(model, example_inputs)
-    least = macs_at(model, example_inputs, _LARGEST)
-    if least > 2.0 * share * whole:
-        raise ConfigError(
-            f"a flops target must be reachable, got {share:g} where one channel per layer leaves {least / whole:.3g} "
-            "(target)"
-        )
-    return bisect_ratio(lambda ratio: macs_at(model, example_inputs, ratio), share * whole)
+    config_list = _grouped(model, example_inputs)
+    if target.kind == "ratio":
+        return {name: target.value for entry in config_list for name in entry["op_names"]}
+    units = _units(model, config_list)
+    cost = NetworkCost(model, example_inputs)
+    removed = _solved(units, cost, target.value)
+    # Half a step more than asked keeps int(rows * ratio) from falling short by rounding.
+    ratios = {
+        name: (count + 0.5) / unit.rows if count else 0.0
+        for unit, count in zip(units, removed, strict=True)
+        for name in unit.layers
+    }
+    return {name: ratios[name] for entry in config_list for name in entry["op_names"]}
 
 
-def bisect_ratio(macs_of: Callable[[float], int], macs: float) -> float:
-    """Return the ratio whose MACs are nearest to a budget; of equally near ones the smallest.
+def pruning_config(model: nn.Module, example_inputs: Tensor, ratios: dict[str, float]) -> list[dict[str, Any]]:
+    """Return a config_list with a ratio per layer and dependency groups.
 
     Parameters
     ----------
-    macs_of : callable
-        Maps a ratio in [0, 1) to MACs, never increasing.
-    macs : float
-        The budget.
-
-    Returns
-    -------
-    float
-        In [0, 1), from a bisection in a fixed number of steps.
+    model : torch.nn.Module
+        The model; it isn't changed.
+    example_inputs : torch.Tensor
+        A batch of inputs.
+    ratios : dict of str to float
+        ``sparse_ratio`` by layer; see :func:`layer_ratios`.
     """
-    low, high = 0.0, _LARGEST
-    tried = {ratio: macs_of(ratio) for ratio in (low, high)}
-    for _ in range(_STEPS):
-        middle = (low + high) / 2.0
-        tried[middle] = macs_of(middle)
-        low, high = (middle, high) if tried[middle] > macs else (low, middle)
-    return min(tried, key=lambda ratio: (abs(tried[ratio] - macs), ratio))
+    entries = [{"op_names": [name], "sparse_ratio": float(ratio)} for name, ratio in ratios.items()]
+    return dependency_groups(model, example_inputs, entries)
 
 
 def inner_layers(model: nn.Module, example_inputs: Tensor) -> list[str]:
@@ -108,9 +99,55 @@ def inner_layers(model: nn.Module, example_inputs: Tensor) -> list[str]:
     ]
 
 
-def macs_at(model: nn.Module, example_inputs: Tensor, ratio: float) -> int:
-    """Return the MACs that a common ratio leaves: which channels go doesn't matter, only how many."""
-    victim = copy.deepcopy(model)
-    pruner = create_pruner("l1", victim, pruning_config(victim, example_inputs, ratio))
-    _, masks = pruner.compress()
-    return zoo.count_macs(to_dense(model, example_inputs, masks, check=False), example_inputs)
+def _grouped(model: nn.Module, example_inputs: Tensor) -> list[dict[str, Any]]:
+    layers = inner_layers(model, example_inputs)
+    return dependency_groups(model, example_inputs, [{"op_names": layers, "sparse_ratio": 0.0}])
+
+
+def _units(model: nn.Module, config_list: list[dict[str, Any]]) -> list[_Unit]:
+    layers: dict[str, list[str]] = defaultdict(list)
+    parts: dict[str, int] = defaultdict(lambda: 1)
+    for entry in config_list:
+        (name,) = entry["op_names"]
+        key = entry.get("dependency_group_id", name)
+        layers[key].append(name)
+        parts[key] = math.lcm(parts[key], entry.get("internal_metric_block", 1))
+    return [
+        _Unit(tuple(names), (output_channels(model.get_submodule(names[0])) or 0) // parts[key], parts[key])
+        for key, names in layers.items()
+    ]
+
+
+def _solved(units: list[_Unit], cost: NetworkCost, share: float) -> list[int]:
+    """Rows that each unit loses, so that the MACs left are nearest to a share of the whole.
+
+    The layers of a network often have equal widths and would round at the same ratio, all at once: a phase per unit lets
+    them round one after the other.
+    """
+    phases = [(index * _GOLDEN) % 1.0 for index in range(len(units))]
+    whole = cost({}).macs
+
+    def removed(ratio: float) -> list[int]:
+        return [unit.removed(ratio, phase) for unit, phase in zip(units, phases, strict=True)]
+
+    def left(counts: list[int]) -> float:
+        kept = {
+            name: np.tile(np.arange(unit.rows) >= count, unit.parts)
+            for unit, count in zip(units, counts, strict=True)
+            for name in unit.layers
+        }
+        return cost(kept).macs / whole
+
+    low, high = 0.0, 1.0
+    least = left(removed(high))
+    if least > 2.0 * share:
+        raise ConfigError(
+            f"a flops target must be reachable, got {share:g} where one channel per layer leaves {least:.3g} (target)"
+        )
+    tried = [(abs(left(removed(ratio)) - share), ratio) for ratio in (low, high)]
+    for _ in range(_STEPS):
+        middle = (low + high) / 2.0
+        found = left(removed(middle))
+        tried.append((abs(found - share), middle))
+        low, high = (middle, high) if found > share else (low, middle)
+    return removed(min(tried)[1])

@@ -33,7 +33,7 @@ from nni_topo.speedup.labels import (
     unknown,
     varies,
 )  # fmt: skip
-from nni_topo.speedup.layers import TRANSPOSED, is_depthwise, output_channels
+from nni_topo.speedup.layers import NORMS, TRANSPOSED, is_depthwise, output_channels
 
 
 @dataclasses.dataclass
@@ -142,12 +142,12 @@ class ChannelFlow(torch.fx.Interpreter):
         return self.roots(np.arange(layer.first, layer.first + layer.channels))
 
     def entering_roots(self, name: str) -> np.ndarray:
-        """Look up the representatives of the channels that enter a layer.
+        """Look up the representatives of the channels that enter a layer or a batch norm.
 
         Parameters
         ----------
         name : str
-            The layer; an embedding is entered by none.
+            The layer or norm; an embedding is entered by none.
 
         Returns
         -------
@@ -186,6 +186,8 @@ class ChannelFlow(torch.fx.Interpreter):
             if any(True for _ in module.parameters()):
                 self._pin(labels)
             return torch.full(shape, UNKNOWN)
+        if isinstance(module, NORMS):
+            self._entering.setdefault(name, self._per_channel(labels[0], 1))
         return passed
 
     def _layer(self, name: str, module: Any, labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

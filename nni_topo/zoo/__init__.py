@@ -1,12 +1,12 @@
 """Models and data by name, training, checkpoints and measurements: what comparisons are made with."""
 
-from .checkpoints import load_checkpoint, save_checkpoint
-from .data import DataBundle, list_data, load_data
-from .evaluation import check_model, evaluate, evaluate_loss
-from .measure import count_macs, count_params, latencies, latency_ms
-from .models import ModelInfo, create_model, list_models, model_info
-from .recipes import Recipe, default_recipe
-from .training import EpochLog, TrainingLog, train
+from nni_topo.zoo.checkpoints import load_checkpoint, save_checkpoint
+from nni_topo.zoo.data import DataBundle, list_data, load_data
+from nni_topo.zoo.evaluation import check_model, evaluate, evaluate_loss
+from nni_topo.zoo.measure import count_macs, count_params, latencies, latency_ms
+from nni_topo.zoo.models import ModelInfo, create_model, list_models, model_info
+from nni_topo.zoo.recipes import Recipe, default_recipe
+from nni_topo.zoo.training import EpochLog, TrainingLog, train
 
 __all__ = [
     "DataBundle",

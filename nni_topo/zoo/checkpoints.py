@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError
+from nni_topo.errors import DataError
 
 _FORMAT = "nni-topo checkpoint 1"
 _SHOWN = 3

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from ..errors import ConfigError, DataError, unknown_name
-from .sources import (
+from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.zoo.sources import (
     Array,
     RawData,
     class_rank,

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
-from ..errors import DataError
-from .data import DataBundle
-from .measure import evaluation_mode
+from nni_topo.errors import DataError
+from nni_topo.modes import evaluation_mode
+from nni_topo.zoo.data import DataBundle
 
 
 def check_model(model: nn.Module, data: DataBundle) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ConfigError, unknown_name
+from nni_topo.errors import ConfigError, unknown_name
 
 TORCHVISION = "torchvision/"
 

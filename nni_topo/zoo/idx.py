@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError
+from nni_topo.errors import DataError
 
 _UNSIGNED_BYTE = 8
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import DataError
-from .sources import Array, RawData, split_off_test
+from nni_topo.errors import DataError
+from nni_topo.zoo.sources import Array, RawData, split_off_test
 
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _TEST_NAMES = ("test", "val")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import ConfigError
+from nni_topo.errors import ConfigError
+from nni_topo.modes import evaluation_mode
 
 Inputs = Tensor | tuple[Tensor, ...]
 
@@ -154,19 +155,6 @@ def _timed(model: nn.Module, inputs: tuple[Tensor, ...]) -> float:
 
 def _as_tuple(example_inputs: Inputs) -> tuple[Tensor, ...]:
     return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-
-
-@contextmanager
-def evaluation_mode(*models: nn.Module) -> Iterator[None]:
-    """Put models into evaluation mode, and every module of theirs back into its own mode afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..errors import ConfigError, unknown_name
-from .external import TORCHVISION, build_from_factory, build_torchvision, torchvision_names
-from .resnet import resnet20, resnet56
-from .small import cnn12, lenet5, lenet5_like, lenet300, small_cnn
-from .vgg import vgg16, vgg16_modified
+from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.zoo.external import TORCHVISION, build_from_factory, build_torchvision, torchvision_names
+from nni_topo.zoo.resnet import resnet20, resnet56
+from nni_topo.zoo.small import cnn12, lenet5, lenet5_like, lenet300, small_cnn
+from nni_topo.zoo.vgg import vgg16, vgg16_modified
 
 Builder = Callable[[int, int, int, float], nn.Module]
 

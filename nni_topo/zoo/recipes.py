@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from ..errors import ConfigError
+from nni_topo.errors import ConfigError
 
 Schedule = Literal["cosine", "one-cycle"]
 Augmentation = Literal["none", "crop", "crop-flip"]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .vgg import scaled
+from nni_topo.zoo.vgg import scaled
 
 
 class BasicBlock(nn.Module):

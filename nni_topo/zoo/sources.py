@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError
-from .idx import find_idx, read_idx
+from nni_topo.errors import DataError
+from nni_topo.zoo.idx import find_idx, read_idx
 
 Array = npt.NDArray[Any]
 

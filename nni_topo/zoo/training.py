@@ -18,10 +18,10 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from ..errors import ConfigError
-from .data import DataBundle
-from .evaluation import check_model, evaluate
-from .recipes import Recipe
+from nni_topo.errors import ConfigError
+from nni_topo.zoo.data import DataBundle
+from nni_topo.zoo.evaluation import check_model, evaluate
+from nni_topo.zoo.recipes import Recipe
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from .small import ConvNet
+from nni_topo.zoo.small import ConvNet
 
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 

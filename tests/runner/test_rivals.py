@@ -7,8 +7,9 @@ import torch
 
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
+from nni_topo.runner import Target
 from nni_topo.runner.rivals import is_rival, rival_dense
-from nni_topo.runner.widths import macs_at
+from nni_topo.runner.widths import layer_ratios
 
 
 @pytest.mark.parametrize("name", ["torch-pruning", "torch-pruning-l1", "torch-pruning-fpgm"])
@@ -16,9 +17,9 @@ def test_torch_pruning_meets_the_macs_of_the_other_rows(name):
     model = zoo.create_model("resnet20", num_classes=10, in_channels=1, image_size=16, width=0.5, seed=0)
     images = torch.randn(2, 1, 16, 16)
     before = copy.deepcopy(model.state_dict())
-    macs = macs_at(model, images, 0.5)
-    dense, seconds = rival_dense(name, model, images, macs)
-    assert zoo.count_macs(dense, images) == pytest.approx(macs, rel=0.05)
+    ratios = layer_ratios(model, images, Target("flops", 0.4))
+    dense, seconds = rival_dense(name, model, images, ratios)
+    assert zoo.count_macs(dense, images) / zoo.count_macs(model, images) == pytest.approx(0.4, abs=0.01)
     assert dense(images).shape == (2, 10)
     assert seconds["prune_seconds"] > 0
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

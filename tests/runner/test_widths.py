@@ -6,46 +6,53 @@ import torch
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.registry import create_pruner
-from nni_topo.runner.widths import bisect_ratio, pruning_config, ratio_for_macs
+from nni_topo.runner import Target
+from nni_topo.runner.widths import inner_layers, layer_ratios, pruning_config
 from nni_topo.speedup import to_dense
 
 IMAGES = torch.zeros(2, 1, 8, 8)
 
 
-def model():
+def small_cnn():
     return zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
 
 
-def test_everything_but_the_output_layer_is_pruned():
-    net = model()
-    names = [entry["op_names"][0] for entry in pruning_config(net, IMAGES, 0.5)]
-    layers = [n for n, m in net.named_modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
-    assert names == layers[:-1]
+def resnet():
+    return zoo.create_model("resnet20", num_classes=10, in_channels=1, image_size=8, seed=0)
 
 
-@pytest.mark.parametrize("share", [0.6, 0.3, 0.1])
-def test_the_ratio_meets_the_budget_as_nearly_as_widths_allow(share):
-    net = model()
-    ratio = ratio_for_macs(net, IMAGES, share)
-    pruner = create_pruner("l1", net, pruning_config(net, IMAGES, ratio))
+def dense_of(model, ratios):
+    pruner = create_pruner("l1", model, pruning_config(model, IMAGES, ratios))
     _, masks = pruner.compress()
     pruner.unwrap_model()
-    left = zoo.count_macs(to_dense(net, IMAGES, masks), IMAGES) / zoo.count_macs(net, IMAGES)
-    assert left == pytest.approx(share, abs=0.05)
+    return to_dense(model, IMAGES, masks)
+
+
+def test_everything_but_the_output_layer_is_pruned():
+    net = small_cnn()
+    layers = [n for n, m in net.named_modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    assert inner_layers(net, IMAGES) == layers[:-1]
+    assert layer_ratios(net, IMAGES, Target("ratio", 0.3)) == dict.fromkeys(layers[:-1], 0.3)
+
+
+@pytest.mark.parametrize("share", [0.75, 0.5, 0.25, 0.1])
+@pytest.mark.parametrize("make", [small_cnn, resnet])
+def test_a_budget_is_met_within_a_percent_of_the_whole(make, share):
+    net = make()
+    ratios = layer_ratios(net, IMAGES, Target("flops", share))
+    left = zoo.count_macs(dense_of(net, ratios), IMAGES) / zoo.count_macs(net, IMAGES)
+    assert left == pytest.approx(share, abs=0.01)
+
+
+def test_every_layer_loses_about_the_same_share():
+    ratios = layer_ratios(resnet(), IMAGES, Target("flops", 0.25))
+    assert max(ratios.values()) - min(ratios.values()) < 0.1
 
 
 def test_the_whole_budget_prunes_nothing():
-    assert ratio_for_macs(model(), IMAGES, 1.0) == 0.0
+    assert set(layer_ratios(small_cnn(), IMAGES, Target("flops", 1.0)).values()) == {0.0}
 
 
 def test_a_budget_below_one_channel_per_layer_is_refused():
     with pytest.raises(ConfigError, match="must be reachable, got 1e-06"):
-        ratio_for_macs(model(), IMAGES, 1e-6)
-
-
-def test_the_search_finds_the_nearest_step():
-    def steps(ratio):
-        return 100 - int(10 * ratio) * 10
-
-    assert steps(bisect_ratio(steps, 37)) == 40
-    assert bisect_ratio(steps, 1000) == 0.0
+        layer_ratios(small_cnn(), IMAGES, Target("flops", 1e-6))

@@ -1,0 +1,282 @@
+"""Which layers of a pruned network can be solved anew, from what, and against which place of the original."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nni_topo.speedup.channels import ChannelFlow
+from nni_topo.speedup.labels import FIXED, tensor_shape
+from nni_topo.speedup.layers import CONVOLUTIONS, TRANSPOSED, kept_channels
+from nni_topo.speedup.masks import FullMasks
+
+_PASSING = (nn.Identity, nn.modules.dropout._DropoutNd)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.PReLU)
+
+
+@dataclass(frozen=True)
+class Solvable:
+    """A layer that can be solved anew.
+
+    Attributes
+    ----------
+    name : str
+        Its name in the model.
+    node : Node
+        Where the graph calls it.
+    columns : Tensor of int, shape (groups, d)
+        Input channels that are kept, in each group that is left.
+    rows : Tensor of int, shape (groups, o)
+        Output channels that are kept.
+    intercept : str or None
+        Who takes a constant: the layer's own name (its bias), the name of the batch norm behind it (its running mean),
+        or nobody.
+    """
+
+    name: str
+    node: Node
+    columns: Tensor
+    rows: Tensor
+    intercept: str | None
+
+    @property
+    def source(self) -> Node:
+        """The node whose value enters."""
+        return self.node.all_input_nodes[0]
+
+
+@dataclass(frozen=True)
+class Equation:
+    """A layer is to be solved such that the pruned network meets the original one at a place behind it.
+
+    Attributes
+    ----------
+    layer : Solvable
+        The layer.
+    place : Node
+        The node that is compared. From the layer on there are only batch norms and additions up to there.
+    norms : tuple of str
+        The batch norms on the way.
+    """
+
+    layer: Solvable
+    place: Node
+    norms: tuple[str, ...]
+
+
+@dataclass
+class Plan:
+    """All equations in the order in which they are to be solved, and the layers left alone with the reasons."""
+
+    equations: list[Equation] = field(default_factory=list)
+    left_alone: dict[str, str] = field(default_factory=dict)
+
+
+def make_plan(graph_module: GraphModule, flow: ChannelFlow, masks: FullMasks, touched: set[Node]) -> Plan:
+    """List the equations of a pruned network.
+
+    Parameters
+    ----------
+    graph_module : torch.fx.GraphModule
+        The original network, with shapes.
+    flow : ChannelFlow
+        Its channels.
+    masks : dict of str to dict of str to Tensor
+        Masks that agree where layers share channels.
+    touched : set of Node
+        Nodes behind pruned channels.
+
+    Returns
+    -------
+    Plan
+        In network order. Of several layers that meet in an addition, those with fewer unknowns are solved first for
+        their own outputs; the largest then makes up for what the sum lost, and the others for what is left of it.
+    """
+    plan = Plan()
+    pruned = pruned_roots(graph_module, flow, masks)
+    meeting: dict[Node, list[tuple[Equation, Equation]]] = {}
+    for node in graph_module.graph.nodes:
+        if node.op != "call_module" or not any(parent in touched for parent in node.all_input_nodes):
+            continue
+        name, module = str(node.target), graph_module.get_submodule(str(node.target))
+        reason = _why_not(graph_module, node, module, flow, masks)
+        if reason is None:
+            layer = _solvable(graph_module, node, flow, masks, pruned)
+            reason = "its groups keep different numbers of channels" if layer is None else None
+        if reason is None and layer is not None:
+            near, far = _ways(graph_module, layer)
+            meeting.setdefault(far.place, []).append((near, far))
+        elif reason:
+            plan.left_alone[name] = reason
+    order = {node: rank for rank, node in enumerate(graph_module.graph.nodes)}
+    keyed = [item for equations in meeting.values() for item in _ordered(equations)]
+    plan.equations = sorted(keyed, key=lambda equation: order[equation.place])
+    return plan
+
+
+def pruned_roots(graph_module: GraphModule, flow: ChannelFlow, masks: FullMasks) -> set[int]:
+    """Return the representatives of all channels that are removed."""
+    pruned: set[int] = set()
+    for name in flow.layers:
+        kept = kept_channels(graph_module.get_submodule(name), masks.get(name, {}))
+        if kept is not None:
+            pruned |= set(flow.layer_roots(name)[~kept.cpu().numpy()].tolist())
+    return pruned - {FIXED}
+
+
+def path_scale(modules: GraphModule, norms: Iterable[str], channels: int) -> Tensor:
+    """Return by how much batch norms multiply each channel in evaluation mode, shape (channels,), float64."""
+    scale = torch.ones(channels, dtype=torch.float64)
+    for name in norms:
+        norm: Any = modules.get_submodule(name)
+        own = (norm.running_var.double() + norm.eps).rsqrt()
+        own = own if norm.weight is None else own * norm.weight.detach().double()
+        scale = scale.to(own.device) * own
+    return scale
+
+
+def _why_not(
+    graph_module: GraphModule, node: Node, module: nn.Module, flow: ChannelFlow, masks: FullMasks
+) -> str | None:
+    """Return why a module can't be solved anew; an empty text if there is nothing to solve."""
+    if isinstance(module, _NORMS) or not any(p.dim() > 1 for p in module.parameters()):
+        return ""
+    name = str(node.target)
+    if isinstance(module, TRANSPOSED):
+        return "a transposed convolution"
+    kinds = (*CONVOLUTIONS, nn.Linear)
+    forward = next((kind.forward for kind in kinds if isinstance(module, kind)), None)
+    if forward is None or type(module).forward is not forward or name not in flow.layers:
+        return f"of type {type(module).__name__}"
+    if sum(other.op == "call_module" and other.target == node.target for other in graph_module.graph.nodes) > 1:
+        return "called more than once"
+    if "weight" not in module._parameters or module._forward_hooks or module._forward_pre_hooks:
+        return "its weight is computed or its calls are hooked"
+    if sum(p is module.weight for m in graph_module.modules() for p in m._parameters.values()) > 1:
+        return "its weight belongs to another module too"
+    if tensor_shape(node) is None or len(node.all_input_nodes) != 1:
+        return "called in an unusual way"
+    mask = masks.get(name, {}).get("weight")
+    return None if mask is None or _goes_by_channel(module, mask) else "masked weight by weight"
+
+
+def _goes_by_channel(module: Any, mask: Tensor) -> bool:
+    """Say whether a weight mask removes whole input and output channels and nothing else."""
+    blocks = mask.unflatten(0, (module.groups, -1) if isinstance(module, CONVOLUTIONS) else (1, -1)).flatten(3)
+    blocks = blocks if blocks.dim() == 4 else blocks.unsqueeze(3)
+    rows = blocks.amax((2, 3), keepdim=True)
+    columns = blocks.amax((1, 3), keepdim=True)
+    return bool((blocks == rows * columns).all())
+
+
+def _solvable(
+    graph_module: GraphModule, node: Node, flow: ChannelFlow, masks: FullMasks, pruned: set[int]
+) -> Solvable | None:
+    name = str(node.target)
+    module: Any = graph_module.get_submodule(name)
+    kept_in = ~np.isin(flow.entering_roots(name), list(pruned))
+    kept_out = ~np.isin(flow.layer_roots(name), list(pruned))
+    mask = masks.get(name, {}).get("weight")
+    groups = getattr(module, "groups", 1)
+    if mask is not None:
+        kept_out &= _any(mask.flatten(1), 1)
+        kept_in &= _any(mask.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2), 2).reshape(-1)
+    columns, rows = _split(kept_in, groups), _split(kept_out, groups)
+    left = [pair for pair in zip(columns, rows, strict=True) if len(pair[0]) and len(pair[1])]
+    if not left or len({(len(one), len(other)) for one, other in left}) > 1:
+        return None
+    columns, rows = (torch.from_numpy(np.stack(side)) for side in zip(*left, strict=True))
+    return Solvable(name, node, columns, rows, _intercept(graph_module, node, rows, masks))
+
+
+def _any(values: Tensor, dim: int) -> np.ndarray:
+    found: np.ndarray = values.ne(0).any(dim).cpu().numpy()
+    return found
+
+
+def _split(kept: np.ndarray, groups: int) -> list[np.ndarray]:
+    """Return the indices that are kept of each of some equal groups."""
+    step = len(kept) // groups
+    return [group * step + np.flatnonzero(kept[group * step : (group + 1) * step]) for group in range(groups)]
+
+
+def _intercept(graph_module: GraphModule, node: Node, rows: Tensor, masks: FullMasks) -> str | None:
+    """Find who can take a constant that is added to a layer's output."""
+    name = str(node.target)
+    if graph_module.get_submodule(name).bias is not None:
+        mask = masks.get(name, {}).get("bias")
+        return name if mask is None or bool(mask[rows.to(mask.device)].all()) else None
+    user = next(iter(node.users)) if len(node.users) == 1 else None
+    if user is None or not _is_affine(graph_module, user):
+        return None
+    return str(user.target)
+
+
+def _is_affine(graph_module: GraphModule, node: Node) -> bool:
+    """Say whether a node is a batch norm with running statistics that no other place uses."""
+    if node.op != "call_module":
+        return False
+    module = graph_module.get_submodule(str(node.target))
+    calls = sum(other.op == "call_module" and other.target == node.target for other in graph_module.graph.nodes)
+    return isinstance(module, _BatchNorm) and module.running_var is not None and calls == 1
+
+
+def _ways(graph_module: GraphModule, layer: Solvable) -> tuple[Equation, Equation]:
+    """Return a layer's equation for its own output, and the one for the last sum it goes into alone."""
+    node, norms = layer.node, []
+    near: Equation | None = None
+    shape = tensor_shape(node)
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        if tensor_shape(user) != shape:
+            break
+        if _is_affine(graph_module, user):
+            norms.append(str(user.target))
+        elif _is_sum(user):
+            near = near or Equation(layer, node, tuple(norms))
+        elif not _passes(graph_module, user):
+            break
+        node = user
+    far = Equation(layer, node, tuple(norms))
+    return near or far, far
+
+
+def _is_sum(node: Node) -> bool:
+    """Say whether a node adds two different values."""
+    is_add = node.target in (operator.add, torch.add) if node.op == "call_function" else node.target == "add"
+    called = node.op in ("call_function", "call_method")
+    return called and is_add and len(node.all_input_nodes) == 2 and not node.kwargs
+
+
+def _passes(graph_module: GraphModule, node: Node) -> bool:
+    """Say whether a node hands on what it gets, in evaluation mode."""
+    if node.op == "call_module":
+        return isinstance(graph_module.get_submodule(str(node.target)), _PASSING)
+    if node.op == "call_method":
+        return node.target in ("contiguous", "clone")
+    return node.target is functional.dropout and node.kwargs.get("training") is False
+
+
+def _ordered(equations: list[tuple[Equation, Equation]]) -> list[Equation]:
+    """Order the equations of the layers that meet at one place."""
+    by_size = sorted(equations, key=lambda pair: pair[0].layer.columns.shape[1] * _kernel(pair[0]))
+    *others, (_, last) = by_size
+    if not others:
+        return [last]
+    return [near for near, _ in others] + [last] + [far for _, far in others]
+
+
+def _kernel(equation: Equation) -> int:
+    """Return the number of weights that a layer has for each pair of channels."""
+    layer = equation.layer
+    shape = layer.node.graph.owning_module.get_submodule(layer.name).weight.shape  # type: ignore[union-attr]
+    return int(torch.Size(shape[2:]).numel())

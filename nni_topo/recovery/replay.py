@@ -1,0 +1,231 @@
+"""The original and the pruned network, run side by side over calibration batches up to any place of their graph."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_map
+
+from nni_topo.errors import DataError
+from nni_topo.speedup.inputs import Call, bind_arguments, call_arguments, tensors_of
+
+Values = dict[Node, Any]
+
+
+class Replay:
+    """Runs two networks of one graph over the same batches.
+
+    What both have computed up to a place that won't change any more is kept for the next pass if it fits into
+    ``cache_bytes``; else each pass starts where it last did fit, in the worst case at the inputs. So memory stays
+    bounded, whatever the number of images.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model, for the names of its arguments.
+    original, pruned : torch.fx.GraphModule
+        Two graph modules with the same node names; ``pruned`` may change between passes, behind what is settled.
+    calibration : iterable
+        Batches.
+    cache_bytes : int
+        Bytes that may be kept.
+
+    Attributes
+    ----------
+    order : dict of Node to int
+        Rank of each node of the original's graph.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        original: GraphModule,
+        pruned: GraphModule,
+        calibration: Iterable[Any],
+        cache_bytes: int,
+    ) -> None:
+        self.model = model
+        self.nodes: list[Node] = list(original.graph.nodes)
+        self.order = {node: rank for rank, node in enumerate(self.nodes)}
+        self._runners = Interpreter(original), Interpreter(pruned)
+        self._twins = dict(zip(self.nodes, pruned.graph.nodes, strict=True))
+        self._last_use = {node: max((self.order[user] for user in node.users), default=-1) for node in self.nodes}
+        self._touched = touched_nodes(original, pruned)
+        self._calibration = list(calibration) if isinstance(calibration, Iterator) else calibration
+        self._cache_bytes = 0 if _works_in_place(original) else cache_bytes
+        self._start = 0
+        self._saved: list[tuple[Values, Values]] | None = None
+
+    def touched(self, node: Node) -> bool:
+        """Say whether a node's value may differ between the two networks."""
+        return node in self._touched
+
+    def run(self, settled: int, watched: list[Node]) -> Iterator[tuple[Values, Values]]:
+        """Run all batches up to the last of some nodes.
+
+        Parameters
+        ----------
+        settled : int
+            Rank of the first node that may change before a later pass.
+        watched : list of Node
+            Nodes whose values are wanted.
+
+        Yields
+        ------
+        dict, dict
+            Values of the watched nodes in the original and in the pruned network, batch by batch.
+
+        Raises
+        ------
+        DataError
+            If there is no batch, or the model doesn't take one.
+        """
+        stop = max(self.order[node] for node in watched) + 1
+        kept: list[tuple[Values, Values]] | None = []
+        size = 0
+        for index, (original, pruned) in enumerate(self._starts()):
+            self._advance(original, pruned, self._start, settled, set(watched), index)
+            size += _nbytes(original, pruned)
+            kept = [*kept, (dict(original), dict(pruned))] if kept is not None and size <= self._cache_bytes else None
+            self._advance(original, pruned, settled, stop, set(watched), index)
+            yield {node: original[node] for node in watched}, {node: pruned[node] for node in watched}
+        if kept is not None:
+            self._start, self._saved = settled, kept
+
+    def _starts(self) -> Iterator[tuple[Values, Values]]:
+        """Yield each batch's values at the place where passes start."""
+        if self._saved is not None:
+            yield from ((dict(original), dict(pruned)) for original, pruned in self._saved)
+            return
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        count = 0
+        for count, batch in enumerate(self._calibration, start=1):  # noqa: B007
+            named = bind_arguments(self.model, batch_call(batch, device))
+            given = {node: named[str(node.target)] for node in self.nodes if str(node.target) in named}
+            yield dict(given), dict(given)
+        if count == 0:
+            raise no_batches()
+
+    def _advance(self, original: Values, pruned: Values, start: int, stop: int, watched: set[Node], index: int) -> None:
+        try:
+            with torch.no_grad():
+                for rank in range(start, stop):
+                    self._step(rank, original, pruned, watched)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise DataError(
+                f"calibration must fit the model, got {type(error).__name__}: {error} (batch {index})"
+            ) from error
+
+    def _step(self, rank: int, original: Values, pruned: Values, watched: set[Node]) -> None:
+        node = self.nodes[rank]
+        if node.op == "placeholder":
+            if node not in original:
+                original[node] = pruned[node] = node.args[0] if node.args else None
+            return
+        original[node] = _compute(self._runners[0], node, original)
+        pruned[node] = original[node]
+        if node in self._touched:
+            twin = self._twins[node]
+            values = {self._twins[parent]: pruned[parent] for parent in node.all_input_nodes}
+            pruned[node] = _compute(self._runners[1], twin, values)
+        for parent in [*node.all_input_nodes, node]:
+            if self._last_use[parent] <= rank and parent not in watched:
+                original.pop(parent, None)
+                pruned.pop(parent, None)
+
+
+def batch_call(batch: Any, device: torch.device) -> Call:
+    """Return the arguments that a calibration batch stands for, on a device.
+
+    Parameters
+    ----------
+    batch : Tensor, tuple, list or mapping
+        The input; or a tuple or list whose first entry is the input, e.g. ``(images, labels)``. An input that is a
+        mapping holds keyword arguments; one that is a tuple or list (within a batch that is one), positional ones.
+    device : torch.device
+        The model's.
+
+    Returns
+    -------
+    tuple of (tuple, dict)
+        Positional and keyword arguments.
+    """
+    if isinstance(batch, (tuple, list)) and not batch:
+        raise DataError("a calibration batch must hold an input, got an empty one")
+    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+    call: Call = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, call_arguments(inputs))
+    return call
+
+
+def no_batches() -> DataError:
+    """Return the error for a calibration set without batches."""
+    return DataError("calibration must hold at least one batch, got none (was a generator used twice?)")
+
+
+def without_side_effects(graph_module: GraphModule) -> GraphModule:
+    """Return a copy of a graph module whose modules and operations don't work in place, where there is a choice."""
+    copied = copy.deepcopy(graph_module)
+    for module in copied.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False  # type: ignore[assignment]
+    for node in copied.graph.nodes:
+        if node.kwargs.get("inplace"):
+            node.kwargs = {**node.kwargs, "inplace": False}
+        if node.op == "call_method" and _is_in_place(node) and hasattr(Tensor, str(node.target)[:-1]):
+            node.target = str(node.target)[:-1]
+        elif node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator":
+            name = node.target.__name__
+            node.target = getattr(operator, _PLAIN.get(name, name))
+    copied.recompile()
+    return copied
+
+
+def touched_nodes(original: GraphModule, pruned: GraphModule) -> set[Node]:
+    """Return the nodes of the original's graph behind parameters in which the two graph modules differ."""
+    mine, theirs = original.state_dict(), pruned.state_dict()
+    changed = {name for name, value in mine.items() if not torch.equal(value, theirs[name])}
+    touched: set[Node] = set()
+    for node in original.graph.nodes:
+        target = str(node.target)
+        own = node.op in ("call_module", "get_attr") and any(
+            name == target or name.startswith(f"{target}.") for name in changed
+        )
+        if own or any(parent in touched for parent in node.all_input_nodes):
+            touched.add(node)
+    return touched
+
+
+_PLAIN = {f"i{name}": name for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")} | {
+    "iand": "and_", "ior": "or_", "ixor": "xor",
+}  # fmt: skip
+
+
+def _compute(runner: Interpreter, node: Node, values: Values) -> Any:
+    runner.env = values
+    return runner.run_node(node)
+
+
+def _is_in_place(node: Node) -> bool:
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name.endswith("_") and not name.startswith("_") and name not in ("and_", "or_", "not_")
+
+
+def _works_in_place(graph_module: GraphModule) -> bool:
+    """Say whether running a part twice could change what it starts from."""
+    functions = [node for node in graph_module.graph.nodes if node.op in ("call_function", "call_method")]
+    return any(_is_in_place(node) or node.target is operator.setitem for node in functions)
+
+
+def _nbytes(*environments: Values) -> int:
+    """Return the bytes of some values; tensors that begin at the same address count once."""
+    tensors = [tensor for values in environments for tensor in tensors_of(list(values.values()))]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())

@@ -1,0 +1,100 @@
+"""What a compensation did, layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas
+
+LOST = 0.9
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What happened to one layer.
+
+    Attributes
+    ----------
+    layer : str
+        Its name.
+    place : str
+        Name of the graph's node at which errors are measured: the layer's own output, or the sum it goes into; for
+        channel mixing its input.
+    unknowns : int
+        Inputs of each equation, the intercept not counted.
+    samples : int
+        Samples that were solved for: images times positions.
+    ridge : float
+        Penalty, as a share of each input's variance; infinite if changing nothing was best.
+    error_before, error_after : float
+        Mean squared distance from the original network there, as a share of the original's variance, over the
+        calibration samples.
+    error_held_out : float
+        The same for samples that the solution wasn't fitted to; NaN if there were too few.
+    seconds : float
+        Wall time.
+    """
+
+    layer: str
+    place: str
+    unknowns: int
+    samples: int
+    ridge: float
+    error_before: float
+    error_after: float
+    error_held_out: float
+    seconds: float
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether almost nothing of the original's output is left."""
+        return self.error_held_out > LOST
+
+    @property
+    def is_underdetermined(self) -> bool:
+        """Whether there were fewer samples than unknowns, so that the ridge alone decides."""
+        return self.samples < self.unknowns
+
+
+@dataclass(frozen=True)
+class CompensationReport:
+    """What happened to all layers.
+
+    Attributes
+    ----------
+    layers : tuple of LayerReport
+        The equations that were solved, in order. A layer in front of an addition may come twice.
+    left_alone : dict of str to str
+        Layers behind pruned channels that couldn't be reconstructed, and why.
+    images : int
+        Calibration images.
+    seconds : float
+        Wall time.
+    """
+
+    layers: tuple[LayerReport, ...]
+    left_alone: dict[str, str]
+    images: int
+    seconds: float
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Layers of whose output almost nothing is left."""
+        return tuple(dict.fromkeys(layer.layer for layer in self.layers if layer.is_lost))
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return a table, one row for each equation, then one for each layer that was left alone."""
+        import pandas
+
+        rows = [{**dataclasses.asdict(layer), "note": _note(layer)} for layer in self.layers]
+        rows += [{"layer": name, "note": f"left alone: {reason}"} for name, reason in self.left_alone.items()]
+        columns = [*(field.name for field in dataclasses.fields(LayerReport)), "note"]
+        return pandas.DataFrame(rows, columns=columns)
+
+
+def _note(layer: LayerReport) -> str:
+    notes = ["lost"] * layer.is_lost + ["fewer samples than unknowns"] * layer.is_underdetermined
+    return ", ".join(notes)
