@@ -171,8 +171,7 @@ def _why_not(
 
 def _goes_by_channel(module: Any, mask: Tensor) -> bool:
     """Say whether a weight mask removes whole input and output channels and nothing else."""
-    blocks = mask.unflatten(0, (module.groups, -1) if isinstance(module, CONVOLUTIONS) else (1, -1)).flatten(3)
-    blocks = blocks if blocks.dim() == 4 else blocks.unsqueeze(3)
+    blocks = mask.unsqueeze(-1).unflatten(0, (getattr(module, "groups", 1), -1)).flatten(3)
     rows = blocks.amax((2, 3), keepdim=True)
     columns = blocks.amax((1, 3), keepdim=True)
     return bool((blocks == rows * columns).all())

@@ -49,8 +49,8 @@ def layer_ratios(model: nn.Module, example_inputs: Tensor, target: Target) -> di
     Returns
     -------
     dict of str to float
-        By layer, in network order; in [0, 1). For a share of the MACs every layer loses the same share of its channels, up to
-        one step of rounding, which is dealt to the layers such that the whole meets the budget.
+        By layer, in network order; in [0, 1). For a share of the MACs every layer loses the same share of its
+        channels, up to one step of rounding, which is dealt to the layers such that the whole meets the budget.
 
     Raises
     ------
@@ -121,8 +121,8 @@ def _units(model: nn.Module, config_list: list[dict[str, Any]]) -> list[_Unit]:
 def _solved(units: list[_Unit], cost: NetworkCost, share: float) -> list[int]:
     """Rows that each unit loses, so that the MACs left are nearest to a share of the whole.
 
-    The layers of a network often have equal widths and would round at the same ratio, all at once: a phase per unit lets
-    them round one after the other.
+    The layers of a network often have equal widths and would round at the same ratio, all at once: a phase per unit
+    lets them round one after the other.
     """
     phases = [(index * _GOLDEN) % 1.0 for index in range(len(units))]
     whole = cost({}).macs

@@ -68,9 +68,9 @@ class NetworkCost:
 
     Notes
     -----
-    Convolutions and linear layers are counted as the dense model has them, batch norms count as parameters, everything else
-    (attention products, other norms) counts what it does in the whole network. A channel that several layers put out together
-    goes when all of them lose it; one of a layer without an entry stays.
+    Convolutions and linear layers are counted as the dense model has them, batch norms count as parameters, everything
+    else (attention products, other norms) counts what it does in the whole network. A channel that several layers put
+    out together goes when all of them lose it; one of a layer without an entry stays.
 
     Examples
     --------
