@@ -73,7 +73,7 @@ class ConfigAllocator(SparsityAllocator):
     def allocate(self, metrics: Metrics, context: PruningContext) -> Masks:
         """Return masks of the units' members and of the targets aligned to them (biases)."""
         scores = {unit.name: unit_scores(unit, metrics) for unit in context.units}
-        rows = self.kept_rows(context.units, {unit.name: profile(unit, scores[unit.name]) for unit in context.units})
+        rows = self.kept_rows(context, {unit.name: profile(unit, scores[unit.name]) for unit in context.units})
         masks: Masks = defaultdict(dict)
         for unit in context.units:
             kept = keep_highest(unit, scores[unit.name], rows[unit.name])
@@ -84,13 +84,13 @@ class ConfigAllocator(SparsityAllocator):
         _add_aligned(masks, context)
         return dict(masks)
 
-    def kept_rows(self, units: list[PruningUnit], profiles: dict[str, Tensor]) -> dict[str, int]:
+    def kept_rows(self, context: PruningContext, profiles: dict[str, Tensor]) -> dict[str, int]:
         """Return how many blocks each part of each unit keeps.
 
         Parameters
         ----------
-        units : list of PruningUnit
-            All active units.
+        context : PruningContext
+            Holds the units.
         profiles : dict of str to torch.Tensor
             Per unit name the scores of its rows, shape ``(rows,)``, descending; see :func:`profile`.
 
@@ -107,7 +107,7 @@ class ConfigAllocator(SparsityAllocator):
         """
         kept = {}
         ranked: dict[int | str, list[PruningUnit]] = defaultdict(list)
-        for unit in units:
+        for unit in context.units:
             if unit.sparse_threshold is not None:
                 kept[unit.name] = self._rows_by_threshold(unit, profiles[unit.name])
             elif unit.global_group_id is not None:
@@ -121,7 +121,7 @@ class ConfigAllocator(SparsityAllocator):
     def _rows_by_threshold(self, unit: PruningUnit, scores: Tensor) -> int:
         threshold = float(unit.sparse_threshold or 0.0)
         count = int((scores > threshold).sum() if self.strict else (scores >= threshold).sum())
-        fewest, most = _removable(unit)
+        fewest, most = removable_rows(unit)
         if count == 0 and most == unit.rows - 1 and self.on_empty == "raise":
             rule = "lie below" if self.strict else "not exceed"
             highest = f"{float(scores.max()):.6g}"
@@ -139,7 +139,7 @@ class ConfigAllocator(SparsityAllocator):
             found = ", ".join(sorted(map(str, ratios)))
             raise ConfigError(f"a global group must have one sparse_ratio, got {found} (global_group_id {group_id!r})")
         ratio = group[0].sparse_ratio or 0.0
-        bounds = {unit.name: _removable(unit) for unit in group}
+        bounds = {unit.name: removable_rows(unit) for unit in group}
         cost = {unit.name: unit.elements * unit.parts for unit in group}
         budget = int(sum(unit.elements * unit.blocks for unit in group) * ratio)
         budget -= sum(bounds[unit.name][0] * cost[unit.name] for unit in group)
@@ -203,8 +203,8 @@ def keep_highest(unit: PruningUnit, scores: Tensor, rows: int) -> Tensor:
     return kept.reshape(-1)
 
 
-def _removable(unit: PruningUnit) -> tuple[int, int]:
-    """Fewest and most rows that may go under the unit's minimum and maximum ratio."""
+def removable_rows(unit: PruningUnit) -> tuple[int, int]:
+    """Return the fewest and the most rows that may go under a unit's minimum and maximum ratio."""
     most = min(int(unit.rows * unit.max_sparse_ratio), unit.rows - 1)
     return min(int(unit.rows * unit.min_sparse_ratio), most), most
 

@@ -28,6 +28,7 @@ from nni_topo.hooks import (
     PruningContext,
     SparsityAllocator,
 )
+from nni_topo.hooks.units import is_active
 from nni_topo.pruners.checks import check_request
 
 _logger = logging.getLogger(__name__)
@@ -116,6 +117,13 @@ class StructuredPruner(Pruner):
     def _context(self) -> PruningContext:
         names = self._get_param_names_map() if self._is_wrapped else {}
         return PruningContext(self.bound_model, self._target_spaces, self.evaluator, names)
+
+    def _activate_targets(self) -> None:
+        """Make every configured weight a target of its own, for pruners that say themselves how much goes."""
+        for spaces in self._target_spaces.values():
+            for space in spaces.values():
+                if space.align is None and space.target is not None and not is_active(space):
+                    space.sparse_ratio = 0.0
 
     def _in_network_order(self) -> Any:
         order = {name: index for index, (name, _) in enumerate(self.bound_model.named_modules(remove_duplicate=False))}

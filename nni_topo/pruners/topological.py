@@ -13,12 +13,13 @@ References
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from joblib import Parallel, delayed
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from numpy.typing import NDArray
@@ -40,6 +41,7 @@ from nni_topo.hooks import (
     WeightCollector,
     profile,
 )
+from nni_topo.hooks.budget import Allocation, BudgetAllocator
 from nni_topo.hooks.collectors import Preprocess
 from nni_topo.hooks.functional import FunctionalCollector
 from nni_topo.pruners.base import StructuredPruner
@@ -104,6 +106,8 @@ class TopologicalMetric(MetricCalculator):
         Seed of the genetic algorithm.
     progress : bool
         Whether a progress bar over the units is shown.
+    n_jobs : int or None
+        Units ranked at a time; as joblib's.
 
     Attributes
     ----------
@@ -112,12 +116,19 @@ class TopologicalMetric(MetricCalculator):
     """
 
     def __init__(
-        self, settings: SelectionSettings, allocator: ConfigAllocator, *, seed: int, progress: bool = False
+        self,
+        settings: SelectionSettings,
+        allocator: ConfigAllocator,
+        *,
+        seed: int,
+        progress: bool = False,
+        n_jobs: int | None = 1,
     ) -> None:
         self.settings = settings
         self.allocator = allocator
         self.seed = seed
         self.progress = progress
+        self.n_jobs = n_jobs
         self.trace: dict[str, list[Generation]] = {}
 
     def calculate(self, data: Data, context: PruningContext) -> Metrics:
@@ -126,46 +137,76 @@ class TopologicalMetric(MetricCalculator):
         clouds = {unit.name: _clouds(unit, data, origin=self.settings.origin) for unit in context.units}
         losses = {name: np.stack([_death_profile(cloud) for cloud in parts]) for name, parts in clouds.items()}
         profiles = {unit.name: profile(unit, torch.from_numpy(losses[unit.name])) for unit in context.units}
-        rows = self.allocator.kept_rows(context.units, profiles)
+        rows = self.allocator.kept_rows(context, profiles)
+        tasks = [
+            _Task(cloud, rows[unit.name], [self.seed, index, part], _label(unit, part))
+            for index, unit in enumerate(context.units)
+            for part, cloud in enumerate(clouds[unit.name])
+        ]
+        found = {task.label: ranking for task, ranking in zip(tasks, self._rankings(tasks), strict=True)}
         metrics: Metrics = {}
-        for index, unit in enumerate(tqdm(context.units, desc="choosing filters", disable=not self.progress)):
+        for unit in context.units:
             scores = np.empty((unit.parts, unit.rows))
-            for part, cloud in enumerate(clouds[unit.name]):
-                label = unit.name if unit.parts == 1 else f"{unit.name}[{part}]"
-                ranking = self._ranking(cloud, rows[unit.name], [self.seed, index, part], label)
+            for part in range(unit.parts):
+                ranking = found[_label(unit, part)]
                 scores[part, ranking] = losses[unit.name][part] - _RANK_STEP * np.arange(unit.rows)
             for module_name, target_name in unit.members:
                 shape = context.metric_shape(module_name, target_name)
                 metrics.setdefault(module_name, {})[target_name] = torch.from_numpy(scores.copy()).reshape(shape)
         return metrics
 
-    def _ranking(self, cloud: _Cloud, keep: int, seed: list[int], label: str) -> IntArray:
-        """Return all blocks, the ``keep`` chosen ones first."""
-        greedy = _greedy_ranking(cloud)
-        if self.settings.solver == "greedy" or keep == cloud.size:
-            return greedy
-        fitness = topology.SubsetFitness(
-            cloud.distances,
-            self.settings.criterion,
-            homology_dimensions=self.settings.homology_dimensions,
-            base=cloud.base,
-            engine=self.settings.engine,
-        )
-        initial = np.isin(np.arange(cloud.size), greedy[:keep])[None] if self.settings.greedy_start else None
-        search = SubsetGeneticAlgorithm(
-            cloud.size,
-            keep,
-            lambda population: fitness(cloud.with_base(population)),
-            self.settings.evolution,
-            seed=seed,
-            initial=initial,
-        )
-        search.run()
-        self.trace[label] = search.trace
-        _, kept = search.best_individual()
-        place = np.empty(cloud.size, dtype=np.intp)
-        place[greedy] = np.arange(cloud.size)
-        return np.lexsort((place, -search.frequency(), ~kept))
+    def _rankings(self, tasks: list[_Task]) -> Iterator[IntArray]:
+        """Rank every cloud, in parallel where asked; a registered joblib backend spreads the work over machines."""
+        work = (delayed(_rank)(task, self.settings) for task in tasks)
+        results = Parallel(n_jobs=self.n_jobs, return_as="generator")(work)
+        with tqdm(total=len(tasks), desc="choosing filters", disable=not self.progress) as bar:
+            for task, (ranking, trace) in zip(tasks, results, strict=True):
+                if trace:
+                    self.trace[task.label] = trace
+                bar.update()
+                yield ranking
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One cloud to rank: how many of its blocks stay, the seed, and its name in the trace."""
+
+    cloud: _Cloud
+    keep: int
+    seed: list[int]
+    label: str
+
+
+def _label(unit: PruningUnit, part: int) -> str:
+    return unit.name if unit.parts == 1 else f"{unit.name}[{part}]"
+
+
+def _rank(task: _Task, settings: SelectionSettings) -> tuple[IntArray, list[Generation]]:
+    """Return all blocks of a cloud, the chosen ones first, and the genetic algorithm's progress."""
+    cloud, keep = task.cloud, task.keep
+    greedy = _greedy_ranking(cloud)
+    if settings.solver == "greedy" or keep == cloud.size:
+        return greedy, []
+    fitness = topology.SubsetFitness(
+        cloud.distances,
+        settings.criterion,
+        homology_dimensions=settings.homology_dimensions,
+        base=cloud.base,
+        engine=settings.engine,
+    )
+    search = SubsetGeneticAlgorithm(
+        cloud.size,
+        keep,
+        lambda population: fitness(cloud.with_base(population)),
+        settings.evolution,
+        seed=task.seed,
+        initial=np.isin(np.arange(cloud.size), greedy[:keep])[None] if settings.greedy_start else None,
+    )
+    search.run()
+    _, kept = search.best_individual()
+    place = np.empty(cloud.size, dtype=np.intp)
+    place[greedy] = np.arange(cloud.size)
+    return np.lexsort((place, -search.frequency(), ~kept)), search.trace
 
 
 class TopologicalPruner(StructuredPruner):
@@ -205,6 +246,14 @@ class TopologicalPruner(StructuredPruner):
         In [0, 1].
     elitism : bool, default=True
         Whether the best individual goes on unchanged.
+    target : mapping or None, default=None
+        A budget for the whole network instead of ratios: ``{"flops": 0.25}`` or ``{"params": 0.5}``, the share to be
+        left. The config_list then says where only; its ``min_sparse_ratio`` and ``max_sparse_ratio`` hold. Scheduled
+        pruners don't schedule it.
+    allocation : {"topological", "uniform"}, default="topological"
+        How the budget is dealt out: one tolerance on death times over the network, or the same share of every layer.
+    example_inputs : Any, default=None
+        Inputs of the model, which a ``target`` needs; the first ``calibration`` batch serves as well.
     patience : int or None, default=None
         Generations without improvement after which the search ends. None: never.
     engine : {"exact", "gudhi"}, default="exact"
@@ -217,6 +266,9 @@ class TopologicalPruner(StructuredPruner):
         Same seed, same masks.
     progress : bool, default=False
         Show a progress bar over the layers.
+    n_jobs : int or None, default=1
+        Layers searched at a time, as joblib's ``n_jobs``; ``joblib.parallel_config`` picks another backend, such as
+        Dask's. The result doesn't depend on it.
 
     Raises
     ------
@@ -267,10 +319,14 @@ class TopologicalPruner(StructuredPruner):
         crossover_probability: float = 0.8,
         elitism: bool = True,
         patience: int | None = None,
+        target: Mapping[str, float] | None = None,
+        allocation: Allocation = "topological",
+        example_inputs: Any = None,
         engine: Literal["exact", "gudhi"] = "exact",
         preset: Literal["perera2022"] | None = None,
         seed: int = 0,
         progress: bool = False,
+        n_jobs: int | None = 1,
     ) -> None:
         choice: dict[str, Any] = {
             "collector": collector,
@@ -298,8 +354,9 @@ class TopologicalPruner(StructuredPruner):
         )
         self.preset = preset
         self.seed = seed
-        allocator = ConfigAllocator(on_empty="keep")
-        self._metric = TopologicalMetric(settings, allocator, seed=seed, progress=progress)
+        self.target = target
+        allocator = _allocator(config_list, target, allocation, example_inputs, calibration)
+        self._metric = TopologicalMetric(settings, allocator, seed=seed, progress=progress, n_jobs=n_jobs)
         super().__init__(
             model,
             config_list,
@@ -309,6 +366,8 @@ class TopologicalPruner(StructuredPruner):
             calculator=self._metric,
             allocator=allocator,
         )
+        if target is not None:
+            self._activate_targets()
 
     @property
     def trace(self) -> dict[str, list[Generation]]:
@@ -360,6 +419,27 @@ def _greedy_ranking(cloud: _Cloud) -> IntArray:
     start = int(cloud.distances.sum(1).argmax()) if cloud.base is None else cloud.base
     order, _ = topology.farthest_point_order(cloud.distances, start)
     return order if cloud.base is None else order[order != cloud.base]
+
+
+def _allocator(
+    config_list: list[dict[str, Any]],
+    target: Mapping[str, float] | None,
+    allocation: Allocation,
+    example_inputs: Any,
+    calibration: Iterable[Any] | None,
+) -> ConfigAllocator:
+    if target is None:
+        return ConfigAllocator(on_empty="keep")
+    for index, config in enumerate(config_list):
+        settings = [config, *config.get("target_settings", {}).values()]
+        for key in ("sparse_ratio", "sparse_threshold", "global_group_id"):
+            if any(setting.get(key) is not None for setting in settings):
+                raise ConfigError(f"a target replaces {key}, got both (config_list[{index}])")
+    if example_inputs is None and calibration is not None:
+        example_inputs = next((b[0] if isinstance(b, (tuple, list)) else b for b in calibration), None)
+    if example_inputs is None:
+        raise ConfigError("a target needs example_inputs or calibration data, got neither (target)")
+    return BudgetAllocator(target, example_inputs, allocation=allocation)
 
 
 def _collector(

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from nni_topo.errors import DataError
-from nni_topo.recovery.normal import Fit, NormalEquations, Solution, fit
+from nni_topo.recovery.normal import NormalEquations, fit
 from nni_topo.recovery.patches import draw_positions, input_rows, output_rows, position_count
 from nni_topo.recovery.plan import Equation, Solvable, path_scale
 from nni_topo.recovery.replay import Replay

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +12,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
+from nni_topo.hooks.budget import solve_uniform
 from nni_topo.runner.cells import Target
 from nni_topo.speedup import dependency_groups
 from nni_topo.speedup.cost import NetworkCost
 from nni_topo.speedup.dependency import channel_flow
 from nni_topo.speedup.inputs import call_arguments
 from nni_topo.speedup.layers import output_channels
-
-_STEPS = 40
-_GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
 @dataclass(frozen=True)
@@ -29,9 +28,6 @@ class _Unit:
     layers: tuple[str, ...]
     rows: int
     parts: int
-
-    def removed(self, ratio: float, phase: float) -> int:
-        return min(int(self.rows * ratio + phase), self.rows - 1)
 
 
 def layer_ratios(model: nn.Module, example_inputs: Tensor, target: Target) -> dict[str, float]:
@@ -119,35 +115,20 @@ def _units(model: nn.Module, config_list: list[dict[str, Any]]) -> list[_Unit]:
 
 
 def _solved(units: list[_Unit], cost: NetworkCost, share: float) -> list[int]:
-    """Rows that each unit loses, so that the MACs left are nearest to a share of the whole.
-
-    The layers of a network often have equal widths and would round at the same ratio, all at once: a phase per unit
-    lets them round one after the other.
-    """
-    phases = [(index * _GOLDEN) % 1.0 for index in range(len(units))]
+    """Rows that each unit loses, so that the MACs left are nearest to a share of the whole."""
     whole = cost({}).macs
 
-    def removed(ratio: float) -> list[int]:
-        return [unit.removed(ratio, phase) for unit, phase in zip(units, phases, strict=True)]
-
-    def left(counts: list[int]) -> float:
+    def left(removed: Sequence[int]) -> float:
         kept = {
             name: np.tile(np.arange(unit.rows) >= count, unit.parts)
-            for unit, count in zip(units, counts, strict=True)
+            for unit, count in zip(units, removed, strict=True)
             for name in unit.layers
         }
         return cost(kept).macs / whole
 
-    low, high = 0.0, 1.0
-    least = left(removed(high))
+    least = left([unit.rows - 1 for unit in units])
     if least > 2.0 * share:
         raise ConfigError(
             f"a flops target must be reachable, got {share:g} where one channel per layer leaves {least:.3g} (target)"
         )
-    tried = [(abs(left(removed(ratio)) - share), ratio) for ratio in (low, high)]
-    for _ in range(_STEPS):
-        middle = (low + high) / 2.0
-        found = left(removed(middle))
-        tried.append((abs(found - share), middle))
-        low, high = (middle, high) if found > share else (low, middle)
-    return removed(min(tried)[1])
+    return solve_uniform([unit.rows for unit in units], left, share)

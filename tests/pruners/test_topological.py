@@ -219,3 +219,12 @@ def test_the_default_and_l1_beat_random_subsets_of_the_same_size_on_trained_nets
     assert (l1 - random).mean() > 0.1
     assert (ours - random).mean() > 0.2
     assert (ours - l1).mean() > 0.0
+
+
+def test_layers_searched_in_parallel_give_the_same_masks():
+    config = [{"op_names": ["stem", "inner", "hidden"], "sparse_ratio": 0.5}]
+    alone, pair = (TopologicalPruner(toy_model(), config, n_jobs=jobs) for jobs in (1, 2))
+    (_, first), (_, second) = alone.compress(), pair.compress()
+    for name in first:
+        assert kept(first, name).tolist() == kept(second, name).tolist()
+    assert list(alone.trace) == list(pair.trace) == ["stem.weight", "inner.weight", "hidden.weight"]
