@@ -31,6 +31,7 @@ from nni_topo.runner import (
 from nni_topo.runner.demo import DEMO
 from nni_topo.runner.prune import load_prune_config, prune_checkpoint
 from nni_topo.runner.rivals import is_rival
+from nni_topo.runner.studies import topology_study
 from nni_topo.zoo import list_data, list_models
 
 _INTERRUPTED = 130
@@ -132,6 +133,36 @@ def _prune(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _analyze_topology(options: argparse.Namespace, console: Console) -> int:
+    study = topology_study(
+        ModelChoice(options.model, options.width),
+        options.checkpoint,
+        _data(options),
+        _target(options),
+        degrees=tuple(options.degrees),
+        calibration=options.calibration,
+        seed=options.seed,
+        device=options.device,
+    )
+    files = study.save(options.out)
+    if options.json:
+        print(json.dumps(study.to_dict(), indent=1))
+        return 0
+    table = Table("layer", title=f"topology of {options.model}", title_justify="left")
+    for name in ("points", "kept", *(f"bottleneck H{d}" for d in options.degrees), "Hausdorff"):
+        table.add_column(name, justify="right")
+    for layer in study.layers:
+        distances = [f"{distance:.4f}" for distance in layer.bottleneck.values()]
+        table.add_row(layer.name, str(layer.points), str(layer.kept), *distances, f"{layer.hausdorff:.4f}")
+    console.print(table)
+    console.print("written:", ", ".join(map(str, files)), markup=False)
+    return 0
+
+
+def _target(options: argparse.Namespace) -> Target:
+    return Target("ratio", options.ratio) if options.flops is None else Target("flops", options.flops)
+
+
 def _plan(options: argparse.Namespace) -> Plan:
     if options.model is None:
         raise ConfigError("a comparison must have --model or --plan, got neither (nni-topo compare)")
@@ -183,6 +214,21 @@ def _parser() -> argparse.ArgumentParser:
     comparison.add_argument("--retrain-epochs", type=int, default=1, help="after pruning (default 1)")
     comparison.add_argument("--in-process", action="store_true", help="don't start a process per cell")
     _out(comparison, None)
+
+    studies = verbs.add_parser("analyze", help="studies of one model").add_subparsers(
+        dest="study", required=True, metavar="STUDY"
+    )
+    topology = _verb(studies, "topology", _analyze_topology, "persistence diagrams, death curves and the search")
+    _model(topology, required=True)
+    topology.add_argument("--checkpoint", type=Path, help="state dict of the trained model; default: train it first")
+    topology.add_argument("--ratio", type=float, default=0.5, help="sparse_ratio of every layer (default 0.5)")
+    topology.add_argument("--flops", type=float, help="instead: MACs to be left, dealt out by death times")
+    topology.add_argument("--degrees", type=int, nargs="+", default=[0, 1], help="homology degrees (default 0 1)")
+    topology.add_argument(
+        "--calibration", type=int, default=0, help="images for the functional cloud (default: weights)"
+    )
+    _data_arguments(topology)
+    _out(topology, None)
 
     prune = _verb(verbs, "prune", _prune, "prune one trained model as a YAML file says")
     _model(prune, required=True)

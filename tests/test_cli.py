@@ -49,3 +49,13 @@ def test_bad_requests_end_with_2_and_a_message(words, message, tmp_path, capsys)
     in_process = ["--in-process"] if words[0] == "compare" else []
     assert main([*words, *in_process, "--out", str(tmp_path / "out")]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("amount", [["--ratio", "0.5"], ["--flops", "0.3", "--calibration", "64"]])
+def test_analyze_topology(amount, tmp_path, capsys):
+    words = ["analyze", "topology", "--model", "small_cnn", "--limit", "300", *amount]
+    assert main([*words, "--json", "--out", str(tmp_path / "study")]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert len(document["layers"]) == 4
+    assert all(layer["kept"] < layer["points"] for layer in document["layers"])
+    assert (tmp_path / "study" / "barcodes.png").stat().st_size > 5000

@@ -131,15 +131,7 @@ def prune_checkpoint(
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"an output folder must be new or empty, got {len(list(out.iterdir()))} entries ({out})")
     place = resolve_device(device)
-    bundle = load_model_data(model, data)
-    net = build_model(model, bundle, seed)
-    recipe = zoo.default_recipe(model.name, data.name)
-    if checkpoint is None:
-        zoo.train(net, bundle, recipe, seed=seed, device=place, progress=progress)
-    else:
-        zoo.load_checkpoint(checkpoint, net)
-    net = net.to(place).eval()
-    zoo.check_model(net, bundle)
+    net, bundle = trained_network(model, checkpoint, data, seed=seed, device=device, progress=progress)
     record = {"model": model.label, "data": data.name, "pruner": config.pruner, "seed": seed}
     record |= _measured(net, bundle, place, accuracy="accuracy_before", suffix="_before")
     masks, record["prune_seconds"] = _masks(net, config, bundle)
@@ -147,6 +139,7 @@ def prune_checkpoint(
     record |= _measured(dense, bundle, place, accuracy="accuracy_oneshot")
     record["widths"] = layer_widths(dense)
     if config.retrain:
+        recipe = zoo.default_recipe(model.name, data.name)
         retraining = changed_recipe(recipe.for_retraining(int(config.retrain.get("epochs", 1))), config.retrain)
         zoo.train(dense, bundle, retraining, seed=seed, device=place, progress=progress)
         record["accuracy_retrained"] = zoo.evaluate(dense, bundle.test, device=place)
@@ -156,6 +149,37 @@ def prune_checkpoint(
     torch.save(masks, out / "masks.pt")
     (out / "summary.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return record
+
+
+def trained_network(
+    model: ModelChoice,
+    checkpoint: str | Path | None,
+    data: DataChoice,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = False,
+) -> tuple[nn.Module, zoo.DataBundle]:
+    """Return a model with the weights of a checkpoint, or trained by its default recipe, and its data.
+
+    Raises
+    ------
+    ConfigError
+        If a name or the device is unknown.
+    DataError
+        If the checkpoint or the data can't be used.
+    """
+    place = resolve_device(device)
+    bundle = load_model_data(model, data)
+    net = build_model(model, bundle, seed)
+    if checkpoint is None:
+        recipe = zoo.default_recipe(model.name, data.name)
+        zoo.train(net, bundle, recipe, seed=seed, device=place, progress=progress)
+    else:
+        zoo.load_checkpoint(checkpoint, net)
+    net = net.to(place).eval()
+    zoo.check_model(net, bundle)
+    return net, bundle
 
 
 def _measured(net: nn.Module, data: zoo.DataBundle, device: torch.device, *, accuracy: str, suffix: str = "") -> Record:

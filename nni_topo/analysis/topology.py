@@ -1,0 +1,247 @@
+"""What a pruning does to the topology of each layer: diagrams before and after, death curves, the search's progress."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import nn
+
+from nni_topo import topology
+from nni_topo.errors import ConfigError
+from nni_topo.evolution import Generation
+from nni_topo.hooks import Masks, PruningUnit
+from nni_topo.pruners.topological import TopologicalPruner
+
+FloatArray = NDArray[np.float64]
+_MOST_PANELS = 12
+_DEGREE_COLORS = ("C0", "C1", "C2", "C3")
+
+
+@dataclass(frozen=True)
+class LayerTopology:
+    """Topology of one unit (a layer, or a dependency group as one joint cloud) before and after pruning.
+
+    Attributes
+    ----------
+    name : str
+        The unit's targets.
+    points, kept : int
+        Blocks before and after.
+    deaths : ndarray of float64, shape (points,)
+        H0 death times of the cloud with the origin, descending, in units of their mean.
+    diagrams_before, diagrams_after : dict of int to ndarray, shape (bars, 2)
+        Finite bars, births and deaths, by degree.
+    bottleneck : dict of int to float
+        Distance of the two diagrams by degree, infinite bars left out.
+    hausdorff : float
+        Largest distance of a point to the nearest kept one, the origin counted as kept.
+    trace : list of Generation
+        The genetic algorithm's progress; empty for the greedy solver.
+    """
+
+    name: str
+    points: int
+    kept: int
+    deaths: FloatArray
+    diagrams_before: dict[int, FloatArray]
+    diagrams_after: dict[int, FloatArray]
+    bottleneck: dict[int, float]
+    hausdorff: float
+    trace: list[Generation]
+
+
+@dataclass(frozen=True)
+class TopologyStudy:
+    """The layers of a pruned network, in its order."""
+
+    layers: list[LayerTopology]
+    masks: Masks
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the masks as numbers, lists and strings."""
+        return {"layers": [_plain(layer) for layer in self.layers]}
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write ``topology.json`` and the pictures ``deaths.png``, ``diagrams.png``, ``barcodes.png`` and ``search.png``.
+
+        The layers with the most points are drawn, twelve at most; the JSON file has all.
+
+        Returns
+        -------
+        list of Path
+            The files.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        document = folder / "topology.json"
+        document.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        drawn = sorted(self.layers, key=lambda layer: -layer.points)[:_MOST_PANELS]
+        drawn = [layer for layer in self.layers if layer in drawn]
+        pictures = {
+            "deaths.png": _death_curves(self.layers),
+            "diagrams.png": _panels(drawn, _draw_diagram),
+            "barcodes.png": _panels(drawn, _draw_barcode),
+        }
+        if any(layer.trace for layer in drawn):
+            pictures["search.png"] = _panels([layer for layer in drawn if layer.trace], _draw_trace)
+        for name, figure in pictures.items():
+            figure.savefig(folder / name, dpi=130)
+        return [document, *(folder / name for name in pictures)]
+
+
+def study_topology(
+    model: nn.Module, config_list: list[dict[str, Any]], *, degrees: tuple[int, ...] = (0, 1), **knobs: Any
+) -> TopologyStudy:
+    """Prune a copy of a model by :class:`~nni_topo.TopologicalPruner` and compare the layers' clouds.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model; it isn't changed.
+    config_list : list of dict
+        NNI's config_list.
+    degrees : tuple of int, default=(0, 1)
+        Degrees of the diagrams, each from 0.
+    **knobs
+        The pruner's own.
+
+    Returns
+    -------
+    TopologyStudy
+
+    Raises
+    ------
+    ConfigError, DataError
+        As the pruner does; also if ``degrees`` is empty or negative.
+    """
+    if not degrees or any(isinstance(d, bool) or not isinstance(d, int) or d < 0 for d in degrees):
+        raise ConfigError(f"degrees must be one or more integers from 0, got {degrees!r} (study_topology)")
+    pruner = TopologicalPruner(copy.deepcopy(model), config_list, **knobs)
+    data = pruner._collect_data()
+    masks = pruner._generate_sparsity(pruner._calculate_metrics(data))
+    layers = []
+    for unit in pruner._context().units:
+        points = np.concatenate([data[module][target].numpy() for module, target in unit.members], axis=1)
+        module_name, target_name = unit.members[0]
+        mask = masks[module_name][target_name]
+        kept = mask.reshape(unit.blocks, -1)[:, 0].bool().numpy()
+        layers.append(_layer(unit, points, kept, degrees, pruner.trace.get(unit.name, [])))
+    return TopologyStudy(layers, masks)
+
+
+def _layer(
+    unit: PruningUnit,
+    points: FloatArray,
+    kept: NDArray[np.bool_],
+    degrees: tuple[int, ...],
+    trace: list[Generation],
+) -> LayerTopology:
+    distances = topology.pairwise_distances(topology.with_origin(points))
+    stays = np.append(kept, True)
+    after = distances[np.ix_(stays, stays)]
+    deaths = topology.h0_deaths(distances)
+    diagrams = [
+        {degree: topology.rips_diagram(distances=cloud, dimension=degree, keep_infinite=False) for degree in degrees}
+        for cloud in (distances, after)
+    ]
+    mean = deaths.mean()
+    return LayerTopology(
+        name=unit.name,
+        points=unit.blocks,
+        kept=int(kept.sum()),
+        deaths=deaths / mean if mean > 0 else deaths,
+        diagrams_before=diagrams[0],
+        diagrams_after=diagrams[1],
+        bottleneck={d: topology.bottleneck_distance(diagrams[0][d], diagrams[1][d]) for d in degrees},
+        hausdorff=float(topology.hausdorff_to_subset(distances, stays[None])[0]),
+        trace=trace,
+    )
+
+
+def _plain(layer: LayerTopology) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "points": layer.points,
+        "kept": layer.kept,
+        "deaths": layer.deaths.tolist(),
+        "diagrams_before": {str(d): bars.tolist() for d, bars in layer.diagrams_before.items()},
+        "diagrams_after": {str(d): bars.tolist() for d, bars in layer.diagrams_after.items()},
+        "bottleneck": {str(d): float(value) for d, value in layer.bottleneck.items()},
+        "hausdorff": layer.hausdorff,
+        "trace": [{"best": generation.best, "mean": generation.mean} for generation in layer.trace],
+    }
+
+
+def _death_curves(layers: list[LayerTopology]) -> Figure:
+    """Death times against the share of points, with a dot where each layer is cut."""
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for index, layer in enumerate(layers):
+        color, share = f"C{index % 10}", np.arange(1, layer.points + 1) / layer.points
+        axis.plot(share, layer.deaths, color=color, label=_short(layer.name))
+        axis.plot(layer.kept / layer.points, layer.deaths[layer.kept - 1], "o", color=color)
+    axis.set(
+        xlabel="share of the points kept", ylabel="H0 death time / layer's mean", title="what each layer can spare"
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="xx-small", ncols=1 + len(layers) // 12)
+    return figure
+
+
+def _panels(layers: list[LayerTopology], draw: Any) -> Figure:
+    columns = min(4, len(layers))
+    rows = -(-len(layers) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.8 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, layer in zip(axes, layers, strict=False):
+        axis.set_title(f"{_short(layer.name)}: {layer.points} to {layer.kept}", fontsize="small")
+        draw(axis, layer)
+    for axis in axes[len(layers) :]:
+        axis.set_axis_off()
+    return figure
+
+
+def _draw_diagram(axis: Axes, layer: LayerTopology) -> None:
+    for degree, before in layer.diagrams_before.items():
+        color, after = _DEGREE_COLORS[degree % 4], layer.diagrams_after[degree]
+        axis.plot(before[:, 0], before[:, 1], "o", color=color, markerfacecolor="none", label=f"H{degree} before")
+        axis.plot(after[:, 0], after[:, 1], ".", color=color, label=f"H{degree} after")
+    limit = max((bars[:, 1].max() for bars in layer.diagrams_before.values() if len(bars)), default=1.0)
+    axis.plot([0, limit], [0, limit], "k-", linewidth=0.5)
+    axis.set(xlabel="birth", ylabel="death")
+    axis.legend(fontsize="xx-small")
+
+
+def _draw_barcode(axis: Axes, layer: LayerTopology) -> None:
+    height = 0
+    for side, diagrams in (("before", layer.diagrams_before), ("after", layer.diagrams_after)):
+        for degree, bars in diagrams.items():
+            ordered = bars[np.argsort(bars[:, 1])]
+            heights = height + np.arange(len(ordered))
+            alpha = 0.45 if side == "before" else 1.0
+            axis.hlines(heights, ordered[:, 0], ordered[:, 1], color=_DEGREE_COLORS[degree % 4], alpha=alpha)
+            height += len(ordered) + 1
+        axis.axhline(height, color="black", linewidth=0.5)
+    axis.set(xlabel="scale (pale: before, full: after)", yticks=[])
+
+
+def _draw_trace(axis: Axes, layer: LayerTopology) -> None:
+    axis.plot([generation.best for generation in layer.trace], label="best")
+    axis.plot([generation.mean for generation in layer.trace], label="mean")
+    axis.set(xlabel="generation", ylabel="fitness")
+    axis.legend(fontsize="xx-small")
+
+
+def _short(name: str) -> str:
+    """First target of a unit, and how many more there are."""
+    first, *others = name.split("+")
+    first = first.removesuffix(".weight")
+    return f"{first} +{len(others)}" if others else first

@@ -1,0 +1,61 @@
+"""Studies of one model by name: the library functions behind ``nni-topo analyze``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nni_topo.analysis import TopologyStudy, study_topology
+from nni_topo.runner.cells import DataChoice, ModelChoice, Target
+from nni_topo.runner.prune import trained_network
+from nni_topo.runner.widths import inner_layers
+from nni_topo.speedup import dependency_groups
+
+
+def topology_study(
+    model: ModelChoice,
+    checkpoint: str | Path | None,
+    data: DataChoice,
+    target: Target,
+    *,
+    degrees: tuple[int, ...] = (0, 1),
+    calibration: int = 0,
+    seed: int = 0,
+    device: str = "cpu",
+) -> TopologyStudy:
+    """Compare the clouds of a model's layers before and after topological pruning.
+
+    Parameters
+    ----------
+    model : ModelChoice
+        Which architecture.
+    checkpoint : str, Path or None
+        Its trained weights. None: it is trained first.
+    data : DataChoice
+        Example inputs and calibration images.
+    target : Target
+        One ratio for all layers, or a share of the MACs that death times deal out.
+    degrees : tuple of int, default=(0, 1)
+        Homology degrees.
+    calibration : int, default=0
+        Training images for the functional cloud. 0: the weight cloud.
+    seed : int, default=0
+        Of training and of the search.
+    device : {"cpu", "cuda", "auto"}, default="cpu"
+        Where to compute.
+
+    Returns
+    -------
+    TopologyStudy
+    """
+    net, bundle = trained_network(model, checkpoint, data, seed=seed, device=device)
+    example = bundle.test.tensors[0][:2].to(next(net.parameters()).device)
+    knobs: dict[str, Any] = {"seed": seed}
+    entry: dict[str, Any] = {"op_names": inner_layers(net, example)}
+    if target.kind == "flops":
+        knobs |= {"target": {"flops": target.value}, "example_inputs": example}
+    else:
+        entry["sparse_ratio"] = target.value
+    if calibration:
+        knobs["calibration"] = list(bundle.train.tensors[0][:calibration].split(128))
+    return study_topology(net, dependency_groups(net, example, [entry]), degrees=degrees, **knobs)

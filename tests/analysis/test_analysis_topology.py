@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from nni_topo import topology
+from nni_topo.analysis import study_topology
+from nni_topo.errors import ConfigError
+from nni_topo.testing import toy_images, toy_model
+
+CONFIG = [
+    {"op_names": ["stem", "inner"], "sparse_ratio": 0.5, "dependency_group_id": "residual"},
+    {"op_names": ["hidden"], "sparse_ratio": 0.25},
+]
+
+
+def test_a_study_states_what_the_diagrams_say():
+    model = toy_model()
+    study = study_topology(model, CONFIG, generations=5)
+    group, hidden = study.layers
+    assert (group.name, group.points, group.kept) == ("stem.weight+inner.weight", 8, 4)
+    assert (hidden.points, hidden.kept, len(hidden.trace)) == (16, 12, 5)
+    cloud = topology.with_origin(model.hidden.weight.detach().double().numpy())
+    whole = topology.rips_diagram(cloud, dimension=0, keep_infinite=False)
+    np.testing.assert_allclose(hidden.diagrams_before[0], whole)
+    kept = np.append(study.masks["hidden"]["bias"].bool().numpy(), True)
+    after = topology.rips_diagram(cloud[kept], dimension=0, keep_infinite=False)
+    np.testing.assert_allclose(hidden.diagrams_after[0], after)
+    assert hidden.bottleneck[0] == pytest.approx(topology.bottleneck_distance(whole, after))
+    assert hidden.deaths.mean() == pytest.approx(1.0)
+    for layer in study.layers:  # the stability theorem
+        assert all(distance <= 2 * layer.hausdorff + 1e-9 for distance in layer.bottleneck.values())
+
+
+def test_the_model_is_left_alone():
+    model = toy_model()
+    before = copy.deepcopy(model.state_dict())
+    study_topology(model, CONFIG, calibration=[toy_images(8)], generations=2)
+    assert not any(hasattr(module, "_nni_wrapper") for module in model.modules())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("solver", ["genetic", "greedy"])
+def test_files(solver, tmp_path):
+    study = study_topology(toy_model(), CONFIG, generations=3, solver=solver)
+    files = study.save(tmp_path)
+    assert [path.name for path in files][:4] == ["topology.json", "deaths.png", "diagrams.png", "barcodes.png"]
+    assert (tmp_path / "search.png").exists() == (solver == "genetic")
+    document = json.loads(files[0].read_text())
+    assert [layer["kept"] for layer in document["layers"]] == [4, 12]
+    for path in files[1:]:
+        assert imread(path)[..., :3].std() > 0.02
+
+
+@pytest.mark.parametrize("degrees", [(), (-1,), (0.5,)])
+def test_bad_degrees_are_refused(degrees):
+    with pytest.raises(ConfigError, match="degrees must be"):
+        study_topology(toy_model(), CONFIG, degrees=degrees)
