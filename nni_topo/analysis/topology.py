@@ -70,7 +70,7 @@ class TopologyStudy:
         return {"layers": [_plain(layer) for layer in self.layers]}
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write ``topology.json`` and the pictures ``deaths.png``, ``diagrams.png``, ``barcodes.png`` and ``search.png``.
+        """Write ``topology.json`` and the pictures ``deaths``, ``diagrams``, ``barcodes`` and ``search`` (PNG).
 
         The layers with the most points are drawn, twelve at most; the JSON file has all.
 
@@ -189,7 +189,7 @@ def _death_curves(layers: list[LayerTopology]) -> Figure:
         axis.plot(share, layer.deaths, color=color, label=_short(layer.name))
         axis.plot(layer.kept / layer.points, layer.deaths[layer.kept - 1], "o", color=color)
     axis.set(
-        xlabel="share of the points kept", ylabel="H0 death time / layer's mean", title="what each layer can spare"
+        xlabel="share of the points kept", ylabel="H0 death time / layer's mean", title="what each layer can spare (dots: where it is cut)"
     )
     axis.grid(alpha=0.3)
     axis.legend(fontsize="xx-small", ncols=1 + len(layers) // 12)
