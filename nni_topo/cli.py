@@ -188,7 +188,7 @@ def _known_pruners(names: str) -> list[str]:
 
 def _data(options: argparse.Namespace) -> DataChoice:
     folder = None if options.data_dir is None else str(options.data_dir)
-    return DataChoice(options.data, folder, options.limit, options.download)
+    return DataChoice(options.data, folder, options.limit, download=options.download)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -33,11 +33,15 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class DataChoice:
-    """A data set by name; ``limit`` training images (None: all) from ``data_dir`` (None: embedded)."""
+    """A data set by name, from ``data_dir`` (None: embedded).
+
+    ``limit`` and ``test_limit`` say how many training and test images are used, the test set's first ones; None: all.
+    """
 
     name: str = "digits"
     data_dir: str | None = None
     limit: int | None = None
+    test_limit: int | None = None
     download: bool = False
 
 

@@ -7,11 +7,13 @@ import json
 import resource
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
@@ -87,7 +89,12 @@ def run_cell(cell: Cell, out: Path) -> Record:
 def load_model_data(model: ModelChoice, data: DataChoice) -> zoo.DataBundle:
     """Load a data set, padded to the size that a model needs."""
     pad_to = zoo.model_info(model.name).pad_to
-    return zoo.load_data(data.name, data.data_dir, limit=data.limit, pad_to=pad_to, download=data.download)
+    bundle = zoo.load_data(data.name, data.data_dir, limit=data.limit, pad_to=pad_to, download=data.download)
+    if data.test_limit is None:
+        return bundle
+    if data.test_limit < 1:
+        raise ConfigError(f"test_limit must be at least 1, got {data.test_limit} (data)")
+    return replace(bundle, test=TensorDataset(*bundle.test[: data.test_limit]))
 
 
 def build_model(model: ModelChoice, data: zoo.DataBundle, seed: int) -> nn.Module:

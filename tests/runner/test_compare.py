@@ -77,6 +77,14 @@ def test_a_folder_of_another_comparison_is_refused(tmp_path):
         compare(plan("l2"), tmp_path, isolate=False)
 
 
+def test_a_part_of_the_test_images(tmp_path):
+    few = Plan(**{**plan("l1").__dict__, "data": (DataChoice("digits", limit=300, test_limit=20),)})
+    (record,), _ = compare(few, tmp_path, isolate=False)
+    assert record["accuracy_before"] * 20 == pytest.approx(round(record["accuracy_before"] * 20))
+    with pytest.raises(ConfigError, match="test_limit must be at least 1, got 0"):
+        compare(Plan(**{**few.__dict__, "data": (DataChoice("digits", test_limit=0),)}), tmp_path, isolate=False)
+
+
 def test_a_line_cut_short_by_a_crash_is_dropped(tmp_path):
     path = tmp_path / "results.jsonl"
     append_record(path, {"key": "a"})
