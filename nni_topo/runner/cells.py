@@ -110,15 +110,22 @@ class Cell:
     @property
     def key(self) -> str:
         """Name of the cell's record: equal settings, equal key, wherever the data lies."""
-        return _digest(asdict(replace(self, data=replace(self.data, data_dir=None, download=False))))
+        return _digest({**asdict(self), "data": self._data()})
 
     @property
     def training_key(self) -> str:
         """Name of the trained checkpoint, which all cells of a model, data set, recipe and seed share."""
-        data = asdict(replace(self.data, data_dir=None, download=False))
-        digest = _digest([asdict(self.model), data, asdict(self.train)])
+        digest = _digest([asdict(self.model), self._data(), asdict(self.train)])
         stem = "-".join((self.model.label, self.data.name)).replace("/", "_").replace(" ", "_").replace(":", "_")
         return f"{stem}-{digest}-seed{self.seed}"
+
+
+    def _data(self) -> dict[str, Any]:
+        """The data's part of a key: without its place, and without ``test_limit`` where the whole test set is used."""
+        found = asdict(replace(self.data, data_dir=None, download=False))
+        if found["test_limit"] is None:
+            del found["test_limit"]
+        return found
 
 
 @dataclass(frozen=True)
