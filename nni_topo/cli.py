@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import nni_topo
-from nni_topo.errors import ConfigError, NniTopoError
+from nni_topo.errors import ConfigError, DataError, NniTopoError
 from nni_topo.registry import list_pruners, pruner_info
 from nni_topo.runner import (
     Cell,
@@ -25,8 +25,10 @@ from nni_topo.runner import (
     Target,
     compare,
     load_plan,
+    markdown_report,
     plot_accuracy,
     print_report,
+    read_records,
 )
 from nni_topo.runner.demo import DEMO
 from nni_topo.runner.prune import load_prune_config, prune_checkpoint
@@ -106,6 +108,21 @@ def _run_plan(plan: Plan, options: argparse.Namespace, console: Console, *, isol
     if options.json:
         print(json.dumps(records, indent=1, sort_keys=True))
     return 1 if failures else 0
+
+
+def _report(options: argparse.Namespace, console: Console) -> int:
+    records = [record for folder in options.folders for record in read_records(folder / "results.jsonl")]
+    if not records:
+        raise DataError(f"a report needs records, got none in {', '.join(map(str, options.folders))} (results.jsonl)")
+    if options.out is not None:
+        console.print(f"picture: {plot_accuracy(records, options.out)}", markup=False)
+    if options.json:
+        print(json.dumps(records, indent=1, sort_keys=True))
+    elif options.markdown:
+        print(markdown_report(records))
+    else:
+        print_report(records, console)
+    return 0
 
 
 def _prune(options: argparse.Namespace, console: Console) -> int:
@@ -214,6 +231,11 @@ def _parser() -> argparse.ArgumentParser:
     comparison.add_argument("--retrain-epochs", type=int, default=1, help="after pruning (default 1)")
     comparison.add_argument("--in-process", action="store_true", help="don't start a process per cell")
     _out(comparison, None)
+
+    report = _verb(verbs, "report", _report, "tables of comparisons that ran, also while they run")
+    report.add_argument("folders", type=Path, nargs="+", help="output folders of nni-topo compare")
+    report.add_argument("--markdown", action="store_true", help="as Markdown on standard output")
+    report.add_argument("--out", type=Path, help="picture of accuracy against MACs")
 
     studies = verbs.add_parser("analyze", help="studies of one model").add_subparsers(
         dest="study", required=True, metavar="STUDY"

@@ -31,6 +31,9 @@ def test_compare_writes_records_and_a_picture(tmp_path, capsys):
     assert "[2/2]" in output.err
     assert (tmp_path / "run" / "accuracy.png").stat().st_size > 5000
     assert len((tmp_path / "run" / "results.jsonl").read_text().splitlines()) == 2
+    assert main(["report", str(tmp_path / "run"), "--markdown"]) == 0
+    assert "| l1 |" in capsys.readouterr().out
+    assert main(["report", str(tmp_path)]) == 2
 
 
 @pytest.mark.parametrize(

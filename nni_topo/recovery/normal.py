@@ -24,11 +24,14 @@ class NormalEquations:
     ----------
     samples : int
         Samples added.
+    sums : dict of str to Tensor
+        Over samples: ``x``, ``y``, ``r`` of inputs, residuals and references, ``yy`` and ``rr`` of their squares; ``xx``
+        and ``xy`` of products, shapes (groups, unknowns, unknowns) and (groups, unknowns, outputs).
     """
 
     def __init__(self) -> None:
         self.samples = 0
-        self._sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
 
     def add(self, inputs: Tensor, residuals: Tensor, references: Tensor) -> None:
         """Add samples.
@@ -48,25 +51,25 @@ class NormalEquations:
         moments = {"x": inputs, "y": residuals, "yy": residuals.square(), "r": references, "rr": references.square()}
         for name, values in moments.items():
             total = values.sum(1)
-            self._sums[name] = self._sums[name] + total if name in self._sums else total
+            self.sums[name] = self.sums[name] + total if name in self.sums else total
 
     def merge(self, other: NormalEquations) -> None:
         """Add another problem's samples, in place."""
         self.samples += other.samples
-        for name, total in other._sums.items():
-            if name in self._sums:
-                self._sums[name] += total
+        for name, total in other.sums.items():
+            if name in self.sums:
+                self.sums[name] += total
             else:
-                self._sums[name] = total.clone()
+                self.sums[name] = total.clone()
 
     @property
     def unknowns(self) -> int:
         """Unknowns of each group, the intercept not counted."""
-        return self._sums["xx"].shape[-1]
+        return self.sums["xx"].shape[-1]
 
     def is_finite(self) -> bool:
         """Say whether no sample was NaN or infinite."""
-        return all(bool(torch.isfinite(total).all()) for total in self._sums.values())
+        return all(bool(torch.isfinite(total).all()) for total in self.sums.values())
 
     def solve(self, ridges: Sequence[float], *, intercept: bool) -> Iterator[tuple[float, Solution]]:
         """Solve by Cholesky decomposition, once for each ridge.
@@ -86,16 +89,16 @@ class NormalEquations:
         Solution
             Coefficients of inputs that never vary are zero. A ridge so small that the decomposition fails is left out.
         """
-        means = self._sums["x"] / self.samples
-        products, cross = self._sums["xx"], self._sums["xy"]
+        means = self.sums["x"] / self.samples
+        products, cross = self.sums["xx"], self.sums["xy"]
         if intercept:
-            cross = cross - means.unsqueeze(2) * self._sums["y"].unsqueeze(1)
+            cross = cross - means.unsqueeze(2) * self.sums["y"].unsqueeze(1)
         for ridge in ridges:
             matrix = products.clone()
             if intercept:
-                matrix.baddbmm_(self._sums["x"].unsqueeze(2), means.unsqueeze(1), alpha=-1)
+                matrix.baddbmm_(self.sums["x"].unsqueeze(2), means.unsqueeze(1), alpha=-1)
             diagonal = matrix.diagonal(dim1=1, dim2=2)
-            floor = 1e-12 * self._sums["xx"].diagonal(dim1=1, dim2=2)
+            floor = 1e-12 * self.sums["xx"].diagonal(dim1=1, dim2=2)
             idle = diagonal <= floor
             diagonal.mul_(1.0 + max(ridge, _LEAST_RIDGE)).masked_fill_(idle, torch.inf)
             scale = diagonal.rsqrt()
@@ -106,16 +109,16 @@ class NormalEquations:
             if bool(info.any()):
                 continue
             weights = torch.cholesky_solve(cross * scale.unsqueeze(2), factor) * scale.unsqueeze(2)
-            shift = (self._sums["y"] - (self._sums["x"].unsqueeze(1) @ weights).squeeze(1)) / self.samples
+            shift = (self.sums["y"] - (self.sums["x"].unsqueeze(1) @ weights).squeeze(1)) / self.samples
             yield ridge, Solution(weights, shift if intercept else torch.zeros_like(shift))
 
     def unchanged(self) -> Solution:
         """Return the solution that predicts zero."""
-        return Solution(torch.zeros_like(self._sums["xy"]), torch.zeros_like(self._sums["y"]))
+        return Solution(torch.zeros_like(self.sums["xy"]), torch.zeros_like(self.sums["y"]))
 
     def squared_error(self, solution: Solution) -> float:
         """Return the sum of squared errors of a solution on these samples."""
-        weights, shift, sums = solution.weights, solution.shift, self._sums
+        weights, shift, sums = solution.weights, solution.shift, self.sums
         predicted = (weights * (sums["xx"] @ weights)).sum(1) + self.samples * shift.square()
         predicted += 2.0 * shift * (sums["x"].unsqueeze(1) @ weights).squeeze(1)
         met = (weights * sums["xy"]).sum(1) + shift * sums["y"]
@@ -125,15 +128,15 @@ class NormalEquations:
         """Return the error of a solution as a share of the references' variance; NaN without samples."""
         if not self.samples:
             return float("nan")
-        variance = float((self._sums["rr"] - self._sums["r"].square() / self.samples).sum())
+        variance = float((self.sums["rr"] - self.sums["r"].square() / self.samples).sum())
         error = self.squared_error(solution)
         return error / variance if variance > 0.0 else float(error > 0.0)
 
     def _accumulate(self, name: str, left: Tensor, right: Tensor) -> None:
-        if name in self._sums:
-            self._sums[name].baddbmm_(left, right)
+        if name in self.sums:
+            self.sums[name].baddbmm_(left, right)
         else:
-            self._sums[name] = left @ right
+            self.sums[name] = left @ right
 
 
 @dataclass(frozen=True)

@@ -1,123 +1,125 @@
-"""Layer-wise reconstruction: each layer behind pruned channels is solved anew by ridge least squares."""
+"""Layer-wise reconstruction: a layer behind pruned channels is solved anew, so that it meets the original network.
+
+The weights are those that predict, from the activations of the pruned and so far compensated network, what the original
+network has at the layer's output, or at the sum that the output goes into: there the layer also makes up for
+what the other summands lost. They are found by ridge least squares around the weights that the layer had, so that what
+the samples don't determine stays as it was.
+
+References
+----------
+.. [1] Y. He, X. Zhang and J. Sun, "Channel pruning for accelerating very deep neural networks",
+   https://arxiv.org/abs/1707.06168
+.. [2] J.-H. Luo, J. Wu and W. Lin, "ThiNet: a filter level pruning method for deep neural network compression",
+   https://arxiv.org/abs/1707.06342
+"""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
-from nni_topo.recovery.normal import NormalEquations, fit
-from nni_topo.recovery.patches import draw_positions, input_rows, output_rows, position_count
-from nni_topo.recovery.plan import Equation, Solvable, path_scale
-from nni_topo.recovery.replay import Replay
-from nni_topo.recovery.report import LayerReport
+from nni_topo.recovery.normal import Fit, NormalEquations, fit
+from nni_topo.recovery.patches import input_rows, output_rows, position_count
+from nni_topo.recovery.plan import Equation, path_scale
+from nni_topo.recovery.replay import Values
+from nni_topo.recovery.tasks import Samples, Task
 
-_HELD_OUT = 5
-_LEAST_ROWS = 16384
-_ROWS_PER_UNKNOWN = 16
-_CHUNK = 2**23
 _DEAD_SCALE = 1e-6
-RECT = False
 
-@dataclass(frozen=True)
-class Calibration:
-    """What is known of the calibration batches: entries in each of them."""
 
-    sizes: tuple[int, ...]
+class ReconstructTask(Task):
+    """Solve a layer's weights and its constant for the original's values at a place behind it.
+
+    Parameters
+    ----------
+    equation : Equation
+        The layer and the place.
+    pruned : torch.nn.Module
+        The pruned network; weights that read removed channels are set to zero.
+    result : torch.nn.Module
+        The model to be returned, likewise.
+    """
+
+    def __init__(self, equation: Equation, pruned: nn.Module, result: nn.Module) -> None:
+        self.layer = equation.layer
+        self.place = equation.place
+        self.watched = [equation.layer.source, equation.place]
+        self._module: Any = pruned.get_submodule(self.layer.name)
+        weight = self._module.weight
+        self._scale = path_scale(pruned, equation.norms, len(weight)).to(weight.device)
+        self._columns, self._rows = self.layer.columns.to(weight.device), self.layer.rows.to(weight.device)
+        for net in (pruned, result):
+            self._cut(net)
 
     @property
-    def images(self) -> int:
-        """Entries of all batches."""
-        return sum(self.sizes)
+    def unknowns(self) -> int:
+        """Kept input channels times kernel elements."""
+        return self.layer.columns.shape[1] * int(self._module.weight[0, 0].numel())
+
+    def extent(self, original: Values) -> tuple[int, int]:
+        """Return entries, and positions of the layer's output."""
+        return len(original[self.place]), position_count(self._module, original[self.place])
+
+    def samples(self, original: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
+        """Return input patches of the pruned network, what it lacks at the place, and the original's values there."""
+        wanted = original[self.place][part]
+        lacking = wanted.double() - pruned[self.place][part]
+        positions = positions.to(wanted.device)
+        return (
+            input_rows(self._module, pruned[self.layer.source][part], self._columns, positions),
+            output_rows(self._module, lacking, self._rows, positions),
+            output_rows(self._module, wanted, self._rows, positions),
+        )
+
+    def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
+        """Solve by ridge least squares."""
+        return fit(learned, held, ridge, intercept=self.layer.intercept is not None)
+
+    def apply(self, net: nn.Module, found: Fit) -> None:
+        """Add the solution to the layer's weights, and the constant to its bias or the batch norm's running mean."""
+        scale = self._scale[self._rows]
+        is_dead = scale.abs() <= _DEAD_SCALE * self._scale.abs().max()
+        inverse = (1.0 / scale).masked_fill(is_dead, 0.0)
+        module: Any = net.get_submodule(self.layer.name)
+        change = (found.solution.weights * inverse.unsqueeze(1)).transpose(1, 2)
+        place = self._block(module.weight)
+        with torch.no_grad():
+            old = module.weight[place]
+            module.weight[place] = (old.double() + change.reshape(old.shape)).to(old.dtype)
+            if self.layer.intercept is not None:
+                add_constant(net, self.layer.intercept, self._rows, found.solution.shift * inverse)
+
+    def _block(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the indices of the weights between kept channels, group by group."""
+        return self._rows[:, :, None], (self._columns % weight.shape[1])[:, None, :]
+
+    def _cut(self, net: nn.Module) -> None:
+        """Set the weights of kept rows that read removed channels to zero, whatever these channels hold."""
+        weight: Any = net.get_submodule(self.layer.name).weight
+        place = self._block(weight)
+        with torch.no_grad():
+            kept = weight[place].clone()
+            weight[self._rows.flatten()] = 0
+            weight[place] = kept
 
 
-class Reconstruction:
-    def __init__(self, replay: Replay, pruned: GraphModule, result: nn.Module, calibration: Calibration, ridge, seed):
-        self.replay, self.pruned, self.result = replay, pruned, result
-        self.calibration, self.ridge = calibration, ridge
-        self._generator = torch.Generator().manual_seed(seed)
+def add_constant(net: nn.Module, taker: str, rows: Tensor, constant: Tensor) -> None:
+    """Add a constant to a layer's output, in its bias or in the running mean of the batch norm behind it.
 
-    def prepare(self, layer: Solvable) -> None:
-        """Zero the weights that read removed channels, so that what these hold doesn't matter."""
-        for net in (self.pruned, self.result):
-            _cut_columns(net.get_submodule(layer.name), layer)
-
-    def solve(self, equation: Equation, settled: int) -> LayerReport:
-        began = time.perf_counter()
-        layer = equation.layer
-        found = fit(*self._collect(equation, settled), self.ridge, intercept=layer.intercept is not None)
-        scale = path_scale(self.pruned, equation.norms, self.pruned.get_submodule(layer.name).weight.shape[0])
-        for net in (self.pruned, self.result):
-            _add(net, layer, found.fit.solution if False else found.solution, scale)
-        return found, time.perf_counter() - began
-
-    def _collect(self, equation: Equation, settled: int):
-        layer, place = equation.layer, equation.place
-        module: Any = self.pruned.get_submodule(layer.name)
-        sides = NormalEquations(), NormalEquations()
-        seen = 0
-        source = layer.source
-        for index, (original, pruned) in enumerate(self.replay.run(settled, [source, place])):
-            wanted, reached = original[place], pruned[place]
-            if RECT and equation.rect:
-                residual = torch.where(wanted > 0, wanted - reached, -reached.clamp(min=0))
-            else:
-                residual = wanted - reached
-            unknowns = layer.columns.shape[1] * int(module.weight[0, 0].numel())
-            positions = self._positions(position_count(module, wanted), len(wanted), unknowns, index)
-            step = max(1, _CHUNK // (positions.shape[1] * unknowns * len(layer.columns)))
-            for first in range(0, len(wanted), step):
-                part = slice(first, first + step)
-                x = input_rows(module, pruned[source][part], layer.columns, positions[part])
-                r = output_rows(module, residual[part], layer.rows, positions[part])
-                y = output_rows(module, wanted[part], layer.rows, positions[part])
-                held = (torch.arange(seen + first, seen + first + len(positions[part])) % _HELD_OUT == _HELD_OUT - 1)
-                held = held.repeat_interleave(positions.shape[1])
-                for side, chosen in zip(sides, (~held, held)):
-                    if chosen.any():
-                        side.add(x[:, chosen], r[:, chosen], y[:, chosen])
-            seen += len(wanted)
-        return sides
-
-    def _positions(self, count: int, entries: int, unknowns: int, index: int) -> Tensor:
-        rows = max(_LEAST_ROWS, _ROWS_PER_UNKNOWN * unknowns)
-        share = self.calibration.sizes[index] / self.calibration.images
-        wanted = -(-int(rows * share + 1) // entries)
-        return draw_positions(count, entries, wanted, self._generator)
-
-
-def _local(module, layer):
-    return layer.columns % module.weight.shape[1]
-
-def _cut_columns(module, layer):
-    with torch.no_grad():
-        w = module.weight
-        local = _local(module, layer)
-        kept = w[layer.rows[:, :, None], local[:, None, :]].clone()
-        w[layer.rows.flatten()] = 0
-        w[layer.rows[:, :, None], local[:, None, :]] = kept
-
-def _add(net, layer, solution, scale):
-    module = net.get_submodule(layer.name)
-    with torch.no_grad():
-        s = scale[layer.rows]  # g, o
-        alive = s.abs() > _DEAD_SCALE * scale.abs().max()
-        inv = torch.where(alive, 1 / s, 0)
-        w = module.weight
-        local = _local(module, layer)
-        delta = solution.weights * inv.unsqueeze(1)     # g, D, o
-        g, o = layer.rows.shape
-        delta = delta.transpose(1, 2).reshape(g, o, local.shape[1], *w.shape[2:])
-        idx = (layer.rows[:, :, None], local[:, None, :])
-        w[idx] = (w[idx].double() + delta).to(w.dtype)
-        if layer.intercept is None: return
-        shift = solution.shift * inv
-        if layer.intercept == layer.name:
-            module.bias[layer.rows] = (module.bias[layer.rows].double() + shift).to(w.dtype)
-        else:
-            rm = net.get_submodule(layer.intercept).running_mean
-            rm[layer.rows] = (rm[layer.rows].double() - shift).to(rm.dtype)
+    Parameters
+    ----------
+    net : torch.nn.Module
+        The network; it is changed.
+    taker : str
+        Name of the layer or the batch norm.
+    rows : Tensor of int, any shape
+        Channels.
+    constant : Tensor, the same shape
+        What is added.
+    """
+    module: Any = net.get_submodule(taker)
+    is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    vector, sign = (module.running_mean, -1.0) if is_norm else (module.bias, 1.0)
+    vector[rows] = (vector[rows].double() + sign * constant).to(vector.dtype)

@@ -41,6 +41,8 @@ class Replay:
     ----------
     order : dict of Node to int
         Rank of each node of the original's graph.
+    touched_nodes : set of Node
+        Nodes of which the values may differ between the two networks.
     """
 
     def __init__(
@@ -57,15 +59,11 @@ class Replay:
         self._runners = Interpreter(original), Interpreter(pruned)
         self._twins = dict(zip(self.nodes, pruned.graph.nodes, strict=True))
         self._last_use = {node: max((self.order[user] for user in node.users), default=-1) for node in self.nodes}
-        self._touched = touched_nodes(original, pruned)
+        self.touched_nodes = touched_nodes(original, pruned)
         self._calibration = list(calibration) if isinstance(calibration, Iterator) else calibration
         self._cache_bytes = 0 if _works_in_place(original) else cache_bytes
         self._start = 0
         self._saved: list[tuple[Values, Values]] | None = None
-
-    def touched(self, node: Node) -> bool:
-        """Say whether a node's value may differ between the two networks."""
-        return node in self._touched
 
     def run(self, settled: int, watched: list[Node]) -> Iterator[tuple[Values, Values]]:
         """Run all batches up to the last of some nodes.
@@ -133,7 +131,7 @@ class Replay:
             return
         original[node] = _compute(self._runners[0], node, original)
         pruned[node] = original[node]
-        if node in self._touched:
+        if node in self.touched_nodes:
             twin = self._twins[node]
             values = {self._twins[parent]: pruned[parent] for parent in node.all_input_nodes}
             pruned[node] = _compute(self._runners[1], twin, values)

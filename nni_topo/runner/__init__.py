@@ -2,7 +2,8 @@
 
 from nni_topo.runner.cells import Cell, DataChoice, ModelChoice, Plan, PrunerChoice, Target, load_plan
 from nni_topo.runner.compare import RunFailure, compare
-from nni_topo.runner.report import plot_accuracy, print_report
+from nni_topo.runner.records import read_records
+from nni_topo.runner.report import markdown_report, plot_accuracy, print_report
 
 __all__ = [
     "Cell",
@@ -14,6 +15,8 @@ __all__ = [
     "Target",
     "compare",
     "load_plan",
+    "markdown_report",
     "plot_accuracy",
     "print_report",
+    "read_records",
 ]

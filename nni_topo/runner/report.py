@@ -17,6 +17,18 @@ from nni_topo.registry import list_pruners, pruner_info
 from nni_topo.runner.records import Record
 
 Group = tuple[str, str, str]
+COLUMNS = (
+    "method",
+    "MACs (M)",
+    "parameters (k)",
+    "before %",
+    "one-shot %",
+    "BN recal. %",
+    "retrained %",
+    "vs best rival",
+    "latency ms",
+    "prune s",
+)
 
 
 @dataclass(frozen=True)
@@ -83,49 +95,64 @@ def print_report(records: Iterable[Record], console: Console) -> None:
     console : rich.console.Console
         Where to.
     """
-    for (model, data, target), rows in grouped(records).items():
-        console.print(_table(f"{model} on {data}, {target}", rows))
+    for group, rows in grouped(records).items():
+        table = Table(title=_title(group, rows), title_justify="left")
+        for index, name in enumerate(COLUMNS):
+            table.add_column(name, justify="right" if index else "left")
+        for index, cells in enumerate(_table(rows)):
+            table.add_row(*cells, end_section=index == 0)
+        console.print(table)
 
 
-def _table(title: str, rows: dict[str, dict[int, Record]]) -> Table:
+def markdown_report(records: Iterable[Record]) -> str:
+    """Return one Markdown table per model, data set and target.
+
+    Parameters
+    ----------
+    records : iterable of dict
+        Records of finished cells.
+    """
+    lines = []
+    for group, rows in grouped(records).items():
+        lines += [f"**{_title(group, rows)}**", "", f"| {' | '.join(COLUMNS)} |"]
+        lines.append("|---|" + "---:|" * (len(COLUMNS) - 1))
+        lines += [f"| {' | '.join(cells)} |" for cells in _table(rows)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _title(group: Group, rows: dict[str, dict[int, Record]]) -> str:
+    model, data, target = group
     seeds = max(len(runs) for runs in rows.values())
+    return f"{model} on {data}, {target} ({seeds} seed{'s' if seeds > 1 else ''})"
+
+
+def _table(rows: dict[str, dict[int, Record]]) -> list[list[str]]:
+    """Cells of a table: the unpruned network, then a line per pruner."""
     rival = best_rival(rows, "accuracy_retrained")
-    table = Table(title=f"{title} ({seeds} seed{'s' if seeds > 1 else ''})", title_justify="left")
-    columns = ["method", "MACs (M)", "parameters (k)", "before %", "one-shot %", "BN recal. %", "retrained %"]
-    table.add_column(columns[0])
-    for name in (*columns[1:], "vs best rival", "latency ms", "prune s"):
-        table.add_column(name, justify="right")
     first = next(iter(next(iter(rows.values())).values()))
     before = _column(next(iter(rows.values())))
-    table.add_row(
-        "unpruned",
-        f"{first['flops_before'] / 1e6:.2f}",
-        f"{first['params_before'] / 1e3:.1f}",
-        before("accuracy_before").show(100),
-        "",
-        "",
-        "",
-        "",
-        before("latency_before_ms").show(digits=2),
-        "",
-        end_section=True,
-    )
+    macs, params = f"{first['flops_before'] / 1e6:.2f}", f"{first['params_before'] / 1e3:.1f}"
+    accuracy, latency = before("accuracy_before").show(100), before("latency_before_ms").show(digits=2)
+    table = [["unpruned", macs, params, accuracy, "", "", "", "", latency, ""]]
     for row, runs in rows.items():
         cell = _column(runs)
         versus = "" if rival is None else "best rival"
         if rival is not None and row != rival:
             versus = paired_difference(runs, rows[rival], "accuracy_retrained").show(100, sign=True)
-        table.add_row(
-            row,
-            f"{cell('flops').mean / 1e6:.2f}",
-            f"{cell('params').mean / 1e3:.1f}",
-            cell("accuracy_before").show(100),
-            cell("accuracy_oneshot").show(100),
-            cell("accuracy_recalibrated").show(100),
-            cell("accuracy_retrained").show(100),
-            versus,
-            cell("latency_ms").show(digits=2),
-            f"{cell('prune_seconds').mean:.2f}",
+        table.append(
+            [
+                row,
+                f"{cell('flops').mean / 1e6:.2f}",
+                f"{cell('params').mean / 1e3:.1f}",
+                cell("accuracy_before").show(100),
+                cell("accuracy_oneshot").show(100),
+                cell("accuracy_recalibrated").show(100),
+                cell("accuracy_retrained").show(100),
+                versus,
+                cell("latency_ms").show(digits=2),
+                f"{cell('prune_seconds').mean:.2f}",
+            ]
         )
     return table
 

@@ -8,7 +8,7 @@ from matplotlib.image import imread
 from rich.console import Console
 from scipy import stats
 
-from nni_topo.runner import plot_accuracy, print_report
+from nni_topo.runner import markdown_report, plot_accuracy, print_report
 from nni_topo.runner.report import best_rival, grouped, interval, paired_difference
 
 
@@ -74,6 +74,15 @@ def test_the_table_names_every_row_and_the_best_rival():
     assert "+1.7 ± 1.4" in ours
     (rival,) = [line for line in text.splitlines() if "l1" in line]
     assert "best rival" in rival
+
+
+def test_the_markdown_table_has_the_same_cells():
+    lines = markdown_report(RECORDS).splitlines()
+    assert lines[0] == "**net on digits, ratio 0.5 (3 seeds)**"
+    assert lines[4].startswith("| unpruned | 4.00 | 8.0 | 99.0")
+    (ours,) = [line for line in lines if line.startswith("| ours")]
+    assert "| +1.7 ± 1.4 |" in ours
+    assert {line.count("|") for line in lines if line.startswith("|")} == {11}
 
 
 def test_the_picture_is_a_picture(tmp_path):

@@ -1,0 +1,253 @@
+"""Compensation channel by channel: removed channels are replaced by kept ones where a layer reads them.
+
+``"channel"`` predicts every channel that a layer read from the kept ones, by least squares over samples and positions, and
+folds the mixing matrix into the layer's weights. ``"pair"`` replaces each removed channel by one kept channel
+and a constant, ``f_u = alpha f_s + beta``: the correlation-based update of [1]_, equations 5.8 to 5.12.
+
+In front of a padded convolution a constant isn't seen at the border, where the padding stays zero; so there the
+constant that goes into the bias is exact only where the kernel lies within the image.
+
+References
+----------
+.. [1] "Sub-clustering neurogenetic pruning", chapter 5, correlation-based update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.recovery.normal import Fit, NormalEquations, Solution, fit
+from nni_topo.recovery.patches import is_pointwise
+from nni_topo.recovery.plan import Solvable
+from nni_topo.recovery.reconstruct import add_constant
+from nni_topo.recovery.replay import Values
+from nni_topo.recovery.tasks import Samples, Task
+
+_LEAST_VARIANCE = 1e-12
+
+
+class ChannelTask(Task):
+    """Mix the kept channels such that they stand in for all channels that a layer read.
+
+    Parameters
+    ----------
+    layer : Solvable
+        The layer that reads them.
+    roots : ndarray of int, shape (inputs,)
+        For each input channel or feature the number of the channel that it comes from. Features of one channel, behind
+        a flattening, count as its samples.
+    pruned, result : torch.nn.Module
+        The networks; weights of ``result`` that read removed channels are set to zero when a solution is put in.
+    """
+
+    def __init__(self, layer: Solvable, roots: np.ndarray, pruned: nn.Module) -> None:
+        self.layer = layer
+        self.place = layer.source
+        self.watched = [layer.source]
+        self._module: Any = pruned.get_submodule(layer.name)
+        self._places, self.kept = _places(layer, roots, self._module)
+
+    @property
+    def unknowns(self) -> int:
+        """Kept channels of each group."""
+        return self.kept.shape[1]
+
+    def extent(self, original: Values) -> tuple[int, int]:
+        """Return entries, and positions of the layer's input."""
+        return len(original[self.place]), self._last(original[self.place]).shape[1]
+
+    def samples(self, original: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
+        """Return kept channels of the pruned network, what they alone lack, and the original's channels."""
+        wanted = self._rows(original[self.place][part], positions)
+        reached = self._rows(pruned[self.place][part], positions)
+        index = self.kept.to(wanted.device)[:, None, :].expand(-1, wanted.shape[1], -1)
+        inputs = reached.gather(2, index)
+        lacking = wanted.double()
+        return inputs, lacking.scatter_add(2, index, -inputs.double()), wanted
+
+    def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
+        """Solve by ridge least squares around "kept channels as they are"."""
+        return fit(learned, held, ridge, intercept=self.layer.intercept is not None)
+
+    def apply(self, net: nn.Module, found: Fit) -> None:
+        """Fold the mixing matrix into the weights of the layer that reads the channels."""
+        weight: Any = net.get_submodule(self.layer.name).weight
+        with torch.no_grad():
+            for group, (rows, places, kept) in enumerate(zip(self.layer.rows, self._places, self.kept, strict=True)):
+                rows, local = rows.to(weight.device), places.to(weight.device) % weight.shape[1]
+                old = weight[rows[:, None], local.flatten()].double().unflatten(1, local.shape)
+                mixing = found.solution.weights[group].to(old.device)
+                new = torch.zeros_like(old)
+                new[:, kept] = old[:, kept] + torch.einsum("kc,ocq...->okq...", mixing, old)
+                weight[rows[:, None], local.flatten()] = new.flatten(1, 2).to(weight.dtype)
+                if self.layer.intercept is not None:
+                    constant = self._constant(old.flatten(2).sum(2), found.solution.shift[group].to(old.device), group)
+                    add_constant(net, self.layer.intercept, rows, constant)
+
+    def _constant(self, weights: Tensor, shift: Tensor, group: int) -> Tensor:
+        """What the channels' constants add to each output; ``weights`` are summed over kernel and places."""
+        return weights @ shift
+
+    def _rows(self, values: Tensor, positions: Tensor) -> Tensor:
+        """Return channels as ``(groups, samples, channels)``."""
+        flat = self._last(values)
+        chosen = flat[torch.arange(len(flat), device=flat.device)[:, None], positions.to(flat.device)].flatten(0, 1)
+        return chosen[:, self._places.to(flat.device)].permute(1, 0, 3, 2).flatten(1, 2)
+
+    def _last(self, values: Tensor) -> Tensor:
+        """Return values as ``(entries, positions, channels)``."""
+        last = values if is_pointwise(self._module) else values.movedim(1, -1)
+        return last.reshape(len(last), -1, last.shape[-1])
+
+
+class PairTask(ChannelTask):
+    """Let one kept channel stand in for each removed channel.
+
+    Parameters
+    ----------
+    layer, roots, pruned
+        As in :class:`ChannelTask`.
+    survivors : mapping of int to int, optional
+        Kept channel for each removed channel, by their numbers in ``roots``. By default the one with the largest
+        absolute correlation.
+    biases : mapping of int to float, optional
+        If given, the constant for a removed channel u is ``beta * biases[u]``, the same for each output, as (5.9)
+        prints it, instead of ``beta`` times the weights that read u.
+    """
+
+    def __init__(
+        self,
+        layer: Solvable,
+        roots: np.ndarray,
+        pruned: nn.Module,
+        survivors: Mapping[int, int] | None = None,
+        biases: Mapping[int, float] | None = None,
+    ) -> None:
+        super().__init__(layer, roots, pruned)
+        self._numbers = torch.from_numpy(roots)[self._places[:, :, 0]]
+        self._survivors = survivors or {}
+        self._biases = biases
+
+    def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
+        """Solve for ``alpha`` and ``beta`` of every pair."""
+        held_out = held.relative_error(self._solution(learned)) if held.samples else float("nan")
+        learned.merge(held)
+        solution = self._solution(learned)
+        before = learned.relative_error(learned.unchanged())
+        return Fit(solution, 0.0, before, learned.relative_error(solution), held_out)
+
+    def _solution(self, equations: NormalEquations) -> Solution:
+        sums, count = equations.sums, equations.samples
+        means = (sums["x"] / count, sums["y"] / count)
+        if self.layer.intercept is None:
+            means = (torch.zeros_like(means[0]), torch.zeros_like(means[1]))
+        shared = sums["xy"] / count - means[0].unsqueeze(2) * means[1].unsqueeze(1)
+        spread = sums["xx"].diagonal(dim1=1, dim2=2) / count - means[0].square()
+        spread = spread.masked_fill(spread <= _LEAST_VARIANCE * sums["xx"].diagonal(dim1=1, dim2=2) / count, torch.inf)
+        chosen = self._chosen(shared.abs() * spread.rsqrt().unsqueeze(2)).to(shared.device)
+        slopes = (shared / spread.unsqueeze(2)).gather(1, chosen.unsqueeze(1))
+        gone = torch.ones_like(means[1]).scatter(1, self.kept.to(shared.device), 0.0)
+        weights = torch.zeros_like(shared).scatter(1, chosen.unsqueeze(1), slopes * gone.unsqueeze(1))
+        shift = (means[1] - slopes.squeeze(1) * means[0].gather(1, chosen)) * gone
+        return Solution(weights, shift)
+
+    def _chosen(self, likeness: Tensor) -> Tensor:
+        """Return for each channel the rank of its survivor among the kept ones, shape (groups, channels)."""
+        chosen = likeness.argmax(1).cpu()
+        for group, channel in torch.cartesian_prod(*map(torch.arange, chosen.shape)).tolist() if self._survivors else ():
+            survivor = self._survivors.get(int(self._numbers[group, channel]))
+            found = (self._numbers[group, self.kept[group]] == survivor).nonzero() if survivor is not None else []
+            if survivor is not None and not len(found):
+                raise ConfigError(
+                    f"a survivor must be a kept channel that the same layer reads ({self.layer.name}, pairs)"
+                )
+            if len(found):
+                chosen[group, channel] = found[0, 0]
+        return chosen
+
+    def _constant(self, weights: Tensor, shift: Tensor, group: int) -> Tensor:
+        if self._biases is None:
+            return super()._constant(weights, shift, group)
+        biases = [self._biases.get(int(number), 0.0) for number in self._numbers[group]]
+        printed = (shift * torch.tensor(biases, dtype=shift.dtype, device=shift.device)).sum()
+        return printed.expand(len(weights))
+
+
+def pair_coefficients(
+    removed: ArrayLike, survivor: ArrayLike, *, iterations: int | None = None, eps: float = 0.0
+) -> tuple[float, float]:
+    """Return the line that predicts a removed channel from a kept one.
+
+    Parameters
+    ----------
+    removed, survivor : array_like of float, any equal shapes
+        Activations ``f_u`` and ``f_s`` over the same samples.
+    iterations : int, optional
+        Alternate (5.11) and (5.12) so often, from ``beta = 0``; by default the closed form, to which they converge.
+    eps : float, default=0.0
+        The text's small value in the denominator, at least 0.
+
+    Returns
+    -------
+    alpha, beta : float
+        ``argmin ||f_u - alpha f_s - beta||^2``, equation (5.10). Where ``f_s`` is constant, ``alpha`` is 0.
+
+    Raises
+    ------
+    DataError
+        If there is no sample, the shapes differ, or a value isn't finite.
+
+    Notes
+    -----
+    (5.12) prints no mean; as ``beta`` is one number, it is the mean over samples. Each iteration shrinks the
+    distance to the closed form by ``mean(f_s)^2 / (mean(f_s^2) + eps / n)``.
+
+    Examples
+    --------
+    >>> pair_coefficients([1.0, 3.0, 5.0], [0.0, 1.0, 2.0])
+    (2.0, 1.0)
+    """
+    u, s = np.asarray(removed, dtype=np.float64).ravel(), np.asarray(survivor, dtype=np.float64).ravel()
+    if u.shape != s.shape or not u.size:
+        raise DataError(f"activations of a pair must be of one shape and not empty, got {u.size} and {s.size} values")
+    if not (np.isfinite(u).all() and np.isfinite(s).all()):
+        raise DataError("activations of a pair must be finite, got NaN or infinity")
+    if iterations is None:
+        spread = float(((s - s.mean()) ** 2).sum()) + eps
+        alpha = float((u - u.mean()) @ (s - s.mean())) / spread if spread > 0.0 else 0.0
+        return alpha, float(u.mean() - alpha * s.mean())
+    alpha = beta = 0.0
+    square = float(s @ s) + eps
+    for _ in range(iterations):
+        alpha = float(u @ s - beta * s.sum()) / square if square > 0.0 else 0.0
+        beta = float((u - alpha * s).mean())
+    return alpha, beta
+
+
+def _places(layer: Solvable, roots: np.ndarray, module: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return where each channel enters and which are kept, group by group.
+
+    Returns
+    -------
+    Tensor of int, shape (groups, channels, places)
+        Input channels or features; several places a channel behind a flattening.
+    Tensor of int, shape (groups, kept)
+        Ranks of the kept ones among the channels.
+    """
+    step = int(module.weight.shape[1])  # type: ignore[index, union-attr]
+    groups = layer.columns[:, 0] // step
+    counts = np.unique(np.unique(roots, return_counts=True)[1])
+    if is_pointwise(module) and len(counts) == 1 and counts[0] > 1 and roots.min() > 0:
+        order = np.argsort(roots, kind="stable").reshape(-1, counts[0])
+        places = torch.from_numpy(order[np.argsort(order[:, 0])])[None]
+    else:
+        places = (groups[:, None] * step + torch.arange(step))[:, :, None]
+    kept = [torch.isin(mine[:, 0], columns).nonzero().flatten() for mine, columns in zip(places, layer.columns, strict=True)]
+    return places, torch.stack(kept)

@@ -1,0 +1,152 @@
+"""The networks of a compensation: the original, the pruned one that is changed step by step, and the result."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nni_topo.recovery.batchnorm import recalibrate_batch_norm
+from nni_topo.recovery.replay import without_side_effects
+from nni_topo.speedup.channels import ChannelFlow
+from nni_topo.speedup.inputs import Call
+from nni_topo.speedup.masks import FullMasks, Masks, check_masks
+from nni_topo.speedup.reference import apply_masks
+from nni_topo.speedup.resolve import resolve_masks
+from nni_topo.speedup.tracing import trace
+
+
+@dataclass(frozen=True)
+class Networks:
+    """All forms of one model.
+
+    Attributes
+    ----------
+    original, pruned : torch.fx.GraphModule
+        Graphs with the same node names, in evaluation mode, on copies of the model's modules.
+    result : torch.nn.Module
+        A copy of the model, of full size, to be returned.
+    flow : ChannelFlow
+        The channels of the graph.
+    masks : dict of str to dict of str to Tensor
+        Masks that agree where layers share channels.
+    """
+
+    original: GraphModule
+    pruned: GraphModule
+    result: nn.Module
+    flow: ChannelFlow
+    masks: FullMasks
+
+
+def build_networks(model: nn.Module, call: Call, masks: Masks) -> Networks:
+    """Trace a model, complete its masks and make the networks.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model; it isn't changed.
+    call : tuple of (tuple, dict)
+        Arguments for tracing.
+    masks : mapping of str to mapping of str to Tensor or None
+        NNI's masks.
+
+    Returns
+    -------
+    Networks
+        Group and layer norms of the pruned one take their statistics over kept channels, as in the dense model.
+
+    Raises
+    ------
+    ConfigError
+        If a mask doesn't fit the model.
+    SpeedupError
+        If the model can't be traced, or a mask leaves nothing of a layer or removes outputs.
+    """
+    checked = check_masks(model, masks)
+    base = copy.deepcopy(model).eval()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        graph_module, args = trace(base, call)
+        flow = ChannelFlow(graph_module, args)
+    full = resolve_masks(base, flow, checked)
+    original = without_side_effects(graph_module)
+    pruned = copy.deepcopy(original)
+    states = apply_masks(base, call, full).state_dict()
+    pruned.load_state_dict({name: states[name] for name in pruned.state_dict()})
+    _narrow_norms(original, pruned)
+    return Networks(original, pruned, copy.deepcopy(model), flow, full)
+
+
+def copy_norm_statistics(networks: Networks, call: Call, calibration: Iterable[Any]) -> None:
+    """Measure the statistics of the result's batch norms anew, on its masked form.
+
+    Parameters
+    ----------
+    networks : Networks
+        ``result`` is changed. Batch norms keep the statistics of channels that are removed.
+    call : tuple of (tuple, dict)
+        Arguments of the model.
+    calibration : iterable
+        Batches.
+    """
+    masked = recalibrate_batch_norm(apply_masks(networks.result, call, networks.masks), calibration)
+    for name, module in networks.result.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_var is not None and module.running_mean is not None:
+            measured: Any = masked.get_submodule(name)
+            alive = measured.running_var > 0
+            module.running_mean[alive] = measured.running_mean[alive]
+            module.running_var[alive] = measured.running_var[alive]
+
+
+class _NarrowNorm(nn.Module):
+    """A group or layer norm over kept channels; removed ones come out as zeros.
+
+    Parameters
+    ----------
+    norm : torch.nn.GroupNorm or LayerNorm
+        The norm.
+    kept : Tensor of bool, shape (channels,)
+        True for kept channels.
+    """
+
+    def __init__(self, norm: Any, kept: Tensor) -> None:
+        super().__init__()
+        self.norm = norm
+        self.index = kept.nonzero().flatten()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Normalise ``(n, channels, ...)`` or ``(n, ..., channels)``."""
+        index = self.index.to(inputs.device)
+        dim = -1 if isinstance(self.norm, nn.LayerNorm) else 1
+        chosen = inputs.index_select(dim, index)
+        weight, bias = (None if p is None else p[index] for p in (self.norm.weight, self.norm.bias))
+        if isinstance(self.norm, nn.LayerNorm):
+            narrow = functional.layer_norm(chosen, (len(index),), weight, bias, self.norm.eps)
+        else:
+            groups = len((index // (self.norm.num_channels // self.norm.num_groups)).unique())
+            narrow = functional.group_norm(chosen, groups, weight, bias, self.norm.eps)
+        return torch.zeros_like(inputs).index_copy(dim, index, narrow)
+
+
+def _narrow_norms(original: GraphModule, pruned: GraphModule) -> None:
+    """Let norms of the pruned network pass over the channels that masking has silenced."""
+    for name, norm in list(pruned.named_modules()):
+        one_dimensional = isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1
+        if not (one_dimensional or isinstance(norm, nn.GroupNorm)) or norm.weight is None:
+            continue
+        silent = _is_zero(norm) & ~_is_zero(original.get_submodule(name))
+        if bool(silent.any()) and not bool(silent.all()):
+            pruned.set_submodule(name, _NarrowNorm(norm, ~silent))
+
+
+def _is_zero(norm: Any) -> Tensor:
+    silent: Tensor = norm.weight.detach() == 0
+    return silent if norm.bias is None else silent & (norm.bias.detach() == 0)
