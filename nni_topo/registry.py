@@ -163,7 +163,7 @@ def create_pruner(
     missing = [need for need in info.needs if given.get(need) is None]
     if missing:
         raise ConfigError(f"pruner {name!r} needs {', '.join(missing)}, got none (create_pruner)")
-    check_request(model, config_list)
+    config_list = check_request(model, config_list)
     if evaluator is not None:
         knobs["evaluator"] = evaluator
     return info.load()(model, config_list, **knobs)

@@ -74,7 +74,7 @@ class FunctionalCollector(DataCollector):
         example = next(iter(calibration_inputs(context.model, self.calibration)))
         with evaluation_mode(context.model):
             flow = channel_flow(context.model, call_arguments(example))
-        readers = {unit.name: _readers(unit, flow, context) for unit in context.units}
+        readers = {unit.name: readers_of(unit, flow, context) for unit in context.units}
         moments = {name: [Moments() for _ in found] for name, found in readers.items()}
         self._run(context, readers, moments)
         data: Data = {}
@@ -88,7 +88,7 @@ class FunctionalCollector(DataCollector):
         return data
 
     def _run(
-        self, context: PruningContext, readers: dict[str, list[_Reader]], moments: dict[str, list[Moments]]
+        self, context: PruningContext, readers: dict[str, list[Reader]], moments: dict[str, list[Moments]]
     ) -> None:
         handles = []
         try:
@@ -104,7 +104,7 @@ class FunctionalCollector(DataCollector):
 
 
 @dataclass(frozen=True)
-class _Reader:
+class Reader:
     """A layer that reads a unit: where each channel enters, ``(channels, places)``, and how strongly it's read."""
 
     module: nn.Module
@@ -112,6 +112,7 @@ class _Reader:
     strength: Tensor
 
     def recorder(self, moments: Moments) -> Any:
+        """Return a forward pre-hook that adds each batch to running sums."""
         def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             dim = -1 if isinstance(module, nn.Linear) else 1
             rows = inputs[0].detach().movedim(dim, 0).flatten(1).double()
@@ -120,11 +121,18 @@ class _Reader:
         return record
 
 
-def _readers(unit: PruningUnit, flow: ChannelFlow, context: PruningContext) -> list[_Reader]:
+def readers_of(unit: PruningUnit, flow: ChannelFlow, context: PruningContext) -> list[Reader]:
+    """Return the layers that read a unit's channels.
+
+    Raises
+    ------
+    ConfigError
+        If the unit isn't pruned by output channel, or no layer reads it.
+    """
     modules = dict(context.model.named_modules())
     lead, target = unit.members[0]
     if lead not in flow.layers or context.target_spaces[lead][target].granularity != "out_channel":
-        raise ConfigError(f"a functional cloud needs a layer pruned by output channel ({unit.name})")
+        raise ConfigError(f"a cloud of what is read needs a layer pruned by output channel ({unit.name})")
     channels = flow.layer_roots(lead)
     readers = []
     for name in flow.layers:
@@ -133,9 +141,9 @@ def _readers(unit: PruningUnit, flow: ChannelFlow, context: PruningContext) -> l
             continue
         places = _places(channels, flow.entering_roots(name))
         if places is not None:
-            readers.append(_Reader(module, places, _strength(module, places)))
+            readers.append(Reader(module, places, _strength(module, places)))
     if not readers:
-        raise ConfigError(f"a functional cloud needs a layer that reads the channels, got none ({unit.name})")
+        raise ConfigError(f"a cloud of what is read needs a layer that reads the channels, got none ({unit.name})")
     return readers
 
 

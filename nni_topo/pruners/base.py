@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from nni.compression.base.compressor import Pruner
+from nni.compression.base.target_space import PruningTargetSpace, TargetType
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
@@ -32,6 +33,7 @@ from nni_topo.hooks.units import is_active
 from nni_topo.pruners.checks import check_request
 
 _logger = logging.getLogger(__name__)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class StructuredPruner(Pruner):
@@ -42,7 +44,7 @@ class StructuredPruner(Pruner):
     model : torch.nn.Module
         Model to prune. NNI wraps it; ``unwrap_model()`` takes the wrappers off again.
     config_list : list of dict
-        NNI's config_list.
+        NNI's config_list; keys of NNI 2 are rewritten, see :func:`~nni_topo.pruners.legacy.modern_config`.
     evaluator : nni.compression.utils.Evaluator or None, default=None
         Needed for scheduled pruning, and by collectors that have no calibration data.
     existed_wrappers : dict or None, default=None
@@ -64,6 +66,9 @@ class StructuredPruner(Pruner):
     ``unwrap_model()`` restores the unmasked weights as *new* Parameters: an optimizer made before doesn't know them.
     ``interval_steps``, ``total_times`` and ``first_step_gen`` mean what they mean for NNI's own pruners;
     ``LinearPruner`` and ``AGPPruner`` set them.
+
+    At the default granularity a transposed convolution (without groups) loses output channels, and its bias with
+    them. NNI's own pruners take its input channels and fail on the bias.
     """
 
     def __init__(
@@ -77,7 +82,7 @@ class StructuredPruner(Pruner):
         calculator: MetricCalculator,
         allocator: SparsityAllocator | None = None,
     ) -> None:
-        check_request(model, config_list, existed_wrappers)
+        config_list = check_request(model, config_list, existed_wrappers)
         self.collector = collector
         self.calculator = calculator
         self.allocator = ConfigAllocator() if allocator is None else allocator
@@ -104,6 +109,31 @@ class StructuredPruner(Pruner):
         """
         model, masks = super().compress(max_steps, max_epochs)
         return model, masks
+
+    def update_masks(self, masks: Masks) -> None:
+        """Put masks into the wrapped model; those of modules that this pruner doesn't know are left out.
+
+        NNI's own pruners promise the same and raise a KeyError.
+
+        Parameters
+        ----------
+        masks : dict
+            ``{module name: {target name: mask}}``.
+        """
+        unknown = sorted(masks.keys() - self._module_wrappers.keys())
+        if unknown:
+            _logger.warning("masks of modules that aren't pruned here are left out: %s", ", ".join(unknown))
+        super().update_masks({name: targets for name, targets in masks.items() if name in self._module_wrappers})
+
+    def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> list[int] | str | None:
+        module = target_space._wrapper.module
+        if not isinstance(module, _TRANSPOSED) or module.groups > 1 or target_space.type is not TargetType.PARAMETER:
+            granularity: list[int] | str | None = super()._set_default_sparse_granularity(target_space)
+            return granularity
+        if target_space.align is None:
+            return "in_channel"  # NNI's name for the second dimension, here the output channels
+        target_space.setting["align"] = {**target_space.align, "dims": [1]}
+        return "out_channel"
 
     def _collect_data(self) -> Data:
         return self.collector.collect(self._context())

@@ -7,23 +7,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from nni.compression.base.config import (
-    default_config_schema,
-    select_modules_by_config,
-    trans_legacy_config_list,
-)
+from nni.compression.base.config import default_config_schema, select_modules_by_config
 from nni.compression.base.setting import PruningSetting
 from schema import SchemaError
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.pruners.legacy import modern_config
 
 _logger = logging.getLogger(__name__)
 
 
 def check_request(
     model: nn.Module, config_list: list[dict[str, Any]], existed_wrappers: Mapping[str, Any] | None = None
-) -> None:
+) -> list[dict[str, Any]]:
     """Check a pruning request; the model isn't changed.
 
     Parameters
@@ -31,9 +28,15 @@ def check_request(
     model : torch.nn.Module
         The model to prune.
     config_list : list of dict
-        NNI's config_list. Empty is legal: scheduled pruners are built so.
+        NNI's config_list. Empty is legal: scheduled pruners are built so. Keys of NNI 2 are legal too, see
+        :func:`~nni_topo.pruners.legacy.modern_config`.
     existed_wrappers : mapping or None
         Wrappers inherited from another compressor.
+
+    Returns
+    -------
+    list of dict
+        The config_list in the words of NNI 3.
 
     Raises
     ------
@@ -47,7 +50,8 @@ def check_request(
         raise ConfigError(f"config_list must be a list of dicts, got {type(config_list).__name__} (config_list)")
     _check_unwrapped(model, existed_wrappers or {})
     matched: dict[str, nn.Module] = {}
-    for index, config in enumerate(trans_legacy_config_list(list(config_list))):
+    modern = modern_config(model, config_list)
+    for index, config in enumerate(modern):
         place = f"config_list[{index}]"
         _check_entry(config, place)
         modules, _, _ = select_modules_by_config(model, config)
@@ -62,6 +66,7 @@ def check_request(
         )
     for name, module in matched.items():
         _check_module(name, module)
+    return modern
 
 
 def _check_unwrapped(model: nn.Module, existed_wrappers: Mapping[str, Any]) -> None:

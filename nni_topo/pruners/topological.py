@@ -43,6 +43,7 @@ from nni_topo.hooks import (
 )
 from nni_topo.hooks.budget import Allocation, BudgetAllocator
 from nni_topo.hooks.collectors import Preprocess
+from nni_topo.hooks.coupled import CoupledWeightCollector
 from nni_topo.hooks.functional import FunctionalCollector
 from nni_topo.pruners.base import StructuredPruner
 
@@ -224,9 +225,10 @@ class TopologicalPruner(StructuredPruner):
         Needed for scheduled pruning; serves the activation cloud where there is no ``calibration``.
     existed_wrappers : dict or None, default=None
         Used by ``from_compressor``.
-    collector : {"auto", "weight", "activation", "functional"} or DataCollector, default="auto"
-        The cloud: the filters' weights, their outputs over the calibration data, or what these outputs do in the layers
-        that read them. ``"auto"`` is ``"functional"`` if ``calibration`` is given, else ``"weight"``.
+    collector : {"auto", "weight", "coupled", "activation", "functional"} or DataCollector, default="auto"
+        The cloud: the filters' weights, the same scaled by batch norm and by the weights that read them (needs
+        ``example_inputs``), their outputs over the calibration data, or what these outputs do in the layers that read
+        them. ``"auto"`` is ``"functional"`` if ``calibration`` is given, else ``"weight"``.
     calibration : iterable or None, default=None
         Batches of inputs, or of ``(inputs, targets)``; labels aren't used. A list or DataLoader, not a generator.
     preprocess : {"none", "center", "standardize", "unit"}, default="none"
@@ -253,7 +255,8 @@ class TopologicalPruner(StructuredPruner):
     allocation : {"topological", "uniform"}, default="topological"
         How the budget is dealt out: one tolerance on death times over the network, or the same share of every layer.
     example_inputs : Any, default=None
-        Inputs of the model, which a ``target`` needs; the first ``calibration`` batch serves as well.
+        Inputs of the model, which a ``target`` and the coupled cloud need; for a target the first ``calibration`` batch
+        serves as well.
     patience : int or None, default=None
         Generations without improvement after which the search ends. None: never.
     engine : {"exact", "gudhi"}, default="exact"
@@ -362,7 +365,7 @@ class TopologicalPruner(StructuredPruner):
             config_list,
             evaluator,
             existed_wrappers,
-            collector=_collector(choice["collector"], calibration, preprocess),
+            collector=_collector(choice["collector"], calibration, example_inputs, preprocess),
             calculator=self._metric,
             allocator=allocator,
         )
@@ -443,7 +446,7 @@ def _allocator(
 
 
 def _collector(
-    collector: str | DataCollector, calibration: Iterable[Any] | None, preprocess: Preprocess
+    collector: str | DataCollector, calibration: Iterable[Any] | None, example_inputs: Any, preprocess: Preprocess
 ) -> DataCollector:
     if isinstance(collector, DataCollector):
         return collector
@@ -457,7 +460,11 @@ def _collector(
         if calibration is None:
             raise ConfigError("collector 'functional' needs calibration data, got none (calibration)")
         return FunctionalCollector(calibration, preprocess=preprocess)
-    raise unknown_name("collector", str(collector), ("auto", "weight", "activation", "functional"))
+    if collector == "coupled":
+        if example_inputs is None:
+            raise ConfigError("collector 'coupled' needs example_inputs, got none (example_inputs)")
+        return CoupledWeightCollector(example_inputs, preprocess=preprocess)
+    raise unknown_name("collector", str(collector), ("auto", "weight", "coupled", "activation", "functional"))
 
 
 def _preset(preset: str, given: dict[str, Any]) -> dict[str, Any]:

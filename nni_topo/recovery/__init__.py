@@ -1,5 +1,16 @@
 """Bringing a pruned network back without labels."""
 
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
+from nni_topo.recovery.compensation import Compensation, compensate, compensation
+from nni_topo.recovery.mixing import pair_coefficients
+from nni_topo.recovery.report import CompensationReport, LayerReport
 
-__all__ = ["recalibrate_batch_norm"]
+__all__ = [
+    "Compensation",
+    "CompensationReport",
+    "LayerReport",
+    "compensate",
+    "compensation",
+    "pair_coefficients",
+    "recalibrate_batch_norm",
+]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nni_topo.hooks.collectors import calibration_inputs
+from nni_topo.recovery.batches import calls
 
 
 def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any]) -> nn.Module:
@@ -51,8 +51,8 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any]) -> nn.M
         norm.momentum = None
         norm.train()
     with torch.no_grad():
-        for inputs in calibration_inputs(copied, calibration):
-            copied(inputs)
+        for call in calls(copied, calibration):
+            copied(*call[0], **call[1])
     for norm, momentum in momenta.items():
         norm.momentum = momentum
     for module, flag in flags.items():

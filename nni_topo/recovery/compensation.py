@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,17 +15,17 @@ from torch import nn
 from tqdm import tqdm
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.recovery.batches import calls
 from nni_topo.recovery.networks import Networks, build_networks, copy_norm_statistics
-from nni_topo.recovery.plan import Plan, make_plan
-from nni_topo.recovery.replay import Replay, batch_call, no_batches
+from nni_topo.recovery.plan import make_plan
+from nni_topo.recovery.replay import Replay
 from nni_topo.recovery.report import CompensationReport, LayerReport
-from nni_topo.recovery.steps import tasks_of
+from nni_topo.recovery.steps import Pairs, tasks_of
 from nni_topo.recovery.tasks import Sampler, Task
 from nni_topo.speedup.inputs import Call, tensors_of
 from nni_topo.speedup.masks import Masks, check_model
 
 Method = Literal["reconstruct", "channel", "pair"]
-Pairs = Mapping[str, Mapping[int, int]]
 METHODS = ("reconstruct", "channel", "pair")
 
 _logger = logging.getLogger(__name__)
@@ -83,8 +83,8 @@ def compensate(
     recalibrate : bool, default=False
         Also measure the statistics of batch norms anew, at the end.
     pairs : mapping of str to mapping of int to int, optional
-        For ``"pair"``: ``{layer: {removed channel: kept channel}}``. By default, and for channels that aren't named, the
-        kept channel with the largest absolute correlation.
+        For ``"pair"``: ``{layer: {removed channel: kept channel}}``. By default, and for channels that aren't named,
+        the kept channel with the largest absolute correlation.
     as_printed : bool, default=False
         For ``"pair"``: take the constant of equation (5.9) as printed, from the removed neuron's own bias. It doesn't
         follow from (5.10) and is there for comparison.
@@ -238,19 +238,16 @@ def _check_knobs(method: str, ridge: Any, pairs: Pairs | None, as_printed: bool)
 
 def _survey(model: nn.Module, calibration: Iterable[Any]) -> tuple[tuple[int, ...], Call]:
     """Count the images of each batch, check that they are finite, and try the first one; return it, too."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    sizes, first = [], None
-    for index, batch in enumerate(calibration):
-        call = batch_call(batch, device)
+    sizes: list[int] = []
+    first: Call = ((), {})
+    for index, call in enumerate(calls(model, calibration)):
         tensors = tensors_of(call)
         if not tensors or any(tensor.numel() == 0 for tensor in tensors):
             raise DataError(f"a calibration batch must hold inputs, got an empty one (batch {index})")
         if any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors):
             raise DataError(f"calibration inputs must be finite, got NaN or infinity (batch {index})")
         sizes.append(len(tensors[0]))
-        first = call if first is None else first
-    if first is None:
-        raise no_batches()
+        first = first if index else call
     _try(model, first)
     return tuple(sizes), first
 

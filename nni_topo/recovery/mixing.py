@@ -1,8 +1,8 @@
 """Compensation channel by channel: removed channels are replaced by kept ones where a layer reads them.
 
-``"channel"`` predicts every channel that a layer read from the kept ones, by least squares over samples and positions, and
-folds the mixing matrix into the layer's weights. ``"pair"`` replaces each removed channel by one kept channel
-and a constant, ``f_u = alpha f_s + beta``: the correlation-based update of [1]_, equations 5.8 to 5.12.
+``"channel"`` predicts every channel that a layer read from the kept ones, by least squares over samples and positions,
+and folds the mixing matrix into the layer's weights. ``"pair"`` replaces each removed channel by one kept channel and a
+constant, ``f_u = alpha f_s + beta``: the correlation-based update of [1]_, equations 5.8 to 5.12.
 
 In front of a padded convolution a constant isn't seen at the border, where the padding stays zero; so there the
 constant that goes into the bias is exact only where the kernel lies within the image.
@@ -43,8 +43,8 @@ class ChannelTask(Task):
     roots : ndarray of int, shape (inputs,)
         For each input channel or feature the number of the channel that it comes from. Features of one channel, behind
         a flattening, count as its samples.
-    pruned, result : torch.nn.Module
-        The networks; weights of ``result`` that read removed channels are set to zero when a solution is put in.
+    pruned : torch.nn.Module
+        The pruned network.
     """
 
     def __init__(self, layer: Solvable, roots: np.ndarray, pruned: nn.Module) -> None:
@@ -161,15 +161,18 @@ class PairTask(ChannelTask):
     def _chosen(self, likeness: Tensor) -> Tensor:
         """Return for each channel the rank of its survivor among the kept ones, shape (groups, channels)."""
         chosen = likeness.argmax(1).cpu()
-        for group, channel in torch.cartesian_prod(*map(torch.arange, chosen.shape)).tolist() if self._survivors else ():
-            survivor = self._survivors.get(int(self._numbers[group, channel]))
-            found = (self._numbers[group, self.kept[group]] == survivor).nonzero() if survivor is not None else []
-            if survivor is not None and not len(found):
-                raise ConfigError(
-                    f"a survivor must be a kept channel that the same layer reads ({self.layer.name}, pairs)"
-                )
-            if len(found):
-                chosen[group, channel] = found[0, 0]
+        for group, numbers in enumerate(self._numbers.tolist()):
+            ranks = {numbers[channel]: rank for rank, channel in enumerate(self.kept[group].tolist())}
+            for channel, number in enumerate(numbers):
+                survivor = self._survivors.get(number)
+                if survivor is None:
+                    continue
+                if survivor not in ranks:
+                    raise ConfigError(
+                        "a removed channel and the one that stands in for it must be read together, "
+                        f"got a pair that isn't (pairs, {self.layer.name})"
+                    )
+                chosen[group, channel] = ranks[survivor]
         return chosen
 
     def _constant(self, weights: Tensor, shift: Tensor, group: int) -> Tensor:
@@ -241,7 +244,7 @@ def _places(layer: Solvable, roots: np.ndarray, module: nn.Module) -> tuple[Tens
     Tensor of int, shape (groups, kept)
         Ranks of the kept ones among the channels.
     """
-    step = int(module.weight.shape[1])  # type: ignore[index, union-attr]
+    step = int(module.weight.shape[1])  # type: ignore[index]
     groups = layer.columns[:, 0] // step
     counts = np.unique(np.unique(roots, return_counts=True)[1])
     if is_pointwise(module) and len(counts) == 1 and counts[0] > 1 and roots.min() > 0:
@@ -249,5 +252,7 @@ def _places(layer: Solvable, roots: np.ndarray, module: nn.Module) -> tuple[Tens
         places = torch.from_numpy(order[np.argsort(order[:, 0])])[None]
     else:
         places = (groups[:, None] * step + torch.arange(step))[:, :, None]
-    kept = [torch.isin(mine[:, 0], columns).nonzero().flatten() for mine, columns in zip(places, layer.columns, strict=True)]
+    kept = [
+        torch.isin(mine[:, 0], columns).nonzero().flatten() for mine, columns in zip(places, layer.columns, strict=True)
+    ]
     return places, torch.stack(kept)

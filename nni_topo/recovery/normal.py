@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,8 +26,8 @@ class NormalEquations:
     samples : int
         Samples added.
     sums : dict of str to Tensor
-        Over samples: ``x``, ``y``, ``r`` of inputs, residuals and references, ``yy`` and ``rr`` of their squares; ``xx``
-        and ``xy`` of products, shapes (groups, unknowns, unknowns) and (groups, unknowns, outputs).
+        Over samples: ``x``, ``y``, ``r`` of inputs, residuals and references, ``yy`` and ``rr`` of their squares;
+        ``xx`` and ``xy`` of products, shapes (groups, unknowns, unknowns) and (groups, unknowns, outputs).
     """
 
     def __init__(self) -> None:
@@ -186,23 +187,27 @@ def fit(learned: NormalEquations, held: NormalEquations, ridge: float | None, *,
     Fit
         The solution.
     """
-    coarse = learned.unknowns > _MANY_UNKNOWNS
-    ridges = (_COARSE_GRID if coarse else GRID) if ridge is None else (ridge,)
-    if not held.samples:
-        ridges = ridges[-2:-1] if ridge is None else ridges
-    best, held_out = float("inf"), float("nan")
-    if held.samples:
+    ridges = (ridge,) if ridge is not None else _COARSE_GRID if learned.unknowns > _MANY_UNKNOWNS else GRID
+    chosen, held_out = _choose(learned, held, ridges, intercept=intercept)
+    if ridge is None and held.samples:
         nothing = held.relative_error(held.unchanged())
-        errors = {r: held.relative_error(found) for r, found in learned.solve(ridges, intercept=intercept)}
-        if ridge is None:
-            errors[best] = nothing
-        best = min(errors, key=lambda r: errors[r]) if errors else best
-        held_out = errors.get(best, nothing)
-        learned.merge(held)
-    else:
-        best = ridges[0]
+        chosen, held_out = (chosen, held_out) if held_out < nothing else (math.inf, nothing)
+    learned.merge(held)
     before = learned.relative_error(learned.unchanged())
     solution = learned.unchanged()
-    for _, found in learned.solve([best] if best < float("inf") else [], intercept=intercept):
+    for _, found in learned.solve([chosen] if chosen < math.inf else [], intercept=intercept):
         solution = found
-    return Fit(solution, best, before, learned.relative_error(solution), held_out)
+    return Fit(solution, chosen, before, learned.relative_error(solution), held_out)
+
+
+def _choose(
+    learned: NormalEquations, held: NormalEquations, ridges: Sequence[float], *, intercept: bool
+) -> tuple[float, float]:
+    """Return the ridge with the smallest error on held-out samples, and the error; without any, a middle one."""
+    if not held.samples:
+        return ridges[len(ridges) // 2], math.nan
+    errors = {r: held.relative_error(found) for r, found in learned.solve(ridges, intercept=intercept)}
+    if not errors:
+        return math.inf, held.relative_error(held.unchanged())
+    best = min(errors, key=lambda r: errors[r])
+    return best, errors[best]

@@ -49,7 +49,8 @@ def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor) 
     windows = _windows(module, inputs[:, columns.flatten()])
     dims = len(module.kernel_size)
     places = torch.unravel_index(positions, windows.shape[2 : 2 + dims])
-    rows = windows[(entries, slice(None), *places)].flatten(0, 1)
+    at: tuple[Any, ...] = (entries, slice(None), *places)
+    rows = windows[at].flatten(0, 1)
     return rows.reshape(len(rows), groups, -1).transpose(0, 1)
 
 

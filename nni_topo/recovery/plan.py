@@ -118,7 +118,7 @@ def make_plan(graph_module: GraphModule, flow: ChannelFlow, masks: FullMasks, to
         elif reason:
             plan.left_alone[name] = reason
     order = {node: rank for rank, node in enumerate(graph_module.graph.nodes)}
-    keyed = [item for equations in meeting.values() for item in _ordered(equations)]
+    keyed = [item for equations in meeting.values() for item in _ordered(graph_module, equations)]
     plan.equations = sorted(keyed, key=lambda equation: order[equation.place])
     return plan
 
@@ -133,11 +133,11 @@ def pruned_roots(graph_module: GraphModule, flow: ChannelFlow, masks: FullMasks)
     return pruned - {FIXED}
 
 
-def path_scale(modules: GraphModule, norms: Iterable[str], channels: int) -> Tensor:
+def path_scale(net: nn.Module, norms: Iterable[str], channels: int) -> Tensor:
     """Return by how much batch norms multiply each channel in evaluation mode, shape (channels,), float64."""
     scale = torch.ones(channels, dtype=torch.float64)
     for name in norms:
-        norm: Any = modules.get_submodule(name)
+        norm: Any = net.get_submodule(name)
         own = (norm.running_var.double() + norm.eps).rsqrt()
         own = own if norm.weight is None else own * norm.weight.detach().double()
         scale = scale.to(own.device) * own
@@ -193,8 +193,9 @@ def _solvable(
     left = [pair for pair in zip(columns, rows, strict=True) if len(pair[0]) and len(pair[1])]
     if not left or len({(len(one), len(other)) for one, other in left}) > 1:
         return None
-    columns, rows = (torch.from_numpy(np.stack(side)) for side in zip(*left, strict=True))
-    return Solvable(name, node, columns, rows, _intercept(graph_module, node, rows, masks))
+    inputs = torch.from_numpy(np.stack([pair[0] for pair in left]))
+    outputs = torch.from_numpy(np.stack([pair[1] for pair in left]))
+    return Solvable(name, node, inputs, outputs, _intercept(graph_module, node, outputs, masks))
 
 
 def _any(values: Tensor, dim: int) -> np.ndarray:
@@ -265,17 +266,12 @@ def _passes(graph_module: GraphModule, node: Node) -> bool:
     return node.target is functional.dropout and node.kwargs.get("training") is False
 
 
-def _ordered(equations: list[tuple[Equation, Equation]]) -> list[Equation]:
+def _ordered(graph_module: GraphModule, equations: list[tuple[Equation, Equation]]) -> list[Equation]:
     """Order the equations of the layers that meet at one place."""
-    by_size = sorted(equations, key=lambda pair: pair[0].layer.columns.shape[1] * _kernel(pair[0]))
-    *others, (_, last) = by_size
-    if not others:
-        return [last]
+
+    def unknowns(pair: tuple[Equation, Equation]) -> int:
+        module: Any = graph_module.get_submodule(pair[0].layer.name)
+        return int(pair[0].layer.columns.shape[1] * module.weight[0, 0].numel())
+
+    *others, (_, last) = sorted(equations, key=unknowns)
     return [near for near, _ in others] + [last] + [far for _, far in others]
-
-
-def _kernel(equation: Equation) -> int:
-    """Return the number of weights that a layer has for each pair of channels."""
-    layer = equation.layer
-    shape = layer.node.graph.owning_module.get_submodule(layer.name).weight.shape  # type: ignore[union-attr]
-    return int(torch.Size(shape[2:]).numel())

@@ -47,7 +47,7 @@ class ReconstructTask(Task):
         self.place = equation.place
         self.watched = [equation.layer.source, equation.place]
         self._module: Any = pruned.get_submodule(self.layer.name)
-        weight = self._module.weight
+        weight: Any = self._module.weight
         self._scale = path_scale(pruned, equation.norms, len(weight)).to(weight.device)
         self._columns, self._rows = self.layer.columns.to(weight.device), self.layer.rows.to(weight.device)
         for net in (pruned, result):

@@ -11,10 +11,10 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils._pytree import tree_map
 
 from nni_topo.errors import DataError
-from nni_topo.speedup.inputs import Call, bind_arguments, call_arguments, tensors_of
+from nni_topo.recovery.batches import calls
+from nni_topo.speedup.inputs import bind_arguments, tensors_of
 
 Values = dict[Node, Any]
 
@@ -55,12 +55,13 @@ class Replay:
     ) -> None:
         self.model = model
         self.nodes: list[Node] = list(original.graph.nodes)
+        self._placeholders = [node for node in self.nodes if node.op == "placeholder"]
         self.order = {node: rank for rank, node in enumerate(self.nodes)}
         self._runners = Interpreter(original), Interpreter(pruned)
         self._twins = dict(zip(self.nodes, pruned.graph.nodes, strict=True))
         self._last_use = {node: max((self.order[user] for user in node.users), default=-1) for node in self.nodes}
         self.touched_nodes = touched_nodes(original, pruned)
-        self._calibration = list(calibration) if isinstance(calibration, Iterator) else calibration
+        self._calibration = calibration
         self._cache_bytes = 0 if _works_in_place(original) else cache_bytes
         self._start = 0
         self._saved: list[tuple[Values, Values]] | None = None
@@ -102,14 +103,10 @@ class Replay:
         if self._saved is not None:
             yield from ((dict(original), dict(pruned)) for original, pruned in self._saved)
             return
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        count = 0
-        for count, batch in enumerate(self._calibration, start=1):  # noqa: B007
-            named = bind_arguments(self.model, batch_call(batch, device))
-            given = {node: named[str(node.target)] for node in self.nodes if str(node.target) in named}
+        for call in calls(self.model, self._calibration):
+            named = bind_arguments(self.model, call)
+            given = {node: named[str(node.target)] for node in self._placeholders if str(node.target) in named}
             yield dict(given), dict(given)
-        if count == 0:
-            raise no_batches()
 
     def _advance(self, original: Values, pruned: Values, start: int, stop: int, watched: set[Node], index: int) -> None:
         try:
@@ -139,34 +136,6 @@ class Replay:
             if self._last_use[parent] <= rank and parent not in watched:
                 original.pop(parent, None)
                 pruned.pop(parent, None)
-
-
-def batch_call(batch: Any, device: torch.device) -> Call:
-    """Return the arguments that a calibration batch stands for, on a device.
-
-    Parameters
-    ----------
-    batch : Tensor, tuple, list or mapping
-        The input; or a tuple or list whose first entry is the input, e.g. ``(images, labels)``. An input that is a
-        mapping holds keyword arguments; one that is a tuple or list (within a batch that is one), positional ones.
-    device : torch.device
-        The model's.
-
-    Returns
-    -------
-    tuple of (tuple, dict)
-        Positional and keyword arguments.
-    """
-    if isinstance(batch, (tuple, list)) and not batch:
-        raise DataError("a calibration batch must hold an input, got an empty one")
-    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-    call: Call = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, call_arguments(inputs))
-    return call
-
-
-def no_batches() -> DataError:
-    """Return the error for a calibration set without batches."""
-    return DataError("calibration must hold at least one batch, got none (was a generator used twice?)")
 
 
 def without_side_effects(graph_module: GraphModule) -> GraphModule:

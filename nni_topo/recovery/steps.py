@@ -2,9 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
+
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.recovery.mixing import ChannelTask, PairTask
 from nni_topo.recovery.networks import Networks
-from nni_topo.recovery.plan import Plan, Solvable
+from nni_topo.recovery.plan import Plan, Solvable, pruned_roots
 from nni_topo.recovery.reconstruct import ReconstructTask
 from nni_topo.recovery.tasks import Task
+
+Pairs = Mapping[str, Mapping[int, int]]
+
+
+def tasks_of(method: str, plan: Plan, networks: Networks, pairs: Pairs | None, as_printed: bool) -> list[Task]:
+    """List the tasks of a method in the order in which they are to be done.
+
+    Parameters
+    ----------
+    method : {"reconstruct", "channel", "pair"}
+        See :func:`~nni_topo.recovery.compensate`.
+    plan : Plan
+        Which layers can be changed.
+    networks : Networks
+        The networks.
+    pairs : mapping of str to mapping of int to int or None
+        Kept channels that stand in for removed ones.
+    as_printed : bool
+        Take the constant of equation (5.9) as printed.
+
+    Returns
+    -------
+    list of Task
+        ``"reconstruct"``: one for each equation; else one for each layer that reads removed channels.
+
+    Raises
+    ------
+    ConfigError
+        If ``pairs`` names a layer or channel that can't be used.
+    """
+    if method == "reconstruct":
+        return [ReconstructTask(equation, networks.pruned, networks.result) for equation in plan.equations]
+    readers = {
+        equation.layer.name: equation.layer for equation in plan.equations if _reads_removed(equation.layer, networks)
+    }
+    roots = {name: networks.flow.entering_roots(name) for name in networks.flow.layers if name in readers}
+    if method == "channel":
+        return [ChannelTask(readers[name], roots[name], networks.pruned) for name in roots]
+    survivors = _survivors(networks, pairs or {})
+    biases = _biases(networks) if as_printed else None
+    return [PairTask(readers[name], roots[name], networks.pruned, survivors, biases) for name in roots]
+
+
+def _reads_removed(layer: Solvable, networks: Networks) -> bool:
+    weight = networks.pruned.get_submodule(layer.name).weight
+    return layer.columns.shape[1] < int(weight.shape[1])  # type: ignore[index]
+
+
+def _survivors(networks: Networks, pairs: Pairs) -> dict[int, int]:
+    """Translate channels of layers into the numbers of the channel flow."""
+    removed = pruned_roots(networks.original, networks.flow, networks.masks)
+    survivors = {}
+    for name, chosen in pairs.items():
+        if name not in networks.flow.layers:
+            raise unknown_name("a layer of pairs", name, networks.flow.layers)
+        roots = networks.flow.layer_roots(name).tolist()
+        for gone, kept in chosen.items():
+            inside = 0 <= gone < len(roots) and 0 <= kept < len(roots)
+            if not inside or roots[gone] not in removed or roots[kept] in removed:
+                raise ConfigError(
+                    f"pairs must map channels that are removed to channels that are kept, got {gone}: {kept} ({name})"
+                )
+            survivors[roots[gone]] = roots[kept]
+    return survivors
+
+
+def _biases(networks: Networks) -> dict[int, float]:
+    """Return the bias of every channel's first layer, 0 if it has none."""
+    biases: dict[int, float] = {}
+    for name in networks.flow.layers:
+        roots = networks.flow.layer_roots(name)
+        bias = getattr(networks.original.get_submodule(name), "bias", None)
+        values = np.zeros(len(roots)) if bias is None else bias.detach().double().cpu().numpy()
+        for root, value in zip(roots.tolist(), values.tolist(), strict=True):
+            biases.setdefault(root, value)
+    return biases

@@ -162,6 +162,8 @@ def prune(
     if cell.pruner.calibration:
         images = data.train.tensors[0][: cell.pruner.calibration]
         knobs["calibration"] = list(images.split(128))
+    if knobs.get("collector") == "coupled":
+        knobs["example_inputs"] = example
     began = time.perf_counter()
     pruner = create_pruner(cell.pruner.name, victim, config_list, **knobs)
     _, masks = pruner.compress()

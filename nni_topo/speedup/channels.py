@@ -154,7 +154,22 @@ class ChannelFlow(torch.fx.Interpreter):
         ndarray of int, shape (input channels,)
             One channel number each; of a linear layer behind a flattening one for each feature.
         """
-        return self.roots(self._entering.get(name, np.zeros(0, dtype=np.int64)))
+        return self.roots(self.entering_numbers(name))
+
+    def entering_numbers(self, name: str) -> np.ndarray:
+        """Look up the channels that enter a layer or a batch norm, as the layers before it numbered them.
+
+        Parameters
+        ----------
+        name : str
+            The layer or norm.
+
+        Returns
+        -------
+        ndarray of int, shape (input channels,)
+            Channel numbers, not representatives.
+        """
+        return self._entering.get(name, np.zeros(0, dtype=np.int64))
 
     def run_node(self, n: torch.fx.Node) -> Any:
         """Compute a node's channel numbers from those of its arguments."""

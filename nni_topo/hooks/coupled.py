@@ -1,0 +1,84 @@
+"""The coupled weight cloud: a filter's weights, scaled by its batch norm and by the weights that read it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nni_topo.hooks.base import Data, DataCollector, PruningContext
+from nni_topo.hooks.collectors import Preprocess, WeightCollector, checked_preprocess, preprocess_points
+from nni_topo.hooks.functional import readers_of
+from nni_topo.modes import evaluation_mode
+from nni_topo.speedup.channels import ChannelFlow
+from nni_topo.speedup.dependency import channel_flow
+from nni_topo.speedup.inputs import call_arguments
+from nni_topo.speedup.layers import NORMS
+
+
+class CoupledWeightCollector(DataCollector):
+    """The weight cloud with each filter scaled by what follows it; needs no data, only the shape of an input.
+
+    A filter's coordinates are its weights, times the scale that its batch norm gives them
+    (``weight / sqrt(var + eps)``), times the norm of all weights that read its channel. So a filter that the next layers
+    barely listen to lies near the origin, whatever its own weights. Removing a filter removes both sides; this is what
+    group norms count, too.
+
+    Parameters
+    ----------
+    example_inputs : Tensor, tuple, list or mapping of str to Any
+        Inputs of the model, to trace it.
+    preprocess : {"none", "center", "standardize", "unit"}, default="none"
+        As in :class:`~nni_topo.hooks.WeightCollector`.
+
+    See Also
+    --------
+    FunctionalCollector : the same idea with activations instead of weights; needs calibration data.
+    """
+
+    def __init__(self, example_inputs: Any, *, preprocess: Preprocess = "none") -> None:
+        self.example_inputs = example_inputs
+        self.preprocess = checked_preprocess(preprocess)
+
+    def collect(self, context: PruningContext) -> Data:
+        """Return float64 clouds ``(blocks, features)`` on the CPU.
+
+        Raises
+        ------
+        ConfigError
+            If a unit isn't pruned by output channel, or no layer reads it.
+        SpeedupError
+            If the model can't be traced.
+        DataError
+            If a weight is NaN or infinite.
+        """
+        weights = WeightCollector().collect(context)
+        with evaluation_mode(context.model):
+            flow = channel_flow(context.model, call_arguments(self.example_inputs))
+        norms = _norm_scales(context, flow)
+        data: Data = {}
+        for unit in context.units:
+            strengths = [reader.strength.pow(2).sum(1) for reader in readers_of(unit, flow, context)]
+            listened = torch.stack(strengths).sum(0).sqrt()
+            for module_name, target_name in unit.members:
+                points = weights[module_name][target_name] * (norms.get(module_name, 1.0) * listened)[:, None]
+                data.setdefault(module_name, {})[target_name] = preprocess_points(points, self.preprocess)
+        return data
+
+
+def _norm_scales(context: PruningContext, flow: ChannelFlow) -> dict[str, Tensor]:
+    """Scale of the batch norm right behind each layer, by layer."""
+    first = {layer.first: name for name, layer in flow.layers.items()}
+    scales = {}
+    for name, module in context.model.named_modules():
+        entering = flow.entering_numbers(name)
+        if not isinstance(module, NORMS) or not len(entering) or module.running_var is None:
+            continue
+        layer = first.get(int(entering[0]))
+        if layer is None or not np.array_equal(entering, np.arange(len(entering)) + entering[0]):
+            continue
+        scale = module.running_var.double().add(module.eps).rsqrt()
+        scales[layer] = (scale if module.weight is None else scale * module.weight.detach().double().abs()).cpu()
+    return scales
