@@ -22,9 +22,9 @@ class CoupledWeightCollector(DataCollector):
     """The weight cloud with each filter scaled by what follows it; needs no data, only the shape of an input.
 
     A filter's coordinates are its weights, times the scale that its batch norm gives them
-    (``weight / sqrt(var + eps)``), times the norm of all weights that read its channel. So a filter that the next layers
-    barely listen to lies near the origin, whatever its own weights. Removing a filter removes both sides; this is what
-    group norms count, too.
+    (``weight / sqrt(var + eps)``), times the norm of all weights that read its channel. So a filter that the next
+    layers barely listen to lies near the origin, whatever its own weights. Removing a filter removes both sides; this
+    is what group norms count, too.
 
     Parameters
     ----------
