@@ -11,6 +11,7 @@ import importlib
 import platform
 import warnings
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -24,8 +25,10 @@ __all__ = [
     "CompatibilityWarning",
     "MendResult",
     "disable_fast_metrics",
+    "disable_strict",
     "enable",
     "enable_fast_metrics",
+    "enable_strict",
 ]
 
 KNOWN_NNI_VERSIONS = ("3.0",)
@@ -67,17 +70,31 @@ def enable() -> CompatReport:
 
 
 def enable_fast_metrics() -> None:
-    """Let NNI's ``FPGMPruner`` compute its metric without a Python loop; same values, 1e-5 relative."""
+    """Let NNI compute FPGM's metric (same values, 1e-5 relative) and global thresholds (the same) without its loops."""
     from nni_topo.compat import metrics
 
     metrics.enable_fast_metrics()
 
 
 def disable_fast_metrics() -> None:
-    """Let NNI's ``FPGMPruner`` use NNI's own loop again."""
+    """Let NNI use its own loops again."""
     from nni_topo.compat import metrics
 
     metrics.disable_fast_metrics()
+
+
+def enable_strict(*, normalization: Literal["none", "mean"] = "none") -> None:
+    """Let NNI's own pruners and speedup refuse what can't be right; see :mod:`nni_topo.compat.strict` for each change."""
+    from nni_topo.compat import strict
+
+    strict.enable_strict(normalization=normalization)
+
+
+def disable_strict() -> None:
+    """Put NNI's own pruners and speedup back as they were."""
+    from nni_topo.compat import strict
+
+    strict.disable_strict()
 
 
 def _mend() -> CompatReport:

@@ -126,14 +126,18 @@ class StructuredPruner(Pruner):
         super().update_masks({name: targets for name, targets in masks.items() if name in self._module_wrappers})
 
     def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> list[int] | str | None:
-        module = target_space._wrapper.module
-        if not isinstance(module, _TRANSPOSED) or module.groups > 1 or target_space.type is not TargetType.PARAMETER:
-            granularity: list[int] | str | None = super()._set_default_sparse_granularity(target_space)
-            return granularity
-        if target_space.align is None:
+        if _loses_outputs_transposed(target_space):
             return "in_channel"  # NNI's name for the second dimension, here the output channels
-        target_space.setting["align"] = {**target_space.align, "dims": [1]}
-        return "out_channel"
+        granularity: list[int] | str | None = super()._set_default_sparse_granularity(target_space)
+        return granularity
+
+    def _register_scalers(self) -> None:
+        super()._register_scalers()
+        for spaces in self._target_spaces.values():
+            for space in spaces.values():
+                source = spaces.get(space.align["target_name"]) if space.align is not None else None
+                if source is not None and source.granularity == "in_channel" and _loses_outputs_transposed(source):
+                    space._setting["align"] = {**space.align, "dims": [1]}
 
     def _collect_data(self) -> Data:
         return self.collector.collect(self._context())
@@ -173,6 +177,12 @@ class StructuredPruner(Pruner):
 
     def _fuse_postprocess(self, evaluator: Evaluator) -> None:
         """Leave the evaluator as it is: NNI reverts its patches."""
+
+
+def _loses_outputs_transposed(space: PruningTargetSpace) -> bool:
+    """Say whether a target is the weight of a transposed convolution, its output channels in dimension 1."""
+    module = space._wrapper.module
+    return isinstance(module, _TRANSPOSED) and module.groups == 1 and space.type is TargetType.PARAMETER
 
 
 class _Schedule:

@@ -1,0 +1,437 @@
+"""NNI's traps: each test shows what plain NNI does, then what the package's pruners and the strict mode do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from nni.compression.base.compressor import Pruner
+from nni.compression.pruning import L1NormPruner, LinearPruner
+from nni.compression.pruning.tools import generate_sparsity
+from nni.compression.speedup import ModelSpeedup
+from nni.compression.utils import auto_set_denpendency_group_ids
+from schema import SchemaError
+from torch import Tensor, nn
+
+import nni_topo
+from nni_topo import compat
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.hooks import ConfigAllocator, PruningContext
+from nni_topo.testing import toy_evaluator, toy_model
+
+STEM = [{"op_names": ["stem"], "sparse_ratio": 0.5}]
+TIED = {"op_names": ["stem", "inner"], "dependency_group_id": "residual"}
+
+
+@pytest.fixture(autouse=True)
+def _back_to_nni() -> Iterator[None]:
+    yield
+    compat.disable_strict()
+
+
+def kept(pruner: Pruner) -> dict[str, int]:
+    """Filters that stay, by layer."""
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    return {name: int(targets["weight"].flatten(1)[:, 0].sum()) for name, targets in masks.items()}
+
+
+def ours(config: list[dict[str, Any]], model: nn.Module | None = None) -> nni_topo.RandomPruner:
+    return nni_topo.RandomPruner(model or toy_model(), config)
+
+
+def nnis(config: list[dict[str, Any]], model: nn.Module | None = None) -> L1NormPruner:
+    return L1NormPruner(model or toy_model(), config)
+
+
+def test_config_that_matches_nothing() -> None:
+    config = [{"op_types": ["LSTM"], "sparse_ratio": 0.5}]
+    assert kept(nnis(config)) == {}
+    with pytest.raises(ConfigError, match="match at least one module, got none"):
+        ours(config)
+    compat.enable_strict()
+    with pytest.raises(ConfigError, match="match at least one module, got none"):
+        nnis(config)
+
+
+def test_nan_metrics() -> None:
+    def broken() -> nn.Module:
+        model = toy_model()
+        nn.init.constant_(model.stem.weight, float("nan"))
+        return model
+
+    _, masks = nnis(STEM, broken()).compress()
+    assert masks["stem"]["bias"].tolist() == [1.0] * 4 + [0.0] * 4  # an arbitrary half
+    with pytest.raises(DataError, match=r"NaN or infinite.*stem\.weight"):
+        ours(STEM, broken())
+    compat.enable_strict()
+    with pytest.raises(DataError, match=r"NaN or infinite.*stem\.weight"):
+        nnis(STEM, broken())
+
+
+def test_nan_metrics_of_finite_weights() -> None:
+    pruner = nnis(STEM)
+    metrics = {"stem": {"weight": torch.full((8, 1, 1, 1), float("nan"))}}
+    assert int(generate_sparsity(metrics, pruner._target_spaces)["stem"]["bias"].sum()) == 4
+    with pytest.raises(DataError, match=r"8 of 8 NaN or infinite \(stem\.weight\)"):
+        ours(STEM)._generate_sparsity(metrics)
+    compat.enable_strict()
+    with pytest.raises(DataError, match=r"8 of 8 NaN or infinite \(stem\.weight\)"):
+        pruner._generate_sparsity(metrics)
+
+
+def test_threshold_that_empties_a_layer() -> None:
+    config = [{"op_names": ["stem"], "sparse_threshold": 1e6}]
+    assert kept(nnis(config)) == {"stem": 0}
+    with pytest.raises(ConfigError, match=r"all 8 blocks would go \(stem\.weight\)"):
+        kept(ours(config))
+    compat.enable_strict()
+    with pytest.raises(ConfigError, match=r"all 8 blocks would go \(stem\.weight\)"):
+        kept(nnis(config))
+
+
+def test_threshold_with_a_dependency_group() -> None:
+    config = [{**TIED, "sparse_threshold": 0.5}]
+    with pytest.raises(AssertionError) as caught:
+        kept(nnis(config))
+    assert str(caught.value) == ""
+    scores = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.4, 0.6]).reshape(8, 1, 1, 1)
+    metrics = {name: {"weight": scores.clone()} for name in ("stem", "inner")}
+    masks = ours(config)._generate_sparsity(metrics)
+    assert masks["stem"]["bias"].tolist() == masks["inner"]["bias"].tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
+    compat.enable_strict()
+    counts = kept(nnis([{**TIED, "sparse_threshold": 20.0}]))
+    assert counts["stem"] == counts["inner"] < 8
+
+
+def global_metrics() -> dict[str, dict[str, Tensor]]:
+    """A tied pair that matters little, and a layer that matters much."""
+    low, high = torch.arange(1.0, 9.0).reshape(8, 1, 1, 1), torch.arange(101.0, 117.0).reshape(16, 1)
+    return {"stem": {"weight": low}, "inner": {"weight": low.clone()}, "hidden": {"weight": high}}
+
+
+def filters(masks: dict[str, dict[str, Tensor]]) -> dict[str, int]:
+    return {name: int(targets["bias"].sum()) for name, targets in masks.items()}
+
+
+def test_global_group_with_a_dependency_group() -> None:
+    extra = {"global_group_id": 1, "sparse_ratio": 0.5}
+    config = [{**TIED, **extra}, {"op_names": ["hidden"], **extra}]
+    alone = generate_sparsity(global_metrics(), nnis(config)._target_spaces)
+    assert filters(alone) == {"stem": 4, "inner": 4, "hidden": 0}  # the group isn't ranked, hidden pays for itself
+    # 792 + 128 elements, half of them are 460: four times 99 and the tied pair's fifth doesn't fit
+    expected = {"stem": 4, "inner": 4, "hidden": 8 + 8}
+    assert filters(ours(config)._generate_sparsity(global_metrics())) == expected
+    compat.enable_strict()
+    assert filters(nnis(config)._generate_sparsity(global_metrics())) == expected
+
+
+def test_maximum_ratio_in_a_dependency_group() -> None:
+    config = [{**TIED, "sparse_ratio": 0.75, "max_sparse_ratio": 0.25}]
+    assert kept(nnis(config)) == {"stem": 2, "inner": 2}
+    assert kept(ours(config)) == {"stem": 6, "inner": 6}
+    compat.enable_strict()
+    assert kept(nnis(config)) == {"stem": 6, "inner": 6}
+
+
+def test_minimum_ratio_in_a_dependency_group() -> None:
+    config = [{**TIED, "sparse_ratio": 0.25, "min_sparse_ratio": 0.5}]
+    assert kept(nnis(config)) == {"stem": 6, "inner": 6}
+    assert kept(ours(config)) == {"stem": 4, "inner": 4}
+
+
+def test_maximum_ratio_in_a_global_group() -> None:
+    entry = {"global_group_id": 1, "sparse_ratio": 0.5}
+    config = [{"op_names": ["stem"], "max_sparse_ratio": 0.25, **entry}, {"op_names": ["hidden"], **entry}]
+    metrics = {name: score for name, score in global_metrics().items() if name != "inner"}
+    assert filters(generate_sparsity(metrics, nnis(config)._target_spaces))["stem"] < 6
+    assert filters(ours(config)._generate_sparsity(metrics))["stem"] == 6
+    compat.enable_strict()
+    assert filters(nnis(config)._generate_sparsity(metrics))["stem"] == 6
+
+
+GLOBAL = """
+import nni_topo, torch
+from nni.compression.pruning import L1NormPruner
+from torch import nn
+from nni_topo import compat
+
+def counts(pruner):
+    masks = pruner.compress()[1]
+    return sorted((name, int(targets["bias"].sum())) for name, targets in masks.items())
+
+def model():
+    torch.manual_seed(0)
+    sizes = (3, 50, 7, 40, 11, 30, 13, 20, 5)
+    return nn.Sequential(*(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])))
+
+config = [{"op_types": ["Linear"], "sparse_ratio": 0.6, "global_group_id": 1}]
+print(counts(L1NormPruner(model(), config)))
+compat.enable_strict(normalization="mean")
+print(counts(L1NormPruner(model(), config)))
+print(counts(nni_topo.RandomPruner(model(), config)))
+"""
+
+
+def run_with_hash_seed(seed: int) -> list[str]:
+    environment = {**os.environ, "PYTHONHASHSEED": str(seed), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", GLOBAL], env=environment, capture_output=True, text=True, check=True)
+    return run.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_global_sparsity_and_the_hash_seed() -> None:
+    nni_only, strict, random = zip(*(run_with_hash_seed(seed) for seed in range(5)), strict=True)
+    assert len(set(nni_only)) > 1  # the result depends on the hash seed
+    assert len(set(strict)) == len(set(random)) == 1
+    assert ", 0)" in "".join(nni_only)  # and kills layers
+    assert ", 0)" not in strict[0] + random[0]
+
+
+def test_global_sparsity_and_the_order_of_layers() -> None:
+    config = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5, "global_group_id": 1}]
+    pruner = nnis(config)
+    generator = torch.Generator().manual_seed(1)
+    metrics = {
+        name: {"weight": torch.rand(len(spaces["weight"].target), generator=generator).reshape(-1, *dims)}
+        for name, spaces in pruner._target_spaces.items()
+        for dims in [(1,) * (spaces["weight"].target.dim() - 1)]
+    }
+
+    def masks_in(order: list[str], allocate: Any) -> list[tuple[str, int]]:
+        return sorted(filters(allocate(metrics, {name: pruner._target_spaces[name] for name in order})).items())
+
+    def by_config(metrics: Any, spaces: Any) -> Any:
+        return ConfigAllocator().allocate(metrics, PruningContext(pruner.bound_model, spaces))
+
+    orders = [sorted(metrics), sorted(metrics, reverse=True)]
+    assert masks_in(orders[0], generate_sparsity) != masks_in(orders[1], generate_sparsity)
+    assert masks_in(orders[0], by_config) == masks_in(orders[1], by_config)
+
+
+def test_global_sparsity_of_layers_of_different_scale() -> None:
+    config = [{"op_names": ["stem", "hidden"], "sparse_ratio": 0.6, "global_group_id": 1}]
+    metrics = {name: score for name, score in global_metrics().items() if name != "inner"}
+    assert filters(generate_sparsity(metrics, nnis(config)._target_spaces))["stem"] == 0  # a dead layer
+    assert filters(ours(config)._generate_sparsity(metrics))["stem"] == 1  # the floor
+    compat.enable_strict(normalization="mean")
+    scaled = filters(nnis(config)._generate_sparsity(metrics))
+    assert scaled["stem"] >= 3
+
+
+def test_update_masks_with_an_unknown_module(caplog: pytest.LogCaptureFixture) -> None:
+    masks = {"nowhere": {"weight": torch.ones(8, 3, 3, 3)}, "stem": {"weight": torch.zeros(8, 3, 3, 3)}}
+    with pytest.raises(KeyError, match="nowhere"):
+        nnis(STEM).update_masks(masks)
+    for strict in (False, True):
+        caplog.clear()
+        if strict:
+            compat.enable_strict()
+        pruner = nnis(STEM) if strict else ours(STEM)
+        pruner.update_masks(masks)
+        assert not pruner.get_masks()["stem"]["weight"].any()
+        assert [record.getMessage() for record in caplog.records if "left out" in record.getMessage()] == [
+            "masks of modules that aren't pruned here are left out: nowhere"
+        ]
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_customized_replacers_stay_as_they_are(positional: bool) -> None:
+    images = torch.ones(1, 3, 8, 8)
+    replacers: list[Any] = []
+
+    def speed_up() -> None:
+        if positional:
+            ModelSpeedup(toy_model(), images, {}, None, 0, 8, None, replacers)
+        else:
+            ModelSpeedup(toy_model(), images, {}, customized_replacers=replacers)
+
+    speed_up()
+    assert len(replacers) == 1
+    replacers.clear()
+    compat.enable_strict()
+    speed_up()
+    assert replacers == []
+
+
+class Upsampled(nn.Module):
+    """Adds a convolution and a transposed one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.transposed = nn.ConvTranspose2d(3, 8, 3, padding=1)
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.conv(images) + self.transposed(images))
+        return logits
+
+
+def test_transposed_convolution_in_an_addition() -> None:
+    torch.manual_seed(0)
+    model, images = Upsampled().eval(), torch.rand(2, 3, 8, 8)
+    config = [{"op_names": ["conv", "transposed"], "sparse_ratio": 0.5}]
+    grouped = auto_set_denpendency_group_ids(model, config, images)
+    pruner = nnis(grouped, model)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        pruner.compress()
+    pruner.unwrap_model()
+    pruner = ours([{**config[0], "dependency_group_id": "sum"}], model)
+    _, masks = pruner.compress()
+    masked = model(images)
+    pruner.unwrap_model()
+    dense = nni_topo.to_dense(model, images, masks)
+    assert (dense.conv.out_channels, dense.transposed.out_channels, dense.head.in_channels) == (4, 4, 4)
+    torch.testing.assert_close(dense(images), masked)
+
+
+def test_transposed_convolution_with_a_bias() -> None:
+    config = [{"op_names": ["transposed"], "sparse_ratio": 0.5}]
+    with pytest.raises(RuntimeError, match="must match the size"):
+        nnis(config, Upsampled()).compress()
+    _, masks = ours(config, Upsampled()).compress()
+    assert torch.equal(masks["transposed"]["weight"][0, :, 0, 0], masks["transposed"]["bias"])
+    assert int(masks["transposed"]["bias"].sum()) == 4
+
+
+class Attended(nn.Module):
+    """Weighs its features by a map of one channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.map = nn.Conv2d(8, 1, 1)
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.conv(images)
+        logits: Tensor = self.head(features * torch.sigmoid(self.map(features)))
+        return logits
+
+
+def test_convolution_to_one_channel_is_no_depthwise_one() -> None:
+    config = [{"op_types": ["Conv2d"], "exclude_op_names": ["head"], "sparse_ratio": 0.5}]
+    images = torch.rand(1, 3, 8, 8)
+    grouped = auto_set_denpendency_group_ids(Attended(), config, images)
+    assert len({entry["dependency_group_id"] for entry in grouped}) == 1  # 8 channels tied to 1
+    with pytest.raises(RuntimeError, match="shape"):
+        nnis(grouped, Attended()).compress()
+
+    free = nni_topo.dependency_groups(Attended(), images, config)
+    assert not any("dependency_group_id" in entry for entry in free)
+    assert kept(ours(free, Attended())) == {"conv": 4, "map": 1}
+    compat.enable_strict()
+    apart = auto_set_denpendency_group_ids(Attended(), config, images)
+    groups = [entry.get("dependency_group_id", entry["op_names"][0]) for entry in apart]
+    assert len(set(groups)) == 2
+    assert kept(nnis(apart, Attended())) == {"conv": 4, "map": 1}
+
+
+class OneShot(Pruner):
+    """A pruner that has the attributes a schedule looks for, but not the methods."""
+
+    interval_steps, total_times = -1, 1
+
+
+def test_linear_pruner_says_what_it_needs() -> None:
+    def schedule(cls: type[Pruner]) -> None:
+        model = toy_model()
+        LinearPruner(cls(model, STEM, toy_evaluator(model)), 2, 3).compress(8, None)
+
+    with pytest.raises(NotImplementedError) as caught:
+        schedule(OneShot)
+    assert str(caught.value) == ""
+    with pytest.raises(AssertionError) as forgotten:
+        LinearPruner(nnis(STEM), 2, 3)
+    assert str(forgotten.value) == ""
+    schedule(nni_topo.RandomPruner)
+    compat.enable_strict()
+    with pytest.raises(ConfigError, match=r"_fuse_preprocess, _fuse_postprocess.*LinearPruner\(OneShot\)"):
+        schedule(OneShot)
+    with pytest.raises(ConfigError, match="needs an evaluator"):
+        LinearPruner(nnis(STEM), 2, 3)
+    schedule(L1NormPruner)
+
+
+LEGACY = [
+    ([{"op_types": ["Conv2d"], "sparsity": 0.5}], {"stem": 4, "inner": 4}),
+    ([{"op_types": ["Conv2d"], "sparsity_per_layer": 0.5, "max_sparsity_per_layer": 0.25}], {"stem": 6, "inner": 6}),
+    (
+        [{"op_types": ["Linear"], "sparse_ratio": 0.5}, {"op_names": ["head"], "exclude": True}],
+        {"hidden": 8},
+    ),
+    (
+        [
+            {"op_types": ["Conv2d"], "sparsity": 0.5},
+            {"op_types": ["Conv2d"], "op_names": ["inner"], "exclude": True},
+        ],
+        {"stem": 4},
+    ),
+    ([{"op_types": ["Linear"], "sparse_ratio": 0.5}, {"op_types": ["Conv2d"], "sparsity": 0.25}], None),
+    ([{"op_types": ["Conv2d"], "op_partial_names": ["inn"], "sparse_ratio": 0.5}], {"inner": 4}),
+]
+
+
+@pytest.mark.parametrize(("config", "expected"), LEGACY)
+def test_legacy_keys_are_accepted_with_a_note(config: list[dict[str, Any]], expected: dict[str, int] | None) -> None:
+    expected = expected or {"stem": 6, "inner": 6, "hidden": 8, "head": 2}
+    with pytest.warns(FutureWarning, match=r"is a key of NNI 2, write \w+ \(config_list\[\d\]\)"):
+        assert kept(ours(config)) == expected
+    compat.enable_strict()
+    with pytest.warns(FutureWarning, match="is a key of NNI 2"):
+        assert kept(nnis(config)) == expected
+
+
+@pytest.mark.parametrize("config", [config for config, _ in LEGACY[2:]])
+def test_nni_refuses_or_misreads_them_in_later_entries(config: list[dict[str, Any]]) -> None:
+    try:
+        pruned = kept(nnis(config))
+    except SchemaError as error:
+        assert "Wrong key" in str(error)
+    else:
+        assert pruned == {}  # an excluded layer took all of its type with it
+
+
+def test_total_sparsity_becomes_a_global_group() -> None:
+    config = [{"op_types": ["Conv2d"], "total_sparsity": 0.5}]
+    with pytest.raises(SchemaError, match="group_id"):
+        nnis(config)
+    with pytest.warns(FutureWarning, match="'total_sparsity' is a key of NNI 2, write sparse_ratio with"):
+        pruner = ours(config)
+    assert pruner._target_spaces["stem"]["weight"].global_group_id == "total_sparsity_0"
+    assert 0 < kept(pruner)["stem"] <= 8
+
+
+def test_two_keys_for_one_thing_are_refused() -> None:
+    config = [{"op_types": ["Conv2d"], "sparsity": 0.5, "sparse_ratio": 0.25}]
+    with pytest.warns(FutureWarning), pytest.raises(ConfigError, match="got 'sparsity' and 'sparse_ratio'"):
+        ours(config)
+
+
+def test_the_registry_passes_the_new_keys_on_to_nnis_pruners() -> None:
+    config = [{"op_types": ["Linear"], "sparse_ratio": 0.5}, {"op_names": ["head"], "exclude": True}]
+    with pytest.warns(FutureWarning, match="exclude_op_names"):
+        assert kept(nni_topo.create_pruner("l1", toy_model(), config)) == {"hidden": 8}
+    assert "exclude_op_names" not in config[0]
+
+
+def test_strict_leaves_good_requests_as_they_are() -> None:
+    config = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names": ["head"], "sparse_ratio": 0.5}]
+    plain = nnis(config).compress()[1]
+    compat.enable_strict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        strict = nnis(config).compress()[1]
+    assert plain.keys() == strict.keys()
+    for name in plain:
+        assert torch.equal(plain[name]["weight"], strict[name]["weight"])
+    compat.disable_strict()
+    assert Pruner.__init__.__module__ == Pruner.update_masks.__module__ == "nni.compression.base.compressor"
+    assert ModelSpeedup.__init__.__module__.startswith("nni.")
