@@ -28,6 +28,7 @@ from nni_topo.runner import (
     markdown_report,
     plot_accuracy,
     print_report,
+    print_widths,
     read_records,
 )
 from nni_topo.runner.demo import DEMO
@@ -122,6 +123,8 @@ def _report(options: argparse.Namespace, console: Console) -> int:
         print(markdown_report(records))
     else:
         print_report(records, console)
+    if options.widths:
+        print_widths(records, console)
     return 0
 
 
@@ -235,6 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     report = _verb(verbs, "report", _report, "tables of comparisons that ran, also while they run")
     report.add_argument("folders", type=Path, nargs="+", help="output folders of nni-topo compare")
     report.add_argument("--markdown", action="store_true", help="as Markdown on standard output")
+    report.add_argument("--widths", action="store_true", help="also the layers' widths")
     report.add_argument("--out", type=Path, help="picture of accuracy against MACs")
 
     studies = verbs.add_parser("analyze", help="studies of one model").add_subparsers(

@@ -11,6 +11,7 @@ from nni.compression.pruning import basic_pruner, tools
 from nni.compression.pruning.tools import calculate_metrics
 from torch import Tensor
 
+from nni_topo.compat.ranking import use_fast_ranking
 from nni_topo.errors import ConfigError
 
 _MAX_ELEMENTS = 2**22  # 16 MiB of distances at a time
@@ -19,18 +20,20 @@ _NNI_FPGM = calculate_metrics.fpgm_metrics
 
 
 def enable_fast_metrics() -> None:
-    """Let NNI's ``FPGMPruner`` compute its metric by `fpgm_metrics` instead of a Python loop over filters.
+    """Let NNI compute FPGM's metric by `fpgm_metrics`, and global thresholds by `ranking.global_threshold`.
 
     See Also
     --------
-    disable_fast_metrics : put NNI's loop back.
+    disable_fast_metrics : put NNI's loops back.
     """
     _use(fpgm_metrics)
+    use_fast_ranking(True)
 
 
 def disable_fast_metrics() -> None:
-    """Let NNI's ``FPGMPruner`` use NNI's own loop again."""
+    """Let NNI use its own loops again."""
     _use(_NNI_FPGM)
+    use_fast_ranking(False)
 
 
 def fpgm_metrics(

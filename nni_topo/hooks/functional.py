@@ -113,6 +113,7 @@ class Reader:
 
     def recorder(self, moments: Moments) -> Any:
         """Return a forward pre-hook that adds each batch to running sums."""
+
         def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             dim = -1 if isinstance(module, nn.Linear) else 1
             rows = inputs[0].detach().movedim(dim, 0).flatten(1).double()

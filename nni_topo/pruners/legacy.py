@@ -82,9 +82,7 @@ def modern_config(model: nn.Module, config_list: Sequence[Any]) -> list[Any]:
 def _warn(entry: dict[str, Any], place: str) -> None:
     for key in LEGACY_KEYS:
         if key in entry:
-            warnings.warn(
-                f"{key!r} is a key of NNI 2, write {LEGACY_KEYS[key]} ({place})", FutureWarning, stacklevel=4
-            )
+            warnings.warn(f"{key!r} is a key of NNI 2, write {LEGACY_KEYS[key]} ({place})", FutureWarning, stacklevel=4)
 
 
 def _rename_selection(entry: dict[str, Any], place: str) -> None:

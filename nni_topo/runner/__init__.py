@@ -3,7 +3,7 @@
 from nni_topo.runner.cells import Cell, DataChoice, ModelChoice, Plan, PrunerChoice, Target, load_plan
 from nni_topo.runner.compare import RunFailure, compare
 from nni_topo.runner.records import read_records
-from nni_topo.runner.report import markdown_report, plot_accuracy, print_report
+from nni_topo.runner.report import markdown_report, plot_accuracy, print_report, print_widths
 
 __all__ = [
     "Cell",
@@ -18,5 +18,6 @@ __all__ = [
     "markdown_report",
     "plot_accuracy",
     "print_report",
+    "print_widths",
     "read_records",
 ]

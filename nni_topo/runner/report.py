@@ -104,6 +104,26 @@ def print_report(records: Iterable[Record], console: Console) -> None:
         console.print(table)
 
 
+def print_widths(records: Iterable[Record], console: Console) -> None:
+    """Print the mean number of output channels of every layer, one table per model, data set and target.
+
+    Parameters
+    ----------
+    records : iterable of dict
+        Records of finished cells.
+    console : rich.console.Console
+        Where to.
+    """
+    for group, rows in grouped(records).items():
+        table = Table("layer", title=f"widths: {_title(group, rows)}", title_justify="left")
+        for row in rows:
+            table.add_column(row, justify="right")
+        for layer in next(iter(next(iter(rows.values())).values()))["widths"]:
+            widths = (interval([record["widths"][layer] for record in runs.values()]).mean for runs in rows.values())
+            table.add_row(layer, *(f"{width:g}" for width in widths))
+        console.print(table)
+
+
 def markdown_report(records: Iterable[Record]) -> str:
     """Return one Markdown table per model, data set and target.
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from nni.common.concrete_trace_utils import concrete_trace
 from nni.compression.base.compressor import Pruner
 from nni.compression.pruning import L1NormPruner, LinearPruner
 from nni.compression.pruning.tools import generate_sparsity
 from nni.compression.speedup import ModelSpeedup
+from nni.compression.speedup import auto_set_denpendency_group_ids as auto_set_ids_of_graph
 from nni.compression.utils import auto_set_denpendency_group_ids
 from schema import SchemaError
 from torch import Tensor, nn
@@ -106,7 +108,7 @@ def test_threshold_with_a_dependency_group() -> None:
     masks = ours(config)._generate_sparsity(metrics)
     assert masks["stem"]["bias"].tolist() == masks["inner"]["bias"].tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
     compat.enable_strict()
-    counts = kept(nnis([{**TIED, "sparse_threshold": 20.0}]))
+    counts = kept(nnis([{**TIED, "sparse_threshold": 3.5}]))
     assert counts["stem"] == counts["inner"] < 8
 
 
@@ -124,9 +126,9 @@ def test_global_group_with_a_dependency_group() -> None:
     extra = {"global_group_id": 1, "sparse_ratio": 0.5}
     config = [{**TIED, **extra}, {"op_names": ["hidden"], **extra}]
     alone = generate_sparsity(global_metrics(), nnis(config)._target_spaces)
-    assert filters(alone) == {"stem": 4, "inner": 4, "hidden": 0}  # the group isn't ranked, hidden pays for itself
-    # 792 + 128 elements, half of them are 460: four times 99 and the tied pair's fifth doesn't fit
-    expected = {"stem": 4, "inner": 4, "hidden": 8 + 8}
+    assert filters(alone) == {"stem": 4, "inner": 4, "hidden": 8}  # the group isn't ranked, hidden pays for itself
+    # of 920 elements 460 may go: four of the pair's rows of 99, which rank below all of hidden's
+    expected = {"stem": 4, "inner": 4, "hidden": 16}
     assert filters(ours(config)._generate_sparsity(global_metrics())) == expected
     compat.enable_strict()
     assert filters(nnis(config)._generate_sparsity(global_metrics())) == expected
@@ -187,7 +189,7 @@ def run_with_hash_seed(seed: int) -> list[str]:
 
 @pytest.mark.slow
 def test_global_sparsity_and_the_hash_seed() -> None:
-    nni_only, strict, random = zip(*(run_with_hash_seed(seed) for seed in range(5)), strict=True)
+    nni_only, strict, random = zip(*(run_with_hash_seed(seed) for seed in range(3)), strict=True)
     assert len(set(nni_only)) > 1  # the result depends on the hash seed
     assert len(set(strict)) == len(set(random)) == 1
     assert ", 0)" in "".join(nni_only)  # and kills layers
@@ -301,8 +303,8 @@ def test_transposed_convolution_with_a_bias() -> None:
     assert int(masks["transposed"]["bias"].sum()) == 4
 
 
-class Attended(nn.Module):
-    """Weighs its features by a map of one channel."""
+class Mapped(nn.Module):
+    """Ends in a map of one channel and four logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -310,28 +312,28 @@ class Attended(nn.Module):
         self.map = nn.Conv2d(8, 1, 1)
         self.head = nn.Conv2d(8, 4, 1)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.conv(images)
-        logits: Tensor = self.head(features * torch.sigmoid(self.map(features)))
-        return logits
+        return self.map(features), self.head(features)
 
 
 def test_convolution_to_one_channel_is_no_depthwise_one() -> None:
     config = [{"op_types": ["Conv2d"], "exclude_op_names": ["head"], "sparse_ratio": 0.5}]
     images = torch.rand(1, 3, 8, 8)
-    grouped = auto_set_denpendency_group_ids(Attended(), config, images)
-    assert len({entry["dependency_group_id"] for entry in grouped}) == 1  # 8 channels tied to 1
-    with pytest.raises(RuntimeError, match="shape"):
-        nnis(grouped, Attended()).compress()
+    graph = concrete_trace(Mapped(), {"images": images})
+    tied = auto_set_ids_of_graph(graph, config)
+    assert len({entry["dependency_group_id"] for entry in tied}) == 1  # 8 channels tied to 1
+    with pytest.raises(RuntimeError, match=r"shape|size"):  # which one depends on the hash seed
+        nnis(tied, Mapped()).compress()
 
-    free = nni_topo.dependency_groups(Attended(), images, config)
+    free = nni_topo.dependency_groups(Mapped(), images, config)
     assert not any("dependency_group_id" in entry for entry in free)
-    assert kept(ours(free, Attended())) == {"conv": 4, "map": 1}
+    assert kept(ours(free, Mapped())) == {"conv": 4, "map": 1}
     compat.enable_strict()
-    apart = auto_set_denpendency_group_ids(Attended(), config, images)
-    groups = [entry.get("dependency_group_id", entry["op_names"][0]) for entry in apart]
-    assert len(set(groups)) == 2
-    assert kept(nnis(apart, Attended())) == {"conv": 4, "map": 1}
+    apart = auto_set_ids_of_graph(graph, config)
+    assert not any("dependency_group_id" in entry for entry in apart)
+    assert kept(nnis(apart, Mapped())) == {"conv": 4, "map": 1}
+    assert graph.map.groups == 1
 
 
 class OneShot(Pruner):

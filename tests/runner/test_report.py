@@ -8,7 +8,7 @@ from matplotlib.image import imread
 from rich.console import Console
 from scipy import stats
 
-from nni_topo.runner import markdown_report, plot_accuracy, print_report
+from nni_topo.runner import markdown_report, plot_accuracy, print_report, print_widths
 from nni_topo.runner.report import best_rival, grouped, interval, paired_difference
 
 
@@ -83,6 +83,13 @@ def test_the_markdown_table_has_the_same_cells():
     (ours,) = [line for line in lines if line.startswith("| ours")]
     assert "| +1.7 ± 1.4 |" in ours
     assert {line.count("|") for line in lines if line.startswith("|")} == {11}
+
+
+def test_widths_are_means_over_seeds():
+    runs = [{**record("l1", seed, 0.9), "widths": {"conv1": 4 + seed, "head": 10}} for seed in range(2)]
+    stream = io.StringIO()
+    print_widths(runs, Console(file=stream, width=100))
+    assert [line.split()[1::2] for line in stream.getvalue().splitlines() if "conv1" in line] == [["conv1", "4.5"]]
 
 
 def test_the_picture_is_a_picture(tmp_path):

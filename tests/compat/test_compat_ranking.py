@@ -1,0 +1,82 @@
+"""Global thresholds without NNI's loop are NNI's, to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nni.compression.pruning import L1NormPruner
+from nni.compression.pruning.tools import sparse_gen
+from torch import Tensor, nn
+
+from nni_topo import compat
+from nni_topo.compat import ranking
+
+
+@pytest.fixture(autouse=True)
+def _back_to_nni() -> Iterator[None]:
+    yield
+    compat.disable_fast_metrics()
+
+
+def group_of(blocks: list[int], grains: list[int], seed: int, dtype: torch.dtype, distinct: int) -> tuple[Any, Any]:
+    """Metrics of layers with so many blocks of so many elements, drawn from so many values."""
+    generator = torch.Generator().manual_seed(seed)
+    metrics: dict[str, dict[str, Tensor]] = {}
+    group = []
+    for index, (count, grain) in enumerate(zip(blocks, grains, strict=True)):
+        scores = torch.randint(-distinct, distinct, (count, 1), generator=generator) / 7
+        metrics[str(index)] = {"weight": scores.to(dtype)}
+        group.append((str(index), "weight", SimpleNamespace(target=torch.empty(count, grain))))
+    return metrics, group
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    layers=st.lists(st.tuples(st.integers(1, 40), st.sampled_from([1, 2, 3, 9, 27])), min_size=1, max_size=5),
+    same=st.booleans(),
+    ratio=st.floats(0.0, 1.0),
+    seed=st.integers(0, 10_000),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    distinct=st.sampled_from([2, 1_000_000]),
+)
+def test_thresholds_are_nnis(
+    layers: list[tuple[int, int]], same: bool, ratio: float, seed: int, dtype: torch.dtype, distinct: int
+) -> None:
+    blocks = [count for count, _ in layers]
+    grains = [layers[0][1] if same else grain for _, grain in layers]
+    metrics, group = group_of(blocks, grains, seed, dtype, distinct)
+    number = int(ratio * sum(count * grain for count, grain in zip(blocks, grains, strict=True)))
+    expected = ranking._NNI_THRESHOLD(metrics, group, number)
+    assert ranking.global_threshold(metrics, group, number) == expected
+
+
+@pytest.mark.parametrize("grains", [[4, 4], [4, 9]])
+def test_thresholds_among_nans_are_nnis(grains: list[int]) -> None:
+    metrics, group = group_of([12, 20], grains, 0, torch.float32, 1000)
+    metrics["1"]["weight"][3::5] = torch.nan
+    expected = ranking._NNI_THRESHOLD(metrics, group, 50)
+    found = ranking.global_threshold(metrics, group, 50)
+    assert found == expected or (found != found and expected != expected)
+
+
+def test_a_pruner_makes_the_same_masks_on_request_only() -> None:
+    def masks() -> dict[str, dict[str, Tensor]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.Conv2d(40, 30, 3), nn.Linear(30, 20))
+        config = [{"op_names": ["0", "1", "2"], "sparse_ratio": 0.5, "global_group_id": 1}]
+        return L1NormPruner(model, config).compress()[1]
+
+    assert sparse_gen._global_threshold_generate.__module__.startswith("nni.")
+    slow = masks()
+    compat.enable_fast_metrics()
+    assert sparse_gen._global_threshold_generate is ranking.global_threshold
+    fast = masks()
+    assert all(torch.equal(slow[name]["weight"], fast[name]["weight"]) for name in ("0", "1", "2"))
+    compat.disable_fast_metrics()
+    assert sparse_gen._global_threshold_generate.__module__.startswith("nni.")
