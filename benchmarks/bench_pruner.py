@@ -1,6 +1,6 @@
 """Seconds to choose the filters of a whole VGG-16: TopologicalPruner's defaults beside NNI's own pruners.
 
-    python benchmarks/bench_pruner.py --out pruner.json
+python benchmarks/bench_pruner.py --out pruner.json
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model = zoo.create_model(
-        "vgg16", num_classes=10, in_channels=3, image_size=32, width=options.width, seed=0
-    )
+    model = zoo.create_model("vgg16", num_classes=10, in_channels=3, image_size=32, width=options.width, seed=0)
     times: dict[str, list[float]] = {row: [] for row in ROWS}
     for row, (name, knobs) in ROWS.items():  # compiled kernels and caches are warm afterwards
         seconds(name, knobs, zoo.create_model("small_cnn", num_classes=10, in_channels=3, image_size=8, seed=0))
@@ -62,7 +60,9 @@ def main() -> None:
         table.add_row(row, f"{median:.3f}", f"{median / medians['fpgm']:.3f}")
     Console().print(table)
     if options.out:
-        options.out.write_text(json.dumps({"width": options.width, "seconds": times, "median": medians}, indent=1) + "\n")
+        options.out.write_text(
+            json.dumps({"width": options.width, "seconds": times, "median": medians}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

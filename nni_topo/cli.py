@@ -250,9 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     topology.add_argument("--ratio", type=float, default=0.5, help="sparse_ratio of every layer (default 0.5)")
     topology.add_argument("--flops", type=float, help="instead: MACs to be left, dealt out by death times")
     topology.add_argument("--degrees", type=int, nargs="+", default=[0, 1], help="homology degrees (default 0 1)")
-    topology.add_argument(
-        "--calibration", type=int, default=0, help="images for the functional cloud"
-    )
+    topology.add_argument("--calibration", type=int, default=0, help="images for the functional cloud")
     _data_arguments(topology)
     _out(topology, None)
 

@@ -189,7 +189,9 @@ def _death_curves(layers: list[LayerTopology]) -> Figure:
         axis.plot(share, layer.deaths, color=color, label=_short(layer.name))
         axis.plot(layer.kept / layer.points, layer.deaths[layer.kept - 1], "o", color=color)
     axis.set(
-        xlabel="share of the points kept", ylabel="H0 death time / layer's mean", title="what each layer can spare (dots: where it is cut)"
+        xlabel="share of the points kept",
+        ylabel="H0 death time / layer's mean",
+        title="what each layer can spare (dots: where it is cut)",
     )
     axis.grid(alpha=0.3)
     axis.legend(fontsize="xx-small", ncols=1 + len(layers) // 12)

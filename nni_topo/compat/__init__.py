@@ -84,7 +84,7 @@ def disable_fast_metrics() -> None:
 
 
 def enable_strict(*, normalization: Literal["none", "mean"] = "none") -> None:
-    """Let NNI's own pruners and speedup refuse what can't be right; see :mod:`nni_topo.compat.strict` for each change."""
+    """Let NNI's own pruners and speedup refuse what can't be right; see `nni_topo.compat.strict`."""
     from nni_topo.compat import strict
 
     strict.enable_strict(normalization=normalization)
@@ -112,7 +112,7 @@ def _mend() -> CompatReport:
 
 def _mends() -> tuple[Callable[[], bool], ...]:
     """List the mends; importing them imports NNI, which has to happen after `keep_pytree_nodes`."""
-    from nni_topo.compat import bytecode, evaluators, speedup, tracing
+    from nni_topo.compat import bytecode, evaluators, speedup, tracing, trainers
 
     return (
         tracing.restore_tensor_methods,
@@ -126,6 +126,8 @@ def _mends() -> tuple[Callable[[], bool], ...]:
         speedup.restore_randomized_output,
         speedup.count_masks_faster,
         evaluators.set_lightning_steps,
+        trainers.patch_trainer_steps,
+        trainers.pass_loss_arguments,
     )
 
 

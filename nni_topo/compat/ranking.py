@@ -11,6 +11,8 @@ import torch
 from nni.compression.pruning.tools import sparse_gen
 from torch import Tensor
 
+_PART = 1024
+_FEW = 64  # so many items are pushed faster than the heap is built anew
 _NNI_THRESHOLD = sparse_gen._global_threshold_generate
 
 
@@ -45,31 +47,51 @@ def global_threshold(
     -----
     Where all blocks hold the same number of elements, NNI's answer is one of the smallest values and is found by
     selection, O(n). Elsewhere it depends on the order of the targets (NNI keeps adding and dropping blocks of
-    different sizes), and with NaN among the metrics on where they stand: then the same heap is filled in the same
-    order, from plain numbers.
+    different sizes): the same heap is filled in the same order, from plain numbers, without what can't enter it.
+    With NaN among the metrics NNI's own loop runs.
     """
-    values = [metrics[module][target].detach().cpu().reshape(-1) for module, target, _ in group]
-    grains = [
-        space.target.numel() // len(metric) for (_, _, space), metric in zip(group, values, strict=True) if len(metric)
+    layers = [
+        (metric, space.target.numel() // len(metric))
+        for metric, space in ((metrics[m][t].detach().cpu().reshape(-1), space) for m, t, space in group)
+        if len(metric)
     ]
-    values = [metric for metric in values if len(metric)]
-    if len(set(grains)) == 1 and not any(bool(metric.isnan().any()) for metric in values):
-        every = torch.cat(values)
-        rank = min(sparse_number // grains[0] + 1, len(every))
+    if any(bool(metric.isnan().any()) for metric, _ in layers):
+        return float(_NNI_THRESHOLD(metrics, group, sparse_number))
+    if len({grain for _, grain in layers}) == 1:
+        every = torch.cat([metric for metric, _ in layers])
+        rank = min(sparse_number // layers[0][1] + 1, len(every))
         return float(every.kthvalue(rank).values)
-    return _threshold_by_heap(values, grains, sparse_number)
+    return _threshold_by_heap(layers, sparse_number)
 
 
-def _threshold_by_heap(values: list[Tensor], grains: list[int], sparse_number: int) -> float:
+def _threshold_by_heap(layers: list[tuple[Tensor, int]], sparse_number: int) -> float:
     """Keep the smallest metrics in a heap that holds just more than ``sparse_number`` elements, as NNI does."""
     heap: list[tuple[float, int]] = []
-    push, exchange = heapq.heappush, heapq.heappushpop
-    size = 0
-    for metric, grain in zip(values, grains, strict=True):
-        for item in zip((-metric).tolist(), repeat(grain), strict=False):
-            if size <= sparse_number:
-                push(heap, item)
-                size += grain
-            else:
-                size += grain - exchange(heap, item)[1]
+    size = largest = 0
+    for metric, grain in layers:
+        largest = max(largest, grain)
+        for part in metric.split(_PART):
+            if size > sparse_number and grain == largest:
+                # no exchange makes the heap too small here: what exceeds its largest metric never enters
+                part = part[part <= -heap[0][0]]
+            items = list(zip((-part).tolist(), repeat(grain), strict=False))
+            missing = (sparse_number - size) // grain + 1 if size <= sparse_number else 0
+            if missing > _FEW:
+                heap += items[:missing]
+                heapq.heapify(heap)
+                size += grain * len(items[:missing])
+                items = items[missing:]
+            size = _exchange(heap, items, size, sparse_number)
     return -heap[0][0]
+
+
+def _exchange(heap: list[tuple[float, int]], items: list[tuple[float, int]], size: int, sparse_number: int) -> int:
+    """Let items into the heap, each against the largest metric in it unless there's room; return its new size."""
+    push, exchange = heapq.heappush, heapq.heappushpop
+    for item in items:
+        if size <= sparse_number:
+            push(heap, item)
+            size += item[1]
+        else:
+            size += item[1] - exchange(heap, item)[1]
+    return size

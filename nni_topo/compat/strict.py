@@ -155,9 +155,8 @@ def _checked_combination(
 ) -> None:
     place = f"{type(self).__name__}({type(pruner).__name__})"
     missing = [name for name in ("interval_steps", "total_times") if not hasattr(pruner, name)]
-    for hook in ("_fuse_preprocess", "_fuse_postprocess"):
-        if getattr(type(pruner), hook, None) in (None, getattr(Compressor, hook)):
-            missing.append(hook)
+    hooks = ("_fuse_preprocess", "_fuse_postprocess")
+    missing += [hook for hook in hooks if getattr(type(pruner), hook, None) in (None, getattr(Compressor, hook))]
     if missing:
         raise ConfigError(f"a scheduled pruner must have {', '.join(missing)}, got none ({place})")
     if not isinstance(pruner.evaluator or evaluator, Evaluator):

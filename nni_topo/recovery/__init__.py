@@ -4,6 +4,7 @@ from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.compensation import Compensation, compensate, compensation
 from nni_topo.recovery.mixing import pair_coefficients
 from nni_topo.recovery.report import CompensationReport, LayerReport
+from nni_topo.recovery.selection import greedy_least_squares
 
 __all__ = [
     "Compensation",
@@ -11,6 +12,7 @@ __all__ = [
     "LayerReport",
     "compensate",
     "compensation",
+    "greedy_least_squares",
     "pair_coefficients",
     "recalibrate_batch_norm",
 ]

@@ -11,6 +11,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
+from torch.nn import functional
 
 from nni_topo.errors import DataError
 from nni_topo.recovery.batches import calls
@@ -147,11 +148,8 @@ def without_side_effects(graph_module: GraphModule) -> GraphModule:
     for node in copied.graph.nodes:
         if node.kwargs.get("inplace"):
             node.kwargs = {**node.kwargs, "inplace": False}
-        if node.op == "call_method" and _is_in_place(node) and hasattr(Tensor, str(node.target)[:-1]):
-            node.target = str(node.target)[:-1]
-        elif node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator":
-            name = node.target.__name__
-            node.target = getattr(operator, _PLAIN.get(name, name))
+        if node.op in ("call_function", "call_method"):
+            node.target = _plain_target(node)
     copied.recompile()
     return copied
 
@@ -159,7 +157,7 @@ def without_side_effects(graph_module: GraphModule) -> GraphModule:
 def touched_nodes(original: GraphModule, pruned: GraphModule) -> set[Node]:
     """Return the nodes of the original's graph behind parameters in which the two graph modules differ."""
     mine, theirs = original.state_dict(), pruned.state_dict()
-    changed = {name for name, value in mine.items() if not torch.equal(value, theirs[name])}
+    changed = {name for name, value in mine.items() if name not in theirs or not torch.equal(value, theirs[name])}
     touched: set[Node] = set()
     for node in original.graph.nodes:
         target = str(node.target)
@@ -171,7 +169,20 @@ def touched_nodes(original: GraphModule, pruned: GraphModule) -> set[Node]:
     return touched
 
 
-_PLAIN = {f"i{name}": name for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")} | {
+def _plain_target(node: Node) -> Any:
+    """Return the operation that gives the same value without working in place; the same one if there is none."""
+    if node.op == "call_method":
+        name = str(node.target).rstrip("_")
+        return name if _is_in_place(node) and hasattr(Tensor, name) else node.target
+    name = str(getattr(node.target, "__name__", ""))
+    if getattr(node.target, "__module__", "") == "_operator":
+        return getattr(operator, _OPERATORS.get(name, name), node.target)
+    if not _is_in_place(node):
+        return node.target
+    return getattr(torch, name.rstrip("_"), None) or getattr(functional, name.rstrip("_"), node.target)
+
+
+_OPERATORS = {f"i{name}": name for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")} | {
     "iand": "and_", "ior": "or_", "ixor": "xor",
 }  # fmt: skip
 

@@ -119,7 +119,6 @@ class Cell:
         stem = "-".join((self.model.label, self.data.name)).replace("/", "_").replace(" ", "_").replace(":", "_")
         return f"{stem}-{digest}-seed{self.seed}"
 
-
     def _data(self) -> dict[str, Any]:
         """The data's part of a key: without its place, and without ``test_limit`` where the whole test set is used."""
         found = asdict(replace(self.data, data_dir=None, download=False))

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nni_topo.recovery.normal import GRID, NormalEquations, fit
+
+
+def problem(samples=60, unknowns=5, outputs=3, groups=1, noise=0.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(groups, samples, unknowns, generator=generator, dtype=torch.float64) + 2.0
+    weights = torch.randn(groups, unknowns, outputs, generator=generator, dtype=torch.float64)
+    shift = torch.randn(groups, 1, outputs, generator=generator, dtype=torch.float64)
+    targets = inputs @ weights + shift
+    targets += noise * torch.randn(targets.shape, generator=generator, dtype=torch.float64)
+    return inputs, targets, weights, shift[:, 0]
+
+
+def equations(inputs, targets, pieces=4):
+    sums = NormalEquations()
+    for x, y in zip(inputs.chunk(pieces, dim=1), targets.chunk(pieces, dim=1), strict=True):
+        sums.add(x, y, y)
+    return sums
+
+
+def test_solution_is_that_of_numpy():
+    inputs, targets, _, _ = problem(noise=0.5)
+    ((_, solution),) = equations(inputs, targets).solve([0.0], intercept=True)
+    augmented = np.column_stack([inputs[0], np.ones(inputs.shape[1])])
+    expected = np.linalg.lstsq(augmented, targets[0], rcond=None)[0]
+    np.testing.assert_allclose(solution.weights[0], expected[:-1], rtol=1e-8)
+    np.testing.assert_allclose(solution.shift[0], expected[-1], rtol=1e-8)
+
+
+def test_solution_without_intercept_goes_through_the_origin():
+    inputs, targets, _, _ = problem(noise=0.5)
+    ((_, solution),) = equations(inputs, targets).solve([0.0], intercept=False)
+    expected = np.linalg.lstsq(inputs[0].numpy(), targets[0].numpy(), rcond=None)[0]
+    np.testing.assert_allclose(solution.weights[0], expected, rtol=1e-8)
+    assert not solution.shift.any()
+
+
+def test_ridge_minimises_error_plus_share_of_variance():
+    inputs, targets, _, _ = problem(noise=0.5)
+    ((_, solution),) = equations(inputs, targets).solve([0.3], intercept=True)
+    x, y = inputs[0] - inputs[0].mean(0), targets[0] - targets[0].mean(0)
+    penalty = 0.3 * x.square().sum(0).diag()
+    np.testing.assert_allclose(solution.weights[0], torch.linalg.solve(x.T @ x + penalty, x.T @ y), rtol=1e-8)
+
+
+def test_ridge_does_not_care_about_the_scale_of_an_input():
+    inputs, targets, _, _ = problem(noise=0.5)
+    factors = torch.tensor([1.0, 1e-3, 1e3, 5.0, 0.2], dtype=torch.float64)
+    ((_, one),) = equations(inputs, targets).solve([0.1], intercept=True)
+    ((_, other),) = equations(inputs * factors, targets).solve([0.1], intercept=True)
+    torch.testing.assert_close(one.weights, other.weights * factors[:, None], rtol=1e-8, atol=1e-12)
+
+
+def test_groups_are_independent():
+    inputs, targets, weights, shift = problem(groups=3)
+    ((_, solution),) = equations(inputs, targets).solve([0.0], intercept=True)
+    torch.testing.assert_close(solution.weights, weights, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(solution.shift, shift, rtol=1e-8, atol=1e-8)
+
+
+def test_constant_input_gets_no_weight():
+    inputs, targets, _, _ = problem()
+    inputs[:, :, 2] = 7.0
+    ((_, solution),) = equations(inputs, targets).solve([1e-6], intercept=True)
+    assert not solution.weights[:, 2].any()
+    assert bool(torch.isfinite(solution.weights).all())
+
+
+def test_errors_are_those_of_the_samples():
+    inputs, targets, weights, shift = problem(noise=0.5)
+    sums = equations(inputs, targets)
+    ((_, solution),) = sums.solve([0.1], intercept=True)
+    residual = targets - inputs @ solution.weights - solution.shift[:, None]
+    assert sums.squared_error(solution) == pytest.approx(float(residual.square().sum()), rel=1e-9)
+    variance = float((targets - targets.mean(1, keepdim=True)).square().sum())
+    assert sums.relative_error(solution) == pytest.approx(float(residual.square().sum()) / variance, rel=1e-9)
+    assert sums.squared_error(sums.unchanged()) == pytest.approx(float(targets.square().sum()), rel=1e-9)
+
+
+def test_fit_recovers_exact_relations_with_the_smallest_ridge():
+    inputs, targets, weights, shift = problem(samples=200)
+    found = fit(equations(inputs[:, :150], targets[:, :150]), equations(inputs[:, 150:], targets[:, 150:]), None,
+                intercept=True)  # fmt: skip
+    assert found.ridge == GRID[0]
+    assert found.held_out < 1e-10
+    assert found.after < 1e-10 < found.before
+    torch.testing.assert_close(found.solution.weights, weights, rtol=1e-5, atol=1e-5)
+
+
+def test_fit_changes_nothing_where_nothing_is_to_be_learned():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(1, 400, 30, generator=generator, dtype=torch.float64)
+    noise = torch.randn(1, 400, 1, generator=generator, dtype=torch.float64)
+    found = fit(equations(inputs[:, :40], noise[:, :40]), equations(inputs[:, 40:], noise[:, 40:]), None,
+                intercept=False)  # fmt: skip
+    assert found.ridge == math.inf
+    assert not found.solution.weights.any()
+    assert found.after == found.before
+
+
+def test_fit_with_fewer_samples_than_unknowns_stays_finite_and_helps():
+    inputs, targets, _, _ = problem(samples=12, unknowns=40)
+    found = fit(equations(inputs[:, :10], targets[:, :10]), equations(inputs[:, 10:], targets[:, 10:]), 0.1,
+                intercept=True)  # fmt: skip
+    assert bool(torch.isfinite(found.solution.weights).all())
+    assert found.after < found.before
+
+
+def test_fit_without_held_out_samples_reports_none():
+    inputs, targets, weights, _ = problem(samples=4, unknowns=2)
+    found = fit(equations(inputs, targets), NormalEquations(), None, intercept=True)
+    assert math.isnan(found.held_out)
+    assert found.after < 1e-3
+
+
+def test_fit_learns_from_the_held_out_samples_in_the_end():
+    inputs, targets, weights, _ = problem(samples=6, unknowns=5, noise=0.0)
+    few, rest = equations(inputs[:, :3], targets[:, :3], 1), equations(inputs[:, 3:], targets[:, 3:], 1)
+    found = fit(few, rest, 1e-10, intercept=True)
+    torch.testing.assert_close(found.solution.weights, weights, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import symbolic_trace
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.recovery.batches import calls
+from nni_topo.recovery.replay import Replay, touched_nodes, without_side_effects
+
+
+@pytest.fixture
+def pair(residual_net):
+    """The residual net and one in which a layer differs."""
+    original = without_side_effects(symbolic_trace(residual_net))
+    changed = copy.deepcopy(original)
+    changed.get_submodule("conv2").weight.data.mul_(0.5)
+    return original, changed
+
+
+def node_of(graph_module, name):
+    return next(node for node in graph_module.graph.nodes if node.name == name)
+
+
+def recorded(replay, settled, names):
+    nodes = [node_of(replay, name) for name in names]
+    return nodes, settled
+
+
+def values(replay, original, name, after):
+    """Values of a node in both networks over all batches, with everything before node ``after`` settled."""
+    node = node_of(original, name)
+    runs = list(replay.run(replay.order[node_of(original, after)], [node]))
+    return torch.cat([run[0][node] for run in runs]), torch.cat([run[1][node] for run in runs])
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 100_000, 2**30])
+def test_values_are_those_of_the_networks(residual_net, pair, images, cache_bytes):
+    original, changed = pair
+    replay = Replay(residual_net, original, changed, images, cache_bytes)
+    whole = torch.cat(images)
+    for after in ("conv1", "conv2", "conv3", "conv4", "head"):
+        one, other = values(replay, original, "head", after)
+        torch.testing.assert_close(one, residual_net(whole).detach())
+        torch.testing.assert_close(other, changed(whole).detach())
+
+
+def test_a_later_change_shows_behind_what_is_settled(residual_net, pair, images):
+    original, changed = pair
+    replay = Replay(residual_net, original, changed, images, 2**30)
+    values(replay, original, "head", "conv3")
+    changed.get_submodule("head").bias.data.add_(1.0)
+    one, other = values(replay, original, "head", "head")
+    torch.testing.assert_close(one, residual_net(torch.cat(images)).detach())
+    torch.testing.assert_close(other, changed(torch.cat(images)).detach())
+
+
+def test_a_pass_starts_where_the_last_one_was_settled(residual_net, pair, images):
+    original, changed = pair
+    counts = {"conv1": 0, "conv3": 0}
+    for name in counts:
+        original.get_submodule(name).register_forward_hook(
+            lambda *_, name=name: counts.__setitem__(name, counts[name] + 1)
+        )
+    replay = Replay(residual_net, original, changed, images, 2**30)
+    for _ in range(3):
+        values(replay, original, "head", "conv3")
+    assert counts == {"conv1": 4, "conv3": 12}
+    replay = Replay(residual_net, original, changed, images, 1000)
+    for _ in range(3):
+        values(replay, original, "head", "conv3")
+    assert counts == {"conv1": 16, "conv3": 24}
+
+
+def test_only_nodes_behind_a_difference_are_touched(pair):
+    original, changed = pair
+    touched = {node.name for node in touched_nodes(original, changed)}
+    assert {"conv2", "norm2", "conv3", "shortcut", "head"} <= touched
+    assert not {"stem", "norm", "conv1", "norm1"} & touched
+
+
+class InPlace(nn.Module):
+    """Every way of working in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.second = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.relu(self.first(x))
+        y = self.second(x)
+        y += x
+        y.mul_(2.0)
+        torch.relu_(y)
+        x = nn.functional.relu(y, inplace=True)
+        x -= 1.0
+        return x.add_(y)
+
+
+def test_nothing_works_in_place_any_more():
+    torch.manual_seed(0)
+    net = InPlace().eval()
+    plain = without_side_effects(symbolic_trace(net))
+    inputs = torch.randn(2, 3, 4, 4)
+    steps = {}
+
+    class Watcher(torch.fx.Interpreter):
+        def run_node(self, n):
+            value = super().run_node(n)
+            steps[n] = (value, value.clone())
+            return value
+
+    Watcher(plain, garbage_collect_values=False).run(inputs)
+    assert all(torch.equal(value, before) for value, before in steps.values())
+
+
+def test_batches_may_be_tensors_tuples_and_mappings():
+    model = nn.Linear(2, 2)
+    x = torch.ones(3, 2)
+    batches = [x, (x, torch.zeros(3)), [x], {"input": x}, ({"input": x}, torch.zeros(3)), ((x, x), 0)]
+    found = list(calls(model, batches))
+    assert [len(args) for args, _ in found] == [1, 1, 1, 0, 0, 2]
+    assert [list(kwargs) for _, kwargs in found] == [[], [], [], ["input"], ["input"], []]
+
+
+@pytest.mark.parametrize(
+    ("batches", "error", "message"),
+    [
+        ([], DataError, "at least one batch, got none"),
+        ([()], DataError, "must hold an input, got an empty one .batch 0."),
+        (["text"], ConfigError, "with a tensor in it, got str"),
+    ],
+)
+def test_bad_batches_are_refused(batches, error, message):
+    with pytest.raises(error, match=message):
+        list(calls(nn.Linear(2, 2), batches))
+
+
+def test_a_batch_of_a_wrong_shape_is_named(residual_net, pair, images):
+    replay = Replay(residual_net, *pair, [images[0], torch.ones(2, 5, 8, 8, dtype=torch.float64)], 2**30)
+    with pytest.raises(DataError, match=r"calibration must fit the model, got RuntimeError: .* \(batch 1\)"):
+        values(replay, pair[0], "head", "conv3")

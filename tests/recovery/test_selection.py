@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.recovery import greedy_least_squares
+
+
+def residual(inputs, targets, channels, block):
+    """Squared error of the least-squares prediction from some channels."""
+    columns = [channel * block + i for channel in channels for i in range(block)]
+    solution = np.linalg.lstsq(inputs[:, columns], targets, rcond=None)[0]
+    return float(((targets - inputs[:, columns] @ solution) ** 2).sum())
+
+
+def draw(seed, samples, channels, block, outputs):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(samples, channels * block)), rng.normal(size=(samples, outputs))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), channels=st.integers(2, 7), block=st.integers(1, 3), outputs=st.integers(1, 40))
+def test_each_choice_is_the_best_next_one(seed, channels, block, outputs):
+    inputs, targets = draw(seed, 30, channels, block, outputs)
+    order = greedy_least_squares(inputs.T @ inputs, inputs.T @ targets, channels, block=block).tolist()
+    assert sorted(order) == list(range(channels))
+    for step, chosen in enumerate(order):
+        errors = {c: residual(inputs, targets, [*order[:step], c], block) for c in set(range(channels)) - {*order[:step]}}
+        assert errors[chosen] <= min(errors.values()) * (1 + 1e-6) + 1e-9
+
+
+def test_a_prefix_is_the_choice_for_fewer():
+    inputs, targets = draw(0, 50, 8, 2, 4)
+    gram, cross = inputs.T @ inputs, inputs.T @ targets
+    whole = greedy_least_squares(gram, cross, 8, block=2)
+    np.testing.assert_array_equal(greedy_least_squares(gram, cross, 3, block=2), whole[:3])
+
+
+def test_channels_that_make_the_target_are_found():
+    inputs, _ = draw(1, 200, 10, 1, 1)
+    targets = inputs[:, [2, 5, 7]] @ np.array([[3.0, 1.0], [2.0, -2.0], [1.0, 1.0]])
+    assert set(greedy_least_squares(inputs.T @ inputs, inputs.T @ targets, 3).tolist()) == {2, 5, 7}
+
+
+def test_a_copy_of_a_chosen_channel_comes_last():
+    inputs, _ = draw(2, 100, 5, 1, 1)
+    inputs[:, 3] = 2.0 * inputs[:, 1]
+    targets = inputs @ np.array([[1.0], [5.0], [0.5], [5.0], [2.0]])
+    order = greedy_least_squares(inputs.T @ inputs, inputs.T @ targets, 5).tolist()
+    assert order[0] == 1
+    assert order[-1] == 3
+
+
+def test_silent_channels_are_chosen_last_and_do_no_harm():
+    inputs, targets = draw(3, 100, 4, 1, 2)
+    inputs[:, 0] = 0.0
+    order = greedy_least_squares(inputs.T @ inputs, inputs.T @ targets, 4).tolist()
+    assert order[-1] == 0
+
+
+def test_two_readers_count_together():
+    first, one = draw(4, 100, 4, 1, 2)
+    second, other = draw(5, 100, 4, 1, 2)
+    grams, crosses = [first.T @ first, second.T @ second], [first.T @ one, second.T @ other]
+    order = greedy_least_squares(grams, crosses, 1)
+    gains = [sum((c[j] ** 2).sum() / g[j, j] for g, c in zip(grams, crosses, strict=True)) for j in range(4)]
+    assert order[0] == int(np.argmax(gains))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"keep": 0}, ConfigError, r"keep must be in \[1, 4\], got 0"),
+        ({"keep": 5}, ConfigError, r"keep must be in \[1, 4\], got 5"),
+        ({"block": 3}, ConfigError, "block must divide the number of columns, got 3 for 4"),
+        ({"cross": np.ones((3, 1))}, DataError, "cross have as many rows"),
+        ({"gram": np.full((4, 4), np.nan)}, DataError, "must be finite"),
+        ({"gram": [np.eye(4)] * 2}, DataError, "must come in pairs, got 2 and 1"),
+    ],
+)
+def test_bad_input_is_refused(change, error, message):
+    arguments = {"gram": np.eye(4), "cross": np.ones((4, 1)), "keep": 2, "block": 1} | change
+    with pytest.raises(error, match=message):
+        greedy_least_squares(arguments["gram"], arguments["cross"], arguments["keep"], block=arguments["block"])

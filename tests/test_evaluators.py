@@ -1,0 +1,215 @@
+"""NNI's Torch, Lightning and Transformers evaluators drive the package's pruners and NNI's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nni
+import pytest
+import torch
+from nni.compression import LightningEvaluator, TransformersEvaluator
+from nni.compression.base.compressor import Pruner
+from nni.compression.pruning import LinearPruner, MovementPruner, SlimPruner, TaylorPruner
+from torch import Tensor, nn
+
+import nni_topo
+from nni_topo.testing import toy_evaluator, toy_images, toy_model
+
+Setup = Callable[[], tuple[nn.Module, Any]]
+SPARSE = {"sparse_ratio": 0.5}
+
+
+def torch_setup() -> tuple[nn.Module, Any]:
+    model = toy_model()
+    return model, toy_evaluator(model)
+
+
+def kept(masks: dict[str, dict[str, Tensor]], name: str) -> int:
+    return int(masks[name]["weight"].flatten(1)[:, 0].sum())
+
+
+def ours(setup: Setup, cls: type[Pruner], layers: dict[str, int]) -> None:
+    """Prune in steps while the model trains."""
+    model, evaluator = setup()
+    pruner = LinearPruner(cls(model, [{"op_names": list(layers), **SPARSE}], evaluator), 2, 2)
+    _, masks = pruner.compress(max_steps=6, max_epochs=None)
+    pruner.unwrap_model()
+    assert {name: kept(masks, name) for name in layers} == layers
+
+
+def taylor(setup: Setup, layers: dict[str, int]) -> None:
+    model, evaluator = setup()
+    pruner = TaylorPruner(model, [{"op_names": list(layers), **SPARSE}], evaluator, training_steps=3)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    assert {name: kept(masks, name) for name in layers} == layers
+
+
+def slim(setup: Setup, norm: str) -> None:
+    model, evaluator = setup()
+    size = model.get_submodule(norm).weight.numel()
+    pruner = SlimPruner(model, [{"op_names": [norm], **SPARSE}], evaluator, training_steps=3)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    assert int(masks[norm]["weight"].sum()) == size // 2
+
+
+def movement(setup: Setup, layers: list[str]) -> None:
+    model, evaluator = setup()
+    config = [{"op_names": layers, "sparse_threshold": 0.4, "granularity": "default"}]
+    pruner = MovementPruner(model, config, evaluator, warmup_step=2, cooldown_begin_step=5)
+    before = {name: model.get_submodule(name).weight.detach().clone() for name in layers}
+    _, masks = pruner.compress(max_steps=7, max_epochs=None)
+    pruner.unwrap_model()
+    for name in layers:
+        assert set(masks[name]["weight"].unique().tolist()) <= {0.0, 1.0}
+        assert not torch.equal(before[name], model.get_submodule(name).weight)
+
+
+TOY = {"stem": 4, "inner": 4, "hidden": 8}
+
+
+@pytest.mark.parametrize("cls", [nni_topo.TopologicalPruner, nni_topo.RandomPruner])
+def test_torch_evaluator_drives_our_pruners(cls: type[Pruner]) -> None:
+    ours(torch_setup, cls, TOY)
+
+
+def test_torch_evaluator_drives_nnis_pruners() -> None:
+    taylor(torch_setup, TOY)
+    slim(torch_setup, "norm")
+    movement(torch_setup, ["hidden"])
+
+
+def test_evaluator_feeds_the_activation_cloud() -> None:
+    model, evaluator = torch_setup()
+    config = [{"op_names": ["stem"], **SPARSE}]
+    pruner = nni_topo.TopologicalPruner(model, config, evaluator, collector="activation")
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    assert kept(masks, "stem") == 4
+
+
+def test_plain_functions_and_batches_need_no_evaluator() -> None:
+    config = [{"op_names": ["stem", "hidden"], **SPARSE}]
+    batches = [toy_images(8, seed) for seed in range(2)]
+    pruner = nni_topo.TopologicalPruner(toy_model(), config, calibration=batches)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    assert (kept(masks, "stem"), kept(masks, "hidden")) == (4, 8)
+
+
+def lightning_setup() -> tuple[nn.Module, Any]:
+    pl = pytest.importorskip("pytorch_lightning")
+    images, labels = toy_images(), torch.arange(32) % 4
+    batches = [(images[start : start + 4], labels[start : start + 4]) for start in range(0, 32, 4)]
+
+    class Net(pl.LightningModule):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            for name, module in toy_model().named_children():
+                self.add_module(name, module)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return type(toy_model()).forward(self, images)
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def test_step(self, batch: Any, index: int) -> None:
+            self.log("default", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+        def configure_optimizers(self) -> Any:
+            return nni.trace(torch.optim.SGD)(self.parameters(), lr=0.01)
+
+    class Batches(pl.LightningDataModule):  # type: ignore[name-defined, misc]
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(batches, batch_size=None)
+
+        test_dataloader = train_dataloader
+
+    trainer = nni.trace(pl.Trainer)(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    return Net(), LightningEvaluator(trainer, nni.trace(Batches)())
+
+
+def test_lightning_drives_our_pruners() -> None:
+    ours(lightning_setup, nni_topo.TopologicalPruner, TOY)
+    ours(lightning_setup, nni_topo.RandomPruner, TOY)
+
+
+def test_lightning_drives_nnis_pruners() -> None:
+    taylor(lightning_setup, TOY)
+    slim(lightning_setup, "norm")
+    movement(lightning_setup, ["hidden"])
+
+
+@pytest.fixture
+def bert_setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
+    """A BERT of one layer with random weights, trained on random tokens."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def setup() -> tuple[nn.Module, Any]:
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 12}
+        config = transformers.BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, num_labels=2)
+        model = transformers.BertForSequenceClassification(config)
+        tokens = torch.randint(40, (16, 8))
+        data = [{"input_ids": row, "attention_mask": row * 0 + 1, "labels": i % 2} for i, row in enumerate(tokens)]
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=4,
+            max_steps=6,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        optimizer = nni.trace(torch.optim.SGD)(model.parameters(), lr=0.01)
+        trainer = nni.trace(transformers.Trainer)(
+            model, arguments, train_dataset=data, eval_dataset=data, optimizers=(optimizer, None)
+        )
+        return model, TransformersEvaluator(trainer)
+
+    return setup
+
+
+INTERMEDIATE = "bert.encoder.layer.0.intermediate.dense"
+
+
+def test_transformers_drives_our_pruners(bert_setup: Setup) -> None:
+    ours(bert_setup, nni_topo.TopologicalPruner, {INTERMEDIATE: 12})
+    ours(bert_setup, nni_topo.RandomPruner, {INTERMEDIATE: 12})
+
+
+def test_transformers_drives_nnis_pruners(bert_setup: Setup) -> None:
+    taylor(bert_setup, {INTERMEDIATE: 12})
+
+
+def test_transformers_drives_nnis_movement(bert_setup: Setup) -> None:
+    movement(bert_setup, [INTERMEDIATE])
+
+
+def test_transformers_adds_to_the_loss(bert_setup: Setup) -> None:
+    model, evaluator = bert_setup()
+    evaluator._init_optimizer_helpers(model)
+    evaluator.bind_model(model)
+    losses: list[float] = []
+
+    def double(loss: Tensor, batch: Any) -> Tensor:
+        losses.append(float(loss))
+        return 2 * loss
+
+    evaluator.patch_loss(double)
+    evaluator.train(max_steps=3)
+    assert len(losses) == 3
+    evaluator.unbind_model()
