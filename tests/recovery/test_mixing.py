@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.recovery import compensate, compensation, pair_coefficients
+from nni_topo.speedup import masked_model, to_dense
+
+FLOATS = st.lists(st.floats(-10, 10), min_size=3, max_size=20)
+
+
+@pytest.fixture
+def conv_net():
+    """Two convolutions without padding and a head behind a flattening layer, float64."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(24, 4)
+    ).double().eval()  # fmt: skip
+
+
+def outputs(model, masks, batches, **knobs):
+    whole = torch.cat(batches)
+    repaired = compensate(model, masks, batches, **knobs)
+    masked = masked_model(repaired, whole[:2], masks)(whole).detach()
+    torch.testing.assert_close(to_dense(repaired, whole[:2], masks)(whole).detach(), masked, rtol=1e-9, atol=1e-9)
+    return masked
+
+
+@pytest.mark.parametrize("method", ["channel", "pair"])
+def test_multiples_of_kept_channels_are_replaced_exactly(conv_net, twin, halves, images, method):
+    twin(conv_net[0])
+    twin(conv_net[2], factor=0.5)
+    found = outputs(conv_net, halves(conv_net, "0", "2"), images, method=method)
+    torch.testing.assert_close(found, conv_net(torch.cat(images)).detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["channel", "pair"])
+def test_residual_groups_with_batch_norms(residual_net, twin, halves, images, method):
+    net = residual_net
+    for layer, norm in (("stem", "norm"), ("conv1", "norm1"), ("conv2", "norm2"), ("conv3", None), ("conv4", "norm4")):
+        twin(net.get_submodule(layer), norm and net.get_submodule(norm))
+    twin(net.shortcut)
+    masks = halves(net, "stem", "conv1", "conv2", "conv3", "conv4", "shortcut")
+    found = outputs(net, masks, images, method=method)
+    torch.testing.assert_close(found, net(torch.cat(images)).detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_channels_mix_what_no_single_one_can_replace(images):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(80, 3)).double().eval()
+    with torch.no_grad():
+        net[0].weight[3] = net[0].weight[0] - 2 * net[0].weight[1]
+    masks = {"0": {"weight": torch.tensor([1.0, 1, 1, 0])[:, None, None, None]}}
+    expected = net(torch.cat(images)).detach()
+    torch.testing.assert_close(outputs(net, masks, images, method="channel"), expected, rtol=1e-6, atol=1e-6)
+    assert float((outputs(net, masks, images, method="pair") - expected).abs().max()) > 1e-3
+
+
+def test_pair_of_a_linear_layer_is_the_text():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double().eval()
+    inputs = torch.randn(50, 3, dtype=torch.float64)
+    masks = {"0": {"weight": torch.tensor([1.0, 1, 0, 1])[:, None]}}
+    features = net[:2](inputs).detach()
+    alpha, beta = pair_coefficients(features[:, 2], features[:, 3])
+    for as_printed in (False, True):
+        found = compensate(net, masks, [inputs], method="pair", pairs={"0": {2: 3}}, as_printed=as_printed)
+        weight, bias = net[2].weight.detach().clone(), net[2].bias.detach().clone()
+        bias += beta * (net[0].bias[2].detach() if as_printed else weight[:, 2])
+        weight[:, 3] += alpha * weight[:, 2]
+        weight[:, 2] = 0
+        torch.testing.assert_close(found[2].weight.detach(), weight, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(found[2].bias.detach(), bias, rtol=1e-6, atol=1e-9)
+
+
+def test_best_correlated_channel_stands_in():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double().eval()
+    with torch.no_grad():
+        net[0].weight[2] = -3 * net[0].weight[0] + 0.01 * net[0].weight[1]
+    inputs = torch.randn(50, 3, dtype=torch.float64)
+    found = compensate(net, {"0": {"weight": torch.tensor([1.0, 1, 0, 1])[:, None]}}, [inputs], method="pair")
+    changed = (found[1].weight - net[1].weight).abs().max(0).values > 1e-6
+    assert changed.tolist() == [True, False, True, False]
+
+
+def test_border_of_a_padded_convolution_is_where_the_constant_errs(images):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 3, padding=1)).double().eval()
+    with torch.no_grad():
+        net[0].weight[3], net[0].bias[3] = net[0].weight[0], net[0].bias[0] + 1.0
+    masks = {"0": {"weight": torch.tensor([1.0, 1, 1, 0])[:, None, None, None]}}
+    error = (outputs(net, masks, images, method="pair") - net(torch.cat(images)).detach()).abs().amax((0, 1))
+    assert float(error[1:-1, 1:-1].max()) < 1e-9
+    assert float(error[0].min()) > 1e-3
+
+
+def test_report_measures_at_the_input(conv_net, halves, images):
+    report = compensation(conv_net, halves(conv_net, "0", "2"), images, method="channel").report
+    assert [(layer.layer, layer.place) for layer in report.layers] == [("2", "_1"), ("5", "_4")]
+    assert [layer.unknowns for layer in report.layers] == [4, 3]
+    assert report.layers[1].samples == 32 * 4
+    assert all(0 < layer.error_after < layer.error_before for layer in report.layers)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ({"9": {4: 0}}, "a layer of pairs must be a known name, got '9'"),
+        ({"0": {1: 0}}, r"channels that are removed to channels that are kept, got 1: 0 \(0\)"),
+        ({"0": {4: 5}}, r"channels that are removed to channels that are kept, got 4: 5 \(0\)"),
+        ({"0": {4: 99}}, r"channels that are removed to channels that are kept, got 4: 99 \(0\)"),
+        ({"0": {4: 0}, "2": {}, "5": {0: 1}}, r"got 0: 1 \(5\)"),
+    ],
+)
+def test_pairs_that_can_not_be_used_are_refused(conv_net, halves, images, pairs, message):
+    with pytest.raises(ConfigError, match=message):
+        compensate(conv_net, halves(conv_net, "0"), images, method="pair", pairs=pairs)
+
+
+def test_pair_of_channels_that_different_layers_read_is_refused(images):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other, self.join = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(8, 4, 1, groups=2)
+
+        def forward(self, x):
+            return self.join(torch.cat([self.one(x), self.other(x)], dim=1)).mean((2, 3))
+
+    torch.manual_seed(0)
+    net = Two().double().eval()
+    gone = torch.tensor([1.0, 1, 1, 0])[:, None, None, None]
+    masks = {"one": {"weight": gone}, "other": {"weight": gone}}
+    compensate(net, masks, images, method="pair", pairs={"one": {3: 0}})
+    with pytest.raises(ConfigError, match="must map channels"):
+        compensate(net, masks, images, method="pair", pairs={"one": {3: 7}})
+
+
+@settings(max_examples=50, deadline=None)
+@given(FLOATS, st.integers(0, 1000))
+def test_coefficients_are_those_of_polyfit(values, seed):
+    survivor = np.array(values)
+    removed = np.random.default_rng(seed).normal(size=len(values))
+    alpha, beta = pair_coefficients(removed, survivor)
+    residual = removed - alpha * survivor - beta
+    assert abs(residual.sum()) < 1e-6
+    assert abs(residual @ survivor) < 1e-5 * max(1.0, float(survivor @ survivor))
+
+
+def test_iteration_converges_to_the_closed_form_as_eps_vanishes():
+    rng = np.random.default_rng(0)
+    survivor = rng.normal(size=200) + 1.0
+    removed = 0.7 * survivor - 2.0 + 0.1 * rng.normal(size=200)
+    closed = pair_coefficients(removed, survivor)
+    gaps = [
+        np.abs(np.subtract(pair_coefficients(removed, survivor, iterations=300, eps=eps), closed)).max()
+        for eps in (1.0, 1e-3, 1e-6, 0.0)
+    ]
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[0] > 1e-4
+    assert gaps[-1] < 1e-12
+    np.testing.assert_allclose(
+        pair_coefficients(removed, survivor, iterations=300, eps=1.0), pair_coefficients(removed, survivor, eps=1.0)
+    )
+
+
+def test_constant_survivor_gives_the_mean():
+    assert pair_coefficients([1.0, 3.0], [2.0, 2.0]) == (0.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("removed", "survivor", "message"),
+    [([], [], "not empty"), ([1.0], [1.0, 2.0], "got 1 and 2"), ([np.nan], [1.0], "must be finite")],
+)
+def test_bad_activations_are_refused(removed, survivor, message):
+    with pytest.raises(DataError, match=message):
+        pair_coefficients(removed, survivor)
