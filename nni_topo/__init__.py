@@ -9,6 +9,7 @@ from nni_topo._version import __version__  # noqa: E402
 from nni_topo.pruners.base import StructuredPruner  # noqa: E402
 from nni_topo.pruners.random import RandomPruner  # noqa: E402
 from nni_topo.pruners.topological import TopologicalPruner  # noqa: E402
+from nni_topo.recovery import compensate, recalibrate_batch_norm  # noqa: E402
 from nni_topo.registry import (  # noqa: E402
     PrunerInfo,
     create_pruner,
@@ -29,6 +30,7 @@ __all__ = [
     "TopologicalPruner",
     "__version__",
     "compat",
+    "compensate",
     "create_pruner",
     "dependency_groups",
     "errors",
@@ -37,6 +39,7 @@ __all__ = [
     "load",
     "masked_model",
     "pruner_info",
+    "recalibrate_batch_norm",
     "register_pruner",
     "save",
     "to_dense",

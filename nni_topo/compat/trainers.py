@@ -58,7 +58,7 @@ def _patch_optimizer_step(
 ) -> None:
     trainer = self.trainer
 
-    class StepTasks(evaluator.PatchCallback):  # type: ignore[misc]
+    class StepTasks(evaluator.PatchCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             optimizer: torch.optim.Optimizer = getattr(trainer, "deepspeed", None) or trainer.callback_handler.optimizer
             step = optimizer.step

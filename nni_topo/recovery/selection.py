@@ -1,8 +1,8 @@
 """Greedy least-squares selection: which channels predict best what the next layer has to put out.
 
 Forward selection: the channel is added that takes most off the squared error of the least-squares prediction from
-the channels chosen so far. A channel may be a block of several columns, e.g. the kernel elements of a patch. All columns
-are kept orthogonal to the chosen ones by a growing Cholesky factor, so that a step costs no new solution.
+the channels chosen so far. A channel may be a block of several columns, e.g. the kernel elements of a patch. All
+columns are kept orthogonal to the chosen ones by a growing Cholesky factor, so that a step costs no new solution.
 
 References
 ----------
@@ -125,7 +125,8 @@ def _compressed(cross: FloatArray) -> FloatArray:
     """Return targets with at most as many columns as rows, and the same inner products between rows."""
     if cross.shape[1] <= cross.shape[0]:
         return cross
-    return np.ascontiguousarray(np.linalg.qr(cross.T, mode="r").T)
+    factor: FloatArray = np.asarray(np.linalg.qr(cross.T, mode="r"))
+    return np.ascontiguousarray(factor.T)
 
 
 def _check(grams: list[FloatArray], crosses: list[FloatArray], keep: int, block: int) -> int:

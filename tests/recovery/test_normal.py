@@ -75,7 +75,7 @@ def test_constant_input_gets_no_weight():
 
 
 def test_errors_are_those_of_the_samples():
-    inputs, targets, weights, shift = problem(noise=0.5)
+    inputs, targets, _, _ = problem(noise=0.5)
     sums = equations(inputs, targets)
     ((_, solution),) = sums.solve([0.1], intercept=True)
     residual = targets - inputs @ solution.weights - solution.shift[:, None]
@@ -86,7 +86,7 @@ def test_errors_are_those_of_the_samples():
 
 
 def test_fit_recovers_exact_relations_with_the_smallest_ridge():
-    inputs, targets, weights, shift = problem(samples=200)
+    inputs, targets, weights, _ = problem(samples=200)
     found = fit(equations(inputs[:, :150], targets[:, :150]), equations(inputs[:, 150:], targets[:, 150:]), None,
                 intercept=True)  # fmt: skip
     assert found.ridge == GRID[0]
@@ -115,7 +115,7 @@ def test_fit_with_fewer_samples_than_unknowns_stays_finite_and_helps():
 
 
 def test_fit_without_held_out_samples_reports_none():
-    inputs, targets, weights, _ = problem(samples=4, unknowns=2)
+    inputs, targets, _, _ = problem(samples=4, unknowns=2)
     found = fit(equations(inputs, targets), NormalEquations(), None, intercept=True)
     assert math.isnan(found.held_out)
     assert found.after < 1e-3

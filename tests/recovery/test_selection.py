@@ -28,7 +28,9 @@ def test_each_choice_is_the_best_next_one(seed, channels, block, outputs):
     order = greedy_least_squares(inputs.T @ inputs, inputs.T @ targets, channels, block=block).tolist()
     assert sorted(order) == list(range(channels))
     for step, chosen in enumerate(order):
-        errors = {c: residual(inputs, targets, [*order[:step], c], block) for c in set(range(channels)) - {*order[:step]}}
+        errors = {
+            c: residual(inputs, targets, [*order[:step], c], block) for c in set(range(channels)) - {*order[:step]}
+        }
         assert errors[chosen] <= min(errors.values()) * (1 + 1e-6) + 1e-9
 
 
