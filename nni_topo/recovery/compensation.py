@@ -54,6 +54,7 @@ def compensate(
     *,
     method: Method = "reconstruct",
     ridge: float | Literal["auto"] = "auto",
+    refine: int = 2,
     recalibrate: bool = False,
     pairs: Pairs | None = None,
     as_printed: bool = False,
@@ -80,6 +81,9 @@ def compensate(
     ridge : float or "auto", default="auto"
         Penalty on the change of a weight, at least 0, as a share of the variance of what the weight multiplies.
         ``"auto"``: for each layer the one of 1e-8 ... 1, or no change at all, that is best on held-out samples.
+    refine : int, default=2
+        For ``"reconstruct"``: so many more steps for each layer in front of a ReLU, in which only what the ReLU lets
+        through counts. Each costs as much as the first; it pays where little is kept.
     recalibrate : bool, default=False
         Also measure the statistics of batch norms anew, at the end.
     pairs : mapping of str to mapping of int to int, optional
@@ -149,6 +153,7 @@ def compensate(
         calibration,
         method=method,
         ridge=ridge,
+        refine=refine,
         recalibrate=recalibrate,
         pairs=pairs,
         as_printed=as_printed,
@@ -165,6 +170,7 @@ def compensation(
     *,
     method: Method = "reconstruct",
     ridge: float | Literal["auto"] = "auto",
+    refine: int = 2,
     recalibrate: bool = False,
     pairs: Pairs | None = None,
     as_printed: bool = False,
@@ -180,14 +186,14 @@ def compensation(
         The model and the report.
     """
     began = time.perf_counter()
-    _check_knobs(method, ridge, pairs, as_printed)
+    _check_knobs(method, ridge, refine, pairs, as_printed)
     check_model(model)
     calibration = list(calibration) if isinstance(calibration, Iterator) else calibration
     sizes, call = _survey(model, calibration)
     networks = build_networks(model, call, masks)
     replay = Replay(model, networks.original, networks.pruned, calibration, cache_bytes)
     plan = make_plan(networks.original, networks.flow, networks.masks, replay.touched_nodes)
-    tasks = tasks_of(method, plan, networks, pairs, as_printed)
+    tasks = tasks_of(method, plan, networks, refine=refine, pairs=pairs, as_printed=as_printed)
     sampler = Sampler(replay, sizes, seed)
     layers = _run(tasks, sampler, networks, None if ridge == "auto" else float(ridge), progress)
     if recalibrate:
@@ -213,7 +219,7 @@ def _run(
         layers.append(
             LayerReport(
                 layer=task.layer.name,
-                place=task.place.name,
+                place=task.label,
                 unknowns=task.unknowns,
                 samples=samples,
                 ridge=found.ridge,
@@ -226,12 +232,14 @@ def _run(
     return tuple(layers)
 
 
-def _check_knobs(method: str, ridge: Any, pairs: Pairs | None, as_printed: bool) -> None:
+def _check_knobs(method: str, ridge: Any, refine: Any, pairs: Pairs | None, as_printed: bool) -> None:
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
     is_number = isinstance(ridge, (int, float)) and not isinstance(ridge, bool)
     if ridge != "auto" and not (is_number and 0.0 <= ridge < math.inf):
         raise ConfigError(f"ridge must be 'auto' or a finite number of at least 0, got {ridge!r} (ridge)")
+    if isinstance(refine, bool) or not isinstance(refine, int) or refine < 0:
+        raise ConfigError(f"refine must be an integer of at least 0, got {refine!r} (refine)")
     if method != "pair" and (pairs is not None or as_printed):
         raise ConfigError(f"pairs and as_printed go with method 'pair', got method {method!r}")
 

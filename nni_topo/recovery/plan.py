@@ -66,11 +66,14 @@ class Equation:
         The node that is compared. From the layer on there are only batch norms and additions up to there.
     norms : tuple of str
         The batch norms on the way.
+    rectified : bool
+        A ReLU alone reads the place, so that negative values are all alike.
     """
 
     layer: Solvable
     place: Node
     norms: tuple[str, ...]
+    rectified: bool = False
 
 
 @dataclass
@@ -246,8 +249,16 @@ def _ways(graph_module: GraphModule, layer: Solvable) -> tuple[Equation, Equatio
         elif not _passes(graph_module, user):
             break
         node = user
-    far = Equation(layer, node, tuple(norms))
+    far = Equation(layer, node, tuple(norms), _is_rectified(graph_module, node))
     return near or far, far
+
+
+def _is_rectified(graph_module: GraphModule, node: Node) -> bool:
+    """Say whether a ReLU alone reads a node."""
+    user = next(iter(node.users)) if len(node.users) == 1 else None
+    if user is not None and user.op == "call_module":
+        return type(graph_module.get_submodule(str(user.target))) is nn.ReLU
+    return user is not None and user.target in (torch.relu, functional.relu, "relu")
 
 
 def _is_sum(node: Node) -> bool:

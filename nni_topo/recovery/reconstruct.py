@@ -5,12 +5,17 @@ network has at the layer's output, or at the sum that the output goes into: ther
 what the other summands lost. They are found by ridge least squares around the weights that the layer had, so that what
 the samples don't determine stays as it was.
 
+Where a ReLU follows, the solution may be refined: what both networks have below zero there counts as met, and where only
+the pruned one is above zero, zero is wanted. Each such step can only lower the error behind the ReLU [3]_.
+
 References
 ----------
 .. [1] Y. He, X. Zhang and J. Sun, "Channel pruning for accelerating very deep neural networks",
    https://arxiv.org/abs/1707.06168
 .. [2] J.-H. Luo, J. Wu and W. Lin, "ThiNet: a filter level pruning method for deep neural network compression",
    https://arxiv.org/abs/1707.06342
+.. [3] X. Zhang, J. Zou, K. He and J. Sun, "Accelerating very deep convolutional networks for classification and
+   detection" (which also takes the nonlinearity into account), https://arxiv.org/abs/1505.06798
 """
 
 from __future__ import annotations
@@ -40,9 +45,12 @@ class ReconstructTask(Task):
         The pruned network; weights that read removed channels are set to zero.
     result : torch.nn.Module
         The model to be returned, likewise.
+    refines : bool, default=False
+        Count only what a ReLU behind the place lets through.
     """
 
-    def __init__(self, equation: Equation, pruned: nn.Module, result: nn.Module) -> None:
+    def __init__(self, equation: Equation, pruned: nn.Module, result: nn.Module, *, refines: bool = False) -> None:
+        self.refines = refines
         self.layer = equation.layer
         self.place = equation.place
         self.watched = [equation.layer.source, equation.place]
@@ -52,6 +60,11 @@ class ReconstructTask(Task):
         self._columns, self._rows = self.layer.columns.to(weight.device), self.layer.rows.to(weight.device)
         for net in (pruned, result):
             self._cut(net)
+
+    @property
+    def label(self) -> str:
+        """The place, or the ReLU of it."""
+        return f"relu({self.place.name})" if self.refines else self.place.name
 
     @property
     def unknowns(self) -> int:
@@ -65,7 +78,11 @@ class ReconstructTask(Task):
     def samples(self, original: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
         """Return input patches of the pruned network, what it lacks at the place, and the original's values there."""
         wanted = original[self.place][part]
-        lacking = wanted.double() - pruned[self.place][part]
+        reached = pruned[self.place][part]
+        lacking = wanted.double() - reached
+        if self.refines:
+            lacking = torch.where(wanted > 0, lacking, -reached.double().clamp(min=0.0))
+            wanted = wanted.clamp(min=0.0)
         positions = positions.to(wanted.device)
         return (
             input_rows(self._module, pruned[self.layer.source][part], self._columns, positions),

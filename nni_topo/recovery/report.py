@@ -22,7 +22,8 @@ class LayerReport:
         Its name.
     place : str
         Name of the graph's node at which errors are measured: the layer's own output, or the sum it goes into; for
-        channel mixing its input.
+        channel mixing its input. In ``"relu(...)"`` only what a ReLU lets through counts; there errors are upper
+        bounds.
     unknowns : int
         Inputs of each equation, the intercept not counted.
     samples : int

@@ -16,7 +16,9 @@ from nni_topo.recovery.tasks import Task
 Pairs = Mapping[str, Mapping[int, int]]
 
 
-def tasks_of(method: str, plan: Plan, networks: Networks, pairs: Pairs | None, as_printed: bool) -> list[Task]:
+def tasks_of(
+    method: str, plan: Plan, networks: Networks, *, refine: int, pairs: Pairs | None, as_printed: bool
+) -> list[Task]:
     """List the tasks of a method in the order in which they are to be done.
 
     Parameters
@@ -27,6 +29,8 @@ def tasks_of(method: str, plan: Plan, networks: Networks, pairs: Pairs | None, a
         Which layers can be changed.
     networks : Networks
         The networks.
+    refine : int
+        Further steps in front of a ReLU.
     pairs : mapping of str to mapping of int to int or None
         Kept channels that stand in for removed ones.
     as_printed : bool
@@ -43,7 +47,11 @@ def tasks_of(method: str, plan: Plan, networks: Networks, pairs: Pairs | None, a
         If ``pairs`` names a layer or channel that can't be used.
     """
     if method == "reconstruct":
-        return [ReconstructTask(equation, networks.pruned, networks.result) for equation in plan.equations]
+        return [
+            ReconstructTask(equation, networks.pruned, networks.result, refines=step > 0)
+            for equation in plan.equations
+            for step in range(1 + refine * equation.rectified)
+        ]
     readers = {
         equation.layer.name: equation.layer for equation in plan.equations if _reads_removed(equation.layer, networks)
     }

@@ -46,6 +46,11 @@ class Task(ABC):
     def unknowns(self) -> int:
         """Inputs of each equation."""
 
+    @property
+    def label(self) -> str:
+        """Where the error is measured, in words."""
+        return self.place.name
+
     @abstractmethod
     def extent(self, original: Values) -> tuple[int, int]:
         """Return how many entries a batch has here, and how many positions each entry."""
