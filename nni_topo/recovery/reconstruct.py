@@ -5,8 +5,8 @@ network has at the layer's output, or at the sum that the output goes into: ther
 what the other summands lost. They are found by ridge least squares around the weights that the layer had, so that what
 the samples don't determine stays as it was.
 
-Where a ReLU follows, the solution may be refined: what both networks have below zero there counts as met, and where only
-the pruned one is above zero, zero is wanted. Each such step can only lower the error behind the ReLU [3]_.
+Where a ReLU follows, the solution may be refined: what both networks have below zero there counts as met, and where
+only the pruned one is above zero, zero is wanted. Each such step can only lower the error behind the ReLU [3]_.
 
 References
 ----------
