@@ -149,7 +149,7 @@ def test_shared_modules_are_left_alone():
 def test_report_tells_layer_by_layer_what_was_done():
     model, images = toy_model(), toy_images(640)
     masks = pruned(model, images[:2], exclude=["head"])
-    report = compensation(model, masks, images.split(64)).report
+    report = compensation(model, masks, images.split(64), refine=0).report
     assert report.images == 640
     frame = report.to_frame()
     assert frame["layer"].tolist() == ["inner", "hidden", "head"]
@@ -176,7 +176,7 @@ def test_too_few_samples_warn_and_still_help(caplog):
     model, images = toy_model(), toy_images(6)
     masks = pruned(model, images, ratio=0.25, exclude=["head"])
     with caplog.at_level(logging.WARNING):
-        found = compensation(model, masks, [images])
+        found = compensation(model, masks, [images], refine=0)
     assert "more samples than a layer has unknowns, got fewer for: head (6 of 12)" in caplog.text
     notes = found.report.to_frame()["note"].tolist()
     assert ["fewer samples than unknowns" in note for note in notes] == [False, False, True]
@@ -276,6 +276,8 @@ def test_bad_calibration_is_refused_and_nothing_changes(calibration, error, mess
         ({"ridge": math.nan}, "got nan"),
         ({"ridge": True}, "got True"),
         ({"ridge": "much"}, "got 'much'"),
+        ({"refine": -1}, "refine must be an integer of at least 0, got -1"),
+        ({"refine": 1.5}, "refine must be an integer of at least 0, got 1.5"),
         ({"as_printed": True}, "go with method 'pair', got method 'reconstruct'"),
         ({"pairs": {}, "method": "channel"}, "go with method 'pair', got method 'channel'"),
     ],
