@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.nni_topo-ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint upstream clean
+.PHONY: demo test test-all lint clean
 
 demo: $(READY)
 	$(BIN)/nni-topo demo --out demo
