@@ -207,29 +207,32 @@ def _run(
     tasks: list[Task], sampler: Sampler, networks: Networks, ridge: float | None, progress: bool
 ) -> tuple[LayerReport, ...]:
     """Solve the tasks one after the other."""
-    layers = []
     ranks = [sampler.replay.order[task.layer.node] for task in tasks]
-    for index, task in enumerate(tqdm(tasks, desc="compensate", disable=not progress)):
-        began = time.perf_counter()
-        learned, held = sampler.collect(task, min(ranks[index:]))
-        samples = learned.samples + held.samples
-        found = task.fit(learned, held, ridge)
-        for net in (networks.pruned, networks.result):
-            task.apply(net, found)
-        layers.append(
-            LayerReport(
-                layer=task.layer.name,
-                place=task.label,
-                unknowns=task.unknowns,
-                samples=samples,
-                ridge=found.ridge,
-                error_before=found.before,
-                error_after=found.after,
-                error_held_out=found.held_out,
-                seconds=time.perf_counter() - began,
-            )
-        )
-    return tuple(layers)
+    return tuple(
+        _step(task, min(ranks[index:]), sampler, networks, ridge)
+        for index, task in enumerate(tqdm(tasks, desc="compensate", disable=not progress))
+    )
+
+
+def _step(task: Task, settled: int, sampler: Sampler, networks: Networks, ridge: float | None) -> LayerReport:
+    """Solve one task and put the solution into the networks."""
+    began = time.perf_counter()
+    learned, held = sampler.collect(task, settled)
+    samples = learned.samples + held.samples
+    found = task.fit(learned, held, ridge)
+    for net in (networks.pruned, networks.result):
+        task.apply(net, found)
+    return LayerReport(
+        layer=task.layer.name,
+        place=task.label,
+        unknowns=task.unknowns,
+        samples=samples,
+        ridge=found.ridge,
+        error_before=found.before,
+        error_after=found.after,
+        error_held_out=found.held_out,
+        seconds=time.perf_counter() - began,
+    )
 
 
 def _check_knobs(method: str, ridge: Any, refine: Any, pairs: Pairs | None, as_printed: bool) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 GRID = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-_COARSE_GRID = (1e-6, 1e-4, 1e-2)
-_MANY_UNKNOWNS = 4096
+_FIRST_TRIED = 5
 _LEAST_RIDGE = 1e-12
+_LEAST_VARIANCE = 1e-12
 
 
 class NormalEquations:
@@ -34,7 +34,7 @@ class NormalEquations:
         self.samples = 0
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, inputs: Tensor, residuals: Tensor, references: Tensor) -> None:
+    def add(self, inputs: Tensor, residuals: Tensor, references: Tensor, *, products: bool = True) -> None:
         """Add samples.
 
         Parameters
@@ -43,11 +43,14 @@ class NormalEquations:
             What predicts.
         residuals, references : Tensor, shape (groups, samples, outputs)
             What is predicted, and the values whose variance is the unit of the error.
+        products : bool, default=True
+            Sum up the products of inputs. Without, ``sums["xx"]`` has to be set to those of the same samples.
         """
         inputs, residuals, references = inputs.double(), residuals.double(), references.double()
         self.samples += inputs.shape[1]
         turned = inputs.transpose(1, 2)
-        self._accumulate("xx", turned, inputs)
+        if products:
+            self._accumulate("xx", turned, inputs)
         self._accumulate("xy", turned, residuals)
         moments = {"x": inputs, "y": residuals, "yy": residuals.square(), "r": references, "rr": references.square()}
         for name, values in moments.items():
@@ -72,46 +75,39 @@ class NormalEquations:
         """Say whether no sample was NaN or infinite."""
         return all(bool(torch.isfinite(total).all()) for total in self.sums.values())
 
-    def solve(self, ridges: Sequence[float], *, intercept: bool) -> Iterator[tuple[float, Solution]]:
-        """Solve by Cholesky decomposition, once for each ridge.
+    def solve(self, ridge: float, *, intercept: bool) -> Solution | None:
+        """Solve by Cholesky decomposition.
 
         Parameters
         ----------
-        ridges : sequence of float
-            Penalties on the squared coefficients, as a share of each input's variance (its mean square without an
+        ridge : float
+            Penalty on the squared coefficients, as a share of each input's variance (its mean square without an
             intercept), so that the scale of an input doesn't matter.
         intercept : bool
             Also fit a constant, which isn't penalised.
 
-        Yields
-        ------
-        float
-            The ridge.
-        Solution
-            Coefficients of inputs that never vary are zero. A ridge so small that the decomposition fails is left out.
+        Returns
+        -------
+        Solution or None
+            Coefficients of inputs that never vary are zero. None if the ridge is so small that the decomposition fails.
         """
         means = self.sums["x"] / self.samples
-        products, cross = self.sums["xx"], self.sums["xy"]
+        matrix, cross = self.sums["xx"].clone(), self.sums["xy"]
+        diagonal = matrix.diagonal(dim1=1, dim2=2)
+        floor = _LEAST_VARIANCE * diagonal
         if intercept:
+            matrix.baddbmm_(self.sums["x"].unsqueeze(2), means.unsqueeze(1), alpha=-1)
             cross = cross - means.unsqueeze(2) * self.sums["y"].unsqueeze(1)
-        for ridge in ridges:
-            matrix = products.clone()
-            if intercept:
-                matrix.baddbmm_(self.sums["x"].unsqueeze(2), means.unsqueeze(1), alpha=-1)
-            diagonal = matrix.diagonal(dim1=1, dim2=2)
-            floor = 1e-12 * self.sums["xx"].diagonal(dim1=1, dim2=2)
-            idle = diagonal <= floor
-            diagonal.mul_(1.0 + max(ridge, _LEAST_RIDGE)).masked_fill_(idle, torch.inf)
-            scale = diagonal.rsqrt()
-            matrix.mul_(scale.unsqueeze(1)).mul_(scale.unsqueeze(2))
-            matrix.diagonal(dim1=1, dim2=2).fill_(1.0)
-            factor, info = torch.linalg.cholesky_ex(matrix)
-            del matrix
-            if bool(info.any()):
-                continue
-            weights = torch.cholesky_solve(cross * scale.unsqueeze(2), factor) * scale.unsqueeze(2)
-            shift = (self.sums["y"] - (self.sums["x"].unsqueeze(1) @ weights).squeeze(1)) / self.samples
-            yield ridge, Solution(weights, shift if intercept else torch.zeros_like(shift))
+        scale = (diagonal * (1.0 + max(ridge, _LEAST_RIDGE))).masked_fill(diagonal <= floor, torch.inf).rsqrt()
+        matrix.mul_(scale.unsqueeze(1)).mul_(scale.unsqueeze(2))
+        diagonal.fill_(1.0)
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        del matrix, diagonal
+        if bool(info.any()):
+            return None
+        weights = torch.cholesky_solve(cross * scale.unsqueeze(2), factor) * scale.unsqueeze(2)
+        shift = (self.sums["y"] - (self.sums["x"].unsqueeze(1) @ weights).squeeze(1)) / self.samples
+        return Solution(weights, shift if intercept else torch.zeros_like(shift))
 
     def unchanged(self) -> Solution:
         """Return the solution that predicts zero."""
@@ -176,9 +172,9 @@ def fit(learned: NormalEquations, held: NormalEquations, ridge: float | None, *,
     Parameters
     ----------
     learned, held : NormalEquations
-        The samples to learn from and those held out; ``learned`` takes in the others.
+        The samples to learn from and those held out; ``learned`` takes in the others, its products of inputs excepted.
     ridge : float or None
-        Fixed ridge, or None: the one of a grid (or "change nothing") with the smallest held-out error.
+        Fixed ridge, or None: the decade with the smallest held-out error; infinity, "change nothing", if it's better.
     intercept : bool
         Also fit a constant.
 
@@ -187,27 +183,42 @@ def fit(learned: NormalEquations, held: NormalEquations, ridge: float | None, *,
     Fit
         The solution.
     """
-    ridges = (ridge,) if ridge is not None else _COARSE_GRID if learned.unknowns > _MANY_UNKNOWNS else GRID
-    chosen, held_out = _choose(learned, held, ridges, intercept=intercept)
-    if ridge is None and held.samples:
-        nothing = held.relative_error(held.unchanged())
-        chosen, held_out = (chosen, held_out) if held_out < nothing else (math.inf, nothing)
+    chosen, held_out = _choose(learned, held, ridge, intercept=intercept)
     learned.merge(held)
-    before = learned.relative_error(learned.unchanged())
-    solution = learned.unchanged()
-    for _, found in learned.solve([chosen] if chosen < math.inf else [], intercept=intercept):
-        solution = found
-    return Fit(solution, chosen, before, learned.relative_error(solution), held_out)
+    unchanged = learned.unchanged()
+    found = learned.solve(chosen, intercept=intercept) if chosen < math.inf else None
+    solution = unchanged if found is None else found
+    result = Fit(solution, chosen, learned.relative_error(unchanged), learned.relative_error(solution), held_out)
+    if held.samples:
+        learned.sums["xx"] -= held.sums["xx"]
+    return result
 
 
 def _choose(
-    learned: NormalEquations, held: NormalEquations, ridges: Sequence[float], *, intercept: bool
+    learned: NormalEquations, held: NormalEquations, ridge: float | None, *, intercept: bool
 ) -> tuple[float, float]:
-    """Return the ridge with the smallest error on held-out samples, and the error; without any, a middle one."""
+    """Return the ridge with the smallest error on held-out samples, and the error."""
     if not held.samples:
-        return ridges[len(ridges) // 2], math.nan
-    errors = {r: held.relative_error(found) for r, found in learned.solve(ridges, intercept=intercept)}
-    if not errors:
-        return math.inf, held.relative_error(held.unchanged())
-    best = min(errors, key=lambda r: errors[r])
-    return best, errors[best]
+        return (GRID[_FIRST_TRIED] if ridge is None else ridge), math.nan
+    nothing = held.relative_error(held.unchanged())
+
+    def error(tried: float) -> float:
+        solution = learned.solve(tried, intercept=intercept)
+        return math.inf if solution is None else held.relative_error(solution)
+
+    if ridge is not None:
+        alone = error(ridge)
+        return (ridge, alone) if alone < math.inf else (math.inf, nothing)
+    chosen, least = _descend(error)
+    return (chosen, least) if least < nothing else (math.inf, nothing)
+
+
+def _descend(error: Callable[[float], float]) -> tuple[float, float]:
+    """Walk along the grid downhill, to smaller ridges first."""
+    best, least = _FIRST_TRIED, error(GRID[_FIRST_TRIED])
+    for way in (-1, 1):
+        while 0 <= best + way < len(GRID) and (next_error := error(GRID[best + way])) < least:
+            best, least = best + way, next_error
+        if best != _FIRST_TRIED:
+            break
+    return GRID[best], least

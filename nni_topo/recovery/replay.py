@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,11 @@ class Replay:
         self._cache_bytes = 0 if _works_in_place(original) else cache_bytes
         self._start = 0
         self._saved: list[tuple[Values, Values]] | None = None
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether each pass has the same entries in the same order, which a shuffling loader wouldn't give."""
+        return self._saved is not None or isinstance(self._calibration, Sequence)
 
     def run(self, settled: int, watched: list[Node]) -> Iterator[tuple[Values, Values]]:
         """Run all batches up to the last of some nodes.

@@ -35,8 +35,11 @@ class Task(ABC):
         Nodes whose values are sampled.
     place : Node
         Where the error is measured.
+    refines : bool
+        It has the same inputs as the task before.
     """
 
+    refines = False
     layer: Solvable
     watched: list[Node]
     place: Node
@@ -87,10 +90,13 @@ class Sampler:
     def __init__(self, replay: Replay, sizes: Sequence[int], seed: int) -> None:
         self.replay = replay
         self.sizes = sizes
-        self._generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
+        self._known: tuple[NormalEquations, NormalEquations] | None = None
 
     def collect(self, task: Task, settled: int) -> tuple[NormalEquations, NormalEquations]:
         """Return the sums of the samples to learn from and of those held out.
+
+        A task that refines the one before has the same positions, so that the products of inputs are the same.
 
         Raises
         ------
@@ -98,20 +104,26 @@ class Sampler:
             If a batch doesn't fit the model, or activations aren't finite.
         """
         learned, held = NormalEquations(), NormalEquations()
+        generator = torch.Generator().manual_seed(self.seed)
+        known = self._known if task.refines and self.replay.is_repeatable else None
+        self._known = None
         seen = 0
         for index, (original, pruned) in enumerate(self.replay.run(settled, task.watched)):
             entries, count = task.extent(original)
-            positions = draw_positions(count, entries, self._wanted(task, index, entries), self._generator)
+            positions = draw_positions(count, entries, self._wanted(task, index, entries), generator)
             for part in _parts(entries, positions.shape[1] * task.unknowns * len(task.layer.columns)):
                 samples = task.samples(original, pruned, part, positions[part])
                 marks = (torch.arange(seen, seen + entries)[part] + 1) % _HELD_OUT == 0
                 rows = marks.repeat_interleave(samples[0].shape[1] // len(marks)).to(samples[0].device)
-                _add(learned, samples, ~rows)
-                _add(held, samples, rows)
+                _add(learned, samples, ~rows, products=known is None)
+                _add(held, samples, rows, products=known is None)
             seen += entries
+        for mine, other in zip((learned, held), known or (), strict=False):
+            mine.sums |= {name: total for name, total in other.sums.items() if name == "xx"}
         if not (learned.is_finite() and held.is_finite()):
             raise DataError(f"activations must be finite, got NaN or infinity ({task.layer.name})")
-        return (learned, held) if learned.samples else (held, learned)
+        self._known = learned, held
+        return learned, held
 
     def _wanted(self, task: Task, index: int, entries: int) -> int:
         """Positions per entry of a batch."""
@@ -120,10 +132,10 @@ class Sampler:
         return int(samples * share / entries) + 1
 
 
-def _add(equations: NormalEquations, samples: Samples, rows: Tensor) -> None:
+def _add(equations: NormalEquations, samples: Samples, rows: Tensor, *, products: bool) -> None:
     if bool(rows.any()):
         inputs, residuals, references = (values[:, rows] for values in samples)
-        equations.add(inputs, residuals, references)
+        equations.add(inputs, residuals, references, products=products)
 
 
 def _parts(entries: int, size: int) -> Iterator[slice]:

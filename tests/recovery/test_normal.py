@@ -28,7 +28,7 @@ def equations(inputs, targets, pieces=4):
 
 def test_solution_is_that_of_numpy():
     inputs, targets, _, _ = problem(noise=0.5)
-    ((_, solution),) = equations(inputs, targets).solve([0.0], intercept=True)
+    solution = equations(inputs, targets).solve(0.0, intercept=True)
     augmented = np.column_stack([inputs[0], np.ones(inputs.shape[1])])
     expected = np.linalg.lstsq(augmented, targets[0], rcond=None)[0]
     np.testing.assert_allclose(solution.weights[0], expected[:-1], rtol=1e-8)
@@ -37,7 +37,7 @@ def test_solution_is_that_of_numpy():
 
 def test_solution_without_intercept_goes_through_the_origin():
     inputs, targets, _, _ = problem(noise=0.5)
-    ((_, solution),) = equations(inputs, targets).solve([0.0], intercept=False)
+    solution = equations(inputs, targets).solve(0.0, intercept=False)
     expected = np.linalg.lstsq(inputs[0].numpy(), targets[0].numpy(), rcond=None)[0]
     np.testing.assert_allclose(solution.weights[0], expected, rtol=1e-8)
     assert not solution.shift.any()
@@ -45,7 +45,7 @@ def test_solution_without_intercept_goes_through_the_origin():
 
 def test_ridge_minimises_error_plus_share_of_variance():
     inputs, targets, _, _ = problem(noise=0.5)
-    ((_, solution),) = equations(inputs, targets).solve([0.3], intercept=True)
+    solution = equations(inputs, targets).solve(0.3, intercept=True)
     x, y = inputs[0] - inputs[0].mean(0), targets[0] - targets[0].mean(0)
     penalty = 0.3 * x.square().sum(0).diag()
     np.testing.assert_allclose(solution.weights[0], torch.linalg.solve(x.T @ x + penalty, x.T @ y), rtol=1e-8)
@@ -54,14 +54,14 @@ def test_ridge_minimises_error_plus_share_of_variance():
 def test_ridge_does_not_care_about_the_scale_of_an_input():
     inputs, targets, _, _ = problem(noise=0.5)
     factors = torch.tensor([1.0, 1e-3, 1e3, 5.0, 0.2], dtype=torch.float64)
-    ((_, one),) = equations(inputs, targets).solve([0.1], intercept=True)
-    ((_, other),) = equations(inputs * factors, targets).solve([0.1], intercept=True)
+    one = equations(inputs, targets).solve(0.1, intercept=True)
+    other = equations(inputs * factors, targets).solve(0.1, intercept=True)
     torch.testing.assert_close(one.weights, other.weights * factors[:, None], rtol=1e-8, atol=1e-12)
 
 
 def test_groups_are_independent():
     inputs, targets, weights, shift = problem(groups=3)
-    ((_, solution),) = equations(inputs, targets).solve([0.0], intercept=True)
+    solution = equations(inputs, targets).solve(0.0, intercept=True)
     torch.testing.assert_close(solution.weights, weights, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(solution.shift, shift, rtol=1e-8, atol=1e-8)
 
@@ -69,7 +69,7 @@ def test_groups_are_independent():
 def test_constant_input_gets_no_weight():
     inputs, targets, _, _ = problem()
     inputs[:, :, 2] = 7.0
-    ((_, solution),) = equations(inputs, targets).solve([1e-6], intercept=True)
+    solution = equations(inputs, targets).solve(1e-6, intercept=True)
     assert not solution.weights[:, 2].any()
     assert bool(torch.isfinite(solution.weights).all())
 
@@ -77,7 +77,7 @@ def test_constant_input_gets_no_weight():
 def test_errors_are_those_of_the_samples():
     inputs, targets, _, _ = problem(noise=0.5)
     sums = equations(inputs, targets)
-    ((_, solution),) = sums.solve([0.1], intercept=True)
+    solution = sums.solve(0.1, intercept=True)
     residual = targets - inputs @ solution.weights - solution.shift[:, None]
     assert sums.squared_error(solution) == pytest.approx(float(residual.square().sum()), rel=1e-9)
     variance = float((targets - targets.mean(1, keepdim=True)).square().sum())
