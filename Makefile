@@ -4,8 +4,12 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.nni_topo-ready
 export OMP_NUM_THREADS ?= 1
+# for `make upstream`: NNI is a checkout of NNI's repository, FASHION_MNIST a folder with the four idx files, UPSTREAM any
+# further options of benchmarks/upstream/run.py
+FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
+UPSTREAM ?=
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint upstream checkout clean
 
 demo: $(READY)
 	$(BIN)/nni-topo demo --out demo
@@ -20,10 +24,18 @@ lint: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+upstream: checkout $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[upstream]'
+	$(BIN)/python benchmarks/upstream/run.py --nni '$(NNI)' --fashion-mnist '$(FASHION_MNIST)' --out upstream.json $(UPSTREAM)
+
+checkout:
+	@test -d '$(NNI)/test/algo/compression' || \
+	  { echo "make upstream NNI=DIR: DIR must be a checkout of NNI's repository at v3.0, got '$(NNI)'"; exit 2; }
+
 $(READY): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
 clean:
-	rm -rf .venv build dist demo *.egg-info
+	rm -rf .venv build dist demo upstream.json *.egg-info

@@ -2,7 +2,9 @@
 
 Both run in one process and one thread, in turns, on the same seeded weights and metrics. FPGM: the metric of one
 3x3 convolution. Ranking: the threshold over several layers, of which all blocks hold the same number of elements
-("equal", also how single weights are ranked) or each layer's its own ("unequal", as in any real network).
+("equal", also how single weights are ranked) or each layer's its own, as in any real network: layers come from the one
+with the smallest blocks to the one with the largest ("growing", as networks mostly do), the other way round
+("shrinking"), or at random ("mixed", as NNI's sets iterate).
 
     python benchmarks/bench_metrics.py --out metrics.json
     python benchmarks/bench_metrics.py --quick
@@ -28,15 +30,19 @@ from rich.table import Table
 from nni_topo.compat import metrics, ranking
 
 GOAL = 5.0
+SECONDS = 0.5  # at least so long per figure, so that a busy machine's interruptions don't count
 FPGM_CASES = ((64, 64), (128, 128), (256, 256), (512, 512))
-RANKING_CASES = (("equal", 4_000), ("equal", 100_000), ("unequal", 4_000), ("unequal", 100_000))
+LAYERS = 8
+ORDERS = {"equal": (0,) * LAYERS, "growing": tuple(range(LAYERS)), "shrinking": tuple(range(LAYERS))[::-1]}
+ORDERS["mixed"] = (4, 6, 0, 3, 7, 1, 5, 2)
+RANKING_CASES = tuple((kind, blocks) for kind in ORDERS for blocks in (4_000, 100_000))
 
 
 def medians(slow: Callable[[], Any], fast: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Time two functions in turns; median seconds of the process' own time."""
+    """Time two functions in turns, short ones more often; median seconds of the process' own time."""
     times: tuple[list[float], list[float]] = ([], [])
     fast()
-    for _ in range(repeats):
+    while len(times[0]) < repeats or sum(times[0]) < SECONDS:
         for function, found in zip((slow, fast), times, strict=True):
             start = time.process_time()
             function()
@@ -69,11 +75,10 @@ def compare_fpgm(filters: int, channels: int, repeats: int) -> dict[str, Any]:
 
 def compare_ranking(kind: str, blocks: int, repeats: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(blocks)
-    layers, scores, group = 8, {}, []
-    for index in range(layers):
-        grain = 9 * 2**index if kind == "unequal" else 1
-        scores[str(index)] = {"weight": torch.rand(blocks // layers, generator=generator)}
-        target = torch.empty(1).expand(blocks // layers, grain)
+    scores, group = {}, []
+    for index, exponent in enumerate(ORDERS[kind]):
+        scores[str(index)] = {"weight": torch.rand(blocks // LAYERS, generator=generator)}
+        target = torch.empty(1).expand(blocks // LAYERS, 9 * 2**exponent)
         group.append((str(index), "weight", SimpleNamespace(target=target)))
     number = sum(space.target.numel() for *_, space in group) // 2
     slow, fast = (f(scores, group, number) for f in (ranking._NNI_THRESHOLD, ranking.global_threshold))
@@ -98,7 +103,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
-    parser.add_argument("--repeats", type=int, default=9, help="repetitions per figure (default: 9)")
+    parser.add_argument("--repeats", type=int, default=9, help="repetitions per figure, at least (default: 9)")
     parser.add_argument("--quick", action="store_true", help="the smaller cases, three repetitions")
     options = parser.parse_args()
     torch.set_num_threads(1)

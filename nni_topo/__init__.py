@@ -4,11 +4,15 @@ from nni_topo import compat as compat
 
 compat.enable()
 
-from nni_topo import errors, hooks, topology, zoo  # noqa: E402
+from nni_topo import analysis, errors, hooks, signals, topology, zoo  # noqa: E402
 from nni_topo._version import __version__  # noqa: E402
 from nni_topo.pruners.base import StructuredPruner  # noqa: E402
+from nni_topo.pruners.cluster import ClusterPruner  # noqa: E402
+from nni_topo.pruners.energy import EnergyFilterPruner  # noqa: E402
 from nni_topo.pruners.random import RandomPruner  # noqa: E402
+from nni_topo.pruners.subcluster import SubclusterPruner  # noqa: E402
 from nni_topo.pruners.topological import TopologicalPruner  # noqa: E402
+from nni_topo.pruners.topological_magnitude import TopologicalMagnitudePruner  # noqa: E402
 from nni_topo.recovery import compensate, recalibrate_batch_norm  # noqa: E402
 from nni_topo.registry import (  # noqa: E402
     PrunerInfo,
@@ -24,11 +28,16 @@ from nni_topo.speedup import dependency_groups, masked_model, to_dense  # noqa: 
 expose_in_nni()
 
 __all__ = [
+    "ClusterPruner",
+    "EnergyFilterPruner",
     "PrunerInfo",
     "RandomPruner",
     "StructuredPruner",
+    "SubclusterPruner",
+    "TopologicalMagnitudePruner",
     "TopologicalPruner",
     "__version__",
+    "analysis",
     "compat",
     "compensate",
     "create_pruner",
@@ -42,6 +51,7 @@ __all__ = [
     "recalibrate_batch_norm",
     "register_pruner",
     "save",
+    "signals",
     "to_dense",
     "topology",
     "zoo",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +18,6 @@ from nni_topo.errors import ConfigError, DataError, NniTopoError
 from nni_topo.registry import list_pruners, pruner_info
 from nni_topo.runner import (
     Cell,
-    DataChoice,
     ModelChoice,
     Plan,
     PrunerChoice,
@@ -31,10 +30,18 @@ from nni_topo.runner import (
     print_widths,
     read_records,
 )
+from nni_topo.runner.arguments import add_data as _data_arguments
+from nni_topo.runner.arguments import add_model as _model
+from nni_topo.runner.arguments import add_out as _out
+from nni_topo.runner.arguments import add_verb as _verb
+from nni_topo.runner.arguments import data_choice as _data
 from nni_topo.runner.demo import DEMO
+from nni_topo.runner.energy_command import add_energy_arguments, run_energy_study
 from nni_topo.runner.prune import load_prune_config, prune_checkpoint
 from nni_topo.runner.rivals import is_rival
-from nni_topo.runner.studies import topology_study
+from nni_topo.runner.studies import print_topology, topology_study
+from nni_topo.runner.theory_commands import add_theory_studies
+from nni_topo.runner.weight_commands import add_weight_studies
 from nni_topo.zoo import list_data, list_models
 
 _INTERRUPTED = 130
@@ -168,13 +175,7 @@ def _analyze_topology(options: argparse.Namespace, console: Console) -> int:
     if options.json:
         print(json.dumps(study.to_dict(), indent=1))
         return 0
-    table = Table("layer", title=f"topology of {options.model}", title_justify="left")
-    for name in ("points", "kept", *(f"bottleneck H{d}" for d in options.degrees), "Hausdorff"):
-        table.add_column(name, justify="right")
-    for layer in study.layers:
-        distances = [f"{distance:.4f}" for distance in layer.bottleneck.values()]
-        table.add_row(layer.name, str(layer.points), str(layer.kept), *distances, f"{layer.hausdorff:.4f}")
-    console.print(table)
+    print_topology(study, f"topology of {options.model}", console)
     console.print("written:", ", ".join(map(str, files)), markup=False)
     return 0
 
@@ -203,12 +204,7 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 def _known_pruners(names: str) -> list[str]:
     found = [name.strip() for name in names.split(",") if name.strip()]
-    return [name if is_rival(name) else pruner_info(name).name for name in found]
-
-
-def _data(options: argparse.Namespace) -> DataChoice:
-    folder = None if options.data_dir is None else str(options.data_dir)
-    return DataChoice(options.data, folder, options.limit, download=options.download)
+    return [name if name == "scratch" or is_rival(name) else pruner_info(name).name for name in found]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -254,6 +250,17 @@ def _parser() -> argparse.ArgumentParser:
     _data_arguments(topology)
     _out(topology, None)
 
+    energy = _verb(
+        studies, "energy", partial(run_energy_study, data_choice=_data), "filters by energy share: what goes"
+    )
+    _model(energy, required=True)
+    add_energy_arguments(energy)
+    _data_arguments(energy)
+    _out(energy, None)
+
+    add_weight_studies(studies)
+    add_theory_studies(studies)
+
     prune = _verb(verbs, "prune", _prune, "prune one trained model as a YAML file says")
     _model(prune, required=True)
     prune.add_argument("--checkpoint", type=Path, help="state dict of the trained model; default: train it first")
@@ -261,33 +268,6 @@ def _parser() -> argparse.ArgumentParser:
     _data_arguments(prune)
     _out(prune, None)
     return parser
-
-
-def _verb(
-    verbs: Any, name: str, run: Callable[[argparse.Namespace, Console], int], summary: str
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary)
-    parser.set_defaults(run=run)
-    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
-    parser.add_argument("--seed", type=int, default=0, help="of a single run; a comparison's first (default 0)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto (default cpu)")
-    return parser
-
-
-def _model(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    parser.add_argument("--model", required=required, help="a listed name, torchvision/NAME or package.module:factory")
-    parser.add_argument("--width", type=float, default=1.0, help="factor on the layers' widths (default 1)")
-
-
-def _data_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", default="digits", help="a listed name, an .npz file or a folder (default digits)")
-    parser.add_argument("--data-dir", type=Path, help="folder with the data set's files")
-    parser.add_argument("--limit", type=int, help="training images used (default all)")
-    parser.add_argument("--download", action="store_true", help="let torchvision download CIFAR")
-
-
-def _out(parser: argparse.ArgumentParser, default: Path | None) -> None:
-    parser.add_argument("--out", type=Path, default=default, required=default is None, help="output folder")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Training and evaluation mode."""
+"""Training and evaluation mode, and copies of models."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -19,3 +21,27 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def detached_copy(model: nn.Module) -> Any:
+    """Return a deep copy of a model, also where weights are computed, as those of a masked model in training are.
+
+    Such weights are tensors of their own in the copy, without a history.
+    """
+    computed = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in (*vars(module).values(), *module._buffers.values())
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(model, computed)
+
+
+def unwrapped_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model that NNI has wrapped, without wrappers and masks; of any other model, a copy."""
+    copied: nn.Module = detached_copy(model)
+    for module in list(copied.modules()):
+        wrapper = getattr(module, "_nni_wrapper", None)
+        if wrapper is not None:
+            wrapper.unwrap()
+    return copied

@@ -35,7 +35,7 @@ class PrunerInfo:
     structured : bool
         Whether it removes whole filters and neurons at the default granularity.
     needs : tuple of str
-        Knobs without which it can't work.
+        Knobs without which it can't work, e.g. ``"calibration or evaluator"``.
     """
 
     name: str
@@ -160,7 +160,7 @@ def create_pruner(
     check_knobs(name, knobs)
     info = pruner_info(name)
     given = {**knobs, "evaluator": evaluator}
-    missing = [need for need in info.needs if given.get(need) is None]
+    missing = [need for need in info.needs if all(given.get(knob) is None for knob in need.split(" or "))]
     if missing:
         raise ConfigError(f"pruner {name!r} needs {', '.join(missing)}, got none (create_pruner)")
     config_list = check_request(model, config_list)
@@ -181,6 +181,25 @@ _OWN = "nni_topo.pruners"
 _NNI = "nni.compression.pruning"
 for _info in (
     PrunerInfo("topological", f"{_OWN}.topological:TopologicalPruner", "filters that cover the layer's point cloud"),
+    PrunerInfo("energy", f"{_OWN}.energy:EnergyFilterPruner", "filters that let most of a chirp through"),
+    PrunerInfo(
+        "cluster",
+        f"{_OWN}.cluster:ClusterPruner",
+        "one filter of each cluster of features",
+        needs=("calibration or evaluator",),
+    ),
+    PrunerInfo(
+        "subcluster",
+        f"{_OWN}.subcluster:SubclusterPruner",
+        "one filter of each cluster of features, split while it varies; finds the number itself",
+        needs=("calibration or evaluator",),
+    ),
+    PrunerInfo(
+        "topological_magnitude",
+        f"{_OWN}.topological_magnitude:TopologicalMagnitudePruner",
+        "weights of each layer's maximum spanning tree, then those with the largest magnitude",
+        structured=False,
+    ),
     PrunerInfo("random", f"{_OWN}.random:RandomPruner", "random filters (baseline)"),
     PrunerInfo("l1", f"{_NNI}:L1NormPruner", "filters with the largest L1 norm"),
     PrunerInfo("l2", f"{_NNI}:L2NormPruner", "filters with the largest L2 norm"),

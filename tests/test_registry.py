@@ -13,7 +13,7 @@ HALF = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
 
 def test_own_pruners_and_nnis_stand_in_one_table():
     assert {"topological", "random", "l1", "l2", "fpgm", "level", "taylor", "slim"} <= set(nni_topo.list_pruners())
-    assert nni_topo.list_pruners("topo*") == ["topological"]
+    assert nni_topo.list_pruners("topo*") == ["topological", "topological_magnitude"]
     assert nni_topo.pruner_info("l1").origin == "nni"
     assert nni_topo.pruner_info("topological").origin == "nni_topo"
 

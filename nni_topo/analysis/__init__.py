@@ -1,5 +1,53 @@
 """Studies that look at a model and change nothing."""
 
+from nni_topo.analysis.compression import CriticalCompression, LayerCount, critical_compression_ratio
+from nni_topo.analysis.connectivity import Connectivity, connectivity
+from nni_topo.analysis.deviation import NetDeviation, deviation_of, net_deviation
+from nni_topo.analysis.dropout import study_dropout, with_dropout
+from nni_topo.analysis.energy import EnergyStudy, LayerEnergy, Quality, study_energy
+from nni_topo.analysis.energy_accumulated import accumulate_energy
+from nni_topo.analysis.energy_plots import save_energy_study
+from nni_topo.analysis.energy_selection import study_selection
+from nni_topo.analysis.overlap import overlap_bound, random_overlap_log10, tree_overlap
+from nni_topo.analysis.persistence import NeuralPersistence, PersistenceTracker, neural_persistence
+from nni_topo.analysis.propagation import ErrorBound, LayerError, error_bound
+from nni_topo.analysis.replacement import study_replacement
+from nni_topo.analysis.retraining import RetrainingBound, retraining_bound
+from nni_topo.analysis.splits import draw_splits
 from nni_topo.analysis.topology import LayerTopology, TopologyStudy, study_topology
 
-__all__ = ["LayerTopology", "TopologyStudy", "study_topology"]
+__all__ = [
+    "Connectivity",
+    "CriticalCompression",
+    "EnergyStudy",
+    "ErrorBound",
+    "LayerCount",
+    "LayerEnergy",
+    "LayerError",
+    "LayerTopology",
+    "NetDeviation",
+    "NeuralPersistence",
+    "PersistenceTracker",
+    "Quality",
+    "RetrainingBound",
+    "TopologyStudy",
+    "accumulate_energy",
+    "connectivity",
+    "critical_compression_ratio",
+    "deviation_of",
+    "draw_splits",
+    "error_bound",
+    "net_deviation",
+    "neural_persistence",
+    "overlap_bound",
+    "random_overlap_log10",
+    "retraining_bound",
+    "save_energy_study",
+    "study_dropout",
+    "study_energy",
+    "study_replacement",
+    "study_selection",
+    "study_topology",
+    "tree_overlap",
+    "with_dropout",
+]

@@ -11,6 +11,7 @@ import importlib
 import platform
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -21,6 +22,7 @@ from nni_topo.errors import CompatibilityError
 
 __all__ = [
     "KNOWN_NNI_VERSIONS",
+    "LOOPBACK",
     "CompatReport",
     "CompatibilityWarning",
     "MendResult",
@@ -32,6 +34,9 @@ __all__ = [
 ]
 
 KNOWN_NNI_VERSIONS = ("3.0",)
+
+LOOPBACK = Path(__file__).with_name("loopback.cjs")
+"""Keeps NNI's manager off the network when preloaded, ``NODE_OPTIONS="--require=..."``; see docs/compatibility.md."""
 
 _reports: list[CompatReport] = []
 

@@ -11,14 +11,24 @@ from nni_topo.hooks.base import (
     SparsityAllocator,
     unit_scores,
 )
+from nni_topo.hooks.clouds import CLOUDS, make_collector
 from nni_topo.hooks.collectors import ActivationCollector, WeightCollector
+from nni_topo.hooks.coupled import CoupledWeightCollector
+from nni_topo.hooks.folded import FoldedWeightCollector
+from nni_topo.hooks.functional import FunctionalCollector
+from nni_topo.hooks.gradient import GradientCollector
 from nni_topo.hooks.units import PruningUnit, TargetSpaces, pruning_units
 
 __all__ = [
+    "CLOUDS",
     "ActivationCollector",
     "ConfigAllocator",
+    "CoupledWeightCollector",
     "Data",
     "DataCollector",
+    "FoldedWeightCollector",
+    "FunctionalCollector",
+    "GradientCollector",
     "Masks",
     "MetricCalculator",
     "Metrics",
@@ -29,6 +39,7 @@ __all__ = [
     "TargetSpaces",
     "WeightCollector",
     "keep_highest",
+    "make_collector",
     "profile",
     "pruning_units",
     "unit_scores",

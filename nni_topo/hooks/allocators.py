@@ -7,6 +7,7 @@ minimum and maximum ratios per layer in both.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import Literal
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from nni_topo.errors import ConfigError
 from nni_topo.hooks.base import Masks, Metrics, PruningContext, SparsityAllocator, unit_scores
+from nni_topo.hooks.transposed import loses_outputs, output_mask
 from nni_topo.hooks.units import PruningUnit
 
 
@@ -40,12 +42,16 @@ class ConfigAllocator(SparsityAllocator):
     ----------
     normalization : {"none", "mean"}, default="none"
         Scale of the scores when layers are ranked together under a ``global_group_id``: as they are, or divided by
-        the layer's mean score, for metrics whose scale differs between layers.
+        the layer's mean absolute score, for metrics whose scale differs between layers.
     strict : bool, default=False
         Keep scores ``> sparse_threshold`` instead of NNI's ``>=``.
     on_empty : {"raise", "keep"}, default="raise"
         What happens when a threshold would leave a layer without any block: an error that names it, or the
         highest-scoring block stays.
+    tolerance : float, default=0.0
+        Added to ``sparse_threshold``: with ``strict``, scores within it of the threshold count as equal and go.
+    round_to : int or None, default=None
+        Layers keep a multiple of so many channels, at least 1, or all of them: more stay than the config_list asks for.
 
     Notes
     -----
@@ -61,6 +67,8 @@ class ConfigAllocator(SparsityAllocator):
         normalization: Literal["none", "mean"] = "none",
         strict: bool = False,
         on_empty: Literal["raise", "keep"] = "raise",
+        tolerance: float = 0.0,
+        round_to: int | None = None,
     ) -> None:
         if normalization not in ("none", "mean"):
             raise ConfigError(f"normalization must be 'none' or 'mean', got {normalization!r} (ConfigAllocator)")
@@ -69,11 +77,13 @@ class ConfigAllocator(SparsityAllocator):
         self.normalization = normalization
         self.strict = strict
         self.on_empty = on_empty
+        self.tolerance = tolerance
+        self.round_to = checked_round_to(round_to)
 
     def allocate(self, metrics: Metrics, context: PruningContext) -> Masks:
         """Return masks of the units' members and of the targets aligned to them (biases)."""
         scores = {unit.name: unit_scores(unit, metrics) for unit in context.units}
-        rows = self.kept_rows(context, {unit.name: profile(unit, scores[unit.name]) for unit in context.units})
+        rows = self.rounded_rows(context, {unit.name: profile(unit, scores[unit.name]) for unit in context.units})
         masks: Masks = defaultdict(dict)
         for unit in context.units:
             kept = keep_highest(unit, scores[unit.name], rows[unit.name])
@@ -83,6 +93,16 @@ class ConfigAllocator(SparsityAllocator):
         masks = _expand_masks(masks, context.target_spaces)
         _add_aligned(masks, context)
         return dict(masks)
+
+    def rounded_rows(self, context: PruningContext, profiles: dict[str, Tensor]) -> dict[str, int]:
+        """Return what :meth:`kept_rows` says, rounded up as ``round_to`` asks for."""
+        rows = self.kept_rows(context, profiles)
+        return {unit.name: self.rounded(unit, rows[unit.name]) for unit in context.units}
+
+    def rounded(self, unit: PruningUnit, rows: int) -> int:
+        """Return the least number of rows, from ``rows`` on, that makes a multiple of ``round_to`` channels."""
+        step = 1 if self.round_to is None else self.round_to // math.gcd(self.round_to, unit.parts)
+        return min(-(-rows // step) * step, unit.rows)
 
     def kept_rows(self, context: PruningContext, profiles: dict[str, Tensor]) -> dict[str, int]:
         """Return how many blocks each part of each unit keeps.
@@ -119,7 +139,7 @@ class ConfigAllocator(SparsityAllocator):
         return kept
 
     def _rows_by_threshold(self, unit: PruningUnit, scores: Tensor) -> int:
-        threshold = float(unit.sparse_threshold or 0.0)
+        threshold = float(unit.sparse_threshold or 0.0) + self.tolerance
         count = int((scores > threshold).sum() if self.strict else (scores >= threshold).sum())
         fewest, most = removable_rows(unit)
         if count == 0 and most == unit.rows - 1 and self.on_empty == "raise":
@@ -158,8 +178,15 @@ class ConfigAllocator(SparsityAllocator):
     def _comparable(self, scores: Tensor) -> Tensor:
         if self.normalization == "none":
             return scores
-        mean = scores.mean()
+        mean = scores.abs().mean()
         return scores / mean if mean > 0 else scores
+
+
+def checked_round_to(round_to: int | None) -> int | None:
+    """Return ``round_to``, or raise :class:`~nni_topo.errors.ConfigError`."""
+    if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
+        raise ConfigError(f"round_to must be a positive integer or None, got {round_to!r} (round_to)")
+    return round_to
 
 
 def profile(unit: PruningUnit, scores: Tensor) -> Tensor:
@@ -222,7 +249,13 @@ def _add_aligned(masks: Masks, context: PruningContext) -> None:
         for target_name, space in spaces.items():
             source = space.align["module_name"] or module_name
             has_value = space.type is not TargetType.PARAMETER or space.target is not None
-            if has_value and space.align["target_name"] in masks.get(source, {}):
+            if not has_value or space.align["target_name"] not in masks.get(source, {}):
+                continue
+            weight = context.target_spaces[source][space.align["target_name"]]
+            if loses_outputs(weight):
+                kept = masks[source][space.align["target_name"]]
+                masks[module_name][target_name] = output_mask(kept, weight._wrapper.module)
+            else:
                 followers[module_name][target_name] = space
     for module_name, found in _expand_masks(_generate_align_sparsity(masks, followers), followers).items():
         masks[module_name].update(found)

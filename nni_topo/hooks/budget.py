@@ -79,7 +79,7 @@ class BudgetAllocator(ConfigAllocator):
 
         def share(removed: Sequence[int]) -> float:
             kept = {
-                module: np.tile(np.arange(unit.rows) >= count, unit.parts)
+                module: np.tile(np.arange(unit.rows) < self.rounded(unit, unit.rows - count), unit.parts)
                 for unit, count in zip(units, removed, strict=True)
                 for module, _ in unit.members
             }

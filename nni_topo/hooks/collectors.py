@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.hooks.base import Data, DataCollector, PruningContext
+from nni_topo.hooks.narrowing import Narrowing, stretches
 from nni_topo.modes import evaluation_mode
 
+_TURN = 2**24
 Preprocess = Literal["none", "center", "standardize", "unit"]
 _PREPROCESS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda points: points,
@@ -33,14 +35,48 @@ class WeightCollector(DataCollector):
     preprocess : {"none", "center", "standardize", "unit"}, default="none"
         As it is; mean point moved to the origin; also each feature scaled to unit variance; each point scaled to unit
         length (zero points stay). Constant features are left at zero by ``"standardize"``.
+    max_features : int or None, default=None
+        Project wider clouds at random onto this many features, at least 1. How far that may move distances is what
+        :func:`nni_topo.topology.projection_error` returns for ``blocks + 1`` points (the origin counts); it is logged.
+    projection_error : float or None, default=None
+        Project onto as few features as keep every distance between points, and from the origin, within this share of
+        it, in (0, 1), with probability 0.999 per weight. Clouds that have fewer features are left as they are.
+    max_bytes : int, default=2**30
+        Largest float64 cloud, in bytes, that is handed on as it is if there is no projection. Larger ones are handed on
+        as the ``n`` points in ``n`` dimensions with the same inner products, where that is narrower: distances are kept
+        to about 1e-8 of the largest norm.
+    seed : int, default=0
+        Of the projections.
+
+    Raises
+    ------
+    ConfigError
+        If a knob is out of range, or both ``max_features`` and ``projection_error`` are given.
+
+    Notes
+    -----
+    A cloud that is made narrow is read in stretches of 64 MiB: beside the weight itself, memory is bounded by ``8 *
+    blocks * max_features`` bytes, or ``8 * blocks**2``, which is what the distances take anyway. Projecting costs
+    ``blocks * features * max_features`` products. Preprocessing comes before the projection.
 
     References
     ----------
     .. [1] Perera, "Topological Pruner", MSc thesis, University of Moratuwa, 2022, section 6.3.
+    .. [2] Dasgupta, Gupta, "An elementary proof of a theorem of Johnson and Lindenstrauss", Random Structures and
+       Algorithms 22, 2003.
     """
 
-    def __init__(self, *, preprocess: Preprocess = "none") -> None:
+    def __init__(
+        self,
+        *,
+        preprocess: Preprocess = "none",
+        max_features: int | None = None,
+        projection_error: float | None = None,
+        max_bytes: int = 2**30,
+        seed: int = 0,
+    ) -> None:
         self.preprocess = checked_preprocess(preprocess)
+        self.narrowing = Narrowing(max_features, projection_error, max_bytes, seed)
 
     def collect(self, context: PruningContext) -> Data:
         """Return float64 clouds ``(blocks, features)`` on the CPU.
@@ -53,15 +89,29 @@ class WeightCollector(DataCollector):
         data: Data = {}
         for module_name, target_name in _members(context):
             space = context.target_spaces[module_name][target_name]
-            weight = space.target.detach().to("cpu", torch.float64)
+            weight = space.target.detach()
             if not bool(torch.isfinite(weight).all()):
                 raise DataError(f"weights must be finite, got NaN or infinity ({module_name}.{target_name})")
             blocks = (
                 weight[..., None] if space._scaler is None else space._scaler.shrink(weight, _identity, keepdim=True)
             )
-            points = blocks.reshape(-1, blocks.shape[-1])
-            data.setdefault(module_name, {})[target_name] = preprocess_points(points, self.preprocess)
+            points = self._points(blocks.reshape(-1, blocks.shape[-1]), f"{module_name}.{target_name}")
+            data.setdefault(module_name, {})[target_name] = points
         return data
+
+    def _points(self, cloud: Tensor, name: str) -> Tensor:
+        """Preprocess a cloud; make it narrow if it is too wide."""
+        features = self.narrowing.features(*cloud.shape)
+        if features is None and not self.narrowing.is_large(*cloud.shape):
+            return preprocess_points(cloud.to("cpu", torch.float64), self.preprocess)
+        steps = {"center": self.preprocess in ("center", "standardize"), "scale": self.preprocess == "standardize"}
+        if features is None:
+            points = points_of_gram(_total(part @ part.T for part in stretches(cloud, **steps)))
+        else:
+            points = self.narrowing.project(cloud, features, name, **steps)
+        if self.preprocess == "unit":
+            points = points / _nonzero(_total(part.pow(2).sum(1) for part in stretches(cloud)).sqrt())[:, None]
+        return points
 
 
 class ActivationCollector(DataCollector):
@@ -175,14 +225,16 @@ class Moments:
         self._total: Tensor | None = None
         self._products: Tensor | None = None
 
-    def add(self, rows: Tensor) -> None:
-        """Add a batch of rows, shape ``(n, places, samples)``, float64."""
-        total, flat = rows.sum(2), rows.flatten(1)
+    def add(self, rows: Tensor, scale: Tensor | None = None) -> None:
+        """Add a batch of rows, shape ``(n, places, samples)``, times a scale ``(n, places)``; 128 MiB a turn."""
         self.samples += rows.shape[2]
-        self._total = total if self._total is None else self._total + total
-        self._products = flat @ flat.T if self._products is None else self._products + flat @ flat.T
+        for few in rows.split(max(1, _TURN // max(1, rows.shape[0] * rows.shape[1])), dim=2):
+            part = few.double() if scale is None else few.double() * scale[..., None]
+            total, flat = part.sum(2), part.flatten(1)
+            self._total = total if self._total is None else self._total + total
+            self._products = flat @ flat.T if self._products is None else self._products + flat @ flat.T
 
-    def gram(self, name: str, *, center: bool) -> Tensor:
+    def gram(self, name: str, *, center: bool, what: str = "activation") -> Tensor:
         """Return inner products per sample, shape ``(n, n)``, on the CPU; each place's mean taken off on request.
 
         Raises
@@ -191,13 +243,13 @@ class Moments:
             If nothing was added, or a product isn't finite; ``name`` says where.
         """
         if self._total is None or self._products is None:
-            raise DataError(f"calibration must reach every pruned layer, got no activation ({name})")
+            raise DataError(f"calibration must reach every pruned layer, got no {what} ({name})")
         gram = (self._products / self.samples).cpu()
         if center:
             mean = (self._total / self.samples).cpu()
             gram = gram - mean @ mean.T
         if not bool(torch.isfinite(gram).all()):
-            raise DataError(f"activations must be finite, got NaN or infinity ({name})")
+            raise DataError(f"{what}s must be finite, got NaN or infinity ({name})")
         return gram
 
 
@@ -217,6 +269,10 @@ def _identity(blocks: Tensor) -> Tensor:
     return blocks
 
 
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    return sum(parts, torch.zeros((), dtype=torch.float64))
+
+
 def _nonzero(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
@@ -225,7 +281,7 @@ def _nonzero(scale: Tensor) -> Tensor:
 def _recording(model: nn.Module, moments: dict[str, Moments]) -> Iterator[None]:
     def recorder(name: str, channel_dim: int) -> Callable[..., None]:
         def record(module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
-            moments[name].add(outputs.detach().movedim(channel_dim, 0).flatten(1).double()[:, None])
+            moments[name].add(outputs.detach().movedim(channel_dim, 0).flatten(1)[:, None])
 
         return record
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nni_topo.hooks.base import Data, DataCollector, PruningContext
 from nni_topo.hooks.collectors import Preprocess, WeightCollector, checked_preprocess, preprocess_points
@@ -57,7 +57,7 @@ class CoupledWeightCollector(DataCollector):
         weights = WeightCollector().collect(context)
         with evaluation_mode(context.model):
             flow = channel_flow(context.model, call_arguments(self.example_inputs))
-        norms = _norm_scales(context, flow)
+        norms = norm_scales(context, flow)
         data: Data = {}
         for unit in context.units:
             strengths = [reader.strength.pow(2).sum(1) for reader in readers_of(unit, flow, context)]
@@ -68,17 +68,53 @@ class CoupledWeightCollector(DataCollector):
         return data
 
 
-def _norm_scales(context: PruningContext, flow: ChannelFlow) -> dict[str, Tensor]:
-    """Scale of the batch norm right behind each layer, by layer."""
-    first = {layer.first: name for name, layer in flow.layers.items()}
+def norm_scales(context: PruningContext, flow: ChannelFlow) -> dict[str, Tensor]:
+    """Return the scales ``weight / sqrt(variance + eps)`` of the batch norm right behind each layer, by layer.
+
+    Parameters
+    ----------
+    context : PruningContext
+        Holds the model.
+    flow : ChannelFlow
+        The model's channels.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        Shape ``(channels,)`` each, float64, at least 0, on the CPU; layers without a norm of their own are left out.
+    """
     scales = {}
-    for name, module in context.model.named_modules():
-        entering = flow.entering_numbers(name)
-        if not isinstance(module, NORMS) or not len(entering) or module.running_var is None:
-            continue
-        layer = first.get(int(entering[0]))
-        if layer is None or not np.array_equal(entering, np.arange(len(entering)) + entering[0]):
+    for layer, name in norms_behind(context.model, flow).items():
+        module: Any = context.model.get_submodule(name)
+        if module.running_var is None:
             continue
         scale = module.running_var.double().add(module.eps).rsqrt()
         scales[layer] = (scale if module.weight is None else scale * module.weight.detach().double().abs()).cpu()
     return scales
+
+
+def norms_behind(model: nn.Module, flow: ChannelFlow) -> dict[str, str]:
+    """Return the name of the batch norm that takes all channels of a layer, and no others, by layer.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model.
+    flow : ChannelFlow
+        Its channels.
+
+    Returns
+    -------
+    dict of str to str
+        Layers without such a norm are left out.
+    """
+    first = {layer.first: name for name, layer in flow.layers.items()}
+    found = {}
+    for name, module in model.named_modules():
+        entering = flow.entering_numbers(name)
+        if not isinstance(module, NORMS) or not len(entering):
+            continue
+        layer = first.get(int(entering[0]))
+        if layer is not None and np.array_equal(entering, np.arange(len(entering)) + entering[0]):
+            found[layer] = name
+    return found

@@ -21,6 +21,7 @@ from nni_topo.hooks.collectors import (
     points_of_gram,
     preprocess_points,
 )
+from nni_topo.hooks.transposed import loses_outputs
 from nni_topo.hooks.units import PruningUnit
 from nni_topo.modes import evaluation_mode
 from nni_topo.speedup.channels import ChannelFlow
@@ -116,8 +117,8 @@ class Reader:
 
         def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             dim = -1 if isinstance(module, nn.Linear) else 1
-            rows = inputs[0].detach().movedim(dim, 0).flatten(1).double()
-            moments.add(rows[torch.from_numpy(self.places).to(rows.device)] * self.strength.to(rows.device)[..., None])
+            rows = inputs[0].detach().movedim(dim, 0).flatten(1)
+            moments.add(rows[torch.from_numpy(self.places).to(rows.device)], self.strength.to(rows.device))
 
         return record
 
@@ -132,7 +133,8 @@ def readers_of(unit: PruningUnit, flow: ChannelFlow, context: PruningContext) ->
     """
     modules = dict(context.model.named_modules())
     lead, target = unit.members[0]
-    if lead not in flow.layers or context.target_spaces[lead][target].granularity != "out_channel":
+    space = context.target_spaces[lead][target]
+    if lead not in flow.layers or not (space.granularity == "out_channel" or loses_outputs(space)):
         raise ConfigError(f"a cloud of what is read needs a layer pruned by output channel ({unit.name})")
     channels = flow.layer_roots(lead)
     readers = []
@@ -142,7 +144,7 @@ def readers_of(unit: PruningUnit, flow: ChannelFlow, context: PruningContext) ->
             continue
         places = _places(channels, flow.entering_roots(name))
         if places is not None:
-            readers.append(Reader(module, places, _strength(module, places)))
+            readers.append(Reader(module, places, read_strength(module, places)))
     if not readers:
         raise ConfigError(f"a cloud of what is read needs a layer that reads the channels, got none ({unit.name})")
     return readers
@@ -155,16 +157,30 @@ def _places(channels: IntArray, entering: IntArray) -> IntArray | None:
     return np.stack(found) if len(counts) == 1 and counts != {0} else None
 
 
-def _strength(module: nn.Module, places: IntArray) -> Tensor:
-    """Norm of the weights that read each place, ``(channels, places)``, float64."""
+def read_strength(module: nn.Module, places: IntArray, order: float = 2.0) -> Tensor:
+    """Return norms of the weights with which a layer reads its inputs.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        A convolution or linear layer.
+    places : ndarray of int, any shape
+        Input channels or features.
+    order : float, default=2.0
+        Of the norm: 2 is Euclidean, 1 the sum of absolute values.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape of ``places``, float64, on the CPU.
+    """
     weight: Tensor = module.weight.detach().double()  # type: ignore[operator]
-    transposed = getattr(module, "transposed", False)
     groups = getattr(module, "groups", 1)
-    if transposed:
-        norms = weight.flatten(1).norm(dim=1)
+    if getattr(module, "transposed", False):
+        norms = torch.linalg.vector_norm(weight.flatten(1), order, dim=1)
     else:
         # Input channel j of group g is column j of the g-th stretch of rows.
         stretches = weight.reshape(groups, -1, weight.shape[1], int(np.prod(weight.shape[2:])))
-        norms = stretches.pow(2).sum((1, 3)).sqrt().reshape(-1)
+        norms = torch.linalg.vector_norm(stretches, order, dim=(1, 3)).reshape(-1)
     strength: Tensor = norms[torch.from_numpy(places).to(norms.device)]
     return strength.cpu()

@@ -17,9 +17,11 @@ from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.evolution import BoolArray, EvolutionSettings, FloatArray, Generation, SubsetGeneticAlgorithm
 from nni_topo.hooks.allocators import ConfigAllocator, profile
 from nni_topo.hooks.base import Data, MetricCalculator, Metrics, PruningContext
+from nni_topo.hooks.reconstruction import ReconstructionProblem, ReconstructionProblems
 from nni_topo.hooks.units import PruningUnit
 
 IntArray = NDArray[np.intp]
+RECONSTRUCTION = "reconstruction"
 _RANK_STEP = 1e-12
 
 
@@ -41,7 +43,7 @@ class SelectionSettings:
 
     def __post_init__(self) -> None:
         for name, known in (
-            ("criterion", topology.CRITERIA),
+            ("criterion", (*topology.CRITERIA, RECONSTRUCTION)),
             ("solver", ("genetic", "greedy")),
             ("engine", ("exact", "gudhi")),
         ):
@@ -73,6 +75,8 @@ class TopologicalMetric(MetricCalculator):
         Whether a progress bar over the units is shown.
     n_jobs : int or None
         Units ranked at a time; as joblib's.
+    problems : ReconstructionProblems or None
+        What criterion ``"reconstruction"`` is measured by.
 
     Attributes
     ----------
@@ -88,7 +92,9 @@ class TopologicalMetric(MetricCalculator):
         seed: int,
         progress: bool = False,
         n_jobs: int | None = 1,
+        problems: ReconstructionProblems | None = None,
     ) -> None:
+        self.problems = problems
         self.settings = settings
         self.allocator = allocator
         self.seed = seed
@@ -102,13 +108,16 @@ class TopologicalMetric(MetricCalculator):
         clouds = {unit.name: _clouds(unit, data, origin=self.settings.origin) for unit in context.units}
         losses = {name: np.stack([_death_profile(cloud) for cloud in parts]) for name, parts in clouds.items()}
         profiles = {unit.name: profile(unit, torch.from_numpy(losses[unit.name])) for unit in context.units}
-        rows = self.allocator.kept_rows(context, profiles)
-        tasks = [
-            _Task(cloud, rows[unit.name], [self.seed, index, part], _label(unit, part))
-            for index, unit in enumerate(context.units)
-            for part, cloud in enumerate(clouds[unit.name])
-        ]
-        found = {task.label: ranking for task, ranking in zip(tasks, self._rankings(tasks), strict=True)}
+        rows = self.allocator.rounded_rows(context, profiles)
+        if self.problems is None:
+            tasks = [
+                _Task(cloud, rows[unit.name], [self.seed, index, part], _label(unit, part))
+                for index, unit in enumerate(context.units)
+                for part, cloud in enumerate(clouds[unit.name])
+            ]
+            found = {task.label: ranking for task, ranking in zip(tasks, self._rankings(tasks), strict=True)}
+        else:
+            found = self._reconstructed(self.problems, context, clouds, rows)
         metrics: Metrics = {}
         for unit in context.units:
             scores = np.empty((unit.parts, unit.rows))
@@ -119,6 +128,48 @@ class TopologicalMetric(MetricCalculator):
                 shape = context.metric_shape(module_name, target_name)
                 metrics.setdefault(module_name, {})[target_name] = torch.from_numpy(scores.copy()).reshape(shape)
         return metrics
+
+    def _reconstructed(
+        self,
+        problems: ReconstructionProblems,
+        context: PruningContext,
+        clouds: dict[str, list[_Cloud]],
+        rows: dict[str, int],
+    ) -> dict[str, IntArray]:
+        """Rank every cloud by what the layers behind can still put out, as far as blocks stay; then by the cloud."""
+        found: dict[str, IntArray] = {}
+        kept: dict[str, BoolArray] = {}
+        places = {unit.name: index for index, unit in enumerate(context.units)}
+        with tqdm(total=len(places), desc="choosing filters", disable=not self.progress) as bar:
+            for unit, problem in problems.each(context, kept):
+                chosen = problem.choose(rows[unit.name] * unit.parts, unit.parts)
+                if self.settings.solver == "genetic" and unit.parts == 1 and len(chosen) < unit.rows:
+                    chosen = self._evolved(problem, chosen, unit, [self.seed, places[unit.name]])
+                kept[unit.name] = np.isin(np.arange(unit.blocks), chosen)
+                for part, cloud in enumerate(clouds[unit.name]):
+                    own = chosen[chosen // unit.rows == part] - part * unit.rows
+                    rest = _greedy_ranking(cloud)
+                    found[_label(unit, part)] = np.concatenate([own, rest[~np.isin(rest, own)]])
+                bar.update()
+        return found
+
+    def _evolved(
+        self, problem: ReconstructionProblem, greedy: IntArray, unit: PruningUnit, seed: list[int]
+    ) -> IntArray:
+        """Search on from the greedy solution; of the blocks found, those of the greedy solution come first."""
+        start = np.isin(np.arange(unit.rows), greedy)
+        search = SubsetGeneticAlgorithm(
+            unit.rows,
+            len(greedy),
+            problem.error,
+            self.settings.evolution,
+            seed=seed,
+            initial=start[None] if self.settings.greedy_start else None,
+        )
+        search.run()
+        self.trace[unit.name] = search.trace
+        _, best = search.best_individual()
+        return np.concatenate([greedy[best[greedy]], np.flatnonzero(best & ~start)])
 
     def _rankings(self, tasks: list[_Task]) -> Iterator[IntArray]:
         """Rank every cloud, in parallel where asked; a registered joblib backend spreads the work over machines."""

@@ -9,16 +9,17 @@ so the pruner also works inside NNI's scheduled pruners::
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any, Literal, cast
 
 import torch
 from nni.compression.base.compressor import Pruner
-from nni.compression.base.target_space import PruningTargetSpace, TargetType
+from nni.compression.base.target_space import PruningTargetSpace
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.hooks import (
     ConfigAllocator,
     Data,
@@ -29,11 +30,15 @@ from nni_topo.hooks import (
     PruningContext,
     SparsityAllocator,
 )
+from nni_topo.hooks.allocators import checked_round_to
+from nni_topo.hooks.transposed import follow_outputs, output_granularity
 from nni_topo.hooks.units import is_active
+from nni_topo.modes import unwrapped_copy
 from nni_topo.pruners.checks import check_request
+from nni_topo.recovery.compensation import METHODS, Method, compensation
+from nni_topo.recovery.report import CompensationReport
 
 _logger = logging.getLogger(__name__)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class StructuredPruner(Pruner):
@@ -55,6 +60,17 @@ class StructuredPruner(Pruner):
         How it is scored; larger = keep.
     allocator : SparsityAllocator or None, default=None
         How much goes. None: :class:`~nni_topo.hooks.ConfigAllocator`.
+    compensate : {None, "reconstruct", "channel", "pair"}, default=None
+        Let ``compress()`` also change the weights that stay, as :func:`nni_topo.compensate` does with this method.
+    calibration : iterable or None, default=None
+        Batches for ``compensate``, several times iterable.
+    round_to : int or None, default=None
+        Every layer keeps a multiple of so many channels; more than asked for stay.
+
+    Attributes
+    ----------
+    compensation_report : CompensationReport or None
+        What ``compensate`` did in the latest ``compress()``.
 
     Raises
     ------
@@ -81,11 +97,18 @@ class StructuredPruner(Pruner):
         collector: DataCollector,
         calculator: MetricCalculator,
         allocator: SparsityAllocator | None = None,
+        compensate: Method | None = None,
+        calibration: Iterable[Any] | None = None,
+        round_to: int | None = None,
     ) -> None:
         config_list = check_request(model, config_list, existed_wrappers)
+        self._recovery = None if compensate is None else _recovery(compensate, calibration)
+        self.compensation_report: CompensationReport | None = None
         self.collector = collector
         self.calculator = calculator
         self.allocator = ConfigAllocator() if allocator is None else allocator
+        if round_to is not None:
+            _round_to(self.allocator, round_to)
         self.interval_steps = -1
         self.total_times: int | Literal["unlimited"] = 1
         self.first_step_gen = False
@@ -108,6 +131,11 @@ class StructuredPruner(Pruner):
             The masks, ``{module name: {target name: tensor of 0 and 1}}``.
         """
         model, masks = super().compress(max_steps, max_epochs)
+        if self._recovery is not None:
+            method, calibration = self._recovery
+            done = compensation(unwrapped_copy(self.bound_model), masks, calibration, method=method)
+            self._take_over(done.model)
+            self.compensation_report = done.report
         return model, masks
 
     def update_masks(self, masks: Masks) -> None:
@@ -125,19 +153,13 @@ class StructuredPruner(Pruner):
             _logger.warning("masks of modules that aren't pruned here are left out: %s", ", ".join(unknown))
         super().update_masks({name: targets for name, targets in masks.items() if name in self._module_wrappers})
 
-    def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> list[int] | str | None:
-        if _loses_outputs_transposed(target_space):
-            return "in_channel"  # NNI's name for the second dimension, here the output channels
-        granularity: list[int] | str | None = super()._set_default_sparse_granularity(target_space)
-        return granularity
+    def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> list[Any] | str | None:
+        granularity: list[Any] | str | None = super()._set_default_sparse_granularity(target_space)
+        return output_granularity(target_space) or granularity
 
     def _register_scalers(self) -> None:
         super()._register_scalers()
-        for spaces in self._target_spaces.values():
-            for space in spaces.values():
-                source = spaces.get(space.align["target_name"]) if space.align is not None else None
-                if source is not None and source.granularity == "in_channel" and _loses_outputs_transposed(source):
-                    space._setting["align"] = {**space.align, "dims": [1]}
+        follow_outputs(self._target_spaces)
 
     def _collect_data(self) -> Data:
         return self.collector.collect(self._context())
@@ -152,12 +174,20 @@ class StructuredPruner(Pruner):
         names = self._get_param_names_map() if self._is_wrapped else {}
         return PruningContext(self.bound_model, self._target_spaces, self.evaluator, names)
 
-    def _activate_targets(self) -> None:
-        """Make every configured weight a target of its own, for pruners that say themselves how much goes."""
-        for spaces in self._target_spaces.values():
-            for space in spaces.values():
-                if space.align is None and space.target is not None and not is_active(space):
-                    space.sparse_ratio = 0.0
+    def _activate_targets(self, cap: float = 0.0) -> None:
+        """Make every configured weight a target of its own, for pruners that say themselves how much goes.
+
+        Parameters
+        ----------
+        cap : float, default=0.0
+            The ``sparse_ratio`` of targets, and of groups, that the config_list gives neither ratio nor threshold.
+        """
+        spaces = [space for targets in self._target_spaces.values() for space in targets.values()]
+        ruled = {space.dependency_group_id for space in spaces if is_active(space)} - {None}
+        for space in spaces:
+            own = space.align is None and space.target is not None and not is_active(space)
+            if own and space.dependency_group_id not in ruled:
+                space.sparse_ratio = cap
 
     def _in_network_order(self) -> Any:
         order = {name: index for index, (name, _) in enumerate(self.bound_model.named_modules(remove_duplicate=False))}
@@ -171,7 +201,21 @@ class StructuredPruner(Pruner):
             )
         self.update_masks(self.generate_masks())
 
+    def _take_over(self, other: nn.Module) -> None:
+        """Copy another model's parameters and buffers into this one's, also where NNI keeps them in its wrappers."""
+        for name, value in other.state_dict().items():
+            module_name, _, own = name.rpartition(".")
+            space = self._target_spaces.get(module_name, {}).get(own)
+            place = None if space is None else space.target
+            place = getattr(self.bound_model.get_submodule(module_name), own) if place is None else place
+            place.data.copy_(value)
+
     def _fuse_preprocess(self, evaluator: Evaluator) -> None:
+        if self._recovery is not None:
+            raise ConfigError(
+                "compensate goes with pruning in one step, got a schedule: call nni_topo.compensate() at its end "
+                f"({type(self).__name__})"
+            )
         schedule = _Schedule(self)
         evaluator.patch_optimizer_step(before_step_tasks=[], after_step_tasks=[schedule.step])
 
@@ -179,10 +223,18 @@ class StructuredPruner(Pruner):
         """Leave the evaluator as it is: NNI reverts its patches."""
 
 
-def _loses_outputs_transposed(space: PruningTargetSpace) -> bool:
-    """Say whether a target is the weight of a transposed convolution, its output channels in dimension 1."""
-    module = space._wrapper.module
-    return isinstance(module, _TRANSPOSED) and module.groups == 1 and space.type is TargetType.PARAMETER
+def _recovery(method: str, calibration: Iterable[Any] | None) -> tuple[Method, Iterable[Any]]:
+    if method not in METHODS:
+        raise unknown_name("compensate", str(method), METHODS)
+    if calibration is None:
+        raise ConfigError(f"compensate={method!r} needs calibration data, got none (calibration)")
+    return cast(Method, method), calibration
+
+
+def _round_to(allocator: SparsityAllocator, round_to: int) -> None:
+    if not isinstance(allocator, ConfigAllocator):
+        raise ConfigError(f"round_to needs a ConfigAllocator, got {type(allocator).__name__} (round_to)")
+    allocator.round_to = checked_round_to(round_to)
 
 
 class _Schedule:

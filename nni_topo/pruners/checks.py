@@ -44,7 +44,7 @@ def check_request(
         If an entry breaks NNI's schema or holds a ratio outside [0, 1), if nothing in the model matches, if a matched
         module's type is unknown to NNI, or if the model is wrapped by another compressor.
     DataError
-        If a parameter of a matched module is NaN or infinite.
+        If a parameter of a matched module is NaN, infinite, complex, or holds integers.
     """
     if not isinstance(config_list, (list, tuple)):
         raise ConfigError(f"config_list must be a list of dicts, got {type(config_list).__name__} (config_list)")
@@ -109,6 +109,8 @@ def _check_module(name: str, module: nn.Module) -> None:
             f"known: {known} ({name})"
         )
     for target, tensor in module.named_parameters(recurse=False):
+        if not tensor.is_floating_point():
+            raise DataError(f"weights must be real floating-point tensors, got {tensor.dtype} ({name}.{target})")
         bad = int((~torch.isfinite(tensor.detach())).sum())
         if bad:
             raise DataError(f"weights must be finite, got {bad} NaN or infinite values ({name}.{target})")

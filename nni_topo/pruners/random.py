@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from nni.compression.base.wrapper import ModuleWrapper
@@ -11,6 +12,7 @@ from torch import nn
 from nni_topo.hooks import WeightCollector
 from nni_topo.hooks.metrics import RandomMetric
 from nni_topo.pruners.base import StructuredPruner
+from nni_topo.recovery.compensation import Method
 
 
 class RandomPruner(StructuredPruner):
@@ -28,6 +30,8 @@ class RandomPruner(StructuredPruner):
         Used by ``from_compressor``.
     seed : int, default=0
         Same seed, same masks.
+    compensate, calibration, round_to
+        See :class:`~nni_topo.pruners.base.StructuredPruner`.
 
     Raises
     ------
@@ -51,6 +55,9 @@ class RandomPruner(StructuredPruner):
         existed_wrappers: dict[str, ModuleWrapper] | None = None,
         *,
         seed: int = 0,
+        compensate: Method | None = None,
+        calibration: Iterable[Any] | None = None,
+        round_to: int | None = None,
     ) -> None:
         self.seed = seed
         super().__init__(
@@ -60,4 +67,7 @@ class RandomPruner(StructuredPruner):
             existed_wrappers,
             collector=WeightCollector(),
             calculator=RandomMetric(seed),
+            compensate=compensate,
+            calibration=calibration,
+            round_to=round_to,
         )

@@ -22,13 +22,15 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.evolution import EvolutionSettings, Generation
-from nni_topo.hooks import ActivationCollector, ConfigAllocator, DataCollector, WeightCollector
+from nni_topo.hooks import ConfigAllocator, DataCollector
 from nni_topo.hooks.budget import Allocation, BudgetAllocator
+from nni_topo.hooks.clouds import make_collector
 from nni_topo.hooks.collectors import Preprocess
-from nni_topo.hooks.coupled import CoupledWeightCollector
-from nni_topo.hooks.functional import FunctionalCollector
-from nni_topo.hooks.selection import SelectionSettings, TopologicalMetric
+from nni_topo.hooks.reconstruction import ReconstructionProblems
+from nni_topo.hooks.selection import RECONSTRUCTION, SelectionSettings, TopologicalMetric
+from nni_topo.hooks.sequential import SequentialProblems
 from nni_topo.pruners.base import StructuredPruner
+from nni_topo.recovery.compensation import Method
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "perera2022": {
@@ -52,24 +54,31 @@ class TopologicalPruner(StructuredPruner):
         cloud, features side by side. ``sparse_threshold`` is a tolerance: blocks go as long as half the longest H0
         death time that the cloud loses stays below it, in units of the layer's mean death time; one block stays.
     evaluator : nni.compression.utils.Evaluator or None, default=None
-        Needed for scheduled pruning; serves the activation cloud where there is no ``calibration``.
+        Needed for scheduled pruning; serves the activation and gradient clouds where there is no ``calibration``.
     existed_wrappers : dict or None, default=None
         Used by ``from_compressor``.
-    collector : {"auto", "weight", "coupled", "activation", "functional"} or DataCollector, default="auto"
-        The cloud: the filters' weights, the same scaled by batch norm and by the weights that read them (needs
-        ``example_inputs``), their outputs over the calibration data, or what these outputs do in the layers that read
-        them. ``"auto"`` is ``"functional"`` if ``calibration`` is given, else ``"weight"``.
+    collector : {"auto", "weight", "folded", "coupled", "activation", "functional", "gradient"} or DataCollector
+        The cloud: the filters' weights; the same with bias and batch norm folded in, or scaled by batch norm and by
+        the weights that read them (both need ``example_inputs``); the filters' outputs over the calibration data; what
+        these outputs do in the layers that read them; or what removing a filter does to each labelled sample's loss.
+        Default ``"auto"``: ``"functional"`` if ``calibration`` is given, else ``"weight"``.
     calibration : iterable or None, default=None
-        Batches of inputs, or of ``(inputs, targets)``; labels aren't used. A list or DataLoader, not a generator.
+        Batches of inputs, or of ``(inputs, targets)``, which the gradient cloud needs and all others ignore the targets
+        of. A list or DataLoader, not a generator.
     preprocess : {"none", "center", "standardize", "unit"}, default="none"
         Applied to each member's cloud before a group's are joined.
-    criterion : {"hausdorff", "cover", "bottleneck", "wasserstein"}, default="hausdorff"
-        What the search minimises: the largest or the mean distance from a pruned to the nearest kept point, or the
-        distance between the persistence diagrams of the kept and the whole cloud.
+    criterion : {"hausdorff", "cover", "bottleneck", "wasserstein", "reconstruction"}, default="hausdorff"
+        What the search minimises: the largest or the mean distance from a pruned to the nearest kept point, the
+        distance between the persistence diagrams of the kept and the whole cloud, or the share of the next layers'
+        outputs that no choice of their weights could bring back (needs ``calibration``).
     homology_dimensions : sequence of int, default=(0,)
         Degrees whose diagrams are compared by ``"bottleneck"`` (their maximum) and ``"wasserstein"`` (their sum).
     solver : {"genetic", "greedy"}, default="genetic"
-        Genetic algorithm, started from the greedy solution, or the greedy solution (farthest points first) itself.
+        Genetic algorithm, started from the greedy solution, or the greedy solution itself: farthest points first; for
+        ``"reconstruction"`` forward selection.
+    order : {"parallel", "sequential"}, default="parallel"
+        Whether all layers are looked at in the network as it is, or each one in the network as pruned so far, the
+        layers before it reconstructed. ``"sequential"`` goes with criterion ``"reconstruction"``.
     population_size : int, default=50
         Individuals per generation, at least 2.
     generations : int, default=20
@@ -85,8 +94,8 @@ class TopologicalPruner(StructuredPruner):
     allocation : {"topological", "uniform"}, default="topological"
         How the budget is dealt out: one tolerance on death times over the network, or the same share of every layer.
     example_inputs : Any, default=None
-        Inputs of the model, which a ``target`` and the coupled cloud need; for a target the first ``calibration`` batch
-        serves as well.
+        Inputs of the model, which a ``target`` and the folded and coupled clouds need; for a target the first
+        ``calibration`` batch serves as well.
     patience : int or None, default=None
         Generations without improvement after which the search ends. None: never.
     engine : {"exact", "gudhi"}, default="exact"
@@ -95,6 +104,11 @@ class TopologicalPruner(StructuredPruner):
         ``"perera2022"`` is the thesis' setting: weight cloud without the origin, bottleneck distance in H0 and H1,
         genetic algorithm from random individuals. It fixes ``collector``, ``criterion``, ``homology_dimensions`` and
         ``solver``.
+    compensate : {None, "reconstruct", "channel", "pair"}, default=None
+        Let ``compress()`` also change the weights that stay, so that they make up for those that go, as
+        :func:`nni_topo.compensate` does with this method; needs ``calibration``.
+    round_to : int or None, default=None
+        Every layer keeps a multiple of so many channels, or all; more than asked for stay.
     seed : int, default=0
         Same seed, same masks.
     progress : bool, default=False
@@ -146,6 +160,7 @@ class TopologicalPruner(StructuredPruner):
         criterion: str = "hausdorff",
         homology_dimensions: Sequence[int] = (0,),
         solver: Literal["genetic", "greedy"] = "genetic",
+        order: Literal["parallel", "sequential"] = "parallel",
         population_size: int = 50,
         generations: int = 20,
         mutation_probability: float = 0.2,
@@ -157,6 +172,8 @@ class TopologicalPruner(StructuredPruner):
         example_inputs: Any = None,
         engine: Literal["exact", "gudhi"] = "exact",
         preset: Literal["perera2022"] | None = None,
+        compensate: Method | None = None,
+        round_to: int | None = None,
         seed: int = 0,
         progress: bool = False,
         n_jobs: int | None = 1,
@@ -189,15 +206,27 @@ class TopologicalPruner(StructuredPruner):
         self.seed = seed
         self.target = target
         allocator = _allocator(config_list, target, allocation, example_inputs, calibration)
-        self._metric = TopologicalMetric(settings, allocator, seed=seed, progress=progress, n_jobs=n_jobs)
+        problems = _problems(settings.criterion, order, calibration, seed)
+        self._metric = TopologicalMetric(
+            settings, allocator, seed=seed, progress=progress, n_jobs=n_jobs, problems=problems
+        )
         super().__init__(
             model,
             config_list,
             evaluator,
             existed_wrappers,
-            collector=_collector(choice["collector"], calibration, example_inputs, preprocess),
+            collector=make_collector(
+                choice["collector"],
+                calibration=calibration,
+                example_inputs=example_inputs,
+                evaluator=evaluator,
+                preprocess=preprocess,
+            ),
             calculator=self._metric,
             allocator=allocator,
+            compensate=compensate,
+            calibration=calibration,
+            round_to=round_to,
         )
         if target is not None:
             self._activate_targets()
@@ -229,26 +258,20 @@ def _allocator(
     return BudgetAllocator(target, example_inputs, allocation=allocation)
 
 
-def _collector(
-    collector: str | DataCollector, calibration: Iterable[Any] | None, example_inputs: Any, preprocess: Preprocess
-) -> DataCollector:
-    if isinstance(collector, DataCollector):
-        return collector
-    if collector == "auto":
-        collector = "weight" if calibration is None else "functional"
-    if collector == "weight":
-        return WeightCollector(preprocess=preprocess)
-    if collector == "activation":
-        return ActivationCollector(calibration, preprocess=preprocess)
-    if collector == "functional":
-        if calibration is None:
-            raise ConfigError("collector 'functional' needs calibration data, got none (calibration)")
-        return FunctionalCollector(calibration, preprocess=preprocess)
-    if collector == "coupled":
-        if example_inputs is None:
-            raise ConfigError("collector 'coupled' needs example_inputs, got none (example_inputs)")
-        return CoupledWeightCollector(example_inputs, preprocess=preprocess)
-    raise unknown_name("collector", str(collector), ("auto", "weight", "coupled", "activation", "functional"))
+def _problems(
+    criterion: str, order: str, calibration: Iterable[Any] | None, seed: int
+) -> ReconstructionProblems | None:
+    """Return what criterion "reconstruction" is measured by; None for the others."""
+    if order not in ("parallel", "sequential"):
+        raise unknown_name("order", str(order), ("parallel", "sequential"))
+    if criterion != RECONSTRUCTION:
+        if order == "sequential":
+            raise ConfigError(f"order 'sequential' needs criterion 'reconstruction', got {criterion!r} (order)")
+        return None
+    if calibration is None:
+        raise ConfigError("criterion 'reconstruction' needs calibration data, got none (calibration)")
+    kind = ReconstructionProblems if order == "parallel" else SequentialProblems
+    return kind(calibration, seed=seed)
 
 
 def _preset(preset: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -203,6 +203,46 @@ def compensation(
     return Compensation(networks.result, report)
 
 
+def compensate_up_to(
+    model: nn.Module, masks: Masks, calibration: Iterable[Any], layer: str, *, seed: int = 0
+) -> nn.Module:
+    """Reconstruct the layers in front of a layer only.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The trained model; it isn't changed.
+    masks : mapping
+        NNI's masks.
+    calibration : iterable
+        Batches, several times iterable.
+    layer : str
+        Name of the first layer that stays as it is.
+    seed : int, default=0
+        For the positions that large feature maps are sampled at.
+
+    Returns
+    -------
+    torch.nn.Module
+        The pruned network, traced: submodules have their names.
+
+    Raises
+    ------
+    ConfigError, DataError, SpeedupError
+        As :func:`compensate`.
+    """
+    check_model(model)
+    sizes, call = _survey(model, calibration)
+    networks = build_networks(model, call, masks)
+    replay = Replay(model, networks.original, networks.pruned, calibration, 2**30)
+    plan = make_plan(networks.original, networks.flow, networks.masks, replay.touched_nodes)
+    end = next(rank for node, rank in replay.order.items() if node.op == "call_module" and node.target == layer)
+    plan.equations = [equation for equation in plan.equations if replay.order[equation.place] < end]
+    tasks = tasks_of("reconstruct", plan, networks, refine=0, pairs=None, as_printed=False)
+    _run(tasks, Sampler(replay, sizes, seed), networks, None, False)
+    return networks.pruned
+
+
 def _run(
     tasks: list[Task], sampler: Sampler, networks: Networks, ridge: float | None, progress: bool
 ) -> tuple[LayerReport, ...]:

@@ -26,7 +26,12 @@ _LEAST_PIVOT = 1e-10
 
 
 def greedy_least_squares(
-    gram: FloatArray | Sequence[FloatArray], cross: FloatArray | Sequence[FloatArray], keep: int, *, block: int = 1
+    gram: FloatArray | Sequence[FloatArray],
+    cross: FloatArray | Sequence[FloatArray],
+    keep: int,
+    *,
+    block: int | Sequence[int] = 1,
+    parts: int = 1,
 ) -> IntArray:
     """Choose channels one by one for the least-squares prediction of targets.
 
@@ -39,19 +44,21 @@ def greedy_least_squares(
         ``X.T @ Y`` with the targets.
     keep : int
         How many to choose, in [1, n].
-    block : int, default=1
-        Columns of a channel, at least 1; the same for all layers.
+    block : int or sequence of int, default=1
+        Columns of a channel, at least 1; a sequence has one entry for each layer.
+    parts : int, default=1
+        Equal stretches of channels of which the same number is kept; divides n and ``keep``.
 
     Returns
     -------
     ndarray of int, shape (keep,)
-        Channels in the order of choice; each prefix is the choice for a smaller ``keep``. Of equal gains the lowest
-        channel wins.
+        Channels in the order of choice; with one part each prefix is the choice for a smaller ``keep``. Of equal gains
+        the lowest channel wins.
 
     Raises
     ------
     ConfigError
-        If ``keep`` or ``block`` is out of range.
+        If ``keep``, ``block`` or ``parts`` is out of range.
     DataError
         If shapes don't fit or values aren't finite.
 
@@ -69,14 +76,20 @@ def greedy_least_squares(
     """
     grams = [gram] if isinstance(gram, np.ndarray) else list(gram)
     crosses = [cross] if isinstance(cross, np.ndarray) else list(cross)
-    channels = _check(grams, crosses, keep, block)
-    readers = [_Reader(one, other, keep, block) for one, other in zip(grams, crosses, strict=True)]
+    blocks = [block] * len(grams) if isinstance(block, int) else list(block)
+    channels = _check(grams, crosses, keep, blocks)
+    if parts < 1 or channels % parts or keep % parts:
+        raise ConfigError(f"parts must divide {channels} channels and {keep} kept ones, got {parts} (parts)")
+    readers = [_Reader(*problem) for problem in zip(grams, crosses, [keep] * len(grams), blocks, strict=True)]
+    part = np.arange(channels) // (channels // parts)
+    room = np.full(parts, keep // parts)
     left = np.ones(channels, dtype=bool)
     order = np.empty(keep, dtype=np.int64)
     for step in range(keep):
         gains = np.sum([reader.gains() for reader in readers], axis=0)
-        order[step] = np.argmax(np.where(left, gains, -np.inf))
+        order[step] = np.argmax(np.where(left & (room[part] > 0), gains, -np.inf))
         left[order[step]] = False
+        room[part[order[step]]] -= 1
         for reader in readers:
             reader.choose(int(order[step]))
     return order
@@ -129,18 +142,24 @@ def _compressed(cross: FloatArray) -> FloatArray:
     return np.ascontiguousarray(factor.T)
 
 
-def _check(grams: list[FloatArray], crosses: list[FloatArray], keep: int, block: int) -> int:
+def _check(grams: list[FloatArray], crosses: list[FloatArray], keep: int, blocks: list[int]) -> int:
     """Return the number of channels."""
-    if not grams or len(grams) != len(crosses):
-        raise DataError(f"gram and cross must come in pairs, got {len(grams)} and {len(crosses)}")
-    size = len(grams[0])
-    for gram, cross in zip(grams, crosses, strict=True):
+    if not grams or not len(grams) == len(crosses) == len(blocks):
+        raise DataError(
+            f"gram, cross and block must belong together, got {len(grams)}, {len(crosses)} and {len(blocks)} of them"
+        )
+    for gram, cross, block in zip(grams, crosses, blocks, strict=True):
+        size = len(gram)
         if gram.shape != (size, size) or cross.ndim != 2 or len(cross) != size:
             raise DataError(f"gram must be square and cross have as many rows, got {gram.shape} and {cross.shape}")
         if not (np.isfinite(gram).all() and np.isfinite(cross).all()):
             raise DataError("gram and cross must be finite, got NaN or infinity")
-    if block < 1 or size % block:
-        raise ConfigError(f"block must divide the number of columns, got {block} for {size} columns (block)")
-    if not 1 <= keep <= size // block:
-        raise ConfigError(f"keep must be in [1, {size // block}], got {keep} (keep)")
-    return size // block
+        if block < 1 or size % block:
+            raise ConfigError(f"block must divide the number of columns, got {block} for {size} columns (block)")
+    channels = {len(gram) // block for gram, block in zip(grams, blocks, strict=True)}
+    if len(channels) > 1:
+        raise DataError(f"all layers must read the same channels, got {sorted(channels)} of them (gram, block)")
+    (count,) = channels
+    if not 1 <= keep <= count:
+        raise ConfigError(f"keep must be in [1, {count}], got {keep} (keep)")
+    return count

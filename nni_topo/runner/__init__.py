@@ -1,12 +1,22 @@
 """Comparisons of pruners that resume: cells of model x data x pruner x target x seed, one record each."""
 
-from nni_topo.runner.cells import Cell, DataChoice, ModelChoice, Plan, PrunerChoice, Target, load_plan
+from nni_topo.runner.cells import (
+    Cell,
+    CompensationChoice,
+    DataChoice,
+    ModelChoice,
+    Plan,
+    PrunerChoice,
+    Target,
+    load_plan,
+)
 from nni_topo.runner.compare import RunFailure, compare
 from nni_topo.runner.records import read_records
 from nni_topo.runner.report import markdown_report, plot_accuracy, print_report, print_widths
 
 __all__ = [
     "Cell",
+    "CompensationChoice",
     "DataChoice",
     "ModelChoice",
     "Plan",

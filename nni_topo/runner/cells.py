@@ -13,8 +13,10 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.recovery.compensation import METHODS
 from nni_topo.zoo import Recipe, default_recipe
 
+SCRATCH = "scratch"
 _Choice = TypeVar("_Choice")
 
 
@@ -52,7 +54,8 @@ class PrunerChoice:
     Attributes
     ----------
     name : str
-        Registered name; see :func:`nni_topo.list_pruners`.
+        Registered name, see :func:`nni_topo.list_pruners`; or ``"scratch"``: no pruner, but a network of the same
+        widths, trained from new weights by the whole recipe.
     label : str
         Row of the table. Empty: the name.
     knobs : dict
@@ -95,6 +98,21 @@ class Target:
 
 
 @dataclass(frozen=True)
+class CompensationChoice:
+    """How every row is compensated before it is retrained: by how many unlabelled training images, and how."""
+
+    images: int = 1024
+    method: Literal["reconstruct", "channel", "pair"] = "reconstruct"
+    refine: int = 2
+
+    def __post_init__(self) -> None:
+        if self.images < 1:
+            raise ConfigError(f"images must be at least 1, got {self.images} (compensate)")
+        if self.method not in METHODS:
+            raise unknown_name("method", str(self.method), METHODS)
+
+
+@dataclass(frozen=True)
 class Cell:
     """One run: a trained model of one seed, pruned by one pruner to one target, made dense and retrained."""
 
@@ -106,11 +124,15 @@ class Cell:
     train: Recipe
     retrain: Recipe
     device: str = "cpu"
+    compensate: CompensationChoice | None = None
 
     @property
     def key(self) -> str:
         """Name of the cell's record: equal settings, equal key, wherever the data lies."""
-        return _digest({**asdict(self), "data": self._data()})
+        settings = {**asdict(self), "data": self._data()}
+        if self.compensate is None:
+            del settings["compensate"]
+        return _digest(settings)
 
     @property
     def training_key(self) -> str:
@@ -140,9 +162,12 @@ class Plan:
     first_seed : int
         The seeds are ``first_seed``, ``first_seed + 1``, ...
     train, retrain : dict
-        Fields of the recipe to replace in the model's default recipe; ``retrain`` needs ``epochs``.
+        Fields of the recipe to replace in the model's default recipe; ``retrain`` needs ``epochs``, of which 0 leaves
+        retraining out.
     device : str
         ``"cpu"``, ``"cuda"`` or ``"auto"``.
+    compensate : CompensationChoice or None
+        Compensation between pruning and retraining, for every row; None: none.
     """
 
     models: tuple[ModelChoice, ...]
@@ -154,6 +179,7 @@ class Plan:
     train: Mapping[str, Any] = field(default_factory=dict)
     retrain: Mapping[str, Any] = field(default_factory=lambda: {"epochs": 1})
     device: str = "cpu"
+    compensate: CompensationChoice | None = None
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -176,7 +202,7 @@ class Plan:
             train = changed_recipe(default, self.train)
             retrain = changed_recipe(train.for_retraining(int(self.retrain.get("epochs", 1))), self.retrain)
             for target, pruner in itertools.product(self.targets, self.pruners):
-                yield Cell(model, data, pruner, target, seed, train, retrain, self.device)
+                yield Cell(model, data, pruner, target, seed, train, retrain, self.device, self.compensate)
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -217,8 +243,21 @@ def load_plan(path: str | Path) -> Plan:
         data=tuple(_choice(DataChoice, entry, "data") for entry in entries["data"]),
         pruners=tuple(_choice(PrunerChoice, entry, "pruners") for entry in entries["pruners"]),
         targets=tuple(_target(entry) for entry in entries["targets"]),
+        compensate=_compensation(content.get("compensate")),
         **{key: content[key] for key in ("seeds", "first_seed", "train", "retrain", "device") if key in content},
     )
+
+
+def _compensation(entry: Any) -> CompensationChoice | None:
+    if entry is None:
+        return None
+    if not isinstance(entry, dict):
+        raise ConfigError(f"an entry must be a mapping such as {{images: 1024}}, got {entry!r} (compensate)")
+    known = {item.name for item in fields(CompensationChoice)}
+    for key in entry:
+        if key not in known:
+            raise unknown_name("key of compensate", str(key), known)
+    return CompensationChoice(**entry)
 
 
 def _choice(kind: type[_Choice], entry: Any, place: str) -> _Choice:

@@ -15,7 +15,7 @@ from typing import Any
 
 from nni_topo.errors import ConfigError
 from nni_topo.registry import check_knobs
-from nni_topo.runner.cells import Cell, Plan
+from nni_topo.runner.cells import SCRATCH, Cell, Plan
 from nni_topo.runner.execute import load_model_data, resolve_device, run_cell
 from nni_topo.runner.records import Record, append_record, read_records
 from nni_topo.runner.rivals import is_rival
@@ -98,7 +98,7 @@ def compare(
 def _check_choices(cells: list[Cell]) -> None:
     """Raise, before anything runs, what would stop every cell of a model, data set or pruner."""
     for pruner in {cell.pruner.name: cell.pruner for cell in cells}.values():
-        if not is_rival(pruner.name):
+        if pruner.name != SCRATCH and not is_rival(pruner.name):
             check_knobs(pruner.name, pruner.knobs)
     for cell in {(cell.model.name, cell.data): cell for cell in cells}.values():
         resolve_device(cell.device)

@@ -18,16 +18,18 @@ from torch.utils.data import TensorDataset
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.hooks import Masks
-from nni_topo.recovery import recalibrate_batch_norm
-from nni_topo.registry import create_pruner
-from nni_topo.runner.cells import Cell, DataChoice, ModelChoice
+from nni_topo.recovery import compensation, recalibrate_batch_norm
+from nni_topo.registry import create_pruner, pruner_info
+from nni_topo.runner.cells import SCRATCH, Cell, DataChoice, ModelChoice
 from nni_topo.runner.records import Record, provenance
-from nni_topo.runner.rivals import is_rival, rival_dense
+from nni_topo.runner.rivals import is_rival, rival_masks
+from nni_topo.runner.scheduled import recipe_evaluator
 from nni_topo.runner.widths import layer_ratios, pruning_config
 from nni_topo.speedup import to_dense
 
 LATENCY_BATCH = 64
 _RECALIBRATION_IMAGES = 1024
+_STILL = 1e-30
 
 
 def run_cell(cell: Cell, out: Path) -> Record:
@@ -54,8 +56,10 @@ def run_cell(cell: Cell, out: Path) -> Record:
     example = data.test.tensors[0][:2].to(device)
     macs = zoo.count_macs(model, example)
     ratios = shared_ratios(cell, model, example, out)
-    dense, seconds = make_dense(cell, model, data, example, ratios)
-    latency = zoo.latencies({"before": model, "after": dense}, data.test.tensors[0][:LATENCY_BATCH].to(device))
+    masks, prune_seconds = prune(cell, model, data, example, ratios)
+    began = time.perf_counter()
+    dense = to_dense(model, example, masks)
+    speedup_seconds = time.perf_counter() - began
     record = {
         "key": cell.key,
         "pruner": cell.pruner.row,
@@ -71,16 +75,18 @@ def run_cell(cell: Cell, out: Path) -> Record:
         "params": zoo.count_params(dense),
         "widths": layer_widths(dense),
         "accuracy_before": accuracy_before,
-        "accuracy_oneshot": zoo.evaluate(dense, data.test, device=device),
-        "accuracy_recalibrated": _recalibrated_accuracy(dense, data, device),
-        **seconds,
-        "latency_before_ms": latency["before"],
-        "latency_ms": latency["after"],
-        "latency_batch": LATENCY_BATCH,
+        "prune_seconds": prune_seconds,
+        "speedup_seconds": speedup_seconds,
+        **_latencies(model, dense, data.test.tensors[0][:LATENCY_BATCH].to(device)),
     }
-    log = zoo.train(dense, data, cell.retrain, seed=cell.seed, device=device)
-    record["accuracy_retrained"] = zoo.evaluate(dense, data.test, device=device)
-    record["retrain_seconds"] = log.seconds
+    if cell.pruner.name == SCRATCH:
+        dense, recipe = with_new_weights(dense, cell.seed), cell.train
+    else:
+        dense, recipe = _recovered(cell, model, masks, dense, data, record), cell.retrain
+    if recipe.epochs:
+        log = zoo.train(dense, data, recipe, seed=cell.seed, device=device)
+        record["accuracy_retrained"] = zoo.evaluate(dense, data.test, device=device)
+        record["retrain_seconds"] = log.seconds
     record["peak_memory_bytes"] = _peak_memory()
     record["seconds"] = time.perf_counter() - start
     return {**record, **provenance()}
@@ -137,37 +143,37 @@ def shared_ratios(cell: Cell, model: nn.Module, example: Tensor, out: Path) -> d
     return dict(known[key])
 
 
-def make_dense(
-    cell: Cell, model: nn.Module, data: zoo.DataBundle, example: Tensor, ratios: dict[str, float]
-) -> tuple[nn.Module, dict[str, float]]:
-    """Prune a copy of the model and make it dense; return it and the seconds of both steps.
-
-    Torch-Pruning does both in one step.
-    """
-    if is_rival(cell.pruner.name):
-        return rival_dense(cell.pruner.name, model, example, ratios)
-    masks, prune_seconds = prune(cell, model, data, example, ratios)
-    began = time.perf_counter()
-    dense = to_dense(model, example, masks)
-    return dense, {"prune_seconds": prune_seconds, "speedup_seconds": time.perf_counter() - began}
-
-
 def prune(
     cell: Cell, model: nn.Module, data: zoo.DataBundle, example: Tensor, ratios: dict[str, float]
 ) -> tuple[Masks, float]:
-    """Run the cell's pruner on a copy of the model; return its masks and the seconds it took."""
+    """Run the cell's pruner on a copy of the model; return its masks and the seconds it took.
+
+    A pruner that needs an evaluator gets one that leaves the weights as they are: at a rate of almost zero it measures
+    gradients only.
+    """
+    if is_rival(cell.pruner.name):
+        return rival_masks(cell.pruner.name, model, example, ratios)
     victim = copy.deepcopy(model)
     config_list = pruning_config(victim, example, ratios)
+    name = "random" if cell.pruner.name == SCRATCH else cell.pruner.name
+    info = pruner_info(name)
     knobs: dict[str, Any] = dict(cell.pruner.knobs)
     if cell.pruner.calibration:
-        images = data.train.tensors[0][: cell.pruner.calibration]
-        knobs["calibration"] = list(images.split(128))
-    if knobs.get("collector") == "coupled":
+        knobs["calibration"] = calibration_batches(data, cell.pruner.calibration)
+    if "example_inputs" in info.knobs():
         knobs["example_inputs"] = example
+    if "evaluator" in info.needs:
+        still = replace(cell.retrain, lr=_STILL, weight_decay=0.0)
+        knobs["evaluator"] = recipe_evaluator(victim, data, still, seed=cell.seed)
     began = time.perf_counter()
-    pruner = create_pruner(cell.pruner.name, victim, config_list, **knobs)
+    pruner = create_pruner(name, victim, config_list, **knobs)
     _, masks = pruner.compress()
     return masks, time.perf_counter() - began
+
+
+def calibration_batches(data: zoo.DataBundle, images: int) -> list[Tensor]:
+    """Return the first training images, without labels, in batches of 128."""
+    return list(data.train.tensors[0][:images].split(128))
 
 
 def layer_widths(model: nn.Module) -> dict[str, int]:
@@ -195,9 +201,40 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and there) else "cpu")
 
 
-def _recalibrated_accuracy(dense: nn.Module, data: zoo.DataBundle, device: torch.device) -> float:
-    images = data.train.tensors[0][:_RECALIBRATION_IMAGES].to(device)
-    return zoo.evaluate(recalibrate_batch_norm(dense, images.split(128)), data.test, device=device)
+def with_new_weights(model: nn.Module, seed: int) -> nn.Module:
+    """Return a copy of a model with newly drawn weights."""
+    fresh = copy.deepcopy(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for module in fresh.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    return fresh
+
+
+def _recovered(
+    cell: Cell, model: nn.Module, masks: Masks, dense: nn.Module, data: zoo.DataBundle, record: Record
+) -> nn.Module:
+    """Measure a pruned network as it is and with batch norms re-calibrated; return it, compensated if asked for."""
+    device = next(dense.parameters()).device
+    example = data.test.tensors[0][:2].to(device)
+    record["accuracy_oneshot"] = zoo.evaluate(dense, data.test, device=device)
+    images = [batch.to(device) for batch in calibration_batches(data, _RECALIBRATION_IMAGES)]
+    record["accuracy_recalibrated"] = zoo.evaluate(recalibrate_batch_norm(dense, images), data.test, device=device)
+    choice = cell.compensate
+    if choice is None:
+        return dense
+    images = [batch.to(device) for batch in calibration_batches(data, choice.images)]
+    done = compensation(model, masks, images, method=choice.method, refine=choice.refine)
+    dense = to_dense(done.model, example, masks)
+    record["accuracy_compensated"] = zoo.evaluate(dense, data.test, device=device)
+    record["compensate_seconds"] = done.report.seconds
+    return dense
+
+
+def _latencies(model: nn.Module, dense: nn.Module, images: Tensor) -> Record:
+    found = zoo.latencies({"before": model, "after": dense}, images)
+    return {"latency_before_ms": found["before"], "latency_ms": found["after"], "latency_batch": len(images)}
 
 
 def _peak_memory() -> int:

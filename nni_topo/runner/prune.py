@@ -199,6 +199,8 @@ def _masks(net: nn.Module, config: PruneConfig, data: zoo.DataBundle) -> tuple[M
     knobs = dict(config.knobs)
     if config.calibration:
         knobs["calibration"] = list(data.train.tensors[0][: config.calibration].split(128))
+    if "example_inputs" in pruner_info(config.pruner).knobs():
+        knobs["example_inputs"] = example
     began = time.perf_counter()
     pruner = create_pruner(config.pruner, net, config_list, **knobs)
     _, masks = pruner.compress()

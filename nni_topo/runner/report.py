@@ -14,6 +14,7 @@ from rich.table import Table
 from scipy import stats
 
 from nni_topo.registry import list_pruners, pruner_info
+from nni_topo.runner.cells import SCRATCH
 from nni_topo.runner.records import Record
 
 Group = tuple[str, str, str]
@@ -24,6 +25,8 @@ COLUMNS = (
     "before %",
     "one-shot %",
     "BN recal. %",
+    "compensated %",
+    "vs best rival, compensated",
     "retrained %",
     "vs best rival",
     "latency ms",
@@ -74,15 +77,19 @@ def grouped(records: Iterable[Record]) -> dict[Group, dict[str, dict[int, Record
 
 def paired_difference(ours: dict[int, Record], theirs: dict[int, Record], column: str) -> Interval:
     """Return the difference of a column over the seeds that both rows have."""
-    seeds = sorted(set(ours) & set(theirs))
+    seeds = sorted(seed for seed in set(ours) & set(theirs) if column in ours[seed] and column in theirs[seed])
     return interval([ours[seed][column] - theirs[seed][column] for seed in seeds])
 
 
 def best_rival(rows: dict[str, dict[int, Record]], column: str) -> str | None:
     """Return the row with the highest mean among the pruners that aren't this package's."""
-    own = {name for name in list_pruners() if pruner_info(name).origin == "nni_topo"}
-    rivals = [row for row, runs in rows.items() if next(iter(runs.values()))["pruner_name"] not in own]
-    return max(rivals, key=lambda row: float(np.mean([r[column] for r in rows[row].values()])), default=None)
+    own = {name for name in list_pruners() if pruner_info(name).origin == "nni_topo"} | {SCRATCH}
+    means = {}
+    for row, runs in rows.items():
+        values = [record[column] for record in runs.values() if column in record]
+        if values and next(iter(runs.values()))["pruner_name"] not in own:
+            means[row] = float(np.mean(values))
+    return max(means, key=means.__getitem__, default=None)
 
 
 def print_report(records: Iterable[Record], console: Console) -> None:
@@ -97,9 +104,10 @@ def print_report(records: Iterable[Record], console: Console) -> None:
     """
     for group, rows in grouped(records).items():
         table = Table(title=_title(group, rows), title_justify="left")
-        for index, name in enumerate(COLUMNS):
+        columns, lines = _table(rows)
+        for index, name in enumerate(columns):
             table.add_column(name, justify="right" if index else "left")
-        for index, cells in enumerate(_table(rows)):
+        for index, cells in enumerate(lines):
             table.add_row(*cells, end_section=index == 0)
         console.print(table)
 
@@ -134,9 +142,10 @@ def markdown_report(records: Iterable[Record]) -> str:
     """
     lines = []
     for group, rows in grouped(records).items():
-        lines += [f"**{_title(group, rows)}**", "", f"| {' | '.join(COLUMNS)} |"]
-        lines.append("|---|" + "---:|" * (len(COLUMNS) - 1))
-        lines += [f"| {' | '.join(cells)} |" for cells in _table(rows)]
+        columns, table = _table(rows)
+        lines += [f"**{_title(group, rows)}**", "", f"| {' | '.join(columns)} |"]
+        lines.append("|---|" + "---:|" * (len(columns) - 1))
+        lines += [f"| {' | '.join(cells)} |" for cells in table]
         lines.append("")
     return "\n".join(lines)
 
@@ -147,42 +156,59 @@ def _title(group: Group, rows: dict[str, dict[int, Record]]) -> str:
     return f"{model} on {data}, {target} ({seeds} seed{'s' if seeds > 1 else ''})"
 
 
-def _table(rows: dict[str, dict[int, Record]]) -> list[list[str]]:
-    """Cells of a table: the unpruned network, then a line per pruner."""
-    rival = best_rival(rows, "accuracy_retrained")
+def _table(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
+    """Columns that hold anything, and cells of a table: the unpruned network, then a line per pruner."""
     first = next(iter(next(iter(rows.values())).values()))
     before = _column(next(iter(rows.values())))
     macs, params = f"{first['flops_before'] / 1e6:.2f}", f"{first['params_before'] / 1e3:.1f}"
-    accuracy, latency = before("accuracy_before").show(100), before("latency_before_ms").show(digits=2)
-    table = [["unpruned", macs, params, accuracy, "", "", "", "", latency, ""]]
+    table = [["unpruned", macs, params, before("accuracy_before"), *[""] * 6, before("latency_before_ms", 1, 2), ""]]
     for row, runs in rows.items():
         cell = _column(runs)
-        versus = "" if rival is None else "best rival"
-        if rival is not None and row != rival:
-            versus = paired_difference(runs, rows[rival], "accuracy_retrained").show(100, sign=True)
         table.append(
             [
                 row,
-                f"{cell('flops').mean / 1e6:.2f}",
-                f"{cell('params').mean / 1e3:.1f}",
-                cell("accuracy_before").show(100),
-                cell("accuracy_oneshot").show(100),
-                cell("accuracy_recalibrated").show(100),
-                cell("accuracy_retrained").show(100),
-                versus,
-                cell("latency_ms").show(digits=2),
-                f"{cell('prune_seconds').mean:.2f}",
+                cell("flops", 1e-6, 2, spread=False),
+                cell("params", 1e-3, spread=False),
+                cell("accuracy_before"),
+                cell("accuracy_oneshot"),
+                cell("accuracy_recalibrated"),
+                cell("accuracy_compensated"),
+                _versus(rows, row, "accuracy_compensated"),
+                cell("accuracy_retrained"),
+                _versus(rows, row, "accuracy_retrained"),
+                cell("latency_ms", 1, 2),
+                cell("prune_seconds", 1, 2, spread=False),
             ]
         )
-    return table
+    used = [index for index in range(len(COLUMNS)) if any(line[index] for line in table)]
+    return [COLUMNS[index] for index in used], [[line[index] for index in used] for line in table]
 
 
-def _column(runs: dict[int, Record]) -> Callable[[str], Interval]:
-    return lambda name: interval([record[name] for record in runs.values()])
+def _column(runs: dict[int, Record]) -> Callable[..., str]:
+    """Return a function that shows a column's mean and interval over a row's seeds; nothing where it has no value."""
+
+    def show(name: str, scale: float = 100, digits: int = 1, *, spread: bool = True) -> str:
+        values = [record[name] for record in runs.values() if name in record]
+        if not values:
+            return ""
+        found = interval(values)
+        return found.show(scale, digits) if spread else f"{scale * found.mean:.{digits}f}"
+
+    return show
+
+
+def _versus(rows: dict[str, dict[int, Record]], row: str, column: str) -> str:
+    """Show a row's paired difference to the best rival in a column."""
+    rival = best_rival(rows, column)
+    if rival is None or not any(column in record for record in rows[row].values()):
+        return ""
+    return "best rival" if row == rival else paired_difference(rows[row], rows[rival], column).show(100, sign=True)
 
 
 def plot_accuracy(records: Sequence[Record], path: str | Path) -> Path:
-    """Draw accuracy against MACs: hollow markers one-shot, filled ones retrained, one panel per model and data set.
+    """Draw accuracy against MACs: hollow markers one-shot, filled ones at the end, one panel per model and data set.
+
+    The end is after retraining or, without, after compensation.
 
     Parameters
     ----------
@@ -205,7 +231,7 @@ def plot_accuracy(records: Sequence[Record], path: str | Path) -> Path:
         axis.set(title=f"{model} on {data}", xlabel="MACs (millions)", ylabel="test accuracy (%)")
         axis.grid(alpha=0.3)
         _draw(axis, found)
-    axes[0].legend(fontsize="small", title="filled: retrained, hollow: one-shot", title_fontsize="small")
+    axes[0].legend(fontsize="small", title="filled: recovered, hollow: one-shot", title_fontsize="small")
     figure.savefig(path, dpi=150)
     return Path(path)
 
@@ -224,10 +250,14 @@ def _draw(axis: object, records: list[Record]) -> None:
         # Rows of one target have the same MACs: a small step to the side keeps their markers apart.
         macs = [value + (index - (len(rows) - 1) / 2) * first["flops_before"] / 1e8 for value in macs]
         shared = {"marker": markers[index % len(markers)], "color": f"C{index % 10}", "linestyle": "none"}
-        for column, style in (
-            ("accuracy_oneshot", {"markerfacecolor": "none"}),
-            ("accuracy_retrained", {"label": row}),
-        ):
-            points = [interval([r[column] for r in runs]) for runs in targets.values()]
-            heights, halves = [100 * p.mean for p in points], [100 * np.nan_to_num(p.half) for p in points]
+        for column, style in (("oneshot", {"markerfacecolor": "none"}), ("best", {"label": row})):
+            points = [interval([100 * _accuracy(record, column) for record in runs]) for runs in targets.values()]
+            heights, halves = [point.mean for point in points], [np.nan_to_num(point.half) for point in points]
             axis.errorbar(macs, heights, yerr=halves, **shared, **style)  # type: ignore[attr-defined]
+
+
+def _accuracy(record: Record, column: str) -> float:
+    """Accuracy as shipped, or after the last step that was done: retraining, else compensation."""
+    steps = ("oneshot",) if column == "oneshot" else ("retrained", "compensated", "oneshot")
+    found = (record[f"accuracy_{step}"] for step in steps if f"accuracy_{step}" in record)
+    return float(next(found, np.nan))

@@ -11,9 +11,11 @@ import importlib
 import time
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.hooks import Masks
 from nni_topo.speedup.layers import output_channels
 
 PREFIX = "torch-pruning"
@@ -40,10 +42,8 @@ def is_rival(name: str) -> bool:
     return True
 
 
-def rival_dense(
-    name: str, model: nn.Module, example_inputs: Tensor, ratios: dict[str, float]
-) -> tuple[nn.Module, dict[str, float]]:
-    """Return a copy of a model that Torch-Pruning has cut, and the seconds it took.
+def rival_masks(name: str, model: nn.Module, example_inputs: Tensor, ratios: dict[str, float]) -> tuple[Masks, float]:
+    """Let Torch-Pruning cut a copy of a model; return what it removed as masks, and the seconds it took.
 
     Parameters
     ----------
@@ -58,16 +58,25 @@ def rival_dense(
 
     Returns
     -------
-    torch.nn.Module
-        The dense model.
-    dict of str to float
-        ``prune_seconds``, and ``speedup_seconds``, which is 0: it's one step.
+    dict
+        NNI's masks of the layers that are named; made dense, they give the network that Torch-Pruning leaves.
+    float
+        Seconds.
     """
+    began = time.perf_counter()
+    _, kept = cut(name, model, example_inputs, ratios)
+    seconds = time.perf_counter() - began
+    return {layer: _layer_masks(model.get_submodule(layer), mask) for layer, mask in kept.items()}, seconds
+
+
+def cut(
+    name: str, model: nn.Module, example_inputs: Tensor, ratios: dict[str, float]
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return the network that Torch-Pruning leaves, and ones for the output channels that stayed, by layer."""
     package = _package()
     dense = copy.deepcopy(model)
     layers = {n: m for n, m in dense.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))}
     importance, knobs = _IMPORTANCES[name]
-    began = time.perf_counter()
     pruner = package.pruner.BasePruner(
         dense,
         example_inputs,
@@ -76,8 +85,21 @@ def rival_dense(
         pruning_ratio_dict={layers[layer]: _exact(layers[layer], ratio) for layer, ratio in ratios.items()},
         ignored_layers=[module for layer, module in layers.items() if layer not in ratios],
     )
-    pruner.step()
-    return dense, {"prune_seconds": time.perf_counter() - began, "speedup_seconds": 0.0}
+    names = {module: layer for layer, module in layers.items() if layer in ratios}
+    kept = {layer: torch.ones(output_channels(layers[layer]) or 1) for layer in ratios}
+    for group in pruner.step(interactive=True):
+        for dependency, channels in group:
+            layer = names.get(dependency.target.module)
+            if layer is not None and pruner.DG.is_out_channel_pruning_fn(dependency.handler):
+                kept[layer][channels] = 0.0
+        group.prune()
+    return dense, kept
+
+
+def _layer_masks(layer: Any, kept: Tensor) -> dict[str, Tensor]:
+    """Masks of a layer's weight and bias from one value per output channel."""
+    weight = kept.reshape(-1, *[1] * (layer.weight.dim() - 1)).expand_as(layer.weight)
+    return {"weight": weight.clone()} | ({} if layer.bias is None else {"bias": kept})
 
 
 def _exact(layer: nn.Module, ratio: float) -> float:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from nni_topo.analysis import TopologyStudy, study_topology
 from nni_topo.runner.cells import DataChoice, ModelChoice, Target
 from nni_topo.runner.prune import trained_network
@@ -59,3 +62,25 @@ def topology_study(
     if calibration:
         knobs["calibration"] = list(bundle.train.tensors[0][:calibration].split(128))
     return study_topology(net, dependency_groups(net, example, [entry]), degrees=degrees, **knobs)
+
+
+def print_topology(study: TopologyStudy, title: str, console: Console) -> None:
+    """Print a row per layer: points before and after, distances of the diagrams, Hausdorff distance.
+
+    Parameters
+    ----------
+    study : TopologyStudy
+        The study.
+    title : str
+        Of the table.
+    console : rich.console.Console
+        Where to.
+    """
+    table = Table("layer", title=title, title_justify="left")
+    degrees = study.layers[0].bottleneck if study.layers else {}
+    for name in ("points", "kept", *(f"bottleneck H{degree}" for degree in degrees), "Hausdorff"):
+        table.add_column(name, justify="right")
+    for layer in study.layers:
+        distances = [f"{distance:.4f}" for distance in layer.bottleneck.values()]
+        table.add_row(layer.name, str(layer.points), str(layer.kept), *distances, f"{layer.hausdorff:.4f}")
+    console.print(table)

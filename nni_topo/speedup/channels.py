@@ -33,7 +33,7 @@ from nni_topo.speedup.labels import (
     unknown,
     varies,
 )  # fmt: skip
-from nni_topo.speedup.layers import NORMS, TRANSPOSED, is_depthwise, output_channels
+from nni_topo.speedup.layers import NORMS, is_depthwise, output_channels
 
 
 @dataclasses.dataclass
@@ -50,15 +50,12 @@ class Layer:
         Number of output channels.
     depthwise : bool
         Each output channel depends on one input channel alone, with which it stays or goes.
-    transposed : bool
-        It is a transposed convolution.
     """
 
     name: str
     first: int
     channels: int
     depthwise: bool
-    transposed: bool = False
 
 
 @dataclasses.dataclass
@@ -209,8 +206,7 @@ class ChannelFlow(torch.fx.Interpreter):
         dim = len(shape) - 1 if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) else 1
         count = output_channels(module) or 0
         if name not in self.layers:
-            transposed = isinstance(module, TRANSPOSED)
-            self.layers[name] = Layer(name, len(self._parents), count, is_depthwise(module), transposed)
+            self.layers[name] = Layer(name, len(self._parents), count, is_depthwise(module))
             self._parents.extend(range(len(self._parents), len(self._parents) + count))
         numbers = np.arange(count) + self.layers[name].first
         if not isinstance(module, torch.nn.Embedding):

@@ -85,7 +85,8 @@ def to_dense(
     call = call_arguments(example_inputs)
     full = check_masks(model, masks)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
+    # NNI's speedup works by gradients, which the caller may have switched off.
+    with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(0)
         dense, reference, kept = _build(model, call, full, round_to)
         if check:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from nni_topo.errors import ConfigError
+from nni_topo.modes import detached_copy
 from nni_topo.speedup.channels import ChannelFlow
 from nni_topo.speedup.inputs import Call, call_arguments
 from nni_topo.speedup.labels import FIXED
@@ -58,7 +59,8 @@ def dependency_groups(
     follows several layers at once, over a concatenation, follows them channel by channel; its entry is left
     out, since NNI can't state such a group.
 
-    Transposed convolutions get no group: by default NNI's pruners prune their input channels.
+    Of transposed convolutions the package's pruners prune output channels, NNI's own only under
+    ``compat.enable_strict()``: else they prune the input channels, and fail in a group.
 
     Examples
     --------
@@ -108,7 +110,7 @@ def channel_flow(model: torch.nn.Module, call: Call) -> ChannelFlow:
     """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
-        graph_module, args = trace(copy.deepcopy(model).eval(), call)
+        graph_module, args = trace(detached_copy(model).eval(), call)
         return ChannelFlow(graph_module, args)
 
 
@@ -150,9 +152,9 @@ def _settings(flow: ChannelFlow) -> dict[str, dict[str, Any]]:
     """
     blocks = _blocks(flow)
     stated: dict[tuple[int, ...], list[str]] = {}
-    for name, layer in flow.layers.items():
+    for name in flow.layers:
         roots = tuple(flow.layer_roots(name).tolist())
-        if set(roots) != {FIXED} and not layer.transposed:
+        if set(roots) != {FIXED}:
             stated.setdefault(roots, []).append(name)
     needed = [names for names in stated.values() if len(names) > 1 or blocks.get(names[0], 1) > 1]
     settings: dict[str, dict[str, Any]] = {}

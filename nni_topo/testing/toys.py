@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import nni
@@ -79,3 +79,26 @@ def toy_evaluator(model: nn.Module, *, batch_size: int = 4) -> TorchEvaluator:
 
     optimizer = nni.trace(torch.optim.SGD)(model.parameters(), lr=0.01)
     return TorchEvaluator(train, optimizer, training_step, evaluating_func=evaluate)
+
+
+def toy_knobs(knobs: Iterable[str], needs: Iterable[str] = ()) -> dict[str, Any]:
+    """Return, for those of a pruner's knobs that depend on the model, values that fit the toy network.
+
+    Parameters
+    ----------
+    knobs : iterable of str
+        Names of knobs, as :meth:`nni_topo.PrunerInfo.knobs` returns them.
+    needs : iterable of str, default=()
+        Those that the pruner can't do without, :attr:`nni_topo.PrunerInfo.needs`. Data are given to no other.
+
+    Returns
+    -------
+    dict of str to Any
+        Knobs that aren't listed here are left to their defaults.
+    """
+    # One cluster to begin with and a threshold above most: the ratio, which is a cap, says what stays.
+    values: dict[str, Any] = {"energy": 0.99, "initial_ratio": 0.1}
+    values |= {"example_inputs": toy_images(2), "linear": "unit-energy"}
+    if any("calibration" in need for need in needs):
+        values["calibration"] = [toy_images()]
+    return {knob: values[knob] for knob in knobs if knob in values}

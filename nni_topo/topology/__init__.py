@@ -1,26 +1,39 @@
-"""Topology of point clouds as pure functions on arrays: diagrams, their distances, spanning trees, covers."""
+"""Topology of point clouds and of layers as pure functions on arrays: diagrams, distances, spanning trees, covers."""
 
 from nni_topo.topology.comparison import bottleneck_distance, wasserstein_distance
 from nni_topo.topology.covering import farthest_point_order, hausdorff_to_subset, mean_cover
 from nni_topo.topology.diagrams import rips_diagram
 from nni_topo.topology.distances import pairwise_distances, with_origin
+from nni_topo.topology.layer_graphs import LayerGraph, convolution_graph, linear_graph
+from nni_topo.topology.layer_trees import Forest, channel_tree, maximum_spanning_tree, plane_trees, spanning_forest
 from nni_topo.topology.matching import h0_bottleneck, h0_wasserstein
+from nni_topo.topology.projection import projected_features, projection_error, random_projection
 from nni_topo.topology.selection import CRITERIA, SubsetFitness
-from nni_topo.topology.spanning import h0_deaths, maximum_spanning_tree
+from nni_topo.topology.spanning import h0_deaths
 
 __all__ = [
     "CRITERIA",
+    "Forest",
+    "LayerGraph",
     "SubsetFitness",
     "bottleneck_distance",
+    "channel_tree",
+    "convolution_graph",
     "farthest_point_order",
     "h0_bottleneck",
     "h0_deaths",
     "h0_wasserstein",
     "hausdorff_to_subset",
+    "linear_graph",
     "maximum_spanning_tree",
     "mean_cover",
     "pairwise_distances",
+    "plane_trees",
+    "projected_features",
+    "projection_error",
+    "random_projection",
     "rips_diagram",
+    "spanning_forest",
     "wasserstein_distance",
     "with_origin",
 ]

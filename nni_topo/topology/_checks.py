@@ -38,6 +38,15 @@ def as_points(points: ArrayLike, what: str = "points") -> FloatArray:
     return cloud
 
 
+def as_tensor(values: ArrayLike, what: str) -> FloatArray:
+    """Return a weight tensor of two or more dimensions as float64, finite and not empty."""
+    tensor = _as_floats(values, what)
+    if tensor.ndim < 2 or 0 in tensor.shape:
+        raise DataError(f"{what} must have two or more dimensions, none of them empty, got shape {tensor.shape}")
+    _require_finite(tensor, what)
+    return tensor
+
+
 def as_distances(distances: ArrayLike) -> FloatArray:
     """Return a distance matrix as C-contiguous float64 (n, n): finite, symmetric, >= 0, zero diagonal."""
     matrix = np.ascontiguousarray(_as_floats(distances, "distances"))

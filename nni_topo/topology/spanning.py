@@ -1,15 +1,13 @@
-"""Spanning trees: the zeroth persistent homology of a Vietoris-Rips complex, and a layer's strongest tree."""
+"""Spanning trees: the zeroth persistent homology of a Vietoris-Rips complex."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import minimum_spanning_tree
 
 from nni_topo.errors import DataError
 from nni_topo.topology import _kernels
-from nni_topo.topology._checks import BoolArray, FloatArray, as_distances, as_points, as_subsets
+from nni_topo.topology._checks import BoolArray, FloatArray, as_distances, as_subsets
 
 _CHUNK_ELEMENTS = 1 << 16
 
@@ -106,44 +104,3 @@ def _prim(distances: FloatArray, subsets: BoolArray, size: int) -> FloatArray:
         newest = to_tree.argmin(axis=1)
         deaths[edge] = to_tree.ravel()[starts + newest]
     return np.ascontiguousarray(deaths.T)
-
-
-def maximum_spanning_tree(weight: ArrayLike) -> BoolArray:
-    """Mark the weights of a dense layer that form its maximum spanning tree.
-
-    The layer is the complete bipartite graph between its inputs and outputs with edges |w|.
-
-    Parameters
-    ----------
-    weight : array_like, shape (out, in)
-        Finite weights.
-
-    Returns
-    -------
-    ndarray of bool, shape (out, in)
-        True on the out + in - 1 weights of the tree. Zero weights count as edges of length 0, and among
-        equal |w| the first in row-major order is taken.
-
-    Raises
-    ------
-    DataError
-        If the weights aren't a finite, non-empty matrix.
-
-    Examples
-    --------
-    >>> maximum_spanning_tree([[3.0, -2.0], [1.0, 0.5]])
-    array([[ True,  True],
-           [ True, False]])
-    """
-    sizes = np.abs(as_points(weight, "weight"))
-    outputs, inputs = sizes.shape
-    # SciPy drops zero edges and leaves ties open: ranks from 1 on are neither zero nor tied.
-    ranks = np.empty(sizes.size)
-    ranks[np.argsort(-sizes, axis=None, kind="stable")] = np.arange(1, sizes.size + 1)
-    columns = outputs + np.tile(np.arange(inputs), outputs)
-    starts = np.minimum(np.arange(outputs + inputs + 1), outputs) * inputs
-    graph = csr_matrix((ranks, columns, starts), shape=(outputs + inputs, outputs + inputs))
-    tree = minimum_spanning_tree(graph, overwrite=True).tocoo()
-    mask = np.zeros(sizes.shape, dtype=np.bool_)
-    mask[tree.row, tree.col - outputs] = True
-    return mask

@@ -2,7 +2,7 @@
 
 from nni_topo.zoo.checkpoints import load_checkpoint, save_checkpoint
 from nni_topo.zoo.data import DataBundle, list_data, load_data
-from nni_topo.zoo.evaluation import check_model, evaluate, evaluate_loss
+from nni_topo.zoo.evaluation import check_model, evaluate, evaluate_loss, loss_and_accuracy
 from nni_topo.zoo.measure import count_macs, count_params, latencies, latency_ms
 from nni_topo.zoo.models import ModelInfo, create_model, list_models, model_info
 from nni_topo.zoo.recipes import Recipe, default_recipe
@@ -27,6 +27,7 @@ __all__ = [
     "list_models",
     "load_checkpoint",
     "load_data",
+    "loss_and_accuracy",
     "model_info",
     "save_checkpoint",
     "train",

@@ -17,7 +17,7 @@ from torch import nn
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.zoo.external import TORCHVISION, build_from_factory, build_torchvision, torchvision_names
 from nni_topo.zoo.resnet import resnet20, resnet56
-from nni_topo.zoo.small import cnn12, lenet5, lenet5_like, lenet300, small_cnn
+from nni_topo.zoo.small import cnn12, lenet5, lenet5_like, lenet300, mnist_cnn, mnist_fcn, small_cnn
 from nni_topo.zoo.vgg import vgg16, vgg16_modified
 
 Builder = Callable[[int, int, int, float], nn.Module]
@@ -58,11 +58,14 @@ _LENET = "https://doi.org/10.1109/5.726791"
 _VGG = "https://arxiv.org/abs/1409.1556"
 _VGG_MODIFIED = "https://doi.org/10.1109/ACPR.2015.7486599"
 _RESNET = "https://arxiv.org/abs/1512.03385"
+_SYNFLOW = "https://arxiv.org/abs/2006.05467"
 
 _INFOS = (
     ModelInfo("lenet300", "MLP with hidden layers of 300 and 100 neurons", image_size=28, paper=_LENET),
     ModelInfo("lenet5", "conv 6, conv 16, hidden 84", image_size=32, pad_to=32, min_image_size=16, paper=_LENET),
     ModelInfo("lenet5_like", "conv 32, conv 64, hidden 1024", image_size=28, min_image_size=4, paper=_LENET),
+    ModelInfo("mnist_fcn", "MLP with five hidden layers of 100 neurons", image_size=28, paper=_SYNFLOW),
+    ModelInfo("mnist_cnn", "conv 32, conv 32, one linear layer, no pooling", image_size=28, paper=_SYNFLOW),
     ModelInfo("small_cnn", "conv 16, 32, 64, hidden 64, batch norm", image_size=8, min_image_size=4),
     ModelInfo("cnn12", "4 convolutions, 3 hidden layers", image_size=32, pad_to=32, min_image_size=16),
     ModelInfo(
@@ -91,6 +94,8 @@ _BUILDERS: dict[str, Builder] = {
     "lenet300": lenet300,
     "lenet5": lenet5,
     "lenet5_like": lenet5_like,
+    "mnist_fcn": mnist_fcn,
+    "mnist_cnn": mnist_cnn,
     "small_cnn": small_cnn,
     "cnn12": cnn12,
     "vgg16": vgg16,

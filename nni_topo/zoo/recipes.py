@@ -96,6 +96,8 @@ _RECIPES: dict[str, Recipe] = {
     "lenet300": Recipe(epochs=8),
     "lenet5": Recipe(epochs=8),
     "lenet5_like": Recipe(epochs=5),
+    "mnist_fcn": Recipe(epochs=8),
+    "mnist_cnn": Recipe(epochs=5),
     "small_cnn": Recipe(epochs=10, lr=0.1),
     "vgg16": Recipe(epochs=10, lr=0.1),
     "vgg16_modified": Recipe(epochs=10, lr=0.1),

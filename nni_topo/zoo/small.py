@@ -59,6 +59,25 @@ def lenet300(num_classes: int, in_channels: int, image_size: int, width: float) 
     return Mlp(in_channels * image_size**2, 300, 100, num_classes)
 
 
+def mnist_fcn(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+    """Build the fully connected net of the pruning literature: five hidden layers of 100 neurons."""
+    del width
+    return Mlp(in_channels * image_size**2, 100, 100, 100, 100, 100, num_classes)
+
+
+def mnist_cnn(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+    """Build the convolutional net that goes with it: two padded 3x3 convolutions of 32 filters, no pooling."""
+    del width
+    features = OrderedDict[str, nn.Module](
+        conv1=nn.Conv2d(in_channels, 32, 3, padding=1),
+        relu1=nn.ReLU(),
+        conv2=nn.Conv2d(32, 32, 3, padding=1),
+        relu2=nn.ReLU(),
+    )
+    head = OrderedDict[str, nn.Module](fc1=nn.Linear(32 * image_size**2, num_classes))
+    return ConvNet(nn.Sequential(features), nn.Sequential(head))
+
+
 def lenet5(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
     """Build LeNet-5 in the 6-16-84 form: unpadded 5x5 convolutions, average pooling, one hidden layer."""
     del width

@@ -1,63 +1,80 @@
-"""Lightning's step limit is mended where Lightning is installed, and nothing is imported where it isn't."""
+"""Lightning's step limit is mended, and trainers are left alone where their packages aren't installed."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from pathlib import Path
 
+import nni
+import pytest
+import pytorch_lightning as pl
+import torch
 from nni.compression.utils import evaluator
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
-from nni_topo.compat import CompatReport, evaluators
+from nni_topo.compat import CompatReport, evaluators, trainers
 
 
-def test_mend_is_applied_where_lightning_is_installed_only(compat_report: CompatReport) -> None:
-    assert ("set_lightning_steps" in compat_report.applied) is evaluator.LIGHTNING_INSTALLED
-    assert ("pytorch_lightning" in sys.modules) is evaluator.LIGHTNING_INSTALLED
+def test_mends_are_applied_once(compat_report: CompatReport) -> None:
+    assert {"set_lightning_steps", "patch_trainer_steps", "pass_loss_arguments"} <= set(compat_report.applied)
     assert evaluators.set_lightning_steps() is False
+    assert trainers.patch_trainer_steps() is False
+    assert trainers.pass_loss_arguments() is False
 
 
-if evaluator.LIGHTNING_INSTALLED:
-    from pathlib import Path
+ALONE = """
+import sys
+for name in ("pytorch_lightning", "transformers"):
+    sys.modules[name] = None
+import nni_topo
+names = {"set_lightning_steps", "patch_trainer_steps", "pass_loss_arguments"}
+report = nni_topo.compat.enable()
+print(names <= set(report.unneeded), report.failed)
+"""
 
-    import nni
-    import pytest
-    import pytorch_lightning as pl
-    import torch
-    from torch import Tensor
-    from torch.utils.data import DataLoader, TensorDataset
 
-    class Line(pl.LightningModule):
-        """A linear model that counts its steps."""
+def test_mends_are_not_needed_without_the_packages() -> None:
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "()"]
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = torch.nn.Linear(2, 1)
-            self.steps = 0
 
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-            self.steps += 1
-            return self.layer(batch[0]).square().mean()
+class Line(pl.LightningModule):
+    """A linear model that counts its steps."""
 
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return nni.trace(torch.optim.SGD)(self.parameters(), lr=0.1)
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+        self.steps = 0
 
-    class Data(pl.LightningDataModule):
-        def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-            return DataLoader(TensorDataset(torch.ones(12, 2)), batch_size=2)
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.steps += 1
+        return self.layer(batch[0]).square().mean()
 
-    @pytest.mark.parametrize(("limits", "steps"), [({"max_steps": 4}, 4), ({"max_epochs": 1}, 6), ({}, 12)])
-    def test_lightning_trains_for_so_many_steps(limits: dict[str, int], steps: int, tmp_path: Path) -> None:
-        trainer = nni.trace(pl.Trainer)(
-            max_epochs=2,
-            accelerator="cpu",
-            default_root_dir=tmp_path,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            logger=False,
-        )
-        driver = evaluator.LightningEvaluator(trainer, nni.trace(Data)())
-        model = Line()
-        driver._init_optimizer_helpers(model)
-        driver.bind_model(model)
-        driver.train(**limits)
-        assert model.steps == steps
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return nni.trace(torch.optim.SGD)(self.parameters(), lr=0.1)
+
+
+class Data(pl.LightningDataModule):
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(TensorDataset(torch.ones(12, 2)), batch_size=2)
+
+
+@pytest.mark.parametrize(("limits", "steps"), [({"max_steps": 4}, 4), ({"max_epochs": 1}, 6), ({}, 12)])
+def test_lightning_trains_for_so_many_steps(limits: dict[str, int], steps: int, tmp_path: Path) -> None:
+    trainer = nni.trace(pl.Trainer)(
+        max_epochs=2,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        logger=False,
+    )
+    driver = evaluator.LightningEvaluator(trainer, nni.trace(Data)())
+    model = Line()
+    driver._init_optimizer_helpers(model)
+    driver.bind_model(model)
+    driver.train(**limits)
+    assert model.steps == steps

@@ -81,6 +81,16 @@ def test_nearly_equal_filters_keep_their_distance() -> None:
     torch.testing.assert_close(sums, torch.tensor([39 * gap] + [gap] * 39), rtol=1e-5, atol=0.0)
 
 
+@pytest.mark.parametrize("copies", [2, 40])
+def test_near_copies_among_others_have_the_sums_of_the_loop(copies: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    blocks = torch.rand(60, 18, generator=generator)
+    blocks[:copies] = blocks[0] + 1e-4 * torch.rand(copies, 18, generator=generator)
+    expected = (blocks.double()[:, None] - blocks.double()).norm(dim=2).sum(dim=1)
+    sums = metrics.summed_distances(blocks).double()
+    assert float(((sums - expected) / expected).abs().max()) < 1e-6
+
+
 def test_single_elements_are_refused() -> None:
     pruner = LevelPruner(model(), [{"op_names": ["0"], "sparse_ratio": 0.5}])
     with pytest.raises(ConfigError, match=r"structured granularity.*\(0\.weight\)"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -288,7 +289,14 @@ def test_transposed_convolution_in_an_addition() -> None:
     with pytest.raises(RuntimeError, match="must match the size"):
         pruner.compress()
     pruner.unwrap_model()
-    pruner = ours([{**config[0], "dependency_group_id": "sum"}], model)
+    grouped = nni_topo.dependency_groups(model, images, config)
+    assert_pruned_to_four(ours(grouped, model), images)
+    compat.enable_strict()
+    assert_pruned_to_four(nnis(grouped, model), images)
+
+
+def assert_pruned_to_four(pruner: Pruner, images: Tensor) -> None:
+    model = pruner.bound_model
     _, masks = pruner.compress()
     masked = model(images)
     pruner.unwrap_model()
@@ -301,9 +309,57 @@ def test_transposed_convolution_with_a_bias() -> None:
     config = [{"op_names": ["transposed"], "sparse_ratio": 0.5}]
     with pytest.raises(RuntimeError, match="must match the size"):
         nnis(config, Upsampled()).compress()
-    _, masks = ours(config, Upsampled()).compress()
-    assert torch.equal(masks["transposed"]["weight"][0, :, 0, 0], masks["transposed"]["bias"])
-    assert int(masks["transposed"]["bias"].sum()) == 4
+    compat.enable_strict()
+    for pruner in (ours(config, Upsampled()), nnis(config, Upsampled())):
+        _, masks = pruner.compress()
+        assert torch.equal(masks["transposed"]["weight"][0, :, 0, 0], masks["transposed"]["bias"])
+        assert int(masks["transposed"]["bias"].sum()) == 4
+
+
+def outputs_with_weights(mask: Tensor, groups: int) -> Tensor:
+    """Output channels of a transposed convolution of which a mask keeps at least one weight."""
+    return mask.unflatten(0, (groups, -1)).flatten(3).any(3).any(1).flatten()
+
+
+@pytest.mark.parametrize(("groups", "outputs"), [(2, 8), (2, 16), (4, 8), (4, 16)])
+def test_grouped_transposed_convolution(groups: int, outputs: int) -> None:
+    torch.manual_seed(0)
+    images = torch.rand(2, 8, 8, 8)
+    up, head = nn.ConvTranspose2d(8, outputs, 3, groups=groups), nn.Conv2d(outputs, 4, 1)
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), up, head).eval()
+    config = [{"op_names": ["0", "1"], "sparse_ratio": 0.5}]
+    plain = nnis(config[:1], copy.deepcopy(model))
+    if outputs == 8:  # the bias of outputs that stay is gone
+        masks = plain.compress()[1]["1"]
+        assert not torch.equal(outputs_with_weights(masks["weight"], groups), masks["bias"].bool())
+    else:
+        with pytest.raises(RuntimeError, match="must match the size"):
+            plain.compress()
+    grouped = nni_topo.dependency_groups(model, images, config)
+    compat.enable_strict()
+    for build in (ours, nnis):
+        pruner = build(grouped, model)
+        _, masks = pruner.compress()
+        masked = model(images)
+        pruner.unwrap_model()
+        assert torch.equal(outputs_with_weights(masks["1"]["weight"], groups), masks["1"]["bias"].bool())
+        dense = nni_topo.to_dense(model, images, masks)
+        assert (dense[1].in_channels, dense[1].out_channels) == (4, outputs // 2)
+        torch.testing.assert_close(dense(images), masked)
+
+
+def test_depthwise_transposed_convolution() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(2, 8, 8, 8)
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ConvTranspose2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1)).eval()
+    grouped = nni_topo.dependency_groups(model, images, [{"op_names": ["0", "1"], "sparse_ratio": 0.5}])
+    pruner = ours(grouped, model)
+    _, masks = pruner.compress()
+    masked = model(images)
+    pruner.unwrap_model()
+    dense = nni_topo.to_dense(model, images, masks)
+    assert (dense[1].in_channels, dense[1].out_channels, dense[1].groups) == (4, 4, 4)
+    torch.testing.assert_close(dense(images), masked)
 
 
 class Mapped(nn.Module):

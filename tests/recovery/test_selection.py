@@ -80,7 +80,7 @@ def test_two_readers_count_together():
         ({"block": 3}, ConfigError, "block must divide the number of columns, got 3 for 4"),
         ({"cross": np.ones((3, 1))}, DataError, "cross have as many rows"),
         ({"gram": np.full((4, 4), np.nan)}, DataError, "must be finite"),
-        ({"gram": [np.eye(4)] * 2}, DataError, "must come in pairs, got 2 and 1"),
+        ({"gram": [np.eye(4)] * 2}, DataError, "must belong together, got 2, 1 and 2"),
     ],
 )
 def test_bad_input_is_refused(change, error, message):

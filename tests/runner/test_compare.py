@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nni_topo.errors import ConfigError
-from nni_topo.runner import DataChoice, ModelChoice, Plan, PrunerChoice, Target, compare
+from nni_topo.runner import CompensationChoice, DataChoice, ModelChoice, Plan, PrunerChoice, Target, compare
 from nni_topo.runner.records import append_record, read_records
 
 RESULTS = ("accuracy_before", "accuracy_oneshot", "accuracy_recalibrated", "accuracy_retrained", "flops", "params")
@@ -67,7 +68,7 @@ def test_a_failing_cell_is_reported_and_the_others_run(tmp_path):
     broken = Plan(**{**plan("l1").__dict__, "pruners": (PrunerChoice("taylor"), PrunerChoice("l1"))})
     records, failures = compare(broken, tmp_path)
     assert [record["pruner"] for record in records] == ["l1"]
-    assert "needs evaluator" in failures[0].reason
+    assert "needs training_steps" in failures[0].reason
     assert failures[0].cell.pruner.name == "taylor"
 
 
@@ -126,3 +127,32 @@ def test_killed_in_the_middle_and_repeated_it_ends_with_the_same_table(tmp_path)
 
 def read_lines(path):
     return path.read_text().splitlines() if path.exists() else []
+
+
+def test_compensation_taylor_and_a_yardstick(tmp_path):
+    both = dataclasses.replace(
+        plan("l1"),
+        pruners=(
+            PrunerChoice("l1"),
+            PrunerChoice("taylor", knobs={"training_steps": 4}),
+            PrunerChoice("scratch"),
+        ),
+        train={"epochs": 5},
+        retrain={"epochs": 0},
+        compensate=CompensationChoice(images=256),
+    )
+    records, failures = compare(both, tmp_path, isolate=False)
+    assert failures == []
+    for record in records[:2]:
+        assert record["accuracy_compensated"] > record["accuracy_oneshot"]
+        assert "accuracy_retrained" not in record
+    assert "accuracy_oneshot" not in records[2]
+    assert records[2]["widths"] == records[0]["widths"]
+    assert records[2]["accuracy_retrained"] > 0.5
+
+
+def test_bad_compensation_is_refused():
+    with pytest.raises(ConfigError, match="images must be at least 1, got 0"):
+        CompensationChoice(images=0)
+    with pytest.raises(ConfigError, match="method"):
+        CompensationChoice(method="magic")

@@ -8,8 +8,9 @@ import torch
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.runner import Target
-from nni_topo.runner.rivals import is_rival, rival_dense
+from nni_topo.runner.rivals import cut, is_rival, rival_masks
 from nni_topo.runner.widths import layer_ratios
+from nni_topo.speedup import to_dense
 
 
 @pytest.mark.parametrize("name", ["torch-pruning", "torch-pruning-l1", "torch-pruning-fpgm"])
@@ -18,10 +19,13 @@ def test_torch_pruning_meets_the_macs_of_the_other_rows(name):
     images = torch.randn(2, 1, 16, 16)
     before = copy.deepcopy(model.state_dict())
     ratios = layer_ratios(model, images, Target("flops", 0.4))
-    dense, seconds = rival_dense(name, model, images, ratios)
+    masks, seconds = rival_masks(name, model, images, ratios)
+    dense = to_dense(model.eval(), images, masks)
     assert zoo.count_macs(dense, images) / zoo.count_macs(model, images) == pytest.approx(0.4, abs=0.01)
     assert dense(images).shape == (2, 10)
-    assert seconds["prune_seconds"] > 0
+    assert seconds > 0
+    theirs, _ = cut(name, model, images, ratios)
+    assert torch.allclose(dense(images), theirs.eval()(images), atol=1e-5)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 

@@ -293,3 +293,13 @@ def test_no_masks_give_an_equal_copy():
     dense = to_dense(model, images(), {})
     assert dense is not model
     assert all(torch.equal(a, b) for a, b in zip(dense.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_may_be_switched_off(mode):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    images = torch.randn(2, 3, 8, 8)
+    mask = torch.tensor([1.0, 0.0, 1.0, 0.0]).reshape(4, 1, 1, 1)
+    with mode():
+        dense = to_dense(model, images, {"0": {"weight": mask}})
+    assert dense[0].weight.shape[0] == 2

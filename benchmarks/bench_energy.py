@@ -1,0 +1,221 @@
+"""Energy-based pruning: cost on ImageNet-sized networks, accuracy beside other rankings, chirp against data.
+
+    python benchmarks/bench_energy.py --data-dir FASHION_MNIST --out DIR
+
+Each section runs in a process of its own and adds one line to DIR/energy.jsonl; sections that are there are left out.
+Networks without a checkpoint in DIR are trained first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from energy_nets import NETS, trained
+from scipy.stats import spearmanr
+from torch import nn
+
+from nni_topo import EnergyFilterPruner, create_pruner, dependency_groups, masked_model, recalibrate_batch_norm, zoo
+from nni_topo.analysis.energy import THRESHOLDS, study_energy
+from nni_topo.runner.records import append_record, provenance, read_records
+from nni_topo.runner.widths import inner_layers
+
+IMAGENET = ("torchvision/vgg16", "torchvision/resnet101")
+SHARED_THRESHOLDS = (0.05, 0.1, 0.2)
+RANDOM_SEEDS = 5
+CALIBRATION = 1024
+CHIRPS: dict[str, dict[str, Any]] = {
+    "chirp": {},
+    "chirp, radial": {"direction": "radial"},
+    "chirp, to 1 cycle per pixel": {"sweep": "thesis"},
+    "chirp, without bias": {"bias": False},
+    "chirp, batch norm in": {"batch_norm": True},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder with Fashion-MNIST's idx files")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and energy.jsonl")
+    parser.add_argument("--section", choices=SECTIONS, help="run one section in this process")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    lines = options.out / "energy.jsonl"
+    if options.section:
+        torch.set_num_threads(1)
+        record = {"section": options.section, **SECTIONS[options.section](options)}
+        record["peak_memory_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        append_record(lines, {**record, **provenance()})
+        return
+    done = {record["section"] for record in read_records(lines)}
+    for section in SECTIONS:
+        if section not in done:
+            print(section, flush=True)
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--section", section], check=True)
+    print_tables({record["section"]: record for record in read_records(lines)})
+
+
+def cost(name: str) -> dict[str, Any]:
+    """Seconds of a whole pruning at 224 pixels beside a plain forward pass, and the filters each threshold takes."""
+    model = zoo.create_model(name, num_classes=1000, in_channels=3, image_size=224, seed=0).eval()
+    images = torch.zeros(1, 3, 224, 224)
+    layers = [n for n in inner_layers(model, images) if not isinstance(model.get_submodule(n), nn.Linear)]
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    config = [{"op_names": layers, "sparse_threshold": 0.1}]
+
+    def prune() -> None:
+        pruner = EnergyFilterPruner(model, config, example_inputs=images)
+        pruner.compress()
+        pruner.unwrap_model()
+
+    def energies() -> None:
+        pruner = EnergyFilterPruner(model, [{"op_names": layers, "sparse_ratio": 0.0}], example_inputs=images)
+        pruner._calculate_metrics(pruner._collect_data())
+        pruner.unwrap_model()
+
+    seconds = {"forward": _seconds(lambda: model(images)), "energies": _seconds(energies), "prune": _seconds(prune)}
+    study = study_energy(model, layers, images, together=False)
+    removed = [[row.removed[t] for t in THRESHOLDS] for row in study.layers]
+    return {
+        "layers": [row.name for row in study.layers],
+        "convolutions": len(convolutions),
+        "filters": [row.filters for row in study.layers],
+        "removed": removed,
+        "monotone": all(low <= high for row in removed for low, high in pairwise(row)),
+        "seconds": seconds,
+    }
+
+
+def rivals(label: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy, as it is and re-calibrated, with as many filters of each layer gone as each threshold takes."""
+    model, data = trained(label, options.data_dir, options.out)
+    example = data.test.tensors[0][:2]
+    images = data.train.tensors[0][:CALIBRATION].split(128)
+    study = study_energy(model, _layers(model, example), example, thresholds=SHARED_THRESHOLDS, together=False)
+    rows: dict[str, Any] = {}
+    for threshold in SHARED_THRESHOLDS:
+        ratios = {n: (row.removed[threshold] + 0.5) / row.filters for row in study.layers for n in row.layers}
+        entries = [{"op_names": [n], "sparse_ratio": min(ratio, 0.999)} for n, ratio in ratios.items()]
+        config = dependency_groups(model, example, entries)
+        for row, masks in _all_masks(model, config, example, images):
+            pruned = masked_model(model, example, masks)
+            once = zoo.evaluate(pruned, data.test)
+            again = zoo.evaluate(recalibrate_batch_norm(pruned, images), data.test)
+            rows.setdefault(row, {}).setdefault(str(threshold), []).append([once, again])
+    removed = {str(t): sum(row.removed[t] for row in study.layers) for t in SHARED_THRESHOLDS}
+    filters = sum(row.filters for row in study.layers)
+    return {"rows": rows, "removed": removed, "filters": filters, "before": zoo.evaluate(model, data.test)}
+
+
+def correlation(label: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Spearman's rank correlation of what needs no data with the energy on data, per layer."""
+    model, data = trained(label, options.data_dir, options.out)
+    example = data.test.tensors[0][:2]
+    layers = _layers(model, example)
+    images = list(data.train.tensors[0][:CALIBRATION].split(128))
+    scores = {name: _energies(model, layers, example, **knobs) for name, knobs in CHIRPS.items()}
+    for order in (1, 2):
+        weights = {name: model.get_submodule(name).weight.detach().flatten(1) for name in layers}
+        scores[f"L{order} norm"] = {name: weight.norm(p=order, dim=1).tolist() for name, weight in weights.items()}
+    rows: dict[str, Any] = {}
+    for target, knobs in {"as it is": {}, "batch norm in": {"batch_norm": True}}.items():
+        measured = _energies(model, layers, example, collector="data", calibration=images, **knobs)
+        rows[target] = {
+            row: {name: float(spearmanr(found[name], measured[name]).statistic) for name in layers}
+            for row, found in scores.items()
+        }
+    return {"rows": rows}
+
+
+SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    **{f"cost {name}": lambda _, name=name: cost(name) for name in IMAGENET},
+    **{f"correlation {label}": lambda options, label=label: correlation(label, options) for label in NETS},
+    **{f"rivals {label}": lambda options, label=label: rivals(label, options) for label in ("vgg16", "resnet20")},
+}
+
+
+def print_tables(records: dict[str, dict[str, Any]]) -> None:
+    """Print Markdown tables of everything that was measured."""
+    for section, record in records.items():
+        kind = section.split()[0]
+        print(f"\n**{section}**\n")
+        {"cost": _print_cost, "correlation": _print_correlation, "rivals": _print_rivals}[kind](record)
+
+
+def _print_cost(record: dict[str, Any]) -> None:
+    seconds, filters = record["seconds"], sum(record["filters"])
+    ratios = {name: seconds[name] / seconds["forward"] for name in ("energies", "prune")}
+    shares = (100 * sum(column) / filters for column in zip(*record["removed"], strict=True))
+    print(
+        f"forward {seconds['forward']:.2f} s; energies {seconds['energies']:.2f} s ({ratios['energies']:.2f}x); ",
+        end="",
+    )
+    print(f"whole pruning {seconds['prune']:.2f} s ({ratios['prune']:.2f}x); monotone: {record['monotone']}")
+    print("filters removed %:", ", ".join(f"{t:g}: {s:.1f}" for t, s in zip(THRESHOLDS, shares, strict=True)))
+
+
+def _print_correlation(record: dict[str, Any]) -> None:
+    print("| score | mean | lowest | highest | with batch norm in: mean |\n|---|---:|---:|---:|---:|")
+    for row, by_layer in record["rows"]["as it is"].items():
+        values = list(by_layer.values())
+        scaled = statistics.mean(record["rows"]["batch norm in"][row].values())
+        print(f"| {row} | {statistics.mean(values):.2f} | {min(values):.2f} | {max(values):.2f} | {scaled:.2f} |")
+
+
+def _print_rivals(record: dict[str, Any]) -> None:
+    heads = [f"{100 * float(t):g} % ({n} of {record['filters']} gone)" for t, n in record["removed"].items()]
+    print(f"before: {100 * record['before']:.1f} %\n\n| | {' | '.join(heads)} |\n|---|{'---:|' * len(heads)}")
+    for row, by_threshold in record["rows"].items():
+        cells = [[statistics.mean(values) for values in zip(*runs, strict=True)] for runs in by_threshold.values()]
+        print(f"| {row} | {' | '.join(f'{100 * once:.1f} / {100 * again:.1f}' for once, again in cells)} |")
+
+
+def _all_masks(model: nn.Module, config: Any, example: Any, images: Any) -> Iterator[tuple[str, Any]]:
+    """Yield every method's name and masks; random choice once per seed."""
+    choices = [("random", "random", {"seed": seed}) for seed in range(RANDOM_SEEDS)]
+    choices += [(name, name, {}) for name in ("l1", "l2", "fpgm")]
+    choices += [(row, "energy", {"example_inputs": example, **knobs}) for row, knobs in CHIRPS.items()]
+    data = {"collector": "data", "calibration": list(images)}
+    choices += [("energy on data", "energy", data)]
+    choices += [("energy on data, batch norm in", "energy", {**data, "batch_norm": True, "example_inputs": example})]
+    for row, name, knobs in choices:
+        pruner = create_pruner(name, model, config, **knobs)
+        _, masks = pruner.compress()
+        pruner.unwrap_model()
+        yield row, masks
+
+
+def _energies(model: nn.Module, layers: list[str], example: Any, **knobs: Any) -> dict[str, list[float]]:
+    config = [{"op_names": layers, "sparse_ratio": 0.0}]
+    pruner = EnergyFilterPruner(model, config, example_inputs=example, **knobs)
+    data = pruner._collect_data()
+    pruner.unwrap_model()
+    return {name: data[name]["weight"][:, 0].tolist() for name in layers}
+
+
+def _layers(model: nn.Module, example: Any) -> list[str]:
+    return [name for name in inner_layers(model, example) if not isinstance(model.get_submodule(name), nn.Linear)]
+
+
+def _seconds(call: Callable[[], Any], repeats: int = 3) -> float:
+    """Median wall time; the first call warms up."""
+    times = []
+    with torch.no_grad():
+        for _ in range(repeats + 1):
+            began = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Iterative magnitude pruning (NNI's LevelPruner) against T-IMP, which keeps each layer's spanning tree.
+
+Trains each net, then prunes every layer to the same share in rounds, retraining after each. "IMP capped" is NNI's
+pruner with as many weights per layer as T-IMP has, so that what differs is which ones. A line per finished run: a
+stopped benchmark goes on where it was. Prints the tables as Markdown and writes two pictures.
+
+    python benchmarks/bench_timp.py --data-dir DIR --out runs/timp
+    python benchmarks/bench_timp.py --data digits --nets lenet300 --seeds 2 --out runs/timp_digits
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from nni_topo import zoo
+from nni_topo.runner import Cell, DataChoice, ModelChoice, Target
+from nni_topo.runner.timp import METHODS, SPARSITIES, RoundsCell, run_rounds
+from nni_topo.runner.timp_report import markdown_overlap, markdown_rounds, plot_overlap, plot_rounds
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a run is: images, test images, epochs of the training and of each round, seeds."""
+
+    images: int
+    test_images: int
+    train: dict[str, float]
+    retrain_epochs: int
+    seeds: int
+
+
+SIZES = {
+    "lenet300": Size(10_000, 10_000, {}, 3, 5),
+    "mnist_fcn": Size(10_000, 10_000, {}, 3, 5),
+    "mnist_cnn": Size(2_000, 2_000, {}, 1, 5),
+    "resnet20": Size(5_000, 5_000, {"epochs": 10}, 1, 1),
+}
+
+
+def cells(options: argparse.Namespace) -> list[RoundsCell]:
+    folder = None if options.data_dir is None else str(options.data_dir)
+    found = []
+    for net in options.nets:
+        size = SIZES[net]
+        limits = (None, None) if options.data == "digits" else (size.images, size.test_images)
+        data = DataChoice(options.data, folder, *limits)
+        recipe = zoo.default_recipe(net, options.data)
+        for seed in range(options.seeds or size.seeds):
+            for name, capped in (("IMP", False), ("T-IMP", False), ("IMP", True)):
+                cell = Cell(
+                    ModelChoice(net),
+                    data,
+                    METHODS[name],
+                    Target("ratio", SPARSITIES[-1]),
+                    seed,
+                    train=replace(recipe, **size.train),
+                    retrain=recipe.for_retraining(size.retrain_epochs),
+                    device=options.device,
+                )
+                found.append(RoundsCell(cell, rewind=options.rewind, capped=capped))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--data", default="fashion-mnist")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--seeds", type=int, help="default: 5, for resnet20 1")
+    parser.add_argument("--rewind", action="store_true", help="to the initial weights, before each round")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    console = Console(stderr=True)
+
+    def announce(study: RoundsCell, number: int, count: int) -> None:
+        console.print(
+            f"[{number}/{count}] {study.cell.model.label}, seed {study.cell.seed}: {study.method}", markup=False
+        )
+
+    records = run_rounds(cells(options), options.out, announce=announce)
+    print(markdown_rounds(records))
+    print(markdown_overlap(records))
+    pictures = plot_rounds(records, options.out / "rounds.png"), plot_overlap(records, options.out / "overlap.png")
+    console.print("pictures:", ", ".join(map(str, pictures)), markup=False)
+
+
+if __name__ == "__main__":
+    main()

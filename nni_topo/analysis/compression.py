@@ -1,0 +1,184 @@
+"""The topologically critical compression ratio: how far a layer can be pruned before its spanning tree breaks.
+
+References
+----------
+Zeroth-Order Topological Insights into Iterative Magnitude Pruning, definition 3.1, theorem 3.2, appendices E and F.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from nni_topo.analysis.layers import WeightLayer, weight_layers
+from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.hooks.convolutions import convolution_sizes, padded_size
+
+Convention = Literal["theorem", "tables"]
+_CONVENTIONS = ("theorem", "tables")
+
+
+@dataclass(frozen=True)
+class LayerCount:
+    """What the critical ratio of a layer is made of.
+
+    Attributes
+    ----------
+    kind : {"dense", "recurrent", "conv"}
+        What it is.
+    edges : int
+        Edges of its graph; of a convolution those between one input plane and one output plane.
+    tree_edges : int
+        Nodes of that graph less one.
+    weights : int
+        Number of its weights.
+    channel_tree : int
+        Weights that keep every channel of it connected, see :func:`nni_topo.topology.channel_tree`.
+    """
+
+    kind: str
+    edges: int
+    tree_edges: int
+    weights: int
+    channel_tree: int
+
+    @property
+    def ratio(self) -> float:
+        """Edges over tree edges; below 1 where a convolution's plane isn't connected, such as a 1x1's."""
+        return self.edges / self.tree_edges
+
+    @property
+    def weight_ratio(self) -> float:
+        """Weights over those of the channel tree: how far a mask of weights can really go."""
+        return self.weights / self.channel_tree
+
+
+@dataclass(frozen=True)
+class CriticalCompression:
+    """Critical compression ratios of a model.
+
+    Attributes
+    ----------
+    convention : {"theorem", "tables"}
+        How convolutions were counted.
+    counts : dict of str to LayerCount
+        By layer, in the model's order.
+    skipped : dict of str to str
+        Modules with weights that are left out, and why: their type, or ``"1x1"`` under the tables' convention.
+    """
+
+    convention: Convention
+    counts: dict[str, LayerCount]
+    skipped: dict[str, str]
+
+    @property
+    def layers(self) -> dict[str, float]:
+        """Critical ratio by layer."""
+        return {name: count.ratio for name, count in self.counts.items()}
+
+    @property
+    def final(self) -> float:
+        """Critical ratio of the model: all edges over all tree edges."""
+        return _pooled(self.counts.values())
+
+    def by_kind(self) -> dict[str, float]:
+        """Return the ratio of all layers of each kind together, ``"dense"``, ``"conv"``, ``"recurrent"``."""
+        kinds = dict.fromkeys(count.kind for count in self.counts.values())
+        return {kind: _pooled(c for c in self.counts.values() if c.kind == kind) for kind in kinds}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as numbers and strings."""
+        layers = {
+            name: {**vars(count), "ratio": count.ratio, "weight_ratio": count.weight_ratio}
+            for name, count in self.counts.items()
+        }
+        summary = {"final": self.final, "by_kind": self.by_kind(), "skipped": self.skipped}
+        return {"convention": self.convention, "layers": layers, **summary}
+
+
+def critical_compression_ratio(
+    model: nn.Module, example_inputs: Any, convention: Convention = "theorem"
+) -> CriticalCompression:
+    """Count how far each layer, and the model, can be pruned with its maximum spanning trees left whole.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model; its weights' values don't matter. It isn't changed.
+    example_inputs : Tensor, tuple, list or mapping of str to Any
+        Its inputs; the first dimension is the batch.
+    convention : {"theorem", "tables"}, default="theorem"
+        How convolutions are counted, each once, from one input plane to one output plane.
+        ``"theorem"``: at the true input size with padding, stride and dilation. ``"tables"``: as the paper's tables
+        do, at stride 1 on an input of the size of the output; convolutions of a single weight are left out.
+
+    Returns
+    -------
+    CriticalCompression
+        ``.layers`` (name to ratio), ``.final``, ``.counts``, ``.skipped``.
+
+    Raises
+    ------
+    ConfigError
+        If the convention is unknown, or the model has no linear, convolutional or recurrent layer that is run.
+
+    Notes
+    -----
+    A linear layer, and each gate of a recurrent one, has ``out * in`` edges and a tree of ``out + in - 1``. A
+    convolution has ``kernel * positions`` edges and, by the theorem, a tree of one edge less than padded input
+    positions plus output positions. These are ratios of *edges*: convolutions share weights, so how many weights a
+    mask needs is another question, see :attr:`LayerCount.weight_ratio`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 10))
+    >>> found = critical_compression_ratio(model, torch.ones(1, 784))
+    >>> {name: round(ratio, 5) for name, ratio in found.layers.items()}
+    {'0': 88.78822, '2': 9.17431}
+    """
+    if convention not in _CONVENTIONS:
+        raise unknown_name("convention", convention, _CONVENTIONS)
+    layers, skipped = weight_layers(model)
+    sizes = convolution_sizes(model, example_inputs)
+    counts: dict[str, LayerCount] = {}
+    for layer in layers:
+        if layer.kind != "conv":
+            counts[layer.name] = _count(layer, layer.weight.size, sum(layer.weight.shape) - 1)
+        elif layer.name not in sizes:
+            skipped[layer.name] = "never run"
+        elif convention == "tables" and math.prod(layer.weight.shape[2:]) == 1:
+            skipped[layer.name] = "1x1"
+        else:
+            counts[layer.name] = _count(layer, *_plane_counts(layer, *sizes[layer.name], convention))
+    if not counts:
+        found = ", ".join(f"{name} ({why})" for name, why in skipped.items())
+        raise ConfigError(f"a model must have a layer that can be counted, got only {found} ({convention})")
+    return CriticalCompression(convention, counts, skipped)
+
+
+def _plane_counts(
+    layer: WeightLayer, entering: tuple[int, ...], leaving: tuple[int, ...], convention: Convention
+) -> tuple[int, int]:
+    """Return edges and tree edges between one input plane and one output plane."""
+    kernel = layer.weight.shape[2:]
+    positions = math.prod(leaving)
+    if convention == "tables":
+        entering = leaving
+        padded = padded_size(layer.module, entering)
+        positions = math.prod(max(1, size - width + 1) for size, width in zip(padded, kernel, strict=True))
+    inputs = math.prod(padded_size(layer.module, entering))
+    return math.prod(kernel) * positions, inputs + positions - 1
+
+
+def _count(layer: WeightLayer, edges: int, tree_edges: int) -> LayerCount:
+    return LayerCount(layer.kind, edges, tree_edges, layer.weight.size, layer.channel_tree)
+
+
+def _pooled(counts: Iterable[LayerCount]) -> float:
+    found = list(counts)
+    return sum(count.edges for count in found) / sum(count.tree_edges for count in found)

@@ -1,0 +1,143 @@
+"""What unstructured masks cut off: outputs and channels that no path of kept weights reaches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.modes import evaluation_mode
+from nni_topo.speedup.inputs import call_arguments, tensors_of
+from nni_topo.speedup.layers import CONVOLUTIONS
+
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+_LAYERS = (nn.Linear, *CONVOLUTIONS)
+
+
+@dataclass(frozen=True)
+class Connectivity:
+    """What is still connected under masks.
+
+    Attributes
+    ----------
+    outputs : float
+        Share of the model's outputs that a path of kept weights reaches from its inputs, in [0, 1].
+    reached : dict of str to float
+        By layer the share of its output channels that such a path reaches.
+    connected : dict of str to float
+        By masked layer the share of its input and output channels that keep at least one weight.
+    """
+
+    outputs: float
+    reached: dict[str, float]
+    connected: dict[str, float]
+
+    @property
+    def channels(self) -> float:
+        """The lowest of the layers' shares of connected channels."""
+        return min(self.connected.values())
+
+
+def connectivity(model: nn.Module, example_inputs: Any, masks: Mapping[str, Mapping[str, Tensor]]) -> Connectivity:
+    """Follow the kept weights from a model's inputs to its outputs.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model without NNI's wrappers; it isn't changed.
+    example_inputs : Tensor, tuple, list or mapping of str to Any
+        Its inputs; the first dimension is the batch. Only their shapes matter.
+    masks : mapping of str to mapping of str to Tensor
+        NNI's masks; layers that aren't named keep all weights.
+
+    Returns
+    -------
+    Connectivity
+
+    Raises
+    ------
+    ConfigError
+        If the model puts out something where all inputs are zero, for example by a sigmoid: then a reached output
+        can't be told from others.
+    DataError
+        If a mask isn't of its weight's shape.
+
+    Notes
+    -----
+    Every kept weight becomes one over the number of kept weights of its layer, every bias zero, norms do nothing, and
+    ones are fed in: with activations like ReLU a value is positive where a path leads, and zero elsewhere.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    >>> mask = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+    >>> found = connectivity(model, torch.ones(1, 2), {"0": {"weight": mask}, "2": {"weight": mask.flip(0)}})
+    >>> found.outputs, found.reached, found.channels
+    (0.5, {'0': 0.5, '2': 0.5}, 0.75)
+    """
+    flow = _flow_model(model, masks)
+    args, kwargs = call_arguments(example_inputs)
+    reached: dict[str, float] = {}
+
+    def noting(name: str) -> Any:
+        def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            channels = output.movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1)
+            reached[name] = float((channels > 0).any(1).double().mean())
+
+        return note
+
+    with evaluation_mode(flow), torch.no_grad():
+        if any(bool((out != 0).any()) for out in _outputs(flow, args, kwargs, 0.0)):
+            raise ConfigError("connectivity needs a model that maps zeros to zeros without biases, got other outputs")
+        for name, module in flow.named_modules():
+            if isinstance(module, _LAYERS):
+                module.register_forward_hook(noting(name))
+        outputs = _outputs(flow, args, kwargs, 1.0)
+    alive = torch.cat([(out > 0).any(0).flatten() for out in outputs])
+    connected = {
+        name: _connected(flow.get_submodule(name), found["weight"])
+        for name, found in masks.items()
+        if "weight" in found
+    }
+    return Connectivity(float(alive.double().mean()), reached, connected)
+
+
+def _flow_model(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
+    """Return a copy in double precision whose weights are shares and whose biases and norms do nothing."""
+    flow = copy.deepcopy(model).double()
+    for name, module in list(flow.named_modules()):
+        if isinstance(module, _NORMS):
+            flow.set_submodule(name, nn.Identity())
+            continue
+        for parameter, values in module.named_parameters(recurse=False):
+            mask = masks.get(name, {}).get(parameter)
+            if mask is not None and mask.shape != values.shape:
+                raise DataError(f"a mask must have its weight's shape, got {tuple(mask.shape)} ({name}.{parameter})")
+            kept = torch.ones_like(values) if mask is None else mask.to(values).ne(0).to(values)
+            share = kept / max(1.0, float(kept.sum()) / len(kept))
+            values.data.copy_(share if values.dim() > 1 else torch.zeros_like(values))
+    return flow
+
+
+def _outputs(model: nn.Module, args: Any, kwargs: Any, value: float) -> list[Tensor]:
+    """Run a model on floating inputs filled with a value."""
+
+    def fill(leaf: Any) -> Any:
+        is_float = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return torch.full_like(leaf, value, dtype=torch.float64) if is_float else leaf
+
+    call = torch.utils._pytree.tree_map(fill, (args, kwargs))
+    return tensors_of(model(*call[0], **call[1]))
+
+
+def _connected(module: nn.Module, mask: Tensor) -> float:
+    """Return the share of a layer's input and output channels that keep a weight."""
+    kernels = mask.ne(0).flatten(2).any(2) if mask.dim() > 2 else mask.ne(0)
+    groups = int(getattr(module, "groups", 1))
+    entering = kernels.reshape(groups, -1, kernels.shape[1]).any(1).flatten()
+    return float(torch.cat([kernels.any(1), entering]).double().mean())

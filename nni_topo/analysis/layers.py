@@ -1,0 +1,134 @@
+"""The layers of a model as graphs: which weights join what, at which input size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError
+from nni_topo.hooks.convolutions import graph_of_convolution
+from nni_topo.speedup.layers import CONVOLUTIONS
+from nni_topo.topology import LayerGraph, linear_graph
+
+_RECURRENT: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.LSTM: ("input", "forget", "cell", "output"),
+    nn.LSTMCell: ("input", "forget", "cell", "output"),
+    nn.GRU: ("reset", "update", "new"),
+    nn.GRUCell: ("reset", "update", "new"),
+    nn.RNN: ("hidden",),
+    nn.RNNCell: ("hidden",),
+}
+_SUPPORTED = (nn.Linear, *CONVOLUTIONS, *_RECURRENT)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightLayer:
+    """One weight of a model that joins inputs to outputs.
+
+    Attributes
+    ----------
+    name : str
+        Module name; for a recurrent layer with the parameter and the gate, e.g. ``"lstm.weight_hh_l0[forget]"``.
+    kind : {"dense", "recurrent", "conv"}
+        What it is.
+    weight : ndarray of float64, shape (out, in) or (out, in / groups, *kernel)
+        Its values, masked where NNI masks them.
+    module : torch.nn.Module
+        The module that holds it.
+    """
+
+    name: str
+    kind: str
+    weight: NDArray[np.float64]
+    module: nn.Module
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution, else 1."""
+        return int(getattr(self.module, "groups", 1))
+
+    @property
+    def channel_tree(self) -> int:
+        """Number of weights in its channel tree, see :func:`nni_topo.topology.channel_tree`."""
+        outputs, inputs = self.weight.shape[:2]
+        return self.groups * (outputs // self.groups + inputs - 1)
+
+    def graph(self, input_size: tuple[int, ...] | None) -> LayerGraph:
+        """Return the layer's graph; a convolution needs its input's size in pixels, without padding."""
+        if self.kind != "conv" or input_size is None:
+            return linear_graph(*self.weight.shape[:2])
+        return graph_of_convolution(self.module, input_size)
+
+
+def weight_layers(model: nn.Module) -> tuple[list[WeightLayer], dict[str, str]]:
+    """List the weights of a model that join inputs to outputs, in its order.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model, wrapped by NNI or not; it isn't changed.
+
+    Returns
+    -------
+    list of WeightLayer
+        Linear layers, convolutions of one to three dimensions, and the gates of recurrent layers.
+    dict of str to str
+        Modules that hold other weights of two or more dimensions, with their type: they are left out.
+
+    Raises
+    ------
+    ConfigError
+        If the model has none of the supported layers; the message names the types it has instead.
+    """
+    layers: list[WeightLayer] = []
+    skipped: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "_nni_wrapper":
+            continue
+        if _is_supported(module):
+            layers.extend(_weights(name, module))
+        elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+            skipped[name] = type(module).__name__
+    if not layers:
+        found = ", ".join(sorted(set(skipped.values()))) or "none"
+        known = ", ".join(kind.__name__ for kind in _SUPPORTED)
+        raise ConfigError(
+            f"a model must have a layer of type {known}, got other weights of type: {found} ({type(model).__name__})"
+        )
+    return layers, skipped
+
+
+def _is_supported(module: nn.Module) -> bool:
+    return isinstance(module, _SUPPORTED)
+
+
+def _weights(name: str, module: nn.Module) -> Iterator[WeightLayer]:
+    if not isinstance(module, tuple(_RECURRENT)):
+        kind = "dense" if isinstance(module, nn.Linear) else "conv"
+        yield WeightLayer(name, kind, _values(module, "weight"), module)
+        return
+    gates = next(names for cls, names in _RECURRENT.items() if isinstance(module, cls))
+    for parameter, _ in module.named_parameters(recurse=False):
+        if not parameter.startswith("weight"):
+            continue
+        values = _values(module, parameter)
+        names = ("projection",) if parameter.startswith("weight_hr") else gates
+        for gate, matrix in zip(names, np.split(values, len(names)), strict=True):
+            yield WeightLayer(f"{name}.{parameter}[{gate}]", "recurrent", matrix, module)
+
+
+def _values(module: nn.Module, parameter: str) -> NDArray[np.float64]:
+    """Return a weight in force: under NNI's wrapper the wrapper's values times its mask."""
+    wrapper = getattr(module, "_nni_wrapper", None)
+    owner = wrapper if wrapper is not None and hasattr(wrapper, parameter) else module
+    values: Tensor = getattr(owner, parameter).detach().to("cpu", torch.float64)
+    mask = getattr(owner, f"{parameter}_mask", None) if owner is wrapper else None
+    if mask is not None:
+        values = values * mask.to("cpu", torch.float64)
+    found: NDArray[np.float64] = values.numpy()
+    return found

@@ -1,0 +1,206 @@
+"""How many epochs a pruned network needs at least to come back: theorem 1, relative to what its training took.
+
+References
+----------
+.. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
+   Technology, 2019, section 3.2 and appendix A.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.modes import detached_copy
+
+Kind = Literal["node", "connection"]
+
+
+@dataclass(frozen=True)
+class RetrainingBound:
+    """Theorem 1 for one pruned network.
+
+    Attributes
+    ----------
+    epochs : float
+        Lower bound of the epochs of retraining, equation (3.1) as printed.
+    derived_epochs : float
+        The same with the ratio of gradients the other way up, which is what (A.2) to (A.5) give: with equality there,
+        epochs are proportional to ``||gradient||^2 / mu``. In the node form it is ``gamma`` times the ratio of the two
+        losses to be made up for, times the epochs of training.
+    mu_initial, mu_sparse : float
+        Constants of (3.2) and (3.3), or (3.4) and (3.5), with equality.
+    gradient_initial, gradient_sparse : float
+        Squared norms of the gradients, all layers together (3.6).
+    loss_initial, loss_trained, loss_sparse : float
+        Mean losses.
+    gamma : float
+        The text's free constant, as given.
+    """
+
+    epochs: float
+    derived_epochs: float
+    mu_initial: float
+    mu_sparse: float
+    gradient_initial: float
+    gradient_sparse: float
+    loss_initial: float
+    loss_trained: float
+    loss_sparse: float
+    gamma: float
+
+    def __float__(self) -> float:
+        return self.epochs
+
+    def fitted_gamma(self, epochs: float) -> float:
+        """Return the constant with which (3.1) gives a number of epochs that was observed.
+
+        Parameters
+        ----------
+        epochs : float
+            At least 0.
+
+        Returns
+        -------
+        float
+            Infinite where the bound is 0 for every constant.
+        """
+        return epochs * self.gamma / self.epochs if self.epochs > 0 else math.inf
+
+
+def retraining_bound(
+    initial: nn.Module,
+    trained: nn.Module,
+    sparse: nn.Module,
+    loss: Callable[[Any, Any], Tensor],
+    batches: Iterable[tuple[Any, Any]],
+    epochs: float,
+    gamma: float = 1.0,
+    kind: Kind = "node",
+) -> RetrainingBound:
+    """Bound the epochs of retraining from below by theorem 1.
+
+    Parameters
+    ----------
+    initial : torch.nn.Module
+        The network before training.
+    trained : torch.nn.Module
+        After training.
+    sparse : torch.nn.Module
+        After pruning. For ``"connection"`` it must have the parameters' full shapes; for ``"node"`` it may be dense.
+    loss : callable
+        ``loss(outputs, targets)``, the mean over a batch, e.g. ``torch.nn.functional.cross_entropy``.
+    batches : iterable of (inputs, targets)
+        Data to take losses and gradients on.
+    epochs : float
+        What the training took, positive.
+    gamma : float, default=1.0
+        The text's free constant, positive. The text fits it to each case, between 1e-6 and 100; see ``fitted_gamma``.
+    kind : {"node", "connection"}, default="node"
+        Where the constants come from: losses and gradients, (3.4) and (3.5), which suits both kinds of pruning;
+        or distances of gradients and weights, (3.2) and (3.3).
+
+    Returns
+    -------
+    RetrainingBound
+        ``float()`` of it is the bound.
+
+    Raises
+    ------
+    ConfigError
+        If a number isn't positive, ``kind`` is unknown, or shapes differ for ``"connection"``.
+    DataError
+        If there is no batch; or training or pruning changed nothing, or a gradient is zero, so that there is no bound.
+
+    Notes
+    -----
+    The theorem assumes a strictly convex loss, which a network's isn't, and that epochs are proportional to the loss to
+    be made up for: with a fitted constant it describes, it doesn't predict. Everything is computed in evaluation mode;
+    the models aren't changed.
+
+    References
+    ----------
+    .. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
+       Technology, 2019, theorem 1.
+    """
+    for name, value in (("epochs", epochs), ("gamma", gamma)):
+        if not 0.0 < value < math.inf:
+            raise ConfigError(f"{name} must be positive and finite, got {value} (retraining_bound)")
+    if kind not in ("node", "connection"):
+        raise unknown_name("kind", str(kind), ("node", "connection"))
+    data = list(batches)
+    start, end, pruned = (_state(model, loss, data) for model in (initial, trained, sparse))
+    steepness = [sum(float(g.square().sum()) for g in state.gradients.values()) for state in (start, pruned)]
+    if min(steepness) == 0.0:
+        raise DataError("gradients before training and after pruning must not be zero, got one that is (theorem 1)")
+    mu_initial, mu_sparse = (_mu(state, end, kind) for state in (start, pruned))
+    constants = gamma * epochs * mu_initial / mu_sparse
+    return RetrainingBound(
+        epochs=constants * steepness[0] / steepness[1],
+        derived_epochs=constants * steepness[1] / steepness[0],
+        mu_initial=mu_initial,
+        mu_sparse=mu_sparse,
+        gradient_initial=steepness[0],
+        gradient_sparse=steepness[1],
+        loss_initial=start.loss,
+        loss_trained=end.loss,
+        loss_sparse=pruned.loss,
+        gamma=gamma,
+    )
+
+
+@dataclass(frozen=True)
+class _State:
+    """A model's mean loss, and its parameters and their gradients by name."""
+
+    loss: float
+    weights: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
+def _state(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: list[tuple[Any, Any]]) -> _State:
+    copied = detached_copy(model).eval().requires_grad_(True)
+    copied.zero_grad()
+    samples = sum(len(targets) for _, targets in batches)
+    if not samples:
+        raise DataError("batches must hold at least one sample, got none (was a generator used twice?)")
+    device = next(copied.parameters()).device
+    total = 0.0
+    for inputs, targets in batches:
+        mean = loss(copied(inputs.to(device)), targets.to(device)) * (len(targets) / samples)
+        torch.autograd.backward(mean)
+        total += mean.item()
+    found = {name: p for name, p in copied.named_parameters() if p.grad is not None}
+    if not math.isfinite(total):
+        raise DataError(f"a loss must be finite, got {total} (theorem 1)")
+    return _State(
+        total,
+        {name: p.detach().double() for name, p in found.items()},
+        {name: p.grad.double() for name, p in found.items()},
+    )
+
+
+def _mu(state: _State, end: _State, kind: Kind) -> float:
+    if kind == "node":
+        gap = abs(state.loss - end.loss)
+        slope = sum(float(g.square().sum()) for g in state.gradients.values())
+    else:
+        shapes = [{name: tuple(w.shape) for name, w in each.weights.items()} for each in (state, end)]
+        if shapes[0] != shapes[1]:
+            raise ConfigError("the connection form needs parameters of the same shapes, got others (kind 'connection')")
+        gap, slope = _distance(state.weights, end.weights), _distance(state.gradients, end.gradients)
+    if gap == 0.0 or slope == 0.0:
+        raise DataError(
+            "networks before training and after pruning must differ from the trained one, got one that doesn't"
+        )
+    return slope / gap
+
+
+def _distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return math.sqrt(sum(float((one[name] - other[name]).square().sum()) for name in one))

@@ -1,0 +1,82 @@
+"""A picture of how sub-clustering split a layer's clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from nni_topo.clustering import SplitTree
+from nni_topo.errors import ConfigError
+
+
+def draw_splits(trees: Mapping[str, SplitTree]) -> Figure:
+    """Draw trees of splits, such as :attr:`nni_topo.SubclusterPruner.trees`.
+
+    Parameters
+    ----------
+    trees : mapping of str to SplitTree
+        By name, at least one.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        A panel per tree: each cluster at the variance that was compared with the threshold (dashed), its area
+        as many nodes as it has, filled where it wasn't split.
+
+    Raises
+    ------
+    ConfigError
+        If there is no tree.
+    """
+    if not trees:
+        raise ConfigError("a picture of splits needs at least one tree, got none (draw_splits)")
+    columns = min(3, len(trees))
+    rows = -(-len(trees) // columns)
+    figure = Figure(figsize=(5.0 * columns, 3.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, (name, tree) in zip(axes, trees.items(), strict=False):
+        _draw(axis, tree)
+        title = f"{name.removesuffix('.weight')}: {len(tree.initial)} to {len(tree.leaves)} clusters"
+        axis.set_title(title, fontsize="small")
+    for axis in axes[len(trees) :]:
+        axis.set_axis_off()
+    return figure
+
+
+def _draw(axis: Axes, tree: SplitTree) -> None:
+    places = _places(tree)
+    for number, cluster in enumerate(tree.clusters):
+        if cluster.parent is not None:
+            ends = (cluster.parent, number)
+            axis.plot([places[n] for n in ends], [tree.clusters[n].variance for n in ends], color="0.75", linewidth=0.6)
+    leaves = set(tree.leaves)
+    for split in (True, False):
+        chosen = [n for n in range(len(tree.clusters)) if (n in leaves) != split]
+        x, heights = [places[n] for n in chosen], [tree.clusters[n].variance for n in chosen]
+        areas = [4.0 * len(tree.clusters[n].members) for n in chosen]
+        face, edge = ("none", "C0") if split else ("C1", "C1")
+        label = "split" if split else "kept as one node"
+        axis.scatter(x, heights, areas, facecolors=face, edgecolors=edge, label=label, linewidths=0.6, zorder=2)
+    axis.axhline(tree.threshold, color="black", linestyle="--", linewidth=0.8, label="threshold")
+    axis.set(xlabel="clusters", ylabel="largest covariance", yscale="symlog", xticks=[])
+    axis.legend(fontsize="xx-small")
+
+
+def _places(tree: SplitTree) -> dict[int, float]:
+    """Return an abscissa per cluster: leaves side by side, a split cluster between its halves."""
+    places: dict[int, float] = {}
+    drawn = 0
+    waiting = list(reversed(tree.initial))
+    while waiting:
+        number = waiting.pop()
+        children = tree.clusters[number].children
+        if not children:
+            places[number] = float(drawn)
+            drawn += 1
+        elif children[0] in places and children[1] in places:
+            places[number] = (places[children[0]] + places[children[1]]) / 2.0
+        else:
+            waiting += [number, children[1], children[0]]
+    return places

@@ -1,0 +1,319 @@
+"""Reconstruction: how well the layers behind a unit can be met from a part of its channels.
+
+What a layer puts out is linear in what enters it. So for each layer that reads a unit, the Gram matrix of the entering
+values says, for every set of kept channels at once, how much of the layer's output is lost even if its weights are
+solved anew, which is what :func:`nni_topo.compensate` does afterwards.
+
+References
+----------
+.. [1] Y. He, X. Zhang and J. Sun, "Channel pruning for accelerating very deep neural networks",
+   https://arxiv.org/abs/1707.06168
+.. [2] J.-H. Luo, J. Wu and W. Lin, "ThiNet: a filter level pruning method for deep neural network compression",
+   https://arxiv.org/abs/1707.06342
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.hooks.base import PruningContext
+from nni_topo.hooks.collectors import calibration_inputs
+from nni_topo.hooks.functional import Reader, readers_of
+from nni_topo.hooks.units import PruningUnit
+from nni_topo.modes import evaluation_mode
+from nni_topo.recovery.patches import draw_positions, input_rows, position_count
+from nni_topo.recovery.selection import greedy_least_squares
+from nni_topo.speedup.channels import ChannelFlow
+from nni_topo.speedup.dependency import channel_flow
+from nni_topo.speedup.inputs import call_arguments
+from nni_topo.speedup.layers import CONVOLUTIONS
+
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.int64]
+
+_RIDGE = 1e-4
+_LEAST_SAMPLES = 8192
+_SAMPLES_PER_COLUMN = 4
+_CHUNK_BYTES = 2**27
+
+
+@dataclass(frozen=True)
+class ReconstructionProblem:
+    """The least-squares problems of the layers that read a unit.
+
+    Attributes
+    ----------
+    grams : tuple of ndarray, shape (channels * columns, channels * columns)
+        Covariances of what enters each layer, channel by channel, a small ridge on the diagonal.
+    crosses : tuple of ndarray, shape (channels * columns, outputs)
+        Covariances with what the layer has to put out, scaled such that its total variance is 1.
+    columns : tuple of int
+        Columns of a channel in each layer: kernel elements times positions.
+    """
+
+    grams: tuple[FloatArray, ...]
+    crosses: tuple[FloatArray, ...]
+    columns: tuple[int, ...]
+
+    def choose(self, keep: int, parts: int = 1) -> IntArray:
+        """Return ``keep`` channels by forward selection, in the order of choice, as many from each of equal parts."""
+        return greedy_least_squares(self.grams, self.crosses, keep, block=self.columns, parts=parts)
+
+    def error(self, population: BoolArray) -> FloatArray:
+        """Return the share of the layers' variance that each set of kept channels loses.
+
+        Parameters
+        ----------
+        population : ndarray of bool, shape (individuals, channels)
+            Kept channels, the same number in each row.
+
+        Returns
+        -------
+        ndarray, shape (individuals,)
+            Mean over the layers, in [0, 1] up to what the samples leave open.
+        """
+        explained = np.zeros(len(population))
+        for gram, cross, columns in zip(self.grams, self.crosses, self.columns, strict=True):
+            kept = np.repeat(population, columns, axis=1)
+            chosen = torch.from_numpy(np.nonzero(kept)[1].reshape(len(population), -1))
+            step = max(1, _CHUNK_BYTES // (8 * chosen.shape[1] ** 2))
+            for first in range(0, len(population), step):
+                explained[first : first + step] += _explained(gram, cross, chosen[first : first + step])
+        return 1.0 - explained / len(self.grams)
+
+
+class ReconstructionProblems:
+    """Measures the reconstruction problems of a pruner's units on calibration data.
+
+    Parameters
+    ----------
+    calibration : iterable
+        Batches of inputs, or of ``(inputs, ...)``. A list or DataLoader: it's iterated several times.
+    seed : int, default=0
+        Of the positions at which large feature maps are sampled.
+    max_bytes : int, default=2**30
+        Units are measured together as long as their matrices stay below it.
+
+    Notes
+    -----
+    A layer with ``c`` columns is sampled at about ``max(8192, 4 * c)`` positions over all images, evenly spread.
+    """
+
+    def __init__(self, calibration: Iterable[Any], *, seed: int = 0, max_bytes: int = 2**30) -> None:
+        self.calibration = calibration
+        self.seed = seed
+        self.max_bytes = max_bytes
+
+    def each(
+        self, context: PruningContext, kept: dict[str, BoolArray]
+    ) -> Iterator[tuple[PruningUnit, ReconstructionProblem]]:
+        """Yield every unit and its problem.
+
+        Parameters
+        ----------
+        context : PruningContext
+            Holds the wrapped model and the units.
+        kept : dict of str to ndarray of bool
+            Channels kept by the units that were yielded before; the caller fills it in. Here it isn't looked at.
+
+        Raises
+        ------
+        ConfigError
+            If a unit isn't pruned by output channel, or no layer reads it.
+        DataError
+            If no batch came, or activations are NaN or infinite.
+        """
+        del kept
+        model = context.model
+        with evaluation_mode(model):
+            flow = self.flow(model)
+            readers = {unit.name: linear_readers(unit, flow, context) for unit in context.units}
+            for units in self._together(context.units, readers):
+                found = self.measure({unit.name: readers[unit.name] for unit in units}, model, model)
+                for unit in units:
+                    yield unit, found.pop(unit.name)
+
+    def flow(self, model: nn.Module) -> ChannelFlow:
+        """Trace a model on the first batch."""
+        return channel_flow(model, call_arguments(next(iter(calibration_inputs(model, self.calibration)))))
+
+    def measure(
+        self, readers: dict[str, list[Reader]], original: nn.Module, network: nn.Module
+    ) -> dict[str, ReconstructionProblem]:
+        """Return the problems of some units.
+
+        Parameters
+        ----------
+        readers : dict of str to list of Reader
+            By unit; their modules are the original's.
+        original, network : torch.nn.Module
+            What is to be met, and where the kept channels come from: one model twice, or two with the same modules.
+        """
+        sizes = [len(batch) for batch in calibration_inputs(original, self.calibration)]
+        names = {id(module): name for name, module in original.named_modules()}
+        sums = {
+            name: [
+                _Sums(reader, network.get_submodule(names[id(reader.module)]), sum(sizes), self.seed)
+                for reader in found
+            ]
+            for name, found in readers.items()
+        }
+        flat = [one for found in sums.values() for one in found]
+        handles = [handle for one in flat for handle in one.watch(same=original is network)]
+        try:
+            with evaluation_mode(original, network), torch.no_grad():
+                for inputs in calibration_inputs(original, self.calibration):
+                    original(inputs)
+                    if network is not original:
+                        network(inputs)
+                    for one in flat:
+                        one.add()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: _problem(found, name) for name, found in sums.items()}
+
+    def _together(self, units: list[PruningUnit], readers: dict[str, list[Reader]]) -> Iterator[list[PruningUnit]]:
+        """Cut units into stretches whose matrices fit into memory together."""
+        stretch: list[PruningUnit] = []
+        size = 0
+        for unit in units:
+            own = sum(8 * _width(reader) ** 2 for reader in readers[unit.name])
+            if stretch and size + own > self.max_bytes:
+                yield stretch
+                stretch, size = [], 0
+            stretch.append(unit)
+            size += own
+        yield stretch
+
+
+def linear_readers(unit: PruningUnit, flow: ChannelFlow, context: PruningContext) -> list[Reader]:
+    """Return the convolutions and linear layers that read a unit's channels.
+
+    Raises
+    ------
+    ConfigError
+        If the unit isn't pruned by output channel, or no such layer reads it.
+    """
+    found = [r for r in readers_of(unit, flow, context) if isinstance(r.module, (*CONVOLUTIONS, nn.Linear))]
+    if not found:
+        raise ConfigError(f"reconstruction needs a convolution or linear layer behind, got none ({unit.name})")
+    return found
+
+
+class _Sums:
+    """Streamed covariances of what enters one layer in the original and in another network."""
+
+    def __init__(self, reader: Reader, twin: nn.Module, images: int, seed: int) -> None:
+        self.module: Any = reader.module
+        self.twin = twin
+        self._columns = torch.from_numpy(reader.places).reshape(1, -1)
+        self._wanted = max(_LEAST_SAMPLES, _SAMPLES_PER_COLUMN * _width(reader)) // images + 1
+        self._generator = torch.Generator().manual_seed(seed)
+        self._entered: dict[str, Tensor] = {}
+        self._places = 0
+        self.columns = _width(reader) // len(reader.places)
+        self.samples = 0
+        self.own: Any = 0.0
+        self.across: Any = 0.0
+        self.target: Any = 0.0
+        self.means: list[Any] = [0.0, 0.0]
+
+    def watch(self, *, same: bool) -> list[Any]:
+        """Hook the layer, and its twin unless it's the same."""
+
+        def original(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self._entered["original"] = inputs[0].detach()
+            self._places = position_count(module, output)
+            if same:
+                self._entered["network"] = inputs[0].detach()
+
+        def network(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._entered["network"] = inputs[0].detach()
+
+        handles = [self.module.register_forward_hook(original)]
+        return handles if same else [*handles, self.twin.register_forward_pre_hook(network)]
+
+    def add(self) -> None:
+        """Add the batch that went through."""
+        before, now = self._entered["original"], self._entered["network"]
+        self._entered = {}
+        positions = draw_positions(self._places, len(before), self._wanted, self._generator).to(before.device)
+        columns = self._columns.to(before.device)
+        rows = input_rows(self.module, now, columns, positions)[0].double()
+        first = rows if now is before else input_rows(self.module, before, columns, positions)[0].double()
+        self.samples += len(rows)
+        self.own = self.own + rows.T @ rows
+        self.means = [self.means[0] + rows.sum(0), self.means[1] + first.sum(0)]
+        if now is not before:
+            self.across = self.across + rows.T @ first
+            self.target = self.target + first.T @ first
+
+    def covariances(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the covariances of the network, between it and the original, and of the original."""
+        now, before = (total / self.samples for total in self.means)
+        own = self.own / self.samples - torch.outer(now, now)
+        if isinstance(self.across, float):
+            return own, own, own
+        across = self.across / self.samples - torch.outer(now, before)
+        return own, across, self.target / self.samples - torch.outer(before, before)
+
+
+def _problem(found: list[_Sums], name: str) -> ReconstructionProblem:
+    grams, crosses = [], []
+    for sums in found:
+        own, across, target = sums.covariances()
+        if not bool(torch.isfinite(own).all() and torch.isfinite(across).all()):
+            raise DataError(f"activations must be finite, got NaN or infinity ({name})")
+        weights = _weights(sums).to(own.device)
+        variance = float((weights * (target @ weights)).sum())
+        cross = across @ weights / np.sqrt(variance) if variance > 0 else torch.zeros_like(weights)
+        grams.append((own + _RIDGE * torch.diag(own.diagonal())).cpu().numpy())
+        crosses.append(cross.cpu().numpy())
+    return ReconstructionProblem(tuple(grams), tuple(crosses), tuple(sums.columns for sums in found))
+
+
+def _weights(sums: _Sums) -> Tensor:
+    """Weights by which a layer reads the unit's columns, ``(channels * columns, outputs)``, float64."""
+    module = sums.module
+    weight = module.weight.detach().double()
+    groups = getattr(module, "groups", 1)
+    inputs = sums._columns[0]
+    kernel = int(weight[0, 0].numel()) if weight.dim() > 2 else 1
+    rows = torch.zeros(len(inputs), kernel, len(weight), dtype=torch.float64)
+    step = len(weight) // groups
+    width = weight.shape[1]
+    for index, channel in enumerate(inputs.tolist()):
+        group = channel // width
+        outputs = slice(group * step, (group + 1) * step)
+        rows[index, :, outputs] = weight[outputs, channel % width].reshape(step, kernel).T.cpu()
+    return rows.flatten(0, 1)
+
+
+def _width(reader: Reader) -> int:
+    """Columns that enter a reader from its unit."""
+    weight: Any = reader.module.weight
+    return int(reader.places.size * (weight[0, 0].numel() if weight.dim() > 2 else 1))
+
+
+def _explained(gram: FloatArray, cross: FloatArray, chosen: Tensor) -> FloatArray:
+    """Variance that sets of columns, ``(individuals, columns)``, explain."""
+    whole, targets = torch.from_numpy(gram), torch.from_numpy(cross)
+    within = whole[chosen[:, :, None], chosen[:, None, :]]
+    scale = torch.diagonal(within, dim1=1, dim2=2).clamp(min=1e-300).rsqrt()
+    within = within * scale[:, :, None] * scale[:, None, :]
+    factor, info = torch.linalg.cholesky_ex(within + 1e-10 * torch.eye(within.shape[1], dtype=torch.float64))
+    if bool(info.any()):
+        raise DataError("covariances must be positive semidefinite, got others (reconstruction)")
+    reached = torch.linalg.solve_triangular(factor, targets[chosen] * scale[:, :, None], upper=False)
+    explained: FloatArray = reached.square().sum((1, 2)).numpy()
+    return explained

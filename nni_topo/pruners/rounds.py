@@ -1,0 +1,138 @@
+"""Pruning in rounds: prune a little, train, and again, as iterative magnitude pruning does.
+
+References
+----------
+.. [1] J. Frankle and M. Carbin, "The Lottery Ticket Hypothesis", https://arxiv.org/abs/1803.03635
+.. [2] A. Renda et al., "Comparing Rewinding and Fine-tuning in Neural Network Pruning",
+   https://arxiv.org/abs/2003.02389
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from nni.compression.base.compressor import Pruner
+from nni.compression.base.target_space import PruningTargetSpace
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round left.
+
+    Attributes
+    ----------
+    index : int
+        From 1.
+    kept : dict of str to float
+        Share of each pruned weight's elements that is left, by ``"module.target"``.
+    """
+
+    index: int
+    kept: dict[str, float]
+
+
+def even_steps(rounds: int) -> list[float]:
+    """Return steps for :func:`prune_in_rounds` by which every round takes the same share of what is left."""
+    return [(index + 1) / rounds for index in range(rounds)]
+
+
+def prune_in_rounds(
+    pruner: Pruner,
+    steps: Sequence[float],
+    train: Callable[[], None],
+    *,
+    rewind: Mapping[str, Tensor] | None = None,
+    on_round: Callable[[Round], None] | None = None,
+) -> list[Round]:
+    """Prune by any of NNI's one-shot pruners in rounds with training in between.
+
+    Parameters
+    ----------
+    pruner : nni.compression.base.compressor.Pruner
+        A pruner of NNI's or of this package with ``sparse_ratio`` targets, its model wrapped.
+    steps : sequence of float
+        One per round, rising, in (0, 1]. A round brings every target with a final ratio ``s`` to
+        ``1 - (1 - s) ** step``; 1 is the final ratio.
+    train : callable
+        Trains the wrapped model; called once per round, after its masks are set. Optimizers must be made inside.
+    rewind : mapping of str to Tensor or None, default=None
+        State of the unwrapped model, by its names, to which the weights that are kept return before each training.
+    on_round : callable or None, default=None
+        Called with the :class:`Round` after its training.
+
+    Returns
+    -------
+    list of Round
+
+    Raises
+    ------
+    ConfigError
+        If the steps aren't rising numbers in (0, 1], or the pruner has no target with a ``sparse_ratio``.
+
+    Notes
+    -----
+    Masked weights are set to 0 after every round, so that a pruner that ranks magnitudes doesn't take them back.
+    """
+    if not steps or not all(0.0 < a <= 1.0 for a in steps) or sorted(set(steps)) != list(steps):
+        raise ConfigError(f"steps must be one or more rising numbers in (0, 1], got {list(steps)} (prune_in_rounds)")
+    goals = {
+        f"{module}.{target}": (space, float(space.sparse_ratio))
+        for module, spaces in pruner._target_spaces.items()
+        for target, space in spaces.items()
+        if space.sparse_ratio is not None
+    }
+    if not goals:
+        raise ConfigError("pruning in rounds needs a target with a sparse_ratio, got none (prune_in_rounds)")
+    rounds = []
+    for index, step in enumerate(steps, start=1):
+        for space, goal in goals.values():
+            space.sparse_ratio = 1.0 - (1.0 - goal) ** step if step < 1.0 else goal
+        pruner.update_masks(pruner.generate_masks())
+        if rewind is not None:
+            _restore(pruner, rewind)
+        kept = {name: _silenced(space) for name, (space, _) in goals.items()}
+        train()
+        rounds.append(Round(index, kept))
+        if on_round is not None:
+            on_round(rounds[-1])
+    return rounds
+
+
+def check_rewind(model: nn.Module, rewind: Mapping[str, Tensor]) -> None:
+    """Check that a state to return to fits a model that isn't wrapped.
+
+    Raises
+    ------
+    ConfigError
+        If a name isn't the model's, or a shape differs.
+    """
+    state = model.state_dict()
+    for name, value in rewind.items():
+        if name not in state or state[name].shape != value.shape:
+            found = f"{name} of shape {tuple(value.shape)}"
+            wanted = f", the model's is {tuple(state[name].shape)}" if name in state else ", which it hasn't"
+            raise ConfigError(f"rewind must hold entries of the model's state, got {found}{wanted} (rewind)")
+
+
+@torch.no_grad()
+def _restore(pruner: Pruner, state: Mapping[str, Tensor]) -> None:
+    """Copy an unwrapped model's state into the wrapped one."""
+    wrapped = pruner._get_param_names_map()
+    own = {**dict(pruner.bound_model.named_buffers()), **dict(pruner.bound_model.named_parameters())}
+    for name, value in state.items():
+        own[wrapped.get(name, name)].copy_(value)
+
+
+@torch.no_grad()
+def _silenced(space: PruningTargetSpace) -> float:
+    """Set the masked elements of a target to 0; return the share that is left."""
+    mask = space.mask
+    if mask is None or space.target is None:
+        return 1.0
+    space.target.mul_(mask)
+    return float(mask.ne(0).double().mean())

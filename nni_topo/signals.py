@@ -1,0 +1,267 @@
+"""Linear chirps in one, two and three dimensions: one signal that holds every frequency a filter can answer to.
+
+The frequency of a chirp rises linearly along a coordinate, from one cycle per diagonal to the end of its sweep. Sent
+through a layer, the energy of each filter's response says how much the filter lets through, without any data.
+
+References
+----------
+.. [1] Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
+   University of Manitoba, 2018, section 4.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nni_topo.errors import ConfigError, DataError, unknown_name
+
+FloatArray: TypeAlias = NDArray[np.float64]
+Sweep = Literal["nyquist", "thesis"]
+Direction = Literal["diagonal", "radial"]
+Window = Literal["none", "hann"]
+_Value = TypeVar("_Value")
+
+_ENDS: dict[str, float] = {"nyquist": 0.5, "thesis": 1.0}
+
+
+def chirp_1d(length: int, *, sweep: Sweep = "nyquist", window: Window = "none") -> FloatArray:
+    """Return a linear chirp over ``length`` samples; see :func:`chirp`.
+
+    Parameters
+    ----------
+    length : int
+        Samples, at least 1.
+    sweep : {"nyquist", "thesis"}, default="nyquist"
+        Range of the frequency.
+    window : {"none", "hann"}, default="none"
+        Taper.
+
+    Returns
+    -------
+    ndarray of float64, shape (length,)
+        Values in [-1, 1].
+
+    Examples
+    --------
+    >>> chirp_1d(5).round(3)
+    array([ 1.   ,  0.078, -0.951,  0.924, -0.809])
+    """
+    return chirp((length,), sweep=sweep, window=window)
+
+
+def chirp_2d(
+    height: int,
+    width: int,
+    *,
+    sweep: Sweep = "nyquist",
+    direction: Direction = "diagonal",
+    window: Window = "none",
+) -> FloatArray:
+    """Return a two-dimensional linear chirp; see :func:`chirp`.
+
+    Parameters
+    ----------
+    height, width : int
+        Pixels, at least 1 each.
+    sweep : {"nyquist", "thesis"}, default="nyquist"
+        Range of the frequency.
+    direction : {"diagonal", "radial"}, default="diagonal"
+        Along what the frequency rises.
+    window : {"none", "hann"}, default="none"
+        Taper.
+
+    Returns
+    -------
+    ndarray of float64, shape (height, width)
+        Values in [-1, 1].
+
+    Examples
+    --------
+    >>> chirp_2d(28, 28).shape
+    (28, 28)
+    """
+    return chirp((height, width), sweep=sweep, direction=direction, window=window)
+
+
+def chirp_3d(
+    depth: int,
+    height: int,
+    width: int,
+    *,
+    sweep: Sweep = "nyquist",
+    direction: Direction = "diagonal",
+    window: Window = "none",
+) -> FloatArray:
+    """Return a three-dimensional linear chirp; see :func:`chirp`.
+
+    Parameters
+    ----------
+    depth, height, width : int
+        Voxels, at least 1 each.
+    sweep, direction, window
+        As in :func:`chirp_2d`.
+
+    Returns
+    -------
+    ndarray of float64, shape (depth, height, width)
+        Values in [-1, 1].
+    """
+    return chirp((depth, height, width), sweep=sweep, direction=direction, window=window)
+
+
+def chirp(
+    shape: Sequence[int],
+    *,
+    sweep: Sweep = "nyquist",
+    direction: Direction = "diagonal",
+    window: Window = "none",
+) -> FloatArray:
+    """Return a linear chirp: a cosine whose frequency rises linearly along a coordinate.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Pixels per axis, one to three axes, at least 1 each.
+    sweep : {"nyquist", "thesis"}, default="nyquist"
+        Range of the frequency; see :func:`sweep_range`.
+    direction : {"diagonal", "radial"}, default="diagonal"
+        ``"diagonal"``: along the diagonal from the first to the last pixel; one orientation, every frequency once.
+        ``"radial"``: with the distance from the centre, out to the corners; every orientation.
+    window : {"none", "hann"}, default="none"
+        ``"hann"`` tapers every axis by a squared sine that is nowhere zero, which lowers the leakage at the ends.
+
+    Returns
+    -------
+    ndarray of float64, of the given shape
+        Values in [-1, 1]. A single pixel gives 1.
+
+    Raises
+    ------
+    ConfigError
+        If a name is unknown, or a size isn't an integer from 1.
+
+    See Also
+    --------
+    sweep_range : the frequencies.
+    signal_energy : the energy of a response.
+
+    Notes
+    -----
+    With the coordinate ``s`` in pixels, from 0 to ``S``, and the sweep from ``f0`` to ``f1``, the value is
+    ``cos(2 pi (f0 s + (f1 - f0) s^2 / (2 S)))``: the frequency at ``s`` is ``f0 + (f1 - f0) s / S`` cycles per pixel.
+    """
+    sizes = _checked_shape(shape)
+    start, end = sweep_range(sizes, sweep)
+    position = _checked(_POSITIONS, "direction", direction)(sizes)
+    length = max(float(position.max()), 1.0)
+    phase = start * position + (end - start) * position**2 / (2.0 * length)
+    return np.cos(2.0 * np.pi * phase) * _checked(_WINDOWS, "window", window)(sizes)
+
+
+def sweep_range(shape: Sequence[int], sweep: Sweep = "nyquist") -> tuple[float, float]:
+    """Return the first and the last frequency of a chirp, in cycles per pixel.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Pixels per axis.
+    sweep : {"nyquist", "thesis"}, default="nyquist"
+        ``"nyquist"`` ends at 1/2, the highest frequency that pixels can carry; ``"thesis"`` at 1, as the text has it,
+        so that the upper half of the sweep folds back to lower frequencies.
+
+    Returns
+    -------
+    tuple of float
+        ``1 / n``, with ``n`` the diagonal in pixels, but never above the end; and the end.
+
+    Raises
+    ------
+    ConfigError
+        If the name is unknown, or a size isn't an integer from 1.
+
+    Examples
+    --------
+    >>> sweep_range((3, 4))
+    (0.2, 0.5)
+    """
+    end = _checked(_ENDS, "sweep", sweep)
+    return min(1.0 / math.hypot(*_checked_shape(shape)), end), end
+
+
+def signal_energy(signal: ArrayLike) -> float:
+    """Return the energy of a signal, the sum of its squared magnitudes.
+
+    Parameters
+    ----------
+    signal : array_like, any shape
+        Real or complex, finite.
+
+    Returns
+    -------
+    float
+        At least 0.
+
+    Raises
+    ------
+    DataError
+        If a value is NaN or infinite.
+
+    Notes
+    -----
+    By Parseval's theorem it is the energy of the discrete Fourier transform divided by the number of samples.
+
+    Examples
+    --------
+    >>> signal_energy([3.0, -4.0])
+    25.0
+    """
+    values = np.asarray(signal)
+    if not np.isfinite(values).all():
+        raise DataError(f"a signal must be finite, got {int((~np.isfinite(values)).sum())} NaN or infinite (signal)")
+    return float(np.sum(np.abs(values.astype(np.complex128 if np.iscomplexobj(values) else np.float64)) ** 2))
+
+
+def _along_diagonal(shape: tuple[int, ...]) -> FloatArray:
+    axes = np.meshgrid(*(np.arange(size, dtype=np.float64) for size in shape), indexing="ij")
+    along: FloatArray = np.tensordot(shape, axes, axes=1) / math.hypot(*shape)
+    return along
+
+
+def _from_centre(shape: tuple[int, ...]) -> FloatArray:
+    axes = np.meshgrid(*(np.arange(size) - (size - 1) / 2.0 for size in shape), indexing="ij")
+    distance: FloatArray = np.sqrt(np.sum(np.square(axes), axis=0))
+    return distance
+
+
+def _flat(shape: tuple[int, ...]) -> FloatArray:
+    return np.ones(shape)
+
+
+def _hann(shape: tuple[int, ...]) -> FloatArray:
+    taper = np.ones(())
+    for size in shape:
+        taper = taper[..., None] * np.sin(np.pi * (np.arange(size) + 0.5) / size) ** 2
+    return taper
+
+
+_POSITIONS: dict[str, Callable[[tuple[int, ...]], FloatArray]] = {"diagonal": _along_diagonal, "radial": _from_centre}
+_WINDOWS: dict[str, Callable[[tuple[int, ...]], FloatArray]] = {"none": _flat, "hann": _hann}
+
+
+def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    sizes = tuple(shape)
+    whole = all(isinstance(size, (int, np.integer)) and not isinstance(size, bool) and size >= 1 for size in sizes)
+    if not whole or not 1 <= len(sizes) <= 3:
+        raise ConfigError(f"a chirp must have one to three sizes, integers from 1, got {sizes} (shape)")
+    return tuple(int(size) for size in sizes)
+
+
+def _checked(table: dict[str, _Value], knob: str, name: str) -> _Value:
+    if name not in table:
+        raise unknown_name(knob, str(name), table)
+    return table[name]

@@ -1,0 +1,159 @@
+"""Random projections of point clouds, and how far they may move distances.
+
+A Gaussian projection onto k features multiplies the square of a fixed distance by a chi-square variable with k degrees
+of freedom, over k. So the chance that one of all distances moves by more than a given share is bounded by a sum of
+chi-square tails, without the constants of the Johnson-Lindenstrauss lemma.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from scipy.stats import chi2
+
+from nni_topo.errors import DataError
+from nni_topo.topology._checks import FloatArray
+
+_FAILURE = 1e-3
+
+
+def projection_error(points: int, features: int, *, failure: float = _FAILURE) -> float:
+    """Bound the relative error of all distances of a cloud after a random projection.
+
+    Parameters
+    ----------
+    points : int
+        Points of the cloud, at least 1; the origin counts as one if distances from it matter.
+    features : int
+        Features that are left, at least 1.
+    failure : float, default 1e-3
+        Chance in (0, 1) that any of the distances misses the bound.
+
+    Returns
+    -------
+    float
+        e >= 0 such that every distance d becomes one within ``[(1 - e) d, (1 + e) d]``, save for the chance; above 1,
+        the lower end says nothing.
+
+    Raises
+    ------
+    DataError
+        If a number is out of range.
+
+    References
+    ----------
+    S. Dasgupta and A. Gupta, An elementary proof of a theorem of Johnson and Lindenstrauss, Random Structures and
+    Algorithms 22, 2003.
+
+    Examples
+    --------
+    >>> round(projection_error(513, 1024), 3)
+    0.146
+    """
+    pairs = _pairs(points, failure)
+    if features < 1:
+        raise DataError(f"a projection needs at least one feature, got {features}")
+    high = 1.0
+    while _misses(features, high) * pairs > failure:
+        high *= 2.0
+    return _last_step(0.0, high, lambda error: _misses(features, error) * pairs <= failure)
+
+
+def projected_features(points: int, error: float, *, failure: float = _FAILURE) -> int:
+    """Return how many features a random projection needs to keep all distances of a cloud within a relative error.
+
+    Parameters
+    ----------
+    points : int
+        Points of the cloud, at least 1; the origin counts as one if distances from it matter.
+    error : float
+        In (0, 1), see `projection_error`.
+    failure : float, default 1e-3
+        Chance in (0, 1) that any of the distances misses the bound.
+
+    Returns
+    -------
+    int
+        At least 1; whatever the number of features before.
+
+    Raises
+    ------
+    DataError
+        If a number is out of range.
+
+    Examples
+    --------
+    >>> projected_features(513, 0.25)
+    342
+    """
+    pairs = _pairs(points, failure)
+    if not 0.0 < error < 1.0:
+        raise DataError(f"the error of a projection must be in (0, 1), got {error}")
+    high = 1
+    while _misses(high, error) * pairs > failure:
+        high *= 2
+    return math.ceil(_last_step(high // 2, high, lambda k: _misses(math.ceil(k), error) * pairs <= failure))
+
+
+def random_projection(columns: Iterable[FloatArray], features: int, seed: int) -> FloatArray:
+    """Project a cloud that comes in stretches of its features.
+
+    Parameters
+    ----------
+    columns : iterable of ndarray, shape (n, any)
+        The cloud's features, one stretch after the other; only one is held at a time.
+    features : int
+        Features that are left, at least 1.
+    seed : int
+        Same seed and stretches, same projection.
+
+    Returns
+    -------
+    ndarray of float64, shape (n, features)
+        Expected squares of all distances are those of the cloud; `projection_error` bounds what they are.
+
+    Raises
+    ------
+    DataError
+        If there is no stretch or no feature is left.
+
+    Examples
+    --------
+    >>> cloud = np.random.default_rng(0).normal(size=(2, 1000))
+    >>> flat = random_projection([cloud[:, :600], cloud[:, 600:]], 400, seed=0)
+    >>> flat.shape, bool(abs(np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(cloud[0] - cloud[1]) - 1) < 0.2)
+    ((2, 400), True)
+    """
+    if features < 1:
+        raise DataError(f"a projection needs at least one feature, got {features}")
+    rng, total = np.random.default_rng(seed), None
+    for stretch in columns:
+        part = stretch @ rng.standard_normal((stretch.shape[1], features))
+        total = part if total is None else np.add(total, part, out=total)
+    if total is None:
+        raise DataError("a projection needs at least one stretch of features, got none")
+    return np.asarray(total / math.sqrt(features))
+
+
+def _pairs(points: int, failure: float) -> float:
+    if points < 1:
+        raise DataError(f"a cloud must have at least one point, got {points}")
+    if not 0.0 < failure < 1.0:
+        raise DataError(f"the chance to miss a bound must be in (0, 1), got {failure}")
+    return 0.5 * points * (points - 1)
+
+
+def _misses(features: int, error: float) -> float:
+    """Return the chance that one distance moves by more than a share of it."""
+    below = chi2.cdf(features * (1.0 - error) ** 2, features) if error < 1.0 else 0.0
+    return float(below + chi2.sf(features * (1.0 + error) ** 2, features))
+
+
+def _last_step(low: float, high: float, enough: Callable[[float], bool]) -> float:
+    """Halve an interval, enough at its high end, down to rounding; return the high end."""
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nni_topo.analysis import draw_splits
+from nni_topo.analysis.splits import _places
+from nni_topo.clustering import Cluster, Growth, SplitTree, grow
+from nni_topo.errors import ConfigError
+
+TREE = SplitTree(
+    (
+        Cluster((0,), 0.5),
+        Cluster((1, 2, 3), 4.0, children=(2, 3)),
+        Cluster((1,), 4.0, parent=1),
+        Cluster((2, 3), 2.0, parent=1, children=(4, 5)),
+        Cluster((2,), 2.0, parent=3),
+        Cluster((3,), 1.5, parent=3),
+    ),
+    1.8,
+)
+
+
+def test_leaves_stand_side_by_side_and_parents_between_their_children():
+    assert _places(TREE) == {0: 0.0, 2: 1.0, 4: 2.0, 5: 3.0, 3: 2.5, 1: 1.75}
+
+
+def test_a_panel_per_tree_is_drawn(tmp_path):
+    generator = np.random.default_rng(0)
+    points = generator.normal(size=(30, 8)) * generator.uniform(0.1, 3.0, size=(30, 1))
+    grown = grow(points, np.cov(points), 3, Growth())
+    figure = draw_splits({"fc1.weight": grown, "by hand": TREE})
+    figure.savefig(tmp_path / "splits.png")
+    assert (tmp_path / "splits.png").stat().st_size > 5000
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == [f"fc1: 3 to {len(grown.leaves)} clusters", "by hand: 2 to 4 clusters"]
+    drawn = sum(len(collection.get_offsets()) for collection in figure.axes[1].collections)
+    assert drawn == len(TREE.clusters)
+
+
+def test_no_trees_are_refused():
+    with pytest.raises(ConfigError, match="at least one tree"):
+        draw_splits({})

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nni_topo.clustering import Growth, grow, hoh_threshold, initial_clusters
+from nni_topo.errors import ConfigError, DataError
+
+
+def layer(nodes: int = 40, samples: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Rectified mixtures of a few signals, of very different strength; and their covariances."""
+    generator = np.random.default_rng(seed)
+    mixed = generator.normal(size=(nodes, 5)) @ generator.normal(size=(5, samples))
+    points = np.maximum(mixed * generator.uniform(0.05, 2.0, size=(nodes, 1)), 0.0)
+    return points, np.cov(points, bias=True)
+
+
+def test_threshold_by_hand():
+    # Ten bins of width 1 between 0 and 10: of the four values two lie below 2, three below 3.
+    values = np.array([0.0, 1.5, 2.5, 10.0])
+    assert hoh_threshold([values], 0.5) == pytest.approx(2.0)
+    assert hoh_threshold([values], 0.75) == pytest.approx(3.0)
+    assert hoh_threshold([values], 0.76) == pytest.approx(10.0)
+
+
+def test_threshold_is_the_centre_of_the_fullest_bin_over_clusters():
+    # Constant clusters are their own edges: 1, 1, 1.5 and 11; ten bins of width 1, the first one holds three.
+    clusters = [np.array([value]) for value in (1.0, 1.0, 1.5, 11.0)]
+    assert hoh_threshold(clusters, 0.5) == pytest.approx(1.5)
+
+
+def test_of_equally_full_bins_the_lowest_counts():
+    assert hoh_threshold([np.array([1.0]), np.array([3.0])], 0.5, bins=2) == pytest.approx(1.5)
+
+
+@given(st.integers(0, 100), st.lists(st.floats(0.05, 0.95), min_size=2, max_size=5))
+def test_threshold_of_one_cluster_rises_with_the_energy(seed, energies):
+    values = np.random.default_rng(seed).exponential(size=50)
+    found = [hoh_threshold([values], energy) for energy in sorted(energies)]
+    assert found == sorted(found)
+
+
+@given(st.integers(0, 100), st.floats(0.01, 100.0))
+def test_threshold_scales_with_the_covariances(seed, factor):
+    generator = np.random.default_rng(seed)
+    values = [generator.exponential(size=20) for _ in range(3)]
+    scaled = hoh_threshold([factor * v for v in values], 0.5, bins=7)
+    assert scaled == pytest.approx(factor * hoh_threshold(values, 0.5, bins=7))
+
+
+def test_growth_by_hand():
+    # Two nodes that are alike and quiet, two that are loud and opposite: only the loud pair is split.
+    points = np.array([[0.1, -0.1, 0.0], [0.1, -0.1, 0.05], [9.0, 8.0, 0.0], [9.0, 8.0, 3.0]])
+    covariance = np.cov(points, bias=True)
+    tree = grow(points, covariance, 2, Growth(), threshold=1.0)
+    assert [tree.clusters[n].members for n in tree.initial] == [(0, 1), (2, 3)]
+    assert tree.labels(4).tolist() == [0, 0, 1, 2]
+    assert tree.clusters[1].children == (2, 3)
+    assert tree.clusters[1].variance == pytest.approx(covariance[2:, 2:].max())
+    assert tree.depth == 1
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 20), st.floats(0.05, 0.95), st.integers(1, 10))
+def test_no_leaf_varies_more_than_the_threshold(seed, energy, initial):
+    points, covariance = layer(nodes=16, seed=seed)
+    tree = grow(points, covariance, initial, Growth(energy=energy), seed=seed)
+    for leaf in (tree.clusters[n] for n in tree.leaves):
+        assert len(leaf.members) == 1 or leaf.variance <= tree.threshold
+    assert all(tree.clusters[p.parent].variance > tree.threshold for p in tree.clusters if p.parent is not None)
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 20), st.integers(1, 10))
+def test_leaves_partition_the_nodes_and_children_their_parent(seed, initial):
+    points, covariance = layer(nodes=16, seed=seed)
+    tree = grow(points, covariance, initial, Growth(), seed=seed)
+    leaves = sorted(node for n in tree.leaves for node in tree.clusters[n].members)
+    assert leaves == list(range(16))
+    for cluster in tree.clusters:
+        if cluster.children:
+            halves = [node for n in cluster.children for node in tree.clusters[n].members]
+            assert sorted(halves) == list(cluster.members)
+
+
+def test_more_energy_keeps_fewer_nodes():
+    points, covariance = layer(nodes=120)
+    kept = [len(grow(points, covariance, 6, Growth(energy=p)).leaves) for p in (0.1, 0.5, 0.8, 0.95)]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] > kept[-1]
+
+
+def test_caps_hold_and_take_the_loudest_first():
+    points, covariance = layer()
+    free = grow(points, covariance, 3, Growth(), threshold=np.inf)
+    assert len(free.leaves) == 3
+    forced = grow(points, covariance, 3, Growth(), threshold=np.inf, at_least=7)
+    assert len(forced.leaves) == 7
+    assert forced.clusters[forced.clusters[3].parent].variance == max(c.variance for c in forced.clusters)
+    assert len(grow(points, covariance, 9, Growth(), threshold=0.0, at_most=5).leaves) == 5
+
+
+def test_nodes_that_are_all_alike_stay_together_however_loud():
+    points = np.tile(np.array([5.0, -5.0, 1.0]), (6, 1))
+    tree = grow(points, np.cov(points, bias=True), 1, Growth(), threshold=0.0)
+    assert len(tree.leaves) == 1
+
+
+def test_the_statistic_and_the_values_follow_their_knobs():
+    covariance = np.array([[2.0, -1.0], [-1.0, 4.0]])
+    members = np.array([0, 1])
+    np.testing.assert_allclose(Growth().values(covariance, members), [2.0, 1.0, 4.0])
+    np.testing.assert_allclose(Growth(absolute=False).values(covariance, members), [2.0, -1.0, 4.0])
+    np.testing.assert_allclose(Growth(diagonal=False).values(covariance, members), [1.0])
+    np.testing.assert_allclose(Growth(diagonal=False).values(covariance, members[:1]), [2.0])
+    assert Growth().variance(covariance, members) == 4.0
+    assert Growth(statistic="mean").variance(covariance, members) == pytest.approx(7.0 / 3.0)
+
+
+def test_renaming_moves_members():
+    points, covariance = layer(nodes=4)
+    tree = grow(points, covariance, 2, Growth()).renamed(np.array([1, 3, 5, 7]))
+    assert sorted(node for n in tree.leaves for node in tree.clusters[n].members) == [1, 3, 5, 7]
+    assert tree.labels(8)[[0, 2, 4, 6]].tolist() == [-1] * 4
+
+
+def test_initial_numbers():
+    assert initial_clusters(0.05, 300) == 15
+    assert initial_clusters(0.35, 6) == 3
+    assert initial_clusters(20 / 300, 300) == 20
+    assert initial_clusters(1e-6, 10) == 1
+    assert initial_clusters(1.0, 10) == 10
+
+
+@pytest.mark.parametrize("energy", [0.0, 1.0, -0.5, 1.5, float("nan")])
+def test_energy_outside_its_range_is_refused(energy):
+    with pytest.raises(ConfigError, match=r"energy must be in \(0, 1\), got"):
+        hoh_threshold([np.ones(3)], energy)
+
+
+def test_bad_requests_are_refused():
+    with pytest.raises(ConfigError, match="bins must be at least 1, got 0"):
+        Growth(bins=0)
+    with pytest.raises(ConfigError, match="statistic must be 'max' or 'mean'"):
+        Growth(statistic="median")
+    with pytest.raises(ConfigError, match=r"initial_ratio must be in \(0, 1\], got 1.2"):
+        initial_clusters(1.2, 10)
+    with pytest.raises(DataError, match="got none"):
+        hoh_threshold([], 0.5)
+    with pytest.raises(DataError, match="must be finite"):
+        hoh_threshold([np.array([np.inf, 1.0])], 0.5)
+    points, covariance = layer(nodes=5)
+    with pytest.raises(ConfigError, match=r"must be in \[1, 5\]"):
+        grow(points, covariance, 6, Growth())

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import nni_topo
+from nni_topo.clustering import ALGORITHMS
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.pruners.cluster import ClusterPruner
+from nni_topo.testing import toy_evaluator, toy_images, toy_model
+
+HIDDEN = {"op_names": ["0"]}
+
+
+def families(copies: int = 3, kinds: int = 4) -> tuple[nn.Sequential, torch.Tensor]:
+    """A layer whose neurons are ``kinds`` families of ``copies`` near copies, and data for it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, kinds * copies), nn.ReLU(), nn.Linear(kinds * copies, 3))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(kinds, 5).repeat(copies, 1))
+        model[0].weight.add_(1e-3 * torch.randn_like(model[0].weight))
+        model[0].bias.copy_(0.1 * torch.arange(kinds * copies))
+    return model, torch.randn(64, 5)
+
+
+def kept(pruner, name="0"):
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    return masks[name]["weight"].flatten(1)[:, 0].numpy() > 0
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_one_of_each_family_stays(algorithm):
+    model, data = families()
+    with torch.no_grad():
+        model[0].bias.zero_()
+    found = kept(ClusterPruner(model, [{**HIDDEN, "sparse_ratio": 2 / 3}], calibration=[data], algorithm=algorithm))
+    assert sorted(np.flatnonzero(found) % 4) == [0, 1, 2, 3]
+
+
+def test_the_survivor_is_the_one_asked_for():
+    model, data = families()
+    config = [{**HIDDEN, "sparse_ratio": 2 / 3}]
+    with torch.no_grad():
+        model[0].bias.copy_(1e-4 * torch.arange(12))
+    assert np.flatnonzero(kept(ClusterPruner(model, config, calibration=[data], survivor="bias"))).tolist() == [
+        8,
+        9,
+        10,
+        11,
+    ]
+    with torch.no_grad():
+        model[0].bias.mul_(-1)
+    assert np.flatnonzero(kept(ClusterPruner(model, config, calibration=[data], survivor="bias"))).tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    assert np.flatnonzero(kept(ClusterPruner(model, config, calibration=[data], survivor="bias_norm"))).tolist() == [
+        8,
+        9,
+        10,
+        11,
+    ]
+    with torch.no_grad():
+        model[2].weight[:, 4:8] *= 10
+    assert np.flatnonzero(kept(ClusterPruner(model, config, calibration=[data], survivor="weight"))).tolist() == [
+        4,
+        5,
+        6,
+        7,
+    ]
+
+
+def test_pairs_name_a_survivor_of_the_same_family():
+    model, data = families()
+    with torch.no_grad():
+        model[0].bias.zero_()
+    pruner = ClusterPruner(model, [{**HIDDEN, "sparse_ratio": 2 / 3}], calibration=[data])
+    stays = kept(pruner)
+    assert sorted(pruner.pairs["0"]) == np.flatnonzero(~stays).tolist()
+    assert all(stays[survivor] and survivor % 4 == gone % 4 for gone, survivor in pruner.pairs["0"].items())
+
+
+def test_the_correlation_update_brings_the_output_back():
+    model, data = families()
+    with torch.no_grad():
+        model[0].bias.zero_()
+    config = [{**HIDDEN, "sparse_ratio": 2 / 3}]
+    pruner = ClusterPruner(copy.deepcopy(model), config, calibration=[data], survivor="center")
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    updated = nni_topo.compensate(model, masks, [data], method="pair", pairs=pruner.pairs)
+    errors = [
+        ((nni_topo.masked_model(net, data, masks)(data) - model(data)).norm() / model(data).norm()).item()
+        for net in (model, updated)
+    ]
+    assert errors[0] > 0.2
+    assert errors[1] < 0.01
+
+
+def test_dead_neurons_all_go():
+    model, data = families()
+    with torch.no_grad():
+        model[0].bias[[0, 5, 7]] = -1e3
+    found = kept(ClusterPruner(model, [{**HIDDEN, "sparse_ratio": 0.5}], calibration=[data]))
+    assert not found[[0, 5, 7]].any()
+    assert found.sum() == 6
+
+
+def test_dead_neurons_go_beyond_the_ratio_and_stop_at_the_maximum():
+    model, data = families()
+    with torch.no_grad():
+        model[0].bias[:9] = -1e3
+    pruner = ClusterPruner(model, [{**HIDDEN, "sparse_ratio": 0.25}], calibration=[data])
+    assert np.flatnonzero(kept(pruner)).tolist() == [9, 10, 11]
+    capped = [{**HIDDEN, "sparse_ratio": 0.25, "max_sparse_ratio": 0.5}]
+    found = kept(ClusterPruner(model, capped, calibration=[data]))
+    assert found.sum() == 6
+    assert found[9:].all()
+    assert kept(ClusterPruner(model, [{**HIDDEN, "sparse_ratio": 0.0}], calibration=[data])).all()
+
+
+def test_a_layer_that_is_all_dead_keeps_one():
+    model, data = families()
+    with torch.no_grad():
+        model[0].bias.fill_(-1e3)
+    assert kept(ClusterPruner(model, [{**HIDDEN, "sparse_ratio": 0.5}], calibration=[data])).sum() == 1
+
+
+def test_a_threshold_on_merging_distances():
+    model, data = families()
+    with torch.no_grad():
+        model[0].bias.zero_()
+    counts = [
+        int(kept(ClusterPruner(model, [{**HIDDEN, "sparse_threshold": t}], calibration=[data], algorithm="ward")).sum())
+        for t in (0.0, 0.1, 1e9)
+    ]
+    assert counts == [12, 4, 1]
+
+
+def test_groups_of_convolutions_lose_equal_shares():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 1, groups=2), nn.ReLU(), nn.Conv2d(16, 2, 1))
+    config = [{"op_names": ["2"], "sparse_ratio": 0.5, "internal_metric_block": 2}]
+    found = kept(ClusterPruner(model, config, calibration=[torch.randn(8, 4, 6, 6)]), "2")
+    assert found[:8].sum() == found[8:].sum() == 4
+
+
+def test_bad_requests_are_refused_before_the_model_is_wrapped():
+    config = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
+    for knobs, message in (
+        ({}, "needs calibration data or an evaluator, got neither"),
+        ({"calibration": [toy_images()], "algorithm": "kmean"}, "did you mean kmeans"),
+        ({"calibration": [toy_images()], "survivor": "centre"}, "did you mean center"),
+        ({"calibration": [toy_images()], "n_init": 0}, "n_init must be an integer of at least 1, got 0"),
+        ({"calibration": [toy_images()], "pool": -1}, "pool must be"),
+    ):
+        model = toy_model()
+        with pytest.raises(ConfigError, match=message):
+            ClusterPruner(model, config, **knobs)
+        assert not any(hasattr(module, "_nni_wrapper") for module in model.modules())
+
+
+def test_constant_features_are_refused():
+    model, data = families()
+    pruner = ClusterPruner(model, [{**HIDDEN, "sparse_ratio": 0.5}], calibration=[torch.ones(8, 5)])
+    with pytest.raises(DataError, match=r"features must vary over the calibration samples.*\(0.weight\)"):
+        pruner.compress()
+    with pytest.raises(DataError, match="at least two samples"):
+        ClusterPruner(families()[0], [{**HIDDEN, "sparse_ratio": 0.5}], calibration=[data[:1]]).compress()
+
+
+def test_the_registry_asks_for_data_or_an_evaluator():
+    config = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
+    with pytest.raises(ConfigError, match="pruner 'cluster' needs calibration or evaluator, got none"):
+        nni_topo.create_pruner("cluster", toy_model(), config)
+    model = toy_model()
+    assert kept(nni_topo.create_pruner("cluster", model, config, toy_evaluator(model)), "hidden").sum() == 8

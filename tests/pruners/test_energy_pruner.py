@@ -1,0 +1,241 @@
+"""EnergyFilterPruner: Algorithm 3, ratios, groups, schedules, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import nni.compression.pruning
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nni.compression.pruning import AGPPruner, LinearPruner
+from torch import nn
+
+import nni_topo
+from nni_topo import signals
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.testing import toy_evaluator, toy_images, toy_model
+
+IMAGES = torch.ones(1, 1, 8, 8)
+
+
+def layer_with(energies):
+    """One convolution whose filters answer a chirp with given energies: kernels of a single weight."""
+    module = nn.Conv2d(1, len(energies), 1, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor(energies, dtype=torch.float64).sqrt().reshape(-1, 1, 1, 1))
+    return nn.Sequential(module)
+
+
+def kept(model, config=None, images=IMAGES, **knobs):
+    """Which filters of the first layer stay."""
+    entry = {"op_names": ["0"], **(config or {})}
+    images = images.to(model[0].weight.dtype)
+    pruner = nni_topo.EnergyFilterPruner(copy.deepcopy(model), [entry], example_inputs=images, **knobs)
+    _, masks = pruner.compress()
+    return masks["0"]["weight"].flatten(1)[:, 0].bool()
+
+
+def algorithm_3(model, threshold, images):
+    """The text's pseudocode, line by line, on one convolution."""
+    layer = copy.deepcopy(model[0]).double()
+    chirp = torch.from_numpy(signals.chirp_2d(*images.shape[2:]))
+    with torch.no_grad():
+        responses = layer(chirp.expand(1, layer.in_channels, *chirp.shape))[0]
+    energies = responses.pow(2).sum((1, 2)) / responses[0].numel()
+    energies = energies / energies.sum()
+    ordered, indices = energies.sort()
+    valid = torch.zeros(len(energies), dtype=torch.bool)
+    valid[indices[ordered.cumsum(0) > threshold]] = True
+    return valid
+
+
+@pytest.mark.parametrize("threshold", [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.9])
+def test_threshold_is_algorithm_3(threshold):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1))
+    images = torch.ones(1, 3, 12, 9)
+    assert torch.equal(kept(model, {"sparse_threshold": threshold}, images), algorithm_3(model, threshold, images))
+
+
+@pytest.mark.parametrize(("threshold", "count"), [(0.1, 9), (0.2, 8), (0.5, 5), (0.05, 10)])
+def test_ten_equal_energies(threshold, count):
+    mask = kept(layer_with([1.0] * 10), {"sparse_threshold": threshold})
+    assert mask.tolist() == [True] * count + [False] * (10 - count)
+
+
+@given(
+    energies=st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=12),
+    thresholds=st.lists(st.floats(0.001, 0.999), min_size=2, max_size=4),
+)
+@settings(max_examples=25, deadline=None)
+def test_more_goes_at_a_higher_threshold_and_never_more_energy_than_it(energies, thresholds):
+    model = layer_with(energies)
+    masks = [kept(model, {"sparse_threshold": threshold}) for threshold in sorted(thresholds)]
+    total = sum(energies)
+    for mask, threshold in zip(masks, sorted(thresholds), strict=True):
+        lost = sum(energy for energy, stays in zip(energies, mask.tolist(), strict=True) if not stays)
+        assert mask.any()
+        assert lost <= (threshold + 1e-6) * total
+    for looser, tighter in itertools.pairwise(masks):
+        assert not (tighter & ~looser).any()
+
+
+@given(energies=st.lists(st.integers(1, 1000), min_size=4, max_size=10, unique=True), scale=st.floats(0.01, 100.0))
+@settings(max_examples=20, deadline=None)
+def test_scale_and_order_do_not_matter(energies, scale):
+    config = {"sparse_threshold": 0.3}
+    first = kept(layer_with(energies), config)
+    assert torch.equal(kept(layer_with([scale * energy for energy in energies]), config), first)
+    assert torch.equal(kept(layer_with(energies[::-1]), config).flip(0), first)
+
+
+def test_ratio_takes_the_weakest():
+    assert kept(layer_with([5, 1, 4, 2, 3]), {"sparse_ratio": 0.4}).tolist() == [True, False, True, False, True]
+    assert kept(layer_with([5, 1, 4, 2, 3]), {"sparse_ratio": 0.39}).tolist() == [True, False, True, True, True]
+
+
+def test_bounds_hold_for_thresholds():
+    model = layer_with([5, 1, 4, 2, 3])
+    assert kept(model, {"sparse_threshold": 0.99, "max_sparse_ratio": 0.4}).sum() == 3
+    assert kept(model, {"sparse_threshold": 0.01, "min_sparse_ratio": 0.6}).sum() == 2
+
+
+def test_one_filter_always_stays():
+    assert kept(layer_with([1.0, 1e9]), {"sparse_threshold": 1 - 1e-12}).tolist() == [False, True]
+    assert kept(layer_with([0.0, 0.0, 0.0]), {"sparse_threshold": 0.9}).sum() == 1
+
+
+def test_bias_counts_unless_told_otherwise():
+    model = layer_with([1.0, 4.0])
+    model[0].bias = nn.Parameter(torch.tensor([5.0, 0.0], dtype=torch.float64))
+    assert kept(model, {"sparse_ratio": 0.5}).tolist() == [True, False]
+    assert kept(model, {"sparse_ratio": 0.5}, bias=False).tolist() == [False, True]
+
+
+def test_a_global_group_is_one_threshold_over_the_layers():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1))
+    shares, masks = {}, {}
+    pruner = nni_topo.EnergyFilterPruner(
+        model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.4, "global_group_id": 1}], example_inputs=IMAGES
+    )
+    metrics = pruner._calculate_metrics(pruner._collect_data())
+    for name, found in pruner._generate_sparsity(metrics).items():
+        masks[name] = found["weight"].flatten(1)[:, 0].bool()
+        shares[name] = metrics[name]["weight"].flatten()
+    pruned = torch.cat([shares[name][~masks[name]] for name in masks])
+    stays = torch.cat([shares[name][masks[name]] for name in masks])
+    assert pruned.max() <= stays.min()
+
+
+@pytest.mark.parametrize("rule", [{"sparse_ratio": 0.5}, {"sparse_threshold": 0.3}])
+def test_groups_lose_the_same_filters_by_ratio_and_by_threshold(rule):
+    config = nni_topo.dependency_groups(toy_model(), toy_images(1), [{"op_types": ["Conv2d"], **rule}])
+    model = toy_model()
+    pruner = nni_topo.EnergyFilterPruner(model, config, example_inputs=toy_images(1))
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    assert torch.equal(masks["stem"]["bias"], masks["inner"]["bias"])
+    assert 0 < masks["stem"]["bias"].sum() < 8
+    assert nni_topo.to_dense(model, toy_images(2), masks).stem.out_channels == int(masks["stem"]["bias"].sum())
+
+
+def test_a_grouped_convolution_loses_as_many_filters_of_each_group():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2))
+    images = torch.ones(1, 4, 9, 9)
+    config = nni_topo.dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_threshold": 0.4}])
+    pruner = nni_topo.EnergyFilterPruner(model, config, example_inputs=images)
+    _, masks = pruner.compress()
+    halves = masks["0"]["weight"].flatten(1)[:, 0].reshape(2, 4).sum(1)
+    assert halves[0] == halves[1] > 0
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d(3, 6, 3), nn.Conv3d(3, 6, 3), nn.ConvTranspose2d(3, 6, 3)])
+def test_other_dimensions_and_transposed_convolutions(layer):
+    images = torch.ones(1, 3, *[7] * len(layer.kernel_size))
+    model = nn.Sequential(layer)
+    config = [{"op_names": ["0"], "sparse_ratio": 0.5}]
+    pruner = nni_topo.EnergyFilterPruner(model, config, example_inputs=images)
+    _, masks = pruner.compress()
+    dim = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+    assert masks["0"]["weight"].movedim(dim, 0).flatten(1).any(1).sum() == 3
+    assert masks["0"]["bias"].sum() == 3
+
+
+@pytest.mark.parametrize("scheduler", [LinearPruner, AGPPruner])
+def test_schedules_measure_again_and_never_bring_a_filter_back(scheduler):
+    model = toy_model()
+    evaluator = toy_evaluator(model)
+    config = [{"op_names": ["stem"], "sparse_ratio": 0.75}]
+    sub = nni_topo.EnergyFilterPruner(model, config, evaluator, example_inputs=toy_images(1))
+    rounds, measured = [], sub._calculate_metrics
+
+    def remember(data):
+        rounds.append(data["stem"]["weight"][:, 0].clone())
+        return measured(data)
+
+    sub._calculate_metrics = remember
+    scheduled = scheduler(sub, interval_steps=4, total_times=3)
+    _, masks = scheduled.compress(max_steps=16, max_epochs=None)
+    scheduled.unwrap_model()
+    assert len(rounds) >= 3
+    for before, after in itertools.pairwise(rounds):
+        assert ((after > 0) <= (before > 0)).all()
+        assert not torch.equal(before[after > 0], after[after > 0])
+    assert masks["stem"]["bias"].sum() == 2
+
+
+def test_data_collector_keeps_what_answers_the_data():
+    model = layer_with([1.0, 4.0])
+    model[0].bias = nn.Parameter(torch.tensor([0.0, -2.0], dtype=torch.float64))  # silent where the image is 1
+    assert kept(model, {"sparse_ratio": 0.5}).tolist() == [False, True]
+    calibration = [torch.ones(4, 1, 8, 8, dtype=torch.float64)]
+    assert kept(model, {"sparse_ratio": 0.5}, collector="data", calibration=calibration).tolist() == [True, False]
+
+
+def test_it_is_where_users_look():
+    assert nni_topo.create_pruner("energy", toy_model(), [], example_inputs=toy_images(1)).__class__.__name__
+    assert nni.compression.pruning.EnergyFilterPruner is nni_topo.EnergyFilterPruner
+
+
+class IntegerConv(nn.Conv2d):
+    """A convolution whose weights are integers, as quantised ones are."""
+
+    def __init__(self):
+        super().__init__(1, 4, 3)
+        self.weight = nn.Parameter(torch.ones(4, 1, 3, 3, dtype=torch.int8), requires_grad=False)
+
+
+IntegerConv.__name__ = "Conv2d"
+CONV = {"op_types": ["Conv2d"], "sparse_ratio": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("layer", "entry", "knobs", "error", "words"),
+    [
+        (nn.Conv2d(1, 4, 3), {"sparse_threshold": 0.0}, {}, ConfigError, "in \\(0, 1\\), got 0.0"),
+        (nn.Conv2d(1, 4, 3), {"sparse_threshold": 1.0}, {}, ConfigError, "in \\(0, 1\\), got 1.0"),
+        (nn.Conv2d(1, 4, 3), {"sparse_threshold": 1.5}, {}, ConfigError, "got 1.5 \\(config_list\\[0\\]\\)"),
+        (nn.Conv2d(1, 4, 3), {"sparse_threshold": -0.1}, {}, ConfigError, "got -0.1"),
+        (nn.Conv2d(1, 4, 9), CONV, {}, ConfigError, "kernel 9x9, got 8x8 \\(0\\)"),
+        (nn.Conv2d(1, 4, 3), CONV, {"example_inputs": None}, ConfigError, "must be known, got no example_inputs"),
+        (nn.Linear(8, 4), {"sparse_ratio": 0.5}, {}, ConfigError, "must meet a convolution, got Linear.*\\(0\\)"),
+        (nn.BatchNorm2d(1), {"sparse_ratio": 0.5}, {}, ConfigError, "for convolutions, got BatchNorm2d \\(0\\)"),
+        (nn.Conv2d(1, 4, 3, dtype=torch.complex64), CONV, {}, DataError, "got torch.complex64 \\(0.weight\\)"),
+        (IntegerConv(), CONV, {}, DataError, "got torch.int8 \\(0.weight\\)"),
+        (nn.Conv2d(1, 4, 3), CONV, {"collector": "chrip"}, ConfigError, "did you mean chirp"),
+        (nn.Conv2d(1, 4, 3), CONV, {"collector": "data"}, ConfigError, "calibration data or an evaluator"),
+    ],
+)
+def test_bad_requests_are_refused_before_wrapping(layer, entry, knobs, error, words):
+    model = nn.Sequential(layer)
+    before = copy.deepcopy(model.state_dict())
+    entry = {"op_names": ["0"], **{key: value for key, value in entry.items() if key != "op_types"}}
+    with pytest.raises(error, match=words):
+        nni_topo.EnergyFilterPruner(model, [entry], **{"example_inputs": IMAGES, **knobs})
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not hasattr(model[0], "_nni_wrapper")

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import nni_topo
+from nni_topo.errors import ConfigError
+from nni_topo.pruners.subcluster import SubclusterPruner
+from nni_topo.testing import toy_images, toy_model
+
+HIDDEN = {"op_names": ["0"]}
+
+
+def net(nodes: int = 60, seed: int = 0) -> tuple[nn.Sequential, torch.Tensor]:
+    """A layer of neurons of very different strength, and data for it."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, nodes), nn.ReLU(), nn.Linear(nodes, 3))
+    with torch.no_grad():
+        model[0].weight *= torch.linspace(0.02, 3.0, nodes)[:, None]
+    return model, torch.randn(100, 6)
+
+
+def run(pruner, name="0"):
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    return masks[name]["weight"].flatten(1)[:, 0].numpy() > 0
+
+
+def test_it_needs_no_ratio_and_keeps_one_node_of_each_leaf():
+    model, data = net()
+    pruner = SubclusterPruner(model, [HIDDEN], calibration=[data], energy=0.8)
+    kept = run(pruner)
+    tree = pruner.trees["0.weight"]
+    assert len(tree.initial) == 3
+    assert 3 < len(tree.leaves) < 60
+    labels = tree.labels(60)
+    assert sorted(labels[kept]) == list(range(len(tree.leaves)))
+
+
+def test_the_survivor_of_a_linear_layer_has_the_largest_weights():
+    model, data = net()
+    pruner = SubclusterPruner(model, [HIDDEN], calibration=[data], energy=0.8)
+    kept = run(pruner)
+    strength = (model[0].weight.abs().sum(1) + model[2].weight.abs().sum(0)).detach().numpy()
+    labels = pruner.trees["0.weight"].labels(60)
+    for label in range(labels.max() + 1):
+        members = np.flatnonzero(labels == label)
+        assert kept[members[strength[members].argmax()]]
+
+
+def test_the_survivor_of_a_convolution_has_the_largest_bias():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 12, 3), nn.ReLU(), nn.Conv2d(12, 2, 3))
+    pruner = SubclusterPruner(model, [HIDDEN], calibration=[torch.randn(10, 2, 8, 8)], energy=0.9)
+    kept = run(pruner)
+    tree, bias = pruner.trees["0.weight"], model[0].bias.abs().detach().numpy()
+    assert len(tree.initial) == 5
+    labels = tree.labels(12)
+    assert all(bias[labels == labels[n]].max() == bias[n] for n in np.flatnonzero(kept))
+
+
+def test_more_energy_keeps_fewer():
+    model, data = net()
+    counts = [run(SubclusterPruner(model, [HIDDEN], calibration=[data], energy=p)).sum() for p in (0.1, 0.5, 0.9)]
+    assert counts[0] > counts[2]
+    assert counts == sorted(counts, reverse=True)
+
+
+@pytest.mark.parametrize("cap", ["sparse_ratio", "max_sparse_ratio"])
+def test_ratios_are_caps(cap):
+    model, data = net()
+    knobs = {"calibration": [data], "energy": 0.9, "initial_ratio": 0.05}
+    free = int(run(SubclusterPruner(model, [HIDDEN], **knobs)).sum())
+    assert free < 45
+    assert run(SubclusterPruner(model, [{**HIDDEN, cap: 0.25}], **knobs)).sum() == 45
+    assert run(SubclusterPruner(model, [{**HIDDEN, cap: 0.99}], **knobs)).sum() == free
+
+
+def test_a_minimum_ends_the_growth():
+    model, data = net()
+    config = [{**HIDDEN, "min_sparse_ratio": 0.9}]
+    assert run(SubclusterPruner(model, config, calibration=[data], energy=0.01)).sum() == 6
+
+
+def test_a_threshold_takes_the_place_of_the_histograms():
+    model, data = net()
+    pruner = SubclusterPruner(model, [{**HIDDEN, "sparse_threshold": 0.5}], calibration=[data])
+    kept = run(pruner)
+    tree = pruner.trees["0.weight"]
+    assert tree.threshold == 0.5
+    variances = torch.relu(model[0](data)).var(0, correction=0).detach().numpy()
+    assert kept[variances > 0.5 + 1e-6].all()
+
+
+def test_dead_neurons_all_go_as_far_as_the_cap_lets_them():
+    model, data = net()
+    with torch.no_grad():
+        model[0].bias[:40] = -1e3
+    pruner = SubclusterPruner(model, [HIDDEN], calibration=[data], energy=0.1)
+    assert not run(pruner)[:40].any()
+    assert set(pruner.pairs["0"]) & set(range(40)) == set()
+    assert run(SubclusterPruner(model, [{**HIDDEN, "max_sparse_ratio": 0.5}], calibration=[data])).sum() == 30
+    with torch.no_grad():
+        model[0].bias.fill_(-1e3)
+    assert run(SubclusterPruner(model, [HIDDEN], calibration=[data])).sum() == 1
+
+
+def test_dependency_groups_cluster_together():
+    config = [{"op_names": ["stem", "inner"], "dependency_group_id": "residual"}]
+    pruner = SubclusterPruner(toy_model(), config, calibration=[toy_images()], energy=0.9)
+    _, masks = pruner.compress()
+    assert torch.equal(masks["stem"]["bias"], masks["inner"]["bias"])
+    assert list(pruner.trees) == ["stem.weight+inner.weight"]
+
+
+def test_a_ratio_of_one_member_caps_the_group():
+    config = [
+        {"op_names": ["stem"], "dependency_group_id": "residual", "sparse_ratio": 0.25},
+        {"op_names": ["inner"], "dependency_group_id": "residual"},
+    ]
+    pruner = SubclusterPruner(toy_model(), config, calibration=[toy_images()], energy=0.99, initial_ratio=0.1)
+    assert run(pruner, "inner").sum() == 6
+
+
+def test_same_seed_same_tree():
+    model, data = net()
+    trees = []
+    for _ in range(2):
+        pruner = SubclusterPruner(model, [HIDDEN], calibration=list(data.split(30)), seed=4)
+        run(pruner)
+        trees.append(pruner.trees)
+    assert trees[0] == trees[1]
+
+
+def test_knobs_by_layer():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 20), nn.ReLU(), nn.Linear(20, 3))
+    config = [{"op_names": ["0", "2"]}]
+    data = [torch.randn(64, 6)]
+    pruner = SubclusterPruner(model, config, calibration=data, initial_ratio={"0": 0.25}, energy={"2": 0.9})
+    run(pruner)
+    assert len(pruner.trees["0.weight"].initial) == 10
+    assert len(pruner.trees["2.weight"].initial) == 1
+    alone = SubclusterPruner(model, [{"op_names": ["2"]}], calibration=data, energy=0.9)
+    run(alone, "2")
+    assert alone.trees["2.weight"].threshold == pruner.trees["2.weight"].threshold
+
+
+def test_the_masks_make_a_dense_model():
+    model, data = net()
+    pruner = SubclusterPruner(model, [HIDDEN], calibration=[data], energy=0.8)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    dense = nni_topo.to_dense(model, data, masks)
+    assert dense[0].out_features == len(pruner.trees["0.weight"].leaves)
+
+
+def test_bad_requests_are_refused():
+    data = {"calibration": [toy_images()]}
+    config = [{"op_names": ["hidden"]}]
+    for knobs, message in (
+        ({}, "needs calibration data or an evaluator"),
+        ({**data, "energy": 1.0}, r"energy must be in \(0, 1\), got 1.0"),
+        ({**data, "energy": {"hidden": 0.0}}, r"energy must be in \(0, 1\), got 0.0"),
+        ({**data, "energy": {"hiden": 0.5}}, "energy must name modules of the model, got hiden"),
+        ({**data, "initial_ratio": 1.5}, r"initial_ratio must be in \(0, 1\], got 1.5"),
+        ({**data, "statistic": "median"}, "statistic must be"),
+        ({**data, "survivor": []}, "at least one rule"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            SubclusterPruner(toy_model(), config, **knobs)
+
+
+@pytest.mark.slow
+def test_a_wide_layer_takes_less_than_a_minute():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(784, 4096), nn.ReLU(), nn.Linear(4096, 10))
+    pruner = SubclusterPruner(model, [HIDDEN], calibration=list(torch.rand(2000, 784).split(500)))
+    assert 205 <= run(pruner).sum() < 4096

@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from nni.compression.pruning import AGPPruner, LevelPruner, LinearPruner
+from torch import nn
+
+import nni_topo
+from nni_topo import topology
+from nni_topo.analysis import connectivity
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.pruners.topological_magnitude import TopologicalMagnitudePruner
+from nni_topo.testing import toy_evaluator, toy_images, toy_model
+
+LAYERS = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.7}]
+
+
+def masks_of(model: nn.Module, config: list[dict], **knobs) -> dict[str, dict[str, torch.Tensor]]:
+    pruner = TopologicalMagnitudePruner(model, config, **knobs)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    return masks
+
+
+def channel_trees(model: nn.Module) -> dict[str, np.ndarray]:
+    return {
+        name: topology.channel_tree(module.weight.detach().numpy(), groups=getattr(module, "groups", 1))
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear))
+    }
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.7])
+def test_the_tree_and_then_the_largest_weights_stay(ratio):
+    model = toy_model()
+    trees = channel_trees(model)
+    masks = masks_of(model, [{**LAYERS[0], "sparse_ratio": ratio}])
+    assert set(masks) == set(trees)
+    for name, tree in trees.items():
+        size = np.abs(model.get_submodule(name).weight.detach().numpy())
+        kept = masks[name]["weight"].bool().numpy()
+        assert kept.sum() == kept.size - int(kept.size * ratio)
+        assert kept[tree].all()
+        if not kept.all():
+            assert size[kept & ~tree].min(initial=np.inf) >= size[~kept].max()
+        assert masks[name]["bias"].bool().all()
+
+
+def test_where_the_tree_is_among_the_largest_it_is_nnis_magnitude_pruning():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 20))
+    size = model[0].weight.abs()
+    tree = torch.from_numpy(topology.maximum_spanning_tree(size.detach().numpy()))
+    ratio = float((size < size[tree].min()).double().mean()) * 0.999
+    config = [{"op_names": ["0"], "sparse_ratio": ratio}]
+    ours = masks_of(copy.deepcopy(model), config)
+    _, theirs = LevelPruner(model, config).compress()
+    assert torch.equal(ours["0"]["weight"], theirs["0"]["weight"])
+
+
+@pytest.mark.parametrize("knobs", [{}, {"on_subcritical": "clip"}])
+def test_a_global_group_ranks_all_layers_and_leaves_every_tree(knobs):
+    model = toy_model()
+    trees = channel_trees(model)
+    masks = masks_of(model, [{**LAYERS[0], "sparse_ratio": 0.8, "global_group_id": 1}], **knobs)
+    kept = {name: targets["weight"].bool().numpy() for name, targets in masks.items()}
+    total = sum(mask.size for mask in kept.values())
+    assert sum(mask.sum() for mask in kept.values()) == total - int(0.8 * total)
+    assert all(kept[name][tree].all() for name, tree in trees.items())
+    size = {name: np.abs(model.get_submodule(name).weight.detach().numpy()) for name in kept}
+    lost = max(size[name][~mask].max() for name, mask in kept.items())
+    assert min(size[name][mask & ~trees[name]].min(initial=np.inf) for name, mask in kept.items()) >= lost
+
+
+def test_a_threshold_keeps_the_tree_and_the_larger_weights():
+    model = toy_model()
+    tree = channel_trees(model)["hidden"]
+    size = np.abs(model.hidden.weight.detach().numpy())
+    masks = masks_of(model, [{"op_names": ["hidden"], "sparse_threshold": 0.3}])
+    np.testing.assert_array_equal(masks["hidden"]["weight"].bool().numpy(), tree | (size >= 0.3))
+    masks = masks_of(model, [{"op_names": ["hidden"], "sparse_threshold": 100.0}])
+    np.testing.assert_array_equal(masks["hidden"]["weight"].bool().numpy(), tree)
+
+
+@pytest.mark.parametrize("group", [{}, {"global_group_id": "all"}])
+def test_a_ratio_beyond_the_critical_one_is_refused_with_its_layer_before_wrapping(group):
+    model = toy_model()
+    before = dict(model.named_parameters())
+    config = [{"op_names": ["hidden", "head"], "sparse_ratio": 0.9, **group}]
+    message = r"tree of 23 of 128 weights, .* at most 0.820312 \(compression 5.56522\), got 13 left.*\(hidden.weight\)"
+    if group:
+        message = r"tree of 42 of 192 weights, .* got 20 left.*\(hidden.weight\+head.weight\)"
+    with pytest.raises(ConfigError, match=message):
+        TopologicalMagnitudePruner(model, config)
+    assert all(before[name] is parameter for name, parameter in model.named_parameters())
+    masks = masks_of(model, config, on_subcritical="clip")
+    trees = channel_trees(model)
+    for name in ("hidden", "head"):
+        np.testing.assert_array_equal(masks[name]["weight"].bool().numpy(), trees[name])
+
+
+def test_the_highest_ratio_that_is_allowed_keeps_the_tree_alone():
+    model = toy_model()
+    pruner = TopologicalMagnitudePruner(copy.deepcopy(model), LAYERS)
+    assert pruner.critical_ratios() == pytest.approx(
+        {"stem": 216 / 10, "inner": 576 / 15, "hidden": 128 / 23, "head": 64 / 19}
+    )
+    masks = masks_of(model, [{"op_names": ["inner"], "sparse_ratio": 1 - 15 / 576}])
+    np.testing.assert_array_equal(masks["inner"]["weight"].bool().numpy(), channel_trees(model)["inner"])
+
+
+@pytest.mark.parametrize("conv_graph", ["toeplitz", "toeplitz_full"])
+def test_toeplitz_graphs(conv_graph):
+    model = toy_model()
+    graph = topology.convolution_graph((8, 8, 3, 3), (10, 10))
+    weight = model.inner.weight.detach().numpy()
+    forest = np.unique(topology.spanning_forest(weight, graph).elements)
+    wanted = topology.plane_trees(weight, graph)
+    if conv_graph == "toeplitz_full":
+        wanted = np.isin(np.arange(weight.size), forest).reshape(weight.shape)
+    knobs = {"conv_graph": conv_graph, "example_inputs": toy_images(1)}
+    config = [{"op_names": ["inner"], "sparse_ratio": 0.99}]
+    masks = masks_of(model, config, on_subcritical="clip", **knobs)
+    np.testing.assert_array_equal(masks["inner"]["weight"].bool().numpy(), wanted)
+    with pytest.raises(ConfigError, match=f"spanning tree of {wanted.sum()} of 576 weights"):
+        TopologicalMagnitudePruner(model, config, **knobs)
+    channel = channel_trees(model)["inner"].sum()
+    assert channel < len(forest) < topology.plane_trees(weight, graph).sum()
+
+
+def test_a_toeplitz_graph_needs_a_layer_that_runs():
+    model = toy_model()
+    model.spare = nn.Conv2d(2, 2, 3)
+    config = [{"op_names": ["spare"], "sparse_ratio": 0.5}]
+    with pytest.raises(ConfigError, match=r"example_inputs that run every layer, got one that isn't run \(spare\)"):
+        TopologicalMagnitudePruner(model, config, conv_graph="toeplitz", example_inputs=toy_images(1))
+    assert int(masks_of(model, config)["spare"]["weight"].sum()) == 18
+
+
+def test_grouped_convolutions_and_one_dimension():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(2), nn.Conv1d(8, 2, 2))
+    config = [{"op_types": ["Conv2d", "Conv1d"], "sparse_ratio": 0.95}]
+    masks = masks_of(model, config, on_subcritical="clip")
+    assert [int(masks[name]["weight"].sum()) for name in ("0", "1", "3")] == [10, 8, 9]
+
+
+def test_no_channel_is_ever_cut_off_where_magnitude_pruning_cuts_many():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 10))
+    images = torch.zeros(1, 1, 8, 8)
+    config = [{"op_types": ["Linear"], "sparse_ratio": 0.97}]
+    ours = masks_of(copy.deepcopy(model), config, on_subcritical="clip")
+    found = connectivity(model, images, ours)
+    assert found.outputs == found.channels == 1.0
+    _, theirs = LevelPruner(copy.deepcopy(model), config).compress()
+    assert connectivity(model, images, theirs).channels < 0.8
+
+
+@pytest.mark.parametrize("weights", [0.0, 0.25])
+def test_layers_of_equal_weights_and_of_one_output(weights):
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 1))
+    for layer in model:
+        nn.init.constant_(layer.weight, weights)
+    masks = masks_of(model, [{"op_types": ["Linear"], "sparse_ratio": 0.9}], on_subcritical="clip")
+    expected = torch.zeros(4, 6)
+    expected[0], expected[:, 0] = 1, 1
+    assert torch.equal(masks["0"]["weight"], expected)
+    assert masks["1"]["weight"].all()
+
+
+@pytest.mark.parametrize("scheduler", [LinearPruner, AGPPruner])
+def test_nnis_schedulers_drive_it(scheduler):
+    model = toy_model()
+    pruner = TopologicalMagnitudePruner(model, LAYERS, toy_evaluator(model))
+    scheduled = scheduler(pruner, interval_steps=2, total_times=3)
+    _, masks = scheduled.compress(max_steps=8, max_epochs=None)
+    scheduled.unwrap_model()
+    for targets in masks.values():
+        assert int(targets["weight"].sum()) == targets["weight"].numel() - int(targets["weight"].numel() * 0.7)
+    assert connectivity(model, toy_images(1), masks).channels == 1.0
+
+
+def test_rounds_take_equal_shares_and_never_bring_a_weight_back():
+    model = toy_model()
+    found: list[dict[str, torch.Tensor]] = []
+    knobs = {"rounds": 3, "on_round": lambda _: found.append(pruner.get_masks())}
+    pruner = TopologicalMagnitudePruner(model, LAYERS, toy_evaluator(model), **knobs)
+    _, masks = pruner.compress(max_epochs=1)
+    assert [record.kept["inner.weight"] for record in pruner.history] == pytest.approx(
+        [0.3 ** (1 / 3), 0.3 ** (2 / 3), 0.3], abs=2 / 576
+    )
+    for name in masks:
+        kept = [masks_then[name]["weight"].bool() for masks_then in found]
+        assert all(bool((later <= earlier).all()) for earlier, later in pairwise(kept))
+        weight = model.get_submodule(name)._nni_wrapper.weight
+        assert bool((weight[~kept[-1]] == 0).all())
+    assert connectivity(toy_model(), toy_images(1), masks).channels == 1.0
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_rewound_weights_start_each_round_where_they_were(early):
+    model = toy_model()
+    state = copy.deepcopy(toy_model(seed=5).state_dict() if early else model.state_dict())
+    starts: list[dict[str, torch.Tensor]] = []
+    evaluator = toy_evaluator(model)
+    training = evaluator.training_func
+
+    def noting(net, *arguments):
+        starts.append({name: value.detach().clone() for name, value in net.named_parameters()})
+        training(net, *arguments)
+
+    evaluator.training_func = noting
+    pruner = TopologicalMagnitudePruner(model, LAYERS, evaluator, rounds=2, rewind=state if early else "initial")
+    _, masks = pruner.compress(max_epochs=1)
+    assert len(starts) == 2
+    for start in starts:
+        assert torch.equal(start["norm.weight"], state["norm.weight"])
+    kept = masks["inner"]["weight"].bool()
+    assert torch.equal(starts[1]["inner._nni_wrapper.weight"][kept], state["inner.weight"][kept])
+    assert bool((starts[1]["inner._nni_wrapper.weight"][~kept] == 0).all())
+
+
+def test_it_is_repeatable_and_leaves_the_model_as_it_was():
+    model = toy_model()
+    before = copy.deepcopy(model.state_dict())
+    first, second = masks_of(model, LAYERS), masks_of(toy_model(), LAYERS)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(torch.equal(first[name]["weight"], second[name]["weight"]) for name in first)
+
+
+def test_from_compressor_prunes_what_the_first_left():
+    model = toy_model()
+    first = TopologicalMagnitudePruner(model, [{"op_names": ["stem"], "sparse_ratio": 0.5}])
+    first.compress()
+    second = TopologicalMagnitudePruner.from_compressor(first, [{"op_names": ["inner"], "sparse_ratio": 0.5}])
+    second.update_masks(second.generate_masks())
+    masks = second.get_masks()
+    assert [int(masks[name]["weight"].sum()) for name in ("stem", "inner")] == [108, 288]
+
+
+@pytest.mark.parametrize(
+    ("config", "knobs", "message"),
+    [
+        (LAYERS, {"on_subcritical": "cut"}, "on_subcritical must be a known name"),
+        (LAYERS, {"conv_graph": "toeplit"}, "did you mean toeplitz"),
+        (LAYERS, {"conv_graph": "toeplitz"}, "needs example_inputs"),
+        (LAYERS, {"rounds": 0}, "at least 1, got 0"),
+        (LAYERS, {"rounds": 1.5}, "at least 1, got 1.5"),
+        (LAYERS, {"rewind": "start"}, "rewind must be a known name"),
+        (LAYERS, {"rewind": {"nowhere": torch.ones(2)}}, r"got nowhere of shape \(2,\), which it hasn't"),
+        (LAYERS, {"rewind": {"head.bias": torch.ones(2)}}, r"the model's is \(4,\)"),
+        ([{"op_types": ["BatchNorm2d"], "sparse_ratio": 0.5}], {}, r"got the weight of a BatchNorm2d \(norm\)"),
+        ([{**LAYERS[0], "granularity": "out_channel"}], {}, "granularity must be left out, got out_channel"),
+        ([{**LAYERS[0], "dependency_group_id": 1}], {}, "dependency_group_id must be left out, got 1"),
+        ([{"op_types": ["LSTM"], "sparse_ratio": 0.5}], {}, "at least one module"),
+    ],
+)
+def test_bad_requests_are_refused_before_wrapping(config, knobs, message):
+    model = toy_model()
+    with pytest.raises(ConfigError, match=message):
+        TopologicalMagnitudePruner(model, config, **knobs)
+    assert not any(hasattr(module, "_nni_wrapper") for module in model.modules())
+
+
+def test_bad_weights_are_refused():
+    model = toy_model()
+    model.inner.weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(DataError, match=r"inner\.weight"):
+        TopologicalMagnitudePruner(model, LAYERS)
+    with pytest.warns(UserWarning, match="zero-element"):
+        empty = nn.Sequential(nn.Linear(0, 3))
+    with pytest.raises(DataError, match=r"must have weights, got none \(0\)"):
+        TopologicalMagnitudePruner(empty, [{"op_names": ["0"], "sparse_ratio": 0.5}])
+
+
+def test_rounds_need_an_evaluator_and_a_length():
+    with pytest.raises(ConfigError, match="got no evaluator"):
+        TopologicalMagnitudePruner(toy_model(), LAYERS, rounds=2).compress(max_epochs=1)
+    model = toy_model()
+    with pytest.raises(ConfigError, match="got an evaluator, None and None \\(compress"):
+        TopologicalMagnitudePruner(model, LAYERS, toy_evaluator(model), rounds=2).compress()
+
+
+def test_it_stands_in_the_table():
+    assert nni_topo.TopologicalMagnitudePruner is TopologicalMagnitudePruner
+    pruner = nni_topo.create_pruner("topological_magnitude", toy_model(), LAYERS, on_subcritical="clip")
+    assert pruner.on_subcritical == "clip"
+    assert not nni_topo.pruner_info("topological_magnitude").structured
