@@ -23,16 +23,19 @@ import torch
 from energy_nets import NETS, trained
 from scipy.stats import spearmanr
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from nni_topo import EnergyFilterPruner, create_pruner, dependency_groups, masked_model, recalibrate_batch_norm, zoo
 from nni_topo.analysis.energy import THRESHOLDS, study_energy
+from nni_topo.analysis.energy_plots import compression_plot
 from nni_topo.runner.records import append_record, provenance, read_records
 from nni_topo.runner.widths import inner_layers
 
 IMAGENET = ("torchvision/vgg16", "torchvision/resnet101")
 SHARED_THRESHOLDS = (0.05, 0.1, 0.2)
-RANDOM_SEEDS = 5
+RANDOM_SEEDS = 3
 CALIBRATION = 1024
+RIVAL_IMAGES = 500
 CHIRPS: dict[str, dict[str, Any]] = {
     "chirp": {},
     "chirp, radial": {"direction": "radial"},
@@ -65,7 +68,7 @@ def main() -> None:
 
 
 def cost(name: str) -> dict[str, Any]:
-    """Seconds of a whole pruning at 224 pixels beside a plain forward pass, and the filters each threshold takes."""
+    """CPU seconds of a whole pruning at 224 pixels beside a plain forward pass, and what each threshold takes."""
     model = zoo.create_model(name, num_classes=1000, in_channels=3, image_size=224, seed=0).eval()
     images = torch.zeros(1, 3, 224, 224)
     layers = [n for n in inner_layers(model, images) if not isinstance(model.get_submodule(n), nn.Linear)]
@@ -95,25 +98,34 @@ def cost(name: str) -> dict[str, Any]:
     }
 
 
-def rivals(label: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Accuracy, as it is and re-calibrated, with as many filters of each layer gone as each threshold takes."""
+def compression(label: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Filters that each threshold takes from each layer, with a picture."""
     model, data = trained(label, options.data_dir, options.out)
     example = data.test.tensors[0][:2]
+    study = study_energy(model, _layers(model, example), example, together=False)
+    compression_plot(study).savefig(options.out / f"compression_{label}.png", dpi=130)
+    layers = {row.name: [row.filters, *(row.removed[t] for t in THRESHOLDS)] for row in study.layers}
+    return {"layers": list(layers.items())}
+
+
+def rivals(label: str, threshold: float, options: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy, as it is and re-calibrated, with as many filters of each layer gone as the threshold takes."""
+    model, data = trained(label, options.data_dir, options.out)
+    test = TensorDataset(*data.test[:RIVAL_IMAGES])
+    example = test.tensors[0][:2]
     images = data.train.tensors[0][:CALIBRATION].split(128)
-    study = study_energy(model, _layers(model, example), example, thresholds=SHARED_THRESHOLDS, together=False)
-    rows: dict[str, Any] = {}
-    for threshold in SHARED_THRESHOLDS:
-        ratios = {n: (row.removed[threshold] + 0.5) / row.filters for row in study.layers for n in row.layers}
-        entries = [{"op_names": [n], "sparse_ratio": min(ratio, 0.999)} for n, ratio in ratios.items()]
-        config = dependency_groups(model, example, entries)
-        for row, masks in _all_masks(model, config, example, images):
-            pruned = masked_model(model, example, masks)
-            once = zoo.evaluate(pruned, data.test)
-            again = zoo.evaluate(recalibrate_batch_norm(pruned, images), data.test)
-            rows.setdefault(row, {}).setdefault(str(threshold), []).append([once, again])
-    removed = {str(t): sum(row.removed[t] for row in study.layers) for t in SHARED_THRESHOLDS}
+    study = study_energy(model, _layers(model, example), example, thresholds=[threshold], together=False)
+    ratios = {n: (row.removed[threshold] + 0.5) / row.filters for row in study.layers for n in row.layers}
+    entries = [{"op_names": [n], "sparse_ratio": min(ratio, 0.999)} for n, ratio in ratios.items()]
+    config = dependency_groups(model, example, entries)
+    rows: dict[str, list[list[float]]] = {}
+    for row, masks in _all_masks(model, config, example, images):
+        pruned = masked_model(model, example, masks)
+        repaired = recalibrate_batch_norm(pruned, images)
+        rows.setdefault(row, []).append([zoo.evaluate(pruned, test), zoo.evaluate(repaired, test)])
+    removed = sum(row.removed[threshold] for row in study.layers)
     filters = sum(row.filters for row in study.layers)
-    return {"rows": rows, "removed": removed, "filters": filters, "before": zoo.evaluate(model, data.test)}
+    return {"rows": list(rows.items()), "removed": removed, "filters": filters, "before": zoo.evaluate(model, test)}
 
 
 def correlation(label: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -139,7 +151,12 @@ def correlation(label: str, options: argparse.Namespace) -> dict[str, Any]:
 SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     **{f"cost {name}": lambda _, name=name: cost(name) for name in IMAGENET},
     **{f"correlation {label}": lambda options, label=label: correlation(label, options) for label in NETS},
-    **{f"rivals {label}": lambda options, label=label: rivals(label, options) for label in ("vgg16", "resnet20")},
+    **{f"compression {label}": lambda options, label=label: compression(label, options) for label in NETS},
+    **{
+        f"rivals {label} {t:g}": lambda options, label=label, t=t: rivals(label, t, options)
+        for label in ("vgg16", "resnet20")
+        for t in SHARED_THRESHOLDS
+    },
 }
 
 
@@ -148,7 +165,7 @@ def print_tables(records: dict[str, dict[str, Any]]) -> None:
     for section, record in records.items():
         kind = section.split()[0]
         print(f"\n**{section}**\n")
-        {"cost": _print_cost, "correlation": _print_correlation, "rivals": _print_rivals}[kind](record)
+        _PRINT[kind](record)
 
 
 def _print_cost(record: dict[str, Any]) -> None:
@@ -171,12 +188,26 @@ def _print_correlation(record: dict[str, Any]) -> None:
         print(f"| {row} | {statistics.mean(values):.2f} | {min(values):.2f} | {max(values):.2f} | {scaled:.2f} |")
 
 
+def _print_compression(record: dict[str, Any]) -> None:
+    print(f"| layer | filters | {' | '.join(f'{100 * t:g} %' for t in THRESHOLDS)} |\n|---|{'---:|' * 7}")
+    for name, counts in record["layers"]:
+        print(f"| {name} | {' | '.join(map(str, counts))} |")
+
+
 def _print_rivals(record: dict[str, Any]) -> None:
-    heads = [f"{100 * float(t):g} % ({n} of {record['filters']} gone)" for t, n in record["removed"].items()]
-    print(f"before: {100 * record['before']:.1f} %\n\n| | {' | '.join(heads)} |\n|---|{'---:|' * len(heads)}")
-    for row, by_threshold in record["rows"].items():
-        cells = [[statistics.mean(values) for values in zip(*runs, strict=True)] for runs in by_threshold.values()]
-        print(f"| {row} | {' | '.join(f'{100 * once:.1f} / {100 * again:.1f}' for once, again in cells)} |")
+    print(f"{record['removed']} of {record['filters']} filters gone; before: {100 * record['before']:.1f} %\n")
+    print("| filters by | as it is % | re-calibrated % |\n|---|---:|---:|")
+    for row, runs in record["rows"]:
+        once, again = (100 * statistics.mean(values) for values in zip(*runs, strict=True))
+        print(f"| {row} | {once:.1f} | {again:.1f} |")
+
+
+_PRINT: dict[str, Callable[[dict[str, Any]], None]] = {
+    "cost": _print_cost,
+    "correlation": _print_correlation,
+    "compression": _print_compression,
+    "rivals": _print_rivals,
+}
 
 
 def _all_masks(model: nn.Module, config: Any, example: Any, images: Any) -> Iterator[tuple[str, Any]]:
@@ -207,13 +238,13 @@ def _layers(model: nn.Module, example: Any) -> list[str]:
 
 
 def _seconds(call: Callable[[], Any], repeats: int = 3) -> float:
-    """Median wall time; the first call warms up."""
+    """Median CPU time on one thread; the first call warms up."""
     times = []
     with torch.no_grad():
         for _ in range(repeats + 1):
-            began = time.perf_counter()
+            began = time.process_time()
             call()
-            times.append(time.perf_counter() - began)
+            times.append(time.process_time() - began)
     return statistics.median(times[1:])
 
 

@@ -6,6 +6,10 @@ which is computed once. Ours is `SubsetFitness` on populations of 50 that it has
 random subsets of half the points, in one thread, in turns; times are the process' own, so that other load on
 the machine matters less.
 
+The whole search is 50 individuals in 20 generations: `naive_search.py` on pyeasyga's lists against
+`SubsetGeneticAlgorithm`, both from the points on. Naive runs fewer generations on large clouds, and its time is
+scaled: every generation evaluates the same number of subsets of the same size.
+
     python benchmarks/bench_fitness.py --out fitness.json
     python benchmarks/bench_fitness.py --quick
 """
@@ -23,12 +27,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import gudhi
 import numpy as np
+from naive_search import naive_fitness, naive_search
 from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
+from nni_topo.evolution import EvolutionSettings, SubsetGeneticAlgorithm
 from nni_topo.topology import SubsetFitness, pairwise_distances, rips_diagram
 from nni_topo.topology._kernels import numba_available
 
@@ -36,6 +41,9 @@ POPULATION = 50
 # Points and features of VGG-16's 3x3 convolutions of that width, and the speed-ups aimed at.
 H0_CASES = ((64, 576, 40, 100), (256, 2304, 250, 500), (512, 4608, 700, 1500))
 H1_CASES = ((128, 1152, 15, 15), (256, 2304, 50, 50))
+# Points, features, speed-up of the whole search aimed at, and the generations that naive runs.
+SEARCH_CASES = ((64, 576, 60, 20), (256, 2304, 500, 4), (512, 4608, 1500, 1))
+GENERATIONS = 20
 GROWTH = (128, 256, 512, 1024, 2048, 4096)
 
 
@@ -50,24 +58,16 @@ def make_population(rng: np.random.Generator, points: int, count: int) -> np.nda
     return rng.permuted(np.tile(np.arange(points) < points // 2, (count, 1)), axis=1)
 
 
-def naive_fitness(cloud: dict[str, np.ndarray], whole: np.ndarray, degree: int) -> float:
-    """Score one subset, a GUDHI Rips complex from `points` or from `distance_matrix`."""
-    tree = gudhi.RipsComplex(**cloud).create_simplex_tree(max_dimension=degree + 1)
-    tree.persistence()
-    return float(gudhi.bottleneck_distance(tree.persistence_intervals_in_dimension(degree), whole))
-
-
 def compare(points: int, features: int, degree: int, repeats: int, naive_count: int) -> dict[str, Any]:
     """Time naive and ours in turns on the same clouds; medians, in seconds per individual."""
     rng = np.random.default_rng(points)
     cloud = rng.normal(size=(points, features))
     distances = pairwise_distances(cloud)
     whole = rips_diagram(distances=distances, dimension=degree)
-    engines = {"numpy": False} | ({"compiled": True} if numba_available() else {})
-    times: dict[str, list[float]] = {name: [] for name in ("naive", "naive_distances", *engines)}
+    times: dict[str, list[float]] = {name: [] for name in ("naive", "naive_distances", *engines())}
     setup: dict[str, float] = {}
     fitness: dict[str, SubsetFitness] = {}
-    for name, compiled in engines.items():
+    for name, compiled in engines().items():
         for _ in range(2):  # the first compiles
             knobs = {"homology_dimensions": (degree,), "compiled": compiled}
             start = time.process_time()
@@ -96,20 +96,58 @@ def compare(points: int, features: int, degree: int, repeats: int, naive_count: 
         "degree": degree,
         "seconds": medians,
         "setup_seconds": setup,
-        "ratio": {name: medians["naive"] / medians[name] for name in engines},
-        "ratio_to_naive_distances": {name: medians["naive_distances"] / medians[name] for name in engines},
+        "ratio": {name: medians["naive"] / medians[name] for name in engines()},
+        "ratio_to_naive_distances": {name: medians["naive_distances"] / medians[name] for name in engines()},
         "largest_difference": max(differences),
     }
 
 
+def compare_search(points: int, features: int, goal: int, naive_generations: int, repeats: int) -> dict[str, Any]:
+    """Time the whole genetic algorithm, naive and ours; seconds of 20 generations of 50."""
+    cloud = np.random.default_rng(points).normal(size=(points, features))
+    whole = rips_diagram(cloud)
+    naive = seconds(lambda: naive_search(cloud, whole, POPULATION, naive_generations, seed=0))
+    result: dict[str, Any] = {
+        "points": points,
+        "features": features,
+        "goal": goal,
+        "naive_generations": naive_generations,
+        "seconds": {"naive": naive * GENERATIONS / naive_generations},
+        "search_seconds": {},
+    }
+    for name, compiled in engines().items():
+        runs = [our_search(cloud, compiled, seed) for seed in range(repeats + 1)][1:]  # the first compiles
+        result["seconds"][name] = float(np.median([run[0] for run in runs]))
+        result["search_seconds"][name] = float(np.median([run[1] for run in runs]))
+    naive = result["seconds"]["naive"]
+    result["ratio"] = {name: naive / result["seconds"][name] for name in result["search_seconds"]}
+    result["search_ratio"] = {name: naive / value for name, value in result["search_seconds"].items()}
+    return result
+
+
+def our_search(cloud: np.ndarray, compiled: bool, seed: int) -> tuple[float, float]:
+    """Time one search from the points on, and its part once the distances are there."""
+    start = time.process_time()
+    distances = pairwise_distances(cloud)
+    middle = time.process_time()
+    fitness = SubsetFitness(distances, "bottleneck", compiled=compiled)
+    settings = EvolutionSettings(population_size=POPULATION, generations=GENERATIONS)
+    SubsetGeneticAlgorithm(len(cloud), len(cloud) // 2, fitness, settings, seed=seed).run()
+    end = time.process_time()
+    return end - start, end - middle
+
+
+def engines() -> dict[str, bool]:
+    return {"numpy": False} | ({"compiled": True} if numba_available() else {})
+
+
 def growth(sizes: Sequence[int], repeats: int) -> dict[str, Any]:
     """Time H0 fitness over the number of points, and fit the exponent of its growth."""
-    engines = {"numpy": False} | ({"compiled": True} if numba_available() else {})
-    times: dict[str, list[float]] = {name: [] for name in engines}
+    times: dict[str, list[float]] = {name: [] for name in engines()}
     for points in sizes:
         rng = np.random.default_rng(points)
         distances = pairwise_distances(rng.normal(size=(points, 64)))
-        for name, compiled in engines.items():
+        for name, compiled in engines().items():
             fitness = SubsetFitness(distances, "bottleneck", compiled=compiled)
             fitness(make_population(rng, points, 2))
             count = POPULATION if points <= 1024 else 8
@@ -159,6 +197,24 @@ def show(console: Console, rows: list[dict[str, Any]], goals: dict[tuple[int, in
     console.print(table)
 
 
+def show_searches(console: Console, rows: list[dict[str, Any]]) -> None:
+    table = Table(title="The whole search, 50 x 20, s; speed-up over naive (with the distances given) [goal]")
+    for heading in ("points", "features", "naive", "numpy", "compiled"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        cells = [str(row["points"]), str(row["features"]), f"{row['seconds']['naive']:.2f}"]
+        if row["naive_generations"] < GENERATIONS:
+            cells[-1] += f" (scaled from {row['naive_generations']})"
+        for name in ("numpy", "compiled"):
+            if name not in row["ratio"]:
+                cells.append("no numba")
+                continue
+            ratios = f"{row['ratio'][name]:.0f}x ({row['search_ratio'][name]:.0f}x)"
+            cells.append(f"{row['seconds'][name]:.4f}  {ratios} [{row['goal']}x]")
+        table.add_row(*cells)
+    console.print(table)
+
+
 def show_growth(console: Console, result: dict[str, Any], memory: dict[str, Any]) -> None:
     table = Table(title="Growth of one H0 fitness, ms")
     table.add_column("points", justify="right")
@@ -192,16 +248,18 @@ def main() -> None:
             compare(points, features, degree, repeats, options.naive)
             for (degree, points), (features, _) in cases.items()
         ]
+        searches = [compare_search(*case, repeats) for case in SEARCH_CASES[: 1 if options.quick else 3]]
         grown = growth(sizes, repeats)
     memory = peak_memory(sizes[-1])
     console = Console(width=150)
     show(console, rows, {case: tuple(goals) for case, (_, goals) in cases.items()})
+    show_searches(console, searches)
     show_growth(console, grown, memory)
     if options.out:
         names = ["numpy", "scipy", "gudhi", *(["numba"] if numba_available() else [])]
         about = {"python": platform.python_version(), "processor": platform.processor() or platform.machine()}
         about |= {name: version(name) for name in names}
-        figures = {"about": about, "fitness": rows, "growth": grown, "memory": memory}
+        figures = {"about": about, "fitness": rows, "searches": searches, "growth": grown, "memory": memory}
         options.out.write_text(json.dumps(figures, indent=1) + "\n")
 
 

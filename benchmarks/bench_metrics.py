@@ -1,9 +1,10 @@
 """How much cheaper FPGM's metric and the threshold of a global ranking are than NNI's loops.
 
-Both run in one process and one thread, in turns, on the same seeded weights and metrics. FPGM: the metric of one
-3x3 convolution. Ranking: the threshold over several layers, of which all blocks hold the same number of elements
-("equal", also how single weights are ranked) or each layer's its own, as in any real network: layers come from the one
-with the smallest blocks to the one with the largest ("growing", as networks mostly do), the other way round
+Both run in one process and one thread, in turns, on the same seeded weights and metrics: 20 ms of the one, 20 ms of the
+other, as a network's layers follow each other (``--block 0``: call by call, each in the other's cold caches). FPGM: the
+metric of one 3x3 convolution. Ranking: the threshold over several layers, of which all blocks hold the same number of
+elements ("equal", also how single weights are ranked) or each layer's its own, as in any real network: layers come from
+the one with the smallest blocks to the one with the largest ("growing", as networks mostly do), the other way round
 ("shrinking"), or at random ("mixed", as NNI's sets iterate).
 
     python benchmarks/bench_metrics.py --out metrics.json
@@ -30,7 +31,6 @@ from rich.table import Table
 from nni_topo.compat import metrics, ranking
 
 GOAL = 5.0
-SECONDS = 0.5  # at least so long per figure, so that a busy machine's interruptions don't count
 FPGM_CASES = ((64, 64), (128, 128), (256, 256), (512, 512))
 LAYERS = 8
 ORDERS = {"equal": (0,) * LAYERS, "growing": tuple(range(LAYERS)), "shrinking": tuple(range(LAYERS))[::-1]}
@@ -38,16 +38,21 @@ ORDERS["mixed"] = (4, 6, 0, 3, 7, 1, 5, 2)
 RANKING_CASES = tuple((kind, blocks) for kind in ORDERS for blocks in (4_000, 100_000))
 
 
-def medians(slow: Callable[[], Any], fast: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Time two functions in turns, short ones more often; median seconds of the process' own time."""
-    times: tuple[list[float], list[float]] = ([], [])
-    fast()
-    while len(times[0]) < repeats or sum(times[0]) < SECONDS:
-        for function, found in zip((slow, fast), times, strict=True):
+def medians(slow: Callable[[], Any], fast: Callable[[], Any], repeats: int, block: float) -> tuple[float, float]:
+    """Time two functions in turns, each for ``block`` seconds at a time; median seconds of the process' own time."""
+    found = []
+    for function in (slow, fast):
+        function()
+        start = time.process_time()
+        function()
+        found.append((function, max(1, round(block / max(time.process_time() - start, 1e-6))), list[float]()))
+    for _ in range(repeats):
+        for function, calls, times in found:
             start = time.process_time()
-            function()
-            found.append(time.process_time() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
+            for _ in range(calls):
+                function()
+            times.append((time.process_time() - start) / calls)
+    return statistics.median(found[0][2]), statistics.median(found[1][2])
 
 
 def record(name: str, seconds: tuple[float, float], difference: float) -> dict[str, Any]:
@@ -60,7 +65,7 @@ def record(name: str, seconds: tuple[float, float], difference: float) -> dict[s
     }
 
 
-def compare_fpgm(filters: int, channels: int, repeats: int) -> dict[str, Any]:
+def compare_fpgm(filters: int, channels: int, timing: tuple[int, float]) -> dict[str, Any]:
     from nni.compression.pruning import FPGMPruner
 
     torch.manual_seed(filters)
@@ -68,12 +73,12 @@ def compare_fpgm(filters: int, channels: int, repeats: int) -> dict[str, Any]:
     pruner = FPGMPruner(layer, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
     request = (2, pruner._collect_data(), pruner._target_spaces)
     slow, fast = (f(*request)["0"]["weight"] for f in (metrics._NNI_FPGM, metrics.fpgm_metrics))
-    seconds = medians(lambda: metrics._NNI_FPGM(*request), lambda: metrics.fpgm_metrics(*request), repeats)
+    seconds = medians(lambda: metrics._NNI_FPGM(*request), lambda: metrics.fpgm_metrics(*request), *timing)
     difference = float(((slow - fast).abs() / slow).max())
     return record(f"FPGM, {filters} filters of {channels * 9}", seconds, difference)
 
 
-def compare_ranking(kind: str, blocks: int, repeats: int) -> dict[str, Any]:
+def compare_ranking(kind: str, blocks: int, timing: tuple[int, float]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(blocks)
     scores, group = {}, []
     for index, exponent in enumerate(ORDERS[kind]):
@@ -85,7 +90,7 @@ def compare_ranking(kind: str, blocks: int, repeats: int) -> dict[str, Any]:
     seconds = medians(
         lambda: ranking._NNI_THRESHOLD(scores, group, number),
         lambda: ranking.global_threshold(scores, group, number),
-        repeats,
+        *timing,
     )
     return record(f"ranking, {blocks} blocks of {kind} size", seconds, abs(slow - fast))
 
@@ -103,13 +108,14 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
-    parser.add_argument("--repeats", type=int, default=9, help="repetitions per figure, at least (default: 9)")
+    parser.add_argument("--repeats", type=int, default=9, help="repetitions per figure (default: 9)")
+    parser.add_argument("--block", type=float, default=0.02, help="seconds of one function at a time (default: 0.02)")
     parser.add_argument("--quick", action="store_true", help="the smaller cases, three repetitions")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    repeats = 3 if options.quick else options.repeats
-    rows = [compare_fpgm(*case, repeats) for case in FPGM_CASES[: 2 if options.quick else None]]
-    rows += [compare_ranking(*case, repeats) for case in RANKING_CASES[:: 2 if options.quick else 1]]
+    timing = (3 if options.quick else options.repeats, options.block)
+    rows = [compare_fpgm(*case, timing) for case in FPGM_CASES[: 2 if options.quick else None]]
+    rows += [compare_ranking(*case, timing) for case in RANKING_CASES[:: 2 if options.quick else 1]]
     show(rows)
     if options.out:
         about = {"python": platform.python_version(), "processor": platform.processor() or platform.machine()}

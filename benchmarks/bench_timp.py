@@ -35,9 +35,9 @@ class Size:
 
 
 SIZES = {
-    "lenet300": Size(10_000, 10_000, {}, 3, 5),
-    "mnist_fcn": Size(10_000, 10_000, {}, 3, 5),
-    "mnist_cnn": Size(2_000, 2_000, {}, 1, 5),
+    "lenet300": Size(5_000, 5_000, {}, 2, 5),
+    "mnist_fcn": Size(5_000, 5_000, {}, 2, 5),
+    "mnist_cnn": Size(1_000, 1_000, {}, 1, 5),
     "resnet20": Size(5_000, 5_000, {"epochs": 10}, 1, 1),
 }
 

@@ -18,6 +18,7 @@ from nni_topo.errors import ConfigError, DataError, NniTopoError
 from nni_topo.registry import list_pruners, pruner_info
 from nni_topo.runner import (
     Cell,
+    CompensationChoice,
     ModelChoice,
     Plan,
     PrunerChoice,
@@ -153,6 +154,8 @@ def _prune(options: argparse.Namespace, console: Console) -> int:
     table.add_row("MACs (M)", f"{record['flops_before'] / 1e6:.2f}", f"{record['flops'] / 1e6:.2f}")
     table.add_row("parameters (k)", f"{record['params_before'] / 1e3:.1f}", f"{record['params'] / 1e3:.1f}")
     table.add_row("accuracy %", f"{100 * record['accuracy_before']:.1f}", f"{100 * record['accuracy_oneshot']:.1f}")
+    if "accuracy_compensated" in record:
+        table.add_row("compensated %", "", f"{100 * record['accuracy_compensated']:.1f}")
     if "accuracy_retrained" in record:
         table.add_row("retrained %", "", f"{100 * record['accuracy_retrained']:.1f}")
     console.print(table)
@@ -199,6 +202,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         train=train,
         retrain={"epochs": options.retrain_epochs},
         device=options.device,
+        compensate=CompensationChoice(options.compensate) if options.compensate else None,
     )
 
 
@@ -228,6 +232,9 @@ def _parser() -> argparse.ArgumentParser:
     comparison.add_argument("--seeds", type=int, default=1, help="number of seeds (default 1)")
     comparison.add_argument("--train-epochs", type=int, help="default: the model's recipe")
     comparison.add_argument("--retrain-epochs", type=int, default=1, help="after pruning (default 1)")
+    comparison.add_argument(
+        "--compensate", type=int, default=0, metavar="IMAGES", help="compensate every row on so many unlabelled images"
+    )
     comparison.add_argument("--in-process", action="store_true", help="don't start a process per cell")
     _out(comparison, None)
 

@@ -56,7 +56,7 @@ class WeightLayer:
     def channel_tree(self) -> int:
         """Number of weights in its channel tree, see :func:`nni_topo.topology.channel_tree`."""
         outputs, inputs = self.weight.shape[:2]
-        return self.groups * (outputs // self.groups + inputs - 1)
+        return int(self.groups * (outputs // self.groups + inputs - 1))
 
     def graph(self, input_size: tuple[int, ...] | None) -> LayerGraph:
         """Return the layer's graph; a convolution needs its input's size in pixels, without padding."""

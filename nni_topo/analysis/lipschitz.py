@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.errors import ConfigError
@@ -32,6 +32,40 @@ _MOVES = {
     "dropout", "dropout1d", "dropout2d", "dropout3d", "unflatten", "chunk", "split", "getitem", "cat", "concat", "add",
     "iadd", "sub", "neg",
 }  # fmt: skip
+
+
+def largest_changes(graph: GraphModule, other: GraphModule, inputs: Tensor) -> dict[str, float]:
+    """Bound by how much the output of a network with other parameters can differ.
+
+    Parameters
+    ----------
+    graph, other : torch.fx.GraphModule
+        The same traced network with different parameters.
+    inputs : torch.Tensor
+        A batch.
+
+    Returns
+    -------
+    dict of str to float
+        By module what its change adds to the bound: the change of its output at the first network's activations,
+        times the Lipschitz constants of the other network behind it.
+
+    Raises
+    ------
+    ConfigError
+        If an operation's Lipschitz constant isn't known, or parameters don't belong to modules.
+    """
+    runner = _Changes(graph, other)
+    if "" in runner._moved:
+        raise ConfigError("a global error bound needs parameters that belong to modules, got others (model)")
+    with torch.no_grad():
+        runner.run(inputs)
+    return runner.known[next(node for node in graph.graph.nodes if node.op == "output")]
+
+
+def norm(value: Any) -> float:
+    """Return the Euclidean norm of a tensor over all its entries."""
+    return float(torch.linalg.vector_norm(value.double())) if isinstance(value, Tensor) else 0.0
 
 
 def operator_constant(graph_module: GraphModule, node: Node) -> float:
@@ -161,7 +195,32 @@ def _shape(node: Node) -> tuple[int, ...]:
     return shape
 
 
-def differences(graph_module: GraphModule, node: Node, known: dict[Node, dict[str, float]]) -> dict[str, float]:
+class _Changes(Interpreter):
+    """Runs the original and collects, at every node, by how much the pruned network can differ, layer by layer."""
+
+    def __init__(self, graph: GraphModule, other: GraphModule) -> None:
+        super().__init__(graph)
+        self.other = other
+        self.known: dict[Node, dict[str, float]] = {}
+        mine, theirs = graph.state_dict(), other.state_dict()
+        self._moved = {name.rpartition(".")[0] for name, value in mine.items() if not torch.equal(value, theirs[name])}
+
+    def run_node(self, n: Node) -> Any:
+        """Run a node of the original as usual."""
+        value = super().run_node(n)
+        if n.op in ("call_module", "call_function", "call_method"):
+            found = _differences(self.other, n, self.known)
+            if n.op == "call_module" and str(n.target) in self._moved:
+                arguments = [self.env[parent] for parent in n.all_input_nodes]
+                changed = self.other.get_submodule(str(n.target))(*arguments)
+                found[str(n.target)] = found.get(str(n.target), 0.0) + norm(changed - value)
+            self.known[n] = found
+        elif n.op == "output":
+            self.known[n] = self.known.get(n.all_input_nodes[0], {})
+        return value
+
+
+def _differences(graph_module: GraphModule, node: Node, known: dict[Node, dict[str, float]]) -> dict[str, float]:
     """Return what differences of a node's inputs can become at most, layer by layer.
 
     Parameters
@@ -182,8 +241,3 @@ def differences(graph_module: GraphModule, node: Node, known: dict[Node, dict[st
         for layer, norm in parent.items():
             total[layer] = total.get(layer, 0.0) + constant * norm
     return total
-
-
-def norm(value: Any) -> float:
-    """Return the Euclidean norm of a tensor over all its entries."""
-    return float(torch.linalg.vector_norm(value.double())) if isinstance(value, Tensor) else 0.0

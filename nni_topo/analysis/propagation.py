@@ -23,9 +23,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.func import jvp, vjp
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule
 
-from nni_topo.analysis.lipschitz import differences, norm
+from nni_topo.analysis.lipschitz import largest_changes, norm
 from nni_topo.analysis.stages import Stage, chain, traced
 from nni_topo.errors import ConfigError
 
@@ -176,7 +176,7 @@ def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, itera
     with torch.no_grad():
         error = norm(other(inputs) - graph(inputs))
     stages = chain(graph)
-    always = _always(graph, other, inputs)
+    always = largest_changes(graph, other, inputs)
     local = _local(stages, changes, inputs, iterations)
     layers = []
     for stage, (change, jacobian, downstream, directional) in zip(stages, local, strict=True):
@@ -284,38 +284,3 @@ def _tangent(forward: Callable[[Any], Tensor], at: Any, direction: Any) -> Tenso
     """Return the derivative of a function in a direction."""
     tangent: Tensor = jvp(forward, (at,), (direction,))[1]
     return tangent
-
-
-class _Always(Interpreter):
-    """Runs the original and collects, at every node, by how much the pruned network can differ, layer by layer."""
-
-    def __init__(self, graph: GraphModule, other: GraphModule) -> None:
-        super().__init__(graph)
-        self.other = other
-        self.known: dict[Node, dict[str, float]] = {}
-        mine, theirs = graph.state_dict(), other.state_dict()
-        self._moved = {name.rpartition(".")[0] for name, value in mine.items() if not torch.equal(value, theirs[name])}
-
-    def run_node(self, n: Node) -> Any:
-        """Run a node of the original as usual."""
-        value = super().run_node(n)
-        if n.op in ("call_module", "call_function", "call_method"):
-            found = differences(self.other, n, self.known)
-            if n.op == "call_module" and str(n.target) in self._moved:
-                arguments = [self.env[parent] for parent in n.all_input_nodes]
-                changed = self.other.get_submodule(str(n.target))(*arguments)
-                found[str(n.target)] = found.get(str(n.target), 0.0) + norm(changed - value)
-            self.known[n] = found
-        elif n.op == "output":
-            self.known[n] = self.known.get(n.all_input_nodes[0], {})
-        return value
-
-
-def _always(graph: GraphModule, other: GraphModule, inputs: Tensor) -> dict[str, float]:
-    """Return by layer what it adds to the bound that always holds."""
-    runner = _Always(graph, other)
-    if "" in runner._moved:
-        raise ConfigError("a global error bound needs parameters that belong to modules, got others (model)")
-    with torch.no_grad():
-        runner.run(inputs)
-    return runner.known[next(node for node in graph.graph.nodes if node.op == "output")]

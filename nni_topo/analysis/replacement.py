@@ -34,6 +34,8 @@ class Replacement:
     ----------
     quality : Quality
         Of the network.
+    repaired : Quality or None
+        Of the network after ``repair``; None without one.
     energy : float
         Share of the layer's energy that the replaced filters have now, in [0, 1].
     similarity : float
@@ -41,6 +43,7 @@ class Replacement:
     """
 
     quality: Quality
+    repaired: Quality | None
     energy: float
     similarity: float
 
@@ -103,8 +106,8 @@ def study_replacement(
     fitness : callable or None, default=None
         What evolution minimises the loss of, usually ``evaluate`` on a subset of other images. None: ``evaluate``.
     repair : callable or None, default=None
-        Applied to every network before it is evaluated, such as a re-calibration of batch norms, to which new filters
-        are strangers. Evolution does without.
+        Applied to every network before it is evaluated once more, such as a re-calibration of batch norms, to which
+        new filters are strangers. Evolution does without.
     evolution : FilterEvolution or None, default=None
         Knobs of the evolution.
     seed : int, default=0
@@ -140,8 +143,9 @@ def study_replacement(
             changed = surgeon.evolved(fitness or evaluate, evolution or FilterEvolution())
         else:
             changed = masked_model(model, example_inputs, masks) if kind == "removed" else surgeon.simple(kind)
-        quality = evaluate(changed if repair is None else repair(changed))
-        found[kind] = Replacement(quality, *_traits(module, changed.get_submodule(layer), weak, plane))
+        repaired = None if repair is None else evaluate(repair(changed))
+        traits = _traits(module, changed.get_submodule(layer), weak, plane)
+        found[kind] = Replacement(evaluate(changed), repaired, *traits)
     return found
 
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.hooks.allocators import ConfigAllocator, removable_rows
 from nni_topo.hooks.base import PruningContext
 from nni_topo.hooks.units import PruningUnit
-from nni_topo.speedup.cost import NetworkCost
+from nni_topo.speedup.cost import Kept, NetworkCost
+from nni_topo.speedup.latency import LatencyTable
+from nni_topo.speedup.timing import measure_latency
 
 Allocation = Literal["topological", "uniform"]
-_BUDGETS = {"flops": "macs", "params": "params"}
+BUDGETS = ("flops", "params", "latency")
 _STEPS = 40
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
@@ -28,18 +31,28 @@ class BudgetAllocator(ConfigAllocator):
     Parameters
     ----------
     target : mapping of str to float
-        One entry: ``{"flops": share}`` or ``{"params": share}``, the share of the unpruned network's
-        multiply-accumulates or parameters to be left, in (0, 1].
+        One entry: ``{"flops": share}``, ``{"params": share}`` or ``{"latency": share}``, the share of the unpruned
+        network's multiply-accumulates, parameters or seconds per batch to be left, in (0, 1].
     example_inputs : Any
-        Inputs of the model; the first dimension is the batch.
+        Inputs of the model; the first dimension is the batch, which latency is measured with.
     allocation : {"topological", "uniform"}, default="topological"
         One tolerance on the units' scores over the whole network, so that a unit whose scores fall off early loses
         more; or the same share of every unit.
+    latency_table : LatencyTable, str, Path or None, default=None
+        Seconds of the layers over their widths, or the JSON file of such a table, for ``{"latency": share}``. None: it
+        is measured at the first use, with one thread, by :func:`~nni_topo.speedup.measure_latency`.
+
+    Attributes
+    ----------
+    latency_table : LatencyTable or None
+        As given or measured; ``save`` it to repeat an allocation, which is deterministic given the table.
 
     Raises
     ------
     ConfigError
-        If the target or the allocation isn't one of these.
+        If the target or the allocation isn't one of these, or there is a latency table for another target.
+    DataError
+        If the file isn't a latency table.
 
     Notes
     -----
@@ -48,23 +61,31 @@ class BudgetAllocator(ConfigAllocator):
     """
 
     def __init__(
-        self, target: Mapping[str, float], example_inputs: Any, *, allocation: Allocation = "topological"
+        self,
+        target: Mapping[str, float],
+        example_inputs: Any,
+        *,
+        allocation: Allocation = "topological",
+        latency_table: LatencyTable | str | Path | None = None,
     ) -> None:
         super().__init__(on_empty="keep")
         self.kind, self.share = checked_target(target)
         if allocation not in ("topological", "uniform"):
             raise unknown_name("allocation", str(allocation), ("topological", "uniform"))
+        if latency_table is not None and self.kind != "latency":
+            raise ConfigError(f"a latency table needs a target of 'latency', got {self.kind!r} (latency_table)")
         self.example_inputs = example_inputs
         self.allocation = allocation
+        self.latency_table = (
+            LatencyTable.load(latency_table) if isinstance(latency_table, (str, Path)) else latency_table
+        )
         self._cost: NetworkCost | None = None
 
     def kept_rows(self, context: PruningContext, profiles: dict[str, Tensor]) -> dict[str, int]:
         """Return how many rows each unit keeps under the budget."""
-        if self._cost is None:
-            self._cost = NetworkCost(context.model, self.example_inputs)
         units = context.units
         bounds = [removable_rows(unit) for unit in units]
-        cost = self._share_left(units)
+        cost = self._share_left(units, self._network_cost(context))
         if self.allocation == "uniform":
             removed = solve_uniform([unit.rows for unit in units], cost, self.share)
             removed = [min(max(count, low), high) for count, (low, high) in zip(removed, bounds, strict=True)]
@@ -72,10 +93,30 @@ class BudgetAllocator(ConfigAllocator):
             removed = _solve_tolerance([profiles[unit.name] for unit in units], bounds, cost, self.share)
         return {unit.name: unit.rows - count for unit, count in zip(units, removed, strict=True)}
 
-    def _share_left(self, units: list[PruningUnit]) -> Callable[[Sequence[int]], float]:
-        cost, field = self._cost, _BUDGETS[self.kind]
-        assert cost is not None
-        whole = getattr(cost({}), field)
+    def _network_cost(self, context: PruningContext) -> Callable[[Kept], float]:
+        """Return what a network costs, in the target's unit, with some channels gone."""
+        if self._cost is None:
+            self._cost = NetworkCost(context.model, self.example_inputs)
+        cost = self._cost
+        if self.kind == "flops":
+            return lambda kept: cost(kept).macs
+        if self.kind == "params":
+            return lambda kept: cost(kept).params
+        if self.latency_table is None:
+            self.latency_table = measure_latency(context.model, self.example_inputs)
+        table = self.latency_table
+        for unit in context.units:
+            for module_name, _ in unit.members:
+                if module_name not in table.layers:
+                    raise DataError(
+                        f"a latency table must hold every pruned layer, got none of that name ({module_name})"
+                    )
+        return lambda kept: table(cost.widths(kept))
+
+    def _share_left(self, units: list[PruningUnit], cost: Callable[[Kept], float]) -> Callable[[Sequence[int]], float]:
+        whole = cost({})
+        if not whole > 0.0:
+            raise DataError(f"the unpruned network must cost something, got {whole} (target {self.kind!r})")
 
         def share(removed: Sequence[int]) -> float:
             kept = {
@@ -83,7 +124,7 @@ class BudgetAllocator(ConfigAllocator):
                 for unit, count in zip(units, removed, strict=True)
                 for module, _ in unit.members
             }
-            return float(getattr(cost(kept), field) / whole)
+            return float(cost(kept) / whole)
 
         return share
 
@@ -93,8 +134,8 @@ def checked_target(target: Mapping[str, float]) -> tuple[str, float]:
     if not isinstance(target, Mapping) or len(target) != 1:
         raise ConfigError(f"target must be a mapping with one entry such as {{'flops': 0.5}}, got {target!r} (target)")
     ((kind, share),) = target.items()
-    if kind not in _BUDGETS:
-        raise unknown_name("target", str(kind), _BUDGETS)
+    if kind not in BUDGETS:
+        raise unknown_name("target", str(kind), BUDGETS)
     if not 0.0 < share <= 1.0:
         raise ConfigError(f"the share to be left must be in (0, 1], got {share!r} (target {kind!r})")
     return kind, float(share)

@@ -203,7 +203,7 @@ class ClusterMetric(SurvivorMetric):
     def cluster(self, clouds: dict[str, list[FeatureCloud]], context: PruningContext) -> dict[str, Clusters]:
         """Return the clusters of every unit."""
         profiles = {unit.name: merging_profile(unit, clouds[unit.name]) for unit in context.units}
-        rows = self.planner.kept_rows(context, profiles)
+        rows = self.planner.rounded_rows(context, profiles)
         return {unit.name: self._clusters(unit, clouds[unit.name], rows[unit.name]) for unit in context.units}
 
     def _clusters(self, unit: PruningUnit, parts: list[FeatureCloud], rows: int) -> Clusters:

@@ -140,7 +140,7 @@ class GradientCollector(DataCollector):
             found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ConfigError(f"a loss must be a scalar tensor, got {found} (calibration batch {index})")
         if not bool(torch.isfinite(loss)):
-            raise DataError(f"the loss must be finite, got {float(loss)} (calibration batch {index})")
+            raise DataError(f"the loss must be finite, got {float(loss.detach())} (calibration batch {index})")
         return loss
 
     def _train(self, context: PruningContext, model: nn.Module) -> None:

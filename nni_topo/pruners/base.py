@@ -37,6 +37,7 @@ from nni_topo.modes import unwrapped_copy
 from nni_topo.pruners.checks import check_request
 from nni_topo.recovery.compensation import METHODS, Method, compensation
 from nni_topo.recovery.report import CompensationReport
+from nni_topo.recovery.steps import Pairs
 
 _logger = logging.getLogger(__name__)
 
@@ -133,7 +134,8 @@ class StructuredPruner(Pruner):
         model, masks = super().compress(max_steps, max_epochs)
         if self._recovery is not None:
             method, calibration = self._recovery
-            done = compensation(unwrapped_copy(self.bound_model), masks, calibration, method=method)
+            pairs = self._pairs(masks) if method == "pair" else None
+            done = compensation(unwrapped_copy(self.bound_model), masks, calibration, method=method, pairs=pairs)
             self._take_over(done.model)
             self.compensation_report = done.report
         return model, masks
@@ -200,6 +202,18 @@ class StructuredPruner(Pruner):
                 f"{max_steps} and {max_epochs} (compress)"
             )
         self.update_masks(self.generate_masks())
+
+    def _survivors(self) -> Pairs | None:
+        """Return, by layer, the channel that should stand in for a removed one; None: compensation finds it."""
+        return None
+
+    def _pairs(self, masks: Masks) -> Pairs | None:
+        """Return the survivors as far as the masks remove the one and keep the other."""
+        pairs: dict[str, dict[int, int]] = {}
+        for layer, chosen in (self._survivors() or {}).items():
+            kept = masks[layer]["weight"].flatten(1).any(1).tolist()
+            pairs[layer] = {gone: stays for gone, stays in chosen.items() if kept[stays] and not kept[gone]}
+        return pairs or None
 
     def _take_over(self, other: nn.Module) -> None:
         """Copy another model's parameters and buffers into this one's, also where NNI keeps them in its wrappers."""

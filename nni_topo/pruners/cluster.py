@@ -20,7 +20,8 @@ from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.hooks.clustering import ClusterMetric, SurvivorAllocator
 from nni_topo.hooks.features import FeatureCollector, Pool
 from nni_topo.hooks.survivors import Survivor, checked_rules
-from nni_topo.pruners.base import StructuredPruner
+from nni_topo.pruners.base import Pairs, StructuredPruner
+from nni_topo.recovery.compensation import Method
 
 
 class ClusterPruner(StructuredPruner):
@@ -52,6 +53,8 @@ class ClusterPruner(StructuredPruner):
         Starts of k-means and mixtures, at least 1.
     min_samples : int, default=3
         DBSCAN's number of points that make a core, at least 1.
+    compensate, round_to
+        See :class:`~nni_topo.pruners.base.StructuredPruner`; ``compensate="pair"`` takes :attr:`pairs`.
     seed : int, default=0
         Same seed, same masks.
 
@@ -99,6 +102,8 @@ class ClusterPruner(StructuredPruner):
         pool: Pool = "none",
         n_init: int = 3,
         min_samples: int = 3,
+        compensate: Method | None = None,
+        round_to: int | None = None,
         seed: int = 0,
     ) -> None:
         if algorithm not in ALGORITHMS:
@@ -125,7 +130,11 @@ class ClusterPruner(StructuredPruner):
             collector=collector,
             calculator=self._metric,
             allocator=SurvivorAllocator(),
+            compensate=compensate,
+            calibration=calibration,
+            round_to=round_to,
         )
+        self._metric.planner.round_to = round_to
 
     @property
     def pairs(self) -> dict[str, dict[int, int]]:
@@ -135,6 +144,9 @@ class ClusterPruner(StructuredPruner):
         update.
         """
         return self._metric.pairs
+
+    def _survivors(self) -> Pairs:
+        return self.pairs
 
 
 def feature_collector(

@@ -27,6 +27,7 @@ from nni_topo.hooks.energy import ChirpEnergyCollector, EnergyCollector, Linear,
 from nni_topo.hooks.energy_data import DataEnergyCollector
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_request
+from nni_topo.recovery.compensation import Method
 
 TOLERANCE = 1e-9
 """Cumulative shares within this of the threshold count as equal to it, and go."""
@@ -53,7 +54,7 @@ class EnergyFilterPruner(StructuredPruner):
     collector : {"chirp", "data"} or EnergyCollector, default="chirp"
         Whose responses are measured: those to a chirp, or to calibration data.
     calibration : iterable or None, default=None
-        Batches of inputs, or of ``(inputs, targets)``, for ``collector="data"``; labels aren't used.
+        Batches of inputs, or of ``(inputs, targets)``, for ``collector="data"`` and ``compensate``; labels aren't used.
     sweep : {"nyquist", "thesis"}, default="nyquist"
         Whether the chirp ends at 1/2 or at 1 cycle per pixel; see :func:`~nni_topo.signals.sweep_range`.
     direction : {"diagonal", "radial"}, default="diagonal"
@@ -69,6 +70,8 @@ class EnergyFilterPruner(StructuredPruner):
     linear : {"refuse", "unit-energy"}, default="refuse"
         What happens to linear layers, which a chirp can't enter: an error, or the expected energy of their outputs for
         uncorrelated inputs of energy 1 each. ``collector="data"`` measures them like convolutions.
+    compensate, round_to
+        See :class:`~nni_topo.pruners.base.StructuredPruner`.
 
     Raises
     ------
@@ -120,6 +123,8 @@ class EnergyFilterPruner(StructuredPruner):
         batch_norm: bool = False,
         bias: bool = True,
         linear: Linear = "refuse",
+        compensate: Method | None = None,
+        round_to: int | None = None,
     ) -> None:
         shared: dict[str, Any] = {"normalization": normalization, "batch_norm": batch_norm, "bias": bias}
         if isinstance(collector, EnergyCollector):
@@ -145,6 +150,9 @@ class EnergyFilterPruner(StructuredPruner):
             collector=chosen,
             calculator=CumulativeEnergyMetric(),
             allocator=ConfigAllocator(strict=True, on_empty="keep", tolerance=TOLERANCE),
+            compensate=compensate,
+            calibration=calibration,
+            round_to=round_to,
         )
 
 

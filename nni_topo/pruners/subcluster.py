@@ -24,8 +24,9 @@ from nni_topo.hooks.features import Pool
 from nni_topo.hooks.subclustering import SubclusterMetric, is_convolution
 from nni_topo.hooks.survivors import Survivor, checked_rules, offsets
 from nni_topo.hooks.units import PruningUnit
-from nni_topo.pruners.base import StructuredPruner
+from nni_topo.pruners.base import Pairs, StructuredPruner
 from nni_topo.pruners.cluster import feature_collector
+from nni_topo.recovery.compensation import Method
 
 _INITIAL = {"Conv": 0.35, "Linear": 0.05}
 
@@ -70,6 +71,8 @@ class SubclusterPruner(StructuredPruner):
         Which of a cluster's covariances is compared with the threshold.
     n_init : int, default=3
         Starts of k-means, at least 1.
+    compensate, round_to
+        See :class:`~nni_topo.pruners.base.StructuredPruner`; ``compensate="pair"`` takes :attr:`pairs`.
     seed : int, default=0
         Same seed, same masks.
 
@@ -121,6 +124,8 @@ class SubclusterPruner(StructuredPruner):
         diagonal: bool = True,
         statistic: Literal["max", "mean"] = "max",
         n_init: int = 3,
+        compensate: Method | None = None,
+        round_to: int | None = None,
         seed: int = 0,
     ) -> None:
         growth = Growth(bins=bins, absolute=absolute, diagonal=diagonal, statistic=statistic, n_init=n_init)
@@ -161,6 +166,9 @@ class SubclusterPruner(StructuredPruner):
             collector=collector,
             calculator=self._metric,
             allocator=SurvivorAllocator(),
+            compensate=compensate,
+            calibration=calibration,
+            round_to=round_to,
         )
         self._activate_targets(cap=1.0)
 
@@ -177,6 +185,9 @@ class SubclusterPruner(StructuredPruner):
         update.
         """
         return self._metric.pairs
+
+    def _survivors(self) -> Pairs:
+        return self.pairs
 
 
 def _values(knob: float | Mapping[str, float] | None) -> list[float]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from nni.compression.base.wrapper import ModuleWrapper
@@ -31,6 +32,7 @@ from nni_topo.hooks.selection import RECONSTRUCTION, SelectionSettings, Topologi
 from nni_topo.hooks.sequential import SequentialProblems
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.recovery.compensation import Method
+from nni_topo.speedup.latency import LatencyTable
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "perera2022": {
@@ -67,15 +69,17 @@ class TopologicalPruner(StructuredPruner):
         of. A list or DataLoader, not a generator.
     preprocess : {"none", "center", "standardize", "unit"}, default="none"
         Applied to each member's cloud before a group's are joined.
-    criterion : {"hausdorff", "cover", "bottleneck", "wasserstein", "reconstruction"}, default="hausdorff"
+    criterion : {"auto", "hausdorff", "cover", "bottleneck", "wasserstein", "reconstruction"}, default="auto"
         What the search minimises: the largest or the mean distance from a pruned to the nearest kept point, the
         distance between the persistence diagrams of the kept and the whole cloud, or the share of the next layers'
-        outputs that no choice of their weights could bring back (needs ``calibration``).
+        outputs that no choice of their weights could bring back (needs ``calibration``). ``"auto"`` is
+        ``"reconstruction"`` if ``calibration`` is given and the collector is left to the pruner, else ``"hausdorff"``.
     homology_dimensions : sequence of int, default=(0,)
         Degrees whose diagrams are compared by ``"bottleneck"`` (their maximum) and ``"wasserstein"`` (their sum).
-    solver : {"genetic", "greedy"}, default="genetic"
+    solver : {"auto", "genetic", "greedy"}, default="auto"
         Genetic algorithm, started from the greedy solution, or the greedy solution itself: farthest points first; for
-        ``"reconstruction"`` forward selection.
+        ``"reconstruction"`` forward selection. ``"auto"`` is greedy for ``"reconstruction"``, where evolving on costs
+        minutes and gained nothing measurable, and genetic for the others.
     order : {"parallel", "sequential"}, default="parallel"
         Whether all layers are looked at in the network as it is, or each one in the network as pruned so far, the
         layers before it reconstructed. ``"sequential"`` goes with criterion ``"reconstruction"``.
@@ -88,11 +92,14 @@ class TopologicalPruner(StructuredPruner):
     elitism : bool, default=True
         Whether the best individual goes on unchanged.
     target : mapping or None, default=None
-        A budget for the whole network instead of ratios: ``{"flops": 0.25}`` or ``{"params": 0.5}``, the share to be
-        left. The config_list then says where only; its ``min_sparse_ratio`` and ``max_sparse_ratio`` hold. Scheduled
-        pruners don't schedule it.
-    allocation : {"topological", "uniform"}, default="topological"
-        How the budget is dealt out: one tolerance on death times over the network, or the same share of every layer.
+        A budget for the whole network instead of ratios: ``{"flops": 0.25}``, ``{"params": 0.5}`` or ``{"latency":
+        0.5}``, the share to be left. The config_list then says where only; its ``min_sparse_ratio`` and
+        ``max_sparse_ratio`` hold. Scheduled pruners don't schedule it.
+    allocation : {"uniform", "topological"}, default="uniform"
+        How the budget is dealt out: the same share of every layer, or one tolerance on death times over the network.
+    latency_table : LatencyTable, str, Path or None, default=None
+        Seconds of the layers over their widths, or a JSON file of them, for a latency target. None: measured once, on
+        one thread with the batch of ``example_inputs``; then ``pruner.allocator.latency_table`` holds it.
     example_inputs : Any, default=None
         Inputs of the model, which a ``target`` and the folded and coupled clouds need; for a target the first
         ``calibration`` batch serves as well.
@@ -157,9 +164,9 @@ class TopologicalPruner(StructuredPruner):
         collector: str | DataCollector = "auto",
         calibration: Iterable[Any] | None = None,
         preprocess: Preprocess = "none",
-        criterion: str = "hausdorff",
+        criterion: str = "auto",
         homology_dimensions: Sequence[int] = (0,),
-        solver: Literal["genetic", "greedy"] = "genetic",
+        solver: Literal["auto", "genetic", "greedy"] = "auto",
         order: Literal["parallel", "sequential"] = "parallel",
         population_size: int = 50,
         generations: int = 20,
@@ -168,7 +175,8 @@ class TopologicalPruner(StructuredPruner):
         elitism: bool = True,
         patience: int | None = None,
         target: Mapping[str, float] | None = None,
-        allocation: Allocation = "topological",
+        allocation: Allocation = "uniform",
+        latency_table: LatencyTable | str | Path | None = None,
         example_inputs: Any = None,
         engine: Literal["exact", "gudhi"] = "exact",
         preset: Literal["perera2022"] | None = None,
@@ -184,8 +192,7 @@ class TopologicalPruner(StructuredPruner):
             "homology_dimensions": tuple(homology_dimensions),
             "solver": solver,
         }
-        if preset is not None:
-            choice = _preset(preset, choice)
+        choice = _chosen(choice, calibration, order) if preset is None else _preset(preset, choice)
         settings = SelectionSettings(
             criterion=choice["criterion"],
             homology_dimensions=choice["homology_dimensions"],
@@ -205,7 +212,7 @@ class TopologicalPruner(StructuredPruner):
         self.preset = preset
         self.seed = seed
         self.target = target
-        allocator = _allocator(config_list, target, allocation, example_inputs, calibration)
+        allocator = _allocator(config_list, target, allocation, latency_table, example_inputs, calibration)
         problems = _problems(settings.criterion, order, calibration, seed)
         self._metric = TopologicalMetric(
             settings, allocator, seed=seed, progress=progress, n_jobs=n_jobs, problems=problems
@@ -241,10 +248,13 @@ def _allocator(
     config_list: list[dict[str, Any]],
     target: Mapping[str, float] | None,
     allocation: Allocation,
+    latency_table: LatencyTable | str | Path | None,
     example_inputs: Any,
     calibration: Iterable[Any] | None,
 ) -> ConfigAllocator:
     if target is None:
+        if latency_table is not None:
+            raise ConfigError("a latency table needs a target of 'latency', got no target (latency_table)")
         return ConfigAllocator(on_empty="keep")
     for index, config in enumerate(config_list):
         settings = [config, *config.get("target_settings", {}).values()]
@@ -255,7 +265,7 @@ def _allocator(
         example_inputs = next((b[0] if isinstance(b, (tuple, list)) else b for b in calibration), None)
     if example_inputs is None:
         raise ConfigError("a target needs example_inputs or calibration data, got neither (target)")
-    return BudgetAllocator(target, example_inputs, allocation=allocation)
+    return BudgetAllocator(target, example_inputs, allocation=allocation, latency_table=latency_table)
 
 
 def _problems(
@@ -272,6 +282,17 @@ def _problems(
         raise ConfigError("criterion 'reconstruction' needs calibration data, got none (calibration)")
     kind = ReconstructionProblems if order == "parallel" else SequentialProblems
     return kind(calibration, seed=seed)
+
+
+def _chosen(choice: dict[str, Any], calibration: Iterable[Any] | None, order: str) -> dict[str, Any]:
+    """Return a choice in which ``"auto"`` is decided."""
+    criterion, solver = choice["criterion"], choice["solver"]
+    if criterion == "auto":
+        informed = calibration is not None and choice["collector"] == "auto"
+        criterion = RECONSTRUCTION if informed or order == "sequential" else "hausdorff"
+    if solver == "auto":
+        solver = "greedy" if criterion == RECONSTRUCTION else "genetic"
+    return {**choice, "criterion": criterion, "solver": solver}
 
 
 def _preset(preset: str, given: dict[str, Any]) -> dict[str, Any]:

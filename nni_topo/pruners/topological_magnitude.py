@@ -154,7 +154,8 @@ class TopologicalMagnitudePruner(StructuredPruner):
         reached = self.conv_graph == "channel" or name in self._metric.graphs
         if not reached and not isinstance(space._wrapper.module, nn.Linear):
             raise ConfigError(
-                f"conv_graph {self.conv_graph!r} needs example_inputs that run every layer, got one that isn't run ({name})"
+                f"conv_graph {self.conv_graph!r} needs example_inputs that run every layer, got one that isn't run "
+                f"({name})"
             )
 
     def _tree_sizes(self) -> list[int]:

@@ -243,14 +243,21 @@ def load_plan(path: str | Path) -> Plan:
         data=tuple(_choice(DataChoice, entry, "data") for entry in entries["data"]),
         pruners=tuple(_choice(PrunerChoice, entry, "pruners") for entry in entries["pruners"]),
         targets=tuple(_target(entry) for entry in entries["targets"]),
-        compensate=_compensation(content.get("compensate")),
+        compensate=compensation_choice(content.get("compensate")),
         **{key: content[key] for key in ("seeds", "first_seed", "train", "retrain", "device") if key in content},
     )
 
 
-def _compensation(entry: Any) -> CompensationChoice | None:
-    if entry is None:
-        return None
+def compensation_choice(entry: Any) -> CompensationChoice | None:
+    """Return what a file's ``compensate`` says; nothing where it says nothing.
+
+    Raises
+    ------
+    ConfigError
+        If it isn't a mapping, or a key is unknown.
+    """
+    if entry is None or isinstance(entry, CompensationChoice):
+        return entry
     if not isinstance(entry, dict):
         raise ConfigError(f"an entry must be a mapping such as {{images: 1024}}, got {entry!r} (compensate)")
     known = {item.name for item in fields(CompensationChoice)}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from nni_topo.runner.cells import DataChoice, ModelChoice, Plan, PrunerChoice, Target
+from nni_topo.runner.cells import CompensationChoice, DataChoice, ModelChoice, Plan, PrunerChoice, Target
 
 DEMO = Plan(
     models=(ModelChoice("small_cnn"),),
     data=(DataChoice("digits"),),
     pruners=(
         PrunerChoice("topological"),
-        PrunerChoice("topological", "topological, functional", calibration=512),
+        PrunerChoice("topological", "topological, functional", {"criterion": "hausdorff"}, calibration=512),
+        PrunerChoice("topological", "topological, reconstruction", calibration=512),
         PrunerChoice("l1"),
         PrunerChoice("l2"),
         PrunerChoice("fpgm"),
@@ -18,4 +19,5 @@ DEMO = Plan(
     targets=(Target("ratio", 0.5), Target("ratio", 0.75)),
     seeds=5,
     retrain={"epochs": 2},
+    compensate=CompensationChoice(images=512),
 )

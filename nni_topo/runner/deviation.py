@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from nni_topo import zoo
-from nni_topo.analysis import deviation_of, error_bound
+from nni_topo.analysis import ErrorBound, deviation_of, error_bound
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.hooks import Masks
 from nni_topo.registry import create_pruner, pruner_info
@@ -156,28 +157,30 @@ def deviation_study(
     points = []
     for name in pruners:
         repeats = seeds if name == CONNECTIONS or "seed" in pruner_info(name).knobs() else 1
-        for ratio in ratios:
-            for each in range(seed, seed + repeats):
-                masks = study_masks(name, net, batch[:2], ratio, batches, each)
-                changed = masked_model(net, batch[:2], masks)
-                found = error_bound(net, changed, batch, iterations=_ITERATIONS)
-                deviation = deviation_of(found)
-                points.append(
-                    DeviationPoint(
-                        pruner=name,
-                        ratio=ratio,
-                        seed=each,
-                        pruned=_share(masks),
-                        error=found.error,
-                        bound=found.first_order,
-                        lipschitz=found.lipschitz,
-                        dev=deviation.dev,
-                        sign=deviation.sign,
-                        relative=deviation.relative,
-                        accuracy=zoo.evaluate(changed, bundle.test, device=place),
-                    )
-                )
+        for ratio, each in itertools.product(ratios, range(seed, seed + repeats)):
+            masks = study_masks(name, net, batch[:2], ratio, batches, each)
+            changed = masked_model(net, batch[:2], masks)
+            kept = zoo.evaluate(changed, bundle.test, device=place)
+            bound = error_bound(net, changed, batch, iterations=_ITERATIONS)
+            points.append(_point(name, ratio, each, _share(masks), bound, kept))
     return DeviationStudy(points, accuracy, len(batch))
+
+
+def _point(name: str, ratio: float, seed: int, pruned: float, found: ErrorBound, accuracy: float) -> DeviationPoint:
+    deviation = deviation_of(found)
+    return DeviationPoint(
+        pruner=name,
+        ratio=ratio,
+        seed=seed,
+        pruned=pruned,
+        error=found.error,
+        bound=found.first_order,
+        lipschitz=found.lipschitz,
+        dev=deviation.dev,
+        sign=deviation.sign,
+        relative=deviation.relative,
+        accuracy=accuracy,
+    )
 
 
 def study_masks(
@@ -217,8 +220,8 @@ def study_masks(
         entry["sparse_ratio"] = ratio
     config_list = dependency_groups(model, example, [entry]) if info.structured else [entry]
     knobs = {knob: value for knob, value in knobs.items() if knob in info.knobs()}
-    _, masks = create_pruner(name, copy.deepcopy(model), config_list, **knobs).compress()
-    return masks
+    found: Masks = create_pruner(name, copy.deepcopy(model), config_list, **knobs).compress()[1]
+    return found
 
 
 def _random_connections(model: nn.Module, layers: list[str], ratio: float, seed: int) -> Masks:

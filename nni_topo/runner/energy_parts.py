@@ -96,25 +96,21 @@ def replacement_part(subject: Subject) -> Record:
     """One layer's weak filters replaced, as they are and with batch norms re-calibrated."""
     row, threshold = subject.single_layer(), subject.nearest(0.1)
     images = subject.data.train.tensors[0][:_RECALIBRATION_IMAGES].to(subject.example.device)
-    record: Record = {"layer": row.layers[0], "threshold": threshold, "filters": row.removed[threshold]}
-    repairs: dict[str, Callable[[nn.Module], nn.Module] | None] = {
-        "as they are": None,
-        "re-calibrated": lambda net: recalibrate_batch_norm(net, images.split(128)),
-    }
-    for label, repair in repairs.items():
-        found = study_replacement(
-            subject.net,
-            row.layers[0],
-            subject.example,
-            subject.evaluate,
-            threshold=threshold,
-            fitness=partial(_subset_quality, subject),
-            repair=repair,
-            seed=subject.seed,
-            **subject.knobs,
-        )
-        record[label] = {kind: {**asdict(made), "quality": made.quality._asdict()} for kind, made in found.items()}
-    return record
+    found = study_replacement(
+        subject.net,
+        row.layers[0],
+        subject.example,
+        subject.evaluate,
+        threshold=threshold,
+        fitness=partial(_subset_quality, subject),
+        repair=lambda net: recalibrate_batch_norm(net, images.split(128)),
+        seed=subject.seed,
+        **subject.knobs,
+    )
+    kinds = {kind: {**asdict(made), "quality": made.quality._asdict()} for kind, made in found.items()}
+    for kind, made in found.items():
+        kinds[kind]["repaired"] = None if made.repaired is None else made.repaired._asdict()
+    return {"layer": row.layers[0], "threshold": threshold, "filters": row.removed[threshold], "kinds": kinds}
 
 
 def selection_part(subject: Subject) -> Record:

@@ -87,12 +87,11 @@ def _accumulated_table(part: Record) -> Table:
 def _replacement_table(part: Record) -> Table:
     title = f"{part['filters']} filters of {part['layer']} replaced"
     table = Table("filters", "accuracy %", "re-calibrated %", "energy %", "likeness", title=title)
-    for kind, made in part["as they are"].items():
-        again = part["re-calibrated"][kind]["quality"]["accuracy"]
+    for kind, made in part["kinds"].items():
         table.add_row(
             kind,
             f"{100 * made['quality']['accuracy']:.1f}",
-            f"{100 * again:.1f}",
+            f"{100 * made['repaired']['accuracy']:.1f}",
             f"{100 * made['energy']:.1f}",
             f"{made['similarity']:.2f}",
         )

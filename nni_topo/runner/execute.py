@@ -148,8 +148,8 @@ def prune(
 ) -> tuple[Masks, float]:
     """Run the cell's pruner on a copy of the model; return its masks and the seconds it took.
 
-    A pruner that needs an evaluator gets one that leaves the weights as they are: at a rate of almost zero it measures
-    gradients only.
+    A pruner with the knob ``allocation`` deals out a budget of multiply-accumulates itself. A pruner that needs an
+    evaluator gets one that leaves the weights as they are: at a rate of almost zero it measures gradients only.
     """
     if is_rival(cell.pruner.name):
         return rival_masks(cell.pruner.name, model, example, ratios)
@@ -158,6 +158,9 @@ def prune(
     name = "random" if cell.pruner.name == SCRATCH else cell.pruner.name
     info = pruner_info(name)
     knobs: dict[str, Any] = dict(cell.pruner.knobs)
+    if "allocation" in knobs and cell.target.kind == "flops":
+        knobs["target"] = {"flops": cell.target.value}
+        config_list = [{key: item for key, item in entry.items() if key != "sparse_ratio"} for entry in config_list]
     if cell.pruner.calibration:
         knobs["calibration"] = calibration_batches(data, cell.pruner.calibration)
     if "example_inputs" in info.knobs():

@@ -11,16 +11,21 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from nni_topo import serialization, zoo
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.hooks import Masks
+from nni_topo.recovery import compensation
 from nni_topo.registry import create_pruner, pruner_info
-from nni_topo.runner.cells import DataChoice, ModelChoice, changed_recipe
-from nni_topo.runner.execute import build_model, layer_widths, load_model_data, resolve_device
+from nni_topo.runner.cells import CompensationChoice, DataChoice, ModelChoice, changed_recipe, compensation_choice
+from nni_topo.runner.execute import build_model, calibration_batches, layer_widths, load_model_data, resolve_device
 from nni_topo.runner.records import Record, provenance
 from nni_topo.speedup import dependency_groups, to_dense
+from nni_topo.speedup.dependency import channel_flow
+from nni_topo.speedup.inputs import call_arguments
+from nni_topo.speedup.masks import check_masks
+from nni_topo.speedup.resolve import resolve_masks
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,10 @@ class PruneConfig:
         Training images (without labels) given to the pruner; 0: none.
     dependency_groups : bool
         Whether layers that meet in an addition are tied, so that they lose the same channels.
+    compensate : CompensationChoice, dict or None
+        Compensation on training images without labels, for any pruner: ``images`` and ``method``; None: none.
+    round_to : int or None
+        Layers keep a multiple of so many channels.
     retrain : dict
         Fields of the retraining recipe, ``epochs`` first of all; empty: no retraining.
     """
@@ -48,6 +57,8 @@ class PruneConfig:
     knobs: Mapping[str, Any] = field(default_factory=dict)
     calibration: int = 0
     dependency_groups: bool = True
+    compensate: CompensationChoice | None = None
+    round_to: int | None = None
     retrain: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -78,7 +89,7 @@ def load_prune_config(path: str | Path) -> PruneConfig:
                 f"a configuration must name {key}, got {', '.join(map(str, content)) or 'nothing'} ({path})"
             )
     pruner_info(content["pruner"])
-    return PruneConfig(**content)
+    return PruneConfig(**{**content, "compensate": compensation_choice(content.get("compensate"))})
 
 
 def prune_checkpoint(
@@ -135,8 +146,17 @@ def prune_checkpoint(
     record = {"model": model.label, "data": data.name, "pruner": config.pruner, "seed": seed}
     record |= _measured(net, bundle, place, accuracy="accuracy_before", suffix="_before")
     masks, record["prune_seconds"] = _masks(net, config, bundle)
-    dense = to_dense(net, bundle.test.tensors[0][:2].to(place), masks)
+    example = bundle.test.tensors[0][:2].to(place)
+    masks = _rounded(net, example, masks, config.round_to)
+    dense = to_dense(net, example, masks)
     record |= _measured(dense, bundle, place, accuracy="accuracy_oneshot")
+    if config.compensate is not None:
+        choice = config.compensate
+        images = [batch.to(place) for batch in calibration_batches(bundle, choice.images)]
+        done = compensation(net, masks, images, method=choice.method, refine=choice.refine, progress=progress)
+        dense = to_dense(done.model, example, masks)
+        record["accuracy_compensated"] = zoo.evaluate(dense, bundle.test, device=place)
+        record["compensation"] = done.report.to_frame().replace({float("nan"): None}).to_dict("records")
     record["widths"] = layer_widths(dense)
     if config.retrain:
         recipe = zoo.default_recipe(model.name, data.name)
@@ -180,6 +200,15 @@ def trained_network(
     net = net.to(place).eval()
     zoo.check_model(net, bundle)
     return net, bundle
+
+
+def _rounded(net: nn.Module, example: Tensor, masks: Masks, round_to: int | None) -> Masks:
+    """Return masks by which layers keep a multiple of so many channels."""
+    if round_to is None:
+        return masks
+    on_device = {name: {t: mask.to(example.device) for t, mask in found.items()} for name, found in masks.items()}
+    flow = channel_flow(net, call_arguments(example))
+    return resolve_masks(net, flow, check_masks(net, on_device), round_to)
 
 
 def _measured(net: nn.Module, data: zoo.DataBundle, device: torch.device, *, accuracy: str, suffix: str = "") -> Record:

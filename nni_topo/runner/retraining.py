@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nni_topo import zoo
 from nni_topo.analysis import retraining_bound
+from nni_topo.analysis.retraining import Kind
 from nni_topo.errors import ConfigError
 from nni_topo.registry import pruner_info
 from nni_topo.runner.cells import DataChoice, ModelChoice, Target
@@ -78,8 +78,8 @@ class RetrainingStudy:
     def means(self) -> pd.DataFrame:
         """Return means over seeds by ``pruner``, ``kind`` and ``ratio``, in the order of the points.
 
-        ``epochs`` counts runs that weren't back with the most epochs; ``back`` says how many of the runs were; ``fitted``
-        is the constant with which (3.1) gives ``epochs``.
+        ``epochs`` counts runs that weren't back with the most epochs; ``back`` says how many of the runs were;
+        ``fitted`` is the constant with which (3.1) gives ``epochs``.
         """
         frame = pd.DataFrame([asdict(point) for point in self.points]).drop(columns="seed")
         frame = frame.assign(
@@ -126,7 +126,7 @@ def retraining_study(
     data : DataChoice
         Training and test images.
     pruners : sequence of str
-        Registered names, or ``"connections"``: single weights at random. Structured ones are taken for pruning of nodes.
+        Registered names, or ``"connections"``: single weights at random. Structured ones prune nodes.
     ratios : sequence of float
         ``sparse_ratio`` of every layer but the output, each in [0, 1).
     seeds : int, default=1
@@ -166,67 +166,85 @@ def retraining_study(
     pictures, labels = (tensor[:images].split(256) for tensor in bundle.train.tensors)
     batches = list(zip(pictures, labels, strict=True))
     inputs = [each.to(place) for each in bundle.train.tensors[0][:calibration].split(128)]
+    case = _Case(net, initial, bundle, recipe, accuracy - tolerance, batches, inputs)
     points = []
     for name in pruners:
-        kind = "node" if name != CONNECTIONS and pruner_info(name).structured else "connection"
-        for ratio in ratios:
-            for each in range(seed, seed + seeds):
-                masks = study_masks(name, net, inputs[0][:2], ratio, inputs, each)
-                make = to_dense if kind == "node" else masked_model
-                sparse = make(net, inputs[0][:2], masks)
-                found = retraining_bound(
-                    initial,
-                    net,
-                    sparse,
-                    cross_entropy,
-                    batches,
-                    recipe.epochs,
-                    gamma,
-                    kind,  # type: ignore[arg-type]
-                )
-                before = zoo.evaluate(sparse, bundle.test, device=place)
-                if kind == "connection":
-                    _freeze_zeros(sparse)
-                run = _Return(sparse, bundle, accuracy - tolerance)
-                taken = run.epochs(recipe.for_retraining(most_epochs), each, before)
-                points.append(
-                    RetrainingPoint(
-                        name, kind, ratio, each, found.epochs, found.derived_epochs, taken, before, run.accuracy
-                    )
-                )
+        for ratio, each in itertools.product(ratios, range(seed, seed + seeds)):
+            points.append(case.point(name, ratio, each, gamma, most_epochs))
     return RetrainingStudy(points, accuracy, recipe.epochs, most_epochs, gamma)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A trained network and everything that is done to it."""
+
+    trained: nn.Module
+    initial: nn.Module
+    data: zoo.DataBundle
+    recipe: zoo.Recipe
+    wanted: float
+    batches: list[tuple[Tensor, Tensor]]
+    inputs: list[Tensor]
+
+    def point(self, name: str, ratio: float, seed: int, gamma: float, most_epochs: int) -> RetrainingPoint:
+        """Prune, bound, retrain."""
+        example = self.inputs[0][:2]
+        masks = study_masks(name, self.trained, example, ratio, self.inputs, seed)
+        kind: Kind = "node" if name != CONNECTIONS and pruner_info(name).structured else "connection"
+        sparse = (to_dense if kind == "node" else masked_model)(self.trained, example, masks)
+        epochs = self.recipe.epochs
+        found = retraining_bound(self.initial, self.trained, sparse, cross_entropy, self.batches, epochs, gamma, kind)
+        before = zoo.evaluate(sparse, self.data.test, device=example.device)
+        if kind == "connection":
+            _freeze_zeros(sparse)
+        taken, after = epochs_back(sparse, self.data, self.recipe.for_retraining(most_epochs), self.wanted, seed=seed)
+        return RetrainingPoint(name, kind, ratio, seed, found.epochs, found.derived_epochs, taken, before, after)
 
 
 class _Back(Exception):  # noqa: N818 - ends a training, no error
     """The accuracy is back."""
 
 
-class _Return:
-    """Retrains a network until its test accuracy is back."""
+def epochs_back(
+    model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe, wanted: float, *, seed: int
+) -> tuple[int | None, float]:
+    """Train a network in place until its test accuracy is what it should be.
 
-    def __init__(self, model: nn.Module, data: zoo.DataBundle, wanted: float) -> None:
-        self.model, self.data, self.wanted = model, data, wanted
-        self.accuracy = 0.0
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network, on the device where it is to be trained.
+    data : DataBundle
+        Training and test images.
+    recipe : Recipe
+        How to train, and for how many epochs at most.
+    wanted : float
+        Test accuracy, in [0, 1].
+    seed : int
+        Of the training.
 
-    def epochs(self, recipe: zoo.Recipe, seed: int, before: float) -> int | None:
-        """Return how many epochs it took; None if they weren't enough."""
-        self.accuracy = before
-        if before >= self.wanted:
-            return 0
-        taken: list[int] = []
+    Returns
+    -------
+    int or None
+        Epochs it took, 0 if none was needed; None if it wasn't back after the last.
+    float
+        Test accuracy at the end.
+    """
+    device = next(model.parameters()).device
+    reached = [zoo.evaluate(model, data.test, device=device)]
+    if reached[0] >= wanted:
+        return 0, reached[0]
 
-        def watch(log: zoo.EpochLog) -> None:
-            self.accuracy = zoo.evaluate(self.model, self.data.test, device=next(self.model.parameters()).device)
-            if self.accuracy >= self.wanted:
-                taken.append(log.epoch)
-                raise _Back
+    def watch(log: zoo.EpochLog) -> None:
+        reached.append(zoo.evaluate(model, data.test, device=device))
+        if reached[-1] >= wanted:
+            raise _Back
 
-        try:
-            device = next(self.model.parameters()).device
-            zoo.train(self.model, self.data, recipe, seed=seed, device=device, callback=watch)
-        except _Back:
-            return taken[0]
-        return None
+    try:
+        zoo.train(model, data, recipe, seed=seed, device=device, callback=watch)
+    except _Back:
+        return len(reached) - 1, reached[-1]
+    return None, reached[-1]
 
 
 def _freeze_zeros(model: nn.Module) -> None:

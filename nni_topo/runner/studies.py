@@ -10,6 +10,7 @@ from rich.table import Table
 
 from nni_topo.analysis import TopologyStudy, study_topology
 from nni_topo.runner.cells import DataChoice, ModelChoice, Target
+from nni_topo.runner.execute import calibration_batches
 from nni_topo.runner.prune import trained_network
 from nni_topo.runner.widths import inner_layers
 from nni_topo.speedup import dependency_groups
@@ -53,14 +54,14 @@ def topology_study(
     """
     net, bundle = trained_network(model, checkpoint, data, seed=seed, device=device)
     example = bundle.test.tensors[0][:2].to(next(net.parameters()).device)
-    knobs: dict[str, Any] = {"seed": seed}
+    knobs: dict[str, Any] = {"seed": seed, "allocation": "topological"} if target.kind == "flops" else {"seed": seed}
     entry: dict[str, Any] = {"op_names": inner_layers(net, example)}
     if target.kind == "flops":
         knobs |= {"target": {"flops": target.value}, "example_inputs": example}
     else:
         entry["sparse_ratio"] = target.value
     if calibration:
-        knobs["calibration"] = list(bundle.train.tensors[0][:calibration].split(128))
+        knobs |= {"calibration": calibration_batches(bundle, calibration), "criterion": "hausdorff"}
     return study_topology(net, dependency_groups(net, example, [entry]), degrees=degrees, **knobs)
 
 

@@ -2,6 +2,8 @@
 
 from nni_topo.speedup.dense import to_dense
 from nni_topo.speedup.dependency import dependency_groups
+from nni_topo.speedup.latency import LatencyTable, LayerLatency
 from nni_topo.speedup.reference import masked_model
+from nni_topo.speedup.timing import measure_latency
 
-__all__ = ["dependency_groups", "masked_model", "to_dense"]
+__all__ = ["LatencyTable", "LayerLatency", "dependency_groups", "masked_model", "measure_latency", "to_dense"]

@@ -117,6 +117,22 @@ class NetworkCost:
         params = self._rest + sum(cost.weights(gone) for cost in self._layers.values())
         return Cost(macs, params + 2 * sum(_left(roots, gone) for roots in self._norms.values()))
 
+    def widths(self, kept: Kept) -> dict[str, tuple[int, int]]:
+        """Count the input and output channels that are left of each layer.
+
+        Parameters
+        ----------
+        kept : mapping of str to ndarray of bool, shape (channels,)
+            As for a call.
+
+        Returns
+        -------
+        dict of str to (int, int)
+            By layer; of a linear layer, features.
+        """
+        gone = self._gone(kept)
+        return {name: (_left(cost.entering, gone), _left(cost.leaving, gone)) for name, cost in self._layers.items()}
+
     def _gone(self, kept: Kept) -> IntArray:
         """Return the representatives of the channels that no layer puts out any more."""
         stays = [np.array([FIXED])]

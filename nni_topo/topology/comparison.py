@@ -153,41 +153,39 @@ def _gaps(first: FloatArray, second: FloatArray) -> FloatArray:
 
 
 def _bottleneck(first: FloatArray, second: FloatArray, compiled: bool) -> float:
-    gaps = _gaps(first, second)
-    sides = [
-        (gaps, 0.5 * (first[:, 1] - first[:, 0])),
-        (np.ascontiguousarray(gaps.T), 0.5 * (second[:, 1] - second[:, 0])),
-    ]
-    bound = max(_lower_bound(*side) for side in sides)
     covered = _kernels.compiled(_kernels.covered) if compiled else _covered
+    halves = [0.5 * (bars[:, 1] - bars[:, 0]) for bars in (first, second)]
+    least = max(_surplus(halves[0], len(second)), _surplus(halves[1], len(first)))
+    # Thresholds at which each side finds partners suit both at once (Mendelsohn and Dulmage).
+    for bars, others, lengths in ((first, second, halves[0]), (second, first, halves[1])):
+        undecided = lengths > least
+        gaps = _gaps(bars[undecided], others)
+        nearest = np.minimum(lengths[undecided], gaps.min(axis=1, initial=np.inf)).max(initial=0.0)
+        least = _least_threshold(gaps, lengths[undecided], max(least, float(nearest)), covered)
+    return least
+
+
+def _least_threshold(
+    gaps: FloatArray, halves: FloatArray, bound: float, covered: Callable[[FloatArray, FloatArray, float], bool]
+) -> float:
+    """Return the least threshold from a bound on at which all bars of one side are covered."""
 
     def enough(threshold: float) -> bool:
-        return all(covered(*side, threshold) for side in sides)
+        return covered(gaps, halves, threshold)
 
     if enough(bound):
         return bound
-    halves = np.concatenate([side[1] for side in sides])
-    halves = np.unique(halves[halves > bound])
-    index = _first(halves, enough)
-    low, high = (halves[index - 1] if index else bound), halves[index]
-    between = np.unique(gaps[(gaps > low) & (gaps < high)])
-    return float(np.append(between, high)[_first(between, enough)])
+    longer = np.unique(halves[halves > bound])
+    index = bisect.bisect_left(longer, True, key=enough)
+    low, high = (longer[index - 1] if index else bound), longer[index]
+    rows = gaps[halves > low]
+    between = np.append(np.unique(rows[(rows > low) & (rows < high)]), high)
+    return float(between[bisect.bisect_left(between, True, hi=len(between) - 1, key=enough)])
 
 
-def _first(values: FloatArray, enough: Callable[[float], bool]) -> int:
-    """Return the index of the first of ascending values that is enough, or their number; near ones first."""
-    stop = 1
-    while stop < len(values) and not enough(values[stop - 1]):
-        stop *= 2
-    return bisect.bisect_left(values, True, stop // 2, min(stop, len(values)), key=enough)
-
-
-def _lower_bound(gaps: FloatArray, halves: FloatArray) -> float:
-    """Bound the distance: each bar is dropped or has a nearest partner, and partners are limited."""
-    nearest = np.minimum(halves, gaps.min(axis=1, initial=np.inf)).max(initial=0.0)
-    partners = gaps.shape[1]
-    unmatched = np.sort(halves)[::-1][partners] if partners < len(halves) else 0.0
-    return float(max(nearest, unmatched))
+def _surplus(halves: FloatArray, partners: int) -> float:
+    """Bound the distance by the longest bar that stays without a partner, since partners are limited."""
+    return float(np.sort(halves)[::-1][partners]) if partners < len(halves) else 0.0
 
 
 def _covered(gaps: FloatArray, halves: FloatArray, threshold: float) -> bool:

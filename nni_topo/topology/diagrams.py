@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from nni_topo.topology.loops import LARGEST, SortedEdges, loop_bars, sort_edges
 from nni_topo.topology.spanning import subset_deaths
 
 _FIELD = 2
+_BATCH_ELEMENTS = 1 << 22
 
 
 def rips_diagram(
@@ -128,23 +129,50 @@ def diagrams_of(
 
 def _spanning_tree_and_ripser(distances: FloatArray, degrees: Sequence[int]) -> list[FloatArray]:
     higher = [degree for degree in degrees if degree > 0]
-    bars = dict(zip(higher, _ripser(distances, higher), strict=True)) if higher else {}
+    bars = dict(zip(higher, next(ripser_bars([distances], higher)), strict=True)) if higher else {}
     if 0 in degrees:
         deaths = subset_deaths(distances, np.ones((1, len(distances)), dtype=np.bool_))[0]
         bars[0] = np.stack([np.zeros(len(distances)), np.append(deaths, np.inf)], axis=1)
     return [bars[degree] for degree in degrees]
 
 
-def _ripser(distances: FloatArray, degrees: list[int]) -> list[FloatArray]:
+def ripser_bars(matrices: Iterable[FloatArray], degrees: Sequence[int]) -> Iterator[list[FloatArray]]:
+    """Compute diagrams of many distance matrices by GUDHI's RipsPersistence; bars in any order.
+
+    Parameters
+    ----------
+    matrices : iterable of ndarray, shape (n, n)
+        Checked distance matrices; about 32 MiB of them are held at a time.
+    degrees : sequence of int
+        Each at least 1.
+
+    Yields
+    ------
+    list of ndarray, shape (bars, 2)
+        By degree, for each matrix.
+    """
+    batch: list[FloatArray] = []
+    for matrix in matrices:
+        # Measured: with the central points last, Ripser is nearly twice as fast; the bars are the same.
+        order = np.argsort(-matrix.sum(axis=1), kind="stable")
+        batch.append(matrix[np.ix_(order, order)])
+        if sum(held.size for held in batch) >= _BATCH_ELEMENTS:
+            yield from _ripser(batch, degrees)
+            batch = []
+    yield from _ripser(batch, degrees)
+
+
+def _ripser(matrices: list[FloatArray], degrees: Sequence[int]) -> Iterator[list[FloatArray]]:
     from gudhi.sklearn.rips_persistence import RipsPersistence
 
     rips = RipsPersistence(
-        homology_dimensions=degrees,
-        input_type="lower distance matrix",
+        homology_dimensions=list(degrees),
+        input_type="full distance matrix",
         homology_coeff_field=_FIELD,
         n_jobs=1,
     )
-    return [np.asarray(bars, dtype=np.float64).reshape(-1, 2) for bars in rips.fit_transform([distances])[0]]
+    for diagrams in rips.fit_transform(matrices) if matrices else []:
+        yield [np.asarray(bars, dtype=np.float64).reshape(-1, 2) for bars in diagrams]
 
 
 def _simplex_tree(distances: FloatArray, degrees: Sequence[int]) -> list[FloatArray]:

@@ -50,7 +50,7 @@ def projection_error(points: int, features: int, *, failure: float = _FAILURE) -
     Examples
     --------
     >>> round(projection_error(513, 1024), 3)
-    0.146
+    0.128
     """
     pairs = _pairs(points, failure)
     if features < 1:
@@ -86,7 +86,7 @@ def projected_features(points: int, error: float, *, failure: float = _FAILURE) 
     Examples
     --------
     >>> projected_features(513, 0.25)
-    342
+    274
     """
     pairs = _pairs(points, failure)
     if not 0.0 < error < 1.0:

@@ -21,7 +21,7 @@ from nni_topo.topology._checks import (
 from nni_topo.topology._kernels import use_compiled
 from nni_topo.topology.comparison import bottleneck_distance, wasserstein_distance
 from nni_topo.topology.covering import covers, neighbour_ranks
-from nni_topo.topology.diagrams import diagrams_of
+from nni_topo.topology.diagrams import diagrams_of, ripser_bars
 from nni_topo.topology.loops import sort_edges
 from nni_topo.topology.matching import closed_bottleneck, closed_wasserstein
 from nni_topo.topology.spanning import subset_deaths
@@ -177,9 +177,12 @@ class SubsetFitness:
         if not degrees:
             return []
         losses = np.empty((len(degrees), len(subsets)))
-        for column, subset in enumerate(subsets):
-            points = np.flatnonzero(subset)
-            bars = diagrams_of(self._distances, degrees, self.engine, points, self._edges)
+        chosen = (np.flatnonzero(subset) for subset in subsets)
+        if self.engine == "gudhi" or self._edges is not None:
+            found = (diagrams_of(self._distances, degrees, self.engine, points, self._edges) for points in chosen)
+        else:
+            found = ripser_bars((self._distances[np.ix_(points, points)] for points in chosen), degrees)
+        for column, bars in enumerate(found):
             losses[:, column] = [self._loss(degree, part) for degree, part in zip(degrees, bars, strict=True)]
         return list(losses)
 

@@ -57,6 +57,25 @@ def test_study_evaluates_every_model_at_every_rate():
     assert losses == sorted(losses)
 
 
+def test_the_part_before_the_dropout_runs_once_and_changes_nothing():
+    calls, inputs = [], torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+
+    class Counted(nn.Linear):
+        def forward(self, values):
+            calls.append(len(values))
+            return super().forward(values)
+
+    model = nn.Sequential(Counted(8, 64), nn.Dropout(0.5), nn.Linear(64, 3)).eval()
+
+    def evaluate(net):
+        with torch.no_grad():
+            return Quality(float(torch.cat([net(batch) for batch in inputs.split(4)]).pow(2).mean()), 0.0)
+
+    found = study_dropout({"net": lambda: model}, evaluate, rates=(0.0, 0.3, 0.6))["net"]
+    assert calls == [4, 2]
+    assert {rate: evaluate(with_dropout(model, rate)) for rate in (0.0, 0.3, 0.6)} == found
+
+
 @pytest.mark.parametrize("rate", [-0.1, 1.0])
 def test_bad_rates_are_refused(rate):
     with pytest.raises(ConfigError, match=f"in \\[0, 1\\), got {rate}"):

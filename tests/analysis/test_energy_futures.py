@@ -87,12 +87,13 @@ def test_evolution_finds_no_worse_than_it_began_with():
     assert losses[-1] < losses[0]
 
 
-def test_repair_is_applied_before_evaluation():
+def test_repair_is_evaluated_besides():
     def blank(model):
         return nn.Sequential(*model[:-1], nn.Linear(16, 3, bias=False).requires_grad_(False).apply(_zero))
 
     found = study_replacement(net(), "0", IMAGES[:1], quality, threshold=0.4, kinds=["random"], repair=blank)
-    assert found["random"].quality.loss == pytest.approx(np.log(3))
+    assert found["random"].repaired.loss == pytest.approx(np.log(3))
+    assert found["random"].quality.loss != pytest.approx(np.log(3))
 
 
 def _zero(module):

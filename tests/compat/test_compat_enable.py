@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 import sys
 import warnings
@@ -107,6 +108,7 @@ def test_mend_says_where_and_why(mend: object) -> None:
     text = mend.__doc__ or ""
     assert "Place: ``nni/" in text
     assert "Cause:" in text
+    assert re.search(r"every version|[Pp]ython \d|every Python|any PyTorch|\d\.\d+", text.split("Cause:")[1])
     assert "Returns" in text
 
 

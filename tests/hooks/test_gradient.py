@@ -132,6 +132,7 @@ def test_an_evaluator_serves_instead_and_leaves_weights_and_optimizer_alone():
 def test_a_neuron_that_no_loss_depends_on_goes_first():
     model = toy_model()
     with torch.no_grad():
+        model.hidden.bias += 2.0  # all others speak up
         model.head.weight[:, 3] = 0.0
         model.hidden.weight[3] *= 100.0
     pruner = TopologicalPruner(

@@ -13,9 +13,20 @@ from nni_topo.registry import create_pruner
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
 from nni_topo.testing import toy_evaluator, toy_images, toy_model
 
-NAMES = ["random", "topological"]
+NAMES = ["random", "topological", "energy", "cluster", "subcluster"]
 IMAGES = toy_images(64, seed=1)
 BATCHES = list(IMAGES.split(16))
+
+
+EXTRAS = {
+    "energy": {"example_inputs": IMAGES[:2], "linear": "unit-energy"},
+    "cluster": {"calibration": BATCHES},
+    "subcluster": {"calibration": BATCHES, "energy": 0.95, "initial_ratio": 0.2},
+}
+
+
+def make(name, model, config_list, evaluator=None, **knobs):
+    return create_pruner(name, model, config_list, evaluator, **{**EXTRAS.get(name, {}), **knobs})
 
 
 def config(model, ratio=0.5):
@@ -28,10 +39,12 @@ def config(model, ratio=0.5):
 def test_compress_also_compensates(name, method):
     original = toy_model().eval()
     model = copy.deepcopy(original)
-    pruner = create_pruner(name, model, config(model), compensate=method, calibration=BATCHES)
+    pruner = make(name, model, config(model), compensate=method, calibration=BATCHES)
     wrapped, masks = pruner.compress()
     pruner.unwrap_model()
-    expected = nni_topo.compensate(original, masks, BATCHES, method=method)
+    pairs = pruner._pairs(masks) if method == "pair" else None
+    assert (pairs is not None) == (method == "pair" and "cluster" in name)
+    expected = nni_topo.compensate(original, masks, BATCHES, method=method, pairs=pairs)
     for key, value in expected.state_dict().items():
         assert torch.equal(model.state_dict()[key], value)
     dense = to_dense(model, IMAGES[:2], masks)
@@ -60,11 +73,14 @@ def test_the_wrapped_model_is_compensated_too():
 @pytest.mark.parametrize(("round_to", "widths"), [(3, (6, 6, 9)), (4, (4, 4, 8)), (16, (8, 8, 16))])
 def test_widths_are_multiples(name, round_to, widths):
     model = toy_model()
-    pruner = create_pruner(name, model, config(model), round_to=round_to)
+    pruner = make(name, model, config(model), round_to=round_to)
     _, masks = pruner.compress()
     pruner.unwrap_model()
     kept = tuple(int(masks[layer]["weight"].flatten(1)[:, 0].sum()) for layer in ("stem", "inner", "hidden"))
-    assert kept == widths
+    if name == "subcluster":  # finds the number of neurons itself
+        assert all(found % round_to == 0 or found == whole for found, whole in zip(kept, (8, 8, 16), strict=True))
+    else:
+        assert kept == widths
 
 
 def test_a_budget_counts_rounded_widths():
@@ -92,8 +108,10 @@ def test_a_budget_counts_rounded_widths():
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_knobs_are_refused_before_the_model_is_wrapped(name, knobs, message):
     model = toy_model()
+    if "cluster" in name and "calibration" not in knobs:
+        message = "calibration|round_to"  # clusters need calibration data anyway
     with pytest.raises(ConfigError, match=message):
-        create_pruner(name, model, config(model), **knobs)
+        make(name, model, config(model), **knobs)
     assert not any(hasattr(module, "_nni_wrapper") for module in model.modules())
 
 

@@ -1,0 +1,310 @@
+"""Clustered and sub-clustering pruning: neurons per layer, accuracy, epochs to come back; sweeps and rivals.
+
+Every cell is a line of ``cells.jsonl`` in the output folder, which a second run doesn't compute again. Afterwards, and
+with ``--report`` alone, the tables are printed as Markdown and the pictures are drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+import nni_topo
+from nni_topo import zoo
+from nni_topo.analysis import draw_splits
+from nni_topo.runner.cells import DataChoice, ModelChoice
+from nni_topo.runner.execute import build_model, layer_widths, load_model_data
+from nni_topo.runner.retraining import epochs_back
+from nni_topo.runner.widths import inner_layers
+
+CALIBRATION = 1000
+
+
+@dataclass(frozen=True)
+class Net:
+    """A network of the study: what it is trained on, and the text's settings for it."""
+
+    model: ModelChoice
+    limit: int
+    epochs: int
+    retrain: int
+    energy: float | dict[str, float] = 0.5
+    initial: dict[str, float] | None = field(default=None)
+    calibration: int = CALIBRATION
+
+
+LIKE = {"features.conv1": 10 / 32, "features.conv2": 15 / 64, "classifier.fc1": 50 / 1024}
+NETS = {
+    "lenet300": Net(ModelChoice("lenet300"), 10_000, 8, 10, 0.5, {"fc1": 20 / 300, "fc2": 25 / 100}),
+    "lenet5": Net(
+        ModelChoice("lenet5"),
+        10_000,
+        8,
+        10,
+        {"features.conv1": 0.3, "features.conv2": 0.3, "classifier.fc1": 0.4},
+        {"features.conv1": 4 / 6, "features.conv2": 4 / 16, "classifier.fc1": 15 / 84},
+    ),
+    "lenet5_like": Net(
+        ModelChoice("lenet5_like"),
+        5_000,
+        5,
+        3,
+        {"features.conv1": 0.5, "features.conv2": 0.5, "classifier.fc1": 0.4},
+        LIKE,
+    ),
+    "vgg16_modified": Net(ModelChoice("vgg16_modified", 0.25), 5_000, 5, 3, 0.4, None, 256),
+    "cnn12": Net(ModelChoice("cnn12"), 1_500, 3, 2, 0.5, None, 256),
+}
+
+
+class Bench:
+    """Trains each network once and keeps what was measured."""
+
+    def __init__(self, out: Path, data_dir: Path | None, data: str) -> None:
+        self.out, self.data_dir, self.data = out, data_dir, data
+        out.mkdir(parents=True, exist_ok=True)
+        self.file = out / "cells.jsonl"
+        self.records = [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
+        self._trained: dict[tuple[str, int], tuple[nn.Module, zoo.DataBundle, float]] = {}
+
+    def trained(self, name: str, seed: int) -> tuple[nn.Module, zoo.DataBundle, float]:
+        """Return a trained network, its data and its accuracy."""
+        if (name, seed) not in self._trained:
+            net = NETS[name]
+            folder = None if self.data_dir is None else str(self.data_dir)
+            bundle = load_model_data(net.model, DataChoice(self.data, folder, net.limit, 2_000))
+            model = build_model(net.model, bundle, seed)
+            path = self.out / "checkpoints" / f"{name}-{self.data}-{seed}.pt"
+            if path.exists():
+                zoo.load_checkpoint(path, model)
+            else:
+                zoo.train(model, bundle, self.recipe(name), seed=seed)
+                zoo.save_checkpoint(path, model, {"seed": seed})
+            self._trained[name, seed] = model.eval(), bundle, zoo.evaluate(model, bundle.test)
+        return self._trained[name, seed]
+
+    def recipe(self, name: str, retraining: bool = False) -> zoo.Recipe:
+        """Return the recipe of training, or of retraining."""
+        net = NETS[name]
+        base = zoo.default_recipe(net.model.name, self.data)
+        base = zoo.Recipe(**{**base.__dict__, "epochs": net.epochs})
+        return base.for_retraining(net.retrain) if retraining else base
+
+    def run(self, part: str, name: str, seed: int, label: str, ratio: Any, retrain: bool, **choice: Any) -> None:
+        """Compute one cell unless it is there."""
+        key = f"{part}/{name}/{seed}/{label}/{ratio}"
+        if any(record["key"] == key for record in self.records):
+            return
+        record = {"key": key, "part": part, "net": name, "seed": seed, "label": label, "ratio": ratio}
+        record |= self._measured(name, seed, retrain, **choice)
+        self.records.append(record)
+        with self.file.open("a") as lines:
+            lines.write(json.dumps(record) + "\n")
+        print(key, f"{100 * record['pruned']:.1f} %", f"{record['seconds']:.1f} s", flush=True)
+
+    def _measured(
+        self, name: str, seed: int, retrain: bool, *, pruner: str, config: list[dict[str, Any]], **knobs: Any
+    ) -> dict[str, Any]:
+        began = time.perf_counter()
+        model, bundle, accuracy = self.trained(name, seed)
+        images = list(bundle.train.tensors[0][: NETS[name].calibration].split(128))
+        given = {"calibration": images, "seed": seed}
+        knobs |= {knob: value for knob, value in given.items() if knob in nni_topo.pruner_info(pruner).knobs()}
+        own = nni_topo.create_pruner(pruner, copy.deepcopy(model), config, **knobs)
+        started = time.perf_counter()
+        _, masks = own.compress()
+        record: dict[str, Any] = {"prune_seconds": time.perf_counter() - started, "before": accuracy}
+        trees = getattr(own, "trees", {})
+        record["initial"] = {key.removesuffix(".weight"): len(tree.initial) for key, tree in trees.items()}
+        record["depth"] = max((tree.depth for tree in trees.values()), default=0)
+        if trees and retrain:
+            draw_splits(trees).savefig(self.out / f"splits-{name}.png", dpi=110)
+        own.unwrap_model()
+        pairs = getattr(own, "pairs", None)
+        example = images[0][:2]
+        dense = nni_topo.to_dense(model, example, masks)
+        updated = nni_topo.compensate(model, masks, images, method="pair", pairs=pairs)
+        updated = nni_topo.to_dense(updated, example, masks)
+        record |= {"widths_before": layer_widths(model), "widths": layer_widths(dense)}
+        record |= {"params_before": zoo.count_params(model), "params": zoo.count_params(dense)}
+        record |= {"pruned": zoo.evaluate(dense, bundle.test), "updated": zoo.evaluate(updated, bundle.test)}
+        if retrain:
+            for row, net in (("", dense), ("_updated", updated)):
+                found = epochs_back(net, bundle, self.recipe(name, True), accuracy, seed=seed)
+                record[f"epochs{row}"], record[f"retrained{row}"] = found
+        record["seconds"] = time.perf_counter() - began
+        return record
+
+
+def subcluster(bench: Bench, part: str, name: str, seed: int, label: str, **knobs: Any) -> None:
+    """Run SubclusterPruner with a network's settings, some of them changed."""
+    net = NETS[name]
+    model, bundle, _ = bench.trained(name, seed)
+    settings = {"energy": net.energy, "initial_ratio": net.initial, **knobs}
+    config = [{"op_names": inner_layers(model, bundle.test.tensors[0][:2])}]
+    bench.run(part, name, seed, label, "", part != "statistic", pruner="subcluster", config=config, **settings)
+
+
+def networks(bench: Bench, nets: list[str], seeds: int) -> None:
+    """Tables 5.2 to 5.7: nodes per layer, accuracy, epochs."""
+    for name in nets:
+        subcluster(bench, "networks", name, 0, "subcluster")
+
+
+def energies(bench: Bench, nets: list[str], seeds: int) -> None:
+    """Tables 5.8 and 5.9: the percentage of energy."""
+    for name in _among(nets, "lenet300", "lenet5_like"):
+        for energy in (0.1, 0.5, 0.8):
+            subcluster(bench, "energy", name, 0, str(energy), energy=energy)
+            subcluster(bench, "statistic", name, 0, str(energy), energy=energy, statistic="mean")
+
+
+def algorithms(bench: Bench, nets: list[str], seeds: int) -> None:
+    """Figures 4.1 and 4.2: clustering algorithms, survivors by bias, with the correlation update."""
+    for name in _among(nets, "lenet300", "lenet5"):
+        for algorithm in ("kmeans", "ward", "spectral", "dbscan", "gmm"):
+            _clustered(bench, "algorithms", name, seeds, algorithm, algorithm=algorithm, survivor="bias_norm")
+
+
+def survivors(bench: Bench, nets: list[str], seeds: int) -> None:
+    """Figures 4.3 to 4.5: which node of a cluster stays."""
+    pairs = (("lenet300", "kmeans"), ("lenet5", "ward"), ("lenet5", "kmeans"))
+    for name, algorithm in (pair for pair in pairs if pair[0] in nets):
+        for rule in (
+            () if name not in nets else ("random", "center", "weight", "bias", "bias_norm", ("weight", "bias_norm"))
+        ):
+            label = f"{algorithm}, {rule if isinstance(rule, str) else ' and '.join(rule)}"
+            _clustered(bench, "survivors", name, seeds, label, algorithm=algorithm, survivor=rule)
+
+
+def _among(nets: list[str], *names: str) -> list[str]:
+    return [name for name in names if name in nets]
+
+
+def _clustered(bench: Bench, part: str, name: str, seeds: int, label: str, **knobs: Any) -> None:
+    for seed in range(seeds):
+        model, bundle, _ = bench.trained(name, seed)
+        layers = inner_layers(model, bundle.test.tensors[0][:2])
+        for ratio in (0.3, 0.5, 0.7):
+            config = [{"op_names": layers, "sparse_ratio": ratio}]
+            bench.run(part, name, seed, label, ratio, False, pruner="cluster", config=config, **knobs)
+
+
+def rivals(bench: Bench, nets: list[str], seeds: int) -> None:
+    """SubclusterPruner beside other pruners at the nodes per layer that it found, with and without the update."""
+    for name in _among(nets, "lenet300", "lenet5", "lenet5_like"):
+        for seed in range(1 if name == "lenet5_like" else seeds):
+            subcluster(bench, "rivals", name, seed, "subcluster", energy=0.8)
+            mine = next(r for r in bench.records if r["key"] == f"rivals/{name}/{seed}/subcluster/")
+            config = [
+                {"op_names": [layer], "sparse_ratio": (count - mine["widths"][layer] + 0.5) / count}
+                for layer, count in mine["widths_before"].items()
+                if mine["widths"][layer] < count
+            ]
+            for pruner in ("l1", "l2", "fpgm", "topological", "cluster", "random"):
+                knobs = {"survivor": "weight"} if pruner == "cluster" else {}
+                bench.run("rivals", name, seed, pruner, "", True, pruner=pruner, config=config, **knobs)
+
+
+def report(bench: Bench) -> None:
+    """Print every table as Markdown and draw the pictures."""
+    frame = pd.DataFrame(bench.records)
+    for part, cells in frame.groupby("part", sort=False):
+        print(f"\n**{part}**\n")
+        for line in _layers(cells) if part == "networks" else _rows(cells):
+            print(line)
+    for part in ("algorithms", "survivors"):
+        cells = frame[frame["part"] == part]
+        if len(cells):
+            _picture(cells).savefig(bench.out / f"{part}.png", dpi=130)
+
+
+def _layers(cells: pd.DataFrame) -> Iterator[str]:
+    yield "| net | layer | before | initial | after | compression |"
+    yield "|---|---|---:|---:|---:|---:|"
+    for cell in cells.to_dict("records"):
+        for layer, before in cell["widths_before"].items():
+            if layer in cell["initial"]:
+                after = cell["widths"][layer]
+                row = (cell["net"], layer, before, cell["initial"][layer], after, f"{before / after:.2f}x")
+                yield f"| {' | '.join(map(str, row))} |"
+    yield ""
+    yield from _rows(cells)
+
+
+def _rows(cells: pd.DataFrame) -> Iterator[str]:
+    shown = {"before": "before %", "pruned": "pruned %", "updated": "updated %", "retrained": "retrained %"}
+    shown |= {"retrained_updated": "updated and retrained %"}
+    heads = [
+        "net",
+        "row",
+        "ratio",
+        "runs",
+        "parameters gone %",
+        *shown.values(),
+        "epochs",
+        "epochs, updated",
+        "prune s",
+    ]
+    yield f"| {' | '.join(heads)} |"
+    yield "|---|---|---:" + "|---:" * (len(heads) - 3) + "|"
+    for (net, label, ratio), group in cells.groupby(["net", "label", "ratio"], sort=False):
+        gone = 1 - (group["params"] / group["params_before"]).mean()
+        row = [net, label, ratio, len(group), f"{100 * gone:.1f}"]
+        row += [f"{100 * group[key].mean():.1f}" if key in group and group[key].notna().any() else "" for key in shown]
+        for key in ("epochs", "epochs_updated"):
+            runs = [] if "retrained" not in group or group["retrained"].isna().all() else group[key].tolist()
+            most = NETS[net].retrain
+            row.append(", ".join(f"> {most}" if pd.isna(epochs) else str(int(epochs)) for epochs in runs))
+        row.append(f"{group['prune_seconds'].mean():.2f}")
+        yield f"| {' | '.join(map(str, row))} |"
+
+
+def _picture(cells: pd.DataFrame) -> Figure:
+    """Accuracy with the update against the share of parameters that is left, a line per row, a panel per net."""
+    nets = list(dict.fromkeys(cells["net"]))
+    figure = Figure(figsize=(5.5 * len(nets), 4.0), layout="constrained")
+    for axis, net in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, strict=True):
+        for label, group in cells[cells["net"] == net].groupby("label", sort=False):
+            means = group.assign(left=100 * group["params"] / group["params_before"], accuracy=100 * group["updated"])
+            means = means.groupby("ratio")[["left", "accuracy"]].mean()
+            axis.plot(means["left"], means["accuracy"], "o-", markersize=3, label=str(label))
+        axis.set(xlabel="parameters left %", ylabel="test accuracy %, updated, not retrained", title=net)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="xx-small")
+    return figure
+
+
+PARTS = {"networks": networks, "energy": energies, "rivals": rivals, "algorithms": algorithms, "survivors": survivors}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="fashion-mnist", help="digits, mnist or fashion-mnist (default)")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--nets", nargs="*", default=list(NETS), choices=list(NETS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--report", action="store_true", help="print what is there")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    bench = Bench(options.out, options.data_dir, options.data)
+    for part in () if options.report else options.parts:
+        PARTS[part](bench, options.nets, options.seeds)
+    report(bench)
+
+
+if __name__ == "__main__":
+    main()

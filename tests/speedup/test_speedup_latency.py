@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.pruners.random import RandomPruner
+from nni_topo.speedup import LatencyTable, LayerLatency, measure_latency
+from nni_topo.testing import toy_images, toy_model
+
+
+def plane(entering, leaving, each=1.0):
+    """Seconds proportional to the product of the widths."""
+    seconds = tuple(tuple(each * i * o for o in leaving) for i in entering)
+    return LayerLatency(entering, leaving, seconds, activation=float(leaving[-1]))
+
+
+def test_interpolation_is_linear_in_both_widths_and_clamped():
+    layer = plane((1, 4, 16), (1, 8))
+    assert layer.at(4, 8) == 32.0
+    assert layer.at(10, 5) == pytest.approx(50.0)  # a product is linear in each width
+    assert layer.at(1, 1) == layer.at(0, 0) == 1.0
+    assert layer.at(99, 99) == 128.0
+
+
+def test_the_rest_shrinks_with_what_the_layers_put_out():
+    table = LatencyTable({"a": plane((1, 2), (1, 10)), "b": plane((1, 10), (1, 30))}, rest=4.0)
+    whole = table({"a": (2, 10), "b": (10, 30)})
+    assert whole == 20.0 + 300.0 + 4.0
+    assert table({"a": (2, 5), "b": (5, 15)}) == pytest.approx(10.0 + 75.0 + 2.0)
+    assert table({"a": (2, 10), "unknown": (5, 5)}) == 24.0
+
+
+def test_a_saved_table_is_the_same(tmp_path):
+    table = LatencyTable({"a": plane((1, 2), (1, 10), each=1e-5)}, rest=1e-4, batch_size=8, threads=2)
+    table.save(tmp_path / "table.json")
+    assert LatencyTable.load(tmp_path / "table.json") == table
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"entering": [2, 1]},
+        {"entering": []},
+        {"seconds": [[1.0, 2.0]]},
+        {"seconds": [[1.0, 2.0], [3.0, -1.0]]},
+        {"seconds": [[1.0, 2.0], [3.0, float("nan")]]},
+        {"seconds": "abc"},
+        {"activation": None},
+    ],
+)
+def test_files_that_hold_no_table_are_refused(change, tmp_path):
+    layer = {"entering": [1, 2], "leaving": [1, 4], "seconds": [[1.0, 2.0], [3.0, 4.0]], "activation": 1.0}
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"layers": {"a": layer}}))
+    assert LatencyTable.load(path).layers["a"].at(1, 4) == 2.0
+    path.write_text(json.dumps({"layers": {"a": {**layer, **change}}}))
+    with pytest.raises(DataError, match=r"table\.json"):
+        LatencyTable.load(path)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"none\.json"):
+        LatencyTable.load(tmp_path / "none.json")
+
+
+class Layers(nn.Module):
+    """Every kind of layer that is timed, one of them called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding="same")
+        self.grouped = nn.Conv2d(8, 16, 3, groups=4, padding=1, bias=False)
+        self.depthwise = nn.Conv2d(16, 16, 3, groups=16, padding=1)
+        self.up = nn.ConvTranspose2d(16, 8, 2, stride=2)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, images):
+        maps = self.up(self.depthwise(self.depthwise(self.grouped(self.stem(images)))))
+        return self.head(maps.mean((2, 3)))
+
+
+def test_measured_tables_have_a_grid_for_every_layer():
+    model = Layers().train()
+    before = torch.get_num_threads()
+    table = measure_latency(model, torch.randn(2, 3, 8, 8), shares=(0.5, 1.0), repeats=2)
+    grids = {name: (layer.entering, layer.leaving) for name, layer in table.layers.items()}
+    assert grids == {
+        "stem": ((1, 2, 3), (1, 4, 8)),
+        "grouped": ((4, 8), (4, 8, 16)),
+        "depthwise": ((16,), (1, 8, 16)),
+        "up": ((1, 8, 16), (1, 4, 8)),
+        "head": ((1, 4, 8), (1, 2, 4)),
+    }
+    assert (table.batch_size, table.threads) == (2, 1)
+    assert table.layers["depthwise"].activation == 2 * (2 * 16 * 8 * 8)
+    assert table.rest >= 0.0
+    for layer in table.layers.values():
+        seconds = np.array(layer.seconds)
+        assert seconds.min() > 0.0
+        assert (np.diff(seconds, axis=0) >= 0).all()
+        assert (np.diff(seconds, axis=1) >= 0).all()
+    assert torch.get_num_threads() == before
+    assert model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_wrapped_model_is_timed_like_any():
+    model = toy_model()
+    names = {"stem", "inner", "hidden", "head"}
+    pruner = RandomPruner(model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    table = measure_latency(pruner.bound_model, toy_images(2), shares=(1.0,), repeats=1)
+    assert set(table.layers) == names
+    assert table.layers["stem"].leaving == (1, 8)
+
+
+@pytest.mark.parametrize("knobs", [{"repeats": 0}, {"threads": 0}, {"shares": ()}, {"shares": (0.0,)}])
+def test_bad_knobs_are_refused(knobs):
+    with pytest.raises(ConfigError, match="at least 1"):
+        measure_latency(toy_model(), toy_images(2), **knobs)
