@@ -3,7 +3,7 @@
     python benchmarks/bench_energy.py --data-dir FASHION_MNIST --out DIR
 
 Each section runs in a process of its own and adds one line to DIR/energy.jsonl; sections that are there are left out.
-Networks without a checkpoint in DIR are trained first.
+Networks without a checkpoint in DIR are trained first. The pictures of the studies lie in DIR/NET.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from energy_nets import NETS, trained
+from rich.console import Console
 from scipy.stats import spearmanr
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -28,6 +29,9 @@ from torch.utils.data import TensorDataset
 from nni_topo import EnergyFilterPruner, create_pruner, dependency_groups, masked_model, recalibrate_batch_norm, zoo
 from nni_topo.analysis.energy import THRESHOLDS, study_energy
 from nni_topo.analysis.energy_plots import compression_plot
+from nni_topo.runner.cells import DataChoice
+from nni_topo.runner.energy import EnergyPlan, energy_study
+from nni_topo.runner.energy_tables import print_energy
 from nni_topo.runner.records import append_record, provenance, read_records
 from nni_topo.runner.widths import inner_layers
 
@@ -36,6 +40,13 @@ SHARED_THRESHOLDS = (0.05, 0.1, 0.2)
 RANDOM_SEEDS = 3
 CALIBRATION = 1024
 RIVAL_IMAGES = 500
+STUDY_IMAGES = 500
+STUDY_TRAINING = 3000
+STUDIES: dict[str, tuple[str, ...]] = {
+    "vgg16": ("dropout", "accumulated", "replacement", "selection", "schedules"),
+    "resnet20": ("accumulated",),
+    "resnet29": ("accumulated",),
+}
 CHIRPS: dict[str, dict[str, Any]] = {
     "chirp": {},
     "chirp, radial": {"direction": "radial"},
@@ -50,6 +61,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with Fashion-MNIST's idx files")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and energy.jsonl")
     parser.add_argument("--section", choices=SECTIONS, help="run one section in this process")
+    parser.add_argument("--tables", action="store_true", help="print what is there, run nothing")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     lines = options.out / "energy.jsonl"
@@ -58,6 +70,9 @@ def main() -> None:
         record = {"section": options.section, **SECTIONS[options.section](options)}
         record["peak_memory_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         append_record(lines, {**record, **provenance()})
+        return
+    if options.tables:
+        print_tables({record["section"]: record for record in read_records(lines)})
         return
     done = {record["section"] for record in read_records(lines)}
     for section in SECTIONS:
@@ -148,6 +163,14 @@ def correlation(label: str, options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def study(label: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run the study that ``nni-topo analyze energy`` runs."""
+    trained(label, options.data_dir, options.out)
+    plan = EnergyPlan(parts=STUDIES[label])
+    data = DataChoice("fashion-mnist", str(options.data_dir), STUDY_TRAINING, STUDY_IMAGES)
+    return energy_study(NETS[label].model, options.out / f"{label}.pt", data, plan, options.out / label)
+
+
 SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     **{f"cost {name}": lambda _, name=name: cost(name) for name in IMAGENET},
     **{f"correlation {label}": lambda options, label=label: correlation(label, options) for label in NETS},
@@ -157,6 +180,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         for label in ("vgg16", "resnet20")
         for t in SHARED_THRESHOLDS
     },
+    **{f"study {label}": lambda options, label=label: study(label, options) for label in NETS},
 }
 
 
@@ -207,6 +231,7 @@ _PRINT: dict[str, Callable[[dict[str, Any]], None]] = {
     "correlation": _print_correlation,
     "compression": _print_compression,
     "rivals": _print_rivals,
+    "study": lambda record: print_energy(record, Console(width=200), markdown=True),
 }
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
 from nni_topo.runner.records import Record
 
 
-def print_energy(record: Record, console: Console) -> None:
+def print_energy(record: Record, console: Console, *, markdown: bool = False) -> None:
     """Print an energy study.
 
     Parameters
@@ -19,8 +20,10 @@ def print_energy(record: Record, console: Console) -> None:
         As :func:`~nni_topo.runner.energy.energy_study` returns it.
     console : rich.console.Console
         Where to.
+    markdown : bool, default=False
+        Whether tables are Markdown.
     """
-    _show(_layer_table(record), console)
+    _show(_layer_table(record), console, markdown)
     for verdict in ("saturated", "redundant"):
         names = [_name(layer) for layer in record["layers"] if layer["verdict"] == verdict]
         console.print(f"{verdict}: {', '.join(names) or 'none'}", markup=False)
@@ -30,14 +33,17 @@ def print_energy(record: Record, console: Console) -> None:
         console.print(f"suggested, all at once: {quality} at {100 * suggested['macs']:.1f} % of the MACs", markup=False)
     for part, show in _PARTS.items():
         if part in record:
-            _show(show(record[part]), console)
-    console.print("written:", ", ".join(record["files"]), markup=False)
+            _show(show(record[part]), console, markdown)
+    if not markdown:
+        console.print("written:", ", ".join(record["files"]), markup=False)
 
 
-def _show(table: Table, console: Console) -> None:
+def _show(table: Table, console: Console, markdown: bool) -> None:
     """Print a table's title on a line of its own: above a narrow table it would be folded."""
     console.print(str(table.title), style="italic", markup=False, highlight=False)
     table.title = None
+    if markdown:
+        table.box = MARKDOWN
     console.print(table)
 
 
