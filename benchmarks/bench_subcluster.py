@@ -57,7 +57,7 @@ NETS = {
     ),
     "lenet5_like": Net(
         ModelChoice("lenet5_like"),
-        5_000,
+        20_000,
         5,
         3,
         {"features.conv1": 0.5, "features.conv2": 0.5, "classifier.fc1": 0.4},
@@ -153,7 +153,7 @@ def subcluster(bench: Bench, part: str, name: str, seed: int, label: str, **knob
     model, bundle, _ = bench.trained(name, seed)
     settings = {"energy": net.energy, "initial_ratio": net.initial, **knobs}
     config = [{"op_names": inner_layers(model, bundle.test.tensors[0][:2])}]
-    bench.run(part, name, seed, label, "", part != "statistic", pruner="subcluster", config=config, **settings)
+    bench.run(part, name, seed, label, "", part != "statistics", pruner="subcluster", config=config, **settings)
 
 
 def networks(bench: Bench, nets: list[str], seeds: int) -> None:
@@ -167,7 +167,14 @@ def energies(bench: Bench, nets: list[str], seeds: int) -> None:
     for name in _among(nets, "lenet300", "lenet5_like"):
         for energy in (0.1, 0.5, 0.8):
             subcluster(bench, "energy", name, 0, str(energy), energy=energy)
-            subcluster(bench, "statistic", name, 0, str(energy), energy=energy, statistic="mean")
+
+
+def statistics(bench: Bench, nets: list[str], seeds: int) -> None:
+    """Neurons kept by energy for both statistics, without retraining."""
+    for name in _among(nets, "lenet300", "lenet5_like"):
+        for energy in (0.1, 0.3, 0.5, 0.8, 0.95):
+            for statistic in ("max", "mean"):
+                subcluster(bench, "statistics", name, 0, f"{energy} {statistic}", energy=energy, statistic=statistic)
 
 
 def algorithms(bench: Bench, nets: list[str], seeds: int) -> None:
@@ -246,22 +253,14 @@ def _layers(cells: pd.DataFrame) -> Iterator[str]:
 def _rows(cells: pd.DataFrame) -> Iterator[str]:
     shown = {"before": "before %", "pruned": "pruned %", "updated": "updated %", "retrained": "retrained %"}
     shown |= {"retrained_updated": "updated and retrained %"}
-    heads = [
-        "net",
-        "row",
-        "ratio",
-        "runs",
-        "parameters gone %",
-        *shown.values(),
-        "epochs",
-        "epochs, updated",
-        "prune s",
-    ]
+    heads = ["net", "row", "ratio", "runs", "nodes", "parameters gone %", *shown.values()]
+    heads += ["epochs", "epochs, updated", "prune s"]
     yield f"| {' | '.join(heads)} |"
-    yield "|---|---|---:" + "|---:" * (len(heads) - 3) + "|"
+    yield "|---|---|" + "---:|" * (len(heads) - 2)
     for (net, label, ratio), group in cells.groupby(["net", "label", "ratio"], sort=False):
         gone = 1 - (group["params"] / group["params_before"]).mean()
-        row = [net, label, ratio, len(group), f"{100 * gone:.1f}"]
+        nodes = "-".join(map(str, list(group.iloc[0]["widths"].values())[:-1]))  # of the first run, without the output
+        row = [net, label, ratio, len(group), nodes, f"{100 * gone:.1f}"]
         row += [f"{100 * group[key].mean():.1f}" if key in group and group[key].notna().any() else "" for key in shown]
         for key in ("epochs", "epochs_updated"):
             runs = [] if "retrained" not in group or group["retrained"].isna().all() else group[key].tolist()
@@ -286,7 +285,8 @@ def _picture(cells: pd.DataFrame) -> Figure:
     return figure
 
 
-PARTS = {"networks": networks, "energy": energies, "rivals": rivals, "algorithms": algorithms, "survivors": survivors}
+PARTS = {"networks": networks, "energy": energies, "statistics": statistics, "rivals": rivals, "algorithms": algorithms}
+PARTS |= {"survivors": survivors}
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from nni_topo.hooks.coupled import CoupledWeightCollector
 from nni_topo.hooks.folded import FoldedWeightCollector
 from nni_topo.hooks.functional import FunctionalCollector
 from nni_topo.hooks.gradient import GradientCollector
+from nni_topo.hooks.features import FeatureCollector
 from nni_topo.hooks.units import PruningUnit, TargetSpaces, pruning_units
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "CoupledWeightCollector",
     "Data",
     "DataCollector",
+    "FeatureCollector",
     "FoldedWeightCollector",
     "FunctionalCollector",
     "GradientCollector",

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.hooks.base import PruningContext
 from nni_topo.hooks.collectors import calibration_inputs
+from nni_topo.hooks.covariances import EnteringCovariances, column_count
 from nni_topo.hooks.functional import Reader, readers_of
 from nni_topo.hooks.units import PruningUnit
 from nni_topo.modes import evaluation_mode
-from nni_topo.recovery.patches import draw_positions, input_rows, position_count
 from nni_topo.recovery.selection import greedy_least_squares
 from nni_topo.speedup.channels import ChannelFlow
 from nni_topo.speedup.dependency import channel_flow
@@ -41,8 +41,6 @@ BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 
 _RIDGE = 1e-4
-_LEAST_SAMPLES = 8192
-_SAMPLES_PER_COLUMN = 4
 _CHUNK_BYTES = 2**27
 
 
@@ -102,10 +100,6 @@ class ReconstructionProblems:
         Of the positions at which large feature maps are sampled.
     max_bytes : int, default=2**30
         Units are measured together as long as their matrices stay below it.
-
-    Notes
-    -----
-    A layer with ``c`` columns is sampled at about ``max(8192, 4 * c)`` positions over all images, evenly spread.
     """
 
     def __init__(self, calibration: Iterable[Any], *, seed: int = 0, max_bytes: int = 2**30) -> None:
@@ -162,7 +156,7 @@ class ReconstructionProblems:
         names = {id(module): name for name, module in original.named_modules()}
         sums = {
             name: [
-                _Sums(reader, network.get_submodule(names[id(reader.module)]), sum(sizes), self.seed)
+                EnteringCovariances(reader, network.get_submodule(names[id(reader.module)]), sum(sizes), self.seed)
                 for reader in found
             ]
             for name, found in readers.items()
@@ -187,7 +181,7 @@ class ReconstructionProblems:
         stretch: list[PruningUnit] = []
         size = 0
         for unit in units:
-            own = sum(8 * _width(reader) ** 2 for reader in readers[unit.name])
+            own = sum(8 * column_count(reader) ** 2 for reader in readers[unit.name])
             if stretch and size + own > self.max_bytes:
                 yield stretch
                 stretch, size = [], 0
@@ -210,99 +204,18 @@ def linear_readers(unit: PruningUnit, flow: ChannelFlow, context: PruningContext
     return found
 
 
-class _Sums:
-    """Streamed covariances of what enters one layer in the original and in another network."""
-
-    def __init__(self, reader: Reader, twin: nn.Module, images: int, seed: int) -> None:
-        self.module: Any = reader.module
-        self.twin = twin
-        self._columns = torch.from_numpy(reader.places).reshape(1, -1)
-        self._wanted = max(_LEAST_SAMPLES, _SAMPLES_PER_COLUMN * _width(reader)) // images + 1
-        self._generator = torch.Generator().manual_seed(seed)
-        self._entered: dict[str, Tensor] = {}
-        self._places = 0
-        self.columns = _width(reader) // len(reader.places)
-        self.samples = 0
-        self.own: Any = 0.0
-        self.across: Any = 0.0
-        self.target: Any = 0.0
-        self.means: list[Any] = [0.0, 0.0]
-
-    def watch(self, *, same: bool) -> list[Any]:
-        """Hook the layer, and its twin unless it's the same."""
-
-        def original(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self._entered["original"] = inputs[0].detach()
-            self._places = position_count(module, output)
-            if same:
-                self._entered["network"] = inputs[0].detach()
-
-        def network(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._entered["network"] = inputs[0].detach()
-
-        handles = [self.module.register_forward_hook(original)]
-        return handles if same else [*handles, self.twin.register_forward_pre_hook(network)]
-
-    def add(self) -> None:
-        """Add the batch that went through."""
-        before, now = self._entered["original"], self._entered["network"]
-        self._entered = {}
-        positions = draw_positions(self._places, len(before), self._wanted, self._generator).to(before.device)
-        columns = self._columns.to(before.device)
-        rows = input_rows(self.module, now, columns, positions)[0].double()
-        first = rows if now is before else input_rows(self.module, before, columns, positions)[0].double()
-        self.samples += len(rows)
-        self.own = self.own + rows.T @ rows
-        self.means = [self.means[0] + rows.sum(0), self.means[1] + first.sum(0)]
-        if now is not before:
-            self.across = self.across + rows.T @ first
-            self.target = self.target + first.T @ first
-
-    def covariances(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the covariances of the network, between it and the original, and of the original."""
-        now, before = (total / self.samples for total in self.means)
-        own = self.own / self.samples - torch.outer(now, now)
-        if isinstance(self.across, float):
-            return own, own, own
-        across = self.across / self.samples - torch.outer(now, before)
-        return own, across, self.target / self.samples - torch.outer(before, before)
-
-
-def _problem(found: list[_Sums], name: str) -> ReconstructionProblem:
+def _problem(found: list[EnteringCovariances], name: str) -> ReconstructionProblem:
     grams, crosses = [], []
     for sums in found:
         own, across, target = sums.covariances()
         if not bool(torch.isfinite(own).all() and torch.isfinite(across).all()):
             raise DataError(f"activations must be finite, got NaN or infinity ({name})")
-        weights = _weights(sums).to(own.device)
+        weights = sums.weights().to(own.device)
         variance = float((weights * (target @ weights)).sum())
         cross = across @ weights / np.sqrt(variance) if variance > 0 else torch.zeros_like(weights)
         grams.append((own + _RIDGE * torch.diag(own.diagonal())).cpu().numpy())
         crosses.append(cross.cpu().numpy())
     return ReconstructionProblem(tuple(grams), tuple(crosses), tuple(sums.columns for sums in found))
-
-
-def _weights(sums: _Sums) -> Tensor:
-    """Weights by which a layer reads the unit's columns, ``(channels * columns, outputs)``, float64."""
-    module = sums.module
-    weight = module.weight.detach().double()
-    groups = getattr(module, "groups", 1)
-    inputs = sums._columns[0]
-    kernel = int(weight[0, 0].numel()) if weight.dim() > 2 else 1
-    rows = torch.zeros(len(inputs), kernel, len(weight), dtype=torch.float64)
-    step = len(weight) // groups
-    width = weight.shape[1]
-    for index, channel in enumerate(inputs.tolist()):
-        group = channel // width
-        outputs = slice(group * step, (group + 1) * step)
-        rows[index, :, outputs] = weight[outputs, channel % width].reshape(step, kernel).T.cpu()
-    return rows.flatten(0, 1)
-
-
-def _width(reader: Reader) -> int:
-    """Columns that enter a reader from its unit."""
-    weight: Any = reader.module.weight
-    return int(reader.places.size * (weight[0, 0].numel() if weight.dim() > 2 else 1))
 
 
 def _explained(gram: FloatArray, cross: FloatArray, chosen: Tensor) -> FloatArray:

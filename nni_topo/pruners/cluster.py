@@ -20,8 +20,9 @@ from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.hooks.clustering import ClusterMetric, SurvivorAllocator
 from nni_topo.hooks.features import FeatureCollector, Pool
 from nni_topo.hooks.survivors import Survivor, checked_rules
-from nni_topo.pruners.base import Pairs, StructuredPruner
+from nni_topo.pruners.base import StructuredPruner
 from nni_topo.recovery.compensation import Method
+from nni_topo.recovery.steps import Pairs
 
 
 class ClusterPruner(StructuredPruner):

@@ -24,9 +24,10 @@ from nni_topo.hooks.features import Pool
 from nni_topo.hooks.subclustering import SubclusterMetric, is_convolution
 from nni_topo.hooks.survivors import Survivor, checked_rules, offsets
 from nni_topo.hooks.units import PruningUnit
-from nni_topo.pruners.base import Pairs, StructuredPruner
+from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.cluster import feature_collector
 from nni_topo.recovery.compensation import Method
+from nni_topo.recovery.steps import Pairs
 
 _INITIAL = {"Conv": 0.35, "Linear": 0.05}
 
