@@ -44,6 +44,7 @@ H1_CASES = ((128, 1152, 15, 15), (256, 2304, 50, 50))
 # Points, features, speed-up of the whole search aimed at, and the generations that naive runs.
 SEARCH_CASES = ((64, 576, 60, 20), (256, 2304, 500, 4), (512, 4608, 1500, 1))
 GENERATIONS = 20
+PARTS = ("h0", "h1", "search", "growth")
 GROWTH = (128, 256, 512, 1024, 2048, 4096)
 
 
@@ -235,32 +236,37 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="populations per figure (default: 7)")
     parser.add_argument("--naive", type=int, default=5, help="naive evaluations per population (default: 5)")
     parser.add_argument("--quick", action="store_true", help="smaller clouds, fewer repeats")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     parser.add_argument("--peak-memory-of", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak_memory_of:
         print_peak_memory(options.peak_memory_of)
         return
     repeats, sizes = (3, GROWTH[:4]) if options.quick else (options.repeats, GROWTH)
-    cases = {(0, n): (f, goals) for n, f, *goals in H0_CASES[: 2 if options.quick else 3]}
-    cases |= {(1, n): (f, goals) for n, f, *goals in H1_CASES[: 1 if options.quick else 2]}
-    with threadpool_limits(1):
-        rows = [
-            compare(points, features, degree, repeats, options.naive)
-            for (degree, points), (features, _) in cases.items()
-        ]
-        searches = [compare_search(*case, repeats) for case in SEARCH_CASES[: 1 if options.quick else 3]]
-        grown = growth(sizes, repeats)
-    memory = peak_memory(sizes[-1])
+    h0 = H0_CASES[: 2 if options.quick else 3] if "h0" in options.parts else ()
+    h1 = H1_CASES[: 1 if options.quick else 2] if "h1" in options.parts else ()
+    cases = {(degree, n): (f, goals) for degree, group in enumerate((h0, h1)) for n, f, *goals in group}
     console = Console(width=150)
-    show(console, rows, {case: tuple(goals) for case, (_, goals) in cases.items()})
-    show_searches(console, searches)
-    show_growth(console, grown, memory)
+    figures: dict[str, Any] = {}
+    with threadpool_limits(1):
+        if cases:
+            figures["fitness"] = [
+                compare(points, features, degree, repeats, options.naive)
+                for (degree, points), (features, _) in cases.items()
+            ]
+            show(console, figures["fitness"], {case: tuple(goals) for case, (_, goals) in cases.items()})
+        if "search" in options.parts:
+            chosen = SEARCH_CASES[: 1 if options.quick else 3]
+            figures["searches"] = [compare_search(*case, repeats) for case in chosen]
+            show_searches(console, figures["searches"])
+        if "growth" in options.parts:
+            figures |= {"growth": growth(sizes, repeats), "memory": peak_memory(sizes[-1])}
+            show_growth(console, figures["growth"], figures["memory"])
     if options.out:
         names = ["numpy", "scipy", "gudhi", *(["numba"] if numba_available() else [])]
         about = {"python": platform.python_version(), "processor": platform.processor() or platform.machine()}
         about |= {name: version(name) for name in names}
-        figures = {"about": about, "fitness": rows, "searches": searches, "growth": grown, "memory": memory}
-        options.out.write_text(json.dumps(figures, indent=1) + "\n")
+        options.out.write_text(json.dumps({"about": about, **figures}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

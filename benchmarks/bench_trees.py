@@ -112,7 +112,8 @@ def conv_graphs(console: Console, options: argparse.Namespace) -> dict[str, dict
     config = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.0}]
     found: dict[str, dict[str, float]] = {}
     for graph in CONV_GRAPHS:
-        pruner = TopologicalMagnitudePruner(model, config, conv_graph=graph, example_inputs=images)
+        knobs = {"conv_graph": graph, "example_inputs": images, "on_subcritical": "clip"}
+        pruner = TopologicalMagnitudePruner(model, config, **knobs)
         found[graph] = pruner.critical_ratios()
         pruner.unwrap_model()
     table = Table("layer", title=f"{options.model}: weights / weights of the tree, by graph", title_justify="left")

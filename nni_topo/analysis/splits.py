@@ -60,7 +60,8 @@ def _draw(axis: Axes, tree: SplitTree) -> None:
         label = "split" if split else "kept as one node"
         axis.scatter(x, heights, areas, facecolors=face, edgecolors=edge, label=label, linewidths=0.6, zorder=2)
     axis.axhline(tree.threshold, color="black", linestyle="--", linewidth=0.8, label="threshold")
-    axis.set(xlabel="clusters", ylabel="largest covariance", yscale="symlog", xticks=[])
+    positive = all(cluster.variance > 0 for cluster in tree.clusters)
+    axis.set(xlabel="clusters", ylabel="compared with the threshold", yscale="log" if positive else "symlog", xticks=[])
     axis.legend(fontsize="xx-small")
 
 

@@ -37,6 +37,9 @@ class LayerTopology:
         Blocks before and after.
     deaths : ndarray of float64, shape (points,)
         H0 death times of the cloud with the origin, descending, in units of their mean.
+    tolerance : float
+        Half the longest death time that is lost, in units of the mean: the ``sparse_threshold`` just above it gives the
+        same number of blocks. 0 if none is lost. A topological allocation gives all layers nearly the same.
     diagrams_before, diagrams_after : dict of int to ndarray, shape (bars, 2)
         Finite bars, births and deaths, by degree.
     bottleneck : dict of int to float
@@ -51,6 +54,7 @@ class LayerTopology:
     points: int
     kept: int
     deaths: FloatArray
+    tolerance: float
     diagrams_before: dict[int, FloatArray]
     diagrams_after: dict[int, FloatArray]
     bottleneck: dict[int, float]
@@ -70,9 +74,11 @@ class TopologyStudy:
         return {"layers": [_plain(layer) for layer in self.layers]}
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write ``topology.json`` and the pictures ``deaths``, ``diagrams``, ``barcodes`` and ``search`` (PNG).
+        """Write ``topology.json`` and the pictures ``deaths``, ``allocation``, ``diagrams``, ``barcodes``, ``search``.
 
-        The layers with the most points are drawn, twelve at most; the JSON file has all.
+        ``deaths.png`` and ``allocation.png`` have all layers, what they can spare and how many blocks they keep; the
+        others the layers with the most points, twelve at most. The JSON file has everything. ``search.png``, the
+        genetic algorithm's progress, isn't written where there was none.
 
         Returns
         -------
@@ -87,6 +93,7 @@ class TopologyStudy:
         drawn = [layer for layer in self.layers if layer in drawn]
         pictures = {
             "deaths.png": _death_curves(self.layers),
+            "allocation.png": _allocation(self.layers),
             "diagrams.png": _panels(drawn, _draw_diagram),
             "barcodes.png": _panels(drawn, _draw_barcode),
         }
@@ -153,11 +160,14 @@ def _layer(
         for cloud in (distances, after)
     ]
     mean = deaths.mean()
+    deaths = deaths / mean if mean > 0 else deaths
+    count = int(kept.sum())
     return LayerTopology(
         name=unit.name,
         points=unit.blocks,
-        kept=int(kept.sum()),
-        deaths=deaths / mean if mean > 0 else deaths,
+        kept=count,
+        deaths=deaths,
+        tolerance=float(deaths[count] / 2.0) if count < unit.blocks else 0.0,
         diagrams_before=diagrams[0],
         diagrams_after=diagrams[1],
         bottleneck={d: topology.bottleneck_distance(diagrams[0][d], diagrams[1][d]) for d in degrees},
@@ -171,7 +181,9 @@ def _plain(layer: LayerTopology) -> dict[str, Any]:
         "name": layer.name,
         "points": layer.points,
         "kept": layer.kept,
+        "share": layer.kept / layer.points,
         "deaths": layer.deaths.tolist(),
+        "tolerance": layer.tolerance,
         "diagrams_before": {str(d): bars.tolist() for d, bars in layer.diagrams_before.items()},
         "diagrams_after": {str(d): bars.tolist() for d, bars in layer.diagrams_after.items()},
         "bottleneck": {str(d): float(value) for d, value in layer.bottleneck.items()},
@@ -195,6 +207,22 @@ def _death_curves(layers: list[LayerTopology]) -> Figure:
     )
     axis.grid(alpha=0.3)
     axis.legend(fontsize="xx-small", ncols=1 + len(layers) // 12)
+    return figure
+
+
+def _allocation(layers: list[LayerTopology]) -> Figure:
+    """Blocks of every layer before and after, with the tolerance that its death times put on that cut."""
+    figure = Figure(figsize=(7.5, 1.2 + 0.28 * len(layers)), layout="constrained")
+    axis = figure.subplots()
+    places = np.arange(len(layers))
+    axis.barh(places, [layer.points for layer in layers], color="C0", alpha=0.3, label="before")
+    bars = axis.barh(places, [layer.kept for layer in layers], color="C0", label="after")
+    notes = [f"{layer.kept / layer.points:.0%}, tolerance {layer.tolerance:.2f}" for layer in layers]
+    axis.bar_label(bars, notes, fontsize="x-small", padding=3)
+    axis.set_yticks(places, [_short(layer.name) for layer in layers], fontsize="x-small")
+    axis.invert_yaxis()
+    axis.set(xlabel="blocks", title="how many stay (tolerance: half the longest lost death time / mean)")
+    axis.legend(fontsize="xx-small")
     return figure
 
 

@@ -14,10 +14,10 @@ from nni_topo.hooks.base import (
 from nni_topo.hooks.clouds import CLOUDS, make_collector
 from nni_topo.hooks.collectors import ActivationCollector, WeightCollector
 from nni_topo.hooks.coupled import CoupledWeightCollector
+from nni_topo.hooks.features import FeatureCollector
 from nni_topo.hooks.folded import FoldedWeightCollector
 from nni_topo.hooks.functional import FunctionalCollector
 from nni_topo.hooks.gradient import GradientCollector
-from nni_topo.hooks.features import FeatureCollector
 from nni_topo.hooks.units import PruningUnit, TargetSpaces, pruning_units
 
 __all__ = [

@@ -209,7 +209,7 @@ class ClusterMetric(SurvivorMetric):
     def _clusters(self, unit: PruningUnit, parts: list[FeatureCloud], rows: int) -> Clusters:
         alive = max(int(cloud.alive.sum()) for cloud in parts)
         if rows < unit.rows:
-            rows = max(1, min(rows, alive), unit.rows - removable_rows(unit)[1])
+            rows = self.planner.rounded(unit, max(1, min(rows, alive), unit.rows - removable_rows(unit)[1]))
         labels = np.full(unit.blocks, -1, dtype=np.intp)
         for cloud in (part.living() for part in parts):
             if len(cloud.names):

@@ -24,6 +24,7 @@ from nni_topo.speedup.inputs import bind_arguments, call_arguments
 from nni_topo.speedup.labels import tensor_shape
 from nni_topo.speedup.tracing import trace
 
+_ROUNDING = 1e-13
 Pool = Literal["none", "mean"] | int
 
 _POOLS: list[Any] = [functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d]
@@ -164,9 +165,10 @@ def embedding(covariance: Tensor) -> Tensor:
     Returns
     -------
     torch.Tensor
-        Shape ``(n, rank)``. Cost ``n^3 / 3``; errors of distances about 1e-8 of the largest norm.
+        Shape ``(n, rank)``. Cost ``n^3 / 3``; distances err by less than 1e-6 of the largest norm.
     """
-    factor, pivots, rank, _ = lapack.dpstrf(covariance.numpy(), lower=1)
+    largest = float(covariance.diagonal().max())
+    factor, pivots, rank, _ = lapack.dpstrf(covariance.numpy(), tol=_ROUNDING * largest, lower=1)
     points = torch.zeros(len(covariance), max(int(rank), 1), dtype=torch.float64)
     if rank:
         points[torch.from_numpy(pivots - 1).long()] = torch.from_numpy(factor).tril()[:, :rank]

@@ -63,9 +63,9 @@ class SubclusterMetric(SurvivorMetric):
         """Cluster each part, of which no more than ``cap`` neurons may go; parts with fewer clusters split further."""
         fewest = unit.rows - cap
         labels = [self._labels(unit, part, parts[part].living(), context, fewest) for part in range(unit.parts)]
-        rows = max(fewest, 1, *(len(np.unique(each[each >= 0])) for each in labels))
+        rows = self.planner.rounded(unit, max(fewest, 1, *(_count(each) for each in labels)))
         for part, each in enumerate(labels):
-            if len(np.unique(each[each >= 0])) < rows and unit.parts > 1:
+            if _count(each) < min(rows, len(parts[part].living().names)):
                 labels[part] = self._labels(unit, part, parts[part].living(), context, rows)
         shifts = np.cumsum([0, *(each.max(initial=-1) + 1 for each in labels)])
         joined = np.concatenate(
@@ -118,6 +118,10 @@ class _Units(PruningContext):
 def is_convolution(unit: PruningUnit, context: PruningContext) -> bool:
     """Say whether a unit's first layer is a convolution."""
     return isinstance(dict(context.model.named_modules())[unit.members[0][0]], nn.modules.conv._ConvNd)
+
+
+def _count(labels: IntArray) -> int:
+    return len(np.unique(labels[labels >= 0]))
 
 
 def _cap(unit: PruningUnit) -> int:

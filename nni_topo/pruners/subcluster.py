@@ -171,6 +171,7 @@ class SubclusterPruner(StructuredPruner):
             calibration=calibration,
             round_to=round_to,
         )
+        self._metric.planner.round_to = round_to
         self._activate_targets(cap=1.0)
 
     @property

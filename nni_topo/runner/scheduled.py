@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import nni
 import torch
 from nni.compression import TorchEvaluator
-from nni.compression.pruning import AGPPruner, LinearPruner
+from nni.compression.pruning import AGPPruner, LinearPruner, scheduled_pruner
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -93,7 +95,8 @@ def prune_in_rounds(
         steps = (recipe.epochs - finishing) * _batches(data, recipe)
         evaluator = recipe_evaluator(wrapped, data, recipe, seed=seed)
         inner = create_pruner(name, wrapped, config_list, evaluator, **knobs)
-        pruner = _SCHEDULERS[schedule](inner, interval_steps=max(1, steps // (rounds + 1)), total_times=rounds)
+        with _untested_types_allowed():
+            pruner = _SCHEDULERS[schedule](inner, interval_steps=max(1, steps // (rounds + 1)), total_times=rounds)
         _, masks = pruner.compress(max_steps=steps, max_epochs=None)
         left = recipe.for_retraining(finishing)
     pruner.unwrap_model()
@@ -152,6 +155,18 @@ def recipe_evaluator(model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe,
         nesterov=recipe.momentum > 0,
     )
     return TorchEvaluator(train, optimizer, training_step, evaluating_func=lambda net: zoo.evaluate(net, data.test))
+
+
+@contextmanager
+def _untested_types_allowed() -> Iterator[None]:
+    """Keep NNI from warning, on standard output, of pruners that aren't its own; the conformance checks test them."""
+    logger = logging.getLogger(scheduled_pruner.__name__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _batches(data: zoo.DataBundle, recipe: zoo.Recipe) -> int:

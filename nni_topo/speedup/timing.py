@@ -73,7 +73,9 @@ def measure_latency(
         )
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     call = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, call_arguments(example_inputs))
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, _LAYERS)}
+    modules: dict[str, nn.Module] = {
+        name: module for name, module in model.named_modules() if isinstance(module, _LAYERS)
+    }
     timed: dict[Any, FloatArray] = {}
     layers: dict[str, LayerLatency] = {}
     with _threads(threads), torch.no_grad(), evaluation_mode(model):

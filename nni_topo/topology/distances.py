@@ -10,6 +10,7 @@ from nni_topo.topology._checks import FloatArray, as_points
 
 _RELATIVE_ERROR = 1e-9
 _BLOCK_ROWS = 256
+_LARGEST_EXPONENT = 1022
 
 
 def with_origin(points: ArrayLike) -> FloatArray:
@@ -78,12 +79,12 @@ def pairwise_distances(points: ArrayLike) -> FloatArray:
            [0., 5., 0.]])
     """
     cloud = as_points(points)
-    largest = np.abs(cloud).max()
+    largest = max(cloud.max(), -cloud.min())
     if largest == 0:
         return np.zeros((len(cloud), len(cloud)))
     # A power of two rescales without rounding, and keeps the squares from overflowing.
-    exponent = -int(np.frexp(largest)[1])
-    cloud = np.ldexp(cloud, exponent)
+    exponent = min(-int(np.frexp(largest)[1]), _LARGEST_EXPONENT)
+    cloud = cloud * np.ldexp(1.0, exponent)
     centred = cloud - cloud.mean(axis=0)
     norms = np.einsum("ij,ij->i", centred, centred)
     distances: FloatArray = centred @ centred.T

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -178,6 +178,7 @@ class SubsetFitness:
             return []
         losses = np.empty((len(degrees), len(subsets)))
         chosen = (np.flatnonzero(subset) for subset in subsets)
+        found: Iterable[list[FloatArray]]
         if self.engine == "gudhi" or self._edges is not None:
             found = (diagrams_of(self._distances, degrees, self.engine, points, self._edges) for points in chosen)
         else:

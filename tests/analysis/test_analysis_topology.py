@@ -37,6 +37,19 @@ def test_a_study_states_what_the_diagrams_say():
         assert all(distance <= 2 * layer.hausdorff + 1e-9 for distance in layer.bottleneck.values())
 
 
+def test_the_tolerance_is_a_threshold_that_gives_the_same_number():
+    study = study_topology(toy_model(), CONFIG, solver="greedy")
+    for above, counts in ((1e-9, [4, 12]), (-1e-9, [5, 13])):
+        config = [
+            {**CONFIG[0], "sparse_threshold": study.layers[0].tolerance + above},
+            {**CONFIG[1], "sparse_threshold": study.layers[1].tolerance + above},
+        ]
+        for entry in config:
+            del entry["sparse_ratio"]
+        assert [layer.kept for layer in study_topology(toy_model(), config, solver="greedy").layers] == counts
+    assert study_topology(toy_model(), [{"op_names": ["hidden"], "sparse_ratio": 0.0}]).layers[0].tolerance == 0.0
+
+
 def test_the_model_is_left_alone():
     model = toy_model()
     before = copy.deepcopy(model.state_dict())
@@ -49,10 +62,13 @@ def test_the_model_is_left_alone():
 def test_files(solver, tmp_path):
     study = study_topology(toy_model(), CONFIG, generations=3, solver=solver)
     files = study.save(tmp_path)
-    assert [path.name for path in files][:4] == ["topology.json", "deaths.png", "diagrams.png", "barcodes.png"]
+    names = ["topology.json", "deaths.png", "allocation.png", "diagrams.png", "barcodes.png"]
+    assert [path.name for path in files][:5] == names
     assert (tmp_path / "search.png").exists() == (solver == "genetic")
     document = json.loads(files[0].read_text())
     assert [layer["kept"] for layer in document["layers"]] == [4, 12]
+    assert [layer["share"] for layer in document["layers"]] == [0.5, 0.75]
+    assert [layer["tolerance"] for layer in document["layers"]] == [layer.tolerance for layer in study.layers]
     for path in files[1:]:
         assert imread(path)[..., :3].std() > 0.02
 

@@ -42,7 +42,9 @@ def test_one_tolerance_takes_more_where_the_death_times_fall_off():
     with torch.no_grad():  # the first layer's filters: 8 directions and 24 near zero
         model[0].weight[8:] *= 1e-3
     config = [{"op_names": ["0", "1"]}]
-    pruner = TopologicalPruner(model, config, target={"params": 0.321}, example_inputs=torch.ones(1, 16))
+    pruner = TopologicalPruner(
+        model, config, target={"params": 0.321}, allocation="topological", example_inputs=torch.ones(1, 16)
+    )
     _, masks = pruner.compress()
     kept = {name: int(masks[name]["bias"].sum()) for name in masks}
     assert kept["0"] == 8

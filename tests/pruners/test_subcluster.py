@@ -176,6 +176,26 @@ def test_bad_requests_are_refused():
             SubclusterPruner(toy_model(), config, **knobs)
 
 
+def test_rounding_up_splits_further():
+    model, data = net()
+    free = SubclusterPruner(model, [HIDDEN], calibration=[data], energy=0.8)
+    count = int(run(free).sum())
+    pruner = SubclusterPruner(model, [HIDDEN], calibration=[data], energy=0.8, round_to=count + 3)
+    assert run(pruner).sum() == count + 3 == len(pruner.trees["0.weight"].leaves)
+
+
+def test_compensation_takes_the_survivors():
+    model, data = net()
+    with torch.no_grad():
+        model[0].weight[30:] = model[0].weight[:30]
+        model[0].bias[30:] = model[0].bias[:30]
+    wanted = model(data)
+    pruner = SubclusterPruner(model, [{**HIDDEN, "sparse_threshold": 0.0}], calibration=[data], compensate="pair")
+    updated, masks = pruner.compress()
+    assert masks["0"]["bias"].sum() <= 30
+    torch.testing.assert_close(updated(data), wanted, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.slow
 def test_a_wide_layer_takes_less_than_a_minute():
     torch.manual_seed(0)

@@ -108,6 +108,14 @@ def test_bad_requests(words, more, message, tmp_path, capsys):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_comparisons_tell_the_pruner_the_input_sizes(words, tmp_path, capsys):
+    quick = ["--limit", "200", "--train-epochs", "1", "--retrain-epochs", "1", "--in-process", "--json"]
+    compare = ["compare", "--model", MODEL, "--pruners", "energy,l1", "--ratio", "0.5", *quick]
+    assert main([*compare, "--out", str(tmp_path)]) == 0
+    energy, l1 = json.loads(capsys.readouterr().out)
+    assert energy["widths"] == l1["widths"] == {"0": 4, "3": 12, "8": 10}
+
+
 def test_dropout_needs_a_dropout(tmp_path, capsys):
     words = ["analyze", "energy", "--model", "small_cnn", "--limit", "50", "--parts", "dropout"]
     assert main([*words, "--out", str(tmp_path)]) == 2

@@ -37,13 +37,14 @@ def test_every_schedule_ends_at_the_ratio_and_can_still_classify(trained, schedu
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_same_seed_same_network(trained):
+def test_same_seed_same_network_and_a_silent_output(trained, capsys):
     model, data = trained
     config = [{"op_names": ["features.conv2"], "sparse_ratio": 0.5}]
     knobs = {"schedule": "agp", "rounds": 2, "seed": 3, "example_inputs": data.test.tensors[0][:2]}
     first, second = (prune_in_rounds("energy", model, config, data, RECIPE, **knobs) for _ in range(2))
     pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_evaluator_trains_for_the_steps_it_is_given(trained):
