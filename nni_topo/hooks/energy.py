@@ -197,7 +197,7 @@ class ChirpEnergyCollector(EnergyCollector):
                     bias = None
                 module = context.model.get_submodule(name)
                 if isinstance(module, nn.Linear):
-                    found[name] = weight.pow(2).sum(1) + (0.0 if bias is None else bias.pow(2)), 1
+                    found[name] = weight.double().pow(2).sum(1) + (0.0 if bias is None else bias.double().pow(2)), 1
                     continue
                 plane = torch.from_numpy(self._chirp(self._sizes[module]))
                 found[name] = chirp_response_energy(module, weight, bias, plane)
@@ -223,7 +223,7 @@ def check_layer(name: str, module: nn.Module, linear: Linear = "refuse") -> None
 
 
 def masked_parameters(context: PruningContext, name: str) -> tuple[Tensor, Tensor | None]:
-    """Return a layer's weight and bias, float64 on the CPU, with what is masked already at zero.
+    """Return a layer's weight and bias, on the CPU, with what is masked already at zero.
 
     Parameters
     ----------
@@ -248,6 +248,6 @@ def _masked(context: PruningContext, name: str, target: str) -> Tensor | None:
     value = getattr(context.model.get_submodule(name), target) if space is None else space.target
     if value is None:
         return None
-    exact: Tensor = value.detach().to("cpu", torch.float64)
+    found: Tensor = value.detach().cpu()
     mask = None if space is None else space.mask
-    return exact if mask is None else exact * mask.to(exact)
+    return found if mask is None else found * mask.to(found)

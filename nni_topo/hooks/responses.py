@@ -81,9 +81,9 @@ def chirp_response_energy(module: nn.Module, weight: Tensor, bias: Tensor | None
     module : torch.nn.Module
         A convolution or transposed convolution: its stride, padding, dilation and groups.
     weight : torch.Tensor
-        Its weight, float64.
+        Its weight.
     bias : torch.Tensor or None
-        Its bias, shape ``(out_channels,)``, float64.
+        Its bias, shape ``(out_channels,)``.
     plane : torch.Tensor
         Shape ``(length,)``, ``(height, width)`` or ``(depth, height, width)``, float64.
 
@@ -100,7 +100,7 @@ def chirp_response_energy(module: nn.Module, weight: Tensor, bias: Tensor | None
     the cost that of one input channel. Filters are taken in turns, so that memory stays below about 128 MiB a turn.
     """
     kernels = _summed_kernels(module, weight)
-    offset = torch.zeros(len(kernels), dtype=kernels.dtype) if bias is None else bias
+    offset = torch.zeros(len(kernels), dtype=kernels.dtype) if bias is None else bias.double()
     planes = plane[None, None]
     positions = _respond(module, kernels[:1], planes)[0, 0].numel()
     turn = max(1, _MOST_VALUES // max(positions, plane.numel()))
@@ -112,10 +112,10 @@ def chirp_response_energy(module: nn.Module, weight: Tensor, bias: Tensor | None
 
 
 def _summed_kernels(module: nn.Module, weight: Tensor) -> Tensor:
-    """Sum each filter's kernels over its input channels: shape ``(out_channels, 1, *kernel)``."""
+    """Sum each filter's kernels over its input channels: shape ``(out_channels, 1, *kernel)``, float64."""
     if not isinstance(module, TRANSPOSED):
-        return weight.sum(1, keepdim=True)
-    kernels: Tensor = weight.unflatten(0, (int(module.groups), -1)).sum(1)
+        return weight.sum(1, keepdim=True, dtype=torch.float64)
+    kernels: Tensor = weight.unflatten(0, (int(module.groups), -1)).sum(1, dtype=torch.float64)
     return kernels.flatten(0, 1)[:, None]
 
 

@@ -44,6 +44,8 @@ def _show(table: Table, console: Console, markdown: bool) -> None:
     table.title = None
     if markdown:
         table.box = MARKDOWN
+        for row in table.rows:  # a line between rows would end the table
+            row.end_section = False
     console.print(table)
 
 

@@ -107,7 +107,8 @@ def _finish_rows(distances: FloatArray, cloud: FloatArray, norms: FloatArray, ro
     block = distances[rows, rows.start :]
     sizes = norms[rows, None] + norms[rows.start :]
     np.subtract(sizes, 2.0 * block, out=block)
-    cancelled = block < _cancellation(cloud.shape[1]) * sizes
+    # What lies above the diagonal is mirrored, so only there near points are worth a second look.
+    cancelled = np.triu(block < _cancellation(cloud.shape[1]) * sizes, 1)
     np.sqrt(np.maximum(block, 0.0, out=block), out=block)
     for i in np.flatnonzero(cancelled.any(axis=1)):
         near = np.flatnonzero(cancelled[i])
