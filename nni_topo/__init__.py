@@ -9,6 +9,8 @@ from nni_topo._version import __version__  # noqa: E402
 from nni_topo.pruners.base import StructuredPruner  # noqa: E402
 from nni_topo.pruners.cluster import ClusterPruner  # noqa: E402
 from nni_topo.pruners.energy import EnergyFilterPruner  # noqa: E402
+from nni_topo.pruners.genetic_weight import GeneticWeightPruner  # noqa: E402
+from nni_topo.pruners.matrix import MatrixPruner  # noqa: E402
 from nni_topo.pruners.random import RandomPruner  # noqa: E402
 from nni_topo.pruners.subcluster import SubclusterPruner  # noqa: E402
 from nni_topo.pruners.topological import TopologicalPruner  # noqa: E402
@@ -30,6 +32,8 @@ expose_in_nni()
 __all__ = [
     "ClusterPruner",
     "EnergyFilterPruner",
+    "GeneticWeightPruner",
+    "MatrixPruner",
     "PrunerInfo",
     "RandomPruner",
     "StructuredPruner",

@@ -38,6 +38,7 @@ from nni_topo.runner.arguments import add_verb as _verb
 from nni_topo.runner.arguments import data_choice as _data
 from nni_topo.runner.demo import DEMO
 from nni_topo.runner.energy_command import add_energy_arguments, run_energy_study
+from nni_topo.runner.magnitude_command import add_magnitude_studies
 from nni_topo.runner.prune import load_prune_config, prune_checkpoint
 from nni_topo.runner.rivals import is_rival
 from nni_topo.runner.studies import print_topology, topology_study
@@ -267,6 +268,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_weight_studies(studies)
     add_theory_studies(studies)
+    add_magnitude_studies(studies)
 
     prune = _verb(verbs, "prune", _prune, "prune one trained model as a YAML file says")
     _model(prune, required=True)

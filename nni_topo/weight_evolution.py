@@ -123,6 +123,7 @@ class Layer:
     """
 
     def __init__(self, magnitudes: FloatArray, cap: float = 1.0) -> None:
+        self.magnitudes = magnitudes
         self.order = magnitudes.argsort(kind="stable").astype(np.int32)
         self.ascending = magnitudes[self.order]
         self.span = float(self.ascending[-1] - self.ascending[0])
@@ -135,8 +136,13 @@ class Layer:
         ``floor`` is a rank below which nothing remains; the new one is returned.
         """
         first = self._weakest(alive, floor)
-        stop = int(np.searchsorted(self.ascending, self.ascending[first] + rate * self.span))
-        stop = max(stop, first + 1)
+        bound = self.ascending.dtype.type(self.ascending[first] + rate * self.span)
+        stop = max(int(np.searchsorted(self.ascending, bound)), first + 1)
+        if stop - first > _FIRST_STRETCH:  # reading all magnitudes in a row beats a jump per weight
+            survivors = alive & (self.magnitudes >= bound)
+            if np.count_nonzero(survivors) >= self.least:
+                alive[:] = survivors
+                return stop
         ranks = first + np.flatnonzero(alive[self.order[first:stop]])
         allowed = np.count_nonzero(alive) - self.least
         alive[self.order[ranks[:allowed]]] = False

@@ -8,11 +8,13 @@ from nni_topo.analysis.energy import EnergyStudy, LayerEnergy, Quality, study_en
 from nni_topo.analysis.energy_accumulated import accumulate_energy
 from nni_topo.analysis.energy_plots import save_energy_study
 from nni_topo.analysis.energy_selection import study_selection
+from nni_topo.analysis.evolution import EvolutionTrial, plot_evolution
 from nni_topo.analysis.overlap import overlap_bound, random_overlap_log10, tree_overlap
 from nni_topo.analysis.persistence import NeuralPersistence, PersistenceTracker, neural_persistence
 from nni_topo.analysis.propagation import ErrorBound, LayerError, error_bound
 from nni_topo.analysis.replacement import study_replacement
 from nni_topo.analysis.retraining import RetrainingBound, retraining_bound
+from nni_topo.analysis.sensitivity import Sensitivity, SensitivityCurve, plot_sensitivity, sensitivity
 from nni_topo.analysis.splits import draw_splits
 from nni_topo.analysis.topology import LayerTopology, TopologyStudy, study_topology
 
@@ -21,6 +23,7 @@ __all__ = [
     "CriticalCompression",
     "EnergyStudy",
     "ErrorBound",
+    "EvolutionTrial",
     "LayerCount",
     "LayerEnergy",
     "LayerError",
@@ -30,6 +33,8 @@ __all__ = [
     "PersistenceTracker",
     "Quality",
     "RetrainingBound",
+    "Sensitivity",
+    "SensitivityCurve",
     "TopologyStudy",
     "accumulate_energy",
     "connectivity",
@@ -41,7 +46,10 @@ __all__ = [
     "neural_persistence",
     "overlap_bound",
     "random_overlap_log10",
+    "plot_evolution",
+    "plot_sensitivity",
     "retraining_bound",
+    "sensitivity",
     "save_energy_study",
     "study_dropout",
     "study_energy",

@@ -123,8 +123,8 @@ class Reader:
         return record
 
 
-def readers_of(unit: PruningUnit, flow: ChannelFlow, context: PruningContext) -> list[Reader]:
-    """Return the layers that read a unit's channels.
+def readers_of(unit: PruningUnit, flow: ChannelFlow, context: PruningContext, *, order: float = 2.0) -> list[Reader]:
+    """Return the layers that read a unit's channels, with norms of this order as their strengths.
 
     Raises
     ------
@@ -144,7 +144,7 @@ def readers_of(unit: PruningUnit, flow: ChannelFlow, context: PruningContext) ->
             continue
         places = _places(channels, flow.entering_roots(name))
         if places is not None:
-            readers.append(Reader(module, places, read_strength(module, places)))
+            readers.append(Reader(module, places, read_strength(module, places, order)))
     if not readers:
         raise ConfigError(f"a cloud of what is read needs a layer that reads the channels, got none ({unit.name})")
     return readers

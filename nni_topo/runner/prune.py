@@ -230,6 +230,8 @@ def _masks(net: nn.Module, config: PruneConfig, data: zoo.DataBundle) -> tuple[M
         knobs["calibration"] = list(data.train.tensors[0][: config.calibration].split(128))
     if "example_inputs" in pruner_info(config.pruner).knobs():
         knobs["example_inputs"] = example
+    if "validation" in pruner_info(config.pruner).knobs():
+        knobs["validation"] = list(zip(*(part.split(512) for part in data.validation.tensors), strict=True))
     began = time.perf_counter()
     pruner = create_pruner(config.pruner, net, config_list, **knobs)
     _, masks = pruner.compress()

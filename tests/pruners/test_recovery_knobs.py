@@ -13,7 +13,7 @@ from nni_topo.registry import create_pruner
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
 from nni_topo.testing import toy_evaluator, toy_images, toy_model
 
-NAMES = ["random", "topological", "energy", "cluster", "subcluster"]
+NAMES = ["random", "topological", "energy", "cluster", "subcluster", "matrix"]
 IMAGES = toy_images(64, seed=1)
 BATCHES = list(IMAGES.split(16))
 

@@ -1,0 +1,290 @@
+"""Sensitivity: accuracy against ratio with one layer, or one group of coupled layers, pruned at a time.
+
+NNI 2 had such a tool; NNI 3 dropped it. Layers that meet in an addition can only be pruned together, so they have one
+curve.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from matplotlib.figure import Figure
+from torch import nn
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.registry import check_knobs, create_pruner, pruner_info
+from nni_topo.speedup import dependency_groups, masked_model
+from nni_topo.speedup.dependency import channel_flow
+from nni_topo.speedup.inputs import call_arguments
+from nni_topo.speedup.layers import CONVOLUTIONS
+
+_logger = logging.getLogger(__name__)
+
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+Evaluate = Callable[[nn.Module], float]
+Progress = Callable[[str, float, float], None]
+
+
+@dataclass(frozen=True)
+class SensitivityCurve:
+    """One layer, or layers that lose the same channels.
+
+    Attributes
+    ----------
+    layers : tuple of str
+        Their names.
+    accuracy : dict of float to float
+        Score of the network with these layers alone pruned, by ratio; ratios behind an early stop are missing.
+    """
+
+    layers: tuple[str, ...]
+    accuracy: dict[float, float]
+
+    def highest_ratio(self, least: float) -> float:
+        """Return the highest measured ratio up to which the score never falls below ``least``; 0 if there is none."""
+        held = 0.0
+        for ratio, accuracy in sorted(self.accuracy.items()):
+            if accuracy < least:
+                break
+            held = ratio
+        return held
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What :func:`sensitivity` found.
+
+    Attributes
+    ----------
+    pruner : str
+        Registered name.
+    knobs : dict
+        The pruner's knobs.
+    baseline : float
+        Score of the unpruned network.
+    curves : list of SensitivityCurve
+        In network order.
+    budget : float
+        Score that the suggestion may cost.
+    suggested : list of dict
+        A config_list with one ratio per curve that was affordable.
+    suggested_accuracy : float
+        Score, measured, of the network pruned by it, all layers at once, without retraining.
+    """
+
+    pruner: str
+    knobs: dict[str, Any]
+    baseline: float
+    curves: list[SensitivityCurve]
+    budget: float
+    suggested: list[dict[str, Any]] = field(default_factory=list)
+    suggested_accuracy: float = math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers as dicts, lists and strings; ratios as keys are strings."""
+        content = asdict(self)
+        content["curves"] = [
+            {"layers": list(curve.layers), "accuracy": {str(r): a for r, a in curve.accuracy.items()}}
+            for curve in self.curves
+        ]
+        return {name: value for name, value in content.items() if name != "knobs"}
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write ``sensitivity.json``, ``sensitivity.png`` and ``suggested.yaml`` (for ``nni-topo prune``)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        document, picture, config = (
+            folder / name for name in ("sensitivity.json", "sensitivity.png", "suggested.yaml")
+        )
+        document.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        plot_sensitivity(self).savefig(picture, dpi=130)
+        config.write_text(self._yaml(), encoding="utf-8")
+        return [document, picture, config]
+
+    def _yaml(self) -> str:
+        head = (
+            f"# Each layer's ratio is the highest that costs little alone; together they score "
+            f"{self.suggested_accuracy:.4f}\n# of {self.baseline:.4f} before retraining (budget {self.budget:g}). "
+            "Run with nni-topo prune --config THIS.\n"
+        )
+        plain = {name: value for name, value in self.knobs.items() if isinstance(value, (str, int, float, bool))}
+        content = {"pruner": self.pruner, "knobs": plain, "config_list": self.suggested}
+        return head + yaml.safe_dump(content, sort_keys=False)
+
+
+def sensitivity(
+    model: nn.Module,
+    example_inputs: Any,
+    evaluate: Evaluate,
+    ratios: Sequence[float] = RATIOS,
+    pruner: str = "l1",
+    *,
+    layers: Sequence[str] | None = None,
+    knobs: Mapping[str, Any] | None = None,
+    budget: float = 0.01,
+    stop_drop: float | None = None,
+    on_progress: Progress | None = None,
+) -> Sensitivity:
+    """Prune one layer or dependency group at a time and measure; suggest a ratio for each.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Trained model. It isn't changed.
+    example_inputs : Tensor, tuple, list or mapping of str to Any
+        Inputs of the model.
+    evaluate : callable
+        Returns a model's score, larger = better; an accuracy in [0, 1] on validation data.
+    ratios : sequence of float, default=(0.1, 0.2, ..., 0.9)
+        In (0, 1); measured in rising order.
+    pruner : str, default="l1"
+        Any registered pruner that takes a ``sparse_ratio``.
+    layers : sequence of str or None, default=None
+        Names. None: all convolutions and linear layers, for pruners of whole channels without those that give the
+        model's output.
+    knobs : mapping or None, default=None
+        The pruner's own arguments; ``example_inputs`` is added where it takes it.
+    budget : float, default=0.01
+        Score that the suggestion may cost, all layers pruned at once, at least 0.
+    stop_drop : float or None, default=None
+        A curve ends once its score is more than this below the baseline. None: never.
+    on_progress : callable or None, default=None
+        Called with the layers' names (joined by ``+``), the ratio and the score after each measurement.
+
+    Returns
+    -------
+    Sensitivity
+
+    Raises
+    ------
+    ConfigError
+        If a ratio, a name or the budget can't be used.
+    DataError
+        If a score isn't finite.
+
+    Notes
+    -----
+    The suggestion has one tolerance for all layers: each gets the highest ratio that costs at most so much alone.
+    The largest tolerance whose *joint* cost, which is measured, meets the budget is found by bisection. Cost: one
+    pruning and one evaluation per curve and ratio, and some six more.
+    """
+    ratios = sorted(set(map(float, ratios)))
+    if not ratios or not all(0.0 < ratio < 1.0 for ratio in ratios):
+        raise ConfigError(f"ratios must be one or more numbers in (0, 1), got {ratios} (sensitivity)")
+    if not budget >= 0.0 or (stop_drop is not None and not stop_drop >= 0.0):
+        raise ConfigError(f"budget and stop_drop must be at least 0, got {budget} and {stop_drop} (sensitivity)")
+    trial = _Trial(model, example_inputs, evaluate, pruner, dict(knobs or {}))
+    baseline = trial.score(model)
+    curves = []
+    for names in trial.groups(layers):
+        accuracy: dict[float, float] = {}
+        for ratio in ratios:
+            accuracy[ratio] = trial.pruned({names: ratio})
+            if on_progress is not None:
+                on_progress("+".join(names), ratio, accuracy[ratio])
+            if stop_drop is not None and accuracy[ratio] < baseline - stop_drop:
+                break
+        curves.append(SensitivityCurve(names, accuracy))
+    chosen, joint = _suggestion(trial, curves, baseline, budget)
+    suggested = [{"op_names": list(names), "sparse_ratio": ratio} for names, ratio in chosen.items()]
+    return Sensitivity(pruner, trial.knobs, baseline, curves, budget, suggested, joint)
+
+
+def plot_sensitivity(found: Sensitivity) -> Figure:
+    """Draw a curve per layer, the baseline and the budget."""
+    figure = Figure(figsize=(7.0, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for index, curve in enumerate(found.curves):
+        points = sorted({0.0: found.baseline, **curve.accuracy}.items())
+        style = ("-", "--", ":")[index // 10 % 3]
+        axis.plot(*zip(*points, strict=True), f".{style}", color=f"C{index % 10}", label="+".join(curve.layers))
+    axis.axhline(found.baseline - found.budget, color="0.5", linewidth=0.8, label="budget")
+    axis.set(xlabel="sparse_ratio of these layers alone", ylabel="score", title=f"sensitivity, {found.pruner}")
+    axis.legend(fontsize="xx-small", ncols=1 + len(found.curves) // 14)
+    axis.grid(alpha=0.3)
+    return figure
+
+
+class _Trial:
+    """Prunes copies of a model and scores them."""
+
+    def __init__(
+        self, model: nn.Module, example_inputs: Any, evaluate: Evaluate, pruner: str, knobs: dict[str, Any]
+    ) -> None:
+        self.model, self.example_inputs, self.evaluate, self.pruner = model, example_inputs, evaluate, pruner
+        self.info = pruner_info(pruner)
+        check_knobs(pruner, knobs)
+        self.knobs = knobs
+
+    def groups(self, layers: Sequence[str] | None) -> list[tuple[str, ...]]:
+        """Return the layers, those that lose the same channels together."""
+        entry: dict[str, Any] = {"op_names": self._all_layers() if layers is None else list(layers)}
+        if not self.info.structured:
+            return [(name,) for name in entry["op_names"]]
+        tied: dict[str, list[str]] = {}
+        for config in dependency_groups(self.model, self.example_inputs, [{**entry, "sparse_ratio": 0.5}]):
+            (name,) = config["op_names"]
+            tied.setdefault(config.get("dependency_group_id", name), []).append(name)
+        return [tuple(names) for names in tied.values()]
+
+    def pruned(self, ratios: Mapping[tuple[str, ...], float]) -> float:
+        """Return the score of a copy with these layers pruned."""
+        config: list[dict[str, Any]]
+        config = [{"op_names": list(names), "sparse_ratio": ratio} for names, ratio in ratios.items()]
+        if self.info.structured:
+            config = dependency_groups(self.model, self.example_inputs, config)
+        knobs = dict(self.knobs)
+        if "example_inputs" in self.info.knobs():
+            knobs.setdefault("example_inputs", self.example_inputs)
+        victim = copy.deepcopy(self.model)
+        pruner = create_pruner(self.pruner, victim, config, **knobs)
+        _, masks = pruner.compress()
+        pruner.unwrap_model()
+        return self.score(masked_model(victim, self.example_inputs, masks))
+
+    def score(self, model: nn.Module) -> float:
+        """Return a model's score."""
+        score = float(self.evaluate(model))
+        if not math.isfinite(score):
+            raise DataError(f"an evaluation must return a finite number, got {score} (sensitivity)")
+        return score
+
+    def _all_layers(self) -> list[str]:
+        flow = channel_flow(self.model, call_arguments(self.example_inputs))
+        return [
+            name
+            for name in flow.layers
+            if isinstance(self.model.get_submodule(name), (nn.Linear, *CONVOLUTIONS))
+            and not (self.info.structured and np.isin(flow.layer_roots(name), flow.at_output).any())
+        ]
+
+
+def _suggestion(
+    trial: _Trial, curves: list[SensitivityCurve], baseline: float, budget: float
+) -> tuple[dict[tuple[str, ...], float], float]:
+    """Return ratios for the largest tolerance that keeps the joint score within the budget, and that score."""
+    drops = {baseline - accuracy for curve in curves for accuracy in curve.accuracy.values()}
+    tolerances = sorted(drop for drop in {0.0, *drops} if drop <= budget)
+    best, joint = dict[tuple[str, ...], float](), baseline
+    low, high = 0, len(tolerances)
+    while low < high:
+        middle = (low + high) // 2
+        # Half an ulp of an accuracy must not decide.
+        least = baseline - tolerances[middle] - 1e-12
+        ratios = {curve.layers: curve.highest_ratio(least) for curve in curves}
+        ratios = {names: ratio for names, ratio in ratios.items() if ratio > 0.0}
+        score = trial.pruned(ratios) if ratios else baseline
+        if score >= baseline - budget - 1e-12:
+            best, joint, low = ratios, score, middle + 1
+        else:
+            high = middle
+    return best, joint

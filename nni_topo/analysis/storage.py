@@ -1,0 +1,92 @@
+"""What sparse weights take on disk and in time: dense files, compressed ones, coordinate and row formats."""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import io
+import logging
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_logger = logging.getLogger(__name__)
+
+
+def stored_bytes(model: nn.Module) -> dict[str, int]:
+    """Return the size of a model's state on disk, in bytes, by format.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Masked weights are zeros.
+
+    Returns
+    -------
+    dict of str to int
+        ``"dense"``: as ``torch.save`` writes it. ``"gzip"``: that, compressed at level 6. ``"coo"`` and ``"csr"``:
+        weights of two and more dimensions as sparse matrices ``(out, rest)`` in PyTorch's formats (64-bit indices),
+        the rest dense. ``"csr32"``: the same rows with 32-bit indices.
+    """
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    dense = _saved(state)
+    coordinates = {name: _matrix(value).to_sparse_coo().coalesce() for name, value in state.items() if value.dim() > 1}
+    rows = {name: _csr(_matrix(value)) for name, value in state.items() if value.dim() > 1}
+    short = {
+        name: (value.crow_indices().int(), value.col_indices().int(), value.values()) for name, value in rows.items()
+    }
+    return {
+        "dense": len(dense),
+        "gzip": len(gzip.compress(dense, 6)),
+        "coo": len(_saved({**state, **{name: (m.indices(), m.values()) for name, m in coordinates.items()}})),
+        "csr": len(_saved({**state, **{n: (m.crow_indices(), m.col_indices(), m.values()) for n, m in rows.items()}})),
+        "csr32": len(_saved({**state, **short})),
+    }
+
+
+class SparseLinear(nn.Module):
+    """A linear layer that multiplies by a sparse matrix in row format.
+
+    Parameters
+    ----------
+    linear : torch.nn.Linear
+        Its zeros are left out.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.rows = _csr(linear.weight.detach())
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map ``(n, in)`` to ``(n, out)``."""
+        outputs: Tensor = (self.rows @ inputs.T).T
+        return outputs if self.bias is None else outputs + self.bias
+
+
+def with_sparse_linears(model: nn.Module) -> nn.Module:
+    """Return a copy whose linear layers multiply by sparse matrices; convolutions have no such kernel in PyTorch."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, SparseLinear(module))
+    return model
+
+
+def _matrix(value: Tensor) -> Tensor:
+    return value.flatten(1)
+
+
+def _csr(matrix: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        return matrix.to_sparse_csr()
+
+
+def _saved(content: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()

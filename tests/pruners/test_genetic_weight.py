@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nni_topo import zoo
+from nni_topo.errors import ConfigError, NniTopoError
+from nni_topo.pruners.genetic_weight import GeneticWeightPruner
+from nni_topo.registry import check_knobs
+from nni_topo.runner.prune import load_prune_config
+from nni_topo.speedup import masked_model
+from nni_topo.testing import toy_evaluator, toy_model
+
+SMALL = {"population_size": 8, "generations": 6, "random_rate": 0.05, "weakest_rate": 0.05}
+
+
+def task(seed=0):
+    """A classifier that needs two of its twenty inputs, its data, and labels it gets right."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(20, 12), nn.Tanh(), nn.Linear(12, 3))
+    with torch.no_grad():
+        model[0].weight[:, 2:] *= 0.01
+    images = torch.randn(256, 20)
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    return model, [(images[:128], labels[:128]), (images[128:], labels[128:])], (images, labels)
+
+
+def accuracy(model, images, labels):
+    with torch.no_grad():
+        return float((model(images).argmax(1) == labels).double().mean())
+
+
+@pytest.mark.parametrize("layers", [["0"], ["0", "2"]])
+def test_redundant_weights_go_and_the_masked_model_has_the_accuracy_reported(layers):
+    model, batches, (images, labels) = task()
+    pruner = GeneticWeightPruner(model, [{"op_names": layers}], validation=batches, **SMALL)
+    wrapped, masks = pruner.compress()
+    measured = accuracy(wrapped, images, labels)
+    pruner.unwrap_model()
+    last = pruner.history.query("generation == 6").sort_values("fitness").iloc[-1]
+    sizes = {name: masks[name]["weight"].numel() for name in layers}
+    removed = 1 - sum(float(masks[name]["weight"].sum()) for name in layers) / sum(sizes.values())
+    assert removed == pytest.approx(last.compression)
+    assert removed > 0.3
+    assert measured == last.accuracy == accuracy(masked_model(model, images[:2], masks), images, labels)
+    assert last.fitness == pytest.approx(100 * (measured - 1.0) + removed)
+    assert len(pruner.history) == 7 * 8
+
+
+def test_validation_evaluate_and_evaluator_find_the_same():
+    found = []
+    for way in ("validation", "evaluate"):
+        model, batches, (images, labels) = task()
+        given = batches if way == "validation" else lambda net, i=images, l=labels: accuracy(net, i, l)  # noqa: E741
+        pruner = GeneticWeightPruner(model, [{"op_names": ["0"]}], **{way: given}, **SMALL)
+        found.append(pruner.compress()[1]["0"]["weight"])
+        pruner.unwrap_model()
+    assert torch.equal(*found)
+    model = toy_model()
+    before = model.head.weight.detach().clone()
+    pruner = GeneticWeightPruner(model, [{"op_names": ["head"]}], toy_evaluator(model), **SMALL)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    assert 0 < float(masks["head"]["weight"].sum()) < 64
+    assert torch.equal(model.head.weight, before)
+
+
+@pytest.mark.parametrize("cap", [{"max_sparse_ratio": 0.25}, {"sparse_ratio": 0.25}])
+def test_ratios_are_caps(cap):
+    model, batches, _ = task()
+    pruner = GeneticWeightPruner(
+        model, [{"op_names": ["0"], **cap}], validation=batches, alpha=0.0, damage_rate=0.9, **SMALL
+    )
+    _, masks = pruner.compress()
+    assert int(masks["0"]["weight"].sum()) == 180
+
+
+def test_a_stopped_search_goes_on(tmp_path):
+    knobs = {"validation": task()[1], "seed": 5, **SMALL}
+    whole = GeneticWeightPruner(task()[0], [{"op_names": ["0"]}], **knobs)
+    expected = whole.compress()[1]["0"]["weight"]
+    knobs["state"] = tmp_path / "search.npz"
+    first = GeneticWeightPruner(
+        task()[0], [{"op_names": ["0"]}], on_generation=lambda search: search.generation == 3, **knobs
+    )
+    first.compress()
+    assert first.history.generation.max() == 3
+    second = GeneticWeightPruner(task()[0], [{"op_names": ["0"]}], **knobs)
+    assert torch.equal(second.compress()[1]["0"]["weight"], expected)
+    assert second.history.equals(whole.history)
+
+
+def test_the_file_of_the_example_is_one():
+    path = Path(__file__).parents[2] / "configs" / "search_genetic_weight.yaml"
+    config = load_prune_config(path)
+    check_knobs(config.pruner, config.knobs)
+    model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
+    batches = [(torch.randn(8, 1, 8, 8), torch.arange(8))]
+    knobs = {**config.knobs, "generations": 1}
+    _, masks = GeneticWeightPruner(model, config.config_list, validation=batches, **knobs).compress()
+    assert list(masks) == ["classifier.fc1"]
+
+
+def test_history_names_lines_of_descent():
+    model, batches, _ = task()
+    pruner = GeneticWeightPruner(model, [{"op_names": ["0"]}], validation=batches, **SMALL)
+    assert pruner.history.empty
+    pruner.compress()
+    table = pruner.history
+    assert list(table.columns) == [
+        "generation", "individual", "fitness", "accuracy", "compression", "born", "partner"
+    ]  # fmt: skip
+    assert (table.born <= table.generation).all()
+    assert not (table.individual == table.partner).any()
+    lines = table.pivot(index="generation", columns="individual", values="fitness").to_numpy()
+    assert (np.diff(lines, axis=0) >= 0).all()
+
+
+BATCH = [(torch.zeros(2, 20), torch.tensor([0, 1]))]
+
+
+@pytest.mark.parametrize(
+    ("config", "knobs", "message"),
+    [
+        ({"op_names": ["0", "5"]}, {}, "a layer must be a known name, got '5'"),
+        ({"op_names": ["0"], "target_names": ["bias"]}, {}, "got the bias of a Linear"),
+        ({"op_names": ["0"], "dependency_group_id": "a"}, {}, "dependency_group_id must be left out"),
+        ({"op_names": ["0"], "sparse_threshold": 0.5}, {}, "sparse_threshold must be left out"),
+        ({"op_names": ["0"], "granularity": "out_channel"}, {}, "granularity must be left out"),
+        ({"op_names": ["0"]}, {"validation": []}, "at least one batch, got none"),
+        ({"op_names": ["0"]}, {"validation": None}, "needs validation, evaluate or an evaluator"),
+        ({"op_names": ["0"]}, {"alpha": -1.0}, "alpha must be at least 0"),
+        ({"op_names": ["0"]}, {"beta": -1.0}, "beta must be at least 0"),
+        ({"op_names": ["0"]}, {"population_size": 1}, "population_size must be an integer of at least 2, got 1"),
+        ({"op_names": ["0"]}, {"workers": 0}, "workers must be a positive integer, got 0"),
+    ],
+)
+def test_bad_requests_are_refused_before_the_model_is_wrapped(config, knobs, message):
+    model = task()[0]
+    with pytest.raises(NniTopoError, match=message):
+        GeneticWeightPruner(model, [config], **{"validation": BATCH, **knobs})
+    assert not any(hasattr(module, "_nni_wrapper") for module in model.modules())
+
+
+def test_a_layer_of_another_kind_is_refused():
+    model = toy_model()
+    with pytest.raises(ConfigError, match="got the weight of a BatchNorm2d"):
+        GeneticWeightPruner(model, [{"op_names": ["norm"]}], validation=BATCH)
