@@ -4,6 +4,7 @@ An MLP 1024-2048-10 (layer 2048->10) and a CNN with convolutions of 32 and 64 fi
 with tanh, on MNIST or Fashion-MNIST scaled to 32x32 and 24x24. The search sees validation images only; accuracy is
 reported on the test set, with NNI's LevelPruner at the same sparsity beside it. Damage rates 10 to 90 %. The time of a
 generation is compared with a list-based pyeasyga run of the same algorithm. Prints Markdown; writes JSON and pictures.
+What is in the output folder already isn't run again, a stopped search goes on.
 
     python benchmarks/bench_genetic.py --data fashion-mnist --data-dir DIR --out runs/genetic
 """
@@ -30,7 +31,8 @@ from torch.utils.data import TensorDataset
 import nni_topo
 from nni_topo import zoo
 from nni_topo.analysis.evolution import EvolutionTrial, plot_evolution
-from nni_topo.weight_evolution import Layer, WeightEvolutionSettings, WeightGeneticAlgorithm
+from nni_topo.gene_layers import Layer
+from nni_topo.weight_evolution import WeightEvolutionSettings, WeightGeneticAlgorithm
 
 RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -59,16 +61,20 @@ def cnn() -> nn.Module:
 NETS = {"mlp": (mlp, 32), "cnn": (cnn, 24)}
 
 
-def resized(data: zoo.DataBundle, side: int, images: int) -> zoo.DataBundle:
-    """Scale all images; keep so many for validation."""
+def resized(data: zoo.DataBundle, side: int, images: int, test_images: int | None) -> zoo.DataBundle:
+    """Scale all images; keep so many for validation and for the test."""
 
     def scaled(part: TensorDataset, count: int | None = None) -> TensorDataset:
         pictures, labels = part.tensors
         size = (side, side)
-        scaled = functional.interpolate(pictures[:count], size, mode="bilinear", align_corners=False)
-        return TensorDataset(scaled, labels[:count])
+        found = functional.interpolate(pictures[:count], size, mode="bilinear", align_corners=False)
+        return TensorDataset(found, labels[:count])
 
-    parts = {"train": scaled(data.train), "validation": scaled(data.validation, images), "test": scaled(data.test)}
+    parts = {
+        "train": scaled(data.train),
+        "validation": scaled(data.validation, images),
+        "test": scaled(data.test, test_images),
+    }
     return replace(data, **parts, image_size=side)
 
 
@@ -88,7 +94,17 @@ def trained(name: str, data: zoo.DataBundle, options: argparse.Namespace) -> nn.
 def search(name: str, model: nn.Module, data: zoo.DataBundle, rate: float, options: argparse.Namespace) -> Any:
     """Run one trial and return it with its record."""
     batches = list(zip(*(part.split(1000) for part in data.validation.tensors), strict=True))
-    times = [time.process_time()]
+    cell = options.out / f"{name}_{100 * rate:.0f}"
+    clock = cell.with_suffix(".json")
+    times = json.loads(clock.read_text(encoding="utf-8")) if clock.exists() else []
+    began = time.process_time()
+
+    def note(algorithm: WeightGeneticAlgorithm) -> None:
+        nonlocal began
+        times.append(time.process_time() - began)
+        clock.write_text(json.dumps(times), encoding="utf-8")
+        began = time.process_time()
+
     pruner = nni_topo.GeneticWeightPruner(
         copy.deepcopy(model),
         [{"op_names": ["fc2"]}],
@@ -96,10 +112,11 @@ def search(name: str, model: nn.Module, data: zoo.DataBundle, rate: float, optio
         damage_rate=rate,
         population_size=options.population,
         generations=options.generations,
-        on_generation=lambda algorithm: times.append(time.process_time()),
+        state=cell.with_suffix(".npz"),
+        on_generation=note,
         seed=options.seed,
     )
-    wrapped, masks = pruner.compress()
+    wrapped, _ = pruner.compress()
     final = pruner.history[pruner.history.generation == options.generations]
     best = final.loc[final.fitness.idxmax()]
     level = copy.deepcopy(model)
@@ -118,14 +135,17 @@ def search(name: str, model: nn.Module, data: zoo.DataBundle, rate: float, optio
         "test_before": zoo.evaluate(model, data.test),
         "level_validation": zoo.evaluate(level, data.validation),
         "level_test": zoo.evaluate(level, data.test),
-        "seconds_per_generation": float(np.median(np.diff(times)[1:])),
+        "seconds_per_generation": float(np.median(times[1:])),
     }
     pruner.unwrap_model()
     return EvolutionTrial.of(pruner), record
 
 
-def list_seconds(model: nn.Module, data: zoo.DataBundle, options: argparse.Namespace) -> float:
+def list_seconds(name: str, model: nn.Module, data: zoo.DataBundle, options: argparse.Namespace) -> float:
     """CPU seconds of a generation of the list-based run, evaluation by the whole network included."""
+    path = options.out / f"{name}_lists.json"
+    if path.exists():
+        return float(json.loads(path.read_text(encoding="utf-8")))
     model = copy.deepcopy(model)
     weight = model.fc2.weight.detach().clone()
 
@@ -138,11 +158,16 @@ def list_seconds(model: nn.Module, data: zoo.DataBundle, options: argparse.Names
     algorithm.create_first_generation()
     began = time.process_time()
     algorithm.create_next_generation()
-    return time.process_time() - began
+    seconds = time.process_time() - began
+    path.write_text(json.dumps(seconds), encoding="utf-8")
+    return seconds
 
 
 def bookkeeping(genes: int, options: argparse.Namespace) -> dict[str, float]:
     """CPU seconds and bytes of breeding and replacing a population, evaluation left out; lists beside packed bits."""
+    path = options.out / f"bookkeeping_{genes}{'_lists' if options.lists else ''}.json"
+    if path.exists():
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     magnitudes = np.abs(np.random.default_rng(0).laplace(size=genes)).astype(np.float32)
     settings = WeightEvolutionSettings(population_size=options.population)
 
@@ -174,6 +199,7 @@ def bookkeeping(genes: int, options: argparse.Namespace) -> dict[str, float]:
         began = time.process_time()
         algorithm.create_next_generation()
         record["list_seconds"] = time.process_time() - began
+    path.write_text(json.dumps(record), encoding="utf-8")
     return record
 
 
@@ -182,22 +208,26 @@ def markdown(records: list[dict[str, Any]], lists: dict[str, float], books: dict
         "net", "damage %", "fitness (mean)", "removed % (mean)", "validation %", "test %", "LevelPruner, validation %",
         "LevelPruner, test %", "CPU s a generation", "as lists",
     )  # fmt: skip
-    lines = [head, ("---", *("---:",) * (len(head) - 1))]
-    for record in records:
-        lines.append((
-            record["net"],
-            f"{100 * record['damage_rate']:.0f}",
-            f"{record['fitness']:.3f} ({record['fitness_mean']:.2f})",
-            f"{100 * record['compression']:.1f} ({100 * record['compression_mean']:.1f})",
-            f"{100 * record['validation_before']:.2f} -> {100 * record['validation']:.2f}",
-            f"{100 * record['test_before']:.2f} -> {100 * record['test']:.2f}",
-            f"{100 * record['level_validation']:.2f}",
-            f"{100 * record['level_test']:.2f}",
-            f"{record['seconds_per_generation']:.2f}",
-            f"{lists[record['net']]:.1f}" if record["net"] in lists else "",
-        ))  # fmt: skip
+    lines = [head, ("---", *("---:",) * (len(head) - 1)), *(_cells(record, lists) for record in records)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{table}\n\nbookkeeping: {json.dumps(books)}"
+
+
+def _cells(record: dict[str, Any], lists: dict[str, float]) -> tuple[str, ...]:
+    shares = ("validation_before", "validation", "test_before", "test", "level_validation", "level_test")
+    percent = {name: f"{100 * record[name]:.2f}" for name in shares}
+    return (
+        record["net"],
+        f"{100 * record['damage_rate']:.0f}",
+        f"{record['fitness']:.3f} ({record['fitness_mean']:.2f})",
+        f"{100 * record['compression']:.1f} ({100 * record['compression_mean']:.1f})",
+        f"{percent['validation_before']} -> {percent['validation']}",
+        f"{percent['test_before']} -> {percent['test']}",
+        percent["level_validation"],
+        percent["level_test"],
+        f"{record['seconds_per_generation']:.2f}",
+        f"{lists[record['net']]:.1f}" if record["net"] in lists else "",
+    )
 
 
 def main() -> None:
@@ -207,6 +237,7 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
     parser.add_argument("--limit", type=int, default=10_000, help="training images")
     parser.add_argument("--images", type=int, default=3_000, help="validation images that the search sees")
+    parser.add_argument("--test-images", type=int, help="default all")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--population", type=int, default=50)
     parser.add_argument("--generations", type=int, default=20)
@@ -223,7 +254,7 @@ def main() -> None:
     lists: dict[str, float] = {}
     books = bookkeeping(options.genes, options)
     for name in options.nets:
-        data = resized(raw, NETS[name][1], options.images)
+        data = resized(raw, NETS[name][1], options.images, options.test_images)
         model = trained(name, data, options)
         trials = {}
         for rate in options.rates:
@@ -231,7 +262,7 @@ def main() -> None:
             records.append(record)
         plot_evolution(trials, options.out / name)
         if options.lists:
-            lists[name] = list_seconds(model, data, options)
+            lists[name] = list_seconds(name, model, data, options)
         content = {"records": records, "list_seconds": lists, "bookkeeping": books}
         (options.out / "genetic.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(markdown(records, lists, books))

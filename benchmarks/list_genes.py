@@ -18,7 +18,7 @@ def list_based(
     weakest_rate: float = 0.01,
     random_rate: float = 0.01,
 ) -> GeneticAlgorithm:
-    """Return pyeasyga's loop with two-point crossover and both terminations on lists; draws are the global generator's."""
+    """Return pyeasyga's loop with two-point crossover and both terminations on lists of genes."""
     size, span = len(magnitudes), max(magnitudes) - min(magnitudes)
     algorithm = GeneticAlgorithm(magnitudes, population_size, generations, 0.8, 0.5)
 

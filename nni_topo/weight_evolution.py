@@ -20,11 +20,9 @@ from numpy.typing import NDArray
 from pyeasyga.pyeasyga import Chromosome, GeneticAlgorithm
 
 from nni_topo.errors import ConfigError
+from nni_topo.gene_layers import BoolArray, FloatArray, Layer
 
-BoolArray = NDArray[np.bool_]
 Bytes = NDArray[np.uint8]
-FloatArray = NDArray[np.float64]
-_FIRST_STRETCH = 1024
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,8 @@ class WeightEvolutionSettings:
         """Lowest and highest damage rate."""
         if isinstance(self.damage_rate, (int, float)):
             return self.damage_rate, self.damage_rate
+        if len(self.damage_rate) != 2:
+            raise ConfigError(f"damage_rate must be a number or a pair, got {self.damage_rate!r} (generation 0)")
         low, high = self.damage_rate
         return low, high
 
@@ -109,82 +109,6 @@ class HistoryRow(NamedTuple):
     compression: float
     born: int
     partner: int
-
-
-class Layer:
-    """The weights of one target: their ranking by magnitude, and how many have to stay.
-
-    Parameters
-    ----------
-    magnitudes : numpy.ndarray
-        Shape ``(weights,)``, at least 0.
-    cap : float, default=1.0
-        Largest share that may go, in [0, 1]; one weight stays in any case.
-    """
-
-    def __init__(self, magnitudes: FloatArray, cap: float = 1.0) -> None:
-        self.magnitudes = magnitudes
-        self.order = magnitudes.argsort(kind="stable").astype(np.int32)
-        self.ascending = magnitudes[self.order]
-        self.span = float(self.ascending[-1] - self.ascending[0])
-        self.size = len(magnitudes)
-        self.least = max(1, self.size - int(self.size * cap))
-
-    def drop_weakest(self, alive: BoolArray, floor: int, rate: float) -> int:
-        """Remove the weakest remaining weight and those less than ``rate`` of the range above it.
-
-        ``floor`` is a rank below which nothing remains; the new one is returned.
-        """
-        first = self._weakest(alive, floor)
-        bound = self.ascending.dtype.type(self.ascending[first] + rate * self.span)
-        stop = max(int(np.searchsorted(self.ascending, bound)), first + 1)
-        if stop - first > _FIRST_STRETCH:  # reading all magnitudes in a row beats a jump per weight
-            survivors = alive & (self.magnitudes >= bound)
-            if np.count_nonzero(survivors) >= self.least:
-                alive[:] = survivors
-                return stop
-        ranks = first + np.flatnonzero(alive[self.order[first:stop]])
-        allowed = np.count_nonzero(alive) - self.least
-        alive[self.order[ranks[:allowed]]] = False
-        return stop if len(ranks) <= allowed else int(ranks[allowed])
-
-    def drop_random(self, alive: BoolArray, rate: float, rng: np.random.Generator) -> None:
-        """Remove a share of the remaining weights at random."""
-        kept = np.count_nonzero(alive)
-        count = min(max(1, int(rate * kept)), kept - self.least)
-        alive[random_subset(alive, kept, count, rng)] = False
-
-    def revive(self, alive: BoolArray) -> bool:
-        """Bring the strongest removed weights back until as many stay as have to; say whether any did."""
-        missing = self.least - np.count_nonzero(alive)
-        if missing <= 0:
-            return False
-        descending = self.order[::-1]
-        alive[descending[~alive[descending]][:missing]] = True
-        return True
-
-    def _weakest(self, alive: BoolArray, floor: int) -> int:
-        stretch = _FIRST_STRETCH
-        while True:
-            hits = alive[self.order[floor : floor + stretch]]
-            if hits.any():
-                return floor + int(hits.argmax())
-            floor += stretch
-            stretch *= 2
-
-
-def random_subset(alive: BoolArray, kept: int, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Draw ``count`` of the ``kept`` set positions, all subsets alike.
-
-    Small shares are drawn by rejection, which doesn't look at every gene.
-    """
-    if 4 * count > kept:
-        return rng.choice(np.flatnonzero(alive), count, replace=False, shuffle=False)
-    found = np.zeros(0, dtype=np.int64)
-    while len(found) < count:
-        draws = rng.integers(len(alive), size=16 + (count - len(found)) * len(alive) // kept)
-        found = np.union1d(found, draws[alive[draws]])
-    return rng.permutation(found)[:count] if len(found) > count else found
 
 
 class Individual(Chromosome):
@@ -268,8 +192,8 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
             for layer, part in self._parts(alive):
                 count = min(int(rate * layer.size), layer.size - layer.least)
                 part[self.rng.choice(layer.size, count, replace=False, shuffle=False)] = False
-            self._children.append(Individual(np.packbits(alive), number, floors, 0, -1))
-        self.current_generation = []
+            self._children.append(self._born(alive, number, floors, -1))
+        self.current_generation: list[Individual] = []
 
     def create_new_population(self) -> None:
         """Breed one child for every individual."""
@@ -278,14 +202,12 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
     def calculate_population_fitness(self) -> None:
         """Evaluate the children and let them replace those of the parents that are less fit."""
         self.generation += 1
-        counts = [np.count_nonzero(self.genes(child)) for child in self._children]
         accuracies = self.fitness_function(self.genes(child) for child in self._children)
         if not self.current_generation:
             self.start_accuracy = float(accuracies[0])
             self.current_generation = list(self._children)
-        for place, (child, kept) in enumerate(zip(self._children, counts, strict=True)):
+        for place, child in enumerate(self._children):
             child.accuracy = float(accuracies[place])
-            child.compression = 1.0 - kept / self.size
             gain = self.settings.alpha * (child.accuracy - self.start_accuracy)
             child.fitness = gain + self.settings.beta * child.compression
             if child.fitness > self.current_generation[place].fitness:
@@ -299,8 +221,7 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
 
     def best(self) -> Individual:
         """Return the fittest individual."""
-        fittest: Individual = self.current_generation[0]
-        return fittest
+        return self.current_generation[0]
 
     def _child(self, place: int) -> Individual:
         parent = self.current_generation[place]
@@ -319,14 +240,18 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
         if self.rng.random() < self.settings.random_probability:
             for layer, part in self._parts(alive):
                 layer.drop_random(part, self.settings.random_rate, self.rng)
-        return Individual(np.packbits(alive), parent.number, tuple(floors), self.generation + 1, partner)
+        return self._born(alive, parent.number, tuple(floors), partner)
+
+    def _born(self, alive: BoolArray, number: int, floors: tuple[int, ...], partner: int) -> Individual:
+        child = Individual(np.packbits(alive), number, floors, self.generation + 1, partner)
+        child.compression = 1.0 - np.count_nonzero(alive) / self.size
+        return child
 
     def _partner(self, place: int) -> Individual:
         others = self.rng.choice(self.population_size - 1, self.tournament_size, replace=False)
         # Individuals are ranked, so the first of them is the fittest.
         nearest = int(others.min())
-        chosen: Individual = self.current_generation[nearest + (nearest >= place)]
-        return chosen
+        return self.current_generation[nearest + (nearest >= place)]
 
     def _cross(self, alive: BoolArray, other: Individual) -> None:
         """Put what the other has between two cuts into an individual's genes."""

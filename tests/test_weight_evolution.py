@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.evolution_state import load_state, save_state
-from nni_topo.weight_evolution import Layer, WeightEvolutionSettings, WeightGeneticAlgorithm, random_subset
+from nni_topo.gene_layers import Layer, random_subset
+from nni_topo.weight_evolution import WeightEvolutionSettings, WeightGeneticAlgorithm
 
 SIZE = 60
 

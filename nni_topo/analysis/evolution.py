@@ -166,7 +166,7 @@ def _heatmap(trials: Mapping[str, EvolutionTrial]) -> Figure:
 
 
 def _histograms(trial: EvolutionTrial, axis: Axes) -> None:
-    bins = np.linspace(trial.weights.min(), trial.weights.max(), 81)
+    bins = np.linspace(trial.weights.min(), trial.weights.max(), 81).tolist()
     axis.hist(trial.weights, bins, color="0.7", label="before")
     axis.hist(trial.weights[trial.kept], bins, color="C0", label="after")
     axis.set(xlabel="weight", ylabel="count", yscale="log")

@@ -117,8 +117,11 @@ class Sensitivity:
             "Run with nni-topo prune --config THIS.\n"
         )
         plain = {name: value for name, value in self.knobs.items() if isinstance(value, (str, int, float, bool))}
-        content = {"pruner": self.pruner, "knobs": plain, "config_list": self.suggested}
-        return head + yaml.safe_dump(content, sort_keys=False)
+        content: dict[str, Any] = {"pruner": self.pruner, "knobs": plain, "config_list": self.suggested}
+        if isinstance(self.knobs.get("calibration"), list):
+            content["calibration"] = sum(len(batch) for batch in self.knobs["calibration"])
+        body: str = yaml.safe_dump(content, sort_keys=False)
+        return head + body
 
 
 def sensitivity(

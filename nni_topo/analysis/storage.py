@@ -5,14 +5,11 @@ from __future__ import annotations
 import copy
 import gzip
 import io
-import logging
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-_logger = logging.getLogger(__name__)
 
 
 def stored_bytes(model: nn.Module) -> dict[str, int]:
@@ -34,14 +31,14 @@ def stored_bytes(model: nn.Module) -> dict[str, int]:
     dense = _saved(state)
     coordinates = {name: _matrix(value).to_sparse_coo().coalesce() for name, value in state.items() if value.dim() > 1}
     rows = {name: _csr(_matrix(value)) for name, value in state.items() if value.dim() > 1}
-    short = {
-        name: (value.crow_indices().int(), value.col_indices().int(), value.values()) for name, value in rows.items()
-    }
+    # Clones: the indices may be views of larger storages, which would be written whole.
+    parts = {name: (m.crow_indices().clone(), m.col_indices().clone(), m.values().clone()) for name, m in rows.items()}
+    short = {name: (crow.int(), columns.int(), values) for name, (crow, columns, values) in parts.items()}
     return {
         "dense": len(dense),
         "gzip": len(gzip.compress(dense, 6)),
         "coo": len(_saved({**state, **{name: (m.indices(), m.values()) for name, m in coordinates.items()}})),
-        "csr": len(_saved({**state, **{n: (m.crow_indices(), m.col_indices(), m.values()) for n, m in rows.items()}})),
+        "csr": len(_saved({**state, **parts})),
         "csr32": len(_saved({**state, **short})),
     }
 

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.evolution_state import load_state, save_state
+from nni_topo.gene_layers import BoolArray, FloatArray, Layer
 from nni_topo.hooks.allocators import ConfigAllocator
 from nni_topo.hooks.base import Data, MetricCalculator, Metrics, PruningContext
-from nni_topo.hooks.population import BoolArray, FloatArray, MaskedScores, PopulationAccuracy, split_genes
+from nni_topo.hooks.masked import MaskedScores, split_genes
+from nni_topo.hooks.population import PopulationAccuracy
 from nni_topo.hooks.units import PruningUnit
-from nni_topo.weight_evolution import Layer, WeightEvolutionSettings, WeightGeneticAlgorithm
+from nni_topo.weight_evolution import WeightEvolutionSettings, WeightGeneticAlgorithm
 
 OnGeneration = Callable[[WeightGeneticAlgorithm], bool | None]
 Accuracies = Callable[[Iterator[BoolArray]], FloatArray]

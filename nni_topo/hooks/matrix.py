@@ -56,7 +56,8 @@ class RowColumnCollector(DataCollector):
             readers = readers_of(unit, flow, context, order=float(self.norm))
         except ConfigError:
             return none
-        return torch.cat([reader.strength for reader in readers], dim=1).norm(p=self.norm, dim=1)
+        columns: Tensor = torch.cat([reader.strength for reader in readers], dim=1).norm(p=self.norm, dim=1)
+        return columns
 
 
 class JointNorm(MetricCalculator):

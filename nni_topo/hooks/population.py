@@ -7,8 +7,7 @@ runs, for as many masks at a time as fit: the population takes the place of a la
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -18,58 +17,17 @@ from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
-from torch.nn import functional
 
 from nni_topo.errors import DataError, SpeedupError
+from nni_topo.gene_layers import BoolArray, FloatArray
+from nni_topo.hooks.masked import MaskedScores, convolve_many, multiply_many, split_genes
 from nni_topo.modes import unwrapped_copy
 from nni_topo.speedup.inputs import call_arguments
 from nni_topo.speedup.tracing import trace
 
 _logger = logging.getLogger(__name__)
 
-BoolArray = NDArray[np.bool_]
-FloatArray = NDArray[np.float64]
-_CONVOLVE = {nn.Conv1d: functional.conv1d, nn.Conv2d: functional.conv2d, nn.Conv3d: functional.conv3d}
 _LARGEST_CHUNK = 256
-
-
-class MaskedScores:
-    """A score per mask by masking, running a function and unmasking: what works for every network.
-
-    Parameters
-    ----------
-    weights : sequence of Tensor
-        The masked parameters; an individual's genes are theirs in a row. Unchanged after each call.
-    score : callable
-        Returns the score of the network as it is.
-    """
-
-    def __init__(self, weights: Sequence[Tensor], score: Callable[[], float]) -> None:
-        self.weights = list(weights)
-        self.score = score
-
-    def __call__(self, population: Iterable[BoolArray]) -> FloatArray:
-        """Return the scores, shape ``(individuals,)``.
-
-        Raises
-        ------
-        DataError
-            If a score isn't a finite number.
-        """
-        whole = [weight.detach().clone() for weight in self.weights]
-        try:
-            return np.array([self._masked_score(genes, whole) for genes in population])
-        finally:
-            for weight, value in zip(self.weights, whole, strict=True):
-                weight.data.copy_(value)
-
-    def _masked_score(self, genes: BoolArray, whole: list[Tensor]) -> float:
-        for weight, value, mask in zip(self.weights, whole, split_genes(genes, whole), strict=True):
-            weight.data.copy_(value * mask)
-        score = float(self.score())
-        if not np.isfinite(score):
-            raise DataError(f"an evaluation must return a finite number, got {score} (genetic search)")
-        return score
 
 
 class PopulationAccuracy:
@@ -115,7 +73,7 @@ class PopulationAccuracy:
         workers: int = 1,
     ) -> None:
         self._model = unwrapped_copy(model).eval()
-        self._layers = [self._model.get_submodule(name) for name in layers]
+        self._layers: list[Any] = [self._model.get_submodule(name) for name in layers]
         device = next(self._model.parameters()).device
         self._batches = [_pair(batch, device) for batch in batches]
         self.samples = sum(len(labels) for _, labels in self._batches)
@@ -185,23 +143,6 @@ class PopulationAccuracy:
         return total.cpu().numpy()
 
 
-def split_genes(genes: BoolArray, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Return a boolean mask per weight tensor, on its device."""
-    masks, start = [], 0
-    for weight in weights:
-        part = torch.from_numpy(genes[start : start + weight.numel()])
-        masks.append(part.reshape(weight.shape).to(weight.device))
-        start += weight.numel()
-    return masks
-
-
-@dataclass
-class _Folded:
-    """A value of all individuals, ``(individuals * samples, ...)``."""
-
-    value: Any
-
-
 class _Tail:
     """The rest of a network behind its masked layers, with what one batch brings there."""
 
@@ -236,7 +177,7 @@ class _Tail:
                 values[node] = self._masked(node, values, masked[str(node.target)])
             else:
                 values[node] = self._compute(node, _Spread(values, self._known, count, len(self.labels)))
-        outputs = _logits(values[self._nodes[-1]], None).unflatten(0, (count, -1))
+        outputs: Tensor = _logits(values[self._nodes[-1]], None).unflatten(0, (count, -1))
         shapes = (value.numel() for value in values.values() if isinstance(value, Tensor))
         self.elements = max(self.elements, max(shapes) // count)
         return outputs
@@ -249,17 +190,18 @@ class _Tail:
         return getattr(self._run, node.op)(node.target, args, kwargs)
 
     def _masked(self, node: Node, values: dict[Node, Any], weights: Tensor) -> Tensor:
-        layer = self._run.fetch_attr(str(node.target))
+        layer: Any = self._run.fetch_attr(str(node.target))
         source = node.all_input_nodes[0]
         folded = source in values
         inputs = values[source] if folded else self._known[source]
-        outputs = (_linear if isinstance(layer, nn.Linear) else _convolution)(layer, inputs, weights, folded)
+        outputs = (multiply_many if isinstance(layer, nn.Linear) else convolve_many)(layer, inputs, weights, folded)
         if layer.bias is not None:
             bias = layer.bias * weights.flatten(2).any(2)
             ones = (1,) * (outputs.dim() - 3)
             places = (*ones, -1) if isinstance(layer, nn.Linear) else (-1, *ones)
             outputs = outputs + bias.view(len(weights), 1, *places)
-        return outputs.flatten(0, 1)
+        joint: Tensor = outputs.flatten(0, 1)
+        return joint
 
 
 class _Spread(Mapping[Node, Any]):
@@ -282,34 +224,6 @@ class _Spread(Mapping[Node, Any]):
 
     def __len__(self) -> int:
         return len(self._values) + len(self._known)
-
-
-def _linear(layer: nn.Linear, inputs: Tensor, weights: Tensor, folded: bool) -> Tensor:
-    """Return ``(individuals, samples, ..., out)`` without the bias; one product where the inputs are shared."""
-    if folded:
-        parts = inputs.unflatten(0, (len(weights), -1))
-        return torch.matmul(parts.flatten(1, -2), weights.mT).unflatten(1, parts.shape[1:-1])
-    joint = torch.matmul(inputs, weights.flatten(0, 1).T).unflatten(-1, (len(weights), -1))
-    return joint.movedim(-2, 0)
-
-
-def _convolution(layer: Any, inputs: Tensor, weights: Tensor, folded: bool) -> Tensor:
-    """Return ``(individuals, samples, out, ...)`` without the bias, by one convolution with more channels."""
-    count = len(weights)
-    if folded or layer.groups > 1 or layer.padding_mode != "zeros":
-        if not folded:
-            inputs = inputs.expand(count, *inputs.shape).flatten(0, 1)
-        joint = inputs.unflatten(0, (count, -1)).transpose(0, 1).flatten(1, 2)
-        groups = count * layer.groups
-    else:
-        joint, groups = inputs, 1
-    padding = layer.padding
-    if layer.padding_mode != "zeros":
-        joint = functional.pad(joint, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-        padding = 0
-    convolve = next(function for kind, function in _CONVOLVE.items() if isinstance(layer, kind))
-    outputs = convolve(joint, weights.flatten(0, 1), None, layer.stride, padding, layer.dilation, groups)
-    return outputs.unflatten(1, (count, -1)).transpose(0, 1)
 
 
 def _own_bias(layer: Any) -> nn.Parameter | None:

@@ -138,7 +138,7 @@ class GeneticWeightPruner(StructuredPruner):
             beta=beta,
             population_size=population_size,
             generations=generations,
-            damage_rate=damage_rate if isinstance(damage_rate, (int, float)) else tuple(damage_rate),
+            damage_rate=damage_rate,
             tournament_size=tournament_size,
             crossover_probability=crossover_probability,
             weakest_probability=weakest_probability,

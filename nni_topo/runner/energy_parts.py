@@ -25,7 +25,7 @@ from nni_topo.evolution import EvolutionSettings
 from nni_topo.recovery import recalibrate_batch_norm
 from nni_topo.runner.cells import ModelChoice
 from nni_topo.runner.records import Record
-from nni_topo.runner.scheduled import Schedule, prune_in_rounds
+from nni_topo.runner.scheduled import Schedule, prune_on_schedule
 from nni_topo.speedup import dependency_groups, masked_model
 from nni_topo.zoo import DataBundle
 
@@ -142,7 +142,7 @@ def schedules_part(subject: Subject) -> Record:
     schedules: tuple[Schedule, ...] = ("one-shot", "linear", "agp")
     record: Record = {"ratio": 0.5, "epochs": _RETRAIN_EPOCHS}
     for schedule in schedules:
-        dense = prune_in_rounds(
+        dense = prune_on_schedule(
             "energy",
             subject.net,
             config_list,

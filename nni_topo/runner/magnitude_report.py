@@ -90,9 +90,9 @@ def markdown_magnitude(document: dict[str, Any]) -> str:
         for name in by_ratio[0]["latency_ms"]:
             times = [baseline["latency_ms"], *(row["latency_ms"][name] for row in by_ratio)]
             costs.append([pruner, f"{name} (ms)", *(f"{value:.2f}" for value in times)])
-    curves = [["layer alone", *head]]
-    for curve in document["sensitivity"]["curves"]:
-        curves.append(["+".join(curve["layers"]), *(_percent(curve["accuracy"].get(str(ratio))) for ratio in ratios)])
+    found = document["sensitivity"]["curves"]
+    alone = [["+".join(c["layers"]), *(_percent(c["accuracy"].get(str(ratio))) for ratio in ratios)] for c in found]
+    curves = [["layer alone", *head], *alone]
     whole = f"Unpruned: {_percent(baseline['accuracy'])} %."
     return "\n\n".join((whole, *map(_table, (accuracies, curves, costs))))
 

@@ -25,7 +25,7 @@ Schedule = Literal["one-shot", "linear", "agp"]
 _SCHEDULERS = {"linear": LinearPruner, "agp": AGPPruner}
 
 
-def prune_in_rounds(
+def prune_on_schedule(
     name: str,
     model: nn.Module,
     config_list: list[dict[str, Any]],
@@ -83,7 +83,7 @@ def prune_in_rounds(
     if rounds < 1 or not 0 <= finishing < max(recipe.epochs, 1):
         raise ConfigError(
             f"rounds must be at least 1 and finishing in [0, {recipe.epochs - 1}], got {rounds} and {finishing} "
-            "(prune_in_rounds)"
+            "(prune_on_schedule)"
         )
     example = data.test.tensors[0][:2]
     wrapped = copy.deepcopy(model)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from nni_topo.errors import DataError
-from nni_topo.hooks.population import MaskedScores, PopulationAccuracy
+from nni_topo.hooks.masked import MaskedScores
+from nni_topo.hooks.population import PopulationAccuracy
 from nni_topo.testing import toy_images, toy_model
 
 
@@ -126,7 +127,7 @@ def test_a_graph_that_cannot_be_cut_is_run_mask_by_mask():
 def test_any_score_of_a_masked_network():
     layer = nn.Linear(3, 1, bias=False)
     layer.weight.data = torch.tensor([[1.0, 2.0, 4.0]])
-    scores = MaskedScores([layer.weight], lambda: float(layer.weight.sum()))
+    scores = MaskedScores([layer.weight], lambda: float(layer.weight.detach().sum()))
     masks = [np.array(mask) for mask in ([True, True, True], [True, False, True], [False, False, True])]
     np.testing.assert_array_equal(scores(masks), [7.0, 5.0, 4.0])
     assert layer.weight.tolist() == [[1.0, 2.0, 4.0]]

@@ -9,7 +9,7 @@ import torch
 
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
-from nni_topo.runner.scheduled import prune_in_rounds, recipe_evaluator
+from nni_topo.runner.scheduled import prune_on_schedule, recipe_evaluator
 
 RECIPE = zoo.Recipe(epochs=3, batch_size=32, lr=0.02)
 
@@ -28,7 +28,7 @@ def test_every_schedule_ends_at_the_ratio_and_can_still_classify(trained, schedu
     before = copy.deepcopy(model.state_dict())
     config = [{"op_names": ["features.conv2"], "sparse_ratio": 0.5}]
     example = data.test.tensors[0][:2]
-    dense = prune_in_rounds(
+    dense = prune_on_schedule(
         "energy", model, config, data, RECIPE, schedule=schedule, rounds=2, seed=1, example_inputs=example
     )
     assert dense.features.conv2.out_channels == model.features.conv2.out_channels // 2
@@ -41,7 +41,7 @@ def test_same_seed_same_network_and_a_silent_output(trained, capsys):
     model, data = trained
     config = [{"op_names": ["features.conv2"], "sparse_ratio": 0.5}]
     knobs = {"schedule": "agp", "rounds": 2, "seed": 3, "example_inputs": data.test.tensors[0][:2]}
-    first, second = (prune_in_rounds("energy", model, config, data, RECIPE, **knobs) for _ in range(2))
+    first, second = (prune_on_schedule("energy", model, config, data, RECIPE, **knobs) for _ in range(2))
     pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
     assert capsys.readouterr().out == ""
@@ -72,4 +72,4 @@ def test_the_evaluator_trains_for_the_steps_it_is_given(trained):
 def test_bad_requests(trained, knobs, words):
     model, data = trained
     with pytest.raises(ConfigError, match=words):
-        prune_in_rounds("energy", model, [], data, RECIPE, **knobs)
+        prune_on_schedule("energy", model, [], data, RECIPE, **knobs)
