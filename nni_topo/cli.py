@@ -36,6 +36,7 @@ from nni_topo.runner.arguments import add_model as _model
 from nni_topo.runner.arguments import add_out as _out
 from nni_topo.runner.arguments import add_verb as _verb
 from nni_topo.runner.arguments import data_choice as _data
+from nni_topo.runner.arguments import hand_over
 from nni_topo.runner.demo import DEMO
 from nni_topo.runner.energy_command import add_energy_arguments, run_energy_study
 from nni_topo.runner.magnitude_command import add_magnitude_studies
@@ -175,13 +176,7 @@ def _analyze_topology(options: argparse.Namespace, console: Console) -> int:
         seed=options.seed,
         device=options.device,
     )
-    files = study.save(options.out)
-    if options.json:
-        print(json.dumps(study.to_dict(), indent=1))
-        return 0
-    print_topology(study, f"topology of {options.model}", console)
-    console.print("written:", ", ".join(map(str, files)), markup=False)
-    return 0
+    return hand_over(study, options, console, lambda: print_topology(study, f"topology of {options.model}", console))
 
 
 def _target(options: argparse.Namespace) -> Target:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from nni.compression.base.config import default_config_schema, select_modules_by_config
 from nni.compression.base.setting import PruningSetting
+from nni.compression.base.target_space import PruningTargetSpace
 from schema import SchemaError
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.pruners.legacy import modern_config
+from nni_topo.speedup.layers import CONVOLUTIONS
 
 _logger = logging.getLogger(__name__)
 
@@ -114,3 +116,14 @@ def _check_module(name: str, module: nn.Module) -> None:
         bad = int((~torch.isfinite(tensor.detach())).sum())
         if bad:
             raise DataError(f"weights must be finite, got {bad} NaN or infinite values ({name}.{target})")
+
+
+def check_weight_target(name: str, target: str, space: PruningTargetSpace, what: str) -> None:
+    """Raise unless a target is a linear layer's or convolution's weight, and not empty; ``what`` begins the message."""
+    module = space._wrapper.module
+    if target != "weight" or not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+        raise ConfigError(
+            f"{what} of a Linear, Conv1d, Conv2d or Conv3d, got the {target} of a {type(module).__name__} ({name})"
+        )
+    if space.target is None or space.target.numel() == 0:
+        raise DataError(f"a pruned layer must have weights, got none ({name})")

@@ -23,12 +23,12 @@ from nni.compression.utils import Evaluator
 from numpy.typing import NDArray
 from torch import nn
 
-from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.hooks.genetic import GeneAllocator, GeneticMetric, OnGeneration, checked_validation
 from nni_topo.hooks.trees import MagnitudeCollector
 from nni_topo.hooks.units import is_active
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.speedup.layers import CONVOLUTIONS
+from nni_topo.pruners.checks import check_weight_target
 from nni_topo.weight_evolution import HistoryRow, WeightEvolutionSettings, WeightGeneticAlgorithm
 
 
@@ -218,14 +218,7 @@ def _check_names(model: nn.Module, config_list: list[dict[str, Any]]) -> None:
 
 
 def _check_target(name: str, target: str, space: PruningTargetSpace) -> None:
-    module = space._wrapper.module
-    if target != "weight" or not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
-        raise ConfigError(
-            "genes are the weights of a Linear, Conv1d, Conv2d or Conv3d, got the "
-            f"{target} of a {type(module).__name__} ({name})"
-        )
-    if space.target is None or space.target.numel() == 0:
-        raise DataError(f"a pruned layer must have weights, got none ({name})")
+    check_weight_target(name, target, space, "genes are the weights")
     unusable = ("dependency_group_id", "global_group_id", "internal_metric_block", "sparse_threshold")
     for key in (*unusable, "min_sparse_ratio"):
         if getattr(space, key) is not None:

@@ -19,7 +19,7 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.hooks import PruningUnit
 from nni_topo.hooks.allocators import removable_rows
 from nni_topo.hooks.convolutions import convolution_sizes, graph_of_convolution
@@ -34,8 +34,8 @@ from nni_topo.hooks.trees import (
 )
 from nni_topo.hooks.units import is_active
 from nni_topo.pruners.base import StructuredPruner
+from nni_topo.pruners.checks import check_weight_target
 from nni_topo.pruners.rounds import Round, check_rewind, even_steps, prune_in_rounds
-from nni_topo.speedup.layers import CONVOLUTIONS
 from nni_topo.topology import LayerGraph
 
 
@@ -229,14 +229,7 @@ def _graphs(model: nn.Module, example_inputs: Any) -> dict[str, LayerGraph]:
 
 
 def _check_target(name: str, target: str, space: PruningTargetSpace) -> None:
-    module = space._wrapper.module
-    if target != "weight" or not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
-        raise ConfigError(
-            "a spanning tree needs the weight of a Linear, Conv1d, Conv2d or Conv3d, got the "
-            f"{target} of a {type(module).__name__} ({name})"
-        )
-    if space.target is None or space.target.numel() == 0:
-        raise DataError(f"a pruned layer must have weights, got none ({name})")
+    check_weight_target(name, target, space, "a spanning tree needs the weight")
     for key, default in (("granularity", "default"), ("dependency_group_id", None), ("internal_metric_block", None)):
         if getattr(space, key) not in (default, None):
             raise ConfigError(f"single weights are pruned: {key} must be left out, got {getattr(space, key)} ({name})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,3 +48,14 @@ def data_choice(options: argparse.Namespace) -> DataChoice:
     """Return the data set that arguments choose."""
     folder = None if options.data_dir is None else str(options.data_dir)
     return DataChoice(options.data, folder, options.limit, download=options.download)
+
+
+def hand_over(study: Any, options: argparse.Namespace, console: Console, show: Callable[[], None]) -> int:
+    """Write a study's files; put it out as one JSON document, or show it and name the files. Return the exit status."""
+    files = study.save(options.out)
+    if options.json:
+        print(json.dumps(study.to_dict(), indent=1))
+        return 0
+    show()
+    console.print("written:", ", ".join(map(str, files)), markup=False)
+    return 0

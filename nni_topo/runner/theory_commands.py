@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from nni_topo.runner.arguments import add_data, add_model, add_out, add_verb, data_choice
+from nni_topo.runner.arguments import add_data, add_model, add_out, add_verb, data_choice, hand_over
 from nni_topo.runner.cells import ModelChoice
 from nni_topo.runner.deviation import deviation_study, print_deviation
 from nni_topo.runner.retraining import print_retraining, retraining_study
@@ -51,13 +50,12 @@ def _deviation(options: argparse.Namespace, console: Console) -> int:
         seed=options.seed,
         device=options.device,
     )
-    files = study.save(options.out)
-    if options.json:
-        print(json.dumps(study.to_dict(), indent=1))
-        return 0
-    print_deviation(study, f"Net Deviation of {options.model}, {study.images} images", console)
-    console.print("written:", ", ".join(map(str, files)), markup=False)
-    return 0
+    return hand_over(
+        study,
+        options,
+        console,
+        lambda: print_deviation(study, f"Net Deviation of {options.model}, {study.images} images", console),
+    )
 
 
 def _retraining(options: argparse.Namespace, console: Console) -> int:
@@ -72,13 +70,9 @@ def _retraining(options: argparse.Namespace, console: Console) -> int:
         seed=options.seed,
         device=options.device,
     )
-    files = study.save(options.out)
-    if options.json:
-        print(json.dumps(study.to_dict(), indent=1))
-        return 0
-    print_retraining(study, f"epochs of retraining of {options.model}", console)
-    console.print("written:", ", ".join(map(str, files)), markup=False)
-    return 0
+    return hand_over(
+        study, options, console, lambda: print_retraining(study, f"epochs of retraining of {options.model}", console)
+    )
 
 
 def _subject(options: argparse.Namespace) -> tuple[Any, ...]:

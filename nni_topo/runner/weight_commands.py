@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from nni_topo.runner.arguments import add_data, add_model, add_out, add_verb, data_choice
+from nni_topo.runner.arguments import add_data, add_model, add_out, add_verb, data_choice, hand_over
 from nni_topo.runner.cells import ModelChoice
 from nni_topo.runner.weight_studies import (
     compression_study,
@@ -70,10 +70,6 @@ def _persistence(options: argparse.Namespace, console: Console) -> int:
         conv_graph=options.conv_graph,
         scale=options.scale,
     )
-    files = study.save(options.out)
-    if options.json:
-        print(json.dumps(study.to_dict(), indent=1))
-        return 0
-    print_persistence(study, f"neural persistence of {options.model}", console)
-    console.print("written:", ", ".join(map(str, files)), markup=False)
-    return 0
+    return hand_over(
+        study, options, console, lambda: print_persistence(study, f"neural persistence of {options.model}", console)
+    )
