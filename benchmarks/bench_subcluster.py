@@ -11,7 +11,7 @@ import copy
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from nni_topo.runner.cells import DataChoice, ModelChoice
 from nni_topo.runner.execute import build_model, layer_widths, load_model_data
 from nni_topo.runner.retraining import epochs_back
 from nni_topo.runner.widths import inner_layers
+from nni_topo.zoo.recipes import Precision
 
 CALIBRATION = 1000
 
@@ -42,9 +43,18 @@ class Net:
     energy: float | dict[str, float] = 0.5
     initial: dict[str, float] | None = field(default=None)
     calibration: int = CALIBRATION
+    precision: Precision = "float32"
 
 
-LIKE = {"features.conv1": 10 / 32, "features.conv2": 15 / 64, "classifier.fc1": 50 / 1024}
+def of_layers(kind: str, values: tuple[float, ...]) -> dict[str, float]:
+    """Name numbers after the consecutive convolutions (``conv``) or hidden layers (``fc``) they belong to."""
+    part = "features" if kind == "conv" else "classifier"
+    return {f"{part}.{kind}{index}": value for index, value in enumerate(values, start=1)}
+
+
+LIKE = {**of_layers("conv", (10 / 32, 15 / 64)), **of_layers("fc", (50 / 1024,))}
+CNN12 = {**of_layers("conv", (1 / 4,) * 4), **of_layers("fc", (64 / 128, 64 / 256, 128 / 512))}
+VGG_CONV = (20 / 64,) * 2 + (25 / 128,) * 2 + (45 / 256,) * 3 + (50 / 512,) * 6
 NETS = {
     "lenet300": Net(ModelChoice("lenet300"), 10_000, 8, 10, 0.5, {"fc1": 20 / 300, "fc2": 25 / 100}),
     "lenet5": Net(
@@ -52,19 +62,38 @@ NETS = {
         10_000,
         8,
         10,
-        {"features.conv1": 0.3, "features.conv2": 0.3, "classifier.fc1": 0.4},
-        {"features.conv1": 4 / 6, "features.conv2": 4 / 16, "classifier.fc1": 15 / 84},
+        {**of_layers("conv", (0.3, 0.3)), **of_layers("fc", (0.4,))},
+        {**of_layers("conv", (4 / 6, 4 / 16)), **of_layers("fc", (15 / 84,))},
     ),
     "lenet5_like": Net(
         ModelChoice("lenet5_like"),
-        20_000,
+        10_000,
         5,
         3,
-        {"features.conv1": 0.5, "features.conv2": 0.5, "classifier.fc1": 0.4},
+        {**of_layers("conv", (0.5, 0.5)), **of_layers("fc", (0.4,))},
         LIKE,
+        precision="bfloat16",
     ),
-    "vgg16_modified": Net(ModelChoice("vgg16_modified", 0.25), 5_000, 5, 3, 0.4, None, 256),
-    "cnn12": Net(ModelChoice("cnn12"), 1_500, 3, 2, 0.5, None, 256),
+    "vgg16_modified": Net(
+        ModelChoice("vgg16_modified", 0.25),
+        10_000,
+        12,
+        3,
+        0.2,
+        {**of_layers("conv", VGG_CONV), **of_layers("fc", (64 / 512,))},
+        256,
+        "bfloat16",
+    ),
+    "cnn12": Net(
+        ModelChoice("cnn12"),
+        3_000,
+        4,
+        3,
+        {**of_layers("conv", (0.3,) * 4), **of_layers("fc", (0.8,) * 3)},
+        CNN12,
+        256,
+        "bfloat16",
+    ),
 }
 
 
@@ -98,7 +127,7 @@ class Bench:
         """Return the recipe of training, or of retraining."""
         net = NETS[name]
         base = zoo.default_recipe(net.model.name, self.data)
-        base = zoo.Recipe(**{**base.__dict__, "epochs": net.epochs})
+        base = replace(base, epochs=net.epochs, precision=net.precision)
         return base.for_retraining(net.retrain) if retraining else base
 
     def run(self, part: str, name: str, seed: int, label: str, ratio: Any, retrain: bool, **choice: Any) -> None:

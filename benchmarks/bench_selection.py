@@ -1,0 +1,191 @@
+"""Selection alone: which filters go, by cloud, criterion and solver, with nothing to make up for them but batch norms.
+
+    python benchmarks/bench_selection.py --net lenet5_like --data-dir DIR --out runs/selection
+    python benchmarks/bench_selection.py --net resnet20 --data-dir DIR --out runs/selection
+    python benchmarks/bench_selection.py --net small_cnn --out runs/selection          # scikit-learn's digits, minutes
+
+Every layer but the output is pruned, residual groups included, to the same widths in all rows (but "own widths", which has
+the same MACs); measured as shipped, with batch norms re-calibrated, and after one pass over ``--retrain-images`` training
+images. A line a figure goes to NET.jsonl; the same command goes on where it was stopped. ``--report`` only prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import TensorDataset
+
+from nni_topo import recalibrate_batch_norm, to_dense, zoo
+from nni_topo.runner import DataChoice, ModelChoice, Plan, PrunerChoice, Target
+from nni_topo.runner.cells import Cell
+from nni_topo.runner.execute import calibration_batches, load_model_data, prune, shared_ratios, trained_model
+from nni_topo.runner.records import Record, append_record, provenance, read_records
+from nni_topo.runner.report import best_rival, grouped, interval, paired_difference
+
+CALIBRATION = 512
+TARGETS = (0.5, 0.25, 0.1, 0.03)
+RIVALS = ("random", "l1", "l2", "fpgm", "torch-pruning")
+CLOUDS = ("weight", "folded", "coupled", "activation", "functional", "gradient")
+SEARCHES = (
+    ("activation", "bottleneck"),
+    ("activation", "wasserstein"),
+    ("functional", "bottleneck"),
+    ("functional", "wasserstein"),
+    ("functional", "hausdorff"),
+)
+COLUMNS = {
+    "accuracy_oneshot": "as shipped %",
+    "accuracy_recalibrated": "BN recal. %",
+    "accuracy_retrained": "retrained %",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A net, its data, how it was trained, and on how many images it is measured and retrained."""
+
+    data: str
+    limit: int | None
+    stored_test_limit: int | None
+    epochs: int
+    test_images: int
+    retrain_images: int
+
+
+SETTINGS = {
+    "lenet5_like": Setting("fashion-mnist", 20_000, None, 5, 5_000, 5_000),
+    "resnet20": Setting("fashion-mnist", 5_000, 5_000, 10, 3_000, 2_560),
+    "small_cnn": Setting("digits", None, None, 25, 10_000, 10_000),
+}
+
+
+def main() -> None:
+    """Parse the command line, run what isn't there yet, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", choices=tuple(SETTINGS), required=True)
+    parser.add_argument("--data-dir", help="folder of Fashion-MNIST's files")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--report", action="store_true", help="print what is there, run nothing")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{options.net}.jsonl"
+    if not options.report:
+        done = {record["key"] for record in read_records(path)}
+        for record in _run(options, done):
+            append_record(path, record)
+            print(f"{record['seed']} {record['target']}: {record['pruner']}, {record['seconds']:.0f} s", flush=True)
+    _print(read_records(path))
+
+
+def _rows() -> Iterator[PrunerChoice]:
+    """The rivals, then TopologicalPruner: the thesis' preset, covers of every cloud, searches, reconstruction."""
+    for name in RIVALS:
+        yield PrunerChoice(name)
+    yield PrunerChoice("topological", "weight, bottleneck, genetic (perera2022)", {"preset": "perera2022"})
+    for cloud in CLOUDS:
+        yield _topological(f"{cloud}, hausdorff, greedy", collector=cloud, criterion="hausdorff", solver="greedy")
+    for cloud, criterion in SEARCHES:
+        yield _topological(f"{cloud}, {criterion}, genetic", collector=cloud, criterion=criterion, solver="genetic")
+    yield _topological("reconstruction, greedy", criterion="reconstruction", solver="greedy")
+    yield _topological(
+        "functional, hausdorff, greedy, own widths",
+        collector="functional",
+        criterion="hausdorff",
+        solver="greedy",
+        allocation="topological",
+    )
+
+
+def _topological(label: str, **knobs: Any) -> PrunerChoice:
+    needs_images = knobs.get("collector") not in ("weight", "folded", "coupled")
+    return PrunerChoice("topological", label, knobs, CALIBRATION if needs_images else 0)
+
+
+def _run(options: argparse.Namespace, done: set[str]) -> Iterator[Record]:
+    setting = SETTINGS[options.net]
+    plan = Plan(
+        models=(ModelChoice(options.net),),
+        data=(DataChoice(setting.data, options.data_dir, setting.limit, setting.stored_test_limit),),
+        pruners=tuple(_rows()),
+        targets=tuple(Target("flops", value) for value in TARGETS),
+        seeds=options.seeds,
+        train={"epochs": setting.epochs},
+    )
+    for cell in plan.cells():
+        if cell.key not in done:
+            yield _measure(cell, setting, options.out)
+
+
+def _measure(cell: Cell, setting: Setting, out: Path) -> Record:
+    began = time.perf_counter()
+    data = load_model_data(cell.model, cell.data)
+    model, before = trained_model(cell, data, out, torch.device("cpu"))
+    example = data.test.tensors[0][:2]
+    ratios = shared_ratios(cell, model, example, out)
+    masks, prune_seconds = prune(_with_labels(cell, data), model, data, example, ratios)
+    dense = to_dense(model, example, masks)
+    test = TensorDataset(*data.test[: setting.test_images])
+    record = {
+        "key": cell.key,
+        "pruner": cell.pruner.row,
+        "pruner_name": cell.pruner.name,
+        "seed": cell.seed,
+        "model": cell.model.label,
+        "data": cell.data.name,
+        "target": cell.target.label,
+        "flops": zoo.count_macs(dense, example),
+        "accuracy_before": before,
+        "accuracy_oneshot": zoo.evaluate(dense, test),
+        "prune_seconds": prune_seconds,
+    }
+    if any(isinstance(module, torch.nn.BatchNorm2d) for module in dense.modules()):
+        images = calibration_batches(data, 2 * CALIBRATION)
+        record["accuracy_recalibrated"] = zoo.evaluate(recalibrate_batch_norm(dense, images), test)
+    few = replace(data, train=TensorDataset(*data.train[: setting.retrain_images]))
+    zoo.train(dense, few, cell.retrain, seed=cell.seed)
+    record["accuracy_retrained"] = zoo.evaluate(dense, test)
+    record["seconds"] = time.perf_counter() - began
+    return {**record, **provenance()}
+
+
+def _with_labels(cell: Cell, data: zoo.DataBundle) -> Cell:
+    """Give the gradient cloud, which needs labels, labelled batches."""
+    knobs = dict(cell.pruner.knobs)
+    if knobs.get("collector") != "gradient":
+        return cell
+    images, labels = (tensor[:CALIBRATION].split(128) for tensor in data.train.tensors)
+    knobs["calibration"] = list(zip(images, labels, strict=True))
+    return replace(cell, pruner=replace(cell.pruner, knobs=knobs, calibration=0))
+
+
+def _print(records: list[Record]) -> None:
+    """Print a Markdown table a target: means over the seeds, 95 % intervals, paired differences to the best rival."""
+    for (model, data, target), rows in grouped(records).items():
+        seeds = max(len(runs) for runs in rows.values())
+        columns = [name for name in COLUMNS if any(name in run for runs in rows.values() for run in runs.values())]
+        titles = [title for name in columns for title in (COLUMNS[name], "vs best rival")]
+        print(f"\n**{model} on {data}, {target} ({seeds} seeds)**\n")
+        print(f"| selection | MACs (M) | {' | '.join(titles)} | prune s |\n|---|{'---:|' * (len(titles) + 2)}")
+        rivals = {name: best_rival(rows, name) for name in columns}
+        for row, runs in rows.items():
+            cells = [f"{interval([run['flops'] for run in runs.values()]).mean / 1e6:.2f}"]
+            for name in columns:
+                cells.append(interval([run[name] for run in runs.values()]).show(100))
+                rival = rivals[name]
+                is_best = rival is None or row == rival
+                versus = "" if rival is None else paired_difference(runs, rows[rival], name).show(100, sign=True)
+                cells.append("best rival" if is_best else versus)
+            cells.append(f"{interval([run['prune_seconds'] for run in runs.values()]).mean:.1f}")
+            print(f"| {row} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
