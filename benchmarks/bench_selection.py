@@ -4,9 +4,10 @@
     python benchmarks/bench_selection.py --net resnet20 --data-dir DIR --out runs/selection
     python benchmarks/bench_selection.py --net small_cnn --out runs/selection          # scikit-learn's digits, minutes
 
-Every layer but the output is pruned, residual groups included, to the same widths in all rows (but "own widths", which has
-the same MACs); measured as shipped, with batch norms re-calibrated, and after one pass over ``--retrain-images`` training
-images. A line a figure goes to NET.jsonl; the same command goes on where it was stopped. ``--report`` only prints.
+Every layer but the output is pruned, residual groups included, to the same widths in all rows (but "own widths", which
+has the same MACs); measured as shipped, with batch norms re-calibrated, and after one pass over some training images
+(``SETTINGS``). A line a figure goes to NET.jsonl; the same command goes on where it was stopped. ``--report`` only
+prints.
 """
 
 from __future__ import annotations

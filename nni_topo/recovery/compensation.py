@@ -83,7 +83,8 @@ def compensate(
         ``"auto"``: for each layer the one of 1e-8 ... 1, or no change at all, that is best on held-out samples.
     refine : int, default=2
         For ``"reconstruct"``: so many more steps for each layer in front of a ReLU, in which only what the ReLU lets
-        through counts. Each costs as much as the first; it pays where little is kept.
+        through counts, with the ridge of the first. They start from the first one's samples; they pay where little
+        is kept.
     recalibrate : bool, default=False
         Also measure the statistics of batch norms anew, at the end.
     pairs : mapping of str to mapping of int to int, optional
@@ -95,7 +96,8 @@ def compensate(
     seed : int, default=0
         For the positions that large feature maps are sampled at.
     cache_bytes : int, default=2**30
-        Memory for intermediate values of both networks. With less, more is computed again.
+        Memory for intermediate values of both networks, and as much again for one layer's samples. With less, more
+        is computed again.
     progress : bool, default=False
         Show a bar on standard error.
 
@@ -132,7 +134,8 @@ def compensate(
     weights are tied or computed stay as they are; the log and the report name them.
 
     Cost: the sums of products take ``inputs * kernel elements`` squared float64 numbers a layer, twice, whatever
-    the number of images, and solving twice as much again; a 3x3 convolution of 2,048 channels 11 GB.
+    the number of images, and solving twice as much again; a 3x3 convolution of 2,048 channels 11 GB. What
+    ``cache_bytes`` allow comes on top.
 
     Examples
     --------
@@ -194,7 +197,7 @@ def compensation(
     replay = Replay(model, networks.original, networks.pruned, calibration, cache_bytes)
     plan = make_plan(networks.original, networks.flow, networks.masks, replay.touched_nodes)
     tasks = tasks_of(method, plan, networks, refine=refine, pairs=pairs, as_printed=as_printed)
-    sampler = Sampler(replay, sizes, seed)
+    sampler = Sampler(replay, sizes, seed, cache_bytes)
     layers = _run(tasks, sampler, networks, None if ridge == "auto" else float(ridge), progress)
     if recalibrate:
         copy_norm_statistics(networks, call, calibration)
@@ -239,29 +242,35 @@ def compensate_up_to(
     end = next(rank for node, rank in replay.order.items() if node.op == "call_module" and node.target == layer)
     plan.equations = [equation for equation in plan.equations if replay.order[equation.place] < end]
     tasks = tasks_of("reconstruct", plan, networks, refine=0, pairs=None, as_printed=False)
-    _run(tasks, Sampler(replay, sizes, seed), networks, None, False)
+    _run(tasks, Sampler(replay, sizes, seed, 0), networks, None, False)
     return networks.pruned
 
 
 def _run(
     tasks: list[Task], sampler: Sampler, networks: Networks, ridge: float | None, progress: bool
 ) -> tuple[LayerReport, ...]:
-    """Solve the tasks one after the other."""
+    """Solve the tasks one after the other; those that refine one take its ridge."""
     ranks = [sampler.replay.order[task.layer.node] for task in tasks]
-    return tuple(
-        _step(task, min(ranks[index:]), sampler, networks, ridge)
-        for index, task in enumerate(tqdm(tasks, desc="compensate", disable=not progress))
-    )
+    layers: list[LayerReport] = []
+    for index, task in enumerate(tqdm(tasks, desc="compensate", disable=not progress)):
+        is_refined = index + 1 < len(tasks) and tasks[index + 1].refines
+        chosen = layers[-1].ridge if task.refines and ridge is None and layers[-1].ridge < math.inf else ridge
+        layers.append(_step(task, min(ranks[index:]), sampler, networks, chosen, is_refined))
+    return tuple(layers)
 
 
-def _step(task: Task, settled: int, sampler: Sampler, networks: Networks, ridge: float | None) -> LayerReport:
+def _step(
+    task: Task, settled: int, sampler: Sampler, networks: Networks, ridge: float | None, is_refined: bool
+) -> LayerReport:
     """Solve one task and put the solution into the networks."""
     began = time.perf_counter()
-    learned, held = sampler.collect(task, settled)
+    learned, held = sampler.collect(task, settled, is_refined=is_refined)
     samples = learned.samples + held.samples
     found = task.fit(learned, held, ridge)
     for net in (networks.pruned, networks.result):
         task.apply(net, found)
+    if is_refined:
+        sampler.advance(task, found)
     return LayerReport(
         layer=task.layer.name,
         place=task.label,

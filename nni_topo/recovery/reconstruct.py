@@ -78,17 +78,24 @@ class ReconstructTask(Task):
     def samples(self, original: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
         """Return input patches of the pruned network, what it lacks at the place, and the original's values there."""
         wanted = original[self.place][part]
-        reached = pruned[self.place][part]
-        lacking = wanted.double() - reached
-        if self.refines:
-            lacking = torch.where(wanted > 0, lacking, -reached.double().clamp(min=0.0))
-            wanted = wanted.clamp(min=0.0)
         positions = positions.to(wanted.device)
-        return (
-            input_rows(self._module, pruned[self.layer.source][part], self._columns, positions),
-            output_rows(self._module, lacking, self._rows, positions),
-            output_rows(self._module, wanted, self._rows, positions),
-        )
+        inputs = input_rows(self._module, pruned[self.layer.source][part], self._columns, positions)
+        wanted = output_rows(self._module, wanted, self._rows, positions)
+        reached = output_rows(self._module, pruned[self.place][part], self._rows, positions)
+        samples = inputs, wanted.double() - reached, wanted
+        return self.refined(samples) if self.refines else samples
+
+    def refined(self, samples: Samples) -> Samples:
+        """Return the samples with what a ReLU lets through as wanted, and what lacks there."""
+        inputs, lacking, wanted = samples
+        reached = wanted - lacking
+        lacking = torch.where(wanted > 0, lacking, -reached.clamp(min=0.0))
+        return inputs, lacking, wanted.clamp(min=0.0)
+
+    def effect(self, inputs: Tensor, found: Fit) -> Tensor:
+        """Return what a solution changes at the place: nothing where the layer's output doesn't get there."""
+        lives = (self._inverse() != 0).double().unsqueeze(1)
+        return (inputs.double() @ found.solution.weights + found.solution.shift.unsqueeze(1)) * lives
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
         """Solve by ridge least squares."""
@@ -96,9 +103,7 @@ class ReconstructTask(Task):
 
     def apply(self, net: nn.Module, found: Fit) -> None:
         """Add the solution to the layer's weights, and the constant to its bias or the batch norm's running mean."""
-        scale = self._scale[self._rows]
-        is_dead = scale.abs() <= _DEAD_SCALE * self._scale.abs().max()
-        inverse = (1.0 / scale).masked_fill(is_dead, 0.0)
+        inverse = self._inverse()
         module: Any = net.get_submodule(self.layer.name)
         change = (found.solution.weights * inverse.unsqueeze(1)).transpose(1, 2)
         place = self._block(module.weight)
@@ -107,6 +112,12 @@ class ReconstructTask(Task):
             module.weight[place] = (old.double() + change.reshape(old.shape)).to(old.dtype)
             if self.layer.intercept is not None:
                 add_constant(net, self.layer.intercept, self._rows, found.solution.shift * inverse)
+
+    def _inverse(self) -> Tensor:
+        """Return what a change at the place is for the layer's output, by group and row; 0 where it isn't seen."""
+        scale = self._scale[self._rows]
+        is_dead = scale.abs() <= _DEAD_SCALE * self._scale.abs().max()
+        return (1.0 / scale).masked_fill(is_dead, 0.0)
 
     def _block(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return the indices of the weights between kept channels, group by group."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class Task(ABC):
     place : Node
         Where the error is measured.
     refines : bool
-        It has the same inputs as the task before.
+        It has the same inputs as the task before, which is done.
     """
 
     refines = False
@@ -62,6 +63,14 @@ class Task(ABC):
     def samples(self, original: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
         """Return inputs, residuals and references at some positions of some entries, ``(groups, samples, ...)``."""
 
+    def refined(self, samples: Samples) -> Samples:
+        """Return the samples of a task that refines, from what the network lacks at the same positions."""
+        return samples
+
+    def effect(self, inputs: Tensor, found: Fit) -> Tensor:
+        """Return what a solution changes at the place; for tasks that others refine."""
+        raise NotImplementedError
+
     @abstractmethod
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
         """Solve from the sums of the samples to learn from and of those held out."""
@@ -69,6 +78,20 @@ class Task(ABC):
     @abstractmethod
     def apply(self, net: Any, found: Fit) -> None:
         """Put a solution into a network."""
+
+
+@dataclass
+class _Chunk:
+    """Samples of a task as long as others refine it, and which of them are held out."""
+
+    inputs: Tensor
+    lacking: Tensor
+    wanted: Tensor
+    is_held_out: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.inputs.nbytes + self.lacking.nbytes + self.wanted.nbytes
 
 
 class Sampler:
@@ -85,18 +108,31 @@ class Sampler:
         Images in each batch.
     seed : int
         For the positions.
+    cache_bytes : int
+        For the samples of a task that others refine. If they fit, these go on from them; else the networks run again.
     """
 
-    def __init__(self, replay: Replay, sizes: Sequence[int], seed: int) -> None:
+    def __init__(self, replay: Replay, sizes: Sequence[int], seed: int, cache_bytes: int) -> None:
         self.replay = replay
         self.sizes = sizes
         self.seed = seed
+        self._cache_bytes = cache_bytes
         self._known: tuple[NormalEquations, NormalEquations] | None = None
+        self._chunks: list[_Chunk] | None = None
 
-    def collect(self, task: Task, settled: int) -> tuple[NormalEquations, NormalEquations]:
+    def collect(self, task: Task, settled: int, *, is_refined: bool = False) -> tuple[NormalEquations, NormalEquations]:
         """Return the sums of the samples to learn from and of those held out.
 
         A task that refines the one before has the same positions, so that the products of inputs are the same.
+
+        Parameters
+        ----------
+        task : Task
+            The task.
+        settled : int
+            Rank of the first node that may change before a later pass.
+        is_refined : bool, default=False
+            Whether the next task refines this one.
 
         Raises
         ------
@@ -104,9 +140,31 @@ class Sampler:
             If a batch doesn't fit the model, or activations aren't finite.
         """
         learned, held = NormalEquations(), NormalEquations()
+        kept = self._chunks if task.refines else None
+        known = self._known if kept or (task.refines and self.replay.is_repeatable) else None
+        self._known, self._chunks = None, kept
+        if kept is None:
+            chunks = self._keep(self._sampled(task, settled), is_refined)
+        else:
+            chunks = (_refined(task, chunk) for chunk in kept)
+        for chunk in chunks:
+            _add(learned, chunk, ~chunk.is_held_out, products=known is None)
+            _add(held, chunk, chunk.is_held_out, products=known is None)
+        for mine, other in zip((learned, held), known or (), strict=False):
+            mine.sums |= {name: total for name, total in other.sums.items() if name == "xx"}
+        if not (learned.is_finite() and held.is_finite()):
+            raise DataError(f"activations must be finite, got NaN or infinity ({task.layer.name})")
+        self._known = learned, held
+        return learned, held
+
+    def advance(self, task: Task, found: Fit) -> None:
+        """Take a solution, which the networks now have, into the samples that are kept."""
+        for chunk in self._chunks or ():
+            chunk.lacking -= task.effect(chunk.inputs, found)
+
+    def _sampled(self, task: Task, settled: int) -> Iterator[_Chunk]:
+        """Run the networks and yield a task's samples."""
         generator = torch.Generator().manual_seed(self.seed)
-        known = self._known if task.refines and self.replay.is_repeatable else None
-        self._known = None
         seen = 0
         for index, (original, pruned) in enumerate(self.replay.run(settled, task.watched)):
             entries, count = task.extent(original)
@@ -115,15 +173,18 @@ class Sampler:
                 samples = task.samples(original, pruned, part, positions[part])
                 marks = (torch.arange(seen, seen + entries)[part] + 1) % _HELD_OUT == 0
                 rows = marks.repeat_interleave(samples[0].shape[1] // len(marks)).to(samples[0].device)
-                _add(learned, samples, ~rows, products=known is None)
-                _add(held, samples, rows, products=known is None)
+                yield _Chunk(*samples, is_held_out=rows)
             seen += entries
-        for mine, other in zip((learned, held), known or (), strict=False):
-            mine.sums |= {name: total for name, total in other.sums.items() if name == "xx"}
-        if not (learned.is_finite() and held.is_finite()):
-            raise DataError(f"activations must be finite, got NaN or infinity ({task.layer.name})")
-        self._known = learned, held
-        return learned, held
+
+    def _keep(self, chunks: Iterator[_Chunk], is_refined: bool) -> Iterator[_Chunk]:
+        """Pass samples on; keep them for the tasks that refine this one if all fit into the cache."""
+        kept: list[_Chunk] | None = [] if is_refined else None
+        size = 0
+        for chunk in chunks:
+            size += chunk.nbytes
+            kept = [*kept, chunk] if kept is not None and size <= self._cache_bytes else None
+            yield chunk
+        self._chunks = kept
 
     def _wanted(self, task: Task, index: int, entries: int) -> int:
         """Positions per entry of a batch."""
@@ -132,9 +193,13 @@ class Sampler:
         return int(samples * share / entries) + 1
 
 
-def _add(equations: NormalEquations, samples: Samples, rows: Tensor, *, products: bool) -> None:
+def _refined(task: Task, chunk: _Chunk) -> _Chunk:
+    return _Chunk(*task.refined((chunk.inputs, chunk.lacking, chunk.wanted)), is_held_out=chunk.is_held_out)
+
+
+def _add(equations: NormalEquations, chunk: _Chunk, rows: Tensor, *, products: bool) -> None:
     if bool(rows.any()):
-        inputs, residuals, references = (values[:, rows] for values in samples)
+        inputs, residuals, references = (values[:, rows] for values in (chunk.inputs, chunk.lacking, chunk.wanted))
         equations.add(inputs, residuals, references, products=products)
 
 
