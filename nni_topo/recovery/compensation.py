@@ -79,7 +79,8 @@ def compensate(
         ``"channel"``: predict removed channels from the kept ones. ``"pair"``: one kept channel and a constant
         stand in for each removed channel.
     ridge : float or "auto", default="auto"
-        Penalty on the change of a weight, at least 0, as a share of the variance of what the weight multiplies.
+        Penalty on the change of a weight, at least 0, as a share of the variance of what the weight multiplies plus
+        a tenth of the mean variance.
         ``"auto"``: for each layer the one of 1e-8 ... 1, or no change at all, that is best on held-out samples.
     refine : int, default=2
         For ``"reconstruct"``: so many more steps for each layer in front of a ReLU, in which only what the ReLU lets

@@ -13,6 +13,7 @@ GRID = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _FIRST_TRIED = 5
 _LEAST_RIDGE = 1e-12
 _LEAST_VARIANCE = 1e-12
+_FLOOR = 0.1
 
 
 class NormalEquations:
@@ -82,7 +83,8 @@ class NormalEquations:
         ----------
         ridge : float
             Penalty on the squared coefficients, as a share of each input's variance (its mean square without an
-            intercept), so that the scale of an input doesn't matter.
+            intercept) plus a tenth of the mean over the inputs. So an input that hardly ever varies doesn't get the
+            huge weight that retraining would stumble over.
         intercept : bool
             Also fit a constant, which isn't penalised.
 
@@ -98,7 +100,8 @@ class NormalEquations:
         if intercept:
             matrix.baddbmm_(self.sums["x"].unsqueeze(2), means.unsqueeze(1), alpha=-1)
             cross = cross - means.unsqueeze(2) * self.sums["y"].unsqueeze(1)
-        scale = (diagonal * (1.0 + max(ridge, _LEAST_RIDGE))).masked_fill(diagonal <= floor, torch.inf).rsqrt()
+        penalty = max(ridge, _LEAST_RIDGE) * (diagonal + _FLOOR * diagonal.mean(1, keepdim=True))
+        scale = (diagonal + penalty).masked_fill(diagonal <= floor, torch.inf).rsqrt()
         matrix.mul_(scale.unsqueeze(1)).mul_(scale.unsqueeze(2))
         diagonal.fill_(1.0)
         factor, info = torch.linalg.cholesky_ex(matrix)

@@ -47,16 +47,24 @@ def test_ridge_minimises_error_plus_share_of_variance():
     inputs, targets, _, _ = problem(noise=0.5)
     solution = equations(inputs, targets).solve(0.3, intercept=True)
     x, y = inputs[0] - inputs[0].mean(0), targets[0] - targets[0].mean(0)
-    penalty = 0.3 * x.square().sum(0).diag()
+    squares = x.square().sum(0)
+    penalty = 0.3 * (squares + 0.1 * squares.mean()).diag()
     np.testing.assert_allclose(solution.weights[0], torch.linalg.solve(x.T @ x + penalty, x.T @ y), rtol=1e-8)
 
 
-def test_ridge_does_not_care_about_the_scale_of_an_input():
+def test_an_input_that_hardly_varies_gets_no_huge_weight():
     inputs, targets, _, _ = problem(noise=0.5)
-    factors = torch.tensor([1.0, 1e-3, 1e3, 5.0, 0.2], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    weak = 1e-5 * torch.randn(*inputs.shape[:2], 1, generator=generator, dtype=torch.float64)
+    solution = equations(torch.cat([inputs, weak], 2), targets).solve(0.01, intercept=True)
+    assert solution.weights[0, -1].abs().max() < 0.1 * solution.weights[0, :-1].abs().max()
+
+
+def test_ridge_does_not_care_about_the_scale_of_the_inputs():
+    inputs, targets, _, _ = problem(noise=0.5)
     one = equations(inputs, targets).solve(0.1, intercept=True)
-    other = equations(inputs * factors, targets).solve(0.1, intercept=True)
-    torch.testing.assert_close(one.weights, other.weights * factors[:, None], rtol=1e-8, atol=1e-12)
+    other = equations(1e3 * inputs, targets).solve(0.1, intercept=True)
+    torch.testing.assert_close(one.weights, 1e3 * other.weights, rtol=1e-8, atol=1e-12)
 
 
 def test_groups_are_independent():
