@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--data-dir", help="folder of Fashion-MNIST's files")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--targets", type=float, nargs="+", default=TARGETS, help="shares of the MACs left")
     parser.add_argument("--report", action="store_true", help="print what is there, run nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -118,7 +119,7 @@ def _run(options: argparse.Namespace, done: set[str]) -> Iterator[Record]:
         models=(ModelChoice(options.net),),
         data=(DataChoice(setting.data, options.data_dir, setting.limit, setting.stored_test_limit),),
         pruners=tuple(_rows()),
-        targets=tuple(Target("flops", value) for value in TARGETS),
+        targets=tuple(Target("flops", value) for value in options.targets),
         seeds=options.seeds,
         train={"epochs": setting.epochs},
     )
