@@ -15,6 +15,7 @@ from rich.table import Table
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError, NniTopoError
+from nni_topo.experiment.command import add_experiment
 from nni_topo.registry import list_pruners, pruner_info
 from nni_topo.runner import (
     Cell,
@@ -264,6 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     add_weight_studies(studies)
     add_theory_studies(studies)
     add_magnitude_studies(studies)
+    add_experiment(verbs)
 
     prune = _verb(verbs, "prune", _prune, "prune one trained model as a YAML file says")
     _model(prune, required=True)

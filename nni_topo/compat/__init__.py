@@ -117,7 +117,7 @@ def _mend() -> CompatReport:
 
 def _mends() -> tuple[Callable[[], bool], ...]:
     """List the mends; importing them imports NNI, which has to happen after `keep_pytree_nodes`."""
-    from nni_topo.compat import bytecode, evaluators, speedup, tracing, trainers
+    from nni_topo.compat import bytecode, evaluators, launching, speedup, tracing, trainers
 
     return (
         tracing.restore_tensor_methods,
@@ -133,6 +133,7 @@ def _mends() -> tuple[Callable[[], bool], ...]:
         evaluators.set_lightning_steps,
         trainers.patch_trainer_steps,
         trainers.pass_loss_arguments,
+        launching.wait_for_manager,
     )
 
 

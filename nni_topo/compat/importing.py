@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import Any
 from torch.utils import _pytree
 
 _REGISTERING_MODULE = "nni.compression.speedup.utils"
+EVALUATORS = "NNI_TOPO_EVALUATORS"
+"""Environment variable; ``torch`` lets NNI start without Lightning and Transformers, which take seconds to import."""
 
 
 def keep_pytree_nodes() -> bool:
@@ -27,10 +30,22 @@ def keep_pytree_nodes() -> bool:
         True if a registration was held back; False if there was none, or NNI was imported before.
     """
     already_imported = _REGISTERING_MODULE in sys.modules
-    with _registered_once() as held_back:
+    with _registered_once() as held_back, _trainers_hidden(os.environ.get(EVALUATORS) == "torch"):
         importlib.import_module("nni.compression.pruning")
         importlib.import_module("nni.compression.speedup")
     return bool(held_back) and not already_imported
+
+
+@contextmanager
+def _trainers_hidden(hidden: bool) -> Iterator[None]:
+    """Let NNI, which looks for trainer libraries whenever it is imported, find none that isn't imported already."""
+    names = [name for name in ("pytorch_lightning", "transformers") if hidden and name not in sys.modules]
+    sys.modules.update(dict.fromkeys(names))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
 
 
 @contextmanager

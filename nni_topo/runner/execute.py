@@ -29,7 +29,8 @@ from nni_topo.speedup import to_dense
 
 LATENCY_BATCH = 64
 _RECALIBRATION_IMAGES = 1024
-_STILL = 1e-30
+STILL = 1e-30
+"""Learning rate at which an evaluator measures gradients and leaves weights as they are."""
 
 
 def run_cell(cell: Cell, out: Path) -> Record:
@@ -166,7 +167,7 @@ def prune(
     if "example_inputs" in info.knobs():
         knobs["example_inputs"] = example
     if "evaluator" in info.needs:
-        still = replace(cell.retrain, lr=_STILL, weight_decay=0.0)
+        still = replace(cell.retrain, lr=STILL, weight_decay=0.0)
         knobs["evaluator"] = recipe_evaluator(victim, data, still, seed=cell.seed)
     began = time.perf_counter()
     pruner = create_pruner(name, victim, config_list, **knobs)

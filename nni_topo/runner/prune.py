@@ -19,13 +19,23 @@ from nni_topo.hooks import Masks
 from nni_topo.recovery import compensation
 from nni_topo.registry import create_pruner, pruner_info
 from nni_topo.runner.cells import CompensationChoice, DataChoice, ModelChoice, changed_recipe, compensation_choice
-from nni_topo.runner.execute import build_model, calibration_batches, layer_widths, load_model_data, resolve_device
+from nni_topo.runner.execute import (
+    STILL,
+    build_model,
+    calibration_batches,
+    layer_widths,
+    load_model_data,
+    resolve_device,
+)
 from nni_topo.runner.records import Record, provenance
+from nni_topo.runner.scheduled import recipe_evaluator
 from nni_topo.speedup import dependency_groups, to_dense
 from nni_topo.speedup.dependency import channel_flow
 from nni_topo.speedup.inputs import call_arguments
 from nni_topo.speedup.masks import check_masks
 from nni_topo.speedup.resolve import resolve_masks
+
+_GRADIENT_STEPS = 32
 
 
 @dataclass(frozen=True)
@@ -202,6 +212,39 @@ def trained_network(
     return net, bundle
 
 
+def data_knobs(name: str, net: nn.Module, data: zoo.DataBundle, calibration: int = 0) -> dict[str, Any]:
+    """Return the knobs of a pruner that come from the data.
+
+    Parameters
+    ----------
+    name : str
+        Registered name.
+    net : torch.nn.Module
+        The network that will be pruned, for an evaluator is bound to it.
+    data : DataBundle
+        Its data; test images aren't used.
+    calibration : int, default=0
+        Training images for a pruner's calibration; 0: none.
+
+    Returns
+    -------
+    dict
+        ``calibration``; ``validation``, the labelled validation images, where the pruner has that knob; an
+        ``evaluator`` that measures gradients and leaves weights as they are, with ``training_steps``, where it needs
+        them.
+    """
+    info, knobs = pruner_info(name), dict[str, Any]()
+    if calibration:
+        knobs["calibration"] = calibration_batches(data, calibration)
+    if "validation" in info.knobs():
+        knobs["validation"] = list(zip(*(part.split(512) for part in data.validation.tensors), strict=True))
+    if "evaluator" in info.needs:
+        recipe = zoo.Recipe(epochs=1, lr=STILL, weight_decay=0.0)
+        knobs["evaluator"] = recipe_evaluator(net, data, recipe)
+        knobs["training_steps"] = min(_GRADIENT_STEPS, -(-len(data.train) // recipe.batch_size))
+    return knobs
+
+
 def _rounded(net: nn.Module, example: Tensor, masks: Masks, round_to: int | None) -> Masks:
     """Return masks by which layers keep a multiple of so many channels."""
     if round_to is None:
@@ -225,13 +268,9 @@ def _masks(net: nn.Module, config: PruneConfig, data: zoo.DataBundle) -> tuple[M
     config_list = config.config_list
     if config.dependency_groups:
         config_list = dependency_groups(net, example, config_list)
-    knobs = dict(config.knobs)
-    if config.calibration:
-        knobs["calibration"] = list(data.train.tensors[0][: config.calibration].split(128))
+    knobs = {**data_knobs(config.pruner, net, data, config.calibration), **config.knobs}
     if "example_inputs" in pruner_info(config.pruner).knobs():
         knobs["example_inputs"] = example
-    if "validation" in pruner_info(config.pruner).knobs():
-        knobs["validation"] = list(zip(*(part.split(512) for part in data.validation.tensors), strict=True))
     began = time.perf_counter()
     pruner = create_pruner(config.pruner, net, config_list, **knobs)
     _, masks = pruner.compress()

@@ -10,7 +10,9 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,6 +24,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.zoo.data import DataBundle
 from nni_topo.zoo.evaluation import check_model, evaluate
 from nni_topo.zoo.recipes import Recipe
+from nni_topo.zoo.resuming import load_training, save_training
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def train(
     device: str | torch.device = "cpu",
     progress: bool = False,
     callback: Callable[[EpochLog], None] | None = None,
+    state: str | Path | None = None,
 ) -> TrainingLog:
     """Train a classifier in place.
 
@@ -106,6 +110,9 @@ def train(
     callback : callable or None, default=None
         Called with the :class:`EpochLog` after every epoch, the model being in evaluation mode. An exception
         it raises ends the training.
+    state : str, Path or None, default=None
+        File that gets the training's state after every epoch, before ``callback``. If it is there, the training goes
+        on from it, to the same result on one machine; epochs that it holds aren't called back again.
 
     Returns
     -------
@@ -114,20 +121,24 @@ def train(
     Raises
     ------
     DataError
-        If the model doesn't fit the data.
+        If the model doesn't fit the data, or ``state`` isn't a state of the model.
     ConfigError
-        If the loss stops being finite.
+        If the loss stops being finite, or ``state`` is that of a training with another recipe or seed.
     """
     device = torch.device(device)
     check_model(model.to(device), data)
-    logs: list[EpochLog] = []
+    path = None if state is None else Path(state)
     with _seeded(seed, device), _channels_last(model), _progress_bar(progress) as bar:
         task = bar.add_task("training", total=recipe.epochs)
         trainer = _Trainer(model, data, recipe, seed, device)
-        for epoch in range(1, recipe.epochs + 1):
+        logs = [] if path is None else trainer.resume(path)
+        bar.update(task, completed=len(logs))
+        for epoch in range(len(logs) + 1, recipe.epochs + 1):
             log = trainer.run_epoch(epoch)
             logs.append(log)
             bar.update(task, advance=1, description=f"loss {log.loss:.3f}, accuracy {100 * log.accuracy:.1f} %")
+            if path is not None:
+                trainer.keep(path, logs)
             if callback is not None:
                 callback(log)
     return TrainingLog(tuple(logs), recipe, seed)
@@ -138,6 +149,7 @@ class _Trainer:
 
     def __init__(self, model: nn.Module, data: DataBundle, recipe: Recipe, seed: int, device: torch.device) -> None:
         self.model, self.data, self.recipe, self.device = model, data, recipe, device
+        self.kind: dict[str, Any] = {"recipe": asdict(recipe), "seed": seed, "images": len(data.train)}
         self.images, self.labels = (tensor.to(device) for tensor in data.train.tensors)
         self.black = -torch.tensor(data.mean) / torch.tensor(data.std)
         self.generator = torch.Generator().manual_seed(seed)
@@ -149,6 +161,19 @@ class _Trainer:
             nesterov=recipe.momentum > 0,
         )
         self.batches = math.ceil(len(self.labels) / recipe.batch_size)
+
+    def resume(self, path: Path) -> list[EpochLog]:
+        """Go on from a file of :meth:`keep`, if there is one; return the logs of the epochs behind."""
+        progress = load_training(path, self.model, self.optimizer, self.generator)
+        for key, value in self.kind.items() if progress else ():
+            if progress[key] != value:
+                raise ConfigError(f"a training must go on with {key} {progress[key]}, got {value} ({path})")
+        return [EpochLog(**log) for log in progress.get("logs", ())]
+
+    def keep(self, path: Path, logs: list[EpochLog]) -> None:
+        """Write the state after an epoch."""
+        progress = {**self.kind, "logs": [asdict(log) for log in logs]}
+        save_training(path, self.model, self.optimizer, self.generator, progress)
 
     def run_epoch(self, epoch: int) -> EpochLog:
         """Go once through the training images, then look at the validation images."""

@@ -28,6 +28,7 @@ ALWAYS_BROKEN = {
     "set_lightning_steps",
     "patch_trainer_steps",
     "pass_loss_arguments",
+    "wait_for_manager",
 }
 
 FRESH = """

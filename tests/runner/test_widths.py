@@ -7,7 +7,7 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.registry import create_pruner
 from nni_topo.runner import Target
-from nni_topo.runner.widths import inner_layers, layer_ratios, pruning_config
+from nni_topo.runner.widths import inner_layers, layer_ratios, proposed_ratios, pruning_config
 from nni_topo.speedup import to_dense
 
 IMAGES = torch.zeros(2, 1, 8, 8)
@@ -56,3 +56,42 @@ def test_the_whole_budget_prunes_nothing():
 def test_a_budget_below_one_channel_per_layer_is_refused():
     with pytest.raises(ConfigError, match="must be reachable, got 1e-06"):
         layer_ratios(small_cnn(), IMAGES, Target("flops", 1e-6))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.2, 0.05])
+@pytest.mark.parametrize("make", [small_cnn, resnet])
+def test_proposals_meet_a_budget_and_keep_their_proportions(make, share):
+    net = make()
+    names = inner_layers(net, IMAGES)
+    proposed = {name: 0.2 + 0.6 * index / len(names) for index, name in enumerate(names)}
+    ratios = proposed_ratios(net, IMAGES, proposed, share)
+    assert list(ratios) == list(layer_ratios(net, IMAGES, Target("ratio", 0.5)))
+    left = zoo.count_macs(dense_of(net, ratios), IMAGES) / zoo.count_macs(net, IMAGES)
+    assert left == pytest.approx(share, abs=0.01)
+    if make is small_cnn:
+        # channels are few, so the proportions hold to about one of them
+        factors = [(1 - ratios[name]) / (1 - proposed[name]) for name in names[1:]]
+        assert all(factor == pytest.approx(factors[-1], abs=0.15) or factor > 1 for factor in factors)
+
+
+def test_without_a_budget_proposals_stay_but_groups_agree():
+    net = resnet()
+    names = inner_layers(net, IMAGES)
+    proposed = {name: index / 100 for index, name in enumerate(names)}
+    ratios = proposed_ratios(net, IMAGES, proposed)
+    entries = pruning_config(net, IMAGES, ratios)
+    groups: dict[str, set[float]] = {}
+    for entry in entries:
+        groups.setdefault(entry.get("dependency_group_id", entry["op_names"][0]), set()).add(entry["sparse_ratio"])
+    assert all(len(found) == 1 for found in groups.values())
+    assert set(ratios.values()) <= set(proposed.values())
+    alone = dict.fromkeys(inner_layers(small_cnn(), IMAGES), 0.25)
+    assert proposed_ratios(small_cnn(), IMAGES, alone) == alone
+
+
+def test_an_unreachable_budget_is_met_as_nearly_as_the_network_can():
+    net = small_cnn()
+    names = inner_layers(net, IMAGES)
+    assert set(proposed_ratios(net, IMAGES, dict.fromkeys(names, 0.5), 1.0).values()) == {0.0}
+    smallest = dense_of(small_cnn(), proposed_ratios(net, IMAGES, dict.fromkeys(names, 0.5), 1e-6))
+    assert {smallest.get_submodule(name).weight.shape[0] for name in names} == {1}

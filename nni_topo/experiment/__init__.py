@@ -1,0 +1,24 @@
+"""NNI experiments with pruning as the trial: what a trial does, and experiments from start to export."""
+
+from nni_topo.experiment.manager import follow, load_experiment, opened, start_experiment
+from nni_topo.experiment.pipeline import reported, run_trial
+from nni_topo.experiment.results import export_trial
+from nni_topo.experiment.settings import TrialSettings, read_parameters, settings_from, with_parameters
+from nni_topo.experiment.trials import TrialRecord, best_trial, read_trials
+
+__all__ = [
+    "TrialRecord",
+    "TrialSettings",
+    "best_trial",
+    "export_trial",
+    "follow",
+    "load_experiment",
+    "opened",
+    "read_parameters",
+    "read_trials",
+    "reported",
+    "run_trial",
+    "settings_from",
+    "start_experiment",
+    "with_parameters",
+]

@@ -1,0 +1,104 @@
+"""A trial's folder: one process at a time, files that appear whole, and clear words when the disk is full."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nni_topo.errors import ConfigError, DataError
+
+MIN_FREE_BYTES = 16 * 2**20
+_LOCK = ".lock"
+
+
+def check_free_disk(folder: Path, needed: int = MIN_FREE_BYTES) -> None:
+    """Check that a folder, or the nearest one above it that is there, can be written to and has room.
+
+    Raises
+    ------
+    DataError
+        If it can't, or fewer than ``needed`` bytes are free.
+    """
+    place = folder.expanduser().absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise DataError(f"an output folder must be a folder that can be written to, got one that can't ({place})")
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise DataError(
+            f"an output folder needs {needed / 2**20:.0f} MiB of free disk, got {free / 2**20:.1f} MiB ({folder})"
+        )
+
+
+@contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """Hold the folder; another process that does is waited for. A killed process lets go."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = (folder / _LOCK).open("w")
+    with stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn what a full disk raises into a :class:`~nni_topo.errors.DataError` that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(f"an output folder needs free disk, got none left ({folder})") from error
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a file beside ``path``, and move it there when it is whole.
+
+    Raises
+    ------
+    DataError
+        If the disk is full.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with disk_errors(path.parent):
+            write(part)
+            part.replace(path)
+    except (RuntimeError, DataError) as error:
+        # torch.save says what a full disk did to its archive, not that the disk is full
+        if shutil.disk_usage(path.parent).free >= MIN_FREE_BYTES:
+            raise
+        raise DataError(f"an output folder needs free disk, got none left ({path})") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; None if it isn't there.
+
+    Raises
+    ------
+    ConfigError
+        If it isn't JSON.
+    """
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"a trial's file must be JSON, got: {error} ({path})") from error
