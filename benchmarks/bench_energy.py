@@ -43,7 +43,7 @@ RIVAL_IMAGES = 500
 STUDY_IMAGES = 500
 STUDY_TRAINING = 3000
 STUDIES: dict[str, tuple[str, ...]] = {
-    "vgg16": ("dropout", "accumulated", "replacement", "selection", "schedules"),
+    "vgg16": ("dropout", "accumulated"),
     "resnet20": ("accumulated",),
     "resnet29": ("accumulated",),
 }

@@ -91,8 +91,10 @@ def trained(name: str, data: zoo.DataBundle, options: argparse.Namespace) -> nn.
     return model
 
 
-def search(name: str, model: nn.Module, data: zoo.DataBundle, rate: float, options: argparse.Namespace) -> Any:
-    """Run one trial and return it with its record."""
+def search(
+    name: str, model: nn.Module, data: zoo.DataBundle, rate: float, before: float, options: argparse.Namespace
+) -> Any:
+    """Run one trial and return it with its record; ``before`` is the unpruned network's test accuracy."""
     batches = list(zip(*(part.split(1000) for part in data.validation.tensors), strict=True))
     cell = options.out / f"{name}_{100 * rate:.0f}"
     clock = cell.with_suffix(".json")
@@ -132,7 +134,7 @@ def search(name: str, model: nn.Module, data: zoo.DataBundle, rate: float, optio
         "validation": best.accuracy,
         "validation_before": pruner.search.start_accuracy,
         "test": zoo.evaluate(wrapped, data.test),
-        "test_before": zoo.evaluate(model, data.test),
+        "test_before": before,
         "level_validation": zoo.evaluate(level, data.validation),
         "level_test": zoo.evaluate(level, data.test),
         "seconds_per_generation": float(np.median(times[1:])),
@@ -256,9 +258,9 @@ def main() -> None:
     for name in options.nets:
         data = resized(raw, NETS[name][1], options.images, options.test_images)
         model = trained(name, data, options)
-        trials = {}
+        trials, before = {}, zoo.evaluate(model, data.test)
         for rate in options.rates:
-            trials[f"damage {100 * rate:.0f} %"], record = search(name, model, data, rate, options)
+            trials[f"damage {100 * rate:.0f} %"], record = search(name, model, data, rate, before, options)
             records.append(record)
         plot_evolution(trials, options.out / name)
         if options.lists:

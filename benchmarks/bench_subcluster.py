@@ -186,9 +186,10 @@ def subcluster(bench: Bench, part: str, name: str, seed: int, label: str, **knob
 
 
 def networks(bench: Bench, nets: list[str], seeds: int) -> None:
-    """Tables 5.2 to 5.7: nodes per layer, accuracy, epochs."""
+    """Tables 5.2 to 5.7: nodes per layer, accuracy, epochs, for both statistics."""
     for name in nets:
         subcluster(bench, "networks", name, 0, "subcluster")
+        subcluster(bench, "networks", name, 0, "subcluster, mean", statistic="mean")
 
 
 def energies(bench: Bench, nets: list[str], seeds: int) -> None:
@@ -200,7 +201,7 @@ def energies(bench: Bench, nets: list[str], seeds: int) -> None:
 
 def statistics(bench: Bench, nets: list[str], seeds: int) -> None:
     """Neurons kept by energy for both statistics, without retraining."""
-    for name in _among(nets, "lenet300", "lenet5_like"):
+    for name in _among(nets, "lenet300", "lenet5_like", "vgg16_modified"):
         for energy in (0.1, 0.3, 0.5, 0.8, 0.95):
             for statistic in ("max", "mean"):
                 subcluster(bench, "statistics", name, 0, f"{energy} {statistic}", energy=energy, statistic=statistic)
@@ -267,13 +268,21 @@ def report(bench: Bench) -> None:
 
 
 def _layers(cells: pd.DataFrame) -> Iterator[str]:
-    yield "| net | layer | before | initial | after | compression |"
-    yield "|---|---|---:|---:|---:|---:|"
+    yield "| net | row | layer | before | initial | after | compression |"
+    yield "|---|---|---|---:|---:|---:|---:|"
     for cell in cells.to_dict("records"):
         for layer, before in cell["widths_before"].items():
             if layer in cell["initial"]:
                 after = cell["widths"][layer]
-                row = (cell["net"], layer, before, cell["initial"][layer], after, f"{before / after:.2f}x")
+                row = (
+                    cell["net"],
+                    cell["label"],
+                    layer,
+                    before,
+                    cell["initial"][layer],
+                    after,
+                    f"{before / after:.2f}x",
+                )
                 yield f"| {' | '.join(map(str, row))} |"
     yield ""
     yield from _rows(cells)

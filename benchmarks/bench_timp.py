@@ -38,7 +38,7 @@ SIZES = {
     "lenet300": Size(5_000, 5_000, {}, 2, 5),
     "mnist_fcn": Size(5_000, 5_000, {}, 2, 5),
     "mnist_cnn": Size(1_000, 1_000, {}, 1, 5),
-    "resnet20": Size(5_000, 5_000, {"epochs": 10}, 1, 1),
+    "resnet20": Size(2_000, 1_000, {"epochs": 10}, 1, 1),
 }
 
 

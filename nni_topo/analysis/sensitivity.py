@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,14 @@ from nni_topo.registry import check_knobs, create_pruner, pruner_info
 from nni_topo.speedup import dependency_groups, masked_model
 from nni_topo.speedup.dependency import channel_flow
 from nni_topo.speedup.inputs import call_arguments
-from nni_topo.speedup.layers import CONVOLUTIONS
+from nni_topo.speedup.layers import CONVOLUTIONS, check_names
 
 _logger = logging.getLogger(__name__)
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 Evaluate = Callable[[nn.Module], float]
 Progress = Callable[[str, float, float], None]
+Knobs = Mapping[str, Any] | Callable[[nn.Module], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,12 @@ class Sensitivity:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers as dicts, lists and strings; ratios as keys are strings."""
-        content = asdict(self)
+        content = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "knobs"}
         content["curves"] = [
             {"layers": list(curve.layers), "accuracy": {str(r): a for r, a in curve.accuracy.items()}}
             for curve in self.curves
         ]
-        return {name: value for name, value in content.items() if name != "knobs"}
+        return content
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write ``sensitivity.json``, ``sensitivity.png`` and ``suggested.yaml`` (for ``nni-topo prune``)."""
@@ -132,7 +133,7 @@ def sensitivity(
     pruner: str = "l1",
     *,
     layers: Sequence[str] | None = None,
-    knobs: Mapping[str, Any] | None = None,
+    knobs: Knobs | None = None,
     budget: float = 0.01,
     stop_drop: float | None = None,
     on_progress: Progress | None = None,
@@ -154,8 +155,9 @@ def sensitivity(
     layers : sequence of str or None, default=None
         Names. None: all convolutions and linear layers, for pruners of whole channels without those that give the
         model's output.
-    knobs : mapping or None, default=None
-        The pruner's own arguments; ``example_inputs`` is added where it takes it.
+    knobs : mapping, callable or None, default=None
+        The pruner's own arguments, or a function that returns them for each copy of the model before it is pruned, as
+        NNI's evaluators are made for one; ``example_inputs`` is added where the pruner takes it.
     budget : float, default=0.01
         Score that the suggestion may cost, all layers pruned at once, at least 0.
     stop_drop : float or None, default=None
@@ -185,7 +187,7 @@ def sensitivity(
         raise ConfigError(f"ratios must be one or more numbers in (0, 1), got {ratios} (sensitivity)")
     if not budget >= 0.0 or (stop_drop is not None and not stop_drop >= 0.0):
         raise ConfigError(f"budget and stop_drop must be at least 0, got {budget} and {stop_drop} (sensitivity)")
-    trial = _Trial(model, example_inputs, evaluate, pruner, dict(knobs or {}))
+    trial = _Trial(model, example_inputs, evaluate, pruner, {} if knobs is None else knobs)
     baseline = trial.score(model)
     curves = []
     for names in trial.groups(layers):
@@ -220,17 +222,19 @@ def plot_sensitivity(found: Sensitivity) -> Figure:
 class _Trial:
     """Prunes copies of a model and scores them."""
 
-    def __init__(
-        self, model: nn.Module, example_inputs: Any, evaluate: Evaluate, pruner: str, knobs: dict[str, Any]
-    ) -> None:
+    def __init__(self, model: nn.Module, example_inputs: Any, evaluate: Evaluate, pruner: str, knobs: Knobs) -> None:
         self.model, self.example_inputs, self.evaluate, self.pruner = model, example_inputs, evaluate, pruner
         self.info = pruner_info(pruner)
-        check_knobs(pruner, knobs)
-        self.knobs = knobs
+        self._knobs = knobs
+        self.knobs: dict[str, Any] = {}
+        if isinstance(knobs, Mapping):
+            check_knobs(pruner, knobs)
+            self.knobs = dict(knobs)
 
     def groups(self, layers: Sequence[str] | None) -> list[tuple[str, ...]]:
         """Return the layers, those that lose the same channels together."""
         entry: dict[str, Any] = {"op_names": self._all_layers() if layers is None else list(layers)}
+        check_names(self.model, [entry])
         if not self.info.structured:
             return [(name,) for name in entry["op_names"]]
         tied: dict[str, list[str]] = {}
@@ -245,10 +249,12 @@ class _Trial:
         config = [{"op_names": list(names), "sparse_ratio": ratio} for names, ratio in ratios.items()]
         if self.info.structured:
             config = dependency_groups(self.model, self.example_inputs, config)
+        victim = copy.deepcopy(self.model)
+        if not isinstance(self._knobs, Mapping):
+            self.knobs = dict(self._knobs(victim))
         knobs = dict(self.knobs)
         if "example_inputs" in self.info.knobs():
             knobs.setdefault("example_inputs", self.example_inputs)
-        victim = copy.deepcopy(self.model)
         pruner = create_pruner(self.pruner, victim, config, **knobs)
         _, masks = pruner.compress()
         pruner.unwrap_model()

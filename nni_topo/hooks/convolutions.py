@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nni_topo.errors import ConfigError
 from nni_topo.modes import evaluation_mode
 from nni_topo.speedup.inputs import call_arguments
 from nni_topo.speedup.layers import CONVOLUTIONS
@@ -29,6 +30,11 @@ def convolution_sizes(model: nn.Module, example_inputs: Any) -> dict[str, tuple[
     -------
     dict of str to (tuple of int, tuple of int)
         By module name; convolutions that aren't reached are missing.
+
+    Raises
+    ------
+    ConfigError
+        If the model doesn't run on these inputs.
     """
     args, kwargs = call_arguments(example_inputs)
     sizes: dict[str, tuple[Size, Size]] = {}
@@ -48,6 +54,8 @@ def convolution_sizes(model: nn.Module, example_inputs: Any) -> dict[str, tuple[
     try:
         with evaluation_mode(model), torch.no_grad():
             model(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ConfigError(f"example_inputs must be ones that the model runs on, got: {error} (forward)") from error
     finally:
         for handle in handles:
             handle.remove()

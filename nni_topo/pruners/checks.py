@@ -15,7 +15,7 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.pruners.legacy import modern_config
-from nni_topo.speedup.layers import CONVOLUTIONS
+from nni_topo.speedup.layers import CONVOLUTIONS, check_names
 
 _logger = logging.getLogger(__name__)
 
@@ -43,14 +43,16 @@ def check_request(
     Raises
     ------
     ConfigError
-        If an entry breaks NNI's schema or holds a ratio outside [0, 1), if nothing in the model matches, if a matched
-        module's type is unknown to NNI, or if the model is wrapped by another compressor.
+        If an entry breaks NNI's schema, names a layer that isn't there or holds a ratio outside [0, 1), if nothing in
+        the model matches, if a matched module's type is unknown to NNI, or if the model is wrapped by another
+        compressor.
     DataError
         If a parameter of a matched module is NaN, infinite, complex, or holds integers.
     """
     if not isinstance(config_list, (list, tuple)):
         raise ConfigError(f"config_list must be a list of dicts, got {type(config_list).__name__} (config_list)")
     _check_unwrapped(model, existed_wrappers or {})
+    check_names(model, config_list)
     matched: dict[str, nn.Module] = {}
     modern = modern_config(model, config_list)
     for index, config in enumerate(modern):

@@ -23,7 +23,7 @@ from nni.compression.utils import Evaluator
 from numpy.typing import NDArray
 from torch import nn
 
-from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.errors import ConfigError
 from nni_topo.hooks.genetic import GeneAllocator, GeneticMetric, OnGeneration, checked_validation
 from nni_topo.hooks.trees import MagnitudeCollector
 from nni_topo.hooks.units import is_active
@@ -151,7 +151,6 @@ class GeneticWeightPruner(StructuredPruner):
         for name, value in (("max_bytes", max_bytes), ("workers", workers)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r} (GeneticWeightPruner)")
-        _check_names(model, config_list)
         self._metric = GeneticMetric(
             settings,
             checked_validation(validation),
@@ -207,14 +206,6 @@ class GeneticWeightPruner(StructuredPruner):
 
     def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> list[int] | str | None:
         return None
-
-
-def _check_names(model: nn.Module, config_list: list[dict[str, Any]]) -> None:
-    known = dict(model.named_modules())
-    for config in config_list:
-        for name in config.get("op_names", ()) if isinstance(config, dict) else ():
-            if name not in known:
-                raise unknown_name("a layer", str(name), known)
 
 
 def _check_target(name: str, target: str, space: PruningTargetSpace) -> None:

@@ -88,7 +88,8 @@ class SubclusterPruner(StructuredPruner):
     Neurons that are zero on all samples all go, as far as the cap lets them, unless the layer would be empty.
 
     With the default statistic every neuron whose variance is above the threshold ends up alone: a cluster stays
-    together only if all of its neurons vary little, or if all put out the same.
+    together only if all of its neurons vary little, or if all put out the same. ``"mean"`` prunes far more at the same
+    ``energy``, about as much as the text reports.
 
     References
     ----------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,7 +124,8 @@ def energy_study(
         save_energy_study(study, out, more)
     files += subject.files
     if thresholds:
-        files.append(_write_suggestion(Path(out) / "suggested.yaml", more, plan))
+        command = _prune_command(model, checkpoint, data)
+        files.append(_write_suggestion(Path(out) / "suggested.yaml", more, plan, command))
     return {**energy_record(study), **more, "files": [str(path) for path in files]}
 
 
@@ -137,7 +139,20 @@ def _suggested(study: EnergyStudy, thresholds: dict[str, float], net: nn.Module,
     return {"thresholds": thresholds, "macs": share, "quality": evaluate(dense)._asdict()}
 
 
-def _write_suggestion(path: Path, record: Record, plan: EnergyPlan) -> Path:
+def _prune_command(model: ModelChoice, checkpoint: str | Path | None, data: DataChoice) -> str:
+    """Return the command that prunes the same network, without what it takes its configuration from."""
+    values: dict[str, Any] = {
+        "--model": model.name,
+        "--data": data.name,
+        "--data-dir": data.data_dir,
+        "--checkpoint": checkpoint,
+    }
+    values |= {"--width": None if model.width == 1.0 else f"{model.width:g}", "--limit": data.limit}
+    given = [word for knob, value in values.items() if value is not None for word in (knob, str(value))]
+    return shlex.join(["nni-topo", "prune", *given])
+
+
+def _write_suggestion(path: Path, record: Record, plan: EnergyPlan, command: str) -> Path:
     thresholds: dict[str, float] = record["suggested"]["thresholds"]
     levels = sorted(set(thresholds.values()))
     content: dict[str, Any] = {
@@ -155,7 +170,7 @@ def _write_suggestion(path: Path, record: Record, plan: EnergyPlan) -> Path:
         f"# {record['model']} on {record['data']}: per layer the highest energy threshold that, alone, costs at most "
         f"{100.0 * plan.max_drop:g} points.\n"
         f"# All at once, without retraining: {accuracy:.1f} % at {macs:.1f} % of the MACs.\n"
-        f"#   nni-topo prune --model {record['model'].split()[0]} --config {path.name} --out DIR\n\n"
+        f"#   {command} --config {path.name} --out DIR\n\n"
     )
     path.write_text(comment + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return path

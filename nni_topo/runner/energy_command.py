@@ -34,6 +34,8 @@ def add_energy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration", type=int, default=0, help="images instead of the chirp")
     parser.add_argument("--sweep", default="nyquist", help="nyquist or thesis (default nyquist)")
     parser.add_argument("--direction", default="diagonal", help="diagonal or radial (default diagonal)")
+    parser.add_argument("--window", default="none", help="taper of the chirp, none or hann (default none)")
+    parser.add_argument("--normalization", default="area", help="none, area or layer (default area); for tied layers")
     parser.add_argument("--batch-norm", action="store_true", help="scale responses as batch norms do")
 
 
@@ -56,8 +58,14 @@ def run_energy_study(
     int
         0.
     """
-    knobs = {"sweep": options.sweep, "direction": options.direction, "batch_norm": options.batch_norm}
-    usual = {"sweep": "nyquist", "direction": "diagonal", "batch_norm": False}
+    usual = {
+        "sweep": "nyquist",
+        "direction": "diagonal",
+        "window": "none",
+        "normalization": "area",
+        "batch_norm": False,
+    }
+    knobs = {knob: getattr(options, knob) for knob in usual}
     plan = EnergyPlan(
         thresholds=options.thresholds,
         max_drop=options.max_drop,

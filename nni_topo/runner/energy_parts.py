@@ -167,17 +167,23 @@ PARTS: dict[str, Callable[[Subject], Record]] = {
 
 
 def _dropout_pictures(subject: Subject, threshold: float, found: dict[str, dict[float, Quality]]) -> list[Path]:
-    """Draw accuracy by layer, a line per rate, and what each rate changes."""
+    """Draw accuracy and loss by layer, a line per rate, and what each rate changes."""
     rows = [found[row.name] for row in subject.study.layers]
-    accuracy = {rate: [100.0 * row[rate].accuracy for row in rows] for rate in RATES}
-    change = {rate: [a - b for a, b in zip(accuracy[rate], accuracy[0.0], strict=True)] for rate in RATES}
+    measured = {
+        "": ("accuracy %", {rate: [100.0 * row[rate].accuracy for row in rows] for rate in RATES}),
+        "_loss": ("loss (nats)", {rate: [row[rate].loss for row in rows] for rate in RATES}),
+    }
     subject.out.mkdir(parents=True, exist_ok=True)
     files = []
-    for suffix, label, lines in (("", "accuracy %", accuracy), ("_change", "change by dropout, points", change)):
-        named = {f"rate {rate:g}": values for rate, values in lines.items()}
-        figure = layer_plot(subject.study.layers, named, f"{label}, one layer at {100 * threshold:g} % of its energy")
-        files.append(subject.out / f"dropout_{threshold:g}{suffix}.png")
-        figure.savefig(files[-1], dpi=130)
+    for suffix, (label, values) in measured.items():
+        change = {rate: [a - b for a, b in zip(values[rate], values[0.0], strict=True)] for rate in RATES}
+        for more, what, lines in (("", label, values), ("_change", f"{label}, change by dropout", change)):
+            named = {f"rate {rate:g}": line for rate, line in lines.items()}
+            figure = layer_plot(
+                subject.study.layers, named, f"{what}, one layer at {100 * threshold:g} % of its energy"
+            )
+            files.append(subject.out / f"dropout_{threshold:g}{suffix}{more}.png")
+            figure.savefig(files[-1], dpi=130)
     return files
 
 

@@ -24,6 +24,7 @@ def print_energy(record: Record, console: Console, *, markdown: bool = False) ->
         Whether tables are Markdown.
     """
     _show(_layer_table(record), console, markdown)
+    _show(_loss_table(record), console, markdown)
     for verdict in ("saturated", "redundant"):
         names = [_name(layer) for layer in record["layers"] if layer["verdict"] == verdict]
         console.print(f"{verdict}: {', '.join(names) or 'none'}", markup=False)
@@ -67,6 +68,18 @@ def _layer_table(record: Record) -> Table:
     cells = [f"{row['removed']}: {100 * row['quality']['accuracy']:.1f}" for row in whole]
     table.add_row("all at once", str(sum(layer["filters"] for layer in record["layers"])), *cells)
     table.add_row("MACs left %", "", *(f"{100 * row['macs']:.1f}" for row in whole))
+    return table
+
+
+def _loss_table(record: Record) -> Table:
+    thresholds = [str(t) for t in record["thresholds"]]
+    table = Table("layer", title="loss (nats), this layer alone pruned")
+    for threshold in record["thresholds"]:
+        table.add_column(f"{100 * threshold:g} %", justify="right")
+    for layer in record["layers"]:
+        table.add_row(_name(layer), *(f"{layer['alone'][t]['loss']:.3f}" for t in thresholds))
+    table.add_section()
+    table.add_row("all at once", *(f"{record['together'][t]['quality']['loss']:.3f}" for t in thresholds))
     return table
 
 

@@ -8,9 +8,10 @@ References
 from __future__ import annotations
 
 import copy
+import itertools
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,23 +84,18 @@ class MagnitudeStudy:
     plan: MagnitudePlan
     seed: int = 0
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield a record per pruner, part, way and ratio, with its accuracy.
+    def rows(self, done: Container[tuple[str, str, str, float]] = ()) -> Iterator[dict[str, Any]]:
+        """Yield a record per pruner, part, way and ratio, with its accuracy; those that are ``done`` are left out.
 
         Where all layers are pruned directly it also has the parameters left, bytes and milliseconds.
         """
-        for pruner, parts in (("level", PARTS), ("matrix", ("all",))):
-            for part in parts:
-                if not self._layers(pruner, part):
-                    continue
-                for ratio in self.plan.ratios:
-                    row = {"pruner": pruner, "part": part, "ratio": ratio}
-                    masked, masks = self._direct(pruner, part, ratio)
-                    yield {**row, "way": "direct", "accuracy": self._accuracy(masked)} | (
-                        self._costs(pruner, masked, masks) if part == "all" else {}
-                    )
-                    for way, rounds in (("direct, retrained", 1), ("iterative", self.plan.rounds)):
-                        yield {**row, "way": way, "accuracy": self._retrained(pruner, part, ratio, rounds)}
+        rounds = {"direct": 0, "direct, retrained": 1, "iterative": self.plan.rounds}
+        parts = {"level": PARTS, "matrix": ("all",)}
+        for ratio, pruner in itertools.product(sorted(set(self.plan.ratios)), parts):
+            for part, way in itertools.product(parts[pruner], rounds):
+                if (pruner, part, way, ratio) not in done and self._layers(pruner, part):
+                    row = {"pruner": pruner, "part": part, "way": way, "ratio": ratio}
+                    yield row | self._measured(pruner, part, ratio, rounds[way])
 
     def baseline(self) -> dict[str, Any]:
         """Return the record of the unpruned network."""
@@ -132,6 +128,13 @@ class MagnitudeStudy:
             knobs = {"example_inputs": self._images[:2]}
         return create_pruner(name, victim, config, **knobs), victim
 
+    def _measured(self, name: str, part: str, ratio: float, rounds: int) -> dict[str, Any]:
+        if rounds:
+            return {"accuracy": self._retrained(name, part, ratio, rounds)}
+        masked, masks = self._direct(name, part, ratio)
+        costs = self._costs(name, masked, masks) if part == "all" else {}
+        return {"accuracy": self._accuracy(masked), **costs}
+
     def _direct(self, name: str, part: str, ratio: float) -> tuple[nn.Module, Any]:
         pruner, victim = self._pruner(name, part, ratio)
         _, masks = pruner.compress()
@@ -152,18 +155,20 @@ class MagnitudeStudy:
         return accuracy
 
     def _costs(self, name: str, masked: nn.Module, masks: Any) -> dict[str, Any]:
+        """Return parameters left, bytes and milliseconds; the unpruned network is timed in turns with the others."""
         if name == "matrix":
-            dense = to_dense(self.model, self._images[:2], masks)
-            models, left = {"dense": dense}, zoo.count_params(dense)
+            stored = other = to_dense(self.model, self._images[:2], masks)
+            left = zoo.count_params(stored)
         else:
-            # Zeros in their places, as a mask leaves them, and linear layers by sparse products.
-            models, left = {"dense": masked, "csr": with_sparse_linears(masked)}, _nonzero(masked)
+            stored, other, left = masked, with_sparse_linears(masked), _nonzero(masked)
+        label = "dense" if name == "matrix" else "csr"
+        models = {"unpruned": self.model, "zeros": masked, label: other}
         times = zoo.latencies(models, self._images, runs=self.plan.runs)
-        return {"params": left, "bytes": stored_bytes(models["dense"]), "latency_ms": times}
+        return {"params": left, "bytes": stored_bytes(stored), "latency_ms": times}
 
 
 def run_magnitude(study: MagnitudeStudy, out: str | Path, announce: Announce = lambda line: None) -> dict[str, Any]:
-    """Run a study, a line per record in ``rows.jsonl``; ratios that stand there already aren't run again.
+    """Run a study, a line per record in ``rows.jsonl``; what stands there already isn't run again.
 
     Parameters
     ----------
@@ -182,17 +187,16 @@ def run_magnitude(study: MagnitudeStudy, out: str | Path, announce: Announce = l
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     plan, path = study.plan, out / "rows.jsonl"
-    request = {"rounds": plan.rounds, "epochs": plan.epochs}
+    images = {"train_images": len(study.data.train), "test_images": len(study.data.test)}
+    request = {"rounds": plan.rounds, "epochs": plan.epochs, "seed": study.seed, **images}
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = [row for row in map(json.loads, lines) if request.items() <= row.items() and row["ratio"] in plan.ratios]
-    for ratio in sorted(set(plan.ratios) - {row["ratio"] for row in rows}):
-        found = []
-        for row in replace(study, plan=replace(plan, ratios=(ratio,))).rows():
-            found.append({**row, **request})
-            announce(f"{row['pruner']}, {row['part']}, {row['way']}, {ratio:g}: {100 * row['accuracy']:.1f} %")
+    done = {(row["pruner"], row["part"], row["way"], row["ratio"]) for row in rows}
+    for row in study.rows(done):
+        rows.append({**row, **request})
+        announce(f"{row['pruner']}, {row['part']}, {row['way']}, {row['ratio']:g}: {100 * row['accuracy']:.1f} %")
         with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in found)
-        rows += found
+            file.write(json.dumps(rows[-1]) + "\n")
     rows.sort(key=lambda row: (row["pruner"], row["part"], row["way"], row["ratio"]))
     curves = sensitivity(study.model, study._images[:2], study._accuracy, plan.ratios, "level")
     document = {"baseline": study.baseline(), "rows": rows, "sensitivity": curves.to_dict()}

@@ -17,10 +17,11 @@ from nni_topo.analysis.sensitivity import RATIOS, Sensitivity, sensitivity
 from nni_topo.registry import pruner_info
 from nni_topo.runner.arguments import add_data, add_model, add_out, add_verb, data_choice
 from nni_topo.runner.cells import ModelChoice
-from nni_topo.runner.execute import calibration_batches
 from nni_topo.runner.magnitude import MagnitudePlan, MagnitudeStudy, run_magnitude
 from nni_topo.runner.magnitude_report import markdown_magnitude, plot_magnitude
-from nni_topo.runner.prune import trained_network
+from nni_topo.runner.prune import data_knobs, trained_network
+
+_CALIBRATION = 512
 
 
 def add_magnitude_studies(studies: Any) -> None:
@@ -35,7 +36,9 @@ def add_magnitude_studies(studies: Any) -> None:
     curves.add_argument("--layers", nargs="+", help="names (default: all that can be pruned)")
     curves.add_argument("--budget", type=float, default=0.01, help="accuracy the suggestion may cost (default 0.01)")
     curves.add_argument("--stop-drop", type=float, help="end a curve so far below the baseline (default never)")
-    curves.add_argument("--calibration", type=int, default=0, help="training images for pruners that need them")
+    curves.add_argument(
+        "--calibration", type=int, help="training images for the pruner (default 512 where it needs them)"
+    )
     curves.add_argument("--images", type=int, help="validation images used (default all)")
     add_data(curves)
     add_out(curves, None)
@@ -57,9 +60,8 @@ def _sensitivity(options: argparse.Namespace, console: Console) -> int:
     net, data = trained_network(
         model, options.checkpoint, data_choice(options), seed=options.seed, device=options.device
     )
-    knobs: dict[str, Any] = {}
-    if options.calibration and "calibration" in pruner_info(options.pruner).knobs():
-        knobs["calibration"] = calibration_batches(data, options.calibration)
+    needs = any("calibration" in need for need in pruner_info(options.pruner).needs)
+    calibration = _CALIBRATION * needs if options.calibration is None else options.calibration
     device = next(net.parameters()).device
     images, labels = data.validation.tensors
     watched = type(data.validation)(images[: options.images], labels[: options.images])
@@ -74,7 +76,7 @@ def _sensitivity(options: argparse.Namespace, console: Console) -> int:
         options.ratios,
         options.pruner,
         layers=options.layers,
-        knobs=knobs,
+        knobs=lambda victim: data_knobs(options.pruner, victim, data, calibration),
         budget=options.budget,
         stop_drop=options.stop_drop,
         on_progress=announce,

@@ -15,7 +15,9 @@ _PARTS = {("level", "all"): "C0", ("level", "conv"): "C1", ("level", "dense"): "
 
 
 def plot_magnitude(document: dict[str, Any], folder: str | Path) -> list[Path]:
-    """Draw accuracy, parameters, bytes on disk and time against the ratio.
+    """Draw accuracy, each layer's sensitivity, parameters, bytes on disk and time against the ratio.
+
+    Times are shares of the unpruned network's, which was timed in turns with the others.
 
     Parameters
     ----------
@@ -28,8 +30,9 @@ def plot_magnitude(document: dict[str, Any], folder: str | Path) -> list[Path]:
     -------
     list of Path
     """
-    figure = Figure(figsize=(11.0, 8.0), layout="constrained")
-    (accuracy, params), (disk, time) = figure.subplots(2, 2)
+    figure = Figure(figsize=(15.0, 8.0), layout="constrained")
+    (accuracy, alone, params), (disk, time, spare) = figure.subplots(2, 3)
+    spare.remove()
     rows, baseline = document["rows"], document["baseline"]
     for (pruner, part), color in _PARTS.items():
         for way, style in _WAYS.items():
@@ -42,19 +45,23 @@ def plot_magnitude(document: dict[str, Any], folder: str | Path) -> list[Path]:
             _line(
                 disk, [{**row, "size": row["bytes"][name]} for row in chosen], "size", style, color, f"{pruner}, {name}"
             )
-        for name in chosen[0]["latency_ms"] if chosen else ():
-            style = "-" if name == "dense" else "--"
-            timed = [{**row, "ms": row["latency_ms"][name]} for row in chosen]
-            _line(time, timed, "ms", style, color, f"{pruner}, {name}")
-    accuracy.axhline(baseline["accuracy"], color="0.5", linewidth=0.8)
+        for name in _timed(chosen):
+            timed = [{**row, "share": share} for row, share in zip(chosen, _shares(chosen, name), strict=True)]
+            _line(time, timed, "share", "--" if name == "zeros" else "-", color, f"{pruner}, {name}")
+    for index, curve in enumerate(document["sensitivity"]["curves"]):
+        points = [{"ratio": float(ratio), "accuracy": value} for ratio, value in curve["accuracy"].items()]
+        _line(alone, points, "accuracy", ".-", f"C{index % 10}", "+".join(curve["layers"]))
+    for axis in (accuracy, alone):
+        axis.axhline(baseline["accuracy"], color="0.5", linewidth=0.8)
     params.axhline(baseline["params"], color="0.5", linewidth=0.8)
     disk.axhline(baseline["bytes"]["dense"], color="0.5", linewidth=0.8)
-    time.axhline(baseline["latency_ms"], color="0.5", linewidth=0.8)
+    time.axhline(1.0, color="0.5", linewidth=0.8)
     labels = (
         (accuracy, "accuracy"),
+        (alone, "accuracy, one layer pruned"),
         (params, "parameters left"),
         (disk, "bytes on disk"),
-        (time, "ms per batch of 64"),
+        (time, "time, of the unpruned network's"),
     )
     for axis, label in labels:
         axis.set(xlabel="ratio", ylabel=label)
@@ -68,7 +75,7 @@ def plot_magnitude(document: dict[str, Any], folder: str | Path) -> list[Path]:
 
 
 def markdown_magnitude(document: dict[str, Any]) -> str:
-    """Return the study's tables: accuracies by way, then what is left of parameters, bytes and time."""
+    """Return the study's tables: accuracies by way and by layer, then what is left of parameters, bytes and time."""
     rows, baseline = document["rows"], document["baseline"]
     ratios = sorted({row["ratio"] for row in rows})
     head = [f"{ratio:g}" for ratio in ratios]
@@ -87,19 +94,27 @@ def markdown_magnitude(document: dict[str, Any]) -> str:
         costs.append([pruner, "parameters (k)", *_scaled([baseline["params"], *(row["params"] for row in by_ratio)])])
         for name, size in baseline["bytes"].items():
             costs.append([pruner, f"{name} (kB)", *_scaled([size, *(row["bytes"][name] for row in by_ratio)])])
-        for name in by_ratio[0]["latency_ms"]:
-            times = [baseline["latency_ms"], *(row["latency_ms"][name] for row in by_ratio)]
-            costs.append([pruner, f"{name} (ms)", *(f"{value:.2f}" for value in times)])
+        for name in _timed(by_ratio):
+            shares = [1.0, *_shares(by_ratio, name)]
+            costs.append([pruner, f"{name}: time, of the unpruned network's", *(f"{share:.2f}" for share in shares)])
     found = document["sensitivity"]["curves"]
     alone = [["+".join(c["layers"]), *(_percent(c["accuracy"].get(str(ratio))) for ratio in ratios)] for c in found]
     curves = [["layer alone", *head], *alone]
-    whole = f"Unpruned: {_percent(baseline['accuracy'])} %."
+    whole = f"Unpruned: {_percent(baseline['accuracy'])} %, {baseline['latency_ms']:.2f} ms for 64 images."
     return "\n\n".join((whole, *map(_table, (accuracies, curves, costs))))
 
 
 def _chosen(rows: Sequence[Row], pruner: str, part: str, way: str) -> list[Row]:
     wanted = {"pruner": pruner, "part": part, "way": way}
     return sorted((row for row in rows if wanted.items() <= row.items()), key=lambda row: row["ratio"])
+
+
+def _timed(rows: Sequence[Row]) -> list[str]:
+    return [name for name in rows[0]["latency_ms"] if name != "unpruned"] if rows else []
+
+
+def _shares(rows: Sequence[Row], name: str) -> list[float]:
+    return [row["latency_ms"][name] / row["latency_ms"]["unpruned"] for row in rows]
 
 
 def _line(axis: Axes, rows: Sequence[Row], key: str, style: str, color: str, label: str) -> None:

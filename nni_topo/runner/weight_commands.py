@@ -24,7 +24,12 @@ def add_weight_studies(studies: Any) -> None:
     compression = add_verb(studies, "compression", _compression, "how far layers can be pruned with their trees whole")
     add_model(compression, required=True)
     compression.add_argument(
-        "--input-size", type=int, nargs=3, required=True, metavar=("C", "H", "W"), help="of an image in pixels"
+        "--input-size",
+        type=int,
+        nargs="+",
+        required=True,
+        metavar="N",
+        help="of one input: channels, height and width of an image in pixels",
     )
     compression.add_argument("--classes", type=int, default=10, help="number of outputs (default 10)")
     compression.add_argument("--convention", default="theorem", help="theorem or tables (default theorem)")

@@ -31,7 +31,8 @@ def compression_study(
     model : ModelChoice
         Which architecture.
     input_size : sequence of int
-        Channels, height and width of an image in pixels; height and width are equal.
+        Of one input without the batch: channels, height and width of an image in pixels. Height and width of a listed
+        model's are equal; of a model from outside, any dimensions that it takes.
     classes : int, default=10
         Number of outputs.
     convention : {"theorem", "tables"}, default="theorem"
@@ -40,15 +41,21 @@ def compression_study(
     Raises
     ------
     ConfigError
-        If a name is unknown, or the image isn't a square the model takes.
+        If a name is unknown, or the input isn't one that the model takes.
     """
-    if len(input_size) != 3 or input_size[1] != input_size[2]:
+    if not input_size or min(input_size) < 1:
+        raise ConfigError(f"input_size must be one or more numbers of at least 1, got {tuple(input_size)}")
+    if model.name in zoo.list_models() and (len(input_size) != 3 or input_size[1] != input_size[2]):
         raise ConfigError(f"input_size must be channels, height and width of a square, got {tuple(input_size)}")
-    channels, side, _ = input_size
     net = zoo.create_model(
-        model.name, num_classes=classes, in_channels=channels, image_size=side, width=model.width, seed=0
+        model.name,
+        num_classes=classes,
+        in_channels=input_size[0],
+        image_size=input_size[-1],
+        width=model.width,
+        seed=0,
     )
-    return critical_compression_ratio(net, torch.zeros(1, channels, side, side), convention)
+    return critical_compression_ratio(net, torch.zeros(1, *input_size), convention)
 
 
 def print_compression(found: CriticalCompression, title: str, console: Console) -> None:

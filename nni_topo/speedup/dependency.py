@@ -15,6 +15,7 @@ from nni_topo.modes import detached_copy
 from nni_topo.speedup.channels import ChannelFlow
 from nni_topo.speedup.inputs import Call, call_arguments
 from nni_topo.speedup.labels import FIXED
+from nni_topo.speedup.layers import check_names
 from nni_topo.speedup.tracing import trace
 
 _logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def dependency_groups(
     Raises
     ------
     ConfigError
-        If an entry selects no layer at all, or the inputs don't fit the model.
+        If an entry names a layer that isn't there or selects none at all, or the inputs don't fit the model.
     SpeedupError
         If the model can't be traced.
 
@@ -71,6 +72,7 @@ def dependency_groups(
     """
     from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
 
+    check_names(model, config_list)
     call = call_arguments(example_inputs)
     flow = channel_flow(model, call)
     order = _network_order(model, flow)

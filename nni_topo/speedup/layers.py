@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
+
+from nni_topo.errors import unknown_name
 
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
@@ -114,3 +117,25 @@ def spread(module: torch.nn.Module, kept: torch.Tensor) -> torch.Tensor:
     view = [1] * weight.dim()
     view[channel_dimension(module)] = -1
     return kept.view(view).expand_as(weight).clone()
+
+
+def check_names(model: torch.nn.Module, config_list: Iterable[Any]) -> None:
+    """Check that a model has the layers that a config_list names.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model.
+    config_list : iterable of dict
+        NNI's config_list; what isn't a dict is passed over.
+
+    Raises
+    ------
+    ConfigError
+        If an ``op_names`` holds a name that is no module's; NNI says nothing or raises a KeyError.
+    """
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    for config in config_list:
+        for name in (config.get("op_names") or ()) if isinstance(config, dict) else ():
+            if name not in known:
+                raise unknown_name("a layer", str(name), known)

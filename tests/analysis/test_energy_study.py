@@ -135,6 +135,16 @@ def test_suggestions(drops, removed, level):
     assert study.suggestion(0.009) == expected
 
 
+def test_a_loss_of_exactly_what_is_allowed_is_allowed():
+    """443 and 433 of 500 images right: in floats the difference is more than 0.02."""
+    alone = {0.1: Quality(1.0, 433 / 500)}
+    row = LayerEnergy(("conv",), 10, (1.0,) * 10, {0.1: 3}, alone)
+    study = EnergyStudy((0.1,), Quality(0.5, 443 / 500), [row], {}, {})
+    assert 443 / 500 - 433 / 500 > 0.02
+    assert study.verdict(row) == "redundant"
+    assert study.suggestion(0.02) == {"conv": 0.1}
+
+
 def test_bad_requests():
     for thresholds in ((), (0.2, 0.1), (0.1, 0.1)):
         with pytest.raises(ConfigError, match="ascend"):

@@ -9,7 +9,7 @@ from torch import nn
 
 from nni_topo.analysis.sensitivity import SensitivityCurve, sensitivity
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.testing import toy_images, toy_model
+from nni_topo.testing import toy_evaluator, toy_images, toy_model
 
 IMAGES = toy_images(64, seed=1)
 
@@ -91,6 +91,22 @@ def test_highest_ratio_stops_at_the_first_dip():
     assert [curve.highest_ratio(least) for least in (0.5, 0.8, 0.92)] == [0.6, 0.2, 0.0]
 
 
+def test_pruners_that_train_get_an_evaluator_for_each_copy(tmp_path):
+    victims = []
+
+    def knobs(victim):
+        victims.append(victim)
+        return {"evaluator": toy_evaluator(victim), "training_steps": 2}
+
+    model = toy_model()
+    found = sensitivity(
+        model, IMAGES[:2], lambda net: 1.0, (0.25, 0.5), "taylor", layers=["inner", "hidden"], knobs=knobs
+    )
+    assert [sorted(curve.accuracy) for curve in found.curves] == [[0.25, 0.5]] * len(found.curves)
+    assert all(victim is not model for victim in victims)
+    assert "training_steps: 2" in found.save(tmp_path)[2].read_text()
+
+
 @pytest.mark.parametrize(
     ("knobs", "error", "message"),
     [
@@ -98,6 +114,7 @@ def test_highest_ratio_stops_at_the_first_dip():
         ({"ratios": (0.5, 1.0)}, ConfigError, "ratios must be"),
         ({"pruner": "l3"}, ConfigError, "did you mean l"),
         ({"knobs": {"nrm": 1}, "pruner": "matrix"}, ConfigError, "did you mean norm"),
+        ({"layers": ["hiden"]}, ConfigError, "a layer must be a known name, got 'hiden'; did you mean hidden"),
         ({"budget": -1.0}, ConfigError, "budget and stop_drop must be at least 0, got -1.0"),
         ({"evaluate": lambda net: float("nan")}, DataError, "finite number, got nan"),
     ],

@@ -9,6 +9,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.pruners.matrix import MatrixPruner
 from nni_topo.pruners.rounds import even_steps, prune_in_rounds
 from nni_topo.registry import create_pruner
+from nni_topo.speedup import dependency_groups
 from nni_topo.testing import STRUCTURED_CHECKS, toy_images, toy_model
 
 IMAGES = toy_images(2)
@@ -83,3 +84,12 @@ def test_in_rounds_norms_are_measured_again():
 def test_bad_norms_are_refused(norm):
     with pytest.raises(ConfigError, match="norm must be 1 or 2"):
         MatrixPruner(toy_model(), [{"op_names": ["hidden"], "sparse_ratio": 0.5}], norm=norm)
+
+
+def test_a_layer_that_is_not_there_is_named():
+    for call in (
+        lambda config: MatrixPruner(toy_model(), config),
+        lambda config: dependency_groups(toy_model(), IMAGES, config),
+    ):
+        with pytest.raises(ConfigError, match="a layer must be a known name, got 'hiden'; did you mean hidden"):
+            call([{"op_names": ["hiden"], "sparse_ratio": 0.5}])

@@ -56,7 +56,9 @@ def test_study_and_suggestion(words, tmp_path, capsys):
     assert record["baseline"]["accuracy"] > 0.9
     files = {path.name for path in (tmp_path / "study").iterdir()}
     assert files == {"energy.json", "compression.png", "accuracy.png", "loss.png", "suggested.yaml"}
-    config = yaml.safe_load((tmp_path / "study" / "suggested.yaml").read_text())
+    written = (tmp_path / "study" / "suggested.yaml").read_text()
+    assert f"nni-topo prune --model {MODEL} --data digits --checkpoint {words[3]} --limit 300 --config" in written
+    config = yaml.safe_load(written)
     named = {n: entry["sparse_threshold"] for entry in config["config_list"] for n in entry["op_names"]}
     assert named == record["suggested"]["thresholds"]
     prune = ["prune", *words, "--config", str(tmp_path / "study" / "suggested.yaml"), "--json"]
@@ -72,13 +74,22 @@ def test_parts_are_printed_and_recorded(words, tmp_path, capsys):
     study = ["analyze", "energy", *words, "--images", "100", "--thresholds", "0.05", "0.1", "0.3", "--parts", *parts]
     assert main([*study, "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    for title in ("dropout at test time", "without retraining", "replaced", "chosen by", "epochs in all"):
+    for title in (
+        "loss (nats)",
+        "dropout at test time",
+        "without retraining",
+        "replaced",
+        "chosen by",
+        "epochs in all",
+    ):
         assert title in text
     record = json.loads((tmp_path / "energy.json").read_text())
     assert set(parts) < set(record)
     assert set(record["selection"]["methods"]) > {"energy", "taylor, genetic"}
-    for name in ("dropout_0.1.png", "dropout_0.1_change.png"):
-        assert (tmp_path / name).stat().st_size > 3000
+    for suffix in ("", "_change", "_loss", "_loss_change"):
+        assert (tmp_path / f"dropout_0.1{suffix}.png").stat().st_size > 3000
+    shown = f"{record['layers'][1]['alone']['0.3']['loss']:.3f}"
+    assert shown in text.split("loss (nats)")[1].split("saturated")[0]
     rates = record["dropout"]["unpruned"]
     assert rates["0.0"]["accuracy"] == record["baseline"]["accuracy"]
     assert rates["0.9"]["loss"] > rates["0.0"]["loss"]
@@ -100,6 +111,8 @@ def test_energies_on_data_are_suggested_with_their_calibration(words, tmp_path, 
         (["--parts", "dropuot"], "did you mean dropout"),
         (["--parts", "replacement", "--layer", "9", "--images", "20"], "got none (9)"),
         (["--sweep", "niquist"], "did you mean nyquist"),
+        (["--window", "ham"], "did you mean hann"),
+        (["--normalization", "layers"], "did you mean layer"),
         (["--images", "0"], "test_limit must be at least 1"),
     ],
 )

@@ -36,21 +36,26 @@ def test_the_study_writes_rows_a_picture_and_goes_on(tmp_path, capsys):
     words = ["analyze", "magnitude", *SMALL, "--rounds", "2", "--epochs", "2", "--json", "--out", str(tmp_path)]
     assert main([*words, "--ratios", "0.5"]) == 0
     first = json.loads(capsys.readouterr().out)
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert len(lines) == 9
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     assert main([*words, "--ratios", "0.5", "0.8"]) == 0
     output = capsys.readouterr()
     document = json.loads(output.out)
-    assert "0.5:" not in output.err
+    assert output.err.count("0.5:") == 1
     kinds = {(row["pruner"], row["part"], row["way"]) for row in document["rows"]}
     assert len(kinds) == 9
     assert len(document["rows"]) == 18
-    assert [row for row in document["rows"] if row["ratio"] == 0.5] == first["rows"]
+    kept = [row for row in document["rows"] if row["ratio"] == 0.5]
+    assert [row["accuracy"] for row in kept] == [row["accuracy"] for row in first["rows"]]
     level, matrix = (
         next(row for row in document["rows"] if row["pruner"] == name and row["ratio"] == 0.8 and "params" in row)
         for name in ("level", "matrix")
     )
     assert matrix["params"] < level["params"] < 0.25 * document["baseline"]["params"]
     assert matrix["bytes"]["dense"] < 0.5 * level["bytes"]["dense"]
-    assert set(level["latency_ms"]) == {"dense", "csr"}
+    assert set(level["latency_ms"]) == {"unpruned", "zeros", "csr"}
+    assert set(matrix["latency_ms"]) == {"unpruned", "zeros", "dense"}
     assert (tmp_path / "magnitude.png").stat().st_size > 20000
 
 
@@ -68,6 +73,17 @@ def test_sensitivity_suggests_what_prune_takes(tmp_path, capsys):
     assert main(["prune", *words, "--config", str(out / "suggested.yaml"), "--out", str(tmp_path / "dense")]) == 0
     summary = json.loads((tmp_path / "dense" / "summary.json").read_text())
     assert summary["params"] < summary["params_before"]
+
+
+@pytest.mark.parametrize(("pruner", "kept"), [("taylor", "training_steps: 1"), ("cluster", "calibration: 100")])
+def test_sensitivity_gives_pruners_the_data_they_need(pruner, kept, tmp_path):
+    words = ["--model", "lenet300", "--limit", "100"]
+    study = ["analyze", "sensitivity", *words, "--pruner", pruner, "--ratios", "0.5", "--budget", "1.0"]
+    assert main([*study, "--out", str(tmp_path)]) == 0
+    assert kept in (tmp_path / "suggested.yaml").read_text()
+    assert main(["prune", *words, "--config", str(tmp_path / "suggested.yaml"), "--out", str(tmp_path / "dense")]) == 0
+    summary = json.loads((tmp_path / "dense" / "summary.json").read_text())
+    assert summary["params"] < 0.6 * summary["params_before"]
 
 
 @pytest.mark.parametrize(

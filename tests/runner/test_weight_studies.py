@@ -47,6 +47,9 @@ def test_compression_as_json_and_to_a_file(tmp_path, capsys):
         (["mnist_fcm", "--input-size", "1", "28", "28"], "did you mean mnist_fcn"),
         (["mnist_fcn", "--input-size", "1", "28", "30"], "a square, got (1, 28, 30)"),
         (["mnist_fcn", "--input-size", "1", "28", "28", "--convention", "table"], "did you mean tables"),
+        (["mnist_fcn", "--input-size", "1", "0", "28"], "at least 1, got (1, 0, 28)"),
+        (["torch.nn:Identity", "--input-size", "3"], "must have a layer of type Linear"),
+        (["torchvision/alexnet", "--input-size", "3", "8", "8"], "example_inputs must be ones that the model runs on"),
     ],
 )
 def test_bad_requests_end_with_2(words, message, capsys):
@@ -54,7 +57,16 @@ def test_bad_requests_end_with_2(words, message, capsys):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_size_has_three_numbers():
+def test_any_model_and_any_input(tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_nets.py").write_text("import torch.nn as nn\n\ndef tagger():\n    return nn.LSTM(20, 30)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main([*COMPRESSION, "own_nets:tagger", "--input-size", "5", "20"]) == 0
+    assert f"{30 * 20 / 49:.5f}" in capsys.readouterr().out
+    found = compression_study(ModelChoice("torchvision/resnet18"), (3, 64, 96))
+    assert found.layers["conv1"] == pytest.approx(49 * 32 * 48 / (70 * 102 + 32 * 48 - 1))
+
+
+def test_a_listed_models_size_has_three_numbers():
     with pytest.raises(ConfigError, match="got \\(28, 28\\)"):
         compression_study(ModelChoice("mnist_fcn"), (28, 28))
 
