@@ -40,7 +40,14 @@ def check_free_disk(folder: Path, needed: int = MIN_FREE_BYTES) -> None:
 
 @contextmanager
 def only_process(folder: Path) -> Iterator[None]:
-    """Hold the folder; another process that does is waited for. A killed process lets go."""
+    """Hold a folder with room to write; another process that does is waited for. A killed process lets go.
+
+    Raises
+    ------
+    DataError
+        As :func:`check_free_disk`.
+    """
+    check_free_disk(folder)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         stream = (folder / _LOCK).open("w")

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nni_topo import serialization, zoo
 from nni_topo.distributed import broadcast, broadcast_masks, data_share, world
 from nni_topo.errors import ConfigError, unknown_name
-from nni_topo.experiment.folder import check_free_disk, only_process, read_json, write_json, write_whole
+from nni_topo.experiment.folder import only_process, read_json, write_json, write_whole
 from nni_topo.experiment.settings import TrialSettings
 from nni_topo.hooks import Masks
 from nni_topo.recovery import compensation
@@ -107,7 +107,6 @@ def reported(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def _begin(settings: TrialSettings, out: Path) -> Record | None:
     """Claim the folder; return the metrics if the trial is done."""
-    check_free_disk(out)
     known = read_json(out / SETTINGS)
     mine = settings.to_dict()
     if known is None:
