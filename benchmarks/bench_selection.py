@@ -26,7 +26,14 @@ from torch.utils.data import TensorDataset
 from nni_topo import recalibrate_batch_norm, to_dense, zoo
 from nni_topo.runner import DataChoice, ModelChoice, Plan, PrunerChoice, Target
 from nni_topo.runner.cells import Cell
-from nni_topo.runner.execute import calibration_batches, load_model_data, prune, shared_ratios, trained_model
+from nni_topo.runner.execute import (
+    calibration_batches,
+    cell_facts,
+    load_model_data,
+    prune,
+    shared_ratios,
+    trained_model,
+)
 from nni_topo.runner.records import Record, append_record, provenance, read_records
 from nni_topo.runner.report import best_rival, grouped, interval, paired_difference
 
@@ -138,13 +145,7 @@ def _measure(cell: Cell, setting: Setting, out: Path) -> Record:
     dense = to_dense(model, example, masks)
     test = TensorDataset(*data.test[: setting.test_images])
     record = {
-        "key": cell.key,
-        "pruner": cell.pruner.row,
-        "pruner_name": cell.pruner.name,
-        "seed": cell.seed,
-        "model": cell.model.label,
-        "data": cell.data.name,
-        "target": cell.target.label,
+        **cell_facts(cell),
         "flops": zoo.count_macs(dense, example),
         "accuracy_before": before,
         "accuracy_oneshot": zoo.evaluate(dense, test),

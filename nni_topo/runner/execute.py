@@ -62,13 +62,7 @@ def run_cell(cell: Cell, out: Path) -> Record:
     dense = to_dense(model, example, masks)
     speedup_seconds = time.perf_counter() - began
     record = {
-        "key": cell.key,
-        "pruner": cell.pruner.row,
-        "pruner_name": cell.pruner.name,
-        "seed": cell.seed,
-        "model": cell.model.label,
-        "data": cell.data.name,
-        "target": cell.target.label,
+        **cell_facts(cell),
         "sparse_ratios": ratios,
         "flops_before": macs,
         "flops": zoo.count_macs(dense, example),
@@ -91,6 +85,19 @@ def run_cell(cell: Cell, out: Path) -> Record:
     record["peak_memory_bytes"] = _peak_memory()
     record["seconds"] = time.perf_counter() - start
     return {**record, **provenance()}
+
+
+def cell_facts(cell: Cell) -> Record:
+    """Return what every record says of its cell."""
+    return {
+        "key": cell.key,
+        "pruner": cell.pruner.row,
+        "pruner_name": cell.pruner.name,
+        "seed": cell.seed,
+        "model": cell.model.label,
+        "data": cell.data.name,
+        "target": cell.target.label,
+    }
 
 
 def load_model_data(model: ModelChoice, data: DataChoice) -> zoo.DataBundle:

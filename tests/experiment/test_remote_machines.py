@@ -68,8 +68,7 @@ def ssh_port(home):
         Path("/run/sshd").mkdir(exist_ok=True)
     server = subprocess.Popen([SSHD, "-D", "-e", "-f", str(folder / "sshd_config")], stderr=subprocess.PIPE, text=True)
     time.sleep(0.5)
-    if server.poll() is not None:
-        pytest.skip(f"the SSH server didn't start: {server.stderr.read().strip()}")
+    assert server.poll() is None, f"the SSH server didn't start: {server.stderr.read().strip()}"
     yield port
     server.send_signal(signal.SIGTERM)
     server.wait()
