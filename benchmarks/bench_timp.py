@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,11 +26,11 @@ from nni_topo.runner.timp_report import markdown_overlap, markdown_rounds, plot_
 
 @dataclass(frozen=True)
 class Size:
-    """How large a run is: images, test images, epochs of the training and of each round, seeds."""
+    """How large a run is: images, test images, changes to the recipe, epochs of each round, seeds."""
 
     images: int
     test_images: int
-    train: dict[str, float]
+    recipe: dict[str, Any]
     retrain_epochs: int
     seeds: int
 
@@ -37,8 +38,8 @@ class Size:
 SIZES = {
     "lenet300": Size(5_000, 5_000, {}, 2, 5),
     "mnist_fcn": Size(5_000, 5_000, {}, 2, 5),
-    "mnist_cnn": Size(1_000, 1_000, {}, 1, 5),
-    "resnet20": Size(2_000, 1_000, {"epochs": 10}, 1, 1),
+    "mnist_cnn": Size(5_000, 2_000, {}, 2, 5),
+    "resnet20": Size(5_000, 2_000, {"epochs": 20, "precision": "bfloat16"}, 2, 3),
 }
 
 
@@ -49,7 +50,7 @@ def cells(options: argparse.Namespace) -> list[RoundsCell]:
         size = SIZES[net]
         limits = (None, None) if options.data == "digits" else (size.images, size.test_images)
         data = DataChoice(options.data, folder, *limits)
-        recipe = zoo.default_recipe(net, options.data)
+        recipe = replace(zoo.default_recipe(net, options.data), **size.recipe)
         for seed in range(options.seeds or size.seeds):
             for name, capped in (("IMP", False), ("T-IMP", False), ("IMP", True)):
                 cell = Cell(
@@ -58,7 +59,7 @@ def cells(options: argparse.Namespace) -> list[RoundsCell]:
                     METHODS[name],
                     Target("ratio", SPARSITIES[-1]),
                     seed,
-                    train=replace(recipe, **size.train),
+                    train=recipe,
                     retrain=recipe.for_retraining(size.retrain_epochs),
                     device=options.device,
                 )
@@ -71,7 +72,7 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--seeds", type=int, help="default: 5, for resnet20 1")
+    parser.add_argument("--seeds", type=int, help="default: 5, for resnet20 3")
     parser.add_argument("--rewind", action="store_true", help="to the initial weights, before each round")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,13 +25,14 @@ def markdown_rounds(records: Iterable[Record]) -> str:
         runs = next(iter(methods.values()))
         before = interval([run["accuracy_before"] for run in runs]).show(100)
         lines += [
-            f"**{model} on {runs[0]['data']}, {runs[0]['images']} images, {len(runs)} seeds; dense {before} %**",
+            f"**{model} on {runs[0]['data']}, {runs[0]['images']} images, {len(runs)} seed{'s' * (len(runs) > 1)}; "
+            f"dense {before} %**",
             "",
         ]
         heads = ["asked gone %"]
         for method in methods:
             heads += [f"{method}: kept %", "accuracy %", "channels connected %", "outputs reached %"]
-        heads += [f"T-IMP - {method}" for method in _rivals(methods)]
+        heads += [f"T-IMP - {rival.partition(',')[0]}" for _, rival in _rivals(methods)]
         lines += [f"| {' | '.join(heads)} |", "|" + "---:|" * len(heads)]
         lines += [f"| {' | '.join(_row(methods, index))} |" for index in range(len(runs[0]["rounds"]))]
         lines.append("")
@@ -56,8 +58,8 @@ def plot_rounds(records: Iterable[Record], path: str | Path) -> Path:
             _draw(axes[0, column], runs, "accuracy", method, "-")
             _draw(axes[1, column], runs, "channels_connected", f"{method}: channels connected", "-")
             _draw(axes[1, column], runs, "outputs_reached", f"{method}: outputs reached", ":")
-        if "T-IMP" in methods:
-            critical = min(entry["kept"] for entry in methods["T-IMP"][0]["rounds"])
+        for runs in (runs for method, runs in methods.items() if method.startswith("T-IMP")):
+            critical = min(entry["kept"] for entry in runs[0]["rounds"])
             for axis in axes[:, column]:
                 axis.axvline(1.0 / critical, color="black", linewidth=0.7, linestyle="--")
         for axis in axes[:, column]:
@@ -114,16 +116,21 @@ def _row(methods: dict[str, list[Record]], index: int) -> list[str]:
         cells.append(interval([run["rounds"][index]["accuracy"] for run in runs]).show(100))
         cells += [f"{100 * _mean(runs, index, key):.1f}" for key in ("channels_connected", "outputs_reached")]
     by_seed = {m: {run["seed"]: run["rounds"][index]["accuracy"] for run in runs} for m, runs in methods.items()}
-    for rival in _rivals(methods):
-        seeds = sorted(by_seed["T-IMP"].keys() & by_seed[rival].keys())
-        gains = [by_seed["T-IMP"][seed] - by_seed[rival][seed] for seed in seeds]
+    for ours, rival in _rivals(methods):
+        seeds = sorted(by_seed[ours].keys() & by_seed[rival].keys())
+        gains = [by_seed[ours][seed] - by_seed[rival][seed] for seed in seeds]
         cells.append(interval(gains).show(100, sign=True))
     return cells
 
 
-def _rivals(methods: dict[str, list[Record]]) -> list[str]:
-    """Return the methods that T-IMP is compared with."""
-    return [method for method in methods if method != "T-IMP"] if "T-IMP" in methods else []
+def _rivals(methods: dict[str, list[Record]]) -> list[tuple[str, str]]:
+    """Return T-IMP, rewound or not, with each method that it is compared with."""
+    return [
+        (ours, rival)
+        for ours in methods
+        for rival in methods
+        if ours.startswith("T-IMP") and rival in (ours.replace("T-IMP", name) for name in ("IMP", "IMP capped"))
+    ]
 
 
 def _mean(runs: list[Record], index: int, key: str) -> float:
@@ -133,7 +140,7 @@ def _mean(runs: list[Record], index: int, key: str) -> float:
 def _draw(axis: Axes, runs: list[Record], key: str, label: str, style: str) -> None:
     asked = [1.0 / (1.0 - level) for level in runs[0]["sparsities"]]
     values = 100 * np.array([[entry[key] for entry in run["rounds"]] for run in runs])
-    options: dict[str, Any] = {"color": _COLORS.get(label.partition(":")[0])}
+    options: dict[str, Any] = {"color": _COLORS.get(re.split("[:,]", label)[0])}
     axis.plot(asked, values.mean(0), style, marker=".", label=label, **options)
     if len(runs) > 1:
         axis.fill_between(asked, values.min(0), values.max(0), alpha=0.15, linewidth=0, **options)

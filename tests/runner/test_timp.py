@@ -92,6 +92,16 @@ def test_rewound_runs_are_runs_of_their_own(finished, tmp_path):
     assert record["rounds"][2]["kept"] == records[1]["rounds"][2]["kept"]
 
 
+def test_rewound_runs_are_compared_with_each_other_only(finished):
+    records, _ = finished
+    rewound = [{**record, "method": f"{record['method']}, rewound"} for record in records]
+    rewound[1]["rounds"] = [{**entry, "accuracy": entry["accuracy"] - 0.25} for entry in records[1]["rounds"]]
+    table = markdown_rounds([*records, *rewound])
+    assert table.splitlines()[2].endswith("| T-IMP - IMP | T-IMP - IMP capped | T-IMP - IMP | T-IMP - IMP capped |")
+    gains = [float(cell) for cell in table.splitlines()[-1].split("|")[-5:-1]]
+    assert gains[2:] == pytest.approx([gain - 25 for gain in gains[:2]], abs=0.11)
+
+
 def test_tables_and_pictures(finished, tmp_path):
     records, _ = finished
     twice = [*records, *({**record, "seed": 1} for record in records)]
