@@ -165,15 +165,24 @@ class Bench:
         dense = nni_topo.to_dense(model, example, masks)
         updated = nni_topo.compensate(model, masks, images, method="pair", pairs=pairs)
         updated = nni_topo.to_dense(updated, example, masks)
+        rebuilt = nni_topo.to_dense(nni_topo.compensate(model, masks, images), example, masks)
         record |= {"widths_before": layer_widths(model), "widths": layer_widths(dense)}
         record |= {"params_before": zoo.count_params(model), "params": zoo.count_params(dense)}
-        record |= {"pruned": zoo.evaluate(dense, bundle.test), "updated": zoo.evaluate(updated, bundle.test)}
+        for row, net in (("pruned", dense), ("updated", updated), ("rebuilt", rebuilt)):
+            record |= {row: zoo.evaluate(net, bundle.test), f"error_{row}": output_error(net, model, bundle)}
         if retrain:
             for row, net in (("", dense), ("_updated", updated)):
                 found = epochs_back(net, bundle, self.recipe(name, True), accuracy, seed=seed)
                 record[f"epochs{row}"], record[f"retrained{row}"] = found
         record["seconds"] = time.perf_counter() - began
         return record
+
+
+def output_error(net: nn.Module, original: nn.Module, bundle: zoo.DataBundle) -> float:
+    """Return the mean squared error of the outputs on the test images, as a share of their variance."""
+    with torch.no_grad():
+        wanted, found = (torch.cat([each(x) for x in bundle.test.tensors[0].split(250)]) for each in (original, net))
+    return float((found - wanted).square().mean() / wanted.var(0).mean())
 
 
 def subcluster(bench: Bench, part: str, name: str, seed: int, label: str, **knobs: Any) -> None:
@@ -289,8 +298,9 @@ def _layers(cells: pd.DataFrame) -> Iterator[str]:
 
 
 def _rows(cells: pd.DataFrame) -> Iterator[str]:
-    shown = {"before": "before %", "pruned": "pruned %", "updated": "updated %", "retrained": "retrained %"}
-    shown |= {"retrained_updated": "updated and retrained %"}
+    shown = {"before": "before %", "pruned": "pruned %", "updated": "updated %", "rebuilt": "reconstructed %"}
+    shown |= {"retrained": "retrained %", "retrained_updated": "updated and retrained %"}
+    shown |= {f"error_{row}": f"error, {row} %" for row in ("pruned", "updated", "rebuilt")}
     heads = ["net", "row", "ratio", "runs", "nodes", "parameters gone %", *shown.values()]
     heads += ["epochs", "epochs, updated", "prune s"]
     yield f"| {' | '.join(heads)} |"

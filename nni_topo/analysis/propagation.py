@@ -14,6 +14,7 @@ References
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -282,5 +283,8 @@ def _forward(stage: Stage, value: Tensor, parameters: dict[str, Tensor]) -> Tens
 
 def _tangent(forward: Callable[[Any], Tensor], at: Any, direction: Any) -> Tensor:
     """Return the derivative of a function in a direction."""
-    tangent: Tensor = jvp(forward, (at,), (direction,))[1]
+    with warnings.catch_warnings():
+        # PyTorch's own rules for forward derivatives are compiled by it.
+        warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
+        tangent: Tensor = jvp(forward, (at,), (direction,))[1]
     return tangent
