@@ -143,7 +143,15 @@ class Bench:
         print(key, f"{100 * record['pruned']:.1f} %", f"{record['seconds']:.1f} s", flush=True)
 
     def _measured(
-        self, name: str, seed: int, retrain: bool, *, pruner: str, config: list[dict[str, Any]], **knobs: Any
+        self,
+        name: str,
+        seed: int,
+        retrain: bool,
+        *,
+        pruner: str,
+        config: list[dict[str, Any]],
+        free_pairs: bool = False,
+        **knobs: Any,
     ) -> dict[str, Any]:
         began = time.perf_counter()
         model, bundle, accuracy = self.trained(name, seed)
@@ -160,7 +168,7 @@ class Bench:
         if trees and retrain:
             draw_splits(trees).savefig(self.out / f"splits-{name}.png", dpi=110)
         own.unwrap_model()
-        pairs = getattr(own, "pairs", None)
+        pairs = None if free_pairs else getattr(own, "pairs", None)
         example = images[0][:2]
         dense = nni_topo.to_dense(model, example, masks)
         updated = nni_topo.compensate(model, masks, images, method="pair", pairs=pairs)
@@ -252,6 +260,7 @@ def rivals(bench: Bench, nets: list[str], seeds: int) -> None:
     for name in _among(nets, "lenet300", "lenet5", "lenet5_like"):
         for seed in range(1 if name == "lenet5_like" else seeds):
             subcluster(bench, "rivals", name, seed, "subcluster", energy=0.8)
+            subcluster(bench, "rivals", name, seed, "subcluster, free pairs", energy=0.8, free_pairs=True)
             mine = next(r for r in bench.records if r["key"] == f"rivals/{name}/{seed}/subcluster/")
             config = [
                 {"op_names": [layer], "sparse_ratio": (count - mine["widths"][layer] + 0.5) / count}
