@@ -8,6 +8,7 @@ References
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,8 +33,8 @@ class NetDeviation:
         ``dev / ||dev||``, equation (3.13) as printed: for a number this is its sign, -1, 0 or 1, and nothing more.
     relative : float
         ``dev / bound``, at least -1: what (3.13) is described as, a *normalised* difference of error and bound. -1: no
-        error; 0: all of the bound is used up; above 0: the bound, which holds to first order, is broken. 0 if there
-        is no bound either.
+        error; 0: all of the bound is used up; above 0: the bound, which holds to first order, is broken, infinitely
+        where it is 0. 0 if there is neither error nor bound.
     error, bound : float
         Euclidean norms over the batch.
     """
@@ -90,4 +91,5 @@ def deviation_of(found: ErrorBound, form: Form = "first_order") -> NetDeviation:
     bound = float(getattr(found, form))
     dev = found.error - bound
     sign = 0.0 if dev == 0.0 else dev / abs(dev)
-    return NetDeviation(dev, sign, dev / bound if bound > 0 else 0.0, found.error, bound)
+    relative = dev / bound if bound > 0 else (math.inf if dev > 0 else 0.0)
+    return NetDeviation(dev, sign, relative, found.error, bound)

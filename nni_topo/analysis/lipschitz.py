@@ -15,23 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nni_topo.analysis.pooling import pooling_constant, pooling_of
 from nni_topo.errors import ConfigError
 from nni_topo.speedup.labels import tensor_shape
-from nni_topo.speedup.layers import CONVOLUTIONS
+from nni_topo.speedup.layers import CONVOLUTIONS, TRANSPOSED
 
 _LARGEST = 2 * 10**8
 _SLOPES = {
     "relu": 1.0, "relu6": 1.0, "leakyrelu": 1.0, "elu": 1.0, "celu": 1.0, "tanh": 1.0, "hardtanh": 1.0, "softplus": 1.0,
     "softsign": 1.0, "logsigmoid": 1.0, "sigmoid": 0.25, "hardsigmoid": 1.0 / 6.0, "softmax": 1.0, "gelu": 1.13,
-    "silu": 1.1, "mish": 1.09, "hardswish": 1.5, "abs": 1.0,
+    "silu": 1.1, "mish": 1.09, "hardswish": 1.5, "abs": 1.0, "selu": 1.7581,
 }  # fmt: skip
 _MOVES = {
     "flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "clone", "identity",
-    "dropout", "dropout1d", "dropout2d", "dropout3d", "unflatten", "chunk", "split", "getitem", "cat", "concat", "add",
-    "iadd", "sub", "neg",
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "unflatten", "chunk", "split", "getitem", "cat", "concat", "neg",
 }  # fmt: skip
+_SUMS = {"add", "iadd", "sub"}
 
 
 def largest_changes(graph: GraphModule, other: GraphModule, inputs: Tensor) -> dict[str, float]:
@@ -56,8 +58,13 @@ def largest_changes(graph: GraphModule, other: GraphModule, inputs: Tensor) -> d
         If an operation's Lipschitz constant isn't known, or parameters don't belong to modules.
     """
     runner = _Changes(graph, other)
-    if "" in runner._moved:
-        raise ConfigError("a global error bound needs parameters that belong to modules, got others (model)")
+    called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+    apart = sorted(runner._moved - called)
+    if apart:
+        raise ConfigError(
+            "a global error bound needs parameters that belong to layers, got some that the model uses itself "
+            f"({apart[0] or 'model'})"
+        )
     with torch.no_grad():
         runner.run(inputs)
     return runner.known[next(node for node in graph.graph.nodes if node.op == "output")]
@@ -81,7 +88,7 @@ def operator_constant(graph_module: GraphModule, node: Node) -> float:
     Returns
     -------
     float
-        At least 0. For an addition or concatenation: 1, for each of its inputs.
+        At least 0. For an addition or concatenation: 1, for each of its operands, of the shape of the sum.
 
     Raises
     ------
@@ -91,20 +98,23 @@ def operator_constant(graph_module: GraphModule, node: Node) -> float:
     module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
     if isinstance(module, nn.Linear):
         return float(torch.linalg.matrix_norm(module.weight.detach().double(), 2))
-    if isinstance(module, CONVOLUTIONS):
+    if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
         return convolution_constant(module, _shape(node.all_input_nodes[0])[2:])
     if isinstance(module, _BatchNorm) and module.running_var is not None:
         scale = (module.running_var.double() + module.eps).rsqrt()
         scale = scale if module.weight is None else scale * module.weight.detach().double()
         return float(scale.abs().max())
+    if isinstance(module, nn.PReLU):
+        return max(1.0, float(module.weight.detach().abs().max()))
+    pool = pooling_of(module, node)
+    if pool is not None:
+        return pooling_constant(pool, _shape(node.all_input_nodes[0])[2:], _shape(node)[2:])
     name = _plain(module, node)
-    if module is not None and "pool" in name:
-        return _pooling_constant(module, name, node)
     if name in _SLOPES:
         return max(_SLOPES[name], _steepness(module, name, node))
     if name == "mean":
         return math.sqrt(math.prod(_shape(node)) / math.prod(_shape(node.all_input_nodes[0])))
-    if name in _MOVES and not node.kwargs.get("alpha"):
+    if name in _MOVES | _SUMS and not node.kwargs.get("alpha") and not (name == "getitem" and _repeats(node.args[1])):
         return 1.0
     raise ConfigError(f"a global error bound needs an operation of a known Lipschitz constant, got {name!r} ({node})")
 
@@ -114,7 +124,7 @@ def convolution_constant(module: Any, sides: Sequence[int]) -> float:
 
     Parameters
     ----------
-    module : torch.nn.Conv1d, Conv2d or Conv3d
+    module : torch.nn.Conv1d, Conv2d or Conv3d, or the transposed ones
         The convolution, padded with zeros or not at all.
     sides : sequence of int
         Sides of the images that enter.
@@ -123,8 +133,8 @@ def convolution_constant(module: Any, sides: Sequence[int]) -> float:
     -------
     float
         The norm of the convolution without a border, on a torus that is as large as the image and the kernel together,
-        of which the layer computes a part [1]_. Where that takes too much memory, the geometric mean of the
-        largest absolute row and column sums.
+        of which the layer computes a part [1]_; of a transposed one the images are spread by the stride first. Where
+        that takes too much memory, the geometric mean of the largest absolute row and column sums.
 
     Raises
     ------
@@ -139,6 +149,8 @@ def convolution_constant(module: Any, sides: Sequence[int]) -> float:
         raise ConfigError(f"a global error bound needs convolutions padded by zeros, got {module.padding_mode!r}")
     kernels = module.weight.detach().double().unflatten(0, (module.groups, -1))
     reach = [(k - 1) * d for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+    if isinstance(module, TRANSPOSED):
+        sides = [(side - 1) * step + 1 for side, step in zip(sides, module.stride, strict=True)]
     torus = [side + more for side, more in zip(sides, reach, strict=True)]
     dims = tuple(range(3, kernels.dim()))
     if kernels.shape[:3].numel() * math.prod(torus) > _LARGEST:
@@ -151,24 +163,6 @@ def convolution_constant(module: Any, sides: Sequence[int]) -> float:
     return float(torch.linalg.matrix_norm(spectrum.movedim(3, 1), 2).max())
 
 
-def _pooling_constant(module: Any, name: str, node: Node) -> float:
-    entering, leaving = _shape(node.all_input_nodes[0])[2:], _shape(node)[2:]
-    if name.startswith("adaptive"):
-        steps = list(zip(entering, leaving, strict=True))
-        shares = [out / side if side % out == 0 else 2.0 / max(1, side // out) for side, out in steps]
-        return math.sqrt(math.prod(shares)) if "avg" in name else math.sqrt(math.prod(min(2.0, 2 * s) for s in shares))
-    kernel, stride = _sizes(module.kernel_size, len(entering)), _sizes(module.stride, len(entering))
-    covers = math.prod(math.ceil(k / s) for k, s in zip(kernel, stride, strict=True))
-    if getattr(module, "dilation", 1) not in (1, (1,) * len(entering)):
-        covers = math.prod(kernel)
-    unpadded = _sizes(module.padding, len(entering)) == [0] * len(entering) and not module.ceil_mode
-    return math.sqrt(covers / math.prod(kernel)) if "avg" in name and unpadded else math.sqrt(covers)
-
-
-def _sizes(value: int | Sequence[int], dims: int) -> list[int]:
-    return [value] * dims if isinstance(value, int) else list(value)
-
-
 def _steepness(module: Any, name: str, node: Node) -> float:
     """Slope of a leaky or exponential unit on its negative side."""
     knob = {"leakyrelu": "negative_slope", "elu": "alpha"}.get(name)
@@ -178,6 +172,12 @@ def _steepness(module: Any, name: str, node: Node) -> float:
         return abs(float(getattr(module, knob)))
     given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get(knob, 0.0)
     return abs(float(given))
+
+
+def _repeats(index: Any) -> bool:
+    """Say whether an index may read an entry more than once."""
+    each = index if isinstance(index, tuple) else (index,)
+    return not all(part is None or part is Ellipsis or isinstance(part, (int, slice)) for part in each)
 
 
 def _plain(module: nn.Module | None, node: Node) -> str:
@@ -211,8 +211,8 @@ class _Changes(Interpreter):
         if n.op in ("call_module", "call_function", "call_method"):
             found = _differences(self.other, n, self.known)
             if n.op == "call_module" and str(n.target) in self._moved:
-                arguments = [self.env[parent] for parent in n.all_input_nodes]
-                changed = self.other.get_submodule(str(n.target))(*arguments)
+                args, kwargs = self.fetch_args_kwargs_from_env(n)
+                changed = self.other.get_submodule(str(n.target))(*args, **kwargs)
                 found[str(n.target)] = found.get(str(n.target), 0.0) + norm(changed - value)
             self.known[n] = found
         elif n.op == "output":
@@ -233,11 +233,15 @@ def _differences(graph_module: GraphModule, node: Node, known: dict[Node, dict[s
         By node the norms of differences, split by the layers that they come from.
     """
     total: dict[str, float] = {}
-    parents = [known[parent] for parent in node.all_input_nodes if known.get(parent)]
-    if not parents:
+    operands: list[Node] = []
+    map_arg((node.args, node.kwargs), operands.append)  # one that is read twice counts twice
+    moving = [operand for operand in operands if known.get(operand)]
+    if not moving:
         return total
     constant = operator_constant(graph_module, node)
-    for parent in parents:
-        for layer, norm in parent.items():
-            total[layer] = total.get(layer, 0.0) + constant * norm
+    broadcasts = node.op != "call_module" and _plain(None, node) in _SUMS
+    for operand in moving:
+        copies = math.prod(_shape(node)) / math.prod(_shape(operand)) if broadcasts else 1.0
+        for layer, norm in known[operand].items():
+            total[layer] = total.get(layer, 0.0) + constant * math.sqrt(copies) * norm
     return total

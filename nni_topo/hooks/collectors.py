@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from nni_topo.calibration import calls
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.hooks.base import Data, DataCollector, PruningContext
 from nni_topo.hooks.narrowing import Narrowing, stretches
@@ -178,8 +179,8 @@ class ActivationCollector(DataCollector):
             if self.calibration is None:
                 context.evaluate()
                 return
-            for inputs in calibration_inputs(context.model, self.calibration):
-                context.model(inputs)
+            for args, kwargs in calls(context.model, self.calibration):
+                context.model(*args, **kwargs)
 
 
 def checked_preprocess(preprocess: Preprocess) -> Preprocess:
@@ -192,29 +193,6 @@ def checked_preprocess(preprocess: Preprocess) -> Preprocess:
 def preprocess_points(points: Tensor, preprocess: Preprocess) -> Tensor:
     """Return preprocessed points ``(n, features)``; see :class:`WeightCollector`."""
     return _PREPROCESS[preprocess](points)
-
-
-def calibration_inputs(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the inputs of calibration batches on a model's device.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Says which device.
-    calibration : iterable
-        Batches: a tensor, or a tuple or list whose first entry is the input.
-
-    Raises
-    ------
-    DataError
-        If there is no batch, after the last one would have come.
-    """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    count = 0
-    for count, batch in enumerate(calibration, start=1):  # noqa: B007
-        yield (batch[0] if isinstance(batch, (tuple, list)) else batch).to(device)
-    if count == 0:
-        raise DataError("calibration must hold at least one batch, got none (was a generator used twice?)")
 
 
 class Moments:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nni_topo.calibration import calls
 from nni_topo.errors import DataError
 from nni_topo.hooks.base import PruningContext
-from nni_topo.hooks.collectors import calibration_inputs
 from nni_topo.hooks.energy import EnergyCollector, Normalization, masked_parameters
 from nni_topo.modes import evaluation_mode
 
@@ -63,8 +63,8 @@ class DataEnergyCollector(EnergyCollector):
         if self.calibration is None:
             context.evaluate()
             return
-        for inputs in calibration_inputs(context.model, self.calibration):
-            context.model(inputs)
+        for args, kwargs in calls(context.model, self.calibration):
+            context.model(*args, **kwargs)
 
 
 class _Sum:

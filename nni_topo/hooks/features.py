@@ -14,13 +14,13 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nni_topo.calibration import batch_size, calls, first_call
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.hooks.base import Data, DataCollector, PruningContext
-from nni_topo.hooks.collectors import calibration_inputs
 from nni_topo.hooks.units import PruningUnit
 from nni_topo.modes import detached_copy, evaluation_mode
 from nni_topo.speedup.channels import ChannelFlow
-from nni_topo.speedup.inputs import bind_arguments, call_arguments
+from nni_topo.speedup.inputs import Call, bind_arguments
 from nni_topo.speedup.labels import tensor_shape
 from nni_topo.speedup.tracing import trace
 
@@ -118,15 +118,14 @@ class FeatureCollector(DataCollector):
             If the model can't be traced.
         """
         batches = self._batches(context)
-        example = next(iter(calibration_inputs(context.model, batches)))
-        self._network = _traced(context, example)
+        self._network = _traced(context, first_call(context.model, batches))
         rows = {name: _Rows() for name in self._network.taps}
         runner = _Recorder(self._network, rows, self.pool)
         samples = 0
         with torch.no_grad():
-            for inputs in calibration_inputs(context.model, batches):
-                samples += len(inputs)
-                runner.run(*bind_arguments(context.model, call_arguments(inputs)).values())
+            for call in calls(context.model, batches):
+                samples += batch_size(call)
+                runner.run(*bind_arguments(context.model, call).values())
         if samples < 2:
             raise DataError(f"calibration must hold at least two samples to be clustered by, got {samples}")
         data: Data = {}
@@ -240,10 +239,10 @@ def _pooled(maps: Tensor, pool: Pool) -> Tensor:
     return pooled
 
 
-def _traced(context: PruningContext, example: Tensor) -> TracedNetwork:
+def _traced(context: PruningContext, call: Call) -> TracedNetwork:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices), evaluation_mode(context.model):
-        graph, args = trace(detached_copy(context.model).eval(), call_arguments(example))
+        graph, args = trace(detached_copy(context.model).eval(), call)
         flow = ChannelFlow(graph, args)
     names = {module_name for unit in context.units for module_name, _ in unit.members}
     nodes = [node for node in graph.graph.nodes if node.op == "call_module" and node.target in names]

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from nni_topo.calibration import calls, first_call
 from nni_topo.errors import ConfigError
 from nni_topo.hooks.base import Data, DataCollector, PruningContext
 from nni_topo.hooks.collectors import (
     Moments,
     Preprocess,
-    calibration_inputs,
     checked_preprocess,
     points_of_gram,
     preprocess_points,
@@ -26,7 +26,6 @@ from nni_topo.hooks.units import PruningUnit
 from nni_topo.modes import evaluation_mode
 from nni_topo.speedup.channels import ChannelFlow
 from nni_topo.speedup.dependency import channel_flow
-from nni_topo.speedup.inputs import call_arguments
 from nni_topo.speedup.layers import is_depthwise
 
 IntArray = NDArray[np.int64]
@@ -72,9 +71,8 @@ class FunctionalCollector(DataCollector):
         DataError
             If no batch came, or activations are NaN or infinite.
         """
-        example = next(iter(calibration_inputs(context.model, self.calibration)))
         with evaluation_mode(context.model):
-            flow = channel_flow(context.model, call_arguments(example))
+            flow = channel_flow(context.model, first_call(context.model, self.calibration))
         readers = {unit.name: readers_of(unit, flow, context) for unit in context.units}
         moments = {name: [Moments() for _ in found] for name, found in readers.items()}
         self._run(context, readers, moments)
@@ -97,8 +95,8 @@ class FunctionalCollector(DataCollector):
                 for reader, moment in zip(found, moments[name], strict=True):
                     handles.append(reader.module.register_forward_pre_hook(reader.recorder(moment)))
             with evaluation_mode(context.model), torch.no_grad():
-                for inputs in calibration_inputs(context.model, self.calibration):
-                    context.model(inputs)
+                for args, kwargs in calls(context.model, self.calibration):
+                    context.model(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()

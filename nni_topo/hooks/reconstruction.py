@@ -23,9 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from nni_topo.calibration import batch_size, calls, first_call
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.hooks.base import PruningContext
-from nni_topo.hooks.collectors import calibration_inputs
 from nni_topo.hooks.covariances import EnteringCovariances, column_count
 from nni_topo.hooks.functional import Reader, readers_of
 from nni_topo.hooks.units import PruningUnit
@@ -33,7 +33,6 @@ from nni_topo.modes import evaluation_mode
 from nni_topo.recovery.selection import greedy_least_squares
 from nni_topo.speedup.channels import ChannelFlow
 from nni_topo.speedup.dependency import channel_flow
-from nni_topo.speedup.inputs import call_arguments
 from nni_topo.speedup.layers import CONVOLUTIONS
 
 FloatArray = NDArray[np.float64]
@@ -138,7 +137,7 @@ class ReconstructionProblems:
 
     def flow(self, model: nn.Module) -> ChannelFlow:
         """Trace a model on the first batch."""
-        return channel_flow(model, call_arguments(next(iter(calibration_inputs(model, self.calibration)))))
+        return channel_flow(model, first_call(model, self.calibration))
 
     def measure(
         self, readers: dict[str, list[Reader]], original: nn.Module, network: nn.Module
@@ -152,7 +151,7 @@ class ReconstructionProblems:
         original, network : torch.nn.Module
             What is to be met, and where the kept channels come from: one model twice, or two with the same modules.
         """
-        sizes = [len(batch) for batch in calibration_inputs(original, self.calibration)]
+        sizes = [batch_size(call) for call in calls(original, self.calibration)]
         names = {id(module): name for name, module in original.named_modules()}
         sums = {
             name: [
@@ -165,10 +164,10 @@ class ReconstructionProblems:
         handles = [handle for one in flat for handle in one.watch(same=original is network)]
         try:
             with evaluation_mode(original, network), torch.no_grad():
-                for inputs in calibration_inputs(original, self.calibration):
-                    original(inputs)
+                for args, kwargs in calls(original, self.calibration):
+                    original(*args, **kwargs)
                     if network is not original:
-                        network(inputs)
+                        network(*args, **kwargs)
                     for one in flat:
                         one.add()
         finally:

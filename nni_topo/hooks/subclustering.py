@@ -60,13 +60,14 @@ class SubclusterMetric(SurvivorMetric):
         return found
 
     def _clusters(self, unit: PruningUnit, parts: list[FeatureCloud], context: PruningContext, cap: int) -> Clusters:
-        """Cluster each part, of which no more than ``cap`` neurons may go; parts with fewer clusters split further."""
-        fewest = unit.rows - cap
-        labels = [self._labels(unit, part, parts[part].living(), context, fewest) for part in range(unit.parts)]
+        """Cluster each part, of which ``cap`` neurons may go; all keep as many as the one that needs the most."""
+        clouds = [cloud.living() for cloud in parts]
+        fewest, most = unit.rows - cap, unit.rows - removable_rows(unit)[0]
+        labels = [self._labels(unit, part, cloud, context, fewest, most) for part, cloud in enumerate(clouds)]
         rows = self.planner.rounded(unit, max(fewest, 1, *(_count(each) for each in labels)))
-        for part, each in enumerate(labels):
-            if _count(each) < min(rows, len(parts[part].living().names)):
-                labels[part] = self._labels(unit, part, parts[part].living(), context, rows)
+        for part, cloud in enumerate(clouds):
+            if _count(labels[part]) < min(rows, len(cloud.names)):
+                labels[part] = self._labels(unit, part, cloud, context, rows, rows)
         shifts = np.cumsum([0, *(each.max(initial=-1) + 1 for each in labels)])
         joined = np.concatenate(
             [np.where(each < 0, -1, each + shift) for each, shift in zip(labels, shifts, strict=False)]
@@ -74,7 +75,7 @@ class SubclusterMetric(SurvivorMetric):
         return Clusters(joined, rows)
 
     def _labels(
-        self, unit: PruningUnit, part: int, cloud: FeatureCloud, context: PruningContext, at_least: int
+        self, unit: PruningUnit, part: int, cloud: FeatureCloud, context: PruningContext, at_least: int, at_most: int
     ) -> IntArray:
         """Grow the tree of one part, keep it, and return the part's labels."""
         rows, living = unit.rows, len(cloud.names)
@@ -87,7 +88,7 @@ class SubclusterMetric(SurvivorMetric):
             self.growth(unit, context),
             threshold=unit.sparse_threshold,
             at_least=min(at_least, living),
-            at_most=min(rows - removable_rows(unit)[0], living),
+            at_most=min(at_most, living),
             seed=self.seed,
         ).renamed(cloud.names)
         self.trees[unit.name if unit.parts == 1 else f"{unit.name}[{part}]"] = tree

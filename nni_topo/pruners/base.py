@@ -19,6 +19,7 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
+from nni_topo.calibration import checked_calibration
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.hooks import (
     ConfigAllocator,
@@ -103,7 +104,7 @@ class StructuredPruner(Pruner):
         round_to: int | None = None,
     ) -> None:
         config_list = check_request(model, config_list, existed_wrappers)
-        self._recovery = None if compensate is None else _recovery(compensate, calibration)
+        self._recovery = None if compensate is None else _recovery(compensate, checked_calibration(calibration))
         self.compensation_report: CompensationReport | None = None
         self.collector = collector
         self.calculator = calculator

@@ -15,6 +15,7 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
+from nni_topo.calibration import checked_calibration
 from nni_topo.clustering import ALGORITHMS, Algorithm
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.hooks.clustering import ClusterMetric, SurvivorAllocator
@@ -114,6 +115,7 @@ class ClusterPruner(StructuredPruner):
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r} (ClusterPruner)")
         rules = checked_rules(survivor)
         self.seed = seed
+        calibration = checked_calibration(calibration)
         collector = feature_collector(calibration, evaluator, pool, config_list)
         self._metric = ClusterMetric(
             collector,

@@ -20,6 +20,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo import signals
+from nni_topo.calibration import checked_calibration
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.hooks import ConfigAllocator
 from nni_topo.hooks.cumulative import CumulativeEnergyMetric
@@ -126,6 +127,7 @@ class EnergyFilterPruner(StructuredPruner):
         compensate: Method | None = None,
         round_to: int | None = None,
     ) -> None:
+        calibration = checked_calibration(calibration)
         shared: dict[str, Any] = {"normalization": normalization, "batch_norm": batch_norm, "bias": bias}
         if isinstance(collector, EnergyCollector):
             chosen: EnergyCollector = collector

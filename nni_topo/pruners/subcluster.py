@@ -16,6 +16,7 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
+from nni_topo.calibration import checked_calibration
 from nni_topo.clustering import Growth, SplitTree, initial_clusters
 from nni_topo.errors import ConfigError
 from nni_topo.hooks.base import PruningContext
@@ -141,6 +142,7 @@ class SubclusterPruner(StructuredPruner):
         _check_names(model, energy, "energy")
         _check_names(model, initial_ratio, "initial_ratio")
         rules = None if survivor is None else checked_rules(survivor)
+        calibration = checked_calibration(calibration)
         collector = feature_collector(calibration, evaluator, pool, config_list)
 
         def chosen_rules(unit: PruningUnit, context: PruningContext) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
+from nni_topo.calibration import checked_calibration
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.evolution import EvolutionSettings, Generation
 from nni_topo.hooks import ConfigAllocator, DataCollector
@@ -186,6 +187,7 @@ class TopologicalPruner(StructuredPruner):
         progress: bool = False,
         n_jobs: int | None = 1,
     ) -> None:
+        calibration = checked_calibration(calibration)
         choice: dict[str, Any] = {
             "collector": collector,
             "criterion": criterion,

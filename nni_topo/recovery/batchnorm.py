@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nni_topo.recovery.batches import calls
+from nni_topo.calibration import calls, repeatable
 
 
 def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any]) -> nn.Module:
@@ -51,7 +51,7 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any]) -> nn.M
         norm.momentum = None
         norm.train()
     with torch.no_grad():
-        for call in calls(copied, calibration):
+        for call in calls(copied, repeatable(calibration)):
             copied(*call[0], **call[1])
     for norm, momentum in momenta.items():
         norm.momentum = momentum

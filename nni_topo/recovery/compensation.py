@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,8 +13,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from nni_topo.calibration import batch_size, calls, check_fits, repeatable
 from nni_topo.errors import ConfigError, DataError, unknown_name
-from nni_topo.recovery.batches import calls
 from nni_topo.recovery.networks import Networks, build_networks, copy_norm_statistics
 from nni_topo.recovery.plan import make_plan
 from nni_topo.recovery.replay import Replay
@@ -192,7 +191,7 @@ def compensation(
     began = time.perf_counter()
     _check_knobs(method, ridge, refine, pairs, as_printed)
     check_model(model)
-    calibration = list(calibration) if isinstance(calibration, Iterator) else calibration
+    calibration = repeatable(calibration)
     sizes, call = _survey(model, calibration)
     networks = build_networks(model, call, masks)
     replay = Replay(model, networks.original, networks.pruned, calibration, cache_bytes)
@@ -236,6 +235,7 @@ def compensate_up_to(
         As :func:`compensate`.
     """
     check_model(model)
+    calibration = repeatable(calibration)
     sizes, call = _survey(model, calibration)
     networks = build_networks(model, call, masks)
     replay = Replay(model, networks.original, networks.pruned, calibration, 2**30)
@@ -307,20 +307,10 @@ def _survey(model: nn.Module, calibration: Iterable[Any]) -> tuple[tuple[int, ..
             raise DataError(f"a calibration batch must hold inputs, got an empty one (batch {index})")
         if any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors):
             raise DataError(f"calibration inputs must be finite, got NaN or infinity (batch {index})")
-        sizes.append(len(tensors[0]))
+        sizes.append(batch_size(call))
         first = first if index else call
-    _try(model, first)
+    check_fits(model, first)
     return tuple(sizes), first
-
-
-def _try(model: nn.Module, call: Call) -> None:
-    try:
-        with torch.no_grad():
-            copy.deepcopy(model).eval()(*call[0], **call[1])
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise DataError(f"calibration must fit the model, got {type(error).__name__}: {error} (batch 0)") from error
 
 
 def _warn(report: CompensationReport) -> None:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from nni_topo.analysis.lipschitz import convolution_constant, operator_constant
+from nni_topo.analysis.pooling import pooling_constant
 from nni_topo.analysis.stages import traced
 from nni_topo.errors import ConfigError
 
@@ -39,6 +42,53 @@ def test_constant_of_a_convolution_bounds_its_norm_and_not_by_far(module, shape)
     assert bound <= 2.0 * norm
 
 
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1, output_padding=1, bias=False), (2, 4, 5)),
+        (nn.ConvTranspose2d(4, 2, 2, stride=2, groups=2, bias=False), (4, 3, 3)),
+        (nn.ConvTranspose1d(2, 3, 3, dilation=2, bias=False), (2, 6)),
+    ],
+)
+def test_constant_of_a_transposed_convolution_bounds_its_norm(module, shape):
+    torch.manual_seed(0)
+    module = module.double()
+    nn.init.normal_(module.weight)
+    norm = float(torch.linalg.matrix_norm(matrix_of(module, shape), 2))
+    assert norm <= convolution_constant(module, shape[1:]) <= 2.5 * norm
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AvgPool2d(3, 2, 1), nn.AvgPool2d((3, 2), (2, 3), ceil_mode=True), nn.AvgPool2d(2, 1, divisor_override=3),
+        nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.AdaptiveAvgPool2d((3, 11)), nn.AdaptiveAvgPool2d(1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_constants_of_averages_are_their_norms(pool):
+    matrix = matrix_of(pool, (1, 7, 8))
+    leaving = pool(torch.zeros(1, 1, 7, 8)).shape[2:]
+    assert pooling_constant(pool, (7, 8), leaving) == pytest.approx(float(torch.linalg.matrix_norm(matrix, 2)))
+
+
+class Functional(nn.Module):
+    def forward(self, value):
+        value = functional.max_pool2d(value, 3, stride=2, padding=1)
+        value = functional.avg_pool2d(value, 2, 1, ceil_mode=True)
+        return functional.adaptive_max_pool2d(functional.adaptive_avg_pool2d(value, output_size=3), 2)
+
+
+def test_poolings_by_functions_count_as_the_modules_of_their_settings():
+    graph = traced(Functional(), torch.randn(2, 1, 9, 9))
+    constants = [operator_constant(graph, node) for node in graph.graph.nodes if node.op == "call_function"]
+    averages = nn.AvgPool2d(2, 1, ceil_mode=True), nn.AdaptiveAvgPool2d(3)
+    modules = (nn.MaxPool2d(3, 2, 1), *averages, nn.AdaptiveMaxPool2d(2))
+    sides = pairwise((9, 5, 4, 3, 2))
+    expected = [pooling_constant(module, (a, a), (b, b)) for module, (a, b) in zip(modules, sides, strict=True)]
+    assert constants == expected
+
+
 def test_large_convolutions_fall_back_to_sums(monkeypatch):
     monkeypatch.setattr("nni_topo.analysis.lipschitz._LARGEST", 1)
     torch.manual_seed(0)
@@ -53,7 +103,9 @@ def test_large_convolutions_fall_back_to_sums(monkeypatch):
         nn.ReLU(), nn.LeakyReLU(-1.5), nn.ELU(2.0), nn.GELU(), nn.SiLU(), nn.Mish(), nn.Hardswish(), nn.Sigmoid(),
         nn.Hardsigmoid(), nn.Softplus(), nn.Softmax(1), nn.MaxPool2d(2), nn.MaxPool2d(3, 1), nn.MaxPool2d(3, 2, 1),
         nn.AvgPool2d(2), nn.AvgPool2d(3, 2, 1), nn.AdaptiveAvgPool2d(3), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-        nn.AdaptiveMaxPool2d(3), nn.BatchNorm2d(2), nn.CELU(0.5),
+        nn.AdaptiveMaxPool2d(3), nn.BatchNorm2d(2), nn.CELU(0.5), nn.AdaptiveMaxPool2d(1), nn.AdaptiveAvgPool2d(11),
+        nn.AdaptiveMaxPool2d(11), nn.AvgPool2d(2, divisor_override=1), nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+        nn.AvgPool2d(3, 2, ceil_mode=True), nn.MaxPool2d(2, 1, dilation=3), nn.SELU(), nn.PReLU(2),
     ],
     ids=str,
 )  # fmt: skip

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -74,6 +75,7 @@ def test_the_printed_bound_is_of_first_order_only():
     assert found.error == pytest.approx(1.0)
     assert found.first_order == 0.0
     assert found.lipschitz >= 1.0
+    assert net_deviation(net, pruned, torch.ones(1, 2)).relative == math.inf
 
 
 def test_terms_are_those_of_exact_jacobians():
@@ -136,6 +138,73 @@ def test_the_lipschitz_bound_holds_with_convolutions_batch_norms_and_pooling(see
     for pruned in (cut(net, 0.5, seed), moved(net, 0.5, seed)):
         found = error_bound(net, pruned, inputs, iterations=2)
         assert found.error <= found.lipschitz * (1 + 1e-9)
+
+
+class Reads(nn.Module):
+    """A layer whose output is read by a function."""
+
+    def __init__(self, read, **layers):
+        super().__init__()
+        self.read = read
+        self.layer = nn.Linear(4, 6)
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, value):
+        return self.read(self, self.layer(value))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda net, h: h + h,
+        lambda net, h: h.sub(h.neg()),
+        lambda net, h: torch.cat([h, h, h], 1),
+        lambda net, h: h.unsqueeze(1) + h.unsqueeze(2),
+        lambda net, h: h[:, :, None, None] + torch.zeros(3, 5),
+    ],
+    ids=["sum", "difference", "cat", "outer", "broadcast"],
+)
+def test_the_lipschitz_bound_counts_operands_as_often_as_they_are_read(read):
+    torch.manual_seed(0)
+    net = Reads(read)
+    found = error_bound(net, cut(net, 0.7), torch.randn(8, 4))
+    assert 0.0 < found.error <= found.lipschitz * (1 + 1e-6)
+
+
+def test_the_lipschitz_bound_holds_for_enlarging_and_sparse_poolings():
+    image = torch.zeros(1, 1, 8, 8)
+    image[..., 3, 4] = 4.0
+    for pool in (nn.AdaptiveMaxPool2d(1), nn.AdaptiveAvgPool2d(21), nn.AvgPool2d(2, divisor_override=1)):
+        net = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), pool, nn.Flatten())
+        changed = copy.deepcopy(net)
+        net[0].weight.data.fill_(1.0)
+        changed[0].weight.data.fill_(0.5)
+        found = error_bound(net, changed, image)
+        assert 0.0 < found.error <= found.lipschitz * (1 + 1e-6)
+
+
+class Shift(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.offset = nn.Parameter(torch.ones(6))
+
+    def forward(self, value):
+        return value + self.offset
+
+
+def test_changed_parameters_outside_of_layers_are_refused_by_name():
+    net = nn.Sequential(nn.Linear(5, 6), Shift(), nn.Linear(6, 2))
+    changed = copy.deepcopy(net)
+    changed[1].offset.data.zero_()
+    with pytest.raises(ConfigError, match=r"belong to layers, got some that the model uses itself \(1\)"):
+        error_bound(net, changed, torch.randn(3, 5))
+
+
+def test_indices_that_may_read_twice_are_refused():
+    net = Reads(lambda net, h: h[:, [0, 0]])
+    with pytest.raises(ConfigError, match="known Lipschitz constant, got 'getitem'"):
+        error_bound(net, cut(net, 0.5), torch.randn(3, 4))
 
 
 def test_residual_blocks_are_one_stage_and_are_bounded():

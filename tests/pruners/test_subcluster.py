@@ -127,6 +127,24 @@ def test_a_ratio_of_one_member_caps_the_group():
     assert run(pruner, "inner").sum() == 6
 
 
+@pytest.mark.parametrize("seed", [0, 2, 7, 31])
+def test_parts_of_a_grouped_convolution_keep_as_many_and_pairs_say_which(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, groups=4), nn.ReLU(), nn.Conv2d(32, 4, 1)
+    )
+    data = [torch.randn(32, 3, 8, 8) for _ in range(2)]
+    config = nni_topo.dependency_groups(model, data[0], [{"op_names": ["2"]}])
+    pruner = SubclusterPruner(model, config, calibration=data, energy=0.8, statistic="mean", seed=seed)
+    kept = run(pruner, "2").reshape(4, 8)
+    leaves = [len(tree.leaves) for name, tree in pruner.trees.items() if name.startswith("2.weight[")]
+    assert leaves == kept.sum(1).tolist() == [kept[0].sum()] * 4
+    pairs = pruner.pairs["2"]
+    assert sorted(pairs) == np.flatnonzero(~kept.reshape(-1)).tolist() != []
+    assert all(kept.reshape(-1)[survivor] for survivor in pairs.values())
+    nni_topo.compensate(model, pruner.get_masks(), data, method="pair", pairs=pruner.pairs)
+
+
 def test_same_seed_same_tree():
     model, data = net()
     trees = []

@@ -1,0 +1,105 @@
+"""How much a pooling can enlarge a difference of its inputs, from what its windows hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.nn import functional
+from torch.nn.modules import pooling
+
+_ADAPTIVE = (pooling._AdaptiveMaxPoolNd, pooling._AdaptiveAvgPoolNd)
+_AVERAGES = (pooling._AvgPoolNd, pooling._AdaptiveAvgPoolNd)
+_POOLINGS = (pooling._MaxPoolNd, pooling._AdaptiveMaxPoolNd, *_AVERAGES)
+
+_MAXIMUM_KNOBS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+_AVERAGE_KNOBS = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+_FUNCTIONS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
+    functional.max_pool1d: (nn.MaxPool1d, _MAXIMUM_KNOBS),
+    functional.max_pool2d: (nn.MaxPool2d, _MAXIMUM_KNOBS),
+    functional.max_pool3d: (nn.MaxPool3d, _MAXIMUM_KNOBS),
+    functional.avg_pool1d: (nn.AvgPool1d, _AVERAGE_KNOBS),
+    functional.avg_pool2d: (nn.AvgPool2d, _AVERAGE_KNOBS),
+    functional.avg_pool3d: (nn.AvgPool3d, _AVERAGE_KNOBS),
+    functional.adaptive_max_pool1d: (nn.AdaptiveMaxPool1d, ("output_size", "return_indices")),
+    functional.adaptive_max_pool2d: (nn.AdaptiveMaxPool2d, ("output_size", "return_indices")),
+    functional.adaptive_max_pool3d: (nn.AdaptiveMaxPool3d, ("output_size", "return_indices")),
+    functional.adaptive_avg_pool1d: (nn.AdaptiveAvgPool1d, ("output_size",)),
+    functional.adaptive_avg_pool2d: (nn.AdaptiveAvgPool2d, ("output_size",)),
+    functional.adaptive_avg_pool3d: (nn.AdaptiveAvgPool3d, ("output_size",)),
+}
+
+
+def pooling_of(module: nn.Module | None, node: Node) -> nn.Module | None:
+    """Return what a node pools by, a function as the module of the same settings; None if it doesn't pool.
+
+    Parameters
+    ----------
+    module : torch.nn.Module or None
+        The module that the node calls, if it calls one.
+    node : torch.fx.Node
+        A node of a traced network.
+    """
+    if module is not None:
+        return module if isinstance(module, _POOLINGS) else None
+    if node.op != "call_function" or node.target not in _FUNCTIONS:
+        return None
+    kind, knobs = _FUNCTIONS[node.target]
+    given: dict[str, Any] = dict(zip(knobs, node.args[1:], strict=False))
+    return kind(**given, **{knob: value for knob, value in node.kwargs.items() if knob != "input"})
+
+
+def pooling_constant(pool: Any, entering: Sequence[int], leaving: Sequence[int]) -> float:
+    """Return a pooling's Lipschitz constant in the Euclidean norm.
+
+    Parameters
+    ----------
+    pool : torch.nn.Module
+        A maximum or average, with windows of its own or adaptive, of one to three dimensions.
+    entering, leaving : sequence of int
+        Sides of the images before and after it.
+
+    Returns
+    -------
+    float
+        Of an average its operator norm; of a maximum the root of the most windows that share an entry.
+    """
+    sides = [
+        _windows(pool, axis, before, after) for axis, (before, after) in enumerate(zip(entering, leaving, strict=True))
+    ]
+    if isinstance(pool, _AVERAGES):
+        norms = math.prod(float(torch.linalg.matrix_norm(side, 2)) for side in sides)
+        return norms / (getattr(pool, "divisor_override", None) or 1)
+    return math.sqrt(math.prod(float(side.sum(0).max()) for side in sides))
+
+
+def _windows(pool: Any, axis: int, entering: int, leaving: int) -> Tensor:
+    """Return what each window takes of each place of one side, shape (leaving, entering), float64."""
+    held = torch.zeros(leaving, entering, dtype=torch.float64)
+    for window in range(leaving):
+        places, size = _window(pool, axis, window, entering, leaving)
+        held[window, places] = 1.0 / size if isinstance(pool, _AVERAGES) else 1.0
+    return held
+
+
+def _window(pool: Any, axis: int, window: int, entering: int, leaving: int) -> tuple[list[int], int]:
+    """Return a window's places and by how many its sum is divided."""
+    if isinstance(pool, _ADAPTIVE):
+        begin, end = window * entering // leaving, -(-(window + 1) * entering // leaving)
+        return list(range(begin, end)), end - begin
+    kernel, padding = _along(pool.kernel_size, axis), _along(pool.padding, axis)
+    spacing = _along(getattr(pool, "dilation", 1), axis)
+    begin = window * _along(pool.stride or pool.kernel_size, axis) - padding
+    places = [place for place in range(begin, begin + kernel * spacing, spacing) if 0 <= place < entering]
+    if getattr(pool, "divisor_override", None):
+        return places, 1
+    padded = getattr(pool, "count_include_pad", True)
+    return places, min(begin + kernel, entering + padding) - begin if padded else len(places)
+
+
+def _along(value: int | Sequence[int], axis: int) -> int:
+    return value if isinstance(value, int) else value[axis]
