@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pyeasyga.pyeasyga import Chromosome, GeneticAlgorithm
 
 from nni_topo.errors import ConfigError
+from nni_topo.knobs import check_integer
 
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
@@ -49,9 +50,8 @@ class EvolutionSettings:
 
     def __post_init__(self) -> None:
         for name, least in (("population_size", 2), ("generations", 1), ("patience", 1)):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r} (genetic algorithm)")
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), least, "genetic algorithm")
         for name in ("crossover_probability", "mutation_probability"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:

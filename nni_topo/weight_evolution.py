@@ -21,6 +21,7 @@ from pyeasyga.pyeasyga import Chromosome, GeneticAlgorithm
 
 from nni_topo.errors import ConfigError
 from nni_topo.gene_layers import BoolArray, FloatArray, Layer
+from nni_topo.knobs import check_integer
 
 Bytes = NDArray[np.uint8]
 
@@ -71,9 +72,7 @@ class WeightEvolutionSettings:
 
     def __post_init__(self) -> None:
         for name, least in (("population_size", 2), ("generations", 1), ("tournament_size", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r} (genetic algorithm)")
+            check_integer(name, getattr(self, name), least, "genetic algorithm")
         for name in ("alpha", "beta"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must be at least 0 and finite, got {getattr(self, name)} (fitness)")

@@ -29,6 +29,7 @@ from torch.fx import GraphModule
 from nni_topo.analysis.lipschitz import largest_changes, norm
 from nni_topo.analysis.stages import Stage, chain, traced
 from nni_topo.errors import ConfigError
+from nni_topo.knobs import check_integer
 
 _SETTLED = 1e-5
 
@@ -170,8 +171,7 @@ def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, itera
     The bound that always holds sums, over layers, the exact change of the layer's output at the original's
     activations, times Lipschitz constants of everything behind it, with pruned weights.
     """
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ConfigError(f"iterations must be an integer of at least 1, got {iterations!r} (error_bound)")
+    check_integer("iterations", iterations, 1, "error_bound")
     graph, other = traced(original, inputs), traced(pruned, inputs)
     changes = _changes(graph, other)
     with torch.no_grad():

@@ -15,9 +15,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.modes import detached_copy
+from nni_topo.speedup.inputs import call_arguments
 
 Kind = Literal["node", "connection"]
 
@@ -97,7 +99,7 @@ def retraining_bound(
     loss : callable
         ``loss(outputs, targets)``, the mean over a batch, e.g. ``torch.nn.functional.cross_entropy``.
     batches : iterable of (inputs, targets)
-        Data to take losses and gradients on.
+        Data to take losses and gradients on. Inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
     epochs : float
         What the training took, positive.
     gamma : float, default=1.0
@@ -173,7 +175,8 @@ def _state(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: list[t
     device = next(copied.parameters()).device
     total = 0.0
     for inputs, targets in batches:
-        mean = loss(copied(inputs.to(device)), targets.to(device)) * (len(targets) / samples)
+        args, kwargs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, call_arguments(inputs))
+        mean = loss(copied(*args, **kwargs), targets.to(device)) * (len(targets) / samples)
         torch.autograd.backward(mean)
         total += mean.item()
     found = {name: p for name, p in copied.named_parameters() if p.grad is not None}

@@ -19,6 +19,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.knobs import check_integer
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.intp]
@@ -74,11 +75,11 @@ def partition(
     [0, 1, 0, 1]
     """
     points = checked_points(points)
-    if isinstance(count, bool) or not 1 <= count <= len(points):
-        raise ConfigError(f"the number of clusters must be in [1, {len(points)}], the number of points, got {count}")
-    for name, value in (("n_init", n_init), ("min_samples", min_samples)):
-        if value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value} (partition)")
+    check_integer("the number of clusters", count, 1, "partition")
+    if count > len(points):
+        raise ConfigError(f"the number of clusters must be in [1, {len(points)}], the number of points, got {count!r}")
+    for name, value, least in (("n_init", n_init, 1), ("min_samples", min_samples, 1), ("seed", seed, 0)):
+        check_integer(name, value, least, "partition")
     if algorithm not in ALGORITHMS:
         raise unknown_name("algorithm", algorithm, ALGORITHMS)
     if count == len(points):

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from nni_topo.clustering.partition import FloatArray, IntArray, partition
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.knobs import check_between, check_integer
 
 _SAME = 1e-6
 
@@ -56,11 +57,9 @@ class Growth:
     n_init: int = 3
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.energy < 1.0:
-            raise ConfigError(f"energy must be in (0, 1), got {self.energy} (p of the HoH threshold)")
+        check_between("energy", self.energy, 0, 1, "p of the HoH threshold")
         for name in ("bins", "n_init"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)} (sub-clustering)")
+            check_integer(name, getattr(self, name), 1, "sub-clustering")
         if self.statistic not in ("max", "mean"):
             raise ConfigError(f"statistic must be 'max' or 'mean', got {self.statistic!r} (sub-clustering)")
 
@@ -153,8 +152,7 @@ def initial_clusters(share: float, nodes: int) -> int:
     ConfigError
         If ``share`` isn't in (0, 1]: there would be none, or more clusters than nodes.
     """
-    if not 0.0 < share <= 1.0:
-        raise ConfigError(f"initial_ratio must be in (0, 1], got {share} (share of a layer's nodes)")
+    check_between("initial_ratio", share, 0, 1, "share of a layer's nodes", closed=True)
     return min(nodes, max(1, math.ceil(round(share * nodes, 9))))
 
 

@@ -280,8 +280,11 @@ def _chain(node: Node) -> Iterator[Node]:
 
 
 def _check_blocks(unit: PruningUnit, channels: int, context: PruningContext) -> None:
-    granularities = {context.target_spaces[m][t].granularity for m, t in unit.members}
-    if channels != unit.blocks or granularities != {"out_channel"}:
-        raise ConfigError(
-            f"features need one output channel per block, got {channels} for {unit.blocks} blocks ({unit.name})"
-        )
+    for module_name, target_name in unit.members:
+        space = context.target_spaces[module_name][target_name]
+        if channels != unit.blocks or space.granularity != "out_channel":
+            kind = type(space._wrapper.module).__name__
+            raise ConfigError(
+                f"features need layers pruned by output channel, got a {kind} of {channels} channels in {unit.blocks} "
+                f"blocks of granularity {space.granularity!r} ({module_name})"
+            )

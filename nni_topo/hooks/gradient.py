@@ -15,6 +15,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.hooks.base import Data, DataCollector, PruningContext
 from nni_topo.hooks.collectors import Moments, Preprocess, checked_preprocess, points_of_gram, preprocess_points
 from nni_topo.hooks.functional import Reader, readers_of
+from nni_topo.knobs import check_integer
 from nni_topo.modes import detached_copy, evaluation_mode
 from nni_topo.speedup.dependency import channel_flow
 from nni_topo.speedup.inputs import call_arguments, tensors_of
@@ -75,8 +76,7 @@ class GradientCollector(DataCollector):
     ) -> None:
         if not callable(loss):
             raise ConfigError(f"loss must be callable, got {type(loss).__name__} (GradientCollector)")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ConfigError(f"steps must be an integer of at least 1, got {steps!r} (GradientCollector)")
+        check_integer("steps", steps, 1, "GradientCollector")
         if isinstance(calibration, Sequence):
             for _ in _labelled(calibration):
                 pass

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nni_topo import topology
 from nni_topo.errors import ConfigError
+from nni_topo.knobs import check_integer
 
 _logger = logging.getLogger(__name__)
 _STRETCH = 2**23
@@ -50,9 +51,8 @@ class Narrowing:
         if self.projection_error is not None and not 0.0 < self.projection_error < 1.0:
             raise ConfigError(f"projection_error must be in (0, 1), got {self.projection_error!r} (WeightCollector)")
         for name in ("max_features", "max_bytes"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r} (WeightCollector)")
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1, "WeightCollector")
 
     def features(self, points: int, features: int) -> int | None:
         """Return how many features a cloud is projected onto; None: it isn't projected."""

@@ -21,6 +21,7 @@ from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.hooks.clustering import ClusterMetric, SurvivorAllocator
 from nni_topo.hooks.features import FeatureCollector, Pool
 from nni_topo.hooks.survivors import Survivor, checked_rules
+from nni_topo.knobs import check_integer
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.recovery.compensation import Method
 from nni_topo.recovery.steps import Pairs
@@ -110,9 +111,8 @@ class ClusterPruner(StructuredPruner):
     ) -> None:
         if algorithm not in ALGORITHMS:
             raise unknown_name("algorithm", str(algorithm), ALGORITHMS)
-        for name, value in (("n_init", n_init), ("min_samples", min_samples)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r} (ClusterPruner)")
+        for name, value, least in (("n_init", n_init, 1), ("min_samples", min_samples, 1), ("seed", seed, 0)):
+            check_integer(name, value, least, "ClusterPruner")
         rules = checked_rules(survivor)
         self.seed = seed
         calibration = checked_calibration(calibration)

@@ -27,6 +27,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.hooks.genetic import GeneAllocator, GeneticMetric, OnGeneration, checked_validation
 from nni_topo.hooks.trees import MagnitudeCollector
 from nni_topo.hooks.units import is_active
+from nni_topo.knobs import check_integer
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_weight_target
 from nni_topo.weight_evolution import HistoryRow, WeightEvolutionSettings, WeightGeneticAlgorithm
@@ -149,8 +150,7 @@ class GeneticWeightPruner(StructuredPruner):
         if validation is None and evaluate is None and evaluator is None:
             raise ConfigError("a genetic search needs validation, evaluate or an evaluator, got none (validation)")
         for name, value in (("max_bytes", max_bytes), ("workers", workers)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a positive integer, got {value!r} (GeneticWeightPruner)")
+            check_integer(name, value, 1, "GeneticWeightPruner")
         self._metric = GeneticMetric(
             settings,
             checked_validation(validation),

@@ -109,10 +109,12 @@ def check_rewind(model: nn.Module, rewind: Mapping[str, Tensor]) -> None:
     Raises
     ------
     ConfigError
-        If a name isn't the model's, or a shape differs.
+        If a name isn't the model's, a value isn't a tensor, or a shape differs.
     """
     state = model.state_dict()
     for name, value in rewind.items():
+        if not isinstance(value, Tensor):
+            raise ConfigError(f"rewind must hold tensors, got {type(value).__name__} for {name} (rewind)")
         if name not in state or state[name].shape != value.shape:
             found = f"{name} of shape {tuple(value.shape)}"
             wanted = f", the model's is {tuple(state[name].shape)}" if name in state else ", which it hasn't"

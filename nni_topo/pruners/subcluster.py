@@ -25,6 +25,7 @@ from nni_topo.hooks.features import Pool
 from nni_topo.hooks.subclustering import SubclusterMetric, is_convolution
 from nni_topo.hooks.survivors import Survivor, checked_rules, offsets
 from nni_topo.hooks.units import PruningUnit
+from nni_topo.knobs import check_integer
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.cluster import feature_collector
 from nni_topo.recovery.compensation import Method
@@ -135,9 +136,10 @@ class SubclusterPruner(StructuredPruner):
         self.energy = energy
         self.initial_ratio = initial_ratio
         self.seed = seed
+        check_integer("seed", seed, 0, "SubclusterPruner")
         for value in _values(energy):
             replace(growth, energy=value)
-        for value in _values(initial_ratio):
+        for value in () if initial_ratio is None else _values(initial_ratio):
             initial_clusters(value, 1)
         _check_names(model, energy, "energy")
         _check_names(model, initial_ratio, "initial_ratio")
@@ -195,9 +197,7 @@ class SubclusterPruner(StructuredPruner):
         return self.pairs
 
 
-def _values(knob: float | Mapping[str, float] | None) -> list[float]:
-    if knob is None:
-        return []
+def _values(knob: float | Mapping[str, float]) -> list[float]:
     return list(knob.values()) if isinstance(knob, Mapping) else [knob]
 
 

@@ -33,6 +33,7 @@ from nni_topo.hooks.trees import (
     subcritical,
 )
 from nni_topo.hooks.units import is_active
+from nni_topo.knobs import check_integer
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_weight_target
 from nni_topo.pruners.rounds import Round, check_rewind, even_steps, prune_in_rounds
@@ -206,8 +207,7 @@ def _check_knobs(on_subcritical: str, conv_graph: str, example_inputs: Any, roun
         raise unknown_name("conv_graph", conv_graph, CONV_GRAPHS)
     if conv_graph != "channel" and example_inputs is None:
         raise ConfigError(f"conv_graph {conv_graph!r} needs example_inputs, got None (TopologicalMagnitudePruner)")
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise ConfigError(f"rounds must be an integer of at least 1, got {rounds!r} (TopologicalMagnitudePruner)")
+    check_integer("rounds", rounds, 1, "TopologicalMagnitudePruner")
 
 
 def _rewind_state(

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from nni_topo.calibration import batch_size, calls, check_fits, repeatable
 from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.knobs import check_integer
 from nni_topo.recovery.networks import Networks, build_networks, copy_norm_statistics
 from nni_topo.recovery.plan import make_plan
 from nni_topo.recovery.replay import Replay
@@ -291,8 +292,7 @@ def _check_knobs(method: str, ridge: Any, refine: Any, pairs: Pairs | None, as_p
     is_number = isinstance(ridge, (int, float)) and not isinstance(ridge, bool)
     if ridge != "auto" and not (is_number and 0.0 <= ridge < math.inf):
         raise ConfigError(f"ridge must be 'auto' or a finite number of at least 0, got {ridge!r} (ridge)")
-    if isinstance(refine, bool) or not isinstance(refine, int) or refine < 0:
-        raise ConfigError(f"refine must be an integer of at least 0, got {refine!r} (refine)")
+    check_integer("refine", refine, 0, "compensate")
     if method != "pair" and (pairs is not None or as_printed):
         raise ConfigError(f"pairs and as_printed go with method 'pair', got method {method!r}")
 

@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, float64
 
 from nni_topo.errors import DataError, unknown_name
 
@@ -17,6 +18,8 @@ ENGINES = ("exact", "gudhi")
 
 
 def _as_floats(values: ArrayLike, what: str) -> FloatArray:
+    if isinstance(values, Tensor):
+        values = values.detach().to("cpu", float64).numpy()
     try:
         return np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:

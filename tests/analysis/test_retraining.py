@@ -89,6 +89,12 @@ def test_gamma_scales_the_bound_and_is_fitted_to_what_was_seen():
     assert math.isinf(dataclasses.replace(found, epochs=0.0).fitted_gamma(1))
 
 
+def test_batches_may_hold_keyword_arguments():
+    nets = (Quadratic(6, 8), Quadratic(0, 0), Quadratic(0, 2))
+    named = [({"inputs": inputs}, targets) for inputs, targets in BATCHES]
+    assert retraining_bound(*nets, mse_loss, named, 10).epochs == bound(*nets, "node").epochs
+
+
 def test_models_are_left_as_they_are():
     nets = (Quadratic(6, 8), Quadratic(0, 0), Quadratic(0, 2))
     bound(*nets, "node")

@@ -81,9 +81,14 @@ def test_fewer_distinct_points_than_clusters_still_give_a_partition(algorithm):
     assert not set(labels[:5]) & set(labels[5:])
 
 
-@pytest.mark.parametrize("count", [0, 7, -1, True])
-def test_counts_beyond_the_points_are_refused(count):
-    with pytest.raises(ConfigError, match=r"must be in \[1, 6\], the number of points, got"):
+def test_counts_beyond_the_points_are_refused():
+    with pytest.raises(ConfigError, match=r"must be in \[1, 6\], the number of points, got 7"):
+        partition(np.zeros((6, 2)), 7)
+
+
+@pytest.mark.parametrize("count", [0, -1, True, 2.5, None])
+def test_counts_that_are_none_are_refused(count):
+    with pytest.raises(ConfigError, match="number of clusters must be an integer of at least 1, got"):
         partition(np.zeros((6, 2)), count)
 
 
@@ -91,7 +96,7 @@ def test_bad_requests_are_refused():
     points = np.random.default_rng(0).normal(size=(6, 2))
     with pytest.raises(ConfigError, match="did you mean kmeans"):
         partition(points, 2, "kmean")
-    with pytest.raises(ConfigError, match="n_init must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="n_init must be an integer of at least 1, got 0"):
         partition(points, 2, n_init=0)
     with pytest.raises(DataError, match="points must be finite, got 1"):
         partition(np.array([[0.0], [np.nan]]), 1)

@@ -141,7 +141,7 @@ def test_energy_outside_its_range_is_refused(energy):
 
 
 def test_bad_requests_are_refused():
-    with pytest.raises(ConfigError, match="bins must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="bins must be an integer of at least 1, got 0"):
         Growth(bins=0)
     with pytest.raises(ConfigError, match="statistic must be 'max' or 'mean'"):
         Growth(statistic="median")

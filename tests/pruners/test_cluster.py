@@ -160,6 +160,7 @@ def test_bad_requests_are_refused_before_the_model_is_wrapped():
         ({"calibration": [toy_images()], "survivor": "centre"}, "did you mean center"),
         ({"calibration": [toy_images()], "n_init": 0}, "n_init must be an integer of at least 1, got 0"),
         ({"calibration": [toy_images()], "pool": -1}, "pool must be"),
+        ({"calibration": [toy_images()], "seed": -1}, "seed must be an integer of at least 0, got -1"),
     ):
         model = toy_model()
         with pytest.raises(ConfigError, match=message):
@@ -174,6 +175,13 @@ def test_constant_features_are_refused():
         pruner.compress()
     with pytest.raises(DataError, match="at least two samples"):
         ClusterPruner(families()[0], [{**HIDDEN, "sparse_ratio": 0.5}], calibration=[data[:1]]).compress()
+
+
+def test_layers_without_output_channels_in_front_are_named_with_their_type():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ConvTranspose2d(4, 6, 2), nn.Conv2d(6, 2, 1))
+    pruner = ClusterPruner(model, [{"op_names": ["1"], "sparse_ratio": 0.5}], calibration=[torch.randn(4, 1, 6, 6)])
+    with pytest.raises(ConfigError, match=r"pruned by output channel, got a ConvTranspose2d.*\(1\)"):
+        pruner.compress()
 
 
 def test_the_registry_asks_for_data_or_an_evaluator():

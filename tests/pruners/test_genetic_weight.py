@@ -137,7 +137,7 @@ BATCH = [(torch.zeros(2, 20), torch.tensor([0, 1]))]
         ({"op_names": ["0"]}, {"alpha": -1.0}, "alpha must be at least 0"),
         ({"op_names": ["0"]}, {"beta": -1.0}, "beta must be at least 0"),
         ({"op_names": ["0"]}, {"population_size": 1}, "population_size must be an integer of at least 2, got 1"),
-        ({"op_names": ["0"]}, {"workers": 0}, "workers must be a positive integer, got 0"),
+        ({"op_names": ["0"]}, {"workers": 0}, "workers must be an integer of at least 1, got 0"),
     ],
 )
 def test_bad_requests_are_refused_before_the_model_is_wrapped(config, knobs, message):

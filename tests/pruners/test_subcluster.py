@@ -189,6 +189,11 @@ def test_bad_requests_are_refused():
         ({**data, "initial_ratio": 1.5}, r"initial_ratio must be in \(0, 1\], got 1.5"),
         ({**data, "statistic": "median"}, "statistic must be"),
         ({**data, "survivor": []}, "at least one rule"),
+        ({**data, "energy": "half"}, r"energy must be in \(0, 1\), got 'half'"),
+        ({**data, "energy": None}, r"energy must be in \(0, 1\), got None"),
+        ({**data, "initial_ratio": "few"}, r"initial_ratio must be in \(0, 1\], got 'few'"),
+        ({**data, "bins": 2.5}, "bins must be an integer of at least 1, got 2.5"),
+        ({**data, "seed": -1}, "seed must be an integer of at least 0, got -1"),
     ):
         with pytest.raises(ConfigError, match=message):
             SubclusterPruner(toy_model(), config, **knobs)

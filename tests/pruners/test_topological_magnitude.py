@@ -254,6 +254,7 @@ def test_from_compressor_prunes_what_the_first_left():
         (LAYERS, {"rewind": "start"}, "rewind must be a known name"),
         (LAYERS, {"rewind": {"nowhere": torch.ones(2)}}, r"got nowhere of shape \(2,\), which it hasn't"),
         (LAYERS, {"rewind": {"head.bias": torch.ones(2)}}, r"the model's is \(4,\)"),
+        (LAYERS, {"rewind": {"head.bias": 3}}, r"must hold tensors, got int for head.bias"),
         ([{"op_types": ["BatchNorm2d"], "sparse_ratio": 0.5}], {}, r"got the weight of a BatchNorm2d \(norm\)"),
         ([{**LAYERS[0], "granularity": "out_channel"}], {}, "granularity must be left out, got out_channel"),
         ([{**LAYERS[0], "dependency_group_id": 1}], {}, "dependency_group_id must be left out, got 1"),

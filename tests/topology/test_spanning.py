@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.csgraph import minimum_spanning_tree
@@ -113,6 +114,12 @@ def test_maximum_spanning_tree_equals_kruskal(shape, kind):
     mask = maximum_spanning_tree(weight)
     assert mask.sum() == sum(shape) - 1
     np.testing.assert_array_equal(mask, tree_by_kruskal(weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_maximum_spanning_tree_of_a_parameter(dtype):
+    weight = torch.nn.Parameter(torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(dtype))
+    np.testing.assert_array_equal(maximum_spanning_tree(weight), maximum_spanning_tree(weight.tolist()))
 
 
 def test_maximum_spanning_tree_refuses_nan_and_other_shapes():
