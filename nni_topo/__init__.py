@@ -25,7 +25,7 @@ from nni_topo.registry import (  # noqa: E402
     register_pruner,
 )
 from nni_topo.serialization import load, save  # noqa: E402
-from nni_topo.speedup import dependency_groups, masked_model, to_dense  # noqa: E402
+from nni_topo.speedup import dependency_groups, masked_model, to_dense, zeros_held  # noqa: E402
 
 expose_in_nni()
 
@@ -58,5 +58,6 @@ __all__ = [
     "signals",
     "to_dense",
     "topology",
+    "zeros_held",
     "zoo",
 ]

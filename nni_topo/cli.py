@@ -156,6 +156,9 @@ def _prune(options: argparse.Namespace, console: Console) -> int:
     table = Table("", "before", "after", title=f"{record['model']}, {record['pruner']}", title_justify="left")
     table.add_row("MACs (M)", f"{record['flops_before'] / 1e6:.2f}", f"{record['flops'] / 1e6:.2f}")
     table.add_row("parameters (k)", f"{record['params_before'] / 1e3:.1f}", f"{record['params'] / 1e3:.1f}")
+    if record["weights_left"] < record["params"]:
+        left = f"{record['weights_left_before'] / 1e3:.1f}", f"{record['weights_left'] / 1e3:.1f}"
+        table.add_row("weights that aren't zero (k)", *left)
     table.add_row("accuracy %", f"{100 * record['accuracy_before']:.1f}", f"{100 * record['accuracy_oneshot']:.1f}")
     if "accuracy_compensated" in record:
         table.add_row("compensated %", "", f"{100 * record['accuracy_compensated']:.1f}")

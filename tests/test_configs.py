@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from nni_topo import zoo
+from nni_topo import serialization, zoo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.runner import DataChoice, ModelChoice, load_plan
 from nni_topo.runner.prune import load_prune_config, prune_checkpoint
+from nni_topo.speedup.zeros import weights_left
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL, DIGITS = ModelChoice("small_cnn"), DataChoice("digits", limit=400)
@@ -100,3 +102,16 @@ def test_a_pruning_file_may_compensate_and_round_for_any_pruner(checkpoint, tmp_
     path.write_text(path.read_text().replace("images", "image"))
     with pytest.raises(ConfigError, match="did you mean images"):
         load_prune_config(path)
+
+
+def test_the_trees_file_leaves_zeros_that_retraining_keeps(checkpoint, tmp_path):
+    config = replace(load_prune_config(CONFIGS / "timp.yaml"), retrain={"epochs": 1})
+    record = prune_checkpoint(SMALL, checkpoint, config, DIGITS, tmp_path / "out")
+    assert record["weights_left_before"] == record["params_before"] == record["params"]
+    assert 0.29 * record["params"] < record["weights_left"] < 0.35 * record["params"]
+    assert record["accuracy_retrained"] > record["accuracy_oneshot"]
+    dense = serialization.load(
+        tmp_path / "out" / "dense.pt",
+        zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0),
+    )
+    assert weights_left(dense) == record["weights_left"]

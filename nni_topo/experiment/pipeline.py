@@ -34,7 +34,8 @@ from nni_topo.runner.execute import (
 )
 from nni_topo.runner.records import Record, provenance
 from nni_topo.runner.widths import inner_layers, layer_ratios, proposed_ratios, pruning_config
-from nni_topo.speedup import to_dense
+from nni_topo.speedup import to_dense, zeros_held
+from nni_topo.speedup.zeros import weights_left
 
 METRICS, SETTINGS = "metrics.json", "settings.json"
 DENSE, MASKS, CONFIG_LIST = "dense.pt", "masks.pt", "config_list.json"
@@ -188,6 +189,7 @@ class _Trial:
             "flops_share": after / before,
             "params_before": zoo.count_params(self.net),
             "params": zoo.count_params(dense),
+            "weights_left": weights_left(dense),
             "widths": layer_widths(dense),
             "price": settings.flops_weight * after / before,
         }
@@ -219,7 +221,9 @@ class _Trial:
             recipe = replace(recipe, batch_size=max(1, recipe.batch_size // size))
             on_gpu = [self.device.index or 0] if self.device.type == "cuda" else None
             net = DistributedDataParallel(dense.to(self.device), device_ids=on_gpu)
-        zoo.train(net, data, recipe, seed=self.cell.seed + rank, device=self.device, callback=epoch_done, state=state)
+        seed = self.cell.seed + rank
+        with zeros_held(dense):
+            zoo.train(net, data, recipe, seed=seed, device=self.device, callback=epoch_done, state=state)
         return dense
 
     def _retraining_data(self) -> zoo.DataBundle:

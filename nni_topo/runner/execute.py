@@ -25,7 +25,8 @@ from nni_topo.runner.records import Record, provenance
 from nni_topo.runner.rivals import is_rival, rival_masks
 from nni_topo.runner.scheduled import recipe_evaluator
 from nni_topo.runner.widths import layer_ratios, pruning_config
-from nni_topo.speedup import to_dense
+from nni_topo.speedup import to_dense, zeros_held
+from nni_topo.speedup.zeros import weights_left
 
 LATENCY_BATCH = 64
 _RECALIBRATION_IMAGES = 1024
@@ -68,6 +69,7 @@ def run_cell(cell: Cell, out: Path) -> Record:
         "flops": zoo.count_macs(dense, example),
         "params_before": zoo.count_params(model),
         "params": zoo.count_params(dense),
+        "weights_left": weights_left(dense),
         "widths": layer_widths(dense),
         "accuracy_before": accuracy_before,
         "prune_seconds": prune_seconds,
@@ -79,7 +81,8 @@ def run_cell(cell: Cell, out: Path) -> Record:
     else:
         dense, recipe = _recovered(cell, model, masks, dense, data, record), cell.retrain
     if recipe.epochs:
-        log = zoo.train(dense, data, recipe, seed=cell.seed, device=device)
+        with zeros_held(dense):
+            log = zoo.train(dense, data, recipe, seed=cell.seed, device=device)
         record["accuracy_retrained"] = zoo.evaluate(dense, data.test, device=device)
         record["retrain_seconds"] = log.seconds
     record["peak_memory_bytes"] = _peak_memory()

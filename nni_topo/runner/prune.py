@@ -29,11 +29,12 @@ from nni_topo.runner.execute import (
 )
 from nni_topo.runner.records import Record, provenance
 from nni_topo.runner.scheduled import recipe_evaluator
-from nni_topo.speedup import dependency_groups, to_dense
+from nni_topo.speedup import dependency_groups, to_dense, zeros_held
 from nni_topo.speedup.dependency import channel_flow
 from nni_topo.speedup.inputs import call_arguments
 from nni_topo.speedup.masks import check_masks
 from nni_topo.speedup.resolve import resolve_masks
+from nni_topo.speedup.zeros import weights_left
 
 _GRADIENT_STEPS = 32
 
@@ -171,7 +172,8 @@ def prune_checkpoint(
     if config.retrain:
         recipe = zoo.default_recipe(model.name, data.name)
         retraining = changed_recipe(recipe.for_retraining(int(config.retrain.get("epochs", 1))), config.retrain)
-        zoo.train(dense, bundle, retraining, seed=seed, device=place, progress=progress)
+        with zeros_held(dense):
+            zoo.train(dense, bundle, retraining, seed=seed, device=place, progress=progress)
         record["accuracy_retrained"] = zoo.evaluate(dense, bundle.test, device=place)
     record |= provenance()
     out.mkdir(parents=True, exist_ok=True)
@@ -259,6 +261,7 @@ def _measured(net: nn.Module, data: zoo.DataBundle, device: torch.device, *, acc
         accuracy: zoo.evaluate(net, data.test, device=device),
         f"flops{suffix}": zoo.count_macs(net, data.test.tensors[0][:1].to(device)),
         f"params{suffix}": zoo.count_params(net),
+        f"weights_left{suffix}": weights_left(net),
     }
 
 

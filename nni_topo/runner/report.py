@@ -22,6 +22,7 @@ COLUMNS = (
     "method",
     "MACs (M)",
     "parameters (k)",
+    "not zero (k)",
     "before %",
     "one-shot %",
     "BN recal. %",
@@ -161,7 +162,9 @@ def _table(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str
     first = next(iter(next(iter(rows.values())).values()))
     before = _column(next(iter(rows.values())))
     macs, params = f"{first['flops_before'] / 1e6:.2f}", f"{first['params_before'] / 1e3:.1f}"
-    table = [["unpruned", macs, params, before("accuracy_before"), *[""] * 6, before("latency_before_ms", 1, 2), ""]]
+    table = [
+        ["unpruned", macs, params, "", before("accuracy_before"), *[""] * 6, before("latency_before_ms", 1, 2), ""]
+    ]
     for row, runs in rows.items():
         cell = _column(runs)
         table.append(
@@ -169,6 +172,7 @@ def _table(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str
                 row,
                 cell("flops", 1e-6, 2, spread=False),
                 cell("params", 1e-3, spread=False),
+                cell("weights_left", 1e-3, spread=False) if _has_zeros(runs) else "",
                 cell("accuracy_before"),
                 cell("accuracy_oneshot"),
                 cell("accuracy_recalibrated"),
@@ -182,6 +186,11 @@ def _table(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str
         )
     used = [index for index in range(len(COLUMNS)) if any(line[index] for line in table)]
     return [COLUMNS[index] for index in used], [[line[index] for index in used] for line in table]
+
+
+def _has_zeros(runs: dict[int, Record]) -> bool:
+    """Say whether single weights were pruned: networks of one width have many that are zero."""
+    return any(record.get("weights_left", record["params"]) < 0.999 * record["params"] for record in runs.values())
 
 
 def _column(runs: dict[int, Record]) -> Callable[..., str]:

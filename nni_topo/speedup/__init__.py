@@ -5,5 +5,14 @@ from nni_topo.speedup.dependency import dependency_groups
 from nni_topo.speedup.latency import LatencyTable, LayerLatency
 from nni_topo.speedup.reference import masked_model
 from nni_topo.speedup.timing import measure_latency
+from nni_topo.speedup.zeros import zeros_held
 
-__all__ = ["LatencyTable", "LayerLatency", "dependency_groups", "masked_model", "measure_latency", "to_dense"]
+__all__ = [
+    "LatencyTable",
+    "LayerLatency",
+    "dependency_groups",
+    "masked_model",
+    "measure_latency",
+    "to_dense",
+    "zeros_held",
+]

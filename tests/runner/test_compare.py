@@ -11,9 +11,20 @@ from pathlib import Path
 
 import pytest
 
+from nni_topo import zoo
 from nni_topo.errors import ConfigError
-from nni_topo.runner import CompensationChoice, DataChoice, ModelChoice, Plan, PrunerChoice, Target, compare
+from nni_topo.runner import (
+    CompensationChoice,
+    DataChoice,
+    ModelChoice,
+    Plan,
+    PrunerChoice,
+    Target,
+    compare,
+    markdown_report,
+)
 from nni_topo.runner.records import append_record, read_records
+from nni_topo.speedup.zeros import weights_left
 
 RESULTS = ("accuracy_before", "accuracy_oneshot", "accuracy_recalibrated", "accuracy_retrained", "flops", "params")
 
@@ -47,6 +58,30 @@ def test_records_hold_what_a_table_needs(tmp_path):
         assert record["peak_memory_bytes"] > 2**26
     assert records[0]["flops"] == records[1]["flops"]
     assert json.loads((tmp_path / "results.json").read_text()) == records
+
+
+def test_single_weights_stay_pruned_while_the_net_is_retrained(tmp_path, monkeypatch):
+    trained = []
+
+    def train(model, *args, **knobs):
+        log = zoo_train(model, *args, **knobs)
+        trained.append(weights_left(model))
+        return log
+
+    zoo_train = zoo.train
+    monkeypatch.setattr(zoo, "train", train)
+    records, _ = compare(plan("level", "l1"), tmp_path, isolate=False)
+    level, l1 = records
+    assert level["params"] == level["params_before"]
+    assert level["weights_left"] == pytest.approx(0.5 * level["params"], rel=0.1)
+    assert trained[-2:] == [level["weights_left"], l1["weights_left"]]
+    assert l1["weights_left"] == l1["params"]
+    lines = markdown_report(records).splitlines()
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in lines if line.startswith("| ")}
+    column = rows["method"].index("not zero (k)")
+    assert rows["level"][column] == f"{level['weights_left'] / 1e3:.1f}"
+    assert rows["l1"][column] == rows["unpruned"][column] == ""
+    assert "not zero" not in markdown_report([l1])
 
 
 def test_a_finished_comparison_runs_nothing_again(tmp_path):
