@@ -1,6 +1,11 @@
 """Studies that look at a model and change nothing."""
 
-from nni_topo.analysis.compression import CriticalCompression, LayerCount, critical_compression_ratio
+from nni_topo.analysis.compression import (
+    CriticalCompression,
+    LayerCount,
+    critical_compression_ratio,
+    critical_config_list,
+)
 from nni_topo.analysis.connectivity import Connectivity, connectivity
 from nni_topo.analysis.deviation import NetDeviation, deviation_of, net_deviation
 from nni_topo.analysis.dropout import study_dropout, with_dropout
@@ -39,6 +44,7 @@ __all__ = [
     "accumulate_energy",
     "connectivity",
     "critical_compression_ratio",
+    "critical_config_list",
     "deviation_of",
     "draw_splits",
     "error_bound",

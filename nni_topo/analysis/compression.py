@@ -17,6 +17,7 @@ from torch import nn
 from nni_topo.analysis.layers import WeightLayer, weight_layers
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.hooks.convolutions import convolution_sizes, padded_size
+from nni_topo.knobs import check_between
 
 Convention = Literal["theorem", "tables"]
 _CONVENTIONS = ("theorem", "tables")
@@ -159,6 +160,50 @@ def critical_compression_ratio(
         found = ", ".join(f"{name} ({why})" for name, why in skipped.items())
         raise ConfigError(f"a model must have a layer that can be counted, got only {found} ({convention})")
     return CriticalCompression(convention, counts, skipped)
+
+
+def critical_config_list(model: nn.Module, sparse_ratio: float) -> list[dict[str, Any]]:
+    """Return a config_list by which no layer loses more weights than its spanning tree spares.
+
+    For pruners of single weights, such as NNI's ``LevelPruner``: every layer keeps at least as many weights as join
+    all its channels, though not these very ones, which is what
+    :class:`~nni_topo.TopologicalMagnitudePruner` promises.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model; its linear layers and convolutions are pruned.
+    sparse_ratio : float
+        Share of each layer's weights that goes, in (0, 1), where its channel tree leaves so many.
+
+    Returns
+    -------
+    list of dict
+        An entry per layer, with ``sparse_ratio`` and ``max_sparse_ratio``.
+
+    Raises
+    ------
+    ConfigError
+        If the ratio isn't in (0, 1), or the model has no such layer.
+
+    Examples
+    --------
+    >>> critical_config_list(nn.Sequential(nn.Linear(10, 10)), 0.9)
+    [{'op_names': ['0'], 'sparse_ratio': 0.9, 'max_sparse_ratio': 0.815}]
+    """
+    check_between("sparse_ratio", sparse_ratio, 0, 1, "critical_config_list")
+    layers = [layer for layer in weight_layers(model)[0] if layer.kind != "recurrent"]
+    if not layers:
+        raise ConfigError("a config_list of critical ratios needs linear layers or convolutions, got none (model)")
+    # Half a weight keeps int(weights * ratio) from falling short by rounding.
+    return [
+        {
+            "op_names": [layer.name],
+            "sparse_ratio": sparse_ratio,
+            "max_sparse_ratio": (layer.weight.size - layer.channel_tree + 0.5) / layer.weight.size,
+        }
+        for layer in layers
+    ]
 
 
 def _plane_counts(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
-from nni_topo.analysis import connectivity, neural_persistence, overlap_bound, tree_overlap
+from nni_topo.analysis import connectivity, critical_config_list, neural_persistence, overlap_bound, tree_overlap
 from nni_topo.analysis.layers import weight_layers
 from nni_topo.errors import ConfigError
 from nni_topo.hooks import Masks
@@ -162,7 +162,9 @@ def _rounds(study: RoundsCell, net: nn.Module, data: zoo.DataBundle, device: tor
     cell = study.cell
     initial = build_model(cell.model, data, cell.seed).to(device)
     config = (
-        _capped_config(net, study) if study.capped else [{"op_types": _TYPES, "sparse_ratio": study.sparsities[-1]}]
+        critical_config_list(net, study.sparsities[-1])
+        if study.capped
+        else [{"op_types": _TYPES, "sparse_ratio": study.sparsities[-1]}]
     )
     pruner = create_pruner(cell.pruner.name, net, config, **cell.pruner.knobs)
     recipe = cell.train if study.rewind else cell.retrain
@@ -178,16 +180,6 @@ def _rounds(study: RoundsCell, net: nn.Module, data: zoo.DataBundle, device: tor
     rewind = initial.state_dict() if study.rewind else None
     prune_in_rounds(pruner, steps_to(study.sparsities), train, rewind=rewind, on_round=note)
     return rounds
-
-
-def _capped_config(net: nn.Module, study: RoundsCell) -> list[Record]:
-    """Return a config_list by which no layer loses more than what its channel tree spares."""
-    config = []
-    for layer in weight_layers(net)[0]:
-        # Half a weight keeps int(weights * ratio) from falling short by rounding.
-        most = (layer.weight.size - layer.channel_tree + 0.5) / layer.weight.size
-        config.append({"op_names": [layer.name], "sparse_ratio": study.sparsities[-1], "max_sparse_ratio": most})
-    return config
 
 
 def _measured(pruner: Pruner, net: nn.Module, bare: nn.Module, data: zoo.DataBundle, device: torch.device) -> Record:

@@ -4,11 +4,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from nni.compression.pruning import LevelPruner
 from torch import nn
 
 import nni_topo
-from nni_topo.analysis import critical_compression_ratio
+from nni_topo.analysis import critical_compression_ratio, critical_config_list
 from nni_topo.errors import ConfigError
+from nni_topo.testing import toy_images, toy_model
 
 
 def fcn() -> nn.Sequential:
@@ -180,3 +182,20 @@ def test_an_unknown_convention_is_refused():
 
 def test_the_ratio_is_exported():
     assert nni_topo.analysis.critical_compression_ratio is critical_compression_ratio
+
+
+def test_a_config_list_of_critical_ratios_leaves_as_many_weights_as_the_trees_have():
+    model = toy_model()
+    config_list = critical_config_list(model, 0.99)
+    counts = critical_compression_ratio(model, toy_images()).counts
+    _, masks = LevelPruner(model, config_list).compress()
+    assert {name: int(found["weight"].sum()) for name, found in masks.items()} == {
+        name: max(count.channel_tree, count.weights - int(0.99 * count.weights)) for name, count in counts.items()
+    }
+    _, masks = LevelPruner(toy_model(), critical_config_list(toy_model(), 0.3)).compress()
+    for name, count in counts.items():
+        assert int(masks[name]["weight"].sum()) == max(count.channel_tree, count.weights - int(0.3 * count.weights))
+    with pytest.raises(ConfigError, match=r"sparse_ratio must be in \(0, 1\), got 1.0"):
+        critical_config_list(model, 1.0)
+    with pytest.raises(ConfigError, match="needs linear layers or convolutions, got none"):
+        critical_config_list(nn.LSTM(3, 4), 0.5)
