@@ -163,11 +163,14 @@ def ripser_bars(matrices: Iterable[FloatArray], degrees: Sequence[int]) -> Itera
 
 
 def _ripser(matrices: list[FloatArray], degrees: Sequence[int]) -> Iterator[list[FloatArray]]:
+    import gudhi
     from gudhi.sklearn.rips_persistence import RipsPersistence
 
+    # GUDHI 3.10 knows lower matrices only, and takes whole ones for them.
+    knows_full = tuple(map(int, gudhi.__version__.split(".")[:2])) >= (3, 11)
     rips = RipsPersistence(
         homology_dimensions=list(degrees),
-        input_type="full distance matrix",
+        input_type="full distance matrix" if knows_full else "lower distance matrix",
         homology_coeff_field=_FIELD,
         n_jobs=1,
     )
