@@ -13,6 +13,7 @@ References
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -24,12 +25,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.func import jvp, vjp
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from nni_topo.analysis.lipschitz import largest_changes, norm
 from nni_topo.analysis.stages import Stage, chain, traced
 from nni_topo.errors import ConfigError
-from nni_topo.knobs import check_integer
+from nni_topo.knobs import check_integer, is_finite
 
 _SETTLED = 1e-5
 
@@ -122,8 +123,8 @@ class ErrorBound:
             If ``total`` is negative or not finite.
         """
         total = self.first_order if total is None else total
-        if not 0.0 <= total < math.inf:
-            raise ConfigError(f"an allowed error must be finite and at least 0, got {total} (total)")
+        if not is_finite(total) or total < 0.0:
+            raise ConfigError(f"an allowed error must be finite and at least 0, got {total!r} (total)")
         rows = []
         for layer in self.layers:
             share = layer.first_order / self.first_order if self.first_order > 0 else 1.0 / len(self.layers)
@@ -174,9 +175,9 @@ def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, itera
     check_integer("iterations", iterations, 1, "error_bound")
     graph, other = traced(original, inputs), traced(pruned, inputs)
     changes = _changes(graph, other)
+    stages = chain(graph)
     with torch.no_grad():
         error = norm(other(inputs) - graph(inputs))
-    stages = chain(graph)
     always = largest_changes(graph, other, inputs)
     local = _local(stages, changes, inputs, iterations)
     layers = []
@@ -235,17 +236,39 @@ def _unit(vector: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
 
 def _changes(graph: GraphModule, other: GraphModule) -> dict[str, Tensor]:
     """Return by how much each parameter changed; raise ConfigError unless nothing else differs."""
-    mine, theirs = dict(graph.named_parameters()), dict(other.named_parameters())
+    mine, theirs = (dict(each.named_parameters(remove_duplicate=False)) for each in (graph, other))
     unlike = [name for name in mine.keys() | theirs.keys() if _shape_of(mine, name) != _shape_of(theirs, name)]
     if unlike:
         raise ConfigError(
             f"original and pruned must have parameters of the same shapes, got others ({', '.join(sorted(unlike)[:3])})"
         )
-    buffers = dict(other.named_buffers())
-    moved = [name for name, value in graph.named_buffers() if not torch.equal(value, buffers[name])]
+    own, buffers = dict(graph.named_buffers()), dict(other.named_buffers())
+    moved = [name for name in own if name not in buffers or not torch.equal(own[name], buffers[name])]
+    moved += [name for name in buffers if name not in own]
     if moved:
         raise ConfigError(f"original and pruned must share their buffers, got others ({', '.join(moved[:3])})")
+    for node, same in itertools.zip_longest(graph.graph.nodes, other.graph.nodes):
+        steps = _described(graph, node), _described(other, same)
+        if steps[0] != steps[1]:
+            raise ConfigError(
+                "original and pruned must do the same but for the values of parameters, got "
+                f"{_short(steps[0])} and {_short(steps[1])} ({node or same})"
+            )
     return {name: theirs[name].detach() - mine[name].detach() for name in mine}
+
+
+def _described(graph: GraphModule, node: Node | None) -> tuple[str, ...]:
+    """Say what a node does, without the values of parameters."""
+    if node is None:
+        return ()
+    arguments = str((node.args, node.kwargs))
+    if node.op != "call_module":
+        return node.op, getattr(node.target, "__name__", str(node.target)), arguments
+    return repr(graph.get_submodule(str(node.target))), str(node.target), arguments
+
+
+def _short(step: tuple[str, ...]) -> str:
+    return " ".join(step[:2]) or "nothing"
 
 
 def _shape_of(parameters: dict[str, Any], name: str) -> tuple[int, ...] | None:

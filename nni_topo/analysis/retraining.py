@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.knobs import is_finite
 from nni_topo.modes import detached_copy
 from nni_topo.speedup.inputs import call_arguments
+from nni_topo.speedup.masks import check_model
 
 Kind = Literal["node", "connection"]
 
@@ -95,7 +97,8 @@ def retraining_bound(
     trained : torch.nn.Module
         After training.
     sparse : torch.nn.Module
-        After pruning. For ``"connection"`` it must have the parameters' full shapes; for ``"node"`` it may be dense.
+        After pruning, not wrapped. For ``"connection"`` it must have the parameters' full shapes; for ``"node"`` it may
+        be dense or of full size with zeros, whose gradients don't count.
     loss : callable
         ``loss(outputs, targets)``, the mean over a batch, e.g. ``torch.nn.functional.cross_entropy``.
     batches : iterable of (inputs, targets)
@@ -116,7 +119,10 @@ def retraining_bound(
     Raises
     ------
     ConfigError
-        If a number isn't positive, ``kind`` is unknown, or shapes differ for ``"connection"``.
+        If a number isn't positive, ``kind`` is unknown, a batch isn't a pair, the loss isn't one number, or shapes
+        differ for ``"connection"``.
+    SpeedupError
+        If a model is wrapped by a pruner.
     DataError
         If there is no batch; or training or pruning changed nothing, or a gradient is zero, so that there is no bound.
 
@@ -132,12 +138,16 @@ def retraining_bound(
        Technology, 2019, theorem 1.
     """
     for name, value in (("epochs", epochs), ("gamma", gamma)):
-        if not 0.0 < value < math.inf:
-            raise ConfigError(f"{name} must be positive and finite, got {value} (retraining_bound)")
+        if not is_finite(value) or value <= 0.0:
+            raise ConfigError(f"{name} must be positive and finite, got {value!r} (retraining_bound)")
     if kind not in ("node", "connection"):
         raise unknown_name("kind", str(kind), ("node", "connection"))
-    data = list(batches)
+    data = [_pair(number, batch) for number, batch in enumerate(batches)]
+    for model in (initial, trained, sparse):
+        check_model(model)
     start, end, pruned = (_state(model, loss, data) for model in (initial, trained, sparse))
+    if kind == "node":
+        pruned = pruned.alive()
     steepness = [sum(float(g.square().sum()) for g in state.gradients.values()) for state in (start, pruned)]
     if min(steepness) == 0.0:
         raise DataError("gradients before training and after pruning must not be zero, got one that is (theorem 1)")
@@ -165,6 +175,17 @@ class _State:
     weights: dict[str, Tensor]
     gradients: dict[str, Tensor]
 
+    def alive(self) -> _State:
+        """Return the state with the gradients of zeros, which pruning made, left out."""
+        return replace(self, gradients={name: g * (self.weights[name] != 0) for name, g in self.gradients.items()})
+
+
+def _pair(number: int, batch: Any) -> tuple[Any, Any]:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        kind = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
+        raise ConfigError(f"a batch must be a pair of inputs and targets, got a {kind} (batch {number})")
+    return batch[0], batch[1]
+
 
 def _state(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: list[tuple[Any, Any]]) -> _State:
     copied = detached_copy(model).eval().requires_grad_(True)
@@ -176,16 +197,19 @@ def _state(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: list[t
     total = 0.0
     for inputs, targets in batches:
         args, kwargs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, call_arguments(inputs))
-        mean = loss(copied(*args, **kwargs), targets.to(device)) * (len(targets) / samples)
+        found = loss(copied(*args, **kwargs), targets.to(device))
+        if found.dim():
+            raise ConfigError(f"a loss must be the mean over a batch, got one of shape {tuple(found.shape)} (loss)")
+        mean = found * (len(targets) / samples)
         torch.autograd.backward(mean)
         total += mean.item()
-    found = {name: p for name, p in copied.named_parameters() if p.grad is not None}
+    reached = {name: p for name, p in copied.named_parameters() if p.grad is not None}
     if not math.isfinite(total):
         raise DataError(f"a loss must be finite, got {total} (theorem 1)")
     return _State(
         total,
-        {name: p.detach().double() for name, p in found.items()},
-        {name: p.grad.double() for name, p in found.items()},
+        {name: p.detach().double() for name, p in reached.items()},
+        {name: p.grad.double() for name, p in reached.items()},
     )
 
 

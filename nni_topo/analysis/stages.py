@@ -118,6 +118,9 @@ def _steps(graph: Graph) -> Iterator[tuple[Node, Node | None]]:
                 raise ConfigError(
                     f"the propagation of errors needs one output, got {len(node.all_input_nodes)} (model)"
                 )
+            if not isinstance(node.args[0], Node):
+                kind = type(node.args[0]).__name__
+                raise ConfigError(f"the propagation of errors needs a tensor as output, got a {kind} (model)")
         elif any(parent in dependent for parent in node.all_input_nodes):
             yield node, next(iter(alive)) if len(alive) == 1 else None
             dependent.add(node)

@@ -20,6 +20,7 @@ from nni_topo import zoo
 from nni_topo.analysis import retraining_bound
 from nni_topo.analysis.retraining import Kind
 from nni_topo.errors import ConfigError
+from nni_topo.knobs import check_integer, is_finite
 from nni_topo.registry import pruner_info
 from nni_topo.runner.cells import DataChoice, ModelChoice, Target
 from nni_topo.runner.deviation import CONNECTIONS, study_masks
@@ -157,7 +158,18 @@ def retraining_study(
     DataError
         If the checkpoint or the data can't be used.
     """
-    _check(pruners, ratios, seeds, most_epochs)
+    _check(pruners, ratios)
+    for knob, value in (
+        ("seeds", seeds),
+        ("most_epochs", most_epochs),
+        ("images", images),
+        ("calibration", calibration),
+    ):
+        check_integer(knob, value, 1, "analyze retraining")
+    if not is_finite(gamma) or gamma <= 0.0:
+        raise ConfigError(f"gamma must be positive and finite, got {gamma!r} (analyze retraining)")
+    if not 0.0 <= tolerance <= 1.0:
+        raise ConfigError(f"tolerance must be in [0, 1], got {tolerance!r} (analyze retraining)")
     net, bundle = trained_network(model, checkpoint, data, seed=seed, device=device)
     place = next(net.parameters()).device
     initial = build_model(model, bundle, seed).to(place)
@@ -270,7 +282,7 @@ def print_retraining(study: RetrainingStudy, title: str, console: Console) -> No
     console.print(f"trained for {study.trained_epochs} epochs to {100 * study.accuracy:.1f} %", highlight=False)
 
 
-def _check(pruners: Sequence[str], ratios: Sequence[float], seeds: int, most_epochs: int) -> None:
+def _check(pruners: Sequence[str], ratios: Sequence[float]) -> None:
     if not pruners or not ratios:
         raise ConfigError("a study needs at least one pruner and one ratio, got none (analyze retraining)")
     for name in pruners:
@@ -278,9 +290,6 @@ def _check(pruners: Sequence[str], ratios: Sequence[float], seeds: int, most_epo
             pruner_info(name)
     for ratio in ratios:
         Target("ratio", ratio)
-    for knob, value in (("seeds", seeds), ("most_epochs", most_epochs)):
-        if value < 1:
-            raise ConfigError(f"{knob} must be at least 1, got {value} (analyze retraining)")
 
 
 def _picture(means: pd.DataFrame) -> Figure:

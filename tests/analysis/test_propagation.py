@@ -295,3 +295,52 @@ def test_bad_requests_are_refused():
     unknown = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).double()
     with pytest.raises(ConfigError, match="known Lipschitz constant, got 'layernorm'"):
         error_bound(unknown, cut(unknown, 0.5), inputs)
+
+
+@pytest.mark.parametrize("other", [nn.Tanh(), nn.LeakyReLU(5.0), nn.Identity(), nn.Sequential(nn.ReLU(), nn.ReLU())])
+def test_networks_that_do_something_else_are_refused(other):
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    changed = copy.deepcopy(net)
+    changed[1] = other
+    with pytest.raises(ConfigError, match="must do the same but for the values of parameters, got ReLU"):
+        error_bound(net, changed, torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_buffers_that_only_one_network_has_are_refused(turned):
+    nets = [nn.Sequential(nn.Linear(4, 8), each) for each in (nn.BatchNorm1d(8, affine=False), nn.Identity())]
+    nets[1][0] = copy.deepcopy(nets[0][0])
+    with pytest.raises(ConfigError, match=r"share their buffers, got others \(1\."):
+        error_bound(*(nets[::-1] if turned else nets), torch.randn(3, 4))
+
+
+def test_tied_weights_are_bounded():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    net[2].weight = net[0].weight
+    changed, inputs = moved(net, 1e-4), torch.randn(7, 6).double()
+    assert changed[2].weight is changed[0].weight
+    found = error_bound(net, changed, inputs)
+    assert 0 < found.error <= found.lipschitz
+    assert found.error <= 1.01 * found.directional <= 1.02 * found.first_order
+
+
+@pytest.mark.parametrize("container", [lambda y: {"logits": y}, lambda y: (y,), lambda y: [y]])
+def test_outputs_in_containers_are_refused(container):
+    class Held(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, inputs):
+            return container(self.fc(inputs))
+
+    net = Held()
+    with pytest.raises(ConfigError, match="needs a tensor as output, got a "):
+        error_bound(net, copy.deepcopy(net), torch.randn(3, 4))
+
+
+def test_budgets_of_something_else_are_refused():
+    net = mlp()
+    with pytest.raises(ConfigError, match="an allowed error must be finite and at least 0, got 'a'"):
+        error_bound(net, cut(net, 0.5), torch.randn(5, 4).double()).budgets("a")

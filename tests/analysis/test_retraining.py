@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
+import nni_topo
 from nni_topo.analysis import retraining_bound
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError, DataError, SpeedupError
 
 
 class Quadratic(nn.Module):
@@ -101,12 +103,33 @@ def test_models_are_left_as_they_are():
     assert all(net.weights.grad is None and net.training for net in nets)
 
 
+def test_the_bound_of_nodes_is_the_same_for_zeros_and_for_a_dense_network():
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 3)) for _ in range(2)]
+    inputs, targets = torch.randn(40, 4), torch.randint(3, (40,))
+    pruner = nni_topo.create_pruner("l1", nets[1], [{"op_names": ["0", "2"], "sparse_ratio": 0.5}])
+    _, masks = pruner.compress()
+    with pytest.raises(SpeedupError, match="wrapped"):
+        retraining_bound(*nets, nets[1], cross_entropy, [(inputs, targets)], 5)
+    pruner.unwrap_model()
+    sparse = nni_topo.masked_model(nets[1], inputs, masks), nni_topo.to_dense(nets[1], inputs, masks)
+    found = [retraining_bound(*nets, each, cross_entropy, [(inputs, targets)], 5) for each in sparse]
+    assert found[0].epochs == pytest.approx(found[1].epochs, rel=1e-5)
+    assert found[0].gradient_sparse == pytest.approx(found[1].gradient_sparse, rel=1e-5)
+
+
 def test_bad_requests_are_refused():
     nets = (Quadratic(6, 8), Quadratic(0, 0), Quadratic(0, 2))
     with pytest.raises(ConfigError, match="gamma must be positive and finite, got 0"):
         bound(*nets, "node", gamma=0)
     with pytest.raises(ConfigError, match="epochs must be positive and finite, got -1"):
         retraining_bound(*nets, mse_loss, BATCHES, -1)
+    with pytest.raises(ConfigError, match="epochs must be positive and finite, got 'a'"):
+        retraining_bound(*nets, mse_loss, BATCHES, "a")
+    with pytest.raises(ConfigError, match=r"pair of inputs and targets, got a Tensor \(batch 0\)"):
+        retraining_bound(*nets, mse_loss, [torch.zeros(4, 1)], 5)
+    with pytest.raises(ConfigError, match=r"mean over a batch, got one of shape \(4, 2\)"):
+        retraining_bound(*nets, functools.partial(mse_loss, reduction="none"), BATCHES, 5)
     with pytest.raises(ConfigError, match="did you mean node"):
         bound(*nets, "nodes")
     with pytest.raises(DataError, match="at least one sample, got none"):

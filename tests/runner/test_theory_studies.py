@@ -119,5 +119,12 @@ def test_bad_requests_are_refused(checkpoint, tmp_path, capsys):
     ):
         with pytest.raises(ConfigError, match=message):
             deviation_study(model, checkpoint, DATA, pruners, ratios, **knobs)
-    assert command("retraining", checkpoint, tmp_path, "--epochs", "0") == 2
-    assert "most_epochs must be at least 1, got 0" in capsys.readouterr().err
+    for words, message in (
+        (("--epochs", "0"), "most_epochs must be an integer of at least 1, got 0"),
+        (("--images", "-5"), "images must be an integer of at least 1, got -5"),
+        (("--calibration", "0"), "calibration must be an integer of at least 1, got 0"),
+        (("--gamma", "-1"), "gamma must be positive and finite, got -1.0"),
+        (("--tolerance", "7"), "tolerance must be in [0, 1], got 7.0"),
+    ):
+        assert command("retraining", checkpoint, tmp_path, *words) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
