@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
 from typing import Any
 
@@ -29,6 +30,31 @@ def check_integer(name: str, value: Any, least: int, place: str) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r} ({place})")
+
+
+def is_finite(value: Any) -> bool:
+    """Say whether a value is a real number, finite and no truth value."""
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+
+
+def check_seed(value: Any, place: str) -> None:
+    """Check a seed of a generator that takes 32 bits, as scikit-learn's do.
+
+    Parameters
+    ----------
+    value : Any
+        What the knob was given.
+    place : str
+        Where, for the message.
+
+    Raises
+    ------
+    ConfigError
+        If it isn't an integer in [0, 2^32).
+    """
+    check_integer("seed", value, 0, place)
+    if value >= 2**32:
+        raise ConfigError(f"seed must be below 2^32, got {value!r} ({place})")
 
 
 def check_between(name: str, value: Any, low: float, high: float, place: str, *, closed: bool = False) -> None:

@@ -39,6 +39,7 @@ from nni_topo.pruners.checks import check_request
 from nni_topo.recovery.compensation import METHODS, Method, compensation
 from nni_topo.recovery.report import CompensationReport
 from nni_topo.recovery.steps import Pairs
+from nni_topo.speedup.layers import kept_channels
 
 _logger = logging.getLogger(__name__)
 
@@ -212,8 +213,9 @@ class StructuredPruner(Pruner):
         """Return the survivors as far as the masks remove the one and keep the other."""
         pairs: dict[str, dict[int, int]] = {}
         for layer, chosen in (self._survivors() or {}).items():
-            kept = masks[layer]["weight"].flatten(1).any(1).tolist()
-            pairs[layer] = {gone: stays for gone, stays in chosen.items() if kept[stays] and not kept[gone]}
+            kept = kept_channels(self._module_wrappers[layer].module, masks[layer])
+            if kept is not None:
+                pairs[layer] = {gone: stays for gone, stays in chosen.items() if kept[stays] and not kept[gone]}
         return pairs or None
 
     def _take_over(self, other: nn.Module) -> None:

@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.knobs import check_integer, is_finite
 from nni_topo.recovery.normal import Fit, NormalEquations, Solution, fit
 from nni_topo.recovery.patches import is_pointwise
 from nni_topo.recovery.plan import Solvable
@@ -193,7 +194,8 @@ def pair_coefficients(
     removed, survivor : array_like of float, any equal shapes
         Activations ``f_u`` and ``f_s`` over the same samples.
     iterations : int, optional
-        Alternate (5.11) and (5.12) so often, from ``beta = 0``; by default the closed form, to which they converge.
+        Alternate (5.11) and (5.12) so often, at least once, from ``beta = 0``; by default the closed form, to which
+        they converge.
     eps : float, default=0.0
         The text's small value in the denominator, at least 0.
 
@@ -204,6 +206,8 @@ def pair_coefficients(
 
     Raises
     ------
+    ConfigError
+        If ``iterations`` isn't positive or ``eps`` negative.
     DataError
         If there is no sample, the shapes differ, or a value isn't finite.
 
@@ -217,19 +221,25 @@ def pair_coefficients(
     >>> pair_coefficients([1.0, 3.0, 5.0], [0.0, 1.0, 2.0])
     (2.0, 1.0)
     """
+    if iterations is not None:
+        check_integer("iterations", iterations, 1, "pair_coefficients")
+    if not is_finite(eps) or eps < 0.0:
+        raise ConfigError(f"eps must be finite and at least 0, got {eps!r} (pair_coefficients)")
     u, s = np.asarray(removed, dtype=np.float64).ravel(), np.asarray(survivor, dtype=np.float64).ravel()
     if u.shape != s.shape or not u.size:
         raise DataError(f"activations of a pair must be of one shape and not empty, got {u.size} and {s.size} values")
     if not (np.isfinite(u).all() and np.isfinite(s).all()):
         raise DataError("activations of a pair must be finite, got NaN or infinity")
+    spread = float(((s - s.mean()) ** 2).sum())
+    if spread <= _LEAST_VARIANCE * float(s @ s):
+        return 0.0, float(u.mean())
     if iterations is None:
-        spread = float(((s - s.mean()) ** 2).sum()) + eps
-        alpha = float((u - u.mean()) @ (s - s.mean())) / spread if spread > 0.0 else 0.0
+        alpha = float((u - u.mean()) @ (s - s.mean())) / (spread + eps)
         return alpha, float(u.mean() - alpha * s.mean())
     alpha = beta = 0.0
     square = float(s @ s) + eps
     for _ in range(iterations):
-        alpha = float(u @ s - beta * s.sum()) / square if square > 0.0 else 0.0
+        alpha = float(u @ s - beta * s.sum()) / square
         beta = float((u - alpha * s).mean())
     return alpha, beta
 

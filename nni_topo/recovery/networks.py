@@ -37,6 +37,8 @@ class Networks:
         The channels of the graph.
     masks : dict of str to dict of str to Tensor
         Masks that agree where layers share channels.
+    asked : dict of str to dict of str to Tensor
+        The masks as they were given.
     """
 
     original: GraphModule
@@ -44,6 +46,7 @@ class Networks:
     result: nn.Module
     flow: ChannelFlow
     masks: FullMasks
+    asked: FullMasks
 
 
 def build_networks(model: nn.Module, call: Call, masks: Masks) -> Networks:
@@ -82,7 +85,7 @@ def build_networks(model: nn.Module, call: Call, masks: Masks) -> Networks:
     states = apply_masks(base, call, full).state_dict()
     pruned.load_state_dict({name: states[name] for name in pruned.state_dict()})
     _narrow_norms(original, pruned)
-    return Networks(original, pruned, copy.deepcopy(model), flow, full)
+    return Networks(original, pruned, copy.deepcopy(model), flow, full, checked)
 
 
 def copy_norm_statistics(networks: Networks, call: Call, calibration: Iterable[Any]) -> None:

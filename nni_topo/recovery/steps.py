@@ -12,6 +12,7 @@ from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Plan, Solvable, pruned_roots
 from nni_topo.recovery.reconstruct import ReconstructTask
 from nni_topo.recovery.tasks import Task
+from nni_topo.speedup.layers import kept_channels
 
 Pairs = Mapping[str, Mapping[int, int]]
 
@@ -72,17 +73,24 @@ def _survivors(networks: Networks, pairs: Pairs) -> dict[int, int]:
     """Translate channels of layers into the numbers of the channel flow."""
     removed = pruned_roots(networks.original, networks.flow, networks.masks)
     survivors = {}
+    if not isinstance(pairs, Mapping):
+        raise ConfigError(f"pairs must be a mapping of layers to mappings of channels, got {pairs!r} (pairs)")
     for name, chosen in pairs.items():
         if name not in networks.flow.layers:
             raise unknown_name("a layer of pairs", name, networks.flow.layers)
+        if not isinstance(chosen, Mapping):
+            raise ConfigError(f"pairs must map channels to channels, got {chosen!r} ({name})")
         roots = networks.flow.layer_roots(name).tolist()
+        asked = kept_channels(networks.original.get_submodule(name), networks.asked.get(name, {}))
         for gone, kept in chosen.items():
-            inside = 0 <= gone < len(roots) and 0 <= kept < len(roots)
-            if not inside or roots[gone] not in removed or roots[kept] in removed:
+            inside = all(each in range(len(roots)) for each in (gone, kept))
+            if inside and roots[gone] in removed and roots[kept] not in removed:
+                survivors[roots[gone]] = roots[kept]
+            # A channel that is masked stays where another layer needs it, and then needs no survivor.
+            elif not inside or asked is None or bool(asked[gone]) or not bool(asked[kept]):
                 raise ConfigError(
                     f"pairs must map channels that are removed to channels that are kept, got {gone}: {kept} ({name})"
                 )
-            survivors[roots[gone]] = roots[kept]
     return survivors
 
 

@@ -87,11 +87,27 @@ def kept_channels(module: torch.nn.Module, targets: Mapping[str, torch.Tensor]) 
     count, mask = output_channels(module), targets.get("weight")
     if count is None or mask is None:
         return None
+    return by_output(mask, module).flatten(1).ne(0).any(1)
+
+
+def by_output(weight: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
+    """Put a weight's, or its mask's, output channels into the first dimension.
+
+    Parameters
+    ----------
+    weight : Tensor
+        As the module holds it.
+    module : torch.nn.Module
+        A convolution, linear layer or embedding.
+
+    Returns
+    -------
+    Tensor, shape (channels, ...)
+    """
     if isinstance(module, TRANSPOSED):  # weight: (in, out / groups, ...)
-        mask = mask.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
-    elif channel_dimension(module):
-        mask = mask.transpose(0, 1)
-    return mask.flatten(1).ne(0).any(1)
+        grouped: torch.Tensor = weight.unflatten(0, (module.groups, -1))
+        return grouped.transpose(1, 2).flatten(0, 1)
+    return weight.transpose(0, 1) if channel_dimension(module) else weight
 
 
 def spread(module: torch.nn.Module, kept: torch.Tensor) -> torch.Tensor:

@@ -169,8 +169,19 @@ def test_iteration_converges_to_the_closed_form_as_eps_vanishes():
     )
 
 
-def test_constant_survivor_gives_the_mean():
-    assert pair_coefficients([1.0, 3.0], [2.0, 2.0]) == (0.0, 2.0)
+@pytest.mark.parametrize("iterations", [None, 1, 50])
+@pytest.mark.parametrize("constant", [0.0, 0.1, 0.3, 1 / 3, 2.0])
+def test_constant_survivor_gives_the_mean(constant, iterations):
+    removed = np.random.default_rng(0).normal(size=1000)
+    found = pair_coefficients(removed, np.full(1000, constant), iterations=iterations)
+    assert found == (0.0, removed.mean())
+
+
+def test_bad_knobs_of_coefficients_are_refused():
+    with pytest.raises(ConfigError, match="iterations must be an integer of at least 1, got -3"):
+        pair_coefficients([1.0, 2.0], [2.0, 3.0], iterations=-3)
+    with pytest.raises(ConfigError, match=r"eps must be finite and at least 0, got -1.0"):
+        pair_coefficients([1.0, 2.0], [2.0, 3.0], eps=-1.0)
 
 
 @pytest.mark.parametrize(
