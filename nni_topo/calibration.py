@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError, DataError, NniTopoError
 from nni_topo.modes import evaluation_mode
 from nni_topo.speedup.inputs import Call, call_arguments, tensors_of
 
@@ -30,11 +32,12 @@ def repeatable(calibration: Iterable[Any]) -> Iterable[Any]:
     Raises
     ------
     ConfigError
-        If it isn't an iterable of batches: a tensor, a mapping and a text aren't.
+        If it isn't an iterable of batches: a tensor, an array, a mapping and a text aren't.
     """
-    if isinstance(calibration, Tensor):
+    if isinstance(calibration, (Tensor, np.ndarray)):
+        kind = "tensor" if isinstance(calibration, Tensor) else "array"
         raise ConfigError(
-            "calibration must be an iterable of batches, e.g. a list of tensors, got one tensor of shape "
+            f"calibration must be an iterable of batches, e.g. a list of tensors, got one {kind} of shape "
             f"{tuple(calibration.shape)} (calibration)"
         )
     if isinstance(calibration, (str, bytes, Mapping)) or not isinstance(calibration, Iterable):
@@ -71,6 +74,11 @@ def calls(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Call]:
         if isinstance(batch, (tuple, list)) and not batch:
             raise DataError(f"a calibration batch must hold an input, got an empty one (batch {count - 1})")
         inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+        if not tensors_of(inputs):
+            raise ConfigError(
+                "the input of a calibration batch must be a tensor, or a tuple or mapping with a tensor in it, got "
+                f"{type(inputs).__name__} (batch {count - 1})"
+            )
         call = call_arguments(inputs)
         yield tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, call)
     if count == 0:
@@ -98,13 +106,33 @@ def check_fits(model: nn.Module, call: Call) -> None:
     DataError
         If the model can't take it.
     """
+    with fitting(0), evaluation_mode(model), torch.no_grad():
+        model(*call[0], **call[1])
+
+
+@contextmanager
+def fitting(batch: int) -> Iterator[None]:
+    """Say of which calibration batch an error comes that a model raises in the block.
+
+    Parameters
+    ----------
+    batch : int
+        Its number, from 0.
+
+    Raises
+    ------
+    DataError
+        If the model can't take it.
+    """
     try:
-        with evaluation_mode(model), torch.no_grad():
-            model(*call[0], **call[1])
-    except torch.OutOfMemoryError:
+        yield
+    except (NniTopoError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise DataError(f"calibration must fit the model, got {type(error).__name__}: {error} (batch 0)") from error
+        reason = str(error).partition("\n")[0]
+        raise DataError(
+            f"calibration must fit the model, got {type(error).__name__}: {reason} (batch {batch})"
+        ) from error
 
 
 def batch_size(call: Call) -> int:

@@ -60,6 +60,9 @@ class Growth:
         check_between("energy", self.energy, 0, 1, "p of the HoH threshold")
         for name in ("bins", "n_init"):
             check_integer(name, getattr(self, name), 1, "sub-clustering")
+        for name in ("absolute", "diagonal"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r} (sub-clustering)")
         if self.statistic not in ("max", "mean"):
             raise ConfigError(f"statistic must be 'max' or 'mean', got {self.statistic!r} (sub-clustering)")
 

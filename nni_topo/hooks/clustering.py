@@ -23,6 +23,7 @@ from nni_topo.hooks.survivors import best_of, survivor_scores
 from nni_topo.hooks.units import PruningUnit
 
 _CONSTANT = 1e-12
+_GRAIN = 1e-6
 
 
 @dataclass(frozen=True)
@@ -238,11 +239,16 @@ def _clouds(unit: PruningUnit, data: Data) -> list[FeatureCloud]:
 
 
 def _closeness(points: FloatArray, labels: IntArray) -> FloatArray:
-    """Return the negative distance of each neuron to its cluster's mean; 0 for those in none."""
+    """Return the negative distance of each neuron to its cluster's mean; 0 for those in none.
+
+    Distances that only rounding tells apart are equal: of a pair both neurons are as far from the mean.
+    """
     closeness = np.zeros(len(points))
+    grain = _GRAIN * max(float(np.linalg.norm(points, axis=1).max(initial=0.0)), np.finfo(np.float64).tiny)
     for label in np.unique(labels[labels >= 0]):
         members = labels == label
-        closeness[members] = -np.linalg.norm(points[members] - points[members].mean(0), axis=1)
+        distances = np.linalg.norm(points[members] - points[members].mean(0), axis=1)
+        closeness[members] = -np.round(distances / grain)
     return closeness
 
 

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 
-from nni_topo.calibration import batch_size, calls, first_call
+from nni_topo.calibration import batch_size, calls, first_call, fitting
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.hooks.base import Data, DataCollector, PruningContext
+from nni_topo.hooks.transposed import loses_outputs
 from nni_topo.hooks.units import PruningUnit
 from nni_topo.modes import detached_copy, evaluation_mode
 from nni_topo.speedup.channels import ChannelFlow
@@ -41,14 +43,15 @@ class Tap:
     ----------
     layer : str
         The layer's name.
-    node : torch.fx.Node
-        The layer itself, or the last batch norm or activation that alone works on what it puts out.
+    nodes : tuple of torch.fx.Node
+        One for each time that the layer is called: the layer itself, or the last batch norm or activation that alone
+        works on what it puts out.
     norms : tuple of str
-        Names of the batch norms on the way.
+        Names of the batch norms on the way, from the first call.
     """
 
     layer: str
-    node: Node
+    nodes: tuple[Node, ...]
     norms: tuple[str, ...]
 
 
@@ -65,7 +68,7 @@ class FeatureCollector(DataCollector):
     """The feature cloud: a neuron's outputs over the calibration samples are its coordinates.
 
     What a layer puts out is taken behind the batch norms and the activation that follow it directly, so that a neuron
-    which never fires is a point at zero.
+    which never fires is a point at zero. If the model calls a layer more than once, every call counts.
 
     Parameters
     ----------
@@ -123,9 +126,10 @@ class FeatureCollector(DataCollector):
         runner = _Recorder(self._network, rows, self.pool)
         samples = 0
         with torch.no_grad():
-            for call in calls(context.model, batches):
+            for number, call in enumerate(calls(context.model, batches)):
                 samples += batch_size(call)
-                runner.run(*bind_arguments(context.model, call).values())
+                with fitting(number):
+                    runner.run(*bind_arguments(context.model, call).values())
         if samples < 2:
             raise DataError(f"calibration must hold at least two samples to be clustered by, got {samples}")
         data: Data = {}
@@ -139,10 +143,11 @@ class FeatureCollector(DataCollector):
     def _batches(self, context: PruningContext) -> Iterable[Any]:
         if self.calibration is not None:
             return self.calibration
-        seen: list[Tensor] = []
+        seen: list[Any] = []
 
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append(next(iter((*args, *kwargs.values()))).detach())
+            inputs = bind_arguments(module, (args, kwargs)) if kwargs else args
+            seen.append((tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, inputs),))
 
         handle = context.model.register_forward_pre_hook(record, with_kwargs=True)
         try:
@@ -150,6 +155,8 @@ class FeatureCollector(DataCollector):
                 context.evaluate()
         finally:
             handle.remove()
+        if not seen:
+            raise DataError("an evaluator must call the model where there is no calibration, got no call (evaluator)")
         return seen
 
 
@@ -188,7 +195,8 @@ class _Rows:
         self.samples += rows.shape[1]
         self._total = self._total + rows.sum(1, dtype=torch.float64).cpu()
         if self._products is None and self.samples <= len(rows):
-            self._kept.append(rows.cpu())
+            # A copy: what the network does in place behind the layer would change the rows.
+            self._kept.append(rows.cpu().clone())
             return
         for each in [*self._kept, rows]:
             products = (each.double() @ each.double().T).cpu()
@@ -218,7 +226,8 @@ class _Recorder(Interpreter):
         self._pool = pool
         self._taps: dict[Node, list[Tap]] = {}
         for tap in network.taps.values():
-            self._taps.setdefault(tap.node, []).append(tap)
+            for node in tap.nodes:
+                self._taps.setdefault(node, []).append(tap)
 
     def run_node(self, n: Node) -> Any:
         """Run a node as usual and look at what it puts out."""
@@ -245,8 +254,11 @@ def _traced(context: PruningContext, call: Call) -> TracedNetwork:
         graph, args = trace(detached_copy(context.model).eval(), call)
         flow = ChannelFlow(graph, args)
     names = {module_name for unit in context.units for module_name, _ in unit.members}
-    nodes = [node for node in graph.graph.nodes if node.op == "call_module" and node.target in names]
-    taps = {str(node.target): Tap(str(node.target), *_followed(graph, node)) for node in nodes}
+    found: dict[str, list[tuple[Node, tuple[str, ...]]]] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_module" and node.target in names:
+            found.setdefault(str(node.target), []).append(_followed(graph, node))
+    taps = {name: Tap(name, tuple(node for node, _ in each), each[0][1]) for name, each in found.items()}
     missing = sorted(names - taps.keys())
     if missing:
         raise ConfigError(f"features need layers that the model calls, got none of {', '.join(missing)} (features)")
@@ -282,7 +294,7 @@ def _chain(node: Node) -> Iterator[Node]:
 def _check_blocks(unit: PruningUnit, channels: int, context: PruningContext) -> None:
     for module_name, target_name in unit.members:
         space = context.target_spaces[module_name][target_name]
-        if channels != unit.blocks or space.granularity != "out_channel":
+        if channels != unit.blocks or not (space.granularity == "out_channel" or loses_outputs(space)):
             kind = type(space._wrapper.module).__name__
             raise ConfigError(
                 f"features need layers pruned by output channel, got a {kind} of {channels} channels in {unit.blocks} "

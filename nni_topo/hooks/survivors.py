@@ -21,6 +21,7 @@ from nni_topo.hooks.base import PruningContext
 from nni_topo.hooks.features import TracedNetwork
 from nni_topo.hooks.functional import read_strength, readers_of
 from nni_topo.hooks.units import PruningUnit
+from nni_topo.speedup.layers import by_output
 
 RULES = ("random", "center", "weight", "bias", "bias_norm")
 
@@ -35,6 +36,8 @@ def checked_rules(survivor: Survivor) -> tuple[str, ...]:
     ConfigError
         If there is none, or one isn't known.
     """
+    if not isinstance(survivor, (str, Sequence)):
+        raise ConfigError(f"survivor must be a rule or a sequence of rules, got {survivor!r} (survivor)")
     rules = (survivor,) if isinstance(survivor, str) else tuple(survivor)
     if not rules:
         raise ConfigError(f"survivor must name at least one rule of {', '.join(RULES)}, got none")
@@ -138,7 +141,8 @@ def _connections(unit: PruningUnit, context: PruningContext, network: TracedNetw
     """Sum the absolute weights into and out of each neuron, equation (4.12)."""
     total = np.zeros(unit.blocks)
     for module_name, target_name in unit.members:
-        weight = _numbers(context.target_spaces[module_name][target_name].target)
+        space = context.target_spaces[module_name][target_name]
+        weight = _numbers(by_output(space.target, space._wrapper.module))
         total += np.abs(weight).reshape(unit.blocks, -1).sum(1)
     if np.isin(network.flow.layer_roots(unit.members[0][0]), network.flow.at_output).all():
         return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,6 +100,9 @@ def _check_entry(config: Any, place: str) -> None:
         ratio = setting.get("sparse_ratio")
         if ratio is not None and not 0.0 <= ratio < 1.0:
             raise ConfigError(f"sparse_ratio must be in [0, 1), got {ratio} ({place}{suffix})")
+        threshold = setting.get("sparse_threshold")
+        if threshold is not None and math.isnan(threshold):
+            raise ConfigError(f"sparse_threshold must be a number, got {threshold} ({place}{suffix})")
 
 
 def _reason(error: SchemaError) -> str:

@@ -18,10 +18,12 @@ from torch import nn
 from nni_topo.calibration import checked_calibration
 from nni_topo.clustering import ALGORITHMS, Algorithm
 from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.hooks.base import PruningContext
 from nni_topo.hooks.clustering import ClusterMetric, SurvivorAllocator
 from nni_topo.hooks.features import FeatureCollector, Pool
 from nni_topo.hooks.survivors import Survivor, checked_rules
-from nni_topo.knobs import check_integer
+from nni_topo.hooks.units import PruningUnit
+from nni_topo.knobs import check_integer, check_seed
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.recovery.compensation import Method
 from nni_topo.recovery.steps import Pairs
@@ -111,15 +113,16 @@ class ClusterPruner(StructuredPruner):
     ) -> None:
         if algorithm not in ALGORITHMS:
             raise unknown_name("algorithm", str(algorithm), ALGORITHMS)
-        for name, value, least in (("n_init", n_init, 1), ("min_samples", min_samples, 1), ("seed", seed, 0)):
-            check_integer(name, value, least, "ClusterPruner")
-        rules = checked_rules(survivor)
+        for name, value in (("n_init", n_init), ("min_samples", min_samples)):
+            check_integer(name, value, 1, "ClusterPruner")
+        check_seed(seed, "ClusterPruner")
+        self._rules = checked_rules(survivor)
         self.seed = seed
         calibration = checked_calibration(calibration)
         collector = feature_collector(calibration, evaluator, pool, config_list)
         self._metric = ClusterMetric(
             collector,
-            lambda unit, context: rules,
+            self._rules_of,
             algorithm=algorithm,
             n_init=n_init,
             min_samples=min_samples,
@@ -147,6 +150,9 @@ class ClusterPruner(StructuredPruner):
         update.
         """
         return self._metric.pairs
+
+    def _rules_of(self, unit: PruningUnit, context: PruningContext) -> tuple[str, ...]:
+        return self._rules
 
     def _survivors(self) -> Pairs:
         return self.pairs

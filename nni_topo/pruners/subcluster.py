@@ -25,7 +25,7 @@ from nni_topo.hooks.features import Pool
 from nni_topo.hooks.subclustering import SubclusterMetric, is_convolution
 from nni_topo.hooks.survivors import Survivor, checked_rules, offsets
 from nni_topo.hooks.units import PruningUnit
-from nni_topo.knobs import check_integer
+from nni_topo.knobs import check_seed
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.cluster import feature_collector
 from nni_topo.recovery.compensation import Method
@@ -93,6 +93,9 @@ class SubclusterPruner(StructuredPruner):
     together only if all of its neurons vary little, or if all put out the same. ``"mean"`` prunes far more at the same
     ``energy``, about as much as the text reports.
 
+    Every call looks at the network as it is masked by then: what went before is dead, and the threshold is that of the
+    neurons that are left. So a second ``compress()``, or a schedule, may take more than one call does.
+
     References
     ----------
     .. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
@@ -136,40 +139,26 @@ class SubclusterPruner(StructuredPruner):
         self.energy = energy
         self.initial_ratio = initial_ratio
         self.seed = seed
-        check_integer("seed", seed, 0, "SubclusterPruner")
+        check_seed(seed, "SubclusterPruner")
         for value in _values(energy):
             replace(growth, energy=value)
         for value in () if initial_ratio is None else _values(initial_ratio):
             initial_clusters(value, 1)
         _check_names(model, energy, "energy")
         _check_names(model, initial_ratio, "initial_ratio")
-        rules = None if survivor is None else checked_rules(survivor)
+        self._growth = growth
+        self._rules = None if survivor is None else checked_rules(survivor)
         calibration = checked_calibration(calibration)
-        collector = feature_collector(calibration, evaluator, pool, config_list)
-
-        def chosen_rules(unit: PruningUnit, context: PruningContext) -> tuple[str, ...]:
-            if rules is not None:
-                return rules
-            has_bias = is_convolution(unit, context) and offsets(unit, context, collector.network) is not None
-            return ("bias_norm",) if has_bias else ("weight",)
-
-        def chosen_ratio(unit: PruningUnit, context: PruningContext) -> float:
-            default = _INITIAL["Conv" if is_convolution(unit, context) else "Linear"]
-            return _of_layer(initial_ratio, unit, default)
-
+        self._features = feature_collector(calibration, evaluator, pool, config_list)
         self._metric = SubclusterMetric(
-            collector,
-            chosen_rules,
-            growth=lambda unit, context: replace(growth, energy=_of_layer(energy, unit, growth.energy)),
-            initial=chosen_ratio,
-            seed=seed,
+            self._features, self._rules_of, growth=self._growth_of, initial=self._initial_of, seed=seed
         )
         super().__init__(
             model,
             config_list,
             evaluator,
             existed_wrappers,
-            collector=collector,
+            collector=self._features,
             calculator=self._metric,
             allocator=SurvivorAllocator(),
             compensate=compensate,
@@ -192,6 +181,19 @@ class SubclusterPruner(StructuredPruner):
         update.
         """
         return self._metric.pairs
+
+    def _rules_of(self, unit: PruningUnit, context: PruningContext) -> tuple[str, ...]:
+        if self._rules is not None:
+            return self._rules
+        has_bias = is_convolution(unit, context) and offsets(unit, context, self._features.network) is not None
+        return ("bias_norm",) if has_bias else ("weight",)
+
+    def _growth_of(self, unit: PruningUnit, context: PruningContext) -> Growth:
+        return replace(self._growth, energy=_of_layer(self.energy, unit, self._growth.energy))
+
+    def _initial_of(self, unit: PruningUnit, context: PruningContext) -> float:
+        default = _INITIAL["Conv" if is_convolution(unit, context) else "Linear"]
+        return _of_layer(self.initial_ratio, unit, default)
 
     def _survivors(self) -> Pairs:
         return self.pairs

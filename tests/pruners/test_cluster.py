@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -177,11 +178,100 @@ def test_constant_features_are_refused():
         ClusterPruner(families()[0], [{**HIDDEN, "sparse_ratio": 0.5}], calibration=[data[:1]]).compress()
 
 
-def test_layers_without_output_channels_in_front_are_named_with_their_type():
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ConvTranspose2d(4, 6, 2), nn.Conv2d(6, 2, 1))
-    pruner = ClusterPruner(model, [{"op_names": ["1"], "sparse_ratio": 0.5}], calibration=[torch.randn(4, 1, 6, 6)])
-    with pytest.raises(ConfigError, match=r"pruned by output channel, got a ConvTranspose2d.*\(1\)"):
-        pruner.compress()
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_convolutions_lose_output_channels(groups):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ConvTranspose2d(4, 6, 2, groups=groups), nn.Conv2d(6, 2, 1)).eval()
+    images = torch.randn(8, 1, 6, 6)
+    weight = model[1].weight.detach()
+    strength = weight.unflatten(0, (groups, -1)).abs().sum((1, 3, 4)).flatten() + model[2].weight.abs().sum((0, 2, 3))
+    config = [{"op_names": ["1"], "sparse_ratio": 0.34 if groups == 1 else 0.67}]
+    pruner = ClusterPruner(model, config, calibration=[images], survivor="weight", compensate="pair")
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    kept = masks["1"]["bias"] > 0
+    assert kept.sum() == (4 if groups == 1 else 2)
+    pairs = pruner.pairs["1"]
+    assert all(strength[stays] >= strength[gone] for gone, stays in pairs.items())
+    assert set(pairs) == set((~kept).nonzero().flatten().tolist())
+    nni_topo.to_dense(model, images[:2], masks)
+
+
+def test_both_calls_of_a_shared_layer_count():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.out = nn.Linear(4, 8), nn.Linear(16, 2)
+
+        def forward(self, inputs):
+            return self.out(torch.cat([self.fc(inputs).relu(), self.fc(-inputs).relu()], 1))
+
+    torch.manual_seed(0)
+    model = Twice()
+    with torch.no_grad():
+        model.fc.weight.copy_(torch.randn(8, 4).abs())
+        model.fc.bias.zero_()
+        model.fc.weight[:3] *= -1
+        model.fc.weight[7] = 0
+    config = [{"op_names": ["fc"], "sparse_ratio": 0.125}]
+    found = kept(ClusterPruner(model, config, calibration=[torch.rand(100, 4)]), "fc")
+    assert found.tolist() == [True] * 7 + [False]
+
+
+def test_the_nearest_to_the_centre_of_a_pair_is_no_matter_of_rounding():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 18), nn.ReLU(), nn.Linear(18, 2))
+    data = torch.randn(200, 6)
+    config = [{**HIDDEN, "sparse_ratio": 0.5}]
+    found = [
+        kept(ClusterPruner(copy.deepcopy(model), config, calibration=data.split(size), survivor="center")).tolist()
+        for size in (200, 100, 50, 7)
+    ]
+    assert found[1:] == found[:1] * 3
+
+
+def test_pairs_whose_channel_stays_for_another_layer_are_left_out():
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.f = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 3)
+
+        def forward(self, inputs):
+            hidden = self.a(inputs).relu()
+            return self.f((hidden + self.b(hidden)).relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    images = torch.randn(16, 1, 6, 6)
+    model = Residual()
+    config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+    pruner = ClusterPruner(model, config, calibration=[images], compensate="pair")
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    nni_topo.compensate(Residual(), masks, [images], method="pair", pairs=pruner.pairs)
+    with pytest.raises(ConfigError, match=r"pairs must map channels to channels, got 4 \(a\)"):
+        nni_topo.compensate(model, masks, [images], method="pair", pairs={"a": 4})
+
+
+def test_pruners_can_be_pickled():
+    model, data = families()
+    pruner = ClusterPruner(model, [{**HIDDEN, "sparse_ratio": 0.5}], calibration=[data], survivor="weight")
+    _, masks = pruner.compress()
+    again = pickle.loads(pickle.dumps(pruner))
+    assert again.pairs == pruner.pairs
+    assert torch.equal(again.compress()[1]["0"]["weight"], masks["0"]["weight"])
+
+
+def test_calibration_that_does_not_fit_is_named_by_its_batch():
+    model, data = families()
+    config = [{**HIDDEN, "sparse_ratio": 0.5}]
+    with pytest.raises(DataError, match=r"calibration must fit the model, got RuntimeError.*\(batch 1\)"):
+        ClusterPruner(model, config, calibration=[data, data[:, :3]]).compress()
+    for calibration, message in (
+        (data.numpy(), r"got one array of shape \(64, 5\)"),
+        ([data.numpy()], r"a calibration batch must be a tensor.*got ndarray \(batch 0\)"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            ClusterPruner(families()[0], config, calibration=calibration).compress()
 
 
 def test_the_registry_asks_for_data_or_an_evaluator():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import resource
 import time
 
@@ -228,3 +229,35 @@ def test_a_wide_layer_takes_less_than_a_minute():
     assert 205 <= run(pruner).sum() < 4096
     assert time.process_time() - began < 60.0
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 * 2**20
+
+
+def test_pruners_can_be_pickled():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 24), nn.ReLU(), nn.Linear(24, 2))
+    pruner = SubclusterPruner(model, [{"op_names": ["0"]}], calibration=[torch.randn(64, 4)], energy=0.9)
+    _, masks = pruner.compress()
+    again = pickle.loads(pickle.dumps(pruner))
+    assert again.trees.keys() == pruner.trees.keys()
+    assert torch.equal(again.get_masks()["0"]["bias"], masks["0"]["bias"])
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"seed": 2**40}, r"seed must be below 2\^32, got 1099511627776 \(SubclusterPruner\)"),
+        ({"survivor": 5}, "survivor must be a rule or a sequence of rules, got 5"),
+        ({"absolute": "no"}, "absolute must be True or False, got 'no'"),
+        ({"diagonal": 1}, "diagonal must be True or False, got 1"),
+    ],
+)
+def test_knobs_of_the_wrong_kind_are_refused(knobs, message):
+    model = toy_model()
+    with pytest.raises(ConfigError, match=message):
+        SubclusterPruner(model, [{"op_names": ["hidden"]}], calibration=[toy_images()], **knobs)
+    assert not hasattr(model.hidden, "_nni_wrapper")
+
+
+def test_thresholds_that_are_no_number_are_refused():
+    config = [{"op_names": ["hidden"], "sparse_threshold": float("nan")}]
+    with pytest.raises(ConfigError, match=r"sparse_threshold must be a number, got nan \(config_list\[0\]\)"):
+        SubclusterPruner(toy_model(), config, calibration=[toy_images()])
