@@ -23,6 +23,7 @@ from nni_topo.errors import CompatibilityError
 __all__ = [
     "KNOWN_NNI_VERSIONS",
     "LOOPBACK",
+    "PAIRING",
     "CompatReport",
     "CompatibilityWarning",
     "MendResult",
@@ -37,6 +38,9 @@ KNOWN_NNI_VERSIONS = ("3.0",)
 
 LOOPBACK = Path(__file__).with_name("loopback.cjs")
 """Keeps NNI's manager off the network when preloaded, ``NODE_OPTIONS="--require=..."``; see docs/compatibility.md."""
+
+PAIRING = Path(__file__).with_name("pairing.cjs")
+"""Lets NNI's manager give each trial the parameters that it keeps for it, when preloaded in the same way."""
 
 _reports: list[CompatReport] = []
 

@@ -18,7 +18,7 @@ from nni.experiment.config.utils import unset_base_path
 from nni.tools.nnictl.config_utils import Experiments
 from nni.tools.nnictl.nnictl_utils import update_experiment
 
-from nni_topo.compat import LOOPBACK
+from nni_topo.compat import LOOPBACK, PAIRING
 from nni_topo.errors import ConfigError
 from nni_topo.experiment.folder import check_free_disk
 from nni_topo.experiment.trials import ManagerError, TrialRecord, answering, read_trials
@@ -256,10 +256,13 @@ def _stopped_config(experiment_id: str | None) -> ExperimentConfig:
 
 @contextmanager
 def _manager_environment(everywhere: bool) -> Iterator[None]:
-    """Let processes started inside find this Python first, and the manager listen on this machine only."""
-    changes = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-    if not everywhere:
-        changes["NODE_OPTIONS"] = f'{os.environ.get("NODE_OPTIONS", "")} --require="{LOOPBACK}"'.strip()
+    """Let processes started inside find this Python first; the manager pairs trials and parameters, and stays here."""
+    scripts = [PAIRING] if everywhere else [PAIRING, LOOPBACK]
+    options = [os.environ.get("NODE_OPTIONS", ""), *(f'--require="{script}"' for script in scripts)]
+    changes = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "NODE_OPTIONS": " ".join(options).strip(),
+    }
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:

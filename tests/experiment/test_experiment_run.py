@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -31,6 +32,16 @@ trainingService: {{platform: local}}
 experimentWorkingDirectory: {home}/nni-experiments
 """
 PRUNERS = "  pruner: {_type: choice, _value: [l1, l2, l3, fpgm, random]}"
+LATE = """
+import pathlib, time
+import nni
+asked = pathlib.Path("asked")
+while nni.get_sequence_id() == 0 and not asked.exists():
+    time.sleep(0.1)
+x = nni.get_next_parameter()["x"]
+asked.touch()
+nni.report_final_result(x)
+"""
 SECONDS = 240
 ALL_INTERFACES = {"0" * 32, "0" * 8}
 
@@ -98,6 +109,17 @@ def test_five_trials_of_which_one_crashes(home, nets):
     exported = home.topo("experiment", "export", again["experiment"], "--trial", trials["fpgm"]["id"], "--out", "fpgm")
     assert exported.returncode == 0, exported.stderr
     assert json.loads((home.folder / "fpgm" / "settings.json").read_text())["pruner"] == "fpgm"
+
+
+def test_a_trial_that_asks_late_gets_its_own_parameters(home):
+    home.write("late.py", LATE)
+    text = CONFIG.format(space="  x: {_type: choice, _value: [0, 1]}", nets="", words="", trials=2, home=home.folder)
+    home.write("config.yml", re.sub("trialCommand: .*", "trialCommand: python late.py", text))
+    done = home.topo("experiment", "run", "config.yml", "--port", str(home.port), "--out", "out")
+    # these trials leave no files to export
+    assert "its command is that of nni_topo.trial, got 'python late.py'" in " ".join(done.stderr.split())
+    trials = json.loads((home.folder / "out" / "trials.json").read_text())
+    assert [(trial["parameters"]["x"], trial["result"]["default"]) for trial in trials] == [(0, 0), (1, 1)]
 
 
 @pytest.mark.slow

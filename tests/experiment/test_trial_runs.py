@@ -100,7 +100,7 @@ def test_pruners_of_single_weights_are_refused(settings, tmp_path):
 
 
 def test_a_checkpoint_of_ones_own(settings, nets, tmp_path):
-    (checkpoint,) = (nets / "checkpoints").glob("*.pt")
+    (checkpoint,) = (nets / "checkpoints").glob("*seed0.pt")
     given = dataclasses.replace(settings, checkpoint=str(checkpoint))
     metrics = run_trial(given, tmp_path / "given", cache=tmp_path / "unused")
     assert not (tmp_path / "unused").exists()
