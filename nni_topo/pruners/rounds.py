@@ -72,7 +72,8 @@ def prune_in_rounds(
     Raises
     ------
     ConfigError
-        If the steps aren't rising numbers in (0, 1], or the pruner has no target with a ``sparse_ratio``.
+        If the steps aren't rising numbers in (0, 1], the pruner has no target with a ``sparse_ratio``, or the state to
+        return to doesn't fit the model.
 
     Notes
     -----
@@ -88,18 +89,24 @@ def prune_in_rounds(
     }
     if not goals:
         raise ConfigError("pruning in rounds needs a target with a sparse_ratio, got none (prune_in_rounds)")
+    if rewind is not None:
+        _matched(pruner, rewind)
     rounds = []
-    for index, step in enumerate(steps, start=1):
+    try:
+        for index, step in enumerate(steps, start=1):
+            for space, goal in goals.values():
+                space.sparse_ratio = 1.0 - (1.0 - goal) ** step if step < 1.0 else goal
+            pruner.update_masks(pruner.generate_masks())
+            if rewind is not None:
+                _restore(pruner, rewind)
+            kept = {name: _silenced(space) for name, (space, _) in goals.items()}
+            train()
+            rounds.append(Round(index, kept))
+            if on_round is not None:
+                on_round(rounds[-1])
+    finally:
         for space, goal in goals.values():
-            space.sparse_ratio = 1.0 - (1.0 - goal) ** step if step < 1.0 else goal
-        pruner.update_masks(pruner.generate_masks())
-        if rewind is not None:
-            _restore(pruner, rewind)
-        kept = {name: _silenced(space) for name, (space, _) in goals.items()}
-        train()
-        rounds.append(Round(index, kept))
-        if on_round is not None:
-            on_round(rounds[-1])
+            space.sparse_ratio = goal
     return rounds
 
 
@@ -123,11 +130,25 @@ def check_rewind(model: nn.Module, rewind: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def _restore(pruner: Pruner, state: Mapping[str, Tensor]) -> None:
-    """Copy an unwrapped model's state into the wrapped one."""
+    """Copy an unwrapped model's state into the wrapped one, under every name that a shared tensor has."""
+    for own, value in _matched(pruner, state):
+        own.copy_(value)
+
+
+def _matched(pruner: Pruner, state: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return the wrapped model's tensors, each with its value in the unwrapped model's state."""
     wrapped = pruner._get_param_names_map()
-    own = {**dict(pruner.bound_model.named_buffers()), **dict(pruner.bound_model.named_parameters())}
+    model = pruner.bound_model
+    own = dict(model.named_buffers(remove_duplicate=False)) | dict(model.named_parameters(remove_duplicate=False))
+    matched = []
     for name, value in state.items():
-        own[wrapped.get(name, name)].copy_(value)
+        module, _, tensor = name.rpartition(".")
+        names = (wrapped.get(name, name), ".".join(filter(None, (module, "_nni_wrapper", tensor))))
+        found = next((own[each] for each in names if each in own), None)
+        if found is None or not isinstance(value, Tensor) or found.shape != value.shape:
+            raise ConfigError(f"rewind must hold tensors of the model's names and shapes, got another ({name})")
+        matched.append((found, value))
+    return matched
 
 
 @torch.no_grad()

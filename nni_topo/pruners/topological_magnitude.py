@@ -144,6 +144,11 @@ class TopologicalMagnitudePruner(StructuredPruner):
                 if is_active(space):
                     _check_target(name, target, space)
                     self._check_reached(name, space)
+        if self._target_spaces and not self._context().units:
+            raise ConfigError(
+                "config_list must give the weight of at least one layer a ratio or a threshold, got none "
+                f"({', '.join(self._target_spaces)})"
+            )
         if self.on_subcritical == "raise":
             self._check_critical()
         super().wrap_model()
@@ -174,11 +179,15 @@ class TopologicalMagnitudePruner(StructuredPruner):
             if members[0][0].sparse_ratio is None:
                 continue
             total = sum(unit.blocks for unit, _ in members)
-            ratio = min(max(members[0][0].sparse_ratio, members[0][0].min_sparse_ratio), 1.0)
-            most = sum(removable_rows(unit)[1] for unit, _ in members)
-            kept, tree = total - min(int(total * ratio), most), sum(size for _, size in members)
+            least, most = (sum(bounds) for bounds in zip(*(removable_rows(unit) for unit, _ in members), strict=True))
+            gone = max(min(int(total * members[0][0].sparse_ratio), most), least)
+            kept, tree = total - gone, sum(size for _, size in members)
             if kept < tree:
                 raise subcritical("+".join(unit.name for unit, _ in members), kept, tree, total)
+            for unit, size in members:
+                kept = unit.blocks - removable_rows(unit)[0]
+                if kept < size:
+                    raise subcritical(unit.name, kept, size, unit.blocks)
 
     def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
         if max_steps is None and max_epochs is None and self.rounds == 1:

@@ -292,3 +292,24 @@ def test_it_stands_in_the_table():
     pruner = nni_topo.create_pruner("topological_magnitude", toy_model(), LAYERS, on_subcritical="clip")
     assert pruner.on_subcritical == "clip"
     assert not nni_topo.pruner_info("topological_magnitude").structured
+
+
+def test_a_minimum_of_one_layer_is_no_minimum_of_its_group():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 20), nn.ReLU(), nn.Linear(20, 5))
+    group = {"sparse_ratio": 0.5, "global_group_id": "all"}
+    config = [{"op_names": ["0"], "min_sparse_ratio": 0.94, **group}, {"op_names": ["2"], **group}]
+    masks = masks_of(model, config)
+    assert int(masks["0"]["weight"].sum()) == 154
+    assert bool(masks["2"]["weight"].all())
+    config[0]["min_sparse_ratio"] = 0.95
+    with pytest.raises(ConfigError, match=r"spanning tree of 147 of 2560 weights.*got 128 left.*\(0.weight\)"):
+        TopologicalMagnitudePruner(model, config)
+
+
+@pytest.mark.parametrize("entry", [{"target_names": ["bias"], "sparse_ratio": 0.5}, {}])
+def test_requests_without_a_weight_are_refused(entry):
+    model = nn.Sequential(nn.Linear(6, 6))
+    with pytest.raises(ConfigError, match=r"weight of at least one layer a ratio or a threshold, got none \(0\)"):
+        TopologicalMagnitudePruner(model, [{"op_names": ["0"], **entry}])
+    assert not hasattr(model[0], "_nni_wrapper")
