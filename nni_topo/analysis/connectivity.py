@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.modes import evaluation_mode
 from nni_topo.speedup.inputs import call_arguments, tensors_of
 from nni_topo.speedup.layers import CONVOLUTIONS
 
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_SHRINKING = (nn.Softshrink, nn.Hardshrink, nn.Threshold)
 _LAYERS = (nn.Linear, *CONVOLUTIONS)
 
 
@@ -39,8 +40,8 @@ class Connectivity:
 
     @property
     def channels(self) -> float:
-        """The lowest of the layers' shares of connected channels."""
-        return min(self.connected.values())
+        """The lowest of the layers' shares of connected channels; 1 without masks."""
+        return min(self.connected.values(), default=1.0)
 
 
 def connectivity(model: nn.Module, example_inputs: Any, masks: Mapping[str, Mapping[str, Tensor]]) -> Connectivity:
@@ -62,15 +63,16 @@ def connectivity(model: nn.Module, example_inputs: Any, masks: Mapping[str, Mapp
     Raises
     ------
     ConfigError
-        If the model puts out something where all inputs are zero, for example by a sigmoid: then a reached output
-        can't be told from others.
+        If the masks name a layer that isn't there, the model doesn't run on the inputs, or it puts out something where
+        all inputs are zero, for example by a sigmoid: then a reached output can't be told from others.
     DataError
         If a mask isn't of its weight's shape.
 
     Notes
     -----
-    Every kept weight becomes one over the number of kept weights of its layer, every bias zero, norms do nothing, and
-    ones are fed in: with activations like ReLU a value is positive where a path leads, and zero elsewhere.
+    Every kept weight becomes one over the number of kept weights of its layer, every bias zero, norms and modules
+    that cut small values off do nothing, and ones are fed in: with activations like ReLU a value is positive where
+    a path leads, and zero elsewhere.
 
     Examples
     --------
@@ -80,6 +82,10 @@ def connectivity(model: nn.Module, example_inputs: Any, masks: Mapping[str, Mapp
     >>> found.outputs, found.reached, found.channels
     (0.5, {'0': 0.5, '2': 0.5}, 0.75)
     """
+    modules = dict(model.named_modules())
+    for name in masks:
+        if name not in modules:
+            raise unknown_name("a layer of masks", name, modules)
     flow = _flow_model(model, masks)
     args, kwargs = call_arguments(example_inputs)
     reached: dict[str, float] = {}
@@ -111,7 +117,7 @@ def _flow_model(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> 
     """Return a copy in double precision whose weights are shares and whose biases and norms do nothing."""
     flow = copy.deepcopy(model).double()
     for name, module in list(flow.named_modules()):
-        if isinstance(module, _NORMS):
+        if isinstance(module, (*_NORMS, *_SHRINKING)):
             flow.set_submodule(name, nn.Identity())
             continue
         for parameter, values in module.named_parameters(recurse=False):
@@ -132,7 +138,10 @@ def _outputs(model: nn.Module, args: Any, kwargs: Any, value: float) -> list[Ten
         return torch.full_like(leaf, value, dtype=torch.float64) if is_float else leaf
 
     call = torch.utils._pytree.tree_map(fill, (args, kwargs))
-    return tensors_of(model(*call[0], **call[1]))
+    try:
+        return tensors_of(model(*call[0], **call[1]))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ConfigError(f"example_inputs must be ones that the model runs on, got: {error} (forward)") from error
 
 
 def _connected(module: nn.Module, mask: Tensor) -> float:

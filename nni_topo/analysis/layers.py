@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.hooks.convolutions import graph_of_convolution
 from nni_topo.speedup.layers import CONVOLUTIONS
 from nni_topo.topology import LayerGraph, linear_graph
@@ -84,6 +84,8 @@ def weight_layers(model: nn.Module) -> tuple[list[WeightLayer], dict[str, str]]:
     ------
     ConfigError
         If the model has none of the supported layers; the message names the types it has instead.
+    DataError
+        If a layer has no weight.
     """
     layers: list[WeightLayer] = []
     skipped: dict[str, str] = {}
@@ -110,19 +112,19 @@ def _is_supported(module: nn.Module) -> bool:
 def _weights(name: str, module: nn.Module) -> Iterator[WeightLayer]:
     if not isinstance(module, tuple(_RECURRENT)):
         kind = "dense" if isinstance(module, nn.Linear) else "conv"
-        yield WeightLayer(name, kind, _values(module, "weight"), module)
+        yield WeightLayer(name, kind, _values(name, module, "weight"), module)
         return
     gates = next(names for cls, names in _RECURRENT.items() if isinstance(module, cls))
     for parameter, _ in module.named_parameters(recurse=False):
         if not parameter.startswith("weight"):
             continue
-        values = _values(module, parameter)
+        values = _values(name, module, parameter)
         names = ("projection",) if parameter.startswith("weight_hr") else gates
         for gate, matrix in zip(names, np.split(values, len(names)), strict=True):
             yield WeightLayer(f"{name}.{parameter}[{gate}]", "recurrent", matrix, module)
 
 
-def _values(module: nn.Module, parameter: str) -> NDArray[np.float64]:
+def _values(name: str, module: nn.Module, parameter: str) -> NDArray[np.float64]:
     """Return a weight in force: under NNI's wrapper the wrapper's values times its mask."""
     wrapper = getattr(module, "_nni_wrapper", None)
     owner = wrapper if wrapper is not None and hasattr(wrapper, parameter) else module
@@ -131,4 +133,6 @@ def _values(module: nn.Module, parameter: str) -> NDArray[np.float64]:
     if mask is not None:
         values = values * mask.to("cpu", torch.float64)
     found: NDArray[np.float64] = values.numpy()
+    if not found.size:
+        raise DataError(f"a layer must have at least one weight, got shape {found.shape} ({name})")
     return found

@@ -40,14 +40,15 @@ def convolution_sizes(model: nn.Module, example_inputs: Any) -> dict[str, tuple[
     sizes: dict[str, tuple[Size, Size]] = {}
 
     def noting(name: str) -> Any:
-        def note(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def note(module: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
             count = len(module.kernel_size)
-            sizes.setdefault(name, (tuple(inputs[0].shape[-count:]), tuple(output.shape[-count:])))
+            entering = next(iter((*inputs, *named.values())))
+            sizes.setdefault(name, (tuple(entering.shape[-count:]), tuple(output.shape[-count:])))
 
         return note
 
     handles = [
-        module.register_forward_hook(noting(name))
+        module.register_forward_hook(noting(name), with_kwargs=True)
         for name, module in model.named_modules()
         if isinstance(module, CONVOLUTIONS)
     ]

@@ -179,11 +179,13 @@ class TopologicalMagnitudePruner(StructuredPruner):
             if members[0][0].sparse_ratio is None:
                 continue
             total = sum(unit.blocks for unit, _ in members)
-            least, most = (sum(bounds) for bounds in zip(*(removable_rows(unit) for unit, _ in members), strict=True))
+            bounds = [removable_rows(unit) for unit, _ in members]
+            least, most = (sum(each) for each in zip(*bounds, strict=True))
             gone = max(min(int(total * members[0][0].sparse_ratio), most), least)
-            kept, tree = total - gone, sum(size for _, size in members)
-            if kept < tree:
-                raise subcritical("+".join(unit.name for unit, _ in members), kept, tree, total)
+            # A layer whose maximum spares it leaves the others to lose what the group must.
+            spare = sum(min(high, unit.blocks - size) for (unit, size), (_, high) in zip(members, bounds, strict=True))
+            if gone > spare:
+                raise subcritical("+".join(unit.name for unit, _ in members), total - gone, total - spare, total)
             for unit, size in members:
                 kept = unit.blocks - removable_rows(unit)[0]
                 if kept < size:

@@ -9,7 +9,7 @@ from torch import nn
 
 import nni_topo
 from nni_topo.analysis import critical_compression_ratio, critical_config_list
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.testing import toy_images, toy_model
 
 
@@ -199,3 +199,29 @@ def test_a_config_list_of_critical_ratios_leaves_as_many_weights_as_the_trees_ha
         critical_config_list(model, 1.0)
     with pytest.raises(ConfigError, match="needs linear layers or convolutions, got none"):
         critical_config_list(nn.LSTM(3, 4), 0.5)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(0, 1), nn.Linear(1, 0), nn.Linear(0, 5)])
+def test_layers_without_weights_are_refused(layer):
+    model = nn.Sequential(layer)
+    for count in (
+        lambda: critical_compression_ratio(model, torch.ones(1, layer.in_features)),
+        lambda: critical_config_list(model, 0.9),
+    ):
+        with pytest.raises(DataError, match=r"at least one weight, got shape \(\d, \d\) \(0\)"):
+            count()
+
+
+def test_convolutions_may_be_called_by_keyword():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3, padding=1)
+
+        def forward(self, image):
+            return self.conv(input=image)
+
+    model = Named()
+    images = torch.ones(1, 1, 8, 8)
+    named, plain = critical_compression_ratio(model, images), critical_compression_ratio(model.conv, images)
+    assert list(named.layers.values()) == list(plain.layers.values())

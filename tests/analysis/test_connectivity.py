@@ -60,3 +60,20 @@ def test_what_cannot_be_followed_is_refused():
         connectivity(nn.Sequential(nn.Linear(2, 2), nn.Sigmoid()), torch.zeros(1, 2), {})
     with pytest.raises(DataError, match=r"got \(1, 2\) \(0.weight\)"):
         connectivity(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2), {"0": mask_of([[1, 1]])})
+    with pytest.raises(ConfigError, match="a layer of masks must be a known name, got 'zz'"):
+        connectivity(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2), {"zz": mask_of([[1, 1]])})
+    with pytest.raises(ConfigError, match="example_inputs must be ones that the model runs on"):
+        connectivity(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 3), {})
+
+
+@pytest.mark.parametrize(
+    "between",
+    [nn.InstanceNorm2d(4, affine=True), nn.InstanceNorm2d(4), nn.RMSNorm(8), nn.Softshrink(5.0), nn.Threshold(9.0, 0)],
+)
+def test_norms_and_thresholds_pass_what_is_reached(between):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), between, nn.Flatten(), nn.Linear(256, 5))
+    mask = torch.ones(4, 3, 1, 1)
+    mask[1] = 0
+    found = connectivity(model, torch.ones(2, 3, 8, 8), {"0": {"weight": mask}})
+    assert (found.outputs, found.reached) == (1.0, {"0": 0.75, "3": 1.0})
+    assert connectivity(model, torch.ones(2, 3, 8, 8), {}).channels == 1.0

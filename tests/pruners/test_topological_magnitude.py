@@ -313,3 +313,15 @@ def test_requests_without_a_weight_are_refused(entry):
     with pytest.raises(ConfigError, match=r"weight of at least one layer a ratio or a threshold, got none \(0\)"):
         TopologicalMagnitudePruner(model, [{"op_names": ["0"], **entry}])
     assert not hasattr(model[0], "_nni_wrapper")
+
+
+def test_a_maximum_that_leaves_too_much_to_others_is_refused_before_wrapping():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 20), nn.ReLU(), nn.Linear(20, 5))
+    group = {"sparse_ratio": 0.8, "global_group_id": "all"}
+    config = [{"op_names": ["0"], "max_sparse_ratio": 0.1, **group}, {"op_names": ["2"], **group}]
+    with pytest.raises(ConfigError, match=r"must leave a layer its spanning tree.*\(0.weight\+2.weight\)"):
+        TopologicalMagnitudePruner(model, config)
+    assert not hasattr(model[0], "_nni_wrapper")
+    masks = masks_of(model, config, on_subcritical="clip")
+    assert (int(masks["0"]["weight"].sum()), int(masks["2"]["weight"].sum())) == (2304, 24)
