@@ -72,6 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NniTopoError as error:
         Console(stderr=True).print(f"nni-topo {options.verb}: {error}", style="red", markup=False, highlight=False)
         return 2
+    except OSError as error:
+        reason = f"files must be such that they can be read and written, got {error}"
+        Console(stderr=True).print(f"nni-topo {options.verb}: {reason}", style="red", markup=False, highlight=False)
+        return 2
     except KeyboardInterrupt:
         Console(stderr=True).print(f"nni-topo {options.verb}: interrupted; the same command goes on from here")
         return _INTERRUPTED

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from nni.compression.base.setting import PruningSetting
 from torch import nn
 
 from nni_topo.analysis.layers import WeightLayer, weight_layers
@@ -172,7 +173,7 @@ def critical_config_list(model: nn.Module, sparse_ratio: float) -> list[dict[str
     Parameters
     ----------
     model : torch.nn.Module
-        The model; its linear layers and convolutions are pruned.
+        The model; its linear layers and convolutions are pruned, not those of types that NNI doesn't know.
     sparse_ratio : float
         Share of each layer's weights that goes, in (0, 1), where its channel tree leaves so many.
 
@@ -192,7 +193,8 @@ def critical_config_list(model: nn.Module, sparse_ratio: float) -> list[dict[str
     [{'op_names': ['0'], 'sparse_ratio': 0.9, 'max_sparse_ratio': 0.815}]
     """
     check_between("sparse_ratio", sparse_ratio, 0, 1, "critical_config_list")
-    layers = [layer for layer in weight_layers(model)[0] if layer.kind != "recurrent"]
+    # Types that NNI doesn't know, such as subclasses, can't be in a config_list.
+    layers = [layer for layer in weight_layers(model)[0] if type(layer.module).__name__ in PruningSetting.registry]
     if not layers:
         raise ConfigError("a config_list of critical ratios needs linear layers or convolutions, got none (model)")
     # Half a weight keeps int(weights * ratio) from falling short by rounding.

@@ -70,9 +70,9 @@ def connectivity(model: nn.Module, example_inputs: Any, masks: Mapping[str, Mapp
 
     Notes
     -----
-    Every kept weight becomes one over the number of kept weights of its layer, every bias zero, norms and modules
-    that cut small values off do nothing, and ones are fed in: with activations like ReLU a value is positive where
-    a path leads, and zero elsewhere.
+    Every kept weight becomes one over the number of kept weights of its layer, every bias zero, every other vector
+    one, norms and modules that cut small values off do nothing, and ones are fed in: with activations like ReLU a
+    value is positive where a path leads, and zero elsewhere.
 
     Examples
     --------
@@ -126,7 +126,8 @@ def _flow_model(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> 
                 raise DataError(f"a mask must have its weight's shape, got {tuple(mask.shape)} ({name}.{parameter})")
             kept = torch.ones_like(values) if mask is None else mask.to(values).ne(0).to(values)
             share = kept / max(1.0, float(kept.sum()) / len(kept))
-            values.data.copy_(share if values.dim() > 1 else torch.zeros_like(values))
+            flat = torch.zeros_like(values) if parameter.startswith("bias") else torch.ones_like(values)
+            values.data.copy_(share if values.dim() > 1 else flat)
     return flow
 
 
@@ -140,7 +141,7 @@ def _outputs(model: nn.Module, args: Any, kwargs: Any, value: float) -> list[Ten
     call = torch.utils._pytree.tree_map(fill, (args, kwargs))
     try:
         return tensors_of(model(*call[0], **call[1]))
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except (RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:
         raise ConfigError(f"example_inputs must be ones that the model runs on, got: {error} (forward)") from error
 
 

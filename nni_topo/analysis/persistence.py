@@ -85,7 +85,7 @@ def neural_persistence(
     p : float, default=2.0
         Order of the norm of the persistences ``1 - w'``, at least 1.
     normalized : bool, default=False
-        Divide each layer by its upper bound, so that it lies in [0, 1]; a layer whose |w| are all equal gets 0.
+        Divide each layer by its upper bound, so that it lies in [0, 1]; a layer whose ``w'`` are all 1 gets 0.
     conv_graph : {"channel", "toeplitz"}, default="channel"
         A convolution's graph: channels joined by the largest |w| of their kernel, or channels and positions
         joined as in the Toeplitz matrix.
@@ -132,8 +132,11 @@ def neural_persistence(
         lengths, least = _lengths(layer, sizes.get(layer.name, ((), ()))[0])
         deaths[layer.name] = lengths / top
         bound = (1.0 - least / top) * len(lengths) ** (1.0 / p) if normalized else 1.0
-        norm = float(np.linalg.norm(1.0 - deaths[layer.name], ord=p))
+        norm = _norm(1.0 - deaths[layer.name], p)
         values[layer.name] = norm / bound if bound > 0 else 0.0
+    if not values:
+        found = ", ".join(f"{name} ({why})" for name, why in skipped.items())
+        raise ConfigError(f"a model must have a layer that can be followed, got only {found} (neural_persistence)")
     return NeuralPersistence(values, deaths, normalized, skipped)
 
 
@@ -200,6 +203,12 @@ class PersistenceTracker:
                 tracker(trainer, pl_module)
 
         return _Recorder()
+
+
+def _norm(persistences: NDArray[np.float64], p: float) -> float:
+    """Return the p-norm, scaled such that a large p doesn't underflow."""
+    largest = float(persistences.max())
+    return largest * float(np.linalg.norm(persistences / largest, ord=p)) if largest > 0 else 0.0
 
 
 def _lengths(layer: WeightLayer, size: tuple[int, ...]) -> tuple[NDArray[np.float64], float]:

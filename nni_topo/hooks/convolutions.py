@@ -55,7 +55,7 @@ def convolution_sizes(model: nn.Module, example_inputs: Any) -> dict[str, tuple[
     try:
         with evaluation_mode(model), torch.no_grad():
             model(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except (RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:
         raise ConfigError(f"example_inputs must be ones that the model runs on, got: {error} (forward)") from error
     finally:
         for handle in handles:

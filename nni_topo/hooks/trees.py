@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.hooks.allocators import ConfigAllocator
 from nni_topo.hooks.base import Data, DataCollector, MetricCalculator, Metrics, PruningContext
 from nni_topo.topology import LayerGraph, channel_tree, plane_trees, spanning_forest
@@ -72,6 +72,8 @@ class TreeMetric(MetricCalculator):
 
     def tree(self, name: str, module: Any, weight: Tensor) -> Tensor:
         """Mark the weights of a layer's tree: bool, the weight's shape."""
+        if not bool(torch.isfinite(weight).all()):
+            raise DataError(f"weights must be finite, got NaN or infinite values ({name})")
         values = weight.detach().to("cpu", torch.float64).numpy()
         if isinstance(module, nn.Linear) or self.conv_graph == "channel":
             return torch.from_numpy(channel_tree(values, groups=getattr(module, "groups", 1)))

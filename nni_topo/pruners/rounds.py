@@ -18,6 +18,7 @@ from nni.compression.base.target_space import PruningTargetSpace
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
+from nni_topo.hooks.units import is_active
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,12 @@ def prune_in_rounds(
         for target, space in spaces.items()
         if space.sparse_ratio is not None
     }
+    active = {
+        f"{module}.{target}": space
+        for module, spaces in pruner._target_spaces.items()
+        for target, space in spaces.items()
+        if is_active(space)
+    }
     if not goals:
         raise ConfigError("pruning in rounds needs a target with a sparse_ratio, got none (prune_in_rounds)")
     if rewind is not None:
@@ -99,7 +106,7 @@ def prune_in_rounds(
             pruner.update_masks(pruner.generate_masks())
             if rewind is not None:
                 _restore(pruner, rewind)
-            kept = {name: _silenced(space) for name, (space, _) in goals.items()}
+            kept = {name: _silenced(space) for name, space in active.items()}
             train()
             rounds.append(Round(index, kept))
             if on_round is not None:

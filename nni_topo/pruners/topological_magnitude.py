@@ -85,8 +85,9 @@ class TopologicalMagnitudePruner(StructuredPruner):
     Notes
     -----
     ``compress()`` makes masks once. ``compress(max_steps, max_epochs)`` prunes and trains ``rounds`` times, each
-    training of that length. A weight that was masked once stays so while there are others. Ties: the first in row-major
-    order is kept.
+    training of that length; NNI's ``LinearPruner`` and ``AGPPruner`` have rounds of their own, and refuse a pruner
+    that has ``rounds``, ``rewind`` or ``on_round``. A weight that was masked once stays so while there are others.
+    Ties: the first in row-major order is kept.
 
     Examples
     --------
@@ -164,6 +165,14 @@ class TopologicalMagnitudePruner(StructuredPruner):
                 f"({name})"
             )
 
+    def _fuse_preprocess(self, evaluator: Evaluator) -> None:
+        if self.rounds != 1 or self.rewind is not None or self.on_round is not None:
+            raise ConfigError(
+                "rounds, rewind and on_round go with this pruner's own loop, compress(max_steps, max_epochs), got a "
+                "schedule (TopologicalMagnitudePruner)"
+            )
+        super()._fuse_preprocess(evaluator)
+
     def _tree_sizes(self) -> list[int]:
         context = self._context()
         self._metric.calculate(self.collector.collect(context), context)
@@ -229,7 +238,7 @@ def _rewind_state(
     if not isinstance(rewind, Mapping):
         if rewind != "initial":
             raise unknown_name("rewind", str(rewind), ("initial",))
-        rewind = model.state_dict()
+        rewind = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     check_rewind(model, rewind)
     return {name: value.detach().clone() for name, value in rewind.items()}
 

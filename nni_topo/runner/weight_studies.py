@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from nni_topo import zoo
@@ -66,7 +67,7 @@ def print_compression(found: CriticalCompression, title: str, console: Console) 
     for name, count in found.counts.items():
         numbers = (str(count.edges), str(count.tree_edges), f"{count.ratio:.5f}")
         weights = (str(count.weights), str(count.channel_tree), f"{count.weight_ratio:.5f}")
-        table.add_row(name, count.kind, *numbers, *weights)
+        table.add_row(escape(name), count.kind, *numbers, *weights)
     counts = found.counts.values()
     total, tree = sum(c.weights for c in counts), sum(c.channel_tree for c in counts)
     edges, tree_edges = sum(c.edges for c in counts), sum(c.tree_edges for c in counts)
@@ -169,7 +170,7 @@ def print_persistence(study: PersistenceStudy, title: str, console: Console) -> 
     for name in ("tree edges", "first", "last"):
         table.add_column(name, justify="right")
     for name, value in last.layers.items():
-        table.add_row(name, str(len(last.deaths[name])), f"{first.layers[name]:.4f}", f"{value:.4f}")
+        table.add_row(escape(name), str(len(last.deaths[name])), f"{first.layers[name]:.4f}", f"{value:.4f}")
     table.add_section()
     table.add_row("sum", "", f"{first.total:.4f}", f"{last.total:.4f}")
     console.print(table)

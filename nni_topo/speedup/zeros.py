@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nni_topo.speedup.layers import CONVOLUTIONS, TRANSPOSED
 
@@ -17,8 +20,8 @@ def zeros_held(model: nn.Module) -> Iterator[None]:
     """Keep the weights that are zero at zero while a network trains.
 
     Masks of single weights leave zeros in the network that :func:`~nni_topo.to_dense` returns. Within this context the
-    gradients at zeros of the weights of convolutions and linear layers are zero, so that they stay whatever the
-    optimizer does with momentum or weight decay.
+    gradients at zeros of the weights of convolutions and linear layers are zero, and so are the zeros themselves after
+    every optimizer's step, whatever it does with momentum, weight decay or whole matrices.
 
     Parameters
     ----------
@@ -27,7 +30,7 @@ def zeros_held(model: nn.Module) -> Iterator[None]:
 
     Notes
     -----
-    Optimizers must be made anew for the training: momentum from before would move the zeros.
+    A copy of the network that is made within the context isn't held, nor is a weight that a parametrization computes.
 
     Examples
     --------
@@ -39,11 +42,16 @@ def zeros_held(model: nn.Module) -> Iterator[None]:
     >>> layer.weight.grad.tolist()
     [[0.0, 1.0]]
     """
-    handles = [
-        weight.register_hook(lambda gradient, kept=weight != 0: gradient * kept)
-        for weight in _weights(model)
-        if weight.requires_grad and not bool(weight.all())
-    ]
+    held = [(weight, weight != 0) for weight in _weights(model) if weight.requires_grad and not bool(weight.all())]
+    handles = [weight.register_hook(lambda gradient, kept=kept: gradient * kept) for weight, kept in held]
+
+    @torch.no_grad()
+    def restore(*_: Any) -> None:
+        for weight, kept in held:
+            if weight.is_leaf:
+                weight.mul_(kept.to(weight.device))
+
+    handles.append(register_optimizer_step_post_hook(restore))
     try:
         yield
     finally:

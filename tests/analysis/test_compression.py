@@ -225,3 +225,10 @@ def test_convolutions_may_be_called_by_keyword():
     images = torch.ones(1, 1, 8, 8)
     named, plain = critical_compression_ratio(model, images), critical_compression_ratio(model.conv, images)
     assert list(named.layers.values()) == list(plain.layers.values())
+
+
+def test_types_that_nni_does_not_know_are_left_out_of_the_config_list():
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    config = critical_config_list(model, 0.5)
+    assert [entry["op_names"] for entry in config] == [["linear1"], ["linear2"]]
+    assert LevelPruner(model, config).compress()[1].keys() == {"linear1", "linear2"}

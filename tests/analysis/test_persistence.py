@@ -157,3 +157,10 @@ def test_the_tracker_goes_into_lightnings_trainer():
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     pl.Trainer(max_epochs=2, callbacks=[tracker.lightning()], **options).fit(model, loader)
     assert len(tracker.history) == 3
+
+
+def test_large_orders_do_not_underflow():
+    torch.manual_seed(0)
+    layer = nn.Linear(20, 20)
+    largest = 1 - min(neural_persistence(layer).deaths[""])
+    assert neural_persistence(layer, p=5000).total == pytest.approx(largest, rel=1e-2)

@@ -121,3 +121,13 @@ def test_states_that_do_not_fit_are_refused_before_anything_is_pruned(state):
     with pytest.raises(ConfigError, match=r"rewind must hold tensors of the model's names and shapes.*\(head\."):
         prune_in_rounds(pruner, even_steps(2), lambda: None, rewind=state)
     assert torch.equal(model(toy_images(4)), before)
+
+
+def test_threshold_targets_are_silenced_and_recorded_too():
+    model = toy_model()
+    pruner = LevelPruner(model, [LAYERS[0], {"op_names": ["head"], "sparse_threshold": 0.05}])
+    rounds = prune_in_rounds(pruner, even_steps(2), lambda: None)
+    mask = pruner.get_masks()["head"]["weight"]
+    assert 0 < mask.mean() < 1
+    assert rounds[-1].kept["head.weight"] == pytest.approx(float(mask.mean()))
+    assert bool((model.head._nni_wrapper.weight[mask == 0] == 0).all())

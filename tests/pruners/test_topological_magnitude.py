@@ -325,3 +325,11 @@ def test_a_maximum_that_leaves_too_much_to_others_is_refused_before_wrapping():
     assert not hasattr(model[0], "_nni_wrapper")
     masks = masks_of(model, config, on_subcritical="clip")
     assert (int(masks["0"]["weight"].sum()), int(masks["2"]["weight"].sum())) == (2304, 24)
+
+
+@pytest.mark.parametrize("knob", [{"rounds": 3}, {"rewind": "initial"}, {"on_round": print}])
+def test_knobs_of_the_own_loop_are_refused_under_a_schedule(knob):
+    model = toy_model()
+    pruner = TopologicalMagnitudePruner(model, LAYERS, toy_evaluator(model), **knob)
+    with pytest.raises(ConfigError, match="rounds, rewind and on_round go with this pruner's own loop"):
+        AGPPruner(pruner, interval_steps=1, total_times=2).compress(max_steps=4, max_epochs=None)

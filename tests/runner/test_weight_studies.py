@@ -61,9 +61,18 @@ def test_any_model_and_any_input(tmp_path, monkeypatch, capsys):
     (tmp_path / "own_nets.py").write_text("import torch.nn as nn\n\ndef tagger():\n    return nn.LSTM(20, 30)\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert main([*COMPRESSION, "own_nets:tagger", "--input-size", "5", "20"]) == 0
-    assert f"{30 * 20 / 49:.5f}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"{30 * 20 / 49:.5f}" in shown
+    assert "weight_hh_l0[forget]" in shown
     found = compression_study(ModelChoice("torchvision/resnet18"), (3, 64, 96))
     assert found.layers["conv1"] == pytest.approx(49 * 32 * 48 / (70 * 102 + 32 * 48 - 1))
+
+
+def test_a_folder_that_cannot_be_made_ends_with_2(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    words = ["analyze", "compression", "--model", "mnist_fcn", "--input-size", "1", "28", "28"]
+    assert main([*words, "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "can be read and written, got" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_listed_models_size_has_three_numbers():

@@ -57,3 +57,23 @@ def test_copies_and_frozen_weights_are_left_as_they_are():
         copied = copy.deepcopy(model)
         train(copied, torch.optim.SGD)
     assert torch.equal(copied[0].weight, model[0].weight)
+
+
+def test_an_optimizer_of_whole_matrices_moves_no_zero():
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 8, bias=False)
+    with torch.no_grad():
+        layer.weight[torch.rand(8, 8) < 0.5] = 0.0
+    kept = layer.weight != 0
+    steps = torch.optim.Muon(layer.parameters(), lr=0.1)
+
+    def step() -> None:
+        steps.zero_grad()
+        layer(torch.randn(16, 8)).square().sum().backward()
+        steps.step()
+
+    with nni_topo.zeros_held(layer):
+        step()
+    assert torch.equal(layer.weight != 0, kept)
+    step()
+    assert not torch.equal(layer.weight != 0, kept)
