@@ -194,7 +194,8 @@ def critical_config_list(model: nn.Module, sparse_ratio: float) -> list[dict[str
     """
     check_between("sparse_ratio", sparse_ratio, 0, 1, "critical_config_list")
     # Types that NNI doesn't know, such as subclasses, can't be in a config_list.
-    layers = [layer for layer in weight_layers(model)[0] if type(layer.module).__name__ in PruningSetting.registry]
+    found = [layer for layer in weight_layers(model)[0] if layer.kind != "recurrent"]
+    layers = [layer for layer in found if type(layer.module).__name__ in PruningSetting.registry]
     if not layers:
         raise ConfigError("a config_list of critical ratios needs linear layers or convolutions, got none (model)")
     # Half a weight keeps int(weights * ratio) from falling short by rounding.

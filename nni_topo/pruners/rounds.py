@@ -82,18 +82,13 @@ def prune_in_rounds(
     """
     if not steps or not all(0.0 < a <= 1.0 for a in steps) or sorted(set(steps)) != list(steps):
         raise ConfigError(f"steps must be one or more rising numbers in (0, 1], got {list(steps)} (prune_in_rounds)")
-    goals = {
-        f"{module}.{target}": (space, float(space.sparse_ratio))
-        for module, spaces in pruner._target_spaces.items()
-        for target, space in spaces.items()
-        if space.sparse_ratio is not None
-    }
     active = {
         f"{module}.{target}": space
         for module, spaces in pruner._target_spaces.items()
         for target, space in spaces.items()
         if is_active(space)
     }
+    goals = [(space, float(space.sparse_ratio)) for space in active.values() if space.sparse_ratio is not None]
     if not goals:
         raise ConfigError("pruning in rounds needs a target with a sparse_ratio, got none (prune_in_rounds)")
     if rewind is not None:
@@ -101,7 +96,7 @@ def prune_in_rounds(
     rounds = []
     try:
         for index, step in enumerate(steps, start=1):
-            for space, goal in goals.values():
+            for space, goal in goals:
                 space.sparse_ratio = 1.0 - (1.0 - goal) ** step if step < 1.0 else goal
             pruner.update_masks(pruner.generate_masks())
             if rewind is not None:
@@ -112,7 +107,7 @@ def prune_in_rounds(
             if on_round is not None:
                 on_round(rounds[-1])
     finally:
-        for space, goal in goals.values():
+        for space, goal in goals:
             space.sparse_ratio = goal
     return rounds
 
