@@ -25,6 +25,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.hooks.base import Masks, Metrics, PruningContext, SparsityAllocator, unit_scores
 from nni_topo.hooks.transposed import loses_outputs, output_mask
 from nni_topo.hooks.units import PruningUnit
+from nni_topo.ties import leveled, within
 
 
 class NNIAllocator(SparsityAllocator):
@@ -56,9 +57,11 @@ class ConfigAllocator(SparsityAllocator):
     Notes
     -----
     Of ``n`` blocks ``n - int(n * sparse_ratio)`` stay: ratios truncate as in NNI, so two rows at 0.4 lose none. Of
-    equal scores the lower index stays. A layer is never emptied. Under a ``global_group_id`` blocks go in ascending
-    order of score, each weighted by its number of elements, as long as the group's removed elements don't exceed
-    ``int(elements * sparse_ratio)``; each layer's own minimum and maximum ratio hold.
+    equal scores the lower index stays. Blocks of several elements have scores that were summed: those that differ by no
+    more than 1e-6 of their size are equal, among themselves and to a threshold. A layer is never emptied. Under a
+    ``global_group_id`` blocks go in ascending order of score, each weighted by its number of elements, as long as the
+    group's removed elements don't exceed ``int(elements * sparse_ratio)``; each layer's own minimum and maximum ratio
+    hold.
     """
 
     def __init__(
@@ -140,7 +143,7 @@ class ConfigAllocator(SparsityAllocator):
 
     def _rows_by_threshold(self, unit: PruningUnit, scores: Tensor) -> int:
         threshold = float(unit.sparse_threshold or 0.0) + self.tolerance
-        count = int((scores > threshold).sum() if self.strict else (scores >= threshold).sum())
+        count = int(self._passing(unit, scores, threshold).sum())
         fewest, most = removable_rows(unit)
         if count == 0 and most == unit.rows - 1 and self.on_empty == "raise":
             rule = "lie below" if self.strict else "not exceed"
@@ -150,6 +153,13 @@ class ConfigAllocator(SparsityAllocator):
                 f"all {unit.blocks} blocks would go ({unit.name})"
             )
         return unit.rows - min(max(unit.rows - count, fewest), most)
+
+    def _passing(self, unit: PruningUnit, scores: Tensor, threshold: float) -> Tensor:
+        passing = scores > threshold if self.strict else scores >= threshold
+        if not _is_summed(unit):
+            return passing
+        equal = torch.from_numpy(within(scores.cpu().numpy(), threshold)).to(scores.device)
+        return passing & ~equal if self.strict else passing | equal
 
     def _rows_by_rank(
         self, group_id: int | str, group: list[PruningUnit], profiles: dict[str, Tensor]
@@ -170,7 +180,10 @@ class ConfigAllocator(SparsityAllocator):
             scores.append(ascending)
             costs.append(torch.full((len(ascending),), cost[unit.name]))
             owners.append(torch.full((len(ascending),), index))
-        order = torch.cat(scores).argsort(stable=True)
+        joined = torch.cat(scores)
+        if any(_is_summed(unit) for unit in group):
+            joined = _leveled(joined)
+        order = joined.argsort(stable=True)
         spent = torch.cat(costs)[order].cumsum(0)
         removed = torch.cat(owners)[order][spent <= budget].bincount(minlength=len(group))
         return {unit.name: unit.rows - bounds[unit.name][0] - int(removed[index]) for index, unit in enumerate(group)}
@@ -215,7 +228,7 @@ def keep_highest(unit: PruningUnit, scores: Tensor, rows: int) -> Tensor:
     unit : PruningUnit
         The unit.
     scores : torch.Tensor
-        Shape ``(blocks,)``. Of equal scores the lower index stays.
+        Shape ``(blocks,)``. Of scores that count as equal the lower index stays.
     rows : int
         Blocks to keep per part, in [1, unit.rows].
 
@@ -224,10 +237,21 @@ def keep_highest(unit: PruningUnit, scores: Tensor, rows: int) -> Tensor:
     torch.Tensor
         Shape ``(blocks,)``, boolean.
     """
-    ranking = scores.reshape(unit.parts, unit.rows).argsort(dim=1, descending=True, stable=True)
+    parts = scores.detach().cpu().reshape(unit.parts, unit.rows)
+    settled = _leveled(parts) if _is_summed(unit) else parts
+    ranking = settled.argsort(dim=1, descending=True, stable=True)
     kept = torch.zeros(unit.parts, unit.rows, dtype=torch.bool)
     kept.scatter_(1, ranking[:, :rows], True)
     return kept.reshape(-1)
+
+
+def _is_summed(unit: PruningUnit) -> bool:
+    """Say whether a block's score was computed from several elements; a single weight's needs no tolerance."""
+    return unit.elements > 1
+
+
+def _leveled(scores: Tensor) -> Tensor:
+    return torch.from_numpy(leveled(scores.cpu().numpy())).to(scores.device)
 
 
 def removable_rows(unit: PruningUnit) -> tuple[int, int]:

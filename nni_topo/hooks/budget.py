@@ -18,6 +18,7 @@ from nni_topo.hooks.units import PruningUnit
 from nni_topo.speedup.cost import Kept, NetworkCost
 from nni_topo.speedup.latency import LatencyTable
 from nni_topo.speedup.timing import measure_latency
+from nni_topo.ties import leveled
 
 Allocation = Literal["topological", "uniform"]
 BUDGETS = ("flops", "params", "latency")
@@ -182,7 +183,9 @@ def _solve_tolerance(
     profiles: list[Tensor], bounds: list[tuple[int, int]], left: Callable[[Sequence[int]], float], share: float
 ) -> list[int]:
     """Remove, over all units, the rows whose score lies below one tolerance, such that a budget is met."""
-    tolerances = torch.cat([profiles[0].new_tensor([-math.inf, math.inf]), *profiles]).unique()
+    settled = torch.from_numpy(leveled(torch.cat(profiles).cpu().numpy()))
+    profiles = list(settled.split([len(profile) for profile in profiles]))
+    tolerances = torch.cat([settled.new_tensor([-math.inf, math.inf]), settled]).unique()
 
     def removed(index: int) -> list[int]:
         tolerance = tolerances[index]

@@ -112,7 +112,8 @@ def random_projection(columns: Iterable[FloatArray], features: int, seed: int) -
     Returns
     -------
     ndarray of float64, shape (n, features)
-        Expected squares of all distances are those of the cloud; `projection_error` bounds what they are.
+        Expected squares of all distances are those of the cloud; `projection_error` bounds what they are. Points that
+        are equal stay exactly equal, and the origin stays the origin.
 
     Raises
     ------
@@ -130,11 +131,21 @@ def random_projection(columns: Iterable[FloatArray], features: int, seed: int) -
         raise DataError(f"a projection needs at least one feature, got {features}")
     rng, total = np.random.default_rng(seed), None
     for stretch in columns:
-        part = stretch @ rng.standard_normal((stretch.shape[1], features))
+        part = _product(stretch, rng.standard_normal((stretch.shape[1], features)))
         total = part if total is None else np.add(total, part, out=total)
     if total is None:
         raise DataError("a projection needs at least one stretch of features, got none")
     return np.asarray(total / math.sqrt(features))
+
+
+def _product(rows: FloatArray, matrix: FloatArray) -> FloatArray:
+    """Multiply rows by a matrix, equal ones only once: a BLAS may round them differently in different places."""
+    # Adding zero takes the sign off -0.0, so that equal rows have equal bytes.
+    keys = np.ascontiguousarray(rows + 0.0).view(np.dtype((np.void, rows.itemsize * rows.shape[1]))).ravel()
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    if len(first) == len(rows):
+        return np.asarray(rows @ matrix)
+    return np.asarray((rows[first] @ matrix)[inverse])
 
 
 def _pairs(points: int, failure: float) -> float:
