@@ -7,6 +7,7 @@ the lowest index wins. Numbers that are taken as they are given, such as single 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 
 import numpy as np
@@ -129,18 +130,18 @@ class Levels:
     """Levels values that come one after the other: each takes the value of the first one that it counts as equal to."""
 
     def __init__(self) -> None:
-        self._known = np.empty(0)
+        self._known: list[float] = []
 
     def __call__(self, values: Iterable[float]) -> list[float]:
         """Return finite values, leveled among themselves and with all that came before."""
         return [self._settled(float(value)) for value in values]
 
     def _settled(self, value: float) -> float:
-        place = int(np.searchsorted(self._known, value))
-        for known in self._known[max(place - 1, 0) : place + 1].tolist():
+        place = bisect_left(self._known, value)
+        for known in self._known[max(place - 1, 0) : place + 1]:
             if abs(known - value) <= RELATIVE * max(abs(known), abs(value)):
-                return float(known)
-        self._known = np.insert(self._known, place, value)
+                return known
+        self._known.insert(place, value)
         return value
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -18,9 +18,10 @@ from nni_topo.hooks.units import PruningUnit
 from nni_topo.speedup.cost import Kept, NetworkCost
 from nni_topo.speedup.latency import LatencyTable
 from nni_topo.speedup.timing import measure_latency
-from nni_topo.ties import leveled
+from nni_topo.ties import first_smallest, leveled
 
 Allocation = Literal["topological", "uniform"]
+Position = TypeVar("Position", int, float)
 BUDGETS = ("flops", "params", "latency")
 _STEPS = 40
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
@@ -176,7 +177,13 @@ def solve_uniform(rows: Sequence[int], left: Callable[[Sequence[int]], float], s
         found = left(removed(middle))
         tried.append((abs(found - share), middle))
         low, high = (middle, high) if found > share else (low, middle)
-    return removed(min(tried)[1])
+    return removed(_nearest(tried))
+
+
+def _nearest(tried: list[tuple[float, Position]]) -> Position:
+    """Return the position with the least gap to the budget, the lowest of those that count as equal."""
+    ordered = sorted(tried, key=lambda each: each[1])
+    return ordered[first_smallest([gap for gap, _ in ordered], 1.0)][1]
 
 
 def _solve_tolerance(
@@ -201,4 +208,4 @@ def _solve_tolerance(
         found = left(removed(middle))
         tried.append((abs(found - share), middle))
         low, high = (middle, high) if found > share else (low, middle)
-    return removed(min(tried)[1])
+    return removed(_nearest(tried))

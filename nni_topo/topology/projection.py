@@ -11,12 +11,15 @@ import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import chi2
 
 from nni_topo.errors import DataError
 from nni_topo.topology._checks import FloatArray
 
 _FAILURE = 1e-3
+# Rows that differ in so many features needn't be compared in all.
+_FIRST_FEATURES = 8
 
 
 def projection_error(points: int, features: int, *, failure: float = _FAILURE) -> float:
@@ -140,12 +143,16 @@ def random_projection(columns: Iterable[FloatArray], features: int, seed: int) -
 
 def _product(rows: FloatArray, matrix: FloatArray) -> FloatArray:
     """Multiply rows by a matrix, equal ones only once: a BLAS may round them differently in different places."""
-    # Adding zero takes the sign off -0.0, so that equal rows have equal bytes.
-    keys = np.ascontiguousarray(rows + 0.0).view(np.dtype((np.void, rows.itemsize * rows.shape[1]))).ravel()
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    if len(first) == len(rows):
+    if len(np.unique(_keys(rows[:, :_FIRST_FEATURES]))) == len(rows):
         return np.asarray(rows @ matrix)
+    _, first, inverse = np.unique(_keys(rows), return_index=True, return_inverse=True)
     return np.asarray((rows[first] @ matrix)[inverse])
+
+
+def _keys(rows: FloatArray) -> NDArray[np.void]:
+    """Return each row's bytes; adding zero takes the sign off -0.0, so that equal rows have equal bytes."""
+    keys = np.ascontiguousarray(rows + 0.0).view(np.dtype((np.void, rows.itemsize * rows.shape[1])))
+    return np.asarray(keys.ravel())
 
 
 def _pairs(points: int, failure: float) -> float:
