@@ -19,6 +19,7 @@ IntArray = NDArray[np.intp]
 
 RELATIVE = 1e-6
 FLOOR = 1e-12
+AT_BOUND = 1e-10
 
 
 def first_largest(values: ArrayLike, scale: float = 0.0) -> int:
@@ -107,23 +108,9 @@ def leveled(values: ArrayLike, scale: float = 0.0) -> FloatArray:
     return numbers
 
 
-def apart(falling: FloatArray) -> FloatArray:
-    """Lower values, given largest first and of shape (n,), by as little as it takes for no two to count as equal.
-
-    Such values carry an order that was settled before: no tie is left to be decided.
-    """
-    if len(falling) < 2:
-        return falling
-    values, grain = falling.tolist(), 2.0 * FLOOR * max(float(np.abs(falling).max()), float(np.finfo(np.float64).tiny))
-    for place in range(1, len(values)):
-        above = values[place - 1]
-        values[place] = min(values[place], above - max(2.0 * RELATIVE * abs(above), grain))
-    return np.array(values)
-
-
 def within(values: ArrayLike, bound: float) -> NDArray[np.bool_]:
-    """Say which values count as equal to a bound."""
-    return np.abs(np.asarray(values, dtype=np.float64) - bound) <= RELATIVE * abs(bound)
+    """Say which values are equal to a bound, to 1e-10 of it: bounds may be set with care, just beside a value."""
+    return np.abs(np.asarray(values, dtype=np.float64) - bound) <= AT_BOUND * abs(bound)
 
 
 class Levels:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nni_topo import TopologicalPruner
 from nni_topo.clustering.subclustering import Growth, grow, hoh_threshold
 from nni_topo.evolution import EvolutionSettings, SubsetGeneticAlgorithm
 from nni_topo.hooks.allocators import ConfigAllocator, keep_highest
@@ -80,6 +81,22 @@ def test_blocks_that_stay(seed, rows, parts):
     layer = unit(12, parts)
     kept = keep_highest(layer, torch.from_numpy(rounded_otherwise(scores, seed)), rows)
     assert torch.equal(kept, keep_highest(layer, torch.from_numpy(scores), rows))
+
+
+def test_a_settled_ranking_is_taken_as_it_is():
+    scores = torch.tensor([0.5 - 2e-12, 0.5, 0.5 - 1e-12], dtype=torch.float64)
+    assert keep_highest(unit(3), scores, 2).tolist() == [True, True, False]
+    assert keep_highest(unit(3), scores, 2, exact=True).tolist() == [False, True, True]
+
+
+def test_points_of_a_grid_are_pruned_by_the_search_and_not_by_their_index():
+    # Five copies of each corner: all death times but four are equal.
+    model = torch.nn.Sequential(torch.nn.Linear(3, 20))
+    with torch.no_grad():
+        model[0].weight.copy_(4.0 * torch.eye(4)[:, :3].repeat_interleave(5, 0) + 4.0)
+    pruner = TopologicalPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.8}], solver="greedy")
+    _, masks = pruner.compress()
+    assert masks["0"]["weight"][:, 0].reshape(4, 5).tolist() == [[1.0, 0.0, 0.0, 0.0, 0.0]] * 4
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -53,15 +53,18 @@ class ConfigAllocator(SparsityAllocator):
         Added to ``sparse_threshold``: with ``strict``, scores within it of the threshold count as equal and go.
     round_to : int or None, default=None
         Layers keep a multiple of so many channels, at least 1, or all of them: more stay than the config_list asks for.
+    exact : bool, default=False
+        Within a layer the highest scores stay as they are, also of those that count as equal: for metrics whose scores
+        hold a ranking in which near ties are settled.
 
     Notes
     -----
     Of ``n`` blocks ``n - int(n * sparse_ratio)`` stay: ratios truncate as in NNI, so two rows at 0.4 lose none. Of
     equal scores the lower index stays. Blocks of several elements have scores that were summed: those that differ by no
-    more than 1e-6 of their size are equal, among themselves and to a threshold. A layer is never emptied. Under a
-    ``global_group_id`` blocks go in ascending order of score, each weighted by its number of elements, as long as the
-    group's removed elements don't exceed ``int(elements * sparse_ratio)``; each layer's own minimum and maximum ratio
-    hold.
+    more than 1e-6 of their size are equal; to a threshold they are equal within 1e-10 of it. A layer is never emptied.
+    Under a ``global_group_id`` blocks go in ascending order of score, each weighted by its number of elements, as long
+    as the group's removed elements don't exceed ``int(elements * sparse_ratio)``; each layer's own minimum and maximum
+    ratio hold.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class ConfigAllocator(SparsityAllocator):
         on_empty: Literal["raise", "keep"] = "raise",
         tolerance: float = 0.0,
         round_to: int | None = None,
+        exact: bool = False,
     ) -> None:
         if normalization not in ("none", "mean"):
             raise ConfigError(f"normalization must be 'none' or 'mean', got {normalization!r} (ConfigAllocator)")
@@ -82,6 +86,7 @@ class ConfigAllocator(SparsityAllocator):
         self.on_empty = on_empty
         self.tolerance = tolerance
         self.round_to = checked_round_to(round_to)
+        self.exact = exact
 
     def allocate(self, metrics: Metrics, context: PruningContext) -> Masks:
         """Return masks of the units' members and of the targets aligned to them (biases)."""
@@ -89,7 +94,7 @@ class ConfigAllocator(SparsityAllocator):
         rows = self.rounded_rows(context, {unit.name: profile(unit, scores[unit.name]) for unit in context.units})
         masks: Masks = defaultdict(dict)
         for unit in context.units:
-            kept = keep_highest(unit, scores[unit.name], rows[unit.name])
+            kept = keep_highest(unit, scores[unit.name], rows[unit.name], exact=self.exact)
             for module_name, target_name in unit.members:
                 metric = metrics[module_name][target_name]
                 masks[module_name][target_name] = kept.reshape(metric.shape).to(metric.device, torch.float32)
@@ -220,7 +225,7 @@ def profile(unit: PruningUnit, scores: Tensor) -> Tensor:
     return scores.reshape(unit.parts, unit.rows).sort(dim=1, descending=True).values.amax(0)
 
 
-def keep_highest(unit: PruningUnit, scores: Tensor, rows: int) -> Tensor:
+def keep_highest(unit: PruningUnit, scores: Tensor, rows: int, *, exact: bool = False) -> Tensor:
     """Return which blocks stay when each part keeps its ``rows`` highest scores.
 
     Parameters
@@ -231,6 +236,8 @@ def keep_highest(unit: PruningUnit, scores: Tensor, rows: int) -> Tensor:
         Shape ``(blocks,)``. Of scores that count as equal the lower index stays.
     rows : int
         Blocks to keep per part, in [1, unit.rows].
+    exact : bool, default=False
+        Whether scores that differ at all are different.
 
     Returns
     -------
@@ -238,7 +245,7 @@ def keep_highest(unit: PruningUnit, scores: Tensor, rows: int) -> Tensor:
         Shape ``(blocks,)``, boolean.
     """
     parts = scores.detach().cpu().reshape(unit.parts, unit.rows)
-    settled = _leveled(parts) if _is_summed(unit) else parts
+    settled = _leveled(parts) if _is_summed(unit) and not exact else parts
     ranking = settled.argsort(dim=1, descending=True, stable=True)
     kept = torch.zeros(unit.parts, unit.rows, dtype=torch.bool)
     kept.scatter_(1, ranking[:, :rows], True)

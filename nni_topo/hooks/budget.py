@@ -70,7 +70,7 @@ class BudgetAllocator(ConfigAllocator):
         allocation: Allocation = "topological",
         latency_table: LatencyTable | str | Path | None = None,
     ) -> None:
-        super().__init__(on_empty="keep")
+        super().__init__(on_empty="keep", exact=True)
         self.kind, self.share = checked_target(target)
         if allocation not in ("topological", "uniform"):
             raise unknown_name("allocation", str(allocation), ("topological", "uniform"))

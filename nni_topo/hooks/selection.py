@@ -19,10 +19,11 @@ from nni_topo.hooks.allocators import ConfigAllocator, profile
 from nni_topo.hooks.base import Data, MetricCalculator, Metrics, PruningContext
 from nni_topo.hooks.reconstruction import ReconstructionProblem, ReconstructionProblems
 from nni_topo.hooks.units import PruningUnit
-from nni_topo.ties import apart, first_largest
+from nni_topo.ties import first_largest
 
 IntArray = NDArray[np.intp]
 RECONSTRUCTION = "reconstruction"
+_RANK_STEP = 1e-12
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class TopologicalMetric(MetricCalculator):
     settings : SelectionSettings
         How subsets are chosen.
     allocator : ConfigAllocator
-        The pruner's allocator: says how many blocks each unit keeps.
+        The pruner's allocator: says how many blocks each unit keeps. ``exact``, since the scores hold a ranking.
     seed : int
         Seed of the genetic algorithm.
     progress : bool
@@ -123,7 +124,7 @@ class TopologicalMetric(MetricCalculator):
             scores = np.empty((unit.parts, unit.rows))
             for part in range(unit.parts):
                 ranking = found[_label(unit, part)]
-                scores[part, ranking] = losses[unit.name][part]
+                scores[part, ranking] = losses[unit.name][part] - _RANK_STEP * np.arange(unit.rows)
             for module_name, target_name in unit.members:
                 shape = context.metric_shape(module_name, target_name)
                 metrics.setdefault(module_name, {})[target_name] = torch.from_numpy(scores.copy()).reshape(shape)
@@ -255,14 +256,13 @@ def _death_profile(cloud: _Cloud) -> FloatArray:
     """Half the H0 death times, descending, in units of their mean; one per block.
 
     Without the origin there is one death less than there are blocks: the component that lives forever counts as much as
-    the longest finite one. Equal times are set apart by as much as counts as a difference, since the scores hold a
-    ranking.
+    the longest finite one.
     """
     deaths = topology.h0_deaths(cloud.distances)
     if len(deaths) < cloud.size:
         deaths = np.concatenate([deaths[:1] if len(deaths) else np.zeros(1), deaths])
     mean = deaths.mean()
-    return apart(deaths / (2.0 * mean) if mean > 0 else deaths)
+    return deaths / (2.0 * mean) if mean > 0 else deaths
 
 
 def _greedy_ranking(cloud: _Cloud) -> IntArray:
