@@ -8,14 +8,20 @@ export OMP_NUM_THREADS ?= 1
 # further options of benchmarks/upstream/run.py
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 UPSTREAM ?=
+PROCESSORS ?=
 
-.PHONY: demo test test-all lint upstream checkout clean
+.PHONY: demo test test-all test-processors lint upstream checkout clean
 
 demo: $(READY)
 	$(BIN)/nni-topo demo --out demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# the numerical tests as other processors round; PROCESSORS: options of tests/processors.py, such as --turn or
+# "--only prescott haswell" or --quick
+test-processors: $(READY)
+	$(BIN)/python tests/processors.py $(PROCESSORS)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -m "slow or not slow"

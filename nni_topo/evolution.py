@@ -16,6 +16,7 @@ from pyeasyga.pyeasyga import Chromosome, GeneticAlgorithm
 
 from nni_topo.errors import ConfigError
 from nni_topo.knobs import check_integer
+from nni_topo.ties import Levels
 
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
@@ -92,8 +93,9 @@ class SubsetGeneticAlgorithm(GeneticAlgorithm):
     Notes
     -----
     Crossover keeps what both parents keep and deals what only one of them keeps to the two children at random, half
-    each. Tournaments have a tenth of the population, at least two members. The cost of breeding is
-    O(population * size * log size) per generation.
+    each. Tournaments have a tenth of the population, at least two members. Fitnesses that are equal to 1e-6 of them
+    count as equal and have the value of the one that was found first, so that rounding decides no tournament. The cost
+    of breeding is O(population * size * log size) per generation.
 
     References
     ----------
@@ -128,6 +130,7 @@ class SubsetGeneticAlgorithm(GeneticAlgorithm):
         self.trace: list[Generation] = []
         self._size = size
         self._initial = initial
+        self._levels = Levels()
         self._rng = np.random.default_rng(seed)
 
     def create_initial_population(self) -> None:
@@ -142,8 +145,8 @@ class SubsetGeneticAlgorithm(GeneticAlgorithm):
         fresh = [member for member in self.current_generation if member.fitness is None]
         if fresh:
             values = self.fitness_function(np.stack([member.genes for member in fresh]))
-            for member, value in zip(fresh, values, strict=True):
-                member.fitness = float(value)
+            for member, value in zip(fresh, self._levels(values), strict=True):
+                member.fitness = value
         fitness = [member.fitness for member in self.current_generation]
         self.trace.append(Generation(min(fitness), float(np.mean(fitness))))
 

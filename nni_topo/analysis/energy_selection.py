@@ -34,6 +34,7 @@ from nni_topo.speedup import masked_model
 from nni_topo.speedup.dependency import channel_flow
 from nni_topo.speedup.inputs import call_arguments
 from nni_topo.speedup.layers import spread
+from nni_topo.ties import descending
 
 METHODS = ("random", "energy", "energy, genetic", "taylor", "taylor, genetic", "loss, genetic")
 Batches = Sequence[tuple[Tensor, Tensor]]
@@ -246,5 +247,5 @@ def _hooked(module: nn.Module, hook: Callable[..., Tensor]) -> Iterator[None]:
 
 def _largest(values: FloatArray, keep: int) -> BoolArray:
     kept = np.zeros(len(values), dtype=np.bool_)
-    kept[np.argsort(-values, kind="stable")[:keep]] = True
+    kept[descending(values)[:keep]] = True
     return kept

@@ -21,6 +21,7 @@ from nni_topo.hooks.responses import chirp_response_energy, input_sizes
 from nni_topo.pruners.energy import EnergyFilterPruner
 from nni_topo.signals import chirp
 from nni_topo.speedup import masked_model
+from nni_topo.ties import first_smallest
 
 KINDS = ("kept", "removed", "random", "copied", "evolved")
 _TOURNAMENT = 3
@@ -172,7 +173,7 @@ class _Surgeon:
         population = [self._drawn() for _ in range(settings.population_size)]
         losses = [evaluate(self._with(filters)).loss for filters in population]
         for _ in range(settings.generations - 1):
-            best = min(range(len(losses)), key=losses.__getitem__)
+            best = first_smallest(losses)
             children = [population[best]]
             while len(children) < settings.population_size:
                 mother, father = population[self._winner(losses)], population[self._winner(losses)]
@@ -181,7 +182,7 @@ class _Surgeon:
                 children.append(child + settings.mutation * self._drawn())
             population = children
             losses = [losses[best], *(evaluate(self._with(filters)).loss for filters in population[1:])]
-        return self._with(population[min(range(len(losses)), key=losses.__getitem__)])
+        return self._with(population[first_smallest(losses)])
 
     def _drawn(self) -> Tensor:
         shape = self.weight[self.weak].shape
@@ -189,7 +190,7 @@ class _Surgeon:
 
     def _winner(self, losses: list[float]) -> int:
         rivals = torch.randint(len(losses), (_TOURNAMENT,), generator=self.generator).tolist()
-        return int(min(rivals, key=losses.__getitem__))
+        return int(rivals[first_smallest([losses[rival] for rival in rivals])])
 
     def _with(self, filters: Tensor, donors: Tensor | None = None) -> nn.Module:
         changed = copy.deepcopy(self.model)

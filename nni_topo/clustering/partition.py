@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import pdist, squareform
 from sklearn.cluster import DBSCAN, AgglomerativeClustering, KMeans, SpectralClustering
 from sklearn.exceptions import ConvergenceWarning
@@ -20,6 +21,7 @@ from sklearn.mixture import GaussianMixture
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.knobs import check_integer
+from nni_topo.ties import leveled
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.intp]
@@ -27,6 +29,7 @@ Algorithm = Literal["kmeans", "spectral", "ward", "dbscan", "gmm"]
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 
 _LEAST_VARIANCE = 1e-6
+_SAME = 1e-9
 
 
 def partition(
@@ -41,9 +44,9 @@ def partition(
     count : int
         Number of clusters, in [1, n].
     algorithm : {"kmeans", "spectral", "ward", "dbscan", "gmm"}, default="kmeans"
-        Lloyd's k-means; spectral clustering on Gaussian affinities as wide as the median distance; agglomeration by
-        Ward's criterion; DBSCAN; expectation maximisation of a mixture of spherical Gaussians, which unlike diagonal
-        ones don't depend on how the cloud is turned.
+        Lloyd's k-means; spectral clustering on Gaussian affinities as wide as the median distance, in which equal
+        points count once and stay together; agglomeration by Ward's criterion; DBSCAN; expectation maximisation of a
+        mixture of spherical Gaussians, which unlike diagonal ones don't depend on how the cloud is turned.
     seed : int, default=0
         For k-means, spectral clustering and mixtures.
     n_init : int, default=3
@@ -122,8 +125,7 @@ def _labels(points: FloatArray, count: int, algorithm: str, seed: int, n_init: i
     elif algorithm == "ward":
         found = AgglomerativeClustering(count, linkage="ward").fit(points).labels_
     elif algorithm == "spectral":
-        model = SpectralClustering(count, affinity="precomputed", random_state=seed, n_init=n_init)
-        found = model.fit(_affinities(points)).labels_
+        found = _spectral_labels(points, count, seed, n_init)
     else:
         variance = points.var(0).sum() / points.shape[1]
         scaled = points / np.sqrt(variance) if variance > 0 else points
@@ -134,16 +136,22 @@ def _labels(points: FloatArray, count: int, algorithm: str, seed: int, n_init: i
     return np.asarray(found, dtype=np.intp)
 
 
-def _affinities(points: FloatArray) -> FloatArray:
-    squared = squareform(pdist(points, "sqeuclidean"))
-    width = np.median(squared[np.triu_indices(len(points), 1)])
-    affinities: FloatArray = np.exp(-squared / (2.0 * width)) if width > 0 else np.ones_like(squared)
-    return affinities
+def _spectral_labels(points: FloatArray, count: int, seed: int, n_init: int) -> IntArray:
+    """Cluster the distinct points: eigenvectors may tell equal ones apart, by nothing but rounding."""
+    distances = squareform(pdist(points))
+    number, place = connected_components(distances <= _SAME * np.abs(points).max(), directed=False)
+    if number <= count:
+        return np.asarray(place, dtype=np.intp)
+    _, first = np.unique(place, return_index=True)
+    squared = np.square(distances[np.ix_(first, first)])
+    width = np.median(squared[np.triu_indices(number, 1)])
+    model = SpectralClustering(count, affinity="precomputed", random_state=seed, n_init=n_init)
+    return np.asarray(model.fit(np.exp(-squared / (2.0 * width))).labels_[place], dtype=np.intp)
 
 
 def _density_labels(points: FloatArray, count: int, min_samples: int) -> IntArray:
     """Search the smallest reach of DBSCAN that leaves no more than ``count`` clusters; noise is labelled -1."""
-    distances = squareform(pdist(points))
+    distances = squareform(leveled(pdist(points)))
     reaches = np.unique(distances)
     # scikit-learn wants a positive reach: half the least distance joins nothing but equal points.
     reaches = np.append(reaches[1] / 2.0, reaches[1:]) if len(reaches) > 1 else np.ones(1)

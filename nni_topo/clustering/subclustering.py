@@ -12,7 +12,6 @@ References
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from nni_topo.clustering.partition import FloatArray, IntArray, partition
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.knobs import check_between, check_integer
+from nni_topo.ties import RELATIVE, first_largest, within
 
 _SAME = 1e-6
 
@@ -198,7 +198,7 @@ def hoh_threshold(values: Sequence[NDArray[np.float64]], energy: float, *, bins:
     low, high = edges.min(), edges.max()
     if not _spreads(low, high):
         return float(high)
-    counts, borders = np.histogram(edges, bins=bins)
+    counts, borders = _histogram(edges, bins)
     fullest = int(counts.argmax())
     return float((borders[fullest] + borders[fullest + 1]) / 2.0)
 
@@ -248,8 +248,9 @@ def grow(
 
     Notes
     -----
-    The cluster that varies most is split first, so that ``at_least`` and ``at_most`` cut the growth where it matters
-    least. Nodes that all put out the same aren't split, however much they vary: one stands for all of them.
+    The cluster that varies most, of equal ones the oldest, is split first, so that ``at_least`` and ``at_most`` cut the
+    growth where it matters least. Nodes that all put out the same aren't split, however much they vary: one stands for
+    all of them.
     """
     most = len(points) if at_most is None else at_most
     labels = partition(
@@ -262,7 +263,8 @@ def grow(
     for members in found:
         growing.add(members, None)
     while growing.leaves < most and (largest := growing.pop()) is not None:
-        if growing.leaves >= at_least and growing.variances[largest] <= threshold:
+        varies = growing.variances[largest]
+        if growing.leaves >= at_least and (varies <= threshold or within(varies, threshold)):
             break
         halves = _halves(points, growing.members[largest], seed, growth.n_init)
         if halves is not None:
@@ -279,7 +281,7 @@ class _Growing:
         self.variances: list[float] = []
         self.parents: list[int | None] = []
         self.children: dict[int, tuple[int, int]] = {}
-        self._waiting: list[tuple[float, int]] = []
+        self._waiting: list[int] = []
 
     @property
     def leaves(self) -> int:
@@ -290,11 +292,13 @@ class _Growing:
         self.members.append(members)
         self.variances.append(self.growth.variance(self.covariance, members))
         self.parents.append(parent)
-        heapq.heappush(self._waiting, (-self.variances[number], number))
+        self._waiting.append(number)
         return number
 
     def pop(self) -> int | None:
-        return heapq.heappop(self._waiting)[1] if self._waiting else None
+        if not self._waiting:
+            return None
+        return self._waiting.pop(first_largest([self.variances[number] for number in self._waiting]))
 
     def clusters(self) -> tuple[Cluster, ...]:
         return tuple(
@@ -315,9 +319,16 @@ def _halves(points: FloatArray, members: IntArray, seed: int, n_init: int) -> tu
 def _energy_edge(values: FloatArray, energy: float, bins: int) -> float:
     if not _spreads(values.min(), values.max()):
         return float(values.max())
-    counts, borders = np.histogram(values, bins=bins)
+    counts, borders = _histogram(values, bins)
     reached = np.cumsum(counts) >= energy * len(values)
     return float(borders[1 + int(reached.argmax())])
+
+
+def _histogram(values: FloatArray, bins: int) -> tuple[IntArray, FloatArray]:
+    """Count values in bins of equal width; what lies on a border, up to rounding, belongs to the bin above it."""
+    low, high = values.min(), values.max()
+    places = np.floor((values - low) / (high - low) * bins + RELATIVE).astype(np.intp)
+    return np.bincount(np.minimum(places, bins - 1), minlength=bins), np.linspace(low, high, bins + 1)
 
 
 def _spreads(low: float, high: float) -> bool:

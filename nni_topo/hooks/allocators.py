@@ -25,6 +25,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.hooks.base import Masks, Metrics, PruningContext, SparsityAllocator, unit_scores
 from nni_topo.hooks.transposed import loses_outputs, output_mask
 from nni_topo.hooks.units import PruningUnit
+from nni_topo.ties import leveled, within
 
 
 class NNIAllocator(SparsityAllocator):
@@ -52,13 +53,18 @@ class ConfigAllocator(SparsityAllocator):
         Added to ``sparse_threshold``: with ``strict``, scores within it of the threshold count as equal and go.
     round_to : int or None, default=None
         Layers keep a multiple of so many channels, at least 1, or all of them: more stay than the config_list asks for.
+    exact : bool, default=False
+        Within a layer the highest scores stay as they are, also of those that count as equal: for metrics whose scores
+        hold a ranking in which near ties are settled.
 
     Notes
     -----
     Of ``n`` blocks ``n - int(n * sparse_ratio)`` stay: ratios truncate as in NNI, so two rows at 0.4 lose none. Of
-    equal scores the lower index stays. A layer is never emptied. Under a ``global_group_id`` blocks go in ascending
-    order of score, each weighted by its number of elements, as long as the group's removed elements don't exceed
-    ``int(elements * sparse_ratio)``; each layer's own minimum and maximum ratio hold.
+    equal scores the lower index stays. Blocks of several elements have scores that were summed: those that differ by no
+    more than 1e-6 of their size are equal; to a threshold they are equal within 1e-10 of it. A layer is never emptied.
+    Under a ``global_group_id`` blocks go in ascending order of score, each weighted by its number of elements, as long
+    as the group's removed elements don't exceed ``int(elements * sparse_ratio)``; each layer's own minimum and maximum
+    ratio hold.
     """
 
     def __init__(
@@ -69,6 +75,7 @@ class ConfigAllocator(SparsityAllocator):
         on_empty: Literal["raise", "keep"] = "raise",
         tolerance: float = 0.0,
         round_to: int | None = None,
+        exact: bool = False,
     ) -> None:
         if normalization not in ("none", "mean"):
             raise ConfigError(f"normalization must be 'none' or 'mean', got {normalization!r} (ConfigAllocator)")
@@ -79,6 +86,7 @@ class ConfigAllocator(SparsityAllocator):
         self.on_empty = on_empty
         self.tolerance = tolerance
         self.round_to = checked_round_to(round_to)
+        self.exact = exact
 
     def allocate(self, metrics: Metrics, context: PruningContext) -> Masks:
         """Return masks of the units' members and of the targets aligned to them (biases)."""
@@ -86,7 +94,7 @@ class ConfigAllocator(SparsityAllocator):
         rows = self.rounded_rows(context, {unit.name: profile(unit, scores[unit.name]) for unit in context.units})
         masks: Masks = defaultdict(dict)
         for unit in context.units:
-            kept = keep_highest(unit, scores[unit.name], rows[unit.name])
+            kept = keep_highest(unit, scores[unit.name], rows[unit.name], exact=self.exact)
             for module_name, target_name in unit.members:
                 metric = metrics[module_name][target_name]
                 masks[module_name][target_name] = kept.reshape(metric.shape).to(metric.device, torch.float32)
@@ -140,7 +148,7 @@ class ConfigAllocator(SparsityAllocator):
 
     def _rows_by_threshold(self, unit: PruningUnit, scores: Tensor) -> int:
         threshold = float(unit.sparse_threshold or 0.0) + self.tolerance
-        count = int((scores > threshold).sum() if self.strict else (scores >= threshold).sum())
+        count = int(self._passing(unit, scores, threshold).sum())
         fewest, most = removable_rows(unit)
         if count == 0 and most == unit.rows - 1 and self.on_empty == "raise":
             rule = "lie below" if self.strict else "not exceed"
@@ -150,6 +158,13 @@ class ConfigAllocator(SparsityAllocator):
                 f"all {unit.blocks} blocks would go ({unit.name})"
             )
         return unit.rows - min(max(unit.rows - count, fewest), most)
+
+    def _passing(self, unit: PruningUnit, scores: Tensor, threshold: float) -> Tensor:
+        passing = scores > threshold if self.strict else scores >= threshold
+        if not _is_summed(unit):
+            return passing
+        equal = torch.from_numpy(within(scores.cpu().numpy(), threshold)).to(scores.device)
+        return passing & ~equal if self.strict else passing | equal
 
     def _rows_by_rank(
         self, group_id: int | str, group: list[PruningUnit], profiles: dict[str, Tensor]
@@ -170,7 +185,10 @@ class ConfigAllocator(SparsityAllocator):
             scores.append(ascending)
             costs.append(torch.full((len(ascending),), cost[unit.name]))
             owners.append(torch.full((len(ascending),), index))
-        order = torch.cat(scores).argsort(stable=True)
+        joined = torch.cat(scores)
+        if any(_is_summed(unit) for unit in group):
+            joined = _leveled(joined)
+        order = joined.argsort(stable=True)
         spent = torch.cat(costs)[order].cumsum(0)
         removed = torch.cat(owners)[order][spent <= budget].bincount(minlength=len(group))
         return {unit.name: unit.rows - bounds[unit.name][0] - int(removed[index]) for index, unit in enumerate(group)}
@@ -207,7 +225,7 @@ def profile(unit: PruningUnit, scores: Tensor) -> Tensor:
     return scores.reshape(unit.parts, unit.rows).sort(dim=1, descending=True).values.amax(0)
 
 
-def keep_highest(unit: PruningUnit, scores: Tensor, rows: int) -> Tensor:
+def keep_highest(unit: PruningUnit, scores: Tensor, rows: int, *, exact: bool = False) -> Tensor:
     """Return which blocks stay when each part keeps its ``rows`` highest scores.
 
     Parameters
@@ -215,19 +233,32 @@ def keep_highest(unit: PruningUnit, scores: Tensor, rows: int) -> Tensor:
     unit : PruningUnit
         The unit.
     scores : torch.Tensor
-        Shape ``(blocks,)``. Of equal scores the lower index stays.
+        Shape ``(blocks,)``. Of scores that count as equal the lower index stays.
     rows : int
         Blocks to keep per part, in [1, unit.rows].
+    exact : bool, default=False
+        Whether scores that differ at all are different.
 
     Returns
     -------
     torch.Tensor
         Shape ``(blocks,)``, boolean.
     """
-    ranking = scores.reshape(unit.parts, unit.rows).argsort(dim=1, descending=True, stable=True)
+    parts = scores.detach().cpu().reshape(unit.parts, unit.rows)
+    settled = _leveled(parts) if _is_summed(unit) and not exact else parts
+    ranking = settled.argsort(dim=1, descending=True, stable=True)
     kept = torch.zeros(unit.parts, unit.rows, dtype=torch.bool)
     kept.scatter_(1, ranking[:, :rows], True)
     return kept.reshape(-1)
+
+
+def _is_summed(unit: PruningUnit) -> bool:
+    """Say whether a block's score was computed from several elements; a single weight's needs no tolerance."""
+    return unit.elements > 1
+
+
+def _leveled(scores: Tensor) -> Tensor:
+    return torch.from_numpy(leveled(scores.cpu().numpy())).to(scores.device)
 
 
 def removable_rows(unit: PruningUnit) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +18,10 @@ from nni_topo.hooks.units import PruningUnit
 from nni_topo.speedup.cost import Kept, NetworkCost
 from nni_topo.speedup.latency import LatencyTable
 from nni_topo.speedup.timing import measure_latency
+from nni_topo.ties import first_smallest, leveled
 
 Allocation = Literal["topological", "uniform"]
+Position = TypeVar("Position", int, float)
 BUDGETS = ("flops", "params", "latency")
 _STEPS = 40
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
@@ -68,7 +70,7 @@ class BudgetAllocator(ConfigAllocator):
         allocation: Allocation = "topological",
         latency_table: LatencyTable | str | Path | None = None,
     ) -> None:
-        super().__init__(on_empty="keep")
+        super().__init__(on_empty="keep", exact=True)
         self.kind, self.share = checked_target(target)
         if allocation not in ("topological", "uniform"):
             raise unknown_name("allocation", str(allocation), ("topological", "uniform"))
@@ -175,14 +177,22 @@ def solve_uniform(rows: Sequence[int], left: Callable[[Sequence[int]], float], s
         found = left(removed(middle))
         tried.append((abs(found - share), middle))
         low, high = (middle, high) if found > share else (low, middle)
-    return removed(min(tried)[1])
+    return removed(_nearest(tried))
+
+
+def _nearest(tried: list[tuple[float, Position]]) -> Position:
+    """Return the position with the least gap to the budget, the lowest of those that count as equal."""
+    ordered = sorted(tried, key=lambda each: each[1])
+    return ordered[first_smallest([gap for gap, _ in ordered], 1.0)][1]
 
 
 def _solve_tolerance(
     profiles: list[Tensor], bounds: list[tuple[int, int]], left: Callable[[Sequence[int]], float], share: float
 ) -> list[int]:
     """Remove, over all units, the rows whose score lies below one tolerance, such that a budget is met."""
-    tolerances = torch.cat([profiles[0].new_tensor([-math.inf, math.inf]), *profiles]).unique()
+    settled = torch.from_numpy(leveled(torch.cat(profiles).cpu().numpy()))
+    profiles = list(settled.split([len(profile) for profile in profiles]))
+    tolerances = torch.cat([settled.new_tensor([-math.inf, math.inf]), settled]).unique()
 
     def removed(index: int) -> list[int]:
         tolerance = tolerances[index]
@@ -198,4 +208,4 @@ def _solve_tolerance(
         found = left(removed(middle))
         tried.append((abs(found - share), middle))
         low, high = (middle, high) if found > share else (low, middle)
-    return removed(min(tried)[1])
+    return removed(_nearest(tried))

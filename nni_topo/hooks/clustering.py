@@ -21,9 +21,11 @@ from nni_topo.hooks.base import Data, MetricCalculator, Metrics, PruningContext
 from nni_topo.hooks.features import FeatureCollector
 from nni_topo.hooks.survivors import best_of, survivor_scores
 from nni_topo.hooks.units import PruningUnit
+from nni_topo.ties import FLOOR, RELATIVE, descending, leveled
 
 _CONSTANT = 1e-12
-_GRAIN = 1e-6
+# Features were summed in single precision: near ties of distances are measured by the points' size, not by their own.
+_MEASURED = RELATIVE / FLOOR
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class SurvivorMetric(MetricCalculator):
         for part in np.arange(unit.blocks).reshape(unit.parts, unit.rows):
             others = part[~kept[part]]
             lacking = clusters.rows - (len(part) - len(others))
-            kept[others[np.argsort(-distances[others], kind="stable")[: max(lacking, 0)]]] = True
+            kept[others[descending(distances[others])[: max(lacking, 0)]]] = True
         gone = np.flatnonzero(~kept & (best >= 0))
         self.pairs[unit.members[0][0]] = {int(node): int(best[node]) for node in gone}
         return kept
@@ -244,11 +246,11 @@ def _closeness(points: FloatArray, labels: IntArray) -> FloatArray:
     Distances that only rounding tells apart are equal: of a pair both neurons are as far from the mean.
     """
     closeness = np.zeros(len(points))
-    grain = _GRAIN * max(float(np.linalg.norm(points, axis=1).max(initial=0.0)), np.finfo(np.float64).tiny)
+    scale = _MEASURED * float(np.linalg.norm(points, axis=1).max(initial=0.0))
     for label in np.unique(labels[labels >= 0]):
         members = labels == label
         distances = np.linalg.norm(points[members] - points[members].mean(0), axis=1)
-        closeness[members] = -np.round(distances / grain)
+        closeness[members] = leveled(-distances, scale)
     return closeness
 
 

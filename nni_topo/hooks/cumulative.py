@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nni_topo.hooks.base import Data, MetricCalculator, Metrics, PruningContext
+from nni_topo.ties import descending
 
 
 class CumulativeEnergyMetric(MetricCalculator):
@@ -34,7 +35,7 @@ def cumulative_shares(energies: Tensor) -> Tensor:
     -------
     torch.Tensor
         Shape ``(n,)``, float64: the sum of the energies from the weakest filter up to each, divided by the whole. The
-        strongest has exactly 1. Of equal energies the higher index counts as the weaker.
+        strongest has exactly 1. Of energies that are equal to 1e-6 of them the higher index counts as the weaker.
 
     References
     ----------
@@ -48,7 +49,7 @@ def cumulative_shares(energies: Tensor) -> Tensor:
     energies = energies.to(torch.float64)
     if not bool(energies.any()):
         energies = torch.ones_like(energies)
-    ascending = energies.argsort(descending=True, stable=True).flip(0)
+    ascending = torch.from_numpy(descending(energies.cpu().numpy())).to(energies.device).flip(0)
     sums = energies[ascending].cumsum(0)
     shares = torch.empty_like(energies)
     shares[ascending] = sums / sums[-1]

@@ -19,6 +19,7 @@ from nni_topo.hooks.allocators import ConfigAllocator, profile
 from nni_topo.hooks.base import Data, MetricCalculator, Metrics, PruningContext
 from nni_topo.hooks.reconstruction import ReconstructionProblem, ReconstructionProblems
 from nni_topo.hooks.units import PruningUnit
+from nni_topo.ties import first_largest
 
 IntArray = NDArray[np.intp]
 RECONSTRUCTION = "reconstruction"
@@ -68,7 +69,7 @@ class TopologicalMetric(MetricCalculator):
     settings : SelectionSettings
         How subsets are chosen.
     allocator : ConfigAllocator
-        The pruner's allocator: says how many blocks each unit keeps.
+        The pruner's allocator: says how many blocks each unit keeps. ``exact``, since the scores hold a ranking.
     seed : int
         Seed of the genetic algorithm.
     progress : bool
@@ -266,6 +267,6 @@ def _death_profile(cloud: _Cloud) -> FloatArray:
 
 def _greedy_ranking(cloud: _Cloud) -> IntArray:
     """Farthest points first, from the origin or, without it, from the most remote point."""
-    start = int(cloud.distances.sum(1).argmax()) if cloud.base is None else cloud.base
+    start = first_largest(cloud.distances.sum(1)) if cloud.base is None else cloud.base
     order, _ = topology.farthest_point_order(cloud.distances, start)
     return order if cloud.base is None else order[order != cloud.base]

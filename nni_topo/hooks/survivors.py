@@ -22,6 +22,7 @@ from nni_topo.hooks.features import TracedNetwork
 from nni_topo.hooks.functional import read_strength, readers_of
 from nni_topo.hooks.units import PruningUnit
 from nni_topo.speedup.layers import by_output
+from nni_topo.ties import first_largest, leveled
 
 RULES = ("random", "center", "weight", "bias", "bias_norm")
 
@@ -96,7 +97,7 @@ def survivor_scores(
             if biases is None:
                 raise ConfigError(f"survivor {rule!r} needs a bias or a batch norm, got neither ({unit.name})")
             scores.append(biases if rule == "bias" else np.abs(biases))
-    return scores[0] if len(scores) == 1 else np.mean([rankdata(each) for each in scores], axis=0)
+    return scores[0] if len(scores) == 1 else np.mean([rankdata(leveled(each)) for each in scores], axis=0)
 
 
 def offsets(unit: PruningUnit, context: PruningContext, network: TracedNetwork) -> FloatArray | None:
@@ -116,7 +117,7 @@ def offsets(unit: PruningUnit, context: PruningContext, network: TracedNetwork) 
 
 
 def best_of(labels: IntArray, scores: FloatArray) -> IntArray:
-    """Return each node's survivor: the highest score of its cluster, the first of equal ones.
+    """Return each node's survivor: the highest score of its cluster, the first of those that count as equal.
 
     Parameters
     ----------
@@ -133,7 +134,7 @@ def best_of(labels: IntArray, scores: FloatArray) -> IntArray:
     best = np.full(len(labels), -1, dtype=np.intp)
     for label in np.unique(labels[labels >= 0]):
         members = np.flatnonzero(labels == label)
-        best[members] = members[scores[members].argmax()]
+        best[members] = members[first_largest(scores[members])]
     return best
 
 

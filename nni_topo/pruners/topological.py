@@ -257,7 +257,7 @@ def _allocator(
     if target is None:
         if latency_table is not None:
             raise ConfigError("a latency table needs a target of 'latency', got no target (latency_table)")
-        return ConfigAllocator(on_empty="keep")
+        return ConfigAllocator(on_empty="keep", exact=True)
     for index, config in enumerate(config_list):
         settings = [config, *config.get("target_settings", {}).values()]
         for key in ("sparse_ratio", "sparse_threshold", "global_group_id"):

@@ -30,6 +30,7 @@ from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.reconstruct import add_constant
 from nni_topo.recovery.replay import Values
 from nni_topo.recovery.tasks import Samples, Task
+from nni_topo.ties import first_largest_along
 
 _LEAST_VARIANCE = 1e-12
 
@@ -161,7 +162,7 @@ class PairTask(ChannelTask):
 
     def _chosen(self, likeness: Tensor) -> Tensor:
         """Return for each channel the rank of its survivor among the kept ones, shape (groups, channels)."""
-        chosen = likeness.argmax(1).cpu()
+        chosen = first_largest_along(likeness, 1).cpu()
         for group, numbers in enumerate(self._numbers.tolist()):
             ranks = {numbers[channel]: rank for rank, channel in enumerate(self.kept[group].tolist())}
             for channel, number in enumerate(numbers):

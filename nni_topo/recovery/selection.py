@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.ties import first_largest
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -52,8 +53,8 @@ def greedy_least_squares(
     Returns
     -------
     ndarray of int, shape (keep,)
-        Channels in the order of choice; with one part each prefix is the choice for a smaller ``keep``. Of equal gains
-        the lowest channel wins.
+        Channels in the order of choice; with one part each prefix is the choice for a smaller ``keep``. Of gains that
+        are equal to 1e-6 of them the lowest channel wins.
 
     Raises
     ------
@@ -85,9 +86,11 @@ def greedy_least_squares(
     room = np.full(parts, keep // parts)
     left = np.ones(channels, dtype=bool)
     order = np.empty(keep, dtype=np.int64)
+    first = 0.0
     for step in range(keep):
         gains = np.sum([reader.gains() for reader in readers], axis=0)
-        order[step] = np.argmax(np.where(left & (room[part] > 0), gains, -np.inf))
+        first = first or float(gains.max())
+        order[step] = first_largest(np.where(left & (room[part] > 0), gains, -np.inf), first)
         left[order[step]] = False
         room[part[order[step]]] -= 1
         for reader in readers:

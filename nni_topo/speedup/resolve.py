@@ -13,6 +13,7 @@ from nni_topo.speedup.dependency import layer_groups
 from nni_topo.speedup.labels import FIXED
 from nni_topo.speedup.layers import channel_dimension, kept_channels, spread
 from nni_topo.speedup.masks import FullMasks
+from nni_topo.ties import descending
 
 _logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def _level(blocks: Blocks, sides: list[list[np.ndarray]], kept: np.ndarray, scor
 def _bring_back(roots: np.ndarray, kept: np.ndarray, scores: np.ndarray, wanted: int) -> None:
     """Keep the best of the pruned channels until so many are kept."""
     pruned = np.unique(roots[~kept[roots]])
-    best = pruned[np.argsort(-scores[pruned], kind="stable")]
+    best = pruned[descending(scores[pruned])]
     for root in best:
         if int(kept[roots].sum()) >= wanted:
             return

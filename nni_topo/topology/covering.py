@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nni_topo.ties import first_largest
 from nni_topo.topology import _kernels
 from nni_topo.topology._checks import BoolArray, FloatArray, IntArray, as_distances, as_index, as_subsets
 from nni_topo.topology._kernels import use_compiled
@@ -162,7 +163,7 @@ def farthest_point_order(distances: ArrayLike, start: int = 0) -> tuple[IntArray
     Returns
     -------
     order : ndarray of int, shape (n,)
-        All points, the start first; among equally far points the lowest index first.
+        All points, the start first; among equally far points, to 1e-6 of their distance, the lowest index first.
     radii : ndarray of float64, shape (n,)
         ``radii[i]`` is the Hausdorff distance between the cloud and ``order[: i + 1]``: never increasing,
         0 at the end.
@@ -192,11 +193,12 @@ def farthest_point_order(distances: ArrayLike, start: int = 0) -> tuple[IntArray
     newest = as_index(start, len(matrix), "start")
     order, radii = np.empty(len(matrix), dtype=np.intp), np.empty(len(matrix))
     nearest = np.full(len(matrix), np.inf)
-    # Chosen points stand at -1, so that duplicates of theirs still come before them.
+    largest = float(matrix.max())
+    # Chosen points stand at -inf, so that duplicates of theirs still come before them.
     for step in range(len(matrix)):
         order[step] = newest
         np.minimum(nearest, matrix[newest], out=nearest)
-        nearest[newest] = -1.0
-        newest = int(nearest.argmax())
-        radii[step] = max(nearest[newest], 0.0)
+        nearest[newest] = -np.inf
+        radii[step] = max(nearest.max(), 0.0)
+        newest = first_largest(nearest, largest)
     return order, radii

@@ -11,12 +11,15 @@ import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import chi2
 
 from nni_topo.errors import DataError
 from nni_topo.topology._checks import FloatArray
 
 _FAILURE = 1e-3
+# Rows that differ in so many features needn't be compared in all.
+_FIRST_FEATURES = 8
 
 
 def projection_error(points: int, features: int, *, failure: float = _FAILURE) -> float:
@@ -112,7 +115,8 @@ def random_projection(columns: Iterable[FloatArray], features: int, seed: int) -
     Returns
     -------
     ndarray of float64, shape (n, features)
-        Expected squares of all distances are those of the cloud; `projection_error` bounds what they are.
+        Expected squares of all distances are those of the cloud; `projection_error` bounds what they are. Points that
+        are equal stay exactly equal, and the origin stays the origin.
 
     Raises
     ------
@@ -130,11 +134,25 @@ def random_projection(columns: Iterable[FloatArray], features: int, seed: int) -
         raise DataError(f"a projection needs at least one feature, got {features}")
     rng, total = np.random.default_rng(seed), None
     for stretch in columns:
-        part = stretch @ rng.standard_normal((stretch.shape[1], features))
+        part = _product(stretch, rng.standard_normal((stretch.shape[1], features)))
         total = part if total is None else np.add(total, part, out=total)
     if total is None:
         raise DataError("a projection needs at least one stretch of features, got none")
     return np.asarray(total / math.sqrt(features))
+
+
+def _product(rows: FloatArray, matrix: FloatArray) -> FloatArray:
+    """Multiply rows by a matrix, equal ones only once: a BLAS may round them differently in different places."""
+    if len(np.unique(_keys(rows[:, :_FIRST_FEATURES]))) == len(rows):
+        return np.asarray(rows @ matrix)
+    _, first, inverse = np.unique(_keys(rows), return_index=True, return_inverse=True)
+    return np.asarray((rows[first] @ matrix)[inverse])
+
+
+def _keys(rows: FloatArray) -> NDArray[np.void]:
+    """Return each row's bytes; adding zero takes the sign off -0.0, so that equal rows have equal bytes."""
+    keys = np.ascontiguousarray(rows + 0.0).view(np.dtype((np.void, rows.itemsize * rows.shape[1])))
+    return np.asarray(keys.ravel())
 
 
 def _pairs(points: int, failure: float) -> float:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 
@@ -102,3 +102,27 @@ def test_bad_requests_are_refused():
         partition(np.array([[0.0], [np.nan]]), 1)
     with pytest.raises(DataError, match="not empty"):
         partition(np.zeros((0, 2)), 1)
+
+
+@pytest.mark.parametrize("others", [1, 3])
+def test_equal_points_share_a_spectral_cluster_and_distinct_ones_have_their_own(others):
+    points = np.concatenate([np.full((9, 3), 0.1), np.random.default_rng(others).normal(size=(others, 3))])
+    labels = partition(points, others + 1, "spectral")
+    assert labels.tolist() == [0] * 9 + list(range(1, others + 1))
+
+
+def test_equal_points_share_a_spectral_cluster_among_others():
+    corners = np.array([[0.0, 0.0], [40.0, 0.0], [0.0, 40.0]]).repeat([12, 4, 4], axis=0)
+    points = corners + np.random.default_rng(0).normal(size=corners.shape)
+    points[:9] = points[0]
+    assert same_partition(partition(points, 3, "spectral"), np.repeat([0, 1, 2], [12, 4, 4]))
+
+
+@given(st.integers(0, 40))
+@settings(max_examples=25, deadline=None)
+def test_rounding_moves_no_point_between_the_clusters_of_dbscan(seed):
+    generator = np.random.default_rng(seed)
+    points = generator.integers(0, 4, size=(14, 2)).astype(float)
+    moved = points * (1.0 + generator.integers(-4, 5, size=points.shape) * np.finfo(float).eps)
+    for count in (2, 5):
+        np.testing.assert_array_equal(partition(points, count, "dbscan"), partition(moved, count, "dbscan"))

@@ -67,3 +67,17 @@ def test_duplicates_and_the_origin_stay_exact():
 def test_bad_numbers_are_refused(call, words):
     with pytest.raises(DataError, match=words):
         call()
+
+
+def test_equal_points_are_found_also_where_others_begin_alike():
+    cloud = np.random.default_rng(0).normal(size=(9, 301))
+    cloud[3:] = cloud[2]
+    cloud[5, 200] += 1.0
+    cloud[6, 4], cloud[7, 4] = 0.0, -0.0
+    projected = random_projection([cloud[:, :150], cloud[:, 150:]], 17, seed=1)
+    for twins in ([2, 3, 4, 8], [6, 7]):
+        assert len(np.unique(projected[twins], axis=0)) == 1
+    assert len(np.unique(projected, axis=0)) == 5
+    draws = np.random.default_rng(1)
+    matrix = np.concatenate([draws.standard_normal((150, 17)), draws.standard_normal((151, 17))])
+    np.testing.assert_allclose(projected, cloud @ matrix / np.sqrt(17), atol=1e-12)

@@ -11,9 +11,10 @@ from nni_topo.topology import h0_deaths, maximum_spanning_tree, pairwise_distanc
 
 
 def reference_deaths(distances: np.ndarray) -> np.ndarray:
-    """Return SciPy's tree edges; it takes zeros for missing edges, so that all are raised by 1."""
-    tree = minimum_spanning_tree(distances + 1.0).tocoo()
-    return np.sort(distances[tree.row, tree.col])[::-1]
+    """Return SciPy's tree edges; it takes zeros for missing edges, so that it's given the edges' ranks, from 1."""
+    lengths, ranks = np.unique(distances, return_inverse=True)
+    tree = minimum_spanning_tree(1.0 + ranks.reshape(distances.shape)).tocoo()
+    return lengths[np.sort(tree.data).astype(int) - 1][::-1]
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -1,0 +1,150 @@
+"""Near ties: what decides between numbers that only rounding tells apart.
+
+A sum comes out a few bits larger or smaller on another processor, with other libraries or more threads. So wherever
+something is chosen by computed numbers, those that are equal to a relative tolerance count as equal, and of equal ones
+the lowest index wins. Numbers that are taken as they are given, such as single weights, need no tolerance.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.intp]
+
+RELATIVE = 1e-6
+FLOOR = 1e-12
+AT_BOUND = 1e-10
+
+
+def first_largest(values: ArrayLike, scale: float = 0.0) -> int:
+    """Return the lowest index whose value counts as the largest.
+
+    Parameters
+    ----------
+    values : array_like of float, shape (n,)
+        Not NaN; ``-inf`` is never chosen before a finite value.
+    scale : float, default=0.0
+        Size, at least 0, of the numbers that the values were computed from: differences below ``1e-12`` of it are
+        rounding, also where all values are tiny.
+
+    Returns
+    -------
+    int
+        The first index whose value is within ``1e-6`` of the largest, relative to it.
+
+    Examples
+    --------
+    >>> first_largest([1.0, 3.0, 3.0 + 1e-15])
+    1
+    """
+    numbers = np.asarray(values)
+    top = numbers.max()
+    return int((numbers >= top - max(RELATIVE * abs(top), FLOOR * scale)).argmax())
+
+
+def first_smallest(values: ArrayLike, scale: float = 0.0) -> int:
+    """Return the lowest index whose value counts as the smallest; parameters are those of :func:`first_largest`."""
+    return first_largest(np.negative(values), scale)
+
+
+def first_largest_along(values: Tensor, dim: int) -> Tensor:
+    """Do what :func:`first_largest` does along a dimension of a tensor of values from 0, on its device."""
+    top = values.amax(dim, keepdim=True)
+    return (values >= top * (1.0 - RELATIVE)).byte().argmax(dim)
+
+
+def descending(values: ArrayLike, scale: float = 0.0) -> IntArray:
+    """Return the order from the largest value to the smallest, the lowest index first among near ties.
+
+    Parameters
+    ----------
+    values : array_like of float, shape (n,) or (rows, n)
+        Finite; every row has an order of its own.
+    scale : float, default=0.0
+        As for :func:`leveled`.
+
+    Returns
+    -------
+    ndarray of int, of the same shape
+    """
+    return np.argsort(-leveled(values, scale), axis=-1, kind="stable")
+
+
+def leveled(values: ArrayLike, scale: float = 0.0) -> FloatArray:
+    """Make values equal that count as equal, so that exact comparisons and stable sorts follow the rule.
+
+    Parameters
+    ----------
+    values : array_like of float, shape (n,) or (rows, n)
+        Finite; rows are leveled one by one.
+    scale : float, default=0.0
+        Size of the numbers that the values were computed from, at least 0; the largest of the values counts in any
+        case.
+
+    Returns
+    -------
+    ndarray of float64, of the same shape
+        From the largest on, each value stands for those that lie below it by at most ``1e-6`` of it, or by ``1e-12`` of
+        the scale.
+
+    Notes
+    -----
+    O(n log n). Values without near ties come back as they are.
+
+    Examples
+    --------
+    >>> leveled([2.0, 1.0 - 1e-15, 5.0, 1.0]).tolist()
+    [2.0, 1.0, 5.0, 1.0]
+    """
+    numbers = np.array(values, dtype=np.float64)
+    for row in numbers.reshape(-1, numbers.shape[-1]) if numbers.size else ():
+        _level(row, scale)
+    return numbers
+
+
+def within(values: ArrayLike, bound: float) -> NDArray[np.bool_]:
+    """Say which values are equal to a bound, to 1e-10 of it: bounds may be set with care, just beside a value."""
+    return np.abs(np.asarray(values, dtype=np.float64) - bound) <= AT_BOUND * abs(bound)
+
+
+class Levels:
+    """Levels values that come one after the other: each takes the value of the first one that it counts as equal to."""
+
+    def __init__(self) -> None:
+        self._known: list[float] = []
+
+    def __call__(self, values: Iterable[float]) -> list[float]:
+        """Return finite values, leveled among themselves and with all that came before."""
+        return [self._settled(float(value)) for value in values]
+
+    def _settled(self, value: float) -> float:
+        place = bisect_left(self._known, value)
+        for known in self._known[max(place - 1, 0) : place + 1]:
+            if abs(known - value) <= RELATIVE * max(abs(known), abs(value)):
+                return known
+        self._known.insert(place, value)
+        return value
+
+
+def _level(row: FloatArray, scale: float) -> None:
+    """Level one row in place."""
+    order = np.argsort(-row, kind="stable")
+    falling = row[order]
+    reach = np.maximum(RELATIVE * np.abs(falling), FLOOR * max(scale, abs(float(falling[0])), abs(float(falling[-1]))))
+    if not (falling[:-1] - falling[1:] <= reach[:-1]).any():
+        return
+    # Where the stretch ends that each value would stand for; then from the largest on, one stretch after the other.
+    ends = np.searchsorted(-falling, reach - falling, side="right").tolist()
+    start, values = 0, falling.tolist()
+    while start < len(values):
+        end = max(ends[start], start + 1)
+        if end > start + 1:
+            falling[start:end] = values[start]
+        start = end
+    row[order] = falling
