@@ -16,6 +16,7 @@ from nni_topo.speedup.masks import FullMasks, Masks, check_masks, check_model
 from nni_topo.speedup.reference import apply_masks
 from nni_topo.speedup.resolve import resolve_masks
 from nni_topo.speedup.tracing import trace
+from nni_topo.ties import find_ties, tie_again, untie
 
 
 def to_dense(
@@ -48,7 +49,8 @@ def to_dense(
     Returns
     -------
     torch.nn.Module
-        A new model of the same class with fewer channels, in the mode of ``model``, module by module.
+        A new model of the same class with fewer channels, in the mode of ``model``, module by module. Layers that
+        share a weight or buffer still do where the same of it is kept.
 
     Raises
     ------
@@ -103,7 +105,10 @@ def _build(
     masks = resolve_masks(original, ChannelFlow(graph_module, args), masks, round_to)
     reference = apply_masks(original, call, masks)
     dense = copy.deepcopy(reference)
+    # NNI's speedup writes random values into single layers, so each needs tensors of its own.
+    untie(dense, find_ties(dense))
     kept = _shrink(dense, call, masks)
+    tie_again(dense, find_ties(original))
     for name, module in model.named_modules():
         dense.get_submodule(name).training = module.training
     return dense, reference, kept
