@@ -164,7 +164,7 @@ def _fingerprint(tensor: torch.Tensor) -> str:
     """Digest a tensor's type, shape and bits."""
     plain = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode())
-    digest.update(plain.flatten().view(torch.uint8).numpy())
+    digest.update(plain.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

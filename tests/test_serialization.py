@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tied_nets import LanguageModel, TiedConvolutions, untied
+from tied_nets import LanguageModel, Rotation, TiedConvolutions, untied
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError, SpeedupError
@@ -139,6 +139,19 @@ def test_buffers_that_no_state_dict_holds_come_back(tmp_path):
     of_an_older_version(tmp_path / "dense.pt")
     built = load(tmp_path / "dense.pt", LanguageModel)
     assert torch.equal(built.rotation.frequencies, LanguageModel().rotation.frequencies)
+
+
+def test_buffers_in_two_places_that_no_state_dict_holds(tmp_path):
+    dense = nn.Sequential(Rotation(4), Rotation(4))
+    dense[1].frequencies = dense[0].frequencies
+    save(dense, tmp_path / "dense.pt")
+    built = load(tmp_path / "dense.pt", dense)
+    assert built[1].frequencies is built[0].frequencies
+    dense[1].frequencies = dense[0].frequencies * 2
+    tied = copy.deepcopy(built)
+    save(dense, tmp_path / "dense.pt")
+    built = load(tmp_path / "dense.pt", tied)
+    assert torch.equal(built[1].frequencies, 2 * built[0].frequencies)
 
 
 def test_buffers_that_a_forward_makes_are_not_asked_for(tmp_path):

@@ -89,7 +89,7 @@ def untie_layers() -> bool:
 
     @wraps(original)
     def speedup_model(self: model_speedup.ModelSpeedup) -> torch.nn.Module:
-        model = self.bound_model
+        model: torch.nn.Module = self.bound_model
         ties, aliases = find_ties(model), find_aliases(model)
         untie(model, ties)
         untie(self.graph_module, find_ties(self.graph_module))

@@ -121,7 +121,7 @@ def undo_failed_constructors() -> bool:
     for kind in _with_subclasses(Compressor):
         _guard_constructor(kind)
 
-    def guard_subclass(kind: type, **keywords: Any) -> None:
+    def guard_subclass(kind: type, /, **keywords: Any) -> None:
         super(Compressor, kind).__init_subclass__(**keywords)
         _guard_constructor(kind)
 
@@ -131,6 +131,7 @@ def undo_failed_constructors() -> bool:
 
 def _with_subclasses(kind: type) -> Iterator[type]:
     yield kind
+    below: type
     for below in kind.__subclasses__():
         yield from _with_subclasses(below)
 
