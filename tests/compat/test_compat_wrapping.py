@@ -17,6 +17,7 @@ from nni_topo import MatrixPruner, RandomPruner, StructuredPruner, TopologicalPr
 from nni_topo.errors import ConfigError
 from nni_topo.modes import unwrapped_copy
 from nni_topo.pruners.rounds import prune_in_rounds
+from nni_topo.testing.toys import toy_evaluator
 from nni_topo.ties import find_ties
 
 PRUNERS = [L1NormPruner, L2NormPruner, FPGMPruner, LevelPruner, RandomPruner, MatrixPruner]
@@ -94,6 +95,19 @@ def test_wrapped_layers_of_one_weight_are_trained_together(names):
     assert wrapped.one.weight is wrapped.two.weight
     assert torch.allclose(wrapped.one.weight, model.one.weight, atol=1e-6)
     assert not torch.equal(model.one.weight, TiedConvolutions().one.weight)
+
+
+@pytest.mark.parametrize("kind", [L1NormPruner, RandomPruner])
+@pytest.mark.parametrize("names", SELECTIONS)
+def test_schedules_train_layers_of_one_weight_together(kind, names):
+    model = TiedConvolutions()
+    pruner = LinearPruner(kind(model, request(names), toy_evaluator(model)), 1, 2)
+    _, masks = pruner.compress(3, None)
+    pruner.unwrap_model()
+    assert model.one.weight is model.two.weight
+    before = TiedConvolutions().one.weight
+    kept = torch.stack([targets["weight"].bool() for targets in masks.values()]).any(0)
+    assert bool((model.one.weight != before)[kept].all())
 
 
 def test_masks_of_one_layer_leave_the_other_alone():
