@@ -19,8 +19,8 @@ import torch
 
 from nni_topo._version import __version__
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 from nni_topo.speedup.masks import check_unwrapped
-from nni_topo.ties import find_ties, named_tensors, tie_again, untie
 
 _FORMAT = "nni-topo dense model"
 _FORMAT_VERSION = 1

@@ -8,7 +8,7 @@ import transformers
 from nni.compression.pruning import L1NormPruner
 
 from nni_topo import RandomPruner, compensate, load, masked_model, save, to_dense
-from nni_topo.ties import find_ties
+from nni_topo.sharing import find_ties
 
 TOKENS = torch.randint(0, 31, (4, 6), generator=torch.Generator().manual_seed(0))
 SIZES = {

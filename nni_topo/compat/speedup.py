@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from nni.compression.speedup import container, mask_updater, model_speedup, utils
 
-from nni_topo.ties import find_aliases, find_ties, share_modules, tie_again, untie
+from nni_topo.sharing import find_aliases, find_ties, share_modules, tie_again, untie
 
 
 def keep_size_whole() -> bool:

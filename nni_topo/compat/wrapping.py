@@ -13,7 +13,7 @@ from nni.compression.base.compressor import Compressor
 from nni.compression.base.config import select_modules_by_config
 from nni.compression.base.wrapper import ModuleWrapper
 
-from nni_topo.ties import parameter_holders
+from nni_topo.sharing import parameter_holders
 
 _TIED = "_nni_topo_tied"
 _BEGUN = "_nni_topo_begun"

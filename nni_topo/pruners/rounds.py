@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.hooks.units import is_active
-from nni_topo.ties import parameter_holders
+from nni_topo.sharing import parameter_holders
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from nni_topo.errors import NniTopoError, SpeedupError
+from nni_topo.sharing import find_ties, tie_again, untie
 from nni_topo.speedup.channels import ChannelFlow
 from nni_topo.speedup.compare import check_equal
 from nni_topo.speedup.engine import DenseSpeedup
@@ -16,7 +17,6 @@ from nni_topo.speedup.masks import FullMasks, Masks, check_masks, check_model
 from nni_topo.speedup.reference import apply_masks
 from nni_topo.speedup.resolve import resolve_masks
 from nni_topo.speedup.tracing import trace
-from nni_topo.ties import find_ties, tie_again, untie
 
 
 def to_dense(

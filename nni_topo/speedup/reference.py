@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from nni_topo.sharing import find_ties, tie_again, untie
 from nni_topo.speedup.inputs import Call, call_arguments, cast_floats, random_like
 from nni_topo.speedup.layers import is_depthwise
 from nni_topo.speedup.masks import FullMasks, Masks, check_masks, check_model
-from nni_topo.ties import find_ties, tie_again, untie
 
 NORMS = (
     torch.nn.modules.batchnorm._NormBase,

@@ -13,8 +13,8 @@ from torch import nn
 from nni_topo import RandomPruner, compensate
 from nni_topo.recovery import compensation
 from nni_topo.recovery.compensation import METHODS
+from nni_topo.sharing import find_ties
 from nni_topo.speedup import masked_model, to_dense
-from nni_topo.ties import find_ties
 
 IMAGES = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randint(0, 11, (32, 5), generator=torch.Generator().manual_seed(0))

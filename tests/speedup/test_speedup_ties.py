@@ -13,8 +13,8 @@ from torch.nn.utils import parametrizations
 
 from nni_topo import RandomPruner
 from nni_topo.serialization import load, save
+from nni_topo.sharing import find_ties
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
-from nni_topo.ties import find_ties
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randint(0, 11, (2, 5), generator=torch.Generator().manual_seed(0))

@@ -4,7 +4,7 @@ import torch
 from tied_nets import LanguageModel, TiedConvolutions, TiedNorms, TwoNames
 from torch import nn
 
-from nni_topo.ties import find_ties, tie_again, untie
+from nni_topo.sharing import find_ties, tie_again, untie
 
 
 def test_places_of_one_tensor_are_listed_and_modules_with_two_names_are_one_place():
