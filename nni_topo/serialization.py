@@ -8,6 +8,7 @@ is loaded into, whose layers are made smaller to fit.
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import pickle
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import torch
 
 from nni_topo._version import __version__
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 from nni_topo.speedup.masks import check_unwrapped
 
 _FORMAT = "nni-topo dense model"
@@ -39,7 +41,7 @@ _PathLike = str | os.PathLike[str]
 
 
 def save(dense: torch.nn.Module, path: _PathLike) -> None:
-    """Save a dense model without pickled code.
+    """Save a dense model without pickled code, non-persistent buffers too.
 
     Parameters
     ----------
@@ -66,6 +68,8 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
         "package_version": __version__,
         "modules": {name: _describe(module) for name, module in dense.named_modules() if _sizes(module)},
         "state_dict": {name: tensor.detach() for name, tensor in _tensors(dense).items()},
+        "buffers": {name: tensor.detach() for name, tensor in _unlisted_buffers(dense).items()},
+        "fingerprints": {name: _fingerprint(tensor) for name, tensor in _all_tensors(dense).items()},
     }
     try:
         torch.save(document, path)
@@ -88,14 +92,16 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
     -------
     torch.nn.Module
         A copy of ``model`` with the sizes and values of the file, in the modes and on the devices of
-        ``model``, in the precision of the file.
+        ``model``, in the precision of the file. Layers that share a tensor in ``model`` share it if they
+        did in the dense model.
 
     Raises
     ------
     DataError
-        If the file is missing or isn't one that `save` writes.
+        If the file is missing, isn't one that `save` writes, or holds other values than were saved.
     ConfigError
-        If the file doesn't fit the model: other modules, other types, or larger sizes.
+        If the file doesn't fit the model: other modules, other types, larger sizes, or modules with two names
+        that were two modules in the dense model.
 
     Examples
     --------
@@ -116,9 +122,15 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
     modules: dict[str, dict[str, Any]] = document["modules"]
     for name, description in modules.items():
         _resize(built.get_submodule(name), description["sizes"])
+    ties = find_ties(built)
+    untie(built, ties)
+    stored = document["state_dict"] | document.get("buffers", {})
     with torch.no_grad():
-        for name, tensor in _tensors(built).items():
-            tensor.data = document["state_dict"][name].to(tensor.device)
+        for name, tensor in _all_tensors(built).items():
+            if name in stored:
+                tensor.data = stored[name].to(tensor.device, copy=True)
+    tie_again(built, [part for names in ties for part in _shared(names, stored)])
+    _check_values(document.get("fingerprints", {}), stored, built, os.fspath(path))
     return built
 
 
@@ -136,6 +148,50 @@ def _describe(module: torch.nn.Module) -> dict[str, Any]:
 def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """List the tensors of a state_dict, as the objects the model holds, under all of their names."""
     return dict(model.state_dict(keep_vars=True))
+
+
+def _unlisted_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """List the buffers that a state_dict leaves out, by all of their names."""
+    listed = _tensors(model)
+    return {name: tensor for name, tensor in named_tensors(model).items() if name not in listed}
+
+
+def _all_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return _tensors(model) | _unlisted_buffers(model)
+
+
+def _fingerprint(tensor: torch.Tensor) -> str:
+    """Digest a tensor's type, shape and bits."""
+    plain = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode())
+    digest.update(plain.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _shared(names: list[str], stored: dict[str, torch.Tensor]) -> list[list[str]]:
+    """Split a tie into the parts that were tied in the saved model: a file keeps one tensor in one place of memory."""
+    parts: dict[Any, list[str]] = {}
+    for name in names:
+        value = stored.get(name)
+        place = None if value is None else (value.data_ptr(), value.shape, value.stride())
+        parts.setdefault(place, []).append(name)
+    return list(parts.values())
+
+
+def _check_values(
+    fingerprints: dict[str, str], stored: dict[str, torch.Tensor], built: torch.nn.Module, place: str
+) -> None:
+    """Raise unless a model holds what was saved; files of older versions have no fingerprints."""
+    for name, tensor in _all_tensors(built).items():
+        saved = fingerprints.get(name)
+        if saved is None or _fingerprint(tensor) == saved:
+            continue
+        if _fingerprint(stored[name]) != saved:
+            raise DataError(f"a dense model's file must hold what was saved, got other values ({name}, {place})")
+        raise ConfigError(
+            "a dense model must be loaded into the model it was pruned from, got one that shares tensors between "
+            f"modules that the saved model doesn't share ({name}, {place})"
+        )
 
 
 def _read(path: _PathLike) -> dict[str, Any]:
@@ -165,6 +221,7 @@ def _check_fit(document: dict[str, Any], model: torch.nn.Module, place: str) -> 
     """Raise unless the file could come from a pruned copy of the model."""
     rule = "a dense model must be loaded into the model it was pruned from"
     modules = {name: module for name, module in model.named_modules() if _sizes(module)}
+    resizable = {name for name, module in model.named_modules(remove_duplicate=False) if _sizes(module)}
     stored: dict[str, dict[str, Any]] = document["modules"]
     tensors = _tensors(model)
     _check_names(rule, "modules", set(stored), set(modules), place)
@@ -177,9 +234,8 @@ def _check_fit(document: dict[str, Any], model: torch.nn.Module, place: str) -> 
             )
     for name, tensor in tensors.items():
         small, full = tuple(document["state_dict"][name].shape), tuple(tensor.shape)
-        resizable = name.rpartition(".")[0] in modules
         fits = len(small) == len(full) and all(a <= b for a, b in zip(small, full, strict=True))
-        if small != full and not (resizable and fits):
+        if small != full and not (name.rpartition(".")[0] in resizable and fits):
             raise ConfigError(f"{rule}, got shape {small} where the model has {full} ({name}, {place})")
 
 

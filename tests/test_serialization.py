@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tied_nets import LanguageModel, Rotation, TiedConvolutions, untied
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError, SpeedupError
@@ -95,10 +96,113 @@ def test_ties_frozen_parameters_and_precision_stay(tmp_path):
     assert built[0].embedding_dim == 3
 
 
+def of_an_older_version(path):
+    """Rewrite a file as it was before fingerprints."""
+    document = torch.load(path, weights_only=True)
+    del document["fingerprints"], document["buffers"]
+    torch.save(document, path)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_ties_of_the_model_hold_where_the_dense_model_has_them(tmp_path, older):
+    for dense in (TiedConvolutions(), untied(TiedConvolutions())):
+        with torch.no_grad():
+            dense.two.weight.mul_(2)
+        save(dense, tmp_path / "dense.pt")
+        if older:
+            of_an_older_version(tmp_path / "dense.pt")
+        built = load(tmp_path / "dense.pt", TiedConvolutions)
+        assert torch.equal(built(IMAGES), dense(IMAGES))
+        assert (built.two.weight is built.one.weight) == (dense.two.weight is dense.one.weight)
+        assert (built.two.bias is built.one.bias) == (dense.two.bias is dense.one.bias)
+
+
+def test_equal_tensors_that_the_dense_model_does_not_share_stay_apart(tmp_path):
+    save(untied(TiedConvolutions()), tmp_path / "dense.pt")
+    built = load(tmp_path / "dense.pt", TiedConvolutions)
+    with torch.no_grad():
+        built.one.weight.zero_()
+    assert bool(built.two.weight.all())
+    save(TiedConvolutions(), tmp_path / "dense.pt")
+    built = load(tmp_path / "dense.pt", untied(TiedConvolutions()))
+    with torch.no_grad():
+        built.one.weight.zero_()
+    assert bool(built.two.weight.all())
+
+
+def test_buffers_that_no_state_dict_holds_come_back(tmp_path):
+    dense = LanguageModel()
+    dense.rotation.frequencies.mul_(1.5)
+    tokens = torch.arange(10).view(2, 5)
+    save(dense, tmp_path / "dense.pt")
+    assert torch.equal(load(tmp_path / "dense.pt", LanguageModel)(tokens), dense(tokens))
+    of_an_older_version(tmp_path / "dense.pt")
+    built = load(tmp_path / "dense.pt", LanguageModel)
+    assert torch.equal(built.rotation.frequencies, LanguageModel().rotation.frequencies)
+
+
+def test_buffers_in_two_places_that_no_state_dict_holds(tmp_path):
+    dense = nn.Sequential(Rotation(4), Rotation(4))
+    dense[1].frequencies = dense[0].frequencies
+    save(dense, tmp_path / "dense.pt")
+    built = load(tmp_path / "dense.pt", dense)
+    assert built[1].frequencies is built[0].frequencies
+    dense[1].frequencies = dense[0].frequencies * 2
+    tied = copy.deepcopy(built)
+    save(dense, tmp_path / "dense.pt")
+    built = load(tmp_path / "dense.pt", tied)
+    assert torch.equal(built[1].frequencies, 2 * built[0].frequencies)
+
+
+def test_buffers_that_a_forward_makes_are_not_asked_for(tmp_path):
+    dense = nn.Sequential(nn.Linear(3, 3))
+    dense.register_buffer("cache", torch.ones(2), persistent=False)
+    save(dense, tmp_path / "dense.pt")
+    built = load(tmp_path / "dense.pt", nn.Sequential(nn.Linear(3, 3)))
+    assert torch.equal(built[0].weight, dense[0].weight)
+
+
+class Twice(nn.Module):
+    """Two bilinear layers, or one under two names."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.one = nn.Bilinear(2, 2, 2)
+        self.two = self.one if shared else nn.Bilinear(2, 2, 2)
+
+
+def test_a_model_that_shares_what_the_dense_model_does_not_is_refused(tmp_path):
+    save(Twice(shared=False), tmp_path / "dense.pt")
+    with pytest.raises(ConfigError, match=r"shares tensors between modules .*one.weight, .*dense.pt"):
+        load(tmp_path / "dense.pt", Twice(shared=True))
+
+
+def test_a_file_of_other_values_is_refused(tmp_path):
+    save(small(), tmp_path / "dense.pt")
+    document = torch.load(tmp_path / "dense.pt", weights_only=True)
+    document["state_dict"]["0.weight"][0, 0, 0, 0] += 1e-3
+    torch.save(document, tmp_path / "dense.pt")
+    with pytest.raises(DataError, match=r"must hold what was saved, got other values \(0.weight, .*dense.pt"):
+        load(tmp_path / "dense.pt", make)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float16])
+def test_every_type_has_a_fingerprint(tmp_path, dtype):
+    dense = nn.Linear(3, 2).to(dtype)
+    dense.register_buffer("empty", torch.zeros(0, dtype=torch.bool))
+    dense.register_buffer("turned", torch.arange(6, dtype=torch.int16).view(2, 3).t())
+    save(dense, tmp_path / "dense.pt")
+    built = load(tmp_path / "dense.pt", dense)
+    assert torch.equal(built.weight, dense.weight)
+    assert torch.equal(built.turned, dense.turned)
+
+
 def test_the_file_holds_nothing_but_plain_data(tmp_path):
     save(small(), tmp_path / "dense.pt")
     document = torch.load(tmp_path / "dense.pt", weights_only=True)
-    assert sorted(document) == ["format", "format_version", "modules", "package_version", "state_dict"]
+    names = ["buffers", "fingerprints", "format", "format_version", "modules", "package_version", "state_dict"]
+    assert sorted(document) == names
+    assert sorted(document["fingerprints"]) == sorted(document["state_dict"])
     assert document["modules"]["0"] == {
         "type": "Conv2d",
         "sizes": {"in_channels": 3, "out_channels": 6, "groups": 1},

@@ -2,7 +2,8 @@
 
 This package is the only home of patches to NNI. Each mend is one function that names the place, the cause
 and the versions, checks that it's needed, and does nothing where NNI or PyTorch is already right. No mend
-that `enable` applies changes the result of a computation that worked before.
+that `enable` applies changes the result of a computation that worked before; of layers that share a weight NNI
+made other layers, which counts as broken.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def _mend() -> CompatReport:
 
 def _mends() -> tuple[Callable[[], bool], ...]:
     """List the mends; importing them imports NNI, which has to happen after `keep_pytree_nodes`."""
-    from nni_topo.compat import bytecode, evaluators, launching, speedup, tracing, trainers
+    from nni_topo.compat import bytecode, evaluators, launching, speedup, tracing, trainers, wrapping
 
     return (
         tracing.restore_tensor_methods,
@@ -134,6 +135,10 @@ def _mends() -> tuple[Callable[[], bool], ...]:
         speedup.keep_size_whole,
         speedup.restore_randomized_output,
         speedup.count_masks_faster,
+        speedup.untie_layers,
+        wrapping.keep_shared_parameters,
+        wrapping.wrap_modules_once,
+        wrapping.undo_failed_constructors,
         evaluators.set_lightning_steps,
         trainers.patch_trainer_steps,
         trainers.pass_loss_arguments,

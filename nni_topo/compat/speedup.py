@@ -1,13 +1,15 @@
-"""Mends of NNI's ``ModelSpeedup``: pytrees, a misspelt attribute, and the cost of its log lines."""
+"""Mends of NNI's ``ModelSpeedup``: pytrees, a misspelt attribute, shared layers, and the cost of its log lines."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from nni.compression.speedup import container, mask_updater, model_speedup, utils
+
+from nni_topo.sharing import find_aliases, find_ties, share_modules, tie_again, untie
 
 
 def keep_size_whole() -> bool:
@@ -65,6 +67,41 @@ def count_masks_faster() -> bool:
     if "nonzero" not in model_speedup.sparsity_stats.__code__.co_names:
         return False
     model_speedup.sparsity_stats = sparsity_text
+    return True
+
+
+def untie_layers() -> bool:
+    """Let layers that share a tensor have one each while they are cut, and modules with two names both names after.
+
+    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.speedup_model``. Cause: the masks are followed
+    on random values that are written into each layer in turn, so a layer had the masks of the last one that shares
+    its weight, on every version: wrong channels went, without an error. And a module that is replaced was replaced
+    under the first of its names.
+
+    Returns
+    -------
+    bool
+        True, but for a second call: NNI has no such rule.
+    """
+    original = model_speedup.ModelSpeedup.speedup_model
+    if hasattr(original, "_nni_topo_mend"):
+        return False
+
+    @wraps(original)
+    def speedup_model(self: model_speedup.ModelSpeedup) -> torch.nn.Module:
+        model: torch.nn.Module = self.bound_model
+        ties, aliases = find_ties(model), find_aliases(model)
+        untie(model, ties)
+        untie(self.graph_module, find_ties(self.graph_module))
+        try:
+            original(self)
+        finally:
+            share_modules(model, aliases)
+            tie_again(model, ties)
+        return model
+
+    speedup_model._nni_topo_mend = True  # type: ignore[attr-defined]
+    model_speedup.ModelSpeedup.speedup_model = speedup_model
     return True
 
 

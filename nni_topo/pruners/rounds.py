@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.hooks.units import is_active
+from nni_topo.sharing import parameter_holders
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def prune_in_rounds(
 
     Notes
     -----
-    Masked weights are set to 0 after every round, so that a pruner that ranks magnitudes doesn't take them back.
+    Masked weights are set to 0 after every round, so that a pruner that ranks magnitudes doesn't take them back;
+    weights that several layers share, as far as all of these mask them.
     """
     if not steps or not all(0.0 < a <= 1.0 for a in steps) or sorted(set(steps)) != list(steps):
         raise ConfigError(f"steps must be one or more rising numbers in (0, 1], got {list(steps)} (prune_in_rounds)")
@@ -101,7 +103,8 @@ def prune_in_rounds(
             pruner.update_masks(pruner.generate_masks())
             if rewind is not None:
                 _restore(pruner, rewind)
-            kept = {name: _silenced(space) for name, space in active.items()}
+            _silence(pruner.bound_model, list(active.values()))
+            kept = {name: _share_kept(space) for name, space in active.items()}
             train()
             rounds.append(Round(index, kept))
             if on_round is not None:
@@ -154,10 +157,19 @@ def _matched(pruner: Pruner, state: Mapping[str, Tensor]) -> list[tuple[Tensor, 
 
 
 @torch.no_grad()
-def _silenced(space: PruningTargetSpace) -> float:
-    """Set the masked elements of a target to 0; return the share that is left."""
+def _silence(model: nn.Module, spaces: list[PruningTargetSpace]) -> None:
+    """Set to 0 what every layer that holds it masks."""
+    holders = parameter_holders(model)
+    masked: dict[int, list[PruningTargetSpace]] = {}
+    for space in spaces:
+        if space.mask is not None and space.target is not None:
+            masked.setdefault(id(space.target), []).append(space)
+    for key, sharing in masked.items():
+        if len(sharing) >= holders[key]:
+            kept = torch.stack([space.mask.ne(0) for space in sharing]).any(0)
+            sharing[0].target.mul_(kept)
+
+
+def _share_kept(space: PruningTargetSpace) -> float:
     mask = space.mask
-    if mask is None or space.target is None:
-        return 1.0
-    space.target.mul_(mask)
-    return float(mask.ne(0).double().mean())
+    return 1.0 if mask is None or space.target is None else float(mask.ne(0).double().mean())

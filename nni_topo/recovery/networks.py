@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.replay import without_side_effects
+from nni_topo.sharing import find_ties, named_tensors, untie
 from nni_topo.speedup.channels import ChannelFlow
 from nni_topo.speedup.inputs import Call
 from nni_topo.speedup.masks import FullMasks, Masks, check_masks
@@ -82,10 +83,19 @@ def build_networks(model: nn.Module, call: Call, masks: Masks) -> Networks:
     full = resolve_masks(base, flow, checked)
     original = without_side_effects(graph_module)
     pruned = copy.deepcopy(original)
-    states = apply_masks(base, call, full).state_dict()
-    pruned.load_state_dict({name: states[name] for name in pruned.state_dict()})
+    _take_values(pruned, apply_masks(base, call, full))
     _narrow_norms(original, pruned)
     return Networks(original, pruned, copy.deepcopy(model), flow, full, checked)
+
+
+def _take_values(graph_module: GraphModule, model: nn.Module) -> None:
+    """Give a graph its model's tensors, non-persistent buffers too; constants that only the graph has stay."""
+    untie(graph_module, find_ties(graph_module))
+    values = named_tensors(model)
+    with torch.no_grad():
+        for name, tensor in named_tensors(graph_module).items():
+            if name in values:
+                tensor.copy_(values[name])
 
 
 def copy_norm_statistics(networks: Networks, call: Call, calibration: Iterable[Any]) -> None:

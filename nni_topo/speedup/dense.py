@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from nni_topo.errors import NniTopoError, SpeedupError
+from nni_topo.sharing import find_ties, tie_again, untie
 from nni_topo.speedup.channels import ChannelFlow
 from nni_topo.speedup.compare import check_equal
 from nni_topo.speedup.engine import DenseSpeedup
@@ -48,7 +49,8 @@ def to_dense(
     Returns
     -------
     torch.nn.Module
-        A new model of the same class with fewer channels, in the mode of ``model``, module by module.
+        A new model of the same class with fewer channels, in the mode of ``model``, module by module. Layers that
+        share a weight or buffer still do where the same of it is kept.
 
     Raises
     ------
@@ -103,7 +105,10 @@ def _build(
     masks = resolve_masks(original, ChannelFlow(graph_module, args), masks, round_to)
     reference = apply_masks(original, call, masks)
     dense = copy.deepcopy(reference)
+    # NNI's speedup writes random values into single layers, so each needs tensors of its own.
+    untie(dense, find_ties(dense))
     kept = _shrink(dense, call, masks)
+    tie_again(dense, find_ties(original))
     for name, module in model.named_modules():
         dense.get_submodule(name).training = module.training
     return dense, reference, kept

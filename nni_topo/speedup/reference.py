@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from nni_topo.sharing import find_ties, tie_again, untie
 from nni_topo.speedup.inputs import Call, call_arguments, cast_floats, random_like
 from nni_topo.speedup.layers import is_depthwise
 from nni_topo.speedup.masks import FullMasks, Masks, check_masks, check_model
@@ -41,7 +42,8 @@ def masked_model(model: torch.nn.Module, example_inputs: Any, masks: Masks) -> t
     torch.nn.Module
         A copy in which weights and biases are multiplied by their masks; the bias of a channel
         without weights is zero; weight and bias of a batch norm are zero for channels that arrive at it as
-        zeros whatever the input, and so is the bias of a depth-wise convolution. Nothing else differs.
+        zeros whatever the input, and so is the bias of a depth-wise convolution. Nothing else differs. What
+        layers share, they share in the copy too unless their masks differ.
 
     Raises
     ------
@@ -84,6 +86,8 @@ def apply_masks(model: torch.nn.Module, call: Call, masks: FullMasks) -> torch.n
         The copy.
     """
     reference = copy.deepcopy(model)
+    ties = find_ties(reference)
+    untie(reference, ties)
     dead = _dead_inputs(reference, call, masks)
     with torch.no_grad():
         for name, targets in masks.items():
@@ -91,6 +95,7 @@ def apply_masks(model: torch.nn.Module, call: Call, masks: FullMasks) -> torch.n
                 reference.get_submodule(name).get_parameter(target).mul_(mask)
         for name, channels in dead.items():
             _silence(reference.get_submodule(name), channels)
+    tie_again(reference, ties)
     return reference
 
 

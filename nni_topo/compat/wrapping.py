@@ -1,0 +1,189 @@
+"""Mends of how NNI wraps models: shared weights, modules with two names, constructors that fail."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from nni.compression.base import compressor
+from nni.compression.base.compressor import Compressor
+from nni.compression.base.config import select_modules_by_config
+from nni.compression.base.wrapper import ModuleWrapper
+
+from nni_topo.sharing import parameter_holders
+
+_TIED = "_nni_topo_tied"
+_BEGUN = "_nni_topo_begun"
+_MARK = "_nni_topo_mend"
+
+
+def keep_shared_parameters() -> bool:
+    """Let layers that share a parameter share it while they are wrapped and after.
+
+    Place: ``nni/compression/base/wrapper.py``, ``TargetSpace._register_target`` and ``ModuleWrapper.unwrap``. Cause:
+    each layer gets a copy, on every version. So ``unwrap_model`` returned a model without its ties, and an optimizer
+    that knows a shared parameter by one name left the other layers out.
+
+    Returns
+    -------
+    bool
+        True if the two methods were replaced, False if NNI's ``unwrap`` makes no new parameters.
+    """
+    if hasattr(ModuleWrapper.unwrap, _MARK) or "register_parameter" not in ModuleWrapper.unwrap.__code__.co_names:
+        return False
+    wrap_model, unwrap = Compressor.wrap_model, ModuleWrapper.unwrap
+
+    @functools.wraps(wrap_model)
+    def wrap_all(self: Compressor) -> None:
+        _share_targets(self)
+        wrap_model(self)
+
+    @functools.wraps(unwrap)
+    def unwrap_one(self: ModuleWrapper) -> None:
+        unwrap(self)
+        for name in getattr(self, _TIED, ()):
+            self.module._parameters[name] = self._parameters[name]
+
+    setattr(unwrap_one, _MARK, True)
+    Compressor.wrap_model, ModuleWrapper.unwrap = wrap_all, unwrap_one
+    return True
+
+
+def _share_targets(pruner: Compressor) -> None:
+    """Let wrappers hold the parameters themselves that stand in several places, instead of copies."""
+    holders = parameter_holders(pruner.bound_model)
+    for wrapper in pruner._module_wrappers.values():
+        own = {name: value for name, value in wrapper.module._parameters.items() if holders[id(value)] > 1}
+        shared = [name for name in wrapper.pruning_target_spaces if name in own]
+        wrapper._parameters.update({name: own[name] for name in shared})
+        setattr(wrapper, _TIED, tuple(shared))
+
+
+def wrap_modules_once() -> bool:
+    """Take a module with two names for one layer, under the first of its names that the config_list selects.
+
+    Place: ``nni/compression/base/compressor.py``, ``register_wrappers``. Cause: it goes by names, and ``op_types``
+    selects all of them, so that the second wrapper met the first: a bare AssertionError, on every version.
+
+    Returns
+    -------
+    bool
+        True, but for a second call: NNI has no such rule.
+    """
+    register = compressor.register_wrappers
+    if hasattr(register, _MARK):
+        return False
+
+    @functools.wraps(register)
+    def register_once(model: Any, config_list: Any, mode: Any, existed_wrappers: Any = None) -> Any:
+        single = _by_one_name(model, config_list, existed_wrappers or {})
+        return register(model, single, mode, existed_wrappers)
+
+    setattr(register_once, _MARK, True)
+    compressor.register_wrappers = register_once
+    return True
+
+
+def _by_one_name(
+    model: torch.nn.Module, config_list: list[dict[str, Any]], existed: Mapping[str, ModuleWrapper]
+) -> list[dict[str, Any]]:
+    """Write a config_list so that no module is selected under two names; entries that select none so are kept."""
+    chosen = {id(wrapper.module): name for name, wrapper in existed.items()}
+    order = {name: index for index, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    written = []
+    for config in config_list:
+        modules, settings, fused = select_modules_by_config(model, config)
+        for name in sorted(modules, key=order.__getitem__):
+            chosen.setdefault(id(modules[name]), name)
+        names = {chosen[id(module)] for module in modules.values()}
+        fusion = {"fuse_names": fused} if fused else {}
+        written.append(config if names == modules.keys() else {**settings, **fusion, "op_names": sorted(names)})
+    return written
+
+
+def undo_failed_constructors() -> bool:
+    """Leave the model as it was where a pruner's constructor raises.
+
+    Place: ``nni/compression/base/compressor.py``, ``Compressor.__init__``, and those of all subclasses. Cause: an
+    error after the first wrapper left a wrapped model and no pruner to unwrap it, on every version; from then on
+    every pruner refused the model.
+
+    Returns
+    -------
+    bool
+        True, but for a second call: NNI has no such rule.
+    """
+    if hasattr(Compressor.__init__, _MARK):
+        return False
+    for kind in _with_subclasses(Compressor):
+        _guard_constructor(kind)
+
+    def guard_subclass(kind: type, /, **keywords: Any) -> None:
+        super(Compressor, kind).__init_subclass__(**keywords)
+        _guard_constructor(kind)
+
+    Compressor.__init_subclass__ = classmethod(guard_subclass)
+    return True
+
+
+def _with_subclasses(kind: type) -> Iterator[type]:
+    yield kind
+    below: type
+    for below in kind.__subclasses__():
+        yield from _with_subclasses(below)
+
+
+def _guard_constructor(kind: type) -> None:
+    original = vars(kind).get("__init__")
+    if original is None or hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def guarded(self: Compressor, *args: Any, **kwargs: Any) -> None:
+        if _BEGUN in vars(self):
+            original(self, *args, **kwargs)
+            return
+        first = args[0] if args else kwargs.get("model", kwargs.get("pruner"))
+        vars(self)[_BEGUN] = True
+        try:
+            with _undone_on_error(first):
+                original(self, *args, **kwargs)
+        finally:
+            del vars(self)[_BEGUN]
+
+    setattr(guarded, _MARK, True)
+    kind.__init__ = guarded  # type: ignore[misc]
+
+
+@contextmanager
+def _undone_on_error(subject: Any) -> Iterator[None]:
+    """Put the modules of a model, or of a pruner's model, back as they were if there is an error."""
+    model = subject.bound_model if isinstance(subject, Compressor) else subject
+    things = [subject] if isinstance(subject, Compressor) else []
+    things += list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    undo = [_restorer(vars(thing)) for thing in things]
+    try:
+        yield
+    except BaseException:
+        for restore in undo:
+            restore()
+        raise
+
+
+def _restorer(attributes: dict[str, Any]) -> Callable[[], None]:
+    """Make a function that gives an object the attributes that it has now, and its tables what they hold now."""
+    before = dict(attributes)
+    tables = [value for name, value in before.items() if name.startswith("_") and isinstance(value, (dict, set))]
+    contents = [table.copy() for table in tables]
+
+    def restore() -> None:
+        attributes.clear()
+        attributes.update(before)
+        for table, content in zip(tables, contents, strict=True):
+            table.clear()
+            table.update(content)
+
+    return restore

@@ -1,0 +1,119 @@
+"""Tensors that stand in several places of a model: found, taken apart and put together again.
+
+A tied weight is one object in two modules. Whoever masks, cuts or loads one of the places would change the other too,
+so work on single layers begins with a copy whose places hold tensors of their own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Ties = list[list[str]]
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """List parameters and buffers, persistent or not, by all of their names."""
+    buffers = model.named_buffers(remove_duplicate=False)
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(buffers)
+
+
+def find_ties(model: nn.Module) -> Ties:
+    """List the places, by full name, that hold one tensor: a parameter's or a buffer's, at least two places each.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model. A module with several names is one place, under its first.
+
+    Returns
+    -------
+    list of list of str
+        In the order of the model's modules.
+    """
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for own, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                places.setdefault(id(tensor), []).append(f"{name}.{own}" if name else own)
+    return [names for names in places.values() if len(names) > 1]
+
+
+def parameter_holders(model: nn.Module) -> Counter[int]:
+    """Count the places of each parameter, by its ``id``."""
+    tables = (module._parameters for module in model.modules())
+    return Counter(id(parameter) for table in tables for parameter in table.values() if parameter is not None)
+
+
+def untie(model: nn.Module, ties: Iterable[Iterable[str]]) -> None:
+    """Give every place but the first of each tie a copy of its tensor.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Changed in place.
+    ties : iterable of iterable of str
+        Names as `find_ties` gives them.
+    """
+    for _, *others in ties:
+        for name in others:
+            table, own = _place(model, name)
+            table[own] = _copied(table[own])
+
+
+def tie_again(model: nn.Module, ties: Iterable[Iterable[str]]) -> None:
+    """Let the places of each tie hold one tensor again, as far as their tensors are equal.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Changed in place; no value changes.
+    ties : iterable of iterable of str
+        Names as `find_ties` gives them.
+    """
+    for names in ties:
+        leaders: list[Tensor] = []
+        for name in names:
+            table, own = _place(model, name)
+            tensor = table.get(own)
+            if tensor is None:  # a smaller layer may have no such tensor any more
+                continue
+            leader = next((each for each in leaders if _alike(each, tensor)), tensor)
+            table[own] = leader
+            leaders += [tensor] if leader is tensor else []
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    kinds = [(type(each), each.dtype, each.device, each.shape, each.requires_grad) for each in (one, other)]
+    return kinds[0] == kinds[1] and torch.equal(one, other)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    copied = tensor.detach().clone()
+    return nn.Parameter(copied, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+
+
+def _place(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """Return the table of a module that holds a tensor, and the tensor's name in it."""
+    module_name, _, own = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    return module._parameters if own in module._parameters else module._buffers, own
+
+
+def find_aliases(model: nn.Module) -> Ties:
+    """List the names of each module that has several."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return [aliases for aliases in names.values() if len(aliases) > 1]
+
+
+def share_modules(model: nn.Module, aliases: Iterable[Iterable[str]]) -> None:
+    """Put the module under the first of some names under the others too."""
+    for first, *others in aliases:
+        for name in others:
+            model.set_submodule(name, model.get_submodule(first))

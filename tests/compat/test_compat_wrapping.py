@@ -1,0 +1,308 @@
+"""Models in NNI's wrappers: what is shared stays shared, and what failed leaves nothing behind."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from nni.compression.base.compressor import Pruner
+from nni.compression.pruning import FPGMPruner, L1NormPruner, L2NormPruner, LevelPruner, LinearPruner
+from nni.compression.speedup import ModelSpeedup
+from speedup_nets import filter_mask
+from tied_nets import LanguageModel, TiedConvolutions, TiedNorms, TwoBlocks, TwoNames, zeroed
+from torch import nn
+
+from nni_topo import MatrixPruner, RandomPruner, StructuredPruner, TopologicalPruner, compat
+from nni_topo.errors import ConfigError
+from nni_topo.modes import unwrapped_copy
+from nni_topo.pruners.rounds import prune_in_rounds
+from nni_topo.sharing import find_ties
+from nni_topo.testing.toys import toy_evaluator
+
+PRUNERS = [L1NormPruner, L2NormPruner, FPGMPruner, LevelPruner, RandomPruner, MatrixPruner]
+IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(0, 11, (2, 5), generator=torch.Generator().manual_seed(0))
+SELECTIONS = [["one"], ["two"], ["one", "two"]]
+
+
+TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks")
+
+
+def request(names):
+    return [{"op_names": list(names), "sparse_ratio": 0.5}]
+
+
+def state(model):
+    """Everything by which two models could differ, but for the values of tensors."""
+    return {
+        name: (
+            type(module),
+            [(own, id(value)) for kind in TABLES for own, value in vars(module)[kind].items()],
+            module.training,
+            vars(module).get("forward"),
+        )
+        for name, module in model.named_modules(remove_duplicate=False)
+    }
+
+
+@pytest.mark.parametrize("kind", PRUNERS)
+@pytest.mark.parametrize("names", SELECTIONS)
+def test_unwrapping_leaves_convolutions_of_one_weight(kind, names):
+    model = TiedConvolutions()
+    ties, expected = find_ties(model), model(IMAGES)
+    pruner = kind(model, request(names))
+    masks = pruner.compress()[1]
+    assert sorted(masks) == sorted(names)
+    pruner.unwrap_model()
+    assert find_ties(model) == ties
+    assert torch.equal(model(IMAGES), expected)
+    assert all(type(layer.weight) is nn.Parameter for layer in (model.one, model.two))
+
+
+@pytest.mark.parametrize("kind", [L1NormPruner, RandomPruner])
+@pytest.mark.parametrize("names", [["e"], ["o"], ["e", "o"], ["up"]])
+def test_unwrapping_leaves_embedding_and_head_of_one_weight(kind, names):
+    if kind is L1NormPruner and "e" in names:
+        names = [name for name in names if name != "e"] or ["up"]
+    model = LanguageModel()
+    pruner = kind(model, request(names))
+    pruner.compress()
+    pruner.unwrap_model()
+    assert model.o.weight is model.e.weight
+
+
+def test_unwrapping_leaves_norms_of_one_weight_and_buffer():
+    model = TiedNorms()
+    ties = find_ties(model)
+    pruner = LevelPruner(model, request(["norm1"]))
+    pruner.compress()
+    pruner.unwrap_model()
+    assert find_ties(model) == ties
+
+
+@pytest.mark.parametrize("names", SELECTIONS)
+def test_wrapped_layers_of_one_weight_are_trained_together(names):
+    model, wrapped = TiedConvolutions(), TiedConvolutions()
+    pruner = L1NormPruner(wrapped, request(names))
+    for each in (model, wrapped):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(2):
+            optimizer.zero_grad()
+            each(IMAGES).square().sum().backward()
+            optimizer.step()
+    pruner.unwrap_model()
+    assert wrapped.one.weight is wrapped.two.weight
+    assert torch.allclose(wrapped.one.weight, model.one.weight, atol=1e-6)
+    assert not torch.equal(model.one.weight, TiedConvolutions().one.weight)
+
+
+@pytest.mark.parametrize("kind", [L1NormPruner, RandomPruner])
+@pytest.mark.parametrize("names", SELECTIONS)
+def test_schedules_train_layers_of_one_weight_together(kind, names):
+    model = TiedConvolutions()
+    pruner = LinearPruner(kind(model, request(names), toy_evaluator(model)), 1, 2)
+    _, masks = pruner.compress(3, None)
+    pruner.unwrap_model()
+    assert model.one.weight is model.two.weight
+    before = TiedConvolutions().one.weight
+    kept = torch.stack([targets["weight"].bool() for targets in masks.values()]).any(0)
+    assert bool((model.one.weight != before)[kept].all())
+
+
+def test_masks_of_one_layer_leave_the_other_alone():
+    model = TiedConvolutions().eval()
+    pruner = L1NormPruner(model, request(["one"]))
+    masks = pruner.compress()[1]
+    expected = zeroed(TiedConvolutions(), masks)(IMAGES)
+    assert torch.allclose(model(IMAGES), expected, atol=1e-6)
+
+
+def test_a_second_pruner_takes_over_layers_of_one_weight():
+    model = TiedConvolutions()
+    first = L1NormPruner(model, request(["one"]))
+    first.compress()
+    second = RandomPruner.from_compressor(first, request(["two"]))
+    second.unwrap_model()
+    assert model.one.weight is model.two.weight
+    second.wrap_model()
+    model(IMAGES)
+    second.unwrap_model()
+    assert model.one.weight is model.two.weight
+
+
+def test_copies_of_wrapped_models_are_tied():
+    model = TiedConvolutions()
+    pruner = RandomPruner(model, request(["one", "two"]))
+    pruner.compress()
+    model(IMAGES)
+    assert find_ties(unwrapped_copy(model)) == find_ties(TiedConvolutions())
+
+
+def test_rounds_leave_weights_that_another_layer_needs():
+    model = TiedConvolutions()
+    pruner = L1NormPruner(model, request(["one"]))
+    prune_in_rounds(pruner, [0.5, 1.0], train=lambda: None)
+    pruner.unwrap_model()
+    assert torch.equal(model.two.weight, TiedConvolutions().two.weight)
+    pruner = L1NormPruner(model, request(["one", "two"]))
+    prune_in_rounds(pruner, [0.5, 1.0], train=lambda: None)
+    pruner.unwrap_model()
+    assert int(model.two.weight.flatten(1).eq(0).all(1).sum()) == 3
+
+
+@pytest.mark.parametrize("names", SELECTIONS)
+def test_nnis_speedup_of_layers_of_one_weight(names):
+    model = TiedConvolutions()
+    masks = {name: filter_mask(model.get_submodule(name), [1, 4]) for name in names}
+    for name, targets in masks.items():
+        targets["bias"] = targets["weight"][:, 0, 0, 0].clone()
+        assert name in dict(model.named_modules())
+    expected = zeroed(TiedConvolutions(), masks)(IMAGES)
+    assert ModelSpeedup(model, IMAGES, copy.deepcopy(masks)).speedup_model() is model
+    assert torch.allclose(model.eval()(IMAGES), expected, atol=1e-6)
+    assert [model.get_submodule(name).out_channels for name in names] == [4] * len(names)
+
+
+def test_nnis_speedup_beside_layers_of_one_weight():
+    model = TiedConvolutions()
+    mask = filter_mask(model.stem, [1, 4])
+    mask["bias"] = mask["weight"][:, 0, 0, 0].clone()
+    ModelSpeedup(model, IMAGES, {"stem": mask}).speedup_model()
+    assert model.one.bias is model.two.bias
+    model = LanguageModel().eval()
+    mask = filter_mask(model.up, [1, 4])
+    mask["bias"] = mask["weight"][:, 0].clone()
+    expected = zeroed(LanguageModel(), {"up": mask})(TOKENS)
+    ModelSpeedup(model, TOKENS, {"up": mask}).speedup_model()
+    assert model.up.out_features == 10
+    assert model.e.weight is model.o.weight
+    assert torch.allclose(model(TOKENS), expected, atol=1e-6)
+
+
+def test_nnis_speedup_of_a_block_with_two_names():
+    model = TwoBlocks().eval()
+    inputs = torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
+    mask = filter_mask(model.first[0], [1, 2])
+    mask["bias"] = mask["weight"][:, 0].clone()
+    expected = zeroed(TwoBlocks(), {"first.0": mask})(inputs)
+    ModelSpeedup(model, inputs, {"first.0": mask}).speedup_model()
+    assert model.first[0] is model.second[0]
+    assert model.second[0].out_features == 8
+    assert torch.allclose(model(inputs), expected, atol=1e-6)
+
+
+def test_nnis_speedup_of_a_layer_with_two_names():
+    model = TwoNames().eval()
+    masks = {name: filter_mask(model.get_submodule(name), [1, 4]) for name in ("stem", "first")}
+    for targets in masks.values():
+        targets["bias"] = targets["weight"][:, 0, 0, 0].clone()
+    expected = zeroed(TwoNames(), masks)(IMAGES)
+    ModelSpeedup(model, IMAGES, masks).speedup_model()
+    assert model.first is model.second
+    assert model.second.out_channels == 4
+    assert torch.allclose(model(IMAGES), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", PRUNERS)
+@pytest.mark.parametrize("make", [TwoNames, TwoBlocks])
+def test_a_module_with_two_names_is_pruned_once(kind, make):
+    model = make()
+    before = state(model)
+    config = {"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5, "exclude_op_names": ["tail"]}
+    pruner = kind(model, [config])
+    masks = pruner.compress()[1]
+    assert sorted(masks) == (["first", "stem"] if make is TwoNames else ["first.0", "first.2"])
+    pruner.unwrap_model()
+    assert state(model).keys() == before.keys()
+    assert model.first is model.second
+    kind(model, [config])
+
+
+def test_the_name_that_is_given_stands():
+    model = TwoNames()
+    masks = RandomPruner(model, request(["second"])).compress()[1]
+    assert list(masks) == ["second"]
+    model = TwoNames()
+    config = [*request(["second"]), {"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+    assert sorted(LevelPruner(model, config).compress()[1]) == ["second", "stem", "tail"]
+    model = TwoNames()
+    first = LevelPruner(model, request(["second"]))
+    assert sorted(LevelPruner.from_compressor(first, request(["first"]))._module_wrappers) == ["second"]
+
+
+def test_regular_expressions_and_exclusions_see_both_names():
+    config = {"op_names_re": ["second.*", "stem"], "sparse_ratio": 0.5}
+    assert sorted(L1NormPruner(TwoNames(), [config]).compress()[1]) == ["second", "stem"]
+    config = {"op_types": ["Conv2d"], "exclude_op_names": ["first", "tail"], "sparse_ratio": 0.5}
+    assert sorted(L1NormPruner(TwoNames(), [config]).compress()[1]) == ["second", "stem"]
+
+
+class Failing(StructuredPruner):
+    """Raises after NNI has wrapped the model."""
+
+    def __init__(self, model, config_list):
+        super().__init__(model, config_list, collector=None, calculator=None)
+        assert self._is_wrapped
+        raise ValueError("at the end")
+
+
+class NniFailing(Pruner):
+    """A pruner that knows nothing of this package."""
+
+    def __init__(self, model, config_list):
+        super().__init__(model, config_list)
+        raise KeyboardInterrupt
+
+
+FAILURES = {
+    "unknown type": lambda model: L1NormPruner(model, [{"op_names": ["stem", "drop"], "sparse_ratio": 0.5}]),
+    "unknown target": lambda model: L1NormPruner(
+        model, [{"op_names": ["stem"], "target_settings": {"wait": {"sparse_ratio": 0.5}}}]
+    ),
+    "wrong granularity": lambda model: L1NormPruner(
+        model, [{"op_names": ["stem"], "sparse_ratio": 0.5, "granularity": [1, 2, 3, 4, 5, "x"]}]
+    ),
+    "end of a constructor": lambda model: Failing(model, request(["stem", "one"])),
+    "interrupt": lambda model: NniFailing(model, request(["stem", "one"])),
+    "bad knob": lambda model: TopologicalPruner(model, request(["stem"]), criterion="none"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_constructor_that_raises_leaves_the_model_as_it_was(failure):
+    model = TiedConvolutions().eval()
+    model.drop = nn.Dropout()
+    before, expected = state(model), model(IMAGES)
+    with pytest.raises(BaseException):  # noqa: B017, PT011
+        FAILURES[failure](model)
+    assert state(model) == before
+    assert torch.equal(model(IMAGES), expected)
+    assert not any(hasattr(module, "_nni_wrapper") for module in model.modules())
+    RandomPruner(model, request(["stem"])).compress()
+
+
+def test_a_second_wrapping_that_fails_leaves_the_first():
+    model = TiedConvolutions()
+    pruner = L1NormPruner(model, request(["stem"]))
+    pruner.compress()
+    expected = model(IMAGES)
+    before = state(model)
+    with pytest.raises(AssertionError):
+        L1NormPruner(model, request(["one", "stem"]))
+    with pytest.raises(ConfigError):
+        RandomPruner(model, request(["one"]))
+    with pytest.raises(AssertionError):
+        LinearPruner(pruner, 1, 2)  # no evaluator
+    assert pruner._is_wrapped
+    assert state(model) == before
+    assert torch.equal(model(IMAGES), expected)
+    pruner.unwrap_model()
+    assert not any(hasattr(module, "_nni_wrapper") for module in model.modules())
+
+
+def test_nothing_of_the_guard_stays(compat_report):
+    assert "undo_failed_constructors" in compat_report.applied
+    pruner = RandomPruner(TiedConvolutions(), request(["stem"]))
+    assert not [name for name in vars(pruner) if name.startswith("_nni_topo")]
+    assert compat.enable() is compat_report

@@ -1,0 +1,89 @@
+"""Compensation of networks with shared tensors, and with buffers that no state_dict holds."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from speedup_nets import filter_mask
+from tied_nets import LanguageModel, Rotation, TiedConvolutions, TiedNorms
+from torch import nn
+
+from nni_topo import RandomPruner, compensate
+from nni_topo.recovery import compensation
+from nni_topo.recovery.compensation import METHODS
+from nni_topo.sharing import find_ties
+from nni_topo.speedup import masked_model, to_dense
+
+IMAGES = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(0, 11, (32, 5), generator=torch.Generator().manual_seed(0))
+
+
+def distance(model, other, inputs):
+    """Squared distance of outputs as a share of the first one's variance."""
+    with torch.no_grad():
+        expected, found = model.eval()(inputs), other.eval()(inputs)
+    return float((expected - found).square().sum() / (expected - expected.mean(0)).square().sum())
+
+
+class Turned(nn.Module):
+    """Two layers around a rotation, a constant of the forward and a mask that is a buffer."""
+
+    def __init__(self, persistent):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.rotation, self.second = nn.Linear(6, 10), Rotation(10), nn.Linear(10, 4)
+        self.register_buffer("mask", torch.tensor([1.0, 0.5, 2.0, 1.0]), persistent=persistent)
+
+    def forward(self, x):
+        frequencies = self.rotation.frequencies
+        return self.second(torch.relu(self.rotation(self.first(x))) * frequencies) * self.mask + torch.tensor(0.5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("persistent", [True, False])
+def test_buffers_that_no_state_dict_holds(method, persistent):
+    inputs = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
+    model = Turned(persistent).eval()
+    masks = {"first": filter_mask(model.first, [0, 2, 4, 6])}
+    before = copy.deepcopy(model)
+    repaired = compensate(model, masks, [inputs], method=method)
+    assert torch.equal(repaired.rotation.frequencies, before.rotation.frequencies)
+    assert torch.equal(model(inputs), before(inputs))
+    dense = to_dense(repaired, inputs[:2], masks)
+    shipped = distance(model, masked_model(model, inputs[:2], masks), inputs)
+    assert distance(model, dense, inputs) < 0.9 * shipped
+
+
+@pytest.mark.parametrize("head", ["tied", "functional", "free"])
+def test_language_models(head):
+    model = LanguageModel(head).eval()
+    masks = {"up": filter_mask(model.up, [0, 2, 4, 6, 8])}
+    found = compensation(model, masks, TOKENS.split(8))
+    shipped = distance(model, masked_model(model, TOKENS[:2], masks), TOKENS)
+    assert distance(model, to_dense(found.model, TOKENS[:2], masks), TOKENS) < 0.9 * shipped
+    assert find_ties(found.model) == find_ties(model)
+
+
+@pytest.mark.parametrize("make", [TiedConvolutions, TiedNorms])
+@pytest.mark.parametrize("names", [["one"], ["two"], ["one", "two"]])
+def test_layers_of_one_weight(make, names):
+    model = make().eval()
+    masks = {name: filter_mask(model.get_submodule(name), [1, 4]) for name in names}
+    found = compensation(model, masks, IMAGES.split(8))
+    assert find_ties(found.model) == find_ties(model)
+    shipped = distance(model, masked_model(model, IMAGES[:2], masks), IMAGES)
+    assert distance(model, to_dense(found.model, IMAGES[:2], masks), IMAGES) <= shipped
+
+
+def test_a_pruner_that_compensates_leaves_shared_weights():
+    model = TiedConvolutions()
+    pruner = RandomPruner(
+        model, [{"op_names": ["one"], "sparse_ratio": 0.5}], compensate="reconstruct", calibration=IMAGES.split(8)
+    )
+    pruner.compress()
+    assert pruner.compensation_report.left_alone["two"] == "its weight belongs to another module too"
+    pruner.unwrap_model()
+    assert torch.equal(model.one.weight, TiedConvolutions().one.weight)
+    assert model.one.weight is model.two.weight
