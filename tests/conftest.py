@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @pytest.fixture(autouse=True)
@@ -28,3 +34,40 @@ def convnet() -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(12, 5),
     )
+
+
+class Drawn(dict[str, "Figure"]):
+    """The figures that were written, by the names of their files."""
+
+    def lines(self, name: str, panel: int = 0) -> dict[str, list[tuple[float, float]]]:
+        """Points of a panel's lines, by their labels in the legend."""
+        return points_of(self[name].axes[panel])
+
+
+def points_of(axis: Axes) -> dict[str, list[tuple[float, float]]]:
+    """Points of all lines that have a label, by it; no two may have the same."""
+    labelled = [line for line in axis.get_lines() if not str(line.get_label()).startswith("_")]
+    points = {
+        str(line.get_label()): [(float(x), float(y)) for x, y in zip(*line.get_data(), strict=True)]
+        for line in labelled
+    }
+    assert len(points) == len(labelled)
+    return points
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
+    """What a test writes as pictures; that the files are pictures is checked here."""
+    from matplotlib.figure import Figure
+    from matplotlib.image import imread
+
+    figures = Drawn()
+    savefig = Figure.savefig
+
+    def save(figure: Figure, path: str | Path, **options: Any) -> None:
+        savefig(figure, path, **options)
+        assert imread(path)[..., :3].std() > 0.01
+        figures[Path(path).name] = figure
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    return figures

@@ -23,13 +23,17 @@ def test_list_as_json(capsys):
     assert "criterion" in document["pruners"]["topological"]["knobs"]
 
 
-def test_compare_writes_records_and_a_picture(tmp_path, capsys):
+def test_compare_writes_records_and_a_picture(tmp_path, capsys, drawn):
     words = ["compare", "--model", "small_cnn", "--pruners", "l1,random", "--ratio", "0.5", *QUICK]
     assert main([*words, "--out", str(tmp_path / "run"), "--json"]) == 0
     output = capsys.readouterr()
-    assert [record["pruner"] for record in json.loads(output.out)] == ["l1", "random"]
+    records = json.loads(output.out)
+    assert [record["pruner"] for record in records] == ["l1", "random"]
     assert "[2/2]" in output.err
-    assert (tmp_path / "run" / "accuracy.png").stat().st_size > 5000
+    assert (tmp_path / "run" / "accuracy.png").exists()
+    shown = [float(bars[0].get_ydata()[0]) for bars in drawn["accuracy.png"].axes[0].containers]
+    wanted = [record[f"accuracy_{when}"] for record in records for when in ("oneshot", "retrained")]
+    assert shown == pytest.approx([100 * accuracy for accuracy in wanted])
     assert len((tmp_path / "run" / "results.jsonl").read_text().splitlines()) == 2
     assert main(["report", str(tmp_path / "run"), "--markdown"]) == 0
     assert "| l1 |" in capsys.readouterr().out
@@ -55,10 +59,15 @@ def test_bad_requests_end_with_2_and_a_message(words, message, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("amount", [["--ratio", "0.5"], ["--flops", "0.3", "--calibration", "64"]])
-def test_analyze_topology(amount, tmp_path, capsys):
+def test_analyze_topology(amount, tmp_path, capsys, drawn):
     words = ["analyze", "topology", "--model", "small_cnn", "--limit", "300", *amount]
     assert main([*words, "--json", "--out", str(tmp_path / "study")]) == 0
     document = json.loads(capsys.readouterr().out)
     assert len(document["layers"]) == 4
     assert all(layer["kept"] < layer["points"] for layer in document["layers"])
-    assert (tmp_path / "study" / "barcodes.png").stat().st_size > 5000
+    assert (tmp_path / "study" / "barcodes.png").exists()
+    for axis, layer in zip(drawn["barcodes.png"].axes, document["layers"], strict=True):
+        assert axis.get_title().endswith(f": {layer['points']} to {layer['kept']}")
+        shown = [end for bars in axis.collections for (_, _), (end, _) in bars.get_segments()]
+        recorded = [layer[f"diagrams_{side}"][degree] for side in ("before", "after") for degree in ("0", "1")]
+        assert sorted(shown) == pytest.approx(sorted(death for diagram in recorded for _, death in diagram))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from nni_topo import serialization, zoo
 from nni_topo.errors import ConfigError, DataError
@@ -48,11 +49,38 @@ def test_pruning_files_prune(path, checkpoint, tmp_path):
     assert all(set(mask.unique().tolist()) <= {0.0, 1.0} for found in masks.values() for mask in found.values())
 
 
-def test_every_file_is_commented_key_by_key():
-    for path in CONFIGS.glob("*.yaml"):
-        text = path.read_text()
-        assert text.startswith("# ")
-        assert "nni-topo" in text
+def key_lines(node, path=()):
+    """Yield each key of a YAML document by its place, entries of lists counted as one, and its line."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            place = (*path, key.value)
+            yield place, key.start_mark.line
+            yield from key_lines(value, place)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from key_lines(item, path)
+
+
+def uncommented(text):
+    """Return the keys of a file without a comment beside any of the places where they stand."""
+    lines = text.splitlines()
+    found = {}
+    for place, line in key_lines(yaml.compose(text)):
+        found[place] = found.get(place, False) or " #" in lines[line]
+    return [".".join(place) for place, has_comment in found.items() if not has_comment]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_file_is_commented_key_by_key(path):
+    text = path.read_text()
+    assert text.startswith("# ")
+    assert f"configs/{path.name}" in text.split("\n\n")[0]
+    assert uncommented(text) == []
+
+
+def test_keys_without_a_comment_are_found():
+    text = "a: 1 # one\nb: {c: 2}\nd: # three\n  - e: 3 # four\n  - e: 5\n    f: 6\n"
+    assert uncommented(text) == ["b", "b.c", "d.f"]
 
 
 GOOD = "pruner: l1\nconfig_list: [{op_types: [Conv2d], sparse_ratio: 0.5}]\n"

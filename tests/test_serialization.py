@@ -274,6 +274,39 @@ def test_another_model_is_refused_with_the_place(tmp_path, model, message):
         load(tmp_path / "dense.pt", model)
 
 
+class Scaled(nn.Module):
+    """A layer that gets smaller, and a parameter of the model's own, which doesn't."""
+
+    def __init__(self, width, own):
+        super().__init__()
+        self.layer = nn.Linear(3, width)
+        self.own = nn.Parameter(torch.ones(own))
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ((4,), r"got shape \(4,\) where the model has \(5,\) \(own, "),
+        ((6,), r"got shape \(6,\) where the model has \(5,\) \(own, "),
+        ((5, 1), r"got shape \(5, 1\) where the model has \(5,\) \(own, "),
+    ],
+)
+def test_a_parameter_that_no_pruning_resizes_must_have_its_shape(tmp_path, own, message):
+    save(Scaled(2, own), tmp_path / "dense.pt")
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path / "dense.pt", Scaled(4, (5,)))
+    save(Scaled(2, (5,)), tmp_path / "dense.pt")
+    assert load(tmp_path / "dense.pt", Scaled(4, (5,))).layer.out_features == 2
+
+
+def test_a_layer_whose_weight_has_other_dimensions_is_refused(tmp_path):
+    dense = Scaled(2, (5,))
+    dense.layer.weight = nn.Parameter(torch.ones(2))
+    save(dense, tmp_path / "dense.pt")
+    with pytest.raises(ConfigError, match=r"got shape \(2,\) where the model has \(4, 3\) \(layer.weight"):
+        load(tmp_path / "dense.pt", Scaled(4, (5,)))
+
+
 def test_a_wrapped_model_is_refused(tmp_path):
     from nni.compression.pruning import L1NormPruner
 

@@ -138,7 +138,7 @@ def readers_of(unit: PruningUnit, flow: ChannelFlow, context: PruningContext, *,
     readers = []
     for name in flow.layers:
         module = modules[name]
-        if is_depthwise(module) or not isinstance(getattr(module, "weight", None), Tensor):
+        if is_depthwise(module):
             continue
         places = _places(channels, flow.entering_roots(name))
         if places is not None:

@@ -177,7 +177,7 @@ def prune(
     if "example_inputs" in info.knobs():
         knobs["example_inputs"] = example
     if "evaluator" in info.needs:
-        still = replace(cell.retrain, lr=STILL, weight_decay=0.0)
+        still = replace(cell.retrain, lr=STILL)
         knobs["evaluator"] = recipe_evaluator(victim, data, still, seed=cell.seed)
     began = time.perf_counter()
     pruner = create_pruner(name, victim, config_list, **knobs)

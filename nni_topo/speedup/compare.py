@@ -102,7 +102,7 @@ def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
         return 0.0
     expected, actual = expected.double(), actual.double()
     alike = (expected == actual) | (expected.isnan() & actual.isnan())
-    gaps = (expected - actual).abs().nan_to_num(nan=torch.inf).masked_fill(alike, 0)
+    gaps = (expected - actual).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).masked_fill(alike, 0)
     scale = float(expected[expected.isfinite()].abs().amax()) if bool(expected.isfinite().any()) else 0.0
     largest = float(gaps.max())
     return largest / scale if scale else largest

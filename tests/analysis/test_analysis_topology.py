@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from matplotlib.image import imread
 
 from nni_topo import topology
 from nni_topo.analysis import study_topology
@@ -59,7 +58,7 @@ def test_the_model_is_left_alone():
 
 
 @pytest.mark.parametrize("solver", ["genetic", "greedy"])
-def test_files(solver, tmp_path):
+def test_files(solver, tmp_path, drawn):
     study = study_topology(toy_model(), CONFIG, generations=3, solver=solver)
     files = study.save(tmp_path)
     names = ["topology.json", "deaths.png", "allocation.png", "diagrams.png", "barcodes.png"]
@@ -69,8 +68,35 @@ def test_files(solver, tmp_path):
     assert [layer["kept"] for layer in document["layers"]] == [4, 12]
     assert [layer["share"] for layer in document["layers"]] == [0.5, 0.75]
     assert [layer["tolerance"] for layer in document["layers"]] == [layer.tolerance for layer in study.layers]
-    for path in files[1:]:
-        assert imread(path)[..., :3].std() > 0.02
+    assert sorted(drawn) == sorted(path.name for path in files[1:])
+    check_pictures(drawn, study.layers)
+
+
+def check_pictures(drawn, layers):
+    """Every picture shows the record's numbers, layer by layer."""
+    curves = drawn.lines("deaths.png")
+    dots = drawn["deaths.png"].axes[0].get_lines()[1::2]
+    allocation = drawn["allocation.png"].axes[0]
+    before, after = allocation.containers
+    assert list(curves) == ["stem +1", "hidden"] == [tick.get_text() for tick in allocation.get_yticklabels()]
+    for index, (layer, (_, curve)) in enumerate(zip(layers, curves.items(), strict=True)):
+        shares = np.arange(1, layer.points + 1) / layer.points
+        np.testing.assert_allclose(curve, np.stack([shares, layer.deaths], axis=1))
+        np.testing.assert_allclose(np.ravel(dots[index].get_data()), curve[layer.kept - 1])
+        assert [bars[index].get_width() for bars in (before, after)] == [layer.points, layer.kept]
+        assert f"tolerance {layer.tolerance:.2f}" in allocation.texts[index].get_text()
+        points = drawn.lines("diagrams.png", index)
+        for side, diagrams in (("before", layer.diagrams_before), ("after", layer.diagrams_after)):
+            for degree, bars in diagrams.items():
+                np.testing.assert_allclose(np.reshape(points[f"H{degree} {side}"], (-1, 2)), bars)
+        bars = [
+            segment for drawing in drawn["barcodes.png"].axes[index].collections for segment in drawing.get_segments()
+        ]
+        assert len(bars) == sum(len(d) for ds in (layer.diagrams_before, layer.diagrams_after) for d in ds.values())
+        if layer.trace:
+            search = drawn.lines("search.png", index)
+            for name in ("best", "mean"):
+                assert [y for _, y in search[name]] == [getattr(generation, name) for generation in layer.trace]
 
 
 @pytest.mark.parametrize("degrees", [(), (-1,), (0.5,)])

@@ -155,10 +155,22 @@ def test_bad_requests():
         fabricated([0.0], [1])[0].suggestion(-1)
 
 
-def test_record_and_pictures(study, tmp_path):
+def test_record_and_pictures(study, tmp_path, drawn):
     files = save_energy_study(study, tmp_path / "new", {"seed": 3})
     assert [path.name for path in files] == ["energy.json", "compression.png", "accuracy.png", "loss.png"]
-    assert all(path.stat().st_size > 3000 for path in files[1:])
+    labels = [f"{100 * t:g} % of the energy" for t in THRESHOLDS]
+    for name, value in (
+        ("compression.png", lambda layer, t: 100.0 * layer.removed[t] / layer.filters),
+        ("accuracy.png", lambda layer, t: 100.0 * layer.alone[t].accuracy),
+        ("loss.png", lambda layer, t: layer.alone[t].loss),
+    ):
+        shown = drawn.lines(name)
+        assert list(shown) == labels
+        for points, t in zip(shown.values(), THRESHOLDS, strict=True):
+            assert points == [(index, pytest.approx(value(layer, t))) for index, layer in enumerate(study.layers)]
+        assert [tick.get_text() for tick in drawn[name].axes[0].get_xticklabels()] == ["0", "3"]
+    for name, level in (("accuracy.png", 100.0 * study.baseline.accuracy), ("loss.png", study.baseline.loss)):
+        assert set(drawn[name].axes[0].get_lines()[-1].get_ydata()) == {level}
     document = json.loads(files[0].read_text())
     assert document.pop("seed") == 3
     assert document == json.loads(json.dumps(energy_record(study)))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -24,18 +25,51 @@ def trial(damage_rate):
     return EvolutionTrial.of(pruner), masks["0"]["weight"], model[0].weight
 
 
-def test_a_trial_holds_the_search_and_gives_the_pictures(tmp_path):
+def test_a_trial_holds_the_search_and_gives_the_pictures(tmp_path, drawn):
     first, mask, weight = trial(0.1)
     assert first.kept.reshape(8, 10).tolist() == mask.bool().tolist()
     assert torch.equal(torch.from_numpy(first.weights).view(8, 10), weight.detach())
     line = first.line("fitness")
     assert line.generation.tolist() == [0, 1, 2, 3, 4]
     assert line.fitness.iloc[-1] == first.history.query("generation == 4").fitness.max()
-    files = plot_evolution({"10 %": first, "50 %": trial(0.5)[0]}, tmp_path / "new")
+    trials = {"10 %": first, "50 %": trial(0.5)[0]}
+    files = plot_evolution(trials, tmp_path / "new")
     assert [file.stem for file in files] == [
         "distributions", "fitness", "progress", "heatmap", "histograms", "solutions"
     ]  # fmt: skip
-    assert all(file.stat().st_size > 5000 for file in files)
+    assert sorted(drawn) == sorted(file.name for file in files)
+    for index, (label, found) in enumerate(trials.items()):
+        check_panels(drawn, index, label, found)
+    solutions = drawn["solutions.png"].axes[0]
+    assert [dots.get_label() for dots in solutions.collections] == list(trials)
+    assert drawn.lines("solutions.png") == {"fitness 0": [(0.0, 0.0), (100.0, -100.0 * first.beta / first.alpha)]}
+
+
+def check_panels(drawn, index, label, found):
+    """What the pictures show of one trial."""
+    history, last = found.history, found.history.query("generation == 4")
+    panel = drawn["distributions.png"].axes[index]
+    assert panel.get_title() == label
+    spread = history.groupby("generation").fitness.std()
+    assert [note.get_text() for note in panel.texts] == [str(g) for g in spread.index[spread > 0]]
+    assert len(panel.get_lines()) == (spread > 0).sum()
+    courses = {("fitness.png", index): "fitness"}
+    courses |= {("progress.png", 2 * index): "accuracy", ("progress.png", 2 * index + 1): "compression"}
+    for (name, place), column in courses.items():
+        curves = drawn.lines(name, place)
+        means = history.groupby("generation")[column].mean()
+        assert [y for _, y in curves["mean"]] == means.tolist()
+        for by in ("fitness", "accuracy"):
+            assert [y for _, y in curves[f"top {by}"]] == found.line(by)[column].tolist()
+    picture = drawn["heatmap.png"].axes[0].images[0].get_array()
+    kept = np.where(found.kept, np.abs(found.weights), 0.0)
+    np.testing.assert_allclose(picture[:, index], kept, rtol=1e-6)
+    before, after = drawn["histograms.png"].axes[index].containers
+    assert sum(bar.get_height() for bar in before) == len(found.weights)
+    assert sum(bar.get_height() for bar in after) == found.kept.sum()
+    dots = drawn["solutions.png"].axes[0].collections[index].get_offsets()
+    points = np.stack([100 * last.compression, 100 * (last.accuracy - found.start_accuracy)], axis=1)
+    np.testing.assert_allclose(dots, points)
 
 
 def test_no_trial_no_picture(tmp_path):

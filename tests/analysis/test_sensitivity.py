@@ -52,11 +52,15 @@ def test_the_suggestion_was_measured_and_meets_the_budget(found):
         assert curve.accuracy[entry["sparse_ratio"]] >= 0.7
 
 
-def test_files(found, tmp_path):
+def test_files(found, tmp_path, drawn):
     study, _ = found
     document, picture, config = study.save(tmp_path / "study")
     assert json.loads(document.read_text())["curves"][1]["layers"] == ["hidden"]
-    assert picture.stat().st_size > 5000
+    curves = drawn.lines(picture.name)
+    assert {height for _, height in curves.pop("budget")} == {study.baseline - study.budget}
+    assert curves == {
+        "+".join(curve.layers): [(0.0, study.baseline), *curve.accuracy.items()] for curve in study.curves
+    }
     assert yaml.safe_load(config.read_text()) == {"pruner": "l1", "knobs": {}, "config_list": study.suggested}
 
 

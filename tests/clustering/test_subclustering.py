@@ -102,6 +102,20 @@ def test_caps_hold_and_take_the_loudest_first():
     assert len(grow(points, covariance, 9, Growth(), threshold=0.0, at_most=5).leaves) == 5
 
 
+def test_a_cluster_that_varies_exactly_as_much_as_the_threshold_is_not_split():
+    points, covariance = layer()
+    (whole,) = grow(points, covariance, 1, Growth(), threshold=np.inf).clusters
+    assert len(grow(points, covariance, 1, Growth(), threshold=whole.variance).leaves) == 1
+    assert len(grow(points, covariance, 1, Growth(), threshold=np.nextafter(whole.variance, 0.0)).leaves) > 1
+
+
+def test_clusters_above_the_threshold_are_split_beyond_the_least_number():
+    points, covariance = layer()
+    free = grow(points, covariance, 2, Growth(), threshold=0.5)
+    assert len(free.leaves) > 4
+    assert grow(points, covariance, 2, Growth(), threshold=0.5, at_least=3) == free
+
+
 def test_nodes_that_are_all_alike_stay_together_however_loud():
     points = np.tile(np.array([5.0, -5.0, 1.0]), (6, 1))
     tree = grow(points, np.cov(points, bias=True), 1, Growth(), threshold=0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -231,3 +232,22 @@ def test_movement_by_threshold_under_the_strict_mode(threshold: float) -> None:
     compat.enable_strict()
     assert torch.equal(masks_of("movement", config)["hidden"]["weight"], plain)
     assert float(plain.mean()) > 0
+
+
+def test_layers_are_looked_at_in_network_order() -> None:
+    """Plain NNI's order is a set's, which one of 12! orders it has by chance."""
+    names = [f"layer{12 - index}" for index in range(12)]
+    model = nn.Sequential(OrderedDict((name, nn.Linear(4, 4)) for name in names))
+    compat.enable_strict()
+    pruner = L1NormPruner(model, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert list(pruner._target_spaces) == names
+
+
+def test_a_layer_with_two_names_is_pruned_under_the_strict_mode() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model.append(model[0])
+    compat.enable_strict()
+    for name in ("0", "2"):
+        pruner = L1NormPruner(model, [{"op_names": [name], "sparse_ratio": 0.5}])
+        assert list(pruner._target_spaces) == [name]
+        pruner.unwrap_model()

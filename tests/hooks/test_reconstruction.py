@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.hooks.reconstruction import ReconstructionProblems
+from nni_topo.hooks.reconstruction import ReconstructionProblem, ReconstructionProblems
 from nni_topo.hooks.sequential import SequentialProblems
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.pruners.topological import TopologicalPruner
@@ -57,6 +57,25 @@ def test_the_error_is_what_least_squares_leaves():
     chosen = problem.choose(3)
     greedy = problem.error(np.isin(np.arange(6), chosen)[None])[0]
     assert greedy <= np.sort(expected)[len(expected) // 4]
+
+
+def test_the_error_is_the_mean_over_the_layers_that_read(monkeypatch):
+    model = toy_model().eval()
+    pruner = RandomPruner(model, dependency_groups(model, IMAGES[:2], config("stem", "inner")))
+    (problem,) = (found for _, found in ReconstructionProblems(BATCHES).each(pruner._context(), {}))
+    pruner.unwrap_model()
+    parts = [
+        ReconstructionProblem((gram,), (cross,), (columns,))
+        for gram, cross, columns in zip(problem.grams, problem.crosses, problem.columns, strict=True)
+    ]
+    population = np.array([np.isin(np.arange(8), subset) for subset in itertools.combinations(range(8), 3)])
+    single = [part.error(population) for part in parts]
+    assert not np.allclose(single[0], single[1], rtol=0.1)
+    whole = problem.error(population)
+    np.testing.assert_allclose(whole, np.mean(single, axis=0), rtol=1e-9)
+    # In pieces of a few individuals instead of all at once.
+    monkeypatch.setattr("nni_topo.hooks.reconstruction._CHUNK_BYTES", 8 * 5 * (3 * max(problem.columns)) ** 2)
+    np.testing.assert_allclose(problem.error(population), whole, rtol=1e-9)
 
 
 def test_everything_kept_loses_nothing():

@@ -58,3 +58,21 @@ def test_masks_move_to_the_layers_device():
     pruner = RandomPruner(toy_model(), HALF)
     _, masks = pruner.compress()
     assert masks["hidden"]["weight"].device == torch.device("cpu")
+
+
+class Paired(RandomPruner):
+    """Random masks, and survivors that are stated."""
+
+    def _survivors(self):
+        return {"hidden": {2: 0, 3: 2, 4: 0, 5: 3}, "stem": {1: 0}}  # for each channel that goes the one that stays
+
+
+def test_only_survivors_that_stay_of_channels_that_go_are_paired():
+    pruner = Paired(toy_model(), [{"op_names": ["hidden", "stem"], "sparse_ratio": 0.5}])
+    _, masks = pruner.compress()
+    for targets in masks.values():
+        targets["weight"].fill_(1.0)
+    masks["hidden"]["weight"][[2, 3]] = 0.0
+    # Of the others 2 doesn't stay, 4 doesn't go, and 5 and 3 have changed places.
+    assert pruner._pairs(masks) == {"hidden": {2: 0}, "stem": {}}
+    assert RandomPruner(toy_model(), HALF)._pairs(masks) is None

@@ -132,6 +132,10 @@ BATCH = [(torch.zeros(2, 20), torch.tensor([0, 1]))]
         ({"op_names": ["0"], "dependency_group_id": "a"}, {}, "dependency_group_id must be left out"),
         ({"op_names": ["0"], "sparse_threshold": 0.5}, {}, "sparse_threshold must be left out"),
         ({"op_names": ["0"], "granularity": "out_channel"}, {}, "granularity must be left out"),
+        ({"op_names": ["0"], "min_sparse_ratio": 0.2}, {}, "min_sparse_ratio must be left out, got 0.2"),
+        ({"op_names": ["0"], "min_sparse_ratio": 0.0}, {}, "min_sparse_ratio must be left out, got 0.0"),
+        ({"op_names": ["0"], "global_group_id": "a"}, {}, "global_group_id must be left out, got a"),
+        ({"op_names": ["0"], "internal_metric_block": 2}, {}, "internal_metric_block must be left out, got 2"),
         ({"op_names": ["0"]}, {"validation": []}, "at least one batch, got none"),
         ({"op_names": ["0"]}, {"validation": None}, "needs validation, evaluate or an evaluator"),
         ({"op_names": ["0"]}, {"alpha": -1.0}, "alpha must be at least 0"),
@@ -145,6 +149,14 @@ def test_bad_requests_are_refused_before_the_model_is_wrapped(config, knobs, mes
     with pytest.raises(NniTopoError, match=message):
         GeneticWeightPruner(model, [config], **{"validation": BATCH, **knobs})
     assert not any(hasattr(module, "_nni_wrapper") for module in model.modules())
+
+
+@pytest.mark.parametrize("rule", [{}, {"granularity": "default"}])
+def test_an_unwrapped_model_is_wrapped_again(rule):
+    pruner = GeneticWeightPruner(task()[0], [{"op_names": ["0"], **rule}], validation=BATCH)
+    pruner.unwrap_model()
+    pruner.wrap_model()
+    assert list(pruner._target_spaces) == ["0"]
 
 
 def test_a_layer_of_another_kind_is_refused():

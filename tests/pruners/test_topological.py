@@ -129,6 +129,28 @@ def test_calibration_switches_to_the_activation_cloud():
     assert kept(by_weight, "hidden").tolist() != kept(by_activation, "hidden").tolist()
 
 
+@pytest.mark.parametrize(
+    ("knobs", "criterion", "solver"),
+    [
+        ({}, "hausdorff", "genetic"),
+        ({"calibration": [toy_images(16)]}, "reconstruction", "greedy"),
+        ({"calibration": [toy_images(16)], "collector": "functional"}, "hausdorff", "genetic"),
+        (
+            {"calibration": [toy_images(16)], "collector": "functional", "order": "sequential"},
+            "reconstruction",
+            "greedy",
+        ),
+    ],
+)
+def test_auto_is_reconstruction_with_images_alone_and_hausdorff_elsewhere(knobs, criterion, solver):
+    by_default = TopologicalPruner(toy_model(), HALF, generations=2, **knobs)
+    named = TopologicalPruner(toy_model(), HALF, generations=2, criterion=criterion, solver=solver, **knobs)
+    masks = [kept(pruner.compress()[1], "hidden").tolist() for pruner in (by_default, named)]
+    assert masks[0] == masks[1]
+    assert by_default.trace == named.trace
+    assert bool(by_default.trace) == (solver == "genetic")
+
+
 def test_an_evaluator_serves_as_calibration():
     model = toy_model()
     pruner = TopologicalPruner(model, HALF, toy_evaluator(model), collector="activation")

@@ -78,6 +78,22 @@ def test_pair_of_a_linear_layer_is_the_text():
         torch.testing.assert_close(found[2].bias.detach(), bias, rtol=1e-6, atol=1e-9)
 
 
+def test_pair_without_a_bias_to_take_the_constant_goes_through_the_origin():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2, bias=False)).double().eval()
+    inputs = torch.randn(50, 3, dtype=torch.float64)
+    features = net[:2](inputs).detach()
+    masks = {"0": {"weight": torch.tensor([1.0, 1, 0, 1])[:, None]}}
+    found = compensation(net, masks, [inputs], method="pair", pairs={"0": {2: 3}})
+    alpha = (features[:, 2] @ features[:, 3]) / (features[:, 3] @ features[:, 3])
+    expected = net[2].weight[:, 3] + alpha * net[2].weight[:, 2]
+    torch.testing.assert_close(found.model[2].weight[:, 3].detach(), expected.detach(), rtol=1e-9, atol=1e-9)
+    assert found.model[2].bias is None
+    # What is reported as left is what a line through the origin leaves.
+    left = (features[:, 2] - alpha * features[:, 3]).square().sum() / (features - features.mean(0)).square().sum()
+    assert found.report.layers[0].error_after == pytest.approx(float(left))
+
+
 def test_best_correlated_channel_stands_in():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double().eval()

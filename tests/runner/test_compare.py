@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nni_topo import zoo
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.runner import (
     CompensationChoice,
     DataChoice,
@@ -129,6 +129,17 @@ def test_a_line_cut_short_by_a_crash_is_dropped(tmp_path):
     assert read_records(path) == [{"key": "a"}]
     append_record(path, {"key": "c"})
     assert read_records(path) == [{"key": "a"}, {"key": "c"}]
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_broken_line_before_the_last_is_refused_and_nothing_is_cut_off(broken, tmp_path):
+    lines = [b'{"key": "a"}\n', b'{"key": "b"}\n', b'{"key": "c"}\n']
+    lines[broken] = b'{"key": \n'
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(DataError, match=rf"must be a JSON record.*results\.jsonl:{broken + 1}\)"):
+        read_records(path)
+    assert path.read_bytes() == b"".join(lines)
 
 
 SCRIPT = """

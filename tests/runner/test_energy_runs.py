@@ -69,7 +69,7 @@ def test_study_and_suggestion(words, tmp_path, capsys):
         assert pruned["widths"][str(3 * index)] == layer["filters"] - gone
 
 
-def test_parts_are_printed_and_recorded(words, tmp_path, capsys):
+def test_parts_are_printed_and_recorded(words, tmp_path, capsys, drawn):
     parts = ["dropout", "accumulated", "replacement", "selection", "schedules"]
     study = ["analyze", "energy", *words, "--images", "100", "--thresholds", "0.05", "0.1", "0.3", "--parts", *parts]
     assert main([*study, "--out", str(tmp_path)]) == 0
@@ -86,8 +86,16 @@ def test_parts_are_printed_and_recorded(words, tmp_path, capsys):
     record = json.loads((tmp_path / "energy.json").read_text())
     assert set(parts) < set(record)
     assert set(record["selection"]["methods"]) > {"energy", "taylor, genetic"}
-    for suffix in ("", "_change", "_loss", "_loss_change"):
-        assert (tmp_path / f"dropout_0.1{suffix}.png").stat().st_size > 3000
+    found = list(record["dropout"]["0.1"].values())
+    for suffix, key, factor in (("", "accuracy", 100.0), ("_loss", "loss", 1.0)):
+        values = {rate: [factor * row[rate][key] for row in found] for rate in found[0]}
+        for more, start in (("", 0.0), ("_change", 1.0)):
+            shown = drawn.lines(f"dropout_0.1{suffix}{more}.png")
+            assert list(shown) == [f"rate {float(rate):g}" for rate in values]
+            for points, heights in zip(shown.values(), values.values(), strict=True):
+                changes = [height - start * plain for height, plain in zip(heights, values["0.0"], strict=True)]
+                assert [x for x, _ in points] == list(range(len(found)))
+                assert [y for _, y in points] == pytest.approx(changes)
     shown = f"{record['layers'][1]['alone']['0.3']['loss']:.3f}"
     assert shown in text.split("loss (nats)")[1].split("saturated")[0]
     rates = record["dropout"]["unpruned"]

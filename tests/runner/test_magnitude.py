@@ -32,7 +32,7 @@ def test_zeros_take_no_room_where_they_are_left_out():
     torch.testing.assert_close(with_sparse_linears(model)(inputs), model(inputs))
 
 
-def test_the_study_writes_rows_a_picture_and_goes_on(tmp_path, capsys):
+def test_the_study_writes_rows_a_picture_and_goes_on(tmp_path, capsys, drawn):
     words = ["analyze", "magnitude", *SMALL, "--rounds", "2", "--epochs", "2", "--json", "--out", str(tmp_path)]
     assert main([*words, "--ratios", "0.5"]) == 0
     first = json.loads(capsys.readouterr().out)
@@ -56,7 +56,34 @@ def test_the_study_writes_rows_a_picture_and_goes_on(tmp_path, capsys):
     assert matrix["bytes"]["dense"] < 0.5 * level["bytes"]["dense"]
     assert set(level["latency_ms"]) == {"unpruned", "zeros", "csr"}
     assert set(matrix["latency_ms"]) == {"unpruned", "zeros", "dense"}
-    assert (tmp_path / "magnitude.png").stat().st_size > 20000
+    check_picture(drawn, document)
+
+
+def check_picture(drawn, document):
+    """The five panels: accuracy, layers alone, parameters, bytes and time, against the ratio."""
+    rows = sorted(document["rows"], key=lambda row: row["ratio"])
+    accuracy = {}
+    for row in rows:
+        label = f"{row['pruner']}, {row['part']}, {row['way']}"
+        accuracy.setdefault(label, []).append((row["ratio"], row["accuracy"]))
+    assert drawn.lines("magnitude.png", 0) == accuracy
+    alone = {
+        "+".join(curve["layers"]): [(float(ratio), value) for ratio, value in curve["accuracy"].items()]
+        for curve in document["sensitivity"]["curves"]
+    }
+    assert drawn.lines("magnitude.png", 1) == alone
+    params, disk, time = {}, {}, {}
+    for row in (row for row in rows if row["part"] == "all" and row["way"] == "direct"):
+        params.setdefault(row["pruner"], []).append((row["ratio"], row["params"]))
+        for name, size in row["bytes"].items():
+            disk.setdefault(f"{row['pruner']}, {name}", []).append((row["ratio"], size))
+        for name in set(row["latency_ms"]) - {"unpruned"}:
+            share = row["latency_ms"][name] / row["latency_ms"]["unpruned"]
+            time.setdefault(f"{row['pruner']}, {name}", []).append((row["ratio"], share))
+    assert [drawn.lines("magnitude.png", panel) for panel in (2, 3, 4)] == [params, disk, time]
+    levels = [axis.get_lines()[-1].get_ydata()[0] for axis in drawn["magnitude.png"].axes]
+    baseline = document["baseline"]
+    assert levels == [baseline["accuracy"], baseline["accuracy"], baseline["params"], baseline["bytes"]["dense"], 1.0]
 
 
 def test_sensitivity_suggests_what_prune_takes(tmp_path, capsys):

@@ -65,6 +65,14 @@ def test_differences_are_paired_over_seeds():
     assert (difference.mean - difference.half, difference.mean + difference.half) == pytest.approx(tuple(expected))
 
 
+def test_differences_are_paired_by_seed_whatever_the_order_and_the_gaps():
+    ours = {seed: record("ours", seed, 0.5 + seed / 10, "topological") for seed in (3, 0, 2, 1, 9)}
+    theirs = {seed: record("l1", seed, 0.4 + seed / 10) for seed in (8, 0, 1, 2, 3)}
+    del theirs[2]["accuracy_retrained"]
+    difference = paired_difference(ours, theirs, "accuracy_retrained")
+    assert (difference.mean, difference.half) == (pytest.approx(0.1), pytest.approx(0.0, abs=1e-12))
+
+
 def test_the_table_names_every_row_and_the_best_rival():
     stream = io.StringIO()
     print_report(RECORDS, Console(file=stream, width=160))
@@ -92,7 +100,23 @@ def test_widths_are_means_over_seeds():
     assert [line.split()[1::2] for line in stream.getvalue().splitlines() if "conv1" in line] == [["conv1", "4.5"]]
 
 
-def test_the_picture_is_a_picture(tmp_path):
-    image = imread(plot_accuracy(RECORDS, tmp_path / "accuracy.png"))
-    assert image.shape[0] > 300
-    assert image[..., :3].std() > 0.05
+def test_the_picture_shows_every_rows_mean_before_and_after(drawn, tmp_path):
+    other = [{**entry, "data": "mnist", "flops": 2e6, "target": "flops 0.5"} for entry in RECORDS[:3]]
+    path = plot_accuracy([*RECORDS, *other], tmp_path / "accuracy.png")
+    assert imread(path).shape[0] > 300
+    left, right = drawn["accuracy.png"].axes
+    assert [axis.get_title() for axis in (left, right)] == ["net on digits", "net on mnist"]
+    unpruned = next(line for line in left.get_lines() if line.get_label() == "unpruned")
+    assert np.ravel(unpruned.get_data()) == pytest.approx([4.0, 99.0])
+    rows = ("l1", "fpgm", "ours", "random")
+    assert [bars.get_label() for bars in left.containers[1::2]] == list(rows)
+    for index, row in enumerate(rows):
+        before, after = left.containers[2 * index : 2 * index + 2]
+        found = interval([100 * entry["accuracy_retrained"] for entry in RECORDS if entry["pruner"] == row])
+        # Rows of one target stand side by side, a hundredth of the whole network apart.
+        place = 1.0 + (index - 1.5) * 0.04
+        assert np.ravel(before[0].get_data()) == pytest.approx([place, 50.0])
+        assert np.ravel(after[0].get_data()) == pytest.approx([place, found.mean])
+        ((_, low), (_, high)) = after[2][0].get_segments()[0]
+        assert (low, high) == pytest.approx((found.mean - found.half, found.mean + found.half))
+    assert [np.ravel(bars[0].get_data())[0] for bars in right.containers] == pytest.approx([2.0, 2.0])

@@ -33,7 +33,7 @@ def command(study, checkpoint, out, *more):
     return main([*words, "--checkpoint", str(checkpoint), "--out", str(out), *more])
 
 
-def test_deviation_command(checkpoint, tmp_path, capsys):
+def test_deviation_command(checkpoint, tmp_path, capsys, drawn):
     pruners = "connections,level,cluster,subcluster"
     arguments = ("--pruners", pruners, "--ratios", "0", "0.5", "--images", "8", "--calibration", "100", "--json")
     assert command("deviation", checkpoint, tmp_path, *arguments) == 0
@@ -52,6 +52,13 @@ def test_deviation_command(checkpoint, tmp_path, capsys):
     assert points["connections", 0.5]["pruned"] == pytest.approx(0.5, abs=1e-3)
     assert points["level", 0.5]["error"] < points["connections", 0.5]["error"]
     assert {path.name for path in tmp_path.iterdir()} == {"deviation.json", "deviation.png", "accuracy.png"}
+    panels = [("deviation.png", 0, "dev"), ("deviation.png", 1, "relative"), ("deviation.png", 2, "error")]
+    for picture, panel, column in [*panels, ("accuracy.png", 0, "accuracy")]:
+        for name, curve in drawn.lines(picture, panel).items():
+            wanted = [(100 * points[name, r]["pruned"], points[name, r][column]) for r in (0.0, 0.5)]
+            factor = 100 if column == "accuracy" else 1
+            assert curve == [pytest.approx((x, factor * y), nan_ok=True) for x, y in sorted(wanted)]
+        assert list(drawn.lines(picture, panel)) == pruners.split(",")
 
 
 def test_deviation_table(checkpoint, tmp_path, capsys):
@@ -63,7 +70,7 @@ def test_deviation_table(checkpoint, tmp_path, capsys):
     assert len(json.loads((tmp_path / "deviation.json").read_text())["points"]) == 2
 
 
-def test_retraining_command(checkpoint, tmp_path, capsys):
+def test_retraining_command(checkpoint, tmp_path, capsys, drawn):
     arguments = ("--ratios", "0.3", "0.8", "--epochs", "2", "--images", "200", "--tolerance", "0.05", "--gamma", "0.5")
     assert command("retraining", checkpoint, tmp_path, *arguments, "--json") == 0
     study = json.loads(capsys.readouterr().out)
@@ -76,6 +83,12 @@ def test_retraining_command(checkpoint, tmp_path, capsys):
         back = point["epochs"] is not None
         assert back == (point["accuracy_retrained"] >= study["accuracy"] - 0.05)
     assert {path.name for path in tmp_path.iterdir()} == {"retraining.json", "retraining.png"}
+    for panel, name in enumerate(dict.fromkeys(point["pruner"] for point in study["points"])):
+        rows = sorted((point for point in study["points"] if point["pruner"] == name), key=lambda row: row["ratio"])
+        curves = drawn.lines("retraining.png", panel)
+        assert curves["epochs taken"] == [(row["ratio"], 2 if row["epochs"] is None else row["epochs"]) for row in rows]
+        assert curves["bound (3.1)"] == [(row["ratio"], pytest.approx(row["bound"])) for row in rows]
+        assert curves["bound as derived"] == [(row["ratio"], pytest.approx(row["derived"])) for row in rows]
 
 
 def test_retraining_table_fits_gamma(checkpoint, tmp_path, capsys):

@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from matplotlib.image import imread
 
 from nni_topo import zoo
 from nni_topo.analysis import overlap_bound
@@ -102,7 +100,7 @@ def test_rewound_runs_are_compared_with_each_other_only(finished):
     assert gains[2:] == pytest.approx([gain - 25 for gain in gains[:2]], abs=0.11)
 
 
-def test_tables_and_pictures(finished, tmp_path):
+def test_tables_and_pictures(finished, tmp_path, drawn):
     records, _ = finished
     twice = [*records, *({**record, "seed": 1} for record in records)]
     for record in twice:
@@ -117,8 +115,32 @@ def test_tables_and_pictures(finished, tmp_path):
     assert "| small_cnn | classifier.fc2 |" in markdown_overlap(twice)
     for plot in (plot_rounds, plot_overlap):
         path = plot(twice, tmp_path / f"{plot.__name__}.png")
-        assert isinstance(path, Path)
-        assert imread(path)[..., :3].std() > 0.02
+        assert path == tmp_path / f"{plot.__name__}.png"
+    check_pictures(drawn, records)
+
+
+def check_pictures(drawn, records):
+    """Accuracy and connectivity of every method over the compression; each layer's overlap beside its bound."""
+    upper, lower = drawn.lines("plot_rounds.png", 0), drawn.lines("plot_rounds.png", 1)
+    for record in records:
+        curves = {
+            "accuracy": upper[record["method"]],
+            "channels_connected": lower[f"{record['method']}: channels connected"],
+            "outputs_reached": lower[f"{record['method']}: outputs reached"],
+        }
+        for key, points in curves.items():
+            wanted = [(1.0 / (1.0 - entry["target"]), 100 * entry[key]) for entry in record["rounds"]]
+            assert points == [pytest.approx(point) for point in wanted]
+    assert len(upper) == len(records)
+    assert len(lower) == 2 * len(records)
+    overlap = records[0]["overlap"]
+    axis = drawn["plot_overlap.png"].axes[0]
+    measured, bound = (bars for bars in axis.containers if not hasattr(bars, "has_yerr"))
+    assert [bar.get_height() for bar in measured] == pytest.approx(
+        [100 * each["measured"] for each in overlap.values()]
+    )
+    assert [bar.get_height() for bar in bound] == pytest.approx([100 * each["bound"] for each in overlap.values()])
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == [name.rpartition(".")[2] for name in overlap]
 
 
 @pytest.mark.parametrize("levels", [(), (0.0, 0.5), (0.5, 1.0), (0.9, 0.5), (0.5, 0.5)])

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.image import imread
 
 import nni_topo
 from nni_topo import zoo
@@ -80,13 +79,16 @@ def test_a_listed_models_size_has_three_numbers():
         compression_study(ModelChoice("mnist_fcn"), (28, 28))
 
 
-def test_persistence_of_a_checkpoint_and_along_a_training(tmp_path, capsys):
+def test_persistence_of_a_checkpoint_and_along_a_training(tmp_path, capsys, drawn):
     words = ["analyze", "persistence", "--model", "small_cnn", "--limit", "100", "--normalized", "--json"]
     assert main([*words, "--out", str(tmp_path / "trained")]) == 0
     trend = json.loads(capsys.readouterr().out)
     assert len(trend["totals"]) == 26
     assert trend["totals"][0] == pytest.approx(sum(layer[0] for layer in trend["layers"].values()))
-    assert imread(tmp_path / "trained" / "persistence.png")[..., :3].std() > 0.02
+    shown = drawn.lines("persistence.png")
+    assert {name: [y for _, y in points] for name, points in shown.items()} == trend["layers"]
+    curves = drawn["persistence.png"].axes[1].get_lines()
+    assert [len(curve.get_xdata()) for curve in curves] == [len(deaths) for deaths in trend["last"]["deaths"].values()]
 
     model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=3)
     zoo.save_checkpoint(tmp_path / "model.pt", model, {})

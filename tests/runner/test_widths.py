@@ -7,7 +7,7 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.registry import create_pruner
 from nni_topo.runner import Target
-from nni_topo.runner.widths import inner_layers, layer_ratios, proposed_ratios, pruning_config
+from nni_topo.runner.widths import _nearer, _Unit, inner_layers, layer_ratios, proposed_ratios, pruning_config
 from nni_topo.speedup import to_dense
 
 IMAGES = torch.zeros(2, 1, 8, 8)
@@ -95,3 +95,32 @@ def test_an_unreachable_budget_is_met_as_nearly_as_the_network_can():
     assert set(proposed_ratios(net, IMAGES, dict.fromkeys(names, 0.5), 1.0).values()) == {0.0}
     smallest = dense_of(small_cnn(), proposed_ratios(net, IMAGES, dict.fromkeys(names, 0.5), 1e-6))
     assert {smallest.get_submodule(name).weight.shape[0] for name in names} == {1}
+
+
+UNITS = [_Unit(("a",), 10, 1), _Unit(("b",), 10, 1)]
+
+
+def rows_cost(first, second):
+    """What is left, as a function of the rows gone, where a row costs so many 64ths of the whole: exact in floats."""
+    return lambda removed: 1.0 - (first * removed[0] + second * removed[1]) / 64.0
+
+
+@pytest.mark.parametrize(
+    ("start", "share", "nearest"),
+    [
+        ([2, 2], 43, [3, 2]),  # one row more of the first unit
+        ([3, 2], 48, [2, 2]),  # one row less of it
+        ([1, 2], 58, [0, 2]),  # and none less
+        ([2, 2], 45, [2, 3]),
+        ([2, 2], 40, [3, 3]),  # two moves
+        ([2, 2], 48, [2, 2]),  # met already
+        ([9, 9], -99, [9, 9]),  # a row of each unit stays
+        ([0, 0], 99, [0, 0]),  # and none comes that isn't there
+    ],
+)
+def test_rows_move_as_long_as_that_meets_the_budget_more_nearly(start, share, nearest):
+    assert _nearer(UNITS, start, rows_cost(5, 3), share / 64) == nearest
+
+
+def test_rows_stay_where_a_move_only_meets_the_budget_equally_nearly():
+    assert _nearer(UNITS, [2, 2], rows_cost(3, 3), 50.5 / 64) == [2, 2]

@@ -71,3 +71,42 @@ def test_transposed_convolutions_compute_at_their_inputs():
     model = torch.nn.Sequential(torch.nn.ConvTranspose2d(2, 4, 2, stride=2), torch.nn.Conv2d(4, 3, 1))
     images = torch.randn(1, 2, 5, 5)
     assert NetworkCost(model, images)({}) == real_cost(model, images)
+
+
+GROUPED = {
+    "two groups": (torch.nn.Conv2d(8, 12, 3, groups=2), [True] * 8, [True] * 12),
+    "two groups, pruned": (torch.nn.Conv2d(8, 12, 3, groups=2), [True, True, True, False] * 2, [True, False] * 6),
+    "one channel a group": (torch.nn.Conv2d(8, 8, 3, groups=8), [True, False] * 4, [True, False] * 4),
+    "two outputs a channel": (torch.nn.Conv2d(4, 8, 3, groups=4), [True] * 4, [True] * 8),
+    "two outputs a channel, pruned": (
+        torch.nn.Conv2d(4, 8, 3, groups=4),
+        [True, False, True, True],
+        [True, True, False, False, True, True, True, True],
+    ),
+    "one input channel": (torch.nn.Conv2d(1, 8, 3), [True], [True, False] * 4),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_grouped_convolution_reads_one_groups_channels(name):
+    """Products per output: kernel times the input channels of one group; the counts are torch's, not the class's."""
+    layer, entering, leaving = GROUPED[name]
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, layer.in_channels, 1), layer, torch.nn.Conv2d(layer.out_channels, 2, 1)
+    )
+    images = torch.randn(1, 3, 6, 6)
+    masks = {
+        index: {"weight": torch.tensor(kept)[:, None, None, None].expand_as(model[int(index)].weight).float()}
+        for index, kept in (("0", entering), ("1", leaving))
+    }
+    dense = to_dense(model, images, masks)
+    kept = {"0": np.array(entering), "1": np.array(leaving)}
+    found = NetworkCost(model, images)
+    assert found(kept) == real_cost(dense, images)
+    assert found({}) == real_cost(model, images)
+    assert found.widths(kept)["1"] == (dense[1].in_channels, dense[1].out_channels)
+
+
+def test_without_its_only_input_channel_a_convolution_costs_nothing():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.Conv2d(1, 5, 1))
+    assert NetworkCost(model, torch.randn(1, 3, 4, 4))({"0": np.array([False])}).macs == 0

@@ -75,6 +75,23 @@ def test_blocks_are_stated_for_a_grouped_convolution_and_the_layer_before():
     assert "internal_metric_block" not in result["tail"]
 
 
+@pytest.mark.parametrize(("groups", "blocks"), [((2, 3), 6), ((3, 2), 6), ((4, 2), 4), ((2, 4), 4), ((2, 2), 2)])
+def test_a_layer_read_by_two_grouped_convolutions_has_blocks_that_suit_both(groups, blocks):
+    class Fork(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 12, 1)
+            self.one, self.two = (nn.Conv2d(12, 12, 1, groups=count) for count in groups)
+
+        def forward(self, x):
+            x = self.first(x)
+            return torch.cat([self.one(x), self.two(x)], 1)
+
+    result = {entry["op_names"][0]: entry for entry in dependency_groups(Fork(), IMAGES, CONVOLUTIONS)}
+    assert result["first"]["internal_metric_block"] == blocks
+    assert [result[name]["internal_metric_block"] for name in ("one", "two")] == list(groups)
+
+
 def test_pairs_inside_a_larger_group_get_a_group_each():
     class Pairs(nn.Module):
         def __init__(self):

@@ -107,6 +107,18 @@ def test_near_identical_clusters_keep_their_digits():
 
 
 @pytest.mark.parametrize("engine", ["exact", "gudhi"])
+@pytest.mark.parametrize("start", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("length", "gaps", "expected"), [(1.0, (2.0, 0.1), 2.0), (3.0, (0.2, 0.1), 1.5), (1.0, (), 0.5)]
+)
+def test_the_bottleneck_is_the_larger_one_of_finite_and_infinite_bars(engine, start, length, gaps, expected):
+    a = [[start, start + length], *([10.0 * rank, np.inf] for rank in range(len(gaps)))]
+    b = [[10.0 * rank + gap, np.inf] for rank, gap in enumerate(gaps)]
+    assert bottleneck_distance(a, b, engine=engine) == pytest.approx(expected)
+    assert bottleneck_distance(b, a, engine=engine) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("engine", ["exact", "gudhi"])
 def test_infinite_bars_match_among_themselves(engine):
     a = [[0.0, np.inf], [1.0, np.inf], [0.0, 1.0]]
     b = [[1.5, np.inf], [0.25, np.inf]]

@@ -85,10 +85,57 @@ def test_params_count_shared_ones_once_and_no_buffers() -> None:
 
 
 def test_latencies_order_models_by_their_work() -> None:
+    """A hundred times the work takes longer on any machine, however busy: the two are timed in turns."""
     models = {"large": nn.Linear(1500, 1500), "small": nn.Linear(1500, 15)}
     times = latencies(models, torch.zeros(64, 1500), runs=9, warmup=2)
     assert list(times) == ["large", "small"]
-    assert times["large"] > 5 * times["small"] > 0
+    assert times["large"] > times["small"] > 0
+
+
+class Clock:
+    """Stands still but for what models say they take; notes which one ran."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.ran: list[str] = []
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def model(self, name: str, *seconds: float) -> nn.Module:
+        """A model that takes so many seconds at its first, second, ... pass."""
+        passes = iter(seconds)
+
+        class Timed(nn.Module):
+            def forward(_, inputs: torch.Tensor) -> torch.Tensor:  # noqa: N805
+                self.now += next(passes)
+                self.ran.append(name)
+                return inputs
+
+        return Timed()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("nni_topo.zoo.measure.time", clock)
+    return clock
+
+
+def test_a_latency_is_the_median_in_milliseconds_without_the_warm_up(clock: Clock) -> None:
+    models = {
+        "one": clock.model("one", 100.0, 50.0, 1.0, 9.0, 2.0),
+        "two": clock.model("two", 7.0, 7.0, 4.0, 4.0, 99.0),
+    }
+    assert latencies(models, torch.zeros(1), runs=3, warmup=2) == {"one": 2000.0, "two": 4000.0}
+
+
+def test_models_are_timed_in_turns_of_random_order(clock: Clock) -> None:
+    models = {name: clock.model(name, *[1.0] * 12) for name in "abc"}
+    latencies(models, torch.zeros(1), runs=10, warmup=2)
+    rounds = [tuple(clock.ran[first : first + 3]) for first in range(0, 36, 3)]
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len(set(rounds)) > 3
 
 
 def test_latency_restores_the_thread_count_even_after_an_error() -> None:
