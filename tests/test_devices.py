@@ -300,7 +300,7 @@ TIMES = ("seconds", "latency", "peak_memory", "_ms", "time", "date", "key")
     "choice",
     [
         PrunerChoice("topological", knobs=GENERATIONS, calibration=32),
-        PrunerChoice("taylor", knobs={"training_steps": 2}),
+        pytest.param(PrunerChoice("taylor", knobs={"training_steps": 2}), marks=pytest.mark.slow),
         pytest.param(PrunerChoice("scratch"), marks=pytest.mark.slow),
         pytest.param(PrunerChoice("torch-pruning"), marks=pytest.mark.slow),
     ],
