@@ -10,7 +10,11 @@ FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 UPSTREAM ?=
 PROCESSORS ?=
 
-.PHONY: demo test test-all test-processors lint upstream checkout clean
+# for `make cuda`: a Python that has the packages, so that nothing is installed, e.g. PY=python3; without one, VENV's
+PY ?= $(BIN)/python
+CUDA_TESTS := tests/test_devices.py tests/test_bench_cuda.py tests/pruners/test_base.py
+
+.PHONY: demo test test-all test-processors cuda lint upstream checkout clean
 
 demo: $(READY)
 	$(BIN)/nni-topo demo --out demo
@@ -25,6 +29,14 @@ test-processors: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+# Only where packages are missing is anything installed: a machine with a GPU often has no internet.
+cuda:
+	@PYTHONPATH=. $(PY) -c "import nni_topo, pytest" 2>/dev/null || \
+	  { test '$(PY)' = '$(BIN)/python' && $(MAKE) $(READY); } || \
+	  { echo "make cuda PY=PYTHON: PYTHON must have nni_topo's packages and pytest, got '$(PY)'"; exit 2; }
+	PYTHONPATH=. $(PY) -m pytest -m cuda $(CUDA_TESTS)
+	PYTHONPATH=. $(PY) benchmarks/bench_cuda.py --out cuda.json
 
 lint: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
@@ -44,4 +56,4 @@ $(READY): setup.cfg pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv build dist demo upstream.json *.egg-info
+	rm -rf .venv build dist demo upstream.json cuda.json *.egg-info

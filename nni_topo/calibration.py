@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from nni_topo.errors import ConfigError, DataError, NniTopoError
 from nni_topo.modes import evaluation_mode
@@ -68,7 +67,6 @@ def calls(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Call]:
     DataError
         If a batch is empty; or there is no batch, after the last one would have come.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     count = 0
     for count, batch in enumerate(calibration, start=1):
         if isinstance(batch, (tuple, list)) and not batch:
@@ -79,8 +77,7 @@ def calls(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Call]:
                 "the input of a calibration batch must be a tensor, or a tuple or mapping with a tensor in it, got "
                 f"{type(inputs).__name__} (batch {count - 1})"
             )
-        call = call_arguments(inputs)
-        yield tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, call)
+        yield call_arguments(inputs, model)
     if count == 0:
         raise DataError("calibration must hold at least one batch, got none (was a generator used twice?)")
 

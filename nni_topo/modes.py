@@ -1,4 +1,4 @@
-"""Training and evaluation mode, and copies of models."""
+"""Training and evaluation mode, copies of models, and where they lie."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -21,6 +22,11 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter; of a model without any, the CPU."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def detached_copy(model: nn.Module) -> Any:

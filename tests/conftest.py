@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import far_device
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,8 @@ from torch import nn
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+# Before any test runs a backward pass. Nothing else shows of the device until a test asks for it.
+far_device.reserve()
 
 
 @pytest.fixture(autouse=True)
@@ -71,3 +75,17 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
 
     monkeypatch.setattr(Figure, "savefig", save)
     return figures
+
+
+@pytest.fixture(params=["far", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Devices that are not the CPU: one that every machine has, and a GPU, which has to round as the CPU does."""
+    if request.param == "far":
+        if not far_device.is_possible():
+            pytest.skip(f"torch {torch.__version__} takes no device written in Python")
+        yield far_device.start()
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield torch.device("cuda", 0)

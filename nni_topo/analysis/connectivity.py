@@ -87,7 +87,7 @@ def connectivity(model: nn.Module, example_inputs: Any, masks: Mapping[str, Mapp
         if name not in modules:
             raise unknown_name("a layer of masks", name, modules)
     flow = _flow_model(model, masks)
-    args, kwargs = call_arguments(example_inputs)
+    args, kwargs = call_arguments(example_inputs, model)
     reached: dict[str, float] = {}
 
     def noting(name: str) -> Any:

@@ -150,9 +150,9 @@ class _Search:
         energies = pruner._collect_data()[layer]["weight"][:, 0]
         self.energies: FloatArray = (energies / energies.sum()).numpy()
         self.filters = len(self.energies)
-        flow = channel_flow(model, call_arguments(example_inputs))
+        flow = channel_flow(model, call_arguments(example_inputs, model))
         self.place = model.get_submodule(norms_behind(model, flow).get(layer, layer))
-        self.terms = taylor_terms(model, self.place, batches).numpy()
+        self.terms = taylor_terms(model, self.place, batches).cpu().numpy()
 
     def choose(self, method: str, keep: int) -> BoolArray:
         """Return which filters stay, boolean ``(filters,)``."""

@@ -178,7 +178,8 @@ class _Surgeon:
             while len(children) < settings.population_size:
                 mother, father = population[self._winner(losses)], population[self._winner(losses)]
                 dealt = torch.rand(len(mother), generator=self.generator) < 0.5
-                child = torch.where(dealt.view(-1, *[1] * (mother.dim() - 1)), mother, father)
+                dealt = dealt.to(mother.device).view(-1, *[1] * (mother.dim() - 1))
+                child = torch.where(dealt, mother, father)
                 children.append(child + settings.mutation * self._drawn())
             population = children
             losses = [losses[best], *(evaluate(self._with(filters)).loss for filters in population[1:])]
@@ -186,7 +187,8 @@ class _Surgeon:
 
     def _drawn(self) -> Tensor:
         shape = self.weight[self.weak].shape
-        return self.scale * torch.randn(shape, generator=self.generator, dtype=self.weight.dtype)
+        drawn = torch.randn(shape, generator=self.generator, dtype=self.weight.dtype)
+        return self.scale * drawn.to(self.weight.device)
 
     def _winner(self, losses: list[float]) -> int:
         rivals = torch.randint(len(losses), (_TOURNAMENT,), generator=self.generator).tolist()

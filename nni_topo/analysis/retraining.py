@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.knobs import is_finite
@@ -196,7 +195,7 @@ def _state(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: list[t
     device = next(copied.parameters()).device
     total = 0.0
     for inputs, targets in batches:
-        args, kwargs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, call_arguments(inputs))
+        args, kwargs = call_arguments(inputs, copied)
         found = loss(copied(*args, **kwargs), targets.to(device))
         if found.dim():
             raise ConfigError(f"a loss must be the mean over a batch, got one of shape {tuple(found.shape)} (loss)")

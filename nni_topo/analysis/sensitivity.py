@@ -268,7 +268,7 @@ class _Trial:
         return score
 
     def _all_layers(self) -> list[str]:
-        flow = channel_flow(self.model, call_arguments(self.example_inputs))
+        flow = channel_flow(self.model, call_arguments(self.example_inputs, self.model))
         return [
             name
             for name in flow.layers

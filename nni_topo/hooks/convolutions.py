@@ -36,7 +36,7 @@ def convolution_sizes(model: nn.Module, example_inputs: Any) -> dict[str, tuple[
     ConfigError
         If the model doesn't run on these inputs.
     """
-    args, kwargs = call_arguments(example_inputs)
+    args, kwargs = call_arguments(example_inputs, model)
     sizes: dict[str, tuple[Size, Size]] = {}
 
     def noting(name: str) -> Any:

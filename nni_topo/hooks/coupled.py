@@ -56,7 +56,7 @@ class CoupledWeightCollector(DataCollector):
         """
         weights = WeightCollector().collect(context)
         with evaluation_mode(context.model):
-            flow = channel_flow(context.model, call_arguments(self.example_inputs))
+            flow = channel_flow(context.model, call_arguments(self.example_inputs, context.model))
         norms = norm_scales(context, flow)
         data: Data = {}
         for unit in context.units:

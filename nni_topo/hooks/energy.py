@@ -126,7 +126,7 @@ class EnergyCollector(DataCollector):
         if not self.batch_norm:
             return {}
         with evaluation_mode(context.model):
-            return norm_scales(context, channel_flow(context.model, call_arguments(self.example_inputs)))
+            return norm_scales(context, channel_flow(context.model, call_arguments(self.example_inputs, context.model)))
 
 
 class ChirpEnergyCollector(EnergyCollector):

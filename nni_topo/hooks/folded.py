@@ -59,7 +59,9 @@ class FoldedWeightCollector(DataCollector):
         """
         weights = WeightCollector().collect(context)
         with evaluation_mode(context.model):
-            norms = norms_behind(context.model, channel_flow(context.model, call_arguments(self.example_inputs)))
+            norms = norms_behind(
+                context.model, channel_flow(context.model, call_arguments(self.example_inputs, context.model))
+            )
         data: Data = {}
         for unit in context.units:
             for module_name, target_name in unit.members:

@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils._pytree import tree_map
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.hooks.base import Data, DataCollector, PruningContext
 from nni_topo.hooks.collectors import Moments, Preprocess, checked_preprocess, points_of_gram, preprocess_points
 from nni_topo.hooks.functional import Reader, readers_of
 from nni_topo.knobs import check_integer
-from nni_topo.modes import detached_copy, evaluation_mode
+from nni_topo.modes import detached_copy, device_of, evaluation_mode
 from nni_topo.speedup.dependency import channel_flow
-from nni_topo.speedup.inputs import call_arguments, tensors_of
+from nni_topo.speedup.inputs import call_arguments, on_device, tensors_of
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -117,11 +116,9 @@ class GradientCollector(DataCollector):
     def _run(self, model: nn.Module, calibration: Iterable[Any], gates: _Gates) -> None:
         """Differentiate the loss of every batch, in evaluation mode."""
         model.eval().requires_grad_(False)
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
         for index, (inputs, targets) in enumerate(_labelled(calibration)):
-            call, targets = tree_map(
-                lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (call_arguments(inputs), targets)
-            )
+            call, targets = on_device((call_arguments(inputs), targets), device)
             with torch.enable_grad():
                 loss = self._checked_loss(model(*call[0], **call[1]), targets, index)
             if not loss.requires_grad or not gates.opened:

@@ -39,7 +39,7 @@ class RowColumnCollector(DataCollector):
         flow = None
         if self.example_inputs is not None:
             with evaluation_mode(context.model):
-                flow = channel_flow(context.model, call_arguments(self.example_inputs))
+                flow = channel_flow(context.model, call_arguments(self.example_inputs, context.model))
         data: Data = {}
         for unit in context.units:
             columns = self._columns(unit, flow, context)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._pytree import tree_map
 
 from nni_topo.errors import ConfigError
 from nni_topo.modes import evaluation_mode
@@ -59,8 +58,7 @@ def input_sizes(model: nn.Module, names: Sequence[str], example_inputs: Any) -> 
         return record
 
     handles = [model.get_submodule(name).register_forward_pre_hook(recorder(name)) for name in names]
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    args, kwargs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, call_arguments(example_inputs))
+    args, kwargs = call_arguments(example_inputs, model)
     try:
         with evaluation_mode(model), torch.no_grad():
             model(*args, **kwargs)
@@ -100,8 +98,8 @@ def chirp_response_energy(module: nn.Module, weight: Tensor, bias: Tensor | None
     the cost that of one input channel. Filters are taken in turns, so that memory stays below about 128 MiB a turn.
     """
     kernels = _summed_kernels(module, weight)
-    offset = torch.zeros(len(kernels), dtype=kernels.dtype) if bias is None else bias.double()
-    planes = plane[None, None]
+    offset = kernels.new_zeros(len(kernels)) if bias is None else bias.double()
+    planes = plane.to(kernels.device)[None, None]
     positions = _respond(module, kernels[:1], planes)[0, 0].numel()
     turn = max(1, _MOST_VALUES // max(positions, plane.numel()))
     energies = [

@@ -21,7 +21,7 @@ def add_verb(
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     parser.add_argument("--seed", type=int, default=0, help="of a single run; a comparison's first (default 0)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto (default cpu)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, auto or another of PyTorch (default cpu)")
     return parser
 
 

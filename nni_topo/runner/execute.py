@@ -200,19 +200,29 @@ def layer_widths(model: nn.Module) -> dict[str, int]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device of a name; ``"auto"`` takes CUDA where it is there.
+    """Return the device of a name: ``cpu``, ``cuda``, ``cuda:1`` or another that PyTorch can compute on here.
+
+    ``auto`` is CUDA where it is there, else the CPU.
 
     Raises
     ------
     ConfigError
-        If the name is none of ``cpu``, ``cuda``, ``auto``, or CUDA is asked for and isn't there.
+        If it isn't one.
     """
-    if name not in ("cpu", "cuda", "auto"):
-        raise ConfigError(f"device must be cpu, cuda or auto, got {name!r} (device)")
     there = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if there else "cpu")
     if name == "cuda" and not there:
         raise ConfigError("device 'cuda' must be there to be used, got no CUDA device (device)")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and there) else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device must be cpu, cuda or auto, or another that PyTorch can use, got {name!r}: {reason} (device)"
+        ) from error
+    return device
 
 
 def with_new_weights(model: nn.Module, seed: int) -> nn.Module:

@@ -252,7 +252,7 @@ def _rounded(net: nn.Module, example: Tensor, masks: Masks, round_to: int | None
     if round_to is None:
         return masks
     on_device = {name: {t: mask.to(example.device) for t, mask in found.items()} for name, found in masks.items()}
-    flow = channel_flow(net, call_arguments(example))
+    flow = channel_flow(net, call_arguments(example, net))
     return resolve_masks(net, flow, check_masks(net, on_device), round_to)
 
 

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.modes import device_of
 from nni_topo.registry import create_pruner
 from nni_topo.speedup import to_dense
 
@@ -119,7 +120,6 @@ def recipe_evaluator(model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe,
     seed : int, default=0
         Of the order of the images.
     """
-    images, labels = data.train.tensors
     batches = _batches(data, recipe)
 
     def train(
@@ -133,6 +133,7 @@ def recipe_evaluator(model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe,
         del scheduler
         steps = (max_epochs or recipe.epochs) * batches if max_steps is None else max_steps
         generator = torch.Generator().manual_seed(seed)
+        images, labels = (tensor.to(device_of(model)) for tensor in data.train.tensors)
         model.train()
         for done in range(steps):
             if done % batches == 0:

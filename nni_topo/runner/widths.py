@@ -127,7 +127,7 @@ def pruning_config(model: nn.Module, example_inputs: Tensor, ratios: dict[str, f
 
 def inner_layers(model: nn.Module, example_inputs: Tensor) -> list[str]:
     """Return the convolutions and linear layers whose channels aren't the model's output, in network order."""
-    flow = channel_flow(model, call_arguments(example_inputs))
+    flow = channel_flow(model, call_arguments(example_inputs, model))
     prunable = (nn.modules.conv._ConvNd, nn.Linear)
     return [
         name

@@ -81,7 +81,7 @@ class NetworkCost:
     """
 
     def __init__(self, model: torch.nn.Module, example_inputs: Any) -> None:
-        call = call_arguments(example_inputs)
+        call = call_arguments(example_inputs, model)
         self._flow = channel_flow(model, call)
         modules = dict(model.named_modules())
         positions = _positions(model, call, list(self._flow.layers))

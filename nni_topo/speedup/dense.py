@@ -84,7 +84,7 @@ def to_dense(
     Cost: about one forward and one backward pass of every node on a batch of five.
     """
     check_model(model)
-    call = call_arguments(example_inputs)
+    call = call_arguments(example_inputs, model)
     full = check_masks(model, masks)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     # NNI's speedup works by gradients, which the caller may have switched off.

@@ -73,7 +73,7 @@ def dependency_groups(
     from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
 
     check_names(model, config_list)
-    call = call_arguments(example_inputs)
+    call = call_arguments(example_inputs, model)
     flow = channel_flow(model, call)
     order = _network_order(model, flow)
     groups = layer_groups(flow)

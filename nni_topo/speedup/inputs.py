@@ -10,11 +10,12 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
 from nni_topo.errors import ConfigError
+from nni_topo.modes import device_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def call_arguments(example_inputs: Any) -> Call:
+def call_arguments(example_inputs: Any, model: torch.nn.Module | None = None) -> Call:
     """Split example inputs into the positional and keyword arguments of ``model.forward``.
 
     Parameters
@@ -22,6 +23,8 @@ def call_arguments(example_inputs: Any) -> Call:
     example_inputs : Tensor, tuple, list or mapping of str to Any
         One tensor, the positional arguments, or the keyword arguments. The first dimension of each
         tensor is the batch.
+    model : torch.nn.Module, optional
+        If given, tensors are moved to its device.
 
     Returns
     -------
@@ -46,7 +49,12 @@ def call_arguments(example_inputs: Any) -> Call:
             "example_inputs must be a tensor, a tuple of arguments or a dict of keyword arguments "
             f"with a tensor in it, got {type(example_inputs).__name__}"
         )
-    return call
+    return call if model is None else on_device(call, device_of(model))
+
+
+def on_device(tree: Any, device: torch.device) -> Any:
+    """Move the tensors of nested containers to a device."""
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, tree)
 
 
 def bind_arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def masked_model(model: torch.nn.Module, example_inputs: Any, masks: Masks) -> t
     the dense model differs from this one.
     """
     check_model(model)
-    call = call_arguments(example_inputs)
+    call = call_arguments(example_inputs, model)
     return apply_masks(model, call, check_masks(model, masks))
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from nni_topo.errors import ConfigError
 from nni_topo.modes import evaluation_mode
@@ -71,8 +70,7 @@ def measure_latency(
             f"repeats and threads must be at least 1 and shares in (0, 1], got {repeats}, {threads} and {shares} "
             "(measure_latency)"
         )
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    call = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, call_arguments(example_inputs))
+    call = call_arguments(example_inputs, model)
     modules: dict[str, nn.Module] = {
         name: module for name, module in model.named_modules() if isinstance(module, _LAYERS)
     }

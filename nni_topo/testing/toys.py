@@ -48,12 +48,13 @@ def toy_evaluator(model: nn.Module, *, batch_size: int = 4) -> TorchEvaluator:
     Parameters
     ----------
     model : torch.nn.Module
-        The network, before it is wrapped.
+        The network, before it is wrapped, on the device where it trains.
     batch_size : int, default=4
         Images per step, 32 images in all.
     """
-    images = toy_images()
-    labels = torch.arange(len(images)) % 4
+    device = next(model.parameters()).device
+    images = toy_images().to(device)
+    labels = torch.arange(len(images), device=device) % 4
 
     def train(
         model: nn.Module,

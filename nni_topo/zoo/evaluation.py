@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from nni_topo.errors import DataError
-from nni_topo.modes import evaluation_mode
+from nni_topo.modes import device_of, evaluation_mode
 from nni_topo.zoo.data import DataBundle
 
 
@@ -32,7 +32,7 @@ def check_model(model: nn.Module, data: DataBundle) -> None:
     shape = tuple(image.shape[1:])
     try:
         with evaluation_mode(model), torch.no_grad():
-            logits = model(image.to(_device_of(model)))
+            logits = model(image.to(device_of(model)))
     except RuntimeError as error:
         raise DataError(f"the model must take images of shape {shape}, got: {error} ({data.name})") from error
     if not isinstance(logits, Tensor) or logits.shape != (1, data.num_classes):
@@ -41,7 +41,7 @@ def check_model(model: nn.Module, data: DataBundle) -> None:
 
 
 def evaluate(
-    model: nn.Module, dataset: TensorDataset, *, device: str | torch.device = "cpu", batch_size: int = 512
+    model: nn.Module, dataset: TensorDataset, *, device: str | torch.device | None = None, batch_size: int = 512
 ) -> float:
     """Return the accuracy of a classifier.
 
@@ -51,8 +51,8 @@ def evaluate(
         Moved to ``device``; run in evaluation mode, then put back into the modes it was in.
     dataset : TensorDataset
         Images ``[n, in_channels, h, w]`` and labels ``[n]``, at least one.
-    device : str or torch.device, default="cpu"
-        Where to compute.
+    device : str, torch.device or None, default=None
+        Where to compute. None: where the model lies.
     batch_size : int, default=512
         At least 1; the result doesn't depend on it.
 
@@ -71,7 +71,7 @@ def evaluate(
 
 
 def evaluate_loss(
-    model: nn.Module, dataset: TensorDataset, *, device: str | torch.device = "cpu", batch_size: int = 512
+    model: nn.Module, dataset: TensorDataset, *, device: str | torch.device | None = None, batch_size: int = 512
 ) -> float:
     """Return the mean cross entropy in nats; parameters and errors as for :func:`evaluate`."""
     losses = [
@@ -82,7 +82,7 @@ def evaluate_loss(
 
 
 def loss_and_accuracy(
-    model: nn.Module, dataset: TensorDataset, *, device: str | torch.device = "cpu", batch_size: int = 512
+    model: nn.Module, dataset: TensorDataset, *, device: str | torch.device | None = None, batch_size: int = 512
 ) -> tuple[float, float]:
     """Return what :func:`evaluate_loss` and :func:`evaluate` do, in one pass; parameters and errors as there."""
     loss, hits = 0.0, 0
@@ -93,11 +93,12 @@ def loss_and_accuracy(
 
 
 def _outputs(
-    model: nn.Module, dataset: TensorDataset, device: str | torch.device, batch_size: int
+    model: nn.Module, dataset: TensorDataset, device: str | torch.device | None, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield logits and labels, batch by batch, in evaluation mode and without gradients."""
     if len(dataset) == 0:
         raise DataError("a data set must hold at least one image to be evaluated on, got 0 (dataset)")
+    device = device_of(model) if device is None else device
     model.to(device)
     images, labels = dataset.tensors
     with evaluation_mode(model), torch.no_grad():
@@ -106,8 +107,3 @@ def _outputs(
             if int(wanted.max()) >= logits.shape[1]:
                 raise DataError(f"labels must be below the model's {logits.shape[1]} outputs, got {int(wanted.max())}")
             yield logits, wanted.to(device)
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from nni_topo.errors import ConfigError
+from nni_topo.modes import device_of
 from nni_topo.zoo.data import DataBundle
 from nni_topo.zoo.evaluation import check_model, evaluate
 from nni_topo.zoo.recipes import Recipe
@@ -85,7 +86,7 @@ def train(
     recipe: Recipe,
     *,
     seed: int,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     progress: bool = False,
     callback: Callable[[EpochLog], None] | None = None,
     state: str | Path | None = None,
@@ -103,8 +104,8 @@ def train(
         How to train.
     seed : int
         Of the order of the images, the augmentation and dropout. Same seed, same result on one machine.
-    device : str or torch.device, default="cpu"
-        Where to train; the whole training set is moved there.
+    device : str, torch.device or None, default=None
+        Where to train; the whole training set is moved there. None: where the model lies.
     progress : bool, default=False
         Whether to show a bar on standard error.
     callback : callable or None, default=None
@@ -125,7 +126,7 @@ def train(
     ConfigError
         If the loss stops being finite, or ``state`` is that of a training with another recipe or seed.
     """
-    device = torch.device(device)
+    device = device_of(model) if device is None else torch.device(device)
     check_model(model.to(device), data)
     path = None if state is None else Path(state)
     with _seeded(seed, device), _channels_last(model), _progress_bar(progress) as bar:

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from nni.compression.pruning import LinearPruner
 
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.random import RandomPruner
-from nni_topo.testing import toy_evaluator, toy_model
+from nni_topo.testing import toy_evaluator, toy_images, toy_model
 
 HALF = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
 
@@ -54,12 +53,6 @@ def test_targets_are_in_network_order_whatever_the_hash_seed():
     assert list(pruner._target_spaces) == ["stem", "inner", "hidden", "head"]
 
 
-def test_masks_move_to_the_layers_device():
-    pruner = RandomPruner(toy_model(), HALF)
-    _, masks = pruner.compress()
-    assert masks["hidden"]["weight"].device == torch.device("cpu")
-
-
 class Paired(RandomPruner):
     """Random masks, and survivors that are stated."""
 
@@ -76,3 +69,16 @@ def test_only_survivors_that_stay_of_channels_that_go_are_paired():
     # Of the others 2 doesn't stay, 4 doesn't go, and 5 and 3 have changed places.
     assert pruner._pairs(masks) == {"hidden": {2: 0}, "stem": {}}
     assert RandomPruner(toy_model(), HALF)._pairs(masks) is None
+
+
+def test_masks_move_to_the_layers_device(device):
+    pruner = RandomPruner(toy_model().to(device), HALF)
+    model, masks = pruner.compress()
+    assert {mask.device for mask in masks["hidden"].values()} == {device}
+    assert model.hidden.weight.device == model.hidden._nni_wrapper.weight_mask.device == device
+    images = toy_images(2).to(device)
+    assert model(images).device == device
+    # masks made on the CPU are taken too
+    pruner.update_masks({"hidden": {name: mask.cpu() for name, mask in masks["hidden"].items()}})
+    assert {mask.device for mask in pruner.get_masks()["hidden"].values()} == {device}
+    assert model(images).device == device

@@ -1,0 +1,141 @@
+"""The second device of the tests: what it refuses, as a GPU does, and that it computes what the CPU does."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import far_device
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytestmark = pytest.mark.skipif(not far_device.is_possible(), reason="this PyTorch takes no device written in Python")
+
+
+@pytest.fixture
+def far() -> torch.device:
+    return far_device.start()
+
+
+def layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+
+
+IMAGES = torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda far: far + torch.ones(3),
+        lambda far: torch.ones(3) * far,
+        lambda far: far[0] * torch.ones(3),
+        lambda far: far.add_(torch.ones(3)),
+        lambda far: torch.cat([far, torch.ones(3)]),
+        lambda far: torch.ones(3)[far.long()],
+        lambda far: far.gather(0, torch.zeros(1, dtype=torch.long)),
+        lambda far: torch.ones(3).index_fill_(0, far.long(), 0.0),
+        lambda far: nn.functional.linear(far, torch.ones(2, 3)),
+        lambda far: torch.equal(far, torch.ones(3)),
+        lambda far: torch.where(torch.ones(3, dtype=torch.bool), far, 0.0),
+    ],
+)
+def test_tensors_of_two_places_do_not_mix(far, mix):
+    with pytest.raises(RuntimeError, match=r"on the same device, got far and a cpu tensor of shape"):
+        mix(torch.zeros(3, device=far))
+
+
+def test_scalars_and_indices_of_the_cpu_are_taken(far):
+    values = torch.arange(4.0, device=far)
+    assert (values * torch.tensor(2.0)).tolist() == [0.0, 2.0, 4.0, 6.0]
+    assert values[torch.tensor([3, 1])].tolist() == [3.0, 1.0]
+    values[torch.tensor([True, False, False, True])] = 9.0
+    values[1:3].copy_(torch.tensor([5.0, 6.0]))
+    assert values.tolist() == [9.0, 5.0, 6.0, 9.0]
+    assert values.device == far
+
+
+@pytest.mark.parametrize("convert", [lambda x: x.numpy(), np.asarray, lambda x: np.add(x, 1), torch.from_numpy])
+def test_nothing_on_it_is_an_array(far, convert):
+    with pytest.raises(TypeError, match=r"Tensor\.cpu\(\)|expected np\.ndarray"):
+        convert(torch.zeros(3, device=far))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda g, far: torch.randn(3, generator=g, device=far),
+        lambda g, far: torch.randperm(3, generator=g, device=far),
+        lambda g, far: torch.zeros(3, device=far).uniform_(generator=g),
+        lambda g, far: torch.bernoulli(torch.ones(3, device=far), generator=g),
+    ],
+)
+def test_the_generators_of_the_cpu_do_not_draw_on_it(far, draw):
+    with pytest.raises(RuntimeError, match="'far' device type for generator, got 'cpu'"):
+        draw(torch.Generator(), far)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda d: torch.tensor([[1.0, 2.0]], device=d),
+        lambda d: torch.as_tensor(np.arange(3), device=d),
+        lambda d: torch.arange(1, 7, 2, device=d),
+        lambda d: torch.linspace(0, 1, 5, device=d),
+        lambda d: torch.full((2, 3), 7, device=d),
+        lambda d: torch.eye(3, device=d),
+        lambda d: torch.triu_indices(3, 3, device=d),
+        lambda d: torch.zeros(2, dtype=torch.bool, device=d),
+        lambda d: torch.ones(2, device=d).new_full((2, 2), 3.0),
+        lambda d: torch.ones_like(torch.zeros(3, 2, device=d), dtype=torch.long),
+    ],
+)
+def test_what_is_made_on_it_is_what_the_cpu_makes(far, make):
+    made, expected = make(far), make("cpu")
+    assert made.device == far
+    assert (made.dtype, made.shape) == (expected.dtype, expected.shape)
+    assert torch.equal(made.cpu(), expected)
+    assert type(made.cpu()) is torch.Tensor
+
+
+def test_a_network_trains_as_on_the_cpu(far):
+    nets = [layers(), layers().to(far)]
+    for net, images in zip(nets, (IMAGES, IMAGES.to(far)), strict=True):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(images).square().mean().backward()
+            optimizer.step()
+    assert all(value.device == far for value in nets[1].state_dict().values())
+    assert all(isinstance(value, nn.Parameter) and value.grad.device == far for value in nets[1].parameters())
+    pairs = zip(nets[0].state_dict().values(), nets[1].state_dict().values(), strict=True)
+    assert all(torch.equal(near, there.cpu()) for near, there in pairs)
+
+
+def test_copies_moves_and_files_keep_the_values(far):
+    net = layers().to(far)
+    twin = copy.deepcopy(net)
+    twin[0].weight.data.zero_()
+    assert float(net[0].weight.detach().abs().sum()) > 0.0
+    twin.load_state_dict(layers().state_dict())
+    assert twin[0].weight.device == far
+    twin[4].weight.data = torch.ones(2, 16, device=far)
+    assert twin[4].weight.shape == (2, 16)
+    assert float(twin[4].weight.detach().sum()) == 32.0
+    with pytest.raises(RuntimeError, match="data must stay on its device"):
+        twin[4].weight.data = torch.ones(2, 16)
+    file = io.BytesIO()
+    torch.save(net.state_dict(), file)
+    file.seek(0)
+    states = torch.load(file, weights_only=True)
+    assert all(torch.equal(value.cpu(), layers().state_dict()[name]) for name, value in states.items())
+    assert type(net.cpu()[0].weight) is nn.Parameter
+
+
+def test_an_operation_that_resizes_is_refused_not_wrong(far):
+    with pytest.raises(NotImplementedError, match="can resize its arguments"):
+        torch.zeros(2, device=far).resize_(5)
+    assert torch.zeros(2, 3, device=far).t_().shape == (3, 2)
