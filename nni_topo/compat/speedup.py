@@ -1,9 +1,9 @@
-"""Mends of NNI's ``ModelSpeedup``: pytrees, a misspelt attribute, and the cost of its log lines."""
+"""Mends of NNI's ``ModelSpeedup``: pytrees, a misspelt attribute, the caller's masks, and the cost of its log lines."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -68,6 +68,33 @@ def count_masks_faster() -> bool:
     return True
 
 
+def keep_given_masks() -> bool:
+    """Leave the masks that a speedup is given as they are.
+
+    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.__init__``. Cause: NNI's own slip
+    on every version: it works on the caller's masks, and fills in, reconciles and overwrites them; a second speedup
+    with them, of a copy of the model say, went wrong. A speedup has its own copy, ``speedup.masks``, now.
+
+    Returns
+    -------
+    bool
+        True if the constructor was replaced, False if it is.
+    """
+    init = model_speedup.ModelSpeedup.__init__
+    if hasattr(init, "__wrapped__"):
+        return False
+
+    @wraps(init)
+    def init_with_copies(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.masks = {
+            name: {target: _copy(mask) for target, mask in given.items()} for name, given in self.masks.items()
+        }
+
+    model_speedup.ModelSpeedup.__init__ = init_with_copies
+    return True
+
+
 def sparsity_text(masks: Mapping[str, Any]) -> str:
     """Describe how sparse masks are, as NNI's log does.
 
@@ -85,6 +112,10 @@ def sparsity_text(masks: Mapping[str, Any]) -> str:
     return "".join(
         f"{name}: {1 - int(torch.count_nonzero(mask)) / mask.numel(): .4f} " for name, mask in tensors.items()
     )
+
+
+def _copy(mask: Any) -> Any:
+    return mask.detach().clone() if isinstance(mask, torch.Tensor) else mask
 
 
 def _is_size(value: object) -> bool:
