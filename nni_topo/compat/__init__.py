@@ -138,6 +138,7 @@ def _mends() -> tuple[Callable[[], bool], ...]:
         speedup.restore_randomized_output,
         speedup.count_masks_faster,
         speedup.keep_given_masks,
+        speedup.keep_graph_for_all_outputs,
         evaluators.set_lightning_steps,
         trainers.patch_trainer_steps,
         trainers.pass_loss_arguments,

@@ -95,6 +95,24 @@ def keep_given_masks() -> bool:
     return True
 
 
+def keep_graph_for_all_outputs() -> bool:
+    """Let a module give several tensors: a recurrent layer, attention.
+
+    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.indirect_backward``. Cause: NNI's own slip
+    on every version: it goes back from each output of a node by itself, and the first time frees the graph, so
+    that the second ended in a RuntimeError.
+
+    Returns
+    -------
+    bool
+        True if the method was replaced, False if it is.
+    """
+    if model_speedup.ModelSpeedup.indirect_backward is _indirect_backward:
+        return False
+    model_speedup.ModelSpeedup.indirect_backward = _indirect_backward
+    return True
+
+
 def sparsity_text(masks: Mapping[str, Any]) -> str:
     """Describe how sparse masks are, as NNI's log does.
 
@@ -112,6 +130,15 @@ def sparsity_text(masks: Mapping[str, Any]) -> str:
     return "".join(
         f"{name}: {1 - int(torch.count_nonzero(mask)) / mask.numel(): .4f} " for name, mask in tensors.items()
     )
+
+
+def _indirect_backward(self: Any, output: Any, output_mask: Any) -> None:
+    if isinstance(output, torch.Tensor) and self.tensor_propagate_check(output):
+        assert isinstance(output_mask, torch.Tensor)  # NNI's own
+        if output.grad_fn is not None:
+            output.backward(output_mask.expand_as(output), retain_graph=True)
+    else:
+        assert output_mask is None  # NNI's own
 
 
 def _copy(mask: Any) -> Any:

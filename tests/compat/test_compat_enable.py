@@ -29,6 +29,7 @@ ALWAYS_BROKEN = {
     "restore_randomized_output",
     "count_masks_faster",
     "keep_given_masks",
+    "keep_graph_for_all_outputs",
     "set_lightning_steps",
     "patch_trainer_steps",
     "pass_loss_arguments",
