@@ -91,6 +91,8 @@ class ChannelFlow(torch.fx.Interpreter):
         The layers that make channels, in the order they are called.
     blocks : list of Blocks
         One for each grouped convolution, group norm and chunk.
+    whole : list of str
+        The modules with parameters that can't be cut, in the order they are called.
     at_output : ndarray, shape (n,)
         Representatives of the channels that arrive at the model's output.
     """
@@ -99,6 +101,7 @@ class ChannelFlow(torch.fx.Interpreter):
         super().__init__(graph_module)
         self.layers: dict[str, Layer] = {}
         self.blocks: list[Blocks] = []
+        self.whole: list[str] = []
         self._entering: dict[str, np.ndarray] = {}
         self._parents = [FIXED]
         with torch.no_grad():
@@ -187,6 +190,7 @@ class ChannelFlow(torch.fx.Interpreter):
         module = self.fetch_attr(name)
         if not labels or not can_be_cut(module):
             self._pin(labels)
+            self.whole.append(name)
             return given_shapes(node, FIXED)
         if shape is None:
             return self._several(node, labels)
