@@ -131,6 +131,7 @@ def _mends() -> tuple[Callable[[], bool], ...]:
         tracing.wrap_type_itself,
         tracing.run_leaves_with_classes,
         tracing.write_stand_ins_as_types,
+        tracing.compare_stand_ins_as_types,
         tracing.call_functions_of_python,
         bytecode.index_code_units,
         bytecode.restore_branch_opcodes,

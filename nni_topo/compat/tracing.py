@@ -6,6 +6,7 @@ import __future__
 import ast
 import functools
 import inspect
+import operator
 import sys
 from collections.abc import Callable
 from types import MethodDescriptorType, SimpleNamespace
@@ -198,6 +199,37 @@ def write_stand_ins_as_types() -> bool:
     return True
 
 
+def compare_stand_ins_as_types() -> bool:
+    """Let ``type(value) is tuple`` be true of a tuple.
+
+    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_func``. Cause: NNI's own slip
+    on every version: ``type`` gives the class, while the name ``tuple`` means the class's stand-in, so that
+    ``is`` was never true and ``is not`` always. Models that check a type so (DistilBERT) raised their own errors.
+
+    Returns
+    -------
+    bool
+        True if NNI's maker of wrappers was replaced, False if its ``is`` knows stand-ins.
+    """
+    make, known = concrete_tracer._create_wrapped_leaf_func, {(stand_in := object()): list}
+    if make(SimpleNamespace(temp_disable_call=False, clz_wrapper_map=known), operator.is_, None)(list, stand_in):
+        return False
+
+    def make_wrapper(tracer: Any, func: Callable[..., Any], *rest: Any) -> Any:
+        traced = make(tracer, func, *rest)
+        if func not in (operator.is_, operator.is_not):
+            return traced
+
+        @functools.wraps(func)
+        def wrapper(*args: Any) -> Any:
+            return traced(*(_class_of(arg, tracer.clz_wrapper_map) for arg in args))
+
+        return wrapper
+
+    concrete_tracer._create_wrapped_leaf_func = make_wrapper
+    return True
+
+
 def call_functions_of_python() -> bool:
     """Let functions that PyTorch calls within a traced function be those that it means.
 
@@ -226,6 +258,14 @@ def call_functions_of_python() -> bool:
 
     concrete_tracer._create_wrapped_leaf_func = make_wrapper
     return True
+
+
+def _class_of(value: Any, classes: dict[Any, Any]) -> Any:
+    """Look up the class that a stand-in stands for; anything else comes back as it is."""
+    for stand_in, cls in classes.items():
+        if stand_in is value:
+            return cls
+    return value
 
 
 def _typed(make: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

@@ -17,8 +17,10 @@ from nni_topo.speedup.reference import apply_masks
 from nni_topo.speedup.report import DenseReport, dense_report
 from nni_topo.speedup.resolve import Resolved, resolve, warn_of_kept
 from nni_topo.speedup.tracing import trace
+from nni_topo.speedup.transformers import fast_paths_off
 
 
+@fast_paths_off()
 def to_dense(
     model: torch.nn.Module,
     example_inputs: Any,

@@ -190,7 +190,7 @@ class _WholeUpdater(LeafModuleMaskUpdater):
             info = model_speedup.node_infos[parent]
             needed = tree_map(lambda mask: mask.clone() if isinstance(mask, torch.Tensor) else mask, info.output_masks)
             for value in tensors_of(needed):
-                value.grad = torch.ones_like(value)
+                value.grad = torch.ones_like(value) if value.is_floating_point() else None
             model_speedup.indirect_pass_grad(parent, needed)
 
 

@@ -12,11 +12,12 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from nni_topo.errors import SpeedupError
 from nni_topo.speedup.inputs import Call, bind_arguments, tensors_of
-from nni_topo.speedup.transformers import UnfoldingTracer
+from nni_topo.speedup.transformers import UnfoldingTracer, fast_paths_off
 
 _logger = logging.getLogger(__name__)
 
 
+@fast_paths_off()
 def trace(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModule, tuple[Any, ...]]:
     """Trace a model in evaluation mode.
 

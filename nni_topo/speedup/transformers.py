@@ -7,13 +7,29 @@ names and defaults of their own arguments. Attention itself stays one node.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+import torch.backends.mha
 import torch.fx
 from torch import nn
+
+
+@contextmanager
+def fast_paths_off() -> Iterator[None]:
+    """Let attention and transformer layers compute what they say, step by step, for a while.
+
+    Their fast paths turn padded batches into nested tensors, on which hooks and masks can't work.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 class UnfoldingTracer(torch.fx.Tracer):

@@ -71,6 +71,21 @@ class Typed(nn.Module):
         return first + sum(kinds[1]) if isinstance(scale, int | tuple | None) else first * scale
 
 
+class Checked(nn.Module):
+    """Asks for exact types, of values that are traced and of others."""
+
+    def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
+        pair = torch.split(x, 2)
+        right = (
+            type(pair) is tuple,
+            type(scale) is not int,
+            type([1]) is list,
+            type(x) is not tuple,
+        )
+        wrong = type(pair) is list, type(pair) is not tuple, scale is None, x is pair
+        return x * sum(right) + sum(wrong)
+
+
 class Scripted(nn.Module):
     """Calls functions of PyTorch that call others of its Python side."""
 
@@ -133,6 +148,11 @@ def test_types_of_builtin_classes_are_evaluated_as_types(scale: float | None) ->
     torch.testing.assert_close(concrete_trace(Typed(), (x, scale))(-x, scale), Typed()(-x, scale))
 
 
+def test_types_are_compared_as_types() -> None:
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(concrete_trace(Checked(), (x, 1.5))(-x, 1.5), -4 * x)
+
+
 def test_functions_call_those_of_python_and_stay_one_node() -> None:
     x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
     traced = concrete_trace(Scripted(), (x,))
@@ -152,6 +172,7 @@ def test_builtin_classes_are_themselves_after_a_trace_that_fails() -> None:
 def test_stand_ins_and_wrappers_are_mended_once() -> None:
     assert tracing.run_leaves_with_classes() is False
     assert tracing.write_stand_ins_as_types() is False
+    assert tracing.compare_stand_ins_as_types() is False
     assert tracing.call_functions_of_python() is False
 
 

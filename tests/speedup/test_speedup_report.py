@@ -205,6 +205,32 @@ def test_decoders_and_whole_transformers_shrink():
     same_output(dense, masked_model(model, inputs, masks), *inputs)
 
 
+class Padded(nn.Module):
+    """Padding that the fast path cuts out of the batch, at positions that are read later."""
+
+    def __init__(self, nested):
+        super().__init__()
+        torch.manual_seed(1)
+        self.embed = nn.Embedding(20, 8, padding_idx=0)
+        self.body = nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=nested)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids):
+        return self.head(self.body(self.embed(ids), src_key_padding_mask=ids.eq(0)))
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_padded_batches_shrink(nested):
+    model, ids = Padded(nested).eval(), torch.randint(1, 20, (3, 7), generator=torch.Generator().manual_seed(0))
+    ids[1, 4:] = 0
+    names = [f"body.layers.{i}.linear1" for i in range(2)]
+    masks = {name: filter_mask(model.get_submodule(name), range(0, 12, 2)) for name in names}
+    dense = to_dense(model, ids, masks)
+    assert [dense.get_submodule(name).out_features for name in names] == [6, 6]
+    assert torch.backends.mha.get_fastpath_enabled()
+    same_output(dense, masked_model(model, ids, masks), ids)
+
+
 def test_all_linear_layers_of_a_transformer_say_which_stay(caplog):
     model = Classifier(encoder_layer()).eval()
     pruner = L1NormPruner(model, [{"op_types": ["Linear"], "sparse_ratio": 0.5, "exclude_op_names": ["head"]}])
