@@ -1,4 +1,4 @@
-"""Mends of NNI's ``ModelSpeedup``: pytrees, a misspelt attribute, shared layers, and the cost of its log lines."""
+"""Mends of NNI's ``ModelSpeedup``: pytrees, a misspelt attribute, shared layers, given masks, several outputs, and costs."""
 
 from __future__ import annotations
 
@@ -105,6 +105,51 @@ def untie_layers() -> bool:
     return True
 
 
+def keep_given_masks() -> bool:
+    """Leave the masks that a speedup is given as they are.
+
+    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.__init__``. Cause: NNI's own slip
+    on every version: it works on the caller's masks, and fills in, reconciles and overwrites them; a second speedup
+    with them, of a copy of the model say, went wrong. A speedup has its own copy, ``speedup.masks``, now.
+
+    Returns
+    -------
+    bool
+        True if the constructor was replaced, False if it is.
+    """
+    init = model_speedup.ModelSpeedup.__init__
+    if hasattr(init, "__wrapped__"):
+        return False
+
+    @wraps(init)
+    def init_with_copies(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.masks = {
+            name: {target: _copy(mask) for target, mask in given.items()} for name, given in self.masks.items()
+        }
+
+    model_speedup.ModelSpeedup.__init__ = init_with_copies
+    return True
+
+
+def keep_graph_for_all_outputs() -> bool:
+    """Let a module give several tensors: a recurrent layer, attention.
+
+    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.indirect_backward``. Cause: NNI's own slip
+    on every version: it goes back from each output of a node by itself, and the first time frees the graph, so
+    that the second ended in a RuntimeError.
+
+    Returns
+    -------
+    bool
+        True if the method was replaced, False if it is.
+    """
+    if model_speedup.ModelSpeedup.indirect_backward is _indirect_backward:
+        return False
+    model_speedup.ModelSpeedup.indirect_backward = _indirect_backward
+    return True
+
+
 def sparsity_text(masks: Mapping[str, Any]) -> str:
     """Describe how sparse masks are, as NNI's log does.
 
@@ -122,6 +167,19 @@ def sparsity_text(masks: Mapping[str, Any]) -> str:
     return "".join(
         f"{name}: {1 - int(torch.count_nonzero(mask)) / mask.numel(): .4f} " for name, mask in tensors.items()
     )
+
+
+def _indirect_backward(self: Any, output: Any, output_mask: Any) -> None:
+    if isinstance(output, torch.Tensor) and self.tensor_propagate_check(output):
+        assert isinstance(output_mask, torch.Tensor)  # NNI's own
+        if output.grad_fn is not None:
+            output.backward(output_mask.expand_as(output), retain_graph=True)
+    else:
+        assert output_mask is None  # NNI's own
+
+
+def _copy(mask: Any) -> Any:
+    return mask.detach().clone() if isinstance(mask, torch.Tensor) else mask
 
 
 def _is_size(value: object) -> bool:

@@ -6,6 +6,8 @@ import __future__
 import ast
 import functools
 import inspect
+import operator
+import sys
 from collections.abc import Callable
 from types import MethodDescriptorType, SimpleNamespace
 from typing import Any
@@ -139,6 +141,146 @@ def name_class_of_super() -> bool:
 
     operator_patcher.TransformerOp.visit_Call = visit_call
     return True
+
+
+def run_leaves_with_classes() -> bool:
+    """Let functions and modules that aren't traced into find Python's classes, and no stand-ins.
+
+    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``ConcreteTracer.run_target``. Cause: while a
+    model is traced, ``list``, ``bool``, ``type`` and others are objects that look like the classes. PyTorch's own
+    functions, which get no traced values, found them too, and evaluate ``torch.jit.annotate(list[int], [])`` in
+    every max pooling without a stride and ``type(a) is not bool`` in every unpooling (2.11 to 2.15, every
+    Python): a TypeError or an AssertionError.
+
+    Returns
+    -------
+    bool
+        True if NNI's method was replaced, False if it is or if the tracer keeps no stand-ins.
+    """
+    tracer = concrete_tracer.ConcreteTracer
+    run = tracer.run_target
+    if run.__module__ == __name__ or "clz_wrapper_map" not in tracer.trace.__code__.co_names:
+        return False
+
+    def run_target(self: Any, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # before the first stand-in is made, placeholders are run without any
+        classes = vars(self).get("clz_wrapper_map", {}).values()
+        places = [(vars(sys.modules[cls.__module__]), cls.__name__, cls) for cls in classes]
+        found = [(names, name, names[name]) for names, name, _ in places]
+        try:
+            for names, name, cls in places:
+                names[name] = cls
+            return run(self, kind, target, args, kwargs)
+        finally:
+            for names, name, stand_in in found:
+                names[name] = stand_in
+
+    tracer.run_target = run_target
+    return True
+
+
+def write_stand_ins_as_types() -> bool:
+    """Let the stand-ins of builtin classes be written as types: ``list[int]``, ``int | None``.
+
+    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_iterable_class`` and
+    ``_create_wrapped_leaf_class``. Cause: while a model is traced, ``list``, ``dict``, ``tuple``, ``int`` and
+    others are objects that take no subscript and no ``|``, so that a forward in the style of Python 3.9 and newer
+    (``isinstance(size, int | None)``) ended in a TypeError (every Python and PyTorch).
+
+    Returns
+    -------
+    bool
+        True if NNI's makers of stand-ins were replaced, False if a stand-in takes a subscript.
+    """
+    if hasattr(type(concrete_tracer._create_wrapped_leaf_iterable_class(None, list)), "__getitem__"):
+        return False
+    for name in ("_create_wrapped_leaf_iterable_class", "_create_wrapped_leaf_class"):
+        setattr(concrete_tracer, name, _typed(getattr(concrete_tracer, name)))
+    return True
+
+
+def compare_stand_ins_as_types() -> bool:
+    """Let ``type(value) is tuple`` be true of a tuple.
+
+    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_func``. Cause: NNI's own slip
+    on every version: ``type`` gives the class, while the name ``tuple`` means the class's stand-in, so that
+    ``is`` was never true and ``is not`` always. Models that check a type so (DistilBERT) raised their own errors.
+
+    Returns
+    -------
+    bool
+        True if NNI's maker of wrappers was replaced, False if its ``is`` knows stand-ins.
+    """
+    make, known = concrete_tracer._create_wrapped_leaf_func, {(stand_in := object()): list}
+    if make(SimpleNamespace(temp_disable_call=False, clz_wrapper_map=known), operator.is_, None)(list, stand_in):
+        return False
+
+    def make_wrapper(tracer: Any, func: Callable[..., Any], *rest: Any) -> Any:
+        traced = make(tracer, func, *rest)
+        if func not in (operator.is_, operator.is_not):
+            return traced
+
+        @functools.wraps(func)
+        def wrapper(*args: Any) -> Any:
+            return traced(*(_class_of(arg, tracer.clz_wrapper_map) for arg in args))
+
+        return wrapper
+
+    concrete_tracer._create_wrapped_leaf_func = make_wrapper
+    return True
+
+
+def call_functions_of_python() -> bool:
+    """Let functions that PyTorch calls within a traced function be those that it means.
+
+    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_func``. Cause: NNI's own slip
+    on every version: ``torch.norm`` and others of ``torch.functional`` are replaced by a wrapper of the builtin of
+    that name. It calls the function of ``torch.functional`` from the model's code, but the builtin, which takes
+    other arguments, from PyTorch's: ``normalize``, ``mse_loss`` and others ended in a TypeError.
+
+    Returns
+    -------
+    bool
+        True if NNI's maker of wrappers was replaced, False if its wrappers call the right function.
+    """
+    make = concrete_tracer._create_wrapped_leaf_func
+    if make(SimpleNamespace(temp_disable_call=True), lambda: False, lambda: True)():
+        return False
+
+    def make_wrapper(tracer: Any, func: Callable[..., Any], to_func: Callable[..., Any] | None, *rest: Any) -> Any:
+        traced = make(tracer, func, to_func, *rest)
+
+        @functools.wraps(func)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return to_func(*args, **kwargs) if to_func and tracer.temp_disable_call else traced(*args, **kwargs)
+
+        return wrapper
+
+    concrete_tracer._create_wrapped_leaf_func = make_wrapper
+    return True
+
+
+def _class_of(value: Any, classes: dict[Any, Any]) -> Any:
+    """Look up the class that a stand-in stands for; anything else comes back as it is."""
+    for stand_in, cls in classes.items():
+        if stand_in is value:
+            return cls
+    return value
+
+
+def _typed(make: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Let stand-ins be written as types."""
+
+    @functools.wraps(make)
+    def make_typed(tracer: Any, cls: Any) -> Any:
+        stand_in = make(tracer, cls)
+        kind: Any = type(stand_in)
+        kind.__getitem__ = lambda _, parameters: cls[parameters]
+        kind.__or__ = lambda _, other: cls | other
+        kind.__ror__ = lambda _, other: other | cls
+        return stand_in
+
+    return make_typed
 
 
 def _wraps(wrapped: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.fx
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 from nni_topo.speedup.inputs import tensors_of
 from nni_topo.speedup.labels import (
@@ -28,12 +28,13 @@ from nni_topo.speedup.labels import (
     carry,
     carry_reduced,
     fixed,
+    given_shapes,
     plain_name,
     tensor_shape,
     unknown,
     varies,
 )  # fmt: skip
-from nni_topo.speedup.layers import NORMS, is_depthwise, output_channels
+from nni_topo.speedup.layers import NORMS, can_be_cut, is_depthwise, output_channels
 
 
 @dataclasses.dataclass
@@ -90,6 +91,8 @@ class ChannelFlow(torch.fx.Interpreter):
         The layers that make channels, in the order they are called.
     blocks : list of Blocks
         One for each grouped convolution, group norm and chunk.
+    whole : list of str
+        The modules with parameters that can't be cut, in the order they are called.
     at_output : ndarray, shape (n,)
         Representatives of the channels that arrive at the model's output.
     """
@@ -98,6 +101,7 @@ class ChannelFlow(torch.fx.Interpreter):
         super().__init__(graph_module)
         self.layers: dict[str, Layer] = {}
         self.blocks: list[Blocks] = []
+        self.whole: list[str] = []
         self._entering: dict[str, np.ndarray] = {}
         self._parents = [FIXED]
         with torch.no_grad():
@@ -178,14 +182,18 @@ class ChannelFlow(torch.fx.Interpreter):
         shape = tensor_shape(n)
         labels = tensors_of((args, kwargs))
         if n.op == "call_module":
-            return self._module(str(n.target), labels, shape)
+            return self._module(n, labels, shape)
         return self._function(n, args, kwargs, labels, shape)
 
-    def _module(self, name: str, labels: list[torch.Tensor], shape: tuple[int, ...] | None) -> Any:
+    def _module(self, node: torch.fx.Node, labels: list[torch.Tensor], shape: tuple[int, ...] | None) -> Any:
+        name = str(node.target)
         module = self.fetch_attr(name)
-        if shape is None or not labels:
+        if not labels or not can_be_cut(module):
             self._pin(labels)
-            return None if shape is None else torch.zeros(shape, dtype=torch.int64)
+            self.whole.append(name)
+            return given_shapes(node, FIXED)
+        if shape is None:
+            return self._several(node, labels)
         if output_channels(module) is not None:
             return self._layer(name, module, labels[0], shape)
         if isinstance(module, MOVING_MODULES):
@@ -201,6 +209,15 @@ class ChannelFlow(torch.fx.Interpreter):
         if isinstance(module, NORMS):
             self._entering.setdefault(name, self._per_channel(labels[0], 1))
         return passed
+
+    def _several(self, node: torch.fx.Node, labels: list[torch.Tensor]) -> Any:
+        """Carry labels to each of several tensors."""
+
+        def passed(value: torch.Tensor) -> torch.Tensor:
+            carried = carry(labels[0], tuple(value.shape)) if len(labels) == 1 else None
+            return value if carried is None else carried
+
+        return tree_map_only(torch.Tensor, passed, given_shapes(node, UNKNOWN))
 
     def _layer(self, name: str, module: Any, labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         dim = len(shape) - 1 if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) else 1

@@ -15,10 +15,13 @@ from nni_topo.speedup.engine import DenseSpeedup
 from nni_topo.speedup.inputs import Call, call_arguments, cast_floats
 from nni_topo.speedup.masks import FullMasks, Masks, check_masks, check_model
 from nni_topo.speedup.reference import apply_masks
-from nni_topo.speedup.resolve import resolve_masks
+from nni_topo.speedup.report import DenseReport, dense_report
+from nni_topo.speedup.resolve import Resolved, resolve, warn_of_kept
 from nni_topo.speedup.tracing import trace
+from nni_topo.speedup.transformers import fast_paths_off
 
 
+@fast_paths_off()
 def to_dense(
     model: torch.nn.Module,
     example_inputs: Any,
@@ -50,7 +53,9 @@ def to_dense(
     -------
     torch.nn.Module
         A new model of the same class with fewer channels, in the mode of ``model``, module by module. Layers that
-        share a weight or buffer still do where the same of it is kept.
+        share a weight or buffer still do where the same of it is kept. Its ``report`` is a `DenseReport` of the
+        channels of every layer before and after, and why some stay although they are masked; a model with a
+        ``report`` of its own keeps that.
 
     Raises
     ------
@@ -73,7 +78,8 @@ def to_dense(
     is why the result may differ from NNI's wrapped model, in which the batch norm's bias survives.
 
     Where masks of layers that share channels differ, all channels that any of them keeps are kept, with the
-    weights of ``model``; a layer without a mask keeps all. A warning names them.
+    weights of ``model``; a layer without a mask keeps all. So do recurrent layers, attention and other modules that
+    can't be cut, and what enters them. One warning names the layers that keep channels, and why.
 
     Single masked weights in channels that are kept stay as zeros.
 
@@ -90,28 +96,39 @@ def to_dense(
     # NNI's speedup works by gradients, which the caller may have switched off.
     with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(0)
-        dense, reference, kept = _build(model, call, full, round_to)
+        dense, reference, kept, resolved = _build(model, call, full, round_to)
         if check:
             check_equal(reference, dense, call, kept, rtol)
+    _report(model, dense, full, resolved)
     return dense
+
+
+def _report(model: torch.nn.Module, dense: torch.nn.Module, masks: FullMasks, resolved: Resolved) -> None:
+    """Give a dense model its report, and warn of channels that it keeps for another reason than rounding."""
+    report = dense_report(model, dense, masks, resolved.reasons)
+    others = {row.name: f"{row.kept} of {row.before} ({row.reason})" for row in report.kept}
+    silent = {name for name, reason in resolved.reasons.items() if reason and name not in resolved.kept}
+    warn_of_kept({name: resolved.kept.get(name, text) for name, text in others.items() if name not in silent})
+    if isinstance(getattr(dense, "report", report), DenseReport):
+        dense.report = report  # type: ignore[assignment]
 
 
 def _build(
     model: torch.nn.Module, call: Call, masks: FullMasks, round_to: int | None
-) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, list[torch.Tensor]]]:
-    """Make the dense model, its reference, and the list of what is kept of each module's output."""
+) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, list[torch.Tensor]], Resolved]:
+    """Make the dense model, its reference, the list of what is kept of each module's output, and the masks used."""
     original = copy.deepcopy(model).eval()
     graph_module, args = trace(original, call)
-    masks = resolve_masks(original, ChannelFlow(graph_module, args), masks, round_to)
-    reference = apply_masks(original, call, masks)
+    resolved = resolve(original, ChannelFlow(graph_module, args), masks, round_to)
+    reference = apply_masks(original, call, resolved.masks)
     dense = copy.deepcopy(reference)
     # NNI's speedup writes random values into single layers, so each needs tensors of its own.
     untie(dense, find_ties(dense))
-    kept = _shrink(dense, call, masks)
+    kept = _shrink(dense, call, resolved.masks)
     tie_again(dense, find_ties(original))
     for name, module in model.named_modules():
         dense.get_submodule(name).training = module.training
-    return dense, reference, kept
+    return dense, reference, kept, resolved
 
 
 def _shrink(dense: torch.nn.Module, call: Call, masks: FullMasks) -> dict[str, list[torch.Tensor]]:

@@ -7,12 +7,19 @@ random values. The classes below keep this and change, by NNI's own seams, what 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.fx
 from nni.compression.speedup import ModelSpeedup
-from nni.compression.speedup.mask_updater import DefaultMaskUpdater, LeafModuleMaskUpdater, NoChangeMaskUpdater
+from nni.compression.speedup.mask_updater import (
+    DefaultMaskUpdater,
+    LeafModuleMaskUpdater,
+    NoChangeMaskUpdater,
+    NoMaskUpdater,
+)
 from nni.compression.speedup.replacement import replace_module
 from nni.compression.speedup.replacer import Replacer
 from torch.nn import functional
@@ -21,8 +28,9 @@ from torch.utils._pytree import tree_map
 from nni_topo.errors import SpeedupError
 from nni_topo.speedup.cutting import cut
 from nni_topo.speedup.inputs import tensors_of
-from nni_topo.speedup.layers import output_channels
+from nni_topo.speedup.layers import can_be_cut, output_channels
 from nni_topo.speedup.masks import FullMasks
+from nni_topo.speedup.propagation import PlainUpdater, free, masks_enter, whole
 
 # A batch of which few sizes are multiples, so that NNI takes no parameter for an activation.
 _BATCH = 5
@@ -77,11 +85,19 @@ class DenseSpeedup(ModelSpeedup):
             args,
             {name: dict(targets) for name, targets in masks.items() if name in names},
             batch_size=_BATCH,
-            customized_mask_updaters=[_InputUpdater(), _UnchangedUpdater(), _LayerUpdater()],
+            customized_mask_updaters=[
+                _InputUpdater(),
+                _UnchangedUpdater(),
+                NoMaskUpdater(),
+                PlainUpdater(),
+                _WholeUpdater(),
+                _LayerUpdater(),
+            ],
             graph_module=graph_module,
             logger=_quiet,
         )
         self.kept: Kept = {}
+        self._passing: list[tuple[torch.fx.Node, Any]] | None = None
         self.replacers = [_Cutter()]
 
     def fix_mask_conflict(self) -> None:
@@ -99,6 +115,23 @@ class DenseSpeedup(ModelSpeedup):
     def update_indirect_sparsity(self) -> None:
         """Find the channels that nothing depends on, from the outputs on."""
         self._update("indirect", list(reversed(self.graph_module.graph.nodes)))
+
+    def indirect_pass_grad(self, node: torch.fx.Node, outputs: Any) -> None:
+        """Pass gradients on to a node, or collect them."""
+        if self._passing is None:
+            super().indirect_pass_grad(node, outputs)
+        else:
+            self._passing.append((node, outputs))
+
+    @contextmanager
+    def collected(self) -> Iterator[list[tuple[torch.fx.Node, Any]]]:
+        """Collect the values whose gradients would be passed on, instead of passing these."""
+        passing: list[tuple[torch.fx.Node, Any]] = []
+        self._passing = passing
+        try:
+            yield passing
+        finally:
+            self._passing = None
 
     def _update(self, way: str, nodes: list[torch.fx.Node]) -> None:
         for stage in ("preprocess", "process", "postprocess"):
@@ -141,6 +174,26 @@ class _UnchangedUpdater(NoChangeMaskUpdater):
             parent.output_grad = type(grads)(total if i == index else grad for i, grad in enumerate(grads))
 
 
+class _WholeUpdater(LeafModuleMaskUpdater):
+    """Keep what goes into and comes out of modules that can't be cut: recurrent layers, attention."""
+
+    def detect(self, model_speedup: ModelSpeedup, node: torch.fx.Node) -> bool:
+        is_module = node.op == "call_module" and bool(super().detect(model_speedup, node))
+        return is_module and not can_be_cut(model_speedup.node_infos[node].module)
+
+    def direct_update_process(self, model_speedup: ModelSpeedup, node: torch.fx.Node) -> None:
+        model_speedup.node_infos[node].output_masks = whole(model_speedup, node)
+        free(model_speedup, node)
+
+    def indirect_update_process(self, model_speedup: ModelSpeedup, node: torch.fx.Node) -> None:
+        for parent in node.all_input_nodes:
+            info = model_speedup.node_infos[parent]
+            needed = tree_map(lambda mask: mask.clone() if isinstance(mask, torch.Tensor) else mask, info.output_masks)
+            for value in tensors_of(needed):
+                value.grad = torch.ones_like(value) if value.is_floating_point() else None
+            model_speedup.indirect_pass_grad(parent, needed)
+
+
 class _LayerUpdater(LeafModuleMaskUpdater):
     """Run layers on positive random parameters, and keep constant channels that aren't zero.
 
@@ -162,15 +215,30 @@ class _LayerUpdater(LeafModuleMaskUpdater):
                 parameter.uniform_(0.5, 1.5).mul_(info.param_masks[name])
 
     def direct_update_process(self, model_speedup: ModelSpeedup, node: torch.fx.Node) -> None:
-        super().direct_update_process(model_speedup, node)
         info = model_speedup.node_infos[node]
+        if isinstance(info.module, torch.nn.Embedding):
+            # indices say nothing about channels, and those of a position have no batch
+            info.output_masks = torch.ones_like(info.output_origin) * info.param_masks["weight"].ne(0).any(0)
+        elif not masks_enter(model_speedup, node):
+            info.output_masks = whole(model_speedup, node)
+        else:
+            super().direct_update_process(model_speedup, node)
+            self._keep_alive(info)
+            return
+        free(model_speedup, node)
+
+    def _keep_alive(self, info: Any) -> None:
         if info.alive is not None and isinstance(info.output_masks, torch.Tensor) and output_channels(info.module):
             dim = -1 if isinstance(info.module, torch.nn.Linear) else 1
             info.output_masks.transpose(0, dim)[info.alive] = 1
 
     def indirect_update_process(self, model_speedup: ModelSpeedup, node: torch.fx.Node) -> None:
-        # Masks of parameters play no part any more: skip their update.
-        DefaultMaskUpdater.indirect_update_process(self, model_speedup, node)
+        info = model_speedup.node_infos[node]
+        if isinstance(info.module, torch.nn.Embedding):
+            info.output_masks = model_speedup.indirect_calc_mask(info.output_grad, info.output_masks)
+        else:
+            # Masks of parameters play no part any more: skip their update.
+            DefaultMaskUpdater.indirect_update_process(self, model_speedup, node)
 
 
 class _Cutter(Replacer):
@@ -190,6 +258,8 @@ class _Cutter(Replacer):
                 _check_calls(name, module, speedup.kept[name], kept_out)
                 continue
             speedup.kept[name] = kept_out
+            if isinstance(module, torch.nn.Embedding):
+                kept_in = [kept_out]
             if kept_in and kept_out and not cut(name, module, kept_in[0], kept_out):
                 self._replace(speedup, name, module, node)
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch.fx.passes.shape_prop import TensorMetadata
+from torch.utils._pytree import tree_map
 
 FIXED = 0
 UNKNOWN = -1
@@ -162,6 +164,29 @@ def tensor_shape(node: torch.fx.Node) -> tuple[int, ...] | None:
     """
     shape = getattr(node.meta.get("tensor_meta"), "shape", None)
     return None if shape is None else tuple(shape)
+
+
+def given_shapes(node: torch.fx.Node, label: int) -> Any:
+    """Label all that a node puts out alike.
+
+    Parameters
+    ----------
+    node : torch.fx.Node
+        A node with its shapes in ``node.meta["tensor_meta"]``.
+    label : int
+        The label of every element.
+
+    Returns
+    -------
+    Any
+        Tensors of int64 in the containers of the node's output; None if it puts out no tensor.
+    """
+    metas = node.meta.get("tensor_meta")
+    return tree_map(
+        lambda meta: torch.full(tuple(meta.shape), label) if isinstance(meta, TensorMetadata) else None,
+        metas,
+        is_leaf=lambda meta: isinstance(meta, TensorMetadata),
+    )
 
 
 def plain_name(node: torch.fx.Node) -> str:

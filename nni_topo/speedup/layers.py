@@ -14,6 +14,33 @@ NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
 TRANSPOSED = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
 
 
+PER_CHANNEL = (
+    torch.nn.modules.batchnorm._NormBase,
+    torch.nn.GroupNorm,
+    torch.nn.LayerNorm,
+    torch.nn.PReLU,
+)
+"""Modules that hold one number a channel, and leave channels where they are."""
+
+
+def can_be_cut(module: torch.nn.Module) -> bool:
+    """Tell whether a module can be made smaller, or has nothing to be cut.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Any module that is called as a whole.
+
+    Returns
+    -------
+    bool
+        False for a module with parameters that is no convolution, linear layer, embedding, norm or PReLU: for a
+        recurrent layer or attention, say.
+    """
+    known = output_channels(module) is not None or isinstance(module, PER_CHANNEL)
+    return known or not any(True for _ in module.parameters())
+
+
 def is_depthwise(module: torch.nn.Module) -> bool:
     """Tell whether a convolution filters each input channel by itself.
 

@@ -17,6 +17,7 @@ from nni_topo.sharing import find_ties, tie_again, untie
 from nni_topo.speedup.inputs import Call, call_arguments, cast_floats, random_like
 from nni_topo.speedup.layers import is_depthwise
 from nni_topo.speedup.masks import FullMasks, Masks, check_masks, check_model
+from nni_topo.speedup.transformers import fast_paths_off
 
 NORMS = (
     torch.nn.modules.batchnorm._NormBase,
@@ -68,6 +69,7 @@ def masked_model(model: torch.nn.Module, example_inputs: Any, masks: Masks) -> t
     return apply_masks(model, call, check_masks(model, masks))
 
 
+@fast_paths_off()
 def apply_masks(model: torch.nn.Module, call: Call, masks: FullMasks) -> torch.nn.Module:
     """Do the work of `masked_model` on checked arguments.
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
 from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.speedup.channels import Blocks, ChannelFlow
-from nni_topo.speedup.dependency import layer_groups
 from nni_topo.speedup.labels import FIXED
 from nni_topo.speedup.layers import channel_dimension, kept_channels, spread
 from nni_topo.speedup.masks import FullMasks
@@ -18,9 +19,64 @@ from nni_topo.ties import descending
 _logger = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """Masks that agree, and what was kept for it.
+
+    Parameters
+    ----------
+    masks : dict of str to dict of str to Tensor
+        The new masks.
+    reasons : dict of str to str
+        Why masked layers keep channels that their own masks remove; empty for those that keep none.
+    kept : dict of str to str
+        How many such channels and why, for the layers that keep any but for ``round_to``.
+    """
+
+    masks: FullMasks
+    reasons: dict[str, str]
+    kept: dict[str, str]
+
+
 def resolve_masks(
     model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, round_to: int | None = None
 ) -> FullMasks:
+    """Make the masks of tied channels agree, and warn of layers that keep channels for it.
+
+    Parameters
+    ----------
+    model, flow, masks, round_to
+        As `resolve` takes them.
+
+    Returns
+    -------
+    dict of str to dict of str to Tensor
+        The new masks.
+
+    Raises
+    ------
+    ConfigError, SpeedupError
+        As `resolve` does.
+    """
+    resolved = resolve(model, flow, masks, round_to)
+    warn_of_kept(resolved.kept)
+    return resolved.masks
+
+
+def warn_of_kept(kept: Mapping[str, str]) -> None:
+    """Say in one warning which layers keep channels although they are masked, and why.
+
+    Parameters
+    ----------
+    kept : mapping of str to str
+        For each layer how many channels it keeps, and the reason; nothing is said of none.
+    """
+    if kept:
+        told = "; ".join(f"{name} {text}" for name, text in kept.items())
+        _logger.warning("masks must agree where layers share channels; channels kept although masked: %s", told)
+
+
+def resolve(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, round_to: int | None = None) -> Resolved:
     """Make the masks of tied channels agree.
 
     Parameters
@@ -36,7 +92,7 @@ def resolve_masks(
 
     Returns
     -------
-    dict of str to dict of str to Tensor
+    Resolved
         New masks. A channel is kept as soon as one of the channels tied to it is kept or belongs to a layer
         without a mask; blocks of grouped convolutions keep equally many. Depth-wise convolutions
         without a mask get one that follows the layer before them.
@@ -58,11 +114,14 @@ def resolve_masks(
     given = _given(model, flow, masks)
     kept = _union(flow, given)
     _check_output(flow, given, kept)
-    scores = _scores(model, flow)
+    shared, scores = kept.copy(), _scores(model, flow)
     _grow(flow, kept, scores, 1, set(given))
-    _warn(flow, given, kept)
+    leveled = kept.copy()
     _grow(flow, kept, scores, round_to or 1, set(given))
-    return _new_masks(model, flow, masks, given, kept)
+    reasons = {name: _reason(flow, given, name, (shared, leveled, kept), round_to) for name in given}
+    more = {name: (leveled[flow.layer_roots(name)] & ~given[name]).sum() for name in given}
+    told = {name: f"{count} of {len(given[name])} ({reasons[name]})" for name, count in more.items() if count}
+    return Resolved(_new_masks(model, flow, masks, given, kept), reasons, told)
 
 
 def _given(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> dict[str, np.ndarray]:
@@ -145,19 +204,29 @@ def _scores(model: torch.nn.Module, flow: ChannelFlow) -> np.ndarray:
     return scores
 
 
-def _warn(flow: ChannelFlow, given: dict[str, np.ndarray], kept: np.ndarray) -> None:
-    """Say which layers keep more channels than their masks say, and with which layers they share them."""
-    for names in layer_groups(flow):
-        roots = {name: flow.layer_roots(name) for name in names if name in given}
-        more = {name: int(kept[roots[name]].sum()) - int(given[name].sum()) for name in roots}
-        if any(more.values()):
-            told = ", ".join(f"{name} {count} of {len(roots[name])}" for name, count in more.items() if count)
-            free = [name for name in names if name not in given and not flow.layers[name].depthwise]
-            _logger.warning(
-                "masks must agree where layers share channels; channels kept although masked: %s "
-                "(they share them with: %s; of these without a mask: %s)",
-                told, ", ".join(names), ", ".join(free) or "none",
-            )  # fmt: skip
+def _reason(
+    flow: ChannelFlow, given: dict[str, np.ndarray], name: str, stages: tuple[np.ndarray, ...], round_to: int | None
+) -> str:
+    """Say at which stage a layer got back channels that its mask removes, and for what."""
+    roots = flow.layer_roots(name)
+    shared, leveled, rounded = (kept[roots] & ~given[name] for kept in stages)
+    if shared.any():
+        return _partners(flow, given, name, roots[shared])
+    if leveled.any():
+        return "blocks of a grouped convolution, a group norm or a chunk keep equally many"
+    return f"round_to={round_to}" if rounded.any() else ""
+
+
+def _partners(flow: ChannelFlow, given: dict[str, np.ndarray], name: str, held: np.ndarray) -> str:
+    """Name what holds some of a layer's channels."""
+    if (held <= FIXED).any():
+        whole = ", ".join(dict.fromkeys(flow.whole))
+        return f"they meet the network's input, a constant or a module that stays whole{whole and f' ({whole})'}"
+    names = [other for other in flow.layers if other != name and np.isin(flow.layer_roots(other), held).any()]
+    if not names:
+        return "its own channels meet one another"
+    free = [other for other in names if other not in given and not flow.layers[other].depthwise]
+    return f"shared with {', '.join(names)}; of these without a mask: {', '.join(free) or 'none'}"
 
 
 def _new_masks(

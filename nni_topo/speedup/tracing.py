@@ -12,10 +12,12 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from nni_topo.errors import SpeedupError
 from nni_topo.speedup.inputs import Call, bind_arguments, tensors_of
+from nni_topo.speedup.transformers import UnfoldingTracer, fast_paths_off
 
 _logger = logging.getLogger(__name__)
 
 
+@fast_paths_off()
 def trace(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModule, tuple[Any, ...]]:
     """Trace a model in evaluation mode.
 
@@ -64,7 +66,8 @@ def _symbolic(model: torch.nn.Module, named: dict[str, Any]) -> tuple[torch.fx.G
         for name, parameter in parameters.items()
         if name not in named and parameter.default is not inspect.Parameter.empty
     }
-    graph_module = torch.fx.symbolic_trace(model, concrete_args=frozen or None)
+    tracer = UnfoldingTracer()
+    graph_module = torch.fx.GraphModule(model, tracer.trace(model, frozen or None), type(model).__name__)
     for node in reversed(graph_module.graph.nodes):
         if not node.users and "_assert" in str(node.target):
             graph_module.graph.erase_node(node)

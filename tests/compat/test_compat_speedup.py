@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from nni_topo.compat import speedup
+from nni_topo.speedup import to_dense
 
 INPUTS = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -29,6 +31,20 @@ class Sized(nn.Module):
         y = self.conv2(self.conv1(x).relu())
         flat = y.view(-1, y.size()[1:].numel())
         return self.head(flat) * len(x)
+
+
+class Pooled(nn.Module):
+    """The pooling of a first convolutional network: functional, and without a stride."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool2d(self.conv1(x).relu(), 2)
+        x, _ = nn.functional.max_pool2d(x, 2, return_indices=True)
+        return nn.functional.normalize(nn.functional.max_pool1d(self.conv2(x).relu().flatten(2), 2).flatten(1))
 
 
 def masks_of(model: nn.Module) -> dict[str, dict[str, Tensor]]:
@@ -51,6 +67,54 @@ def test_model_with_sizes_and_a_dying_length_is_sped_up() -> None:
     assert dense.conv1.weight.shape == (4, 3, 3, 3)
     assert dense.conv2.weight.shape == (4, 4, 3, 3)
     torch.testing.assert_close(dense(INPUTS), expected)
+
+
+def test_functional_max_pooling_without_a_stride_is_sped_up() -> None:
+    torch.manual_seed(0)
+    model = Pooled().eval()
+    masks = masks_of(model)
+    with torch.no_grad():
+        for name, mask in masks["conv1"].items():
+            model.conv1.get_parameter(name).mul_(mask)
+        expected = model(INPUTS)
+    dense = ModelSpeedup(model, INPUTS, masks).speedup_model()
+    assert dense.conv1.weight.shape == (4, 3, 3, 3)
+    assert dense.conv2.weight.shape == (4, 4, 3, 3)
+    torch.testing.assert_close(dense(INPUTS), expected)
+
+
+class Added(nn.Module):
+    """Two convolutions whose channels NNI makes agree, and one that it has no masks of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv3 = nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv3((self.conv1(x) + self.conv2(x)).relu())
+
+
+@pytest.mark.parametrize("make", [Added, Sized, Pooled])
+def test_given_masks_stay_as_they_are(make: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    masks = masks_of(model)
+    if make is Added:
+        masks["conv2"] = {target: mask.flip(0) for target, mask in masks["conv1"].items()}
+    before = copy.deepcopy(masks)
+    first = ModelSpeedup(copy.deepcopy(model), INPUTS, masks).speedup_model()
+    second = ModelSpeedup(copy.deepcopy(model), INPUTS, masks_or_file=masks).speedup_model()
+    assert masks.keys() == before.keys()
+    for name, targets in before.items():
+        assert masks[name].keys() == targets.keys()
+        assert all(torch.equal(masks[name][target], mask) for target, mask in targets.items())
+    assert {name: p.shape for name, p in first.named_parameters()} == {
+        name: p.shape for name, p in second.named_parameters()
+    }
+    to_dense(model, INPUTS, masks)
+    assert speedup.keep_given_masks() is False
 
 
 def test_sizes_are_leaves_in_speedup_only() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import functools
 from types import MethodDescriptorType
 from typing import Any
@@ -60,6 +61,44 @@ class Overriding(Middle):
         return super().forward(x) * 2
 
 
+class Typed(nn.Module):
+    """Evaluates types of builtin classes where it runs."""
+
+    def forward(self, x: Tensor, scale: float | None = 2.0) -> Tensor:
+        sizes = torch.jit.annotate(list[int], [])
+        kinds = dict[str, int](a=len(sizes)), tuple[int, ...]((1, 2))
+        first = list.__getitem__([x, 2 * x], 1)
+        return first + sum(kinds[1]) if isinstance(scale, int | tuple | None) else first * scale
+
+
+class Checked(nn.Module):
+    """Asks for exact types, of values that are traced and of others."""
+
+    def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
+        pair = torch.split(x, 2)
+        right = (
+            type(pair) is tuple,
+            type(scale) is not int,
+            type([1]) is list,
+            type(x) is not tuple,
+        )
+        wrong = type(pair) is list, type(pair) is not tuple, scale is None, x is pair
+        return x * sum(right) + sum(wrong)
+
+
+class Scripted(nn.Module):
+    """Calls functions of PyTorch that call others of its Python side."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        spread = nn.functional.mse_loss(x, x.flip(0)) + torch.norm(x, dim=1, keepdim=True)
+        return nn.functional.normalize(x) * spread + torch.einsum("ij,kj->ik", x, x)
+
+
+class FailingPool(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.max_pool2d(x, 2, padding=7)
+
+
 def targets(traced: GraphModule) -> list[Any]:
     return [node.target for node in traced.graph.nodes]
 
@@ -101,6 +140,40 @@ def test_super_is_mended_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operator_patcher.TransformerOp, "visit_Call", by_instance)
     assert tracing.name_class_of_super() is True
     assert tracing.name_class_of_super() is False
+
+
+@pytest.mark.parametrize("scale", [1.5, None, 3])
+def test_types_of_builtin_classes_are_evaluated_as_types(scale: float | None) -> None:
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(concrete_trace(Typed(), (x, scale))(-x, scale), Typed()(-x, scale))
+
+
+def test_types_are_compared_as_types() -> None:
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(concrete_trace(Checked(), (x, 1.5))(-x, 1.5), -4 * x)
+
+
+def test_functions_call_those_of_python_and_stay_one_node() -> None:
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    traced = concrete_trace(Scripted(), (x,))
+    torch.testing.assert_close(traced(-x), Scripted()(-x))
+    names = {getattr(target, "__name__", target) for target in targets(traced)}
+    assert {"mse_loss", "norm", "normalize", "einsum"} < names
+
+
+def test_builtin_classes_are_themselves_after_a_trace_that_fails() -> None:
+    before = [builtins.list, builtins.bool, builtins.type, builtins.map, torch.Size]
+    with pytest.raises(RuntimeError):
+        concrete_trace(FailingPool(), (torch.rand(1, 1, 4, 4),))
+    after = [builtins.list, builtins.bool, builtins.type, builtins.map, torch.Size]
+    assert all(one is other for one, other in zip(before, after, strict=True))
+
+
+def test_stand_ins_and_wrappers_are_mended_once() -> None:
+    assert tracing.run_leaves_with_classes() is False
+    assert tracing.write_stand_ins_as_types() is False
+    assert tracing.compare_stand_ins_as_types() is False
+    assert tracing.call_functions_of_python() is False
 
 
 def test_every_method_has_its_position_on_tensor() -> None:

@@ -1,0 +1,171 @@
+"""PyTorch's transformer layers without their fast paths and checks, so that their linear layers can be followed.
+
+``torch.nn.TransformerEncoderLayer`` and its kin are one node of a graph, or don't let themselves be traced: they
+decide by values and shapes which way to go. What they compute is written here without choices, under the
+names and defaults of their own arguments. Attention itself stays one node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.backends.mha
+import torch.fx
+from torch import nn
+
+
+@contextmanager
+def fast_paths_off() -> Iterator[None]:
+    """Let attention and transformer layers compute what they say, step by step, for a while.
+
+    Their fast paths turn padded batches into nested tensors, on which hooks and masks can't work.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+class UnfoldingTracer(torch.fx.Tracer):
+    """A tracer that goes into PyTorch's transformer layers; subclasses of these are left to their own forward."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Tell whether a module becomes one node."""
+        return type(m) not in UNFOLDED and super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call what a module computes instead of its forward."""
+        plain = UNFOLDED.get(type(m))
+        return super().call_module(m, partial(plain, m) if plain else forward, args, kwargs)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Do the same for a model that is such a layer itself."""
+        plain = UNFOLDED.get(type(self.root), root_fn)
+        made: tuple[Any, list[Any]] = super().create_args_for_root(plain, is_module, concrete_args)
+        return made
+
+
+def _encoder_layer(
+    self: nn.TransformerEncoderLayer,
+    src: Any,
+    src_mask: Any = None,
+    src_key_padding_mask: Any = None,
+    is_causal: bool = False,
+) -> Any:
+    attend = partial(self._sa_block, attn_mask=src_mask, key_padding_mask=src_key_padding_mask, is_causal=is_causal)
+    if self.norm_first:
+        x = src + attend(self.norm1(src))
+        return x + self._ff_block(self.norm2(x))
+    x = self.norm1(src + attend(src))
+    return self.norm2(x + self._ff_block(x))
+
+
+def _encoder(
+    self: nn.TransformerEncoder,
+    src: Any,
+    mask: Any = None,
+    src_key_padding_mask: Any = None,
+    is_causal: bool | None = None,
+) -> Any:
+    # is_causal is a hint that the mask makes unnecessary
+    for layer in self.layers:
+        src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask)
+    return src if self.norm is None else self.norm(src)
+
+
+def _decoder_layer(
+    self: nn.TransformerDecoderLayer,
+    tgt: Any,
+    memory: Any,
+    tgt_mask: Any = None,
+    memory_mask: Any = None,
+    tgt_key_padding_mask: Any = None,
+    memory_key_padding_mask: Any = None,
+    tgt_is_causal: bool = False,
+    memory_is_causal: bool = False,
+) -> Any:
+    attend = partial(self._sa_block, attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask, is_causal=tgt_is_causal)
+    look = partial(
+        self._mha_block,
+        mem=memory,
+        attn_mask=memory_mask,
+        key_padding_mask=memory_key_padding_mask,
+        is_causal=memory_is_causal,
+    )
+    if self.norm_first:
+        x = tgt + attend(self.norm1(tgt))
+        x = x + look(self.norm2(x))
+        return x + self._ff_block(self.norm3(x))
+    x = self.norm1(tgt + attend(tgt))
+    x = self.norm2(x + look(x))
+    return self.norm3(x + self._ff_block(x))
+
+
+def _decoder(
+    self: nn.TransformerDecoder,
+    tgt: Any,
+    memory: Any,
+    tgt_mask: Any = None,
+    memory_mask: Any = None,
+    tgt_key_padding_mask: Any = None,
+    memory_key_padding_mask: Any = None,
+    tgt_is_causal: bool | None = None,
+    memory_is_causal: bool = False,
+) -> Any:
+    for layer in self.layers:
+        tgt = layer(
+            tgt,
+            memory,
+            tgt_mask=tgt_mask,
+            memory_mask=memory_mask,
+            tgt_key_padding_mask=tgt_key_padding_mask,
+            memory_key_padding_mask=memory_key_padding_mask,
+            memory_is_causal=memory_is_causal,
+        )
+    return tgt if self.norm is None else self.norm(tgt)
+
+
+def _transformer(
+    self: nn.Transformer,
+    src: Any,
+    tgt: Any,
+    src_mask: Any = None,
+    tgt_mask: Any = None,
+    memory_mask: Any = None,
+    src_key_padding_mask: Any = None,
+    tgt_key_padding_mask: Any = None,
+    memory_key_padding_mask: Any = None,
+    src_is_causal: bool | None = None,
+    tgt_is_causal: bool | None = None,
+    memory_is_causal: bool = False,
+) -> Any:
+    memory = self.encoder(src, mask=src_mask, src_key_padding_mask=src_key_padding_mask)
+    return self.decoder(
+        tgt,
+        memory,
+        tgt_mask=tgt_mask,
+        memory_mask=memory_mask,
+        tgt_key_padding_mask=tgt_key_padding_mask,
+        memory_key_padding_mask=memory_key_padding_mask,
+        memory_is_causal=memory_is_causal,
+    )
+
+
+UNFOLDED: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.TransformerEncoderLayer: _encoder_layer,
+    nn.TransformerEncoder: _encoder,
+    nn.TransformerDecoderLayer: _decoder_layer,
+    nn.TransformerDecoder: _decoder,
+    nn.Transformer: _transformer,
+}
+"""What each of the layers computes."""

@@ -1,0 +1,252 @@
+"""Values that happen to be zero or constant mask nothing: only masks do."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from speedup_nets import filter_mask, l1_masks, parameters
+from torch import nn
+
+from nni_topo.speedup import dependency_groups, masked_model, to_dense
+
+
+def same_output(dense, reference, inputs, tolerance=1e-5):
+    with torch.no_grad():
+        expected, actual = (copy.deepcopy(model).eval()(*inputs) for model in (reference, dense))
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+class Words(nn.Module):
+    """Word, position and segment embeddings, a mask of padding, and an inner layer of twelve."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(11, 10, padding_idx=0)
+        self.positions = nn.Embedding(7, 10)
+        self.segments = nn.Embedding(2, 10)
+        self.norm = nn.LayerNorm(10)
+        self.inner = nn.Linear(10, 12)
+        self.outer = nn.Linear(12, 10)
+        self.head = nn.Linear(10, 3)
+        self.register_buffer("order", torch.arange(7)[None])
+
+    def forward(self, ids, segments=None, padding=None):
+        segments = torch.zeros_like(ids) if segments is None else segments
+        x = self.words(ids) + self.positions(self.order[:, : ids.shape[1]]) + self.segments(segments)
+        x = self.norm(x)
+        if padding is not None:
+            x = x * padding.unsqueeze(-1)
+        return self.head((x + self.outer(torch.relu(self.inner(x)))).mean(1))
+
+
+IDS = torch.randint(1, 11, (2, 7), generator=torch.Generator().manual_seed(0))
+ZEROS = torch.zeros_like(IDS)
+CALLS = {
+    "left out": (IDS,),
+    "zero": (IDS, ZEROS),
+    "one": (IDS, ZEROS + 1),
+    "padded": (IDS * (torch.arange(7) < 4), ZEROS, (torch.arange(7) < 4).float().repeat(2, 1)),
+    "only padding": (ZEROS, ZEROS, torch.zeros(2, 7)),
+    "one word": (ZEROS + 3, ZEROS, torch.ones(2, 7)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_constant_ids_mask_nothing(name):
+    model, inputs = Words().eval(), CALLS[name]
+    masks = {"inner": filter_mask(model.inner, range(0, 12, 2))}
+    dense = to_dense(model, inputs, masks)
+    assert dense.inner.out_features == dense.outer.in_features == 6
+    assert dense.segments.weight.shape == (2, 10)
+    others = CALLS["padded"][: len(inputs)]
+    same_output(dense, masked_model(model, others, masks), others)
+
+
+@pytest.mark.parametrize("name", ["left out", "zero", "one word"])
+def test_masked_embeddings_shrink_with_constant_ids(name):
+    model, inputs = Words().eval(), CALLS[name]
+    model.norm = nn.Identity()
+    masks = {
+        layer: filter_mask(model.get_submodule(layer), []) for layer in ("words", "positions", "segments", "outer")
+    }
+    for layer, targets in masks.items():
+        targets["weight"].transpose(0, int(layer != "outer"))[[1, 4]] = 0
+    dense = to_dense(model, inputs, masks)
+    assert [dense.words.embedding_dim, dense.positions.embedding_dim, dense.segments.embedding_dim] == [8, 8, 8]
+    assert dense.inner.in_features == dense.head.in_features == 8
+    others = CALLS["padded"][: len(inputs)]
+    same_output(dense, masked_model(model, others, masks), others)
+
+
+class Scaled(nn.Module):
+    """Branches that start at zero: a layer scale, a norm's weight, a whole layer, and a gate that is closed."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.stem = nn.Conv2d(3, 10, 3, padding=1)
+        self.inner = nn.Conv2d(10, 8, 1)
+        self.outer = nn.Conv2d(8, 10, 1)
+        self.norm = nn.BatchNorm2d(10)
+        self.scale = nn.Parameter(torch.ones(10, 1, 1))
+        self.gate = nn.Parameter(torch.ones(()))
+        self.register_buffer("constant", torch.zeros(1, 10, 1, 1))
+        self.drop = nn.Dropout(1.0)
+        self.head = nn.Linear(10, 4)
+        for zeroed in {
+            "scale": [self.scale],
+            "gate": [self.gate],
+            "norm": [self.norm.weight, self.norm.bias],
+            "layer": [self.outer.weight, self.outer.bias],
+            "inner": [self.inner.weight, self.inner.bias],
+        }.get(kind, []):
+            nn.init.zeros_(zeroed)
+        if kind == "dead":
+            nn.init.constant_(self.inner.bias, -1e3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.norm(self.outer(torch.relu(self.inner(x)))) * self.scale * self.gate
+        if self.kind == "dropout":
+            y = y + self.drop(x)
+        if self.kind == "times zero":
+            y = y * 0.0
+        if self.kind == "clamped":
+            y = y.clamp(max=0.0)
+        if self.kind == "compared":
+            y = y + (y > 1e6).float()
+        if self.kind == "buffer":
+            y = y * self.constant
+        if self.kind == "full":
+            y = y + torch.zeros(x.shape[0], 10, 1, 1)
+        return self.head((x + y).mean((2, 3)))
+
+
+KINDS = [
+    "scale",
+    "gate",
+    "norm",
+    "layer",
+    "inner",
+    "dead",
+    "dropout",
+    "times zero",
+    "clamped",
+    "compared",
+    "buffer",
+    "full",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_branches_mask_nothing(kind):
+    model, inputs = Scaled(kind).eval(), (torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)),)
+    masks = {"inner": filter_mask(model.inner, [0, 3, 5])}
+    dense = to_dense(model, inputs, masks)
+    assert dense.inner.out_channels == dense.outer.in_channels == 5
+    assert dense.stem.out_channels == dense.outer.out_channels == dense.head.in_features == 10
+    same_output(dense, masked_model(model, inputs, masks), inputs)
+    # trained on, the branch counts again: nothing of it may be lost
+    for module in (model, dense):
+        with torch.no_grad():
+            for parameter in (module.scale, module.gate, module.norm.weight):
+                parameter.add_(1.0)
+    same_output(dense, masked_model(model, inputs, masks), inputs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_channels_over_zero_branches_shrink(kind):
+    model, inputs = Scaled(kind).eval(), (torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)),)
+    masks = {"stem": filter_mask(model.stem, [1, 2]), "outer": filter_mask(model.outer, [1, 2])}
+    if kind in ("scale", "buffer", "full"):
+        # the scale itself isn't cut, so that its channels stay
+        dense = to_dense(model, inputs, masks)
+        assert dense.stem.out_channels == 10
+        return
+    model.scale = nn.Parameter(torch.ones(1, 1, 1))
+    dense = to_dense(model, inputs, masks)
+    assert dense.stem.out_channels == dense.outer.out_channels == dense.head.in_features == 8
+    same_output(dense, masked_model(model, inputs, masks), inputs)
+
+
+class Joined(nn.Module):
+    """A constant that is joined to pruned channels, and one that nothing else depends on but a comparison."""
+
+    def __init__(self, value):
+        super().__init__()
+        torch.manual_seed(0)
+        self.value = value
+        self.first = nn.Linear(5, 8)
+        self.second = nn.Linear(10, 4)
+
+    def forward(self, x):
+        ones = torch.full((x.shape[0], 2), self.value)
+        return self.second(torch.cat([torch.relu(self.first(x)), ones], dim=1))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_joined_constants_stay(value):
+    model, inputs = Joined(value).eval(), (torch.rand(2, 5, generator=torch.Generator().manual_seed(0)),)
+    masks = {"first": filter_mask(model.first, [0, 3])}
+    dense = to_dense(model, inputs, masks)
+    assert dense.second.in_features == 8
+    same_output(dense, masked_model(model, inputs, masks), inputs)
+
+
+class Chosen(nn.Module):
+    """The first layer counts through the index of its largest channel alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.router = nn.Linear(5, 6)
+        self.first = nn.Linear(5, 8)
+        self.second = nn.Linear(8, 4)
+        self.weights = nn.Embedding(6, 4)
+
+    def forward(self, x):
+        expert = self.router(x).argmax(1)
+        return self.second(torch.relu(self.first(x))) * self.weights(expert)
+
+
+def test_a_layer_that_counts_by_an_index_alone_stays():
+    model, inputs = Chosen().eval(), (torch.rand(9, 5, generator=torch.Generator().manual_seed(0)),)
+    masks = {"first": filter_mask(model.first, [0, 3])}
+    dense = to_dense(model, inputs, masks)
+    assert dense.router.weight.shape == (6, 5)
+    same_output(dense, masked_model(model, inputs, masks), inputs)
+
+
+def tiny_bert():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=10, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
+        max_position_embeddings=16, num_labels=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+@pytest.mark.parametrize("given", ["ids", "zero segments", "padding"])
+def test_bert_with_segments_zero_or_left_out(given):
+    model = tiny_bert()
+    ids = torch.randint(1, 30, (2, 8), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids}
+    if given != "ids":
+        inputs["attention_mask"] = torch.ones_like(ids)
+        inputs["token_type_ids"] = torch.zeros_like(ids)
+    if given == "padding":
+        inputs["input_ids"], inputs["attention_mask"] = (
+            ids * (torch.arange(8) < 5),
+            (torch.arange(8) < 5).long().repeat(2, 1),
+        )
+    config = {"op_names_re": [r".*intermediate\.dense"], "sparse_ratio": 0.5}
+    masks = l1_masks(model, dependency_groups(model, inputs, [config]))
+    dense = to_dense(model, inputs, masks)
+    layer = dense.bert.encoder.layer[0]
+    assert layer.intermediate.dense.out_features == layer.output.dense.in_features == 6
+    assert parameters(dense) == parameters(model) - 6 * (10 + 1 + 10)

@@ -1,0 +1,161 @@
+"""Modules that give several tensors: recurrent ones, attention, custom ones; they stay whole, the rest shrinks."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from nni.compression.speedup import ModelSpeedup
+from speedup_nets import filter_mask
+from torch import nn
+
+from nni_topo.speedup import dependency_groups, masked_model, to_dense
+
+
+def same_output(dense, reference, inputs, tolerance=1e-5):
+    with torch.no_grad():
+        expected, actual = (copy.deepcopy(model).eval()(inputs) for model in (reference, dense))
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(10, 10)
+        self.other = nn.Linear(10, 10)
+
+    def forward(self, x):
+        return self.one(x), (x, torch.relu(self.other(x)))
+
+
+class Named(Pair):
+    def forward(self, x):
+        return {"y": self.one(x), "more": [x, torch.relu(self.other(x))]}
+
+
+class Attention(nn.MultiheadAttention):
+    def __init__(self):
+        super().__init__(10, 2, batch_first=True)
+
+    def forward(self, x):
+        return super().forward(x, x, x)
+
+
+class AroundAttention(nn.Module):
+    def __init__(self, **knobs):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(10, 2, batch_first=True)
+        self.knobs = knobs
+
+    def forward(self, x):
+        return self.attention(x, x, x, **self.knobs)
+
+
+class Cells(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.cell = kind(10, 10)
+
+    def forward(self, x):
+        state = self.cell(x[:, 0])
+        state = self.cell(x[:, 1], state)
+        return state
+
+
+MODULES = {
+    "lstm": lambda: nn.LSTM(10, 10, batch_first=True),
+    "two lstms": lambda: nn.LSTM(10, 5, num_layers=2, bidirectional=True, batch_first=True),
+    "gru": lambda: nn.GRU(10, 10, batch_first=True),
+    "rnn": lambda: nn.RNN(10, 10, batch_first=True),
+    "attention": AroundAttention,
+    "attention without weights": lambda: AroundAttention(need_weights=False),
+    "lstm cell": lambda: Cells(nn.LSTMCell),
+    "gru cell": lambda: Cells(nn.GRUCell),
+    "rnn cell": lambda: Cells(nn.RNNCell),
+    "pair": Pair,
+    "named": Named,
+}
+
+
+class Around(nn.Module):
+    """A module on sequences between an unrelated pair of layers before it and one behind it."""
+
+    def __init__(self, name):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(4, 8)
+        self.before = nn.Linear(8, 10)
+        self.module = MODULES[name]()
+        self.inner = nn.Linear(10, 12)
+        self.outer = nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.before(torch.relu(self.embed(x)))
+        y = self.module(x)
+        if isinstance(self.module, Named):
+            y = y["more"][1]
+        elif isinstance(self.module, Pair):
+            y = y[1][1]
+        elif isinstance(self.module, Cells):
+            y = (y[0] if isinstance(self.module.cell, nn.LSTMCell) else y).unsqueeze(1)
+        else:
+            y = y[0]
+        return self.outer(torch.relu(self.inner(x + y)))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_layers_around_a_module_of_several_tensors_shrink(name):
+    model, inputs = Around(name).eval(), torch.rand(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    masks = {"embed": filter_mask(model.embed, [0, 3, 5]), "inner": filter_mask(model.inner, range(6))}
+    dense = to_dense(model, inputs, masks)
+    assert (dense.embed.out_features, dense.before.in_features) == (5, 5)
+    assert (dense.inner.out_features, dense.outer.in_features) == (6, 6)
+    same_output(dense, masked_model(model, inputs, masks), inputs)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in ("pair", "named")])
+def test_channels_that_enter_or_meet_such_a_module_stay(name, caplog):
+    model, inputs = Around(name).eval(), torch.rand(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    masks = {"before": filter_mask(model.before, [1, 2]), "embed": filter_mask(model.embed, [0])}
+    dense = to_dense(model, inputs, masks)
+    assert (dense.before.out_features, dense.inner.in_features, dense.embed.out_features) == (10, 10, 7)
+    assert "before" in caplog.text
+    same_output(dense, masked_model(model, inputs, {"embed": masks["embed"]}), inputs)
+    entries = dependency_groups(model, inputs, [{"op_names": ["before", "embed"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in entries] == [["embed"], ["before"]]
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "rnn", "attention", "pair"])
+def test_nnis_own_speedup_passes_a_module_of_several_tensors(name):
+    model, inputs = Around(name).eval(), torch.rand(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    mask = filter_mask(model.inner, range(6))["weight"]
+    masks = {"inner": {"weight": mask, "bias": mask[:, 0].clone()}}
+    reference = masked_model(model, inputs, masks)
+    dense = ModelSpeedup(model, inputs, masks).speedup_model()
+    assert (dense.inner.out_features, dense.outer.in_features) == (6, 6)
+    same_output(dense, reference, inputs)
+
+
+class Pooled(nn.Module):
+    """Pooling with indices, and its inverse."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.pool = nn.MaxPool2d(2, return_indices=True)
+        self.inner = nn.Conv2d(8, 6, 1)
+        self.tail = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        x, _ = self.pool(torch.relu(self.first(x)))
+        return self.tail(torch.relu(self.inner(x))).mean((2, 3))
+
+
+def test_pooling_with_indices_passes_masks_on():
+    model, inputs = Pooled().eval(), torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    masks = {"first": filter_mask(model.first, [1, 2]), "inner": filter_mask(model.inner, [0])}
+    dense = to_dense(model, inputs, masks)
+    assert (dense.first.out_channels, dense.inner.in_channels, dense.inner.out_channels) == (6, 6, 5)
+    same_output(dense, masked_model(model, inputs, masks), inputs)
