@@ -74,6 +74,8 @@ class StructuredPruner(Pruner):
     ----------
     compensation_report : CompensationReport or None
         What ``compensate`` did in the latest ``compress()``.
+    needs_rule : bool
+        Whether every entry of the config_list must have a ratio or a threshold: not where a pruner finds the number.
 
     Raises
     ------
@@ -90,6 +92,8 @@ class StructuredPruner(Pruner):
     them. NNI's own pruners take its input channels and fail on the bias.
     """
 
+    needs_rule: bool = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -104,7 +108,7 @@ class StructuredPruner(Pruner):
         calibration: Iterable[Any] | None = None,
         round_to: int | None = None,
     ) -> None:
-        config_list = check_request(model, config_list, existed_wrappers)
+        config_list = check_request(model, config_list, existed_wrappers, needs_rule=self.needs_rule)
         self._recovery = None if compensate is None else _recovery(compensate, checked_calibration(calibration))
         self.compensation_report: CompensationReport | None = None
         self.collector = collector

@@ -214,6 +214,7 @@ class TopologicalPruner(StructuredPruner):
         self.preset = preset
         self.seed = seed
         self.target = target
+        self.needs_rule = target is None
         allocator = _allocator(config_list, target, allocation, latency_table, example_inputs, calibration)
         problems = _problems(settings.criterion, order, calibration, seed)
         self._metric = TopologicalMetric(
