@@ -35,7 +35,7 @@ from nni_topo.hooks.allocators import checked_round_to
 from nni_topo.hooks.transposed import follow_outputs, output_granularity
 from nni_topo.hooks.units import is_active
 from nni_topo.modes import unwrapped_copy
-from nni_topo.pruners.checks import check_request
+from nni_topo.pruners.checks import check_request, matched_modules
 from nni_topo.recovery.compensation import METHODS, Method, compensation
 from nni_topo.recovery.report import CompensationReport
 from nni_topo.recovery.steps import Pairs
@@ -113,6 +113,7 @@ class StructuredPruner(Pruner):
         self.compensation_report: CompensationReport | None = None
         self.collector = collector
         self.calculator = calculator
+        self._check_layers(model, matched_modules(model, config_list))
         self.allocator = ConfigAllocator() if allocator is None else allocator
         if round_to is not None:
             _round_to(self.allocator, round_to)
@@ -168,6 +169,10 @@ class StructuredPruner(Pruner):
     def _register_scalers(self) -> None:
         super()._register_scalers()
         follow_outputs(self._target_spaces)
+
+    def _check_layers(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        """Refuse layers that can't be looked at; nothing is wrapped yet."""
+        self.collector.check(model, modules)
 
     def _collect_data(self) -> Data:
         return self.collector.collect(self._context())

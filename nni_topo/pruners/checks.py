@@ -85,6 +85,14 @@ def check_request(
     return modern
 
 
+def matched_modules(model: nn.Module, config_list: list[dict[str, Any]]) -> dict[str, nn.Module]:
+    """Return the modules that a checked config_list names, by name in network order."""
+    found: dict[str, nn.Module] = {}
+    for config in config_list:
+        found.update(select_modules_by_config(model, config)[0])
+    return {name: found[name] for name, _ in model.named_modules(remove_duplicate=False) if name in found}
+
+
 def _check_unwrapped(model: nn.Module, existed_wrappers: Mapping[str, Any]) -> None:
     own = {id(wrapper) for wrapper in existed_wrappers.values()}
     for name, module in model.named_modules():

@@ -241,6 +241,12 @@ class TopologicalPruner(StructuredPruner):
         if target is not None:
             self._activate_targets()
 
+    def _check_layers(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        if self._metric.problems is None:
+            super()._check_layers(model, modules)
+        else:
+            self._metric.problems.check(model, modules)
+
     @property
     def trace(self) -> dict[str, list[Generation]]:
         """Best and mean fitness per generation of the latest search, per layer or group."""

@@ -118,7 +118,7 @@ def test_grouped_and_transposed_readers():
 
 
 def test_the_output_layer_has_no_reader():
-    with pytest.raises(ConfigError, match=r"got none \(head.weight\)"):
+    with pytest.raises(ConfigError, match=r"got none: exclude.*\(head.weight\)"):
         cloud_of(toy_model(), config("head"), [toy_images(4)], "head")
 
 
