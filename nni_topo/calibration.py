@@ -95,6 +95,28 @@ def first_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
     return call
 
 
+def structure_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
+    """Return the arguments to follow a model's channels with: the first batch's, tried out, of two samples.
+
+    All samples where the model takes no other number, or no fewer. To follow channels takes time and memory by sample.
+
+    Raises
+    ------
+    ConfigError, DataError
+        As :func:`first_call` does.
+    """
+    call = first_call(model, calibration)
+    size = batch_size(call)
+    few: Call = tree_map(
+        lambda leaf: leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size else leaf, call
+    )
+    try:
+        check_fits(model, few)
+    except DataError:
+        return call
+    return few
+
+
 def check_fits(model: nn.Module, call: Call) -> None:
     """Run a model on the first batch, in evaluation mode.
 

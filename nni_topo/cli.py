@@ -76,8 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = f"files must be such that they can be read and written, got {error}"
         Console(stderr=True).print(f"nni-topo {options.verb}: {reason}", style="red", markup=False, highlight=False)
         return 2
-    except KeyboardInterrupt:
-        Console(stderr=True).print(f"nni-topo {options.verb}: interrupted; the same command goes on from here")
+    except KeyboardInterrupt as interruption:
+        way_on = next(iter(interruption.args), "the same command goes on from here")
+        Console(stderr=True).print(f"nni-topo {options.verb}: interrupted; {way_on}", markup=False, soft_wrap=True)
         return _INTERRUPTED
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -125,6 +125,14 @@ def check_knobs(name: str, knobs: Iterable[str]) -> None:
             raise unknown_name(f"knob of pruner {name!r}", knob, allowed)
 
 
+def needs_rule(name: str, knobs: Mapping[str, Any]) -> bool:
+    """Say whether a config_list must hold a ratio or a threshold for a pruner with these knobs.
+
+    It needn't for pruners that find the number themselves, and with a budget for the whole network (``target``).
+    """
+    return getattr(pruner_info(name).load(), "needs_rule", True) and knobs.get("target") is None
+
+
 def create_pruner(
     name: str,
     model: nn.Module,
@@ -163,7 +171,7 @@ def create_pruner(
     missing = [need for need in info.needs if all(given.get(knob) is None for knob in need.split(" or "))]
     if missing:
         raise ConfigError(f"pruner {name!r} needs {', '.join(missing)}, got none (create_pruner)")
-    config_list = check_request(model, config_list)
+    config_list = check_request(model, config_list, needs_rule=needs_rule(name, knobs))
     if evaluator is not None:
         knobs["evaluator"] = evaluator
     return info.load()(model, config_list, **knobs)

@@ -18,6 +18,7 @@ import nni
 
 from nni_topo.distributed import broadcast, process_group
 from nni_topo.errors import ConfigError, NniTopoError
+from nni_topo.experiment.pairing import next_parameters
 from nni_topo.experiment.pipeline import reported, run_trial
 from nni_topo.experiment.settings import (
     TrialSettings,
@@ -82,7 +83,7 @@ def _parameters(options: argparse.Namespace) -> dict[str, Any]:
         return read_parameters(options.params)
     if nni.get_trial_id() == "STANDALONE":
         raise ConfigError("parameters must come from NNI or from --params FILE, got neither (trial)")
-    return dict(nni.get_next_parameter())
+    return next_parameters()
 
 
 def _show(step: int, result: dict[str, float]) -> None:

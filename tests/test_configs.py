@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import yaml
 
 from nni_topo import serialization, zoo
+from nni_topo.cli import main
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.runner import DataChoice, ModelChoice, load_plan
 from nni_topo.runner.prune import load_prune_config, prune_checkpoint
@@ -101,6 +103,19 @@ def test_bad_files_are_refused(text, error, words, tmp_path):
     path.write_text(text)
     with pytest.raises(error, match=words):
         load_prune_config(path)
+
+
+@pytest.mark.parametrize("config_list", ["[]", "[{op_types: [Conv2d]}]"])
+@pytest.mark.parametrize("pruner", ["l1", "topological"])
+def test_a_file_that_asks_for_nothing_is_refused_before_anything_is_trained(pruner, config_list, tmp_path, capsys):
+    path, out = tmp_path / "prune.yaml", tmp_path / "out"
+    path.write_text(f"pruner: {pruner}\nconfig_list: {config_list}\n")
+    words = ["prune", "--model", "small_cnn", "--config", str(path), "--data", "digits", "--limit", "100"]
+    with mock.patch.object(zoo, "train") as training:
+        assert main([*words, "--out", str(out)]) == 2
+    assert not training.called
+    assert "config_list" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_folder_with_files_is_left_alone(checkpoint, tmp_path):

@@ -51,8 +51,9 @@ def enable_strict(*, normalization: Literal["none", "mean"] = "none") -> None:
     -----
     What changes, for pruners and speedups made from now on:
 
-    * A config_list that matches nothing is refused, keys of NNI 2 are accepted in any entry, and weights must be
-      finite (``base/compressor.py``, ``Pruner.__init__``).
+    * A config_list that is empty (but for ``from_compressor`` and the schedules), matches nothing or has an entry
+      without ratio and threshold is refused, keys of NNI 2 are accepted in any entry, and weights must be finite
+      (``base/compressor.py``, ``Pruner.__init__``).
     * Global sparsity no longer depends on PYTHONHASHSEED: layers are ranked in network order (``base/config.py``
       iterates over a set).
     * Metrics must be finite; no layer is emptied; ``sparse_threshold``, ``global_group_id`` and the minimum and

@@ -1,6 +1,7 @@
 """NNI experiments with pruning as the trial: what a trial does, and experiments from start to export."""
 
 from nni_topo.experiment.manager import follow, load_experiment, opened, start_experiment
+from nni_topo.experiment.pairing import next_parameters
 from nni_topo.experiment.pipeline import reported, run_trial
 from nni_topo.experiment.results import export_trial
 from nni_topo.experiment.settings import TrialSettings, read_parameters, settings_from, with_parameters
@@ -13,6 +14,7 @@ __all__ = [
     "export_trial",
     "follow",
     "load_experiment",
+    "next_parameters",
     "opened",
     "read_parameters",
     "read_trials",

@@ -15,9 +15,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.experiment.manager import follow, load_experiment, opened, optimize_mode, read_status, start_experiment
+from nni_topo.experiment.manager import (
+    ENDED,
+    follow,
+    load_experiment,
+    opened,
+    optimize_mode,
+    read_status,
+    start_experiment,
+)
 from nni_topo.experiment.results import export_trial, in_words, save_trials, trials_table
-from nni_topo.experiment.trials import FAILED, TrialRecord, best_trial, read_trials
+from nni_topo.experiment.trials import FAILED, STOPPED, TrialRecord, best_trial, read_trials, stopped
 from nni_topo.runner.arguments import add_out, add_verb
 
 
@@ -60,16 +68,40 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     experiment = start_experiment(config, options.port, resume=options.resume, everywhere=options.listen_everywhere)
     reach = "all interfaces, without a password" if options.listen_everywhere else "this machine only"
     console.print(f"experiment {experiment.id} at http://localhost:{options.port} ({reach})", highlight=False)
+    way_on = f"`nni-topo experiment run --resume {experiment.id} --out {options.out}` goes on with it"
     try:
-        trials = _followed(experiment, console)
+        trials, interrupted = _watched(experiment, console)
+        status = _exported(experiment, trials, options, console, rerun=not interrupted)
     except KeyboardInterrupt:
-        console.print(f"go on with: nni-topo experiment run --resume {experiment.id} --out {options.out}", markup=False)
-        raise
+        raise KeyboardInterrupt(way_on) from None
+    if interrupted:
+        raise KeyboardInterrupt(way_on)
+    return status
+
+
+def _watched(experiment: Experiment, console: Console) -> tuple[list[TrialRecord], bool]:
+    """Watch an experiment to its end, or until Ctrl-C, and stop it; return its trials and whether it was cut short."""
+    try:
+        return _followed(experiment, console), False
+    except KeyboardInterrupt:
+        console.print("interrupted: stopping the manager and its trials")
+        trials = read_trials(experiment)
     finally:
         experiment.stop()
+    return stopped(trials), True
+
+
+def _exported(
+    experiment: Experiment, trials: list[TrialRecord], options: argparse.Namespace, console: Console, *, rerun: bool
+) -> int:
+    """Write what an experiment found and say so; return the exit status."""
     save_trials(trials, options.out)
+    if not rerun and not any(trial.is_candidate for trial in trials):
+        console.print(f"no trial has succeeded yet · all trials: {options.out}", markup=False)
+        return 1
     best = best_trial(trials, mode=optimize_mode(experiment.config))
-    metrics = export_trial(best, options.out / "best", command=experiment.config.trial_command)
+    command = experiment.config.trial_command if rerun else None
+    metrics = export_trial(best, options.out / "best", command=command)
     failed = [trial for trial in trials if trial.status in FAILED]
     if options.json:
         document = {"experiment": experiment.id, "best": {**best.to_dict(), "metrics": metrics}}
@@ -108,11 +140,17 @@ def _line(trial: TrialRecord) -> str:
 def _status(options: argparse.Namespace, console: Console) -> int:
     with opened(options.id, options.port) as experiment:
         (status, errors), trials = read_status(experiment), read_trials(experiment)
+        if status in ENDED:
+            trials = stopped(trials)
         if options.json:
             document = {"experiment": experiment.id, "status": status, "errors": errors}
             print(json.dumps({**document, "trials": [trial.to_dict() for trial in trials]}, indent=1, sort_keys=True))
             return 0
         console.print(trials_table(trials, f"experiment {experiment.id}: {status.lower()}"))
+        cut_short = sum(trial.status == STOPPED for trial in trials)
+        if cut_short:
+            how = f"nni-topo experiment run --resume {experiment.id} --out FOLDER"
+            console.print(f"{cut_short} stopped before their end; go on with: {how}", markup=False, soft_wrap=True)
         for error in errors:
             console.print(error, style="red", markup=False)
     return 0

@@ -56,6 +56,20 @@ def only_process(folder: Path) -> Iterator[None]:
         yield
 
 
+def is_held(folder: Path) -> bool:
+    """Say whether a process holds a folder by :func:`only_process`."""
+    try:
+        stream = (folder / _LOCK).open("r")
+    except OSError:
+        return False
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
     """Turn what a full disk raises into a :class:`~nni_topo.errors.DataError` that names the folder."""

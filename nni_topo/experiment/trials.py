@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ import requests
 from nni.experiment import Experiment, rest
 
 from nni_topo.errors import DataError
+from nni_topo.experiment.folder import is_held
+from nni_topo.experiment.pairing import pair_by_result
 
 FAILED = ("FAILED", "SYS_CANCELED", "USER_CANCELED")
+STOPPED = "STOPPED"
 _UNFINISHED = ("WAITING", "RUNNING", "UNKNOWN")
 _STDERR = "trial.stderr"
 
@@ -30,9 +33,10 @@ class TrialRecord:
     Attributes
     ----------
     id, number, status : str, int, str
-        NNI's identifier, its number from 0, and NNI's word such as ``"SUCCEEDED"`` or ``"FAILED"``.
+        NNI's identifier, its number from 0, and NNI's word such as ``"SUCCEEDED"`` or ``"FAILED"``; ``"STOPPED"`` if
+        its experiment ended before it did.
     parameters : dict
-        What the tuner proposed.
+        What the tuner proposed, and the trial ran: those that its result was reported for.
     result : dict
         What the trial reported last, its score under ``default``; empty before.
     folder : str
@@ -55,6 +59,11 @@ class TrialRecord:
         return self.result.get("default")
 
     @property
+    def is_candidate(self) -> bool:
+        """Whether the trial can be the best one: it has succeeded and has a score."""
+        return self.status == "SUCCEEDED" and self.score is not None
+
+    @property
     def is_finished(self) -> bool:
         """Whether the trial has ended, well or not."""
         return self.status not in _UNFINISHED
@@ -75,7 +84,20 @@ def read_trials(experiment: Experiment) -> list[TrialRecord]:
     with answering(experiment):
         # Experiment.list_trial_jobs refuses Hyperband's trials, whose parameters have no index
         jobs = rest.get(experiment.port, "/trial-jobs", experiment.url_prefix)
-    return sorted((_record(experiment, job) for job in jobs), key=lambda trial: trial.number)
+    ran = pair_by_result(jobs)
+    return sorted((_record(experiment, job, ran[job["trialJobId"]]) for job in jobs), key=lambda trial: trial.number)
+
+
+def stopped(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """Return the trials of an experiment that has ended: those that were cut short are ``"STOPPED"``.
+
+    NNI's database keeps calling them running. One whose process has outlived the manager, and goes on in its folder on
+    this machine, still is.
+    """
+    return [
+        trial if trial.is_finished or (trial.folder and is_held(Path(trial.folder))) else replace(trial, status=STOPPED)
+        for trial in trials
+    ]
 
 
 def best_trial(trials: list[TrialRecord], *, mode: str = "maximize") -> TrialRecord:
@@ -86,7 +108,7 @@ def best_trial(trials: list[TrialRecord], *, mode: str = "maximize") -> TrialRec
     DataError
         If none has succeeded.
     """
-    done = [trial for trial in trials if trial.status == "SUCCEEDED" and trial.score is not None]
+    done = [trial for trial in trials if trial.is_candidate]
     if not done:
         states = ", ".join(sorted({trial.status for trial in trials})) or "no trials"
         raise DataError(f"an experiment must have a trial that succeeded, got {states} (best)")
@@ -117,9 +139,8 @@ def _last_error(experiment: Experiment) -> str:
     return f", after: {errors[-1]}" if errors else ""
 
 
-def _record(experiment: Experiment, job: dict[str, Any]) -> TrialRecord:
-    proposals, results = job.get("hyperParameters") or [], job.get("finalMetricData") or []
-    parameters = json.loads(proposals[-1])["parameters"] if proposals else {}
+def _record(experiment: Experiment, job: dict[str, Any], parameters: dict[str, Any]) -> TrialRecord:
+    results = job.get("finalMetricData") or []
     # NNI packs a result twice
     data = json.loads(json.loads(results[-1]["data"])) if results else {}
     result = data if isinstance(data, dict) else {"default": float(data)}

@@ -79,6 +79,17 @@ class PruningContext:
 class DataCollector(ABC):
     """Collects, per target, one row of numbers per block."""
 
+    def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:  # noqa: B027 - most take any layer
+        """Refuse, before anything is wrapped or takes long, layers that can't be looked at.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+            The model to prune.
+        modules : dict of str to torch.nn.Module
+            The layers of it that the config_list names.
+        """
+
     @abstractmethod
     def collect(self, context: PruningContext) -> Data:
         """Return ``(blocks, features)`` for every member of every unit of ``context``."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nni_topo.hooks.base import Data, DataCollector, PruningContext
 from nni_topo.hooks.collectors import Preprocess, WeightCollector, checked_preprocess, preprocess_points
-from nni_topo.hooks.functional import readers_of
+from nni_topo.hooks.functional import check_read, readers_of
 from nni_topo.modes import evaluation_mode
 from nni_topo.speedup.channels import ChannelFlow
 from nni_topo.speedup.dependency import channel_flow
@@ -41,6 +41,10 @@ class CoupledWeightCollector(DataCollector):
     def __init__(self, example_inputs: Any, *, preprocess: Preprocess = "none") -> None:
         self.example_inputs = example_inputs
         self.preprocess = checked_preprocess(preprocess)
+
+    def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        """Check that every layer is read, as :meth:`collect` needs it."""
+        check_read(model, modules, call_arguments(self.example_inputs))
 
     def collect(self, context: PruningContext) -> Data:
         """Return float64 clouds ``(blocks, features)`` on the CPU.

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nni_topo.calibration import calls, first_call
+from nni_topo.calibration import calls, structure_call
 from nni_topo.errors import ConfigError
 from nni_topo.hooks.base import Data, DataCollector, PruningContext
 from nni_topo.hooks.collectors import (
@@ -26,6 +26,8 @@ from nni_topo.hooks.units import PruningUnit
 from nni_topo.modes import evaluation_mode
 from nni_topo.speedup.channels import ChannelFlow
 from nni_topo.speedup.dependency import channel_flow
+from nni_topo.speedup.inputs import Call
+from nni_topo.speedup.labels import FIXED
 from nni_topo.speedup.layers import is_depthwise
 
 IntArray = NDArray[np.int64]
@@ -59,6 +61,18 @@ class FunctionalCollector(DataCollector):
         self.center = center
         self.preprocess = checked_preprocess(preprocess)
 
+    def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        """Check that every layer is read.
+
+        Raises
+        ------
+        ConfigError
+            If no layer reads all of a layer's channels alike.
+        SpeedupError, DataError
+            As in :meth:`collect`.
+        """
+        check_read(model, modules, structure_call(model, self.calibration))
+
     def collect(self, context: PruningContext) -> Data:
         """Return float64 clouds ``(blocks, blocks)``, and ``(blocks, 0)`` for a group's other members.
 
@@ -72,7 +86,7 @@ class FunctionalCollector(DataCollector):
             If no batch came, or activations are NaN or infinite.
         """
         with evaluation_mode(context.model):
-            flow = channel_flow(context.model, first_call(context.model, self.calibration))
+            flow = channel_flow(context.model, structure_call(context.model, self.calibration))
         readers = {unit.name: readers_of(unit, flow, context) for unit in context.units}
         moments = {name: [Moments() for _ in found] for name, found in readers.items()}
         self._run(context, readers, moments)
@@ -129,27 +143,77 @@ def readers_of(unit: PruningUnit, flow: ChannelFlow, context: PruningContext, *,
     ConfigError
         If the unit isn't pruned by output channel, or no layer reads it.
     """
-    modules = dict(context.model.named_modules())
     lead, target = unit.members[0]
     space = context.target_spaces[lead][target]
     if lead not in flow.layers or not (space.granularity == "out_channel" or loses_outputs(space)):
         raise ConfigError(f"a cloud of what is read needs a layer pruned by output channel ({unit.name})")
-    channels = flow.layer_roots(lead)
-    readers = []
-    for name in flow.layers:
-        module = modules[name]
+    places = _reading(lead, flow, dict(context.model.named_modules()))
+    if not places:
+        raise unread_error([unit.name])
+    return [Reader(module, found, read_strength(module, found, order)) for module, found in places]
+
+
+def check_read(
+    model: nn.Module, modules: Iterable[str], call: Call, kinds: tuple[type[nn.Module], ...] = (nn.Module,)
+) -> None:
+    """Check that layers are read, before a model is wrapped.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model; it isn't changed.
+    modules : iterable of str
+        The layers to prune; names of what isn't a layer that makes channels are passed over.
+    call : tuple of (tuple, dict)
+        Arguments to follow its channels with.
+    kinds : tuple of type, default=(torch.nn.Module,)
+        What counts as a reading layer.
+
+    Raises
+    ------
+    ConfigError
+        If no such layer reads all channels of one of them alike; names all of them.
+    SpeedupError
+        If the model can't be traced.
+    """
+    flow = channel_flow(model, call)
+    by_name = dict(model.named_modules())
+    unread = [
+        name
+        for name in modules
+        if name in flow.layers and not any(isinstance(module, kinds) for module, _ in _reading(name, flow, by_name))
+    ]
+    if unread:
+        raise unread_error(unread)
+
+
+def unread_error(names: list[str]) -> ConfigError:
+    """Build the error for layers that nothing reads, with the ways on."""
+    return ConfigError(
+        "a cloud of what is read, and criterion 'reconstruction', need a layer behind that reads all channels of a "
+        "layer alike, got none: exclude such layers from the config_list (exclude_op_names), or choose a cloud of the "
+        f"layer itself, collector='activation' or 'weight' without a criterion ({', '.join(names)})"
+    )
+
+
+def _reading(name: str, flow: ChannelFlow, modules: dict[str, nn.Module]) -> list[tuple[nn.Module, IntArray]]:
+    """Return the layers that read another one's channels, and where each channel enters."""
+    channels = flow.layer_roots(name)
+    found = []
+    for other in flow.layers:
+        module = modules[other]
         if is_depthwise(module):
             continue
-        places = _places(channels, flow.entering_roots(name))
+        places = _places(channels, flow.entering_roots(other))
         if places is not None:
-            readers.append(Reader(module, places, read_strength(module, places, order)))
-    if not readers:
-        raise ConfigError(f"a cloud of what is read needs a layer that reads the channels, got none ({unit.name})")
-    return readers
+            found.append((module, places))
+    return found
 
 
 def _places(channels: IntArray, entering: IntArray) -> IntArray | None:
     """Input positions of each channel, ``(channels, places)``; None if the layer doesn't read them all alike."""
+    if FIXED in channels:  # they can't be removed, and all constants share this number
+        return None
     found = [np.flatnonzero(entering == channel) for channel in channels]
     counts = {len(places) for places in found}
     return np.stack(found) if len(counts) == 1 and counts != {0} else None

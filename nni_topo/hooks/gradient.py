@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from nni_topo.calibration import structure_call
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.hooks.base import Data, DataCollector, PruningContext
 from nni_topo.hooks.collectors import Moments, Preprocess, checked_preprocess, points_of_gram, preprocess_points
-from nni_topo.hooks.functional import Reader, readers_of
+from nni_topo.hooks.functional import Reader, check_read, readers_of
 from nni_topo.knobs import check_integer
 from nni_topo.modes import detached_copy, device_of, evaluation_mode
 from nni_topo.speedup.dependency import channel_flow
@@ -83,6 +84,11 @@ class GradientCollector(DataCollector):
         self.loss = loss
         self.steps = steps
         self.preprocess = checked_preprocess(preprocess)
+
+    def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        """Check that every layer is read, unless an evaluator has the batches."""
+        if self.calibration is not None:
+            check_read(model, modules, structure_call(model, self.calibration))
 
     def collect(self, context: PruningContext) -> Data:
         """Return float64 clouds ``(blocks, blocks)``, and ``(blocks, 0)`` for a group's other members.

@@ -23,11 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nni_topo.calibration import batch_size, calls, first_call
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.calibration import batch_size, calls, structure_call
+from nni_topo.errors import DataError
 from nni_topo.hooks.base import PruningContext
 from nni_topo.hooks.covariances import EnteringCovariances, column_count
-from nni_topo.hooks.functional import Reader, readers_of
+from nni_topo.hooks.functional import Reader, check_read, readers_of, unread_error
 from nni_topo.hooks.units import PruningUnit
 from nni_topo.modes import evaluation_mode
 from nni_topo.recovery.selection import greedy_least_squares
@@ -39,6 +39,7 @@ FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 
+_LINEAR = (*CONVOLUTIONS, nn.Linear)
 _RIDGE = 1e-4
 _CHUNK_BYTES = 2**27
 
@@ -106,6 +107,20 @@ class ReconstructionProblems:
         self.seed = seed
         self.max_bytes = max_bytes
 
+    def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        """Check, before anything is wrapped, that a convolution or linear layer reads every layer to prune.
+
+        Raises
+        ------
+        ConfigError
+            If none reads all of a layer's channels alike.
+        SpeedupError
+            If the model can't be traced.
+        DataError
+            If no batch came, or the first one doesn't fit.
+        """
+        check_read(model, modules, structure_call(model, self.calibration), _LINEAR)
+
     def each(
         self, context: PruningContext, kept: dict[str, BoolArray]
     ) -> Iterator[tuple[PruningUnit, ReconstructionProblem]]:
@@ -137,7 +152,7 @@ class ReconstructionProblems:
 
     def flow(self, model: nn.Module) -> ChannelFlow:
         """Trace a model on the first batch."""
-        return channel_flow(model, first_call(model, self.calibration))
+        return channel_flow(model, structure_call(model, self.calibration))
 
     def measure(
         self, readers: dict[str, list[Reader]], original: nn.Module, network: nn.Module
@@ -197,9 +212,9 @@ def linear_readers(unit: PruningUnit, flow: ChannelFlow, context: PruningContext
     ConfigError
         If the unit isn't pruned by output channel, or no such layer reads it.
     """
-    found = [r for r in readers_of(unit, flow, context) if isinstance(r.module, (*CONVOLUTIONS, nn.Linear))]
+    found = [r for r in readers_of(unit, flow, context) if isinstance(r.module, _LINEAR)]
     if not found:
-        raise ConfigError(f"reconstruction needs a convolution or linear layer behind, got none ({unit.name})")
+        raise unread_error([unit.name])
     return found
 
 

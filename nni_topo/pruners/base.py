@@ -35,7 +35,7 @@ from nni_topo.hooks.allocators import checked_round_to
 from nni_topo.hooks.transposed import follow_outputs, output_granularity
 from nni_topo.hooks.units import is_active
 from nni_topo.modes import unwrapped_copy
-from nni_topo.pruners.checks import check_request
+from nni_topo.pruners.checks import check_request, matched_modules
 from nni_topo.recovery.compensation import METHODS, Method, compensation
 from nni_topo.recovery.report import CompensationReport
 from nni_topo.recovery.steps import Pairs
@@ -74,6 +74,8 @@ class StructuredPruner(Pruner):
     ----------
     compensation_report : CompensationReport or None
         What ``compensate`` did in the latest ``compress()``.
+    needs_rule : bool
+        Whether every entry of the config_list must have a ratio or a threshold: not where a pruner finds the number.
 
     Raises
     ------
@@ -90,6 +92,8 @@ class StructuredPruner(Pruner):
     them. NNI's own pruners take its input channels and fail on the bias.
     """
 
+    needs_rule: bool = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -104,11 +108,12 @@ class StructuredPruner(Pruner):
         calibration: Iterable[Any] | None = None,
         round_to: int | None = None,
     ) -> None:
-        config_list = check_request(model, config_list, existed_wrappers)
+        config_list = check_request(model, config_list, existed_wrappers, needs_rule=self.needs_rule)
         self._recovery = None if compensate is None else _recovery(compensate, checked_calibration(calibration))
         self.compensation_report: CompensationReport | None = None
         self.collector = collector
         self.calculator = calculator
+        self._check_layers(model, matched_modules(model, config_list))
         self.allocator = ConfigAllocator() if allocator is None else allocator
         if round_to is not None:
             _round_to(self.allocator, round_to)
@@ -164,6 +169,10 @@ class StructuredPruner(Pruner):
     def _register_scalers(self) -> None:
         super()._register_scalers()
         follow_outputs(self._target_spaces)
+
+    def _check_layers(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        """Refuse layers that can't be looked at; nothing is wrapped yet."""
+        self.collector.check(model, modules)
 
     def _collect_data(self) -> Data:
         return self.collector.collect(self._context())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,15 @@ from nni_topo.speedup.layers import CONVOLUTIONS, check_names
 
 _logger = logging.getLogger(__name__)
 
+_RULES = ("sparse_ratio", "sparse_threshold")
+
 
 def check_request(
-    model: nn.Module, config_list: list[dict[str, Any]], existed_wrappers: Mapping[str, Any] | None = None
+    model: nn.Module,
+    config_list: list[dict[str, Any]],
+    existed_wrappers: Mapping[str, Any] | None = None,
+    *,
+    needs_rule: bool = True,
 ) -> list[dict[str, Any]]:
     """Check a pruning request; the model isn't changed.
 
@@ -31,10 +37,11 @@ def check_request(
     model : torch.nn.Module
         The model to prune.
     config_list : list of dict
-        NNI's config_list. Empty is legal: scheduled pruners are built so. Keys of NNI 2 are legal too, see
-        :func:`~nni_topo.pruners.legacy.modern_config`.
-    existed_wrappers : mapping or None
-        Wrappers inherited from another compressor.
+        NNI's config_list. Keys of NNI 2 are legal too, see :func:`~nni_topo.pruners.legacy.modern_config`.
+    existed_wrappers : mapping or None, default=None
+        Wrappers inherited from another compressor: then the config_list may be empty, as that of ``LinearPruner`` is.
+    needs_rule : bool, default=True
+        Whether every entry must say how much goes, itself or through another member of its dependency group.
 
     Returns
     -------
@@ -44,14 +51,16 @@ def check_request(
     Raises
     ------
     ConfigError
-        If an entry breaks NNI's schema, names a layer that isn't there or holds a ratio outside [0, 1), if nothing in
-        the model matches, if a matched module's type is unknown to NNI, or if the model is wrapped by another
-        compressor.
+        If there is no entry, if one breaks NNI's schema, names a layer that isn't there, holds a ratio outside [0, 1)
+        or neither ratio nor threshold, if nothing in the model matches, if a matched module's type is unknown to NNI,
+        or if the model is wrapped by another compressor.
     DataError
         If a parameter of a matched module is NaN, infinite, complex, or holds integers.
     """
     if not isinstance(config_list, (list, tuple)):
         raise ConfigError(f"config_list must be a list of dicts, got {type(config_list).__name__} (config_list)")
+    if not config_list and existed_wrappers is None:
+        raise ConfigError("a config_list must have at least one entry, got none (config_list)")
     _check_unwrapped(model, existed_wrappers or {})
     check_names(model, config_list)
     matched: dict[str, nn.Module] = {}
@@ -63,6 +72,8 @@ def check_request(
         if not modules:
             _logger.warning("%s matches no module: %s", place, config)
         matched.update(modules)
+    if needs_rule:
+        _check_rules(modern)
     if config_list and not matched:
         types = sorted({type(module).__name__ for module in model.modules() if not list(module.children())})
         raise ConfigError(
@@ -72,6 +83,14 @@ def check_request(
     for name, module in matched.items():
         _check_module(name, module)
     return modern
+
+
+def matched_modules(model: nn.Module, config_list: list[dict[str, Any]]) -> dict[str, nn.Module]:
+    """Return the modules that a checked config_list names, by name in network order."""
+    found: dict[str, nn.Module] = {}
+    for config in config_list:
+        found.update(select_modules_by_config(model, config)[0])
+    return {name: found[name] for name, _ in model.named_modules(remove_duplicate=False) if name in found}
 
 
 def _check_unwrapped(model: nn.Module, existed_wrappers: Mapping[str, Any]) -> None:
@@ -103,6 +122,27 @@ def _check_entry(config: Any, place: str) -> None:
         threshold = setting.get("sparse_threshold")
         if threshold is not None and math.isnan(threshold):
             raise ConfigError(f"sparse_threshold must be a number, got {threshold} ({place}{suffix})")
+
+
+def _check_rules(config_list: Sequence[dict[str, Any]]) -> None:
+    """Refuse entries that say nowhere how much goes: they would prune nothing, or make NNI fail without a word."""
+    ruled = [config for config in config_list if any(key in s for s in _settings(config) for key in _RULES)]
+    groups = {group for config in ruled for group in _groups(config)}
+    for index, config in enumerate(config_list):
+        if config not in ruled and not groups & _groups(config):
+            raise ConfigError(
+                "a config_list entry must have a sparse_ratio or a sparse_threshold, got neither "
+                f"(config_list[{index}])"
+            )
+
+
+def _settings(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return an entry and what it says of single targets."""
+    return [config, *config.get("target_settings", {}).values()]
+
+
+def _groups(config: dict[str, Any]) -> set[int | str]:
+    return {s["dependency_group_id"] for s in _settings(config) if "dependency_group_id" in s}
 
 
 def _reason(error: SchemaError) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from nni.compression.base.config import select_modules_by_config
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
@@ -143,7 +142,6 @@ class EnergyFilterPruner(StructuredPruner):
             raise unknown_name("collector", str(collector), ("chirp", "data"))
         config_list = check_request(model, config_list, existed_wrappers)
         _check_thresholds(config_list)
-        chosen.check(model, _matched(model, config_list))
         super().__init__(
             model,
             config_list,
@@ -164,10 +162,3 @@ def _check_thresholds(config_list: list[dict[str, Any]]) -> None:
             threshold = setting.get("sparse_threshold")
             if threshold is not None and not 0.0 < threshold < 1.0:
                 raise ConfigError(f"sparse_threshold must be in (0, 1), got {threshold} (config_list[{index}])")
-
-
-def _matched(model: nn.Module, config_list: list[dict[str, Any]]) -> dict[str, nn.Module]:
-    found: dict[str, nn.Module] = {}
-    for config in config_list:
-        found.update(select_modules_by_config(model, config)[0])
-    return found

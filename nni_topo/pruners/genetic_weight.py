@@ -108,6 +108,8 @@ class GeneticWeightPruner(StructuredPruner):
     True
     """
 
+    needs_rule = False
+
     def __init__(
         self,
         model: nn.Module,

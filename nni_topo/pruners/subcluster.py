@@ -114,6 +114,8 @@ class SubclusterPruner(StructuredPruner):
     True
     """
 
+    needs_rule = False
+
     def __init__(
         self,
         model: nn.Module,

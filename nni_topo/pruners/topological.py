@@ -214,6 +214,7 @@ class TopologicalPruner(StructuredPruner):
         self.preset = preset
         self.seed = seed
         self.target = target
+        self.needs_rule = target is None
         allocator = _allocator(config_list, target, allocation, latency_table, example_inputs, calibration)
         problems = _problems(settings.criterion, order, calibration, seed)
         self._metric = TopologicalMetric(
@@ -239,6 +240,12 @@ class TopologicalPruner(StructuredPruner):
         )
         if target is not None:
             self._activate_targets()
+
+    def _check_layers(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        if self._metric.problems is None:
+            super()._check_layers(model, modules)
+        else:
+            self._metric.problems.check(model, modules)
 
     @property
     def trace(self) -> dict[str, list[Generation]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from nni_topo import serialization, zoo
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.hooks import Masks
+from nni_topo.pruners.checks import check_request
 from nni_topo.recovery import compensation
-from nni_topo.registry import create_pruner, pruner_info
+from nni_topo.registry import create_pruner, needs_rule, pruner_info
 from nni_topo.runner.cells import CompensationChoice, DataChoice, ModelChoice, changed_recipe, compensation_choice
 from nni_topo.runner.execute import (
     STILL,
@@ -153,7 +154,11 @@ def prune_checkpoint(
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"an output folder must be new or empty, got {len(list(out.iterdir()))} entries ({out})")
     place = resolve_device(device)
-    net, bundle = trained_network(model, checkpoint, data, seed=seed, device=device, progress=progress)
+
+    def accept(untrained: nn.Module) -> None:
+        check_request(untrained, config.config_list, needs_rule=needs_rule(config.pruner, config.knobs))
+
+    net, bundle = trained_network(model, checkpoint, data, seed=seed, device=device, progress=progress, accept=accept)
     record = {"model": model.label, "data": data.name, "pruner": config.pruner, "seed": seed}
     record |= _measured(net, bundle, place, accuracy="accuracy_before", suffix="_before")
     masks, record["prune_seconds"] = _masks(net, config, bundle)
@@ -191,8 +196,11 @@ def trained_network(
     seed: int = 0,
     device: str = "cpu",
     progress: bool = False,
+    accept: Callable[[nn.Module], None] | None = None,
 ) -> tuple[nn.Module, zoo.DataBundle]:
     """Return a model with the weights of a checkpoint, or trained by its default recipe, and its data.
+
+    ``accept`` gets the untrained network: what it refuses isn't trained first.
 
     Raises
     ------
@@ -204,6 +212,8 @@ def trained_network(
     place = resolve_device(device)
     bundle = load_model_data(model, data)
     net = build_model(model, bundle, seed)
+    if accept is not None:
+        accept(net)
     if checkpoint is None:
         recipe = zoo.default_recipe(model.name, data.name)
         zoo.train(net, bundle, recipe, seed=seed, device=place, progress=progress)

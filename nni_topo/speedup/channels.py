@@ -301,7 +301,7 @@ class ChannelFlow(torch.fx.Interpreter):
     def _tie(self, one: torch.Tensor, other: torch.Tensor) -> None:
         one, other = torch.broadcast_tensors(one, other)
         for d in range(one.dim()):
-            if one.stride(d) == 0 and other.stride(d) == 0:
+            if not (one.shape[d] == 0 or varies(one, d) or varies(other, d)):
                 one, other = one.narrow(d, 0, 1), other.narrow(d, 0, 1)
         pairs = np.stack([one.reshape(-1).numpy(), other.reshape(-1).numpy()])
         for first, second in np.unique(pairs, axis=1).T:

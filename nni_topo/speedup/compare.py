@@ -12,9 +12,18 @@ from nni_topo.errors import SpeedupError
 from nni_topo.speedup.inputs import Call, cast_floats, random_like, tensors_of
 
 Kept = dict[str, list[torch.Tensor]]
+Place = tuple[str | None, str]
 
 
-def check_equal(reference: torch.nn.Module, dense: torch.nn.Module, call: Call, kept: Kept, rtol: float) -> None:
+def check_equal(
+    reference: torch.nn.Module,
+    dense: torch.nn.Module,
+    call: Call,
+    kept: Kept,
+    rtol: float,
+    *,
+    advise: Callable[[str | None], str] | None = None,
+) -> None:
     """Raise unless two models give the same outputs on random inputs, in evaluation mode.
 
     Parameters
@@ -29,6 +38,8 @@ def check_equal(reference: torch.nn.Module, dense: torch.nn.Module, call: Call, 
         For each module, the indices kept of each dimension of its output.
     rtol : float
         The largest difference allowed, relative to the reference's largest absolute output.
+    advise : callable or None, default=None
+        Says what to do about a difference, given the first module that differs, None behind the last one.
 
     Raises
     ------
@@ -52,12 +63,12 @@ def check_equal(reference: torch.nn.Module, dense: torch.nn.Module, call: Call, 
                 "a dense model must run on inputs of the example's shape: a fixed size in its forward may not "
                 f"fit the pruned channels, got {type(error).__name__}: {error}"
             ) from error
-    _compare(expected, actual, place, rtol)
+    _compare(expected, actual, place, rtol, advise)
 
 
 def _run(
     pair: tuple[torch.nn.Module, torch.nn.Module], call: Call, kept: Kept, rtol: float, *, double: bool
-) -> tuple[list[torch.Tensor], list[torch.Tensor], str]:
+) -> tuple[list[torch.Tensor], list[torch.Tensor], Place]:
     """Run copies of both models; also name the first module whose outputs differ."""
     records: list[dict[str, torch.Tensor]] = [{}, {}]
     outputs = []
@@ -83,17 +94,17 @@ def _recorder(name: str, record: dict[str, torch.Tensor]) -> Callable[[Any, Any,
 
 def _first_difference(
     expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor], kept: Kept, rtol: float
-) -> str:
+) -> Place:
     for name, full in expected.items():
         for d, indices in enumerate(kept[name][1:], start=1):
             if len(indices) < full.shape[d]:
                 full = full.index_select(d, indices.to(full.device))
         small = actual.get(name)
         if small is None or small.shape != full.shape:
-            return f"from {name} on, whose output has another shape than expected"
+            return name, f"from {name} on, whose output has another shape than expected"
         if _difference(full, small) > rtol:
-            return f"from {name} on"
-    return "behind the last layer"
+            return name, f"from {name} on"
+    return None, "behind the last layer"
 
 
 def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
@@ -108,16 +119,23 @@ def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
     return largest / scale if scale else largest
 
 
-def _compare(expected: list[torch.Tensor], actual: list[torch.Tensor], place: str, rtol: float) -> None:
+def _compare(
+    expected: list[torch.Tensor],
+    actual: list[torch.Tensor],
+    place: Place,
+    rtol: float,
+    advise: Callable[[str | None], str] | None,
+) -> None:
+    name, where = place
     shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (expected, actual)]
     if shapes[0] != shapes[1]:
         raise SpeedupError(
             "the shape of the model's output must not change: exclude the layer that gives it from the "
-            f"config_list (exclude_op_names), got {shapes[1]} instead of {shapes[0]} ({place})"
+            f"config_list (exclude_op_names), got {shapes[1]} instead of {shapes[0]} ({where})"
         )
     worst = max((_difference(a, b) for a, b in zip(expected, actual, strict=True)), default=0.0)
     if not worst <= rtol:
         raise SpeedupError(
             f"a dense model must compute what the masked one does to {rtol:g} of its largest output, "
-            f"got a difference of {worst:.3g} ({place})"
+            f"got a difference of {worst:.3g} ({where})" + (f"; {advise(name)}" if advise else "")
         )

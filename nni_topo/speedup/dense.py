@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
 
 from nni_topo.errors import NniTopoError, SpeedupError
 from nni_topo.sharing import find_ties, tie_again, untie
+from nni_topo.speedup.advice import way_forward
 from nni_topo.speedup.channels import ChannelFlow
 from nni_topo.speedup.compare import check_equal
 from nni_topo.speedup.engine import DenseSpeedup
@@ -85,7 +87,8 @@ def to_dense(
 
     Where a removed channel isn't zero in the masked model, the two can't be equal: behind an activation
     that isn't zero at zero (sigmoid, softplus), or in a group or layer norm, which takes its statistics
-    over removed channels too. ``check=False`` gives the dense model all the same, to be fine-tuned.
+    over removed channels too. The error says which layers to leave out, or whose bias can take a constant over;
+    ``check=False`` gives the dense model all the same, without the constants, to be fine-tuned.
 
     Cost: about one forward and one backward pass of every node on a batch of five.
     """
@@ -98,7 +101,7 @@ def to_dense(
         torch.manual_seed(0)
         dense, reference, kept, resolved = _build(model, call, full, round_to)
         if check:
-            check_equal(reference, dense, call, kept, rtol)
+            check_equal(reference, dense, call, kept, rtol, advise=partial(way_forward, reference, call, kept))
     _report(model, dense, full, resolved)
     return dense
 

@@ -88,6 +88,19 @@ def test_config_that_matches_nothing(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_config_that_asks_for_nothing(kind: str) -> None:
+    assert build(kind, [])._target_spaces == {}
+    first = build(kind, [{"op_names": ["stem"], "sparse_ratio": 0.5}])
+    build(kind, [{"op_names": ["stem"]}])
+    compat.enable_strict()
+    for config, words in (([], "at least one entry, got none"), ([{"op_names": ["stem"]}], "got neither")):
+        with pytest.raises(ConfigError, match=words):
+            build(kind, config)
+    cls, knobs = KINDS[kind]
+    assert list(cls.from_compressor(first, [], **knobs)._module_wrappers) == ["stem"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_nan_weights_and_metrics(kind: str) -> None:
     config = [{"op_names": ["stem"], "sparse_ratio": 0.5}]
     broken = toy_model()

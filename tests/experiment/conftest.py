@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,20 @@ class Home:
         except (urllib.error.URLError, ConnectionError, TimeoutError, ValueError):
             # the manager answers with its web page as long as it begins
             return None
+
+
+@pytest.fixture
+def wait_until() -> Callable[..., Any]:
+    """A function that asks until the answer is true, and returns it."""
+
+    def wait(condition: Callable[[], Any], seconds: float = 240) -> Any:
+        deadline = time.monotonic() + seconds
+        while not (found := condition()):
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.5)
+        return found
+
+    return wait
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -58,19 +57,11 @@ def configured(home, nets, space: str, trials: int, words: str = "") -> str:
     return str(home.write("config.yml", text))
 
 
-def wait_until(condition, seconds: float = SECONDS):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.5)
-    return found
-
-
 def statuses(home, port=None) -> list[str]:
     return sorted(job["status"] for job in home.rest("trial-jobs", port) or ())
 
 
-def test_five_trials_of_which_one_crashes(home, nets):
+def test_five_trials_of_which_one_crashes(home, nets, wait_until):
     config = configured(home, nets, PRUNERS, 5)
     words = ["experiment", "run", config, "--port", str(home.port), "--out", "out", "--json"]
     with home.popen(sys.executable, "-m", "nni_topo", *words) as process:
@@ -123,7 +114,7 @@ def test_a_trial_that_asks_late_gets_its_own_parameters(home):
 
 
 @pytest.mark.slow
-def test_a_killed_manager_is_resumed_and_its_trials_go_on(home, nets):
+def test_a_killed_manager_is_resumed_and_its_trials_go_on(home, nets, wait_until):
     config = configured(home, nets, "  seed: {_type: choice, _value: [0, 1, 2, 3]}", 4, "--retrain-epochs 40")
     words = ["experiment", "run", config, "--port", str(home.port), "--out", "out"]
     with home.popen(sys.executable, "-m", "nni_topo", *words) as process:
@@ -151,6 +142,37 @@ def test_a_killed_manager_is_resumed_and_its_trials_go_on(home, nets):
     best = home.topo("experiment", "export", entry["id"], "--out", "best")
     assert best.returncode == 0, best.stderr
     assert (home.folder / "best" / "dense.pt").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_exports_what_it_found_and_names_one_way_on(home, nets, wait_until):
+    config = configured(home, nets, "  seed: {_type: choice, _value: [0, 1, 2, 3]}", 4, "--retrain-epochs 40")
+    words = ["experiment", "run", config, "--port", str(home.port), "--out", "out"]
+    with home.popen(sys.executable, "-m", "nni_topo", *words) as process:
+        wait_until(lambda: {"SUCCEEDED", "RUNNING"} <= set(statuses(home)))
+        process.send_signal(signal.SIGINT)
+        said, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 130
+    (known,) = json.loads((home.folder / "nni-experiments" / ".experiment").read_text())
+    way_on = f"nni-topo experiment run --resume {known} --out out"
+    assert (said + err).count("--resume") == 1
+    assert way_on in err
+    assert "the same command" not in said + err
+    assert (home.folder / "out" / "best" / "dense.pt").exists()
+    found = {trial["id"]: trial["status"] for trial in json.loads((home.folder / "out" / "trials.json").read_text())}
+    assert "STOPPED" in found.values()
+    assert "RUNNING" not in found.values()
+
+    seen = home.topo("experiment", "status", "--json")
+    assert {trial["id"]: trial["status"] for trial in json.loads(seen.stdout)["trials"]} == found
+    shown = home.topo("experiment", "status").stdout
+    assert f"go on with: nni-topo experiment run --resume {known}" in shown
+
+    again = home.topo(*way_on.split()[1:], "--port", str(free_port()))
+    assert again.returncode == 0, again.stderr
+    after = json.loads((home.folder / "out" / "trials.json").read_text())
+    assert [trial["status"] for trial in after] == ["SUCCEEDED"] * 4
+    assert found.keys() <= {trial["id"] for trial in after}
 
 
 def test_a_port_in_use_is_a_clear_error(home, nets):

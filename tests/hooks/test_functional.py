@@ -148,7 +148,7 @@ def test_a_table_of_words_reads_no_channels():
 
 
 def test_the_output_layer_has_no_reader():
-    with pytest.raises(ConfigError, match=r"got none \(head.weight\)"):
+    with pytest.raises(ConfigError, match=r"got none: exclude.*\(head.weight\)"):
         cloud_of(toy_model(), config("head"), [toy_images(4)], "head")
 
 

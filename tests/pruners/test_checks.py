@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nni.compression.pruning import AGPPruner, LinearPruner
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.random import RandomPruner
+from nni_topo.registry import create_pruner
+from nni_topo.testing import toy_evaluator, toy_images, toy_model
 
 
 @pytest.mark.parametrize(
@@ -26,6 +29,19 @@ from nni_topo.pruners.random import RandomPruner
         ([{"op_types": ["Linear"], "sparse_ratio": 0.5, "sparse_threshold": 1.0}], "schema"),
         (["Linear"], r"must be a dict, got str \(config_list\[0\]\)"),
         ({"op_types": ["Linear"]}, "must be a list of dicts, got dict"),
+        ([], r"at least one entry, got none \(config_list\)"),
+        (
+            [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}, {"op_types": ["Linear"]}],
+            r"sparse_ratio or a sparse_threshold, got neither \(config_list\[1\]\)",
+        ),
+        ([{"op_types": ["Linear"], "max_sparse_ratio": 0.5}], r"got neither \(config_list\[0\]\)"),
+        (
+            [
+                {"op_names": ["0"], "dependency_group_id": "a", "sparse_ratio": 0.5},
+                {"op_names": ["2"], "dependency_group_id": "b"},
+            ],
+            r"got neither \(config_list\[1\]\)",
+        ),
         (
             [{"op_types": ["Flatten"], "sparse_ratio": 0.5}],
             "registered with NNI's PruningSetting, got Flatten",
@@ -37,8 +53,64 @@ def test_bad_config_lists_are_refused_by_name(convnet, config, words):
         check_request(convnet, config)
 
 
-def test_an_empty_config_list_is_legal(convnet):
-    check_request(convnet, [])
+GROUP = {"dependency_group_id": "a"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        [{"op_types": ["Linear"], "sparsity": 0.5}],
+        [{"op_types": ["Linear"], "sparse_ratio": 0.0}],
+        [{"op_types": ["Linear"], "target_settings": {"weight": {"sparse_threshold": 0.5}}}],
+        [{"op_names": ["0"], "sparse_ratio": 0.5, **GROUP}, {"op_names": ["2"], **GROUP}],
+        [
+            {"op_names": ["0"], "target_settings": {"weight": GROUP}},
+            {"op_names": ["2"], "sparse_threshold": 0.5, **GROUP},
+        ],
+    ],
+)
+@pytest.mark.filterwarnings("ignore:'sparsity' is a key of NNI 2:FutureWarning")
+def test_a_rule_may_stand_in_an_old_key_a_target_or_another_member_of_the_group(convnet, config):
+    check_request(convnet, config)
+
+
+@pytest.mark.parametrize("name", ["topological", "random", "l1", "l2", "fpgm", "level", "energy", "matrix"])
+@pytest.mark.parametrize("config", [[], [{"op_names": ["stem"]}]], ids=["empty", "without a rule"])
+def test_a_request_that_asks_for_nothing_is_refused_before_wrapping(name, config):
+    model = toy_model()
+    knobs = {"example_inputs": toy_images(1)} if name == "energy" else {}
+    with pytest.raises(ConfigError, match="config_list"):
+        create_pruner(name, model, config, **knobs)
+    assert not any(name.endswith("_nni_wrapper") for name, _ in model.named_modules())
+
+
+def test_pruners_that_find_the_number_need_no_rule_but_an_entry():
+    images, entry = toy_images(8), [{"op_names": ["stem"]}]
+    knobs = {
+        "subcluster": {"calibration": [images]},
+        "genetic_weight": {"evaluate": lambda model: 1.0},
+        "topological": {"target": {"flops": 0.5}, "example_inputs": images},
+    }
+    for name, given in knobs.items():
+        create_pruner(name, toy_model(), entry, **given)
+        with pytest.raises(ConfigError, match="at least one entry, got none"):
+            create_pruner(name, toy_model(), [], **given)
+
+
+def test_a_pruner_made_from_another_may_have_an_empty_config_list():
+    first = RandomPruner(toy_model(), [{"op_names": ["stem"], "sparse_ratio": 0.5}])
+    second = RandomPruner.from_compressor(first, [])
+    assert list(second._module_wrappers) == ["stem"]
+    with pytest.raises(ConfigError, match="got neither"):
+        RandomPruner.from_compressor(second, [{"op_names": ["inner"]}])
+
+
+@pytest.mark.parametrize("schedule", [LinearPruner, AGPPruner])
+def test_schedules_which_have_an_empty_config_list_go_on_working(schedule):
+    model = toy_model()
+    inner = RandomPruner(model, [{"op_names": ["stem"], "sparse_ratio": 0.5}], toy_evaluator(model))
+    _, masks = schedule(inner, interval_steps=1, total_times=2).compress(3, None)
+    assert float(masks["stem"]["bias"].mean()) == 0.5
 
 
 def test_one_entry_that_matches_nothing_only_warns(convnet, caplog):

@@ -198,7 +198,9 @@ def test_data_collector_keeps_what_answers_the_data():
 
 
 def test_it_is_where_users_look():
-    assert nni_topo.create_pruner("energy", toy_model(), [], example_inputs=toy_images(1)).__class__.__name__
+    config = [{"op_names": ["stem"], "sparse_ratio": 0.5}]
+    pruner = nni_topo.create_pruner("energy", toy_model(), config, example_inputs=toy_images(1))
+    assert type(pruner) is nni_topo.EnergyFilterPruner
     assert nni.compression.pruning.EnergyFilterPruner is nni_topo.EnergyFilterPruner
 
 

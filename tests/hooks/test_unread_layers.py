@@ -1,0 +1,116 @@
+"""Clouds of what is read need layers that are read: decided before the model is wrapped or anything long runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.models import VisionTransformer
+
+import nni_topo
+from nni_topo.errors import ConfigError
+
+IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """The channels of ``wide`` are read in parts."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.way = way
+        self.first = nn.Conv2d(3, 4, 3)
+        self.wide = nn.Conv2d(4, 8, 3)
+        self.left = nn.Conv2d(2 if way == "pixel_shuffle" else 4, 6, 1)
+        self.right = nn.Conv2d(4, 6, 1)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        wide = self.wide(self.first(images))
+        if self.way == "chunk":
+            one, two = wide.chunk(2, 1)
+            return self.head((self.left(one) + self.right(two)).mean((2, 3)))
+        if self.way == "slice":
+            return self.head(self.left(wide[:, :4]).mean((2, 3)))
+        return self.head(self.left(functional.pixel_shuffle(wide, 2)).mean((2, 3)))
+
+
+def layers(*names: str) -> list[dict[str, object]]:
+    return [{"op_names": list(names), "sparse_ratio": 0.5}]
+
+
+def refused(net: nn.Module, config: list[dict[str, object]], **knobs: object) -> str:
+    parameters = list(net.parameters())
+    with pytest.raises(ConfigError) as caught:
+        nni_topo.TopologicalPruner(net, config, calibration=[IMAGES], **knobs)
+    assert not any(name.endswith("_nni_wrapper") for name, _ in net.named_modules())
+    assert all(one is other for one, other in zip(net.parameters(), parameters, strict=True))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("way", ["chunk", "slice"])
+@pytest.mark.parametrize(
+    "knobs", [{}, {"collector": "functional"}, {"collector": "weight", "criterion": "reconstruction"}]
+)
+def test_layers_read_in_parts_are_refused_before_wrapping_with_a_way_on(way, knobs):
+    words = refused(Net(way), layers("first", "wide"), **knobs)
+    assert words.endswith("(wide)")
+    assert "exclude_op_names" in words
+    assert "collector='activation'" in words
+
+
+@pytest.mark.parametrize("way", ["chunk", "slice", "pixel_shuffle"])
+def test_the_knob_that_is_named_works(way):
+    net = Net(way)
+    pruner = nni_topo.TopologicalPruner(
+        net, layers("first", "wide"), calibration=[IMAGES], collector="activation", generations=2
+    )
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    assert float(masks["wide"]["bias"].mean()) == 0.5
+    dense = nni_topo.to_dense(net, IMAGES[:2], {"first": masks["first"]})
+    assert dense.first.out_channels == 2
+
+
+@pytest.mark.parametrize("collector", ["coupled", "gradient"])
+def test_other_clouds_of_what_is_read_decide_as_early(collector):
+    knobs = {"example_inputs": IMAGES[:1]} if collector == "coupled" else {}
+    labelled = [(IMAGES, torch.zeros(6, dtype=torch.int64))]
+    net = Net("chunk")
+    with pytest.raises(ConfigError, match=r"\(wide\)"):
+        nni_topo.TopologicalPruner(net, layers("wide"), collector=collector, calibration=labelled, **knobs)
+    assert not any(name.endswith("_nni_wrapper") for name, _ in net.named_modules())
+
+
+def vision_transformer() -> nn.Module:
+    torch.manual_seed(0)
+    net = VisionTransformer(32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=5)
+    nn.init.normal_(net.heads.head.weight)
+    return net.eval()
+
+
+def test_a_vision_transformer_names_all_layers_that_meet_its_stream():
+    net = vision_transformer()
+    config = [{"op_types": ["Linear"], "exclude_op_names": ["heads.head"], "sparse_ratio": 0.5}]
+    batches = [torch.rand(4, 3, 32, 32)]
+    with pytest.raises(ConfigError) as caught:
+        nni_topo.TopologicalPruner(net, config, calibration=batches)
+    stream = [f"encoder.layers.encoder_layer_{index}.mlp.3" for index in range(2)]
+    assert all(name in str(caught.value) for name in stream)
+    assert "mlp.0" not in str(caught.value)
+    config[0]["exclude_op_names"] += stream
+    pruner = nni_topo.TopologicalPruner(net, config, calibration=batches)
+    _, masks = pruner.compress()
+    assert sorted(masks) == [f"encoder.layers.encoder_layer_{index}.mlp.0" for index in range(2)]
+
+
+def test_the_decision_looks_at_two_images_however_large_the_batch():
+    net, sizes = vision_transformer(), []
+    net.conv_proj.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    batches = [torch.rand(16, 3, 32, 32)]
+    names = [f"encoder.layers.encoder_layer_{index}.mlp.0" for index in range(2)]
+    nni_topo.TopologicalPruner(net, layers(*names), calibration=batches)
+    assert sizes.count(16) == 1  # whether the batch fits
+    assert 2 in sizes
