@@ -10,7 +10,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
+
+# how long an example takes depends on what else the machine does
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 BARE = """
 import contextlib, io, json, sys, traceback
