@@ -4,6 +4,11 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.nni_topo-ready
 export OMP_NUM_THREADS ?= 1
+# the tests in a process per core, in four at most: each takes 1.5 GB; `make test SPREAD=` runs them in one
+SPREAD ?= --numprocesses logical --maxprocesses 4 --dist worksteal
+# for `make test-lowest`: the oldest Python that the package takes, where it is there
+LOWEST := .venv-lowest
+PYTHON_LOWEST ?= $(shell python3.10 --version > /dev/null 2>&1 && echo python3.10 || echo $(PYTHON))
 # for `make upstream`: NNI is a checkout of NNI's repository, FASHION_MNIST a folder with the four idx files, UPSTREAM any
 # further options of benchmarks/upstream/run.py
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
@@ -14,13 +19,13 @@ PROCESSORS ?=
 PY ?= $(BIN)/python
 CUDA_TESTS := tests/test_devices.py tests/test_bench_cuda.py tests/pruners/test_base.py
 
-.PHONY: demo test test-all test-processors cuda lint upstream checkout clean
+.PHONY: demo test test-all test-lowest test-processors cuda lint upstream checkout clean
 
 demo: $(READY)
 	$(BIN)/nni-topo demo --out demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SPREAD)
 
 # the numerical tests as other processors round; PROCESSORS: options of tests/processors.py, such as --turn or
 # "--only prescott haswell" or --quick
@@ -28,7 +33,13 @@ test-processors: $(READY)
 	$(BIN)/python tests/processors.py $(PROCESSORS)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest $(SPREAD) -m "slow or not slow"
+
+test-lowest:
+	test -x $(LOWEST)/bin/python || $(PYTHON_LOWEST) -m venv $(LOWEST)
+	$(LOWEST)/bin/python tools/lowest.py test > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --editable '.[test]' --constraint $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pytest $(SPREAD)
 
 # Only where packages are missing is anything installed: a machine with a GPU often has no internet.
 cuda:
@@ -56,4 +67,4 @@ $(READY): setup.cfg pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv build dist demo upstream.json cuda.json *.egg-info
+	rm -rf .venv $(LOWEST) build dist demo upstream.json cuda.json *.egg-info

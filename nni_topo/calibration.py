@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from nni_topo.errors import ConfigError, DataError, NniTopoError
 from nni_topo.modes import evaluation_mode

@@ -1,15 +1,19 @@
-"""Shared fixtures: one thread, and small models."""
+"""Shared fixtures: one thread, small models, and a Python without optional packages."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import far_device
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 if TYPE_CHECKING:
@@ -18,11 +22,59 @@ if TYPE_CHECKING:
 # Before any test runs a backward pass. Nothing else shows of the device until a test asks for it.
 far_device.reserve()
 
+# how long an example takes depends on what else the machine does
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
+
+BARE = """
+import contextlib, io, json, sys, traceback
+sys.modules.update(dict.fromkeys(("numba", "pytorch_lightning", "transformers")))
+for line in sys.stdin:
+    said, error = io.StringIO(), None
+    with contextlib.redirect_stdout(said):
+        try:
+            exec(json.loads(line), {"__name__": "program"})
+        except BaseException:
+            error = traceback.format_exc()
+    print(json.dumps([said.getvalue(), error]), flush=True)
+"""
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():
     """One thread, unless the tests are run as on another processor; see processors.py."""
     torch.set_num_threads(int(os.environ.get("NNI_TOPO_TEST_THREADS", "1")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _children_import_no_trainers():
+    # a child that needs Lightning or Transformers takes the variable out; the others start in half the time
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NNI_TOPO_EVALUATORS", "torch")
+        yield
+
+
+@pytest.fixture(scope="session")
+def bare_python() -> Iterator[Callable[[str], str]]:
+    """Run a program in a Python without optional packages and with a hash seed of its own; give what it prints.
+
+    All programs share one interpreter, since a new one takes seconds to import PyTorch and NNI.
+    """
+    words = [sys.executable, "-W", "ignore", "-c", BARE]
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True) as python:
+
+        def run(program: str) -> str:
+            assert python.stdin is not None
+            assert python.stdout is not None
+            print(json.dumps(program), file=python.stdin, flush=True)
+            said: str
+            said, error = json.loads(python.stdout.readline())
+            assert error is None, error
+            return said
+
+        yield run
+        python.stdin.close()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Mends of NNI's ``ModelSpeedup``: pytrees, a misspelt attribute, shared layers, given masks, several outputs, costs."""
+"""Mends of NNI's ``ModelSpeedup``: pytrees, a misspelt attribute, shared layers, given masks, several outputs, cost."""
 
 from __future__ import annotations
 

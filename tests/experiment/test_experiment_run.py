@@ -61,6 +61,7 @@ def statuses(home, port=None) -> list[str]:
     return sorted(job["status"] for job in home.rest("trial-jobs", port) or ())
 
 
+@pytest.mark.slow
 def test_five_trials_of_which_one_crashes(home, nets, wait_until):
     config = configured(home, nets, PRUNERS, 5)
     words = ["experiment", "run", config, "--port", str(home.port), "--out", "out", "--json"]
@@ -102,6 +103,7 @@ def test_five_trials_of_which_one_crashes(home, nets, wait_until):
     assert json.loads((home.folder / "fpgm" / "settings.json").read_text())["pruner"] == "fpgm"
 
 
+@pytest.mark.slow
 def test_a_trial_that_asks_late_gets_its_own_parameters(home):
     home.write("late.py", LATE)
     text = CONFIG.format(space="  x: {_type: choice, _value: [0, 1]}", nets="", words="", trials=2, home=home.folder)
@@ -175,32 +177,32 @@ def test_an_interrupted_run_exports_what_it_found_and_names_one_way_on(home, net
     assert found.keys() <= {trial["id"] for trial in after}
 
 
-def test_a_port_in_use_is_a_clear_error(home, nets):
-    config = configured(home, nets, PRUNERS, 5)
+def test_a_port_in_use_is_a_clear_error(home, capsys, monkeypatch):
+    config = configured(home, home.folder, PRUNERS, 5)
+    monkeypatch.chdir(home.folder)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", home.port))
         taken.listen()
         with pytest.raises(ConfigError, match=f"a port must be free, got {home.port}: Address already in use"):
             start_experiment(load_experiment(config), home.port)
-        done = home.topo("experiment", "run", config, "--port", str(home.port), "--out", "out")
-    assert done.returncode == 2
-    assert f"nni-topo experiment: a port must be free, got {home.port}" in " ".join(done.stderr.split())
+        assert main(["experiment", "run", config, "--port", str(home.port), "--out", "out"]) == 2
+    assert f"nni-topo experiment: a port must be free, got {home.port}" in " ".join(capsys.readouterr().err.split())
     assert not (home.folder / "nni-experiments").exists()
     with pytest.raises(ConfigError, match=r"must be in \[1, 65534\], got 70000"):
         check_port(70000)
 
 
-def test_requests_that_make_no_sense_are_clear_errors(home, capsys):
+def test_requests_that_make_no_sense_are_clear_errors(home, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(home.folder))
+    monkeypatch.chdir(home.folder)
     for words, message in (
         (["run", "--out", "out"], "must be a file, or --resume ID, got both or neither"),
         (["run", "missing.yml", "--out", "out"], "No such file"),
         (["status", "--port", str(home.port)], f"NNI's manager must answer, got none (port {home.port})"),
+        (["run", "--resume", "abc", "--out", "out"], "must be one that NNI knows, got none at all"),
     ):
         assert main(["experiment", *words]) == 2
         assert message in " ".join(capsys.readouterr().err.split())
-    done = home.topo("experiment", "run", "--resume", "abc", "--out", "out")
-    assert done.returncode == 2
-    assert "must be one that NNI knows, got none at all" in " ".join(done.stderr.split())
 
 
 def record(status: str, score: float | None, folder: str = "") -> TrialRecord:

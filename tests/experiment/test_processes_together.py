@@ -16,13 +16,14 @@ from nni_topo.distributed import broadcast, broadcast_masks, check_equal_masks, 
 from nni_topo.errors import ConfigError, DataError
 
 RANKS = """
-import json, sys
+import json, os, runpy, sys
 import torch
 from torch.nn.parallel import DistributedDataParallel
 import nni_topo
 from nni_topo import zoo
-from nni_topo.distributed import broadcast_masks, check_equal_masks, data_share, masks_digest, process_group
+from nni_topo.distributed import broadcast, broadcast_masks, check_equal_masks, data_share, masks_digest, process_group
 from nni_topo.errors import DataError
+from nni_topo.experiment.manager import free_port
 
 torch.set_num_threads(1)
 data = zoo.load_data("digits", limit=301)
@@ -52,6 +53,12 @@ with process_group() as (rank, size):
         "images": len(share.train), "before": before, "after": masks_digest(after),
         "accuracy": zoo.evaluate(dense, data.test),
     }), file=open(f"{sys.argv[1]}/{rank}.json", "w"))
+    port = broadcast(free_port())
+
+# the same processes then carry out a trial, in a group of its own: torchrun's store serves only one
+os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=str(port))
+del sys.argv[1]
+runpy.run_module("nni_topo.trial", run_name="__main__")
 """
 
 
@@ -61,11 +68,22 @@ def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_two_processes_get_the_first_ones_masks_and_train_the_same_net(tmp_path):
-    (tmp_path / "ranks.py").write_text(RANKS)
-    done = torchrun(str(tmp_path / "ranks.py"), str(tmp_path))
+@pytest.fixture(scope="module")
+def ranks(nets, tmp_path_factory):
+    """What two processes leave: a folder with RANKS' two files and a trial's folder, and the trial's words."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "ranks.py").write_text(RANKS)
+    params = folder / "params.json"
+    params.write_text(json.dumps({"pruner": "random", "retrain_epochs": 2}))
+    words = ["--params", str(params), "--cache", str(nets), "--limit", "300", "--train-epochs", "4"]
+    done = torchrun(str(folder / "ranks.py"), str(folder), *words, "--out", str(folder / "trial"))
     assert done.returncode == 0, done.stderr
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    return folder, done.stdout
+
+
+def test_two_processes_get_the_first_ones_masks_and_train_the_same_net(ranks):
+    folder, _ = ranks
+    first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1))
     assert (first["size"], first["images"], second["images"]) == (2, 150, 150)
     assert first["own"] != second["own"]
     assert "masks must be equal in all processes, got rank 0: " in first["words"]
@@ -76,14 +94,10 @@ def test_two_processes_get_the_first_ones_masks_and_train_the_same_net(tmp_path)
     assert first["accuracy"] > 0.5
 
 
-def test_a_trial_by_two_processes(nets, tmp_path):
-    params = tmp_path / "params.json"
-    params.write_text(json.dumps({"pruner": "random", "retrain_epochs": 2}))
-    words = ["--params", str(params), "--cache", str(nets), "--limit", "300", "--train-epochs", "4"]
-    done = torchrun("-m", "nni_topo.trial", *words, "--out", str(tmp_path / "trial"))
-    assert done.returncode == 0, done.stderr
-    assert [json.loads(line).get("step") for line in done.stdout.splitlines()] == [0, 1, 2, None]
-    metrics = json.loads((tmp_path / "trial" / "metrics.json").read_text())
+def test_a_trial_by_two_processes(ranks):
+    folder, words = ranks
+    assert [json.loads(line).get("step") for line in words.splitlines()] == [0, 1, 2, None]
+    metrics = json.loads((folder / "trial" / "metrics.json").read_text())
     assert metrics["accuracy"] > 0.3
 
 

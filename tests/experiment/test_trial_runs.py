@@ -107,19 +107,20 @@ def test_a_checkpoint_of_ones_own(settings, nets, tmp_path):
     assert metrics["accuracy"] == run_trial(settings, tmp_path / "found", cache=nets)["accuracy"]
 
 
-def test_a_killed_trial_goes_on_to_the_same_result(nets, tmp_path):
+def test_a_killed_trial_goes_on_to_the_same_result(nets, tmp_path, capsys):
     params = tmp_path / "params.json"
     params.write_text(json.dumps({"ratio": 0.5, "retrain_epochs": 60}))
     words = ["--params", str(params), "--cache", str(nets), *SMALL_WORDS]
-    command = [sys.executable, "-m", "nni_topo.trial", *words, "--out", str(tmp_path / "killed")]
+    words_of_killed = [*words, "--out", str(tmp_path / "killed")]
+    command = [sys.executable, "-m", "nni_topo.trial", *words_of_killed]
     environment = {**os.environ, "NNI_TOPO_EVALUATORS": "torch", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         lines = [json.loads(process.stdout.readline()) for _ in range(4)]
         process.send_signal(signal.SIGKILL)
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert {"retraining.pt", "pruned.pt"} < files(tmp_path / "killed")
-    rest = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    steps = [json.loads(line).get("step") for line in rest.stdout.splitlines()]
+    assert main(words_of_killed) == 0
+    steps = [json.loads(line).get("step") for line in capsys.readouterr().out.splitlines()]
     assert steps[0] >= 4
     assert steps[-2:] == [60, None]
     assert files(tmp_path / "killed") == FILES
