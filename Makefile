@@ -8,8 +8,10 @@ export OMP_NUM_THREADS ?= 1
 # further options of benchmarks/upstream/run.py
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 UPSTREAM ?=
+# for `make mutants`: options of benchmarks/mutants/run.py, such as --minutes 30
+MUTANTS ?=
 
-.PHONY: demo test test-all lint upstream checkout clean
+.PHONY: demo test test-all lint mutants upstream checkout clean
 
 demo: $(READY)
 	$(BIN)/nni-topo demo --out demo
@@ -23,6 +25,10 @@ test-all: $(READY)
 lint: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+mutants: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	nice $(BIN)/python benchmarks/mutants/run.py $(MUTANTS)
 
 upstream: checkout $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[upstream]'
