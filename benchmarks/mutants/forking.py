@@ -115,6 +115,7 @@ def _run(task: Callable[[], Any], cpu_s: float, answer: Path, output: Path) -> N
     code = 1
     try:
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         written = os.open(output, os.O_WRONLY | os.O_CREAT)
         os.dup2(written, 1)
         os.dup2(written, 2)
@@ -139,10 +140,12 @@ def _limit(cpu_s: float) -> None:
 def _wait(child: int, wall_s: float) -> tuple[str, float]:
     """Wait for a child, end it and what it started when its time is over, and return its state and its CPU time."""
     opened = os.pidfd_open(child)
-    ready, _, _ = select.select([opened], [], [], wall_s)
-    os.close(opened)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
+    try:
+        ready, _, _ = select.select([opened], [], [], wall_s)
+    finally:
+        os.close(opened)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
     _, status, used = os.wait4(child, 0)
     cpu = used.ru_utime + used.ru_stime
     if not ready or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):

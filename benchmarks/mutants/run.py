@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     log = options.out.resolve() / "mutants.jsonl"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; run it again to go on"))
     if not options.report:
         with forking.copied(PROJECT) as copy:
             _run(copy, log, options)
