@@ -25,6 +25,8 @@ PROJECT = Path(__file__).resolve().parents[2]
 FOLDERS = ("topology", "hooks", "speedup", "recovery")
 """The package's folders whose code is mutated; which tests run it is measured."""
 
+TIME_IS_OVER = "the time is over; run it again to go on"
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is asked for and print the table."""
@@ -54,15 +56,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(copy: Path, log: Path, options: argparse.Namespace) -> None:
-    """Measure the tests where that isn't done, then run the mutants that have no result until the time is over."""
+    """Measure the tests where that isn't done, then run the mutants that have no result, until the time is over."""
     until = time.monotonic() + 60 * options.minutes
     drawn = draw(copy, [f"{forking.PACKAGE}/{folder}" for folder in options.folders], options.seed, options.count)
     forking.preload(copy)
-    files = list(covering.measured(copy, log.with_name("tests.jsonl"), forking.PACKAGE, options.tests))
+    files: list[covering.TestFile] = []
+    for file in covering.measured(copy, log.with_name("tests.jsonl"), forking.PACKAGE, options.tests):
+        files.append(file)
+        if time.monotonic() > until:
+            print(TIME_IS_OVER)
+            return
     for mutant in _open(drawn, records(log), options.again):
         if time.monotonic() > until:
-            print("the time is over; run it again to go on")
-            break
+            print(TIME_IS_OVER)
+            return
         record = try_mutant(copy, mutant, covering.choose(mutant, files, options.budget))
         with log.open("a") as lines:
             lines.write(json.dumps(record) + "\n")
