@@ -14,12 +14,14 @@ PYTHON_LOWEST ?= $(shell python3.10 --version > /dev/null 2>&1 && echo python3.1
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 UPSTREAM ?=
 PROCESSORS ?=
+# for `make mutants`: options of benchmarks/mutants/run.py, such as --minutes 30
+MUTANTS ?=
 
 # for `make cuda`: a Python that has the packages, so that nothing is installed, e.g. PY=python3; without one, VENV's
 PY ?= $(BIN)/python
 CUDA_TESTS := tests/test_devices.py tests/test_bench_cuda.py tests/pruners/test_base.py
 
-.PHONY: demo test test-all test-lowest test-processors cuda lint upstream checkout clean
+.PHONY: demo test test-all test-lowest test-processors cuda lint mutants upstream checkout clean
 
 demo: $(READY)
 	$(BIN)/nni-topo demo --out demo
@@ -52,6 +54,10 @@ cuda:
 lint: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+mutants: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	nice $(BIN)/python benchmarks/mutants/run.py $(MUTANTS)
 
 upstream: checkout $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[upstream]'

@@ -39,6 +39,14 @@ def test_rows_times_weights_are_the_layer(case):
     torch.testing.assert_close(x @ weight + layer.bias.detach()[rows][:, None], y)
 
 
+@pytest.mark.parametrize(
+    ("case", "shape", "count"),
+    [("linear", (3, 6), 1), ("tokens", (3, 4, 2, 6), 8), ("1d", (2, 6, 4), 4), ("plain", (2, 6, 5, 7), 35)],
+)
+def test_positions_are_counted_without_entries_and_channels(case, shape, count):
+    assert position_count(LAYERS[case][0], torch.empty(shape)) == count
+
+
 def test_rows_of_some_channels_are_those_of_the_whole():
     layer = nn.Conv2d(4, 6, 3)
     inputs = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))

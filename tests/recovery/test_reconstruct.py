@@ -83,6 +83,14 @@ def test_residual_groups(residual_net, twin, halves, images):
     check_exact(net, halves(net, "stem", "conv1", "conv2", "conv3", "conv4", "shortcut"), images)
 
 
+def test_a_channel_that_its_batch_norm_silences_keeps_its_weights(residual_net, halves, images):
+    residual_net.norm4.weight.data[5] = 0.0
+    repaired = compensate(residual_net, halves(residual_net, "conv1", "conv3"), images)
+    same = (repaired.conv4.weight[:, :5] == residual_net.conv4.weight[:, :5]).flatten(1).all(1)
+    assert same.nonzero().flatten().tolist() == [5]
+    assert torch.equal(repaired.norm4.running_mean[5], residual_net.norm4.running_mean[5])
+
+
 class Mobile(nn.Module):
     """A depth-wise and a grouped convolution, and a concatenation."""
 

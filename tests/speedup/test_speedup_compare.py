@@ -88,3 +88,16 @@ def test_one_output_of_several_is_enough():
     check_equal(Two(3.0), Two(3.0), call, {}, 0.0)
     with pytest.raises(SpeedupError, match=r"got a difference of 0.333 \(from second on\)"):
         check_equal(Two(3.0), Two(4.0), call, {"first": [torch.arange(1)], "second": [torch.arange(1)]}, 0.01)
+
+
+def test_models_are_compared_in_double_precision():
+    seen = []
+
+    class Noting(nn.Linear):
+        def forward(self, x):
+            seen.append(x.dtype)
+            return super().forward(x)
+
+    model = Noting(3, 2)
+    check_equal(model, model, ((torch.ones(2, 3),), {}), {}, 1e-12)
+    assert seen == [torch.float64, torch.float64]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -107,6 +108,16 @@ def test_measured_tables_have_a_grid_for_every_layer():
     assert torch.get_num_threads() == before
     assert model.training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_time_between_layers_counts_as_the_rest():
+    class Waiting(nn.Module):
+        def forward(self, x):
+            time.sleep(0.02)
+            return x
+
+    table = measure_latency(nn.Sequential(nn.Linear(3, 4), Waiting(), nn.Linear(4, 2)), torch.ones(1, 3), repeats=1)
+    assert table.rest >= 0.02
 
 
 def test_a_wrapped_model_is_timed_like_any():

@@ -1,0 +1,130 @@
+"""Change one thing in the code, run the tests, see whether one fails: the score on random mutants.
+
+``make mutants`` runs it; it goes on where the last run stopped. A mutant whose tests fail, crash or run out of time is
+killed, one that no test sees has survived. Each runs in a fork, on a copy of the tree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import covering
+import forking
+import pytest
+from mutating import Mutant, draw
+from reporting import KILLED, equivalents, records, report
+
+PROJECT = Path(__file__).resolve().parents[2]
+FOLDERS = ("topology", "hooks", "speedup", "recovery")
+"""The package's folders whose code is mutated; which tests run it is measured."""
+
+TIME_IS_OVER = "the time is over; run it again to go on"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is asked for and print the table."""
+    options = _parser().parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    log = options.out.resolve() / "mutants.jsonl"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; run it again to go on"))
+    if not options.report:
+        with forking.copied(PROJECT) as copy:
+            _run(copy, log, options)
+    print(report(records(log), equivalents()))
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Say what can be asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=PROJECT / "runs/mutants", help="where the results are kept")
+    parser.add_argument("--count", type=int, default=300, help="how many mutants are drawn (default 300)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
+    parser.add_argument("--minutes", type=float, default=60, help="stop after this time (default 60)")
+    parser.add_argument("--budget", type=float, default=20, help="CPU seconds of tests per mutant (default 20)")
+    parser.add_argument("--folders", nargs="+", default=FOLDERS, help=f"of the package (default {' '.join(FOLDERS)})")
+    parser.add_argument("--tests", nargs="+", default=["tests", forking.PACKAGE], help="where tests lie (default all)")
+    parser.add_argument("--again", nargs="*", metavar="KEY", help="run these once more, without keys all survivors")
+    parser.add_argument("--report", action="store_true", help="only print what is there")
+    return parser
+
+
+def _run(copy: Path, log: Path, options: argparse.Namespace) -> None:
+    """Measure the tests where that isn't done, then run the mutants that have no result, until the time is over."""
+    until = time.monotonic() + 60 * options.minutes
+    drawn = draw(copy, [f"{forking.PACKAGE}/{folder}" for folder in options.folders], options.seed, options.count)
+    forking.preload(copy)
+    files: list[covering.TestFile] = []
+    for file in covering.measured(copy, log.with_name("tests.jsonl"), forking.PACKAGE, options.tests):
+        files.append(file)
+        if time.monotonic() > until:
+            print(TIME_IS_OVER)
+            return
+    for mutant in _open(drawn, records(log), options.again):
+        if time.monotonic() > until:
+            print(TIME_IS_OVER)
+            return
+        record = try_mutant(copy, mutant, covering.choose(mutant, files, options.budget))
+        with log.open("a") as lines:
+            lines.write(json.dumps(record) + "\n")
+        print(f"{record['state']:9} {record['cpu_s']:5.1f} s  {mutant.path}:{mutant.line} {mutant.key}", flush=True)
+
+
+def _open(drawn: Sequence[Mutant], done: dict[str, dict[str, Any]], again: Sequence[str] | None) -> list[Mutant]:
+    """List the drawn mutants that have to run."""
+    if again is None:
+        return [mutant for mutant in drawn if mutant.key not in done]
+    known = equivalents()
+    survivors = [key for key, record in done.items() if record["state"] not in KILLED and key not in known]
+    return [mutant for mutant in drawn if mutant.key in (again or survivors)]
+
+
+def try_mutant(copy: Path, mutant: Mutant, chosen: covering.Chosen) -> dict[str, Any]:
+    """Run a mutant's tests and return what is kept of it."""
+    path = copy / mutant.path
+    text = path.read_text()
+    record = {
+        "key": mutant.key, "path": mutant.path, "line": mutant.line, "function": mutant.function,
+        "diff": mutant.diff(text), "tests": len(chosen.tests), "left_out": chosen.left_out,
+    }  # fmt: skip
+    if not chosen.tests:
+        return {**record, "state": "untested", "by": None, "cpu_s": 0.0}
+    with forking.changed(path, mutant.source(text)):
+        outcome = forking.in_child(lambda: _tested(chosen.tests), 2 * chosen.seconds + 20)
+    state = outcome.state if outcome.state != "done" else outcome.answer["state"]
+    by = outcome.answer["by"] if outcome.answer else None
+    return {**record, "state": state, "by": by, "cpu_s": round(outcome.cpu_s, 1)}
+
+
+def _tested(tests: Sequence[str]) -> dict[str, Any]:
+    """Run tests until one fails, in a child."""
+    first = _FirstFailure(tests)
+    files = list(dict.fromkeys(test.split("::")[0] for test in tests))
+    code = forking.pytest_run([*files, "-x", "-q", "--tb=line"], first)
+    return {"state": "killed" if code else "survived", "by": first.failed}
+
+
+class _FirstFailure:
+    """A plugin of pytest that runs the given tests in their order and notes the one that fails."""
+
+    def __init__(self, tests: Sequence[str]) -> None:
+        self._rank = {test: rank for rank, test in enumerate(tests)}
+        self.failed: str | None = None
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = sorted((item for item in items if item.nodeid in self._rank), key=lambda i: self._rank[i.nodeid])
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and self.failed is None:
+            self.failed = report.nodeid
+
+
+if __name__ == "__main__":
+    main()
