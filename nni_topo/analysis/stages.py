@@ -66,7 +66,7 @@ def traced(model: nn.Module, inputs: Tensor) -> GraphModule:
     check_model(model)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
-        graph_module, _ = trace(detached_copy(model).eval().requires_grad_(False), call_arguments(inputs))
+        graph_module, _ = trace(detached_copy(model).eval().requires_grad_(False), call_arguments(inputs, model))
     count = sum(node.op == "placeholder" for node in graph_module.graph.nodes)
     if count != 1:
         raise ConfigError(f"the propagation of errors needs a model of one input, got {count} (model)")

@@ -44,7 +44,7 @@ class CoupledWeightCollector(DataCollector):
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         """Check that every layer is read, as :meth:`collect` needs it."""
-        check_read(model, modules, call_arguments(self.example_inputs))
+        check_read(model, modules, call_arguments(self.example_inputs, model))
 
     def collect(self, context: PruningContext) -> Data:
         """Return float64 clouds ``(blocks, features)`` on the CPU.
