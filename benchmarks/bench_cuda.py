@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.runner.execute import resolve_device
-from nni_topo.runner.widths import inner_layers
+from nni_topo.runs.run import resolve_device
+from nni_topo.runs.widths import inner_layers
 
 Row = dict[str, Any]
 FORMATS: dict[str, tuple[torch.dtype, torch.memory_format]] = {

@@ -26,14 +26,21 @@ from scipy.stats import spearmanr
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from nni_topo import EnergyFilterPruner, create_pruner, dependency_groups, masked_model, recalibrate_batch_norm, zoo
-from nni_topo.analysis.energy import THRESHOLDS, study_energy
-from nni_topo.analysis.energy_plots import compression_plot
-from nni_topo.runner.cells import DataChoice
-from nni_topo.runner.energy import EnergyPlan, energy_study
-from nni_topo.runner.energy_tables import print_energy
-from nni_topo.runner.records import append_record, provenance, read_records
-from nni_topo.runner.widths import inner_layers
+from nni_topo import (
+    EnergyFilterPruner,
+    create_pruner,
+    dependency_groups,
+    masked_model,
+    recalibrate_batch_norm,
+    zoo,
+)
+from nni_topo.analysis.energy.plots import compression_plot
+from nni_topo.analysis.energy.run import EnergyPlan, energy_study
+from nni_topo.analysis.energy.study import THRESHOLDS, study_energy
+from nni_topo.analysis.energy.tables import print_energy
+from nni_topo.runs.plan import DataChoice
+from nni_topo.runs.records import append_record, provenance, read_records
+from nni_topo.runs.widths import inner_layers
 
 IMAGENET = ("torchvision/vgg16", "torchvision/resnet101")
 SHARED_THRESHOLDS = (0.05, 0.1, 0.2)

@@ -33,9 +33,9 @@ from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
-from nni_topo.evolution import EvolutionSettings, SubsetGeneticAlgorithm
+from nni_topo.maths.search.subsets import EvolutionSettings, SubsetGeneticAlgorithm
+from nni_topo.maths.topology._kernels import numba_available
 from nni_topo.topology import SubsetFitness, pairwise_distances, rips_diagram
-from nni_topo.topology._kernels import numba_available
 
 POPULATION = 50
 # Points and features of VGG-16's 3x3 convolutions of that width, and the speed-ups aimed at.

@@ -31,8 +31,8 @@ from torch.utils.data import TensorDataset
 import nni_topo
 from nni_topo import zoo
 from nni_topo.analysis.evolution import EvolutionTrial, plot_evolution
-from nni_topo.gene_layers import Layer
-from nni_topo.weight_evolution import WeightEvolutionSettings, WeightGeneticAlgorithm
+from nni_topo.maths.search.gene_layers import Layer
+from nni_topo.maths.search.weights import WeightEvolutionSettings, WeightGeneticAlgorithm
 
 RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
 

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student
 
-from nni_topo.experiment import run_trial, settings_from
+from nni_topo.runs.experiment.pipeline import run_trial
+from nni_topo.runs.experiment.settings import settings_from
 
 ROWS = ("uniform", "found")
 

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.runner import DataChoice, ModelChoice, Plan, PrunerChoice, Target
-from nni_topo.runner.execute import calibration_batches, load_model_data, shared_ratios, trained_model
-from nni_topo.runner.records import append_record, read_records
-from nni_topo.runner.report import interval
-from nni_topo.runner.widths import inner_layers, pruning_config
+from nni_topo.runs.plan import DataChoice, ModelChoice, Plan, PrunerChoice, Target
+from nni_topo.runs.records import append_record, read_records
+from nni_topo.runs.run import calibration_batches, load_model_data, shared_ratios, trained_model
+from nni_topo.runs.tables import interval
+from nni_topo.runs.widths import inner_layers, pruning_config
 
 CLOUDS = ("weight", "folded", "coupled", "activation", "functional", "gradient")
 CRITERIA = ("hausdorff", "cover", "bottleneck", "wasserstein")

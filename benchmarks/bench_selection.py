@@ -24,9 +24,9 @@ import torch
 from torch.utils.data import TensorDataset
 
 from nni_topo import recalibrate_batch_norm, to_dense, zoo
-from nni_topo.runner import DataChoice, ModelChoice, Plan, PrunerChoice, Target
-from nni_topo.runner.cells import Cell
-from nni_topo.runner.execute import (
+from nni_topo.runs.plan import Cell, DataChoice, ModelChoice, Plan, PrunerChoice, Target
+from nni_topo.runs.records import Record, append_record, provenance, read_records
+from nni_topo.runs.run import (
     calibration_batches,
     cell_facts,
     load_model_data,
@@ -34,8 +34,7 @@ from nni_topo.runner.execute import (
     shared_ratios,
     trained_model,
 )
-from nni_topo.runner.records import Record, append_record, provenance, read_records
-from nni_topo.runner.report import best_rival, grouped, interval, paired_difference
+from nni_topo.runs.tables import best_rival, grouped, interval, paired_difference
 
 CALIBRATION = 512
 TARGETS = (0.5, 0.25, 0.1, 0.03)

@@ -23,10 +23,10 @@ from torch import nn
 import nni_topo
 from nni_topo import zoo
 from nni_topo.analysis import draw_splits
-from nni_topo.runner.cells import DataChoice, ModelChoice
-from nni_topo.runner.execute import build_model, layer_widths, load_model_data
-from nni_topo.runner.retraining import epochs_back
-from nni_topo.runner.widths import inner_layers
+from nni_topo.analysis.retraining_study import epochs_back
+from nni_topo.runs.plan import DataChoice, ModelChoice
+from nni_topo.runs.run import build_model, layer_widths, load_model_data
+from nni_topo.runs.widths import inner_layers
 from nni_topo.zoo.recipes import Precision
 
 CALIBRATION = 1000

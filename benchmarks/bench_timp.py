@@ -19,9 +19,9 @@ import torch
 from rich.console import Console
 
 from nni_topo import zoo
-from nni_topo.runner import Cell, DataChoice, ModelChoice, Target
-from nni_topo.runner.timp import METHODS, SPARSITIES, RoundsCell, run_rounds
-from nni_topo.runner.timp_report import markdown_overlap, markdown_rounds, plot_overlap, plot_rounds
+from nni_topo.analysis.rounds.report import markdown_overlap, markdown_rounds, plot_overlap, plot_rounds
+from nni_topo.analysis.rounds.study import METHODS, SPARSITIES, RoundsCell, run_rounds
+from nni_topo.runs.plan import Cell, DataChoice, ModelChoice, Target
 
 
 @dataclass(frozen=True)

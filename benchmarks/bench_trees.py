@@ -25,8 +25,8 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import minimum_spanning_tree
 
 from nni_topo import zoo
-from nni_topo.hooks.trees import CONV_GRAPHS
-from nni_topo.pruners.topological_magnitude import TopologicalMagnitudePruner
+from nni_topo.pruners.topological_magnitude.pruner import TopologicalMagnitudePruner
+from nni_topo.pruners.topological_magnitude.trees import CONV_GRAPHS
 from nni_topo.topology import convolution_graph, maximum_spanning_tree, spanning_forest
 
 SIZES = (256, 512, 1024, 2048, 4096)

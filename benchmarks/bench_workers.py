@@ -23,7 +23,7 @@ from rich.table import Table
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.hooks.population import PopulationAccuracy
+from nni_topo.pruners.genetic_weight.population import PopulationAccuracy
 
 CONFIG = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
 LAYERS = ["features.conv3", "classifier.fc1"]

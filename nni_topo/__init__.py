@@ -1,22 +1,25 @@
 """Pruners for NNI that look at the shape of a layer. Importing the package makes NNI run on the installed PyTorch."""
 
+import importlib
+import sys
+from typing import Any
+
 from nni_topo import compat as compat
 
 compat.enable()
 
-from nni_topo import analysis, errors, hooks, signals, topology, zoo  # noqa: E402
+from nni_topo import errors, network, pruners  # noqa: E402
 from nni_topo._version import __version__  # noqa: E402
+from nni_topo.maths import clustering, signals, topology  # noqa: E402
+from nni_topo.network import dependency_groups, load, masked_model, save, to_dense, zeros_held  # noqa: E402
+from nni_topo.pruners import testing  # noqa: E402
 from nni_topo.pruners.base import StructuredPruner  # noqa: E402
 from nni_topo.pruners.cluster import ClusterPruner  # noqa: E402
 from nni_topo.pruners.energy import EnergyFilterPruner  # noqa: E402
 from nni_topo.pruners.genetic_weight import GeneticWeightPruner  # noqa: E402
 from nni_topo.pruners.matrix import MatrixPruner  # noqa: E402
 from nni_topo.pruners.random import RandomPruner  # noqa: E402
-from nni_topo.pruners.subcluster import SubclusterPruner  # noqa: E402
-from nni_topo.pruners.topological import TopologicalPruner  # noqa: E402
-from nni_topo.pruners.topological_magnitude import TopologicalMagnitudePruner  # noqa: E402
-from nni_topo.recovery import compensate, recalibrate_batch_norm  # noqa: E402
-from nni_topo.registry import (  # noqa: E402
+from nni_topo.pruners.registry import (  # noqa: E402
     PrunerInfo,
     create_pruner,
     expose_in_nni,
@@ -24,10 +27,32 @@ from nni_topo.registry import (  # noqa: E402
     pruner_info,
     register_pruner,
 )
-from nni_topo.serialization import load, save  # noqa: E402
-from nni_topo.speedup import dependency_groups, masked_model, to_dense, zeros_held  # noqa: E402
+from nni_topo.pruners.strict import disable_strict, enable_strict  # noqa: E402
+from nni_topo.pruners.subcluster import SubclusterPruner  # noqa: E402
+from nni_topo.pruners.topological import TopologicalPruner  # noqa: E402
+from nni_topo.pruners.topological_magnitude import TopologicalMagnitudePruner  # noqa: E402
+from nni_topo.recovery import compensate, recalibrate_batch_norm  # noqa: E402
 
 expose_in_nni()
+
+hooks = pruners
+speedup = network
+# Short names of rooms and floors, also for `from nni_topo.topology import ...`.
+for _name in ("clustering", "hooks", "signals", "speedup", "testing", "topology"):
+    sys.modules[f"{__name__}.{_name}"] = globals()[_name]
+
+_LAZY = ("analysis", "zoo")  # they load matplotlib, pandas and torchvision, which pruning doesn't need
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
 
 __all__ = [
     "ClusterPruner",
@@ -42,10 +67,13 @@ __all__ = [
     "TopologicalPruner",
     "__version__",
     "analysis",
+    "clustering",
     "compat",
     "compensate",
     "create_pruner",
     "dependency_groups",
+    "disable_strict",
+    "enable_strict",
     "errors",
     "hooks",
     "list_pruners",
@@ -56,6 +84,8 @@ __all__ = [
     "register_pruner",
     "save",
     "signals",
+    "speedup",
+    "testing",
     "to_dense",
     "topology",
     "zeros_held",

@@ -11,12 +11,13 @@ import pytest
 import torch
 import yaml
 
-from nni_topo import serialization, zoo
+from nni_topo import zoo
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.runner import DataChoice, ModelChoice, load_plan
-from nni_topo.runner.prune import load_prune_config, prune_checkpoint
-from nni_topo.speedup.zeros import weights_left
+from nni_topo.network import files as serialization
+from nni_topo.network.zeros import weights_left
+from nni_topo.runs.plan import DataChoice, ModelChoice, load_plan
+from nni_topo.runs.prune import load_prune_config, prune_checkpoint
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL, DIGITS = ModelChoice("small_cnn"), DataChoice("digits", limit=400)

@@ -22,15 +22,15 @@ from torch.utils._pytree import tree_leaves
 
 import nni_topo
 from nni_topo import analysis, zoo
-from nni_topo.analysis.energy import Quality
-from nni_topo.analysis.replacement import FilterEvolution
-from nni_topo.distributed import masks_digest
+from nni_topo.analysis.energy.replacement import FilterEvolution
+from nni_topo.analysis.energy.study import Quality
 from nni_topo.errors import ConfigError
-from nni_topo.evolution import EvolutionSettings
-from nni_topo.registry import create_pruner, list_pruners, pruner_info
-from nni_topo.runner import Cell, CompensationChoice, DataChoice, ModelChoice, PrunerChoice, Target
-from nni_topo.runner.execute import resolve_device, run_cell
-from nni_topo.runner.scheduled import prune_on_schedule
+from nni_topo.maths.search.subsets import EvolutionSettings
+from nni_topo.pruners.registry import create_pruner, list_pruners, pruner_info
+from nni_topo.runs.plan import Cell, CompensationChoice, DataChoice, ModelChoice, PrunerChoice, Target
+from nni_topo.runs.processes import masks_digest
+from nni_topo.runs.run import resolve_device, run_cell
+from nni_topo.runs.scheduled import prune_on_schedule
 from nni_topo.speedup import measure_latency
 from nni_topo.testing import toy_evaluator, toy_images, toy_knobs, toy_model
 

@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from nni_topo.errors import ConfigError
-from nni_topo.knobs import check_between, check_integer
+from nni_topo.errors import ConfigError, check_between, check_integer
 
 
 @pytest.mark.parametrize("value", [1, 7, np.int64(2)])

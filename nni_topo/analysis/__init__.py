@@ -1,5 +1,6 @@
 """Studies that look at a model and change nothing."""
 
+from nni_topo.analysis.bounds.propagation import ErrorBound, LayerError, error_bound
 from nni_topo.analysis.compression import (
     CriticalCompression,
     LayerCount,
@@ -8,20 +9,19 @@ from nni_topo.analysis.compression import (
 )
 from nni_topo.analysis.connectivity import Connectivity, connectivity
 from nni_topo.analysis.deviation import NetDeviation, deviation_of, net_deviation
-from nni_topo.analysis.dropout import study_dropout, with_dropout
-from nni_topo.analysis.energy import EnergyStudy, LayerEnergy, Quality, study_energy
-from nni_topo.analysis.energy_accumulated import accumulate_energy
-from nni_topo.analysis.energy_plots import save_energy_study
-from nni_topo.analysis.energy_selection import study_selection
+from nni_topo.analysis.energy.accumulated import accumulate_energy
+from nni_topo.analysis.energy.dropout import study_dropout, with_dropout
+from nni_topo.analysis.energy.plots import save_energy_study
+from nni_topo.analysis.energy.replacement import study_replacement
+from nni_topo.analysis.energy.selection import study_selection
+from nni_topo.analysis.energy.study import EnergyStudy, LayerEnergy, Quality, study_energy
 from nni_topo.analysis.evolution import EvolutionTrial, plot_evolution
-from nni_topo.analysis.overlap import overlap_bound, random_overlap_log10, tree_overlap
 from nni_topo.analysis.persistence import NeuralPersistence, PersistenceTracker, neural_persistence
-from nni_topo.analysis.propagation import ErrorBound, LayerError, error_bound
-from nni_topo.analysis.replacement import study_replacement
 from nni_topo.analysis.retraining import RetrainingBound, retraining_bound
 from nni_topo.analysis.sensitivity import Sensitivity, SensitivityCurve, plot_sensitivity, sensitivity
 from nni_topo.analysis.splits import draw_splits
 from nni_topo.analysis.topology import LayerTopology, TopologyStudy, study_topology
+from nni_topo.maths.topology.overlap import overlap_bound, random_overlap_log10, tree_overlap
 
 __all__ = [
     "Connectivity",

@@ -16,9 +16,8 @@ from nni.compression.base.setting import PruningSetting
 from torch import nn
 
 from nni_topo.analysis.layers import WeightLayer, weight_layers
-from nni_topo.errors import ConfigError, unknown_name
-from nni_topo.hooks.convolutions import convolution_sizes, padded_size
-from nni_topo.knobs import check_between
+from nni_topo.errors import ConfigError, check_between, unknown_name
+from nni_topo.network.sizes import convolution_sizes, padded_size
 
 Convention = Literal["theorem", "tables"]
 _CONVENTIONS = ("theorem", "tables")

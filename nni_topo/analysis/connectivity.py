@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
-from nni_topo.modes import evaluation_mode
-from nni_topo.speedup.inputs import call_arguments, tensors_of
-from nni_topo.speedup.layers import CONVOLUTIONS
+from nni_topo.network.inputs import call_arguments, tensors_of
+from nni_topo.network.layers import CONVOLUTIONS
+from nni_topo.network.modes import evaluation_mode
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _SHRINKING = (nn.Softshrink, nn.Hardshrink, nn.Threshold)

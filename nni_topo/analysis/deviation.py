@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from nni_topo.analysis.propagation import ErrorBound, error_bound
+from nni_topo.analysis.bounds.propagation import ErrorBound, error_bound
 from nni_topo.errors import unknown_name
 
 Form = Literal["first_order", "directional", "lipschitz"]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy.stats import gaussian_kde
 
 from nni_topo.errors import ConfigError
-from nni_topo.pruners.genetic_weight import GeneticWeightPruner
+from nni_topo.pruners.genetic_weight.pruner import GeneticWeightPruner
 
 _ROWS = 400
 

@@ -18,8 +18,8 @@ from torch import nn
 
 from nni_topo.analysis.layers import WeightLayer, weight_layers
 from nni_topo.errors import ConfigError, DataError, unknown_name
-from nni_topo.hooks.convolutions import convolution_sizes
-from nni_topo.topology import channel_tree, spanning_forest
+from nni_topo.maths.topology.layer_trees import channel_tree, spanning_forest
+from nni_topo.network.sizes import convolution_sizes
 
 ConvGraph = Literal["channel", "toeplitz"]
 Scale = Literal["layer", "model"]

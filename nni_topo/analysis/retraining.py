@@ -16,11 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError, unknown_name
-from nni_topo.knobs import is_finite
-from nni_topo.modes import detached_copy
-from nni_topo.speedup.inputs import call_arguments
-from nni_topo.speedup.masks import check_model
+from nni_topo.errors import ConfigError, DataError, is_finite, unknown_name
+from nni_topo.network.inputs import call_arguments
+from nni_topo.network.masks import check_model
+from nni_topo.network.modes import detached_copy
 
 Kind = Literal["node", "connection"]
 

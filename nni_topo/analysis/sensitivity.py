@@ -21,11 +21,11 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.registry import check_knobs, create_pruner, pruner_info
-from nni_topo.speedup import dependency_groups, masked_model
-from nni_topo.speedup.dependency import channel_flow
-from nni_topo.speedup.inputs import call_arguments
-from nni_topo.speedup.layers import CONVOLUTIONS, check_names
+from nni_topo.network.dependency import channel_flow, dependency_groups
+from nni_topo.network.inputs import call_arguments
+from nni_topo.network.layers import CONVOLUTIONS, check_names
+from nni_topo.network.reference import masked_model
+from nni_topo.pruners.registry import check_knobs, create_pruner, pruner_info
 
 _logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nni_topo.clustering import SplitTree
 from nni_topo.errors import ConfigError
+from nni_topo.maths.clustering.subclustering import SplitTree
 
 
 def draw_splits(trees: Mapping[str, SplitTree]) -> Figure:

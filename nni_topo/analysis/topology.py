@@ -14,11 +14,12 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import nn
 
-from nni_topo import topology
 from nni_topo.errors import ConfigError
-from nni_topo.evolution import Generation
-from nni_topo.hooks import Masks, PruningUnit
-from nni_topo.pruners.topological import TopologicalPruner
+from nni_topo.maths import topology
+from nni_topo.maths.search.subsets import Generation
+from nni_topo.pruners.hooks import Masks
+from nni_topo.pruners.topological.pruner import TopologicalPruner
+from nni_topo.pruners.units import PruningUnit
 
 FloatArray = NDArray[np.float64]
 _MOST_PANELS = 12

@@ -13,7 +13,6 @@ import platform
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -29,10 +28,8 @@ __all__ = [
     "CompatibilityWarning",
     "MendResult",
     "disable_fast_metrics",
-    "disable_strict",
     "enable",
     "enable_fast_metrics",
-    "enable_strict",
 ]
 
 KNOWN_NNI_VERSIONS = ("3.0",)
@@ -93,20 +90,6 @@ def disable_fast_metrics() -> None:
     metrics.disable_fast_metrics()
 
 
-def enable_strict(*, normalization: Literal["none", "mean"] = "none") -> None:
-    """Let NNI's own pruners and speedup refuse what can't be right; see `nni_topo.compat.strict`."""
-    from nni_topo.compat import strict
-
-    strict.enable_strict(normalization=normalization)
-
-
-def disable_strict() -> None:
-    """Put NNI's own pruners and speedup back as they were."""
-    from nni_topo.compat import strict
-
-    strict.disable_strict()
-
-
 def _mend() -> CompatReport:
     """Import NNI and run every mend."""
     try:
@@ -122,7 +105,7 @@ def _mend() -> CompatReport:
 
 def _mends() -> tuple[Callable[[], bool], ...]:
     """List the mends; importing them imports NNI, which has to happen after `keep_pytree_nodes`."""
-    from nni_topo.compat import bytecode, evaluators, launching, speedup, tracing, trainers, wrapping
+    from nni_topo.compat import evaluators, importing, speedup, tracing, wrapping
 
     return (
         tracing.restore_tensor_methods,
@@ -134,8 +117,8 @@ def _mends() -> tuple[Callable[[], bool], ...]:
         tracing.write_stand_ins_as_types,
         tracing.compare_stand_ins_as_types,
         tracing.call_functions_of_python,
-        bytecode.index_code_units,
-        bytecode.restore_branch_opcodes,
+        tracing.index_code_units,
+        tracing.restore_branch_opcodes,
         speedup.keep_size_whole,
         speedup.restore_randomized_output,
         speedup.count_masks_faster,
@@ -146,9 +129,9 @@ def _mends() -> tuple[Callable[[], bool], ...]:
         speedup.keep_given_masks,
         speedup.keep_graph_for_all_outputs,
         evaluators.set_lightning_steps,
-        trainers.patch_trainer_steps,
-        trainers.pass_loss_arguments,
-        launching.wait_for_manager,
+        evaluators.patch_trainer_steps,
+        evaluators.pass_loss_arguments,
+        importing.wait_for_manager,
     )
 
 

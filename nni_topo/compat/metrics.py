@@ -3,17 +3,155 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from nni.compression.pruning import basic_pruner, tools
-from nni.compression.pruning.tools import calculate_metrics
+from nni.compression.pruning.tools import calculate_metrics, sparse_gen
+from numpy.typing import NDArray
 from torch import Tensor
 
-from nni_topo.compat.ranking import use_fast_ranking
 from nni_topo.errors import ConfigError
+
+_FEW = 64  # so many blocks are let in faster one by one
+_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+_NNI_THRESHOLD = sparse_gen._global_threshold_generate
+
+
+def use_fast_ranking(fast: bool) -> None:
+    """Let NNI's ``generate_sparsity`` find global thresholds by `global_threshold`, or by its own loop again."""
+    sparse_gen._global_threshold_generate = global_threshold if fast else _NNI_THRESHOLD
+
+
+def global_threshold(
+    metrics: Mapping[str, Mapping[str, Tensor]], group: Sequence[tuple[str, str, Any]], sparse_number: int
+) -> float:
+    """Find the metric below which the blocks of a global group are pruned: the value of NNI's function, exactly.
+
+    Place: ``nni/compression/pruning/tools/sparse_gen.py``, ``_global_threshold_generate``; on every version. Cause:
+    it takes tensors apart element by element.
+
+    Parameters
+    ----------
+    metrics : mapping
+        Metrics by module and target name.
+    group : sequence of (str, str, target space)
+        The targets that are ranked together.
+    sparse_number : int
+        Number of elements to prune, at least 0.
+
+    Returns
+    -------
+    float
+        Metrics below it are pruned.
+
+    Notes
+    -----
+    Where all blocks hold the same number of elements, NNI's answer is one of the smallest values and is found by
+    selection, O(n). Elsewhere it depends on the order of the targets: NNI drops the largest block for each that comes
+    once ``sparse_number`` elements are held, and a large one dropped for a small one makes room for the next. Blocks
+    are sorted once, O(n log n), and come in at a time per layer as long as layers with larger blocks follow; only
+    the others are let in one by one. With NaN among the metrics NNI's own loop runs.
+    """
+    layers = [(metrics[module][target], space.target.numel()) for module, target, space in group]
+    layers = [(metric, size) for metric, size in layers if metric.numel()]
+    blocks = torch.cat([metric.detach().cpu().reshape(-1) for metric, _ in layers])
+    every = (blocks.float() if blocks.dtype in _SINGLE else blocks.double()).numpy()
+    if np.isnan(every).any():
+        return float(_NNI_THRESHOLD(metrics, group, sparse_number))
+    counts = [metric.numel() for metric, _ in layers]
+    grains = [size // count for count, (_, size) in zip(counts, layers, strict=True)]
+    if len(set(grains)) == 1:
+        rank = min(sparse_number // grains[0], len(every) - 1)
+        return float(np.partition(every, rank)[rank])
+    order = _sorted_blocks(every, counts, grains)
+    return float(every[order[_last_of_held(order, counts, grains, sparse_number)]])
+
+
+def _sorted_blocks(metrics: NDArray[Any], counts: list[int], grains: list[int]) -> NDArray[np.int64]:
+    """Sort blocks by metric and, where metrics are equal, from large blocks to small ones, as NNI's heap does."""
+    places = {grain: place for place, grain in enumerate(sorted(set(grains), reverse=True))}
+    keys = _as_integers(metrics) * len(places)
+    keys += np.repeat([places[grain] for grain in grains], counts)
+    order: NDArray[np.int64] = keys.argsort()
+    return order
+
+
+def _as_integers(values: NDArray[Any]) -> NDArray[np.int64]:
+    """Give integers of the same order."""
+    if values.dtype != np.float32:
+        return np.unique(values, return_inverse=True)[1].astype(np.int64)
+    # adding zero takes the sign off -0.0
+    bits = (values + np.float32(0.0)).view(np.int32).astype(np.int64)
+    ordered: NDArray[np.int64] = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return ordered
+
+
+def _last_of_held(order: NDArray[np.int64], counts: list[int], grains: list[int], sparse_number: int) -> int:
+    """Find the rank of the block that would be dropped next after all have come in."""
+    sizes = np.repeat(grains, counts)
+    ranks = np.empty_like(order)
+    ranks[order] = np.arange(len(order))
+    filled = np.cumsum(sizes)
+    first = min(int(np.searchsorted(filled, sparse_number, side="right")) + 1, len(ranks))
+    held = _Held(sizes[order], sparse_number, ranks[:first], int(filled[first - 1]))
+    largest, end = 0, 0
+    for count, grain in zip(counts, grains, strict=True):
+        start, end = max(first, end), end + count
+        largest = max(largest, grain)
+        held.exchange(ranks[start:end], grain, at_once=grain == largest)
+    return held.last
+
+
+class _Held:
+    """The blocks that are held at a time, by rank: one byte per block."""
+
+    def __init__(self, sizes: NDArray[np.int64], number: int, ranks: NDArray[np.int64], size: int) -> None:
+        self.sizes, self.number, self.size = sizes.tolist(), number, size
+        self.flags = bytearray(len(sizes))
+        self.view = np.frombuffer(self.flags, dtype=np.uint8)
+        self.view[ranks] = 1
+        self.last = int(ranks.max())
+
+    def exchange(self, ranks: NDArray[np.int64], grain: int, *, at_once: bool) -> None:
+        """Let in blocks of one size, ``at_once`` if none that is held is larger: from some point on none is missing."""
+        if not at_once or len(ranks) < _FEW:
+            self._exchange_singly(ranks.tolist(), grain)
+            return
+        missing = max(0, (self.number - self.size) // grain + 1)
+        self._exchange_singly(ranks[:missing].tolist(), grain)
+        self._keep_lowest(ranks[missing:], grain)
+
+    def _keep_lowest(self, ranks: NDArray[np.int64], grain: int) -> None:
+        """Let in as many blocks as are dropped: the size doesn't fall, so the lowest ranks stay."""
+        ranks = ranks[ranks < self.last]
+        if not len(ranks):
+            return
+        self.view[ranks] = 1
+        held = np.flatnonzero(self.view[: self.last + 1])
+        for rank in held[-len(ranks) :].tolist():
+            self.flags[rank] = 0
+            self.size += grain - self.sizes[rank]
+        self.last = int(held[-len(ranks) - 1])
+
+    def _exchange_singly(self, ranks: list[int], grain: int) -> None:
+        """Let in blocks one by one, each against the last of those held unless there's room."""
+        flags, sizes, number, size, last = self.flags, self.sizes, self.number, self.size, self.last
+        for rank in ranks:
+            if size <= number:
+                flags[rank] = 1
+                size += grain
+                if rank > last:  # a call of max() for each block would take a third of the time
+                    last = rank
+            elif rank < last:
+                flags[rank], flags[last] = 1, 0
+                size += grain - sizes[last]
+                last = flags.rfind(1, 0, last)
+        self.size, self.last = size, last
+
 
 _MAX_ELEMENTS = 2**22  # 16 MiB of distances at a time
 _CANCELS = 0.05  # from this share of the rows' squared lengths on, a float32 product gives five digits of a distance

@@ -1,1 +1,48 @@
-"""NNI pruners, one family a file."""
+"""NNI pruners, each under its registry name, and the parts that they are made of: collectors, metrics, allocators."""
+
+from nni_topo.pruners.allocators import ConfigAllocator, NNIAllocator, keep_highest, profile
+from nni_topo.pruners.clouds import CLOUDS, make_collector
+from nni_topo.pruners.clouds.coupled import CoupledWeightCollector
+from nni_topo.pruners.clouds.features import FeatureCollector
+from nni_topo.pruners.clouds.folded import FoldedWeightCollector
+from nni_topo.pruners.clouds.functional import FunctionalCollector
+from nni_topo.pruners.clouds.gradient import GradientCollector
+from nni_topo.pruners.clouds.weight import ActivationCollector, WeightCollector
+from nni_topo.pruners.hooks import (
+    Data,
+    DataCollector,
+    Masks,
+    MetricCalculator,
+    Metrics,
+    PruningContext,
+    SparsityAllocator,
+    unit_scores,
+)
+from nni_topo.pruners.units import PruningUnit, TargetSpaces, pruning_units
+
+__all__ = [
+    "CLOUDS",
+    "ActivationCollector",
+    "ConfigAllocator",
+    "CoupledWeightCollector",
+    "Data",
+    "DataCollector",
+    "FeatureCollector",
+    "FoldedWeightCollector",
+    "FunctionalCollector",
+    "GradientCollector",
+    "Masks",
+    "MetricCalculator",
+    "Metrics",
+    "NNIAllocator",
+    "PruningContext",
+    "PruningUnit",
+    "SparsityAllocator",
+    "TargetSpaces",
+    "WeightCollector",
+    "keep_highest",
+    "make_collector",
+    "profile",
+    "pruning_units",
+    "unit_scores",
+]

@@ -19,10 +19,13 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.calibration import checked_calibration
 from nni_topo.errors import ConfigError, unknown_name
-from nni_topo.hooks import (
-    ConfigAllocator,
+from nni_topo.network.inputs import checked_calibration
+from nni_topo.network.layers import kept_channels
+from nni_topo.network.modes import unwrapped_copy
+from nni_topo.pruners.allocators import ConfigAllocator, checked_round_to
+from nni_topo.pruners.checks import check_request, matched_modules
+from nni_topo.pruners.hooks import (
     Data,
     DataCollector,
     Masks,
@@ -31,15 +34,11 @@ from nni_topo.hooks import (
     PruningContext,
     SparsityAllocator,
 )
-from nni_topo.hooks.allocators import checked_round_to
-from nni_topo.hooks.transposed import follow_outputs, output_granularity
-from nni_topo.hooks.units import is_active
-from nni_topo.modes import unwrapped_copy
-from nni_topo.pruners.checks import check_request, matched_modules
+from nni_topo.pruners.transposed import follow_outputs, output_granularity
+from nni_topo.pruners.units import is_active
 from nni_topo.recovery.compensation import METHODS, Method, compensation
 from nni_topo.recovery.report import CompensationReport
 from nni_topo.recovery.steps import Pairs
-from nni_topo.speedup.layers import kept_channels
 
 _logger = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ class StructuredPruner(Pruner):
     model : torch.nn.Module
         Model to prune. NNI wraps it; ``unwrap_model()`` takes the wrappers off again.
     config_list : list of dict
-        NNI's config_list; keys of NNI 2 are rewritten, see :func:`~nni_topo.pruners.legacy.modern_config`.
+        NNI's config_list; keys of NNI 2 are rewritten, see :func:`~nni_topo.pruners.checks.modern_config`.
     evaluator : nni.compression.utils.Evaluator or None, default=None
         Needed for scheduled pruning, and by collectors that have no calibration data.
     existed_wrappers : dict or None, default=None

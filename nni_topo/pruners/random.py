@@ -5,14 +5,39 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.hooks import WeightCollector
-from nni_topo.hooks.metrics import RandomMetric
 from nni_topo.pruners.base import StructuredPruner
+from nni_topo.pruners.clouds.weight import WeightCollector
+from nni_topo.pruners.hooks import Data, MetricCalculator, Metrics, PruningContext
 from nni_topo.recovery.compensation import Method
+
+
+class RandomMetric(MetricCalculator):
+    """Uniform random scores: the baseline that a selection has to beat.
+
+    Parameters
+    ----------
+    seed : int
+        Seed; one draw per unit in the order of the network's modules.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def calculate(self, data: Data, context: PruningContext) -> Metrics:
+        """Return scores in [0, 1), equal for all members of a dependency group."""
+        generator = torch.Generator().manual_seed(self.seed)
+        metrics: Metrics = {}
+        for unit in context.units:
+            scores = torch.rand(unit.blocks, generator=generator, dtype=torch.float64)
+            for module_name, target_name in unit.members:
+                shape = context.metric_shape(module_name, target_name)
+                metrics.setdefault(module_name, {})[target_name] = scores.reshape(shape)
+        return metrics
 
 
 class RandomPruner(StructuredPruner):

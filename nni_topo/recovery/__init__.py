@@ -1,10 +1,10 @@
 """Bringing a pruned network back without labels."""
 
+from nni_topo.maths.least_squares.greedy import greedy_least_squares
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.compensation import Compensation, compensate, compensation
 from nni_topo.recovery.mixing import pair_coefficients
 from nni_topo.recovery.report import CompensationReport, LayerReport
-from nni_topo.recovery.selection import greedy_least_squares
 
 __all__ = [
     "Compensation",

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nni_topo.calibration import calls, repeatable
+from nni_topo.network.inputs import calls, repeatable
 
 
 def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any]) -> nn.Module:

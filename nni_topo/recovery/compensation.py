@@ -13,17 +13,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nni_topo.calibration import batch_size, calls, check_fits, repeatable
-from nni_topo.errors import ConfigError, DataError, unknown_name
-from nni_topo.knobs import check_integer
+from nni_topo.errors import ConfigError, DataError, check_integer, unknown_name
+from nni_topo.network.inputs import Call, batch_size, calls, check_fits, repeatable, tensors_of
+from nni_topo.network.masks import Masks, check_model
 from nni_topo.recovery.networks import Networks, build_networks, copy_norm_statistics
 from nni_topo.recovery.plan import make_plan
 from nni_topo.recovery.replay import Replay
 from nni_topo.recovery.report import CompensationReport, LayerReport
+from nni_topo.recovery.samples import Sampler, Task
 from nni_topo.recovery.steps import Pairs, tasks_of
-from nni_topo.recovery.tasks import Sampler, Task
-from nni_topo.speedup.inputs import Call, tensors_of
-from nni_topo.speedup.masks import Masks, check_model
 
 Method = Literal["reconstruct", "channel", "pair"]
 METHODS = ("reconstruct", "channel", "pair")

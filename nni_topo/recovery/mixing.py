@@ -22,15 +22,13 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError
-from nni_topo.knobs import check_integer, is_finite
-from nni_topo.recovery.normal import Fit, NormalEquations, Solution, fit
-from nni_topo.recovery.patches import is_pointwise
+from nni_topo.errors import ConfigError, DataError, check_integer, is_finite
+from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, fit
+from nni_topo.maths.ties import first_largest_along
 from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.reconstruct import add_constant
 from nni_topo.recovery.replay import Values
-from nni_topo.recovery.tasks import Samples, Task
-from nni_topo.ties import first_largest_along
+from nni_topo.recovery.samples import Samples, Task, is_pointwise
 
 _LEAST_VARIANCE = 1e-12
 

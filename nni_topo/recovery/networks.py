@@ -13,15 +13,15 @@ from torch.fx import GraphModule
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.inputs import Call
+from nni_topo.network.masks import FullMasks, Masks, check_masks
+from nni_topo.network.reference import apply_masks
+from nni_topo.network.resolve import resolve_masks
+from nni_topo.network.tracing import trace
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.replay import without_side_effects
 from nni_topo.sharing import find_ties, named_tensors, untie
-from nni_topo.speedup.channels import ChannelFlow
-from nni_topo.speedup.inputs import Call
-from nni_topo.speedup.masks import FullMasks, Masks, check_masks
-from nni_topo.speedup.reference import apply_masks
-from nni_topo.speedup.resolve import resolve_masks
-from nni_topo.speedup.tracing import trace
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nni_topo.speedup.channels import ChannelFlow
-from nni_topo.speedup.labels import FIXED, tensor_shape
-from nni_topo.speedup.layers import CONVOLUTIONS, TRANSPOSED, kept_channels
-from nni_topo.speedup.masks import FullMasks
+from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.labels import FIXED, tensor_shape
+from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, kept_channels
+from nni_topo.network.masks import FullMasks
 
 _PASSING = (nn.Identity, nn.modules.dropout._DropoutNd)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.PReLU)

@@ -25,11 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nni_topo.recovery.normal import Fit, NormalEquations, fit
-from nni_topo.recovery.patches import input_rows, output_rows, position_count
+from nni_topo.maths.least_squares.normal import Fit, NormalEquations, fit
 from nni_topo.recovery.plan import Equation, path_scale
 from nni_topo.recovery.replay import Values
-from nni_topo.recovery.tasks import Samples, Task
+from nni_topo.recovery.samples import Samples, Task, input_rows, output_rows, position_count
 
 _DEAD_SCALE = 1e-6
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 
-from nni_topo.calibration import calls
 from nni_topo.errors import DataError
-from nni_topo.speedup.inputs import bind_arguments, tensors_of
+from nni_topo.network.inputs import bind_arguments, calls, tensors_of
 
 Values = dict[Node, Any]
 

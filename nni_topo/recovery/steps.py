@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.network.layers import kept_channels
 from nni_topo.recovery.mixing import ChannelTask, PairTask
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Plan, Solvable, pruned_roots
 from nni_topo.recovery.reconstruct import ReconstructTask
-from nni_topo.recovery.tasks import Task
-from nni_topo.speedup.layers import kept_channels
+from nni_topo.recovery.samples import Task
 
 Pairs = Mapping[str, Mapping[int, int]]
 

@@ -1,9 +1,9 @@
 """Models and data by name, training, checkpoints and measurements: what comparisons are made with."""
 
+from nni_topo.network.measure import count_macs, count_params, latencies, latency_ms
 from nni_topo.zoo.checkpoints import load_checkpoint, save_checkpoint
 from nni_topo.zoo.data import DataBundle, list_data, load_data
 from nni_topo.zoo.evaluation import check_model, evaluate, evaluate_loss, loss_and_accuracy
-from nni_topo.zoo.measure import count_macs, count_params, latencies, latency_ms
 from nni_topo.zoo.models import ModelInfo, create_model, list_models, model_info
 from nni_topo.zoo.recipes import Recipe, default_recipe
 from nni_topo.zoo.training import EpochLog, TrainingLog, train

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from nni_topo.errors import DataError
-from nni_topo.modes import device_of, evaluation_mode
+from nni_topo.network.modes import device_of, evaluation_mode
 from nni_topo.zoo.data import DataBundle
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from nni_topo.analysis.dropout import ActiveDropout, study_dropout, with_dropout
-from nni_topo.analysis.energy import Quality
+from nni_topo.analysis.energy.dropout import ActiveDropout, study_dropout, with_dropout
+from nni_topo.analysis.energy.study import Quality
 from nni_topo.errors import ConfigError
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from nni_topo.analysis.energy import Quality
-from nni_topo.analysis.energy_selection import METHODS, study_selection, taylor_terms
-from nni_topo.analysis.replacement import KINDS, FilterEvolution, study_replacement
+from nni_topo.analysis.energy.replacement import KINDS, FilterEvolution, study_replacement
+from nni_topo.analysis.energy.selection import METHODS, study_selection, taylor_terms
+from nni_topo.analysis.energy.study import Quality
 from nni_topo.errors import ConfigError
-from nni_topo.evolution import EvolutionSettings
+from nni_topo.maths.search.subsets import EvolutionSettings
 
 IMAGES = torch.randn(24, 1, 6, 6, generator=torch.Generator().manual_seed(1))
 LABELS = torch.arange(24) % 3

@@ -12,9 +12,9 @@ from torch import nn
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.analysis.energy import EnergyStudy, LayerEnergy, Quality, study_energy
-from nni_topo.analysis.energy_accumulated import accumulate_energy, harmless_layers
-from nni_topo.analysis.energy_plots import energy_record, save_energy_study
+from nni_topo.analysis.energy.accumulated import accumulate_energy, harmless_layers
+from nni_topo.analysis.energy.plots import energy_record, save_energy_study
+from nni_topo.analysis.energy.study import EnergyStudy, LayerEnergy, Quality, study_energy
 from nni_topo.errors import ConfigError
 from nni_topo.testing import toy_images, toy_model
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from nni_topo.analysis.evolution import EvolutionTrial, plot_evolution
 from nni_topo.errors import ConfigError
-from nni_topo.pruners.genetic_weight import GeneticWeightPruner
+from nni_topo.pruners.genetic_weight.pruner import GeneticWeightPruner
 
 
 def trial(damage_rate):

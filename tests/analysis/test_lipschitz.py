@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from nni_topo.analysis.lipschitz import convolution_constant, operator_constant
-from nni_topo.analysis.pooling import pooling_constant
-from nni_topo.analysis.stages import traced
+from nni_topo.analysis.bounds.lipschitz import convolution_constant, operator_constant
+from nni_topo.analysis.bounds.pooling import pooling_constant
+from nni_topo.analysis.bounds.stages import traced
 from nni_topo.errors import ConfigError
 
 
@@ -90,7 +90,7 @@ def test_poolings_by_functions_count_as_the_modules_of_their_settings():
 
 
 def test_large_convolutions_fall_back_to_sums(monkeypatch):
-    monkeypatch.setattr("nni_topo.analysis.lipschitz._LARGEST", 1)
+    monkeypatch.setattr("nni_topo.analysis.bounds.lipschitz._LARGEST", 1)
     torch.manual_seed(0)
     module = nn.Conv2d(2, 4, 3, groups=2, bias=False).double()
     norm = float(torch.linalg.matrix_norm(matrix_of(module, (2, 6, 6)), 2))

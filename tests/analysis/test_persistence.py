@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from nni.compression.pruning import LevelPruner
 from torch import nn
 
-from nni_topo import topology, zoo
+from nni_topo import zoo
 from nni_topo.analysis import PersistenceTracker, neural_persistence
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.maths import topology
 
 
 def linear(weight: np.ndarray) -> nn.Linear:

@@ -14,8 +14,8 @@ from torch.autograd.functional import jacobian
 
 import nni_topo
 from nni_topo.analysis import error_bound, net_deviation
-from nni_topo.analysis.propagation import jacobian_norm
-from nni_topo.analysis.stages import chain, traced
+from nni_topo.analysis.bounds.propagation import jacobian_norm
+from nni_topo.analysis.bounds.stages import chain, traced
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.testing import toy_images, toy_model
 

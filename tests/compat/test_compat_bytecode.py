@@ -13,7 +13,7 @@ import torch
 from nni.common.concrete_trace_utils import concrete_proxy, concrete_trace
 from torch import Tensor, nn
 
-from nni_topo.compat import bytecode
+from nni_topo.compat import tracing
 
 ONES = torch.ones(4, 3)
 
@@ -291,7 +291,7 @@ def test_running_instruction_of_a_truth_test_is_a_branch(
     witness = Witness()
     test(witness)
     for code, last in witness.seen:
-        assert bytecode.code_units(code)[last // 2].opcode in concrete_proxy.ConcreteProxy.jump_opcodes
+        assert tracing.code_units(code)[last // 2].opcode in concrete_proxy.ConcreteProxy.jump_opcodes
 
 
 @pytest.mark.parametrize("test", [in_not, in_not_of_comparison])
@@ -299,12 +299,12 @@ def test_running_instruction_of_a_negation(test: Callable[[Any], object]) -> Non
     witness = Witness()
     test(witness)
     code, last = witness.seen[0]
-    assert bytecode.code_units(code)[last // 2].opname == "UNARY_NOT"
+    assert tracing.code_units(code)[last // 2].opname == "UNARY_NOT"
 
 
 @pytest.mark.parametrize("function", [*CASES, module, Witness.__bool__])
 def test_code_units_hold_every_instruction_at_its_offset(function: Callable[..., object]) -> None:
-    units = bytecode.code_units(function.__code__)
+    units = tracing.code_units(function.__code__)
     assert len(units) == len(function.__code__.co_code) // 2
     for instruction in dis.get_instructions(function):
         if instruction.opname not in ("EXTENDED_ARG", "TO_BOOL") and "bool(" not in instruction.argrepr:
@@ -317,7 +317,7 @@ def test_mends_are_needed_on_the_pythons_that_have_caches_or_other_jumps(
     plain_jumps = tuple(dis.opmap[name] for name in concrete_proxy.ConcreteProxy.jump_opnames if name in dis.opmap)
     monkeypatch.setattr(concrete_proxy, "dis", dis)
     monkeypatch.setattr(concrete_proxy.ConcreteProxy, "jump_opcodes", plain_jumps)
-    assert bytecode.index_code_units() is (sys.version_info >= (3, 11))
-    assert bytecode.restore_branch_opcodes() is ("POP_JUMP_FORWARD_IF_TRUE" in dis.opmap)
-    assert bytecode.index_code_units() is False
-    assert bytecode.restore_branch_opcodes() is False
+    assert tracing.index_code_units() is (sys.version_info >= (3, 11))
+    assert tracing.restore_branch_opcodes() is ("POP_JUMP_FORWARD_IF_TRUE" in dis.opmap)
+    assert tracing.index_code_units() is False
+    assert tracing.restore_branch_opcodes() is False

@@ -13,14 +13,14 @@ from nni.compression.utils import evaluator
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from nni_topo.compat import CompatReport, evaluators, trainers
+from nni_topo.compat import CompatReport, evaluators
 
 
 def test_mends_are_applied_once(compat_report: CompatReport) -> None:
     assert {"set_lightning_steps", "patch_trainer_steps", "pass_loss_arguments"} <= set(compat_report.applied)
     assert evaluators.set_lightning_steps() is False
-    assert trainers.patch_trainer_steps() is False
-    assert trainers.pass_loss_arguments() is False
+    assert evaluators.patch_trainer_steps() is False
+    assert evaluators.pass_loss_arguments() is False
 
 
 ALONE = """

@@ -21,9 +21,9 @@ from nni.compression.pruning import (
 )
 from torch import Tensor, nn
 
-from nni_topo import compat
+import nni_topo
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.hooks.units import block_shape
+from nni_topo.pruners.units import block_shape
 from nni_topo.testing import toy_evaluator, toy_model
 
 KINDS: dict[str, tuple[type[Pruner], dict[str, int]]] = {
@@ -45,7 +45,7 @@ Masks = dict[str, dict[str, Tensor]]
 @pytest.fixture(autouse=True)
 def _back_to_nni() -> Iterator[None]:
     yield
-    compat.disable_strict()
+    nni_topo.disable_strict()
 
 
 def build(kind: str, config: Config, model: nn.Module | None = None) -> Pruner:
@@ -82,7 +82,7 @@ def shares(masks: Masks) -> dict[str, float]:
 def test_config_that_matches_nothing(kind: str) -> None:
     config = [{"op_types": ["LSTM"], "sparse_ratio": 0.5}]
     assert build(kind, config)._target_spaces == {}
-    compat.enable_strict()
+    nni_topo.enable_strict()
     with pytest.raises(ConfigError, match="match at least one module, got none"):
         build(kind, config)
 
@@ -92,7 +92,7 @@ def test_config_that_asks_for_nothing(kind: str) -> None:
     assert build(kind, [])._target_spaces == {}
     first = build(kind, [{"op_names": ["stem"], "sparse_ratio": 0.5}])
     build(kind, [{"op_names": ["stem"]}])
-    compat.enable_strict()
+    nni_topo.enable_strict()
     for config, words in (([], "at least one entry, got none"), ([{"op_names": ["stem"]}], "got neither")):
         with pytest.raises(ConfigError, match=words):
             build(kind, config)
@@ -110,7 +110,7 @@ def test_nan_weights_and_metrics(kind: str) -> None:
     pruner = build(kind, config)
     metrics = scores(pruner, {"stem": float("nan")})
     assert shares(pruner._generate_sparsity(metrics)) == {"stem": 0.5}  # an arbitrary half
-    compat.enable_strict()
+    nni_topo.enable_strict()
     with pytest.raises(DataError, match=r"NaN or infinite.*stem\.weight"):
         build(kind, config, broken)
     with pytest.raises(DataError, match=r"NaN or infinite.*stem\.weight"):
@@ -121,7 +121,7 @@ def test_nan_weights_and_metrics(kind: str) -> None:
 def test_threshold_that_empties_a_layer(kind: str) -> None:
     config = [{"op_names": ["stem"], "sparse_threshold": 1.0 if kind == "movement" else 1e6}]
     assert shares(masks_of(kind, config)) == {"stem": 0.0}
-    compat.enable_strict()
+    nni_topo.enable_strict()
     with pytest.raises(ConfigError, match=r"blocks would go \(stem\.weight\)"):
         masks_of(kind, config)
 
@@ -133,7 +133,7 @@ def test_threshold_with_a_dependency_group(kind: str) -> None:
     with pytest.raises(AssertionError) as caught:
         pruner._generate_sparsity(metrics)
     assert str(caught.value) == ""
-    compat.enable_strict()
+    nni_topo.enable_strict()
     masks = pruner._generate_sparsity(metrics)
     expected = (metrics["stem"]["weight"] + metrics["inner"]["weight"]) / 2 >= 1.5
     for name in ("stem", "inner"):
@@ -149,9 +149,9 @@ def test_bounds_in_a_dependency_group(kind: str) -> None:
         pruner = build(kind, [{**TIED, **keys}])
         metrics = scores(pruner, {"stem": 1.0, "inner": 1.0})
         assert shares(pruner._generate_sparsity(metrics)) == {"stem": ignored, "inner": ignored}
-        compat.enable_strict()
+        nni_topo.enable_strict()
         assert shares(pruner._generate_sparsity(metrics)) == {"stem": meant, "inner": meant}
-        compat.disable_strict()
+        nni_topo.disable_strict()
 
 
 @pytest.mark.parametrize("kind", STRUCTURED)
@@ -160,7 +160,7 @@ def test_global_group_with_a_dependency_group(kind: str) -> None:
     pruner = build(kind, [{**TIED, **extra}, {"op_names": ["hidden"], **extra}])
     metrics = scores(pruner, {"stem": 1.0, "inner": 1.0, "hidden": 100.0})
     assert shares(pruner._generate_sparsity(metrics))["hidden"] == 0.5  # hidden is ranked alone
-    compat.enable_strict()
+    nni_topo.enable_strict()
     # of 920 elements 460 may go: four of the pair's rows of 99, which rank below all of hidden's
     assert shares(pruner._generate_sparsity(metrics)) == {"stem": 0.5, "inner": 0.5, "hidden": 1.0}
 
@@ -170,10 +170,10 @@ def test_global_group_of_layers_of_different_scale(kind: str) -> None:
     pruner = build(kind, [{"op_names": ["stem", "hidden"], "sparse_ratio": 0.65, "global_group_id": 1}])
     metrics = scores(pruner, {"stem": 1.0, "hidden": 100.0})
     assert shares(pruner._generate_sparsity(metrics))["stem"] == 0.0  # a dead layer
-    compat.enable_strict()
+    nni_topo.enable_strict()
     floor = shares(pruner._generate_sparsity(metrics))["stem"]
     assert 0.0 < floor <= 1 / 8
-    compat.enable_strict(normalization="mean")
+    nni_topo.enable_strict(normalization="mean")
     assert shares(pruner._generate_sparsity(metrics))["stem"] > floor
 
 
@@ -183,7 +183,7 @@ def test_update_masks_with_an_unknown_module(kind: str) -> None:
     masks = {"nowhere": {"weight": torch.ones(1)}, "stem": {"weight": torch.zeros(8, 3, 3, 3)}}
     with pytest.raises(KeyError, match="nowhere"):
         pruner.update_masks(masks)
-    compat.enable_strict()
+    nni_topo.enable_strict()
     pruner.update_masks(masks)
     assert not pruner.get_masks()["stem"]["weight"].any()
 
@@ -204,7 +204,7 @@ def test_good_requests_have_the_masks_that_nni_makes(kind: str, rule: dict[str, 
     pruner = build(kind, [{"op_names": layers, **rule}])
     metrics = scores(pruner, dict.fromkeys(layers, 1.0))
     plain = pruner._generate_sparsity(metrics)
-    compat.enable_strict()
+    nni_topo.enable_strict()
     strict = pruner._generate_sparsity(metrics)
     assert plain.keys() == strict.keys() == set(layers)
     for name in layers:
@@ -216,13 +216,13 @@ def test_good_requests_have_the_masks_that_nni_makes(kind: str, rule: dict[str, 
 def test_good_requests_keep_as_much_as_nni_keeps(kind: str) -> None:
     config = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names": ["head"], "sparse_ratio": 0.5}]
     plain = shares(masks_of(kind, config))
-    compat.enable_strict()
+    nni_topo.enable_strict()
     assert shares(masks_of(kind, config)) == plain == {"stem": 0.5, "inner": 0.5, "hidden": 0.5}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("movement", "slim")])
 def test_schedules_run_under_the_strict_mode(kind: str) -> None:
-    compat.enable_strict()
+    nni_topo.enable_strict()
     pruner = AGPPruner(build(kind, [{"op_names": ["stem", "inner"], "sparse_ratio": 0.5}]), 2, 3)
     _, masks = pruner.compress(8, None)
     pruner.unwrap_model()
@@ -232,7 +232,7 @@ def test_schedules_run_under_the_strict_mode(kind: str) -> None:
 def test_slim_of_batch_norms_under_the_strict_mode() -> None:
     config = [{"op_types": ["BatchNorm2d"], "sparse_ratio": 0.5}]
     plain = masks_of("slim", config)
-    compat.enable_strict()
+    nni_topo.enable_strict()
     strict = masks_of("slim", config)
     assert torch.equal(plain["norm"]["weight"], strict["norm"]["weight"])
     assert int(strict["norm"]["weight"].sum()) == 4
@@ -242,7 +242,7 @@ def test_slim_of_batch_norms_under_the_strict_mode() -> None:
 def test_movement_by_threshold_under_the_strict_mode(threshold: float) -> None:
     config = [{"op_names": ["hidden"], "sparse_threshold": threshold, "granularity": "default"}]
     plain = masks_of("movement", config)["hidden"]["weight"]
-    compat.enable_strict()
+    nni_topo.enable_strict()
     assert torch.equal(masks_of("movement", config)["hidden"]["weight"], plain)
     assert float(plain.mean()) > 0
 
@@ -251,7 +251,7 @@ def test_layers_are_looked_at_in_network_order() -> None:
     """Plain NNI's order is a set's, which one of 12! orders it has by chance."""
     names = [f"layer{12 - index}" for index in range(12)]
     model = nn.Sequential(OrderedDict((name, nn.Linear(4, 4)) for name in names))
-    compat.enable_strict()
+    nni_topo.enable_strict()
     pruner = L1NormPruner(model, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
     assert list(pruner._target_spaces) == names
 
@@ -259,7 +259,7 @@ def test_layers_are_looked_at_in_network_order() -> None:
 def test_a_layer_with_two_names_is_pruned_under_the_strict_mode() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model.append(model[0])
-    compat.enable_strict()
+    nni_topo.enable_strict()
     for name in ("0", "2"):
         pruner = L1NormPruner(model, [{"op_names": [name], "sparse_ratio": 0.5}])
         assert list(pruner._target_spaces) == [name]

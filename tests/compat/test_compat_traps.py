@@ -23,7 +23,6 @@ from schema import SchemaError
 from torch import Tensor, nn
 
 import nni_topo
-from nni_topo import compat
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.hooks import ConfigAllocator, PruningContext
 from nni_topo.testing import toy_evaluator, toy_model
@@ -35,7 +34,7 @@ TIED = {"op_names": ["stem", "inner"], "dependency_group_id": "residual"}
 @pytest.fixture(autouse=True)
 def _back_to_nni() -> Iterator[None]:
     yield
-    compat.disable_strict()
+    nni_topo.disable_strict()
 
 
 def kept(pruner: Pruner) -> dict[str, int]:
@@ -61,7 +60,7 @@ def test_config_that_matches_nothing() -> None:
     assert kept(nnis(config)) == {}
     with pytest.raises(ConfigError, match="match at least one module, got none"):
         ours(config)
-    compat.enable_strict()
+    nni_topo.enable_strict()
     with pytest.raises(ConfigError, match="match at least one module, got none"):
         nnis(config)
 
@@ -76,7 +75,7 @@ def test_nan_metrics() -> None:
     assert masks["stem"]["bias"].tolist() == [1.0] * 4 + [0.0] * 4  # an arbitrary half
     with pytest.raises(DataError, match=r"NaN or infinite.*stem\.weight"):
         ours(STEM, broken())
-    compat.enable_strict()
+    nni_topo.enable_strict()
     with pytest.raises(DataError, match=r"NaN or infinite.*stem\.weight"):
         nnis(STEM, broken())
 
@@ -87,7 +86,7 @@ def test_nan_metrics_of_finite_weights() -> None:
     assert int(generate_sparsity(metrics, pruner._target_spaces)["stem"]["bias"].sum()) == 4
     with pytest.raises(DataError, match=r"8 of 8 NaN or infinite \(stem\.weight\)"):
         ours(STEM)._generate_sparsity(metrics)
-    compat.enable_strict()
+    nni_topo.enable_strict()
     with pytest.raises(DataError, match=r"8 of 8 NaN or infinite \(stem\.weight\)"):
         pruner._generate_sparsity(metrics)
 
@@ -97,7 +96,7 @@ def test_threshold_that_empties_a_layer() -> None:
     assert kept(nnis(config)) == {"stem": 0}
     with pytest.raises(ConfigError, match=r"all 8 blocks would go \(stem\.weight\)"):
         kept(ours(config))
-    compat.enable_strict()
+    nni_topo.enable_strict()
     with pytest.raises(ConfigError, match=r"all 8 blocks would go \(stem\.weight\)"):
         kept(nnis(config))
 
@@ -111,7 +110,7 @@ def test_threshold_with_a_dependency_group() -> None:
     metrics = {name: {"weight": scores.clone()} for name in ("stem", "inner")}
     masks = ours(config)._generate_sparsity(metrics)
     assert masks["stem"]["bias"].tolist() == masks["inner"]["bias"].tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
-    compat.enable_strict()
+    nni_topo.enable_strict()
     counts = kept(nnis([{**TIED, "sparse_threshold": 3.5}]))
     assert counts["stem"] == counts["inner"] < 8
 
@@ -134,7 +133,7 @@ def test_global_group_with_a_dependency_group() -> None:
     # of 920 elements 460 may go: four of the pair's rows of 99, which rank below all of hidden's
     expected = {"stem": 4, "inner": 4, "hidden": 16}
     assert filters(ours(config)._generate_sparsity(global_metrics())) == expected
-    compat.enable_strict()
+    nni_topo.enable_strict()
     assert filters(nnis(config)._generate_sparsity(global_metrics())) == expected
 
 
@@ -142,7 +141,7 @@ def test_maximum_ratio_in_a_dependency_group() -> None:
     config = [{**TIED, "sparse_ratio": 0.75, "max_sparse_ratio": 0.25}]
     assert kept(nnis(config)) == {"stem": 2, "inner": 2}
     assert kept(ours(config)) == {"stem": 6, "inner": 6}
-    compat.enable_strict()
+    nni_topo.enable_strict()
     assert kept(nnis(config)) == {"stem": 6, "inner": 6}
 
 
@@ -158,7 +157,7 @@ def test_maximum_ratio_in_a_global_group() -> None:
     metrics = {name: score for name, score in global_metrics().items() if name != "inner"}
     assert filters(generate_sparsity(metrics, nnis(config)._target_spaces))["stem"] < 6
     assert filters(ours(config)._generate_sparsity(metrics))["stem"] == 6
-    compat.enable_strict()
+    nni_topo.enable_strict()
     assert filters(nnis(config)._generate_sparsity(metrics))["stem"] == 6
 
 
@@ -179,7 +178,7 @@ def model():
 
 config = [{"op_types": ["Linear"], "sparse_ratio": 0.6, "global_group_id": 1}]
 print(counts(L1NormPruner(model(), config)))
-compat.enable_strict(normalization="mean")
+nni_topo.enable_strict(normalization="mean")
 print(counts(L1NormPruner(model(), config)))
 print(counts(nni_topo.RandomPruner(model(), config)))
 """
@@ -226,7 +225,7 @@ def test_global_sparsity_of_layers_of_different_scale() -> None:
     metrics = {name: score for name, score in global_metrics().items() if name != "inner"}
     assert filters(generate_sparsity(metrics, nnis(config)._target_spaces))["stem"] == 0  # a dead layer
     assert filters(ours(config)._generate_sparsity(metrics))["stem"] == 1  # the floor
-    compat.enable_strict(normalization="mean")
+    nni_topo.enable_strict(normalization="mean")
     scaled = filters(nnis(config)._generate_sparsity(metrics))
     assert scaled["stem"] >= 3
 
@@ -238,7 +237,7 @@ def test_update_masks_with_an_unknown_module(caplog: pytest.LogCaptureFixture) -
     for strict in (False, True):
         caplog.clear()
         if strict:
-            compat.enable_strict()
+            nni_topo.enable_strict()
         pruner = nnis(STEM) if strict else ours(STEM)
         pruner.update_masks(masks)
         assert not pruner.get_masks()["stem"]["weight"].any()
@@ -261,7 +260,7 @@ def test_customized_replacers_stay_as_they_are(positional: bool) -> None:
     speed_up()
     assert len(replacers) == 1
     replacers.clear()
-    compat.enable_strict()
+    nni_topo.enable_strict()
     speed_up()
     assert replacers == []
 
@@ -291,7 +290,7 @@ def test_transposed_convolution_in_an_addition() -> None:
     pruner.unwrap_model()
     grouped = nni_topo.dependency_groups(model, images, config)
     assert_pruned_to_four(ours(grouped, model), images)
-    compat.enable_strict()
+    nni_topo.enable_strict()
     assert_pruned_to_four(nnis(grouped, model), images)
 
 
@@ -309,7 +308,7 @@ def test_transposed_convolution_with_a_bias() -> None:
     config = [{"op_names": ["transposed"], "sparse_ratio": 0.5}]
     with pytest.raises(RuntimeError, match="must match the size"):
         nnis(config, Upsampled()).compress()
-    compat.enable_strict()
+    nni_topo.enable_strict()
     for pruner in (ours(config, Upsampled()), nnis(config, Upsampled())):
         _, masks = pruner.compress()
         assert torch.equal(masks["transposed"]["weight"][0, :, 0, 0], masks["transposed"]["bias"])
@@ -336,7 +335,7 @@ def test_grouped_transposed_convolution(groups: int, outputs: int) -> None:
         with pytest.raises(RuntimeError, match="must match the size"):
             plain.compress()
     grouped = nni_topo.dependency_groups(model, images, config)
-    compat.enable_strict()
+    nni_topo.enable_strict()
     for build in (ours, nnis):
         pruner = build(grouped, model)
         _, masks = pruner.compress()
@@ -388,7 +387,7 @@ def test_convolution_to_one_channel_is_no_depthwise_one() -> None:
     free = nni_topo.dependency_groups(Mapped(), images, config)
     assert not any("dependency_group_id" in entry for entry in free)
     assert kept(ours(free, Mapped())) == {"conv": 4, "map": 1}
-    compat.enable_strict()
+    nni_topo.enable_strict()
     apart = auto_set_ids_of_graph(graph, config)
     assert not any("dependency_group_id" in entry for entry in apart)
     assert kept(nnis(apart, Mapped())) == {"conv": 4, "map": 1}
@@ -413,7 +412,7 @@ def test_linear_pruner_says_what_it_needs() -> None:
         LinearPruner(nnis(STEM), 2, 3)
     assert str(forgotten.value) == ""
     schedule(nni_topo.RandomPruner)
-    compat.enable_strict()
+    nni_topo.enable_strict()
     with pytest.raises(ConfigError, match=r"_fuse_preprocess, _fuse_postprocess.*LinearPruner\(OneShot\)"):
         schedule(OneShot)
     with pytest.raises(ConfigError, match="needs an evaluator"):
@@ -445,7 +444,7 @@ def test_legacy_keys_are_accepted_with_a_note(config: list[dict[str, Any]], expe
     expected = expected or {"stem": 6, "inner": 6, "hidden": 8, "head": 2}
     with pytest.warns(FutureWarning, match=r"is a key of NNI 2, write \w+ \(config_list\[\d\]\)"):
         assert kept(ours(config)) == expected
-    compat.enable_strict()
+    nni_topo.enable_strict()
     with pytest.warns(FutureWarning, match="is a key of NNI 2"):
         assert kept(nnis(config)) == expected
 
@@ -485,13 +484,13 @@ def test_the_registry_passes_the_new_keys_on_to_nnis_pruners() -> None:
 def test_strict_leaves_good_requests_as_they_are() -> None:
     config = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names": ["head"], "sparse_ratio": 0.5}]
     plain = nnis(config).compress()[1]
-    compat.enable_strict()
+    nni_topo.enable_strict()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         strict = nnis(config).compress()[1]
     assert plain.keys() == strict.keys()
     for name in plain:
         assert torch.equal(plain[name]["weight"], strict[name]["weight"])
-    compat.disable_strict()
+    nni_topo.disable_strict()
     assert Pruner.__init__.__module__ == Pruner.update_masks.__module__ == "nni.compression.base.compressor"
     assert ModelSpeedup.__init__.__module__.startswith("nni.")

@@ -15,10 +15,10 @@ from torch import nn
 
 from nni_topo import MatrixPruner, RandomPruner, StructuredPruner, TopologicalPruner, compat
 from nni_topo.errors import ConfigError
-from nni_topo.modes import unwrapped_copy
+from nni_topo.network.modes import unwrapped_copy
 from nni_topo.pruners.rounds import prune_in_rounds
+from nni_topo.pruners.testing.toys import toy_evaluator
 from nni_topo.sharing import find_ties
-from nni_topo.testing.toys import toy_evaluator
 
 PRUNERS = [L1NormPruner, L2NormPruner, FPGMPruner, LevelPruner, RandomPruner, MatrixPruner]
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ from torch import nn
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.random import RandomPruner
-from nni_topo.registry import create_pruner
+from nni_topo.pruners.registry import create_pruner
 from nni_topo.testing import toy_evaluator, toy_images, toy_model
 
 

@@ -11,7 +11,7 @@ from torch import nn
 import nni_topo
 from nni_topo.clustering import ALGORITHMS
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.pruners.cluster import ClusterPruner
+from nni_topo.pruners.cluster.pruner import ClusterPruner
 from nni_topo.testing import toy_evaluator, toy_images, toy_model
 
 HIDDEN = {"op_names": ["0"]}

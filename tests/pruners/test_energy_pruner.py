@@ -14,8 +14,8 @@ from nni.compression.pruning import AGPPruner, LinearPruner
 from torch import nn
 
 import nni_topo
-from nni_topo import signals
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.maths import signals
 from nni_topo.testing import toy_evaluator, toy_images, toy_model
 
 IMAGES = torch.ones(1, 1, 8, 8)

@@ -7,8 +7,8 @@ from torch import nn
 import nni_topo
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.matrix import MatrixPruner
+from nni_topo.pruners.registry import create_pruner
 from nni_topo.pruners.rounds import even_steps, prune_in_rounds
-from nni_topo.registry import create_pruner
 from nni_topo.speedup import dependency_groups
 from nni_topo.testing import STRUCTURED_CHECKS, toy_images, toy_model
 

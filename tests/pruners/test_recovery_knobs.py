@@ -9,7 +9,7 @@ import torch
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.registry import create_pruner
+from nni_topo.pruners.registry import create_pruner
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
 from nni_topo.testing import toy_evaluator, toy_images, toy_model
 

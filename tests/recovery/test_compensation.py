@@ -169,7 +169,7 @@ def test_report_tells_layer_by_layer_what_was_done():
 @pytest.mark.parametrize(("least", "samples"), [(64, [160 * 4, 160, 160]), (1600, [160 * 11, 160, 160])])
 def test_layers_are_sampled_at_sixteen_positions_an_unknown_but_not_below_the_least(monkeypatch, least, samples):
     """576 samples for the 36 unknowns of the first layer are 3.6 per image, 1600 are 10: rounded up, in two batches."""
-    monkeypatch.setattr("nni_topo.recovery.tasks._LEAST_SAMPLES", least)
+    monkeypatch.setattr("nni_topo.recovery.samples._LEAST_SAMPLES", least)
     model, images = toy_model(), toy_images(160)
     masks = pruned(model, images[:2], exclude=["head"])
     frame = compensation(model, masks, images.split(80), refine=0).report.to_frame()

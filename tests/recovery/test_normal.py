@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nni_topo.recovery.normal import GRID, NormalEquations, fit
+from nni_topo.maths.least_squares.normal import GRID, NormalEquations, fit
 
 
 def problem(samples=60, unknowns=5, outputs=3, groups=1, noise=0.0, seed=0):

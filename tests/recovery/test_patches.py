@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nni_topo.recovery.patches import draw_positions, input_rows, output_rows, position_count
+from nni_topo.recovery.samples import draw_positions, input_rows, output_rows, position_count
 
 LAYERS = {
     "plain": (nn.Conv2d(4, 6, 3), (2, 4, 7, 9)),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from nni_topo.recovery.tasks import Sampler, _Chunk
+from nni_topo.recovery.samples import Sampler, _Chunk
 
 
 def test_samples_are_kept_for_refinements_as_long_as_they_just_fit():

@@ -118,7 +118,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("nni_topo.zoo.measure.time", clock)
+    monkeypatch.setattr("nni_topo.network.measure.time", clock)
     return clock
 
 

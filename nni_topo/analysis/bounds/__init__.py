@@ -1,0 +1,1 @@
+"""Bounds on the error that pruning causes: first order, and one that always holds."""

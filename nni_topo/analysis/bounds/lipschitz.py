@@ -1,0 +1,247 @@
+"""How much a layer can enlarge a difference of its inputs: Lipschitz constants that hold for all inputs.
+
+References
+----------
+.. [1] H. Sedghi, V. Gupta, P. Long, "The singular values of convolutional layers", ICLR 2019.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import map_arg
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nni_topo.analysis.bounds.pooling import pooling_constant, pooling_of
+from nni_topo.errors import ConfigError
+from nni_topo.network.labels import tensor_shape
+from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
+
+_LARGEST = 2 * 10**8
+_SLOPES = {
+    "relu": 1.0, "relu6": 1.0, "leakyrelu": 1.0, "elu": 1.0, "celu": 1.0, "tanh": 1.0, "hardtanh": 1.0, "softplus": 1.0,
+    "softsign": 1.0, "logsigmoid": 1.0, "sigmoid": 0.25, "hardsigmoid": 1.0 / 6.0, "softmax": 1.0, "gelu": 1.13,
+    "silu": 1.1, "mish": 1.09, "hardswish": 1.5, "abs": 1.0, "selu": 1.7581,
+}  # fmt: skip
+_MOVES = {
+    "flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "clone", "identity",
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "unflatten", "chunk", "split", "getitem", "cat", "concat", "neg",
+}  # fmt: skip
+_SUMS = {"add", "iadd", "sub"}
+
+
+def largest_changes(graph: GraphModule, other: GraphModule, inputs: Tensor) -> dict[str, float]:
+    """Bound by how much the output of a network with other parameters can differ.
+
+    Parameters
+    ----------
+    graph, other : torch.fx.GraphModule
+        The same traced network with different parameters.
+    inputs : torch.Tensor
+        A batch.
+
+    Returns
+    -------
+    dict of str to float
+        By module what its change adds to the bound: the change of its output at the first network's activations,
+        times the Lipschitz constants of the other network behind it.
+
+    Raises
+    ------
+    ConfigError
+        If an operation's Lipschitz constant isn't known, or parameters don't belong to modules.
+    """
+    runner = _Changes(graph, other)
+    called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+    apart = sorted(runner._moved - called)
+    if apart:
+        raise ConfigError(
+            "a global error bound needs parameters that belong to layers, got some that the model uses itself "
+            f"({apart[0] or 'model'})"
+        )
+    with torch.no_grad():
+        runner.run(inputs)
+    return runner.known[next(node for node in graph.graph.nodes if node.op == "output")]
+
+
+def norm(value: Any) -> float:
+    """Return the Euclidean norm of a tensor over all its entries."""
+    return float(torch.linalg.vector_norm(value.double())) if isinstance(value, Tensor) else 0.0
+
+
+def operator_constant(graph_module: GraphModule, node: Node) -> float:
+    """Return a Lipschitz constant, in the Euclidean norm, of what a node of a traced network does with its inputs.
+
+    Parameters
+    ----------
+    graph_module : torch.fx.GraphModule
+        A traced network with shapes, in evaluation mode.
+    node : torch.fx.Node
+        A node of it that reads values.
+
+    Returns
+    -------
+    float
+        At least 0. For an addition or concatenation: 1, for each of its operands, of the shape of the sum.
+
+    Raises
+    ------
+    ConfigError
+        If none is known for the operation.
+    """
+    module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if isinstance(module, nn.Linear):
+        return float(torch.linalg.matrix_norm(module.weight.detach().double(), 2))
+    if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
+        return convolution_constant(module, _shape(node.all_input_nodes[0])[2:])
+    if isinstance(module, _BatchNorm) and module.running_var is not None:
+        scale = (module.running_var.double() + module.eps).rsqrt()
+        scale = scale if module.weight is None else scale * module.weight.detach().double()
+        return float(scale.abs().max())
+    if isinstance(module, nn.PReLU):
+        return max(1.0, float(module.weight.detach().abs().max()))
+    pool = pooling_of(module, node)
+    if pool is not None:
+        return pooling_constant(pool, _shape(node.all_input_nodes[0])[2:], _shape(node)[2:])
+    name = _plain(module, node)
+    if name in _SLOPES:
+        return max(_SLOPES[name], _steepness(module, name, node))
+    if name == "mean":
+        return math.sqrt(math.prod(_shape(node)) / math.prod(_shape(node.all_input_nodes[0])))
+    if name in _MOVES | _SUMS and not node.kwargs.get("alpha") and not (name == "getitem" and _repeats(node.args[1])):
+        return 1.0
+    raise ConfigError(f"a global error bound needs an operation of a known Lipschitz constant, got {name!r} ({node})")
+
+
+def convolution_constant(module: Any, sides: Sequence[int]) -> float:
+    """Return an upper bound of a convolution's operator norm.
+
+    Parameters
+    ----------
+    module : torch.nn.Conv1d, Conv2d or Conv3d, or the transposed ones
+        The convolution, padded with zeros or not at all.
+    sides : sequence of int
+        Sides of the images that enter.
+
+    Returns
+    -------
+    float
+        The norm of the convolution without a border, on a torus that is as large as the image and the kernel together,
+        of which the layer computes a part [1]_; of a transposed one the images are spread by the stride first. Where
+        that takes too much memory, the geometric mean of the largest absolute row and column sums.
+
+    Raises
+    ------
+    ConfigError
+        If the padding isn't zeros.
+
+    References
+    ----------
+    .. [1] H. Sedghi, V. Gupta, P. Long, "The singular values of convolutional layers", ICLR 2019.
+    """
+    if module.padding_mode != "zeros":
+        raise ConfigError(f"a global error bound needs convolutions padded by zeros, got {module.padding_mode!r}")
+    kernels = module.weight.detach().double().unflatten(0, (module.groups, -1))
+    reach = [(k - 1) * d for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+    if isinstance(module, TRANSPOSED):
+        sides = [(side - 1) * step + 1 for side, step in zip(sides, module.stride, strict=True)]
+    torus = [side + more for side, more in zip(sides, reach, strict=True)]
+    dims = tuple(range(3, kernels.dim()))
+    if kernels.shape[:3].numel() * math.prod(torus) > _LARGEST:
+        absolute = kernels.abs().sum(dims)
+        return float((absolute.sum(2).amax(1) * absolute.sum(1).amax(1)).sqrt().max())
+    spaced = kernels.new_zeros(*kernels.shape[:3], *(each + 1 for each in reach))
+    every_other = (..., *(slice(None, None, d) for d in module.dilation))
+    spaced[every_other] = kernels
+    spectrum = torch.fft.fftn(spaced, s=torus, dim=dims).flatten(3)
+    return float(torch.linalg.matrix_norm(spectrum.movedim(3, 1), 2).max())
+
+
+def _steepness(module: Any, name: str, node: Node) -> float:
+    """Slope of a leaky or exponential unit on its negative side."""
+    knob = {"leakyrelu": "negative_slope", "elu": "alpha"}.get(name)
+    if knob is None:
+        return 0.0
+    if module is not None:
+        return abs(float(getattr(module, knob)))
+    given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get(knob, 0.0)
+    return abs(float(given))
+
+
+def _repeats(index: Any) -> bool:
+    """Say whether an index may read an entry more than once."""
+    each = index if isinstance(index, tuple) else (index,)
+    return not all(part is None or part is Ellipsis or isinstance(part, (int, slice)) for part in each)
+
+
+def _plain(module: nn.Module | None, node: Node) -> str:
+    if module is not None:
+        return type(module).__name__.lower()
+    if node.target is operator.getitem:
+        return "getitem"
+    return str(getattr(node.target, "__name__", node.target)).replace("_", "").lower()
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    shape = tensor_shape(node)
+    if shape is None:
+        raise ConfigError(f"a global error bound needs operations on single tensors, got another ({node})")
+    return shape
+
+
+class _Changes(Interpreter):
+    """Runs the original and collects, at every node, by how much the pruned network can differ, layer by layer."""
+
+    def __init__(self, graph: GraphModule, other: GraphModule) -> None:
+        super().__init__(graph)
+        self.other = other
+        self.known: dict[Node, dict[str, float]] = {}
+        mine, theirs = graph.state_dict(), other.state_dict()
+        self._moved = {name.rpartition(".")[0] for name, value in mine.items() if not torch.equal(value, theirs[name])}
+
+    def run_node(self, n: Node) -> Any:
+        """Run a node of the original as usual."""
+        value = super().run_node(n)
+        if n.op in ("call_module", "call_function", "call_method"):
+            found = _differences(self.other, n, self.known)
+            if n.op == "call_module" and str(n.target) in self._moved:
+                args, kwargs = self.fetch_args_kwargs_from_env(n)
+                changed = self.other.get_submodule(str(n.target))(*args, **kwargs)
+                found[str(n.target)] = found.get(str(n.target), 0.0) + norm(changed - value)
+            self.known[n] = found
+        elif n.op == "output":
+            self.known[n] = self.known.get(n.all_input_nodes[0], {})
+        return value
+
+
+def _differences(graph_module: GraphModule, node: Node, known: dict[Node, dict[str, float]]) -> dict[str, float]:
+    """Return what differences of a node's inputs can become at most, layer by layer.
+
+    Parameters
+    ----------
+    graph_module : torch.fx.GraphModule
+        The network with the weights that the differences run through.
+    node : torch.fx.Node
+        The node.
+    known : dict of Node to dict of str to float
+        By node the norms of differences, split by the layers that they come from.
+    """
+    total: dict[str, float] = {}
+    operands: list[Node] = []
+    map_arg((node.args, node.kwargs), operands.append)  # one that is read twice counts twice
+    moving = [operand for operand in operands if known.get(operand)]
+    if not moving:
+        return total
+    constant = operator_constant(graph_module, node)
+    broadcasts = node.op != "call_module" and _plain(None, node) in _SUMS
+    for operand in moving:
+        copies = math.prod(_shape(node)) / math.prod(_shape(operand)) if broadcasts else 1.0
+        for layer, norm in known[operand].items():
+            total[layer] = total.get(layer, 0.0) + constant * math.sqrt(copies) * norm
+    return total

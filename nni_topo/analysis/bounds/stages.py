@@ -1,0 +1,142 @@
+"""A network as a chain of stages, each a layer with weights and what follows it up to the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.fx import Graph, GraphModule, Node
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.inputs import call_arguments
+from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
+from nni_topo.network.masks import check_model
+from nni_topo.network.modes import detached_copy
+from nni_topo.network.tracing import trace
+
+_LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a network that one value enters and one leaves.
+
+    Attributes
+    ----------
+    layers : tuple of str
+        Its convolutions and linear layers; more than one where a branch goes past them, as in a residual block.
+    module : torch.fx.GraphModule
+        Computes it; parameters are named as in the network.
+    """
+
+    layers: tuple[str, ...]
+    module: GraphModule
+
+    @property
+    def name(self) -> str:
+        """Its layers, joined by ``+``."""
+        return "+".join(self.layers)
+
+    def __call__(self, parameters: dict[str, Tensor], value: Tensor) -> Tensor:
+        """Run it with some of its parameters replaced."""
+        result: Tensor = functional_call(self.module, parameters, (value,))
+        return result
+
+
+def traced(model: nn.Module, inputs: Tensor) -> GraphModule:
+    """Trace a copy of a model, in evaluation mode.
+
+    Raises
+    ------
+    ConfigError
+        If the model takes more than one input, or is wrapped by a pruner.
+    DataError
+        If ``inputs`` isn't a finite tensor of at least one sample.
+    SpeedupError
+        If the model can't be traced.
+    """
+    if not isinstance(inputs, Tensor) or not inputs.numel():
+        shape = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise DataError(f"inputs must be a batch of at least one sample, got {shape} (inputs)")
+    if not bool(torch.isfinite(inputs).all()):
+        raise DataError("inputs must be finite, got NaN or infinity (inputs)")
+    check_model(model)
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        graph_module, _ = trace(detached_copy(model).eval().requires_grad_(False), call_arguments(inputs, model))
+    count = sum(node.op == "placeholder" for node in graph_module.graph.nodes)
+    if count != 1:
+        raise ConfigError(f"the propagation of errors needs a model of one input, got {count} (model)")
+    return graph_module
+
+
+def chain(graph_module: GraphModule) -> list[Stage]:
+    """Cut a traced network into stages.
+
+    A new stage begins at every layer that reads a value on which, at that place, all that follows depends.
+
+    Raises
+    ------
+    ConfigError
+        If there is no convolution or linear layer, or the network has several outputs.
+    """
+    segments: list[list[Node]] = [[]]
+    starts: list[Node] = []
+    named: list[list[str]] = [[]]
+    for node, entering in _steps(graph_module.graph):
+        is_layer = node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), _LAYERS)
+        if not starts:
+            starts.append(node.all_input_nodes[0])
+        elif is_layer and named[-1] and entering is not None and node.all_input_nodes == [entering]:
+            starts.append(entering)
+            segments.append([])
+            named.append([])
+        segments[-1].append(node)
+        if is_layer:
+            named[-1].append(str(node.target))
+    if not named[0]:
+        raise ConfigError("the propagation of errors needs a convolution or linear layer, got none (model)")
+    return [
+        Stage(tuple(dict.fromkeys(layers)), _segment(graph_module, start, nodes))
+        for start, nodes, layers in zip(starts, segments, named, strict=True)
+    ]
+
+
+def _steps(graph: Graph) -> Iterator[tuple[Node, Node | None]]:
+    """Yield the nodes that depend on the input, each with the one value, if any, that all that follows depends on."""
+    order = {node: rank for rank, node in enumerate(graph.nodes)}
+    alive: set[Node] = set()
+    dependent: set[Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            alive, dependent = {node}, {node}
+        elif node.op == "output":
+            if len(node.all_input_nodes) != 1:
+                raise ConfigError(
+                    f"the propagation of errors needs one output, got {len(node.all_input_nodes)} (model)"
+                )
+            if not isinstance(node.args[0], Node):
+                kind = type(node.args[0]).__name__
+                raise ConfigError(f"the propagation of errors needs a tensor as output, got a {kind} (model)")
+        elif any(parent in dependent for parent in node.all_input_nodes):
+            yield node, next(iter(alive)) if len(alive) == 1 else None
+            dependent.add(node)
+            alive = {each for each in {*alive, node} if any(order[user] > order[node] for user in each.users)}
+
+
+def _segment(graph_module: GraphModule, start: Node, nodes: list[Node]) -> GraphModule:
+    graph = Graph()
+    copies = {start: graph.placeholder("value")}
+
+    def copied(node: Node) -> Node:
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copied)
+        return copies[node]
+
+    for node in nodes:
+        copied(node)
+    graph.output(copies[nodes[-1]])
+    return GraphModule(graph_module, graph)

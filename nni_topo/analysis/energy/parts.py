@@ -1,0 +1,201 @@
+"""The further parts of an energy study: dropout, accumulated pruning, replacement, selection, schedules.
+
+Each part takes a :class:`Subject` and returns plain numbers for the study's record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from nni_topo import zoo
+from nni_topo.analysis.energy.accumulated import accumulate_energy, harmless_layers
+from nni_topo.analysis.energy.dropout import RATES, study_dropout
+from nni_topo.analysis.energy.plots import layer_plot
+from nni_topo.analysis.energy.replacement import study_replacement
+from nni_topo.analysis.energy.selection import study_selection
+from nni_topo.analysis.energy.study import EnergyStudy, Evaluate, LayerEnergy, Quality, masks_of
+from nni_topo.errors import ConfigError
+from nni_topo.maths.search.subsets import EvolutionSettings
+from nni_topo.network.dependency import dependency_groups
+from nni_topo.network.reference import masked_model
+from nni_topo.recovery import recalibrate_batch_norm
+from nni_topo.runs.plan import ModelChoice
+from nni_topo.runs.records import Record
+from nni_topo.runs.scheduled import Schedule, prune_on_schedule
+from nni_topo.zoo import DataBundle
+
+_SUBSET = 256
+_RECALIBRATION_IMAGES = 1024
+_DROPOUT_THRESHOLDS = (0.01, 0.1)
+_SEARCH = EvolutionSettings(population_size=20, generations=10)
+_RETRAIN_EPOCHS = 4
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What all parts of a study look at."""
+
+    net: nn.Module
+    data: DataBundle
+    example: Tensor
+    study: EnergyStudy
+    evaluate: Evaluate
+    knobs: dict[str, Any]
+    layer: str | None
+    model: ModelChoice
+    out: Path
+    seed: int
+    files: list[Path] = field(default_factory=list)
+
+    def nearest(self, threshold: float) -> float:
+        """Return the study's threshold that is nearest to one."""
+        return min(self.study.thresholds, key=lambda known: abs(known - threshold))
+
+    def single_layer(self) -> LayerEnergy:
+        """Return the layer that replacement and selection look at."""
+        threshold = self.nearest(0.1)
+        alone = [row for row in self.study.layers if len(row.layers) == 1 and row.removed[threshold]]
+        if self.layer is not None:
+            alone = [row for row in alone if row.layers == (self.layer,)]
+        if not alone:
+            wanted = self.layer or "any"
+            raise ConfigError(f"a layer outside all dependency groups must lose filters at 10 %, got none ({wanted})")
+        return max(alone, key=lambda row: self.study.lost(row, threshold))
+
+
+def dropout_part(subject: Subject) -> Record:
+    """Accuracy under every dropout rate: the unpruned network, and each layer alone at 1 and 10 %."""
+    study = subject.study
+    plain = study_dropout({"unpruned": lambda: subject.net}, subject.evaluate, seed=subject.seed)["unpruned"]
+    record: Record = {"unpruned": _plain(plain)}
+    for threshold in sorted({subject.nearest(t) for t in _DROPOUT_THRESHOLDS}):
+        models = {row.name: partial(_pruned_alone, subject, row, threshold) for row in study.layers}
+        found = study_dropout(models, subject.evaluate, seed=subject.seed)
+        record[str(threshold)] = {name: _plain(by_rate) for name, by_rate in found.items()}
+        subject.files.extend(_dropout_pictures(subject, threshold, found))
+    return record
+
+
+def accumulated_part(subject: Subject) -> Record:
+    """Layers that cost less than two points alone at the lowest threshold, one after the other, without training."""
+    threshold = subject.study.thresholds[0]
+    layers = harmless_layers(subject.study, threshold)
+    steps = accumulate_energy(
+        subject.net, layers, subject.example, subject.evaluate, threshold=threshold, **subject.knobs
+    )
+    rows = [{"layers": step.layers, "removed": step.removed, "quality": step.quality._asdict()} for step in steps]
+    return {"threshold": threshold, "steps": rows}
+
+
+def replacement_part(subject: Subject) -> Record:
+    """One layer's weak filters replaced, as they are and with batch norms re-calibrated."""
+    row, threshold = subject.single_layer(), subject.nearest(0.1)
+    images = subject.data.train.tensors[0][:_RECALIBRATION_IMAGES].to(subject.example.device)
+    found = study_replacement(
+        subject.net,
+        row.layers[0],
+        subject.example,
+        subject.evaluate,
+        threshold=threshold,
+        fitness=partial(_subset_quality, subject),
+        repair=lambda net: recalibrate_batch_norm(net, images.split(128)),
+        seed=subject.seed,
+        **subject.knobs,
+    )
+    kinds = {kind: {**asdict(made), "quality": made.quality._asdict()} for kind, made in found.items()}
+    for kind, made in found.items():
+        kinds[kind]["repaired"] = None if made.repaired is None else made.repaired._asdict()
+    return {"layer": row.layers[0], "threshold": threshold, "filters": row.removed[threshold], "kinds": kinds}
+
+
+def selection_part(subject: Subject) -> Record:
+    """One layer's filters chosen by energy, Taylor terms and genetic search, half of them kept."""
+    row = subject.single_layer()
+    place = subject.example.device
+    images, labels = (tensor[:_SUBSET].to(place) for tensor in subject.data.train.tensors)
+    found = study_selection(
+        subject.net,
+        row.layers[0],
+        subject.example,
+        [(images, labels)],
+        subject.evaluate,
+        keep=max(1, row.filters // 2),
+        evolution=_SEARCH,
+        seed=subject.seed,
+        **subject.knobs,
+    )
+    methods = {name: {**asdict(chosen), "quality": chosen.quality._asdict()} for name, chosen in found.items()}
+    return {"layer": row.layers[0], "filters": row.filters, "methods": methods}
+
+
+def schedules_part(subject: Subject) -> Record:
+    """Half of every layer's filters, at once or in rounds with training in between, for the same number of epochs."""
+    layers = [name for row in subject.study.layers for name in row.layers]
+    entry = {"op_names": layers, "sparse_ratio": 0.5}
+    config_list = dependency_groups(subject.net, subject.example, [entry])
+    recipe = zoo.default_recipe(subject.model.name, subject.data.name).for_retraining(_RETRAIN_EPOCHS)
+    schedules: tuple[Schedule, ...] = ("one-shot", "linear", "agp")
+    record: Record = {"ratio": 0.5, "epochs": _RETRAIN_EPOCHS}
+    for schedule in schedules:
+        dense = prune_on_schedule(
+            "energy",
+            subject.net,
+            config_list,
+            subject.data,
+            recipe,
+            schedule=schedule,
+            seed=subject.seed,
+            example_inputs=subject.example,
+            **subject.knobs,
+        )
+        record[schedule] = subject.evaluate(dense)._asdict()
+    return record
+
+
+PARTS: dict[str, Callable[[Subject], Record]] = {
+    "dropout": dropout_part,
+    "accumulated": accumulated_part,
+    "replacement": replacement_part,
+    "selection": selection_part,
+    "schedules": schedules_part,
+}
+
+
+def _dropout_pictures(subject: Subject, threshold: float, found: dict[str, dict[float, Quality]]) -> list[Path]:
+    """Draw accuracy and loss by layer, a line per rate, and what each rate changes."""
+    rows = [found[row.name] for row in subject.study.layers]
+    measured = {
+        "": ("accuracy %", {rate: [100.0 * row[rate].accuracy for row in rows] for rate in RATES}),
+        "_loss": ("loss (nats)", {rate: [row[rate].loss for row in rows] for rate in RATES}),
+    }
+    subject.out.mkdir(parents=True, exist_ok=True)
+    files = []
+    for suffix, (label, values) in measured.items():
+        change = {rate: [a - b for a, b in zip(values[rate], values[0.0], strict=True)] for rate in RATES}
+        for more, what, lines in (("", label, values), ("_change", f"{label}, change by dropout", change)):
+            named = {f"rate {rate:g}": line for rate, line in lines.items()}
+            figure = layer_plot(
+                subject.study.layers, named, f"{what}, one layer at {100 * threshold:g} % of its energy"
+            )
+            files.append(subject.out / f"dropout_{threshold:g}{suffix}{more}.png")
+            figure.savefig(files[-1], dpi=130)
+    return files
+
+
+def _pruned_alone(subject: Subject, row: LayerEnergy, threshold: float) -> nn.Module:
+    return masked_model(subject.net, subject.example, masks_of(row.layers, subject.study.masks[threshold]))
+
+
+def _subset_quality(subject: Subject, net: nn.Module) -> Quality:
+    subset = type(subject.data.train)(*subject.data.train[:_SUBSET])
+    return Quality(*zoo.loss_and_accuracy(net, subset, device=subject.example.device))
+
+
+def _plain(by_rate: dict[float, Quality]) -> dict[str, dict[str, float]]:
+    return {str(rate): quality._asdict() for rate, quality in by_rate.items()}

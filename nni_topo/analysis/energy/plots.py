@@ -1,0 +1,129 @@
+"""Pictures and numbers of an energy study: compression, accuracy and loss per layer, a line per threshold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from nni_topo.analysis.energy.study import EnergyStudy, LayerEnergy, Quality
+
+_WIDTH_PER_LAYER = 0.42
+
+
+def energy_record(study: EnergyStudy) -> dict[str, Any]:
+    """Return a study's numbers as dicts, lists and strings; the masks are left out.
+
+    Parameters
+    ----------
+    study : EnergyStudy
+        The study.
+
+    Returns
+    -------
+    dict
+        ``thresholds``, ``baseline``, ``layers`` and ``together``; thresholds as keys are strings.
+    """
+    return {
+        "thresholds": list(study.thresholds),
+        "baseline": _plain(study.baseline),
+        "layers": [
+            {
+                "layers": list(layer.layers),
+                "filters": layer.filters,
+                "shares": list(layer.shares),
+                "removed": {str(t): count for t, count in layer.removed.items()},
+                "alone": {str(t): _plain(quality) for t, quality in layer.alone.items()},
+                "verdict": study.verdict(layer),
+            }
+            for layer in study.layers
+        ],
+        "together": {
+            str(t): {"removed": whole.removed, "macs": whole.macs, "quality": _plain(whole.quality)}
+            for t, whole in study.together.items()
+        },
+    }
+
+
+def save_energy_study(study: EnergyStudy, folder: str | Path, more: Mapping[str, Any] | None = None) -> list[Path]:
+    """Write ``energy.json`` and the pictures ``compression`` and, with an evaluation, ``accuracy`` and ``loss`` (PNG).
+
+    Parameters
+    ----------
+    study : EnergyStudy
+        The study.
+    folder : str or Path
+        Made if need be.
+    more : mapping or None, default=None
+        Further entries of ``energy.json``.
+
+    Returns
+    -------
+    list of Path
+        The files.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    document = folder / "energy.json"
+    record = {**energy_record(study), **(more or {})}
+    document.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    pictures = {"compression.png": compression_plot(study)}
+    if study.baseline is not None:
+        pictures["accuracy.png"] = _quality_plot(study, "accuracy %", lambda quality: 100.0 * quality.accuracy)
+        pictures["loss.png"] = _quality_plot(study, "loss (nats)", lambda quality: quality.loss)
+    for name, figure in pictures.items():
+        figure.savefig(folder / name, dpi=130)
+    return [document, *(folder / name for name in pictures)]
+
+
+def compression_plot(study: EnergyStudy) -> Figure:
+    """Draw the share of filters removed per layer, a line per threshold."""
+    lines = {t: [100.0 * layer.compression(t) for layer in study.layers] for t in study.thresholds}
+    return layer_plot(study.layers, {_percent(t): values for t, values in lines.items()}, "filters removed %")
+
+
+def layer_plot(layers: Sequence[LayerEnergy], lines: Mapping[str, Sequence[float]], label: str) -> Figure:
+    """Draw values per layer, a line per name.
+
+    Parameters
+    ----------
+    layers : sequence of LayerEnergy
+        The horizontal axis.
+    lines : mapping of str to sequence of float
+        One value per layer each.
+    label : str
+        Of the vertical axis.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    figure = Figure(figsize=(max(6.0, 2.0 + _WIDTH_PER_LAYER * len(layers)), 4.5), layout="constrained")
+    axis: Axes = figure.subplots()
+    for index, (name, values) in enumerate(lines.items()):
+        axis.plot(range(len(layers)), values, "o-", color=f"C{index % 10}", markersize=3, label=name)
+    axis.set_xticks(range(len(layers)), [layer.name for layer in layers], rotation=60, ha="right", fontsize="x-small")
+    axis.set_ylabel(label)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="x-small")
+    return figure
+
+
+def _quality_plot(study: EnergyStudy, label: str, value: Callable[[Quality], float]) -> Figure:
+    lines = {_percent(t): [value(layer.alone[t]) for layer in study.layers] for t in study.thresholds}
+    figure = layer_plot(study.layers, lines, f"{label}, this layer alone pruned")
+    if study.baseline is not None:
+        figure.axes[0].axhline(value(study.baseline), color="black", linestyle="--", linewidth=1)
+    return figure
+
+
+def _percent(threshold: float) -> str:
+    return f"{100.0 * threshold:g} % of the energy"
+
+
+def _plain(quality: Quality | None) -> dict[str, float] | None:
+    return None if quality is None else quality._asdict()

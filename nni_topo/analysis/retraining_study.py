@@ -1,0 +1,306 @@
+"""Epochs of retraining against theorem 1: the library function behind ``nni-topo analyze retraining``."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from nni_topo import zoo
+from nni_topo.analysis import retraining_bound
+from nni_topo.analysis.deviation_study import CONNECTIONS, study_masks
+from nni_topo.analysis.retraining import Kind
+from nni_topo.errors import ConfigError, check_integer, is_finite
+from nni_topo.network.dense import to_dense
+from nni_topo.network.reference import masked_model
+from nni_topo.pruners.registry import pruner_info
+from nni_topo.runs.plan import DataChoice, ModelChoice, Target
+from nni_topo.runs.prune import trained_network
+from nni_topo.runs.run import build_model
+
+
+@dataclass(frozen=True)
+class RetrainingPoint:
+    """One pruned and retrained network.
+
+    Attributes
+    ----------
+    pruner : str
+        Name.
+    kind : str
+        ``"connection"`` or ``"node"``.
+    ratio : float
+        In [0, 1).
+    seed : int
+        The pruner's, and that of retraining.
+    bound, derived : float
+        Epochs by (3.1) as printed and with the ratio of gradients the other way up, with the study's constant.
+    epochs : int or None
+        Epochs after which the test accuracy was back; None if it never was.
+    accuracy_pruned, accuracy_retrained : float
+        In [0, 1]: before retraining, and after the last epoch of it.
+    """
+
+    pruner: str
+    kind: str
+    ratio: float
+    seed: int
+    bound: float
+    derived: float
+    epochs: int | None
+    accuracy_pruned: float
+    accuracy_retrained: float
+
+
+@dataclass(frozen=True)
+class RetrainingStudy:
+    """All points, the trained network's test accuracy, its epochs, the most epochs of retraining, and gamma."""
+
+    points: list[RetrainingPoint]
+    accuracy: float
+    trained_epochs: int
+    most_epochs: int
+    gamma: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as numbers, lists and strings."""
+        return asdict(self)
+
+    def means(self) -> pd.DataFrame:
+        """Return means over seeds by ``pruner``, ``kind`` and ``ratio``, in the order of the points.
+
+        ``epochs`` counts runs that weren't back with the most epochs; ``back`` says how many of the runs were;
+        ``fitted`` is the constant with which (3.1) gives ``epochs``.
+        """
+        frame = pd.DataFrame([asdict(point) for point in self.points]).drop(columns="seed")
+        frame = frame.assign(
+            back=frame["epochs"].notna(), epochs=frame["epochs"].fillna(self.most_epochs).astype(float)
+        )
+        grouped = frame.groupby(["pruner", "kind", "ratio"], sort=False, as_index=False)
+        means = grouped.mean()
+        return means.assign(back=grouped["back"].sum()["back"], fitted=self.gamma * means["epochs"] / means["bound"])
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write ``retraining.json`` and ``retraining.png``; return the files."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        document = folder / "retraining.json"
+        document.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        _picture(self.means()).savefig(folder / "retraining.png", dpi=130)
+        return [document, folder / "retraining.png"]
+
+
+def retraining_study(
+    model: ModelChoice,
+    checkpoint: str | Path | None,
+    data: DataChoice,
+    pruners: Sequence[str],
+    ratios: Sequence[float],
+    *,
+    seeds: int = 1,
+    most_epochs: int = 10,
+    images: int = 2048,
+    calibration: int = 512,
+    gamma: float = 1.0,
+    tolerance: float = 0.0,
+    seed: int = 0,
+    device: str = "cpu",
+) -> RetrainingStudy:
+    """Prune a trained network, retrain it until its accuracy is back, and compare the epochs with theorem 1.
+
+    Parameters
+    ----------
+    model : ModelChoice
+        Which architecture.
+    checkpoint : str, Path or None
+        Weights that the model's default recipe and ``seed`` gave. None: it is trained first.
+    data : DataChoice
+        Training and test images.
+    pruners : sequence of str
+        Registered names, or ``"connections"``: single weights at random. Structured ones prune nodes.
+    ratios : sequence of float
+        ``sparse_ratio`` of every layer but the output, each in [0, 1).
+    seeds : int, default=1
+        Runs of each pruner and retraining, with seeds from ``seed``.
+    most_epochs : int, default=10
+        After which retraining is given up, at least 1; over these the learning rate falls.
+    images : int, default=2048
+        Training images that losses and gradients are taken on.
+    calibration : int, default=512
+        Training images given to pruners that take calibration data.
+    gamma : float, default=1.0
+        The theorem's free constant, positive.
+    tolerance : float, default=0.0
+        Accuracy, in [0, 1], that may be missing for the network to count as back.
+    seed : int, default=0
+        Of the initial weights, the training and the pruners.
+    device : {"cpu", "cuda", "auto"}, default="cpu"
+        Where to compute.
+
+    Returns
+    -------
+    RetrainingStudy
+
+    Raises
+    ------
+    ConfigError
+        If a name or number can't be used.
+    DataError
+        If the checkpoint or the data can't be used.
+    """
+    _check(pruners, ratios)
+    for knob, value in (
+        ("seeds", seeds),
+        ("most_epochs", most_epochs),
+        ("images", images),
+        ("calibration", calibration),
+    ):
+        check_integer(knob, value, 1, "analyze retraining")
+    if not is_finite(gamma) or gamma <= 0.0:
+        raise ConfigError(f"gamma must be positive and finite, got {gamma!r} (analyze retraining)")
+    if not 0.0 <= tolerance <= 1.0:
+        raise ConfigError(f"tolerance must be in [0, 1], got {tolerance!r} (analyze retraining)")
+    net, bundle = trained_network(model, checkpoint, data, seed=seed, device=device)
+    place = next(net.parameters()).device
+    initial = build_model(model, bundle, seed).to(place)
+    recipe = zoo.default_recipe(model.name, data.name)
+    accuracy = zoo.evaluate(net, bundle.test, device=place)
+    pictures, labels = (tensor[:images].split(256) for tensor in bundle.train.tensors)
+    batches = list(zip(pictures, labels, strict=True))
+    inputs = [each.to(place) for each in bundle.train.tensors[0][:calibration].split(128)]
+    case = _Case(net, initial, bundle, recipe, accuracy - tolerance, batches, inputs)
+    points = []
+    for name in pruners:
+        for ratio, each in itertools.product(ratios, range(seed, seed + seeds)):
+            points.append(case.point(name, ratio, each, gamma, most_epochs))
+    return RetrainingStudy(points, accuracy, recipe.epochs, most_epochs, gamma)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A trained network and everything that is done to it."""
+
+    trained: nn.Module
+    initial: nn.Module
+    data: zoo.DataBundle
+    recipe: zoo.Recipe
+    wanted: float
+    batches: list[tuple[Tensor, Tensor]]
+    inputs: list[Tensor]
+
+    def point(self, name: str, ratio: float, seed: int, gamma: float, most_epochs: int) -> RetrainingPoint:
+        """Prune, bound, retrain."""
+        example = self.inputs[0][:2]
+        masks = study_masks(name, self.trained, example, ratio, self.inputs, seed)
+        kind: Kind = "node" if name != CONNECTIONS and pruner_info(name).structured else "connection"
+        sparse = (to_dense if kind == "node" else masked_model)(self.trained, example, masks)
+        epochs = self.recipe.epochs
+        found = retraining_bound(self.initial, self.trained, sparse, cross_entropy, self.batches, epochs, gamma, kind)
+        before = zoo.evaluate(sparse, self.data.test, device=example.device)
+        if kind == "connection":
+            _freeze_zeros(sparse)
+        taken, after = epochs_back(sparse, self.data, self.recipe.for_retraining(most_epochs), self.wanted, seed=seed)
+        return RetrainingPoint(name, kind, ratio, seed, found.epochs, found.derived_epochs, taken, before, after)
+
+
+class _Back(Exception):  # noqa: N818 - ends a training, no error
+    """The accuracy is back."""
+
+
+def epochs_back(
+    model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe, wanted: float, *, seed: int
+) -> tuple[int | None, float]:
+    """Train a network in place until its test accuracy is what it should be.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network, on the device where it is to be trained.
+    data : DataBundle
+        Training and test images.
+    recipe : Recipe
+        How to train, and for how many epochs at most.
+    wanted : float
+        Test accuracy, in [0, 1].
+    seed : int
+        Of the training.
+
+    Returns
+    -------
+    int or None
+        Epochs it took, 0 if none was needed; None if it wasn't back after the last.
+    float
+        Test accuracy at the end.
+    """
+    device = next(model.parameters()).device
+    reached = [zoo.evaluate(model, data.test, device=device)]
+    if reached[0] >= wanted:
+        return 0, reached[0]
+
+    def watch(log: zoo.EpochLog) -> None:
+        reached.append(zoo.evaluate(model, data.test, device=device))
+        if reached[-1] >= wanted:
+            raise _Back
+
+    try:
+        zoo.train(model, data, recipe, seed=seed, device=device, callback=watch)
+    except _Back:
+        return len(reached) - 1, reached[-1]
+    return None, reached[-1]
+
+
+def _freeze_zeros(model: nn.Module) -> None:
+    """Keep pruned weights at zero in training: without gradients, momentum and weight decay leave them there."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            alive = (parameter != 0).to(parameter)
+            parameter.register_hook(alive.mul)
+
+
+def print_retraining(study: RetrainingStudy, title: str, console: Console) -> None:
+    """Print the means over seeds as a table."""
+    table = Table("pruner", "kind", title=title, title_justify="left")
+    columns = ("ratio", f"bound (3.1), gamma {study.gamma:g}", "gamma that fits", "bound as derived", "epochs taken")
+    for column in (*columns, "runs back", "pruned %", "retrained %"):
+        table.add_column(column, justify="right")
+    for row in study.means().to_dict("records"):
+        numbers = [f"{row[key]:.3g}" for key in ("bound", "fitted", "derived")]
+        shares = [f"{100 * row[key]:.1f}" for key in ("accuracy_pruned", "accuracy_retrained")]
+        epochs = f"{row['epochs']:.1f}", f"{row['back']:g}"
+        table.add_row(str(row["pruner"]), str(row["kind"]), f"{row['ratio']:g}", *numbers, *epochs, *shares)
+    console.print(table)
+    console.print(f"trained for {study.trained_epochs} epochs to {100 * study.accuracy:.1f} %", highlight=False)
+
+
+def _check(pruners: Sequence[str], ratios: Sequence[float]) -> None:
+    if not pruners or not ratios:
+        raise ConfigError("a study needs at least one pruner and one ratio, got none (analyze retraining)")
+    for name in pruners:
+        if name != CONNECTIONS:
+            pruner_info(name)
+    for ratio in ratios:
+        Target("ratio", ratio)
+
+
+def _picture(means: pd.DataFrame) -> Figure:
+    kinds = list(dict.fromkeys(zip(means["pruner"], means["kind"], strict=True)))
+    figure = Figure(figsize=(4.5 * len(kinds), 3.8), layout="constrained")
+    for axis, (name, kind) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        rows = means[means["pruner"] == name].sort_values("ratio")
+        axis.plot(rows["ratio"], rows["epochs"], "ko-", label="epochs taken")
+        axis.plot(rows["ratio"], rows["bound"], "s--", label="bound (3.1)")
+        axis.plot(rows["ratio"], rows["derived"], "^--", label="bound as derived")
+        axis.set(xlabel="ratio", ylabel="epochs of retraining", title=f"{name} ({kind})", yscale="symlog")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="x-small")
+    return figure

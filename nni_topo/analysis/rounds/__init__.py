@@ -1,0 +1,1 @@
+"""Rounds of pruning and retraining: T-IMP against magnitude pruning."""

@@ -1,0 +1,202 @@
+"""Iterative magnitude pruning with and without the spanning trees: one net, one method, one seed, round by round."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from nni.compression.base.compressor import Pruner
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from nni_topo import zoo
+from nni_topo.analysis import (
+    connectivity,
+    critical_config_list,
+    neural_persistence,
+    overlap_bound,
+    tree_overlap,
+)
+from nni_topo.analysis.layers import weight_layers
+from nni_topo.errors import ConfigError
+from nni_topo.pruners.hooks import Masks
+from nni_topo.pruners.registry import create_pruner
+from nni_topo.pruners.rounds import Round, prune_in_rounds
+from nni_topo.runs.plan import Cell, PrunerChoice
+from nni_topo.runs.records import Record, append_record, provenance, read_records
+from nni_topo.runs.run import build_model, load_model_data, resolve_device, trained_model
+
+METHODS = {
+    "IMP": PrunerChoice("level", "IMP"),
+    "T-IMP": PrunerChoice("topological_magnitude", "T-IMP", {"on_subcritical": "clip"}),
+}
+"""NNI's magnitude pruner, and the one that keeps the trees; past the critical ratio it stays there."""
+_TYPES = ["Linear", "Conv2d"]
+SPARSITIES = (0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
+
+
+@dataclass(frozen=True)
+class RoundsCell:
+    """One run of the study.
+
+    Attributes
+    ----------
+    cell : Cell
+        Model, data, method (see ``METHODS``), seed, and the recipes of the training and of each round's retraining.
+        Its target is the last round's.
+    sparsities : tuple of float
+        Share of every layer's weights to be gone after each round, rising, in (0, 1).
+    rewind : bool
+        Whether kept weights return to their initial values before each round's training, which then follows the
+        recipe of the training.
+    capped : bool
+        Whether no layer loses more weights than its channel tree spares, so that NNI's pruner keeps as many as T-IMP.
+    """
+
+    cell: Cell
+    sparsities: tuple[float, ...] = SPARSITIES
+    rewind: bool = False
+    capped: bool = False
+
+    @property
+    def key(self) -> str:
+        """Name of the run's record: equal settings, equal key."""
+        levels = ",".join(f"{level:g}" for level in self.sparsities)
+        return f"{self.cell.key} {levels}{' rewound' if self.rewind else ''}{' capped' if self.capped else ''}"
+
+    @property
+    def method(self) -> str:
+        """Row of the table."""
+        return self.cell.pruner.row + (" capped" if self.capped else "") + (", rewound" if self.rewind else "")
+
+
+def run_rounds(cells: Sequence[RoundsCell], out: str | Path, *, announce: Any = None) -> list[Record]:
+    """Run the cells that have no record yet, and return all records in order.
+
+    Parameters
+    ----------
+    cells : sequence of RoundsCell
+        What to run.
+    out : str or Path
+        Folder: ``results.jsonl`` gets a line per finished cell, ``checkpoints`` the trained models.
+    announce : callable or None, default=None
+        Called with a cell, its number from 1 and the number of cells before it runs.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    done = {record["key"]: record for record in read_records(out / "results.jsonl")}
+    for number, cell in enumerate(cells, start=1):
+        if cell.key in done:
+            continue
+        if announce is not None:
+            announce(cell, number, len(cells))
+        done[cell.key] = run_rounds_cell(cell, out)
+        append_record(out / "results.jsonl", done[cell.key])
+    return [done[cell.key] for cell in cells]
+
+
+def run_rounds_cell(study: RoundsCell, out: Path) -> Record:
+    """Train, then prune and retrain round by round.
+
+    Parameters
+    ----------
+    study : RoundsCell
+        What to run.
+    out : Path
+        Its ``checkpoints`` hold the trained models.
+
+    Returns
+    -------
+    dict
+        Accuracies in [0, 1] before and after each round, shares of weights kept, connectivity, and of the trained
+        net each linear layer's overlap with its bound and the neural persistence.
+    """
+    began = time.perf_counter()
+    cell = study.cell
+    device = resolve_device(cell.device)
+    data = load_model_data(cell.model, cell.data)
+    data = replace(data, validation=TensorDataset(*(tensor[:0] for tensor in data.validation.tensors)))
+    net, accuracy = trained_model(cell, data, out, device)
+    record: Record = {
+        "key": study.key,
+        "model": cell.model.label,
+        "data": cell.data.name,
+        "images": len(data.train),
+        "method": study.method,
+        "seed": cell.seed,
+        "sparsities": list(study.sparsities),
+        "accuracy_before": accuracy,
+        "overlap": overlaps(net),
+        "persistence": neural_persistence(net, normalized=True).layers,
+        "persistence_untrained": neural_persistence(build_model(cell.model, data, cell.seed), normalized=True).layers,
+    }
+    record["rounds"] = _rounds(study, net, data, device)
+    record["seconds"] = time.perf_counter() - began
+    return {**record, **provenance()}
+
+
+def overlaps(net: nn.Module) -> dict[str, dict[str, float]]:
+    """Return each linear layer's share of tree weights among its largest, measured and bounded from below."""
+    return {
+        layer.name: {"measured": tree_overlap(layer.weight), "bound": overlap_bound(*layer.weight.shape)}
+        for layer in weight_layers(net)[0]
+        if layer.kind == "dense"
+    }
+
+
+def steps_to(sparsities: Sequence[float]) -> list[float]:
+    """Return the steps of :func:`~nni_topo.pruners.rounds.prune_in_rounds` that pass through given sparsities.
+
+    Raises
+    ------
+    ConfigError
+        If they aren't rising numbers in (0, 1).
+    """
+    inside = all(0.0 < level < 1.0 for level in sparsities)
+    if not sparsities or not inside or sorted(set(sparsities)) != list(sparsities):
+        raise ConfigError(f"sparsities must be rising numbers in (0, 1), got {list(sparsities)} (study)")
+    last = math.log(1.0 - sparsities[-1])
+    return [math.log(1.0 - level) / last for level in sparsities[:-1]] + [1.0]
+
+
+def _rounds(study: RoundsCell, net: nn.Module, data: zoo.DataBundle, device: torch.device) -> list[Record]:
+    cell = study.cell
+    initial = build_model(cell.model, data, cell.seed).to(device)
+    config = (
+        critical_config_list(net, study.sparsities[-1])
+        if study.capped
+        else [{"op_types": _TYPES, "sparse_ratio": study.sparsities[-1]}]
+    )
+    pruner = create_pruner(cell.pruner.name, net, config, **cell.pruner.knobs)
+    recipe = cell.train if study.rewind else cell.retrain
+    rounds: list[Record] = []
+
+    def train() -> None:
+        zoo.train(net, data, recipe, seed=cell.seed, device=device)
+
+    def note(done: Round) -> None:
+        target = study.sparsities[done.index - 1]
+        rounds.append(_measured(pruner, net, initial, data, device) | {"target": target})
+
+    rewind = initial.state_dict() if study.rewind else None
+    prune_in_rounds(pruner, steps_to(study.sparsities), train, rewind=rewind, on_round=note)
+    return rounds
+
+
+def _measured(pruner: Pruner, net: nn.Module, bare: nn.Module, data: zoo.DataBundle, device: torch.device) -> Record:
+    """Measure a wrapped net; ``bare`` is one of the same architecture without wrappers."""
+    masks: Masks = pruner.get_masks()
+    weights: list[Tensor] = [targets["weight"] for targets in masks.values()]
+    found = connectivity(bare, data.test.tensors[0][:1].to(device), masks)
+    return {
+        "accuracy": zoo.evaluate(net, data.test, device=device),
+        "kept": sum(float(mask.sum()) for mask in weights) / sum(mask.numel() for mask in weights),
+        "outputs_reached": found.outputs,
+        "channels_connected": found.channels,
+        "channels_reached": min(found.reached.values()),
+    }

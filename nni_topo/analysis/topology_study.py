@@ -1,0 +1,87 @@
+"""Studies of one model by name: the library functions behind ``nni-topo analyze``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nni_topo.analysis import TopologyStudy, study_topology
+from nni_topo.network.dependency import dependency_groups
+from nni_topo.runs.plan import DataChoice, ModelChoice, Target
+from nni_topo.runs.prune import trained_network
+from nni_topo.runs.run import calibration_batches
+from nni_topo.runs.widths import inner_layers
+
+
+def topology_study(
+    model: ModelChoice,
+    checkpoint: str | Path | None,
+    data: DataChoice,
+    target: Target,
+    *,
+    degrees: tuple[int, ...] = (0, 1),
+    calibration: int = 0,
+    seed: int = 0,
+    device: str = "cpu",
+) -> TopologyStudy:
+    """Compare the clouds of a model's layers before and after topological pruning.
+
+    Parameters
+    ----------
+    model : ModelChoice
+        Which architecture.
+    checkpoint : str, Path or None
+        Its trained weights. None: it is trained first.
+    data : DataChoice
+        Example inputs and calibration images.
+    target : Target
+        One ratio for all layers, or a share of the MACs that death times deal out.
+    degrees : tuple of int, default=(0, 1)
+        Homology degrees.
+    calibration : int, default=0
+        Training images for the functional cloud. 0: the weight cloud.
+    seed : int, default=0
+        Of training and of the search.
+    device : {"cpu", "cuda", "auto"}, default="cpu"
+        Where to compute.
+
+    Returns
+    -------
+    TopologyStudy
+    """
+    net, bundle = trained_network(model, checkpoint, data, seed=seed, device=device)
+    example = bundle.test.tensors[0][:2].to(next(net.parameters()).device)
+    knobs: dict[str, Any] = {"seed": seed, "allocation": "topological"} if target.kind == "flops" else {"seed": seed}
+    entry: dict[str, Any] = {"op_names": inner_layers(net, example)}
+    if target.kind == "flops":
+        knobs |= {"target": {"flops": target.value}, "example_inputs": example}
+    else:
+        entry["sparse_ratio"] = target.value
+    if calibration:
+        knobs |= {"calibration": calibration_batches(bundle, calibration), "criterion": "hausdorff"}
+    return study_topology(net, dependency_groups(net, example, [entry]), degrees=degrees, **knobs)
+
+
+def print_topology(study: TopologyStudy, title: str, console: Console) -> None:
+    """Print a row per layer: points before and after, distances of the diagrams, Hausdorff distance.
+
+    Parameters
+    ----------
+    study : TopologyStudy
+        The study.
+    title : str
+        Of the table.
+    console : rich.console.Console
+        Where to.
+    """
+    table = Table("layer", title=title, title_justify="left")
+    degrees = study.layers[0].bottleneck if study.layers else {}
+    for name in ("points", "kept", *(f"bottleneck H{degree}" for degree in degrees), "Hausdorff"):
+        table.add_column(name, justify="right")
+    for layer in study.layers:
+        distances = [f"{distance:.4f}" for distance in layer.bottleneck.values()]
+        table.add_row(layer.name, str(layer.points), str(layer.kept), *distances, f"{layer.hausdorff:.4f}")
+    console.print(table)

@@ -1,0 +1,16 @@
+"""Clusters of points as plain functions on arrays: partitions, and sub-clustering with its threshold."""
+
+from nni_topo.maths.clustering.partition import ALGORITHMS, Algorithm, partition
+from nni_topo.maths.clustering.subclustering import Cluster, Growth, SplitTree, grow, hoh_threshold, initial_clusters
+
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "Cluster",
+    "Growth",
+    "SplitTree",
+    "grow",
+    "hoh_threshold",
+    "initial_clusters",
+    "partition",
+]

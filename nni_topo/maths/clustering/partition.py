@@ -1,0 +1,170 @@
+"""Clusters of points: five algorithms of scikit-learn behind one function.
+
+References
+----------
+.. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
+   Technology, 2019, chapter 4.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial.distance import pdist, squareform
+from sklearn.cluster import DBSCAN, AgglomerativeClustering, KMeans, SpectralClustering
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
+
+from nni_topo.errors import ConfigError, DataError, check_integer, unknown_name
+from nni_topo.maths.ties import leveled
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.intp]
+Algorithm = Literal["kmeans", "spectral", "ward", "dbscan", "gmm"]
+ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
+
+_LEAST_VARIANCE = 1e-6
+_SAME = 1e-9
+
+
+def partition(
+    points: FloatArray, count: int, algorithm: str = "kmeans", *, seed: int = 0, n_init: int = 3, min_samples: int = 3
+) -> IntArray:
+    """Cut a cloud of points into clusters.
+
+    Parameters
+    ----------
+    points : ndarray of float64, shape (n, d)
+        The points, finite.
+    count : int
+        Number of clusters, in [1, n].
+    algorithm : {"kmeans", "spectral", "ward", "dbscan", "gmm"}, default="kmeans"
+        Lloyd's k-means; spectral clustering on Gaussian affinities as wide as the median distance, in which equal
+        points count once and stay together; agglomeration by Ward's criterion; DBSCAN; expectation maximisation of a
+        mixture of spherical Gaussians, which unlike diagonal ones don't depend on how the cloud is turned.
+    seed : int, default=0
+        For k-means, spectral clustering and mixtures.
+    n_init : int, default=3
+        Starts of k-means and mixtures, of which the best counts; at least 1.
+    min_samples : int, default=3
+        For DBSCAN: points, itself included, that a core point has within reach; at least 1.
+
+    Returns
+    -------
+    ndarray of int, shape (n,)
+        Cluster of each point, numbered from 0 in the order of the clusters' first points. There can be fewer than
+        ``count``: where fewer points are distinct, where a mixture's component gets none, and for DBSCAN. Its reach is
+        the smallest at which no more than ``count`` clusters are left; points of noise are clusters of their own.
+
+    Raises
+    ------
+    ConfigError
+        If ``count`` isn't in [1, n], or a knob is out of its range.
+    DataError
+        If there is no point, or one isn't finite.
+
+    Notes
+    -----
+    Cost: k-means grows as ``n * count * d``, the others need all ``n^2`` distances.
+
+    Examples
+    --------
+    >>> partition(np.array([[0.0], [5.0], [0.1], [5.1]]), 2).tolist()
+    [0, 1, 0, 1]
+    """
+    points = checked_points(points)
+    check_integer("the number of clusters", count, 1, "partition")
+    if count > len(points):
+        raise ConfigError(f"the number of clusters must be in [1, {len(points)}], the number of points, got {count!r}")
+    for name, value, least in (("n_init", n_init, 1), ("min_samples", min_samples, 1), ("seed", seed, 0)):
+        check_integer(name, value, least, "partition")
+    if algorithm not in ALGORITHMS:
+        raise unknown_name("algorithm", algorithm, ALGORITHMS)
+    if count == len(points):
+        return np.arange(count, dtype=np.intp)
+    if count == 1:
+        return np.zeros(len(points), dtype=np.intp)
+    if algorithm == "dbscan":
+        return renumbered(_density_labels(points, count, min_samples))
+    with warnings.catch_warnings():
+        # Fewer distinct points than clusters, and mixtures that don't settle, still give a partition.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", message="Graph is not fully connected", category=UserWarning)
+        return renumbered(_labels(points, count, algorithm, seed, n_init))
+
+
+def checked_points(points: FloatArray) -> FloatArray:
+    """Return points as float64, shape (n, d); raise DataError unless there are some and all are finite."""
+    points = np.asarray(points, dtype=np.float64)
+    if points.ndim != 2 or not points.size:
+        raise DataError(f"points must be of shape (n, d) and not empty, got shape {points.shape}")
+    if not np.isfinite(points).all():
+        raise DataError(f"points must be finite, got {int((~np.isfinite(points)).sum())} values that aren't")
+    return points
+
+
+def renumbered(labels: IntArray) -> IntArray:
+    """Number clusters from 0 in the order of their first points; those labelled -1 become clusters of their own."""
+    labels = np.array(labels, dtype=np.intp)
+    noise = labels < 0
+    labels[noise] = labels.max(initial=-1) + 1 + np.arange(noise.sum())
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), dtype=np.intp)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return rank[inverse]
+
+
+def _labels(points: FloatArray, count: int, algorithm: str, seed: int, n_init: int) -> IntArray:
+    if algorithm == "kmeans":
+        found = KMeans(count, n_init=n_init, random_state=seed).fit(points.astype(np.float32)).labels_
+    elif algorithm == "ward":
+        found = AgglomerativeClustering(count, linkage="ward").fit(points).labels_
+    elif algorithm == "spectral":
+        found = _spectral_labels(points, count, seed, n_init)
+    else:
+        variance = points.var(0).sum() / points.shape[1]
+        scaled = points / np.sqrt(variance) if variance > 0 else points
+        mixture = GaussianMixture(
+            count, covariance_type="spherical", n_init=n_init, random_state=seed, reg_covar=_LEAST_VARIANCE
+        )
+        found = mixture.fit_predict(scaled)
+    return np.asarray(found, dtype=np.intp)
+
+
+def _spectral_labels(points: FloatArray, count: int, seed: int, n_init: int) -> IntArray:
+    """Cluster the distinct points: eigenvectors may tell equal ones apart, by nothing but rounding."""
+    distances = squareform(pdist(points))
+    number, place = connected_components(distances <= _SAME * np.abs(points).max(), directed=False)
+    if number <= count:
+        return np.asarray(place, dtype=np.intp)
+    _, first = np.unique(place, return_index=True)
+    squared = np.square(distances[np.ix_(first, first)])
+    width = np.median(squared[np.triu_indices(number, 1)])
+    model = SpectralClustering(count, affinity="precomputed", random_state=seed, n_init=n_init)
+    return np.asarray(model.fit(np.exp(-squared / (2.0 * width))).labels_[place], dtype=np.intp)
+
+
+def _density_labels(points: FloatArray, count: int, min_samples: int) -> IntArray:
+    """Search the smallest reach of DBSCAN that leaves no more than ``count`` clusters; noise is labelled -1."""
+    distances = squareform(leveled(pdist(points)))
+    reaches = np.unique(distances)
+    # scikit-learn wants a positive reach: half the least distance joins nothing but equal points.
+    reaches = np.append(reaches[1] / 2.0, reaches[1:]) if len(reaches) > 1 else np.ones(1)
+    least = min(min_samples, len(points))
+
+    def labels(index: int) -> IntArray:
+        model = DBSCAN(eps=float(reaches[index]), min_samples=least, metric="precomputed")
+        return np.asarray(model.fit(distances).labels_, dtype=np.intp)
+
+    # The number of clusters and points of noise never rises with the reach, and at the largest it is 1.
+    low, high = 0, len(reaches) - 1
+    while low < high:
+        middle = (low + high) // 2
+        found = labels(middle)
+        clusters = len(np.unique(found[found >= 0])) + int((found < 0).sum())
+        low, high = (low, middle) if clusters <= count else (middle + 1, high)
+    return labels(low)

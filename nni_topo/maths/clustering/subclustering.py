@@ -1,0 +1,335 @@
+"""Sub-clustering: clusters are split in two while the nodes in them vary more than a threshold.
+
+The threshold comes from a histogram of histograms (HoH): in each initial cluster a histogram of the covariances between
+its nodes says below which value a share ``energy`` of them lies, and a second histogram over the clusters says
+which of these values is the most common.
+
+References
+----------
+.. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
+   Technology, 2019, sections 5.2 and 5.3, algorithms 2 and 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nni_topo.errors import ConfigError, DataError, check_between, check_integer
+from nni_topo.maths.clustering.partition import FloatArray, IntArray, partition
+from nni_topo.maths.ties import RELATIVE, first_largest, within
+
+_SAME = 1e-6
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How the threshold is found and what is compared with it.
+
+    Attributes
+    ----------
+    energy : float, default=0.5
+        The text's p, in (0, 1): the share of a cluster's covariances that lie below its threshold. More energy, a
+        higher threshold, fewer splits.
+    bins : int, default=10
+        Equal-width bins of both histograms, at least 1.
+    absolute : bool, default=True
+        Whether covariances count by their absolute values.
+    diagonal : bool, default=True
+        Whether the nodes' own variances are among the values. A single node always counts with its variance.
+    statistic : {"max", "mean"}, default="max"
+        What of a cluster's values is compared with the threshold.
+    n_init : int, default=3
+        Starts of k-means, at least 1.
+    """
+
+    energy: float = 0.5
+    bins: int = 10
+    absolute: bool = True
+    diagonal: bool = True
+    statistic: Literal["max", "mean"] = "max"
+    n_init: int = 3
+
+    def __post_init__(self) -> None:
+        check_between("energy", self.energy, 0, 1, "p of the HoH threshold")
+        for name in ("bins", "n_init"):
+            check_integer(name, getattr(self, name), 1, "sub-clustering")
+        for name in ("absolute", "diagonal"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r} (sub-clustering)")
+        if self.statistic not in ("max", "mean"):
+            raise ConfigError(f"statistic must be 'max' or 'mean', got {self.statistic!r} (sub-clustering)")
+
+    def values(self, covariance: FloatArray, members: IntArray) -> FloatArray:
+        """Return the covariances between a cluster's nodes, each pair once, shape (values,)."""
+        block = covariance[np.ix_(members, members)]
+        offset = 0 if self.diagonal or len(members) == 1 else 1
+        values: FloatArray = block[np.triu_indices(len(members), offset)]
+        return np.abs(values) if self.absolute else values
+
+    def variance(self, covariance: FloatArray, members: IntArray) -> float:
+        """Return what of a cluster is compared with the threshold."""
+        values = self.values(covariance, members)
+        return float(values.max() if self.statistic == "max" else values.mean())
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A node of a tree of splits.
+
+    Attributes
+    ----------
+    members : tuple of int
+        The nodes of the layer in it, ascending.
+    variance : float
+        What is compared with the threshold.
+    parent : int or None
+        Number of the cluster it was split from; None for an initial one.
+    children : tuple of int
+        Numbers of the two it was split into; empty for a leaf.
+    """
+
+    members: tuple[int, ...]
+    variance: float
+    parent: int | None = None
+    children: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class SplitTree:
+    """How a layer's clusters grew.
+
+    Attributes
+    ----------
+    clusters : tuple of Cluster
+        Initial ones first, then in the order of the splits; a cluster's number is its place.
+    threshold : float
+        In the unit of the covariances.
+    """
+
+    clusters: tuple[Cluster, ...]
+    threshold: float
+
+    @property
+    def initial(self) -> tuple[int, ...]:
+        """Numbers of the initial clusters."""
+        return tuple(n for n, cluster in enumerate(self.clusters) if cluster.parent is None)
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        """Numbers of the clusters that weren't split: one node of each stays."""
+        return tuple(n for n, cluster in enumerate(self.clusters) if not cluster.children)
+
+    @property
+    def depth(self) -> int:
+        """Most splits from an initial cluster to a leaf."""
+        depths: list[int] = []
+        for cluster in self.clusters:
+            depths.append(0 if cluster.parent is None else depths[cluster.parent] + 1)
+        return max(depths)
+
+    def labels(self, nodes: int) -> IntArray:
+        """Return the rank of each node's leaf, shape (nodes,); -1 for nodes that were never clustered."""
+        labels = np.full(nodes, -1, dtype=np.intp)
+        for rank, leaf in enumerate(self.leaves):
+            labels[list(self.clusters[leaf].members)] = rank
+        return labels
+
+    def renamed(self, names: IntArray) -> SplitTree:
+        """Return the tree with ``names[i]`` in the place of node ``i``; ``names`` must ascend."""
+        clusters = (replace(c, members=tuple(names[list(c.members)].tolist())) for c in self.clusters)
+        return replace(self, clusters=tuple(clusters))
+
+
+def initial_clusters(share: float, nodes: int) -> int:
+    """Return the number of initial clusters, the share of the nodes rounded up, at least 1.
+
+    Raises
+    ------
+    ConfigError
+        If ``share`` isn't in (0, 1]: there would be none, or more clusters than nodes.
+    """
+    check_between("initial_ratio", share, 0, 1, "share of a layer's nodes", closed=True)
+    return min(nodes, max(1, math.ceil(round(share * nodes, 9))))
+
+
+def hoh_threshold(values: Sequence[NDArray[np.float64]], energy: float, *, bins: int = 10) -> float:
+    """Return the variance threshold of algorithm 3, the histogram of histograms.
+
+    Parameters
+    ----------
+    values : sequence of ndarray of float64, each of shape (m,)
+        Covariances within each initial cluster, m at least 1.
+    energy : float
+        The text's p, in (0, 1).
+    bins : int, default=10
+        Equal-width bins, between the least and the largest value, of both histograms.
+
+    Returns
+    -------
+    float
+        Of each cluster the first bin edge below which a share ``energy`` of its values lies; of these the centre of the
+        fullest bin, the lowest of several.
+
+    Raises
+    ------
+    ConfigError
+        If ``energy`` isn't in (0, 1) or ``bins`` is below 1.
+    DataError
+        If there is no cluster, an empty one, or a value that isn't finite.
+
+    Examples
+    --------
+    >>> round(hoh_threshold([np.array([0.0, 1.0, 2.0, 10.0])], 0.5), 6)
+    2.0
+    """
+    Growth(energy=energy, bins=bins)
+    if not len(values) or any(not len(v) for v in values):
+        raise DataError("a threshold needs at least one value of each of at least one cluster, got none (HoH)")
+    if not all(np.isfinite(v).all() for v in values):
+        raise DataError("covariances must be finite, got NaN or infinity (HoH)")
+    edges = np.array([_energy_edge(np.asarray(v, dtype=np.float64), energy, bins) for v in values])
+    low, high = edges.min(), edges.max()
+    if not _spreads(low, high):
+        return float(high)
+    counts, borders = _histogram(edges, bins)
+    fullest = int(counts.argmax())
+    return float((borders[fullest] + borders[fullest + 1]) / 2.0)
+
+
+def grow(
+    points: FloatArray,
+    covariance: FloatArray,
+    initial: int,
+    growth: Growth,
+    *,
+    threshold: float | None = None,
+    at_least: int = 1,
+    at_most: int | None = None,
+    seed: int = 0,
+) -> SplitTree:
+    """Cluster nodes and split the clusters that vary too much (algorithm 2 without the choice of survivors).
+
+    Parameters
+    ----------
+    points : ndarray of float64, shape (n, d)
+        A point per node.
+    covariance : ndarray of float64, shape (n, n)
+        Covariances between nodes.
+    initial : int
+        Number of initial clusters, in [1, n].
+    growth : Growth
+        Threshold and statistic.
+    threshold : float or None, default=None
+        Used as it is instead of the HoH threshold.
+    at_least : int, default=1
+        Splitting goes on, below the threshold too, until there are so many clusters.
+    at_most : int or None, default=None
+        Splitting ends with so many clusters, and no more are begun with.
+    seed : int, default=0
+        For k-means.
+
+    Returns
+    -------
+    SplitTree
+
+    Raises
+    ------
+    ConfigError
+        If there are to be more initial clusters than nodes.
+    DataError
+        If a point or a covariance isn't finite.
+
+    Notes
+    -----
+    The cluster that varies most, of equal ones the oldest, is split first, so that ``at_least`` and ``at_most`` cut the
+    growth where it matters least. Nodes that all put out the same aren't split, however much they vary: one stands for
+    all of them.
+    """
+    most = len(points) if at_most is None else at_most
+    labels = partition(
+        points, min(initial, most) if initial <= len(points) else initial, seed=seed, n_init=growth.n_init
+    )
+    found = [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
+    if threshold is None:
+        threshold = hoh_threshold([growth.values(covariance, m) for m in found], growth.energy, bins=growth.bins)
+    growing = _Growing(covariance, growth)
+    for members in found:
+        growing.add(members, None)
+    while growing.leaves < most and (largest := growing.pop()) is not None:
+        varies = growing.variances[largest]
+        if growing.leaves >= at_least and (varies <= threshold or within(varies, threshold)):
+            break
+        halves = _halves(points, growing.members[largest], seed, growth.n_init)
+        if halves is not None:
+            growing.children[largest] = (growing.add(halves[0], largest), growing.add(halves[1], largest))
+    return SplitTree(growing.clusters(), threshold)
+
+
+class _Growing:
+    """A tree of splits while it grows; gives the cluster that varies most."""
+
+    def __init__(self, covariance: FloatArray, growth: Growth) -> None:
+        self.covariance, self.growth = covariance, growth
+        self.members: list[IntArray] = []
+        self.variances: list[float] = []
+        self.parents: list[int | None] = []
+        self.children: dict[int, tuple[int, int]] = {}
+        self._waiting: list[int] = []
+
+    @property
+    def leaves(self) -> int:
+        return len(self.members) - len(self.children)
+
+    def add(self, members: IntArray, parent: int | None) -> int:
+        number = len(self.members)
+        self.members.append(members)
+        self.variances.append(self.growth.variance(self.covariance, members))
+        self.parents.append(parent)
+        self._waiting.append(number)
+        return number
+
+    def pop(self) -> int | None:
+        if not self._waiting:
+            return None
+        return self._waiting.pop(first_largest([self.variances[number] for number in self._waiting]))
+
+    def clusters(self) -> tuple[Cluster, ...]:
+        return tuple(
+            Cluster(tuple(members.tolist()), self.variances[n], self.parents[n], self.children.get(n, ()))
+            for n, members in enumerate(self.members)
+        )
+
+
+def _halves(points: FloatArray, members: IntArray, seed: int, n_init: int) -> tuple[IntArray, IntArray] | None:
+    """Split a cluster by 2-means; None if its points are all alike."""
+    cloud = points[members]
+    if len(members) == 1 or np.abs(cloud - cloud[0]).max() <= _SAME * np.abs(cloud).max():
+        return None
+    labels = partition(cloud, 2, seed=seed, n_init=n_init)
+    return (members[labels == 0], members[labels == 1]) if labels.any() else None
+
+
+def _energy_edge(values: FloatArray, energy: float, bins: int) -> float:
+    if not _spreads(values.min(), values.max()):
+        return float(values.max())
+    counts, borders = _histogram(values, bins)
+    reached = np.cumsum(counts) >= energy * len(values)
+    return float(borders[1 + int(reached.argmax())])
+
+
+def _histogram(values: FloatArray, bins: int) -> tuple[IntArray, FloatArray]:
+    """Count values in bins of equal width; what lies on a border, up to rounding, belongs to the bin above it."""
+    low, high = values.min(), values.max()
+    places = np.floor((values - low) / (high - low) * bins + RELATIVE).astype(np.intp)
+    return np.bincount(np.minimum(places, bins - 1), minlength=bins), np.linspace(low, high, bins + 1)
+
+
+def _spreads(low: float, high: float) -> bool:
+    """Say whether two values are far enough apart for a histogram between them."""
+    return high - low > 1e-9 * max(abs(low), abs(high))

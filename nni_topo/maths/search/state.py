@@ -1,0 +1,99 @@
+"""Files from which a stopped genetic algorithm goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.maths.search.weights import HistoryRow, Individual, WeightGeneticAlgorithm
+
+
+def save_state(algorithm: WeightGeneticAlgorithm, path: str | Path) -> None:
+    """Write the current generation, the history and the random generator; the file appears whole or not at all.
+
+    Parameters
+    ----------
+    algorithm : WeightGeneticAlgorithm
+        After at least generation 0.
+    path : str or Path
+        Folders are made, a former file is replaced.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    members = algorithm.current_generation
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            np.savez(
+                file,
+                request=np.array(_request(algorithm)),
+                generator=np.array(json.dumps(algorithm.rng.bit_generator.state)),
+                generation=np.array(algorithm.generation),
+                start_accuracy=np.array(algorithm.start_accuracy),
+                genes=np.stack([member.genes for member in members]),
+                floors=np.array([member.floors for member in members]),
+                lines=np.array([(member.number, member.born, member.partner) for member in members]),
+                measured=np.array([(member.fitness, member.accuracy, member.compression) for member in members]),
+                history=np.array(algorithm.history, dtype=np.float64),
+            )
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_state(algorithm: WeightGeneticAlgorithm, path: str | Path) -> None:
+    """Put an algorithm into the state of a file.
+
+    Parameters
+    ----------
+    algorithm : WeightGeneticAlgorithm
+        With the same layers, settings and seed as the one that wrote the file; the number of generations may differ.
+    path : str or Path
+        Written by :func:`save_state`.
+
+    Raises
+    ------
+    DataError
+        If the file is damaged.
+    ConfigError
+        If it was written for another request.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            content = {name: file[name] for name in file.files}
+        request = str(content["request"])
+        members = zip(content["genes"], content["floors"], content["lines"], content["measured"], strict=True)
+        generator = json.loads(str(content["generator"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"a state must be a whole file of a genetic search, got: {error} ({path})") from error
+    if request != _request(algorithm):
+        raise ConfigError(f"a state must be of the same weights, settings and seed, got one of another search ({path})")
+    algorithm.current_generation = []
+    for genes, floors, (number, born, partner), measured in members:
+        member = Individual(genes, int(number), tuple(floors.tolist()), int(born), int(partner))
+        member.fitness, member.accuracy, member.compression = measured.tolist()
+        algorithm.current_generation.append(member)
+    algorithm.rng.bit_generator.state = generator
+    algorithm.generation = int(content["generation"])
+    algorithm.start_accuracy = float(content["start_accuracy"])
+    whole = (0, 1, 5, 6)
+    algorithm.history = [
+        HistoryRow(*(int(value) if place in whole else value for place, value in enumerate(row)))
+        for row in content["history"].tolist()
+    ]
+
+
+def _request(algorithm: WeightGeneticAlgorithm) -> str:
+    """Return a digest of what the search depends on, the evaluation and the number of generations left out."""
+    settings = {name: value for name, value in asdict(algorithm.settings).items() if name != "generations"}
+    digest = hashlib.sha256(json.dumps([settings, algorithm.seed]).encode())
+    for layer in algorithm.layers:
+        digest.update(np.int64(layer.least).tobytes() + layer.order.tobytes() + layer.ascending.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,217 @@
+"""A genetic algorithm over subsets of fixed size, on pyeasyga's loop.
+
+pyeasyga evaluates one list of genes at a time, changes how many genes are set, draws from the global generator and
+evaluates its elite again in every generation. Here an individual is a boolean mask with exactly ``keep`` entries set,
+the operators keep that number, a whole population is bred and evaluated at once, and every draw comes from one seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pyeasyga.pyeasyga import Chromosome, GeneticAlgorithm
+
+from nni_topo.errors import ConfigError, check_integer
+from nni_topo.maths.ties import Levels
+
+BoolArray = NDArray[np.bool_]
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class EvolutionSettings:
+    """Knobs of the genetic algorithm.
+
+    Parameters
+    ----------
+    population_size : int, default=50
+        Individuals per generation, at least 2.
+    generations : int, default=20
+        Most generations, the first one counted, at least 1.
+    crossover_probability : float, default=0.8
+        Chance that two parents are crossed, in [0, 1].
+    mutation_probability : float, default=0.2
+        Chance that a child swaps one kept for one removed block, in [0, 1].
+    elitism : bool, default=True
+        Whether the best individual goes on unchanged.
+    patience : int or None, default=None
+        Generations without a better individual after which the search ends. None: never.
+    """
+
+    population_size: int = 50
+    generations: int = 20
+    crossover_probability: float = 0.8
+    mutation_probability: float = 0.2
+    elitism: bool = True
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("population_size", 2), ("generations", 1), ("patience", 1)):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), least, "genetic algorithm")
+        for name in ("crossover_probability", "mutation_probability"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise ConfigError(f"{name} must be in [0, 1], got {value!r} (genetic algorithm)")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Fitness of one generation: its best and its mean individual (smaller = better)."""
+
+    best: float
+    mean: float
+
+
+class SubsetGeneticAlgorithm(GeneticAlgorithm):
+    """Minimise a fitness over all subsets of a fixed size.
+
+    Parameters
+    ----------
+    size : int
+        Number of blocks to choose from, at least 2.
+    keep : int
+        Number of blocks in a subset, in [1, size - 1].
+    fitness : callable
+        Maps a population, boolean ``(individuals, size)``, to its fitness ``(individuals,)``, smaller = better.
+    settings : EvolutionSettings
+        Knobs.
+    seed : int or sequence of int
+        Seed of every draw.
+    initial : numpy.ndarray or None, default=None
+        Boolean ``(n, size)`` with ``keep`` entries set in each row: individuals that the first generation starts with.
+
+    Attributes
+    ----------
+    trace : list of Generation
+        Best and mean fitness per generation.
+
+    Notes
+    -----
+    Crossover keeps what both parents keep and deals what only one of them keeps to the two children at random, half
+    each. Tournaments have a tenth of the population, at least two members. Fitnesses that are equal to 1e-6 of them
+    count as equal and have the value of the one that was found first, so that rounding decides no tournament. The cost
+    of breeding is O(population * size * log size) per generation.
+
+    References
+    ----------
+    .. [1] Perera, "Topological Pruner", MSc thesis, University of Moratuwa, 2022, section 6.5.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        keep: int,
+        fitness: Callable[[BoolArray], FloatArray],
+        settings: EvolutionSettings,
+        *,
+        seed: int | list[int],
+        initial: BoolArray | None = None,
+    ) -> None:
+        if not 1 <= keep < size:
+            raise ConfigError(f"keep must be in [1, {size - 1}], got {keep} (genetic algorithm)")
+        super().__init__(
+            seed_data=range(size),
+            population_size=settings.population_size,
+            generations=settings.generations,
+            crossover_probability=settings.crossover_probability,
+            mutation_probability=settings.mutation_probability,
+            elitism=settings.elitism,
+            maximise_fitness=False,
+        )
+        self.keep = keep
+        self.patience = settings.patience
+        self.fitness_function = fitness
+        self.tournament_size = max(2, self.population_size // 10)
+        self.trace: list[Generation] = []
+        self._size = size
+        self._initial = initial
+        self._levels = Levels()
+        self._rng = np.random.default_rng(seed)
+
+    def create_initial_population(self) -> None:
+        """Fill the first generation with the initial individuals and random subsets."""
+        genes = _subsets(self._rng.random((self.population_size, self._size)), self.keep)
+        if self._initial is not None:
+            genes[: len(self._initial)] = self._initial[: self.population_size]
+        self.current_generation = [_newborn(row) for row in genes]
+
+    def calculate_population_fitness(self) -> None:
+        """Evaluate, in one call, the individuals that have no fitness yet."""
+        fresh = [member for member in self.current_generation if member.fitness is None]
+        if fresh:
+            values = self.fitness_function(np.stack([member.genes for member in fresh]))
+            for member, value in zip(fresh, self._levels(values), strict=True):
+                member.fitness = value
+        fitness = [member.fitness for member in self.current_generation]
+        self.trace.append(Generation(min(fitness), float(np.mean(fitness))))
+
+    def create_new_population(self) -> None:
+        """Breed the next generation by tournament, crossover and mutation."""
+        genes = np.stack([member.genes for member in self.current_generation])
+        fitness = np.array([member.fitness for member in self.current_generation])
+        couples = (self.population_size + 1) // 2
+        rivals = self._rng.integers(len(genes), size=(2 * couples, self.tournament_size))
+        winners = rivals[np.arange(2 * couples), fitness[rivals].argmin(1)]
+        mothers, fathers = genes[winners[:couples]], genes[winners[couples:]]
+        children = self._mutated(np.concatenate(self._crossed(mothers, fathers)))
+        population = [_newborn(row) for row in children[: self.population_size]]
+        if self.elitism:
+            population[0] = self.current_generation[0]
+        self.current_generation = population
+
+    def run(self) -> None:
+        """Evolve until the generations are used up or patience ends."""
+        self.create_first_generation()
+        best, stale = self.current_generation[0].fitness, 0
+        for _ in range(1, self.generations):
+            self.create_next_generation()
+            now = self.current_generation[0].fitness
+            stale = 0 if now < best else stale + 1
+            best = min(best, now)
+            if self.patience is not None and stale >= self.patience:
+                break
+
+    def frequency(self) -> FloatArray:
+        """Return how often each block is kept by the better half of the last generation, in [0, 1]."""
+        better = self.current_generation[: max(1, self.population_size // 2)]
+        share: FloatArray = np.mean([member.genes for member in better], axis=0)
+        return share
+
+    def _crossed(self, mothers: BoolArray, fathers: BoolArray) -> tuple[BoolArray, BoolArray]:
+        """Deal the blocks that only one parent keeps to the two children, as many to each as each parent had."""
+        differing = mothers ^ fathers
+        keys = np.where(differing, self._rng.random(differing.shape), np.inf)
+        ranks = keys.argsort(axis=1).argsort(axis=1)
+        first = differing & (ranks < differing.sum(1, keepdims=True) // 2)
+        crossed = self._rng.random((len(mothers), 1)) < self.crossover_probability
+        both = mothers & fathers
+        daughters = np.where(crossed, both | first, mothers)
+        sons = np.where(crossed, both | (differing & ~first), fathers)
+        return daughters, sons
+
+    def _mutated(self, genes: BoolArray) -> BoolArray:
+        chosen = np.flatnonzero(self._rng.random(len(genes)) < self.mutation_probability)
+        keys = self._rng.random((len(chosen), self._size))
+        removed = np.where(genes[chosen], keys, -1.0).argmax(1)
+        added = np.where(genes[chosen], -1.0, keys).argmax(1)
+        genes[chosen, removed] = False
+        genes[chosen, added] = True
+        return genes
+
+
+def _newborn(genes: BoolArray) -> Chromosome:
+    member = Chromosome(genes)
+    member.fitness = None
+    return member
+
+
+def _subsets(keys: FloatArray, keep: int) -> BoolArray:
+    """Mark the ``keep`` smallest keys of each row."""
+    chosen = np.argpartition(keys, keep - 1, axis=1)[:, :keep]
+    genes = np.zeros(keys.shape, dtype=np.bool_)
+    np.put_along_axis(genes, chosen, True, axis=1)
+    return genes

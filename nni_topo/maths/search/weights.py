@@ -1,0 +1,270 @@
+"""The weight-pruning genetic algorithm on packed genes, on pyeasyga's loop.
+
+An individual says of every weight of the target layers whether it is used. Genes are kept eight to a byte; one
+individual at a time is unpacked to be bred or evaluated, so a population of 50 on two million weights takes 13 MB.
+
+References
+----------
+.. [1] Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
+   University of Manitoba, 2018, section 4.1, Algorithm 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pyeasyga.pyeasyga import Chromosome, GeneticAlgorithm
+
+from nni_topo.errors import ConfigError, check_integer
+from nni_topo.maths.search.gene_layers import BoolArray, FloatArray, Layer
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class WeightEvolutionSettings:
+    """Knobs of the algorithm.
+
+    Parameters
+    ----------
+    alpha, beta : float, default=100.0, 1.0
+        Weights of the change in accuracy (a fraction) and of the share of removed weights (a fraction), at least 0.
+    population_size : int, default=50
+        Individuals, at least 2.
+    generations : int, default=20
+        Generations after generation 0, at least 1.
+    damage_rate : float or pair of float, default=0.1
+        Share of the weights that each individual of generation 0 but the first loses, in [0, 1]; of a pair, each
+        individual's own share is drawn between the two.
+    tournament_size : int, default=5
+        Others among which an individual's partner is the fittest, at least 1; all others where there are fewer.
+    crossover_probability : float, default=0.8
+        In [0, 1].
+    weakest_probability, random_probability : float, default=0.5
+        Chance of each of the two mutations, in [0, 1].
+    weakest_rate : float, default=0.01
+        Share of the layer's range of magnitudes above its weakest remaining weight in which weights go, in [0, 1].
+    random_rate : float, default=0.01
+        Share of the remaining weights that go at random, in [0, 1]; at least one goes.
+
+    Raises
+    ------
+    ConfigError
+        If a number is out of its range.
+    """
+
+    alpha: float = 100.0
+    beta: float = 1.0
+    population_size: int = 50
+    generations: int = 20
+    damage_rate: float | tuple[float, float] = 0.1
+    tournament_size: int = 5
+    crossover_probability: float = 0.8
+    weakest_probability: float = 0.5
+    random_probability: float = 0.5
+    weakest_rate: float = 0.01
+    random_rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name, least in (("population_size", 2), ("generations", 1), ("tournament_size", 1)):
+            check_integer(name, getattr(self, name), least, "genetic algorithm")
+        for name in ("alpha", "beta"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must be at least 0 and finite, got {getattr(self, name)} (fitness)")
+        names = ("crossover_probability", "weakest_probability", "random_probability", "weakest_rate", "random_rate")
+        for name in names:
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)!r} (genetic algorithm)")
+        low, high = self.damage_range
+        if not 0.0 <= low <= high <= 1.0:
+            raise ConfigError(f"damage_rate must be in [0, 1], a pair rising, got {self.damage_rate!r} (generation 0)")
+
+    @property
+    def damage_range(self) -> tuple[float, float]:
+        """Lowest and highest damage rate."""
+        if isinstance(self.damage_rate, (int, float)):
+            return self.damage_rate, self.damage_rate
+        if len(self.damage_rate) != 2:
+            raise ConfigError(f"damage_rate must be a number or a pair, got {self.damage_rate!r} (generation 0)")
+        low, high = self.damage_rate
+        return low, high
+
+
+class HistoryRow(NamedTuple):
+    """One individual in one generation; a line of descent keeps its number ``individual`` throughout.
+
+    ``born`` is the generation it was bred in, ``partner`` the individual it was crossed with, -1 for none.
+    """
+
+    generation: int
+    individual: int
+    fitness: float
+    accuracy: float
+    compression: float
+    born: int
+    partner: int
+
+
+class Individual(Chromosome):
+    """Packed genes with their history."""
+
+    def __init__(self, genes: Bytes, number: int, floors: tuple[int, ...], born: int, partner: int) -> None:
+        super().__init__(genes)
+        self.number, self.floors, self.born, self.partner = number, floors, born, partner
+        self.accuracy = 0.0
+        self.compression = 0.0
+
+
+class WeightGeneticAlgorithm(GeneticAlgorithm):
+    """Maximise ``alpha * (accuracy - accuracy of the whole) + beta * share of removed weights``.
+
+    Parameters
+    ----------
+    layers : sequence of Layer
+        The targets; the genes are theirs in a row.
+    accuracies : callable
+        Maps boolean individuals ``(genes,)``, an iterator, to their accuracies ``(individuals,)``, in [0, 1].
+    settings : WeightEvolutionSettings
+        Knobs.
+    seed : int
+        Of every draw.
+
+    Attributes
+    ----------
+    history : list of HistoryRow
+        Every individual in every generation.
+    generation : int
+        Of the current individuals; -1 before the first.
+    start_accuracy : float
+        Of the undamaged individual.
+
+    Notes
+    -----
+    A child takes the place of its first parent if it is strictly fitter, so no place ever gets worse: this is the
+    elitism. The undamaged individual is the first of generation 0 and may be lost like any other.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        accuracies: Callable[[Iterator[BoolArray]], FloatArray],
+        settings: WeightEvolutionSettings,
+        *,
+        seed: int,
+    ) -> None:
+        self.size = sum(layer.size for layer in layers)
+        super().__init__(range(self.size), settings.population_size, settings.generations)
+        self.layers = list(layers)
+        self.settings = settings
+        self.seed = seed
+        self.tournament_size = min(settings.tournament_size, settings.population_size - 1)
+        self.fitness_function = accuracies
+        self.rng = np.random.default_rng(seed)
+        self.history: list[HistoryRow] = []
+        self.generation = -1
+        self.start_accuracy = 0.0
+        self._children: list[Individual] = []
+
+    def run(self, on_generation: Callable[[WeightGeneticAlgorithm], bool | None] | None = None) -> None:
+        """Evolve up to the last generation, from the current one on; a true value of the callback ends it."""
+        while self.generation < self.generations:
+            if self.generation < 0:
+                self.create_first_generation()
+            else:
+                self.create_next_generation()
+            if on_generation is not None and on_generation(self):
+                return
+
+    def create_initial_population(self) -> None:
+        """Make generation 0: all weights, then individuals that lost some at random."""
+        low, high = self.settings.damage_range
+        floors = (0,) * len(self.layers)
+        self._children = []
+        for number in range(self.population_size):
+            alive = np.ones(self.size, dtype=np.bool_)
+            rate = float(self.rng.uniform(low, high)) if number else 0.0
+            for layer, part in self._parts(alive):
+                count = min(int(rate * layer.size), layer.size - layer.least)
+                part[self.rng.choice(layer.size, count, replace=False, shuffle=False)] = False
+            self._children.append(self._born(alive, number, floors, -1))
+        self.current_generation: list[Individual] = []
+
+    def create_new_population(self) -> None:
+        """Breed one child for every individual."""
+        self._children = [self._child(place) for place in range(self.population_size)]
+
+    def calculate_population_fitness(self) -> None:
+        """Evaluate the children and let them replace those of the parents that are less fit."""
+        self.generation += 1
+        accuracies = self.fitness_function(self.genes(child) for child in self._children)
+        if not self.current_generation:
+            self.start_accuracy = float(accuracies[0])
+            self.current_generation = list(self._children)
+        for place, child in enumerate(self._children):
+            child.accuracy = float(accuracies[place])
+            gain = self.settings.alpha * (child.accuracy - self.start_accuracy)
+            child.fitness = gain + self.settings.beta * child.compression
+            if child.fitness > self.current_generation[place].fitness:
+                self.current_generation[place] = child
+        self._children = []
+        self._record()
+
+    def genes(self, individual: Individual) -> BoolArray:
+        """Return an individual's genes, shape ``(genes,)``."""
+        return np.unpackbits(individual.genes, count=self.size).view(np.bool_)
+
+    def best(self) -> Individual:
+        """Return the fittest individual."""
+        return self.current_generation[0]
+
+    def _child(self, place: int) -> Individual:
+        parent = self.current_generation[place]
+        alive, floors, partner = self.genes(parent), list(parent.floors), -1
+        if self.rng.random() < self.settings.crossover_probability:
+            other = self._partner(place)
+            partner = other.number
+            self._cross(alive, other)
+            floors = [min(pair) for pair in zip(floors, other.floors, strict=True)]
+        for index, (layer, part) in enumerate(self._parts(alive)):
+            if layer.revive(part):
+                floors[index] = 0
+        if self.rng.random() < self.settings.weakest_probability:
+            for index, (layer, part) in enumerate(self._parts(alive)):
+                floors[index] = layer.drop_weakest(part, floors[index], self.settings.weakest_rate)
+        if self.rng.random() < self.settings.random_probability:
+            for layer, part in self._parts(alive):
+                layer.drop_random(part, self.settings.random_rate, self.rng)
+        return self._born(alive, parent.number, tuple(floors), partner)
+
+    def _born(self, alive: BoolArray, number: int, floors: tuple[int, ...], partner: int) -> Individual:
+        child = Individual(np.packbits(alive), number, floors, self.generation + 1, partner)
+        child.compression = 1.0 - np.count_nonzero(alive) / self.size
+        return child
+
+    def _partner(self, place: int) -> Individual:
+        others = self.rng.choice(self.population_size - 1, self.tournament_size, replace=False)
+        # Individuals are ranked, so the first of them is the fittest.
+        nearest = int(others.min())
+        return self.current_generation[nearest + (nearest >= place)]
+
+    def _cross(self, alive: BoolArray, other: Individual) -> None:
+        """Put what the other has between two cuts into an individual's genes."""
+        first, second = np.sort(self.rng.choice(self.size + 1, 2, replace=False)).tolist()
+        start = first // 8
+        stretch = np.unpackbits(other.genes[start : -(-second // 8)]).view(np.bool_)
+        alive[first:second] = stretch[first - 8 * start : second - 8 * start]
+
+    def _parts(self, alive: BoolArray) -> Iterator[tuple[Layer, BoolArray]]:
+        start = 0
+        for layer in self.layers:
+            yield layer, alive[start : start + layer.size]
+            start += layer.size
+
+    def _record(self) -> None:
+        for member in sorted(self.current_generation, key=lambda member: member.number):
+            measured = (member.fitness, member.accuracy, member.compression)
+            self.history.append(HistoryRow(self.generation, member.number, *measured, member.born, member.partner))

@@ -1,0 +1,50 @@
+"""Topology of point clouds and of layers as pure functions on arrays: diagrams, distances, spanning trees, covers."""
+
+from nni_topo.maths.topology.clouds import (
+    pairwise_distances,
+    projected_features,
+    projection_error,
+    random_projection,
+    with_origin,
+)
+from nni_topo.maths.topology.comparison import bottleneck_distance, wasserstein_distance
+from nni_topo.maths.topology.covering import farthest_point_order, hausdorff_to_subset, mean_cover
+from nni_topo.maths.topology.diagrams import rips_diagram
+from nni_topo.maths.topology.fitness import CRITERIA, SubsetFitness
+from nni_topo.maths.topology.layer_graphs import LayerGraph, convolution_graph, linear_graph
+from nni_topo.maths.topology.layer_trees import (
+    Forest,
+    channel_tree,
+    maximum_spanning_tree,
+    plane_trees,
+    spanning_forest,
+)
+from nni_topo.maths.topology.matching import h0_bottleneck, h0_wasserstein
+from nni_topo.maths.topology.spanning import h0_deaths
+
+__all__ = [
+    "CRITERIA",
+    "Forest",
+    "LayerGraph",
+    "SubsetFitness",
+    "bottleneck_distance",
+    "channel_tree",
+    "convolution_graph",
+    "farthest_point_order",
+    "h0_bottleneck",
+    "h0_deaths",
+    "h0_wasserstein",
+    "hausdorff_to_subset",
+    "linear_graph",
+    "maximum_spanning_tree",
+    "mean_cover",
+    "pairwise_distances",
+    "plane_trees",
+    "projected_features",
+    "projection_error",
+    "random_projection",
+    "rips_diagram",
+    "spanning_forest",
+    "wasserstein_distance",
+    "with_origin",
+]

@@ -1,0 +1,229 @@
+"""Bottleneck and Wasserstein distances between persistence diagrams of any degree."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.optimize import linear_sum_assignment
+
+from nni_topo.maths.topology import _kernels
+from nni_topo.maths.topology._checks import FloatArray, as_diagram, as_engine, as_order
+from nni_topo.maths.topology._kernels import use_compiled
+from nni_topo.maths.topology.matching import closed_bottleneck, closed_wasserstein
+
+
+def bottleneck_distance(a: ArrayLike, b: ArrayLike, *, engine: str = "exact", compiled: bool | None = None) -> float:
+    """Compute the bottleneck distance between two persistence diagrams.
+
+    Parameters
+    ----------
+    a, b : array_like, shape (n, 2) and (m, 2)
+        Births and deaths; births finite, deaths >= births or ``inf``. Empty diagrams are allowed.
+    engine : {"exact", "gudhi"}, default "exact"
+        ``"gudhi"`` leaves the finite bars to GUDHI, as a reference.
+    compiled : bool, optional
+        True asks for the numba kernel, False for SciPy; default numba where it is installed.
+
+    Returns
+    -------
+    float
+        The distance in the unit of the diagrams, >= 0. Infinite bars are matched with each other by birth;
+        ``inf`` if their numbers differ.
+
+    Raises
+    ------
+    DataError
+        If a diagram is malformed.
+    ConfigError
+        If the engine is unknown, or ``compiled=True`` and numba isn't installed.
+
+    Notes
+    -----
+    Diagrams with all births at 0 take the closed form of `h0_bottleneck`. For others, the distance is the
+    least threshold within which every bar that is too long to be dropped finds a partner; the thresholds to
+    try are finitely many, and each is decided by two bipartite matchings [1]_.
+
+    GUDHI's own function, a GPL v3 part of GUDHI, is called only by ``engine="gudhi"``. Through release 3.13
+    it gives up some matchings too early and returns too large a distance, for about 1 in 100 subsets of small
+    random clouds in H0 (corrected in GUDHI's pull request 1367).
+
+    References
+    ----------
+    .. [1] N. S. Mendelsohn and A. L. Dulmage, Some generalizations of the problem of distinct
+       representatives, Canadian Journal of Mathematics 10, 1958: if one matching covers the long bars of
+       one diagram and another those of the other, some matching covers both.
+
+    Examples
+    --------
+    >>> bottleneck_distance([[0.0, 3.0], [0.0, 1.0]], [[0.0, 3.5]])
+    0.5
+    """
+    reference = as_engine(engine) == "gudhi"
+    first, second, births = _split(a, b)
+    if births is None:
+        return float("inf")
+    if reference:
+        finite = _gudhi_bottleneck(first, second)
+    elif not (first[:, 0].any() or second[:, 0].any()):
+        finite = float(closed_bottleneck(_deaths(first)[None], _deaths(second))[0])
+    else:
+        finite = _bottleneck(first, second, use_compiled(compiled))
+    return max(finite, float(births.max(initial=0.0)))
+
+
+def wasserstein_distance(
+    a: ArrayLike, b: ArrayLike, order: float = 2.0, *, engine: str = "exact", compiled: bool | None = None
+) -> float:
+    """Compute the Wasserstein distance between two persistence diagrams.
+
+    Parameters
+    ----------
+    a, b : array_like, shape (n, 2) and (m, 2)
+        Births and deaths; births finite, deaths >= births or ``inf``. Empty diagrams are allowed.
+    order : float, default 2
+        Exponent q in [1, inf); the ground metric is the maximum norm.
+    engine : {"exact", "gudhi"}, default "exact"
+        ``"gudhi"`` leaves the finite bars to GUDHI where the package POT is installed, which that needs, and
+        to the general assignment elsewhere, as a reference for the closed form.
+    compiled : bool, optional
+        True asks for the numba kernel of `h0_wasserstein`, False for numpy; default numba where it is
+        installed.
+
+    Returns
+    -------
+    float
+        The q-th root of the least sum of q-th powers, in the unit of the diagrams, >= 0. Infinite bars are
+        matched with each other by birth; ``inf`` if their numbers differ.
+
+    Raises
+    ------
+    DataError
+        If a diagram is malformed or the order isn't in [1, inf).
+    ConfigError
+        If the engine is unknown, or ``compiled=True`` and numba isn't installed.
+
+    Notes
+    -----
+    Diagrams with all births at 0 take the closed form of `h0_wasserstein`; others an exact assignment,
+    in O((n + m)^3) at worst.
+
+    Examples
+    --------
+    >>> wasserstein_distance([[0.0, 4.0], [0.0, 1.0]], [[0.0, 1.0]], order=1)
+    2.0
+    """
+    power, reference = as_order(order), as_engine(engine) == "gudhi"
+    first, second, births = _split(a, b)
+    if births is None:
+        return float("inf")
+    if reference:
+        finite = _gudhi_wasserstein(first, second, power)
+    elif not (first[:, 0].any() or second[:, 0].any()):
+        finite = float(closed_wasserstein(_deaths(first)[None], _deaths(second), power, compiled)[0])
+    else:
+        finite = _assignment(first, second, power)
+    return float(np.linalg.norm(np.append(births, finite), ord=power))
+
+
+def _split(a: ArrayLike, b: ArrayLike) -> tuple[FloatArray, FloatArray, FloatArray | None]:
+    """Return the finite bars of positive length of both diagrams, and how far their infinite bars lie apart.
+
+    The last is None if the numbers of infinite bars differ.
+    """
+    finite, births = [], []
+    for bars in (as_diagram(a, "a"), as_diagram(b, "b")):
+        endless = np.isinf(bars[:, 1])
+        finite.append(bars[~endless & (bars[:, 1] > bars[:, 0])])
+        births.append(np.sort(bars[endless, 0]))
+    same = len(births[0]) == len(births[1])
+    return finite[0], finite[1], np.abs(births[0] - births[1]) if same else None
+
+
+def _deaths(bars: FloatArray) -> FloatArray:
+    return np.sort(bars[:, 1])[::-1]
+
+
+def _gaps(first: FloatArray, second: FloatArray) -> FloatArray:
+    births = np.abs(np.subtract.outer(first[:, 0], second[:, 0]))
+    deaths = np.abs(np.subtract.outer(first[:, 1], second[:, 1]))
+    return np.maximum(births, deaths, out=births)
+
+
+def _bottleneck(first: FloatArray, second: FloatArray, compiled: bool) -> float:
+    covered = _kernels.compiled(_kernels.covered) if compiled else _covered
+    halves = [0.5 * (bars[:, 1] - bars[:, 0]) for bars in (first, second)]
+    least = max(_surplus(halves[0], len(second)), _surplus(halves[1], len(first)))
+    # Thresholds at which each side finds partners suit both at once (Mendelsohn and Dulmage).
+    for bars, others, lengths in ((first, second, halves[0]), (second, first, halves[1])):
+        undecided = lengths > least
+        gaps = _gaps(bars[undecided], others)
+        nearest = np.minimum(lengths[undecided], gaps.min(axis=1, initial=np.inf)).max(initial=0.0)
+        least = _least_threshold(gaps, lengths[undecided], max(least, float(nearest)), covered)
+    return least
+
+
+def _least_threshold(
+    gaps: FloatArray, halves: FloatArray, bound: float, covered: Callable[[FloatArray, FloatArray, float], bool]
+) -> float:
+    """Return the least threshold from a bound on at which all bars of one side are covered."""
+
+    def enough(threshold: float) -> bool:
+        return covered(gaps, halves, threshold)
+
+    if enough(bound):
+        return bound
+    longer = np.unique(halves[halves > bound])
+    index = bisect.bisect_left(longer, True, key=enough)
+    low, high = (longer[index - 1] if index else bound), longer[index]
+    rows = gaps[halves > low]
+    between = np.append(np.unique(rows[(rows > low) & (rows < high)]), high)
+    return float(between[bisect.bisect_left(between, True, hi=len(between) - 1, key=enough)])
+
+
+def _surplus(halves: FloatArray, partners: int) -> float:
+    """Bound the distance by the longest bar that stays without a partner, since partners are limited."""
+    return float(np.sort(halves)[::-1][partners]) if partners < len(halves) else 0.0
+
+
+def _covered(gaps: FloatArray, halves: FloatArray, threshold: float) -> bool:
+    """Say whether all bars too long to be dropped find distinct partners within the threshold."""
+    far = gaps[halves > threshold] > threshold
+    if len(far) > far.shape[1] or far.all(axis=1).any():
+        return False
+    return not far[linear_sum_assignment(far)].any()
+
+
+def _assignment(first: FloatArray, second: FloatArray, order: float) -> float:
+    """Solve the matching with the diagonal as a square assignment.
+
+    Two bars either match or both go to the diagonal, whichever is cheaper; the shorter diagram is filled up
+    with the diagonal itself. Nothing is subtracted, so small distances stay exact.
+    """
+    if len(first) < len(second):
+        first, second = second, first
+    largest = np.abs(first).max(initial=0.0) or 1.0
+    first, second = first / largest, second / largest
+    drop_first = (0.5 * (first[:, 1] - first[:, 0])) ** order
+    drop_second = (0.5 * (second[:, 1] - second[:, 0])) ** order
+    gaps = _gaps(first, second)
+    costs = np.repeat(drop_first[:, None], len(first), axis=1)
+    costs[:, : len(second)] = np.minimum(gaps**order, drop_first[:, None] + drop_second)
+    total = costs[linear_sum_assignment(costs)].sum()
+    return float(largest * total ** (1.0 / order))
+
+
+def _gudhi_bottleneck(first: FloatArray, second: FloatArray) -> float:
+    import gudhi
+
+    return float(gudhi.bottleneck_distance(first, second))
+
+
+def _gudhi_wasserstein(first: FloatArray, second: FloatArray, order: float) -> float:
+    try:
+        from gudhi.wasserstein import wasserstein_distance as reference
+    except ImportError:
+        return _assignment(first, second, order)
+    return float(reference(first, second, order=order, internal_p=np.inf))

@@ -1,0 +1,196 @@
+"""Persistence diagrams of Vietoris-Rips filtrations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from nni_topo.errors import DataError
+from nni_topo.maths.topology._checks import FloatArray, IntArray, as_dimension, as_distances, as_engine
+from nni_topo.maths.topology._kernels import use_compiled
+from nni_topo.maths.topology.clouds import pairwise_distances
+from nni_topo.maths.topology.loops import LARGEST, SortedEdges, loop_bars, sort_edges
+from nni_topo.maths.topology.spanning import subset_deaths
+
+_FIELD = 2
+_BATCH_ELEMENTS = 1 << 22
+
+
+def rips_diagram(
+    points: ArrayLike | None = None,
+    *,
+    distances: ArrayLike | None = None,
+    dimension: int = 0,
+    engine: str = "exact",
+    keep_infinite: bool = True,
+    compiled: bool | None = None,
+) -> FloatArray:
+    """Compute the persistence diagram of a point cloud's Vietoris-Rips filtration in one degree.
+
+    Parameters
+    ----------
+    points : array_like, shape (n, features), optional
+        A point cloud, compared by Euclidean distances.
+    distances : array_like, shape (n, n), optional
+        Its distance matrix, instead of the points.
+    dimension : int, default 0
+        Homology degree, >= 0: 0 for components, 1 for loops, 2 for voids.
+    engine : {"exact", "gudhi"}, default "exact"
+        ``"exact"`` takes degree 0 from the minimum spanning tree, degree 1 of up to 320 points from the lunes
+        of its edges where numba is installed, and the rest from GUDHI's RipsPersistence, which is fast since
+        GUDHI 3.11; ``"gudhi"`` builds GUDHI's simplex tree, the reference. All are exact, with coefficients in
+        Z/2.
+    keep_infinite : bool, default True
+        False leaves out the infinite bar that degree 0 has.
+    compiled : bool, optional
+        True asks for the numba kernel in degree 1, False for GUDHI; default numba where it is installed.
+
+    Returns
+    -------
+    ndarray of float64, shape (bars, 2)
+        Births and deaths in the unit of the distances, longest bar first. In degree 0 there are n bars, one
+        of them with death ``inf``; ``engine="gudhi"`` leaves out those of length 0.
+
+    Raises
+    ------
+    DataError
+        If not exactly one of points and distances is given, if they are malformed, or if dimension < 0.
+    ConfigError
+        If the engine is unknown, or ``compiled=True`` and numba isn't installed.
+
+    See Also
+    --------
+    bottleneck_distance, wasserstein_distance
+
+    References
+    ----------
+    The GUDHI project, GUDHI User and Reference Manual, https://gudhi.inria.fr.
+
+    Examples
+    --------
+    >>> square = [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]
+    >>> rips_diagram(square)
+    array([[ 0., inf],
+           [ 0.,  1.],
+           [ 0.,  1.],
+           [ 0.,  1.]])
+    >>> rips_diagram(square, dimension=1).round(3)
+    array([[1.   , 1.414]])
+    """
+    degree = as_dimension(dimension)
+    if points is not None and distances is None:
+        matrix = pairwise_distances(points)
+    elif distances is not None and points is None:
+        matrix = as_distances(distances)
+    else:
+        raise DataError("rips_diagram needs either points or distances, got both or neither")
+    edges = sort_edges(matrix) if use_compiled(compiled) and len(matrix) <= LARGEST else None
+    bars = diagrams_of(matrix, (degree,), as_engine(engine), edges=edges)[0]
+    return bars if keep_infinite else bars[np.isfinite(bars[:, 1])]
+
+
+def diagrams_of(
+    distances: FloatArray,
+    degrees: Sequence[int],
+    engine: str,
+    points: IntArray | None = None,
+    edges: SortedEdges | None = None,
+) -> list[FloatArray]:
+    """Do the work of `rips_diagram` on checked arguments, in several degrees and for a subset.
+
+    Parameters
+    ----------
+    distances : ndarray, shape (n, n)
+    degrees : sequence of int
+    engine : {"exact", "gudhi"}
+    points : ndarray of int, shape (k,), optional
+        The subset's points, ascending; default all.
+    edges : SortedEdges, optional
+        The cloud's edges, if degree 1 may be computed from them.
+
+    Returns
+    -------
+    list of ndarray, each of shape (bars, 2)
+    """
+    chosen = np.arange(len(distances)) if points is None else points
+    bars: dict[int, FloatArray] = {}
+    if 1 in degrees and engine == "exact" and edges is not None and len(chosen) <= LARGEST:
+        bars[1] = loop_bars(edges, chosen)
+    rest = [degree for degree in degrees if degree not in bars]
+    if rest:
+        compute = _simplex_tree if engine == "gudhi" else _spanning_tree_and_ripser
+        matrix = distances if points is None else distances[np.ix_(chosen, chosen)]
+        bars.update(zip(rest, compute(matrix, rest), strict=True))
+    return [_longest_first(bars[degree]) for degree in degrees]
+
+
+def _spanning_tree_and_ripser(distances: FloatArray, degrees: Sequence[int]) -> list[FloatArray]:
+    higher = [degree for degree in degrees if degree > 0]
+    bars = dict(zip(higher, next(ripser_bars([distances], higher)), strict=True)) if higher else {}
+    if 0 in degrees:
+        deaths = subset_deaths(distances, np.ones((1, len(distances)), dtype=np.bool_))[0]
+        bars[0] = np.stack([np.zeros(len(distances)), np.append(deaths, np.inf)], axis=1)
+    return [bars[degree] for degree in degrees]
+
+
+def ripser_bars(matrices: Iterable[FloatArray], degrees: Sequence[int]) -> Iterator[list[FloatArray]]:
+    """Compute diagrams of many distance matrices by GUDHI's RipsPersistence; bars in any order.
+
+    Parameters
+    ----------
+    matrices : iterable of ndarray, shape (n, n)
+        Checked distance matrices; about 32 MiB of them are held at a time.
+    degrees : sequence of int
+        Each at least 1.
+
+    Yields
+    ------
+    list of ndarray, shape (bars, 2)
+        By degree, for each matrix.
+    """
+    batch: list[FloatArray] = []
+    for matrix in matrices:
+        # Measured: with the central points last Ripser takes 0.6 of the time; the bars are the same.
+        order = np.argsort(-matrix.sum(axis=1), kind="stable")
+        batch.append(matrix[np.ix_(order, order)])
+        if sum(held.size for held in batch) >= _BATCH_ELEMENTS:
+            yield from _ripser(batch, degrees)
+            batch = []
+    yield from _ripser(batch, degrees)
+
+
+def _ripser(matrices: list[FloatArray], degrees: Sequence[int]) -> Iterator[list[FloatArray]]:
+    import gudhi
+    from gudhi.sklearn.rips_persistence import RipsPersistence
+
+    # GUDHI 3.10 knows lower matrices only, and takes whole ones for them.
+    knows_full = tuple(map(int, gudhi.__version__.split(".")[:2])) >= (3, 11)
+    rips = RipsPersistence(
+        homology_dimensions=list(degrees),
+        input_type="full distance matrix" if knows_full else "lower distance matrix",
+        homology_coeff_field=_FIELD,
+        n_jobs=1,
+    )
+    for diagrams in rips.fit_transform(matrices) if matrices else []:
+        yield [np.asarray(bars, dtype=np.float64).reshape(-1, 2) for bars in diagrams]
+
+
+def _simplex_tree(distances: FloatArray, degrees: Sequence[int]) -> list[FloatArray]:
+    import gudhi
+
+    rips = gudhi.RipsComplex(distance_matrix=distances)
+    tree: Any = rips.create_simplex_tree(max_dimension=max(degrees) + 1)
+    # A complex of few points has no simplices above the degrees asked for: then its top degree counts.
+    top_counts = max(degrees) >= tree.dimension()
+    tree.compute_persistence(homology_coeff_field=_FIELD, persistence_dim_max=top_counts)
+    return [
+        np.asarray(tree.persistence_intervals_in_dimension(degree), dtype=np.float64).reshape(-1, 2)
+        for degree in degrees
+    ]
+
+
+def _longest_first(bars: FloatArray) -> FloatArray:
+    return bars[np.lexsort((bars[:, 0], bars[:, 0] - bars[:, 1]))]

@@ -1,0 +1,291 @@
+"""Maximum spanning trees of layers: the weights that hold a layer's zeroth homology.
+
+In the descending filtration of |w| components merge along the edges of the maximum spanning tree. Equal weights are
+taken in row-major order, so that every tree is unique.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
+
+from nni_topo.errors import DataError
+from nni_topo.maths.topology._checks import BoolArray, FloatArray, IntArray, as_points, as_tensor
+from nni_topo.maths.topology.layer_graphs import LayerGraph, plane_components
+
+_BATCH_EDGES = 1 << 21
+
+
+def maximum_spanning_tree(weight: ArrayLike) -> BoolArray:
+    """Mark the weights of a dense layer that form its maximum spanning tree.
+
+    The layer is the complete bipartite graph between its inputs and outputs with edges |w|.
+
+    Parameters
+    ----------
+    weight : array_like, shape (out, in)
+        Finite weights.
+
+    Returns
+    -------
+    ndarray of bool, shape (out, in)
+        True on the out + in - 1 weights of the tree. Zero weights count as edges of length 0, and among
+        equal |w| the first in row-major order is taken.
+
+    Raises
+    ------
+    DataError
+        If the weights aren't a finite, non-empty matrix.
+
+    See Also
+    --------
+    nni_topo.topology.channel_tree : for convolutions.
+
+    Notes
+    -----
+    Prim's algorithm on whole rows and columns: O((out + in) max(out, in)) time, three copies of the weight.
+
+    Examples
+    --------
+    >>> maximum_spanning_tree([[3.0, -2.0], [1.0, 0.5]])
+    array([[ True,  True],
+           [ True, False]])
+    """
+    return dense_tree(np.abs(as_points(weight, "weight")))
+
+
+def channel_tree(weight: ArrayLike, *, groups: int = 1) -> BoolArray:
+    """Mark one weight per edge of a convolution's channel tree.
+
+    Nodes are the input and output channels; the edge between two is the largest |w| of their kernel.
+
+    Parameters
+    ----------
+    weight : array_like, shape (out, in / groups, *kernel)
+        Finite weights; of a linear layer ``(out, in)``.
+    groups : int, default=1
+        Groups of the convolution, each with a tree of its own.
+
+    Returns
+    -------
+    ndarray of bool, shape (out, in / groups, *kernel)
+        True on ``out / groups + in / groups - 1`` weights per group. With these weights alone every channel
+        stays connected.
+
+    Raises
+    ------
+    DataError
+        If the weights are empty or not finite, or ``groups`` doesn't divide ``out``.
+
+    Examples
+    --------
+    >>> int(channel_tree(np.random.default_rng(0).normal(size=(8, 4, 3, 3))).sum())
+    11
+    """
+    sizes = np.abs(as_tensor(weight, "weight"))
+    if groups < 1 or len(sizes) % groups:
+        raise DataError(f"groups must divide the {len(sizes)} output channels, got {groups} (channel_tree)")
+    kernels = sizes.reshape(*sizes.shape[:2], -1)
+    strongest = kernels.argmax(axis=2)
+    scores = kernels.max(axis=2)
+    parts = [dense_tree(part) for part in scores.reshape(groups, -1, scores.shape[1])]
+    rows, columns = np.nonzero(np.concatenate(parts))
+    mask = np.zeros(kernels.shape, dtype=np.bool_)
+    mask[rows, columns, strongest[rows, columns]] = True
+    return mask.reshape(sizes.shape)
+
+
+def plane_trees(weight: ArrayLike, graph: LayerGraph) -> BoolArray:
+    """Mark the weights that the spanning tree of each kernel's own Toeplitz graph uses.
+
+    One input plane, one output plane and the kernel between them are a graph; its tree uses a weight on as many
+    edges as it needs. This is the graph whose critical ratio the paper tabulates.
+
+    Parameters
+    ----------
+    weight : array_like, shape (out, in / groups, *kernel)
+        Finite weights.
+    graph : LayerGraph
+        The convolution's graph.
+
+    Returns
+    -------
+    ndarray of bool, shape of the weight
+        True where at least one edge of the weight is in its kernel's tree.
+
+    Raises
+    ------
+    DataError
+        If the weights don't fit the graph or aren't finite.
+
+    Notes
+    -----
+    A weight is used if its edges join something that the larger weights of its kernel leave apart. That depends on
+    which weights are larger and not on their values, so each set of weights is looked at once.
+    """
+    sizes = np.abs(_fitting(weight, graph))
+    kernels = sizes.reshape(-1, graph.shape[2])
+    order = np.argsort(-kernels, axis=1, kind="stable")
+    known: dict[tuple[int, ...], int] = {(): graph.plane_inputs + graph.plane_outputs}
+    final = plane_components(graph)
+    used = np.zeros(kernels.shape, dtype=np.bool_)
+    for kernel, ranking in enumerate(order.tolist()):
+        larger: tuple[int, ...] = ()
+        for offset in ranking:
+            before = known[larger]
+            if before == final:
+                break
+            larger = tuple(sorted((*larger, offset)))
+            if larger not in known:
+                known[larger] = plane_components(graph, larger)
+            used[kernel, offset] = known[larger] < before
+    return used.reshape(sizes.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Forest:
+    """A maximum spanning forest of a layer's graph, strongest edge first.
+
+    Attributes
+    ----------
+    elements : ndarray of int, shape (edges,)
+        Which weight each edge stands for, as an index into the flattened weight.
+    sources, targets : ndarray of int, shape (edges,)
+        Input and output nodes that the edges join.
+    lengths : ndarray of float64, shape (edges,)
+        Their |w|, descending.
+    """
+
+    elements: IntArray
+    sources: IntArray
+    targets: IntArray
+    lengths: FloatArray
+
+
+def spanning_forest(weight: ArrayLike, graph: LayerGraph) -> Forest:
+    """Compute the maximum spanning forest of a layer's whole graph.
+
+    Parameters
+    ----------
+    weight : array_like
+        Finite weights, as many as the graph has elements.
+    graph : LayerGraph
+        The layer's graph.
+
+    Returns
+    -------
+    Forest
+        ``graph.forest_edges`` edges.
+
+    Raises
+    ------
+    DataError
+        If the weights don't fit the graph or aren't finite.
+
+    Notes
+    -----
+    Kruskal's algorithm on batches of the largest weights: what a batch joins is contracted before the next one, and
+    it ends when the forest is complete, usually after a small part of the weights. Memory is that of a few million
+    edges.
+    """
+    sizes = np.abs(_fitting(weight, graph))
+    if graph.groups == graph.plane_inputs == graph.shape[2] == 1:
+        return _forest_of_mask(dense_tree(sizes.reshape(graph.shape[:2])), sizes.ravel())
+    flat = sizes.ravel()
+    order = np.argsort(-flat, kind="stable")
+    labels = np.arange(graph.inputs + graph.outputs)
+    taken: list[tuple[IntArray, IntArray, IntArray]] = []
+    missing = graph.forest_edges
+    step = max(1, _BATCH_EDGES // graph.plane_outputs)
+    for start in range(0, len(order), step):
+        if missing == 0:
+            break
+        batch = order[start : start + step]
+        sources, targets = (nodes.ravel() for nodes in graph.ends(batch))
+        chosen, labels = _joined(labels, sources, targets + graph.inputs)
+        taken.append((batch[chosen // graph.plane_outputs], sources[chosen], targets[chosen]))
+        missing -= len(chosen)
+    elements, sources, targets = (np.concatenate(parts) for parts in zip(*taken, strict=True))
+    return Forest(elements, sources, targets, flat[elements])
+
+
+def dense_tree(scores: FloatArray) -> BoolArray:
+    """Mark the maximum spanning tree of a complete bipartite graph; `scores` (out, in) are finite, of any sign."""
+    sides = (scores, np.ascontiguousarray(scores.T))
+    mask = np.zeros(scores.shape, dtype=np.bool_)
+    # Per side the nodes outside the tree: score of their best edge into it, and that edge's other end.
+    best = [np.full(size, -np.inf) for size in scores.shape]
+    link = [np.zeros(size, dtype=np.intp) for size in scores.shape]
+    waits = [np.ones(size, dtype=np.bool_) for size in scores.shape]
+    side, node = 0, 0
+    left = list(scores.shape)
+    while True:
+        waits[side][node] = False
+        best[side][node] = -np.inf
+        left[side] -= 1
+        if left[side] == 0:
+            rest = np.flatnonzero(waits[1 - side])
+            _close(mask, sides, side, rest)
+            return mask
+        row, other = sides[side][node], 1 - side
+        closer = (row > best[other]) | ((row == best[other]) & (node < link[other]))
+        closer &= waits[other]
+        np.copyto(best[other], row, where=closer)
+        link[other][closer] = node
+        side, node = _next(best, link)
+        mask[(node, link[0][node]) if side == 0 else (link[1][node], node)] = True
+
+
+def _close(mask: BoolArray, sides: tuple[FloatArray, FloatArray], full: int, rest: IntArray) -> None:
+    """Hang every node that is left on its best partner, once all nodes of the side `full` are in the tree."""
+    partners = sides[1 - full][rest].argmax(axis=1)
+    if full == 0:
+        mask[partners, rest] = True
+    else:
+        mask[rest, partners] = True
+
+
+def _next(best: list[FloatArray], link: list[IntArray]) -> tuple[int, int]:
+    """Choose the strongest edge out of the tree, of equals the first in row-major order: its side and outer node."""
+    output, entering = int(best[0].argmax()), int(best[1].argmax())
+    top = best[1][entering]
+    equals = np.flatnonzero(best[1] == top)
+    if len(equals) > 1:
+        entering = int(equals[link[1][equals].argmin()])
+    if best[0][output] != top:
+        return (0, output) if best[0][output] > top else (1, entering)
+    return (0, output) if (output, link[0][output]) < (link[1][entering], entering) else (1, entering)
+
+
+def _forest_of_mask(mask: BoolArray, flat: FloatArray) -> Forest:
+    elements = np.flatnonzero(mask)
+    elements = elements[np.argsort(-flat[elements], kind="stable")]
+    targets, sources = np.divmod(elements, mask.shape[1])
+    return Forest(elements, sources, targets, flat[elements])
+
+
+def _joined(labels: IntArray, sources: IntArray, targets: IntArray) -> tuple[IntArray, IntArray]:
+    """Return which edges, given strongest first, join components, and the components' labels afterwards."""
+    count = int(labels.max()) + 1
+    low, high = labels[sources], labels[targets]
+    apart = np.flatnonzero(low != high)
+    low, high = np.minimum(low, high)[apart], np.maximum(low, high)[apart]
+    _, first = np.unique(low * count + high, return_index=True)
+    first.sort()
+    apart, low, high = apart[first], low[first], high[first]
+    ranks = np.arange(1.0, len(apart) + 1)
+    tree = minimum_spanning_tree(csr_matrix((ranks, (low, high)), shape=(count, count)))
+    _, merged = connected_components(tree, directed=False)
+    chosen = np.sort(tree.data).astype(np.intp) - 1
+    return apart[chosen], merged.astype(np.intp)[labels]
+
+
+def _fitting(weight: ArrayLike, graph: LayerGraph) -> FloatArray:
+    values = as_tensor(weight, "weight")
+    if values.size != graph.elements or len(values) != graph.shape[0]:
+        raise DataError(f"weight must have the graph's {graph.shape} elements, got shape {values.shape}")
+    return values

@@ -1,0 +1,144 @@
+"""How much of a layer's spanning tree magnitude pruning keeps: bounds, measurements and chance.
+
+References
+----------
+Zeroth-Order Topological Insights into Iterative Magnitude Pruning, theorem 3.3, corollary 3.4 and appendix C.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import hypergeom
+
+from nni_topo.errors import ConfigError
+from nni_topo.maths.topology._checks import as_points
+from nni_topo.maths.topology.layer_trees import maximum_spanning_tree
+
+
+def overlap_bound(m: int, n: int, density: float = 1.0) -> float:
+    """Bound from below the expected share of a spanning tree among the largest weights.
+
+    Of a layer with independent, identically distributed weights the ``m + n - 1`` largest are looked at, as many as its
+    tree has. The bound adds up the probabilities that the next weight joins two nodes that nothing has touched.
+
+    Parameters
+    ----------
+    m, n : int
+        Inputs and outputs of the layer, at least 1, in either order.
+    density : float, default=1.0
+        Share of the ``m * n`` weights that aren't zero, in (0, 1], placed at random. At least
+        ``(m + n - 1) / (m * n)``: fewer weights have no spanning tree.
+
+    Returns
+    -------
+    float
+        In (0, 1]; 1 if one side has a single node.
+
+    Raises
+    ------
+    ConfigError
+        If a size is below 1 or the density is out of its range.
+
+    Notes
+    -----
+    With ``p`` the density and ``k = min(m, n)``::
+
+        1 / (m + n - 1) * sum over i in [0, k) of p (m - i) (n - i) / (p m n - i)
+
+    The source prints no legible form for ``p < 1``; this one is derived anew: of the ``p m n - i`` weights left,
+    ``p (m - i) (n - i)`` are expected between untouched nodes. Writing ``p m n`` into the denominator alone gives
+    1.74 at ``(100, 100, 0.1)``, which bounds nothing.
+
+    Examples
+    --------
+    >>> round(overlap_bound(100, 10), 3)
+    0.049
+    """
+    for name, size in (("m", m), ("n", n)):
+        if size < 1:
+            raise ConfigError(f"{name} must be at least 1, got {size} (overlap_bound)")
+    alpha = m + n - 1
+    least = alpha / (m * n)
+    if not least <= density <= 1.0:
+        raise ConfigError(f"density must be in [{least:.6g}, 1] for a {m} x {n} layer, got {density} (overlap_bound)")
+    if min(m, n) == 1:
+        return 1.0
+    i = np.arange(min(m, n), dtype=np.float64)
+    joins = density * (m - i) * (n - i) / (density * m * n - i)
+    return min(1.0, float(joins.sum()) / alpha)
+
+
+def tree_overlap(weight: ArrayLike) -> float:
+    """Measure the share of a layer's maximum spanning tree among its largest weights.
+
+    Parameters
+    ----------
+    weight : array_like, shape (out, in)
+        Finite weights.
+
+    Returns
+    -------
+    float
+        Of the ``out + in - 1`` largest |w|, the share that is in the tree, in (0, 1]. Of equal weights the first
+        in row-major order counts as larger.
+
+    Raises
+    ------
+    DataError
+        If the weights aren't a finite, non-empty matrix.
+
+    Examples
+    --------
+    >>> tree_overlap([[4.0, 3.0, 0.1], [2.0, 1.0, 0.2]])
+    0.75
+    """
+    matrix = as_points(weight, "weight")
+    tree = maximum_spanning_tree(matrix).ravel()
+    alpha = sum(matrix.shape) - 1
+    largest = np.argsort(-np.abs(matrix), axis=None, kind="stable")[:alpha]
+    return int(tree[largest].sum()) / alpha
+
+
+def random_overlap_log10(m: int, n: int, share: float, *, at_least: bool = False) -> float:
+    """Return how likely two random sets of weights overlap, as a decimal logarithm.
+
+    Parameters
+    ----------
+    m, n : int
+        Inputs and outputs of the layer, at least 1. Both sets hold ``m + n - 1`` of the ``m * n`` weights.
+    share : float
+        Overlap as a share of a set, in [0, 1]; rounded to the nearest whole number of weights.
+    at_least : bool, default=False
+        Whether a larger overlap counts too.
+
+    Returns
+    -------
+    float
+        The logarithm to base 10 of the probability; ``-inf`` if it can't be.
+
+    Raises
+    ------
+    ConfigError
+        If a number is out of its range.
+
+    Notes
+    -----
+    The overlap is hypergeometric. In logarithms, since the probabilities are soon smaller than any float.
+
+    Examples
+    --------
+    >>> round(10 ** random_overlap_log10(2, 2, 1.0), 6)  # the same 3 of 4
+    0.25
+    """
+    if m < 1 or n < 1:
+        raise ConfigError(f"m and n must be at least 1, got {m} and {n} (random_overlap_log10)")
+    if not 0.0 <= share <= 1.0:
+        raise ConfigError(f"share must be in [0, 1], got {share} (random_overlap_log10)")
+    alpha = m + n - 1
+    count = round(share * alpha)
+    overlap = hypergeom(m * n, alpha, alpha)
+    value = overlap.logsf(count - 1) if at_least else overlap.logpmf(count)
+    return float(value) / math.log(10.0)

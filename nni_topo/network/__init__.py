@@ -1,0 +1,24 @@
+"""From NNI's masks to a smaller dense model: dependency groups, the masked reference, ModelSpeedup."""
+
+from nni_topo.network.dense import to_dense
+from nni_topo.network.dependency import dependency_groups
+from nni_topo.network.files import load, save
+from nni_topo.network.latency import LatencyTable, LayerLatency
+from nni_topo.network.reference import masked_model
+from nni_topo.network.report import DenseReport, LayerReport
+from nni_topo.network.timing import measure_latency
+from nni_topo.network.zeros import zeros_held
+
+__all__ = [
+    "DenseReport",
+    "LatencyTable",
+    "LayerLatency",
+    "LayerReport",
+    "dependency_groups",
+    "load",
+    "masked_model",
+    "measure_latency",
+    "save",
+    "to_dense",
+    "zeros_held",
+]

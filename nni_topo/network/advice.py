@@ -1,0 +1,117 @@
+"""The way forward where a dense model can't equal the masked one: why not, and what can be done about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nni_topo.errors import NniTopoError
+from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.dependency import channel_flow
+from nni_topo.network.inputs import Call, random_like
+from nni_topo.network.layers import output_channels
+
+Kept = dict[str, list[Tensor]]
+
+_MIXING = (nn.GroupNorm, nn.LayerNorm, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.LocalResponseNorm)
+_LAST = "check=False gives the dense model all the same, which computes something else by that and has to be fine-tuned"
+
+
+def way_forward(reference: nn.Module, call: Call, kept: Kept, place: str | None) -> str:
+    """Say why a dense model differs from the masked one, and what to do.
+
+    Parameters
+    ----------
+    reference : torch.nn.Module
+        The masked model, in evaluation mode.
+    call : tuple of (tuple, dict)
+        Example inputs.
+    kept : dict of str to list of Tensor
+        For each module, the indices kept of each dimension of its output.
+    place : str or None
+        The first module whose outputs differ; None: behind the last one.
+
+    Returns
+    -------
+    str
+        Why, where the constant can be folded if it's one, which layers to leave out, and what ``check=False`` means.
+    """
+    try:
+        flow = channel_flow(reference, call)
+    except NniTopoError:
+        return _LAST
+    pruned = {name for name in flow.layers if name in kept and _removed(flow, name, kept).any()}
+    before = ", ".join(_layers_before(flow, place, pruned)) or "the layers before it"
+    leave_out = f"exclude {before} from the config_list (exclude_op_names)"
+    module = None if place is None else reference.get_submodule(place)
+    if isinstance(module, _MIXING):
+        statistics = f"{type(module).__name__} takes its statistics over removed channels too"
+        return f"{statistics}: {leave_out}; {_LAST}"
+    if place is None or module is None or output_channels(module) is None:
+        return f"removed channels of {before} aren't zero there: {leave_out}; {_LAST}"
+    if not _constant(reference, call, place, _entering_removed(flow, place, pruned, kept)):
+        return f"removed channels of {before} arrive at {place} as values that aren't zero: {leave_out}; {_LAST}"
+    new = "" if getattr(module, "bias", None) is not None else ", which it must get,"
+    border = " (but for its padding)" if any(_numbers(getattr(module, "padding", 0))) else ""
+    return (
+        f"removed channels of {before} arrive at {place} as constants that aren't zero: the bias of {place}{new} can "
+        f"take them over{border}, by what its weights of these channels make of them; or {leave_out}; {_LAST}"
+    )
+
+
+def _numbers(padding: Any) -> tuple[Any, ...]:
+    return tuple(padding) if isinstance(padding, tuple) else (padding,)
+
+
+def _removed(flow: ChannelFlow, name: str, kept: Kept) -> Tensor:
+    """Tell which output channels of a layer are removed: bool, shape (channels,)."""
+    removed = torch.ones(flow.layers[name].channels, dtype=torch.bool)
+    removed[kept[name][_dimension(flow.fetch_attr(name))].cpu()] = False
+    return removed
+
+
+def _dimension(module: nn.Module) -> int:
+    return -1 if isinstance(module, (nn.Linear, nn.Embedding)) else 1
+
+
+def _layers_before(flow: ChannelFlow, place: str | None, pruned: set[str]) -> list[str]:
+    """List the pruned layers from which a place can be reached without another layer between, in network order."""
+    at_place = [node for node in flow.graph.nodes if node.target == (place or "output")]
+    nodes = list(at_place)
+    found, seen = set[str](), set(at_place)
+    while nodes:
+        for parent in nodes.pop().all_input_nodes:
+            if str(parent.target) in flow.layers:
+                found.add(str(parent.target))
+            elif parent not in seen:
+                seen.add(parent)
+                nodes.append(parent)
+    return [name for name in flow.layers if name in found & pruned]
+
+
+def _entering_removed(flow: ChannelFlow, place: str, pruned: set[str], kept: Kept) -> Tensor:
+    """Tell which channels that enter a layer are removed: bool, shape (input channels,)."""
+    gone = {int(root) for name in pruned for root in flow.layer_roots(name)[_removed(flow, name, kept).numpy()]}
+    return torch.tensor([int(root) in gone for root in flow.entering_roots(place)], dtype=torch.bool)
+
+
+def _constant(reference: nn.Module, call: Call, place: str, removed: Tensor) -> bool:
+    """Say whether what enters a layer by removed channels is the same whatever the input, and not zero."""
+    module = reference.get_submodule(place)
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    try:
+        with torch.no_grad():
+            drawn = random_like(call, torch.Generator().manual_seed(1))
+            reference(*drawn[0], **drawn[1])
+    finally:
+        handle.remove()
+    rows = seen[0].transpose(0, _dimension(module)).flatten(1)
+    if len(rows) != len(removed) or not bool(removed.any()):
+        return False
+    rows = rows[removed.to(rows.device)]
+    largest = rows.abs().amax(1)
+    spread = rows.amax(1) - rows.amin(1)
+    return bool((spread <= 1e-5 * largest).all()) and bool(largest.any())

@@ -1,0 +1,329 @@
+"""Which channels of a network can only be removed together.
+
+Every output channel of every layer gets a number. The numbers travel through the graph in place of
+the values: data movement (concatenation, chunk, view, permute, channel shuffle) moves them, an
+elementwise operation on two tensors ties the numbers that meet, a depth-wise convolution ties its
+output channel to its input channel. So ties are found channel by channel and not only layer by layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+import torch.fx
+from torch.utils._pytree import tree_map, tree_map_only
+
+from nni_topo.network.inputs import tensors_of
+from nni_topo.network.labels import (
+    FIXED,
+    INDEXED,
+    MEETS,
+    MOVES,
+    MOVING_MODULES,
+    REDUCTIONS,
+    UNKNOWN,
+    carry,
+    carry_reduced,
+    fixed,
+    given_shapes,
+    plain_name,
+    tensor_shape,
+    unknown,
+    varies,
+)
+from nni_topo.network.layers import NORMS, can_be_cut, is_depthwise, output_channels
+
+
+@dataclasses.dataclass
+class Layer:
+    """One layer that makes channels.
+
+    Attributes
+    ----------
+    name : str
+        Its name in the model.
+    first : int
+        The number of its first output channel; the others follow.
+    channels : int
+        Number of output channels.
+    depthwise : bool
+        Each output channel depends on one input channel alone, with which it stays or goes.
+    """
+
+    name: str
+    first: int
+    channels: int
+    depthwise: bool
+
+
+@dataclasses.dataclass
+class Blocks:
+    """Channels that come in blocks of which each has to keep equally many.
+
+    Attributes
+    ----------
+    sides : list of list of ndarray
+        Channel numbers: for each side (a grouped convolution's inputs and its outputs) one array a block.
+    may_vanish : bool
+        A block may lose all of its channels, on all sides at once.
+    """
+
+    sides: list[list[np.ndarray]]
+    may_vanish: bool
+
+
+class ChannelFlow(torch.fx.Interpreter):
+    """Follow the channels of a traced model.
+
+    Parameters
+    ----------
+    graph_module : torch.fx.GraphModule
+        A traced model with shapes in ``node.meta["tensor_meta"]``.
+    args : tuple
+        The arguments of its placeholders.
+
+    Attributes
+    ----------
+    layers : dict of str to Layer
+        The layers that make channels, in the order they are called.
+    blocks : list of Blocks
+        One for each grouped convolution, group norm and chunk.
+    whole : list of str
+        The modules with parameters that can't be cut, in the order they are called.
+    at_output : ndarray, shape (n,)
+        Representatives of the channels that arrive at the model's output.
+    """
+
+    def __init__(self, graph_module: torch.fx.GraphModule, args: tuple[Any, ...]) -> None:
+        super().__init__(graph_module)
+        self.layers: dict[str, Layer] = {}
+        self.blocks: list[Blocks] = []
+        self.whole: list[str] = []
+        self._entering: dict[str, np.ndarray] = {}
+        self._parents = [FIXED]
+        with torch.no_grad():
+            outputs = self.run(*tree_map(fixed, args))
+        arriving = [np.unique(labels.numpy()) for labels in tensors_of(outputs)]
+        numbers = np.unique(np.concatenate([*arriving, np.zeros(0, dtype=np.int64)]))
+        roots = np.unique(self.roots(numbers))
+        self.at_output = roots[roots > FIXED]
+
+    def roots(self, numbers: np.ndarray) -> np.ndarray:
+        """Look up the representatives of channels; tied channels have the same one.
+
+        Parameters
+        ----------
+        numbers : ndarray of int, shape (n,)
+            Channel numbers.
+
+        Returns
+        -------
+        ndarray of int, shape (n,)
+            One channel number each; ``FIXED`` for what can't be removed.
+        """
+        return np.array([self._root(int(number)) for number in numbers], dtype=np.int64)
+
+    def layer_roots(self, name: str) -> np.ndarray:
+        """Look up the representatives of a layer's output channels.
+
+        Parameters
+        ----------
+        name : str
+            The layer.
+
+        Returns
+        -------
+        ndarray of int, shape (channels,)
+            One channel number each.
+        """
+        layer = self.layers[name]
+        return self.roots(np.arange(layer.first, layer.first + layer.channels))
+
+    def entering_roots(self, name: str) -> np.ndarray:
+        """Look up the representatives of the channels that enter a layer or a batch norm.
+
+        Parameters
+        ----------
+        name : str
+            The layer or norm; an embedding is entered by none.
+
+        Returns
+        -------
+        ndarray of int, shape (input channels,)
+            One channel number each; of a linear layer behind a flattening one for each feature.
+        """
+        return self.roots(self.entering_numbers(name))
+
+    def entering_numbers(self, name: str) -> np.ndarray:
+        """Look up the channels that enter a layer or a batch norm, as the layers before it numbered them.
+
+        Parameters
+        ----------
+        name : str
+            The layer or norm.
+
+        Returns
+        -------
+        ndarray of int, shape (input channels,)
+            Channel numbers, not representatives.
+        """
+        return self._entering.get(name, np.zeros(0, dtype=np.int64))
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        """Compute a node's channel numbers from those of its arguments."""
+        if n.op in ("placeholder", "output"):
+            return super().run_node(n)
+        if n.op == "get_attr":
+            return tree_map(fixed, super().run_node(n))
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        shape = tensor_shape(n)
+        labels = tensors_of((args, kwargs))
+        if n.op == "call_module":
+            return self._module(n, labels, shape)
+        return self._function(n, args, kwargs, labels, shape)
+
+    def _module(self, node: torch.fx.Node, labels: list[torch.Tensor], shape: tuple[int, ...] | None) -> Any:
+        name = str(node.target)
+        module = self.fetch_attr(name)
+        if not labels or not can_be_cut(module):
+            self._pin(labels)
+            self.whole.append(name)
+            return given_shapes(node, FIXED)
+        if shape is None:
+            return self._several(node, labels)
+        if output_channels(module) is not None:
+            return self._layer(name, module, labels[0], shape)
+        if isinstance(module, MOVING_MODULES):
+            return module(labels[0])
+        if isinstance(module, torch.nn.GroupNorm):
+            side = np.split(self._per_channel(labels[0], 1), module.num_groups)
+            self.blocks.append(Blocks([list(side)], may_vanish=True))
+        passed = carry(labels[0], shape) if len(labels) == 1 else None
+        if passed is None:
+            if any(True for _ in module.parameters()):
+                self._pin(labels)
+            return torch.full(shape, UNKNOWN)
+        if isinstance(module, NORMS):
+            self._entering.setdefault(name, self._per_channel(labels[0], 1))
+        return passed
+
+    def _several(self, node: torch.fx.Node, labels: list[torch.Tensor]) -> Any:
+        """Carry labels to each of several tensors."""
+
+        def passed(value: torch.Tensor) -> torch.Tensor:
+            carried = carry(labels[0], tuple(value.shape)) if len(labels) == 1 else None
+            return value if carried is None else carried
+
+        return tree_map_only(torch.Tensor, passed, given_shapes(node, UNKNOWN))
+
+    def _layer(self, name: str, module: Any, labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        dim = len(shape) - 1 if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) else 1
+        count = output_channels(module) or 0
+        if name not in self.layers:
+            self.layers[name] = Layer(name, len(self._parents), count, is_depthwise(module))
+            self._parents.extend(range(len(self._parents), len(self._parents) + count))
+        numbers = np.arange(count) + self.layers[name].first
+        if not isinstance(module, torch.nn.Embedding):
+            self._enter(name, module, self._per_channel(labels, dim), numbers)
+        view = [1] * len(shape)
+        view[dim] = count
+        return torch.from_numpy(numbers).view(view).expand(shape)
+
+    def _enter(self, name: str, module: Any, entering: np.ndarray, numbers: np.ndarray) -> None:
+        """Record the ties between a layer's input and output channels, over all of its calls."""
+        earlier = self._entering.setdefault(name, entering)
+        for one, other in zip(earlier, entering, strict=True):
+            self._unite(int(one), int(other))
+        groups = getattr(module, "groups", 1)
+        if is_depthwise(module):
+            for channel, number in enumerate(numbers):
+                self._unite(max(int(entering[channel * groups // len(numbers)]), FIXED), int(number))
+        elif groups > 1:
+            sides = [list(np.split(entering, groups)), list(np.split(numbers, groups))]
+            self.blocks.append(Blocks(sides, may_vanish=True))
+
+    def _function(
+        self, n: torch.fx.Node, args: Any, kwargs: Any, labels: list[torch.Tensor], shape: tuple[int, ...] | None
+    ) -> Any:
+        name = plain_name(n)
+        indexed = name in INDEXED and bool(tensors_of((args[1:], kwargs)))
+        if name in ("cat", "concat", "concatenate", "stack"):
+            self._join(labels, kwargs.get("dim", args[1] if len(args) > 1 else 0), is_new=name == "stack")
+        if (shape is None or name in MOVES) and not indexed:
+            return self._move(n, shape, trusted=name in MOVES)
+        if shape is None or not labels:
+            return None if shape is None else torch.zeros(shape, dtype=torch.int64)
+        if name in MEETS and len(labels) > 1:
+            return self._meet(labels, shape)
+        if name in REDUCTIONS and len(labels) == 1:
+            return carry_reduced(labels[0], shape)
+        if len(labels) > 1 and any(node.op == "get_attr" for node in n.all_input_nodes):
+            self._pin(labels)
+            return labels[0] if tuple(labels[0].shape) == shape else torch.full(shape, UNKNOWN)
+        passed = carry(labels[0], shape) if len(labels) == 1 else None
+        return torch.full(shape, UNKNOWN) if passed is None else passed
+
+    def _move(self, n: torch.fx.Node, shape: tuple[int, ...] | None, *, trusted: bool) -> Any:
+        """Run a function on the numbers themselves: data movement, or arithmetic on sizes."""
+        try:
+            moved = super().run_node(n)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+            return None if shape is None else torch.full(shape, UNKNOWN)
+        if plain_name(n) == "chunk" and moved[0].dim() > 1 and len({piece.shape for piece in moved}) == 1:
+            side = [self._per_channel(piece, 1) for piece in moved]
+            self.blocks.append(Blocks([side], may_vanish=False))
+        return moved if trusted else tree_map(unknown, moved)
+
+    def _pin(self, labels: list[torch.Tensor]) -> None:
+        """Keep channels that enter something whose weights can't be cut."""
+        for entering in labels:
+            self._tie(entering, torch.zeros(1, dtype=torch.int64))
+
+    def _meet(self, labels: list[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+        """Tie what meets elementwise; an operand that is broadcast along the channels ties nothing."""
+        full = [entry.view((1,) * (len(shape) - entry.dim()) + tuple(entry.shape)) for entry in labels]
+        varying = {d for entry in full for d in range(1, len(shape)) if varies(entry, d)}
+        tied = [entry for entry in full if all(entry.shape[d] == shape[d] for d in varying)]
+        for other in tied[1:]:
+            self._tie(tied[0], other)
+        return (tied or full)[0].expand(shape)
+
+    def _join(self, labels: list[torch.Tensor], dim: int, *, is_new: bool) -> None:
+        """Tie what is joined along another dimension than that of the channels."""
+        slices = [entry.unsqueeze(dim) if is_new else entry.narrow(dim, 0, 1) for entry in labels]
+        if all(any(varies(entry, d) for d in range(1, entry.dim())) for entry in slices):
+            for other in slices[1:]:
+                self._tie(slices[0], other)
+
+    def _tie(self, one: torch.Tensor, other: torch.Tensor) -> None:
+        one, other = torch.broadcast_tensors(one, other)
+        for d in range(one.dim()):
+            if not (one.shape[d] == 0 or varies(one, d) or varies(other, d)):
+                one, other = one.narrow(d, 0, 1), other.narrow(d, 0, 1)
+        pairs = np.stack([one.reshape(-1).numpy(), other.reshape(-1).numpy()])
+        for first, second in np.unique(pairs, axis=1).T:
+            self._unite(int(first), int(second))
+
+    def _per_channel(self, labels: torch.Tensor, dim: int) -> np.ndarray:
+        """Reduce labels to one a channel; those that share a channel are tied."""
+        rows = labels.transpose(0, dim)
+        first = rows[(slice(None),) + (slice(0, 1),) * (rows.dim() - 1)]
+        if not torch.equal(first.expand(rows.shape), rows):
+            self._tie(first, rows)
+        return first.reshape(-1).numpy()
+
+    def _root(self, number: int) -> int:
+        if number < 0:
+            return number
+        while self._parents[number] != number:
+            self._parents[number] = self._parents[self._parents[number]]
+            number = self._parents[number]
+        return number
+
+    def _unite(self, one: int, other: int) -> None:
+        if one >= 0 and other >= 0:
+            roots = self._root(one), self._root(other)
+            self._parents[max(roots)] = min(roots)

@@ -1,0 +1,187 @@
+"""What a network costs at given widths, without building it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.dependency import channel_flow
+from nni_topo.network.inputs import Call, call_arguments
+from nni_topo.network.labels import FIXED
+from nni_topo.network.layers import NORMS, TRANSPOSED
+from nni_topo.network.modes import evaluation_mode
+
+IntArray = NDArray[np.int64]
+Kept = Mapping[str, NDArray[np.bool_]]
+"""``{layer name: which of its output channels are kept}``."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-accumulates of one sample and number of parameters."""
+
+    macs: int
+    params: int
+
+
+@dataclass(frozen=True)
+class _LayerCost:
+    entering: IntArray
+    leaving: IntArray
+    groups: int
+    kernel: int
+    positions: int
+    bias: bool
+
+    def products(self, gone: IntArray) -> int:
+        """Products per output position, summed over the output channels that are left."""
+        # A depth-wise convolution loses groups with its channels: each channel keeps one input.
+        depthwise = self.groups == len(self.entering) > 1
+        entering = 1 if depthwise else _left(self.entering, gone) // self.groups
+        return _left(self.leaving, gone) * entering * self.kernel
+
+    def weights(self, gone: IntArray) -> int:
+        """Number of parameters that are left."""
+        return self.products(gone) + self.bias * _left(self.leaving, gone)
+
+
+class NetworkCost:
+    """Count a network's cost from the channels that are kept.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model; it isn't changed.
+    example_inputs : Tensor, tuple, list or mapping of str to Any
+        Inputs of the model; the first dimension is the batch.
+
+    Raises
+    ------
+    SpeedupError
+        If the model can't be traced.
+
+    Notes
+    -----
+    Convolutions and linear layers are counted as the dense model has them, batch norms count as parameters, everything
+    else (attention products, other norms) counts what it does in the whole network. A channel that several layers put
+    out together goes when all of them lose it; one of a layer without an entry stays.
+
+    Examples
+    --------
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 2))
+    >>> cost = NetworkCost(model, torch.ones(1, 4))
+    >>> cost({}), cost({"0": np.array([True, False, False, True, False, False])})
+    (Cost(macs=36, params=44), Cost(macs=12, params=16))
+    """
+
+    def __init__(self, model: torch.nn.Module, example_inputs: Any) -> None:
+        call = call_arguments(example_inputs, model)
+        self._flow = channel_flow(model, call)
+        modules = dict(model.named_modules())
+        positions = _positions(model, call, list(self._flow.layers))
+        self._layers = {
+            name: _layer_cost(self._flow, name, modules[name], positions[name])
+            for name in self._flow.layers
+            if not isinstance(modules[name], torch.nn.Embedding)
+        }
+        self._norms = {
+            name: self._flow.entering_roots(name)
+            for name, module in modules.items()
+            if isinstance(module, NORMS) and module.affine and len(self._flow.entering_roots(name))
+        }
+        nothing = np.zeros(0, dtype=np.int64)
+        counted = sum(cost.weights(nothing) for cost in self._layers.values())
+        counted += 2 * sum(len(roots) for roots in self._norms.values())
+        self._rest = sum(parameter.numel() for parameter in model.parameters()) - counted
+
+    def __call__(self, kept: Kept) -> Cost:
+        """Count the cost with some channels gone.
+
+        Parameters
+        ----------
+        kept : mapping of str to ndarray of bool, shape (channels,)
+            Kept output channels by layer; layers that aren't named keep all.
+
+        Returns
+        -------
+        Cost
+        """
+        gone = self._gone(kept)
+        macs = sum(cost.products(gone) * cost.positions for cost in self._layers.values())
+        params = self._rest + sum(cost.weights(gone) for cost in self._layers.values())
+        return Cost(macs, params + 2 * sum(_left(roots, gone) for roots in self._norms.values()))
+
+    def widths(self, kept: Kept) -> dict[str, tuple[int, int]]:
+        """Count the input and output channels that are left of each layer.
+
+        Parameters
+        ----------
+        kept : mapping of str to ndarray of bool, shape (channels,)
+            As for a call.
+
+        Returns
+        -------
+        dict of str to (int, int)
+            By layer; of a linear layer, features.
+        """
+        gone = self._gone(kept)
+        return {name: (_left(cost.entering, gone), _left(cost.leaving, gone)) for name, cost in self._layers.items()}
+
+    def _gone(self, kept: Kept) -> IntArray:
+        """Return the representatives of the channels that no layer puts out any more."""
+        stays = [np.array([FIXED])]
+        loses = [np.zeros(0, dtype=np.int64)]
+        for name, layer in self._flow.layers.items():
+            roots = self._flow.layer_roots(name)
+            if name in kept:
+                stays.append(roots[kept[name]])
+                loses.append(roots[~kept[name]])
+            elif not layer.depthwise:
+                stays.append(roots)
+        return np.setdiff1d(np.concatenate(loses), np.concatenate(stays))
+
+
+def _layer_cost(flow: ChannelFlow, name: str, module: Any, positions: int) -> _LayerCost:
+    return _LayerCost(
+        entering=flow.entering_roots(name),
+        leaving=flow.layer_roots(name),
+        groups=getattr(module, "groups", 1),
+        kernel=int(np.prod(module.weight.shape[2:])),
+        positions=positions,
+        bias=module.bias is not None,
+    )
+
+
+def _positions(model: torch.nn.Module, call: Call, names: list[str]) -> dict[str, int]:
+    """Count, per layer, the positions at which one sample is computed, over all calls.
+
+    A transposed convolution computes at its input positions, all others at those of their output.
+    """
+    found = dict.fromkeys(names, 0)
+
+    def counter(name: str) -> Any:
+        def count(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            sites = inputs[0] if isinstance(module, TRANSPOSED) else output
+            dim = -1 if isinstance(module, torch.nn.Linear) else 1
+            found[name] += sites[0].numel() // sites.shape[dim]
+
+        return count
+
+    handles = [model.get_submodule(name).register_forward_hook(counter(name)) for name in names]
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            model(*call[0], **call[1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _left(roots: IntArray, gone: IntArray) -> int:
+    return int(np.isin(roots, gone, invert=True).sum())

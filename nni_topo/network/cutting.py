@@ -1,0 +1,120 @@
+"""Cut channels out of a module in place, so that its type, mode, hooks and precision stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nni_topo.errors import SpeedupError
+from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
+
+_BATCH_NORMS = torch.nn.modules.batchnorm._NormBase  # instance norms too
+
+
+def cut(name: str, module: Any, kept_in: list[torch.Tensor], kept_out: list[torch.Tensor]) -> bool:
+    """Keep some input and output channels of a module.
+
+    Parameters
+    ----------
+    name : str
+        The module's name, for messages.
+    module : torch.nn.Module
+        A convolution, linear layer, embedding, norm or PReLU; it is changed.
+    kept_in, kept_out : list of Tensor of int64
+        For each dimension of its input and output, the indices to keep, ascending.
+
+    Returns
+    -------
+    bool
+        False if the module's type isn't one this function can cut.
+
+    Raises
+    ------
+    SpeedupError
+        If nothing of the module would be left or the groups of a convolution would be unequal.
+    """
+    is_last = isinstance(module, (torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm))
+    dim = -1 if is_last else 1
+    ins, outs = kept_in[dim], kept_out[dim]
+    if not len(outs) or not (len(ins) or isinstance(module, torch.nn.Embedding)):
+        raise SpeedupError(f"a layer must keep at least one channel, got none left ({name})")
+    if isinstance(module, CONVOLUTIONS + TRANSPOSED):
+        _cut_convolution(name, module, ins, outs)
+    elif isinstance(module, torch.nn.Linear):
+        _set(module, "weight", module.weight[outs][:, ins])
+        _set(module, "bias", _rows(module.bias, outs))
+        module.in_features, module.out_features = len(ins), len(outs)
+    elif isinstance(module, torch.nn.Embedding):
+        _set(module, "weight", module.weight[:, outs])
+        module.embedding_dim = len(outs)
+    elif isinstance(module, _BATCH_NORMS):
+        _cut_vectors(module, outs)
+        module.num_features = len(outs)
+    elif isinstance(module, torch.nn.GroupNorm):
+        _cut_group_norm(name, module, outs)
+    elif isinstance(module, torch.nn.LayerNorm) and len(module.normalized_shape) == 1:
+        _cut_vectors(module, outs)
+        module.normalized_shape = (len(outs),)
+    elif isinstance(module, torch.nn.PReLU):
+        if module.num_parameters > 1:
+            _cut_vectors(module, outs)
+            module.num_parameters = len(outs)
+    else:
+        return False
+    return True
+
+
+def _rows(tensor: torch.Tensor | None, kept: torch.Tensor) -> torch.Tensor | None:
+    return None if tensor is None else tensor[kept]
+
+
+def _set(module: torch.nn.Module, name: str, value: torch.Tensor | None) -> None:
+    """Replace a parameter or buffer by a smaller one of the same kind."""
+    old = getattr(module, name, None)
+    if value is None or old is None:
+        return
+    if isinstance(old, torch.nn.Parameter):
+        value = torch.nn.Parameter(value.detach().clone(), requires_grad=old.requires_grad)
+    setattr(module, name, value)
+
+
+def _brief(counts: torch.Tensor) -> str:
+    """Write the first few counts."""
+    return ", ".join(map(str, counts[:8].tolist())) + (", ..." if len(counts) > 8 else "")
+
+
+def _cut_vectors(module: torch.nn.Module, kept: torch.Tensor) -> None:
+    """Cut everything that has one number a channel."""
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        _set(module, name, _rows(getattr(module, name, None), kept))
+
+
+def _cut_group_norm(name: str, module: torch.nn.GroupNorm, kept: torch.Tensor) -> None:
+    sizes = torch.bincount(kept // (module.num_channels // module.num_groups), minlength=module.num_groups)
+    sizes = sizes[sizes > 0]
+    if bool((sizes != sizes[0]).any()):
+        raise SpeedupError(f"groups of a norm must keep equally many channels, got {_brief(sizes)} ({name})")
+    _cut_vectors(module, kept)
+    module.num_groups, module.num_channels = len(sizes), len(kept)
+
+
+def _cut_convolution(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
+    """Cut a convolution group by group; groups that lose all their channels go."""
+    in_step, out_step = module.in_channels // module.groups, module.out_channels // module.groups
+    in_groups, out_groups = ins // in_step, outs // out_step
+    left = torch.unique(torch.cat([in_groups, out_groups]))
+    counts = torch.stack([torch.bincount(groups, minlength=module.groups)[left] for groups in (in_groups, out_groups)])
+    if not bool((counts == counts[:, :1]).all()) or not bool(counts.all()):
+        raise SpeedupError(
+            "groups of a convolution must keep equally many channels, got "
+            f"{_brief(counts[0])} in and {_brief(counts[1])} out ({name})"
+        )
+    # The weight holds (out, in / groups, ...), transposed (in, out / groups, ...).
+    rows, columns = (ins, outs % out_step) if isinstance(module, TRANSPOSED) else (outs, ins % in_step)
+    per_row = columns.view(len(left), -1).repeat_interleave(len(rows) // len(left), dim=0)
+    weight = module.weight[rows]
+    index = per_row.view(per_row.shape + (1,) * (weight.dim() - 2)).expand(-1, -1, *weight.shape[2:])
+    _set(module, "weight", weight.gather(1, index.to(weight.device)))
+    _set(module, "bias", _rows(module.bias, outs))
+    module.in_channels, module.out_channels, module.groups = len(ins), len(outs), len(left)

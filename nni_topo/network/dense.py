@@ -1,0 +1,155 @@
+"""From masks to a smaller dense model that computes the same."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+
+from nni_topo.errors import NniTopoError, SpeedupError
+from nni_topo.network.advice import way_forward
+from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.engine import DenseSpeedup
+from nni_topo.network.inputs import Call, call_arguments, cast_floats
+from nni_topo.network.masks import FullMasks, Masks, check_masks, check_model
+from nni_topo.network.reference import apply_masks, check_equal
+from nni_topo.network.report import DenseReport, dense_report
+from nni_topo.network.resolve import Resolved, resolve, warn_of_kept
+from nni_topo.network.tracing import trace
+from nni_topo.network.transformers import fast_paths_off
+from nni_topo.sharing import find_ties, tie_again, untie
+
+
+@fast_paths_off()
+def to_dense(
+    model: torch.nn.Module,
+    example_inputs: Any,
+    masks: Masks,
+    *,
+    round_to: int | None = None,
+    check: bool = True,
+    rtol: float = 1e-4,
+) -> torch.nn.Module:
+    """Build the dense model that computes what the masked model does.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The trained model after ``pruner.unwrap_model()``. It isn't changed.
+    example_inputs : Tensor, tuple, list or mapping of str to Any
+        Inputs of the model: one tensor, positional or keyword arguments; the first dimension is the batch.
+    masks : mapping of str to mapping of str to Tensor or None
+        NNI's masks, ``{module: {parameter: mask}}``, of any pruner. They aren't changed.
+    round_to : int, optional
+        If given, every pruned layer keeps a multiple of this many channels, or all of them.
+        Those with the largest weights (L1 norm over all tied layers) come back.
+    check : bool, default=True
+        Compare the dense model with the masked one, in evaluation mode.
+    rtol : float, default=1e-4
+        The largest difference allowed, relative to the largest absolute value of the masked model's output.
+
+    Returns
+    -------
+    torch.nn.Module
+        A new model of the same class with fewer channels, in the mode of ``model``, module by module. Layers that
+        share a weight or buffer still do where the same of it is kept. Its ``report`` is a `DenseReport` of the
+        channels of every layer before and after, and why some stay although they are masked; a model with a
+        ``report`` of its own keeps that.
+
+    Raises
+    ------
+    ConfigError
+        If masks, inputs or ``round_to`` can't be used.
+    DataError
+        If the model holds NaN or infinite values.
+    SpeedupError
+        If the model is still wrapped, a layer would be emptied, the output's shape would change, or
+        the dense model doesn't compute what the masked one does.
+
+    See Also
+    --------
+    dependency_groups : Makes pruners choose the same channels where layers meet.
+    masked_model : The masked model of the comparison.
+
+    Notes
+    -----
+    A channel goes as a whole: with its bias, its batch norm and the depth-wise convolution after it. This
+    is why the result may differ from NNI's wrapped model, in which the batch norm's bias survives.
+
+    Where masks of layers that share channels differ, all channels that any of them keeps are kept, with the
+    weights of ``model``; a layer without a mask keeps all. So do recurrent layers, attention and other modules that
+    can't be cut, and what enters them. One warning names the layers that keep channels, and why.
+
+    Single masked weights in channels that are kept stay as zeros.
+
+    Where a removed channel isn't zero in the masked model, the two can't be equal: behind an activation
+    that isn't zero at zero (sigmoid, softplus), or in a group or layer norm, which takes its statistics
+    over removed channels too. The error says which layers to leave out, or whose bias can take a constant over;
+    ``check=False`` gives the dense model all the same, without the constants, to be fine-tuned.
+
+    Cost: about one forward and one backward pass of every node on a batch of five.
+    """
+    check_model(model)
+    call = call_arguments(example_inputs, model)
+    full = check_masks(model, masks)
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    # NNI's speedup works by gradients, which the caller may have switched off.
+    with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.enable_grad():
+        torch.manual_seed(0)
+        dense, reference, kept, resolved = _build(model, call, full, round_to)
+        if check:
+            check_equal(reference, dense, call, kept, rtol, advise=partial(way_forward, reference, call, kept))
+    _report(model, dense, full, resolved)
+    return dense
+
+
+def _report(model: torch.nn.Module, dense: torch.nn.Module, masks: FullMasks, resolved: Resolved) -> None:
+    """Give a dense model its report, and warn of channels that it keeps for another reason than rounding."""
+    report = dense_report(model, dense, masks, resolved.reasons)
+    others = {row.name: f"{row.kept} of {row.before} ({row.reason})" for row in report.kept}
+    silent = {name for name, reason in resolved.reasons.items() if reason and name not in resolved.kept}
+    warn_of_kept({name: resolved.kept.get(name, text) for name, text in others.items() if name not in silent})
+    if isinstance(getattr(dense, "report", report), DenseReport):
+        dense.report = report  # type: ignore[assignment]
+
+
+def _build(
+    model: torch.nn.Module, call: Call, masks: FullMasks, round_to: int | None
+) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, list[torch.Tensor]], Resolved]:
+    """Make the dense model, its reference, the list of what is kept of each module's output, and the masks used."""
+    original = copy.deepcopy(model).eval()
+    graph_module, args = trace(original, call)
+    resolved = resolve(original, ChannelFlow(graph_module, args), masks, round_to)
+    reference = apply_masks(original, call, resolved.masks)
+    dense = copy.deepcopy(reference)
+    # NNI's speedup writes random values into single layers, so each needs tensors of its own.
+    untie(dense, find_ties(dense))
+    kept = _shrink(dense, call, resolved.masks)
+    tie_again(dense, find_ties(original))
+    for name, module in model.named_modules():
+        dense.get_submodule(name).training = module.training
+    return dense, reference, kept, resolved
+
+
+def _shrink(dense: torch.nn.Module, call: Call, masks: FullMasks) -> dict[str, list[torch.Tensor]]:
+    """Run ModelSpeedup on a model in place, in single precision where it is less: NNI knows no bfloat16."""
+    tensors = [*dense.named_parameters(), *dense.named_buffers()]
+    dtypes = {name: tensor.dtype for name, tensor in tensors}
+    if {torch.bfloat16, torch.float16} & set(dtypes.values()):
+        dense, call = dense.float(), cast_floats(call, torch.float32)
+    graph_module, args = trace(dense, call)
+    speedup = DenseSpeedup(dense, graph_module, args, masks)
+    try:
+        speedup.speedup_model()
+    except NniTopoError:
+        raise
+    except Exception as error:
+        raise SpeedupError(
+            "masks must be such that NNI's ModelSpeedup can follow them, "
+            f"got {type(error).__name__}: {error} ({type(dense).__name__})"
+        ) from error
+    for name, tensor in [*dense.named_parameters(), *dense.named_buffers()]:
+        tensor.data = tensor.data.to(dtypes[name])
+    return speedup.kept

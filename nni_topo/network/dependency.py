@@ -1,0 +1,217 @@
+"""Dependency groups: layers that have to be pruned at the same channels."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from nni_topo.errors import ConfigError
+from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.inputs import Call, call_arguments
+from nni_topo.network.labels import FIXED
+from nni_topo.network.layers import check_names
+from nni_topo.network.modes import detached_copy
+from nni_topo.network.tracing import trace
+
+_logger = logging.getLogger(__name__)
+
+
+def dependency_groups(
+    model: torch.nn.Module, example_inputs: Any, config_list: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Write a config_list that names every layer and the group it has to be pruned with.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model, not wrapped by a pruner. It isn't changed.
+    example_inputs : Tensor, tuple, list or mapping of str to Any
+        Inputs of the model: one tensor, positional or keyword arguments.
+    config_list : list of dict
+        NNI's pruning config_list. It isn't changed.
+
+    Returns
+    -------
+    list of dict
+        One entry for each layer an entry of ``config_list`` selects: the entries in their order, within one
+        the layers in network order. Layers that meet, in a residual addition say, get a common
+        ``dependency_group_id`` ("group_0", "group_1", ... in network order), which replaces the old one.
+        Layers before or at a grouped convolution or a group norm get ``internal_metric_block``, the
+        number of blocks that have to lose the same number of channels, and a group id that makes NNI's
+        pruners heed it.
+
+    Raises
+    ------
+    ConfigError
+        If an entry names a layer that isn't there or selects none at all, or the inputs don't fit the model.
+    SpeedupError
+        If the model can't be traced.
+
+    Notes
+    -----
+    Where a selected layer is tied to one that isn't selected (or to the network's input), its channels
+    can't be removed: ``to_dense`` keeps them, as NNI does. It's no error; a warning names both.
+    A depth-wise convolution that isn't selected ties nothing: it follows the layer before it. One that
+    follows several layers at once, over a concatenation, follows them channel by channel; its entry is left
+    out, since NNI can't state such a group.
+
+    Of transposed convolutions the package's pruners prune output channels, NNI's own only under
+    ``nni_topo.enable_strict()``: else they prune the input channels, and fail in a group.
+
+    Examples
+    --------
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(4, 4, 3, groups=4))
+    >>> config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+    >>> [entry["dependency_group_id"] for entry in dependency_groups(model, torch.ones(1, 1, 8, 8), config)]
+    ['group_0', 'group_0']
+    """
+    from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
+
+    check_names(model, config_list)
+    call = call_arguments(example_inputs, model)
+    flow = channel_flow(model, call)
+    order = _network_order(model, flow)
+    groups = layer_groups(flow)
+    selections = []
+    for config in trans_legacy_config_list(copy.deepcopy(config_list)):
+        modules, public, _ = select_modules_by_config(model, config)
+        if not modules:
+            raise ConfigError(f"every entry of a config_list must select a layer, got none for {config}")
+        selections.append((sorted(modules, key=order.__getitem__), public))
+    selected = {name for names, _ in selections for name in names}
+    _warn(flow, groups, selected)
+    extra = _settings(flow)
+    followers = _followers(flow)
+    return [
+        {"op_names": [name], **copy.deepcopy(public), **extra.get(name, {})}
+        for names, public in selections
+        for name in names
+        if name not in followers
+    ]
+
+
+def channel_flow(model: torch.nn.Module, call: Call) -> ChannelFlow:
+    """Follow the channels of a copy of a model.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model; it isn't changed.
+    call : tuple of (tuple, dict)
+        Positional and keyword arguments.
+
+    Returns
+    -------
+    ChannelFlow
+        The ties between its channels.
+    """
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        graph_module, args = trace(detached_copy(model).eval(), call)
+        return ChannelFlow(graph_module, args)
+
+
+def layer_groups(flow: ChannelFlow) -> list[list[str]]:
+    """Group the layers of which at least one channel is tied.
+
+    Parameters
+    ----------
+    flow : ChannelFlow
+        The ties.
+
+    Returns
+    -------
+    list of list of str
+        Names of layers, in network order; a layer without ties is a group of its own.
+    """
+    groups: list[tuple[set[int], list[str]]] = []
+    for name in flow.layers:
+        roots, names = set(flow.layer_roots(name).tolist()) - {FIXED}, [name]
+        for group in [group for group in groups if group[0] & roots]:
+            groups.remove(group)
+            roots, names = roots | group[0], group[1] + names
+        groups.append((roots, names))
+    order = list(flow.layers)
+    sorted_groups = [sorted(names, key=order.index) for _, names in groups]
+    return sorted(sorted_groups, key=lambda names: order.index(names[0]))
+
+
+def _network_order(model: torch.nn.Module, flow: ChannelFlow) -> dict[str, int]:
+    """Rank module names by their first call, those that are never called behind."""
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    return {name: rank for rank, name in enumerate(dict.fromkeys([*flow.layers, *names]))}
+
+
+def _settings(flow: ChannelFlow) -> dict[str, dict[str, Any]]:
+    """Make the keys that dependency groups add to the entries of their layers.
+
+    NNI can state only groups whose layers are tied channel i to channel i.
+    """
+    blocks = _blocks(flow)
+    stated: dict[tuple[int, ...], list[str]] = {}
+    for name in flow.layers:
+        roots = tuple(flow.layer_roots(name).tolist())
+        if set(roots) != {FIXED}:
+            stated.setdefault(roots, []).append(name)
+    needed = [names for names in stated.values() if len(names) > 1 or blocks.get(names[0], 1) > 1]
+    settings: dict[str, dict[str, Any]] = {}
+    for rank, names in enumerate(needed):
+        for name in names:
+            settings[name] = {"dependency_group_id": f"group_{rank}"}
+            if blocks.get(name, 1) > 1:
+                settings[name]["internal_metric_block"] = blocks[name]
+    return settings
+
+
+def _followers(flow: ChannelFlow) -> set[str]:
+    """Find depth-wise convolutions whose channels come from several layers or in another order."""
+    owners = {name: flow.layer_roots(name) for name, layer in flow.layers.items() if not layer.depthwise}
+    return {
+        name
+        for name, layer in flow.layers.items()
+        if layer.depthwise
+        and not any(np.array_equal(flow.layer_roots(name), roots) for roots in owners.values())
+        and bool(set(flow.layer_roots(name).tolist()) & {r for roots in owners.values() for r in roots.tolist()})
+    }
+
+
+def _blocks(flow: ChannelFlow) -> dict[str, int]:
+    """Count, for each layer, the blocks that have to lose the same number of channels."""
+    counts: dict[str, int] = {}
+    for name in flow.layers:
+        roots = flow.layer_roots(name)
+        for side in (side for blocks in flow.blocks for side in blocks.sides):
+            if np.array_equal(flow.roots(np.concatenate(side)), roots):
+                counts[name] = math.lcm(counts.get(name, 1), len(side))
+    return counts
+
+
+def _warn(flow: ChannelFlow, groups: list[list[str]], selected: set[str]) -> None:
+    """Name the selected layers that can't be pruned, and those that give the output."""
+    for names in groups:
+        inside = [name for name in names if name in selected]
+        outside = [name for name in names if name not in selected and not flow.layers[name].depthwise]
+        if inside and outside:
+            _logger.warning(
+                "layers that share channels must be selected together, got %s without %s: "
+                "the channels they share stay",
+                ", ".join(inside), ", ".join(outside),
+            )  # fmt: skip
+    fixed = [name for name in flow.layers if name in selected and FIXED in flow.layer_roots(name)]
+    if fixed:
+        _logger.warning(
+            "channels that meet the network's input or a constant can't be removed: those of %s stay",
+            ", ".join(fixed),
+        )
+    heads = [name for name in flow.layers if name in selected and _is_head(flow, name)]
+    if heads:
+        _logger.warning("the layer that gives the model's output should be excluded, got %s", ", ".join(heads))
+
+
+def _is_head(flow: ChannelFlow, name: str) -> bool:
+    return bool(np.isin(flow.layer_roots(name), flow.at_output).any())

@@ -1,0 +1,304 @@
+"""Example inputs and model outputs, whatever container they come in."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from nni_topo.errors import ConfigError, DataError, NniTopoError
+from nni_topo.network.modes import device_of, evaluation_mode
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def call_arguments(example_inputs: Any, model: torch.nn.Module | None = None) -> Call:
+    """Split example inputs into the positional and keyword arguments of ``model.forward``.
+
+    Parameters
+    ----------
+    example_inputs : Tensor, tuple, list or mapping of str to Any
+        One tensor, the positional arguments, or the keyword arguments. The first dimension of each
+        tensor is the batch.
+    model : torch.nn.Module, optional
+        If given, tensors are moved to its device.
+
+    Returns
+    -------
+    args : tuple
+        Positional arguments.
+    kwargs : dict
+        Keyword arguments.
+
+    Raises
+    ------
+    ConfigError
+        If there is no tensor to be found in them.
+    """
+    if isinstance(example_inputs, Mapping):
+        call: Call = ((), dict(example_inputs))
+    elif isinstance(example_inputs, (tuple, list)):
+        call = (tuple(example_inputs), {})
+    else:
+        call = ((example_inputs,), {})
+    if not tensors_of(call):
+        raise ConfigError(
+            "example_inputs must be a tensor, a tuple of arguments or a dict of keyword arguments "
+            f"with a tensor in it, got {type(example_inputs).__name__}"
+        )
+    return call if model is None else on_device(call, device_of(model))
+
+
+def on_device(tree: Any, device: torch.device) -> Any:
+    """Move the tensors of nested containers to a device."""
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+
+def bind_arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:
+    """Name the arguments of a call as ``model.forward`` does, in the order of its signature.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model to be called.
+    call : tuple of (tuple, dict)
+        Positional and keyword arguments.
+
+    Returns
+    -------
+    dict of str to Any
+        The arguments that are given, without the defaults.
+
+    Raises
+    ------
+    ConfigError
+        If ``model.forward`` doesn't take these arguments.
+    """
+    try:
+        bound = inspect.signature(model.forward).bind(*call[0], **call[1])
+    except TypeError as error:
+        raise ConfigError(f"example_inputs must fit {type(model).__name__}.forward: {error}") from error
+    return dict(bound.arguments)
+
+
+def tensors_of(tree: Any) -> list[torch.Tensor]:
+    """List the tensors of nested containers in a fixed order.
+
+    Parameters
+    ----------
+    tree : Any
+        Nested tuples, lists and dicts.
+
+    Returns
+    -------
+    list of Tensor
+        The tensors, any shapes.
+    """
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def random_like(call: Call, generator: torch.Generator, *, positive: bool = False) -> Call:
+    """Draw a call whose tensors have the shapes and types of another's.
+
+    Parameters
+    ----------
+    call : tuple of (tuple, dict)
+        The call to imitate.
+    generator : torch.Generator
+        A generator on the CPU.
+    positive : bool, default=False
+        Draw uniformly from [0.5, 1.5] instead of from a standard normal distribution.
+
+    Returns
+    -------
+    tuple of (tuple, dict)
+        Floating tensors are drawn; integers and booleans stay as they are, since they may be indices.
+    """
+
+    def draw(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if not leaf.is_floating_point():
+            return leaf.clone()
+        if positive:
+            values = torch.rand(leaf.shape, generator=generator) + 0.5
+        else:
+            values = torch.randn(leaf.shape, generator=generator)
+        return values.to(dtype=leaf.dtype, device=leaf.device)
+
+    drawn: Call = tree_map(draw, call)
+    return drawn
+
+
+def cast_floats(call: Call, dtype: torch.dtype) -> Call:
+    """Cast the floating tensors of a call.
+
+    Parameters
+    ----------
+    call : tuple of (tuple, dict)
+        Positional and keyword arguments.
+    dtype : torch.dtype
+        The floating type wanted.
+
+    Returns
+    -------
+    tuple of (tuple, dict)
+        The same call with floating tensors of this type.
+    """
+
+    def cast(leaf: Any) -> Any:
+        is_float = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+        return leaf.to(dtype) if is_float else leaf
+
+    casted: Call = tree_map(cast, call)
+    return casted
+
+
+def checked_calibration(calibration: Iterable[Any] | None) -> Iterable[Any] | None:
+    """Return a knob's calibration data, if there are any, so that they can be read more than once."""
+    return None if calibration is None else repeatable(calibration)
+
+
+def repeatable(calibration: Iterable[Any]) -> Iterable[Any]:
+    """Return calibration data that can be read more than once.
+
+    Parameters
+    ----------
+    calibration : iterable
+        Batches. What can be read only once, as a generator, is put into a list.
+
+    Raises
+    ------
+    ConfigError
+        If it isn't an iterable of batches: a tensor, an array, a mapping and a text aren't.
+    """
+    if isinstance(calibration, (Tensor, np.ndarray)):
+        kind = "tensor" if isinstance(calibration, Tensor) else "array"
+        raise ConfigError(
+            f"calibration must be an iterable of batches, e.g. a list of tensors, got one {kind} of shape "
+            f"{tuple(calibration.shape)} (calibration)"
+        )
+    if isinstance(calibration, (str, bytes, Mapping)) or not isinstance(calibration, Iterable):
+        raise ConfigError(f"calibration must be an iterable of batches, got {type(calibration).__name__} (calibration)")
+    return list(calibration) if isinstance(calibration, Iterator) else calibration
+
+
+def calls(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Call]:
+    """Yield the arguments that calibration batches stand for, on a model's device.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Says which device.
+    calibration : iterable
+        Batches. Each is an input, or a tuple or list whose first entry is the input, e.g. ``(images, labels)``. An
+        input is a tensor; or a mapping, of keyword arguments; or, within such a batch, a tuple of positional ones.
+
+    Yields
+    ------
+    tuple of (tuple, dict)
+        Positional and keyword arguments.
+
+    Raises
+    ------
+    ConfigError
+        If there is no tensor in an input.
+    DataError
+        If a batch is empty; or there is no batch, after the last one would have come.
+    """
+    count = 0
+    for count, batch in enumerate(calibration, start=1):
+        if isinstance(batch, (tuple, list)) and not batch:
+            raise DataError(f"a calibration batch must hold an input, got an empty one (batch {count - 1})")
+        inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+        if not tensors_of(inputs):
+            raise ConfigError(
+                "the input of a calibration batch must be a tensor, or a tuple or mapping with a tensor in it, got "
+                f"{type(inputs).__name__} (batch {count - 1})"
+            )
+        yield call_arguments(inputs, model)
+    if count == 0:
+        raise DataError("calibration must hold at least one batch, got none (was a generator used twice?)")
+
+
+def first_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
+    """Return the arguments that the first batch stands for, tried out.
+
+    Raises
+    ------
+    ConfigError, DataError
+        As :func:`calls` and :func:`check_fits` do.
+    """
+    call = next(calls(model, calibration))
+    check_fits(model, call)
+    return call
+
+
+def structure_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
+    """Return the arguments to follow a model's channels with: the first batch's, tried out, of two samples.
+
+    All samples where the model takes no other number, or no fewer. To follow channels takes time and memory by sample.
+
+    Raises
+    ------
+    ConfigError, DataError
+        As :func:`first_call` does.
+    """
+    call = first_call(model, calibration)
+    size = batch_size(call)
+    few: Call = tree_map(
+        lambda leaf: leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size else leaf, call
+    )
+    try:
+        check_fits(model, few)
+    except DataError:
+        return call
+    return few
+
+
+def check_fits(model: nn.Module, call: Call) -> None:
+    """Run a model on the first batch, in evaluation mode.
+
+    Raises
+    ------
+    DataError
+        If the model can't take it.
+    """
+    with fitting(0), evaluation_mode(model), torch.no_grad():
+        model(*call[0], **call[1])
+
+
+@contextmanager
+def fitting(batch: int) -> Iterator[None]:
+    """Say of which calibration batch an error comes that a model raises in the block.
+
+    Parameters
+    ----------
+    batch : int
+        Its number, from 0.
+
+    Raises
+    ------
+    DataError
+        If the model can't take it.
+    """
+    try:
+        yield
+    except (NniTopoError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(
+            f"calibration must fit the model, got {type(error).__name__}: {reason} (batch {batch})"
+        ) from error
+
+
+def batch_size(call: Call) -> int:
+    """Return the number of samples in a call, the length of its first tensor."""
+    return len(tensors_of(call)[0])

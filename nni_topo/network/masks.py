@@ -1,0 +1,130 @@
+"""Masks: checked, completed, and reconciled where layers share channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from nni_topo.errors import ConfigError, DataError, SpeedupError, unknown_name
+from nni_topo.network.layers import kept_channels
+
+Masks = Mapping[str, Mapping[str, torch.Tensor | None]]
+FullMasks = dict[str, dict[str, torch.Tensor]]
+
+
+def check_unwrapped(model: torch.nn.Module) -> None:
+    """Refuse a model that is still wrapped by NNI.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model.
+
+    Raises
+    ------
+    SpeedupError
+        If a module still has NNI's wrapper.
+    """
+    for name, _ in model.named_modules():
+        if name.endswith("_nni_wrapper"):
+            raise SpeedupError(
+                "a model must be unwrapped before it is made dense or saved, call pruner.unwrap_model() first; "
+                f"got a model still wrapped by NNI ({name.removesuffix('._nni_wrapper')})"
+            )
+
+
+def check_model(model: torch.nn.Module) -> None:
+    """Refuse a model that is still wrapped by NNI or holds values that aren't finite.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model.
+
+    Raises
+    ------
+    SpeedupError
+        If a module still has NNI's wrapper.
+    DataError
+        If a parameter or buffer has NaN or infinite values.
+    """
+    check_unwrapped(model)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise DataError(f"parameters and buffers must be finite, got NaN or infinite values ({name})")
+
+
+def check_masks(model: torch.nn.Module, masks: Masks) -> FullMasks:
+    """Check masks and expand them to the shapes of their parameters.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model the masks belong to.
+    masks : mapping of str to mapping of str to Tensor or None
+        NNI's masks, ``{module: {parameter: mask}}``; a mask of ones and zeros has the parameter's shape or
+        one that broadcasts to it, e.g. (O, 1, 1, 1); None masks nothing.
+
+    Returns
+    -------
+    dict of str to dict of str to Tensor
+        New masks of the parameters' shapes, types and devices. A layer's bias is masked wherever all its weights
+        of an output channel are: the channel goes as a whole. A module with several names appears under
+        its first.
+
+    Raises
+    ------
+    ConfigError
+        If a module or parameter is unknown, a shape doesn't fit, a value isn't 0 or 1, or the two
+        names of one module have different masks.
+    SpeedupError
+        If a mask leaves nothing of a layer.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    first_names = {id(module): name for name, module in model.named_modules()}
+    full: FullMasks = {}
+    for name, targets in masks.items():
+        if name not in modules:
+            raise unknown_name("the module of a mask", name, modules)
+        checked = {
+            target: _check_mask(modules[name], target, mask, f"{name}.{target}")
+            for target, mask in targets.items()
+            if mask is not None
+        }
+        _complete(modules[name], checked)
+        own = full.setdefault(first_names[id(modules[name])], checked)
+        if any(not torch.equal(own.get(target, mask), mask) for target, mask in checked.items()):
+            raise ConfigError(f"a module with two names must have one mask, got two that differ ({name})")
+    return {name: targets for name, targets in full.items() if targets}
+
+
+def _check_mask(module: torch.nn.Module, target: str, mask: torch.Tensor, place: str) -> torch.Tensor:
+    """Check one mask and expand it."""
+    parameter = dict(module.named_parameters(recurse=False)).get(target)
+    if parameter is None:
+        names = ", ".join(name for name, _ in module.named_parameters(recurse=False)) or "none"
+        raise ConfigError(f"a mask's target must be a parameter of its module ({names}), got {target!r} ({place})")
+    if not isinstance(mask, torch.Tensor):
+        raise ConfigError(f"a mask must be a tensor, got {type(mask).__name__} ({place})")
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ConfigError(f"a mask must hold zeros and ones, got other values or NaN ({place})")
+    try:
+        full = mask.detach().to(dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"a mask must have its parameter's shape {tuple(parameter.shape)} or broadcast to it, "
+            f"got {tuple(mask.shape)} ({place})"
+        ) from error
+    if target == "weight" and not bool(full.any()):
+        raise SpeedupError(f"a mask must leave at least one channel of a layer, got only zeros ({place})")
+    return full.clone()
+
+
+def _complete(module: torch.nn.Module, targets: dict[str, torch.Tensor]) -> None:
+    """Mask the bias of every output channel of which all weights are masked."""
+    kept = kept_channels(module, targets)
+    bias = getattr(module, "bias", None)
+    if kept is not None and isinstance(bias, torch.Tensor):
+        mask = targets.get("bias", torch.ones_like(bias).detach())
+        targets["bias"] = mask * kept.to(mask.dtype)

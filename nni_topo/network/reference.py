@@ -1,0 +1,331 @@
+"""The masked model that a dense model has to equal.
+
+NNI's masked model multiplies weights by masks and no more: after a batch norm a removed channel is its
+bias, no longer zero, and what follows sees it. In the dense model the channel isn't there. So
+here everything that works on single channels goes with the channel it works on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from nni_topo.errors import SpeedupError
+from nni_topo.network.inputs import Call, call_arguments, cast_floats, random_like, tensors_of
+from nni_topo.network.layers import is_depthwise
+from nni_topo.network.masks import FullMasks, Masks, check_masks, check_model
+from nni_topo.network.transformers import fast_paths_off
+from nni_topo.sharing import find_ties, tie_again, untie
+
+NORMS = (
+    torch.nn.modules.batchnorm._NormBase,
+    torch.nn.GroupNorm,
+    torch.nn.LayerNorm,
+)
+
+
+def masked_model(model: torch.nn.Module, example_inputs: Any, masks: Masks) -> torch.nn.Module:
+    """Copy a model with its masked channels at zero, through batch norms too.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model, not wrapped by a pruner. It isn't changed.
+    example_inputs : Tensor, tuple, list or mapping of str to Any
+        Inputs of the model: one tensor, positional or keyword arguments.
+    masks : mapping of str to mapping of str to Tensor or None
+        NNI's masks, ``{module: {parameter: mask}}``.
+
+    Returns
+    -------
+    torch.nn.Module
+        A copy in which weights and biases are multiplied by their masks; the bias of a channel
+        without weights is zero; weight and bias of a batch norm are zero for channels that arrive at it as
+        zeros whatever the input, and so is the bias of a depth-wise convolution. Nothing else differs. What
+        layers share, they share in the copy too unless their masks differ.
+
+    Raises
+    ------
+    ConfigError
+        If masks don't fit the model.
+    SpeedupError
+        If the model is still wrapped or a layer would be empty.
+    DataError
+        If the model holds NaN or infinite values.
+
+    Notes
+    -----
+    The channels that arrive as zeros are found by a forward pass in which all parameters and inputs are
+    positive and norms pass on what they get: there nothing cancels and no ReLU dies, so that a zero is a
+    zero of the structure. It holds through concatenations, additions and shared modules alike.
+
+    A group or layer norm takes its statistics over removed channels too; with one of these
+    the dense model differs from this one.
+    """
+    check_model(model)
+    call = call_arguments(example_inputs, model)
+    return apply_masks(model, call, check_masks(model, masks))
+
+
+@fast_paths_off()
+def apply_masks(model: torch.nn.Module, call: Call, masks: FullMasks) -> torch.nn.Module:
+    """Do the work of `masked_model` on checked arguments.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model; it isn't changed.
+    call : tuple of (tuple, dict)
+        Positional and keyword arguments.
+    masks : dict of str to dict of str to Tensor
+        Checked masks of the parameters' shapes.
+
+    Returns
+    -------
+    torch.nn.Module
+        The copy.
+    """
+    reference = copy.deepcopy(model)
+    ties = find_ties(reference)
+    untie(reference, ties)
+    dead = _dead_inputs(reference, call, masks)
+    with torch.no_grad():
+        for name, targets in masks.items():
+            for target, mask in targets.items():
+                reference.get_submodule(name).get_parameter(target).mul_(mask)
+        for name, channels in dead.items():
+            _silence(reference.get_submodule(name), channels)
+    tie_again(reference, ties)
+    return reference
+
+
+def _silence(module: torch.nn.Module, channels: torch.Tensor) -> None:
+    """Zero what a per-channel module makes of dead channels."""
+    targets = ("bias",) if is_depthwise(module) else ("weight", "bias")
+    for target in targets:
+        parameter = getattr(module, target, None)
+        if isinstance(parameter, torch.Tensor):
+            repeats = parameter.shape[0] // len(channels)
+            parameter[channels.to(parameter.device).repeat_interleave(repeats)] = 0
+
+
+def _dead_inputs(model: torch.nn.Module, call: Call, masks: FullMasks) -> dict[str, torch.Tensor]:
+    """Find the channels that arrive as zeros at norms and depth-wise convolutions.
+
+    Returns
+    -------
+    dict of str to Tensor of bool, shape (channels,)
+        True for channels that are zero in every call of the module; modules with none are left out.
+    """
+    probe = copy.deepcopy(model).float().eval()
+    generator = torch.Generator().manual_seed(0)
+    positive = cast_floats(random_like(call, generator, positive=True), torch.float32)
+    _make_positive(probe, masks, generator)
+    watches = {
+        name: _Watch(module)
+        for name, module in probe.named_modules()
+        if is_depthwise(module) or isinstance(module, NORMS)
+    }
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    unstable = True
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        while unstable:
+            probe(*positive[0], **positive[1])
+            unsettled = [watch.settle() for watch in watches.values()]
+            unstable = any(unsettled)
+    dead = {name: watch.dead for name, watch in watches.items() if watch.dead is not None}
+    return {name: channels for name, channels in dead.items() if bool(channels.any())}
+
+
+def _make_positive(probe: torch.nn.Module, masks: FullMasks, generator: torch.Generator) -> None:
+    """Draw all parameters positive, scaled so that activations neither grow nor shrink, and mask them."""
+    with torch.no_grad():
+        for parameter in probe.parameters():
+            if not parameter.is_floating_point():
+                continue
+            values = torch.rand(parameter.shape, generator=generator) + 0.5
+            fan = parameter[0].numel() if parameter.dim() > 1 else 1
+            parameter.copy_(values / max(fan, 1))
+        for name, targets in masks.items():
+            for target, mask in targets.items():
+                probe.get_submodule(name).get_parameter(target).mul_(mask)
+        for module in probe.modules():
+            if is_depthwise(module) and module.bias is not None:
+                module.bias.zero_()  # type: ignore[operator]
+
+
+class _Watch:
+    """Watch one per-channel module of the probe over all of its calls.
+
+    A norm passes on what it gets. A channel that is zero in one call and not in another can't be
+    silenced in the parameters, so from the next round on its bias counts as positive.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        A norm or a depth-wise convolution of the probe.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.dead: torch.Tensor | None = None
+        self._calls: list[torch.Tensor] = []
+        self._alive: torch.Tensor | None = None
+        self._is_norm = not is_depthwise(module)
+        self._dim = -1 if isinstance(module, torch.nn.LayerNorm) else 1
+        self._handle: RemovableHandle = module.register_forward_hook(self._look)
+
+    def settle(self) -> bool:
+        """Combine the calls of a round; True if another round is needed."""
+        if not self._calls:
+            return False
+        calls, self._calls = torch.stack(self._calls), []
+        self.dead = calls.all(0)
+        mixed = calls.any(0) & ~self.dead
+        known = self._alive if self._alive is not None else torch.zeros_like(mixed)
+        self._alive = known | mixed
+        return bool((mixed & ~known).any())
+
+    def _look(self, module: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        rows = inputs[0].transpose(0, self._dim).flatten(1)
+        self._calls.append(rows.eq(0).all(1))
+        passed = inputs[0].clone() if self._is_norm else output
+        if self._alive is None:
+            return passed
+        view = [1] * passed.dim()
+        view[self._dim] = -1
+        alive = self._alive.to(passed).repeat_interleave(passed.shape[self._dim] // len(self._alive))
+        return passed + alive.view(view)
+
+
+Kept = dict[str, list[torch.Tensor]]
+Place = tuple[str | None, str]
+
+
+def check_equal(
+    reference: torch.nn.Module,
+    dense: torch.nn.Module,
+    call: Call,
+    kept: Kept,
+    rtol: float,
+    *,
+    advise: Callable[[str | None], str] | None = None,
+) -> None:
+    """Raise unless two models give the same outputs on random inputs, in evaluation mode.
+
+    Parameters
+    ----------
+    reference : torch.nn.Module
+        The masked model.
+    dense : torch.nn.Module
+        The dense model. Both are copied, not changed.
+    call : tuple of (tuple, dict)
+        Inputs whose shapes and types the random ones have.
+    kept : dict of str to list of Tensor
+        For each module, the indices kept of each dimension of its output.
+    rtol : float
+        The largest difference allowed, relative to the reference's largest absolute output.
+    advise : callable or None, default=None
+        Says what to do about a difference, given the first module that differs, None behind the last one.
+
+    Raises
+    ------
+    SpeedupError
+        With the measured difference and the first layer that differs.
+
+    Notes
+    -----
+    Computed in double precision, where two models that are equal differ by 1e-12 and less however deep
+    they are; in the model's own precision if it can't run in double.
+    """
+    drawn = random_like(call, torch.Generator().manual_seed(1))
+    pair = (reference, dense)
+    try:
+        expected, actual, place = _run(pair, cast_floats(drawn, torch.float64), kept, rtol, double=True)
+    except (RuntimeError, TypeError):
+        try:
+            expected, actual, place = _run(pair, drawn, kept, rtol, double=False)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise SpeedupError(
+                "a dense model must run on inputs of the example's shape: a fixed size in its forward may not "
+                f"fit the pruned channels, got {type(error).__name__}: {error}"
+            ) from error
+    _compare(expected, actual, place, rtol, advise)
+
+
+def _run(
+    pair: tuple[torch.nn.Module, torch.nn.Module], call: Call, kept: Kept, rtol: float, *, double: bool
+) -> tuple[list[torch.Tensor], list[torch.Tensor], Place]:
+    """Run copies of both models; also name the first module whose outputs differ."""
+    records: list[dict[str, torch.Tensor]] = [{}, {}]
+    outputs = []
+    with torch.no_grad():
+        for model, record in zip(pair, records, strict=True):
+            runner = copy.deepcopy(model).eval()
+            runner = runner.double() if double else runner
+            for name in kept:
+                runner.get_submodule(name).register_forward_hook(_recorder(name, record))
+            outputs.append(tensors_of(runner(*call[0], **call[1])))
+    return outputs[0], outputs[1], _first_difference(records[0], records[1], kept, rtol)
+
+
+def _recorder(name: str, record: dict[str, torch.Tensor]) -> Callable[[Any, Any, Any], None]:
+    """Make a hook that records the output of a module's first call."""
+
+    def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and name not in record:
+            record[name] = output.detach().clone()
+
+    return hook
+
+
+def _first_difference(
+    expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor], kept: Kept, rtol: float
+) -> Place:
+    for name, full in expected.items():
+        for d, indices in enumerate(kept[name][1:], start=1):
+            if len(indices) < full.shape[d]:
+                full = full.index_select(d, indices.to(full.device))
+        small = actual.get(name)
+        if small is None or small.shape != full.shape:
+            return name, f"from {name} on, whose output has another shape than expected"
+        if _difference(full, small) > rtol:
+            return name, f"from {name} on"
+    return None, "behind the last layer"
+
+
+def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """Measure the largest difference relative to the largest absolute value; NaN against a number is infinite."""
+    if expected.numel() == 0:
+        return 0.0
+    expected, actual = expected.double(), actual.double()
+    alike = (expected == actual) | (expected.isnan() & actual.isnan())
+    gaps = (expected - actual).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).masked_fill(alike, 0)
+    scale = float(expected[expected.isfinite()].abs().amax()) if bool(expected.isfinite().any()) else 0.0
+    largest = float(gaps.max())
+    return largest / scale if scale else largest
+
+
+def _compare(
+    expected: list[torch.Tensor],
+    actual: list[torch.Tensor],
+    place: Place,
+    rtol: float,
+    advise: Callable[[str | None], str] | None,
+) -> None:
+    name, where = place
+    shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (expected, actual)]
+    if shapes[0] != shapes[1]:
+        raise SpeedupError(
+            "the shape of the model's output must not change: exclude the layer that gives it from the "
+            f"config_list (exclude_op_names), got {shapes[1]} instead of {shapes[0]} ({where})"
+        )
+    worst = max((_difference(a, b) for a, b in zip(expected, actual, strict=True)), default=0.0)
+    if not worst <= rtol:
+        raise SpeedupError(
+            f"a dense model must compute what the masked one does to {rtol:g} of its largest output, "
+            f"got a difference of {worst:.3g} ({where})" + (f"; {advise(name)}" if advise else "")
+        )

@@ -1,0 +1,250 @@
+"""Reconcile the masks of layers that share channels, by keeping more channels, never fewer."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from nni_topo.errors import ConfigError, SpeedupError
+from nni_topo.maths.ties import descending
+from nni_topo.network.channels import Blocks, ChannelFlow
+from nni_topo.network.labels import FIXED
+from nni_topo.network.layers import channel_dimension, kept_channels, spread
+from nni_topo.network.masks import FullMasks
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """Masks that agree, and what was kept for it.
+
+    Parameters
+    ----------
+    masks : dict of str to dict of str to Tensor
+        The new masks.
+    reasons : dict of str to str
+        Why masked layers keep channels that their own masks remove; empty for those that keep none.
+    kept : dict of str to str
+        How many such channels and why, for the layers that keep any but for ``round_to``.
+    """
+
+    masks: FullMasks
+    reasons: dict[str, str]
+    kept: dict[str, str]
+
+
+def resolve_masks(
+    model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, round_to: int | None = None
+) -> FullMasks:
+    """Make the masks of tied channels agree, and warn of layers that keep channels for it.
+
+    Parameters
+    ----------
+    model, flow, masks, round_to
+        As `resolve` takes them.
+
+    Returns
+    -------
+    dict of str to dict of str to Tensor
+        The new masks.
+
+    Raises
+    ------
+    ConfigError, SpeedupError
+        As `resolve` does.
+    """
+    resolved = resolve(model, flow, masks, round_to)
+    warn_of_kept(resolved.kept)
+    return resolved.masks
+
+
+def warn_of_kept(kept: Mapping[str, str]) -> None:
+    """Say in one warning which layers keep channels although they are masked, and why.
+
+    Parameters
+    ----------
+    kept : mapping of str to str
+        For each layer how many channels it keeps, and the reason; nothing is said of none.
+    """
+    if kept:
+        told = "; ".join(f"{name} {text}" for name, text in kept.items())
+        _logger.warning("masks must agree where layers share channels; channels kept although masked: %s", told)
+
+
+def resolve(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, round_to: int | None = None) -> Resolved:
+    """Make the masks of tied channels agree.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model.
+    flow : ChannelFlow
+        The ties between its channels.
+    masks : dict of str to dict of str to Tensor
+        Checked masks of the parameters' shapes.
+    round_to : int, optional
+        If given, every pruned layer keeps a multiple of it (or all of its channels).
+
+    Returns
+    -------
+    Resolved
+        New masks. A channel is kept as soon as one of the channels tied to it is kept or belongs to a layer
+        without a mask; blocks of grouped convolutions keep equally many. Depth-wise convolutions
+        without a mask get one that follows the layer before them.
+
+    Raises
+    ------
+    ConfigError
+        If ``round_to`` isn't a positive integer.
+    SpeedupError
+        If a channel of the model's output is masked.
+
+    Notes
+    -----
+    Which channels come back for ``round_to`` and for equal blocks is decided by the weights' L1 norm, summed
+    over the tied channels: the largest first.
+    """
+    if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
+        raise ConfigError(f"round_to must be a positive integer or None, got {round_to!r}")
+    given = _given(model, flow, masks)
+    kept = _union(flow, given)
+    _check_output(flow, given, kept)
+    shared, scores = kept.copy(), _scores(model, flow)
+    _grow(flow, kept, scores, 1, set(given))
+    leveled = kept.copy()
+    _grow(flow, kept, scores, round_to or 1, set(given))
+    reasons = {name: _reason(flow, given, name, (shared, leveled, kept), round_to) for name in given}
+    more = {name: (leveled[flow.layer_roots(name)] & ~given[name]).sum() for name in given}
+    told = {name: f"{count} of {len(given[name])} ({reasons[name]})" for name, count in more.items() if count}
+    return Resolved(_new_masks(model, flow, masks, given, kept), reasons, told)
+
+
+def _given(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> dict[str, np.ndarray]:
+    """Collect the channels that the masks keep, for the layers that have a mask."""
+    given = {}
+    for name in flow.layers:
+        kept = kept_channels(model.get_submodule(name), masks.get(name, {}))
+        if kept is not None:
+            given[name] = kept.cpu().numpy()
+    return given
+
+
+def _union(flow: ChannelFlow, given: dict[str, np.ndarray]) -> np.ndarray:
+    """Tell for every representative whether it is kept."""
+    size = 1 + sum(layer.channels for layer in flow.layers.values())
+    kept, stated = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
+    for name, layer in flow.layers.items():
+        if layer.depthwise and name not in given:
+            continue
+        roots = flow.layer_roots(name)
+        kept[roots[given.get(name, np.ones(len(roots), dtype=bool))]] = True
+        stated[roots] = True
+    kept[FIXED] = True
+    return kept | ~stated
+
+
+def _check_output(flow: ChannelFlow, given: dict[str, np.ndarray], kept: np.ndarray) -> None:
+    gone = flow.at_output[~kept[flow.at_output]]
+    for name in given:
+        if np.isin(flow.layer_roots(name), gone).any():
+            raise SpeedupError(
+                "the shape of the model's output must not change: exclude the layer that gives it from the "
+                f"config_list (exclude_op_names), got a mask that prunes channels of it ({name})"
+            )
+
+
+def _grow(flow: ChannelFlow, kept: np.ndarray, scores: np.ndarray, round_to: int, masked: set[str]) -> None:
+    """Bring channels back until blocks are equal and counts are rounded; both only ever add."""
+    layers = [flow.layer_roots(name) for name in flow.layers if name in masked]
+    before = -1
+    while before != int(kept.sum()):
+        before = int(kept.sum())
+        for blocks in flow.blocks:
+            _level(blocks, [[flow.roots(block) for block in side] for side in blocks.sides], kept, scores)
+        for roots in layers:
+            wanted = -(-int(kept[roots].sum()) // round_to) * round_to
+            _bring_back(roots, kept, scores, min(wanted, len(roots)))
+
+
+def _level(blocks: Blocks, sides: list[list[np.ndarray]], kept: np.ndarray, scores: np.ndarray) -> None:
+    """Bring channels back until all blocks that are left keep equally many."""
+    if any((block < FIXED).any() for side in sides for block in side):
+        return
+    left = [not blocks.may_vanish or any(kept[block].any() for block in parts) for parts in zip(*sides, strict=True)]
+    for side in sides:
+        most = max(int(kept[block].sum()) for block in side)
+        for block, is_left in zip(side, left, strict=True):
+            _bring_back(block, kept, scores, most if is_left else 0)
+
+
+def _bring_back(roots: np.ndarray, kept: np.ndarray, scores: np.ndarray, wanted: int) -> None:
+    """Keep the best of the pruned channels until so many are kept."""
+    pruned = np.unique(roots[~kept[roots]])
+    best = pruned[descending(scores[pruned])]
+    for root in best:
+        if int(kept[roots].sum()) >= wanted:
+            return
+        kept[root] = True
+
+
+def _scores(model: torch.nn.Module, flow: ChannelFlow) -> np.ndarray:
+    """Sum the L1 norms of the weights of tied channels."""
+    scores = np.zeros(1 + sum(layer.channels for layer in flow.layers.values()))
+    for name in flow.layers:
+        module = model.get_submodule(name)
+        weight: torch.Tensor = module.weight.detach()  # type: ignore[operator]
+        sums = weight.abs().double().transpose(0, channel_dimension(module)).flatten(1).sum(1).cpu().numpy()
+        roots = flow.layer_roots(name)
+        np.add.at(scores, roots, np.resize(sums, len(roots)))
+    return scores
+
+
+def _reason(
+    flow: ChannelFlow, given: dict[str, np.ndarray], name: str, stages: tuple[np.ndarray, ...], round_to: int | None
+) -> str:
+    """Say at which stage a layer got back channels that its mask removes, and for what."""
+    roots = flow.layer_roots(name)
+    shared, leveled, rounded = (kept[roots] & ~given[name] for kept in stages)
+    if shared.any():
+        return _partners(flow, given, name, roots[shared])
+    if leveled.any():
+        return "blocks of a grouped convolution, a group norm or a chunk keep equally many"
+    return f"round_to={round_to}" if rounded.any() else ""
+
+
+def _partners(flow: ChannelFlow, given: dict[str, np.ndarray], name: str, held: np.ndarray) -> str:
+    """Name what holds some of a layer's channels."""
+    if (held <= FIXED).any():
+        whole = ", ".join(dict.fromkeys(flow.whole))
+        return f"they meet the network's input, a constant or a module that stays whole{whole and f' ({whole})'}"
+    names = [other for other in flow.layers if other != name and np.isin(flow.layer_roots(other), held).any()]
+    if not names:
+        return "its own channels meet one another"
+    free = [other for other in names if other not in given and not flow.layers[other].depthwise]
+    return f"shared with {', '.join(names)}; of these without a mask: {', '.join(free) or 'none'}"
+
+
+def _new_masks(
+    model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, given: dict[str, np.ndarray], kept: np.ndarray
+) -> FullMasks:
+    new = {name: {target: mask.clone() for target, mask in targets.items()} for name, targets in masks.items()}
+    for name, layer in flow.layers.items():
+        module, keep = model.get_submodule(name), kept[flow.layer_roots(name)]
+        old = given.get(name, np.ones_like(keep))
+        if not (name in given or layer.depthwise) or np.array_equal(keep, old):
+            continue
+        changed, keep_all = torch.from_numpy(keep & ~old), torch.from_numpy(keep)
+        targets = new.setdefault(name, {})
+        weight = targets.get("weight", spread(module, torch.ones(layer.channels)))
+        targets["weight"] = torch.maximum(weight, spread(module, changed)) * spread(module, keep_all)
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, torch.Tensor):
+            mask = targets.get("bias", torch.ones_like(bias).detach())
+            rows = changed.to(mask), keep_all.to(mask)
+            targets["bias"] = torch.maximum(mask, rows[0]) * rows[1]
+    return new

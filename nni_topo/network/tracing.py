@@ -1,0 +1,101 @@
+"""The graph of a model: ``torch.fx.symbolic_trace`` where it works, else NNI's concrete tracer."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any
+
+import torch
+import torch.fx
+from torch.fx.passes.shape_prop import ShapeProp
+
+from nni_topo.errors import SpeedupError
+from nni_topo.network.inputs import Call, bind_arguments, tensors_of
+from nni_topo.network.transformers import UnfoldingTracer, fast_paths_off
+
+_logger = logging.getLogger(__name__)
+
+
+@fast_paths_off()
+def trace(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModule, tuple[Any, ...]]:
+    """Trace a model in evaluation mode.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model in evaluation mode; its forward runs a few times.
+    call : tuple of (tuple, dict)
+        Positional and keyword arguments of its forward.
+
+    Returns
+    -------
+    graph_module : torch.fx.GraphModule
+        The graph; its leaf modules are the model's own, shapes stand in ``node.meta["tensor_meta"]``.
+    args : tuple
+        The call's arguments in the order of the graph's placeholders.
+
+    Raises
+    ------
+    SpeedupError
+        If neither tracer gives a graph that computes what the model computes.
+    """
+    named = bind_arguments(model, call)
+    reasons = []
+    for tracer in (_symbolic, _concrete):
+        try:
+            with torch.no_grad():
+                graph_module, args = tracer(model, named)
+                _check_same(model, graph_module, call, args)
+                ShapeProp(graph_module).propagate(*args)
+            return graph_module, args
+        except Exception as error:  # a tracer fails in as many ways as a model is written
+            _logger.debug("%s can't trace %s", tracer.__name__, type(model).__name__, exc_info=True)
+            reasons.append(f"{tracer.__name__.strip('_')}: {type(error).__name__}: {error}")
+    raise SpeedupError(
+        "a model must be traceable to be made dense, "
+        f"got {type(model).__name__}, for which both tracers fail ({'; '.join(reasons)})"
+    )
+
+
+def _symbolic(model: torch.nn.Module, named: dict[str, Any]) -> tuple[torch.fx.GraphModule, tuple[Any, ...]]:
+    """Trace without running, optional arguments that aren't given frozen at their defaults."""
+    parameters = inspect.signature(model.forward).parameters
+    frozen = {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if name not in named and parameter.default is not inspect.Parameter.empty
+    }
+    tracer = UnfoldingTracer()
+    graph_module = torch.fx.GraphModule(model, tracer.trace(model, frozen or None), type(model).__name__)
+    for node in reversed(graph_module.graph.nodes):
+        if not node.users and "_assert" in str(node.target):
+            graph_module.graph.erase_node(node)
+    graph_module.graph.eliminate_dead_code()
+    nodes = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    for name, node in zip(parameters, nodes, strict=True):
+        if name in frozen:
+            graph_module.graph.erase_node(node)
+    graph_module.recompile()
+    return graph_module, tuple(named.values())
+
+
+def _concrete(model: torch.nn.Module, named: dict[str, Any]) -> tuple[torch.fx.GraphModule, tuple[Any, ...]]:
+    """Trace by running, as NNI does by default."""
+    from nni.common.concrete_trace_utils import concrete_trace
+
+    graph_module = concrete_trace(model, dict(named))
+    nodes = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    values = [named.get(str(node.target), node.args[0] if node.args else None) for node in nodes]
+    return graph_module, tuple(values)
+
+
+def _check_same(model: torch.nn.Module, graph_module: torch.fx.GraphModule, call: Call, args: tuple[Any, ...]) -> None:
+    """Raise unless the graph computes the model's outputs on the example inputs."""
+    expected, actual = tensors_of(model(*call[0], **call[1])), tensors_of(graph_module(*args))
+    same = len(expected) == len(actual) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+        for a, b in zip(expected, actual, strict=True)
+    )
+    if not same:
+        raise SpeedupError(f"a graph must compute what its model does, got other outputs ({type(model).__name__})")

@@ -1,0 +1,211 @@
+"""Allocation under a budget: how many blocks each unit keeps so that the whole network meets a cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.maths.ties import first_smallest, leveled
+from nni_topo.network.cost import Kept, NetworkCost
+from nni_topo.network.latency import LatencyTable
+from nni_topo.network.timing import measure_latency
+from nni_topo.pruners.allocators import ConfigAllocator, removable_rows
+from nni_topo.pruners.hooks import PruningContext
+from nni_topo.pruners.units import PruningUnit
+
+Allocation = Literal["topological", "uniform"]
+Position = TypeVar("Position", int, float)
+BUDGETS = ("flops", "params", "latency")
+_STEPS = 40
+_GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
+
+
+class BudgetAllocator(ConfigAllocator):
+    """Let a budget of the whole network say how many blocks each unit keeps.
+
+    Parameters
+    ----------
+    target : mapping of str to float
+        One entry: ``{"flops": share}``, ``{"params": share}`` or ``{"latency": share}``, the share of the unpruned
+        network's multiply-accumulates, parameters or seconds per batch to be left, in (0, 1].
+    example_inputs : Any
+        Inputs of the model; the first dimension is the batch, which latency is measured with.
+    allocation : {"topological", "uniform"}, default="topological"
+        One tolerance on the units' scores over the whole network, so that a unit whose scores fall off early loses
+        more; or the same share of every unit.
+    latency_table : LatencyTable, str, Path or None, default=None
+        Seconds of the layers over their widths, or the JSON file of such a table, for ``{"latency": share}``. None: it
+        is measured at the first use, with one thread, by :func:`~nni_topo.speedup.measure_latency`.
+
+    Attributes
+    ----------
+    latency_table : LatencyTable or None
+        As given or measured; ``save`` it to repeat an allocation, which is deterministic given the table.
+
+    Raises
+    ------
+    ConfigError
+        If the target or the allocation isn't one of these, or there is a latency table for another target.
+    DataError
+        If the file isn't a latency table.
+
+    Notes
+    -----
+    Minimum and maximum ratios of the config_list hold; a unit is never emptied. The budget is met as nearly as widths
+    allow, from above or below; out of reach, every unit goes as far as it may.
+    """
+
+    def __init__(
+        self,
+        target: Mapping[str, float],
+        example_inputs: Any,
+        *,
+        allocation: Allocation = "topological",
+        latency_table: LatencyTable | str | Path | None = None,
+    ) -> None:
+        super().__init__(on_empty="keep", exact=True)
+        self.kind, self.share = checked_target(target)
+        if allocation not in ("topological", "uniform"):
+            raise unknown_name("allocation", str(allocation), ("topological", "uniform"))
+        if latency_table is not None and self.kind != "latency":
+            raise ConfigError(f"a latency table needs a target of 'latency', got {self.kind!r} (latency_table)")
+        self.example_inputs = example_inputs
+        self.allocation = allocation
+        self.latency_table = (
+            LatencyTable.load(latency_table) if isinstance(latency_table, (str, Path)) else latency_table
+        )
+        self._cost: NetworkCost | None = None
+
+    def kept_rows(self, context: PruningContext, profiles: dict[str, Tensor]) -> dict[str, int]:
+        """Return how many rows each unit keeps under the budget."""
+        units = context.units
+        bounds = [removable_rows(unit) for unit in units]
+        cost = self._share_left(units, self._network_cost(context))
+        if self.allocation == "uniform":
+            removed = solve_uniform([unit.rows for unit in units], cost, self.share)
+            removed = [min(max(count, low), high) for count, (low, high) in zip(removed, bounds, strict=True)]
+        else:
+            removed = _solve_tolerance([profiles[unit.name] for unit in units], bounds, cost, self.share)
+        return {unit.name: unit.rows - count for unit, count in zip(units, removed, strict=True)}
+
+    def _network_cost(self, context: PruningContext) -> Callable[[Kept], float]:
+        """Return what a network costs, in the target's unit, with some channels gone."""
+        if self._cost is None:
+            self._cost = NetworkCost(context.model, self.example_inputs)
+        cost = self._cost
+        if self.kind == "flops":
+            return lambda kept: cost(kept).macs
+        if self.kind == "params":
+            return lambda kept: cost(kept).params
+        if self.latency_table is None:
+            self.latency_table = measure_latency(context.model, self.example_inputs)
+        table = self.latency_table
+        for unit in context.units:
+            for module_name, _ in unit.members:
+                if module_name not in table.layers:
+                    raise DataError(
+                        f"a latency table must hold every pruned layer, got none of that name ({module_name})"
+                    )
+        return lambda kept: table(cost.widths(kept))
+
+    def _share_left(self, units: list[PruningUnit], cost: Callable[[Kept], float]) -> Callable[[Sequence[int]], float]:
+        whole = cost({})
+        if not whole > 0.0:
+            raise DataError(f"the unpruned network must cost something, got {whole} (target {self.kind!r})")
+
+        def share(removed: Sequence[int]) -> float:
+            kept = {
+                module: np.tile(np.arange(unit.rows) < self.rounded(unit, unit.rows - count), unit.parts)
+                for unit, count in zip(units, removed, strict=True)
+                for module, _ in unit.members
+            }
+            return float(cost(kept) / whole)
+
+        return share
+
+
+def checked_target(target: Mapping[str, float]) -> tuple[str, float]:
+    """Return a budget's kind and share, or raise :class:`~nni_topo.errors.ConfigError`."""
+    if not isinstance(target, Mapping) or len(target) != 1:
+        raise ConfigError(f"target must be a mapping with one entry such as {{'flops': 0.5}}, got {target!r} (target)")
+    ((kind, share),) = target.items()
+    if kind not in BUDGETS:
+        raise unknown_name("target", str(kind), BUDGETS)
+    if not 0.0 < share <= 1.0:
+        raise ConfigError(f"the share to be left must be in (0, 1], got {share!r} (target {kind!r})")
+    return kind, float(share)
+
+
+def solve_uniform(rows: Sequence[int], left: Callable[[Sequence[int]], float], share: float) -> list[int]:
+    """Let every unit lose the same share of its rows, such that a budget is met.
+
+    Parameters
+    ----------
+    rows : sequence of int
+        Rows of each unit.
+    left : callable
+        Maps the number of rows that each unit loses to the share of the whole network's cost that is left.
+    share : float
+        The budget, in (0, 1].
+
+    Returns
+    -------
+    list of int
+        Rows that each unit loses, at most all but one.
+
+    Notes
+    -----
+    The layers of a network often have equal widths and would round at the same ratio, all at once: a phase per unit
+    lets them round one after the other, so that the budget is met more nearly than one ratio could.
+    """
+    phases = [(index * _GOLDEN) % 1.0 for index in range(len(rows))]
+
+    def removed(ratio: float) -> list[int]:
+        return [min(int(count * ratio + phase), count - 1) for count, phase in zip(rows, phases, strict=True)]
+
+    low, high = 0.0, 1.0
+    tried = [(abs(left(removed(ratio)) - share), ratio) for ratio in (low, high)]
+    for _ in range(_STEPS):
+        middle = (low + high) / 2.0
+        found = left(removed(middle))
+        tried.append((abs(found - share), middle))
+        low, high = (middle, high) if found > share else (low, middle)
+    return removed(_nearest(tried))
+
+
+def _nearest(tried: list[tuple[float, Position]]) -> Position:
+    """Return the position with the least gap to the budget, the lowest of those that count as equal."""
+    ordered = sorted(tried, key=lambda each: each[1])
+    return ordered[first_smallest([gap for gap, _ in ordered], 1.0)][1]
+
+
+def _solve_tolerance(
+    profiles: list[Tensor], bounds: list[tuple[int, int]], left: Callable[[Sequence[int]], float], share: float
+) -> list[int]:
+    """Remove, over all units, the rows whose score lies below one tolerance, such that a budget is met."""
+    settled = torch.from_numpy(leveled(torch.cat(profiles).cpu().numpy()))
+    profiles = list(settled.split([len(profile) for profile in profiles]))
+    tolerances = torch.cat([settled.new_tensor([-math.inf, math.inf]), settled]).unique()
+
+    def removed(index: int) -> list[int]:
+        tolerance = tolerances[index]
+        return [
+            min(max(int((profile < tolerance).sum()), low), high)
+            for profile, (low, high) in zip(profiles, bounds, strict=True)
+        ]
+
+    low, high = 0, len(tolerances) - 1
+    tried = [(abs(left(removed(index)) - share), index) for index in (low, high)]
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = left(removed(middle))
+        tried.append((abs(found - share), middle))
+        low, high = (middle, high) if found > share else (low, middle)
+    return removed(_nearest(tried))

@@ -1,0 +1,124 @@
+"""The coupled weight cloud: a filter's weights, scaled by its batch norm and by the weights that read it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.dependency import channel_flow
+from nni_topo.network.inputs import call_arguments
+from nni_topo.network.layers import NORMS
+from nni_topo.network.modes import evaluation_mode
+from nni_topo.pruners.clouds.functional import check_read, readers_of
+from nni_topo.pruners.clouds.weight import Preprocess, WeightCollector, checked_preprocess, preprocess_points
+from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
+
+
+class CoupledWeightCollector(DataCollector):
+    """The weight cloud with each filter scaled by what follows it; needs no data, only the shape of an input.
+
+    A filter's coordinates are its weights, times the scale that its batch norm gives them
+    (``weight / sqrt(var + eps)``), times the norm of all weights that read its channel. So a filter that the next
+    layers barely listen to lies near the origin, whatever its own weights. Removing a filter removes both sides; this
+    is what group norms count, too.
+
+    Parameters
+    ----------
+    example_inputs : Tensor, tuple, list or mapping of str to Any
+        Inputs of the model, to trace it.
+    preprocess : {"none", "center", "standardize", "unit"}, default="none"
+        As in :class:`~nni_topo.hooks.WeightCollector`.
+
+    See Also
+    --------
+    FunctionalCollector : the same idea with activations instead of weights; needs calibration data.
+    """
+
+    def __init__(self, example_inputs: Any, *, preprocess: Preprocess = "none") -> None:
+        self.example_inputs = example_inputs
+        self.preprocess = checked_preprocess(preprocess)
+
+    def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        """Check that every layer is read, as :meth:`collect` needs it."""
+        check_read(model, modules, call_arguments(self.example_inputs, model))
+
+    def collect(self, context: PruningContext) -> Data:
+        """Return float64 clouds ``(blocks, features)`` on the CPU.
+
+        Raises
+        ------
+        ConfigError
+            If a unit isn't pruned by output channel, or no layer reads it.
+        SpeedupError
+            If the model can't be traced.
+        DataError
+            If a weight is NaN or infinite.
+        """
+        weights = WeightCollector().collect(context)
+        with evaluation_mode(context.model):
+            flow = channel_flow(context.model, call_arguments(self.example_inputs, context.model))
+        norms = norm_scales(context, flow)
+        data: Data = {}
+        for unit in context.units:
+            strengths = [reader.strength.pow(2).sum(1) for reader in readers_of(unit, flow, context)]
+            listened = torch.stack(strengths).sum(0).sqrt()
+            for module_name, target_name in unit.members:
+                points = weights[module_name][target_name] * (norms.get(module_name, 1.0) * listened)[:, None]
+                data.setdefault(module_name, {})[target_name] = preprocess_points(points, self.preprocess)
+        return data
+
+
+def norm_scales(context: PruningContext, flow: ChannelFlow) -> dict[str, Tensor]:
+    """Return the scales ``weight / sqrt(variance + eps)`` of the batch norm right behind each layer, by layer.
+
+    Parameters
+    ----------
+    context : PruningContext
+        Holds the model.
+    flow : ChannelFlow
+        The model's channels.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        Shape ``(channels,)`` each, float64, at least 0, on the CPU; layers without a norm of their own are left out.
+    """
+    scales = {}
+    for layer, name in norms_behind(context.model, flow).items():
+        module: Any = context.model.get_submodule(name)
+        if module.running_var is None:
+            continue
+        scale = module.running_var.double().add(module.eps).rsqrt()
+        scales[layer] = (scale if module.weight is None else scale * module.weight.detach().double().abs()).cpu()
+    return scales
+
+
+def norms_behind(model: nn.Module, flow: ChannelFlow) -> dict[str, str]:
+    """Return the name of the batch norm that takes all channels of a layer, and no others, by layer.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model.
+    flow : ChannelFlow
+        Its channels.
+
+    Returns
+    -------
+    dict of str to str
+        Layers without such a norm are left out.
+    """
+    first = {layer.first: name for name, layer in flow.layers.items()}
+    found = {}
+    for name, module in model.named_modules():
+        entering = flow.entering_numbers(name)
+        if not isinstance(module, NORMS) or not len(entering):
+            continue
+        layer = first.get(int(entering[0]))
+        if layer is not None and np.array_equal(entering, np.arange(len(entering)) + entering[0]):
+            found[layer] = name
+    return found

@@ -1,0 +1,301 @@
+"""The feature cloud: what each neuron or filter puts out over calibration data, behind its activation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from scipy.linalg import lapack
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.inputs import Call, batch_size, bind_arguments, calls, first_call, fitting
+from nni_topo.network.labels import tensor_shape
+from nni_topo.network.modes import detached_copy, evaluation_mode
+from nni_topo.network.tracing import trace
+from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
+from nni_topo.pruners.transposed import loses_outputs
+from nni_topo.pruners.units import PruningUnit
+
+_ROUNDING = 1e-13
+Pool = Literal["none", "mean"] | int
+
+_POOLS: list[Any] = [functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d]
+_PASSING = (nn.Identity, nn.modules.dropout._DropoutNd)
+_ACTIVATIONS = {"relu", "relu6", "leakyrelu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "tanh"}
+_ACTIVATIONS |= {"sigmoid", "hardsigmoid", "hardswish", "hardtanh", "softplus", "softsign", "logsigmoid"}
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a layer's features are taken.
+
+    Attributes
+    ----------
+    layer : str
+        The layer's name.
+    nodes : tuple of torch.fx.Node
+        One for each time that the layer is called: the layer itself, or the last batch norm or activation that alone
+        works on what it puts out.
+    norms : tuple of str
+        Names of the batch norms on the way, from the first call.
+    """
+
+    layer: str
+    nodes: tuple[Node, ...]
+    norms: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TracedNetwork:
+    """A traced copy of a network: its graph, how channels flow through it, and where features are taken."""
+
+    graph: GraphModule
+    flow: ChannelFlow
+    taps: dict[str, Tap]
+
+
+class FeatureCollector(DataCollector):
+    """The feature cloud: a neuron's outputs over the calibration samples are its coordinates.
+
+    What a layer puts out is taken behind the batch norms and the activation that follow it directly, so that a neuron
+    which never fires is a point at zero. If the model calls a layer more than once, every call counts.
+
+    Parameters
+    ----------
+    calibration : iterable or None, default=None
+        Batches of inputs, or of ``(inputs, ...)``; a list or DataLoader rather than a generator. At least two samples.
+        None: the inputs that the pruner's evaluator evaluates the model on.
+    pool : {"none", "mean"} or int, default="none"
+        Feature maps as they are, averaged to one value, or to so many in each direction.
+
+    Notes
+    -----
+    The first column of what is handed on is each neuron's mean output, the others span its deviations from the mean;
+    all are per sample and position, so that they don't grow with the calibration set. Distances between rows are the
+    distances between features, inner products without the first column their covariances. Features wider than the
+    layer are projected onto as many dimensions as there are neurons: exactly, by a pivoted Cholesky decomposition of
+    their covariances, summed up batch by batch.
+    """
+
+    def __init__(self, calibration: Iterable[Any] | None = None, *, pool: Pool = "none") -> None:
+        is_size = isinstance(pool, int) and not isinstance(pool, bool) and pool >= 1
+        if pool not in ("none", "mean") and not is_size:
+            raise ConfigError(f"pool must be 'none', 'mean' or an integer of at least 1, got {pool!r} (features)")
+        self.calibration = calibration
+        self.pool = pool
+        self._network: TracedNetwork | None = None
+
+    @property
+    def network(self) -> TracedNetwork:
+        """The network as traced by the latest collection.
+
+        Raises
+        ------
+        ConfigError
+            If nothing was collected yet.
+        """
+        if self._network is None:
+            raise ConfigError("features must be collected before the network is asked for (FeatureCollector)")
+        return self._network
+
+    def collect(self, context: PruningContext) -> Data:
+        """Return float64 clouds ``(blocks, 1 + d)`` on the CPU, ``d`` at most the number of blocks or of samples.
+
+        Raises
+        ------
+        ConfigError
+            If there is neither calibration data nor an evaluator, or a target isn't pruned by output channel.
+        DataError
+            If there are fewer than two samples, or activations are NaN or infinite.
+        SpeedupError
+            If the model can't be traced.
+        """
+        batches = self._batches(context)
+        self._network = _traced(context, first_call(context.model, batches))
+        rows = {name: _Rows() for name in self._network.taps}
+        runner = _Recorder(self._network, rows, self.pool)
+        samples = 0
+        with torch.no_grad():
+            for number, call in enumerate(calls(context.model, batches)):
+                samples += batch_size(call)
+                with fitting(number):
+                    runner.run(*bind_arguments(context.model, call).values())
+        if samples < 2:
+            raise DataError(f"calibration must hold at least two samples to be clustered by, got {samples}")
+        data: Data = {}
+        for unit in context.units:
+            for module_name, target_name in unit.members:
+                points = rows[module_name].points(module_name)
+                _check_blocks(unit, len(points), context)
+                data.setdefault(module_name, {})[target_name] = points
+        return data
+
+    def _batches(self, context: PruningContext) -> Iterable[Any]:
+        if self.calibration is not None:
+            return self.calibration
+        seen: list[Any] = []
+
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = bind_arguments(module, (args, kwargs)) if kwargs else args
+            seen.append((tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, inputs),))
+
+        handle = context.model.register_forward_pre_hook(record, with_kwargs=True)
+        try:
+            with evaluation_mode(context.model), torch.no_grad():
+                context.evaluate()
+        finally:
+            handle.remove()
+        if not seen:
+            raise DataError("an evaluator must call the model where there is no calibration, got no call (evaluator)")
+        return seen
+
+
+def embedding(covariance: Tensor) -> Tensor:
+    """Return points, at most as many dimensions as points, that have given inner products.
+
+    Parameters
+    ----------
+    covariance : torch.Tensor
+        Shape ``(n, n)``, float64, positive semidefinite up to rounding.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape ``(n, rank)``. Cost ``n^3 / 3``; distances err by less than 1e-6 of the largest norm.
+    """
+    largest = float(covariance.diagonal().max())
+    factor, pivots, rank, _ = lapack.dpstrf(covariance.numpy(), tol=_ROUNDING * largest, lower=1)
+    points = torch.zeros(len(covariance), max(int(rank), 1), dtype=torch.float64)
+    if rank:
+        points[torch.from_numpy(pivots - 1).long()] = torch.from_numpy(factor).tril()[:, :rank]
+    return points
+
+
+class _Rows:
+    """Features of one layer: kept as they are while they are few, else their sums and products."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self._kept: list[Tensor] = []
+        self._total = torch.zeros((), dtype=torch.float64)
+        self._products: Tensor | None = None
+
+    def add(self, rows: Tensor) -> None:
+        """Add features ``(blocks, samples)``."""
+        self.samples += rows.shape[1]
+        self._total = self._total + rows.sum(1, dtype=torch.float64).cpu()
+        if self._products is None and self.samples <= len(rows):
+            # A copy: what the network does in place behind the layer would change the rows.
+            self._kept.append(rows.cpu().clone())
+            return
+        for each in [*self._kept, rows]:
+            products = (each.double() @ each.double().T).cpu()
+            self._products = products if self._products is None else self._products + products
+        self._kept = []
+
+    def points(self, name: str) -> Tensor:
+        """Return means and deviations, shape ``(blocks, 1 + d)``, float64."""
+        if not self.samples:
+            raise DataError(f"calibration must reach every pruned layer, got no activation ({name})")
+        mean = self._total / self.samples
+        if not bool(torch.isfinite(mean).all()):
+            raise DataError(f"activations must be finite, got NaN or infinity ({name})")
+        if self._products is None:
+            deviations = (torch.cat(self._kept, 1).double() - mean[:, None]) / math.sqrt(self.samples)
+        else:
+            deviations = embedding(self._products / self.samples - torch.outer(mean, mean))
+        return torch.cat([mean[:, None], deviations], 1)
+
+
+class _Recorder(Interpreter):
+    """Runs a traced network and adds what its taps put out."""
+
+    def __init__(self, network: TracedNetwork, rows: dict[str, _Rows], pool: Pool) -> None:
+        super().__init__(network.graph)
+        self._rows = rows
+        self._pool = pool
+        self._taps: dict[Node, list[Tap]] = {}
+        for tap in network.taps.values():
+            for node in tap.nodes:
+                self._taps.setdefault(node, []).append(tap)
+
+    def run_node(self, n: Node) -> Any:
+        """Run a node as usual and look at what it puts out."""
+        value = super().run_node(n)
+        for tap in self._taps.get(n, ()):
+            is_linear = isinstance(self.module.get_submodule(tap.layer), nn.Linear)
+            maps = value if is_linear else _pooled(value, self._pool)
+            self._rows[tap.layer].add(maps.detach().movedim(-1 if is_linear else 1, 0).flatten(1))
+        return value
+
+
+def _pooled(maps: Tensor, pool: Pool) -> Tensor:
+    sides = maps.dim() - 2
+    if pool == "none" or not 1 <= sides <= len(_POOLS):
+        return maps
+    size = 1 if pool == "mean" else int(pool)
+    pooled: Tensor = _POOLS[sides - 1](maps, [min(size, side) for side in maps.shape[2:]])
+    return pooled
+
+
+def _traced(context: PruningContext, call: Call) -> TracedNetwork:
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices), evaluation_mode(context.model):
+        graph, args = trace(detached_copy(context.model).eval(), call)
+        flow = ChannelFlow(graph, args)
+    names = {module_name for unit in context.units for module_name, _ in unit.members}
+    found: dict[str, list[tuple[Node, tuple[str, ...]]]] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_module" and node.target in names:
+            found.setdefault(str(node.target), []).append(_followed(graph, node))
+    taps = {name: Tap(name, tuple(node for node, _ in each), each[0][1]) for name, each in found.items()}
+    missing = sorted(names - taps.keys())
+    if missing:
+        raise ConfigError(f"features need layers that the model calls, got none of {', '.join(missing)} (features)")
+    return TracedNetwork(graph, flow, taps)
+
+
+def _followed(graph: GraphModule, node: Node) -> tuple[Node, tuple[str, ...]]:
+    """Follow a layer's output through batch norms up to its activation; stop where anything else happens to it."""
+    norms: list[str] = []
+    for follower in _chain(node):
+        module = graph.get_submodule(str(follower.target)) if follower.op == "call_module" else None
+        name = type(module).__name__ if module is not None else getattr(follower.target, "__name__", follower.target)
+        if str(name).replace("_", "").lower() in _ACTIVATIONS:
+            return follower, tuple(norms)
+        if isinstance(module, _BatchNorm):
+            norms.append(str(follower.target))
+        elif not isinstance(module, _PASSING):
+            break
+        node = follower
+    return node, tuple(norms)
+
+
+def _chain(node: Node) -> Iterator[Node]:
+    """Yield the nodes behind one, as long as each is read by one other alone and keeps its shape."""
+    shape = tensor_shape(node)
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if tensor_shape(node) != shape or len(node.all_input_nodes) != 1:
+            return
+        yield node
+
+
+def _check_blocks(unit: PruningUnit, channels: int, context: PruningContext) -> None:
+    for module_name, target_name in unit.members:
+        space = context.target_spaces[module_name][target_name]
+        if channels != unit.blocks or not (space.granularity == "out_channel" or loses_outputs(space)):
+            kind = type(space._wrapper.module).__name__
+            raise ConfigError(
+                f"features need layers pruned by output channel, got a {kind} of {channels} channels in {unit.blocks} "
+                f"blocks of granularity {space.granularity!r} ({module_name})"
+            )

@@ -1,0 +1,117 @@
+"""The folded weight cloud: weights and bias of a filter as they are once its batch norm is folded into them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.dependency import channel_flow
+from nni_topo.network.inputs import call_arguments
+from nni_topo.network.modes import evaluation_mode
+from nni_topo.pruners.clouds.coupled import norms_behind
+from nni_topo.pruners.clouds.weight import Preprocess, WeightCollector, checked_preprocess, preprocess_points
+from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
+from nni_topo.pruners.transposed import loses_outputs
+
+
+class FoldedWeightCollector(DataCollector):
+    """The weight cloud of the network without batch norms; needs no data, only the shape of an input.
+
+    A filter's coordinates are its weights times the scale of the batch norm right behind it, and one more: the bias
+    that folding leaves, ``(bias - mean) * scale + shift``. Together they are the affine map of filter and norm in
+    evaluation mode, so filters are near each other if their maps are, and at the origin if theirs is zero. A layer
+    without a norm has its own weights and bias; one with neither has a zero for the bias.
+
+    Parameters
+    ----------
+    example_inputs : Tensor, tuple, list or mapping of str to Any
+        Inputs of the model, to find the batch norms by tracing it.
+    preprocess : {"none", "center", "standardize", "unit"}, default="none"
+        As in :class:`~nni_topo.hooks.WeightCollector`, on all coordinates.
+
+    See Also
+    --------
+    CoupledWeightCollector : also counts the weights that read the filter.
+
+    Notes
+    -----
+    A norm without running statistics can't be folded and is left out.
+    """
+
+    def __init__(self, example_inputs: Any, *, preprocess: Preprocess = "none") -> None:
+        self.example_inputs = example_inputs
+        self.preprocess = checked_preprocess(preprocess)
+
+    def collect(self, context: PruningContext) -> Data:
+        """Return float64 clouds ``(blocks, features + 1)`` on the CPU.
+
+        Raises
+        ------
+        ConfigError
+            If a target isn't pruned by output channel.
+        SpeedupError
+            If the model can't be traced.
+        DataError
+            If a weight, a bias or a batch norm's statistics are NaN or infinite.
+        """
+        weights = WeightCollector().collect(context)
+        with evaluation_mode(context.model):
+            norms = norms_behind(
+                context.model, channel_flow(context.model, call_arguments(self.example_inputs, context.model))
+            )
+        data: Data = {}
+        for unit in context.units:
+            for module_name, target_name in unit.members:
+                norm = context.model.get_submodule(norms[module_name]) if module_name in norms else None
+                _check_outputs(context, module_name, target_name)
+                bias = _bias(context, module_name, len(weights[module_name][target_name]))
+                scale, offset = folded_norm(norm, bias)
+                if not bool(torch.isfinite(scale).all() and torch.isfinite(offset).all()):
+                    raise DataError(f"biases and batch norms must be finite, got NaN or infinity ({module_name})")
+                points = torch.cat([weights[module_name][target_name] * scale[:, None], offset[:, None]], 1)
+                data.setdefault(module_name, {})[target_name] = preprocess_points(points, self.preprocess)
+        return data
+
+
+def folded_norm(norm: nn.Module | None, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a batch norm multiplies a layer's weights by, and the bias that is left of the layer's own.
+
+    Parameters
+    ----------
+    norm : torch.nn.Module or None
+        A batch norm; None, or one without running statistics: nothing is folded.
+    bias : torch.Tensor
+        Shape ``(channels,)``, float64, on the CPU.
+
+    Returns
+    -------
+    scale, offset : torch.Tensor
+        Shape ``(channels,)`` each, float64, on the CPU.
+    """
+    module: Any = norm
+    if module is None or module.running_var is None:
+        return torch.ones_like(bias), bias
+    scale = (module.running_var.detach().double() + module.eps).rsqrt().cpu()
+    if module.weight is not None:
+        scale = scale * module.weight.detach().double().cpu()
+    offset = (bias - module.running_mean.detach().double().cpu()) * scale
+    return scale, offset if module.bias is None else offset + module.bias.detach().double().cpu()
+
+
+def _bias(context: PruningContext, module_name: str, channels: int) -> Tensor:
+    """Return a layer's unmasked bias, shape ``(channels,)``; zeros if it has none."""
+    space = context.target_spaces[module_name].get("bias")
+    bias: Any = context.model.get_submodule(module_name).bias if space is None else space.target
+    if bias is None:
+        return torch.zeros(channels, dtype=torch.float64)
+    found: Tensor = bias.detach().to("cpu", torch.float64)
+    return found
+
+
+def _check_outputs(context: PruningContext, module_name: str, target_name: str) -> None:
+    space = context.target_spaces[module_name][target_name]
+    if target_name != "weight" or not (space.granularity == "out_channel" or loses_outputs(space)):
+        raise ConfigError(f"a folded cloud needs a weight pruned by output channel ({module_name}.{target_name})")

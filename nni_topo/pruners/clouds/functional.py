@@ -1,0 +1,241 @@
+"""The functional cloud: what a neuron's outputs do in the layers that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError
+from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.dependency import channel_flow
+from nni_topo.network.inputs import Call, calls, structure_call
+from nni_topo.network.labels import FIXED
+from nni_topo.network.layers import is_depthwise
+from nni_topo.network.modes import evaluation_mode
+from nni_topo.pruners.clouds.weight import Moments, Preprocess, checked_preprocess, points_of_gram, preprocess_points
+from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
+from nni_topo.pruners.transposed import loses_outputs
+from nni_topo.pruners.units import PruningUnit
+
+IntArray = NDArray[np.int64]
+
+
+class FunctionalCollector(DataCollector):
+    """The functional cloud: a neuron's outputs where they are read, weighted by how strongly they are read.
+
+    A neuron's coordinates are the values that it puts into each layer behind it (after batch norm, activation and
+    pooling), each times the norm of the weights that read it. So a neuron that is always silent, or that nobody listens
+    to, lies at the origin, and two neurons are near each other if one can stand in for the other.
+
+    Parameters
+    ----------
+    calibration : iterable
+        Batches of inputs, or of ``(inputs, ...)``. A list or DataLoader: it's iterated twice.
+    center : bool, default=True
+        Subtract each neuron's mean first: the reading layer's bias can take over a constant.
+    preprocess : {"none", "center", "standardize", "unit"}, default="none"
+        As in :class:`~nni_topo.hooks.WeightCollector`.
+
+    Notes
+    -----
+    Only inner products are summed up, batch by batch: memory is independent of the number of samples, and the cloud is
+    handed on as ``n`` points in ``n`` dimensions with the same distances. The members of a dependency group put out the
+    same channels: the first one carries the joint cloud, the others none.
+    """
+
+    def __init__(self, calibration: Iterable[Any], *, center: bool = True, preprocess: Preprocess = "none") -> None:
+        self.calibration = calibration
+        self.center = center
+        self.preprocess = checked_preprocess(preprocess)
+
+    def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        """Check that every layer is read.
+
+        Raises
+        ------
+        ConfigError
+            If no layer reads all of a layer's channels alike.
+        SpeedupError, DataError
+            As in :meth:`collect`.
+        """
+        check_read(model, modules, structure_call(model, self.calibration))
+
+    def collect(self, context: PruningContext) -> Data:
+        """Return float64 clouds ``(blocks, blocks)``, and ``(blocks, 0)`` for a group's other members.
+
+        Raises
+        ------
+        ConfigError
+            If a unit isn't pruned by output channel, or no layer reads it.
+        SpeedupError
+            If the model can't be traced.
+        DataError
+            If no batch came, or activations are NaN or infinite.
+        """
+        with evaluation_mode(context.model):
+            flow = channel_flow(context.model, structure_call(context.model, self.calibration))
+        readers = {unit.name: readers_of(unit, flow, context) for unit in context.units}
+        moments = {name: [Moments() for _ in found] for name, found in readers.items()}
+        self._run(context, readers, moments)
+        data: Data = {}
+        for unit in context.units:
+            grams = [moment.gram(unit.name, center=self.center) for moment in moments[unit.name]]
+            products = torch.stack(grams).sum(0)
+            points = preprocess_points(points_of_gram(products), self.preprocess)
+            for module_name, target_name in unit.members:
+                data.setdefault(module_name, {})[target_name] = points
+                points = points[:, :0]
+        return data
+
+    def _run(
+        self, context: PruningContext, readers: dict[str, list[Reader]], moments: dict[str, list[Moments]]
+    ) -> None:
+        handles = []
+        try:
+            for name, found in readers.items():
+                for reader, moment in zip(found, moments[name], strict=True):
+                    handles.append(reader.module.register_forward_pre_hook(reader.recorder(moment)))
+            with evaluation_mode(context.model), torch.no_grad():
+                for args, kwargs in calls(context.model, self.calibration):
+                    context.model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer that reads a unit: where each channel enters, ``(channels, places)``, and how strongly it's read."""
+
+    module: nn.Module
+    places: IntArray
+    strength: Tensor
+
+    def recorder(self, moments: Moments) -> Any:
+        """Return a forward pre-hook that adds each batch to running sums."""
+
+        def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            dim = -1 if isinstance(module, nn.Linear) else 1
+            rows = inputs[0].detach().movedim(dim, 0).flatten(1)
+            moments.add(rows[torch.from_numpy(self.places).to(rows.device)], self.strength.to(rows.device))
+
+        return record
+
+
+def readers_of(unit: PruningUnit, flow: ChannelFlow, context: PruningContext, *, order: float = 2.0) -> list[Reader]:
+    """Return the layers that read a unit's channels, with norms of this order as their strengths.
+
+    Raises
+    ------
+    ConfigError
+        If the unit isn't pruned by output channel, or no layer reads it.
+    """
+    lead, target = unit.members[0]
+    space = context.target_spaces[lead][target]
+    if lead not in flow.layers or not (space.granularity == "out_channel" or loses_outputs(space)):
+        raise ConfigError(f"a cloud of what is read needs a layer pruned by output channel ({unit.name})")
+    places = _reading(lead, flow, dict(context.model.named_modules()))
+    if not places:
+        raise unread_error([unit.name])
+    return [Reader(module, found, read_strength(module, found, order)) for module, found in places]
+
+
+def check_read(
+    model: nn.Module, modules: Iterable[str], call: Call, kinds: tuple[type[nn.Module], ...] = (nn.Module,)
+) -> None:
+    """Check that layers are read, before a model is wrapped.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model; it isn't changed.
+    modules : iterable of str
+        The layers to prune; names of what isn't a layer that makes channels are passed over.
+    call : tuple of (tuple, dict)
+        Arguments to follow its channels with.
+    kinds : tuple of type, default=(torch.nn.Module,)
+        What counts as a reading layer.
+
+    Raises
+    ------
+    ConfigError
+        If no such layer reads all channels of one of them alike; names all of them.
+    SpeedupError
+        If the model can't be traced.
+    """
+    flow = channel_flow(model, call)
+    by_name = dict(model.named_modules())
+    unread = [
+        name
+        for name in modules
+        if name in flow.layers and not any(isinstance(module, kinds) for module, _ in _reading(name, flow, by_name))
+    ]
+    if unread:
+        raise unread_error(unread)
+
+
+def unread_error(names: list[str]) -> ConfigError:
+    """Build the error for layers that nothing reads, with the ways on."""
+    return ConfigError(
+        "a cloud of what is read, and criterion 'reconstruction', need a layer behind that reads all channels of a "
+        "layer alike, got none: exclude such layers from the config_list (exclude_op_names), or choose a cloud of the "
+        f"layer itself, collector='activation' or 'weight' without a criterion ({', '.join(names)})"
+    )
+
+
+def _reading(name: str, flow: ChannelFlow, modules: dict[str, nn.Module]) -> list[tuple[nn.Module, IntArray]]:
+    """Return the layers that read another one's channels, and where each channel enters."""
+    channels = flow.layer_roots(name)
+    found = []
+    for other in flow.layers:
+        module = modules[other]
+        if is_depthwise(module):
+            continue
+        places = _places(channels, flow.entering_roots(other))
+        if places is not None:
+            found.append((module, places))
+    return found
+
+
+def _places(channels: IntArray, entering: IntArray) -> IntArray | None:
+    """Input positions of each channel, ``(channels, places)``; None if the layer doesn't read them all alike."""
+    if FIXED in channels:  # they can't be removed, and all constants share this number
+        return None
+    found = [np.flatnonzero(entering == channel) for channel in channels]
+    counts = {len(places) for places in found}
+    return np.stack(found) if len(counts) == 1 and counts != {0} else None
+
+
+def read_strength(module: nn.Module, places: IntArray, order: float = 2.0) -> Tensor:
+    """Return norms of the weights with which a layer reads its inputs.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        A convolution or linear layer.
+    places : ndarray of int, any shape
+        Input channels or features.
+    order : float, default=2.0
+        Of the norm: 2 is Euclidean, 1 the sum of absolute values.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape of ``places``, float64, on the CPU.
+    """
+    weight: Tensor = module.weight.detach().double()  # type: ignore[operator]
+    groups = getattr(module, "groups", 1)
+    if getattr(module, "transposed", False):
+        norms = torch.linalg.vector_norm(weight.flatten(1), order, dim=1)
+    else:
+        # Input channel j of group g is column j of the g-th stretch of rows.
+        stretches = weight.reshape(groups, -1, weight.shape[1], int(np.prod(weight.shape[2:])))
+        norms = torch.linalg.vector_norm(stretches, order, dim=(1, 3)).reshape(-1)
+    strength: Tensor = norms[torch.from_numpy(places).to(norms.device)]
+    return strength.cpu()

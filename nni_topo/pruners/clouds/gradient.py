@@ -1,0 +1,256 @@
+"""The gradient cloud: what removing a neuron does to the loss of each sample, to first order."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from nni_topo.errors import ConfigError, DataError, check_integer
+from nni_topo.network.dependency import channel_flow
+from nni_topo.network.inputs import call_arguments, on_device, structure_call, tensors_of
+from nni_topo.network.modes import detached_copy, device_of, evaluation_mode
+from nni_topo.pruners.clouds.functional import Reader, check_read, readers_of
+from nni_topo.pruners.clouds.weight import Moments, Preprocess, checked_preprocess, points_of_gram, preprocess_points
+from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+class GradientCollector(DataCollector):
+    """The gradient cloud: gradients times activations over labelled samples, one coordinate per sample.
+
+    A neuron's coordinate for a sample is the derivative of the sample's loss by a gate that scales the neuron's output
+    wherever it is read: its values there times their gradients, summed over positions and readers. To first order this
+    is what the loss falls by when the neuron goes. So a neuron that no loss depends on lies at the origin, and two are
+    near each other if they help and harm the same samples.
+
+    Parameters
+    ----------
+    calibration : iterable or None
+        Batches ``(inputs, targets)``; a list or DataLoader, iterated once per collection. None: the pruner's evaluator
+        trains instead, see Notes.
+    loss : callable, default=torch.nn.functional.cross_entropy
+        Maps the model's output and the targets to a scalar tensor, the mean over the batch.
+    steps : int, default=8
+        Training steps of the evaluator, at least 1; calibration batches are all used.
+    preprocess : {"none", "center", "standardize", "unit"}, default="none"
+        As in :class:`~nni_topo.hooks.WeightCollector`, on the points handed on.
+
+    Raises
+    ------
+    ConfigError
+        If the loss isn't callable or ``steps`` isn't at least 1.
+    DataError
+        If the calibration is a list, tuple or other sequence and holds no batch, or one without targets.
+
+    Notes
+    -----
+    Everything runs on a copy: no gradient, hook, mode or statistic of the model itself changes. Calibration batches run
+    in evaluation mode. An evaluator's training runs as it is written, with the weights put back after every step (so
+    all gradients are those of the given weights), its loss taken as the mean over the batch.
+
+    Only inner products are summed up, batch by batch: memory is that of the copy, of one batch's activations and of
+    ``blocks**2`` numbers. As in the functional cloud, a dependency group's first member carries the joint cloud, the
+    others none.
+
+    References
+    ----------
+    .. [1] P. Molchanov et al., "Importance estimation for neural network pruning", CVPR 2019: the squared norm of a
+       point is their importance, equation 8.
+    """
+
+    def __init__(
+        self,
+        calibration: Iterable[Any] | None = None,
+        *,
+        loss: Loss = cross_entropy,
+        steps: int = 8,
+        preprocess: Preprocess = "none",
+    ) -> None:
+        if not callable(loss):
+            raise ConfigError(f"loss must be callable, got {type(loss).__name__} (GradientCollector)")
+        check_integer("steps", steps, 1, "GradientCollector")
+        if isinstance(calibration, Sequence):
+            for _ in _labelled(calibration):
+                pass
+        self.calibration = calibration
+        self.loss = loss
+        self.steps = steps
+        self.preprocess = checked_preprocess(preprocess)
+
+    def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        """Check that every layer is read, unless an evaluator has the batches."""
+        if self.calibration is not None:
+            check_read(model, modules, structure_call(model, self.calibration))
+
+    def collect(self, context: PruningContext) -> Data:
+        """Return float64 clouds ``(blocks, blocks)``, and ``(blocks, 0)`` for a group's other members.
+
+        Raises
+        ------
+        ConfigError
+            If there is neither calibration data nor an evaluator that is free, a unit isn't pruned by output channel,
+            no layer reads it, or the loss isn't a scalar.
+        SpeedupError
+            If the model can't be traced.
+        DataError
+            If no batch came, one has no targets or targets that don't fit, or the loss or a gradient isn't finite.
+        """
+        model = detached_copy(context.model)
+        gates = _Gates(context, model)
+        if self.calibration is None:
+            self._train(context, model)
+        else:
+            self._run(model, self.calibration, gates)
+        gates.flush()
+        data: Data = {}
+        for unit in context.units:
+            products = gates.moments[unit.name].gram(unit.name, center=False, what="gradient")
+            points = preprocess_points(points_of_gram(products), self.preprocess)
+            for module_name, target_name in unit.members:
+                data.setdefault(module_name, {})[target_name] = points
+                points = points[:, :0]
+        return data
+
+    def _run(self, model: nn.Module, calibration: Iterable[Any], gates: _Gates) -> None:
+        """Differentiate the loss of every batch, in evaluation mode."""
+        model.eval().requires_grad_(False)
+        device = device_of(model)
+        for index, (inputs, targets) in enumerate(_labelled(calibration)):
+            call, targets = on_device((call_arguments(inputs), targets), device)
+            with torch.enable_grad():
+                loss = self._checked_loss(model(*call[0], **call[1]), targets, index)
+            if not loss.requires_grad or not gates.opened:
+                raise DataError(
+                    f"the loss must depend on the pruned layers, got a constant (calibration batch {index})"
+                )
+            # Not backward(): a loss may have parameters of its own, which would gather gradients.
+            torch.autograd.grad(loss, gates.opened, allow_unused=True)
+
+    def _checked_loss(self, outputs: Any, targets: Any, index: int) -> Tensor:
+        try:
+            loss = self.loss(outputs, targets)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise DataError(f"targets must fit the loss, got: {error} (calibration batch {index})") from error
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ConfigError(f"a loss must be a scalar tensor, got {found} (calibration batch {index})")
+        if not bool(torch.isfinite(loss)):
+            raise DataError(f"the loss must be finite, got {float(loss.detach())} (calibration batch {index})")
+        return loss
+
+    def _train(self, context: PruningContext, model: nn.Module) -> None:
+        """Let the evaluator train the copy, its weights put back after every step."""
+        evaluator = context.evaluator
+        if evaluator is None:
+            raise ConfigError("a gradient cloud needs calibration data or an evaluator, got neither (calibration)")
+        if getattr(evaluator, "model", None) is not None:
+            raise ConfigError(
+                "a gradient cloud needs calibration data while the evaluator trains, got none (calibration)"
+            )
+        weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+        def restore() -> None:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(weights[name])
+
+        evaluator.bind_model(model, dict(context.parameter_names))
+        try:
+            evaluator.patch_optimizer_step(before_step_tasks=[], after_step_tasks=[restore])
+            evaluator.train(max_steps=self.steps)
+        finally:
+            evaluator.unbind_model()
+
+
+class _Gates:
+    """Derivatives of each sample's loss by a gate on every channel, while a model is differentiated.
+
+    Parameters
+    ----------
+    context : PruningContext
+        The units whose channels have gates.
+    model : torch.nn.Module
+        A copy of the context's model; hooks stay on it.
+
+    Attributes
+    ----------
+    opened : list of torch.Tensor
+        What was read in the latest call, with gradients.
+    moments : dict of str to Moments
+        Running sums by unit.
+    """
+
+    def __init__(self, context: PruningContext, model: nn.Module) -> None:
+        self.opened: list[Tensor] = []
+        self.moments = {unit.name: Moments() for unit in context.units}
+        self._context = dataclasses.replace(context, model=model)
+        self._original = context.model
+        self._samples = 0
+        self._batch: dict[str, Tensor] = {}
+        self._watching = False
+        model.register_forward_pre_hook(self._begin, with_kwargs=True)
+
+    def flush(self) -> None:
+        """Add the latest batch's derivatives to the running sums."""
+        for name, derivatives in self._batch.items():
+            self.moments[name].add(derivatives[:, None] * self._samples)
+        self._batch = {}
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.flush()
+        self.opened = []
+        self._samples = len(tensors_of((args, kwargs))[0])
+        if self._watching:
+            return
+        with evaluation_mode(self._original):
+            flow = channel_flow(self._original, (args, kwargs))
+        for unit in self._context.units:
+            for reader in readers_of(unit, flow, self._context):
+                reader.module.register_forward_pre_hook(self._gate(unit.name, reader))
+        self._watching = True
+
+    def _gate(self, name: str, reader: Reader) -> Callable[..., Any]:
+        places = torch.from_numpy(reader.places)
+        channel_dim = -1 if isinstance(reader.module, nn.Linear) else 1
+
+        def gate(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if not torch.is_grad_enabled():
+                return None
+            values, samples = inputs[0], self._samples
+            if len(values) % samples:
+                raise ConfigError(
+                    f"a gradient cloud needs the batch in the first dimension, got {len(values)} ({name})"
+                )
+            # An alias of its own, so that the gradient holds this reader's share alone.
+            opened = values.view_as(values) if values.requires_grad else values.detach().requires_grad_()
+
+            def record(gradient: Tensor) -> None:
+                products = (values.detach() * gradient).movedim(channel_dim, 0)
+                by_sample = products.reshape(len(products), samples, -1).sum(2, dtype=torch.float64)
+                effect = by_sample[places.to(by_sample.device)].sum(1)
+                self._batch[name] = self._batch[name] + effect if name in self._batch else effect
+
+            opened.register_hook(record)
+            self.opened.append(opened)
+            return (opened, *inputs[1:])
+
+        return gate
+
+
+def _labelled(calibration: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield inputs and targets, or raise :class:`~nni_topo.errors.DataError`."""
+    count = 0
+    for count, batch in enumerate(calibration, start=1):
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2 or batch[1] is None:
+            raise DataError(
+                f"a gradient cloud needs batches (inputs, targets), got no targets (calibration batch {count - 1})"
+            )
+        yield batch[0], batch[1]
+    if count == 0:
+        raise DataError("calibration must hold at least one batch, got none (was a generator used twice?)")

@@ -1,0 +1,275 @@
+"""Data collectors: the point clouds that pruners look at, one point per filter or neuron."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.network.inputs import calls
+from nni_topo.network.modes import evaluation_mode
+from nni_topo.pruners.clouds.narrowing import Narrowing, stretches
+from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
+
+_TURN = 2**24
+Preprocess = Literal["none", "center", "standardize", "unit"]
+_PREPROCESS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda points: points,
+    "center": lambda points: points - points.mean(0),
+    "standardize": lambda points: (points - points.mean(0)) / _nonzero(points.std(0, correction=0)),
+    "unit": lambda points: points / _nonzero(points.norm(dim=1, keepdim=True)),
+}
+
+
+class WeightCollector(DataCollector):
+    """The weight cloud: a block's own weights are its coordinates.
+
+    A convolution of shape ``(out, in, kh, kw)`` gives ``out`` points in ``in * kh * kw`` dimensions, a linear layer
+    ``(out, in)`` gives ``out`` points in ``in`` dimensions.
+
+    Parameters
+    ----------
+    preprocess : {"none", "center", "standardize", "unit"}, default="none"
+        As it is; mean point moved to the origin; also each feature scaled to unit variance; each point scaled to unit
+        length (zero points stay). Constant features are left at zero by ``"standardize"``.
+    max_features : int or None, default=None
+        Project wider clouds at random onto this many features, at least 1. How far that may move distances is what
+        :func:`nni_topo.topology.projection_error` returns for ``blocks + 1`` points (the origin counts); it is logged.
+    projection_error : float or None, default=None
+        Project onto as few features as keep every distance between points, and from the origin, within this share of
+        it, in (0, 1), with probability 0.999 per weight. Clouds that have fewer features are left as they are.
+    max_bytes : int, default=2**30
+        Largest float64 cloud, in bytes, that is handed on as it is if there is no projection. Larger ones are handed on
+        as the ``n`` points in ``n`` dimensions with the same inner products, where that is narrower: distances are kept
+        to about 1e-8 of the largest norm.
+    seed : int, default=0
+        Of the projections.
+
+    Raises
+    ------
+    ConfigError
+        If a knob is out of range, or both ``max_features`` and ``projection_error`` are given.
+
+    Notes
+    -----
+    A cloud that is made narrow is read in stretches of 64 MiB: beside the weight itself, memory is bounded by ``8 *
+    blocks * max_features`` bytes, or ``8 * blocks**2``, which is what the distances take anyway. Projecting costs
+    ``blocks * features * max_features`` products. Preprocessing comes before the projection.
+
+    References
+    ----------
+    .. [1] Perera, "Topological Pruner", MSc thesis, University of Moratuwa, 2022, section 6.3.
+    .. [2] Dasgupta, Gupta, "An elementary proof of a theorem of Johnson and Lindenstrauss", Random Structures and
+       Algorithms 22, 2003.
+    """
+
+    def __init__(
+        self,
+        *,
+        preprocess: Preprocess = "none",
+        max_features: int | None = None,
+        projection_error: float | None = None,
+        max_bytes: int = 2**30,
+        seed: int = 0,
+    ) -> None:
+        self.preprocess = checked_preprocess(preprocess)
+        self.narrowing = Narrowing(max_features, projection_error, max_bytes, seed)
+
+    def collect(self, context: PruningContext) -> Data:
+        """Return float64 clouds ``(blocks, features)`` on the CPU.
+
+        Raises
+        ------
+        DataError
+            If a weight is NaN or infinite.
+        """
+        data: Data = {}
+        for module_name, target_name in _members(context):
+            space = context.target_spaces[module_name][target_name]
+            weight = space.target.detach()
+            if not bool(torch.isfinite(weight).all()):
+                raise DataError(f"weights must be finite, got NaN or infinity ({module_name}.{target_name})")
+            blocks = (
+                weight[..., None] if space._scaler is None else space._scaler.shrink(weight, _identity, keepdim=True)
+            )
+            points = self._points(blocks.reshape(-1, blocks.shape[-1]), f"{module_name}.{target_name}")
+            data.setdefault(module_name, {})[target_name] = points
+        return data
+
+    def _points(self, cloud: Tensor, name: str) -> Tensor:
+        """Preprocess a cloud; make it narrow if it is too wide."""
+        features = self.narrowing.features(*cloud.shape)
+        if features is None and not self.narrowing.is_large(*cloud.shape):
+            return preprocess_points(cloud.to("cpu", torch.float64), self.preprocess)
+        steps = {"center": self.preprocess in ("center", "standardize"), "scale": self.preprocess == "standardize"}
+        if features is None:
+            points = points_of_gram(_total(part @ part.T for part in stretches(cloud, **steps)))
+        else:
+            points = self.narrowing.project(cloud, features, name, **steps)
+        if self.preprocess == "unit":
+            points = points / _nonzero(_total(part.pow(2).sum(1) for part in stretches(cloud)).sqrt())[:, None]
+        return points
+
+
+class ActivationCollector(DataCollector):
+    """The activation cloud: a neuron's outputs over a calibration set are its coordinates.
+
+    Only inner products of activations enter distances, so they are summed up batch by batch and the cloud is handed on
+    as the ``n`` points in ``n`` dimensions that have these inner products. Memory doesn't grow with the number of
+    samples; distances are those of the full cloud up to rounding (about 1e-8 of the largest norm).
+
+    Parameters
+    ----------
+    calibration : iterable or None
+        Batches of inputs, or of ``(inputs, ...)`` of which the first is used. Iterated once per collection, so pass a
+        list or a DataLoader rather than a generator. None: the pruner's evaluator runs its evaluation instead.
+    center : bool, default=True
+        Subtract each neuron's mean first: the next layer's bias can take over a constant.
+    preprocess : {"none", "center", "standardize", "unit"}, default="none"
+        As in :class:`WeightCollector`, on the points handed on.
+
+    Notes
+    -----
+    Distances are per sample and position: they don't grow with the size of the calibration set. Convolutions count
+    every position of their output map as a sample.
+    """
+
+    def __init__(
+        self,
+        calibration: Iterable[Any] | None = None,
+        *,
+        center: bool = True,
+        preprocess: Preprocess = "none",
+    ) -> None:
+        self.calibration = calibration
+        self.center = center
+        self.preprocess = checked_preprocess(preprocess)
+
+    def collect(self, context: PruningContext) -> Data:
+        """Return float64 clouds ``(blocks, blocks)`` on the CPU.
+
+        Raises
+        ------
+        ConfigError
+            If there is neither calibration data nor an evaluator, or a target isn't pruned by output channel.
+        DataError
+            If no batch came, or activations are NaN or infinite.
+        """
+        moments = {module_name: Moments() for module_name, _ in _members(context)}
+        with _recording(context.model, moments):
+            self._run(context)
+        data: Data = {}
+        for module_name, target_name in _members(context):
+            blocks = context.metric_shape(module_name, target_name)[0]
+            points = points_of_gram(moments[module_name].gram(module_name, center=self.center))
+            if len(points) != blocks or context.target_spaces[module_name][target_name].granularity != "out_channel":
+                raise ConfigError(
+                    f"an activation cloud needs one output channel per block, got {len(points)} channels for "
+                    f"{blocks} blocks ({module_name}.{target_name})"
+                )
+            data.setdefault(module_name, {})[target_name] = preprocess_points(points, self.preprocess)
+        return data
+
+    def _run(self, context: PruningContext) -> None:
+        with evaluation_mode(context.model), torch.no_grad():
+            if self.calibration is None:
+                context.evaluate()
+                return
+            for args, kwargs in calls(context.model, self.calibration):
+                context.model(*args, **kwargs)
+
+
+def checked_preprocess(preprocess: Preprocess) -> Preprocess:
+    """Return the name of a preprocessing step, or raise :class:`~nni_topo.errors.ConfigError`."""
+    if preprocess not in _PREPROCESS:
+        raise unknown_name("preprocess", preprocess, _PREPROCESS)
+    return preprocess
+
+
+def preprocess_points(points: Tensor, preprocess: Preprocess) -> Tensor:
+    """Return preprocessed points ``(n, features)``; see :class:`WeightCollector`."""
+    return _PREPROCESS[preprocess](points)
+
+
+class Moments:
+    """Running sums over samples: how many there were, the sum of each place of each row, the rows' inner products."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self._total: Tensor | None = None
+        self._products: Tensor | None = None
+
+    def add(self, rows: Tensor, scale: Tensor | None = None) -> None:
+        """Add a batch of rows, shape ``(n, places, samples)``, times a scale ``(n, places)``; 128 MiB a turn."""
+        self.samples += rows.shape[2]
+        for few in rows.split(max(1, _TURN // max(1, rows.shape[0] * rows.shape[1])), dim=2):
+            part = few.double() if scale is None else few.double() * scale[..., None]
+            total, flat = part.sum(2), part.flatten(1)
+            self._total = total if self._total is None else self._total + total
+            self._products = flat @ flat.T if self._products is None else self._products + flat @ flat.T
+
+    def gram(self, name: str, *, center: bool, what: str = "activation") -> Tensor:
+        """Return inner products per sample, shape ``(n, n)``, on the CPU; each place's mean taken off on request.
+
+        Raises
+        ------
+        DataError
+            If nothing was added, or a product isn't finite; ``name`` says where.
+        """
+        if self._total is None or self._products is None:
+            raise DataError(f"calibration must reach every pruned layer, got no {what} ({name})")
+        gram = (self._products / self.samples).cpu()
+        if center:
+            mean = (self._total / self.samples).cpu()
+            gram = gram - mean @ mean.T
+        if not bool(torch.isfinite(gram).all()):
+            raise DataError(f"{what}s must be finite, got NaN or infinity ({name})")
+        return gram
+
+
+def points_of_gram(gram: Tensor) -> Tensor:
+    """Return ``n`` points in ``n`` dimensions that have given inner products ``(n, n)``, float64."""
+    values, vectors = torch.linalg.eigh(gram)
+    points: Tensor = vectors * values.clamp(min=0.0).sqrt()
+    return points
+
+
+def _members(context: PruningContext) -> Iterator[tuple[str, str]]:
+    for unit in context.units:
+        yield from unit.members
+
+
+def _identity(blocks: Tensor) -> Tensor:
+    return blocks
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    return sum(parts, torch.zeros((), dtype=torch.float64))
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+@contextmanager
+def _recording(model: nn.Module, moments: dict[str, Moments]) -> Iterator[None]:
+    def recorder(name: str, channel_dim: int) -> Callable[..., None]:
+        def record(module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+            moments[name].add(outputs.detach().movedim(channel_dim, 0).flatten(1)[:, None])
+
+        return record
+
+    modules = dict(model.named_modules())
+    handles = [
+        modules[name].register_forward_hook(recorder(name, -1 if isinstance(modules[name], nn.Linear) else 1))
+        for name in moments
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,5 @@
+"""Clustered pruning: one filter of each cluster of features stays (Mitra, chapter 4)."""
+
+from nni_topo.pruners.cluster.pruner import ClusterPruner
+
+__all__ = ["ClusterPruner"]

@@ -1,0 +1,265 @@
+"""Keep one neuron of each cluster of features: what such metrics share, and the one with a given number of clusters."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import linkage
+from torch import Tensor
+
+from nni_topo.errors import DataError
+from nni_topo.maths.clustering import partition
+from nni_topo.maths.clustering.partition import FloatArray, IntArray
+from nni_topo.maths.ties import FLOOR, RELATIVE, descending, leveled
+from nni_topo.pruners.allocators import ConfigAllocator, removable_rows
+from nni_topo.pruners.clouds.features import FeatureCollector
+from nni_topo.pruners.cluster.survivors import best_of, survivor_scores
+from nni_topo.pruners.hooks import Data, MetricCalculator, Metrics, PruningContext
+from nni_topo.pruners.units import PruningUnit
+
+_CONSTANT = 1e-12
+# Features were summed in single precision: near ties of distances are measured by the points' size, not by their own.
+_MEASURED = RELATIVE / FLOOR
+
+
+@dataclass(frozen=True)
+class FeatureCloud:
+    """One part of a unit: its neurons' features, those of all members side by side.
+
+    Attributes
+    ----------
+    points : ndarray of float64, shape (rows, d)
+        A point per neuron.
+    deviations : ndarray of float64, shape (rows, d')
+        The same without the means; inner products are covariances.
+    names : ndarray of int, shape (rows,)
+        The neurons' places in the unit, ascending.
+    """
+
+    points: FloatArray
+    deviations: FloatArray
+    names: IntArray
+
+    @cached_property
+    def covariance(self) -> FloatArray:
+        """Covariances between the neurons, shape (rows, rows)."""
+        covariance: FloatArray = self.deviations @ self.deviations.T
+        return covariance
+
+    @property
+    def alive(self) -> NDArray[np.bool_]:
+        """Which neurons ever put out anything but zero, shape (rows,)."""
+        alive: NDArray[np.bool_] = (self.points != 0).any(1)
+        return alive
+
+    def living(self) -> FeatureCloud:
+        """Return the cloud without its dead neurons."""
+        kept = self.alive
+        return self if kept.all() else FeatureCloud(self.points[kept], self.deviations[kept], self.names[kept])
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """What a unit's neurons were put into.
+
+    Attributes
+    ----------
+    labels : ndarray of int, shape (blocks,)
+        Cluster of each neuron, no cluster in two parts; -1 for dead ones.
+    rows : int
+        Neurons that each part keeps.
+    """
+
+    labels: IntArray
+    rows: int
+
+
+class SurvivorAllocator(ConfigAllocator):
+    """Keep the blocks with positive scores: a metric that clusters has already decided how many they are."""
+
+    def kept_rows(self, context: PruningContext, profiles: dict[str, Tensor]) -> dict[str, int]:
+        """Return the number of positive scores of each unit, at least 1."""
+        return {unit.name: max(1, int((profiles[unit.name] > 0).sum())) for unit in context.units}
+
+
+class SurvivorMetric(MetricCalculator):
+    """Score 1 for the neuron of each cluster that stays, 0 for the others.
+
+    Parameters
+    ----------
+    collector : FeatureCollector
+        Made the features, knows the network.
+    survivor : callable
+        Returns the rules of a unit, for :func:`~nni_topo.pruners.cluster.survivors.survivor_scores`.
+    seed : int
+        For the clusters and random survivors.
+
+    Attributes
+    ----------
+    pairs : dict of str to dict of int to int
+        Of the latest call: by layer the neuron that stays for each one that goes, for
+        ``nni_topo.compensate(method="pair")``. Dead neurons need none.
+
+    Notes
+    -----
+    Where a cap or a part of a grouped convolution asks for more neurons than there are clusters, those farthest from
+    the survivor of their cluster stay too; dead ones last.
+    """
+
+    def __init__(
+        self,
+        collector: FeatureCollector,
+        survivor: Callable[[PruningUnit, PruningContext], tuple[str, ...]],
+        *,
+        seed: int,
+    ) -> None:
+        self.collector = collector
+        self.survivor = survivor
+        self.seed = seed
+        self.planner = ConfigAllocator(on_empty="keep")
+        self.pairs: dict[str, dict[int, int]] = {}
+
+    @abstractmethod
+    def cluster(self, clouds: dict[str, list[FeatureCloud]], context: PruningContext) -> dict[str, Clusters]:
+        """Return the clusters of every unit, given the clouds of its parts."""
+
+    def calculate(self, data: Data, context: PruningContext) -> Metrics:
+        """Cluster every unit and mark the neurons that stay."""
+        clouds = {unit.name: _clouds(unit, data) for unit in context.units}
+        found = self.cluster(clouds, context)
+        generator = np.random.default_rng(self.seed)
+        metrics: Metrics = {}
+        self.pairs = {}
+        for unit in context.units:
+            points = np.concatenate([cloud.points for cloud in clouds[unit.name]])
+            kept = self._kept(unit, points, found[unit.name], context, generator)
+            for module_name, target_name in unit.members:
+                shape = context.metric_shape(module_name, target_name)
+                scores = torch.from_numpy(kept.astype(np.float64)).reshape(shape)
+                metrics.setdefault(module_name, {})[target_name] = scores
+        return metrics
+
+    def _kept(
+        self,
+        unit: PruningUnit,
+        points: FloatArray,
+        clusters: Clusters,
+        context: PruningContext,
+        generator: np.random.Generator,
+    ) -> NDArray[np.bool_]:
+        """Choose what stays of a unit and remember what it stands for."""
+        labels = clusters.labels
+        closeness = _closeness(points, labels)
+        rules = self.survivor(unit, context)
+        scores = survivor_scores(rules, unit, context, self.collector.network, closeness, generator)
+        best = best_of(labels, scores)
+        distances = np.where(labels < 0, -1.0, np.linalg.norm(points - points[best], axis=1))
+        kept = np.zeros(unit.blocks, dtype=bool)
+        kept[best[best >= 0]] = True
+        for part in np.arange(unit.blocks).reshape(unit.parts, unit.rows):
+            others = part[~kept[part]]
+            lacking = clusters.rows - (len(part) - len(others))
+            kept[others[descending(distances[others])[: max(lacking, 0)]]] = True
+        gone = np.flatnonzero(~kept & (best >= 0))
+        self.pairs[unit.members[0][0]] = {int(node): int(best[node]) for node in gone}
+        return kept
+
+
+class ClusterMetric(SurvivorMetric):
+    """As many clusters as the config_list leaves neurons.
+
+    Parameters
+    ----------
+    collector, survivor, seed
+        See :class:`SurvivorMetric`.
+    algorithm, n_init, min_samples
+        See :func:`~nni_topo.maths.clustering.partition`.
+
+    Notes
+    -----
+    For thresholds and global groups the j-th of a layer's clusters counts as much as the distance at which Ward's
+    agglomeration would merge it into fewer, in units of the layer's mean such distance. Dead neurons all go, also if
+    that is more than the ratio asks for, unless the ratio is 0; ``max_sparse_ratio`` holds.
+    """
+
+    def __init__(
+        self,
+        collector: FeatureCollector,
+        survivor: Callable[[PruningUnit, PruningContext], tuple[str, ...]],
+        *,
+        algorithm: str,
+        n_init: int,
+        min_samples: int,
+        seed: int,
+    ) -> None:
+        super().__init__(collector, survivor, seed=seed)
+        self.algorithm = algorithm
+        self.n_init = n_init
+        self.min_samples = min_samples
+
+    def cluster(self, clouds: dict[str, list[FeatureCloud]], context: PruningContext) -> dict[str, Clusters]:
+        """Return the clusters of every unit."""
+        profiles = {unit.name: merging_profile(unit, clouds[unit.name]) for unit in context.units}
+        rows = self.planner.rounded_rows(context, profiles)
+        return {unit.name: self._clusters(unit, clouds[unit.name], rows[unit.name]) for unit in context.units}
+
+    def _clusters(self, unit: PruningUnit, parts: list[FeatureCloud], rows: int) -> Clusters:
+        alive = max(int(cloud.alive.sum()) for cloud in parts)
+        if rows < unit.rows:
+            rows = self.planner.rounded(unit, max(1, min(rows, alive), unit.rows - removable_rows(unit)[1]))
+        labels = np.full(unit.blocks, -1, dtype=np.intp)
+        for cloud in (part.living() for part in parts):
+            if len(cloud.names):
+                found = partition(
+                    cloud.points,
+                    min(rows, len(cloud.names)),
+                    self.algorithm,
+                    seed=self.seed,
+                    n_init=self.n_init,
+                    min_samples=self.min_samples,
+                )
+                labels[cloud.names] = found + labels.max() + 1
+        return Clusters(labels, rows)
+
+
+def _clouds(unit: PruningUnit, data: Data) -> list[FeatureCloud]:
+    """Join the members' features and cut them into the unit's parts."""
+    members = [data[module][target].numpy() for module, target in unit.members]
+    points = np.concatenate(members, axis=1) / np.sqrt(len(members))
+    deviations = np.concatenate([each[:, 1:] for each in members], axis=1) / np.sqrt(len(members))
+    scale = np.square(points).sum()
+    if scale > 0 and np.square(deviations).sum() <= _CONSTANT * scale:
+        raise DataError(f"features must vary over the calibration samples, got constants for all neurons ({unit.name})")
+    names = np.arange(unit.blocks, dtype=np.intp).reshape(unit.parts, unit.rows)
+    return [FeatureCloud(points[rows], deviations[rows], rows) for rows in names]
+
+
+def _closeness(points: FloatArray, labels: IntArray) -> FloatArray:
+    """Return the negative distance of each neuron to its cluster's mean; 0 for those in none.
+
+    Distances that only rounding tells apart are equal: of a pair both neurons are as far from the mean.
+    """
+    closeness = np.zeros(len(points))
+    scale = _MEASURED * float(np.linalg.norm(points, axis=1).max(initial=0.0))
+    for label in np.unique(labels[labels >= 0]):
+        members = labels == label
+        distances = np.linalg.norm(points[members] - points[members].mean(0), axis=1)
+        closeness[members] = leveled(-distances, scale)
+    return closeness
+
+
+def merging_profile(unit: PruningUnit, parts: list[FeatureCloud]) -> Tensor:
+    """Return what each cluster more is worth, shape (rows,), descending; zeros where layers aren't compared."""
+    heights = np.zeros((len(parts), unit.rows))
+    if unit.rows > 1 and (unit.global_group_id is not None or unit.sparse_threshold is not None):
+        for part, cloud in enumerate(parts):
+            merges = linkage(cloud.points, "ward")[::-1, 2]
+            heights[part] = np.concatenate([merges[:1], merges])
+    mean = heights.mean()
+    return torch.from_numpy(heights.max(0) / mean if mean > 0 else heights.max(0))

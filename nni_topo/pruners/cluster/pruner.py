@@ -1,0 +1,168 @@
+"""Clustered pruning: one neuron or filter of each cluster of features stays.
+
+References
+----------
+.. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
+   Technology, 2019, chapter 4, algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from nni.compression.base.wrapper import ModuleWrapper
+from nni.compression.utils import Evaluator
+from torch import nn
+
+from nni_topo.errors import ConfigError, check_integer, check_seed, unknown_name
+from nni_topo.maths.clustering.partition import ALGORITHMS, Algorithm
+from nni_topo.network.inputs import checked_calibration
+from nni_topo.pruners.base import StructuredPruner
+from nni_topo.pruners.clouds.features import FeatureCollector, Pool
+from nni_topo.pruners.cluster.metric import ClusterMetric, SurvivorAllocator
+from nni_topo.pruners.cluster.survivors import Survivor, checked_rules
+from nni_topo.pruners.hooks import PruningContext
+from nni_topo.pruners.units import PruningUnit
+from nni_topo.recovery.compensation import Method
+from nni_topo.recovery.steps import Pairs
+
+
+class ClusterPruner(StructuredPruner):
+    """Cluster the neurons of each layer by what they put out, and keep one of each cluster.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Model to prune. NNI wraps it; ``unwrap_model()`` takes the wrappers off again.
+    config_list : list of dict
+        NNI's config_list. The ratio says how many clusters there are; the members of a ``dependency_group_id`` are
+        clustered together, features side by side. ``sparse_threshold`` and ``global_group_id`` compare layers by the
+        distances at which Ward's agglomeration merges clusters, in units of the layer's mean.
+    evaluator : nni.compression.utils.Evaluator or None, default=None
+        Needed for scheduled pruning; its evaluation data serve where there is no ``calibration``.
+    existed_wrappers : dict or None, default=None
+        Used by ``from_compressor``.
+    calibration : iterable or None, default=None
+        Batches of inputs, or of ``(inputs, targets)``; labels aren't used. A list or DataLoader, not a generator.
+    algorithm : {"kmeans", "spectral", "ward", "dbscan", "gmm"}, default="kmeans"
+        See :func:`nni_topo.maths.clustering.partition`. Points of noise of DBSCAN stay.
+    survivor : str or sequence of str, default="random"
+        Which neuron of a cluster stays: ``"random"``; ``"center"``, the nearest to its mean; ``"weight"``, the largest
+        sum of absolute weights on both sides (4.12); ``"bias"``, the largest bias (4.13); ``"bias_norm"``, the largest
+        absolute bias. Of several the ranks are averaged. A batch norm behind the layer is part of the bias.
+    pool : {"none", "mean"} or int, default="none"
+        Feature maps as they are, averaged to one value, or to so many in each direction.
+    n_init : int, default=3
+        Starts of k-means and mixtures, at least 1.
+    min_samples : int, default=3
+        DBSCAN's number of points that make a core, at least 1.
+    compensate, round_to
+        See :class:`~nni_topo.pruners.base.StructuredPruner`; ``compensate="pair"`` takes :attr:`pairs`.
+    seed : int, default=0
+        Same seed, same masks.
+
+    Raises
+    ------
+    ConfigError, DataError
+        If a knob or the request is bad, before the model is wrapped. If there are fewer than two samples, or all
+        features of a layer are constant, when masks are made.
+
+    See Also
+    --------
+    SubclusterPruner : Finds the number of clusters itself.
+
+    Notes
+    -----
+    Neurons that are zero on all samples all go, where anything goes at all, unless the layer would be empty.
+
+    References
+    ----------
+    .. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
+       Technology, 2019, chapter 4.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    >>> config_list = [{"op_names": ["0"], "sparse_ratio": 0.75}]
+    >>> pruner = ClusterPruner(model, config_list, calibration=[torch.randn(64, 4)], algorithm="ward")
+    >>> _, masks = pruner.compress()
+    >>> int(masks["0"]["bias"].sum())
+    4
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[dict[str, Any]],
+        evaluator: Evaluator | None = None,
+        existed_wrappers: dict[str, ModuleWrapper] | None = None,
+        *,
+        calibration: Iterable[Any] | None = None,
+        algorithm: Algorithm = "kmeans",
+        survivor: Survivor = "random",
+        pool: Pool = "none",
+        n_init: int = 3,
+        min_samples: int = 3,
+        compensate: Method | None = None,
+        round_to: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if algorithm not in ALGORITHMS:
+            raise unknown_name("algorithm", str(algorithm), ALGORITHMS)
+        for name, value in (("n_init", n_init), ("min_samples", min_samples)):
+            check_integer(name, value, 1, "ClusterPruner")
+        check_seed(seed, "ClusterPruner")
+        self._rules = checked_rules(survivor)
+        self.seed = seed
+        calibration = checked_calibration(calibration)
+        collector = feature_collector(calibration, evaluator, pool, config_list)
+        self._metric = ClusterMetric(
+            collector,
+            self._rules_of,
+            algorithm=algorithm,
+            n_init=n_init,
+            min_samples=min_samples,
+            seed=seed,
+        )
+        super().__init__(
+            model,
+            config_list,
+            evaluator,
+            existed_wrappers,
+            collector=collector,
+            calculator=self._metric,
+            allocator=SurvivorAllocator(),
+            compensate=compensate,
+            calibration=calibration,
+            round_to=round_to,
+        )
+        self._metric.planner.round_to = round_to
+
+    @property
+    def pairs(self) -> dict[str, dict[int, int]]:
+        """By layer the neuron that stays for each one that goes, of the latest masks.
+
+        For ``nni_topo.compensate(model, masks, calibration, method="pair", pairs=pruner.pairs)``, the correlation-based
+        update.
+        """
+        return self._metric.pairs
+
+    def _rules_of(self, unit: PruningUnit, context: PruningContext) -> tuple[str, ...]:
+        return self._rules
+
+    def _survivors(self) -> Pairs:
+        return self.pairs
+
+
+def feature_collector(
+    calibration: Iterable[Any] | None, evaluator: Evaluator | None, pool: Pool, config_list: list[dict[str, Any]]
+) -> FeatureCollector:
+    """Return a collector; raise ConfigError if something is to be pruned and there are no data to look at."""
+    if calibration is None and evaluator is None and config_list:
+        raise ConfigError(
+            "a pruner that clusters features needs calibration data or an evaluator, got neither (calibration)"
+        )
+    return FeatureCollector(calibration, pool=pool)

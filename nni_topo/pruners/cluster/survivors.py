@@ -1,0 +1,169 @@
+"""Survivors: which neuron of each cluster stays.
+
+References
+----------
+.. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
+   Technology, 2019, sections 4.3.1 and 5.3.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+from torch import nn
+
+from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.maths.clustering.partition import FloatArray, IntArray
+from nni_topo.maths.ties import first_largest, leveled
+from nni_topo.network.layers import by_output
+from nni_topo.pruners.clouds.features import TracedNetwork
+from nni_topo.pruners.clouds.functional import read_strength, readers_of
+from nni_topo.pruners.hooks import PruningContext
+from nni_topo.pruners.units import PruningUnit
+
+RULES = ("random", "center", "weight", "bias", "bias_norm")
+
+Survivor = str | Sequence[str]
+
+
+def checked_rules(survivor: Survivor) -> tuple[str, ...]:
+    """Return one or several names of rules as a tuple.
+
+    Raises
+    ------
+    ConfigError
+        If there is none, or one isn't known.
+    """
+    if not isinstance(survivor, (str, Sequence)):
+        raise ConfigError(f"survivor must be a rule or a sequence of rules, got {survivor!r} (survivor)")
+    rules = (survivor,) if isinstance(survivor, str) else tuple(survivor)
+    if not rules:
+        raise ConfigError(f"survivor must name at least one rule of {', '.join(RULES)}, got none")
+    for rule in rules:
+        if rule not in RULES:
+            raise unknown_name("survivor", str(rule), RULES)
+    return rules
+
+
+def survivor_scores(
+    rules: tuple[str, ...],
+    unit: PruningUnit,
+    context: PruningContext,
+    network: TracedNetwork,
+    closeness: FloatArray,
+    generator: np.random.Generator,
+) -> FloatArray:
+    """Score a unit's neurons; of each cluster the highest stays.
+
+    Parameters
+    ----------
+    rules : tuple of str
+        ``"random"``; ``"center"``: the nearest to the cluster's mean; ``"weight"``: the largest sum of absolute
+        weights that connect it to both sides, (4.12); ``"bias"``: the largest bias, (4.13); ``"bias_norm"``: the
+        largest absolute bias. Of several the ranks are averaged.
+    unit : PruningUnit
+        A layer or a dependency group, over whose members weights and biases are summed.
+    context : PruningContext
+        Holds the model.
+    network : TracedNetwork
+        Its traced copy.
+    closeness : ndarray of float64, shape (blocks,)
+        The negative distance of each neuron to its cluster's mean.
+    generator : numpy.random.Generator
+        For ``"random"``.
+
+    Returns
+    -------
+    ndarray of float64, shape (blocks,)
+
+    Raises
+    ------
+    ConfigError
+        If a bias is asked for and no member has one, nor a batch norm behind it.
+    """
+    scores = []
+    for rule in rules:
+        if rule == "random":
+            scores.append(generator.random(unit.blocks))
+        elif rule == "center":
+            scores.append(closeness)
+        elif rule == "weight":
+            scores.append(_connections(unit, context, network))
+        else:
+            biases = offsets(unit, context, network)
+            if biases is None:
+                raise ConfigError(f"survivor {rule!r} needs a bias or a batch norm, got neither ({unit.name})")
+            scores.append(biases if rule == "bias" else np.abs(biases))
+    return scores[0] if len(scores) == 1 else np.mean([rankdata(leveled(each)) for each in scores], axis=0)
+
+
+def offsets(unit: PruningUnit, context: PruningContext, network: TracedNetwork) -> FloatArray | None:
+    """Return the biases of a unit, summed over its members; None if there are none.
+
+    What counts is the constant that arrives at the activation: the bias as batch norms on the way change it.
+    """
+    found = []
+    modules = dict(context.model.named_modules())
+    for name in dict.fromkeys(module_name for module_name, _ in unit.members):
+        norms = [modules[norm] for norm in network.taps[name].norms]
+        bias = getattr(modules[name], "bias", None)
+        if bias is not None or norms:
+            constant = np.zeros(unit.blocks) if bias is None else _numbers(bias)
+            found.append(_normalised(constant, norms))
+    return np.sum(found, axis=0) if found else None
+
+
+def best_of(labels: IntArray, scores: FloatArray) -> IntArray:
+    """Return each node's survivor: the highest score of its cluster, the first of those that count as equal.
+
+    Parameters
+    ----------
+    labels : ndarray of int, shape (n,)
+        Cluster of each node; below 0: in none.
+    scores : ndarray of float64, shape (n,)
+        Larger is better.
+
+    Returns
+    -------
+    ndarray of int, shape (n,)
+        Node that stays for each; -1 for nodes in no cluster.
+    """
+    best = np.full(len(labels), -1, dtype=np.intp)
+    for label in np.unique(labels[labels >= 0]):
+        members = np.flatnonzero(labels == label)
+        best[members] = members[first_largest(scores[members])]
+    return best
+
+
+def _connections(unit: PruningUnit, context: PruningContext, network: TracedNetwork) -> FloatArray:
+    """Sum the absolute weights into and out of each neuron, equation (4.12)."""
+    total = np.zeros(unit.blocks)
+    for module_name, target_name in unit.members:
+        space = context.target_spaces[module_name][target_name]
+        weight = _numbers(by_output(space.target, space._wrapper.module))
+        total += np.abs(weight).reshape(unit.blocks, -1).sum(1)
+    if np.isin(network.flow.layer_roots(unit.members[0][0]), network.flow.at_output).all():
+        return total
+    for reader in readers_of(unit, network.flow, context):
+        total += read_strength(reader.module, reader.places, 1.0).sum(1).numpy()
+    return total
+
+
+def _normalised(constant: FloatArray, norms: list[nn.Module]) -> FloatArray:
+    for norm in norms:
+        each: Any = norm
+        if each.running_var is None:
+            continue
+        scale = 1.0 / np.sqrt(_numbers(each.running_var) + each.eps)
+        scale = scale if each.weight is None else scale * _numbers(each.weight)
+        constant = (constant - _numbers(each.running_mean)) * scale
+        constant = constant if each.bias is None else constant + _numbers(each.bias)
+    return constant
+
+
+def _numbers(tensor: Any) -> FloatArray:
+    numbers: FloatArray = tensor.detach().double().cpu().numpy()
+    return numbers

@@ -1,0 +1,253 @@
+"""Filter energies: how much of a chirp each filter lets through."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, Literal, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.maths import signals
+from nni_topo.network.dependency import channel_flow
+from nni_topo.network.inputs import call_arguments
+from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
+from nni_topo.network.modes import evaluation_mode
+from nni_topo.pruners.clouds.coupled import norm_scales
+from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
+from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
+
+Linear = Literal["refuse", "unit-energy"]
+Normalization = Literal["none", "area", "layer"]
+
+
+class EnergyCollector(DataCollector):
+    """What the two collectors of energies share: one number per filter, its scale, and what is refused.
+
+    Parameters
+    ----------
+    example_inputs : Any, default=None
+        Inputs of the model; needed here for ``batch_norm=True``, to find the norm behind each layer.
+    normalization : {"none", "area", "layer"}, default="area"
+        ``"none"``: the sum of squares over all positions; ``"area"``: divided by their number; ``"layer"``: divided by
+        the layer's sum, so that the members of a dependency group count the same. Within a layer they rank alike.
+    batch_norm : bool, default=False
+        Whether responses are scaled as the batch norm behind the layer does, by ``weight / sqrt(variance + eps)``.
+    bias : bool, default=True
+        Whether the layer's bias is part of the response.
+    linear : {"refuse", "unit-energy"}, default="refuse"
+        Whether linear layers are an error.
+    """
+
+    def __init__(
+        self,
+        example_inputs: Any = None,
+        *,
+        normalization: Normalization = "area",
+        batch_norm: bool = False,
+        bias: bool = True,
+        linear: Linear = "refuse",
+    ) -> None:
+        for knob, value, known in (
+            ("normalization", normalization, ("none", "area", "layer")),
+            ("linear", linear, ("refuse", "unit-energy")),
+        ):
+            if value not in known:
+                raise unknown_name(knob, str(value), known)
+        if batch_norm and example_inputs is None:
+            raise ConfigError("batch_norm=True needs example_inputs, got none (example_inputs)")
+        self.example_inputs = example_inputs
+        self.normalization = normalization
+        self.batch_norm = batch_norm
+        self.bias = bias
+        self.linear = linear
+
+    @abstractmethod
+    def energies(self, context: PruningContext) -> dict[str, tuple[Tensor, int]]:
+        """Return, by module, the energy of each output channel per position, and the number of positions."""
+
+    def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        """Check, before anything is wrapped, that the layers to prune can be measured.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+            The model.
+        modules : dict of str to torch.nn.Module
+            The layers to prune.
+
+        Raises
+        ------
+        ConfigError
+            If one is a linear layer and ``linear="refuse"``, or no convolution or linear layer at all.
+        DataError
+            If the weights aren't real floating-point numbers.
+        """
+        for name, module in modules.items():
+            check_layer(name, module, self.linear)
+
+    def collect(self, context: PruningContext) -> Data:
+        """Return energies ``(blocks, 1)``, float64 on the CPU, at least 0.
+
+        Raises
+        ------
+        ConfigError
+            If a unit isn't pruned by output channel, or a layer is refused.
+        DataError
+            If an energy is NaN or infinite.
+        """
+        self.check(context.model, {m: context.model.get_submodule(m) for u in context.units for m, _ in u.members})
+        found = self.energies(context)
+        scales = self._norm_scales(context)
+        data: Data = {}
+        for unit in context.units:
+            for module_name, target_name in unit.members:
+                energy, positions = found[module_name]
+                energy = self._normalized(energy * scales.get(module_name, torch.ones(())) ** 2, positions)
+                if energy.shape != (unit.blocks,) or target_name != "weight":
+                    raise ConfigError(
+                        f"energies need one output channel per block, got {energy.numel()} channels for {unit.blocks} "
+                        f"blocks ({module_name}.{target_name})"
+                    )
+                if not bool(torch.isfinite(energy).all()):
+                    raise DataError(f"energies must be finite, got NaN or infinity ({module_name}.{target_name})")
+                data.setdefault(module_name, {})[target_name] = energy[:, None]
+        return data
+
+    def _normalized(self, energy: Tensor, positions: int) -> Tensor:
+        if self.normalization == "none":
+            return energy * positions
+        total = energy.sum()
+        return energy / total if self.normalization == "layer" and total > 0 else energy
+
+    def _norm_scales(self, context: PruningContext) -> dict[str, Tensor]:
+        if not self.batch_norm:
+            return {}
+        with evaluation_mode(context.model):
+            return norm_scales(context, channel_flow(context.model, call_arguments(self.example_inputs, context.model)))
+
+
+class ChirpEnergyCollector(EnergyCollector):
+    """Energy of each filter's response to a chirp of the layer's own input size; needs no data.
+
+    Parameters
+    ----------
+    example_inputs : Tensor, tuple, list or mapping of str to Any
+        Inputs of the model: one forward pass finds the layers' input sizes.
+    sweep : {"nyquist", "thesis"}, default="nyquist"
+        See :func:`~nni_topo.signals.sweep_range`.
+    direction : {"diagonal", "radial"}, default="diagonal"
+        See :func:`~nni_topo.signals.chirp`.
+    window : {"none", "hann"}, default="none"
+        See :func:`~nni_topo.signals.chirp`.
+    normalization, batch_norm, bias, linear
+        As in :class:`EnergyCollector`. ``linear="unit-energy"`` gives a neuron the expected energy of its output for
+        uncorrelated inputs of energy 1 each, ``|w|^2 + b^2``.
+
+    Notes
+    -----
+    Every input channel gets the same plane, so a filter's response is that of the sum of its kernels: one plane is
+    convolved per filter, in float64, whatever the number of input channels. Weights masked already count as zero. Of
+    a layer that is called several times the first call counts.
+    """
+
+    def __init__(
+        self,
+        example_inputs: Any,
+        *,
+        sweep: signals.Sweep = "nyquist",
+        direction: signals.Direction = "diagonal",
+        window: signals.Window = "none",
+        normalization: Normalization = "area",
+        batch_norm: bool = False,
+        bias: bool = True,
+        linear: Linear = "refuse",
+    ) -> None:
+        signals.chirp((1,), sweep=sweep, direction=direction, window=window)
+        super().__init__(example_inputs, normalization=normalization, batch_norm=batch_norm, bias=bias, linear=linear)
+        self.sweep = sweep
+        self.direction = direction
+        self.window = window
+        self._sizes: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
+
+    def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        """Check the layers, and find their input sizes by one forward pass.
+
+        Raises
+        ------
+        ConfigError
+            Also if the input sizes are unknown: no example inputs, or a layer that they don't reach; or if a padded
+            input is smaller than the kernel.
+        """
+        super().check(model, modules)
+        wanted = [n for n, module in modules.items() if not isinstance(module, nn.Linear) and module not in self._sizes]
+        if wanted:
+            found = input_sizes(model, wanted, self.example_inputs)
+            self._sizes.update({modules[name]: size for name, size in found.items()})
+
+    def energies(self, context: PruningContext) -> dict[str, tuple[Tensor, int]]:
+        """Return the mean energy of each filter's response per position, and the number of positions."""
+        found = {}
+        for unit in context.units:
+            for name, _ in unit.members:
+                weight, bias = masked_parameters(context, name)
+                if not self.bias:
+                    bias = None
+                module = context.model.get_submodule(name)
+                if isinstance(module, nn.Linear):
+                    found[name] = weight.double().pow(2).sum(1) + (0.0 if bias is None else bias.double().pow(2)), 1
+                    continue
+                plane = torch.from_numpy(self._chirp(self._sizes[module]))
+                found[name] = chirp_response_energy(module, weight, bias, plane)
+        return found
+
+    def _chirp(self, size: tuple[int, ...]) -> signals.FloatArray:
+        return signals.chirp(size, sweep=self.sweep, direction=self.direction, window=self.window)
+
+
+def check_layer(name: str, module: nn.Module, linear: Linear = "refuse") -> None:
+    """Check that a layer's filters have an energy; see :meth:`EnergyCollector.check`."""
+    if isinstance(module, nn.Linear) and linear == "refuse":
+        raise ConfigError(
+            f"a chirp must meet a convolution, got {type(module).__name__}; exclude it or set linear='unit-energy' "
+            f"({name})"
+        )
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        kind = weight.dtype if isinstance(weight, Tensor) else f"the weights of {type(module).__module__}"
+        raise DataError(f"weights must be real floating-point tensors, got {kind} ({name}.weight)")
+    if not isinstance(module, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)):
+        raise ConfigError(f"energies are defined for convolutions, got {type(module).__name__} ({name})")
+
+
+def masked_parameters(context: PruningContext, name: str) -> tuple[Tensor, Tensor | None]:
+    """Return a layer's weight and bias, on the CPU, with what is masked already at zero.
+
+    Parameters
+    ----------
+    context : PruningContext
+        Holds the wrapped model.
+    name : str
+        A layer that is pruned.
+
+    Returns
+    -------
+    torch.Tensor
+        Of the weight's shape.
+    torch.Tensor or None
+        Of the bias' shape; None if the layer has none.
+    """
+    weight = cast(Tensor, _masked(context, name, "weight"))
+    return weight, _masked(context, name, "bias")
+
+
+def _masked(context: PruningContext, name: str, target: str) -> Tensor | None:
+    space = context.target_spaces[name].get(target)
+    value = getattr(context.model.get_submodule(name), target) if space is None else space.target
+    if value is None:
+        return None
+    found: Tensor = value.detach().cpu()
+    mask = None if space is None else space.mask
+    return found if mask is None else found * mask.to(found)

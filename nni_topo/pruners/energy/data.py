@@ -1,0 +1,90 @@
+"""Filter energies on calibration data: how much of real inputs each filter lets through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nni_topo.errors import DataError
+from nni_topo.network.inputs import calls
+from nni_topo.network.modes import evaluation_mode
+from nni_topo.pruners.energy.chirp import EnergyCollector, Normalization, masked_parameters
+from nni_topo.pruners.hooks import PruningContext
+
+
+class DataEnergyCollector(EnergyCollector):
+    """Energy of each filter's responses to calibration data: what the chirp stands in for.
+
+    Parameters
+    ----------
+    calibration : iterable or None, default=None
+        Batches of inputs, or of ``(inputs, ...)``. Iterated once per collection: a list or a DataLoader. None: the
+        pruner's evaluator runs its evaluation instead.
+    example_inputs, normalization, batch_norm, bias
+        As in :class:`EnergyCollector`. Linear layers are measured like convolutions.
+    """
+
+    def __init__(
+        self,
+        calibration: Iterable[Any] | None = None,
+        example_inputs: Any = None,
+        *,
+        normalization: Normalization = "area",
+        batch_norm: bool = False,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(
+            example_inputs, normalization=normalization, batch_norm=batch_norm, bias=bias, linear="unit-energy"
+        )
+        self.calibration = calibration
+
+    def energies(self, context: PruningContext) -> dict[str, tuple[Tensor, int]]:
+        """Return the mean energy of each channel's output, and the number of positions per image."""
+        sums = {name: _Sum() for unit in context.units for name, _ in unit.members}
+        modules = {name: context.model.get_submodule(name) for name in sums}
+        biases = {name: None if self.bias else masked_parameters(context, name)[1] for name in sums}
+        handles = [modules[n].register_forward_hook(_recorder(modules[n], sums[n], biases[n])) for n in sums]
+        try:
+            with evaluation_mode(context.model), torch.no_grad():
+                self._run(context)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, total in sums.items():
+            if total.samples == 0:
+                raise DataError(f"calibration must reach every pruned layer, got no response ({name})")
+        return {name: ((total.energy / total.samples).cpu(), total.positions) for name, total in sums.items()}
+
+    def _run(self, context: PruningContext) -> None:
+        if self.calibration is None:
+            context.evaluate()
+            return
+        for args, kwargs in calls(context.model, self.calibration):
+            context.model(*args, **kwargs)
+
+
+class _Sum:
+    """Energy of each channel, summed over samples and positions."""
+
+    def __init__(self) -> None:
+        self.energy = torch.zeros((), dtype=torch.float64)
+        self.samples = 0
+        self.positions = 0
+
+
+def _recorder(module: nn.Module, total: _Sum, bias: Tensor | None) -> Callable[..., None]:
+    dim = -1 if isinstance(module, nn.Linear) else 1
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+        rows = outputs.detach().movedim(dim, 0).flatten(1).double()
+        if bias is not None:
+            rows = rows - bias.to(rows.device)[:, None]
+        total.energy = total.energy.to(rows.device) + rows.pow(2).sum(1)
+        total.samples += rows.shape[1]
+        total.positions = math.prod(outputs.shape[2:]) if dim == 1 else 1
+
+    return record

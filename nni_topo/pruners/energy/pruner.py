@@ -1,0 +1,214 @@
+"""Energy-based pruning: the filters that let least of a chirp through go, until a share of the energy is gone.
+
+Every layer gets a linear chirp of its own input size; the energies of its filters' responses, in ascending order, are
+summed up, and what lies within the threshold goes. Neither data nor gradients are needed.
+
+References
+----------
+.. [1] Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
+   University of Manitoba, 2018, section 4.2, Algorithm 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from nni.compression.base.wrapper import ModuleWrapper
+from nni.compression.utils import Evaluator
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.maths import signals
+from nni_topo.maths.ties import descending
+from nni_topo.network.inputs import checked_calibration
+from nni_topo.pruners.allocators import ConfigAllocator
+from nni_topo.pruners.base import StructuredPruner
+from nni_topo.pruners.checks import check_request
+from nni_topo.pruners.energy.chirp import ChirpEnergyCollector, EnergyCollector, Linear, Normalization
+from nni_topo.pruners.energy.data import DataEnergyCollector
+from nni_topo.pruners.hooks import Data, MetricCalculator, Metrics, PruningContext
+from nni_topo.recovery.compensation import Method
+
+
+class CumulativeEnergyMetric(MetricCalculator):
+    """A filter's score is its cumulative share of the energy: its own and that of all weaker filters."""
+
+    def calculate(self, data: Data, context: PruningContext) -> Metrics:
+        """Return shares in (0, 1], equal for all members of a dependency group, whose energies add up."""
+        metrics: Metrics = {}
+        for unit in context.units:
+            shares = cumulative_shares(torch.stack([data[m][t][:, 0] for m, t in unit.members]).sum(0))
+            for module_name, target_name in unit.members:
+                shape = context.metric_shape(module_name, target_name)
+                metrics.setdefault(module_name, {})[target_name] = shares.reshape(shape)
+        return metrics
+
+
+def cumulative_shares(energies: Tensor) -> Tensor:
+    """Return each filter's cumulative share of a layer's energy.
+
+    Parameters
+    ----------
+    energies : torch.Tensor
+        Shape ``(n,)``, at least 0. All zero counts as all equal.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape ``(n,)``, float64: the sum of the energies from the weakest filter up to each, divided by the whole. The
+        strongest has exactly 1. Of energies that are equal to 1e-6 of them the higher index counts as the weaker.
+
+    References
+    ----------
+    .. [1] Janjic, MSc thesis, University of Manitoba, 2018, Algorithm 3, lines 7 to 9.
+
+    Examples
+    --------
+    >>> cumulative_shares(torch.tensor([3.0, 1.0, 4.0])).tolist()
+    [0.5, 0.125, 1.0]
+    """
+    energies = energies.to(torch.float64)
+    if not bool(energies.any()):
+        energies = torch.ones_like(energies)
+    ascending = torch.from_numpy(descending(energies.cpu().numpy())).to(energies.device).flip(0)
+    sums = energies[ascending].cumsum(0)
+    shares = torch.empty_like(energies)
+    shares[ascending] = sums / sums[-1]
+    return shares
+
+
+TOLERANCE = 1e-9
+"""Cumulative shares within this of the threshold count as equal to it, and go."""
+
+
+class EnergyFilterPruner(StructuredPruner):
+    """Prune the filters whose responses to a chirp hold the least energy.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Model to prune. NNI wraps it; ``unwrap_model()`` takes the wrappers off again.
+    config_list : list of dict
+        NNI's config_list. ``sparse_threshold``, in (0, 1), is the share of the layer's energy that may go: a filter
+        stays if its own energy and that of all weaker ones is *more* than this share (1e-9 is a tie, and goes).
+        ``sparse_ratio`` takes the weakest filters. In a dependency group the energies add up before they are sorted;
+        under a ``global_group_id`` all layers get one threshold, the one that meets the ratio.
+    evaluator : nni.compression.utils.Evaluator or None, default=None
+        Needed for scheduled pruning; serves ``collector="data"`` where there is no ``calibration``.
+    existed_wrappers : dict or None, default=None
+        Used by ``from_compressor``.
+    example_inputs : Any, default=None
+        Inputs of the model, which tell every layer's input size; needed by the chirp.
+    collector : {"chirp", "data"} or EnergyCollector, default="chirp"
+        Whose responses are measured: those to a chirp, or to calibration data.
+    calibration : iterable or None, default=None
+        Batches of inputs, or of ``(inputs, targets)``, for ``collector="data"`` and ``compensate``; labels aren't used.
+    sweep : {"nyquist", "thesis"}, default="nyquist"
+        Whether the chirp ends at 1/2 or at 1 cycle per pixel; see :func:`~nni_topo.signals.sweep_range`.
+    direction : {"diagonal", "radial"}, default="diagonal"
+        Along what its frequency rises; see :func:`~nni_topo.signals.chirp`.
+    window : {"none", "hann"}, default="none"
+        Its taper.
+    normalization : {"none", "area", "layer"}, default="area"
+        How the members of a dependency group weigh: by the sum of their energies, per position, or the same each.
+    batch_norm : bool, default=False
+        Whether responses are scaled as the batch norm behind the layer does; needs ``example_inputs``.
+    bias : bool, default=True
+        Whether the layer's bias is part of the response.
+    linear : {"refuse", "unit-energy"}, default="refuse"
+        What happens to linear layers, which a chirp can't enter: an error, or the expected energy of their outputs for
+        uncorrelated inputs of energy 1 each. ``collector="data"`` measures them like convolutions.
+    compensate, round_to
+        See :class:`~nni_topo.pruners.base.StructuredPruner`.
+
+    Raises
+    ------
+    ConfigError, DataError
+        If a knob or the request is bad, before the model is wrapped: a threshold outside (0, 1), a linear layer, an
+        input size that is unknown or smaller than the kernel, weights that aren't real floating-point numbers.
+
+    See Also
+    --------
+    nni_topo.signals.chirp_2d : the chirp.
+    nni_topo.analysis.study_energy : filters, loss and accuracy per layer and threshold.
+
+    Notes
+    -----
+    A layer is never emptied. In scheduled pruning energies are measured again each time, on the weights as they are
+    then; filters that are masked already have none and stay out.
+
+    Cost: one forward pass of the example inputs, then one convolved plane per filter.
+
+    References
+    ----------
+    .. [1] Janjic, MSc thesis, University of Manitoba, 2018, section 4.2.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> config_list = [{"op_names": ["0"], "sparse_ratio": 0.5}]
+    >>> pruner = EnergyFilterPruner(model, config_list, example_inputs=torch.ones(1, 3, 16, 16))
+    >>> _, masks = pruner.compress()
+    >>> int(masks["0"]["bias"].sum())
+    4
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[dict[str, Any]],
+        evaluator: Evaluator | None = None,
+        existed_wrappers: dict[str, ModuleWrapper] | None = None,
+        *,
+        example_inputs: Any = None,
+        collector: Literal["chirp", "data"] | EnergyCollector = "chirp",
+        calibration: Iterable[Any] | None = None,
+        sweep: signals.Sweep = "nyquist",
+        direction: signals.Direction = "diagonal",
+        window: signals.Window = "none",
+        normalization: Normalization = "area",
+        batch_norm: bool = False,
+        bias: bool = True,
+        linear: Linear = "refuse",
+        compensate: Method | None = None,
+        round_to: int | None = None,
+    ) -> None:
+        calibration = checked_calibration(calibration)
+        shared: dict[str, Any] = {"normalization": normalization, "batch_norm": batch_norm, "bias": bias}
+        if isinstance(collector, EnergyCollector):
+            chosen: EnergyCollector = collector
+        elif collector == "chirp":
+            chosen = ChirpEnergyCollector(
+                example_inputs, sweep=sweep, direction=direction, window=window, linear=linear, **shared
+            )
+        elif collector == "data":
+            if calibration is None and evaluator is None:
+                raise ConfigError("collector 'data' needs calibration data or an evaluator, got neither (calibration)")
+            chosen = DataEnergyCollector(calibration, example_inputs, **shared)
+        else:
+            raise unknown_name("collector", str(collector), ("chirp", "data"))
+        config_list = check_request(model, config_list, existed_wrappers)
+        _check_thresholds(config_list)
+        super().__init__(
+            model,
+            config_list,
+            evaluator,
+            existed_wrappers,
+            collector=chosen,
+            calculator=CumulativeEnergyMetric(),
+            allocator=ConfigAllocator(strict=True, on_empty="keep", tolerance=TOLERANCE),
+            compensate=compensate,
+            calibration=calibration,
+            round_to=round_to,
+        )
+
+
+def _check_thresholds(config_list: list[dict[str, Any]]) -> None:
+    for index, config in enumerate(config_list):
+        for setting in (config, *config.get("target_settings", {}).values()):
+            threshold = setting.get("sparse_threshold")
+            if threshold is not None and not 0.0 < threshold < 1.0:
+                raise ConfigError(f"sparse_threshold must be in (0, 1), got {threshold} (config_list[{index}])")

@@ -1,0 +1,161 @@
+"""Responses of single layers to a plane: the sizes of their inputs, and the energy of each filter's answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nni_topo.errors import ConfigError
+from nni_topo.network.inputs import call_arguments
+from nni_topo.network.layers import TRANSPOSED
+from nni_topo.network.modes import evaluation_mode
+
+_MOST_VALUES = 2**24
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+_TRANSPOSE: dict[int, Callable[..., Tensor]] = {
+    1: functional.conv_transpose1d,
+    2: functional.conv_transpose2d,
+    3: functional.conv_transpose3d,
+}
+
+
+def input_sizes(model: nn.Module, names: Sequence[str], example_inputs: Any) -> dict[str, tuple[int, ...]]:
+    """Return the spatial sizes of what enters convolutions, found by one forward pass.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model; run in evaluation mode, without gradients.
+    names : sequence of str
+        Convolutions in it.
+    example_inputs : Tensor, tuple, list or mapping of str to Any
+        Inputs of the model, moved to its device.
+
+    Returns
+    -------
+    dict of str to tuple of int
+        By name ``(length,)``, ``(height, width)`` or ``(depth, height, width)``; a layer's first call counts.
+
+    Raises
+    ------
+    ConfigError
+        If there are no example inputs, a layer isn't reached by them, or a padded input is smaller than the kernel.
+    """
+    if example_inputs is None:
+        raise ConfigError(f"the input size of a layer must be known, got no example_inputs ({names[0]})")
+    sizes: dict[str, tuple[int, ...]] = {}
+
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            size = tuple(inputs[0].shape[-_dimensions(module) :])
+            _check_size(name, module, size)
+            sizes.setdefault(name, size)
+
+        return record
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(recorder(name)) for name in names]
+    args, kwargs = call_arguments(example_inputs, model)
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in names:
+        if name not in sizes:
+            raise ConfigError(f"the input size of a layer must be known, got example_inputs that miss it ({name})")
+    return sizes
+
+
+def chirp_response_energy(module: nn.Module, weight: Tensor, bias: Tensor | None, plane: Tensor) -> tuple[Tensor, int]:
+    """Return the energy of each filter's response to the same plane in every input channel.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        A convolution or transposed convolution: its stride, padding, dilation and groups.
+    weight : torch.Tensor
+        Its weight.
+    bias : torch.Tensor or None
+        Its bias, shape ``(out_channels,)``.
+    plane : torch.Tensor
+        Shape ``(length,)``, ``(height, width)`` or ``(depth, height, width)``, float64.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape ``(out_channels,)``, float64: the mean of the squared response over its positions.
+    int
+        Number of positions.
+
+    Notes
+    -----
+    With ``x`` in every input channel, ``sum_c w_c * x = (sum_c w_c) * x``: the kernels are summed first, which makes
+    the cost that of one input channel. Filters are taken in turns, so that memory stays below about 128 MiB a turn.
+    """
+    kernels = _summed_kernels(module, weight)
+    offset = kernels.new_zeros(len(kernels)) if bias is None else bias.double()
+    planes = plane.to(kernels.device)[None, None]
+    positions = _respond(module, kernels[:1], planes)[0, 0].numel()
+    turn = max(1, _MOST_VALUES // max(positions, plane.numel()))
+    energies = [
+        (_respond(module, part, planes)[0].flatten(1) + shift[:, None]).pow(2).mean(1)
+        for part, shift in zip(kernels.split(turn), offset.split(turn), strict=True)
+    ]
+    return torch.cat(energies), positions
+
+
+def _summed_kernels(module: nn.Module, weight: Tensor) -> Tensor:
+    """Sum each filter's kernels over its input channels: shape ``(out_channels, 1, *kernel)``, float64."""
+    if not isinstance(module, TRANSPOSED):
+        return weight.sum(1, keepdim=True, dtype=torch.float64)
+    kernels: Tensor = weight.unflatten(0, (int(module.groups), -1)).sum(1, dtype=torch.float64)
+    return kernels.flatten(0, 1)[:, None]
+
+
+def _respond(module: Any, kernels: Tensor, planes: Tensor) -> Tensor:
+    """Convolve one plane, shape ``(1, 1, ...)``, with kernels ``(n, 1, ...)`` as a layer does."""
+    dimensions = _dimensions(module)
+    if isinstance(module, TRANSPOSED):
+        settings = {"padding": module.padding, "output_padding": module.output_padding}
+        convolve, kernels = _TRANSPOSE[dimensions], kernels.transpose(0, 1)
+    else:
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        planes = functional.pad(planes, [side for pair in reversed(_padding(module)) for side in pair], mode=mode)
+        settings, convolve = {}, _CONVOLVE[dimensions]
+    response: Tensor = convolve(planes, kernels, stride=module.stride, dilation=module.dilation, **settings)
+    return response
+
+
+def _padding(module: Any) -> list[tuple[int, int]]:
+    """Return the pixels added before and after each axis."""
+    if module.padding == "valid":
+        return [(0, 0)] * len(module.kernel_size)
+    if module.padding == "same":
+        spare = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return [(total // 2, total - total // 2) for total in spare]
+    return [(amount, amount) for amount in module.padding]
+
+
+def _check_size(name: str, module: Any, size: tuple[int, ...]) -> None:
+    if isinstance(module, TRANSPOSED):
+        return
+    reach = tuple(d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+    padded = tuple(n + sum(pair) for n, pair in zip(size, _padding(module), strict=True))
+    if any(have < need for have, need in zip(padded, reach, strict=True)):
+        raise ConfigError(
+            f"an input, padding included, must be at least as large as the kernel {_times(reach)}, got "
+            f"{_times(padded)} ({name})"
+        )
+
+
+def _times(sizes: tuple[int, ...]) -> str:
+    return "x".join(map(str, sizes))
+
+
+def _dimensions(module: Any) -> int:
+    return len(module.kernel_size)

@@ -1,0 +1,260 @@
+"""Accuracy of many masks of the same layers at once.
+
+What enters the first masked layer doesn't depend on the masks. It is computed once; then only the rest of the network
+runs, for as many masks at a time as fit: the population takes the place of a larger batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.fx import Interpreter, Node
+
+from nni_topo.errors import DataError, SpeedupError
+from nni_topo.maths.search.gene_layers import BoolArray, FloatArray
+from nni_topo.network.inputs import call_arguments
+from nni_topo.network.modes import unwrapped_copy
+from nni_topo.network.tracing import trace
+from nni_topo.pruners.genetic_weight.masked import MaskedScores, convolve_many, multiply_many, split_genes
+
+_logger = logging.getLogger(__name__)
+
+_LARGEST_CHUNK = 256
+
+
+class PopulationAccuracy:
+    """Accuracies of masked networks on labelled batches.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network, wrapped or not; a copy is used.
+    layers : sequence of str
+        Names of the masked layers; an individual's genes are their weights in a row.
+    batches : iterable
+        ``(inputs, labels)``; gone through once. The model's output is ``(n, classes)``.
+    max_bytes : int, default=2**28
+        Memory for one chunk of the population, roughly.
+    workers : int, default=1
+        Threads that evaluate chunks side by side, at least 1.
+
+    Attributes
+    ----------
+    samples : int
+        Number of labels.
+    is_batched : bool
+        Whether the population is evaluated in chunks; False: the graph couldn't be cut, the masks are run one by one.
+
+    Raises
+    ------
+    DataError
+        If there is no batch, a batch isn't a pair, or labels don't fit the outputs.
+
+    Notes
+    -----
+    A neuron or filter that lost all of its weights loses its bias too, as NNI masks it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[str],
+        batches: Iterable[Any],
+        *,
+        max_bytes: int = 2**28,
+        workers: int = 1,
+    ) -> None:
+        self._model = unwrapped_copy(model).eval()
+        self._layers: list[Any] = [self._model.get_submodule(name) for name in layers]
+        device = next(self._model.parameters()).device
+        self._batches = [_pair(batch, device) for batch in batches]
+        self.samples = sum(len(labels) for _, labels in self._batches)
+        if not self.samples:
+            raise DataError("validation must hold at least one labelled image, got none (validation)")
+        self._max_bytes = max_bytes
+        self._workers = workers
+        self._tails: list[_Tail] = []
+        self._cut(list(layers))
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether the population is evaluated in chunks."""
+        return bool(self._tails)
+
+    def __call__(self, population: Iterable[BoolArray]) -> FloatArray:
+        """Return the accuracies, shape ``(individuals,)``, in [0, 1]."""
+        if not self.is_batched:
+            return MaskedScores([_weight(layer) for layer in self._layers], self._accuracy)(population)
+        jobs = (delayed(self._hits)(chunk) for chunk in _chunks(population, self._chunk_size()))
+        hits = Parallel(n_jobs=self._workers, prefer="threads", pre_dispatch="1*n_jobs")(jobs)
+        return np.concatenate(hits) / self.samples
+
+    @torch.no_grad()
+    def _accuracy(self) -> float:
+        hits = 0
+        whole = [layer.bias for layer in self._layers]
+        for layer in self._layers:
+            layer.bias = _own_bias(layer)
+        try:
+            for inputs, labels in self._batches:
+                hits += int((_logits(self._model(inputs), labels).argmax(1) == labels).sum())
+        finally:
+            for layer, bias in zip(self._layers, whole, strict=True):
+                layer.bias = bias
+        return hits / self.samples
+
+    @torch.no_grad()
+    def _cut(self, names: list[str]) -> None:
+        """Cut the graph at the masked layers, unless that doesn't give what the model computes."""
+        inputs, labels = self._batches[0]
+        expected = _logits(self._model(inputs), labels)
+        try:
+            graph, _ = trace(self._model, call_arguments(inputs[:2]))
+            tails = [_Tail(graph, names, *batch) for batch in self._batches]
+            found = tails[0].logits([_weight(layer)[None] for layer in self._layers])[0]
+            if torch.allclose(found, expected, rtol=1e-3, atol=1e-4):
+                self._tails = tails
+        except (SpeedupError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+            _logger.debug("the graph of %s can't be cut", type(self._model).__name__, exc_info=True)
+        if not self._tails:
+            _logger.warning("the graph can't be cut at %s: masks are run one by one", ", ".join(names))
+
+    def _chunk_size(self) -> int:
+        weights = sum(_weight(layer).numel() for layer in self._layers)
+        each = 4 * (3 * max(tail.elements for tail in self._tails) + 2 * weights)
+        return max(1, min(_LARGEST_CHUNK, self._max_bytes // each))
+
+    @torch.no_grad()
+    def _hits(self, chunk: list[BoolArray]) -> NDArray[np.int64]:
+        whole = [_weight(layer) for layer in self._layers]
+        parts = zip(*(split_genes(genes, whole) for genes in chunk), strict=True)
+        weights = [torch.stack(masks) * weight for weight, masks in zip(whole, parts, strict=True)]
+        total = torch.zeros(len(chunk), dtype=torch.int64, device=weights[0].device)
+        for tail in self._tails:
+            total += (tail.logits(weights).argmax(2) == tail.labels).sum(1)
+        return total.cpu().numpy()
+
+
+class _Tail:
+    """The rest of a network behind its masked layers, with what one batch brings there."""
+
+    def __init__(self, graph: torch.fx.GraphModule, names: Sequence[str], inputs: Tensor, labels: Tensor) -> None:
+        self.labels = labels
+        self._names = list(names)
+        self._run = Interpreter(graph, garbage_collect_values=False)
+        nodes: list[Node] = list(graph.graph.nodes)
+        missing = set(names) - {str(node.target) for node in nodes if node.op == "call_module"}
+        if missing:
+            raise KeyError(f"layers that the graph doesn't call: {missing}")
+        dependent: set[Node] = set()
+        known: dict[Node, Any] = {}
+        for node in nodes:
+            if self._is_masked(node) or any(other in dependent for other in node.all_input_nodes):
+                dependent.add(node)
+            elif node.op == "placeholder":
+                known[node] = inputs
+            else:
+                known[node] = self._compute(node, known)
+        self._nodes = [node for node in nodes if node in dependent]
+        used = {other for node in self._nodes for other in node.all_input_nodes}
+        self._known = {node: value for node, value in known.items() if node in used}
+        self.elements = 0
+
+    def logits(self, weights: Sequence[Tensor]) -> Tensor:
+        """Return the outputs ``(individuals, samples, classes)`` for weights ``(individuals, ...)``."""
+        count, masked = len(weights[0]), dict(zip(self._names, weights, strict=True))
+        values: dict[Node, Any] = {}
+        for node in self._nodes:
+            if self._is_masked(node):
+                values[node] = self._masked(node, values, masked[str(node.target)])
+            else:
+                values[node] = self._compute(node, _Spread(values, self._known, count, len(self.labels)))
+        outputs: Tensor = _logits(values[self._nodes[-1]], None).unflatten(0, (count, -1))
+        shapes = (value.numel() for value in values.values() if isinstance(value, Tensor))
+        self.elements = max(self.elements, max(shapes) // count)
+        return outputs
+
+    def _is_masked(self, node: Node) -> bool:
+        return node.op == "call_module" and node.target in self._names
+
+    def _compute(self, node: Node, values: Mapping[Node, Any]) -> Any:
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda other: values[other])
+        return getattr(self._run, node.op)(node.target, args, kwargs)
+
+    def _masked(self, node: Node, values: dict[Node, Any], weights: Tensor) -> Tensor:
+        layer: Any = self._run.fetch_attr(str(node.target))
+        source = node.all_input_nodes[0]
+        folded = source in values
+        inputs = values[source] if folded else self._known[source]
+        outputs = (multiply_many if isinstance(layer, nn.Linear) else convolve_many)(layer, inputs, weights, folded)
+        if layer.bias is not None:
+            bias = layer.bias * weights.flatten(2).any(2)
+            ones = (1,) * (outputs.dim() - 3)
+            places = (*ones, -1) if isinstance(layer, nn.Linear) else (-1, *ones)
+            outputs = outputs + bias.view(len(weights), 1, *places)
+        joint: Tensor = outputs.flatten(0, 1)
+        return joint
+
+
+class _Spread(Mapping[Node, Any]):
+    """Values of nodes; those that all individuals share are repeated where they have a batch dimension."""
+
+    def __init__(self, values: Mapping[Node, Any], known: Mapping[Node, Any], count: int, samples: int) -> None:
+        self._values, self._known, self._count, self._samples = values, known, count, samples
+
+    def __getitem__(self, node: Node) -> Any:
+        if node in self._values:
+            return self._values[node]
+        value = self._known[node]
+        is_batch = isinstance(value, Tensor) and node.op != "get_attr" and value.dim() > 0
+        if not is_batch or len(value) != self._samples:
+            return value
+        return value.expand(self._count, *value.shape).flatten(0, 1)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter((*self._values, *self._known))
+
+    def __len__(self) -> int:
+        return len(self._values) + len(self._known)
+
+
+def _own_bias(layer: Any) -> nn.Parameter | None:
+    """Return a layer's bias without that of outputs that have no weight."""
+    if layer.bias is None:
+        return None
+    return nn.Parameter(layer.bias * layer.weight.flatten(1).any(1), requires_grad=False)
+
+
+def _weight(layer: Any) -> Tensor:
+    weight: Tensor = layer.weight
+    return weight.detach()
+
+
+def _pair(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or len(batch[0]) != len(batch[1]):
+        raise DataError(f"validation must hold pairs (inputs, labels) of one length, got {type(batch).__name__}")
+    inputs, labels = batch
+    return inputs.to(device), labels.to(device)
+
+
+def _logits(outputs: Any, labels: Tensor | None) -> Tensor:
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise DataError(f"a classifier's output must be (samples, classes), got {found} (validation)")
+    if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < outputs.shape[1]:
+        raise DataError(f"labels must be below the {outputs.shape[1]} outputs, got {int(labels.max())} (validation)")
+    return outputs
+
+
+def _chunks(population: Iterable[BoolArray], size: int) -> Iterator[list[BoolArray]]:
+    source = iter(population)
+    while chunk := list(islice(source, size)):
+        yield chunk

@@ -1,0 +1,223 @@
+"""Weight-pruning genetic algorithm: which single weights of a few layers a network can do without.
+
+Individuals say of every weight of the target layers whether it is used. They are crossed, lose their weakest weights
+and random ones, and replace their parents where accuracy and compression together get better. Nothing is retrained.
+
+References
+----------
+.. [1] Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
+   University of Manitoba, 2018, section 4.1, Algorithm 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from nni.compression.base.target_space import PruningTargetSpace
+from nni.compression.base.wrapper import ModuleWrapper
+from nni.compression.utils import Evaluator
+from numpy.typing import NDArray
+from torch import nn
+
+from nni_topo.errors import ConfigError, check_integer
+from nni_topo.maths.search.weights import HistoryRow, WeightEvolutionSettings, WeightGeneticAlgorithm
+from nni_topo.pruners.base import StructuredPruner
+from nni_topo.pruners.checks import check_weight_target
+from nni_topo.pruners.genetic_weight.metric import GeneAllocator, GeneticMetric, OnGeneration, checked_validation
+from nni_topo.pruners.topological_magnitude.trees import MagnitudeCollector
+from nni_topo.pruners.units import is_active
+
+
+class GeneticWeightPruner(StructuredPruner):
+    """Prune the single weights that a genetic algorithm finds dispensable.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Trained model; linear layers and convolutions of one to three dimensions can be targets.
+    config_list : list of dict
+        NNI's config_list, which names the layers. No ratio is needed; ``max_sparse_ratio`` is a cap, and so is a
+        ``sparse_ratio`` where one is given.
+    evaluator : nni.compression.utils.Evaluator or None, default=None
+        Its evaluation is the accuracy where there is neither ``validation`` nor ``evaluate``.
+    existed_wrappers : dict or None, default=None
+        Used by ``from_compressor``.
+    validation : iterable or None, default=None
+        Batches ``(inputs, labels)`` on which accuracy is measured. What enters the first target is computed once, and
+        individuals run together. Don't give the test set: the search fits what it is given.
+    evaluate : callable or None, default=None
+        Instead: returns the score of a model, in [0, 1] for an accuracy. It runs the whole model for each individual.
+    alpha, beta : float, default=100.0, 1.0
+        Fitness is ``alpha * (accuracy - accuracy at the start) + beta * share of removed weights``; at least 0. With
+        the defaults a point of accuracy is worth all weights of the targets.
+    damage_rate : float or pair of float, default=0.1
+        Share of the weights that individuals of generation 0 lose at random, the first one apart, in [0, 1]; of a
+        pair, each individual's is drawn between the two.
+    population_size, generations : int, default=50, 20
+        Individuals, at least 2, and generations after generation 0, at least 1.
+    tournament_size : int, default=5
+        Others among which an individual's partner is the fittest.
+    crossover_probability : float, default=0.8
+        Chance of a two-point crossover, in [0, 1].
+    weakest_probability, random_probability : float, default=0.5
+        Chances of the two mutations, in [0, 1].
+    weakest_rate, random_rate : float, default=0.01
+        How much they take: weights within this share of the layer's range of magnitudes above the weakest remaining
+        one; this share of the remaining weights. In [0, 1].
+    state : str, Path or None, default=None
+        File that each generation is written to. Where it exists, the search goes on from there.
+    on_generation : callable or None, default=None
+        Called with the :class:`~nni_topo.maths.search.weights.WeightGeneticAlgorithm` after each generation; a true
+        value ends the search.
+    max_bytes : int, default=2**28
+        Memory for the individuals that run together, roughly.
+    workers : int, default=1
+        Threads that evaluate, at least 1; the result doesn't depend on it.
+    seed : int, default=0
+        Same seed, same masks.
+
+    Raises
+    ------
+    ConfigError, DataError
+        If a knob or the request is bad, before the model is wrapped: a layer that doesn't exist, something else than a
+        weight, a group, empty validation data.
+
+    See Also
+    --------
+    nni_topo.analysis.plot_evolution : the search in pictures.
+
+    Notes
+    -----
+    Per generation and individual, breeding takes a few passes over the genes, evaluation one pass of the network from
+    the first target on. ``to_dense`` leaves single weights in the layers as zeros. A neuron that lost all of its
+    weights loses its bias too, in the search as in NNI's masks.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    >>> batches = [(torch.randn(32, 4), torch.zeros(32, dtype=torch.long))]
+    >>> pruner = GeneticWeightPruner(model, [{"op_names": ["2"], "max_sparse_ratio": 0.5}], validation=batches)
+    >>> _, masks = pruner.compress()
+    >>> int(masks["2"]["weight"].sum()) >= 8
+    True
+    """
+
+    needs_rule = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[dict[str, Any]],
+        evaluator: Evaluator | None = None,
+        existed_wrappers: dict[str, ModuleWrapper] | None = None,
+        *,
+        validation: Iterable[Any] | None = None,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        alpha: float = 100.0,
+        beta: float = 1.0,
+        damage_rate: float | tuple[float, float] = 0.1,
+        population_size: int = 50,
+        generations: int = 20,
+        tournament_size: int = 5,
+        crossover_probability: float = 0.8,
+        weakest_probability: float = 0.5,
+        random_probability: float = 0.5,
+        weakest_rate: float = 0.01,
+        random_rate: float = 0.01,
+        state: str | Path | None = None,
+        on_generation: OnGeneration | None = None,
+        max_bytes: int = 2**28,
+        workers: int = 1,
+        seed: int = 0,
+    ) -> None:
+        settings = WeightEvolutionSettings(
+            alpha=alpha,
+            beta=beta,
+            population_size=population_size,
+            generations=generations,
+            damage_rate=damage_rate,
+            tournament_size=tournament_size,
+            crossover_probability=crossover_probability,
+            weakest_probability=weakest_probability,
+            random_probability=random_probability,
+            weakest_rate=weakest_rate,
+            random_rate=random_rate,
+        )
+        if validation is None and evaluate is None and evaluator is None:
+            raise ConfigError("a genetic search needs validation, evaluate or an evaluator, got none (validation)")
+        for name, value in (("max_bytes", max_bytes), ("workers", workers)):
+            check_integer(name, value, 1, "GeneticWeightPruner")
+        self._metric = GeneticMetric(
+            settings,
+            checked_validation(validation),
+            evaluate,
+            seed=seed,
+            state=state,
+            on_generation=on_generation,
+            max_bytes=max_bytes,
+            workers=workers,
+        )
+        super().__init__(
+            model,
+            config_list,
+            evaluator,
+            existed_wrappers,
+            collector=MagnitudeCollector(),
+            calculator=self._metric,
+            allocator=GeneAllocator(),
+        )
+
+    @property
+    def search(self) -> WeightGeneticAlgorithm:
+        """The latest search: its individuals, settings and history.
+
+        Raises
+        ------
+        ConfigError
+            If there was none yet.
+        """
+        if self._metric.search is None:
+            raise ConfigError("a search must have run, got none: call compress() first (GeneticWeightPruner)")
+        return self._metric.search
+
+    @property
+    def start_weights(self) -> NDArray[np.float32]:
+        """The targets' weights as the latest search found them, in a row: shape ``(genes,)``."""
+        return self._metric.start_weights
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """A row per generation and individual: fitness, accuracy, compression, generation of birth, last partner."""
+        search = self._metric.search
+        return pd.DataFrame([] if search is None else search.history, columns=HistoryRow._fields)
+
+    def wrap_model(self) -> None:
+        """Check the targets and make them active, then wrap the model."""
+        for name, spaces in self._target_spaces.items():
+            for target, space in spaces.items():
+                if space.align is None or is_active(space) or "weight" not in spaces:
+                    _check_target(name, target, space)
+        self._activate_targets(cap=1.0)
+        super().wrap_model()
+
+    def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> list[int] | str | None:
+        return None
+
+
+def _check_target(name: str, target: str, space: PruningTargetSpace) -> None:
+    check_weight_target(name, target, space, "genes are the weights")
+    unusable = ("dependency_group_id", "global_group_id", "internal_metric_block", "sparse_threshold")
+    for key in (*unusable, "min_sparse_ratio"):
+        if getattr(space, key) is not None:
+            raise _left_out(key, getattr(space, key), name)
+    if space.granularity not in (None, "default"):
+        raise _left_out("granularity", space.granularity, name)
+
+
+def _left_out(key: str, value: Any, name: str) -> ConfigError:
+    return ConfigError(f"single weights are searched: {key} must be left out, got {value} ({name})")

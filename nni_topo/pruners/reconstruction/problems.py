@@ -1,0 +1,246 @@
+"""Reconstruction: how well the layers behind a unit can be met from a part of its channels.
+
+What a layer puts out is linear in what enters it. So for each layer that reads a unit, the Gram matrix of the entering
+values says, for every set of kept channels at once, how much of the layer's output is lost even if its weights are
+solved anew, which is what :func:`nni_topo.compensate` does afterwards.
+
+References
+----------
+.. [1] Y. He, X. Zhang and J. Sun, "Channel pruning for accelerating very deep neural networks",
+   https://arxiv.org/abs/1707.06168
+.. [2] J.-H. Luo, J. Wu and W. Lin, "ThiNet: a filter level pruning method for deep neural network compression",
+   https://arxiv.org/abs/1707.06342
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nni_topo.errors import DataError
+from nni_topo.maths.least_squares.greedy import greedy_least_squares
+from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.dependency import channel_flow
+from nni_topo.network.inputs import batch_size, calls, structure_call
+from nni_topo.network.layers import CONVOLUTIONS
+from nni_topo.network.modes import evaluation_mode
+from nni_topo.pruners.clouds.functional import Reader, check_read, readers_of, unread_error
+from nni_topo.pruners.hooks import PruningContext
+from nni_topo.pruners.reconstruction.covariances import EnteringCovariances, column_count
+from nni_topo.pruners.units import PruningUnit
+
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.int64]
+
+_LINEAR = (*CONVOLUTIONS, nn.Linear)
+_RIDGE = 1e-4
+_CHUNK_BYTES = 2**27
+
+
+@dataclass(frozen=True)
+class ReconstructionProblem:
+    """The least-squares problems of the layers that read a unit.
+
+    Attributes
+    ----------
+    grams : tuple of ndarray, shape (channels * columns, channels * columns)
+        Covariances of what enters each layer, channel by channel, a small ridge on the diagonal.
+    crosses : tuple of ndarray, shape (channels * columns, outputs)
+        Covariances with what the layer has to put out, scaled such that its total variance is 1.
+    columns : tuple of int
+        Columns of a channel in each layer: kernel elements times positions.
+    """
+
+    grams: tuple[FloatArray, ...]
+    crosses: tuple[FloatArray, ...]
+    columns: tuple[int, ...]
+
+    def choose(self, keep: int, parts: int = 1) -> IntArray:
+        """Return ``keep`` channels by forward selection, in the order of choice, as many from each of equal parts."""
+        return greedy_least_squares(self.grams, self.crosses, keep, block=self.columns, parts=parts)
+
+    def error(self, population: BoolArray) -> FloatArray:
+        """Return the share of the layers' variance that each set of kept channels loses.
+
+        Parameters
+        ----------
+        population : ndarray of bool, shape (individuals, channels)
+            Kept channels, the same number in each row.
+
+        Returns
+        -------
+        ndarray, shape (individuals,)
+            Mean over the layers, in [0, 1] up to what the samples leave open.
+        """
+        explained = np.zeros(len(population))
+        for gram, cross, columns in zip(self.grams, self.crosses, self.columns, strict=True):
+            kept = np.repeat(population, columns, axis=1)
+            chosen = torch.from_numpy(np.nonzero(kept)[1].reshape(len(population), -1))
+            step = max(1, _CHUNK_BYTES // (8 * chosen.shape[1] ** 2))
+            for first in range(0, len(population), step):
+                explained[first : first + step] += _explained(gram, cross, chosen[first : first + step])
+        return 1.0 - explained / len(self.grams)
+
+
+class ReconstructionProblems:
+    """Measures the reconstruction problems of a pruner's units on calibration data.
+
+    Parameters
+    ----------
+    calibration : iterable
+        Batches of inputs, or of ``(inputs, ...)``. A list or DataLoader: it's iterated several times.
+    seed : int, default=0
+        Of the positions at which large feature maps are sampled.
+    max_bytes : int, default=2**30
+        Units are measured together as long as their matrices stay below it.
+    """
+
+    def __init__(self, calibration: Iterable[Any], *, seed: int = 0, max_bytes: int = 2**30) -> None:
+        self.calibration = calibration
+        self.seed = seed
+        self.max_bytes = max_bytes
+
+    def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        """Check, before anything is wrapped, that a convolution or linear layer reads every layer to prune.
+
+        Raises
+        ------
+        ConfigError
+            If none reads all of a layer's channels alike.
+        SpeedupError
+            If the model can't be traced.
+        DataError
+            If no batch came, or the first one doesn't fit.
+        """
+        check_read(model, modules, structure_call(model, self.calibration), _LINEAR)
+
+    def each(
+        self, context: PruningContext, kept: dict[str, BoolArray]
+    ) -> Iterator[tuple[PruningUnit, ReconstructionProblem]]:
+        """Yield every unit and its problem.
+
+        Parameters
+        ----------
+        context : PruningContext
+            Holds the wrapped model and the units.
+        kept : dict of str to ndarray of bool
+            Channels kept by the units that were yielded before; the caller fills it in. Here it isn't looked at.
+
+        Raises
+        ------
+        ConfigError
+            If a unit isn't pruned by output channel, or no layer reads it.
+        DataError
+            If no batch came, or activations are NaN or infinite.
+        """
+        del kept
+        model = context.model
+        with evaluation_mode(model):
+            flow = self.flow(model)
+            readers = {unit.name: linear_readers(unit, flow, context) for unit in context.units}
+            for units in self._together(context.units, readers):
+                found = self.measure({unit.name: readers[unit.name] for unit in units}, model, model)
+                for unit in units:
+                    yield unit, found.pop(unit.name)
+
+    def flow(self, model: nn.Module) -> ChannelFlow:
+        """Trace a model on the first batch."""
+        return channel_flow(model, structure_call(model, self.calibration))
+
+    def measure(
+        self, readers: dict[str, list[Reader]], original: nn.Module, network: nn.Module
+    ) -> dict[str, ReconstructionProblem]:
+        """Return the problems of some units.
+
+        Parameters
+        ----------
+        readers : dict of str to list of Reader
+            By unit; their modules are the original's.
+        original, network : torch.nn.Module
+            What is to be met, and where the kept channels come from: one model twice, or two with the same modules.
+        """
+        sizes = [batch_size(call) for call in calls(original, self.calibration)]
+        names = {id(module): name for name, module in original.named_modules()}
+        sums = {
+            name: [
+                EnteringCovariances(reader, network.get_submodule(names[id(reader.module)]), sum(sizes), self.seed)
+                for reader in found
+            ]
+            for name, found in readers.items()
+        }
+        flat = [one for found in sums.values() for one in found]
+        handles = [handle for one in flat for handle in one.watch(same=original is network)]
+        try:
+            with evaluation_mode(original, network), torch.no_grad():
+                for args, kwargs in calls(original, self.calibration):
+                    original(*args, **kwargs)
+                    if network is not original:
+                        network(*args, **kwargs)
+                    for one in flat:
+                        one.add()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: _problem(found, name) for name, found in sums.items()}
+
+    def _together(self, units: list[PruningUnit], readers: dict[str, list[Reader]]) -> Iterator[list[PruningUnit]]:
+        """Cut units into stretches whose matrices fit into memory together."""
+        stretch: list[PruningUnit] = []
+        size = 0
+        for unit in units:
+            own = sum(8 * column_count(reader) ** 2 for reader in readers[unit.name])
+            if stretch and size + own > self.max_bytes:
+                yield stretch
+                stretch, size = [], 0
+            stretch.append(unit)
+            size += own
+        yield stretch
+
+
+def linear_readers(unit: PruningUnit, flow: ChannelFlow, context: PruningContext) -> list[Reader]:
+    """Return the convolutions and linear layers that read a unit's channels.
+
+    Raises
+    ------
+    ConfigError
+        If the unit isn't pruned by output channel, or no such layer reads it.
+    """
+    found = [r for r in readers_of(unit, flow, context) if isinstance(r.module, _LINEAR)]
+    if not found:
+        raise unread_error([unit.name])
+    return found
+
+
+def _problem(found: list[EnteringCovariances], name: str) -> ReconstructionProblem:
+    grams, crosses = [], []
+    for sums in found:
+        own, across, target = sums.covariances()
+        if not bool(torch.isfinite(own).all() and torch.isfinite(across).all()):
+            raise DataError(f"activations must be finite, got NaN or infinity ({name})")
+        weights = sums.weights().to(own.device)
+        variance = float((weights * (target @ weights)).sum())
+        cross = across @ weights / np.sqrt(variance) if variance > 0 else torch.zeros_like(weights)
+        grams.append((own + _RIDGE * torch.diag(own.diagonal())).cpu().numpy())
+        crosses.append(cross.cpu().numpy())
+    return ReconstructionProblem(tuple(grams), tuple(crosses), tuple(sums.columns for sums in found))
+
+
+def _explained(gram: FloatArray, cross: FloatArray, chosen: Tensor) -> FloatArray:
+    """Variance that sets of columns, ``(individuals, columns)``, explain."""
+    whole, targets = torch.from_numpy(gram), torch.from_numpy(cross)
+    within = whole[chosen[:, :, None], chosen[:, None, :]]
+    scale = torch.diagonal(within, dim1=1, dim2=2).clamp(min=1e-300).rsqrt()
+    within = within * scale[:, :, None] * scale[:, None, :]
+    factor, info = torch.linalg.cholesky_ex(within + 1e-10 * torch.eye(within.shape[1], dtype=torch.float64))
+    if bool(info.any()):
+        raise DataError("covariances must be positive semidefinite, got others (reconstruction)")
+    reached = torch.linalg.solve_triangular(factor, targets[chosen] * scale[:, :, None], upper=False)
+    explained: FloatArray = reached.square().sum((1, 2)).numpy()
+    return explained

@@ -1,0 +1,67 @@
+"""Sequential selection: each unit's channels are chosen on the activations of the network as pruned so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from nni_topo.network.modes import unwrapped_copy
+from nni_topo.pruners.hooks import Masks, PruningContext
+from nni_topo.pruners.reconstruction.problems import (
+    BoolArray,
+    ReconstructionProblem,
+    ReconstructionProblems,
+    linear_readers,
+)
+from nni_topo.pruners.units import PruningUnit
+from nni_topo.recovery.compensation import compensate_up_to
+
+
+class SequentialProblems(ReconstructionProblems):
+    """Measures each unit's reconstruction problem behind the units chosen before it, compensated.
+
+    Units come in the order in which they are read. What is to be met stays the original network's; the channels to be
+    kept come from the network in which the units before are pruned and the layers up to here are reconstructed.
+    Parameters are those of :class:`~nni_topo.pruners.reconstruction.problems.ReconstructionProblems`.
+    """
+
+    def each(
+        self, context: PruningContext, kept: dict[str, BoolArray]
+    ) -> Iterator[tuple[PruningUnit, ReconstructionProblem]]:
+        """Yield every unit and its problem; the caller puts what it keeps of a unit into ``kept`` before the next one.
+
+        Raises
+        ------
+        ConfigError, DataError
+            As in the base class.
+        """
+        original = unwrapped_copy(context.model).eval()
+        flow = self.flow(original)
+        modules = {module: name for name, module in original.named_modules()}
+        own = PruningContext(original, context.target_spaces)
+        readers = {unit.name: linear_readers(unit, flow, own) for unit in context.units}
+        rank = {name: index for index, name in enumerate(flow.layers)}
+        first = {
+            name: min((modules[reader.module] for reader in found), key=rank.__getitem__)
+            for name, found in readers.items()
+        }
+        for unit in sorted(context.units, key=lambda unit: rank[first[unit.name]]):
+            masks = self._masks(context, kept)
+            network: nn.Module = original
+            if masks:
+                network = compensate_up_to(original, masks, self.calibration, first[unit.name], seed=self.seed)
+            yield unit, self.measure({unit.name: readers[unit.name]}, original, network)[unit.name]
+
+    @staticmethod
+    def _masks(context: PruningContext, kept: dict[str, BoolArray]) -> Masks:
+        """Masks of the units chosen so far."""
+        masks: Masks = {}
+        for unit in context.units:
+            if unit.name not in kept or bool(kept[unit.name].all()):
+                continue
+            for module, target in unit.members:
+                shape = context.metric_shape(module, target)
+                masks.setdefault(module, {})[target] = torch.from_numpy(kept[unit.name]).float().reshape(shape)
+        return masks

@@ -1,0 +1,213 @@
+"""Opt-in mends of NNI's own pruners and speedup that can change a result, or raise where NNI went on silently.
+
+Nothing here is in force until :func:`enable_strict` is called, so that a comparison with plain NNI stays one. The
+package's own pruners behave like this without it. All places are NNI 3.0's, on every PyTorch and Python.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from nni.compression import speedup
+from nni.compression.base.compressor import Compressor, Pruner
+from nni.compression.base.target_space import PruningTargetSpace, TargetType
+from nni.compression.pruning import basic_pruner, movement_pruner, scheduled_pruner, slim_pruner, taylor_pruner, tools
+from nni.compression.pruning.tools import sparse_gen
+from nni.compression.speedup import dependency, mask_conflict
+from nni.compression.utils import Evaluator
+
+from nni_topo.errors import ConfigError
+from nni_topo.pruners.allocators import ConfigAllocator
+from nni_topo.pruners.base import StructuredPruner
+from nni_topo.pruners.checks import check_request
+from nni_topo.pruners.hooks import Masks, Metrics, PruningContext
+from nni_topo.pruners.transposed import follow_outputs, output_granularity
+from nni_topo.pruners.units import TargetSpaces
+
+_logger = logging.getLogger(__name__)
+_originals: dict[tuple[Any, str], Any] = {}
+
+
+def enable_strict(*, normalization: Literal["none", "mean"] = "none") -> None:
+    """Make NNI's own pruners and ``ModelSpeedup`` refuse what can't be right and do what their pages promise.
+
+    Parameters
+    ----------
+    normalization : {"none", "mean"}, default="none"
+        Scale of the metrics that a ``global_group_id`` ranks, see :class:`~nni_topo.hooks.ConfigAllocator`.
+
+    Raises
+    ------
+    ConfigError
+        If ``normalization`` is neither.
+
+    See Also
+    --------
+    disable_strict : NNI as it was.
+
+    Notes
+    -----
+    What changes, for pruners and speedups made from now on:
+
+    * A config_list that is empty (but for ``from_compressor`` and the schedules), matches nothing or has an entry
+      without ratio and threshold is refused, keys of NNI 2 are accepted in any entry, and weights must be finite
+      (``base/compressor.py``, ``Pruner.__init__``).
+    * Global sparsity no longer depends on PYTHONHASHSEED: layers are ranked in network order (``base/config.py``
+      iterates over a set).
+    * Metrics must be finite; no layer is emptied; ``sparse_threshold``, ``global_group_id`` and the minimum and
+      maximum ratio also work in a dependency group; they hold per layer in a global group
+      (``pruning/tools/sparse_gen.py``, ``generate_sparsity``; pruned inputs and outputs stay NNI's).
+    * ``update_masks`` leaves out modules it doesn't know (``base/compressor.py``).
+    * The caller's ``customized_replacers`` list isn't changed (``speedup/model_speedup.py``).
+    * A convolution to one channel isn't taken for depth-wise (``speedup/dependency.py``).
+    * Transposed convolutions lose output channels, as all other layers do, and their biases with them; NNI masks
+      their input channels and gives the bias the same mask (``base/compressor.py``,
+      ``Pruner._set_default_sparse_granularity``). Groups that hold them come from `nni_topo.dependency_groups`.
+    * ``LinearPruner`` and ``AGPPruner`` say what they need of their pruner (``pruning/scheduled_pruner.py``).
+
+    Examples
+    --------
+    >>> enable_strict()
+    >>> disable_strict()
+    """
+    allocator = ConfigAllocator(normalization=normalization)
+
+    def allocate(metrics: Metrics, target_spaces: TargetSpaces) -> Masks:
+        return generate_sparsity(metrics, target_spaces, allocator)
+
+    for module in (basic_pruner, movement_pruner, slim_pruner, taylor_pruner, tools):
+        _replace(module, "generate_sparsity", allocate)
+    _replace(Pruner, "__init__", _checked_init)
+    _replace(Pruner, "update_masks", _update_known_masks)
+    _replace(Pruner, "_set_default_sparse_granularity", _default_granularity)
+    _replace(Pruner, "_register_scalers", _register_scalers)
+    _replace(scheduled_pruner._ComboPruner, "__init__", _checked_combination)
+    _replace(speedup.ModelSpeedup, "__init__", _init_with_copied_replacers)
+    for module in (dependency, mask_conflict):
+        _replace(module, "build_channel_dependency", _build_channel_dependency)
+
+
+def disable_strict() -> None:
+    """Put back everything that :func:`enable_strict` replaced."""
+    for (owner, name), original in _originals.items():
+        setattr(owner, name, original)
+    _originals.clear()
+
+
+def generate_sparsity(metrics: Metrics, target_spaces: TargetSpaces, allocator: ConfigAllocator) -> Masks:
+    """Make masks as NNI's function of this name does, by the package's allocator.
+
+    Parameters
+    ----------
+    metrics : dict
+        Metrics by module and target name, each in its mask's blocked shape. Larger = keep.
+    target_spaces : dict
+        NNI's target spaces.
+    allocator : ConfigAllocator
+        Makes the masks, unless an input or an output is pruned: those stay NNI's.
+
+    Returns
+    -------
+    dict
+        Masks by module and target name.
+
+    Raises
+    ------
+    ConfigError, DataError
+        If a layer would be emptied, a group disagrees, or a metric isn't finite.
+    """
+    spaces = [space for targets in target_spaces.values() for space in targets.values()]
+    if all(space.type is TargetType.PARAMETER for space in spaces):
+        return allocator.allocate(metrics, PruningContext(torch.nn.Module(), target_spaces))
+    masks: Masks = sparse_gen.generate_sparsity(metrics, target_spaces)
+    return masks
+
+
+def _replace(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+    _originals.setdefault((owner, name), getattr(owner, name))
+    setattr(owner, name, replacement)
+
+
+def _original(owner: Any, name: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = _originals[owner, name]
+    return function
+
+
+def _checked_init(
+    self: Pruner,
+    model: torch.nn.Module,
+    config_list: list[dict[str, Any]],
+    evaluator: Evaluator | None = None,
+    existed_wrappers: dict[str, Any] | None = None,
+) -> None:
+    if not isinstance(self, StructuredPruner):
+        config_list = check_request(model, config_list, existed_wrappers)
+    _original(Pruner, "__init__")(self, model, config_list, evaluator, existed_wrappers)
+    order = {name: index for index, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    self._target_spaces = dict(sorted(self._target_spaces.items(), key=lambda item: order[item[0]]))
+
+
+def _default_granularity(self: Pruner, target_space: PruningTargetSpace) -> list[Any] | str | None:
+    granularity: list[Any] | str | None = _original(Pruner, "_set_default_sparse_granularity")(self, target_space)
+    return output_granularity(target_space) or granularity
+
+
+def _register_scalers(self: Pruner) -> None:
+    _original(Pruner, "_register_scalers")(self)
+    follow_outputs(self._target_spaces)
+
+
+def _update_known_masks(self: Pruner, masks: Masks) -> None:
+    unknown = sorted(masks.keys() - self._module_wrappers.keys())
+    if unknown:
+        _logger.warning("masks of modules that aren't pruned here are left out: %s", ", ".join(unknown))
+    known = {name: targets for name, targets in masks.items() if name in self._module_wrappers}
+    _original(Pruner, "update_masks")(self, known)
+
+
+def _checked_combination(
+    self: Pruner, pruner: Pruner, interval_steps: int, total_times: int, evaluator: Evaluator | None = None
+) -> None:
+    place = f"{type(self).__name__}({type(pruner).__name__})"
+    missing = [name for name in ("interval_steps", "total_times") if not hasattr(pruner, name)]
+    hooks = ("_fuse_preprocess", "_fuse_postprocess")
+    missing += [hook for hook in hooks if getattr(type(pruner), hook, None) in (None, getattr(Compressor, hook))]
+    if missing:
+        raise ConfigError(f"a scheduled pruner must have {', '.join(missing)}, got none ({place})")
+    if not isinstance(pruner.evaluator or evaluator, Evaluator):
+        raise ConfigError(f"a schedule needs an evaluator, its own or its pruner's, got neither ({place})")
+    _original(scheduled_pruner._ComboPruner, "__init__")(self, pruner, interval_steps, total_times, evaluator)
+
+
+def _init_with_copied_replacers(
+    self: speedup.ModelSpeedup, *args: Any, customized_replacers: list[Any] | None = None, **kwargs: Any
+) -> None:
+    arguments = list(args)
+    if len(arguments) > _REPLACERS and arguments[_REPLACERS] is not None:
+        arguments[_REPLACERS] = list(arguments[_REPLACERS])
+    if customized_replacers is not None:
+        kwargs["customized_replacers"] = list(customized_replacers)
+    _original(speedup.ModelSpeedup, "__init__")(self, *arguments, **kwargs)
+
+
+_REPLACERS = 7  # its position after self
+
+
+def _build_channel_dependency(graph_module: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+    """Hide the groups of dense convolutions to one channel: NNI compares them with the output channels."""
+    kinds = (torch.nn.Conv2d, torch.nn.ConvTranspose2d)
+    dense = [
+        module
+        for module in graph_module.modules()
+        if isinstance(module, kinds) and module.groups == module.out_channels == 1 and module.in_channels > 1
+    ]
+    try:
+        for module in dense:
+            module.groups = 0
+        return _original(dependency, "build_channel_dependency")(graph_module, *args, **kwargs)
+    finally:
+        for module in dense:
+            module.groups = 1

@@ -1,0 +1,133 @@
+"""Keep one neuron of each cluster of features, the clusters being split while they vary too much."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
+from torch import nn
+
+from nni_topo.maths.clustering.partition import IntArray
+from nni_topo.maths.clustering.subclustering import Growth, SplitTree, grow, initial_clusters
+from nni_topo.pruners.allocators import removable_rows
+from nni_topo.pruners.clouds.features import FeatureCollector
+from nni_topo.pruners.cluster.metric import Clusters, FeatureCloud, SurvivorMetric, merging_profile
+from nni_topo.pruners.hooks import PruningContext
+from nni_topo.pruners.units import PruningUnit
+
+
+class SubclusterMetric(SurvivorMetric):
+    """As many clusters as splitting them while they vary too much leaves.
+
+    Parameters
+    ----------
+    collector, survivor, seed
+        See :class:`SurvivorMetric`.
+    growth : callable
+        Returns the settings of a unit.
+    initial : callable
+        Returns the share of a unit's neurons that are clusters to begin with.
+
+    Attributes
+    ----------
+    trees : dict of str to SplitTree
+        Of the latest call: how the clusters of each unit (of each part, ``name[part]``, where it has several) grew.
+    """
+
+    def __init__(
+        self,
+        collector: FeatureCollector,
+        survivor: Callable[[PruningUnit, PruningContext], tuple[str, ...]],
+        *,
+        growth: Callable[[PruningUnit, PruningContext], Growth],
+        initial: Callable[[PruningUnit, PruningContext], float],
+        seed: int,
+    ) -> None:
+        super().__init__(collector, survivor, seed=seed)
+        self.growth = growth
+        self.initial = initial
+        self.trees: dict[str, SplitTree] = {}
+
+    def cluster(self, clouds: dict[str, list[FeatureCloud]], context: PruningContext) -> dict[str, Clusters]:
+        """Return the clusters of every unit."""
+        self.trees = {}
+        found = {unit.name: self._clusters(unit, clouds[unit.name], context, _cap(unit)) for unit in context.units}
+        for name, rows in self._shared_caps(clouds, found, context).items():
+            unit = next(unit for unit in context.units if unit.name == name)
+            if rows > found[name].rows:
+                found[name] = self._clusters(unit, clouds[name], context, unit.rows - rows)
+        return found
+
+    def _clusters(self, unit: PruningUnit, parts: list[FeatureCloud], context: PruningContext, cap: int) -> Clusters:
+        """Cluster each part, of which ``cap`` neurons may go; all keep as many as the one that needs the most."""
+        clouds = [cloud.living() for cloud in parts]
+        fewest, most = unit.rows - cap, unit.rows - removable_rows(unit)[0]
+        labels = [self._labels(unit, part, cloud, context, fewest, most) for part, cloud in enumerate(clouds)]
+        rows = self.planner.rounded(unit, max(fewest, 1, *(_count(each) for each in labels)))
+        for part, cloud in enumerate(clouds):
+            if _count(labels[part]) < min(rows, len(cloud.names)):
+                labels[part] = self._labels(unit, part, cloud, context, rows, rows)
+        shifts = np.cumsum([0, *(each.max(initial=-1) + 1 for each in labels)])
+        joined = np.concatenate(
+            [np.where(each < 0, -1, each + shift) for each, shift in zip(labels, shifts, strict=False)]
+        )
+        return Clusters(joined, rows)
+
+    def _labels(
+        self, unit: PruningUnit, part: int, cloud: FeatureCloud, context: PruningContext, at_least: int, at_most: int
+    ) -> IntArray:
+        """Grow the tree of one part, keep it, and return the part's labels."""
+        rows, living = unit.rows, len(cloud.names)
+        if not living:
+            return np.full(rows, -1, dtype=np.intp)
+        tree = grow(
+            cloud.points,
+            cloud.covariance,
+            min(living, initial_clusters(self.initial(unit, context), rows)),
+            self.growth(unit, context),
+            threshold=unit.sparse_threshold,
+            at_least=min(at_least, living),
+            at_most=min(at_most, living),
+            seed=self.seed,
+        ).renamed(cloud.names)
+        self.trees[unit.name if unit.parts == 1 else f"{unit.name}[{part}]"] = tree
+        return tree.labels(unit.blocks)[part * rows : (part + 1) * rows]
+
+    def _shared_caps(
+        self, clouds: dict[str, list[FeatureCloud]], found: Mapping[str, Clusters], context: PruningContext
+    ) -> dict[str, int]:
+        """Return how many rows each unit of a global group has to keep for the group's ratio to be a cap."""
+        grouped = [unit for unit in context.units if unit.global_group_id is not None and unit.sparse_threshold is None]
+        bounded, profiles = [], {}
+        for unit in grouped:
+            # Half a row more keeps int(rows * ratio) from falling short by rounding.
+            largest = (unit.rows - found[unit.name].rows + 0.5) / unit.rows
+            bounded.append(replace(unit, max_sparse_ratio=min(largest, 1.0)))
+            profiles[unit.name] = merging_profile(unit, clouds[unit.name])
+        return self.planner.kept_rows(_Units(context, bounded), profiles)
+
+
+class _Units(PruningContext):
+    """A context whose units are given."""
+
+    def __init__(self, context: PruningContext, units: list[PruningUnit]) -> None:
+        super().__init__(context.model, context.target_spaces, context.evaluator, context.parameter_names)
+        self.__dict__["units"] = units
+
+
+def is_convolution(unit: PruningUnit, context: PruningContext) -> bool:
+    """Say whether a unit's first layer is a convolution."""
+    return isinstance(dict(context.model.named_modules())[unit.members[0][0]], nn.modules.conv._ConvNd)
+
+
+def _count(labels: IntArray) -> int:
+    return len(np.unique(labels[labels >= 0]))
+
+
+def _cap(unit: PruningUnit) -> int:
+    """Return how many rows of a unit may go: its ratio, where it has one of its own, and its maximum are caps."""
+    _, most = removable_rows(unit)
+    if unit.sparse_ratio is None or unit.global_group_id is not None:
+        return most
+    return min(most, int(unit.rows * unit.sparse_ratio))

@@ -1,0 +1,220 @@
+"""Sub-clustering based neurogenetic pruning: few clusters, split until none varies too much; one neuron of each stays.
+
+References
+----------
+.. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
+   Technology, 2019, chapter 5, algorithms 2 and 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from nni.compression.base.wrapper import ModuleWrapper
+from nni.compression.utils import Evaluator
+from torch import nn
+
+from nni_topo.errors import ConfigError, check_seed
+from nni_topo.maths.clustering.subclustering import Growth, SplitTree, initial_clusters
+from nni_topo.network.inputs import checked_calibration
+from nni_topo.pruners.base import StructuredPruner
+from nni_topo.pruners.clouds.features import Pool
+from nni_topo.pruners.cluster.metric import SurvivorAllocator
+from nni_topo.pruners.cluster.pruner import feature_collector
+from nni_topo.pruners.cluster.survivors import Survivor, checked_rules, offsets
+from nni_topo.pruners.hooks import PruningContext
+from nni_topo.pruners.subcluster.metric import SubclusterMetric, is_convolution
+from nni_topo.pruners.units import PruningUnit
+from nni_topo.recovery.compensation import Method
+from nni_topo.recovery.steps import Pairs
+
+_INITIAL = {"Conv": 0.35, "Linear": 0.05}
+
+
+class SubclusterPruner(StructuredPruner):
+    """Find the number of neurons each layer needs by splitting clusters of features, and keep one of each cluster.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Model to prune. NNI wraps it; ``unwrap_model()`` takes the wrappers off again.
+    config_list : list of dict
+        NNI's config_list. It says where; no ratio is needed. ``max_sparse_ratio``, and ``sparse_ratio`` where it's
+        given, is a cap on what may go: clusters are split further until enough stay. ``min_sparse_ratio`` ends the
+        splitting early. ``sparse_threshold`` takes the place of the HoH threshold, in the unit of the features'
+        covariances. The members of a ``dependency_group_id`` are clustered together; the ratio of a
+        ``global_group_id`` caps what the group loses.
+    evaluator : nni.compression.utils.Evaluator or None, default=None
+        Needed for scheduled pruning; its evaluation data serve where there is no ``calibration``.
+    existed_wrappers : dict or None, default=None
+        Used by ``from_compressor``.
+    calibration : iterable or None, default=None
+        Batches of inputs, or of ``(inputs, targets)``; labels aren't used. A list or DataLoader, not a generator.
+    energy : float or mapping of str to float, default=0.5
+        The text's p, in (0, 1): the share of the covariances within a cluster that lies below its threshold. More
+        energy, fewer splits, fewer neurons. A mapping gives it by module name; layers that aren't named have 0.5.
+    initial_ratio : float, mapping of str to float, or None, default=None
+        Share of a layer's neurons that are clusters to begin with, rounded up, in (0, 1]; also by module name. None,
+        and for layers that aren't named: 0.35 for convolutions, 0.05 for linear layers.
+    survivor : str, sequence of str, or None, default=None
+        As for :class:`~nni_topo.ClusterPruner`. None: ``"bias_norm"`` for convolutions with a bias or a batch norm,
+        else ``"weight"``.
+    pool : {"none", "mean"} or int, default="none"
+        Feature maps as they are, averaged to one value, or to so many in each direction.
+    bins : int, default=10
+        Bins of the two histograms, at least 1.
+    absolute : bool, default=True
+        Whether covariances count by their absolute values.
+    diagonal : bool, default=True
+        Whether variances are among the covariances.
+    statistic : {"max", "mean"}, default="max"
+        Which of a cluster's covariances is compared with the threshold.
+    n_init : int, default=3
+        Starts of k-means, at least 1.
+    compensate, round_to
+        See :class:`~nni_topo.pruners.base.StructuredPruner`; ``compensate="pair"`` takes :attr:`pairs`.
+    seed : int, default=0
+        Same seed, same masks.
+
+    Raises
+    ------
+    ConfigError, DataError
+        If a knob or the request is bad, before the model is wrapped. If there are fewer than two samples, or all
+        features of a layer are constant, when masks are made.
+
+    Notes
+    -----
+    Neurons that are zero on all samples all go, as far as the cap lets them, unless the layer would be empty.
+
+    With the default statistic every neuron whose variance is above the threshold ends up alone: a cluster stays
+    together only if all of its neurons vary little, or if all put out the same. ``"mean"`` prunes far more at the same
+    ``energy``, about as much as the text reports.
+
+    Every call looks at the network as it is masked by then: what went before is dead, and the threshold is that of the
+    neurons that are left. So a second ``compress()``, or a schedule, may take more than one call does.
+
+    References
+    ----------
+    .. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
+       Technology, 2019, chapter 5.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2))
+    >>> pruner = SubclusterPruner(model, [{"op_names": ["0"]}], calibration=[torch.randn(128, 4)], energy=0.9)
+    >>> _, masks = pruner.compress()
+    >>> tree = pruner.trees["0.weight"]
+    >>> len(tree.initial) < len(tree.leaves) == int(masks["0"]["bias"].sum()) < 64
+    True
+    """
+
+    needs_rule = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[dict[str, Any]],
+        evaluator: Evaluator | None = None,
+        existed_wrappers: dict[str, ModuleWrapper] | None = None,
+        *,
+        calibration: Iterable[Any] | None = None,
+        energy: float | Mapping[str, float] = 0.5,
+        initial_ratio: float | Mapping[str, float] | None = None,
+        survivor: Survivor | None = None,
+        pool: Pool = "none",
+        bins: int = 10,
+        absolute: bool = True,
+        diagonal: bool = True,
+        statistic: Literal["max", "mean"] = "max",
+        n_init: int = 3,
+        compensate: Method | None = None,
+        round_to: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        growth = Growth(bins=bins, absolute=absolute, diagonal=diagonal, statistic=statistic, n_init=n_init)
+        self.energy = energy
+        self.initial_ratio = initial_ratio
+        self.seed = seed
+        check_seed(seed, "SubclusterPruner")
+        for value in _values(energy):
+            replace(growth, energy=value)
+        for value in () if initial_ratio is None else _values(initial_ratio):
+            initial_clusters(value, 1)
+        _check_names(model, energy, "energy")
+        _check_names(model, initial_ratio, "initial_ratio")
+        self._growth = growth
+        self._rules = None if survivor is None else checked_rules(survivor)
+        calibration = checked_calibration(calibration)
+        self._features = feature_collector(calibration, evaluator, pool, config_list)
+        self._metric = SubclusterMetric(
+            self._features, self._rules_of, growth=self._growth_of, initial=self._initial_of, seed=seed
+        )
+        super().__init__(
+            model,
+            config_list,
+            evaluator,
+            existed_wrappers,
+            collector=self._features,
+            calculator=self._metric,
+            allocator=SurvivorAllocator(),
+            compensate=compensate,
+            calibration=calibration,
+            round_to=round_to,
+        )
+        self._metric.planner.round_to = round_to
+        self._activate_targets(cap=1.0)
+
+    @property
+    def trees(self) -> dict[str, SplitTree]:
+        """How the clusters of each layer or group grew, of the latest masks; see ``nni_topo.analysis.draw_splits``."""
+        return self._metric.trees
+
+    @property
+    def pairs(self) -> dict[str, dict[int, int]]:
+        """By layer the neuron that stays for each one that goes, of the latest masks.
+
+        For ``nni_topo.compensate(model, masks, calibration, method="pair", pairs=pruner.pairs)``, the correlation-based
+        update.
+        """
+        return self._metric.pairs
+
+    def _rules_of(self, unit: PruningUnit, context: PruningContext) -> tuple[str, ...]:
+        if self._rules is not None:
+            return self._rules
+        has_bias = is_convolution(unit, context) and offsets(unit, context, self._features.network) is not None
+        return ("bias_norm",) if has_bias else ("weight",)
+
+    def _growth_of(self, unit: PruningUnit, context: PruningContext) -> Growth:
+        return replace(self._growth, energy=_of_layer(self.energy, unit, self._growth.energy))
+
+    def _initial_of(self, unit: PruningUnit, context: PruningContext) -> float:
+        default = _INITIAL["Conv" if is_convolution(unit, context) else "Linear"]
+        return _of_layer(self.initial_ratio, unit, default)
+
+    def _survivors(self) -> Pairs:
+        return self.pairs
+
+
+def _values(knob: float | Mapping[str, float]) -> list[float]:
+    return list(knob.values()) if isinstance(knob, Mapping) else [knob]
+
+
+def _check_names(model: nn.Module, knob: Any, name: str) -> None:
+    modules = dict(model.named_modules())
+    unknown = [key for key in knob if key not in modules] if isinstance(knob, Mapping) else []
+    if unknown:
+        raise ConfigError(
+            f"{name} must name modules of the model, got {', '.join(map(str, unknown))} (SubclusterPruner)"
+        )
+
+
+def _of_layer(knob: float | Mapping[str, float] | None, unit: PruningUnit, default: float) -> float:
+    """Return a knob's value for a unit: that of its first member that is named."""
+    if isinstance(knob, Mapping):
+        return next((knob[module_name] for module_name, _ in unit.members if module_name in knob), default)
+    return default if knob is None else knob

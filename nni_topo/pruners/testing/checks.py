@@ -1,0 +1,175 @@
+"""Conformance checks that every structured pruner has to pass; a third party's too.
+
+Each check takes ``create``, a function ``create(model, config_list, evaluator=None, existed_wrappers=None)`` that
+returns the pruner under test, and raises AssertionError where the pruner breaks a promise::
+
+    for check in STRUCTURED_CHECKS:
+        check(lambda *args, **kwargs: MyPruner(*args, **kwargs, my_knob=3))
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from nni.compression.base.compressor import Pruner
+from nni.compression.pruning import AGPPruner, LinearPruner
+from torch import nn
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.pruners.testing.toys import toy_evaluator, toy_model
+
+Create = Callable[..., Pruner]
+_HALF = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names": ["head"], "sparse_ratio": 0.5}]
+
+
+def check_ratio(create: Create) -> None:
+    """Half of the filters and neurons go, their biases with them, and nothing else."""
+    masks = _masks(create, _HALF)
+    _require(
+        set(masks) == {"stem", "inner", "hidden"},
+        f"masks for the configured layers only, got {sorted(masks)}",
+    )
+    for name, kept in (("stem", 4), ("inner", 4), ("hidden", 8)):
+        rows = masks[name]["weight"].flatten(1)
+        _require(set(rows.unique().tolist()) <= {0.0, 1.0}, f"{name}: masks of 0 and 1")
+        _require(bool((rows == rows[:, :1]).all()), f"{name}: whole filters")
+        _require(int(rows[:, 0].sum()) == kept, f"{name}: {kept} kept, got {int(rows[:, 0].sum())}")
+        _require(torch.equal(masks[name]["bias"].flatten(), rows[:, 0]), f"{name}: bias mask follows the weight's")
+
+
+def check_zero_ratio(create: Create) -> None:
+    """A ratio of 0 prunes nothing."""
+    masks = _masks(create, [{"op_types": ["Conv2d"], "sparse_ratio": 0.0}])
+    _require(all(bool(mask.all()) for targets in masks.values() for mask in targets.values()), "nothing pruned")
+
+
+def check_dependency_group(create: Create) -> None:
+    """The members of a dependency group lose the same filters."""
+    config = [{"op_names": ["stem", "inner"], "sparse_ratio": 0.5, "dependency_group_id": "residual"}]
+    masks = _masks(create, config)
+    stem, inner = masks["stem"]["weight"], masks["inner"]["weight"]
+    _require(torch.equal(stem.flatten(1)[:, 0], inner.flatten(1)[:, 0]), "equal masks in a dependency group")
+
+
+def check_global_group(create: Create) -> None:
+    """A global group loses about the asked share of its elements, and no layer all of its filters."""
+    masks = _masks(create, [{**_HALF[0], "global_group_id": 1}])
+    weights = [targets["weight"].expand_as(_weight(name)) for name, targets in masks.items()]
+    total = sum(mask.numel() for mask in weights)
+    lost = total - sum(float(mask.sum()) for mask in weights)
+    _require(0.3 * total <= lost <= 0.5 * total, f"a share in [0.3, 0.5] lost, got {lost / total:.3f}")
+    _require(all(bool(mask.any()) for mask in weights), "every layer keeps something")
+
+
+def check_repeatable(create: Create) -> None:
+    """The same request gives the same masks."""
+    first, second = _masks(create, _HALF), _masks(create, _HALF)
+    same = all(torch.equal(first[m][t], second[m][t]) for m in first for t in first[m])
+    _require(same, "same request, same masks")
+
+
+def check_unwrap(create: Create) -> None:
+    """Unwrapping gives the model back with its weights unmasked."""
+    model = toy_model()
+    before = copy.deepcopy(model.state_dict())
+    pruner = create(model, _HALF)
+    pruner.compress()
+    pruner.unwrap_model()
+    after = model.state_dict()
+    _require(list(before) == list(after), "same names after unwrap_model")
+    _require(all(torch.equal(before[key], after[key]) for key in before), "same values after unwrap_model")
+
+
+def check_masked_forward(create: Create) -> None:
+    """In the wrapped model a pruned neuron puts out zero."""
+    model = toy_model()
+    pruner = create(model, _HALF)
+    _, masks = pruner.compress()
+    hidden = model.hidden(torch.ones(2, 8))
+    _require(bool((hidden[:, masks["hidden"]["bias"] == 0] == 0).all()), "pruned neurons put out zero")
+
+
+def check_from_compressor(create: Create) -> None:
+    """A pruner built on another's wrappers prunes what the first one left out."""
+    model = toy_model()
+    first = create(model, [{"op_names": ["stem"], "sparse_ratio": 0.5}])
+    first.compress()
+    first.unwrap_model()
+    second = create(model, [{"op_names": ["inner"], "sparse_ratio": 0.5}], None, first._module_wrappers)
+    second.update_masks(second.generate_masks())
+    masks = second.get_masks()
+    _require(int(masks["inner"]["weight"].flatten(1)[:, 0].sum()) == 4, "the new layer is pruned")
+    _require(int(masks["stem"]["weight"].flatten(1)[:, 0].sum()) == 4, "the inherited mask stays")
+    second.unwrap_model()
+
+
+def check_scheduled(create: Create) -> None:
+    """NNI's LinearPruner and AGPPruner reach the ratio in steps."""
+    for scheduler in (LinearPruner, AGPPruner):
+        model = toy_model()
+        evaluator = toy_evaluator(model)
+        scheduled = scheduler(create(model, _HALF, evaluator), interval_steps=2, total_times=3)
+        _, masks = scheduled.compress(max_steps=8, max_epochs=None)
+        scheduled.unwrap_model()
+        kept = {name: int(masks[name]["weight"].flatten(1)[:, 0].sum()) for name in masks}
+        _require(kept == {"stem": 4, "inner": 4, "hidden": 8}, f"{scheduler.__name__}: half kept, got {kept}")
+
+
+def check_bad_requests(create: Create) -> None:
+    """Bad input gets a named error and leaves the model as it was."""
+    for config, error in (
+        ([{"op_types": ["LSTM"], "sparse_ratio": 0.5}], ConfigError),
+        ([{"op_types": ["Conv2d"], "sparse_ratio": 1.0}], ConfigError),
+        ([{"op_types": ["Conv2d"], "sparse_ratio": -0.1}], ConfigError),
+        ([{"op_types": ["Conv2d"], "sparse_ratoi": 0.5}], ConfigError),
+    ):
+        _require_refused(create, toy_model(), config, error)
+    broken = toy_model()
+    with torch.no_grad():
+        broken.inner.weight[0, 0, 0, 0] = float("nan")
+    _require_refused(create, broken, _HALF, DataError)
+
+
+STRUCTURED_CHECKS: tuple[Callable[[Create], None], ...] = (
+    check_ratio,
+    check_zero_ratio,
+    check_dependency_group,
+    check_global_group,
+    check_repeatable,
+    check_unwrap,
+    check_masked_forward,
+    check_from_compressor,
+    check_scheduled,
+    check_bad_requests,
+)
+
+
+def _masks(create: Create, config_list: list[dict[str, Any]]) -> Any:
+    pruner = create(toy_model(), config_list)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    return masks
+
+
+def _weight(name: str) -> torch.Tensor:
+    return toy_model().get_submodule(name).weight  # type: ignore[return-value]
+
+
+def _require(condition: bool, promise: str) -> None:
+    if not condition:
+        raise AssertionError(f"broken promise: {promise}")
+
+
+def _require_refused(create: Create, model: nn.Module, config: list[dict[str, Any]], error: type[Exception]) -> None:
+    before = copy.deepcopy(model.state_dict())
+    try:
+        create(model, config)
+    except error:
+        wrapped = any(hasattr(module, "_nni_wrapper") for module in model.modules())
+        same = all(torch.equal(before[k], v) or bool(v.isnan().any()) for k, v in model.state_dict().items())
+        _require(same and not wrapped, f"the model stays as it was ({config})")
+    else:
+        raise AssertionError(f"broken promise: {config} is refused with {error.__name__}")

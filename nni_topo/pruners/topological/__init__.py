@@ -1,0 +1,5 @@
+"""Filters whose loss changes the topology of the layer's point cloud least."""
+
+from nni_topo.pruners.topological.pruner import TopologicalPruner
+
+__all__ = ["TopologicalPruner"]

@@ -1,0 +1,253 @@
+"""Topological iterative magnitude pruning (T-IMP): keep each layer's spanning tree, fill up by magnitude.
+
+The maximum spanning tree of a layer's graph holds its zeroth homology in the descending filtration of |w|. While a
+layer has weights to spare beyond its tree, the largest ones stay too; below the size of the tree it isn't pruned.
+
+References
+----------
+Zeroth-Order Topological Insights into Iterative Magnitude Pruning, section 3.4.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from nni.compression.base.target_space import PruningTargetSpace
+from nni.compression.base.wrapper import ModuleWrapper
+from nni.compression.utils import Evaluator
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError, check_integer, unknown_name
+from nni_topo.maths.topology.layer_graphs import LayerGraph
+from nni_topo.network.sizes import convolution_sizes, graph_of_convolution
+from nni_topo.pruners.allocators import removable_rows
+from nni_topo.pruners.base import StructuredPruner
+from nni_topo.pruners.checks import check_weight_target
+from nni_topo.pruners.rounds import Round, check_rewind, even_steps, prune_in_rounds
+from nni_topo.pruners.topological_magnitude.trees import (
+    CONV_GRAPHS,
+    ConvGraph,
+    MagnitudeCollector,
+    OnSubcritical,
+    TreeAllocator,
+    TreeMetric,
+    subcritical,
+)
+from nni_topo.pruners.units import PruningUnit, is_active
+
+
+class TopologicalMagnitudePruner(StructuredPruner):
+    """Prune single weights by magnitude, with each layer's maximum spanning tree left whole.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Model to prune; linear layers and convolutions of one to three dimensions.
+    config_list : list of dict
+        NNI's config_list, at its default granularity, here single weights. A ``sparse_ratio`` is local, or over all
+        layers of one ``global_group_id``. A ``sparse_threshold`` keeps the tree and every |w| at least that large.
+    evaluator : nni.compression.utils.Evaluator or None, default=None
+        Trains between rounds; also for NNI's scheduled pruners.
+    existed_wrappers : dict or None, default=None
+        Used by ``from_compressor``.
+    on_subcritical : {"raise", "clip"}, default="raise"
+        A ratio that leaves a layer less than its tree is refused, or the layer keeps its tree.
+    conv_graph : {"channel", "toeplitz", "toeplitz_full"}, default="channel"
+        Graph of a convolution. ``"channel"``: input and output channels, joined by the largest |w| of their kernel; a
+        tree is one weight per edge. ``"toeplitz"``: the paper's, every kernel by itself from input plane to output
+        plane; its trees take most weights of each kernel. ``"toeplitz_full"``: all channels and positions at once.
+    example_inputs : Tensor, tuple, list, mapping of str to Any or None, default=None
+        The model's inputs; needed for the Toeplitz graphs.
+    rounds : int, default=1
+        Number of rounds of ``compress(max_steps, max_epochs)``, at least 1, by each of which every layer loses the same
+        share of what it has left.
+    rewind : None, "initial" or mapping of str to Tensor, default=None
+        State to which kept weights return before each round's training: none, the model's as it was given, or a
+        state dict of an earlier step.
+    on_round : callable or None, default=None
+        Called with a :class:`~nni_topo.pruners.rounds.Round` after each round.
+
+    Attributes
+    ----------
+    history : list of Round
+        What each round left.
+
+    Raises
+    ------
+    ConfigError, DataError
+        If the request is bad, before the model is wrapped: also a layer of another type, a dependency group, a
+        granularity, or a ratio beyond the critical one.
+
+    Notes
+    -----
+    ``compress()`` makes masks once. ``compress(max_steps, max_epochs)`` prunes and trains ``rounds`` times, each
+    training of that length; NNI's ``LinearPruner`` and ``AGPPruner`` have rounds of their own, and refuse a pruner
+    that has ``rounds``, ``rewind`` or ``on_round``. A weight that was masked once stays so while there are others.
+    Ties: the first in row-major order is kept.
+
+    Examples
+    --------
+    >>> layer = nn.Sequential(nn.Linear(10, 10))
+    >>> pruner = TopologicalMagnitudePruner(layer, [{"op_types": ["Linear"], "sparse_ratio": 0.8}])
+    >>> _, masks = pruner.compress()
+    >>> int(masks["0"]["weight"].sum()), round(pruner.critical_ratios()["0"], 2)
+    (20, 5.26)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[dict[str, Any]],
+        evaluator: Evaluator | None = None,
+        existed_wrappers: dict[str, ModuleWrapper] | None = None,
+        *,
+        on_subcritical: OnSubcritical = "raise",
+        conv_graph: ConvGraph = "channel",
+        example_inputs: Any = None,
+        rounds: int = 1,
+        rewind: Literal["initial"] | Mapping[str, Tensor] | None = None,
+        on_round: Callable[[Round], None] | None = None,
+    ) -> None:
+        _check_knobs(on_subcritical, conv_graph, example_inputs, rounds)
+        self.on_subcritical = on_subcritical
+        self.conv_graph = conv_graph
+        self.rounds = rounds
+        self.rewind = _rewind_state(model, rewind)
+        self.on_round = on_round
+        self.history: list[Round] = []
+        self._metric = TreeMetric(conv_graph, _graphs(model, example_inputs) if conv_graph != "channel" else {})
+        super().__init__(
+            model,
+            config_list,
+            evaluator,
+            existed_wrappers,
+            collector=MagnitudeCollector(),
+            calculator=self._metric,
+            allocator=TreeAllocator(self._metric, on_subcritical),
+        )
+
+    def critical_ratios(self) -> dict[str, float]:
+        """Return how far each layer's weights can be pruned now: all of them over those of its tree, by module name."""
+        return {
+            unit.members[0][0]: unit.blocks / size
+            for unit, size in zip(self._context().units, self._tree_sizes(), strict=True)
+        }
+
+    def wrap_model(self) -> None:
+        """Check the targets, then wrap the model."""
+        self._target_spaces = self._in_network_order()
+        for name, spaces in self._target_spaces.items():
+            for target, space in spaces.items():
+                if is_active(space):
+                    _check_target(name, target, space)
+                    self._check_reached(name, space)
+        if self._target_spaces and not self._context().units:
+            raise ConfigError(
+                "config_list must give the weight of at least one layer a ratio or a threshold, got none "
+                f"({', '.join(self._target_spaces)})"
+            )
+        if self.on_subcritical == "raise":
+            self._check_critical()
+        super().wrap_model()
+
+    def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> list[int] | str | None:
+        return None
+
+    def _check_reached(self, name: str, space: PruningTargetSpace) -> None:
+        reached = self.conv_graph == "channel" or name in self._metric.graphs
+        if not reached and not isinstance(space._wrapper.module, nn.Linear):
+            raise ConfigError(
+                f"conv_graph {self.conv_graph!r} needs example_inputs that run every layer, got one that isn't run "
+                f"({name})"
+            )
+
+    def _fuse_preprocess(self, evaluator: Evaluator) -> None:
+        if self.rounds != 1 or self.rewind is not None or self.on_round is not None:
+            raise ConfigError(
+                "rounds, rewind and on_round go with this pruner's own loop, compress(max_steps, max_epochs), got a "
+                "schedule (TopologicalMagnitudePruner)"
+            )
+        super()._fuse_preprocess(evaluator)
+
+    def _tree_sizes(self) -> list[int]:
+        context = self._context()
+        self._metric.calculate(self.collector.collect(context), context)
+        return [self._metric.tree_sizes[unit.name] for unit in context.units]
+
+    def _check_critical(self) -> None:
+        """Refuse ratios that would leave a layer, or a global group, less than its trees."""
+        groups: dict[Any, list[tuple[PruningUnit, int]]] = defaultdict(list)
+        for unit, size in zip(self._context().units, self._tree_sizes(), strict=True):
+            alone = unit.name if unit.global_group_id is None else ("group", unit.global_group_id)
+            groups[alone].append((unit, size))
+        for members in groups.values():
+            if members[0][0].sparse_ratio is None:
+                continue
+            total = sum(unit.blocks for unit, _ in members)
+            bounds = [removable_rows(unit) for unit, _ in members]
+            least, most = (sum(each) for each in zip(*bounds, strict=True))
+            gone = max(min(int(total * members[0][0].sparse_ratio), most), least)
+            # A layer whose maximum spares it leaves the others to lose what the group must.
+            spare = sum(min(high, unit.blocks - size) for (unit, size), (_, high) in zip(members, bounds, strict=True))
+            if gone > spare:
+                raise subcritical("+".join(unit.name for unit, _ in members), total - gone, total - spare, total)
+            for unit, size in members:
+                kept = unit.blocks - removable_rows(unit)[0]
+                if kept < size:
+                    raise subcritical(unit.name, kept, size, unit.blocks)
+
+    def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
+        if max_steps is None and max_epochs is None and self.rounds == 1:
+            self.update_masks(self.generate_masks())
+            return
+        if self.evaluator is None or (max_steps is None and max_epochs is None):
+            raise ConfigError(
+                f"{self.rounds} rounds of training need an evaluator and max_steps or max_epochs, got "
+                f"{'no' if self.evaluator is None else 'an'} evaluator, {max_steps} and {max_epochs} (compress)"
+            )
+
+        def train() -> None:
+            self.evaluator.bind_model(self.bound_model, self._get_param_names_map())
+            try:
+                self.evaluator.train(max_steps, max_epochs)
+            finally:
+                self.evaluator.unbind_model()
+
+        self.history = prune_in_rounds(self, even_steps(self.rounds), train, rewind=self.rewind, on_round=self.on_round)
+
+
+def _check_knobs(on_subcritical: str, conv_graph: str, example_inputs: Any, rounds: int) -> None:
+    if on_subcritical not in ("raise", "clip"):
+        raise unknown_name("on_subcritical", on_subcritical, ("raise", "clip"))
+    if conv_graph not in CONV_GRAPHS:
+        raise unknown_name("conv_graph", conv_graph, CONV_GRAPHS)
+    if conv_graph != "channel" and example_inputs is None:
+        raise ConfigError(f"conv_graph {conv_graph!r} needs example_inputs, got None (TopologicalMagnitudePruner)")
+    check_integer("rounds", rounds, 1, "TopologicalMagnitudePruner")
+
+
+def _rewind_state(
+    model: nn.Module, rewind: Literal["initial"] | Mapping[str, Tensor] | None
+) -> dict[str, Tensor] | None:
+    if rewind is None:
+        return None
+    if not isinstance(rewind, Mapping):
+        if rewind != "initial":
+            raise unknown_name("rewind", str(rewind), ("initial",))
+        rewind = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    check_rewind(model, rewind)
+    return {name: value.detach().clone() for name, value in rewind.items()}
+
+
+def _graphs(model: nn.Module, example_inputs: Any) -> dict[str, LayerGraph]:
+    sizes = convolution_sizes(model, example_inputs)
+    return {name: graph_of_convolution(model.get_submodule(name), entering) for name, (entering, _) in sizes.items()}
+
+
+def _check_target(name: str, target: str, space: PruningTargetSpace) -> None:
+    check_weight_target(name, target, space, "a spanning tree needs the weight")
+    for key, default in (("granularity", "default"), ("dependency_group_id", None), ("internal_metric_block", None)):
+        if getattr(space, key) not in (default, None):
+            raise ConfigError(f"single weights are pruned: {key} must be left out, got {getattr(space, key)} ({name})")

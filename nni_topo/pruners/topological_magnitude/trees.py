@@ -1,0 +1,121 @@
+"""Hooks that prune single weights and leave each layer's maximum spanning tree whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.maths.topology.layer_graphs import LayerGraph
+from nni_topo.maths.topology.layer_trees import channel_tree, plane_trees, spanning_forest
+from nni_topo.pruners.allocators import ConfigAllocator
+from nni_topo.pruners.hooks import Data, DataCollector, MetricCalculator, Metrics, PruningContext
+
+OnSubcritical = Literal["raise", "clip"]
+ConvGraph = Literal["channel", "toeplitz", "toeplitz_full"]
+CONV_GRAPHS = ("channel", "toeplitz", "toeplitz_full")
+_LEAST = 1e-300
+
+
+class MagnitudeCollector(DataCollector):
+    """|w| of every weight; what a former mask took counts as 0, and as less than a 0 that was kept."""
+
+    def collect(self, context: PruningContext) -> Data:
+        """Return float64 columns ``(weights, 1)`` on the CPU."""
+        data: Data = {}
+        for unit in context.units:
+            for module, target in unit.members:
+                space = context.target_spaces[module][target]
+                size = space.target.detach().to("cpu", torch.float64).abs().clamp(min=_LEAST)
+                if space.mask is not None:
+                    size = size * space.mask.to("cpu", torch.float64)
+                data.setdefault(module, {})[target] = size.reshape(-1, 1)
+        return data
+
+
+class TreeMetric(MetricCalculator):
+    """|w|, lifted above all others for the weights of the spanning trees.
+
+    Parameters
+    ----------
+    conv_graph : {"channel", "toeplitz", "toeplitz_full"}
+        See :class:`~nni_topo.TopologicalMagnitudePruner`.
+    graphs : mapping of str to LayerGraph
+        Toeplitz graphs of the convolutions, for the latter two.
+
+    Attributes
+    ----------
+    tree_sizes : dict of str to int
+        Number of weights in the tree, by unit; of the last calculation.
+    """
+
+    def __init__(self, conv_graph: ConvGraph, graphs: Mapping[str, LayerGraph]) -> None:
+        self.conv_graph = conv_graph
+        self.graphs = graphs
+        self.tree_sizes: dict[str, int] = {}
+
+    def calculate(self, data: Data, context: PruningContext) -> Metrics:
+        """Return a metric per weight, in the weight's shape."""
+        lift = 1.0 + 2.0 * max((float(c.max()) for targets in data.values() for c in targets.values()), default=0.0)
+        metrics: Metrics = {}
+        for unit in context.units:
+            ((module, target),) = unit.members
+            space = context.target_spaces[module][target]
+            size = data[module][target].reshape(space.target.shape)
+            tree = self.tree(module, space._wrapper.module, size)
+            self.tree_sizes[unit.name] = int(tree.sum())
+            metrics.setdefault(module, {})[target] = size + lift * tree
+        return metrics
+
+    def tree(self, name: str, module: Any, weight: Tensor) -> Tensor:
+        """Mark the weights of a layer's tree: bool, the weight's shape."""
+        if not bool(torch.isfinite(weight).all()):
+            raise DataError(f"weights must be finite, got NaN or infinite values ({name})")
+        values = weight.detach().to("cpu", torch.float64).numpy()
+        if isinstance(module, nn.Linear) or self.conv_graph == "channel":
+            return torch.from_numpy(channel_tree(values, groups=getattr(module, "groups", 1)))
+        if self.conv_graph == "toeplitz":
+            return torch.from_numpy(plane_trees(values, self.graphs[name]))
+        mask = np.zeros(values.size, dtype=np.bool_)
+        mask[spanning_forest(values, self.graphs[name]).elements] = True
+        return torch.from_numpy(mask.reshape(values.shape))
+
+
+class TreeAllocator(ConfigAllocator):
+    """Allocate as the config_list says, but never less than a layer's tree.
+
+    Parameters
+    ----------
+    metric : TreeMetric
+        Knows the trees' sizes.
+    on_subcritical : {"raise", "clip"}
+        What happens to a layer that would keep less than its tree.
+    """
+
+    def __init__(self, metric: TreeMetric, on_subcritical: OnSubcritical) -> None:
+        super().__init__(on_empty="keep")
+        self.metric = metric
+        self.on_subcritical = on_subcritical
+
+    def kept_rows(self, context: PruningContext, profiles: dict[str, Tensor]) -> dict[str, int]:
+        """Return how many weights each unit keeps; see the base class."""
+        kept = super().kept_rows(context, profiles)
+        for unit in context.units:
+            tree = self.metric.tree_sizes[unit.name]
+            if kept[unit.name] < tree and unit.sparse_ratio is not None and self.on_subcritical == "raise":
+                raise subcritical(unit.name, kept[unit.name], tree, unit.blocks)
+            kept[unit.name] = max(kept[unit.name], tree)
+        return kept
+
+
+def subcritical(name: str, kept: int, tree: int, total: int) -> ConfigError:
+    """Build the error for a layer that would keep less than its spanning tree."""
+    return ConfigError(
+        f"sparse_ratio must leave a layer its spanning tree of {tree} of {total} weights, so be at most "
+        f"{1 - tree / total:.6g} (compression {total / tree:.5f}), got {kept} left; on_subcritical='clip' keeps the "
+        f"tree ({name})"
+    )

@@ -1,0 +1,309 @@
+"""One step of a compensation: what is sampled at a layer, how it is solved, and where the solution goes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.nn import functional
+
+from nni_topo.errors import DataError
+from nni_topo.maths.least_squares.normal import Fit, NormalEquations
+from nni_topo.network.layers import CONVOLUTIONS
+from nni_topo.recovery.plan import Solvable
+from nni_topo.recovery.replay import Replay, Values
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Say whether a layer works on the last dimension, as a linear layer does."""
+    return isinstance(module, nn.Linear)
+
+
+def position_count(module: nn.Module, outputs: Tensor) -> int:
+    """Return how many positions each entry of a layer's output has."""
+    shape = outputs.shape[1:-1] if is_pointwise(module) else outputs.shape[2:]
+    return int(torch.Size(shape).numel())
+
+
+def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor) -> Tensor:
+    """Return what enters a layer at some positions of its output.
+
+    Parameters
+    ----------
+    module : torch.nn.Conv1d, Conv2d, Conv3d or Linear
+        The layer.
+    inputs : Tensor, shape (n, channels, ...) or (n, ..., features)
+        Its input.
+    columns : Tensor of int, shape (groups, d)
+        Input channels of each group.
+    positions : Tensor of int, shape (n, p)
+        Flat indices of output positions, for each entry.
+
+    Returns
+    -------
+    Tensor, shape (groups, n * p, d * kernel elements)
+        In the order of the layer's weight: channels, then kernel.
+    """
+    groups = columns.shape[0]
+    entries = torch.arange(len(inputs), device=inputs.device)[:, None]
+    if is_pointwise(module):
+        flat = inputs.reshape(len(inputs), -1, inputs.shape[-1])[entries, positions]
+        return flat.flatten(0, 1)[:, columns].transpose(0, 1)
+    windows = _windows(module, inputs[:, columns.flatten()])
+    dims = len(module.kernel_size)
+    places = torch.unravel_index(positions, windows.shape[2 : 2 + dims])
+    at: tuple[Any, ...] = (entries, slice(None), *places)
+    rows = windows[at].flatten(0, 1)
+    return rows.reshape(len(rows), groups, -1).transpose(0, 1)
+
+
+def output_rows(module: nn.Module, outputs: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    """Return a layer's outputs at some positions.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        The layer.
+    outputs : Tensor, shape (n, channels, ...) or (n, ..., features)
+        Its output, or anything of this shape.
+    rows : Tensor of int, shape (groups, o)
+        Output channels of each group.
+    positions : Tensor of int, shape (n, p)
+        Flat indices of positions, for each entry.
+
+    Returns
+    -------
+    Tensor, shape (groups, n * p, o)
+        The values.
+    """
+    last = outputs if is_pointwise(module) else outputs.movedim(1, -1)
+    flat = last.reshape(len(last), -1, last.shape[-1])
+    entries = torch.arange(len(flat), device=flat.device)[:, None]
+    return flat[entries, positions].flatten(0, 1)[:, rows].transpose(0, 1)
+
+
+def draw_positions(count: int, entries: int, wanted: int, generator: torch.Generator) -> Tensor:
+    """Draw positions evenly spread over each entry, one from each of ``wanted`` equal stretches.
+
+    Returns
+    -------
+    Tensor of int, shape (entries, min(wanted, count))
+        Ascending in each row, no position twice.
+    """
+    if wanted >= count:
+        return torch.arange(count).expand(entries, count)
+    jitter = torch.rand(entries, wanted, generator=generator, dtype=torch.float64)
+    edges = torch.arange(wanted + 1, dtype=torch.float64) * count / wanted
+    low, high = edges[:-1].ceil(), edges[1:].ceil()
+    return (low + (jitter * (high - low)).floor()).long()
+
+
+def _windows(module: Any, inputs: Tensor) -> Tensor:
+    """Return a view ``(n, channels, *output size, *kernel size)`` of a convolution's input."""
+    if not isinstance(module, CONVOLUTIONS):
+        raise TypeError(f"windows need a convolution, got {type(module).__name__}")
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    windows = functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+    for dim, (kernel, stride, dilation) in enumerate(
+        zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
+    ):
+        windows = windows.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    return windows
+
+
+Samples = tuple[Tensor, Tensor, Tensor]
+
+_HELD_OUT = 5
+_LEAST_SAMPLES = 16384
+_SAMPLES_PER_UNKNOWN = 16
+_CHUNK = 2**23
+
+
+class Task(ABC):
+    """One layer that is changed to make up for pruned channels.
+
+    Attributes
+    ----------
+    layer : Solvable
+        The layer.
+    watched : list of Node
+        Nodes whose values are sampled.
+    place : Node
+        Where the error is measured.
+    refines : bool
+        It has the same inputs as the task before, which is done.
+    """
+
+    refines = False
+    layer: Solvable
+    watched: list[Node]
+    place: Node
+
+    @property
+    @abstractmethod
+    def unknowns(self) -> int:
+        """Inputs of each equation."""
+
+    @property
+    def label(self) -> str:
+        """Where the error is measured, in words."""
+        return self.place.name
+
+    @abstractmethod
+    def extent(self, original: Values) -> tuple[int, int]:
+        """Return how many entries a batch has here, and how many positions each entry."""
+
+    @abstractmethod
+    def samples(self, original: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
+        """Return inputs, residuals and references at some positions of some entries, ``(groups, samples, ...)``."""
+
+    def refined(self, samples: Samples) -> Samples:
+        """Return the samples of a task that refines, from what the network lacks at the same positions."""
+        return samples
+
+    def effect(self, inputs: Tensor, found: Fit) -> Tensor:
+        """Return what a solution changes at the place; for tasks that others refine."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
+        """Solve from the sums of the samples to learn from and of those held out."""
+
+    @abstractmethod
+    def apply(self, net: Any, found: Fit) -> None:
+        """Put a solution into a network."""
+
+
+@dataclass
+class _Chunk:
+    """Samples of a task as long as others refine it, and which of them are held out."""
+
+    inputs: Tensor
+    lacking: Tensor
+    wanted: Tensor
+    is_held_out: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.inputs.nbytes + self.lacking.nbytes + self.wanted.nbytes
+
+
+class Sampler:
+    """Streams the samples of tasks into normal equations.
+
+    A layer with more than ``max(16384, 16 * unknowns)`` positions over all images is sampled at about so many, evenly
+    spread over images and positions, drawn from a seed. Every fifth entry is held out.
+
+    Parameters
+    ----------
+    replay : Replay
+        The two networks.
+    sizes : sequence of int
+        Images in each batch.
+    seed : int
+        For the positions.
+    cache_bytes : int
+        For the samples of a task that others refine. If they fit, these go on from them; else the networks run again.
+    """
+
+    def __init__(self, replay: Replay, sizes: Sequence[int], seed: int, cache_bytes: int) -> None:
+        self.replay = replay
+        self.sizes = sizes
+        self.seed = seed
+        self._cache_bytes = cache_bytes
+        self._known: tuple[NormalEquations, NormalEquations] | None = None
+        self._chunks: list[_Chunk] | None = None
+
+    def collect(self, task: Task, settled: int, *, is_refined: bool = False) -> tuple[NormalEquations, NormalEquations]:
+        """Return the sums of the samples to learn from and of those held out.
+
+        A task that refines the one before has the same positions, so that the products of inputs are the same.
+
+        Parameters
+        ----------
+        task : Task
+            The task.
+        settled : int
+            Rank of the first node that may change before a later pass.
+        is_refined : bool, default=False
+            Whether the next task refines this one.
+
+        Raises
+        ------
+        DataError
+            If a batch doesn't fit the model, or activations aren't finite.
+        """
+        learned, held = NormalEquations(), NormalEquations()
+        kept = self._chunks if task.refines else None
+        known = self._known if kept or (task.refines and self.replay.is_repeatable) else None
+        self._known, self._chunks = None, kept
+        if kept is None:
+            chunks = self._keep(self._sampled(task, settled), is_refined)
+        else:
+            chunks = (_refined(task, chunk) for chunk in kept)
+        for chunk in chunks:
+            _add(learned, chunk, ~chunk.is_held_out, products=known is None)
+            _add(held, chunk, chunk.is_held_out, products=known is None)
+        for mine, other in zip((learned, held), known or (), strict=False):
+            mine.sums |= {name: total for name, total in other.sums.items() if name == "xx"}
+        if not (learned.is_finite() and held.is_finite()):
+            raise DataError(f"activations must be finite, got NaN or infinity ({task.layer.name})")
+        self._known = learned, held
+        return learned, held
+
+    def advance(self, task: Task, found: Fit) -> None:
+        """Take a solution, which the networks now have, into the samples that are kept."""
+        for chunk in self._chunks or ():
+            chunk.lacking -= task.effect(chunk.inputs, found)
+
+    def _sampled(self, task: Task, settled: int) -> Iterator[_Chunk]:
+        """Run the networks and yield a task's samples."""
+        generator = torch.Generator().manual_seed(self.seed)
+        seen = 0
+        for index, (original, pruned) in enumerate(self.replay.run(settled, task.watched)):
+            entries, count = task.extent(original)
+            positions = draw_positions(count, entries, self._wanted(task, index, entries), generator)
+            for part in _parts(entries, positions.shape[1] * task.unknowns * len(task.layer.columns)):
+                samples = task.samples(original, pruned, part, positions[part])
+                marks = (torch.arange(seen, seen + entries)[part] + 1) % _HELD_OUT == 0
+                rows = marks.repeat_interleave(samples[0].shape[1] // len(marks)).to(samples[0].device)
+                yield _Chunk(*samples, is_held_out=rows)
+            seen += entries
+
+    def _keep(self, chunks: Iterator[_Chunk], is_refined: bool) -> Iterator[_Chunk]:
+        """Pass samples on; keep them for the tasks that refine this one if all fit into the cache."""
+        kept: list[_Chunk] | None = [] if is_refined else None
+        size = 0
+        for chunk in chunks:
+            size += chunk.nbytes
+            kept = [*kept, chunk] if kept is not None and size <= self._cache_bytes else None
+            yield chunk
+        self._chunks = kept
+
+    def _wanted(self, task: Task, index: int, entries: int) -> int:
+        """Positions per entry of a batch."""
+        samples = max(_LEAST_SAMPLES, _SAMPLES_PER_UNKNOWN * task.unknowns)
+        share = self.sizes[index] / sum(self.sizes)
+        return int(samples * share / entries) + 1
+
+
+def _refined(task: Task, chunk: _Chunk) -> _Chunk:
+    return _Chunk(*task.refined((chunk.inputs, chunk.lacking, chunk.wanted)), is_held_out=chunk.is_held_out)
+
+
+def _add(equations: NormalEquations, chunk: _Chunk, rows: Tensor, *, products: bool) -> None:
+    if bool(rows.any()):
+        inputs, residuals, references = (values[:, rows] for values in (chunk.inputs, chunk.lacking, chunk.wanted))
+        equations.add(inputs, residuals, references, products=products)
+
+
+def _parts(entries: int, size: int) -> Iterator[slice]:
+    """Cut entries of a size into slices that fit into memory together with their patches."""
+    step = max(1, _CHUNK // max(size, 1))
+    for first in range(0, entries, step):
+        yield slice(first, first + step)

@@ -1,0 +1,24 @@
+"""Comparisons of pruners that resume: cells of model x data x pruner x target x seed, one record each."""
+
+from nni_topo.runs.plan import (Cell, CompensationChoice, DataChoice, ModelChoice, Plan, PrunerChoice, Target, load_plan,)
+from nni_topo.runs.compare import RunFailure, compare
+from nni_topo.runs.records import read_records
+from nni_topo.runs.tables import markdown_report, plot_accuracy, print_report, print_widths
+
+__all__ = [
+    "Cell",
+    "CompensationChoice",
+    "DataChoice",
+    "ModelChoice",
+    "Plan",
+    "PrunerChoice",
+    "RunFailure",
+    "Target",
+    "compare",
+    "load_plan",
+    "markdown_report",
+    "plot_accuracy",
+    "print_report",
+    "print_widths",
+    "read_records",
+]

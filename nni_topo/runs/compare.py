@@ -1,0 +1,140 @@
+"""Run a plan so that it can be killed anywhere and goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from nni_topo.errors import ConfigError
+from nni_topo.pruners.registry import check_knobs
+from nni_topo.runs.plan import Cell, Plan, SCRATCH
+from nni_topo.runs.run import load_model_data, resolve_device, run_cell
+from nni_topo.runs.records import Record, append_record, read_records
+from nni_topo.runs.rivals import is_rival
+
+_START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+
+
+@dataclass(frozen=True)
+class RunFailure:
+    """A cell that ended without a record, and why."""
+
+    cell: Cell
+    reason: str
+
+
+def compare(
+    plan: Plan,
+    out: str | Path,
+    *,
+    isolate: bool = True,
+    on_cell: Callable[[Cell, int, int], None] | None = None,
+) -> tuple[list[Record], list[RunFailure]]:
+    """Run the cells of a plan that have no record yet.
+
+    Parameters
+    ----------
+    plan : Plan
+        What to run.
+    out : str or Path
+        Folder: ``results.jsonl`` gets a line per finished cell, ``results.json`` all records at the end,
+        ``checkpoints`` the trained models.
+    isolate : bool, default=True
+        Whether each cell gets a process of its own, so that its memory is given back and a crash ends one cell only.
+    on_cell : callable or None, default=None
+        Called with a cell, its number from 1 and the number of cells before the cell runs.
+
+    Returns
+    -------
+    list of dict
+        The records of the plan's cells, in its order.
+    list of RunFailure
+        Cells that raised or were killed; the same command tries them again.
+
+    Raises
+    ------
+    ConfigError
+        If a name, a knob or the device is unknown, or the folder holds records of another comparison.
+    DataError
+        If the data can't be read.
+    """
+    out = Path(out)
+    cells = list(plan.cells())
+    _check_choices(cells)
+    done = {record["key"]: record for record in read_records(out / "results.jsonl")}
+    strangers = [record for key, record in done.items() if key not in {cell.key for cell in cells}]
+    if strangers:
+        one = strangers[0]
+        raise ConfigError(
+            f"an output folder must hold one comparison, got {len(strangers)} records of another one, e.g. "
+            f"{one['model']}, {one['data']}, {one['pruner']}, {one['target']} ({out})"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    failures = []
+    for number, cell in enumerate(cells, start=1):
+        if cell.key in done:
+            continue
+        if on_cell is not None:
+            on_cell(cell, number, len(cells))
+        result = _isolated(cell, out) if isolate else run_cell(cell, out)
+        if isinstance(result, str):
+            failures.append(RunFailure(cell, result))
+            continue
+        append_record(out / "results.jsonl", result)
+        done[cell.key] = result
+    records = [done[cell.key] for cell in cells if cell.key in done]
+    (out / "results.json").write_text(json.dumps(records, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return records, failures
+
+
+def _check_choices(cells: list[Cell]) -> None:
+    """Raise, before anything runs, what would stop every cell of a model, data set or pruner."""
+    for pruner in {cell.pruner.name: cell.pruner for cell in cells}.values():
+        if pruner.name != SCRATCH and not is_rival(pruner.name):
+            check_knobs(pruner.name, pruner.knobs)
+    for cell in {(cell.model.name, cell.data): cell for cell in cells}.values():
+        resolve_device(cell.device)
+        load_model_data(cell.model, cell.data)
+
+
+def _isolated(cell: Cell, out: Path) -> Record | str:
+    """Run a cell in a process of its own; return its record, or the reason why there is none."""
+    context: Any = multiprocessing.get_context(_START)
+    if _START == "forkserver":
+        context.set_forkserver_preload(["nni_topo.runs.run"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(cell, out, sender))
+    process.start()
+    sender.close()
+    try:
+        result: Record | str = receiver.recv()
+    except EOFError:
+        process.join()
+        code = process.exitcode or 0
+        result = f"killed by signal {-code} (out of memory?)" if code < 0 else f"ended with exit code {code}"
+    process.join()
+    return result
+
+
+def _child(cell: Cell, out: Path, sender: Connection) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        sender.send(run_cell(cell, out))
+    except Exception:
+        sender.send(traceback.format_exc())
+
+
+def _end_with_parent() -> None:
+    """Leave nothing running behind a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

@@ -1,0 +1,23 @@
+"""The demonstration: a small network on scikit-learn's digits, pruned to the same widths by every row of the table."""
+
+from __future__ import annotations
+
+from nni_topo.runs.plan import CompensationChoice, DataChoice, ModelChoice, Plan, PrunerChoice, Target
+
+DEMO = Plan(
+    models=(ModelChoice("small_cnn"),),
+    data=(DataChoice("digits"),),
+    pruners=(
+        PrunerChoice("topological"),
+        PrunerChoice("topological", "topological, functional", {"criterion": "hausdorff"}, calibration=512),
+        PrunerChoice("topological", "topological, reconstruction", calibration=512),
+        PrunerChoice("l1"),
+        PrunerChoice("l2"),
+        PrunerChoice("fpgm"),
+        PrunerChoice("random"),
+    ),
+    targets=(Target("ratio", 0.5), Target("ratio", 0.75)),
+    seeds=5,
+    retrain={"epochs": 2},
+    compensate=CompensationChoice(images=512),
+)

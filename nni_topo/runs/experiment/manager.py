@@ -1,0 +1,275 @@
+"""NNI's manager, through NNI's Python API: start, watch, read and stop experiments, with clear errors."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nni
+from nni.experiment import Experiment, ExperimentConfig, RunMode, rest
+from nni.experiment.config.utils import unset_base_path
+from nni.tools.nnictl.config_utils import Experiments
+from nni.tools.nnictl.nnictl_utils import update_experiment
+
+from nni_topo.compat import LOOPBACK, PAIRING
+from nni_topo.errors import ConfigError
+from nni_topo.runs.experiment.folder import check_free_disk
+from nni_topo.runs.experiment.trials import ManagerError, TrialRecord, answering, read_trials
+
+ENDED = ("DONE", "ERROR", "STOPPED", "VIEWED")
+_CHANNEL_PLATFORMS = ("remote", "kubeflow", "frameworkcontroller", "openpai", "hybrid")
+_PORTS = range(1, 65535)
+
+
+def load_experiment(path: str | Path) -> ExperimentConfig:
+    """Read an experiment's configuration and let NNI validate it.
+
+    Raises
+    ------
+    ConfigError
+        If the file can't be read, or NNI refuses it.
+    """
+    try:
+        config = ExperimentConfig.load(path)
+        config.validate()
+    except Exception as error:
+        # NNI raises whatever its parsers and checks happen to raise
+        raise ConfigError(
+            f"an experiment must be a configuration that NNI takes, got: {_reason(error)} ({path})"
+        ) from error
+    finally:
+        # after an error NNI forgets to, and then refuses every other file
+        unset_base_path()
+    return config
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's words, or the line that raised it: many of NNI's checks are bare assertions."""
+    return str(error) or f"{type(error).__name__} at `{traceback.extract_tb(error.__traceback__)[-1].line}`"
+
+
+def start_experiment(
+    config: ExperimentConfig | None, port: int, *, resume: str | None = None, everywhere: bool = False
+) -> Experiment:
+    """Start NNI's manager, which starts the trials. It ends with this process, or with ``stop()``.
+
+    Parameters
+    ----------
+    config : ExperimentConfig or None
+        A validated configuration; None with ``resume``.
+    port : int
+        Of the manager's web page and REST API. Services on other machines need the next port as well.
+    resume : str or None, default=None
+        Identifier of an experiment that was stopped or killed: it goes on, unfinished trials in their folders.
+    everywhere : bool, default=False
+        Let the manager listen on all interfaces, as NNI does; trials on other machines need that. False: on this
+        machine's only.
+
+    Returns
+    -------
+    nni.experiment.Experiment
+        Running.
+
+    Raises
+    ------
+    ConfigError
+        If a port is in use, or there is no such experiment to resume.
+    DataError
+        If the experiments' folder has no room.
+    ManagerError
+        If the manager doesn't start.
+    """
+    config = _stopped_config(resume) if config is None else config
+    ready = config.canonical_copy()
+    platform = getattr(ready.training_service, "platform", "hybrid")
+    for number in (port, port + 1) if platform in _CHANNEL_PLATFORMS else (port,):
+        check_port(number)
+    check_free_disk(Path(ready.experiment_working_directory))
+    nni.silence_stdout()
+    experiment = Experiment(config, id=resume)
+    try:
+        with _manager_environment(everywhere):
+            if resume is None:
+                experiment.start(port, run_mode=RunMode.Background)
+            else:
+                experiment.resume(port, wait_completion=False)
+    except Exception as error:
+        raise ManagerError(f"NNI's manager must start, got: {error} (port {port})") from error
+    return experiment
+
+
+def check_port(port: int) -> None:
+    """Check that a port can be listened on.
+
+    Raises
+    ------
+    ConfigError
+        If it is out of range or in use.
+    """
+    if port not in _PORTS:
+        raise ConfigError(f"a port must be in [1, 65534], got {port} (port)")
+    for host in ("127.0.0.1", ""):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise ConfigError(f"a port must be free, got {port}: {error.strerror} (port)") from error
+
+
+def free_port() -> int:
+    """Return a port that was free a moment ago, and the next one too."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        try:
+            check_port(port + 1)
+        except ConfigError:
+            continue
+        return port
+
+
+def read_status(experiment: Experiment) -> tuple[str, list[str]]:
+    """Return NNI's word for the experiment, such as ``"RUNNING"`` or ``"DONE"``, and the manager's errors.
+
+    Raises
+    ------
+    ManagerError
+        If the manager doesn't answer.
+    """
+    with answering(experiment):
+        reply = rest.get(experiment.port, "/check-status", experiment.url_prefix)
+    return str(reply["status"]), [str(error) for error in reply.get("errors", ())]
+
+
+def follow(
+    experiment: Experiment, tell: Callable[[str, list[TrialRecord]], None], *, seconds: float = 2.0
+) -> list[TrialRecord]:
+    """Watch an experiment until it ends.
+
+    Parameters
+    ----------
+    experiment : nni.experiment.Experiment
+        Running.
+    tell : callable
+        Called with the experiment's status and its trials, again and again.
+    seconds : float, default=2.0
+        Between two looks.
+
+    Returns
+    -------
+    list of TrialRecord
+        All trials.
+
+    Raises
+    ------
+    ManagerError
+        If the manager ends with an error, or stops answering.
+    """
+    while True:
+        status, errors = read_status(experiment)
+        trials = read_trials(experiment)
+        tell(status, trials)
+        if status == "ERROR":
+            reason = "; ".join(errors) or "no reason"
+            raise ManagerError(f"an experiment must run to its end, got: {reason} (experiment {experiment.id})")
+        if status in ENDED:
+            return trials
+        time.sleep(seconds)
+
+
+def optimize_mode(config: ExperimentConfig) -> str:
+    """Return ``"maximize"`` or ``"minimize"``, as the tuner is told."""
+    arguments = getattr(config.tuner, "class_args", None) or {}
+    return str(arguments.get("optimize_mode", "maximize"))
+
+
+@contextmanager
+def opened(experiment_id: str | None, port: int | None) -> Iterator[Experiment]:
+    """Give access to an experiment: a running one as it runs, a stopped one through a manager in view mode.
+
+    Parameters
+    ----------
+    experiment_id : str or None
+        None: the one at ``port``, or the one that was started last.
+    port : int or None
+        Of a running experiment.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such experiment.
+    """
+    nni.silence_stdout()
+    if port is not None:
+        yield _connected(port)
+        return
+    entry = _registered(experiment_id)
+    if entry["status"] != "STOPPED":
+        yield _connected(int(entry["port"]))
+        return
+    experiment = Experiment(None, id=entry["id"])
+    with _manager_environment(everywhere=False):
+        experiment.view(free_port(), non_blocking=True)
+    try:
+        yield experiment
+    finally:
+        experiment.stop()
+
+
+def _connected(port: int) -> Experiment:
+    try:
+        return Experiment.connect(port)
+    except Exception as error:
+        raise ManagerError(f"NNI's manager must answer, got none (port {port})") from error
+
+
+def _registered(experiment_id: str | None) -> dict[str, Any]:
+    """Return NNI's entry for an experiment, by default the one that was started last."""
+    update_experiment()
+    known = Experiments().get_all_experiments()
+    if not known:
+        raise ConfigError("an experiment must be one that NNI knows, got none at all (experiment)")
+    if experiment_id is None:
+        return dict(max(known.values(), key=lambda entry: entry["startTime"]))
+    if experiment_id not in known:
+        raise ConfigError(f"an experiment must be one that NNI knows, got {experiment_id!r} (experiment)")
+    return dict(known[experiment_id])
+
+
+def _stopped_config(experiment_id: str | None) -> ExperimentConfig:
+    entry = _registered(experiment_id)
+    if entry["status"] != "STOPPED":
+        raise ConfigError(f"an experiment must have ended to be resumed, got {entry['status']} ({experiment_id})")
+    experiment = Experiment(None, id=entry["id"])
+    experiment.load_checkpoint()
+    return experiment.config
+
+
+@contextmanager
+def _manager_environment(everywhere: bool) -> Iterator[None]:
+    """Let processes started inside find this Python first; the manager pairs trials and parameters, and stays here."""
+    scripts = [PAIRING] if everywhere else [PAIRING, LOOPBACK]
+    options = [os.environ.get("NODE_OPTIONS", ""), *(f'--require="{script}"' for script in scripts)]
+    changes = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "NODE_OPTIONS": " ".join(options).strip(),
+    }
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,260 @@
+"""One trial: prune, make dense, compensate, retrain, measure; killed anywhere, the same call goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nni_topo import zoo
+from nni_topo.network import files as serialization
+from nni_topo.runs.processes import broadcast, broadcast_masks, data_share, world
+from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.runs.experiment.folder import only_process, read_json, write_json, write_whole
+from nni_topo.runs.experiment.settings import TrialSettings
+from nni_topo.pruners.hooks import Masks
+from nni_topo.recovery import compensation
+from nni_topo.pruners.registry import pruner_info
+from nni_topo.runs.run import (LATENCY_BATCH, build_model, calibration_batches, layer_widths, load_model_data, prune, resolve_device, trained_model,)
+from nni_topo.runs.records import Record, provenance
+from nni_topo.runs.widths import inner_layers, layer_ratios, proposed_ratios, pruning_config
+from nni_topo.network.dense import to_dense
+from nni_topo.network.zeros import zeros_held
+from nni_topo.network.zeros import weights_left
+
+METRICS, SETTINGS = "metrics.json", "settings.json"
+DENSE, MASKS, CONFIG_LIST = "dense.pt", "masks.pt", "config_list.json"
+_PRUNED, _RETRAINING = "pruned.pt", "retraining.pt"
+
+Report = Callable[[int, dict[str, float]], None]
+
+
+def run_trial(
+    settings: TrialSettings, out: str | Path, *, cache: str | Path | None = None, report: Report | None = None
+) -> Record:
+    """Run a trial, or what is left of it, and return its metrics.
+
+    Parameters
+    ----------
+    settings : TrialSettings
+        What to do.
+    out : str or Path
+        The trial's folder. It gets ``settings.json`` at once; ``masks.pt``; and at the end ``dense.pt`` (see
+        :func:`nni_topo.load`), ``config_list.json`` (the ratios that were realised) and ``metrics.json``.
+    cache : str, Path or None, default=None
+        Folder of trained nets, which trials share. None: ``nets`` in ``out``.
+    report : callable or None, default=None
+        Called with 0 and the result after pruning, then with every epoch's number and result. A result holds
+        ``default``, the score, and ``accuracy`` on the validation images.
+
+    Returns
+    -------
+    dict
+        What ``metrics.json`` holds: the score, accuracies in [0, 1] on validation and test images, MACs, parameters,
+        widths, latencies in milliseconds where they count, seconds, settings, provenance.
+
+    Raises
+    ------
+    ConfigError
+        If the settings can't be used, or the folder holds another trial.
+    DataError
+        If data or a checkpoint can't be read, or the disk is full.
+    SpeedupError
+        If the masks can't be made dense.
+
+    Notes
+    -----
+    The score looks at validation images only, so that the search doesn't learn the test images. Processes of one
+    ``torch.distributed`` group run one trial together: the first one prunes, all retrain, each on its share of the
+    images and of the batch; retraining then starts anew after a kill.
+    """
+    out = Path(out)
+    rank, size = world()
+    with only_process(out) if rank == 0 else nullcontext():
+        done = broadcast(_begin(settings, out) if rank == 0 else None)
+        if done is not None:
+            return dict(done)
+        began = time.perf_counter()
+        trial = _Trial(settings, out, out / "nets" if cache is None else Path(cache))
+        masks = broadcast_masks(trial.masks() if rank == 0 else None)
+        dense, facts = trial.pruned(masks) if rank == 0 else (to_dense(trial.net, trial.example, masks), {})
+        facts = broadcast(facts)
+        dense = trial.retrained(dense, facts, report if rank == 0 else None, rank, size)
+        if rank == 0:
+            facts = trial.finish(dense, masks, facts, time.perf_counter() - began)
+        return broadcast(facts)
+
+
+def reported(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the part of a trial's metrics that goes to the tuner, as ``default``, and to NNI's web page."""
+    names = ("accuracy", "flops_share", "latency_share")
+    return {"default": metrics["score"], **{name: metrics[name] for name in names if name in metrics}}
+
+
+def _begin(settings: TrialSettings, out: Path) -> Record | None:
+    """Claim the folder; return the metrics if the trial is done."""
+    known = read_json(out / SETTINGS)
+    mine = settings.to_dict()
+    if known is None:
+        write_json(out / SETTINGS, mine)
+    elif known != mine:
+        other = ", ".join(sorted(key for key in mine if known.get(key) != mine[key]))
+        raise ConfigError(f"a trial's folder must hold one trial, got another one, with other {other} ({out})")
+    metrics: Record | None = read_json(out / METRICS)
+    return metrics
+
+
+class _Trial:
+    """A trial's net and data, and its stages."""
+
+    def __init__(self, settings: TrialSettings, out: Path, cache: Path) -> None:
+        if not pruner_info(settings.pruner).structured:
+            raise ConfigError(f"a trial's pruner must remove whole channels, got {settings.pruner!r} (pruner)")
+        self.settings, self.out, self.cell = settings, out, settings.cell()
+        self.device = resolve_device(settings.device)
+        self.data = load_model_data(self.cell.model, self.cell.data)
+        self.net, self.accuracy_before = self._trained(cache)
+        self.example: Tensor = self.data.test.tensors[0][:2].to(self.device)
+
+    def _trained(self, cache: Path) -> tuple[nn.Module, float]:
+        if self.settings.checkpoint is None:
+            with only_process(cache):
+                return trained_model(self.cell, self.data, cache, self.device)
+        net = build_model(self.cell.model, self.data, self.cell.seed)
+        zoo.load_checkpoint(self.settings.checkpoint, net)
+        net = net.to(self.device).eval()
+        return net, zoo.evaluate(net, self.data.test, device=self.device)
+
+    def masks(self) -> Masks:
+        """Return the masks, on the CPU: those in the folder, or the pruner's."""
+        path = self.out / MASKS
+        if path.exists():
+            found: Masks = torch.load(path, weights_only=True)
+            return found
+        raw, _ = prune(self.cell, self.net, self.data, self.example, self._ratios())
+        masks = {m: {t: v.cpu() for t, v in found.items() if v is not None} for m, found in raw.items()}
+        write_whole(path, lambda part: torch.save(masks, part))
+        return masks
+
+    def _ratios(self) -> dict[str, float]:
+        settings, names = self.settings, inner_layers(self.net, self.example)
+        for pattern in settings.ratios:
+            if not any(name == pattern or fnmatchcase(name, pattern) for name in names):
+                raise unknown_name("the layer of a ratio", pattern, names)
+        if settings.flops is not None and not settings.ratios:
+            return layer_ratios(self.net, self.example, self.cell.target)
+        proposed = {name: settings.layer_ratio(name) for name in names}
+        return proposed_ratios(self.net, self.example, proposed, settings.flops)
+
+    def pruned(self, masks: Masks) -> tuple[nn.Module, Record]:
+        """Return the dense net, compensated if asked for, and what is known of it."""
+        path = self.out / _PRUNED
+        facts = read_json(self.out / "pruned.json")
+        if facts is not None:
+            return serialization.load(path, self.net), facts
+        net = self.net
+        if self.cell.compensate is not None:
+            choice = self.cell.compensate
+            images = [batch.to(self.device) for batch in calibration_batches(self.data, choice.images)]
+            net = compensation(net, masks, images, method=choice.method, refine=choice.refine).model
+        dense = to_dense(net, self.example, masks)
+        facts = self._facts(dense)
+        write_whole(path, lambda part: serialization.save(dense, part))
+        write_json(self.out / "pruned.json", facts)
+        return dense, facts
+
+    def _facts(self, dense: nn.Module) -> Record:
+        """Return what retraining doesn't change, and the accuracy before it."""
+        settings = self.settings
+        before, after = (zoo.count_macs(net, self.example) for net in (self.net, dense))
+        facts: Record = {
+            "accuracy_pruned": zoo.evaluate(dense, self.data.validation, device=self.device),
+            "flops_before": before,
+            "flops": after,
+            "flops_share": after / before,
+            "params_before": zoo.count_params(self.net),
+            "params": zoo.count_params(dense),
+            "weights_left": weights_left(dense),
+            "widths": layer_widths(dense),
+            "price": settings.flops_weight * after / before,
+        }
+        if settings.latency_weight:
+            images = self.data.test.tensors[0][:LATENCY_BATCH].to(self.device)
+            times = zoo.latencies({"before": self.net, "after": dense}, images)
+            share = times["after"] / times["before"]
+            facts |= {"latency_before_ms": times["before"], "latency_ms": times["after"], "latency_share": share}
+            facts["latency_batch"] = len(images)
+            facts["price"] += settings.latency_weight * share
+        return facts
+
+    def retrained(self, dense: nn.Module, facts: Record, report: Report | None, rank: int, size: int) -> nn.Module:
+        """Retrain in place, alone or with the group, and report every epoch; return the net."""
+        tell = report or (lambda step, result: None)
+        state = self.out / _RETRAINING if size == 1 else None
+        if state is None or not state.exists():
+            tell(0, _result(facts["accuracy_pruned"], facts))
+        if not self.cell.retrain.epochs:
+            return dense
+
+        def epoch_done(log: zoo.EpochLog) -> None:
+            tell(log.epoch, _result(log.validation_accuracy or 0.0, facts))
+
+        data, recipe = self._retraining_data(), self.cell.retrain
+        net: nn.Module = dense
+        if size > 1:
+            data = data_share(data, rank, size)
+            recipe = replace(recipe, batch_size=max(1, recipe.batch_size // size))
+            on_gpu = [self.device.index or 0] if self.device.type == "cuda" else None
+            net = DistributedDataParallel(dense.to(self.device), device_ids=on_gpu)
+        seed = self.cell.seed + rank
+        with zeros_held(dense):
+            zoo.train(net, data, recipe, seed=seed, device=self.device, callback=epoch_done, state=state)
+        return dense
+
+    def _retraining_data(self) -> zoo.DataBundle:
+        images = self.settings.retrain_images
+        if images is None:
+            return self.data
+        limit = images if self.cell.data.limit is None else min(images, self.cell.data.limit)
+        return load_model_data(self.cell.model, replace(self.cell.data, limit=limit))
+
+    def finish(self, dense: nn.Module, masks: Masks, facts: Record, seconds: float) -> Record:
+        """Measure the net and write what the trial leaves behind."""
+        accuracy = facts["accuracy_pruned"]
+        if self.cell.retrain.epochs:
+            accuracy = zoo.evaluate(dense, self.data.validation, device=self.device)
+        metrics: Record = {
+            **facts,
+            "score": _result(accuracy, facts)["default"],
+            "accuracy": accuracy,
+            "test_accuracy": zoo.evaluate(dense, self.data.test, device=self.device),
+            "test_accuracy_before": self.accuracy_before,
+            "seconds": seconds,
+            "settings": self.settings.to_dict(),
+            **provenance(),
+        }
+        write_whole(self.out / DENSE, lambda part: serialization.save(dense, part))
+        write_json(self.out / CONFIG_LIST, self._config_list(dense))
+        write_json(self.out / METRICS, metrics)
+        for name in (_PRUNED, "pruned.json", _RETRAINING):
+            (self.out / name).unlink(missing_ok=True)
+        return metrics
+
+    def _config_list(self, dense: nn.Module) -> list[dict[str, Any]]:
+        """Return a config_list that leads any structured pruner to the same widths."""
+        before, after = layer_widths(self.net), layer_widths(dense)
+        gone = {name: before[name] - after[name] for name in inner_layers(self.net, self.example)}
+        ratios = {name: (count + 0.5) / before[name] if count else 0.0 for name, count in gone.items()}
+        return pruning_config(self.net, self.example, ratios)
+
+
+def _result(accuracy: float, facts: Record) -> dict[str, float]:
+    return {"default": accuracy - facts["price"], "accuracy": accuracy}

@@ -1,0 +1,100 @@
+"""What an experiment leaves behind: a table of all trials, and the best one's dense model and config_list."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from nni_topo.errors import DataError
+from nni_topo.runs.experiment.folder import check_free_disk, disk_errors, read_json, write_json
+from nni_topo.runs.experiment.pipeline import CONFIG_LIST, DENSE, MASKS, METRICS, SETTINGS
+from nni_topo.runs.experiment.trials import TrialRecord
+from nni_topo.runs.records import Record
+
+PARAMETERS, TRIALS = "parameters.json", "trials.json"
+_FILES = (DENSE, CONFIG_LIST, MASKS, SETTINGS, METRICS)
+_PROGRAM = "nni_topo.runs.trial"
+
+
+def export_trial(trial: TrialRecord, out: str | Path, *, command: str | None = None) -> Record:
+    """Copy a trial's dense model, masks, config_list, settings and metrics, and write its parameters.
+
+    Parameters
+    ----------
+    trial : TrialRecord
+        One that succeeded.
+    out : str or Path
+        Folder; it may exist, files of the same names are replaced.
+    command : str or None, default=None
+        The experiment's ``trialCommand``. If the trial's files aren't on this machine, it is run here with the trial's
+        parameters. None: then there is an error.
+
+    Returns
+    -------
+    dict
+        The trial's metrics.
+
+    Raises
+    ------
+    DataError
+        If the files aren't here and ``command`` is None, isn't that of ``nni_topo.runs.trial``, or fails; or the disk is
+        full.
+    """
+    out, folder = Path(out), Path(trial.folder or "nowhere")
+    check_free_disk(out)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_json(out / PARAMETERS, trial.parameters)
+    if all((folder / name).is_file() for name in _FILES):
+        with disk_errors(out):
+            for name in _FILES:
+                shutil.copyfile(folder / name, out / name)
+    elif command is None:
+        raise DataError(f"a trial's files must be on this machine, or run again here, got none ({folder})")
+    else:
+        _run_again(command, out, trial.id)
+    metrics: Record = read_json(out / METRICS)
+    return metrics
+
+
+def save_trials(trials: Sequence[TrialRecord], out: str | Path) -> Path:
+    """Write all trials as JSON and return the file."""
+    path = Path(out) / TRIALS
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, [trial.to_dict() for trial in trials])
+    return path
+
+
+def trials_table(trials: Sequence[TrialRecord], title: str) -> Table:
+    """Return a table of trials: parameters, score, and why a trial failed."""
+    table = Table("trial", "id", "status", "score", "parameters", title=title, title_justify="left")
+    for trial in trials:
+        score = "" if trial.score is None else f"{trial.score:.4f}"
+        table.add_row(str(trial.number), trial.id, trial.status, score, trial.error or in_words(trial.parameters))
+    return table
+
+
+def in_words(parameters: Record) -> str:
+    """Return parameters in a line."""
+    return ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in parameters.items())
+
+
+def _run_again(command: str, out: Path, trial: str) -> None:
+    if _PROGRAM not in command:
+        raise DataError(f"a trial can be run again if its command is that of {_PROGRAM}, got {command!r} ({trial})")
+    words = f"{command.strip()} --params {json.dumps(str(out / PARAMETERS))} --out {json.dumps(str(out))}"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    done = subprocess.run(
+        ["bash", "-c", words], env={**os.environ, "PATH": path}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
+        raise DataError(f"a trial must run again here, got: {lines[-1]} ({trial})")

@@ -1,0 +1,208 @@
+"""What a trial does: settings from the command line, and the parameters a tuner proposes on top of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.pruners.registry import check_knobs, pruner_info
+from nni_topo.runs.plan import (Cell, CompensationChoice, DataChoice, ModelChoice, PrunerChoice, Target, changed_recipe,)
+from nni_topo.zoo import default_recipe
+
+BUDGET_KEY = "TRIAL_BUDGET"
+"""Key that NNI's Hyperband and BOHB add to a trial's parameters."""
+_RATIO, _KNOB = "ratio.", "knob."
+_PLAIN = (str, int, float, bool)
+
+
+def _setting(default: Any, summary: str, kind: type = str) -> Any:
+    return field(default=default, metadata={"summary": summary, "kind": kind})
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """One trial. Every scalar field is an option of ``python -m nni_topo.runs.trial`` and may be a tuner's parameter.
+
+    Attributes
+    ----------
+    ratios : dict of str to float
+        Ratio in [0, 1) by layer or shell pattern; in a search space ``ratio.LAYER``.
+    knobs : dict
+        The pruner's own arguments; in a search space ``knob.NAME``.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of its range, or the pruner or a knob is unknown.
+
+    Notes
+    -----
+    The score that the tuner maximises is ``accuracy - flops_weight * MACs share - latency_weight * latency share``, all
+    three in [0, 1] or near it: what a pruned network may lose in accuracy to be smaller or faster by so much. A
+    weighted sum finds points on the convex hull of the trade-off only; every trial reports the three values as well.
+    """
+
+    model: str = _setting("small_cnn", "a listed name or package.module:factory")
+    width: float = _setting(1.0, "factor on the layers' widths", float)
+    data: str = _setting("digits", "a listed name, an .npz file or a folder")
+    data_dir: str | None = _setting(None, "folder with the data set's files")
+    limit: int | None = _setting(None, "training images of the unpruned net (default all)", int)
+    train_epochs: int | None = _setting(None, "of the unpruned net (default: the model's recipe)", int)
+    checkpoint: str | None = _setting(None, "state dict of the trained net (default: train it, once per experiment)")
+    pruner: str = _setting("l1", "registered name, see nni-topo list")
+    ratio: float = _setting(0.5, "sparse_ratio in [0, 1) of layers without one of their own", float)
+    flops: float | None = _setting(None, "share of the MACs to be left, in (0, 1]; ratios then are proportions", float)
+    calibration: int = _setting(0, "training images without labels for the pruner", int)
+    compensate: int = _setting(0, "training images without labels for compensation; 0: none", int)
+    retrain_epochs: int = _setting(1, "after pruning; 0: none", int)
+    retrain_images: int | None = _setting(None, "training images used after pruning (default all)", int)
+    double_images_after: int | None = _setting(None, "trials of an experiment after which retrain_images doubles", int)
+    images_per_budget: int | None = _setting(None, f"images after pruning per unit of {BUDGET_KEY}", int)
+    lr: float | None = _setting(None, "learning rate after pruning (default: a fifth of the recipe's)", float)
+    flops_weight: float = _setting(0.0, "accuracy that the whole net's MACs are worth", float)
+    latency_weight: float = _setting(0.0, "accuracy that the whole net's latency is worth", float)
+    seed: int = _setting(0, "of the net, the pruner where it takes one, and retraining", int)
+    device: str = _setting("cpu", "cpu, cuda or auto")
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("calibration", "compensate", "retrain_epochs", "flops_weight", "latency_weight"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)} (trial)")
+        for name in ("limit", "retrain_images", "double_images_after", "images_per_budget"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)} (trial)")
+        for name, value in {"ratio": self.ratio, **{_RATIO + k: v for k, v in self.ratios.items()}}.items():
+            if not 0.0 <= value < 1.0:
+                raise ConfigError(f"a ratio must be in [0, 1), got {value} ({name})")
+        if self.double_images_after is not None and self.retrain_images is None:
+            raise ConfigError("images that double need retrain_images to begin with, got none (double_images_after)")
+        if self.flops is not None:
+            Target("flops", self.flops)
+        check_knobs(self.pruner, self.knobs)
+
+    def layer_ratio(self, layer: str) -> float:
+        """Return a layer's proposed ratio: its own, that of the first pattern it matches, or ``ratio``."""
+        if layer in self.ratios:
+            return self.ratios[layer]
+        return next((value for name, value in self.ratios.items() if fnmatchcase(layer, name)), self.ratio)
+
+    def cell(self) -> Cell:
+        """Return the trial as a comparison's cell, whose trained net it shares."""
+        default = default_recipe(self.model, self.data)
+        train = default if self.train_epochs is None else changed_recipe(default, {"epochs": self.train_epochs})
+        retrain = train.for_retraining(self.retrain_epochs)
+        knobs = dict(self.knobs)
+        if "seed" in pruner_info(self.pruner).knobs():
+            knobs.setdefault("seed", self.seed)
+        return Cell(
+            model=ModelChoice(self.model, self.width),
+            data=DataChoice(self.data, self.data_dir, self.limit),
+            pruner=PrunerChoice(self.pruner, knobs=knobs, calibration=self.calibration),
+            target=Target("ratio", self.ratio) if self.flops is None else Target("flops", self.flops),
+            seed=self.seed,
+            train=train,
+            retrain=retrain if self.lr is None else replace(retrain, lr=self.lr),
+            device=self.device,
+            compensate=CompensationChoice(self.compensate) if self.compensate else None,
+        )
+
+    def for_trial(self, number: int) -> TrialSettings:
+        """Return the settings of an experiment's trial, numbered from 0: later ones may retrain on more images."""
+        if self.double_images_after is None or self.retrain_images is None:
+            return self
+        doublings = number // self.double_images_after
+        return replace(self, retrain_images=self.retrain_images * 2**doublings, double_images_after=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values."""
+        return asdict(self)
+
+
+def scalar_fields() -> list[Field[Any]]:
+    """Return the fields that are options of the trial program."""
+    return [item for item in fields(TrialSettings) if "kind" in item.metadata]
+
+
+def with_parameters(settings: TrialSettings, parameters: Mapping[str, Any]) -> TrialSettings:
+    """Return settings with a tuner's parameters in place.
+
+    Parameters
+    ----------
+    settings : TrialSettings
+        What the command line says.
+    parameters : mapping
+        Names of scalar fields, ``ratio.LAYER``, ``knob.NAME``, and ``TRIAL_BUDGET``.
+
+    Raises
+    ------
+    ConfigError
+        If a name is unknown or a value of the wrong kind.
+    """
+    known = {item.name: item for item in scalar_fields()}
+    changes: dict[str, Any] = {}
+    ratios, knobs = dict(settings.ratios), dict(settings.knobs)
+    for name, value in parameters.items():
+        if name.startswith(_RATIO):
+            ratios[name.removeprefix(_RATIO)] = _typed(name, value, float)
+        elif name.startswith(_KNOB):
+            knobs[name.removeprefix(_KNOB)] = value
+        elif name in known:
+            changes[name] = _typed(name, value, known[name].metadata["kind"], optional=known[name].default is None)
+        elif name == BUDGET_KEY:
+            changes["retrain_images"] = _budget_images(settings, value)
+        else:
+            raise unknown_name("a trial's parameter", str(name), [*known, f"{_RATIO}LAYER", f"{_KNOB}NAME"])
+    return replace(settings, **changes, ratios=ratios, knobs=knobs)
+
+
+def read_parameters(path: str | Path) -> dict[str, Any]:
+    """Read parameters from a JSON file.
+
+    Raises
+    ------
+    DataError
+        If the file is missing or isn't a JSON object.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"parameters must be a readable JSON file, got: {error} ({path})") from error
+    if not isinstance(content, dict):
+        raise DataError(f"parameters must be a JSON object, got {type(content).__name__} ({path})")
+    return content
+
+
+def settings_from(values: Mapping[str, Any]) -> TrialSettings:
+    """Return settings from the values of :meth:`TrialSettings.to_dict`."""
+    return TrialSettings(**dict(values))
+
+
+def default_of(item: Field[Any]) -> Any:
+    """Return a field's default value."""
+    return None if item.default is MISSING else item.default
+
+
+def _typed(name: str, value: Any, kind: type, *, optional: bool = False) -> Any:
+    """Return a parameter as its field's type; tuners give whole numbers as floats."""
+    if value is None and optional:
+        return None
+    wrong = not isinstance(value, _PLAIN) or isinstance(value, bool) or (kind is str) != isinstance(value, str)
+    if wrong or (kind is not str and not math.isfinite(value)) or (kind is int and value != int(value)):
+        raise ConfigError(f"a parameter must be of type {kind.__name__}, got {value!r} ({name})")
+    return kind(value)
+
+
+def _budget_images(settings: TrialSettings, budget: Any) -> int:
+    if settings.images_per_budget is None:
+        raise ConfigError(f"a tuner's budget needs images_per_budget, got none ({BUDGET_KEY} = {budget})")
+    images: float = settings.images_per_budget * _typed(BUDGET_KEY, budget, float)
+    return max(1, round(images))

@@ -1,0 +1,167 @@
+"""Trials as NNI's manager knows them, over its REST API."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import requests
+from nni.experiment import Experiment, rest
+
+from nni_topo.errors import DataError
+from nni_topo.runs.experiment.folder import is_held
+from nni_topo.runs.experiment.pairing import pair_by_result
+
+FAILED = ("FAILED", "SYS_CANCELED", "USER_CANCELED")
+STOPPED = "STOPPED"
+_UNFINISHED = ("WAITING", "RUNNING", "UNKNOWN")
+_STDERR = "trial.stderr"
+
+
+class ManagerError(DataError):
+    """NNI's manager doesn't answer, or gave an experiment up."""
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """A trial as NNI's manager knows it.
+
+    Attributes
+    ----------
+    id, number, status : str, int, str
+        NNI's identifier, its number from 0, and NNI's word such as ``"SUCCEEDED"`` or ``"FAILED"``; ``"STOPPED"`` if
+        its experiment ended before it did.
+    parameters : dict
+        What the tuner proposed, and the trial ran: those that its result was reported for.
+    result : dict
+        What the trial reported last, its score under ``default``; empty before.
+    folder : str
+        The trial's folder, on the machine it runs on.
+    error : str
+        Last line of a failed trial's standard error; empty for others, and where it can't be had.
+    """
+
+    id: str
+    number: int
+    status: str
+    parameters: dict[str, Any]
+    result: dict[str, float]
+    folder: str
+    error: str = ""
+
+    @property
+    def score(self) -> float | None:
+        """What the tuner optimises; None before the final result."""
+        return self.result.get("default")
+
+    @property
+    def is_candidate(self) -> bool:
+        """Whether the trial can be the best one: it has succeeded and has a score."""
+        return self.status == "SUCCEEDED" and self.score is not None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the trial has ended, well or not."""
+        return self.status not in _UNFINISHED
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the trial as plain values."""
+        return asdict(self)
+
+
+def read_trials(experiment: Experiment) -> list[TrialRecord]:
+    """Return all trials, by number.
+
+    Raises
+    ------
+    ManagerError
+        If the manager doesn't answer.
+    """
+    with answering(experiment):
+        # Experiment.list_trial_jobs refuses Hyperband's trials, whose parameters have no index
+        jobs = rest.get(experiment.port, "/trial-jobs", experiment.url_prefix)
+    ran = pair_by_result(jobs)
+    return sorted((_record(experiment, job, ran[job["trialJobId"]]) for job in jobs), key=lambda trial: trial.number)
+
+
+def stopped(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """Return the trials of an experiment that has ended: those that were cut short are ``"STOPPED"``.
+
+    NNI's database keeps calling them running. One whose process has outlived the manager, and goes on in its folder on
+    this machine, still is.
+    """
+    return [
+        trial if trial.is_finished or (trial.folder and is_held(Path(trial.folder))) else replace(trial, status=STOPPED)
+        for trial in trials
+    ]
+
+
+def best_trial(trials: list[TrialRecord], *, mode: str = "maximize") -> TrialRecord:
+    """Return the succeeded trial with the best score.
+
+    Raises
+    ------
+    DataError
+        If none has succeeded.
+    """
+    done = [trial for trial in trials if trial.is_candidate]
+    if not done:
+        states = ", ".join(sorted({trial.status for trial in trials})) or "no trials"
+        raise DataError(f"an experiment must have a trial that succeeded, got {states} (best)")
+    sign = -1.0 if mode == "minimize" else 1.0
+    return max(done, key=lambda trial: sign * (trial.score or 0.0))
+
+
+@contextmanager
+def answering(experiment: Experiment) -> Iterator[None]:
+    """Turn a manager's silence into a :class:`ManagerError` that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise ManagerError(
+            f"NNI's manager must answer, got none (port {experiment.port}){_last_error(experiment)}; if it was killed, "
+            f"`nni-topo experiment run --resume {experiment.id}` goes on"
+        ) from error
+
+
+def _last_error(experiment: Experiment) -> str:
+    """Return the last error in the manager's log, in words to be appended; nothing where there is none."""
+    if experiment.config is None:
+        return ""
+    folder = Path(experiment.config.canonical_copy().experiment_working_directory)
+    log = folder / experiment.id / "log" / "nnimanager.log"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    errors = [line.partition(" ERROR ")[2] for line in lines if " ERROR " in line]
+    return f", after: {errors[-1]}" if errors else ""
+
+
+def _record(experiment: Experiment, job: dict[str, Any], parameters: dict[str, Any]) -> TrialRecord:
+    results = job.get("finalMetricData") or []
+    # NNI packs a result twice
+    data = json.loads(json.loads(results[-1]["data"])) if results else {}
+    result = data if isinstance(data, dict) else {"default": float(data)}
+    folder, status = job.get("logPath", ""), job["status"]
+    error = _last_words(experiment, job["trialJobId"], folder) if status == "FAILED" else ""
+    return TrialRecord(job["trialJobId"], job.get("sequenceId", 0), status, parameters, result, folder, error)
+
+
+def _last_words(experiment: Experiment, trial: str, folder: str) -> str:
+    """Return the last line that a trial wrote to standard error, from its folder or through the manager."""
+    path = Path(folder, _STDERR)
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else _fetched(experiment, trial)
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+def _fetched(experiment: Experiment, trial: str) -> str:
+    """Let the manager fetch a trial's standard error, also from another machine."""
+    prefix = f"/{experiment.url_prefix}" if experiment.url_prefix else ""
+    url = f"http://localhost:{experiment.port}{prefix}/api/v1/nni/trial-file/{trial}/stderr"
+    reply = requests.get(url, timeout=rest.timeout)
+    return reply.text if reply.ok else ""

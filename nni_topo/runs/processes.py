@@ -1,0 +1,168 @@
+"""Retraining by several processes: the same masks everywhere, and each one's share of the data.
+
+The processes are those of an initialised ``torch.distributed`` group, whoever started it: ``torchrun``, Lightning's
+``ddp`` strategy or Accelerate. Without a group everything here is the identity.
+
+A pruner need not choose the same channels in every process: calibration data, seeds and the order of floating-point
+sums may differ. So one process prunes, :func:`broadcast_masks` hands its masks to all, and each makes the same
+dense model. ``DistributedDataParallel`` then copies the first process's weights, compensated or not, to the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.pruners.hooks import Masks
+from nni_topo.zoo import DataBundle
+
+_Plain = TypeVar("_Plain")
+_SHOWN = 12
+
+
+def world() -> tuple[int, int]:
+    """Return this process's rank and the number of processes; (0, 1) without a group."""
+    return (dist.get_rank(), dist.get_world_size()) if _is_group() else (0, 1)
+
+
+@contextmanager
+def process_group(device: torch.device | str = "cpu") -> Iterator[tuple[int, int]]:
+    """Join the group that ``torchrun`` describes in the environment, if it does; leave it at the end.
+
+    Parameters
+    ----------
+    device : torch.device or str, default="cpu"
+        NCCL connects processes on GPUs, gloo all others.
+
+    Yields
+    ------
+    rank, size : int
+        As :func:`world`.
+    """
+    joins = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _is_group()
+    if joins:
+        dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+    try:
+        yield world()
+    finally:
+        if joins:
+            dist.destroy_process_group()
+
+
+def broadcast(value: _Plain, *, source: int = 0) -> _Plain:
+    """Return the value of one process in all of them; it is pickled on the way, so it stays among one's own processes.
+
+    Parameters
+    ----------
+    value : object
+        Tensors on the CPU and plain values; only that of ``source`` counts.
+    source : int, default=0
+        The rank whose value it is.
+    """
+    if not _is_group():
+        return value
+    held: list[Any] = [value]
+    dist.broadcast_object_list(held, src=source)
+    return held[0]  # type: ignore[no-any-return]
+
+
+def broadcast_masks(masks: Masks | None, *, source: int = 0) -> Masks:
+    """Hand the masks of one process to all and check that they arrived.
+
+    Parameters
+    ----------
+    masks : dict of str to dict of str to Tensor, or None
+        By module and target, as a pruner returns them; only those of ``source`` count, the others may be None.
+    source : int, default=0
+        The rank that pruned.
+
+    Returns
+    -------
+    dict of str to dict of str to Tensor
+        The masks, on the CPU, equal in all processes.
+
+    Raises
+    ------
+    DataError
+        If ``source`` has no masks, or they aren't equal in all processes afterwards.
+    """
+    held = None if masks is None else {m: _on_cpu(found) for m, found in masks.items()}
+    held = broadcast(held, source=source)
+    if held is None:
+        raise DataError(f"the process that pruned must have masks, got None (rank {source})")
+    check_equal_masks(held)
+    return held
+
+
+def _on_cpu(found: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Masks on the CPU, without the None that NNI gives for a target that isn't there."""
+    return {target: mask.cpu() for target, mask in found.items() if mask is not None}
+
+
+def check_equal_masks(masks: Masks) -> None:
+    """Check that all processes hold equal masks.
+
+    Raises
+    ------
+    DataError
+        In every process, if they differ; it names the ranks by what they hold.
+    """
+    if not _is_group():
+        return
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, masks_digest(masks))
+    if len(set(found)) > 1:
+        shown = ", ".join(f"rank {rank}: {digest[:_SHOWN]}" for rank, digest in enumerate(found))
+        raise DataError(f"masks must be equal in all processes, got {shown} (check_equal_masks)")
+
+
+def masks_digest(masks: Masks) -> str:
+    """Return a hexadecimal SHA-256 digest of masks: names, shapes and values; masks that are None don't count."""
+    digest = hashlib.sha256()
+    for module in sorted(masks):
+        for target in sorted(t for t, mask in masks[module].items() if mask is not None):
+            mask = masks[module][target].detach().cpu()
+            digest.update(f"{module}.{target} {tuple(mask.shape)}".encode())
+            digest.update(mask.to(torch.float32).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def data_share(data: DataBundle, rank: int, size: int) -> DataBundle:
+    """Return a data set with one process's share of the training images.
+
+    Parameters
+    ----------
+    data : DataBundle
+        The whole; validation and test images stay whole.
+    rank, size : int
+        Which process of how many.
+
+    Returns
+    -------
+    DataBundle
+        Every ``size``-th training image from ``rank`` on; all shares are of one length, so that all processes take as
+        many steps, and up to ``size - 1`` images are left out.
+
+    Raises
+    ------
+    ConfigError
+        If there are fewer training images than processes.
+    """
+    each = len(data.train) // size
+    if not each:
+        raise ConfigError(f"each process must get a training image, got {len(data.train)} for {size} (data_share)")
+    return replace(data, train=TensorDataset(*(part[rank::size][:each] for part in data.train.tensors)))
+
+
+def _is_group() -> bool:
+    return dist.is_available() and dist.is_initialized()

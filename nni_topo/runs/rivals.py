@@ -1,0 +1,118 @@
+"""Torch-Pruning's pruners as rows of a comparison; they need the extra ``bench``.
+
+Torch-Pruning cuts the model itself instead of making masks. It gets the same layers and the same number of channels per
+layer as the other rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.pruners.hooks import Masks
+from nni_topo.network.layers import output_channels
+
+PREFIX = "torch-pruning"
+_IMPORTANCES: dict[str, tuple[str, dict[str, Any]]] = {
+    PREFIX: ("GroupMagnitudeImportance", {"p": 2}),
+    f"{PREFIX}-l1": ("GroupMagnitudeImportance", {"p": 1}),
+    f"{PREFIX}-fpgm": ("FPGMImportance", {"p": 2}),
+}
+
+
+def is_rival(name: str) -> bool:
+    """Say whether a name is one of Torch-Pruning's rows: ``torch-pruning`` is its group L2 norm.
+
+    Raises
+    ------
+    ConfigError
+        If the name begins like one and isn't, or the package isn't installed.
+    """
+    if not name.startswith(PREFIX):
+        return False
+    if name not in _IMPORTANCES:
+        raise unknown_name("pruner", name, _IMPORTANCES)
+    _package()
+    return True
+
+
+def rival_masks(name: str, model: nn.Module, example_inputs: Tensor, ratios: dict[str, float]) -> tuple[Masks, float]:
+    """Let Torch-Pruning cut a copy of a model; return what it removed as masks, and the seconds it took.
+
+    Parameters
+    ----------
+    name : str
+        See :func:`is_rival`.
+    model : torch.nn.Module
+        The model; it isn't changed.
+    example_inputs : torch.Tensor
+        A batch of inputs.
+    ratios : dict of str to float
+        ``sparse_ratio`` by layer; layers that aren't named are left whole.
+
+    Returns
+    -------
+    dict
+        NNI's masks of the layers that are named; made dense, they give the network that Torch-Pruning leaves.
+    float
+        Seconds.
+    """
+    began = time.perf_counter()
+    _, kept = cut(name, model, example_inputs, ratios)
+    seconds = time.perf_counter() - began
+    return {layer: _layer_masks(model.get_submodule(layer), mask) for layer, mask in kept.items()}, seconds
+
+
+def cut(
+    name: str, model: nn.Module, example_inputs: Tensor, ratios: dict[str, float]
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return the network that Torch-Pruning leaves, and ones for the output channels that stayed, by layer."""
+    package = _package()
+    dense = copy.deepcopy(model)
+    layers = {n: m for n, m in dense.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))}
+    importance, knobs = _IMPORTANCES[name]
+    pruner = package.pruner.BasePruner(
+        dense,
+        example_inputs,
+        importance=getattr(package.importance, importance)(**knobs),
+        pruning_ratio=0.0,
+        pruning_ratio_dict={layers[layer]: _exact(layers[layer], ratio) for layer, ratio in ratios.items()},
+        ignored_layers=[module for layer, module in layers.items() if layer not in ratios],
+    )
+    names = {module: layer for layer, module in layers.items() if layer in ratios}
+    kept = {layer: torch.ones(output_channels(layers[layer]) or 1) for layer in ratios}
+    for group in pruner.step(interactive=True):
+        for dependency, channels in group:
+            layer = names.get(dependency.target.module)
+            if layer is not None and pruner.DG.is_out_channel_pruning_fn(dependency.handler):
+                kept[layer][channels] = 0.0
+        group.prune()
+    return dense, kept
+
+
+def _layer_masks(layer: Any, kept: Tensor) -> dict[str, Tensor]:
+    """Masks of a layer's weight and bias from one value per output channel."""
+    weight = kept.reshape(-1, *[1] * (layer.weight.dim() - 1)).expand_as(layer.weight)
+    return {"weight": weight.clone()} | ({} if layer.bias is None else {"bias": kept})
+
+
+def _exact(layer: nn.Module, ratio: float) -> float:
+    """Ratio at which Torch-Pruning, which rounds what it keeps down, removes as many channels as NNI."""
+    channels = output_channels(layer) or 1
+    removed = int(channels * ratio)
+    return (removed - 0.5) / channels if removed else 0.0
+
+
+def _package() -> Any:
+    try:
+        return importlib.import_module("torch_pruning")
+    except ImportError as error:
+        raise ConfigError(
+            "pruner 'torch-pruning' must be installed: pip install 'nni_topo[bench]', got no torch_pruning (pruners)"
+        ) from error

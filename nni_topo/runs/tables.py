@@ -1,0 +1,272 @@
+"""Tables and pictures of a comparison's records."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+
+from nni_topo.pruners.registry import list_pruners, pruner_info
+from nni_topo.runs.plan import SCRATCH
+from nni_topo.runs.records import Record
+
+Group = tuple[str, str, str]
+COLUMNS = (
+    "method",
+    "MACs (M)",
+    "parameters (k)",
+    "not zero (k)",
+    "before %",
+    "one-shot %",
+    "BN recal. %",
+    "compensated %",
+    "vs best rival, compensated",
+    "retrained %",
+    "vs best rival",
+    "latency ms",
+    "prune s",
+)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and half the width of its 95 % interval (Student's t); ``nan`` with one value."""
+
+    mean: float
+    half: float
+
+    def show(self, scale: float = 1.0, digits: int = 1, *, sign: bool = False) -> str:
+        """Return ``mean ± half``, or the mean alone where there is one value."""
+        mean = f"{scale * self.mean:{'+' if sign else ''}.{digits}f}"
+        return mean if np.isnan(self.half) else f"{mean} ± {scale * self.half:.{digits}f}"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Return the mean of values and half its 95 % interval.
+
+    Parameters
+    ----------
+    values : sequence of float
+        At least one.
+
+    Examples
+    --------
+    >>> interval([1.0, 2.0, 3.0]).show(digits=2)
+    '2.00 ± 2.48'
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if len(array) < 2:
+        return Interval(float(array.mean()), float("nan"))
+    half = stats.t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array))
+    return Interval(float(array.mean()), float(half))
+
+
+def grouped(records: Iterable[Record]) -> dict[Group, dict[str, dict[int, Record]]]:
+    """Sort records by model, data and target, then by pruner, then by seed."""
+    groups: dict[Group, dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
+    for record in records:
+        groups[record["model"], record["data"], record["target"]][record["pruner"]][record["seed"]] = record
+    return groups
+
+
+def paired_difference(ours: dict[int, Record], theirs: dict[int, Record], column: str) -> Interval:
+    """Return the difference of a column over the seeds that both rows have."""
+    seeds = sorted(seed for seed in set(ours) & set(theirs) if column in ours[seed] and column in theirs[seed])
+    return interval([ours[seed][column] - theirs[seed][column] for seed in seeds])
+
+
+def best_rival(rows: dict[str, dict[int, Record]], column: str) -> str | None:
+    """Return the row with the highest mean among the pruners that aren't this package's."""
+    own = {name for name in list_pruners() if pruner_info(name).origin == "nni_topo"} | {SCRATCH}
+    means = {}
+    for row, runs in rows.items():
+        values = [record[column] for record in runs.values() if column in record]
+        if values and next(iter(runs.values()))["pruner_name"] not in own:
+            means[row] = float(np.mean(values))
+    return max(means, key=means.__getitem__, default=None)
+
+
+def print_report(records: Iterable[Record], console: Console) -> None:
+    """Print one table per model, data set and target.
+
+    Parameters
+    ----------
+    records : iterable of dict
+        Records of finished cells.
+    console : rich.console.Console
+        Where to.
+    """
+    for group, rows in grouped(records).items():
+        table = Table(title=_title(group, rows), title_justify="left")
+        columns, lines = _table(rows)
+        for index, name in enumerate(columns):
+            table.add_column(name, justify="right" if index else "left")
+        for index, cells in enumerate(lines):
+            table.add_row(*cells, end_section=index == 0)
+        console.print(table)
+
+
+def print_widths(records: Iterable[Record], console: Console) -> None:
+    """Print the mean number of output channels of every layer, one table per model, data set and target.
+
+    Parameters
+    ----------
+    records : iterable of dict
+        Records of finished cells.
+    console : rich.console.Console
+        Where to.
+    """
+    for group, rows in grouped(records).items():
+        table = Table("layer", title=f"widths: {_title(group, rows)}", title_justify="left")
+        for row in rows:
+            table.add_column(row, justify="right")
+        for layer in next(iter(next(iter(rows.values())).values()))["widths"]:
+            widths = (interval([record["widths"][layer] for record in runs.values()]).mean for runs in rows.values())
+            table.add_row(layer, *(f"{width:g}" for width in widths))
+        console.print(table)
+
+
+def markdown_report(records: Iterable[Record]) -> str:
+    """Return one Markdown table per model, data set and target.
+
+    Parameters
+    ----------
+    records : iterable of dict
+        Records of finished cells.
+    """
+    lines = []
+    for group, rows in grouped(records).items():
+        columns, table = _table(rows)
+        lines += [f"**{_title(group, rows)}**", "", f"| {' | '.join(columns)} |"]
+        lines.append("|---|" + "---:|" * (len(columns) - 1))
+        lines += [f"| {' | '.join(cells)} |" for cells in table]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _title(group: Group, rows: dict[str, dict[int, Record]]) -> str:
+    model, data, target = group
+    seeds = max(len(runs) for runs in rows.values())
+    return f"{model} on {data}, {target} ({seeds} seed{'s' if seeds > 1 else ''})"
+
+
+def _table(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
+    """Columns that hold anything, and cells of a table: the unpruned network, then a line per pruner."""
+    first = next(iter(next(iter(rows.values())).values()))
+    before = _column(next(iter(rows.values())))
+    macs, params = f"{first['flops_before'] / 1e6:.2f}", f"{first['params_before'] / 1e3:.1f}"
+    table = [
+        ["unpruned", macs, params, "", before("accuracy_before"), *[""] * 6, before("latency_before_ms", 1, 2), ""]
+    ]
+    for row, runs in rows.items():
+        cell = _column(runs)
+        table.append(
+            [
+                row,
+                cell("flops", 1e-6, 2, spread=False),
+                cell("params", 1e-3, spread=False),
+                cell("weights_left", 1e-3, spread=False) if _has_zeros(runs) else "",
+                cell("accuracy_before"),
+                cell("accuracy_oneshot"),
+                cell("accuracy_recalibrated"),
+                cell("accuracy_compensated"),
+                _versus(rows, row, "accuracy_compensated"),
+                cell("accuracy_retrained"),
+                _versus(rows, row, "accuracy_retrained"),
+                cell("latency_ms", 1, 2),
+                cell("prune_seconds", 1, 2, spread=False),
+            ]
+        )
+    used = [index for index in range(len(COLUMNS)) if any(line[index] for line in table)]
+    return [COLUMNS[index] for index in used], [[line[index] for index in used] for line in table]
+
+
+def _has_zeros(runs: dict[int, Record]) -> bool:
+    """Say whether single weights were pruned: networks of one width have many that are zero."""
+    return any(record.get("weights_left", record["params"]) < 0.999 * record["params"] for record in runs.values())
+
+
+def _column(runs: dict[int, Record]) -> Callable[..., str]:
+    """Return a function that shows a column's mean and interval over a row's seeds; nothing where it has no value."""
+
+    def show(name: str, scale: float = 100, digits: int = 1, *, spread: bool = True) -> str:
+        values = [record[name] for record in runs.values() if name in record]
+        if not values:
+            return ""
+        found = interval(values)
+        return found.show(scale, digits) if spread else f"{scale * found.mean:.{digits}f}"
+
+    return show
+
+
+def _versus(rows: dict[str, dict[int, Record]], row: str, column: str) -> str:
+    """Show a row's paired difference to the best rival in a column."""
+    rival = best_rival(rows, column)
+    if rival is None or not any(column in record for record in rows[row].values()):
+        return ""
+    return "best rival" if row == rival else paired_difference(rows[row], rows[rival], column).show(100, sign=True)
+
+
+def plot_accuracy(records: Sequence[Record], path: str | Path) -> Path:
+    """Draw accuracy against MACs: hollow markers one-shot, filled ones at the end, one panel per model and data set.
+
+    The end is after retraining or, without, after compensation.
+
+    Parameters
+    ----------
+    records : sequence of dict
+        Records of finished cells, at least one.
+    path : str or Path
+        Where to write; the ending says the format.
+
+    Returns
+    -------
+    Path
+        The file.
+    """
+    panels: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        panels[record["model"], record["data"]].append(record)
+    figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, ((model, data), found) in zip(axes, panels.items(), strict=True):
+        axis.set(title=f"{model} on {data}", xlabel="MACs (millions)", ylabel="test accuracy (%)")
+        axis.grid(alpha=0.3)
+        _draw(axis, found)
+    axes[0].legend(fontsize="small", title="filled: recovered, hollow: one-shot", title_fontsize="small")
+    figure.savefig(path, dpi=150)
+    return Path(path)
+
+
+def _draw(axis: object, records: list[Record]) -> None:
+    markers = "osD^vP*X<>"
+    first = records[0]
+    axis.plot(first["flops_before"] / 1e6, 100 * first["accuracy_before"], "kh", label="unpruned")  # type: ignore[attr-defined]
+    rows = list(dict.fromkeys(record["pruner"] for record in records))
+    for index, row in enumerate(rows):
+        targets: dict[str, list[Record]] = defaultdict(list)
+        for record in records:
+            if record["pruner"] == row:
+                targets[record["target"]].append(record)
+        macs = [interval([r["flops"] for r in runs]).mean / 1e6 for runs in targets.values()]
+        # Rows of one target have the same MACs: a small step to the side keeps their markers apart.
+        macs = [value + (index - (len(rows) - 1) / 2) * first["flops_before"] / 1e8 for value in macs]
+        shared = {"marker": markers[index % len(markers)], "color": f"C{index % 10}", "linestyle": "none"}
+        for column, style in (("oneshot", {"markerfacecolor": "none"}), ("best", {"label": row})):
+            points = [interval([100 * _accuracy(record, column) for record in runs]) for runs in targets.values()]
+            heights, halves = [point.mean for point in points], [np.nan_to_num(point.half) for point in points]
+            axis.errorbar(macs, heights, yerr=halves, **shared, **style)  # type: ignore[attr-defined]
+
+
+def _accuracy(record: Record, column: str) -> float:
+    """Accuracy as shipped, or after the last step that was done: retraining, else compensation."""
+    steps = ("oneshot",) if column == "oneshot" else ("retrained", "compensated", "oneshot")
+    found = (record[f"accuracy_{step}"] for step in steps if f"accuracy_{step}" in record)
+    return float(next(found, np.nan))

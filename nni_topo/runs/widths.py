@@ -1,0 +1,209 @@
+"""Which layers a comparison prunes, and the widths that meet a budget of multiply-accumulates."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError
+from nni_topo.pruners.budget import solve_uniform
+from nni_topo.runs.plan import Target
+from nni_topo.network.dependency import dependency_groups
+from nni_topo.network.cost import NetworkCost
+from nni_topo.network.dependency import channel_flow
+from nni_topo.network.inputs import call_arguments
+from nni_topo.network.layers import output_channels
+
+_HALVINGS = 40
+_MOVES = 32
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Layers that lose the same channels: ``rows`` steps of ``parts`` channels each."""
+
+    layers: tuple[str, ...]
+    rows: int
+    parts: int
+
+
+def layer_ratios(model: nn.Module, example_inputs: Tensor, target: Target) -> dict[str, float]:
+    """Return the ``sparse_ratio`` of every layer that a comparison prunes.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model; it isn't changed.
+    example_inputs : torch.Tensor
+        A batch of inputs.
+    target : Target
+        One ratio for all layers, or the share of the MACs to be left.
+
+    Returns
+    -------
+    dict of str to float
+        By layer, in network order; in [0, 1). For a share of the MACs every layer loses the same share of its
+        channels, up to one step of rounding, which is dealt to the layers such that the whole meets the budget.
+
+    Raises
+    ------
+    ConfigError
+        If even one channel per layer costs more than twice the budget.
+    """
+    config_list = _grouped(model, example_inputs)
+    if target.kind == "ratio":
+        return {name: target.value for entry in config_list for name in entry["op_names"]}
+    units = _units(model, config_list)
+    cost = NetworkCost(model, example_inputs)
+    return _as_ratios(units, _solved(units, cost, target.value), config_list)
+
+
+def proposed_ratios(
+    model: nn.Module, example_inputs: Tensor, proposed: Mapping[str, float], share: float | None = None
+) -> dict[str, float]:
+    """Return proposed ratios such that layers that meet agree, and the MACs left meet a budget.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model; it isn't changed.
+    example_inputs : torch.Tensor
+        A batch of inputs.
+    proposed : mapping of str to float
+        A ratio in [0, 1) for each of :func:`inner_layers`. Of a dependency group the first member's counts.
+    share : float or None, default=None
+        Share of the MACs to be left, in (0, 1]; None: the ratios stay as they are.
+
+    Returns
+    -------
+    dict of str to float
+        ``sparse_ratio`` by layer, in network order. With a budget the shares of the channels that stay are the
+        proposed ones times one factor for all layers, at most 1, and at least one channel stays; then single rows
+        move as long as that meets the budget more nearly.
+    """
+    config_list = _grouped(model, example_inputs)
+    units = _units(model, config_list)
+    if share is None:
+        agreed = {name: float(proposed[unit.layers[0]]) for unit in units for name in unit.layers}
+        return {name: agreed[name] for entry in config_list for name in entry["op_names"]}
+    left = _cost_left(units, NetworkCost(model, example_inputs))
+    kept = [1.0 - proposed[unit.layers[0]] for unit in units]
+
+    def removed(factor: float) -> list[int]:
+        return [
+            min(max(round(unit.rows * (1.0 - part * factor)), 0), unit.rows - 1)
+            for unit, part in zip(units, kept, strict=True)
+        ]
+
+    low, high = 0.0, 1.0 / min(kept)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2.0
+        low, high = (low, middle) if left(removed(middle)) > share else (middle, high)
+    nearest = min((removed(factor) for factor in (low, high)), key=lambda counts: abs(left(counts) - share))
+    return _as_ratios(units, _nearer(units, nearest, left, share), config_list)
+
+
+def pruning_config(model: nn.Module, example_inputs: Tensor, ratios: dict[str, float]) -> list[dict[str, Any]]:
+    """Return a config_list with a ratio per layer and dependency groups.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model; it isn't changed.
+    example_inputs : torch.Tensor
+        A batch of inputs.
+    ratios : dict of str to float
+        ``sparse_ratio`` by layer; see :func:`layer_ratios`.
+    """
+    entries = [{"op_names": [name], "sparse_ratio": float(ratio)} for name, ratio in ratios.items()]
+    return dependency_groups(model, example_inputs, entries)
+
+
+def inner_layers(model: nn.Module, example_inputs: Tensor) -> list[str]:
+    """Return the convolutions and linear layers whose channels aren't the model's output, in network order."""
+    flow = channel_flow(model, call_arguments(example_inputs, model))
+    prunable = (nn.modules.conv._ConvNd, nn.Linear)
+    return [
+        name
+        for name in flow.layers
+        if isinstance(model.get_submodule(name), prunable) and not np.isin(flow.layer_roots(name), flow.at_output).any()
+    ]
+
+
+def _grouped(model: nn.Module, example_inputs: Tensor) -> list[dict[str, Any]]:
+    layers = inner_layers(model, example_inputs)
+    return dependency_groups(model, example_inputs, [{"op_names": layers, "sparse_ratio": 0.0}])
+
+
+def _units(model: nn.Module, config_list: list[dict[str, Any]]) -> list[_Unit]:
+    layers: dict[str, list[str]] = defaultdict(list)
+    parts: dict[str, int] = defaultdict(lambda: 1)
+    for entry in config_list:
+        (name,) = entry["op_names"]
+        key = entry.get("dependency_group_id", name)
+        layers[key].append(name)
+        parts[key] = math.lcm(parts[key], entry.get("internal_metric_block", 1))
+    return [
+        _Unit(tuple(names), (output_channels(model.get_submodule(names[0])) or 0) // parts[key], parts[key])
+        for key, names in layers.items()
+    ]
+
+
+def _as_ratios(units: list[_Unit], removed: Sequence[int], config_list: list[dict[str, Any]]) -> dict[str, float]:
+    """Ratios of all layers, in network order, that remove so many rows of each unit."""
+    # Half a step more than asked keeps int(rows * ratio) from falling short by rounding.
+    ratios = {
+        name: (count + 0.5) / unit.rows if count else 0.0
+        for unit, count in zip(units, removed, strict=True)
+        for name in unit.layers
+    }
+    return {name: ratios[name] for entry in config_list for name in entry["op_names"]}
+
+
+def _cost_left(units: list[_Unit], cost: NetworkCost) -> Callable[[Sequence[int]], float]:
+    """Share of the MACs that is left, as a function of the rows that each unit loses."""
+    whole = cost({}).macs
+
+    def left(removed: Sequence[int]) -> float:
+        kept = {
+            name: np.tile(np.arange(unit.rows) >= count, unit.parts)
+            for unit, count in zip(units, removed, strict=True)
+            for name in unit.layers
+        }
+        return cost(kept).macs / whole
+
+    return left
+
+
+def _nearer(units: list[_Unit], removed: list[int], left: Callable[[Sequence[int]], float], share: float) -> list[int]:
+    """Move one row at a time, of whichever unit brings the MACs nearest to the budget, as long as one does."""
+    best, distance = removed, abs(left(removed) - share)
+    for _ in range(_MOVES):
+        moves = [
+            [count + step * (index == place) for index, count in enumerate(best)]
+            for place, unit in enumerate(units)
+            for step in (-1, 1)
+            if 0 <= best[place] + step < unit.rows
+        ]
+        found = min(((abs(left(counts) - share), counts) for counts in moves), default=(distance, best))
+        if found[0] >= distance:
+            break
+        distance, best = found
+    return best
+
+
+def _solved(units: list[_Unit], cost: NetworkCost, share: float) -> list[int]:
+    """Rows that each unit loses, so that the MACs left are nearest to a share of the whole."""
+    left = _cost_left(units, cost)
+    least = left([unit.rows - 1 for unit in units])
+    if least > 2.0 * share:
+        raise ConfigError(
+            f"a flops target must be reachable, got {share:g} where one channel per layer leaves {least:.3g} (target)"
+        )
+    return solve_uniform([unit.rows for unit in units], left, share)

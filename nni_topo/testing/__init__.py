@@ -1,6 +1,0 @@
-"""Checks and toys for the tests of pruners, the package's own and third parties'."""
-
-from nni_topo.testing.checks import STRUCTURED_CHECKS
-from nni_topo.testing.toys import toy_evaluator, toy_images, toy_knobs, toy_model
-
-__all__ = ["STRUCTURED_CHECKS", "toy_evaluator", "toy_images", "toy_knobs", "toy_model"]

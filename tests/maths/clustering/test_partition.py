@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial.distance import cdist
+
+from nni_topo.clustering import ALGORITHMS
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.maths.clustering import partition
+
+
+def blobs(count: int = 4, size: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Blobs of unit spread, 20 apart, in a shuffled order."""
+    generator = np.random.default_rng(seed)
+    labels = generator.permutation(np.repeat(np.arange(count), size))
+    return generator.normal(size=(count * size, 3)) + 20.0 * labels[:, None], labels
+
+
+def same_partition(one: np.ndarray, other: np.ndarray) -> bool:
+    return bool(np.array_equal(one[:, None] == one, other[:, None] == other))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_blobs_that_lie_far_apart_are_found_by_every_algorithm(algorithm):
+    points, labels = blobs()
+    assert same_partition(partition(points, 4, algorithm), labels)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_same_seed_gives_the_same_clusters(algorithm):
+    points = np.random.default_rng(1).normal(size=(40, 5))
+    first, second = (partition(points, 7, algorithm, seed=3) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(("count", "expected"), [(1, np.zeros(6)), (6, np.arange(6))])
+def test_the_trivial_partitions(algorithm, count, expected):
+    points = np.random.default_rng(0).normal(size=(6, 2))
+    np.testing.assert_array_equal(partition(points, count, algorithm), expected)
+
+
+@given(st.integers(0, 50), st.integers(2, 9))
+def test_kmeans_labels_every_point_by_the_nearest_mean(seed, count):
+    points = np.random.default_rng(seed).normal(size=(24, 3))
+    labels = partition(points, count, seed=seed)
+    means = np.stack([points[labels == label].mean(0) for label in range(labels.max() + 1)])
+    distances = cdist(points, means)
+    chosen = distances[np.arange(len(points)), labels]
+    assert len(means) == count
+    assert (chosen <= distances.min(1) + 1e-2).all()
+
+
+def test_clusters_are_numbered_by_their_first_points():
+    points, _ = blobs(seed=5)
+    labels = partition(points, 4)
+    first = [int(np.flatnonzero(labels == label)[0]) for label in range(4)]
+    assert labels[0] == 0
+    assert first == sorted(first)
+
+
+def test_dbscan_leaves_points_of_noise_alone():
+    points = np.concatenate([np.linspace(0.0, 1.0, 10), [50.0, 90.0]])[:, None]
+    labels = partition(points, 3, "dbscan")
+    assert len(set(labels[:10])) == 1
+    assert len({labels[0], labels[10], labels[11]}) == 3
+
+
+@given(st.integers(0, 30), st.integers(1, 12))
+def test_dbscan_never_has_more_clusters_than_asked_for(seed, count):
+    points = np.random.default_rng(seed).normal(size=(12, 2))
+    assert partition(points, count, "dbscan").max() < count
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_fewer_distinct_points_than_clusters_still_give_a_partition(algorithm):
+    points = np.repeat(np.array([[0.0], [9.0]]), 5, axis=0)
+    labels = partition(points, 4, algorithm)
+    assert labels.max() < 4
+    assert not set(labels[:5]) & set(labels[5:])
+
+
+def test_counts_beyond_the_points_are_refused():
+    with pytest.raises(ConfigError, match=r"must be in \[1, 6\], the number of points, got 7"):
+        partition(np.zeros((6, 2)), 7)
+
+
+@pytest.mark.parametrize("count", [0, -1, True, 2.5, None])
+def test_counts_that_are_none_are_refused(count):
+    with pytest.raises(ConfigError, match="number of clusters must be an integer of at least 1, got"):
+        partition(np.zeros((6, 2)), count)
+
+
+def test_bad_requests_are_refused():
+    points = np.random.default_rng(0).normal(size=(6, 2))
+    with pytest.raises(ConfigError, match="did you mean kmeans"):
+        partition(points, 2, "kmean")
+    with pytest.raises(ConfigError, match="n_init must be an integer of at least 1, got 0"):
+        partition(points, 2, n_init=0)
+    with pytest.raises(DataError, match="points must be finite, got 1"):
+        partition(np.array([[0.0], [np.nan]]), 1)
+    with pytest.raises(DataError, match="not empty"):
+        partition(np.zeros((0, 2)), 1)
+
+
+@pytest.mark.parametrize("others", [1, 3])
+def test_equal_points_share_a_spectral_cluster_and_distinct_ones_have_their_own(others):
+    points = np.concatenate([np.full((9, 3), 0.1), np.random.default_rng(others).normal(size=(others, 3))])
+    labels = partition(points, others + 1, "spectral")
+    assert labels.tolist() == [0] * 9 + list(range(1, others + 1))
+
+
+def test_equal_points_share_a_spectral_cluster_among_others():
+    corners = np.array([[0.0, 0.0], [40.0, 0.0], [0.0, 40.0]]).repeat([12, 4, 4], axis=0)
+    points = corners + np.random.default_rng(0).normal(size=corners.shape)
+    points[:9] = points[0]
+    assert same_partition(partition(points, 3, "spectral"), np.repeat([0, 1, 2], [12, 4, 4]))
+
+
+@given(st.integers(0, 40))
+@settings(max_examples=25, deadline=None)
+def test_rounding_moves_no_point_between_the_clusters_of_dbscan(seed):
+    generator = np.random.default_rng(seed)
+    points = generator.integers(0, 4, size=(14, 2)).astype(float)
+    moved = points * (1.0 + generator.integers(-4, 5, size=points.shape) * np.finfo(float).eps)
+    for count in (2, 5):
+        np.testing.assert_array_equal(partition(points, count, "dbscan"), partition(moved, count, "dbscan"))

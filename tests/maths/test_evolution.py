@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nni_topo.errors import ConfigError
+from nni_topo.maths.search.subsets import EvolutionSettings, SubsetGeneticAlgorithm
+
+
+def distance_to(best):
+    """Fitness: how many blocks differ from the best mask."""
+    return lambda population: (population ^ best).sum(1).astype(float)
+
+
+def search(size, keep, fitness, seed=0, **knobs):
+    algorithm = SubsetGeneticAlgorithm(size, keep, fitness, EvolutionSettings(**knobs), seed=seed)
+    algorithm.run()
+    return algorithm
+
+
+def test_finds_the_best_subset():
+    best = np.isin(np.arange(20), [1, 4, 9, 16, 18])
+    algorithm = search(20, 5, distance_to(best), generations=60)
+    assert algorithm.best_individual()[0] == 0.0
+    np.testing.assert_array_equal(algorithm.best_individual()[1], best)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    size=st.integers(2, 40),
+    share=st.floats(0.0, 1.0),
+    seed=st.integers(0, 2**32),
+    crossover=st.floats(0.0, 1.0),
+    mutation=st.floats(0.0, 1.0),
+    population=st.integers(2, 21),
+)
+def test_every_individual_ever_evaluated_keeps_the_same_number(size, share, seed, crossover, mutation, population):
+    keep = min(size - 1, 1 + int(share * (size - 1)))
+    seen = []
+
+    def fitness(genes):
+        seen.append(genes.sum(1))
+        return genes @ np.arange(size, dtype=float)
+
+    knobs = {
+        "crossover_probability": crossover,
+        "mutation_probability": mutation,
+        "population_size": population,
+    }
+    algorithm = search(size, keep, fitness, seed=seed, generations=4, **knobs)
+    assert set(np.concatenate(seen).tolist()) == {keep}
+    assert len(algorithm.current_generation) == population
+
+
+def test_the_best_never_gets_worse_with_elitism():
+    weights = np.random.default_rng(3).random(30)
+    trace = search(30, 10, lambda genes: genes @ weights, generations=25).trace
+    best = [generation.best for generation in trace]
+    assert best == sorted(best, reverse=True)
+    assert best[-1] < best[0]
+    assert all(generation.mean >= generation.best for generation in trace)
+
+
+def test_elites_are_not_evaluated_again():
+    evaluated = []
+
+    def fitness(genes):
+        evaluated.append(len(genes))
+        return genes[:, 0].astype(float)
+
+    search(12, 4, fitness, population_size=10, generations=5)
+    assert evaluated == [10, 9, 9, 9, 9]
+
+
+def test_same_seed_same_search():
+    weights = np.random.default_rng(0).random(25)
+    first, second, other = (search(25, 8, lambda genes: genes @ weights, seed=s) for s in (1, 1, 2))
+    np.testing.assert_array_equal(first.best_individual()[1], second.best_individual()[1])
+    assert first.trace == second.trace
+    assert first.trace != other.trace
+
+
+def test_the_global_generators_are_left_alone():
+    import random
+
+    random.seed(5)
+    np.random.seed(5)
+    expected = (random.random(), np.random.random())
+    random.seed(5)
+    np.random.seed(5)
+    search(10, 3, lambda genes: genes[:, 0].astype(float))
+    assert (random.random(), np.random.random()) == expected
+
+
+def test_initial_individuals_are_used():
+    best = np.isin(np.arange(200), np.arange(0, 200, 2))
+    algorithm = SubsetGeneticAlgorithm(
+        200, 100, distance_to(best), EvolutionSettings(generations=1), seed=0, initial=best[None]
+    )
+    algorithm.run()
+    assert algorithm.best_individual()[0] == 0.0
+
+
+def test_patience_ends_a_search_that_stands_still():
+    algorithm = search(10, 5, lambda genes: np.zeros(len(genes)), generations=50, patience=3)
+    assert len(algorithm.trace) == 4
+
+
+def test_without_crossover_and_mutation_nothing_new_appears():
+    weights = np.random.default_rng(0).random(30)
+    algorithm = search(
+        30,
+        15,
+        lambda genes: genes @ weights,
+        crossover_probability=0.0,
+        mutation_probability=0.0,
+        generations=10,
+    )
+    assert len({generation.best for generation in algorithm.trace}) == 1
+
+
+def test_frequency_counts_what_the_better_half_keeps():
+    algorithm = search(10, 3, distance_to(np.arange(10) < 3), generations=40)
+    frequency = algorithm.frequency()
+    assert frequency.sum() == pytest.approx(3.0)
+    assert frequency[:3].min() > frequency[3:].max()
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"population_size": 1}, "population_size must be an integer of at least 2, got 1"),
+        ({"generations": 0}, "generations must be an integer of at least 1, got 0"),
+        ({"generations": 2.5}, "generations must be an integer of at least 1, got 2.5"),
+        ({"patience": 0}, "patience"),
+        ({"crossover_probability": 1.5}, r"crossover_probability must be in \[0, 1\], got 1.5"),
+        ({"mutation_probability": float("nan")}, "mutation_probability"),
+    ],
+)
+def test_bad_knobs_are_refused(knobs, words):
+    with pytest.raises(ConfigError, match=words):
+        EvolutionSettings(**knobs)
+
+
+@pytest.mark.parametrize("keep", [0, 5])
+def test_a_subset_of_nothing_or_everything_is_no_search(keep):
+    with pytest.raises(ConfigError, match=f"got {keep}"):
+        SubsetGeneticAlgorithm(5, keep, distance_to(np.ones(5, bool)), EvolutionSettings(), seed=0)

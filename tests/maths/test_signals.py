@@ -1,0 +1,127 @@
+"""Chirps: their shapes, and their frequencies as Fourier transforms see them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.maths.signals import chirp, chirp_1d, chirp_2d, chirp_3d, signal_energy, sweep_range
+
+SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
+KNOBS = {
+    "sweep": st.sampled_from(["nyquist", "thesis"]),
+    "direction": st.sampled_from(["diagonal", "radial"]),
+    "window": st.sampled_from(["none", "hann"]),
+}
+
+
+def loudest(signal):
+    """Frequency, in cycles per sample, at which a real signal's spectrum peaks."""
+    tapered = signal * np.hanning(len(signal))
+    spectrum = np.abs(np.fft.rfft(tapered, 16 * len(signal)))
+    return np.fft.rfftfreq(16 * len(signal))[spectrum.argmax()]
+
+
+@given(shape=SIZES, **KNOBS)
+@settings(max_examples=60, deadline=None)
+def test_every_chirp_is_finite_bounded_and_not_silent(shape, sweep, direction, window):
+    signal = chirp(shape, sweep=sweep, direction=direction, window=window)
+    assert signal.shape == shape
+    assert signal.dtype == np.float64
+    assert np.abs(signal).max() <= 1.0
+    assert signal_energy(signal) > 0.0
+
+
+@given(shape=SIZES, **KNOBS)
+@settings(max_examples=60, deadline=None)
+def test_parseval(shape, sweep, direction, window):
+    signal = chirp(shape, sweep=sweep, direction=direction, window=window)
+    assert signal_energy(np.fft.fftn(signal)) / signal.size == pytest.approx(signal_energy(signal), rel=1e-12)
+
+
+def test_named_dimensions_are_the_general_chirp():
+    assert np.array_equal(chirp_1d(7), chirp((7,)))
+    assert np.array_equal(chirp_2d(5, 7, direction="radial"), chirp((5, 7), direction="radial"))
+    assert np.array_equal(chirp_3d(3, 5, 7, window="hann"), chirp((3, 5, 7), window="hann"))
+    assert chirp_2d(1, 1).item() == 1.0
+
+
+@pytest.mark.parametrize("center", [200, 500, 800])
+def test_the_frequency_rises_linearly_to_nyquist(center):
+    start, end = sweep_range((1000,))
+    local = loudest(chirp_1d(1000)[center - 50 : center + 50])
+    assert local == pytest.approx(start + (end - start) * center / 999, abs=0.01)
+
+
+@pytest.mark.parametrize("center", [600, 700, 850])
+def test_the_upper_half_of_the_text_sweep_folds_back(center):
+    start, end = sweep_range((1000,), "thesis")
+    frequency = start + (end - start) * center / 999
+    assert frequency > 0.5
+    assert loudest(chirp_1d(1000, sweep="thesis")[center - 40 : center + 40]) == pytest.approx(1 - frequency, abs=0.01)
+
+
+def test_a_diagonal_chirp_has_one_orientation_and_the_whole_band():
+    size = 128
+    power = np.abs(np.fft.fft2(chirp_2d(size, size, window="hann"))) ** 2
+    rows, columns = np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size), indexing="ij")
+    along = np.abs(rows + columns) / np.sqrt(2)
+    across = np.abs(rows - columns) / np.sqrt(2)
+    start, end = sweep_range((size, size))
+    assert power[across < 0.02].sum() > 0.99 * power.sum()
+    assert power[(along > start / 2) & (along < end + 0.02)].sum() > 0.99 * power.sum()
+    bands = [power[(along > low) & (along <= low + 0.1)].sum() / power.sum() for low in (0.1, 0.2, 0.3)]
+    assert min(bands) > 0.15
+
+
+def test_a_radial_chirp_has_every_orientation():
+    size = 128
+    power = np.abs(np.fft.fft2(chirp_2d(size, size, direction="radial"))) ** 2
+    rows, columns = np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size), indexing="ij")
+    radius = np.hypot(rows, columns)
+    assert power[radius < 0.52].sum() > 0.99 * power.sum()
+    ring = (radius > 0.1) & (radius < 0.3)
+    sectors = np.floor(np.arctan2(rows, columns) / np.pi * 4)[ring]
+    shares = np.array([power[ring][sectors == sector].sum() for sector in range(-4, 4)])
+    assert shares.max() < 1.2 * shares.min()
+
+
+def test_a_diagonal_chirp_mirrors_with_its_shape():
+    np.testing.assert_allclose(chirp_2d(6, 11), chirp_2d(11, 6).T, atol=1e-12)
+
+
+def test_the_window_tapers_and_never_vanishes():
+    ratio = chirp_1d(64, window="hann") / chirp_1d(64)
+    assert 0 < ratio.min() < 0.01
+    assert ratio.max() == pytest.approx(1.0, abs=1e-3)
+
+
+def test_sweeps():
+    assert sweep_range((3, 4)) == (0.2, 0.5)
+    assert sweep_range((3, 4), "thesis") == (0.2, 1.0)
+    assert sweep_range((1, 1)) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: chirp_2d(0, 3), "integers from 1, got \\(0, 3\\)"),
+        (lambda: chirp_1d(2.5), "got \\(2.5,\\)"),
+        (lambda: chirp(()), "one to three sizes"),
+        (lambda: chirp((2, 2, 2, 2)), "one to three sizes"),
+        (lambda: chirp_1d(4, sweep="nyqist"), "did you mean nyquist"),
+        (lambda: chirp_2d(4, 4, direction="radical"), "did you mean radial"),
+        (lambda: chirp_1d(4, window="han"), "did you mean hann"),
+    ],
+)
+def test_bad_arguments_are_refused(call, words):
+    with pytest.raises(ConfigError, match=words):
+        call()
+
+
+def test_the_energy_of_a_broken_signal_is_refused():
+    with pytest.raises(DataError, match="got 1 NaN or infinite"):
+        signal_energy([1.0, np.nan])

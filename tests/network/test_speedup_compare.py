@@ -1,0 +1,103 @@
+"""What counts as the same output of a dense and a masked model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nni_topo.errors import SpeedupError
+from nni_topo.network.reference import check_equal
+
+NAN, INF = float("nan"), float("inf")
+
+
+class Constant(nn.Module):
+    """Puts out the same numbers, in double precision, whatever goes in."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.register_buffer("values", torch.tensor(values, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.values
+
+
+def check(expected, actual, rtol=1e-4):
+    check_equal(Constant(expected), Constant(actual), ((torch.zeros(1, 2),), {}), {}, rtol)
+
+
+@pytest.mark.parametrize("values", [[1.0, -2.0], [NAN, 1.0], [INF, -INF, 1.0], [NAN, NAN], [INF], [0.0, 0.0], []])
+def test_equal_outputs_pass_at_no_tolerance_at_all(values):
+    check(values, list(values), rtol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("expected", "actual"),
+    [
+        ([1.0, 2.0], [NAN, 2.0]),
+        ([NAN, 2.0], [1.0, 2.0]),
+        ([1.0, 2.0], [INF, 2.0]),
+        ([INF, 2.0], [1.0, 2.0]),
+        ([INF, 2.0], [-INF, 2.0]),
+        ([INF, 2.0], [NAN, 2.0]),
+        ([0.0, 0.0], [NAN, 0.0]),
+        ([NAN, NAN], [0.0, NAN]),
+    ],
+)
+def test_nan_or_infinity_against_anything_else_is_refused_at_any_tolerance(expected, actual):
+    with pytest.raises(SpeedupError, match="got a difference of inf"):
+        check(expected, actual, rtol=1e6)
+
+
+@pytest.mark.parametrize("largest", [1.0, 1000.0, -1000.0, 1e-6])
+@pytest.mark.parametrize("rtol", [1e-2, 1e-6])
+def test_the_tolerance_is_a_share_of_the_largest_output(largest, rtol):
+    size = abs(largest)
+    check([largest, 0.0], [largest, 0.9 * rtol * size], rtol)
+    for wrong in (1.1 * rtol * size, -1.1 * rtol * size):
+        with pytest.raises(SpeedupError, match="what the masked one does"):
+            check([largest, 0.0], [largest, wrong], rtol)
+
+
+def test_a_difference_of_just_the_tolerance_passes():
+    check([2.0, 0.0], [2.0, 0.5], rtol=0.25)
+
+
+def test_infinite_outputs_are_no_scale():
+    with pytest.raises(SpeedupError, match=r"got a difference of 0\.5 "):
+        check([INF, 2.0, NAN], [INF, 1.0, NAN])
+
+
+def test_where_everything_is_zero_the_difference_is_absolute():
+    check([0.0], [1e-5], rtol=1e-4)
+    with pytest.raises(SpeedupError, match=r"got a difference of 0\.001 "):
+        check([0.0], [1e-3], rtol=1e-4)
+
+
+def test_one_output_of_several_is_enough():
+    class Two(nn.Module):
+        def __init__(self, second):
+            super().__init__()
+            self.first, self.second = Constant([1.0]), Constant([second])
+
+        def forward(self, x):
+            return {"a": self.first(x), "b": self.second(x)}
+
+    call = ((torch.zeros(1, 2),), {})
+    check_equal(Two(3.0), Two(3.0), call, {}, 0.0)
+    with pytest.raises(SpeedupError, match=r"got a difference of 0.333 \(from second on\)"):
+        check_equal(Two(3.0), Two(4.0), call, {"first": [torch.arange(1)], "second": [torch.arange(1)]}, 0.01)
+
+
+def test_models_are_compared_in_double_precision():
+    seen = []
+
+    class Noting(nn.Linear):
+        def forward(self, x):
+            seen.append(x.dtype)
+            return super().forward(x)
+
+    model = Noting(3, 2)
+    check_equal(model, model, ((torch.ones(2, 3),), {}), {}, 1e-12)
+    assert seen == [torch.float64, torch.float64]

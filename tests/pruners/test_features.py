@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import nni
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from nni.compression.utils import TorchEvaluator
+from scipy.spatial.distance import pdist
+from torch import nn
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.pruners.clouds.features import FeatureCollector, embedding
+from nni_topo.pruners.hooks import PruningContext
+from nni_topo.pruners.random import RandomPruner
+from nni_topo.testing import toy_evaluator, toy_images, toy_model
+
+
+def collected(model, images, names, evaluator=None, **knobs):
+    """Points of the named layers, and the collector."""
+    config = [{"op_names": list(names), "sparse_ratio": 0.5}]
+    pruner = RandomPruner(model, config, evaluator)
+    collector = FeatureCollector(images, **knobs)
+    data = collector.collect(pruner._context())
+    pruner.unwrap_model()
+    return {name: data[name]["weight"].numpy() for name in names}, collector
+
+
+def check_geometry(points: np.ndarray, features: np.ndarray) -> None:
+    """Distances and covariances of points are those of features (neurons, samples), per sample."""
+    np.testing.assert_allclose(points[:, 0], features.mean(1), atol=1e-6)
+    np.testing.assert_allclose(pdist(points), pdist(features) / np.sqrt(features.shape[1]), atol=1e-5)
+    np.testing.assert_allclose(points[:, 1:] @ points[:, 1:].T, np.cov(features, bias=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("samples", [6, 40])
+def test_linear_features_are_outputs_behind_the_activation(samples):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    images = torch.randn(samples, 4)
+    points, _ = collected(model, [images[:5], images[5:]], ["0"])
+    check_geometry(points["0"], torch.relu(model[0](images)).detach().numpy().T)
+
+
+@pytest.mark.parametrize("pool", ["none", "mean", 2])
+def test_feature_maps_are_pooled_as_asked(pool):
+    model = toy_model().eval()
+    images = toy_images(8)
+    points, collector = collected(model, list(images.split(3)), ["stem"], pool=pool)
+    maps = torch.relu(model.norm(model.stem(images))).detach()
+    if pool != "none":
+        maps = nn.functional.adaptive_avg_pool2d(maps, 1 if pool == "mean" else pool)
+    check_geometry(points["stem"], maps.movedim(1, 0).flatten(1).numpy())
+    assert collector.network.taps["stem"].norms == ("norm",)
+
+
+def test_what_is_added_up_is_taken_before_the_addition():
+    model = toy_model().eval()
+    images = toy_images(8)
+    points, _ = collected(model, [images], ["inner"])
+    maps = model.inner(torch.relu(model.norm(model.stem(images)))).detach()
+    check_geometry(points["inner"], maps.movedim(1, 0).flatten(1).numpy())
+
+
+def test_dead_neurons_are_exactly_zero():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    with torch.no_grad():
+        model[0].weight[2] = 0.0
+        model[0].bias[2] = -1.0
+    points, _ = collected(model, [torch.randn(50, 4)], ["0"])
+    assert (~points["0"].any(1)).nonzero()[0].tolist() == [2]
+
+
+def test_evaluation_data_serve_where_there_is_no_calibration():
+    model = toy_model()
+    given_data, _ = collected(toy_model(), [toy_images()], ["hidden"])
+    evaluated, _ = collected(model, None, ["hidden"], toy_evaluator(model))
+    np.testing.assert_allclose(pdist(evaluated["hidden"]), pdist(given_data["hidden"]), atol=1e-9)
+
+
+def test_the_model_keeps_its_mode_and_its_statistics():
+    model = toy_model().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    collected(model, [toy_images()], ["stem"])
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@given(st.integers(0, 100), st.integers(1, 8), st.integers(1, 12))
+def test_embedding_has_the_inner_products(seed, points, dimensions):
+    rows = torch.randn(points, dimensions, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    gram = rows @ rows.T
+    found = embedding(gram)
+    assert found.shape[1] <= min(points, dimensions) or found.shape[1] == 1
+    torch.testing.assert_close(found @ found.T, gram)
+
+
+def test_embedding_of_nothing_but_zeros():
+    assert embedding(torch.zeros(3, 3, dtype=torch.float64)).tolist() == [[0.0]] * 3
+
+
+def test_bad_requests_are_refused():
+    model = toy_model()
+    with pytest.raises(DataError, match="at least two samples to be clustered by, got 1"):
+        collected(model, [toy_images(1)], ["hidden"])
+    with pytest.raises(DataError, match="at least one batch, got none"):
+        collected(toy_model(), [], ["hidden"])
+    bad = toy_images(4)
+    bad[0] = torch.nan
+    with pytest.raises(DataError, match=r"activations must be finite.*\(hidden\)"):
+        collected(toy_model(), [bad], ["hidden"])
+    for pool in ("max", 0, True):
+        with pytest.raises(ConfigError, match="pool must be 'none', 'mean' or an integer of at least 1"):
+            FeatureCollector([bad], pool=pool)
+    with pytest.raises(ConfigError, match="neither"):
+        FeatureCollector().collect(PruningContext(toy_model(), {}))
+    with pytest.raises(ConfigError, match="collected before"):
+        FeatureCollector().network  # noqa: B018
+
+
+@pytest.mark.parametrize("change", [lambda y: y.mul_(100.0), lambda y: y.clamp_(min=2.0)])
+def test_operations_in_place_behind_a_layer_leave_its_features(change):
+    class Changes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 2)
+
+        def forward(self, inputs):
+            return self.b(change(self.a(inputs)))
+
+    torch.manual_seed(0)
+    model, images = Changes(), torch.randn(10, 4)
+    points, _ = collected(model, [images], ["a"])
+    check_geometry(points["a"], model.a(images).detach().numpy().T)
+
+
+def test_all_arguments_that_an_evaluator_gives_are_used():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.out = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x, y=None, flag=True):
+            return self.out(self.fc(x + y if flag else x).relu())
+
+    torch.manual_seed(0)
+    model, x, y = Two(), torch.randn(12, 4), torch.randn(12, 4)
+    expected, _ = collected(model, [{"x": x, "y": y}], ["fc"])
+    for call in (lambda net: net(x, y), lambda net: net(flag=True, x=x, y=y), lambda net: net(x, y=y)):
+        evaluator = TorchEvaluator(
+            lambda *_, **__: None,
+            nni.trace(torch.optim.SGD)(model.parameters(), lr=0.1),
+            lambda *_: torch.zeros(()),
+            evaluating_func=call,
+        )
+        points, _ = collected(model, None, ["fc"], evaluator)
+        np.testing.assert_allclose(points["fc"], expected["fc"], atol=1e-6)

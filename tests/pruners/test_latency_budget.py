@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nni_topo import dependency_groups, to_dense
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.pruners.topological.pruner import TopologicalPruner
+from nni_topo.speedup import LatencyTable, LayerLatency, measure_latency
+from nni_topo.testing import toy_images, toy_model
+
+LAYERS = ["stem", "inner", "hidden"]
+
+
+def proportional(each, widths=LAYERS):
+    """A table in which a layer's seconds are its products of widths, times a factor."""
+    sizes = {"stem": (3, 8), "inner": (8, 8), "hidden": (8, 16), "head": (16, 4)}
+    layers = {}
+    for name in (*widths, "head"):
+        entering, leaving = ((1, size) for size in sizes[name])
+        seconds = tuple(tuple(each.get(name, 0.0) * i * o for o in leaving) for i in entering)
+        layers[name] = LayerLatency(entering, leaving, seconds, activation=float(leaving[-1]))
+    return LatencyTable(layers)
+
+
+def kept(target, table, allocation="uniform", model=None, **rule):
+    model = toy_model() if model is None else model
+    config = dependency_groups(model, toy_images(2), [{"op_names": LAYERS, **rule}])
+    pruner = TopologicalPruner(
+        model,
+        config,
+        target=target,
+        allocation=allocation,
+        latency_table=table,
+        example_inputs=toy_images(2),
+        solver="greedy",
+    )
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    assert to_dense(model, toy_images(2), masks)(toy_images(2)).shape == (2, 4)
+    return {name: int(masks[name]["bias"].sum()) for name in masks}, pruner
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "topological"])
+@pytest.mark.parametrize("share", [0.7, 0.4, 0.15])
+def test_the_share_of_the_table_is_met(share, allocation):
+    table = proportional({"stem": 1.0, "inner": 2.0, "hidden": 1.0, "head": 0.5})
+    counts, _ = kept({"latency": share}, table, allocation)
+    residual, hidden = counts["stem"], counts["hidden"]
+    assert counts["inner"] == residual
+    whole = 24 + 2 * 64 + 128 + 0.5 * 64
+    left = 3 * residual + 2 * residual**2 + residual * hidden + 0.5 * hidden * 4
+    assert left / whole == pytest.approx(share, abs=0.09)  # one channel of the residual stream is up to 0.17
+    assert kept({"latency": share}, table, allocation)[0] == counts
+
+
+def test_time_alone_says_where_the_budget_is_met():
+    # Only the hidden layer takes time, and only by its outputs: half of the time is half of them.
+    layer = LayerLatency((8,), (1, 16), ((1.0, 16.0),), activation=16.0)
+    free = LayerLatency((1,), (1,), ((0.0,),), activation=0.0)
+    table = LatencyTable({"stem": free, "inner": free, "hidden": layer})
+    counts, _ = kept({"latency": 0.5}, table)
+    assert counts["hidden"] == 8
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "topological"])
+def test_no_layer_is_emptied_and_bounds_hold(allocation):
+    table = proportional(dict.fromkeys([*LAYERS, "head"], 1.0))
+    assert min(kept({"latency": 1e-9}, table, allocation)[0].values()) == 1
+    assert kept({"latency": 1e-9}, table, allocation, max_sparse_ratio=0.5)[0] == {"stem": 4, "inner": 4, "hidden": 8}
+    assert kept({"latency": 1.0}, table, allocation)[0] == {"stem": 8, "inner": 8, "hidden": 16}
+
+
+def test_a_table_may_be_a_file(tmp_path):
+    table = proportional({"stem": 1.0, "inner": 2.0, "hidden": 1.0})
+    table.save(tmp_path / "table.json")
+    assert kept({"latency": 0.4}, tmp_path / "table.json")[0] == kept({"latency": 0.4}, table)[0]
+
+
+def test_without_a_table_the_network_is_timed_once():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 4, 3))
+    images = torch.randn(4, 3, 24, 24)
+    pruner = TopologicalPruner(
+        model, [{"op_names": ["0", "2"]}], target={"latency": 0.5}, example_inputs=images, solver="greedy"
+    )
+    _, masks = pruner.compress()
+    table = pruner.allocator.latency_table
+    assert set(table.layers) == {"0", "2", "4"}
+    first, second = (int(masks[name]["bias"].sum()) for name in ("0", "2"))
+    whole = table({"0": (3, 64), "2": (64, 64), "4": (64, 4)})
+    assert table({"0": (3, first), "2": (first, second), "4": (second, 4)}) / whole == pytest.approx(0.5, abs=0.1)
+    pruner.compress()
+    assert pruner.allocator.latency_table is table
+
+
+def test_a_measured_table_serves_again():
+    model = toy_model()
+    table = measure_latency(model, toy_images(2), repeats=1)
+    assert kept({"latency": 0.5}, table)[0] == kept({"latency": 0.5}, table, model=model)[0]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "error", "words"),
+    [
+        ({"target": {"latency": 1.5}}, ConfigError, r"must be in \(0, 1\], got 1.5"),
+        ({"target": {"latnecy": 0.5}}, ConfigError, "did you mean latency"),
+        ({"target": {"flops": 0.5}, "latency_table": proportional({})}, ConfigError, "got 'flops'"),
+        ({"target": None, "latency_table": proportional({})}, ConfigError, "got no target"),
+        ({"target": {"latency": 0.5}, "latency_table": "nowhere.json"}, DataError, r"nowhere\.json"),
+    ],
+)
+def test_bad_requests_are_refused_before_the_model_is_wrapped(knobs, error, words):
+    model = toy_model()
+    with pytest.raises(error, match=words):
+        TopologicalPruner(model, [{"op_names": ["hidden"]}], example_inputs=toy_images(2), **knobs)
+    assert not hasattr(model.hidden, "_nni_wrapper")
+
+
+def test_a_table_of_another_network_is_refused():
+    with pytest.raises(DataError, match=r"every pruned layer, got none of that name \(hidden\)"):
+        kept({"latency": 0.5}, proportional({}, ["stem", "inner"]))
+    with pytest.raises(DataError, match=r"must cost something, got 0\.0"):
+        kept({"latency": 0.5}, proportional({}))

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import nni.compression.pruning
+import pytest
+
+import nni_topo
+from nni_topo.errors import ConfigError
+from nni_topo.pruners.registry import PrunerInfo, check_knobs
+from nni_topo.testing import toy_model
+
+HALF = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
+
+
+def test_own_pruners_and_nnis_stand_in_one_table():
+    assert {"topological", "random", "l1", "l2", "fpgm", "level", "taylor", "slim"} <= set(nni_topo.list_pruners())
+    assert nni_topo.list_pruners("topo*") == ["topological", "topological_magnitude"]
+    assert nni_topo.pruner_info("l1").origin == "nni"
+    assert nni_topo.pruner_info("topological").origin == "nni_topo"
+
+
+@pytest.mark.parametrize("name", ["l1", "l2", "fpgm", "random", "topological"])
+def test_created_by_name_a_pruner_prunes(name):
+    pruner = nni_topo.create_pruner(name, toy_model(), HALF)
+    assert type(pruner) is nni_topo.pruner_info(name).load()
+    _, masks = pruner.compress()
+    assert int(masks["hidden"]["bias"].sum()) == 8
+
+
+def test_knobs_reach_the_pruner():
+    assert nni_topo.create_pruner("random", toy_model(), HALF, seed=7).seed == 7
+
+
+def test_the_classes_are_where_users_of_nni_look():
+    assert nni.compression.pruning.TopologicalPruner is nni_topo.TopologicalPruner
+    from nni.compression.pruning import RandomPruner
+
+    assert RandomPruner is nni_topo.RandomPruner
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "words"),
+    [
+        ("topologicl", {}, "pruner must be a known name, got 'topologicl'; did you mean topological"),
+        ("topological", {"criterium": "cover"}, "did you mean criterion"),
+        ("taylor", {}, "pruner 'taylor' needs evaluator, training_steps"),
+    ],
+)
+def test_bad_names_are_refused_before_the_model_is_wrapped(name, knobs, words):
+    model = toy_model()
+    with pytest.raises(ConfigError, match=words):
+        nni_topo.create_pruner(name, model, HALF, **knobs)
+    assert not hasattr(model.hidden, "_nni_wrapper")
+
+
+def test_nnis_own_pruners_get_the_same_checks_of_the_request():
+    with pytest.raises(ConfigError, match="at least one module"):
+        nni_topo.create_pruner("l1", toy_model(), [{"op_types": ["LSTM"], "sparse_ratio": 0.5}])
+
+
+def test_a_third_party_joins_the_table(monkeypatch):
+    info = PrunerInfo("mine", "nni_topo.pruners.random:RandomPruner", "what I like")
+    monkeypatch.setattr("nni_topo.pruners.registry._TABLE", dict(nni_topo.pruners.registry._TABLE))
+    nni_topo.register_pruner(info)
+    assert "mine" in nni_topo.list_pruners()
+    check_knobs("mine", ["seed"])
+    with pytest.raises(ConfigError, match="must be free, got 'mine'"):
+        nni_topo.register_pruner(PrunerInfo("mine", "other:Pruner", ""))

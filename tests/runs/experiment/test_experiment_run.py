@@ -1,0 +1,234 @@
+"""Experiments with NNI's real manager on this machine, from start to export."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+import nni_topo
+from nni_topo import zoo
+from nni_topo.cli import main
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.runs.experiment.manager import start_experiment
+from nni_topo.runs.experiment.results import export_trial
+from nni_topo.runs.experiment.trials import TrialRecord, best_trial
+from nni_topo.runs.experiment.manager import check_port, free_port, load_experiment
+
+CONFIG = """
+searchSpace:
+{space}
+trialCommand: python -m nni_topo.runs.trial --limit 300 --train-epochs 4 --cache {nets} {words}
+trialCodeDirectory: .
+trialConcurrency: 2
+maxTrialNumber: {trials}
+tuner: {{name: GridSearch}}
+trainingService: {{platform: local}}
+experimentWorkingDirectory: {home}/nni-experiments
+"""
+PRUNERS = "  pruner: {_type: choice, _value: [l1, l2, l3, fpgm, random]}"
+LATE = """
+import pathlib, time
+import nni
+asked = pathlib.Path("asked")
+while nni.get_sequence_id() == 0 and not asked.exists():
+    time.sleep(0.1)
+x = nni.get_next_parameter()["x"]
+asked.touch()
+nni.report_final_result(x)
+"""
+SECONDS = 240
+ALL_INTERFACES = {"0" * 32, "0" * 8}
+
+
+def listeners(port: int) -> set[str]:
+    """Hexadecimal addresses on which something listens at a port."""
+    lines = [line.split() for table in ("tcp", "tcp6") for line in Path("/proc/net", table).read_text().splitlines()]
+    local = [line[1].split(":") for line in lines if line[3] == "0A"]
+    return {address for address, number in local if int(number, 16) == port}
+
+
+def configured(home, nets, space: str, trials: int, words: str = "") -> str:
+    text = CONFIG.format(space=space, nets=nets, words=words, trials=trials, home=home.folder)
+    return str(home.write("config.yml", text))
+
+
+def statuses(home, port=None) -> list[str]:
+    return sorted(job["status"] for job in home.rest("trial-jobs", port) or ())
+
+
+@pytest.mark.slow
+def test_five_trials_of_which_one_crashes(home, nets, wait_until):
+    config = configured(home, nets, PRUNERS, 5)
+    words = ["experiment", "run", config, "--port", str(home.port), "--out", "out", "--json"]
+    with home.popen(sys.executable, "-m", "nni_topo", *words) as process:
+        try:
+            wait_until(lambda: process.poll() is not None or statuses(home))
+            if sys.platform == "linux" and process.poll() is None:
+                assert listeners(home.port)
+                assert not listeners(home.port) & ALL_INTERFACES
+            out, err = process.communicate(timeout=SECONDS)
+        finally:
+            process.send_signal(signal.SIGTERM)
+    assert process.returncode == 1, err
+    assert home.rest("check-status") is None
+    document = json.loads(out)
+    trials = {trial["parameters"]["pruner"]: trial for trial in document["trials"]}
+    assert {name: trial["status"] for name, trial in trials.items()} == {
+        **dict.fromkeys(("l1", "l2", "fpgm", "random"), "SUCCEEDED"),
+        "l3": "FAILED",
+    }
+    assert "pruner must be a known name, got 'l3'; did you mean l" in trials["l3"]["error"]
+    assert "failed: nni_topo.runs.trial: pruner must be" in " ".join(err.split())
+    scores = {name: trial["result"]["default"] for name, trial in trials.items() if name != "l3"}
+    assert document["best"]["result"]["default"] == max(scores.values()) > 0.3
+    dense = nni_topo.load(
+        home.folder / "out" / "best" / "dense.pt",
+        lambda: zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8),
+    )
+    data = zoo.load_data("digits", limit=300)
+    assert zoo.evaluate(dense, data.validation) == max(scores.values())
+    assert json.loads((home.folder / "out" / "best" / "config_list.json").read_text())[0]["sparse_ratio"] > 0.5
+    assert len(json.loads((home.folder / "out" / "trials.json").read_text())) == 5
+    seen = home.topo("experiment", "status", "--json")
+    again = json.loads(seen.stdout)
+    assert again["status"] == "VIEWED"
+    assert sorted(trial["status"] for trial in again["trials"]) == ["FAILED"] + ["SUCCEEDED"] * 4
+    exported = home.topo("experiment", "export", again["experiment"], "--trial", trials["fpgm"]["id"], "--out", "fpgm")
+    assert exported.returncode == 0, exported.stderr
+    assert json.loads((home.folder / "fpgm" / "settings.json").read_text())["pruner"] == "fpgm"
+
+
+@pytest.mark.slow
+def test_a_trial_that_asks_late_gets_its_own_parameters(home):
+    home.write("late.py", LATE)
+    text = CONFIG.format(space="  x: {_type: choice, _value: [0, 1]}", nets="", words="", trials=2, home=home.folder)
+    home.write("config.yml", re.sub("trialCommand: .*", "trialCommand: python late.py", text))
+    done = home.topo("experiment", "run", "config.yml", "--port", str(home.port), "--out", "out")
+    # these trials leave no files to export
+    assert "its command is that of nni_topo.runs.trial, got 'python late.py'" in " ".join(done.stderr.split())
+    trials = json.loads((home.folder / "out" / "trials.json").read_text())
+    assert [(trial["parameters"]["x"], trial["result"]["default"]) for trial in trials] == [(0, 0), (1, 1)]
+
+
+@pytest.mark.slow
+def test_a_killed_manager_is_resumed_and_its_trials_go_on(home, nets, wait_until):
+    config = configured(home, nets, "  seed: {_type: choice, _value: [0, 1, 2, 3]}", 4, "--retrain-epochs 40")
+    words = ["experiment", "run", config, "--port", str(home.port), "--out", "out"]
+    with home.popen(sys.executable, "-m", "nni_topo", *words) as process:
+        try:
+            wait_until(lambda: {"SUCCEEDED", "RUNNING"} <= set(statuses(home)))
+            (entry,) = json.loads((home.folder / "nni-experiments" / ".experiment").read_text()).values()
+            before = {job["trialJobId"]: job["status"] for job in home.rest("trial-jobs")}
+            os.kill(entry["pid"], signal.SIGKILL)
+            _, err = process.communicate(timeout=SECONDS)
+        finally:
+            process.send_signal(signal.SIGTERM)
+    assert process.returncode == 2
+    said = " ".join(err.split())
+    assert f"NNI's manager must answer, got none (port {home.port})" in said
+    assert f"nni-topo experiment run --resume {entry['id']}" in said
+    port = free_port()
+    resumed = home.run("nnictl", "resume", entry["id"], "--port", str(port))
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    try:
+        wait_until(lambda: statuses(home, port) == ["SUCCEEDED"] * 4)
+        after = {job["trialJobId"]: job["status"] for job in home.rest("trial-jobs", port)}
+    finally:
+        home.run("nnictl", "stop", "--port", str(port))
+    assert before.keys() <= after.keys()
+    best = home.topo("experiment", "export", entry["id"], "--out", "best")
+    assert best.returncode == 0, best.stderr
+    assert (home.folder / "best" / "dense.pt").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_exports_what_it_found_and_names_one_way_on(home, nets, wait_until):
+    config = configured(home, nets, "  seed: {_type: choice, _value: [0, 1, 2, 3]}", 4, "--retrain-epochs 40")
+    words = ["experiment", "run", config, "--port", str(home.port), "--out", "out"]
+    with home.popen(sys.executable, "-m", "nni_topo", *words) as process:
+        wait_until(lambda: {"SUCCEEDED", "RUNNING"} <= set(statuses(home)))
+        process.send_signal(signal.SIGINT)
+        said, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 130
+    (known,) = json.loads((home.folder / "nni-experiments" / ".experiment").read_text())
+    way_on = f"nni-topo experiment run --resume {known} --out out"
+    assert (said + err).count("--resume") == 1
+    assert way_on in err
+    assert "the same command" not in said + err
+    assert (home.folder / "out" / "best" / "dense.pt").exists()
+    found = {trial["id"]: trial["status"] for trial in json.loads((home.folder / "out" / "trials.json").read_text())}
+    assert "STOPPED" in found.values()
+    assert "RUNNING" not in found.values()
+
+    seen = home.topo("experiment", "status", "--json")
+    assert {trial["id"]: trial["status"] for trial in json.loads(seen.stdout)["trials"]} == found
+    shown = home.topo("experiment", "status").stdout
+    assert f"go on with: nni-topo experiment run --resume {known}" in shown
+
+    again = home.topo(*way_on.split()[1:], "--port", str(free_port()))
+    assert again.returncode == 0, again.stderr
+    after = json.loads((home.folder / "out" / "trials.json").read_text())
+    assert [trial["status"] for trial in after] == ["SUCCEEDED"] * 4
+    assert found.keys() <= {trial["id"] for trial in after}
+
+
+def test_a_port_in_use_is_a_clear_error(home, capsys, monkeypatch):
+    config = configured(home, home.folder, PRUNERS, 5)
+    monkeypatch.chdir(home.folder)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", home.port))
+        taken.listen()
+        with pytest.raises(ConfigError, match=f"a port must be free, got {home.port}: Address already in use"):
+            start_experiment(load_experiment(config), home.port)
+        assert main(["experiment", "run", config, "--port", str(home.port), "--out", "out"]) == 2
+    assert f"nni-topo experiment: a port must be free, got {home.port}" in " ".join(capsys.readouterr().err.split())
+    assert not (home.folder / "nni-experiments").exists()
+    with pytest.raises(ConfigError, match=r"must be in \[1, 65534\], got 70000"):
+        check_port(70000)
+
+
+def test_requests_that_make_no_sense_are_clear_errors(home, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(home.folder))
+    monkeypatch.chdir(home.folder)
+    for words, message in (
+        (["run", "--out", "out"], "must be a file, or --resume ID, got both or neither"),
+        (["run", "missing.yml", "--out", "out"], "No such file"),
+        (["status", "--port", str(home.port)], f"NNI's manager must answer, got none (port {home.port})"),
+        (["run", "--resume", "abc", "--out", "out"], "must be one that NNI knows, got none at all"),
+    ):
+        assert main(["experiment", *words]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+def record(status: str, score: float | None, folder: str = "") -> TrialRecord:
+    return TrialRecord("abc", 0, status, {"pruner": "l1"}, {} if score is None else {"default": score}, folder)
+
+
+def test_the_best_trial_is_one_that_succeeded():
+    trials = [record("EARLY_STOPPED", 0.9), record("SUCCEEDED", 0.5), record("SUCCEEDED", 0.7), record("FAILED", None)]
+    assert best_trial(trials).score == 0.7
+    assert best_trial(trials, mode="minimize").score == 0.5
+    with pytest.raises(DataError, match="must have a trial that succeeded, got FAILED"):
+        best_trial(trials[3:])
+
+
+def test_a_trial_without_files_here_is_run_again(nets, tmp_path, monkeypatch):
+    monkeypatch.setenv("NNI_TOPO_EVALUATORS", "torch")
+    away = record("SUCCEEDED", 0.7, "/on/another/machine")
+    with pytest.raises(DataError, match="must be on this machine, or run again here"):
+        export_trial(away, tmp_path / "none")
+    command = f"python -m nni_topo.runs.trial --limit 300 --train-epochs 4 --cache {nets}"
+    metrics = export_trial(away, tmp_path / "again", command=command)
+    assert metrics["settings"]["pruner"] == "l1"
+    assert (tmp_path / "again" / "dense.pt").exists()
+    with pytest.raises(DataError, match=r"if its command is that of nni_topo.runs.trial, got 'true'"):
+        export_trial(away, tmp_path / "other", command="true")
+    with pytest.raises(DataError, match=r"must run again here, got: .*unrecognized arguments: --no-such"):
+        export_trial(away, tmp_path / "bad", command=f"{command} --no-such")

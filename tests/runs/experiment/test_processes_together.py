@@ -1,0 +1,153 @@
+"""Two processes retrain one net, and a Dask cluster searches layers: the same results as alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from joblib import parallel_config
+
+from nni_topo import TopologicalPruner, zoo
+from nni_topo.runs.processes import broadcast, broadcast_masks, check_equal_masks, data_share, masks_digest, world
+from nni_topo.errors import ConfigError, DataError
+
+RANKS = """
+import json, os, runpy, sys
+import torch
+from torch.nn.parallel import DistributedDataParallel
+import nni_topo
+from nni_topo import zoo
+from nni_topo.runs.processes import broadcast, broadcast_masks, check_equal_masks, data_share, masks_digest, process_group
+from nni_topo.errors import DataError
+from nni_topo.experiment.manager import free_port
+
+torch.set_num_threads(1)
+data = zoo.load_data("digits", limit=301)
+images = data.test.tensors[0][:2]
+with process_group() as (rank, size):
+    # each process begins with weights and masks of its own
+    net = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=rank)
+    config_list = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+    pruner = nni_topo.create_pruner("random", net, config_list, seed=rank)
+    _, own = pruner.compress()
+    pruner.unwrap_model()
+    try:
+        check_equal_masks(own)
+        words = ""
+    except DataError as error:
+        words = str(error)
+    masks = broadcast_masks(own if rank == 0 else None)
+    dense = nni_topo.to_dense(net, images, masks)
+    share = data_share(data, rank, size)
+    shared = DistributedDataParallel(dense)
+    before = masks_digest({"net": dict(dense.state_dict())})
+    zoo.train(shared, share, zoo.Recipe(epochs=3, batch_size=16), seed=rank)
+    after = {"net": dict(dense.named_parameters())}
+    check_equal_masks(after)
+    print(json.dumps({
+        "rank": rank, "size": size, "words": words, "own": masks_digest(own), "masks": masks_digest(masks),
+        "images": len(share.train), "before": before, "after": masks_digest(after),
+        "accuracy": zoo.evaluate(dense, data.test),
+    }), file=open(f"{sys.argv[1]}/{rank}.json", "w"))
+    port = broadcast(free_port())
+
+# the same processes then carry out a trial, in a group of its own: torchrun's store serves only one
+os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=str(port))
+del sys.argv[1]
+runpy.run_module("nni_topo.runs.trial", run_name="__main__")
+"""
+
+
+def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NNI_TOPO_EVALUATORS": "torch"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def ranks(nets, tmp_path_factory):
+    """What two processes leave: a folder with RANKS' two files and a trial's folder, and the trial's words."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "ranks.py").write_text(RANKS)
+    params = folder / "params.json"
+    params.write_text(json.dumps({"pruner": "random", "retrain_epochs": 2}))
+    words = ["--params", str(params), "--cache", str(nets), "--limit", "300", "--train-epochs", "4"]
+    done = torchrun(str(folder / "ranks.py"), str(folder), *words, "--out", str(folder / "trial"))
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_two_processes_get_the_first_ones_masks_and_train_the_same_net(ranks):
+    folder, _ = ranks
+    first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert (first["size"], first["images"], second["images"]) == (2, 150, 150)
+    assert first["own"] != second["own"]
+    assert "masks must be equal in all processes, got rank 0: " in first["words"]
+    assert first["own"][:12] in second["words"]
+    assert first["masks"] == second["masks"] == first["own"]
+    assert first["before"] == second["before"]
+    assert first["after"] == second["after"]
+    assert first["accuracy"] > 0.5
+
+
+def test_a_trial_by_two_processes(ranks):
+    folder, words = ranks
+    assert [json.loads(line).get("step") for line in words.splitlines()] == [0, 1, 2, None]
+    metrics = json.loads((folder / "trial" / "metrics.json").read_text())
+    assert metrics["accuracy"] > 0.3
+
+
+def test_alone_there_is_nothing_to_share():
+    masks = {"conv": {"weight": torch.tensor([1.0, 0.0])}}
+    assert world() == (0, 1)
+    assert broadcast(3) == 3
+    assert torch.equal(broadcast_masks(masks)["conv"]["weight"], masks["conv"]["weight"])
+    check_equal_masks(masks)
+    with pytest.raises(DataError, match="must have masks, got None"):
+        broadcast_masks(None)
+
+
+def test_digests_tell_names_shapes_and_values_apart():
+    ones = torch.ones(2, 2)
+    found = [{"a": {"weight": ones}}, {"b": {"weight": ones}}, {"a": {"bias": ones}}]
+    found += [{"a": {"weight": ones.flatten()}}, {"a": {"weight": torch.eye(2)}}]
+    assert len({masks_digest(masks) for masks in found}) == len(found)
+    assert masks_digest(found[0]) == masks_digest({"a": {"weight": ones.clone()}})
+
+
+def test_shares_are_equal_and_apart():
+    data = zoo.load_data("digits", limit=11)
+    shares = [data_share(data, rank, 3).train.tensors[0] for rank in range(3)]
+    assert [len(share) for share in shares] == [3, 3, 3]
+    assert len(torch.cat(shares).flatten(1).unique(dim=0)) == 9
+    with pytest.raises(ConfigError, match="each process must get a training image, got 11 for 12"):
+        data_share(data, 0, 12)
+
+
+def test_a_dask_cluster_searches_layers_to_the_same_masks(tmp_path, monkeypatch):
+    distributed = pytest.importorskip("distributed", reason="needs Dask: pip install 'nni_topo[dask]'")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("NNI_TOPO_EVALUATORS", "torch")
+    config_list = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
+
+    def masks(n_jobs: int):
+        net = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
+        _, found = TopologicalPruner(net, config_list, seed=1, n_jobs=n_jobs, generations=5).compress()
+        return found
+
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=tmp_path, host="127.0.0.1"
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        workers = client.scheduler_info()["workers"]
+        with distributed.get_task_stream(client) as tasks, parallel_config(backend="dask"):
+            spread = masks(-1)
+    assert len(tasks.data) >= 4
+    assert {task["worker"] for task in tasks.data} <= set(workers)
+    assert masks_digest(spread) == masks_digest(masks(1))

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nni_topo import zoo
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.runs import compare
+from nni_topo.runs.plan import CompensationChoice, DataChoice, ModelChoice, Plan, PrunerChoice, Target
+from nni_topo.runs.tables import markdown_report
+from nni_topo.runs.records import append_record, read_records
+from nni_topo.network.zeros import weights_left
+
+RESULTS = ("accuracy_before", "accuracy_oneshot", "accuracy_recalibrated", "accuracy_retrained", "flops", "params")
+
+
+def plan(*pruners, seeds=1):
+    return Plan(
+        models=(ModelChoice("small_cnn"),),
+        data=(DataChoice("digits", limit=300),),
+        pruners=tuple(PrunerChoice(name) for name in pruners),
+        targets=(Target("ratio", 0.5),),
+        seeds=seeds,
+        train={"epochs": 2},
+        retrain={"epochs": 1},
+    )
+
+
+def figures(records):
+    return [{name: record[name] for name in (*RESULTS, "pruner", "seed")} for record in records]
+
+
+def test_records_hold_what_a_table_needs(tmp_path):
+    records, failures = compare(plan("l1", "topological"), tmp_path, isolate=False)
+    assert failures == []
+    assert [record["pruner"] for record in records] == ["l1", "topological"]
+    for record in records:
+        assert record["flops"] < record["flops_before"]
+        assert record["params"] < 0.35 * record["params_before"]
+        assert all(0.0 <= record[name] <= 1.0 for name in RESULTS[:4])
+        assert record["widths"]["head" if "head" in record["widths"] else list(record["widths"])[-1]] == 10
+        assert record["versions"]["torch"]
+        assert record["peak_memory_bytes"] > 2**26
+    assert records[0]["flops"] == records[1]["flops"]
+    assert json.loads((tmp_path / "results.json").read_text()) == records
+
+
+def test_single_weights_stay_pruned_while_the_net_is_retrained(tmp_path, monkeypatch):
+    trained = []
+
+    def train(model, *args, **knobs):
+        log = zoo_train(model, *args, **knobs)
+        trained.append(weights_left(model))
+        return log
+
+    zoo_train = zoo.train
+    monkeypatch.setattr(zoo, "train", train)
+    records, _ = compare(plan("level", "l1"), tmp_path, isolate=False)
+    level, l1 = records
+    assert level["params"] == level["params_before"]
+    assert level["weights_left"] == pytest.approx(0.5 * level["params"], rel=0.1)
+    assert trained[-2:] == [level["weights_left"], l1["weights_left"]]
+    assert l1["weights_left"] == l1["params"]
+    lines = markdown_report(records).splitlines()
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in lines if line.startswith("| ")}
+    column = rows["method"].index("not zero (k)")
+    assert rows["level"][column] == f"{level['weights_left'] / 1e3:.1f}"
+    assert rows["l1"][column] == rows["unpruned"][column] == ""
+    assert "not zero" not in markdown_report([l1])
+
+
+def test_a_finished_comparison_runs_nothing_again(tmp_path):
+    first, _ = compare(plan("l1"), tmp_path, isolate=False)
+    ran = []
+    both = plan("l1", "random")
+    second, _ = compare(both, tmp_path, isolate=False, on_cell=lambda cell, *_: ran.append(cell.pruner.name))
+    assert ran == ["random"]
+    assert second[0] == first[0]
+
+
+def test_a_process_per_cell_gives_the_same_figures(tmp_path):
+    alone, _ = compare(plan("l1"), tmp_path / "alone", isolate=True)
+    together, _ = compare(plan("l1"), tmp_path / "together", isolate=False)
+    assert figures(alone) == figures(together)
+
+
+def test_a_failing_cell_is_reported_and_the_others_run(tmp_path):
+    broken = Plan(**{**plan("l1").__dict__, "pruners": (PrunerChoice("taylor"), PrunerChoice("l1"))})
+    records, failures = compare(broken, tmp_path)
+    assert [record["pruner"] for record in records] == ["l1"]
+    assert "needs training_steps" in failures[0].reason
+    assert failures[0].cell.pruner.name == "taylor"
+
+
+def test_a_folder_of_another_comparison_is_refused(tmp_path):
+    compare(plan("l1"), tmp_path, isolate=False)
+    with pytest.raises(ConfigError, match=r"1 records of another one, e\.g\. small_cnn, digits, l1, ratio 0\.5"):
+        compare(plan("l2"), tmp_path, isolate=False)
+
+
+def test_a_part_of_the_test_images(tmp_path):
+    few = Plan(**{**plan("l1").__dict__, "data": (DataChoice("digits", limit=300, test_limit=20),)})
+    (record,), _ = compare(few, tmp_path, isolate=False)
+    assert record["accuracy_before"] * 20 == pytest.approx(round(record["accuracy_before"] * 20))
+    with pytest.raises(ConfigError, match="test_limit must be at least 1, got 0"):
+        compare(Plan(**{**few.__dict__, "data": (DataChoice("digits", test_limit=0),)}), tmp_path, isolate=False)
+
+
+def test_a_line_cut_short_by_a_crash_is_dropped(tmp_path):
+    path = tmp_path / "results.jsonl"
+    append_record(path, {"key": "a"})
+    append_record(path, {"key": "b"})
+    path.write_bytes(path.read_bytes()[:-5])
+    assert read_records(path) == [{"key": "a"}]
+    append_record(path, {"key": "c"})
+    assert read_records(path) == [{"key": "a"}, {"key": "c"}]
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_broken_line_before_the_last_is_refused_and_nothing_is_cut_off(broken, tmp_path):
+    lines = [b'{"key": "a"}\n', b'{"key": "b"}\n', b'{"key": "c"}\n']
+    lines[broken] = b'{"key": \n'
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(DataError, match=rf"must be a JSON record.*results\.jsonl:{broken + 1}\)"):
+        read_records(path)
+    assert path.read_bytes() == b"".join(lines)
+
+
+SCRIPT = """
+import sys
+from tests_plan import plan
+from nni_topo.runs import compare
+
+if __name__ == "__main__":
+    compare(plan("random", "l1", "l2", seeds=2), sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_and_repeated_it_ends_with_the_same_table(tmp_path):
+    (tmp_path / "tests_plan.py").write_text(Path(__file__).read_text())
+    (tmp_path / "run.py").write_text(SCRIPT)
+    out = tmp_path / "killed"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(tmp_path / "run.py"), str(out)]
+    process = subprocess.Popen(command, env=environment)
+    deadline = time.monotonic() + 300
+    while len(read_lines(out / "results.jsonl")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 2 <= len(read_lines(out / "results.jsonl")) < 6
+    subprocess.run(command, env=environment, check=True)
+    whole, _ = compare(plan("random", "l1", "l2", seeds=2), tmp_path / "whole", isolate=False)
+    assert figures(json.loads((out / "results.json").read_text())) == figures(whole)
+
+
+def read_lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_compensation_taylor_and_a_yardstick(tmp_path):
+    both = dataclasses.replace(
+        plan("l1"),
+        pruners=(
+            PrunerChoice("l1"),
+            PrunerChoice("taylor", knobs={"training_steps": 4}),
+            PrunerChoice("scratch"),
+        ),
+        train={"epochs": 5},
+        retrain={"epochs": 0},
+        compensate=CompensationChoice(images=256),
+    )
+    records, failures = compare(both, tmp_path, isolate=False)
+    assert failures == []
+    for record in records[:2]:
+        assert record["accuracy_compensated"] > record["accuracy_oneshot"]
+        assert "accuracy_retrained" not in record
+    assert "accuracy_oneshot" not in records[2]
+    assert records[2]["widths"] == records[0]["widths"]
+    assert records[2]["accuracy_retrained"] > 0.5
+
+
+def test_bad_compensation_is_refused():
+    with pytest.raises(ConfigError, match="images must be at least 1, got 0"):
+        CompensationChoice(images=0)
+    with pytest.raises(ConfigError, match="method"):
+        CompensationChoice(method="magic")

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+from scipy import stats
+
+from nni_topo.runs.tables import markdown_report, plot_accuracy, print_report, print_widths
+from nni_topo.runs.tables import best_rival, grouped, interval, paired_difference
+
+
+def record(pruner, seed, retrained, name=None):
+    return {
+        "model": "net",
+        "data": "digits",
+        "target": "ratio 0.5",
+        "pruner": pruner,
+        "pruner_name": name or pruner,
+        "seed": seed,
+        "flops_before": 4e6,
+        "flops": 1e6,
+        "params_before": 8e3,
+        "params": 2e3,
+        "accuracy_before": 0.99,
+        "accuracy_oneshot": 0.5,
+        "accuracy_recalibrated": 0.7,
+        "accuracy_retrained": retrained,
+        "latency_before_ms": 2.0,
+        "latency_ms": 1.0,
+        "prune_seconds": 0.1,
+    }
+
+
+RECORDS = [
+    *(record("l1", seed, value) for seed, value in enumerate([0.90, 0.92, 0.94])),
+    *(record("fpgm", seed, value) for seed, value in enumerate([0.91, 0.92, 0.91])),
+    *(record("ours", seed, value, "topological") for seed, value in enumerate([0.92, 0.93, 0.96])),
+    *(record("random", seed, 0.99) for seed in range(3)),
+]
+
+
+def test_interval_is_students():
+    values = [0.5, 0.7, 0.9, 0.4]
+    found = interval(values)
+    low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
+
+
+def test_one_value_has_no_interval():
+    assert interval([0.5]).show(100) == "50.0"
+
+
+def test_rivals_are_the_pruners_of_others():
+    (rows,) = grouped(RECORDS).values()
+    assert best_rival(rows, "accuracy_retrained") == "l1"
+
+
+def test_differences_are_paired_over_seeds():
+    (rows,) = grouped(RECORDS).values()
+    difference = paired_difference(rows["ours"], rows["l1"], "accuracy_retrained")
+    expected = stats.ttest_rel([0.92, 0.93, 0.96], [0.90, 0.92, 0.94]).confidence_interval(0.95)
+    assert (difference.mean - difference.half, difference.mean + difference.half) == pytest.approx(tuple(expected))
+
+
+def test_differences_are_paired_by_seed_whatever_the_order_and_the_gaps():
+    ours = {seed: record("ours", seed, 0.5 + seed / 10, "topological") for seed in (3, 0, 2, 1, 9)}
+    theirs = {seed: record("l1", seed, 0.4 + seed / 10) for seed in (8, 0, 1, 2, 3)}
+    del theirs[2]["accuracy_retrained"]
+    difference = paired_difference(ours, theirs, "accuracy_retrained")
+    assert (difference.mean, difference.half) == (pytest.approx(0.1), pytest.approx(0.0, abs=1e-12))
+
+
+def test_the_table_names_every_row_and_the_best_rival():
+    stream = io.StringIO()
+    print_report(RECORDS, Console(file=stream, width=160))
+    text = stream.getvalue()
+    assert "net on digits, ratio 0.5 (3 seeds)" in text
+    (ours,) = [line for line in text.splitlines() if "ours" in line]
+    assert "+1.7 ± 1.4" in ours
+    (rival,) = [line for line in text.splitlines() if "l1" in line]
+    assert "best rival" in rival
+
+
+def test_the_markdown_table_has_the_same_cells():
+    lines = markdown_report(RECORDS).splitlines()
+    assert lines[0] == "**net on digits, ratio 0.5 (3 seeds)**"
+    assert lines[4].startswith("| unpruned | 4.00 | 8.0 | 99.0")
+    (ours,) = [line for line in lines if line.startswith("| ours")]
+    assert "| +1.7 ± 1.4 |" in ours
+    assert {line.count("|") for line in lines if line.startswith("|")} == {11}
+
+
+def test_widths_are_means_over_seeds():
+    runs = [{**record("l1", seed, 0.9), "widths": {"conv1": 4 + seed, "head": 10}} for seed in range(2)]
+    stream = io.StringIO()
+    print_widths(runs, Console(file=stream, width=100))
+    assert [line.split()[1::2] for line in stream.getvalue().splitlines() if "conv1" in line] == [["conv1", "4.5"]]
+
+
+def test_the_picture_shows_every_rows_mean_before_and_after(drawn, tmp_path):
+    other = [{**entry, "data": "mnist", "flops": 2e6, "target": "flops 0.5"} for entry in RECORDS[:3]]
+    path = plot_accuracy([*RECORDS, *other], tmp_path / "accuracy.png")
+    assert imread(path).shape[0] > 300
+    left, right = drawn["accuracy.png"].axes
+    assert [axis.get_title() for axis in (left, right)] == ["net on digits", "net on mnist"]
+    unpruned = next(line for line in left.get_lines() if line.get_label() == "unpruned")
+    assert np.ravel(unpruned.get_data()) == pytest.approx([4.0, 99.0])
+    rows = ("l1", "fpgm", "ours", "random")
+    assert [bars.get_label() for bars in left.containers[1::2]] == list(rows)
+    for index, row in enumerate(rows):
+        before, after = left.containers[2 * index : 2 * index + 2]
+        found = interval([100 * entry["accuracy_retrained"] for entry in RECORDS if entry["pruner"] == row])
+        # Rows of one target stand side by side, a hundredth of the whole network apart.
+        place = 1.0 + (index - 1.5) * 0.04
+        assert np.ravel(before[0].get_data()) == pytest.approx([place, 50.0])
+        assert np.ravel(after[0].get_data()) == pytest.approx([place, found.mean])
+        ((_, low), (_, high)) = after[2][0].get_segments()[0]
+        assert (low, high) == pytest.approx((found.mean - found.half, found.mean + found.half))
+    assert [np.ravel(bars[0].get_data())[0] for bars in right.containers] == pytest.approx([2.0, 2.0])

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from nni_topo import zoo
+from nni_topo.cli import main
+from nni_topo.errors import ConfigError
+from nni_topo.runs.plan import DataChoice, ModelChoice
+from nni_topo.analysis.deviation_study import deviation_study
+from nni_topo.runs.run import build_model, load_model_data
+from nni_topo.analysis.retraining_study import _freeze_zeros, epochs_back
+
+DATA = DataChoice("digits", limit=400)
+RECIPE = zoo.Recipe(epochs=3, batch_size=32, lr=0.05)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A lenet300 trained for a moment on a few digits."""
+    data = load_model_data(ModelChoice("lenet300"), DATA)
+    model = build_model(ModelChoice("lenet300"), data, 0)
+    zoo.train(model, data, RECIPE, seed=0)
+    path = tmp_path_factory.mktemp("study") / "lenet300.pt"
+    zoo.save_checkpoint(path, model, {})
+    return path
+
+
+def command(study, checkpoint, out, *more):
+    words = ["analyze", study, "--model", "lenet300", "--data", "digits", "--limit", "400"]
+    return main([*words, "--checkpoint", str(checkpoint), "--out", str(out), *more])
+
+
+def test_deviation_command(checkpoint, tmp_path, capsys, drawn):
+    pruners = "connections,level,cluster,subcluster"
+    arguments = ("--pruners", pruners, "--ratios", "0", "0.5", "--images", "8", "--calibration", "100", "--json")
+    assert command("deviation", checkpoint, tmp_path, *arguments) == 0
+    study = json.loads(capsys.readouterr().out)
+    points = {(point["pruner"], point["ratio"]): point for point in study["points"]}
+    assert len(points) == 8
+    assert study["images"] == 8
+    for name in ("connections", "level", "cluster"):
+        assert points[name, 0.0]["error"] == points[name, 0.0]["bound"] == points[name, 0.0]["dev"] == 0.0
+        assert points[name, 0.0]["accuracy"] == study["accuracy"]
+    for name in pruners.split(","):
+        point = points[name, 0.5]
+        assert 0.0 < point["error"] <= point["lipschitz"]
+        assert point["dev"] == pytest.approx(point["error"] - point["bound"])
+        assert point["relative"] == pytest.approx(point["error"] / point["bound"] - 1.0)
+    assert points["connections", 0.5]["pruned"] == pytest.approx(0.5, abs=1e-3)
+    assert points["level", 0.5]["error"] < points["connections", 0.5]["error"]
+    assert {path.name for path in tmp_path.iterdir()} == {"deviation.json", "deviation.png", "accuracy.png"}
+    panels = [("deviation.png", 0, "dev"), ("deviation.png", 1, "relative"), ("deviation.png", 2, "error")]
+    for picture, panel, column in [*panels, ("accuracy.png", 0, "accuracy")]:
+        for name, curve in drawn.lines(picture, panel).items():
+            wanted = [(100 * points[name, r]["pruned"], points[name, r][column]) for r in (0.0, 0.5)]
+            factor = 100 if column == "accuracy" else 1
+            assert curve == [pytest.approx((x, factor * y), nan_ok=True) for x, y in sorted(wanted)]
+        assert list(drawn.lines(picture, panel)) == pruners.split(",")
+
+
+def test_deviation_table(checkpoint, tmp_path, capsys):
+    arguments = ("--pruners", "random", "--ratios", "0.5", "--images", "4", "--seeds", "2")
+    assert command("deviation", checkpoint, tmp_path, *arguments) == 0
+    text = capsys.readouterr().out
+    assert "Net Deviation of lenet300, 4 images" in text
+    assert "dev (3.12)" in text
+    assert len(json.loads((tmp_path / "deviation.json").read_text())["points"]) == 2
+
+
+def test_retraining_command(checkpoint, tmp_path, capsys, drawn):
+    arguments = ("--ratios", "0.3", "0.8", "--epochs", "2", "--images", "200", "--tolerance", "0.05", "--gamma", "0.5")
+    assert command("retraining", checkpoint, tmp_path, *arguments, "--json") == 0
+    study = json.loads(capsys.readouterr().out)
+    assert study["gamma"] == 0.5
+    kinds = {(point["pruner"], point["kind"]) for point in study["points"]}
+    assert kinds == {("connections", "connection"), ("random", "node")}
+    for point in study["points"]:
+        assert point["bound"] > 0
+        assert point["derived"] > 0
+        back = point["epochs"] is not None
+        assert back == (point["accuracy_retrained"] >= study["accuracy"] - 0.05)
+    assert {path.name for path in tmp_path.iterdir()} == {"retraining.json", "retraining.png"}
+    for panel, name in enumerate(dict.fromkeys(point["pruner"] for point in study["points"])):
+        rows = sorted((point for point in study["points"] if point["pruner"] == name), key=lambda row: row["ratio"])
+        curves = drawn.lines("retraining.png", panel)
+        assert curves["epochs taken"] == [(row["ratio"], 2 if row["epochs"] is None else row["epochs"]) for row in rows]
+        assert curves["bound (3.1)"] == [(row["ratio"], pytest.approx(row["bound"])) for row in rows]
+        assert curves["bound as derived"] == [(row["ratio"], pytest.approx(row["derived"])) for row in rows]
+
+
+def test_retraining_table_fits_gamma(checkpoint, tmp_path, capsys):
+    arguments = ("--pruners", "random", "--ratios", "0.5", "--epochs", "1", "--images", "100")
+    assert command("retraining", checkpoint, tmp_path, *arguments) == 0
+    text = capsys.readouterr().out
+    assert "gamma that fits" in text
+    assert "epochs of retraining of lenet300" in text
+
+
+def test_epochs_end_when_the_accuracy_is_back():
+    data = load_model_data(ModelChoice("lenet300"), DATA)
+    model = build_model(ModelChoice("lenet300"), data, 0)
+    start = zoo.evaluate(model, data.test)
+    assert epochs_back(model, data, RECIPE, start, seed=0) == (0, start)
+    taken, accuracy = epochs_back(model, data, RECIPE, start + 0.05, seed=0)
+    assert taken in (1, 2, 3)
+    assert accuracy >= start + 0.05
+    assert epochs_back(model, data, RECIPE, 1.1, seed=0)[0] is None
+
+
+def test_pruned_connections_stay_pruned_in_retraining():
+    data = load_model_data(ModelChoice("lenet300"), DATA)
+    model = build_model(ModelChoice("lenet300"), data, 0)
+    mask = torch.rand(model.fc1.weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    with torch.no_grad():
+        model.fc1.weight *= mask
+    _freeze_zeros(model)
+    zoo.train(model, data, RECIPE, seed=0)
+    assert bool((model.fc1.weight[~mask] == 0).all())
+    assert bool((model.fc1.weight[mask] != 0).any())
+
+
+def test_bad_requests_are_refused(checkpoint, tmp_path, capsys):
+    model = ModelChoice("lenet300")
+    for pruners, ratios, knobs, message in (
+        ([], [0.5], {}, "at least one pruner and one ratio"),
+        (["l3"], [0.5], {}, "did you mean"),
+        (["l1"], [1.0], {}, r"must be in \[0, 1\), got 1.0"),
+        (["l1"], [0.5], {"images": 0}, "images must be at least 1, got 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            deviation_study(model, checkpoint, DATA, pruners, ratios, **knobs)
+    for words, message in (
+        (("--epochs", "0"), "most_epochs must be an integer of at least 1, got 0"),
+        (("--images", "-5"), "images must be an integer of at least 1, got -5"),
+        (("--calibration", "0"), "calibration must be an integer of at least 1, got 0"),
+        (("--gamma", "-1"), "gamma must be positive and finite, got -1.0"),
+        (("--tolerance", "7"), "tolerance must be in [0, 1], got 7.0"),
+    ):
+        assert command("retraining", checkpoint, tmp_path, *words) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
