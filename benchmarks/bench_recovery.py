@@ -30,7 +30,7 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.runs.plan import DataChoice, ModelChoice, Plan, PrunerChoice, Target
 from nni_topo.runs.records import append_record, read_records
-from nni_topo.runs.run import calibration_batches, load_model_data, shared_ratios, trained_model
+from nni_topo.runs.run import shared_ratios, start_of
 from nni_topo.runs.tables import interval
 from nni_topo.runs.widths import inner_layers, pruning_config
 
@@ -80,10 +80,10 @@ class _Net:
         )
         (cell,) = plan.cells()
         self.seed, self.flops = seed, options.flops
-        self.data = load_model_data(cell.model, cell.data)
-        self.model, self.accuracy = trained_model(cell, self.data, options.out, torch.device("cpu"))
-        self.example = self.data.test.tensors[0][:2]
-        self.ratios = shared_ratios(cell, self.model, self.example, options.out)
+        self.start = start_of(cell, options.out)
+        self.data, self.model, self.accuracy = self.start.data, self.start.net, self.start.accuracy
+        self.example = self.start.example
+        self.ratios = shared_ratios(cell, self.start, options.out)
         self.digits = zoo.load_data("digits", None).train.tensors[0]
 
     def masks(self, name: str, **knobs: Any) -> Any:
@@ -112,7 +112,7 @@ class _Net:
 
 
 def _ablation(net: _Net, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
-    calibration = calibration_batches(net.data, 1024)
+    calibration = net.start.images(1024)
     images, labels = (tensor[:1024] for tensor in net.data.train.tensors)
     for label, name, knobs in _rows():
         key = (net.seed, net.flops, label)

@@ -16,23 +16,21 @@ import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import TensorDataset
 
-from nni_topo import recalibrate_batch_norm, to_dense, zoo
+from nni_topo import recalibrate_batch_norm, zoo
 from nni_topo.runs.plan import Cell, DataChoice, ModelChoice, Plan, PrunerChoice, Target
 from nni_topo.runs.records import Record, append_record, provenance, read_records
 from nni_topo.runs.run import (
-    calibration_batches,
     cell_facts,
-    load_model_data,
-    prune,
+    made_dense,
+    prune_to_ratios,
     shared_ratios,
-    trained_model,
+    start_of,
 )
 from nni_topo.runs.tables import best_rival, grouped, interval, paired_difference
 
@@ -69,9 +67,6 @@ SETTINGS = {
     "resnet20": Setting("fashion-mnist", 5_000, 5_000, 10, 3_000, 2_560),
     "small_cnn": Setting("digits", None, None, 25, 10_000, 10_000),
 }
-
-
-_loaded = cache(load_model_data)
 
 
 def main() -> None:
@@ -136,22 +131,20 @@ def _run(options: argparse.Namespace, done: set[str]) -> Iterator[Record]:
 
 def _measure(cell: Cell, setting: Setting, out: Path) -> Record:
     began = time.perf_counter()
-    data = _loaded(cell.model, cell.data)
-    model, before = trained_model(cell, data, out, torch.device("cpu"))
-    example = data.test.tensors[0][:2]
-    ratios = shared_ratios(cell, model, example, out)
-    masks, prune_seconds = prune(_with_labels(cell, data), model, data, example, ratios)
-    dense = to_dense(model, example, masks)
+    start = start_of(cell, out)
+    data = start.data
+    masks, prune_seconds = prune_to_ratios(_with_labels(cell, data), start, shared_ratios(cell, start, out))
+    dense, _ = made_dense(start, masks)
     test = TensorDataset(*data.test[: setting.test_images])
     record = {
         **cell_facts(cell),
-        "flops": zoo.count_macs(dense, example),
-        "accuracy_before": before,
+        "flops": zoo.count_macs(dense, start.example),
+        "accuracy_before": start.accuracy,
         "accuracy_oneshot": zoo.evaluate(dense, test),
         "prune_seconds": prune_seconds,
     }
     if any(isinstance(module, torch.nn.BatchNorm2d) for module in dense.modules()):
-        images = calibration_batches(data, 2 * CALIBRATION)
+        images = start.images(2 * CALIBRATION)
         record["accuracy_recalibrated"] = zoo.evaluate(recalibrate_batch_norm(dense, images), test)
     few = TensorDataset(*data.train[: setting.retrain_images])
     zoo.train(dense, replace(data, train=few, validation=TensorDataset(*few[:1])), cell.retrain, seed=cell.seed)

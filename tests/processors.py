@@ -20,16 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
-THOROUGH = (
-    *("topology", "clustering", "recovery", "hooks", "pruners", "analysis"),
-    *("test_ties.py", "test_near_ties.py", "test_evolution.py", "test_weight_evolution.py", "test_signals.py"),
-    *("test_calibration.py", "test_common.py", "test_vgg16.py"),
-)
+THOROUGH = (*("maths", "recovery", "pruners", "analysis", "network/test_calibration.py", "test_vgg16.py"),)
 # Where kernels differed before, and where choices are made.
 QUICK = (
-    *("topology/test_spanning.py", "topology/test_projection.py", "topology/test_covering.py"),
-    *("topology/test_distances.py", "clustering", "test_ties.py", "test_near_ties.py", "test_evolution.py"),
-    *("hooks/test_survivors.py", "hooks/test_reconstruction.py", "recovery/test_selection.py"),
+    *("maths/topology/test_spanning.py", "maths/topology/test_projection.py", "maths/topology/test_covering.py"),
+    *("maths/topology/test_distances.py", "maths/clustering", "maths/test_ties.py", "maths/test_near_ties.py"),
+    *("maths/test_evolution.py", "pruners/test_survivors.py", "pruners/test_reconstruction.py"),
+    "recovery/test_selection.py",
 )
 # Prescott has the narrowest sums of all: more tests failed under it than under any other.
 HARDEST = "prescott"

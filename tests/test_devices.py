@@ -29,7 +29,7 @@ from nni_topo.maths.search.subsets import EvolutionSettings
 from nni_topo.pruners.registry import create_pruner, list_pruners, pruner_info
 from nni_topo.runs.plan import Cell, CompensationChoice, DataChoice, ModelChoice, PrunerChoice, Target
 from nni_topo.runs.processes import masks_digest
-from nni_topo.runs.run import resolve_device, run_cell
+from nni_topo.runs.run import Start, resolve_device, run_cell
 from nni_topo.runs.scheduled import prune_on_schedule
 from nni_topo.speedup import measure_latency
 from nni_topo.testing import toy_evaluator, toy_images, toy_knobs, toy_model
@@ -333,10 +333,8 @@ def test_schedules_of_the_runner(device):
         data = digits()
         config = [{"op_names": ["features.conv2"], "sparse_ratio": 0.5}]
         recipe = zoo.Recipe(epochs=2, batch_size=64)
-        example = data.test.tensors[0][:2].to(place)
-        dense = prune_on_schedule(
-            "energy", small(place), config, data, recipe, schedule="linear", rounds=2, seed=1, example_inputs=example
-        )
+        start = Start(small(place), data, recipe, seed=1)
+        dense = prune_on_schedule(start, PrunerChoice("energy"), config, recipe, schedule="linear", rounds=2)
         return states(dense, place)
 
     agree(run, device)

@@ -22,7 +22,7 @@ from mutating import Mutant, draw
 from reporting import KILLED, equivalents, records, report
 
 PROJECT = Path(__file__).resolve().parents[2]
-FOLDERS = ("topology", "hooks", "speedup", "recovery")
+FOLDERS = ("maths", "pruners", "network", "recovery")
 """The package's folders whose code is mutated; which tests run it is measured."""
 
 TIME_IS_OVER = "the time is over; run it again to go on"

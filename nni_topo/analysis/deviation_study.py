@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,16 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
-from nni_topo import zoo
 from nni_topo.analysis import ErrorBound, deviation_of, error_bound
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.reference import masked_model
 from nni_topo.pruners.hooks import Masks
-from nni_topo.pruners.registry import create_pruner, pruner_info
-from nni_topo.runs.plan import DataChoice, ModelChoice, Target
-from nni_topo.runs.prune import trained_network
+from nni_topo.pruners.registry import pruner_info
+from nni_topo.runs.plan import DataChoice, ModelChoice, PrunerChoice, Target
+from nni_topo.runs.run import Start, prune, trained
 from nni_topo.runs.widths import inner_layers
 
 CONNECTIONS = "connections"
@@ -150,21 +148,19 @@ def deviation_study(
         If the checkpoint or the data can't be used.
     """
     _check(pruners, ratios, seeds, images, calibration)
-    net, bundle = trained_network(model, checkpoint, data, seed=seed, device=device)
-    place = next(net.parameters()).device
-    batch = bundle.train.tensors[0][:images].to(place)
-    batches = list(bundle.train.tensors[0][:calibration].to(place).split(128))
-    accuracy = zoo.evaluate(net, bundle.test, device=place)
+    start = trained(model, data, checkpoint=checkpoint, seed=seed, device=device)
+    net = start.net
+    batch = start.data.train.tensors[0][:images].to(start.device)
     points = []
     for name in pruners:
         repeats = seeds if name == CONNECTIONS or "seed" in pruner_info(name).knobs() else 1
         for ratio, each in itertools.product(ratios, range(seed, seed + repeats)):
-            masks = study_masks(name, net, batch[:2], ratio, batches, each)
+            masks = study_masks(name, replace(start, seed=each), ratio, calibration)
             changed = masked_model(net, batch[:2], masks)
-            kept = zoo.evaluate(changed, bundle.test, device=place)
+            kept = start.tested(changed)
             bound = error_bound(net, changed, batch, iterations=_ITERATIONS)
             points.append(_point(name, ratio, each, _share(masks), bound, kept))
-    return DeviationStudy(points, accuracy, len(batch))
+    return DeviationStudy(points, start.accuracy, len(batch))
 
 
 def _point(name: str, ratio: float, seed: int, pruned: float, found: ErrorBound, accuracy: float) -> DeviationPoint:
@@ -184,45 +180,35 @@ def _point(name: str, ratio: float, seed: int, pruned: float, found: ErrorBound,
     )
 
 
-def study_masks(
-    name: str, model: nn.Module, example: Tensor, ratio: float, calibration: list[Tensor], seed: int
-) -> Masks:
-    """Prune a copy of a model and return the masks; knobs that the pruner has are given.
+def study_masks(name: str, start: Start, ratio: float, calibration: int) -> Masks:
+    """Prune a copy of a network and return the masks.
 
     Parameters
     ----------
     name : str
         Registered name, or ``"connections"``.
-    model : torch.nn.Module
-        The model; it isn't changed.
-    example : torch.Tensor
-        A batch of inputs.
+    start : Start
+        The network; its seed is the pruner's.
     ratio : float
         Of every layer but the output, in [0, 1).
-    calibration : list of torch.Tensor
-        Batches of inputs.
-    seed : int
-        Of the pruner.
+    calibration : int
+        Training images for pruners that take calibration data.
 
     Returns
     -------
     dict
         ``{module name: {target name: mask}}``.
     """
-    layers = inner_layers(model, example)
+    layers = inner_layers(start.net, start.example)
     if name == CONNECTIONS:
-        return _random_connections(model, layers, ratio, seed)
+        return _random_connections(start.net, layers, ratio, start.seed)
     info = pruner_info(name)
-    entry: dict[str, Any] = {"op_names": layers}
-    knobs: dict[str, Any] = {"seed": seed, "calibration": calibration, "example_inputs": example}
-    if name == "subcluster":
-        knobs["initial_ratio"] = max(1.0 - ratio, 1e-9)
-    else:
-        entry["sparse_ratio"] = ratio
-    config_list = dependency_groups(model, example, [entry]) if info.structured else [entry]
-    knobs = {knob: value for knob, value in knobs.items() if knob in info.knobs()}
-    found: Masks = create_pruner(name, copy.deepcopy(model), config_list, **knobs).compress()[1]
-    return found
+    finds_number = name == "subcluster"
+    knobs = {"initial_ratio": max(1.0 - ratio, 1e-9)} if finds_number else {}
+    entry = {"op_names": layers} if finds_number else {"op_names": layers, "sparse_ratio": ratio}
+    config_list = dependency_groups(start.net, start.example, [entry]) if info.structured else [entry]
+    choice = PrunerChoice(name, knobs=knobs, calibration=calibration if "calibration" in info.knobs() else 0)
+    return prune(start, choice, config_list)[0]
 
 
 def _random_connections(model: nn.Module, layers: list[str], ratio: float, seed: int) -> Masks:

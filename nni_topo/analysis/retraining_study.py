@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,10 @@ from nni_topo.analysis import retraining_bound
 from nni_topo.analysis.deviation_study import CONNECTIONS, study_masks
 from nni_topo.analysis.retraining import Kind
 from nni_topo.errors import ConfigError, check_integer, is_finite
-from nni_topo.network.dense import to_dense
 from nni_topo.network.reference import masked_model
 from nni_topo.pruners.registry import pruner_info
 from nni_topo.runs.plan import DataChoice, ModelChoice, Target
-from nni_topo.runs.prune import trained_network
-from nni_topo.runs.run import build_model
+from nni_topo.runs.run import Start, build_model, made_dense, trained
 
 
 @dataclass(frozen=True)
@@ -170,46 +168,40 @@ def retraining_study(
         raise ConfigError(f"gamma must be positive and finite, got {gamma!r} (analyze retraining)")
     if not 0.0 <= tolerance <= 1.0:
         raise ConfigError(f"tolerance must be in [0, 1], got {tolerance!r} (analyze retraining)")
-    net, bundle = trained_network(model, checkpoint, data, seed=seed, device=device)
-    place = next(net.parameters()).device
-    initial = build_model(model, bundle, seed).to(place)
-    recipe = zoo.default_recipe(model.name, data.name)
-    accuracy = zoo.evaluate(net, bundle.test, device=place)
-    pictures, labels = (tensor[:images].split(256) for tensor in bundle.train.tensors)
+    start = trained(model, data, checkpoint=checkpoint, seed=seed, device=device)
+    initial = build_model(model, start.data, seed).to(start.device)
+    pictures, labels = (tensor[:images].split(256) for tensor in start.data.train.tensors)
     batches = list(zip(pictures, labels, strict=True))
-    inputs = [each.to(place) for each in bundle.train.tensors[0][:calibration].split(128)]
-    case = _Case(net, initial, bundle, recipe, accuracy - tolerance, batches, inputs)
+    case = _Case(start, initial, start.accuracy - tolerance, batches, calibration)
     points = []
     for name in pruners:
         for ratio, each in itertools.product(ratios, range(seed, seed + seeds)):
             points.append(case.point(name, ratio, each, gamma, most_epochs))
-    return RetrainingStudy(points, accuracy, recipe.epochs, most_epochs, gamma)
+    return RetrainingStudy(points, start.accuracy, start.recipe.epochs, most_epochs, gamma)
 
 
 @dataclass(frozen=True)
 class _Case:
     """A trained network and everything that is done to it."""
 
-    trained: nn.Module
+    start: Start
     initial: nn.Module
-    data: zoo.DataBundle
-    recipe: zoo.Recipe
     wanted: float
     batches: list[tuple[Tensor, Tensor]]
-    inputs: list[Tensor]
+    calibration: int
 
     def point(self, name: str, ratio: float, seed: int, gamma: float, most_epochs: int) -> RetrainingPoint:
         """Prune, bound, retrain."""
-        example = self.inputs[0][:2]
-        masks = study_masks(name, self.trained, example, ratio, self.inputs, seed)
+        start = self.start
+        masks = study_masks(name, replace(start, seed=seed), ratio, self.calibration)
         kind: Kind = "node" if name != CONNECTIONS and pruner_info(name).structured else "connection"
-        sparse = (to_dense if kind == "node" else masked_model)(self.trained, example, masks)
-        epochs = self.recipe.epochs
-        found = retraining_bound(self.initial, self.trained, sparse, cross_entropy, self.batches, epochs, gamma, kind)
-        before = zoo.evaluate(sparse, self.data.test, device=example.device)
+        sparse = made_dense(start, masks)[0] if kind == "node" else masked_model(start.net, start.example, masks)
+        epochs = start.recipe.epochs
+        found = retraining_bound(self.initial, start.net, sparse, cross_entropy, self.batches, epochs, gamma, kind)
+        before = start.tested(sparse)
         if kind == "connection":
             _freeze_zeros(sparse)
-        taken, after = epochs_back(sparse, self.data, self.recipe.for_retraining(most_epochs), self.wanted, seed=seed)
+        taken, after = epochs_back(sparse, start.data, start.recipe.for_retraining(most_epochs), self.wanted, seed=seed)
         return RetrainingPoint(name, kind, ratio, seed, found.epochs, found.derived_epochs, taken, before, after)
 
 

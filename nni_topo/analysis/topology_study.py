@@ -11,8 +11,7 @@ from rich.table import Table
 from nni_topo.analysis import TopologyStudy, study_topology
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.runs.plan import DataChoice, ModelChoice, Target
-from nni_topo.runs.prune import trained_network
-from nni_topo.runs.run import calibration_batches
+from nni_topo.runs.run import trained
 from nni_topo.runs.widths import inner_layers
 
 
@@ -52,8 +51,8 @@ def topology_study(
     -------
     TopologyStudy
     """
-    net, bundle = trained_network(model, checkpoint, data, seed=seed, device=device)
-    example = bundle.test.tensors[0][:2].to(next(net.parameters()).device)
+    start = trained(model, data, checkpoint=checkpoint, seed=seed, device=device)
+    net, example = start.net, start.example
     knobs: dict[str, Any] = {"seed": seed, "allocation": "topological"} if target.kind == "flops" else {"seed": seed}
     entry: dict[str, Any] = {"op_names": inner_layers(net, example)}
     if target.kind == "flops":
@@ -61,7 +60,7 @@ def topology_study(
     else:
         entry["sparse_ratio"] = target.value
     if calibration:
-        knobs |= {"calibration": calibration_batches(bundle, calibration), "criterion": "hausdorff"}
+        knobs |= {"calibration": start.images(calibration), "criterion": "hausdorff"}
     return study_topology(net, dependency_groups(net, example, [entry]), degrees=degrees, **knobs)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
 from nni_topo.analysis.magnitude.report import markdown_magnitude, plot_magnitude
@@ -19,7 +20,7 @@ from nni_topo.analysis.sensitivity import RATIOS, Sensitivity, sensitivity
 from nni_topo.cli.arguments import add_data, add_model, add_out, add_verb, data_choice
 from nni_topo.pruners.registry import pruner_info
 from nni_topo.runs.plan import ModelChoice
-from nni_topo.runs.prune import data_knobs, trained_network
+from nni_topo.runs.run import pruner_knobs, trained
 
 _CALIBRATION = 512
 
@@ -57,26 +58,25 @@ def add_magnitude_studies(studies: Any) -> None:
 
 def _sensitivity(options: argparse.Namespace, console: Console) -> int:
     model = ModelChoice(options.model, options.width)
-    net, data = trained_network(
-        model, options.checkpoint, data_choice(options), seed=options.seed, device=options.device
+    start = trained(
+        model, data_choice(options), checkpoint=options.checkpoint, seed=options.seed, device=options.device
     )
     needs = any("calibration" in need for need in pruner_info(options.pruner).needs)
     calibration = _CALIBRATION * needs if options.calibration is None else options.calibration
-    device = next(net.parameters()).device
-    images, labels = data.validation.tensors
-    watched = type(data.validation)(images[: options.images], labels[: options.images])
+    images, labels = start.data.validation.tensors
+    watched = TensorDataset(images[: options.images], labels[: options.images])
 
     def announce(layers: str, ratio: float, accuracy: float) -> None:
         console.print(f"{layers} at {ratio:g}: {100 * accuracy:.1f} %", markup=False, highlight=False)
 
     found = sensitivity(
-        net,
-        images[:2].to(device),
-        lambda pruned: zoo.evaluate(pruned, watched, device=device),
+        start.net,
+        start.example,
+        lambda pruned: zoo.evaluate(pruned, watched, device=start.device),
         options.ratios,
         options.pruner,
         layers=options.layers,
-        knobs=lambda victim: data_knobs(options.pruner, victim, data, calibration),
+        knobs=lambda victim: pruner_knobs(options.pruner, victim, start, calibration),
         budget=options.budget,
         stop_drop=options.stop_drop,
         on_progress=announce,
@@ -110,8 +110,8 @@ def _magnitude(options: argparse.Namespace, console: Console) -> int:
     model = ModelChoice(options.model, options.width)
     plan = MagnitudePlan(tuple(sorted(set(options.ratios))), options.rounds, options.epochs)
     data = replace(data_choice(options), test_limit=options.images)
-    net, bundle = trained_network(model, options.checkpoint, data, seed=options.seed)
-    study = MagnitudeStudy(net, bundle, zoo.default_recipe(model.name, data.name), plan, options.seed)
+    start = trained(model, data, checkpoint=options.checkpoint, seed=options.seed, device=options.device)
+    study = MagnitudeStudy(start, plan)
     document = run_magnitude(study, options.out, lambda line: console.print(line, markup=False, highlight=False))
     files = plot_magnitude(document, options.out)
     if options.json:

@@ -1,7 +1,16 @@
 """Comparisons of pruners that resume: cells of model x data x pruner x target x seed, one record each."""
 
-from nni_topo.runs.plan import (Cell, CompensationChoice, DataChoice, ModelChoice, Plan, PrunerChoice, Target, load_plan,)
 from nni_topo.runs.compare import RunFailure, compare
+from nni_topo.runs.plan import (
+    Cell,
+    CompensationChoice,
+    DataChoice,
+    ModelChoice,
+    Plan,
+    PrunerChoice,
+    Target,
+    load_plan,
+)
 from nni_topo.runs.records import read_records
 from nni_topo.runs.tables import markdown_report, plot_accuracy, print_report, print_widths
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import check_knobs
-from nni_topo.runs.plan import Cell, Plan, SCRATCH
-from nni_topo.runs.run import load_model_data, resolve_device, run_cell
+from nni_topo.runs.plan import SCRATCH, Cell, Plan
 from nni_topo.runs.records import Record, append_record, read_records
 from nni_topo.runs.rivals import is_rival
+from nni_topo.runs.run import load_model_data, resolve_device, run_cell
 
 _START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 

@@ -129,7 +129,7 @@ class Cell:
     @property
     def key(self) -> str:
         """Name of the cell's record: equal settings, equal key, wherever the data lies."""
-        settings = {**asdict(self), "data": self._data()}
+        settings = {**asdict(self), "data": _data_facts(self.data)}
         if self.compensate is None:
             del settings["compensate"]
         return _digest(settings)
@@ -137,16 +137,7 @@ class Cell:
     @property
     def training_key(self) -> str:
         """Name of the trained checkpoint, which all cells of a model, data set, recipe and seed share."""
-        digest = _digest([asdict(self.model), self._data(), asdict(self.train)])
-        stem = "-".join((self.model.label, self.data.name)).replace("/", "_").replace(" ", "_").replace(":", "_")
-        return f"{stem}-{digest}-seed{self.seed}"
-
-    def _data(self) -> dict[str, Any]:
-        """The data's part of a key: without its place, and without ``test_limit`` where the whole test set is used."""
-        found = asdict(replace(self.data, data_dir=None, download=False))
-        if found["test_limit"] is None:
-            del found["test_limit"]
-        return found
+        return training_key(self.model, self.data, self.train, self.seed)
 
 
 @dataclass(frozen=True)
@@ -292,6 +283,21 @@ def changed_recipe(default: Recipe, changes: Mapping[str, Any]) -> Recipe:
         if key not in known:
             raise unknown_name("key of a recipe", str(key), known)
     return replace(default, **changes)
+
+
+def training_key(model: ModelChoice, data: DataChoice, recipe: Recipe, seed: int) -> str:
+    """Return the name of a trained network's checkpoint."""
+    digest = _digest([asdict(model), _data_facts(data), asdict(recipe)])
+    stem = "-".join((model.label, data.name)).replace("/", "_").replace(" ", "_").replace(":", "_")
+    return f"{stem}-{digest}-seed{seed}"
+
+
+def _data_facts(data: DataChoice) -> dict[str, Any]:
+    """The data's part of a key: without its place, and without ``test_limit`` where the whole test set is used."""
+    found = asdict(replace(data, data_dir=None, download=False))
+    if found["test_limit"] is None:
+        del found["test_limit"]
+    return found
 
 
 def _digest(content: Any) -> str:

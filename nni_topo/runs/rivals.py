@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, unknown_name
-from nni_topo.pruners.hooks import Masks
 from nni_topo.network.layers import output_channels
+from nni_topo.pruners.hooks import Masks
 
 PREFIX = "torch-pruning"
 _IMPORTANCES: dict[str, tuple[str, dict[str, Any]]] = {

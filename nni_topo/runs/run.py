@@ -1,4 +1,8 @@
-"""Run one cell: train or load, prune, make dense, measure, retrain."""
+"""The pipeline: train, prune, make dense, compensate, retrain, measure.
+
+Comparisons, ``nni-topo prune``, trials, studies and the demonstration differ in what they ask for and in what they
+write down; each stage is one function here, and every pruner is handed the same knobs whoever asks.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,9 @@ import json
 import resource
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +23,305 @@ from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
+from nni_topo.network.dense import to_dense
+from nni_topo.network.zeros import weights_left, zeros_held
 from nni_topo.pruners.hooks import Masks
-from nni_topo.recovery import compensation, recalibrate_batch_norm
 from nni_topo.pruners.registry import create_pruner, pruner_info
-from nni_topo.runs.plan import Cell, DataChoice, ModelChoice, SCRATCH
+from nni_topo.recovery import CompensationReport, compensation, recalibrate_batch_norm
+from nni_topo.runs.evaluators import recipe_evaluator
+from nni_topo.runs.plan import SCRATCH, Cell, CompensationChoice, DataChoice, ModelChoice, PrunerChoice, training_key
 from nni_topo.runs.records import Record, provenance
 from nni_topo.runs.rivals import is_rival, rival_masks
-from nni_topo.runs.scheduled import recipe_evaluator
 from nni_topo.runs.widths import layer_ratios, pruning_config
-from nni_topo.network.dense import to_dense
-from nni_topo.network.zeros import zeros_held
-from nni_topo.network.zeros import weights_left
 
 LATENCY_BATCH = 64
 _RECALIBRATION_IMAGES = 1024
+_GRADIENT_STEPS = 32
+_IMAGES_AT_ONCE = 128
+_LABELLED_AT_ONCE = 512
 STILL = 1e-30
 """Learning rate at which an evaluator measures gradients and leaves weights as they are."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """A trained network and its data: where every run begins.
+
+    Attributes
+    ----------
+    net : torch.nn.Module
+        Trained, in evaluation mode; no stage changes it.
+    data : DataBundle
+        Its images.
+    recipe : Recipe
+        How it was trained, or would be.
+    seed : int
+        Of its training, and of what is done with it.
+    known_accuracy : float or None
+        On the test images, where it was measured before.
+    """
+
+    net: nn.Module
+    data: zoo.DataBundle
+    recipe: zoo.Recipe
+    seed: int = 0
+    known_accuracy: float | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lies."""
+        return next(self.net.parameters()).device
+
+    @property
+    def example(self) -> Tensor:
+        """Two test images, on the device."""
+        return self.data.test.tensors[0][:2].to(self.device)
+
+    @cached_property
+    def accuracy(self) -> float:
+        """Of the unpruned network, in [0, 1], on the test images."""
+        return self.tested(self.net) if self.known_accuracy is None else self.known_accuracy
+
+    def tested(self, net: nn.Module) -> float:
+        """Return a network's accuracy on the test images, in [0, 1]."""
+        return zoo.evaluate(net, self.data.test, device=self.device)
+
+    def images(self, count: int) -> list[Tensor]:
+        """Return the first training images, without labels, in batches on the device."""
+        return list(self.data.train.tensors[0][:count].to(self.device).split(_IMAGES_AT_ONCE))
+
+    def validation(self) -> list[tuple[Tensor, ...]]:
+        """Return the validation images with their labels, in batches on the device."""
+        parts = (tensor.to(self.device).split(_LABELLED_AT_ONCE) for tensor in self.data.validation.tensors)
+        return list(zip(*parts, strict=True))
+
+
+def trained(
+    model: ModelChoice,
+    data: DataChoice,
+    *,
+    recipe: zoo.Recipe | None = None,
+    checkpoint: str | Path | None = None,
+    folder: Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = False,
+    accept: Callable[[nn.Module], None] | None = None,
+) -> Start:
+    """Return a trained network: that of a checkpoint, or of a folder of checkpoints; else it is trained.
+
+    Parameters
+    ----------
+    model : ModelChoice
+        Which architecture.
+    data : DataChoice
+        Its images.
+    recipe : Recipe or None, default=None
+        How to train. None: the model's own recipe.
+    checkpoint : str, Path or None, default=None
+        Trained weights.
+    folder : Path or None, default=None
+        Where networks are kept that were trained here; one is trained once. None: it isn't kept.
+    seed : int, default=0
+        Of the weights and of training.
+    device : {"cpu", "cuda", "auto"}, default="cpu"
+        Where to compute.
+    progress : bool, default=False
+        Show a bar while training.
+    accept : callable or None, default=None
+        Gets the untrained network: what it refuses isn't trained first.
+
+    Returns
+    -------
+    Start
+
+    Raises
+    ------
+    ConfigError
+        If a name or the device is unknown.
+    DataError
+        If the checkpoint or the data can't be used.
+    """
+    place = resolve_device(device)
+    bundle = load_model_data(model, data)
+    recipe = zoo.default_recipe(model.name, data.name) if recipe is None else recipe
+    net = build_model(model, bundle, seed)
+    if accept is not None:
+        accept(net)
+    if checkpoint is not None:
+        zoo.load_checkpoint(checkpoint, net)
+        zoo.check_model(net, bundle)
+        return Start(net.to(place).eval(), bundle, recipe, seed)
+    path = None if folder is None else folder / f"{training_key(model, data, recipe, seed)}.pt"
+    if path is not None and path.exists():
+        known = float(zoo.load_checkpoint(path, net)["accuracy"])
+        return Start(net.to(place).eval(), bundle, recipe, seed, known)
+    log = zoo.train(net, bundle, recipe, seed=seed, device=place, progress=progress)
+    start = Start(net.to(place).eval(), bundle, recipe, seed)
+    if path is not None:
+        zoo.save_checkpoint(path, net, {"seed": seed, "seconds": log.seconds, "accuracy": start.accuracy})
+    return start
+
+
+def pruner_knobs(name: str, victim: nn.Module, start: Start, calibration: int = 0) -> dict[str, Any]:
+    """Return what a run hands to a pruner of its own accord; test images aren't used.
+
+    Parameters
+    ----------
+    name : str
+        Registered name.
+    victim : torch.nn.Module
+        The network that will be pruned, for an evaluator is bound to it.
+    start : Start
+        Where the run begins.
+    calibration : int, default=0
+        Training images for the pruner's calibration; 0: none.
+
+    Returns
+    -------
+    dict
+        Of the pruner's own knobs ``seed``, ``example_inputs``, ``calibration`` and ``validation``, the labelled
+        validation images; where it needs an ``evaluator``, one that measures gradients and leaves weights as they
+        are, with ``training_steps``.
+    """
+    info = pruner_info(name)
+    known: dict[str, Callable[[], Any]] = {
+        "seed": lambda: start.seed,
+        "example_inputs": lambda: start.example,
+        "validation": start.validation,
+    }
+    knobs = {knob: value() for knob, value in known.items() if knob in info.knobs()}
+    if calibration:
+        knobs["calibration"] = start.images(calibration)
+    if "evaluator" in info.needs:
+        still = replace(start.recipe, epochs=1, lr=STILL)
+        knobs["evaluator"] = recipe_evaluator(victim, start.data, still, seed=start.seed)
+        knobs["training_steps"] = min(_GRADIENT_STEPS, -(-len(start.data.train) // still.batch_size))
+    return knobs
+
+
+def prune(start: Start, pruner: PrunerChoice, config_list: list[dict[str, Any]]) -> tuple[Masks, float]:
+    """Run a pruner on a copy of the network.
+
+    Parameters
+    ----------
+    start : Start
+        The network and its data.
+    pruner : PrunerChoice
+        Which; its own knobs come before what :func:`pruner_knobs` hands it.
+    config_list : list of dict
+        NNI's config_list.
+
+    Returns
+    -------
+    dict
+        The masks.
+    float
+        Seconds.
+    """
+    victim = copy.deepcopy(start.net)
+    knobs = {**pruner_knobs(pruner.name, victim, start, pruner.calibration), **pruner.knobs}
+    began = time.perf_counter()
+    _, masks = create_pruner(pruner.name, victim, config_list, **knobs).compress()
+    return masks, time.perf_counter() - began
+
+
+def prune_to_ratios(cell: Cell, start: Start, ratios: dict[str, float]) -> tuple[Masks, float]:
+    """Run a cell's pruner, or a rival from outside, with a ratio for every layer; return masks and seconds.
+
+    A pruner with the knob ``allocation`` deals out a budget of multiply-accumulates itself.
+    """
+    choice = cell.pruner
+    if is_rival(choice.name):
+        return rival_masks(choice.name, start.net, start.example, ratios)
+    if choice.name == SCRATCH:
+        choice = replace(choice, name="random")
+    if pruner_info(choice.name).structured:
+        config_list = pruning_config(start.net, start.example, ratios)
+    else:  # single weights know no groups of channels
+        config_list = [{"op_names": [name], "sparse_ratio": float(ratio)} for name, ratio in ratios.items()]
+    if "allocation" in choice.knobs and cell.target.kind == "flops":
+        choice = replace(choice, knobs={**choice.knobs, "target": {"flops": cell.target.value}})
+        config_list = [{key: item for key, item in entry.items() if key != "sparse_ratio"} for entry in config_list]
+    return prune(start, choice, config_list)
+
+
+def on_cpu(masks: Masks) -> Masks:
+    """Return masks such as files hold: on the CPU, without targets that have none."""
+    return {m: {t: v.cpu() for t, v in found.items() if v is not None} for m, found in masks.items()}
+
+
+def made_dense(
+    start: Start, masks: Masks, compensate: CompensationChoice | None = None, *, progress: bool = False
+) -> tuple[nn.Module, CompensationReport | None]:
+    """Return the dense network, compensated if asked for, and what compensation did."""
+    if compensate is None:
+        return to_dense(start.net, start.example, masks), None
+    done = compensation(
+        start.net,
+        masks,
+        start.images(compensate.images),
+        method=compensate.method,
+        refine=compensate.refine,
+        progress=progress,
+    )
+    return to_dense(done.model, start.example, masks), done.report
+
+
+def retrain(
+    net: nn.Module,
+    data: zoo.DataBundle,
+    recipe: zoo.Recipe,
+    *,
+    seed: int,
+    through: nn.Module | None = None,
+    **knobs: Any,
+) -> zoo.TrainingLog:
+    """Train a pruned network in place; single weights that are zero stay zero.
+
+    Parameters
+    ----------
+    net : torch.nn.Module
+        The network, on the device where it is trained.
+    data : DataBundle
+        Training and validation images.
+    recipe : Recipe
+        How.
+    seed : int
+        Of the order of the images.
+    through : torch.nn.Module or None, default=None
+        What runs the network, for example its DistributedDataParallel. None: the network.
+    **knobs
+        Of :func:`nni_topo.zoo.train`.
+    """
+    with zeros_held(net):
+        device = next(net.parameters()).device
+        return zoo.train(net if through is None else through, data, recipe, seed=seed, device=device, **knobs)
+
+
+def costs(net: nn.Module, start: Start, suffix: str = "") -> Record:
+    """Return multiply-accumulates of one image, parameters, and those that aren't zero."""
+    return {
+        f"flops{suffix}": zoo.count_macs(net, start.example),
+        f"params{suffix}": zoo.count_params(net),
+        f"weights_left{suffix}": weights_left(net),
+    }
+
+
+def latencies(start: Start, dense: nn.Module) -> Record:
+    """Return milliseconds before and after, measured in turns on a batch of test images."""
+    images = start.data.test.tensors[0][:LATENCY_BATCH].to(start.device)
+    found = zoo.latencies({"before": start.net, "after": dense}, images)
+    return {"latency_before_ms": found["before"], "latency_ms": found["after"], "latency_batch": len(images)}
+
+
+def layer_widths(model: nn.Module) -> dict[str, int]:
+    """Return the output channels of every convolution and linear layer, by module name."""
+    return {
+        name: int(module.weight.shape[0])
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
+    }
 
 
 def run_cell(cell: Cell, out: Path) -> Record:
@@ -51,44 +340,41 @@ def run_cell(cell: Cell, out: Path) -> Record:
         The cell's settings, accuracies in [0, 1] on the test images, MACs and parameters before and after, seconds,
         median latencies in milliseconds at a batch of 64 on one thread, peak memory in bytes, and provenance.
     """
-    start = time.perf_counter()
-    torch.set_num_threads(1)
-    device = resolve_device(cell.device)
-    data = load_model_data(cell.model, cell.data)
-    model, accuracy_before = trained_model(cell, data, out, device)
-    example = data.test.tensors[0][:2].to(device)
-    macs = zoo.count_macs(model, example)
-    ratios = shared_ratios(cell, model, example, out)
-    masks, prune_seconds = prune(cell, model, data, example, ratios)
     began = time.perf_counter()
-    dense = to_dense(model, example, masks)
-    speedup_seconds = time.perf_counter() - began
+    torch.set_num_threads(1)
+    start = start_of(cell, out)
+    ratios = shared_ratios(cell, start, out)
+    masks, prune_seconds = prune_to_ratios(cell, start, ratios)
+    cutting = time.perf_counter()
+    dense, _ = made_dense(start, masks)
     record = {
         **cell_facts(cell),
         "sparse_ratios": ratios,
-        "flops_before": macs,
-        "flops": zoo.count_macs(dense, example),
-        "params_before": zoo.count_params(model),
-        "params": zoo.count_params(dense),
-        "weights_left": weights_left(dense),
+        **costs(start.net, start, "_before"),
+        **costs(dense, start),
         "widths": layer_widths(dense),
-        "accuracy_before": accuracy_before,
+        "accuracy_before": start.accuracy,
         "prune_seconds": prune_seconds,
-        "speedup_seconds": speedup_seconds,
-        **_latencies(model, dense, data.test.tensors[0][:LATENCY_BATCH].to(device)),
+        "speedup_seconds": time.perf_counter() - cutting,
+        **latencies(start, dense),
     }
+    del record["weights_left_before"]
     if cell.pruner.name == SCRATCH:
         dense, recipe = with_new_weights(dense, cell.seed), cell.train
     else:
-        dense, recipe = _recovered(cell, model, masks, dense, data, record), cell.retrain
+        dense, recipe = _recovered(cell, start, masks, dense, record), cell.retrain
     if recipe.epochs:
-        with zeros_held(dense):
-            log = zoo.train(dense, data, recipe, seed=cell.seed, device=device)
-        record["accuracy_retrained"] = zoo.evaluate(dense, data.test, device=device)
-        record["retrain_seconds"] = log.seconds
+        record["retrain_seconds"] = retrain(dense, start.data, recipe, seed=cell.seed).seconds
+        record["accuracy_retrained"] = start.tested(dense)
     record["peak_memory_bytes"] = _peak_memory()
-    record["seconds"] = time.perf_counter() - start
+    record["seconds"] = time.perf_counter() - began
     return {**record, **provenance()}
+
+
+def start_of(cell: Cell, out: Path) -> Start:
+    """Return a cell's trained network; all cells of a model, data set, recipe and seed share it."""
+    folder = out / "checkpoints"
+    return trained(cell.model, cell.data, recipe=cell.train, folder=folder, seed=cell.seed, device=cell.device)
 
 
 def cell_facts(cell: Cell) -> Record:
@@ -102,6 +388,20 @@ def cell_facts(cell: Cell) -> Record:
         "data": cell.data.name,
         "target": cell.target.label,
     }
+
+
+def shared_ratios(cell: Cell, start: Start, out: Path) -> dict[str, float]:
+    """Return every layer's ``sparse_ratio``; those solved for a budget are kept in ``ratios.json``.
+
+    They depend on the architecture alone, so all seeds and pruners share them.
+    """
+    path = out / "ratios.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    key = f"{cell.model.label}, {tuple(start.example.shape[1:])}, {cell.target.label}"
+    if key not in known:
+        known[key] = layer_ratios(start.net, start.example, cell.target)
+        path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    return dict(known[key])
 
 
 def load_model_data(model: ModelChoice, data: DataChoice) -> zoo.DataBundle:
@@ -125,79 +425,6 @@ def build_model(model: ModelChoice, data: zoo.DataBundle, seed: int) -> nn.Modul
         width=model.width,
         seed=seed,
     )
-
-
-def trained_model(cell: Cell, data: zoo.DataBundle, out: Path, device: torch.device) -> tuple[nn.Module, float]:
-    """Return the cell's trained model and its accuracy, from its checkpoint if there is one; else train and keep it."""
-    model = build_model(cell.model, data, cell.seed)
-    path = out / "checkpoints" / f"{cell.training_key}.pt"
-    if path.exists():
-        meta = zoo.load_checkpoint(path, model)
-    else:
-        log = zoo.train(model, data, cell.train, seed=cell.seed, device=device)
-        accuracy = zoo.evaluate(model, data.test, device=device)
-        meta = {"seed": cell.seed, "seconds": log.seconds, "accuracy": accuracy}
-        zoo.save_checkpoint(path, model, meta)
-    return model.to(device).eval(), float(meta["accuracy"])
-
-
-def shared_ratios(cell: Cell, model: nn.Module, example: Tensor, out: Path) -> dict[str, float]:
-    """Return every layer's ``sparse_ratio``; those solved for a budget are kept in ``ratios.json``.
-
-    They depend on the architecture alone, so all seeds and pruners share them.
-    """
-    path = out / "ratios.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    key = f"{cell.model.label}, {tuple(example.shape[1:])}, {cell.target.label}"
-    if key not in known:
-        known[key] = layer_ratios(model, example, cell.target)
-        path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-    return dict(known[key])
-
-
-def prune(
-    cell: Cell, model: nn.Module, data: zoo.DataBundle, example: Tensor, ratios: dict[str, float]
-) -> tuple[Masks, float]:
-    """Run the cell's pruner on a copy of the model; return its masks and the seconds it took.
-
-    A pruner with the knob ``allocation`` deals out a budget of multiply-accumulates itself. A pruner that needs an
-    evaluator gets one that leaves the weights as they are: at a rate of almost zero it measures gradients only.
-    """
-    if is_rival(cell.pruner.name):
-        return rival_masks(cell.pruner.name, model, example, ratios)
-    victim = copy.deepcopy(model)
-    config_list = pruning_config(victim, example, ratios)
-    name = "random" if cell.pruner.name == SCRATCH else cell.pruner.name
-    info = pruner_info(name)
-    knobs: dict[str, Any] = dict(cell.pruner.knobs)
-    if "allocation" in knobs and cell.target.kind == "flops":
-        knobs["target"] = {"flops": cell.target.value}
-        config_list = [{key: item for key, item in entry.items() if key != "sparse_ratio"} for entry in config_list]
-    if cell.pruner.calibration:
-        knobs["calibration"] = calibration_batches(data, cell.pruner.calibration)
-    if "example_inputs" in info.knobs():
-        knobs["example_inputs"] = example
-    if "evaluator" in info.needs:
-        still = replace(cell.retrain, lr=STILL)
-        knobs["evaluator"] = recipe_evaluator(victim, data, still, seed=cell.seed)
-    began = time.perf_counter()
-    pruner = create_pruner(name, victim, config_list, **knobs)
-    _, masks = pruner.compress()
-    return masks, time.perf_counter() - began
-
-
-def calibration_batches(data: zoo.DataBundle, images: int) -> list[Tensor]:
-    """Return the first training images, without labels, in batches of 128."""
-    return list(data.train.tensors[0][:images].split(128))
-
-
-def layer_widths(model: nn.Module) -> dict[str, int]:
-    """Return the output channels of every convolution and linear layer, by module name."""
-    return {
-        name: int(module.weight.shape[0])
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
-    }
 
 
 def resolve_device(name: str) -> torch.device:
@@ -238,29 +465,17 @@ def with_new_weights(model: nn.Module, seed: int) -> nn.Module:
     return fresh
 
 
-def _recovered(
-    cell: Cell, model: nn.Module, masks: Masks, dense: nn.Module, data: zoo.DataBundle, record: Record
-) -> nn.Module:
+def _recovered(cell: Cell, start: Start, masks: Masks, dense: nn.Module, record: Record) -> nn.Module:
     """Measure a pruned network as it is and with batch norms re-calibrated; return it, compensated if asked for."""
-    device = next(dense.parameters()).device
-    example = data.test.tensors[0][:2].to(device)
-    record["accuracy_oneshot"] = zoo.evaluate(dense, data.test, device=device)
-    images = [batch.to(device) for batch in calibration_batches(data, _RECALIBRATION_IMAGES)]
-    record["accuracy_recalibrated"] = zoo.evaluate(recalibrate_batch_norm(dense, images), data.test, device=device)
-    choice = cell.compensate
-    if choice is None:
+    record["accuracy_oneshot"] = start.tested(dense)
+    images = start.images(_RECALIBRATION_IMAGES)
+    record["accuracy_recalibrated"] = start.tested(recalibrate_batch_norm(dense, images))
+    if cell.compensate is None:
         return dense
-    images = [batch.to(device) for batch in calibration_batches(data, choice.images)]
-    done = compensation(model, masks, images, method=choice.method, refine=choice.refine)
-    dense = to_dense(done.model, example, masks)
-    record["accuracy_compensated"] = zoo.evaluate(dense, data.test, device=device)
-    record["compensate_seconds"] = done.report.seconds
+    dense, report = made_dense(start, masks, cell.compensate)
+    record["accuracy_compensated"] = start.tested(dense)
+    record["compensate_seconds"] = None if report is None else report.seconds
     return dense
-
-
-def _latencies(model: nn.Module, dense: nn.Module, images: Tensor) -> Record:
-    found = zoo.latencies({"before": model, "after": dense}, images)
-    return {"latency_before_ms": found["before"], "latency_ms": found["after"], "latency_batch": len(images)}
 
 
 def _peak_memory() -> int:

@@ -16,11 +16,11 @@ from typing import Any
 
 import nni
 
-from nni_topo.runs.processes import broadcast, process_group
 from nni_topo.errors import ConfigError, NniTopoError
 from nni_topo.runs.experiment.pairing import next_parameters
 from nni_topo.runs.experiment.pipeline import reported, run_trial
 from nni_topo.runs.experiment.settings import TrialSettings, default_of, read_parameters, scalar_fields, with_parameters
+from nni_topo.runs.processes import broadcast, process_group
 from nni_topo.runs.run import resolve_device
 
 

@@ -12,13 +12,12 @@ import numpy as np
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.pruners.budget import solve_uniform
-from nni_topo.runs.plan import Target
-from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.cost import NetworkCost
-from nni_topo.network.dependency import channel_flow
+from nni_topo.network.dependency import channel_flow, dependency_groups
 from nni_topo.network.inputs import call_arguments
 from nni_topo.network.layers import output_channels
+from nni_topo.pruners.budget import solve_uniform
+from nni_topo.runs.plan import Target
 
 _HALVINGS = 40
 _MOVES = 32

@@ -13,11 +13,11 @@ import pytest
 
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.zeros import weights_left
 from nni_topo.runs import compare
 from nni_topo.runs.plan import CompensationChoice, DataChoice, ModelChoice, Plan, PrunerChoice, Target
-from nni_topo.runs.tables import markdown_report
 from nni_topo.runs.records import append_record, read_records
-from nni_topo.network.zeros import weights_left
+from nni_topo.runs.tables import markdown_report
 
 RESULTS = ("accuracy_before", "accuracy_oneshot", "accuracy_recalibrated", "accuracy_retrained", "flops", "params")
 

@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 from nni_topo import zoo
 from nni_topo.runs import run as execute
 from nni_topo.runs.plan import DataChoice, ModelChoice, Plan, PrunerChoice, Target
+from nni_topo.runs.run import Start
 from nni_topo.runs.widths import layer_ratios
 
 
@@ -36,7 +37,7 @@ def numbered(images):
 
 @pytest.mark.parametrize(("images", "sizes"), [(300, [128, 128, 44]), (128, [128]), (5, [5]), (999, [128, 128, 64])])
 def test_calibration_takes_the_first_training_images_and_nothing_else(images, sizes):
-    batches = execute.calibration_batches(numbered(320), images)
+    batches = Start(torch.nn.Linear(1, 1), numbered(320), zoo.Recipe(epochs=1)).images(images)
     assert [len(batch) for batch in batches] == sizes
     found = torch.cat(batches)
     assert found.shape[1:] == (1, 8, 8)
@@ -60,10 +61,9 @@ def pruner_seen(monkeypatch):
 
 def pruned(cell, data=None):
     data = execute.load_model_data(cell.model, cell.data) if data is None else data
-    model = execute.build_model(cell.model, data, seed=0)
-    example = data.test.tensors[0][:2]
-    masks, _ = execute.prune(cell, model, data, example, layer_ratios(model, example, cell.target))
-    return model, masks
+    start = Start(execute.build_model(cell.model, data, seed=0), data, cell.train)
+    masks, _ = execute.prune_to_ratios(cell, start, layer_ratios(start.net, start.example, cell.target))
+    return start.net, masks
 
 
 def test_a_pruner_with_calibration_is_given_training_images(pruner_seen):
@@ -76,10 +76,10 @@ def test_a_pruner_with_calibration_is_given_training_images(pruner_seen):
     assert min(float(batch.min()) for batch in given) == 0.0
 
 
-@pytest.mark.parametrize("retrain", [{"lr": 0.5}, {"lr": 0.5, "weight_decay": 0.1}])
-def test_weights_stay_while_taylor_measures_gradients(pruner_seen, retrain):
-    cell = cell_of(PrunerChoice("taylor", knobs={"training_steps": 3}), retrain={"epochs": 1, **retrain})
-    assert cell.retrain.lr == 0.5
+@pytest.mark.parametrize("train", [{"lr": 0.5}, {"lr": 0.5, "weight_decay": 0.1}])
+def test_weights_stay_while_taylor_measures_gradients(pruner_seen, train):
+    cell = cell_of(PrunerChoice("taylor", knobs={"training_steps": 3}), train=train)
+    assert cell.train.lr == 0.5
     model, masks = pruned(cell)
     pruner_seen["pruner"].unwrap_model()
     assert pruner_seen["victim"] is not model

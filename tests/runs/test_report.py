@@ -8,8 +8,16 @@ from matplotlib.image import imread
 from rich.console import Console
 from scipy import stats
 
-from nni_topo.runs.tables import markdown_report, plot_accuracy, print_report, print_widths
-from nni_topo.runs.tables import best_rival, grouped, interval, paired_difference
+from nni_topo.runs.tables import (
+    best_rival,
+    grouped,
+    interval,
+    markdown_report,
+    paired_difference,
+    plot_accuracy,
+    print_report,
+    print_widths,
+)
 
 
 def record(pruner, seed, retrained, name=None):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
-from nni_topo.runs.scheduled import prune_on_schedule, recipe_evaluator
+from nni_topo.runs.evaluators import recipe_evaluator
+from nni_topo.runs.plan import PrunerChoice
+from nni_topo.runs.run import Start
+from nni_topo.runs.scheduled import prune_on_schedule
 
+ENERGY = PrunerChoice("energy")
 RECIPE = zoo.Recipe(epochs=3, batch_size=32, lr=0.02)
 
 
@@ -19,18 +24,16 @@ def trained():
     data = zoo.load_data("digits", limit=400)
     model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
     zoo.train(model, data, zoo.Recipe(epochs=5, batch_size=32), seed=0)
-    return model.eval(), data
+    return Start(model.eval(), data, RECIPE)
 
 
 @pytest.mark.parametrize("schedule", ["one-shot", "linear", "agp"])
 def test_every_schedule_ends_at_the_ratio_and_can_still_classify(trained, schedule):
-    model, data = trained
+    model, data = trained.net, trained.data
     before = copy.deepcopy(model.state_dict())
     config = [{"op_names": ["features.conv2"], "sparse_ratio": 0.5}]
-    example = data.test.tensors[0][:2]
-    dense = prune_on_schedule(
-        "energy", model, config, data, RECIPE, schedule=schedule, rounds=2, seed=1, example_inputs=example
-    )
+    start = replace(trained, seed=1)
+    dense = prune_on_schedule(start, ENERGY, config, RECIPE, schedule=schedule, rounds=2)
     assert dense.features.conv2.out_channels == model.features.conv2.out_channels // 2
     assert zoo.evaluate(dense, data.test) > 0.8
     assert not dense.training
@@ -38,17 +41,16 @@ def test_every_schedule_ends_at_the_ratio_and_can_still_classify(trained, schedu
 
 
 def test_same_seed_same_network_and_a_silent_output(trained, capsys):
-    model, data = trained
     config = [{"op_names": ["features.conv2"], "sparse_ratio": 0.5}]
-    knobs = {"schedule": "agp", "rounds": 2, "seed": 3, "example_inputs": data.test.tensors[0][:2]}
-    first, second = (prune_on_schedule("energy", model, config, data, RECIPE, **knobs) for _ in range(2))
+    start = replace(trained, seed=3)
+    first, second = (prune_on_schedule(start, ENERGY, config, RECIPE, schedule="agp", rounds=2) for _ in range(2))
     pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
     assert capsys.readouterr().out == ""
 
 
 def test_the_evaluator_trains_for_the_steps_it_is_given(trained):
-    model, data = trained
+    model, data = trained.net, trained.data
     net = copy.deepcopy(model)
     evaluator = recipe_evaluator(net, data, RECIPE)
     taken = []
@@ -70,6 +72,5 @@ def test_the_evaluator_trains_for_the_steps_it_is_given(trained):
     ],
 )
 def test_bad_requests(trained, knobs, words):
-    model, data = trained
     with pytest.raises(ConfigError, match=words):
-        prune_on_schedule("energy", model, [], data, RECIPE, **knobs)
+        prune_on_schedule(trained, ENERGY, [], RECIPE, **knobs)

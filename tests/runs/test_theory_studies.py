@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from nni_topo import zoo
+from nni_topo.analysis.deviation_study import deviation_study
+from nni_topo.analysis.retraining_study import _freeze_zeros, epochs_back
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError
 from nni_topo.runs.plan import DataChoice, ModelChoice
-from nni_topo.analysis.deviation_study import deviation_study
 from nni_topo.runs.run import build_model, load_model_data
-from nni_topo.analysis.retraining_study import _freeze_zeros, epochs_back
 
 DATA = DataChoice("digits", limit=400)
 RECIPE = zoo.Recipe(epochs=3, batch_size=32, lr=0.05)

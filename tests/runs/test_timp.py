@@ -7,11 +7,11 @@ import pytest
 
 from nni_topo import zoo
 from nni_topo.analysis import overlap_bound
+from nni_topo.analysis.rounds.report import markdown_overlap, markdown_rounds, plot_overlap, plot_rounds
+from nni_topo.analysis.rounds.study import METHODS, RoundsCell, run_rounds, steps_to
 from nni_topo.errors import ConfigError
 from nni_topo.runs.plan import Cell, DataChoice, ModelChoice, Target
 from nni_topo.runs.records import append_record
-from nni_topo.analysis.rounds.study import METHODS, RoundsCell, run_rounds, steps_to
-from nni_topo.analysis.rounds.report import markdown_overlap, markdown_rounds, plot_overlap, plot_rounds
 
 LEVELS = (0.5, 0.9, 0.999)
 

@@ -9,11 +9,11 @@ import torch
 import nni_topo
 from nni_topo import zoo
 from nni_topo.analysis import connectivity, neural_persistence
+from nni_topo.analysis.weights import compression_study
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError
 from nni_topo.runs.plan import DataChoice, ModelChoice
 from nni_topo.runs.prune import load_prune_config, prune_checkpoint
-from nni_topo.analysis.weights import compression_study
 
 COMPRESSION = ["analyze", "compression", "--model"]
 

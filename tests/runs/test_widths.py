@@ -7,7 +7,7 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import create_pruner
 from nni_topo.runs.plan import Target
-from nni_topo.runs.widths import _Unit, _nearer, inner_layers, layer_ratios, proposed_ratios, pruning_config
+from nni_topo.runs.widths import _nearer, _Unit, inner_layers, layer_ratios, proposed_ratios, pruning_config
 from nni_topo.speedup import to_dense
 
 IMAGES = torch.zeros(2, 1, 8, 8)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from nni_topo import zoo
 from nni_topo.analysis.energy.accumulated import accumulate_energy, harmless_layers
@@ -25,10 +25,10 @@ from nni_topo.maths.search.subsets import EvolutionSettings
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.reference import masked_model
 from nni_topo.recovery import recalibrate_batch_norm
-from nni_topo.runs.plan import ModelChoice
+from nni_topo.runs.plan import PrunerChoice
 from nni_topo.runs.records import Record
+from nni_topo.runs.run import Start
 from nni_topo.runs.scheduled import Schedule, prune_on_schedule
-from nni_topo.zoo import DataBundle
 
 _SUBSET = 256
 _RECALIBRATION_IMAGES = 1024
@@ -41,16 +41,12 @@ _RETRAIN_EPOCHS = 4
 class Subject:
     """What all parts of a study look at."""
 
-    net: nn.Module
-    data: DataBundle
-    example: Tensor
+    start: Start
     study: EnergyStudy
     evaluate: Evaluate
     knobs: dict[str, Any]
     layer: str | None
-    model: ModelChoice
     out: Path
-    seed: int
     files: list[Path] = field(default_factory=list)
 
     def nearest(self, threshold: float) -> float:
@@ -72,11 +68,13 @@ class Subject:
 def dropout_part(subject: Subject) -> Record:
     """Accuracy under every dropout rate: the unpruned network, and each layer alone at 1 and 10 %."""
     study = subject.study
-    plain = study_dropout({"unpruned": lambda: subject.net}, subject.evaluate, seed=subject.seed)["unpruned"]
+    plain = study_dropout({"unpruned": lambda: subject.start.net}, subject.evaluate, seed=subject.start.seed)[
+        "unpruned"
+    ]
     record: Record = {"unpruned": _plain(plain)}
     for threshold in sorted({subject.nearest(t) for t in _DROPOUT_THRESHOLDS}):
         models = {row.name: partial(_pruned_alone, subject, row, threshold) for row in study.layers}
-        found = study_dropout(models, subject.evaluate, seed=subject.seed)
+        found = study_dropout(models, subject.evaluate, seed=subject.start.seed)
         record[str(threshold)] = {name: _plain(by_rate) for name, by_rate in found.items()}
         subject.files.extend(_dropout_pictures(subject, threshold, found))
     return record
@@ -87,7 +85,7 @@ def accumulated_part(subject: Subject) -> Record:
     threshold = subject.study.thresholds[0]
     layers = harmless_layers(subject.study, threshold)
     steps = accumulate_energy(
-        subject.net, layers, subject.example, subject.evaluate, threshold=threshold, **subject.knobs
+        subject.start.net, layers, subject.start.example, subject.evaluate, threshold=threshold, **subject.knobs
     )
     rows = [{"layers": step.layers, "removed": step.removed, "quality": step.quality._asdict()} for step in steps]
     return {"threshold": threshold, "steps": rows}
@@ -96,16 +94,16 @@ def accumulated_part(subject: Subject) -> Record:
 def replacement_part(subject: Subject) -> Record:
     """One layer's weak filters replaced, as they are and with batch norms re-calibrated."""
     row, threshold = subject.single_layer(), subject.nearest(0.1)
-    images = subject.data.train.tensors[0][:_RECALIBRATION_IMAGES].to(subject.example.device)
+    images = subject.start.images(_RECALIBRATION_IMAGES)
     found = study_replacement(
-        subject.net,
+        subject.start.net,
         row.layers[0],
-        subject.example,
+        subject.start.example,
         subject.evaluate,
         threshold=threshold,
         fitness=partial(_subset_quality, subject),
-        repair=lambda net: recalibrate_batch_norm(net, images.split(128)),
-        seed=subject.seed,
+        repair=lambda net: recalibrate_batch_norm(net, images),
+        seed=subject.start.seed,
         **subject.knobs,
     )
     kinds = {kind: {**asdict(made), "quality": made.quality._asdict()} for kind, made in found.items()}
@@ -117,17 +115,17 @@ def replacement_part(subject: Subject) -> Record:
 def selection_part(subject: Subject) -> Record:
     """One layer's filters chosen by energy, Taylor terms and genetic search, half of them kept."""
     row = subject.single_layer()
-    place = subject.example.device
-    images, labels = (tensor[:_SUBSET].to(place) for tensor in subject.data.train.tensors)
+    place = subject.start.example.device
+    images, labels = (tensor[:_SUBSET].to(place) for tensor in subject.start.data.train.tensors)
     found = study_selection(
-        subject.net,
+        subject.start.net,
         row.layers[0],
-        subject.example,
+        subject.start.example,
         [(images, labels)],
         subject.evaluate,
         keep=max(1, row.filters // 2),
         evolution=_SEARCH,
-        seed=subject.seed,
+        seed=subject.start.seed,
         **subject.knobs,
     )
     methods = {name: {**asdict(chosen), "quality": chosen.quality._asdict()} for name, chosen in found.items()}
@@ -138,22 +136,13 @@ def schedules_part(subject: Subject) -> Record:
     """Half of every layer's filters, at once or in rounds with training in between, for the same number of epochs."""
     layers = [name for row in subject.study.layers for name in row.layers]
     entry = {"op_names": layers, "sparse_ratio": 0.5}
-    config_list = dependency_groups(subject.net, subject.example, [entry])
-    recipe = zoo.default_recipe(subject.model.name, subject.data.name).for_retraining(_RETRAIN_EPOCHS)
+    config_list = dependency_groups(subject.start.net, subject.start.example, [entry])
+    recipe = subject.start.recipe.for_retraining(_RETRAIN_EPOCHS)
+    choice = PrunerChoice("energy", knobs=subject.knobs)
     schedules: tuple[Schedule, ...] = ("one-shot", "linear", "agp")
     record: Record = {"ratio": 0.5, "epochs": _RETRAIN_EPOCHS}
     for schedule in schedules:
-        dense = prune_on_schedule(
-            "energy",
-            subject.net,
-            config_list,
-            subject.data,
-            recipe,
-            schedule=schedule,
-            seed=subject.seed,
-            example_inputs=subject.example,
-            **subject.knobs,
-        )
+        dense = prune_on_schedule(subject.start, choice, config_list, recipe, schedule=schedule)
         record[schedule] = subject.evaluate(dense)._asdict()
     return record
 
@@ -189,12 +178,12 @@ def _dropout_pictures(subject: Subject, threshold: float, found: dict[str, dict[
 
 
 def _pruned_alone(subject: Subject, row: LayerEnergy, threshold: float) -> nn.Module:
-    return masked_model(subject.net, subject.example, masks_of(row.layers, subject.study.masks[threshold]))
+    return masked_model(subject.start.net, subject.start.example, masks_of(row.layers, subject.study.masks[threshold]))
 
 
 def _subset_quality(subject: Subject, net: nn.Module) -> Quality:
-    subset = type(subject.data.train)(*subject.data.train[:_SUBSET])
-    return Quality(*zoo.loss_and_accuracy(net, subset, device=subject.example.device))
+    subset = type(subject.start.data.train)(*subject.start.data.train[:_SUBSET])
+    return Quality(*zoo.loss_and_accuracy(net, subset, device=subject.start.example.device))
 
 
 def _plain(by_rate: dict[float, Quality]) -> dict[str, dict[str, float]]:

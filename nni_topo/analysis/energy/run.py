@@ -20,8 +20,8 @@ from nni_topo.errors import unknown_name
 from nni_topo.network.dense import to_dense
 from nni_topo.pruners.hooks import Masks
 from nni_topo.runs.plan import DataChoice, ModelChoice
-from nni_topo.runs.prune import trained_network
 from nni_topo.runs.records import Record
+from nni_topo.runs.run import trained
 from nni_topo.runs.widths import inner_layers
 from nni_topo.zoo import count_macs
 
@@ -99,18 +99,17 @@ def energy_study(
     ConfigError, DataError
         If a name, a number, the checkpoint or the data can't be used.
     """
-    net, bundle = trained_network(model, checkpoint, data, seed=seed, device=device)
+    start = trained(model, data, checkpoint=checkpoint, seed=seed, device=device)
+    net, example = start.net, start.example
     if "dropout" in plan.parts:
         with_dropout(net, 0.0)  # says at once that there is none
-    example = bundle.test.tensors[0][:2].to(next(net.parameters()).device)
     layers = [name for name in inner_layers(net, example) if not isinstance(net.get_submodule(name), nn.Linear)]
     knobs = dict(plan.knobs)
     if plan.calibration:
-        calibration = list(bundle.train.tensors[0][: plan.calibration].split(128))
-        knobs |= {"collector": "data", "calibration": calibration}
+        knobs |= {"collector": "data", "calibration": start.images(plan.calibration)}
 
     def evaluate(candidate: nn.Module) -> Quality:
-        return Quality(*zoo.loss_and_accuracy(candidate, bundle.test, device=next(candidate.parameters()).device))
+        return Quality(*zoo.loss_and_accuracy(candidate, start.data.test, device=next(candidate.parameters()).device))
 
     study = study_energy(net, layers, example, evaluate, thresholds=plan.thresholds, **knobs)
     thresholds = study.suggestion(plan.max_drop)
@@ -118,7 +117,7 @@ def energy_study(
     if thresholds:
         more["suggested"] = _suggested(study, thresholds, net, example, evaluate)
     files = save_energy_study(study, out, more)
-    subject = Subject(net, bundle, example, study, evaluate, knobs, plan.layer, model, Path(out), seed)
+    subject = Subject(start, study, evaluate, knobs, plan.layer, Path(out))
     for part in plan.parts:  # minutes each: what is known is on the disk before the next one begins
         more[part] = PARTS[part](subject)
         save_energy_study(study, out, more)

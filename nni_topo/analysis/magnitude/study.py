@@ -21,12 +21,12 @@ from nni_topo import zoo
 from nni_topo.analysis.magnitude.storage import stored_bytes, with_sparse_linears
 from nni_topo.analysis.sensitivity import sensitivity
 from nni_topo.errors import ConfigError
-from nni_topo.network.dense import to_dense
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import CONVOLUTIONS
 from nni_topo.network.reference import masked_model
 from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.pruners.rounds import even_steps, prune_in_rounds
+from nni_topo.runs.run import Start, made_dense, pruner_knobs
 from nni_topo.runs.widths import inner_layers
 
 PARTS = ("all", "conv", "dense")
@@ -69,22 +69,14 @@ class MagnitudeStudy:
 
     Attributes
     ----------
-    model : torch.nn.Module
-        Trained; it isn't changed.
-    data : DataBundle
-        Images to retrain on, and test images.
-    recipe : Recipe
-        Of its training.
+    start : Start
+        The trained network and its images.
     plan : MagnitudePlan
-    seed : int
-        Of retraining.
+        How large.
     """
 
-    model: nn.Module
-    data: zoo.DataBundle
-    recipe: zoo.Recipe
+    start: Start
     plan: MagnitudePlan
-    seed: int = 0
 
     def rows(self, done: Container[tuple[str, str, str, float]] = ()) -> Iterator[dict[str, Any]]:
         """Yield a record per pruner, part, way and ratio, with its accuracy; those that are ``done`` are left out.
@@ -102,32 +94,31 @@ class MagnitudeStudy:
     def baseline(self) -> dict[str, Any]:
         """Return the record of the unpruned network."""
         return {
-            "accuracy": self._accuracy(self.model),
-            "params": zoo.count_params(self.model),
-            "bytes": stored_bytes(self.model),
-            "latency_ms": zoo.latency_ms(self.model, self._images, runs=self.plan.runs),
+            "accuracy": self._accuracy(self.start.net),
+            "params": zoo.count_params(self.start.net),
+            "bytes": stored_bytes(self.start.net),
+            "latency_ms": zoo.latency_ms(self.start.net, self._images, runs=self.plan.runs),
         }
 
     @property
     def _images(self) -> Any:
-        return self.data.test.tensors[0][:_BATCH]
+        return self.start.data.test.tensors[0][:_BATCH].to(self.start.device)
 
     def _accuracy(self, model: nn.Module) -> float:
-        return zoo.evaluate(model, self.data.test)
+        return self.start.tested(model)
 
     def _layers(self, pruner: str, part: str) -> list[str]:
         kinds = {"all": (*CONVOLUTIONS, nn.Linear), "conv": CONVOLUTIONS, "dense": (nn.Linear,)}[part]
-        found = [name for name, module in self.model.named_modules() if isinstance(module, kinds)]
-        inner = inner_layers(self.model, self._images[:2]) if pruner_info(pruner).structured else found
+        found = [name for name, module in self.start.net.named_modules() if isinstance(module, kinds)]
+        inner = inner_layers(self.start.net, self.start.example) if pruner_info(pruner).structured else found
         return [name for name in found if name in inner]
 
     def _pruner(self, name: str, part: str, ratio: float) -> tuple[Any, nn.Module]:
-        victim = copy.deepcopy(self.model)
+        victim = copy.deepcopy(self.start.net)
         config: list[dict[str, Any]] = [{"op_names": self._layers(name, part), "sparse_ratio": ratio}]
-        knobs = {}
+        knobs = pruner_knobs(name, victim, self.start)
         if pruner_info(name).structured:
-            config = dependency_groups(victim, self._images[:2], config)
-            knobs = {"example_inputs": self._images[:2]}
+            config = dependency_groups(victim, self.start.example, config)
         return create_pruner(name, victim, config, **knobs), victim
 
     def _measured(self, name: str, part: str, ratio: float, rounds: int) -> dict[str, Any]:
@@ -141,7 +132,7 @@ class MagnitudeStudy:
         pruner, victim = self._pruner(name, part, ratio)
         _, masks = pruner.compress()
         pruner.unwrap_model()
-        return masked_model(victim, self._images[:2], masks), masks
+        return masked_model(victim, self.start.example, masks), masks
 
     def _retrained(self, name: str, part: str, ratio: float, rounds: int) -> float:
         pruner, victim = self._pruner(name, part, ratio)
@@ -149,7 +140,8 @@ class MagnitudeStudy:
         epochs = iter(shares)
 
         def train() -> None:
-            zoo.train(victim, self.data, self.recipe.for_retraining(next(epochs)), seed=self.seed)
+            recipe = self.start.recipe.for_retraining(next(epochs))
+            zoo.train(victim, self.start.data, recipe, seed=self.start.seed, device=self.start.device)
 
         prune_in_rounds(pruner, even_steps(rounds), train)
         accuracy = self._accuracy(victim)
@@ -159,12 +151,12 @@ class MagnitudeStudy:
     def _costs(self, name: str, masked: nn.Module, masks: Any) -> dict[str, Any]:
         """Return parameters left, bytes and milliseconds; the unpruned network is timed in turns with the others."""
         if name == "matrix":
-            stored = other = to_dense(self.model, self._images[:2], masks)
+            stored = other = made_dense(self.start, masks)[0]
             left = zoo.count_params(stored)
         else:
             stored, other, left = masked, with_sparse_linears(masked), _nonzero(masked)
         label = "dense" if name == "matrix" else "csr"
-        models = {"unpruned": self.model, "zeros": masked, label: other}
+        models = {"unpruned": self.start.net, "zeros": masked, label: other}
         times = zoo.latencies(models, self._images, runs=self.plan.runs)
         return {"params": left, "bytes": stored_bytes(stored), "latency_ms": times}
 
@@ -189,8 +181,8 @@ def run_magnitude(study: MagnitudeStudy, out: str | Path, announce: Announce = l
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     plan, path = study.plan, out / "rows.jsonl"
-    images = {"train_images": len(study.data.train), "test_images": len(study.data.test)}
-    request = {"rounds": plan.rounds, "epochs": plan.epochs, "seed": study.seed, **images}
+    images = {"train_images": len(study.start.data.train), "test_images": len(study.start.data.test)}
+    request = {"rounds": plan.rounds, "epochs": plan.epochs, "seed": study.start.seed, **images}
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = [row for row in map(json.loads, lines) if request.items() <= row.items() and row["ratio"] in plan.ratios]
     done = {(row["pruner"], row["part"], row["way"], row["ratio"]) for row in rows}
@@ -200,7 +192,7 @@ def run_magnitude(study: MagnitudeStudy, out: str | Path, announce: Announce = l
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(rows[-1]) + "\n")
     rows.sort(key=lambda row: (row["pruner"], row["part"], row["way"], row["ratio"]))
-    curves = sensitivity(study.model, study._images[:2], study._accuracy, plan.ratios, "level")
+    curves = sensitivity(study.start.net, study.start.example, study.start.tested, plan.ratios, "level")
     document = {"baseline": study.baseline(), "rows": rows, "sensitivity": curves.to_dict()}
     (out / "magnitude.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return document

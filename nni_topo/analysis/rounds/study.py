@@ -29,7 +29,7 @@ from nni_topo.pruners.registry import create_pruner
 from nni_topo.pruners.rounds import Round, prune_in_rounds
 from nni_topo.runs.plan import Cell, PrunerChoice
 from nni_topo.runs.records import Record, append_record, provenance, read_records
-from nni_topo.runs.run import build_model, load_model_data, resolve_device, trained_model
+from nni_topo.runs.run import Start, build_model, pruner_knobs, start_of
 
 METHODS = {
     "IMP": PrunerChoice("level", "IMP"),
@@ -118,10 +118,10 @@ def run_rounds_cell(study: RoundsCell, out: Path) -> Record:
     """
     began = time.perf_counter()
     cell = study.cell
-    device = resolve_device(cell.device)
-    data = load_model_data(cell.model, cell.data)
-    data = replace(data, validation=TensorDataset(*(tensor[:0] for tensor in data.validation.tensors)))
-    net, accuracy = trained_model(cell, data, out, device)
+    start = start_of(cell, out)
+    nobody = TensorDataset(*(tensor[:0] for tensor in start.data.validation.tensors))
+    start = replace(start, data=replace(start.data, validation=nobody))  # epochs aren't watched here
+    net, data = start.net, start.data
     record: Record = {
         "key": study.key,
         "model": cell.model.label,
@@ -130,12 +130,12 @@ def run_rounds_cell(study: RoundsCell, out: Path) -> Record:
         "method": study.method,
         "seed": cell.seed,
         "sparsities": list(study.sparsities),
-        "accuracy_before": accuracy,
+        "accuracy_before": start.accuracy,
         "overlap": overlaps(net),
         "persistence": neural_persistence(net, normalized=True).layers,
         "persistence_untrained": neural_persistence(build_model(cell.model, data, cell.seed), normalized=True).layers,
     }
-    record["rounds"] = _rounds(study, net, data, device)
+    record["rounds"] = _rounds(study, start)
     record["seconds"] = time.perf_counter() - began
     return {**record, **provenance()}
 
@@ -164,15 +164,16 @@ def steps_to(sparsities: Sequence[float]) -> list[float]:
     return [math.log(1.0 - level) / last for level in sparsities[:-1]] + [1.0]
 
 
-def _rounds(study: RoundsCell, net: nn.Module, data: zoo.DataBundle, device: torch.device) -> list[Record]:
-    cell = study.cell
+def _rounds(study: RoundsCell, start: Start) -> list[Record]:
+    cell, net, data, device = study.cell, start.net, start.data, start.device
     initial = build_model(cell.model, data, cell.seed).to(device)
     config = (
         critical_config_list(net, study.sparsities[-1])
         if study.capped
         else [{"op_types": _TYPES, "sparse_ratio": study.sparsities[-1]}]
     )
-    pruner = create_pruner(cell.pruner.name, net, config, **cell.pruner.knobs)
+    knobs = {**pruner_knobs(cell.pruner.name, net, start, cell.pruner.calibration), **cell.pruner.knobs}
+    pruner = create_pruner(cell.pruner.name, net, config, **knobs)
     recipe = cell.train if study.rewind else cell.retrain
     rounds: list[Record] = []
 

@@ -41,7 +41,7 @@ def next_parameters() -> dict[str, Any]:
     --------
     In a trial of your own::
 
-        from nni_topo.experiment import next_parameters
+        from nni_topo.runs.experiment import next_parameters
 
         ratio = next_parameters()["ratio"]
     """

@@ -11,24 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nni_topo import zoo
-from nni_topo.network import files as serialization
-from nni_topo.runs.processes import broadcast, broadcast_masks, data_share, world
 from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.network import files as serialization
+from nni_topo.pruners.hooks import Masks
+from nni_topo.pruners.registry import pruner_info
 from nni_topo.runs.experiment.folder import only_process, read_json, write_json, write_whole
 from nni_topo.runs.experiment.settings import TrialSettings
-from nni_topo.pruners.hooks import Masks
-from nni_topo.recovery import compensation
-from nni_topo.pruners.registry import pruner_info
-from nni_topo.runs.run import (LATENCY_BATCH, build_model, calibration_batches, layer_widths, load_model_data, prune, resolve_device, trained_model,)
+from nni_topo.runs.processes import broadcast, broadcast_masks, data_share, world
 from nni_topo.runs.records import Record, provenance
+from nni_topo.runs.run import (
+    costs,
+    latencies,
+    layer_widths,
+    load_model_data,
+    made_dense,
+    on_cpu,
+    prune_to_ratios,
+    retrain,
+    trained,
+)
 from nni_topo.runs.widths import inner_layers, layer_ratios, proposed_ratios, pruning_config
-from nni_topo.network.dense import to_dense
-from nni_topo.network.zeros import zeros_held
-from nni_topo.network.zeros import weights_left
 
 METRICS, SETTINGS = "metrics.json", "settings.json"
 DENSE, MASKS, CONFIG_LIST = "dense.pt", "masks.pt", "config_list.json"
@@ -85,7 +91,7 @@ def run_trial(
         began = time.perf_counter()
         trial = _Trial(settings, out, out / "nets" if cache is None else Path(cache))
         masks = broadcast_masks(trial.masks() if rank == 0 else None)
-        dense, facts = trial.pruned(masks) if rank == 0 else (to_dense(trial.net, trial.example, masks), {})
+        dense, facts = trial.pruned(masks) if rank == 0 else (made_dense(trial.start, masks)[0], {})
         facts = broadcast(facts)
         dense = trial.retrained(dense, facts, report if rank == 0 else None, rank, size)
         if rank == 0:
@@ -119,19 +125,16 @@ class _Trial:
         if not pruner_info(settings.pruner).structured:
             raise ConfigError(f"a trial's pruner must remove whole channels, got {settings.pruner!r} (pruner)")
         self.settings, self.out, self.cell = settings, out, settings.cell()
-        self.device = resolve_device(settings.device)
-        self.data = load_model_data(self.cell.model, self.cell.data)
-        self.net, self.accuracy_before = self._trained(cache)
-        self.example: Tensor = self.data.test.tensors[0][:2].to(self.device)
-
-    def _trained(self, cache: Path) -> tuple[nn.Module, float]:
-        if self.settings.checkpoint is None:
-            with only_process(cache):
-                return trained_model(self.cell, self.data, cache, self.device)
-        net = build_model(self.cell.model, self.data, self.cell.seed)
-        zoo.load_checkpoint(self.settings.checkpoint, net)
-        net = net.to(self.device).eval()
-        return net, zoo.evaluate(net, self.data.test, device=self.device)
+        with only_process(cache) if settings.checkpoint is None else nullcontext():
+            self.start = trained(
+                self.cell.model,
+                self.cell.data,
+                recipe=self.cell.train,
+                checkpoint=settings.checkpoint,
+                folder=cache / "checkpoints",
+                seed=self.cell.seed,
+                device=settings.device,
+            )
 
     def masks(self) -> Masks:
         """Return the masks, on the CPU: those in the folder, or the pruner's."""
@@ -139,33 +142,27 @@ class _Trial:
         if path.exists():
             found: Masks = torch.load(path, weights_only=True)
             return found
-        raw, _ = prune(self.cell, self.net, self.data, self.example, self._ratios())
-        masks = {m: {t: v.cpu() for t, v in found.items() if v is not None} for m, found in raw.items()}
+        masks = on_cpu(prune_to_ratios(self.cell, self.start, self._ratios())[0])
         write_whole(path, lambda part: torch.save(masks, part))
         return masks
 
     def _ratios(self) -> dict[str, float]:
-        settings, names = self.settings, inner_layers(self.net, self.example)
+        settings, names = self.settings, inner_layers(self.start.net, self.start.example)
         for pattern in settings.ratios:
             if not any(name == pattern or fnmatchcase(name, pattern) for name in names):
                 raise unknown_name("the layer of a ratio", pattern, names)
         if settings.flops is not None and not settings.ratios:
-            return layer_ratios(self.net, self.example, self.cell.target)
+            return layer_ratios(self.start.net, self.start.example, self.cell.target)
         proposed = {name: settings.layer_ratio(name) for name in names}
-        return proposed_ratios(self.net, self.example, proposed, settings.flops)
+        return proposed_ratios(self.start.net, self.start.example, proposed, settings.flops)
 
     def pruned(self, masks: Masks) -> tuple[nn.Module, Record]:
         """Return the dense net, compensated if asked for, and what is known of it."""
         path = self.out / _PRUNED
         facts = read_json(self.out / "pruned.json")
         if facts is not None:
-            return serialization.load(path, self.net), facts
-        net = self.net
-        if self.cell.compensate is not None:
-            choice = self.cell.compensate
-            images = [batch.to(self.device) for batch in calibration_batches(self.data, choice.images)]
-            net = compensation(net, masks, images, method=choice.method, refine=choice.refine).model
-        dense = to_dense(net, self.example, masks)
+            return serialization.load(path, self.start.net), facts
+        dense, _ = made_dense(self.start, masks, self.cell.compensate)
         facts = self._facts(dense)
         write_whole(path, lambda part: serialization.save(dense, part))
         write_json(self.out / "pruned.json", facts)
@@ -174,25 +171,20 @@ class _Trial:
     def _facts(self, dense: nn.Module) -> Record:
         """Return what retraining doesn't change, and the accuracy before it."""
         settings = self.settings
-        before, after = (zoo.count_macs(net, self.example) for net in (self.net, dense))
+        before = costs(self.start.net, self.start, "_before")
         facts: Record = {
-            "accuracy_pruned": zoo.evaluate(dense, self.data.validation, device=self.device),
-            "flops_before": before,
-            "flops": after,
-            "flops_share": after / before,
-            "params_before": zoo.count_params(self.net),
-            "params": zoo.count_params(dense),
-            "weights_left": weights_left(dense),
+            "accuracy_pruned": zoo.evaluate(dense, self.start.data.validation, device=self.start.device),
+            "flops_before": before["flops_before"],
+            "params_before": before["params_before"],
+            **costs(dense, self.start),
             "widths": layer_widths(dense),
-            "price": settings.flops_weight * after / before,
         }
+        facts["flops_share"] = facts["flops"] / facts["flops_before"]
+        facts["price"] = settings.flops_weight * facts["flops_share"]
         if settings.latency_weight:
-            images = self.data.test.tensors[0][:LATENCY_BATCH].to(self.device)
-            times = zoo.latencies({"before": self.net, "after": dense}, images)
-            share = times["after"] / times["before"]
-            facts |= {"latency_before_ms": times["before"], "latency_ms": times["after"], "latency_share": share}
-            facts["latency_batch"] = len(images)
-            facts["price"] += settings.latency_weight * share
+            facts |= latencies(self.start, dense)
+            facts["latency_share"] = facts["latency_ms"] / facts["latency_before_ms"]
+            facts["price"] += settings.latency_weight * facts["latency_share"]
         return facts
 
     def retrained(self, dense: nn.Module, facts: Record, report: Report | None, rank: int, size: int) -> nn.Module:
@@ -208,21 +200,20 @@ class _Trial:
             tell(log.epoch, _result(log.validation_accuracy or 0.0, facts))
 
         data, recipe = self._retraining_data(), self.cell.retrain
-        net: nn.Module = dense
+        net: nn.Module | None = None
         if size > 1:
             data = data_share(data, rank, size)
             recipe = replace(recipe, batch_size=max(1, recipe.batch_size // size))
-            on_gpu = [self.device.index or 0] if self.device.type == "cuda" else None
-            net = DistributedDataParallel(dense.to(self.device), device_ids=on_gpu)
+            on_gpu = [self.start.device.index or 0] if self.start.device.type == "cuda" else None
+            net = DistributedDataParallel(dense, device_ids=on_gpu)
         seed = self.cell.seed + rank
-        with zeros_held(dense):
-            zoo.train(net, data, recipe, seed=seed, device=self.device, callback=epoch_done, state=state)
+        retrain(dense, data, recipe, seed=seed, through=net, callback=epoch_done, state=state)
         return dense
 
     def _retraining_data(self) -> zoo.DataBundle:
         images = self.settings.retrain_images
         if images is None:
-            return self.data
+            return self.start.data
         limit = images if self.cell.data.limit is None else min(images, self.cell.data.limit)
         return load_model_data(self.cell.model, replace(self.cell.data, limit=limit))
 
@@ -230,13 +221,13 @@ class _Trial:
         """Measure the net and write what the trial leaves behind."""
         accuracy = facts["accuracy_pruned"]
         if self.cell.retrain.epochs:
-            accuracy = zoo.evaluate(dense, self.data.validation, device=self.device)
+            accuracy = zoo.evaluate(dense, self.start.data.validation, device=self.start.device)
         metrics: Record = {
             **facts,
             "score": _result(accuracy, facts)["default"],
             "accuracy": accuracy,
-            "test_accuracy": zoo.evaluate(dense, self.data.test, device=self.device),
-            "test_accuracy_before": self.accuracy_before,
+            "test_accuracy": zoo.evaluate(dense, self.start.data.test, device=self.start.device),
+            "test_accuracy_before": self.start.accuracy,
             "seconds": seconds,
             "settings": self.settings.to_dict(),
             **provenance(),
@@ -250,10 +241,10 @@ class _Trial:
 
     def _config_list(self, dense: nn.Module) -> list[dict[str, Any]]:
         """Return a config_list that leads any structured pruner to the same widths."""
-        before, after = layer_widths(self.net), layer_widths(dense)
-        gone = {name: before[name] - after[name] for name in inner_layers(self.net, self.example)}
+        before, after = layer_widths(self.start.net), layer_widths(dense)
+        gone = {name: before[name] - after[name] for name in inner_layers(self.start.net, self.start.example)}
         ratios = {name: (count + 0.5) / before[name] if count else 0.0 for name, count in gone.items()}
-        return pruning_config(self.net, self.example, ratios)
+        return pruning_config(self.start.net, self.start.example, ratios)
 
 
 def _result(accuracy: float, facts: Record) -> dict[str, float]:

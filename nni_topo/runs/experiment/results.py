@@ -44,8 +44,8 @@ def export_trial(trial: TrialRecord, out: str | Path, *, command: str | None = N
     Raises
     ------
     DataError
-        If the files aren't here and ``command`` is None, isn't that of ``nni_topo.runs.trial``, or fails; or the disk is
-        full.
+        If the files aren't here and ``command`` is None, isn't that of ``nni_topo.runs.trial``, or fails; or the disk
+        is full.
     """
     out, folder = Path(out), Path(trial.folder or "nowhere")
     check_free_disk(out)

@@ -12,7 +12,15 @@ from typing import Any
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.pruners.registry import check_knobs, pruner_info
-from nni_topo.runs.plan import (Cell, CompensationChoice, DataChoice, ModelChoice, PrunerChoice, Target, changed_recipe,)
+from nni_topo.runs.plan import (
+    Cell,
+    CompensationChoice,
+    DataChoice,
+    ModelChoice,
+    PrunerChoice,
+    Target,
+    changed_recipe,
+)
 from nni_topo.zoo import default_recipe
 
 BUDGET_KEY = "TRIAL_BUDGET"

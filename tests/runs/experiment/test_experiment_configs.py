@@ -12,8 +12,7 @@ from nni.experiment.config import ExperimentConfig
 
 from nni_topo.errors import ConfigError
 from nni_topo.runs.experiment.manager import load_experiment
-from nni_topo.runs.experiment.settings import TrialSettings, with_parameters
-from nni_topo.runs.experiment.settings import scalar_fields
+from nni_topo.runs.experiment.settings import TrialSettings, scalar_fields, with_parameters
 from nni_topo.runs.trial import _parser, main
 
 FOLDER = Path(__file__).parents[3] / "configs" / "experiments"

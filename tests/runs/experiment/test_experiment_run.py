@@ -16,10 +16,9 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.runs.experiment.manager import start_experiment
+from nni_topo.runs.experiment.manager import check_port, free_port, load_experiment, start_experiment
 from nni_topo.runs.experiment.results import export_trial
 from nni_topo.runs.experiment.trials import TrialRecord, best_trial
-from nni_topo.runs.experiment.manager import check_port, free_port, load_experiment
 
 CONFIG = """
 searchSpace:

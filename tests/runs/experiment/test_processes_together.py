@@ -12,8 +12,8 @@ import torch
 from joblib import parallel_config
 
 from nni_topo import TopologicalPruner, zoo
-from nni_topo.runs.processes import broadcast, broadcast_masks, check_equal_masks, data_share, masks_digest, world
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.runs.processes import broadcast, broadcast_masks, check_equal_masks, data_share, masks_digest, world
 
 RANKS = """
 import json, os, runpy, sys
@@ -21,9 +21,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 import nni_topo
 from nni_topo import zoo
-from nni_topo.runs.processes import broadcast, broadcast_masks, check_equal_masks, data_share, masks_digest, process_group
+from nni_topo.runs.processes import broadcast, broadcast_masks, check_equal_masks, data_share, masks_digest
+from nni_topo.runs.processes import process_group
 from nni_topo.errors import DataError
-from nni_topo.experiment.manager import free_port
+from nni_topo.runs.experiment.manager import free_port
 
 torch.set_num_threads(1)
 data = zoo.load_data("digits", limit=301)

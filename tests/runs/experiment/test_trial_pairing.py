@@ -64,7 +64,7 @@ def test_the_grid_says_whose_rows_can_be_compared():
 LATE = """
 import pathlib, time
 import nni
-from nni_topo.experiment import next_parameters
+from nni_topo.runs.experiment import next_parameters
 asked = pathlib.Path("asked")
 while nni.get_sequence_id() == 0 and not asked.exists():
     time.sleep(0.1)
@@ -119,5 +119,5 @@ def test_under_plain_nnictl_a_trial_runs_what_its_row_shows(home, wait_until, mo
 @pytest.mark.slow
 def test_rows_that_nnictl_swapped_are_told_by_their_results(home, wait_until, monkeypatch):
     monkeypatch.delenv("NODE_OPTIONS", raising=False)
-    plain = LATE.replace("from nni_topo.experiment import", "from nni import get_next_parameter as")
+    plain = LATE.replace("from nni_topo.runs.experiment import", "from nni import get_next_parameter as")
     assert rows(home, home.port, wait_until, plain) == [(0, 1.0), (1, 0.0)]

@@ -1,0 +1,73 @@
+"""NNI's evaluators, made from a recipe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import nni
+import torch
+from nni.compression import TorchEvaluator
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from nni_topo import zoo
+from nni_topo.network.modes import device_of
+
+
+def recipe_evaluator(model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe, *, seed: int = 0) -> TorchEvaluator:
+    """Return an NNI evaluator that trains by a recipe, without augmentation, and evaluates on the test images.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model, before a pruner wraps it.
+    data : DataBundle
+        Training and test images.
+    recipe : Recipe
+        Optimizer, batch size, and the learning rate's course over the steps of a training.
+    seed : int, default=0
+        Of the order of the images.
+    """
+    batches = batches_of(data, recipe)
+
+    def train(
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        step: Callable[..., Tensor],
+        scheduler: Any,
+        max_steps: int | None,
+        max_epochs: int | None,
+    ) -> None:
+        del scheduler
+        steps = (max_epochs or recipe.epochs) * batches if max_steps is None else max_steps
+        generator = torch.Generator().manual_seed(seed)
+        images, labels = (tensor.to(device_of(model)) for tensor in data.train.tensors)
+        model.train()
+        for done in range(steps):
+            if done % batches == 0:
+                order = torch.randperm(len(labels), generator=generator).tensor_split(batches)
+            chosen = order[done % batches]
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate(done / steps)
+            optimizer.zero_grad()
+            step((images[chosen], labels[chosen]), model).backward()
+            optimizer.step()
+
+    def training_step(batch: tuple[Tensor, Tensor], model: nn.Module) -> Tensor:
+        return cross_entropy(model(batch[0]), batch[1], label_smoothing=recipe.label_smoothing)
+
+    optimizer = nni.trace(torch.optim.SGD)(
+        model.parameters(),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.momentum > 0,
+    )
+    return TorchEvaluator(train, optimizer, training_step, evaluating_func=lambda net: zoo.evaluate(net, data.test))
+
+
+def batches_of(data: zoo.DataBundle, recipe: zoo.Recipe) -> int:
+    """Return the batches of an epoch."""
+    return math.ceil(len(data.train) / recipe.batch_size)
