@@ -105,7 +105,7 @@ def _mend() -> CompatReport:
 
 def _mends() -> tuple[Callable[[], bool], ...]:
     """List the mends; importing them imports NNI, which has to happen after `keep_pytree_nodes`."""
-    from nni_topo.compat import evaluators, importing, speedup, tracing, wrapping
+    from nni_topo.compat import evaluators, launching, speedup, tracing, wrapping
 
     return (
         tracing.restore_tensor_methods,
@@ -131,7 +131,7 @@ def _mends() -> tuple[Callable[[], bool], ...]:
         evaluators.set_lightning_steps,
         evaluators.patch_trainer_steps,
         evaluators.pass_loss_arguments,
-        importing.wait_for_manager,
+        launching.wait_for_manager,
     )
 
 

@@ -15,7 +15,7 @@ from nni.compression.pruning.tools import sparse_gen
 from torch import Tensor, nn
 
 from nni_topo import compat
-from nni_topo.compat import metrics
+from nni_topo.compat import metrics as ranking
 
 
 @pytest.fixture(autouse=True)
@@ -52,16 +52,16 @@ def test_thresholds_are_nnis(
     grains = [layers[0][1] if same else grain for _, grain in layers]
     metrics, group = group_of(blocks, grains, seed, dtype, distinct)
     number = int(ratio * sum(count * grain for count, grain in zip(blocks, grains, strict=True)))
-    expected = metrics._NNI_THRESHOLD(metrics, group, number)
-    assert metrics.global_threshold(metrics, group, number) == expected
+    expected = ranking._NNI_THRESHOLD(metrics, group, number)
+    assert ranking.global_threshold(metrics, group, number) == expected
 
 
 @pytest.mark.parametrize("grains", [[4, 4], [4, 9]])
 def test_thresholds_among_nans_are_nnis(grains: list[int]) -> None:
     metrics, group = group_of([12, 20], grains, 0, torch.float32, 1000)
     metrics["1"]["weight"][3::5] = torch.nan
-    expected = metrics._NNI_THRESHOLD(metrics, group, 50)
-    found = metrics.global_threshold(metrics, group, 50)
+    expected = ranking._NNI_THRESHOLD(metrics, group, 50)
+    found = ranking.global_threshold(metrics, group, 50)
     assert found == expected or (found != found and expected != expected)
 
 
@@ -75,7 +75,7 @@ def test_a_pruner_makes_the_same_masks_on_request_only() -> None:
     assert sparse_gen._global_threshold_generate.__module__.startswith("nni.")
     slow = masks()
     compat.enable_fast_metrics()
-    assert sparse_gen._global_threshold_generate is metrics.global_threshold
+    assert sparse_gen._global_threshold_generate is ranking.global_threshold
     fast = masks()
     assert all(torch.equal(slow[name]["weight"], fast[name]["weight"]) for name in ("0", "1", "2"))
     compat.disable_fast_metrics()

@@ -1,0 +1,29 @@
+"""Mends of how NNI starts experiments."""
+
+from __future__ import annotations
+
+import inspect
+
+from nni.experiment import launcher
+
+_SECONDS = 60
+
+
+def wait_for_manager() -> bool:
+    """Give NNI's manager a minute to answer.
+
+    Place: ``nni/experiment/launcher.py``, ``_check_rest_server``. Cause: it asks the manager's web server four times
+    within three seconds and then gives the experiment up, which a busy machine may not keep (any PyTorch and Python).
+    ``nnictl`` doesn't import this package and stays impatient.
+
+    Returns
+    -------
+    bool
+        True if the number of tries was raised, False if NNI is patient already.
+    """
+    check = launcher._check_rest_server
+    tries = inspect.signature(check).parameters["retry"].default
+    if tries >= _SECONDS:
+        return False
+    check.__defaults__ = tuple(_SECONDS if value == tries else value for value in check.__defaults__)
+    return True
