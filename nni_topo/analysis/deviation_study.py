@@ -26,30 +26,25 @@ from nni_topo.runs.plan import DataChoice, ModelChoice, PrunerChoice, Target
 from nni_topo.runs.run import Start, prune, trained
 from nni_topo.runs.widths import inner_layers
 
+# in the place of a pruner's name: single weights at random
 CONNECTIONS = "connections"
 _ITERATIONS = 50
 
 
 @dataclass(frozen=True)
 class DeviationPoint:
-    """One pruned network.
+    """One pruned network; shares and accuracies in [0, 1].
 
     Attributes
     ----------
-    pruner : str
-        Name.
-    ratio : float
-        Asked for, in [0, 1).
-    seed : int
-        The pruner's.
     pruned : float
-        Share of the pruned layers' weights that is gone, in [0, 1].
+        Share of the pruned layers' weights that is gone.
     error, bound, lipschitz : float
         Norm of the output's change over the batch, its bound (3.9), and the bound that always holds.
     dev, sign, relative : float
         See :class:`~nni_topo.analysis.NetDeviation`; with (3.9).
     accuracy : float
-        On the test images, in [0, 1], without retraining.
+        On the test images, without retraining.
     """
 
     pruner: str
@@ -110,49 +105,14 @@ def deviation_study(
     seed: int = 0,
     device: str = "cpu",
 ) -> DeviationStudy:
-    """Prune one trained network by several pruners to several ratios and measure Net Deviation.
-
-    Parameters
-    ----------
-    model : ModelChoice
-        Which architecture.
-    checkpoint : str, Path or None
-        Its trained weights. None: it is trained first.
-    data : DataChoice
-        Training images for pruning and deviation, test images for accuracy.
-    pruners : sequence of str
-        Registered names, or ``"connections"``: single weights at random. ``"subcluster"``, which finds the number of
-        neurons itself, begins with ``1 - ratio`` of them.
-    ratios : sequence of float
-        ``sparse_ratio`` of every layer but the output, each in [0, 1).
-    seeds : int, default=1
-        Runs of each pruner, with seeds from ``seed``; one of those without a seed.
-    images : int, default=64
-        Training images that the deviation is taken on, at least 1.
-    calibration : int, default=512
-        Training images given to pruners that take calibration data.
-    seed : int, default=0
-        Of the training and the pruners.
-    device : {"cpu", "cuda", "auto"}, default="cpu"
-        Where to compute.
-
-    Returns
-    -------
-    DeviationStudy
-
-    Raises
-    ------
-    ConfigError
-        If a name or number can't be used.
-    DataError
-        If the checkpoint or the data can't be used.
-    """
+    """Prune one trained network by several pruners, seeds and ratios; measure Net Deviation on training images."""
     _check(pruners, ratios, seeds, images, calibration)
     start = trained(model, data, checkpoint=checkpoint, seed=seed, device=device)
     net = start.net
     batch = start.data.train.tensors[0][:images].to(start.device)
     points = []
     for name in pruners:
+        # without a seed every run would be the same
         repeats = seeds if name == CONNECTIONS or "seed" in pruner_info(name).knobs() else 1
         for ratio, each in itertools.product(ratios, range(seed, seed + repeats)):
             masks = study_masks(name, replace(start, seed=each), ratio, calibration)
@@ -181,28 +141,12 @@ def _point(name: str, ratio: float, seed: int, pruned: float, found: ErrorBound,
 
 
 def study_masks(name: str, start: Start, ratio: float, calibration: int) -> Masks:
-    """Prune a copy of a network and return the masks.
-
-    Parameters
-    ----------
-    name : str
-        Registered name, or ``"connections"``.
-    start : Start
-        The network; its seed is the pruner's.
-    ratio : float
-        Of every layer but the output, in [0, 1).
-    calibration : int
-        Training images for pruners that take calibration data.
-
-    Returns
-    -------
-    dict
-        ``{module name: {target name: mask}}``.
-    """
+    """Return masks by a registered name, or ``"connections"``, at a ratio in [0, 1) of every layer but the output."""
     layers = inner_layers(start.net, start.example)
     if name == CONNECTIONS:
         return _random_connections(start.net, layers, ratio, start.seed)
     info = pruner_info(name)
+    # it finds the number of neurons itself, and begins with 1 - ratio of them
     finds_number = name == "subcluster"
     knobs = {"initial_ratio": max(1.0 - ratio, 1e-9)} if finds_number else {}
     entry = {"op_names": layers} if finds_number else {"op_names": layers, "sparse_ratio": ratio}

@@ -34,12 +34,10 @@ class WeightLayer:
     ----------
     name : str
         Module name; for a recurrent layer with the parameter and the gate, e.g. ``"lstm.weight_hh_l0[forget]"``.
-    kind : {"dense", "recurrent", "conv"}
-        What it is.
+    kind : str
+        ``"dense"``, ``"recurrent"`` or ``"conv"``.
     weight : ndarray of float64, shape (out, in) or (out, in / groups, *kernel)
         Its values, masked where NNI masks them.
-    module : torch.nn.Module
-        The module that holds it.
     """
 
     name: str
@@ -66,30 +64,11 @@ class WeightLayer:
 
 
 def weight_layers(model: nn.Module) -> tuple[list[WeightLayer], dict[str, str]]:
-    """List the weights of a model that join inputs to outputs, in its order.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model, wrapped by NNI or not; it isn't changed.
-
-    Returns
-    -------
-    list of WeightLayer
-        Linear layers, convolutions of one to three dimensions, and the gates of recurrent layers.
-    dict of str to str
-        Modules that hold other weights of two or more dimensions, with their type: they are left out.
-
-    Raises
-    ------
-    ConfigError
-        If the model has none of the supported layers; the message names the types it has instead.
-    DataError
-        If a layer has no weight.
-    """
+    """List a model's weights that join inputs to outputs, in its order, and by module the types that are left out."""
     layers: list[WeightLayer] = []
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
+        # a child of the module that it wraps, which is listed itself
         if name.rpartition(".")[2] == "_nni_wrapper":
             continue
         if _is_supported(module):

@@ -145,7 +145,9 @@ def retraining_bound(
         check_model(model)
     start, end, pruned = (_state(model, loss, data) for model in (initial, trained, sparse))
     if kind == "node":
+        # a pruned node is gone from the network, so what would pull at its zeros doesn't count
         pruned = pruned.alive()
+    # (3.6): squared norms, all layers together
     steepness = [sum(float(g.square().sum()) for g in state.gradients.values()) for state in (start, pruned)]
     if min(steepness) == 0.0:
         raise DataError("gradients before training and after pruning must not be zero, got one that is (theorem 1)")
@@ -198,9 +200,11 @@ def _state(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: list[t
         found = loss(copied(*args, **kwargs), targets.to(device))
         if found.dim():
             raise ConfigError(f"a loss must be the mean over a batch, got one of shape {tuple(found.shape)} (loss)")
+        # the mean over all samples, whatever the sizes of the batches
         mean = found * (len(targets) / samples)
         torch.autograd.backward(mean)
         total += mean.item()
+    # what the loss doesn't depend on has no gradient
     reached = {name: p for name, p in copied.named_parameters() if p.grad is not None}
     if not math.isfinite(total):
         raise DataError(f"a loss must be finite, got {total} (theorem 1)")
@@ -213,12 +217,14 @@ def _state(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: list[t
 
 def _mu(state: _State, end: _State, kind: Kind) -> float:
     if kind == "node":
+        # (3.4) and (3.5), with equality: |gradient|^2 = mu |loss - trained loss|
         gap = abs(state.loss - end.loss)
         slope = sum(float(g.square().sum()) for g in state.gradients.values())
     else:
         shapes = [{name: tuple(w.shape) for name, w in each.weights.items()} for each in (state, end)]
         if shapes[0] != shapes[1]:
             raise ConfigError("the connection form needs parameters of the same shapes, got others (kind 'connection')")
+        # (3.2) and (3.3), with equality: |gradient - trained gradient| = mu |weights - trained weights|
         gap, slope = _distance(state.weights, end.weights), _distance(state.gradients, end.gradients)
     if gap == 0.0 or slope == 0.0:
         raise DataError(

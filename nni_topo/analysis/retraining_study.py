@@ -33,14 +33,8 @@ class RetrainingPoint:
 
     Attributes
     ----------
-    pruner : str
-        Name.
     kind : str
         ``"connection"`` or ``"node"``.
-    ratio : float
-        In [0, 1).
-    seed : int
-        The pruner's, and that of retraining.
     bound, derived : float
         Epochs by (3.1) as printed and with the ratio of gradients the other way up, with the study's constant.
     epochs : int or None
@@ -75,17 +69,15 @@ class RetrainingStudy:
         return asdict(self)
 
     def means(self) -> pd.DataFrame:
-        """Return means over seeds by ``pruner``, ``kind`` and ``ratio``, in the order of the points.
-
-        ``epochs`` counts runs that weren't back with the most epochs; ``back`` says how many of the runs were;
-        ``fitted`` is the constant with which (3.1) gives ``epochs``.
-        """
+        """Return means over seeds by ``pruner``, ``kind`` and ``ratio``, in the order of the points."""
         frame = pd.DataFrame([asdict(point) for point in self.points]).drop(columns="seed")
+        # a run that wasn't back counts with the most epochs, and back says how many were
         frame = frame.assign(
             back=frame["epochs"].notna(), epochs=frame["epochs"].fillna(self.most_epochs).astype(float)
         )
         grouped = frame.groupby(["pruner", "kind", "ratio"], sort=False, as_index=False)
         means = grouped.mean()
+        # the constant with which (3.1) gives the epochs, for the bound is proportional to it
         return means.assign(back=grouped["back"].sum()["back"], fitted=self.gamma * means["epochs"] / means["bound"])
 
     def save(self, folder: str | Path) -> list[Path]:
@@ -114,48 +106,7 @@ def retraining_study(
     seed: int = 0,
     device: str = "cpu",
 ) -> RetrainingStudy:
-    """Prune a trained network, retrain it until its accuracy is back, and compare the epochs with theorem 1.
-
-    Parameters
-    ----------
-    model : ModelChoice
-        Which architecture.
-    checkpoint : str, Path or None
-        Weights that the model's default recipe and ``seed`` gave. None: it is trained first.
-    data : DataChoice
-        Training and test images.
-    pruners : sequence of str
-        Registered names, or ``"connections"``: single weights at random. Structured ones prune nodes.
-    ratios : sequence of float
-        ``sparse_ratio`` of every layer but the output, each in [0, 1).
-    seeds : int, default=1
-        Runs of each pruner and retraining, with seeds from ``seed``.
-    most_epochs : int, default=10
-        After which retraining is given up, at least 1; over these the learning rate falls.
-    images : int, default=2048
-        Training images that losses and gradients are taken on.
-    calibration : int, default=512
-        Training images given to pruners that take calibration data.
-    gamma : float, default=1.0
-        The theorem's free constant, positive.
-    tolerance : float, default=0.0
-        Accuracy, in [0, 1], that may be missing for the network to count as back.
-    seed : int, default=0
-        Of the initial weights, the training and the pruners.
-    device : {"cpu", "cuda", "auto"}, default="cpu"
-        Where to compute.
-
-    Returns
-    -------
-    RetrainingStudy
-
-    Raises
-    ------
-    ConfigError
-        If a name or number can't be used.
-    DataError
-        If the checkpoint or the data can't be used.
-    """
+    """Prune a trained network, retrain it until its accuracy is back, and compare the epochs with theorem 1."""
     _check(pruners, ratios)
     for knob, value in (
         ("seeds", seeds),
@@ -169,6 +120,7 @@ def retraining_study(
     if not 0.0 <= tolerance <= 1.0:
         raise ConfigError(f"tolerance must be in [0, 1], got {tolerance!r} (analyze retraining)")
     start = trained(model, data, checkpoint=checkpoint, seed=seed, device=device)
+    # where training began: a checkpoint must be what the default recipe and this seed gave
     initial = build_model(model, start.data, seed).to(start.device)
     pictures, labels = (tensor[:images].split(256) for tensor in start.data.train.tensors)
     batches = list(zip(pictures, labels, strict=True))
@@ -201,6 +153,7 @@ class _Case:
         before = start.tested(sparse)
         if kind == "connection":
             _freeze_zeros(sparse)
+        # the learning rate falls over the most epochs, however soon the accuracy is back
         taken, after = epochs_back(sparse, start.data, start.recipe.for_retraining(most_epochs), self.wanted, seed=seed)
         return RetrainingPoint(name, kind, ratio, seed, found.epochs, found.derived_epochs, taken, before, after)
 
@@ -212,28 +165,7 @@ class _Back(Exception):  # noqa: N818 - ends a training, no error
 def epochs_back(
     model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe, wanted: float, *, seed: int
 ) -> tuple[int | None, float]:
-    """Train a network in place until its test accuracy is what it should be.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The network, on the device where it is to be trained.
-    data : DataBundle
-        Training and test images.
-    recipe : Recipe
-        How to train, and for how many epochs at most.
-    wanted : float
-        Test accuracy, in [0, 1].
-    seed : int
-        Of the training.
-
-    Returns
-    -------
-    int or None
-        Epochs it took, 0 if none was needed; None if it wasn't back after the last.
-    float
-        Test accuracy at the end.
-    """
+    """Train in place until the test accuracy is ``wanted``; return epochs (None: never) and the last test accuracy."""
     device = next(model.parameters()).device
     reached = [zoo.evaluate(model, data.test, device=device)]
     if reached[0] >= wanted:

@@ -26,33 +26,10 @@ def topology_study(
     seed: int = 0,
     device: str = "cpu",
 ) -> TopologyStudy:
-    """Compare the clouds of a model's layers before and after topological pruning.
-
-    Parameters
-    ----------
-    model : ModelChoice
-        Which architecture.
-    checkpoint : str, Path or None
-        Its trained weights. None: it is trained first.
-    data : DataChoice
-        Example inputs and calibration images.
-    target : Target
-        One ratio for all layers, or a share of the MACs that death times deal out.
-    degrees : tuple of int, default=(0, 1)
-        Homology degrees.
-    calibration : int, default=0
-        Training images for the functional cloud. 0: the weight cloud.
-    seed : int, default=0
-        Of training and of the search.
-    device : {"cpu", "cuda", "auto"}, default="cpu"
-        Where to compute.
-
-    Returns
-    -------
-    TopologyStudy
-    """
+    """Compare the clouds of a model's layers before and after topological pruning."""
     start = trained(model, data, checkpoint=checkpoint, seed=seed, device=device)
     net, example = start.net, start.example
+    # death times deal out a share of the MACs
     knobs: dict[str, Any] = {"seed": seed, "allocation": "topological"} if target.kind == "flops" else {"seed": seed}
     entry: dict[str, Any] = {"op_names": inner_layers(net, example)}
     if target.kind == "flops":
@@ -60,22 +37,13 @@ def topology_study(
     else:
         entry["sparse_ratio"] = target.value
     if calibration:
+        # the functional cloud instead of the weights'
         knobs |= {"calibration": start.images(calibration), "criterion": "hausdorff"}
     return study_topology(net, dependency_groups(net, example, [entry]), degrees=degrees, **knobs)
 
 
 def print_topology(study: TopologyStudy, title: str, console: Console) -> None:
-    """Print a row per layer: points before and after, distances of the diagrams, Hausdorff distance.
-
-    Parameters
-    ----------
-    study : TopologyStudy
-        The study.
-    title : str
-        Of the table.
-    console : rich.console.Console
-        Where to.
-    """
+    """Print a row per layer: points before and after, distances of the diagrams, Hausdorff distance."""
     table = Table("layer", title=title, title_justify="left")
     degrees = study.layers[0].bottleneck if study.layers else {}
     for name in ("points", "kept", *(f"bottleneck H{degree}" for degree in degrees), "Hausdorff"):

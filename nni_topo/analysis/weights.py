@@ -30,27 +30,10 @@ from nni_topo.runs.run import build_model, load_model_data, resolve_device
 def compression_study(
     model: ModelChoice, input_size: Sequence[int], *, classes: int = 10, convention: Convention = "theorem"
 ) -> CriticalCompression:
-    """Count the critical compression ratios of a model by name.
-
-    Parameters
-    ----------
-    model : ModelChoice
-        Which architecture.
-    input_size : sequence of int
-        Of one input without the batch: channels, height and width of an image in pixels. Height and width of a listed
-        model's are equal; of a model from outside, any dimensions that it takes.
-    classes : int, default=10
-        Number of outputs.
-    convention : {"theorem", "tables"}, default="theorem"
-        See :func:`nni_topo.analysis.critical_compression_ratio`.
-
-    Raises
-    ------
-    ConfigError
-        If a name is unknown, or the input isn't one that the model takes.
-    """
+    """Count the critical compression ratios of a model by name; ``input_size`` is of one input, without the batch."""
     if not input_size or min(input_size) < 1:
         raise ConfigError(f"input_size must be one or more numbers of at least 1, got {tuple(input_size)}")
+    # a model from outside may take any dimensions
     if model.name in zoo.list_models() and (len(input_size) != 3 or input_size[1] != input_size[2]):
         raise ConfigError(f"input_size must be channels, height and width of a square, got {tuple(input_size)}")
     net = zoo.create_model(
@@ -136,27 +119,7 @@ def persistence_study(
     device: str = "cpu",
     **options: Any,
 ) -> PersistenceStudy:
-    """Compute a model's neural persistence, along a training where there is no checkpoint.
-
-    Parameters
-    ----------
-    model : ModelChoice
-        Which architecture.
-    checkpoint : str, Path or None
-        Its trained weights. None: it is trained by its default recipe and watched.
-    data : DataChoice
-        What it is trained on, and the size of its inputs.
-    seed : int, default=0
-        Of the weights and the training.
-    device : {"cpu", "cuda", "auto"}, default="cpu"
-        Where to train.
-    **options
-        Arguments of :func:`nni_topo.analysis.neural_persistence`.
-
-    Returns
-    -------
-    PersistenceStudy
-    """
+    """Compute neural persistence (its arguments: ``options``), along a training where there is no checkpoint."""
     place = resolve_device(device)
     bundle = load_model_data(model, data)
     net = build_model(model, bundle, seed).to(place)

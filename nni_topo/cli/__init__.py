@@ -41,18 +41,7 @@ _INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Parameters
-    ----------
-    arguments : sequence of str or None, default=None
-        Words after ``nni-topo``. None: those of this process.
-
-    Returns
-    -------
-    int
-        0: done; 1: some cells of a comparison failed; 2: the request can't be carried out; 130: interrupted.
-    """
+    """Run the command line; return 0, 1 if some cells failed, 2 if it can't be carried out, 130 if interrupted."""
     options = _parser().parse_args(arguments)
     # With --json, standard output holds the document and nothing else.
     console = Console(stderr=options.json, soft_wrap=False, width=None if sys.stdout.isatty() else 160)

@@ -18,13 +18,7 @@ from nni_topo.runs.plan import DataChoice, ModelChoice
 
 
 def add_energy_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the study's own arguments to a parser.
-
-    Parameters
-    ----------
-    parser : argparse.ArgumentParser
-        That has the arguments of model, data and output already.
-    """
+    """Add the study's own arguments to a parser that has those of model, data and output."""
     parser.add_argument("--checkpoint", type=Path, help="state dict of the trained model; default: train it first")
     parser.add_argument("--thresholds", type=float, nargs="+", default=list(THRESHOLDS), help="energy shares")
     parser.add_argument("--images", type=int, help="test images used (default all)")
@@ -42,22 +36,7 @@ def add_energy_arguments(parser: argparse.ArgumentParser) -> None:
 def run_energy_study(
     options: argparse.Namespace, console: Console, data_choice: Callable[[argparse.Namespace], DataChoice]
 ) -> int:
-    """Run the study that arguments ask for, and print it.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        Parsed arguments.
-    console : rich.console.Console
-        Where tables go.
-    data_choice : callable
-        Turns the arguments of data into a choice.
-
-    Returns
-    -------
-    int
-        0.
-    """
+    """Run the study that arguments ask for, print it, and return 0."""
     usual = {
         "sweep": "nyquist",
         "direction": "diagonal",

@@ -20,6 +20,7 @@ from nni_topo.runs.records import Record, append_record, read_records
 from nni_topo.runs.rivals import is_rival
 from nni_topo.runs.run import load_model_data, resolve_device, run_cell
 
+# Never a plain fork: the child would inherit locks that PyTorch's threads hold. The server imports the pipeline once.
 _START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
@@ -70,6 +71,7 @@ def compare(
     cells = list(plan.cells())
     _check_choices(cells)
     done = {record["key"]: record for record in read_records(out / "results.jsonl")}
+    # results.json and the tables are of one comparison; a changed plan in an old folder would mix two
     strangers = [record for key, record in done.items() if key not in {cell.key for cell in cells}]
     if strangers:
         one = strangers[0]
@@ -113,8 +115,10 @@ def _isolated(cell: Cell, out: Path) -> Record | str:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(cell, out, sender))
     process.start()
+    # While this end is open here, a child that was killed would never read as the end of the pipe.
     sender.close()
     try:
+        # before join: a child with more to say than the pipe holds doesn't end until it is read
         result: Record | str = receiver.recv()
     except EOFError:
         process.join()
@@ -137,4 +141,5 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
+        # sys.exit would end this thread alone
         os._exit(1)

@@ -17,19 +17,7 @@ from nni_topo.network.modes import device_of
 
 
 def recipe_evaluator(model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe, *, seed: int = 0) -> TorchEvaluator:
-    """Return an NNI evaluator that trains by a recipe, without augmentation, and evaluates on the test images.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model, before a pruner wraps it.
-    data : DataBundle
-        Training and test images.
-    recipe : Recipe
-        Optimizer, batch size, and the learning rate's course over the steps of a training.
-    seed : int, default=0
-        Of the order of the images.
-    """
+    """Return an NNI evaluator that trains by a recipe, without augmentation, and evaluates on the test images."""
     batches = batches_of(data, recipe)
 
     def train(
@@ -40,6 +28,7 @@ def recipe_evaluator(model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe,
         max_steps: int | None,
         max_epochs: int | None,
     ) -> None:
+        # the recipe sets the rate of every step
         del scheduler
         steps = (max_epochs or recipe.epochs) * batches if max_steps is None else max_steps
         generator = torch.Generator().manual_seed(seed)
@@ -58,6 +47,7 @@ def recipe_evaluator(model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe,
     def training_step(batch: tuple[Tensor, Tensor], model: nn.Module) -> Tensor:
         return cross_entropy(model(batch[0]), batch[1], label_smoothing=recipe.label_smoothing)
 
+    # NNI makes it anew for the wrapped model, so the model here is the one before a pruner wraps it
     optimizer = nni.trace(torch.optim.SGD)(
         model.parameters(),
         lr=recipe.lr,

@@ -240,13 +240,7 @@ def load_plan(path: str | Path) -> Plan:
 
 
 def compensation_choice(entry: Any) -> CompensationChoice | None:
-    """Return what a file's ``compensate`` says; nothing where it says nothing.
-
-    Raises
-    ------
-    ConfigError
-        If it isn't a mapping, or a key is unknown.
-    """
+    """Return what a file's ``compensate`` says, None where it says nothing; ConfigError if a key is unknown."""
     if entry is None or isinstance(entry, CompensationChoice):
         return entry
     if not isinstance(entry, dict):

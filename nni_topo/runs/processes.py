@@ -37,20 +37,10 @@ def world() -> tuple[int, int]:
 
 @contextmanager
 def process_group(device: torch.device | str = "cpu") -> Iterator[tuple[int, int]]:
-    """Join the group that ``torchrun`` describes in the environment, if it does; leave it at the end.
-
-    Parameters
-    ----------
-    device : torch.device or str, default="cpu"
-        NCCL connects processes on GPUs, gloo all others.
-
-    Yields
-    ------
-    rank, size : int
-        As :func:`world`.
-    """
+    """Join the group that ``torchrun`` describes in the environment, if it does; yield rank and size; leave it."""
     joins = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _is_group()
     if joins:
+        # NCCL connects processes on GPUs, gloo all others
         dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
     try:
         yield world()
@@ -60,15 +50,7 @@ def process_group(device: torch.device | str = "cpu") -> Iterator[tuple[int, int
 
 
 def broadcast(value: _Plain, *, source: int = 0) -> _Plain:
-    """Return the value of one process in all of them; it is pickled on the way, so it stays among one's own processes.
-
-    Parameters
-    ----------
-    value : object
-        Tensors on the CPU and plain values; only that of ``source`` counts.
-    source : int, default=0
-        The rank whose value it is.
-    """
+    """Return the value of one process in all; it is pickled on the way, so it stays among one's own processes."""
     if not _is_group():
         return value
     held: list[Any] = [value]
@@ -110,16 +92,11 @@ def _on_cpu(found: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
 
 
 def check_equal_masks(masks: Masks) -> None:
-    """Check that all processes hold equal masks.
-
-    Raises
-    ------
-    DataError
-        In every process, if they differ; it names the ranks by what they hold.
-    """
+    """Raise DataError, in every process, unless all hold equal masks; it names the ranks by what they hold."""
     if not _is_group():
         return
     found: list[Any] = [None] * dist.get_world_size()
+    # all learn of all: if one alone raised, the others would wait for it in the next exchange
     dist.all_gather_object(found, masks_digest(masks))
     if len(set(found)) > 1:
         shown = ", ".join(f"rank {rank}: {digest[:_SHOWN]}" for rank, digest in enumerate(found))
@@ -133,34 +110,18 @@ def masks_digest(masks: Masks) -> str:
         for target in sorted(t for t, mask in masks[module].items() if mask is not None):
             mask = masks[module][target].detach().cpu()
             digest.update(f"{module}.{target} {tuple(mask.shape)}".encode())
+            # one type, so that equal masks have one digest whatever the pruner made them of
             digest.update(mask.to(torch.float32).numpy().tobytes())
     return digest.hexdigest()
 
 
 def data_share(data: DataBundle, rank: int, size: int) -> DataBundle:
-    """Return a data set with one process's share of the training images.
-
-    Parameters
-    ----------
-    data : DataBundle
-        The whole; validation and test images stay whole.
-    rank, size : int
-        Which process of how many.
-
-    Returns
-    -------
-    DataBundle
-        Every ``size``-th training image from ``rank`` on; all shares are of one length, so that all processes take as
-        many steps, and up to ``size - 1`` images are left out.
-
-    Raises
-    ------
-    ConfigError
-        If there are fewer training images than processes.
-    """
+    """Return a data set with every ``size``-th training image from ``rank`` on, all validation and test images."""
     each = len(data.train) // size
     if not each:
         raise ConfigError(f"each process must get a training image, got {len(data.train)} for {size} (data_share)")
+    # Shares of one length: all processes take as many steps, and none waits for gradients that never come. Up to
+    # size - 1 images are left out.
     return replace(data, train=TensorDataset(*(part[rank::size][:each] for part in data.train.tensors)))
 
 

@@ -35,22 +35,16 @@ from nni_topo.runs.run import costs, layer_widths, made_dense, on_cpu, prune, re
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """What a pruning configuration file says.
+    """What a pruning configuration file says: a pruner by name, NNI's config_list, the pruner's own knobs.
 
     Attributes
     ----------
-    pruner : str
-        Registered name.
-    config_list : list of dict
-        NNI's config_list.
-    knobs : dict
-        The pruner's own arguments.
     calibration : int
         Training images (without labels) given to the pruner; 0: none.
     dependency_groups : bool
         Whether layers that meet in an addition are tied, so that they lose the same channels.
-    compensate : CompensationChoice, dict or None
-        Compensation on training images without labels, for any pruner: ``images`` and ``method``; None: none.
+    compensate : CompensationChoice or None
+        Compensation on training images without labels, for any pruner; None: none.
     round_to : int or None
         Layers keep a multiple of so many channels.
     retrain : dict
@@ -68,15 +62,7 @@ class PruneConfig:
 
 
 def load_prune_config(path: str | Path) -> PruneConfig:
-    """Read a pruning configuration from a YAML file.
-
-    Raises
-    ------
-    DataError
-        If the file is missing or isn't YAML.
-    ConfigError
-        If a key is unknown or missing, or the pruner's name is unknown.
-    """
+    """Read a YAML file; DataError if it can't be read, ConfigError if a key is unknown or missing."""
     path = Path(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -108,45 +94,12 @@ def prune_checkpoint(
     device: str = "cpu",
     progress: bool = False,
 ) -> Record:
-    """Prune a trained model and write the dense one.
-
-    Parameters
-    ----------
-    model : ModelChoice
-        Which architecture.
-    checkpoint : str, Path or None
-        Its trained weights. None: the model is trained first by its default recipe.
-    config : PruneConfig
-        How to prune.
-    data : DataChoice
-        Example inputs, calibration images, test images.
-    out : str or Path
-        Folder for ``dense.pt``, ``masks.pt`` and ``summary.json``. It must be new or empty.
-    seed : int, default=0
-        Seed of training; the pruner's own seed is a knob.
-    device : {"cpu", "cuda", "auto"}, default="cpu"
-        Where to compute.
-    progress : bool, default=False
-        Show a bar while training.
-
-    Returns
-    -------
-    dict
-        What ``summary.json`` holds: accuracies, MACs, parameters, layer widths, seconds, provenance.
-
-    Raises
-    ------
-    ConfigError
-        If the folder isn't empty, or the configuration can't be used with the model.
-    DataError
-        If the checkpoint or the data can't be used.
-    SpeedupError
-        If the masks can't be made dense.
-    """
+    """Prune a trained model; write ``dense.pt``, ``masks.pt`` and ``summary.json`` to a new or empty folder."""
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"an output folder must be new or empty, got {len(list(out.iterdir()))} entries ({out})")
 
+    # a request that can't be used ends before the training, not after it
     def accept(untrained: nn.Module) -> None:
         check_request(untrained, config.config_list, needs_rule=needs_rule(config.pruner, config.knobs))
 

@@ -20,6 +20,7 @@ from nni_topo.pruners.hooks import Masks
 
 PREFIX = "torch-pruning"
 _IMPORTANCES: dict[str, tuple[str, dict[str, Any]]] = {
+    # the group L2 norm
     PREFIX: ("GroupMagnitudeImportance", {"p": 2}),
     f"{PREFIX}-l1": ("GroupMagnitudeImportance", {"p": 1}),
     f"{PREFIX}-fpgm": ("FPGMImportance", {"p": 2}),
@@ -27,13 +28,7 @@ _IMPORTANCES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def is_rival(name: str) -> bool:
-    """Say whether a name is one of Torch-Pruning's rows: ``torch-pruning`` is its group L2 norm.
-
-    Raises
-    ------
-    ConfigError
-        If the name begins like one and isn't, or the package isn't installed.
-    """
+    """Say whether a name is a row of Torch-Pruning's; ConfigError if it only begins like one, or isn't installed."""
     if not name.startswith(PREFIX):
         return False
     if name not in _IMPORTANCES:
@@ -43,27 +38,9 @@ def is_rival(name: str) -> bool:
 
 
 def rival_masks(name: str, model: nn.Module, example_inputs: Tensor, ratios: dict[str, float]) -> tuple[Masks, float]:
-    """Let Torch-Pruning cut a copy of a model; return what it removed as masks, and the seconds it took.
-
-    Parameters
-    ----------
-    name : str
-        See :func:`is_rival`.
-    model : torch.nn.Module
-        The model; it isn't changed.
-    example_inputs : torch.Tensor
-        A batch of inputs.
-    ratios : dict of str to float
-        ``sparse_ratio`` by layer; layers that aren't named are left whole.
-
-    Returns
-    -------
-    dict
-        NNI's masks of the layers that are named; made dense, they give the network that Torch-Pruning leaves.
-    float
-        Seconds.
-    """
+    """Let Torch-Pruning cut a copy at ``sparse_ratio`` by layer; return NNI's masks of what went, and seconds."""
     began = time.perf_counter()
+    # layers that aren't named are left whole
     _, kept = cut(name, model, example_inputs, ratios)
     seconds = time.perf_counter() - began
     return {layer: _layer_masks(model.get_submodule(layer), mask) for layer, mask in kept.items()}, seconds

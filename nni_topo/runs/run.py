@@ -45,14 +45,10 @@ STILL = 1e-30
 
 @dataclass(frozen=True)
 class Start:
-    """A trained network and its data: where every run begins.
+    """A trained network, in evaluation mode, and its data: where every run begins. No stage changes the network.
 
     Attributes
     ----------
-    net : torch.nn.Module
-        Trained, in evaluation mode; no stage changes it.
-    data : DataBundle
-        Its images.
     recipe : Recipe
         How it was trained, or would be.
     seed : int
@@ -112,10 +108,6 @@ def trained(
 
     Parameters
     ----------
-    model : ModelChoice
-        Which architecture.
-    data : DataChoice
-        Its images.
     recipe : Recipe or None, default=None
         How to train. None: the model's own recipe.
     checkpoint : str, Path or None, default=None
@@ -124,23 +116,13 @@ def trained(
         Where networks are kept that were trained here; one is trained once. None: it isn't kept.
     seed : int, default=0
         Of the weights and of training.
-    device : {"cpu", "cuda", "auto"}, default="cpu"
-        Where to compute.
-    progress : bool, default=False
-        Show a bar while training.
     accept : callable or None, default=None
         Gets the untrained network: what it refuses isn't trained first.
 
-    Returns
-    -------
-    Start
-
     Raises
     ------
-    ConfigError
-        If a name or the device is unknown.
-    DataError
-        If the checkpoint or the data can't be used.
+    ConfigError, DataError
+        If a name or the device is unknown; if the checkpoint or the data can't be used.
     """
     place = resolve_device(device)
     bundle = load_model_data(model, data)
@@ -168,12 +150,8 @@ def pruner_knobs(name: str, victim: nn.Module, start: Start, calibration: int = 
 
     Parameters
     ----------
-    name : str
-        Registered name.
     victim : torch.nn.Module
         The network that will be pruned, for an evaluator is bound to it.
-    start : Start
-        Where the run begins.
     calibration : int, default=0
         Training images for the pruner's calibration; 0: none.
 
@@ -201,24 +179,7 @@ def pruner_knobs(name: str, victim: nn.Module, start: Start, calibration: int = 
 
 
 def prune(start: Start, pruner: PrunerChoice, config_list: list[dict[str, Any]]) -> tuple[Masks, float]:
-    """Run a pruner on a copy of the network.
-
-    Parameters
-    ----------
-    start : Start
-        The network and its data.
-    pruner : PrunerChoice
-        Which; its own knobs come before what :func:`pruner_knobs` hands it.
-    config_list : list of dict
-        NNI's config_list.
-
-    Returns
-    -------
-    dict
-        The masks.
-    float
-        Seconds.
-    """
+    """Prune a copy of the network; the choice's knobs come before :func:`pruner_knobs`. Return masks and seconds."""
     victim = copy.deepcopy(start.net)
     knobs = {**pruner_knobs(pruner.name, victim, start, pruner.calibration), **pruner.knobs}
     began = time.perf_counter()
@@ -227,10 +188,7 @@ def prune(start: Start, pruner: PrunerChoice, config_list: list[dict[str, Any]])
 
 
 def prune_to_ratios(cell: Cell, start: Start, ratios: dict[str, float]) -> tuple[Masks, float]:
-    """Run a cell's pruner, or a rival from outside, with a ratio for every layer; return masks and seconds.
-
-    A pruner with the knob ``allocation`` deals out a budget of multiply-accumulates itself.
-    """
+    """Run a cell's pruner, or a rival from outside, with a ratio for every layer; return masks and seconds."""
     choice = cell.pruner
     if is_rival(choice.name):
         return rival_masks(choice.name, start.net, start.example, ratios)
@@ -240,6 +198,7 @@ def prune_to_ratios(cell: Cell, start: Start, ratios: dict[str, float]) -> tuple
         config_list = pruning_config(start.net, start.example, ratios)
     else:  # single weights know no groups of channels
         config_list = [{"op_names": [name], "sparse_ratio": float(ratio)} for name, ratio in ratios.items()]
+    # it deals out a budget of multiply-accumulates itself
     if "allocation" in choice.knobs and cell.target.kind == "flops":
         choice = replace(choice, knobs={**choice.knobs, "target": {"flops": cell.target.value}})
         config_list = [{key: item for key, item in entry.items() if key != "sparse_ratio"} for entry in config_list]
@@ -281,14 +240,6 @@ def retrain(
 
     Parameters
     ----------
-    net : torch.nn.Module
-        The network, on the device where it is trained.
-    data : DataBundle
-        Training and validation images.
-    recipe : Recipe
-        How.
-    seed : int
-        Of the order of the images.
     through : torch.nn.Module or None, default=None
         What runs the network, for example its DistributedDataParallel. None: the network.
     **knobs
@@ -325,28 +276,16 @@ def layer_widths(model: nn.Module) -> dict[str, int]:
 
 
 def run_cell(cell: Cell, out: Path) -> Record:
-    """Run a cell and return its record.
-
-    Parameters
-    ----------
-    cell : Cell
-        What to run.
-    out : Path
-        Folder of the comparison; its ``checkpoints`` hold the trained models.
-
-    Returns
-    -------
-    dict
-        The cell's settings, accuracies in [0, 1] on the test images, MACs and parameters before and after, seconds,
-        median latencies in milliseconds at a batch of 64 on one thread, peak memory in bytes, and provenance.
-    """
+    """Run a cell, its trained network in the ``checkpoints`` of a comparison's folder, and return its record."""
     began = time.perf_counter()
+    # latencies are those of one thread, whatever the machine
     torch.set_num_threads(1)
     start = start_of(cell, out)
     ratios = shared_ratios(cell, start, out)
     masks, prune_seconds = prune_to_ratios(cell, start, ratios)
     cutting = time.perf_counter()
     dense, _ = made_dense(start, masks)
+    # accuracies in [0, 1] on the test images, seconds, bytes; latencies are median milliseconds of a batch
     record = {
         **cell_facts(cell),
         "sparse_ratios": ratios,
@@ -391,12 +330,10 @@ def cell_facts(cell: Cell) -> Record:
 
 
 def shared_ratios(cell: Cell, start: Start, out: Path) -> dict[str, float]:
-    """Return every layer's ``sparse_ratio``; those solved for a budget are kept in ``ratios.json``.
-
-    They depend on the architecture alone, so all seeds and pruners share them.
-    """
+    """Return every layer's ``sparse_ratio``; those solved for a budget are kept in ``ratios.json``."""
     path = out / "ratios.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    # they depend on the architecture alone: all seeds and pruners share them
     key = f"{cell.model.label}, {tuple(start.example.shape[1:])}, {cell.target.label}"
     if key not in known:
         known[key] = layer_ratios(start.net, start.example, cell.target)
@@ -428,15 +365,7 @@ def build_model(model: ModelChoice, data: zoo.DataBundle, seed: int) -> nn.Modul
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device of a name: ``cpu``, ``cuda``, ``cuda:1`` or another that PyTorch can compute on here.
-
-    ``auto`` is CUDA where it is there, else the CPU.
-
-    Raises
-    ------
-    ConfigError
-        If it isn't one.
-    """
+    """Return a device that PyTorch can compute on here, else ConfigError; ``auto``: CUDA if there, else the CPU."""
     there = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda" if there else "cpu")
@@ -444,6 +373,7 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError("device 'cuda' must be there to be used, got no CUDA device (device)")
     try:
         device = torch.device(name)
+        # a name that PyTorch parses needn't be a device of this machine
         torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

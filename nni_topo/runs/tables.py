@@ -49,15 +49,8 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Return the mean of values and half its 95 % interval.
+    """Return the mean of at least one value, and half its 95 % interval.
 
-    Parameters
-    ----------
-    values : sequence of float
-        At least one.
-
-    Examples
-    --------
     >>> interval([1.0, 2.0, 3.0]).show(digits=2)
     '2.00 ± 2.48'
     """

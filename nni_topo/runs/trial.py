@@ -25,18 +25,7 @@ from nni_topo.runs.run import resolve_device
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a trial.
-
-    Parameters
-    ----------
-    arguments : sequence of str or None, default=None
-        Words of the command line. None: those of this process.
-
-    Returns
-    -------
-    int
-        0: done; 2: the trial can't be carried out, for the reason on standard error.
-    """
+    """Run a trial by the words of a command line; return 0, or 2 with the reason on standard error."""
     options = _parser().parse_args(arguments)
     try:
         with process_group(resolve_device(options.device)) as (rank, _):

@@ -33,65 +33,27 @@ class _Unit:
 
 
 def layer_ratios(model: nn.Module, example_inputs: Tensor, target: Target) -> dict[str, float]:
-    """Return the ``sparse_ratio`` of every layer that a comparison prunes.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model; it isn't changed.
-    example_inputs : torch.Tensor
-        A batch of inputs.
-    target : Target
-        One ratio for all layers, or the share of the MACs to be left.
-
-    Returns
-    -------
-    dict of str to float
-        By layer, in network order; in [0, 1). For a share of the MACs every layer loses the same share of its
-        channels, up to one step of rounding, which is dealt to the layers such that the whole meets the budget.
-
-    Raises
-    ------
-    ConfigError
-        If even one channel per layer costs more than twice the budget.
-    """
+    """Return the ``sparse_ratio``, in [0, 1), of every layer that a comparison prunes, in network order."""
     config_list = _grouped(model, example_inputs)
     if target.kind == "ratio":
         return {name: target.value for entry in config_list for name in entry["op_names"]}
     units = _units(model, config_list)
     cost = NetworkCost(model, example_inputs)
+    # every layer loses the same share, up to a step of rounding that is dealt such that the whole meets the budget
     return _as_ratios(units, _solved(units, cost, target.value), config_list)
 
 
 def proposed_ratios(
     model: nn.Module, example_inputs: Tensor, proposed: Mapping[str, float], share: float | None = None
 ) -> dict[str, float]:
-    """Return proposed ratios such that layers that meet agree, and the MACs left meet a budget.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model; it isn't changed.
-    example_inputs : torch.Tensor
-        A batch of inputs.
-    proposed : mapping of str to float
-        A ratio in [0, 1) for each of :func:`inner_layers`. Of a dependency group the first member's counts.
-    share : float or None, default=None
-        Share of the MACs to be left, in (0, 1]; None: the ratios stay as they are.
-
-    Returns
-    -------
-    dict of str to float
-        ``sparse_ratio`` by layer, in network order. With a budget the shares of the channels that stay are the
-        proposed ones times one factor for all layers, at most 1, and at least one channel stays; then single rows
-        move as long as that meets the budget more nearly.
-    """
+    """Return proposed ratios such that layers that meet agree, and the MACs left meet a ``share`` (None: any)."""
     config_list = _grouped(model, example_inputs)
     units = _units(model, config_list)
     if share is None:
         agreed = {name: float(proposed[unit.layers[0]]) for unit in units for name in unit.layers}
         return {name: agreed[name] for entry in config_list for name in entry["op_names"]}
     left = _cost_left(units, NetworkCost(model, example_inputs))
+    # of a dependency group the first member's counts; one factor for all then scales what stays
     kept = [1.0 - proposed[unit.layers[0]] for unit in units]
 
     def removed(factor: float) -> list[int]:
@@ -100,26 +62,18 @@ def proposed_ratios(
             for unit, part in zip(units, kept, strict=True)
         ]
 
+    # with the highest factor nothing goes; fewer channels stay as it falls, so that halving finds the budget
     low, high = 0.0, 1.0 / min(kept)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2.0
         low, high = (low, middle) if left(removed(middle)) > share else (middle, high)
+    # rows are whole: of the two sides of the jump either may be nearer
     nearest = min((removed(factor) for factor in (low, high)), key=lambda counts: abs(left(counts) - share))
     return _as_ratios(units, _nearer(units, nearest, left, share), config_list)
 
 
 def pruning_config(model: nn.Module, example_inputs: Tensor, ratios: dict[str, float]) -> list[dict[str, Any]]:
-    """Return a config_list with a ratio per layer and dependency groups.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model; it isn't changed.
-    example_inputs : torch.Tensor
-        A batch of inputs.
-    ratios : dict of str to float
-        ``sparse_ratio`` by layer; see :func:`layer_ratios`.
-    """
+    """Return a config_list with a ratio per layer, see :func:`layer_ratios`, and dependency groups."""
     entries = [{"op_names": [name], "sparse_ratio": float(ratio)} for name, ratio in ratios.items()]
     return dependency_groups(model, example_inputs, entries)
 
@@ -147,6 +101,7 @@ def _units(model: nn.Module, config_list: list[dict[str, Any]]) -> list[_Unit]:
         (name,) = entry["op_names"]
         key = entry.get("dependency_group_id", name)
         layers[key].append(name)
+        # blocks of all members must fit: a step takes one channel of each part
         parts[key] = math.lcm(parts[key], entry.get("internal_metric_block", 1))
     return [
         _Unit(tuple(names), (output_channels(model.get_submodule(names[0])) or 0) // parts[key], parts[key])
@@ -171,6 +126,7 @@ def _cost_left(units: list[_Unit], cost: NetworkCost) -> Callable[[Sequence[int]
 
     def left(removed: Sequence[int]) -> float:
         kept = {
+            # how many go decides the cost, not which: the first rows, in each part alike
             name: np.tile(np.arange(unit.rows) >= count, unit.parts)
             for unit, count in zip(units, removed, strict=True)
             for name in unit.layers

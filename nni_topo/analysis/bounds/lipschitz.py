@@ -24,6 +24,7 @@ from nni_topo.network.labels import tensor_shape
 from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
 
 _LARGEST = 2 * 10**8
+# Upper bounds of the slopes; a knob can make a leaky or exponential unit steeper, see _steepness.
 _SLOPES = {
     "relu": 1.0, "relu6": 1.0, "leakyrelu": 1.0, "elu": 1.0, "celu": 1.0, "tanh": 1.0, "hardtanh": 1.0, "softplus": 1.0,
     "softsign": 1.0, "logsigmoid": 1.0, "sigmoid": 0.25, "hardsigmoid": 1.0 / 6.0, "softmax": 1.0, "gelu": 1.13,
@@ -37,28 +38,10 @@ _SUMS = {"add", "iadd", "sub"}
 
 
 def largest_changes(graph: GraphModule, other: GraphModule, inputs: Tensor) -> dict[str, float]:
-    """Bound by how much the output of a network with other parameters can differ.
-
-    Parameters
-    ----------
-    graph, other : torch.fx.GraphModule
-        The same traced network with different parameters.
-    inputs : torch.Tensor
-        A batch.
-
-    Returns
-    -------
-    dict of str to float
-        By module what its change adds to the bound: the change of its output at the first network's activations,
-        times the Lipschitz constants of the other network behind it.
-
-    Raises
-    ------
-    ConfigError
-        If an operation's Lipschitz constant isn't known, or parameters don't belong to modules.
-    """
+    """Bound how far two networks' outputs can differ (Euclidean norm): by module what its change adds to the bound."""
     runner = _Changes(graph, other)
     called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+    # A parameter that the model uses itself belongs to no module that is called: its change would be left out unseen.
     apart = sorted(runner._moved - called)
     if apart:
         raise ConfigError(
@@ -76,31 +59,14 @@ def norm(value: Any) -> float:
 
 
 def operator_constant(graph_module: GraphModule, node: Node) -> float:
-    """Return a Lipschitz constant, in the Euclidean norm, of what a node of a traced network does with its inputs.
-
-    Parameters
-    ----------
-    graph_module : torch.fx.GraphModule
-        A traced network with shapes, in evaluation mode.
-    node : torch.fx.Node
-        A node of it that reads values.
-
-    Returns
-    -------
-    float
-        At least 0. For an addition or concatenation: 1, for each of its operands, of the shape of the sum.
-
-    Raises
-    ------
-    ConfigError
-        If none is known for the operation.
-    """
+    """Return a Lipschitz constant, in the Euclidean norm, of a node with shapes; ConfigError if none is known."""
     module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
     if isinstance(module, nn.Linear):
         return float(torch.linalg.matrix_norm(module.weight.detach().double(), 2))
     if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
         return convolution_constant(module, _shape(node.all_input_nodes[0])[2:])
     if isinstance(module, _BatchNorm) and module.running_var is not None:
+        # in evaluation mode a batch norm multiplies each channel by a constant
         scale = (module.running_var.double() + module.eps).rsqrt()
         scale = scale if module.weight is None else scale * module.weight.detach().double()
         return float(scale.abs().max())
@@ -113,47 +79,29 @@ def operator_constant(graph_module: GraphModule, node: Node) -> float:
     if name in _SLOPES:
         return max(_SLOPES[name], _steepness(module, name, node))
     if name == "mean":
+        # a mean of m entries has the norm 1 / sqrt(m), and no entry is in two of them
         return math.sqrt(math.prod(_shape(node)) / math.prod(_shape(node.all_input_nodes[0])))
+    # of a sum: for each operand in the shape of the sum; _differences counts the copies of one that is broadcast
     if name in _MOVES | _SUMS and not node.kwargs.get("alpha") and not (name == "getitem" and _repeats(node.args[1])):
         return 1.0
     raise ConfigError(f"a global error bound needs an operation of a known Lipschitz constant, got {name!r} ({node})")
 
 
 def convolution_constant(module: Any, sides: Sequence[int]) -> float:
-    """Return an upper bound of a convolution's operator norm.
-
-    Parameters
-    ----------
-    module : torch.nn.Conv1d, Conv2d or Conv3d, or the transposed ones
-        The convolution, padded with zeros or not at all.
-    sides : sequence of int
-        Sides of the images that enter.
-
-    Returns
-    -------
-    float
-        The norm of the convolution without a border, on a torus that is as large as the image and the kernel together,
-        of which the layer computes a part [1]_; of a transposed one the images are spread by the stride first. Where
-        that takes too much memory, the geometric mean of the largest absolute row and column sums.
-
-    Raises
-    ------
-    ConfigError
-        If the padding isn't zeros.
-
-    References
-    ----------
-    .. [1] H. Sedghi, V. Gupta, P. Long, "The singular values of convolutional layers", ICLR 2019.
-    """
+    """Bound the operator norm of a convolution or transposed one, padded by zeros, on images with these sides."""
     if module.padding_mode != "zeros":
         raise ConfigError(f"a global error bound needs convolutions padded by zeros, got {module.padding_mode!r}")
     kernels = module.weight.detach().double().unflatten(0, (module.groups, -1))
     reach = [(k - 1) * d for k, d in zip(module.kernel_size, module.dilation, strict=True)]
     if isinstance(module, TRANSPOSED):
+        # its images are spread by the stride first
         sides = [(side - 1) * step + 1 for side, step in zip(sides, module.stride, strict=True)]
+    # On a torus as large as image and kernel together nothing wraps onto itself: the layer computes a part of the
+    # convolution there, whose norm is the largest one of its frequencies [1].
     torus = [side + more for side, more in zip(sides, reach, strict=True)]
     dims = tuple(range(3, kernels.dim()))
     if kernels.shape[:3].numel() * math.prod(torus) > _LARGEST:
+        # too much memory: |A|_2 <= sqrt(|A|_1 |A|_inf), the largest absolute column and row sums
         absolute = kernels.abs().sum(dims)
         return float((absolute.sum(2).amax(1) * absolute.sum(1).amax(1)).sqrt().max())
     spaced = kernels.new_zeros(*kernels.shape[:3], *(each + 1 for each in reach))
@@ -221,17 +169,7 @@ class _Changes(Interpreter):
 
 
 def _differences(graph_module: GraphModule, node: Node, known: dict[Node, dict[str, float]]) -> dict[str, float]:
-    """Return what differences of a node's inputs can become at most, layer by layer.
-
-    Parameters
-    ----------
-    graph_module : torch.fx.GraphModule
-        The network with the weights that the differences run through.
-    node : torch.fx.Node
-        The node.
-    known : dict of Node to dict of str to float
-        By node the norms of differences, split by the layers that they come from.
-    """
+    """Return the norms that differences of a node's inputs can become at most, split by the layers they come from."""
     total: dict[str, float] = {}
     operands: list[Node] = []
     map_arg((node.args, node.kwargs), operands.append)  # one that is read twice counts twice
@@ -241,6 +179,7 @@ def _differences(graph_module: GraphModule, node: Node, known: dict[Node, dict[s
     constant = operator_constant(graph_module, node)
     broadcasts = node.op != "call_module" and _plain(None, node) in _SUMS
     for operand in moving:
+        # k copies of a difference are sqrt(k) times as long
         copies = math.prod(_shape(node)) / math.prod(_shape(operand)) if broadcasts else 1.0
         for layer, norm in known[operand].items():
             total[layer] = total.get(layer, 0.0) + constant * math.sqrt(copies) * norm

@@ -35,15 +35,7 @@ _FUNCTIONS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
 
 
 def pooling_of(module: nn.Module | None, node: Node) -> nn.Module | None:
-    """Return what a node pools by, a function as the module of the same settings; None if it doesn't pool.
-
-    Parameters
-    ----------
-    module : torch.nn.Module or None
-        The module that the node calls, if it calls one.
-    node : torch.fx.Node
-        A node of a traced network.
-    """
+    """Return the pooling that a node calls, a function as the module of the same settings; None if it doesn't pool."""
     if module is not None:
         return module if isinstance(module, _POOLINGS) else None
     if node.op != "call_function" or node.target not in _FUNCTIONS:
@@ -54,26 +46,15 @@ def pooling_of(module: nn.Module | None, node: Node) -> nn.Module | None:
 
 
 def pooling_constant(pool: Any, entering: Sequence[int], leaving: Sequence[int]) -> float:
-    """Return a pooling's Lipschitz constant in the Euclidean norm.
-
-    Parameters
-    ----------
-    pool : torch.nn.Module
-        A maximum or average, with windows of its own or adaptive, of one to three dimensions.
-    entering, leaving : sequence of int
-        Sides of the images before and after it.
-
-    Returns
-    -------
-    float
-        Of an average its operator norm; of a maximum the root of the most windows that share an entry.
-    """
+    """Return a pooling's Lipschitz constant in the Euclidean norm, from the images' sides before and after it."""
     sides = [
         _windows(pool, axis, before, after) for axis, (before, after) in enumerate(zip(entering, leaving, strict=True))
     ]
     if isinstance(pool, _AVERAGES):
+        # an average is the Kronecker product of those along the sides, and norms multiply
         norms = math.prod(float(torch.linalg.matrix_norm(side, 2)) for side in sides)
         return norms / (getattr(pool, "divisor_override", None) or 1)
+    # no output moves further than the entries in its window: an entry counts once for each window that holds it
     return math.sqrt(math.prod(float(side.sum(0).max()) for side in sides))
 
 
@@ -97,6 +78,7 @@ def _window(pool: Any, axis: int, window: int, entering: int, leaving: int) -> t
     places = [place for place in range(begin, begin + kernel * spacing, spacing) if 0 <= place < entering]
     if getattr(pool, "divisor_override", None):
         return places, 1
+    # a last window of ceil_mode that hangs over the padding is divided by what lies within
     padded = getattr(pool, "count_include_pad", True)
     return places, min(begin + kernel, entering + padding) - begin if padded else len(places)
 

@@ -190,27 +190,9 @@ def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, itera
 def jacobian_norm(
     forward: Callable[[Any], Tensor], at: Any, *, per_sample: bool, iterations: int = 100, seed: int = 0
 ) -> float:
-    """Return the largest singular value of a function's Jacobian, by power iteration.
-
-    Parameters
-    ----------
-    forward : callable
-        From a tensor or a dict of tensors to a tensor.
-    at : torch.Tensor or dict of str to torch.Tensor
-        Where the derivative is taken.
-    per_sample : bool
-        Whether the function maps each entry of the first dimension by itself: then every one has a vector of its own,
-        and the largest value counts.
-    iterations : int, default=100
-        Most steps.
-    seed : int, default=0
-        Of the first vector.
-
-    Returns
-    -------
-    float
-        From below; 0 for a constant function.
-    """
+    """Return the largest singular value, from below, of a Jacobian by power iteration; 0 for a constant function."""
+    # With per_sample the function maps each entry of the first dimension by itself: each has a vector of its own, and
+    # the largest value counts.
     value, pull = vjp(forward, at)[:2]
     vector = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)).to(value)
     found = 0.0
@@ -286,6 +268,7 @@ def _local(
     for stage, value in zip(stages, values, strict=False):
         own = {name: p.detach() for name, p in stage.module.named_parameters()}
         moved = {name: changes[name] for name in own if bool(changes[name].any())}
+        # a stage that nothing changed has the Jacobian of all of its parameters
         at = {name: own[name] for name in moved or own}
         change = math.sqrt(sum(norm(each) ** 2 for each in moved.values()))
         forward = partial(_forward, stage, value)
@@ -293,7 +276,9 @@ def _local(
         step = norm(_tangent(forward, at, moved)) if moved else 0.0
         found.append((change, jacobian, step))
     for stage, value in list(zip(stages, values, strict=False))[1:]:
+        # samples don't mix in evaluation mode: the norm over a batch is that of the worst sample
         forwards.append(jacobian_norm(partial(stage, {}), value, per_sample=True, iterations=iterations))
+    # forwards begins with the second stage: from index on it holds what lies behind a stage
     return [
         (change, jacobian, math.prod(forwards[index:]), step) for index, (change, jacobian, step) in enumerate(found)
     ]

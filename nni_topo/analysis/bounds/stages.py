@@ -22,16 +22,9 @@ _LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a network that one value enters and one leaves.
+    """A part of a network that one value enters and one leaves; its module's parameters are named as in the network."""
 
-    Attributes
-    ----------
-    layers : tuple of str
-        Its convolutions and linear layers; more than one where a branch goes past them, as in a residual block.
-    module : torch.fx.GraphModule
-        Computes it; parameters are named as in the network.
-    """
-
+    # convolutions and linear layers; more than one where a branch goes past them, as in a residual block
     layers: tuple[str, ...]
     module: GraphModule
 
@@ -47,23 +40,14 @@ class Stage:
 
 
 def traced(model: nn.Module, inputs: Tensor) -> GraphModule:
-    """Trace a copy of a model, in evaluation mode.
-
-    Raises
-    ------
-    ConfigError
-        If the model takes more than one input, or is wrapped by a pruner.
-    DataError
-        If ``inputs`` isn't a finite tensor of at least one sample.
-    SpeedupError
-        If the model can't be traced.
-    """
+    """Trace a copy of a model of one input in evaluation mode; DataError unless ``inputs`` are a finite batch."""
     if not isinstance(inputs, Tensor) or not inputs.numel():
         shape = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
         raise DataError(f"inputs must be a batch of at least one sample, got {shape} (inputs)")
     if not bool(torch.isfinite(inputs).all()):
         raise DataError("inputs must be finite, got NaN or infinity (inputs)")
     check_model(model)
+    # Tracing runs the model: its draws must not move the caller's random state. fork_rng alone would start CUDA.
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         graph_module, _ = trace(detached_copy(model).eval().requires_grad_(False), call_arguments(inputs, model))
@@ -74,15 +58,7 @@ def traced(model: nn.Module, inputs: Tensor) -> GraphModule:
 
 
 def chain(graph_module: GraphModule) -> list[Stage]:
-    """Cut a traced network into stages.
-
-    A new stage begins at every layer that reads a value on which, at that place, all that follows depends.
-
-    Raises
-    ------
-    ConfigError
-        If there is no convolution or linear layer, or the network has several outputs.
-    """
+    """Cut a traced network of one output into stages, each from a layer on whose input all that follows depends."""
     segments: list[list[Node]] = [[]]
     starts: list[Node] = []
     named: list[list[str]] = [[]]
@@ -90,6 +66,7 @@ def chain(graph_module: GraphModule) -> list[Stage]:
         is_layer = node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), _LAYERS)
         if not starts:
             starts.append(node.all_input_nodes[0])
+        # only where one value is left that all that follows depends on: a block with a branch stays whole
         elif is_layer and named[-1] and entering is not None and node.all_input_nodes == [entering]:
             starts.append(entering)
             segments.append([])

@@ -23,17 +23,7 @@ from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 
 @dataclass(frozen=True)
 class Step:
-    """The network after one more layer.
-
-    Attributes
-    ----------
-    layers : tuple of str
-        What was pruned in this step.
-    removed : int
-        Filters that went in this step.
-    quality : Quality
-        Of the network as it is then.
-    """
+    """The network after one more step: the layers pruned in it, the filters that went, and the quality since."""
 
     layers: tuple[str, ...]
     removed: int
@@ -41,22 +31,7 @@ class Step:
 
 
 def harmless_layers(study: EnergyStudy, threshold: float, most_lost: float = LITTLE) -> list[tuple[str, ...]]:
-    """Return the layers that lose filters at a threshold and, alone, cost less than ``most_lost``.
-
-    Parameters
-    ----------
-    study : EnergyStudy
-        A study with an evaluation.
-    threshold : float
-        One of its thresholds.
-    most_lost : float, default=0.02
-        Accuracy, a fraction.
-
-    Returns
-    -------
-    list of tuple of str
-        In the network's order.
-    """
+    """Return the layers, in order, that lose filters at one of the study's thresholds and, alone, little accuracy."""
     return [
         layer.layers for layer in study.layers if layer.removed[threshold] and study.lost(layer, threshold) < most_lost
     ]

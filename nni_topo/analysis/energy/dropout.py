@@ -20,15 +20,7 @@ RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 class ActiveDropout(nn.Module):
-    """Dropout that also drops in evaluation mode, from a seed of its own.
-
-    Parameters
-    ----------
-    rate : float
-        Share of the values set to zero, in [0, 1); the others are divided by ``1 - rate``.
-    seed : int
-        Same seed, same values dropped in the same order of calls.
-    """
+    """Dropout that also drops in evaluation mode, from a seed of its own; what stays is divided by ``1 - rate``."""
 
     def __init__(self, rate: float, seed: int) -> None:
         super().__init__()

@@ -16,18 +16,7 @@ _WIDTH_PER_LAYER = 0.42
 
 
 def energy_record(study: EnergyStudy) -> dict[str, Any]:
-    """Return a study's numbers as dicts, lists and strings; the masks are left out.
-
-    Parameters
-    ----------
-    study : EnergyStudy
-        The study.
-
-    Returns
-    -------
-    dict
-        ``thresholds``, ``baseline``, ``layers`` and ``together``; thresholds as keys are strings.
-    """
+    """Return a study's numbers as dicts, lists and strings, thresholds as keys too; the masks are left out."""
     return {
         "thresholds": list(study.thresholds),
         "baseline": _plain(study.baseline),
@@ -87,21 +76,7 @@ def compression_plot(study: EnergyStudy) -> Figure:
 
 
 def layer_plot(layers: Sequence[LayerEnergy], lines: Mapping[str, Sequence[float]], label: str) -> Figure:
-    """Draw values per layer, a line per name.
-
-    Parameters
-    ----------
-    layers : sequence of LayerEnergy
-        The horizontal axis.
-    lines : mapping of str to sequence of float
-        One value per layer each.
-    label : str
-        Of the vertical axis.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-    """
+    """Draw values per layer, a line per name: one value per layer each."""
     figure = Figure(figsize=(max(6.0, 2.0 + _WIDTH_PER_LAYER * len(layers)), 4.5), layout="constrained")
     axis: Axes = figure.subplots()
     for index, (name, values) in enumerate(lines.items()):

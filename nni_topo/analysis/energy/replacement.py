@@ -33,10 +33,8 @@ class Replacement:
 
     Attributes
     ----------
-    quality : Quality
-        Of the network.
     repaired : Quality or None
-        Of the network after ``repair``; None without one.
+        After ``repair``; None without one.
     energy : float
         Share of the layer's energy that the replaced filters have now, in [0, 1].
     similarity : float
@@ -51,17 +49,7 @@ class Replacement:
 
 @dataclass(frozen=True)
 class FilterEvolution:
-    """Knobs of the evolution of filters.
-
-    Parameters
-    ----------
-    population_size : int, default=12
-        At least 2.
-    generations : int, default=8
-        At least 1.
-    mutation : float, default=0.2
-        Standard deviation of what is added to a weight, in units of that of the layer's weights.
-    """
+    """Knobs of the evolution of filters; ``mutation``: standard deviation, in units of that of the layer's weights."""
 
     population_size: int = 12
     generations: int = 8

@@ -28,16 +28,12 @@ from nni_topo.zoo import count_macs
 
 @dataclass(frozen=True)
 class EnergyPlan:
-    """What an energy study does.
+    """What an energy study does: at ascending energy shares, with further parts by name (see ``PARTS``).
 
     Attributes
     ----------
-    thresholds : sequence of float
-        Energy shares, ascending.
     max_drop : float
         Accuracy, a fraction, that the suggestion lets each layer cost by itself.
-    parts : sequence of str
-        Further studies, of ``dropout, accumulated, replacement, selection, schedules``.
     layer : str or None
         Which layer ``replacement`` and ``selection`` look at. None: the one that is costliest to prune.
     calibration : int
@@ -69,36 +65,7 @@ def energy_study(
     seed: int = 0,
     device: str = "cpu",
 ) -> Record:
-    """Study energy-based pruning of a model and write what was found.
-
-    Parameters
-    ----------
-    model : ModelChoice
-        Which architecture.
-    checkpoint : str, Path or None
-        Its trained weights. None: it is trained first.
-    data : DataChoice
-        Test images, calibration images, example inputs.
-    plan : EnergyPlan
-        What is looked at.
-    out : str or Path
-        Folder for ``energy.json``, the pictures and ``suggested.yaml``, a configuration for ``nni-topo prune``; made
-        if need be. Without a layer that can spare a filter there is no suggestion.
-    seed : int, default=0
-        Of training and of all draws.
-    device : {"cpu", "cuda", "auto"}, default="cpu"
-        Where to compute.
-
-    Returns
-    -------
-    dict
-        What ``energy.json`` holds, and ``files``, the paths written.
-
-    Raises
-    ------
-    ConfigError, DataError
-        If a name, a number, the checkpoint or the data can't be used.
-    """
+    """Study a model's pruning by energy; write what was found to ``out``, return ``energy.json`` and the ``files``."""
     start = trained(model, data, checkpoint=checkpoint, seed=seed, device=device)
     net, example = start.net, start.example
     if "dropout" in plan.parts:
@@ -123,6 +90,7 @@ def energy_study(
         save_energy_study(study, out, more)
     files += subject.files
     if thresholds:
+        # without a layer that can spare a filter there is no suggestion, and no file of it
         command = _prune_command(model, checkpoint, data)
         files.append(_write_suggestion(Path(out) / "suggested.yaml", more, plan, command))
     return {**energy_record(study), **more, "files": [str(path) for path in files]}

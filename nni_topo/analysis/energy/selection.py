@@ -42,18 +42,14 @@ Batches = Sequence[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Selection:
-    """The filters that a method keeps.
+    """The filters that a method keeps, ascending, and the quality of the network without the others.
 
     Attributes
     ----------
-    kept : tuple of int
-        Indices, ascending.
     energy : float
         Share of the layer's energy that goes, in [0, 1].
     taylor : float
         Mean over images of the first-order change of the loss when the filters go together, in nats.
-    quality : Quality
-        Of the network without them.
     seconds : float
         What choosing took.
     """
@@ -203,23 +199,7 @@ class _Search:
 
 
 def taylor_terms(model: nn.Module, place: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the first-order change of each image's loss when a channel falls silent, up to its sign.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        A classifier, in evaluation mode.
-    place : torch.nn.Module
-        A module of it, whose output channels are looked at.
-    batches : iterable of (Tensor, Tensor)
-        Images and labels.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape ``(images, channels)``, float64: the output times the gradient of the image's cross entropy by it, summed
-        over positions.
-    """
+    """Return by how much, to first order, silent channels change images' losses: (images, channels), signs aside."""
     outputs: list[Tensor] = []
 
     def watch(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -230,8 +210,10 @@ def taylor_terms(model: nn.Module, place: nn.Module, batches: Iterable[tuple[Ten
     with _hooked(place, watch), torch.enable_grad():
         for images, labels in batches:
             outputs.clear()
+            # a sum, so that an image's gradient is that of its own loss
             loss = cross_entropy(model(images), labels, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, outputs[-1])
+            # the output times the gradient by it, over all positions [2]
             terms.append((outputs[-1].detach() * gradient).flatten(2).sum(2).double())
     return torch.cat(terms)
 

@@ -85,20 +85,11 @@ class LayerEnergy:
 
 @dataclass(frozen=True)
 class WholeNetwork:
-    """The dense network with all layers pruned at once.
-
-    Attributes
-    ----------
-    removed : int
-        Filters that went.
-    macs : float
-        Multiply-accumulates that are left, a share in (0, 1].
-    quality : Quality or None
-        None if nothing was evaluated.
-    """
+    """The dense network with all layers pruned at once: filters that went, share of the MACs left, in (0, 1]."""
 
     removed: int
     macs: float
+    # None if nothing was evaluated
     quality: Quality | None
 
 

@@ -12,17 +12,7 @@ from nni_topo.runs.records import Record
 
 
 def print_energy(record: Record, console: Console, *, markdown: bool = False) -> None:
-    """Print an energy study.
-
-    Parameters
-    ----------
-    record : dict
-        As :func:`~nni_topo.analysis.energy.run.energy_study` returns it.
-    console : rich.console.Console
-        Where to.
-    markdown : bool, default=False
-        Whether tables are Markdown.
-    """
+    """Print what :func:`~nni_topo.analysis.energy.run.energy_study` returns."""
     _show(_layer_table(record), console, markdown)
     _show(_loss_table(record), console, markdown)
     for verdict in ("saturated", "redundant"):

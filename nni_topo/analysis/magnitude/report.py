@@ -15,21 +15,7 @@ _PARTS = {("level", "all"): "C0", ("level", "conv"): "C1", ("level", "dense"): "
 
 
 def plot_magnitude(document: dict[str, Any], folder: str | Path) -> list[Path]:
-    """Draw accuracy, each layer's sensitivity, parameters, bytes on disk and time against the ratio.
-
-    Times are shares of the unpruned network's, which was timed in turns with the others.
-
-    Parameters
-    ----------
-    document : dict
-        What :func:`~nni_topo.analysis.magnitude.study.run_magnitude` returns.
-    folder : str or Path
-        Gets ``magnitude.png``.
-
-    Returns
-    -------
-    list of Path
-    """
+    """Draw accuracy, each layer's sensitivity, parameters, bytes and time against the ratio: ``magnitude.png``."""
     figure = Figure(figsize=(15.0, 8.0), layout="constrained")
     (accuracy, alone, params), (disk, time, spare) = figure.subplots(2, 3)
     spare.remove()
@@ -46,6 +32,7 @@ def plot_magnitude(document: dict[str, Any], folder: str | Path) -> list[Path]:
                 disk, [{**row, "size": row["bytes"][name]} for row in chosen], "size", style, color, f"{pruner}, {name}"
             )
         for name in _timed(chosen):
+            # shares of the unpruned network's time: it was timed in turns with the others
             timed = [{**row, "share": share} for row, share in zip(chosen, _shares(chosen, name), strict=True)]
             _line(time, timed, "share", "--" if name == "zeros" else "-", color, f"{pruner}, {name}")
     for index, curve in enumerate(document["sensitivity"]["curves"]):

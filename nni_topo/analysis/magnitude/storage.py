@@ -13,22 +13,10 @@ from torch import Tensor, nn
 
 
 def stored_bytes(model: nn.Module) -> dict[str, int]:
-    """Return the size of a model's state on disk, in bytes, by format.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Masked weights are zeros.
-
-    Returns
-    -------
-    dict of str to int
-        ``"dense"``: as ``torch.save`` writes it. ``"gzip"``: that, compressed at level 6. ``"coo"`` and ``"csr"``:
-        weights of two and more dimensions as sparse matrices ``(out, rest)`` in PyTorch's formats (64-bit indices),
-        the rest dense. ``"csr32"``: the same rows with 32-bit indices.
-    """
+    """Return the bytes that a model's state takes on disk by format; masked weights are zeros in it."""
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     dense = _saved(state)
+    # weights of two and more dimensions as matrices (out, rest), with 64-bit indices but for csr32; the rest is dense
     coordinates = {name: _matrix(value).to_sparse_coo().coalesce() for name, value in state.items() if value.dim() > 1}
     rows = {name: _csr(_matrix(value)) for name, value in state.items() if value.dim() > 1}
     # Clones: the indices may be views of larger storages, which would be written whole.
@@ -44,13 +32,7 @@ def stored_bytes(model: nn.Module) -> dict[str, int]:
 
 
 class SparseLinear(nn.Module):
-    """A linear layer that multiplies by a sparse matrix in row format.
-
-    Parameters
-    ----------
-    linear : torch.nn.Linear
-        Its zeros are left out.
-    """
+    """A linear layer that multiplies by a sparse matrix in row format; the given layer's zeros are left out."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

@@ -36,17 +36,13 @@ Announce = Callable[[str], None]
 
 @dataclass(frozen=True)
 class MagnitudePlan:
-    """How large a study is.
+    """How large a study is: ratios in (0, 1), and rounds of the iterative way.
 
     Attributes
     ----------
-    ratios : tuple of float
-        In (0, 1).
-    rounds : int
-        Rounds of the iterative way, at least 1.
     epochs : int
-        Epochs of retraining in all, at least ``rounds``: the direct way has them behind its one pruning, the iterative
-        one deals them to its rounds.
+        Of retraining in all, at least ``rounds``: the direct way has them behind its one pruning, the iterative one
+        deals them to its rounds.
     runs : int
         Timed passes.
     """
@@ -65,24 +61,13 @@ class MagnitudePlan:
 
 @dataclass(frozen=True)
 class MagnitudeStudy:
-    """Prunes one trained network in many ways; :meth:`rows` yields a record for each.
-
-    Attributes
-    ----------
-    start : Start
-        The trained network and its images.
-    plan : MagnitudePlan
-        How large.
-    """
+    """Prunes one trained network in many ways; :meth:`rows` yields a record for each."""
 
     start: Start
     plan: MagnitudePlan
 
     def rows(self, done: Container[tuple[str, str, str, float]] = ()) -> Iterator[dict[str, Any]]:
-        """Yield a record per pruner, part, way and ratio, with its accuracy; those that are ``done`` are left out.
-
-        Where all layers are pruned directly it also has the parameters left, bytes and milliseconds.
-        """
+        """Yield a record per pruner, part, way and ratio, with its accuracy; those that are ``done`` are left out."""
         rounds = {"direct": 0, "direct, retrained": 1, "iterative": self.plan.rounds}
         parts = {"level": PARTS, "matrix": ("all",)}
         for ratio, pruner in itertools.product(sorted(set(self.plan.ratios)), parts):
@@ -125,6 +110,7 @@ class MagnitudeStudy:
         if rounds:
             return {"accuracy": self._retrained(name, part, ratio, rounds)}
         masked, masks = self._direct(name, part, ratio)
+        # parameters left, bytes and milliseconds come with the records of all layers pruned directly
         costs = self._costs(name, masked, masks) if part == "all" else {}
         return {"accuracy": self._accuracy(masked), **costs}
 
@@ -162,22 +148,7 @@ class MagnitudeStudy:
 
 
 def run_magnitude(study: MagnitudeStudy, out: str | Path, announce: Announce = lambda line: None) -> dict[str, Any]:
-    """Run a study, a line per record in ``rows.jsonl``; what stands there already isn't run again.
-
-    Parameters
-    ----------
-    study : MagnitudeStudy
-        The study.
-    out : str or Path
-        Folder of one model's study; made if need be.
-    announce : callable, default=nothing
-        Gets a line per record.
-
-    Returns
-    -------
-    dict
-        What ``magnitude.json`` holds: ``baseline``, ``rows``, ``sensitivity``.
-    """
+    """Run a study, a line per record in ``rows.jsonl``, but for what stands there; return ``magnitude.json``."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     plan, path = study.plan, out / "rows.jsonl"

@@ -76,17 +76,7 @@ class RoundsCell:
 
 
 def run_rounds(cells: Sequence[RoundsCell], out: str | Path, *, announce: Any = None) -> list[Record]:
-    """Run the cells that have no record yet, and return all records in order.
-
-    Parameters
-    ----------
-    cells : sequence of RoundsCell
-        What to run.
-    out : str or Path
-        Folder: ``results.jsonl`` gets a line per finished cell, ``checkpoints`` the trained models.
-    announce : callable or None, default=None
-        Called with a cell, its number from 1 and the number of cells before it runs.
-    """
+    """Run the cells that have no record in ``results.jsonl`` yet, and return all records in order."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     done = {record["key"]: record for record in read_records(out / "results.jsonl")}
@@ -101,21 +91,7 @@ def run_rounds(cells: Sequence[RoundsCell], out: str | Path, *, announce: Any = 
 
 
 def run_rounds_cell(study: RoundsCell, out: Path) -> Record:
-    """Train, then prune and retrain round by round.
-
-    Parameters
-    ----------
-    study : RoundsCell
-        What to run.
-    out : Path
-        Its ``checkpoints`` hold the trained models.
-
-    Returns
-    -------
-    dict
-        Accuracies in [0, 1] before and after each round, shares of weights kept, connectivity, and of the trained
-        net each linear layer's overlap with its bound and the neural persistence.
-    """
+    """Train, then prune and retrain round by round; return the record, accuracies and shares in [0, 1]."""
     began = time.perf_counter()
     cell = study.cell
     start = start_of(cell, out)
@@ -150,16 +126,11 @@ def overlaps(net: nn.Module) -> dict[str, dict[str, float]]:
 
 
 def steps_to(sparsities: Sequence[float]) -> list[float]:
-    """Return the steps of :func:`~nni_topo.pruners.rounds.prune_in_rounds` that pass through given sparsities.
-
-    Raises
-    ------
-    ConfigError
-        If they aren't rising numbers in (0, 1).
-    """
+    """Return the steps of :func:`~nni_topo.pruners.rounds.prune_in_rounds` through rising sparsities in (0, 1)."""
     inside = all(0.0 < level < 1.0 for level in sparsities)
     if not sparsities or not inside or sorted(set(sparsities)) != list(sparsities):
         raise ConfigError(f"sparsities must be rising numbers in (0, 1), got {list(sparsities)} (study)")
+    # at a step s the share (1 - last) ** s of the weights is kept
     last = math.log(1.0 - sparsities[-1])
     return [math.log(1.0 - level) / last for level in sparsities[:-1]] + [1.0]
 

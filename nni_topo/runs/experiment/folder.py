@@ -19,13 +19,7 @@ _LOCK = ".lock"
 
 
 def check_free_disk(folder: Path, needed: int = MIN_FREE_BYTES) -> None:
-    """Check that a folder, or the nearest one above it that is there, can be written to and has room.
-
-    Raises
-    ------
-    DataError
-        If it can't, or fewer than ``needed`` bytes are free.
-    """
+    """Raise DataError unless a folder, or the nearest one above it, can be written to and has ``needed`` bytes free."""
     place = folder.expanduser().absolute()
     while not place.exists():
         place = place.parent
@@ -40,18 +34,13 @@ def check_free_disk(folder: Path, needed: int = MIN_FREE_BYTES) -> None:
 
 @contextmanager
 def only_process(folder: Path) -> Iterator[None]:
-    """Hold a folder with room to write; another process that does is waited for. A killed process lets go.
-
-    Raises
-    ------
-    DataError
-        As :func:`check_free_disk`.
-    """
+    """Hold a folder with room to write; another process that does is waited for. A killed process lets go."""
     check_free_disk(folder)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         stream = (folder / _LOCK).open("w")
     with stream:
+        # the system drops the lock with the process, however that ends
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
@@ -82,13 +71,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a file beside ``path``, and move it there when it is whole.
-
-    Raises
-    ------
-    DataError
-        If the disk is full.
-    """
+    """Let ``write`` fill a file beside ``path``, and move it there when it is whole; DataError if the disk is full."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with disk_errors(path.parent):
@@ -110,13 +93,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; None if it isn't there.
-
-    Raises
-    ------
-    ConfigError
-        If it isn't JSON.
-    """
+    """Read a JSON file; None if it isn't there, ConfigError if it isn't JSON."""
     if not path.exists():
         return None
     try:

@@ -106,13 +106,7 @@ def start_experiment(
 
 
 def check_port(port: int) -> None:
-    """Check that a port can be listened on.
-
-    Raises
-    ------
-    ConfigError
-        If it is out of range or in use.
-    """
+    """Check that a port can be listened on; ConfigError if it is out of range or in use."""
     if port not in _PORTS:
         raise ConfigError(f"a port must be in [1, 65534], got {port} (port)")
     for host in ("127.0.0.1", ""):
@@ -138,13 +132,7 @@ def free_port() -> int:
 
 
 def read_status(experiment: Experiment) -> tuple[str, list[str]]:
-    """Return NNI's word for the experiment, such as ``"RUNNING"`` or ``"DONE"``, and the manager's errors.
-
-    Raises
-    ------
-    ManagerError
-        If the manager doesn't answer.
-    """
+    """Return NNI's word for the experiment, such as ``"RUNNING"`` or ``"DONE"``, and the manager's errors."""
     with answering(experiment):
         reply = rest.get(experiment.port, "/check-status", experiment.url_prefix)
     return str(reply["status"]), [str(error) for error in reply.get("errors", ())]

@@ -55,24 +55,13 @@ def next_parameters() -> dict[str, Any]:
 
 
 def pair_by_result(jobs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the parameters that each trial ran, as far as it can be told.
-
-    Parameters
-    ----------
-    jobs : iterable of mapping
-        Trials as the manager's REST API gives them.
-
-    Returns
-    -------
-    dict of str to dict
-        By the trial's identifier: the proposal whose number its result carries, or the one its row shows where there is
-        no result.
-    """
+    """Return by trial, as the REST API lists them, the parameters that it ran, as far as it can be told."""
     shown = {job["trialJobId"]: json.loads(job["hyperParameters"][-1]) for job in jobs if job.get("hyperParameters")}
     numbered = {str(proposal.get("parameter_id")): proposal["parameters"] for proposal in shown.values()}
     ran = {}
     for job in jobs:
         own = shown.get(job["trialJobId"], {"parameters": {}})
+        # a result carries the number of the proposal that ran; without one the trial's own row has to do
         number = ((job.get("finalMetricData") or [{}])[-1]).get("parameterId")
         ran[job["trialJobId"]] = numbered.get(str(number), own["parameters"])
     return ran

@@ -89,12 +89,10 @@ def read_trials(experiment: Experiment) -> list[TrialRecord]:
 
 
 def stopped(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """Return the trials of an experiment that has ended: those that were cut short are ``"STOPPED"``.
-
-    NNI's database keeps calling them running. One whose process has outlived the manager, and goes on in its folder on
-    this machine, still is.
-    """
+    """Return the trials of an experiment that has ended: those that were cut short are ``"STOPPED"``."""
     return [
+        # NNI's database keeps calling them running; one still is whose process has outlived the manager and goes on in
+        # its folder on this machine
         trial if trial.is_finished or (trial.folder and is_held(Path(trial.folder))) else replace(trial, status=STOPPED)
         for trial in trials
     ]
