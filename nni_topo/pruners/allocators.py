@@ -109,6 +109,7 @@ class ConfigAllocator(SparsityAllocator):
 
     def rounded(self, unit: PruningUnit, rows: int) -> int:
         """Return the least number of rows, from ``rows`` on, that makes a multiple of ``round_to`` channels."""
+        # ``rows`` of each part stay: ``rows * parts`` is a multiple of ``round_to`` if ``rows`` is one of ``step``.
         step = 1 if self.round_to is None else self.round_to // math.gcd(self.round_to, unit.parts)
         return min(-(-rows // step) * step, unit.rows)
 
@@ -150,6 +151,7 @@ class ConfigAllocator(SparsityAllocator):
         threshold = float(unit.sparse_threshold or 0.0) + self.tolerance
         count = int(self._passing(unit, scores, threshold).sum())
         fewest, most = removable_rows(unit)
+        # Where a maximum ratio keeps more than the one block that always stays, nothing would be emptied: no error.
         if count == 0 and most == unit.rows - 1 and self.on_empty == "raise":
             rule = "lie below" if self.strict else "not exceed"
             highest = f"{float(scores.max()):.6g}"
@@ -163,6 +165,7 @@ class ConfigAllocator(SparsityAllocator):
         passing = scores > threshold if self.strict else scores >= threshold
         if not _is_summed(unit):
             return passing
+        # A threshold may be set just beside a score, with care: 1e-10 of it, not the 1e-6 of ties between scores.
         equal = torch.from_numpy(within(scores.cpu().numpy(), threshold)).to(scores.device)
         return passing & ~equal if self.strict else passing | equal
 
@@ -177,6 +180,7 @@ class ConfigAllocator(SparsityAllocator):
         bounds = {unit.name: removable_rows(unit) for unit in group}
         cost = {unit.name: unit.elements * unit.parts for unit in group}
         budget = int(sum(unit.elements * unit.blocks for unit in group) * ratio)
+        # What the minimum ratios ask for goes in any case; only what is left of the budget is spent by rank.
         budget -= sum(bounds[unit.name][0] * cost[unit.name] for unit in group)
         scores, costs, owners = [], [], []
         for index, unit in enumerate(group):
@@ -186,10 +190,12 @@ class ConfigAllocator(SparsityAllocator):
             costs.append(torch.full((len(ascending),), cost[unit.name]))
             owners.append(torch.full((len(ascending),), index))
         joined = torch.cat(scores)
+        # Between layers, too, rounding mustn't decide; of equal scores those of the earlier layer go first.
         if any(_is_summed(unit) for unit in group):
             joined = _leveled(joined)
         order = joined.argsort(stable=True)
         spent = torch.cat(costs)[order].cumsum(0)
+        # Sums rise, so a first stretch of the order goes: within each unit its lowest, of which a count says enough.
         removed = torch.cat(owners)[order][spent <= budget].bincount(minlength=len(group))
         return {unit.name: unit.rows - bounds[unit.name][0] - int(removed[index]) for index, unit in enumerate(group)}
 
@@ -222,6 +228,7 @@ def profile(unit: PruningUnit, scores: Tensor) -> Tensor:
     torch.Tensor
         Shape ``(rows,)``, descending.
     """
+    # A row takes one block of every part with it, so it is worth as much as the best of them.
     return scores.reshape(unit.parts, unit.rows).sort(dim=1, descending=True).values.amax(0)
 
 
@@ -283,6 +290,7 @@ def _add_aligned(masks: Masks, context: PruningContext) -> None:
             if not has_value or space.align["target_name"] not in masks.get(source, {}):
                 continue
             weight = context.target_spaces[source][space.align["target_name"]]
+            # NNI's alignment keeps one dimension of the source, but with groups the output channels lie in two.
             if loses_outputs(weight):
                 kept = masks[source][space.align["target_name"]]
                 masks[module_name][target_name] = output_mask(kept, weight._wrapper.module)

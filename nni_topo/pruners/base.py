@@ -187,14 +187,9 @@ class StructuredPruner(Pruner):
         return PruningContext(self.bound_model, self._target_spaces, self.evaluator, names)
 
     def _activate_targets(self, cap: float = 0.0) -> None:
-        """Make every configured weight a target of its own, for pruners that say themselves how much goes.
-
-        Parameters
-        ----------
-        cap : float, default=0.0
-            The ``sparse_ratio`` of targets, and of groups, that the config_list gives neither ratio nor threshold.
-        """
+        """Give the ``sparse_ratio`` ``cap`` to configured targets without a rule: these pruners say how much goes."""
         spaces = [space for targets in self._target_spaces.values() for space in targets.values()]
+        # A rule of one member is that of its group: a second one beside it could contradict it.
         ruled = {space.dependency_group_id for space in spaces if is_active(space)} - {None}
         for space in spaces:
             own = space.align is None and space.target is not None and not is_active(space)

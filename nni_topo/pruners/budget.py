@@ -28,39 +28,7 @@ _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
 class BudgetAllocator(ConfigAllocator):
-    """Let a budget of the whole network say how many blocks each unit keeps.
-
-    Parameters
-    ----------
-    target : mapping of str to float
-        One entry: ``{"flops": share}``, ``{"params": share}`` or ``{"latency": share}``, the share of the unpruned
-        network's multiply-accumulates, parameters or seconds per batch to be left, in (0, 1].
-    example_inputs : Any
-        Inputs of the model; the first dimension is the batch, which latency is measured with.
-    allocation : {"topological", "uniform"}, default="topological"
-        One tolerance on the units' scores over the whole network, so that a unit whose scores fall off early loses
-        more; or the same share of every unit.
-    latency_table : LatencyTable, str, Path or None, default=None
-        Seconds of the layers over their widths, or the JSON file of such a table, for ``{"latency": share}``. None: it
-        is measured at the first use, with one thread, by :func:`~nni_topo.speedup.measure_latency`.
-
-    Attributes
-    ----------
-    latency_table : LatencyTable or None
-        As given or measured; ``save`` it to repeat an allocation, which is deterministic given the table.
-
-    Raises
-    ------
-    ConfigError
-        If the target or the allocation isn't one of these, or there is a latency table for another target.
-    DataError
-        If the file isn't a latency table.
-
-    Notes
-    -----
-    Minimum and maximum ratios of the config_list hold; a unit is never emptied. The budget is met as nearly as widths
-    allow, from above or below; out of reach, every unit goes as far as it may.
-    """
+    """Keep as many blocks as ``{"flops"|"params"|"latency": share left}``, in (0, 1] of the whole, allows."""
 
     def __init__(
         self,
@@ -70,6 +38,7 @@ class BudgetAllocator(ConfigAllocator):
         allocation: Allocation = "topological",
         latency_table: LatencyTable | str | Path | None = None,
     ) -> None:
+        # The scores hold a ranking whose near ties are settled: leveled again, they might be settled otherwise.
         super().__init__(on_empty="keep", exact=True)
         self.kind, self.share = checked_target(target)
         if allocation not in ("topological", "uniform"):
@@ -78,6 +47,7 @@ class BudgetAllocator(ConfigAllocator):
             raise ConfigError(f"a latency table needs a target of 'latency', got {self.kind!r} (latency_table)")
         self.example_inputs = example_inputs
         self.allocation = allocation
+        # Where none is given it is measured at the first use; with a table, an allocation is deterministic.
         self.latency_table = (
             LatencyTable.load(latency_table) if isinstance(latency_table, (str, Path)) else latency_table
         )
@@ -89,6 +59,7 @@ class BudgetAllocator(ConfigAllocator):
         bounds = [removable_rows(unit) for unit in units]
         cost = self._share_left(units, self._network_cost(context))
         if self.allocation == "uniform":
+            # The config_list's minimum and maximum hold, also where the budget is missed for it.
             removed = solve_uniform([unit.rows for unit in units], cost, self.share)
             removed = [min(max(count, low), high) for count, (low, high) in zip(removed, bounds, strict=True)]
         else:
@@ -121,6 +92,7 @@ class BudgetAllocator(ConfigAllocator):
             raise DataError(f"the unpruned network must cost something, got {whole} (target {self.kind!r})")
 
         def share(removed: Sequence[int]) -> float:
+            # Costs follow from widths, and the scores aren't needed: the first rows stand for whichever will stay.
             kept = {
                 module: np.tile(np.arange(unit.rows) < self.rounded(unit, unit.rows - count), unit.parts)
                 for unit, count in zip(units, removed, strict=True)
@@ -144,33 +116,16 @@ def checked_target(target: Mapping[str, float]) -> tuple[str, float]:
 
 
 def solve_uniform(rows: Sequence[int], left: Callable[[Sequence[int]], float], share: float) -> list[int]:
-    """Let every unit lose the same share of its rows, such that a budget is met.
-
-    Parameters
-    ----------
-    rows : sequence of int
-        Rows of each unit.
-    left : callable
-        Maps the number of rows that each unit loses to the share of the whole network's cost that is left.
-    share : float
-        The budget, in (0, 1].
-
-    Returns
-    -------
-    list of int
-        Rows that each unit loses, at most all but one.
-
-    Notes
-    -----
-    The layers of a network often have equal widths and would round at the same ratio, all at once: a phase per unit
-    lets them round one after the other, so that the budget is met more nearly than one ratio could.
-    """
+    """Return the rows, at most all but one, that units lose by one ratio to be ``left`` a ``share`` of the cost."""
+    # Layers of equal width would round at the same ratio, all at once: a phase for each, spread evenly by the golden
+    # ratio, lets them round one after the other, so that the budget is met more nearly than by one ratio.
     phases = [(index * _GOLDEN) % 1.0 for index in range(len(rows))]
 
     def removed(ratio: float) -> list[int]:
         return [min(int(count * ratio + phase), count - 1) for count, phase in zip(rows, phases, strict=True)]
 
     low, high = 0.0, 1.0
+    # Widths are integers: bisection ends beside a step of the cost, so the nearest of all that it saw counts.
     tried = [(abs(left(removed(ratio)) - share), ratio) for ratio in (low, high)]
     for _ in range(_STEPS):
         middle = (low + high) / 2.0
@@ -182,6 +137,7 @@ def solve_uniform(rows: Sequence[int], left: Callable[[Sequence[int]], float], s
 
 def _nearest(tried: list[tuple[float, Position]]) -> Position:
     """Return the position with the least gap to the budget, the lowest of those that count as equal."""
+    # Shares of a whole of 1 err by rounding of 1, however small the gap; the lowest position removes least.
     ordered = sorted(tried, key=lambda each: each[1])
     return ordered[first_smallest([gap for gap, _ in ordered], 1.0)][1]
 
@@ -192,6 +148,8 @@ def _solve_tolerance(
     """Remove, over all units, the rows whose score lies below one tolerance, such that a budget is met."""
     settled = torch.from_numpy(leveled(torch.cat(profiles).cpu().numpy()))
     profiles = list(settled.split([len(profile) for profile in profiles]))
+    # Between two scores nothing changes, so these are all the tolerances there are; the ends remove as little, and as
+    # much, as the bounds allow. Scores that are equal but for rounding are one step, whichever layer has them.
     tolerances = torch.cat([settled.new_tensor([-math.inf, math.inf]), settled]).unique()
 
     def removed(index: int) -> list[int]:

@@ -34,39 +34,7 @@ _RATIOS = ("sparsity", "sparsity_per_layer", "total_sparsity")
 
 
 def modern_config(model: nn.Module, config_list: Sequence[Any]) -> list[Any]:
-    """Rewrite the keys of NNI 2 in a config_list, wherever they stand.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model; an entry with ``exclude`` is applied to its modules.
-    config_list : sequence of dict
-        Entries in the words of NNI 2, NNI 3 or both. It isn't changed. Anything that isn't a dict is passed on.
-
-    Returns
-    -------
-    list of dict
-        Entries in the words of NNI 3. An entry with ``exclude`` is gone: the modules that it matches are
-        excluded from the entries before it, as NNI 2 did.
-
-    Raises
-    ------
-    ConfigError
-        If an entry holds two keys for one thing.
-
-    Warns
-    -----
-    FutureWarning
-        Once for each old key, with the place and the new key.
-
-    Examples
-    --------
-    >>> import warnings
-    >>> with warnings.catch_warnings():
-    ...     warnings.simplefilter("ignore", FutureWarning)
-    ...     modern_config(nn.Sequential(nn.Linear(2, 2)), [{"op_types": ["Linear"], "sparsity": 0.5}])
-    [{'op_types': ['Linear'], 'sparse_ratio': 0.5}]
-    """
+    """Return a copy of a config_list in NNI 3's words; warn of NNI 2's keys, refuse two keys for one thing."""
     modern: list[Any] = []
     for index, entry in enumerate(deepcopy(list(config_list))):
         if not isinstance(entry, dict) or not LEGACY_KEYS.keys() & entry.keys():
@@ -75,6 +43,7 @@ def modern_config(model: nn.Module, config_list: Sequence[Any]) -> list[Any]:
         place = f"config_list[{index}]"
         _warn(entry, place)
         _rename_selection(entry, place)
+        # As in NNI 2: what the entry matches is left out of the entries before it, not of those behind.
         if entry.pop("exclude", False):
             _exclude(model, entry, modern)
         else:
@@ -133,35 +102,10 @@ def check_request(
     *,
     needs_rule: bool = True,
 ) -> list[dict[str, Any]]:
-    """Check a pruning request; the model isn't changed.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model to prune.
-    config_list : list of dict
-        NNI's config_list. Keys of NNI 2 are legal too, see :func:`~nni_topo.pruners.checks.modern_config`.
-    existed_wrappers : mapping or None, default=None
-        Wrappers inherited from another compressor: then the config_list may be empty, as that of ``LinearPruner`` is.
-    needs_rule : bool, default=True
-        Whether every entry must say how much goes, itself or through another member of its dependency group.
-
-    Returns
-    -------
-    list of dict
-        The config_list in the words of NNI 3.
-
-    Raises
-    ------
-    ConfigError
-        If there is no entry, if one breaks NNI's schema, names a layer that isn't there, holds a ratio outside [0, 1)
-        or neither ratio nor threshold, if nothing in the model matches, if a matched module's type is unknown to NNI,
-        or if the model is wrapped by another compressor.
-    DataError
-        If a parameter of a matched module is NaN, infinite, complex, or holds integers.
-    """
+    """Return a checked config_list in NNI 3's words, or raise ConfigError or DataError; the model isn't changed."""
     if not isinstance(config_list, (list, tuple)):
         raise ConfigError(f"config_list must be a list of dicts, got {type(config_list).__name__} (config_list)")
+    # With inherited wrappers the config_list may be empty, as that of NNI's LinearPruner is.
     if not config_list and existed_wrappers is None:
         raise ConfigError("a config_list must have at least one entry, got none (config_list)")
     _check_unwrapped(model, existed_wrappers or {})

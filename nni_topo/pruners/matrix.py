@@ -32,15 +32,7 @@ from nni_topo.recovery.compensation import Method
 
 
 class RowColumnCollector(DataCollector):
-    """Per channel the norm of its row, and of the columns with which the next layers read it.
-
-    Parameters
-    ----------
-    norm : {1, 2}
-        Order of the norm.
-    example_inputs : Any
-        Inputs of the model, to find who reads a channel. None: rows alone.
-    """
+    """Per channel the norm of its row, and of the columns with which the next layers read it."""
 
     def __init__(self, norm: int, example_inputs: Any) -> None:
         self.norm = norm
@@ -63,6 +55,7 @@ class RowColumnCollector(DataCollector):
 
     def _columns(self, unit: PruningUnit, flow: ChannelFlow | None, context: PruningContext) -> Tensor:
         none = torch.zeros(unit.blocks, dtype=torch.float64)
+        # Without example inputs nothing says who reads a channel: rows count alone, as for NNI's norm pruners.
         if flow is None:
             return none
         try:
@@ -74,13 +67,7 @@ class RowColumnCollector(DataCollector):
 
 
 class JointNorm(MetricCalculator):
-    """The norm of everything that goes with a channel; of a dependency group, over all members' rows.
-
-    Parameters
-    ----------
-    norm : {1, 2}
-        Order of the norm.
-    """
+    """The norm of everything that goes with a channel; of a dependency group, over all members' rows."""
 
     def __init__(self, norm: int) -> None:
         self.norm = norm

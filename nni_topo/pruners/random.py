@@ -17,13 +17,7 @@ from nni_topo.recovery.compensation import Method
 
 
 class RandomMetric(MetricCalculator):
-    """Uniform random scores: the baseline that a selection has to beat.
-
-    Parameters
-    ----------
-    seed : int
-        Seed; one draw per unit in the order of the network's modules.
-    """
+    """Uniform random scores, one draw per unit in network order: the baseline that a selection has to beat."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

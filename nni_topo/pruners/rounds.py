@@ -24,15 +24,7 @@ from nni_topo.sharing import parameter_holders
 
 @dataclass(frozen=True)
 class Round:
-    """What one round left.
-
-    Attributes
-    ----------
-    index : int
-        From 1.
-    kept : dict of str to float
-        Share of each pruned weight's elements that is left, by ``"module.target"``.
-    """
+    """What a round, from 1, left: by ``"module.target"`` the share of each pruned weight's elements."""
 
     index: int
     kept: dict[str, float]
@@ -116,13 +108,7 @@ def prune_in_rounds(
 
 
 def check_rewind(model: nn.Module, rewind: Mapping[str, Tensor]) -> None:
-    """Check that a state to return to fits a model that isn't wrapped.
-
-    Raises
-    ------
-    ConfigError
-        If a name isn't the model's, a value isn't a tensor, or a shape differs.
-    """
+    """Raise ConfigError unless a state to return to fits a model that isn't wrapped, by names, types and shapes."""
     state = model.state_dict()
     for name, value in rewind.items():
         if not isinstance(value, Tensor):

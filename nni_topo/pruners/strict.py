@@ -98,28 +98,9 @@ def disable_strict() -> None:
 
 
 def generate_sparsity(metrics: Metrics, target_spaces: TargetSpaces, allocator: ConfigAllocator) -> Masks:
-    """Make masks as NNI's function of this name does, by the package's allocator.
-
-    Parameters
-    ----------
-    metrics : dict
-        Metrics by module and target name, each in its mask's blocked shape. Larger = keep.
-    target_spaces : dict
-        NNI's target spaces.
-    allocator : ConfigAllocator
-        Makes the masks, unless an input or an output is pruned: those stay NNI's.
-
-    Returns
-    -------
-    dict
-        Masks by module and target name.
-
-    Raises
-    ------
-    ConfigError, DataError
-        If a layer would be emptied, a group disagrees, or a metric isn't finite.
-    """
+    """Make masks as NNI's function of this name does, by the package's allocator."""
     spaces = [space for targets in target_spaces.values() for space in targets.values()]
+    # The package's units hold parameters: where inputs or outputs are pruned, NNI's own function stays.
     if all(space.type is TargetType.PARAMETER for space in spaces):
         return allocator.allocate(metrics, PruningContext(torch.nn.Module(), target_spaces))
     masks: Masks = sparse_gen.generate_sparsity(metrics, target_spaces)

@@ -15,33 +15,16 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def output_granularity(space: PruningTargetSpace) -> list[Any] | str | None:
-    """Return the granularity at which a transposed convolution's weight loses whole output channels.
-
-    Parameters
-    ----------
-    space : PruningTargetSpace
-        Any target.
-
-    Returns
-    -------
-    list, str or None
-        ``"in_channel"``, NNI's name for the second dimension; with several groups the block's extent, so that the
-        metric has shape ``(groups, out / groups, 1, ...)``, flat in the order of the output channels. None if the
-        target isn't such a weight.
-    """
+    """Return the granularity at which a transposed convolution's weight loses output channels; None for others."""
     if space.type is not TargetType.PARAMETER or not isinstance(module := space._wrapper.module, TRANSPOSED):
         return None
+    # NNI's name for the second dimension; with groups the metric is (groups, out / groups, 1, ...), flat in the order
+    # of the output channels.
     return "in_channel" if module.groups == 1 else [[module.in_channels // module.groups, 1], "back", -1]
 
 
 def follow_outputs(target_spaces: dict[str, dict[str, PruningTargetSpace]]) -> None:
-    """Let the groups of transposed convolutions lose as many channels each, and their biases what the weights lose.
-
-    Parameters
-    ----------
-    target_spaces : dict
-        NNI's target spaces, changed in place where a weight has the granularity of :func:`output_granularity`.
-    """
+    """Let the groups of transposed convolutions lose as many channels each, and their biases what the weights do."""
     for spaces in target_spaces.values():
         for space in spaces.values():
             source = spaces.get(space.align["target_name"]) if space.align is not None else None
@@ -60,20 +43,7 @@ def loses_outputs(space: Any) -> bool:
 
 
 def output_mask(weight_mask: Tensor, module: nn.Module) -> Tensor:
-    """Return which output channels a mask of a transposed convolution's weight keeps.
-
-    Parameters
-    ----------
-    weight_mask : torch.Tensor
-        Shape ``(in, out / groups, ...)``.
-    module : torch.nn.Module
-        The transposed convolution.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape ``(out,)``, of zeros and ones.
-    """
+    """Return the output channels, 0 or 1, ``(out,)``, that a transposed mask ``(in, out / groups, ...)`` keeps."""
     groups: int = module.groups  # type: ignore[assignment]
     rows = weight_mask.reshape(groups, len(weight_mask) // groups, weight_mask.shape[1], -1)
     return rows.amax((1, 3)).flatten()

@@ -73,6 +73,7 @@ def block_shape(space: PruningTargetSpace) -> tuple[int, ...]:
         raise ConfigError(f"a pruned target must be a parameter, got {space.type.value} {space._target_name!r}")
     if space._scaler is None:
         return tuple(target.shape)
+    # Only the shape is asked for: the first element of each block stands for the block.
     return tuple(space._scaler.shrink(target.detach(), lambda block: block[..., 0], keepdim=True).shape)
 
 
@@ -98,6 +99,7 @@ def pruning_units(target_spaces: TargetSpaces) -> list[PruningUnit]:
     groups: dict[Any, list[tuple[str, str, PruningTargetSpace]]] = {}
     for module_name, spaces in target_spaces.items():
         for target_name, space in spaces.items():
+            # NNI also makes a space for the bias that a layer doesn't have.
             if space.type is TargetType.PARAMETER and space.target is None:
                 continue
             grouped = space.dependency_group_id is not None
@@ -117,9 +119,11 @@ def _unit(group: list[tuple[str, str, PruningTargetSpace]]) -> PruningUnit:
     if rules["sparse_ratio"] is not None and rules["sparse_threshold"] is not None:
         raise ConfigError(f"a dependency group must have a ratio or a threshold, got both ({name})")
     blocks = _common(name, "number of blocks", (math.prod(block_shape(space)) for space in spaces))
+    # All parts lose alike, so each member's own stretches have to be whole numbers of the common ones.
     parts = math.lcm(*(int(space.internal_metric_block or 1) for space in spaces))
     if blocks % parts:
         raise ConfigError(f"internal_metric_block must divide the {blocks} blocks, got {parts} ({name})")
+    # What one member must lose all must, and what one may not lose none may.
     low = max(space.min_sparse_ratio or 0.0 for space in spaces)
     high = min(1.0 if space.max_sparse_ratio is None else space.max_sparse_ratio for space in spaces)
     if low > high:
@@ -137,6 +141,7 @@ def _unit(group: list[tuple[str, str, PruningTargetSpace]]) -> PruningUnit:
 
 
 def _common(name: str, key: str, values: Iterable[Any]) -> Any:
+    # A member without the key follows those that have it, as in NNI.
     distinct = {value for value in values if value is not None}
     if len(distinct) > 1:
         found = ", ".join(sorted(map(str, distinct)))

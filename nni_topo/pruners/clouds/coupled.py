@@ -73,20 +73,7 @@ class CoupledWeightCollector(DataCollector):
 
 
 def norm_scales(context: PruningContext, flow: ChannelFlow) -> dict[str, Tensor]:
-    """Return the scales ``weight / sqrt(variance + eps)`` of the batch norm right behind each layer, by layer.
-
-    Parameters
-    ----------
-    context : PruningContext
-        Holds the model.
-    flow : ChannelFlow
-        The model's channels.
-
-    Returns
-    -------
-    dict of str to torch.Tensor
-        Shape ``(channels,)`` each, float64, at least 0, on the CPU; layers without a norm of their own are left out.
-    """
+    """Return ``|weight| / sqrt(variance + eps)``, float64 ``(channels,)``, of the norm right behind, by layer."""
     scales = {}
     for layer, name in norms_behind(context.model, flow).items():
         module: Any = context.model.get_submodule(name)
@@ -98,20 +85,7 @@ def norm_scales(context: PruningContext, flow: ChannelFlow) -> dict[str, Tensor]
 
 
 def norms_behind(model: nn.Module, flow: ChannelFlow) -> dict[str, str]:
-    """Return the name of the batch norm that takes all channels of a layer, and no others, by layer.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model.
-    flow : ChannelFlow
-        Its channels.
-
-    Returns
-    -------
-    dict of str to str
-        Layers without such a norm are left out.
-    """
+    """Return, by layer, the name of the batch norm that takes all of its channels and no others; not all have one."""
     first = {layer.first: name for name, layer in flow.layers.items()}
     found = {}
     for name, module in model.named_modules():

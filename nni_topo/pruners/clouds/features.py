@@ -25,6 +25,7 @@ from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.transposed import loses_outputs
 from nni_topo.pruners.units import PruningUnit
 
+# Share of the largest variance below which a pivot is rounding; distances, its root, err by less than 1e-6.
 _ROUNDING = 1e-13
 Pool = Literal["none", "mean"] | int
 
@@ -36,18 +37,7 @@ _ACTIVATIONS |= {"sigmoid", "hardsigmoid", "hardswish", "hardtanh", "softplus", 
 
 @dataclass(frozen=True)
 class Tap:
-    """Where a layer's features are taken.
-
-    Attributes
-    ----------
-    layer : str
-        The layer's name.
-    nodes : tuple of torch.fx.Node
-        One for each time that the layer is called: the layer itself, or the last batch norm or activation that alone
-        works on what it puts out.
-    norms : tuple of str
-        Names of the batch norms on the way, from the first call.
-    """
+    """Where a layer's features are taken, one node per call of it, and the names of the batch norms on the way."""
 
     layer: str
     nodes: tuple[Node, ...]
@@ -146,6 +136,7 @@ class FeatureCollector(DataCollector):
 
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = bind_arguments(module, (args, kwargs)) if kwargs else args
+            # A batch's first entry is what the model takes: several arguments mustn't look like inputs and targets.
             seen.append((tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, inputs),))
 
         handle = context.model.register_forward_pre_hook(record, with_kwargs=True)
@@ -160,19 +151,10 @@ class FeatureCollector(DataCollector):
 
 
 def embedding(covariance: Tensor) -> Tensor:
-    """Return points, at most as many dimensions as points, that have given inner products.
-
-    Parameters
-    ----------
-    covariance : torch.Tensor
-        Shape ``(n, n)``, float64, positive semidefinite up to rounding.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape ``(n, rank)``. Cost ``n^3 / 3``; distances err by less than 1e-6 of the largest norm.
-    """
+    """Return points ``(n, rank)`` with these inner products ``(n, n)``, float64, to 1e-6 of the largest norm."""
     largest = float(covariance.diagonal().max())
+    # Pivoted Cholesky: n^3 / 3, far less than eigenvectors, and it stops where only rounding is left. LAPACK counts
+    # pivots from 1 and leaves numbers of its own above the diagonal and behind the rank.
     factor, pivots, rank, _ = lapack.dpstrf(covariance.numpy(), tol=_ROUNDING * largest, lower=1)
     points = torch.zeros(len(covariance), max(int(rank), 1), dtype=torch.float64)
     if rank:
@@ -193,6 +175,7 @@ class _Rows:
         """Add features ``(blocks, samples)``."""
         self.samples += rows.shape[1]
         self._total = self._total + rows.sum(1, dtype=torch.float64).cpu()
+        # Up to as many samples as neurons the features themselves are the smaller thing to keep.
         if self._products is None and self.samples <= len(rows):
             # A copy: what the network does in place behind the layer would change the rows.
             self._kept.append(rows.cpu().clone())
@@ -212,6 +195,7 @@ class _Rows:
         if self._products is None:
             deviations = (torch.cat(self._kept, 1).double() - mean[:, None]) / math.sqrt(self.samples)
         else:
+            # Covariances are the mean product less the product of means; the deviations are points that have them.
             deviations = embedding(self._products / self.samples - torch.outer(mean, mean))
         return torch.cat([mean[:, None], deviations], 1)
 
@@ -243,11 +227,14 @@ def _pooled(maps: Tensor, pool: Pool) -> Tensor:
     if pool == "none" or not 1 <= sides <= len(_POOLS):
         return maps
     size = 1 if pool == "mean" else int(pool)
+    # To pool to more places than a map has would repeat its values.
     pooled: Tensor = _POOLS[sides - 1](maps, [min(size, side) for side in maps.shape[2:]])
     return pooled
 
 
 def _traced(context: PruningContext, call: Call) -> TracedNetwork:
+    # Tracing runs the model, which may draw numbers: the caller's generators stay as they are. Not to start CUDA for
+    # that, its generators are only saved if it is in use.
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices), evaluation_mode(context.model):
         graph, args = trace(detached_copy(context.model).eval(), call)
@@ -283,6 +270,7 @@ def _followed(graph: GraphModule, node: Node) -> tuple[Node, tuple[str, ...]]:
 def _chain(node: Node) -> Iterator[Node]:
     """Yield the nodes behind one, as long as each is read by one other alone and keeps its shape."""
     shape = tensor_shape(node)
+    # With a second reader the layer's output also counts as it is here, so nothing behind speaks for it alone.
     while len(node.users) == 1:
         node = next(iter(node.users))
         if tensor_shape(node) != shape or len(node.all_input_nodes) != 1:

@@ -77,21 +77,9 @@ class FoldedWeightCollector(DataCollector):
 
 
 def folded_norm(norm: nn.Module | None, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what a batch norm multiplies a layer's weights by, and the bias that is left of the layer's own.
-
-    Parameters
-    ----------
-    norm : torch.nn.Module or None
-        A batch norm; None, or one without running statistics: nothing is folded.
-    bias : torch.Tensor
-        Shape ``(channels,)``, float64, on the CPU.
-
-    Returns
-    -------
-    scale, offset : torch.Tensor
-        Shape ``(channels,)`` each, float64, on the CPU.
-    """
+    """Return scale and offset, float64 ``(channels,)`` on the CPU, by which a norm folds into a layer and its bias."""
     module: Any = norm
+    # Without running statistics a norm's scale depends on the batch: there is nothing to fold.
     if module is None or module.running_var is None:
         return torch.ones_like(bias), bias
     scale = (module.running_var.detach().double() + module.eps).rsqrt().cpu()

@@ -86,10 +86,12 @@ class FunctionalCollector(DataCollector):
         data: Data = {}
         for unit in context.units:
             grams = [moment.gram(unit.name, center=self.center) for moment in moments[unit.name]]
+            # Coordinates from several readers stand side by side, so their inner products add up.
             products = torch.stack(grams).sum(0)
             points = preprocess_points(points_of_gram(products), self.preprocess)
             for module_name, target_name in unit.members:
                 data.setdefault(module_name, {})[target_name] = points
+                # Members of a group put out the same channels: carried by each, the cloud would count once per member.
                 points = points[:, :0]
         return data
 
@@ -123,19 +125,14 @@ class Reader:
         def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             dim = -1 if isinstance(module, nn.Linear) else 1
             rows = inputs[0].detach().movedim(dim, 0).flatten(1)
+            # ``(channels, places, samples)``: behind a flattened map a linear layer reads a channel in several places.
             moments.add(rows[torch.from_numpy(self.places).to(rows.device)], self.strength.to(rows.device))
 
         return record
 
 
 def readers_of(unit: PruningUnit, flow: ChannelFlow, context: PruningContext, *, order: float = 2.0) -> list[Reader]:
-    """Return the layers that read a unit's channels, with norms of this order as their strengths.
-
-    Raises
-    ------
-    ConfigError
-        If the unit isn't pruned by output channel, or no layer reads it.
-    """
+    """Return the layers that read a unit, strengths being norms of this order; ConfigError if none reads it."""
     lead, target = unit.members[0]
     space = context.target_spaces[lead][target]
     if lead not in flow.layers or not (space.granularity == "out_channel" or loses_outputs(space)):
@@ -149,31 +146,13 @@ def readers_of(unit: PruningUnit, flow: ChannelFlow, context: PruningContext, *,
 def check_read(
     model: nn.Module, modules: Iterable[str], call: Call, kinds: tuple[type[nn.Module], ...] = (nn.Module,)
 ) -> None:
-    """Check that layers are read, before a model is wrapped.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model; it isn't changed.
-    modules : iterable of str
-        The layers to prune; names of what isn't a layer that makes channels are passed over.
-    call : tuple of (tuple, dict)
-        Arguments to follow its channels with.
-    kinds : tuple of type, default=(torch.nn.Module,)
-        What counts as a reading layer.
-
-    Raises
-    ------
-    ConfigError
-        If no such layer reads all channels of one of them alike; names all of them.
-    SpeedupError
-        If the model can't be traced.
-    """
+    """Raise ConfigError if no layer of these kinds reads all channels of a layer alike, with all such names."""
     flow = channel_flow(model, call)
     by_name = dict(model.named_modules())
     unread = [
         name
         for name in modules
+        # Names of modules that make no channels are passed over.
         if name in flow.layers and not any(isinstance(module, kinds) for module, _ in _reading(name, flow, by_name))
     ]
     if unread:
@@ -195,6 +174,7 @@ def _reading(name: str, flow: ChannelFlow, modules: dict[str, nn.Module]) -> lis
     found = []
     for other in flow.layers:
         module = modules[other]
+        # It hands each channel on by itself: what reads the channels is the layer behind it.
         if is_depthwise(module):
             continue
         places = _places(channels, flow.entering_roots(other))
@@ -213,25 +193,11 @@ def _places(channels: IntArray, entering: IntArray) -> IntArray | None:
 
 
 def read_strength(module: nn.Module, places: IntArray, order: float = 2.0) -> Tensor:
-    """Return norms of the weights with which a layer reads its inputs.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        A convolution or linear layer.
-    places : ndarray of int, any shape
-        Input channels or features.
-    order : float, default=2.0
-        Of the norm: 2 is Euclidean, 1 the sum of absolute values.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape of ``places``, float64, on the CPU.
-    """
+    """Return norms, float64 on the CPU, shape of ``places``, of the weights that read these input channels."""
     weight: Tensor = module.weight.detach().double()  # type: ignore[operator]
     groups = getattr(module, "groups", 1)
     if getattr(module, "transposed", False):
+        # Its weight has the input channels first, whatever the groups.
         norms = torch.linalg.vector_norm(weight.flatten(1), order, dim=1)
     else:
         # Input channel j of group g is column j of the g-th stretch of rows.

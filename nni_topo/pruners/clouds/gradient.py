@@ -169,24 +169,10 @@ class GradientCollector(DataCollector):
 
 
 class _Gates:
-    """Derivatives of each sample's loss by a gate on every channel, while a model is differentiated.
-
-    Parameters
-    ----------
-    context : PruningContext
-        The units whose channels have gates.
-    model : torch.nn.Module
-        A copy of the context's model; hooks stay on it.
-
-    Attributes
-    ----------
-    opened : list of torch.Tensor
-        What was read in the latest call, with gradients.
-    moments : dict of str to Moments
-        Running sums by unit.
-    """
+    """Derivatives of each sample's loss by a gate on every channel, as hooks of a copy of the context's model."""
 
     def __init__(self, context: PruningContext, model: nn.Module) -> None:
+        # What was read in the latest call, with gradients: the gates to differentiate by.
         self.opened: list[Tensor] = []
         self.moments = {unit.name: Moments() for unit in context.units}
         self._context = dataclasses.replace(context, model=model)

@@ -18,26 +18,7 @@ _STRETCH = 2**23
 
 @dataclass(frozen=True)
 class Narrowing:
-    """How many features a cloud may have.
-
-    Parameters
-    ----------
-    max_features : int or None
-        Wider clouds are projected at random onto this many features.
-    projection_error : float or None
-        In (0, 1): clouds are projected onto as few features as keep every distance within this share of it, with
-        probability 0.999; narrower ones are left as they are.
-    max_bytes : int
-        A cloud whose float64 copy is larger, and that isn't projected, is handed on as ``n`` points in ``n`` dimensions
-        with the same inner products, if that is narrower.
-    seed : int
-        Of the projections.
-
-    Raises
-    ------
-    ConfigError
-        If a number is out of range, or both of the first two are given.
-    """
+    """How wide a cloud may be, by the knobs of :class:`WeightCollector`; ConfigError if one is out of range."""
 
     max_features: int | None
     projection_error: float | None
@@ -76,25 +57,13 @@ class Narrowing:
 
 
 def stretches(cloud: Tensor, *, center: bool = False, scale: bool = False) -> Iterator[Tensor]:
-    """Yield a cloud's features in stretches of at most 64 MiB, float64, on the CPU.
-
-    Parameters
-    ----------
-    cloud : torch.Tensor
-        Shape ``(n, features)``, any floating type and device.
-    center, scale : bool, default=False
-        Whether each feature's mean is taken off, and whether it is divided by its standard deviation, if that isn't 0.
-
-    Yields
-    ------
-    torch.Tensor
-        Shape ``(n, some features)``.
-    """
+    """Yield stretches ``(n, some features)`` of a cloud ``(n, features)``, float64, on the CPU, 64 MiB at most."""
     for part in cloud.split(max(1, _STRETCH // len(cloud)), dim=1):
         stretch = part.to("cpu", torch.float64)
         if center:
             stretch = stretch - stretch.mean(0)
         if scale:
+            # A constant feature has no scale of its own and stays as it is.
             deviation = stretch.std(0, correction=0)
             stretch = stretch / torch.where(deviation == 0, 1.0, deviation)
         yield stretch

@@ -213,13 +213,7 @@ class Moments:
             self._products = flat @ flat.T if self._products is None else self._products + flat @ flat.T
 
     def gram(self, name: str, *, center: bool, what: str = "activation") -> Tensor:
-        """Return inner products per sample, shape ``(n, n)``, on the CPU; each place's mean taken off on request.
-
-        Raises
-        ------
-        DataError
-            If nothing was added, or a product isn't finite; ``name`` says where.
-        """
+        """Return inner products per sample, ``(n, n)`` on the CPU; DataError if none was added or one is not finite."""
         if self._total is None or self._products is None:
             raise DataError(f"calibration must reach every pruned layer, got no {what} ({name})")
         gram = (self._products / self.samples).cpu()

@@ -30,17 +30,7 @@ _MEASURED = RELATIVE / FLOOR
 
 @dataclass(frozen=True)
 class FeatureCloud:
-    """One part of a unit: its neurons' features, those of all members side by side.
-
-    Attributes
-    ----------
-    points : ndarray of float64, shape (rows, d)
-        A point per neuron.
-    deviations : ndarray of float64, shape (rows, d')
-        The same without the means; inner products are covariances.
-    names : ndarray of int, shape (rows,)
-        The neurons' places in the unit, ascending.
-    """
+    """One part of a unit: its neurons' features ``(rows, d)``, those of all members side by side."""
 
     points: FloatArray
     deviations: FloatArray
@@ -66,15 +56,7 @@ class FeatureCloud:
 
 @dataclass(frozen=True)
 class Clusters:
-    """What a unit's neurons were put into.
-
-    Attributes
-    ----------
-    labels : ndarray of int, shape (blocks,)
-        Cluster of each neuron, no cluster in two parts; -1 for dead ones.
-    rows : int
-        Neurons that each part keeps.
-    """
+    """Each neuron's cluster, ``(blocks,)``, -1 for dead ones, none in two parts; the rows that each part keeps."""
 
     labels: IntArray
     rows: int
@@ -89,28 +71,7 @@ class SurvivorAllocator(ConfigAllocator):
 
 
 class SurvivorMetric(MetricCalculator):
-    """Score 1 for the neuron of each cluster that stays, 0 for the others.
-
-    Parameters
-    ----------
-    collector : FeatureCollector
-        Made the features, knows the network.
-    survivor : callable
-        Returns the rules of a unit, for :func:`~nni_topo.pruners.cluster.survivors.survivor_scores`.
-    seed : int
-        For the clusters and random survivors.
-
-    Attributes
-    ----------
-    pairs : dict of str to dict of int to int
-        Of the latest call: by layer the neuron that stays for each one that goes, for
-        ``nni_topo.compensate(method="pair")``. Dead neurons need none.
-
-    Notes
-    -----
-    Where a cap or a part of a grouped convolution asks for more neurons than there are clusters, those farthest from
-    the survivor of their cluster stay too; dead ones last.
-    """
+    """Score 1 for the neuron of each cluster that stays, 0 for the others; ``survivor`` returns the rules of a unit."""
 
     def __init__(
         self,
@@ -123,6 +84,7 @@ class SurvivorMetric(MetricCalculator):
         self.survivor = survivor
         self.seed = seed
         self.planner = ConfigAllocator(on_empty="keep")
+        # By layer, of the latest call: the survivor of each neuron that goes. Dead neurons need none.
         self.pairs: dict[str, dict[int, int]] = {}
 
     @abstractmethod
@@ -164,6 +126,8 @@ class SurvivorMetric(MetricCalculator):
         kept[best[best >= 0]] = True
         for part in np.arange(unit.blocks).reshape(unit.parts, unit.rows):
             others = part[~kept[part]]
+            # Where a cap or another part asks for more neurons than there are clusters, those farthest from the
+            # survivor of their cluster stay too; dead ones last.
             lacking = clusters.rows - (len(part) - len(others))
             kept[others[descending(distances[others])[: max(lacking, 0)]]] = True
         gone = np.flatnonzero(~kept & (best >= 0))
@@ -172,21 +136,7 @@ class SurvivorMetric(MetricCalculator):
 
 
 class ClusterMetric(SurvivorMetric):
-    """As many clusters as the config_list leaves neurons.
-
-    Parameters
-    ----------
-    collector, survivor, seed
-        See :class:`SurvivorMetric`.
-    algorithm, n_init, min_samples
-        See :func:`~nni_topo.maths.clustering.partition`.
-
-    Notes
-    -----
-    For thresholds and global groups the j-th of a layer's clusters counts as much as the distance at which Ward's
-    agglomeration would merge it into fewer, in units of the layer's mean such distance. Dead neurons all go, also if
-    that is more than the ratio asks for, unless the ratio is 0; ``max_sparse_ratio`` holds.
-    """
+    """As many clusters as the config_list leaves neurons, by :func:`~nni_topo.maths.clustering.partition`."""
 
     def __init__(
         self,
@@ -211,6 +161,7 @@ class ClusterMetric(SurvivorMetric):
 
     def _clusters(self, unit: PruningUnit, parts: list[FeatureCloud], rows: int) -> Clusters:
         alive = max(int(cloud.alive.sum()) for cloud in parts)
+        # Where any go dead neurons all do, also more than the ratio asks for; the maximum ratio holds.
         if rows < unit.rows:
             rows = self.planner.rounded(unit, max(1, min(rows, alive), unit.rows - removable_rows(unit)[1]))
         labels = np.full(unit.blocks, -1, dtype=np.intp)
@@ -241,15 +192,13 @@ def _clouds(unit: PruningUnit, data: Data) -> list[FeatureCloud]:
 
 
 def _closeness(points: FloatArray, labels: IntArray) -> FloatArray:
-    """Return the negative distance of each neuron to its cluster's mean; 0 for those in none.
-
-    Distances that only rounding tells apart are equal: of a pair both neurons are as far from the mean.
-    """
+    """Return the negative distance of each neuron to its cluster's mean, ``(blocks,)``; 0 for those in none."""
     closeness = np.zeros(len(points))
     scale = _MEASURED * float(np.linalg.norm(points, axis=1).max(initial=0.0))
     for label in np.unique(labels[labels >= 0]):
         members = labels == label
         distances = np.linalg.norm(points[members] - points[members].mean(0), axis=1)
+        # Of a pair both are as far from the mean, which rounding mustn't deny.
         closeness[members] = leveled(-distances, scale)
     return closeness
 
@@ -259,6 +208,7 @@ def merging_profile(unit: PruningUnit, parts: list[FeatureCloud]) -> Tensor:
     heights = np.zeros((len(parts), unit.rows))
     if unit.rows > 1 and (unit.global_group_id is not None or unit.sparse_threshold is not None):
         for part, cloud in enumerate(parts):
+            # The j-th cluster is worth the distance at which Ward's agglomeration would merge it into fewer.
             merges = linkage(cloud.points, "ward")[::-1, 2]
             heights[part] = np.concatenate([merges[:1], merges])
     mean = heights.mean()

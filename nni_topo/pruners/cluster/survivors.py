@@ -30,13 +30,7 @@ Survivor = str | Sequence[str]
 
 
 def checked_rules(survivor: Survivor) -> tuple[str, ...]:
-    """Return one or several names of rules as a tuple.
-
-    Raises
-    ------
-    ConfigError
-        If there is none, or one isn't known.
-    """
+    """Return one or several names of rules as a tuple; ConfigError if there is none, or one isn't known."""
     if not isinstance(survivor, (str, Sequence)):
         raise ConfigError(f"survivor must be a rule or a sequence of rules, got {survivor!r} (survivor)")
     rules = (survivor,) if isinstance(survivor, str) else tuple(survivor)
@@ -56,34 +50,7 @@ def survivor_scores(
     closeness: FloatArray,
     generator: np.random.Generator,
 ) -> FloatArray:
-    """Score a unit's neurons; of each cluster the highest stays.
-
-    Parameters
-    ----------
-    rules : tuple of str
-        ``"random"``; ``"center"``: the nearest to the cluster's mean; ``"weight"``: the largest sum of absolute
-        weights that connect it to both sides, (4.12); ``"bias"``: the largest bias, (4.13); ``"bias_norm"``: the
-        largest absolute bias. Of several the ranks are averaged.
-    unit : PruningUnit
-        A layer or a dependency group, over whose members weights and biases are summed.
-    context : PruningContext
-        Holds the model.
-    network : TracedNetwork
-        Its traced copy.
-    closeness : ndarray of float64, shape (blocks,)
-        The negative distance of each neuron to its cluster's mean.
-    generator : numpy.random.Generator
-        For ``"random"``.
-
-    Returns
-    -------
-    ndarray of float64, shape (blocks,)
-
-    Raises
-    ------
-    ConfigError
-        If a bias is asked for and no member has one, nor a batch norm behind it.
-    """
+    """Score the neurons of a unit, ``(blocks,)`` float64, by a rule or the mean rank of several; the highest stays."""
     scores = []
     for rule in rules:
         if rule == "random":
@@ -97,14 +64,12 @@ def survivor_scores(
             if biases is None:
                 raise ConfigError(f"survivor {rule!r} needs a bias or a batch norm, got neither ({unit.name})")
             scores.append(biases if rule == "bias" else np.abs(biases))
+    # Rules have units of their own (distances, sums of weights, biases): several are comparable by ranks alone.
     return scores[0] if len(scores) == 1 else np.mean([rankdata(leveled(each)) for each in scores], axis=0)
 
 
 def offsets(unit: PruningUnit, context: PruningContext, network: TracedNetwork) -> FloatArray | None:
-    """Return the biases of a unit, summed over its members; None if there are none.
-
-    What counts is the constant that arrives at the activation: the bias as batch norms on the way change it.
-    """
+    """Return a unit's constants ``(blocks,)``, of biases and batch norms, summed over members; None: it has none."""
     found = []
     modules = dict(context.model.named_modules())
     for name in dict.fromkeys(module_name for module_name, _ in unit.members):
@@ -112,25 +77,13 @@ def offsets(unit: PruningUnit, context: PruningContext, network: TracedNetwork) 
         bias = getattr(modules[name], "bias", None)
         if bias is not None or norms:
             constant = np.zeros(unit.blocks) if bias is None else _numbers(bias)
+            # What counts is what arrives at the activation: the bias as the batch norms on the way change it.
             found.append(_normalised(constant, norms))
     return np.sum(found, axis=0) if found else None
 
 
 def best_of(labels: IntArray, scores: FloatArray) -> IntArray:
-    """Return each node's survivor: the highest score of its cluster, the first of those that count as equal.
-
-    Parameters
-    ----------
-    labels : ndarray of int, shape (n,)
-        Cluster of each node; below 0: in none.
-    scores : ndarray of float64, shape (n,)
-        Larger is better.
-
-    Returns
-    -------
-    ndarray of int, shape (n,)
-        Node that stays for each; -1 for nodes in no cluster.
-    """
+    """Return the node that stays for each one, ``(n,)``: the highest score of its cluster; -1 for nodes in none."""
     best = np.full(len(labels), -1, dtype=np.intp)
     for label in np.unique(labels[labels >= 0]):
         members = np.flatnonzero(labels == label)

@@ -24,22 +24,7 @@ Normalization = Literal["none", "area", "layer"]
 
 
 class EnergyCollector(DataCollector):
-    """What the two collectors of energies share: one number per filter, its scale, and what is refused.
-
-    Parameters
-    ----------
-    example_inputs : Any, default=None
-        Inputs of the model; needed here for ``batch_norm=True``, to find the norm behind each layer.
-    normalization : {"none", "area", "layer"}, default="area"
-        ``"none"``: the sum of squares over all positions; ``"area"``: divided by their number; ``"layer"``: divided by
-        the layer's sum, so that the members of a dependency group count the same. Within a layer they rank alike.
-    batch_norm : bool, default=False
-        Whether responses are scaled as the batch norm behind the layer does, by ``weight / sqrt(variance + eps)``.
-    bias : bool, default=True
-        Whether the layer's bias is part of the response.
-    linear : {"refuse", "unit-energy"}, default="refuse"
-        Whether linear layers are an error.
-    """
+    """What the two collectors of energies share: one number per filter, its scale, and what is refused."""
 
     def __init__(
         self,
@@ -69,35 +54,12 @@ class EnergyCollector(DataCollector):
         """Return, by module, the energy of each output channel per position, and the number of positions."""
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-        """Check, before anything is wrapped, that the layers to prune can be measured.
-
-        Parameters
-        ----------
-        model : torch.nn.Module
-            The model.
-        modules : dict of str to torch.nn.Module
-            The layers to prune.
-
-        Raises
-        ------
-        ConfigError
-            If one is a linear layer and ``linear="refuse"``, or no convolution or linear layer at all.
-        DataError
-            If the weights aren't real floating-point numbers.
-        """
+        """Raise ConfigError or DataError for layers to prune that have no energy."""
         for name, module in modules.items():
             check_layer(name, module, self.linear)
 
     def collect(self, context: PruningContext) -> Data:
-        """Return energies ``(blocks, 1)``, float64 on the CPU, at least 0.
-
-        Raises
-        ------
-        ConfigError
-            If a unit isn't pruned by output channel, or a layer is refused.
-        DataError
-            If an energy is NaN or infinite.
-        """
+        """Return energies ``(blocks, 1)``, float64 on the CPU, at least 0; ConfigError or DataError without."""
         self.check(context.model, {m: context.model.get_submodule(m) for u in context.units for m, _ in u.members})
         found = self.energies(context)
         scales = self._norm_scales(context)
@@ -130,28 +92,7 @@ class EnergyCollector(DataCollector):
 
 
 class ChirpEnergyCollector(EnergyCollector):
-    """Energy of each filter's response to a chirp of the layer's own input size; needs no data.
-
-    Parameters
-    ----------
-    example_inputs : Tensor, tuple, list or mapping of str to Any
-        Inputs of the model: one forward pass finds the layers' input sizes.
-    sweep : {"nyquist", "thesis"}, default="nyquist"
-        See :func:`~nni_topo.signals.sweep_range`.
-    direction : {"diagonal", "radial"}, default="diagonal"
-        See :func:`~nni_topo.signals.chirp`.
-    window : {"none", "hann"}, default="none"
-        See :func:`~nni_topo.signals.chirp`.
-    normalization, batch_norm, bias, linear
-        As in :class:`EnergyCollector`. ``linear="unit-energy"`` gives a neuron the expected energy of its output for
-        uncorrelated inputs of energy 1 each, ``|w|^2 + b^2``.
-
-    Notes
-    -----
-    Every input channel gets the same plane, so a filter's response is that of the sum of its kernels: one plane is
-    convolved per filter, in float64, whatever the number of input channels. Weights masked already count as zero. Of
-    a layer that is called several times the first call counts.
-    """
+    """Energy of each filter's response to a chirp of the layer's own input size; needs no data."""
 
     def __init__(
         self,
@@ -173,14 +114,7 @@ class ChirpEnergyCollector(EnergyCollector):
         self._sizes: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-        """Check the layers, and find their input sizes by one forward pass.
-
-        Raises
-        ------
-        ConfigError
-            Also if the input sizes are unknown: no example inputs, or a layer that they don't reach; or if a padded
-            input is smaller than the kernel.
-        """
+        """Check the layers and find their input sizes; ConfigError too if a size is unknown or below the kernel."""
         super().check(model, modules)
         wanted = [n for n, module in modules.items() if not isinstance(module, nn.Linear) and module not in self._sizes]
         if wanted:
@@ -197,6 +131,7 @@ class ChirpEnergyCollector(EnergyCollector):
                     bias = None
                 module = context.model.get_submodule(name)
                 if isinstance(module, nn.Linear):
+                    # No plane can enter: the expected energy of the output for uncorrelated inputs of energy 1 each.
                     found[name] = weight.double().pow(2).sum(1) + (0.0 if bias is None else bias.double().pow(2)), 1
                     continue
                 plane = torch.from_numpy(self._chirp(self._sizes[module]))
@@ -208,7 +143,7 @@ class ChirpEnergyCollector(EnergyCollector):
 
 
 def check_layer(name: str, module: nn.Module, linear: Linear = "refuse") -> None:
-    """Check that a layer's filters have an energy; see :meth:`EnergyCollector.check`."""
+    """Raise unless a layer's filters have an energy: ConfigError by its type, DataError by its weights'."""
     if isinstance(module, nn.Linear) and linear == "refuse":
         raise ConfigError(
             f"a chirp must meet a convolution, got {type(module).__name__}; exclude it or set linear='unit-energy' "
@@ -223,22 +158,7 @@ def check_layer(name: str, module: nn.Module, linear: Linear = "refuse") -> None
 
 
 def masked_parameters(context: PruningContext, name: str) -> tuple[Tensor, Tensor | None]:
-    """Return a layer's weight and bias, on the CPU, with what is masked already at zero.
-
-    Parameters
-    ----------
-    context : PruningContext
-        Holds the wrapped model.
-    name : str
-        A layer that is pruned.
-
-    Returns
-    -------
-    torch.Tensor
-        Of the weight's shape.
-    torch.Tensor or None
-        Of the bias' shape; None if the layer has none.
-    """
+    """Return a layer's weight and bias (None: it has none), on the CPU, with what is masked already at zero."""
     weight = cast(Tensor, _masked(context, name, "weight"))
     return weight, _masked(context, name, "bias")
 

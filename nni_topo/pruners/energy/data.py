@@ -17,16 +17,7 @@ from nni_topo.pruners.hooks import PruningContext
 
 
 class DataEnergyCollector(EnergyCollector):
-    """Energy of each filter's responses to calibration data: what the chirp stands in for.
-
-    Parameters
-    ----------
-    calibration : iterable or None, default=None
-        Batches of inputs, or of ``(inputs, ...)``. Iterated once per collection: a list or a DataLoader. None: the
-        pruner's evaluator runs its evaluation instead.
-    example_inputs, normalization, batch_norm, bias
-        As in :class:`EnergyCollector`. Linear layers are measured like convolutions.
-    """
+    """Energy of each filter's responses to calibration data, or to an evaluator's: what the chirp stands in for."""
 
     def __init__(
         self,

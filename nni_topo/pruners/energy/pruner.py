@@ -47,31 +47,12 @@ class CumulativeEnergyMetric(MetricCalculator):
 
 
 def cumulative_shares(energies: Tensor) -> Tensor:
-    """Return each filter's cumulative share of a layer's energy.
-
-    Parameters
-    ----------
-    energies : torch.Tensor
-        Shape ``(n,)``, at least 0. All zero counts as all equal.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape ``(n,)``, float64: the sum of the energies from the weakest filter up to each, divided by the whole. The
-        strongest has exactly 1. Of energies that are equal to 1e-6 of them the higher index counts as the weaker.
-
-    References
-    ----------
-    .. [1] Janjic, MSc thesis, University of Manitoba, 2018, Algorithm 3, lines 7 to 9.
-
-    Examples
-    --------
-    >>> cumulative_shares(torch.tensor([3.0, 1.0, 4.0])).tolist()
-    [0.5, 0.125, 1.0]
-    """
+    """Return, float64 ``(n,)`` in (0, 1], each filter's energy with that of all weaker ones over the layer's."""
     energies = energies.to(torch.float64)
     if not bool(energies.any()):
+        # A layer that lets nothing through has no shares: all of its filters count the same.
         energies = torch.ones_like(energies)
+    # [1], Algorithm 3, lines 7 to 9. Of energies equal to 1e-6 of them the higher index counts as the weaker.
     ascending = torch.from_numpy(descending(energies.cpu().numpy())).to(energies.device).flip(0)
     sums = energies[ascending].cumsum(0)
     shares = torch.empty_like(energies)

@@ -14,6 +14,7 @@ from nni_topo.network.inputs import call_arguments
 from nni_topo.network.layers import TRANSPOSED
 from nni_topo.network.modes import evaluation_mode
 
+# Values of one turn of filters: 128 MiB of float64.
 _MOST_VALUES = 2**24
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _TRANSPOSE: dict[int, Callable[..., Tensor]] = {
@@ -24,27 +25,7 @@ _TRANSPOSE: dict[int, Callable[..., Tensor]] = {
 
 
 def input_sizes(model: nn.Module, names: Sequence[str], example_inputs: Any) -> dict[str, tuple[int, ...]]:
-    """Return the spatial sizes of what enters convolutions, found by one forward pass.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model; run in evaluation mode, without gradients.
-    names : sequence of str
-        Convolutions in it.
-    example_inputs : Tensor, tuple, list or mapping of str to Any
-        Inputs of the model, moved to its device.
-
-    Returns
-    -------
-    dict of str to tuple of int
-        By name ``(length,)``, ``(height, width)`` or ``(depth, height, width)``; a layer's first call counts.
-
-    Raises
-    ------
-    ConfigError
-        If there are no example inputs, a layer isn't reached by them, or a padded input is smaller than the kernel.
-    """
+    """Return by name the spatial sizes that enter convolutions; ConfigError if unknown or, padded, below the kernel."""
     if example_inputs is None:
         raise ConfigError(f"the input size of a layer must be known, got no example_inputs ({names[0]})")
     sizes: dict[str, tuple[int, ...]] = {}
@@ -53,6 +34,7 @@ def input_sizes(model: nn.Module, names: Sequence[str], example_inputs: Any) -> 
         def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             size = tuple(inputs[0].shape[-_dimensions(module) :])
             _check_size(name, module, size)
+            # Of a layer that is called several times the first call counts.
             sizes.setdefault(name, size)
 
         return record
@@ -72,31 +54,8 @@ def input_sizes(model: nn.Module, names: Sequence[str], example_inputs: Any) -> 
 
 
 def chirp_response_energy(module: nn.Module, weight: Tensor, bias: Tensor | None, plane: Tensor) -> tuple[Tensor, int]:
-    """Return the energy of each filter's response to the same plane in every input channel.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        A convolution or transposed convolution: its stride, padding, dilation and groups.
-    weight : torch.Tensor
-        Its weight.
-    bias : torch.Tensor or None
-        Its bias, shape ``(out_channels,)``.
-    plane : torch.Tensor
-        Shape ``(length,)``, ``(height, width)`` or ``(depth, height, width)``, float64.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape ``(out_channels,)``, float64: the mean of the squared response over its positions.
-    int
-        Number of positions.
-
-    Notes
-    -----
-    With ``x`` in every input channel, ``sum_c w_c * x = (sum_c w_c) * x``: the kernels are summed first, which makes
-    the cost that of one input channel. Filters are taken in turns, so that memory stays below about 128 MiB a turn.
-    """
+    """Return each filter's mean squared response, float64 ``(out,)``, to a plane in all channels, and the positions."""
+    # With x in every input channel, sum_c(w_c * x) is sum_c(w_c) * x: one channel's cost, whatever the layer's width.
     kernels = _summed_kernels(module, weight)
     offset = kernels.new_zeros(len(kernels)) if bias is None else bias.double()
     planes = plane.to(kernels.device)[None, None]
@@ -111,8 +70,10 @@ def chirp_response_energy(module: nn.Module, weight: Tensor, bias: Tensor | None
 
 def _summed_kernels(module: nn.Module, weight: Tensor) -> Tensor:
     """Sum each filter's kernels over its input channels: shape ``(out_channels, 1, *kernel)``, float64."""
+    # Groups need no care here: each filter holds the kernels of those channels alone that it reads.
     if not isinstance(module, TRANSPOSED):
         return weight.sum(1, keepdim=True, dtype=torch.float64)
+    # ``(in, out / groups, ...)``: the input channels are summed within each group, outputs follow group by group.
     kernels: Tensor = weight.unflatten(0, (int(module.groups), -1)).sum(1, dtype=torch.float64)
     return kernels.flatten(0, 1)[:, None]
 
@@ -122,9 +83,11 @@ def _respond(module: Any, kernels: Tensor, planes: Tensor) -> Tensor:
     dimensions = _dimensions(module)
     if isinstance(module, TRANSPOSED):
         settings = {"padding": module.padding, "output_padding": module.output_padding}
+        # PyTorch wants (in, out, ...) of a transposed kernel, and there is one input channel.
         convolve, kernels = _TRANSPOSE[dimensions], kernels.transpose(0, 1)
     else:
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        # Padded by hand, as the layer itself does for modes other than zeros; pad() counts axes from the last.
         planes = functional.pad(planes, [side for pair in reversed(_padding(module)) for side in pair], mode=mode)
         settings, convolve = {}, _CONVOLVE[dimensions]
     response: Tensor = convolve(planes, kernels, stride=module.stride, dilation=module.dilation, **settings)
@@ -137,11 +100,13 @@ def _padding(module: Any) -> list[tuple[int, int]]:
         return [(0, 0)] * len(module.kernel_size)
     if module.padding == "same":
         spare = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        # Where an odd number is added, PyTorch puts the spare pixel at the end.
         return [(total // 2, total - total // 2) for total in spare]
     return [(amount, amount) for amount in module.padding]
 
 
 def _check_size(name: str, module: Any, size: tuple[int, ...]) -> None:
+    # It spreads its input out: any size will do.
     if isinstance(module, TRANSPOSED):
         return
     reach = tuple(d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))

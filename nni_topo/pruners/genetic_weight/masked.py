@@ -17,28 +17,14 @@ _CONVOLVE = {nn.Conv1d: functional.conv1d, nn.Conv2d: functional.conv2d, nn.Conv
 
 
 class MaskedScores:
-    """A score per mask by masking, running a function and unmasking: what works for every network.
-
-    Parameters
-    ----------
-    weights : sequence of Tensor
-        The masked parameters; an individual's genes are theirs in a row. Unchanged after each call.
-    score : callable
-        Returns the score of the network as it is.
-    """
+    """A score per mask by masking, running ``score()`` and unmasking: what works for every network."""
 
     def __init__(self, weights: Sequence[Tensor], score: Callable[[], float]) -> None:
         self.weights = list(weights)
         self.score = score
 
     def __call__(self, population: Iterable[BoolArray]) -> FloatArray:
-        """Return the scores, shape ``(individuals,)``.
-
-        Raises
-        ------
-        DataError
-            If a score isn't a finite number.
-        """
+        """Return the scores, shape ``(individuals,)``; DataError if one isn't a finite number."""
         whole = [weight.detach().clone() for weight in self.weights]
         try:
             return np.array([self._masked_score(genes, whole) for genes in population])
@@ -66,20 +52,9 @@ def split_genes(genes: BoolArray, weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def multiply_many(layer: nn.Linear, inputs: Tensor, weights: Tensor, folded: bool) -> Tensor:
-    """Return what a linear layer puts out for many weights, ``(individuals, samples, ..., out)``, without the bias.
-
-    Parameters
-    ----------
-    layer : torch.nn.Linear
-        The layer.
-    inputs : Tensor
-        ``(samples, ..., in)``, or each individual's own, ``(individuals * samples, ..., in)``.
-    weights : Tensor
-        ``(individuals, out, in)``.
-    folded : bool
-        Whether every individual has inputs of its own. Else one product serves all.
-    """
+    """Return a linear layer's outputs ``(individuals, samples, ..., out)`` for as many weights, without the bias."""
     del layer
+    # Each individual has inputs of its own, ``(individuals * samples, ..., in)``; else one product serves all of them.
     if folded:
         parts = inputs.unflatten(0, (len(weights), -1))
         product: Tensor = torch.matmul(parts.flatten(1, -2), weights.mT).unflatten(1, parts.shape[1:-1])

@@ -25,26 +25,7 @@ Accuracies = Callable[[Iterator[BoolArray]], FloatArray]
 
 
 class GeneticMetric(MetricCalculator):
-    """1 for the weights that the fittest individual of a search uses, else 0.
-
-    Parameters
-    ----------
-    settings : WeightEvolutionSettings
-        Knobs of the search.
-    validation : list or None
-        Labelled batches.
-    evaluate : callable or None
-        Scores a model; where there is no ``validation``. Neither: the pruner's evaluator.
-    seed, state, on_generation, max_bytes, workers
-        See :class:`~nni_topo.GeneticWeightPruner`.
-
-    Attributes
-    ----------
-    search : WeightGeneticAlgorithm or None
-        The latest one.
-    start_weights : numpy.ndarray
-        float32, ``(genes,)``: the targets' weights as it found them.
-    """
+    """1 for the weights that the fittest individual of a search uses, else 0; knobs of the pruner."""
 
     def __init__(
         self,

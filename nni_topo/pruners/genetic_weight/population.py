@@ -31,37 +31,7 @@ _LARGEST_CHUNK = 256
 
 
 class PopulationAccuracy:
-    """Accuracies of masked networks on labelled batches.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The network, wrapped or not; a copy is used.
-    layers : sequence of str
-        Names of the masked layers; an individual's genes are their weights in a row.
-    batches : iterable
-        ``(inputs, labels)``; gone through once. The model's output is ``(n, classes)``.
-    max_bytes : int, default=2**28
-        Memory for one chunk of the population, roughly.
-    workers : int, default=1
-        Threads that evaluate chunks side by side, at least 1.
-
-    Attributes
-    ----------
-    samples : int
-        Number of labels.
-    is_batched : bool
-        Whether the population is evaluated in chunks; False: the graph couldn't be cut, the masks are run one by one.
-
-    Raises
-    ------
-    DataError
-        If there is no batch, a batch isn't a pair, or labels don't fit the outputs.
-
-    Notes
-    -----
-    A neuron or filter that lost all of its weights loses its bias too, as NNI masks it.
-    """
+    """Accuracies of masked networks on batches ``(inputs, labels)``; genes are the weights of the layers in a row."""
 
     def __init__(
         self,
@@ -93,6 +63,7 @@ class PopulationAccuracy:
         """Return the accuracies, shape ``(individuals,)``, in [0, 1]."""
         if not self.is_batched:
             return MaskedScores([_weight(layer) for layer in self._layers], self._accuracy)(population)
+        # A population may be made as it is drawn: no chunk is drawn before a thread is free, which bounds memory.
         jobs = (delayed(self._hits)(chunk) for chunk in _chunks(population, self._chunk_size()))
         hits = Parallel(n_jobs=self._workers, prefer="threads", pre_dispatch="1*n_jobs")(jobs)
         return np.concatenate(hits) / self.samples
@@ -102,6 +73,7 @@ class PopulationAccuracy:
         hits = 0
         whole = [layer.bias for layer in self._layers]
         for layer in self._layers:
+            # Like NNI's masks: a neuron or filter that lost all of its weights loses its bias too.
             layer.bias = _own_bias(layer)
         try:
             for inputs, labels in self._batches:
@@ -120,8 +92,10 @@ class PopulationAccuracy:
             graph, _ = trace(self._model, call_arguments(inputs[:2]))
             tails = [_Tail(graph, names, *batch) for batch in self._batches]
             found = tails[0].logits([_weight(layer)[None] for layer in self._layers])[0]
+            # A graph holds the branches that the traced batch took; and joint products are rounded differently.
             if torch.allclose(found, expected, rtol=1e-3, atol=1e-4):
                 self._tails = tails
+        # Whatever a model's own code raises when run in pieces: one by one, the masks work for every network.
         except (SpeedupError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
             _logger.debug("the graph of %s can't be cut", type(self._model).__name__, exc_info=True)
         if not self._tails:
@@ -129,6 +103,7 @@ class PopulationAccuracy:
 
     def _chunk_size(self) -> int:
         weights = sum(_weight(layer).numel() for layer in self._layers)
+        # float32, roughly: three of the largest activation at a time, and the masks beside the masked weights.
         each = 4 * (3 * max(tail.elements for tail in self._tails) + 2 * weights)
         return max(1, min(_LARGEST_CHUNK, self._max_bytes // each))
 
@@ -149,6 +124,7 @@ class _Tail:
     def __init__(self, graph: torch.fx.GraphModule, names: Sequence[str], inputs: Tensor, labels: Tensor) -> None:
         self.labels = labels
         self._names = list(names)
+        # Only run() collects garbage, and nodes are run one by one here.
         self._run = Interpreter(graph, garbage_collect_values=False)
         nodes: list[Node] = list(graph.graph.nodes)
         missing = set(names) - {str(node.target) for node in nodes if node.op == "call_module"}
@@ -164,6 +140,7 @@ class _Tail:
             else:
                 known[node] = self._compute(node, known)
         self._nodes = [node for node in nodes if node in dependent]
+        # Of what no mask changes only the border is needed again, not all activations before it.
         used = {other for node in self._nodes for other in node.all_input_nodes}
         self._known = {node: value for node, value in known.items() if node in used}
         self.elements = 0
@@ -198,6 +175,7 @@ class _Tail:
         if layer.bias is not None:
             bias = layer.bias * weights.flatten(2).any(2)
             ones = (1,) * (outputs.dim() - 3)
+            # Linear layers put out (individuals, samples, ..., out), convolutions (individuals, samples, out, ...).
             places = (*ones, -1) if isinstance(layer, nn.Linear) else (-1, *ones)
             outputs = outputs + bias.view(len(weights), 1, *places)
         joint: Tensor = outputs.flatten(0, 1)
@@ -214,6 +192,7 @@ class _Spread(Mapping[Node, Any]):
         if node in self._values:
             return self._values[node]
         value = self._known[node]
+        # A parameter or buffer has no batch dimension, even if it happens to have as many rows.
         is_batch = isinstance(value, Tensor) and node.op != "get_attr" and value.dim() > 0
         if not is_batch or len(value) != self._samples:
             return value

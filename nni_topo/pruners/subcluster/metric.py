@@ -18,22 +18,7 @@ from nni_topo.pruners.units import PruningUnit
 
 
 class SubclusterMetric(SurvivorMetric):
-    """As many clusters as splitting them while they vary too much leaves.
-
-    Parameters
-    ----------
-    collector, survivor, seed
-        See :class:`SurvivorMetric`.
-    growth : callable
-        Returns the settings of a unit.
-    initial : callable
-        Returns the share of a unit's neurons that are clusters to begin with.
-
-    Attributes
-    ----------
-    trees : dict of str to SplitTree
-        Of the latest call: how the clusters of each unit (of each part, ``name[part]``, where it has several) grew.
-    """
+    """As many clusters as splitting them while they vary too much leaves."""
 
     def __init__(
         self,
@@ -47,6 +32,7 @@ class SubclusterMetric(SurvivorMetric):
         super().__init__(collector, survivor, seed=seed)
         self.growth = growth
         self.initial = initial
+        # Of the latest call, by unit or, where it has several parts, ``name[part]``.
         self.trees: dict[str, SplitTree] = {}
 
     def cluster(self, clouds: dict[str, list[FeatureCloud]], context: PruningContext) -> dict[str, Clusters]:

@@ -38,24 +38,12 @@ class MagnitudeCollector(DataCollector):
 
 
 class TreeMetric(MetricCalculator):
-    """|w|, lifted above all others for the weights of the spanning trees.
-
-    Parameters
-    ----------
-    conv_graph : {"channel", "toeplitz", "toeplitz_full"}
-        See :class:`~nni_topo.TopologicalMagnitudePruner`.
-    graphs : mapping of str to LayerGraph
-        Toeplitz graphs of the convolutions, for the latter two.
-
-    Attributes
-    ----------
-    tree_sizes : dict of str to int
-        Number of weights in the tree, by unit; of the last calculation.
-    """
+    """|w|, lifted above all others for the weights of the spanning trees."""
 
     def __init__(self, conv_graph: ConvGraph, graphs: Mapping[str, LayerGraph]) -> None:
         self.conv_graph = conv_graph
         self.graphs = graphs
+        # Weights in each unit's tree, of the last calculation: the allocator's lower bound.
         self.tree_sizes: dict[str, int] = {}
 
     def calculate(self, data: Data, context: PruningContext) -> Metrics:
@@ -86,15 +74,7 @@ class TreeMetric(MetricCalculator):
 
 
 class TreeAllocator(ConfigAllocator):
-    """Allocate as the config_list says, but never less than a layer's tree.
-
-    Parameters
-    ----------
-    metric : TreeMetric
-        Knows the trees' sizes.
-    on_subcritical : {"raise", "clip"}
-        What happens to a layer that would keep less than its tree.
-    """
+    """Allocate as the config_list says, but never less than a layer's tree: else raise, or clip."""
 
     def __init__(self, metric: TreeMetric, on_subcritical: OnSubcritical) -> None:
         super().__init__(on_empty="keep")
