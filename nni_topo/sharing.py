@@ -23,19 +23,9 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def find_ties(model: nn.Module) -> Ties:
-    """List the places, by full name, that hold one tensor: a parameter's or a buffer's, at least two places each.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model. A module with several names is one place, under its first.
-
-    Returns
-    -------
-    list of list of str
-        In the order of the model's modules.
-    """
+    """List, in the order of modules, the places by full name that hold one parameter or buffer: two or more each."""
     places: dict[int, list[str]] = {}
+    # A module with several names is one place, under its first.
     for name, module in model.named_modules():
         for own, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
@@ -50,15 +40,7 @@ def parameter_holders(model: nn.Module) -> Counter[int]:
 
 
 def untie(model: nn.Module, ties: Iterable[Iterable[str]]) -> None:
-    """Give every place but the first of each tie a copy of its tensor.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Changed in place.
-    ties : iterable of iterable of str
-        Names as `find_ties` gives them.
-    """
+    """Give every place but the first of each tie, of names as `find_ties` gives them, a copy of its tensor."""
     for _, *others in ties:
         for name in others:
             table, own = _place(model, name)
@@ -66,15 +48,7 @@ def untie(model: nn.Module, ties: Iterable[Iterable[str]]) -> None:
 
 
 def tie_again(model: nn.Module, ties: Iterable[Iterable[str]]) -> None:
-    """Let the places of each tie hold one tensor again, as far as their tensors are equal.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Changed in place; no value changes.
-    ties : iterable of iterable of str
-        Names as `find_ties` gives them.
-    """
+    """Let the places of each tie hold one tensor again, as far as their tensors are equal; no value changes."""
     for names in ties:
         leaders: list[Tensor] = []
         for name in names:

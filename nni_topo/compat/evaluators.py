@@ -15,14 +15,9 @@ def set_lightning_steps() -> bool:
     """Let ``LightningEvaluator`` limit the number of training steps.
 
     Place: ``nni/compression/utils/evaluator.py``, ``LightningEvaluator.train``. Cause: it assigns
-    ``trainer.fit_loop.max_steps``, which PyTorch Lightning 2.x only lets read; the limit lives on the loop
-    over an epoch (any PyTorch and Python).
-
-    Returns
-    -------
-    bool
-        True if ``train`` was replaced, False if Lightning isn't installed, has the setter, or NNI doesn't
-        need it.
+    ``trainer.fit_loop.max_steps``, which PyTorch Lightning 2.x only lets read; the limit lives on the loop over an
+    epoch (any PyTorch and Python). Returns True if ``train`` was replaced, False if Lightning isn't installed, has the
+    setter, or NNI doesn't need it.
     """
     train = evaluator.LightningEvaluator.train
     if not evaluator.LIGHTNING_INSTALLED or train is _train_lightning or _can_set_steps():
@@ -41,17 +36,7 @@ def _can_set_steps() -> bool:
 
 
 def _train_lightning(self: Any, max_steps: int | None = None, max_epochs: int | None = None) -> None:
-    """Train the bound module with a fresh copy of the trainer, for at most so many steps and epochs.
-
-    Parameters
-    ----------
-    self : LightningEvaluator
-        The evaluator, with a model bound to it.
-    max_steps : int, optional
-        Number of optimizer steps after which training ends; the trainer's own limit by default.
-    max_epochs : int, optional
-        Number of epochs after which training ends; the trainer's own limit by default.
-    """
+    """Train the bound module with a fresh copy of the trainer, whose own limits hold where none is given."""
     trainer = self.trainer.trace_copy().get()
     # sanity batches before training would run through the pruner's hooks
     trainer.num_sanity_val_steps = 0
@@ -68,14 +53,10 @@ def patch_trainer_steps() -> bool:
     """Run a pruner's tasks at the optimizer steps of a transformers Trainer, those of every pruner once.
 
     Place: ``nni/compression/utils/evaluator.py``, ``TransformersEvaluator.patch_optimizer_step``. Cause: it takes
-    ``trainer.deepspeed`` for the optimizer wherever the attribute exists, but it is None without DeepSpeed
-    (seen with transformers 4.57), a messageless AssertionError. It also keeps one set of tasks for all pruners:
-    of a schedule and its pruner the first set was lost and the second ran twice.
-
-    Returns
-    -------
-    bool
-        True if NNI's method was replaced, False if transformers isn't installed or the method isn't NNI's.
+    ``trainer.deepspeed`` for the optimizer wherever the attribute exists, but it is None without DeepSpeed (seen with
+    transformers 4.57), a messageless AssertionError. It also keeps one set of tasks for all pruners: of a schedule and
+    its pruner the first set was lost and the second ran twice. Returns True if NNI's method was replaced, False if
+    transformers isn't installed or the method isn't NNI's.
     """
     cls = evaluator.TransformersEvaluator
     if not evaluator.TRANSFORMERS_INSTALLED or cls.patch_optimizer_step is _patch_optimizer_step:
@@ -89,13 +70,9 @@ def patch_trainer_steps() -> bool:
 def pass_loss_arguments() -> bool:
     """Pass a Trainer's further arguments on to ``compute_loss`` when a pruner adds to the loss.
 
-    Place: ``nni/compression/utils/evaluator.py``, ``TransformersEvaluator.patch_loss``. Cause: the method it puts
-    in place knows no ``num_items_in_batch``, which Trainers pass (seen with transformers 4.57).
-
-    Returns
-    -------
-    bool
-        True if NNI's method was replaced, False if transformers isn't installed or has no such argument.
+    Place: ``nni/compression/utils/evaluator.py``, ``TransformersEvaluator.patch_loss``. Cause: the method it puts in
+    place knows no ``num_items_in_batch``, which Trainers pass (seen with transformers 4.57). Returns True if NNI's
+    method was replaced, False if transformers isn't installed or has no such argument.
     """
     cls = evaluator.TransformersEvaluator
     if not evaluator.TRANSFORMERS_INSTALLED or cls.patch_loss is _patch_loss:

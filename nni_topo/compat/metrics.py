@@ -31,30 +31,8 @@ def global_threshold(
 ) -> float:
     """Find the metric below which the blocks of a global group are pruned: the value of NNI's function, exactly.
 
-    Place: ``nni/compression/pruning/tools/sparse_gen.py``, ``_global_threshold_generate``; on every version. Cause:
-    it takes tensors apart element by element.
-
-    Parameters
-    ----------
-    metrics : mapping
-        Metrics by module and target name.
-    group : sequence of (str, str, target space)
-        The targets that are ranked together.
-    sparse_number : int
-        Number of elements to prune, at least 0.
-
-    Returns
-    -------
-    float
-        Metrics below it are pruned.
-
-    Notes
-    -----
-    Where all blocks hold the same number of elements, NNI's answer is one of the smallest values and is found by
-    selection, O(n). Elsewhere it depends on the order of the targets: NNI drops the largest block for each that comes
-    once ``sparse_number`` elements are held, and a large one dropped for a small one makes room for the next. Blocks
-    are sorted once, O(n log n), and come in at a time per layer as long as layers with larger blocks follow; only
-    the others are let in one by one. With NaN among the metrics NNI's own loop runs.
+    Place: ``nni/compression/pruning/tools/sparse_gen.py``, ``_global_threshold_generate``; on every version. Cause: it
+    takes tensors apart element by element.
     """
     layers = [(metrics[module][target], space.target.numel()) for module, target, space in group]
     layers = [(metric, size) for metric, size in layers if metric.numel()]
@@ -64,9 +42,14 @@ def global_threshold(
         return float(_NNI_THRESHOLD(metrics, group, sparse_number))
     counts = [metric.numel() for metric, _ in layers]
     grains = [size // count for count, (_, size) in zip(counts, layers, strict=True)]
+    # All blocks hold the same number of elements: NNI's answer is one of the smallest values, found by selection, O(n).
     if len(set(grains)) == 1:
         rank = min(sparse_number // grains[0], len(every) - 1)
         return float(np.partition(every, rank)[rank])
+    # Elsewhere it depends on the order of the targets: NNI drops the largest block for each that comes once
+    # sparse_number elements are held, and a large one dropped for a small one makes room for the next. Blocks are
+    # sorted once, O(n log n), and come in at a time per layer as long as layers with larger blocks follow; only the
+    # others are let in one by one.
     order = _sorted_blocks(every, counts, grains)
     return float(every[order[_last_of_held(order, counts, grains, sparse_number)]])
 
@@ -160,12 +143,7 @@ _NNI_FPGM = calculate_metrics.fpgm_metrics
 
 
 def enable_fast_metrics() -> None:
-    """Let NNI compute FPGM's metric by `fpgm_metrics`, and global thresholds by `ranking.global_threshold`.
-
-    See Also
-    --------
-    disable_fast_metrics : put NNI's loops back.
-    """
+    """Let NNI compute FPGM's metric by `fpgm_metrics`, and global thresholds by `global_threshold`."""
     _use(fpgm_metrics)
     use_fast_ranking(True)
 
@@ -179,42 +157,16 @@ def disable_fast_metrics() -> None:
 def fpgm_metrics(
     p: float, data: Mapping[str, Mapping[str, Tensor]], target_spaces: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Tensor]]:
-    """Compute the summed distance of every block of a target to all other blocks.
+    """Compute the summed distance of every block of a target to all other blocks, in its mask's blocked shape.
 
     Place: ``nni/compression/pruning/tools/calculate_metrics.py``, ``fpgm_metrics``; on every version. Cause: a loop
     over the blocks that makes a tensor as large as the target for each. The values agree to 1e-5, relatively.
 
-    Parameters
-    ----------
-    p : float
-        Order of the norm.
-    data : mapping
-        Tensors by module name and target name.
-    target_spaces : mapping
-        NNI's target spaces by module name and target name; each needs a scaler, i.e. a structured
-        granularity.
-
-    Returns
-    -------
-    dict
-        Metrics by module name and target name, each in its mask's blocked shape, e.g. ``(O, 1, 1, 1)``.
-        Larger is kept.
-
-    Raises
-    ------
-    ConfigError
-        If a target is to be pruned element by element.
-
-    Notes
-    -----
-    O(n² d) for n blocks of d values, as NNI's loop, but as one product of matrices, at a bounded memory; on a GPU it
-    is as precise as ``torch.set_float32_matmul_precision`` says.
-
-    References
-    ----------
-    Y. He et al., "Filter Pruning via Geometric Median for Deep Convolutional Neural Networks Acceleration",
+    From Y. He et al., "Filter Pruning via Geometric Median for Deep Convolutional Neural Networks Acceleration",
     CVPR 2019, https://arxiv.org/abs/1811.00250
     """
+    # O(n² d) for n blocks of d values, as NNI's loop, but as one product of matrices, at a bounded memory; on a GPU it
+    # is as precise as torch.set_float32_matmul_precision says.
     metrics: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for module_name, targets in data.items():
         for target_name, target in targets.items():
@@ -230,20 +182,7 @@ def fpgm_metrics(
 
 
 def summed_distances(blocks: Tensor, p: float = 2.0) -> Tensor:
-    """Sum the distances of every block to all blocks.
-
-    Parameters
-    ----------
-    blocks : Tensor of shape (..., d)
-        Blocks of d values.
-    p : float, default 2.0
-        Order of the norm.
-
-    Returns
-    -------
-    Tensor of shape (...)
-        The sums, in the type of ``blocks``.
-    """
+    """Sum the distances, by the p-norm, of every block to all: blocks (..., d), sums (...) in their type."""
     rows = blocks.reshape(-1, blocks.shape[-1])
     rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
     if p == 2:

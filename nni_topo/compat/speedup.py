@@ -15,14 +15,10 @@ from nni_topo.sharing import find_aliases, find_ties, share_modules, tie_again, 
 def keep_size_whole() -> bool:
     """Treat ``torch.Size`` as one value when masks are mapped over a node's arguments.
 
-    Place: ``nni/compression/speedup/utils.py``, ``tree_map_zip``. Cause: NNI takes a ``torch.Size`` for a
-    leaf. PyTorch opens it as a container of integers (2.11 to 2.15, every Python) and rebuilds it as a plain
-    tuple, so that ``x.size().numel()`` fails and sizes no longer pair with their masks.
-
-    Returns
-    -------
-    bool
-        True if NNI's functions were replaced, False if a size comes back as it is.
+    Place: ``nni/compression/speedup/utils.py``, ``tree_map_zip``. Cause: NNI takes a ``torch.Size`` for a leaf. PyTorch
+    opens it as a container of integers (2.11 to 2.15, every Python) and rebuilds it as a plain tuple, so that
+    ``x.size().numel()`` fails and sizes no longer pair with their masks. Returns True if NNI's functions were replaced,
+    False if a size comes back as it is.
     """
     size = torch.Size((2, 3))
     if utils.tree_map_zip(lambda value: value, size) is size:
@@ -35,15 +31,10 @@ def keep_size_whole() -> bool:
 def restore_randomized_output() -> bool:
     """Let a node without masks free the random values of its inputs.
 
-    Place: ``nni/compression/speedup/mask_updater.py``, ``NoMaskUpdater.direct_update_process``. Cause: NNI's
-    own slip on every version: it deletes ``_output_randomize``, but the attribute of ``NodeInfo`` is
-    ``output_randomize``, so a ``len``, ``dim`` or ``is None`` that is the last user of a value raised an
-    AttributeError.
-
-    Returns
-    -------
-    bool
-        True if ``NodeInfo`` got the second name, False if it's not used or known.
+    Place: ``nni/compression/speedup/mask_updater.py``, ``NoMaskUpdater.direct_update_process``. Cause: NNI's own slip
+    on every version: it deletes ``_output_randomize``, but the attribute of ``NodeInfo`` is ``output_randomize``, so a
+    ``len``, ``dim`` or ``is None`` that is the last user of a value raised an AttributeError. Returns True if
+    ``NodeInfo`` got the second name, False if it's not used or known.
     """
     names = mask_updater.NoMaskUpdater.direct_update_process.__code__.co_names
     if "_output_randomize" not in names or hasattr(container.NodeInfo, "_output_randomize"):
@@ -55,14 +46,9 @@ def restore_randomized_output() -> bool:
 def count_masks_faster() -> bool:
     """Write the same log lines about masks at a small part of the cost.
 
-    Place: ``nni/compression/speedup/model_speedup.py``, ``sparsity_stats``. Cause: it lists the index of every
-    kept entry to count them, for three log lines a node, on every version. Counting takes 30 % off the time
-    of a ResNet-18's speedup.
-
-    Returns
-    -------
-    bool
-        True if the function was replaced, False if it already counts.
+    Place: ``nni/compression/speedup/model_speedup.py``, ``sparsity_stats``. Cause: it lists the index of every kept
+    entry to count them, for three log lines a node, on every version. Counting takes 30 % off the time of a ResNet-18's
+    speedup. Returns True if the function was replaced, False if it already counts.
     """
     if "nonzero" not in model_speedup.sparsity_stats.__code__.co_names:
         return False
@@ -74,14 +60,9 @@ def untie_layers() -> bool:
     """Let layers that share a tensor have one each while they are cut, and modules with two names both names after.
 
     Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.speedup_model``. Cause: the masks are followed
-    on random values that are written into each layer in turn, so a layer had the masks of the last one that shares
-    its weight, on every version: wrong channels went, without an error. And a module that is replaced was replaced
-    under the first of its names.
-
-    Returns
-    -------
-    bool
-        True, but for a second call: NNI has no such rule.
+    on random values that are written into each layer in turn, so a layer had the masks of the last one that shares its
+    weight, on every version: wrong channels went, without an error. And a module that is replaced was replaced under
+    the first of its names. Returns True, but for a second call: NNI has no such rule.
     """
     original = model_speedup.ModelSpeedup.speedup_model
     if hasattr(original, "_nni_topo_mend"):
@@ -110,12 +91,8 @@ def keep_given_masks() -> bool:
 
     Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.__init__``. Cause: NNI's own slip
     on every version: it works on the caller's masks, and fills in, reconciles and overwrites them; a second speedup
-    with them, of a copy of the model say, went wrong. A speedup has its own copy, ``speedup.masks``, now.
-
-    Returns
-    -------
-    bool
-        True if the constructor was replaced, False if it is.
+    with them, of a copy of the model say, went wrong. A speedup has its own copy, ``speedup.masks``, now. Returns True
+    if the constructor was replaced, False if it is.
     """
     init = model_speedup.ModelSpeedup.__init__
     if hasattr(init, "__wrapped__"):
@@ -135,14 +112,9 @@ def keep_given_masks() -> bool:
 def keep_graph_for_all_outputs() -> bool:
     """Let a module give several tensors: a recurrent layer, attention.
 
-    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.indirect_backward``. Cause: NNI's own slip
-    on every version: it goes back from each output of a node by itself, and the first time frees the graph, so
-    that the second ended in a RuntimeError.
-
-    Returns
-    -------
-    bool
-        True if the method was replaced, False if it is.
+    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.indirect_backward``. Cause: NNI's own slip on
+    every version: it goes back from each output of a node by itself, and the first time frees the graph, so that the
+    second ended in a RuntimeError. Returns True if the method was replaced, False if it is.
     """
     if model_speedup.ModelSpeedup.indirect_backward is _indirect_backward:
         return False
@@ -151,18 +123,7 @@ def keep_graph_for_all_outputs() -> bool:
 
 
 def sparsity_text(masks: Mapping[str, Any]) -> str:
-    """Describe how sparse masks are, as NNI's log does.
-
-    Parameters
-    ----------
-    masks : mapping of str to Tensor of any shape or None
-        Masks by target name; what isn't a tensor is passed over.
-
-    Returns
-    -------
-    str
-        For each tensor its name and share of zeros in [0, 1] with four decimals, each followed by a space.
-    """
+    """Write each mask's name and share of zeros, in [0, 1] with four decimals, as NNI's log does."""
     tensors = {name: mask for name, mask in masks.items() if isinstance(mask, torch.Tensor)}
     return "".join(
         f"{name}: {1 - int(torch.count_nonzero(mask)) / mask.numel(): .4f} " for name, mask in tensors.items()

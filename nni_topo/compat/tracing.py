@@ -22,20 +22,14 @@ from torch.fx.node import Node
 def restore_tensor_methods() -> bool:
     """Let the tracer find the methods of ``torch.Tensor`` again.
 
-    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``ConcreteTracer.trace``. Cause: it knows
-    the methods by qualified names that start with ``_TensorBase``; the class is called ``TensorBase`` now
-    (2.11 to 2.15, every Python). So no method was put in its place on ``torch.Tensor``, and the static
-    builtins (``_make_subclass``) reached a branch that reads their ``__module__``, which is None: every
-    trace ended in an AttributeError.
+    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``ConcreteTracer.trace``. Cause: it knows the methods
+    by qualified names that start with ``_TensorBase``; the class is called ``TensorBase`` now (2.11 to 2.15, every
+    Python). So no method was put in its place on ``torch.Tensor``, and the static builtins (``_make_subclass``) reached
+    a branch that reads their ``__module__``, which is None: every trace ended in an AttributeError.
 
-    The methods get the place that NNI would have given them; the static builtins, which no traced model
-    calls, are dropped. A method that ``torch.Tensor`` overrides in Python (``split``, ``norm``) is listed by
-    that override, as NNI does.
-
-    Returns
-    -------
-    bool
-        True if the table was changed, False if every method has its place.
+    The methods get the place that NNI would have given them; the static builtins, which no traced model calls, are
+    dropped. A method that ``torch.Tensor`` overrides in Python (``split``, ``norm``) is listed by that override, as NNI
+    does. Returns True if the table was changed, False if every method has its place.
     """
     table = concrete_tracer.ConcreteTracer.default_autowrap_leaf_function
     misplaced = [
@@ -51,15 +45,11 @@ def restore_tensor_methods() -> bool:
 def accept_purity_argument() -> bool:
     """Let NNI's test of a node's purity take the argument that PyTorch passes.
 
-    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``node_is_impure_wrapper(node)``. Cause:
-    it stands in for ``torch.fx.Node.is_impure``, which takes ``impure_random`` as well (2.11 to 2.15, every
-    Python), so that dead code elimination, and with it every trace, ended in a TypeError. The argument is
-    ignored: NNI's rule, under which a random operation without users is dead, stays as it is.
-
-    Returns
-    -------
-    bool
-        True if the function was replaced, False if it takes what PyTorch passes.
+    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``node_is_impure_wrapper(node)``. Cause: it stands in
+    for ``torch.fx.Node.is_impure``, which takes ``impure_random`` as well (2.11 to 2.15, every Python), so that dead
+    code elimination, and with it every trace, ended in a TypeError. The argument is ignored: NNI's rule, under which a
+    random operation without users is dead, stays as it is. Returns True if the function was replaced, False if it takes
+    what PyTorch passes.
     """
     is_impure = concrete_tracer.node_is_impure_wrapper
     passed = len(inspect.signature(concrete_tracer._orig_node_is_impure).parameters)
@@ -77,16 +67,11 @@ def accept_purity_argument() -> bool:
 def postpone_annotations() -> bool:
     """Let functions with annotations such as ``list[Tensor]`` be traced.
 
-    Place: ``nni/common/concrete_trace_utils/operator_patcher.py``, ``OperatorPatcher.patch_inner_helper``.
-    Cause: it compiles a traced function again while ``list``, ``dict`` and ``tuple`` are stand-ins that take
-    no subscript, and without the ``from __future__ import annotations`` of the function's module; so an
-    annotation in the style of Python 3.9 and newer ended the trace in a TypeError (every Python and
-    PyTorch). The second compilation leaves annotations alone; nothing reads them there.
-
-    Returns
-    -------
-    bool
-        True if NNI's ``compile`` was replaced, False if it's not the builtin one.
+    Place: ``nni/common/concrete_trace_utils/operator_patcher.py``, ``OperatorPatcher.patch_inner_helper``. Cause: it
+    compiles a traced function again while ``list``, ``dict`` and ``tuple`` are stand-ins that take no subscript, and
+    without the ``from __future__ import annotations`` of the function's module; so an annotation in the style of Python
+    3.9 and newer ended the trace in a TypeError (every Python and PyTorch). The second compilation leaves annotations
+    alone; nothing reads them there. Returns True if NNI's ``compile`` was replaced, False if it's not the builtin one.
     """
     if "compile" in vars(operator_patcher):
         return False
@@ -100,12 +85,7 @@ def wrap_type_itself() -> bool:
     Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``functools.wraps(type)`` in
     ``ConcreteTracer.trace``. Cause: Python 3.12 copies ``__type_params__`` as well; in its first releases (3.12.0 and
     3.12.1 at least, any PyTorch) ``type`` gives a descriptor for it instead of a tuple, and every trace ended in a
-    TypeError.
-
-    Returns
-    -------
-    bool
-        True if NNI's view of ``functools`` was replaced, False if ``type`` can be wrapped.
+    TypeError. Returns True if NNI's view of ``functools`` was replaced, False if ``type`` can be wrapped.
     """
     try:
         concrete_tracer.functools.wraps(type)(lambda value: value)
@@ -118,14 +98,10 @@ def wrap_type_itself() -> bool:
 def name_class_of_super() -> bool:
     """Let ``super()`` in a traced method mean the class that defines the method.
 
-    Place: ``nni/common/concrete_trace_utils/operator_patcher.py``, ``TransformerOp.visit_Call``. Cause: NNI's
-    own slip on every version: it writes ``super()`` as ``super(self.__class__, self)``, so that a method
-    inherited by a subclass calls itself until the trace ends in a RecursionError.
-
-    Returns
-    -------
-    bool
-        True if the rewriting was replaced, False if it names the class already.
+    Place: ``nni/common/concrete_trace_utils/operator_patcher.py``, ``TransformerOp.visit_Call``. Cause: NNI's own slip
+    on every version: it writes ``super()`` as ``super(self.__class__, self)``, so that a method inherited by a subclass
+    calls itself until the trace ends in a RecursionError. Returns True if the rewriting was replaced, False if it names
+    the class already.
     """
     _, tree = operator_patcher.TransformerOp().visit_start(ast.parse("super()"))
     if "self.__class__" not in ast.unparse(tree):
@@ -148,16 +124,11 @@ def name_class_of_super() -> bool:
 def run_leaves_with_classes() -> bool:
     """Let functions and modules that aren't traced into find Python's classes, and no stand-ins.
 
-    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``ConcreteTracer.run_target``. Cause: while a
-    model is traced, ``list``, ``bool``, ``type`` and others are objects that look like the classes. PyTorch's own
-    functions, which get no traced values, found them too, and evaluate ``torch.jit.annotate(list[int], [])`` in
-    every max pooling without a stride and ``type(a) is not bool`` in every unpooling (2.11 to 2.15, every
-    Python): a TypeError or an AssertionError.
-
-    Returns
-    -------
-    bool
-        True if NNI's method was replaced, False if it is or if the tracer keeps no stand-ins.
+    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``ConcreteTracer.run_target``. Cause: while a model
+    is traced, ``list``, ``bool``, ``type`` and others are objects that look like the classes. PyTorch's own functions,
+    which get no traced values, found them too, and evaluate ``torch.jit.annotate(list[int], [])`` in every max pooling
+    without a stride and ``type(a) is not bool`` in every unpooling (2.11 to 2.15, every Python): a TypeError or an
+    AssertionError. Returns True if NNI's method was replaced, False if it is or if the tracer keeps no stand-ins.
     """
     tracer = concrete_tracer.ConcreteTracer
     run = tracer.run_target
@@ -185,14 +156,10 @@ def write_stand_ins_as_types() -> bool:
     """Let the stand-ins of builtin classes be written as types: ``list[int]``, ``int | None``.
 
     Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_iterable_class`` and
-    ``_create_wrapped_leaf_class``. Cause: while a model is traced, ``list``, ``dict``, ``tuple``, ``int`` and
-    others are objects that take no subscript and no ``|``, so that a forward in the style of Python 3.9 and newer
-    (``isinstance(size, int | None)``) ended in a TypeError (every Python and PyTorch).
-
-    Returns
-    -------
-    bool
-        True if NNI's makers of stand-ins were replaced, False if a stand-in takes a subscript.
+    ``_create_wrapped_leaf_class``. Cause: while a model is traced, ``list``, ``dict``, ``tuple``, ``int`` and others
+    are objects that take no subscript and no ``|``, so that a forward in the style of Python 3.9 and newer
+    (``isinstance(size, int | None)``) ended in a TypeError (every Python and PyTorch). Returns True if NNI's makers of
+    stand-ins were replaced, False if a stand-in takes a subscript.
     """
     if hasattr(type(concrete_tracer._create_wrapped_leaf_iterable_class(None, list)), "__getitem__"):
         return False
@@ -205,13 +172,9 @@ def compare_stand_ins_as_types() -> bool:
     """Let ``type(value) is tuple`` be true of a tuple.
 
     Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_func``. Cause: NNI's own slip
-    on every version: ``type`` gives the class, while the name ``tuple`` means the class's stand-in, so that
-    ``is`` was never true and ``is not`` always. Models that check a type so (DistilBERT) raised their own errors.
-
-    Returns
-    -------
-    bool
-        True if NNI's maker of wrappers was replaced, False if its ``is`` knows stand-ins.
+    on every version: ``type`` gives the class, while the name ``tuple`` means the class's stand-in, so that ``is`` was
+    never true and ``is not`` always. Models that check a type so (DistilBERT) raised their own errors. Returns True if
+    NNI's maker of wrappers was replaced, False if its ``is`` knows stand-ins.
     """
     make, known = concrete_tracer._create_wrapped_leaf_func, {(stand_in := object()): list}
     if make(SimpleNamespace(temp_disable_call=False, clz_wrapper_map=known), operator.is_, None)(list, stand_in):
@@ -236,14 +199,10 @@ def call_functions_of_python() -> bool:
     """Let functions that PyTorch calls within a traced function be those that it means.
 
     Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_func``. Cause: NNI's own slip
-    on every version: ``torch.norm`` and others of ``torch.functional`` are replaced by a wrapper of the builtin of
-    that name. It calls the function of ``torch.functional`` from the model's code, but the builtin, which takes
-    other arguments, from PyTorch's: ``normalize``, ``mse_loss`` and others ended in a TypeError.
-
-    Returns
-    -------
-    bool
-        True if NNI's maker of wrappers was replaced, False if its wrappers call the right function.
+    on every version: ``torch.norm`` and others of ``torch.functional`` are replaced by a wrapper of the builtin of that
+    name. It calls the function of ``torch.functional`` from the model's code, but the builtin, which takes other
+    arguments, from PyTorch's: ``normalize``, ``mse_loss`` and others ended in a TypeError. Returns True if NNI's maker
+    of wrappers was replaced, False if its wrappers call the right function.
     """
     make = concrete_tracer._create_wrapped_leaf_func
     if make(SimpleNamespace(temp_disable_call=True), lambda: False, lambda: True)():
@@ -307,24 +266,11 @@ def _place(table: dict[Any, tuple[list[tuple[Any, str]], bool, Any]], function: 
 
 @lru_cache(maxsize=512)
 def code_units(code: CodeType) -> tuple[dis.Instruction, ...]:
-    """List the instruction that counts at every code unit (two bytes) of a code object.
-
-    A unit that starts an instruction holds it. A unit that is only part of one holds the next instruction:
-    the inline caches that follow most instructions since Python 3.11, ``EXTENDED_ARG``, and from 3.13 on
-    ``TO_BOOL`` and the comparisons that end in a truth test, which used to be a part of the jump or the
-    ``not`` behind it.
-
-    Parameters
-    ----------
-    code : CodeType
-        A function's or module's code.
-
-    Returns
-    -------
-    tuple of dis.Instruction
-        ``len(code.co_code) // 2`` entries, so that ``code_units(code)[frame.f_lasti // 2]`` is the running
-        instruction.
-    """
+    """List the instruction that counts at every code unit (two bytes) of a code object, ``len(co_code) // 2``."""
+    # A unit that is only part of an instruction holds the next one: the inline caches that follow most instructions
+    # since Python 3.11, EXTENDED_ARG, and from 3.13 on TO_BOOL and the comparisons that end in a truth test, which used
+    # to be a part of the jump or the `not` behind it. So code_units(code)[frame.f_lasti // 2] is the running
+    # instruction.
     units: list[dis.Instruction] = []
     # counted by hand: during a trace len() is NNI's, and walks through what it is given
     filled = 0
@@ -345,15 +291,11 @@ def _leads_to_the_next(instruction: dis.Instruction) -> bool:
 def index_code_units() -> bool:
     """Let the traced values find the instruction that is running.
 
-    Place: ``nni/common/concrete_trace_utils/concrete_proxy.py``, ``ConcreteProxy.__iter__``, ``__len__``,
-    ``__bool__`` and ``keys``. Cause: they take an instruction's index to be its offset in code units. Since
-    Python 3.11 inline caches take units that ``dis`` doesn't list, so a wrong instruction, or none, was
-    found (any PyTorch). Python 3.13 tests for truth before the jump, in ``TO_BOOL`` or in the comparison.
-
-    Returns
-    -------
-    bool
-        True if NNI's view of ``dis`` was replaced, False if it lists one entry per code unit.
+    Place: ``nni/common/concrete_trace_utils/concrete_proxy.py``, ``ConcreteProxy.__iter__``, ``__len__``, ``__bool__``
+    and ``keys``. Cause: they take an instruction's index to be its offset in code units. Since Python 3.11 inline
+    caches take units that ``dis`` doesn't list, so a wrong instruction, or none, was found (any PyTorch). Python 3.13
+    tests for truth before the jump, in ``TO_BOOL`` or in the comparison. Returns True if NNI's view of ``dis`` was
+    replaced, False if it lists one entry per code unit.
     """
     sample = restore_branch_opcodes.__code__
     if len(list(concrete_proxy.dis.get_instructions(sample))) == len(sample.co_code) // 2:
@@ -365,14 +307,9 @@ def index_code_units() -> bool:
 def restore_branch_opcodes() -> bool:
     """Let the traced values know all instructions that branch on a truth value.
 
-    Place: ``nni/common/concrete_trace_utils/concrete_proxy.py``, ``ConcreteProxy.jump_opcodes``. Cause: a
-    list of five names. Python 3.11 has ``POP_JUMP_FORWARD_IF_TRUE``, ``POP_JUMP_BACKWARD_IF_FALSE`` and so
-    on instead (any PyTorch); 3.10 and 3.12 to 3.13 use listed names.
-
-    Returns
-    -------
-    bool
-        True if opcodes were added, False if all were known.
+    Place: ``nni/common/concrete_trace_utils/concrete_proxy.py``, ``ConcreteProxy.jump_opcodes``. Cause: a list of five
+    names. Python 3.11 has ``POP_JUMP_FORWARD_IF_TRUE``, ``POP_JUMP_BACKWARD_IF_FALSE`` and so on instead (any PyTorch);
+    3.10 and 3.12 to 3.13 use listed names. Returns True if opcodes were added, False if all were known.
     """
     known = concrete_proxy.ConcreteProxy.jump_opcodes
     missing = tuple(opcode for name, opcode in dis.opmap.items() if _branches_on_truth(name) and opcode not in known)

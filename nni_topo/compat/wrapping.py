@@ -25,12 +25,8 @@ def keep_shared_parameters() -> bool:
 
     Place: ``nni/compression/base/wrapper.py``, ``TargetSpace._register_target`` and ``ModuleWrapper.unwrap``. Cause:
     each layer gets a copy, on every version. So ``unwrap_model`` returned a model without its ties, and an optimizer
-    that knows a shared parameter by one name left the other layers out.
-
-    Returns
-    -------
-    bool
-        True if the two methods were replaced, False if NNI's ``unwrap`` makes no new parameters.
+    that knows a shared parameter by one name left the other layers out. Returns True if the two methods were replaced,
+    False if NNI's ``unwrap`` makes no new parameters.
     """
     if hasattr(ModuleWrapper.unwrap, _MARK) or "register_parameter" not in ModuleWrapper.unwrap.__code__.co_names:
         return False
@@ -66,12 +62,8 @@ def wrap_modules_once() -> bool:
     """Take a module with two names for one layer, under the first of its names that the config_list selects.
 
     Place: ``nni/compression/base/compressor.py``, ``register_wrappers``. Cause: it goes by names, and ``op_types``
-    selects all of them, so that the second wrapper met the first: a bare AssertionError, on every version.
-
-    Returns
-    -------
-    bool
-        True, but for a second call: NNI has no such rule.
+    selects all of them, so that the second wrapper met the first: a bare AssertionError, on every version. Returns
+    True, but for a second call: NNI has no such rule.
     """
     register = compressor.register_wrappers
     if hasattr(register, _MARK):
@@ -107,14 +99,9 @@ def _by_one_name(
 def undo_failed_constructors() -> bool:
     """Leave the model as it was where a pruner's constructor raises.
 
-    Place: ``nni/compression/base/compressor.py``, ``Compressor.__init__``, and those of all subclasses. Cause: an
-    error after the first wrapper left a wrapped model and no pruner to unwrap it, on every version; from then on
-    every pruner refused the model.
-
-    Returns
-    -------
-    bool
-        True, but for a second call: NNI has no such rule.
+    Place: ``nni/compression/base/compressor.py``, ``Compressor.__init__``, and those of all subclasses. Cause: an error
+    after the first wrapper left a wrapped model and no pruner to unwrap it, on every version; from then on every pruner
+    refused the model. Returns True, but for a second call: NNI has no such rule.
     """
     if hasattr(Compressor.__init__, _MARK):
         return False

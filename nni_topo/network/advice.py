@@ -20,24 +20,7 @@ _LAST = "check=False gives the dense model all the same, which computes somethin
 
 
 def way_forward(reference: nn.Module, call: Call, kept: Kept, place: str | None) -> str:
-    """Say why a dense model differs from the masked one, and what to do.
-
-    Parameters
-    ----------
-    reference : torch.nn.Module
-        The masked model, in evaluation mode.
-    call : tuple of (tuple, dict)
-        Example inputs.
-    kept : dict of str to list of Tensor
-        For each module, the indices kept of each dimension of its output.
-    place : str or None
-        The first module whose outputs differ; None: behind the last one.
-
-    Returns
-    -------
-    str
-        Why, where the constant can be folded if it's one, which layers to leave out, and what ``check=False`` means.
-    """
+    """Say why outputs differ from ``place`` on (None: behind the last module), and what can be done about it."""
     try:
         flow = channel_flow(reference, call)
     except NniTopoError:

@@ -39,137 +39,56 @@ from nni_topo.network.layers import NORMS, can_be_cut, is_depthwise, output_chan
 
 @dataclasses.dataclass
 class Layer:
-    """One layer that makes channels.
-
-    Attributes
-    ----------
-    name : str
-        Its name in the model.
-    first : int
-        The number of its first output channel; the others follow.
-    channels : int
-        Number of output channels.
-    depthwise : bool
-        Each output channel depends on one input channel alone, with which it stays or goes.
-    """
+    """A layer that makes channels."""
 
     name: str
-    first: int
+    first: int  # number of its first output channel; the others follow
     channels: int
-    depthwise: bool
+    depthwise: bool  # each output channel depends on one input channel alone, with which it stays or goes
 
 
 @dataclasses.dataclass
 class Blocks:
-    """Channels that come in blocks of which each has to keep equally many.
+    """Channels in blocks of which each keeps equally many: by side, one array of channel numbers a block."""
 
-    Attributes
-    ----------
-    sides : list of list of ndarray
-        Channel numbers: for each side (a grouped convolution's inputs and its outputs) one array a block.
-    may_vanish : bool
-        A block may lose all of its channels, on all sides at once.
-    """
-
-    sides: list[list[np.ndarray]]
-    may_vanish: bool
+    sides: list[list[np.ndarray]]  # a grouped convolution's inputs and its outputs, a norm's channels, a chunk's pieces
+    may_vanish: bool  # a block may lose all of its channels, on all sides at once
 
 
 class ChannelFlow(torch.fx.Interpreter):
-    """Follow the channels of a traced model.
-
-    Parameters
-    ----------
-    graph_module : torch.fx.GraphModule
-        A traced model with shapes in ``node.meta["tensor_meta"]``.
-    args : tuple
-        The arguments of its placeholders.
-
-    Attributes
-    ----------
-    layers : dict of str to Layer
-        The layers that make channels, in the order they are called.
-    blocks : list of Blocks
-        One for each grouped convolution, group norm and chunk.
-    whole : list of str
-        The modules with parameters that can't be cut, in the order they are called.
-    at_output : ndarray, shape (n,)
-        Representatives of the channels that arrive at the model's output.
-    """
+    """Follow the channels of a traced model with shapes in ``node.meta["tensor_meta"]``, on its arguments."""
 
     def __init__(self, graph_module: torch.fx.GraphModule, args: tuple[Any, ...]) -> None:
         super().__init__(graph_module)
-        self.layers: dict[str, Layer] = {}
-        self.blocks: list[Blocks] = []
-        self.whole: list[str] = []
+        self.layers: dict[str, Layer] = {}  # in the order they are called
+        self.blocks: list[Blocks] = []  # one for each grouped convolution, group norm and chunk
+        self.whole: list[str] = []  # modules with parameters that can't be cut, in the order they are called
         self._entering: dict[str, np.ndarray] = {}
         self._parents = [FIXED]
         with torch.no_grad():
             outputs = self.run(*tree_map(fixed, args))
+        # Channels at the model's output, which have to stay. FIXED ones stay anyway, and UNKNOWN ones have no number.
         arriving = [np.unique(labels.numpy()) for labels in tensors_of(outputs)]
         numbers = np.unique(np.concatenate([*arriving, np.zeros(0, dtype=np.int64)]))
         roots = np.unique(self.roots(numbers))
         self.at_output = roots[roots > FIXED]
 
     def roots(self, numbers: np.ndarray) -> np.ndarray:
-        """Look up the representatives of channels; tied channels have the same one.
-
-        Parameters
-        ----------
-        numbers : ndarray of int, shape (n,)
-            Channel numbers.
-
-        Returns
-        -------
-        ndarray of int, shape (n,)
-            One channel number each; ``FIXED`` for what can't be removed.
-        """
+        """Look up representatives, int, shape (n,): one for channels that are tied, ``FIXED`` if they stay."""
         return np.array([self._root(int(number)) for number in numbers], dtype=np.int64)
 
     def layer_roots(self, name: str) -> np.ndarray:
-        """Look up the representatives of a layer's output channels.
-
-        Parameters
-        ----------
-        name : str
-            The layer.
-
-        Returns
-        -------
-        ndarray of int, shape (channels,)
-            One channel number each.
-        """
+        """Look up the representatives of a layer's output channels: int, shape (channels,)."""
         layer = self.layers[name]
         return self.roots(np.arange(layer.first, layer.first + layer.channels))
 
     def entering_roots(self, name: str) -> np.ndarray:
-        """Look up the representatives of the channels that enter a layer or a batch norm.
-
-        Parameters
-        ----------
-        name : str
-            The layer or norm; an embedding is entered by none.
-
-        Returns
-        -------
-        ndarray of int, shape (input channels,)
-            One channel number each; of a linear layer behind a flattening one for each feature.
-        """
+        """Look up the representatives of what enters a layer or batch norm: int, shape (input channels,)."""
         return self.roots(self.entering_numbers(name))
 
     def entering_numbers(self, name: str) -> np.ndarray:
-        """Look up the channels that enter a layer or a batch norm, as the layers before it numbered them.
-
-        Parameters
-        ----------
-        name : str
-            The layer or norm.
-
-        Returns
-        -------
-        ndarray of int, shape (input channels,)
-            Channel numbers, not representatives.
-        """
+        """Look up what enters a layer or batch norm, as numbered by the layers before: int, (input channels,)."""
+        # An embedding is entered by indices, so by no channels; a linear layer behind a flattening one, by features.
         return self._entering.get(name, np.zeros(0, dtype=np.int64))
 
     def run_node(self, n: torch.fx.Node) -> Any:
@@ -177,6 +96,7 @@ class ChannelFlow(torch.fx.Interpreter):
         if n.op in ("placeholder", "output"):
             return super().run_node(n)
         if n.op == "get_attr":
+            # What the model uses by itself (a layer scale, a constant) isn't cut, so that channels that meet it stay.
             return tree_map(fixed, super().run_node(n))
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         shape = tensor_shape(n)
@@ -189,6 +109,7 @@ class ChannelFlow(torch.fx.Interpreter):
         name = str(node.target)
         module = self.fetch_attr(name)
         if not labels or not can_be_cut(module):
+            # A recurrent layer or attention needs all that enters, and what it puts out can't be made less.
             self._pin(labels)
             self.whole.append(name)
             return given_shapes(node, FIXED)
@@ -199,10 +120,12 @@ class ChannelFlow(torch.fx.Interpreter):
         if isinstance(module, MOVING_MODULES):
             return module(labels[0])
         if isinstance(module, torch.nn.GroupNorm):
+            # A norm's groups are of one size, so those that are left have to be too.
             side = np.split(self._per_channel(labels[0], 1), module.num_groups)
             self.blocks.append(Blocks([list(side)], may_vanish=True))
         passed = carry(labels[0], shape) if len(labels) == 1 else None
         if passed is None:
+            # Nobody can say which of the module's parameters belong to which channel, so it isn't cut.
             if any(True for _ in module.parameters()):
                 self._pin(labels)
             return torch.full(shape, UNKNOWN)
@@ -222,6 +145,7 @@ class ChannelFlow(torch.fx.Interpreter):
     def _layer(self, name: str, module: Any, labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         dim = len(shape) - 1 if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) else 1
         count = output_channels(module) or 0
+        # A layer that is called again puts out the same channels: one set of weights makes them.
         if name not in self.layers:
             self.layers[name] = Layer(name, len(self._parents), count, is_depthwise(module))
             self._parents.extend(range(len(self._parents), len(self._parents) + count))
@@ -230,16 +154,20 @@ class ChannelFlow(torch.fx.Interpreter):
             self._enter(name, module, self._per_channel(labels, dim), numbers)
         view = [1] * len(shape)
         view[dim] = count
+        # Expanded, not copied: where nothing differs the stride is 0, which `varies` sees without a look at the values.
         return torch.from_numpy(numbers).view(view).expand(shape)
 
     def _enter(self, name: str, module: Any, entering: np.ndarray, numbers: np.ndarray) -> None:
         """Record the ties between a layer's input and output channels, over all of its calls."""
+        # One column of the weight serves every call, so what enters it in one is tied to what enters it in another.
         earlier = self._entering.setdefault(name, entering)
         for one, other in zip(earlier, entering, strict=True):
             self._unite(int(one), int(other))
         groups = getattr(module, "groups", 1)
         if is_depthwise(module):
             for channel, number in enumerate(numbers):
+                # Several outputs may come from one input (channel multiplier); one from an UNKNOWN input, -1, has to
+                # stay.
                 self._unite(max(int(entering[channel * groups // len(numbers)]), FIXED), int(number))
         elif groups > 1:
             sides = [list(np.split(entering, groups)), list(np.split(numbers, groups))]
@@ -249,17 +177,20 @@ class ChannelFlow(torch.fx.Interpreter):
         self, n: torch.fx.Node, args: Any, kwargs: Any, labels: list[torch.Tensor], shape: tuple[int, ...] | None
     ) -> Any:
         name = plain_name(n)
+        # Numbers in place of an index that is computed would pick at random, so such a choice isn't run on them.
         indexed = name in INDEXED and bool(tensors_of((args[1:], kwargs)))
         if name in ("cat", "concat", "concatenate", "stack"):
             self._join(labels, kwargs.get("dim", args[1] if len(args) > 1 else 0), is_new=name == "stack")
         if (shape is None or name in MOVES) and not indexed:
             return self._move(n, shape, trusted=name in MOVES)
+        # What is made of no traced tensor (torch.zeros) is a constant: its channels stay, and so do those that meet it.
         if shape is None or not labels:
             return None if shape is None else torch.zeros(shape, dtype=torch.int64)
         if name in MEETS and len(labels) > 1:
             return self._meet(labels, shape)
         if name in REDUCTIONS and len(labels) == 1:
             return carry_reduced(labels[0], shape)
+        # A functional layer on parameters of the model's own, which nobody cuts.
         if len(labels) > 1 and any(node.op == "get_attr" for node in n.all_input_nodes):
             self._pin(labels)
             return labels[0] if tuple(labels[0].shape) == shape else torch.full(shape, UNKNOWN)
@@ -272,9 +203,11 @@ class ChannelFlow(torch.fx.Interpreter):
             moved = super().run_node(n)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
             return None if shape is None else torch.full(shape, UNKNOWN)
+        # In the dense model too chunk makes equal pieces of what it gets, so all of them have to lose equally many.
         if plain_name(n) == "chunk" and moved[0].dim() > 1 and len({piece.shape for piece in moved}) == 1:
             side = [self._per_channel(piece, 1) for piece in moved]
             self.blocks.append(Blocks([side], may_vanish=False))
+        # A function that may compute with the numbers gives sizes that hold, but tensors that name no channels.
         return moved if trusted else tree_map(unknown, moved)
 
     def _pin(self, labels: list[torch.Tensor]) -> None:
@@ -285,6 +218,7 @@ class ChannelFlow(torch.fx.Interpreter):
     def _meet(self, labels: list[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """Tie what meets elementwise; an operand that is broadcast along the channels ties nothing."""
         full = [entry.view((1,) * (len(shape) - entry.dim()) + tuple(entry.shape)) for entry in labels]
+        # Which dimension holds the channels isn't known; it is one along which numbers differ.
         varying = {d for entry in full for d in range(1, len(shape)) if varies(entry, d)}
         tied = [entry for entry in full if all(entry.shape[d] == shape[d] for d in varying)]
         for other in tied[1:]:
@@ -293,6 +227,8 @@ class ChannelFlow(torch.fx.Interpreter):
 
     def _join(self, labels: list[torch.Tensor], dim: int, *, is_new: bool) -> None:
         """Tie what is joined along another dimension than that of the channels."""
+        # A slice in which numbers still differ has its channels in another dimension, where they meet those of the
+        # others.
         slices = [entry.unsqueeze(dim) if is_new else entry.narrow(dim, 0, 1) for entry in labels]
         if all(any(varies(entry, d) for d in range(1, entry.dim())) for entry in slices):
             for other in slices[1:]:
@@ -300,6 +236,7 @@ class ChannelFlow(torch.fx.Interpreter):
 
     def _tie(self, one: torch.Tensor, other: torch.Tensor) -> None:
         one, other = torch.broadcast_tensors(one, other)
+        # Along a dimension in which neither differs (batch, pixels) one place says all, and few pairs are left to sort.
         for d in range(one.dim()):
             if not (one.shape[d] == 0 or varies(one, d) or varies(other, d)):
                 one, other = one.narrow(d, 0, 1), other.narrow(d, 0, 1)
@@ -318,6 +255,7 @@ class ChannelFlow(torch.fx.Interpreter):
     def _root(self, number: int) -> int:
         if number < 0:
             return number
+        # Union-find; halving the path on the way keeps it short.
         while self._parents[number] != number:
             self._parents[number] = self._parents[self._parents[number]]
             number = self._parents[number]
@@ -326,4 +264,5 @@ class ChannelFlow(torch.fx.Interpreter):
     def _unite(self, one: int, other: int) -> None:
         if one >= 0 and other >= 0:
             roots = self._root(one), self._root(other)
+            # The smaller number leads: FIXED, 0, does wherever it is met, else the layer that came first.
             self._parents[max(roots)] = min(roots)

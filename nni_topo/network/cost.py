@@ -52,34 +52,11 @@ class _LayerCost:
 
 
 class NetworkCost:
-    """Count a network's cost from the channels that are kept.
+    """Count a network's cost from the channels that are kept."""
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model; it isn't changed.
-    example_inputs : Tensor, tuple, list or mapping of str to Any
-        Inputs of the model; the first dimension is the batch.
-
-    Raises
-    ------
-    SpeedupError
-        If the model can't be traced.
-
-    Notes
-    -----
-    Convolutions and linear layers are counted as the dense model has them, batch norms count as parameters, everything
-    else (attention products, other norms) counts what it does in the whole network. A channel that several layers put
-    out together goes when all of them lose it; one of a layer without an entry stays.
-
-    Examples
-    --------
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 2))
-    >>> cost = NetworkCost(model, torch.ones(1, 4))
-    >>> cost({}), cost({"0": np.array([True, False, False, True, False, False])})
-    (Cost(macs=36, params=44), Cost(macs=12, params=16))
-    """
-
+    # Convolutions and linear layers count as the dense model has them, batch norms as parameters, everything else
+    # (attention products, other norms) as in the whole network. A channel that several layers put out together goes
+    # when all of them lose it; one of a layer without an entry stays.
     def __init__(self, model: torch.nn.Module, example_inputs: Any) -> None:
         call = call_arguments(example_inputs, model)
         self._flow = channel_flow(model, call)
@@ -101,35 +78,14 @@ class NetworkCost:
         self._rest = sum(parameter.numel() for parameter in model.parameters()) - counted
 
     def __call__(self, kept: Kept) -> Cost:
-        """Count the cost with some channels gone.
-
-        Parameters
-        ----------
-        kept : mapping of str to ndarray of bool, shape (channels,)
-            Kept output channels by layer; layers that aren't named keep all.
-
-        Returns
-        -------
-        Cost
-        """
+        """Count the cost with channels gone; by layer, bool, shape (channels,), those kept; else all are."""
         gone = self._gone(kept)
         macs = sum(cost.products(gone) * cost.positions for cost in self._layers.values())
         params = self._rest + sum(cost.weights(gone) for cost in self._layers.values())
         return Cost(macs, params + 2 * sum(_left(roots, gone) for roots in self._norms.values()))
 
     def widths(self, kept: Kept) -> dict[str, tuple[int, int]]:
-        """Count the input and output channels that are left of each layer.
-
-        Parameters
-        ----------
-        kept : mapping of str to ndarray of bool, shape (channels,)
-            As for a call.
-
-        Returns
-        -------
-        dict of str to (int, int)
-            By layer; of a linear layer, features.
-        """
+        """Count the (input, output) channels left of each layer, of a linear layer the features."""
         gone = self._gone(kept)
         return {name: (_left(cost.entering, gone), _left(cost.leaving, gone)) for name, cost in self._layers.items()}
 
@@ -159,14 +115,12 @@ def _layer_cost(flow: ChannelFlow, name: str, module: Any, positions: int) -> _L
 
 
 def _positions(model: torch.nn.Module, call: Call, names: list[str]) -> dict[str, int]:
-    """Count, per layer, the positions at which one sample is computed, over all calls.
-
-    A transposed convolution computes at its input positions, all others at those of their output.
-    """
+    """Count, per layer, the positions at which one sample is computed, over all calls."""
     found = dict.fromkeys(names, 0)
 
     def counter(name: str) -> Any:
         def count(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            # A transposed convolution computes at its input positions, all others at those of their output.
             sites = inputs[0] if isinstance(module, TRANSPOSED) else output
             dim = -1 if isinstance(module, torch.nn.Linear) else 1
             found[name] += sites[0].numel() // sites.shape[dim]

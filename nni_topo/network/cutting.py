@@ -13,27 +13,7 @@ _BATCH_NORMS = torch.nn.modules.batchnorm._NormBase  # instance norms too
 
 
 def cut(name: str, module: Any, kept_in: list[torch.Tensor], kept_out: list[torch.Tensor]) -> bool:
-    """Keep some input and output channels of a module.
-
-    Parameters
-    ----------
-    name : str
-        The module's name, for messages.
-    module : torch.nn.Module
-        A convolution, linear layer, embedding, norm or PReLU; it is changed.
-    kept_in, kept_out : list of Tensor of int64
-        For each dimension of its input and output, the indices to keep, ascending.
-
-    Returns
-    -------
-    bool
-        False if the module's type isn't one this function can cut.
-
-    Raises
-    ------
-    SpeedupError
-        If nothing of the module would be left or the groups of a convolution would be unequal.
-    """
+    """Keep some input and output channels, ascending indices by dimension, in place; False for an unknown type."""
     is_last = isinstance(module, (torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm))
     dim = -1 if is_last else 1
     ins, outs = kept_in[dim], kept_out[dim]

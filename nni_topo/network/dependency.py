@@ -96,20 +96,7 @@ def dependency_groups(
 
 
 def channel_flow(model: torch.nn.Module, call: Call) -> ChannelFlow:
-    """Follow the channels of a copy of a model.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model; it isn't changed.
-    call : tuple of (tuple, dict)
-        Positional and keyword arguments.
-
-    Returns
-    -------
-    ChannelFlow
-        The ties between its channels.
-    """
+    """Follow the channels of a copy of a model in evaluation mode; the random state is left as it was."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         graph_module, args = trace(detached_copy(model).eval(), call)
@@ -117,18 +104,7 @@ def channel_flow(model: torch.nn.Module, call: Call) -> ChannelFlow:
 
 
 def layer_groups(flow: ChannelFlow) -> list[list[str]]:
-    """Group the layers of which at least one channel is tied.
-
-    Parameters
-    ----------
-    flow : ChannelFlow
-        The ties.
-
-    Returns
-    -------
-    list of list of str
-        Names of layers, in network order; a layer without ties is a group of its own.
-    """
+    """Group the layers of which any channel is tied, in network order; one without ties is a group of its own."""
     groups: list[tuple[set[int], list[str]]] = []
     for name in flow.layers:
         roots, names = set(flow.layer_roots(name).tolist()) - {FIXED}, [name]
@@ -148,11 +124,9 @@ def _network_order(model: torch.nn.Module, flow: ChannelFlow) -> dict[str, int]:
 
 
 def _settings(flow: ChannelFlow) -> dict[str, dict[str, Any]]:
-    """Make the keys that dependency groups add to the entries of their layers.
-
-    NNI can state only groups whose layers are tied channel i to channel i.
-    """
+    """Make the keys that dependency groups add to the entries of their layers."""
     blocks = _blocks(flow)
+    # NNI can state only groups whose layers are tied channel i to channel i.
     stated: dict[tuple[int, ...], list[str]] = {}
     for name in flow.layers:
         roots = tuple(flow.layer_roots(name).tolist())

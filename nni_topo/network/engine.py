@@ -50,31 +50,7 @@ Kept = dict[str, list[torch.Tensor]]
 
 
 class DenseSpeedup(ModelSpeedup):
-    """Make a model dense in place.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        A model in evaluation mode with masks already applied; it is changed.
-    graph_module : torch.fx.GraphModule
-        Its graph, on the same leaf modules.
-    args : tuple
-        Arguments of the graph's placeholders.
-    masks : dict of str to dict of str to Tensor
-        Masks of the parameters' shapes that agree where layers share channels.
-
-    Attributes
-    ----------
-    kept : dict of str to list of Tensor
-        After ``speedup_model``: for each module that was called, the indices that are kept of each
-        dimension of its output.
-
-    Notes
-    -----
-    Conflicts between masks are resolved before, channel by channel, so NNI's own resolution (by layers,
-    with a convolution of one output channel taken for depth-wise) is left out. So are the statistics
-    that NNI computes for its log, about half of its time.
-    """
+    """Make a model in evaluation mode dense in place, given its graph and the masks, which agree and are applied."""
 
     def __init__(
         self, model: torch.nn.Module, graph_module: torch.fx.GraphModule, args: tuple[Any, ...], masks: FullMasks
@@ -85,6 +61,8 @@ class DenseSpeedup(ModelSpeedup):
             args,
             {name: dict(targets) for name, targets in masks.items() if name in names},
             batch_size=_BATCH,
+            # The first that takes a node has it: NNI's own for len and dim before PlainUpdater, which takes every
+            # function.
             customized_mask_updaters=[
                 _InputUpdater(),
                 _UnchangedUpdater(),
@@ -96,15 +74,19 @@ class DenseSpeedup(ModelSpeedup):
             graph_module=graph_module,
             logger=_quiet,
         )
+        # By module that was called, the indices kept of each dimension of its output.
         self.kept: Kept = {}
         self._passing: list[tuple[torch.fx.Node, Any]] | None = None
         self.replacers = [_Cutter()]
 
+    # NNI's own goes by layers, and takes a convolution of one output channel for depth-wise; `resolve` went by
+    # channels.
     def fix_mask_conflict(self) -> None:
         """Do nothing: masks agree already."""
 
     def tensor_propagate_check(self, obj: torch.Tensor) -> bool:
         """Take a tensor with one value a sample for an activation too."""
+        # NNI asks for more than one value a sample; a layer of one output has just that, and what enters it is cut too.
         alone = obj.dim() > 1 and obj.shape[self.batch_dim] == obj.numel() == self.batch_size
         return alone or bool(super().tensor_propagate_check(obj))
 
@@ -134,6 +116,7 @@ class DenseSpeedup(ModelSpeedup):
             self._passing = None
 
     def _update(self, way: str, nodes: list[torch.fx.Node]) -> None:
+        # NNI's own loop, without the statistics for its log, which take about half of its time.
         for stage in ("preprocess", "process", "postprocess"):
             for node in nodes:
                 getattr(self.node_infos[node].mask_updater, f"{way}_update_{stage}")(self, node)
@@ -153,12 +136,10 @@ class _InputUpdater(DefaultMaskUpdater):
 
 
 class _UnchangedUpdater(NoChangeMaskUpdater):
-    """Pass masks through functional norms, and gradients back through the choice of one of several outputs.
+    """Pass masks through functional norms, and gradients back through the choice of one of several outputs."""
 
-    NNI takes the gradient of a functional norm, which is zero but for rounding, for a channel that
-    nothing depends on; and it loses the gradient of an item on its way to the tuple.
-    """
-
+    # NNI takes the gradient of a functional norm, which is zero but for rounding, for a channel that nothing depends
+    # on; and it loses the gradient of an item on its way to the tuple.
     def __init__(self) -> None:
         super().__init__(customized_no_change_act_func=_NORM_FUNCTIONS)
 
@@ -171,6 +152,7 @@ class _UnchangedUpdater(NoChangeMaskUpdater):
             gained = info.output_grad * info.output_masks
             own = grads[index]
             total = gained if own is None else own + gained
+            # The tuple's other items keep what they have: each choice adds to its own.
             parent.output_grad = type(grads)(total if i == index else grad for i, grad in enumerate(grads))
 
 
@@ -182,6 +164,7 @@ class _WholeUpdater(LeafModuleMaskUpdater):
         return is_module and not can_be_cut(model_speedup.node_infos[node].module)
 
     def direct_update_process(self, model_speedup: ModelSpeedup, node: torch.fx.Node) -> None:
+        # Nothing can be cut off what comes out, whatever enters: there is no need to run the module.
         model_speedup.node_infos[node].output_masks = whole(model_speedup, node)
         free(model_speedup, node)
 
@@ -189,17 +172,14 @@ class _WholeUpdater(LeafModuleMaskUpdater):
         for parent in node.all_input_nodes:
             info = model_speedup.node_infos[parent]
             needed = tree_map(lambda mask: mask.clone() if isinstance(mask, torch.Tensor) else mask, info.output_masks)
+            # A gradient of ones tells the nodes before that every entry they give is needed.
             for value in tensors_of(needed):
                 value.grad = torch.ones_like(value) if value.is_floating_point() else None
             model_speedup.indirect_pass_grad(parent, needed)
 
 
 class _LayerUpdater(LeafModuleMaskUpdater):
-    """Run layers on positive random parameters, and keep constant channels that aren't zero.
-
-    NNI draws parameters from the range of their values: where this is narrow a whole layer counts as
-    constant. And it drops a channel whose inputs are all masked although its bias is alive.
-    """
+    """Run layers on positive random parameters, and keep constant channels that aren't zero."""
 
     def detect(self, model_speedup: ModelSpeedup, node: torch.fx.Node) -> bool:
         return node.op == "call_module" and bool(super().detect(model_speedup, node))
@@ -207,11 +187,15 @@ class _LayerUpdater(LeafModuleMaskUpdater):
     def direct_update_preprocess(self, model_speedup: ModelSpeedup, node: torch.fx.Node) -> None:
         DefaultMaskUpdater.direct_update_preprocess(self, model_speedup, node)
         info = model_speedup.node_infos[node]
+        # Read before random values take its place: the real bias says which channels are alive. From the second call of
+        # a module on, its mask does.
         bias = getattr(info.module, "bias", None)
         if not hasattr(info, "alive"):
             info.alive = bias.detach() != 0 if isinstance(bias, torch.Tensor) else None
         with torch.no_grad():
             for name, parameter in info.module.named_parameters():
+                # NNI draws from the range of the values: where this is narrow a whole layer counts as constant. And
+                # where all are positive no sum cancels, so that a channel is constant only by masks.
                 parameter.uniform_(0.5, 1.5).mul_(info.param_masks[name])
 
     def direct_update_process(self, model_speedup: ModelSpeedup, node: torch.fx.Node) -> None:
@@ -223,6 +207,7 @@ class _LayerUpdater(LeafModuleMaskUpdater):
             info.output_masks = whole(model_speedup, node)
         else:
             super().direct_update_process(model_speedup, node)
+            # NNI drops a channel whose inputs are all masked although its bias is alive.
             self._keep_alive(info)
             return
         free(model_speedup, node)
@@ -248,6 +233,7 @@ class _Cutter(Replacer):
         for node, info in speedup.node_infos.items():
             if node.op != "call_module":
                 continue
+            # Else NNI logs an error: a module that no replacer took.
             info.replaced = True
             name = str(node.target)
             module = speedup.bound_model.get_submodule(name)
@@ -258,6 +244,7 @@ class _Cutter(Replacer):
                 _check_calls(name, module, speedup.kept[name], kept_out)
                 continue
             speedup.kept[name] = kept_out
+            # Indices enter, whose masks say nothing about the weight.
             if isinstance(module, torch.nn.Embedding):
                 kept_in = [kept_out]
             if kept_in and kept_out and not cut(name, module, kept_in[0], kept_out):
@@ -265,6 +252,7 @@ class _Cutter(Replacer):
 
     def _replace(self, speedup: DenseSpeedup, name: str, module: torch.nn.Module, node: torch.fx.Node) -> None:
         info = speedup.node_infos[node]
+        # What has no parameters fits any width, but PixelShuffle has a factor that follows from the channels left.
         if not any(True for _ in module.parameters()) and type(module).__name__ != "PixelShuffle":
             return
         function = replace_module.get(type(module).__name__)

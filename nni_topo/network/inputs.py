@@ -19,28 +19,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def call_arguments(example_inputs: Any, model: torch.nn.Module | None = None) -> Call:
-    """Split example inputs into the positional and keyword arguments of ``model.forward``.
-
-    Parameters
-    ----------
-    example_inputs : Tensor, tuple, list or mapping of str to Any
-        One tensor, the positional arguments, or the keyword arguments. The first dimension of each
-        tensor is the batch.
-    model : torch.nn.Module, optional
-        If given, tensors are moved to its device.
-
-    Returns
-    -------
-    args : tuple
-        Positional arguments.
-    kwargs : dict
-        Keyword arguments.
-
-    Raises
-    ------
-    ConfigError
-        If there is no tensor to be found in them.
-    """
+    """Split inputs, batch first, into positional and keyword arguments, on the model's device if one is given."""
     if isinstance(example_inputs, Mapping):
         call: Call = ((), dict(example_inputs))
     elif isinstance(example_inputs, (tuple, list)):
@@ -61,25 +40,7 @@ def on_device(tree: Any, device: torch.device) -> Any:
 
 
 def bind_arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:
-    """Name the arguments of a call as ``model.forward`` does, in the order of its signature.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model to be called.
-    call : tuple of (tuple, dict)
-        Positional and keyword arguments.
-
-    Returns
-    -------
-    dict of str to Any
-        The arguments that are given, without the defaults.
-
-    Raises
-    ------
-    ConfigError
-        If ``model.forward`` doesn't take these arguments.
-    """
+    """Name a call's arguments in the order of ``model.forward``, without defaults; a ConfigError if unfit."""
     try:
         bound = inspect.signature(model.forward).bind(*call[0], **call[1])
     except TypeError as error:
@@ -88,42 +49,17 @@ def bind_arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:
 
 
 def tensors_of(tree: Any) -> list[torch.Tensor]:
-    """List the tensors of nested containers in a fixed order.
-
-    Parameters
-    ----------
-    tree : Any
-        Nested tuples, lists and dicts.
-
-    Returns
-    -------
-    list of Tensor
-        The tensors, any shapes.
-    """
+    """List the tensors of nested tuples, lists and dicts in a fixed order."""
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
 
 
 def random_like(call: Call, generator: torch.Generator, *, positive: bool = False) -> Call:
-    """Draw a call whose tensors have the shapes and types of another's.
-
-    Parameters
-    ----------
-    call : tuple of (tuple, dict)
-        The call to imitate.
-    generator : torch.Generator
-        A generator on the CPU.
-    positive : bool, default=False
-        Draw uniformly from [0.5, 1.5] instead of from a standard normal distribution.
-
-    Returns
-    -------
-    tuple of (tuple, dict)
-        Floating tensors are drawn; integers and booleans stay as they are, since they may be indices.
-    """
+    """Draw the floats of a call anew: standard normal, or ``positive``, uniform in [0.5, 1.5]."""
 
     def draw(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
+        # Integers and booleans may be indices or masks, for which not every value will do.
         if not leaf.is_floating_point():
             return leaf.clone()
         if positive:
@@ -137,20 +73,7 @@ def random_like(call: Call, generator: torch.Generator, *, positive: bool = Fals
 
 
 def cast_floats(call: Call, dtype: torch.dtype) -> Call:
-    """Cast the floating tensors of a call.
-
-    Parameters
-    ----------
-    call : tuple of (tuple, dict)
-        Positional and keyword arguments.
-    dtype : torch.dtype
-        The floating type wanted.
-
-    Returns
-    -------
-    tuple of (tuple, dict)
-        The same call with floating tensors of this type.
-    """
+    """Cast the floating tensors of a call to a floating type."""
 
     def cast(leaf: Any) -> Any:
         is_float = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
@@ -166,18 +89,7 @@ def checked_calibration(calibration: Iterable[Any] | None) -> Iterable[Any] | No
 
 
 def repeatable(calibration: Iterable[Any]) -> Iterable[Any]:
-    """Return calibration data that can be read more than once.
-
-    Parameters
-    ----------
-    calibration : iterable
-        Batches. What can be read only once, as a generator, is put into a list.
-
-    Raises
-    ------
-    ConfigError
-        If it isn't an iterable of batches: a tensor, an array, a mapping and a text aren't.
-    """
+    """Return calibration batches that can be read more than once; a ConfigError if they are no iterable of batches."""
     if isinstance(calibration, (Tensor, np.ndarray)):
         kind = "tensor" if isinstance(calibration, Tensor) else "array"
         raise ConfigError(
@@ -190,28 +102,9 @@ def repeatable(calibration: Iterable[Any]) -> Iterable[Any]:
 
 
 def calls(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Call]:
-    """Yield the arguments that calibration batches stand for, on a model's device.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Says which device.
-    calibration : iterable
-        Batches. Each is an input, or a tuple or list whose first entry is the input, e.g. ``(images, labels)``. An
-        input is a tensor; or a mapping, of keyword arguments; or, within such a batch, a tuple of positional ones.
-
-    Yields
-    ------
-    tuple of (tuple, dict)
-        Positional and keyword arguments.
-
-    Raises
-    ------
-    ConfigError
-        If there is no tensor in an input.
-    DataError
-        If a batch is empty; or there is no batch, after the last one would have come.
-    """
+    """Yield the arguments that calibration batches stand for, on a model's device."""
+    # A batch is an input, or a tuple or list whose first entry is the input, e.g. (images, labels). An input is a
+    # tensor; or a mapping, of keyword arguments; or, within such a batch, a tuple of positional ones.
     count = 0
     for count, batch in enumerate(calibration, start=1):
         if isinstance(batch, (tuple, list)) and not batch:
@@ -228,66 +121,37 @@ def calls(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Call]:
 
 
 def first_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
-    """Return the arguments that the first batch stands for, tried out.
-
-    Raises
-    ------
-    ConfigError, DataError
-        As :func:`calls` and :func:`check_fits` do.
-    """
+    """Return the arguments that the first batch stands for, tried out."""
     call = next(calls(model, calibration))
     check_fits(model, call)
     return call
 
 
 def structure_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
-    """Return the arguments to follow a model's channels with: the first batch's, tried out, of two samples.
-
-    All samples where the model takes no other number, or no fewer. To follow channels takes time and memory by sample.
-
-    Raises
-    ------
-    ConfigError, DataError
-        As :func:`first_call` does.
-    """
+    """Return the arguments to follow a model's channels with: the first batch's, tried out, of two samples."""
     call = first_call(model, calibration)
     size = batch_size(call)
+    # To follow channels takes time and memory by sample.
     few: Call = tree_map(
         lambda leaf: leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size else leaf, call
     )
     try:
         check_fits(model, few)
     except DataError:
+        # The model takes no other number of samples, or no fewer.
         return call
     return few
 
 
 def check_fits(model: nn.Module, call: Call) -> None:
-    """Run a model on the first batch, in evaluation mode.
-
-    Raises
-    ------
-    DataError
-        If the model can't take it.
-    """
+    """Run a model on the first batch, in evaluation mode; a DataError if it can't take it."""
     with fitting(0), evaluation_mode(model), torch.no_grad():
         model(*call[0], **call[1])
 
 
 @contextmanager
 def fitting(batch: int) -> Iterator[None]:
-    """Say of which calibration batch an error comes that a model raises in the block.
-
-    Parameters
-    ----------
-    batch : int
-        Its number, from 0.
-
-    Raises
-    ------
-    DataError
-        If the model can't take it.
-    """
+    """Turn an error of a model in the block into a DataError that names the calibration batch, from 0."""
     try:
         yield
     except (NniTopoError, torch.OutOfMemoryError):

@@ -10,9 +10,10 @@ import torch.fx
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils._pytree import tree_map
 
-FIXED = 0
-UNKNOWN = -1
+FIXED = 0  # the root of all channels that have to stay; the first layer starts at 1
+UNKNOWN = -1  # negative, so that it can be tied to nothing: it may be any channel
 
+# These are run on the numbers themselves, which shows where each channel goes.
 MOVING_MODULES = (
     torch.nn.Flatten, torch.nn.Unflatten, torch.nn.PixelShuffle, torch.nn.PixelUnshuffle, torch.nn.ChannelShuffle,
 )  # fmt: skip
@@ -65,6 +66,7 @@ MOVES = frozenset(
         "channel_shuffle",
     ]
 )
+# Of these the index may be a computed tensor, in whose place only numbers of channels are at hand.
 INDEXED = frozenset(["getitem", "index_select", "gather", "take", "take_along_dim"])
 MEETS = frozenset(
     [
@@ -118,69 +120,24 @@ REDUCTIONS = frozenset(
 
 
 def fixed(leaf: Any) -> Any:
-    """Mark a tensor from outside as one whose channels can't be removed.
-
-    Parameters
-    ----------
-    leaf : Any
-        A tensor of any shape, or anything else.
-
-    Returns
-    -------
-    Any
-        ``FIXED`` for each element; what isn't a tensor comes back as it is.
-    """
+    """Label a tensor from outside ``FIXED``: its channels can't be removed; any other leaf comes back as it is."""
+    # On the CPU, as all labels are, wherever the model lies.
     return torch.zeros(leaf.shape, dtype=torch.int64) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def unknown(leaf: Any) -> Any:
-    """Mark a tensor that comes out of an operation that can't be followed.
-
-    Parameters
-    ----------
-    leaf : Any
-        A tensor of any shape, or anything else.
-
-    Returns
-    -------
-    Any
-        ``UNKNOWN`` for each element; what isn't a tensor comes back as it is.
-    """
+    """Label a tensor ``UNKNOWN`` that can't be followed; any other leaf comes back as it is."""
     return torch.full_like(leaf, UNKNOWN, dtype=torch.int64) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def tensor_shape(node: torch.fx.Node) -> tuple[int, ...] | None:
-    """Look up the shape of a node's tensor.
-
-    Parameters
-    ----------
-    node : torch.fx.Node
-        A node with its shape in ``node.meta["tensor_meta"]``.
-
-    Returns
-    -------
-    tuple of int or None
-        None if the node's value isn't one tensor.
-    """
+    """Look up the shape of a node's tensor in ``node.meta["tensor_meta"]``; None if its value isn't one tensor."""
     shape = getattr(node.meta.get("tensor_meta"), "shape", None)
     return None if shape is None else tuple(shape)
 
 
 def given_shapes(node: torch.fx.Node, label: int) -> Any:
-    """Label all that a node puts out alike.
-
-    Parameters
-    ----------
-    node : torch.fx.Node
-        A node with its shapes in ``node.meta["tensor_meta"]``.
-    label : int
-        The label of every element.
-
-    Returns
-    -------
-    Any
-        Tensors of int64 in the containers of the node's output; None if it puts out no tensor.
-    """
+    """Label all that a node puts out alike, int64, in the output's containers; None in place of what is no tensor."""
     metas = node.meta.get("tensor_meta")
     return tree_map(
         lambda meta: torch.full(tuple(meta.shape), label) if isinstance(meta, TensorMetadata) else None,
@@ -190,58 +147,23 @@ def given_shapes(node: torch.fx.Node, label: int) -> Any:
 
 
 def plain_name(node: torch.fx.Node) -> str:
-    """Name a function or method alike however it is called.
-
-    Parameters
-    ----------
-    node : torch.fx.Node
-        A node that calls a function or method.
-
-    Returns
-    -------
-    str
-        ``"add"`` for ``torch.add``, ``operator.add`` and ``Tensor.add_``.
-    """
+    """Name a function or method alike however it is called: "add" for ``torch.add``, ``operator.add``, ``add_``."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return "getitem" if node.target is operator.getitem else name.strip("_")
 
 
 def varies(labels: torch.Tensor, dim: int) -> bool:
-    """Tell whether labels differ along a dimension.
-
-    Parameters
-    ----------
-    labels : Tensor of int64
-        Channel numbers.
-    dim : int
-        The dimension.
-
-    Returns
-    -------
-    bool
-        True if any two differ.
-    """
+    """Tell whether labels, int64, differ along a dimension."""
+    # A stride of 0 is one entry seen many times: nothing to compare.
     return labels.stride(dim) != 0 and not torch.equal(labels.narrow(dim, 0, 1).expand(labels.shape), labels)
 
 
 def carry(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
-    """Carry labels through an operation that leaves the channels (dimension 1) where they are.
-
-    Parameters
-    ----------
-    labels : Tensor of int64, shape (batch, channels, ...)
-        The labels that enter.
-    shape : tuple of int
-        Shape of the operation's output.
-
-    Returns
-    -------
-    Tensor of int64, shape ``shape``, or None
-        None if the shapes don't tell where the channels are.
-    """
+    """Carry labels (batch, channels, ...) to a shape with the channels where they were; None if that can't be told."""
     if tuple(labels.shape) == shape:
         return labels
     alike = min(labels.dim(), len(shape)) > 1 and tuple(labels.shape[:2]) == shape[:2]
+    # Where the places of a channel have numbers that differ, a place of the output could have any of them.
     if not alike or any(varies(labels, d) for d in range(2, labels.dim())):
         return None
     channels = labels[(slice(None), slice(None)) + (0,) * (labels.dim() - 2)]
@@ -249,20 +171,9 @@ def carry(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
 
 
 def carry_reduced(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Carry labels through a reduction, unless it mixes channels.
-
-    Parameters
-    ----------
-    labels : Tensor of int64, shape (batch, channels, ...)
-        The labels that enter.
-    shape : tuple of int
-        Shape of the reduction's output.
-
-    Returns
-    -------
-    Tensor of int64, shape ``shape``
-        ``UNKNOWN`` if channels are mixed.
-    """
+    """Carry labels (batch, channels, ...) through a reduction to a shape; ``UNKNOWN`` if it mixes channels."""
+    # A reduction over all places leaves (batch, channels), or ones behind; with more left it may be the channels that
+    # went.
     reduced = len(shape) > 1 and set(shape[2:]) <= {1}
     carried = carry(labels, shape) if reduced else None
     return torch.full(shape, UNKNOWN) if carried is None else carried

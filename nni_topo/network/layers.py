@@ -24,54 +24,20 @@ PER_CHANNEL = (
 
 
 def can_be_cut(module: torch.nn.Module) -> bool:
-    """Tell whether a module can be made smaller, or has nothing to be cut.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        Any module that is called as a whole.
-
-    Returns
-    -------
-    bool
-        False for a module with parameters that is no convolution, linear layer, embedding, norm or PReLU: for a
-        recurrent layer or attention, say.
-    """
+    """Tell whether a module can be made smaller, or has no parameters to cut; a recurrent layer, say, has and can't."""
     known = output_channels(module) is not None or isinstance(module, PER_CHANNEL)
     return known or not any(True for _ in module.parameters())
 
 
 def is_depthwise(module: torch.nn.Module) -> bool:
-    """Tell whether a convolution filters each input channel by itself.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        Any module.
-
-    Returns
-    -------
-    bool
-        True for a convolution with as many groups as input channels, of which there are at least two.
-    """
+    """Tell whether a convolution filters each of several input channels by itself."""
     if not isinstance(module, CONVOLUTIONS + TRANSPOSED):
         return False
     return module.groups == module.in_channels and module.groups > 1
 
 
 def output_channels(module: torch.nn.Module) -> int | None:
-    """Count the output channels of a layer that makes new channels.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        Any module.
-
-    Returns
-    -------
-    int or None
-        The count; None if the module is no convolution, linear layer or embedding.
-    """
+    """Count the output channels of a convolution, linear layer or embedding; None for any other module."""
     if isinstance(module, CONVOLUTIONS + TRANSPOSED):
         return int(module.out_channels)
     if isinstance(module, torch.nn.Linear):
@@ -80,37 +46,12 @@ def output_channels(module: torch.nn.Module) -> int | None:
 
 
 def channel_dimension(module: torch.nn.Module) -> int:
-    """Tell which dimension of a layer's weight holds its output channels.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        A layer with a weight.
-
-    Returns
-    -------
-    int
-        1 for a transposed convolution and an embedding, else 0.
-    """
+    """Tell which dimension of a layer's weight holds its output channels."""
     return 1 if isinstance(module, (*TRANSPOSED, torch.nn.Embedding)) else 0
 
 
 def kept_channels(module: torch.nn.Module, targets: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """Tell which output channels a layer's masks keep.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        A convolution, linear layer or embedding.
-    targets : mapping of str to Tensor
-        Its masks, of the parameters' shapes.
-
-    Returns
-    -------
-    Tensor of bool, shape (channels,), or None
-        True where anything of the channel's weights is kept; None if its weight isn't masked or the
-        module doesn't make channels.
-    """
+    """Tell which output channels masks keep any weight of: bool, shape (channels,); None if they don't say."""
     count, mask = output_channels(module), targets.get("weight")
     if count is None or mask is None:
         return None
@@ -118,19 +59,7 @@ def kept_channels(module: torch.nn.Module, targets: Mapping[str, torch.Tensor]) 
 
 
 def by_output(weight: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
-    """Put a weight's, or its mask's, output channels into the first dimension.
-
-    Parameters
-    ----------
-    weight : Tensor
-        As the module holds it.
-    module : torch.nn.Module
-        A convolution, linear layer or embedding.
-
-    Returns
-    -------
-    Tensor, shape (channels, ...)
-    """
+    """Put a weight's, or its mask's, output channels into the first dimension: shape (channels, ...)."""
     if isinstance(module, TRANSPOSED):  # weight: (in, out / groups, ...)
         grouped: torch.Tensor = weight.unflatten(0, (module.groups, -1))
         return grouped.transpose(1, 2).flatten(0, 1)
@@ -138,20 +67,7 @@ def by_output(weight: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
 
 
 def spread(module: torch.nn.Module, kept: torch.Tensor) -> torch.Tensor:
-    """Turn kept output channels into a mask of the layer's weight.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        A convolution, linear layer or embedding.
-    kept : Tensor of bool, shape (channels,)
-        The channels to keep.
-
-    Returns
-    -------
-    Tensor, shape of the weight
-        Ones for the weights of kept channels, else zeros.
-    """
+    """Turn kept output channels, bool, shape (channels,), into a mask of ones and zeros of the weight's shape."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     kept = kept.to(dtype=weight.dtype, device=weight.device)
     if isinstance(module, TRANSPOSED):
@@ -163,20 +79,8 @@ def spread(module: torch.nn.Module, kept: torch.Tensor) -> torch.Tensor:
 
 
 def check_names(model: torch.nn.Module, config_list: Iterable[Any]) -> None:
-    """Check that a model has the layers that a config_list names.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model.
-    config_list : iterable of dict
-        NNI's config_list; what isn't a dict is passed over.
-
-    Raises
-    ------
-    ConfigError
-        If an ``op_names`` holds a name that is no module's; NNI says nothing or raises a KeyError.
-    """
+    """Raise a ConfigError if an ``op_names`` of a config_list holds a name that is no module's."""
+    # NNI passes over such a name, or raises a KeyError.
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for config in config_list:
         for name in (config.get("op_names") or ()) if isinstance(config, dict) else ():

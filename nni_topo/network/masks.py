@@ -14,18 +14,7 @@ FullMasks = dict[str, dict[str, torch.Tensor]]
 
 
 def check_unwrapped(model: torch.nn.Module) -> None:
-    """Refuse a model that is still wrapped by NNI.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model.
-
-    Raises
-    ------
-    SpeedupError
-        If a module still has NNI's wrapper.
-    """
+    """Raise a SpeedupError if a module still has NNI's wrapper."""
     for name, _ in model.named_modules():
         if name.endswith("_nni_wrapper"):
             raise SpeedupError(
@@ -35,20 +24,7 @@ def check_unwrapped(model: torch.nn.Module) -> None:
 
 
 def check_model(model: torch.nn.Module) -> None:
-    """Refuse a model that is still wrapped by NNI or holds values that aren't finite.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model.
-
-    Raises
-    ------
-    SpeedupError
-        If a module still has NNI's wrapper.
-    DataError
-        If a parameter or buffer has NaN or infinite values.
-    """
+    """Raise a SpeedupError if a model is still wrapped, a DataError if it holds NaN or infinite values."""
     check_unwrapped(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -56,32 +32,9 @@ def check_model(model: torch.nn.Module) -> None:
 
 
 def check_masks(model: torch.nn.Module, masks: Masks) -> FullMasks:
-    """Check masks and expand them to the shapes of their parameters.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model the masks belong to.
-    masks : mapping of str to mapping of str to Tensor or None
-        NNI's masks, ``{module: {parameter: mask}}``; a mask of ones and zeros has the parameter's shape or
-        one that broadcasts to it, e.g. (O, 1, 1, 1); None masks nothing.
-
-    Returns
-    -------
-    dict of str to dict of str to Tensor
-        New masks of the parameters' shapes, types and devices. A layer's bias is masked wherever all its weights
-        of an output channel are: the channel goes as a whole. A module with several names appears under
-        its first.
-
-    Raises
-    ------
-    ConfigError
-        If a module or parameter is unknown, a shape doesn't fit, a value isn't 0 or 1, or the two
-        names of one module have different masks.
-    SpeedupError
-        If a mask leaves nothing of a layer.
-    """
+    """Check masks and expand them to their parameters' shapes, types and devices; a channel's bias goes along."""
     modules = dict(model.named_modules(remove_duplicate=False))
+    # Masks are kept under the first of the names of a module.
     first_names = {id(module): name for name, module in model.named_modules()}
     full: FullMasks = {}
     for name, targets in masks.items():

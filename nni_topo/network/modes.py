@@ -30,10 +30,8 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def detached_copy(model: nn.Module) -> Any:
-    """Return a deep copy of a model, also where weights are computed, as those of a masked model in training are.
-
-    Such weights are tensors of their own in the copy, without a history.
-    """
+    """Return a deep copy of a model, also where weights are computed, as those of a masked model in training are."""
+    # Such weights aren't leaves, which deepcopy refuses: in the copy they are tensors of their own, without a history.
     computed = {
         id(value): value.detach().clone()
         for module in model.modules()

@@ -22,52 +22,18 @@ from nni_topo.network.inputs import tensors_of
 
 
 def masks_enter(speedup: ModelSpeedup, node: torch.fx.Node) -> bool:
-    """Tell whether anything that a node works on is masked.
-
-    Parameters
-    ----------
-    speedup : ModelSpeedup
-        A speedup on its way from the inputs to the outputs.
-    node : torch.fx.Node
-        The node.
-
-    Returns
-    -------
-    bool
-        True if a mask of an input or of the module's parameters holds a zero.
-    """
+    """Tell whether a mask of a node's inputs or of its module's parameters holds a zero."""
     entering = [speedup.node_infos[parent].output_masks for parent in node.all_input_nodes]
     return any(not bool(mask.all()) for mask in tensors_of([entering, speedup.node_infos[node].param_masks]))
 
 
 def whole(speedup: ModelSpeedup, node: torch.fx.Node) -> Any:
-    """Make the masks of a node's output that mask nothing.
-
-    Parameters
-    ----------
-    speedup : ModelSpeedup
-        The speedup.
-    node : torch.fx.Node
-        A node that was run.
-
-    Returns
-    -------
-    Any
-        Ones for each tensor that NNI gives a mask, else None, in the containers of the output.
-    """
+    """Make masks of ones of a node's output, in its containers; None for what NNI gives no mask."""
     return tree_map_zip(lambda value: _ones(speedup, value), speedup.node_infos[node].output_origin)
 
 
 def free(speedup: ModelSpeedup, node: torch.fx.Node) -> None:
-    """Drop the random values that no later node reads.
-
-    Parameters
-    ----------
-    speedup : ModelSpeedup
-        The speedup.
-    node : torch.fx.Node
-        The node that was done last.
-    """
+    """Drop the random values that no node after this one reads."""
     for done in speedup.user_to_last_uses.get(node, []) if speedup.garbage_collect_values else []:
         del speedup.node_infos[done].output_randomize
 
@@ -84,6 +50,7 @@ class PlainUpdater(DefaultMaskUpdater):
     def direct_update_preprocess(self, model_speedup: ModelSpeedup, node: torch.fx.Node) -> None:
         """Draw random values, of parameters and constants too."""
         super().direct_update_preprocess(model_speedup, node)
+        # NNI draws only what has its batch size. A scale that starts at zero would mask all that it multiplies.
         info = model_speedup.node_infos[node]
         info.output_randomize = tree_map_zip(_redraw, info.output_randomize)
 
@@ -94,6 +61,7 @@ class PlainUpdater(DefaultMaskUpdater):
         if masks_enter(model_speedup, node):
             with torch.no_grad():
                 masks = self._constant(model_speedup, node, before, masked=True)
+                # A slice that is gone may be constant by itself, as behind a comparison; a run without masks tells.
                 if _lost(before, masks):
                     alike = self._constant(model_speedup, node, before, masked=False)
                     passed = _passed(model_speedup, node)
@@ -105,12 +73,14 @@ class PlainUpdater(DefaultMaskUpdater):
 
     def indirect_update_process(self, model_speedup: ModelSpeedup, node: torch.fx.Node) -> None:
         """Mask what later masks leave without a use, and tell the inputs what is needed of them."""
+        # Held back: a zero gradient counts only once it is known not to be zero without masks too.
         with model_speedup.collected() as given:
             super().indirect_update_process(model_speedup, node)
         info = model_speedup.node_infos[node]
         if tensors_of(info.output_origin) and any(_unneeded(model_speedup, *pair) for pair in given):
             with model_speedup.collected() as plain, _unmasked(model_speedup, node):
                 super().indirect_update_process(model_speedup, node)
+            # Both runs pass to the same inputs in the same order.
             for (parent, values), (_, others) in zip(given, plain, strict=True):
                 masks = model_speedup.node_infos[parent].output_masks
                 tree_map_zip(_add_needed, values, others, masks)
@@ -124,6 +94,7 @@ class PlainUpdater(DefaultMaskUpdater):
             if not isinstance(leaf, torch.fx.Node):
                 return leaf
             info = speedup.node_infos[leaf]
+            # Same random values in both runs, so that only the masks can make a difference.
             masks = info.output_masks if masked else tree_map_zip(lambda _: None, info.output_randomize)
             return tree_map_zip(_times, info.output_randomize, masks)
 
@@ -176,8 +147,10 @@ def _restore(mask: torch.Tensor | None, plain: torch.Tensor | None, passed: list
         return mask
     entering = torch.ones_like(mask)
     for other in passed:
+        # Of another shape (broadcast, joined) a mask says nothing about the places here.
         entering = entering * other.to(mask) if other.shape == mask.shape else entering
     for d, (has, varies) in enumerate(zip(_slices(mask), _slices(plain), strict=True), start=1):
+        # Constant with masks and without: it isn't the masks that made it so.
         mask = torch.where(_at(d, ~has & ~varies, mask), entering, mask)
     return mask
 
@@ -201,6 +174,7 @@ def _add_needed(value: Any, other: Any, mask: torch.Tensor | None) -> None:
         return
     grad = torch.zeros_like(value) if value.grad is None else value.grad.clone()
     plain = torch.zeros_like(value) if other.grad is None else other.grad
+    # An argmax or a comparison passes no gradient at all, though what enters decides: all that is alive is needed.
     if not bool(grad.any()) and not bool(plain.any()):
         grad = mask.to(grad).expand_as(grad).clone()
     for d, (has, has_plain) in enumerate(zip(_slices(grad), _slices(plain), strict=True), start=1):
@@ -219,6 +193,7 @@ def _unmasked(speedup: ModelSpeedup, node: torch.fx.Node) -> Iterator[None]:
             info.output_masks = tree_map_zip(
                 lambda mask: torch.ones_like(mask) if isinstance(mask, torch.Tensor) else mask, info.output_masks
             )
+            # Without a gradient NNI takes all of the node's output for needed.
             info.output_grad = tree_map_zip(lambda _: None, info.output_grad)
         yield
     finally:

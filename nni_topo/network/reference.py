@@ -73,22 +73,7 @@ def masked_model(model: torch.nn.Module, example_inputs: Any, masks: Masks) -> t
 
 @fast_paths_off()
 def apply_masks(model: torch.nn.Module, call: Call, masks: FullMasks) -> torch.nn.Module:
-    """Do the work of `masked_model` on checked arguments.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model; it isn't changed.
-    call : tuple of (tuple, dict)
-        Positional and keyword arguments.
-    masks : dict of str to dict of str to Tensor
-        Checked masks of the parameters' shapes.
-
-    Returns
-    -------
-    torch.nn.Module
-        The copy.
-    """
+    """Do the work of `masked_model` on checked arguments."""
     reference = copy.deepcopy(model)
     ties = find_ties(reference)
     untie(reference, ties)
@@ -114,13 +99,7 @@ def _silence(module: torch.nn.Module, channels: torch.Tensor) -> None:
 
 
 def _dead_inputs(model: torch.nn.Module, call: Call, masks: FullMasks) -> dict[str, torch.Tensor]:
-    """Find the channels that arrive as zeros at norms and depth-wise convolutions.
-
-    Returns
-    -------
-    dict of str to Tensor of bool, shape (channels,)
-        True for channels that are zero in every call of the module; modules with none are left out.
-    """
+    """Find the channels that enter norms and depth-wise convolutions as zeros in every call: bool, (channels,)."""
     probe = copy.deepcopy(model).float().eval()
     generator = torch.Generator().manual_seed(0)
     positive = cast_floats(random_like(call, generator, positive=True), torch.float32)
@@ -159,16 +138,7 @@ def _make_positive(probe: torch.nn.Module, masks: FullMasks, generator: torch.Ge
 
 
 class _Watch:
-    """Watch one per-channel module of the probe over all of its calls.
-
-    A norm passes on what it gets. A channel that is zero in one call and not in another can't be
-    silenced in the parameters, so from the next round on its bias counts as positive.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        A norm or a depth-wise convolution of the probe.
-    """
+    """Watch one norm or depth-wise convolution of the probe over all of its calls; a norm passes on what it gets."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.dead: torch.Tensor | None = None
@@ -184,6 +154,8 @@ class _Watch:
             return False
         calls, self._calls = torch.stack(self._calls), []
         self.dead = calls.all(0)
+        # A channel that is zero in one call and not in another can't be silenced in the parameters, so from the next
+        # round on its bias counts as positive.
         mixed = calls.any(0) & ~self.dead
         known = self._alive if self._alive is not None else torch.zeros_like(mixed)
         self._alive = known | mixed
@@ -214,36 +186,11 @@ def check_equal(
     *,
     advise: Callable[[str | None], str] | None = None,
 ) -> None:
-    """Raise unless two models give the same outputs on random inputs, in evaluation mode.
-
-    Parameters
-    ----------
-    reference : torch.nn.Module
-        The masked model.
-    dense : torch.nn.Module
-        The dense model. Both are copied, not changed.
-    call : tuple of (tuple, dict)
-        Inputs whose shapes and types the random ones have.
-    kept : dict of str to list of Tensor
-        For each module, the indices kept of each dimension of its output.
-    rtol : float
-        The largest difference allowed, relative to the reference's largest absolute output.
-    advise : callable or None, default=None
-        Says what to do about a difference, given the first module that differs, None behind the last one.
-
-    Raises
-    ------
-    SpeedupError
-        With the measured difference and the first layer that differs.
-
-    Notes
-    -----
-    Computed in double precision, where two models that are equal differ by 1e-12 and less however deep
-    they are; in the model's own precision if it can't run in double.
-    """
+    """Raise a SpeedupError unless two models agree, to ``rtol`` of the largest output, on random inputs."""
     drawn = random_like(call, torch.Generator().manual_seed(1))
     pair = (reference, dense)
     try:
+        # In double precision two models that are equal differ by 1e-12 and less however deep they are.
         expected, actual, place = _run(pair, cast_floats(drawn, torch.float64), kept, rtol, double=True)
     except (RuntimeError, TypeError):
         try:

@@ -77,22 +77,7 @@ class DenseReport:
 def dense_report(
     model: torch.nn.Module, dense: torch.nn.Module, masks: FullMasks, reasons: Mapping[str, str]
 ) -> DenseReport:
-    """Compare the layers of a model with those of its dense one.
-
-    Parameters
-    ----------
-    model, dense : torch.nn.Module
-        The model before and after.
-    masks : dict of str to dict of str to Tensor
-        Checked masks of the parameters' shapes, as they were asked for.
-    reasons : mapping of str to str
-        Why layers keep channels, where it's known.
-
-    Returns
-    -------
-    DenseReport
-        A row for each layer that makes channels, and for each masked norm.
-    """
+    """Compare a model with its dense one: a row for each layer that makes channels, and for each masked norm."""
     rows = []
     for name, module in model.named_modules():
         before, after = _channels(module), _channels(dense.get_submodule(name))

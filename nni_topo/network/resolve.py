@@ -21,100 +21,41 @@ _logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """Masks that agree, and what was kept for it.
-
-    Parameters
-    ----------
-    masks : dict of str to dict of str to Tensor
-        The new masks.
-    reasons : dict of str to str
-        Why masked layers keep channels that their own masks remove; empty for those that keep none.
-    kept : dict of str to str
-        How many such channels and why, for the layers that keep any but for ``round_to``.
-    """
+    """Masks that agree, and what was kept for it."""
 
     masks: FullMasks
-    reasons: dict[str, str]
-    kept: dict[str, str]
+    reasons: dict[str, str]  # why masked layers keep channels that their masks remove; "" for those that keep none
+    kept: dict[str, str]  # how many such channels and why, by layer that keeps any but for ``round_to``
 
 
 def resolve_masks(
     model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, round_to: int | None = None
 ) -> FullMasks:
-    """Make the masks of tied channels agree, and warn of layers that keep channels for it.
-
-    Parameters
-    ----------
-    model, flow, masks, round_to
-        As `resolve` takes them.
-
-    Returns
-    -------
-    dict of str to dict of str to Tensor
-        The new masks.
-
-    Raises
-    ------
-    ConfigError, SpeedupError
-        As `resolve` does.
-    """
+    """Make the masks of tied channels agree as `resolve` does, and warn of layers that keep channels for it."""
     resolved = resolve(model, flow, masks, round_to)
     warn_of_kept(resolved.kept)
     return resolved.masks
 
 
 def warn_of_kept(kept: Mapping[str, str]) -> None:
-    """Say in one warning which layers keep channels although they are masked, and why.
-
-    Parameters
-    ----------
-    kept : mapping of str to str
-        For each layer how many channels it keeps, and the reason; nothing is said of none.
-    """
+    """Say in one warning which layers keep channels although they are masked: how many and why, by layer."""
     if kept:
         told = "; ".join(f"{name} {text}" for name, text in kept.items())
         _logger.warning("masks must agree where layers share channels; channels kept although masked: %s", told)
 
 
 def resolve(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, round_to: int | None = None) -> Resolved:
-    """Make the masks of tied channels agree.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model.
-    flow : ChannelFlow
-        The ties between its channels.
-    masks : dict of str to dict of str to Tensor
-        Checked masks of the parameters' shapes.
-    round_to : int, optional
-        If given, every pruned layer keeps a multiple of it (or all of its channels).
-
-    Returns
-    -------
-    Resolved
-        New masks. A channel is kept as soon as one of the channels tied to it is kept or belongs to a layer
-        without a mask; blocks of grouped convolutions keep equally many. Depth-wise convolutions
-        without a mask get one that follows the layer before them.
-
-    Raises
-    ------
-    ConfigError
-        If ``round_to`` isn't a positive integer.
-    SpeedupError
-        If a channel of the model's output is masked.
-
-    Notes
-    -----
-    Which channels come back for ``round_to`` and for equal blocks is decided by the weights' L1 norm, summed
-    over the tied channels: the largest first.
-    """
+    """Make checked masks of tied channels agree; ``round_to``: every pruned layer keeps a multiple of it, or all."""
     if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
         raise ConfigError(f"round_to must be a positive integer or None, got {round_to!r}")
     given = _given(model, flow, masks)
+    # A channel stays as soon as one tied to it is kept, or belongs to a layer without a mask.
     kept = _union(flow, given)
+    # Before rounding brings channels back: a mask on the output is a mistake even where this would undo it.
     _check_output(flow, given, kept)
+    # Equal blocks and rounding bring back the largest weights first, by L1 norm over tied channels.
     shared, scores = kept.copy(), _scores(model, flow)
+    # In two steps, so that what equal blocks bring back can be told from what rounding does.
     _grow(flow, kept, scores, 1, set(given))
     leveled = kept.copy()
     _grow(flow, kept, scores, round_to or 1, set(given))
@@ -139,6 +80,7 @@ def _union(flow: ChannelFlow, given: dict[str, np.ndarray]) -> np.ndarray:
     size = 1 + sum(layer.channels for layer in flow.layers.values())
     kept, stated = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
     for name, layer in flow.layers.items():
+        # It has no say: its channels go with those of the layer before it. Any other layer without a mask keeps all.
         if layer.depthwise and name not in given:
             continue
         roots = flow.layer_roots(name)
@@ -161,6 +103,7 @@ def _check_output(flow: ChannelFlow, given: dict[str, np.ndarray], kept: np.ndar
 def _grow(flow: ChannelFlow, kept: np.ndarray, scores: np.ndarray, round_to: int, masked: set[str]) -> None:
     """Bring channels back until blocks are equal and counts are rounded; both only ever add."""
     layers = [flow.layer_roots(name) for name in flow.layers if name in masked]
+    # What evens one set of blocks may unbalance another that shares its channels. Channels only come back, so it ends.
     before = -1
     while before != int(kept.sum()):
         before = int(kept.sum())
@@ -173,8 +116,10 @@ def _grow(flow: ChannelFlow, kept: np.ndarray, scores: np.ndarray, round_to: int
 
 def _level(blocks: Blocks, sides: list[list[np.ndarray]], kept: np.ndarray, scores: np.ndarray) -> None:
     """Bring channels back until all blocks that are left keep equally many."""
+    # Of channels that couldn't be followed nobody knows which are kept; unequal blocks are refused when they are cut.
     if any((block < FIXED).any() for side in sides for block in side):
         return
+    # A block goes only if it goes on all sides; where any side keeps a channel of it, all are filled up.
     left = [not blocks.may_vanish or any(kept[block].any() for block in parts) for parts in zip(*sides, strict=True)]
     for side in sides:
         most = max(int(kept[block].sum()) for block in side)
@@ -187,6 +132,7 @@ def _bring_back(roots: np.ndarray, kept: np.ndarray, scores: np.ndarray, wanted:
     pruned = np.unique(roots[~kept[roots]])
     best = pruned[descending(scores[pruned])]
     for root in best:
+        # Counted anew each time: one root may stand for several channels of the layer.
         if int(kept[roots].sum()) >= wanted:
             return
         kept[root] = True
@@ -200,6 +146,8 @@ def _scores(model: torch.nn.Module, flow: ChannelFlow) -> np.ndarray:
         weight: torch.Tensor = module.weight.detach()  # type: ignore[operator]
         sums = weight.abs().double().transpose(0, channel_dimension(module)).flatten(1).sum(1).cpu().numpy()
         roots = flow.layer_roots(name)
+        # A grouped transposed convolution has one column for the outputs at one place of every group, which share its
+        # sum. Roots may repeat: each has to add.
         np.add.at(scores, roots, np.resize(sums, len(roots)))
     return scores
 
@@ -241,6 +189,7 @@ def _new_masks(
         changed, keep_all = torch.from_numpy(keep & ~old), torch.from_numpy(keep)
         targets = new.setdefault(name, {})
         weight = targets.get("weight", spread(module, torch.ones(layer.channels)))
+        # Channels that came back get all of their weights; in the others single masked weights stay masked.
         targets["weight"] = torch.maximum(weight, spread(module, changed)) * spread(module, keep_all)
         bias = getattr(module, "bias", None)
         if isinstance(bias, torch.Tensor):

@@ -17,25 +17,7 @@ Size = tuple[int, ...]
 
 
 def convolution_sizes(model: nn.Module, example_inputs: Any) -> dict[str, tuple[Size, Size]]:
-    """Run a model and note the sizes in pixels of every convolution's input and output at its first call.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model; run in evaluation mode without gradients.
-    example_inputs : Tensor, tuple, list or mapping of str to Any
-        Its inputs; the first dimension is the batch.
-
-    Returns
-    -------
-    dict of str to (tuple of int, tuple of int)
-        By module name; convolutions that aren't reached are missing.
-
-    Raises
-    ------
-    ConfigError
-        If the model doesn't run on these inputs.
-    """
+    """Note the input and output size, in pixels, of every convolution that a model reaches, at its first call."""
     args, kwargs = call_arguments(example_inputs, model)
     sizes: dict[str, tuple[Size, Size]] = {}
 
@@ -75,15 +57,7 @@ def padded_size(module: Any, input_size: Size) -> Size:
 
 
 def graph_of_convolution(module: Any, input_size: Size) -> LayerGraph:
-    """Return the graph of a convolution's Toeplitz matrix.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        A convolution of one to three dimensions.
-    input_size : tuple of int
-        Size of its input in pixels, without padding.
-    """
+    """Return the graph of a convolution's Toeplitz matrix; its input's size is without padding."""
     return convolution_graph(
         (module.out_channels, module.in_channels // module.groups, *module.kernel_size),
         padded_size(module, input_size),

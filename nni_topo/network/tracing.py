@@ -19,27 +19,7 @@ _logger = logging.getLogger(__name__)
 
 @fast_paths_off()
 def trace(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModule, tuple[Any, ...]]:
-    """Trace a model in evaluation mode.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        A model in evaluation mode; its forward runs a few times.
-    call : tuple of (tuple, dict)
-        Positional and keyword arguments of its forward.
-
-    Returns
-    -------
-    graph_module : torch.fx.GraphModule
-        The graph; its leaf modules are the model's own, shapes stand in ``node.meta["tensor_meta"]``.
-    args : tuple
-        The call's arguments in the order of the graph's placeholders.
-
-    Raises
-    ------
-    SpeedupError
-        If neither tracer gives a graph that computes what the model computes.
-    """
+    """Trace a model in evaluation mode: a graph on its own leaf modules, with shapes, and its placeholders' values."""
     named = bind_arguments(model, call)
     reasons = []
     for tracer in (_symbolic, _concrete):

@@ -20,10 +20,8 @@ from torch import nn
 
 @contextmanager
 def fast_paths_off() -> Iterator[None]:
-    """Let attention and transformer layers compute what they say, step by step, for a while.
-
-    Their fast paths turn padded batches into nested tensors, on which hooks and masks can't work.
-    """
+    """Let attention and transformer layers compute what they say, step by step, for a while."""
+    # The fast paths turn padded batches into nested tensors, on which hooks and masks can't work.
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
