@@ -23,26 +23,9 @@ AT_BOUND = 1e-10
 
 
 def first_largest(values: ArrayLike, scale: float = 0.0) -> int:
-    """Return the lowest index whose value counts as the largest.
-
-    Parameters
-    ----------
-    values : array_like of float, shape (n,)
-        Not NaN; ``-inf`` is never chosen before a finite value.
-    scale : float, default=0.0
-        Size, at least 0, of the numbers that the values were computed from: differences below ``1e-12`` of it are
-        rounding, also where all values are tiny.
-
-    Returns
-    -------
-    int
-        The first index whose value is within ``1e-6`` of the largest, relative to it.
-
-    Examples
-    --------
-    >>> first_largest([1.0, 3.0, 3.0 + 1e-15])
-    1
-    """
+    """Return the lowest index of values (n,), none of them NaN, that counts as the largest."""
+    # To 1e-6 of the largest, or to 1e-12 of `scale`, the size of the numbers that the values were computed from: so
+    # that rounding decides nothing where all values are tiny, either. ``-inf`` is never chosen before a finite value.
     numbers = np.asarray(values)
     top = numbers.max()
     return int((numbers >= top - max(RELATIVE * abs(top), FLOOR * scale)).argmax())
@@ -60,48 +43,14 @@ def first_largest_along(values: Tensor, dim: int) -> Tensor:
 
 
 def descending(values: ArrayLike, scale: float = 0.0) -> IntArray:
-    """Return the order from the largest value to the smallest, the lowest index first among near ties.
-
-    Parameters
-    ----------
-    values : array_like of float, shape (n,) or (rows, n)
-        Finite; every row has an order of its own.
-    scale : float, default=0.0
-        As for :func:`leveled`.
-
-    Returns
-    -------
-    ndarray of int, of the same shape
-    """
+    """Return the order of finite values, (n,) or (rows, n) row by row, from the largest down; near ties by index."""
     return np.argsort(-leveled(values, scale), axis=-1, kind="stable")
 
 
 def leveled(values: ArrayLike, scale: float = 0.0) -> FloatArray:
-    """Make values equal that count as equal, so that exact comparisons and stable sorts follow the rule.
-
-    Parameters
-    ----------
-    values : array_like of float, shape (n,) or (rows, n)
-        Finite; rows are leveled one by one.
-    scale : float, default=0.0
-        Size of the numbers that the values were computed from, at least 0; the largest of the values counts in any
-        case.
-
-    Returns
-    -------
-    ndarray of float64, of the same shape
-        From the largest on, each value stands for those that lie below it by at most ``1e-6`` of it, or by ``1e-12`` of
-        the scale.
-
-    Notes
-    -----
-    O(n log n). Values without near ties come back as they are.
-
-    Examples
-    --------
-    >>> leveled([2.0, 1.0 - 1e-15, 5.0, 1.0]).tolist()
-    [2.0, 1.0, 5.0, 1.0]
-    """
+    """Return finite values, (n,) or (rows, n) row by row, in which those that count as equal are equal."""
+    # From the largest on, each value stands for those that lie below it by at most 1e-6 of it, or by 1e-12 of `scale`
+    # or of the largest size among the values. Values without near ties come back as they are.
     numbers = np.array(values, dtype=np.float64)
     for row in numbers.reshape(-1, numbers.shape[-1]) if numbers.size else ():
         _level(row, scale)

@@ -208,31 +208,7 @@ def compensation(
 def compensate_up_to(
     model: nn.Module, masks: Masks, calibration: Iterable[Any], layer: str, *, seed: int = 0
 ) -> nn.Module:
-    """Reconstruct the layers in front of a layer only.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The trained model; it isn't changed.
-    masks : mapping
-        NNI's masks.
-    calibration : iterable
-        Batches, several times iterable.
-    layer : str
-        Name of the first layer that stays as it is.
-    seed : int, default=0
-        For the positions that large feature maps are sampled at.
-
-    Returns
-    -------
-    torch.nn.Module
-        The pruned network, traced: submodules have their names.
-
-    Raises
-    ------
-    ConfigError, DataError, SpeedupError
-        As :func:`compensate`.
-    """
+    """Return the pruned network, traced, with the layers in front of `layer` reconstructed; errors of `compensate`."""
     check_model(model)
     calibration = repeatable(calibration)
     sizes, call = _survey(model, calibration)

@@ -34,18 +34,10 @@ _LEAST_VARIANCE = 1e-12
 
 
 class ChannelTask(Task):
-    """Mix the kept channels such that they stand in for all channels that a layer read.
+    """Mix the kept channels such that they stand in for all channels that a layer read."""
 
-    Parameters
-    ----------
-    layer : Solvable
-        The layer that reads them.
-    roots : ndarray of int, shape (inputs,)
-        For each input channel or feature the number of the channel that it comes from. Features of one channel, behind
-        a flattening, count as its samples.
-    pruned : torch.nn.Module
-        The pruned network.
-    """
+    # `roots` (inputs,) has for each input channel or feature the number of the channel that it comes from. Features of
+    # one channel, behind a flattening, count as its samples.
 
     def __init__(self, layer: Solvable, roots: np.ndarray, pruned: nn.Module) -> None:
         self.layer = layer
@@ -69,6 +61,8 @@ class ChannelTask(Task):
         reached = self._rows(pruned[self.place][part], positions)
         index = self.kept.to(wanted.device)[:, None, :].expand(-1, wanted.shape[1], -1)
         inputs = reached.gather(2, index)
+        # Around the identity: a kept channel lacks what pruning before it took, a removed one lacks everything. So the
+        # ridge draws towards the kept channels as they are.
         lacking = wanted.double()
         return inputs, lacking.scatter_add(2, index, -inputs.double()), wanted
 
@@ -81,9 +75,12 @@ class ChannelTask(Task):
         weight: Any = net.get_submodule(self.layer.name).weight
         with torch.no_grad():
             for group, (rows, places, kept) in enumerate(zip(self.layer.rows, self._places, self.kept, strict=True)):
+                # Places count over all groups, the weight's second axis over those of one.
                 rows, local = rows.to(weight.device), places.to(weight.device) % weight.shape[1]
                 old = weight[rows[:, None], local.flatten()].double().unflatten(1, local.shape)
                 mixing = found.solution.weights[group].to(old.device)
+                # Removed channels are read no more; the kept ones take over, each by one factor for all kernel
+                # elements.
                 new = torch.zeros_like(old)
                 new[:, kept] = old[:, kept] + torch.einsum("kc,ocq...->okq...", mixing, old)
                 weight[rows[:, None], local.flatten()] = new.flatten(1, 2).to(weight.dtype)
@@ -108,19 +105,10 @@ class ChannelTask(Task):
 
 
 class PairTask(ChannelTask):
-    """Let one kept channel stand in for each removed channel.
+    """Let one kept channel stand in for each removed one: that of `survivors`, else the one most correlated."""
 
-    Parameters
-    ----------
-    layer, roots, pruned
-        As in :class:`ChannelTask`.
-    survivors : mapping of int to int, optional
-        Kept channel for each removed channel, by their numbers in ``roots``. By default the one with the largest
-        absolute correlation.
-    biases : mapping of int to float, optional
-        If given, the constant for a removed channel u is ``beta * biases[u]``, the same for each output, as (5.9)
-        prints it, instead of ``beta`` times the weights that read u.
-    """
+    # With `biases` the constant for a removed channel u is ``beta * biases[u]``, the same for each output, as (5.9)
+    # prints it, instead of `beta` times the weights that read u.
 
     def __init__(
         self,
@@ -131,6 +119,7 @@ class PairTask(ChannelTask):
         biases: Mapping[int, float] | None = None,
     ) -> None:
         super().__init__(layer, roots, pruned)
+        # All places of a channel have the same number: its first one tells.
         self._numbers = torch.from_numpy(roots)[self._places[:, :, 0]]
         self._survivors = survivors or {}
         self._biases = biases
@@ -147,12 +136,16 @@ class PairTask(ChannelTask):
         sums, count = equations.sums, equations.samples
         means = (sums["x"] / count, sums["y"] / count)
         if self.layer.intercept is None:
+            # Nobody takes a constant: the lines go through the origin.
             means = (torch.zeros_like(means[0]), torch.zeros_like(means[1]))
         shared = sums["xy"] / count - means[0].unsqueeze(2) * means[1].unsqueeze(1)
         spread = sums["xx"].diagonal(dim1=1, dim2=2) / count - means[0].square()
+        # A channel that doesn't vary beyond rounding predicts nothing: slope and likeness become 0.
         spread = spread.masked_fill(spread <= _LEAST_VARIANCE * sums["xx"].diagonal(dim1=1, dim2=2) / count, torch.inf)
+        # This ranks the kept channels as the correlation does: the removed one's own deviation is common to all.
         chosen = self._chosen(shared.abs() * spread.rsqrt().unsqueeze(2)).to(shared.device)
         slopes = (shared / spread.unsqueeze(2)).gather(1, chosen.unsqueeze(1))
+        # Kept channels stand for themselves, without slope or shift.
         gone = torch.ones_like(means[1]).scatter(1, self.kept.to(shared.device), 0.0)
         weights = torch.zeros_like(shared).scatter(1, chosen.unsqueeze(1), slopes * gone.unsqueeze(1))
         shift = (means[1] - slopes.squeeze(1) * means[0].gather(1, chosen)) * gone
@@ -233,6 +226,7 @@ def pair_coefficients(
     if spread <= _LEAST_VARIANCE * float(s @ s):
         return 0.0, float(u.mean())
     if iterations is None:
+        # Centred first: the difference of raw moments would cancel where the means are large.
         alpha = float((u - u.mean()) @ (s - s.mean())) / (spread + eps)
         return alpha, float(u.mean() - alpha * s.mean())
     alpha = beta = 0.0
@@ -244,18 +238,12 @@ def pair_coefficients(
 
 
 def _places(layer: Solvable, roots: np.ndarray, module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return where each channel enters and which are kept, group by group.
-
-    Returns
-    -------
-    Tensor of int, shape (groups, channels, places)
-        Input channels or features; several places a channel behind a flattening.
-    Tensor of int, shape (groups, kept)
-        Ranks of the kept ones among the channels.
-    """
+    """Return where channels enter, (groups, channels, places), and the ranks of the kept ones, (groups, kept)."""
     step = int(module.weight.shape[1])  # type: ignore[index]
     groups = layer.columns[:, 0] // step
     counts = np.unique(np.unique(roots, return_counts=True)[1])
+    # Behind a flattening each channel has equally many features. 0, FIXED, stands for whatever can't be pruned, which
+    # is no channel.
     if is_pointwise(module) and len(counts) == 1 and counts[0] > 1 and roots.min() > 0:
         order = np.argsort(roots, kind="stable").reshape(-1, counts[0])
         places = torch.from_numpy(order[np.argsort(order[:, 0])])[None]

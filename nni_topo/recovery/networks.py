@@ -26,54 +26,19 @@ from nni_topo.sharing import find_ties, named_tensors, untie
 
 @dataclass(frozen=True)
 class Networks:
-    """All forms of one model.
+    """All forms of one model."""
 
-    Attributes
-    ----------
-    original, pruned : torch.fx.GraphModule
-        Graphs with the same node names, in evaluation mode, on copies of the model's modules.
-    result : torch.nn.Module
-        A copy of the model, of full size, to be returned.
-    flow : ChannelFlow
-        The channels of the graph.
-    masks : dict of str to dict of str to Tensor
-        Masks that agree where layers share channels.
-    asked : dict of str to dict of str to Tensor
-        The masks as they were given.
-    """
-
+    # Graphs with the same node names, in evaluation mode, on copies of the model's modules.
     original: GraphModule
     pruned: GraphModule
-    result: nn.Module
+    result: nn.Module  # a copy of the model, of full size, to be returned
     flow: ChannelFlow
-    masks: FullMasks
-    asked: FullMasks
+    masks: FullMasks  # agree where layers share channels
+    asked: FullMasks  # as they were given
 
 
 def build_networks(model: nn.Module, call: Call, masks: Masks) -> Networks:
-    """Trace a model, complete its masks and make the networks.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model; it isn't changed.
-    call : tuple of (tuple, dict)
-        Arguments for tracing.
-    masks : mapping of str to mapping of str to Tensor or None
-        NNI's masks.
-
-    Returns
-    -------
-    Networks
-        Group and layer norms of the pruned one take their statistics over kept channels, as in the dense model.
-
-    Raises
-    ------
-    ConfigError
-        If a mask doesn't fit the model.
-    SpeedupError
-        If the model can't be traced, or a mask leaves nothing of a layer or removes outputs.
-    """
+    """Trace a model, complete its masks and make the networks; ConfigError or SpeedupError where that can't be."""
     checked = check_masks(model, masks)
     base = copy.deepcopy(model).eval()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
@@ -99,17 +64,7 @@ def _take_values(graph_module: GraphModule, model: nn.Module) -> None:
 
 
 def copy_norm_statistics(networks: Networks, call: Call, calibration: Iterable[Any]) -> None:
-    """Measure the statistics of the result's batch norms anew, on its masked form.
-
-    Parameters
-    ----------
-    networks : Networks
-        ``result`` is changed. Batch norms keep the statistics of channels that are removed.
-    call : tuple of (tuple, dict)
-        Arguments of the model.
-    calibration : iterable
-        Batches.
-    """
+    """Measure the statistics of the result's batch norms anew, on its masked form; removed channels keep theirs."""
     masked = recalibrate_batch_norm(apply_masks(networks.result, call, networks.masks), calibration)
     for name, module in networks.result.named_modules():
         if isinstance(module, _BatchNorm) and module.running_var is not None and module.running_mean is not None:
@@ -120,15 +75,7 @@ def copy_norm_statistics(networks: Networks, call: Call, calibration: Iterable[A
 
 
 class _NarrowNorm(nn.Module):
-    """A group or layer norm over kept channels; removed ones come out as zeros.
-
-    Parameters
-    ----------
-    norm : torch.nn.GroupNorm or LayerNorm
-        The norm.
-    kept : Tensor of bool, shape (channels,)
-        True for kept channels.
-    """
+    """A group or layer norm over the channels that `kept` (channels,) marks; removed ones come out as zeros."""
 
     def __init__(self, norm: Any, kept: Tensor) -> None:
         super().__init__()

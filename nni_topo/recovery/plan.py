@@ -25,28 +25,13 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.PReLU)
 
 @dataclass(frozen=True)
 class Solvable:
-    """A layer that can be solved anew.
+    """A layer that can be solved anew."""
 
-    Attributes
-    ----------
-    name : str
-        Its name in the model.
-    node : Node
-        Where the graph calls it.
-    columns : Tensor of int, shape (groups, d)
-        Input channels that are kept, in each group that is left.
-    rows : Tensor of int, shape (groups, o)
-        Output channels that are kept.
-    intercept : str or None
-        Who takes a constant: the layer's own name (its bias), the name of the batch norm behind it (its running mean),
-        or nobody.
-    """
-
-    name: str
-    node: Node
-    columns: Tensor
-    rows: Tensor
-    intercept: str | None
+    name: str  # the layer's name in the model
+    node: Node  # where the graph calls it
+    columns: Tensor  # (groups, d): input channels that are kept, in each group that is left
+    rows: Tensor  # (groups, o): output channels that are kept
+    intercept: str | None  # who takes a constant: the layer (bias), the batch norm behind it (running mean), nobody
 
     @property
     def source(self) -> Node:
@@ -56,24 +41,12 @@ class Solvable:
 
 @dataclass(frozen=True)
 class Equation:
-    """A layer is to be solved such that the pruned network meets the original one at a place behind it.
-
-    Attributes
-    ----------
-    layer : Solvable
-        The layer.
-    place : Node
-        The node that is compared. From the layer on there are only batch norms and additions up to there.
-    norms : tuple of str
-        The batch norms on the way.
-    rectified : bool
-        A ReLU alone reads the place, so that negative values are all alike.
-    """
+    """A layer is to be solved such that the pruned network meets the original one at a place behind it."""
 
     layer: Solvable
-    place: Node
-    norms: tuple[str, ...]
-    rectified: bool = False
+    place: Node  # what is compared; from the layer up to there are only batch norms and additions
+    norms: tuple[str, ...]  # the batch norms on the way
+    rectified: bool = False  # a ReLU alone reads the place, so that negative values are all alike
 
 
 @dataclass
@@ -85,29 +58,12 @@ class Plan:
 
 
 def make_plan(graph_module: GraphModule, flow: ChannelFlow, masks: FullMasks, touched: set[Node]) -> Plan:
-    """List the equations of a pruned network.
-
-    Parameters
-    ----------
-    graph_module : torch.fx.GraphModule
-        The original network, with shapes.
-    flow : ChannelFlow
-        Its channels.
-    masks : dict of str to dict of str to Tensor
-        Masks that agree where layers share channels.
-    touched : set of Node
-        Nodes behind pruned channels.
-
-    Returns
-    -------
-    Plan
-        In network order. Of several layers that meet in an addition, those with fewer unknowns are solved first for
-        their own outputs; the largest then makes up for what the sum lost, and the others for what is left of it.
-    """
+    """List the equations of a pruned network, in network order; `touched` are the nodes behind pruned channels."""
     plan = Plan()
     pruned = pruned_roots(graph_module, flow, masks)
     meeting: dict[Node, list[tuple[Equation, Equation]]] = {}
     for node in graph_module.graph.nodes:
+        # Where nothing pruned enters, the kept outputs are what they were.
         if node.op != "call_module" or not any(parent in touched for parent in node.all_input_nodes):
             continue
         name, module = str(node.target), graph_module.get_submodule(str(node.target))
@@ -141,6 +97,7 @@ def path_scale(net: nn.Module, norms: Iterable[str], channels: int) -> Tensor:
     scale = torch.ones(channels, dtype=torch.float64)
     for name in norms:
         norm: Any = net.get_submodule(name)
+        # Only changes of an output are sent through, so that the means and biases drop out.
         own = (norm.running_var.double() + norm.eps).rsqrt()
         own = own if norm.weight is None else own * norm.weight.detach().double()
         scale = scale.to(own.device) * own
@@ -158,10 +115,12 @@ def _why_not(
         return "a transposed convolution"
     kinds = (*CONVOLUTIONS, nn.Linear)
     forward = next((kind.forward for kind in kinds if isinstance(module, kind)), None)
+    # A subclass may compute something else from the same weights.
     if forward is None or type(module).forward is not forward or name not in flow.layers:
         return f"of type {type(module).__name__}"
     if sum(other.op == "call_module" and other.target == node.target for other in graph_module.graph.nodes) > 1:
         return "called more than once"
+    # A parametrized weight isn't a parameter: what is written into it is computed over.
     if "weight" not in module._parameters or module._forward_hooks or module._forward_pre_hooks:
         return "its weight is computed or its calls are hooked"
     if sum(p is module.weight for m in graph_module.modules() for p in m._parameters.values()) > 1:
@@ -177,6 +136,7 @@ def _goes_by_channel(module: Any, mask: Tensor) -> bool:
     blocks = mask.unsqueeze(-1).unflatten(0, (getattr(module, "groups", 1), -1)).flatten(3)
     rows = blocks.amax((2, 3), keepdim=True)
     columns = blocks.amax((1, 3), keepdim=True)
+    # Whole channels are gone if, in each group, the mask is the product of one of rows and one of columns.
     return bool((blocks == rows * columns).all())
 
 
@@ -190,10 +150,12 @@ def _solvable(
     mask = masks.get(name, {}).get("weight")
     groups = getattr(module, "groups", 1)
     if mask is not None:
+        # A channel may stay for another layer's sake while this layer has no weight of it left.
         kept_out &= _any(mask.flatten(1), 1)
         kept_in &= _any(mask.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2), 2).reshape(-1)
     columns, rows = _split(kept_in, groups), _split(kept_out, groups)
     left = [pair for pair in zip(columns, rows, strict=True) if len(pair[0]) and len(pair[1])]
+    # All groups are solved in one batch of equal sizes.
     if not left or len({(len(one), len(other)) for one, other in left}) > 1:
         return None
     inputs = torch.from_numpy(np.stack([pair[0] for pair in left]))
@@ -217,8 +179,10 @@ def _intercept(graph_module: GraphModule, node: Node, rows: Tensor, masks: FullM
     name = str(node.target)
     if graph_module.get_submodule(name).bias is not None:
         mask = masks.get(name, {}).get("bias")
+        # What is added to a masked bias would be masked away.
         return name if mask is None or bool(mask[rows.to(mask.device)].all()) else None
     user = next(iter(node.users)) if len(node.users) == 1 else None
+    # A batch norm subtracts its running mean: that can hold the constant if nobody else sees this output.
     if user is None or not _is_affine(graph_module, user):
         return None
     return str(user.target)
@@ -238,6 +202,7 @@ def _ways(graph_module: GraphModule, layer: Solvable) -> tuple[Equation, Equatio
     node, norms = layer.node, []
     near: Equation | None = None
     shape = tensor_shape(node)
+    # Up to where the value has several readers: what all of them see is what should be met.
     while len(node.users) == 1:
         user = next(iter(node.users))
         if tensor_shape(user) != shape:
@@ -245,6 +210,7 @@ def _ways(graph_module: GraphModule, layer: Solvable) -> tuple[Equation, Equatio
         if _is_affine(graph_module, user):
             norms.append(str(user.target))
         elif _is_sum(user):
+            # The last place where the layer's output is alone.
             near = near or Equation(layer, node, tuple(norms))
         elif not _passes(graph_module, user):
             break
@@ -257,6 +223,7 @@ def _is_rectified(graph_module: GraphModule, node: Node) -> bool:
     """Say whether a ReLU alone reads a node."""
     user = next(iter(node.users)) if len(node.users) == 1 else None
     if user is not None and user.op == "call_module":
+        # Exactly a ReLU: a subclass may let negative values through.
         return type(graph_module.get_submodule(str(user.target))) is nn.ReLU
     return user is not None and user.target in (torch.relu, functional.relu, "relu")
 
@@ -284,5 +251,7 @@ def _ordered(graph_module: GraphModule, equations: list[tuple[Equation, Equation
         module: Any = graph_module.get_submodule(pair[0].layer.name)
         return int(pair[0].layer.columns.shape[1] * module.weight[0, 0].numel())
 
+    # Those with fewer unknowns are solved first for their own outputs, which leaves the sum less to lack; the one with
+    # the most makes up for what it lacks, and the others for what is left of that.
     *others, (_, last) = sorted(equations, key=unknowns)
     return [near for near, _ in others] + [last] + [far for _, far in others]

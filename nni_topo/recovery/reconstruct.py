@@ -34,19 +34,7 @@ _DEAD_SCALE = 1e-6
 
 
 class ReconstructTask(Task):
-    """Solve a layer's weights and its constant for the original's values at a place behind it.
-
-    Parameters
-    ----------
-    equation : Equation
-        The layer and the place.
-    pruned : torch.nn.Module
-        The pruned network; weights that read removed channels are set to zero.
-    result : torch.nn.Module
-        The model to be returned, likewise.
-    refines : bool, default=False
-        Count only what a ReLU behind the place lets through.
-    """
+    """Solve a layer's weights and constant for the original's values at a place behind it, or for a ReLU of them."""
 
     def __init__(self, equation: Equation, pruned: nn.Module, result: nn.Module, *, refines: bool = False) -> None:
         self.refines = refines
@@ -133,19 +121,7 @@ class ReconstructTask(Task):
 
 
 def add_constant(net: nn.Module, taker: str, rows: Tensor, constant: Tensor) -> None:
-    """Add a constant to a layer's output, in its bias or in the running mean of the batch norm behind it.
-
-    Parameters
-    ----------
-    net : torch.nn.Module
-        The network; it is changed.
-    taker : str
-        Name of the layer or the batch norm.
-    rows : Tensor of int, any shape
-        Channels.
-    constant : Tensor, the same shape
-        What is added.
-    """
+    """Add a constant to the channels `rows` of a layer: in its bias, or the running mean of the norm behind it."""
     module: Any = net.get_submodule(taker)
     is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
     vector, sign = (module.running_mean, -1.0) if is_norm else (module.bias, 1.0)

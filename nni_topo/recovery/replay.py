@@ -20,30 +20,11 @@ Values = dict[Node, Any]
 
 
 class Replay:
-    """Runs two networks of one graph over the same batches.
+    """Runs two networks of one graph over the same batches; `pruned` may change between passes."""
 
-    What both have computed up to a place that won't change any more is kept for the next pass if it fits into
-    ``cache_bytes``; else each pass starts where it last did fit, in the worst case at the inputs. So memory stays
-    bounded, whatever the number of images.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model, for the names of its arguments.
-    original, pruned : torch.fx.GraphModule
-        Two graph modules with the same node names; ``pruned`` may change between passes, behind what is settled.
-    calibration : iterable
-        Batches.
-    cache_bytes : int
-        Bytes that may be kept.
-
-    Attributes
-    ----------
-    order : dict of Node to int
-        Rank of each node of the original's graph.
-    touched_nodes : set of Node
-        Nodes of which the values may differ between the two networks.
-    """
+    # What both have computed up to a place that won't change any more is kept for the next pass if it fits into
+    # `cache_bytes`; else each pass starts where it last did fit, in the worst case at the inputs. So memory stays
+    # bounded, whatever the number of images.
 
     def __init__(
         self,
@@ -62,6 +43,7 @@ class Replay:
         self._last_use = {node: max((self.order[user] for user in node.users), default=-1) for node in self.nodes}
         self.touched_nodes = touched_nodes(original, pruned)
         self._calibration = calibration
+        # Values that are kept would be changed by an operation in place, by each pass anew.
         self._cache_bytes = 0 if _works_in_place(original) else cache_bytes
         self._start = 0
         self._saved: list[tuple[Values, Values]] | None = None
@@ -72,40 +54,26 @@ class Replay:
         return self._saved is not None or isinstance(self._calibration, Sequence)
 
     def run(self, settled: int, watched: list[Node]) -> Iterator[tuple[Values, Values]]:
-        """Run all batches up to the last of some nodes.
-
-        Parameters
-        ----------
-        settled : int
-            Rank of the first node that may change before a later pass.
-        watched : list of Node
-            Nodes whose values are wanted.
-
-        Yields
-        ------
-        dict, dict
-            Values of the watched nodes in the original and in the pruned network, batch by batch.
-
-        Raises
-        ------
-        DataError
-            If there is no batch, or the model doesn't take one.
-        """
+        """Yield the watched nodes' values in both networks, batch by batch; DataError if one doesn't fit the model."""
+        # `settled` is the rank of the first node that may change before a later pass.
         stop = max(self.order[node] for node in watched) + 1
         kept: list[tuple[Values, Values]] | None = []
         size = 0
         for index, (original, pruned) in enumerate(self._starts()):
             self._advance(original, pruned, self._start, settled, set(watched), index)
+            # What is kept fits for all batches or for none: a pass starts at one place.
             size += _nbytes(original, pruned)
             kept = [*kept, (dict(original), dict(pruned))] if kept is not None and size <= self._cache_bytes else None
             self._advance(original, pruned, settled, stop, set(watched), index)
             yield {node: original[node] for node in watched}, {node: pruned[node] for node in watched}
+        # Only a pass that was read to its end knows all batches.
         if kept is not None:
             self._start, self._saved = settled, kept
 
     def _starts(self) -> Iterator[tuple[Values, Values]]:
         """Yield each batch's values at the place where passes start."""
         if self._saved is not None:
+            # Copies of the dictionaries: a pass takes out what it no longer needs.
             yield from ((dict(original), dict(pruned)) for original, pruned in self._saved)
             return
         for call in calls(self.model, self._calibration):
@@ -118,6 +86,7 @@ class Replay:
             with torch.no_grad():
                 for rank in range(start, stop):
                     self._step(rank, original, pruned, watched)
+        # A RuntimeError, too, but not the batch's fault.
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -131,12 +100,14 @@ class Replay:
             if node not in original:
                 original[node] = pruned[node] = node.args[0] if node.args else None
             return
+        # Where nothing pruned reaches, both networks compute the same: once is enough, and one tensor serves both.
         original[node] = _compute(self._runners[0], node, original)
         pruned[node] = original[node]
         if node in self.touched_nodes:
             twin = self._twins[node]
             values = {self._twins[parent]: pruned[parent] for parent in node.all_input_nodes}
             pruned[node] = _compute(self._runners[1], twin, values)
+        # Freed after its last reader: memory is that of one place of the graph, not of all of it.
         for parent in [*node.all_input_nodes, node]:
             if self._last_use[parent] <= rank and parent not in watched:
                 original.pop(parent, None)
@@ -161,6 +132,7 @@ def without_side_effects(graph_module: GraphModule) -> GraphModule:
 def touched_nodes(original: GraphModule, pruned: GraphModule) -> set[Node]:
     """Return the nodes of the original's graph behind parameters in which the two graph modules differ."""
     mine, theirs = original.state_dict(), pruned.state_dict()
+    # A norm that was narrowed has its tensors under other names, so that it counts as changed.
     changed = {name for name, value in mine.items() if name not in theirs or not torch.equal(value, theirs[name])}
     touched: set[Node] = set()
     for node in original.graph.nodes:

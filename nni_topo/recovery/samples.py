@@ -31,24 +31,8 @@ def position_count(module: nn.Module, outputs: Tensor) -> int:
 
 
 def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor) -> Tensor:
-    """Return what enters a layer at some positions of its output.
-
-    Parameters
-    ----------
-    module : torch.nn.Conv1d, Conv2d, Conv3d or Linear
-        The layer.
-    inputs : Tensor, shape (n, channels, ...) or (n, ..., features)
-        Its input.
-    columns : Tensor of int, shape (groups, d)
-        Input channels of each group.
-    positions : Tensor of int, shape (n, p)
-        Flat indices of output positions, for each entry.
-
-    Returns
-    -------
-    Tensor, shape (groups, n * p, d * kernel elements)
-        In the order of the layer's weight: channels, then kernel.
-    """
+    """Return what enters a layer at flat output positions (n, p): (groups, n * p, d * kernel elements)."""
+    # In the order of the layer's weight, channels and then kernel; `columns` (groups, d) are the input channels.
     groups = columns.shape[0]
     entries = torch.arange(len(inputs), device=inputs.device)[:, None]
     if is_pointwise(module):
@@ -63,24 +47,7 @@ def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor) 
 
 
 def output_rows(module: nn.Module, outputs: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-    """Return a layer's outputs at some positions.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        The layer.
-    outputs : Tensor, shape (n, channels, ...) or (n, ..., features)
-        Its output, or anything of this shape.
-    rows : Tensor of int, shape (groups, o)
-        Output channels of each group.
-    positions : Tensor of int, shape (n, p)
-        Flat indices of positions, for each entry.
-
-    Returns
-    -------
-    Tensor, shape (groups, n * p, o)
-        The values.
-    """
+    """Return a layer's outputs at flat positions (n, p), of channels (groups, o): (groups, n * p, o)."""
     last = outputs if is_pointwise(module) else outputs.movedim(1, -1)
     flat = last.reshape(len(last), -1, last.shape[-1])
     entries = torch.arange(len(flat), device=flat.device)[:, None]
@@ -88,13 +55,7 @@ def output_rows(module: nn.Module, outputs: Tensor, rows: Tensor, positions: Ten
 
 
 def draw_positions(count: int, entries: int, wanted: int, generator: torch.Generator) -> Tensor:
-    """Draw positions evenly spread over each entry, one from each of ``wanted`` equal stretches.
-
-    Returns
-    -------
-    Tensor of int, shape (entries, min(wanted, count))
-        Ascending in each row, no position twice.
-    """
+    """Draw positions (entries, min(wanted, count)), ascending, one from each of ``wanted`` equal stretches."""
     if wanted >= count:
         return torch.arange(count).expand(entries, count)
     jitter = torch.rand(entries, wanted, generator=generator, dtype=torch.float64)
@@ -125,24 +86,12 @@ _CHUNK = 2**23
 
 
 class Task(ABC):
-    """One layer that is changed to make up for pruned channels.
+    """One layer that is changed to make up for pruned channels."""
 
-    Attributes
-    ----------
-    layer : Solvable
-        The layer.
-    watched : list of Node
-        Nodes whose values are sampled.
-    place : Node
-        Where the error is measured.
-    refines : bool
-        It has the same inputs as the task before, which is done.
-    """
-
-    refines = False
+    refines = False  # it has the same inputs as the task before, which is done
     layer: Solvable
-    watched: list[Node]
-    place: Node
+    watched: list[Node]  # whose values are sampled
+    place: Node  # where the error is measured
 
     @property
     @abstractmethod
@@ -194,50 +143,23 @@ class _Chunk:
 
 
 class Sampler:
-    """Streams the samples of tasks into normal equations.
+    """Streams the samples of tasks into normal equations."""
 
-    A layer with more than ``max(16384, 16 * unknowns)`` positions over all images is sampled at about so many, evenly
-    spread over images and positions, drawn from a seed. Every fifth entry is held out.
-
-    Parameters
-    ----------
-    replay : Replay
-        The two networks.
-    sizes : sequence of int
-        Images in each batch.
-    seed : int
-        For the positions.
-    cache_bytes : int
-        For the samples of a task that others refine. If they fit, these go on from them; else the networks run again.
-    """
+    # A layer with more than ``max(16384, 16 * unknowns)`` positions over all images is sampled at about so many, evenly
+    # spread over images and positions, drawn from a seed. Every fifth entry is held out.
 
     def __init__(self, replay: Replay, sizes: Sequence[int], seed: int, cache_bytes: int) -> None:
         self.replay = replay
         self.sizes = sizes
         self.seed = seed
-        self._cache_bytes = cache_bytes
+        self._cache_bytes = cache_bytes  # for the samples that refinements go on from; without, networks run again
         self._known: tuple[NormalEquations, NormalEquations] | None = None
         self._chunks: list[_Chunk] | None = None
 
     def collect(self, task: Task, settled: int, *, is_refined: bool = False) -> tuple[NormalEquations, NormalEquations]:
-        """Return the sums of the samples to learn from and of those held out.
-
-        A task that refines the one before has the same positions, so that the products of inputs are the same.
-
-        Parameters
-        ----------
-        task : Task
-            The task.
-        settled : int
-            Rank of the first node that may change before a later pass.
-        is_refined : bool, default=False
-            Whether the next task refines this one.
-
-        Raises
-        ------
-        DataError
-            If a batch doesn't fit the model, or activations aren't finite.
-        """
+        """Return the sums of the samples to learn from and of those held out; DataError if any isn't finite."""
+        # A task that refines the one before has the same positions, so that the products of inputs are the same.
+        # `settled` is the rank of the first node that may change before a later pass.
         learned, held = NormalEquations(), NormalEquations()
         kept = self._chunks if task.refines else None
         known = self._known if kept or (task.refines and self.replay.is_repeatable) else None

@@ -20,33 +20,7 @@ Pairs = Mapping[str, Mapping[int, int]]
 def tasks_of(
     method: str, plan: Plan, networks: Networks, *, refine: int, pairs: Pairs | None, as_printed: bool
 ) -> list[Task]:
-    """List the tasks of a method in the order in which they are to be done.
-
-    Parameters
-    ----------
-    method : {"reconstruct", "channel", "pair"}
-        See :func:`~nni_topo.recovery.compensate`.
-    plan : Plan
-        Which layers can be changed.
-    networks : Networks
-        The networks.
-    refine : int
-        Further steps in front of a ReLU.
-    pairs : mapping of str to mapping of int to int or None
-        Kept channels that stand in for removed ones.
-    as_printed : bool
-        Take the constant of equation (5.9) as printed.
-
-    Returns
-    -------
-    list of Task
-        ``"reconstruct"``: one for each equation; else one for each layer that reads removed channels.
-
-    Raises
-    ------
-    ConfigError
-        If ``pairs`` names a layer or channel that can't be used.
-    """
+    """List a method's tasks in the order in which they are to be done; ConfigError if ``pairs`` can't be used."""
     if method == "reconstruct":
         return [
             ReconstructTask(equation, networks.pruned, networks.result, refines=step > 0)

@@ -27,30 +27,12 @@ def torchvision_names() -> list[str]:
 
 
 def build_torchvision(name: str, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
-    """Build an untrained torchvision classifier.
-
-    Parameters
-    ----------
-    name : str
-        ``torchvision/NAME``; the auxiliary classifiers of ``googlenet`` and ``inception_v3`` are left out.
-    num_classes, in_channels : int
-        Width of the output; width of the input, for which a first convolution made for RGB is made anew.
-    image_size : int
-        Side of the images in pixels, which vision transformers (``vit_*``) have to know.
-
-    Returns
-    -------
-    nn.Module
-
-    Raises
-    ------
-    ConfigError
-        If the name isn't one of torchvision's, torchvision isn't installed, or the net can't be built so.
-    """
+    """Build ``torchvision/NAME``, untrained and without auxiliary classifiers; ConfigError if that can't be."""
     if name not in torchvision_names():
         raise unknown_name("model", name, torchvision_names())
     short = name.removeprefix(TORCHVISION)
     arguments = dict(_EXTRA_ARGUMENTS.get(short, {}))
+    # Vision transformers have to know the side of the images, in pixels.
     if short.startswith("vit_"):
         arguments["image_size"] = image_size
     model: nn.Module = _torchvision().get_model(short, weights=None, num_classes=num_classes, **arguments)
@@ -60,28 +42,11 @@ def build_torchvision(name: str, num_classes: int, in_channels: int, image_size:
 
 
 def build_from_factory(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """Import ``package.module:factory`` and call it with those of ``arguments`` that it accepts.
-
-    Parameters
-    ----------
-    name : str
-        Module and callable, separated by a colon; attributes of attributes may be given with dots.
-    arguments : dict
-        Keyword arguments to offer: ``num_classes, in_channels, image_size, width``.
-
-    Returns
-    -------
-    nn.Module
-
-    Raises
-    ------
-    ConfigError
-        If the module can't be found, has no such callable, the callable takes no ``width`` although one other
-        than 1 is asked for, or what it returns isn't a module.
-    """
+    """Import ``package.module:factory`` and call it with those of ``arguments`` that it accepts; else ConfigError."""
     factory = _import_factory(name)
     parameters = inspect.signature(factory).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    # Offered are num_classes, in_channels, image_size and width; a width other than 1 has to be taken.
     accepted = {key: value for key, value in arguments.items() if takes_all or key in parameters}
     if arguments.get("width", 1.0) != 1.0 and "width" not in accepted:
         raise ConfigError(f"width must be 1.0 where the factory takes no width, got {arguments['width']} ({name})")

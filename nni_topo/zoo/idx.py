@@ -26,26 +26,7 @@ _UNSIGNED_BYTE = 8
 
 
 def read_idx(path: Path, axes: int) -> npt.NDArray[np.uint8]:
-    """Read one idx file of unsigned bytes.
-
-    Parameters
-    ----------
-    path : Path
-        The file; gzipped if its name ends with ``.gz``.
-    axes : int
-        Number of axes it must have: 3 for images, 1 for labels.
-
-    Returns
-    -------
-    ndarray of uint8
-        Of the shape in the file's header.
-
-    Raises
-    ------
-    DataError
-        If the file can't be unpacked, its magic number is another one, or its length isn't what its header
-        says.
-    """
+    """Read one idx file of unsigned bytes with so many axes, gzipped if it ends with ``.gz``; DataError if damaged."""
     content = _content(path)
     header = 4 + 4 * axes
     expected = bytes((0, 0, _UNSIGNED_BYTE, axes))
@@ -61,25 +42,8 @@ def read_idx(path: Path, axes: int) -> npt.NDArray[np.uint8]:
 
 
 def find_idx(folder: Path, stem: str) -> Path:
-    """Find an idx file by its usual name, in the folder or below it.
-
-    Parameters
-    ----------
-    folder : Path
-        Where to look: the folder itself, then ``raw`` in it, then ``*/raw`` (as torchvision lays the files
-        out).
-    stem : str
-        E.g. ``"train-images-idx3-ubyte"``; also accepted with a dot before ``idx``, and with ``.gz`` behind.
-
-    Returns
-    -------
-    Path
-
-    Raises
-    ------
-    DataError
-        If there is no such file.
-    """
+    """Find an idx file, e.g. ``train-images-idx3-ubyte``, in the folder, its ``raw`` or ``*/raw``; else DataError."""
+    # Also with a dot before ``idx`` and gzipped; ``*/raw`` is how torchvision lays the files out.
     names = [name + suffix for name in (stem, stem.replace("-idx", ".idx")) for suffix in ("", ".gz")]
     for place in (folder, folder / "raw", *sorted(folder.glob("*/raw"))):
         for name in names:

@@ -16,29 +16,11 @@ _SPLIT_SEED = 1797
 
 
 def read_image_folder(folder: Path, image_size: int | None = None) -> RawData:
-    """Read a folder of images, one folder per class.
-
-    With a ``train`` folder inside, ``test`` (or ``val``) beside it is the test set and must have no class
-    that ``train`` lacks. Otherwise the folders are the classes, and 20 % of every class are set apart for the
-    test, always the same ones. Images are grey if all files of the training set are, else RGB.
-
-    Parameters
-    ----------
-    folder : Path
-    image_size : int or None, default=None
-        Side in pixels: the shorter side is scaled to it and the middle cut out. None takes the images as they
-        are; they must then be squares of one size.
-
-    Returns
-    -------
-    RawData
-        ``uint8`` images.
-
-    Raises
-    ------
-    DataError
-        If there are no classes, an empty class, an unreadable image, unknown test classes or different sizes.
-    """
+    """Read a folder of images, one folder per class, as ``uint8``; DataError if they can't be one data set."""
+    # With a `train` folder inside, `test` (or `val`) beside it is the test set and must have no class that `train`
+    # lacks. Otherwise the folders are the classes, and 20 % of every class are set apart for the test, always the same
+    # ones. Images are grey if all files of the training set are, else RGB. With `image_size` the middle square is
+    # scaled to it; without, the images must be squares of one size.
     if not (folder / "train").is_dir():
         class_names = _classes(folder)
         images, labels = _read_split(folder, class_names, image_size, grey=_all_grey(folder, class_names))

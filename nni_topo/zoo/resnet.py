@@ -20,15 +20,7 @@ from nni_topo.zoo.vgg import scaled
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch norm, added to a shortcut.
-
-    Parameters
-    ----------
-    inputs, outputs : int
-        Channels that enter and leave the block.
-    stride : int
-        Stride of the first convolution and of the shortcut.
-    """
+    """Two 3x3 convolutions with batch norm, added to a shortcut; the stride is that of the first and the shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -53,17 +45,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet of depth ``6 * blocks + 2`` for images of about 32x32.
-
-    Parameters
-    ----------
-    blocks : int
-        Basic blocks in each of the three stages.
-    num_classes, in_channels : int
-        Width of the output and of the input.
-    width : float
-        Factor on the channels 16, 32 and 64 of the stages.
-    """
+    """ResNet of depth ``6 * blocks + 2`` for images of about 32x32, with ``width`` times 16, 32 and 64 channels."""
 
     def __init__(self, blocks: int, num_classes: int, in_channels: int, width: float) -> None:
         super().__init__()

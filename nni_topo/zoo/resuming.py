@@ -23,17 +23,7 @@ def save_training(
     generator: torch.Generator,
     progress: Mapping[str, Any],
 ) -> None:
-    """Write a training's state; the file appears whole or not at all.
-
-    Parameters
-    ----------
-    path : Path
-        Where to write; a former file is replaced.
-    model, optimizer, generator
-        What lasts from one epoch to the next, besides the global generator of the CPU.
-    progress : mapping
-        Plain values that say which training it is and how far it is.
-    """
+    """Write what lasts between epochs, with plain values in `progress`; the file appears whole or not at all."""
     state = {
         "format": _FORMAT,
         "progress": dict(progress),
@@ -52,13 +42,7 @@ def save_training(
 def load_training(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
 ) -> dict[str, Any]:
-    """Put a training back where it was and return its ``progress``; empty where there is no file.
-
-    Raises
-    ------
-    DataError
-        If the file isn't one of :func:`save_training`, or is another model's.
-    """
+    """Put a training back and return its ``progress``, empty without a file; DataError if it isn't the model's."""
     if not path.exists():
         return {}
     try:

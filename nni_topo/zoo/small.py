@@ -14,15 +14,7 @@ from torch import Tensor, nn
 
 
 class ConvNet(nn.Module):
-    """Convolutional features, flattened, and a classifier behind them.
-
-    Parameters
-    ----------
-    features : nn.Module
-        From images ``[n, in_channels, h, w]`` to feature maps ``[n, c, h', w']``.
-    classifier : nn.Module
-        From ``[n, c * h' * w']`` to logits ``[n, num_classes]``.
-    """
+    """Convolutional features ``[n, c, h', w']``, flattened, and a classifier behind them."""
 
     def __init__(self, features: nn.Module, classifier: nn.Module) -> None:
         super().__init__()
@@ -36,13 +28,7 @@ class ConvNet(nn.Module):
 
 
 class Mlp(nn.Sequential):
-    """Fully connected layers with ReLUs in between, on flattened images.
-
-    Parameters
-    ----------
-    sizes : int
-        Widths of the input, of every hidden layer and of the output, in this order.
-    """
+    """Fully connected layers with ReLUs in between, on flattened images; sizes from the input's to the output's."""
 
     def __init__(self, *sizes: int) -> None:
         layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
@@ -108,11 +94,7 @@ def lenet5_like(num_classes: int, in_channels: int, image_size: int, width: floa
 
 
 def small_cnn(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
-    """Build three 3x3 convolutions of 16, 32 and 64 filters with batch norm, and 64 hidden neurons.
-
-    The last feature maps are averaged to 2x2, so that the number of parameters doesn't depend on the image
-    size.
-    """
+    """Build three 3x3 convolutions of 16, 32 and 64 filters with batch norm, and 64 hidden neurons."""
     del image_size, width
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for index, (inputs, outputs) in enumerate(pairwise((in_channels, 16, 32, 64)), start=1):
@@ -120,16 +102,15 @@ def small_cnn(num_classes: int, in_channels: int, image_size: int, width: float)
         layers[f"norm{index}"] = nn.BatchNorm2d(outputs)
         layers[f"relu{index}"] = nn.ReLU()
         layers[f"pool{index}"] = nn.MaxPool2d(2)
+    # Averaged to 2x2, so that the number of parameters doesn't depend on the image size.
     layers["pool3"] = nn.AdaptiveAvgPool2d(2)
     return ConvNet(nn.Sequential(layers), _classifier(64 * 4, 64, num_classes))
 
 
 def cnn12(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
-    """Build the 12-layer CNN: convolution, ReLU, pooling, batch norm four times, then three hidden layers.
-
-    Kernels are 3x3, 3x3, 5x5 and 5x5; every hidden layer goes through ReLU, dropout and batch norm. The
-    dropout rate isn't stated in the source; it is 0.25 here.
-    """
+    """Build the 12-layer CNN: convolution, ReLU, pooling, batch norm four times, then three hidden layers."""
+    # Kernels are 3x3, 3x3, 5x5 and 5x5; every hidden layer goes through ReLU, dropout and batch norm. The dropout rate
+    # isn't stated in the source; it is 0.25 here.
     del width
     features: OrderedDict[str, nn.Module] = OrderedDict()
     widths = (in_channels, 64, 128, 256, 512)

@@ -33,20 +33,10 @@ _DIGITS_SPLIT_SEED = 1797
 
 @dataclass(frozen=True)
 class RawData:
-    """Images and labels of a training and a test set.
+    """Images and labels of a training and a test set."""
 
-    Attributes
-    ----------
-    train_images, test_images : ndarray, shape (n, channels, height, width)
-        ``uint8`` in [0, 255], or floats as stored.
-    train_labels, test_labels : ndarray of int64, shape (n,)
-        From 0.
-    class_names : tuple of str
-        One name per class.
-    """
-
-    train_images: Array
-    train_labels: Array
+    train_images: Array  # (n, channels, height, width), uint8 in [0, 255] or floats as stored; so `test_images`
+    train_labels: Array  # int64 (n,), from 0; so `test_labels`
     test_images: Array
     test_labels: Array
     class_names: tuple[str, ...]
@@ -62,24 +52,7 @@ def read_digits() -> RawData:
 
 
 def read_idx_folder(folder: Path, name: str) -> RawData:
-    """Read the four idx files of MNIST or Fashion-MNIST.
-
-    Parameters
-    ----------
-    folder : Path
-        See :func:`~nni_topo.zoo.idx.find_idx`.
-    name : str
-        ``"mnist"`` or ``"fashion-mnist"``.
-
-    Returns
-    -------
-    RawData
-
-    Raises
-    ------
-    DataError
-        If a file is missing or truncated, or images and labels differ in number.
-    """
+    """Read the four idx files of ``mnist`` or ``fashion-mnist``; DataError if one is missing or damaged."""
     parts = {}
     for part, prefix in (("train", "train"), ("test", "t10k")):
         images = read_idx(find_idx(folder, f"{prefix}-images-idx3-ubyte"), 3)
@@ -90,26 +63,7 @@ def read_idx_folder(folder: Path, name: str) -> RawData:
 
 
 def read_cifar(folder: Path, name: str, download: bool) -> RawData:
-    """Read CIFAR-10 or CIFAR-100 through torchvision, which checks the files' MD5 sums.
-
-    Parameters
-    ----------
-    folder : Path
-        Folder that holds ``cifar-10-batches-py`` or ``cifar-100-python``.
-    name : str
-        ``"cifar10"`` or ``"cifar100"``.
-    download : bool
-        Whether torchvision may fetch what is missing.
-
-    Returns
-    -------
-    RawData
-
-    Raises
-    ------
-    DataError
-        If the files are missing or damaged and ``download`` is False.
-    """
+    """Read ``cifar10`` or ``cifar100`` through torchvision, which checks MD5 sums; DataError if missing or damaged."""
     from torchvision import datasets  # optional and slow to import
 
     kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
@@ -131,26 +85,9 @@ def download_idx(folder: Path, name: str) -> None:
 
 
 def read_npz(path: Path) -> RawData:
-    """Read an ``.npz`` file with ``x_train, y_train, x_test, y_test`` and, if it likes, ``class_names``.
-
-    Images may be ``[n, h, w]``, ``[n, c, h, w]`` or ``[n, h, w, c]`` with 1 or 3 channels, ``uint8`` in [0,
-    255] or floats; labels ``[n]`` or ``[n, 1]``, integers from 0. Without names the classes are as many as
-    the largest training label says.
-
-    Parameters
-    ----------
-    path : Path
-
-    Returns
-    -------
-    RawData
-
-    Raises
-    ------
-    DataError
-        If the file is missing or damaged, holds Python objects, lacks a key, or an array has another shape or
-        type.
-    """
+    """Read an ``.npz`` file with ``x_train, y_train, x_test, y_test``; DataError if it is anything else."""
+    # Images [n, h, w], [n, c, h, w] or [n, h, w, c] with 1 or 3 channels, uint8 or floats; labels [n] or [n, 1],
+    # integers from 0. Without `class_names` the classes are as many as the largest training label says.
     arrays = _npz_arrays(path)
     missing = [key for key in _NPZ_KEYS if key not in arrays]
     if missing:
@@ -166,56 +103,19 @@ def read_npz(path: Path) -> RawData:
 
 
 def split_off_test(images: Array, labels: Array, class_names: tuple[str, ...], seed: int) -> RawData:
-    """Set 20 % of every class apart as the test set, for data that comes without one.
-
-    Parameters
-    ----------
-    images : ndarray, shape (n, channels, height, width)
-    labels : ndarray of int64, shape (n,)
-    class_names : tuple of str
-    seed : int
-        Of the draw. Callers keep it fixed, so that every run is tested on the same images.
-
-    Returns
-    -------
-    RawData
-    """
+    """Set 20 % of every class apart as the test set; callers keep the seed fixed, so that all runs share the test."""
     test = stratified_fraction(labels, 0.2, np.random.default_rng(seed))
     return RawData(images[~test], labels[~test], images[test], labels[test], class_names)
 
 
 def stratified_fraction(labels: Array, fraction: float, generator: np.random.Generator) -> npt.NDArray[np.bool_]:
-    """Draw the same fraction of every class.
-
-    Parameters
-    ----------
-    labels : ndarray of int64, shape (n,)
-    fraction : float
-        In [0, 1); of ``m`` images of a class ``floor(fraction * m)`` are drawn.
-    generator : numpy.random.Generator
-
-    Returns
-    -------
-    ndarray of bool, shape (n,)
-        True where drawn.
-    """
+    """Draw ``floor(fraction * m)`` of the m images of every class, fraction in [0, 1); bool (n,)."""
     counts = np.bincount(labels)
     return np.asarray(class_rank(labels, generator) < np.floor(fraction * counts + 1e-9)[labels])
 
 
 def class_rank(labels: Array, generator: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Return each image's place in a random order of its own class.
-
-    Parameters
-    ----------
-    labels : ndarray of int64, shape (n,)
-    generator : numpy.random.Generator
-
-    Returns
-    -------
-    ndarray of int64, shape (n,)
-        From 0 to the size of the class less one.
-    """
+    """Return each image's place, from 0, in a random order of its own class, shape (n,)."""
     order = np.lexsort((generator.random(len(labels)), labels))
     counts = np.bincount(labels)
     starts = np.cumsum(counts) - counts

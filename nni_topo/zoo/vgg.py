@@ -20,21 +20,16 @@ _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 51
 
 
 def vgg16(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
-    """Build VGG-16 with one linear layer behind the convolutions, the usual form for 32x32 images.
-
-    The convolutions have no bias: the batch norm behind each would cancel it.
-    """
+    """Build VGG-16 with one linear layer behind the convolutions, the usual form for 32x32 images."""
+    # No bias: the batch norm behind each convolution would cancel it.
     features, channels = _features(in_channels, width, bias=False)
     inputs = channels * (image_size // 32) ** 2
     return ConvNet(features, nn.Sequential(OrderedDict(fc1=nn.Linear(inputs, num_classes))))
 
 
 def vgg16_modified(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
-    """Build VGG-16 with one hidden layer of 512 neurons; convolutions keep their biases, as in the source.
-
-    Batch norm follows [2]_ in the module's references; the dropout of that source is left to the hidden
-    layer, at 0.5.
-    """
+    """Build VGG-16 with one hidden layer of 512 neurons; convolutions keep their biases, as in the source."""
+    # Batch norm follows the module's reference [2]; the dropout of that source is left to the hidden layer, at 0.5.
     features, channels = _features(in_channels, width, bias=True)
     hidden = scaled(512, width)
     head = OrderedDict[str, nn.Module](

@@ -90,6 +90,7 @@ def greedy_least_squares(
     for step in range(keep):
         gains = np.sum([reader.gains() for reader in readers], axis=0)
         first = first or float(gains.max())
+        # What is small beside the first gain is rounding: among such channels the lowest wins.
         order[step] = first_largest(np.where(left & (room[part] > 0), gains, -np.inf), first)
         left[order[step]] = False
         room[part[order[step]]] -= 1
@@ -99,13 +100,7 @@ def greedy_least_squares(
 
 
 class _Reader:
-    """The columns that one layer reads, orthogonal to the chosen ones.
-
-    Parameters
-    ----------
-    gram, cross, keep, block
-        See :func:`greedy_least_squares`.
-    """
+    """The columns that one layer reads, kept orthogonal to those of the chosen channels."""
 
     def __init__(self, gram: FloatArray, cross: FloatArray, keep: int, block: int) -> None:
         self._gram = np.asarray(gram, dtype=np.float64)
@@ -113,6 +108,7 @@ class _Reader:
         self._index = np.arange(len(gram)).reshape(-1, block)
         self._own = self._gram[self._index[:, :, None], self._index[:, None, :]]
         scale = np.trace(self._own, axis1=1, axis2=2) / block
+        # A trace of ridge: columns that the chosen ones span leave a block of zeros, which has no factor.
         self._own += (_LEAST_PIVOT * np.where(scale > 0.0, scale, 1.0))[:, None, None] * np.eye(block)
         self._factor = np.zeros((len(gram), keep * block))
         self._done = 0
@@ -122,16 +118,21 @@ class _Reader:
         rows = self._cross.reshape(*self._index.shape, -1)
         if rows.shape[1] == 1:
             return np.asarray(np.einsum("cbp,cbp->c", rows, rows) / self._own[:, 0, 0])
+        # trace(G^-1 R R'), G the block's own products and R those with the targets: what its least squares take off.
         return np.asarray((np.linalg.inv(self._own) * (rows @ rows.transpose(0, 2, 1))).sum((1, 2)))
 
     def choose(self, channel: int) -> None:
         """Take a channel, and what it explains off the others."""
         columns, past = self._index[channel], self._factor[:, : self._done]
         root = np.linalg.cholesky(self._own[channel])
+        # One more block column of the Cholesky factor, for all channels: what they share with the chosen one and with
+        # none before it.
         new = np.linalg.solve(root, (self._gram[:, columns] - past @ past[columns].T).T).T
         self._cross -= new @ np.linalg.solve(root, self._cross[columns])
         blocks = new.reshape(*self._index.shape, -1)
+        # What is left of each channel's own block is its Schur complement.
         self._own -= blocks @ blocks.transpose(0, 2, 1)
+        # Nothing of the chosen channel is left to invert; its gain isn't looked at again.
         self._own[channel] = np.eye(len(columns))
         self._factor[:, self._done : self._done + len(columns)] = new
         self._done += len(columns)
@@ -141,6 +142,8 @@ def _compressed(cross: FloatArray) -> FloatArray:
     """Return targets with at most as many columns as rows, and the same inner products between rows."""
     if cross.shape[1] <= cross.shape[0]:
         return cross
+    # Gains look at targets only through inner products of rows, and updates mix rows: a rotation of the targets changes
+    # neither.
     factor: FloatArray = np.asarray(np.linalg.qr(cross.T, mode="r"))
     return np.ascontiguousarray(factor.T)
 

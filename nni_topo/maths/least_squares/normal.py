@@ -10,46 +10,33 @@ import torch
 from torch import Tensor
 
 GRID = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+# Where the walk along the grid begins, and what is taken where no sample is held out.
 _FIRST_TRIED = 5
 _LEAST_RIDGE = 1e-12
 _LEAST_VARIANCE = 1e-12
+# Share of the mean variance in the ridge, so that an input that hardly varies doesn't get the huge weight that
+# retraining would stumble over.
 _FLOOR = 0.1
 
 
 class NormalEquations:
-    """Sums over samples that a least-squares problem and its error need.
+    """Sums over samples for the least squares of residuals by inputs, in several independent groups of equal size."""
 
-    The problem is to predict residuals from inputs, several independent problems ("groups") of equal size at once.
-    Memory is ``groups * unknowns * (unknowns + outputs)`` float64, whatever the number of samples.
-
-    Attributes
-    ----------
-    samples : int
-        Samples added.
-    sums : dict of str to Tensor
-        Over samples: ``x``, ``y``, ``r`` of inputs, residuals and references, ``yy`` and ``rr`` of their squares;
-        ``xx`` and ``xy`` of products, shapes (groups, unknowns, unknowns) and (groups, unknowns, outputs).
-    """
+    # Memory is ``groups * unknowns * (unknowns + outputs)`` float64, whatever the number of samples.
 
     def __init__(self) -> None:
         self.samples = 0
+        # Over samples: x, y and r of inputs, residuals and references, yy and rr of squares, (groups, ...); xx and xy
+        # of products, (groups, unknowns, unknowns) and (groups, unknowns, outputs).
         self.sums: dict[str, Tensor] = {}
 
     def add(self, inputs: Tensor, residuals: Tensor, references: Tensor, *, products: bool = True) -> None:
-        """Add samples.
-
-        Parameters
-        ----------
-        inputs : Tensor, shape (groups, samples, unknowns)
-            What predicts.
-        residuals, references : Tensor, shape (groups, samples, outputs)
-            What is predicted, and the values whose variance is the unit of the error.
-        products : bool, default=True
-            Sum up the products of inputs. Without, ``sums["xx"]`` has to be set to those of the same samples.
-        """
+        """Add inputs (groups, samples, unknowns), and residuals and references (groups, samples, outputs)."""
+        # Normal equations square the condition number: float64, whatever the network computes in.
         inputs, residuals, references = inputs.double(), residuals.double(), references.double()
         self.samples += inputs.shape[1]
         turned = inputs.transpose(1, 2)
+        # Without, ``sums["xx"]`` has to be set to those of the same samples.
         if products:
             self._accumulate("xx", turned, inputs)
         self._accumulate("xy", turned, residuals)
@@ -77,32 +64,22 @@ class NormalEquations:
         return all(bool(torch.isfinite(total).all()) for total in self.sums.values())
 
     def solve(self, ridge: float, *, intercept: bool) -> Solution | None:
-        """Solve by Cholesky decomposition.
-
-        Parameters
-        ----------
-        ridge : float
-            Penalty on the squared coefficients, as a share of each input's variance (its mean square without an
-            intercept) plus a tenth of the mean over the inputs. So an input that hardly ever varies doesn't get the
-            huge weight that retraining would stumble over.
-        intercept : bool
-            Also fit a constant, which isn't penalised.
-
-        Returns
-        -------
-        Solution or None
-            Coefficients of inputs that never vary are zero. None if the ridge is so small that the decomposition fails.
-        """
+        """Solve by Cholesky decomposition, with a ridge as a share of each input's variance; None where that fails."""
         means = self.sums["x"] / self.samples
         matrix, cross = self.sums["xx"].clone(), self.sums["xy"]
+        # A view: centring, below, turns these sums of squares into those about the means; `floor` is of what they were.
         diagonal = matrix.diagonal(dim1=1, dim2=2)
         floor = _LEAST_VARIANCE * diagonal
         if intercept:
             matrix.baddbmm_(self.sums["x"].unsqueeze(2), means.unsqueeze(1), alpha=-1)
             cross = cross - means.unsqueeze(2) * self.sums["y"].unsqueeze(1)
+        # Never quite none: collinear inputs are common, and have no Cholesky factor.
         penalty = max(ridge, _LEAST_RIDGE) * (diagonal + _FLOOR * diagonal.mean(1, keepdim=True))
+        # Units are taken out before the decomposition. What varies by no more than rounding is scaled to 0, an equation
+        # apart from the others, with coefficient 0.
         scale = (diagonal + penalty).masked_fill(diagonal <= floor, torch.inf).rsqrt()
         matrix.mul_(scale.unsqueeze(1)).mul_(scale.unsqueeze(2))
+        # The penalty is in the scale, so that the scaled diagonal is 1, up to rounding.
         diagonal.fill_(1.0)
         factor, info = torch.linalg.cholesky_ex(matrix)
         del matrix, diagonal
@@ -119,6 +96,7 @@ class NormalEquations:
     def squared_error(self, solution: Solution) -> float:
         """Return the sum of squared errors of a solution on these samples."""
         weights, shift, sums = solution.weights, solution.shift, self.sums
+        # The square of the error, multiplied out into the sums; rounding can take it below 0.
         predicted = (weights * (sums["xx"] @ weights)).sum(1) + self.samples * shift.square()
         predicted += 2.0 * shift * (sums["x"].unsqueeze(1) @ weights).squeeze(1)
         met = (weights * sums["xy"]).sum(1) + shift * sums["y"]
@@ -134,6 +112,7 @@ class NormalEquations:
 
     def _accumulate(self, name: str, left: Tensor, right: Tensor) -> None:
         if name in self.sums:
+            # In place: a second matrix of this size would double the memory.
             self.sums[name].baddbmm_(left, right)
         else:
             self.sums[name] = left @ right
@@ -149,43 +128,17 @@ class Solution:
 
 @dataclass(frozen=True)
 class Fit:
-    """A solution, how it was found and how good it is.
+    """A solution, how it was found and how good it is; errors are squared, as shares of the references' variance."""
 
-    Attributes
-    ----------
-    solution : Solution
-        The coefficients.
-    ridge : float
-        The ridge chosen; infinite if the best is to change nothing.
-    before, after, held_out : float
-        Squared error as a share of the references' variance: of changing nothing, of the solution on all samples, and
-        on the held-out samples of the solution for the others (NaN if there are none).
-    """
-
-    solution: Solution
-    ridge: float
-    before: float
-    after: float
-    held_out: float
+    solution: Solution  # the coefficients
+    ridge: float  # the one chosen; infinite if changing nothing was best
+    before: float  # of changing nothing
+    after: float  # of the solution, on all samples
+    held_out: float  # of the solution for the others, on the samples held out; NaN if there are none
 
 
 def fit(learned: NormalEquations, held: NormalEquations, ridge: float | None, *, intercept: bool) -> Fit:
-    """Choose a ridge and solve on all samples.
-
-    Parameters
-    ----------
-    learned, held : NormalEquations
-        The samples to learn from and those held out; ``learned`` takes in the others, its products of inputs excepted.
-    ridge : float or None
-        Fixed ridge, or None: the decade with the smallest held-out error; infinity, "change nothing", if it's better.
-    intercept : bool
-        Also fit a constant.
-
-    Returns
-    -------
-    Fit
-        The solution.
-    """
+    """Choose a ridge, if None is given, on the held-out samples, and solve on all, which `learned` then holds."""
     chosen, held_out = _choose(learned, held, ridge, intercept=intercept)
     learned.merge(held)
     unchanged = learned.unchanged()
@@ -193,6 +146,7 @@ def fit(learned: NormalEquations, held: NormalEquations, ridge: float | None, *,
     solution = unchanged if found is None else found
     result = Fit(solution, chosen, learned.relative_error(unchanged), learned.relative_error(solution), held_out)
     if held.samples:
+        # A refinement takes these products over, and must not learn from the samples that judge it.
         learned.sums["xx"] -= held.sums["xx"]
     return result
 
@@ -219,6 +173,7 @@ def _choose(
 def _descend(error: Callable[[float], float]) -> tuple[float, float]:
     """Walk along the grid downhill, to smaller ridges first."""
     best, least = _FIRST_TRIED, error(GRID[_FIRST_TRIED])
+    # The error is taken to have one valley, so that few of the eight ridges are solved for.
     for way in (-1, 1):
         while 0 <= best + way < len(GRID) and (next_error := error(GRID[best + way])) < least:
             best, least = best + way, next_error

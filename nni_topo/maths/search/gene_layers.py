@@ -13,15 +13,7 @@ _FIRST_STRETCH = 1024
 
 
 class Layer:
-    """The weights of one target: their ranking by magnitude, and how many have to stay.
-
-    Parameters
-    ----------
-    magnitudes : numpy.ndarray
-        Shape ``(weights,)``, at least 0.
-    cap : float, default=1.0
-        Largest share that may go, in [0, 1]; one weight stays in any case.
-    """
+    """One target's magnitudes, shape (weights,), at least 0: their ranking, and how many weights have to stay."""
 
     def __init__(self, magnitudes: NDArray[np.floating[Any]], cap: float = 1.0) -> None:
         self.magnitudes = magnitudes
@@ -29,13 +21,12 @@ class Layer:
         self.ascending = magnitudes[self.order]
         self.span = float(self.ascending[-1] - self.ascending[0])
         self.size = len(magnitudes)
+        # `cap` is the largest share that may go; one weight stays in any case.
         self.least = max(1, self.size - int(self.size * cap))
 
     def drop_weakest(self, alive: BoolArray, floor: int, rate: float) -> int:
-        """Remove the weakest remaining weight and those less than ``rate`` of the range above it.
-
-        ``floor`` is a rank below which nothing remains; the new one is returned.
-        """
+        """Remove the weakest remaining weight and those within ``rate`` of the range above it; return the new floor."""
+        # Nothing remains below the rank `floor`, so that the search for the weakest needn't start at 0.
         first = self._weakest(alive, floor)
         bound = self.ascending.dtype.type(self.ascending[first] + rate * self.span)
         stop = max(int(np.searchsorted(self.ascending, bound)), first + 1)
@@ -75,12 +66,10 @@ class Layer:
 
 
 def random_subset(alive: BoolArray, kept: int, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Draw ``count`` of the ``kept`` set positions, all subsets alike.
-
-    Small shares are drawn by rejection, which doesn't look at every gene.
-    """
+    """Draw ``count`` of the ``kept`` set positions, all subsets alike; indices of shape (count,)."""
     if 4 * count > kept:
         return rng.choice(np.flatnonzero(alive), count, replace=False, shuffle=False)
+    # Small shares are drawn by rejection, which doesn't look at every gene.
     found = np.zeros(0, dtype=np.int64)
     while len(found) < count:
         draws = rng.integers(len(alive), size=16 + (count - len(found)) * len(alive) // kept)

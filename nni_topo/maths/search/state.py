@@ -16,15 +16,7 @@ from nni_topo.maths.search.weights import HistoryRow, Individual, WeightGeneticA
 
 
 def save_state(algorithm: WeightGeneticAlgorithm, path: str | Path) -> None:
-    """Write the current generation, the history and the random generator; the file appears whole or not at all.
-
-    Parameters
-    ----------
-    algorithm : WeightGeneticAlgorithm
-        After at least generation 0.
-    path : str or Path
-        Folders are made, a former file is replaced.
-    """
+    """Write generation, history and random generator; folders are made, the file appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     members = algorithm.current_generation
@@ -49,22 +41,7 @@ def save_state(algorithm: WeightGeneticAlgorithm, path: str | Path) -> None:
 
 
 def load_state(algorithm: WeightGeneticAlgorithm, path: str | Path) -> None:
-    """Put an algorithm into the state of a file.
-
-    Parameters
-    ----------
-    algorithm : WeightGeneticAlgorithm
-        With the same layers, settings and seed as the one that wrote the file; the number of generations may differ.
-    path : str or Path
-        Written by :func:`save_state`.
-
-    Raises
-    ------
-    DataError
-        If the file is damaged.
-    ConfigError
-        If it was written for another request.
-    """
+    """Put an algorithm into a file's state; DataError if it is damaged, ConfigError if it is of another search."""
     try:
         with np.load(path, allow_pickle=False) as file:
             content = {name: file[name] for name in file.files}

@@ -23,30 +23,14 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class EvolutionSettings:
-    """Knobs of the genetic algorithm.
+    """Knobs of the genetic algorithm over subsets."""
 
-    Parameters
-    ----------
-    population_size : int, default=50
-        Individuals per generation, at least 2.
-    generations : int, default=20
-        Most generations, the first one counted, at least 1.
-    crossover_probability : float, default=0.8
-        Chance that two parents are crossed, in [0, 1].
-    mutation_probability : float, default=0.2
-        Chance that a child swaps one kept for one removed block, in [0, 1].
-    elitism : bool, default=True
-        Whether the best individual goes on unchanged.
-    patience : int or None, default=None
-        Generations without a better individual after which the search ends. None: never.
-    """
-
-    population_size: int = 50
-    generations: int = 20
-    crossover_probability: float = 0.8
-    mutation_probability: float = 0.2
-    elitism: bool = True
-    patience: int | None = None
+    population_size: int = 50  # individuals per generation, at least 2
+    generations: int = 20  # most generations, the first one counted, at least 1
+    crossover_probability: float = 0.8  # chance that two parents are crossed, in [0, 1]
+    mutation_probability: float = 0.2  # chance that a child swaps one kept for one removed block, in [0, 1]
+    elitism: bool = True  # whether the best individual goes on unchanged
+    patience: int | None = None  # generations without a better one after which the search ends; None: never
 
     def __post_init__(self) -> None:
         for name, least in (("population_size", 2), ("generations", 1), ("patience", 1)):
@@ -67,39 +51,10 @@ class Generation:
 
 
 class SubsetGeneticAlgorithm(GeneticAlgorithm):
-    """Minimise a fitness over all subsets of a fixed size.
+    """Minimise a fitness, (individuals, size) of bool to (individuals,), over the subsets of ``keep`` blocks."""
 
-    Parameters
-    ----------
-    size : int
-        Number of blocks to choose from, at least 2.
-    keep : int
-        Number of blocks in a subset, in [1, size - 1].
-    fitness : callable
-        Maps a population, boolean ``(individuals, size)``, to its fitness ``(individuals,)``, smaller = better.
-    settings : EvolutionSettings
-        Knobs.
-    seed : int or sequence of int
-        Seed of every draw.
-    initial : numpy.ndarray or None, default=None
-        Boolean ``(n, size)`` with ``keep`` entries set in each row: individuals that the first generation starts with.
-
-    Attributes
-    ----------
-    trace : list of Generation
-        Best and mean fitness per generation.
-
-    Notes
-    -----
-    Crossover keeps what both parents keep and deals what only one of them keeps to the two children at random, half
-    each. Tournaments have a tenth of the population, at least two members. Fitnesses that are equal to 1e-6 of them
-    count as equal and have the value of the one that was found first, so that rounding decides no tournament. The cost
-    of breeding is O(population * size * log size) per generation.
-
-    References
-    ----------
-    .. [1] Perera, "Topological Pruner", MSc thesis, University of Moratuwa, 2022, section 6.5.
-    """
+    # After Perera, "Topological Pruner", MSc thesis, University of Moratuwa, 2022, section 6.5. Breeding a generation
+    # costs O(population * size * log size).
 
     def __init__(
         self,
@@ -109,7 +64,7 @@ class SubsetGeneticAlgorithm(GeneticAlgorithm):
         settings: EvolutionSettings,
         *,
         seed: int | list[int],
-        initial: BoolArray | None = None,
+        initial: BoolArray | None = None,  # (n, size) with `keep` entries set in each row, to start with
     ) -> None:
         if not 1 <= keep < size:
             raise ConfigError(f"keep must be in [1, {size - 1}], got {keep} (genetic algorithm)")
@@ -126,9 +81,10 @@ class SubsetGeneticAlgorithm(GeneticAlgorithm):
         self.patience = settings.patience
         self.fitness_function = fitness
         self.tournament_size = max(2, self.population_size // 10)
-        self.trace: list[Generation] = []
+        self.trace: list[Generation] = []  # best and mean fitness per generation
         self._size = size
         self._initial = initial
+        # Fitnesses that are equal to 1e-6 count as equal, so that rounding decides no tournament.
         self._levels = Levels()
         self._rng = np.random.default_rng(seed)
 

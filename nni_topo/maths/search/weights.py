@@ -27,46 +27,24 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class WeightEvolutionSettings:
-    """Knobs of the algorithm.
+    """Knobs of the genetic algorithm over single weights; ConfigError if a number is out of its range."""
 
-    Parameters
-    ----------
-    alpha, beta : float, default=100.0, 1.0
-        Weights of the change in accuracy (a fraction) and of the share of removed weights (a fraction), at least 0.
-    population_size : int, default=50
-        Individuals, at least 2.
-    generations : int, default=20
-        Generations after generation 0, at least 1.
-    damage_rate : float or pair of float, default=0.1
-        Share of the weights that each individual of generation 0 but the first loses, in [0, 1]; of a pair, each
-        individual's own share is drawn between the two.
-    tournament_size : int, default=5
-        Others among which an individual's partner is the fittest, at least 1; all others where there are fewer.
-    crossover_probability : float, default=0.8
-        In [0, 1].
-    weakest_probability, random_probability : float, default=0.5
-        Chance of each of the two mutations, in [0, 1].
-    weakest_rate : float, default=0.01
-        Share of the layer's range of magnitudes above its weakest remaining weight in which weights go, in [0, 1].
-    random_rate : float, default=0.01
-        Share of the remaining weights that go at random, in [0, 1]; at least one goes.
-
-    Raises
-    ------
-    ConfigError
-        If a number is out of its range.
-    """
-
+    # Weights of the change in accuracy (a fraction) and of the share of removed weights (a fraction), at least 0.
     alpha: float = 100.0
     beta: float = 1.0
-    population_size: int = 50
-    generations: int = 20
+    population_size: int = 50  # individuals, at least 2
+    generations: int = 20  # after generation 0, at least 1
+    # Share of the weights that each individual of generation 0 but the first loses, in [0, 1]; of a pair, each one's
+    # own is drawn between the two.
     damage_rate: float | tuple[float, float] = 0.1
+    # Others among which an individual's partner is the fittest, at least 1; all others where there are fewer.
     tournament_size: int = 5
     crossover_probability: float = 0.8
-    weakest_probability: float = 0.5
+    weakest_probability: float = 0.5  # chance of each of the two mutations, in [0, 1]
     random_probability: float = 0.5
+    # Share of the layer's range of magnitudes, above its weakest remaining weight, in which weights go, in [0, 1].
     weakest_rate: float = 0.01
+    # Share of the remaining weights that go at random, in [0, 1]; at least one goes.
     random_rate: float = 0.01
 
     def __post_init__(self) -> None:
@@ -95,18 +73,15 @@ class WeightEvolutionSettings:
 
 
 class HistoryRow(NamedTuple):
-    """One individual in one generation; a line of descent keeps its number ``individual`` throughout.
-
-    ``born`` is the generation it was bred in, ``partner`` the individual it was crossed with, -1 for none.
-    """
+    """One individual in one generation; a line of descent keeps its number ``individual`` throughout."""
 
     generation: int
     individual: int
     fitness: float
     accuracy: float
     compression: float
-    born: int
-    partner: int
+    born: int  # generation it was bred in
+    partner: int  # individual it was crossed with, -1 for none
 
 
 class Individual(Chromosome):
@@ -120,33 +95,10 @@ class Individual(Chromosome):
 
 
 class WeightGeneticAlgorithm(GeneticAlgorithm):
-    """Maximise ``alpha * (accuracy - accuracy of the whole) + beta * share of removed weights``.
+    """Maximise ``alpha * (accuracy - accuracy of the whole) + beta * share of removed weights``."""
 
-    Parameters
-    ----------
-    layers : sequence of Layer
-        The targets; the genes are theirs in a row.
-    accuracies : callable
-        Maps boolean individuals ``(genes,)``, an iterator, to their accuracies ``(individuals,)``, in [0, 1].
-    settings : WeightEvolutionSettings
-        Knobs.
-    seed : int
-        Of every draw.
-
-    Attributes
-    ----------
-    history : list of HistoryRow
-        Every individual in every generation.
-    generation : int
-        Of the current individuals; -1 before the first.
-    start_accuracy : float
-        Of the undamaged individual.
-
-    Notes
-    -----
-    A child takes the place of its first parent if it is strictly fitter, so no place ever gets worse: this is the
-    elitism. The undamaged individual is the first of generation 0 and may be lost like any other.
-    """
+    # `accuracies` maps an iterator of boolean individuals (genes,) to their accuracies (individuals,), in [0, 1]; the
+    # genes are those of the layers in a row.
 
     def __init__(
         self,
@@ -164,9 +116,9 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
         self.tournament_size = min(settings.tournament_size, settings.population_size - 1)
         self.fitness_function = accuracies
         self.rng = np.random.default_rng(seed)
-        self.history: list[HistoryRow] = []
-        self.generation = -1
-        self.start_accuracy = 0.0
+        self.history: list[HistoryRow] = []  # every individual in every generation
+        self.generation = -1  # of the current individuals; -1 before the first
+        self.start_accuracy = 0.0  # of the undamaged individual
         self._children: list[Individual] = []
 
     def run(self, on_generation: Callable[[WeightGeneticAlgorithm], bool | None] | None = None) -> None:
@@ -208,6 +160,8 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
             child.accuracy = float(accuracies[place])
             gain = self.settings.alpha * (child.accuracy - self.start_accuracy)
             child.fitness = gain + self.settings.beta * child.compression
+            # Strictly fitter, so no place ever gets worse: this is the elitism. The undamaged individual may be lost
+            # like any.
             if child.fitness > self.current_generation[place].fitness:
                 self.current_generation[place] = child
         self._children = []

@@ -47,16 +47,7 @@ def compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def prim(distances: FloatArray, subsets: BoolArray, deaths: FloatArray) -> None:
-    """Write the spanning tree edges of each subset, in Prim's order.
-
-    Parameters
-    ----------
-    distances : ndarray, shape (n, n)
-    subsets : ndarray of bool, shape (p, n)
-        k points each.
-    deaths : ndarray, shape (p, k - 1)
-        Filled.
-    """
+    """Write the tree edges of subsets (p, n) of k points each into deaths (p, k - 1), in Prim's order."""
     open_points = np.empty(deaths.shape[1] + 1, np.int64)
     to_tree = np.empty(deaths.shape[1] + 1)
     for q in range(len(subsets)):
@@ -84,19 +75,7 @@ def prim(distances: FloatArray, subsets: BoolArray, deaths: FloatArray) -> None:
 
 
 def wasserstein(first: FloatArray, second: FloatArray, order: float, costs: FloatArray) -> None:
-    """Write the optimal cost of aligning each row of `first` with `second`, deletions at half the length.
-
-    Parameters
-    ----------
-    first : ndarray, shape (p, r)
-        Death times, descending.
-    second : ndarray, shape (m,)
-        Death times, descending.
-    order : float
-        Exponent of the costs.
-    costs : ndarray, shape (p,)
-        Filled with sums of powers.
-    """
+    """Write into costs (p,) the least sums of powers that align first (p, r) with second (m,), both descending."""
     best = np.empty(len(second) + 1)
     dropped = (0.5 * second) ** order
     for q in range(len(first)):
@@ -117,19 +96,7 @@ def wasserstein(first: FloatArray, second: FloatArray, order: float, costs: Floa
 
 
 def covered(gaps: FloatArray, halves: FloatArray, threshold: float) -> bool:
-    """Say whether all rows above a threshold find distinct columns within it, by augmenting paths.
-
-    Parameters
-    ----------
-    gaps : ndarray, shape (n, m)
-    halves : ndarray, shape (n,)
-        Rows that are at most the threshold need no column.
-    threshold : float
-
-    Returns
-    -------
-    bool
-    """
+    """Say whether all rows above a threshold find distinct columns of gaps (n, m) within it, by augmenting paths."""
     column_of = np.full(gaps.shape[0], -1)
     row_of = np.full(gaps.shape[1], -1)
     seen_from = np.full(gaps.shape[1], -1)
@@ -162,18 +129,7 @@ def covered(gaps: FloatArray, halves: FloatArray, threshold: float) -> bool:
 
 
 def nearest_kept(distances: FloatArray, neighbours: NDArray[np.int32], subsets: BoolArray, nearest: FloatArray) -> None:
-    """Write every point's distance to the nearest point of each subset.
-
-    Parameters
-    ----------
-    distances : ndarray, shape (n, n)
-    neighbours : ndarray of int32, shape (n, n)
-        Each point's points by distance, itself included.
-    subsets : ndarray of bool, shape (p, n)
-        Not empty.
-    nearest : ndarray, shape (p, n)
-        Filled.
-    """
+    """Write into nearest (p, n) each point's distance to the nearest point of each subset (p, n), none empty."""
     for q in range(len(subsets)):
         for i in range(len(distances)):
             rank = 0

@@ -99,11 +99,9 @@ def pairwise_distances(points: ArrayLike) -> FloatArray:
 
 
 def _cancellation(features: int) -> float:
-    """Return the share of |x|^2 + |y|^2 below which a Gram square may miss the stated error.
-
-    The rounding of a sum of `features` products is at most `features * eps` times the sum of their sizes;
-    a square root halves a relative error, and the subtraction adds two roundings more.
-    """
+    """Return the share of |x|^2 + |y|^2 below which a Gram square may miss the stated error."""
+    # The rounding of a sum of `features` products is at most `features * eps` times the sum of their sizes; a square
+    # root halves a relative error, and the subtraction adds two roundings more.
     return float((features + 4) * np.finfo(np.float64).eps / _RELATIVE_ERROR)
 
 

@@ -129,10 +129,7 @@ def wasserstein_distance(
 
 
 def _split(a: ArrayLike, b: ArrayLike) -> tuple[FloatArray, FloatArray, FloatArray | None]:
-    """Return the finite bars of positive length of both diagrams, and how far their infinite bars lie apart.
-
-    The last is None if the numbers of infinite bars differ.
-    """
+    """Return both diagrams' finite bars of positive length, and the gaps of the infinite ones (None: not as many)."""
     finite, births = [], []
     for bars in (as_diagram(a, "a"), as_diagram(b, "b")):
         endless = np.isinf(bars[:, 1])
@@ -197,11 +194,9 @@ def _covered(gaps: FloatArray, halves: FloatArray, threshold: float) -> bool:
 
 
 def _assignment(first: FloatArray, second: FloatArray, order: float) -> float:
-    """Solve the matching with the diagonal as a square assignment.
-
-    Two bars either match or both go to the diagonal, whichever is cheaper; the shorter diagram is filled up
-    with the diagonal itself. Nothing is subtracted, so small distances stay exact.
-    """
+    """Solve the matching with the diagonal as a square assignment."""
+    # Two bars either match or both go to the diagonal, whichever is cheaper; the shorter diagram is filled up with the
+    # diagonal itself. Nothing is subtracted, so small distances stay exact.
     if len(first) < len(second):
         first, second = second, first
     largest = np.abs(first).max(initial=0.0) or 1.0

@@ -94,6 +94,7 @@ def _public_covers(
 ) -> tuple[FloatArray, FloatArray]:
     matrix = as_distances(distances)
     masks = as_subsets(subsets, len(matrix), base)
+    # Sorting all neighbours is for this call alone; `SubsetFitness` sorts once for all its populations.
     worthwhile = np.count_nonzero(masks) > _WORTH_SORTING * len(matrix)
     return covers(matrix, neighbour_ranks(matrix) if worthwhile else None, masks, use_compiled(compiled))
 
@@ -103,6 +104,7 @@ def neighbour_ranks(distances: FloatArray) -> NDArray[np.int32]:
     ranks = np.empty(distances.shape, dtype=np.int32)
     rows = max(1, _CHUNK_ELEMENTS // len(distances))
     for start in range(0, len(distances), rows):
+        # Not stable: equally near points give the same distance. Rows in chunks, since argsort's indices have 64 bits.
         ranks[start : start + rows] = np.argsort(distances[start : start + rows], axis=1)
     return ranks
 
@@ -139,6 +141,7 @@ def _nearest_kept(
 
 def _search(distances: FloatArray, neighbours: NDArray[np.int32], kept: BoolArray, nearest: FloatArray) -> None:
     """Look through the neighbours of all points of all subsets, nearest first, until one is kept."""
+    # A cell is a point of a subset: subset * n + point, so that ``cells - points`` is where its subset's mask begins.
     cells = np.arange(len(kept))
     points = cells % len(distances)
     for rank in range(len(distances)):
@@ -199,6 +202,8 @@ def farthest_point_order(distances: ArrayLike, start: int = 0) -> tuple[IntArray
         order[step] = newest
         np.minimum(nearest, matrix[newest], out=nearest)
         nearest[newest] = -np.inf
+        # After the last point all stand at -inf.
         radii[step] = max(nearest.max(), 0.0)
+        # By the cloud's diameter: gaps between points that are one up to rounding choose nothing.
         newest = first_largest(nearest, largest)
     return order, radii

@@ -99,22 +99,7 @@ def diagrams_of(
     points: IntArray | None = None,
     edges: SortedEdges | None = None,
 ) -> list[FloatArray]:
-    """Do the work of `rips_diagram` on checked arguments, in several degrees and for a subset.
-
-    Parameters
-    ----------
-    distances : ndarray, shape (n, n)
-    degrees : sequence of int
-    engine : {"exact", "gudhi"}
-    points : ndarray of int, shape (k,), optional
-        The subset's points, ascending; default all.
-    edges : SortedEdges, optional
-        The cloud's edges, if degree 1 may be computed from them.
-
-    Returns
-    -------
-    list of ndarray, each of shape (bars, 2)
-    """
+    """Do the work of `rips_diagram` on checked arguments: bars (bars, 2) per degree, of the subset `points` (k,)."""
     chosen = np.arange(len(distances)) if points is None else points
     bars: dict[int, FloatArray] = {}
     if 1 in degrees and engine == "exact" and edges is not None and len(chosen) <= LARGEST:
@@ -137,20 +122,7 @@ def _spanning_tree_and_ripser(distances: FloatArray, degrees: Sequence[int]) -> 
 
 
 def ripser_bars(matrices: Iterable[FloatArray], degrees: Sequence[int]) -> Iterator[list[FloatArray]]:
-    """Compute diagrams of many distance matrices by GUDHI's RipsPersistence; bars in any order.
-
-    Parameters
-    ----------
-    matrices : iterable of ndarray, shape (n, n)
-        Checked distance matrices; about 32 MiB of them are held at a time.
-    degrees : sequence of int
-        Each at least 1.
-
-    Yields
-    ------
-    list of ndarray, shape (bars, 2)
-        By degree, for each matrix.
-    """
+    """Yield, for each distance matrix (n, n), the bars (bars, 2) of each degree, at least 1, in any order."""
     batch: list[FloatArray] = []
     for matrix in matrices:
         # Measured: with the central points last Ripser takes 0.6 of the time; the bars are the same.

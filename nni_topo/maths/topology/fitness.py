@@ -107,6 +107,7 @@ class SubsetFitness:
         if self._covers:
             self._neighbours = neighbour_ranks(self._distances)
         else:
+            # The kernel for loops starts from sorted edges; without it degree 1 is Ripser's.
             loops = self.compiled and self.engine == "exact" and 1 in self.homology_dimensions
             self._edges = sort_edges(self._distances) if loops else None
             whole = diagrams_of(self._distances, self.homology_dimensions, self.engine, edges=self._edges)
@@ -136,7 +137,9 @@ class SubsetFitness:
             If the population is malformed or a subset is empty.
         """
         subsets = as_subsets(population, len(self._distances), self.base)
+        # Packed bits, an eighth of the mask; the base is in it, so masks that differ there alone are one subset.
         keys = [row.tobytes() for row in np.packbits(subsets, axis=1)]
+        # A dict, so that what occurs twice in the population is scored once, too.
         unknown = {key: row for row, key in enumerate(keys) if key not in self._cache}
         if unknown:
             fresh = subsets[list(unknown.values())]
@@ -156,11 +159,14 @@ class SubsetFitness:
         else:
             parts = self._by_diagram(subsets, [degree for degree in self.homology_dimensions if degree > 0])
             parts += [self._by_deaths(subsets)] if 0 in self.homology_dimensions else []
+        # Of H0 and H1 the larger bottleneck distance mostly is H0's, which hardly differs between subsets of one size;
+        # the sum of the Wasserstein distances keeps every degree in sight.
         losses = np.stack(parts)
         return np.asarray(losses.max(axis=0) if self.criterion == "bottleneck" else losses.sum(axis=0))
 
     def _by_deaths(self, subsets: BoolArray) -> FloatArray:
         """Score degree 0 by the closed forms, all subsets of a size together."""
+        # Without the infinite bar, which comes first: every subset has one born at 0, too.
         whole = self._whole[0][1:, 1]
         sizes, losses = subsets.sum(axis=1), np.empty(len(subsets))
         for size in np.unique(sizes):

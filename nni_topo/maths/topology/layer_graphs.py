@@ -174,20 +174,7 @@ def convolution_graph(
 
 
 def plane_components(graph: LayerGraph, offsets: Sequence[int] | None = None) -> int:
-    """Count the components of one input plane and one output plane, joined by some weights of a kernel.
-
-    Parameters
-    ----------
-    graph : LayerGraph
-        The layer.
-    offsets : sequence of int or None, default=None
-        Flat indices of the kernel's weights; None: all.
-
-    Returns
-    -------
-    int
-        At least 1.
-    """
+    """Count the components of one input and one output plane, joined by the weights at flat kernel `offsets`."""
     chosen = graph.plane if offsets is None else graph.plane[list(offsets)]
     nodes = graph.plane_inputs + graph.plane_outputs
     targets = graph.plane_inputs + np.tile(np.arange(graph.plane_outputs), len(chosen))

@@ -50,30 +50,20 @@ def sort_edges(distances: FloatArray) -> SortedEdges:
 
 
 def loop_bars(edges: SortedEdges, points: IntArray) -> FloatArray:
-    """Compute the bars of H1, with coefficients in Z/2, of the subset that consists of some points.
-
-    Parameters
-    ----------
-    edges : SortedEdges
-        The edges of the cloud.
-    points : ndarray of int, shape (k,)
-        Indices of the subset's points, ascending.
-
-    Returns
-    -------
-    ndarray of float64, shape (bars, 2)
-        Births and deaths, deaths > births.
-    """
+    """Return the bars (bars, 2) of H1 over Z/2 of a cloud's subset, whose k points (k,) ascend; deaths > births."""
     place = np.full(len(edges.central), -1)
     kept = np.zeros(len(place), dtype=np.bool_)
     kept[points] = True
+    # Numbered from the most central point of the subset on: the kernel's scans meet those first.
     place[edges.central[kept[edges.central]]] = np.arange(len(points))
+    # Room for at least two bars per point; a kernel that runs out of it says so and runs again with twice as much.
     words, count = len(points) // 32 + 1, -1
     while count < 0:
         bars = np.full((64 * words, 2), np.inf)
         count = _kernels.compiled(_loops)(edges.starts, edges.ends, edges.lengths, place, bars)
         words *= 2
     bars = bars[:count]
+    # A bar that is born and filled at one length comes from a tie, and is none.
     return bars[bars[:, 1] > bars[:, 0]]
 
 
@@ -84,25 +74,10 @@ def _loops(
     place: NDArray[np.int64],
     bars: FloatArray,
 ) -> int:
-    """Write the bars of H1 of a subset; a kernel for numba.
-
-    Every edge carries a code: the sum, over Z/2, of the bars whose loops it stands for. The codes along a
-    closed path sum up to its homology class, modulo the relations that the bars' deaths leave behind.
-
-    Parameters
-    ----------
-    starts, ends, lengths : ndarray, shape (edges,)
-        The cloud's edges, shortest first.
-    place : ndarray of int, shape (n,)
-        Each point's number in the subset, below 0 for points outside.
-    bars : ndarray, shape (64 words, 2)
-        Filled with births and deaths in the order of birth; all ``inf`` before.
-
-    Returns
-    -------
-    int
-        The number of bars, or -1 if there is no room for them.
-    """
+    """Write the bars of H1 of a subset into bars (64 words, 2), inf before; return how many, or -1 without room."""
+    # Every edge carries a code: the sum, over Z/2, of the bars whose loops it stands for. The codes along a closed path
+    # sum up to its homology class, modulo the relations that the bars' deaths leave behind. Edges come shortest first;
+    # `place` (n,) has each point's number in the subset, below 0 for points outside.
     size = place.max() + 1
     words = len(bars) // 64
     one = np.uint64(1)
@@ -112,6 +87,8 @@ def _loops(
     lune = np.zeros(size, np.uint8)
     reached = np.zeros(size, np.uint8)
     codes = np.zeros((size, size, words), np.uint64)
+    # relations[b] is the class that became zero when bar b died, with b its youngest bar: a row of the elimination
+    # below.
     relations = np.zeros((len(bars), words), np.uint64)
     cycle = np.zeros(words, np.uint64)
     count = 0
@@ -121,6 +98,7 @@ def _loops(
             continue
         rest = np.uint8(0)
         for w in range(size):
+            # Linked to both ends by now: nearer to both than they are to each other, or as near and of a lower index.
             lune[w] = linked[u, w] & linked[v, w]
             rest |= lune[w]
         if rest == 0:
@@ -129,11 +107,13 @@ def _loops(
                 a = parent[a]
             while parent[b] != b:
                 b = parent[b]
+            # Two components: no loop, and the edge keeps the code 0. So loops are counted from a spanning tree.
             if a != b:
                 parent[a] = b
             else:
                 if count == len(bars):
                     return -1
+                # One component: a loop that depends on none before, so it gets a bit of its own.
                 bars[count, 0] = lengths[edge]
                 codes[u, v, count // 64] = codes[v, u, count // 64] = one << np.uint64(count % 64)
                 count += 1
@@ -143,6 +123,7 @@ def _loops(
                 x += 1
             lune[x] = 0
             for i in range(words):
+                # The triangle u, x, v enters with the edge: the edge stands for what the way over x stands for.
                 codes[u, v, i] = codes[v, u, i] = codes[u, x, i] ^ codes[x, v, i]
             reached[:] = 0
             while True:
@@ -168,6 +149,8 @@ def _loops(
                 lune[x] = 0
                 for i in range(words):
                     cycle[i] = codes[u, v, i] ^ codes[u, x, i] ^ codes[x, v, i]
+                # Elimination over Z/2, the youngest bar first: that is the one that dies. A loop that comes out as zero
+                # was filled before.
                 for bar in range(count - 1, -1, -1):
                     if cycle[bar // 64] >> np.uint64(bar % 64) & one:
                         if bars[bar, 1] == np.inf:

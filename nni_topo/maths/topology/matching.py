@@ -61,6 +61,7 @@ def closed_bottleneck(first: FloatArray, second: FloatArray) -> FloatArray:
     matched = np.zeros((len(first), shared + 1))
     np.abs(first[:, :shared] - second[:shared], out=matched[:, 1:])
     np.maximum.accumulate(matched, axis=1, out=matched)
+    # Column k matches the k longest bars of both and drops the rest, of which the longest costs the most.
     costs: FloatArray = np.maximum(matched, 0.5 * dropped[:, : shared + 1]).min(axis=1)
     return costs
 
@@ -115,6 +116,7 @@ def closed_wasserstein(first: FloatArray, second: FloatArray, order: float, comp
     largest = max(first.max(initial=0.0), second.max(initial=0.0))
     if largest == 0.0:
         return np.zeros(len(first))
+    # Powers of numbers up to 1 don't overflow, whatever the order; the unit comes back with the root.
     first, second = first / largest, second / largest
     if _kernels.use_compiled(compiled):
         costs = np.empty(len(first))
@@ -125,10 +127,10 @@ def closed_wasserstein(first: FloatArray, second: FloatArray, order: float, comp
 
 
 def _align(first: FloatArray, second: FloatArray, order: float) -> FloatArray:
-    """Run the alignment's recurrence along its anti-diagonals, over all p rows at once.
-
-    `best[i]` is the least cost of the first i bars of `first` against the first `step - i` of `second`.
-    """
+    """Run the alignment's recurrence along its anti-diagonals, over all p rows at once; sums of powers (p,)."""
+    # `old[i]` is the least cost of the first i bars of `first` against the first ``step - 1 - i`` of `second`,
+    # `older[i]` that of a step before. The cells of an anti-diagonal don't depend on each other: r + m steps on arrays,
+    # instead of r m on cells. Cells outside of the table are infinite, so they never win.
     lists, rows, columns = first.T, first.shape[1], len(second)
     drop_first, drop_second = (0.5 * lists) ** order, (0.5 * second[:, None]) ** order
     older = np.full((rows + 1, len(first)), np.inf)
@@ -136,10 +138,13 @@ def _align(first: FloatArray, second: FloatArray, order: float) -> FloatArray:
     old[0] = 0.0
     for step in range(1, rows + columns + 1):
         new = np.full_like(old, np.inf)
+        # The last bar of `second` is dropped. Its index falls as i rises, hence the reversal.
         low, high = max(0, step - columns), min(rows, step - 1)
         np.add(old[low : high + 1], drop_second[step - high - 1 : step - low][::-1], out=new[low : high + 1])
+        # Or the last bar of `first` is, from the cell before in i.
         low, high = max(1, step - columns), min(rows, step)
         np.minimum(new[low : high + 1], old[low - 1 : high] + drop_first[low - 1 : high], out=new[low : high + 1])
+        # Or the two are matched: both indices are one less, so the cell lies two anti-diagonals back.
         high = min(rows, step - 1)
         gaps = np.abs(lists[low - 1 : high] - second[step - high - 1 : step - low, None][::-1])
         matched = older[low - 1 : high] + (gaps * gaps if order == 2 else gaps**order)

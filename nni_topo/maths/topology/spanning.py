@@ -86,10 +86,8 @@ def subset_deaths(distances: FloatArray, subsets: BoolArray, compiled: bool | No
 
 
 def _prim(distances: FloatArray, subsets: BoolArray, size: int) -> FloatArray:
-    """Grow the trees of p subsets together, one edge a step, on whole rows of the distance matrix.
-
-    Gathering each subset's submatrix first would cost more than the columns it saves.
-    """
+    """Grow the trees of p subsets together, one edge a step, on whole rows of the distance matrix."""
+    # Gathering each subset's submatrix first would cost more than the columns it saves.
     closed = np.where(subsets, 0.0, np.inf)
     to_tree = np.full(subsets.shape, np.inf)
     row = np.empty(subsets.shape)
