@@ -34,7 +34,9 @@ def plan() -> dict[str, set[str]]:
         parts = [name.split(".") for name in imported(path) if name.split(".")[0] == "nni_topo"]
         rooms.setdefault(room, set()).update(part[1] if len(part) > 1 else "__init__" for part in parts)
     known = rooms.keys()
-    return {room: {other if other in known else "__init__" for other in found} - {room} for room, found in rooms.items()}
+    return {
+        room: {other if other in known else "__init__" for other in found} - {room} for room, found in rooms.items()
+    }
 
 
 def test_rooms_and_floors_are_few_and_no_import_goes_in_a_circle():
