@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from nni_topo import zoo
 from nni_topo.analysis import retraining_bound
-from nni_topo.analysis.deviation_study import CONNECTIONS, study_masks
+from nni_topo.analysis.deviation import CONNECTIONS, study_masks
 from nni_topo.analysis.retraining import Kind
 from nni_topo.errors import ConfigError, check_integer, is_finite
 from nni_topo.network.reference import masked_model

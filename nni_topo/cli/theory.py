@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from nni_topo.analysis.deviation_study import deviation_study, print_deviation
+from nni_topo.analysis.deviation import deviation_study, print_deviation
 from nni_topo.analysis.retraining_study import print_retraining, retraining_study
 from nni_topo.cli.arguments import add_data, add_model, add_out, add_verb, data_choice, hand_over
 from nni_topo.runs.plan import ModelChoice

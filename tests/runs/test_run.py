@@ -12,7 +12,7 @@ from nni.compression import TorchEvaluator
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.analysis.deviation_study import study_masks
+from nni_topo.analysis.deviation import study_masks
 from nni_topo.analysis.magnitude.study import MagnitudePlan, MagnitudeStudy
 from nni_topo.cli import main
 from nni_topo.pruners.registry import _TABLE, PrunerInfo, register_pruner

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nni_topo import zoo
-from nni_topo.analysis.deviation_study import deviation_study
+from nni_topo.analysis.deviation import deviation_study
 from nni_topo.analysis.retraining_study import _freeze_zeros, epochs_back
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError
