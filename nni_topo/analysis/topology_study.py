@@ -60,7 +60,7 @@ def topology_study(
     else:
         entry["sparse_ratio"] = target.value
     if calibration:
-        knobs |= {"calibration": start.images(calibration), "criterion": "hausdorff"}
+        knobs["calibration"] = start.images(calibration)
     return study_topology(net, dependency_groups(net, example, [entry]), degrees=degrees, **knobs)
 
 
