@@ -58,9 +58,8 @@ class PrunerInfo:
 
     def knobs(self) -> tuple[str, ...]:
         """Return the names of the arguments beyond NNI's own four."""
-        make: Any = self.load()
-        parameters = inspect.signature(make.__init__ if isinstance(make, type) else make).parameters
-        return tuple(name for name in parameters if name not in (*_NNI_ARGUMENTS, "self", "args", "kwargs"))
+        parameters = inspect.signature(self.load()).parameters
+        return tuple(name for name in parameters if name not in (*_NNI_ARGUMENTS, "args", "kwargs"))
 
 
 _TABLE: dict[str, PrunerInfo] = {}
