@@ -49,7 +49,7 @@ CHOSEN: dict[str, tuple[str, dict[str, Any]]] = {
     "fpgm": ("fpgm", {}),
     "cluster": ("cluster", {"calibration": True}),
     "topological, greedy": ("topological", {"solver": "greedy"}),
-    "topological, reconstruction": ("topological", {"calibration": True}),
+    "reconstruction": ("reconstruction", {"calibration": True}),
     "genetic_weight": ("genetic_weight", {"validation": True, "population_size": 20, "generations": 3}),
 }
 SINGLE_WEIGHTS = "lenet300"  # for the pruner whose genes are the single weights

@@ -119,7 +119,7 @@ def _ablation(net: _Net, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]
         if key in done:
             continue
         given = dict(knobs)
-        if name == "topological":
+        if name in ("topological", "reconstruction"):
             labelled = list(zip(images.split(128), labels.split(128), strict=True))
             given |= {"calibration": labelled if knobs.get("collector") == "gradient" else calibration}
             given |= {"example_inputs": net.example}
@@ -141,9 +141,8 @@ def _rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
             for solver in SOLVERS if criterion in ("hausdorff", "cover") else SOLVERS[1:]:
                 knobs = {"collector": cloud, "criterion": criterion, "solver": solver}
                 yield f"{cloud}, {criterion}, {solver}", "topological", knobs
-    for solver, order in (("greedy", "parallel"), ("genetic", "parallel"), ("greedy", "sequential")):
-        knobs = {"criterion": "reconstruction", "solver": solver, "order": order, "patience": 5}
-        yield f"reconstruction, {solver}, {order}", "topological", knobs
+    for order in ("parallel", "sequential"):
+        yield f"reconstruction, greedy, {order}", "reconstruction", {"sequential": order == "sequential"}
 
 
 def _images(net: _Net, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:

@@ -91,15 +91,15 @@ def main() -> None:
 
 
 def _rows() -> Iterator[PrunerChoice]:
-    """The rivals, then TopologicalPruner: the thesis' preset, covers of every cloud, searches, reconstruction."""
+    """The rivals, then ours: the thesis' choice, covers of every cloud, searches, reconstruction."""
     for name in RIVALS:
         yield PrunerChoice(name)
-    yield PrunerChoice("topological", "weight, bottleneck, genetic (perera2022)", {"preset": "perera2022"})
+    yield PrunerChoice("perera2022", "weight, bottleneck, genetic (perera2022)")
     for cloud in CLOUDS:
         yield _topological(f"{cloud}, hausdorff, greedy", collector=cloud, criterion="hausdorff", solver="greedy")
     for cloud, criterion in SEARCHES:
         yield _topological(f"{cloud}, {criterion}, genetic", collector=cloud, criterion=criterion, solver="genetic")
-    yield _topological("reconstruction, greedy", criterion="reconstruction", solver="greedy")
+    yield PrunerChoice("reconstruction", "reconstruction, greedy", calibration=CALIBRATION)
     yield _topological(
         "functional, hausdorff, greedy, own widths",
         collector="functional",

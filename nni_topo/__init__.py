@@ -19,6 +19,7 @@ from nni_topo.pruners.energy import EnergyFilterPruner  # noqa: E402
 from nni_topo.pruners.genetic_weight import GeneticWeightPruner  # noqa: E402
 from nni_topo.pruners.matrix import MatrixPruner  # noqa: E402
 from nni_topo.pruners.random import RandomPruner  # noqa: E402
+from nni_topo.pruners.reconstruction import ReconstructionPruner  # noqa: E402
 from nni_topo.pruners.registry import (  # noqa: E402
     PrunerInfo,
     create_pruner,
@@ -61,6 +62,7 @@ __all__ = [
     "MatrixPruner",
     "PrunerInfo",
     "RandomPruner",
+    "ReconstructionPruner",
     "StructuredPruner",
     "SubclusterPruner",
     "TopologicalMagnitudePruner",

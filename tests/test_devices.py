@@ -98,6 +98,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     "genetic_weight": {"validation": LABELLED, **GENERATIONS},
     "slim": {"evaluator": "toy", "training_steps": 3, "config": [{"op_types": ["BatchNorm2d"], "sparse_ratio": 0.5}]},
     "taylor": {"evaluator": "toy", "training_steps": 3},
+    "perera2022": GENERATIONS,
     "topological": GENERATIONS,
 }
 """What a pruner needs here beyond the toy network's knobs."""
@@ -116,8 +117,8 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "functional": ("topological", {"collector": "functional", "calibration": BATCHES}),
     "gradient": ("topological", {"collector": "gradient", "calibration": LABELLED}),
     "gradient, evaluator": ("topological", {"collector": "gradient", "evaluator": "toy"}),
-    "reconstruction": ("topological", {"calibration": BATCHES}),
-    "sequential": ("topological", {"calibration": BATCHES, "order": "sequential"}),
+    "reconstruction": ("reconstruction", {"calibration": BATCHES}),
+    "sequential": ("reconstruction", {"calibration": BATCHES, "sequential": True}),
     "cover": ("topological", {"criterion": "cover"}),
     "bottleneck": ("topological", {"config": LINEAR, "criterion": "bottleneck", "homology_dimensions": (0, 1)}),
     "wasserstein": ("topological", {"criterion": "wasserstein"}),

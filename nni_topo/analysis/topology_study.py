@@ -37,8 +37,7 @@ def topology_study(
     else:
         entry["sparse_ratio"] = target.value
     if calibration:
-        # the functional cloud instead of the weights'
-        knobs |= {"calibration": start.images(calibration), "criterion": "hausdorff"}
+        knobs["calibration"] = start.images(calibration)
     return study_topology(net, dependency_groups(net, example, [entry]), degrees=degrees, **knobs)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -101,6 +101,31 @@ class BudgetAllocator(ConfigAllocator):
             return float(cost(kept) / whole)
 
         return share
+
+
+def make_allocator(
+    config_list: list[dict[str, Any]],
+    target: Mapping[str, float] | None,
+    allocation: Allocation,
+    latency_table: LatencyTable | str | Path | None,
+    example_inputs: Any,
+    calibration: Iterable[Any] | None,
+) -> ConfigAllocator:
+    """Return the allocator of a pruner whose scores hold a ranking: by a target, else by the config_list."""
+    if target is None:
+        if latency_table is not None:
+            raise ConfigError("a latency table needs a target of 'latency', got no target (latency_table)")
+        return ConfigAllocator(on_empty="keep", exact=True)
+    for index, config in enumerate(config_list):
+        settings = [config, *config.get("target_settings", {}).values()]
+        for key in ("sparse_ratio", "sparse_threshold", "global_group_id"):
+            if any(setting.get(key) is not None for setting in settings):
+                raise ConfigError(f"a target replaces {key}, got both (config_list[{index}])")
+    if example_inputs is None and calibration is not None:
+        example_inputs = next((b[0] if isinstance(b, (tuple, list)) else b for b in calibration), None)
+    if example_inputs is None:
+        raise ConfigError("a target needs example_inputs or calibration data, got neither (target)")
+    return BudgetAllocator(target, example_inputs, allocation=allocation, latency_table=latency_table)
 
 
 def checked_target(target: Mapping[str, float]) -> tuple[str, float]:

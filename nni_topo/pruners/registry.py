@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from operator import attrgetter
 from typing import Any
 
 import nni.compression.pruning
@@ -29,7 +30,8 @@ class PrunerInfo:
     name : str
         Name to create it by.
     path : str
-        ``"package.module:Class"``; imported when needed.
+        ``"package.module:Class"``, or ``"package.module:Class.method"`` for a class method that takes a pruner's
+        arguments; imported when needed.
     summary : str
         What it keeps, in one line.
     structured : bool
@@ -49,15 +51,15 @@ class PrunerInfo:
         """The package it comes from: ``"nni_topo"``, ``"nni"`` or a third party's."""
         return self.path.partition(".")[0]
 
-    def load(self) -> type[Pruner]:
-        """Import and return the class."""
+    def load(self) -> Callable[..., Pruner]:
+        """Import and return the class, or the class method."""
         module, _, name = self.path.partition(":")
-        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+        return attrgetter(name)(importlib.import_module(module))  # type: ignore[no-any-return]
 
     def knobs(self) -> tuple[str, ...]:
         """Return the names of the arguments beyond NNI's own four."""
-        parameters = inspect.signature(self.load().__init__).parameters
-        return tuple(name for name in parameters if name not in (*_NNI_ARGUMENTS, "self", "args", "kwargs"))
+        parameters = inspect.signature(self.load()).parameters
+        return tuple(name for name in parameters if name not in (*_NNI_ARGUMENTS, "args", "kwargs"))
 
 
 _TABLE: dict[str, PrunerInfo] = {}
@@ -180,8 +182,8 @@ def create_pruner(
 def expose_in_nni() -> None:
     """Make the package's pruners attributes of ``nni.compression.pruning``, where users of NNI look for pruners."""
     for info in _TABLE.values():
-        if info.origin == "nni_topo":
-            cls = info.load()
+        cls = info.load() if info.origin == "nni_topo" else None
+        if isinstance(cls, type):
             setattr(nni.compression.pruning, cls.__name__, cls)
 
 
@@ -189,6 +191,17 @@ _OWN = "nni_topo.pruners"
 _NNI = "nni.compression.pruning"
 for _info in (
     PrunerInfo("topological", f"{_OWN}.topological:TopologicalPruner", "filters that cover the layer's point cloud"),
+    PrunerInfo(
+        "perera2022",
+        f"{_OWN}.topological:TopologicalPruner.perera2022",
+        "filters whose persistence diagrams are near the layer's, as in the thesis",
+    ),
+    PrunerInfo(
+        "reconstruction",
+        f"{_OWN}.reconstruction:ReconstructionPruner",
+        "filters from which the next layers can best be solved anew",
+        needs=("calibration",),
+    ),
     PrunerInfo("energy", f"{_OWN}.energy:EnergyFilterPruner", "filters that let most of a chirp through"),
     PrunerInfo(
         "cluster",

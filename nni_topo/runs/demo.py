@@ -9,8 +9,8 @@ DEMO = Plan(
     data=(DataChoice("digits"),),
     pruners=(
         PrunerChoice("topological"),
-        PrunerChoice("topological", "topological, functional", {"criterion": "hausdorff"}, calibration=512),
-        PrunerChoice("topological", "topological, reconstruction", calibration=512),
+        PrunerChoice("topological", "topological, functional", calibration=512),
+        PrunerChoice("reconstruction", calibration=512),
         PrunerChoice("l1"),
         PrunerChoice("l2"),
         PrunerChoice("fpgm"),

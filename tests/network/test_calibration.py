@@ -14,6 +14,7 @@ KNOBS = {
     "topological": {},
     "topological, functional": {"criterion": "hausdorff", "solver": "greedy"},
     "topological, activation": {"collector": "activation"},
+    "reconstruction": {},
     "cluster": {},
     "subcluster": {},
     "energy": {"collector": "data", "linear": "unit-energy", "example_inputs": torch.randn(2, 6)},
@@ -70,7 +71,7 @@ def test_what_is_no_iterable_of_batches_is_refused_before_the_model_is_wrapped(r
     assert not hasattr(model.hidden, "_nni_wrapper")
 
 
-@pytest.mark.parametrize("row", ["topological", "topological, functional", "cluster", "subcluster"])
+@pytest.mark.parametrize("row", ["topological", "reconstruction", "cluster", "subcluster"])
 def test_batches_that_do_not_fit_are_named(row, model):
     with pytest.raises(DataError, match=r"calibration must fit the model, got RuntimeError.*\(batch 0\)"):
         kept(row, model, [torch.randn(40, 7)])

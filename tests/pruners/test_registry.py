@@ -26,15 +26,25 @@ def test_created_by_name_a_pruner_prunes(name):
     assert int(masks["hidden"]["bias"].sum()) == 8
 
 
+def test_a_class_method_is_a_row_of_its_own():
+    info = nni_topo.pruner_info("perera2022")
+    assert {"combine", "generations", "seed"} <= set(info.knobs())
+    assert not {"cls", "model", "collector", "criterion"} & set(info.knobs())
+    pruner = nni_topo.create_pruner("perera2022", toy_model(), HALF, generations=2)
+    assert type(pruner) is nni_topo.TopologicalPruner
+    assert not hasattr(nni.compression.pruning, "perera2022")
+
+
 def test_knobs_reach_the_pruner():
     assert nni_topo.create_pruner("random", toy_model(), HALF, seed=7).seed == 7
 
 
 def test_the_classes_are_where_users_of_nni_look():
     assert nni.compression.pruning.TopologicalPruner is nni_topo.TopologicalPruner
-    from nni.compression.pruning import RandomPruner
+    from nni.compression.pruning import RandomPruner, ReconstructionPruner
 
     assert RandomPruner is nni_topo.RandomPruner
+    assert ReconstructionPruner is nni_topo.ReconstructionPruner
 
 
 @pytest.mark.parametrize(
@@ -42,6 +52,7 @@ def test_the_classes_are_where_users_of_nni_look():
     [
         ("topologicl", {}, "pruner must be a known name, got 'topologicl'; did you mean topological"),
         ("topological", {"criterium": "cover"}, "did you mean criterion"),
+        ("reconstruction", {}, "pruner 'reconstruction' needs calibration, got none"),
         ("taylor", {}, "pruner 'taylor' needs evaluator, training_steps"),
     ],
 )

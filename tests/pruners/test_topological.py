@@ -31,8 +31,9 @@ def layer_of(points):
 
 
 def pruned(points, ratio=None, **knobs):
+    make = knobs.pop("make", TopologicalPruner)
     rule = {"sparse_threshold": knobs.pop("threshold")} if ratio is None else {"sparse_ratio": ratio}
-    _, masks = TopologicalPruner(layer_of(points), [{"op_names": ["0"], **rule}], **knobs).compress()
+    _, masks = make(layer_of(points), [{"op_names": ["0"], **rule}], **knobs).compress()
     return kept(masks, "0").tolist()
 
 
@@ -97,7 +98,7 @@ def test_what_is_kept_is_the_search_best(criterion):
 def test_both_engines_choose_the_same():
     rng = np.random.default_rng(0)
     points = rng.normal(size=(10, 3)).tolist()
-    knobs = {"preset": "perera2022", "population_size": 6, "generations": 3}
+    knobs = {"make": TopologicalPruner.perera2022, "population_size": 6, "generations": 3}
     assert pruned(points, 0.5, engine="exact", **knobs) == pruned(points, 0.5, engine="gudhi", **knobs)
 
 
@@ -130,26 +131,30 @@ def test_calibration_switches_to_the_activation_cloud():
     assert kept(by_weight, "hidden").tolist() != kept(by_activation, "hidden").tolist()
 
 
-@pytest.mark.parametrize(
-    ("knobs", "criterion", "solver"),
-    [
-        ({}, "hausdorff", "genetic"),
-        ({"calibration": [toy_images(16)]}, "reconstruction", "greedy"),
-        ({"calibration": [toy_images(16)], "collector": "functional"}, "hausdorff", "genetic"),
-        (
-            {"calibration": [toy_images(16)], "collector": "functional", "order": "sequential"},
-            "reconstruction",
-            "greedy",
-        ),
-    ],
-)
-def test_auto_is_reconstruction_with_images_alone_and_hausdorff_elsewhere(knobs, criterion, solver):
-    by_default = TopologicalPruner(toy_model(), HALF, generations=2, **knobs)
-    named = TopologicalPruner(toy_model(), HALF, generations=2, criterion=criterion, solver=solver, **knobs)
-    masks = [kept(pruner.compress()[1], "hidden").tolist() for pruner in (by_default, named)]
+@pytest.mark.parametrize(("knobs", "cloud"), [({}, "weight"), ({"calibration": [toy_images(16)]}, "functional")])
+def test_the_default_covers_what_neurons_do_where_there_are_images(knobs, cloud):
+    named = {"collector": cloud, "criterion": "hausdorff", "solver": "genetic"}
+    pair = [TopologicalPruner(toy_model(), HALF, generations=2, **knobs, **given) for given in ({}, named)]
+    masks = [kept(pruner.compress()[1], "hidden").tolist() for pruner in pair]
     assert masks[0] == masks[1]
-    assert by_default.trace == named.trace
-    assert bool(by_default.trace) == (solver == "genetic")
+    assert pair[0].trace == pair[1].trace != {}
+
+
+@pytest.mark.parametrize("combine", ["max", "sum"])
+def test_perera2022_compares_diagrams_of_the_weights_without_the_origin(combine):
+    points = np.random.default_rng(3).normal(size=(12, 2)).astype(np.float32)
+    pruner = TopologicalPruner.perera2022(
+        layer_of(points.tolist()), [{"op_names": ["0"], "sparse_ratio": 0.5}], combine=combine, generations=3
+    )
+    _, masks = pruner.compress()
+    distances = topology.pairwise_distances(points.astype(np.float64))
+    fitness = topology.SubsetFitness(distances, "bottleneck", homology_dimensions=(0, 1), combine=combine)
+    assert float(fitness(kept(masks, "0")[None])[0]) == pytest.approx(pruner.trace["0.weight"][-1].best, abs=1e-12)
+
+
+def test_perera2022_refuses_the_knobs_that_it_fixes():
+    with pytest.raises(ConfigError, match="knob of pruner 'perera2022' must be a known name, got 'criterion'"):
+        nni_topo.create_pruner("perera2022", toy_model(), HALF, criterion="cover")
 
 
 def test_an_evaluator_serves_as_calibration():
@@ -172,15 +177,15 @@ def test_a_collector_of_ones_own():
 
 def test_seeds_matter_and_repeat():
     points = np.random.default_rng(0).normal(size=(30, 4)).tolist()
-    knobs = {"preset": "perera2022", "generations": 2, "population_size": 4}
+    knobs = {"make": TopologicalPruner.perera2022, "generations": 2, "population_size": 4}
     first, again, other = (pruned(points, 0.5, seed=seed, **knobs) for seed in (0, 0, 1))
     assert first == again != other
 
 
 @pytest.mark.parametrize("points", [[[1.0]], [[0.0], [0.0]], [[1.0], [1.0], [1.0]], [[1.0], [2.0], [3.0], [4.0]]])
-@pytest.mark.parametrize("preset", [None, "perera2022"])
-def test_degenerate_layers(points, preset):
-    assert sum(pruned(points, 0.5, preset=preset)) == len(points) - len(points) // 2
+@pytest.mark.parametrize("make", [TopologicalPruner, TopologicalPruner.perera2022])
+def test_degenerate_layers(points, make):
+    assert sum(pruned(points, 0.5, make=make)) == len(points) - len(points) // 2
 
 
 @pytest.mark.parametrize(
@@ -192,8 +197,8 @@ def test_degenerate_layers(points, preset):
         ({"collector": "gradients"}, "did you mean gradient"),
         ({"collector": "gradient"}, "needs calibration data or an evaluator"),
         ({"collector": "folded"}, "'folded' needs example_inputs"),
-        ({"preset": "perera"}, "did you mean perera2022"),
-        ({"preset": "perera2022", "criterion": "cover"}, "fixes criterion='bottleneck', got 'cover'"),
+        ({"criterion": "reconstruction"}, "criterion must be a known name, got 'reconstruction'"),
+        ({"combine": "mean"}, "combine must be a known name, got 'mean'"),
         ({"preprocess": "scale"}, "preprocess must be a known name"),
         ({"homology_dimensions": ()}, "homology_dimensions"),
         ({"homology_dimensions": (-1,)}, "homology_dimensions"),

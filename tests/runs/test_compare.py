@@ -93,11 +93,11 @@ def test_a_process_per_cell_gives_the_same_figures(tmp_path):
 
 
 def test_a_failing_cell_is_reported_and_the_others_run(tmp_path):
-    broken = Plan(**{**plan("l1").__dict__, "pruners": (PrunerChoice("cluster"), PrunerChoice("l1"))})
+    broken = Plan(**{**plan("l1").__dict__, "pruners": (PrunerChoice("reconstruction"), PrunerChoice("l1"))})
     records, failures = compare(broken, tmp_path)
     assert [record["pruner"] for record in records] == ["l1"]
-    assert "calibration" in failures[0].reason
-    assert failures[0].cell.pruner.name == "cluster"
+    assert "needs calibration" in failures[0].reason
+    assert failures[0].cell.pruner.name == "reconstruction"
 
 
 def test_a_folder_of_another_comparison_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -27,6 +28,8 @@ from nni_topo.maths.topology.matching import closed_bottleneck, closed_wasserste
 from nni_topo.maths.topology.spanning import subset_deaths
 
 CRITERIA = ("bottleneck", "wasserstein", "hausdorff", "cover")
+COMBINATIONS = ("max", "sum")
+Combination = Literal["max", "sum"]
 
 
 class SubsetFitness:
@@ -41,7 +44,7 @@ class SubsetFitness:
         Distances of the cloud, as from `pairwise_distances`.
     criterion : {"bottleneck", "wasserstein", "hausdorff", "cover"}, default "hausdorff"
         ``"bottleneck"`` and ``"wasserstein"`` compare the persistence diagrams of the subset and of the
-        cloud; the largest distance, respectively the sum of distances, over the homology dimensions.
+        cloud; the largest distance (see ``combine``), respectively the sum of distances, over the homology dimensions.
         ``"hausdorff"`` is the largest and ``"cover"`` the mean distance from a point of the cloud to the
         nearest point of the subset.
     homology_dimensions : sequence of int, default (0,)
@@ -54,6 +57,8 @@ class SubsetFitness:
         `bottleneck_distance` names. The covering criteria have one engine.
     order : float, default 2
         Order of the Wasserstein distance, in [1, inf).
+    combine : {"max", "sum"}, default "max"
+        Whether the bottleneck distances of the homology dimensions are compared or added.
     compiled : bool, optional
         True asks for numba kernels, False for numpy; default numba where it is installed.
 
@@ -67,7 +72,7 @@ class SubsetFitness:
     DataError
         If an array is malformed, a dimension is < 0 or the order isn't in [1, inf).
     ConfigError
-        If the criterion or the engine is unknown, or ``compiled=True`` and numba isn't installed.
+        If the criterion, the engine or the combination is unknown, or ``compiled=True`` and numba isn't installed.
 
     Notes
     -----
@@ -92,10 +97,14 @@ class SubsetFitness:
         base: int | None = None,
         engine: str = "exact",
         order: float = 2.0,
+        combine: Combination = "max",
         compiled: bool | None = None,
     ) -> None:
         if criterion not in CRITERIA:
             raise unknown_name("criterion", criterion, CRITERIA)
+        if combine not in COMBINATIONS:
+            raise unknown_name("combine", str(combine), COMBINATIONS)
+        self._largest = criterion == "bottleneck" and combine == "max"
         self.criterion, self.engine = criterion, as_engine(engine)
         self.homology_dimensions = tuple(as_dimension(degree) for degree in homology_dimensions)
         if not self.homology_dimensions:
@@ -162,7 +171,7 @@ class SubsetFitness:
         # Of H0 and H1 the larger bottleneck distance mostly is H0's, which hardly differs between subsets of one size;
         # the sum of the Wasserstein distances keeps every degree in sight.
         losses = np.stack(parts)
-        return np.asarray(losses.max(axis=0) if self.criterion == "bottleneck" else losses.sum(axis=0))
+        return np.asarray(losses.max(axis=0) if self._largest else losses.sum(axis=0))
 
     def _by_deaths(self, subsets: BoolArray) -> FloatArray:
         """Score degree 0 by the closed forms, all subsets of a size together."""

@@ -162,9 +162,9 @@ def check_read(
 def unread_error(names: list[str]) -> ConfigError:
     """Build the error for layers that nothing reads, with the ways on."""
     return ConfigError(
-        "a cloud of what is read, and criterion 'reconstruction', need a layer behind that reads all channels of a "
-        "layer alike, got none: exclude such layers from the config_list (exclude_op_names), or choose a cloud of the "
-        f"layer itself, collector='activation' or 'weight' without a criterion ({', '.join(names)})"
+        "a cloud of what is read, and ReconstructionPruner, need a layer behind that reads all channels of a layer "
+        "alike, got none: exclude such layers from the config_list (exclude_op_names), or let TopologicalPruner look "
+        f"at the layer itself, collector='activation' or 'weight' ({', '.join(names)})"
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from nni_topo.errors import DataError
 from nni_topo.maths.least_squares.greedy import greedy_least_squares
@@ -41,7 +41,6 @@ IntArray = NDArray[np.int64]
 
 _LINEAR = (*CONVOLUTIONS, nn.Linear)
 _RIDGE = 1e-4
-_CHUNK_BYTES = 2**27
 
 
 @dataclass(frozen=True)
@@ -65,28 +64,6 @@ class ReconstructionProblem:
     def choose(self, keep: int, parts: int = 1) -> IntArray:
         """Return ``keep`` channels by forward selection, in the order of choice, as many from each of equal parts."""
         return greedy_least_squares(self.grams, self.crosses, keep, block=self.columns, parts=parts)
-
-    def error(self, population: BoolArray) -> FloatArray:
-        """Return the share of the layers' variance that each set of kept channels loses.
-
-        Parameters
-        ----------
-        population : ndarray of bool, shape (individuals, channels)
-            Kept channels, the same number in each row.
-
-        Returns
-        -------
-        ndarray, shape (individuals,)
-            Mean over the layers, in [0, 1] up to what the samples leave open.
-        """
-        explained = np.zeros(len(population))
-        for gram, cross, columns in zip(self.grams, self.crosses, self.columns, strict=True):
-            kept = np.repeat(population, columns, axis=1)
-            chosen = torch.from_numpy(np.nonzero(kept)[1].reshape(len(population), -1))
-            step = max(1, _CHUNK_BYTES // (8 * chosen.shape[1] ** 2))
-            for first in range(0, len(population), step):
-                explained[first : first + step] += _explained(gram, cross, chosen[first : first + step])
-        return 1.0 - explained / len(self.grams)
 
 
 class ReconstructionProblems:
@@ -230,17 +207,3 @@ def _problem(found: list[EnteringCovariances], name: str) -> ReconstructionProbl
         grams.append((own + _RIDGE * torch.diag(own.diagonal())).cpu().numpy())
         crosses.append(cross.cpu().numpy())
     return ReconstructionProblem(tuple(grams), tuple(crosses), tuple(sums.columns for sums in found))
-
-
-def _explained(gram: FloatArray, cross: FloatArray, chosen: Tensor) -> FloatArray:
-    """Variance that sets of columns, ``(individuals, columns)``, explain."""
-    whole, targets = torch.from_numpy(gram), torch.from_numpy(cross)
-    within = whole[chosen[:, :, None], chosen[:, None, :]]
-    scale = torch.diagonal(within, dim1=1, dim2=2).clamp(min=1e-300).rsqrt()
-    within = within * scale[:, :, None] * scale[:, None, :]
-    factor, info = torch.linalg.cholesky_ex(within + 1e-10 * torch.eye(within.shape[1], dtype=torch.float64))
-    if bool(info.any()):
-        raise DataError("covariances must be positive semidefinite, got others (reconstruction)")
-    reached = torch.linalg.solve_triangular(factor, targets[chosen] * scale[:, :, None], upper=False)
-    explained: FloatArray = reached.square().sum((1, 2)).numpy()
-    return explained

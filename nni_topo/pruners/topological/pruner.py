@@ -12,7 +12,6 @@ References
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,29 +20,17 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.maths.search.subsets import EvolutionSettings, Generation
+from nni_topo.maths.topology.fitness import Combination
 from nni_topo.network.inputs import checked_calibration
 from nni_topo.network.latency import LatencyTable
-from nni_topo.pruners.allocators import ConfigAllocator
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.budget import Allocation, BudgetAllocator
+from nni_topo.pruners.budget import Allocation, make_allocator
 from nni_topo.pruners.clouds import make_collector
 from nni_topo.pruners.clouds.weight import Preprocess
 from nni_topo.pruners.hooks import DataCollector
-from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
-from nni_topo.pruners.reconstruction.sequential import SequentialProblems
-from nni_topo.pruners.topological.metric import RECONSTRUCTION, SelectionSettings, TopologicalMetric
+from nni_topo.pruners.topological.metric import SelectionSettings, TopologicalMetric
 from nni_topo.recovery.compensation import Method
-
-_PRESETS: dict[str, dict[str, Any]] = {
-    "perera2022": {
-        "collector": "weight",
-        "criterion": "bottleneck",
-        "homology_dimensions": (0, 1),
-        "solver": "genetic",
-    }
-}
 
 
 class TopologicalPruner(StructuredPruner):
@@ -66,25 +53,24 @@ class TopologicalPruner(StructuredPruner):
         the weights that read them (both need ``example_inputs``); the filters' outputs over the calibration data; what
         these outputs do in the layers that read them; or what removing a filter does to each labelled sample's loss.
         Default ``"auto"``: ``"functional"`` if ``calibration`` is given, else ``"weight"``.
+    origin : bool, default=True
+        Whether the origin, to which a pruned filter falls, belongs to the cloud.
     calibration : iterable or None, default=None
         Batches of inputs, or of ``(inputs, targets)``, which the gradient cloud needs and all others ignore the targets
         of. A list or DataLoader, not a generator.
     preprocess : {"none", "center", "standardize", "unit"}, default="none"
         Applied to each member's cloud before a group's are joined.
-    criterion : {"auto", "hausdorff", "cover", "bottleneck", "wasserstein", "reconstruction"}, default="auto"
-        What the search minimises: the largest or the mean distance from a pruned to the nearest kept point, the
-        distance between the persistence diagrams of the kept and the whole cloud, or the share of the next layers'
-        outputs that no choice of their weights could bring back (needs ``calibration``). ``"auto"`` is
-        ``"reconstruction"`` if ``calibration`` is given and the collector is left to the pruner, else ``"hausdorff"``.
+    criterion : {"auto", "hausdorff", "cover", "bottleneck", "wasserstein"}, default="auto"
+        What the search minimises: the largest or the mean distance from a pruned to the nearest kept point, or the
+        distance between the persistence diagrams of the kept and the whole cloud. ``"auto"`` is ``"hausdorff"``.
     homology_dimensions : sequence of int, default=(0,)
-        Degrees whose diagrams are compared by ``"bottleneck"`` (their maximum) and ``"wasserstein"`` (their sum).
+        Degrees whose diagrams are compared by ``"bottleneck"`` and ``"wasserstein"``.
+    combine : {"max", "sum"}, default="max"
+        Whether ``"bottleneck"`` takes the largest of the degrees' distances or adds them; ``"wasserstein"`` adds.
     solver : {"auto", "genetic", "greedy"}, default="auto"
-        Genetic algorithm, started from the greedy solution, or the greedy solution itself: farthest points first; for
-        ``"reconstruction"`` forward selection. ``"auto"`` is greedy for ``"reconstruction"``, where evolving on costs
-        minutes and gained nothing measurable, and genetic for the others.
-    order : {"parallel", "sequential"}, default="parallel"
-        Whether all layers are looked at in the network as it is, or each one in the network as pruned so far, the
-        layers before it reconstructed. ``"sequential"`` goes with criterion ``"reconstruction"``.
+        Genetic algorithm, or the greedy solution: farthest points first. ``"auto"`` is ``"genetic"``.
+    greedy_start : bool, default=True
+        Whether the genetic algorithm's first generation holds the greedy solution.
     population_size : int, default=50
         Individuals per generation, at least 2.
     generations : int, default=20
@@ -109,10 +95,6 @@ class TopologicalPruner(StructuredPruner):
         Generations without improvement after which the search ends. None: never.
     engine : {"exact", "gudhi"}, default="exact"
         Closed forms on a cached distance matrix, or a simplex tree per individual: the slow reference.
-    preset : {None, "perera2022"}, default=None
-        ``"perera2022"`` is the thesis' setting: weight cloud without the origin, bottleneck distance in H0 and H1,
-        genetic algorithm from random individuals. It fixes ``collector``, ``criterion``, ``homology_dimensions`` and
-        ``solver``.
     compensate : {None, "reconstruct", "channel", "pair"}, default=None
         Let ``compress()`` also change the weights that stay, so that they make up for those that go, as
         :func:`nni_topo.compensate` does with this method; needs ``calibration``.
@@ -133,6 +115,7 @@ class TopologicalPruner(StructuredPruner):
 
     See Also
     --------
+    nni_topo.ReconstructionPruner : chooses by least squares in the layers behind.
     nni_topo.to_dense : makes the masked model smaller.
 
     Notes
@@ -164,12 +147,14 @@ class TopologicalPruner(StructuredPruner):
         existed_wrappers: dict[str, ModuleWrapper] | None = None,
         *,
         collector: str | DataCollector = "auto",
+        origin: bool = True,
         calibration: Iterable[Any] | None = None,
         preprocess: Preprocess = "none",
         criterion: str = "auto",
         homology_dimensions: Sequence[int] = (0,),
+        combine: Combination = "max",
         solver: Literal["auto", "genetic", "greedy"] = "auto",
-        order: Literal["parallel", "sequential"] = "parallel",
+        greedy_start: bool = True,
         population_size: int = 50,
         generations: int = 20,
         mutation_probability: float = 0.2,
@@ -181,7 +166,6 @@ class TopologicalPruner(StructuredPruner):
         latency_table: LatencyTable | str | Path | None = None,
         example_inputs: Any = None,
         engine: Literal["exact", "gudhi"] = "exact",
-        preset: Literal["perera2022"] | None = None,
         compensate: Method | None = None,
         round_to: int | None = None,
         seed: int = 0,
@@ -189,18 +173,12 @@ class TopologicalPruner(StructuredPruner):
         n_jobs: int | None = 1,
     ) -> None:
         calibration = checked_calibration(calibration)
-        choice: dict[str, Any] = {
-            "collector": collector,
-            "criterion": criterion,
-            "homology_dimensions": tuple(homology_dimensions),
-            "solver": solver,
-        }
-        choice = _chosen(choice, calibration, order) if preset is None else _preset(preset, choice)
         settings = SelectionSettings(
-            criterion=choice["criterion"],
-            homology_dimensions=choice["homology_dimensions"],
-            solver=choice["solver"],
+            criterion="hausdorff" if criterion == "auto" else criterion,
+            homology_dimensions=tuple(homology_dimensions),
+            solver="genetic" if solver == "auto" else solver,
             engine=engine,
+            combine=combine,
             evolution=EvolutionSettings(
                 population_size=population_size,
                 generations=generations,
@@ -209,25 +187,21 @@ class TopologicalPruner(StructuredPruner):
                 elitism=elitism,
                 patience=patience,
             ),
-            origin=preset is None,
-            greedy_start=preset is None,
+            origin=origin,
+            greedy_start=greedy_start,
         )
-        self.preset = preset
         self.seed = seed
         self.target = target
         self.needs_rule = target is None
-        allocator = _allocator(config_list, target, allocation, latency_table, example_inputs, calibration)
-        problems = _problems(settings.criterion, order, calibration, seed)
-        self._metric = TopologicalMetric(
-            settings, allocator, seed=seed, progress=progress, n_jobs=n_jobs, problems=problems
-        )
+        allocator = make_allocator(config_list, target, allocation, latency_table, example_inputs, calibration)
+        self._metric = TopologicalMetric(settings, allocator, seed=seed, progress=progress, n_jobs=n_jobs)
         super().__init__(
             model,
             config_list,
             evaluator,
             existed_wrappers,
             collector=make_collector(
-                choice["collector"],
+                collector,
                 calibration=calibration,
                 example_inputs=example_inputs,
                 evaluator=evaluator,
@@ -242,76 +216,96 @@ class TopologicalPruner(StructuredPruner):
         if target is not None:
             self._activate_targets()
 
-    def _check_layers(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-        if self._metric.problems is None:
-            super()._check_layers(model, modules)
-        else:
-            self._metric.problems.check(model, modules)
+    @classmethod
+    def perera2022(
+        cls,
+        model: nn.Module,
+        config_list: list[dict[str, Any]],
+        evaluator: Evaluator | None = None,
+        existed_wrappers: dict[str, ModuleWrapper] | None = None,
+        *,
+        combine: Combination = "max",
+        homology_dimensions: Sequence[int] = (0, 1),
+        preprocess: Preprocess = "none",
+        population_size: int = 50,
+        generations: int = 20,
+        mutation_probability: float = 0.2,
+        crossover_probability: float = 0.8,
+        elitism: bool = True,
+        patience: int | None = None,
+        calibration: Iterable[Any] | None = None,
+        target: Mapping[str, float] | None = None,
+        allocation: Allocation = "uniform",
+        latency_table: LatencyTable | str | Path | None = None,
+        example_inputs: Any = None,
+        engine: Literal["exact", "gudhi"] = "exact",
+        compensate: Method | None = None,
+        round_to: int | None = None,
+        seed: int = 0,
+        progress: bool = False,
+        n_jobs: int | None = 1,
+    ) -> TopologicalPruner:
+        """Return a pruner in the thesis' setting.
+
+        The cloud is that of the weights, without the origin; the criterion is the bottleneck distance of the diagrams
+        in H0 and H1, minimised by a genetic algorithm that starts from random individuals.
+
+        Parameters
+        ----------
+        model, config_list, evaluator, existed_wrappers
+            As for the class.
+        combine : {"max", "sum"}, default="max"
+            Whether the degrees' distances are compared or added.
+        homology_dimensions : sequence of int, default=(0, 1)
+            Degrees whose diagrams are compared.
+        calibration : iterable or None, default=None
+            Batches for ``compensate``, and for a ``target`` without ``example_inputs``.
+        preprocess, population_size, generations, mutation_probability, crossover_probability, elitism, patience, \
+        target, allocation, latency_table, example_inputs, engine, compensate, round_to, seed, progress, n_jobs
+            As for the class.
+
+        Returns
+        -------
+        TopologicalPruner
+
+        Raises
+        ------
+        ConfigError, DataError
+            If a knob or the request is bad, before the model is wrapped.
+        """
+        return cls(
+            model,
+            config_list,
+            evaluator,
+            existed_wrappers,
+            collector="weight",
+            origin=False,
+            preprocess=preprocess,
+            criterion="bottleneck",
+            homology_dimensions=homology_dimensions,
+            combine=combine,
+            solver="genetic",
+            greedy_start=False,
+            population_size=population_size,
+            generations=generations,
+            mutation_probability=mutation_probability,
+            crossover_probability=crossover_probability,
+            elitism=elitism,
+            patience=patience,
+            calibration=calibration,
+            target=target,
+            allocation=allocation,
+            latency_table=latency_table,
+            example_inputs=example_inputs,
+            engine=engine,
+            compensate=compensate,
+            round_to=round_to,
+            seed=seed,
+            progress=progress,
+            n_jobs=n_jobs,
+        )
 
     @property
     def trace(self) -> dict[str, list[Generation]]:
         """Best and mean fitness per generation of the latest search, per layer or group."""
         return self._metric.trace
-
-
-def _allocator(
-    config_list: list[dict[str, Any]],
-    target: Mapping[str, float] | None,
-    allocation: Allocation,
-    latency_table: LatencyTable | str | Path | None,
-    example_inputs: Any,
-    calibration: Iterable[Any] | None,
-) -> ConfigAllocator:
-    if target is None:
-        if latency_table is not None:
-            raise ConfigError("a latency table needs a target of 'latency', got no target (latency_table)")
-        return ConfigAllocator(on_empty="keep", exact=True)
-    for index, config in enumerate(config_list):
-        settings = [config, *config.get("target_settings", {}).values()]
-        for key in ("sparse_ratio", "sparse_threshold", "global_group_id"):
-            if any(setting.get(key) is not None for setting in settings):
-                raise ConfigError(f"a target replaces {key}, got both (config_list[{index}])")
-    if example_inputs is None and calibration is not None:
-        example_inputs = next((b[0] if isinstance(b, (tuple, list)) else b for b in calibration), None)
-    if example_inputs is None:
-        raise ConfigError("a target needs example_inputs or calibration data, got neither (target)")
-    return BudgetAllocator(target, example_inputs, allocation=allocation, latency_table=latency_table)
-
-
-def _problems(
-    criterion: str, order: str, calibration: Iterable[Any] | None, seed: int
-) -> ReconstructionProblems | None:
-    """Return what criterion "reconstruction" is measured by; None for the others."""
-    if order not in ("parallel", "sequential"):
-        raise unknown_name("order", str(order), ("parallel", "sequential"))
-    if criterion != RECONSTRUCTION:
-        if order == "sequential":
-            raise ConfigError(f"order 'sequential' needs criterion 'reconstruction', got {criterion!r} (order)")
-        return None
-    if calibration is None:
-        raise ConfigError("criterion 'reconstruction' needs calibration data, got none (calibration)")
-    kind = ReconstructionProblems if order == "parallel" else SequentialProblems
-    return kind(calibration, seed=seed)
-
-
-def _chosen(choice: dict[str, Any], calibration: Iterable[Any] | None, order: str) -> dict[str, Any]:
-    """Return a choice in which ``"auto"`` is decided."""
-    criterion, solver = choice["criterion"], choice["solver"]
-    if criterion == "auto":
-        informed = calibration is not None and choice["collector"] == "auto"
-        criterion = RECONSTRUCTION if informed or order == "sequential" else "hausdorff"
-    if solver == "auto":
-        solver = "greedy" if criterion == RECONSTRUCTION else "genetic"
-    return {**choice, "criterion": criterion, "solver": solver}
-
-
-def _preset(preset: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Return a preset's choice; a knob that was set to something else is an error."""
-    if preset not in _PRESETS:
-        raise unknown_name("preset", str(preset), _PRESETS)
-    fixed = _PRESETS[preset]
-    defaults = {name: inspect.signature(TopologicalPruner).parameters[name].default for name in fixed}
-    for knob, value in given.items():
-        if value not in (defaults[knob], fixed[knob]):
-            raise ConfigError(f"preset {preset!r} fixes {knob}={fixed[knob]!r}, got {value!r} (TopologicalPruner)")
-    return fixed

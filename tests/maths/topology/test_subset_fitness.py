@@ -56,10 +56,14 @@ def test_bottleneck_is_at_least_half_the_first_lost_death_time(seed):
 def test_degrees_combine_by_maximum_and_by_sum():
     distances = pairwise_distances(np.random.default_rng(4).normal(size=(14, 2)))
     subsets = make_subsets(4, 6, 14, 8)
-    for criterion, combine in (("bottleneck", np.maximum), ("wasserstein", np.add)):
-        parts = [SubsetFitness(distances, criterion, homology_dimensions=(d,))(subsets) for d in (0, 1)]
-        both = SubsetFitness(distances, criterion, homology_dimensions=(0, 1))(subsets)
-        np.testing.assert_allclose(both, combine(*parts), rtol=1e-12)
+    ways = (("bottleneck", {}, np.maximum), ("bottleneck", {"combine": "sum"}, np.add), ("wasserstein", {}, np.add))
+    for criterion, knobs, combined in ways:
+        parts = [SubsetFitness(distances, criterion, homology_dimensions=(d,), **knobs)(subsets) for d in (0, 1)]
+        both = SubsetFitness(distances, criterion, homology_dimensions=(0, 1), **knobs)(subsets)
+        assert (parts[1] > 0).any()
+        np.testing.assert_allclose(both, combined(*parts), rtol=1e-12)
+        slow = SubsetFitness(distances, criterion, homology_dimensions=(0, 1), engine="gudhi", **knobs)(subsets)
+        np.testing.assert_allclose(slow, both, atol=1e-8)
 
 
 def test_subsets_are_scored_once():
@@ -101,6 +105,7 @@ def test_fitness_travels_to_other_processes():
     ("knobs", "error", "message"),
     [
         ({"criterion": "hausdorf"}, ConfigError, "criterion must be a known name, got 'hausdorf'"),
+        ({"combine": "mean"}, ConfigError, "combine must be a known name, got 'mean'"),
         ({"engine": "ripser"}, ConfigError, "engine must be a known name"),
         ({"homology_dimensions": (0, -1)}, DataError, "homology dimension must be an integer >= 0, got -1"),
         ({"homology_dimensions": ()}, DataError, "at least one degree"),

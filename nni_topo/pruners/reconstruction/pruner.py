@@ -1,0 +1,150 @@
+"""Reconstruction pruning: keep the channels from which the layers behind can best be solved anew.
+
+References
+----------
+.. [1] Y. He, X. Zhang and J. Sun, "Channel pruning for accelerating very deep neural networks",
+   https://arxiv.org/abs/1707.06168
+.. [2] J.-H. Luo, J. Wu and W. Lin, "ThiNet: a filter level pruning method for deep neural network compression",
+   https://arxiv.org/abs/1707.06342
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nni.compression.base.wrapper import ModuleWrapper
+from nni.compression.utils import Evaluator
+from torch import nn
+
+from nni_topo.errors import ConfigError
+from nni_topo.network.inputs import checked_calibration
+from nni_topo.network.latency import LatencyTable
+from nni_topo.pruners.base import StructuredPruner
+from nni_topo.pruners.budget import Allocation, make_allocator
+from nni_topo.pruners.clouds.functional import FunctionalCollector
+from nni_topo.pruners.reconstruction.metric import ReconstructionMetric
+from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
+from nni_topo.pruners.reconstruction.sequential import SequentialProblems
+from nni_topo.recovery.compensation import Method
+
+
+class ReconstructionPruner(StructuredPruner):
+    """Prune the filters and neurons that least squares can do without in the layers that read them.
+
+    Channels are chosen one by one, each the one that takes most off the squared error with which the layers behind,
+    their weights solved anew, meet what they put out on the calibration data. All layers that read a channel count
+    alike.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Model to prune. NNI wraps it; ``unwrap_model()`` takes the wrappers off again.
+    config_list : list of dict
+        NNI's config_list; all its keys keep their meaning. The members of a ``dependency_group_id`` are chosen as one.
+        ``sparse_threshold`` and ``global_group_id`` compare half the H0 death times of the layers' functional clouds,
+        in units of the layer's mean, as in :class:`~nni_topo.TopologicalPruner`.
+    evaluator : nni.compression.utils.Evaluator or None, default=None
+        Needed for scheduled pruning.
+    existed_wrappers : dict or None, default=None
+        Used by ``from_compressor``.
+    calibration : iterable
+        Batches of inputs, or of ``(inputs, targets)`` whose targets are ignored. A list or DataLoader, not a generator.
+    sequential : bool, default=False
+        Look at each layer in the network as pruned so far, the layers before it reconstructed, instead of at all
+        layers in the network as it is.
+    target : mapping or None, default=None
+        A budget for the whole network instead of ratios: ``{"flops": 0.25}``, ``{"params": 0.5}`` or ``{"latency":
+        0.5}``, the share to be left. The config_list then says where only; its ``min_sparse_ratio`` and
+        ``max_sparse_ratio`` hold. Scheduled pruners don't schedule it.
+    allocation : {"uniform", "topological"}, default="uniform"
+        How the budget is dealt out: the same share of every layer, or one tolerance on death times over the network.
+    latency_table : LatencyTable, str, Path or None, default=None
+        Seconds of the layers over their widths, or a JSON file of them, for a latency target. None: measured once, on
+        one thread with the batch of ``example_inputs``; then ``pruner.allocator.latency_table`` holds it.
+    example_inputs : Any, default=None
+        Inputs of the model, for a ``target``; None: the first ``calibration`` batch.
+    compensate : {None, "reconstruct", "channel", "pair"}, default=None
+        Let ``compress()`` also change the weights that stay, so that they make up for those that go, as
+        :func:`nni_topo.compensate` does with this method.
+    round_to : int or None, default=None
+        Every layer keeps a multiple of so many channels, or all; more than asked for stay.
+    seed : int, default=0
+        Of the positions at which large feature maps are sampled. Same seed, same masks.
+    progress : bool, default=False
+        Show a progress bar over the layers.
+
+    Raises
+    ------
+    ConfigError, DataError
+        If a knob or the request is bad, or no layer reads one that is to be pruned, before the model is wrapped.
+
+    See Also
+    --------
+    nni_topo.compensate : solves the layers behind anew, for which these channels are chosen.
+    nni_topo.to_dense : makes the masked model smaller.
+
+    References
+    ----------
+    .. [1] He, Zhang, Sun, "Channel pruning for accelerating very deep neural networks", ICCV 2017.
+    .. [2] Luo, Wu, Lin, "ThiNet", ICCV 2017.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    >>> config_list = [{"op_names": ["0"], "sparse_ratio": 0.75}]
+    >>> pruner = ReconstructionPruner(model, config_list, calibration=[torch.randn(64, 16)])
+    >>> _, masks = pruner.compress()
+    >>> int(masks["0"]["bias"].sum())
+    8
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[dict[str, Any]],
+        evaluator: Evaluator | None = None,
+        existed_wrappers: dict[str, ModuleWrapper] | None = None,
+        *,
+        calibration: Iterable[Any] | None = None,
+        sequential: bool = False,
+        target: Mapping[str, float] | None = None,
+        allocation: Allocation = "uniform",
+        latency_table: LatencyTable | str | Path | None = None,
+        example_inputs: Any = None,
+        compensate: Method | None = None,
+        round_to: int | None = None,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> None:
+        calibration = checked_calibration(calibration)
+        if calibration is None:
+            raise ConfigError("ReconstructionPruner needs calibration data, got none (calibration)")
+        if not isinstance(sequential, bool):
+            raise ConfigError(f"sequential must be True or False, got {sequential!r} (ReconstructionPruner)")
+        self.sequential = sequential
+        self.seed = seed
+        self.target = target
+        self.needs_rule = target is None
+        allocator = make_allocator(config_list, target, allocation, latency_table, example_inputs, calibration)
+        self._problems = (SequentialProblems if sequential else ReconstructionProblems)(calibration, seed=seed)
+        super().__init__(
+            model,
+            config_list,
+            evaluator,
+            existed_wrappers,
+            collector=FunctionalCollector(calibration),
+            calculator=ReconstructionMetric(self._problems, allocator, progress=progress),
+            allocator=allocator,
+            compensate=compensate,
+            calibration=calibration,
+            round_to=round_to,
+        )
+        if target is not None:
+            self._activate_targets()
+
+    def _check_layers(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        self._problems.check(model, modules)
