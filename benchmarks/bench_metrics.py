@@ -28,7 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nni_topo.compat import metrics, ranking
+from nni_topo.compat import metrics
 
 GOAL = 5.0
 FPGM_CASES = ((64, 64), (128, 128), (256, 256), (512, 512))
@@ -86,10 +86,10 @@ def compare_ranking(kind: str, blocks: int, timing: tuple[int, float]) -> dict[s
         target = torch.empty(1).expand(blocks // LAYERS, 9 * 2**exponent)
         group.append((str(index), "weight", SimpleNamespace(target=target)))
     number = sum(space.target.numel() for *_, space in group) // 2
-    slow, fast = (f(scores, group, number) for f in (ranking._NNI_THRESHOLD, ranking.global_threshold))
+    slow, fast = (f(scores, group, number) for f in (metrics._NNI_THRESHOLD, metrics.global_threshold))
     seconds = medians(
-        lambda: ranking._NNI_THRESHOLD(scores, group, number),
-        lambda: ranking.global_threshold(scores, group, number),
+        lambda: metrics._NNI_THRESHOLD(scores, group, number),
+        lambda: metrics.global_threshold(scores, group, number),
         *timing,
     )
     return record(f"ranking, {blocks} blocks of {kind} size", seconds, abs(slow - fast))
