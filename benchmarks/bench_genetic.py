@@ -225,8 +225,8 @@ def bookkeeping(genes: int, options: argparse.Namespace) -> dict[str, float]:
 
 def markdown(records: list[dict[str, Any]], lists: dict[str, float], books: dict[str, float]) -> str:
     head = (
-        "net", "terminated %", "damage %", "fitness (mean)", "removed % (mean)", "validation %", "test %",
-        "LevelPruner, test %", "test, ahead of LevelPruner", "CPU s a generation", "as lists",
+        "net", "terminated %", "damage %", "fitness (mean)", "removed % (mean)", "validation %", "gain", "test %",
+        "gain", "LevelPruner, test %", "over LevelPruner", "CPU s a generation", "as lists",
     )  # fmt: skip
     rows: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for record in records:
@@ -242,20 +242,25 @@ def tabulated(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _cells(row: list[dict[str, Any]], lists: dict[str, float]) -> tuple[str, ...]:
     def mean(name: str, scale: float = 100, digits: int = 1) -> str:
-        return interval([record[name] for record in row]).show(scale, digits)
+        values = [scale * record[name] for record in row]
+        return f"{np.mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+
+    def gain(name: str, over: str) -> str:
+        return interval([record[name] - record[over] for record in row]).show(100, sign=True)
 
     first = row[0]
-    ahead = interval([record["test"] - record["level_test"] for record in row])
     return (
         first["net"],
         f"{100 * first['termination']:g}",
         f"{100 * first['rate']:.0f}",
         f"{mean('fitness', 1, 2)} ({np.mean([record['fitness_mean'] for record in row]):.2f})",
         f"{mean('compression')} ({100 * np.mean([record['compression_mean'] for record in row]):.1f})",
-        f"{mean('validation_before')} -> {mean('validation')}",
-        f"{mean('test_before')} -> {mean('test')}",
+        mean("validation"),
+        gain("validation", "validation_before"),
+        mean("test"),
+        gain("test", "test_before"),
         mean("level_test"),
-        ahead.show(100, sign=True),
+        gain("test", "level_test"),
         f"{np.median([record['seconds_per_generation'] for record in row]):.2f}",
         f"{lists[first['net']]:.1f}" if first["net"] in lists else "",
     )
