@@ -10,7 +10,6 @@ from functools import cached_property
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import linkage
 from torch import Tensor
 
 from nni_topo.errors import DataError
@@ -205,11 +204,13 @@ def _closeness(points: FloatArray, labels: IntArray) -> FloatArray:
 
 def merging_profile(unit: PruningUnit, parts: list[FeatureCloud]) -> Tensor:
     """Return what each cluster more is worth, shape (rows,), descending; zeros where layers aren't compared."""
+    from scipy.cluster import hierarchy
+
     heights = np.zeros((len(parts), unit.rows))
     if unit.rows > 1 and (unit.global_group_id is not None or unit.sparse_threshold is not None):
         for part, cloud in enumerate(parts):
             # The j-th cluster is worth the distance at which Ward's agglomeration would merge it into fewer.
-            merges = linkage(cloud.points, "ward")[::-1, 2]
+            merges = hierarchy.linkage(cloud.points, "ward")[::-1, 2]
             heights[part] = np.concatenate([merges[:1], merges])
     mean = heights.mean()
     return torch.from_numpy(heights.max(0) / mean if mean > 0 else heights.max(0))

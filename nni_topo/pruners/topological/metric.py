@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
 from nni_topo.errors import ConfigError, unknown_name
@@ -76,6 +75,8 @@ class TopologicalMetric(RankingMetric):
 
     def rankings(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> Rankings:
         """Rank every cloud, in parallel where asked; a registered joblib backend spreads the work over machines."""
+        from joblib import Parallel, delayed
+
         self.trace = {}
         tasks = [
             _Task(cloud, rows[unit.name], [self.seed, index, part], unit.name, _label(unit, part))
