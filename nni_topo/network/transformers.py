@@ -53,6 +53,19 @@ class UnfoldingTracer(torch.fx.Tracer):
         return made
 
 
+def _in_turn(x: Any, norm_first: bool, *blocks: tuple[nn.Module, Callable[[Any], Any]]) -> Any:
+    """Add to a value what blocks make of it, one after the other, with a norm before or behind each."""
+    for norm, block in blocks:
+        x = x + block(norm(x)) if norm_first else norm(x + block(x))
+    return x
+
+
+def _stacked(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    for layer in self.layers:
+        x = layer(x, *args, **kwargs)
+    return x if self.norm is None else self.norm(x)
+
+
 def _encoder_layer(
     self: nn.TransformerEncoderLayer,
     src: Any,
@@ -61,11 +74,7 @@ def _encoder_layer(
     is_causal: bool = False,
 ) -> Any:
     attend = partial(self._sa_block, attn_mask=src_mask, key_padding_mask=src_key_padding_mask, is_causal=is_causal)
-    if self.norm_first:
-        x = src + attend(self.norm1(src))
-        return x + self._ff_block(self.norm2(x))
-    x = self.norm1(src + attend(src))
-    return self.norm2(x + self._ff_block(x))
+    return _in_turn(src, self.norm_first, (self.norm1, attend), (self.norm2, self._ff_block))
 
 
 def _encoder(
@@ -76,9 +85,7 @@ def _encoder(
     is_causal: bool | None = None,
 ) -> Any:
     # is_causal is a hint that the mask makes unnecessary
-    for layer in self.layers:
-        src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask)
-    return src if self.norm is None else self.norm(src)
+    return _stacked(self, src, src_mask=mask, src_key_padding_mask=src_key_padding_mask)
 
 
 def _decoder_layer(
@@ -93,20 +100,10 @@ def _decoder_layer(
     memory_is_causal: bool = False,
 ) -> Any:
     attend = partial(self._sa_block, attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask, is_causal=tgt_is_causal)
-    look = partial(
-        self._mha_block,
-        mem=memory,
-        attn_mask=memory_mask,
-        key_padding_mask=memory_key_padding_mask,
-        is_causal=memory_is_causal,
-    )
-    if self.norm_first:
-        x = tgt + attend(self.norm1(tgt))
-        x = x + look(self.norm2(x))
-        return x + self._ff_block(self.norm3(x))
-    x = self.norm1(tgt + attend(tgt))
-    x = self.norm2(x + look(x))
-    return self.norm3(x + self._ff_block(x))
+    masks = {"attn_mask": memory_mask, "key_padding_mask": memory_key_padding_mask}
+    look = partial(self._mha_block, mem=memory, is_causal=memory_is_causal, **masks)
+    blocks = (self.norm1, attend), (self.norm2, look), (self.norm3, self._ff_block)
+    return _in_turn(tgt, self.norm_first, *blocks)
 
 
 def _decoder(
@@ -120,17 +117,9 @@ def _decoder(
     tgt_is_causal: bool | None = None,
     memory_is_causal: bool = False,
 ) -> Any:
-    for layer in self.layers:
-        tgt = layer(
-            tgt,
-            memory,
-            tgt_mask=tgt_mask,
-            memory_mask=memory_mask,
-            tgt_key_padding_mask=tgt_key_padding_mask,
-            memory_key_padding_mask=memory_key_padding_mask,
-            memory_is_causal=memory_is_causal,
-        )
-    return tgt if self.norm is None else self.norm(tgt)
+    masks = {"tgt_mask": tgt_mask, "memory_mask": memory_mask, "tgt_key_padding_mask": tgt_key_padding_mask}
+    masks |= {"memory_key_padding_mask": memory_key_padding_mask}
+    return _stacked(self, tgt, memory, memory_is_causal=memory_is_causal, **masks)
 
 
 def _transformer(
@@ -148,15 +137,9 @@ def _transformer(
     memory_is_causal: bool = False,
 ) -> Any:
     memory = self.encoder(src, mask=src_mask, src_key_padding_mask=src_key_padding_mask)
-    return self.decoder(
-        tgt,
-        memory,
-        tgt_mask=tgt_mask,
-        memory_mask=memory_mask,
-        tgt_key_padding_mask=tgt_key_padding_mask,
-        memory_key_padding_mask=memory_key_padding_mask,
-        memory_is_causal=memory_is_causal,
-    )
+    masks = {"tgt_mask": tgt_mask, "memory_mask": memory_mask, "tgt_key_padding_mask": tgt_key_padding_mask}
+    masks |= {"memory_key_padding_mask": memory_key_padding_mask}
+    return self.decoder(tgt, memory, memory_is_causal=memory_is_causal, **masks)
 
 
 UNFOLDED: dict[type[nn.Module], Callable[..., Any]] = {
