@@ -18,6 +18,7 @@ from nni_topo.errors import SpeedupError
 from nni_topo.network.inputs import Call, call_arguments, cast_floats, random_like, tensors_of
 from nni_topo.network.layers import is_depthwise
 from nni_topo.network.masks import FullMasks, Masks, check_masks, check_model
+from nni_topo.network.modes import random_state_kept
 from nni_topo.network.transformers import fast_paths_off
 from nni_topo.sharing import find_ties, tie_again, untie
 
@@ -109,9 +110,8 @@ def _dead_inputs(model: torch.nn.Module, call: Call, masks: FullMasks) -> dict[s
         for name, module in probe.named_modules()
         if is_depthwise(module) or isinstance(module, NORMS)
     }
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     unstable = True
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+    with torch.no_grad(), random_state_kept():
         while unstable:
             probe(*positive[0], **positive[1])
             unsettled = [watch.settle() for watch in watches.values()]

@@ -65,9 +65,20 @@ def _concrete(model: torch.nn.Module, named: dict[str, Any]) -> tuple[torch.fx.G
     from nni.common.concrete_trace_utils import concrete_trace
 
     graph_module = concrete_trace(model, dict(named))
-    nodes = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    values = [named.get(str(node.target), node.args[0] if node.args else None) for node in nodes]
-    return graph_module, tuple(values)
+    return graph_module, arguments(graph_module.graph, named)
+
+
+def by_running(graph: torch.fx.Graph) -> bool:
+    """Tell whether a graph was found by running its model, so that it may depend on values."""
+    return graph._tracer_cls is not UnfoldingTracer
+
+
+def arguments(graph: torch.fx.Graph, named: dict[str, Any]) -> tuple[Any, ...]:
+    """List the values of a graph's placeholders, given a call's arguments by name."""
+    if not by_running(graph):
+        return tuple(named.values())
+    nodes = [node for node in graph.nodes if node.op == "placeholder"]
+    return tuple(named.get(str(node.target), node.args[0] if node.args else None) for node in nodes)
 
 
 def _check_same(model: torch.nn.Module, graph_module: torch.fx.GraphModule, call: Call, args: tuple[Any, ...]) -> None:

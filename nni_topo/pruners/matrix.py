@@ -20,9 +20,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.dependency import channel_flow
-from nni_topo.network.inputs import call_arguments
-from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.network import Network
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.clouds.functional import readers_of
 from nni_topo.pruners.clouds.weight import WeightCollector
@@ -43,8 +41,7 @@ class RowColumnCollector(DataCollector):
         weights = WeightCollector().collect(context)
         flow = None
         if self.example_inputs is not None:
-            with evaluation_mode(context.model):
-                flow = channel_flow(context.model, call_arguments(self.example_inputs, context.model))
+            flow = Network.on(context.model, self.example_inputs).flow
         data: Data = {}
         for unit in context.units:
             columns = self._columns(unit, flow, context)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.network import files
-from nni_topo.network.dependency import channel_flow, dependency_groups
-from nni_topo.network.inputs import call_arguments
+from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.masks import check_masks
+from nni_topo.network.network import Network
 from nni_topo.network.resolve import resolve_masks
 from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.hooks import Masks
@@ -145,5 +145,5 @@ def _rounded(net: nn.Module, example: Tensor, masks: Masks, round_to: int | None
     if round_to is None:
         return masks
     on_device = {name: {t: mask.to(example.device) for t, mask in found.items()} for name, found in masks.items()}
-    flow = channel_flow(net, call_arguments(example, net))
+    flow = Network.on(net, example).flow
     return resolve_masks(net, flow, check_masks(net, on_device), round_to)

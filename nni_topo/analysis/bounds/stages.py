@@ -14,7 +14,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.inputs import call_arguments
 from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
 from nni_topo.network.masks import check_model
-from nni_topo.network.modes import detached_copy
+from nni_topo.network.modes import detached_copy, random_state_kept
 from nni_topo.network.tracing import trace
 
 _LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
@@ -47,9 +47,8 @@ def traced(model: nn.Module, inputs: Tensor) -> GraphModule:
     if not bool(torch.isfinite(inputs).all()):
         raise DataError("inputs must be finite, got NaN or infinity (inputs)")
     check_model(model)
-    # Tracing runs the model: its draws must not move the caller's random state. fork_rng alone would start CUDA.
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
+    # Tracing runs the model: its draws must not move the caller's random state.
+    with random_state_kept():
         graph_module, _ = trace(detached_copy(model).eval().requires_grad_(False), call_arguments(inputs, model))
     count = sum(node.op == "placeholder" for node in graph_module.graph.nodes)
     if count != 1:

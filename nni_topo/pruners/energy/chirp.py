@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.maths import signals
-from nni_topo.network.dependency import channel_flow
-from nni_topo.network.inputs import call_arguments
 from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
-from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.network import Network
 from nni_topo.pruners.clouds.coupled import norm_scales
 from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
@@ -87,8 +85,7 @@ class EnergyCollector(DataCollector):
     def _norm_scales(self, context: PruningContext) -> dict[str, Tensor]:
         if not self.batch_norm:
             return {}
-        with evaluation_mode(context.model):
-            return norm_scales(context, channel_flow(context.model, call_arguments(self.example_inputs, context.model)))
+        return norm_scales(context, Network.on(context.model, self.example_inputs).flow)
 
 
 class ChirpEnergyCollector(EnergyCollector):
