@@ -119,13 +119,19 @@ def _structure(model: nn.Module) -> str:
     lines, places = [], dict[int, int]()
     for name, module in model.named_modules(remove_duplicate=False):
         if "_nni_wrapper" not in name.split("."):
-            # A wrapper makes a plain attribute of a parameter, and takes its own as forward.
+            # A wrapper makes a plain attribute of a parameter.
             own = {**vars(module), **module._parameters, **module._buffers}
-            plain = {key: value for key, value in own.items() if key not in _OWN and value is not None}
-            replaced = "" if "_nni_wrapper" in module._modules else _shown(vars(module).get("forward"))
+            plain = {key: own[key] for key in sorted(own.keys() - _OWN) if own[key] is not None}
             place = places.setdefault(id(module), len(places))
-            lines.append(f"{name} {place} {type(module)!r} {replaced} {_shown(dict(sorted(plain.items())))}")
+            lines.append(f"{name} {place} {type(module)!r} {_own_forward(module)} {_shown(plain)}")
     return "\n".join(lines)
+
+
+def _own_forward(module: nn.Module) -> str:
+    """Write down the forward that a module has in place of its class's, but for NNI's, which calls that."""
+    own = vars(module).get("forward")
+    wrapped = "_nni_wrapper" in module._modules or getattr(own, "__func__", None) is type(module).forward
+    return "" if own is None or wrapped else repr(own)
 
 
 def _shown(value: Any, depth: int = 3) -> str:
