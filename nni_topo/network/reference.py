@@ -80,13 +80,17 @@ def apply_masks(model: torch.nn.Module, call: Call, masks: FullMasks) -> torch.n
     untie(reference, ties)
     dead = _dead_inputs(reference, call, masks)
     with torch.no_grad():
-        for name, targets in masks.items():
-            for target, mask in targets.items():
-                reference.get_submodule(name).get_parameter(target).mul_(mask)
+        _apply(reference, masks)
         for name, channels in dead.items():
             _silence(reference.get_submodule(name), channels)
     tie_again(reference, ties)
     return reference
+
+
+def _apply(model: torch.nn.Module, masks: FullMasks) -> None:
+    for name, targets in masks.items():
+        for target, mask in targets.items():
+            model.get_submodule(name).get_parameter(target).mul_(mask)
 
 
 def _silence(module: torch.nn.Module, channels: torch.Tensor) -> None:
@@ -129,9 +133,7 @@ def _make_positive(probe: torch.nn.Module, masks: FullMasks, generator: torch.Ge
             values = torch.rand(parameter.shape, generator=generator) + 0.5
             fan = parameter[0].numel() if parameter.dim() > 1 else 1
             parameter.copy_(values / max(fan, 1))
-        for name, targets in masks.items():
-            for target, mask in targets.items():
-                probe.get_submodule(name).get_parameter(target).mul_(mask)
+        _apply(probe, masks)
         for module in probe.modules():
             if is_depthwise(module) and module.bias is not None:
                 module.bias.zero_()  # type: ignore[operator]
