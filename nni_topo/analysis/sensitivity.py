@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from matplotlib.figure import Figure
 from torch import nn
@@ -273,7 +272,7 @@ class _Trial:
             name
             for name in flow.layers
             if isinstance(self.model.get_submodule(name), (nn.Linear, *CONVOLUTIONS))
-            and not (self.info.structured and np.isin(flow.layer_roots(name), flow.at_output).any())
+            and not (self.info.structured and flow.reaches_output(name))
         ]
 
 

@@ -82,6 +82,10 @@ class ChannelFlow(torch.fx.Interpreter):
         layer = self.layers[name]
         return self.roots(np.arange(layer.first, layer.first + layer.channels))
 
+    def reaches_output(self, name: str) -> bool:
+        """Tell whether any channel of a layer is one of the model's output, so that it has to stay."""
+        return bool(np.isin(self.layer_roots(name), self.at_output).any())
+
     def entering_roots(self, name: str) -> np.ndarray:
         """Look up the representatives of what enters a layer or batch norm: int, shape (input channels,)."""
         return self.roots(self.entering_numbers(name))

@@ -12,6 +12,7 @@ from nni_topo.errors import unknown_name
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
 TRANSPOSED = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
+WEIGHTED = (*CONVOLUTIONS, *TRANSPOSED, torch.nn.Linear)
 
 
 PER_CHANNEL = (

@@ -76,9 +76,8 @@ class Network:
         return self._known("traced", self._trace, kept=lambda traced: not by_running(traced[0]))
 
     def _trace(self) -> _Traced:
-        with random_state_kept():
-            graph_module, args = trace(unwrapped_copy(self.model).eval(), self.call)
-            flow = ChannelFlow(graph_module, args)
+        graph_module, args = trace(unwrapped_copy(self.model).eval(), self.call)
+        flow = ChannelFlow(graph_module, args)
         graph = copy.deepcopy(graph_module.graph)
         held = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
         # What the forward makes by itself the tracer keeps in the copy; all else is the model's, whatever it holds now.

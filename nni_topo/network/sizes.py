@@ -11,15 +11,13 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError
 from nni_topo.maths.topology.layer_graphs import LayerGraph, convolution_graph
 from nni_topo.network.inputs import Call
-from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
+from nni_topo.network.layers import CONVOLUTIONS, WEIGHTED
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.transformers import fast_paths_off
 
 Size = tuple[int, ...]
 LayerSizes = dict[str, list[tuple[Size, Size]]]
 """``{layer: shapes that enter and leave it, call by call}``, of all layers that are called."""
-
-LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 
 
 def layer_sizes(model: nn.Module, call: Call) -> LayerSizes:
@@ -41,7 +39,7 @@ def layer_sizes(model: nn.Module, call: Call) -> LayerSizes:
 
     with ExitStack() as hooks, evaluation_mode(model), fast_paths_off(), torch.no_grad():
         for name, module in model.named_modules():
-            if isinstance(module, LAYERS):
+            if isinstance(module, WEIGHTED):
                 hooks.enter_context(module.register_forward_hook(noting(name), with_kwargs=True))
             if isinstance(module, CONVOLUTIONS):
                 hooks.enter_context(module.register_forward_pre_hook(checking(name), with_kwargs=True))

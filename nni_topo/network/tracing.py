@@ -12,6 +12,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.inputs import Call, bind_arguments, tensors_of
+from nni_topo.network.modes import random_state_kept
 from nni_topo.network.transformers import UnfoldingTracer, fast_paths_off
 
 _logger = logging.getLogger(__name__)
@@ -24,7 +25,8 @@ def trace(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModule, tup
     reasons = []
     for tracer in (_symbolic, _concrete):
         try:
-            with torch.no_grad():
+            # The model is run, and may draw numbers.
+            with torch.no_grad(), random_state_kept():
                 graph_module, args = tracer(model, named)
                 _check_same(model, graph_module, call, args)
                 ShapeProp(graph_module).propagate(*args)

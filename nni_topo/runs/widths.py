@@ -85,7 +85,7 @@ def inner_layers(model: nn.Module, example_inputs: Tensor) -> list[str]:
     return [
         name
         for name in flow.layers
-        if isinstance(model.get_submodule(name), prunable) and not np.isin(flow.layer_roots(name), flow.at_output).any()
+        if isinstance(model.get_submodule(name), prunable) and not flow.reaches_output(name)
     ]
 
 

@@ -19,7 +19,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.following import followers, passes
 from nni_topo.network.inputs import Call, batch_size, bind_arguments, calls, first_call, fitting
-from nni_topo.network.modes import detached_copy, evaluation_mode, random_state_kept
+from nni_topo.network.modes import detached_copy, evaluation_mode
 from nni_topo.network.tracing import trace
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.transposed import loses_outputs
@@ -232,10 +232,8 @@ def _pooled(maps: Tensor, pool: Pool) -> Tensor:
 
 
 def _traced(context: PruningContext, call: Call) -> TracedNetwork:
-    # Tracing runs the model, which may draw numbers: the caller's generators stay as they are.
-    with random_state_kept():
-        graph, args = trace(detached_copy(context.model).eval(), call)
-        flow = ChannelFlow(graph, args)
+    graph, args = trace(detached_copy(context.model).eval(), call)
+    flow = ChannelFlow(graph, args)
     names = {module_name for unit in context.units for module_name, _ in unit.members}
     found: dict[str, list[tuple[Node, tuple[str, ...]]]] = {}
     for node in graph.graph.nodes:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.maths import signals
-from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
+from nni_topo.network.layers import WEIGHTED
 from nni_topo.network.network import Network
 from nni_topo.pruners.clouds.coupled import norm_scales
 from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
@@ -150,7 +150,7 @@ def check_layer(name: str, module: nn.Module, linear: Linear = "refuse") -> None
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         kind = weight.dtype if isinstance(weight, Tensor) else f"the weights of {type(module).__module__}"
         raise DataError(f"weights must be real floating-point tensors, got {kind} ({name}.weight)")
-    if not isinstance(module, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)):
+    if not isinstance(module, WEIGHTED):
         raise ConfigError(f"energies are defined for convolutions, got {type(module).__name__} ({name})")
 
 
