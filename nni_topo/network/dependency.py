@@ -171,10 +171,6 @@ def _warn(flow: ChannelFlow, groups: list[list[str]], selected: set[str]) -> Non
             "channels that meet the network's input or a constant can't be removed: those of %s stay",
             ", ".join(fixed),
         )
-    heads = [name for name in flow.layers if name in selected and _is_head(flow, name)]
+    heads = [name for name in flow.layers if name in selected and flow.reaches_output(name)]
     if heads:
         _logger.warning("the layer that gives the model's output should be excluded, got %s", ", ".join(heads))
-
-
-def _is_head(flow: ChannelFlow, name: str) -> bool:
-    return bool(np.isin(flow.layer_roots(name), flow.at_output).any())

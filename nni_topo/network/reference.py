@@ -16,17 +16,11 @@ from torch.utils.hooks import RemovableHandle
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.inputs import Call, call_arguments, cast_floats, random_like, tensors_of
-from nni_topo.network.layers import is_depthwise
+from nni_topo.network.layers import NORMALIZING, is_depthwise
 from nni_topo.network.masks import FullMasks, Masks, check_masks, check_model
 from nni_topo.network.modes import random_state_kept
 from nni_topo.network.transformers import fast_paths_off
 from nni_topo.sharing import find_ties, tie_again, untie
-
-NORMS = (
-    torch.nn.modules.batchnorm._NormBase,
-    torch.nn.GroupNorm,
-    torch.nn.LayerNorm,
-)
 
 
 def masked_model(model: torch.nn.Module, example_inputs: Any, masks: Masks) -> torch.nn.Module:
@@ -112,7 +106,7 @@ def _dead_inputs(model: torch.nn.Module, call: Call, masks: FullMasks) -> dict[s
     watches = {
         name: _Watch(module)
         for name, module in probe.named_modules()
-        if is_depthwise(module) or isinstance(module, NORMS)
+        if is_depthwise(module) or isinstance(module, NORMALIZING)
     }
     unstable = True
     with torch.no_grad(), random_state_kept():

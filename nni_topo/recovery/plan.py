@@ -17,10 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.following import followers, passes
 from nni_topo.network.labels import FIXED, tensor_shape
-from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, kept_channels
+from nni_topo.network.layers import CONVOLUTIONS, PER_CHANNEL, TRANSPOSED, kept_channels
 from nni_topo.network.masks import FullMasks
-
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.PReLU)
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def _why_not(
     graph_module: GraphModule, node: Node, module: nn.Module, flow: ChannelFlow, masks: FullMasks
 ) -> str | None:
     """Return why a module can't be solved anew; an empty text if there is nothing to solve."""
-    if isinstance(module, _NORMS) or not any(p.dim() > 1 for p in module.parameters()):
+    if isinstance(module, PER_CHANNEL) or not any(p.dim() > 1 for p in module.parameters()):
         return ""
     name = str(node.target)
     if isinstance(module, TRANSPOSED):
