@@ -122,15 +122,15 @@ def _structure(model: nn.Module) -> str:
             own = {**vars(module), **module._parameters, **module._buffers}
             plain = {key: own[key] for key in sorted(own.keys() - _OWN) if own[key] is not None}
             place = places.setdefault(id(module), len(places))
-            lines.append(f"{name} {place} {type(module)!r} {_own_forward(module)} {_shown(plain)}")
+            lines.append(f"{name} {place} {type(module)!r} {_replacements(module)} {_shown(plain)}")
     return "\n".join(lines)
 
 
-def _own_forward(module: nn.Module) -> str:
-    """Write down the forward that a module has in place of its class's, but for NNI's, which calls that."""
+def _replacements(module: nn.Module) -> str:
+    """Write down hooks, and a forward in place of the class's own, but for NNI's, which calls that."""
     own = vars(module).get("forward")
-    wrapped = "_nni_wrapper" in module._modules or getattr(own, "__func__", None) is type(module).forward
-    return "" if own is None or wrapped else repr(own)
+    same = own is None or "_nni_wrapper" in module._modules or getattr(own, "__func__", None) is type(module).forward
+    return repr([*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *([] if same else [own])])
 
 
 def _shown(value: Any, depth: int = 3) -> str:

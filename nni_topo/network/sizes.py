@@ -12,7 +12,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.maths.topology.layer_graphs import LayerGraph, convolution_graph
 from nni_topo.network.inputs import Call
 from nni_topo.network.layers import CONVOLUTIONS, WEIGHTED
-from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.modes import evaluation_mode, random_state_kept
 from nni_topo.network.transformers import fast_paths_off
 
 Size = tuple[int, ...]
@@ -37,7 +37,7 @@ def layer_sizes(model: nn.Module, call: Call) -> LayerSizes:
 
         return check
 
-    with ExitStack() as hooks, evaluation_mode(model), fast_paths_off(), torch.no_grad():
+    with ExitStack() as hooks, evaluation_mode(model), random_state_kept(), fast_paths_off(), torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, WEIGHTED):
                 hooks.enter_context(module.register_forward_hook(noting(name), with_kwargs=True))

@@ -10,6 +10,7 @@ from torch import nn
 
 from nni_topo import TopologicalPruner, compensate, dependency_groups, to_dense
 from nni_topo.network import network as module
+from nni_topo.network.labels import FIXED
 from nni_topo.network.network import Network
 from nni_topo.network.transformers import UnfoldingTracer
 from nni_topo.pruners.testing.toys import toy_images, toy_model
@@ -91,6 +92,14 @@ def test_a_part_with_another_forward_is_traced_anew():
     assert set(Network.on(model, IMAGES).flow.layers) == {"0.one", "0.other"}
     model[0].forward = torch.relu
     assert not Network.on(model, IMAGES).flow.layers
+
+
+def test_a_part_with_a_hook_is_traced_anew():
+    model = nn.Sequential(Switched(), nn.Conv2d(4, 2, 1))
+    assert FIXED not in Network.on(model, IMAGES).flow.entering_roots("1")
+    with model[0].register_forward_hook(lambda module, inputs, output: output + torch.ones(4, 1, 1)):
+        assert FIXED in Network.on(model, IMAGES).flow.entering_roots("1")
+    assert FIXED not in Network.on(model, IMAGES).flow.entering_roots("1")
 
 
 def test_no_answer_is_given_for_shapes_that_changed():
