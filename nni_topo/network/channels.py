@@ -64,6 +64,7 @@ class ChannelFlow(torch.fx.Interpreter):
         self.blocks: list[Blocks] = []  # one for each grouped convolution, group norm and chunk
         self.whole: list[str] = []  # modules with parameters that can't be cut, in the order they are called
         self._entering: dict[str, np.ndarray] = {}
+        # Union-find over channel numbers. All that stays is tied to number 0, which so needs no care of its own.
         self._parents = [FIXED]
         with torch.no_grad():
             outputs = self.run(*tree_map(fixed, args))

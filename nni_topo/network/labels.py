@@ -26,12 +26,14 @@ MOVES = frozenset((
 ))  # fmt: skip
 # Of these the index may be a computed tensor, in whose place only numbers of channels are at hand.
 INDEXED = frozenset(["getitem", "index_select", "gather", "take", "take_along_dim"])
+# Here channels meet place by place, and a channel that is gone on one side is missed by the other: they are tied.
 MEETS = frozenset((
     "add", "iadd", "radd", "sub", "isub", "subtract", "mul", "imul", "multiply", "div", "truediv", "itruediv",
     "divide", "true_divide", "floordiv", "floor_divide", "pow", "maximum", "minimum", "fmax", "fmin", "max", "min",
     "where", "lerp", "addcmul", "addcdiv", "and", "or", "xor", "logical_and", "logical_or", "logical_xor", "eq", "ne",
     "lt", "le", "gt", "ge", "mod", "remainder", "fmod",
 ))  # fmt: skip
+# max and min are above too: with two tensors they meet, with one and a dimension they reduce.
 REDUCTIONS = frozenset(
     ["mean", "sum", "amax", "amin", "max", "min", "norm", "std", "var", "prod", "logsumexp", "argmax", "argmin"]
 )
@@ -78,6 +80,7 @@ def varies(labels: torch.Tensor, dim: int) -> bool:
 
 def carry(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
     """Carry labels (batch, channels, ...) to a shape with the channels where they were; None if that can't be told."""
+    # What keeps its shape (an activation, a norm) works place by place, as far as shapes can tell.
     if tuple(labels.shape) == shape:
         return labels
     alike = min(labels.dim(), len(shape)) > 1 and tuple(labels.shape[:2]) == shape[:2]

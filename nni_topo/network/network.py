@@ -57,9 +57,9 @@ class Network:
     @property
     def planes(self) -> dict[str, tuple[Size, Size]]:
         """Sizes in pixels of what enters and leaves each convolution, transposed or not, at its first call."""
-        modules = {name: self.model.get_submodule(name) for name in self.sizes}
-        found = {n: (module, self.sizes[n][0]) for n, module in modules.items() if not isinstance(module, nn.Linear)}
-        return {n: (spatial(module, size[0]), spatial(module, size[1])) for n, (module, size) in found.items()}
+        found = [(name, self.model.get_submodule(name), calls[0]) for name, calls in self.sizes.items()]
+        convolutions = [each for each in found if not isinstance(each[1], nn.Linear)]
+        return {name: (spatial(module, size[0]), spatial(module, size[1])) for name, module, size in convolutions}
 
     def graph(self, model: nn.Module, call: Call | None = None) -> tuple[GraphModule, tuple[Any, ...]]:
         """Put the graph on the modules of a model of this structure and run it on a call, by default its own."""
