@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -19,11 +20,13 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import nni_topo
 from nni_topo import zoo
 from nni_topo.analysis import draw_splits
 from nni_topo.analysis.retraining_study import epochs_back
+from nni_topo.maths.clustering.subclustering import STATISTICS
 from nni_topo.runs.plan import DataChoice, ModelChoice
 from nni_topo.runs.run import build_model, layer_widths, load_model_data
 from nni_topo.runs.widths import inner_layers
@@ -174,6 +177,7 @@ class Bench:
         updated = nni_topo.compensate(model, masks, images, method="pair", pairs=pairs)
         updated = nni_topo.to_dense(updated, example, masks)
         rebuilt = nni_topo.to_dense(nni_topo.compensate(model, masks, images), example, masks)
+        record["validation"] = zoo.evaluate(dense, TensorDataset(*bundle.validation[:2_000]))
         record |= {"widths_before": layer_widths(model), "widths": layer_widths(dense)}
         record |= {"params_before": zoo.count_params(model), "params": zoo.count_params(dense)}
         for row, net in (("pruned", dense), ("updated", updated), ("rebuilt", rebuilt)):
@@ -197,16 +201,25 @@ def subcluster(bench: Bench, part: str, name: str, seed: int, label: str, **knob
     """Run SubclusterPruner with a network's settings, some of them changed."""
     net = NETS[name]
     model, bundle, _ = bench.trained(name, seed)
-    settings = {"energy": net.energy, "initial_ratio": net.initial, **knobs}
+    growth = nni_topo.Growth(initial_ratio=net.initial, **knobs.pop("growth", {}))
+    settings = {"energy": net.energy, "growth": growth, **knobs}
     config = [{"op_names": inner_layers(model, bundle.test.tensors[0][:2])}]
-    bench.run(part, name, seed, label, "", part != "statistics", pruner="subcluster", config=config, **settings)
+    retrain = part not in ("statistics", "choice")
+    bench.run(part, name, seed, label, "", retrain, pruner="subcluster", config=config, **settings)
 
 
 def networks(bench: Bench, nets: list[str], seeds: int) -> None:
-    """Tables 5.2 to 5.7: nodes per layer, accuracy, epochs, for both statistics."""
+    """Tables 5.2 to 5.7: nodes per layer, accuracy, epochs."""
     for name in nets:
         subcluster(bench, "networks", name, 0, "subcluster")
-        subcluster(bench, "networks", name, 0, "subcluster, mean", statistic="mean")
+
+
+def choice(bench: Bench, nets: list[str], seeds: int) -> None:
+    """The same settings by statistic, and in a single pass, without retraining: what the default was chosen by."""
+    for name in nets:
+        for statistic in STATISTICS:
+            subcluster(bench, "choice", name, 0, statistic, growth={"statistic": statistic})
+        subcluster(bench, "choice", name, 0, "dispersion, single pass", growth={"recursive": False})
 
 
 def energies(bench: Bench, nets: list[str], seeds: int) -> None:
@@ -217,11 +230,23 @@ def energies(bench: Bench, nets: list[str], seeds: int) -> None:
 
 
 def statistics(bench: Bench, nets: list[str], seeds: int) -> None:
-    """Neurons kept by energy for both statistics, without retraining."""
+    """Neurons kept by energy for each statistic, without retraining."""
     for name in _among(nets, "lenet300", "lenet5_like", "vgg16_modified"):
-        for energy in (0.1, 0.3, 0.5, 0.8, 0.95):
-            for statistic in ("max", "mean"):
-                subcluster(bench, "statistics", name, 0, f"{energy} {statistic}", energy=energy, statistic=statistic)
+        for statistic in STATISTICS:
+            for energy in (0.1, 0.3, 0.5, 0.8, 0.95):
+                label = f"{statistic} {energy}"
+                subcluster(bench, "statistics", name, 0, label, energy=energy, growth={"statistic": statistic})
+
+
+def unrisen(cells: pd.DataFrame) -> Iterator[str]:
+    """Name the layers in which more energy leaves more nodes."""
+    cells = cells.assign(statistic=cells["label"].str.split().str[0])
+    for (net, statistic), group in cells.groupby(["net", "statistic"], sort=False):
+        for before, after in itertools.pairwise(group.to_dict("records")):
+            grown = [name for name, count in after["widths"].items() if count > before["widths"][name]]
+            if grown:
+                step = f"{before['label'].split()[1]} to {after['label'].split()[1]}"
+                yield f"{net}, {statistic}, {step}: more nodes in {', '.join(grown)}"
 
 
 def algorithms(bench: Bench, nets: list[str], seeds: int) -> None:
@@ -279,6 +304,8 @@ def report(bench: Bench) -> None:
         print(f"\n**{part}**\n")
         for line in _layers(cells) if part == "networks" else _rows(cells):
             print(line)
+        for line in unrisen(cells) if part == "statistics" else ():
+            print(line)
     for part in ("algorithms", "survivors"):
         cells = frame[frame["part"] == part]
         if len(cells):
@@ -307,7 +334,13 @@ def _layers(cells: pd.DataFrame) -> Iterator[str]:
 
 
 def _rows(cells: pd.DataFrame) -> Iterator[str]:
-    shown = {"before": "before %", "pruned": "pruned %", "updated": "updated %", "rebuilt": "reconstructed %"}
+    shown = {
+        "before": "before %",
+        "validation": "pruned, validation %",
+        "pruned": "pruned %",
+        "updated": "updated %",
+        "rebuilt": "reconstructed %",
+    }
     shown |= {"retrained": "retrained %", "retrained_updated": "updated and retrained %"}
     shown |= {f"error_{row}": f"error, {row} %" for row in ("pruned", "updated", "rebuilt")}
     heads = ["net", "row", "ratio", "runs", "nodes", "parameters gone %", *shown.values()]
@@ -342,8 +375,8 @@ def _picture(cells: pd.DataFrame) -> Figure:
     return figure
 
 
-PARTS = {"networks": networks, "energy": energies, "statistics": statistics, "rivals": rivals, "algorithms": algorithms}
-PARTS |= {"survivors": survivors}
+PARTS = {"choice": choice, "networks": networks, "energy": energies, "statistics": statistics, "rivals": rivals}
+PARTS |= {"algorithms": algorithms, "survivors": survivors}
 
 
 def main() -> None:
