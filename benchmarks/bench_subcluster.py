@@ -30,6 +30,7 @@ from nni_topo.maths.clustering.subclustering import STATISTICS
 from nni_topo.runs.plan import DataChoice, ModelChoice
 from nni_topo.runs.run import build_model, layer_widths, load_model_data
 from nni_topo.runs.widths import inner_layers
+from nni_topo.zoo.evaluation import loss_and_accuracy
 from nni_topo.zoo.recipes import Precision
 
 CALIBRATION = 1000
@@ -133,6 +134,18 @@ class Bench:
         base = replace(base, epochs=net.epochs, precision=net.precision)
         return base.for_retraining(net.retrain) if retraining else base
 
+    def curves(self, name: str, model: nn.Module, bundle: zoo.DataBundle, seed: int) -> dict[str, list[list[float]]]:
+        """Retrain a copy for all epochs; loss and accuracy on validation and test images before and after each."""
+        parts = {"validation": TensorDataset(*bundle.validation[:2_000]), "test": bundle.test}
+        model, found = copy.deepcopy(model), {part: [list(loss_and_accuracy(model, parts[part]))] for part in parts}
+
+        def note(_: zoo.EpochLog) -> None:
+            for part, images in parts.items():
+                found[part].append(list(loss_and_accuracy(model, images)))
+
+        zoo.train(model, bundle, self.recipe(name, True), seed=seed, callback=note)
+        return found
+
     def run(self, part: str, name: str, seed: int, label: str, ratio: Any, retrain: bool, **choice: Any) -> None:
         """Compute one cell unless it is there."""
         key = f"{part}/{name}/{seed}/{label}/{ratio}"
@@ -154,6 +167,7 @@ class Bench:
         pruner: str,
         config: list[dict[str, Any]],
         free_pairs: bool = False,
+        curves: bool = False,
         **knobs: Any,
     ) -> dict[str, Any]:
         began = time.perf_counter()
@@ -182,6 +196,8 @@ class Bench:
         record |= {"params_before": zoo.count_params(model), "params": zoo.count_params(dense)}
         for row, net in (("pruned", dense), ("updated", updated), ("rebuilt", rebuilt)):
             record |= {row: zoo.evaluate(net, bundle.test), f"error_{row}": output_error(net, model, bundle)}
+        if curves:
+            record["curves"] = self.curves(name, dense, bundle, seed)
         if retrain:
             for row, net in (("", dense), ("_updated", updated)):
                 found = epochs_back(net, bundle, self.recipe(name, True), accuracy, seed=seed)
@@ -211,7 +227,7 @@ def subcluster(bench: Bench, part: str, name: str, seed: int, label: str, **knob
 def networks(bench: Bench, nets: list[str], seeds: int) -> None:
     """Tables 5.2 to 5.7: nodes per layer, accuracy, epochs."""
     for name in nets:
-        subcluster(bench, "networks", name, 0, "subcluster")
+        subcluster(bench, "networks", name, 0, "subcluster", curves=True)
 
 
 def choice(bench: Bench, nets: list[str], seeds: int) -> None:
@@ -252,7 +268,7 @@ def unrisen(cells: pd.DataFrame) -> Iterator[str]:
 def algorithms(bench: Bench, nets: list[str], seeds: int) -> None:
     """Figures 4.1 and 4.2: clustering algorithms, survivors by bias, with the correlation update."""
     for name in _among(nets, "lenet300", "lenet5"):
-        for algorithm in ("kmeans", "ward", "spectral", "dbscan", "gmm"):
+        for algorithm in ("kmeans", "ward", "spectral", "dbscan", "gmm", "gmm_full"):
             _clustered(bench, "algorithms", name, seeds, algorithm, algorithm=algorithm, survivor="bias_norm")
 
 
@@ -306,6 +322,9 @@ def report(bench: Bench) -> None:
             print(line)
         for line in unrisen(cells) if part == "statistics" else ():
             print(line)
+    networks = frame[frame["part"] == "networks"]
+    if len(networks):
+        _curves(networks).savefig(bench.out / "retraining.png", dpi=110)
     for part in ("algorithms", "survivors"):
         cells = frame[frame["part"] == part]
         if len(cells):
@@ -358,6 +377,22 @@ def _rows(cells: pd.DataFrame) -> Iterator[str]:
             row.append(", ".join(f"> {most}" if pd.isna(epochs) else str(int(epochs)) for epochs in runs))
         row.append(f"{group['prune_seconds'].mean():.2f}")
         yield f"| {' | '.join(map(str, row))} |"
+
+
+def _curves(cells: pd.DataFrame) -> Figure:
+    """Figures 5.2 to 5.11: loss and accuracy while the pruned networks are retrained."""
+    figure = Figure(figsize=(3.2 * len(cells), 5.0), layout="constrained")
+    axes = figure.subplots(2, len(cells), squeeze=False, sharex="col")
+    for column, cell in zip(axes.T, cells.to_dict("records"), strict=True):
+        for part, values in cell["curves"].items():
+            loss, accuracy = zip(*values, strict=True)
+            column[0].plot(loss, marker="o", markersize=3, label=part)
+            column[1].plot([100 * value for value in accuracy], marker="o", markersize=3, label=part)
+        column[1].axhline(100 * cell["before"], color="k", linestyle=":", linewidth=0.8)
+        column[0].set(title=cell["net"], ylabel="loss")
+        column[1].set(xlabel="epochs", ylabel="accuracy, %")
+    axes[0, 0].legend(fontsize="x-small")
+    return figure
 
 
 def _picture(cells: pd.DataFrame) -> Figure:
