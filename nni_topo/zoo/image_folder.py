@@ -90,7 +90,8 @@ def _read_image(path: str, image_size: int | None, grey: bool) -> Array:
 def _open(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
-            return image.copy()
+            picture: Image.Image = image.copy()
+            return picture
     except UnidentifiedImageError as error:
         size = Path(path).stat().st_size
         raise DataError(f"an image file must be of a known format, got {size} bytes ({path})") from error

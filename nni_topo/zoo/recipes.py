@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from nni_topo.errors import ConfigError
 
@@ -77,6 +77,11 @@ class Recipe:
             if getattr(self, knob) not in get_args(kind):
                 known = ", ".join(get_args(kind))
                 raise ConfigError(f"{knob} must be one of {known}, got {getattr(self, knob)!r} (Recipe)")
+
+    def sgd(self) -> dict[str, Any]:
+        """Return the arguments of ``torch.optim.SGD`` besides the parameters."""
+        knobs = {name: getattr(self, name) for name in ("lr", "momentum", "weight_decay")}
+        return {**knobs, "nesterov": self.momentum > 0}
 
     def rate(self, progress: float) -> float:
         """Return the learning rate after a fraction ``progress`` in [0, 1] of all steps."""

@@ -45,11 +45,12 @@ def read_idx_folder(folder: Path, download: bool, *, kind: str, class_names: tup
         from torchvision import datasets  # slow to import
 
         getattr(datasets, kind)(folder, download=True)
-    parts: list[Array] = []
+    parts = []
     for prefix in ("train", "t10k"):
-        parts.append(read_idx(find_idx(folder, f"{prefix}-images-idx3-ubyte"), 3)[:, None])
-        parts.append(read_idx(find_idx(folder, f"{prefix}-labels-idx1-ubyte"), 1).astype(np.int64))
-    return RawData(*parts, class_names)
+        images = read_idx(find_idx(folder, f"{prefix}-images-idx3-ubyte"), 3)
+        labels = read_idx(find_idx(folder, f"{prefix}-labels-idx1-ubyte"), 1)
+        parts.append((images[:, None], labels.astype(np.int64)))
+    return RawData(*parts[0], *parts[1], class_names)
 
 
 def read_cifar(folder: Path, download: bool, *, kind: str) -> RawData:

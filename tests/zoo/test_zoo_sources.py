@@ -220,7 +220,7 @@ def test_image_folder_can_be_scaled(tmp_path: Path) -> None:
 
 
 def test_bad_image_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="one folder per class .*got: Couldn't find any class folder"):
+    with pytest.raises(DataError, match=r"one folder per class .*got: Couldn't find any class folder"):
         load_data(str(tmp_path))
     write_images(tmp_path / "train" / "a", 2)
     with pytest.raises(DataError, match="a folder test or val, got none"):
@@ -229,7 +229,7 @@ def test_bad_image_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"test classes must be training classes, got b \(.*val\)"):
         load_data(str(tmp_path))
     (tmp_path / "train" / "b").mkdir()
-    with pytest.raises(DataError, match=r"at least one image, got: .* classes: b\..*\(.*train\)"):
+    with pytest.raises(DataError, match=r"at least one image, got: .* b\. .*\(.*train\)"):
         load_data(str(tmp_path))
     with pytest.raises(DataError, match=r"an image folder must exist, got none \(.*absent\)"):
         load_data(str(tmp_path / "absent"))
