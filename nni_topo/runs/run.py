@@ -151,8 +151,10 @@ def trained(
     log = zoo.train(net, bundle, recipe, seed=seed, device=place, progress=progress)
     start = Start(net.to(place).eval(), bundle, recipe, seed)
     if path is not None:
-        accuracies = {"accuracy": start.accuracy, "validation_accuracy": start.validation_accuracy}
-        zoo.save_checkpoint(path, net, {"seed": seed, "seconds": log.seconds, **accuracies})
+        facts = {"seed": seed, "seconds": log.seconds, "accuracy": start.accuracy}
+        if len(bundle.validation):
+            facts["validation_accuracy"] = start.validation_accuracy
+        zoo.save_checkpoint(path, net, facts)
     return start
 
 
@@ -314,10 +316,12 @@ def run_cell(cell: Cell, out: Path) -> Record:
     else:
         dense, recipe = _recovered(cell, start, masks, dense, record), cell.retrain
     if recipe.epochs:
-        record["validation_before"], unrecovered = start.validation_accuracy, start.validated(dense)
+        curve = [start.validated(dense)] if len(start.data.validation) else []
         log = retrain(dense, start.data, recipe, seed=cell.seed)
         record["retrain_seconds"] = log.seconds
-        record["curve"] = [unrecovered, *(epoch.validation_accuracy for epoch in log.epochs)]
+        if curve:
+            record["validation_before"] = start.validation_accuracy
+            record["curve"] = [*curve, *(epoch.validation_accuracy for epoch in log.epochs)]
         record["accuracy_retrained"] = start.tested(dense)
     record["peak_memory_bytes"] = _peak_memory()
     record["seconds"] = time.perf_counter() - began
