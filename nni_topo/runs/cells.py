@@ -17,7 +17,7 @@ from nni_topo.pruners.hooks import Masks
 from nni_topo.recovery import recalibrate_batch_norm
 from nni_topo.runs.plan import SCRATCH, Cell
 from nni_topo.runs.records import Record, provenance
-from nni_topo.runs.run import Start, costs, latencies, layer_widths, made_dense, prune_to_ratios, retrain, trained
+from nni_topo.runs.run import Start, costs, latencies, made_dense, prune_to_ratios, retrain, trained
 from nni_topo.runs.widths import layer_ratios
 
 _RECALIBRATION_IMAGES = 1024
@@ -37,15 +37,12 @@ def run_cell(cell: Cell, out: Path) -> Record:
     record = {
         **cell_facts(cell),
         "sparse_ratios": ratios,
-        **costs(start.net, start, "_before"),
-        **costs(dense, start),
-        "widths": layer_widths(dense),
+        **costs(start, dense),
         "accuracy_before": start.accuracy,
         "prune_seconds": prune_seconds,
         "speedup_seconds": time.perf_counter() - cutting,
         **latencies(start, dense),
     }
-    del record["weights_left_before"]
     if cell.pruner.name == SCRATCH:
         dense, recipe = with_new_weights(dense, cell.seed), cell.train
     else:

@@ -19,7 +19,7 @@ from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import needs_rule
 from nni_topo.runs.plan import DataChoice, ModelChoice, PruneConfig, PrunerChoice, changed_recipe
 from nni_topo.runs.records import Record, provenance
-from nni_topo.runs.run import costs, layer_widths, made_dense, on_cpu, prune, retrain, trained
+from nni_topo.runs.run import costs, made_dense, on_cpu, prune, retrain, trained
 
 
 def prune_checkpoint(
@@ -56,8 +56,7 @@ def prune_checkpoint(
         "pruner": config.pruner,
         "seed": seed,
         "prune_seconds": seconds,
-        **costs(start.net, start, "_before"),
-        **costs(dense, start),
+        **costs(start, dense),
         "accuracy_before": start.accuracy,
         "accuracy_oneshot": start.tested(dense),
     }
@@ -66,7 +65,6 @@ def prune_checkpoint(
         record["accuracy_compensated"] = start.tested(dense)
         if report is not None:
             record["compensation"] = report.to_frame().replace({float("nan"): None}).to_dict("records")
-    record["widths"] = layer_widths(dense)
     if config.retrain:
         recipe = start.recipe.for_retraining(int(config.retrain.get("epochs", 1)))
         retrain(dense, start.data, changed_recipe(recipe, config.retrain), seed=seed, progress=progress)
@@ -83,6 +81,6 @@ def _rounded(net: nn.Module, example: Tensor, masks: Masks, round_to: int | None
     """Return masks by which layers keep a multiple of so many channels."""
     if round_to is None:
         return masks
-    on_device = {name: {t: mask.to(example.device) for t, mask in found.items()} for name, found in masks.items()}
     flow = channel_flow(net, call_arguments(example, net))
+    on_device = {name: {t: mask.to(example.device) for t, mask in found.items()} for name, found in masks.items()}
     return resolve_masks(net, flow, check_masks(net, on_device), round_to)

@@ -137,21 +137,22 @@ def trained(
     net = build_model(model, bundle, seed)
     if accept is not None:
         accept(net)
+    path = (
+        None if folder is None or checkpoint is not None else folder / f"{training_key(model, data, recipe, seed)}.pt"
+    )
+    known: dict[str, Any] = {}
     if checkpoint is not None:
         zoo.load_checkpoint(checkpoint, net)
         zoo.check_model(net, bundle)
-        return Start(net.to(place).eval(), bundle, recipe, seed)
-    path = None if folder is None else folder / f"{training_key(model, data, recipe, seed)}.pt"
-    if path is not None and path.exists():
+    elif path is not None and path.exists():
         known = zoo.load_checkpoint(path, net)
-        return Start(net.to(place).eval(), bundle, recipe, seed, known["accuracy"], known.get("validation_accuracy"))
-    log = zoo.train(net, bundle, recipe, seed=seed, device=place, progress=progress)
-    start = Start(net.to(place).eval(), bundle, recipe, seed)
-    if path is not None:
-        facts = {"seed": seed, "seconds": log.seconds, "accuracy": start.accuracy}
-        if len(bundle.validation):
-            facts["validation_accuracy"] = start.validation_accuracy
-        zoo.save_checkpoint(path, net, facts)
+    else:
+        log = zoo.train(net, bundle, recipe, seed=seed, device=place, progress=progress)
+        known = {"seed": seed, "seconds": log.seconds}
+    start = Start(net.to(place).eval(), bundle, recipe, seed, known.get("accuracy"), known.get("validation_accuracy"))
+    if path is not None and not path.exists():
+        accuracies = {"accuracy": start.accuracy, "validation_accuracy": start.validation_accuracy}
+        zoo.save_checkpoint(path, net, {**known, **accuracies})
     return start
 
 
@@ -217,7 +218,7 @@ def prune_to_ratios(cell: Cell, start: Start, ratios: dict[str, float]) -> tuple
 
 def on_cpu(masks: Masks) -> Masks:
     """Return masks such as files hold: on the CPU, without targets that have none."""
-    return {m: {t: v.cpu() for t, v in found.items() if v is not None} for m, found in masks.items()}
+    return {m: {t: v.detach().cpu() for t, v in found.items() if v is not None} for m, found in masks.items()}
 
 
 def made_dense(
@@ -226,14 +227,8 @@ def made_dense(
     """Return the dense network, compensated if asked for, and what compensation did."""
     if compensate is None:
         return to_dense(start.net, start.example, masks), None
-    done = compensation(
-        start.net,
-        masks,
-        start.images(compensate.images),
-        method=compensate.method,
-        refine=compensate.refine,
-        progress=progress,
-    )
+    images, method = start.images(compensate.images), compensate.method
+    done = compensation(start.net, masks, images, method=method, refine=compensate.refine, progress=progress)
     return to_dense(done.model, start.example, masks), done.report
 
 
@@ -260,13 +255,14 @@ def retrain(
         return zoo.train(net if through is None else through, data, recipe, seed=seed, device=device, **knobs)
 
 
-def costs(net: nn.Module, start: Start, suffix: str = "") -> Record:
-    """Return multiply-accumulates of one image, parameters, and those that aren't zero."""
-    return {
-        f"flops{suffix}": zoo.count_macs(net, start.example),
-        f"params{suffix}": zoo.count_params(net),
-        f"weights_left{suffix}": weights_left(net),
-    }
+def costs(start: Start, dense: nn.Module) -> Record:
+    """Return multiply-accumulates of one image, parameters and those that aren't zero, before and after; widths."""
+    found: Record = {"widths": layer_widths(dense)}
+    for suffix, net in (("_before", start.net), ("", dense)):
+        found[f"flops{suffix}"] = zoo.count_macs(net, start.example)
+        found[f"params{suffix}"] = zoo.count_params(net)
+        found[f"weights_left{suffix}"] = weights_left(net)
+    return found
 
 
 def latencies(start: Start, dense: nn.Module) -> Record:
