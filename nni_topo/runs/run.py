@@ -21,6 +21,7 @@ from torch.utils.data import TensorDataset
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.network.dense import to_dense
+from nni_topo.network.layers import output_channels
 from nni_topo.network.zeros import weights_left, zeros_held
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import create_pruner, pruner_info
@@ -137,9 +138,8 @@ def trained(
     net = build_model(model, bundle, seed)
     if accept is not None:
         accept(net)
-    path = (
-        None if folder is None or checkpoint is not None else folder / f"{training_key(model, data, recipe, seed)}.pt"
-    )
+    key = training_key(model, data, recipe, seed)
+    path = folder / f"{key}.pt" if folder is not None and checkpoint is None else None
     known: dict[str, Any] = {}
     if checkpoint is not None:
         zoo.load_checkpoint(checkpoint, net)
@@ -275,7 +275,7 @@ def latencies(start: Start, dense: nn.Module) -> Record:
 def layer_widths(model: nn.Module) -> dict[str, int]:
     """Return the output channels of every convolution and linear layer, by module name."""
     return {
-        name: int(module.weight.shape[0])
+        name: output_channels(module) or 0
         for name, module in model.named_modules()
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
     }

@@ -7,6 +7,7 @@ traces them. ReLUs are not in place: hooks see a layer's output as the layer lef
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -64,41 +65,22 @@ def mnist_cnn(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
 def lenet5(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
     """Build LeNet-5 in the 6-16-84 form: unpadded 5x5 convolutions, average pooling, one hidden layer."""
     side = ((image_size - 4) // 2 - 4) // 2
-    features = named(
-        conv1=nn.Conv2d(in_channels, 6, 5),
-        relu1=nn.ReLU(),
-        pool1=nn.AvgPool2d(2),
-        conv2=nn.Conv2d(6, 16, 5),
-        relu2=nn.ReLU(),
-        pool2=nn.AvgPool2d(2),
-    )
+    features = _lenet(in_channels, (6, 16), nn.AvgPool2d, padding=0)
     return ConvNet(features, _classifier(16 * side**2, 84, num_classes))
 
 
 def lenet5_like(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
     """Build the wider LeNet-5: padded 5x5 convolutions of 32 and 64 filters, 1024 hidden neurons."""
-    features = named(
-        conv1=nn.Conv2d(in_channels, 32, 5, padding=2),
-        relu1=nn.ReLU(),
-        pool1=nn.MaxPool2d(2),
-        conv2=nn.Conv2d(32, 64, 5, padding=2),
-        relu2=nn.ReLU(),
-        pool2=nn.MaxPool2d(2),
-    )
+    features = _lenet(in_channels, (32, 64), nn.MaxPool2d, padding=2)
     return ConvNet(features, _classifier(64 * (image_size // 4) ** 2, 1024, num_classes))
 
 
 def small_cnn(num_classes: int, in_channels: int) -> nn.Module:
     """Build three 3x3 convolutions of 16, 32 and 64 filters with batch norm, and 64 hidden neurons."""
-    layers: dict[str, nn.Module] = {}
-    for index, (inputs, outputs) in enumerate(pairwise((in_channels, 16, 32, 64)), start=1):
-        layers[f"conv{index}"] = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-        layers[f"norm{index}"] = nn.BatchNorm2d(outputs)
-        layers[f"relu{index}"] = nn.ReLU()
-        layers[f"pool{index}"] = nn.MaxPool2d(2)
+    features, channels = convolutions(in_channels, ((16,), (32,), (64,)), bias=False)
     # Averaged to 2x2, so that the number of parameters doesn't depend on the image size.
-    layers["pool3"] = nn.AdaptiveAvgPool2d(2)
-    return ConvNet(named(**layers), _classifier(64 * 4, 64, num_classes))
+    features.pool3 = nn.AdaptiveAvgPool2d(2)
+    return ConvNet(features, _classifier(4 * channels, 64, num_classes))
 
 
 def cnn12(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
@@ -121,6 +103,33 @@ def cnn12(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
         head[f"norm{index}"] = nn.BatchNorm1d(outputs)
     head["fc4"] = nn.Linear(512, num_classes)
     return ConvNet(named(**features), named(**head))
+
+
+def convolutions(
+    in_channels: int, stages: Sequence[Sequence[int]], *, bias: bool, pooled: bool = True
+) -> tuple[nn.Sequential, int]:
+    """Chain 3x3 convolutions with batch norm in stages, each ended by 2x2 max pooling; the channels they end with."""
+    layers: dict[str, nn.Module] = {}
+    inputs, index = in_channels, 0
+    for stage, widths in enumerate(stages, start=1):
+        for outputs in widths:
+            index += 1
+            layers[f"conv{index}"] = nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
+            layers[f"norm{index}"] = nn.BatchNorm2d(outputs)
+            layers[f"relu{index}"] = nn.ReLU()
+            inputs = outputs
+        if pooled:
+            layers[f"pool{stage}"] = nn.MaxPool2d(2)
+    return named(**layers), inputs
+
+
+def _lenet(in_channels: int, widths: Sequence[int], pool: type[nn.Module], padding: int) -> nn.Sequential:
+    """Chain 5x5 convolutions, each with a ReLU and 2x2 pooling."""
+    layers: dict[str, nn.Module] = {}
+    for index, (inputs, outputs) in enumerate(pairwise((in_channels, *widths)), start=1):
+        layers[f"conv{index}"] = nn.Conv2d(inputs, outputs, 5, padding=padding)
+        layers |= {f"relu{index}": nn.ReLU(), f"pool{index}": pool(2)}
+    return named(**layers)
 
 
 def _classifier(inputs: int, hidden: int, num_classes: int) -> nn.Sequential:
