@@ -171,7 +171,9 @@ def test_killed_in_the_middle_and_repeated_it_ends_with_the_same_table(tmp_path)
     (tmp_path / "tests_plan.py").write_text(Path(__file__).read_text())
     (tmp_path / "run.py").write_text(SCRIPT)
     out = tmp_path / "killed"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    # the package under test first, wherever another one is installed
+    paths = [str(tmp_path), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, str(tmp_path / "run.py"), str(out)]
     process = subprocess.Popen(command, env=environment)
     deadline = time.monotonic() + 300
