@@ -6,13 +6,13 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.errors import ConfigError, DataError, as_settings, unknown_name
 from nni_topo.pruners.registry import pruner_info
 from nni_topo.recovery.compensation import METHODS
 from nni_topo.zoo import Recipe, default_recipe
@@ -246,62 +246,46 @@ def load_plan(path: str | Path) -> Plan:
     ConfigError
         If a key is unknown or a value can't be used.
     """
-    content = _read(path, Plan, "a plan")
-    for name, kind in {"models": ModelChoice, "data": DataChoice, "pruners": PrunerChoice, "targets": Target}.items():
+    content = _read(path, "a plan")
+    for name, made in {"models": ModelChoice, "data": DataChoice, "pruners": PrunerChoice, "targets": Target}.items():
         entries = content.get(name, [])
         entries = entries if isinstance(entries, list) else [entries]
-        content[name] = tuple(_target(entry) if kind is Target else _choice(kind, entry, name) for entry in entries)
-    return Plan(**{**content, "compensate": _compensation(content.get("compensate"))})
+        content[name] = tuple(_target(entry) if made is Target else _choice(made, entry, name) for entry in entries)
+    return as_settings(Plan, content, Path(path).name)
 
 
 def load_prune_config(path: str | Path) -> PruneConfig:
     """Read a YAML file; DataError if it can't be read, ConfigError if a key is unknown or missing."""
-    content = _read(path, PruneConfig, "a configuration")
+    content = _read(path, "a configuration")
     for key in ("pruner", "config_list"):
         if key not in content:
             found = ", ".join(map(str, content)) or "nothing"
             raise ConfigError(f"a configuration must name {key}, got {found} ({path})")
     pruner_info(content["pruner"])
-    return PruneConfig(**{**content, "compensate": _compensation(content.get("compensate"))})
+    return as_settings(PruneConfig, content, Path(path).name)
 
 
-def _read(path: str | Path, kind: type[Plan] | type[PruneConfig], what: str) -> dict[str, Any]:
-    """Read a YAML file's mapping, whose keys are fields of ``kind``."""
+def _read(path: str | Path, what: str) -> dict[str, Any]:
+    """Read a YAML file's mapping, its ``compensate`` as settings."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise DataError(f"{what} must be a readable YAML file, got: {error} ({path})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{what} must be a mapping, got {type(content).__name__} ({path})")
-    _check_keys(content, kind, f"key of {Path(path).name}")
-    return content
+    return _compensated(content)
 
 
-def _check_keys(content: Mapping[str, Any], kind: Any, what: str) -> None:
-    known = {item.name for item in fields(kind)}
-    for key in content:
-        if key not in known:
-            raise unknown_name(what, str(key), known)
-
-
-def _compensation(entry: Any) -> CompensationChoice | None:
-    """What a file's ``compensate`` says, None where it says nothing."""
-    if entry is None:
-        return None
-    if not isinstance(entry, dict):
-        raise ConfigError(f"an entry must be a mapping such as {{images: 1024}}, got {entry!r} (compensate)")
-    _check_keys(entry, CompensationChoice, "key of compensate")
-    return CompensationChoice(**entry)
+def _compensated(content: dict[str, Any], none: tuple[Any, ...] = (None,)) -> dict[str, Any]:
+    entry = content.get("compensate")
+    return content if entry in none else {**content, "compensate": as_settings(CompensationChoice, entry, "compensate")}
 
 
 def _choice(kind: Any, entry: Any, place: str) -> Any:
     values = {"name": entry} if isinstance(entry, str) else entry
     if not isinstance(values, dict) or "name" not in values:
         raise ConfigError(f"an entry must be a name or a mapping with a name, got {entry!r} ({place})")
-    _check_keys(values, kind, f"key of {place}")
-    if values.get("compensate"):
-        values = {**values, "compensate": _compensation(values["compensate"])}
-    return kind(**values)
+    return as_settings(kind, _compensated(values, (None, False)), place)
 
 
 def _target(entry: Any) -> Target:
@@ -313,8 +297,7 @@ def _target(entry: Any) -> Target:
 
 def changed_recipe(default: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """Return a recipe with some fields replaced; an unknown field is a :class:`ConfigError`."""
-    _check_keys(changes, Recipe, "key of a recipe")
-    return replace(default, **changes)
+    return as_settings(Recipe, {**asdict(default), **changes}, "a recipe")
 
 
 def training_key(model: ModelChoice, data: DataChoice, recipe: Recipe, seed: int) -> str:
