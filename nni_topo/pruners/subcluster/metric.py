@@ -16,6 +16,8 @@ from nni_topo.pruners.cluster.metric import Clusters, FeatureCloud, SurvivorMetr
 from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.units import PruningUnit
 
+_INITIAL = {"Conv": 0.35, "Linear": 0.05}
+
 
 class SubclusterMetric(SurvivorMetric):
     """As many clusters as splitting them while they vary too much leaves."""
@@ -25,13 +27,13 @@ class SubclusterMetric(SurvivorMetric):
         collector: FeatureCollector,
         survivor: Callable[[PruningUnit, PruningContext], tuple[str, ...]],
         *,
-        growth: Callable[[PruningUnit, PruningContext], Growth],
-        initial: Callable[[PruningUnit, PruningContext], float],
+        growth: Growth,
+        energy: Callable[[PruningUnit], float],
         seed: int,
     ) -> None:
         super().__init__(collector, survivor, seed=seed)
         self.growth = growth
-        self.initial = initial
+        self.energy = energy
         # Of the latest call, by unit or, where it has several parts, ``name[part]``.
         self.trees: dict[str, SplitTree] = {}
 
@@ -70,8 +72,9 @@ class SubclusterMetric(SurvivorMetric):
         tree = grow(
             cloud.points,
             cloud.covariance,
-            min(living, initial_clusters(self.initial(unit, context), rows)),
-            self.growth(unit, context),
+            min(living, initial_clusters(self._initial_ratio(unit, context), rows)),
+            self.growth,
+            energy=self.energy(unit),
             threshold=unit.sparse_threshold,
             at_least=min(at_least, living),
             at_most=min(at_most, living),
@@ -79,6 +82,11 @@ class SubclusterMetric(SurvivorMetric):
         ).renamed(cloud.names)
         self.trees[unit.name if unit.parts == 1 else f"{unit.name}[{part}]"] = tree
         return tree.labels(unit.blocks)[part * rows : (part + 1) * rows]
+
+    def _initial_ratio(self, unit: PruningUnit, context: PruningContext) -> float:
+        return of_layer(
+            self.growth.initial_ratio, unit, _INITIAL["Conv" if is_convolution(unit, context) else "Linear"]
+        )
 
     def _shared_caps(
         self, clouds: dict[str, list[FeatureCloud]], found: Mapping[str, Clusters], context: PruningContext
@@ -100,6 +108,13 @@ class _Units(PruningContext):
     def __init__(self, context: PruningContext, units: list[PruningUnit]) -> None:
         super().__init__(context.model, context.target_spaces, context.evaluator, context.parameter_names)
         self.__dict__["units"] = units
+
+
+def of_layer(knob: float | Mapping[str, float] | None, unit: PruningUnit, default: float) -> float:
+    """Return a knob's value for a unit: that of its first member that is named."""
+    if isinstance(knob, Mapping):
+        return next((knob[module_name] for module_name, _ in unit.members if module_name in knob), default)
+    return default if knob is None else knob
 
 
 def is_convolution(unit: PruningUnit, context: PruningContext) -> bool:
