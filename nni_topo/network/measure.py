@@ -11,7 +11,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.modes import evaluation_mode
@@ -55,6 +54,8 @@ def count_macs(model: nn.Module, example_inputs: Inputs) -> int:
     Fused attention kernels are switched off for the run: depending on the PyTorch version, the counter
     doesn't see inside them.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # loads Triton
+
     inputs = tuple(tensor[:1] for tensor in _as_tuple(example_inputs))
     counter = FlopCounterMode(display=False)
     with evaluation_mode(model), fast_paths_off(), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
