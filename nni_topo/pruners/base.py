@@ -1,7 +1,7 @@
 """The base class of the package's structured pruners: NNI's Pruner with three hooks.
 
 A pruner of this kind is a data collector, a metric calculator and a sparsity allocator. NNI's three stages call them,
-so the pruner also works inside NNI's scheduled pruners::
+so the pruner also works inside NNI's scheduled pruners; the calculator asks the planner how many blocks stay::
 
     config_list -> NNI wraps the model -> DataCollector -> MetricCalculator -> SparsityAllocator -> masks
 """
@@ -12,10 +12,10 @@ import logging
 from collections.abc import Iterable
 from typing import Any, Literal, cast
 
-import torch
 from nni.compression.base.compressor import Pruner
 from nni.compression.base.target_space import PruningTargetSpace
 from nni.compression.base.wrapper import ModuleWrapper
+from nni.compression.pruning.basic_pruner import _NormPruner
 from nni.compression.utils import Evaluator
 from torch import nn
 
@@ -23,7 +23,7 @@ from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.network.inputs import checked_calibration
 from nni_topo.network.layers import kept_channels
 from nni_topo.network.modes import unwrapped_copy
-from nni_topo.pruners.allocators import ConfigAllocator, checked_round_to
+from nni_topo.pruners.allocators import ConfigAllocator
 from nni_topo.pruners.checks import check_request, matched_modules
 from nni_topo.pruners.hooks import (
     Data,
@@ -34,6 +34,7 @@ from nni_topo.pruners.hooks import (
     PruningContext,
     SparsityAllocator,
 )
+from nni_topo.pruners.planner import Planner, checked_round_to
 from nni_topo.pruners.transposed import follow_outputs, output_granularity
 from nni_topo.pruners.units import is_active
 from nni_topo.recovery.compensation import METHODS, Method, compensation
@@ -61,7 +62,9 @@ class StructuredPruner(Pruner):
     calculator : MetricCalculator
         How it is scored; larger = keep.
     allocator : SparsityAllocator or None, default=None
-        How much goes. None: :class:`~nni_topo.hooks.ConfigAllocator`.
+        Makes the masks. None: :class:`~nni_topo.hooks.ConfigAllocator`.
+    planner : Planner or None, default=None
+        How much stays. None: :class:`~nni_topo.hooks.Planner`, by the config_list.
     compensate : {None, "reconstruct", "channel", "pair"}, default=None
         Let ``compress()`` also change the weights that stay, as :func:`nni_topo.compensate` does with this method.
     calibration : iterable or None, default=None
@@ -103,6 +106,7 @@ class StructuredPruner(Pruner):
         collector: DataCollector,
         calculator: MetricCalculator,
         allocator: SparsityAllocator | None = None,
+        planner: Planner | None = None,
         compensate: Method | None = None,
         calibration: Iterable[Any] | None = None,
         round_to: int | None = None,
@@ -114,8 +118,12 @@ class StructuredPruner(Pruner):
         self.calculator = calculator
         self._check_layers(model, matched_modules(model, config_list))
         self.allocator = ConfigAllocator() if allocator is None else allocator
+        self.planner = Planner() if planner is None else planner
         if round_to is not None:
-            _round_to(self.allocator, round_to)
+            if not isinstance(self.allocator, ConfigAllocator):
+                got = type(self.allocator).__name__
+                raise ConfigError(f"round_to needs a ConfigAllocator, got {got} (round_to)")
+            self.planner.round_to = checked_round_to(round_to)
         self.interval_steps = -1
         self.total_times: int | Literal["unlimited"] = 1
         self.first_step_gen = False
@@ -184,7 +192,7 @@ class StructuredPruner(Pruner):
 
     def _context(self) -> PruningContext:
         names = self._get_param_names_map() if self._is_wrapped else {}
-        return PruningContext(self.bound_model, self._target_spaces, self.evaluator, names)
+        return PruningContext(self.bound_model, self._target_spaces, self.evaluator, names, self.planner)
 
     def _activate_targets(self, cap: float = 0.0) -> None:
         """Give the ``sparse_ratio`` ``cap`` to configured targets without a rule: these pruners say how much goes."""
@@ -236,8 +244,7 @@ class StructuredPruner(Pruner):
                 "compensate goes with pruning in one step, got a schedule: call nni_topo.compensate() at its end "
                 f"({type(self).__name__})"
             )
-        schedule = _Schedule(self)
-        evaluator.patch_optimizer_step(before_step_tasks=[], after_step_tasks=[schedule.step])
+        _NormPruner._register_trigger(self, evaluator)
 
     def _fuse_postprocess(self, evaluator: Evaluator) -> None:
         """Leave the evaluator as it is: NNI reverts its patches."""
@@ -249,31 +256,3 @@ def _recovery(method: str, calibration: Iterable[Any] | None) -> tuple[Method, I
     if calibration is None:
         raise ConfigError(f"compensate={method!r} needs calibration data, got none (calibration)")
     return cast(Method, method), calibration
-
-
-def _round_to(allocator: SparsityAllocator, round_to: int) -> None:
-    if not isinstance(allocator, ConfigAllocator):
-        raise ConfigError(f"round_to needs a ConfigAllocator, got {type(allocator).__name__} (round_to)")
-    allocator.round_to = checked_round_to(round_to)
-
-
-class _Schedule:
-    """Makes masks at the optimizer steps that a scheduled pruner asks for."""
-
-    def __init__(self, pruner: StructuredPruner) -> None:
-        self.pruner = pruner
-        self.steps = 0
-        self.first = True
-        self.remaining: float = torch.inf if pruner.total_times == "unlimited" else pruner.total_times
-
-    def step(self) -> None:
-        """Count one optimizer step; make masks when the interval is over."""
-        self.steps += 1
-        due = self.steps == self.pruner.interval_steps
-        if due or (self.first and self.pruner.first_step_gen):
-            self.pruner.update_masks(self.pruner.generate_masks())
-            self.remaining -= 1
-            _logger.debug("%s made masks, %s times remaining", type(self.pruner).__name__, self.remaining)
-        if due and self.remaining > 0:
-            self.steps = 0
-        self.first = False

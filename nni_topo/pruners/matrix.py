@@ -74,14 +74,12 @@ class JointNorm(MetricCalculator):
 
     def calculate(self, data: Data, context: PruningContext) -> Metrics:
         """Return a norm per channel, the same for all members of a group."""
-        metrics: Metrics = {}
+        joint = {}
         for unit in context.units:
             rows = [data[module][target][:, 0] for module, target in unit.members]
             lead, first = unit.members[0]
-            joint = torch.stack([*rows, data[lead][first][:, 1]], dim=1).norm(p=self.norm, dim=1)
-            for module, target in unit.members:
-                metrics.setdefault(module, {})[target] = joint.reshape(context.metric_shape(module, target))
-        return metrics
+            joint[unit.name] = torch.stack([*rows, data[lead][first][:, 1]], dim=1).norm(p=self.norm, dim=1)
+        return context.spread(joint)
 
 
 class MatrixPruner(StructuredPruner):

@@ -25,13 +25,9 @@ class RandomMetric(MetricCalculator):
     def calculate(self, data: Data, context: PruningContext) -> Metrics:
         """Return scores in [0, 1), equal for all members of a dependency group."""
         generator = torch.Generator().manual_seed(self.seed)
-        metrics: Metrics = {}
-        for unit in context.units:
-            scores = torch.rand(unit.blocks, generator=generator, dtype=torch.float64)
-            for module_name, target_name in unit.members:
-                shape = context.metric_shape(module_name, target_name)
-                metrics.setdefault(module_name, {})[target_name] = scores.reshape(shape)
-        return metrics
+        return context.spread(
+            {unit.name: torch.rand(unit.blocks, generator=generator, dtype=torch.float64) for unit in context.units}
+        )
 
 
 class RandomPruner(StructuredPruner):

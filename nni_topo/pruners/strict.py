@@ -24,6 +24,7 @@ from nni_topo.pruners.allocators import ConfigAllocator
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.hooks import Masks, Metrics, PruningContext
+from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.transposed import follow_outputs, output_granularity
 from nni_topo.pruners.units import TargetSpaces
 
@@ -37,7 +38,7 @@ def enable_strict(*, normalization: Literal["none", "mean"] = "none") -> None:
     Parameters
     ----------
     normalization : {"none", "mean"}, default="none"
-        Scale of the metrics that a ``global_group_id`` ranks, see :class:`~nni_topo.hooks.ConfigAllocator`.
+        Scale of the metrics that a ``global_group_id`` ranks, see :class:`~nni_topo.hooks.Planner`.
 
     Raises
     ------
@@ -73,10 +74,10 @@ def enable_strict(*, normalization: Literal["none", "mean"] = "none") -> None:
     >>> enable_strict()
     >>> disable_strict()
     """
-    allocator = ConfigAllocator(normalization=normalization)
+    planner = Planner(normalization=normalization)
 
     def allocate(metrics: Metrics, target_spaces: TargetSpaces) -> Masks:
-        return generate_sparsity(metrics, target_spaces, allocator)
+        return generate_sparsity(metrics, target_spaces, planner)
 
     for module in (basic_pruner, movement_pruner, slim_pruner, taylor_pruner, tools):
         _replace(module, "generate_sparsity", allocate)
@@ -97,12 +98,12 @@ def disable_strict() -> None:
     _originals.clear()
 
 
-def generate_sparsity(metrics: Metrics, target_spaces: TargetSpaces, allocator: ConfigAllocator) -> Masks:
+def generate_sparsity(metrics: Metrics, target_spaces: TargetSpaces, planner: Planner) -> Masks:
     """Make masks as NNI's function of this name does, by the package's allocator."""
     spaces = [space for targets in target_spaces.values() for space in targets.values()]
     # The package's units hold parameters: where inputs or outputs are pruned, NNI's own function stays.
     if all(space.type is TargetType.PARAMETER for space in spaces):
-        return allocator.allocate(metrics, PruningContext(torch.nn.Module(), target_spaces))
+        return ConfigAllocator().allocate(metrics, PruningContext(torch.nn.Module(), target_spaces, planner=planner))
     masks: Masks = sparse_gen.generate_sparsity(metrics, target_spaces)
     return masks
 

@@ -60,6 +60,26 @@ class PruningUnit:
         """Number of blocks in one part; counts are kept and lost per row, ``parts`` blocks at a time."""
         return self.blocks // self.parts
 
+    def part_name(self, part: int) -> str:
+        """Return ``name``, or ``name[part]`` where there are several parts."""
+        return self.name if self.parts == 1 else f"{self.name}[{part}]"
+
+    @property
+    def removable_rows(self) -> tuple[int, int]:
+        """The fewest and the most rows that may go under the minimum and the maximum ratio; one always stays."""
+        most = min(int(self.rows * self.max_sparse_ratio), self.rows - 1)
+        return min(int(self.rows * self.min_sparse_ratio), most), most
+
+    @property
+    def is_summed(self) -> bool:
+        """Whether a block's score was computed from several elements; a single weight's needs no tolerance."""
+        return self.elements > 1
+
+    def kept_rows(self, removed: int) -> int:
+        """Return how many rows stay when so many should go, as far as the minimum and the maximum ratio let them."""
+        fewest, most = self.removable_rows
+        return self.rows - min(max(removed, fewest), most)
+
 
 def is_active(space: PruningTargetSpace) -> bool:
     """Say whether the config_list asks to prune a target: it has a ratio or a threshold."""

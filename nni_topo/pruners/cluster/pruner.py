@@ -20,9 +20,10 @@ from nni_topo.maths.clustering.partition import ALGORITHMS, Algorithm
 from nni_topo.network.inputs import checked_calibration
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.clouds.features import FeatureCollector, Pool
-from nni_topo.pruners.cluster.metric import ClusterMetric, SurvivorAllocator
+from nni_topo.pruners.cluster.metric import ClusterMetric
 from nni_topo.pruners.cluster.survivors import Survivor, checked_rules
 from nni_topo.pruners.hooks import PruningContext
+from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.units import PruningUnit
 from nni_topo.recovery.compensation import Method
 from nni_topo.recovery.steps import Pairs
@@ -134,12 +135,11 @@ class ClusterPruner(StructuredPruner):
             existed_wrappers,
             collector=collector,
             calculator=self._metric,
-            allocator=SurvivorAllocator(),
+            planner=Planner(on_empty="keep"),
             compensate=compensate,
             calibration=calibration,
             round_to=round_to,
         )
-        self._metric.planner.round_to = round_to
 
     @property
     def pairs(self) -> dict[str, dict[int, int]]:

@@ -21,10 +21,10 @@ from nni_topo.maths.clustering.subclustering import Growth, SplitTree, initial_c
 from nni_topo.network.inputs import checked_calibration
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.clouds.features import Pool
-from nni_topo.pruners.cluster.metric import SurvivorAllocator
 from nni_topo.pruners.cluster.pruner import feature_collector
 from nni_topo.pruners.cluster.survivors import Survivor, checked_rules, offsets
 from nni_topo.pruners.hooks import PruningContext
+from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.subcluster.metric import SubclusterMetric, is_convolution
 from nni_topo.pruners.units import PruningUnit
 from nni_topo.recovery.compensation import Method
@@ -161,12 +161,11 @@ class SubclusterPruner(StructuredPruner):
             existed_wrappers,
             collector=self._features,
             calculator=self._metric,
-            allocator=SurvivorAllocator(),
+            planner=Planner(on_empty="keep"),
             compensate=compensate,
             calibration=calibration,
             round_to=round_to,
         )
-        self._metric.planner.round_to = round_to
         self._activate_targets(cap=1.0)
 
     @property

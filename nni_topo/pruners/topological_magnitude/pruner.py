@@ -22,16 +22,15 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError, check_integer, unknown_name
 from nni_topo.maths.topology.layer_graphs import LayerGraph
 from nni_topo.network.sizes import convolution_sizes, graph_of_convolution
-from nni_topo.pruners.allocators import removable_rows
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_weight_target
+from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.rounds import Round, check_rewind, even_steps, prune_in_rounds
 from nni_topo.pruners.topological_magnitude.trees import (
     CONV_GRAPHS,
     ConvGraph,
     MagnitudeCollector,
     OnSubcritical,
-    TreeAllocator,
     TreeMetric,
     subcritical,
 )
@@ -117,7 +116,8 @@ class TopologicalMagnitudePruner(StructuredPruner):
         self.rewind = _rewind_state(model, rewind)
         self.on_round = on_round
         self.history: list[Round] = []
-        self._metric = TreeMetric(conv_graph, _graphs(model, example_inputs) if conv_graph != "channel" else {})
+        graphs = _graphs(model, example_inputs) if conv_graph != "channel" else {}
+        self._metric = TreeMetric(conv_graph, graphs, on_subcritical)
         super().__init__(
             model,
             config_list,
@@ -125,7 +125,7 @@ class TopologicalMagnitudePruner(StructuredPruner):
             existed_wrappers,
             collector=MagnitudeCollector(),
             calculator=self._metric,
-            allocator=TreeAllocator(self._metric, on_subcritical),
+            planner=Planner(on_empty="keep"),
         )
 
     def critical_ratios(self) -> dict[str, float]:
@@ -173,8 +173,8 @@ class TopologicalMagnitudePruner(StructuredPruner):
 
     def _tree_sizes(self) -> list[int]:
         context = self._context()
-        self._metric.calculate(self.collector.collect(context), context)
-        return [self._metric.tree_sizes[unit.name] for unit in context.units]
+        trees = self._metric.trees(self.collector.collect(context), context)
+        return [int(trees[unit.name].sum()) for unit in context.units]
 
     def _check_critical(self) -> None:
         """Refuse ratios that would leave a layer, or a global group, less than its trees."""
@@ -186,7 +186,7 @@ class TopologicalMagnitudePruner(StructuredPruner):
             if members[0][0].sparse_ratio is None:
                 continue
             total = sum(unit.blocks for unit, _ in members)
-            bounds = [removable_rows(unit) for unit, _ in members]
+            bounds = [unit.removable_rows for unit, _ in members]
             least, most = (sum(each) for each in zip(*bounds, strict=True))
             gone = max(min(int(total * members[0][0].sparse_ratio), most), least)
             # A layer whose maximum spares it leaves the others to lose what the group must.
@@ -194,7 +194,7 @@ class TopologicalMagnitudePruner(StructuredPruner):
             if gone > spare:
                 raise subcritical("+".join(unit.name for unit, _ in members), total - gone, total - spare, total)
             for unit, size in members:
-                kept = unit.blocks - removable_rows(unit)[0]
+                kept = unit.blocks - unit.removable_rows[0]
                 if kept < size:
                     raise subcritical(unit.name, kept, size, unit.blocks)
 
