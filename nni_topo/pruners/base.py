@@ -36,7 +36,7 @@ from nni_topo.pruners.hooks import (
 )
 from nni_topo.pruners.planner import Planner, checked_round_to
 from nni_topo.pruners.transposed import follow_outputs, output_granularity
-from nni_topo.pruners.units import is_active
+from nni_topo.pruners.units import TargetSpaces, in_network_order, is_active
 from nni_topo.recovery.compensation import METHODS, Method, compensation
 from nni_topo.recovery.report import CompensationReport
 from nni_topo.recovery.steps import Pairs
@@ -95,6 +95,7 @@ class StructuredPruner(Pruner):
     """
 
     needs_rule: bool = True
+    _target_spaces: TargetSpaces
 
     def __init__(
         self,
@@ -128,7 +129,7 @@ class StructuredPruner(Pruner):
         self.total_times: int | Literal["unlimited"] = 1
         self.first_step_gen = False
         super().__init__(model, config_list, evaluator, existed_wrappers)
-        self._target_spaces = self._in_network_order()
+        self._target_spaces = in_network_order(model, self._target_spaces)
 
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Masks]:
         """Make the masks and put them into the wrapped model.
@@ -203,10 +204,6 @@ class StructuredPruner(Pruner):
             own = space.align is None and space.target is not None and not is_active(space)
             if own and space.dependency_group_id not in ruled:
                 space.sparse_ratio = cap
-
-    def _in_network_order(self) -> Any:
-        order = {name: index for index, (name, _) in enumerate(self.bound_model.named_modules(remove_duplicate=False))}
-        return dict(sorted(self._target_spaces.items(), key=lambda item: order[item[0]]))
 
     def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
         if max_steps is not None or max_epochs is not None:

@@ -11,6 +11,7 @@ References
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -31,12 +32,12 @@ from nni_topo.pruners.units import PruningUnit
 from nni_topo.recovery.compensation import Method
 
 
+@dataclass
 class RowColumnCollector(DataCollector):
     """Per channel the norm of its row, and of the columns with which the next layers read it."""
 
-    def __init__(self, norm: int, example_inputs: Any) -> None:
-        self.norm = norm
-        self.example_inputs = example_inputs
+    norm: int
+    example_inputs: Any
 
     def collect(self, context: PruningContext) -> Data:
         """Return float64 ``(blocks, 2)``: norms of row and columns; no columns where no layer reads the channels."""
@@ -66,11 +67,11 @@ class RowColumnCollector(DataCollector):
         return columns
 
 
+@dataclass
 class JointNorm(MetricCalculator):
     """The norm of everything that goes with a channel; of a dependency group, over all members' rows."""
 
-    def __init__(self, norm: int) -> None:
-        self.norm = norm
+    norm: int
 
     def calculate(self, data: Data, context: PruningContext) -> Metrics:
         """Return a norm per channel, the same for all members of a group."""

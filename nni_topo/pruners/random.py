@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from nni_topo.pruners.hooks import Data, MetricCalculator, Metrics, PruningConte
 from nni_topo.recovery.compensation import Method
 
 
+@dataclass
 class RandomMetric(MetricCalculator):
     """Uniform random scores, one draw per unit in network order: the baseline that a selection has to beat."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    seed: int
 
     def calculate(self, data: Data, context: PruningContext) -> Metrics:
         """Return scores in [0, 1), equal for all members of a dependency group."""

@@ -18,12 +18,12 @@ Clouds = dict[str, list["Cloud"]]
 Kept = dict[str, BoolArray]
 
 
+@dataclass(kw_only=True, eq=False)
 class SelectionMetric(MetricCalculator):
     """Chooses what stays of each unit by its clouds; ``origin``: whether the zero vector belongs to them."""
 
-    def __init__(self, *, origin: bool = True, progress: bool = False) -> None:
-        self.origin = origin
-        self.progress = progress
+    origin: bool = True
+    progress: bool = False
 
     def calculate(self, data: Data, context: PruningContext) -> KeptSet:
         """Plan by the clouds' death times how many blocks stay, then choose which."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from nni.compression.base.target_space import PruningTargetSpace, TargetType
+from torch import nn
 
 from nni_topo.errors import ConfigError
 
@@ -53,7 +54,7 @@ class PruningUnit:
     sparse_threshold: float | None
     min_sparse_ratio: float
     max_sparse_ratio: float
-    global_group_id: int | str | None = field(default=None)
+    global_group_id: int | str | None = None
 
     @property
     def rows(self) -> int:
@@ -84,6 +85,12 @@ class PruningUnit:
 def is_active(space: PruningTargetSpace) -> bool:
     """Say whether the config_list asks to prune a target: it has a ratio or a threshold."""
     return space.sparse_ratio is not None or space.sparse_threshold is not None
+
+
+def in_network_order(model: nn.Module, target_spaces: TargetSpaces) -> TargetSpaces:
+    """Return target spaces by the places of their modules in the model: NNI's order depends on the hash seed."""
+    names = (name for name, _ in model.named_modules(remove_duplicate=False))
+    return {name: target_spaces[name] for name in names if name in target_spaces}
 
 
 def block_shape(space: PruningTargetSpace) -> tuple[int, ...]:

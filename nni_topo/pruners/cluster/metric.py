@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -60,21 +60,15 @@ class Clusters:
     rows: int
 
 
+@dataclass(kw_only=True, eq=False)
 class SurvivorMetric(MetricCalculator):
     """Keeps one neuron of each cluster; ``survivor`` returns the rules of a unit."""
 
-    def __init__(
-        self,
-        collector: FeatureCollector,
-        survivor: Callable[[PruningUnit, PruningContext], tuple[str, ...]],
-        *,
-        seed: int,
-    ) -> None:
-        self.collector = collector
-        self.survivor = survivor
-        self.seed = seed
-        # By layer, of the latest call: the survivor of each neuron that goes. Dead neurons need none.
-        self.pairs: dict[str, dict[int, int]] = {}
+    collector: FeatureCollector
+    survivor: Callable[[PruningUnit, PruningContext], tuple[str, ...]]
+    seed: int
+    # By layer, of the latest call: the survivor of each neuron that goes. Dead neurons need none.
+    pairs: dict[str, dict[int, int]] = field(default_factory=dict, init=False)
 
     @abstractmethod
     def cluster(self, clouds: dict[str, list[FeatureCloud]], context: PruningContext) -> dict[str, Clusters]:
@@ -120,23 +114,13 @@ class SurvivorMetric(MetricCalculator):
         return kept
 
 
+@dataclass(kw_only=True, eq=False)
 class ClusterMetric(SurvivorMetric):
     """As many clusters as the config_list leaves neurons, by :func:`~nni_topo.maths.clustering.partition`."""
 
-    def __init__(
-        self,
-        collector: FeatureCollector,
-        survivor: Callable[[PruningUnit, PruningContext], tuple[str, ...]],
-        *,
-        algorithm: str,
-        n_init: int,
-        min_samples: int,
-        seed: int,
-    ) -> None:
-        super().__init__(collector, survivor, seed=seed)
-        self.algorithm = algorithm
-        self.n_init = n_init
-        self.min_samples = min_samples
+    algorithm: str
+    n_init: int
+    min_samples: int
 
     def cluster(self, clouds: dict[str, list[FeatureCloud]], context: PruningContext) -> dict[str, Clusters]:
         """Return the clusters of every unit."""
@@ -151,14 +135,8 @@ class ClusterMetric(SurvivorMetric):
         labels = np.full(unit.blocks, -1, dtype=np.intp)
         for cloud in (part.living() for part in parts):
             if len(cloud.names):
-                found = partition(
-                    cloud.points,
-                    min(rows, len(cloud.names)),
-                    self.algorithm,
-                    seed=self.seed,
-                    n_init=self.n_init,
-                    min_samples=self.min_samples,
-                )
+                knobs = {"seed": self.seed, "n_init": self.n_init, "min_samples": self.min_samples}
+                found = partition(cloud.points, min(rows, len(cloud.names)), self.algorithm, **knobs)
                 labels[cloud.names] = found + labels.max() + 1
         return Clusters(labels, rows)
 

@@ -121,8 +121,8 @@ class ClusterPruner(StructuredPruner):
         calibration = checked_calibration(calibration)
         collector = feature_collector(calibration, evaluator, pool, config_list)
         self._metric = ClusterMetric(
-            collector,
-            self._rules_of,
+            collector=collector,
+            survivor=self._rules_of,
             algorithm=algorithm,
             n_init=n_init,
             min_samples=min_samples,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
@@ -23,31 +25,20 @@ OnGeneration = Callable[[WeightGeneticAlgorithm], bool | None]
 Accuracies = Callable[[Iterator[BoolArray]], FloatArray]
 
 
+@dataclass(kw_only=True, eq=False)
 class GeneticMetric(MetricCalculator):
     """Keeps the weights that the fittest individual of a search uses; knobs of the pruner."""
 
-    def __init__(
-        self,
-        settings: WeightEvolutionSettings,
-        validation: list[Any] | None,
-        evaluate: Callable[[nn.Module], float] | None,
-        *,
-        seed: int,
-        state: str | Path | None,
-        on_generation: OnGeneration | None,
-        max_bytes: int,
-        workers: int,
-    ) -> None:
-        self.settings = settings
-        self.validation = validation
-        self.evaluate = evaluate
-        self.seed = seed
-        self.state = state
-        self.on_generation = on_generation
-        self.max_bytes = max_bytes
-        self.workers = workers
-        self.search: WeightGeneticAlgorithm | None = None
-        self.start_weights = np.zeros(0, dtype=np.float32)
+    settings: WeightEvolutionSettings
+    validation: list[Any] | None
+    evaluate: Callable[[nn.Module], float] | None
+    seed: int
+    state: str | Path | None
+    on_generation: OnGeneration | None
+    max_bytes: int
+    workers: int
+    search: WeightGeneticAlgorithm | None = field(default=None, init=False)
+    start_weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32), init=False)
 
     def calculate(self, data: Data, context: PruningContext) -> KeptSet:
         """Search, from the file of an earlier search on where there is one."""

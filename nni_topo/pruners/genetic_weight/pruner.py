@@ -153,9 +153,9 @@ class GeneticWeightPruner(StructuredPruner):
         for name, value in (("max_bytes", max_bytes), ("workers", workers)):
             check_integer(name, value, 1, "GeneticWeightPruner")
         self._metric = GeneticMetric(
-            settings,
-            checked_validation(validation),
-            evaluate,
+            settings=settings,
+            validation=checked_validation(validation),
+            evaluate=evaluate,
             seed=seed,
             state=state,
             on_generation=on_generation,

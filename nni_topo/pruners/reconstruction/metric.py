@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from tqdm.auto import tqdm
 
@@ -10,12 +12,11 @@ from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
 from nni_topo.pruners.selection import Clouds, Kept, SelectionMetric
 
 
+@dataclass(kw_only=True, eq=False)
 class ReconstructionMetric(SelectionMetric):
     """Keeps of every unit the channels from which the layers behind can best be solved anew."""
 
-    def __init__(self, problems: ReconstructionProblems, *, progress: bool = False) -> None:
-        super().__init__(progress=progress)
-        self.problems = problems
+    problems: ReconstructionProblems
 
     def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> Kept:
         """Choose unit by unit, in the order of the problems."""

@@ -137,7 +137,7 @@ class ReconstructionPruner(StructuredPruner):
             evaluator,
             existed_wrappers,
             collector=FunctionalCollector(calibration),
-            calculator=ReconstructionMetric(self._problems, progress=progress),
+            calculator=ReconstructionMetric(problems=self._problems, progress=progress),
             planner=planner,
             compensate=compensate,
             calibration=calibration,

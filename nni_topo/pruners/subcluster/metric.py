@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import nn
 
 from nni_topo.maths.clustering.partition import IntArray
 from nni_topo.maths.clustering.subclustering import Growth, SplitTree, grow, initial_clusters
-from nni_topo.pruners.clouds.features import FeatureCollector
 from nni_topo.pruners.cluster.metric import Clusters, FeatureCloud, SurvivorMetric, merging_losses
 from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.units import PruningUnit
 
 
+@dataclass(kw_only=True, eq=False)
 class SubclusterMetric(SurvivorMetric):
     """As many clusters as splitting them while they vary too much leaves."""
 
-    def __init__(
-        self,
-        collector: FeatureCollector,
-        survivor: Callable[[PruningUnit, PruningContext], tuple[str, ...]],
-        *,
-        growth: Callable[[PruningUnit, PruningContext], Growth],
-        initial: Callable[[PruningUnit, PruningContext], float],
-        seed: int,
-    ) -> None:
-        super().__init__(collector, survivor, seed=seed)
-        self.growth = growth
-        self.initial = initial
-        # Of the latest call, by unit or, where it has several parts, ``name[part]``.
-        self.trees: dict[str, SplitTree] = {}
+    growth: Callable[[PruningUnit, PruningContext], Growth]
+    initial: Callable[[PruningUnit, PruningContext], float]
+    # Of the latest call, by unit or, where it has several parts, ``name[part]``.
+    trees: dict[str, SplitTree] = field(default_factory=dict, init=False)
 
     def cluster(self, clouds: dict[str, list[FeatureCloud]], context: PruningContext) -> dict[str, Clusters]:
         """Return the clusters of every unit."""

@@ -152,7 +152,11 @@ class SubclusterPruner(StructuredPruner):
         calibration = checked_calibration(calibration)
         self._features = feature_collector(calibration, evaluator, pool, config_list)
         self._metric = SubclusterMetric(
-            self._features, self._rules_of, growth=self._growth_of, initial=self._initial_of, seed=seed
+            collector=self._features,
+            survivor=self._rules_of,
+            growth=self._growth_of,
+            initial=self._initial_of,
+            seed=seed,
         )
         super().__init__(
             model,

@@ -21,8 +21,8 @@ from nni_topo.pruners.selection import Cloud, Clouds, Kept, SelectionMetric
 class SelectionSettings:
     """How a subset of a cloud is chosen; the knobs of :class:`~nni_topo.TopologicalPruner` of the same names.
 
-    ``origin`` says whether the zero vector belongs to the cloud, ``greedy_start`` whether the genetic algorithm's first
-    generation holds the greedy solution, ``combine`` how the bottleneck distances of several degrees become one.
+    ``greedy_start`` says whether the genetic algorithm's first generation holds the greedy solution, ``combine`` how
+    the bottleneck distances of several degrees become one.
     """
 
     criterion: str = "hausdorff"
@@ -31,7 +31,6 @@ class SelectionSettings:
     engine: Literal["exact", "gudhi"] = "exact"
     combine: Combination = "max"
     evolution: EvolutionSettings = field(default_factory=EvolutionSettings)
-    origin: bool = True
     greedy_start: bool = True
 
     def __post_init__(self) -> None:
@@ -50,6 +49,7 @@ class SelectionSettings:
             )
 
 
+@dataclass(kw_only=True, eq=False)
 class TopologicalMetric(SelectionMetric):
     """Keeps of every cloud a subset that is close to the whole; ``n_jobs`` clouds at a time, as joblib's.
 
@@ -57,14 +57,10 @@ class TopologicalMetric(SelectionMetric):
     latest call.
     """
 
-    def __init__(
-        self, settings: SelectionSettings, *, seed: int, progress: bool = False, n_jobs: int | None = 1
-    ) -> None:
-        super().__init__(origin=settings.origin, progress=progress)
-        self.settings = settings
-        self.seed = seed
-        self.n_jobs = n_jobs
-        self.trace: dict[str, list[Generation]] = {}
+    settings: SelectionSettings
+    seed: int
+    n_jobs: int | None = 1
+    trace: dict[str, list[Generation]] = field(default_factory=dict, init=False)
 
     def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> Kept:
         """Choose in parallel where asked; a registered joblib backend spreads the work over machines."""

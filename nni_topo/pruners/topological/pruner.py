@@ -187,14 +187,13 @@ class TopologicalPruner(StructuredPruner):
                 elitism=elitism,
                 patience=patience,
             ),
-            origin=origin,
             greedy_start=greedy_start,
         )
         self.seed = seed
         self.target = target
         self.needs_rule = target is None
         planner = make_planner(config_list, target, allocation, latency_table, example_inputs, calibration)
-        self._metric = TopologicalMetric(settings, seed=seed, progress=progress, n_jobs=n_jobs)
+        self._metric = TopologicalMetric(settings=settings, origin=origin, seed=seed, progress=progress, n_jobs=n_jobs)
         super().__init__(
             model,
             config_list,

@@ -25,7 +25,7 @@ from nni_topo.network.sizes import convolution_sizes, graph_of_convolution
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_weight_target
 from nni_topo.pruners.planner import Planner
-from nni_topo.pruners.rounds import Round, check_rewind, even_steps, prune_in_rounds
+from nni_topo.pruners.rounds import Round, even_steps, matched_state, prune_in_rounds
 from nni_topo.pruners.topological_magnitude.trees import (
     CONV_GRAPHS,
     ConvGraph,
@@ -34,7 +34,7 @@ from nni_topo.pruners.topological_magnitude.trees import (
     TreeMetric,
     subcritical,
 )
-from nni_topo.pruners.units import PruningUnit, is_active
+from nni_topo.pruners.units import PruningUnit, in_network_order, is_active
 
 
 class TopologicalMagnitudePruner(StructuredPruner):
@@ -117,7 +117,7 @@ class TopologicalMagnitudePruner(StructuredPruner):
         self.on_round = on_round
         self.history: list[Round] = []
         graphs = _graphs(model, example_inputs) if conv_graph != "channel" else {}
-        self._metric = TreeMetric(conv_graph, graphs, on_subcritical)
+        self._metric = TreeMetric(conv_graph=conv_graph, graphs=graphs, on_subcritical=on_subcritical)
         super().__init__(
             model,
             config_list,
@@ -137,7 +137,7 @@ class TopologicalMagnitudePruner(StructuredPruner):
 
     def wrap_model(self) -> None:
         """Check the targets, then wrap the model."""
-        self._target_spaces = self._in_network_order()
+        self._target_spaces = in_network_order(self.bound_model, self._target_spaces)
         for name, spaces in self._target_spaces.items():
             for target, space in spaces.items():
                 if is_active(space):
@@ -237,7 +237,7 @@ def _rewind_state(
         if rewind != "initial":
             raise unknown_name("rewind", str(rewind), ("initial",))
         rewind = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    check_rewind(model, rewind)
+    matched_state(model, rewind)
     return {name: value.detach().clone() for name, value in rewind.items()}
 
 

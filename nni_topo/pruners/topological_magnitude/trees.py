@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -39,13 +40,13 @@ class MagnitudeCollector(DataCollector):
         return data
 
 
+@dataclass(kw_only=True, eq=False)
 class TreeMetric(MetricCalculator):
     """Keeps the largest weights, as many as planned, but never less than a layer's tree: else raises, or clips."""
 
-    def __init__(self, conv_graph: ConvGraph, graphs: Mapping[str, LayerGraph], on_subcritical: OnSubcritical) -> None:
-        self.conv_graph = conv_graph
-        self.graphs = graphs
-        self.on_subcritical = on_subcritical
+    conv_graph: ConvGraph
+    graphs: Mapping[str, LayerGraph]
+    on_subcritical: OnSubcritical
 
     def calculate(self, data: Data, context: PruningContext) -> KeptSet:
         """Keep trees, and of the other weights the largest."""
