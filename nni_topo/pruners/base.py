@@ -35,6 +35,7 @@ from nni_topo.pruners.hooks import (
     SparsityAllocator,
 )
 from nni_topo.pruners.planner import Planner, checked_round_to
+from nni_topo.pruners.rounds import restore
 from nni_topo.pruners.transposed import follow_outputs, output_granularity
 from nni_topo.pruners.units import TargetSpaces, in_network_order, is_active
 from nni_topo.recovery.compensation import METHODS, Method, compensation
@@ -151,7 +152,7 @@ class StructuredPruner(Pruner):
             method, calibration = self._recovery
             pairs = self._pairs(masks) if method == "pair" else None
             done = compensation(unwrapped_copy(self.bound_model), masks, calibration, method=method, pairs=pairs)
-            self._take_over(done.model)
+            restore(self.bound_model, done.model.state_dict())
             self.compensation_report = done.report
         return model, masks
 
@@ -225,15 +226,6 @@ class StructuredPruner(Pruner):
             if kept is not None:
                 pairs[layer] = {gone: stays for gone, stays in chosen.items() if kept[stays] and not kept[gone]}
         return pairs or None
-
-    def _take_over(self, other: nn.Module) -> None:
-        """Copy another model's parameters and buffers into this one's, also where NNI keeps them in its wrappers."""
-        for name, value in other.state_dict().items():
-            module_name, _, own = name.rpartition(".")
-            space = self._target_spaces.get(module_name, {}).get(own)
-            place = None if space is None else space.target
-            place = getattr(self.bound_model.get_submodule(module_name), own) if place is None else place
-            place.data.copy_(value)
 
     def _fuse_preprocess(self, evaluator: Evaluator) -> None:
         if self._recovery is not None:

@@ -94,7 +94,7 @@ def prune_in_rounds(
                 space.sparse_ratio = 1.0 - (1.0 - goal) ** step if step < 1.0 else goal
             pruner.update_masks(pruner.generate_masks())
             if rewind is not None:
-                _restore(pruner.bound_model, rewind)
+                restore(pruner.bound_model, rewind)
             _silence(pruner.bound_model, list(active.values()))
             kept = {name: _share_kept(space) for name, space in active.items()}
             train()
@@ -116,13 +116,17 @@ def matched_state(model: nn.Module, state: Mapping[str, Tensor]) -> list[tuple[T
         names = (".".join(filter(None, (module, "_nni_wrapper", tensor))), name)
         found = next((own[each] for each in names if each in own), None)
         if found is None or not isinstance(value, Tensor) or found.shape != value.shape:
-            raise ConfigError(f"rewind must hold tensors of the model's names and shapes, got another ({name})")
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            wanted = "none" if found is None else f"shape {tuple(found.shape)}"
+            raise ConfigError(
+                f"rewind must hold tensors of the model's names and shapes, got {got}, the model's is {wanted} ({name})"
+            )
         matched.append((found, value))
     return matched
 
 
 @torch.no_grad()
-def _restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy an unwrapped model's state into the wrapped one, under every name that a shared tensor has."""
     for own, value in matched_state(model, state):
         own.copy_(value)

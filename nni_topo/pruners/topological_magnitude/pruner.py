@@ -10,7 +10,6 @@ Zeroth-Order Topological Insights into Iterative Magnitude Pruning, section 3.4.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -32,9 +31,8 @@ from nni_topo.pruners.topological_magnitude.trees import (
     MagnitudeCollector,
     OnSubcritical,
     TreeMetric,
-    subcritical,
 )
-from nni_topo.pruners.units import PruningUnit, in_network_order, is_active
+from nni_topo.pruners.units import in_network_order, is_active
 
 
 class TopologicalMagnitudePruner(StructuredPruner):
@@ -130,10 +128,9 @@ class TopologicalMagnitudePruner(StructuredPruner):
 
     def critical_ratios(self) -> dict[str, float]:
         """Return how far each layer's weights can be pruned now: all of them over those of its tree, by module name."""
-        return {
-            unit.members[0][0]: unit.blocks / size
-            for unit, size in zip(self._context().units, self._tree_sizes(), strict=True)
-        }
+        context = self._context()
+        trees = self._metric.trees(self.collector.collect(context), context)
+        return {unit.members[0][0]: unit.blocks / int(trees[unit.name].sum()) for unit in context.units}
 
     def wrap_model(self) -> None:
         """Check the targets, then wrap the model."""
@@ -143,13 +140,14 @@ class TopologicalMagnitudePruner(StructuredPruner):
                 if is_active(space):
                     _check_target(name, target, space)
                     self._check_reached(name, space)
-        if self._target_spaces and not self._context().units:
+        context = self._context()
+        if self._target_spaces and not context.units:
             raise ConfigError(
                 "config_list must give the weight of at least one layer a ratio or a threshold, got none "
                 f"({', '.join(self._target_spaces)})"
             )
-        if self.on_subcritical == "raise":
-            self._check_critical()
+        # A ratio that is too high is refused here, while the model isn't wrapped.
+        self._metric.calculate(self.collector.collect(context), context)
         super().wrap_model()
 
     def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> list[int] | str | None:
@@ -170,33 +168,6 @@ class TopologicalMagnitudePruner(StructuredPruner):
                 "schedule (TopologicalMagnitudePruner)"
             )
         super()._fuse_preprocess(evaluator)
-
-    def _tree_sizes(self) -> list[int]:
-        context = self._context()
-        trees = self._metric.trees(self.collector.collect(context), context)
-        return [int(trees[unit.name].sum()) for unit in context.units]
-
-    def _check_critical(self) -> None:
-        """Refuse ratios that would leave a layer, or a global group, less than its trees."""
-        groups: dict[Any, list[tuple[PruningUnit, int]]] = defaultdict(list)
-        for unit, size in zip(self._context().units, self._tree_sizes(), strict=True):
-            alone = unit.name if unit.global_group_id is None else ("group", unit.global_group_id)
-            groups[alone].append((unit, size))
-        for members in groups.values():
-            if members[0][0].sparse_ratio is None:
-                continue
-            total = sum(unit.blocks for unit, _ in members)
-            bounds = [unit.removable_rows for unit, _ in members]
-            least, most = (sum(each) for each in zip(*bounds, strict=True))
-            gone = max(min(int(total * members[0][0].sparse_ratio), most), least)
-            # A layer whose maximum spares it leaves the others to lose what the group must.
-            spare = sum(min(high, unit.blocks - size) for (unit, size), (_, high) in zip(members, bounds, strict=True))
-            if gone > spare:
-                raise subcritical("+".join(unit.name for unit, _ in members), total - gone, total - spare, total)
-            for unit, size in members:
-                kept = unit.blocks - unit.removable_rows[0]
-                if kept < size:
-                    raise subcritical(unit.name, kept, size, unit.blocks)
 
     def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
         if max_steps is None and max_epochs is None and self.rounds == 1:

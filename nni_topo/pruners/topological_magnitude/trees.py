@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from nni_topo.maths.topology.layer_graphs import LayerGraph
 from nni_topo.maths.topology.layer_trees import channel_tree, plane_trees, spanning_forest
 from nni_topo.pruners.allocators import keep_highest
 from nni_topo.pruners.hooks import Data, DataCollector, KeptSet, MetricCalculator, PruningContext
+from nni_topo.pruners.units import PruningUnit
 
 BoolArray = NDArray[np.bool_]
 OnSubcritical = Literal["raise", "clip"]
@@ -58,12 +60,12 @@ class TreeMetric(MetricCalculator):
             for module, target in unit.members
         }
         rows = context.rows(lambda unit: worth[unit.name])
-        for unit in context.units:
-            tree = int(trees[unit.name].sum())
-            if rows[unit.name] < tree and unit.sparse_ratio is not None and self.on_subcritical == "raise":
-                raise subcritical(unit.name, rows[unit.name], tree, unit.blocks)
-            rows[unit.name] = max(rows[unit.name], tree)
-        return context.keep({u.name: keep_highest(u, worth[u.name], rows[u.name]) for u in context.units})
+        sizes = {name: int(tree.sum()) for name, tree in trees.items()}
+        if self.on_subcritical == "raise":
+            _check_critical(context.units, rows, sizes)
+        return context.keep(
+            {u.name: keep_highest(u, worth[u.name], max(rows[u.name], sizes[u.name])) for u in context.units}
+        )
 
     def trees(self, data: Data, context: PruningContext) -> dict[str, BoolArray]:
         """Return the weights of each unit's tree, ``(weights,)``."""
@@ -89,10 +91,21 @@ class TreeMetric(MetricCalculator):
         return torch.from_numpy(mask.reshape(values.shape))
 
 
-def subcritical(name: str, kept: int, tree: int, total: int) -> ConfigError:
-    """Build the error for a layer that would keep less than its spanning tree."""
-    return ConfigError(
-        f"sparse_ratio must leave a layer its spanning tree of {tree} of {total} weights, so be at most "
-        f"{1 - tree / total:.6g} (compression {total / tree:.5f}), got {kept} left; on_subcritical='clip' keeps the "
-        f"tree ({name})"
-    )
+def _check_critical(units: list[PruningUnit], rows: dict[str, int], sizes: dict[str, int]) -> None:
+    """Refuse ratios that leave a layer, or the layers of a global group, less than the spanning trees' sizes."""
+    groups: dict[object, list[PruningUnit]] = defaultdict(list)
+    for unit in units:
+        if unit.sparse_ratio is not None:
+            groups[unit.name if unit.global_group_id is None else (unit.global_group_id,)].append(unit)
+    for group in groups.values():
+        # A layer whose own minimum takes of its tree is to blame alone, else all that share a ratio are.
+        alone = [unit for unit in group if unit.kept_rows(0) < sizes[unit.name]]
+        if alone or any(rows[unit.name] < sizes[unit.name] for unit in group):
+            blamed = alone[:1] or group
+            kept, total = sum(rows[unit.name] for unit in blamed), sum(unit.blocks for unit in blamed)
+            tree = sum(max(sizes[unit.name], unit.blocks - unit.removable_rows[1]) for unit in blamed)
+            raise ConfigError(
+                f"sparse_ratio must leave a layer its spanning tree of {tree} of {total} weights, so be at most "
+                f"{1 - tree / total:.6g} (compression {total / tree:.5f}), got {kept} left; on_subcritical='clip' "
+                f"keeps the tree ({'+'.join(unit.name for unit in blamed)})"
+            )
