@@ -184,15 +184,17 @@ class StructuredPruner(Pruner):
         self.collector.check(model, modules)
 
     def _collect_data(self) -> Data:
-        return self.collector.collect(self._context())
+        return self.collector.collect(self.context)
 
     def _calculate_metrics(self, data: Data) -> Metrics:
-        return self.calculator.calculate(data, self._context())
+        return self.calculator.calculate(data, self.context)
 
     def _generate_sparsity(self, metrics: Metrics) -> Masks:
-        return self.allocator.allocate(metrics, self._context())
+        return self.allocator.allocate(metrics, self.context)
 
-    def _context(self) -> PruningContext:
+    @property
+    def context(self) -> PruningContext:
+        """What the hooks look at: the model, its targets with the ratios in force, the evaluator and the planner."""
         names = self._get_param_names_map() if self._is_wrapped else {}
         return PruningContext(self.bound_model, self._target_spaces, self.evaluator, names, self.planner)
 

@@ -92,10 +92,8 @@ class PruningContext:
 
     def keep(self, kept: Mapping[str, NDArray[np.bool_]]) -> KeptSet:
         """Return the kept set of what stays of each unit, by its name: boolean ``(blocks,)``."""
-        worth = {unit.name: max(1.0, unit.sparse_threshold or 0.0) for unit in self.units}
-        return KeptSet(
-            self.spread({name: worth[name] * torch.from_numpy(each).double() for name, each in kept.items()})
-        )
+        worth = {unit.name: np.float64(max(1.0, unit.sparse_threshold or 0.0)) for unit in self.units}
+        return KeptSet(self.spread({name: torch.from_numpy(each * worth[name]) for name, each in kept.items()}))
 
     def spread(self, values: Mapping[str, Tensor]) -> Metrics:
         """Give each member of a unit a copy of the unit's values ``(blocks,)``, in the blocked shape."""

@@ -14,7 +14,7 @@ from nni_topo.pruners.random import RandomPruner
 
 
 def context_of(config_list, *layers):
-    return RandomPruner(nn.Sequential(*layers), config_list)._context()
+    return RandomPruner(nn.Sequential(*layers), config_list).context
 
 
 def metrics_of(context, *scores):

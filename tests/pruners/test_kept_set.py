@@ -48,17 +48,17 @@ def test_equal_scores_lose_no_choice_in_either_allocator_and_precision(config, d
     # Neither the first neurons stay nor the last, as they would if scores that are equal were ranked again.
     kept = masks["1"]["bias"].tolist()
     assert kept not in (sorted(kept), sorted(kept, reverse=True))
-    metrics = pruner.calculator.calculate(pruner.collector.collect(pruner._context()), pruner._context())
+    metrics = pruner.calculator.calculate(pruner.collector.collect(pruner.context), pruner.context)
     rounded = KeptSet({m: {t: each.to(dtype) for t, each in targets.items()} for m, targets in metrics.items()})
-    same(allocator.allocate(rounded, pruner._context()), masks)
+    same(allocator.allocate(rounded, pruner.context), masks)
 
 
 def test_a_high_threshold_keeps_the_same_in_nnis_allocator():
     pruner = searched({"op_types": ["Linear"], "sparse_threshold": 7.0})
     _, masks = pruner.compress()
     assert [int(masks[name]["bias"].sum()) for name in sorted(masks)] == [1, 1, 1]
-    metrics = pruner.calculator.calculate(pruner.collector.collect(pruner._context()), pruner._context())
-    same(NNIAllocator().allocate(metrics, pruner._context()), masks)
+    metrics = pruner.calculator.calculate(pruner.collector.collect(pruner.context), pruner.context)
+    same(NNIAllocator().allocate(metrics, pruner.context), masks)
 
 
 def test_neurons_that_are_worth_nothing_reach_a_threshold_of_zero():
@@ -109,7 +109,7 @@ def test_layers_that_are_not_compared_need_no_losses():
     def asked(unit):
         raise AssertionError(unit.name)
 
-    context = last_ones(LAYERS)._context()
+    context = last_ones(LAYERS).context
     assert context.rows(asked) == {"0.weight": 6, "1.weight": 6, "2.weight": 6}
 
 

@@ -128,7 +128,7 @@ class TopologicalMagnitudePruner(StructuredPruner):
 
     def critical_ratios(self) -> dict[str, float]:
         """Return how far each layer's weights can be pruned now: all of them over those of its tree, by module name."""
-        context = self._context()
+        context = self.context
         trees = self._metric.trees(self.collector.collect(context), context)
         return {unit.members[0][0]: unit.blocks / int(trees[unit.name].sum()) for unit in context.units}
 
@@ -140,7 +140,7 @@ class TopologicalMagnitudePruner(StructuredPruner):
                 if is_active(space):
                     _check_target(name, target, space)
                     self._check_reached(name, space)
-        context = self._context()
+        context = self.context
         if self._target_spaces and not context.units:
             raise ConfigError(
                 "config_list must give the weight of at least one layer a ratio or a threshold, got none "
