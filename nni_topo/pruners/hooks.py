@@ -33,8 +33,8 @@ Masks = dict[str, dict[str, Tensor]]
 class KeptSet(Metrics):
     """Metrics of a choice that is made: 0 for what goes; made by :meth:`PruningContext.keep`.
 
-    The package's allocator takes it as it is. NNI's comes to the same masks, since what stays scores 1 or, where that
-    is more, the ``sparse_threshold``.
+    The package's allocator takes it as it is. What stays scores 1 or, where that is more, the ``sparse_threshold``: so
+    NNI's comes to the same masks, wherever as many blocks were chosen as the config_list asks for.
     """
 
 
@@ -91,7 +91,18 @@ class PruningContext:
         return self.planner.rows(self.units if units is None else units, losses, self.model)
 
     def keep(self, kept: Mapping[str, NDArray[np.bool_]]) -> KeptSet:
-        """Return the kept set of what stays of each unit, by its name: boolean ``(blocks,)``."""
+        """Return the kept set of what stays of each unit, by its name: boolean ``(blocks,)``.
+
+        Raises
+        ------
+        DataError
+            If a unit's parts wouldn't keep as many blocks each, or none.
+        """
+        for unit in self.units:
+            counts = kept[unit.name].reshape(unit.parts, unit.rows).sum(1)
+            if not 0 < counts.min() == counts.max():
+                found = ", ".join(map(str, counts))
+                raise DataError(f"every part must keep as many blocks, at least 1, got {found} ({unit.name})")
         worth = {unit.name: np.float64(max(1.0, unit.sparse_threshold or 0.0)) for unit in self.units}
         return KeptSet(self.spread({name: torch.from_numpy(each * worth[name]) for name, each in kept.items()}))
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from nni_topo import StructuredPruner, TopologicalPruner
+from nni_topo import RandomPruner, StructuredPruner, TopologicalPruner
+from nni_topo.errors import DataError
 from nni_topo.hooks import ConfigAllocator, KeptSet, MetricCalculator, NNIAllocator, WeightCollector
 
 LAYERS = {"op_types": ["Linear"], "sparse_ratio": 0.5}
@@ -103,6 +104,14 @@ def test_rounding_keeps_more_of_the_chosen_ones():
     _, masks = last_ones(TOGETHER, round_to=4).compress()
     assert [int(masks[name]["bias"].sum()) for name in "012"] == [4, 8, 12]
     assert masks["1"]["bias"].tolist() == [0.0] * 4 + [1.0] * 8
+
+
+@pytest.mark.parametrize(("chosen", "got"), [([1, 1, 0, 0], "2, 0"), ([1, 0, 1, 1], "1, 2"), ([0] * 4, "0, 0")])
+def test_parts_that_would_differ_or_be_emptied_are_refused(chosen, got):
+    config = [{"op_names": ["0"], "sparse_ratio": 0.5, "internal_metric_block": 2}]
+    context = RandomPruner(nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)), config).context
+    with pytest.raises(DataError, match=rf"as many blocks, at least 1, got {got} \(0\.weight\)"):
+        context.keep({"0.weight": np.array(chosen, dtype=bool)})
 
 
 def test_layers_that_are_not_compared_need_no_losses():

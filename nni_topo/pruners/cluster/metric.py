@@ -21,6 +21,7 @@ from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningConte
 from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.units import PruningUnit
 
+BoolArray = NDArray[np.bool_]
 _CONSTANT = 1e-12
 # Features were summed in single precision: near ties of distances are measured by the points' size, not by their own.
 _MEASURED = RELATIVE / FLOOR
@@ -41,9 +42,9 @@ class FeatureCloud:
         return covariance
 
     @property
-    def alive(self) -> NDArray[np.bool_]:
+    def alive(self) -> BoolArray:
         """Which neurons ever put out anything but zero, shape (rows,)."""
-        alive: NDArray[np.bool_] = (self.points != 0).any(1)
+        alive: BoolArray = (self.points != 0).any(1)
         return alive
 
     def living(self) -> FeatureCloud:
@@ -83,22 +84,15 @@ class SurvivorMetric(MetricCalculator):
         kept = {}
         for unit in context.units:
             points = np.concatenate([cloud.points for cloud in clouds[unit.name]])
-            kept[unit.name] = self._kept(unit, points, found[unit.name], context, generator)
+            closeness = _closeness(points, found[unit.name].labels)
+            rules = self.survivor(unit, context)
+            scores = survivor_scores(rules, unit, context, self.collector.network, closeness, generator)
+            kept[unit.name] = self._kept(unit, points, found[unit.name], scores)
         return context.keep(kept)
 
-    def _kept(
-        self,
-        unit: PruningUnit,
-        points: FloatArray,
-        clusters: Clusters,
-        context: PruningContext,
-        generator: np.random.Generator,
-    ) -> NDArray[np.bool_]:
+    def _kept(self, unit: PruningUnit, points: FloatArray, clusters: Clusters, scores: FloatArray) -> BoolArray:
         """Choose what stays of a unit and remember what it stands for."""
         labels = clusters.labels
-        closeness = _closeness(points, labels)
-        rules = self.survivor(unit, context)
-        scores = survivor_scores(rules, unit, context, self.collector.network, closeness, generator)
         best = best_of(labels, scores)
         distances = np.where(labels < 0, -1.0, np.linalg.norm(points - points[best], axis=1))
         kept = np.zeros(unit.blocks, dtype=bool)
