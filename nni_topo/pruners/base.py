@@ -150,7 +150,7 @@ class StructuredPruner(Pruner):
         model, masks = super().compress(max_steps, max_epochs)
         if self._recovery is not None:
             method, calibration = self._recovery
-            pairs = self._pairs(masks) if method == "pair" else None
+            pairs = self.pairs_of(masks) if method == "pair" else None
             done = compensation(unwrapped_copy(self.bound_model), masks, calibration, method=method, pairs=pairs)
             restore(self.bound_model, done.model.state_dict())
             self.compensation_report = done.report
@@ -172,8 +172,7 @@ class StructuredPruner(Pruner):
         super().update_masks({name: targets for name, targets in masks.items() if name in self._module_wrappers})
 
     def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> list[Any] | str | None:
-        granularity: list[Any] | str | None = super()._set_default_sparse_granularity(target_space)
-        return output_granularity(target_space) or granularity
+        return output_granularity(target_space) or super()._set_default_sparse_granularity(target_space)
 
     def _register_scalers(self) -> None:
         super()._register_scalers()
@@ -216,14 +215,10 @@ class StructuredPruner(Pruner):
             )
         self.update_masks(self.generate_masks())
 
-    def _survivors(self) -> Pairs | None:
-        """Return, by layer, the channel that should stand in for a removed one; None: compensation finds it."""
-        return None
-
-    def _pairs(self, masks: Masks) -> Pairs | None:
-        """Return the survivors as far as the masks remove the one and keep the other."""
+    def pairs_of(self, masks: Masks) -> Pairs | None:
+        """Return the calculator's pairs as far as the masks remove the one channel and keep the other."""
         pairs: dict[str, dict[int, int]] = {}
-        for layer, chosen in (self._survivors() or {}).items():
+        for layer, chosen in (self.calculator.pairs or {}).items():
             kept = kept_channels(self._module_wrappers[layer].module, masks[layer])
             if kept is not None:
                 pairs[layer] = {gone: stays for gone, stays in chosen.items() if kept[stays] and not kept[gone]}

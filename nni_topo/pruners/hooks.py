@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.pruners.planner import Losses, Planner
 from nni_topo.pruners.units import PruningUnit, TargetSpaces, block_shape, pruning_units
+from nni_topo.recovery.steps import Pairs
 
 Data = dict[str, dict[str, Tensor]]
 """``{module name: {target name: tensor}}``, one row per block: ``(blocks, features)``."""
@@ -158,7 +159,16 @@ class DataCollector(ABC):
 
 
 class MetricCalculator(ABC):
-    """Turns collected data into one score per block, larger = keep, or into the set of blocks that stay."""
+    """Turns collected data into one score per block, larger = keep, or into the set of blocks that stay.
+
+    Attributes
+    ----------
+    pairs : dict of str to dict of int to int, or None
+        By layer, of the latest call, the channel that should stand in for each one that goes. None: compensation finds
+        it.
+    """
+
+    pairs: Pairs | None = None
 
     @abstractmethod
     def calculate(self, data: Data, context: PruningContext) -> Metrics:

@@ -125,8 +125,7 @@ def _checked_init(
 
 
 def _default_granularity(self: Pruner, target_space: PruningTargetSpace) -> list[Any] | str | None:
-    granularity: list[Any] | str | None = _original(Pruner, "_set_default_sparse_granularity")(self, target_space)
-    return output_granularity(target_space) or granularity
+    return output_granularity(target_space) or _original(Pruner, "_set_default_sparse_granularity")(self, target_space)
 
 
 def _register_scalers(self: Pruner) -> None:

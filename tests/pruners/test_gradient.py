@@ -195,7 +195,7 @@ def test_an_evaluator_in_training_is_refused():
     model = toy_model()
     evaluator = toy_evaluator(model)
     pruner = RandomPruner(model, HIDDEN, evaluator)
-    evaluator.bind_model(model, pruner._get_param_names_map())
+    evaluator.bind_model(model, pruner.context.parameter_names)
     with pytest.raises(ConfigError, match="while the evaluator trains"):
         GradientCollector().collect(pruner.context)
 

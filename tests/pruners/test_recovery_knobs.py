@@ -42,7 +42,7 @@ def test_compress_also_compensates(name, method):
     pruner = make(name, model, config(model), compensate=method, calibration=BATCHES)
     wrapped, masks = pruner.compress()
     pruner.unwrap_model()
-    pairs = pruner._pairs(masks) if method == "pair" else None
+    pairs = pruner.pairs_of(masks) if method == "pair" else None
     assert (pairs is not None) == (method == "pair" and "cluster" in name)
     expected = nni_topo.compensate(original, masks, BATCHES, method=method, pairs=pairs)
     for key, value in expected.state_dict().items():

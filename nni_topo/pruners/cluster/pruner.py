@@ -26,7 +26,6 @@ from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.units import PruningUnit
 from nni_topo.recovery.compensation import Method
-from nni_topo.recovery.steps import Pairs
 
 
 class ClusterPruner(StructuredPruner):
@@ -152,9 +151,6 @@ class ClusterPruner(StructuredPruner):
 
     def _rules_of(self, unit: PruningUnit, context: PruningContext) -> tuple[str, ...]:
         return self._rules
-
-    def _survivors(self) -> Pairs:
-        return self.pairs
 
 
 def feature_collector(

@@ -28,7 +28,6 @@ from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.subcluster.metric import SubclusterMetric, is_convolution
 from nni_topo.pruners.units import PruningUnit
 from nni_topo.recovery.compensation import Method
-from nni_topo.recovery.steps import Pairs
 
 _INITIAL = {"Conv": 0.35, "Linear": 0.05}
 
@@ -198,9 +197,6 @@ class SubclusterPruner(StructuredPruner):
     def _initial_of(self, unit: PruningUnit, context: PruningContext) -> float:
         default = _INITIAL["Conv" if is_convolution(unit, context) else "Linear"]
         return _of_layer(self.initial_ratio, unit, default)
-
-    def _survivors(self) -> Pairs:
-        return self.pairs
 
 
 def _values(knob: float | Mapping[str, float]) -> list[float]:
