@@ -2,8 +2,9 @@
 
 An MLP 1024-2048-10 (layer 2048->10) and a CNN with convolutions of 32 and 64 filters, 576-200-10 (layer 200->10), both
 with tanh, on MNIST or Fashion-MNIST scaled to 32x32 and 24x24. The search sees validation images only; accuracy is
-reported on the test set, with NNI's LevelPruner at the same sparsity beside it. Damage rates 10 to 90 %. The time of a
-generation is compared with a list-based pyeasyga run of the same algorithm. Prints Markdown; writes JSON and pictures.
+reported on the test set, with NNI's LevelPruner at the same sparsity beside it. Damage rates 10 to 90 %, both mutations
+at 10 and at 1 %. The time of a generation is compared with a list-based pyeasyga run of the same algorithm. Prints
+Markdown, the thesis' tables 5.1 and 5.2 too; writes JSON and, for the first seed, the thesis' pictures.
 What is in the output folder already isn't run again, a stopped search goes on.
 
     python benchmarks/bench_genetic.py --data fashion-mnist --data-dir DIR --out runs/genetic
@@ -16,8 +17,9 @@ import copy
 import json
 import time
 import tracemalloc
-from collections import OrderedDict
-from dataclasses import replace
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,10 @@ from nni_topo import zoo
 from nni_topo.analysis.evolution import EvolutionTrial, plot_evolution
 from nni_topo.maths.search.gene_layers import Layer
 from nni_topo.maths.search.weights import WeightEvolutionSettings, WeightGeneticAlgorithm
+from nni_topo.runs.tables import interval
 
 RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
+TERMINATIONS = (0.1, 0.01)
 
 
 def mlp() -> nn.Module:
@@ -78,25 +82,38 @@ def resized(data: zoo.DataBundle, side: int, images: int, test_images: int | Non
     return replace(data, **parts, image_size=side)
 
 
-def trained(name: str, data: zoo.DataBundle, options: argparse.Namespace) -> nn.Module:
-    torch.manual_seed(options.seed)
+def trained(name: str, data: zoo.DataBundle, seed: int, options: argparse.Namespace) -> nn.Module:
+    torch.manual_seed(seed)
     model = NETS[name][0]()
-    path = options.out / f"{name}.pt"
+    path = options.out / f"{name}_{seed}.pt"
     if path.exists():
         zoo.load_checkpoint(path, model)
         return model.eval()
     recipe = zoo.Recipe(epochs=options.epochs, lr=0.02, batch_size=64)
-    zoo.train(model, data, recipe, seed=options.seed)
-    zoo.save_checkpoint(path, model, {"seed": options.seed})
-    return model
+    zoo.train(model, data, recipe, seed=seed)
+    zoo.save_checkpoint(path, model, {"seed": seed})
+    return model.eval()
 
 
-def search(
-    name: str, model: nn.Module, data: zoo.DataBundle, rate: float, before: float, options: argparse.Namespace
-) -> Any:
+@dataclass(frozen=True)
+class Trial:
+    """One search: of which net, with which damage and which rate of both mutations."""
+
+    net: str
+    seed: int
+    termination: float
+    rate: float
+
+    @property
+    def file(self) -> str:
+        """Stem of what is kept of it."""
+        return f"{self.net}_{self.seed}_{100 * self.termination:g}_{100 * self.rate:.0f}"
+
+
+def search(trial: Trial, model: nn.Module, data: zoo.DataBundle, before: float, options: argparse.Namespace) -> Any:
     """Run one trial and return it with its record; ``before`` is the unpruned network's test accuracy."""
     batches = list(zip(*(part.split(1000) for part in data.validation.tensors), strict=True))
-    cell = options.out / f"{name}_{100 * rate:.0f}"
+    cell = options.out / trial.file
     clock = cell.with_suffix(".json")
     times = json.loads(clock.read_text(encoding="utf-8")) if clock.exists() else []
     began = time.process_time()
@@ -111,12 +128,14 @@ def search(
         copy.deepcopy(model),
         [{"op_names": ["fc2"]}],
         validation=batches,
-        damage_rate=rate,
+        damage_rate=trial.rate,
         population_size=options.population,
         generations=options.generations,
+        weakest_rate=trial.termination,
+        random_rate=trial.termination,
         state=cell.with_suffix(".npz"),
         on_generation=note,
-        seed=options.seed,
+        seed=trial.seed,
     )
     wrapped, _ = pruner.compress()
     final = pruner.history[pruner.history.generation == options.generations]
@@ -125,8 +144,7 @@ def search(
     rival = nni_topo.create_pruner("level", level, [{"op_names": ["fc2"], "sparse_ratio": float(best.compression)}])
     rival.compress()
     record = {
-        "net": name,
-        "damage_rate": rate,
+        **asdict(trial),
         "fitness": best.fitness,
         "fitness_mean": final.fitness.mean(),
         "compression": best.compression,
@@ -207,29 +225,60 @@ def bookkeeping(genes: int, options: argparse.Namespace) -> dict[str, float]:
 
 def markdown(records: list[dict[str, Any]], lists: dict[str, float], books: dict[str, float]) -> str:
     head = (
-        "net", "damage %", "fitness (mean)", "removed % (mean)", "validation %", "test %", "LevelPruner, validation %",
-        "LevelPruner, test %", "CPU s a generation", "as lists",
+        "net", "terminated %", "damage %", "fitness (mean)", "removed % (mean)", "validation %", "gain", "test %",
+        "gain", "LevelPruner, test %", "over LevelPruner", "CPU s a generation", "as lists",
     )  # fmt: skip
-    lines = [head, ("---", *("---:",) * (len(head) - 1)), *(_cells(record, lists) for record in records)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        rows[record["net"], record["termination"], record["rate"]].append(record)
+    table = tabulated(head, [_cells(row, lists) for row in rows.values()])
     return f"{table}\n\nbookkeeping: {json.dumps(books)}"
 
 
-def _cells(record: dict[str, Any], lists: dict[str, float]) -> tuple[str, ...]:
-    shares = ("validation_before", "validation", "test_before", "test", "level_validation", "level_test")
-    percent = {name: f"{100 * record[name]:.2f}" for name in shares}
+def tabulated(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ("---", *("---:",) * (len(head) - 1)), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cells(row: list[dict[str, Any]], lists: dict[str, float]) -> tuple[str, ...]:
+    def mean(name: str, scale: float = 100, digits: int = 1) -> str:
+        values = [scale * record[name] for record in row]
+        return f"{np.mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+
+    def gain(name: str, over: str) -> str:
+        return interval([record[name] - record[over] for record in row]).show(100, sign=True)
+
+    first = row[0]
     return (
-        record["net"],
-        f"{100 * record['damage_rate']:.0f}",
-        f"{record['fitness']:.3f} ({record['fitness_mean']:.2f})",
-        f"{100 * record['compression']:.1f} ({100 * record['compression_mean']:.1f})",
-        f"{percent['validation_before']} -> {percent['validation']}",
-        f"{percent['test_before']} -> {percent['test']}",
-        percent["level_validation"],
-        percent["level_test"],
-        f"{record['seconds_per_generation']:.2f}",
-        f"{lists[record['net']]:.1f}" if record["net"] in lists else "",
+        first["net"],
+        f"{100 * first['termination']:g}",
+        f"{100 * first['rate']:.0f}",
+        f"{mean('fitness', 1, 2)} ({np.mean([record['fitness_mean'] for record in row]):.2f})",
+        f"{mean('compression')} ({100 * np.mean([record['compression_mean'] for record in row]):.1f})",
+        mean("validation"),
+        gain("validation", "validation_before"),
+        mean("test"),
+        gain("test", "test_before"),
+        mean("level_test"),
+        gain("test", "level_test"),
+        f"{np.median([record['seconds_per_generation'] for record in row]):.2f}",
+        f"{lists[first['net']]:.1f}" if first["net"] in lists else "",
     )
+
+
+def populations(name: str, trials: dict[str, EvolutionTrial]) -> str:
+    """The thesis' tables 5.1 and 5.2 of one net: lowest, mean and highest of the first and the last population."""
+    head, rows = [f"{name}, seed 0"], []
+    for label, trial in trials.items():
+        found = trial.summary()
+        cells = {
+            f"{column}, {end}": "{:.2f} {:.2f} {:.2f}".format(*(scale * values))
+            for column, scale in (("fitness", 1), ("accuracy", 100), ("compression", 100))
+            for end, values in found[column].iterrows()
+        }
+        head = [head[0], *cells]
+        rows.append([label, *cells.values()])
+    return tabulated(head, rows)
 
 
 def main() -> None:
@@ -246,7 +295,8 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
     parser.add_argument("--genes", type=int, default=2048 * 1024, help="of the bookkeeping's measurement")
     parser.add_argument("--lists", action="store_true", help="also time lists, of the bookkeeping too")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--terminations", type=float, nargs="+", default=list(TERMINATIONS), help="of both mutations")
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -255,19 +305,26 @@ def main() -> None:
     records: list[dict[str, Any]] = []
     lists: dict[str, float] = {}
     books = bookkeeping(options.genes, options)
+    tables = []
     for name in options.nets:
         data = resized(raw, NETS[name][1], options.images, options.test_images)
-        model = trained(name, data, options)
-        trials, before = {}, zoo.evaluate(model, data.test)
-        for rate in options.rates:
-            trials[f"damage {100 * rate:.0f} %"], record = search(name, model, data, rate, before, options)
-            records.append(record)
-        plot_evolution(trials, options.out / name)
-        if options.lists:
-            lists[name] = list_seconds(name, model, data, options)
-        content = {"records": records, "list_seconds": lists, "bookkeeping": books}
-        (options.out / "genetic.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(markdown(records, lists, books))
+        for seed in range(options.seeds):
+            model = trained(name, data, seed, options)
+            before = zoo.evaluate(model, data.test)
+            for termination in options.terminations:
+                trials = {}
+                for rate in options.rates:
+                    trial = Trial(name, seed, termination, rate)
+                    trials[f"damage {100 * rate:.0f} %"], record = search(trial, model, data, before, options)
+                    records.append(record)
+                if not seed:
+                    plot_evolution(trials, options.out / f"{name}_{100 * termination:g}")
+                    tables.append(f"{100 * termination:g} % terminated:\n\n{populations(name, trials)}")
+            if options.lists and not seed:
+                lists[name] = list_seconds(name, model, data, options)
+            content = {"records": records, "list_seconds": lists, "bookkeeping": books}
+            (options.out / "genetic.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print("\n\n".join([markdown(records, lists, books), *tables]))
 
 
 if __name__ == "__main__":

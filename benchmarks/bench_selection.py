@@ -32,7 +32,7 @@ from nni_topo.runs.run import (
     shared_ratios,
     start_of,
 )
-from nni_topo.runs.tables import best_rival, grouped, interval, paired_difference
+from nni_topo.runs.tables import best_rival, grouped, interval, paired_difference, show_accuracies
 
 CALIBRATION = 512
 TARGETS = (0.5, 0.25, 0.1, 0.03)
@@ -175,7 +175,7 @@ def _print(records: list[Record]) -> None:
         for row, runs in rows.items():
             cells = [f"{interval([run['flops'] for run in runs.values()]).mean / 1e6:.2f}"]
             for name in columns:
-                cells.append(interval([run[name] for run in runs.values()]).show(100))
+                cells.append(show_accuracies([run[name] for run in runs.values()]))
                 rival = rivals[name]
                 is_best = rival is None or row == rival
                 versus = "" if rival is None else paired_difference(runs, rows[rival], name).show(100, sign=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -19,14 +20,17 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import nni_topo
 from nni_topo import zoo
 from nni_topo.analysis import draw_splits
 from nni_topo.analysis.retraining_study import epochs_back
+from nni_topo.maths.clustering.subclustering import STATISTICS
 from nni_topo.runs.plan import DataChoice, ModelChoice
 from nni_topo.runs.run import build_model, layer_widths, load_model_data
 from nni_topo.runs.widths import inner_layers
+from nni_topo.zoo.evaluation import loss_and_accuracy
 from nni_topo.zoo.recipes import Precision
 
 CALIBRATION = 1000
@@ -130,6 +134,18 @@ class Bench:
         base = replace(base, epochs=net.epochs, precision=net.precision)
         return base.for_retraining(net.retrain) if retraining else base
 
+    def curves(self, name: str, model: nn.Module, bundle: zoo.DataBundle, seed: int) -> dict[str, list[list[float]]]:
+        """Retrain a copy for all epochs; loss and accuracy on validation and test images before and after each."""
+        parts = {"validation": TensorDataset(*bundle.validation[:2_000]), "test": bundle.test}
+        model, found = copy.deepcopy(model), {part: [list(loss_and_accuracy(model, parts[part]))] for part in parts}
+
+        def note(_: zoo.EpochLog) -> None:
+            for part, images in parts.items():
+                found[part].append(list(loss_and_accuracy(model, images)))
+
+        zoo.train(model, bundle, self.recipe(name, True), seed=seed, callback=note)
+        return found
+
     def run(self, part: str, name: str, seed: int, label: str, ratio: Any, retrain: bool, **choice: Any) -> None:
         """Compute one cell unless it is there."""
         key = f"{part}/{name}/{seed}/{label}/{ratio}"
@@ -151,6 +167,7 @@ class Bench:
         pruner: str,
         config: list[dict[str, Any]],
         free_pairs: bool = False,
+        curves: bool = False,
         **knobs: Any,
     ) -> dict[str, Any]:
         began = time.perf_counter()
@@ -174,10 +191,13 @@ class Bench:
         updated = nni_topo.compensate(model, masks, images, method="pair", pairs=pairs)
         updated = nni_topo.to_dense(updated, example, masks)
         rebuilt = nni_topo.to_dense(nni_topo.compensate(model, masks, images), example, masks)
+        record["validation"] = zoo.evaluate(dense, TensorDataset(*bundle.validation[:2_000]))
         record |= {"widths_before": layer_widths(model), "widths": layer_widths(dense)}
         record |= {"params_before": zoo.count_params(model), "params": zoo.count_params(dense)}
         for row, net in (("pruned", dense), ("updated", updated), ("rebuilt", rebuilt)):
             record |= {row: zoo.evaluate(net, bundle.test), f"error_{row}": output_error(net, model, bundle)}
+        if curves:
+            record["curves"] = self.curves(name, dense, bundle, seed)
         if retrain:
             for row, net in (("", dense), ("_updated", updated)):
                 found = epochs_back(net, bundle, self.recipe(name, True), accuracy, seed=seed)
@@ -197,16 +217,25 @@ def subcluster(bench: Bench, part: str, name: str, seed: int, label: str, **knob
     """Run SubclusterPruner with a network's settings, some of them changed."""
     net = NETS[name]
     model, bundle, _ = bench.trained(name, seed)
-    settings = {"energy": net.energy, "initial_ratio": net.initial, **knobs}
+    growth = nni_topo.Growth(initial_ratio=net.initial, **knobs.pop("growth", {}))
+    settings = {"energy": net.energy, "growth": growth, **knobs}
     config = [{"op_names": inner_layers(model, bundle.test.tensors[0][:2])}]
-    bench.run(part, name, seed, label, "", part != "statistics", pruner="subcluster", config=config, **settings)
+    retrain = part not in ("statistics", "choice")
+    bench.run(part, name, seed, label, "", retrain, pruner="subcluster", config=config, **settings)
 
 
 def networks(bench: Bench, nets: list[str], seeds: int) -> None:
-    """Tables 5.2 to 5.7: nodes per layer, accuracy, epochs, for both statistics."""
+    """Tables 5.2 to 5.7: nodes per layer, accuracy, epochs."""
     for name in nets:
-        subcluster(bench, "networks", name, 0, "subcluster")
-        subcluster(bench, "networks", name, 0, "subcluster, mean", statistic="mean")
+        subcluster(bench, "networks", name, 0, "subcluster", curves=True)
+
+
+def choice(bench: Bench, nets: list[str], seeds: int) -> None:
+    """The same settings by statistic, and in a single pass, without retraining: what the default was chosen by."""
+    for name in nets:
+        for statistic in STATISTICS:
+            subcluster(bench, "choice", name, 0, statistic, growth={"statistic": statistic})
+        subcluster(bench, "choice", name, 0, "dispersion, single pass", growth={"recursive": False})
 
 
 def energies(bench: Bench, nets: list[str], seeds: int) -> None:
@@ -217,17 +246,29 @@ def energies(bench: Bench, nets: list[str], seeds: int) -> None:
 
 
 def statistics(bench: Bench, nets: list[str], seeds: int) -> None:
-    """Neurons kept by energy for both statistics, without retraining."""
+    """Neurons kept by energy for each statistic, without retraining."""
     for name in _among(nets, "lenet300", "lenet5_like", "vgg16_modified"):
-        for energy in (0.1, 0.3, 0.5, 0.8, 0.95):
-            for statistic in ("max", "mean"):
-                subcluster(bench, "statistics", name, 0, f"{energy} {statistic}", energy=energy, statistic=statistic)
+        for statistic in STATISTICS:
+            for energy in (0.1, 0.3, 0.5, 0.8, 0.95):
+                label = f"{statistic} {energy}"
+                subcluster(bench, "statistics", name, 0, label, energy=energy, growth={"statistic": statistic})
+
+
+def unrisen(cells: pd.DataFrame) -> Iterator[str]:
+    """Name the layers in which more energy leaves more nodes."""
+    cells = cells.assign(statistic=cells["label"].str.split().str[0])
+    for (net, statistic), group in cells.groupby(["net", "statistic"], sort=False):
+        for before, after in itertools.pairwise(group.to_dict("records")):
+            grown = [name for name, count in after["widths"].items() if count > before["widths"][name]]
+            if grown:
+                step = f"{before['label'].split()[1]} to {after['label'].split()[1]}"
+                yield f"{net}, {statistic}, {step}: more nodes in {', '.join(grown)}"
 
 
 def algorithms(bench: Bench, nets: list[str], seeds: int) -> None:
     """Figures 4.1 and 4.2: clustering algorithms, survivors by bias, with the correlation update."""
     for name in _among(nets, "lenet300", "lenet5"):
-        for algorithm in ("kmeans", "ward", "spectral", "dbscan", "gmm"):
+        for algorithm in ("kmeans", "ward", "spectral", "dbscan", "gmm", "gmm_full"):
             _clustered(bench, "algorithms", name, seeds, algorithm, algorithm=algorithm, survivor="bias_norm")
 
 
@@ -279,6 +320,11 @@ def report(bench: Bench) -> None:
         print(f"\n**{part}**\n")
         for line in _layers(cells) if part == "networks" else _rows(cells):
             print(line)
+        for line in unrisen(cells) if part == "statistics" else ():
+            print(line)
+    networks = frame[frame["part"] == "networks"]
+    if len(networks):
+        _curves(networks).savefig(bench.out / "retraining.png", dpi=110)
     for part in ("algorithms", "survivors"):
         cells = frame[frame["part"] == part]
         if len(cells):
@@ -307,7 +353,13 @@ def _layers(cells: pd.DataFrame) -> Iterator[str]:
 
 
 def _rows(cells: pd.DataFrame) -> Iterator[str]:
-    shown = {"before": "before %", "pruned": "pruned %", "updated": "updated %", "rebuilt": "reconstructed %"}
+    shown = {
+        "before": "before %",
+        "validation": "pruned, validation %",
+        "pruned": "pruned %",
+        "updated": "updated %",
+        "rebuilt": "reconstructed %",
+    }
     shown |= {"retrained": "retrained %", "retrained_updated": "updated and retrained %"}
     shown |= {f"error_{row}": f"error, {row} %" for row in ("pruned", "updated", "rebuilt")}
     heads = ["net", "row", "ratio", "runs", "nodes", "parameters gone %", *shown.values()]
@@ -327,6 +379,22 @@ def _rows(cells: pd.DataFrame) -> Iterator[str]:
         yield f"| {' | '.join(map(str, row))} |"
 
 
+def _curves(cells: pd.DataFrame) -> Figure:
+    """Figures 5.2 to 5.11: loss and accuracy while the pruned networks are retrained."""
+    figure = Figure(figsize=(3.2 * len(cells), 5.0), layout="constrained")
+    axes = figure.subplots(2, len(cells), squeeze=False, sharex="col")
+    for column, cell in zip(axes.T, cells.to_dict("records"), strict=True):
+        for part, values in cell["curves"].items():
+            loss, accuracy = zip(*values, strict=True)
+            column[0].plot(loss, marker="o", markersize=3, label=part)
+            column[1].plot([100 * value for value in accuracy], marker="o", markersize=3, label=part)
+        column[1].axhline(100 * cell["before"], color="k", linestyle=":", linewidth=0.8)
+        column[0].set(title=cell["net"], ylabel="loss")
+        column[1].set(xlabel="epochs", ylabel="accuracy, %")
+    axes[0, 0].legend(fontsize="x-small")
+    return figure
+
+
 def _picture(cells: pd.DataFrame) -> Figure:
     """Accuracy with the update against the share of parameters that is left, a line per row, a panel per net."""
     nets = list(dict.fromkeys(cells["net"]))
@@ -342,8 +410,8 @@ def _picture(cells: pd.DataFrame) -> Figure:
     return figure
 
 
-PARTS = {"networks": networks, "energy": energies, "statistics": statistics, "rivals": rivals, "algorithms": algorithms}
-PARTS |= {"survivors": survivors}
+PARTS = {"choice": choice, "networks": networks, "energy": energies, "statistics": statistics, "rivals": rivals}
+PARTS |= {"algorithms": algorithms, "survivors": survivors}
 
 
 def main() -> None:

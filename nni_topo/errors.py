@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
+
+Settings = TypeVar("Settings")
 
 
 class NniTopoError(Exception):
@@ -128,3 +131,31 @@ def check_between(name: str, value: Any, low: float, high: float, place: str, *,
     if not is_number or not low < value <= high or (value == high and not closed):
         end = "]" if closed else ")"
         raise ConfigError(f"{name} must be in ({low:g}, {high:g}{end}, got {value!r} ({place})")
+
+
+def as_settings(kind: type[Settings], value: Settings | Mapping[str, Any] | None, name: str) -> Settings:
+    """Return a settings object, also from a mapping of its fields, as YAML has it; None: with its defaults.
+
+    Parameters
+    ----------
+    kind : type
+        Class of the settings, a dataclass.
+    value : kind, mapping or None
+        What was given.
+    name : str
+        Of the knob, for messages.
+
+    Raises
+    ------
+    ConfigError
+        If it is anything else, or a field is unknown or out of its range.
+    """
+    if isinstance(value, kind):
+        return value
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"{name} must be a {kind.__name__} or a mapping of its fields, got {value!r} ({name})")
+    known = [item.name for item in fields(kind)]  # type: ignore[arg-type]
+    for key in value or ():
+        if key not in known:
+            raise unknown_name(f"key of {name}", str(key), known)
+    return kind(**(value or {}))

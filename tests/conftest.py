@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import far_device
+import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import settings
 from torch import nn
 
@@ -141,3 +145,29 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         pytest.skip("no CUDA device")
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         yield torch.device("cuda", 0)
+
+
+@pytest.fixture
+def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Path]:
+    """Write CIFAR-10's own files, two for training and one for the test, of so many images each; their sums pass."""
+
+    def written(images: int) -> Path:
+        folder = tmp_path / "cifar-10-batches-py"
+        folder.mkdir()
+        generator = np.random.default_rng(0)
+        lists: dict[str, list[list[str]]] = {"train_list": [], "test_list": []}
+        for name in ("data_batch_1", "data_batch_2", "test_batch"):
+            pixels = generator.integers(0, 256, (images, 3072), dtype=np.uint8)
+            content = pickle.dumps({"data": pixels, "labels": [index % 8 for index in range(images)]})
+            (folder / name).write_bytes(content)
+            digest = hashlib.md5(content).hexdigest()
+            lists["test_list" if name == "test_batch" else "train_list"].append([name, digest])
+        meta = pickle.dumps({"label_names": [f"class {index}" for index in range(10)]})
+        (folder / "batches.meta").write_bytes(meta)
+        cifar = torchvision.datasets.CIFAR10
+        for name, files in lists.items():
+            monkeypatch.setattr(cifar, name, files)
+        monkeypatch.setattr(cifar, "meta", cifar.meta | {"md5": hashlib.md5(meta).hexdigest()})
+        return tmp_path
+
+    return written

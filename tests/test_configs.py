@@ -16,8 +16,10 @@ from nni_topo.cli import main
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network import files as serialization
 from nni_topo.network.zeros import weights_left
-from nni_topo.runs.plan import DataChoice, ModelChoice, load_plan
+from nni_topo.runs import compare
+from nni_topo.runs.plan import CompensationChoice, DataChoice, ModelChoice, load_plan
 from nni_topo.runs.prune import load_prune_config, prune_checkpoint
+from nni_topo.runs.tables import markdown_report
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL, DIGITS = ModelChoice("small_cnn"), DataChoice("digits", limit=400)
@@ -79,6 +81,34 @@ def test_every_file_is_commented_key_by_key(path):
     assert text.startswith("# ")
     assert f"configs/{path.name}" in text.split("\n\n")[0]
     assert uncommented(text) == []
+
+
+@pytest.mark.parametrize("net", ["vgg16", "resnet56"])
+def test_the_cifar_plans_run_on_files_as_cifars(net, cifar10, tmp_path):
+    plan = load_plan(CONFIGS / f"compare_cifar10_{net}.yaml")
+    folder, few = str(cifar10(80)), CompensationChoice(images=32)
+    small = replace(
+        plan,
+        models=(ModelChoice(net, width=0.125),),
+        data=tuple(replace(choice, data_dir=folder) for choice in plan.data),
+        pruners=tuple(
+            replace(choice, calibration=min(choice.calibration, 32), compensate=choice.compensate and few)
+            for choice in plan.pruners
+            if choice.row in ("l1", "topological, functional", "reconstruction, compensated")
+        ),
+        targets=plan.targets[:1],
+        seeds=1,
+        train={"epochs": 1},
+        retrain={"epochs": 3},
+    )
+    records, failures = compare(small, tmp_path / "out", isolate=False)
+    assert failures == []
+    assert [record["pruner"] for record in records] == ["l1", "topological, functional", "reconstruction, compensated"]
+    assert ["accuracy_compensated" in record for record in records] == [False, False, True]
+    for record in records:
+        assert record["flops"] / record["flops_before"] == pytest.approx(0.5, abs=0.02)
+        assert len(record["curve"]) == 4
+    assert "epochs until back" in markdown_report(records)
 
 
 def test_keys_without_a_comment_are_found():

@@ -141,7 +141,7 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "survivor weight": ("cluster", {"survivor": "weight"}),
     "survivor bias": ("cluster", {"survivor": "bias"}),
     "survivor center": ("cluster", {"survivor": "center"}),
-    "subcluster mean": ("subcluster", {"statistic": "mean", "pool": 2}),
+    "subcluster mean": ("subcluster", {"growth": {"statistic": "mean"}, "pool": 2}),
     "energy of data": ("energy", {"collector": "data", "calibration": BATCHES}),
     "energy behind norms": ("energy", {"batch_norm": True}),
     "matrix": ("matrix", {"norm": 1}),

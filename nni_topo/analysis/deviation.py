@@ -233,7 +233,7 @@ def study_masks(name: str, start: Start, ratio: float, calibration: int) -> Mask
     info = pruner_info(name)
     # it finds the number of neurons itself, and begins with 1 - ratio of them
     finds_number = name == "subcluster"
-    knobs = {"initial_ratio": max(1.0 - ratio, 1e-9)} if finds_number else {}
+    knobs = {"growth": {"initial_ratio": max(1.0 - ratio, 1e-9)}} if finds_number else {}
     entry = {"op_names": layers} if finds_number else {"op_names": layers, "sparse_ratio": ratio}
     config_list = dependency_groups(start.net, start.example, [entry]) if info.structured else [entry]
     choice = PrunerChoice(name, knobs=knobs, calibration=calibration if "calibration" in info.knobs() else 0)

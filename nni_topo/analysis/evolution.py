@@ -3,13 +3,14 @@
 References
 ----------
 .. [1] Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
-   University of Manitoba, 2018, figures 5.2 to 5.7 and 5.9 to 5.14.
+   University of Manitoba, 2018, figures 5.1 to 5.14 and A.1 to A.6, tables 5.1 and 5.2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from scipy.stats import gaussian_kde
+from scipy.stats import gaussian_kde, kurtosis
 
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.genetic_weight.pruner import GeneticWeightPruner
@@ -58,6 +59,12 @@ class EvolutionTrial:
         kept = search.genes(search.best())
         return cls(pruner.history, pruner.start_weights, kept, search.start_accuracy, knobs.alpha, knobs.beta)
 
+    def summary(self) -> pd.DataFrame:
+        """Return lowest, mean and highest values of the first and last generation, ``(2, 9)``: tables 5.1, 5.2."""
+        columns, ends = ["fitness", "accuracy", "compression"], [0, self.history.generation.max()]
+        found = self.history.groupby("generation")[columns].agg(["min", "mean", "max"]).loc[ends]
+        return found.set_axis(["initial", "final"])
+
     def line(self, by: str) -> pd.DataFrame:
         """Return the line of descent that ends highest in a column, one row per generation."""
         last = self.history[self.history.generation == self.history.generation.max()]
@@ -79,7 +86,9 @@ def plot_evolution(trials: Mapping[str, EvolutionTrial], folder: str | Path) -> 
     list of Path
         ``distributions`` of fitness per generation, ``fitness`` over the generations with the lines of the fittest and
         the most accurate, ``progress`` of accuracy and compression, ``heatmap`` of the weights that stay,
-        ``histograms`` of weights before and after, ``solutions`` in the plane of compression and accuracy.
+        ``weights`` at the start of the first trial with their kurtosis, ``histograms`` of weights before and after,
+        ``solutions`` in the plane of compression and accuracy; ``lineages_fitness``, ``lineages_compression`` and
+        ``lineages_accuracy`` of every individual.
 
     Raises
     ------
@@ -95,9 +104,12 @@ def plot_evolution(trials: Mapping[str, EvolutionTrial], folder: str | Path) -> 
         "fitness": _per_trial(trials, lambda trial, axis: _course(trial, axis, "fitness")),
         "progress": _progress(trials),
         "heatmap": _heatmap(trials),
+        "weights": _initial(next(iter(trials.values()))),
         "histograms": _per_trial(trials, _histograms),
         "solutions": _solutions(trials),
     }
+    for column in ("fitness", "compression", "accuracy"):
+        figures[f"lineages_{column}"] = _per_trial(trials, partial(_lineages, column=column))
     files = []
     for name, figure in figures.items():
         files.append(folder / f"{name}.png")
@@ -162,6 +174,25 @@ def _heatmap(trials: Mapping[str, EvolutionTrial]) -> Figure:
     axis.set_xticks(range(len(trials)), list(trials), fontsize="x-small")
     axis.set(ylabel="weights of the layer, in order")
     figure.colorbar(picture, label="mean |w| left")
+    return figure
+
+
+def _lineages(trial: EvolutionTrial, axis: Axes, column: str) -> None:
+    """A line per individual; a line of descent keeps its number."""
+    values = trial.history.pivot(index="generation", columns="individual", values=column)
+    axis.plot(values.index, values.to_numpy(), linewidth=0.6)
+    axis.set(xlabel="generation", ylabel=column)
+
+
+def _initial(trial: EvolutionTrial) -> Figure:
+    size = np.abs(trial.weights)
+    weak = (size <= size.min() + 0.1 * np.ptp(size)).mean()
+    figure = Figure(figsize=(5.0, 3.6), layout="constrained")
+    axis = figure.subplots()
+    axis.hist(trial.weights, 81)
+    axis.set(xlabel="weight", ylabel="count")
+    tail = f"{100 * weak:.1f} % in the lowest tenth of the magnitudes"
+    axis.set_title(f"kurtosis {kurtosis(trial.weights, fisher=False):.2f}, {tail}", fontsize="small")
     return figure
 
 

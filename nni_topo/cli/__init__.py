@@ -34,7 +34,7 @@ from nni_topo.runs.plan import Cell, CompensationChoice, ModelChoice, Plan, Prun
 from nni_topo.runs.prune import load_prune_config, prune_checkpoint
 from nni_topo.runs.records import read_records
 from nni_topo.runs.rivals import is_rival
-from nni_topo.runs.tables import markdown_report, plot_accuracy, print_report, print_widths
+from nni_topo.runs.tables import markdown_report, plot_accuracy, plot_convergence, print_report, print_widths
 from nni_topo.zoo import list_data, list_models
 
 _INTERRUPTED = 130
@@ -96,6 +96,7 @@ def _run_plan(plan: Plan, options: argparse.Namespace, console: Console, *, isol
     records, failures = compare(plan, options.out, isolate=isolate, on_cell=announce)
     if records:
         picture = plot_accuracy(records, options.out / "accuracy.png")
+        plot_convergence(records, options.out / "convergence.png")
         print_report(records, console)
         console.print(f"records: {options.out / 'results.json'} · picture: {picture}", markup=False)
     for failure in failures:

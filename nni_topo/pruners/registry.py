@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from operator import attrgetter
 from typing import Any
 
-import nni.compression.pruning
+import nni.compression.pruning.tools
 from nni.compression.base.compressor import Pruner
 from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.pruners.checks import check_request
+from nni_topo.pruners.hooks import DataCollector, MetricCalculator, SparsityAllocator
 
 _NNI_ARGUMENTS = ("model", "config_list", "evaluator", "existed_wrappers")
 
@@ -180,11 +182,32 @@ def create_pruner(
 
 
 def expose_in_nni() -> None:
-    """Make the package's pruners attributes of ``nni.compression.pruning``, where users of NNI look for pruners."""
-    for info in _TABLE.values():
-        cls = info.load() if info.origin == "nni_topo" else None
-        if isinstance(cls, type):
-            setattr(nni.compression.pruning, cls.__name__, cls)
+    """Make the package's classes attributes of NNI's modules, which have no registry, where its users look for them.
+
+    Pruners become attributes of ``nni.compression.pruning``; collectors, metrics and allocators of
+    ``nni.compression.pruning.tools``, beside NNI's functions for these steps. NNI's schedulers warn of pruners that
+    they weren't tested with: no longer of these, which are.
+    """
+    own = [cls for info in _TABLE.values() if info.origin == "nni_topo" and isinstance(cls := info.load(), type)]
+    for cls in own:
+        setattr(nni.compression.pruning, cls.__name__, cls)
+    hooks = importlib.import_module(_OWN)
+    for name in hooks.__all__:
+        part = getattr(hooks, name)
+        if isinstance(part, type) and issubclass(part, (DataCollector, MetricCalculator, SparsityAllocator)):
+            setattr(nni.compression.pruning.tools, name, part)
+    logging.getLogger(f"{_NNI}.scheduled_pruner").addFilter(_Tested({cls.__name__ for cls in own}))
+
+
+class _Tested(logging.Filter):
+    """Leaves out that a scheduler wasn't tested with one of these classes."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__()
+        self.messages = {f"Compatibility not tested with pruner type {name}." for name in names}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.getMessage() not in self.messages
 
 
 _OWN = "nni_topo.pruners"

@@ -12,7 +12,7 @@ from nni_topo.runs.plan import (
     load_plan,
 )
 from nni_topo.runs.records import read_records
-from nni_topo.runs.tables import markdown_report, plot_accuracy, print_report, print_widths
+from nni_topo.runs.tables import markdown_report, plot_accuracy, plot_convergence, print_report, print_widths
 
 __all__ = [
     "Cell",
@@ -27,6 +27,7 @@ __all__ = [
     "load_plan",
     "markdown_report",
     "plot_accuracy",
+    "plot_convergence",
     "print_report",
     "print_widths",
     "read_records",

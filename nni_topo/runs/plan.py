@@ -48,6 +48,21 @@ class DataChoice:
 
 
 @dataclass(frozen=True)
+class CompensationChoice:
+    """How every row is compensated before it is retrained: by how many unlabelled training images, and how."""
+
+    images: int = 1024
+    method: Literal["reconstruct", "channel", "pair"] = "reconstruct"
+    refine: int = 2
+
+    def __post_init__(self) -> None:
+        if self.images < 1:
+            raise ConfigError(f"images must be at least 1, got {self.images} (compensate)")
+        if self.method not in METHODS:
+            raise unknown_name("method", str(self.method), METHODS)
+
+
+@dataclass(frozen=True)
 class PrunerChoice:
     """A pruner by name with its knobs.
 
@@ -62,12 +77,15 @@ class PrunerChoice:
         The pruner's own arguments.
     calibration : int
         Training images (without labels) given to the pruner as ``calibration``; 0: none.
+    compensate : CompensationChoice, False or None
+        Compensation of this row, False: none; None: as the plan says.
     """
 
     name: str
     label: str = ""
     knobs: Mapping[str, Any] = field(default_factory=dict)
     calibration: int = 0
+    compensate: CompensationChoice | Literal[False] | None = None
 
     @property
     def row(self) -> str:
@@ -98,21 +116,6 @@ class Target:
 
 
 @dataclass(frozen=True)
-class CompensationChoice:
-    """How every row is compensated before it is retrained: by how many unlabelled training images, and how."""
-
-    images: int = 1024
-    method: Literal["reconstruct", "channel", "pair"] = "reconstruct"
-    refine: int = 2
-
-    def __post_init__(self) -> None:
-        if self.images < 1:
-            raise ConfigError(f"images must be at least 1, got {self.images} (compensate)")
-        if self.method not in METHODS:
-            raise unknown_name("method", str(self.method), METHODS)
-
-
-@dataclass(frozen=True)
 class Cell:
     """One run: a trained model of one seed, pruned by one pruner to one target, made dense and retrained."""
 
@@ -132,6 +135,7 @@ class Cell:
         settings = {**asdict(self), "data": _data_facts(self.data)}
         if self.compensate is None:
             del settings["compensate"]
+        del settings["pruner"]["compensate"]  # the cell's own says what is done
         return _digest(settings)
 
     @property
@@ -193,7 +197,9 @@ class Plan:
             train = changed_recipe(default, self.train)
             retrain = changed_recipe(train.for_retraining(int(self.retrain.get("epochs", 1))), self.retrain)
             for target, pruner in itertools.product(self.targets, self.pruners):
-                yield Cell(model, data, pruner, target, seed, train, retrain, self.device, self.compensate)
+                own = pruner.compensate
+                compensate = self.compensate if own is None else own or None
+                yield Cell(model, data, pruner, target, seed, train, retrain, self.device, compensate)
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -260,6 +266,8 @@ def _choice(kind: type[_Choice], entry: Any, place: str) -> _Choice:
     for key in values:
         if key not in known:
             raise unknown_name(f"key of {place}", str(key), known)
+    if values.get("compensate"):
+        values = {**values, "compensate": compensation_choice(values["compensate"])}
     return kind(**values)
 
 

@@ -53,8 +53,8 @@ class Start:
         How it was trained, or would be.
     seed : int
         Of its training, and of what is done with it.
-    known_accuracy : float or None
-        On the test images, where it was measured before.
+    known_accuracy, known_validation : float or None
+        On the test and on the validation images, where they were measured before.
     """
 
     net: nn.Module
@@ -62,6 +62,7 @@ class Start:
     recipe: zoo.Recipe
     seed: int = 0
     known_accuracy: float | None = None
+    known_validation: float | None = None
 
     @property
     def device(self) -> torch.device:
@@ -77,6 +78,15 @@ class Start:
     def accuracy(self) -> float:
         """Of the unpruned network, in [0, 1], on the test images."""
         return self.tested(self.net) if self.known_accuracy is None else self.known_accuracy
+
+    @cached_property
+    def validation_accuracy(self) -> float:
+        """Of the unpruned network, in [0, 1], on the validation images."""
+        return self.validated(self.net) if self.known_validation is None else self.known_validation
+
+    def validated(self, net: nn.Module) -> float:
+        """Return a network's accuracy on the validation images, in [0, 1]."""
+        return zoo.evaluate(net, self.data.validation, device=self.device)
 
     def tested(self, net: nn.Module) -> float:
         """Return a network's accuracy on the test images, in [0, 1]."""
@@ -136,12 +146,15 @@ def trained(
         return Start(net.to(place).eval(), bundle, recipe, seed)
     path = None if folder is None else folder / f"{training_key(model, data, recipe, seed)}.pt"
     if path is not None and path.exists():
-        known = float(zoo.load_checkpoint(path, net)["accuracy"])
-        return Start(net.to(place).eval(), bundle, recipe, seed, known)
+        known = zoo.load_checkpoint(path, net)
+        return Start(net.to(place).eval(), bundle, recipe, seed, known["accuracy"], known.get("validation_accuracy"))
     log = zoo.train(net, bundle, recipe, seed=seed, device=place, progress=progress)
     start = Start(net.to(place).eval(), bundle, recipe, seed)
     if path is not None:
-        zoo.save_checkpoint(path, net, {"seed": seed, "seconds": log.seconds, "accuracy": start.accuracy})
+        facts = {"seed": seed, "seconds": log.seconds, "accuracy": start.accuracy}
+        if len(bundle.validation):
+            facts["validation_accuracy"] = start.validation_accuracy
+        zoo.save_checkpoint(path, net, facts)
     return start
 
 
@@ -303,7 +316,12 @@ def run_cell(cell: Cell, out: Path) -> Record:
     else:
         dense, recipe = _recovered(cell, start, masks, dense, record), cell.retrain
     if recipe.epochs:
-        record["retrain_seconds"] = retrain(dense, start.data, recipe, seed=cell.seed).seconds
+        curve = [start.validated(dense)] if len(start.data.validation) else []
+        log = retrain(dense, start.data, recipe, seed=cell.seed)
+        record["retrain_seconds"] = log.seconds
+        if curve:
+            record["validation_before"] = start.validation_accuracy
+            record["curve"] = [*curve, *(epoch.validation_accuracy for epoch in log.epochs)]
         record["accuracy_retrained"] = start.tested(dense)
     record["peak_memory_bytes"] = _peak_memory()
     record["seconds"] = time.perf_counter() - began

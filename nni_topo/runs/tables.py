@@ -1,4 +1,7 @@
-"""Tables and pictures of a comparison's records."""
+"""Tables and pictures of a comparison's records.
+
+Rivals are the pruners that aren't this package's own, and random choice, which is nobody's.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,15 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
+from scipy import special, stats
 
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.runs.plan import SCRATCH
 from nni_topo.runs.records import Record
 
 Group = tuple[str, str, str]
+_MARKERS = "osD^vP*X<>"
+_NEAREST = 1e-3
 COLUMNS = (
     "method",
     "MACs (M)",
@@ -30,6 +35,7 @@ COLUMNS = (
     "vs best rival, compensated",
     "retrained %",
     "vs best rival",
+    "epochs until back",
     "latency ms",
     "prune s",
 )
@@ -61,6 +67,28 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(float(array.mean()), float(half))
 
 
+def show_accuracies(values: Sequence[float]) -> str:
+    """Return the mean of accuracies in [0, 1] and its 95 % interval, in percent and within 0 and 100.
+
+    Where Student's interval leaves that range, the interval is that of the log-odds, shown by its ends; values within
+    0.001 of 0 or 1 count as that far away.
+
+    >>> show_accuracies([0.5, 0.6, 0.7]), show_accuracies([0.1, 0.2, 0.9])
+    ('60.0 ± 24.8', '40.0 (1.4 to 96.4)')
+    """
+    found = interval(values)
+    if np.isnan(found.half) or 0.0 <= found.mean - found.half <= found.mean + found.half <= 1.0:
+        return found.show(100)
+    odds = interval(special.logit(np.clip(values, _NEAREST, 1.0 - _NEAREST)).tolist())
+    low, high = special.expit([odds.mean - odds.half, odds.mean + odds.half])
+    return f"{100 * found.mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def epochs_until_back(record: Record) -> int | None:
+    """Return the epochs of retraining until the validation accuracy of before pruning is back, None if it wasn't."""
+    return next((epoch for epoch, now in enumerate(record["curve"]) if now >= record["validation_before"]), None)
+
+
 def grouped(records: Iterable[Record]) -> dict[Group, dict[str, dict[int, Record]]]:
     """Sort records by model, data and target, then by pruner, then by seed."""
     groups: dict[Group, dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
@@ -76,8 +104,8 @@ def paired_difference(ours: dict[int, Record], theirs: dict[int, Record], column
 
 
 def best_rival(rows: dict[str, dict[int, Record]], column: str) -> str | None:
-    """Return the row with the highest mean among the pruners that aren't this package's."""
-    own = {name for name in list_pruners() if pruner_info(name).origin == "nni_topo"} | {SCRATCH}
+    """Return the row with the highest mean among the rivals: the pruners of others, and random choice."""
+    own = {name for name in list_pruners() if pruner_info(name).origin == "nni_topo"} - {"random"} | {SCRATCH}
     means = {}
     for row, runs in rows.items():
         values = [record[column] for record in runs.values() if column in record]
@@ -156,7 +184,7 @@ def _table(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str
     before = _column(next(iter(rows.values())))
     macs, params = f"{first['flops_before'] / 1e6:.2f}", f"{first['params_before'] / 1e3:.1f}"
     table = [
-        ["unpruned", macs, params, "", before("accuracy_before"), *[""] * 6, before("latency_before_ms", 1, 2), ""]
+        ["unpruned", macs, params, "", before("accuracy_before"), *[""] * 7, before("latency_before_ms", 1, 2), ""]
     ]
     for row, runs in rows.items():
         cell = _column(runs)
@@ -173,6 +201,7 @@ def _table(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str
                 _versus(rows, row, "accuracy_compensated"),
                 cell("accuracy_retrained"),
                 _versus(rows, row, "accuracy_retrained"),
+                _convergence(runs),
                 cell("latency_ms", 1, 2),
                 cell("prune_seconds", 1, 2, spread=False),
             ]
@@ -193,10 +222,24 @@ def _column(runs: dict[int, Record]) -> Callable[..., str]:
         values = [record[name] for record in runs.values() if name in record]
         if not values:
             return ""
+        if name.startswith("accuracy"):
+            return show_accuracies(values)
         found = interval(values)
         return found.show(scale, digits) if spread else f"{scale * found.mean:.{digits}f}"
 
     return show
+
+
+def _convergence(runs: dict[int, Record]) -> str:
+    """Median, lowest and highest number of epochs until the accuracy is back; nothing behind two epochs or fewer."""
+    records = [record for record in runs.values() if len(record.get("curve", ())) > 3]
+    if not records:
+        return ""
+    last = len(records[0]["curve"]) - 1
+    found = sorted(last + 1 if epochs is None else epochs for epochs in map(epochs_until_back, records))
+    names = [f"> {last}" if epochs > last else str(epochs) for epochs in found]
+    middle = names[(len(names) - 1) // 2]
+    return middle if names[0] == names[-1] else f"{middle} [{names[0]}, {names[-1]}]"
 
 
 def _versus(rows: dict[str, dict[int, Record]], row: str, column: str) -> str:
@@ -238,8 +281,40 @@ def plot_accuracy(records: Sequence[Record], path: str | Path) -> Path:
     return Path(path)
 
 
+def plot_convergence(records: Sequence[Record], path: str | Path) -> Path | None:
+    """Draw validation accuracy against the epochs of retraining: a line per row, the mean over the seeds.
+
+    Parameters
+    ----------
+    records : sequence of dict
+        Records of finished cells.
+    path : str or Path
+        Where to write; the ending says the format.
+
+    Returns
+    -------
+    Path or None
+        The file; None where nothing was retrained.
+    """
+    groups = grouped(record for record in records if len(record.get("curve", ())) > 1)
+    if not groups:
+        return None
+    figure = Figure(figsize=(5.5 * len(groups), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axis, ((model, data, target), rows) in zip(axes, groups.items(), strict=True):
+        axis.set(title=f"{model} on {data},\n{target}", xlabel="epochs of retraining", ylabel="validation accuracy (%)")
+        before = [record["validation_before"] for runs in rows.values() for record in runs.values()]
+        axis.axhline(100 * float(np.mean(before)), color="k", linestyle=":", label="unpruned")
+        for index, (row, runs) in enumerate(rows.items()):
+            curves = 100 * np.array([record["curve"] for record in runs.values()])
+            axis.plot(curves.mean(axis=0), marker=_MARKERS[index % len(_MARKERS)], color=f"C{index % 10}", label=row)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    return Path(path)
+
+
 def _draw(axis: object, records: list[Record]) -> None:
-    markers = "osD^vP*X<>"
     first = records[0]
     axis.plot(first["flops_before"] / 1e6, 100 * first["accuracy_before"], "kh", label="unpruned")  # type: ignore[attr-defined]
     rows = list(dict.fromkeys(record["pruner"] for record in records))
@@ -251,7 +326,7 @@ def _draw(axis: object, records: list[Record]) -> None:
         macs = [interval([r["flops"] for r in runs]).mean / 1e6 for runs in targets.values()]
         # Rows of one target have the same MACs: a small step to the side keeps their markers apart.
         macs = [value + (index - (len(rows) - 1) / 2) * first["flops_before"] / 1e8 for value in macs]
-        shared = {"marker": markers[index % len(markers)], "color": f"C{index % 10}", "linestyle": "none"}
+        shared = {"marker": _MARKERS[index % len(_MARKERS)], "color": f"C{index % 10}", "linestyle": "none"}
         for column, style in (("oneshot", {"markerfacecolor": "none"}), ("best", {"label": row})):
             points = [interval([100 * _accuracy(record, column) for record in runs]) for runs in targets.values()]
             heights, halves = [point.mean for point in points], [np.nan_to_num(point.half) for point in points]

@@ -16,9 +16,9 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.zoo.external import TORCHVISION, build_from_factory, build_torchvision, torchvision_names
-from nni_topo.zoo.resnet import resnet20, resnet56
+from nni_topo.zoo.resnet import resnet18, resnet20, resnet56
 from nni_topo.zoo.small import cnn12, lenet5, lenet5_like, lenet300, mnist_cnn, mnist_fcn, small_cnn
-from nni_topo.zoo.vgg import vgg16, vgg16_modified
+from nni_topo.zoo.vgg import vgg11, vgg11_unpooled, vgg16, vgg16_modified
 
 Builder = Callable[[int, int, int, float], nn.Module]
 
@@ -69,6 +69,22 @@ _INFOS = (
     ModelInfo("small_cnn", "conv 16, 32, 64, hidden 64, batch norm", image_size=8, min_image_size=4),
     ModelInfo("cnn12", "4 convolutions, 3 hidden layers", image_size=32, pad_to=32, min_image_size=16),
     ModelInfo(
+        "vgg11",
+        "8 convolutions with batch norm, two hidden layers of 1024",
+        image_size=64,
+        pad_to=32,
+        min_image_size=32,
+        scalable=True,
+        paper=_VGG,
+    ),
+    ModelInfo(
+        "vgg11_unpooled",
+        "8 convolutions with batch norm, all at full resolution",
+        image_size=32,
+        scalable=True,
+        paper=_VGG,
+    ),
+    ModelInfo(
         "vgg16",
         "13 convolutions with batch norm, one linear layer",
         image_size=32,
@@ -86,6 +102,7 @@ _INFOS = (
         scalable=True,
         paper=_VGG_MODIFIED,
     ),
+    ModelInfo("resnet18", "18 layers, 3x3 stem, 1x1 convolution shortcuts", 64, scalable=True, paper=_RESNET),
     ModelInfo("resnet20", "20 layers, 1x1 convolution shortcuts", image_size=32, scalable=True, paper=_RESNET),
     ModelInfo("resnet56", "56 layers, 1x1 convolution shortcuts", image_size=32, scalable=True, paper=_RESNET),
 )
@@ -98,8 +115,11 @@ _BUILDERS: dict[str, Builder] = {
     "mnist_cnn": mnist_cnn,
     "small_cnn": small_cnn,
     "cnn12": cnn12,
+    "vgg11": vgg11,
+    "vgg11_unpooled": vgg11_unpooled,
     "vgg16": vgg16,
     "vgg16_modified": vgg16_modified,
+    "resnet18": resnet18,
     "resnet20": resnet20,
     "resnet56": resnet56,
 }

@@ -1,4 +1,4 @@
-"""ResNets for small images: three stages of basic blocks of 16, 32 and 64 channels.
+"""ResNets for small images: stages of basic blocks behind a 3x3 convolution, without pooling in front.
 
 Where a block changes the number of channels its shortcut is a 1x1 convolution with batch norm (option B of
 the paper). Option A, strided slicing with zero padding, has no parameters, but slices and pads by channel
@@ -12,6 +12,8 @@ References
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,25 +46,29 @@ class BasicBlock(nn.Module):
         return output
 
 
-class CifarResNet(nn.Module):
-    """ResNet of depth ``6 * blocks + 2`` for images of about 32x32, with ``width`` times 16, 32 and 64 channels."""
+class SmallImageResNet(nn.Module):
+    """Stages of ``blocks`` basic blocks each, with ``width`` times so many channels."""
 
-    def __init__(self, blocks: int, num_classes: int, in_channels: int, width: float) -> None:
+    def __init__(
+        self, blocks: int, num_classes: int, in_channels: int, width: float, channels: Sequence[int] = (16, 32, 64)
+    ) -> None:
         super().__init__()
-        channels = scaled(16, width)
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(channels)
+        widths = [scaled(count, width) for count in channels]
+        self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(widths[0])
         self.relu1 = nn.ReLU()
-        self.stage1 = _stage(channels, channels, blocks, stride=1)
-        self.stage2 = _stage(channels, scaled(32, width), blocks, stride=2)
-        self.stage3 = _stage(scaled(32, width), scaled(64, width), blocks, stride=2)
+        self.stages = [f"stage{index}" for index in range(1, len(widths) + 1)]
+        for index, name in enumerate(self.stages):
+            stage = _stage(widths[max(index - 1, 0)], widths[index], blocks, stride=2 if index else 1)
+            self.add_module(name, stage)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(scaled(64, width), num_classes)
+        self.fc = nn.Linear(widths[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the logits ``[n, num_classes]`` of images ``[n, in_channels, h, w]``."""
         features = self.relu1(self.norm1(self.conv1(images)))
-        features = self.stage3(self.stage2(self.stage1(features)))
+        for name in self.stages:
+            features = self.get_submodule(name)(features)
         logits: Tensor = self.fc(torch.flatten(self.pool(features), 1))
         return logits
 
@@ -70,13 +76,19 @@ class CifarResNet(nn.Module):
 def resnet20(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
     """Build the 20-layer ResNet: three blocks a stage."""
     del image_size
-    return CifarResNet(3, num_classes, in_channels, width)
+    return SmallImageResNet(3, num_classes, in_channels, width)
 
 
 def resnet56(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
     """Build the 56-layer ResNet: nine blocks a stage."""
     del image_size
-    return CifarResNet(9, num_classes, in_channels, width)
+    return SmallImageResNet(9, num_classes, in_channels, width)
+
+
+def resnet18(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+    """Build the 18-layer ResNet with its first convolution and without its pooling for small images."""
+    del image_size
+    return SmallImageResNet(2, num_classes, in_channels, width, (64, 128, 256, 512))
 
 
 def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:

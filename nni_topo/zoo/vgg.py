@@ -1,4 +1,4 @@
-"""VGG-16 for small images: 13 convolutions of 3x3 with batch norm, in two forms.
+"""VGG-16 and VGG-11 for small images: 3x3 convolutions with batch norm, in two forms each.
 
 References
 ----------
@@ -11,12 +11,14 @@ References
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from torch import nn
 
 from nni_topo.zoo.small import ConvNet
 
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+_STAGES_11 = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 
 
 def vgg16(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
@@ -42,21 +44,41 @@ def vgg16_modified(num_classes: int, in_channels: int, image_size: int, width: f
     return ConvNet(features, nn.Sequential(head))
 
 
+def vgg11(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+    """Build VGG-11 with two hidden layers of 1024 neurons, as for Tiny-ImageNet's 64x64 images."""
+    features, channels = _features(in_channels, width, _STAGES_11, bias=False)
+    sizes = (channels * (image_size // 32) ** 2, scaled(1024, width), scaled(1024, width), num_classes)
+    head: OrderedDict[str, nn.Module] = OrderedDict(fc1=nn.Linear(*sizes[:2]), relu1=nn.ReLU())
+    head |= OrderedDict(fc2=nn.Linear(*sizes[1:3]), relu2=nn.ReLU(), fc3=nn.Linear(*sizes[2:]))
+    return ConvNet(features, nn.Sequential(head))
+
+
+def vgg11_unpooled(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+    """Build VGG-11 with no pooling but the mean over all positions, in front of its one linear layer."""
+    del image_size
+    features, channels = _features(in_channels, width, _STAGES_11, bias=False, pooled=False)
+    features.add_module("pool", nn.AdaptiveAvgPool2d(1))
+    return ConvNet(features, nn.Sequential(OrderedDict(fc1=nn.Linear(channels, num_classes))))
+
+
 def scaled(channels: int, width: float) -> int:
     """Return ``channels * width``, rounded to the nearest integer and at least 1."""
     return max(1, round(channels * width))
 
 
-def _features(in_channels: int, width: float, *, bias: bool) -> tuple[nn.Sequential, int]:
-    """Chain 13 convolutions in five stages, each ended by 2x2 max pooling; the channels they end with."""
+def _features(
+    in_channels: int, width: float, stages: Sequence[Sequence[int]] = _STAGES, *, bias: bool, pooled: bool = True
+) -> tuple[nn.Sequential, int]:
+    """Chain convolutions in stages, each ended by 2x2 max pooling; the channels they end with."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     inputs, index = in_channels, 0
-    for stage, widths in enumerate(_STAGES, start=1):
+    for stage, widths in enumerate(stages, start=1):
         for channels in widths:
             index, outputs = index + 1, scaled(channels, width)
             layers[f"conv{index}"] = nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
             layers[f"norm{index}"] = nn.BatchNorm2d(outputs)
             layers[f"relu{index}"] = nn.ReLU()
             inputs = outputs
-        layers[f"pool{stage}"] = nn.MaxPool2d(2)
+        if pooled:
+            layers[f"pool{stage}"] = nn.MaxPool2d(2)
     return nn.Sequential(layers), inputs

@@ -8,6 +8,7 @@ from nni.compression.pruning import LevelPruner
 from torch import nn
 
 import nni_topo
+from nni_topo import zoo
 from nni_topo.analysis import critical_compression_ratio, critical_config_list
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.testing import toy_images, toy_model
@@ -93,6 +94,26 @@ def counted(build, image, convention="tables"):
 def test_every_table_of_the_paper_to_five_decimals(name):
     build, image, layers, final = TABLES[name]
     found = counted(build, image)
+    assert [round(ratio, 5) for ratio in found.layers.values()] == layers
+    assert round(found.final, 5) == final
+
+
+NAMED = {
+    "FCN, MNIST": ("mnist_fcn", 10),
+    "CNN, MNIST": ("mnist_cnn", 10),
+    "VGG-11, CIFAR-100": ("vgg11_unpooled", 100),
+    "VGG-11, Tiny-ImageNet": ("vgg11", 200),
+    "ResNet-20, CIFAR-10": ("resnet20", 10),
+    "ResNet-20, CIFAR-100": ("resnet20", 100),
+    "ResNet-18, Tiny-ImageNet": ("resnet18", 200),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_tables_come_out_of_the_models_by_name(name):
+    (model, classes), (_, image, layers, final) = NAMED[name], TABLES[name]
+    size = {"num_classes": classes, "in_channels": image[0], "image_size": image[1]}
+    found = counted(lambda: zoo.create_model(model, **size), image)
     assert [round(ratio, 5) for ratio in found.layers.values()] == layers
     assert round(found.final, 5) == final
 

@@ -35,7 +35,8 @@ def test_a_trial_holds_the_search_and_gives_the_pictures(tmp_path, drawn):
     trials = {"10 %": first, "50 %": trial(0.5)[0]}
     files = plot_evolution(trials, tmp_path / "new")
     assert [file.stem for file in files] == [
-        "distributions", "fitness", "progress", "heatmap", "histograms", "solutions"
+        "distributions", "fitness", "progress", "heatmap", "weights", "histograms", "solutions", "lineages_fitness",
+        "lineages_compression", "lineages_accuracy",
     ]  # fmt: skip
     assert sorted(drawn) == sorted(file.name for file in files)
     for index, (label, found) in enumerate(trials.items()):
@@ -67,9 +68,36 @@ def check_panels(drawn, index, label, found):
     before, after = drawn["histograms.png"].axes[index].containers
     assert sum(bar.get_height() for bar in before) == len(found.weights)
     assert sum(bar.get_height() for bar in after) == found.kept.sum()
+    for column in ("fitness", "compression", "accuracy"):
+        curves = drawn[f"lineages_{column}.png"].axes[index].get_lines()
+        for number, curve in enumerate(curves):
+            one = history[history.individual == number].sort_values("generation")
+            assert list(curve.get_ydata()) == one[column].tolist()
+        assert len(curves) == 6
     dots = drawn["solutions.png"].axes[0].collections[index].get_offsets()
     points = np.stack([100 * last.compression, 100 * (last.accuracy - found.start_accuracy)], axis=1)
     np.testing.assert_allclose(dots, points)
+
+
+def test_the_weights_at_the_start_are_drawn_with_their_kurtosis(tmp_path, drawn):
+    found = trial(0.1)[0]
+    plot_evolution({"10 %": found}, tmp_path)
+    axis = drawn["weights.png"].axes[0]
+    centred = found.weights - found.weights.mean()
+    size = np.abs(found.weights)
+    weak = (size <= 0.9 * size.min() + 0.1 * size.max()).mean()
+    expected = (centred**4).mean() / (centred**2).mean() ** 2
+    assert axis.get_title() == f"kurtosis {expected:.2f}, {100 * weak:.1f} % in the lowest tenth of the magnitudes"
+    assert sum(bar.get_height() for bar in axis.containers[0]) == len(found.weights)
+
+
+def test_a_summary_holds_the_first_and_the_last_population():
+    found = trial(0.5)[0]
+    table = found.summary()
+    for name, generation in (("initial", 0), ("final", 4)):
+        for column in ("fitness", "accuracy", "compression"):
+            values = found.history[found.history.generation == generation][column]
+            assert table.loc[name, column].tolist() == [values.min(), values.mean(), values.max()]
 
 
 def test_no_trial_no_picture(tmp_path):

@@ -174,7 +174,7 @@ def test_histograms_and_splits(seed):
     points = np.kron(np.eye(4), np.ones((3, 1))) * 9.0 + generator.normal(size=(12, 4))
     covariance = np.kron(np.diag([2.0, 5.0, 5.0, 2.0]), np.ones((3, 3)))
     one, other = (
-        grow(points, c, 4, Growth(), threshold=2.0, at_most=6)
+        grow(points, c, 4, Growth("max"), threshold=2.0, at_most=6)
         for c in (covariance, symmetric(rounded_otherwise(covariance, seed)))
     )
     assert [c.members for c in one.clusters] == [c.members for c in other.clusters]

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import logging
+from unittest import mock
+
 import nni.compression.pruning
 import pytest
+from nni.compression.pruning import LinearPruner
 
 import nni_topo
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import PrunerInfo, check_knobs
-from nni_topo.testing import toy_model
+from nni_topo.testing import toy_evaluator, toy_model
 
 HALF = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
 
@@ -45,6 +49,26 @@ def test_the_classes_are_where_users_of_nni_look():
 
     assert RandomPruner is nni_topo.RandomPruner
     assert ReconstructionPruner is nni_topo.ReconstructionPruner
+    from nni.compression.pruning.tools import ConfigAllocator, MetricCalculator, WeightCollector
+
+    assert WeightCollector is nni_topo.hooks.WeightCollector
+    assert (ConfigAllocator, MetricCalculator) == (nni_topo.hooks.ConfigAllocator, nni_topo.hooks.MetricCalculator)
+
+
+def test_schedulers_warn_of_strange_pruners_only():
+    class Stranger(nni_topo.RandomPruner):
+        pass
+
+    def warns(kind):
+        model = toy_model()
+        with mock.patch.object(logging.getLogger("nni.compression.pruning.scheduled_pruner"), "handle") as seen:
+            LinearPruner(kind(model, HALF, toy_evaluator(model)), interval_steps=1, total_times=2)
+        logger = logging.getLogger("nni.compression.pruning.scheduled_pruner")
+        shown = [record for ((record,), _) in seen.call_args_list if logger.filter(record)]
+        return any("Compatibility not tested" in record.getMessage() for record in shown)
+
+    assert warns(Stranger)
+    assert not warns(nni_topo.RandomPruner)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import nn
 
 import nni_topo
 from nni_topo.errors import ConfigError
+from nni_topo.maths.clustering.subclustering import Growth
 from nni_topo.pruners.subcluster.pruner import SubclusterPruner
 from nni_topo.testing import toy_images, toy_model
 
@@ -65,6 +66,50 @@ def test_the_survivor_of_a_convolution_has_the_largest_bias():
     assert all(bias[labels == labels[n]].max() == bias[n] for n in np.flatnonzero(kept))
 
 
+def twins(seed: int, *, norm: bool = False) -> tuple[nn.Sequential, torch.Tensor]:
+    """Twenty neurons and a near copy of each, a thousandth off."""
+    torch.manual_seed(seed)
+    norms = [nn.BatchNorm1d(40)] if norm else []
+    model = nn.Sequential(nn.Linear(12, 40), *norms, nn.ReLU(), nn.Linear(40, 5)).eval()
+    with torch.no_grad():
+        for each in norms:
+            each.weight.copy_(0.5 + torch.rand(20).repeat(2))
+            each.running_var.copy_(0.5 + torch.rand(20).repeat(2))
+        for tensor in (model[0].weight, model[0].bias):
+            tensor[20:] = tensor[:20] * (1 + 1e-3 * torch.randn_like(tensor[:20]))
+        model[-1].weight[:, 20:] = model[-1].weight[:, :20]
+    return model, torch.randn(400, 12)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_of_near_copies_one_stays_and_no_more_kinds_are_lost_than_by_chance(norm, capsys):
+    generator = np.random.default_rng(0)
+    for seed in range(5):
+        model, data = twins(seed, norm=norm)
+        kept = run(SubclusterPruner(model, [HIDDEN], calibration=[data], seed=seed))
+        both = int((kept[:20] & kept[20:]).sum())
+        lost = np.flatnonzero(~(kept[:20] | kept[20:]))
+        chosen = [generator.permutation(40)[: kept.sum()] % 20 for _ in range(1000)]
+        by_chance = np.mean([20 - len(set(kinds)) for kinds in chosen])
+        with capsys.disabled():
+            found = f"{kept.sum()} of 40 kept, {both} pairs whole, kinds lost {lost.tolist()}"
+            print(f"\nnet {seed}: {found}, {by_chance:.1f} by chance")
+        assert both <= 2
+        assert len(lost) <= by_chance
+
+
+def test_the_choice_does_not_depend_on_the_scale_of_a_layer():
+    model, data = net()
+    loud = nn.Sequential(nn.Linear(6, 60), nn.ReLU(), nn.Linear(60, 3))
+    loud.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        loud[0].weight *= 8
+        loud[0].bias *= 8
+        loud[2].weight /= 8
+    rule = {"calibration": [data], "survivor": "center"}
+    assert (run(SubclusterPruner(model, [HIDDEN], **rule)) == run(SubclusterPruner(loud, [HIDDEN], **rule))).all()
+
+
 def test_more_energy_keeps_fewer():
     model, data = net()
     counts = [run(SubclusterPruner(model, [HIDDEN], calibration=[data], energy=p)).sum() for p in (0.1, 0.5, 0.9)]
@@ -75,7 +120,7 @@ def test_more_energy_keeps_fewer():
 @pytest.mark.parametrize("cap", ["sparse_ratio", "max_sparse_ratio"])
 def test_ratios_are_caps(cap):
     model, data = net()
-    knobs = {"calibration": [data], "energy": 0.9, "initial_ratio": 0.05}
+    knobs = {"calibration": [data], "energy": 0.9, "growth": Growth(initial_ratio=0.05)}
     free = int(run(SubclusterPruner(model, [HIDDEN], **knobs)).sum())
     assert free < 45
     assert run(SubclusterPruner(model, [{**HIDDEN, cap: 0.25}], **knobs)).sum() == 45
@@ -90,7 +135,8 @@ def test_a_minimum_ends_the_growth():
 
 def test_a_threshold_takes_the_place_of_the_histograms():
     model, data = net()
-    pruner = SubclusterPruner(model, [{**HIDDEN, "sparse_threshold": 0.5}], calibration=[data])
+    config = [{**HIDDEN, "sparse_threshold": 0.5}]
+    pruner = SubclusterPruner(model, config, calibration=[data], growth=Growth("max"))
     kept = run(pruner)
     tree = pruner.trees["0.weight"]
     assert tree.threshold == 0.5
@@ -124,7 +170,9 @@ def test_a_ratio_of_one_member_caps_the_group():
         {"op_names": ["stem"], "dependency_group_id": "residual", "sparse_ratio": 0.25},
         {"op_names": ["inner"], "dependency_group_id": "residual"},
     ]
-    pruner = SubclusterPruner(toy_model(), config, calibration=[toy_images()], energy=0.99, initial_ratio=0.1)
+    pruner = SubclusterPruner(
+        toy_model(), config, calibration=[toy_images()], energy=0.99, growth={"initial_ratio": 0.1}
+    )
     assert run(pruner, "inner").sum() == 6
 
 
@@ -136,7 +184,7 @@ def test_parts_of_a_grouped_convolution_keep_as_many_and_pairs_say_which(seed):
     )
     data = [torch.randn(32, 3, 8, 8) for _ in range(2)]
     config = nni_topo.dependency_groups(model, data[0], [{"op_names": ["2"]}])
-    pruner = SubclusterPruner(model, config, calibration=data, energy=0.8, statistic="mean", seed=seed)
+    pruner = SubclusterPruner(model, config, calibration=data, energy=0.8, growth=Growth("mean"), seed=seed)
     kept = run(pruner, "2").reshape(4, 8)
     leaves = [len(tree.leaves) for name, tree in pruner.trees.items() if name.startswith("2.weight[")]
     assert leaves == kept.sum(1).tolist() == [kept[0].sum()] * 4
@@ -161,7 +209,9 @@ def test_knobs_by_layer():
     model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 20), nn.ReLU(), nn.Linear(20, 3))
     config = [{"op_names": ["0", "2"]}]
     data = [torch.randn(64, 6)]
-    pruner = SubclusterPruner(model, config, calibration=data, initial_ratio={"0": 0.25}, energy={"2": 0.9})
+    pruner = SubclusterPruner(
+        model, config, calibration=data, growth=Growth(initial_ratio={"0": 0.25}), energy={"2": 0.9}
+    )
     run(pruner)
     assert len(pruner.trees["0.weight"].initial) == 10
     assert len(pruner.trees["2.weight"].initial) == 1
@@ -187,13 +237,20 @@ def test_bad_requests_are_refused():
         ({**data, "energy": 1.0}, r"energy must be in \(0, 1\), got 1.0"),
         ({**data, "energy": {"hidden": 0.0}}, r"energy must be in \(0, 1\), got 0.0"),
         ({**data, "energy": {"hiden": 0.5}}, "energy must name modules of the model, got hiden"),
-        ({**data, "initial_ratio": 1.5}, r"initial_ratio must be in \(0, 1\], got 1.5"),
-        ({**data, "statistic": "median"}, "statistic must be"),
+        ({**data, "growth": {"initial_ratio": 1.5}}, r"initial_ratio must be in \(0, 1\], got 1.5"),
+        ({**data, "growth": {"statistic": "median"}}, "statistic must be"),
         ({**data, "survivor": []}, "at least one rule"),
         ({**data, "energy": "half"}, r"energy must be in \(0, 1\), got 'half'"),
         ({**data, "energy": None}, r"energy must be in \(0, 1\), got None"),
-        ({**data, "initial_ratio": "few"}, r"initial_ratio must be in \(0, 1\], got 'few'"),
-        ({**data, "bins": 2.5}, "bins must be an integer of at least 1, got 2.5"),
+        ({**data, "growth": {"initial_ratio": "few"}}, r"initial_ratio must be in \(0, 1\], got 'few'"),
+        (
+            {**data, "growth": {"initial_ratio": {"hiden": 0.5}}},
+            "initial_ratio must name modules of the model, got hiden",
+        ),
+        ({**data, "growth": {"statistics": "max"}}, "key of growth must be a known name, got 'statistics'"),
+        ({**data, "growth": 0.3}, "growth must be a Growth or a mapping of its fields, got 0.3"),
+        ({**data, "growth": {"recursive": "no"}}, "recursive must be True or False, got 'no'"),
+        ({**data, "growth": {"bins": 2.5}}, "bins must be an integer of at least 1, got 2.5"),
         ({**data, "seed": -1}, "seed must be an integer of at least 0, got -1"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -246,8 +303,8 @@ def test_pruners_can_be_pickled():
     [
         ({"seed": 2**40}, r"seed must be below 2\^32, got 1099511627776 \(SubclusterPruner\)"),
         ({"survivor": 5}, "survivor must be a rule or a sequence of rules, got 5"),
-        ({"absolute": "no"}, "absolute must be True or False, got 'no'"),
-        ({"diagonal": 1}, "diagonal must be True or False, got 1"),
+        ({"growth": {"absolute": "no"}}, "absolute must be True or False, got 'no'"),
+        ({"growth": {"diagonal": 1}}, "diagonal must be True or False, got 1"),
     ],
 )
 def test_knobs_of_the_wrong_kind_are_refused(knobs, message):

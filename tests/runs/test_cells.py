@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.runs.plan import DataChoice, ModelChoice, Plan, PrunerChoice, Target, load_plan
+from nni_topo.runs.plan import CompensationChoice, DataChoice, ModelChoice, Plan, PrunerChoice, Target, load_plan
 
 
 def plan(**changes):
@@ -53,6 +53,7 @@ def test_retraining_has_its_own_epochs():
     assert (cell.retrain.epochs, cell.retrain.lr) == (3, 0.001)
 
 
+HALF = (Target("ratio", 0.5),)
 YAML = """
 models: [small_cnn, {name: vgg16, width: 0.25}]
 data: digits
@@ -64,6 +65,28 @@ seeds: 2
 train: {epochs: 4}
 retrain: {epochs: 1}
 """
+
+
+def test_a_row_is_compensated_in_its_own_way():
+    rows = (
+        PrunerChoice("l1"),
+        PrunerChoice("l1", "never", compensate=False),
+        PrunerChoice("l1", "less", compensate=CompensationChoice(images=8)),
+    )
+    images = {
+        common: [
+            cell.compensate and cell.compensate.images
+            for cell in plan(pruners=rows, targets=HALF, compensate=common).cells()
+        ]
+        for common in (None, CompensationChoice(images=64))
+    }
+    assert list(images.values()) == [[None, None, 8], [64, None, 64 // 8]]
+
+
+def test_equal_cells_have_equal_keys_whoever_asks_for_the_compensation():
+    (row,) = plan(pruners=(PrunerChoice("l1", compensate=CompensationChoice(8)),), targets=HALF).cells()
+    (common,) = plan(pruners=(PrunerChoice("l1"),), targets=HALF, compensate=CompensationChoice(8)).cells()
+    assert row.key == common.key
 
 
 def test_a_plan_is_read_from_yaml(tmp_path):

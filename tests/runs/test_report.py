@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -10,13 +11,16 @@ from scipy import stats
 
 from nni_topo.runs.tables import (
     best_rival,
+    epochs_until_back,
     grouped,
     interval,
     markdown_report,
     paired_difference,
     plot_accuracy,
+    plot_convergence,
     print_report,
     print_widths,
+    show_accuracies,
 )
 
 
@@ -46,7 +50,7 @@ RECORDS = [
     *(record("l1", seed, value) for seed, value in enumerate([0.90, 0.92, 0.94])),
     *(record("fpgm", seed, value) for seed, value in enumerate([0.91, 0.92, 0.91])),
     *(record("ours", seed, value, "topological") for seed, value in enumerate([0.92, 0.93, 0.96])),
-    *(record("random", seed, 0.99) for seed in range(3)),
+    *(record("random", seed, 0.85) for seed in range(3)),
 ]
 
 
@@ -64,6 +68,53 @@ def test_one_value_has_no_interval():
 def test_rivals_are_the_pruners_of_others():
     (rows,) = grouped(RECORDS).values()
     assert best_rival(rows, "accuracy_retrained") == "l1"
+
+
+def test_random_choice_is_a_rival_and_a_new_network_is_none():
+    (rows,) = grouped([*RECORDS, record("by chance", 0, 0.98, "random"), record("scratch", 0, 0.99)]).values()
+    assert best_rival(rows, "accuracy_retrained") == "by chance"
+
+
+@pytest.mark.parametrize("values", [[0.1, 0.2, 0.9], [0.99, 0.95, 0.999, 1.0], [0.0, 0.01, 0.0]])
+def test_intervals_of_accuracies_stay_within_0_and_100(values):
+    found = interval(values)
+    assert found.mean - found.half < 0 or found.mean + found.half > 1
+    shown = re.fullmatch(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)", show_accuracies(values))
+    mean, low, high = map(float, shown.groups())
+    assert mean == pytest.approx(100 * np.mean(values), abs=0.05)
+    assert 0.0 <= low < mean < high <= 100.0
+
+
+def test_intervals_of_accuracies_inside_are_students():
+    assert show_accuracies([0.5, 0.6, 0.7]) == interval([0.5, 0.6, 0.7]).show(100)
+
+
+def converging(pruner, seed, *curve):
+    return {**record(pruner, seed, curve[-1]), "validation_before": 0.9, "curve": list(curve)}
+
+
+CURVES = [
+    *(converging("l1", seed, 0.2, 0.8, last, 0.95) for seed, last in enumerate([0.9, 0.89, 0.95])),
+    *(converging("ours", seed, 0.2, 0.7, 0.8, last) for seed, last in enumerate([0.9, 0.89, 0.899])),
+    *(converging("kept", seed, 0.91, 0.7, 0.8, 0.8) for seed in range(3)),
+]
+
+
+def test_epochs_until_the_accuracy_is_back_are_counted_from_the_pruned_network():
+    assert [epochs_until_back(found) for found in CURVES] == [2, 3, 2, 3, None, None, 0, 0, 0]
+    table = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in markdown_report(CURVES).splitlines()}
+    column = table["method"].index("epochs until back")
+    assert [table[row][column] for row in ("l1", "ours", "kept", "unpruned")] == ["2 [2, 3]", "> 3 [3, > 3]", "0", ""]
+    assert "until back" not in markdown_report(RECORDS)
+
+
+def test_the_picture_of_convergence_has_a_line_per_row(drawn, tmp_path):
+    assert plot_convergence(RECORDS, tmp_path / "convergence.png") is None
+    plot_convergence([*CURVES, *RECORDS], tmp_path / "convergence.png")
+    lines = drawn.lines("convergence.png")
+    assert set(lines) == {"unpruned", "l1", "ours", "kept"}
+    assert lines["ours"] == [(epoch, pytest.approx(y)) for epoch, y in enumerate([20, 70, 80, 100 * 2.689 / 3])]
+    assert [y for _, y in lines["unpruned"]] == pytest.approx([90, 90])
 
 
 def test_differences_are_paired_over_seeds():

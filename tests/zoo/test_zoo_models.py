@@ -15,9 +15,12 @@ BUILT_IN = [
     "lenet5_like",
     "mnist_cnn",
     "mnist_fcn",
+    "resnet18",
     "resnet20",
     "resnet56",
     "small_cnn",
+    "vgg11",
+    "vgg11_unpooled",
     "vgg16",
     "vgg16_modified",
 ]
@@ -58,6 +61,8 @@ def build(name: str, *, channels: int = 3, size: int = 32, classes: int = 10, **
 # vgg16: kernels 9*(3*64 + 64*64 + 64*128 + 128*128 + 128*256 + 2*256*256 + 256*512 + 5*512*512)
 #        = 14,710,464, batch norms 2*4,224 = 8,448, head 513*10 = 5,130.
 # vgg16_modified: kernels 14,710,464, their biases 4,224, batch norms 8,448 + 2*512, dense 513*512 + 513*10.
+# vgg11: kernels 9*(3*64 + 64*128 + 128*256 + 256*256 + 256*512 + 3*512*512) = 9,217,728, batch norms 2*2,752 = 5,504,
+#        head on 64x64 2049*1024 + 1025*1024 + 1025*10 = 3,158,026, unpooled 513*10.
 # resnet20: 432+32 | 6*(2,304+32) | 4,608+64 + 5*(9,216+64) | 18,432+128 + 5*(36,864+128) | 650
 #           = 269,722 (option A), shortcuts 16*32+64 + 32*64+128 = 2,752 more.
 # resnet56: 12 convolutions more per stage: 269,722 + 12*(2,304+32 + 9,216+64 + 36,864+128) = 853,018,
@@ -73,6 +78,10 @@ COUNTS = [
     ("cnn12", 3, 32, 4_604_426 + 3_712),
     ("vgg16", 3, 32, 14_724_042),
     ("vgg16_modified", 3, 32, 14_991_946),
+    ("vgg11", 3, 64, 9_217_728 + 5_504 + 3_158_026),
+    ("vgg11_unpooled", 3, 32, 9_217_728 + 5_504 + 5_130),
+    # torchvision's, below, with a stem of 3x3 instead of 7x7
+    ("resnet18", 3, 64, 11_689_512 - 990 * 513 - 40 * 3 * 64),
     ("resnet20", 3, 32, 269_722 + 2_752),
     ("resnet56", 3, 32, 853_018 + 2_752),
     # Published by torchvision for 1,000 classes: 11,689,512; a 10-class head saves 990*(512+1).
@@ -82,7 +91,7 @@ COUNTS = [
 
 def test_list_models_is_sorted_and_complete() -> None:
     assert list_models() == BUILT_IN
-    assert list_models("resnet*") == ["resnet20", "resnet56"]
+    assert list_models("resnet*") == ["resnet18", "resnet20", "resnet56"]
 
 
 def test_list_models_shows_torchvision_on_request() -> None:
@@ -125,7 +134,9 @@ def test_smallest_image_of_the_record_is_the_smallest_that_works(name: str) -> N
             build(name, channels=1, size=least - 1)
 
 
-@pytest.mark.parametrize("name", ["vgg16", "vgg16_modified", "resnet20", "resnet56"])
+@pytest.mark.parametrize(
+    "name", ["vgg11", "vgg11_unpooled", "vgg16", "vgg16_modified", "resnet18", "resnet20", "resnet56"]
+)
 def test_width_scales_every_layer_but_the_ends(name: str) -> None:
     full, half = build(name, width=1.0), build(name, width=0.5)
     convolutions = [

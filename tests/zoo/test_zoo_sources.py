@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
 
 from nni_topo.errors import ConfigError, DataError
@@ -246,24 +244,8 @@ def test_truncated_images_are_named(tmp_path: Path, kept: int, message: str) -> 
 
 
 @pytest.fixture
-def cifar_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Twenty-four images in CIFAR-10's own files, whose sums torchvision is told."""
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    lists: dict[str, list[list[str]]] = {"train_list": [], "test_list": []}
-    for name in ("data_batch_1", "data_batch_2", "test_batch"):
-        pixels = generator.integers(0, 256, (8, 3072), dtype=np.uint8)
-        content = pickle.dumps({"data": pixels, "labels": list(range(8))})
-        (folder / name).write_bytes(content)
-        lists["test_list" if name == "test_batch" else "train_list"].append([name, hashlib.md5(content).hexdigest()])
-    meta = pickle.dumps({"label_names": [f"class {index}" for index in range(10)]})
-    (folder / "batches.meta").write_bytes(meta)
-    cifar = torchvision.datasets.CIFAR10
-    for name, files in lists.items():
-        monkeypatch.setattr(cifar, name, files)
-    monkeypatch.setattr(cifar, "meta", cifar.meta | {"md5": hashlib.md5(meta).hexdigest()})
-    return tmp_path
+def cifar_folder(cifar10) -> Path:
+    return cifar10(8)
 
 
 def test_cifar_is_read_through_torchvision(cifar_folder: Path) -> None:

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nni_topo.runs.records import Record
-from nni_topo.runs.tables import Interval, interval
+from nni_topo.runs.tables import Interval, interval, show_accuracies
 
 _COLORS = {"IMP": "C1", "T-IMP": "C0", "IMP capped": "C2"}
 
@@ -23,7 +23,7 @@ def markdown_rounds(records: Iterable[Record]) -> str:
     lines: list[str] = []
     for model, methods in _by_model(records).items():
         runs = next(iter(methods.values()))
-        before = interval([run["accuracy_before"] for run in runs]).show(100)
+        before = show_accuracies([run["accuracy_before"] for run in runs])
         lines += [
             f"**{model} on {runs[0]['data']}, {runs[0]['images']} images, {len(runs)} seed{'s' * (len(runs) > 1)}; "
             f"dense {before} %**",
@@ -113,7 +113,7 @@ def _row(methods: dict[str, list[Record]], index: int) -> list[str]:
     cells = [f"{100 * next(iter(methods.values()))[0]['rounds'][index]['target']:g}"]
     for runs in methods.values():
         cells.append(f"{100 * _mean(runs, index, 'kept'):.2f}")
-        cells.append(interval([run["rounds"][index]["accuracy"] for run in runs]).show(100))
+        cells.append(show_accuracies([run["rounds"][index]["accuracy"] for run in runs]))
         cells += [f"{100 * _mean(runs, index, key):.1f}" for key in ("channels_connected", "outputs_reached")]
     by_seed = {m: {run["seed"]: run["rounds"][index]["accuracy"] for run in runs} for m, runs in methods.items()}
     for ours, rival in _rivals(methods):

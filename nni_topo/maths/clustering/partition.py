@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import pdist, squareform
 from sklearn.cluster import DBSCAN, AgglomerativeClustering, KMeans, SpectralClustering
+from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
@@ -24,11 +25,12 @@ from nni_topo.maths.ties import leveled
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.intp]
-Algorithm = Literal["kmeans", "spectral", "ward", "dbscan", "gmm"]
+Algorithm = Literal["kmeans", "spectral", "ward", "dbscan", "gmm", "gmm_full"]
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 
 _LEAST_VARIANCE = 1e-6
 _SAME = 1e-9
+_AXES = 16
 
 
 def partition(
@@ -42,10 +44,11 @@ def partition(
         The points, finite.
     count : int
         Number of clusters, in [1, n].
-    algorithm : {"kmeans", "spectral", "ward", "dbscan", "gmm"}, default="kmeans"
+    algorithm : {"kmeans", "spectral", "ward", "dbscan", "gmm", "gmm_full"}, default="kmeans"
         Lloyd's k-means; spectral clustering on Gaussian affinities as wide as the median distance, in which equal
         points count once and stay together; agglomeration by Ward's criterion; DBSCAN; expectation maximisation of a
-        mixture of spherical Gaussians, which unlike diagonal ones don't depend on how the cloud is turned.
+        mixture of spherical Gaussians, which unlike diagonal ones don't depend on how the cloud is turned, or of
+        Gaussians with full covariances on the 16 principal axes that hold the most.
     seed : int, default=0
         For k-means, spectral clustering and mixtures.
     n_init : int, default=3
@@ -128,8 +131,12 @@ def _labels(points: FloatArray, count: int, algorithm: str, seed: int, n_init: i
     else:
         variance = points.var(0).sum() / points.shape[1]
         scaled = points / np.sqrt(variance) if variance > 0 else points
+        kind = "spherical"
+        if algorithm == "gmm_full":
+            kind, axes = "full", min(_AXES, *points.shape)
+            scaled = PCA(axes, svd_solver="full").fit_transform(scaled)
         mixture = GaussianMixture(
-            count, covariance_type="spherical", n_init=n_init, random_state=seed, reg_covar=_LEAST_VARIANCE
+            count, covariance_type=kind, n_init=n_init, random_state=seed, reg_covar=_LEAST_VARIANCE
         )
         found = mixture.fit_predict(scaled)
     return np.asarray(found, dtype=np.intp)

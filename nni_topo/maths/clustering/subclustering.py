@@ -13,69 +13,100 @@ References
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nni_topo.errors import ConfigError, DataError, check_between, check_integer
+from nni_topo.errors import ConfigError, DataError, check_between, check_integer, unknown_name
 from nni_topo.maths.clustering.partition import FloatArray, IntArray, partition
 from nni_topo.maths.ties import RELATIVE, first_largest, within
 
 _SAME = 1e-6
+STATISTICS = ("dispersion", "trace", "max", "mean")
 
 
 @dataclass(frozen=True)
 class Growth:
-    """How the threshold is found and what is compared with it.
+    """How sub-clustering begins, what its threshold is made of, and what is compared with it.
 
     Attributes
     ----------
-    energy : float, default=0.5
-        The text's p, in (0, 1): the share of a cluster's covariances that lie below its threshold. More energy, a
-        higher threshold, fewer splits.
+    statistic : {"dispersion", "trace", "max", "mean"}, default="dispersion"
+        What of a cluster is compared with the threshold. ``"dispersion"``: the mean of the covariances of its nodes
+        about their centre, the nodes' mean sample by sample; ``"trace"``: the sum of its variances about it. ``"max"``
+        and ``"mean"`` of the covariances of the nodes as they are, which split loud twins and merge quiet strangers.
+    initial_ratio : float, mapping of str to float, or None, default=None
+        Share of a layer's nodes that are clusters to begin with, rounded up, in (0, 1]; a mapping gives it by module
+        name. None, and for layers that aren't named: 0.35 for convolutions, 0.05 for linear layers.
     bins : int, default=10
         Equal-width bins of both histograms, at least 1.
     absolute : bool, default=True
         Whether covariances count by their absolute values.
     diagonal : bool, default=True
-        Whether the nodes' own variances are among the values. A single node always counts with its variance.
-    statistic : {"max", "mean"}, default="max"
-        What of a cluster's values is compared with the threshold.
+        Whether variances are among the covariances. A single node always counts with its variance.
+    recursive : bool, default=True
+        Whether what a split leaves is looked at again. False: algorithm 2 as printed, each initial cluster is split
+        once at most.
     n_init : int, default=3
         Starts of k-means, at least 1.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of its range.
     """
 
-    energy: float = 0.5
+    statistic: Literal["dispersion", "trace", "max", "mean"] = "dispersion"
+    initial_ratio: float | Mapping[str, float] | None = None
     bins: int = 10
     absolute: bool = True
     diagonal: bool = True
-    statistic: Literal["max", "mean"] = "max"
+    recursive: bool = True
     n_init: int = 3
 
     def __post_init__(self) -> None:
-        check_between("energy", self.energy, 0, 1, "p of the HoH threshold")
         for name in ("bins", "n_init"):
             check_integer(name, getattr(self, name), 1, "sub-clustering")
-        for name in ("absolute", "diagonal"):
+        for name in ("absolute", "diagonal", "recursive"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r} (sub-clustering)")
-        if self.statistic not in ("max", "mean"):
-            raise ConfigError(f"statistic must be 'max' or 'mean', got {self.statistic!r} (sub-clustering)")
+        if self.statistic not in STATISTICS:
+            raise unknown_name("statistic", str(self.statistic), STATISTICS)
+        ratio = self.initial_ratio
+        for share in () if ratio is None else ratio.values() if isinstance(ratio, Mapping) else (ratio,):
+            initial_clusters(share, 1)
 
     def values(self, covariance: FloatArray, members: IntArray) -> FloatArray:
         """Return the covariances between a cluster's nodes, each pair once, shape (values,)."""
-        block = covariance[np.ix_(members, members)]
+        block = self._block(covariance, members)
         offset = 0 if self.diagonal or len(members) == 1 else 1
         values: FloatArray = block[np.triu_indices(len(members), offset)]
         return np.abs(values) if self.absolute else values
 
     def variance(self, covariance: FloatArray, members: IntArray) -> float:
         """Return what of a cluster is compared with the threshold."""
+        if self.statistic == "trace":
+            return float(np.trace(self._block(covariance, members)))
         values = self.values(covariance, members)
         return float(values.max() if self.statistic == "max" else values.mean())
+
+    def threshold(self, covariance: FloatArray, clusters: Sequence[IntArray], energy: float) -> float:
+        """Return the HoH threshold of initial clusters."""
+        if self.statistic in ("dispersion", "trace"):
+            # a single node doesn't scatter about itself: it says nothing of how tight a cluster should be
+            clusters = [members for members in clusters if len(members) > 1] or clusters
+        return hoh_threshold([self.values(covariance, members) for members in clusters], energy, bins=self.bins)
+
+    def _block(self, covariance: FloatArray, members: IntArray) -> FloatArray:
+        block: FloatArray = covariance[np.ix_(members, members)]
+        if self.statistic in ("max", "mean"):
+            return block
+        # covariances of each node less the cluster's mean node
+        about: FloatArray = block - block.mean(0) - block.mean(1, keepdims=True) + block.mean()
+        return about
 
 
 @dataclass(frozen=True)
@@ -188,7 +219,8 @@ def hoh_threshold(values: Sequence[NDArray[np.float64]], energy: float, *, bins:
     >>> round(hoh_threshold([np.array([0.0, 1.0, 2.0, 10.0])], 0.5), 6)
     2.0
     """
-    Growth(energy=energy, bins=bins)
+    check_between("energy", energy, 0, 1, "p of the HoH threshold")
+    Growth(bins=bins)
     if not len(values) or any(not len(v) for v in values):
         raise DataError("a threshold needs at least one value of each of at least one cluster, got none (HoH)")
     if not all(np.isfinite(v).all() for v in values):
@@ -208,6 +240,7 @@ def grow(
     initial: int,
     growth: Growth,
     *,
+    energy: float = 0.5,
     threshold: float | None = None,
     at_least: int = 1,
     at_most: int | None = None,
@@ -224,7 +257,10 @@ def grow(
     initial : int
         Number of initial clusters, in [1, n].
     growth : Growth
-        Threshold and statistic.
+        Threshold and statistic; ``initial_ratio`` isn't used.
+    energy : float, default=0.5
+        The text's p, in (0, 1): the share of a cluster's covariances that lie below its threshold. More energy, a
+        higher threshold, fewer splits.
     threshold : float or None, default=None
         Used as it is instead of the HoH threshold.
     at_least : int, default=1
@@ -257,11 +293,11 @@ def grow(
     )
     found = [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
     if threshold is None:
-        threshold = hoh_threshold([growth.values(covariance, m) for m in found], growth.energy, bins=growth.bins)
+        threshold = growth.threshold(covariance, found, energy)
     growing = _Growing(covariance, growth)
     for members in found:
         growing.add(members, None)
-    while growing.leaves < most and (largest := growing.pop()) is not None:
+    while growing.leaves < most and (largest := growing.pop(at_least)) is not None:
         varies = growing.variances[largest]
         if growing.leaves >= at_least and (varies <= threshold or within(varies, threshold)):
             break
@@ -294,10 +330,15 @@ class _Growing:
         self._waiting.append(number)
         return number
 
-    def pop(self) -> int | None:
-        if not self._waiting:
+    def pop(self, at_least: int) -> int | None:
+        """Take the next cluster to look at; parts of split ones in a single pass only while too few stay."""
+        again = self.growth.recursive or self.leaves < at_least
+        found = [number for number in self._waiting if again or self.parents[number] is None]
+        if not found:
             return None
-        return self._waiting.pop(first_largest([self.variances[number] for number in self._waiting]))
+        number = found[first_largest([self.variances[number] for number in found])]
+        self._waiting.remove(number)
+        return number
 
     def clusters(self) -> tuple[Cluster, ...]:
         return tuple(

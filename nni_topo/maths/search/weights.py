@@ -43,9 +43,9 @@ class WeightEvolutionSettings:
     weakest_probability: float = 0.5  # chance of each of the two mutations, in [0, 1]
     random_probability: float = 0.5
     # Share of the layer's range of magnitudes, above its weakest remaining weight, in which weights go, in [0, 1].
-    weakest_rate: float = 0.01
+    weakest_rate: float = 0.1
     # Share of the remaining weights that go at random, in [0, 1]; at least one goes.
-    random_rate: float = 0.01
+    random_rate: float = 0.1
 
     def __post_init__(self) -> None:
         for name, least in (("population_size", 2), ("generations", 1), ("tournament_size", 1)):

@@ -45,7 +45,7 @@ class ClusterPruner(StructuredPruner):
         Used by ``from_compressor``.
     calibration : iterable or None, default=None
         Batches of inputs, or of ``(inputs, targets)``; labels aren't used. A list or DataLoader, not a generator.
-    algorithm : {"kmeans", "spectral", "ward", "dbscan", "gmm"}, default="kmeans"
+    algorithm : {"kmeans", "spectral", "ward", "dbscan", "gmm", "gmm_full"}, default="kmeans"
         See :func:`nni_topo.maths.clustering.partition`. Points of noise of DBSCAN stay.
     survivor : str or sequence of str, default="random"
         Which neuron of a cluster stays: ``"random"``; ``"center"``, the nearest to its mean; ``"weight"``, the largest

@@ -65,7 +65,7 @@ class GeneticWeightPruner(StructuredPruner):
         Chance of a two-point crossover, in [0, 1].
     weakest_probability, random_probability : float, default=0.5
         Chances of the two mutations, in [0, 1].
-    weakest_rate, random_rate : float, default=0.01
+    weakest_rate, random_rate : float, default=0.1
         How much they take: weights within this share of the layer's range of magnitudes above the weakest remaining
         one; this share of the remaining weights. In [0, 1].
     state : str, Path or None, default=None
@@ -127,8 +127,8 @@ class GeneticWeightPruner(StructuredPruner):
         crossover_probability: float = 0.8,
         weakest_probability: float = 0.5,
         random_probability: float = 0.5,
-        weakest_rate: float = 0.01,
-        random_rate: float = 0.01,
+        weakest_rate: float = 0.1,
+        random_rate: float = 0.1,
         state: str | Path | None = None,
         on_generation: OnGeneration | None = None,
         max_bytes: int = 2**28,

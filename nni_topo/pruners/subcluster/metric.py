@@ -14,13 +14,15 @@ from nni_topo.pruners.cluster.metric import Clusters, FeatureCloud, SurvivorMetr
 from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.units import PruningUnit
 
+_INITIAL = {"Conv": 0.35, "Linear": 0.05}
+
 
 @dataclass(kw_only=True, eq=False)
 class SubclusterMetric(SurvivorMetric):
     """As many clusters as splitting them while they vary too much leaves."""
 
-    growth: Callable[[PruningUnit, PruningContext], Growth]
-    initial: Callable[[PruningUnit, PruningContext], float]
+    growth: Growth
+    energy: Callable[[PruningUnit], float]
     # Of the latest call, by unit or, where it has several parts, ``name[part]``.
     trees: dict[str, SplitTree] = field(default_factory=dict, init=False)
 
@@ -59,8 +61,9 @@ class SubclusterMetric(SurvivorMetric):
         tree = grow(
             cloud.points,
             cloud.covariance,
-            min(living, initial_clusters(self.initial(unit, context), rows)),
-            self.growth(unit, context),
+            min(living, initial_clusters(self._initial_ratio(unit, context), rows)),
+            self.growth,
+            energy=self.energy(unit),
             threshold=unit.sparse_threshold,
             at_least=min(at_least, living),
             at_most=min(at_most, living),
@@ -68,6 +71,11 @@ class SubclusterMetric(SurvivorMetric):
         ).renamed(cloud.names)
         self.trees[unit.part_name(part)] = tree
         return tree.labels(unit.blocks)[part * rows : (part + 1) * rows]
+
+    def _initial_ratio(self, unit: PruningUnit, context: PruningContext) -> float:
+        return of_layer(
+            self.growth.initial_ratio, unit, _INITIAL["Conv" if is_convolution(unit, context) else "Linear"]
+        )
 
     def _shared_caps(
         self, clouds: dict[str, list[FeatureCloud]], found: Mapping[str, Clusters], context: PruningContext
@@ -80,6 +88,13 @@ class SubclusterMetric(SurvivorMetric):
             largest = (unit.rows - found[unit.name].rows + 0.5) / unit.rows
             bounded.append(replace(unit, max_sparse_ratio=min(largest, 1.0)))
         return context.rows(lambda unit: merging_losses(clouds[unit.name]), bounded)
+
+
+def of_layer(knob: float | Mapping[str, float] | None, unit: PruningUnit, default: float) -> float:
+    """Return a knob's value for a unit: that of its first member that is named."""
+    if isinstance(knob, Mapping):
+        return next((knob[module_name] for module_name, _ in unit.members if module_name in knob), default)
+    return default if knob is None else knob
 
 
 def is_convolution(unit: PruningUnit, context: PruningContext) -> bool:

@@ -9,15 +9,15 @@ References
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ConfigError, check_seed
-from nni_topo.maths.clustering.subclustering import Growth, SplitTree, initial_clusters
+from nni_topo.errors import ConfigError, as_settings, check_between, check_seed
+from nni_topo.maths.clustering.subclustering import Growth, SplitTree
 from nni_topo.network.inputs import checked_calibration
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.clouds.features import Pool
@@ -25,11 +25,11 @@ from nni_topo.pruners.cluster.pruner import feature_collector
 from nni_topo.pruners.cluster.survivors import Survivor, checked_rules, offsets
 from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.planner import Planner
-from nni_topo.pruners.subcluster.metric import SubclusterMetric, is_convolution
+from nni_topo.pruners.subcluster.metric import SubclusterMetric, is_convolution, of_layer
 from nni_topo.pruners.units import PruningUnit
 from nni_topo.recovery.compensation import Method
 
-_INITIAL = {"Conv": 0.35, "Linear": 0.05}
+_ENERGY = 0.5
 
 
 class SubclusterPruner(StructuredPruner):
@@ -54,24 +54,14 @@ class SubclusterPruner(StructuredPruner):
     energy : float or mapping of str to float, default=0.5
         The text's p, in (0, 1): the share of the covariances within a cluster that lies below its threshold. More
         energy, fewer splits, fewer neurons. A mapping gives it by module name; layers that aren't named have 0.5.
-    initial_ratio : float, mapping of str to float, or None, default=None
-        Share of a layer's neurons that are clusters to begin with, rounded up, in (0, 1]; also by module name. None,
-        and for layers that aren't named: 0.35 for convolutions, 0.05 for linear layers.
+    growth : Growth, mapping or None, default=None
+        :class:`~nni_topo.Growth`, or its fields: how many clusters there are to begin with, when one is split. None:
+        ``Growth()``.
     survivor : str, sequence of str, or None, default=None
         As for :class:`~nni_topo.ClusterPruner`. None: ``"bias_norm"`` for convolutions with a bias or a batch norm,
         else ``"weight"``.
     pool : {"none", "mean"} or int, default="none"
         Feature maps as they are, averaged to one value, or to so many in each direction.
-    bins : int, default=10
-        Bins of the two histograms, at least 1.
-    absolute : bool, default=True
-        Whether covariances count by their absolute values.
-    diagonal : bool, default=True
-        Whether variances are among the covariances.
-    statistic : {"max", "mean"}, default="max"
-        Which of a cluster's covariances is compared with the threshold.
-    n_init : int, default=3
-        Starts of k-means, at least 1.
     compensate, round_to
         See :class:`~nni_topo.pruners.base.StructuredPruner`; ``compensate="pair"`` takes :attr:`pairs`.
     seed : int, default=0
@@ -87,9 +77,8 @@ class SubclusterPruner(StructuredPruner):
     -----
     Neurons that are zero on all samples all go, as far as the cap lets them, unless the layer would be empty.
 
-    With the default statistic every neuron whose variance is above the threshold ends up alone: a cluster stays
-    together only if all of its neurons vary little, or if all put out the same. ``"mean"`` prunes far more at the same
-    ``energy``, about as much as the text reports.
+    Neurons that are near copies of each other stay in one cluster, however loud they are, and one of them goes. With
+    ``Growth(statistic="max")`` every neuron whose variance is above the threshold ends up alone.
 
     Every call looks at the network as it is masked by then: what went before is dead, and the threshold is that of the
     neurons that are left. So a second ``compress()``, or a schedule, may take more than one call does.
@@ -123,38 +112,31 @@ class SubclusterPruner(StructuredPruner):
         *,
         calibration: Iterable[Any] | None = None,
         energy: float | Mapping[str, float] = 0.5,
-        initial_ratio: float | Mapping[str, float] | None = None,
+        growth: Growth | Mapping[str, Any] | None = None,
         survivor: Survivor | None = None,
         pool: Pool = "none",
-        bins: int = 10,
-        absolute: bool = True,
-        diagonal: bool = True,
-        statistic: Literal["max", "mean"] = "max",
-        n_init: int = 3,
         compensate: Method | None = None,
         round_to: int | None = None,
         seed: int = 0,
     ) -> None:
-        growth = Growth(bins=bins, absolute=absolute, diagonal=diagonal, statistic=statistic, n_init=n_init)
         self.energy = energy
-        self.initial_ratio = initial_ratio
+        self.growth = as_settings(Growth, growth, "growth")
+        self.survivor = survivor
+        self.pool = pool
         self.seed = seed
         check_seed(seed, "SubclusterPruner")
-        for value in _values(energy):
-            replace(growth, energy=value)
-        for value in () if initial_ratio is None else _values(initial_ratio):
-            initial_clusters(value, 1)
+        for value in energy.values() if isinstance(energy, Mapping) else (energy,):
+            check_between("energy", value, 0, 1, "p of the HoH threshold")
         _check_names(model, energy, "energy")
-        _check_names(model, initial_ratio, "initial_ratio")
-        self._growth = growth
+        _check_names(model, self.growth.initial_ratio, "initial_ratio")
         self._rules = None if survivor is None else checked_rules(survivor)
         calibration = checked_calibration(calibration)
         self._features = feature_collector(calibration, evaluator, pool, config_list)
         self._metric = SubclusterMetric(
             collector=self._features,
             survivor=self._rules_of,
-            growth=self._growth_of,
-            initial=self._initial_of,
+            growth=self.growth,
+            energy=partial(of_layer, energy, default=_ENERGY),
             seed=seed,
         )
         super().__init__(
@@ -191,17 +173,6 @@ class SubclusterPruner(StructuredPruner):
         has_bias = is_convolution(unit, context) and offsets(unit, context, self._features.network) is not None
         return ("bias_norm",) if has_bias else ("weight",)
 
-    def _growth_of(self, unit: PruningUnit, context: PruningContext) -> Growth:
-        return replace(self._growth, energy=_of_layer(self.energy, unit, self._growth.energy))
-
-    def _initial_of(self, unit: PruningUnit, context: PruningContext) -> float:
-        default = _INITIAL["Conv" if is_convolution(unit, context) else "Linear"]
-        return _of_layer(self.initial_ratio, unit, default)
-
-
-def _values(knob: float | Mapping[str, float]) -> list[float]:
-    return list(knob.values()) if isinstance(knob, Mapping) else [knob]
-
 
 def _check_names(model: nn.Module, knob: Any, name: str) -> None:
     modules = dict(model.named_modules())
@@ -210,10 +181,3 @@ def _check_names(model: nn.Module, knob: Any, name: str) -> None:
         raise ConfigError(
             f"{name} must name modules of the model, got {', '.join(map(str, unknown))} (SubclusterPruner)"
         )
-
-
-def _of_layer(knob: float | Mapping[str, float] | None, unit: PruningUnit, default: float) -> float:
-    """Return a knob's value for a unit: that of its first member that is named."""
-    if isinstance(knob, Mapping):
-        return next((knob[module_name] for module_name, _ in unit.members if module_name in knob), default)
-    return default if knob is None else knob

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from nni_topo.clustering import Growth, grow, hoh_threshold, initial_clusters
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.maths.clustering.subclustering import STATISTICS
 
 
 def layer(nodes: int = 40, samples: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +55,7 @@ def test_growth_by_hand():
     # Two nodes that are alike and quiet, two that are loud and opposite: only the loud pair is split.
     points = np.array([[0.1, -0.1, 0.0], [0.1, -0.1, 0.05], [9.0, 8.0, 0.0], [9.0, 8.0, 3.0]])
     covariance = np.cov(points, bias=True)
-    tree = grow(points, covariance, 2, Growth(), threshold=1.0)
+    tree = grow(points, covariance, 2, Growth("max"), threshold=1.0)
     assert [tree.clusters[n].members for n in tree.initial] == [(0, 1), (2, 3)]
     assert tree.labels(4).tolist() == [0, 0, 1, 2]
     assert tree.clusters[1].children == (2, 3)
@@ -62,11 +63,57 @@ def test_growth_by_hand():
     assert tree.depth == 1
 
 
+def test_dispersion_is_the_scatter_of_the_nodes_about_their_centre():
+    points, covariance = layer(nodes=7)
+    members = np.array([1, 2, 4, 6])
+    about = points[members] - points[members].mean(0)
+    expected = np.cov(about, bias=True)
+    upper = expected[np.triu_indices(4)]
+    growth = Growth()
+    np.testing.assert_allclose(growth.values(covariance, members), np.abs(upper), atol=1e-12)
+    assert growth.variance(covariance, members) == pytest.approx(np.abs(upper).mean())
+    assert Growth("trace").variance(covariance, members) == pytest.approx(np.trace(expected))
+    assert Growth(absolute=False).variance(covariance, members) == pytest.approx(upper.mean())
+    assert growth.variance(covariance, members[:1]) == pytest.approx(0.0)
+
+
+def test_a_single_node_says_nothing_of_how_tight_a_cluster_should_be():
+    _, covariance = layer(nodes=9)
+    pairs = [np.array([0, 1, 2]), np.array([3, 4])]
+    alone = [np.array([node]) for node in range(5, 9)]
+    assert Growth().threshold(covariance, [*pairs, *alone], 0.5) == Growth().threshold(covariance, pairs, 0.5) > 0
+    assert Growth().threshold(covariance, alone, 0.5) == pytest.approx(0.0)
+
+
+def test_loud_twins_stay_together_and_strangers_do_not():
+    generator = np.random.default_rng(0)
+    signals = 10.0 * generator.normal(size=(20, 400))
+    points = np.concatenate([signals, signals + 0.01 * generator.normal(size=signals.shape)])
+    covariance = np.cov(points, bias=True)
+    together = {}
+    for statistic in STATISTICS:
+        tree = grow(points, covariance, 2, Growth(statistic), energy=0.5)
+        labels = tree.labels(40)
+        together[statistic] = int((labels[:20] == labels[20:]).sum())
+    assert together["dispersion"] == together["trace"] == 20
+    assert together["max"] < 5
+
+
+def test_a_single_pass_splits_each_initial_cluster_once_at_most():
+    points, covariance = layer(nodes=60)
+    tree = grow(points, covariance, 4, Growth("trace", recursive=False), threshold=0.0)
+    assert tree.depth == 1
+    assert len(tree.leaves) == 8
+    assert grow(points, covariance, 4, Growth("trace"), threshold=0.0).depth > 1
+    deeper = grow(points, covariance, 4, Growth("trace", recursive=False), threshold=np.inf, at_least=12)
+    assert len(deeper.leaves) == 12
+
+
 @settings(max_examples=15)
-@given(st.integers(0, 20), st.floats(0.05, 0.95), st.integers(1, 10))
-def test_no_leaf_varies_more_than_the_threshold(seed, energy, initial):
+@given(st.integers(0, 20), st.floats(0.05, 0.95), st.integers(1, 10), st.sampled_from(STATISTICS))
+def test_no_leaf_varies_more_than_the_threshold(seed, energy, initial, statistic):
     points, covariance = layer(nodes=16, seed=seed)
-    tree = grow(points, covariance, initial, Growth(energy=energy), seed=seed)
+    tree = grow(points, covariance, initial, Growth(statistic), energy=energy, seed=seed)
     for leaf in (tree.clusters[n] for n in tree.leaves):
         assert len(leaf.members) == 1 or leaf.variance <= tree.threshold
     assert all(tree.clusters[p.parent].variance > tree.threshold for p in tree.clusters if p.parent is not None)
@@ -85,11 +132,27 @@ def test_leaves_partition_the_nodes_and_children_their_parent(seed, initial):
             assert sorted(halves) == list(cluster.members)
 
 
-def test_more_energy_keeps_fewer_nodes():
-    points, covariance = layer(nodes=120)
-    kept = [len(grow(points, covariance, 6, Growth(energy=p)).leaves) for p in (0.1, 0.5, 0.8, 0.95)]
+@pytest.mark.parametrize("statistic", ["dispersion", "trace"])
+def test_more_energy_keeps_fewer_nodes_in_total(statistic):
+    # in a single layer the fullest bin of a few clusters can jump down
+    layers = [layer(nodes=60, seed=seed) for seed in range(16)]
+    kept = [
+        sum(len(grow(*each, 6, Growth(statistic), energy=p).leaves) for each in layers) for p in (0.1, 0.5, 0.8, 0.95)
+    ]
     assert kept == sorted(kept, reverse=True)
-    assert kept[0] > kept[-1]
+    assert kept[0] > 1.5 * kept[-1]
+
+
+def groups(labels):
+    return {frozenset(np.flatnonzero(labels == label)) for label in labels}
+
+
+@given(st.integers(0, 50), st.floats(0.01, 100.0), st.sampled_from(STATISTICS))
+def test_clusters_of_scaled_nodes_are_the_same(seed, factor, statistic):
+    points, covariance = layer(nodes=20, seed=seed)
+    growth = Growth(statistic)
+    scaled = grow(factor * points, factor**2 * covariance, 4, growth, seed=seed)
+    assert groups(scaled.labels(20)) == groups(grow(points, covariance, 4, growth, seed=seed).labels(20))
 
 
 def test_caps_hold_and_take_the_loudest_first():
@@ -98,7 +161,7 @@ def test_caps_hold_and_take_the_loudest_first():
     assert len(free.leaves) == 3
     forced = grow(points, covariance, 3, Growth(), threshold=np.inf, at_least=7)
     assert len(forced.leaves) == 7
-    assert forced.clusters[forced.clusters[3].parent].variance == max(c.variance for c in forced.clusters)
+    assert forced.clusters[forced.clusters[3].parent].variance == max(c.variance for c in forced.clusters[:3])
     assert len(grow(points, covariance, 9, Growth(), threshold=0.0, at_most=5).leaves) == 5
 
 
@@ -113,9 +176,9 @@ def test_a_cluster_that_varies_exactly_as_much_as_the_threshold_is_not_split():
 
 def test_clusters_above_the_threshold_are_split_beyond_the_least_number():
     points, covariance = layer()
-    free = grow(points, covariance, 2, Growth(), threshold=0.5)
+    free = grow(points, covariance, 2, Growth("max"), threshold=0.5)
     assert len(free.leaves) > 4
-    assert grow(points, covariance, 2, Growth(), threshold=0.5, at_least=3) == free
+    assert grow(points, covariance, 2, Growth("max"), threshold=0.5, at_least=3) == free
 
 
 def test_nodes_that_are_all_alike_stay_together_however_loud():
@@ -127,12 +190,12 @@ def test_nodes_that_are_all_alike_stay_together_however_loud():
 def test_the_statistic_and_the_values_follow_their_knobs():
     covariance = np.array([[2.0, -1.0], [-1.0, 4.0]])
     members = np.array([0, 1])
-    np.testing.assert_allclose(Growth().values(covariance, members), [2.0, 1.0, 4.0])
-    np.testing.assert_allclose(Growth(absolute=False).values(covariance, members), [2.0, -1.0, 4.0])
-    np.testing.assert_allclose(Growth(diagonal=False).values(covariance, members), [1.0])
-    np.testing.assert_allclose(Growth(diagonal=False).values(covariance, members[:1]), [2.0])
-    assert Growth().variance(covariance, members) == 4.0
-    assert Growth(statistic="mean").variance(covariance, members) == pytest.approx(7.0 / 3.0)
+    np.testing.assert_allclose(Growth("max").values(covariance, members), [2.0, 1.0, 4.0])
+    np.testing.assert_allclose(Growth("max", absolute=False).values(covariance, members), [2.0, -1.0, 4.0])
+    np.testing.assert_allclose(Growth("max", diagonal=False).values(covariance, members), [1.0])
+    np.testing.assert_allclose(Growth("max", diagonal=False).values(covariance, members[:1]), [2.0])
+    assert Growth("max").variance(covariance, members) == 4.0
+    assert Growth("mean").variance(covariance, members) == pytest.approx(7.0 / 3.0)
 
 
 def test_renaming_moves_members():
@@ -159,7 +222,7 @@ def test_energy_outside_its_range_is_refused(energy):
 def test_bad_requests_are_refused():
     with pytest.raises(ConfigError, match="bins must be an integer of at least 1, got 0"):
         Growth(bins=0)
-    with pytest.raises(ConfigError, match="statistic must be 'max' or 'mean'"):
+    with pytest.raises(ConfigError, match="statistic must be a known name, got 'median'"):
         Growth(statistic="median")
     with pytest.raises(ConfigError, match=r"initial_ratio must be in \(0, 1\], got 1.2"):
         initial_clusters(1.2, 10)
