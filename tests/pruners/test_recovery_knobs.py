@@ -21,7 +21,7 @@ BATCHES = list(IMAGES.split(16))
 EXTRAS = {
     "energy": {"example_inputs": IMAGES[:2], "linear": "unit-energy"},
     "cluster": {"calibration": BATCHES},
-    "subcluster": {"calibration": BATCHES, "energy": 0.95, "initial_ratio": 0.2},
+    "subcluster": {"calibration": BATCHES, "energy": 0.95, "growth": {"initial_ratio": 0.2}},
 }
 
 
