@@ -7,7 +7,8 @@ a cloud and a criterion can be combined freely. How many blocks stay is a planne
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -116,8 +117,9 @@ class PruningContext:
                 metrics.setdefault(module, {})[target] = own
         return metrics
 
-    def evaluate(self) -> Any:
-        """Return what the evaluator says of the wrapped model; a model in training is bound to it already.
+    @contextmanager
+    def bound(self) -> Iterator[Evaluator]:
+        """Bind the evaluator to the wrapped model for a while; one that trains it is bound to it already.
 
         Raises
         ------
@@ -126,13 +128,19 @@ class PruningContext:
         """
         if self.evaluator is None:
             raise ConfigError("a pruner without calibration data needs an evaluator, got neither (calibration)")
-        if getattr(self.evaluator, "model", None) is not None:
-            return self.evaluator.evaluate()
-        self.evaluator.bind_model(self.model, dict(self.parameter_names))
+        bind = getattr(self.evaluator, "model", None) is None
+        if bind:
+            self.evaluator.bind_model(self.model, dict(self.parameter_names))
         try:
-            return self.evaluator.evaluate()
+            yield self.evaluator
         finally:
-            self.evaluator.unbind_model()
+            if bind:
+                self.evaluator.unbind_model()
+
+    def evaluate(self) -> Any:
+        """Return what the evaluator says of the wrapped model; raises what :meth:`bound` does."""
+        with self.bound() as evaluator:
+            return evaluator.evaluate()
 
     def metric_shape(self, module_name: str, target_name: str) -> tuple[int, ...]:
         """Return the blocked shape of a target's metric, e.g. ``(out_channels, 1, 1, 1)``."""

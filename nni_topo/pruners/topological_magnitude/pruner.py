@@ -180,11 +180,8 @@ class TopologicalMagnitudePruner(StructuredPruner):
             )
 
         def train() -> None:
-            self.evaluator.bind_model(self.bound_model, self._get_param_names_map())
-            try:
-                self.evaluator.train(max_steps, max_epochs)
-            finally:
-                self.evaluator.unbind_model()
+            with self.context.bound() as evaluator:
+                evaluator.train(max_steps, max_epochs)
 
         self.history = prune_in_rounds(self, even_steps(self.rounds), train, rewind=self.rewind, on_round=self.on_round)
 
