@@ -7,7 +7,7 @@ a cloud and a criterion can be combined freely. How many blocks stay is a planne
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -69,7 +69,7 @@ class PruningContext:
         """The active targets, grouped by ``dependency_group_id``."""
         return pruning_units(self.target_spaces)
 
-    def rows(self, losses: Losses, units: Sequence[PruningUnit] | None = None) -> dict[str, int]:
+    def rows(self, losses: Losses) -> dict[str, int]:
         """Return how many blocks each part of each unit keeps.
 
         Parameters
@@ -77,8 +77,6 @@ class PruningContext:
         losses : callable
             Maps a unit to what its blocks are worth, float64 ``(blocks,)`` in any order; called only where layers are
             compared or have a threshold.
-        units : sequence of PruningUnit or None, default=None
-            None: all.
 
         Returns
         -------
@@ -90,7 +88,7 @@ class PruningContext:
         ConfigError
             As :meth:`Planner.rows <nni_topo.hooks.Planner.rows>` does.
         """
-        return self.planner.rows(self.units if units is None else units, losses, self.model)
+        return self.planner.rows(self.units, losses, self.model)
 
     def keep(self, kept: Mapping[str, NDArray[np.bool_]]) -> KeptSet:
         """Return the kept set of what stays of each unit, by its name: boolean ``(blocks,)``.

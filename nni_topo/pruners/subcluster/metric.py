@@ -87,7 +87,9 @@ class SubclusterMetric(SurvivorMetric):
             # Half a row more keeps int(rows * ratio) from falling short by rounding.
             largest = (unit.rows - found[unit.name].rows + 0.5) / unit.rows
             bounded.append(replace(unit, max_sparse_ratio=min(largest, 1.0)))
-        return context.rows(lambda unit: merging_losses(clouds[unit.name]), bounded)
+        # Rounded are the counts of clusters that come of it.
+        exact = replace(context.planner, round_to=None)
+        return exact.rows(bounded, lambda unit: merging_losses(clouds[unit.name]), context.model)
 
 
 def of_layer(knob: float | Mapping[str, float] | None, unit: PruningUnit, default: float) -> float:
