@@ -18,21 +18,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import t as student
 
 from nni_topo.runs.experiment.pipeline import run_trial
-from nni_topo.runs.experiment.settings import settings_from
+from nni_topo.runs.experiment.settings import TrialSettings
+from nni_topo.runs.tables import interval
 
 ROWS = ("uniform", "found")
-
-
-def interval(values: list[float]) -> str:
-    """Return the mean in percent with its 95 % interval over seeds."""
-    mean = 100 * statistics.mean(values)
-    if len(values) < 2:
-        return f"{mean:.1f}"
-    reach = student.ppf(0.975, len(values) - 1) * 100 * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:.1f} ± {reach:.1f}"
 
 
 def main() -> None:
@@ -43,7 +34,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = settings_from(json.loads((options.best / "settings.json").read_text(encoding="utf-8")))
+    found = TrialSettings(**json.loads((options.best / "settings.json").read_text(encoding="utf-8")))
     settings = {"uniform": replace(found, ratios={}), "found": found}
     metrics: dict[str, list[dict[str, Any]]] = {row: [] for row in ROWS}
     for seed in range(options.seeds):
@@ -60,12 +51,14 @@ def main() -> None:
         keys = ("flops_share", "test_accuracy_before", "accuracy_pruned", "accuracy", "test_accuracy")
         share, *accuracies = ([entry[key] for entry in entries] for key in keys)
         widths = "-".join(str(width) for width in entries[0]["widths"].values())
-        table.add_row(row, widths, f"{100 * statistics.mean(share):.2f}", *map(interval, accuracies))
+        table.add_row(
+            row, widths, f"{100 * statistics.mean(share):.2f}", *(interval(found).show(100) for found in accuracies)
+        )
     pairs = zip(metrics["found"], metrics["uniform"], strict=True)
     gains = [one["test_accuracy"] - other["test_accuracy"] for one, other in pairs]
     console = Console(width=140)
     console.print(table)
-    console.print(f"found less uniform, test accuracy by seed: {interval(gains)} points")
+    console.print(f"found less uniform, test accuracy by seed: {interval(gains).show(100)} points")
 
 
 if __name__ == "__main__":

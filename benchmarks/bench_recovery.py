@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 import nni_topo
 from nni_topo import zoo
+from nni_topo.runs.cells import shared_ratios, start_of
 from nni_topo.runs.plan import DataChoice, ModelChoice, Plan, PrunerChoice, Target
 from nni_topo.runs.records import append_record, read_records
-from nni_topo.runs.run import shared_ratios, start_of
 from nni_topo.runs.tables import interval
 from nni_topo.runs.widths import inner_layers, pruning_config
 

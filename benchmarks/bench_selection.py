@@ -23,15 +23,10 @@ import torch
 from torch.utils.data import TensorDataset
 
 from nni_topo import recalibrate_batch_norm, zoo
+from nni_topo.runs.cells import cell_facts, shared_ratios, start_of
 from nni_topo.runs.plan import Cell, DataChoice, ModelChoice, Plan, PrunerChoice, Target
 from nni_topo.runs.records import Record, append_record, provenance, read_records
-from nni_topo.runs.run import (
-    cell_facts,
-    made_dense,
-    prune_to_ratios,
-    shared_ratios,
-    start_of,
-)
+from nni_topo.runs.run import made_dense, prune_to_ratios
 from nni_topo.runs.tables import best_rival, grouped, interval, paired_difference, show_accuracies
 
 CALIBRATION = 512

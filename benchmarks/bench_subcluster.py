@@ -168,6 +168,7 @@ class Bench:
         config: list[dict[str, Any]],
         free_pairs: bool = False,
         curves: bool = False,
+        recover: bool = True,
         **knobs: Any,
     ) -> dict[str, Any]:
         began = time.perf_counter()
@@ -185,21 +186,23 @@ class Bench:
         if trees and retrain:
             draw_splits(trees).savefig(self.out / f"splits-{name}.png", dpi=110)
         own.unwrap_model()
-        pairs = None if free_pairs else getattr(own, "pairs", None)
         example = images[0][:2]
         dense = nni_topo.to_dense(model, example, masks)
-        updated = nni_topo.compensate(model, masks, images, method="pair", pairs=pairs)
-        updated = nni_topo.to_dense(updated, example, masks)
-        rebuilt = nni_topo.to_dense(nni_topo.compensate(model, masks, images), example, masks)
-        record["validation"] = zoo.evaluate(dense, TensorDataset(*bundle.validation[:2_000]))
+        nets = {"pruned": dense}
+        if recover:
+            pairs = None if free_pairs else getattr(own, "pairs", None)
+            updated = nni_topo.compensate(model, masks, images, method="pair", pairs=pairs)
+            nets["updated"] = nni_topo.to_dense(updated, example, masks)
+            nets["rebuilt"] = nni_topo.to_dense(nni_topo.compensate(model, masks, images), example, masks)
         record |= {"widths_before": layer_widths(model), "widths": layer_widths(dense)}
         record |= {"params_before": zoo.count_params(model), "params": zoo.count_params(dense)}
-        for row, net in (("pruned", dense), ("updated", updated), ("rebuilt", rebuilt)):
+        record["validation"] = zoo.evaluate(dense, TensorDataset(*bundle.validation[:2_000]))
+        for row, net in nets.items():
             record |= {row: zoo.evaluate(net, bundle.test), f"error_{row}": output_error(net, model, bundle)}
         if curves:
             record["curves"] = self.curves(name, dense, bundle, seed)
         if retrain:
-            for row, net in (("", dense), ("_updated", updated)):
+            for row, net in (("", dense), ("_updated", nets["updated"])):
                 found = epochs_back(net, bundle, self.recipe(name, True), accuracy, seed=seed)
                 record[f"epochs{row}"], record[f"retrained{row}"] = found
         record["seconds"] = time.perf_counter() - began
@@ -221,6 +224,7 @@ def subcluster(bench: Bench, part: str, name: str, seed: int, label: str, **knob
     settings = {"energy": net.energy, "growth": growth, **knobs}
     config = [{"op_names": inner_layers(model, bundle.test.tensors[0][:2])}]
     retrain = part not in ("statistics", "choice")
+    settings |= {"recover": retrain}
     bench.run(part, name, seed, label, "", retrain, pruner="subcluster", config=config, **settings)
 
 

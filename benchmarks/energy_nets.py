@@ -30,16 +30,16 @@ NETS = {
 }
 
 
-def trained(label: str, data_dir: Path, folder: Path) -> tuple[nn.Module, zoo.DataBundle]:
+def trained(label: str, data_dir: Path, folder: Path, seed: int = 0) -> tuple[nn.Module, zoo.DataBundle]:
     """Return a net with its data; it is trained if the folder has no checkpoint of it."""
     net = NETS[label]
     data = load_model_data(net.model, DataChoice("fashion-mnist", str(data_dir), net.images, TEST_IMAGES))
-    model = build_model(net.model, data, seed=0)
-    path = folder / f"{label}.pt"
+    model = build_model(net.model, data, seed)
+    path = folder / (f"{label}-{seed}.pt" if seed else f"{label}.pt")
     if path.exists():
         zoo.load_checkpoint(path, model)
     else:
-        log = zoo.train(model, data, net.recipe, seed=0)
+        log = zoo.train(model, data, net.recipe, seed=seed)
         accuracy = zoo.evaluate(model, data.test)
         zoo.save_checkpoint(path, model, {"accuracy": accuracy, "seconds": log.seconds})
         print(f"{label}: {100 * accuracy:.1f} % after {log.seconds:.0f} s", flush=True)

@@ -12,6 +12,7 @@ from nni_topo import errors, network, pruners  # noqa: E402
 from nni_topo._version import __version__  # noqa: E402
 from nni_topo.maths import clustering, signals, topology  # noqa: E402
 from nni_topo.maths.clustering.subclustering import Growth  # noqa: E402
+from nni_topo.maths.signals import Chirp  # noqa: E402
 from nni_topo.network import dependency_groups, load, masked_model, save, to_dense, zeros_held  # noqa: E402
 from nni_topo.pruners import testing  # noqa: E402
 from nni_topo.pruners.base import StructuredPruner  # noqa: E402
@@ -57,6 +58,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "Chirp",
     "ClusterPruner",
     "EnergyFilterPruner",
     "GeneticWeightPruner",

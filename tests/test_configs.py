@@ -17,8 +17,8 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.network import files as serialization
 from nni_topo.network.zeros import weights_left
 from nni_topo.runs import compare
-from nni_topo.runs.plan import CompensationChoice, DataChoice, ModelChoice, load_plan
-from nni_topo.runs.prune import load_prune_config, prune_checkpoint
+from nni_topo.runs.plan import CompensationChoice, DataChoice, ModelChoice, load_plan, load_prune_config
+from nni_topo.runs.prune import prune_checkpoint
 from nni_topo.runs.tables import markdown_report
 
 CONFIGS = Path(__file__).parent.parent / "configs"

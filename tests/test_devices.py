@@ -27,9 +27,10 @@ from nni_topo.analysis.energy.study import Quality
 from nni_topo.errors import ConfigError
 from nni_topo.maths.search.subsets import EvolutionSettings
 from nni_topo.pruners.registry import create_pruner, list_pruners, pruner_info
+from nni_topo.runs.cells import run_cell
 from nni_topo.runs.plan import Cell, CompensationChoice, DataChoice, ModelChoice, PrunerChoice, Target
 from nni_topo.runs.processes import masks_digest
-from nni_topo.runs.run import Start, resolve_device, run_cell
+from nni_topo.runs.run import Start, resolve_device
 from nni_topo.runs.scheduled import prune_on_schedule
 from nni_topo.speedup import measure_latency
 from nni_topo.testing import toy_evaluator, toy_images, toy_knobs, toy_model

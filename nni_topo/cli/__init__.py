@@ -30,8 +30,17 @@ from nni_topo.errors import ConfigError, DataError, NniTopoError
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.runs import compare
 from nni_topo.runs.demo import DEMO
-from nni_topo.runs.plan import Cell, CompensationChoice, ModelChoice, Plan, PrunerChoice, Target, load_plan
-from nni_topo.runs.prune import load_prune_config, prune_checkpoint
+from nni_topo.runs.plan import (
+    Cell,
+    CompensationChoice,
+    ModelChoice,
+    Plan,
+    PrunerChoice,
+    Target,
+    load_plan,
+    load_prune_config,
+)
+from nni_topo.runs.prune import prune_checkpoint
 from nni_topo.runs.records import read_records
 from nni_topo.runs.rivals import is_rival
 from nni_topo.runs.tables import markdown_report, plot_accuracy, plot_convergence, print_report, print_widths

@@ -14,6 +14,7 @@ from nni_topo.analysis.energy.parts import PARTS
 from nni_topo.analysis.energy.run import EnergyPlan, energy_study
 from nni_topo.analysis.energy.study import THRESHOLDS
 from nni_topo.analysis.energy.tables import print_energy
+from nni_topo.maths.signals import Chirp
 from nni_topo.runs.plan import DataChoice, ModelChoice
 
 
@@ -21,13 +22,13 @@ def add_energy_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the study's own arguments to a parser that has those of model, data and output."""
     parser.add_argument("--checkpoint", type=Path, help="state dict of the trained model; default: train it first")
     parser.add_argument("--thresholds", type=float, nargs="+", default=list(THRESHOLDS), help="energy shares")
-    parser.add_argument("--images", type=int, help="test images used (default all)")
+    parser.add_argument("--images", type=int, help="validation and test images used, of each (default all)")
     parser.add_argument("--max-drop", type=float, default=0.01, help="accuracy a layer may cost (default 0.01)")
     parser.add_argument("--parts", nargs="*", default=[], metavar="PART", help=f"further studies: {', '.join(PARTS)}")
     parser.add_argument("--layer", help="of replacement and selection; default: the costliest")
     parser.add_argument("--calibration", type=int, default=0, help="images instead of the chirp")
     parser.add_argument("--sweep", default="nyquist", help="nyquist or thesis (default nyquist)")
-    parser.add_argument("--direction", default="diagonal", help="diagonal or radial (default diagonal)")
+    parser.add_argument("--direction", default="radial", help="radial, mean or diagonal (default radial)")
     parser.add_argument("--window", default="none", help="taper of the chirp, none or hann (default none)")
     parser.add_argument("--normalization", default="area", help="none, area or layer (default area); for tied layers")
     parser.add_argument("--batch-norm", action="store_true", help="scale responses as batch norms do")
@@ -37,14 +38,10 @@ def run_energy_study(
     options: argparse.Namespace, console: Console, data_choice: Callable[[argparse.Namespace], DataChoice]
 ) -> int:
     """Run the study that arguments ask for, print it, and return 0."""
-    usual = {
-        "sweep": "nyquist",
-        "direction": "diagonal",
-        "window": "none",
-        "normalization": "area",
-        "batch_norm": False,
-    }
-    knobs = {knob: getattr(options, knob) for knob in usual}
+    usual = {"signal": {}, "normalization": "area", "batch_norm": False}
+    signal = {name: getattr(options, name) for name in ("sweep", "direction", "window")}
+    given = {"signal": {name: value for name, value in signal.items() if value != getattr(Chirp(), name)}}
+    knobs = {knob: given.get(knob, getattr(options, knob, None)) for knob in usual}
     plan = EnergyPlan(
         thresholds=options.thresholds,
         max_drop=options.max_drop,

@@ -11,8 +11,10 @@ References
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -22,7 +24,7 @@ from nni_topo.errors import ConfigError, DataError, unknown_name
 
 FloatArray: TypeAlias = NDArray[np.float64]
 Sweep = Literal["nyquist", "thesis"]
-Direction = Literal["diagonal", "radial"]
+Direction = Literal["radial", "diagonal"]
 Window = Literal["none", "hann"]
 _Value = TypeVar("_Value")
 
@@ -30,7 +32,7 @@ _ENDS: dict[str, float] = {"nyquist": 0.5, "thesis": 1.0}
 
 
 def chirp_1d(length: int, *, sweep: Sweep = "nyquist", window: Window = "none") -> FloatArray:
-    """Return a linear chirp over ``length`` samples; see :func:`chirp`.
+    """Return a linear chirp over ``length`` samples, from the first to the last; see :func:`chirp`.
 
     Parameters
     ----------
@@ -51,7 +53,7 @@ def chirp_1d(length: int, *, sweep: Sweep = "nyquist", window: Window = "none") 
     >>> chirp_1d(5).round(3)
     array([ 1.   ,  0.078, -0.951,  0.924, -0.809])
     """
-    return chirp((length,), sweep=sweep, window=window)
+    return chirp((length,), sweep=sweep, direction="diagonal", window=window)
 
 
 def chirp_2d(
@@ -59,7 +61,7 @@ def chirp_2d(
     width: int,
     *,
     sweep: Sweep = "nyquist",
-    direction: Direction = "diagonal",
+    direction: Direction = "radial",
     window: Window = "none",
 ) -> FloatArray:
     """Return a two-dimensional linear chirp; see :func:`chirp`.
@@ -70,7 +72,7 @@ def chirp_2d(
         Pixels, at least 1 each.
     sweep : {"nyquist", "thesis"}, default="nyquist"
         Range of the frequency.
-    direction : {"diagonal", "radial"}, default="diagonal"
+    direction : {"radial", "diagonal"}, default="radial"
         Along what the frequency rises.
     window : {"none", "hann"}, default="none"
         Taper.
@@ -94,7 +96,7 @@ def chirp_3d(
     width: int,
     *,
     sweep: Sweep = "nyquist",
-    direction: Direction = "diagonal",
+    direction: Direction = "radial",
     window: Window = "none",
 ) -> FloatArray:
     """Return a three-dimensional linear chirp; see :func:`chirp`.
@@ -118,7 +120,7 @@ def chirp(
     shape: Sequence[int],
     *,
     sweep: Sweep = "nyquist",
-    direction: Direction = "diagonal",
+    direction: Direction = "radial",
     window: Window = "none",
 ) -> FloatArray:
     """Return a linear chirp: a cosine whose frequency rises linearly along a coordinate.
@@ -129,9 +131,9 @@ def chirp(
         Pixels per axis, one to three axes, at least 1 each.
     sweep : {"nyquist", "thesis"}, default="nyquist"
         Range of the frequency; see :func:`sweep_range`.
-    direction : {"diagonal", "radial"}, default="diagonal"
-        ``"diagonal"``: along the diagonal from the first to the last pixel; one orientation, every frequency once.
-        ``"radial"``: with the distance from the centre, out to the corners; every orientation.
+    direction : {"radial", "diagonal"}, default="radial"
+        ``"radial"``: with the distance from the centre, out to the corners; every orientation. ``"diagonal"``: along
+        the diagonal from the first to the last pixel, as the text has it; one orientation, every frequency once.
     window : {"none", "hann"}, default="none"
         ``"hann"`` tapers every axis by a squared sine that is nowhere zero, which lowers the leakage at the ends.
 
@@ -161,6 +163,59 @@ def chirp(
     length = max(float(position.max()), 1.0)
     phase = start * position + (end - start) * position**2 / (2.0 * length)
     return np.cos(2.0 * np.pi * phase) * _checked(_WINDOWS, "window", window)(sizes)
+
+
+@dataclass(frozen=True)
+class Chirp:
+    """What is sent through a layer to measure its filters.
+
+    Attributes
+    ----------
+    direction : {"radial", "mean", "diagonal"}, default="radial"
+        ``"radial"``: one chirp of every orientation. ``"mean"``: the mean energy of chirps from every corner and along
+        every axis. ``"diagonal"``: the text's one along the diagonal, to which filters along the other are silent.
+    sweep : {"nyquist", "thesis"}, default="nyquist"
+        Whether it ends at 1/2 or at 1 cycle per pixel; see :func:`sweep_range`.
+    window : {"none", "hann"}, default="none"
+        Its taper; see :func:`chirp`.
+    channels : {"together", "separate"}, default="together"
+        Whether it enters all input channels at once, as in the text, where kernels that cancel over the channels have
+        no energy, or one after the other, whose energies add up.
+
+    Raises
+    ------
+    ConfigError
+        If a name is unknown.
+
+    Examples
+    --------
+    >>> Chirp().planes((5, 7)).shape, Chirp("mean").planes((5, 7)).shape
+    ((1, 5, 7), (8, 5, 7))
+    """
+
+    direction: Literal["radial", "mean", "diagonal"] = "radial"
+    sweep: Sweep = "nyquist"
+    window: Window = "none"
+    channels: Literal["together", "separate"] = "together"
+
+    def __post_init__(self) -> None:
+        _checked({**_POSITIONS, "mean": _from_centre}, "direction", self.direction)
+        _checked(_ENDS, "sweep", self.sweep)
+        _checked(_WINDOWS, "window", self.window)
+        _checked(dict.fromkeys(("together", "separate"), 0), "channels", self.channels)
+
+    def planes(self, shape: Sequence[int]) -> FloatArray:
+        """Return the chirps for an input of a shape, ``(planes, *shape)``."""
+        sizes = _checked_shape(shape)
+        if self.direction != "mean":
+            return chirp(sizes, sweep=self.sweep, direction=self.direction, window=self.window)[None]
+        along = chirp(sizes, sweep=self.sweep, direction="diagonal", window=self.window)
+        found = [_mirrored(along, signs) for signs in itertools.product((False, True), repeat=len(sizes))]
+        for axis, size in enumerate(sizes if len(sizes) > 1 else ()):
+            line = chirp((size,), sweep=self.sweep, direction="diagonal")
+            plane = np.moveaxis(line.reshape(-1, *[1] * (len(sizes) - 1)), 0, axis) * _WINDOWS[self.window](sizes)
+            found += [plane, np.flip(plane, axis)]
+        return np.stack(found)
 
 
 def sweep_range(shape: Sequence[int], sweep: Sweep = "nyquist") -> tuple[float, float]:
@@ -236,6 +291,10 @@ def _from_centre(shape: tuple[int, ...]) -> FloatArray:
     axes = np.meshgrid(*(np.arange(size) - (size - 1) / 2.0 for size in shape), indexing="ij")
     distance: FloatArray = np.sqrt(np.sum(np.square(axes), axis=0))
     return distance
+
+
+def _mirrored(plane: FloatArray, signs: Sequence[bool]) -> FloatArray:
+    return np.flip(plane, tuple(axis for axis, sign in enumerate(signs) if sign))
 
 
 def _flat(shape: tuple[int, ...]) -> FloatArray:

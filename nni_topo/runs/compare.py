@@ -8,17 +8,19 @@ import os
 import threading
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
 
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import check_knobs
+from nni_topo.runs.cells import run_cell
 from nni_topo.runs.plan import SCRATCH, Cell, Plan
 from nni_topo.runs.records import Record, append_record, read_records
 from nni_topo.runs.rivals import is_rival
-from nni_topo.runs.run import load_model_data, resolve_device, run_cell
+from nni_topo.runs.run import load_model_data, resolve_device
 
 # Never a plain fork: the child would inherit locks that PyTorch's threads hold. The server imports the pipeline once.
 _START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -109,37 +111,26 @@ def _check_choices(cells: list[Cell]) -> None:
 
 def _isolated(cell: Cell, out: Path) -> Record | str:
     """Run a cell in a process of its own; return its record, or the reason why there is none."""
-    context: Any = multiprocessing.get_context(_START)
+    context = multiprocessing.get_context(_START)
     if _START == "forkserver":
-        context.set_forkserver_preload(["nni_topo.runs.run"])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(cell, out, sender))
-    process.start()
-    # While this end is open here, a child that was killed would never read as the end of the pipe.
-    sender.close()
-    try:
-        # before join: a child with more to say than the pipe holds doesn't end until it is read
-        result: Record | str = receiver.recv()
-    except EOFError:
-        process.join()
-        code = process.exitcode or 0
-        result = f"killed by signal {-code} (out of memory?)" if code < 0 else f"ended with exit code {code}"
-    process.join()
-    return result
-
-
-def _child(cell: Cell, out: Path, sender: Connection) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        sender.send(run_cell(cell, out))
-    except Exception:
-        sender.send(traceback.format_exc())
+        context.set_forkserver_preload(["nni_topo.runs.cells"])
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
+        before = set(multiprocessing.active_children())
+        result = pool.submit(run_cell, cell, out)
+        (process,) = set(multiprocessing.active_children()) - before
+        try:
+            return result.result()
+        except BrokenProcessPool:
+            process.join()
+            code = process.exitcode or 0
+            return f"killed by signal {-code} (out of memory?)" if code < 0 else f"ended with exit code {code}"
+        except Exception as error:
+            return "".join(traceback.format_exception(error))
 
 
 def _end_with_parent() -> None:
     """Leave nothing running behind a parent that was killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        wait([parent.sentinel])
-        # sys.exit would end this thread alone
-        os._exit(1)
+        # sys.exit would end the thread alone
+        threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()

@@ -48,13 +48,7 @@ def recipe_evaluator(model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe,
         return cross_entropy(model(batch[0]), batch[1], label_smoothing=recipe.label_smoothing)
 
     # NNI makes it anew for the wrapped model, so the model here is the one before a pruner wraps it
-    optimizer = nni.trace(torch.optim.SGD)(
-        model.parameters(),
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.momentum > 0,
-    )
+    optimizer = nni.trace(torch.optim.SGD)(model.parameters(), **recipe.sgd())
     return TorchEvaluator(train, optimizer, training_step, evaluating_func=lambda net: zoo.evaluate(net, data.test))
 
 

@@ -1,4 +1,4 @@
-"""What a comparison runs: a plan, and the cells it is made of."""
+"""What is run: a comparison's plan and the cells it is made of, or one pruning; and both read from YAML."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 
-from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.errors import ConfigError, DataError, as_settings, unknown_name
+from nni_topo.pruners.registry import pruner_info
 from nni_topo.recovery.compensation import METHODS
 from nni_topo.zoo import Recipe, default_recipe
 
 SCRATCH = "scratch"
-_Choice = TypeVar("_Choice")
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,8 @@ class Target:
     def __post_init__(self) -> None:
         if self.kind not in ("ratio", "flops"):
             raise ConfigError(f"a target must be 'ratio' or 'flops', got {self.kind!r} (target)")
-        low, high = (0.0, 1.0)
-        inside = low <= self.value < high if self.kind == "ratio" else low < self.value <= high
-        if not inside:
-            interval = "[0, 1)" if self.kind == "ratio" else "(0, 1]"
+        interval, edge = ("[0, 1)", 0.0) if self.kind == "ratio" else ("(0, 1]", 1.0)
+        if not (0.0 < self.value < 1.0 or self.value == edge):
             raise ConfigError(f"a {self.kind} target must be in {interval}, got {self.value} (target)")
 
     @property
@@ -187,12 +185,10 @@ class Plan:
         if twice:
             raise ConfigError(f"labels of pruners must differ, got twice: {', '.join(twice)} (plan)")
 
-    def _seeds(self) -> range:
-        return range(self.first_seed, self.first_seed + self.seeds)
-
     def cells(self) -> Iterator[Cell]:
         """Yield the cells, those that share a trained model next to each other."""
-        for model, data, seed in itertools.product(self.models, self.data, self._seeds()):
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
+        for model, data, seed in itertools.product(self.models, self.data, seeds):
             default = default_recipe(model.name, data.name)
             train = changed_recipe(default, self.train)
             retrain = changed_recipe(train.for_retraining(int(self.retrain.get("epochs", 1))), self.retrain)
@@ -200,6 +196,34 @@ class Plan:
                 own = pruner.compensate
                 compensate = self.compensate if own is None else own or None
                 yield Cell(model, data, pruner, target, seed, train, retrain, self.device, compensate)
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """What a pruning configuration file says: a pruner by name, NNI's config_list, the pruner's own knobs.
+
+    Attributes
+    ----------
+    calibration : int
+        Training images (without labels) given to the pruner; 0: none.
+    dependency_groups : bool
+        Whether layers that meet in an addition are tied, so that they lose the same channels.
+    compensate : CompensationChoice or None
+        Compensation on training images without labels, for any pruner; None: none.
+    round_to : int or None
+        Layers keep a multiple of so many channels.
+    retrain : dict
+        Fields of the retraining recipe, ``epochs`` first of all; empty: no retraining.
+    """
+
+    pruner: str
+    config_list: list[dict[str, Any]]
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    calibration: int = 0
+    dependency_groups: bool = True
+    compensate: CompensationChoice | None = None
+    round_to: int | None = None
+    retrain: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -222,53 +246,46 @@ def load_plan(path: str | Path) -> Plan:
     ConfigError
         If a key is unknown or a value can't be used.
     """
-    path = Path(path)
+    content = _read(path, "a plan")
+    for name, made in {"models": ModelChoice, "data": DataChoice, "pruners": PrunerChoice, "targets": Target}.items():
+        entries = content.get(name, [])
+        entries = entries if isinstance(entries, list) else [entries]
+        content[name] = tuple(_target(entry) if made is Target else _choice(made, entry, name) for entry in entries)
+    return as_settings(Plan, content, Path(path).name)
+
+
+def load_prune_config(path: str | Path) -> PruneConfig:
+    """Read a YAML file; DataError if it can't be read, ConfigError if a key is unknown or missing."""
+    content = _read(path, "a configuration")
+    for key in ("pruner", "config_list"):
+        if key not in content:
+            found = ", ".join(map(str, content)) or "nothing"
+            raise ConfigError(f"a configuration must name {key}, got {found} ({path})")
+    pruner_info(content["pruner"])
+    return as_settings(PruneConfig, content, Path(path).name)
+
+
+def _read(path: str | Path, what: str) -> dict[str, Any]:
+    """Read a YAML file's mapping, its ``compensate`` as settings."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise DataError(f"a plan must be a readable YAML file, got: {error} ({path})") from error
+        raise DataError(f"{what} must be a readable YAML file, got: {error} ({path})") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"a plan must be a mapping, got {type(content).__name__} ({path})")
-    known = {item.name for item in fields(Plan)}
-    for key in content:
-        if key not in known:
-            raise unknown_name(f"key of {path.name}", str(key), known)
-    lists = {name: content.get(name, []) for name in ("models", "data", "pruners", "targets")}
-    entries = {name: value if isinstance(value, list) else [value] for name, value in lists.items()}
-    return Plan(
-        models=tuple(_choice(ModelChoice, entry, "models") for entry in entries["models"]),
-        data=tuple(_choice(DataChoice, entry, "data") for entry in entries["data"]),
-        pruners=tuple(_choice(PrunerChoice, entry, "pruners") for entry in entries["pruners"]),
-        targets=tuple(_target(entry) for entry in entries["targets"]),
-        compensate=compensation_choice(content.get("compensate")),
-        **{key: content[key] for key in ("seeds", "first_seed", "train", "retrain", "device") if key in content},
-    )
+        raise ConfigError(f"{what} must be a mapping, got {type(content).__name__} ({path})")
+    return _compensated(content)
 
 
-def compensation_choice(entry: Any) -> CompensationChoice | None:
-    """Return what a file's ``compensate`` says, None where it says nothing; ConfigError if a key is unknown."""
-    if entry is None or isinstance(entry, CompensationChoice):
-        return entry
-    if not isinstance(entry, dict):
-        raise ConfigError(f"an entry must be a mapping such as {{images: 1024}}, got {entry!r} (compensate)")
-    known = {item.name for item in fields(CompensationChoice)}
-    for key in entry:
-        if key not in known:
-            raise unknown_name("key of compensate", str(key), known)
-    return CompensationChoice(**entry)
+def _compensated(content: dict[str, Any], none: tuple[Any, ...] = (None,)) -> dict[str, Any]:
+    entry = content.get("compensate")
+    return content if entry in none else {**content, "compensate": as_settings(CompensationChoice, entry, "compensate")}
 
 
-def _choice(kind: type[_Choice], entry: Any, place: str) -> _Choice:
+def _choice(kind: Any, entry: Any, place: str) -> Any:
     values = {"name": entry} if isinstance(entry, str) else entry
     if not isinstance(values, dict) or "name" not in values:
         raise ConfigError(f"an entry must be a name or a mapping with a name, got {entry!r} ({place})")
-    known = {item.name for item in fields(kind)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in known:
-            raise unknown_name(f"key of {place}", str(key), known)
-    if values.get("compensate"):
-        values = {**values, "compensate": compensation_choice(values["compensate"])}
-    return kind(**values)
+    return as_settings(kind, _compensated(values, (None, False)), place)
 
 
 def _target(entry: Any) -> Target:
@@ -280,11 +297,7 @@ def _target(entry: Any) -> Target:
 
 def changed_recipe(default: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """Return a recipe with some fields replaced; an unknown field is a :class:`ConfigError`."""
-    known = {item.name for item in fields(Recipe)}
-    for key in changes:
-        if key not in known:
-            raise unknown_name("key of a recipe", str(key), known)
-    return replace(default, **changes)
+    return as_settings(Recipe, {**asdict(default), **changes}, "a recipe")
 
 
 def training_key(model: ModelChoice, data: DataChoice, recipe: Recipe, seed: int) -> str:

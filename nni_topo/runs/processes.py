@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.pruners.hooks import Masks
+from nni_topo.runs.run import on_cpu
 from nni_topo.zoo import DataBundle
 
 _Plain = TypeVar("_Plain")
@@ -78,17 +78,11 @@ def broadcast_masks(masks: Masks | None, *, source: int = 0) -> Masks:
     DataError
         If ``source`` has no masks, or they aren't equal in all processes afterwards.
     """
-    held = None if masks is None else {m: _on_cpu(found) for m, found in masks.items()}
-    held = broadcast(held, source=source)
+    held = broadcast(None if masks is None else on_cpu(masks), source=source)
     if held is None:
         raise DataError(f"the process that pruned must have masks, got None (rank {source})")
     check_equal_masks(held)
     return held
-
-
-def _on_cpu(found: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """Masks on the CPU, without the None that NNI gives for a target that isn't there."""
-    return {target: mask.cpu() for target, mask in found.items() if mask is not None}
 
 
 def check_equal_masks(masks: Masks) -> None:
@@ -106,9 +100,8 @@ def check_equal_masks(masks: Masks) -> None:
 def masks_digest(masks: Masks) -> str:
     """Return a hexadecimal SHA-256 digest of masks: names, shapes and values; masks that are None don't count."""
     digest = hashlib.sha256()
-    for module in sorted(masks):
-        for target in sorted(t for t, mask in masks[module].items() if mask is not None):
-            mask = masks[module][target].detach().cpu()
+    for module, found in sorted(on_cpu(masks).items()):
+        for target, mask in sorted(found.items()):
             digest.update(f"{module}.{target} {tuple(mask.shape)}".encode())
             # one type, so that equal masks have one digest whatever the pruner made them of
             digest.update(mask.to(torch.float32).numpy().tobytes())

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.errors import ConfigError
 from nni_topo.network import files
 from nni_topo.network.dependency import channel_flow, dependency_groups
 from nni_topo.network.inputs import call_arguments
@@ -20,67 +16,10 @@ from nni_topo.network.masks import check_masks
 from nni_topo.network.resolve import resolve_masks
 from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.hooks import Masks
-from nni_topo.pruners.registry import needs_rule, pruner_info
-from nni_topo.runs.plan import (
-    CompensationChoice,
-    DataChoice,
-    ModelChoice,
-    PrunerChoice,
-    changed_recipe,
-    compensation_choice,
-)
+from nni_topo.pruners.registry import needs_rule
+from nni_topo.runs.plan import DataChoice, ModelChoice, PruneConfig, PrunerChoice, changed_recipe
 from nni_topo.runs.records import Record, provenance
-from nni_topo.runs.run import costs, layer_widths, made_dense, on_cpu, prune, retrain, trained
-
-
-@dataclass(frozen=True)
-class PruneConfig:
-    """What a pruning configuration file says: a pruner by name, NNI's config_list, the pruner's own knobs.
-
-    Attributes
-    ----------
-    calibration : int
-        Training images (without labels) given to the pruner; 0: none.
-    dependency_groups : bool
-        Whether layers that meet in an addition are tied, so that they lose the same channels.
-    compensate : CompensationChoice or None
-        Compensation on training images without labels, for any pruner; None: none.
-    round_to : int or None
-        Layers keep a multiple of so many channels.
-    retrain : dict
-        Fields of the retraining recipe, ``epochs`` first of all; empty: no retraining.
-    """
-
-    pruner: str
-    config_list: list[dict[str, Any]]
-    knobs: Mapping[str, Any] = field(default_factory=dict)
-    calibration: int = 0
-    dependency_groups: bool = True
-    compensate: CompensationChoice | None = None
-    round_to: int | None = None
-    retrain: Mapping[str, Any] = field(default_factory=dict)
-
-
-def load_prune_config(path: str | Path) -> PruneConfig:
-    """Read a YAML file; DataError if it can't be read, ConfigError if a key is unknown or missing."""
-    path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise DataError(f"a configuration must be a readable YAML file, got: {error} ({path})") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"a configuration must be a mapping, got {type(content).__name__} ({path})")
-    known = {item.name for item in fields(PruneConfig)}
-    for key in content:
-        if key not in known:
-            raise unknown_name(f"key of {path.name}", str(key), known)
-    for key in ("pruner", "config_list"):
-        if key not in content:
-            raise ConfigError(
-                f"a configuration must name {key}, got {', '.join(map(str, content)) or 'nothing'} ({path})"
-            )
-    pruner_info(content["pruner"])
-    return PruneConfig(**{**content, "compensate": compensation_choice(content.get("compensate"))})
+from nni_topo.runs.run import costs, made_dense, on_cpu, prune, retrain, trained
 
 
 def prune_checkpoint(
@@ -117,8 +56,7 @@ def prune_checkpoint(
         "pruner": config.pruner,
         "seed": seed,
         "prune_seconds": seconds,
-        **costs(start.net, start, "_before"),
-        **costs(dense, start),
+        **costs(start, dense),
         "accuracy_before": start.accuracy,
         "accuracy_oneshot": start.tested(dense),
     }
@@ -127,7 +65,6 @@ def prune_checkpoint(
         record["accuracy_compensated"] = start.tested(dense)
         if report is not None:
             record["compensation"] = report.to_frame().replace({float("nan"): None}).to_dict("records")
-    record["widths"] = layer_widths(dense)
     if config.retrain:
         recipe = start.recipe.for_retraining(int(config.retrain.get("epochs", 1)))
         retrain(dense, start.data, changed_recipe(recipe, config.retrain), seed=seed, progress=progress)
@@ -144,6 +81,6 @@ def _rounded(net: nn.Module, example: Tensor, masks: Masks, round_to: int | None
     """Return masks by which layers keep a multiple of so many channels."""
     if round_to is None:
         return masks
-    on_device = {name: {t: mask.to(example.device) for t, mask in found.items()} for name, found in masks.items()}
     flow = channel_flow(net, call_arguments(example, net))
+    on_device = {name: {t: mask.to(example.device) for t, mask in found.items()} for name, found in masks.items()}
     return resolve_masks(net, flow, check_masks(net, on_device), round_to)

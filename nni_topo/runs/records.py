@@ -15,17 +15,7 @@ import torch
 from nni_topo.errors import DataError
 
 Record = dict[str, Any]
-_PACKAGES = (
-    "nni_topo",
-    "nni",
-    "torch",
-    "torchvision",
-    "gudhi",
-    "pyeasyga",
-    "numpy",
-    "scikit-learn",
-    "torch-pruning",
-)
+_PACKAGES = ["nni_topo", "nni", "torch", "torchvision", "gudhi", "pyeasyga", "numpy", "scikit-learn", "torch-pruning"]
 
 
 def read_records(path: Path) -> list[Record]:
@@ -46,7 +36,7 @@ def read_records(path: Path) -> list[Record]:
         except ValueError as error:
             if number < len(lines):
                 raise DataError(f"every line must be a JSON record, got: {error} ({path}:{number})") from error
-            _truncate(path, good)
+            os.truncate(path, good)
             break
         good += len(line)
     return records
@@ -63,11 +53,6 @@ def append_record(path: Path, record: Record) -> None:
 def provenance() -> Record:
     """Return versions, git revision and hardware of this process."""
     return {"versions": _versions(), "revision": _revision(), "hardware": _hardware()}
-
-
-def _truncate(path: Path, size: int) -> None:
-    with path.open("r+b") as stream:
-        stream.truncate(size)
 
 
 def _versions() -> dict[str, str]:
@@ -96,13 +81,12 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def _hardware() -> Record:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "machine": platform.machine(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 

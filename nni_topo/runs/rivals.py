@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, unknown_name
-from nni_topo.network.layers import output_channels
+from nni_topo.network.layers import output_channels, spread
 from nni_topo.pruners.hooks import Masks
 
 PREFIX = "torch-pruning"
@@ -75,8 +75,7 @@ def cut(
 
 def _layer_masks(layer: Any, kept: Tensor) -> dict[str, Tensor]:
     """Masks of a layer's weight and bias from one value per output channel."""
-    weight = kept.reshape(-1, *[1] * (layer.weight.dim() - 1)).expand_as(layer.weight)
-    return {"weight": weight.clone()} | ({} if layer.bias is None else {"bias": kept})
+    return {"weight": spread(layer, kept)} | ({} if layer.bias is None else {"bias": kept})
 
 
 def _exact(layer: nn.Module, ratio: float) -> float:

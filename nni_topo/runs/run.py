@@ -7,9 +7,6 @@ write down; each stage is one function here, and every pruner is handed the same
 from __future__ import annotations
 
 import copy
-import json
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,15 +21,16 @@ from torch.utils.data import TensorDataset
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.network.dense import to_dense
+from nni_topo.network.layers import output_channels
 from nni_topo.network.zeros import weights_left, zeros_held
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import create_pruner, pruner_info
-from nni_topo.recovery import CompensationReport, compensation, recalibrate_batch_norm
+from nni_topo.recovery import CompensationReport, compensation
 from nni_topo.runs.evaluators import recipe_evaluator
 from nni_topo.runs.plan import SCRATCH, Cell, CompensationChoice, DataChoice, ModelChoice, PrunerChoice, training_key
-from nni_topo.runs.records import Record, provenance
+from nni_topo.runs.records import Record
 from nni_topo.runs.rivals import is_rival, rival_masks
-from nni_topo.runs.widths import layer_ratios, pruning_config
+from nni_topo.runs.widths import pruning_config
 
 LATENCY_BATCH = 64
 _RECALIBRATION_IMAGES = 1024
@@ -140,21 +138,21 @@ def trained(
     net = build_model(model, bundle, seed)
     if accept is not None:
         accept(net)
+    key = training_key(model, data, recipe, seed)
+    path = folder / f"{key}.pt" if folder is not None and checkpoint is None else None
+    known: dict[str, Any] = {}
     if checkpoint is not None:
         zoo.load_checkpoint(checkpoint, net)
         zoo.check_model(net, bundle)
-        return Start(net.to(place).eval(), bundle, recipe, seed)
-    path = None if folder is None else folder / f"{training_key(model, data, recipe, seed)}.pt"
-    if path is not None and path.exists():
+    elif path is not None and path.exists():
         known = zoo.load_checkpoint(path, net)
-        return Start(net.to(place).eval(), bundle, recipe, seed, known["accuracy"], known.get("validation_accuracy"))
-    log = zoo.train(net, bundle, recipe, seed=seed, device=place, progress=progress)
-    start = Start(net.to(place).eval(), bundle, recipe, seed)
-    if path is not None:
-        facts = {"seed": seed, "seconds": log.seconds, "accuracy": start.accuracy}
-        if len(bundle.validation):
-            facts["validation_accuracy"] = start.validation_accuracy
-        zoo.save_checkpoint(path, net, facts)
+    else:
+        log = zoo.train(net, bundle, recipe, seed=seed, device=place, progress=progress)
+        known = {"seed": seed, "seconds": log.seconds}
+    start = Start(net.to(place).eval(), bundle, recipe, seed, known.get("accuracy"), known.get("validation_accuracy"))
+    if path is not None and not path.exists():
+        accuracies = {"accuracy": start.accuracy, "validation_accuracy": start.validation_accuracy}
+        zoo.save_checkpoint(path, net, {**known, **accuracies})
     return start
 
 
@@ -220,7 +218,7 @@ def prune_to_ratios(cell: Cell, start: Start, ratios: dict[str, float]) -> tuple
 
 def on_cpu(masks: Masks) -> Masks:
     """Return masks such as files hold: on the CPU, without targets that have none."""
-    return {m: {t: v.cpu() for t, v in found.items() if v is not None} for m, found in masks.items()}
+    return {m: {t: v.detach().cpu() for t, v in found.items() if v is not None} for m, found in masks.items()}
 
 
 def made_dense(
@@ -229,14 +227,8 @@ def made_dense(
     """Return the dense network, compensated if asked for, and what compensation did."""
     if compensate is None:
         return to_dense(start.net, start.example, masks), None
-    done = compensation(
-        start.net,
-        masks,
-        start.images(compensate.images),
-        method=compensate.method,
-        refine=compensate.refine,
-        progress=progress,
-    )
+    images, method = start.images(compensate.images), compensate.method
+    done = compensation(start.net, masks, images, method=method, refine=compensate.refine, progress=progress)
     return to_dense(done.model, start.example, masks), done.report
 
 
@@ -263,13 +255,14 @@ def retrain(
         return zoo.train(net if through is None else through, data, recipe, seed=seed, device=device, **knobs)
 
 
-def costs(net: nn.Module, start: Start, suffix: str = "") -> Record:
-    """Return multiply-accumulates of one image, parameters, and those that aren't zero."""
-    return {
-        f"flops{suffix}": zoo.count_macs(net, start.example),
-        f"params{suffix}": zoo.count_params(net),
-        f"weights_left{suffix}": weights_left(net),
-    }
+def costs(start: Start, dense: nn.Module) -> Record:
+    """Return multiply-accumulates of one image, parameters and those that aren't zero, before and after; widths."""
+    found: Record = {"widths": layer_widths(dense)}
+    for suffix, net in (("_before", start.net), ("", dense)):
+        found[f"flops{suffix}"] = zoo.count_macs(net, start.example)
+        found[f"params{suffix}"] = zoo.count_params(net)
+        found[f"weights_left{suffix}"] = weights_left(net)
+    return found
 
 
 def latencies(start: Start, dense: nn.Module) -> Record:
@@ -282,81 +275,10 @@ def latencies(start: Start, dense: nn.Module) -> Record:
 def layer_widths(model: nn.Module) -> dict[str, int]:
     """Return the output channels of every convolution and linear layer, by module name."""
     return {
-        name: int(module.weight.shape[0])
+        name: output_channels(module) or 0
         for name, module in model.named_modules()
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
     }
-
-
-def run_cell(cell: Cell, out: Path) -> Record:
-    """Run a cell, its trained network in the ``checkpoints`` of a comparison's folder, and return its record."""
-    began = time.perf_counter()
-    # latencies are those of one thread, whatever the machine
-    torch.set_num_threads(1)
-    start = start_of(cell, out)
-    ratios = shared_ratios(cell, start, out)
-    masks, prune_seconds = prune_to_ratios(cell, start, ratios)
-    cutting = time.perf_counter()
-    dense, _ = made_dense(start, masks)
-    # accuracies in [0, 1] on the test images, seconds, bytes; latencies are median milliseconds of a batch
-    record = {
-        **cell_facts(cell),
-        "sparse_ratios": ratios,
-        **costs(start.net, start, "_before"),
-        **costs(dense, start),
-        "widths": layer_widths(dense),
-        "accuracy_before": start.accuracy,
-        "prune_seconds": prune_seconds,
-        "speedup_seconds": time.perf_counter() - cutting,
-        **latencies(start, dense),
-    }
-    del record["weights_left_before"]
-    if cell.pruner.name == SCRATCH:
-        dense, recipe = with_new_weights(dense, cell.seed), cell.train
-    else:
-        dense, recipe = _recovered(cell, start, masks, dense, record), cell.retrain
-    if recipe.epochs:
-        curve = [start.validated(dense)] if len(start.data.validation) else []
-        log = retrain(dense, start.data, recipe, seed=cell.seed)
-        record["retrain_seconds"] = log.seconds
-        if curve:
-            record["validation_before"] = start.validation_accuracy
-            record["curve"] = [*curve, *(epoch.validation_accuracy for epoch in log.epochs)]
-        record["accuracy_retrained"] = start.tested(dense)
-    record["peak_memory_bytes"] = _peak_memory()
-    record["seconds"] = time.perf_counter() - began
-    return {**record, **provenance()}
-
-
-def start_of(cell: Cell, out: Path) -> Start:
-    """Return a cell's trained network; all cells of a model, data set, recipe and seed share it."""
-    folder = out / "checkpoints"
-    return trained(cell.model, cell.data, recipe=cell.train, folder=folder, seed=cell.seed, device=cell.device)
-
-
-def cell_facts(cell: Cell) -> Record:
-    """Return what every record says of its cell."""
-    return {
-        "key": cell.key,
-        "pruner": cell.pruner.row,
-        "pruner_name": cell.pruner.name,
-        "seed": cell.seed,
-        "model": cell.model.label,
-        "data": cell.data.name,
-        "target": cell.target.label,
-    }
-
-
-def shared_ratios(cell: Cell, start: Start, out: Path) -> dict[str, float]:
-    """Return every layer's ``sparse_ratio``; those solved for a budget are kept in ``ratios.json``."""
-    path = out / "ratios.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    # they depend on the architecture alone: all seeds and pruners share them
-    key = f"{cell.model.label}, {tuple(start.example.shape[1:])}, {cell.target.label}"
-    if key not in known:
-        known[key] = layer_ratios(start.net, start.example, cell.target)
-        path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-    return dict(known[key])
 
 
 def load_model_data(model: ModelChoice, data: DataChoice) -> zoo.DataBundle:
@@ -399,34 +321,3 @@ def resolve_device(name: str) -> torch.device:
             f"device must be cpu, cuda or auto, or another that PyTorch can use, got {name!r}: {reason} (device)"
         ) from error
     return device
-
-
-def with_new_weights(model: nn.Module, seed: int) -> nn.Module:
-    """Return a copy of a model with newly drawn weights."""
-    fresh = copy.deepcopy(model)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for module in fresh.modules():
-            reset: Any = getattr(module, "reset_parameters", None)
-            if reset is not None:
-                reset()
-    return fresh
-
-
-def _recovered(cell: Cell, start: Start, masks: Masks, dense: nn.Module, record: Record) -> nn.Module:
-    """Measure a pruned network as it is and with batch norms re-calibrated; return it, compensated if asked for."""
-    record["accuracy_oneshot"] = start.tested(dense)
-    images = start.images(_RECALIBRATION_IMAGES)
-    record["accuracy_recalibrated"] = start.tested(recalibrate_batch_norm(dense, images))
-    if cell.compensate is None:
-        return dense
-    dense, report = made_dense(start, masks, cell.compensate)
-    record["accuracy_compensated"] = start.tested(dense)
-    record["compensate_seconds"] = None if report is None else report.seconds
-    return dense
-
-
-def _peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

@@ -19,7 +19,7 @@ import nni
 from nni_topo.errors import ConfigError, NniTopoError
 from nni_topo.runs.experiment.pairing import next_parameters
 from nni_topo.runs.experiment.pipeline import reported, run_trial
-from nni_topo.runs.experiment.settings import TrialSettings, default_of, read_parameters, scalar_fields, with_parameters
+from nni_topo.runs.experiment.settings import TrialSettings, read_parameters, scalar_fields, with_parameters
 from nni_topo.runs.processes import broadcast, process_group
 from nni_topo.runs.run import resolve_device
 
@@ -90,9 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(
             f"--{item.name.replace('_', '-')}",
             type=item.metadata["kind"],
-            default=default_of(item),
+            default=item.default,
             metavar=item.metadata["kind"].__name__.upper(),
-            help=f"{item.metadata['summary']}" + ("" if default_of(item) is None else f" (default {default_of(item)})"),
+            help=item.metadata["summary"] + ("" if item.default is None else f" (default {item.default})"),
         )
     return parser
 

@@ -38,9 +38,15 @@ def layer_ratios(model: nn.Module, example_inputs: Tensor, target: Target) -> di
     if target.kind == "ratio":
         return {name: target.value for entry in config_list for name in entry["op_names"]}
     units = _units(model, config_list)
-    cost = NetworkCost(model, example_inputs)
+    left = _cost_left(units, NetworkCost(model, example_inputs))
+    least = left([unit.rows - 1 for unit in units])
+    if least > 2.0 * target.value:
+        raise ConfigError(
+            f"a flops target must be reachable, got {target.value:g} where one channel per layer leaves {least:.3g} "
+            "(target)"
+        )
     # every layer loses the same share, up to a step of rounding that is dealt such that the whole meets the budget
-    return _as_ratios(units, _solved(units, cost, target.value), config_list)
+    return _as_ratios(units, solve_uniform([unit.rows for unit in units], left, target.value), config_list)
 
 
 def proposed_ratios(
@@ -151,14 +157,3 @@ def _nearer(units: list[_Unit], removed: list[int], left: Callable[[Sequence[int
             break
         distance, best = found
     return best
-
-
-def _solved(units: list[_Unit], cost: NetworkCost, share: float) -> list[int]:
-    """Rows that each unit loses, so that the MACs left are nearest to a share of the whole."""
-    left = _cost_left(units, cost)
-    least = left([unit.rows - 1 for unit in units])
-    if least > 2.0 * share:
-        raise ConfigError(
-            f"a flops target must be reachable, got {share:g} where one channel per layer leaves {least:.3g} (target)"
-        )
-    return solve_uniform([unit.rows for unit in units], left, share)

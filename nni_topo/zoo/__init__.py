@@ -2,14 +2,15 @@
 
 from nni_topo.network.measure import count_macs, count_params, latencies, latency_ms
 from nni_topo.zoo.checkpoints import load_checkpoint, save_checkpoint
-from nni_topo.zoo.data import DataBundle, list_data, load_data
+from nni_topo.zoo.data import DataBundle, DataInfo, data_info, list_data, load_data
 from nni_topo.zoo.evaluation import check_model, evaluate, evaluate_loss, loss_and_accuracy
-from nni_topo.zoo.models import ModelInfo, create_model, list_models, model_info
-from nni_topo.zoo.recipes import Recipe, default_recipe
+from nni_topo.zoo.models import ModelInfo, create_model, default_recipe, list_models, model_info
+from nni_topo.zoo.recipes import Recipe
 from nni_topo.zoo.training import EpochLog, TrainingLog, train
 
 __all__ = [
     "DataBundle",
+    "DataInfo",
     "EpochLog",
     "ModelInfo",
     "Recipe",
@@ -18,6 +19,7 @@ __all__ = [
     "count_macs",
     "count_params",
     "create_model",
+    "data_info",
     "default_recipe",
     "evaluate",
     "evaluate_loss",

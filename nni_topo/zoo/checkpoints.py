@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,17 @@ from nni_topo.errors import DataError
 
 _FORMAT = "nni-topo checkpoint 1"
 _SHOWN = 3
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a place beside ``path``: what is written there is moved to ``path`` at the end, and removed by an error."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, meta: Mapping[str, Any]) -> None:
@@ -41,12 +53,8 @@ def save_checkpoint(path: str | Path, model: nn.Module, meta: Mapping[str, Any])
     _check_plain(dict(meta), "meta")
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with whole_file(path) as part:
         torch.save({"format": _FORMAT, "state_dict": state, "meta": dict(meta)}, part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path, model: nn.Module) -> dict[str, Any]:
@@ -97,10 +105,7 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def _state_dict(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    for key in ("state_dict", "model"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-            break
+    content = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         found = ", ".join(str(key) for key in list(content)[:_SHOWN]) or "nothing"

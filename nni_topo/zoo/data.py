@@ -1,12 +1,14 @@
 """Data sets by name, normalised, with a validation split apart from the test set.
 
 ``load_data("digits")`` needs nothing; the others read ``data_dir``, a folder or an ``.npz`` file. Nothing is
-downloaded unless asked for.
+downloaded unless asked for. A new data set is a row of the table here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,12 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.zoo.external import accepted
+from nni_topo.zoo.recipes import Recipe
 from nni_topo.zoo.sources import (
     Array,
     RawData,
     class_rank,
-    download_idx,
     read_cifar,
     read_digits,
     read_idx_folder,
@@ -27,7 +30,57 @@ from nni_topo.zoo.sources import (
     stratified_fraction,
 )
 
-_NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100")
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What is known about a data set before it is read.
+
+    Attributes
+    ----------
+    name : str
+        Name that :func:`load_data` takes.
+    description : str
+        One line about the images.
+    read : callable
+        Returns :class:`~nni_topo.zoo.sources.RawData` from those of ``folder`` (where the files lie), ``download``
+        and ``image_size`` that it accepts.
+    adapt : callable
+        Makes the recipe for these images from a net's own.
+    """
+
+    name: str
+    description: str
+    read: Callable[..., RawData] = field(repr=False)
+    adapt: Callable[[Recipe], Recipe] = field(default=lambda recipe: recipe, repr=False)
+
+    @property
+    def needs_folder(self) -> bool:
+        """Whether ``data_dir`` has to be given."""
+        return bool(accepted(self.read, {"folder": None}))
+
+
+def _few_images(recipe: Recipe) -> Recipe:
+    return replace(recipe, epochs=25, batch_size=32, lr=recipe.lr / 2.0)
+
+
+def _photographs(recipe: Recipe) -> Recipe:
+    return replace(recipe, epochs=4 * recipe.epochs, augmentation="crop-flip")
+
+
+_DIGITS = tuple("0123456789")
+_CLOTHES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+_DATA = {
+    info.name: info
+    for info in (
+        DataInfo("digits", "8x8, embedded in scikit-learn", read_digits, _few_images),
+        DataInfo("mnist", "28x28, idx files", partial(read_idx_folder, kind="MNIST", class_names=_DIGITS)),
+        DataInfo(
+            "fashion-mnist", "28x28, idx files", partial(read_idx_folder, kind="FashionMNIST", class_names=_CLOTHES)
+        ),
+        DataInfo("cifar10", "32x32 in colour", partial(read_cifar, kind="CIFAR10"), _photographs),
+        DataInfo("cifar100", "32x32 in colour", partial(read_cifar, kind="CIFAR100"), _photographs),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +121,29 @@ class DataBundle:
 
 def list_data() -> list[str]:
     """Return the names that :func:`load_data` knows, besides paths of folders and ``.npz`` files."""
-    return list(_NAMES)
+    return list(_DATA)
+
+
+def data_info(name: str) -> DataInfo:
+    """Return the record of a data set; for an ``.npz`` file or a folder, one with the little that is known.
+
+    Raises
+    ------
+    ConfigError
+        If the name is none of these.
+    DataError
+        If it is the path of a folder that isn't there.
+    """
+    if name in _DATA:
+        return _DATA[name]
+    path = Path(name)
+    if path.suffix == ".npz":
+        return DataInfo(name, ".npz file", partial(read_npz, path))
+    if path.is_dir():
+        return DataInfo(name, "folder of images", partial(_read_image_folder, path))
+    if len(path.parts) > 1:
+        raise DataError(f"an image folder must exist, got none ({path})")
+    raise unknown_name("data", name, [*_DATA, "FOLDER", "FILE.npz"])
 
 
 def load_data(
@@ -129,7 +204,14 @@ def load_data(
     (torch.Size([100, 1, 8, 8]), 355, 10)
     """
     _check_arguments(limit, validation, pad_to, image_size)
-    raw = _read(name, None if data_dir is None else Path(data_dir), image_size, download)
+    info = data_info(name)
+    if info.needs_folder:
+        if data_dir is None:
+            raise ConfigError(f"data_dir must be given for data that is read from files, got None ({name})")
+        if not download and not Path(data_dir).is_dir():
+            raise DataError(f"data_dir must be a folder that exists, got none ({data_dir})")
+    folder = None if data_dir is None else Path(data_dir)
+    raw = info.read(**accepted(info.read, {"folder": folder, "download": download, "image_size": image_size}))
     _check_raw(raw, name)
     generator = np.random.default_rng(seed)
     held_out = stratified_fraction(raw.train_labels, validation, generator)
@@ -156,33 +238,10 @@ def load_data(
     )
 
 
-def _read(name: str, data_dir: Path | None, image_size: int | None, download: bool) -> RawData:
-    if name == "digits":
-        return read_digits()
-    if name in _NAMES:
-        if data_dir is None:
-            raise ConfigError(f"data_dir must be given for data that is read from files, got None ({name})")
-        return _read_files(name, data_dir, download)
-    path = Path(name)
-    if path.suffix == ".npz":
-        return read_npz(path)
-    if path.is_dir():
-        from .image_folder import read_image_folder  # needs Pillow, which nothing else here does
+def _read_image_folder(path: Path, image_size: int | None) -> RawData:
+    from nni_topo.zoo.image_folder import read_image_folder  # torchvision is slow to import
 
-        return read_image_folder(path, image_size)
-    if len(path.parts) > 1:
-        raise DataError(f"an image folder must exist, got none ({path})")
-    raise unknown_name("data", name, [*_NAMES, "FOLDER", "FILE.npz"])
-
-
-def _read_files(name: str, data_dir: Path, download: bool) -> RawData:
-    if not download and not data_dir.is_dir():
-        raise DataError(f"data_dir must be a folder that exists, got none ({data_dir})")
-    if name in ("cifar10", "cifar100"):
-        return read_cifar(data_dir, name, download)
-    if download:
-        download_idx(data_dir, name)
-    return read_idx_folder(data_dir, name)
+    return read_image_folder(path, image_size)
 
 
 def _check_arguments(limit: int | None, validation: float, pad_to: int | None, image_size: int | None) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -66,44 +64,32 @@ def evaluate(
     DataError
         If the data set is empty or has a label that the model has no output for.
     """
-    hits = [(logits.argmax(1) == labels).sum() for logits, labels in _outputs(model, dataset, device, batch_size)]
-    return int(torch.stack(hits).sum()) / len(dataset)
+    return loss_and_accuracy(model, dataset, device=device, batch_size=batch_size)[1]
 
 
 def evaluate_loss(
     model: nn.Module, dataset: TensorDataset, *, device: str | torch.device | None = None, batch_size: int = 512
 ) -> float:
     """Return the mean cross entropy in nats; parameters and errors as for :func:`evaluate`."""
-    losses = [
-        cross_entropy(logits.float(), labels, reduction="sum").double()
-        for logits, labels in _outputs(model, dataset, device, batch_size)
-    ]
-    return float(torch.stack(losses).sum()) / len(dataset)
+    return loss_and_accuracy(model, dataset, device=device, batch_size=batch_size)[0]
 
 
 def loss_and_accuracy(
     model: nn.Module, dataset: TensorDataset, *, device: str | torch.device | None = None, batch_size: int = 512
 ) -> tuple[float, float]:
     """Return what :func:`evaluate_loss` and :func:`evaluate` do, in one pass; parameters and errors as there."""
-    loss, hits = 0.0, 0
-    for logits, labels in _outputs(model, dataset, device, batch_size):
-        loss += float(cross_entropy(logits.float(), labels, reduction="sum").double())
-        hits += int((logits.argmax(1) == labels).sum())
-    return loss / len(dataset), hits / len(dataset)
-
-
-def _outputs(
-    model: nn.Module, dataset: TensorDataset, device: str | torch.device | None, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield logits and labels, batch by batch, in evaluation mode and without gradients."""
     if len(dataset) == 0:
         raise DataError("a data set must hold at least one image to be evaluated on, got 0 (dataset)")
     device = device_of(model) if device is None else device
     model.to(device)
-    images, labels = dataset.tensors
+    totals = torch.zeros(2, dtype=torch.float64)
     with evaluation_mode(model), torch.no_grad():
-        for batch, wanted in zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True):
-            logits = model(batch.to(device))
-            if int(wanted.max()) >= logits.shape[1]:
-                raise DataError(f"labels must be below the model's {logits.shape[1]} outputs, got {int(wanted.max())}")
-            yield logits, wanted.to(device)
+        for images, labels in zip(*(torch.split(part, batch_size) for part in dataset.tensors), strict=True):
+            logits = model(images.to(device)).float()
+            if int(labels.max()) >= logits.shape[1]:
+                raise DataError(f"labels must be below the model's {logits.shape[1]} outputs, got {int(labels.max())}")
+            wanted = labels.to(device)
+            loss, hits = cross_entropy(logits, wanted, reduction="sum"), (logits.argmax(1) == wanted).sum()
+            totals += torch.stack([loss, hits]).cpu().double()
+    loss, hits = (totals / len(dataset)).tolist()
+    return loss, hits

@@ -2,25 +2,26 @@
 
 Three kinds of names: the built-in nets (:func:`list_models`), ``torchvision/NAME`` for torchvision's
 classification models, and ``package.module:factory`` for a function of one's own. All built-in nets can be
-traced by ``torch.fx``.
+traced by ``torch.fx``. A new net is a function and a row of the table here.
 """
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
 
 from nni_topo.errors import ConfigError, unknown_name
-from nni_topo.zoo.external import TORCHVISION, build_from_factory, build_torchvision, torchvision_names
+from nni_topo.zoo.data import data_info
+from nni_topo.zoo.external import TORCHVISION, accepted, build_torchvision, import_factory, torchvision_names
+from nni_topo.zoo.recipes import Recipe
 from nni_topo.zoo.resnet import resnet18, resnet20, resnet56
 from nni_topo.zoo.small import cnn12, lenet5, lenet5_like, lenet300, mnist_cnn, mnist_fcn, small_cnn
 from nni_topo.zoo.vgg import vgg11, vgg11_unpooled, vgg16, vgg16_modified
-
-Builder = Callable[[int, int, int, float], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -33,95 +34,75 @@ class ModelInfo:
         Name that :func:`create_model` takes.
     description : str
         One line about the net.
+    build : callable
+        Makes the net from those of ``num_classes``, ``in_channels``, ``image_size`` and ``width`` that it accepts.
     image_size : int
         Side in pixels of the images it was designed for.
+    epochs : int
+        Passes over the training images, see :func:`default_recipe`.
+    lr : float
+        Highest learning rate.
     pad_to : int or None
         Side to which smaller images should be padded before they are fed to the net; None where any will do.
     min_image_size : int
         Smallest side in pixels that leaves at least one position after the last pooling.
-    scalable : bool
-        Whether ``width`` may differ from 1.
     paper : str
         Where the net comes from, a link; empty for nets of this package and of the user.
     """
 
     name: str
     description: str
+    build: Callable[..., nn.Module] = field(repr=False)
     image_size: int
+    epochs: int = 10
+    lr: float = 0.05
     pad_to: int | None = None
     min_image_size: int = 1
-    scalable: bool = False
     paper: str = ""
+
+    @property
+    def scalable(self) -> bool:
+        """Whether ``width`` may differ from 1."""
+        return bool(accepted(self.build, {"width": 1.0}))
 
 
 _LENET = "https://doi.org/10.1109/5.726791"
 _VGG = "https://arxiv.org/abs/1409.1556"
-_VGG_MODIFIED = "https://doi.org/10.1109/ACPR.2015.7486599"
 _RESNET = "https://arxiv.org/abs/1512.03385"
 _SYNFLOW = "https://arxiv.org/abs/2006.05467"
+_NORMED = "convolutions with batch norm"
 
-_INFOS = (
-    ModelInfo("lenet300", "MLP with hidden layers of 300 and 100 neurons", image_size=28, paper=_LENET),
-    ModelInfo("lenet5", "conv 6, conv 16, hidden 84", image_size=32, pad_to=32, min_image_size=16, paper=_LENET),
-    ModelInfo("lenet5_like", "conv 32, conv 64, hidden 1024", image_size=28, min_image_size=4, paper=_LENET),
-    ModelInfo("mnist_fcn", "MLP with five hidden layers of 100 neurons", image_size=28, paper=_SYNFLOW),
-    ModelInfo("mnist_cnn", "conv 32, conv 32, one linear layer, no pooling", image_size=28, paper=_SYNFLOW),
-    ModelInfo("small_cnn", "conv 16, 32, 64, hidden 64, batch norm", image_size=8, min_image_size=4),
-    ModelInfo("cnn12", "4 convolutions, 3 hidden layers", image_size=32, pad_to=32, min_image_size=16),
-    ModelInfo(
-        "vgg11",
-        "8 convolutions with batch norm, two hidden layers of 1024",
-        image_size=64,
-        pad_to=32,
-        min_image_size=32,
-        scalable=True,
-        paper=_VGG,
-    ),
-    ModelInfo(
-        "vgg11_unpooled",
-        "8 convolutions with batch norm, all at full resolution",
-        image_size=32,
-        scalable=True,
-        paper=_VGG,
-    ),
-    ModelInfo(
-        "vgg16",
-        "13 convolutions with batch norm, one linear layer",
-        image_size=32,
-        pad_to=32,
-        min_image_size=32,
-        scalable=True,
-        paper=_VGG,
-    ),
-    ModelInfo(
-        "vgg16_modified",
-        "13 convolutions with batch norm, hidden 512",
-        image_size=32,
-        pad_to=32,
-        min_image_size=32,
-        scalable=True,
-        paper=_VGG_MODIFIED,
-    ),
-    ModelInfo("resnet18", "18 layers, 3x3 stem, 1x1 convolution shortcuts", 64, scalable=True, paper=_RESNET),
-    ModelInfo("resnet20", "20 layers, 1x1 convolution shortcuts", image_size=32, scalable=True, paper=_RESNET),
-    ModelInfo("resnet56", "56 layers, 1x1 convolution shortcuts", image_size=32, scalable=True, paper=_RESNET),
-)
-_MODELS = {info.name: info for info in _INFOS}
-_BUILDERS: dict[str, Builder] = {
-    "lenet300": lenet300,
-    "lenet5": lenet5,
-    "lenet5_like": lenet5_like,
-    "mnist_fcn": mnist_fcn,
-    "mnist_cnn": mnist_cnn,
-    "small_cnn": small_cnn,
-    "cnn12": cnn12,
-    "vgg11": vgg11,
-    "vgg11_unpooled": vgg11_unpooled,
-    "vgg16": vgg16,
-    "vgg16_modified": vgg16_modified,
-    "resnet18": resnet18,
-    "resnet20": resnet20,
-    "resnet56": resnet56,
+_MODELS = {
+    info.name: info
+    for info in (
+        ModelInfo("lenet300", "MLP with hidden layers of 300 and 100 neurons", lenet300, 28, 8, paper=_LENET),
+        ModelInfo("lenet5", "conv 6, conv 16, hidden 84", lenet5, 32, 8, pad_to=32, min_image_size=16, paper=_LENET),
+        ModelInfo("lenet5_like", "conv 32, 64, hidden 1024", lenet5_like, 28, 5, min_image_size=4, paper=_LENET),
+        ModelInfo("mnist_fcn", "MLP with five hidden layers of 100 neurons", mnist_fcn, 28, 8, paper=_SYNFLOW),
+        ModelInfo("mnist_cnn", "conv 32, 32, one linear layer, no pooling", mnist_cnn, 28, 5, paper=_SYNFLOW),
+        ModelInfo("small_cnn", "conv 16, 32, 64, hidden 64, batch norm", small_cnn, 8, lr=0.1, min_image_size=4),
+        ModelInfo("cnn12", "4 convolutions, 3 hidden layers", cnn12, 32, pad_to=32, min_image_size=16),
+        ModelInfo(
+            "vgg11", f"8 {_NORMED}, two hidden layers of 1024", vgg11, 64, pad_to=32, min_image_size=32, paper=_VGG
+        ),
+        ModelInfo("vgg11_unpooled", f"8 {_NORMED}, all at full resolution", vgg11_unpooled, 32, paper=_VGG),
+        ModelInfo(
+            "vgg16", f"13 {_NORMED}, one linear layer", vgg16, 32, lr=0.1, pad_to=32, min_image_size=32, paper=_VGG
+        ),
+        ModelInfo(
+            "vgg16_modified",
+            f"13 {_NORMED}, hidden 512",
+            vgg16_modified,
+            32,
+            lr=0.1,
+            pad_to=32,
+            min_image_size=32,
+            paper="https://doi.org/10.1109/ACPR.2015.7486599",
+        ),
+        ModelInfo("resnet18", "18 layers, 3x3 stem, 1x1 convolution shortcuts", resnet18, 64, paper=_RESNET),
+        ModelInfo("resnet20", "20 layers, 1x1 convolution shortcuts", resnet20, 32, 3, lr=0.2, paper=_RESNET),
+        ModelInfo("resnet56", "56 layers, 1x1 convolution shortcuts", resnet56, 32, 5, lr=0.2, paper=_RESNET),
+    )
 }
 
 
@@ -161,16 +142,16 @@ def model_info(name: str) -> ModelInfo:
     Raises
     ------
     ConfigError
-        If the name is none of these.
+        If the name is none of these, or there is no such factory.
     """
     if name in _MODELS:
         return _MODELS[name]
     if name.startswith(TORCHVISION):
         if name not in torchvision_names():
             raise unknown_name("model", name, torchvision_names())
-        return ModelInfo(name, "torchvision classification model, untrained", 224)
+        return ModelInfo(name, "torchvision classification model, untrained", partial(build_torchvision, name), 224)
     if ":" in name:
-        return ModelInfo(name, "model factory", 32, scalable=True)
+        return ModelInfo(name, "model factory", import_factory(name), 32)
     raise unknown_name("model", name, [*_MODELS, "torchvision/NAME", "package.module:factory"])
 
 
@@ -219,37 +200,48 @@ def create_model(
     266610
     """
     info = model_info(name)
-    _check_arguments(info, num_classes, in_channels, image_size, width)
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)
-        return _build(name, num_classes, in_channels, image_size, width)
-
-
-def _build(name: str, num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
-    if name in _BUILDERS:
-        return _BUILDERS[name](num_classes, in_channels, image_size, width)
-    if name.startswith(TORCHVISION):
-        return build_torchvision(name, num_classes, in_channels, image_size)
-    arguments = {
-        "num_classes": num_classes,
-        "in_channels": in_channels,
-        "image_size": image_size,
-        "width": width,
-    }
-    return build_from_factory(name, arguments)
-
-
-def _check_arguments(info: ModelInfo, num_classes: int, in_channels: int, image_size: int, width: float) -> None:
     for knob, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if value < 1:
-            raise ConfigError(f"{knob} must be at least 1, got {value} ({info.name})")
+            raise ConfigError(f"{knob} must be at least 1, got {value} ({name})")
     if image_size < info.min_image_size:
         raise ConfigError(
-            f"image_size must be at least {info.min_image_size}, got {image_size} ({info.name}); "
+            f"image_size must be at least {info.min_image_size}, got {image_size} ({name}); "
             "load_data(pad_to=...) pads small images"
         )
     if not width > 0:
-        raise ConfigError(f"width must be positive, got {width} ({info.name})")
+        raise ConfigError(f"width must be positive, got {width} ({name})")
     if width != 1.0 and not info.scalable:
-        raise ConfigError(f"width must be 1.0 for a model of fixed width, got {width} ({info.name})")
+        raise ConfigError(f"width must be 1.0 for a model that takes no width, got {width} ({name})")
+    arguments = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size, "width": width}
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        model = info.build(**accepted(info.build, arguments))
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"a model factory must return an nn.Module, got {type(model).__name__} ({name})")
+    return model
+
+
+def default_recipe(model_name: str, data_name: str) -> Recipe:
+    """Return the recipe that the benchmarks use for a net on a data set.
+
+    Parameters
+    ----------
+    model_name : str
+        As :func:`create_model` takes it; nets without a recipe of their own get a common one.
+    data_name : str
+        As :func:`~nni_topo.zoo.load_data` takes it. Digits are few, so they get 25 epochs of small batches; CIFAR
+        gets crops, flips and four times the epochs.
+
+    Returns
+    -------
+    Recipe
+
+    Notes
+    -----
+    Measured with seed 0 on one core of a processor with AVX-512 and bfloat16 instructions, test accuracy:
+    ``lenet5_like`` on Fashion-MNIST 92.0 % after 261 s; ``resnet20`` there 92.4 % after 412 s, in bfloat16
+    92.0 % after 247 s; ``small_cnn`` on digits 98.9 % after 4 s.
+    """
+    model = _MODELS.get(model_name, ModelInfo)
+    return data_info(data_name).adapt(Recipe(model.epochs, lr=model.lr))

@@ -1,10 +1,10 @@
-"""How a net is trained: frozen recipes, and which one goes with which net and data."""
+"""How a net is trained."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from nni_topo.errors import ConfigError
 
@@ -78,6 +78,11 @@ class Recipe:
                 known = ", ".join(get_args(kind))
                 raise ConfigError(f"{knob} must be one of {known}, got {getattr(self, knob)!r} (Recipe)")
 
+    def sgd(self) -> dict[str, Any]:
+        """Return the arguments of ``torch.optim.SGD`` besides the parameters."""
+        knobs = {name: getattr(self, name) for name in ("lr", "momentum", "weight_decay")}
+        return {**knobs, "nesterov": self.momentum > 0}
+
     def rate(self, progress: float) -> float:
         """Return the learning rate after a fraction ``progress`` in [0, 1] of all steps."""
         if self.schedule == "cosine":
@@ -89,49 +94,3 @@ class Recipe:
     def for_retraining(self, epochs: int) -> Recipe:
         """Return the recipe for a net already trained: ``epochs`` epochs, a fifth of ``lr``, cosine."""
         return replace(self, epochs=epochs, lr=self.lr / 5.0, schedule="cosine")
-
-
-_DEFAULT = Recipe(epochs=10)
-_RECIPES: dict[str, Recipe] = {
-    "lenet300": Recipe(epochs=8),
-    "lenet5": Recipe(epochs=8),
-    "lenet5_like": Recipe(epochs=5),
-    "mnist_fcn": Recipe(epochs=8),
-    "mnist_cnn": Recipe(epochs=5),
-    "small_cnn": Recipe(epochs=10, lr=0.1),
-    "vgg16": Recipe(epochs=10, lr=0.1),
-    "vgg16_modified": Recipe(epochs=10, lr=0.1),
-    "cnn12": Recipe(epochs=10),
-    "resnet20": Recipe(epochs=3, lr=0.2),
-    "resnet56": Recipe(epochs=5, lr=0.2),
-}
-
-
-def default_recipe(model_name: str, data_name: str) -> Recipe:
-    """Return the recipe that the benchmarks use for a net on a data set.
-
-    Parameters
-    ----------
-    model_name : str
-        As :func:`~nni_topo.zoo.models.create_model` takes it; nets without a recipe of their own get a common
-        one.
-    data_name : str
-        As :func:`~nni_topo.zoo.data.load_data` takes it. Digits are few, so they get 25 epochs of small
-        batches; CIFAR gets crops, flips and four times the epochs.
-
-    Returns
-    -------
-    Recipe
-
-    Notes
-    -----
-    Measured with seed 0 on one core of a processor with AVX-512 and bfloat16 instructions, test accuracy:
-    ``lenet5_like`` on Fashion-MNIST 92.0 % after 261 s; ``resnet20`` there 92.4 % after 412 s, in bfloat16
-    92.0 % after 247 s; ``small_cnn`` on digits 98.9 % after 4 s.
-    """
-    recipe = _RECIPES.get(model_name, _DEFAULT)
-    if data_name == "digits":
-        return replace(recipe, epochs=25, batch_size=32, lr=recipe.lr / 2.0)
-    if data_name in ("cifar10", "cifar100"):
-        return replace(recipe, epochs=4 * recipe.epochs, augmentation="crop-flip")
-    return recipe

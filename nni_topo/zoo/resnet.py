@@ -73,21 +73,18 @@ class SmallImageResNet(nn.Module):
         return logits
 
 
-def resnet20(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+def resnet20(num_classes: int, in_channels: int, width: float) -> nn.Module:
     """Build the 20-layer ResNet: three blocks a stage."""
-    del image_size
     return SmallImageResNet(3, num_classes, in_channels, width)
 
 
-def resnet56(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+def resnet56(num_classes: int, in_channels: int, width: float) -> nn.Module:
     """Build the 56-layer ResNet: nine blocks a stage."""
-    del image_size
     return SmallImageResNet(9, num_classes, in_channels, width)
 
 
-def resnet18(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+def resnet18(num_classes: int, in_channels: int, width: float) -> nn.Module:
     """Build the 18-layer ResNet with its first convolution and without its pooling for small images."""
-    del image_size
     return SmallImageResNet(2, num_classes, in_channels, width, (64, 128, 256, 512))
 
 

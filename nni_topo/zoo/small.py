@@ -7,10 +7,16 @@ traces them. ReLUs are not in place: hooks see a layer's output as the layer lef
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+
+
+def named(**layers: nn.Module) -> nn.Sequential:
+    """Chain layers under their names."""
+    return nn.Sequential(OrderedDict(layers))
 
 
 class ConvNet(nn.Module):
@@ -31,95 +37,64 @@ class Mlp(nn.Sequential):
     """Fully connected layers with ReLUs in between, on flattened images; sizes from the input's to the output's."""
 
     def __init__(self, *sizes: int) -> None:
-        layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+        layers: dict[str, nn.Module] = {"flatten": nn.Flatten()}
         for index, (inputs, outputs) in enumerate(pairwise(sizes), start=1):
             layers[f"fc{index}"] = nn.Linear(inputs, outputs)
             layers[f"relu{index}"] = nn.ReLU()
         del layers[f"relu{len(sizes) - 1}"]
-        super().__init__(layers)
+        super().__init__(OrderedDict(layers))
 
 
-def lenet300(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+def lenet300(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
     """Build LeNet-300-100: two hidden layers of 300 and 100 neurons."""
-    del width
     return Mlp(in_channels * image_size**2, 300, 100, num_classes)
 
 
-def mnist_fcn(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+def mnist_fcn(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
     """Build the fully connected net of the pruning literature: five hidden layers of 100 neurons."""
-    del width
     return Mlp(in_channels * image_size**2, 100, 100, 100, 100, 100, num_classes)
 
 
-def mnist_cnn(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+def mnist_cnn(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
     """Build the convolutional net that goes with it: two padded 3x3 convolutions of 32 filters, no pooling."""
-    del width
-    features = OrderedDict[str, nn.Module](
-        conv1=nn.Conv2d(in_channels, 32, 3, padding=1),
-        relu1=nn.ReLU(),
-        conv2=nn.Conv2d(32, 32, 3, padding=1),
-        relu2=nn.ReLU(),
-    )
-    head = OrderedDict[str, nn.Module](fc1=nn.Linear(32 * image_size**2, num_classes))
-    return ConvNet(nn.Sequential(features), nn.Sequential(head))
+    first, second = nn.Conv2d(in_channels, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
+    features = named(conv1=first, relu1=nn.ReLU(), conv2=second, relu2=nn.ReLU())
+    return ConvNet(features, named(fc1=nn.Linear(32 * image_size**2, num_classes)))
 
 
-def lenet5(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+def lenet5(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
     """Build LeNet-5 in the 6-16-84 form: unpadded 5x5 convolutions, average pooling, one hidden layer."""
-    del width
     side = ((image_size - 4) // 2 - 4) // 2
-    features = OrderedDict[str, nn.Module](
-        conv1=nn.Conv2d(in_channels, 6, 5),
-        relu1=nn.ReLU(),
-        pool1=nn.AvgPool2d(2),
-        conv2=nn.Conv2d(6, 16, 5),
-        relu2=nn.ReLU(),
-        pool2=nn.AvgPool2d(2),
-    )
-    return ConvNet(nn.Sequential(features), _classifier(16 * side**2, 84, num_classes))
+    features = _lenet(in_channels, (6, 16), nn.AvgPool2d, padding=0)
+    return ConvNet(features, _classifier(16 * side**2, 84, num_classes))
 
 
-def lenet5_like(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+def lenet5_like(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
     """Build the wider LeNet-5: padded 5x5 convolutions of 32 and 64 filters, 1024 hidden neurons."""
-    del width
-    features = OrderedDict[str, nn.Module](
-        conv1=nn.Conv2d(in_channels, 32, 5, padding=2),
-        relu1=nn.ReLU(),
-        pool1=nn.MaxPool2d(2),
-        conv2=nn.Conv2d(32, 64, 5, padding=2),
-        relu2=nn.ReLU(),
-        pool2=nn.MaxPool2d(2),
-    )
-    return ConvNet(nn.Sequential(features), _classifier(64 * (image_size // 4) ** 2, 1024, num_classes))
+    features = _lenet(in_channels, (32, 64), nn.MaxPool2d, padding=2)
+    return ConvNet(features, _classifier(64 * (image_size // 4) ** 2, 1024, num_classes))
 
 
-def small_cnn(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+def small_cnn(num_classes: int, in_channels: int) -> nn.Module:
     """Build three 3x3 convolutions of 16, 32 and 64 filters with batch norm, and 64 hidden neurons."""
-    del image_size, width
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for index, (inputs, outputs) in enumerate(pairwise((in_channels, 16, 32, 64)), start=1):
-        layers[f"conv{index}"] = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-        layers[f"norm{index}"] = nn.BatchNorm2d(outputs)
-        layers[f"relu{index}"] = nn.ReLU()
-        layers[f"pool{index}"] = nn.MaxPool2d(2)
+    features, channels = convolutions(in_channels, ((16,), (32,), (64,)), bias=False)
     # Averaged to 2x2, so that the number of parameters doesn't depend on the image size.
-    layers["pool3"] = nn.AdaptiveAvgPool2d(2)
-    return ConvNet(nn.Sequential(layers), _classifier(64 * 4, 64, num_classes))
+    features.pool3 = nn.AdaptiveAvgPool2d(2)
+    return ConvNet(features, _classifier(4 * channels, 64, num_classes))
 
 
-def cnn12(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+def cnn12(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
     """Build the 12-layer CNN: convolution, ReLU, pooling, batch norm four times, then three hidden layers."""
     # Kernels are 3x3, 3x3, 5x5 and 5x5; every hidden layer goes through ReLU, dropout and batch norm. The dropout rate
     # isn't stated in the source; it is 0.25 here.
-    del width
-    features: OrderedDict[str, nn.Module] = OrderedDict()
+    features: dict[str, nn.Module] = {}
     widths = (in_channels, 64, 128, 256, 512)
     for index, ((inputs, outputs), kernel) in enumerate(zip(pairwise(widths), (3, 3, 5, 5), strict=True), start=1):
         features[f"conv{index}"] = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
         features[f"relu{index}"] = nn.ReLU()
         features[f"pool{index}"] = nn.MaxPool2d(2)
         features[f"norm{index}"] = nn.BatchNorm2d(outputs)
-    head: OrderedDict[str, nn.Module] = OrderedDict()
+    head: dict[str, nn.Module] = {}
     hidden = (512 * (image_size // 16) ** 2, 128, 256, 512)
     for index, (inputs, outputs) in enumerate(pairwise(hidden), start=1):
         head[f"fc{index}"] = nn.Linear(inputs, outputs)
@@ -127,12 +102,36 @@ def cnn12(num_classes: int, in_channels: int, image_size: int, width: float) -> 
         head[f"dropout{index}"] = nn.Dropout(0.25)
         head[f"norm{index}"] = nn.BatchNorm1d(outputs)
     head["fc4"] = nn.Linear(512, num_classes)
-    return ConvNet(nn.Sequential(features), nn.Sequential(head))
+    return ConvNet(named(**features), named(**head))
+
+
+def convolutions(
+    in_channels: int, stages: Sequence[Sequence[int]], *, bias: bool, pooled: bool = True
+) -> tuple[nn.Sequential, int]:
+    """Chain 3x3 convolutions with batch norm in stages, each ended by 2x2 max pooling; the channels they end with."""
+    layers: dict[str, nn.Module] = {}
+    inputs, index = in_channels, 0
+    for stage, widths in enumerate(stages, start=1):
+        for outputs in widths:
+            index += 1
+            layers[f"conv{index}"] = nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
+            layers[f"norm{index}"] = nn.BatchNorm2d(outputs)
+            layers[f"relu{index}"] = nn.ReLU()
+            inputs = outputs
+        if pooled:
+            layers[f"pool{stage}"] = nn.MaxPool2d(2)
+    return named(**layers), inputs
+
+
+def _lenet(in_channels: int, widths: Sequence[int], pool: type[nn.Module], padding: int) -> nn.Sequential:
+    """Chain 5x5 convolutions, each with a ReLU and 2x2 pooling."""
+    layers: dict[str, nn.Module] = {}
+    for index, (inputs, outputs) in enumerate(pairwise((in_channels, *widths)), start=1):
+        layers[f"conv{index}"] = nn.Conv2d(inputs, outputs, 5, padding=padding)
+        layers |= {f"relu{index}": nn.ReLU(), f"pool{index}": pool(2)}
+    return named(**layers)
 
 
 def _classifier(inputs: int, hidden: int, num_classes: int) -> nn.Sequential:
     """Chain one hidden layer with a ReLU and the logits."""
-    layers = OrderedDict[str, nn.Module](
-        fc1=nn.Linear(inputs, hidden), relu1=nn.ReLU(), fc2=nn.Linear(hidden, num_classes)
-    )
-    return nn.Sequential(layers)
+    return named(fc1=nn.Linear(inputs, hidden), relu1=nn.ReLU(), fc2=nn.Linear(hidden, num_classes))

@@ -15,18 +15,6 @@ from nni_topo.zoo.idx import find_idx, read_idx
 
 Array = npt.NDArray[Any]
 
-_FASHION = (
-    "t-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
-)
 _NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 _DIGITS_SPLIT_SEED = 1797
 
@@ -51,37 +39,32 @@ def read_digits() -> RawData:
     return split_off_test(pictures, labels.astype(np.int64), tuple("0123456789"), _DIGITS_SPLIT_SEED)
 
 
-def read_idx_folder(folder: Path, name: str) -> RawData:
-    """Read the four idx files of ``mnist`` or ``fashion-mnist``; DataError if one is missing or damaged."""
-    parts = {}
-    for part, prefix in (("train", "train"), ("test", "t10k")):
+def read_idx_folder(folder: Path, download: bool, *, kind: str, class_names: tuple[str, ...]) -> RawData:
+    """Read the four idx files of torchvision's data set ``kind``; DataError if one is missing or damaged."""
+    if download:
+        from torchvision import datasets  # slow to import
+
+        getattr(datasets, kind)(folder, download=True)
+    parts = []
+    for prefix in ("train", "t10k"):
         images = read_idx(find_idx(folder, f"{prefix}-images-idx3-ubyte"), 3)
         labels = read_idx(find_idx(folder, f"{prefix}-labels-idx1-ubyte"), 1)
-        parts[part] = (images[:, None], labels.astype(np.int64))
-    class_names = _FASHION if name == "fashion-mnist" else tuple("0123456789")
-    return RawData(*parts["train"], *parts["test"], class_names)
+        parts.append((images[:, None], labels.astype(np.int64)))
+    return RawData(*parts[0], *parts[1], class_names)
 
 
-def read_cifar(folder: Path, name: str, download: bool) -> RawData:
-    """Read ``cifar10`` or ``cifar100`` through torchvision, which checks MD5 sums; DataError if missing or damaged."""
-    from torchvision import datasets  # optional and slow to import
+def read_cifar(folder: Path, download: bool, *, kind: str) -> RawData:
+    """Read torchvision's ``CIFAR10`` or ``CIFAR100``, with its MD5 sums; DataError if missing or damaged."""
+    from torchvision import datasets  # slow to import
 
-    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     try:
-        train = kind(folder, train=True, download=download)
-        test = kind(folder, train=False, download=download)
+        train, test = (getattr(datasets, kind)(folder, train=train, download=download) for train in (True, False))
     except RuntimeError as error:
-        raise DataError(f"{name} must be in the folder, got: {error} ({folder}); download=True fetches it") from error
+        raise DataError(
+            f"{kind.lower()} must be in the folder, got: {error} ({folder}); download=True fetches it"
+        ) from error
     parts = [(part.data.transpose(0, 3, 1, 2), np.asarray(part.targets, dtype=np.int64)) for part in (train, test)]
     return RawData(*parts[0], *parts[1], tuple(train.classes))
-
-
-def download_idx(folder: Path, name: str) -> None:
-    """Let torchvision fetch the idx files that the folder lacks."""
-    from torchvision import datasets  # optional and slow to import
-
-    kind = datasets.FashionMNIST if name == "fashion-mnist" else datasets.MNIST
-    kind(folder, download=True)
 
 
 def read_npz(path: Path) -> RawData:

@@ -7,6 +7,7 @@ dropout) comes from one seed; the global generators are left as they were.
 from __future__ import annotations
 
 import math
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,12 +21,14 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.modes import device_of
+from nni_topo.zoo.checkpoints import whole_file
 from nni_topo.zoo.data import DataBundle
 from nni_topo.zoo.evaluation import check_model, evaluate
 from nni_topo.zoo.recipes import Recipe
-from nni_topo.zoo.resuming import load_training, save_training
+
+_FORMAT = "nni-topo training 2"
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,11 @@ def train(
     device = device_of(model) if device is None else torch.device(device)
     check_model(model.to(device), data)
     path = None if state is None else Path(state)
-    with _seeded(seed, device), _channels_last(model), _progress_bar(progress) as bar:
+    with (
+        _seeded(seed, device),
+        _channels_last(model),
+        Progress(console=Console(stderr=True), disable=not progress) as bar,
+    ):
         task = bar.add_task("training", total=recipe.epochs)
         trainer = _Trainer(model, data, recipe, seed, device)
         logs = [] if path is None else trainer.resume(path)
@@ -154,27 +161,42 @@ class _Trainer:
         self.images, self.labels = (tensor.to(device) for tensor in data.train.tensors)
         self.black = -torch.tensor(data.mean) / torch.tensor(data.std)
         self.generator = torch.Generator().manual_seed(seed)
-        self.optimizer = torch.optim.SGD(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            nesterov=recipe.momentum > 0,
-        )
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.SGD(learning, **recipe.sgd())
         self.batches = math.ceil(len(self.labels) / recipe.batch_size)
 
     def resume(self, path: Path) -> list[EpochLog]:
         """Go on from a file of :meth:`keep`, if there is one; return the logs of the epochs behind."""
-        progress = load_training(path, self.model, self.optimizer, self.generator)
-        for key, value in self.kind.items() if progress else ():
-            if progress[key] != value:
-                raise ConfigError(f"a training must go on with {key} {progress[key]}, got {value} ({path})")
-        return [EpochLog(**log) for log in progress.get("logs", ())]
+        if not path.exists():
+            return []
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if state["format"] != _FORMAT:
+                raise KeyError(state["format"])
+            self.model.load_state_dict(state["model"])
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"a training's state must be a whole file of this model, got: {reason} ({path})") from error
+        for key, value in self.kind.items():
+            if state["kind"][key] != value:
+                raise ConfigError(f"a training must go on with {key} {state['kind'][key]}, got {value} ({path})")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generators"][0].byte())
+        torch.set_rng_state(state["generators"][1].byte())
+        return [EpochLog(**log) for log in state["logs"]]
 
     def keep(self, path: Path, logs: list[EpochLog]) -> None:
-        """Write the state after an epoch."""
-        progress = {**self.kind, "logs": [asdict(log) for log in logs]}
-        save_training(path, self.model, self.optimizer, self.generator, progress)
+        """Write what lasts between epochs; the file appears whole or not at all."""
+        state = {
+            "format": _FORMAT,
+            "kind": self.kind,
+            "logs": [asdict(log) for log in logs],
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generators": [self.generator.get_state(), torch.get_rng_state()],
+        }
+        with whole_file(path) as part:
+            torch.save(state, part)
 
     def run_epoch(self, epoch: int) -> EpochLog:
         """Go once through the training images, then look at the validation images."""
@@ -250,7 +272,3 @@ def _channels_last(model: nn.Module) -> Iterator[None]:
     finally:
         model.to(memory_format=torch.contiguous_format)
         model.eval()
-
-
-def _progress_bar(shown: bool) -> Progress:
-    return Progress(console=Console(stderr=True), disable=not shown)

@@ -10,7 +10,7 @@ from nni_topo.analysis.magnitude.storage import stored_bytes, with_sparse_linear
 from nni_topo.analysis.magnitude.study import MagnitudePlan
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError
-from nni_topo.runs.prune import load_prune_config
+from nni_topo.runs.plan import load_prune_config
 
 SMALL = ["--model", "lenet300", "--limit", "200", "--images", "100"]
 

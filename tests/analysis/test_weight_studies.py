@@ -12,8 +12,8 @@ from nni_topo.analysis import connectivity, neural_persistence
 from nni_topo.analysis.weights import compression_study
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError
-from nni_topo.runs.plan import DataChoice, ModelChoice
-from nni_topo.runs.prune import load_prune_config, prune_checkpoint
+from nni_topo.runs.plan import DataChoice, ModelChoice, load_prune_config
+from nni_topo.runs.prune import prune_checkpoint
 
 COMPRESSION = ["analyze", "compression", "--model"]
 

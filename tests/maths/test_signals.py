@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.maths.signals import chirp, chirp_1d, chirp_2d, chirp_3d, signal_energy, sweep_range
+from nni_topo.maths.signals import Chirp, chirp, chirp_1d, chirp_2d, chirp_3d, signal_energy, sweep_range
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
 KNOBS = {
@@ -43,7 +43,7 @@ def test_parseval(shape, sweep, direction, window):
 
 
 def test_named_dimensions_are_the_general_chirp():
-    assert np.array_equal(chirp_1d(7), chirp((7,)))
+    assert np.array_equal(chirp_1d(7), chirp((7,), direction="diagonal"))
     assert np.array_equal(chirp_2d(5, 7, direction="radial"), chirp((5, 7), direction="radial"))
     assert np.array_equal(chirp_3d(3, 5, 7, window="hann"), chirp((3, 5, 7), window="hann"))
     assert chirp_2d(1, 1).item() == 1.0
@@ -66,7 +66,7 @@ def test_the_upper_half_of_the_text_sweep_folds_back(center):
 
 def test_a_diagonal_chirp_has_one_orientation_and_the_whole_band():
     size = 128
-    power = np.abs(np.fft.fft2(chirp_2d(size, size, window="hann"))) ** 2
+    power = np.abs(np.fft.fft2(chirp_2d(size, size, direction="diagonal", window="hann"))) ** 2
     rows, columns = np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size), indexing="ij")
     along = np.abs(rows + columns) / np.sqrt(2)
     across = np.abs(rows - columns) / np.sqrt(2)
@@ -90,7 +90,34 @@ def test_a_radial_chirp_has_every_orientation():
 
 
 def test_a_diagonal_chirp_mirrors_with_its_shape():
-    np.testing.assert_allclose(chirp_2d(6, 11), chirp_2d(11, 6).T, atol=1e-12)
+    one, other = chirp_2d(6, 11, direction="diagonal"), chirp_2d(11, 6, direction="diagonal")
+    np.testing.assert_allclose(one, other.T, atol=1e-12)
+
+
+@given(shape=SIZES, sweep=KNOBS["sweep"], window=KNOBS["window"], direction=st.sampled_from(["radial", "mean"]))
+@settings(max_examples=60)
+def test_the_planes_of_a_chirp_without_a_preferred_direction_are_closed_under_mirrors(shape, sweep, window, direction):
+    planes = Chirp(direction, sweep, window).planes(shape)
+    assert planes.shape[1:] == shape
+
+    def ordered(found):
+        return sorted(found.reshape(len(found), -1).round(9).tolist())
+
+    for axis in range(len(shape)):
+        np.testing.assert_allclose(ordered(np.flip(planes, axis + 1)), ordered(planes), atol=1e-8)
+    turned = Chirp(direction, sweep, window).planes(shape[::-1])
+    np.testing.assert_allclose(ordered(planes.transpose(0, *range(len(shape), 0, -1))), ordered(turned), atol=1e-8)
+
+
+def test_the_texts_chirp_is_one_plane():
+    assert np.array_equal(Chirp("diagonal").planes((4, 6)), chirp((4, 6), direction="diagonal")[None])
+    assert np.array_equal(Chirp().planes((4, 6)), chirp((4, 6), direction="radial")[None])
+
+
+def test_a_chirp_by_an_unknown_name_is_refused():
+    for knobs in ({"direction": "diagonl"}, {"sweep": "thesi"}, {"window": "han"}, {"channels": "separat"}):
+        with pytest.raises(ConfigError, match="did you mean"):
+            Chirp(**knobs)
 
 
 def test_the_window_tapers_and_never_vanishes():

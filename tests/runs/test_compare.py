@@ -100,6 +100,27 @@ def test_a_failing_cell_is_reported_and_the_others_run(tmp_path):
     assert failures[0].cell.pruner.name == "reconstruction"
 
 
+DYING = """
+import os, signal
+
+def killed(num_classes):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def leaving(num_classes):
+    os._exit(3)
+"""
+
+
+def test_a_process_that_dies_is_reported_with_its_signal_or_code(tmp_path, monkeypatch):
+    (tmp_path / "dying_nets_for_tests.py").write_text(DYING)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = [f"dying_nets_for_tests:{name}" for name in ("killed", "leaving")]
+    both = Plan(**{**plan("l1").__dict__, "models": tuple(map(ModelChoice, names))})
+    records, failures = compare(both, tmp_path / "out")
+    assert records == []
+    assert [failure.reason for failure in failures] == ["killed by signal 9 (out of memory?)", "ended with exit code 3"]
+
+
 def test_a_folder_of_another_comparison_is_refused(tmp_path):
     compare(plan("l1"), tmp_path, isolate=False)
     with pytest.raises(ConfigError, match=r"1 records of another one, e\.g\. small_cnn, digits, l1, ratio 0\.5"):
@@ -150,7 +171,9 @@ def test_killed_in_the_middle_and_repeated_it_ends_with_the_same_table(tmp_path)
     (tmp_path / "tests_plan.py").write_text(Path(__file__).read_text())
     (tmp_path / "run.py").write_text(SCRIPT)
     out = tmp_path / "killed"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    # the package under test first, wherever another one is installed
+    paths = [str(tmp_path), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, str(tmp_path / "run.py"), str(out)]
     process = subprocess.Popen(command, env=environment)
     deadline = time.monotonic() + 300

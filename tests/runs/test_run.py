@@ -18,7 +18,8 @@ from nni_topo.cli import main
 from nni_topo.pruners.registry import _TABLE, PrunerInfo, register_pruner
 from nni_topo.runs import DataChoice, ModelChoice, Plan, PrunerChoice, Target, compare
 from nni_topo.runs.experiment import TrialSettings, run_trial
-from nni_topo.runs.prune import PruneConfig, prune_checkpoint
+from nni_topo.runs.plan import PruneConfig
+from nni_topo.runs.prune import prune_checkpoint
 from nni_topo.runs.run import STILL, Start, prune, trained
 from nni_topo.runs.scheduled import prune_on_schedule
 

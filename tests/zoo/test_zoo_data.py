@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.zoo import list_data, load_data
+from nni_topo.zoo import data_info, list_data, load_data
 from nni_topo.zoo.sources import class_rank, stratified_fraction
 
 
@@ -153,3 +153,17 @@ def test_data_from_files_needs_a_folder_that_exists(name: str, tmp_path) -> None
         load_data(name)
     with pytest.raises(DataError, match=r"data_dir must be a folder that exists, got none .*absent"):
         load_data(name, tmp_path / "absent")
+
+
+@pytest.mark.parametrize("name", list_data())
+def test_every_data_set_has_a_record(name: str) -> None:
+    info = data_info(name)
+    assert (info.name, info.needs_folder) == (name, name != "digits")
+    assert info.description
+
+
+def test_paths_have_records_that_need_no_folder(npz_file, tmp_path) -> None:
+    for path in (npz_file(), tmp_path):
+        assert (data_info(str(path)).name, data_info(str(path)).needs_folder) == (str(path), False)
+    with pytest.raises(DataError, match=r"an image folder must exist, got none .*absent"):
+        data_info(str(tmp_path / "absent"))

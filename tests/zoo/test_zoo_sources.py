@@ -196,8 +196,9 @@ def test_image_folder_with_train_and_test(tmp_path: Path) -> None:
 def test_image_folder_of_classes_alone_splits_a_test_off(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_images(tmp_path / name, 10, mode="L")
+    (tmp_path / ".hidden").mkdir()
     data, other = (load_data(str(tmp_path), seed=seed) for seed in (0, 1))
-    assert data.in_channels == 1
+    assert (data.in_channels, data.class_names) == (1, ("a", "b"))
     assert torch.bincount(data.test.tensors[1]).tolist() == [2, 2]
     assert torch.equal(data.test.tensors[0], other.test.tensors[0])
 
@@ -217,7 +218,7 @@ def test_image_folder_can_be_scaled(tmp_path: Path) -> None:
 
 
 def test_bad_image_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="one folder per class, got none"):
+    with pytest.raises(DataError, match=r"one folder per class .*got: Couldn't find any class folder"):
         load_data(str(tmp_path))
     write_images(tmp_path / "train" / "a", 2)
     with pytest.raises(DataError, match="a folder test or val, got none"):
@@ -226,7 +227,7 @@ def test_bad_image_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"test classes must be training classes, got b \(.*val\)"):
         load_data(str(tmp_path))
     (tmp_path / "train" / "b").mkdir()
-    with pytest.raises(DataError, match=r"at least one image, got none \(.*b\)"):
+    with pytest.raises(DataError, match=r"at least one image, got: .* b\. .*\(.*train\)"):
         load_data(str(tmp_path))
     with pytest.raises(DataError, match=r"an image folder must exist, got none \(.*absent\)"):
         load_data(str(tmp_path / "absent"))

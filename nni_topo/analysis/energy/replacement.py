@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nni_topo.analysis.energy.study import Evaluate, Quality
 from nni_topo.errors import ConfigError, unknown_name
-from nni_topo.maths.signals import chirp
+from nni_topo.maths.signals import Chirp
 from nni_topo.maths.ties import first_smallest
 from nni_topo.network.reference import masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
@@ -125,7 +125,7 @@ def study_replacement(
     if not bool(weak.any()) or getattr(module, "groups", 1) != 1:
         raise ConfigError(f"a layer without groups must have filters to replace, got {int(weak.sum())} ({layer})")
     surgeon = _Surgeon(model, layer, weak, torch.Generator().manual_seed(seed))
-    plane = torch.from_numpy(chirp(input_sizes(model, [layer], example_inputs)[layer]))
+    plane = torch.from_numpy(Chirp().planes(input_sizes(model, [layer], example_inputs)[layer]))
     found = {}
     for kind in kinds:
         if kind == "evolved":

@@ -5,11 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
 from nni_topo.analysis.energy.dropout import with_dropout
@@ -75,14 +77,17 @@ def energy_study(
     if plan.calibration:
         knobs |= {"collector": "data", "calibration": start.images(plan.calibration)}
 
-    def evaluate(candidate: nn.Module) -> Quality:
-        return Quality(*zoo.loss_and_accuracy(candidate, start.data.test, device=next(candidate.parameters()).device))
+    def quality(candidate: nn.Module, images: TensorDataset) -> Quality:
+        return Quality(*zoo.loss_and_accuracy(candidate, images, device=next(candidate.parameters()).device))
 
+    # layers, thresholds and all parts are judged on validation images; the test images see what was chosen
+    validation = TensorDataset(*start.data.validation[: data.test_limit])
+    evaluate = partial(quality, images=validation)
     study = study_energy(net, layers, example, evaluate, thresholds=plan.thresholds, **knobs)
     thresholds = study.suggestion(plan.max_drop)
     more: Record = {"model": model.label, "data": data.name, "seed": seed}
     if thresholds:
-        more["suggested"] = _suggested(study, thresholds, net, example, evaluate)
+        more["suggested"] = _suggested(study, thresholds, net, example, partial(quality, images=start.data.test))
     files = save_energy_study(study, out, more)
     subject = Subject(start, study, evaluate, knobs, plan.layer, Path(out))
     for part in plan.parts:  # minutes each: what is known is on the disk before the next one begins
@@ -97,13 +102,14 @@ def energy_study(
 
 
 def _suggested(study: EnergyStudy, thresholds: dict[str, float], net: nn.Module, example: Any, evaluate: Any) -> Record:
-    """Try the suggestion, all layers at once."""
+    """Try the suggestion, all layers at once, on the test images."""
     masks: Masks = {}
     for name, threshold in thresholds.items():
         masks |= masks_of([name], study.masks[threshold])
     dense = to_dense(net, example, masks)
     share = count_macs(dense, example[:1]) / count_macs(net, example[:1])
-    return {"thresholds": thresholds, "macs": share, "quality": evaluate(dense)._asdict()}
+    before = evaluate(net)._asdict()
+    return {"thresholds": thresholds, "macs": share, "quality": evaluate(dense)._asdict(), "quality_before": before}
 
 
 def _prune_command(model: ModelChoice, checkpoint: str | Path | None, data: DataChoice) -> str:
@@ -132,11 +138,12 @@ def _write_suggestion(path: Path, record: Record, plan: EnergyPlan, command: str
     knobs = {**plan.knobs, **({"collector": "data"} if plan.calibration else {})}
     content |= {"knobs": knobs} if knobs else {}
     content |= {"calibration": plan.calibration} if plan.calibration else {}
-    accuracy, macs = 100.0 * record["suggested"]["quality"]["accuracy"], 100.0 * record["suggested"]["macs"]
+    found = record["suggested"]
+    before, accuracy = (100.0 * found[key]["accuracy"] for key in ("quality_before", "quality"))
     comment = (
         f"# {record['model']} on {record['data']}: per layer the highest energy threshold that, alone, costs at most "
-        f"{100.0 * plan.max_drop:g} points.\n"
-        f"# All at once, without retraining: {accuracy:.1f} % at {macs:.1f} % of the MACs.\n"
+        f"{100.0 * plan.max_drop:g} points\n# on validation images. All at once, without retraining, on test images: "
+        f"{accuracy:.1f} % ({before:.1f} % before) at {100.0 * found['macs']:.1f} % of the MACs.\n"
         f"#   {command} --config {path.name} --out DIR\n\n"
     )
     path.write_text(comment + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")

@@ -27,9 +27,10 @@ from nni_topo.errors import ConfigError
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import create_pruner
 from nni_topo.pruners.rounds import Round, prune_in_rounds
+from nni_topo.runs.cells import start_of
 from nni_topo.runs.plan import Cell, PrunerChoice
 from nni_topo.runs.records import Record, append_record, provenance, read_records
-from nni_topo.runs.run import Start, build_model, pruner_knobs, start_of
+from nni_topo.runs.run import Start, build_model, pruner_knobs
 
 METHODS = {
     "IMP": PrunerChoice("level", "IMP"),

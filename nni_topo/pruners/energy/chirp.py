@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.errors import ConfigError, DataError, as_settings, unknown_name
 from nni_topo.maths import signals
 from nni_topo.network.dependency import channel_flow
 from nni_topo.network.inputs import call_arguments
@@ -98,19 +99,14 @@ class ChirpEnergyCollector(EnergyCollector):
         self,
         example_inputs: Any,
         *,
-        sweep: signals.Sweep = "nyquist",
-        direction: signals.Direction = "diagonal",
-        window: signals.Window = "none",
+        signal: signals.Chirp | Mapping[str, Any] | None = None,
         normalization: Normalization = "area",
         batch_norm: bool = False,
         bias: bool = True,
         linear: Linear = "refuse",
     ) -> None:
-        signals.chirp((1,), sweep=sweep, direction=direction, window=window)
         super().__init__(example_inputs, normalization=normalization, batch_norm=batch_norm, bias=bias, linear=linear)
-        self.sweep = sweep
-        self.direction = direction
-        self.window = window
+        self.signal = as_settings(signals.Chirp, signal, "signal")
         self._sizes: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
@@ -134,12 +130,10 @@ class ChirpEnergyCollector(EnergyCollector):
                     # No plane can enter: the expected energy of the output for uncorrelated inputs of energy 1 each.
                     found[name] = weight.double().pow(2).sum(1) + (0.0 if bias is None else bias.double().pow(2)), 1
                     continue
-                plane = torch.from_numpy(self._chirp(self._sizes[module]))
-                found[name] = chirp_response_energy(module, weight, bias, plane)
+                planes = torch.from_numpy(self.signal.planes(self._sizes[module]))
+                separate = self.signal.channels == "separate"
+                found[name] = chirp_response_energy(module, weight, bias, planes, separate=separate)
         return found
-
-    def _chirp(self, size: tuple[int, ...]) -> signals.FloatArray:
-        return signals.chirp(size, sweep=self.sweep, direction=self.direction, window=self.window)
 
 
 def check_layer(name: str, module: nn.Module, linear: Linear = "refuse") -> None:

@@ -11,7 +11,7 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -81,12 +81,9 @@ class EnergyFilterPruner(StructuredPruner):
         Whose responses are measured: those to a chirp, or to calibration data.
     calibration : iterable or None, default=None
         Batches of inputs, or of ``(inputs, targets)``, for ``collector="data"`` and ``compensate``; labels aren't used.
-    sweep : {"nyquist", "thesis"}, default="nyquist"
-        Whether the chirp ends at 1/2 or at 1 cycle per pixel; see :func:`~nni_topo.signals.sweep_range`.
-    direction : {"diagonal", "radial"}, default="diagonal"
-        Along what its frequency rises; see :func:`~nni_topo.signals.chirp`.
-    window : {"none", "hann"}, default="none"
-        Its taper.
+    signal : Chirp, mapping or None, default=None
+        :class:`~nni_topo.Chirp`, or its fields: direction, sweep and taper of the chirp, and whether it enters all
+        input channels at once. None: ``Chirp()``.
     normalization : {"none", "area", "layer"}, default="area"
         How the members of a dependency group weigh: by the sum of their energies, per position, or the same each.
     batch_norm : bool, default=False
@@ -142,9 +139,7 @@ class EnergyFilterPruner(StructuredPruner):
         example_inputs: Any = None,
         collector: Literal["chirp", "data"] | EnergyCollector = "chirp",
         calibration: Iterable[Any] | None = None,
-        sweep: signals.Sweep = "nyquist",
-        direction: signals.Direction = "diagonal",
-        window: signals.Window = "none",
+        signal: signals.Chirp | Mapping[str, Any] | None = None,
         normalization: Normalization = "area",
         batch_norm: bool = False,
         bias: bool = True,
@@ -157,9 +152,7 @@ class EnergyFilterPruner(StructuredPruner):
         if isinstance(collector, EnergyCollector):
             chosen: EnergyCollector = collector
         elif collector == "chirp":
-            chosen = ChirpEnergyCollector(
-                example_inputs, sweep=sweep, direction=direction, window=window, linear=linear, **shared
-            )
+            chosen = ChirpEnergyCollector(example_inputs, signal=signal, linear=linear, **shared)
         elif collector == "data":
             if calibration is None and evaluator is None:
                 raise ConfigError("collector 'data' needs calibration data or an evaluator, got neither (calibration)")

@@ -53,29 +53,44 @@ def input_sizes(model: nn.Module, names: Sequence[str], example_inputs: Any) -> 
     return sizes
 
 
-def chirp_response_energy(module: nn.Module, weight: Tensor, bias: Tensor | None, plane: Tensor) -> tuple[Tensor, int]:
-    """Return each filter's mean squared response, float64 ``(out,)``, to a plane in all channels, and the positions."""
+def chirp_response_energy(
+    module: nn.Module, weight: Tensor, bias: Tensor | None, planes: Tensor, *, separate: bool = False
+) -> tuple[Tensor, int]:
+    """Return each filter's mean squared response, float64 ``(out,)``, to planes ``(n, ...)``, and the positions.
+
+    Each plane enters all input channels at once, or, ``separate``, one after the other: then their energies add up.
+    """
+    found = [_plane_energy(module, weight, bias, plane, separate) for plane in planes]
+    return torch.stack([energy for energy, _ in found]).mean(0), found[0][1]
+
+
+def _plane_energy(
+    module: nn.Module, weight: Tensor, bias: Tensor | None, plane: Tensor, separate: bool
+) -> tuple[Tensor, int]:
+    every = _kernels(module, weight)
     # With x in every input channel, sum_c(w_c * x) is sum_c(w_c) * x: one channel's cost, whatever the layer's width.
-    kernels = _summed_kernels(module, weight)
-    offset = kernels.new_zeros(len(kernels)) if bias is None else bias.double()
+    kernels = (every.flatten(0, 1) if separate else every.sum(1))[:, None]
+    constant = every.new_zeros(len(every)) if bias is None else bias.double()
+    offset = kernels.new_zeros(len(kernels)) if separate else constant
     planes = plane.to(kernels.device)[None, None]
     positions = _respond(module, kernels[:1], planes)[0, 0].numel()
     turn = max(1, _MOST_VALUES // max(positions, plane.numel()))
-    energies = [
-        (_respond(module, part, planes)[0].flatten(1) + shift[:, None]).pow(2).mean(1)
-        for part, shift in zip(kernels.split(turn), offset.split(turn), strict=True)
-    ]
-    return torch.cat(energies), positions
+    energies = torch.cat(
+        [
+            (_respond(module, part, planes)[0].flatten(1) + shift[:, None]).pow(2).mean(1)
+            for part, shift in zip(kernels.split(turn), offset.split(turn), strict=True)
+        ]
+    )
+    return (energies.reshape(len(every), -1).sum(1) + constant.pow(2) if separate else energies), positions
 
 
-def _summed_kernels(module: nn.Module, weight: Tensor) -> Tensor:
-    """Sum each filter's kernels over its input channels: shape ``(out_channels, 1, *kernel)``, float64."""
-    # Groups need no care here: each filter holds the kernels of those channels alone that it reads.
+def _kernels(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return each filter's kernels for the input channels that it reads: ``(out, in / groups, *kernel)``, float64."""
     if not isinstance(module, TRANSPOSED):
-        return weight.sum(1, keepdim=True, dtype=torch.float64)
-    # ``(in, out / groups, ...)``: the input channels are summed within each group, outputs follow group by group.
-    kernels: Tensor = weight.unflatten(0, (int(module.groups), -1)).sum(1, dtype=torch.float64)
-    return kernels.flatten(0, 1)[:, None]
+        return weight.double()
+    # ``(in, out / groups, ...)``: outputs follow group by group.
+    kernels: Tensor = weight.double().unflatten(0, (int(module.groups), -1)).transpose(1, 2).flatten(0, 1)
+    return kernels
 
 
 def _respond(module: Any, kernels: Tensor, planes: Tensor) -> Tensor:

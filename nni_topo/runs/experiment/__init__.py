@@ -4,7 +4,7 @@ from nni_topo.runs.experiment.manager import follow, load_experiment, opened, st
 from nni_topo.runs.experiment.pairing import next_parameters
 from nni_topo.runs.experiment.pipeline import reported, run_trial
 from nni_topo.runs.experiment.results import export_trial
-from nni_topo.runs.experiment.settings import TrialSettings, read_parameters, settings_from, with_parameters
+from nni_topo.runs.experiment.settings import TrialSettings, read_parameters, with_parameters
 from nni_topo.runs.experiment.trials import TrialRecord, best_trial, read_trials
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "read_trials",
     "reported",
     "run_trial",
-    "settings_from",
     "start_experiment",
     "with_parameters",
 ]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.zoo.checkpoints import whole_file
 
 MIN_FREE_BYTES = 16 * 2**20
 _LOCK = ".lock"
@@ -72,18 +73,14 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` fill a file beside ``path``, and move it there when it is whole; DataError if the disk is full."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with disk_errors(path.parent):
+        with disk_errors(path.parent), whole_file(path) as part:
             write(part)
-            part.replace(path)
     except (RuntimeError, DataError) as error:
         # torch.save says what a full disk did to its archive, not that the disk is full
         if shutil.disk_usage(path.parent).free >= MIN_FREE_BYTES:
             raise
         raise DataError(f"an output folder needs free disk, got none left ({path})") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -197,10 +197,7 @@ def opened(experiment_id: str | None, port: int | None) -> Iterator[Experiment]:
         If there is no such experiment.
     """
     nni.silence_stdout()
-    if port is not None:
-        yield _connected(port)
-        return
-    entry = _registered(experiment_id)
+    entry: dict[str, Any] = {"status": "RUNNING", "port": port} if port is not None else _registered(experiment_id)
     if entry["status"] != "STOPPED":
         yield _connected(int(entry["port"]))
         return

@@ -171,14 +171,7 @@ class _Trial:
     def _facts(self, dense: nn.Module) -> Record:
         """Return what retraining doesn't change, and the accuracy before it."""
         settings = self.settings
-        before = costs(self.start.net, self.start, "_before")
-        facts: Record = {
-            "accuracy_pruned": zoo.evaluate(dense, self.start.data.validation, device=self.start.device),
-            "flops_before": before["flops_before"],
-            "params_before": before["params_before"],
-            **costs(dense, self.start),
-            "widths": layer_widths(dense),
-        }
+        facts: Record = {"accuracy_pruned": self.start.validated(dense), **costs(self.start, dense)}
         facts["flops_share"] = facts["flops"] / facts["flops_before"]
         facts["price"] = settings.flops_weight * facts["flops_share"]
         if settings.latency_weight:
@@ -219,14 +212,12 @@ class _Trial:
 
     def finish(self, dense: nn.Module, masks: Masks, facts: Record, seconds: float) -> Record:
         """Measure the net and write what the trial leaves behind."""
-        accuracy = facts["accuracy_pruned"]
-        if self.cell.retrain.epochs:
-            accuracy = zoo.evaluate(dense, self.start.data.validation, device=self.start.device)
+        accuracy = self.start.validated(dense) if self.cell.retrain.epochs else facts["accuracy_pruned"]
         metrics: Record = {
             **facts,
             "score": _result(accuracy, facts)["default"],
             "accuracy": accuracy,
-            "test_accuracy": zoo.evaluate(dense, self.start.data.test, device=self.start.device),
+            "test_accuracy": self.start.tested(dense),
             "test_accuracy_before": self.start.accuracy,
             "seconds": seconds,
             "settings": self.settings.to_dict(),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
-from nni_topo.pruners.registry import check_knobs, pruner_info
+from nni_topo.pruners.registry import check_knobs
 from nni_topo.runs.plan import (
     Cell,
     CompensationChoice,
@@ -107,13 +107,10 @@ class TrialSettings:
         default = default_recipe(self.model, self.data)
         train = default if self.train_epochs is None else changed_recipe(default, {"epochs": self.train_epochs})
         retrain = train.for_retraining(self.retrain_epochs)
-        knobs = dict(self.knobs)
-        if "seed" in pruner_info(self.pruner).knobs():
-            knobs.setdefault("seed", self.seed)
         return Cell(
             model=ModelChoice(self.model, self.width),
             data=DataChoice(self.data, self.data_dir, self.limit),
-            pruner=PrunerChoice(self.pruner, knobs=knobs, calibration=self.calibration),
+            pruner=PrunerChoice(self.pruner, knobs=self.knobs, calibration=self.calibration),
             target=Target("ratio", self.ratio) if self.flops is None else Target("flops", self.flops),
             seed=self.seed,
             train=train,
@@ -187,16 +184,6 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"parameters must be a JSON object, got {type(content).__name__} ({path})")
     return content
-
-
-def settings_from(values: Mapping[str, Any]) -> TrialSettings:
-    """Return settings from the values of :meth:`TrialSettings.to_dict`."""
-    return TrialSettings(**dict(values))
-
-
-def default_of(item: Field[Any]) -> Any:
-    """Return a field's default value."""
-    return None if item.default is MISSING else item.default
 
 
 def _typed(name: str, value: Any, kind: type, *, optional: bool = False) -> Any:

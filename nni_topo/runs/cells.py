@@ -1,0 +1,122 @@
+"""One cell of a comparison: its stages in turn, and the record of what was measured."""
+
+from __future__ import annotations
+
+import copy
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nni_topo.pruners.hooks import Masks
+from nni_topo.recovery import recalibrate_batch_norm
+from nni_topo.runs.plan import SCRATCH, Cell
+from nni_topo.runs.records import Record, provenance
+from nni_topo.runs.run import Start, costs, latencies, made_dense, prune_to_ratios, retrain, trained
+from nni_topo.runs.widths import layer_ratios
+
+_RECALIBRATION_IMAGES = 1024
+
+
+def run_cell(cell: Cell, out: Path) -> Record:
+    """Run a cell, its trained network in the ``checkpoints`` of a comparison's folder, and return its record."""
+    began = time.perf_counter()
+    # latencies are those of one thread, whatever the machine
+    torch.set_num_threads(1)
+    start = start_of(cell, out)
+    ratios = shared_ratios(cell, start, out)
+    masks, prune_seconds = prune_to_ratios(cell, start, ratios)
+    cutting = time.perf_counter()
+    dense, _ = made_dense(start, masks)
+    # accuracies in [0, 1] on the test images, seconds, bytes; latencies are median milliseconds of a batch
+    record = {
+        **cell_facts(cell),
+        "sparse_ratios": ratios,
+        **costs(start, dense),
+        "accuracy_before": start.accuracy,
+        "prune_seconds": prune_seconds,
+        "speedup_seconds": time.perf_counter() - cutting,
+        **latencies(start, dense),
+    }
+    if cell.pruner.name == SCRATCH:
+        dense, recipe = with_new_weights(dense, cell.seed), cell.train
+    else:
+        dense, recipe = _recovered(cell, start, masks, dense, record), cell.retrain
+    if recipe.epochs:
+        curve = [start.validated(dense)] if len(start.data.validation) else []
+        log = retrain(dense, start.data, recipe, seed=cell.seed)
+        record["retrain_seconds"] = log.seconds
+        if curve:
+            record["validation_before"] = start.validation_accuracy
+            record["curve"] = [*curve, *(epoch.validation_accuracy for epoch in log.epochs)]
+        record["accuracy_retrained"] = start.tested(dense)
+    record["peak_memory_bytes"] = _peak_memory()
+    record["seconds"] = time.perf_counter() - began
+    return {**record, **provenance()}
+
+
+def start_of(cell: Cell, out: Path) -> Start:
+    """Return a cell's trained network; all cells of a model, data set, recipe and seed share it."""
+    folder = out / "checkpoints"
+    return trained(cell.model, cell.data, recipe=cell.train, folder=folder, seed=cell.seed, device=cell.device)
+
+
+def cell_facts(cell: Cell) -> Record:
+    """Return what every record says of its cell."""
+    return {
+        "key": cell.key,
+        "pruner": cell.pruner.row,
+        "pruner_name": cell.pruner.name,
+        "seed": cell.seed,
+        "model": cell.model.label,
+        "data": cell.data.name,
+        "target": cell.target.label,
+    }
+
+
+def shared_ratios(cell: Cell, start: Start, out: Path) -> dict[str, float]:
+    """Return every layer's ``sparse_ratio``; those solved for a budget are kept in ``ratios.json``."""
+    path = out / "ratios.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    # they depend on the architecture alone: all seeds and pruners share them
+    key = f"{cell.model.label}, {tuple(start.example.shape[1:])}, {cell.target.label}"
+    if key not in known:
+        known[key] = layer_ratios(start.net, start.example, cell.target)
+        path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    return dict(known[key])
+
+
+def with_new_weights(model: nn.Module, seed: int) -> nn.Module:
+    """Return a copy of a model with newly drawn weights."""
+    fresh = copy.deepcopy(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for module in fresh.modules():
+            reset: Any = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+    return fresh
+
+
+def _recovered(cell: Cell, start: Start, masks: Masks, dense: nn.Module, record: Record) -> nn.Module:
+    """Measure a pruned network as it is and with batch norms re-calibrated; return it, compensated if asked for."""
+    record["accuracy_oneshot"] = start.tested(dense)
+    images = start.images(_RECALIBRATION_IMAGES)
+    record["accuracy_recalibrated"] = start.tested(recalibrate_batch_norm(dense, images))
+    if cell.compensate is None:
+        return dense
+    dense, report = made_dense(start, masks, cell.compensate)
+    record["accuracy_compensated"] = start.tested(dense)
+    record["compensate_seconds"] = None if report is None else report.seconds
+    return dense
+
+
+def _peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
