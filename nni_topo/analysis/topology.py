@@ -136,7 +136,7 @@ def study_topology(
     data = pruner._collect_data()
     masks = pruner._generate_sparsity(pruner._calculate_metrics(data))
     layers = []
-    for unit in pruner._context().units:
+    for unit in pruner.context.units:
         points = np.concatenate([data[module][target].numpy() for module, target in unit.members], axis=1)
         module_name, target_name = unit.members[0]
         mask = masks[module_name][target_name]

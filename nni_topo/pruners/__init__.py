@@ -1,6 +1,6 @@
 """NNI pruners, each under its registry name, and the parts that they are made of: collectors, metrics, allocators."""
 
-from nni_topo.pruners.allocators import ConfigAllocator, NNIAllocator, keep_highest, profile
+from nni_topo.pruners.allocators import ConfigAllocator, NNIAllocator, keep_highest
 from nni_topo.pruners.clouds import CLOUDS, make_collector
 from nni_topo.pruners.clouds.coupled import CoupledWeightCollector
 from nni_topo.pruners.clouds.features import FeatureCollector
@@ -11,6 +11,7 @@ from nni_topo.pruners.clouds.weight import ActivationCollector, WeightCollector
 from nni_topo.pruners.hooks import (
     Data,
     DataCollector,
+    KeptSet,
     Masks,
     MetricCalculator,
     Metrics,
@@ -18,6 +19,7 @@ from nni_topo.pruners.hooks import (
     SparsityAllocator,
     unit_scores,
 )
+from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.units import PruningUnit, TargetSpaces, pruning_units
 
 __all__ = [
@@ -31,10 +33,12 @@ __all__ = [
     "FoldedWeightCollector",
     "FunctionalCollector",
     "GradientCollector",
+    "KeptSet",
     "Masks",
     "MetricCalculator",
     "Metrics",
     "NNIAllocator",
+    "Planner",
     "PruningContext",
     "PruningUnit",
     "SparsityAllocator",
@@ -42,7 +46,6 @@ __all__ = [
     "WeightCollector",
     "keep_highest",
     "make_collector",
-    "profile",
     "pruning_units",
     "unit_scores",
 ]

@@ -1,7 +1,7 @@
 """The base class of the package's structured pruners: NNI's Pruner with three hooks.
 
 A pruner of this kind is a data collector, a metric calculator and a sparsity allocator. NNI's three stages call them,
-so the pruner also works inside NNI's scheduled pruners::
+so the pruner also works inside NNI's scheduled pruners; the calculator asks the planner how many blocks stay::
 
     config_list -> NNI wraps the model -> DataCollector -> MetricCalculator -> SparsityAllocator -> masks
 """
@@ -12,10 +12,10 @@ import logging
 from collections.abc import Iterable
 from typing import Any, Literal, cast
 
-import torch
 from nni.compression.base.compressor import Pruner
 from nni.compression.base.target_space import PruningTargetSpace
 from nni.compression.base.wrapper import ModuleWrapper
+from nni.compression.pruning.basic_pruner import _NormPruner
 from nni.compression.utils import Evaluator
 from torch import nn
 
@@ -23,7 +23,7 @@ from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.network.inputs import checked_calibration
 from nni_topo.network.layers import kept_channels
 from nni_topo.network.modes import unwrapped_copy
-from nni_topo.pruners.allocators import ConfigAllocator, checked_round_to
+from nni_topo.pruners.allocators import ConfigAllocator
 from nni_topo.pruners.checks import check_request, matched_modules
 from nni_topo.pruners.hooks import (
     Data,
@@ -34,8 +34,10 @@ from nni_topo.pruners.hooks import (
     PruningContext,
     SparsityAllocator,
 )
+from nni_topo.pruners.planner import Planner, checked_round_to
+from nni_topo.pruners.rounds import restore
 from nni_topo.pruners.transposed import follow_outputs, output_granularity
-from nni_topo.pruners.units import is_active
+from nni_topo.pruners.units import TargetSpaces, in_network_order, is_active
 from nni_topo.recovery.compensation import METHODS, Method, compensation
 from nni_topo.recovery.report import CompensationReport
 from nni_topo.recovery.steps import Pairs
@@ -61,7 +63,9 @@ class StructuredPruner(Pruner):
     calculator : MetricCalculator
         How it is scored; larger = keep.
     allocator : SparsityAllocator or None, default=None
-        How much goes. None: :class:`~nni_topo.hooks.ConfigAllocator`.
+        Makes the masks. None: :class:`~nni_topo.hooks.ConfigAllocator`.
+    planner : Planner or None, default=None
+        How much stays. None: :class:`~nni_topo.hooks.Planner`, by the config_list.
     compensate : {None, "reconstruct", "channel", "pair"}, default=None
         Let ``compress()`` also change the weights that stay, as :func:`nni_topo.compensate` does with this method.
     calibration : iterable or None, default=None
@@ -92,6 +96,7 @@ class StructuredPruner(Pruner):
     """
 
     needs_rule: bool = True
+    _target_spaces: TargetSpaces
 
     def __init__(
         self,
@@ -103,6 +108,7 @@ class StructuredPruner(Pruner):
         collector: DataCollector,
         calculator: MetricCalculator,
         allocator: SparsityAllocator | None = None,
+        planner: Planner | None = None,
         compensate: Method | None = None,
         calibration: Iterable[Any] | None = None,
         round_to: int | None = None,
@@ -114,13 +120,17 @@ class StructuredPruner(Pruner):
         self.calculator = calculator
         self._check_layers(model, matched_modules(model, config_list))
         self.allocator = ConfigAllocator() if allocator is None else allocator
+        self.planner = Planner() if planner is None else planner
         if round_to is not None:
-            _round_to(self.allocator, round_to)
+            if not isinstance(self.allocator, ConfigAllocator):
+                got = type(self.allocator).__name__
+                raise ConfigError(f"round_to needs a ConfigAllocator, got {got} (round_to)")
+            self.planner.round_to = checked_round_to(round_to)
         self.interval_steps = -1
         self.total_times: int | Literal["unlimited"] = 1
         self.first_step_gen = False
         super().__init__(model, config_list, evaluator, existed_wrappers)
-        self._target_spaces = self._in_network_order()
+        self._target_spaces = in_network_order(model, self._target_spaces)
 
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Masks]:
         """Make the masks and put them into the wrapped model.
@@ -140,9 +150,9 @@ class StructuredPruner(Pruner):
         model, masks = super().compress(max_steps, max_epochs)
         if self._recovery is not None:
             method, calibration = self._recovery
-            pairs = self._pairs(masks) if method == "pair" else None
+            pairs = self.pairs_of(masks) if method == "pair" else None
             done = compensation(unwrapped_copy(self.bound_model), masks, calibration, method=method, pairs=pairs)
-            self._take_over(done.model)
+            restore(self.bound_model, done.model.state_dict())
             self.compensation_report = done.report
         return model, masks
 
@@ -159,8 +169,7 @@ class StructuredPruner(Pruner):
         super().update_masks(known_masks(self, masks))
 
     def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> list[Any] | str | None:
-        granularity: list[Any] | str | None = super()._set_default_sparse_granularity(target_space)
-        return output_granularity(target_space) or granularity
+        return output_granularity(target_space) or super()._set_default_sparse_granularity(target_space)
 
     def _register_scalers(self) -> None:
         super()._register_scalers()
@@ -171,17 +180,19 @@ class StructuredPruner(Pruner):
         self.collector.check(model, modules)
 
     def _collect_data(self) -> Data:
-        return self.collector.collect(self._context())
+        return self.collector.collect(self.context)
 
     def _calculate_metrics(self, data: Data) -> Metrics:
-        return self.calculator.calculate(data, self._context())
+        return self.calculator.calculate(data, self.context)
 
     def _generate_sparsity(self, metrics: Metrics) -> Masks:
-        return self.allocator.allocate(metrics, self._context())
+        return self.allocator.allocate(metrics, self.context)
 
-    def _context(self) -> PruningContext:
+    @property
+    def context(self) -> PruningContext:
+        """What the hooks look at: the model, its targets with the ratios in force, the evaluator and the planner."""
         names = self._get_param_names_map() if self._is_wrapped else {}
-        return PruningContext(self.bound_model, self._target_spaces, self.evaluator, names)
+        return PruningContext(self.bound_model, self._target_spaces, self.evaluator, names, self.planner)
 
     def _activate_targets(self, cap: float = 0.0) -> None:
         """Give the ``sparse_ratio`` ``cap`` to configured targets without a rule: these pruners say how much goes."""
@@ -193,10 +204,6 @@ class StructuredPruner(Pruner):
             if own and space.dependency_group_id not in ruled:
                 space.sparse_ratio = cap
 
-    def _in_network_order(self) -> Any:
-        order = {name: index for index, (name, _) in enumerate(self.bound_model.named_modules(remove_duplicate=False))}
-        return dict(sorted(self._target_spaces.items(), key=lambda item: order[item[0]]))
-
     def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
         if max_steps is not None or max_epochs is not None:
             raise ConfigError(
@@ -205,27 +212,14 @@ class StructuredPruner(Pruner):
             )
         self.update_masks(self.generate_masks())
 
-    def _survivors(self) -> Pairs | None:
-        """Return, by layer, the channel that should stand in for a removed one; None: compensation finds it."""
-        return None
-
-    def _pairs(self, masks: Masks) -> Pairs | None:
-        """Return the survivors as far as the masks remove the one and keep the other."""
+    def pairs_of(self, masks: Masks) -> Pairs | None:
+        """Return the calculator's pairs as far as the masks remove the one channel and keep the other."""
         pairs: dict[str, dict[int, int]] = {}
-        for layer, chosen in (self._survivors() or {}).items():
+        for layer, chosen in (self.calculator.pairs or {}).items():
             kept = kept_channels(self._module_wrappers[layer].module, masks[layer])
             if kept is not None:
                 pairs[layer] = {gone: stays for gone, stays in chosen.items() if kept[stays] and not kept[gone]}
         return pairs or None
-
-    def _take_over(self, other: nn.Module) -> None:
-        """Copy another model's parameters and buffers into this one's, also where NNI keeps them in its wrappers."""
-        for name, value in other.state_dict().items():
-            module_name, _, own = name.rpartition(".")
-            space = self._target_spaces.get(module_name, {}).get(own)
-            place = None if space is None else space.target
-            place = getattr(self.bound_model.get_submodule(module_name), own) if place is None else place
-            place.data.copy_(value)
 
     def _fuse_preprocess(self, evaluator: Evaluator) -> None:
         if self._recovery is not None:
@@ -233,8 +227,7 @@ class StructuredPruner(Pruner):
                 "compensate goes with pruning in one step, got a schedule: call nni_topo.compensate() at its end "
                 f"({type(self).__name__})"
             )
-        schedule = _Schedule(self)
-        evaluator.patch_optimizer_step(before_step_tasks=[], after_step_tasks=[schedule.step])
+        _NormPruner._register_trigger(self, evaluator)
 
     def _fuse_postprocess(self, evaluator: Evaluator) -> None:
         """Leave the evaluator as it is: NNI reverts its patches."""
@@ -254,31 +247,3 @@ def _recovery(method: str, calibration: Iterable[Any] | None) -> tuple[Method, I
     if calibration is None:
         raise ConfigError(f"compensate={method!r} needs calibration data, got none (calibration)")
     return cast(Method, method), calibration
-
-
-def _round_to(allocator: SparsityAllocator, round_to: int) -> None:
-    if not isinstance(allocator, ConfigAllocator):
-        raise ConfigError(f"round_to needs a ConfigAllocator, got {type(allocator).__name__} (round_to)")
-    allocator.round_to = checked_round_to(round_to)
-
-
-class _Schedule:
-    """Makes masks at the optimizer steps that a scheduled pruner asks for."""
-
-    def __init__(self, pruner: StructuredPruner) -> None:
-        self.pruner = pruner
-        self.steps = 0
-        self.first = True
-        self.remaining: float = torch.inf if pruner.total_times == "unlimited" else pruner.total_times
-
-    def step(self) -> None:
-        """Count one optimizer step; make masks when the interval is over."""
-        self.steps += 1
-        due = self.steps == self.pruner.interval_steps
-        if due or (self.first and self.pruner.first_step_gen):
-            self.pruner.update_masks(self.pruner.generate_masks())
-            self.remaining -= 1
-            _logger.debug("%s made masks, %s times remaining", type(self.pruner).__name__, self.remaining)
-        if due and self.remaining > 0:
-            self.steps = 0
-        self.first = False

@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
+from torch import nn
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.maths.ties import first_smallest, leveled
 from nni_topo.network.cost import Kept, NetworkCost
 from nni_topo.network.latency import LatencyTable
 from nni_topo.network.timing import measure_latency
-from nni_topo.pruners.allocators import ConfigAllocator, removable_rows
-from nni_topo.pruners.hooks import PruningContext
+from nni_topo.pruners.planner import FloatArray, Losses, Planner
 from nni_topo.pruners.units import PruningUnit
 
 Allocation = Literal["topological", "uniform"]
@@ -27,7 +25,7 @@ _STEPS = 40
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
-class BudgetAllocator(ConfigAllocator):
+class BudgetPlanner(Planner):
     """Keep as many blocks as ``{"flops"|"params"|"latency": share left}``, in (0, 1] of the whole, allows."""
 
     def __init__(
@@ -38,8 +36,7 @@ class BudgetAllocator(ConfigAllocator):
         allocation: Allocation = "topological",
         latency_table: LatencyTable | str | Path | None = None,
     ) -> None:
-        # The scores hold a ranking whose near ties are settled: leveled again, they might be settled otherwise.
-        super().__init__(on_empty="keep", exact=True)
+        super().__init__(on_empty="keep")
         self.kind, self.share = checked_target(target)
         if allocation not in ("topological", "uniform"):
             raise unknown_name("allocation", str(allocation), ("topological", "uniform"))
@@ -53,32 +50,30 @@ class BudgetAllocator(ConfigAllocator):
         )
         self._cost: NetworkCost | None = None
 
-    def kept_rows(self, context: PruningContext, profiles: dict[str, Tensor]) -> dict[str, int]:
+    def counts(self, units: Sequence[PruningUnit], losses: Losses, model: nn.Module) -> dict[str, int]:
         """Return how many rows each unit keeps under the budget."""
-        units = context.units
-        bounds = [removable_rows(unit) for unit in units]
-        cost = self._share_left(units, self._network_cost(context))
+        cost = self._share_left(units, self._network_cost(units, model))
         if self.allocation == "uniform":
-            # The config_list's minimum and maximum hold, also where the budget is missed for it.
             removed = solve_uniform([unit.rows for unit in units], cost, self.share)
-            removed = [min(max(count, low), high) for count, (low, high) in zip(removed, bounds, strict=True)]
         else:
-            removed = _solve_tolerance([profiles[unit.name] for unit in units], bounds, cost, self.share)
-        return {unit.name: unit.rows - count for unit, count in zip(units, removed, strict=True)}
+            bounds = [unit.removable_rows for unit in units]
+            removed = _solve_tolerance([losses(unit) for unit in units], bounds, cost, self.share)
+        # The config_list's minimum and maximum hold, also where the budget is missed for it.
+        return {unit.name: unit.kept_rows(count) for unit, count in zip(units, removed, strict=True)}
 
-    def _network_cost(self, context: PruningContext) -> Callable[[Kept], float]:
+    def _network_cost(self, units: Sequence[PruningUnit], model: nn.Module) -> Callable[[Kept], float]:
         """Return what a network costs, in the target's unit, with some channels gone."""
         if self._cost is None:
-            self._cost = NetworkCost(context.model, self.example_inputs)
+            self._cost = NetworkCost(model, self.example_inputs)
         cost = self._cost
         if self.kind == "flops":
             return lambda kept: cost(kept).macs
         if self.kind == "params":
             return lambda kept: cost(kept).params
         if self.latency_table is None:
-            self.latency_table = measure_latency(context.model, self.example_inputs)
+            self.latency_table = measure_latency(model, self.example_inputs)
         table = self.latency_table
-        for unit in context.units:
+        for unit in units:
             for module_name, _ in unit.members:
                 if module_name not in table.layers:
                     raise DataError(
@@ -86,7 +81,9 @@ class BudgetAllocator(ConfigAllocator):
                     )
         return lambda kept: table(cost.widths(kept))
 
-    def _share_left(self, units: list[PruningUnit], cost: Callable[[Kept], float]) -> Callable[[Sequence[int]], float]:
+    def _share_left(
+        self, units: Sequence[PruningUnit], cost: Callable[[Kept], float]
+    ) -> Callable[[Sequence[int]], float]:
         whole = cost({})
         if not whole > 0.0:
             raise DataError(f"the unpruned network must cost something, got {whole} (target {self.kind!r})")
@@ -103,19 +100,19 @@ class BudgetAllocator(ConfigAllocator):
         return share
 
 
-def make_allocator(
+def make_planner(
     config_list: list[dict[str, Any]],
     target: Mapping[str, float] | None,
     allocation: Allocation,
     latency_table: LatencyTable | str | Path | None,
     example_inputs: Any,
     calibration: Iterable[Any] | None,
-) -> ConfigAllocator:
-    """Return the allocator of a pruner whose scores hold a ranking: by a target, else by the config_list."""
+) -> Planner:
+    """Return the planner of a pruner that chooses a set: by a target, else by the config_list."""
     if target is None:
         if latency_table is not None:
             raise ConfigError("a latency table needs a target of 'latency', got no target (latency_table)")
-        return ConfigAllocator(on_empty="keep", exact=True)
+        return Planner(on_empty="keep")
     for index, config in enumerate(config_list):
         settings = [config, *config.get("target_settings", {}).values()]
         for key in ("sparse_ratio", "sparse_threshold", "global_group_id"):
@@ -125,7 +122,7 @@ def make_allocator(
         example_inputs = next((b[0] if isinstance(b, (tuple, list)) else b for b in calibration), None)
     if example_inputs is None:
         raise ConfigError("a target needs example_inputs or calibration data, got neither (target)")
-    return BudgetAllocator(target, example_inputs, allocation=allocation, latency_table=latency_table)
+    return BudgetPlanner(target, example_inputs, allocation=allocation, latency_table=latency_table)
 
 
 def checked_target(target: Mapping[str, float]) -> tuple[str, float]:
@@ -168,14 +165,14 @@ def _nearest(tried: list[tuple[float, Position]]) -> Position:
 
 
 def _solve_tolerance(
-    profiles: list[Tensor], bounds: list[tuple[int, int]], left: Callable[[Sequence[int]], float], share: float
+    losses: list[FloatArray], bounds: list[tuple[int, int]], left: Callable[[Sequence[int]], float], share: float
 ) -> list[int]:
     """Remove, over all units, the rows whose score lies below one tolerance, such that a budget is met."""
-    settled = torch.from_numpy(leveled(torch.cat(profiles).cpu().numpy()))
-    profiles = list(settled.split([len(profile) for profile in profiles]))
+    settled = leveled(np.concatenate(losses))
+    profiles = np.split(settled, np.cumsum([len(each) for each in losses])[:-1])
     # Between two scores nothing changes, so these are all the tolerances there are; the ends remove as little, and as
     # much, as the bounds allow. Scores that are equal but for rounding are one step, whichever layer has them.
-    tolerances = torch.cat([settled.new_tensor([-math.inf, math.inf]), settled]).unique()
+    tolerances = np.unique([-np.inf, *settled, np.inf])
 
     def removed(index: int) -> list[int]:
         tolerance = tolerances[index]

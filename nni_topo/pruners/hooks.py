@@ -1,22 +1,28 @@
-"""The three hooks of a structured pruner: what it looks at, how it scores, how much it takes.
+"""The three hooks of a structured pruner: what it looks at, what it keeps, and the masks that follow.
 
 NNI 2 had them as classes; NNI 3 folded them into three methods of each pruner. They are classes again here, so that
-a cloud, a criterion and an allocation can be combined freely.
+a cloud and a criterion can be combined freely. How many blocks stay is a planner's to say, before any is chosen.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from nni.compression.utils import Evaluator
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.pruners.planner import Losses, Planner
 from nni_topo.pruners.units import PruningUnit, TargetSpaces, block_shape, pruning_units
+from nni_topo.recovery.steps import Pairs
 
 Data = dict[str, dict[str, Tensor]]
 """``{module name: {target name: tensor}}``, one row per block: ``(blocks, features)``."""
@@ -24,6 +30,14 @@ Metrics = dict[str, dict[str, Tensor]]
 """``{module name: {target name: tensor}}`` in the blocked shape of the mask, e.g. ``(out, 1, 1, 1)``; larger = keep."""
 Masks = dict[str, dict[str, Tensor]]
 """NNI's masks, ``{module name: {target name: tensor of 0 and 1}}``."""
+
+
+class KeptSet(Metrics):
+    """Metrics of a choice that is made: 0 for what goes; made by :meth:`PruningContext.keep`.
+
+    The package's allocator takes it as it is. What stays scores 1 or, where that is more, the ``sparse_threshold``: so
+    NNI's comes to the same masks, wherever as many blocks were chosen as the config_list asks for.
+    """
 
 
 @dataclass(frozen=True)
@@ -40,20 +54,70 @@ class PruningContext:
         The pruner's evaluator.
     parameter_names : dict of str to str
         Parameter names before and after wrapping, which the evaluator needs to rebuild its optimizers.
+    planner : Planner
+        Says how many blocks stay.
     """
 
     model: nn.Module
     target_spaces: TargetSpaces
     evaluator: Evaluator | None = None
     parameter_names: Mapping[str, str] = field(default_factory=dict)
+    planner: Planner = field(default_factory=Planner)
 
     @cached_property
     def units(self) -> list[PruningUnit]:
         """The active targets, grouped by ``dependency_group_id``."""
         return pruning_units(self.target_spaces)
 
-    def evaluate(self) -> None:
-        """Run the evaluator's evaluation on the wrapped model; a model in training is bound to it already.
+    def rows(self, losses: Losses) -> dict[str, int]:
+        """Return how many blocks each part of each unit keeps.
+
+        Parameters
+        ----------
+        losses : callable
+            Maps a unit to what its blocks are worth, float64 ``(blocks,)`` in any order; called only where layers are
+            compared or have a threshold.
+
+        Returns
+        -------
+        dict of str to int
+            Unit name to a count in [1, rows].
+
+        Raises
+        ------
+        ConfigError
+            As :meth:`Planner.rows <nni_topo.hooks.Planner.rows>` does.
+        """
+        return self.planner.rows(self.units, losses, self.model)
+
+    def keep(self, kept: Mapping[str, NDArray[np.bool_]]) -> KeptSet:
+        """Return the kept set of what stays of each unit, by its name: boolean ``(blocks,)``.
+
+        Raises
+        ------
+        DataError
+            If a unit's parts wouldn't keep as many blocks each, or none.
+        """
+        for unit in self.units:
+            counts = kept[unit.name].reshape(unit.parts, unit.rows).sum(1)
+            if not 0 < counts.min() == counts.max():
+                found = ", ".join(map(str, counts))
+                raise DataError(f"every part must keep as many blocks, at least 1, got {found} ({unit.name})")
+        worth = {unit.name: np.float64(max(1.0, unit.sparse_threshold or 0.0)) for unit in self.units}
+        return KeptSet(self.spread({name: torch.from_numpy(each * worth[name]) for name, each in kept.items()}))
+
+    def spread(self, values: Mapping[str, Tensor]) -> Metrics:
+        """Give each member of a unit a copy of the unit's values ``(blocks,)``, in the blocked shape."""
+        metrics: Metrics = {}
+        for unit in self.units:
+            for module, target in unit.members:
+                own = values[unit.name].reshape(self.metric_shape(module, target)).clone()
+                metrics.setdefault(module, {})[target] = own
+        return metrics
+
+    @contextmanager
+    def bound(self) -> Iterator[Evaluator]:
+        """Bind the evaluator to the wrapped model for a while; one that trains it is bound to it already.
 
         Raises
         ------
@@ -62,14 +126,19 @@ class PruningContext:
         """
         if self.evaluator is None:
             raise ConfigError("a pruner without calibration data needs an evaluator, got neither (calibration)")
-        if getattr(self.evaluator, "model", None) is not None:
-            self.evaluator.evaluate()
-            return
-        self.evaluator.bind_model(self.model, dict(self.parameter_names))
+        bind = getattr(self.evaluator, "model", None) is None
+        if bind:
+            self.evaluator.bind_model(self.model, dict(self.parameter_names))
         try:
-            self.evaluator.evaluate()
+            yield self.evaluator
         finally:
-            self.evaluator.unbind_model()
+            if bind:
+                self.evaluator.unbind_model()
+
+    def evaluate(self) -> Any:
+        """Return what the evaluator says of the wrapped model; raises what :meth:`bound` does."""
+        with self.bound() as evaluator:
+            return evaluator.evaluate()
 
     def metric_shape(self, module_name: str, target_name: str) -> tuple[int, ...]:
         """Return the blocked shape of a target's metric, e.g. ``(out_channels, 1, 1, 1)``."""
@@ -96,15 +165,28 @@ class DataCollector(ABC):
 
 
 class MetricCalculator(ABC):
-    """Turns collected data into one score per block; larger = keep."""
+    """Turns collected data into one score per block, larger = keep, or into the set of blocks that stay.
+
+    Attributes
+    ----------
+    pairs : dict of str to dict of int to int, or None
+        By layer, of the latest call, the channel that should stand in for each one that goes. None: compensation finds
+        it.
+    """
+
+    pairs: Pairs | None = None
 
     @abstractmethod
     def calculate(self, data: Data, context: PruningContext) -> Metrics:
-        """Return a score per block, in the blocked shape, for every target in ``data``."""
+        """Return a score per block, in the blocked shape, for every target in ``data``.
+
+        Where a set is chosen: ``context.rows(losses)`` says how many blocks of each unit, ``context.keep(...)`` makes
+        the :class:`KeptSet` of them.
+        """
 
 
 class SparsityAllocator(ABC):
-    """Decides how many blocks each unit keeps and turns scores into masks."""
+    """Turns metrics into masks."""
 
     @abstractmethod
     def allocate(self, metrics: Metrics, context: PruningContext) -> Masks:

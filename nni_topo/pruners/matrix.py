@@ -11,74 +11,56 @@ References
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
-from torch import Tensor, nn
+from torch import nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.network import Network
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.clouds.functional import readers_of
 from nni_topo.pruners.clouds.weight import WeightCollector
 from nni_topo.pruners.hooks import Data, DataCollector, MetricCalculator, Metrics, PruningContext
-from nni_topo.pruners.units import PruningUnit
 from nni_topo.recovery.compensation import Method
 
 
+@dataclass
 class RowColumnCollector(DataCollector):
-    """Per channel the norm of its row, and of the columns with which the next layers read it."""
+    """Per channel its row, and the norms of the columns with which the next layers read it."""
 
-    def __init__(self, norm: int, example_inputs: Any) -> None:
-        self.norm = norm
-        self.example_inputs = example_inputs
+    norm: int
+    example_inputs: Any
 
     def collect(self, context: PruningContext) -> Data:
-        """Return float64 ``(blocks, 2)``: norms of row and columns; no columns where no layer reads the channels."""
-        weights = WeightCollector().collect(context)
-        flow = None
-        if self.example_inputs is not None:
-            flow = Network.on(context.model, self.example_inputs).flow
-        data: Data = {}
+        """Return float64 ``(blocks, features)``; columns beside the rows of a unit's first member."""
+        data = WeightCollector().collect(context)
+        # Without example inputs nothing says who reads a channel: rows count alone, as for NNI's norm pruners.
+        if self.example_inputs is None:
+            return data
+        flow = Network.on(context.model, self.example_inputs).flow
         for unit in context.units:
-            columns = self._columns(unit, flow, context)
-            for module, target in unit.members:
-                rows = weights[module][target].norm(p=self.norm, dim=1)
-                data.setdefault(module, {})[target] = torch.stack([rows, columns], dim=1)
+            with suppress(ConfigError):  # no layer reads the channels
+                readers = readers_of(unit, flow, context, order=float(self.norm))
+                module, target = unit.members[0]
+                data[module][target] = torch.cat([data[module][target], *(each.strength for each in readers)], dim=1)
         return data
 
-    def _columns(self, unit: PruningUnit, flow: ChannelFlow | None, context: PruningContext) -> Tensor:
-        none = torch.zeros(unit.blocks, dtype=torch.float64)
-        # Without example inputs nothing says who reads a channel: rows count alone, as for NNI's norm pruners.
-        if flow is None:
-            return none
-        try:
-            readers = readers_of(unit, flow, context, order=float(self.norm))
-        except ConfigError:
-            return none
-        columns: Tensor = torch.cat([reader.strength for reader in readers], dim=1).norm(p=self.norm, dim=1)
-        return columns
 
-
+@dataclass
 class JointNorm(MetricCalculator):
     """The norm of everything that goes with a channel; of a dependency group, over all members' rows."""
 
-    def __init__(self, norm: int) -> None:
-        self.norm = norm
+    norm: int
 
     def calculate(self, data: Data, context: PruningContext) -> Metrics:
         """Return a norm per channel, the same for all members of a group."""
-        metrics: Metrics = {}
-        for unit in context.units:
-            rows = [data[module][target][:, 0] for module, target in unit.members]
-            lead, first = unit.members[0]
-            joint = torch.stack([*rows, data[lead][first][:, 1]], dim=1).norm(p=self.norm, dim=1)
-            for module, target in unit.members:
-                metrics.setdefault(module, {})[target] = joint.reshape(context.metric_shape(module, target))
-        return metrics
+        joint = {unit.name: torch.cat([data[m][t] for m, t in unit.members], dim=1) for unit in context.units}
+        return context.spread({name: values.norm(p=self.norm, dim=1) for name, values in joint.items()})
 
 
 class MatrixPruner(StructuredPruner):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,22 +17,18 @@ from nni_topo.pruners.hooks import Data, MetricCalculator, Metrics, PruningConte
 from nni_topo.recovery.compensation import Method
 
 
+@dataclass
 class RandomMetric(MetricCalculator):
     """Uniform random scores, one draw per unit in network order: the baseline that a selection has to beat."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    seed: int
 
     def calculate(self, data: Data, context: PruningContext) -> Metrics:
         """Return scores in [0, 1), equal for all members of a dependency group."""
         generator = torch.Generator().manual_seed(self.seed)
-        metrics: Metrics = {}
-        for unit in context.units:
-            scores = torch.rand(unit.blocks, generator=generator, dtype=torch.float64)
-            for module_name, target_name in unit.members:
-                shape = context.metric_shape(module_name, target_name)
-                metrics.setdefault(module_name, {})[target_name] = scores.reshape(shape)
-        return metrics
+        return context.spread(
+            {unit.name: torch.rand(unit.blocks, generator=generator, dtype=torch.float64) for unit in context.units}
+        )
 
 
 class RandomPruner(StructuredPruner):

@@ -86,7 +86,7 @@ def prune_in_rounds(
     if not goals:
         raise ConfigError("pruning in rounds needs a target with a sparse_ratio, got none (prune_in_rounds)")
     if rewind is not None:
-        _matched(pruner, rewind)
+        matched_state(pruner.bound_model, rewind)
     rounds = []
     try:
         for index, step in enumerate(steps, start=1):
@@ -94,7 +94,7 @@ def prune_in_rounds(
                 space.sparse_ratio = 1.0 - (1.0 - goal) ** step if step < 1.0 else goal
             pruner.update_masks(pruner.generate_masks())
             if rewind is not None:
-                _restore(pruner, rewind)
+                restore(pruner.bound_model, rewind)
             _silence(pruner.bound_model, list(active.values()))
             kept = {name: _share_kept(space) for name, space in active.items()}
             train()
@@ -107,39 +107,29 @@ def prune_in_rounds(
     return rounds
 
 
-def check_rewind(model: nn.Module, rewind: Mapping[str, Tensor]) -> None:
-    """Raise ConfigError unless a state to return to fits a model that isn't wrapped, by names, types and shapes."""
-    state = model.state_dict()
-    for name, value in rewind.items():
-        if not isinstance(value, Tensor):
-            raise ConfigError(f"rewind must hold tensors, got {type(value).__name__} for {name} (rewind)")
-        if name not in state or state[name].shape != value.shape:
-            found = f"{name} of shape {tuple(value.shape)}"
-            wanted = f", the model's is {tuple(state[name].shape)}" if name in state else ", which it hasn't"
-            raise ConfigError(f"rewind must hold entries of the model's state, got {found}{wanted} (rewind)")
-
-
-@torch.no_grad()
-def _restore(pruner: Pruner, state: Mapping[str, Tensor]) -> None:
-    """Copy an unwrapped model's state into the wrapped one, under every name that a shared tensor has."""
-    for own, value in _matched(pruner, state):
-        own.copy_(value)
-
-
-def _matched(pruner: Pruner, state: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return the wrapped model's tensors, each with its value in the unwrapped model's state."""
-    wrapped = pruner._get_param_names_map()
-    model = pruner.bound_model
+def matched_state(model: nn.Module, state: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return a model's tensors, wrapped or not, each with its value in a state of the unwrapped model; all must fit."""
     own = dict(model.named_buffers(remove_duplicate=False)) | dict(model.named_parameters(remove_duplicate=False))
     matched = []
     for name, value in state.items():
         module, _, tensor = name.rpartition(".")
-        names = (wrapped.get(name, name), ".".join(filter(None, (module, "_nni_wrapper", tensor))))
+        names = (".".join(filter(None, (module, "_nni_wrapper", tensor))), name)
         found = next((own[each] for each in names if each in own), None)
         if found is None or not isinstance(value, Tensor) or found.shape != value.shape:
-            raise ConfigError(f"rewind must hold tensors of the model's names and shapes, got another ({name})")
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            wanted = "none" if found is None else f"shape {tuple(found.shape)}"
+            raise ConfigError(
+                f"rewind must hold tensors of the model's names and shapes, got {got}, the model's is {wanted} ({name})"
+            )
         matched.append((found, value))
     return matched
+
+
+@torch.no_grad()
+def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy an unwrapped model's state into the wrapped one, under every name that a shared tensor has."""
+    for own, value in matched_state(model, state):
+        own.copy_(value)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ package's own pruners behave like this without it. All places are NNI 3.0's, on 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -23,8 +24,9 @@ from nni_topo.pruners.allocators import ConfigAllocator
 from nni_topo.pruners.base import StructuredPruner, known_masks
 from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.hooks import Masks, Metrics, PruningContext
+from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.transposed import follow_outputs, output_granularity
-from nni_topo.pruners.units import TargetSpaces
+from nni_topo.pruners.units import TargetSpaces, in_network_order
 
 _originals: dict[tuple[Any, str], Any] = {}
 
@@ -35,7 +37,7 @@ def enable_strict(*, normalization: Literal["none", "mean"] = "none") -> None:
     Parameters
     ----------
     normalization : {"none", "mean"}, default="none"
-        Scale of the metrics that a ``global_group_id`` ranks, see :class:`~nni_topo.hooks.ConfigAllocator`.
+        Scale of the metrics that a ``global_group_id`` ranks, see :class:`~nni_topo.hooks.Planner`.
 
     Raises
     ------
@@ -71,10 +73,13 @@ def enable_strict(*, normalization: Literal["none", "mean"] = "none") -> None:
     >>> enable_strict()
     >>> disable_strict()
     """
-    allocator = ConfigAllocator(normalization=normalization)
+    planner = Planner(normalization=normalization)
 
     def allocate(metrics: Metrics, target_spaces: TargetSpaces) -> Masks:
-        return generate_sparsity(metrics, target_spaces, allocator)
+        # The package's units hold parameters: where inputs or outputs are pruned, NNI's own function stays.
+        if any(space.type is not TargetType.PARAMETER for each in target_spaces.values() for space in each.values()):
+            return dict(sparse_gen.generate_sparsity(metrics, target_spaces))
+        return ConfigAllocator().allocate(metrics, PruningContext(torch.nn.Module(), target_spaces, planner=planner))
 
     for module in (basic_pruner, movement_pruner, slim_pruner, taylor_pruner, tools):
         _replace(module, "generate_sparsity", allocate)
@@ -95,24 +100,13 @@ def disable_strict() -> None:
     _originals.clear()
 
 
-def generate_sparsity(metrics: Metrics, target_spaces: TargetSpaces, allocator: ConfigAllocator) -> Masks:
-    """Make masks as NNI's function of this name does, by the package's allocator."""
-    spaces = [space for targets in target_spaces.values() for space in targets.values()]
-    # The package's units hold parameters: where inputs or outputs are pruned, NNI's own function stays.
-    if all(space.type is TargetType.PARAMETER for space in spaces):
-        return allocator.allocate(metrics, PruningContext(torch.nn.Module(), target_spaces))
-    masks: Masks = sparse_gen.generate_sparsity(metrics, target_spaces)
-    return masks
-
-
 def _replace(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
     _originals.setdefault((owner, name), getattr(owner, name))
     setattr(owner, name, replacement)
 
 
 def _original(owner: Any, name: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = _originals[owner, name]
-    return function
+    return _originals[owner, name]  # type: ignore[no-any-return]
 
 
 def _checked_init(
@@ -125,13 +119,11 @@ def _checked_init(
     if not isinstance(self, StructuredPruner):
         config_list = check_request(model, config_list, existed_wrappers)
     _original(Pruner, "__init__")(self, model, config_list, evaluator, existed_wrappers)
-    order = {name: index for index, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
-    self._target_spaces = dict(sorted(self._target_spaces.items(), key=lambda item: order[item[0]]))
+    self._target_spaces = in_network_order(model, self._target_spaces)
 
 
 def _default_granularity(self: Pruner, target_space: PruningTargetSpace) -> list[Any] | str | None:
-    granularity: list[Any] | str | None = _original(Pruner, "_set_default_sparse_granularity")(self, target_space)
-    return output_granularity(target_space) or granularity
+    return output_granularity(target_space) or _original(Pruner, "_set_default_sparse_granularity")(self, target_space)
 
 
 def _register_scalers(self: Pruner) -> None:
@@ -157,18 +149,12 @@ def _checked_combination(
     _original(scheduled_pruner._ComboPruner, "__init__")(self, pruner, interval_steps, total_times, evaluator)
 
 
-def _init_with_copied_replacers(
-    self: speedup.ModelSpeedup, *args: Any, customized_replacers: list[Any] | None = None, **kwargs: Any
-) -> None:
-    arguments = list(args)
-    if len(arguments) > _REPLACERS and arguments[_REPLACERS] is not None:
-        arguments[_REPLACERS] = list(arguments[_REPLACERS])
-    if customized_replacers is not None:
-        kwargs["customized_replacers"] = list(customized_replacers)
-    _original(speedup.ModelSpeedup, "__init__")(self, *arguments, **kwargs)
-
-
-_REPLACERS = 7  # its position after self
+def _init_with_copied_replacers(self: speedup.ModelSpeedup, *args: Any, **kwargs: Any) -> None:
+    original = _original(speedup.ModelSpeedup, "__init__")
+    call = inspect.signature(original).bind(self, *args, **kwargs)
+    if call.arguments.get("customized_replacers") is not None:
+        call.arguments["customized_replacers"] = list(call.arguments["customized_replacers"])
+    original(*call.args, **call.kwargs)
 
 
 def _build_channel_dependency(graph_module: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from nni.compression.base.target_space import PruningTargetSpace, TargetType
+from torch import nn
 
 from nni_topo.errors import ConfigError
 
@@ -53,17 +54,43 @@ class PruningUnit:
     sparse_threshold: float | None
     min_sparse_ratio: float
     max_sparse_ratio: float
-    global_group_id: int | str | None = field(default=None)
+    global_group_id: int | str | None = None
 
     @property
     def rows(self) -> int:
         """Number of blocks in one part; counts are kept and lost per row, ``parts`` blocks at a time."""
         return self.blocks // self.parts
 
+    def part_name(self, part: int) -> str:
+        """Return ``name``, or ``name[part]`` where there are several parts."""
+        return self.name if self.parts == 1 else f"{self.name}[{part}]"
+
+    @property
+    def removable_rows(self) -> tuple[int, int]:
+        """The fewest and the most rows that may go under the minimum and the maximum ratio; one always stays."""
+        most = min(int(self.rows * self.max_sparse_ratio), self.rows - 1)
+        return min(int(self.rows * self.min_sparse_ratio), most), most
+
+    @property
+    def is_summed(self) -> bool:
+        """Whether a block's score was computed from several elements; a single weight's needs no tolerance."""
+        return self.elements > 1
+
+    def kept_rows(self, removed: int) -> int:
+        """Return how many rows stay when so many should go, as far as the minimum and the maximum ratio let them."""
+        fewest, most = self.removable_rows
+        return self.rows - min(max(removed, fewest), most)
+
 
 def is_active(space: PruningTargetSpace) -> bool:
     """Say whether the config_list asks to prune a target: it has a ratio or a threshold."""
     return space.sparse_ratio is not None or space.sparse_threshold is not None
+
+
+def in_network_order(model: nn.Module, target_spaces: TargetSpaces) -> TargetSpaces:
+    """Return target spaces by the places of their modules in the model: NNI's order depends on the hash seed."""
+    names = (name for name, _ in model.named_modules(remove_duplicate=False))
+    return {name: target_spaces[name] for name in names if name in target_spaces}
 
 
 def block_shape(space: PruningTargetSpace) -> tuple[int, ...]:

@@ -121,13 +121,6 @@ def test_without_crossover_and_mutation_nothing_new_appears():
     assert len({generation.best for generation in algorithm.trace}) == 1
 
 
-def test_frequency_counts_what_the_better_half_keeps():
-    algorithm = search(10, 3, distance_to(np.arange(10) < 3), generations=40)
-    frequency = algorithm.frequency()
-    assert frequency.sum() == pytest.approx(3.0)
-    assert frequency[:3].min() > frequency[3:].max()
-
-
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [

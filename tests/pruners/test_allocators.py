@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,12 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.hooks import ConfigAllocator, NNIAllocator
+from nni_topo.hooks import ConfigAllocator, NNIAllocator, Planner
 from nni_topo.pruners.random import RandomPruner
 
 
 def context_of(config_list, *layers):
-    return RandomPruner(nn.Sequential(*layers), config_list)._context()
+    return RandomPruner(nn.Sequential(*layers), config_list).context
 
 
 def metrics_of(context, *scores):
@@ -79,7 +81,8 @@ def test_threshold_keeps_what_reaches_it():
     context = context_of([{"op_types": ["Linear"], "sparse_threshold": 2.0}], nn.Linear(3, 4))
     scores = metrics_of(context, [2, 1, 3, 0.5])
     assert kept(ConfigAllocator().allocate(scores, context), "0") == [True, False, True, False]
-    assert kept(ConfigAllocator(strict=True).allocate(scores, context), "0") == [False, False, True, False]
+    strict = replace(context, planner=Planner(strict=True))
+    assert kept(ConfigAllocator().allocate(scores, strict), "0") == [False, False, True, False]
 
 
 def test_threshold_in_a_dependency_group():
@@ -94,12 +97,8 @@ def test_a_threshold_that_empties_a_layer_is_refused_or_keeps_the_best():
     scores = metrics_of(context, [2, 1, 3, 0.5])
     with pytest.raises(ConfigError, match=r"got 9\.0 over 3: all 4 blocks would go \(0\.weight\)"):
         ConfigAllocator().allocate(scores, context)
-    assert kept(ConfigAllocator(on_empty="keep").allocate(scores, context), "0") == [
-        False,
-        False,
-        True,
-        False,
-    ]
+    keeping = replace(context, planner=Planner(on_empty="keep"))
+    assert kept(ConfigAllocator().allocate(scores, keeping), "0") == [False, False, True, False]
 
 
 def test_global_ranking_weighs_blocks_by_their_elements():
@@ -139,7 +138,7 @@ def test_normalization_makes_layers_of_different_scale_comparable():
     context = context_of(config, nn.Linear(4, 4), nn.Linear(4, 4))
     scores = metrics_of(context, [0.1, 0.2, 0.3, 0.4], [10, 20, 30, 40])
     raw = ConfigAllocator().allocate(scores, context)
-    scaled = ConfigAllocator(normalization="mean").allocate(scores, context)
+    scaled = ConfigAllocator().allocate(scores, replace(context, planner=Planner(normalization="mean")))
     assert (sum(kept(raw, "0")), sum(kept(raw, "1"))) == (1, 3)
     assert (sum(kept(scaled, "0")), sum(kept(scaled, "1"))) == (2, 2)
 
@@ -164,7 +163,7 @@ def test_scores_that_cannot_be_ranked_are_refused(bad):
 @pytest.mark.parametrize("knob", ["normalization", "on_empty"])
 def test_unknown_options_are_refused(knob):
     with pytest.raises(ConfigError, match=f"{knob} must be"):
-        ConfigAllocator(**{knob: "huge"})
+        Planner(**{knob: "huge"})
 
 
 CONFIGS = [

@@ -50,25 +50,20 @@ def test_from_compressor_passes_the_knobs_on():
 
 def test_targets_are_in_network_order_whatever_the_hash_seed():
     pruner = RandomPruner(toy_model(), [{"op_types": ["Linear", "Conv2d"], "sparse_ratio": 0.5}])
-    assert list(pruner._target_spaces) == ["stem", "inner", "hidden", "head"]
-
-
-class Paired(RandomPruner):
-    """Random masks, and survivors that are stated."""
-
-    def _survivors(self):
-        return {"hidden": {2: 0, 3: 2, 4: 0, 5: 3}, "stem": {1: 0}}  # for each channel that goes the one that stays
+    assert list(pruner.context.target_spaces) == ["stem", "inner", "hidden", "head"]
 
 
 def test_only_survivors_that_stay_of_channels_that_go_are_paired():
-    pruner = Paired(toy_model(), [{"op_names": ["hidden", "stem"], "sparse_ratio": 0.5}])
+    pruner = RandomPruner(toy_model(), [{"op_names": ["hidden", "stem"], "sparse_ratio": 0.5}])
+    # For each channel that goes the one that stays.
+    pruner.calculator.pairs = {"hidden": {2: 0, 3: 2, 4: 0, 5: 3}, "stem": {1: 0}}
     _, masks = pruner.compress()
     for targets in masks.values():
         targets["weight"].fill_(1.0)
     masks["hidden"]["weight"][[2, 3]] = 0.0
     # Of the others 2 doesn't stay, 4 doesn't go, and 5 and 3 have changed places.
-    assert pruner._pairs(masks) == {"hidden": {2: 0}, "stem": {}}
-    assert RandomPruner(toy_model(), HALF)._pairs(masks) is None
+    assert pruner.pairs_of(masks) == {"hidden": {2: 0}, "stem": {}}
+    assert RandomPruner(toy_model(), HALF).pairs_of(masks) is None
 
 
 def test_masks_move_to_the_layers_device(device):

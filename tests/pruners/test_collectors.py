@@ -13,7 +13,7 @@ from nni_topo.topology import pairwise_distances
 
 
 def context_of(model, config_list, evaluator=None):
-    return RandomPruner(model, config_list, evaluator)._context()
+    return RandomPruner(model, config_list, evaluator).context
 
 
 CONVS = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]

@@ -14,7 +14,7 @@ from nni_topo.testing import toy_images, toy_model
 
 def clouds_of(model, config_list, images):
     pruner = RandomPruner(model, config_list)
-    data = CoupledWeightCollector(images).collect(pruner._context())
+    data = CoupledWeightCollector(images).collect(pruner.context)
     pruner.unwrap_model()
     return data
 

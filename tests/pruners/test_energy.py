@@ -24,7 +24,7 @@ CONVS = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
 
 
 def context_of(model, config_list=CONVS, evaluator=None):
-    return RandomPruner(model, config_list, evaluator)._context()
+    return RandomPruner(model, config_list, evaluator).context
 
 
 def collected(collector, model, config_list=CONVS, evaluator=None):
@@ -217,8 +217,8 @@ def test_masked_weights_have_no_energy():
     model = toy_model()
     pruner = RandomPruner(model, [{"op_names": ["stem"], "sparse_ratio": 0.5}])
     _, masks = pruner.compress()
-    weight, bias = masked_parameters(pruner._context(), "stem")
-    energy = ChirpEnergyCollector(toy_images(1)).collect(pruner._context())["stem"]["weight"][:, 0]
+    weight, bias = masked_parameters(pruner.context, "stem")
+    energy = ChirpEnergyCollector(toy_images(1)).collect(pruner.context)["stem"]["weight"][:, 0]
     assert torch.equal(energy > 0, masks["stem"]["bias"].bool())
     assert torch.equal(weight.flatten(1).any(1), masks["stem"]["bias"].bool())
     assert torch.equal(bias != 0, masks["stem"]["bias"].bool())

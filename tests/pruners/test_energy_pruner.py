@@ -122,8 +122,8 @@ def test_a_global_group_is_one_threshold_over_the_layers():
     pruner = nni_topo.EnergyFilterPruner(
         model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.4, "global_group_id": 1}], example_inputs=IMAGES
     )
-    metrics = pruner._calculate_metrics(pruner._collect_data())
-    for name, found in pruner._generate_sparsity(metrics).items():
+    metrics = pruner.calculator.calculate(pruner.collector.collect(pruner.context), pruner.context)
+    for name, found in pruner.allocator.allocate(metrics, pruner.context).items():
         masks[name] = found["weight"].flatten(1)[:, 0].bool()
         shares[name] = metrics[name]["weight"].flatten()
     pruned = torch.cat([shares[name][~masks[name]] for name in masks])

@@ -22,7 +22,7 @@ def collected(model, images, names, evaluator=None, **knobs):
     config = [{"op_names": list(names), "sparse_ratio": 0.5}]
     pruner = RandomPruner(model, config, evaluator)
     collector = FeatureCollector(images, **knobs)
-    data = collector.collect(pruner._context())
+    data = collector.collect(pruner.context)
     pruner.unwrap_model()
     return {name: data[name]["weight"].numpy() for name in names}, collector
 

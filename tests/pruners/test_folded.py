@@ -15,7 +15,7 @@ from nni_topo.testing import toy_images, toy_model
 def clouds_of(model, config_list, images, **knobs):
     pruner = RandomPruner(model, config_list)
     try:
-        return FoldedWeightCollector(images, **knobs).collect(pruner._context())
+        return FoldedWeightCollector(images, **knobs).collect(pruner.context)
     finally:
         pruner.unwrap_model()
 

@@ -15,7 +15,7 @@ from nni_topo.topology import pairwise_distances
 
 def cloud_of(model, config_list, batches, name, **knobs):
     pruner = RandomPruner(model, config_list)
-    data = FunctionalCollector(batches, **knobs).collect(pruner._context())
+    data = FunctionalCollector(batches, **knobs).collect(pruner.context)
     pruner.unwrap_model()
     return data[name]["weight"].numpy(), data
 
@@ -160,6 +160,6 @@ def test_no_batch_is_refused():
 def test_the_model_is_left_as_it_was():
     model = toy_model().train()
     pruner = RandomPruner(model, config("hidden"))
-    FunctionalCollector([toy_images(4)]).collect(pruner._context())
+    FunctionalCollector([toy_images(4)]).collect(pruner.context)
     assert model.training
     assert not any(module._forward_pre_hooks for module in model.modules())

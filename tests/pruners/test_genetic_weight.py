@@ -156,7 +156,7 @@ def test_an_unwrapped_model_is_wrapped_again(rule):
     pruner = GeneticWeightPruner(task()[0], [{"op_names": ["0"], **rule}], validation=BATCH)
     pruner.unwrap_model()
     pruner.wrap_model()
-    assert list(pruner._target_spaces) == ["0"]
+    assert list(pruner.context.target_spaces) == ["0"]
 
 
 def test_a_layer_of_another_kind_is_refused():

@@ -28,7 +28,7 @@ def labelled(count=12, size=5):
 def collected(model, config, calibration=None, evaluator=None, **knobs):
     pruner = RandomPruner(model, config, evaluator)
     try:
-        return GradientCollector(calibration, **knobs).collect(pruner._context())
+        return GradientCollector(calibration, **knobs).collect(pruner.context)
     finally:
         pruner.unwrap_model()
 
@@ -80,7 +80,7 @@ def test_nothing_stays_on_the_model(frozen):
     model.requires_grad_(not frozen)
     before = copy.deepcopy(model.state_dict())
     pruner = RandomPruner(model, GROUP)
-    GradientCollector(labelled()).collect(pruner._context())
+    GradientCollector(labelled()).collect(pruner.context)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(module.training for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -195,9 +195,9 @@ def test_an_evaluator_in_training_is_refused():
     model = toy_model()
     evaluator = toy_evaluator(model)
     pruner = RandomPruner(model, HIDDEN, evaluator)
-    evaluator.bind_model(model, pruner._get_param_names_map())
+    evaluator.bind_model(model, pruner.context.parameter_names)
     with pytest.raises(ConfigError, match="while the evaluator trains"):
-        GradientCollector().collect(pruner._context())
+        GradientCollector().collect(pruner.context)
 
 
 def test_dependency_groups_of_the_package_fit():

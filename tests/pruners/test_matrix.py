@@ -34,7 +34,7 @@ def test_the_norm_is_over_all_that_goes(norm):
     model = toy_model().eval()
     config = nni_topo.dependency_groups(model, IMAGES, [{"op_names": ["stem", "inner"], "sparse_ratio": 0.5}])
     pruner = MatrixPruner(model, config, norm=norm, example_inputs=IMAGES)
-    context = pruner._context()
+    context = pruner.context
     found = pruner.calculator.calculate(pruner.collector.collect(context), context)["inner"]["weight"].flatten()
     pruner.unwrap_model()
     parts = [

@@ -24,7 +24,7 @@ def layer(points, features):
 def cloud_of(model, **knobs):
     pruner = RandomPruner(model, CONFIG)
     try:
-        return WeightCollector(**knobs).collect(pruner._context())["0"]["weight"]
+        return WeightCollector(**knobs).collect(pruner.context)["0"]["weight"]
     finally:
         pruner.unwrap_model()
 

@@ -25,7 +25,7 @@ def config(*names, ratio=0.5):
 
 def problem_of(model, names, *, kind=ReconstructionProblems, kept=None, batches=BATCHES):
     pruner = RandomPruner(model, config(*names))
-    found = {u.members[0][0]: p for u, p in kind(batches).each(pruner._context(), {} if kept is None else kept)}
+    found = {u.members[0][0]: p for u, p in kind(batches).each(pruner.context, {} if kept is None else kept)}
     pruner.unwrap_model()
     return found
 
@@ -75,7 +75,7 @@ def test_the_error_is_what_least_squares_leaves():
 def test_the_choice_weighs_the_layers_that_read_alike():
     model = toy_model().eval()
     pruner = RandomPruner(model, dependency_groups(model, IMAGES[:2], config("stem", "inner")))
-    (problem,) = (found for _, found in ReconstructionProblems(BATCHES).each(pruner._context(), {}))
+    (problem,) = (found for _, found in ReconstructionProblems(BATCHES).each(pruner.context, {}))
     pruner.unwrap_model()
     parts = [
         ReconstructionProblem((gram,), (cross,), (columns,))
@@ -123,7 +123,7 @@ def test_all_readers_of_a_group_count():
     model = toy_model().eval()
     grouped = dependency_groups(model, IMAGES[:2], config("stem", "inner", "hidden"))
     pruner = RandomPruner(model, grouped)
-    found = {unit.name: p for unit, p in ReconstructionProblems(BATCHES).each(pruner._context(), {})}
+    found = {unit.name: p for unit, p in ReconstructionProblems(BATCHES).each(pruner.context, {})}
     assert [len(problem.grams) for problem in found.values()] == [2, 1]  # inner and hidden read the stem's channels
 
 
@@ -131,10 +131,10 @@ def test_the_first_of_sequence_is_the_same_and_later_ones_see_what_went():
     model = toy_model().eval()
     grouped = dependency_groups(model, IMAGES[:2], config("stem", "inner", "hidden"))
     pruner = RandomPruner(model, grouped)
-    plain = {u.name: p for u, p in ReconstructionProblems(BATCHES).each(pruner._context(), {})}
+    plain = {u.name: p for u, p in ReconstructionProblems(BATCHES).each(pruner.context, {})}
     kept = {}
     found = {}
-    for unit, problem in SequentialProblems(BATCHES).each(pruner._context(), kept):
+    for unit, problem in SequentialProblems(BATCHES).each(pruner.context, kept):
         found[unit.name] = problem
         kept[unit.name] = np.arange(unit.blocks) < unit.blocks // 2
     pruner.unwrap_model()

@@ -21,7 +21,7 @@ BATCHES = list(IMAGES.split(16))
 EXTRAS = {
     "energy": {"example_inputs": IMAGES[:2], "linear": "unit-energy"},
     "cluster": {"calibration": BATCHES},
-    "subcluster": {"calibration": BATCHES, "energy": 0.95, "initial_ratio": 0.2},
+    "subcluster": {"calibration": BATCHES, "energy": 0.95, "growth": {"initial_ratio": 0.2}},
 }
 
 
@@ -42,7 +42,7 @@ def test_compress_also_compensates(name, method):
     pruner = make(name, model, config(model), compensate=method, calibration=BATCHES)
     wrapped, masks = pruner.compress()
     pruner.unwrap_model()
-    pairs = pruner._pairs(masks) if method == "pair" else None
+    pairs = pruner.pairs_of(masks) if method == "pair" else None
     assert (pairs is not None) == (method == "pair" and "cluster" in name)
     expected = nni_topo.compensate(original, masks, BATCHES, method=method, pairs=pairs)
     for key, value in expected.state_dict().items():

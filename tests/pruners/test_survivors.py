@@ -17,7 +17,7 @@ def scored(rules, model=None, names=("hidden",), closeness=None, seed=0, group=N
     config = [{"op_names": list(names), "sparse_ratio": 0.5}]
     if group is not None:
         config[0]["dependency_group_id"] = group
-    context = RandomPruner(model, config)._context()
+    context = RandomPruner(model, config).context
     collector = FeatureCollector([toy_images(4)])
     collector.collect(context)
     (unit,) = context.units
@@ -81,7 +81,7 @@ def test_a_bias_that_is_not_there():
     with pytest.raises(ConfigError, match=r"survivor 'bias' needs a bias or a batch norm, got neither \(1.weight\)"):
         scored(("bias",), model, ("1",))
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 6, bias=False), nn.ReLU(), nn.Linear(6, 2))
-    context = RandomPruner(model, [{"op_names": ["1"], "sparse_ratio": 0.5}])._context()
+    context = RandomPruner(model, [{"op_names": ["1"], "sparse_ratio": 0.5}]).context
     collector = FeatureCollector([toy_images(4)])
     collector.collect(context)
     assert offsets(context.units[0], context, collector.network) is None

@@ -12,6 +12,7 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.hooks import WeightCollector
 from nni_topo.maths import topology
+from nni_topo.pruners.selection import Cloud
 from nni_topo.pruners.topological.pruner import TopologicalPruner
 from nni_topo.testing import toy_evaluator, toy_images, toy_model
 
@@ -63,13 +64,16 @@ def test_threshold_says_how_many():
     assert sum(pruned(FOUR_CLUSTERS, threshold=1000.0)) == 1
 
 
-def test_the_scores_are_half_the_death_times_in_units_of_their_mean():
-    model = layer_of(FOUR_CLUSTERS)
-    pruner = TopologicalPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.5}])
-    metrics = pruner._calculate_metrics(pruner._collect_data())["0"]["weight"].flatten()
-    deaths = topology.h0_deaths(topology.pairwise_distances(topology.with_origin(np.float32(FOUR_CLUSTERS))))
-    np.testing.assert_allclose(np.sort(metrics.numpy())[::-1], deaths / (2 * deaths.mean()), atol=1e-9)
-    assert len(set(metrics.tolist())) == 8
+def test_blocks_are_worth_half_the_death_times_in_units_of_their_mean():
+    points = topology.with_origin(np.array(FOUR_CLUSTERS))
+    deaths = topology.h0_deaths(topology.pairwise_distances(points))
+    losses = Cloud(points, 8).losses()
+    np.testing.assert_allclose(losses, deaths / (2 * deaths.mean()), atol=1e-9)
+    assert (np.diff(losses) <= 0).all()
+    # Without the origin one time is missing: the component that never dies counts as much as the longest other one.
+    alone = Cloud(points[:8], 8).losses()
+    assert alone[0] == alone[1]
+    assert alone.mean() == pytest.approx(0.5)
 
 
 def test_the_search_never_ends_above_its_greedy_start():

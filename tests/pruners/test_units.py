@@ -9,7 +9,7 @@ from nni_topo.pruners.random import RandomPruner
 
 
 def units_of(model, config_list):
-    return pruning_units(RandomPruner(model, config_list)._target_spaces)
+    return pruning_units(RandomPruner(model, config_list).context.target_spaces)
 
 
 def test_each_weight_is_a_unit_in_network_order(convnet):
@@ -44,7 +44,7 @@ def test_a_target_without_rule_is_no_unit(convnet):
     class NumberFinder(RandomPruner):
         needs_rule = False
 
-    assert pruning_units(NumberFinder(convnet, [{"op_types": ["Conv2d"]}])._target_spaces) == []
+    assert pruning_units(NumberFinder(convnet, [{"op_types": ["Conv2d"]}]).context.target_spaces) == []
 
 
 def test_blocks_follow_granularity():

@@ -231,7 +231,7 @@ def study_energy(
     masks = dict(_masks_by_threshold(pruner, metrics, thresholds))
     rows = [
         _layer(tuple(dict.fromkeys(m for m, _ in unit.members)), unit_scores(unit, metrics), model, masks)
-        for unit in pruner._context().units
+        for unit in pruner.context.units
     ]
     baseline = None
     if evaluate is not None:

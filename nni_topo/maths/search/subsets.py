@@ -131,12 +131,6 @@ class SubsetGeneticAlgorithm(GeneticAlgorithm):
             if self.patience is not None and stale >= self.patience:
                 break
 
-    def frequency(self) -> FloatArray:
-        """Return how often each block is kept by the better half of the last generation, in [0, 1]."""
-        better = self.current_generation[: max(1, self.population_size // 2)]
-        share: FloatArray = np.mean([member.genes for member in better], axis=0)
-        return share
-
     def _crossed(self, mothers: BoolArray, fathers: BoolArray) -> tuple[BoolArray, BoolArray]:
         """Deal the blocks that only one parent keeps to the two children, as many to each as each parent had."""
         differing = mothers ^ fathers

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from nni_topo.errors import DataError
 from nni_topo.maths.clustering import partition
 from nni_topo.maths.clustering.partition import FloatArray, IntArray
 from nni_topo.maths.ties import FLOOR, RELATIVE, descending, leveled
-from nni_topo.pruners.allocators import ConfigAllocator, removable_rows
 from nni_topo.pruners.clouds.features import FeatureCollector
 from nni_topo.pruners.cluster.survivors import best_of, survivor_scores
-from nni_topo.pruners.hooks import Data, MetricCalculator, Metrics, PruningContext
+from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext
+from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.units import PruningUnit
 
+BoolArray = NDArray[np.bool_]
 _CONSTANT = 1e-12
 # Features were summed in single precision: near ties of distances are measured by the points' size, not by their own.
 _MEASURED = RELATIVE / FLOOR
@@ -42,9 +41,9 @@ class FeatureCloud:
         return covariance
 
     @property
-    def alive(self) -> NDArray[np.bool_]:
+    def alive(self) -> BoolArray:
         """Which neurons ever put out anything but zero, shape (rows,)."""
-        alive: NDArray[np.bool_] = (self.points != 0).any(1)
+        alive: BoolArray = (self.points != 0).any(1)
         return alive
 
     def living(self) -> FeatureCloud:
@@ -61,64 +60,38 @@ class Clusters:
     rows: int
 
 
-class SurvivorAllocator(ConfigAllocator):
-    """Keep the blocks with positive scores: a metric that clusters has already decided how many they are."""
-
-    def kept_rows(self, context: PruningContext, profiles: dict[str, Tensor]) -> dict[str, int]:
-        """Return the number of positive scores of each unit, at least 1."""
-        return {unit.name: max(1, int((profiles[unit.name] > 0).sum())) for unit in context.units}
-
-
+@dataclass(kw_only=True, eq=False)
 class SurvivorMetric(MetricCalculator):
-    """Score 1 for the neuron of each cluster that stays, 0 for the others; ``survivor`` returns the rules of a unit."""
+    """Keeps one neuron of each cluster; ``survivor`` returns the rules of a unit."""
 
-    def __init__(
-        self,
-        collector: FeatureCollector,
-        survivor: Callable[[PruningUnit, PruningContext], tuple[str, ...]],
-        *,
-        seed: int,
-    ) -> None:
-        self.collector = collector
-        self.survivor = survivor
-        self.seed = seed
-        self.planner = ConfigAllocator(on_empty="keep")
-        # By layer, of the latest call: the survivor of each neuron that goes. Dead neurons need none.
-        self.pairs: dict[str, dict[int, int]] = {}
+    collector: FeatureCollector
+    survivor: Callable[[PruningUnit, PruningContext], tuple[str, ...]]
+    seed: int
+    # By layer, of the latest call: the survivor of each neuron that goes. Dead neurons need none.
+    pairs: dict[str, dict[int, int]] = field(default_factory=dict, init=False)
 
     @abstractmethod
     def cluster(self, clouds: dict[str, list[FeatureCloud]], context: PruningContext) -> dict[str, Clusters]:
         """Return the clusters of every unit, given the clouds of its parts."""
 
-    def calculate(self, data: Data, context: PruningContext) -> Metrics:
-        """Cluster every unit and mark the neurons that stay."""
+    def calculate(self, data: Data, context: PruningContext) -> KeptSet:
+        """Cluster every unit and choose the neurons that stay."""
         clouds = {unit.name: _clouds(unit, data) for unit in context.units}
         found = self.cluster(clouds, context)
         generator = np.random.default_rng(self.seed)
-        metrics: Metrics = {}
         self.pairs = {}
+        kept = {}
         for unit in context.units:
             points = np.concatenate([cloud.points for cloud in clouds[unit.name]])
-            kept = self._kept(unit, points, found[unit.name], context, generator)
-            for module_name, target_name in unit.members:
-                shape = context.metric_shape(module_name, target_name)
-                scores = torch.from_numpy(kept.astype(np.float64)).reshape(shape)
-                metrics.setdefault(module_name, {})[target_name] = scores
-        return metrics
+            closeness = _closeness(points, found[unit.name].labels)
+            rules = self.survivor(unit, context)
+            scores = survivor_scores(rules, unit, context, self.collector.network, closeness, generator)
+            kept[unit.name] = self._kept(unit, points, found[unit.name], scores)
+        return context.keep(kept)
 
-    def _kept(
-        self,
-        unit: PruningUnit,
-        points: FloatArray,
-        clusters: Clusters,
-        context: PruningContext,
-        generator: np.random.Generator,
-    ) -> NDArray[np.bool_]:
+    def _kept(self, unit: PruningUnit, points: FloatArray, clusters: Clusters, scores: FloatArray) -> BoolArray:
         """Choose what stays of a unit and remember what it stands for."""
         labels = clusters.labels
-        closeness = _closeness(points, labels)
-        rules = self.survivor(unit, context)
-        scores = survivor_scores(rules, unit, context, self.collector.network, closeness, generator)
         best = best_of(labels, scores)
         distances = np.where(labels < 0, -1.0, np.linalg.norm(points - points[best], axis=1))
         kept = np.zeros(unit.blocks, dtype=bool)
@@ -134,46 +107,29 @@ class SurvivorMetric(MetricCalculator):
         return kept
 
 
+@dataclass(kw_only=True, eq=False)
 class ClusterMetric(SurvivorMetric):
     """As many clusters as the config_list leaves neurons, by :func:`~nni_topo.maths.clustering.partition`."""
 
-    def __init__(
-        self,
-        collector: FeatureCollector,
-        survivor: Callable[[PruningUnit, PruningContext], tuple[str, ...]],
-        *,
-        algorithm: str,
-        n_init: int,
-        min_samples: int,
-        seed: int,
-    ) -> None:
-        super().__init__(collector, survivor, seed=seed)
-        self.algorithm = algorithm
-        self.n_init = n_init
-        self.min_samples = min_samples
+    algorithm: str
+    n_init: int
+    min_samples: int
 
     def cluster(self, clouds: dict[str, list[FeatureCloud]], context: PruningContext) -> dict[str, Clusters]:
         """Return the clusters of every unit."""
-        profiles = {unit.name: merging_profile(unit, clouds[unit.name]) for unit in context.units}
-        rows = self.planner.rounded_rows(context, profiles)
-        return {unit.name: self._clusters(unit, clouds[unit.name], rows[unit.name]) for unit in context.units}
+        rows = context.rows(lambda unit: merging_losses(clouds[unit.name]))
+        return {u.name: self._clusters(u, clouds[u.name], rows[u.name], context.planner) for u in context.units}
 
-    def _clusters(self, unit: PruningUnit, parts: list[FeatureCloud], rows: int) -> Clusters:
+    def _clusters(self, unit: PruningUnit, parts: list[FeatureCloud], rows: int, planner: Planner) -> Clusters:
         alive = max(int(cloud.alive.sum()) for cloud in parts)
         # Where any go dead neurons all do, also more than the ratio asks for; the maximum ratio holds.
         if rows < unit.rows:
-            rows = self.planner.rounded(unit, max(1, min(rows, alive), unit.rows - removable_rows(unit)[1]))
+            rows = planner.rounded(unit, max(1, min(rows, alive), unit.rows - unit.removable_rows[1]))
         labels = np.full(unit.blocks, -1, dtype=np.intp)
         for cloud in (part.living() for part in parts):
             if len(cloud.names):
-                found = partition(
-                    cloud.points,
-                    min(rows, len(cloud.names)),
-                    self.algorithm,
-                    seed=self.seed,
-                    n_init=self.n_init,
-                    min_samples=self.min_samples,
-                )
+                knobs = {"seed": self.seed, "n_init": self.n_init, "min_samples": self.min_samples}
+                found = partition(cloud.points, min(rows, len(cloud.names)), self.algorithm, **knobs)
                 labels[cloud.names] = found + labels.max() + 1
         return Clusters(labels, rows)
 
@@ -202,15 +158,14 @@ def _closeness(points: FloatArray, labels: IntArray) -> FloatArray:
     return closeness
 
 
-def merging_profile(unit: PruningUnit, parts: list[FeatureCloud]) -> Tensor:
-    """Return what each cluster more is worth, shape (rows,), descending; zeros where layers aren't compared."""
-    from scipy.cluster import hierarchy
+def merging_losses(parts: list[FeatureCloud]) -> FloatArray:
+    """Return what each cluster more is worth, in units of the mean, shape (blocks,)."""
+    from scipy.cluster.hierarchy import linkage
 
-    heights = np.zeros((len(parts), unit.rows))
-    if unit.rows > 1 and (unit.global_group_id is not None or unit.sparse_threshold is not None):
-        for part, cloud in enumerate(parts):
-            # The j-th cluster is worth the distance at which Ward's agglomeration would merge it into fewer.
-            merges = hierarchy.linkage(cloud.points, "ward")[::-1, 2]
-            heights[part] = np.concatenate([merges[:1], merges])
+    heights = np.zeros((len(parts), len(parts[0].points)))
+    for part, cloud in enumerate(parts if heights.shape[1] > 1 else ()):
+        # The j-th cluster is worth the distance at which Ward's agglomeration would merge it into fewer.
+        merges = linkage(cloud.points, "ward")[::-1, 2]
+        heights[part] = np.concatenate([merges[:1], merges])
     mean = heights.mean()
-    return torch.from_numpy(heights.max(0) / mean if mean > 0 else heights.max(0))
+    return (heights / mean if mean > 0 else heights).reshape(-1)

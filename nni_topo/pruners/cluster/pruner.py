@@ -20,12 +20,12 @@ from nni_topo.maths.clustering.partition import ALGORITHMS, Algorithm
 from nni_topo.network.inputs import checked_calibration
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.clouds.features import FeatureCollector, Pool
-from nni_topo.pruners.cluster.metric import ClusterMetric, SurvivorAllocator
+from nni_topo.pruners.cluster.metric import ClusterMetric
 from nni_topo.pruners.cluster.survivors import Survivor, checked_rules
 from nni_topo.pruners.hooks import PruningContext
+from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.units import PruningUnit
 from nni_topo.recovery.compensation import Method
-from nni_topo.recovery.steps import Pairs
 
 
 class ClusterPruner(StructuredPruner):
@@ -120,8 +120,8 @@ class ClusterPruner(StructuredPruner):
         calibration = checked_calibration(calibration)
         collector = feature_collector(calibration, evaluator, pool, config_list)
         self._metric = ClusterMetric(
-            collector,
-            self._rules_of,
+            collector=collector,
+            survivor=self._rules_of,
             algorithm=algorithm,
             n_init=n_init,
             min_samples=min_samples,
@@ -134,12 +134,11 @@ class ClusterPruner(StructuredPruner):
             existed_wrappers,
             collector=collector,
             calculator=self._metric,
-            allocator=SurvivorAllocator(),
+            planner=Planner(on_empty="keep"),
             compensate=compensate,
             calibration=calibration,
             round_to=round_to,
         )
-        self._metric.planner.round_to = round_to
 
     @property
     def pairs(self) -> dict[str, dict[int, int]]:
@@ -152,9 +151,6 @@ class ClusterPruner(StructuredPruner):
 
     def _rules_of(self, unit: PruningUnit, context: PruningContext) -> tuple[str, ...]:
         return self._rules
-
-    def _survivors(self) -> Pairs:
-        return self.pairs
 
 
 def feature_collector(

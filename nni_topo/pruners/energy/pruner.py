@@ -23,12 +23,12 @@ from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.maths import signals
 from nni_topo.maths.ties import descending
 from nni_topo.network.inputs import checked_calibration
-from nni_topo.pruners.allocators import ConfigAllocator
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.energy.chirp import ChirpEnergyCollector, EnergyCollector, Linear, Normalization
 from nni_topo.pruners.energy.data import DataEnergyCollector
 from nni_topo.pruners.hooks import Data, MetricCalculator, Metrics, PruningContext
+from nni_topo.pruners.planner import Planner
 from nni_topo.recovery.compensation import Method
 
 
@@ -37,13 +37,8 @@ class CumulativeEnergyMetric(MetricCalculator):
 
     def calculate(self, data: Data, context: PruningContext) -> Metrics:
         """Return shares in (0, 1], equal for all members of a dependency group, whose energies add up."""
-        metrics: Metrics = {}
-        for unit in context.units:
-            shares = cumulative_shares(torch.stack([data[m][t][:, 0] for m, t in unit.members]).sum(0))
-            for module_name, target_name in unit.members:
-                shape = context.metric_shape(module_name, target_name)
-                metrics.setdefault(module_name, {})[target_name] = shares.reshape(shape)
-        return metrics
+        energies = {u.name: torch.stack([data[m][t][:, 0] for m, t in u.members]).sum(0) for u in context.units}
+        return context.spread({name: cumulative_shares(each) for name, each in energies.items()})
 
 
 def cumulative_shares(energies: Tensor) -> Tensor:
@@ -173,7 +168,7 @@ class EnergyFilterPruner(StructuredPruner):
             existed_wrappers,
             collector=chosen,
             calculator=CumulativeEnergyMetric(),
-            allocator=ConfigAllocator(strict=True, on_empty="keep", tolerance=TOLERANCE),
+            planner=Planner(strict=True, on_empty="keep", tolerance=TOLERANCE),
             compensate=compensate,
             calibration=calibration,
             round_to=round_to,

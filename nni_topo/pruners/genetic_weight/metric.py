@@ -3,54 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.search.gene_layers import BoolArray, FloatArray, Layer
 from nni_topo.maths.search.state import load_state, save_state
 from nni_topo.maths.search.weights import WeightEvolutionSettings, WeightGeneticAlgorithm
-from nni_topo.pruners.allocators import ConfigAllocator
-from nni_topo.pruners.genetic_weight.masked import MaskedScores, split_genes
+from nni_topo.pruners.genetic_weight.masked import MaskedScores
 from nni_topo.pruners.genetic_weight.population import PopulationAccuracy
-from nni_topo.pruners.hooks import Data, MetricCalculator, Metrics, PruningContext
+from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext
 from nni_topo.pruners.units import PruningUnit
 
 OnGeneration = Callable[[WeightGeneticAlgorithm], bool | None]
 Accuracies = Callable[[Iterator[BoolArray]], FloatArray]
 
 
+@dataclass(kw_only=True, eq=False)
 class GeneticMetric(MetricCalculator):
-    """1 for the weights that the fittest individual of a search uses, else 0; knobs of the pruner."""
+    """Keeps the weights that the fittest individual of a search uses; knobs of the pruner."""
 
-    def __init__(
-        self,
-        settings: WeightEvolutionSettings,
-        validation: list[Any] | None,
-        evaluate: Callable[[nn.Module], float] | None,
-        *,
-        seed: int,
-        state: str | Path | None,
-        on_generation: OnGeneration | None,
-        max_bytes: int,
-        workers: int,
-    ) -> None:
-        self.settings = settings
-        self.validation = validation
-        self.evaluate = evaluate
-        self.seed = seed
-        self.state = state
-        self.on_generation = on_generation
-        self.max_bytes = max_bytes
-        self.workers = workers
-        self.search: WeightGeneticAlgorithm | None = None
-        self.start_weights = np.zeros(0, dtype=np.float32)
+    settings: WeightEvolutionSettings
+    validation: list[Any] | None
+    evaluate: Callable[[nn.Module], float] | None
+    seed: int
+    state: str | Path | None
+    on_generation: OnGeneration | None
+    max_bytes: int
+    workers: int
+    search: WeightGeneticAlgorithm | None = field(default=None, init=False)
+    start_weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32), init=False)
 
-    def calculate(self, data: Data, context: PruningContext) -> Metrics:
+    def calculate(self, data: Data, context: PruningContext) -> KeptSet:
         """Search, from the file of an earlier search on where there is one."""
         names = [unit.members[0][0] for unit in context.units]
         weights = [context.target_spaces[name]["weight"].target for name in names]
@@ -67,8 +57,9 @@ class GeneticMetric(MetricCalculator):
             load_state(search, self.state)
         self.search = search
         search.run(self._after)
-        masks = split_genes(search.genes(search.best()), weights)
-        return {name: {"weight": mask.double()} for name, mask in zip(names, masks, strict=True)}
+        genes = search.genes(search.best())
+        kept = np.split(genes, np.cumsum([unit.blocks for unit in context.units])[:-1])
+        return context.keep({unit.name: own for unit, own in zip(context.units, kept, strict=True)})
 
     def _after(self, search: WeightGeneticAlgorithm) -> bool:
         if self.state is not None:
@@ -84,14 +75,6 @@ class GeneticMetric(MetricCalculator):
             evaluate, model = self.evaluate, context.model
             return MaskedScores(weights, lambda: evaluate(model))
         return MaskedScores(weights, lambda: _evaluated(context))
-
-
-class GeneAllocator(ConfigAllocator):
-    """Keep what the search kept: its metric is 1 there."""
-
-    def kept_rows(self, context: PruningContext, profiles: dict[str, Tensor]) -> dict[str, int]:
-        """Return how many weights each layer keeps."""
-        return {unit.name: int((profiles[unit.name] > 0).sum()) for unit in context.units}
 
 
 def largest_share(unit: PruningUnit) -> float:
@@ -112,18 +95,8 @@ def checked_validation(validation: Iterable[Any] | None) -> list[Any] | None:
 
 def _evaluated(context: PruningContext) -> float:
     """Return what the evaluator says about the wrapped model."""
-    evaluator = context.evaluator
-    if evaluator is None:
-        raise ConfigError("a genetic search needs validation, evaluate or an evaluator, got none (validation)")
-    bound = getattr(evaluator, "model", None) is not None
-    if not bound:
-        evaluator.bind_model(context.model, dict(context.parameter_names))
-    try:
-        with torch.no_grad():
-            metric = evaluator.evaluate()
-    finally:
-        if not bound:
-            evaluator.unbind_model()
+    with torch.no_grad():
+        metric = context.evaluate()
     if isinstance(metric, tuple):
         metric = metric[0]
     if metric is None:

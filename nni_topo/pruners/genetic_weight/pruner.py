@@ -26,7 +26,7 @@ from nni_topo.errors import ConfigError, check_integer
 from nni_topo.maths.search.weights import HistoryRow, WeightEvolutionSettings, WeightGeneticAlgorithm
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_weight_target
-from nni_topo.pruners.genetic_weight.metric import GeneAllocator, GeneticMetric, OnGeneration, checked_validation
+from nni_topo.pruners.genetic_weight.metric import GeneticMetric, OnGeneration, checked_validation
 from nni_topo.pruners.topological_magnitude.trees import MagnitudeCollector
 from nni_topo.pruners.units import is_active
 
@@ -155,9 +155,9 @@ class GeneticWeightPruner(StructuredPruner):
         for name, value in (("max_bytes", max_bytes), ("workers", workers)):
             check_integer(name, value, 1, "GeneticWeightPruner")
         self._metric = GeneticMetric(
-            settings,
-            checked_validation(validation),
-            evaluate,
+            settings=settings,
+            validation=checked_validation(validation),
+            evaluate=evaluate,
             seed=seed,
             state=state,
             on_generation=on_generation,
@@ -171,7 +171,6 @@ class GeneticWeightPruner(StructuredPruner):
             existed_wrappers,
             collector=MagnitudeCollector(),
             calculator=self._metric,
-            allocator=GeneAllocator(),
         )
 
     @property

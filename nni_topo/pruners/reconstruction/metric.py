@@ -1,35 +1,29 @@
-"""The metric of reconstruction: channels by forward selection, the others as they cover the layer's point cloud."""
+"""The metric of reconstruction: channels by forward selection."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from nni_topo.pruners.allocators import ConfigAllocator
 from nni_topo.pruners.hooks import PruningContext
-from nni_topo.pruners.ranking import Clouds, RankingMetric, Rankings, greedy_ranking
-from nni_topo.pruners.reconstruction.problems import BoolArray, ReconstructionProblems
+from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
+from nni_topo.pruners.selection import Clouds, Kept, SelectionMetric
 
 
-class ReconstructionMetric(RankingMetric):
-    """Ranks every unit by what the layers behind can still put out, as far as blocks stay; then by the cloud."""
+@dataclass(kw_only=True, eq=False)
+class ReconstructionMetric(SelectionMetric):
+    """Keeps of every unit the channels from which the layers behind can best be solved anew."""
 
-    def __init__(self, problems: ReconstructionProblems, allocator: ConfigAllocator, *, progress: bool = False) -> None:
-        super().__init__(allocator, progress=progress)
-        self.problems = problems
+    problems: ReconstructionProblems
 
-    def rankings(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> Rankings:
+    def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> Kept:
         """Choose unit by unit, in the order of the problems."""
-        found: Rankings = {}
-        kept: dict[str, BoolArray] = {}
+        kept: Kept = {}
         with tqdm(total=len(context.units), desc="choosing filters", disable=not self.progress) as bar:
             for unit, problem in self.problems.each(context, kept):
                 chosen = problem.choose(rows[unit.name] * unit.parts, unit.parts)
                 kept[unit.name] = np.isin(np.arange(unit.blocks), chosen)
-                found[unit.name] = []
-                for part, cloud in enumerate(clouds[unit.name]):
-                    own = chosen[chosen // unit.rows == part] - part * unit.rows
-                    rest = greedy_ranking(cloud)
-                    found[unit.name].append(np.concatenate([own, rest[~np.isin(rest, own)]]))
                 bar.update()
-        return found
+        return kept

@@ -22,7 +22,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.network.inputs import checked_calibration
 from nni_topo.network.latency import LatencyTable
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.budget import Allocation, make_allocator
+from nni_topo.pruners.budget import Allocation, make_planner
 from nni_topo.pruners.clouds.functional import FunctionalCollector
 from nni_topo.pruners.reconstruction.metric import ReconstructionMetric
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
@@ -62,7 +62,7 @@ class ReconstructionPruner(StructuredPruner):
         How the budget is dealt out: the same share of every layer, or one tolerance on death times over the network.
     latency_table : LatencyTable, str, Path or None, default=None
         Seconds of the layers over their widths, or a JSON file of them, for a latency target. None: measured once, on
-        one thread with the batch of ``example_inputs``; then ``pruner.allocator.latency_table`` holds it.
+        one thread with the batch of ``example_inputs``; then ``pruner.planner.latency_table`` holds it.
     example_inputs : Any, default=None
         Inputs of the model, for a ``target``; None: the first ``calibration`` batch.
     compensate : {None, "reconstruct", "channel", "pair"}, default=None
@@ -129,7 +129,7 @@ class ReconstructionPruner(StructuredPruner):
         self.seed = seed
         self.target = target
         self.needs_rule = target is None
-        allocator = make_allocator(config_list, target, allocation, latency_table, example_inputs, calibration)
+        planner = make_planner(config_list, target, allocation, latency_table, example_inputs, calibration)
         self._problems = (SequentialProblems if sequential else ReconstructionProblems)(calibration, seed=seed)
         super().__init__(
             model,
@@ -137,8 +137,8 @@ class ReconstructionPruner(StructuredPruner):
             evaluator,
             existed_wrappers,
             collector=FunctionalCollector(calibration),
-            calculator=ReconstructionMetric(self._problems, allocator, progress=progress),
-            allocator=allocator,
+            calculator=ReconstructionMetric(problems=self._problems, progress=progress),
+            planner=planner,
             compensate=compensate,
             calibration=calibration,
             round_to=round_to,

@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import nn
 
 from nni_topo.maths.clustering.partition import IntArray
 from nni_topo.maths.clustering.subclustering import Growth, SplitTree, grow, initial_clusters
-from nni_topo.pruners.allocators import removable_rows
-from nni_topo.pruners.clouds.features import FeatureCollector
-from nni_topo.pruners.cluster.metric import Clusters, FeatureCloud, SurvivorMetric, merging_profile
+from nni_topo.pruners.cluster.metric import Clusters, FeatureCloud, SurvivorMetric, merging_losses
 from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.units import PruningUnit
 
 _INITIAL = {"Conv": 0.35, "Linear": 0.05}
 
 
+@dataclass(kw_only=True, eq=False)
 class SubclusterMetric(SurvivorMetric):
     """As many clusters as splitting them while they vary too much leaves."""
 
-    def __init__(
-        self,
-        collector: FeatureCollector,
-        survivor: Callable[[PruningUnit, PruningContext], tuple[str, ...]],
-        *,
-        growth: Growth,
-        energy: Callable[[PruningUnit], float],
-        seed: int,
-    ) -> None:
-        super().__init__(collector, survivor, seed=seed)
-        self.growth = growth
-        self.energy = energy
-        # Of the latest call, by unit or, where it has several parts, ``name[part]``.
-        self.trees: dict[str, SplitTree] = {}
+    growth: Growth
+    energy: Callable[[PruningUnit], float]
+    # Of the latest call, by unit or, where it has several parts, ``name[part]``.
+    trees: dict[str, SplitTree] = field(default_factory=dict, init=False)
 
     def cluster(self, clouds: dict[str, list[FeatureCloud]], context: PruningContext) -> dict[str, Clusters]:
         """Return the clusters of every unit."""
@@ -50,9 +39,9 @@ class SubclusterMetric(SurvivorMetric):
     def _clusters(self, unit: PruningUnit, parts: list[FeatureCloud], context: PruningContext, cap: int) -> Clusters:
         """Cluster each part, of which ``cap`` neurons may go; all keep as many as the one that needs the most."""
         clouds = [cloud.living() for cloud in parts]
-        fewest, most = unit.rows - cap, unit.rows - removable_rows(unit)[0]
+        fewest, most = unit.rows - cap, unit.rows - unit.removable_rows[0]
         labels = [self._labels(unit, part, cloud, context, fewest, most) for part, cloud in enumerate(clouds)]
-        rows = self.planner.rounded(unit, max(fewest, 1, *(_count(each) for each in labels)))
+        rows = context.planner.rounded(unit, max(fewest, 1, *(_count(each) for each in labels)))
         for part, cloud in enumerate(clouds):
             if _count(labels[part]) < min(rows, len(cloud.names)):
                 labels[part] = self._labels(unit, part, cloud, context, rows, rows)
@@ -80,7 +69,7 @@ class SubclusterMetric(SurvivorMetric):
             at_most=min(at_most, living),
             seed=self.seed,
         ).renamed(cloud.names)
-        self.trees[unit.name if unit.parts == 1 else f"{unit.name}[{part}]"] = tree
+        self.trees[unit.part_name(part)] = tree
         return tree.labels(unit.blocks)[part * rows : (part + 1) * rows]
 
     def _initial_ratio(self, unit: PruningUnit, context: PruningContext) -> float:
@@ -93,21 +82,14 @@ class SubclusterMetric(SurvivorMetric):
     ) -> dict[str, int]:
         """Return how many rows each unit of a global group has to keep for the group's ratio to be a cap."""
         grouped = [unit for unit in context.units if unit.global_group_id is not None and unit.sparse_threshold is None]
-        bounded, profiles = [], {}
+        bounded = []
         for unit in grouped:
             # Half a row more keeps int(rows * ratio) from falling short by rounding.
             largest = (unit.rows - found[unit.name].rows + 0.5) / unit.rows
             bounded.append(replace(unit, max_sparse_ratio=min(largest, 1.0)))
-            profiles[unit.name] = merging_profile(unit, clouds[unit.name])
-        return self.planner.kept_rows(_Units(context, bounded), profiles)
-
-
-class _Units(PruningContext):
-    """A context whose units are given."""
-
-    def __init__(self, context: PruningContext, units: list[PruningUnit]) -> None:
-        super().__init__(context.model, context.target_spaces, context.evaluator, context.parameter_names)
-        self.__dict__["units"] = units
+        # Rounded are the counts of clusters that come of it.
+        exact = replace(context.planner, round_to=None)
+        return exact.rows(bounded, lambda unit: merging_losses(clouds[unit.name]), context.model)
 
 
 def of_layer(knob: float | Mapping[str, float] | None, unit: PruningUnit, default: float) -> float:
@@ -128,7 +110,7 @@ def _count(labels: IntArray) -> int:
 
 def _cap(unit: PruningUnit) -> int:
     """Return how many rows of a unit may go: its ratio, where it has one of its own, and its maximum are caps."""
-    _, most = removable_rows(unit)
+    _, most = unit.removable_rows
     if unit.sparse_ratio is None or unit.global_group_id is not None:
         return most
     return min(most, int(unit.rows * unit.sparse_ratio))

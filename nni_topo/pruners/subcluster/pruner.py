@@ -21,14 +21,13 @@ from nni_topo.maths.clustering.subclustering import Growth, SplitTree
 from nni_topo.network.inputs import checked_calibration
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.clouds.features import Pool
-from nni_topo.pruners.cluster.metric import SurvivorAllocator
 from nni_topo.pruners.cluster.pruner import feature_collector
 from nni_topo.pruners.cluster.survivors import Survivor, checked_rules, offsets
 from nni_topo.pruners.hooks import PruningContext
+from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.subcluster.metric import SubclusterMetric, is_convolution, of_layer
 from nni_topo.pruners.units import PruningUnit
 from nni_topo.recovery.compensation import Method
-from nni_topo.recovery.steps import Pairs
 
 _ENERGY = 0.5
 
@@ -134,8 +133,8 @@ class SubclusterPruner(StructuredPruner):
         calibration = checked_calibration(calibration)
         self._features = feature_collector(calibration, evaluator, pool, config_list)
         self._metric = SubclusterMetric(
-            self._features,
-            self._rules_of,
+            collector=self._features,
+            survivor=self._rules_of,
             growth=self.growth,
             energy=partial(of_layer, energy, default=_ENERGY),
             seed=seed,
@@ -147,12 +146,11 @@ class SubclusterPruner(StructuredPruner):
             existed_wrappers,
             collector=self._features,
             calculator=self._metric,
-            allocator=SurvivorAllocator(),
+            planner=Planner(on_empty="keep"),
             compensate=compensate,
             calibration=calibration,
             round_to=round_to,
         )
-        self._metric.planner.round_to = round_to
         self._activate_targets(cap=1.0)
 
     @property
@@ -174,9 +172,6 @@ class SubclusterPruner(StructuredPruner):
             return self._rules
         has_bias = is_convolution(unit, context) and offsets(unit, context, self._features.network) is not None
         return ("bias_norm",) if has_bias else ("weight",)
-
-    def _survivors(self) -> Pairs:
-        return self.pairs
 
 
 def _check_names(model: nn.Module, knob: Any, name: str) -> None:

@@ -10,20 +10,18 @@ from tqdm.auto import tqdm
 
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.maths import topology
-from nni_topo.maths.search.subsets import EvolutionSettings, Generation, SubsetGeneticAlgorithm
+from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, Generation, SubsetGeneticAlgorithm
 from nni_topo.maths.topology.fitness import COMBINATIONS, Combination
-from nni_topo.pruners.allocators import ConfigAllocator
 from nni_topo.pruners.hooks import PruningContext
-from nni_topo.pruners.ranking import Cloud, Clouds, IntArray, RankingMetric, Rankings, greedy_ranking
-from nni_topo.pruners.units import PruningUnit
+from nni_topo.pruners.selection import Cloud, Clouds, Kept, SelectionMetric
 
 
 @dataclass(frozen=True)
 class SelectionSettings:
     """How a subset of a cloud is chosen; the knobs of :class:`~nni_topo.TopologicalPruner` of the same names.
 
-    ``origin`` says whether the zero vector belongs to the cloud, ``greedy_start`` whether the genetic algorithm's first
-    generation holds the greedy solution, ``combine`` how the bottleneck distances of several degrees become one.
+    ``greedy_start`` says whether the genetic algorithm's first generation holds the greedy solution, ``combine`` how
+    the bottleneck distances of several degrees become one.
     """
 
     criterion: str = "hausdorff"
@@ -32,7 +30,6 @@ class SelectionSettings:
     engine: Literal["exact", "gudhi"] = "exact"
     combine: Combination = "max"
     evolution: EvolutionSettings = field(default_factory=EvolutionSettings)
-    origin: bool = True
     greedy_start: bool = True
 
     def __post_init__(self) -> None:
@@ -51,71 +48,48 @@ class SelectionSettings:
             )
 
 
-class TopologicalMetric(RankingMetric):
-    """Ranks every cloud by a subset that is close to the whole; ``n_jobs`` clouds at a time, as joblib's.
+@dataclass(kw_only=True, eq=False)
+class TopologicalMetric(SelectionMetric):
+    """Keeps of every cloud a subset that is close to the whole; ``n_jobs`` clouds at a time, as joblib's.
 
     ``trace`` holds, per unit (and part, ``name[part]``, where it has several), the genetic algorithm's progress of the
     latest call.
     """
 
-    def __init__(
-        self,
-        settings: SelectionSettings,
-        allocator: ConfigAllocator,
-        *,
-        seed: int,
-        progress: bool = False,
-        n_jobs: int | None = 1,
-    ) -> None:
-        super().__init__(allocator, origin=settings.origin, progress=progress)
-        self.settings = settings
-        self.seed = seed
-        self.n_jobs = n_jobs
-        self.trace: dict[str, list[Generation]] = {}
+    settings: SelectionSettings
+    seed: int
+    n_jobs: int | None = 1
+    trace: dict[str, list[Generation]] = field(default_factory=dict, init=False)
 
-    def rankings(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> Rankings:
-        """Rank every cloud, in parallel where asked; a registered joblib backend spreads the work over machines."""
+    def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> Kept:
+        """Choose in parallel where asked; a registered joblib backend spreads the work over machines."""
         from joblib import Parallel, delayed
 
         self.trace = {}
         tasks = [
-            _Task(cloud, rows[unit.name], [self.seed, index, part], unit.name, _label(unit, part))
+            (unit, part, (cloud, rows[unit.name], [self.seed, index, part]))
             for index, unit in enumerate(context.units)
             for part, cloud in enumerate(clouds[unit.name])
         ]
-        work = (delayed(_rank)(task, self.settings) for task in tasks)
+        work = (delayed(_chosen)(*task, self.settings) for *_, task in tasks)
         results = Parallel(n_jobs=self.n_jobs, return_as="generator")(work)
-        found: Rankings = {}
+        found: dict[str, list[BoolArray]] = {}
         with tqdm(total=len(tasks), desc="choosing filters", disable=not self.progress) as bar:
-            for task, (ranking, trace) in zip(tasks, results, strict=True):
-                found.setdefault(task.unit, []).append(ranking)
+            for (unit, part, _), (kept, trace) in zip(tasks, results, strict=True):
+                found.setdefault(unit.name, []).append(kept)
                 if trace:
-                    self.trace[task.label] = trace
+                    self.trace[unit.part_name(part)] = trace
                 bar.update()
-        return found
+        return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
-@dataclass(frozen=True)
-class _Task:
-    """One cloud to rank: how many of its blocks stay, the seed, its unit's name, and its own in the trace."""
-
-    cloud: Cloud
-    keep: int
-    seed: list[int]
-    unit: str
-    label: str
-
-
-def _label(unit: PruningUnit, part: int) -> str:
-    return unit.name if unit.parts == 1 else f"{unit.name}[{part}]"
-
-
-def _rank(task: _Task, settings: SelectionSettings) -> tuple[IntArray, list[Generation]]:
-    """Return all blocks of a cloud, the chosen ones first, and the genetic algorithm's progress."""
-    cloud, keep = task.cloud, task.keep
-    greedy = greedy_ranking(cloud)
+def _chosen(
+    cloud: Cloud, keep: int, seed: list[int], settings: SelectionSettings
+) -> tuple[BoolArray, list[Generation]]:
+    """Return what stays of a cloud, ``(size,)``, and the genetic algorithm's progress."""
+    cover = cloud.cover(keep)
     if settings.solver == "greedy" or keep == cloud.size:
-        return greedy, []
+        return cover, []
     fitness = topology.SubsetFitness(
         cloud.distances,
         settings.criterion,
@@ -129,11 +103,8 @@ def _rank(task: _Task, settings: SelectionSettings) -> tuple[IntArray, list[Gene
         keep,
         lambda population: fitness(cloud.with_base(population)),
         settings.evolution,
-        seed=task.seed,
-        initial=np.isin(np.arange(cloud.size), greedy[:keep])[None] if settings.greedy_start else None,
+        seed=seed,
+        initial=cover[None] if settings.greedy_start else None,
     )
     search.run()
-    _, kept = search.best_individual()
-    place = np.empty(cloud.size, dtype=np.intp)
-    place[greedy] = np.arange(cloud.size)
-    return np.lexsort((place, -search.frequency(), ~kept)), search.trace
+    return search.best_individual()[1], search.trace

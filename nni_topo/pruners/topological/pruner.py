@@ -25,7 +25,7 @@ from nni_topo.maths.topology.fitness import Combination
 from nni_topo.network.inputs import checked_calibration
 from nni_topo.network.latency import LatencyTable
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.budget import Allocation, make_allocator
+from nni_topo.pruners.budget import Allocation, make_planner
 from nni_topo.pruners.clouds import make_collector
 from nni_topo.pruners.clouds.weight import Preprocess
 from nni_topo.pruners.hooks import DataCollector
@@ -87,7 +87,7 @@ class TopologicalPruner(StructuredPruner):
         How the budget is dealt out: the same share of every layer, or one tolerance on death times over the network.
     latency_table : LatencyTable, str, Path or None, default=None
         Seconds of the layers over their widths, or a JSON file of them, for a latency target. None: measured once, on
-        one thread with the batch of ``example_inputs``; then ``pruner.allocator.latency_table`` holds it.
+        one thread with the batch of ``example_inputs``; then ``pruner.planner.latency_table`` holds it.
     example_inputs : Any, default=None
         Inputs of the model, which a ``target`` and the folded and coupled clouds need; for a target the first
         ``calibration`` batch serves as well.
@@ -187,14 +187,13 @@ class TopologicalPruner(StructuredPruner):
                 elitism=elitism,
                 patience=patience,
             ),
-            origin=origin,
             greedy_start=greedy_start,
         )
         self.seed = seed
         self.target = target
         self.needs_rule = target is None
-        allocator = make_allocator(config_list, target, allocation, latency_table, example_inputs, calibration)
-        self._metric = TopologicalMetric(settings, allocator, seed=seed, progress=progress, n_jobs=n_jobs)
+        planner = make_planner(config_list, target, allocation, latency_table, example_inputs, calibration)
+        self._metric = TopologicalMetric(settings=settings, origin=origin, seed=seed, progress=progress, n_jobs=n_jobs)
         super().__init__(
             model,
             config_list,
@@ -208,7 +207,7 @@ class TopologicalPruner(StructuredPruner):
                 preprocess=preprocess,
             ),
             calculator=self._metric,
-            allocator=allocator,
+            planner=planner,
             compensate=compensate,
             calibration=calibration,
             round_to=round_to,

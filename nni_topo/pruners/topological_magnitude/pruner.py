@@ -10,7 +10,6 @@ Zeroth-Order Topological Insights into Iterative Magnitude Pruning, section 3.4.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -24,20 +23,18 @@ from nni_topo.maths.topology.layer_graphs import LayerGraph
 from nni_topo.network.layers import CONVOLUTIONS
 from nni_topo.network.network import Network
 from nni_topo.network.sizes import graph_of_convolution
-from nni_topo.pruners.allocators import removable_rows
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_weight_target
-from nni_topo.pruners.rounds import Round, check_rewind, even_steps, prune_in_rounds
+from nni_topo.pruners.planner import Planner
+from nni_topo.pruners.rounds import Round, even_steps, matched_state, prune_in_rounds
 from nni_topo.pruners.topological_magnitude.trees import (
     CONV_GRAPHS,
     ConvGraph,
     MagnitudeCollector,
     OnSubcritical,
-    TreeAllocator,
     TreeMetric,
-    subcritical,
 )
-from nni_topo.pruners.units import PruningUnit, is_active
+from nni_topo.pruners.units import in_network_order, is_active
 
 
 class TopologicalMagnitudePruner(StructuredPruner):
@@ -119,7 +116,8 @@ class TopologicalMagnitudePruner(StructuredPruner):
         self.rewind = _rewind_state(model, rewind)
         self.on_round = on_round
         self.history: list[Round] = []
-        self._metric = TreeMetric(conv_graph, _graphs(model, example_inputs) if conv_graph != "channel" else {})
+        graphs = _graphs(model, example_inputs) if conv_graph != "channel" else {}
+        self._metric = TreeMetric(conv_graph=conv_graph, graphs=graphs, on_subcritical=on_subcritical)
         super().__init__(
             model,
             config_list,
@@ -127,31 +125,31 @@ class TopologicalMagnitudePruner(StructuredPruner):
             existed_wrappers,
             collector=MagnitudeCollector(),
             calculator=self._metric,
-            allocator=TreeAllocator(self._metric, on_subcritical),
+            planner=Planner(on_empty="keep"),
         )
 
     def critical_ratios(self) -> dict[str, float]:
         """Return how far each layer's weights can be pruned now: all of them over those of its tree, by module name."""
-        return {
-            unit.members[0][0]: unit.blocks / size
-            for unit, size in zip(self._context().units, self._tree_sizes(), strict=True)
-        }
+        context = self.context
+        trees = self._metric.trees(self.collector.collect(context), context)
+        return {unit.members[0][0]: unit.blocks / int(trees[unit.name].sum()) for unit in context.units}
 
     def wrap_model(self) -> None:
         """Check the targets, then wrap the model."""
-        self._target_spaces = self._in_network_order()
+        self._target_spaces = in_network_order(self.bound_model, self._target_spaces)
         for name, spaces in self._target_spaces.items():
             for target, space in spaces.items():
                 if is_active(space):
                     _check_target(name, target, space)
                     self._check_reached(name, space)
-        if self._target_spaces and not self._context().units:
+        context = self.context
+        if self._target_spaces and not context.units:
             raise ConfigError(
                 "config_list must give the weight of at least one layer a ratio or a threshold, got none "
                 f"({', '.join(self._target_spaces)})"
             )
-        if self.on_subcritical == "raise":
-            self._check_critical()
+        # A ratio that is too high is refused here, while the model isn't wrapped.
+        self._metric.calculate(self.collector.collect(context), context)
         super().wrap_model()
 
     def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> list[int] | str | None:
@@ -173,33 +171,6 @@ class TopologicalMagnitudePruner(StructuredPruner):
             )
         super()._fuse_preprocess(evaluator)
 
-    def _tree_sizes(self) -> list[int]:
-        context = self._context()
-        self._metric.calculate(self.collector.collect(context), context)
-        return [self._metric.tree_sizes[unit.name] for unit in context.units]
-
-    def _check_critical(self) -> None:
-        """Refuse ratios that would leave a layer, or a global group, less than its trees."""
-        groups: dict[Any, list[tuple[PruningUnit, int]]] = defaultdict(list)
-        for unit, size in zip(self._context().units, self._tree_sizes(), strict=True):
-            alone = unit.name if unit.global_group_id is None else ("group", unit.global_group_id)
-            groups[alone].append((unit, size))
-        for members in groups.values():
-            if members[0][0].sparse_ratio is None:
-                continue
-            total = sum(unit.blocks for unit, _ in members)
-            bounds = [removable_rows(unit) for unit, _ in members]
-            least, most = (sum(each) for each in zip(*bounds, strict=True))
-            gone = max(min(int(total * members[0][0].sparse_ratio), most), least)
-            # A layer whose maximum spares it leaves the others to lose what the group must.
-            spare = sum(min(high, unit.blocks - size) for (unit, size), (_, high) in zip(members, bounds, strict=True))
-            if gone > spare:
-                raise subcritical("+".join(unit.name for unit, _ in members), total - gone, total - spare, total)
-            for unit, size in members:
-                kept = unit.blocks - removable_rows(unit)[0]
-                if kept < size:
-                    raise subcritical(unit.name, kept, size, unit.blocks)
-
     def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
         if max_steps is None and max_epochs is None and self.rounds == 1:
             self.update_masks(self.generate_masks())
@@ -211,11 +182,8 @@ class TopologicalMagnitudePruner(StructuredPruner):
             )
 
         def train() -> None:
-            self.evaluator.bind_model(self.bound_model, self._get_param_names_map())
-            try:
-                self.evaluator.train(max_steps, max_epochs)
-            finally:
-                self.evaluator.unbind_model()
+            with self.context.bound() as evaluator:
+                evaluator.train(max_steps, max_epochs)
 
         self.history = prune_in_rounds(self, even_steps(self.rounds), train, rewind=self.rewind, on_round=self.on_round)
 
@@ -239,7 +207,7 @@ def _rewind_state(
         if rewind != "initial":
             raise unknown_name("rewind", str(rewind), ("initial",))
         rewind = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    check_rewind(model, rewind)
+    matched_state(model, rewind)
     return {name: value.detach().clone() for name, value in rewind.items()}
 
 

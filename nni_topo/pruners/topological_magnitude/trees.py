@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.topology.layer_graphs import LayerGraph
 from nni_topo.maths.topology.layer_trees import channel_tree, plane_trees, spanning_forest
-from nni_topo.pruners.allocators import ConfigAllocator
-from nni_topo.pruners.hooks import Data, DataCollector, MetricCalculator, Metrics, PruningContext
+from nni_topo.pruners.allocators import keep_highest
+from nni_topo.pruners.hooks import Data, DataCollector, KeptSet, MetricCalculator, PruningContext
+from nni_topo.pruners.units import PruningUnit
 
+BoolArray = NDArray[np.bool_]
 OnSubcritical = Literal["raise", "clip"]
 ConvGraph = Literal["channel", "toeplitz", "toeplitz_full"]
 CONV_GRAPHS = ("channel", "toeplitz", "toeplitz_full")
@@ -37,27 +42,40 @@ class MagnitudeCollector(DataCollector):
         return data
 
 
+@dataclass(kw_only=True, eq=False)
 class TreeMetric(MetricCalculator):
-    """|w|, lifted above all others for the weights of the spanning trees."""
+    """Keeps the largest weights, as many as planned, but never less than a layer's tree: else raises, or clips."""
 
-    def __init__(self, conv_graph: ConvGraph, graphs: Mapping[str, LayerGraph]) -> None:
-        self.conv_graph = conv_graph
-        self.graphs = graphs
-        # Weights in each unit's tree, of the last calculation: the allocator's lower bound.
-        self.tree_sizes: dict[str, int] = {}
+    conv_graph: ConvGraph
+    graphs: Mapping[str, LayerGraph]
+    on_subcritical: OnSubcritical
 
-    def calculate(self, data: Data, context: PruningContext) -> Metrics:
-        """Return a metric per weight, in the weight's shape."""
-        lift = 1.0 + 2.0 * max((float(c.max()) for targets in data.values() for c in targets.values()), default=0.0)
-        metrics: Metrics = {}
+    def calculate(self, data: Data, context: PruningContext) -> KeptSet:
+        """Keep trees, and of the other weights the largest."""
+        trees = self.trees(data, context)
+        # Nothing is worth more than what must stay.
+        worth = {
+            unit.name: np.where(trees[unit.name], np.inf, data[module][target].numpy().reshape(-1))
+            for unit in context.units
+            for module, target in unit.members
+        }
+        rows = context.rows(lambda unit: worth[unit.name])
+        sizes = {name: int(tree.sum()) for name, tree in trees.items()}
+        if self.on_subcritical == "raise":
+            _check_critical(context.units, rows, sizes)
+        return context.keep(
+            {u.name: keep_highest(u, worth[u.name], max(rows[u.name], sizes[u.name])) for u in context.units}
+        )
+
+    def trees(self, data: Data, context: PruningContext) -> dict[str, BoolArray]:
+        """Return the weights of each unit's tree, ``(weights,)``."""
+        found = {}
         for unit in context.units:
             ((module, target),) = unit.members
             space = context.target_spaces[module][target]
             size = data[module][target].reshape(space.target.shape)
-            tree = self.tree(module, space._wrapper.module, size)
-            self.tree_sizes[unit.name] = int(tree.sum())
-            metrics.setdefault(module, {})[target] = size + lift * tree
-        return metrics
+            found[unit.name] = self.tree(module, space._wrapper.module, size).numpy().reshape(-1)
+        return found
 
     def tree(self, name: str, module: Any, weight: Tensor) -> Tensor:
         """Mark the weights of a layer's tree: bool, the weight's shape."""
@@ -73,29 +91,21 @@ class TreeMetric(MetricCalculator):
         return torch.from_numpy(mask.reshape(values.shape))
 
 
-class TreeAllocator(ConfigAllocator):
-    """Allocate as the config_list says, but never less than a layer's tree: else raise, or clip."""
-
-    def __init__(self, metric: TreeMetric, on_subcritical: OnSubcritical) -> None:
-        super().__init__(on_empty="keep")
-        self.metric = metric
-        self.on_subcritical = on_subcritical
-
-    def kept_rows(self, context: PruningContext, profiles: dict[str, Tensor]) -> dict[str, int]:
-        """Return how many weights each unit keeps; see the base class."""
-        kept = super().kept_rows(context, profiles)
-        for unit in context.units:
-            tree = self.metric.tree_sizes[unit.name]
-            if kept[unit.name] < tree and unit.sparse_ratio is not None and self.on_subcritical == "raise":
-                raise subcritical(unit.name, kept[unit.name], tree, unit.blocks)
-            kept[unit.name] = max(kept[unit.name], tree)
-        return kept
-
-
-def subcritical(name: str, kept: int, tree: int, total: int) -> ConfigError:
-    """Build the error for a layer that would keep less than its spanning tree."""
-    return ConfigError(
-        f"sparse_ratio must leave a layer its spanning tree of {tree} of {total} weights, so be at most "
-        f"{1 - tree / total:.6g} (compression {total / tree:.5f}), got {kept} left; on_subcritical='clip' keeps the "
-        f"tree ({name})"
-    )
+def _check_critical(units: list[PruningUnit], rows: dict[str, int], sizes: dict[str, int]) -> None:
+    """Refuse ratios that leave a layer, or the layers of a global group, less than the spanning trees' sizes."""
+    groups: dict[object, list[PruningUnit]] = defaultdict(list)
+    for unit in units:
+        if unit.sparse_ratio is not None:
+            groups[unit.name if unit.global_group_id is None else (unit.global_group_id,)].append(unit)
+    for group in groups.values():
+        # A layer whose own minimum takes of its tree is to blame alone, else all that share a ratio are.
+        alone = [unit for unit in group if unit.kept_rows(0) < sizes[unit.name]]
+        if alone or any(rows[unit.name] < sizes[unit.name] for unit in group):
+            blamed = alone[:1] or group
+            kept, total = sum(rows[unit.name] for unit in blamed), sum(unit.blocks for unit in blamed)
+            tree = sum(max(sizes[unit.name], unit.blocks - unit.removable_rows[1]) for unit in blamed)
+            raise ConfigError(
+                f"sparse_ratio must leave a layer its spanning tree of {tree} of {total} weights, so be at most "
+                f"{1 - tree / total:.6g} (compression {total / tree:.5f}), got {kept} left; on_subcritical='clip' "
+                f"keeps the tree ({'+'.join(unit.name for unit in blamed)})"
+            )

@@ -1,0 +1,154 @@
+"""How many blocks each unit keeps: fixed before any is chosen, by the config_list's keys and by what the blocks cost.
+
+:class:`Planner` gives every key of NNI's config_list the meaning its documentation states, also where NNI's own
+``generate_sparsity`` refuses or ignores it: thresholds inside dependency groups, global ranking of dependency groups,
+minimum and maximum ratios per layer in both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.maths.ties import leveled, within
+from nni_topo.pruners.units import PruningUnit
+
+FloatArray = NDArray[np.float64]
+Losses = Callable[[PruningUnit], FloatArray]
+"""What a unit's blocks are worth, shape ``(blocks,)``, in any order; asked for only where layers are compared."""
+
+
+@dataclass(kw_only=True)
+class Planner:
+    """Plan by the keys of the config_list: per layer, per dependency group or over global groups.
+
+    Parameters
+    ----------
+    normalization : {"none", "mean"}, default="none"
+        Scale of the losses when layers are ranked together under a ``global_group_id``: as they are, or divided by
+        the layer's mean absolute loss, for metrics whose scale differs between layers.
+    strict : bool, default=False
+        Keep what is ``> sparse_threshold`` instead of NNI's ``>=``.
+    on_empty : {"raise", "keep"}, default="raise"
+        What happens when a threshold would leave a layer without any block: an error that names it, or one stays.
+    tolerance : float, default=0.0
+        Added to ``sparse_threshold``: with ``strict``, losses within it of the threshold count as equal and go.
+    round_to : int or None, default=None
+        Layers keep a multiple of so many channels, at least 1, or all of them: more stay than the config_list asks for.
+
+    Notes
+    -----
+    Of ``n`` blocks ``n - int(n * sparse_ratio)`` stay: ratios truncate as in NNI, so two rows at 0.4 lose none. A layer
+    is never emptied. Blocks of several elements have losses that were summed: those that differ by no more than 1e-6 of
+    their size are equal; to a threshold they are equal within 1e-10 of it.
+    Under a ``global_group_id`` blocks go in ascending order of loss, each weighted by its number of elements, as long
+    as the group's removed elements don't exceed ``int(elements * sparse_ratio)``; each layer's own minimum and maximum
+    ratio hold.
+    """
+
+    normalization: Literal["none", "mean"] = "none"
+    strict: bool = False
+    on_empty: Literal["raise", "keep"] = "raise"
+    tolerance: float = 0.0
+    round_to: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (("normalization", ("none", "mean")), ("on_empty", ("raise", "keep"))):
+            if getattr(self, name) not in known:
+                raise unknown_name(name, str(getattr(self, name)), known)
+        checked_round_to(self.round_to)
+
+    def rows(self, units: Sequence[PruningUnit], losses: Losses, model: nn.Module) -> dict[str, int]:
+        """Return how many blocks, from 1, each part of each unit keeps.
+
+        Raises
+        ------
+        ConfigError
+            If a threshold would empty a unit (unless ``on_empty="keep"``), or if the units of a global group
+            disagree in ``sparse_ratio``.
+        """
+        counts = self.counts(units, lambda unit: _row_losses(unit, losses(unit)), model)
+        return {unit.name: self.rounded(unit, counts[unit.name]) for unit in units}
+
+    def rounded(self, unit: PruningUnit, rows: int) -> int:
+        """Return the least number of rows, from ``rows`` on, that makes a multiple of ``round_to`` channels."""
+        # ``rows`` of each part stay: ``rows * parts`` is a multiple of ``round_to`` if ``rows`` is one of ``step``.
+        step = 1 if self.round_to is None else self.round_to // math.gcd(self.round_to, unit.parts)
+        return min(-(-rows // step) * step, unit.rows)
+
+    def counts(self, units: Sequence[PruningUnit], losses: Losses, model: nn.Module) -> dict[str, int]:
+        """Do what :meth:`rows` does, by losses of rows, ``(rows,)`` and descending, and without ``round_to``."""
+        kept = {}
+        ranked: dict[int | str, list[PruningUnit]] = defaultdict(list)
+        for unit in units:
+            if unit.sparse_threshold is not None:
+                kept[unit.name] = self._by_threshold(unit, unit.sparse_threshold + self.tolerance, losses(unit))
+            elif unit.global_group_id is not None:
+                ranked[unit.global_group_id].append(unit)
+            else:
+                kept[unit.name] = unit.kept_rows(int(unit.rows * (unit.sparse_ratio or 0.0)))
+        for group_id, group in ranked.items():
+            kept.update(self._by_rank(group_id, group, losses))
+        return kept
+
+    def _by_threshold(self, unit: PruningUnit, threshold: float, losses: FloatArray) -> int:
+        passing = losses > threshold if self.strict else losses >= threshold
+        if unit.is_summed:
+            # A threshold may be set just beside a loss, with care: 1e-10 of it, not the 1e-6 of ties between losses.
+            equal = within(losses, threshold)
+            passing = passing & ~equal if self.strict else passing | equal
+        # Where a maximum ratio keeps more than the one block that always stays, nothing would be emptied: no error.
+        if not passing.any() and unit.removable_rows[1] == unit.rows - 1 and self.on_empty == "raise":
+            rule = "lie below" if self.strict else "not exceed"
+            raise ConfigError(
+                f"sparse_threshold must {rule} a layer's highest score, got {threshold} over {losses.max():.6g}: "
+                f"all {unit.blocks} blocks would go ({unit.name})"
+            )
+        return unit.kept_rows(unit.rows - int(passing.sum()))
+
+    def _by_rank(self, group_id: int | str, group: list[PruningUnit], losses: Losses) -> dict[str, int]:
+        ratios = {unit.sparse_ratio for unit in group}
+        if len(ratios) > 1:
+            found = ", ".join(sorted(map(str, ratios)))
+            raise ConfigError(f"a global group must have one sparse_ratio, got {found} (global_group_id {group_id!r})")
+        fewest, most = zip(*(unit.removable_rows for unit in group), strict=True)
+        cost = [unit.elements * unit.parts for unit in group]
+        budget = int(sum(unit.elements * unit.blocks for unit in group) * (group[0].sparse_ratio or 0.0))
+        # What the minimum ratios ask for goes in any case; only what is left of the budget is spent by rank.
+        budget -= sum(low * each for low, each in zip(fewest, cost, strict=True))
+        ascending = [
+            self._comparable(losses(unit))[::-1][low:high] for unit, low, high in zip(group, fewest, most, strict=True)
+        ]
+        owners = np.repeat(np.arange(len(group)), [len(each) for each in ascending])
+        joined = np.concatenate(ascending)
+        # Between layers, too, rounding mustn't decide; of equal losses those of the earlier layer go first.
+        order = np.argsort(leveled(joined) if any(unit.is_summed for unit in group) else joined, kind="stable")
+        # Sums rise, so a first stretch of the order goes: within each unit its lowest, of which a count says enough.
+        spent = np.asarray(cost)[owners][order].cumsum()
+        removed = np.bincount(owners[order][spent <= budget], minlength=len(group)).tolist()
+        return {u.name: u.rows - low - gone for u, low, gone in zip(group, fewest, removed, strict=True)}
+
+    def _comparable(self, losses: FloatArray) -> FloatArray:
+        mean = float(np.abs(losses).mean()) if self.normalization == "mean" else 1.0
+        return losses / mean if mean > 0 else losses
+
+
+def checked_round_to(round_to: int | None) -> int | None:
+    """Return ``round_to``, or raise :class:`~nni_topo.errors.ConfigError`."""
+    if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
+        raise ConfigError(f"round_to must be a positive integer or None, got {round_to!r} (round_to)")
+    return round_to
+
+
+def _row_losses(unit: PruningUnit, losses: FloatArray) -> FloatArray:
+    """Return the losses of a unit's rows, descending: a row takes one block of every part, the costliest counts."""
+    worth: FloatArray = np.sort(losses.reshape(unit.parts, unit.rows), axis=1).max(0)[::-1]
+    return worth

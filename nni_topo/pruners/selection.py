@@ -1,0 +1,84 @@
+"""Metrics that choose a set of blocks: a unit's clouds, what their blocks are worth, and the cover of a cloud."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from nni_topo.maths import topology
+from nni_topo.maths.search.subsets import BoolArray, FloatArray
+from nni_topo.maths.ties import first_largest
+from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext
+from nni_topo.pruners.units import PruningUnit
+
+Clouds = dict[str, list["Cloud"]]
+Kept = dict[str, BoolArray]
+
+
+@dataclass(kw_only=True, eq=False)
+class SelectionMetric(MetricCalculator):
+    """Chooses what stays of each unit by its clouds; ``origin``: whether the zero vector belongs to them."""
+
+    origin: bool = True
+    progress: bool = False
+
+    def calculate(self, data: Data, context: PruningContext) -> KeptSet:
+        """Plan by the clouds' death times how many blocks stay, then choose which."""
+        clouds = {unit.name: _clouds(unit, data, origin=self.origin) for unit in context.units}
+        rows = context.rows(lambda unit: np.concatenate([cloud.losses() for cloud in clouds[unit.name]]))
+        return context.keep(self.choose(context, clouds, rows))
+
+    @abstractmethod
+    def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> Kept:
+        """Return what stays of each unit, ``(blocks,)``: of each part as many ``rows``."""
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Points of ``size`` blocks, and the origin behind them if it belongs to the cloud."""
+
+    points: FloatArray
+    size: int
+
+    @cached_property
+    def distances(self) -> FloatArray:
+        """Distances between all points, shape (points, points)."""
+        return topology.pairwise_distances(self.points)
+
+    @property
+    def base(self) -> int | None:
+        """The origin's place."""
+        return self.size if len(self.points) > self.size else None
+
+    def with_base(self, population: BoolArray) -> BoolArray:
+        """Keep the origin in every subset, ``(individuals, size)`` to ``(individuals, points)``."""
+        return np.pad(population, ((0, 0), (0, len(self.points) - self.size)), constant_values=True)
+
+    def losses(self) -> FloatArray:
+        """Half the H0 death times, descending, in units of their mean, shape (size,).
+
+        The j-th is what the cloud's H0 diagram loses, in bottleneck distance, once all but j - 1 blocks are gone.
+        """
+        deaths = topology.h0_deaths(self.distances)
+        if len(deaths) < self.size:
+            # Without the origin there is one death less than there are blocks: the component that lives forever counts
+            # as much as the longest finite one.
+            deaths = np.concatenate([deaths[:1] if len(deaths) else np.zeros(1), deaths])
+        mean = deaths.mean()
+        return deaths / (2.0 * mean) if mean > 0 else deaths
+
+    def cover(self, keep: int) -> BoolArray:
+        """Mark the ``keep`` farthest points, from the origin or, without it, from the most remote point on."""
+        start = first_largest(self.distances.sum(1)) if self.base is None else self.base
+        order, _ = topology.farthest_point_order(self.distances, start)
+        return np.isin(np.arange(self.size), order[order < self.size][:keep])
+
+
+def _clouds(unit: PruningUnit, data: Data, *, origin: bool) -> list[Cloud]:
+    """Join the members' clouds and cut them into the unit's parts."""
+    joined = np.concatenate([data[module][target].numpy() for module, target in unit.members], axis=1)
+    parts = joined.reshape(unit.parts, unit.rows, -1)
+    return [Cloud(topology.with_origin(points) if origin else points, unit.rows) for points in parts]
