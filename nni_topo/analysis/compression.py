@@ -17,7 +17,8 @@ from torch import nn
 
 from nni_topo.analysis.layers import WeightLayer, weight_layers
 from nni_topo.errors import ConfigError, check_between, unknown_name
-from nni_topo.network.sizes import convolution_sizes, padded_size
+from nni_topo.network.network import Network
+from nni_topo.network.sizes import padded_size
 
 Convention = Literal["theorem", "tables"]
 _CONVENTIONS = ("theorem", "tables")
@@ -145,7 +146,7 @@ def critical_compression_ratio(
     if convention not in _CONVENTIONS:
         raise unknown_name("convention", convention, _CONVENTIONS)
     layers, skipped = weight_layers(model)
-    sizes = convolution_sizes(model, example_inputs)
+    sizes = Network.on(model, example_inputs).planes
     counts: dict[str, LayerCount] = {}
     for layer in layers:
         if layer.kind != "conv":

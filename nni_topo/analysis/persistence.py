@@ -19,7 +19,7 @@ from torch import nn
 from nni_topo.analysis.layers import WeightLayer, weight_layers
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.maths.topology.layer_trees import channel_tree, spanning_forest
-from nni_topo.network.sizes import convolution_sizes
+from nni_topo.network.network import Network
 
 ConvGraph = Literal["channel", "toeplitz"]
 Scale = Literal["layer", "model"]
@@ -120,7 +120,7 @@ def neural_persistence(
     """
     _check(p, conv_graph, scale, example_inputs)
     layers, skipped = weight_layers(model)
-    sizes = convolution_sizes(model, example_inputs) if conv_graph == "toeplitz" else {}
+    sizes = Network.on(model, example_inputs).planes if conv_graph == "toeplitz" else {}
     largest = {layer.name: _largest(layer) for layer in layers}
     values: dict[str, float] = {}
     deaths: dict[str, NDArray[np.float64]] = {}

@@ -15,15 +15,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from matplotlib.figure import Figure
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.dependency import channel_flow, dependency_groups
-from nni_topo.network.inputs import call_arguments
+from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import CONVOLUTIONS, check_names
+from nni_topo.network.network import Network
 from nni_topo.network.reference import masked_model
 from nni_topo.pruners.registry import check_knobs, create_pruner, pruner_info
 
@@ -268,12 +267,12 @@ class _Trial:
         return score
 
     def _all_layers(self) -> list[str]:
-        flow = channel_flow(self.model, call_arguments(self.example_inputs, self.model))
+        flow = Network.on(self.model, self.example_inputs).flow
         return [
             name
             for name in flow.layers
             if isinstance(self.model.get_submodule(name), (nn.Linear, *CONVOLUTIONS))
-            and not (self.info.structured and np.isin(flow.layer_roots(name), flow.at_output).any())
+            and not (self.info.structured and flow.reaches_output(name))
         ]
 
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from nni_topo.errors import NniTopoError
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.dependency import channel_flow
 from nni_topo.network.inputs import Call, random_like
 from nni_topo.network.layers import output_channels
+from nni_topo.network.network import Network
 
 Kept = dict[str, list[Tensor]]
 
@@ -19,10 +19,10 @@ _MIXING = (nn.GroupNorm, nn.LayerNorm, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, 
 _LAST = "check=False gives the dense model all the same, which computes something else by that and has to be fine-tuned"
 
 
-def way_forward(reference: nn.Module, call: Call, kept: Kept, place: str | None) -> str:
+def way_forward(network: Network, reference: nn.Module, kept: Kept, place: str | None) -> str:
     """Say why outputs differ from ``place`` on (None: behind the last module), and what can be done about it."""
     try:
-        flow = channel_flow(reference, call)
+        flow, call = network.flow, network.call
     except NniTopoError:
         return _LAST
     pruned = {name for name in flow.layers if name in kept and _removed(flow, name, kept).any()}

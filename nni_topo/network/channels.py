@@ -64,6 +64,7 @@ class ChannelFlow(torch.fx.Interpreter):
         self.blocks: list[Blocks] = []  # one for each grouped convolution, group norm and chunk
         self.whole: list[str] = []  # modules with parameters that can't be cut, in the order they are called
         self._entering: dict[str, np.ndarray] = {}
+        # Union-find over channel numbers. All that stays is tied to number 0, which so needs no care of its own.
         self._parents = [FIXED]
         with torch.no_grad():
             outputs = self.run(*tree_map(fixed, args))
@@ -81,6 +82,10 @@ class ChannelFlow(torch.fx.Interpreter):
         """Look up the representatives of a layer's output channels: int, shape (channels,)."""
         layer = self.layers[name]
         return self.roots(np.arange(layer.first, layer.first + layer.channels))
+
+    def reaches_output(self, name: str) -> bool:
+        """Tell whether any channel of a layer is one of the model's output, so that it has to stay."""
+        return bool(np.isin(self.layer_roots(name), self.at_output).any())
 
     def entering_roots(self, name: str) -> np.ndarray:
         """Look up the representatives of what enters a layer or batch norm: int, shape (input channels,)."""

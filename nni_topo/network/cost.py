@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.dependency import channel_flow
-from nni_topo.network.inputs import Call, call_arguments
 from nni_topo.network.labels import FIXED
 from nni_topo.network.layers import NORMS, TRANSPOSED
-from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.network import Network
+from nni_topo.network.sizes import Size
 
 IntArray = NDArray[np.int64]
 Kept = Mapping[str, NDArray[np.bool_]]
@@ -54,16 +54,17 @@ class _LayerCost:
 class NetworkCost:
     """Count a network's cost from the channels that are kept."""
 
+    # Not by PyTorch's counter, on which `count_macs` stands: that runs a network, and a search for a budget asks for
+    # thousands of widths that nobody has built. The tests hold both to the same numbers.
     # Convolutions and linear layers count as the dense model has them, batch norms as parameters, everything else
     # (attention products, other norms) as in the whole network. A channel that several layers put out together goes
     # when all of them lose it; one of a layer without an entry stays.
     def __init__(self, model: torch.nn.Module, example_inputs: Any) -> None:
-        call = call_arguments(example_inputs, model)
-        self._flow = channel_flow(model, call)
+        network = Network.on(model, example_inputs)
+        self._flow, sizes = network.flow, network.sizes
         modules = dict(model.named_modules())
-        positions = _positions(model, call, list(self._flow.layers))
         self._layers = {
-            name: _layer_cost(self._flow, name, modules[name], positions[name])
+            name: _layer_cost(self._flow, name, modules[name], _positions(modules[name], sizes[name]))
             for name in self._flow.layers
             if not isinstance(modules[name], torch.nn.Embedding)
         }
@@ -114,27 +115,12 @@ def _layer_cost(flow: ChannelFlow, name: str, module: Any, positions: int) -> _L
     )
 
 
-def _positions(model: torch.nn.Module, call: Call, names: list[str]) -> dict[str, int]:
-    """Count, per layer, the positions at which one sample is computed, over all calls."""
-    found = dict.fromkeys(names, 0)
-
-    def counter(name: str) -> Any:
-        def count(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            # A transposed convolution computes at its input positions, all others at those of their output.
-            sites = inputs[0] if isinstance(module, TRANSPOSED) else output
-            dim = -1 if isinstance(module, torch.nn.Linear) else 1
-            found[name] += sites[0].numel() // sites.shape[dim]
-
-        return count
-
-    handles = [model.get_submodule(name).register_forward_hook(counter(name)) for name in names]
-    try:
-        with evaluation_mode(model), torch.no_grad():
-            model(*call[0], **call[1])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+def _positions(module: Any, calls: list[tuple[Size, Size]]) -> int:
+    """Count the positions at which one sample is computed, over all calls."""
+    # A transposed convolution computes at its input positions, all others at those of their output.
+    sites = [entering if isinstance(module, TRANSPOSED) else leaving for entering, leaving in calls]
+    dim = -1 if isinstance(module, torch.nn.Linear) else 1
+    return sum(math.prod(size[1:]) // size[dim] for size in sites)
 
 
 def _left(roots: IntArray, gone: IntArray) -> int:

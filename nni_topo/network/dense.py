@@ -10,14 +10,14 @@ import torch
 
 from nni_topo.errors import NniTopoError, SpeedupError
 from nni_topo.network.advice import way_forward
-from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.engine import DenseSpeedup
-from nni_topo.network.inputs import Call, call_arguments, cast_floats
+from nni_topo.network.inputs import call_arguments, cast_floats
 from nni_topo.network.masks import FullMasks, Masks, check_masks, check_model
+from nni_topo.network.modes import random_state_kept
+from nni_topo.network.network import Network
 from nni_topo.network.reference import apply_masks, check_equal
 from nni_topo.network.report import DenseReport, dense_report
 from nni_topo.network.resolve import Resolved, resolve, warn_of_kept
-from nni_topo.network.tracing import trace
 from nni_topo.network.transformers import fast_paths_off
 from nni_topo.sharing import find_ties, tie_again, untie
 
@@ -94,13 +94,13 @@ def to_dense(
     check_model(model)
     call = call_arguments(example_inputs, model)
     full = check_masks(model, masks)
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     # NNI's speedup works by gradients, which the caller may have switched off.
-    with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.enable_grad():
+    with random_state_kept(), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(0)
-        dense, reference, kept, resolved = _build(model, call, full, round_to)
+        network = Network(model, call)
+        dense, reference, kept, resolved = _build(network, full, round_to)
         if check:
-            check_equal(reference, dense, call, kept, rtol, advise=partial(way_forward, reference, call, kept))
+            check_equal(reference, dense, call, kept, rtol, advise=partial(way_forward, network, reference, kept))
     _report(model, dense, full, resolved)
     return dense
 
@@ -116,30 +116,29 @@ def _report(model: torch.nn.Module, dense: torch.nn.Module, masks: FullMasks, re
 
 
 def _build(
-    model: torch.nn.Module, call: Call, masks: FullMasks, round_to: int | None
+    network: Network, masks: FullMasks, round_to: int | None
 ) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, list[torch.Tensor]], Resolved]:
     """Make the dense model, its reference, the list of what is kept of each module's output, and the masks used."""
-    original = copy.deepcopy(model).eval()
-    graph_module, args = trace(original, call)
-    resolved = resolve(original, ChannelFlow(graph_module, args), masks, round_to)
-    reference = apply_masks(original, call, resolved.masks)
+    original = copy.deepcopy(network.model).eval()
+    resolved = resolve(original, network.flow, masks, round_to)
+    reference = apply_masks(original, network.call, resolved.masks)
     dense = copy.deepcopy(reference)
     # NNI's speedup writes random values into single layers, so each needs tensors of its own.
     untie(dense, find_ties(dense))
-    kept = _shrink(dense, call, resolved.masks)
+    kept = _shrink(network, dense, resolved.masks)
     tie_again(dense, find_ties(original))
-    for name, module in model.named_modules():
+    for name, module in network.model.named_modules():
         dense.get_submodule(name).training = module.training
     return dense, reference, kept, resolved
 
 
-def _shrink(dense: torch.nn.Module, call: Call, masks: FullMasks) -> dict[str, list[torch.Tensor]]:
+def _shrink(network: Network, dense: torch.nn.Module, masks: FullMasks) -> dict[str, list[torch.Tensor]]:
     """Run ModelSpeedup on a model in place, in single precision where it is less: NNI knows no bfloat16."""
     tensors = [*dense.named_parameters(), *dense.named_buffers()]
-    dtypes = {name: tensor.dtype for name, tensor in tensors}
+    dtypes, call = {name: tensor.dtype for name, tensor in tensors}, network.call
     if {torch.bfloat16, torch.float16} & set(dtypes.values()):
         dense, call = dense.float(), cast_floats(call, torch.float32)
-    graph_module, args = trace(dense, call)
+    graph_module, args = network.graph(dense, call)
     speedup = DenseSpeedup(dense, graph_module, args, masks)
     try:
         speedup.speedup_model()

@@ -12,11 +12,9 @@ import torch
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.inputs import Call, call_arguments
 from nni_topo.network.labels import FIXED
 from nni_topo.network.layers import check_names
-from nni_topo.network.modes import detached_copy
-from nni_topo.network.tracing import trace
+from nni_topo.network.network import Network
 
 _logger = logging.getLogger(__name__)
 
@@ -73,8 +71,7 @@ def dependency_groups(
     from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
 
     check_names(model, config_list)
-    call = call_arguments(example_inputs, model)
-    flow = channel_flow(model, call)
+    flow = Network.on(model, example_inputs).flow
     order = _network_order(model, flow)
     groups = layer_groups(flow)
     selections = []
@@ -93,14 +90,6 @@ def dependency_groups(
         for name in names
         if name not in followers
     ]
-
-
-def channel_flow(model: torch.nn.Module, call: Call) -> ChannelFlow:
-    """Follow the channels of a copy of a model in evaluation mode; the random state is left as it was."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        graph_module, args = trace(detached_copy(model).eval(), call)
-        return ChannelFlow(graph_module, args)
 
 
 def layer_groups(flow: ChannelFlow) -> list[list[str]]:
@@ -182,10 +171,6 @@ def _warn(flow: ChannelFlow, groups: list[list[str]], selected: set[str]) -> Non
             "channels that meet the network's input or a constant can't be removed: those of %s stay",
             ", ".join(fixed),
         )
-    heads = [name for name in flow.layers if name in selected and _is_head(flow, name)]
+    heads = [name for name in flow.layers if name in selected and flow.reaches_output(name)]
     if heads:
         _logger.warning("the layer that gives the model's output should be excluded, got %s", ", ".join(heads))
-
-
-def _is_head(flow: ChannelFlow, name: str) -> bool:
-    return bool(np.isin(flow.layer_roots(name), flow.at_output).any())

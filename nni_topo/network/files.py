@@ -62,14 +62,15 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
     load : Builds the model again.
     """
     check_unwrapped(dense)
+    listed, every = dense.state_dict(keep_vars=True), named_tensors(dense)
     document = {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
         "package_version": __version__,
         "modules": {name: _describe(module) for name, module in dense.named_modules() if _sizes(module)},
-        "state_dict": {name: tensor.detach() for name, tensor in _tensors(dense).items()},
-        "buffers": {name: tensor.detach() for name, tensor in _unlisted_buffers(dense).items()},
-        "fingerprints": {name: _fingerprint(tensor) for name, tensor in _all_tensors(dense).items()},
+        "state_dict": {name: tensor.detach() for name, tensor in listed.items()},
+        "buffers": {name: tensor.detach() for name, tensor in every.items() if name not in listed},
+        "fingerprints": {name: _fingerprint(tensor) for name, tensor in every.items()},
     }
     try:
         torch.save(document, path)
@@ -126,7 +127,7 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
     untie(built, ties)
     stored = document["state_dict"] | document.get("buffers", {})
     with torch.no_grad():
-        for name, tensor in _all_tensors(built).items():
+        for name, tensor in named_tensors(built).items():
             if name in stored:
                 tensor.data = stored[name].to(tensor.device, copy=True)
     tie_again(built, [part for names in ties for part in _shared(names, stored)])
@@ -143,21 +144,6 @@ def _describe(module: torch.nn.Module) -> dict[str, Any]:
     sizes = {name: getattr(module, name) for name in _sizes(module)}
     plain = {name: list(size) if isinstance(size, tuple) else int(size) for name, size in sizes.items()}
     return {"type": type(module).__name__, "sizes": plain}
-
-
-def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """List the tensors of a state_dict, as the objects the model holds, under all of their names."""
-    return dict(model.state_dict(keep_vars=True))
-
-
-def _unlisted_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """List the buffers that a state_dict leaves out, by all of their names."""
-    listed = _tensors(model)
-    return {name: tensor for name, tensor in named_tensors(model).items() if name not in listed}
-
-
-def _all_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return _tensors(model) | _unlisted_buffers(model)
 
 
 def _fingerprint(tensor: torch.Tensor) -> str:
@@ -182,7 +168,7 @@ def _check_values(
     fingerprints: dict[str, str], stored: dict[str, torch.Tensor], built: torch.nn.Module, place: str
 ) -> None:
     """Raise unless a model holds what was saved; files of older versions have no fingerprints."""
-    for name, tensor in _all_tensors(built).items():
+    for name, tensor in named_tensors(built).items():
         saved = fingerprints.get(name)
         if saved is None or _fingerprint(tensor) == saved:
             continue
@@ -223,7 +209,7 @@ def _check_fit(document: dict[str, Any], model: torch.nn.Module, place: str) -> 
     modules = {name: module for name, module in model.named_modules() if _sizes(module)}
     resizable = {name for name, module in model.named_modules(remove_duplicate=False) if _sizes(module)}
     stored: dict[str, dict[str, Any]] = document["modules"]
-    tensors = _tensors(model)
+    tensors = dict(model.state_dict(keep_vars=True))
     _check_names(rule, "modules", set(stored), set(modules), place)
     _check_names(rule, "tensors", set(document["state_dict"]), set(tensors), place)
     for name, description in stored.items():

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from nni_topo.errors import ConfigError, DataError, NniTopoError
 from nni_topo.network.modes import device_of, evaluation_mode
@@ -36,7 +36,7 @@ def call_arguments(example_inputs: Any, model: torch.nn.Module | None = None) ->
 
 def on_device(tree: Any, device: torch.device) -> Any:
     """Move the tensors of nested containers to a device."""
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, tree)
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), tree)
 
 
 def bind_arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:
@@ -56,31 +56,21 @@ def tensors_of(tree: Any) -> list[torch.Tensor]:
 def random_like(call: Call, generator: torch.Generator, *, positive: bool = False) -> Call:
     """Draw the floats of a call anew: standard normal, or ``positive``, uniform in [0.5, 1.5]."""
 
-    def draw(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
+    def draw(tensor: Tensor) -> Tensor:
         # Integers and booleans may be indices or masks, for which not every value will do.
-        if not leaf.is_floating_point():
-            return leaf.clone()
-        if positive:
-            values = torch.rand(leaf.shape, generator=generator) + 0.5
-        else:
-            values = torch.randn(leaf.shape, generator=generator)
-        return values.to(dtype=leaf.dtype, device=leaf.device)
+        if not tensor.is_floating_point():
+            return tensor.clone()
+        values = torch.rand if positive else torch.randn
+        return (values(tensor.shape, generator=generator) + 0.5 * positive).to(tensor)
 
-    drawn: Call = tree_map(draw, call)
+    drawn: Call = tree_map_only(Tensor, draw, call)
     return drawn
 
 
 def cast_floats(call: Call, dtype: torch.dtype) -> Call:
     """Cast the floating tensors of a call to a floating type."""
-
-    def cast(leaf: Any) -> Any:
-        is_float = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-        return leaf.to(dtype) if is_float else leaf
-
-    casted: Call = tree_map(cast, call)
-    return casted
+    cast: Call = tree_map_only(Tensor, lambda each: each.to(dtype) if each.is_floating_point() else each, call)
+    return cast
 
 
 def checked_calibration(calibration: Iterable[Any] | None) -> Iterable[Any] | None:
@@ -132,9 +122,7 @@ def structure_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
     call = first_call(model, calibration)
     size = batch_size(call)
     # To follow channels takes time and memory by sample.
-    few: Call = tree_map(
-        lambda leaf: leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size else leaf, call
-    )
+    few: Call = tree_map_only(Tensor, lambda each: each[:2] if each.dim() and len(each) == size else each, call)
     try:
         check_fits(model, few)
     except DataError:

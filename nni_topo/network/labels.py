@@ -17,103 +17,23 @@ UNKNOWN = -1  # negative, so that it can be tied to nothing: it may be any chann
 MOVING_MODULES = (
     torch.nn.Flatten, torch.nn.Unflatten, torch.nn.PixelShuffle, torch.nn.PixelUnshuffle, torch.nn.ChannelShuffle,
 )  # fmt: skip
-MOVES = frozenset(
-    [
-        "cat",
-        "concat",
-        "concatenate",
-        "column_stack",
-        "dstack",
-        "hstack",
-        "vstack",
-        "row_stack",
-        "stack",
-        "chunk",
-        "split",
-        "tensor_split",
-        "split_with_sizes",
-        "unbind",
-        "flatten",
-        "unflatten",
-        "reshape",
-        "view",
-        "view_as",
-        "permute",
-        "transpose",
-        "swapaxes",
-        "t",
-        "movedim",
-        "moveaxis",
-        "squeeze",
-        "unsqueeze",
-        "expand",
-        "expand_as",
-        "repeat",
-        "repeat_interleave",
-        "tile",
-        "narrow",
-        "select",
-        "getitem",
-        "index_select",
-        "flip",
-        "roll",
-        "contiguous",
-        "clone",
-        "detach",
-        "getattr",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "channel_shuffle",
-    ]
-)
+MOVES = frozenset((
+    "cat", "concat", "concatenate", "column_stack", "dstack", "hstack", "vstack", "row_stack", "stack", "chunk",
+    "split", "tensor_split", "split_with_sizes", "unbind", "flatten", "unflatten", "reshape", "view", "view_as",
+    "permute", "transpose", "swapaxes", "t", "movedim", "moveaxis", "squeeze", "unsqueeze", "expand", "expand_as",
+    "repeat", "repeat_interleave", "tile", "narrow", "select", "getitem", "index_select", "flip", "roll",
+    "contiguous", "clone", "detach", "getattr", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
+))  # fmt: skip
 # Of these the index may be a computed tensor, in whose place only numbers of channels are at hand.
 INDEXED = frozenset(["getitem", "index_select", "gather", "take", "take_along_dim"])
-MEETS = frozenset(
-    [
-        "add",
-        "iadd",
-        "radd",
-        "sub",
-        "isub",
-        "subtract",
-        "mul",
-        "imul",
-        "multiply",
-        "div",
-        "truediv",
-        "itruediv",
-        "divide",
-        "true_divide",
-        "floordiv",
-        "floor_divide",
-        "pow",
-        "maximum",
-        "minimum",
-        "fmax",
-        "fmin",
-        "max",
-        "min",
-        "where",
-        "lerp",
-        "addcmul",
-        "addcdiv",
-        "and",
-        "or",
-        "xor",
-        "logical_and",
-        "logical_or",
-        "logical_xor",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "mod",
-        "remainder",
-        "fmod",
-    ]
-)
+# Here channels meet place by place, and a channel that is gone on one side is missed by the other: they are tied.
+MEETS = frozenset((
+    "add", "iadd", "radd", "sub", "isub", "subtract", "mul", "imul", "multiply", "div", "truediv", "itruediv",
+    "divide", "true_divide", "floordiv", "floor_divide", "pow", "maximum", "minimum", "fmax", "fmin", "max", "min",
+    "where", "lerp", "addcmul", "addcdiv", "and", "or", "xor", "logical_and", "logical_or", "logical_xor", "eq", "ne",
+    "lt", "le", "gt", "ge", "mod", "remainder", "fmod",
+))  # fmt: skip
+# max and min are above too: with two tensors they meet, with one and a dimension they reduce.
 REDUCTIONS = frozenset(
     ["mean", "sum", "amax", "amin", "max", "min", "norm", "std", "var", "prod", "logsumexp", "argmax", "argmin"]
 )
@@ -160,6 +80,7 @@ def varies(labels: torch.Tensor, dim: int) -> bool:
 
 def carry(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
     """Carry labels (batch, channels, ...) to a shape with the channels where they were; None if that can't be told."""
+    # What keeps its shape (an activation, a norm) works place by place, as far as shapes can tell.
     if tuple(labels.shape) == shape:
         return labels
     alike = min(labels.dim(), len(shape)) > 1 and tuple(labels.shape[:2]) == shape[:2]

@@ -12,14 +12,9 @@ from nni_topo.errors import unknown_name
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
 TRANSPOSED = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
-
-
-PER_CHANNEL = (
-    torch.nn.modules.batchnorm._NormBase,
-    torch.nn.GroupNorm,
-    torch.nn.LayerNorm,
-    torch.nn.PReLU,
-)
+WEIGHTED = (*CONVOLUTIONS, *TRANSPOSED, torch.nn.Linear)
+NORMALIZING = (torch.nn.modules.batchnorm._NormBase, torch.nn.GroupNorm, torch.nn.LayerNorm)
+PER_CHANNEL = (*NORMALIZING, torch.nn.PReLU)
 """Modules that hold one number a channel, and leave channels where they are."""
 
 

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.transformers import fast_paths_off
 
 Inputs = Tensor | tuple[Tensor, ...]
 
@@ -54,9 +54,11 @@ def count_macs(model: nn.Module, example_inputs: Inputs) -> int:
     Fused attention kernels are switched off for the run: depending on the PyTorch version, the counter
     doesn't see inside them.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # loads Triton
+
     inputs = tuple(tensor[:1] for tensor in _as_tuple(example_inputs))
     counter = FlopCounterMode(display=False)
-    with evaluation_mode(model), _unfused_attention(), counter:
+    with evaluation_mode(model), fast_paths_off(), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
         model(*inputs)
     return int(counter.get_total_flops()) // 2
 
@@ -131,26 +133,22 @@ def latencies(
     inputs = _as_tuple(example_inputs)
     order, generator = list(models), random.Random(seed)
     times: dict[str, list[float]] = {name: [] for name in models}
-    with evaluation_mode(*models.values()), _threads(threads), torch.inference_mode():
+    with evaluation_mode(*models.values()), thread_count(threads), torch.inference_mode():
         for turn in range(warmup + runs):
             generator.shuffle(order)
             for name in order:
-                elapsed = _timed(models[name], inputs)
+                start = now(inputs[0])
+                models[name](*inputs)
                 if turn >= warmup:
-                    times[name].append(elapsed)
+                    times[name].append(now(inputs[0]) - start)
     return {name: 1000.0 * statistics.median(values) for name, values in times.items()}
 
 
-def _timed(model: nn.Module, inputs: tuple[Tensor, ...]) -> float:
-    """Seconds of one pass; on a GPU until its work is done."""
-    on_gpu = inputs[0].is_cuda
-    if on_gpu:
-        torch.cuda.synchronize(inputs[0].device)
-    start = time.perf_counter()
-    model(*inputs)
-    if on_gpu:
-        torch.cuda.synchronize(inputs[0].device)
-    return time.perf_counter() - start
+def now(tensor: Tensor) -> float:
+    """Seconds on a clock; on a GPU when its work is done."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+    return time.perf_counter()
 
 
 def _as_tuple(example_inputs: Inputs) -> tuple[Tensor, ...]:
@@ -158,21 +156,11 @@ def _as_tuple(example_inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def thread_count(count: int) -> Iterator[None]:
+    """Let PyTorch use so many threads for a while."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _unfused_attention() -> Iterator[None]:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +22,12 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def random_state_kept() -> AbstractContextManager[None]:
+    """Leave the random state as it was."""
+    # Not to start CUDA for that, its generators are only kept if it is in use.
+    return torch.random.fork_rng(list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else [])
 
 
 def device_of(model: nn.Module) -> torch.device:

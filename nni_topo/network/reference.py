@@ -16,16 +16,11 @@ from torch.utils.hooks import RemovableHandle
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.inputs import Call, call_arguments, cast_floats, random_like, tensors_of
-from nni_topo.network.layers import is_depthwise
+from nni_topo.network.layers import NORMALIZING, is_depthwise
 from nni_topo.network.masks import FullMasks, Masks, check_masks, check_model
+from nni_topo.network.modes import random_state_kept
 from nni_topo.network.transformers import fast_paths_off
 from nni_topo.sharing import find_ties, tie_again, untie
-
-NORMS = (
-    torch.nn.modules.batchnorm._NormBase,
-    torch.nn.GroupNorm,
-    torch.nn.LayerNorm,
-)
 
 
 def masked_model(model: torch.nn.Module, example_inputs: Any, masks: Masks) -> torch.nn.Module:
@@ -79,13 +74,17 @@ def apply_masks(model: torch.nn.Module, call: Call, masks: FullMasks) -> torch.n
     untie(reference, ties)
     dead = _dead_inputs(reference, call, masks)
     with torch.no_grad():
-        for name, targets in masks.items():
-            for target, mask in targets.items():
-                reference.get_submodule(name).get_parameter(target).mul_(mask)
+        _apply(reference, masks)
         for name, channels in dead.items():
             _silence(reference.get_submodule(name), channels)
     tie_again(reference, ties)
     return reference
+
+
+def _apply(model: torch.nn.Module, masks: FullMasks) -> None:
+    for name, targets in masks.items():
+        for target, mask in targets.items():
+            model.get_submodule(name).get_parameter(target).mul_(mask)
 
 
 def _silence(module: torch.nn.Module, channels: torch.Tensor) -> None:
@@ -107,11 +106,10 @@ def _dead_inputs(model: torch.nn.Module, call: Call, masks: FullMasks) -> dict[s
     watches = {
         name: _Watch(module)
         for name, module in probe.named_modules()
-        if is_depthwise(module) or isinstance(module, NORMS)
+        if is_depthwise(module) or isinstance(module, NORMALIZING)
     }
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     unstable = True
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+    with torch.no_grad(), random_state_kept():
         while unstable:
             probe(*positive[0], **positive[1])
             unsettled = [watch.settle() for watch in watches.values()]
@@ -129,9 +127,7 @@ def _make_positive(probe: torch.nn.Module, masks: FullMasks, generator: torch.Ge
             values = torch.rand(parameter.shape, generator=generator) + 0.5
             fan = parameter[0].numel() if parameter.dim() > 1 else 1
             parameter.copy_(values / max(fan, 1))
-        for name, targets in masks.items():
-            for target, mask in targets.items():
-                probe.get_submodule(name).get_parameter(target).mul_(mask)
+        _apply(probe, masks)
         for module in probe.modules():
             if is_depthwise(module) and module.bias is not None:
                 module.bias.zero_()  # type: ignore[operator]

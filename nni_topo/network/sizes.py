@@ -1,7 +1,8 @@
-"""The sizes at which a model's convolutions run, and the graphs they have there."""
+"""The sizes at which a model's layers run, and the graphs that convolutions have there."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -9,51 +10,76 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.topology.layer_graphs import LayerGraph, convolution_graph
-from nni_topo.network.inputs import call_arguments
-from nni_topo.network.layers import CONVOLUTIONS
-from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.inputs import Call
+from nni_topo.network.layers import CONVOLUTIONS, WEIGHTED
+from nni_topo.network.modes import evaluation_mode, random_state_kept
+from nni_topo.network.transformers import fast_paths_off
 
 Size = tuple[int, ...]
+LayerSizes = dict[str, list[tuple[Size, Size]]]
+"""``{layer: shapes that enter and leave it, call by call}``, of all layers that are called."""
 
 
-def convolution_sizes(model: nn.Module, example_inputs: Any) -> dict[str, tuple[Size, Size]]:
-    """Note the input and output size, in pixels, of every convolution that a model reaches, at its first call."""
-    args, kwargs = call_arguments(example_inputs, model)
-    sizes: dict[str, tuple[Size, Size]] = {}
+def layer_sizes(model: nn.Module, call: Call) -> LayerSizes:
+    """Note the shapes at which convolutions and linear layers run; ConfigError if the call doesn't fit the model."""
+    sizes: LayerSizes = {}
 
     def noting(name: str) -> Any:
         def note(module: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
-            count = len(module.kernel_size)
             entering = next(iter((*inputs, *named.values())))
-            sizes.setdefault(name, (tuple(entering.shape[-count:]), tuple(output.shape[-count:])))
+            sizes.setdefault(name, []).append((tuple(entering.shape), tuple(output.shape)))
 
         return note
 
-    handles = [
-        module.register_forward_hook(noting(name), with_kwargs=True)
-        for name, module in model.named_modules()
-        if isinstance(module, CONVOLUTIONS)
-    ]
-    try:
-        with evaluation_mode(model), torch.no_grad():
-            model(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:
-        raise ConfigError(f"example_inputs must be ones that the model runs on, got: {error} (forward)") from error
-    finally:
-        for handle in handles:
-            handle.remove()
+    def checking(name: str) -> Any:
+        def check(module: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            check_covers_kernel(name, module, tuple(next(iter((*inputs, *named.values()))).shape))
+
+        return check
+
+    with ExitStack() as hooks, evaluation_mode(model), random_state_kept(), fast_paths_off(), torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, WEIGHTED):
+                hooks.enter_context(module.register_forward_hook(noting(name), with_kwargs=True))
+            if isinstance(module, CONVOLUTIONS):
+                hooks.enter_context(module.register_forward_pre_hook(checking(name), with_kwargs=True))
+        try:
+            model(*call[0], **call[1])
+        except (RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:
+            raise ConfigError(f"example_inputs must be ones that the model runs on, got: {error} (forward)") from error
     return sizes
 
 
+def spatial(module: Any, size: Size) -> Size:
+    """Return the pixels of a convolution's input or output."""
+    return size[-len(module.kernel_size) :]
+
+
+def padding_of(module: Any) -> list[tuple[int, int]]:
+    """Return the pixels that a convolution adds before and after each axis."""
+    if module.padding == "valid":
+        return [(0, 0)] * len(module.kernel_size)
+    if module.padding == "same":
+        spare = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        # Where an odd number is added, PyTorch puts the spare pixel at the end.
+        return [(total // 2, total - total // 2) for total in spare]
+    return [(amount, amount) for amount in module.padding]
+
+
 def padded_size(module: Any, input_size: Size) -> Size:
-    """Return the size of a convolution's input with its padding, ``"same"`` padding included."""
-    if isinstance(module.padding, str):
-        # torch keeps the padding of "same" from the last dimension to the first, both sides of each.
-        sides = list(module._reversed_padding_repeated_twice)
-        added = [sides[i] + sides[i + 1] for i in range(len(sides) - 2, -1, -2)]
-    else:
-        added = [2 * pad for pad in module.padding]
-    return tuple(length + more for length, more in zip(input_size, added, strict=True))
+    """Return the size of a convolution's input with its padding."""
+    return tuple(length + sum(pair) for length, pair in zip(input_size, padding_of(module), strict=True))
+
+
+def check_covers_kernel(name: str, module: Any, size: Size) -> None:
+    """Raise a ConfigError unless a convolution's input, padding included, is as large as its kernel."""
+    reach = tuple(d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+    padded = padded_size(module, spatial(module, size))
+    if any(have < need for have, need in zip(padded, reach, strict=True)):
+        kernel, found = ("x".join(map(str, each)) for each in (reach, padded))
+        raise ConfigError(
+            f"an input, padding included, must be at least as large as the kernel {kernel}, got {found} ({name})"
+        )
 
 
 def graph_of_convolution(module: Any, input_size: Size) -> LayerGraph:

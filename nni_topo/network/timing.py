@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -14,15 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.inputs import Call, call_arguments, tensors_of
+from nni_topo.network.inputs import Call, batch_size, tensors_of
 from nni_topo.network.latency import LatencyTable, LayerLatency
 from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, is_depthwise
+from nni_topo.network.measure import now, thread_count
 from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.network import Network
 
 FloatArray = NDArray[np.float64]
 _SHARES = (0.25, 0.5, 0.75, 1.0)
-_LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
-_Sizes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def measure_latency(
@@ -70,15 +69,13 @@ def measure_latency(
             f"repeats and threads must be at least 1 and shares in (0, 1], got {repeats}, {threads} and {shares} "
             "(measure_latency)"
         )
-    call = call_arguments(example_inputs, model)
-    modules: dict[str, nn.Module] = {
-        name: module for name, module in model.named_modules() if isinstance(module, _LAYERS)
-    }
+    network = Network.on(model, example_inputs)
+    modules = {name: model.get_submodule(name) for name in network.sizes}
     timed: dict[Any, FloatArray] = {}
     layers: dict[str, LayerLatency] = {}
-    with _threads(threads), torch.no_grad(), evaluation_mode(model):
-        sizes, rest = _observed(model, modules, call, repeats)
-        for name, found in sizes.items():
+    with thread_count(threads), torch.no_grad(), evaluation_mode(model):
+        rest = _between(model, modules.values(), network.call, repeats)
+        for name, found in network.sizes.items():
             entering, leaving = _grid(modules[name], shares)
             seconds = np.zeros((len(entering), len(leaving)))
             for inputs, _ in found:
@@ -88,45 +85,32 @@ def measure_latency(
                 seconds += timed[key]
             elements = float(sum(np.prod(outputs) for _, outputs in found))
             layers[name] = LayerLatency(entering, leaving, tuple(map(tuple, seconds.tolist())), elements)
-    return LatencyTable(layers, rest, batch_size=len(tensors_of(call)[0]), threads=threads)
+    return LatencyTable(layers, rest, batch_size=batch_size(network.call), threads=threads)
 
 
-def _observed(
-    model: nn.Module, modules: dict[str, nn.Module], call: Call, repeats: int
-) -> tuple[dict[str, list[_Sizes]], float]:
-    """Return the input and output sizes of every call of every layer, and the seconds spent between layers."""
-    sizes: dict[str, list[_Sizes]] = {}
-    entered: dict[str, float] = {}
-    inside = 0.0
+def _between(model: nn.Module, modules: Iterable[nn.Module], call: Call, repeats: int) -> float:
+    """Return the seconds that a pass spends between layers, which aren't entered from one another."""
+    entered = inside = 0.0
 
-    def enter(name: str) -> Any:
-        def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            entered[name] = _now(inputs[0])
+    def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal entered
+        entered = now(inputs[0])
 
-        return note
+    def leave(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal inside
+        inside += now(output) - entered
 
-    def leave(name: str) -> Any:
-        def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            nonlocal inside
-            inside += _now(output) - entered[name]
-            sizes.setdefault(name, []).append((tuple(inputs[0].shape), tuple(output.shape)))
-
-        return note
-
-    handles = [module.register_forward_pre_hook(enter(name)) for name, module in modules.items()]
-    handles += [module.register_forward_hook(leave(name)) for name, module in modules.items()]
     first = tensors_of(call)[0]
     rests = []
-    try:
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(enter))
+            hooks.enter_context(module.register_forward_hook(leave))
         for _ in range(repeats + 1):  # the first warms up
-            sizes.clear()
-            inside, start = 0.0, _now(first)
+            inside, start = 0.0, now(first)
             model(*call[0], **call[1])
-            rests.append(_now(first) - start - inside)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sizes, max(0.0, statistics.median(rests[1:]))
+            rests.append(now(first) - start - inside)
+    return max(0.0, statistics.median(rests[1:]))
 
 
 def _timed_grid(
@@ -143,9 +127,9 @@ def _timed_grid(
             inputs = torch.ones((*size[:dim], width, *size[dim + 1 :]), device=weight.device, dtype=weight.dtype)
             times = []
             for _ in range(repeats + 1):
-                start = _now(inputs)
+                start = now(inputs)
                 layer(inputs)
-                times.append(_now(inputs) - start)
+                times.append(now(inputs) - start)
             seconds[i, j] = statistics.median(times[1:])
     return np.maximum.accumulate(np.maximum.accumulate(seconds, axis=0), axis=1)
 
@@ -187,20 +171,3 @@ def _like(module: nn.Module, entering: int, leaving: int) -> tuple[nn.Module, in
         **more,
     )
     return layer, entering
-
-
-def _now(tensor: Tensor) -> float:
-    """Seconds on a clock; on a GPU after its work is done."""
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
-    return time.perf_counter()
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -12,6 +12,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.inputs import Call, bind_arguments, tensors_of
+from nni_topo.network.modes import random_state_kept
 from nni_topo.network.transformers import UnfoldingTracer, fast_paths_off
 
 _logger = logging.getLogger(__name__)
@@ -24,7 +25,8 @@ def trace(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModule, tup
     reasons = []
     for tracer in (_symbolic, _concrete):
         try:
-            with torch.no_grad():
+            # The model is run, and may draw numbers.
+            with torch.no_grad(), random_state_kept():
                 graph_module, args = tracer(model, named)
                 _check_same(model, graph_module, call, args)
                 ShapeProp(graph_module).propagate(*args)
@@ -65,9 +67,20 @@ def _concrete(model: torch.nn.Module, named: dict[str, Any]) -> tuple[torch.fx.G
     from nni.common.concrete_trace_utils import concrete_trace
 
     graph_module = concrete_trace(model, dict(named))
-    nodes = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    values = [named.get(str(node.target), node.args[0] if node.args else None) for node in nodes]
-    return graph_module, tuple(values)
+    return graph_module, arguments(graph_module.graph, named)
+
+
+def by_running(graph: torch.fx.Graph) -> bool:
+    """Tell whether a graph was found by running its model, so that it may depend on values."""
+    return graph._tracer_cls is not UnfoldingTracer
+
+
+def arguments(graph: torch.fx.Graph, named: dict[str, Any]) -> tuple[Any, ...]:
+    """List the values of a graph's placeholders, given a call's arguments by name."""
+    if not by_running(graph):
+        return tuple(named.values())
+    nodes = [node for node in graph.nodes if node.op == "placeholder"]
+    return tuple(named.get(str(node.target), node.args[0] if node.args else None) for node in nodes)
 
 
 def _check_same(model: torch.nn.Module, graph_module: torch.fx.GraphModule, call: Call, args: tuple[Any, ...]) -> None:

@@ -1,15 +1,16 @@
 """PyTorch's transformer layers without their fast paths and checks, so that their linear layers can be followed.
 
 ``torch.nn.TransformerEncoderLayer`` and its kin are one node of a graph, or don't let themselves be traced: they
-decide by values and shapes which way to go. What they compute is written here without choices, under the
-names and defaults of their own arguments. Attention itself stays one node.
+decide by values and shapes which way to go. What they compute is written here without choices. Attention itself stays
+one node.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -53,117 +54,71 @@ class UnfoldingTracer(torch.fx.Tracer):
         return made
 
 
-def _encoder_layer(
-    self: nn.TransformerEncoderLayer,
-    src: Any,
-    src_mask: Any = None,
-    src_key_padding_mask: Any = None,
-    is_causal: bool = False,
-) -> Any:
-    attend = partial(self._sa_block, attn_mask=src_mask, key_padding_mask=src_key_padding_mask, is_causal=is_causal)
-    if self.norm_first:
-        x = src + attend(self.norm1(src))
-        return x + self._ff_block(self.norm2(x))
-    x = self.norm1(src + attend(src))
-    return self.norm2(x + self._ff_block(x))
+UNFOLDED: dict[type[nn.Module], Callable[..., Any]] = {}
+"""What each of the layers computes."""
 
 
-def _encoder(
-    self: nn.TransformerEncoder,
-    src: Any,
-    mask: Any = None,
-    src_key_padding_mask: Any = None,
-    is_causal: bool | None = None,
-) -> Any:
-    # is_causal is a hint that the mask makes unnecessary
+def _instead_of(kind: type[nn.Module]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let a function, which gets all arguments by name, stand for a layer's forward."""
+    signature = inspect.signature(kind.forward)
+
+    def register(compute: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(kind.forward)  # the tracer reads names and defaults of a model's arguments off what is wrapped
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return compute(**bound.arguments)
+
+        UNFOLDED[kind] = forward
+        return compute
+
+    return register
+
+
+def _in_turn(x: Any, norm_first: bool, *blocks: tuple[nn.Module, Callable[[Any], Any]]) -> Any:
+    """Add to a value what blocks make of it, one after the other, with a norm before or behind each."""
+    for norm, block in blocks:
+        x = x + block(norm(x)) if norm_first else norm(x + block(x))
+    return x
+
+
+def _stacked(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     for layer in self.layers:
-        src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask)
-    return src if self.norm is None else self.norm(src)
+        x = layer(x, *args, **kwargs)
+    return x if self.norm is None else self.norm(x)
 
 
+@_instead_of(nn.TransformerEncoderLayer)
+def _encoder_layer(self: Any, src: Any, src_mask: Any, src_key_padding_mask: Any, is_causal: Any) -> Any:
+    attend = partial(self._sa_block, attn_mask=src_mask, key_padding_mask=src_key_padding_mask, is_causal=is_causal)
+    return _in_turn(src, self.norm_first, (self.norm1, attend), (self.norm2, self._ff_block))
+
+
+@_instead_of(nn.TransformerEncoder)
+def _encoder(self: Any, src: Any, mask: Any, src_key_padding_mask: Any, is_causal: Any) -> Any:
+    # is_causal is a hint that the mask makes unnecessary
+    return _stacked(self, src, src_mask=mask, src_key_padding_mask=src_key_padding_mask)
+
+
+@_instead_of(nn.TransformerDecoderLayer)
 def _decoder_layer(
-    self: nn.TransformerDecoderLayer,
-    tgt: Any,
-    memory: Any,
-    tgt_mask: Any = None,
-    memory_mask: Any = None,
-    tgt_key_padding_mask: Any = None,
-    memory_key_padding_mask: Any = None,
-    tgt_is_causal: bool = False,
-    memory_is_causal: bool = False,
+    self: Any, tgt: Any, memory: Any, tgt_mask: Any, tgt_key_padding_mask: Any, tgt_is_causal: Any, **others: Any
 ) -> Any:
     attend = partial(self._sa_block, attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask, is_causal=tgt_is_causal)
-    look = partial(
-        self._mha_block,
-        mem=memory,
-        attn_mask=memory_mask,
-        key_padding_mask=memory_key_padding_mask,
-        is_causal=memory_is_causal,
-    )
-    if self.norm_first:
-        x = tgt + attend(self.norm1(tgt))
-        x = x + look(self.norm2(x))
-        return x + self._ff_block(self.norm3(x))
-    x = self.norm1(tgt + attend(tgt))
-    x = self.norm2(x + look(x))
-    return self.norm3(x + self._ff_block(x))
+    names = {"attn_mask": "memory_mask", "key_padding_mask": "memory_key_padding_mask", "is_causal": "memory_is_causal"}
+    look = partial(self._mha_block, mem=memory, **{own: others[name] for own, name in names.items()})
+    blocks = (self.norm1, attend), (self.norm2, look), (self.norm3, self._ff_block)
+    return _in_turn(tgt, self.norm_first, *blocks)
 
 
-def _decoder(
-    self: nn.TransformerDecoder,
-    tgt: Any,
-    memory: Any,
-    tgt_mask: Any = None,
-    memory_mask: Any = None,
-    tgt_key_padding_mask: Any = None,
-    memory_key_padding_mask: Any = None,
-    tgt_is_causal: bool | None = None,
-    memory_is_causal: bool = False,
-) -> Any:
-    for layer in self.layers:
-        tgt = layer(
-            tgt,
-            memory,
-            tgt_mask=tgt_mask,
-            memory_mask=memory_mask,
-            tgt_key_padding_mask=tgt_key_padding_mask,
-            memory_key_padding_mask=memory_key_padding_mask,
-            memory_is_causal=memory_is_causal,
-        )
-    return tgt if self.norm is None else self.norm(tgt)
+@_instead_of(nn.TransformerDecoder)
+def _decoder(self: Any, tgt: Any, memory: Any, tgt_is_causal: Any, **masks: Any) -> Any:
+    return _stacked(self, tgt, memory, **masks)
 
 
+@_instead_of(nn.Transformer)
 def _transformer(
-    self: nn.Transformer,
-    src: Any,
-    tgt: Any,
-    src_mask: Any = None,
-    tgt_mask: Any = None,
-    memory_mask: Any = None,
-    src_key_padding_mask: Any = None,
-    tgt_key_padding_mask: Any = None,
-    memory_key_padding_mask: Any = None,
-    src_is_causal: bool | None = None,
-    tgt_is_causal: bool | None = None,
-    memory_is_causal: bool = False,
+    self: Any, src: Any, tgt: Any, src_mask: Any, src_key_padding_mask: Any, src_is_causal: Any, **masks: Any
 ) -> Any:
     memory = self.encoder(src, mask=src_mask, src_key_padding_mask=src_key_padding_mask)
-    return self.decoder(
-        tgt,
-        memory,
-        tgt_mask=tgt_mask,
-        memory_mask=memory_mask,
-        tgt_key_padding_mask=tgt_key_padding_mask,
-        memory_key_padding_mask=memory_key_padding_mask,
-        memory_is_causal=memory_is_causal,
-    )
-
-
-UNFOLDED: dict[type[nn.Module], Callable[..., Any]] = {
-    nn.TransformerEncoderLayer: _encoder_layer,
-    nn.TransformerEncoder: _encoder,
-    nn.TransformerDecoderLayer: _decoder_layer,
-    nn.TransformerDecoder: _decoder,
-    nn.Transformer: _transformer,
-}
-"""What each of the layers computes."""
+    return self.decoder(tgt, memory, **masks)

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
-
-_LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
+from nni_topo.network.layers import WEIGHTED
 
 
 @contextmanager
@@ -67,5 +65,5 @@ def weights_left(model: nn.Module) -> int:
 
 def _weights(model: nn.Module) -> list[Tensor]:
     """Return the weights of all convolutions and linear layers, each once."""
-    found = (module.weight for module in model.modules() if isinstance(module, _LAYERS))
+    found = (module.weight for module in model.modules() if isinstance(module, WEIGHTED))
     return list({id(weight): weight for weight in found}.values())

@@ -166,10 +166,7 @@ class StructuredPruner(Pruner):
         masks : dict
             ``{module name: {target name: mask}}``.
         """
-        unknown = sorted(masks.keys() - self._module_wrappers.keys())
-        if unknown:
-            _logger.warning("masks of modules that aren't pruned here are left out: %s", ", ".join(unknown))
-        super().update_masks({name: targets for name, targets in masks.items() if name in self._module_wrappers})
+        super().update_masks(known_masks(self, masks))
 
     def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> list[Any] | str | None:
         return output_granularity(target_space) or super()._set_default_sparse_granularity(target_space)
@@ -234,6 +231,14 @@ class StructuredPruner(Pruner):
 
     def _fuse_postprocess(self, evaluator: Evaluator) -> None:
         """Leave the evaluator as it is: NNI reverts its patches."""
+
+
+def known_masks(pruner: Pruner, masks: Masks) -> Masks:
+    """Return the masks of a pruner's own modules, and warn of others."""
+    unknown = sorted(masks.keys() - pruner._module_wrappers.keys())
+    if unknown:
+        _logger.warning("masks of modules that aren't pruned here are left out: %s", ", ".join(unknown))
+    return {name: targets for name, targets in masks.items() if name not in unknown}
 
 
 def _recovery(method: str, calibration: Iterable[Any] | None) -> tuple[Method, Iterable[Any]]:

@@ -21,9 +21,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.dependency import channel_flow
-from nni_topo.network.inputs import call_arguments
-from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.network import Network
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.clouds.functional import readers_of
 from nni_topo.pruners.clouds.weight import WeightCollector
@@ -44,8 +42,7 @@ class RowColumnCollector(DataCollector):
         # Without example inputs nothing says who reads a channel: rows count alone, as for NNI's norm pruners.
         if self.example_inputs is None:
             return data
-        with evaluation_mode(context.model):
-            flow = channel_flow(context.model, call_arguments(self.example_inputs, context.model))
+        flow = Network.on(context.model, self.example_inputs).flow
         for unit in context.units:
             with suppress(ConfigError):  # no layer reads the channels
                 readers = readers_of(unit, flow, context, order=float(self.norm))

@@ -7,7 +7,6 @@ package's own pruners behave like this without it. All places are NNI 3.0's, on 
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -22,14 +21,13 @@ from nni.compression.utils import Evaluator
 
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.allocators import ConfigAllocator
-from nni_topo.pruners.base import StructuredPruner
+from nni_topo.pruners.base import StructuredPruner, known_masks
 from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.hooks import Masks, Metrics, PruningContext
 from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.transposed import follow_outputs, output_granularity
 from nni_topo.pruners.units import TargetSpaces, in_network_order
 
-_logger = logging.getLogger(__name__)
 _originals: dict[tuple[Any, str], Any] = {}
 
 
@@ -134,11 +132,7 @@ def _register_scalers(self: Pruner) -> None:
 
 
 def _update_known_masks(self: Pruner, masks: Masks) -> None:
-    unknown = sorted(masks.keys() - self._module_wrappers.keys())
-    if unknown:
-        _logger.warning("masks of modules that aren't pruned here are left out: %s", ", ".join(unknown))
-    known = {name: targets for name, targets in masks.items() if name in self._module_wrappers}
-    _original(Pruner, "update_masks")(self, known)
+    _original(Pruner, "update_masks")(self, known_masks(self, masks))
 
 
 def _checked_combination(

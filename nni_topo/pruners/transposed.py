@@ -11,7 +11,7 @@ from typing import Any
 from nni.compression.base.target_space import PruningTargetSpace, TargetType
 from torch import Tensor, nn
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+from nni_topo.network.layers import TRANSPOSED
 
 
 def output_granularity(space: PruningTargetSpace) -> list[Any] | str | None:

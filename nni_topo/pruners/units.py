@@ -129,8 +129,9 @@ def pruning_units(target_spaces: TargetSpaces) -> list[PruningUnit]:
             # NNI also makes a space for the bias that a layer doesn't have.
             if space.type is TargetType.PARAMETER and space.target is None:
                 continue
+            # Of other lengths, so that no group's name can be that of a target.
             grouped = space.dependency_group_id is not None
-            key = ("group", space.dependency_group_id) if grouped else (module_name, target_name)
+            key = (space.dependency_group_id,) if grouped else (module_name, target_name)
             groups.setdefault(key, []).append((module_name, target_name, space))
     active = (group for group in groups.values() if any(is_active(space) for _, _, space in group))
     return [_unit(group) for group in active]

@@ -16,9 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.inputs import Call
 from nni_topo.network.masks import FullMasks, Masks, check_masks
+from nni_topo.network.network import Network, hand_on
 from nni_topo.network.reference import apply_masks
 from nni_topo.network.resolve import resolve_masks
-from nni_topo.network.tracing import trace
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.replay import without_side_effects
 from nni_topo.sharing import find_ties, named_tensors, untie
@@ -41,16 +41,15 @@ def build_networks(model: nn.Module, call: Call, masks: Masks) -> Networks:
     """Trace a model, complete its masks and make the networks; ConfigError or SpeedupError where that can't be."""
     checked = check_masks(model, masks)
     base = copy.deepcopy(model).eval()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        graph_module, args = trace(base, call)
-        flow = ChannelFlow(graph_module, args)
-    full = resolve_masks(base, flow, checked)
-    original = without_side_effects(graph_module)
+    network, result = Network(model, call), copy.deepcopy(model)
+    full = resolve_masks(base, network.flow, checked)
+    original = without_side_effects(network.graph(base)[0])
+    # The result has other weights, but is made dense by the same graph.
+    hand_on(model, result)
     pruned = copy.deepcopy(original)
     _take_values(pruned, apply_masks(base, call, full))
     _narrow_norms(original, pruned)
-    return Networks(original, pruned, copy.deepcopy(model), flow, full, checked)
+    return Networks(original, pruned, result, network.flow, full, checked)
 
 
 def _take_values(graph_module: GraphModule, model: nn.Module) -> None:

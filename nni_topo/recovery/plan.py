@@ -15,12 +15,10 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.following import followers, passes
 from nni_topo.network.labels import FIXED, tensor_shape
-from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, kept_channels
+from nni_topo.network.layers import CONVOLUTIONS, PER_CHANNEL, TRANSPOSED, kept_channels
 from nni_topo.network.masks import FullMasks
-
-_PASSING = (nn.Identity, nn.modules.dropout._DropoutNd)
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.PReLU)
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def _why_not(
     graph_module: GraphModule, node: Node, module: nn.Module, flow: ChannelFlow, masks: FullMasks
 ) -> str | None:
     """Return why a module can't be solved anew; an empty text if there is nothing to solve."""
-    if isinstance(module, _NORMS) or not any(p.dim() > 1 for p in module.parameters()):
+    if isinstance(module, PER_CHANNEL) or not any(p.dim() > 1 for p in module.parameters()):
         return ""
     name = str(node.target)
     if isinstance(module, TRANSPOSED):
@@ -201,18 +199,14 @@ def _ways(graph_module: GraphModule, layer: Solvable) -> tuple[Equation, Equatio
     """Return a layer's equation for its own output, and the one for the last sum it goes into alone."""
     node, norms = layer.node, []
     near: Equation | None = None
-    shape = tensor_shape(node)
     # Up to where the value has several readers: what all of them see is what should be met.
-    while len(node.users) == 1:
-        user = next(iter(node.users))
-        if tensor_shape(user) != shape:
-            break
+    for user in followers(node):
         if _is_affine(graph_module, user):
             norms.append(str(user.target))
         elif _is_sum(user):
             # The last place where the layer's output is alone.
             near = near or Equation(layer, node, tuple(norms))
-        elif not _passes(graph_module, user):
+        elif not passes(graph_module, user):
             break
         node = user
     far = Equation(layer, node, tuple(norms), _is_rectified(graph_module, node))
@@ -233,15 +227,6 @@ def _is_sum(node: Node) -> bool:
     is_add = node.target in (operator.add, torch.add) if node.op == "call_function" else node.target == "add"
     called = node.op in ("call_function", "call_method")
     return called and is_add and len(node.all_input_nodes) == 2 and not node.kwargs
-
-
-def _passes(graph_module: GraphModule, node: Node) -> bool:
-    """Say whether a node hands on what it gets, in evaluation mode."""
-    if node.op == "call_module":
-        return isinstance(graph_module.get_submodule(str(node.target)), _PASSING)
-    if node.op == "call_method":
-        return node.target in ("contiguous", "clone")
-    return node.target is functional.dropout and node.kwargs.get("training") is False
 
 
 def _ordered(graph_module: GraphModule, equations: list[tuple[Equation, Equation]]) -> list[Equation]:

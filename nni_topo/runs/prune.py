@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.network import files
-from nni_topo.network.dependency import channel_flow, dependency_groups
-from nni_topo.network.inputs import call_arguments
+from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.masks import check_masks
+from nni_topo.network.network import Network
 from nni_topo.network.resolve import resolve_masks
 from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.hooks import Masks
@@ -81,6 +81,6 @@ def _rounded(net: nn.Module, example: Tensor, masks: Masks, round_to: int | None
     """Return masks by which layers keep a multiple of so many channels."""
     if round_to is None:
         return masks
-    flow = channel_flow(net, call_arguments(example, net))
     on_device = {name: {t: mask.to(example.device) for t, mask in found.items()} for name, found in masks.items()}
+    flow = Network.on(net, example).flow
     return resolve_masks(net, flow, check_masks(net, on_device), round_to)

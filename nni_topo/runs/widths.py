@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.cost import NetworkCost
-from nni_topo.network.dependency import channel_flow, dependency_groups
-from nni_topo.network.inputs import call_arguments
+from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import output_channels
+from nni_topo.network.network import Network
 from nni_topo.pruners.budget import solve_uniform
 from nni_topo.runs.plan import Target
 
@@ -86,12 +86,12 @@ def pruning_config(model: nn.Module, example_inputs: Tensor, ratios: dict[str, f
 
 def inner_layers(model: nn.Module, example_inputs: Tensor) -> list[str]:
     """Return the convolutions and linear layers whose channels aren't the model's output, in network order."""
-    flow = channel_flow(model, call_arguments(example_inputs, model))
+    flow = Network.on(model, example_inputs).flow
     prunable = (nn.modules.conv._ConvNd, nn.Linear)
     return [
         name
         for name in flow.layers
-        if isinstance(model.get_submodule(name), prunable) and not np.isin(flow.layer_roots(name), flow.at_output).any()
+        if isinstance(model.get_submodule(name), prunable) and not flow.reaches_output(name)
     ]
 
 

@@ -31,6 +31,15 @@ def test_a_dependency_group_is_one_unit():
     assert second.sparse_ratio == 0.25
 
 
+def test_a_module_called_group_is_no_group():
+    model = nn.ModuleDict({"group": nn.Linear(4, 8), "other": nn.Linear(4, 8)})
+    config = [
+        {"op_names": ["group"], "sparse_ratio": 0.5},
+        {"op_names": ["other"], "sparse_ratio": 0.25, "dependency_group_id": "weight"},
+    ]
+    assert [unit.members for unit in units_of(model, config)] == [(("group", "weight"),), (("other", "weight"),)]
+
+
 def test_a_target_without_rule_is_no_unit(convnet):
     class NumberFinder(RandomPruner):
         needs_rule = False

@@ -12,12 +12,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.inputs import call_arguments
-from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
+from nni_topo.network.layers import WEIGHTED
 from nni_topo.network.masks import check_model
 from nni_topo.network.modes import detached_copy
 from nni_topo.network.tracing import trace
-
-_LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -47,10 +45,7 @@ def traced(model: nn.Module, inputs: Tensor) -> GraphModule:
     if not bool(torch.isfinite(inputs).all()):
         raise DataError("inputs must be finite, got NaN or infinity (inputs)")
     check_model(model)
-    # Tracing runs the model: its draws must not move the caller's random state. fork_rng alone would start CUDA.
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        graph_module, _ = trace(detached_copy(model).eval().requires_grad_(False), call_arguments(inputs, model))
+    graph_module, _ = trace(detached_copy(model).eval().requires_grad_(False), call_arguments(inputs, model))
     count = sum(node.op == "placeholder" for node in graph_module.graph.nodes)
     if count != 1:
         raise ConfigError(f"the propagation of errors needs a model of one input, got {count} (model)")
@@ -63,7 +58,7 @@ def chain(graph_module: GraphModule) -> list[Stage]:
     starts: list[Node] = []
     named: list[list[str]] = [[]]
     for node, entering in _steps(graph_module.graph):
-        is_layer = node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), _LAYERS)
+        is_layer = node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), WEIGHTED)
         if not starts:
             starts.append(node.all_input_nodes[0])
         # only where one value is left that all that follows depends on: a block with a branch stays whole

@@ -28,12 +28,11 @@ from nni_topo.analysis.energy.study import Evaluate, Quality
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, FloatArray, SubsetGeneticAlgorithm
 from nni_topo.maths.ties import descending
-from nni_topo.network.dependency import channel_flow
-from nni_topo.network.inputs import call_arguments
+from nni_topo.network.following import norms_behind
 from nni_topo.network.layers import spread
 from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.network import Network
 from nni_topo.network.reference import masked_model
-from nni_topo.pruners.clouds.coupled import norms_behind
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 
 METHODS = ("random", "energy", "energy, genetic", "taylor", "taylor, genetic", "loss, genetic")
@@ -146,7 +145,7 @@ class _Search:
         energies = pruner._collect_data()[layer]["weight"][:, 0]
         self.energies: FloatArray = (energies / energies.sum()).numpy()
         self.filters = len(self.energies)
-        flow = channel_flow(model, call_arguments(example_inputs, model))
+        flow = Network.on(model, example_inputs).flow
         self.place = model.get_submodule(norms_behind(model, flow).get(layer, layer))
         self.terms = taylor_terms(model, self.place, batches).cpu().numpy()
 

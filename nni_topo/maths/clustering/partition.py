@@ -15,10 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import pdist, squareform
-from sklearn.cluster import DBSCAN, AgglomerativeClustering, KMeans, SpectralClustering
-from sklearn.decomposition import PCA
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
 
 from nni_topo.errors import ConfigError, DataError, check_integer, unknown_name
 from nni_topo.maths.ties import leveled
@@ -93,6 +89,8 @@ def partition(
         return np.zeros(len(points), dtype=np.intp)
     if algorithm == "dbscan":
         return renumbered(_density_labels(points, count, min_samples))
+    from sklearn.exceptions import ConvergenceWarning
+
     with warnings.catch_warnings():
         # Fewer distinct points than clusters, and mixtures that don't settle, still give a partition.
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -122,10 +120,13 @@ def renumbered(labels: IntArray) -> IntArray:
 
 
 def _labels(points: FloatArray, count: int, algorithm: str, seed: int, n_init: int) -> IntArray:
+    # Here and below, not above: scikit-learn takes longer to import than all of this package.
+    from sklearn import cluster, decomposition, mixture
+
     if algorithm == "kmeans":
-        found = KMeans(count, n_init=n_init, random_state=seed).fit(points.astype(np.float32)).labels_
+        found = cluster.KMeans(count, n_init=n_init, random_state=seed).fit(points.astype(np.float32)).labels_
     elif algorithm == "ward":
-        found = AgglomerativeClustering(count, linkage="ward").fit(points).labels_
+        found = cluster.AgglomerativeClustering(count, linkage="ward").fit(points).labels_
     elif algorithm == "spectral":
         found = _spectral_labels(points, count, seed, n_init)
     else:
@@ -134,16 +135,18 @@ def _labels(points: FloatArray, count: int, algorithm: str, seed: int, n_init: i
         kind = "spherical"
         if algorithm == "gmm_full":
             kind, axes = "full", min(_AXES, *points.shape)
-            scaled = PCA(axes, svd_solver="full").fit_transform(scaled)
-        mixture = GaussianMixture(
+            scaled = decomposition.PCA(axes, svd_solver="full").fit_transform(scaled)
+        model = mixture.GaussianMixture(
             count, covariance_type=kind, n_init=n_init, random_state=seed, reg_covar=_LEAST_VARIANCE
         )
-        found = mixture.fit_predict(scaled)
+        found = model.fit_predict(scaled)
     return np.asarray(found, dtype=np.intp)
 
 
 def _spectral_labels(points: FloatArray, count: int, seed: int, n_init: int) -> IntArray:
     """Cluster the distinct points: eigenvectors may tell equal ones apart, by nothing but rounding."""
+    from sklearn.cluster import SpectralClustering
+
     distances = squareform(pdist(points))
     number, place = connected_components(distances <= _SAME * np.abs(points).max(), directed=False)
     if number <= count:
@@ -157,6 +160,8 @@ def _spectral_labels(points: FloatArray, count: int, seed: int, n_init: int) -> 
 
 def _density_labels(points: FloatArray, count: int, min_samples: int) -> IntArray:
     """Search the smallest reach of DBSCAN that leaves no more than ``count`` clusters; noise is labelled -1."""
+    from sklearn.cluster import DBSCAN
+
     distances = squareform(leveled(pdist(points)))
     reaches = np.unique(distances)
     # scikit-learn wants a positive reach: half the least distance joins nothing but equal points.

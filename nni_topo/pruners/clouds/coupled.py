@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.dependency import channel_flow
+from nni_topo.network.following import norms_behind
 from nni_topo.network.inputs import call_arguments
-from nni_topo.network.layers import NORMS
-from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.network import Network
 from nni_topo.pruners.clouds.functional import check_read, readers_of
 from nni_topo.pruners.clouds.weight import Preprocess, WeightCollector, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
@@ -59,8 +57,7 @@ class CoupledWeightCollector(DataCollector):
             If a weight is NaN or infinite.
         """
         weights = WeightCollector().collect(context)
-        with evaluation_mode(context.model):
-            flow = channel_flow(context.model, call_arguments(self.example_inputs, context.model))
+        flow = Network.on(context.model, self.example_inputs).flow
         norms = norm_scales(context, flow)
         data: Data = {}
         for unit in context.units:
@@ -82,17 +79,3 @@ def norm_scales(context: PruningContext, flow: ChannelFlow) -> dict[str, Tensor]
         scale = module.running_var.double().add(module.eps).rsqrt()
         scales[layer] = (scale if module.weight is None else scale * module.weight.detach().double().abs()).cpu()
     return scales
-
-
-def norms_behind(model: nn.Module, flow: ChannelFlow) -> dict[str, str]:
-    """Return, by layer, the name of the batch norm that takes all of its channels and no others; not all have one."""
-    first = {layer.first: name for name, layer in flow.layers.items()}
-    found = {}
-    for name, module in model.named_modules():
-        entering = flow.entering_numbers(name)
-        if not isinstance(module, NORMS) or not len(entering):
-            continue
-        layer = first.get(int(entering[0]))
-        if layer is not None and np.array_equal(entering, np.arange(len(entering)) + entering[0]):
-            found[layer] = name
-    return found

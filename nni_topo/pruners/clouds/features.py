@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_map
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.following import followers, passes
 from nni_topo.network.inputs import Call, batch_size, bind_arguments, calls, first_call, fitting
-from nni_topo.network.labels import tensor_shape
 from nni_topo.network.modes import detached_copy, evaluation_mode
 from nni_topo.network.tracing import trace
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
@@ -30,7 +30,6 @@ _ROUNDING = 1e-13
 Pool = Literal["none", "mean"] | int
 
 _POOLS: list[Any] = [functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d]
-_PASSING = (nn.Identity, nn.modules.dropout._DropoutNd)
 _ACTIVATIONS = {"relu", "relu6", "leakyrelu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "tanh"}
 _ACTIVATIONS |= {"sigmoid", "hardsigmoid", "hardswish", "hardtanh", "softplus", "softsign", "logsigmoid"}
 
@@ -233,12 +232,8 @@ def _pooled(maps: Tensor, pool: Pool) -> Tensor:
 
 
 def _traced(context: PruningContext, call: Call) -> TracedNetwork:
-    # Tracing runs the model, which may draw numbers: the caller's generators stay as they are. Not to start CUDA for
-    # that, its generators are only saved if it is in use.
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices), evaluation_mode(context.model):
-        graph, args = trace(detached_copy(context.model).eval(), call)
-        flow = ChannelFlow(graph, args)
+    graph, args = trace(detached_copy(context.model).eval(), call)
+    flow = ChannelFlow(graph, args)
     names = {module_name for unit in context.units for module_name, _ in unit.members}
     found: dict[str, list[tuple[Node, tuple[str, ...]]]] = {}
     for node in graph.graph.nodes:
@@ -254,28 +249,19 @@ def _traced(context: PruningContext, call: Call) -> TracedNetwork:
 def _followed(graph: GraphModule, node: Node) -> tuple[Node, tuple[str, ...]]:
     """Follow a layer's output through batch norms up to its activation; stop where anything else happens to it."""
     norms: list[str] = []
-    for follower in _chain(node):
+    for follower in followers(node):
+        if len(follower.all_input_nodes) != 1:
+            break
         module = graph.get_submodule(str(follower.target)) if follower.op == "call_module" else None
         name = type(module).__name__ if module is not None else getattr(follower.target, "__name__", follower.target)
         if str(name).replace("_", "").lower() in _ACTIVATIONS:
             return follower, tuple(norms)
         if isinstance(module, _BatchNorm):
             norms.append(str(follower.target))
-        elif not isinstance(module, _PASSING):
+        elif not passes(graph, follower):
             break
         node = follower
     return node, tuple(norms)
-
-
-def _chain(node: Node) -> Iterator[Node]:
-    """Yield the nodes behind one, as long as each is read by one other alone and keeps its shape."""
-    shape = tensor_shape(node)
-    # With a second reader the layer's output also counts as it is here, so nothing behind speaks for it alone.
-    while len(node.users) == 1:
-        node = next(iter(node.users))
-        if tensor_shape(node) != shape or len(node.all_input_nodes) != 1:
-            return
-        yield node
 
 
 def _check_blocks(unit: PruningUnit, channels: int, context: PruningContext) -> None:

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.dependency import channel_flow
-from nni_topo.network.inputs import call_arguments
-from nni_topo.network.modes import evaluation_mode
-from nni_topo.pruners.clouds.coupled import norms_behind
+from nni_topo.network.following import norms_behind
+from nni_topo.network.network import Network
 from nni_topo.pruners.clouds.weight import Preprocess, WeightCollector, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.transposed import loses_outputs
@@ -58,10 +56,7 @@ class FoldedWeightCollector(DataCollector):
             If a weight, a bias or a batch norm's statistics are NaN or infinite.
         """
         weights = WeightCollector().collect(context)
-        with evaluation_mode(context.model):
-            norms = norms_behind(
-                context.model, channel_flow(context.model, call_arguments(self.example_inputs, context.model))
-            )
+        norms = norms_behind(context.model, Network.on(context.model, self.example_inputs).flow)
         data: Data = {}
         for unit in context.units:
             for module_name, target_name in unit.members:

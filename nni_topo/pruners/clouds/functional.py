@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.dependency import channel_flow
 from nni_topo.network.inputs import Call, calls, structure_call
 from nni_topo.network.labels import FIXED
 from nni_topo.network.layers import is_depthwise
 from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.network import Network
 from nni_topo.pruners.clouds.weight import Moments, Preprocess, checked_preprocess, points_of_gram, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.transposed import loses_outputs
@@ -78,8 +78,7 @@ class FunctionalCollector(DataCollector):
         DataError
             If no batch came, or activations are NaN or infinite.
         """
-        with evaluation_mode(context.model):
-            flow = channel_flow(context.model, structure_call(context.model, self.calibration))
+        flow = Network(context.model, structure_call(context.model, self.calibration)).flow
         readers = {unit.name: readers_of(unit, flow, context) for unit in context.units}
         moments = {name: [Moments() for _ in found] for name, found in readers.items()}
         self._run(context, readers, moments)
@@ -147,7 +146,7 @@ def check_read(
     model: nn.Module, modules: Iterable[str], call: Call, kinds: tuple[type[nn.Module], ...] = (nn.Module,)
 ) -> None:
     """Raise ConfigError if no layer of these kinds reads all channels of a layer alike, with all such names."""
-    flow = channel_flow(model, call)
+    flow = Network(model, call).flow
     by_name = dict(model.named_modules())
     unread = [
         name

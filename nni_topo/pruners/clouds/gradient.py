@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nni_topo.errors import ConfigError, DataError, check_integer
-from nni_topo.network.dependency import channel_flow
 from nni_topo.network.inputs import call_arguments, on_device, structure_call, tensors_of
-from nni_topo.network.modes import detached_copy, device_of, evaluation_mode
+from nni_topo.network.modes import detached_copy, device_of
+from nni_topo.network.network import Network
 from nni_topo.pruners.clouds.functional import Reader, check_read, readers_of
 from nni_topo.pruners.clouds.weight import Moments, Preprocess, checked_preprocess, points_of_gram, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
@@ -194,8 +194,7 @@ class _Gates:
         self._samples = len(tensors_of((args, kwargs))[0])
         if self._watching:
             return
-        with evaluation_mode(self._original):
-            flow = channel_flow(self._original, (args, kwargs))
+        flow = Network(self._original, (args, kwargs)).flow
         for unit in self._context.units:
             for reader in readers_of(unit, flow, self._context):
                 reader.module.register_forward_pre_hook(self._gate(unit.name, reader))

@@ -9,7 +9,6 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import linkage
 
 from nni_topo.errors import DataError
 from nni_topo.maths.clustering import partition
@@ -161,6 +160,8 @@ def _closeness(points: FloatArray, labels: IntArray) -> FloatArray:
 
 def merging_losses(parts: list[FeatureCloud]) -> FloatArray:
     """Return what each cluster more is worth, in units of the mean, shape (blocks,)."""
+    from scipy.cluster.hierarchy import linkage
+
     heights = np.zeros((len(parts), len(parts[0].points)))
     for part, cloud in enumerate(parts if heights.shape[1] > 1 else ()):
         # The j-th cluster is worth the distance at which Ward's agglomeration would merge it into fewer.

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, as_settings, unknown_name
 from nni_topo.maths import signals
-from nni_topo.network.dependency import channel_flow
-from nni_topo.network.inputs import call_arguments
-from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
-from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.layers import WEIGHTED
+from nni_topo.network.network import Network
 from nni_topo.pruners.clouds.coupled import norm_scales
 from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
@@ -88,8 +86,7 @@ class EnergyCollector(DataCollector):
     def _norm_scales(self, context: PruningContext) -> dict[str, Tensor]:
         if not self.batch_norm:
             return {}
-        with evaluation_mode(context.model):
-            return norm_scales(context, channel_flow(context.model, call_arguments(self.example_inputs, context.model)))
+        return norm_scales(context, Network.on(context.model, self.example_inputs).flow)
 
 
 class ChirpEnergyCollector(EnergyCollector):
@@ -147,7 +144,7 @@ def check_layer(name: str, module: nn.Module, linear: Linear = "refuse") -> None
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         kind = weight.dtype if isinstance(weight, Tensor) else f"the weights of {type(module).__module__}"
         raise DataError(f"weights must be real floating-point tensors, got {kind} ({name}.weight)")
-    if not isinstance(module, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)):
+    if not isinstance(module, WEIGHTED):
         raise ConfigError(f"energies are defined for convolutions, got {type(module).__name__} ({name})")
 
 

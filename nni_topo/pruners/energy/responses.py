@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.inputs import call_arguments
 from nni_topo.network.layers import TRANSPOSED
-from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.network import Network
+from nni_topo.network.sizes import padding_of
 
 # Values of one turn of filters: 128 MiB of float64.
 _MOST_VALUES = 2**24
@@ -28,29 +28,11 @@ def input_sizes(model: nn.Module, names: Sequence[str], example_inputs: Any) -> 
     """Return by name the spatial sizes that enter convolutions; ConfigError if unknown or, padded, below the kernel."""
     if example_inputs is None:
         raise ConfigError(f"the input size of a layer must be known, got no example_inputs ({names[0]})")
-    sizes: dict[str, tuple[int, ...]] = {}
-
-    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            size = tuple(inputs[0].shape[-_dimensions(module) :])
-            _check_size(name, module, size)
-            # Of a layer that is called several times the first call counts.
-            sizes.setdefault(name, size)
-
-        return record
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(recorder(name)) for name in names]
-    args, kwargs = call_arguments(example_inputs, model)
-    try:
-        with evaluation_mode(model), torch.no_grad():
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    planes = Network.on(model, example_inputs).planes
     for name in names:
-        if name not in sizes:
+        if name not in planes:
             raise ConfigError(f"the input size of a layer must be known, got example_inputs that miss it ({name})")
-    return sizes
+    return {name: planes[name][0] for name in names}
 
 
 def chirp_response_energy(
@@ -103,38 +85,10 @@ def _respond(module: Any, kernels: Tensor, planes: Tensor) -> Tensor:
     else:
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         # Padded by hand, as the layer itself does for modes other than zeros; pad() counts axes from the last.
-        planes = functional.pad(planes, [side for pair in reversed(_padding(module)) for side in pair], mode=mode)
+        planes = functional.pad(planes, [side for pair in reversed(padding_of(module)) for side in pair], mode=mode)
         settings, convolve = {}, _CONVOLVE[dimensions]
     response: Tensor = convolve(planes, kernels, stride=module.stride, dilation=module.dilation, **settings)
     return response
-
-
-def _padding(module: Any) -> list[tuple[int, int]]:
-    """Return the pixels added before and after each axis."""
-    if module.padding == "valid":
-        return [(0, 0)] * len(module.kernel_size)
-    if module.padding == "same":
-        spare = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        # Where an odd number is added, PyTorch puts the spare pixel at the end.
-        return [(total // 2, total - total // 2) for total in spare]
-    return [(amount, amount) for amount in module.padding]
-
-
-def _check_size(name: str, module: Any, size: tuple[int, ...]) -> None:
-    # It spreads its input out: any size will do.
-    if isinstance(module, TRANSPOSED):
-        return
-    reach = tuple(d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
-    padded = tuple(n + sum(pair) for n, pair in zip(size, _padding(module), strict=True))
-    if any(have < need for have, need in zip(padded, reach, strict=True)):
-        raise ConfigError(
-            f"an input, padding included, must be at least as large as the kernel {_times(reach)}, got "
-            f"{_times(padded)} ({name})"
-        )
-
-
-def _times(sizes: tuple[int, ...]) -> str:
-    return "x".join(map(str, sizes))
 
 
 def _dimensions(module: Any) -> int:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
@@ -63,6 +62,8 @@ class PopulationAccuracy:
         """Return the accuracies, shape ``(individuals,)``, in [0, 1]."""
         if not self.is_batched:
             return MaskedScores([_weight(layer) for layer in self._layers], self._accuracy)(population)
+        from joblib import Parallel, delayed
+
         # A population may be made as it is drawn: no chunk is drawn before a thread is free, which bounds memory.
         jobs = (delayed(self._hits)(chunk) for chunk in _chunks(population, self._chunk_size()))
         hits = Parallel(n_jobs=self._workers, prefer="threads", pre_dispatch="1*n_jobs")(jobs)

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from nni.compression.base.target_space import PruningTargetSpace
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
@@ -30,6 +29,9 @@ from nni_topo.pruners.checks import check_weight_target
 from nni_topo.pruners.genetic_weight.metric import GeneticMetric, OnGeneration, checked_validation
 from nni_topo.pruners.topological_magnitude.trees import MagnitudeCollector
 from nni_topo.pruners.units import is_active
+
+if TYPE_CHECKING:
+    import pandas
 
 
 class GeneticWeightPruner(StructuredPruner):
@@ -190,10 +192,12 @@ class GeneticWeightPruner(StructuredPruner):
         return self._metric.start_weights
 
     @property
-    def history(self) -> pd.DataFrame:
+    def history(self) -> pandas.DataFrame:
         """A row per generation and individual: fitness, accuracy, compression, generation of birth, last partner."""
+        import pandas
+
         search = self._metric.search
-        return pd.DataFrame([] if search is None else search.history, columns=HistoryRow._fields)
+        return pandas.DataFrame([] if search is None else search.history, columns=HistoryRow._fields)
 
     def wrap_model(self) -> None:
         """Check the targets and make them active, then wrap the model."""

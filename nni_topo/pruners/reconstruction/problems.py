@@ -26,10 +26,10 @@ from torch import nn
 from nni_topo.errors import DataError
 from nni_topo.maths.least_squares.greedy import greedy_least_squares
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.dependency import channel_flow
 from nni_topo.network.inputs import batch_size, calls, structure_call
 from nni_topo.network.layers import CONVOLUTIONS
 from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.network import Network
 from nni_topo.pruners.clouds.functional import Reader, check_read, readers_of, unread_error
 from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.reconstruction.covariances import EnteringCovariances, column_count
@@ -129,7 +129,7 @@ class ReconstructionProblems:
 
     def flow(self, model: nn.Module) -> ChannelFlow:
         """Trace a model on the first batch."""
-        return channel_flow(model, structure_call(model, self.calibration))
+        return Network(model, structure_call(model, self.calibration)).flow
 
     def measure(
         self, readers: dict[str, list[Reader]], original: nn.Module, network: nn.Module

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
 from nni_topo.errors import ConfigError, unknown_name
@@ -64,6 +63,8 @@ class TopologicalMetric(SelectionMetric):
 
     def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> Kept:
         """Choose in parallel where asked; a registered joblib backend spreads the work over machines."""
+        from joblib import Parallel, delayed
+
         self.trace = {}
         tasks = [
             (unit, part, (cloud, rows[unit.name], [self.seed, index, part]))

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, check_integer, unknown_name
 from nni_topo.maths.topology.layer_graphs import LayerGraph
-from nni_topo.network.sizes import convolution_sizes, graph_of_convolution
+from nni_topo.network.layers import CONVOLUTIONS
+from nni_topo.network.network import Network
+from nni_topo.network.sizes import graph_of_convolution
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_weight_target
 from nni_topo.pruners.planner import Planner
@@ -210,8 +212,9 @@ def _rewind_state(
 
 
 def _graphs(model: nn.Module, example_inputs: Any) -> dict[str, LayerGraph]:
-    sizes = convolution_sizes(model, example_inputs)
-    return {name: graph_of_convolution(model.get_submodule(name), entering) for name, (entering, _) in sizes.items()}
+    planes = Network.on(model, example_inputs).planes
+    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, CONVOLUTIONS)}
+    return {n: graph_of_convolution(module, planes[n][0]) for n, module in convolutions.items() if n in planes}
 
 
 def _check_target(name: str, target: str, space: PruningTargetSpace) -> None:

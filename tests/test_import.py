@@ -1,0 +1,41 @@
+"""What `import nni_topo` loads."""
+
+import subprocess
+import sys
+
+# By themselves each takes a tenth of a second or more, and most users of the package need none of them.
+HEAVY = {"gudhi", "joblib", "jsonargparse", "matplotlib", "pandas", "rich", "sklearn", "torchvision", "triton", "yaml"}
+PROGRAM = """
+import sys
+
+class Recorder:
+    def find_spec(self, name, path=None, target=None):
+        asked.add(name.partition(".")[0])
+
+asked = set()
+# NNI looks for trainer libraries, which load half of the list.
+sys.modules.update(dict.fromkeys(("pytorch_lightning", "transformers")))
+import nni.compression.pruning, nni.compression.speedup
+# What NNI has loaded the package would get without being seen to ask.
+for name in {heavy}:
+    sys.modules.pop(name, None)
+sys.meta_path.insert(0, Recorder())
+import {imported}
+print(*asked)
+"""
+
+
+def modules_asked_for(imported: str) -> set[str]:
+    program = PROGRAM.format(heavy=sorted(HEAVY), imported=imported)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_heavy_libraries_are_not_loaded():
+    loaded = modules_asked_for("nni_topo")
+    assert "nni_topo" in loaded
+    assert not loaded & HEAVY
+
+
+def test_the_check_sees_what_is_loaded():
+    assert {"sklearn", "joblib", "pandas"} <= modules_asked_for("nni_topo, sklearn.cluster, pandas")
