@@ -20,7 +20,7 @@ CONFIG = [
 
 def test_a_study_states_what_the_diagrams_say():
     model = toy_model()
-    study = study_topology(model, CONFIG, generations=5)
+    study = study_topology(model, CONFIG, generations=5, solver="genetic")
     group, hidden = study.layers
     assert (group.name, group.points, group.kept) == ("stem.weight+inner.weight", 8, 4)
     assert (hidden.points, hidden.kept, len(hidden.trace)) == (16, 12, 5)

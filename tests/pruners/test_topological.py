@@ -89,7 +89,9 @@ def test_the_search_never_ends_above_its_greedy_start():
 @pytest.mark.parametrize("criterion", topology.CRITERIA)
 def test_what_is_kept_is_the_search_best(criterion):
     model = toy_model()
-    pruner = TopologicalPruner(model, HALF, criterion=criterion, homology_dimensions=(0, 1), generations=4)
+    pruner = TopologicalPruner(
+        model, HALF, criterion=criterion, homology_dimensions=(0, 1), generations=4, solver="genetic"
+    )
     _, masks = pruner.compress()
     cloud = topology.with_origin(toy_model().hidden.weight.detach().double().numpy())
     fitness = topology.SubsetFitness(
@@ -120,9 +122,11 @@ def test_the_parts_of_a_grouped_convolution_are_clouds_of_their_own():
     model = nn.Sequential(nn.Conv2d(4, 12, 1, groups=2))
     config = [{"op_names": ["0"], "sparse_ratio": 0.5, "internal_metric_block": 2}]
     weight = model[0].weight.detach().flatten(1).tolist()
-    pruner = TopologicalPruner(model, config)
+    pruner = TopologicalPruner(model, config, solver="genetic")
     _, masks = pruner.compress()
-    assert kept(masks, "0").tolist() == pruned(weight[:6], 0.5) + pruned(weight[6:], 0.5)
+    assert kept(masks, "0").tolist() == pruned(weight[:6], 0.5, solver="genetic") + pruned(
+        weight[6:], 0.5, solver="genetic"
+    )
     assert list(pruner.trace) == ["0.weight[0]", "0.weight[1]"]
 
 
@@ -137,11 +141,20 @@ def test_calibration_switches_to_the_activation_cloud():
 
 @pytest.mark.parametrize(("knobs", "cloud"), [({}, "weight"), ({"calibration": [toy_images(16)]}, "functional")])
 def test_the_default_covers_what_neurons_do_where_there_are_images(knobs, cloud):
-    named = {"collector": cloud, "criterion": "hausdorff", "solver": "genetic"}
-    pair = [TopologicalPruner(toy_model(), HALF, generations=2, **knobs, **given) for given in ({}, named)]
+    named = {"collector": cloud, "criterion": "hausdorff", "solver": "greedy"}
+    pair = [TopologicalPruner(toy_model(), HALF, **knobs, **given) for given in ({}, named)]
     masks = [kept(pruner.compress()[1], "hidden").tolist() for pruner in pair]
     assert masks[0] == masks[1]
-    assert pair[0].trace == pair[1].trace != {}
+    assert pair[0].trace == {}
+
+
+@pytest.mark.parametrize(
+    ("criterion", "searched"), list(zip(topology.CRITERIA, (True, True, False, False), strict=True))
+)
+def test_by_default_covers_are_greedy_and_diagrams_are_searched(criterion, searched):
+    pruner = TopologicalPruner(toy_model(), HALF, criterion=criterion, generations=2)
+    pruner.compress()
+    assert bool(pruner.trace) == searched
 
 
 @pytest.mark.parametrize("combine", ["max", "sum"])
@@ -257,7 +270,7 @@ def test_the_default_and_l1_beat_random_subsets_of_the_same_size_on_trained_nets
 
 def test_layers_searched_in_parallel_give_the_same_masks():
     config = [{"op_names": ["stem", "inner", "hidden"], "sparse_ratio": 0.5}]
-    alone, pair = (TopologicalPruner(toy_model(), config, n_jobs=jobs) for jobs in (1, 2))
+    alone, pair = (TopologicalPruner(toy_model(), config, n_jobs=jobs, solver="genetic") for jobs in (1, 2))
     (_, first), (_, second) = alone.compress(), pair.compress()
     for name in first:
         assert kept(first, name).tolist() == kept(second, name).tolist()

@@ -68,7 +68,8 @@ class TopologicalPruner(StructuredPruner):
     combine : {"max", "sum"}, default="max"
         Whether ``"bottleneck"`` takes the largest of the degrees' distances or adds them; ``"wasserstein"`` adds.
     solver : {"auto", "genetic", "greedy"}, default="auto"
-        Genetic algorithm, or the greedy solution: farthest points first. ``"auto"`` is ``"genetic"``.
+        Genetic algorithm, or the greedy solution: farthest points first. ``"auto"`` is ``"greedy"`` for covers, where
+        the search ends at its greedy start, and ``"genetic"`` for distances of diagrams.
     greedy_start : bool, default=True
         Whether the genetic algorithm's first generation holds the greedy solution.
     population_size : int, default=50
@@ -133,7 +134,7 @@ class TopologicalPruner(StructuredPruner):
     --------
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
-    >>> pruner = TopologicalPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.75}], generations=5)
+    >>> pruner = TopologicalPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.75}])
     >>> _, masks = pruner.compress()
     >>> int(masks["0"]["bias"].sum())
     8
@@ -173,10 +174,13 @@ class TopologicalPruner(StructuredPruner):
         n_jobs: int | None = 1,
     ) -> None:
         calibration = checked_calibration(calibration)
+        criterion = "hausdorff" if criterion == "auto" else criterion
+        if solver == "auto":
+            solver = "greedy" if criterion in ("hausdorff", "cover") else "genetic"
         settings = SelectionSettings(
-            criterion="hausdorff" if criterion == "auto" else criterion,
+            criterion=criterion,
             homology_dimensions=tuple(homology_dimensions),
-            solver="genetic" if solver == "auto" else solver,
+            solver=solver,
             engine=engine,
             combine=combine,
             evolution=EvolutionSettings(

@@ -147,9 +147,11 @@ def groups(labels):
     return {frozenset(np.flatnonzero(labels == label)) for label in labels}
 
 
-@given(st.integers(0, 50), st.floats(0.01, 100.0), st.sampled_from(STATISTICS))
-def test_clusters_of_scaled_nodes_are_the_same(seed, factor, statistic):
+@given(st.integers(0, 50), st.integers(-6, 6), st.sampled_from(STATISTICS))
+def test_clusters_of_scaled_nodes_are_the_same(seed, power, statistic):
+    # by powers of two, which no sum rounds: k-means computes in single precision
     points, covariance = layer(nodes=20, seed=seed)
+    factor = 2.0**power
     growth = Growth(statistic)
     scaled = grow(factor * points, factor**2 * covariance, 4, growth, seed=seed)
     assert groups(scaled.labels(20)) == groups(grow(points, covariance, 4, growth, seed=seed).labels(20))
