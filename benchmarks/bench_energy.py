@@ -59,7 +59,7 @@ STUDIES: dict[str, tuple[str, ...]] = {
 }
 CHIRPS: dict[str, dict[str, Any]] = {
     "chirp": {},
-    "chirp, mean of all directions": {"signal": {"direction": "mean"}},
+    "chirp, radial": {"signal": {"direction": "radial"}},
     "chirp, one diagonal (thesis)": {"signal": {"direction": "diagonal"}},
     "chirp, one channel at a time": {"signal": {"channels": "separate"}},
     "chirp, to 1 cycle per pixel": {"signal": {"sweep": "thesis"}},

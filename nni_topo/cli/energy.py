@@ -28,7 +28,7 @@ def add_energy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layer", help="of replacement and selection; default: the costliest")
     parser.add_argument("--calibration", type=int, default=0, help="images instead of the chirp")
     parser.add_argument("--sweep", default="nyquist", help="nyquist or thesis (default nyquist)")
-    parser.add_argument("--direction", default="radial", help="radial, mean or diagonal (default radial)")
+    parser.add_argument("--direction", default="mean", help="mean, radial or diagonal (default mean)")
     parser.add_argument("--window", default="none", help="taper of the chirp, none or hann (default none)")
     parser.add_argument("--normalization", default="area", help="none, area or layer (default area); for tied layers")
     parser.add_argument("--batch-norm", action="store_true", help="scale responses as batch norms do")

@@ -74,7 +74,7 @@ def show_accuracies(values: Sequence[float]) -> str:
     0.001 of 0 or 1 count as that far away.
 
     >>> show_accuracies([0.5, 0.6, 0.7]), show_accuracies([0.1, 0.2, 0.9])
-    ('60.0 ± 24.8', '40.0 (1.4 to 96.4)')
+    ('60.0 ± 24.8', '40.0 (0.2 to 99.5)')
     """
     found = interval(values)
     if np.isnan(found.half) or 0.0 <= found.mean - found.half <= found.mean + found.half <= 1.0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -67,6 +68,25 @@ def test_study_and_suggestion(words, tmp_path, capsys):
     for index, layer in enumerate(record["layers"]):
         gone = layer["removed"][str(named[layer["layers"][0]])] if layer["layers"][0] in named else 0
         assert pruned["widths"][str(3 * index)] == layer["filters"] - gone
+
+
+def test_layers_are_judged_on_validation_images_and_the_suggestion_on_test_images(words, tmp_path, capsys):
+    raw = zoo.load_data("digits", validation=0.0)
+    images = {f"x_{part}": getattr(raw, part).tensors[0].numpy() for part in ("train", "test")}
+    labels = {f"y_{part}": getattr(raw, part).tensors[1].numpy() for part in ("train", "test")}
+    found = {}
+    for name, test_labels in (("true", labels["y_test"]), ("wrong", (labels["y_test"] + 1) % 10)):
+        path = tmp_path / f"{name}.npz"
+        np.savez(path, **images, **{**labels, "y_test": test_labels})
+        study = ["analyze", "energy", *words, "--data", str(path), "--max-drop", "0.03", "--json"]
+        assert main([*study, "--out", str(tmp_path / name)]) == 0
+        found[name] = json.loads(capsys.readouterr().out)
+    true, wrong = found["true"], found["wrong"]
+    assert true["suggested"]["thresholds"] == wrong["suggested"]["thresholds"] != {}
+    assert true["baseline"] == wrong["baseline"]
+    assert [layer["alone"] for layer in true["layers"]] == [layer["alone"] for layer in wrong["layers"]]
+    assert wrong["suggested"]["quality_before"]["accuracy"] < 0.2 < true["suggested"]["quality_before"]["accuracy"]
+    assert "on test images" in (tmp_path / "true" / "suggested.yaml").read_text()
 
 
 def test_parts_are_printed_and_recorded(words, tmp_path, capsys, drawn):

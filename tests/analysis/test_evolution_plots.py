@@ -97,7 +97,7 @@ def test_a_summary_holds_the_first_and_the_last_population():
     for name, generation in (("initial", 0), ("final", 4)):
         for column in ("fitness", "accuracy", "compression"):
             values = found.history[found.history.generation == generation][column]
-            assert table.loc[name, column].tolist() == [values.min(), values.mean(), values.max()]
+            assert table.loc[name, column].tolist() == pytest.approx([values.min(), values.mean(), values.max()])
 
 
 def test_no_trial_no_picture(tmp_path):

@@ -145,13 +145,13 @@ def test_input_sizes_are_those_of_the_layers():
 def test_collector_measures_each_layer_at_its_own_size():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3))
     originals = copy.deepcopy(model)
-    found = collected(ChirpEnergyCollector(torch.ones(1, 3, 16, 18)), model)
+    found = collected(ChirpEnergyCollector(torch.ones(1, 3, 16, 18), signal=signals.Chirp("radial")), model)
     torch.testing.assert_close(found["0"], direct_energy(originals[0], torch.from_numpy(signals.chirp_2d(16, 18))))
     torch.testing.assert_close(found["2"], direct_energy(originals[2], torch.from_numpy(signals.chirp_2d(7, 8))))
 
 
 def test_a_collector_may_be_used_on_another_model():
-    collector = ChirpEnergyCollector(torch.ones(1, 3, 9, 9))
+    collector = ChirpEnergyCollector(torch.ones(1, 3, 9, 9), signal={"direction": "radial"})
     for stride in (1, 2):
         model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=stride, padding=1), nn.Conv2d(4, 4, 3))
         original = copy.deepcopy(model[1])
@@ -168,7 +168,7 @@ def test_knobs_change_what_they_say():
     default = energies()
     torch.testing.assert_close(energies(normalization="none"), 64 * default)
     torch.testing.assert_close(energies(normalization="layer"), default / default.sum())
-    signal = ({"sweep": "thesis"}, {"direction": "diagonal"}, {"direction": "mean"}, {"window": "hann"})
+    signal = ({"sweep": "thesis"}, {"direction": "diagonal"}, {"direction": "radial"}, {"window": "hann"})
     for knobs in (*({"signal": each} for each in signal), {"signal": {"channels": "separate"}}, {"bias": False}):
         assert not torch.allclose(energies(**knobs), default, rtol=1e-3), knobs
 

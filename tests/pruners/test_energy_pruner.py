@@ -41,7 +41,7 @@ def kept(model, config=None, images=IMAGES, **knobs):
 def algorithm_3(model, threshold, images):
     """The text's pseudocode, line by line, on one convolution."""
     layer = copy.deepcopy(model[0]).double()
-    chirp = torch.from_numpy(signals.chirp_2d(*images.shape[2:]))
+    chirp = torch.from_numpy(signals.chirp_2d(*images.shape[2:], direction="diagonal"))
     with torch.no_grad():
         responses = layer(chirp.expand(1, layer.in_channels, *chirp.shape))[0]
     energies = responses.pow(2).sum((1, 2)) / responses[0].numel()
@@ -57,7 +57,9 @@ def test_threshold_is_algorithm_3(threshold):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1))
     images = torch.ones(1, 3, 12, 9)
-    assert torch.equal(kept(model, {"sparse_threshold": threshold}, images), algorithm_3(model, threshold, images))
+    signal = nni_topo.Chirp("diagonal")
+    found = kept(model, {"sparse_threshold": threshold}, images, signal=signal)
+    assert torch.equal(found, algorithm_3(model, threshold, images))
 
 
 @pytest.mark.parametrize(("threshold", "count"), [(0.1, 9), (0.2, 8), (0.5, 5), (0.05, 10)])

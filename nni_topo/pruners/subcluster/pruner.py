@@ -94,7 +94,7 @@ class SubclusterPruner(StructuredPruner):
     >>> from torch import nn
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2))
-    >>> pruner = SubclusterPruner(model, [{"op_names": ["0"]}], calibration=[torch.randn(128, 4)], energy=0.9)
+    >>> pruner = SubclusterPruner(model, [{"op_names": ["0"]}], calibration=[torch.randn(128, 4)], energy=0.5)
     >>> _, masks = pruner.compress()
     >>> tree = pruner.trees["0.weight"]
     >>> len(tree.initial) < len(tree.leaves) == int(masks["0"]["bias"].sum()) < 64

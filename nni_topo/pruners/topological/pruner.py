@@ -69,7 +69,7 @@ class TopologicalPruner(StructuredPruner):
         Whether ``"bottleneck"`` takes the largest of the degrees' distances or adds them; ``"wasserstein"`` adds.
     solver : {"auto", "genetic", "greedy"}, default="auto"
         Genetic algorithm, or the greedy solution: farthest points first. ``"auto"`` is ``"greedy"`` for covers, where
-        the search ends at its greedy start, and ``"genetic"`` for distances of diagrams.
+        the search gained nothing measurable, and ``"genetic"`` for distances of diagrams.
     greedy_start : bool, default=True
         Whether the genetic algorithm's first generation holds the greedy solution.
     population_size : int, default=50
