@@ -305,11 +305,21 @@ def plot_convergence(records: Sequence[Record], path: str | Path) -> Path | None
         axis.set(title=f"{model} on {data},\n{target}", xlabel="epochs of retraining", ylabel="validation accuracy (%)")
         before = [record["validation_before"] for runs in rows.values() for record in runs.values()]
         axis.axhline(100 * float(np.mean(before)), color="k", linestyle=":", label="unpruned")
+        means: list[np.ndarray] = []
         for index, (row, runs) in enumerate(rows.items()):
             curves = 100 * np.array([record["curve"] for record in runs.values()])
-            axis.plot(curves.mean(axis=0), marker=_MARKERS[index % len(_MARKERS)], color=f"C{index % 10}", label=row)
+            style = {
+                "linestyle": "-" if index < 10 else "--",
+                "marker": _MARKERS[index % len(_MARKERS)],
+                "markersize": 4,
+            }
+            axis.plot(curves.mean(axis=0), **style, color=f"C{index % 10}", label=row)
+            means.append(curves.mean(axis=0)[1:])
+        # pruned networks often begin at chance, far below all that follows
+        low, high = np.min(means), max(np.max(means), 100 * float(np.mean(before)))
+        axis.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+    axes[0].legend(fontsize="x-small", loc="lower right")
     figure.savefig(path, dpi=150)
     return Path(path)
 
