@@ -56,7 +56,11 @@ def test_study_and_suggestion(words, tmp_path, capsys):
     assert [layer["filters"] for layer in record["layers"]] == [8, 24]
     assert record["baseline"]["accuracy"] > 0.9
     files = {path.name for path in (tmp_path / "study").iterdir()}
-    assert files == {"energy.json", "compression.png", "accuracy.png", "loss.png", "suggested.yaml"}
+    assert files == {
+        "energy.json",
+        "suggested.yaml",
+        *(f"{name}.png" for name in ("compression", "accuracy", "loss", "fitness")),
+    }
     written = (tmp_path / "study" / "suggested.yaml").read_text()
     assert f"nni-topo prune --model {MODEL} --data digits --checkpoint {words[3]} --limit 300 --config" in written
     config = yaml.safe_load(written)

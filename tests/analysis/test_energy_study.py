@@ -157,10 +157,17 @@ def test_bad_requests():
 
 def test_record_and_pictures(study, tmp_path, drawn):
     files = save_energy_study(study, tmp_path / "new", {"seed": 3})
-    assert [path.name for path in files] == ["energy.json", "compression.png", "accuracy.png", "loss.png"]
+    assert [path.name for path in files] == [
+        "energy.json",
+        "compression.png",
+        "accuracy.png",
+        "loss.png",
+        "fitness.png",
+    ]
     labels = [f"{100 * t:g} % of the energy" for t in THRESHOLDS]
     for name, value in (
         ("compression.png", lambda layer, t: 100.0 * layer.removed[t] / layer.filters),
+        ("fitness.png", lambda layer, t: layer.removed[t] / layer.filters - 100.0 * study.lost(layer, t)),
         ("accuracy.png", lambda layer, t: 100.0 * layer.alone[t].accuracy),
         ("loss.png", lambda layer, t: layer.alone[t].loss),
     ):

@@ -39,7 +39,7 @@ def energy_record(study: EnergyStudy) -> dict[str, Any]:
 
 
 def save_energy_study(study: EnergyStudy, folder: str | Path, more: Mapping[str, Any] | None = None) -> list[Path]:
-    """Write ``energy.json`` and the pictures ``compression`` and, with an evaluation, ``accuracy`` and ``loss`` (PNG).
+    """Write ``energy.json``, the picture ``compression`` and, with an evaluation, ``accuracy``, ``loss``, ``fitness``.
 
     Parameters
     ----------
@@ -64,6 +64,7 @@ def save_energy_study(study: EnergyStudy, folder: str | Path, more: Mapping[str,
     if study.baseline is not None:
         pictures["accuracy.png"] = _quality_plot(study, "accuracy %", lambda quality: 100.0 * quality.accuracy)
         pictures["loss.png"] = _quality_plot(study, "loss (nats)", lambda quality: quality.loss)
+        pictures["fitness.png"] = fitness_plot(study)
     for name, figure in pictures.items():
         figure.savefig(folder / name, dpi=130)
     return [document, *(folder / name for name in pictures)]
@@ -73,6 +74,15 @@ def compression_plot(study: EnergyStudy) -> Figure:
     """Draw the share of filters removed per layer, a line per threshold."""
     lines = {t: [100.0 * layer.compression(t) for layer in study.layers] for t in study.thresholds}
     return layer_plot(study.layers, {_percent(t): values for t, values in lines.items()}, "filters removed %")
+
+
+def fitness_plot(study: EnergyStudy) -> Figure:
+    """Draw each layer's fitness, 100 times the change of accuracy plus the share removed: figures A.7 and A.8."""
+    lines = {
+        _percent(t): [layer.compression(t) - 100.0 * study.lost(layer, t) for layer in study.layers]
+        for t in study.thresholds
+    }
+    return layer_plot(study.layers, lines, "fitness, this layer alone pruned")
 
 
 def layer_plot(layers: Sequence[LayerEnergy], lines: Mapping[str, Sequence[float]], label: str) -> Figure:
