@@ -191,7 +191,7 @@ def compensation(
     _check_knobs(method, ridge, refine, pairs, as_printed)
     check_model(model)
     calibration = repeatable(calibration)
-    sizes, call = _survey(model, calibration)
+    sizes, call = survey(model, calibration)
     networks = build_networks(model, call, masks)
     replay = Replay(model, networks.original, networks.pruned, calibration, cache_bytes)
     plan = make_plan(networks.original, networks.flow, networks.masks, replay.touched_nodes)
@@ -211,7 +211,7 @@ def compensate_up_to(
     """Return the pruned network, traced, with the layers in front of `layer` reconstructed; errors of `compensate`."""
     check_model(model)
     calibration = repeatable(calibration)
-    sizes, call = _survey(model, calibration)
+    sizes, call = survey(model, calibration)
     networks = build_networks(model, call, masks)
     replay = Replay(model, networks.original, networks.pruned, calibration, 2**30)
     plan = make_plan(networks.original, networks.flow, networks.masks, replay.touched_nodes)
@@ -271,7 +271,7 @@ def _check_knobs(method: str, ridge: Any, refine: Any, pairs: Pairs | None, as_p
         raise ConfigError(f"pairs and as_printed go with method 'pair', got method {method!r}")
 
 
-def _survey(model: nn.Module, calibration: Iterable[Any]) -> tuple[tuple[int, ...], Call]:
+def survey(model: nn.Module, calibration: Iterable[Any]) -> tuple[tuple[int, ...], Call]:
     """Count the images of each batch, check that they are finite, and try the first one; return it, too."""
     sizes: list[int] = []
     first: Call = ((), {})
