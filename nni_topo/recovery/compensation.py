@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -23,8 +23,8 @@ from nni_topo.recovery.report import CompensationReport, LayerReport
 from nni_topo.recovery.samples import Sampler, Task
 from nni_topo.recovery.steps import Pairs, tasks_of
 
-Method = Literal["reconstruct", "channel", "pair"]
-METHODS = ("reconstruct", "channel", "pair")
+Method = Literal["reconstruct", "sequential", "layer", "scalar", "channel", "pair", "mean", "merge", "recalibrate"]
+METHODS: tuple[str, ...] = get_args(Method)
 
 _logger = logging.getLogger(__name__)
 
@@ -72,10 +72,13 @@ def compensate(
         Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. 500 to 2,000 images are enough for small
         nets. A list or DataLoader is iterated again where values don't fit into ``cache_bytes``; a generator is
         read into a list.
-    method : {"reconstruct", "channel", "pair"}, default="reconstruct"
-        ``"reconstruct"``: solve each layer behind removed channels anew, so that it meets the original's output.
-        ``"channel"``: predict removed channels from the kept ones. ``"pair"``: one kept channel and a constant
-        stand in for each removed channel.
+    method : str, default="reconstruct"
+        ``"reconstruct"``: solve each layer behind removed channels anew, so that it meets the original's output, or the
+        sum it goes into. Simpler rules, for comparison: ``"sequential"`` (the layer's own output [1]_), ``"layer"``
+        (the same, from the original's inputs [2]_), ``"scalar"`` (one factor for each kept channel [3]_), ``"channel"``
+        (predict removed channels from the kept ones [4]_), ``"pair"`` (one kept channel and a constant stand in for
+        each), ``"mean"`` (its mean does [5]_), ``"merge"`` (the channel with the most similar weights does [6]_; images
+        serve for the report alone), ``"recalibrate"`` (statistics of batch norms and nothing else).
     ridge : float or "auto", default="auto"
         Penalty on the change of a weight, at least 0, as a share of the variance of what the weight multiplies plus
         a tenth of the mean variance.
@@ -135,6 +138,17 @@ def compensate(
     Cost: the sums of products take ``inputs * kernel elements`` squared float64 numbers a layer, twice, whatever
     the number of images, and solving twice as much again; a 3x3 convolution of 2,048 channels 11 GB. What
     ``cache_bytes`` allow comes on top.
+
+    References
+    ----------
+    .. [1] He et al., "Channel pruning for accelerating very deep neural networks", https://arxiv.org/abs/1707.06168
+    .. [2] AIMET, channel pruning, https://github.com/quic/aimet
+    .. [3] Kwon et al., "A fast post-training pruning framework for transformers", https://arxiv.org/abs/2204.09656
+    .. [4] Tang et al., "GRAIL: post-hoc compensation by linear reconstruction for compressed networks",
+       https://arxiv.org/abs/2602.23795
+    .. [5] An et al., "Fluctuation-based adaptive structured pruning for large language models",
+       https://arxiv.org/abs/2312.11983
+    .. [6] Kim et al., "Neuron merging: compensating for pruned neurons", https://arxiv.org/abs/2010.13160
 
     Examples
     --------
@@ -198,7 +212,7 @@ def compensation(
     tasks = tasks_of(method, plan, networks, refine=refine, pairs=pairs, as_printed=as_printed)
     sampler = Sampler(replay, sizes, seed, cache_bytes)
     layers = _run(tasks, sampler, networks, None if ridge == "auto" else float(ridge), progress)
-    if recalibrate:
+    if recalibrate or method == "recalibrate":
         copy_norm_statistics(networks, call, calibration)
     report = CompensationReport(layers, plan.left_alone, sum(sizes), time.perf_counter() - began)
     _warn(report)

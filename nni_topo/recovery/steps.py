@@ -12,6 +12,7 @@ from nni_topo.recovery.mixing import ChannelTask, PairTask
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Plan, Solvable, pruned_roots
 from nni_topo.recovery.reconstruct import ReconstructTask
+from nni_topo.recovery.rules import LayerTask, MeanTask, MergeTask, ScalarTask, merged_channels, own_equations
 from nni_topo.recovery.samples import Task
 
 Pairs = Mapping[str, Mapping[int, int]]
@@ -27,12 +28,25 @@ def tasks_of(
             for equation in plan.equations
             for step in range(1 + refine * equation.rectified)
         ]
+    if method == "scalar":
+        return [ScalarTask(equation, networks.pruned, networks.result) for equation in plan.equations]
+    if method in ("layer", "sequential"):
+        kind = LayerTask if method == "layer" else ReconstructTask
+        order = {node: rank for rank, node in enumerate(networks.original.graph.nodes)}
+        return [kind(equation, networks.pruned, networks.result) for equation in own_equations(plan, order)]
+    if method == "recalibrate":
+        return []
     readers = {
         equation.layer.name: equation.layer for equation in plan.equations if _reads_removed(equation.layer, networks)
     }
     roots = {name: networks.flow.entering_roots(name) for name in networks.flow.layers if name in readers}
     if method == "channel":
         return [ChannelTask(readers[name], roots[name], networks.pruned) for name in roots]
+    if method == "mean":
+        return [MeanTask(readers[name], roots[name], networks.pruned) for name in roots]
+    if method == "merge":
+        merged = merged_channels(networks)
+        return [MergeTask(readers[name], roots[name], networks.pruned, merged) for name in roots]
     survivors = _survivors(networks, pairs or {})
     biases = _biases(networks) if as_printed else None
     return [PairTask(readers[name], roots[name], networks.pruned, survivors, biases) for name in roots]

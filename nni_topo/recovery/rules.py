@@ -1,0 +1,206 @@
+"""The rules of other papers, behind the interface of compensation: what they leave is what ours is measured by.
+
+``"mean"`` and ``"merge"`` change how a layer reads removed channels, as ``"channel"`` does, which is GRAIL's rule [6]_;
+``"scalar"``, ``"layer"`` and ``"sequential"`` solve its weights anew, as ``"reconstruct"`` does. What a paper says of
+penalties is left out: the ridge of each layer is chosen on held-out samples, as ours is.
+
+References
+----------
+.. [1] Y. An, X. Zhao, T. Yu, M. Tang and J. Wang, "Fluctuation-based adaptive structured pruning for large language
+   models", https://arxiv.org/abs/2312.11983 (``"mean"``)
+.. [2] W. Kwon, S. Kim, M. W. Mahoney, J. Hassoun, K. Keutzer and A. Gholami, "A fast post-training pruning framework
+   for transformers", https://arxiv.org/abs/2204.09656 (``"scalar"``)
+.. [3] AIMET, channel pruning, https://github.com/quic/aimet (``"layer"``)
+.. [4] Y. He, X. Zhang and J. Sun, "Channel pruning for accelerating very deep neural networks",
+   https://arxiv.org/abs/1707.06168 (``"sequential"``)
+.. [5] W. Kim, S. Kim, M. Park and G. Jeon, "Neuron merging: compensating for pruned neurons",
+   https://arxiv.org/abs/2010.13160 (``"merge"``)
+.. [6] W. Tang, D. Wang, L. Thiele and O. Saukh, "GRAIL: post-hoc compensation by linear reconstruction for compressed
+   networks", https://arxiv.org/abs/2602.23795
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, fit
+from nni_topo.maths.ties import first_largest_along
+from nni_topo.network.following import norms_behind
+from nni_topo.network.layers import TRANSPOSED, WEIGHTED
+from nni_topo.recovery.mixing import PairTask
+from nni_topo.recovery.networks import Networks
+from nni_topo.recovery.plan import Equation, Plan, Solvable, pruned_roots
+from nni_topo.recovery.reconstruct import ReconstructTask
+from nni_topo.recovery.replay import Values
+from nni_topo.recovery.samples import Samples, input_rows, output_rows
+
+_LEAST_LIKENESS, _SHARE_OF_LIKENESS = 0.1, 0.85  # the paper's t and lambda for VGG
+_TINY = 1e-12
+
+Merged = Mapping[int, tuple[int, float]]
+
+
+def own_equations(plan: Plan, order: Mapping[Node, int]) -> list[Equation]:
+    """Return one equation for each layer of a plan, for its own output, in network order."""
+    layers = {equation.layer.node: equation.layer for equation in plan.equations}
+    return [Equation(layers[node], node, ()) for node in sorted(layers, key=order.__getitem__)]
+
+
+class MeanTask(PairTask):
+    """Let the original's mean stand in for each removed channel, as FLAP does [1]_."""
+
+    def _solution(self, equations: NormalEquations) -> Solution:
+        found = equations.unchanged()
+        gone = torch.ones_like(found.shift).scatter(1, self.kept.to(found.shift.device), 0.0)
+        return Solution(found.weights, gone * equations.sums["r"] / equations.samples)
+
+
+class MergeTask(PairTask):
+    """Let the kept channel of the most similar filter, times a factor, stand in for each removed one [5]_."""
+
+    # `merged` says by channel numbers who stands in for whom and times what; no sample is looked at for it.
+
+    def __init__(self, layer: Solvable, roots: np.ndarray, pruned: nn.Module, merged: Merged) -> None:
+        super().__init__(layer, roots, pruned)
+        self._merged = merged
+
+    def _solution(self, equations: NormalEquations) -> Solution:
+        found = equations.unchanged()
+        for group, numbers in enumerate(self._numbers.tolist()):
+            ranks = {numbers[channel]: rank for rank, channel in enumerate(self.kept[group].tolist())}
+            for channel, number in enumerate(numbers):
+                survivor, factor = self._merged.get(number, (number, 0.0))
+                if survivor in ranks and number not in ranks:
+                    found.weights[group, ranks[survivor], channel] = factor
+        return found
+
+
+class ScalarTask(ReconstructTask):
+    """Multiply the weights that read each kept channel by one number, as Kwon et al. tune masks [2]_."""
+
+    def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
+        """Solve for what each factor differs from 1 by, from the sums for single weights."""
+        weight = self._module.weight.detach()
+        # (groups, outputs, channels * kernel elements), as they count at the place.
+        kernel = weight[self._block(weight)].double().flatten(2) * self._scale[self._rows].unsqueeze(2)
+        channels = self.layer.columns.shape[1]
+        found = fit(_by_channel(learned, kernel, channels), _by_channel(held, kernel, channels), ridge, intercept=False)
+        factors = found.solution.weights.repeat_interleave(kernel.shape[2] // channels, 1)
+        solution = Solution(factors * kernel.transpose(1, 2), learned.unchanged().shift)
+        return Fit(solution, found.ridge, found.before, found.after, found.held_out)
+
+
+class LayerTask(ReconstructTask):
+    """Solve a layer alone, from the original's own inputs, as AIMET does: as if nothing before it were pruned [3]_."""
+
+    def samples(self, original: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
+        """Return the original's input patches, what the weights that are left lack of its output, and the output."""
+        wanted = original[self.place][part]
+        positions = positions.to(wanted.device)
+        inputs = input_rows(self._module, original[self.layer.source][part], self._columns, positions)
+        wanted = output_rows(self._module, wanted, self._rows, positions)
+        reached = inputs.double() @ self._module.weight[self._block(self._module.weight)].double().flatten(2).mT
+        bias = self._module.bias
+        constant = 0.0 if bias is None else bias[self._rows].double().unsqueeze(1)
+        return inputs, (wanted.double() - reached - constant).detach(), wanted
+
+
+def merged_channels(networks: Networks) -> dict[int, tuple[int, float]]:
+    """Return, by channel number, who stands in for each removed channel and times what, from the weights alone."""
+    removed = pruned_roots(networks.original, networks.flow, networks.masks)
+    norms = norms_behind(networks.original, networks.flow)
+    made: dict[int, list[_Filter]] = defaultdict(list)
+    for name in networks.flow.layers:
+        if not isinstance(networks.original.get_submodule(name), WEIGHTED):
+            continue
+        norm = networks.original.get_submodule(norms[name]) if name in norms else None
+        norm = norm if getattr(norm, "running_var", None) is not None else None
+        for root, each in zip(networks.flow.layer_roots(name).tolist(), _filters(networks, name, norm), strict=True):
+            made[root].append(each)
+    # Channels are comparable where the same layers make them: in a residual stream all of these count.
+    alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for root, found in made.items():
+        alike[tuple(each.layer for each in found)].append(root)
+    merged: dict[int, tuple[int, float]] = {}
+    for roots in alike.values():
+        kept, gone = ([root for root in roots if (root in removed) == is_gone] for is_gone in (False, True))
+        if kept and gone:
+            nearest = _nearest([made[root] for root in gone], [made[root] for root in kept])
+            merged |= {root: (kept[at], factor) for root, (at, factor) in zip(gone, nearest, strict=True)}
+    return merged
+
+
+@dataclass(frozen=True)
+class _Filter:
+    """What one layer does for one channel: weights (d,) and a bias (), with the batch norm behind if there is one."""
+
+    layer: str
+    weight: Tensor
+    bias: Tensor
+    is_normed: bool
+
+
+def _filters(networks: Networks, name: str, norm: Any) -> list[_Filter]:
+    """Return a layer's filters; `norm` is the batch norm behind, or None."""
+    module: Any = networks.original.get_submodule(name)
+    weight = module.weight.detach().double().cpu()
+    if isinstance(module, TRANSPOSED):
+        weight = weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
+    weight = weight.flatten(1)
+    bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach().double().cpu()
+    if norm is not None:
+        scale = (norm.running_var.double().cpu() + norm.eps).rsqrt()
+        scale = scale if norm.weight is None else scale * norm.weight.detach().double().cpu()
+        shift = 0.0 if norm.bias is None else norm.bias.detach().double().cpu()
+        weight, bias = weight * scale[:, None], (bias - norm.running_mean.double().cpu()) * scale + shift
+    return [_Filter(name, *row, is_normed=norm is not None) for row in zip(weight, bias, strict=True)]
+
+
+def _nearest(gone: list[list[_Filter]], kept: list[list[_Filter]]) -> list[tuple[int, float]]:
+    """Return for each removed channel the rank of its survivor and the factor, 0.0 where none is like it."""
+    is_normed = any(each.is_normed for each in kept[0])
+    biases = [torch.stack([torch.stack([each.bias for each in found]) for found in side]) for side in (gone, kept)]
+    rows = [torch.stack([torch.cat([each.weight for each in found]) for found in side]) for side in (gone, kept)]
+    if not is_normed:  # the paper then counts the bias as one more weight
+        rows = [torch.cat(pair, 1) for pair in zip(rows, biases, strict=True)]
+    norms = [each.norm(dim=1).clamp_min(_TINY) for each in rows]
+    factors = norms[0][:, None] / norms[1]
+    likeness = (rows[0] @ rows[1].T) / (norms[0][:, None] * norms[1])
+    away = (factors.unsqueeze(2) * biases[1] - biases[0].unsqueeze(1)).norm(dim=2)
+    away = away / away.amax(1, keepdim=True).clamp_min(_TINY)
+    share = _SHARE_OF_LIKENESS if is_normed else 1.0
+    chosen = first_largest_along(share * (1.0 + likeness) + (1.0 - share) * (1.0 - away), 1)
+    found = zip(chosen.tolist(), factors.gather(1, chosen[:, None]), likeness.gather(1, chosen[:, None]), strict=True)
+    return [(at, float(factor) if float(like) >= _LEAST_LIKENESS else 0.0) for at, factor, like in found]
+
+
+def _by_channel(equations: NormalEquations, kernel: Tensor, channels: int) -> NormalEquations:
+    """Return the sums for one factor a channel, common to all outputs, from those for single weights."""
+    found = NormalEquations()
+    if equations.samples:
+        sums, groups = equations.sums, len(kernel)
+        products = (kernel.mT @ kernel * sums["xx"]).reshape(
+            groups, channels, -1, channels, kernel.shape[2] // channels
+        )
+        crossed = (kernel.mT * sums["xy"]).sum(2).reshape(groups, channels, -1)
+        nothing = torch.zeros_like(sums["y"][:, :1])
+        spread = sums["rr"] - sums["r"].square() / equations.samples
+        found.samples = equations.samples
+        found.sums = {
+            "x": sums["x"].new_zeros(groups, channels),
+            "y": nothing,
+            "r": nothing,
+            "xx": products.sum((2, 4)),
+            "xy": crossed.sum(2, keepdim=True),
+            "yy": sums["yy"].sum(1, keepdim=True),
+            "rr": spread.sum(1, keepdim=True),
+        }
+    return found
