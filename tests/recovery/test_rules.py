@@ -1,0 +1,201 @@
+"""Every rule of another paper against a reference worked out another way: by hand, by lstsq, by brute force."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import unfold
+
+from nni_topo.network.reference import masked_model
+from nni_topo.recovery import compensate, compensation
+from nni_topo.recovery.compensation import METHODS
+
+KEPT, GONE = [0, 2, 3], [1, 4, 5]
+
+
+class Chain(nn.Module):
+    """Two convolutions with a batch norm between them, or none, and a head."""
+
+    def __init__(self, *, norm: bool, bias: bool = True) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 6, 3, padding=1, bias=not norm)
+        self.norm = nn.BatchNorm2d(6) if norm else nn.Identity()
+        self.second = nn.Conv2d(6, 5, 3, bias=bias)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, images):
+        x = torch.relu(self.norm(self.first(images)))
+        return self.head(torch.relu(self.second(x)).mean((2, 3)))
+
+
+def built(lively, **traits):
+    """A chain with lively batch norms, its masks without half of the first layer, and 64 images; float64."""
+    torch.manual_seed(0)
+    model = lively(Chain(**traits)).double().eval()
+    mask = torch.ones_like(model.first.weight)
+    mask[GONE] = 0
+    images = torch.randn(64, 2, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return model, {"first": {"weight": mask}}, images
+
+
+def entering(model, images):
+    """Return what enters the second convolution, and its patches (samples, channels, kernel elements)."""
+    with torch.no_grad():
+        values = torch.relu(model.norm(model.first(images)))
+    patches = unfold(values, 3).unflatten(1, (6, 9))
+    return values, patches.permute(0, 3, 1, 2).flatten(0, 1)
+
+
+def wanted(model, images):
+    """Return the original's outputs of the second convolution, (samples, 5)."""
+    with torch.no_grad():
+        return model.second(entering(model, images)[0]).flatten(2).transpose(1, 2).flatten(0, 1)
+
+
+@pytest.fixture
+def chain(lively):
+    return built(lively, norm=False)
+
+
+def test_mean_puts_the_mean_of_removed_channels_into_the_bias(chain):
+    model, masks, images = chain
+    found = compensate(model, masks, images.split(16), method="mean")
+    means = entering(model, images)[0].mean((0, 2, 3))
+    expected = model.second.bias + model.second.weight[:, GONE].sum((2, 3)) @ means[GONE]
+    torch.testing.assert_close(found.second.bias, expected)
+    assert torch.equal(found.second.weight[:, KEPT], model.second.weight[:, KEPT])
+    assert torch.equal(found.head.weight, model.head.weight)
+
+
+def test_scalar_finds_one_factor_a_channel_by_least_squares(chain):
+    model, masks, images = chain
+    found = compensate(model, masks, images.split(16), method="scalar", ridge=0.0)
+    patches, weight = entering(model, images)[1], model.second.weight.detach()
+    # One column a channel: its part of all outputs of all samples, one below the other.
+    parts = torch.einsum("nck,ock->noc", patches, weight.flatten(2))
+    lacking = wanted(model, images) - model.second.bias.detach()
+    factors = torch.linalg.lstsq(parts[:, :, KEPT].flatten(0, 1), lacking.flatten()).solution
+    torch.testing.assert_close(found.second.weight[:, KEPT], weight[:, KEPT] * factors[None, :, None, None])
+    assert torch.equal(found.second.bias, model.second.bias)
+    assert float((factors - 1).abs().min()) > 0.01
+
+
+def solved(patches, outputs):
+    """Return weights (outputs, unknowns) and constants by least squares."""
+    rows = patches.flatten(1)
+    columns = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
+    solution = torch.linalg.lstsq(columns, outputs).solution
+    return solution[:-1].T, solution[-1]
+
+
+@pytest.mark.parametrize("method", ["layer", "sequential"])
+def test_layer_and_sequential_solve_for_the_layers_own_output(chain, method):
+    model, masks, images = chain
+    found = compensate(model, masks, images.split(16), method=method, ridge=0.0)
+    weight, bias = solved(entering(model, images)[1][:, KEPT], wanted(model, images))
+    torch.testing.assert_close(found.second.weight[:, KEPT].flatten(1), weight)
+    torch.testing.assert_close(found.second.bias, bias)
+    report = compensation(model, masks, images.split(16), method=method).report
+    assert [layer.place for layer in report.layers] == ["second", "head"]
+
+
+def test_layer_looks_at_the_originals_inputs_and_sequential_at_the_pruned_ones(chain):
+    model, masks, images = chain
+    one = compensate(model, masks, images.split(16), method="layer", ridge=0.0)
+    other = compensate(model, masks, images.split(16), method="sequential", ridge=0.0)
+
+    def features(net):
+        values = entering(net, images)[0].clone()
+        values[:, GONE] = 0 if net is not model else values[:, GONE]
+        return torch.relu(net.second(values)).mean((2, 3)).detach()
+
+    # With the original's inputs there is nothing to do at the head, which reads no removed channel.
+    torch.testing.assert_close(one.head.weight, model.head.weight)
+    with torch.no_grad():
+        expected = model.head(features(model))
+    weight, bias = solved(features(other), expected)
+    torch.testing.assert_close(other.head.weight, weight)
+    torch.testing.assert_close(other.head.bias, bias)
+
+
+def merged_by_hand(rows, biases, *, normed):
+    """Return for each removed channel the kept one and the factor, each pair looked at alone."""
+    found = {}
+    for gone in GONE:
+        scores = {}
+        for kept in KEPT:
+            factor = rows[gone].norm() / rows[kept].norm()
+            likeness = rows[gone] @ rows[kept] / (rows[gone].norm() * rows[kept].norm())
+            scores[kept] = float(likeness), float(factor), float((factor * biases[kept] - biases[gone]).abs())
+        largest = max(score[2] for score in scores.values())
+        if normed:
+            best = min(KEPT, key=lambda k: 0.85 * (1 - scores[k][0]) + 0.15 * scores[k][2] / largest)
+        else:
+            best = max(KEPT, key=lambda k: scores[k][0])
+        found[gone] = best, scores[best][1] if scores[best][0] >= 0.1 else 0.0
+    return found
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_merge_deals_weights_out_by_the_likeness_of_filters(lively, normed):
+    model, masks, images = built(lively, norm=normed)
+    with torch.no_grad():  # channel 4 like channel 2, channel 5 like none
+        model.first.weight[4] = 3 * model.first.weight[2] + 0.01
+        model.first.weight[5] = -model.first.weight[KEPT].sum(0)
+    rows = model.first.weight.detach().flatten(1)
+    if normed:
+        scale = model.norm.weight.detach() / (model.norm.running_var + model.norm.eps).sqrt()
+        rows = rows * scale[:, None]
+        biases = model.norm.bias.detach() - model.norm.running_mean * scale
+    else:
+        biases = model.first.bias.detach()
+        rows = torch.cat([rows, biases[:, None]], 1)
+    expected = model.second.weight.detach().clone()
+    by_hand = merged_by_hand(rows, biases, normed=normed)
+    assert by_hand[5][1] == 0.0
+    assert by_hand[4][0] == 2
+    assert by_hand[4][1] > 1.0
+    for gone, (kept, factor) in by_hand.items():
+        expected[:, kept] += factor * model.second.weight.detach()[:, gone]
+    found = compensate(model, masks, images.split(16), method="merge")
+    torch.testing.assert_close(found.second.weight[:, KEPT], expected[:, KEPT])
+    assert torch.equal(found.second.bias, model.second.bias)
+    # From weights alone: other images, the same solution.
+    again = compensate(model, masks, (images + 3.0).split(16), method="merge")
+    assert torch.equal(again.second.weight, found.second.weight)
+
+
+def test_merge_counts_all_layers_that_make_a_residual_stream(residual_net, images, halves, twin):
+    twin(residual_net.stem, residual_net.norm)
+    twin(residual_net.conv2, residual_net.norm2)
+    masks = halves(residual_net, "stem", "conv2")
+    found = compensate(residual_net, masks, images, method="merge")
+    masked = masked_model(found, images[0], masks)
+    torch.testing.assert_close(masked(images[0]), residual_net(images[0]))
+
+
+def test_recalibrate_changes_statistics_alone(lively):
+    model, masks, images = built(lively, norm=True)
+    found = compensate(model, masks, [images], method="recalibrate")
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, found.state_dict()[name])}
+    assert changed == {"norm.running_mean", "norm.running_var"}
+    outputs = model.first(images).detach()[:, KEPT]
+    torch.testing.assert_close(found.norm.running_mean[KEPT], outputs.mean((0, 2, 3)))
+    torch.testing.assert_close(found.norm.running_var[KEPT], outputs.transpose(0, 1).flatten(1).var(1))
+    assert torch.equal(found.norm.running_mean[GONE], model.norm.running_mean[GONE])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_rule_leaves_the_model_and_masks_alone_and_solves_grouped_and_residual_nets(
+    method, residual_net, images, halves
+):
+    masks = halves(residual_net, "conv1", "conv3")
+    before = copy.deepcopy(residual_net.state_dict())
+    found = compensate(residual_net, masks, images, method=method)
+    torch.testing.assert_close(residual_net.state_dict(), before, rtol=0, atol=0)
+    outputs = masked_model(found, images[0], masks)(images[0])
+    assert bool(torch.isfinite(outputs).all())
+    assert torch.equal(compensate(residual_net, masks, images, method=method)(images[0]), found(images[0]))
