@@ -34,7 +34,7 @@ from nni_topo.pruners.strict import disable_strict, enable_strict  # noqa: E402
 from nni_topo.pruners.subcluster import SubclusterPruner  # noqa: E402
 from nni_topo.pruners.topological import TopologicalPruner  # noqa: E402
 from nni_topo.pruners.topological_magnitude import TopologicalMagnitudePruner  # noqa: E402
-from nni_topo.recovery import compensate, recalibrate_batch_norm  # noqa: E402
+from nni_topo.recovery import compensate, distill, recalibrate_batch_norm  # noqa: E402
 
 expose_in_nni()
 
@@ -79,6 +79,7 @@ __all__ = [
     "create_pruner",
     "dependency_groups",
     "disable_strict",
+    "distill",
     "enable_strict",
     "errors",
     "hooks",

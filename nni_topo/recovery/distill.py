@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from nni_topo.errors import ConfigError, DataError, check_integer, check_seed, is_finite, unknown_name
 from nni_topo.network.inputs import Call, call_arguments, calls, cast_floats, on_device, repeatable, tensors_of
+from nni_topo.network.layers import TRANSPOSED
 from nni_topo.network.masks import check_model
 from nni_topo.network.modes import detached_copy, device_of, evaluation_mode, random_state_kept
 from nni_topo.network.zeros import zeros_held
@@ -232,7 +233,7 @@ def distillation(
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], weight_decay=0.0)
     batches = lesson.batches(learned, batch_size, seed, augment)
     done = 0
-    with _learning(student, original, norms):
+    with _learning(student, norms):
         for share in _shares(total, seconds, progress):
             optimizer.param_groups[0]["lr"] = highest * (1.0 + math.cos(math.pi * share)) / 2.0
             optimizer.zero_grad()
@@ -328,8 +329,10 @@ def _outputs(found: Any, count: int) -> tuple[list[Tensor], str]:
         return [logits], "kl"
     tensors = [each for each in tensors_of(found) if each.is_floating_point() and each.dim() and len(each) == count]
     if not tensors:
-        raise ConfigError(f"a model's output must hold a floating tensor with an entry per image, got {type(found)}")
-    return tensors, "kl" if len(tensors) == 1 and tensors[0].dim() == 2 and tensors[0].shape[1] > 1 else "squares"
+        raise ConfigError(
+            f"a model's output must hold a floating tensor with an entry per image, got {type(found).__name__}"
+        )
+    return tensors, "kl" if found is tensors[0] and found.dim() == 2 and found.shape[1] > 1 else "squares"
 
 
 def _joined(parts: list[Call]) -> Call:
@@ -379,15 +382,20 @@ def _student(dense: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _learning(student: nn.Module, original: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
+def _learning(student: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
     """Let gradients be taken and some batch norms use their batches; what masks have made zero stays zero."""
-    unmasked = dict(original.named_parameters())
     handles = []
-    for name, parameter in student.named_parameters():
-        twin = unmasked.get(name)
-        if parameter.requires_grad and twin is not None and twin.shape == parameter.shape:
-            left = (parameter != 0) | (twin.to(parameter.device) == 0)
-            handles.append(parameter.register_hook(lambda gradient, left=left: gradient * left))
+    for module in student.modules():
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        if weight is None or bias is None:
+            continue
+        # A channel of zeros would come back by its bias, or by its norm's factor.
+        rows = weight.detach().movedim(int(isinstance(module, TRANSPOSED)), 0)
+        lives = rows.reshape(len(rows), -1).any(1)
+        if lives.shape == bias.shape:
+            lives |= bias.detach() != 0
+            vectors = (each for each in (weight, bias) if each.dim() == 1 and each.requires_grad)
+            handles += [each.register_hook(lambda gradient, lives=lives: gradient * lives) for each in vectors]
     for norm in norms:
         norm.train()
         norm.momentum = norm.momentum or _MOMENTUM
