@@ -27,8 +27,18 @@ from nni_topo.analysis.energy.study import Quality
 from nni_topo.errors import ConfigError
 from nni_topo.maths.search.subsets import EvolutionSettings
 from nni_topo.pruners.registry import create_pruner, list_pruners, pruner_info
+from nni_topo.recovery import distillation
+from nni_topo.recovery.compensation import METHODS
 from nni_topo.runs.cells import run_cell
-from nni_topo.runs.plan import Cell, CompensationChoice, DataChoice, ModelChoice, PrunerChoice, Target
+from nni_topo.runs.plan import (
+    Cell,
+    CompensationChoice,
+    DataChoice,
+    DistillationChoice,
+    ModelChoice,
+    PrunerChoice,
+    Target,
+)
 from nni_topo.runs.processes import masks_digest
 from nni_topo.runs.run import Start, resolve_device
 from nni_topo.runs.scheduled import prune_on_schedule
@@ -181,8 +191,7 @@ def test_schedules(device, scheduler):
     [
         {"method": "reconstruct"},
         {"method": "reconstruct", "ridge": 1e-3, "refine": 0, "recalibrate": True, "cache_bytes": 1},
-        {"method": "channel"},
-        {"method": "pair"},
+        *({"method": method} for method in METHODS if method != "reconstruct"),
         {"method": "pair", "pairs": {"hidden": {0: 1}}, "as_printed": True},
     ],
 )
@@ -191,6 +200,18 @@ def test_compensation(device, knobs):
         model, masks = toy_model().to(place).eval(), {"hidden": {"weight": torch.ones(16, 8, device=place)}}
         masks["hidden"]["weight"][[0, 3, 7]] = 0.0
         return states(nni_topo.compensate(model, masks, BATCHES, **knobs), place)
+
+    agree(run, device)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"objective": "squares", "augment": lambda images: images + 0.1}])
+def test_distillation(device, knobs):
+    def run(place: torch.device) -> Any:
+        dense, original = toy_model().to(place).eval(), toy_model(1).to(place).eval()
+        images = [toy_images(300, seed=1)]
+        found = distillation(dense, original, images, steps=60, lr=1e-3, **knobs)
+        assert found.is_kept
+        return found.loss_before, found.loss_after, states(found.model, place)
 
     agree(run, device)
 
@@ -322,6 +343,7 @@ def test_compares_cell(device, choice, tmp_path):
             retrain=recipe,
             device=str(place),
             compensate=CompensationChoice(images=32),
+            distill=DistillationChoice(images=32, steps=2, lr=1e-4),
         )
         (tmp_path / place.type).mkdir()
         record = run_cell(cell, tmp_path / place.type)

@@ -33,6 +33,7 @@ from nni_topo.runs.demo import DEMO
 from nni_topo.runs.plan import (
     Cell,
     CompensationChoice,
+    DistillationChoice,
     ModelChoice,
     Plan,
     PrunerChoice,
@@ -155,6 +156,8 @@ def _prune(options: argparse.Namespace, console: Console) -> int:
     table.add_row("accuracy %", f"{100 * record['accuracy_before']:.1f}", f"{100 * record['accuracy_oneshot']:.1f}")
     if "accuracy_compensated" in record:
         table.add_row("compensated %", "", f"{100 * record['accuracy_compensated']:.1f}")
+    if "accuracy_distilled" in record:
+        table.add_row("distilled %", "", f"{100 * record['accuracy_distilled']:.1f}")
     if "accuracy_retrained" in record:
         table.add_row("retrained %", "", f"{100 * record['accuracy_retrained']:.1f}")
     console.print(table)
@@ -196,6 +199,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         retrain={"epochs": options.retrain_epochs},
         device=options.device,
         compensate=CompensationChoice(options.compensate) if options.compensate else None,
+        distill=DistillationChoice(options.distill) if options.distill else None,
     )
 
 
@@ -227,6 +231,13 @@ def _parser() -> argparse.ArgumentParser:
     comparison.add_argument("--retrain-epochs", type=int, default=1, help="after pruning (default 1)")
     comparison.add_argument(
         "--compensate", type=int, default=0, metavar="IMAGES", help="compensate every row on so many unlabelled images"
+    )
+    comparison.add_argument(
+        "--distill",
+        type=int,
+        default=0,
+        metavar="IMAGES",
+        help="then distil every row on so many unlabelled images",
     )
     comparison.add_argument("--in-process", action="store_true", help="don't start a process per cell")
     _out(comparison, None)

@@ -214,7 +214,10 @@ def distillation(
 ) -> Distillation:
     """Distil a model and report what was done; parameters and errors are those of :func:`distill`."""
     began = time.perf_counter()
-    _check_knobs(objective, temperature, steps, seconds, batch_size, lr, seed)
+    if objective not in OBJECTIVES:
+        raise unknown_name("objective", str(objective), OBJECTIVES)
+    check_knobs(temperature, steps, seconds, batch_size, lr)
+    check_seed(seed, "distill")
     for model in (original, dense):
         check_model(model)
     images = repeatable(images)
@@ -374,7 +377,8 @@ def _augmented(call: Call, augment: Augment, seed: int) -> Call:
 
 def _student(dense: nn.Module) -> nn.Module:
     """Return a copy that can learn: in evaluation mode, in single precision at least."""
-    student: nn.Module = detached_copy(dense).eval()
+    # Laid out as CPUs convolve faster.
+    student: nn.Module = detached_copy(dense).eval().to(memory_format=torch.channels_last)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ConfigError("a model must have parameters that require gradients, got none (dense)")
     is_half = any(p.dtype in (torch.float16, torch.bfloat16) for p in student.parameters())
@@ -425,14 +429,10 @@ def _take_values(model: nn.Module, other: nn.Module) -> None:
             tensor.copy_(values[name])
 
 
-def _check_knobs(
-    objective: str, temperature: Any, steps: Any, seconds: Any, batch_size: Any, lr: Any, seed: Any
-) -> None:
-    if objective not in OBJECTIVES:
-        raise unknown_name("objective", str(objective), OBJECTIVES)
+def check_knobs(temperature: Any, steps: Any, seconds: Any, batch_size: Any, lr: Any) -> None:
+    """Raise a ConfigError for numbers that :func:`distill` can't use; None stands for its own choice."""
     for name, value in (("temperature", temperature), ("seconds", seconds), ("lr", lr)):
         if (value is not None or name == "temperature") and not (is_finite(value) and value > 0.0):
             raise ConfigError(f"{name} must be a finite number above 0, got {value!r} (distill)")
-    for name, value in (("steps", 1 if steps is None else steps), ("batch_size", batch_size)):
-        check_integer(name, value, 1, "distill")
-    check_seed(seed, "distill")
+    check_integer("steps", 1 if steps is None else steps, 1, "distill")
+    check_integer("batch_size", batch_size, 1, "distill")

@@ -17,7 +17,7 @@ from nni_topo.pruners.hooks import Masks
 from nni_topo.recovery import recalibrate_batch_norm
 from nni_topo.runs.plan import SCRATCH, Cell
 from nni_topo.runs.records import Record, provenance
-from nni_topo.runs.run import Start, costs, latencies, made_dense, prune_to_ratios, retrain, trained
+from nni_topo.runs.run import Start, costs, distilled, latencies, made_dense, prune_to_ratios, retrain, trained
 from nni_topo.runs.widths import layer_ratios
 
 _RECALIBRATION_IMAGES = 1024
@@ -104,15 +104,19 @@ def with_new_weights(model: nn.Module, seed: int) -> nn.Module:
 
 
 def _recovered(cell: Cell, start: Start, masks: Masks, dense: nn.Module, record: Record) -> nn.Module:
-    """Measure a pruned network as it is and with batch norms re-calibrated; return it, compensated if asked for."""
+    """Measure a pruned network as it is, with batch norms re-calibrated, and recovered as asked for; return this."""
     record["accuracy_oneshot"] = start.tested(dense)
     images = start.images(_RECALIBRATION_IMAGES)
     record["accuracy_recalibrated"] = start.tested(recalibrate_batch_norm(dense, images))
-    if cell.compensate is None:
-        return dense
-    dense, report = made_dense(start, masks, cell.compensate)
-    record["accuracy_compensated"] = start.tested(dense)
-    record["compensate_seconds"] = None if report is None else report.seconds
+    if cell.compensate is not None:
+        dense, report = made_dense(start, masks, cell.compensate)
+        record["accuracy_compensated"] = start.tested(dense)
+        record["compensate_seconds"] = None if report is None else report.seconds
+    if cell.distill is not None:
+        found = distilled(start, dense, cell.distill)
+        dense = found.model
+        record["accuracy_distilled"] = start.tested(dense)
+        record["distill_seconds"] = found.seconds
     return dense
 
 

@@ -8,14 +8,15 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
 from nni_topo.errors import ConfigError, DataError, as_settings, unknown_name
 from nni_topo.pruners.registry import pruner_info
-from nni_topo.recovery.compensation import METHODS
-from nni_topo.zoo import Recipe, default_recipe
+from nni_topo.recovery.compensation import METHODS, Method
+from nni_topo.recovery.distill import check_knobs
+from nni_topo.zoo import Augmentation, Recipe, default_recipe
 
 SCRATCH = "scratch"
 
@@ -52,7 +53,7 @@ class CompensationChoice:
     """How every row is compensated before it is retrained: by how many unlabelled training images, and how."""
 
     images: int = 1024
-    method: Literal["reconstruct", "channel", "pair"] = "reconstruct"
+    method: Method = "reconstruct"
     refine: int = 2
 
     def __post_init__(self) -> None:
@@ -60,6 +61,29 @@ class CompensationChoice:
             raise ConfigError(f"images must be at least 1, got {self.images} (compensate)")
         if self.method not in METHODS:
             raise unknown_name("method", str(self.method), METHODS)
+
+
+@dataclass(frozen=True)
+class DistillationChoice:
+    """How every row learns from the unpruned network before it is retrained: from so many unlabelled training images.
+
+    The other fields are knobs of :func:`nni_topo.distill`, ``augmentation`` is a recipe's.
+    """
+
+    images: int = 1024
+    augmentation: Augmentation = "crop"
+    temperature: float = 2.0
+    steps: int | None = None
+    seconds: float | None = None
+    batch_size: int = 64
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.images < 2:
+            raise ConfigError(f"images must be at least 2, got {self.images} (distill)")
+        if self.augmentation not in get_args(Augmentation):
+            raise unknown_name("augmentation", str(self.augmentation), get_args(Augmentation))
+        check_knobs(self.temperature, self.steps, self.seconds, self.batch_size, self.lr)
 
 
 @dataclass(frozen=True)
@@ -77,8 +101,8 @@ class PrunerChoice:
         The pruner's own arguments.
     calibration : int
         Training images (without labels) given to the pruner as ``calibration``; 0: none.
-    compensate : CompensationChoice, False or None
-        Compensation of this row, False: none; None: as the plan says.
+    compensate, distill : CompensationChoice and DistillationChoice, False or None
+        Compensation and distillation of this row, False: none; None: as the plan says.
     """
 
     name: str
@@ -86,6 +110,7 @@ class PrunerChoice:
     knobs: Mapping[str, Any] = field(default_factory=dict)
     calibration: int = 0
     compensate: CompensationChoice | Literal[False] | None = None
+    distill: DistillationChoice | Literal[False] | None = None
 
     @property
     def row(self) -> str:
@@ -126,14 +151,16 @@ class Cell:
     retrain: Recipe
     device: str = "cpu"
     compensate: CompensationChoice | None = None
+    distill: DistillationChoice | None = None
 
     @property
     def key(self) -> str:
         """Name of the cell's record: equal settings, equal key, wherever the data lies."""
         settings = {**asdict(self), "data": _data_facts(self.data)}
-        if self.compensate is None:
-            del settings["compensate"]
-        del settings["pruner"]["compensate"]  # the cell's own says what is done
+        for step in ("compensate", "distill"):
+            if settings[step] is None:
+                del settings[step]
+            del settings["pruner"][step]  # the cell's own says what is done
         return _digest(settings)
 
     @property
@@ -161,6 +188,8 @@ class Plan:
         ``"cpu"``, ``"cuda"`` or ``"auto"``.
     compensate : CompensationChoice or None
         Compensation between pruning and retraining, for every row; None: none.
+    distill : DistillationChoice or None
+        Distillation between compensation and retraining, for every row; None: none.
     """
 
     models: tuple[ModelChoice, ...]
@@ -173,6 +202,7 @@ class Plan:
     retrain: Mapping[str, Any] = field(default_factory=lambda: {"epochs": 1})
     device: str = "cpu"
     compensate: CompensationChoice | None = None
+    distill: DistillationChoice | None = None
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -193,9 +223,9 @@ class Plan:
             train = changed_recipe(default, self.train)
             retrain = changed_recipe(train.for_retraining(int(self.retrain.get("epochs", 1))), self.retrain)
             for target, pruner in itertools.product(self.targets, self.pruners):
-                own = pruner.compensate
-                compensate = self.compensate if own is None else own or None
-                yield Cell(model, data, pruner, target, seed, train, retrain, self.device, compensate)
+                compensate = self.compensate if pruner.compensate is None else pruner.compensate or None
+                distill = self.distill if pruner.distill is None else pruner.distill or None
+                yield Cell(model, data, pruner, target, seed, train, retrain, self.device, compensate, distill)
 
 
 @dataclass(frozen=True)
@@ -208,8 +238,8 @@ class PruneConfig:
         Training images (without labels) given to the pruner; 0: none.
     dependency_groups : bool
         Whether layers that meet in an addition are tied, so that they lose the same channels.
-    compensate : CompensationChoice or None
-        Compensation on training images without labels, for any pruner; None: none.
+    compensate, distill : CompensationChoice and DistillationChoice, or None
+        Compensation and distillation on training images without labels, for any pruner; None: none.
     round_to : int or None
         Layers keep a multiple of so many channels.
     retrain : dict
@@ -222,6 +252,7 @@ class PruneConfig:
     calibration: int = 0
     dependency_groups: bool = True
     compensate: CompensationChoice | None = None
+    distill: DistillationChoice | None = None
     round_to: int | None = None
     retrain: Mapping[str, Any] = field(default_factory=dict)
 
@@ -266,26 +297,27 @@ def load_prune_config(path: str | Path) -> PruneConfig:
 
 
 def _read(path: str | Path, what: str) -> dict[str, Any]:
-    """Read a YAML file's mapping, its ``compensate`` as settings."""
+    """Read a YAML file's mapping, its ``compensate`` and ``distill`` as settings."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise DataError(f"{what} must be a readable YAML file, got: {error} ({path})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{what} must be a mapping, got {type(content).__name__} ({path})")
-    return _compensated(content)
+    return _recovered(content)
 
 
-def _compensated(content: dict[str, Any], none: tuple[Any, ...] = (None,)) -> dict[str, Any]:
-    entry = content.get("compensate")
-    return content if entry in none else {**content, "compensate": as_settings(CompensationChoice, entry, "compensate")}
+def _recovered(content: dict[str, Any], none: tuple[Any, ...] = (None,)) -> dict[str, Any]:
+    kinds = {"compensate": CompensationChoice, "distill": DistillationChoice}
+    given = {step: kind for step, kind in kinds.items() if content.get(step) not in none}
+    return {**content, **{step: as_settings(kind, content[step], step) for step, kind in given.items()}}
 
 
 def _choice(kind: Any, entry: Any, place: str) -> Any:
     values = {"name": entry} if isinstance(entry, str) else entry
     if not isinstance(values, dict) or "name" not in values:
         raise ConfigError(f"an entry must be a name or a mapping with a name, got {entry!r} ({place})")
-    return as_settings(kind, _compensated(values, (None, False)), place)
+    return as_settings(kind, _recovered(values, (None, False)), place)
 
 
 def _target(entry: Any) -> Target:

@@ -19,7 +19,7 @@ from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import needs_rule
 from nni_topo.runs.plan import DataChoice, ModelChoice, PruneConfig, PrunerChoice, changed_recipe
 from nni_topo.runs.records import Record, provenance
-from nni_topo.runs.run import costs, made_dense, on_cpu, prune, retrain, trained
+from nni_topo.runs.run import costs, distilled, made_dense, on_cpu, prune, retrain, trained
 
 
 def prune_checkpoint(
@@ -65,6 +65,9 @@ def prune_checkpoint(
         record["accuracy_compensated"] = start.tested(dense)
         if report is not None:
             record["compensation"] = report.to_frame().replace({float("nan"): None}).to_dict("records")
+    if config.distill is not None:
+        dense = distilled(start, dense, config.distill, progress=progress).model
+        record["accuracy_distilled"] = start.tested(dense)
     if config.retrain:
         recipe = start.recipe.for_retraining(int(config.retrain.get("epochs", 1)))
         retrain(dense, start.data, changed_recipe(recipe, config.retrain), seed=seed, progress=progress)

@@ -1,4 +1,4 @@
-"""The pipeline: train, prune, make dense, compensate, retrain, measure.
+"""The pipeline: train, prune, make dense, compensate, distil, retrain, measure.
 
 Comparisons, ``nni-topo prune``, trials, studies and the demonstration differ in what they ask for and in what they
 write down; each stage is one function here, and every pruner is handed the same knobs whoever asks.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,18 @@ from nni_topo.network.layers import output_channels
 from nni_topo.network.zeros import weights_left, zeros_held
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import create_pruner, pruner_info
-from nni_topo.recovery import CompensationReport, compensation
+from nni_topo.recovery import CompensationReport, Distillation, compensation, distillation
 from nni_topo.runs.evaluators import recipe_evaluator
-from nni_topo.runs.plan import SCRATCH, Cell, CompensationChoice, DataChoice, ModelChoice, PrunerChoice, training_key
+from nni_topo.runs.plan import (
+    SCRATCH,
+    Cell,
+    CompensationChoice,
+    DataChoice,
+    DistillationChoice,
+    ModelChoice,
+    PrunerChoice,
+    training_key,
+)
 from nni_topo.runs.records import Record
 from nni_topo.runs.rivals import is_rival, rival_masks
 from nni_topo.runs.widths import pruning_config
@@ -230,6 +239,21 @@ def made_dense(
     images, method = start.images(compensate.images), compensate.method
     done = compensation(start.net, masks, images, method=method, refine=compensate.refine, progress=progress)
     return to_dense(done.model, start.example, masks), done.report
+
+
+def distilled(start: Start, dense: nn.Module, choice: DistillationChoice, *, progress: bool = False) -> Distillation:
+    """Let a dense network learn from the unpruned one, on training images without labels."""
+    black = start.data.black.to(start.device)
+    knobs = {name: value for name, value in asdict(choice).items() if name not in ("images", "augmentation")}
+    return distillation(
+        dense,
+        start.net,
+        start.images(choice.images),
+        augment=None if choice.augmentation == "none" else lambda part: zoo.augmented(part, choice.augmentation, black),
+        seed=start.seed,
+        progress=progress,
+        **knobs,
+    )
 
 
 def retrain(

@@ -33,6 +33,8 @@ COLUMNS = (
     "BN recal. %",
     "compensated %",
     "vs best rival, compensated",
+    "distilled %",
+    "vs best rival, distilled",
     "retrained %",
     "vs best rival",
     "epochs until back",
@@ -184,7 +186,7 @@ def _table(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str
     before = _column(next(iter(rows.values())))
     macs, params = f"{first['flops_before'] / 1e6:.2f}", f"{first['params_before'] / 1e3:.1f}"
     table = [
-        ["unpruned", macs, params, "", before("accuracy_before"), *[""] * 7, before("latency_before_ms", 1, 2), ""]
+        ["unpruned", macs, params, "", before("accuracy_before"), *[""] * 9, before("latency_before_ms", 1, 2), ""]
     ]
     for row, runs in rows.items():
         cell = _column(runs)
@@ -199,6 +201,8 @@ def _table(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str
                 cell("accuracy_recalibrated"),
                 cell("accuracy_compensated"),
                 _versus(rows, row, "accuracy_compensated"),
+                cell("accuracy_distilled"),
+                _versus(rows, row, "accuracy_distilled"),
                 cell("accuracy_retrained"),
                 _versus(rows, row, "accuracy_retrained"),
                 _convergence(runs),
@@ -253,7 +257,7 @@ def _versus(rows: dict[str, dict[int, Record]], row: str, column: str) -> str:
 def plot_accuracy(records: Sequence[Record], path: str | Path) -> Path:
     """Draw accuracy against MACs: hollow markers one-shot, filled ones at the end, one panel per model and data set.
 
-    The end is after retraining or, without, after compensation.
+    The end is after retraining or, without, after distillation or compensation.
 
     Parameters
     ----------
@@ -345,6 +349,6 @@ def _draw(axis: object, records: list[Record]) -> None:
 
 def _accuracy(record: Record, column: str) -> float:
     """Accuracy as shipped, or after the last step that was done: retraining, else compensation."""
-    steps = ("oneshot",) if column == "oneshot" else ("retrained", "compensated", "oneshot")
+    steps = ("oneshot",) if column == "oneshot" else ("retrained", "distilled", "compensated", "oneshot")
     found = (record[f"accuracy_{step}"] for step in steps if f"accuracy_{step}" in record)
     return float(next(found, np.nan))

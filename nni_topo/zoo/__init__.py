@@ -5,16 +5,18 @@ from nni_topo.zoo.checkpoints import load_checkpoint, save_checkpoint
 from nni_topo.zoo.data import DataBundle, DataInfo, data_info, list_data, load_data
 from nni_topo.zoo.evaluation import check_model, evaluate, evaluate_loss, loss_and_accuracy
 from nni_topo.zoo.models import ModelInfo, create_model, default_recipe, list_models, model_info
-from nni_topo.zoo.recipes import Recipe
-from nni_topo.zoo.training import EpochLog, TrainingLog, train
+from nni_topo.zoo.recipes import Augmentation, Recipe
+from nni_topo.zoo.training import EpochLog, TrainingLog, augmented, train
 
 __all__ = [
+    "Augmentation",
     "DataBundle",
     "DataInfo",
     "EpochLog",
     "ModelInfo",
     "Recipe",
     "TrainingLog",
+    "augmented",
     "check_model",
     "count_macs",
     "count_params",

@@ -118,6 +118,11 @@ class DataBundle:
     name: str
     class_names: tuple[str, ...]
 
+    @property
+    def black(self) -> Tensor:
+        """What a stored 0 has become, per channel, shape (in_channels,)."""
+        return -torch.tensor(self.mean) / torch.tensor(self.std)
+
 
 def list_data() -> list[str]:
     """Return the names that :func:`load_data` knows, besides paths of folders and ``.npz`` files."""

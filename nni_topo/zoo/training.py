@@ -26,7 +26,7 @@ from nni_topo.network.modes import device_of
 from nni_topo.zoo.checkpoints import whole_file
 from nni_topo.zoo.data import DataBundle
 from nni_topo.zoo.evaluation import check_model, evaluate
-from nni_topo.zoo.recipes import Recipe
+from nni_topo.zoo.recipes import Augmentation, Recipe
 
 _FORMAT = "nni-topo training 2"
 
@@ -159,7 +159,7 @@ class _Trainer:
         self.model, self.data, self.recipe, self.device = model, data, recipe, device
         self.kind: dict[str, Any] = {"recipe": asdict(recipe), "seed": seed, "images": len(data.train)}
         self.images, self.labels = (tensor.to(device) for tensor in data.train.tensors)
-        self.black = -torch.tensor(data.mean) / torch.tensor(data.std)
+        self.black = data.black
         self.generator = torch.Generator().manual_seed(seed)
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(learning, **recipe.sgd())
@@ -220,7 +220,8 @@ class _Trainer:
         """Take one step on the chosen images; their summed loss and the number of hits, shape (2,)."""
         self.optimizer.param_groups[0]["lr"] = rate
         images, labels = self.images[chosen.to(self.device)], self.labels[chosen.to(self.device)]
-        images = self._augmented(images).contiguous(memory_format=torch.channels_last)
+        images = augmented(images, self.recipe.augmentation, self.black.to(self.device), self.generator)
+        images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
             logits = self.model(images).float()
         loss = cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
@@ -229,17 +230,21 @@ class _Trainer:
         self.optimizer.step()
         return torch.stack([loss.detach() * len(chosen), (logits.argmax(1) == labels).sum()])
 
-    def _augmented(self, images: Tensor) -> Tensor:
-        if self.recipe.augmentation == "none":
-            return images
-        images = _shifted(images, self.black.to(self.device), self.generator)
-        if self.recipe.augmentation == "crop-flip":
-            flip = torch.rand(len(images), 1, 1, 1, generator=self.generator) < 0.5
-            images = torch.where(flip.to(self.device), images.flip(3), images)
+
+def augmented(
+    images: Tensor, augmentation: Augmentation, black: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
+    """Shift and mirror images (n, c, h, w) as a recipe says, by PyTorch's own generator if none is given."""
+    if augmentation == "none":
         return images
+    images = _shifted(images, black, generator)
+    if augmentation == "crop-flip":
+        flip = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+        images = torch.where(flip.to(images.device), images.flip(3), images)
+    return images
 
 
-def _shifted(images: Tensor, black: Tensor, generator: torch.Generator) -> Tensor:
+def _shifted(images: Tensor, black: Tensor, generator: torch.Generator | None) -> Tensor:
     """Shift every image on its own by up to an eighth of its side; ``black``, shape (c,), comes in behind."""
     count, _, height, width = images.shape
     reach = max(1, width // 8)

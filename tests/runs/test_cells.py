@@ -5,7 +5,16 @@ import dataclasses
 import pytest
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.runs.plan import CompensationChoice, DataChoice, ModelChoice, Plan, PrunerChoice, Target, load_plan
+from nni_topo.runs.plan import (
+    CompensationChoice,
+    DataChoice,
+    DistillationChoice,
+    ModelChoice,
+    Plan,
+    PrunerChoice,
+    Target,
+    load_plan,
+)
 
 
 def plan(**changes):
@@ -130,3 +139,44 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ConfigError, match="must be a mapping, got list"):
         load_plan(tmp_path / "list.yaml")
+
+
+def test_a_row_is_distilled_in_its_own_way_and_keys_of_plans_without_it_stay():
+    common = DistillationChoice(images=64)
+    rows = (
+        PrunerChoice("l1"),
+        PrunerChoice("l1", "never", distill=False),
+        PrunerChoice("l1", "less", distill=DistillationChoice(images=8)),
+    )
+    cells = list(plan(pruners=rows, targets=HALF, distill=common).cells())
+    assert [cell.distill and cell.distill.images for cell in cells] == [64, None, 8]
+    assert len({cell.key for cell in cells}) == 3
+    (without,) = plan(pruners=(PrunerChoice("l1", "never"),), targets=HALF).cells()
+    assert cells[1].key == without.key
+
+
+def test_a_plan_reads_its_distillation(tmp_path):
+    (tmp_path / "plan.yaml").write_text(
+        "models: small_cnn\ndata: digits\ntargets: [{ratio: 0.5}]\ndistill: {images: 64, steps: 5}\n"
+        "pruners: [l1, {name: l2, distill: false}, {name: fpgm, distill: {augmentation: crop-flip}}]\n"
+    )
+    found = load_plan(tmp_path / "plan.yaml")
+    assert found.distill == DistillationChoice(images=64, steps=5)
+    assert [pruner.distill for pruner in found.pruners] == [None, False, DistillationChoice(augmentation="crop-flip")]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{images: 1}", "images must be at least 2, got 1 .distill."),
+        ("{augmentation: noise}", "augmentation must be a known name, got 'noise'"),
+        ("{temperature: 0}", "temperature must be a finite number above 0, got 0"),
+        ("{labels: true}", "key of distill must be a known name, got 'labels'"),
+        ("much", "distill must be a DistillationChoice or a mapping of its fields, got 'much'"),
+    ],
+)
+def test_bad_distillations_are_refused(tmp_path, entry, message):
+    path = tmp_path / "plan.yaml"
+    path.write_text(f"models: small_cnn\ndata: digits\npruners: l1\ntargets: [{{ratio: 0.5}}]\ndistill: {entry}\n")
+    with pytest.raises(ConfigError, match=message):
+        load_plan(path)

@@ -15,7 +15,15 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.zeros import weights_left
 from nni_topo.runs import compare
-from nni_topo.runs.plan import CompensationChoice, DataChoice, ModelChoice, Plan, PrunerChoice, Target
+from nni_topo.runs.plan import (
+    CompensationChoice,
+    DataChoice,
+    DistillationChoice,
+    ModelChoice,
+    Plan,
+    PrunerChoice,
+    Target,
+)
 from nni_topo.runs.records import append_record, read_records
 from nni_topo.runs.tables import markdown_report
 
@@ -191,7 +199,7 @@ def read_lines(path):
     return path.read_text().splitlines() if path.exists() else []
 
 
-def test_compensation_taylor_and_a_yardstick(tmp_path):
+def test_compensation_distillation_taylor_and_a_yardstick(tmp_path):
     both = dataclasses.replace(
         plan("l1"),
         pruners=(
@@ -202,13 +210,21 @@ def test_compensation_taylor_and_a_yardstick(tmp_path):
         train={"epochs": 5},
         retrain={"epochs": 0},
         compensate=CompensationChoice(images=256),
+        distill=DistillationChoice(images=256, steps=100, augmentation="none"),
+        targets=(Target("ratio", 0.8),),
     )
     records, failures = compare(both, tmp_path, isolate=False)
     assert failures == []
     for record in records[:2]:
         assert record["accuracy_compensated"] > record["accuracy_oneshot"]
+        assert record["accuracy_distilled"] != record["accuracy_compensated"]
+        assert record["distill_seconds"] > 0.0
         assert "accuracy_retrained" not in record
+    table = markdown_report(records)
+    assert "| distilled % | vs best rival, distilled |" in table
+    assert f"| {100 * records[0]['accuracy_distilled']:.1f} |" in table
     assert "accuracy_oneshot" not in records[2]
+    assert "accuracy_distilled" not in records[2]
     assert records[2]["widths"] == records[0]["widths"]
     assert records[2]["accuracy_retrained"] > 0.5
 

@@ -25,6 +25,7 @@ from nni_topo.runs.processes import broadcast, broadcast_masks, data_share, worl
 from nni_topo.runs.records import Record, provenance
 from nni_topo.runs.run import (
     costs,
+    distilled,
     latencies,
     layer_widths,
     load_model_data,
@@ -157,12 +158,14 @@ class _Trial:
         return proposed_ratios(self.start.net, self.start.example, proposed, settings.flops)
 
     def pruned(self, masks: Masks) -> tuple[nn.Module, Record]:
-        """Return the dense net, compensated if asked for, and what is known of it."""
+        """Return the dense net, compensated and distilled if asked for, and what is known of it."""
         path = self.out / _PRUNED
         facts = read_json(self.out / "pruned.json")
         if facts is not None:
             return serialization.load(path, self.start.net), facts
         dense, _ = made_dense(self.start, masks, self.cell.compensate)
+        if self.cell.distill is not None:
+            dense = distilled(self.start, dense, self.cell.distill).model
         facts = self._facts(dense)
         write_whole(path, lambda part: serialization.save(dense, part))
         write_json(self.out / "pruned.json", facts)

@@ -16,6 +16,7 @@ from nni_topo.runs.plan import (
     Cell,
     CompensationChoice,
     DataChoice,
+    DistillationChoice,
     ModelChoice,
     PrunerChoice,
     Target,
@@ -68,6 +69,7 @@ class TrialSettings:
     flops: float | None = _setting(None, "share of the MACs to be left, in (0, 1]; ratios then are proportions", float)
     calibration: int = _setting(0, "training images without labels for the pruner", int)
     compensate: int = _setting(0, "training images without labels for compensation; 0: none", int)
+    distill: int = _setting(0, "training images without labels for distillation; 0: none", int)
     retrain_epochs: int = _setting(1, "after pruning; 0: none", int)
     retrain_images: int | None = _setting(None, "training images used after pruning (default all)", int)
     double_images_after: int | None = _setting(None, "trials of an experiment after which retrain_images doubles", int)
@@ -81,7 +83,7 @@ class TrialSettings:
     knobs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("calibration", "compensate", "retrain_epochs", "flops_weight", "latency_weight"):
+        for name in ("calibration", "compensate", "distill", "retrain_epochs", "flops_weight", "latency_weight"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)} (trial)")
         for name in ("limit", "retrain_images", "double_images_after", "images_per_budget"):
@@ -117,6 +119,7 @@ class TrialSettings:
             retrain=retrain if self.lr is None else replace(retrain, lr=self.lr),
             device=self.device,
             compensate=CompensationChoice(self.compensate) if self.compensate else None,
+            distill=DistillationChoice(self.distill) if self.distill else None,
         )
 
     def for_trial(self, number: int) -> TrialSettings:
