@@ -1,7 +1,6 @@
 """Every rule of recovery on identical masks, and distillation behind them: what is recovered without a label.
 
-    python benchmarks/bench_recovery_rules.py --plan configs/recover_fashion_mnist_resnet20.yaml --data-dir DIR \\
-        --out runs/rules_resnet20
+    python benchmarks/bench_recovery_rules.py --plan PLAN.yaml --data-dir DIR --out runs/rules_resnet20
 
 takes model, data, recipes and targets from a comparison's plan, its trained nets from ``checkpoints`` in the folder
 (trained first where they are missing; those of ``nni-topo compare`` fit), prunes each by the L2 norm and by
@@ -9,8 +8,8 @@ takes model, data, recipes and targets from a comparison's plan, its trained net
 images. A line per figure goes to ``rules.jsonl``; the same command goes on where it was stopped. Each net runs in a
 process of its own, on one thread. Further counts of images (``--images 1024 512``) are for a few rows only.
 
-Rows with labels stand beside it and go on from ``reconstruct`` with the plan's recipe of retraining: one epoch on the same
-images, as many steps on them as distillation takes, one epoch on all training images.
+Rows with labels stand beside it and go on from ``reconstruct`` with the plan's recipe of retraining: one epoch on the
+same images, as many steps on them as distillation takes, one epoch on all training images.
 """
 
 from __future__ import annotations
