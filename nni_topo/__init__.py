@@ -53,11 +53,13 @@ _LAZY = ("analysis", "zoo")  # they load matplotlib, pandas and torchvision, whi
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(f"{__name__}.{name}")
+    if name == "shrink":  # the pipeline's modules come along
+        return importlib.import_module(f"{__name__}.runs.shrink").shrink
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, "shrink"})
 
 
 __all__ = [
@@ -97,6 +99,7 @@ __all__ = [
     "recalibrate_batch_norm",
     "register_pruner",
     "save",
+    "shrink",
     "signals",
     "speedup",
     "testing",

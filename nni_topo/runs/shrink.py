@@ -1,0 +1,289 @@
+"""A smaller network in one call: groups, choice, compensation, distillation, dense, checks, report."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError, as_settings, unknown_name
+from nni_topo.network.cost import NetworkCost
+from nni_topo.network.dense import to_dense
+from nni_topo.network.dependency import dependency_groups
+from nni_topo.network.inputs import calls, repeatable, structure_call, tensors_of
+from nni_topo.network.masks import Masks, check_model
+from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.report import DenseReport
+from nni_topo.pruners.budget import Budget
+from nni_topo.pruners.registry import check_knobs, create_pruner, pruner_info
+from nni_topo.recovery import compensation, distillation
+from nni_topo.recovery.compensation import METHODS
+from nni_topo.runs.plan import Target
+from nni_topo.runs.widths import inner_layers, layer_ratios, pruning_config
+
+if TYPE_CHECKING:
+    import pandas
+
+Compensate = Callable[[nn.Module, Masks, Iterable[Any]], nn.Module]
+Distill = Callable[[nn.Module, nn.Module, Iterable[Any]], nn.Module]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The network after one step.
+
+    Attributes
+    ----------
+    network : str
+        ``"original"``, ``"pruned"``, ``"compensated"`` or ``"distilled"``.
+    macs, params : int
+        Multiply-accumulates of one sample, and parameters.
+    distance : float
+        Mean squared distance of the outputs from the original's, as a share of their variance, on the images given.
+    agreement : float
+        Share of the images, in [0, 1], for which the largest output is the original's; NaN for other outputs than
+        (images, classes).
+    accuracy : float
+        What ``evaluate`` says; NaN without.
+    seconds : float
+        Wall time of the step.
+    """
+
+    network: str
+    macs: int
+    params: int
+    distance: float
+    agreement: float
+    accuracy: float
+    seconds: float
+
+
+@dataclass(frozen=True, repr=False)
+class ShrinkReport:
+    """How a network was made smaller; its ``repr`` is a table.
+
+    Attributes
+    ----------
+    stages : tuple of Stage
+        The original, and the network after each step.
+    layers : DenseReport
+        Channels of every layer before and after, and why some stay.
+    left_alone : dict of str to str
+        Layers that compensation couldn't solve anew, and why.
+    """
+
+    stages: tuple[Stage, ...]
+    layers: DenseReport
+    left_alone: dict[str, str]
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return the stages as a table, one row each."""
+        import pandas
+
+        return pandas.DataFrame([asdict(stage) for stage in self.stages])
+
+    def __repr__(self) -> str:
+        frame = self.to_frame().dropna(axis="columns", how="all")
+        lines = [frame.to_string(index=False, float_format=lambda value: f"{value:.4g}")]
+        lines += [f"not compensated: {name} ({reason})" for name, reason in self.left_alone.items()]
+        return "\n".join([*lines, *(f"{row.name} keeps {row.kept} more: {row.reason}" for row in self.layers.kept)])
+
+
+def shrink(
+    model: nn.Module,
+    images: Iterable[Any],
+    budget: Budget | Mapping[str, Any],
+    *,
+    pruner: str | Callable[..., Masks] = "reconstruction",
+    knobs: Mapping[str, Any] | None = None,
+    layers: Iterable[str] | None = None,
+    compensate: str | Compensate | None = "reconstruct",
+    distill: Mapping[str, Any] | Distill | bool = True,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    round_to: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> nn.Module:
+    """Make a trained network smaller, from unlabelled images alone.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The trained network, not wrapped by a pruner. It isn't changed.
+    images : iterable
+        Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. Some 1,000 are enough for small nets.
+    budget : Budget or mapping
+        What is left of the cost, e.g. ``{"flops": 0.25}``, see :class:`nni_topo.Budget`.
+    pruner : str or callable, default="reconstruction"
+        Name of a structured pruner; NNI's own take a budget of ``flops``. Or a function of (a copy of the model, a
+        config_list with dependency groups and no ratios, the images) that returns masks.
+    knobs : mapping, optional
+        The named pruner's own arguments.
+    layers : iterable of str, optional
+        Names of the layers to prune; by default all convolutions and linear layers but those that give the output.
+    compensate : str, callable or None, default="reconstruct"
+        Method of :func:`nni_topo.compensate`, or a function of (model, masks, images) that returns a model of full
+        size; None: no compensation.
+    distill : mapping, callable or bool, default=True
+        Whether to distil behind it, or knobs of :func:`nni_topo.distill`, e.g. ``{"seconds": 60, "augment": ...}``; or
+        a function of (dense, model, images) that returns a dense model.
+    evaluate : callable, optional
+        Gets a network in evaluation mode and returns a number for the report, e.g. its accuracy.
+    round_to : int, optional
+        Pruned layers keep a multiple of so many channels.
+    seed : int, default=0
+        Of all steps.
+    progress : bool, default=False
+        Show bars on standard error.
+
+    Returns
+    -------
+    torch.nn.Module
+        The dense network, in the mode of ``model``. Its ``report`` is a :class:`ShrinkReport`.
+
+    Raises
+    ------
+    ConfigError
+        If the budget, a name or a knob can't be used.
+    DataError
+        If the images can't be used.
+    SpeedupError
+        If the model can't be traced, or is still wrapped.
+
+    See Also
+    --------
+    nni_topo.compensate, nni_topo.distill, nni_topo.to_dense : The steps, one by one.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    >>> small = shrink(model, [torch.randn(256, 16)], {"flops": 0.25}, distill={"steps": 100})
+    >>> [stage.network for stage in small.report.stages]
+    ['original', 'pruned', 'compensated', 'distilled']
+    >>> small(torch.randn(2, 16)).shape
+    torch.Size([2, 4])
+    """
+    images = repeatable(images)
+    budget = as_settings(Budget, budget, "budget")
+    _check(model, budget, pruner, knobs, compensate, distill)
+    args, kwargs = structure_call(model, images)
+    example: Any = kwargs or args
+    stages = _Stages(model, images, example, evaluate)
+    stages.add("original", model)
+    names = inner_layers(model, example) if layers is None else list(layers)
+    masks = _chosen(model, example, names, images, budget, pruner, dict(knobs or {}), seed)
+    dense = to_dense(model, example, masks, round_to=round_to)
+    stages.add("pruned", dense)
+    left_alone: dict[str, str] = {}
+    if compensate is not None:
+        if callable(compensate):
+            full = compensate(model, masks, images)
+        else:
+            method: Any = compensate
+            done = compensation(model, masks, images, method=method, seed=seed, progress=progress)
+            full, left_alone = done.model, done.report.left_alone
+        dense = to_dense(full, example, masks, round_to=round_to)
+        stages.add("compensated", dense)
+    layer_report: Any = dense.report
+    if distill is not False:
+        given = {} if distill is True else distill
+        if callable(given):
+            dense = given(dense, model, images)
+        else:
+            dense = distillation(dense, model, images, **{"seed": seed, "progress": progress, **given}).model
+        stages.add("distilled", dense)
+    report: Any = ShrinkReport(tuple(stages.found), layer_report, left_alone)
+    dense.report = report
+    return dense
+
+
+class _Stages:
+    """Measures the network after each step, and how long the step took."""
+
+    def __init__(
+        self, model: nn.Module, images: Iterable[Any], example: Any, evaluate: Callable[[nn.Module], float] | None
+    ) -> None:
+        self._images, self._example, self._evaluate = images, example, evaluate
+        self._wanted = self._answers(model)
+        self.found: list[Stage] = []
+        self._began = time.perf_counter()
+
+    def add(self, name: str, net: nn.Module) -> None:
+        """Measure a network."""
+        seconds = time.perf_counter() - self._began if self.found else 0.0
+        found = self._answers(net)
+        errors = [
+            float((mine - theirs).square().sum() / (theirs - theirs.mean(0)).square().sum())
+            for mine, theirs in zip(found, self._wanted, strict=True)
+        ]
+        agreement = math.nan
+        if len(found) == 1 and found[0].dim() == 2:
+            agreement = float((found[0].argmax(1) == self._wanted[0].argmax(1)).double().mean())
+        cost = NetworkCost(net, self._example)({})
+        with evaluation_mode(net):
+            accuracy = math.nan if self._evaluate is None else float(self._evaluate(net))
+        self.found.append(Stage(name, cost.macs, cost.params, fmean(errors), agreement, accuracy, seconds))
+        self._began = time.perf_counter()
+
+    def _answers(self, net: nn.Module) -> list[Tensor]:
+        """Return all floating outputs."""
+        with evaluation_mode(net), torch.no_grad():
+            found = [tensors_of(net(*args, **kwargs)) for args, kwargs in calls(net, self._images)]
+        return [torch.cat(each).double() for each in zip(*found, strict=True) if each[0].is_floating_point()]
+
+
+def _chosen(
+    model: nn.Module,
+    example: Any,
+    names: list[str],
+    images: Iterable[Any],
+    budget: Budget,
+    pruner: str | Callable[..., Masks],
+    knobs: dict[str, Any],
+    seed: int,
+) -> Masks:
+    """Return the masks of a pruner that is told where and how much, on a copy of the model."""
+    victim = copy.deepcopy(model)
+    config_list = dependency_groups(victim, example, [{"op_names": names}])
+    if callable(pruner):
+        return pruner(victim, config_list, images)
+    own = {"seed": seed, "calibration": images, "example_inputs": example, "budget": budget}
+    taken = pruner_info(pruner).knobs()
+    if "budget" not in taken:
+        config_list = pruning_config(model, example, layer_ratios(model, example, Target("flops", budget.share)))
+    knobs = {**{name: value for name, value in own.items() if name in taken}, **knobs}
+    wrapped = create_pruner(pruner, victim, config_list, **knobs)
+    masks: Masks = wrapped.compress()[1]
+    wrapped.unwrap_model()
+    return masks
+
+
+def _check(
+    model: nn.Module, budget: Budget, pruner: Any, knobs: Mapping[str, Any] | None, compensate: Any, distill: Any
+) -> None:
+    """Raise what can be known before anything runs."""
+    check_model(model)
+    if isinstance(pruner, str):
+        check_knobs(pruner, knobs or {})
+        if "budget" not in pruner_info(pruner).knobs() and budget.kind != "flops":
+            raise ConfigError(f"pruner {pruner!r} must be given a budget of flops, got one of {budget.kind} (budget)")
+    if not (compensate is None or callable(compensate) or compensate in METHODS):
+        raise unknown_name("compensate", str(compensate), METHODS)
+    if not (isinstance(distill, (bool, Mapping)) or callable(distill)):
+        raise ConfigError(f"distill must be True, False, knobs or a function, got {distill!r} (shrink)")
+    if isinstance(distill, Mapping):
+        allowed = tuple(inspect.signature(distillation).parameters)[3:]
+        for knob in distill:
+            if knob not in allowed:
+                raise unknown_name("knob of distill", str(knob), allowed)

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import nni_topo
+from nni_topo import zoo
+from nni_topo.errors import ConfigError, DataError, SpeedupError
+from nni_topo.runs.shrink import ShrinkReport
+from nni_topo.testing import toy_images, toy_model
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return zoo.load_data("digits")
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
+    zoo.train(model, digits, zoo.Recipe(epochs=8, lr=0.1), seed=0)
+    return model
+
+
+def images_of(digits, count=512):
+    return list(digits.train.tensors[0][:count].split(128))
+
+
+def shrunk(budget=None, **knobs):
+    return nni_topo.shrink(
+        toy_model().eval(), list(toy_images(64).split(32)), budget or {"flops": 0.5}, **{"distill": False, **knobs}
+    )
+
+
+def test_one_call_leaves_an_eighth_of_the_work_and_most_of_the_accuracy(trained, digits):
+    before = copy.deepcopy(trained.state_dict())
+    small = nni_topo.shrink(
+        trained,
+        images_of(digits),
+        {"flops": 0.125},
+        evaluate=lambda net: zoo.evaluate(net, digits.validation),
+        distill={"steps": 300},
+    )
+    torch.testing.assert_close(trained.state_dict(), before, rtol=0, atol=0)
+    stages = {stage.network: stage for stage in small.report.stages}
+    assert list(stages) == ["original", "pruned", "compensated", "distilled"]
+    whole, last = stages["original"], stages["distilled"]
+    assert (whole.distance, whole.agreement) == (0.0, 1.0)
+    assert whole.macs == zoo.count_macs(trained, images_of(digits)[0])
+    assert last.macs == zoo.count_macs(small, images_of(digits)[0])
+    assert last.params == zoo.count_params(small)
+    assert last.macs == pytest.approx(0.125 * whole.macs, rel=0.08)
+    assert last.accuracy == zoo.evaluate(small, digits.validation)
+    assert stages["pruned"].accuracy < stages["compensated"].accuracy < last.accuracy
+    assert last.accuracy > whole.accuracy - 0.1
+    assert stages["pruned"].distance > stages["compensated"].distance > 0.0
+    assert stages["pruned"].agreement < stages["compensated"].agreement <= last.agreement
+    shown = repr(small.report)
+    assert shown.splitlines()[0].split() == [
+        "network", "macs", "params", "distance", "agreement", "accuracy", "seconds"
+    ]  # fmt: skip
+    assert [line.split()[0] for line in shown.splitlines()[1:5]] == list(stages)
+
+
+def test_same_seed_same_network_and_the_file_can_be_read(tmp_path):
+    one, other = (shrunk(distill={"steps": 5}, seed=3) for _ in range(2))
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
+    nni_topo.save(one, tmp_path / "small.pt")
+    again = nni_topo.load(tmp_path / "small.pt", toy_model()).eval()
+    assert torch.equal(again(toy_images(4)), one(toy_images(4)))
+
+
+@pytest.mark.parametrize("pruner", ["l1", "fpgm", "topological", "random", "energy"])
+def test_any_structured_pruner_meets_the_budget_and_the_output_layer_stays(pruner):
+    small = shrunk(pruner=pruner)
+    stages = small.report.stages
+    assert stages[-1].macs == pytest.approx(0.5 * stages[0].macs, rel=0.15)
+    assert small.head.out_features == toy_model().head.out_features
+    assert small.stem.out_channels < toy_model().stem.out_channels
+
+
+def test_other_budgets_layers_and_widths_of_eight():
+    small = shrunk({"params": 0.5})
+    assert small.report.stages[-1].params == pytest.approx(0.5 * small.report.stages[0].params, rel=0.15)
+    some = shrunk({"flops": 0.9}, layers=["hidden"])
+    assert some.hidden.out_features < toy_model().hidden.out_features
+    assert some.stem.out_channels == toy_model().stem.out_channels
+    wide = shrunk({"flops": 0.5}, round_to=4)
+    assert wide.stem.out_channels % 4 == wide.hidden.out_features % 4 == 0
+
+
+def test_every_step_can_be_replaced():
+    seen = []
+
+    def choose(model, config_list, images):
+        seen.append(("choose", sorted(entry["op_names"][0] for entry in config_list), len(images)))
+        mask = torch.ones_like(model.hidden.weight)
+        mask[::2] = 0
+        return {"hidden": {"weight": mask}}
+
+    def compensate(model, masks, images):
+        seen.append(("compensate", list(masks), len(images)))
+        return copy.deepcopy(model)
+
+    def distil(dense, model, images):
+        seen.append(("distil", dense.hidden.out_features, model.hidden.out_features))
+        return copy.deepcopy(dense)
+
+    small = shrunk(pruner=choose, compensate=compensate, distill=distil)
+    assert seen[0] == ("choose", ["hidden", "inner", "stem"], 2)
+    assert seen[1:] == [("compensate", ["hidden"], 2), ("distil", 8, 16)]
+    assert isinstance(small.report, ShrinkReport)
+    bare = shrunk(compensate=None)
+    assert [stage.network for stage in bare.report.stages] == ["original", "pruned"]
+
+
+def test_outputs_that_are_no_classes_have_no_agreement():
+    class Features(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = toy_model()
+
+        def forward(self, images):
+            found = self.net(images)
+            return {"features": found, "twice": 2 * found}
+
+    small = nni_topo.shrink(Features().eval(), [toy_images(64)], {"flops": 0.5}, distill={"steps": 3})
+    assert all(math.isnan(stage.agreement) for stage in small.report.stages)
+    assert "agreement" not in repr(small.report)
+    assert small.report.stages[-1].distance > 0.0
+
+
+@pytest.mark.parametrize(
+    ("knobs", "error", "message"),
+    [
+        ({"budget": {"flops": 1.5}}, ConfigError, "flops must be in"),
+        ({"budget": {"size": 0.5}}, ConfigError, "key of budget must be a known name"),
+        ({"pruner": "magic"}, ConfigError, "pruner must be a known name, got 'magic'"),
+        ({"knobs": {"magic": 1}}, ConfigError, "knob of pruner 'reconstruction' must be a known name"),
+        (
+            {"pruner": "l1", "budget": {"params": 0.5}},
+            ConfigError,
+            "must be given a budget of flops, got one of params",
+        ),
+        ({"compensate": "magic"}, ConfigError, "compensate must be a known name"),
+        ({"distill": "much"}, ConfigError, "distill must be True, False, knobs or a function, got 'much'"),
+        ({"distill": {"epochs": 1}}, ConfigError, "knob of distill must be a known name, got 'epochs'"),
+        ({"layers": ["nowhere"]}, ConfigError, "nowhere"),
+    ],
+)
+def test_what_can_not_be_used_is_refused(knobs, error, message):
+    with pytest.raises(error, match=message):
+        shrunk(**knobs)
+
+
+def test_bad_models_and_images_are_refused():
+    with pytest.raises(DataError, match="at least one batch, got none"):
+        nni_topo.shrink(toy_model(), [], {"flops": 0.5})
+    wrapped = toy_model()
+    nni_topo.create_pruner("l1", wrapped, [{"op_names": ["inner"], "sparse_ratio": 0.5}])
+    with pytest.raises(SpeedupError, match="unwrap_model"):
+        nni_topo.shrink(wrapped, [toy_images(8)], {"flops": 0.5})
