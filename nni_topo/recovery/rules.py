@@ -1,7 +1,7 @@
 """The rules of other papers, behind the interface of compensation: what they leave is what ours is measured by.
 
-``"mean"`` and ``"merge"`` change how a layer reads removed channels, as ``"channel"`` does, which is GRAIL's rule [6]_;
-``"scalar"``, ``"layer"`` and ``"sequential"`` solve its weights anew, as ``"reconstruct"`` does. What a paper says of
+``"merge"`` changes how a layer reads removed channels, as ``"channel"`` does, which is GRAIL's rule [6]_; ``"mean"``,
+``"scalar"``, ``"layer"`` and ``"sequential"`` solve a layer anew, as ``"reconstruct"`` does. What a paper says of
 penalties is left out: the ridge of each layer is chosen on held-out samples, as ours is.
 
 References
@@ -21,6 +21,7 @@ References
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,15 +53,6 @@ def own_equations(plan: Plan, order: Mapping[Node, int]) -> list[Equation]:
     """Return one equation for each layer of a plan, for its own output, in network order."""
     layers = {equation.layer.node: equation.layer for equation in plan.equations}
     return [Equation(layers[node], node, ()) for node in sorted(layers, key=order.__getitem__)]
-
-
-class MeanTask(PairTask):
-    """Let the original's mean stand in for each removed channel, as FLAP does [1]_."""
-
-    def _solution(self, equations: NormalEquations) -> Solution:
-        found = equations.unchanged()
-        gone = torch.ones_like(found.shift).scatter(1, self.kept.to(found.shift.device), 0.0)
-        return Solution(found.weights, gone * equations.sums["r"] / equations.samples)
 
 
 class MergeTask(PairTask):
@@ -111,6 +103,22 @@ class LayerTask(ReconstructTask):
         bias = self._module.bias
         constant = 0.0 if bias is None else bias[self._rows].double().unsqueeze(1)
         return inputs, (wanted.double() - reached - constant).detach(), wanted
+
+
+class MeanTask(LayerTask):
+    """Put what removed channels give on average, in the original, into the constant, as FLAP does [1]_."""
+
+    def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
+        """Take the mean of what lacks; weights stay as they are."""
+        held_out = held.relative_error(_mean(learned)) if held.samples else math.nan
+        learned.merge(held)
+        solution = _mean(learned)
+        before, after = (learned.relative_error(each) for each in (learned.unchanged(), solution))
+        return Fit(solution, 0.0, before, after, held_out)
+
+
+def _mean(equations: NormalEquations) -> Solution:
+    return Solution(equations.unchanged().weights, equations.sums["y"] / equations.samples)
 
 
 def merged_channels(networks: Networks) -> dict[int, tuple[int, float]]:

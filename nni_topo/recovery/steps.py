@@ -30,10 +30,10 @@ def tasks_of(
         ]
     if method == "scalar":
         return [ScalarTask(equation, networks.pruned, networks.result) for equation in plan.equations]
-    if method in ("layer", "sequential"):
-        kind = LayerTask if method == "layer" else ReconstructTask
+    kinds = {"layer": LayerTask, "mean": MeanTask, "sequential": ReconstructTask}
+    if method in kinds:
         order = {node: rank for rank, node in enumerate(networks.original.graph.nodes)}
-        return [kind(equation, networks.pruned, networks.result) for equation in own_equations(plan, order)]
+        return [kinds[method](each, networks.pruned, networks.result) for each in own_equations(plan, order)]
     if method == "recalibrate":
         return []
     readers = {
@@ -42,8 +42,6 @@ def tasks_of(
     roots = {name: networks.flow.entering_roots(name) for name in networks.flow.layers if name in readers}
     if method == "channel":
         return [ChannelTask(readers[name], roots[name], networks.pruned) for name in roots]
-    if method == "mean":
-        return [MeanTask(readers[name], roots[name], networks.pruned) for name in roots]
     if method == "merge":
         merged = merged_channels(networks)
         return [MergeTask(readers[name], roots[name], networks.pruned, merged) for name in roots]
