@@ -60,6 +60,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, nargs="+", default=[1024], help="unlabelled; all rows at the first count")
     parser.add_argument("--flops", type=float, nargs="+", help="shares of the MACs left (default: the plan's)")
+    parser.add_argument("--masks", nargs="+", choices=tuple(MASKS), default=list(MASKS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--net", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     assert set(RULES) == set(METHODS)
@@ -84,7 +86,7 @@ def _run(options: argparse.Namespace, seed: int) -> None:
         wanted = [
             (count, row)
             for index, count in enumerate(options.images)
-            for row in (ROWS if not index else CURVE)
+            for row in (options.rows if not index else CURVE)
             if (*_place(cell), count, row) not in done
         ]
         if not wanted:
@@ -100,7 +102,7 @@ def _cells(options: argparse.Namespace, seed: int) -> Iterator[Cell]:
     folder = None if options.data_dir is None else str(options.data_dir)
     plan = replace(plan, data=tuple(replace(choice, data_dir=folder) for choice in plan.data), seeds=1, first_seed=seed)
     targets = tuple(t for t in plan.targets if options.flops is None or t.value in options.flops)
-    pruners = tuple(replace(choice, label=label) for label, choice in MASKS.items())
+    pruners = tuple(replace(MASKS[label], label=label) for label in options.masks)
     yield from replace(plan, targets=targets, pruners=pruners).cells()
 
 
