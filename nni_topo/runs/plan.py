@@ -71,7 +71,7 @@ class DistillationChoice:
     """
 
     images: int = 1024
-    augmentation: Augmentation = "crop"
+    augmentation: Augmentation = "crop-flip"
     temperature: float = 2.0
     steps: int | None = None
     seconds: float | None = None

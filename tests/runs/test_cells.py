@@ -158,11 +158,11 @@ def test_a_row_is_distilled_in_its_own_way_and_keys_of_plans_without_it_stay():
 def test_a_plan_reads_its_distillation(tmp_path):
     (tmp_path / "plan.yaml").write_text(
         "models: small_cnn\ndata: digits\ntargets: [{ratio: 0.5}]\ndistill: {images: 64, steps: 5}\n"
-        "pruners: [l1, {name: l2, distill: false}, {name: fpgm, distill: {augmentation: crop-flip}}]\n"
+        "pruners: [l1, {name: l2, distill: false}, {name: fpgm, distill: {augmentation: none}}]\n"
     )
     found = load_plan(tmp_path / "plan.yaml")
     assert found.distill == DistillationChoice(images=64, steps=5)
-    assert [pruner.distill for pruner in found.pruners] == [None, False, DistillationChoice(augmentation="crop-flip")]
+    assert [pruner.distill for pruner in found.pruners] == [None, False, DistillationChoice(augmentation="none")]
 
 
 @pytest.mark.parametrize(
