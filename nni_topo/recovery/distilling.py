@@ -272,7 +272,7 @@ class _Lesson:
             raise ConfigError(f"both models must give outputs of the same shapes, got {shapes} and {expected} (dense)")
 
     def loss(self, student: nn.Module, index: Tensor) -> float:
-        """Return the mean loss in evaluation mode on some of the images, that of logits at the scale that suits them."""
+        """Return the mean loss in evaluation mode on some of the images, of logits at the scale that suits them."""
         # Who learns from few images gets too sure of itself on others, which changes no answer.
         scales = _SCALES if self.kind == "kl" else (1.0,)
         totals = [0.0] * len(scales)
