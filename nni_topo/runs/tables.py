@@ -219,7 +219,10 @@ def _timed_together(rows: dict[str, dict[int, Record]]) -> dict[str, dict[int, R
     found: dict[tuple[str, int, str], list[float]] = defaultdict(list)
 
     def each(seed: int, record: Record) -> Iterator[tuple[str, tuple[str, int, str]]]:
-        for name, widths in (("latency_before_ms", ""), ("latency_ms", json.dumps(record.get("widths"), sort_keys=True))):
+        for name, widths in (
+            ("latency_before_ms", ""),
+            ("latency_ms", json.dumps(record.get("widths"), sort_keys=True)),
+        ):
             if name in record:
                 yield name, (name, seed, widths)
 
