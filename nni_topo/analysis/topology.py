@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import copy
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from rich.console import RenderableType
 from torch import nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import Generation
+from nni_topo.network.dependency import dependency_groups
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.topological.pruner import TopologicalPruner
 from nni_topo.pruners.units import PruningUnit
+from nni_topo.runs.plan import Target
+from nni_topo.runs.study import Findings, Tell, TrainedStudy
+from nni_topo.runs.tables import as_table
+from nni_topo.runs.widths import inner_layers
 
 FloatArray = NDArray[np.float64]
 _MOST_PANELS = 12
@@ -64,9 +69,10 @@ class LayerTopology:
 
 
 @dataclass(frozen=True)
-class TopologyStudy:
+class TopologyStudy(Findings):
     """The layers of a pruned network, in its order."""
 
+    stem = "topology"
     layers: list[LayerTopology]
     masks: Masks
 
@@ -74,35 +80,64 @@ class TopologyStudy:
         """Return everything but the masks as numbers, lists and strings."""
         return {"layers": [_plain(layer) for layer in self.layers]}
 
-    def save(self, folder: str | Path) -> list[Path]:
-        """Write ``topology.json`` and the pictures ``deaths``, ``allocation``, ``diagrams``, ``barcodes``, ``search``.
+    def figures(self) -> dict[str, Figure]:
+        """Return the pictures ``deaths``, ``allocation``, ``diagrams``, ``barcodes`` and ``search``.
 
-        ``deaths.png`` and ``allocation.png`` have all layers, what they can spare and how many blocks they keep; the
-        others the layers with the most points, twelve at most. The JSON file has everything. ``search.png``, the
-        genetic algorithm's progress, isn't written where there was none.
-
-        Returns
-        -------
-        list of Path
-            The files.
+        ``deaths`` and ``allocation`` have all layers, what they can spare and how many blocks they keep; the others the
+        layers with the most points, twelve at most. ``search``, the genetic algorithm's progress, isn't there where
+        there was none.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        document = folder / "topology.json"
-        document.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        drawn = sorted(self.layers, key=lambda layer: -layer.points)[:_MOST_PANELS]
-        drawn = [layer for layer in self.layers if layer in drawn]
-        pictures = {
-            "deaths.png": _death_curves(self.layers),
-            "allocation.png": _allocation(self.layers),
-            "diagrams.png": _panels(drawn, _draw_diagram),
-            "barcodes.png": _panels(drawn, _draw_barcode),
+        most = sorted(self.layers, key=lambda layer: -layer.points)[:_MOST_PANELS]
+        drawn = [layer for layer in self.layers if layer in most]
+        searched = [layer for layer in drawn if layer.trace]
+        return {
+            "deaths": _death_curves(self.layers),
+            "allocation": _allocation(self.layers),
+            "diagrams": _panels(drawn, _draw_diagram),
+            "barcodes": _panels(drawn, _draw_barcode),
+            **({"search": _panels(searched, _draw_trace)} if searched else {}),
         }
-        if any(layer.trace for layer in drawn):
-            pictures["search.png"] = _panels([layer for layer in drawn if layer.trace], _draw_trace)
-        for name, figure in pictures.items():
-            figure.savefig(folder / name, dpi=130)
-        return [document, *(folder / name for name in pictures)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeTopology(TrainedStudy[TopologyStudy]):
+    """Compare the clouds of a model's layers before and after topological pruning: diagrams, death curves, search."""
+
+    ratio: float = 0.5  # sparse_ratio of every layer, in [0, 1)
+    flops: float | None = None  # instead: share of the MACs to be left, in (0, 1], dealt out by death times
+    degrees: tuple[int, ...] = (0, 1)  # of homology, each from 0
+    calibration: int = 0  # training images for the functional cloud; 0: the weights
+
+    def find(self, tell: Tell) -> TopologyStudy:
+        """Prune a copy of a trained model."""
+        target = Target("ratio", self.ratio) if self.flops is None else Target("flops", self.flops)
+        start = self.start()
+        knobs: dict[str, Any] = {"seed": self.seed}
+        entry: dict[str, Any] = {"op_names": inner_layers(start.net, start.example)}
+        if target.kind == "flops":
+            # death times deal out a share of the MACs
+            budget = {"target": {"flops": target.value}, "allocation": "topological"}
+            knobs |= {**budget, "example_inputs": start.example}
+        else:
+            entry["sparse_ratio"] = target.value
+        if self.calibration:
+            knobs["calibration"] = start.images(self.calibration)
+        config_list = dependency_groups(start.net, start.example, [entry])
+        return study_topology(start.net, config_list, degrees=self.degrees, **knobs)
+
+    def show(self, found: TopologyStudy) -> Iterator[RenderableType]:
+        """Yield a row per layer: points before and after, distances of the diagrams, Hausdorff distance."""
+        head = ("layer", "points", "kept", *(f"bottleneck H{degree}" for degree in self.degrees), "Hausdorff")
+        rows = [
+            (
+                layer.name,
+                str(layer.points),
+                str(layer.kept),
+                *(f"{distance:.4f}" for distance in (*layer.bottleneck.values(), layer.hausdorff)),
+            )
+            for layer in found.layers
+        ]
+        yield as_table(f"topology of {self.model}", head, rows)
 
 
 def study_topology(

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from nni_topo import zoo
-from nni_topo.analysis.deviation import deviation_study
-from nni_topo.analysis.retraining_study import _freeze_zeros, epochs_back
+from nni_topo.analysis.deviation import AnalyzeDeviation
+from nni_topo.analysis.retraining.study import epochs_back
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError
 from nni_topo.runs.plan import DataChoice, ModelChoice
@@ -116,24 +117,23 @@ def test_pruned_connections_stay_pruned_in_retraining():
     mask = torch.rand(model.fc1.weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
     with torch.no_grad():
         model.fc1.weight *= mask
-    _freeze_zeros(model)
-    zoo.train(model, data, RECIPE, seed=0)
+    assert epochs_back(model, data, RECIPE, 1.1, seed=0)[0] is None
     assert bool((model.fc1.weight[~mask] == 0).all())
     assert bool((model.fc1.weight[mask] != 0).any())
 
 
 def test_bad_requests_are_refused(checkpoint, tmp_path, capsys):
-    model = ModelChoice("lenet300")
-    for pruners, ratios, knobs, message in (
-        ([], [0.5], {}, "at least one pruner and one ratio"),
-        (["l3"], [0.5], {}, "did you mean"),
-        (["l1"], [1.0], {}, r"must be in \[0, 1\), got 1.0"),
-        (["l1"], [0.5], {"images": 0}, "images must be at least 1, got 0"),
+    study = AnalyzeDeviation(model="lenet300", checkpoint=checkpoint, limit=400, out=tmp_path)
+    for knobs, message in (
+        ({"pruners": ()}, "at least one pruner and one ratio"),
+        ({"pruners": ("l3",)}, "did you mean"),
+        ({"ratios": (1.0,)}, r"must be in \[0, 1\), got 1.0"),
+        ({"images": 0}, "images must be an integer of at least 1, got 0"),
     ):
         with pytest.raises(ConfigError, match=message):
-            deviation_study(model, checkpoint, DATA, pruners, ratios, **knobs)
+            replace(study, **knobs).find(print)
     for words, message in (
-        (("--epochs", "0"), "most_epochs must be an integer of at least 1, got 0"),
+        (("--epochs", "0"), "epochs must be an integer of at least 1, got 0"),
         (("--images", "-5"), "images must be an integer of at least 1, got -5"),
         (("--calibration", "0"), "calibration must be an integer of at least 1, got 0"),
         (("--gamma", "-1"), "gamma must be positive and finite, got -1.0"),

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from torch import nn
 
 from nni_topo import zoo
@@ -46,8 +46,7 @@ class Subject:
     evaluate: Evaluate
     knobs: dict[str, Any]
     layer: str | None
-    out: Path
-    files: list[Path] = field(default_factory=list)
+    pictures: dict[str, Figure] = field(default_factory=dict)
 
     def nearest(self, threshold: float) -> float:
         """Return the study's threshold that is nearest to one."""
@@ -76,7 +75,7 @@ def dropout_part(subject: Subject) -> Record:
         models = {row.name: partial(_pruned_alone, subject, row, threshold) for row in study.layers}
         found = study_dropout(models, subject.evaluate, seed=subject.start.seed)
         record[str(threshold)] = {name: _plain(by_rate) for name, by_rate in found.items()}
-        subject.files.extend(_dropout_pictures(subject, threshold, found))
+        subject.pictures.update(_dropout_pictures(study, threshold, found))
     return record
 
 
@@ -156,25 +155,20 @@ PARTS: dict[str, Callable[[Subject], Record]] = {
 }
 
 
-def _dropout_pictures(subject: Subject, threshold: float, found: dict[str, dict[float, Quality]]) -> list[Path]:
+def _dropout_pictures(
+    study: EnergyStudy, threshold: float, found: dict[str, dict[float, Quality]]
+) -> dict[str, Figure]:
     """Draw accuracy and loss by layer, a line per rate, and what each rate changes."""
-    rows = [found[row.name] for row in subject.study.layers]
-    measured = {
-        "": ("accuracy %", {rate: [100.0 * row[rate].accuracy for row in rows] for rate in RATES}),
-        "_loss": ("loss (nats)", {rate: [row[rate].loss for row in rows] for rate in RATES}),
-    }
-    subject.out.mkdir(parents=True, exist_ok=True)
-    files = []
-    for suffix, (label, values) in measured.items():
+    rows = [found[row.name] for row in study.layers]
+    where = f"one layer at {100 * threshold:g} % of its energy"
+    figures = {}
+    for suffix, label, factor, index in (("", "accuracy %", 100.0, 1), ("_loss", "loss (nats)", 1.0, 0)):
+        values = {rate: [factor * row[rate][index] for row in rows] for rate in RATES}
         change = {rate: [a - b for a, b in zip(values[rate], values[0.0], strict=True)] for rate in RATES}
         for more, what, lines in (("", label, values), ("_change", f"{label}, change by dropout", change)):
             named = {f"rate {rate:g}": line for rate, line in lines.items()}
-            figure = layer_plot(
-                subject.study.layers, named, f"{what}, one layer at {100 * threshold:g} % of its energy"
-            )
-            files.append(subject.out / f"dropout_{threshold:g}{suffix}{more}.png")
-            figure.savefig(files[-1], dpi=130)
-    return files
+            figures[f"dropout_{threshold:g}{suffix}{more}"] = layer_plot(study.layers, named, f"{what}, {where}")
+    return figures
 
 
 def _pruned_alone(subject: Subject, row: LayerEnergy, threshold: float) -> nn.Module:

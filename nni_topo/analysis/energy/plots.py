@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nni_topo.analysis.energy.study import EnergyStudy, LayerEnergy, Quality
+from nni_topo.runs.study import write
 
 _WIDTH_PER_LAYER = 0.42
 
@@ -55,19 +55,17 @@ def save_energy_study(study: EnergyStudy, folder: str | Path, more: Mapping[str,
     list of Path
         The files.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    document = folder / "energy.json"
-    record = {**energy_record(study), **(more or {})}
-    document.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    pictures = {"compression.png": compression_plot(study)}
+    return write(folder, "energy", {**energy_record(study), **(more or {})}, energy_figures(study))
+
+
+def energy_figures(study: EnergyStudy) -> dict[str, Figure]:
+    """Return the pictures by name: ``compression`` and, with an evaluation, ``accuracy``, ``loss``, ``fitness``."""
+    figures = {"compression": compression_plot(study)}
     if study.baseline is not None:
-        pictures["accuracy.png"] = _quality_plot(study, "accuracy %", lambda quality: 100.0 * quality.accuracy)
-        pictures["loss.png"] = _quality_plot(study, "loss (nats)", lambda quality: quality.loss)
-        pictures["fitness.png"] = fitness_plot(study)
-    for name, figure in pictures.items():
-        figure.savefig(folder / name, dpi=130)
-    return [document, *(folder / name for name in pictures)]
+        figures["accuracy"] = _quality_plot(study, "accuracy %", lambda quality: 100.0 * quality.accuracy)
+        figures["loss"] = _quality_plot(study, "loss (nats)", lambda quality: quality.loss)
+        figures["fitness"] = fitness_plot(study)
+    return figures
 
 
 def compression_plot(study: EnergyStudy) -> Figure:
