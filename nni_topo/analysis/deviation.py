@@ -16,11 +16,13 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import RenderableType
 from torch import Tensor, nn
 
 from nni_topo.analysis.bounds.propagation import ErrorBound, error_bound
+from nni_topo.analysis.panels import panels
 from nni_topo.errors import ConfigError, DataError, check_integer, unknown_name
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.reference import masked_model
@@ -161,8 +163,8 @@ class DeviationStudy(Findings):
     def figures(self) -> dict[str, Figure]:
         """Return ``deviation`` and ``accuracy``: what pruning does against the share of weights that is gone."""
         means = self.means()
-        columns = {"dev": "deviation (3.12)", "relative": "deviation / bound", "error": "norm of the output's change"}
-        accuracy = _curves(means.assign(accuracy=100 * means["accuracy"]), {"accuracy": "test accuracy %"})
+        columns = {"deviation (3.12)": "dev", "deviation / bound": "relative", "norm of the output's change": "error"}
+        accuracy = _curves(means.assign(accuracy=100 * means["accuracy"]), {"test accuracy %": "accuracy"})
         accuracy.axes[0].axhline(100 * self.accuracy, color="black", linewidth=0.6, linestyle="--")
         return {"deviation": _curves(means, columns), "accuracy": accuracy}
 
@@ -266,14 +268,15 @@ def _share(masks: Masks) -> float:
 
 
 def _curves(means: pd.DataFrame, columns: dict[str, str]) -> Figure:
-    """Draw columns against the share of weights that is gone, a line per pruner."""
-    figure = Figure(figsize=(5.0 * len(columns), 3.8), layout="constrained")
-    axes = figure.subplots(1, len(columns), squeeze=False)[0]
-    for axis, (column, label) in zip(axes, columns.items(), strict=True):
+    """Draw columns, by their labels, against the share of weights that is gone, a line per pruner."""
+
+    def draw(axis: Axes, column: str) -> None:
         for name, rows in means.groupby("pruner", sort=False):
             ordered = rows.sort_values("pruned")
             axis.plot(100 * ordered["pruned"], ordered[column], "o-", markersize=3, label=str(name))
-        axis.set(xlabel="weights gone %", ylabel=label)
+        axis.set(xlabel="weights gone %")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="x-small")
+
+    figure = panels(columns.items(), draw, size=(5.0, 3.8))
+    figure.axes[0].legend(fontsize="x-small")
     return figure

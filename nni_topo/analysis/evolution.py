@@ -8,7 +8,7 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import gaussian_kde, kurtosis
 
+from nni_topo.analysis.panels import panels
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.genetic_weight.pruner import GeneticWeightPruner
+from nni_topo.runs.study import save_figures
 
 _ROWS = 400
 
@@ -97,40 +99,23 @@ def plot_evolution(trials: Mapping[str, EvolutionTrial], folder: str | Path) -> 
     """
     if not trials:
         raise ConfigError("pictures need at least one trial, got none (plot_evolution)")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    first = next(iter(trials.values()))
+    measured = [(label, (trial, column)) for label, trial in trials.items() for column in ("accuracy", "compression")]
     figures = {
-        "distributions": _per_trial(trials, _distributions),
-        "fitness": _per_trial(trials, lambda trial, axis: _course(trial, axis, "fitness")),
-        "progress": _progress(trials),
+        "distributions": panels(trials.items(), _distributions),
+        "fitness": panels(trials.items(), lambda axis, trial: _course(axis, (trial, "fitness"))),
+        "progress": panels(measured, _course, columns=2),
         "heatmap": _heatmap(trials),
-        "weights": _initial(next(iter(trials.values()))),
-        "histograms": _per_trial(trials, _histograms),
+        "weights": panels([(_shape(first.weights), first)], _initial, size=(5.0, 3.6)),
+        "histograms": panels(trials.items(), _histograms),
         "solutions": _solutions(trials),
     }
     for column in ("fitness", "compression", "accuracy"):
-        figures[f"lineages_{column}"] = _per_trial(trials, partial(_lineages, column=column))
-    files = []
-    for name, figure in figures.items():
-        files.append(folder / f"{name}.png")
-        figure.savefig(files[-1], dpi=130)
-    return files
+        figures[f"lineages_{column}"] = panels(trials.items(), partial(_lineages, column=column))
+    return save_figures(folder, figures)
 
 
-def _per_trial(trials: Mapping[str, EvolutionTrial], draw: Callable[[EvolutionTrial, Axes], None]) -> Figure:
-    columns = min(len(trials), 3)
-    rows = -(-len(trials) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, (label, trial) in zip(axes, trials.items(), strict=False):
-        draw(trial, axis)
-        axis.set_title(label)
-    for axis in axes[len(trials) :]:
-        axis.remove()
-    return figure
-
-
-def _distributions(trial: EvolutionTrial, axis: Axes) -> None:
+def _distributions(axis: Axes, trial: EvolutionTrial) -> None:
     values = trial.history.pivot(index="generation", columns="individual", values="fitness")
     grid = np.linspace(values.to_numpy().min(), values.to_numpy().max(), 300)
     for generation, row in values.iterrows():
@@ -141,7 +126,9 @@ def _distributions(trial: EvolutionTrial, axis: Axes) -> None:
     axis.set(xlabel="fitness", ylabel="density")
 
 
-def _course(trial: EvolutionTrial, axis: Axes, column: str) -> None:
+def _course(axis: Axes, measured: tuple[EvolutionTrial, str]) -> None:
+    """Range and mean of a column over the generations, and the lines of descent that end highest."""
+    trial, column = measured
     groups = trial.history.groupby("generation")[column]
     axis.fill_between(groups.min().index, groups.min(), groups.max(), alpha=0.2, label="range")
     axis.plot(groups.mean(), "k--", linewidth=1.0, label="mean")
@@ -150,16 +137,6 @@ def _course(trial: EvolutionTrial, axis: Axes, column: str) -> None:
         axis.plot(line.generation, line[column], color=color, linewidth=1.2, label=f"top {by}")
     axis.set(xlabel="generation", ylabel=column)
     axis.legend(fontsize="xx-small")
-
-
-def _progress(trials: Mapping[str, EvolutionTrial]) -> Figure:
-    figure = Figure(figsize=(8.0, 2.8 * len(trials)), layout="constrained")
-    axes = figure.subplots(len(trials), 2, squeeze=False)
-    for row, (label, trial) in zip(axes, trials.items(), strict=True):
-        for axis, column in zip(row, ("accuracy", "compression"), strict=True):
-            _course(trial, axis, column)
-            axis.set_title(label)
-    return figure
 
 
 def _heatmap(trials: Mapping[str, EvolutionTrial]) -> Figure:
@@ -177,26 +154,26 @@ def _heatmap(trials: Mapping[str, EvolutionTrial]) -> Figure:
     return figure
 
 
-def _lineages(trial: EvolutionTrial, axis: Axes, column: str) -> None:
+def _lineages(axis: Axes, trial: EvolutionTrial, column: str) -> None:
     """A line per individual; a line of descent keeps its number."""
     values = trial.history.pivot(index="generation", columns="individual", values=column)
     axis.plot(values.index, values.to_numpy(), linewidth=0.6)
     axis.set(xlabel="generation", ylabel=column)
 
 
-def _initial(trial: EvolutionTrial) -> Figure:
-    size = np.abs(trial.weights)
+def _shape(weights: NDArray[np.float32]) -> str:
+    """Say how heavy the tails of weights are, and how many lie near zero."""
+    size = np.abs(weights)
     weak = (size <= size.min() + 0.1 * np.ptp(size)).mean()
-    figure = Figure(figsize=(5.0, 3.6), layout="constrained")
-    axis = figure.subplots()
+    return f"kurtosis {kurtosis(weights, fisher=False):.2f}, {100 * weak:.1f} % in the lowest tenth of the magnitudes"
+
+
+def _initial(axis: Axes, trial: EvolutionTrial) -> None:
     axis.hist(trial.weights, 81)
     axis.set(xlabel="weight", ylabel="count")
-    tail = f"{100 * weak:.1f} % in the lowest tenth of the magnitudes"
-    axis.set_title(f"kurtosis {kurtosis(trial.weights, fisher=False):.2f}, {tail}", fontsize="small")
-    return figure
 
 
-def _histograms(trial: EvolutionTrial, axis: Axes) -> None:
+def _histograms(axis: Axes, trial: EvolutionTrial) -> None:
     bins = np.linspace(trial.weights.min(), trial.weights.max(), 81).tolist()
     axis.hist(trial.weights, bins, color="0.7", label="before")
     axis.hist(trial.weights[trial.kept], bins, color="C0", label="after")

@@ -10,7 +10,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ class Sensitivity(Findings):
         Score, measured, of the network pruned by it, all layers at once, without retraining.
     """
 
-    stem = "sensitivity"
+    stem, unwritten = "sensitivity", ("knobs",)
     pruner: str
     knobs: dict[str, Any]
     baseline: float
@@ -95,15 +95,6 @@ class Sensitivity(Findings):
     budget: float
     suggested: list[dict[str, Any]] = field(default_factory=list)
     suggested_accuracy: float = math.nan
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the numbers as dicts, lists and strings; ratios as keys are strings."""
-        content = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "knobs"}
-        content["curves"] = [
-            {"layers": list(curve.layers), "accuracy": {str(r): a for r, a in curve.accuracy.items()}}
-            for curve in self.curves
-        ]
-        return content
 
     def figures(self) -> dict[str, Figure]:
         """Return ``sensitivity``, see :func:`plot_sensitivity`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rich.console import RenderableType
 from torch import nn
 
+from nni_topo.analysis.panels import panels
 from nni_topo.errors import ConfigError
 from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import Generation
@@ -41,6 +42,8 @@ class LayerTopology:
         The unit's targets.
     points, kept : int
         Blocks before and after.
+    share : float
+        Of the blocks that is kept, in (0, 1].
     deaths : ndarray of float64, shape (points,)
         H0 death times of the cloud with the origin, descending, in units of their mean.
     tolerance : float
@@ -59,6 +62,7 @@ class LayerTopology:
     name: str
     points: int
     kept: int
+    share: float
     deaths: FloatArray
     tolerance: float
     diagrams_before: dict[int, FloatArray]
@@ -72,13 +76,9 @@ class LayerTopology:
 class TopologyStudy(Findings):
     """The layers of a pruned network, in its order."""
 
-    stem = "topology"
+    stem, unwritten = "topology", ("masks",)
     layers: list[LayerTopology]
     masks: Masks
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but the masks as numbers, lists and strings."""
-        return {"layers": [_plain(layer) for layer in self.layers]}
 
     def figures(self) -> dict[str, Figure]:
         """Return the pictures ``deaths``, ``allocation``, ``diagrams``, ``barcodes`` and ``search``.
@@ -202,6 +202,7 @@ def _layer(
         name=unit.name,
         points=unit.blocks,
         kept=count,
+        share=count / unit.blocks,
         deaths=deaths,
         tolerance=float(deaths[count] / 2.0) if count < unit.blocks else 0.0,
         diagrams_before=diagrams[0],
@@ -212,22 +213,6 @@ def _layer(
     )
 
 
-def _plain(layer: LayerTopology) -> dict[str, Any]:
-    return {
-        "name": layer.name,
-        "points": layer.points,
-        "kept": layer.kept,
-        "share": layer.kept / layer.points,
-        "deaths": layer.deaths.tolist(),
-        "tolerance": layer.tolerance,
-        "diagrams_before": {str(d): bars.tolist() for d, bars in layer.diagrams_before.items()},
-        "diagrams_after": {str(d): bars.tolist() for d, bars in layer.diagrams_after.items()},
-        "bottleneck": {str(d): float(value) for d, value in layer.bottleneck.items()},
-        "hausdorff": layer.hausdorff,
-        "trace": [{"best": generation.best, "mean": generation.mean} for generation in layer.trace],
-    }
-
-
 def _death_curves(layers: list[LayerTopology]) -> Figure:
     """Death times against the share of points, with a dot where each layer is cut."""
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
@@ -235,7 +220,7 @@ def _death_curves(layers: list[LayerTopology]) -> Figure:
     for index, layer in enumerate(layers):
         color, share = f"C{index % 10}", np.arange(1, layer.points + 1) / layer.points
         axis.plot(share, layer.deaths, color=color, label=_short(layer.name))
-        axis.plot(layer.kept / layer.points, layer.deaths[layer.kept - 1], "o", color=color)
+        axis.plot(layer.share, layer.deaths[layer.kept - 1], "o", color=color)
     axis.set(
         xlabel="share of the points kept",
         ylabel="H0 death time / layer's mean",
@@ -253,7 +238,7 @@ def _allocation(layers: list[LayerTopology]) -> Figure:
     places = np.arange(len(layers))
     axis.barh(places, [layer.points for layer in layers], color="C0", alpha=0.3, label="before")
     bars = axis.barh(places, [layer.kept for layer in layers], color="C0", label="after")
-    notes = [f"{layer.kept / layer.points:.0%}, tolerance {layer.tolerance:.2f}" for layer in layers]
+    notes = [f"{layer.share:.0%}, tolerance {layer.tolerance:.2f}" for layer in layers]
     axis.bar_label(bars, notes, fontsize="x-small", padding=3)
     axis.set_yticks(places, [_short(layer.name) for layer in layers], fontsize="x-small")
     axis.invert_yaxis()
@@ -262,17 +247,9 @@ def _allocation(layers: list[LayerTopology]) -> Figure:
     return figure
 
 
-def _panels(layers: list[LayerTopology], draw: Any) -> Figure:
-    columns = min(4, len(layers))
-    rows = -(-len(layers) // columns)
-    figure = Figure(figsize=(3.2 * columns, 2.8 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, layer in zip(axes, layers, strict=False):
-        axis.set_title(f"{_short(layer.name)}: {layer.points} to {layer.kept}", fontsize="small")
-        draw(axis, layer)
-    for axis in axes[len(layers) :]:
-        axis.set_axis_off()
-    return figure
+def _panels(layers: list[LayerTopology], draw: Callable[[Axes, LayerTopology], None]) -> Figure:
+    titled = ((f"{_short(layer.name)}: {layer.points} to {layer.kept}", layer) for layer in layers)
+    return panels(titled, draw, size=(3.2, 2.8), columns=4)
 
 
 def _draw_diagram(axis: Axes, layer: LayerTopology) -> None:

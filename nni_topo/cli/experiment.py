@@ -11,8 +11,9 @@ from typing import Any
 
 import tyro
 from nni.experiment import Experiment
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.runs.experiment.manager import (
@@ -26,7 +27,7 @@ from nni_topo.runs.experiment.manager import (
 )
 from nni_topo.runs.experiment.results import export_trial, in_words, save_trials, trials_table
 from nni_topo.runs.experiment.trials import FAILED, STOPPED, TrialRecord, best_trial, read_trials, stopped
-from nni_topo.runs.study import Verb, print_json
+from nni_topo.runs.study import Verb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +73,11 @@ class Run(Verb):
         command = experiment.config.trial_command if rerun else None
         metrics = export_trial(best, self.out / "best", command=command)
         failed = [trial for trial in trials if trial.status in FAILED]
-        if self.json:
-            document = {"experiment": experiment.id, "best": {**best.to_dict(), "metrics": metrics}}
-            print_json({**document, "trials": [trial.to_dict() for trial in trials]})
-            return 1 if failed else 0
-        _show_best(best, metrics, console)
-        console.print(f"dense model and config_list: {self.out / 'best'} · all trials: {self.out}", markup=False)
-        if failed:
-            console.print(f"{len(failed)} of {len(trials)} trials failed", style="red")
+        document = {"experiment": experiment.id, "best": {**best.to_dict(), "metrics": metrics}}
+        where = f"dense model and config_list: {self.out / 'best'} · all trials: {self.out}"
+        bad = [Text(f"{len(failed)} of {len(trials)} trials failed", "red")] if failed else []
+        everything = {**document, "trials": [trial.to_dict() for trial in trials]}
+        self.put_out(console, everything, [*_in_lines(best, metrics), where, *bad])
         return 1 if failed else 0
 
 
@@ -114,17 +112,13 @@ class Status(_Look):
             (status, errors), trials = read_status(experiment), read_trials(experiment)
             if status in ENDED:
                 trials = stopped(trials)
-            if self.json:
-                document = {"experiment": experiment.id, "status": status, "errors": errors}
-                print_json({**document, "trials": [trial.to_dict() for trial in trials]})
-                return 0
-            console.print(trials_table(trials, f"experiment {experiment.id}: {status.lower()}"))
-            cut_short = sum(trial.status == STOPPED for trial in trials)
-            if cut_short:
+            document = {"experiment": experiment.id, "status": status, "errors": errors}
+            parts: list[RenderableType] = [trials_table(trials, f"experiment {experiment.id}: {status.lower()}")]
+            if cut_short := sum(trial.status == STOPPED for trial in trials):
                 how = f"nni-topo experiment run --resume {experiment.id} --out FOLDER"
-                console.print(f"{cut_short} stopped before their end; go on with: {how}", markup=False, soft_wrap=True)
-            for error in errors:
-                console.print(error, style="red", markup=False)
+                parts.append(f"{cut_short} stopped before their end; go on with: {how}")
+            parts += [Text(error, "red") for error in errors]
+            self.put_out(console, {**document, "trials": [trial.to_dict() for trial in trials]}, parts)
         return 0
 
 
@@ -135,11 +129,7 @@ class Best(_Look):
     def run(self, console: Console) -> int:
         """Print the trial."""
         best, _ = self.chosen()
-        if self.json:
-            print_json(best.to_dict())
-            return 0
-        _show_best(best, {}, console)
-        console.print(f"folder: {best.folder}", markup=False)
+        self.put_out(console, best.to_dict(), [*_in_lines(best, {}), f"folder: {best.folder}"])
         return 0
 
 
@@ -155,11 +145,8 @@ class Export(_Look):
         """Copy the files and print the trial."""
         chosen, command = self.chosen(self.trial)
         metrics = export_trial(chosen, self.out, command=command if self.rerun else None)
-        if self.json:
-            print_json({**chosen.to_dict(), "metrics": metrics})
-            return 0
-        _show_best(chosen, metrics, console)
-        console.print(f"dense model and config_list: {self.out}", markup=False)
+        lines = [*_in_lines(chosen, metrics), f"dense model and config_list: {self.out}"]
+        self.put_out(console, {**chosen.to_dict(), "metrics": metrics}, lines)
         return 0
 
 
@@ -198,8 +185,8 @@ def _line(trial: TrialRecord) -> str:
     return f"trial {trial.number} ({trial.id}) {trial.status.lower()}: {result} · {in_words(trial.parameters)}"
 
 
-def _show_best(best: TrialRecord, metrics: dict[str, Any], console: Console) -> None:
+def _in_lines(best: TrialRecord, metrics: dict[str, Any]) -> tuple[str, str]:
+    """Return a trial's scores and its parameters in words."""
     shown = {**best.result, **{name: metrics[name] for name in ("test_accuracy",) if name in metrics}}
     result = ", ".join(f"{'score' if name == 'default' else name} {value:.4f}" for name, value in shown.items())
-    console.print(f"best trial {best.number} ({best.id}): {result}", markup=False, highlight=False, soft_wrap=True)
-    console.print(in_words(best.parameters), markup=False, highlight=False, soft_wrap=True)
+    return f"best trial {best.number} ({best.id}): {result}", in_words(best.parameters)

@@ -19,7 +19,7 @@ from nni_topo.runs.plan import Cell, CompensationChoice, Plan, PrunerChoice, Tar
 from nni_topo.runs.prune import prune_checkpoint
 from nni_topo.runs.records import Record, read_records
 from nni_topo.runs.rivals import is_rival
-from nni_topo.runs.study import DataVerb, Names, TrainedVerb, Verb, print_json
+from nni_topo.runs.study import DataVerb, Names, TrainedVerb, Verb
 from nni_topo.runs.tables import as_table, markdown_report, plot_accuracy, plot_convergence, print_report, print_widths
 from nni_topo.zoo import list_data, list_models
 
@@ -33,15 +33,13 @@ class List(Verb):
     def run(self, console: Console) -> int:
         """Print a table of pruners, models and data, or the same as JSON."""
         infos = {name: pruner_info(name) for name in list_pruners(self.pattern)}
-        if self.json:
-            pruners = {name: {"summary": info.summary, "knobs": info.knobs()} for name, info in infos.items()}
-            print(json.dumps({"pruners": pruners, "models": list_models(), "data": list_data()}, indent=1))
-            return 0
+        pruners = {name: {"summary": info.summary, "knobs": info.knobs()} for name, info in infos.items()}
+        document = {"pruners": pruners, "models": list_models(), "data": list_data()}
         rows = [(name, info.origin, info.summary, ", ".join(info.knobs())) for name, info in infos.items()]
-        title = f"nni_topo {nni_topo.__version__}"
-        console.print(as_table(title, ("pruner", "from", "keeps", "knobs"), rows, left=4))
-        console.print("models:", ", ".join(list_models()), "· torchvision/NAME · package.module:factory")
-        console.print("data:  ", ", ".join(list_data()), "· an .npz file · a folder of images")
+        head, title = ("pruner", "from", "keeps", "knobs"), f"nni_topo {nni_topo.__version__}"
+        models = f"models: {', '.join(list_models())} · torchvision/NAME · package.module:factory"
+        data = f"data:   {', '.join(list_data())} · an .npz file · a folder of images"
+        self.put_out(console, document, [as_table(title, head, rows, left=4), models, data])
         return 0
 
 
@@ -112,7 +110,7 @@ def _run_plan(plan: Plan, out: Path, console: Console, *, isolate: bool, as_json
     for failure in failures:
         console.print(f"failed: {failure.cell.pruner.row}, seed {failure.cell.seed}\n{failure.reason}", markup=False)
     if as_json:
-        print_json(records)
+        print(json.dumps(records, indent=1))
     return 1 if failures else 0
 
 
@@ -133,7 +131,7 @@ class Report(Verb):
         if self.out is not None:
             console.print(f"picture: {plot_accuracy(records, self.out)}", markup=False)
         if self.json:
-            print_json(records)
+            print(json.dumps(records, indent=1))
         elif self.markdown:
             print(markdown_report(records))
         else:
@@ -161,13 +159,8 @@ class Prune(TrainedVerb):
             device=self.device,
             progress=not self.json and sys.stderr.isatty(),
         )
-        if self.json:
-            print_json(record)
-            return 0
-        console.print(
-            as_table(f"{record['model']}, {record['pruner']}", ("", "before", "after"), _costs(record), left=3)
-        )
-        console.print(f"dense model: {self.out / 'dense.pt'} (nni_topo.load)", markup=False)
+        table = as_table(f"{record['model']}, {record['pruner']}", ("", "before", "after"), _costs(record), left=3)
+        self.put_out(console, record, [table, f"dense model: {self.out / 'dense.pt'} (nni_topo.load)"])
         return 0
 
 

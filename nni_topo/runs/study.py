@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console, RenderableType
 from tyro.constructors import PrimitiveConstructorSpec
@@ -43,6 +44,14 @@ class Verb:
     def run(self, console: Console) -> int:
         """Do it, print to the console what isn't JSON, and return the exit status."""
         raise NotImplementedError
+
+    def put_out(self, console: Console, document: Any, parts: Iterable[RenderableType]) -> None:
+        """Print one JSON document if that is asked for, else tables and lines."""
+        if self.json:
+            print(json.dumps(document, indent=1))
+            return
+        for part in parts:
+            console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +95,6 @@ class TrainedVerb(DataVerb):
         return trained(self.model_choice, data, checkpoint=self.checkpoint, seed=self.seed, device=self.device)
 
 
-def print_json(document: Any) -> None:
-    """Print one JSON document with its keys in order."""
-    print(json.dumps(document, indent=1, sort_keys=True))
-
-
 def flags_of(path: str | Path) -> list[str]:
     """Return the words that give a verb what a YAML file says; its keys are names of flags, with ``_`` or ``-``."""
     words = []
@@ -107,10 +111,12 @@ class Findings:
     """What a study found, a frozen dataclass: it becomes the file ``STEM.json`` and pictures."""
 
     stem: ClassVar[str]
+    unwritten: ClassVar[tuple[str, ...]] = ()
+    """Fields that the document leaves out."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was found as numbers, lists and strings."""
-        return asdict(self)  # type: ignore[call-overload,no-any-return]
+        return plain({name: value for name, value in vars(self).items() if name not in self.unwritten})  # type: ignore[no-any-return]
 
     def figures(self) -> dict[str, Figure]:
         """Return the pictures by the stems of their files."""
@@ -119,6 +125,17 @@ class Findings:
     def save(self, folder: str | Path) -> list[Path]:
         """Write the JSON document and the pictures; return the files."""
         return write(folder, self.stem, self.to_dict(), self.figures())
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it: dataclasses as mappings, keys as strings, arrays as lists."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 
 def write(folder: str | Path, stem: str, document: Mapping[str, Any], figures: Mapping[str, Figure]) -> list[Path]:
@@ -170,13 +187,8 @@ class Study(Verb, Generic[Found]):
         """Compute, write the files, and print one JSON document or tables and the files' names."""
         found = self.find(lambda line: console.print(line, markup=False, highlight=False))
         files = [] if self.out is None else found.save(self.out)
-        if self.json:
-            print(json.dumps(found.to_dict(), indent=1))
-            return 0
-        for part in self.show(found):
-            console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
-        if files:
-            console.print("written:", ", ".join(map(str, files)), markup=False)
+        written = [f"written: {', '.join(map(str, files))}"] if files else []
+        self.put_out(console, found.to_dict(), [*self.show(found), *written])
         return 0
 
 

@@ -6,7 +6,7 @@ Each part takes a :class:`Subject` and returns plain numbers for the study's rec
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from nni_topo.runs.plan import PrunerChoice
 from nni_topo.runs.records import Record
 from nni_topo.runs.run import Start
 from nni_topo.runs.scheduled import Schedule, prune_on_schedule
+from nni_topo.runs.study import plain
 
 _SUBSET = 256
 _RECALIBRATION_IMAGES = 1024
@@ -67,14 +68,12 @@ class Subject:
 def dropout_part(subject: Subject) -> Record:
     """Accuracy under every dropout rate: the unpruned network, and each layer alone at 1 and 10 %."""
     study = subject.study
-    plain = study_dropout({"unpruned": lambda: subject.start.net}, subject.evaluate, seed=subject.start.seed)[
-        "unpruned"
-    ]
-    record: Record = {"unpruned": _plain(plain)}
+    (bare,) = study_dropout({"": lambda: subject.start.net}, subject.evaluate, seed=subject.start.seed).values()
+    record: Record = {"unpruned": plain(bare)}
     for threshold in sorted({subject.nearest(t) for t in _DROPOUT_THRESHOLDS}):
         models = {row.name: partial(_pruned_alone, subject, row, threshold) for row in study.layers}
         found = study_dropout(models, subject.evaluate, seed=subject.start.seed)
-        record[str(threshold)] = {name: _plain(by_rate) for name, by_rate in found.items()}
+        record[str(threshold)] = plain(found)
         subject.pictures.update(_dropout_pictures(study, threshold, found))
     return record
 
@@ -86,8 +85,7 @@ def accumulated_part(subject: Subject) -> Record:
     steps = accumulate_energy(
         subject.start.net, layers, subject.start.example, subject.evaluate, threshold=threshold, **subject.knobs
     )
-    rows = [{"layers": step.layers, "removed": step.removed, "quality": step.quality._asdict()} for step in steps]
-    return {"threshold": threshold, "steps": rows}
+    return {"threshold": threshold, "steps": plain(steps)}
 
 
 def replacement_part(subject: Subject) -> Record:
@@ -105,10 +103,8 @@ def replacement_part(subject: Subject) -> Record:
         seed=subject.start.seed,
         **subject.knobs,
     )
-    kinds = {kind: {**asdict(made), "quality": made.quality._asdict()} for kind, made in found.items()}
-    for kind, made in found.items():
-        kinds[kind]["repaired"] = None if made.repaired is None else made.repaired._asdict()
-    return {"layer": row.layers[0], "threshold": threshold, "filters": row.removed[threshold], "kinds": kinds}
+    kinds, filters = plain(found), row.removed[threshold]
+    return {"layer": row.layers[0], "threshold": threshold, "filters": filters, "kinds": kinds}
 
 
 def selection_part(subject: Subject) -> Record:
@@ -127,8 +123,7 @@ def selection_part(subject: Subject) -> Record:
         seed=subject.start.seed,
         **subject.knobs,
     )
-    methods = {name: {**asdict(chosen), "quality": chosen.quality._asdict()} for name, chosen in found.items()}
-    return {"layer": row.layers[0], "filters": row.filters, "methods": methods}
+    return {"layer": row.layers[0], "filters": row.filters, "methods": plain(found)}
 
 
 def schedules_part(subject: Subject) -> Record:
@@ -142,7 +137,7 @@ def schedules_part(subject: Subject) -> Record:
     record: Record = {"ratio": 0.5, "epochs": _RETRAIN_EPOCHS}
     for schedule in schedules:
         dense = prune_on_schedule(subject.start, choice, config_list, recipe, schedule=schedule)
-        record[schedule] = subject.evaluate(dense)._asdict()
+        record[schedule] = plain(subject.evaluate(dense))
     return record
 
 
@@ -162,8 +157,8 @@ def _dropout_pictures(
     rows = [found[row.name] for row in study.layers]
     where = f"one layer at {100 * threshold:g} % of its energy"
     figures = {}
-    for suffix, label, factor, index in (("", "accuracy %", 100.0, 1), ("_loss", "loss (nats)", 1.0, 0)):
-        values = {rate: [factor * row[rate][index] for row in rows] for rate in RATES}
+    for suffix, label, column, factor in (("", "accuracy %", "accuracy", 100.0), ("_loss", "loss (nats)", "loss", 1.0)):
+        values = {rate: [factor * getattr(row[rate], column) for row in rows] for rate in RATES}
         change = {rate: [a - b for a, b in zip(values[rate], values[0.0], strict=True)] for rate in RATES}
         for more, what, lines in (("", label, values), ("_change", f"{label}, change by dropout", change)):
             named = {f"rate {rate:g}": line for rate, line in lines.items()}
@@ -178,7 +173,3 @@ def _pruned_alone(subject: Subject, row: LayerEnergy, threshold: float) -> nn.Mo
 def _subset_quality(subject: Subject, net: nn.Module) -> Quality:
     subset = type(subject.start.data.train)(*subject.start.data.train[:_SUBSET])
     return Quality(*zoo.loss_and_accuracy(net, subset, device=subject.start.example.device))
-
-
-def _plain(by_rate: dict[float, Quality]) -> dict[str, dict[str, float]]:
-    return {str(rate): quality._asdict() for rate, quality in by_rate.items()}

@@ -15,29 +15,6 @@ from nni_topo.runs.study import write
 _WIDTH_PER_LAYER = 0.42
 
 
-def energy_record(study: EnergyStudy) -> dict[str, Any]:
-    """Return a study's numbers as dicts, lists and strings, thresholds as keys too; the masks are left out."""
-    return {
-        "thresholds": list(study.thresholds),
-        "baseline": _plain(study.baseline),
-        "layers": [
-            {
-                "layers": list(layer.layers),
-                "filters": layer.filters,
-                "shares": list(layer.shares),
-                "removed": {str(t): count for t, count in layer.removed.items()},
-                "alone": {str(t): _plain(quality) for t, quality in layer.alone.items()},
-                "verdict": study.verdict(layer),
-            }
-            for layer in study.layers
-        ],
-        "together": {
-            str(t): {"removed": whole.removed, "macs": whole.macs, "quality": _plain(whole.quality)}
-            for t, whole in study.together.items()
-        },
-    }
-
-
 def save_energy_study(study: EnergyStudy, folder: str | Path, more: Mapping[str, Any] | None = None) -> list[Path]:
     """Write ``energy.json``, the picture ``compression`` and, with an evaluation, ``accuracy``, ``loss``, ``fitness``.
 
@@ -55,7 +32,7 @@ def save_energy_study(study: EnergyStudy, folder: str | Path, more: Mapping[str,
     list of Path
         The files.
     """
-    return write(folder, "energy", {**energy_record(study), **(more or {})}, energy_figures(study))
+    return write(folder, "energy", {**study.to_dict(), **(more or {})}, energy_figures(study))
 
 
 def energy_figures(study: EnergyStudy) -> dict[str, Figure]:
@@ -106,7 +83,3 @@ def _quality_plot(study: EnergyStudy, label: str, value: Callable[[Quality], flo
 
 def _percent(threshold: float) -> str:
     return f"{100.0 * threshold:g} % of the energy"
-
-
-def _plain(quality: Quality | None) -> dict[str, float] | None:
-    return None if quality is None else quality._asdict()

@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 from nni_topo import zoo
 from nni_topo.analysis.energy.dropout import with_dropout
 from nni_topo.analysis.energy.parts import PARTS, Subject
-from nni_topo.analysis.energy.plots import energy_figures, energy_record
+from nni_topo.analysis.energy.plots import energy_figures
 from nni_topo.analysis.energy.study import THRESHOLDS, EnergyStudy, Quality, masks_of, study_energy
 from nni_topo.analysis.energy.tables import show_energy
 from nni_topo.errors import unknown_name
@@ -27,7 +27,7 @@ from nni_topo.network.dense import to_dense
 from nni_topo.pruners.hooks import Masks
 from nni_topo.runs.records import Record
 from nni_topo.runs.run import Start
-from nni_topo.runs.study import Findings, Names, Tell, TrainedStudy
+from nni_topo.runs.study import Findings, Names, Tell, TrainedStudy, plain
 from nni_topo.runs.widths import inner_layers
 
 _CHIRP = Chirp()
@@ -45,7 +45,7 @@ class EnergyReport(Findings):
 
     def to_dict(self) -> Record:
         """Return the study's numbers and those of its parts."""
-        return {**energy_record(self.study), **self.more}
+        return {**self.study.to_dict(), **self.more}
 
     def figures(self) -> dict[str, Figure]:
         """Return the pictures of the study and of its parts."""
@@ -164,5 +164,5 @@ def _suggested(study: EnergyStudy, thresholds: dict[str, float], start: Start) -
         masks |= masks_of([name], study.masks[threshold])
     dense = to_dense(start.net, start.example, masks)
     macs = [zoo.count_macs(net, start.example[:1]) for net in (dense, start.net)]
-    after, before = (_quality(net, start.data.test)._asdict() for net in (dense, start.net))
-    return {"thresholds": thresholds, "macs": macs[0] / macs[1], "quality": after, "quality_before": before}
+    after, before = (_quality(net, start.data.test) for net in (dense, start.net))
+    return plain({"thresholds": thresholds, "macs": macs[0] / macs[1], "quality": after, "quality_before": before})  # type: ignore[no-any-return]

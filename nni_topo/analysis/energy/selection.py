@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,7 +191,7 @@ class _Search:
         def silence(module: nn.Module, inputs: Any, outputs: Tensor) -> Tensor:
             return outputs * kept.to(outputs).view(-1, *[1] * (outputs.dim() - 2))
 
-        with _hooked(self.place, silence), torch.no_grad():
+        with self.place.register_forward_hook(silence), torch.no_grad():
             losses = [cross_entropy(self.model(images), labels, reduction="sum") for images, labels in self.batches]
         return float(torch.stack(losses).sum()) / sum(len(labels) for _, labels in self.batches)
 
@@ -206,7 +205,7 @@ def taylor_terms(model: nn.Module, place: nn.Module, batches: Iterable[tuple[Ten
         return outputs[-1] * 1.0  # what comes next may write in place
 
     terms = []
-    with _hooked(place, watch), torch.enable_grad():
+    with place.register_forward_hook(watch), torch.enable_grad():
         for images, labels in batches:
             outputs.clear()
             # a sum, so that an image's gradient is that of its own loss
@@ -215,15 +214,6 @@ def taylor_terms(model: nn.Module, place: nn.Module, batches: Iterable[tuple[Ten
             # the output times the gradient by it, over all positions [2]
             terms.append((outputs[-1].detach() * gradient).flatten(2).sum(2).double())
     return torch.cat(terms)
-
-
-@contextmanager
-def _hooked(module: nn.Module, hook: Callable[..., Tensor]) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _largest(values: FloatArray, keep: int) -> BoolArray:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import RenderableType
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from nni_topo import zoo
 from nni_topo.analysis.deviation import CONNECTIONS, PrunersStudy, study_masks
+from nni_topo.analysis.panels import panels
 from nni_topo.analysis.retraining.bound import Kind, retraining_bound
 from nni_topo.errors import ConfigError, check_integer, is_finite
 from nni_topo.network.reference import masked_model
@@ -75,7 +77,8 @@ class RetrainingStudy(Findings):
 
     def figures(self) -> dict[str, Figure]:
         """Return ``retraining``: epochs taken and both bounds against the ratio, a panel per pruner."""
-        return {"retraining": _picture(self.means())}
+        groups = self.means().groupby(["pruner", "kind"], sort=False)
+        return {"retraining": panels(((f"{name} ({kind})", rows) for (name, kind), rows in groups), _draw)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,15 +179,14 @@ def epochs_back(
     return None, reached[-1]
 
 
-def _picture(means: pd.DataFrame) -> Figure:
-    kinds = list(dict.fromkeys(zip(means["pruner"], means["kind"], strict=True)))
-    figure = Figure(figsize=(4.5 * len(kinds), 3.8), layout="constrained")
-    for axis, (name, kind) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
-        rows = means[means["pruner"] == name].sort_values("ratio")
-        axis.plot(rows["ratio"], rows["epochs"], "ko-", label="epochs taken")
-        axis.plot(rows["ratio"], rows["bound"], "s--", label="bound (3.1)")
-        axis.plot(rows["ratio"], rows["derived"], "^--", label="bound as derived")
-        axis.set(xlabel="ratio", ylabel="epochs of retraining", title=f"{name} ({kind})", yscale="symlog")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="x-small")
-    return figure
+def _draw(axis: Axes, rows: pd.DataFrame) -> None:
+    rows = rows.sort_values("ratio")
+    for column, style, label in (
+        ("epochs", "ko-", "epochs taken"),
+        ("bound", "s--", "bound (3.1)"),
+        ("derived", "^--", "bound as derived"),
+    ):
+        axis.plot(rows["ratio"], rows[column], style, label=label)
+    axis.set(xlabel="ratio", ylabel="epochs of retraining", yscale="symlog")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="x-small")
