@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -157,16 +157,15 @@ class DeviationStudy(Findings):
 
     def means(self) -> pd.DataFrame:
         """Return means over seeds by ``pruner`` and ``ratio``, in the order of the points."""
-        frame = pd.DataFrame([asdict(point) for point in self.points]).drop(columns="seed")
-        return frame.groupby(["pruner", "ratio"], sort=False, as_index=False).mean()
+        return means_over_seeds(self.points, "pruner", "ratio")
 
     def figures(self) -> dict[str, Figure]:
         """Return ``deviation`` and ``accuracy``: what pruning does against the share of weights that is gone."""
         means = self.means()
         columns = {"deviation (3.12)": "dev", "deviation / bound": "relative", "norm of the output's change": "error"}
-        accuracy = _curves(means.assign(accuracy=100 * means["accuracy"]), {"test accuracy %": "accuracy"})
+        accuracy = curves(means.assign(accuracy=100 * means["accuracy"]), {"test accuracy %": "accuracy"})
         accuracy.axes[0].axhline(100 * self.accuracy, color="black", linewidth=0.6, linestyle="--")
-        return {"deviation": _curves(means, columns), "accuracy": accuracy}
+        return {"deviation": curves(means, columns), "accuracy": accuracy}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +175,6 @@ class PrunersStudy(TrainedStudy[Found]):
     pruners: Names = (CONNECTIONS, "level", "random", "cluster", "subcluster")  # connections: single weights at random
     ratios: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # of every layer, in [0, 1)
     seeds: int = 1  # runs of each pruner, at least 1
-    images: int = 64  # training images that are measured on, at least 1
     calibration: int = 512  # training images for pruners that take some, at least 1
 
     def check(self) -> None:
@@ -188,28 +186,41 @@ class PrunersStudy(TrainedStudy[Found]):
                 pruner_info(name)
         for ratio in self.ratios:
             Target("ratio", ratio)
-        for knob in ("seeds", "images", "calibration"):
+        for knob in ("seeds", "calibration"):
             check_integer(knob, getattr(self, knob), 1, self.place)
+
+    def start(self, test_images: int | None = None) -> Start:
+        """Check the study before a network is trained for it."""
+        self.check()
+        return super().start(test_images)
+
+    def pruned(self, start: Start) -> Iterator[tuple[str, float, int, Masks]]:
+        """Yield pruner, ratio, seed and masks of every run; a pruner without a seed has one, for all would be alike."""
+        for name in self.pruners:
+            repeats = self.seeds if name == CONNECTIONS or "seed" in pruner_info(name).knobs() else 1
+            for ratio, seed in itertools.product(self.ratios, range(self.seed, self.seed + repeats)):
+                yield name, ratio, seed, study_masks(name, replace(start, seed=seed), ratio, self.calibration)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeDeviation(PrunersStudy[DeviationStudy]):
     """Compare the error of pruned networks with its bound, by pruner."""
 
+    images: int = 64  # training images that are measured on, at least 1
+
+    def check(self) -> None:
+        """Raise ConfigError unless the study can be carried out."""
+        super().check()
+        check_integer("images", self.images, 1, self.place)
+
     def find(self, tell: Tell) -> DeviationStudy:
         """Prune one trained network in many ways; measure Net Deviation on training images."""
-        self.check()
-        start = self.start()
+        start, points = self.start(), []
         batch = start.data.train.tensors[0][: self.images].to(start.device)
-        points = []
-        for name in self.pruners:
-            # without a seed every run would be the same
-            repeats = self.seeds if name == CONNECTIONS or "seed" in pruner_info(name).knobs() else 1
-            for ratio, seed in itertools.product(self.ratios, range(self.seed, self.seed + repeats)):
-                masks = study_masks(name, replace(start, seed=seed), ratio, self.calibration)
-                changed = masked_model(start.net, batch[:2], masks)
-                bound = error_bound(start.net, changed, batch, iterations=_ITERATIONS)
-                points.append(_point(name, ratio, seed, _share(masks), bound, start.tested(changed)))
+        for name, ratio, seed, masks in self.pruned(start):
+            changed = masked_model(start.net, batch[:2], masks)
+            bound = error_bound(start.net, changed, batch, iterations=_ITERATIONS)
+            points.append(_point(name, ratio, seed, share_gone(masks), bound, start.tested(changed)))
         return DeviationStudy(points, start.accuracy, len(batch))
 
     def show(self, found: DeviationStudy) -> Iterator[RenderableType]:
@@ -232,6 +243,12 @@ def _point(name: str, ratio: float, seed: int, pruned: float, found: ErrorBound,
     # the fields of a Net Deviation are columns of the study, error and bound among them
     values = asdict(deviation_of(found)) | {"lipschitz": found.lipschitz, "accuracy": accuracy}
     return DeviationPoint(pruner=name, ratio=ratio, seed=seed, pruned=pruned, **values)
+
+
+def means_over_seeds(points: Sequence[Any], *by: str) -> pd.DataFrame:
+    """Return the means of points by some of their fields, in the order of the points."""
+    frame = pd.DataFrame([asdict(point) for point in points]).drop(columns="seed")
+    return frame.groupby(list(by), sort=False, as_index=False).mean()
 
 
 def study_masks(name: str, start: Start, ratio: float, calibration: int) -> Masks:
@@ -260,14 +277,15 @@ def _random_connections(model: nn.Module, layers: list[str], ratio: float, seed:
     return masks
 
 
-def _share(masks: Masks) -> float:
+def share_gone(masks: Masks) -> float:
+    """Return the share of the masked layers' weights that is gone, in [0, 1]."""
     weights = [targets["weight"] for targets in masks.values() if targets.get("weight") is not None]
     if not weights:
-        raise DataError("a pruner must mask weights to be studied, got no mask (analyze deviation)")
+        raise DataError("a pruner must mask weights to be studied, got no mask (masks)")
     return 1.0 - sum(float(mask.sum()) for mask in weights) / sum(mask.numel() for mask in weights)
 
 
-def _curves(means: pd.DataFrame, columns: dict[str, str]) -> Figure:
+def curves(means: pd.DataFrame, columns: dict[str, str]) -> Figure:
     """Draw columns, by their labels, against the share of weights that is gone, a line per pruner."""
 
     def draw(axis: Axes, column: str) -> None:

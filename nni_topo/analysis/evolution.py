@@ -8,22 +8,29 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from rich.console import RenderableType
 from scipy.stats import gaussian_kde, kurtosis
+from torch import Tensor
 
 from nni_topo.analysis.panels import panels
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.genetic_weight.pruner import GeneticWeightPruner
-from nni_topo.runs.study import save_figures
+from nni_topo.runs.run import pruner_knobs
+from nni_topo.runs.study import Findings, Names, Tell, TrainedStudy, save_figures
+from nni_topo.runs.tables import as_table
+from nni_topo.runs.widths import inner_layers
 
 _ROWS = 400
 
@@ -67,6 +74,11 @@ class EvolutionTrial:
         found = self.history.groupby("generation")[columns].agg(["min", "mean", "max"]).loc[ends]
         return found.set_axis(["initial", "final"])
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the search as numbers and lists, its weights left out."""
+        facts = {"start_accuracy": self.start_accuracy, "alpha": self.alpha, "beta": self.beta}
+        return facts | {"kept": float(self.kept.mean()), "history": self.history.to_dict("list")}
+
     def line(self, by: str) -> pd.DataFrame:
         """Return the line of descent that ends highest in a column, one row per generation."""
         last = self.history[self.history.generation == self.history.generation.max()]
@@ -99,6 +111,68 @@ def plot_evolution(trials: Mapping[str, EvolutionTrial], folder: str | Path) -> 
     """
     if not trials:
         raise ConfigError("pictures need at least one trial, got none (plot_evolution)")
+    return save_figures(folder, _figures(trials))
+
+
+@dataclass(frozen=True)
+class EvolutionStudy(Findings):
+    """Searches by label."""
+
+    stem = "evolution"
+    trials: dict[str, EvolutionTrial]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return each search's history, its first and last generation, and what is kept."""
+        return {label: trial.to_dict() for label, trial in self.trials.items()}
+
+    def figures(self) -> dict[str, Figure]:
+        """Return the pictures of :func:`plot_evolution`."""
+        return _figures(self.trials)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeEvolution(TrainedStudy[EvolutionStudy]):
+    """Search for the weights of a layer that can go, once per damage rate, and draw the searches."""
+
+    layers: Names = ()  # names of the layers that are searched together; none: the one with the most weights
+    damage_rates: tuple[float, ...] = (0.1,)  # share of the weights that generation 0 loses at random, in [0, 1]
+    population_size: int = 50  # individuals, at least 2
+    generations: int = 20  # after generation 0, at least 1
+    max_sparse_ratio: float | None = None  # most of the weights that may go, in (0, 1); None: all may
+
+    def find(self, tell: Tell) -> EvolutionStudy:
+        """Search on validation images; the search fits what it is given."""
+        if not self.damage_rates:
+            raise ConfigError(f"a study needs at least one damage rate, got none ({self.place})")
+        start = self.start()
+        sizes = {name: start.net.get_submodule(name).weight for name in inner_layers(start.net, start.example)}
+        layers = list(self.layers) or [max(sizes, key=lambda name: cast(Tensor, sizes[name]).numel())]
+        entry: dict[str, Any] = {"op_names": layers}
+        entry |= {} if self.max_sparse_ratio is None else {"max_sparse_ratio": self.max_sparse_ratio}
+        settings = {"population_size": self.population_size, "generations": self.generations}
+        trials = {}
+        for rate in self.damage_rates:
+            victim = copy.deepcopy(start.net)
+            knobs = pruner_knobs("genetic_weight", victim, start) | settings | {"damage_rate": rate}
+            pruner = GeneticWeightPruner(victim, [entry], **knobs)
+            pruner.compress()
+            trial = trials[f"damage {100 * rate:g} %"] = EvolutionTrial.of(pruner)
+            tell(f"damage {100 * rate:g} %: {100 * (1 - trial.kept.mean()):.1f} % of {' + '.join(layers)} gone")
+        return EvolutionStudy(trials)
+
+    def show(self, found: EvolutionStudy) -> Iterator[RenderableType]:
+        """Yield lowest, mean and highest fitness, accuracy and compression of the first and last generation."""
+        columns = [(column, end) for column in ("fitness", "accuracy", "compression") for end in ("min", "mean", "max")]
+        rows = [
+            (label, str(when), *(f"{row[column]:.4g}" for column in columns))
+            for label, trial in found.trials.items()
+            for when, row in trial.summary().iterrows()
+        ]
+        head = ("search", "generation", *(f"{column}, {end}" for column, end in columns))
+        yield as_table(f"evolution of {self.model}", head, rows, left=2)
+
+
+def _figures(trials: Mapping[str, EvolutionTrial]) -> dict[str, Figure]:
     first = next(iter(trials.values()))
     measured = [(label, (trial, column)) for label, trial in trials.items() for column in ("accuracy", "compression")]
     figures = {
@@ -112,7 +186,7 @@ def plot_evolution(trials: Mapping[str, EvolutionTrial], folder: str | Path) -> 
     }
     for column in ("fitness", "compression", "accuracy"):
         figures[f"lineages_{column}"] = panels(trials.items(), partial(_lineages, column=column))
-    return save_figures(folder, figures)
+    return figures
 
 
 def _distributions(axis: Axes, trial: EvolutionTrial) -> None:

@@ -141,3 +141,70 @@ def test_bad_requests_are_refused(checkpoint, tmp_path, capsys):
     ):
         assert command("retraining", checkpoint, tmp_path, *words) == 2
         assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_connectivity_command(checkpoint, tmp_path, capsys, drawn):
+    arguments = ("--pruners", "connections,level", "--ratios", "0", "0.99", "--seeds", "2", "--json")
+    assert command("connectivity", checkpoint, tmp_path, *arguments) == 0
+    study = json.loads(capsys.readouterr().out)
+    points = {(point["pruner"], point["ratio"], point["seed"]): point for point in study["points"]}
+    # magnitudes are the same for every seed
+    runs = {("connections", 0), ("connections", 1), ("level", 0)}
+    assert points.keys() == {(name, ratio, seed) for name, seed in runs for ratio in (0.0, 0.99)}
+    whole = points["level", 0.0, 0]
+    assert whole["kept"] == whole["outputs"] == whole["channels"] == 1.0
+    assert whole["accuracy"] == study["accuracy"]
+    for seed in (0, 1):
+        point = points["connections", 0.99, seed]
+        assert point["kept"] == pytest.approx(0.01, abs=1e-3)
+        assert point["channels"] < 1.0
+        assert point["channels_reached"] <= 1.0
+    for panel, column in enumerate(("channels", "outputs")):
+        ends = [point[column] for key, point in points.items() if key[:2] == ("connections", 0.99)]
+        shown = drawn.lines("connectivity.png", panel)["connections"]
+        assert shown[-1] == pytest.approx((99, 100 * sum(ends) / 2), abs=0.1)
+    assert command("connectivity", checkpoint, tmp_path, "--pruners", "level", "--ratios", "0.5") == 0
+    assert "channels connected %" in capsys.readouterr().out
+
+
+def test_evolution_command(checkpoint, tmp_path, capsys):
+    arguments = ("--damage-rates", "0.1", "0.5", "--population-size", "4", "--generations", "2")
+    assert command("evolution", checkpoint, tmp_path, *arguments, "--layers", "fc2", "--json") == 0
+    output = capsys.readouterr()
+    assert output.err.count("% of fc2 gone") == 2
+    study = json.loads(output.out)
+    assert list(study) == ["damage 10 %", "damage 50 %"]
+    for trial in study.values():
+        history = trial["history"]
+        assert set(history["generation"]) == {0, 1, 2}
+        assert len(history["fitness"]) == 12
+        fittest = max(range(12), key=lambda index, values=history["fitness"]: (values[index], index))
+        assert trial["kept"] == pytest.approx(1 - history["compression"][fittest])
+    files = {path.name for path in tmp_path.iterdir()}
+    assert {"evolution.json", "fitness.png", "solutions.png"} < files
+    assert command("evolution", checkpoint, tmp_path, "--generations", "1", "--population-size", "2") == 0
+    text = capsys.readouterr().out
+    assert "of fc1 gone" in text
+    assert "fitness, mean" in text
+
+
+def test_a_plan_says_what_flags_say(checkpoint, tmp_path, capsys):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        f"model: lenet300\nlimit: 400\ncheckpoint: {checkpoint}\npruners: [random, level]\nratios: [0.5]\nimages: 4\n"
+        f"out: {tmp_path / 'planned'}\njson: true\n"
+    )
+    assert main(["analyze", "deviation", "--plan", str(plan)]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    words = ("--pruners", "random,level", "--ratios", "0.5", "--images", "4", "--json")
+    assert command("deviation", checkpoint, tmp_path, *words) == 0
+    assert planned == json.loads(capsys.readouterr().out)
+    assert main(["analyze", "deviation", "--plan", str(plan), "--ratios", "0.25", "--pruners", "level"]) == 0
+    (point,) = json.loads(capsys.readouterr().out)["points"]
+    assert (point["pruner"], point["ratio"]) == ("level", 0.25)
+    plan.write_text("modell: lenet300\n")
+    with pytest.raises(SystemExit, match="2"):
+        main(["analyze", "deviation", "--plan", str(plan)])
+    assert "--modell" in capsys.readouterr().err
+    assert main(["analyze", "deviation", "--plan", str(tmp_path / "nowhere.yaml")]) == 2
+    assert "nowhere.yaml" in " ".join(capsys.readouterr().err.split())

@@ -98,7 +98,8 @@ class AnalyzeRetraining(PrunersStudy[RetrainingStudy]):
     def check(self) -> None:
         """Raise ConfigError unless the study can be carried out."""
         super().check()
-        check_integer("epochs", self.epochs, 1, self.place)
+        for knob in ("images", "epochs"):
+            check_integer(knob, getattr(self, knob), 1, self.place)
         if not is_finite(self.gamma) or self.gamma <= 0.0:
             raise ConfigError(f"gamma must be positive and finite, got {self.gamma!r} ({self.place})")
         if not 0.0 <= self.tolerance <= 1.0:
@@ -106,7 +107,6 @@ class AnalyzeRetraining(PrunersStudy[RetrainingStudy]):
 
     def find(self, tell: Tell) -> RetrainingStudy:
         """Prune a trained network, retrain it until its accuracy is back, and compare the epochs with theorem 1."""
-        self.check()
         start = self.start()
         initial = build_model(self.model_choice, start.data, self.seed).to(start.device)
         pictures, labels = (tensor[: self.images].split(256) for tensor in start.data.train.tensors)

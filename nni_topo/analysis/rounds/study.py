@@ -105,9 +105,7 @@ class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
     """
 
     methods: Names = ("IMP", "T-IMP", "IMP capped")  # of these
-    sparsities: tuple[float, ...] = (
-        SPARSITIES  # share of each layer gone after each round, rising, in (0, 1)
-    )
+    sparsities: tuple[float, ...] = SPARSITIES  # share of each layer gone after each round, rising, in (0, 1)
     rewind: bool = False  # kept weights return to their initial values before each round's training
     seeds: int = 1  # how many, at least 1
     train_epochs: int | None = None  # None: the model's recipe
