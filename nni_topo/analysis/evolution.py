@@ -162,14 +162,14 @@ class AnalyzeEvolution(TrainedStudy[EvolutionStudy]):
 
     def show(self, found: EvolutionStudy) -> Iterator[RenderableType]:
         """Yield lowest, mean and highest fitness, accuracy and compression of the first and last generation."""
-        columns = [(column, end) for column in ("fitness", "accuracy", "compression") for end in ("min", "mean", "max")]
         rows = [
-            (label, str(when), *(f"{row[column]:.4g}" for column in columns))
+            (label, str(when), column, *(f"{row[column, end]:.4g}" for end in ("min", "mean", "max")))
             for label, trial in found.trials.items()
             for when, row in trial.summary().iterrows()
+            for column in ("fitness", "accuracy", "compression")
         ]
-        head = ("search", "generation", *(f"{column}, {end}" for column, end in columns))
-        yield as_table(f"evolution of {self.model}", head, rows, left=2)
+        head = ("search", "generation", "of", "lowest", "mean", "highest")
+        yield as_table(f"evolution of {self.model}", head, rows, left=3)
 
 
 def _figures(trials: Mapping[str, EvolutionTrial]) -> dict[str, Figure]:
