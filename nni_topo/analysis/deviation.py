@@ -22,7 +22,7 @@ from rich.console import RenderableType
 from torch import Tensor, nn
 
 from nni_topo.analysis.bounds.propagation import ErrorBound, error_bound
-from nni_topo.analysis.panels import panels
+from nni_topo.analysis.panels import finish, panels
 from nni_topo.errors import ConfigError, DataError, check_integer, unknown_name
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.reference import masked_model
@@ -292,9 +292,6 @@ def curves(means: pd.DataFrame, columns: dict[str, str]) -> Figure:
         for name, rows in means.groupby("pruner", sort=False):
             ordered = rows.sort_values("pruned")
             axis.plot(100 * ordered["pruned"], ordered[column], "o-", markersize=3, label=str(name))
-        axis.set(xlabel="weights gone %")
-        axis.grid(alpha=0.3)
+        finish(axis, "weights gone %")
 
-    figure = panels(columns.items(), draw, size=(5.0, 3.8))
-    figure.axes[0].legend(fontsize="x-small")
-    return figure
+    return panels(columns.items(), draw, size=(5.0, 3.8))

@@ -24,7 +24,7 @@ from rich.console import RenderableType
 from scipy.stats import gaussian_kde, kurtosis
 from torch import Tensor
 
-from nni_topo.analysis.panels import panels
+from nni_topo.analysis.panels import finish, panels, single
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.genetic_weight.pruner import GeneticWeightPruner
 from nni_topo.runs.run import pruner_knobs
@@ -197,7 +197,7 @@ def _distributions(axis: Axes, trial: EvolutionTrial) -> None:
             density = gaussian_kde(row)(grid)
             axis.plot(grid, density, linewidth=0.8)
             axis.annotate(str(generation), (grid[density.argmax()], density.max()), fontsize="xx-small")
-    axis.set(xlabel="fitness", ylabel="density")
+    finish(axis, "fitness", "density")
 
 
 def _course(axis: Axes, measured: tuple[EvolutionTrial, str]) -> None:
@@ -209,8 +209,7 @@ def _course(axis: Axes, measured: tuple[EvolutionTrial, str]) -> None:
     for by, color in (("fitness", "C3"), ("accuracy", "C2")):
         line = trial.line(by)
         axis.plot(line.generation, line[column], color=color, linewidth=1.2, label=f"top {by}")
-    axis.set(xlabel="generation", ylabel=column)
-    axis.legend(fontsize="xx-small")
+    finish(axis, "generation", column)
 
 
 def _heatmap(trials: Mapping[str, EvolutionTrial]) -> Figure:
@@ -219,8 +218,7 @@ def _heatmap(trials: Mapping[str, EvolutionTrial]) -> Figure:
     for trial in trials.values():
         kept = np.where(trial.kept, np.abs(trial.weights), 0.0)
         columns.append([part.mean() for part in np.array_split(kept, min(_ROWS, len(kept)))])
-    figure = Figure(figsize=(1.2 + 0.9 * len(trials), 5.0), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = single(1.2 + 0.9 * len(trials), 5.0)
     picture = axis.imshow(np.array(columns).T, aspect="auto", cmap="magma_r", interpolation="nearest")
     axis.set_xticks(range(len(trials)), list(trials), fontsize="x-small")
     axis.set(ylabel="weights of the layer, in order")
@@ -232,7 +230,7 @@ def _lineages(axis: Axes, trial: EvolutionTrial, column: str) -> None:
     """A line per individual; a line of descent keeps its number."""
     values = trial.history.pivot(index="generation", columns="individual", values=column)
     axis.plot(values.index, values.to_numpy(), linewidth=0.6)
-    axis.set(xlabel="generation", ylabel=column)
+    finish(axis, "generation", column)
 
 
 def _shape(weights: NDArray[np.float32]) -> str:
@@ -244,27 +242,23 @@ def _shape(weights: NDArray[np.float32]) -> str:
 
 def _initial(axis: Axes, trial: EvolutionTrial) -> None:
     axis.hist(trial.weights, 81)
-    axis.set(xlabel="weight", ylabel="count")
+    finish(axis, "weight", "count")
 
 
 def _histograms(axis: Axes, trial: EvolutionTrial) -> None:
     bins = np.linspace(trial.weights.min(), trial.weights.max(), 81).tolist()
     axis.hist(trial.weights, bins, color="0.7", label="before")
     axis.hist(trial.weights[trial.kept], bins, color="C0", label="after")
-    axis.set(xlabel="weight", ylabel="count", yscale="log")
-    axis.legend(fontsize="xx-small")
+    finish(axis, "weight", "count", yscale="log")
 
 
 def _solutions(trials: Mapping[str, EvolutionTrial]) -> Figure:
-    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = single(6.5, 4.5)
     for label, trial in trials.items():
         last = trial.history[trial.history.generation == trial.history.generation.max()]
         axis.scatter(100 * last.compression, 100 * (last.accuracy - trial.start_accuracy), s=8, label=label)
     first = next(iter(trials.values()))
     if first.alpha > 0:
         axis.plot([0, 100], [0, -100 * first.beta / first.alpha], "k--", linewidth=0.8, label="fitness 0")
-    axis.set(xlabel="weights removed, %", ylabel="change in accuracy, points", yscale="symlog")
-    axis.legend(fontsize="x-small")
-    axis.grid(alpha=0.3)
+    finish(axis, "weights removed, %", "change in accuracy, points", yscale="symlog")
     return figure

@@ -21,6 +21,7 @@ from torch import nn
 
 from nni_topo import zoo
 from nni_topo.analysis.layers import WeightLayer, weight_layers
+from nni_topo.analysis.panels import finish
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.maths.topology.layer_trees import channel_tree, spanning_forest
 from nni_topo.network.network import Network
@@ -237,11 +238,9 @@ class PersistenceStudy(Findings):
             trend.plot([record.layers[name] for record in self.history], ".-", color=color, label=name)
             curve = last.deaths[name]
             deaths.plot([(i + 1) / len(curve) for i in range(len(curve))], curve, color=color)
-        trend.set(xlabel="epoch", ylabel="normalized neural persistence" if last.normalized else "neural persistence")
-        trend.legend(fontsize="xx-small", ncols=1 + len(last.layers) // 12)
-        deaths.set(xlabel="share of the tree's edges", ylabel="|w| / max |w|", title="last state")
-        for axis in (trend, deaths):
-            axis.grid(alpha=0.3)
+        what = "normalized neural persistence" if last.normalized else "neural persistence"
+        finish(trend, "epoch", what, columns=1 + len(last.layers) // 12)
+        finish(deaths, "share of the tree's edges", "|w| / max |w|", title="last state")
         return {"persistence": figure}
 
 

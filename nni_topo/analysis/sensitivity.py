@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
+from nni_topo.analysis.panels import finish, single
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import CONVOLUTIONS, check_names
@@ -251,16 +252,14 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
 
 def plot_sensitivity(found: Sensitivity) -> Figure:
     """Draw a curve per layer, the baseline and the budget."""
-    figure = Figure(figsize=(7.0, 4.5), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = single(7.0, 4.5)
     for index, curve in enumerate(found.curves):
         points = sorted({0.0: found.baseline, **curve.accuracy}.items())
         style = ("-", "--", ":")[index // 10 % 3]
         axis.plot(*zip(*points, strict=True), f".{style}", color=f"C{index % 10}", label="+".join(curve.layers))
     axis.axhline(found.baseline - found.budget, color="0.5", linewidth=0.8, label="budget")
-    axis.set(xlabel="sparse_ratio of these layers alone", ylabel="score", title=f"sensitivity, {found.pruner}")
-    axis.legend(fontsize="xx-small", ncols=1 + len(found.curves) // 14)
-    axis.grid(alpha=0.3)
+    what, columns = f"sensitivity, {found.pruner}", 1 + len(found.curves) // 14
+    finish(axis, "sparse_ratio of these layers alone", "score", columns=columns, title=what)
     return figure
 
 
@@ -290,8 +289,7 @@ class _Trial:
 
     def pruned(self, ratios: Mapping[tuple[str, ...], float]) -> float:
         """Return the score of a copy with these layers pruned."""
-        config: list[dict[str, Any]]
-        config = [{"op_names": list(names), "sparse_ratio": ratio} for names, ratio in ratios.items()]
+        config: list[dict[str, Any]] = [{"op_names": list(n), "sparse_ratio": ratio} for n, ratio in ratios.items()]
         if self.info.structured:
             config = dependency_groups(self.model, self.example_inputs, config)
         victim = copy.deepcopy(self.model)
@@ -334,8 +332,7 @@ def _suggestion(
         middle = (low + high) // 2
         # Half an ulp of an accuracy must not decide.
         least = baseline - tolerances[middle] - 1e-12
-        ratios = {curve.layers: curve.highest_ratio(least) for curve in curves}
-        ratios = {names: ratio for names, ratio in ratios.items() if ratio > 0.0}
+        ratios = {curve.layers: ratio for curve in curves if (ratio := curve.highest_ratio(least)) > 0.0}
         score = trial.pruned(ratios) if ratios else baseline
         if score >= baseline - budget - 1e-12:
             best, joint, low = ratios, score, middle + 1

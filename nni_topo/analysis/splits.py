@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nni_topo.analysis.panels import panels
+from nni_topo.analysis.panels import finish, panels
 from nni_topo.errors import ConfigError
 from nni_topo.maths.clustering.subclustering import SplitTree
 
@@ -56,8 +56,7 @@ def _draw(axis: Axes, tree: SplitTree) -> None:
         axis.scatter(x, heights, areas, facecolors=face, edgecolors=edge, label=label, linewidths=0.6, zorder=2)
     axis.axhline(tree.threshold, color="black", linestyle="--", linewidth=0.8, label="threshold")
     positive = all(cluster.variance > 0 for cluster in tree.clusters)
-    axis.set(xlabel="clusters", ylabel="compared with the threshold", yscale="log" if positive else "symlog", xticks=[])
-    axis.legend(fontsize="xx-small")
+    finish(axis, "clusters", "compared with the threshold", yscale="log" if positive else "symlog", xticks=[])
 
 
 def _places(tree: SplitTree) -> dict[int, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rich.console import RenderableType
 from torch import nn
 
-from nni_topo.analysis.panels import panels
+from nni_topo.analysis.panels import finish, panels, single
 from nni_topo.errors import ConfigError
 from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import Generation
@@ -23,6 +23,7 @@ from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.topological.pruner import TopologicalPruner
 from nni_topo.pruners.units import PruningUnit
 from nni_topo.runs.plan import Target
+from nni_topo.runs.run import pruner_knobs
 from nni_topo.runs.study import Findings, Tell, TrainedStudy
 from nni_topo.runs.tables import as_table
 from nni_topo.runs.widths import inner_layers
@@ -112,16 +113,13 @@ class AnalyzeTopology(TrainedStudy[TopologyStudy]):
         """Prune a copy of a trained model."""
         target = Target("ratio", self.ratio) if self.flops is None else Target("flops", self.flops)
         start = self.start()
-        knobs: dict[str, Any] = {"seed": self.seed}
+        knobs = pruner_knobs("topological", start.net, start, self.calibration)
         entry: dict[str, Any] = {"op_names": inner_layers(start.net, start.example)}
         if target.kind == "flops":
             # death times deal out a share of the MACs
-            budget = {"target": {"flops": target.value}, "allocation": "topological"}
-            knobs |= {**budget, "example_inputs": start.example}
+            knobs |= {"target": {"flops": target.value}, "allocation": "topological"}
         else:
             entry["sparse_ratio"] = target.value
-        if self.calibration:
-            knobs["calibration"] = start.images(self.calibration)
         config_list = dependency_groups(start.net, start.example, [entry])
         return study_topology(start.net, config_list, degrees=self.degrees, **knobs)
 
@@ -181,20 +179,15 @@ def study_topology(
 
 
 def _layer(
-    unit: PruningUnit,
-    points: FloatArray,
-    kept: NDArray[np.bool_],
-    degrees: tuple[int, ...],
-    trace: list[Generation],
+    unit: PruningUnit, points: FloatArray, kept: NDArray[np.bool_], degrees: Sequence[int], trace: list[Generation]
 ) -> LayerTopology:
     distances = topology.pairwise_distances(topology.with_origin(points))
     stays = np.append(kept, True)
-    after = distances[np.ix_(stays, stays)]
     deaths = topology.h0_deaths(distances)
-    diagrams = [
+    before, after = (
         {degree: topology.rips_diagram(distances=cloud, dimension=degree, keep_infinite=False) for degree in degrees}
-        for cloud in (distances, after)
-    ]
+        for cloud in (distances, distances[np.ix_(stays, stays)])
+    )
     mean = deaths.mean()
     deaths = deaths / mean if mean > 0 else deaths
     count = int(kept.sum())
@@ -205,9 +198,9 @@ def _layer(
         share=count / unit.blocks,
         deaths=deaths,
         tolerance=float(deaths[count] / 2.0) if count < unit.blocks else 0.0,
-        diagrams_before=diagrams[0],
-        diagrams_after=diagrams[1],
-        bottleneck={d: topology.bottleneck_distance(diagrams[0][d], diagrams[1][d]) for d in degrees},
+        diagrams_before=before,
+        diagrams_after=after,
+        bottleneck={d: topology.bottleneck_distance(before[d], after[d]) for d in degrees},
         hausdorff=float(topology.hausdorff_to_subset(distances, stays[None])[0]),
         trace=trace,
     )
@@ -215,26 +208,20 @@ def _layer(
 
 def _death_curves(layers: list[LayerTopology]) -> Figure:
     """Death times against the share of points, with a dot where each layer is cut."""
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = single(7.5, 4.5)
     for index, layer in enumerate(layers):
         color, share = f"C{index % 10}", np.arange(1, layer.points + 1) / layer.points
         axis.plot(share, layer.deaths, color=color, label=_short(layer.name))
         axis.plot(layer.share, layer.deaths[layer.kept - 1], "o", color=color)
-    axis.set(
-        xlabel="share of the points kept",
-        ylabel="H0 death time / layer's mean",
-        title="what each layer can spare (dots: where it is cut)",
-    )
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="xx-small", ncols=1 + len(layers) // 12)
+    title = "what each layer can spare (dots: where it is cut)"
+    labels = "share of the points kept", "H0 death time / layer's mean"
+    finish(axis, *labels, columns=1 + len(layers) // 12, title=title)
     return figure
 
 
 def _allocation(layers: list[LayerTopology]) -> Figure:
     """Blocks of every layer before and after, with the tolerance that its death times put on that cut."""
-    figure = Figure(figsize=(7.5, 1.2 + 0.28 * len(layers)), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = single(7.5, 1.2 + 0.28 * len(layers))
     places = np.arange(len(layers))
     axis.barh(places, [layer.points for layer in layers], color="C0", alpha=0.3, label="before")
     bars = axis.barh(places, [layer.kept for layer in layers], color="C0", label="after")
@@ -242,8 +229,7 @@ def _allocation(layers: list[LayerTopology]) -> Figure:
     axis.bar_label(bars, notes, fontsize="x-small", padding=3)
     axis.set_yticks(places, [_short(layer.name) for layer in layers], fontsize="x-small")
     axis.invert_yaxis()
-    axis.set(xlabel="blocks", title="how many stay (tolerance: half the longest lost death time / mean)")
-    axis.legend(fontsize="xx-small")
+    finish(axis, "blocks", title="how many stay (tolerance: half the longest lost death time / mean)")
     return figure
 
 
@@ -259,8 +245,7 @@ def _draw_diagram(axis: Axes, layer: LayerTopology) -> None:
         axis.plot(after[:, 0], after[:, 1], ".", color=color, label=f"H{degree} after")
     limit = max((bars[:, 1].max() for bars in layer.diagrams_before.values() if len(bars)), default=1.0)
     axis.plot([0, limit], [0, limit], "k-", linewidth=0.5)
-    axis.set(xlabel="birth", ylabel="death")
-    axis.legend(fontsize="xx-small")
+    finish(axis, "birth", "death")
 
 
 def _draw_barcode(axis: Axes, layer: LayerTopology) -> None:
@@ -279,8 +264,7 @@ def _draw_barcode(axis: Axes, layer: LayerTopology) -> None:
 def _draw_trace(axis: Axes, layer: LayerTopology) -> None:
     axis.plot([generation.best for generation in layer.trace], label="best")
     axis.plot([generation.mean for generation in layer.trace], label="mean")
-    axis.set(xlabel="generation", ylabel="fitness")
-    axis.legend(fontsize="xx-small")
+    finish(axis, "generation", "fitness")
 
 
 def _short(name: str) -> str:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nni_topo.analysis.energy.study import EnergyStudy, LayerEnergy, Quality
+from nni_topo.analysis.panels import finish, single
 from nni_topo.runs.study import write
 
 _WIDTH_PER_LAYER = 0.42
@@ -62,14 +62,11 @@ def fitness_plot(study: EnergyStudy) -> Figure:
 
 def layer_plot(layers: Sequence[LayerEnergy], lines: Mapping[str, Sequence[float]], label: str) -> Figure:
     """Draw values per layer, a line per name: one value per layer each."""
-    figure = Figure(figsize=(max(6.0, 2.0 + _WIDTH_PER_LAYER * len(layers)), 4.5), layout="constrained")
-    axis: Axes = figure.subplots()
+    figure, axis = single(max(6.0, 2.0 + _WIDTH_PER_LAYER * len(layers)), 4.5)
     for index, (name, values) in enumerate(lines.items()):
         axis.plot(range(len(layers)), values, "o-", color=f"C{index % 10}", markersize=3, label=name)
     axis.set_xticks(range(len(layers)), [layer.name for layer in layers], rotation=60, ha="right", fontsize="x-small")
-    axis.set_ylabel(label)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="x-small")
+    finish(axis, ylabel=label)
     return figure
 
 

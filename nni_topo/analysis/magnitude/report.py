@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nni_topo.analysis.panels import finish
 from nni_topo.runs.records import Record
 from nni_topo.runs.tables import markdown_table
 
@@ -44,9 +45,7 @@ def magnitude_figure(document: Record) -> Figure:
         (time, "time, of the unpruned network's", 1.0),
     ):
         axis.axhline(unpruned, color="0.5", linewidth=0.8)
-        axis.set(xlabel="ratio", ylabel=label, yscale="log" if axis in (params, disk) else "linear")
-        axis.legend(fontsize="xx-small")
-        axis.grid(alpha=0.3)
+        finish(axis, "ratio", label, yscale="log" if axis in (params, disk) else "linear")
     return figure
 
 

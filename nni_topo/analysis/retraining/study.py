@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from nni_topo import zoo
 from nni_topo.analysis.deviation import CONNECTIONS, PrunersStudy, study_masks
-from nni_topo.analysis.panels import panels
+from nni_topo.analysis.panels import finish, panels
 from nni_topo.analysis.retraining.bound import Kind, retraining_bound
 from nni_topo.errors import ConfigError, check_integer, is_finite
 from nni_topo.network.reference import masked_model
@@ -187,6 +187,4 @@ def _draw(axis: Axes, rows: pd.DataFrame) -> None:
         ("derived", "^--", "bound as derived"),
     ):
         axis.plot(rows["ratio"], rows[column], style, label=label)
-    axis.set(xlabel="ratio", ylabel="epochs of retraining", yscale="symlog")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="x-small")
+    finish(axis, "ratio", "epochs of retraining", yscale="symlog")

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nni_topo.analysis.panels import panels
+from nni_topo.analysis.panels import finish, panels
 from nni_topo.runs.records import Record
 from nni_topo.runs.tables import Interval, interval, markdown_table, show_accuracies
 
@@ -55,14 +55,12 @@ def rounds_figure(records: Iterable[Record]) -> Figure:
             _draw(upper, runs, "accuracy", method, "-")
             _draw(lower, runs, "channels_connected", f"{method}: channels connected", "-")
             _draw(lower, runs, "outputs_reached", f"{method}: outputs reached", ":")
-        upper.set(title=f"{model}\ndashed: critical compression", ylabel="accuracy %", xscale="log")
-        lower.set(xlabel="compression asked for (weights / weights kept)", ylabel="%")
         critical = [min(entry["kept"] for entry in runs[0]["rounds"]) for m, runs in methods.items() if "T-IMP" in m]
         for axis in (upper, lower):
             for kept in critical:
                 axis.axvline(1.0 / kept, color="black", linewidth=0.7, linestyle="--")
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize="xx-small")
+        finish(upper, "", "accuracy %", title=f"{model}\ndashed: critical compression", xscale="log")
+        finish(lower, "compression asked for (weights / weights kept)", "%")
     return figure
 
 
@@ -75,10 +73,8 @@ def overlap_figure(records: Iterable[Record]) -> Figure:
         halves = [100 * np.nan_to_num(measured.half) for measured, _ in layers.values()]
         axis.bar(places - 0.2, means, 0.4, yerr=halves, label="measured, trained")
         axis.bar(places + 0.2, [100 * bound for _, bound in layers.values()], 0.4, label="lower bound")
-        axis.set(ylabel="tree among the largest weights, %")
+        finish(axis, ylabel="tree among the largest weights, %")
         axis.set_xticks(places, [name.rpartition(".")[2] for name in layers], fontsize="small")
-        axis.legend(fontsize="xx-small")
-        axis.grid(alpha=0.3, axis="y")
 
     return panels(_overlaps(records).items(), draw, size=(3.6, 3.6))
 
