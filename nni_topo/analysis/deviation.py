@@ -119,31 +119,19 @@ _ITERATIONS = 50
 
 @dataclass(frozen=True)
 class DeviationPoint:
-    """One pruned network; shares and accuracies in [0, 1].
-
-    Attributes
-    ----------
-    pruned : float
-        Share of the pruned layers' weights that is gone.
-    error, bound, lipschitz : float
-        Norm of the output's change over the batch, its bound (3.9), and the bound that always holds.
-    dev, sign, relative : float
-        See :class:`~nni_topo.analysis.NetDeviation`; with (3.9).
-    accuracy : float
-        On the test images, without retraining.
-    """
+    """One pruned network; shares and accuracies in [0, 1], norms over the batch."""
 
     pruner: str
     ratio: float
     seed: int
-    pruned: float
-    error: float
-    bound: float
-    lipschitz: float
-    dev: float
+    pruned: float  # share of the pruned layers' weights that is gone
+    error: float  # norm of the output's change
+    bound: float  # (3.9)
+    lipschitz: float  # the bound that always holds
+    dev: float  # as in a NetDeviation with (3.9), like the next two
     sign: float
     relative: float
-    accuracy: float
+    accuracy: float  # on the test images, without retraining
 
 
 @dataclass(frozen=True)

@@ -27,29 +27,17 @@ from nni_topo.runs.tables import as_table
 
 @dataclass(frozen=True)
 class RetrainingPoint:
-    """One pruned and retrained network.
-
-    Attributes
-    ----------
-    kind : str
-        ``"connection"`` or ``"node"``.
-    bound, derived : float
-        Epochs by (3.1) as printed and with the ratio of gradients the other way up, with the study's constant.
-    epochs : int or None
-        Epochs after which the test accuracy was back; None if it never was.
-    accuracy_pruned, accuracy_retrained : float
-        In [0, 1]: before retraining, and after the last epoch of it.
-    """
+    """One pruned and retrained network; accuracies in [0, 1]."""
 
     pruner: str
-    kind: str
+    kind: str  # "connection" or "node"
     ratio: float
     seed: int
-    bound: float
-    derived: float
-    epochs: int | None
-    accuracy_pruned: float
-    accuracy_retrained: float
+    bound: float  # epochs by (3.1) as printed, with the study's constant
+    derived: float  # the same with the ratio of gradients the other way up
+    epochs: int | None  # after which the test accuracy was back; None: never
+    accuracy_pruned: float  # before retraining
+    accuracy_retrained: float  # after the last epoch of it
 
 
 @dataclass(frozen=True)

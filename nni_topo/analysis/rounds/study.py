@@ -47,26 +47,13 @@ SPARSITIES = (0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 
 @dataclass(frozen=True)
 class RoundsCell:
-    """One run of the study.
+    """One run of the study."""
 
-    Attributes
-    ----------
-    cell : Cell
-        Model, data, method (see ``METHODS``), seed, and the recipes of the training and of each round's retraining.
-        Its target is the last round's.
-    sparsities : tuple of float
-        Share of every layer's weights to be gone after each round, rising, in (0, 1).
-    rewind : bool
-        Whether kept weights return to their initial values before each round's training, which then follows the
-        recipe of the training.
-    capped : bool
-        Whether no layer loses more weights than its channel tree spares, so that NNI's pruner keeps as many as T-IMP.
-    """
-
+    # its method is one of METHODS, its target the last round's, its recipes those of the training and of each round
     cell: Cell
     sparsities: tuple[float, ...] = SPARSITIES
-    rewind: bool = False
-    capped: bool = False
+    rewind: bool = False  # a round's training then follows the recipe of the training
+    capped: bool = False  # no layer loses more weights than its channel tree spares: as many are kept as by T-IMP
 
     @property
     def key(self) -> str:
