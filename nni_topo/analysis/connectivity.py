@@ -165,7 +165,7 @@ class AnalyzeConnectivity(PrunersStudy[ConnectivityStudy]):
     def find(self, tell: Tell) -> ConnectivityStudy:
         """Prune one trained network in many ways and follow the weights that are left."""
         start, points = self.start(), []
-        for name, ratio, seed, masks in self.pruned(start):
+        for name, ratio, seed, masks in self.pruned(start, tell):
             found = connectivity(start.net, start.example, masks)
             accuracy = start.tested(masked_model(start.net, start.example, masks))
             facts = found.outputs, found.channels, min(found.reached.values())

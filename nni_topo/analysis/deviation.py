@@ -182,11 +182,12 @@ class PrunersStudy(TrainedStudy[Found]):
         self.check()
         return super().start(test_images)
 
-    def pruned(self, start: Start) -> Iterator[tuple[str, float, int, Masks]]:
+    def pruned(self, start: Start, tell: Tell) -> Iterator[tuple[str, float, int, Masks]]:
         """Yield pruner, ratio, seed and masks of every run; a pruner without a seed has one, for all would be alike."""
         for name in self.pruners:
             repeats = self.seeds if name == CONNECTIONS or "seed" in pruner_info(name).knobs() else 1
             for ratio, seed in itertools.product(self.ratios, range(self.seed, self.seed + repeats)):
+                tell(f"{name} at {ratio:g}, seed {seed}")
                 yield name, ratio, seed, study_masks(name, replace(start, seed=seed), ratio, self.calibration)
 
 
@@ -205,7 +206,7 @@ class AnalyzeDeviation(PrunersStudy[DeviationStudy]):
         """Prune one trained network in many ways; measure Net Deviation on training images."""
         start, points = self.start(), []
         batch = start.data.train.tensors[0][: self.images].to(start.device)
-        for name, ratio, seed, masks in self.pruned(start):
+        for name, ratio, seed, masks in self.pruned(start, tell):
             changed = masked_model(start.net, batch[:2], masks)
             bound = error_bound(start.net, changed, batch, iterations=_ITERATIONS)
             points.append(_point(name, ratio, seed, share_gone(masks), bound, start.tested(changed)))

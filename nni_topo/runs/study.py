@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -91,8 +92,14 @@ class TrainedVerb(DataVerb):
 
     def start(self, test_images: int | None = None) -> Start:
         """Return the trained network with its data."""
-        data = self.data_choice(test_images)
-        return trained(self.model_choice, data, checkpoint=self.checkpoint, seed=self.seed, device=self.device)
+        return trained(
+            self.model_choice,
+            self.data_choice(test_images),
+            checkpoint=self.checkpoint,
+            seed=self.seed,
+            device=self.device,
+            progress=sys.stderr.isatty(),
+        )
 
 
 def flags_of(path: str | Path) -> list[str]:

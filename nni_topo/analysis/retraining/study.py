@@ -100,10 +100,11 @@ class AnalyzeRetraining(PrunersStudy[RetrainingStudy]):
         pictures, labels = (tensor[: self.images].split(256) for tensor in start.data.train.tensors)
         batches = list(zip(pictures, labels, strict=True))
         seeds = range(self.seed, self.seed + self.seeds)
-        points = [
-            self._point(name, ratio, replace(start, seed=seed, known_accuracy=start.accuracy), initial, batches)
-            for name, ratio, seed in itertools.product(self.pruners, self.ratios, seeds)
-        ]
+        points = []
+        for name, ratio, seed in itertools.product(self.pruners, self.ratios, seeds):
+            tell(f"{name} at {ratio:g}, seed {seed}")
+            run = replace(start, seed=seed, known_accuracy=start.accuracy)
+            points.append(self._point(name, ratio, run, initial, batches))
         return RetrainingStudy(points, start.accuracy, start.recipe.epochs, self.epochs, self.gamma)
 
     def _point(
