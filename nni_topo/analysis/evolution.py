@@ -26,6 +26,7 @@ from torch import Tensor
 
 from nni_topo.analysis.panels import finish, panels, single
 from nni_topo.errors import ConfigError
+from nni_topo.maths.search.weights import WeightSearch
 from nni_topo.pruners.genetic_weight.pruner import GeneticWeightPruner
 from nni_topo.runs.run import pruner_knobs
 from nni_topo.runs.study import Findings, Names, Tell, TrainedStudy, save_figures
@@ -63,7 +64,7 @@ class EvolutionTrial:
     @classmethod
     def of(cls, pruner: GeneticWeightPruner) -> EvolutionTrial:
         """Take a pruner's latest search."""
-        search = pruner.search
+        search = pruner.evolution
         knobs = search.settings
         kept = search.genes(search.best())
         return cls(pruner.history, pruner.start_weights, kept, search.start_accuracy, knobs.alpha, knobs.beta)
@@ -136,8 +137,8 @@ class AnalyzeEvolution(TrainedStudy[EvolutionStudy]):
 
     layers: Names = ()  # names of the layers that are searched together; none: the one with the most weights
     damage_rates: tuple[float, ...] = (0.1,)  # share of the weights that generation 0 loses at random, in [0, 1]
-    population_size: int = 50  # individuals, at least 2
-    generations: int = 20  # after generation 0, at least 1
+    population_size: int = WeightSearch.population_size  # individuals, at least 2
+    generations: int = WeightSearch.generations  # after generation 0, at least 1
     max_sparse_ratio: float | None = None  # most of the weights that may go, in (0, 1); None: all may
 
     def find(self, tell: Tell) -> EvolutionStudy:
@@ -149,12 +150,12 @@ class AnalyzeEvolution(TrainedStudy[EvolutionStudy]):
         layers = list(self.layers) or [max(sizes, key=lambda name: cast(Tensor, sizes[name]).numel())]
         entry: dict[str, Any] = {"op_names": layers}
         entry |= {} if self.max_sparse_ratio is None else {"max_sparse_ratio": self.max_sparse_ratio}
-        settings = {"population_size": self.population_size, "generations": self.generations}
         trials = {}
         for rate in self.damage_rates:
             victim = copy.deepcopy(start.net)
-            knobs = pruner_knobs("genetic_weight", victim, start) | settings | {"damage_rate": rate}
-            pruner = GeneticWeightPruner(victim, [entry], **knobs)
+            search = WeightSearch(population_size=self.population_size, generations=self.generations, damage_rate=rate)
+            knobs = pruner_knobs("genetic_weight", victim, start)
+            pruner = GeneticWeightPruner(victim, [entry], search=search, **knobs)
             pruner.compress()
             trial = trials[f"damage {100 * rate:g} %"] = EvolutionTrial.of(pruner)
             tell(f"damage {100 * rate:g} %: {100 * (1 - trial.kept.mean()):.1f} % of {' + '.join(layers)} gone")

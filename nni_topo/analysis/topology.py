@@ -20,6 +20,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import Generation
 from nni_topo.network.dependency import dependency_groups
+from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.topological.pruner import TopologicalPruner
 from nni_topo.pruners.units import PruningUnit
@@ -118,7 +119,7 @@ class AnalyzeTopology(TrainedStudy[TopologyStudy]):
         entry: dict[str, Any] = {"op_names": inner_layers(start.net, start.example)}
         if target.kind == "flops":
             # death times deal out a share of the MACs
-            knobs |= {"target": {"flops": target.value}, "allocation": "topological"}
+            knobs["budget"] = Budget(flops=target.value, allocation="topological")
         else:
             entry["sparse_ratio"] = target.value
         config_list = dependency_groups(start.net, start.example, [entry])

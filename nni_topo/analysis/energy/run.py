@@ -119,7 +119,7 @@ class AnalyzeEnergy(TrainedStudy[EnergyReport]):
             knobs["normalization"] = self.normalization
         if self.batch_norm:
             knobs["batch_norm"] = True
-        return knobs | ({"collector": "data"} if self.calibration else {})
+        return knobs | ({"signal": "data"} if self.calibration else {})
 
     def _suggestion(self, record: Record, knobs: dict[str, Any]) -> str:
         """Return a file for ``nni-topo prune``, with the command."""
