@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from energy_nets import NETS, trained
-from rich.console import Console
 from scipy.stats import spearmanr
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -35,10 +34,9 @@ from nni_topo import (
     zoo,
 )
 from nni_topo.analysis.energy.plots import compression_plot
-from nni_topo.analysis.energy.run import EnergyPlan, energy_study
+from nni_topo.analysis.energy.run import AnalyzeEnergy
 from nni_topo.analysis.energy.study import THRESHOLDS, study_energy
-from nni_topo.analysis.energy.tables import print_energy
-from nni_topo.runs.plan import DataChoice
+from nni_topo.analysis.energy.tables import show_energy
 from nni_topo.runs.records import append_record, provenance, read_records
 from nni_topo.runs.tables import interval, show_accuracies
 from nni_topo.runs.widths import inner_layers
@@ -201,9 +199,20 @@ def correlation(label: str, options: argparse.Namespace) -> dict[str, Any]:
 def study(label: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run the study that ``nni-topo analyze energy`` runs."""
     trained(label, options.data_dir, options.out)
-    plan = EnergyPlan(parts=STUDIES[label])
-    data = DataChoice("fashion-mnist", str(options.data_dir), STUDY_TRAINING, STUDY_IMAGES)
-    return energy_study(NETS[label].model, options.out / f"{label}.pt", data, plan, options.out / label)
+    request = AnalyzeEnergy(
+        model=NETS[label].model.name,
+        width=NETS[label].model.width,
+        data="fashion-mnist",
+        data_dir=options.data_dir,
+        limit=STUDY_TRAINING,
+        images=STUDY_IMAGES,
+        parts=STUDIES[label],
+        checkpoint=options.out / f"{label}.pt",
+        out=options.out / label,
+    )
+    found = request.find(print)
+    found.save(request.out)
+    return found.to_dict()
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
@@ -281,7 +290,7 @@ _PRINT: dict[str, Callable[[dict[str, Any]], None]] = {
     "directions": _print_directions,
     "compression": _print_compression,
     "rivals": _print_rivals,
-    "study": lambda record: print_energy(record, Console(width=200), markdown=True),
+    "study": lambda record: print(*show_energy(record, markdown=True), sep="\n"),
 }
 
 

@@ -25,7 +25,7 @@ from torch.utils.data import TensorDataset
 import nni_topo
 from nni_topo import zoo
 from nni_topo.analysis import draw_splits
-from nni_topo.analysis.retraining_study import epochs_back
+from nni_topo.analysis.retraining.study import epochs_back
 from nni_topo.maths.clustering.subclustering import STATISTICS
 from nni_topo.runs.plan import DataChoice, ModelChoice
 from nni_topo.runs.run import build_model, layer_widths, load_model_data

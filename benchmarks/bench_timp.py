@@ -19,8 +19,7 @@ import torch
 from rich.console import Console
 
 from nni_topo import zoo
-from nni_topo.analysis.rounds.report import markdown_overlap, markdown_rounds, plot_overlap, plot_rounds
-from nni_topo.analysis.rounds.study import METHODS, SPARSITIES, RoundsCell, run_rounds
+from nni_topo.analysis.rounds.study import METHODS, SPARSITIES, RoundsCell, RoundsStudy, run_rounds
 from nni_topo.runs.plan import Cell, DataChoice, ModelChoice, Target
 
 
@@ -85,11 +84,9 @@ def main() -> None:
             f"[{number}/{count}] {study.cell.model.label}, seed {study.cell.seed}: {study.method}", markup=False
         )
 
-    records = run_rounds(cells(options), options.out, announce=announce)
-    print(markdown_rounds(records))
-    print(markdown_overlap(records))
-    pictures = plot_rounds(records, options.out / "rounds.png"), plot_overlap(records, options.out / "overlap.png")
-    console.print("pictures:", ", ".join(map(str, pictures)), markup=False)
+    found = RoundsStudy(run_rounds(cells(options), options.out, announce=announce))
+    print(*found.tables(), sep="\n")
+    console.print("written:", ", ".join(map(str, found.save(options.out))), markup=False)
 
 
 if __name__ == "__main__":

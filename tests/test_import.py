@@ -4,7 +4,19 @@ import subprocess
 import sys
 
 # By themselves each takes a tenth of a second or more, and most users of the package need none of them.
-HEAVY = {"gudhi", "joblib", "jsonargparse", "matplotlib", "pandas", "rich", "sklearn", "torchvision", "triton", "yaml"}
+HEAVY = {
+    "gudhi",
+    "joblib",
+    "jsonargparse",
+    "matplotlib",
+    "pandas",
+    "rich",
+    "sklearn",
+    "torchvision",
+    "triton",
+    "tyro",
+    "yaml",
+}
 PROGRAM = """
 import sys
 

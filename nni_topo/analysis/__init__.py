@@ -17,7 +17,7 @@ from nni_topo.analysis.energy.selection import study_selection
 from nni_topo.analysis.energy.study import EnergyStudy, LayerEnergy, Quality, study_energy
 from nni_topo.analysis.evolution import EvolutionTrial, plot_evolution
 from nni_topo.analysis.persistence import NeuralPersistence, PersistenceTracker, neural_persistence
-from nni_topo.analysis.retraining import RetrainingBound, retraining_bound
+from nni_topo.analysis.retraining.bound import RetrainingBound, retraining_bound
 from nni_topo.analysis.sensitivity import Sensitivity, SensitivityCurve, plot_sensitivity, sensitivity
 from nni_topo.analysis.splits import draw_splits
 from nni_topo.analysis.topology import LayerTopology, TopologyStudy, study_topology

@@ -8,17 +8,22 @@ Zeroth-Order Topological Insights into Iterative Magnitude Pruning, definition 3
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import torch
 from nni.compression.base.setting import PruningSetting
+from rich.console import RenderableType
 from torch import nn
 
 from nni_topo.analysis.layers import WeightLayer, weight_layers
 from nni_topo.errors import ConfigError, check_between, unknown_name
 from nni_topo.network.network import Network
 from nni_topo.network.sizes import padded_size
+from nni_topo.runs.study import Findings, ModelVerb, Study, Tell
+from nni_topo.runs.tables import as_table
+from nni_topo.zoo import create_model, list_models
 
 Convention = Literal["theorem", "tables"]
 _CONVENTIONS = ("theorem", "tables")
@@ -60,7 +65,7 @@ class LayerCount:
 
 
 @dataclass(frozen=True)
-class CriticalCompression:
+class CriticalCompression(Findings):
     """Critical compression ratios of a model.
 
     Attributes
@@ -73,6 +78,7 @@ class CriticalCompression:
         Modules with weights that are left out, and why: their type, or ``"1x1"`` under the tables' convention.
     """
 
+    stem = "compression"
     convention: Convention
     counts: dict[str, LayerCount]
     skipped: dict[str, str]
@@ -100,6 +106,48 @@ class CriticalCompression:
         }
         summary = {"final": self.final, "by_kind": self.by_kind(), "skipped": self.skipped}
         return {"convention": self.convention, "layers": layers, **summary}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeCompression(ModelVerb, Study[CriticalCompression]):
+    """Say how far layers can be pruned with their trees whole."""
+
+    input_size: tuple[int, ...]  # of one input, without the batch: channels, height and width of an image in pixels
+    classes: int = 10  # number of outputs
+    convention: str = "theorem"  # theorem or tables
+
+    def find(self, tell: Tell) -> CriticalCompression:
+        """Count the critical compression ratios of a model by name."""
+        size = self.input_size
+        if not size or min(size) < 1:
+            raise ConfigError(f"input_size must be one or more numbers of at least 1, got {size}")
+        # a model from outside may take any dimensions
+        if self.model in list_models() and (len(size) != 3 or size[1] != size[2]):
+            raise ConfigError(f"input_size must be channels, height and width of a square, got {size}")
+        shape = {"num_classes": self.classes, "in_channels": size[0], "image_size": size[-1]}
+        net = create_model(self.model, width=self.width, seed=self.seed, **shape)
+        return critical_compression_ratio(net, torch.zeros(1, *size), cast(Convention, self.convention))
+
+    def show(self, found: CriticalCompression) -> Iterator[RenderableType]:
+        """Yield a row per layer: edges, tree edges, critical ratio, and how far a mask of weights can go."""
+        size = "x".join(map(str, self.input_size))
+        head = ("layer", "kind", "edges", "tree edges", "critical ratio", "weights", "channel tree", "ratio of weights")
+        counts = list(found.counts.values())
+        sums = [sum(getattr(c, name) for c in counts) for name in ("edges", "tree_edges", "weights", "channel_tree")]
+        rows = [
+            (name, c.kind, *_ratio(c.edges, c.tree_edges), *_ratio(c.weights, c.channel_tree))
+            for name, c in found.counts.items()
+        ]
+        total = ("all", "", *_ratio(*sums[:2]), *_ratio(*sums[2:]))
+        title = f"{self.model_choice.label}, {size}, as in the {self.convention}"
+        yield as_table(title, head, rows, left=2, totals=[total])
+        yield "by kind: " + ", ".join(f"{kind} {ratio:.4f}" for kind, ratio in found.by_kind().items())
+        if found.skipped:
+            yield "left out: " + ", ".join(f"{name} ({why})" for name, why in found.skipped.items())
+
+
+def _ratio(count: int, tree: int) -> tuple[str, str, str]:
+    return str(count), str(tree), f"{count / tree:.5f}"
 
 
 def critical_compression_ratio(

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
+from rich.console import RenderableType
 from torch import Tensor, nn
 
+from nni_topo.analysis.deviation import CONNECTIONS, PrunersStudy, curves, means_over_seeds, share_gone
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.network.inputs import call_arguments, tensors_of
 from nni_topo.network.layers import CONVOLUTIONS
 from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.reference import masked_model
+from nni_topo.runs.study import Findings, Names, Tell
+from nni_topo.runs.tables import as_table
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _SHRINKING = (nn.Softshrink, nn.Hardshrink, nn.Threshold)
@@ -111,6 +118,69 @@ def connectivity(model: nn.Module, example_inputs: Any, masks: Mapping[str, Mapp
         if "weight" in found
     }
     return Connectivity(float(alive.double().mean()), reached, connected)
+
+
+@dataclass(frozen=True)
+class ConnectivityPoint:
+    """One pruned network: what is connected, the share of its pruned layers' weights that is kept, its accuracy."""
+
+    pruner: str
+    ratio: float
+    seed: int
+    kept: float
+    outputs: float
+    channels: float
+    channels_reached: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class ConnectivityStudy(Findings):
+    """All points; shares and accuracies, the unpruned network's too, in [0, 1]."""
+
+    stem = "connectivity"
+    points: list[ConnectivityPoint]
+    accuracy: float
+
+    def means(self) -> pd.DataFrame:
+        """Return means over seeds by ``pruner`` and ``ratio``, in the order of the points."""
+        return means_over_seeds(self.points, "pruner", "ratio")
+
+    def figures(self) -> dict[str, Figure]:
+        """Return ``connectivity``: what is connected against the share of weights that is gone."""
+        means = self.means()
+        for column in ("kept", "outputs", "channels"):
+            means[column] *= 100
+        columns = {"channels connected %": "channels", "outputs reached %": "outputs"}
+        return {"connectivity": curves(means.assign(pruned=1 - means["kept"] / 100), columns)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeConnectivity(PrunersStudy[ConnectivityStudy]):
+    """Measure what pruned networks still connect, by pruner."""
+
+    pruners: Names = (CONNECTIONS, "level")  # registered names; connections: single weights at random
+    ratios: tuple[float, ...] = (0.5, 0.9, 0.95, 0.99)  # of every layer, in [0, 1)
+
+    def find(self, tell: Tell) -> ConnectivityStudy:
+        """Prune one trained network in many ways and follow the weights that are left."""
+        start, points = self.start(), []
+        for name, ratio, seed, masks in self.pruned(start, tell):
+            found = connectivity(start.net, start.example, masks)
+            accuracy = start.tested(masked_model(start.net, start.example, masks))
+            facts = found.outputs, found.channels, min(found.reached.values())
+            points.append(ConnectivityPoint(name, ratio, seed, 1.0 - share_gone(masks), *facts, accuracy))
+        return ConnectivityStudy(points, start.accuracy)
+
+    def show(self, found: ConnectivityStudy) -> Iterator[RenderableType]:
+        """Yield the means over seeds as a table."""
+        head = ("pruner", "ratio", "weights kept %", "outputs reached %", "channels connected %", "channels reached %")
+        columns = ("kept", "outputs", "channels", "channels_reached", "accuracy")
+        rows = [
+            (str(row["pruner"]), f"{row['ratio']:g}", *(f"{100 * row[column]:.1f}" for column in columns))
+            for row in found.means().to_dict("records")
+        ]
+        yield as_table(f"connectivity of {self.model}", (*head, "accuracy %"), rows)
 
 
 def _flow_model(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:

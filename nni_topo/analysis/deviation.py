@@ -9,28 +9,29 @@ References
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
+from rich.console import RenderableType
 from torch import Tensor, nn
 
 from nni_topo.analysis.bounds.propagation import ErrorBound, error_bound
-from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.analysis.panels import finish, panels
+from nni_topo.errors import ConfigError, DataError, check_integer, unknown_name
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.reference import masked_model
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import pruner_info
-from nni_topo.runs.plan import DataChoice, ModelChoice, PrunerChoice, Target
-from nni_topo.runs.run import Start, prune, trained
+from nni_topo.runs.plan import PrunerChoice, Target
+from nni_topo.runs.run import Start, prune
+from nni_topo.runs.study import Findings, Found, Names, Tell, TrainedStudy
+from nni_topo.runs.tables import as_table
 from nni_topo.runs.widths import inner_layers
 
 Form = Literal["first_order", "directional", "lipschitz"]
@@ -118,111 +119,125 @@ _ITERATIONS = 50
 
 @dataclass(frozen=True)
 class DeviationPoint:
-    """One pruned network; shares and accuracies in [0, 1].
-
-    Attributes
-    ----------
-    pruned : float
-        Share of the pruned layers' weights that is gone.
-    error, bound, lipschitz : float
-        Norm of the output's change over the batch, its bound (3.9), and the bound that always holds.
-    dev, sign, relative : float
-        See :class:`~nni_topo.analysis.NetDeviation`; with (3.9).
-    accuracy : float
-        On the test images, without retraining.
-    """
+    """One pruned network; shares and accuracies in [0, 1], norms over the batch."""
 
     pruner: str
     ratio: float
     seed: int
-    pruned: float
-    error: float
-    bound: float
-    lipschitz: float
-    dev: float
+    pruned: float  # share of the pruned layers' weights that is gone
+    error: float  # norm of the output's change
+    bound: float  # (3.9)
+    lipschitz: float  # the bound that always holds
+    dev: float  # as in a NetDeviation with (3.9), like the next two
     sign: float
     relative: float
-    accuracy: float
+    accuracy: float  # on the test images, without retraining
 
 
 @dataclass(frozen=True)
-class DeviationStudy:
+class DeviationStudy(Findings):
     """All points, the unpruned network's test accuracy and the number of images in the batch."""
 
+    stem = "deviation"
     points: list[DeviationPoint]
     accuracy: float
     images: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as numbers, lists and strings."""
-        return asdict(self)
-
     def means(self) -> pd.DataFrame:
         """Return means over seeds by ``pruner`` and ``ratio``, in the order of the points."""
-        frame = pd.DataFrame([asdict(point) for point in self.points]).drop(columns="seed")
-        return frame.groupby(["pruner", "ratio"], sort=False, as_index=False).mean()
+        return means_over_seeds(self.points, "pruner", "ratio")
 
-    def save(self, folder: str | Path) -> list[Path]:
-        """Write ``deviation.json``, ``deviation.png`` and ``accuracy.png``; return the files."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        document = folder / "deviation.json"
-        document.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+    def figures(self) -> dict[str, Figure]:
+        """Return ``deviation`` and ``accuracy``: what pruning does against the share of weights that is gone."""
         means = self.means()
-        columns = {"dev": "deviation (3.12)", "relative": "deviation / bound", "error": "norm of the output's change"}
-        _curves(means, columns).savefig(folder / "deviation.png", dpi=130)
-        figure = _curves(means.assign(accuracy=100 * means["accuracy"]), {"accuracy": "test accuracy %"})
-        figure.axes[0].axhline(100 * self.accuracy, color="black", linewidth=0.6, linestyle="--")
-        figure.savefig(folder / "accuracy.png", dpi=130)
-        return [document, folder / "deviation.png", folder / "accuracy.png"]
+        columns = {"deviation (3.12)": "dev", "deviation / bound": "relative", "norm of the output's change": "error"}
+        accuracy = curves(means.assign(accuracy=100 * means["accuracy"]), {"test accuracy %": "accuracy"})
+        accuracy.axes[0].axhline(100 * self.accuracy, color="black", linewidth=0.6, linestyle="--")
+        return {"deviation": curves(means, columns), "accuracy": accuracy}
 
 
-def deviation_study(
-    model: ModelChoice,
-    checkpoint: str | Path | None,
-    data: DataChoice,
-    pruners: Sequence[str],
-    ratios: Sequence[float],
-    *,
-    seeds: int = 1,
-    images: int = 64,
-    calibration: int = 512,
-    seed: int = 0,
-    device: str = "cpu",
-) -> DeviationStudy:
-    """Prune one trained network by several pruners, seeds and ratios; measure Net Deviation on training images."""
-    _check(pruners, ratios, seeds, images, calibration)
-    start = trained(model, data, checkpoint=checkpoint, seed=seed, device=device)
-    net = start.net
-    batch = start.data.train.tensors[0][:images].to(start.device)
-    points = []
-    for name in pruners:
-        # without a seed every run would be the same
-        repeats = seeds if name == CONNECTIONS or "seed" in pruner_info(name).knobs() else 1
-        for ratio, each in itertools.product(ratios, range(seed, seed + repeats)):
-            masks = study_masks(name, replace(start, seed=each), ratio, calibration)
-            changed = masked_model(net, batch[:2], masks)
-            kept = start.tested(changed)
-            bound = error_bound(net, changed, batch, iterations=_ITERATIONS)
-            points.append(_point(name, ratio, each, _share(masks), bound, kept))
-    return DeviationStudy(points, start.accuracy, len(batch))
+@dataclass(frozen=True, kw_only=True)
+class PrunersStudy(TrainedStudy[Found]):
+    """A study of one trained network under several pruners, ratios and seeds."""
+
+    pruners: Names = (CONNECTIONS, "level", "random", "cluster", "subcluster")  # connections: single weights at random
+    ratios: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # of every layer, in [0, 1)
+    seeds: int = 1  # runs of each pruner, at least 1
+    calibration: int = 512  # training images for pruners that take some, at least 1
+
+    def check(self) -> None:
+        """Raise ConfigError unless the study can be carried out."""
+        if not self.pruners or not self.ratios:
+            raise ConfigError(f"a study needs at least one pruner and one ratio, got none ({self.place})")
+        for name in self.pruners:
+            if name != CONNECTIONS:
+                pruner_info(name)
+        for ratio in self.ratios:
+            Target("ratio", ratio)
+        for knob in ("seeds", "calibration"):
+            check_integer(knob, getattr(self, knob), 1, self.place)
+
+    def start(self, test_images: int | None = None) -> Start:
+        """Check the study before a network is trained for it."""
+        self.check()
+        return super().start(test_images)
+
+    def pruned(self, start: Start, tell: Tell) -> Iterator[tuple[str, float, int, Masks]]:
+        """Yield pruner, ratio, seed and masks of every run; a pruner without a seed has one, for all would be alike."""
+        for name in self.pruners:
+            repeats = self.seeds if name == CONNECTIONS or "seed" in pruner_info(name).knobs() else 1
+            for ratio, seed in itertools.product(self.ratios, range(self.seed, self.seed + repeats)):
+                tell(f"{name} at {ratio:g}, seed {seed}")
+                yield name, ratio, seed, study_masks(name, replace(start, seed=seed), ratio, self.calibration)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeDeviation(PrunersStudy[DeviationStudy]):
+    """Compare the error of pruned networks with its bound, by pruner."""
+
+    images: int = 64  # training images that are measured on, at least 1
+
+    def check(self) -> None:
+        """Raise ConfigError unless the study can be carried out."""
+        super().check()
+        check_integer("images", self.images, 1, self.place)
+
+    def find(self, tell: Tell) -> DeviationStudy:
+        """Prune one trained network in many ways; measure Net Deviation on training images."""
+        start, points = self.start(), []
+        batch = start.data.train.tensors[0][: self.images].to(start.device)
+        for name, ratio, seed, masks in self.pruned(start, tell):
+            changed = masked_model(start.net, batch[:2], masks)
+            bound = error_bound(start.net, changed, batch, iterations=_ITERATIONS)
+            points.append(_point(name, ratio, seed, share_gone(masks), bound, start.tested(changed)))
+        return DeviationStudy(points, start.accuracy, len(batch))
+
+    def show(self, found: DeviationStudy) -> Iterator[RenderableType]:
+        """Yield the means over seeds as a table."""
+        head = ("pruner", "ratio", "weights gone", "error", "bound (3.9)", "dev (3.12)", "dev / bound", "Lipschitz")
+        rows = [
+            [
+                str(row["pruner"]),
+                f"{row['ratio']:g}",
+                f"{row['pruned']:.3f}",
+                *(f"{row[key]:.4g}" for key in ("error", "bound", "dev", "relative", "lipschitz")),
+                f"{100 * row['accuracy']:.1f}",
+            ]
+            for row in found.means().to_dict("records")
+        ]
+        yield as_table(f"Net Deviation of {self.model}, {found.images} images", (*head, "accuracy %"), rows)
 
 
 def _point(name: str, ratio: float, seed: int, pruned: float, found: ErrorBound, accuracy: float) -> DeviationPoint:
-    deviation = deviation_of(found)
-    return DeviationPoint(
-        pruner=name,
-        ratio=ratio,
-        seed=seed,
-        pruned=pruned,
-        error=found.error,
-        bound=found.first_order,
-        lipschitz=found.lipschitz,
-        dev=deviation.dev,
-        sign=deviation.sign,
-        relative=deviation.relative,
-        accuracy=accuracy,
-    )
+    # the fields of a Net Deviation are columns of the study, error and bound among them
+    values = asdict(deviation_of(found)) | {"lipschitz": found.lipschitz, "accuracy": accuracy}
+    return DeviationPoint(pruner=name, ratio=ratio, seed=seed, pruned=pruned, **values)
+
+
+def means_over_seeds(points: Sequence[Any], *by: str) -> pd.DataFrame:
+    """Return the means of points by some of their fields, in the order of the points."""
+    frame = pd.DataFrame([asdict(point) for point in points]).drop(columns="seed")
+    return frame.groupby(list(by), sort=False, as_index=False).mean()
 
 
 def study_masks(name: str, start: Start, ratio: float, calibration: int) -> Masks:
@@ -251,48 +266,21 @@ def _random_connections(model: nn.Module, layers: list[str], ratio: float, seed:
     return masks
 
 
-def print_deviation(study: DeviationStudy, title: str, console: Console) -> None:
-    """Print the means over seeds as a table."""
-    table = Table("pruner", title=title, title_justify="left")
-    columns = ("ratio", "weights gone", "error", "bound (3.9)", "dev (3.12)", "dev / bound", "Lipschitz", "accuracy %")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in study.means().to_dict("records"):
-        numbers = (f"{row[key]:.4g}" for key in ("error", "bound", "dev", "relative", "lipschitz"))
-        shares = f"{row['ratio']:g}", f"{row['pruned']:.3f}"
-        table.add_row(str(row["pruner"]), *shares, *numbers, f"{100 * row['accuracy']:.1f}")
-    console.print(table)
-
-
-def _check(pruners: Sequence[str], ratios: Sequence[float], seeds: int, images: int, calibration: int) -> None:
-    if not pruners or not ratios:
-        raise ConfigError("a study needs at least one pruner and one ratio, got none (analyze deviation)")
-    for name in pruners:
-        if name != CONNECTIONS:
-            pruner_info(name)
-    for ratio in ratios:
-        Target("ratio", ratio)
-    for knob, value in (("seeds", seeds), ("images", images), ("calibration", calibration)):
-        if value < 1:
-            raise ConfigError(f"{knob} must be at least 1, got {value} (analyze deviation)")
-
-
-def _share(masks: Masks) -> float:
+def share_gone(masks: Masks) -> float:
+    """Return the share of the masked layers' weights that is gone, in [0, 1]."""
     weights = [targets["weight"] for targets in masks.values() if targets.get("weight") is not None]
     if not weights:
-        raise DataError("a pruner must mask weights to be studied, got no mask (analyze deviation)")
+        raise DataError("a pruner must mask weights to be studied, got no mask (masks)")
     return 1.0 - sum(float(mask.sum()) for mask in weights) / sum(mask.numel() for mask in weights)
 
 
-def _curves(means: pd.DataFrame, columns: dict[str, str]) -> Figure:
-    """Draw columns against the share of weights that is gone, a line per pruner."""
-    figure = Figure(figsize=(5.0 * len(columns), 3.8), layout="constrained")
-    axes = figure.subplots(1, len(columns), squeeze=False)[0]
-    for axis, (column, label) in zip(axes, columns.items(), strict=True):
+def curves(means: pd.DataFrame, columns: dict[str, str]) -> Figure:
+    """Draw columns, by their labels, against the share of weights that is gone, a line per pruner."""
+
+    def draw(axis: Axes, column: str) -> None:
         for name, rows in means.groupby("pruner", sort=False):
             ordered = rows.sort_values("pruned")
             axis.plot(100 * ordered["pruned"], ordered[column], "o-", markersize=3, label=str(name))
-        axis.set(xlabel="weights gone %", ylabel=label)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="x-small")
-    return figure
+        finish(axis, "weights gone %")
+
+    return panels(columns.items(), draw, size=(5.0, 3.8))

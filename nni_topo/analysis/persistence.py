@@ -9,17 +9,25 @@ References
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from rich.console import RenderableType
 from torch import nn
 
+from nni_topo import zoo
 from nni_topo.analysis.layers import WeightLayer, weight_layers
+from nni_topo.analysis.panels import finish
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.maths.topology.layer_trees import channel_tree, spanning_forest
 from nni_topo.network.network import Network
+from nni_topo.runs.run import build_model, load_model_data, resolve_device
+from nni_topo.runs.study import Findings, Tell, TrainedStudy
+from nni_topo.runs.tables import as_table
 
 ConvGraph = Literal["channel", "toeplitz"]
 Scale = Literal["layer", "model"]
@@ -203,6 +211,74 @@ class PersistenceTracker:
                 tracker(trainer, pl_module)
 
         return _Recorder()
+
+
+@dataclass(frozen=True)
+class PersistenceStudy(Findings):
+    """Neural persistence before and after each epoch of a training, or of one trained model."""
+
+    stem = "persistence"
+    history: list[NeuralPersistence]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the trend of every layer and of the whole, and the last state in full."""
+        return {
+            "totals": [record.total for record in self.history],
+            "layers": {name: [record.layers[name] for record in self.history] for name in self.history[-1].layers},
+            "last": self.history[-1].to_dict(),
+        }
+
+    def figures(self) -> dict[str, Figure]:
+        """Return ``persistence``: the layers' trends, and the deaths of the last state."""
+        figure = Figure(figsize=(10.0, 4.0), layout="constrained")
+        trend, deaths = figure.subplots(1, 2)
+        last = self.history[-1]
+        for index, name in enumerate(last.layers):
+            color = f"C{index % 10}"
+            trend.plot([record.layers[name] for record in self.history], ".-", color=color, label=name)
+            curve = last.deaths[name]
+            deaths.plot([(i + 1) / len(curve) for i in range(len(curve))], curve, color=color)
+        what = "normalized neural persistence" if last.normalized else "neural persistence"
+        finish(trend, "epoch", what, columns=1 + len(last.layers) // 12)
+        finish(deaths, "share of the tree's edges", "|w| / max |w|", title="last state")
+        return {"persistence": figure}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzePersistence(TrainedStudy[PersistenceStudy]):
+    """Compute the neural persistence of a trained model, or without a checkpoint along its training."""
+
+    p: float = 2.0  # order of the norm, at least 1
+    normalized: bool = False  # divide each layer by its upper bound
+    conv_graph: str = "channel"  # channel or toeplitz
+    scale: str = "layer"  # whose largest weight is 1: layer or model
+
+    def find(self, tell: Tell) -> PersistenceStudy:
+        """Look at a model, and again after each epoch where there is no checkpoint."""
+        place = resolve_device(self.device)
+        bundle = load_model_data(self.model_choice, self.data_choice())
+        net = build_model(self.model_choice, bundle, self.seed).to(place)
+        if self.checkpoint is not None:
+            zoo.load_checkpoint(self.checkpoint, net)
+        options = {name: getattr(self, name) for name in ("p", "normalized", "conv_graph", "scale")}
+        tracker = PersistenceTracker(net, bundle.test.tensors[0][:1].to(place), **options)
+        if self.checkpoint is None:
+            recipe = zoo.default_recipe(self.model, self.data)
+            zoo.train(net, bundle, recipe, seed=self.seed, device=place, callback=tracker)
+        return PersistenceStudy(tracker.history)
+
+    def show(self, found: PersistenceStudy) -> Iterator[RenderableType]:
+        """Yield a row per layer: its persistence at the beginning and at the end, and its tree's edges."""
+        first, last = found.history[0], found.history[-1]
+        rows = [
+            (name, str(len(last.deaths[name])), f"{first.layers[name]:.4f}", f"{value:.4f}")
+            for name, value in last.layers.items()
+        ]
+        total = ("sum", "", f"{first.total:.4f}", f"{last.total:.4f}")
+        title = f"neural persistence of {self.model}"
+        yield as_table(title, ("layer", "tree edges", "first", "last"), rows, totals=[total])
+        if last.skipped:
+            yield "left out: " + ", ".join(f"{name} ({why})" for name, why in last.skipped.items())
 
 
 def _norm(persistences: NDArray[np.float64], p: float) -> float:

@@ -7,27 +7,34 @@ curve.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
+from rich.console import RenderableType
 from torch import nn
+from torch.utils.data import TensorDataset
 
+from nni_topo import zoo
+from nni_topo.analysis.panels import finish, single
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import CONVOLUTIONS, check_names
 from nni_topo.network.network import Network
 from nni_topo.network.reference import masked_model
 from nni_topo.pruners.registry import check_knobs, create_pruner, pruner_info
+from nni_topo.runs.run import pruner_knobs
+from nni_topo.runs.study import Findings, Names, Tell, TrainedStudy
+from nni_topo.runs.tables import as_table
 
 _logger = logging.getLogger(__name__)
 
+_CALIBRATION = 512
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 Evaluate = Callable[[nn.Module], float]
 Progress = Callable[[str, float, float], None]
@@ -60,7 +67,7 @@ class SensitivityCurve:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Findings):
     """What :func:`sensitivity` found.
 
     Attributes
@@ -81,6 +88,7 @@ class Sensitivity:
         Score, measured, of the network pruned by it, all layers at once, without retraining.
     """
 
+    stem, unwritten = "sensitivity", ("knobs",)
     pruner: str
     knobs: dict[str, Any]
     baseline: float
@@ -89,26 +97,16 @@ class Sensitivity:
     suggested: list[dict[str, Any]] = field(default_factory=list)
     suggested_accuracy: float = math.nan
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the numbers as dicts, lists and strings; ratios as keys are strings."""
-        content = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "knobs"}
-        content["curves"] = [
-            {"layers": list(curve.layers), "accuracy": {str(r): a for r, a in curve.accuracy.items()}}
-            for curve in self.curves
-        ]
-        return content
+    def figures(self) -> dict[str, Figure]:
+        """Return ``sensitivity``, see :func:`plot_sensitivity`."""
+        return {"sensitivity": plot_sensitivity(self)}
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write ``sensitivity.json``, ``sensitivity.png`` and ``suggested.yaml`` (for ``nni-topo prune``)."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        document, picture, config = (
-            folder / name for name in ("sensitivity.json", "sensitivity.png", "suggested.yaml")
-        )
-        document.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        plot_sensitivity(self).savefig(picture, dpi=130)
+        files = super().save(folder)
+        config = Path(folder) / "suggested.yaml"
         config.write_text(self._yaml(), encoding="utf-8")
-        return [document, picture, config]
+        return [*files, config]
 
     def _yaml(self) -> str:
         head = (
@@ -203,18 +201,65 @@ def sensitivity(
     return Sensitivity(pruner, trial.knobs, baseline, curves, budget, suggested, joint)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
+    """Measure accuracy with one layer pruned at a time, and suggest a ratio for each."""
+
+    pruner: str = "l1"  # any registered pruner
+    ratios: tuple[float, ...] = RATIOS  # of each layer, in (0, 1)
+    layers: Names = ()  # names of layers; none: all that can be pruned
+    budget: float = 0.01  # accuracy the suggestion may cost, at least 0
+    stop_drop: float | None = None  # end a curve so far below the baseline; None: never
+    calibration: int | None = None  # training images for the pruner; None: 512 where it needs them
+    images: int | None = None  # validation images used; None: all
+
+    def find(self, tell: Tell) -> Sensitivity:
+        """Prune copies of a trained model and judge them on validation images."""
+        start = self.start()
+        needs = any("calibration" in need for need in pruner_info(self.pruner).needs)
+        calibration = _CALIBRATION * needs if self.calibration is None else self.calibration
+        watched = TensorDataset(*start.data.validation[: self.images])
+
+        def announce(layers: str, ratio: float, accuracy: float) -> None:
+            tell(f"{layers} at {ratio:g}: {100 * accuracy:.1f} %")
+
+        return sensitivity(
+            start.net,
+            start.example,
+            lambda pruned: zoo.evaluate(pruned, watched, device=start.device),
+            self.ratios,
+            self.pruner,
+            layers=self.layers or None,
+            knobs=lambda victim: pruner_knobs(self.pruner, victim, start, calibration),
+            budget=self.budget,
+            stop_drop=self.stop_drop,
+            on_progress=announce,
+        )
+
+    def show(self, found: Sensitivity) -> Iterator[RenderableType]:
+        """Yield a row per curve, and the suggestion."""
+        ratios = sorted({ratio for curve in found.curves for ratio in curve.accuracy})
+        chosen = {tuple(entry["op_names"]): f"{entry['sparse_ratio']:g}" for entry in found.suggested}
+        head = ("layers", *(f"{ratio:g}" for ratio in ratios), "suggested")
+        rows = []
+        for curve in found.curves:
+            shown = [f"{100 * curve.accuracy[ratio]:.1f}" if ratio in curve.accuracy else "" for ratio in ratios]
+            rows.append([" + ".join(curve.layers), *shown, chosen.get(curve.layers, "0")])
+        yield as_table(f"sensitivity of {self.model}, {self.pruner}, validation accuracy in %", head, rows)
+        before, after = 100 * found.baseline, 100 * found.suggested_accuracy
+        yield f"unpruned {before:.1f} %, all suggested ratios at once {after:.1f} %, without retraining"
+
+
 def plot_sensitivity(found: Sensitivity) -> Figure:
     """Draw a curve per layer, the baseline and the budget."""
-    figure = Figure(figsize=(7.0, 4.5), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = single(7.0, 4.5)
     for index, curve in enumerate(found.curves):
         points = sorted({0.0: found.baseline, **curve.accuracy}.items())
         style = ("-", "--", ":")[index // 10 % 3]
         axis.plot(*zip(*points, strict=True), f".{style}", color=f"C{index % 10}", label="+".join(curve.layers))
     axis.axhline(found.baseline - found.budget, color="0.5", linewidth=0.8, label="budget")
-    axis.set(xlabel="sparse_ratio of these layers alone", ylabel="score", title=f"sensitivity, {found.pruner}")
-    axis.legend(fontsize="xx-small", ncols=1 + len(found.curves) // 14)
-    axis.grid(alpha=0.3)
+    what, columns = f"sensitivity, {found.pruner}", 1 + len(found.curves) // 14
+    finish(axis, "sparse_ratio of these layers alone", "score", columns=columns, title=what)
     return figure
 
 
@@ -244,8 +289,7 @@ class _Trial:
 
     def pruned(self, ratios: Mapping[tuple[str, ...], float]) -> float:
         """Return the score of a copy with these layers pruned."""
-        config: list[dict[str, Any]]
-        config = [{"op_names": list(names), "sparse_ratio": ratio} for names, ratio in ratios.items()]
+        config: list[dict[str, Any]] = [{"op_names": list(n), "sparse_ratio": ratio} for n, ratio in ratios.items()]
         if self.info.structured:
             config = dependency_groups(self.model, self.example_inputs, config)
         victim = copy.deepcopy(self.model)
@@ -288,8 +332,7 @@ def _suggestion(
         middle = (low + high) // 2
         # Half an ulp of an accuracy must not decide.
         least = baseline - tolerances[middle] - 1e-12
-        ratios = {curve.layers: curve.highest_ratio(least) for curve in curves}
-        ratios = {names: ratio for names, ratio in ratios.items() if ratio > 0.0}
+        ratios = {curve.layers: ratio for curve in curves if (ratio := curve.highest_ratio(least)) > 0.0}
         score = trial.pruned(ratios) if ratios else baseline
         if score >= baseline - budget - 1e-12:
             best, joint, low = ratios, score, middle + 1

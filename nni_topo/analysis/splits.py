@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nni_topo.analysis.panels import finish, panels
 from nni_topo.errors import ConfigError
 from nni_topo.maths.clustering.subclustering import SplitTree
 
@@ -32,17 +33,11 @@ def draw_splits(trees: Mapping[str, SplitTree]) -> Figure:
     """
     if not trees:
         raise ConfigError("a picture of splits needs at least one tree, got none (draw_splits)")
-    columns = min(3, len(trees))
-    rows = -(-len(trees) // columns)
-    figure = Figure(figsize=(5.0 * columns, 3.2 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, (name, tree) in zip(axes, trees.items(), strict=False):
-        _draw(axis, tree)
-        title = f"{name.removesuffix('.weight')}: {len(tree.initial)} to {len(tree.leaves)} clusters"
-        axis.set_title(title, fontsize="small")
-    for axis in axes[len(trees) :]:
-        axis.set_axis_off()
-    return figure
+    titled = (
+        (f"{name.removesuffix('.weight')}: {len(tree.initial)} to {len(tree.leaves)} clusters", tree)
+        for name, tree in trees.items()
+    )
+    return panels(titled, _draw, size=(5.0, 3.2))
 
 
 def _draw(axis: Axes, tree: SplitTree) -> None:
@@ -61,8 +56,7 @@ def _draw(axis: Axes, tree: SplitTree) -> None:
         axis.scatter(x, heights, areas, facecolors=face, edgecolors=edge, label=label, linewidths=0.6, zorder=2)
     axis.axhline(tree.threshold, color="black", linestyle="--", linewidth=0.8, label="threshold")
     positive = all(cluster.variance > 0 for cluster in tree.clusters)
-    axis.set(xlabel="clusters", ylabel="compared with the threshold", yscale="log" if positive else "symlog", xticks=[])
-    axis.legend(fontsize="xx-small")
+    finish(axis, "clusters", "compared with the threshold", yscale="log" if positive else "symlog", xticks=[])
 
 
 def _places(tree: SplitTree) -> dict[int, float]:

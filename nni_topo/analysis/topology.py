@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import copy
-import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from rich.console import RenderableType
 from torch import nn
 
+from nni_topo.analysis.panels import finish, panels, single
 from nni_topo.errors import ConfigError
 from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import Generation
+from nni_topo.network.dependency import dependency_groups
+from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.topological.pruner import TopologicalPruner
 from nni_topo.pruners.units import PruningUnit
+from nni_topo.runs.plan import Target
+from nni_topo.runs.run import pruner_knobs
+from nni_topo.runs.study import Findings, Tell, TrainedStudy
+from nni_topo.runs.tables import as_table
+from nni_topo.runs.widths import inner_layers
 
 FloatArray = NDArray[np.float64]
 _MOST_PANELS = 12
@@ -36,6 +45,8 @@ class LayerTopology:
         The unit's targets.
     points, kept : int
         Blocks before and after.
+    share : float
+        Of the blocks that is kept, in (0, 1].
     deaths : ndarray of float64, shape (points,)
         H0 death times of the cloud with the origin, descending, in units of their mean.
     tolerance : float
@@ -54,6 +65,7 @@ class LayerTopology:
     name: str
     points: int
     kept: int
+    share: float
     deaths: FloatArray
     tolerance: float
     diagrams_before: dict[int, FloatArray]
@@ -64,45 +76,68 @@ class LayerTopology:
 
 
 @dataclass(frozen=True)
-class TopologyStudy:
+class TopologyStudy(Findings):
     """The layers of a pruned network, in its order."""
 
+    stem, unwritten = "topology", ("masks",)
     layers: list[LayerTopology]
     masks: Masks
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but the masks as numbers, lists and strings."""
-        return {"layers": [_plain(layer) for layer in self.layers]}
+    def figures(self) -> dict[str, Figure]:
+        """Return the pictures ``deaths``, ``allocation``, ``diagrams``, ``barcodes`` and ``search``.
 
-    def save(self, folder: str | Path) -> list[Path]:
-        """Write ``topology.json`` and the pictures ``deaths``, ``allocation``, ``diagrams``, ``barcodes``, ``search``.
-
-        ``deaths.png`` and ``allocation.png`` have all layers, what they can spare and how many blocks they keep; the
-        others the layers with the most points, twelve at most. The JSON file has everything. ``search.png``, the
-        genetic algorithm's progress, isn't written where there was none.
-
-        Returns
-        -------
-        list of Path
-            The files.
+        ``deaths`` and ``allocation`` have all layers, what they can spare and how many blocks they keep; the others the
+        layers with the most points, twelve at most. ``search``, the genetic algorithm's progress, isn't there where
+        there was none.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        document = folder / "topology.json"
-        document.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        drawn = sorted(self.layers, key=lambda layer: -layer.points)[:_MOST_PANELS]
-        drawn = [layer for layer in self.layers if layer in drawn]
-        pictures = {
-            "deaths.png": _death_curves(self.layers),
-            "allocation.png": _allocation(self.layers),
-            "diagrams.png": _panels(drawn, _draw_diagram),
-            "barcodes.png": _panels(drawn, _draw_barcode),
+        most = sorted(self.layers, key=lambda layer: -layer.points)[:_MOST_PANELS]
+        drawn = [layer for layer in self.layers if layer in most]
+        searched = [layer for layer in drawn if layer.trace]
+        return {
+            "deaths": _death_curves(self.layers),
+            "allocation": _allocation(self.layers),
+            "diagrams": _panels(drawn, _draw_diagram),
+            "barcodes": _panels(drawn, _draw_barcode),
+            **({"search": _panels(searched, _draw_trace)} if searched else {}),
         }
-        if any(layer.trace for layer in drawn):
-            pictures["search.png"] = _panels([layer for layer in drawn if layer.trace], _draw_trace)
-        for name, figure in pictures.items():
-            figure.savefig(folder / name, dpi=130)
-        return [document, *(folder / name for name in pictures)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeTopology(TrainedStudy[TopologyStudy]):
+    """Compare the clouds of a model's layers before and after topological pruning: diagrams, death curves, search."""
+
+    ratio: float = 0.5  # sparse_ratio of every layer, in [0, 1)
+    flops: float | None = None  # instead: share of the MACs to be left, in (0, 1], dealt out by death times
+    degrees: tuple[int, ...] = (0, 1)  # of homology, each from 0
+    calibration: int = 0  # training images for the functional cloud; 0: the weights
+
+    def find(self, tell: Tell) -> TopologyStudy:
+        """Prune a copy of a trained model."""
+        target = Target("ratio", self.ratio) if self.flops is None else Target("flops", self.flops)
+        start = self.start()
+        knobs = pruner_knobs("topological", start.net, start, self.calibration) | {"progress": sys.stderr.isatty()}
+        entry: dict[str, Any] = {"op_names": inner_layers(start.net, start.example)}
+        if target.kind == "flops":
+            # death times deal out a share of the MACs
+            knobs["budget"] = Budget(flops=target.value, allocation="topological")
+        else:
+            entry["sparse_ratio"] = target.value
+        config_list = dependency_groups(start.net, start.example, [entry])
+        return study_topology(start.net, config_list, degrees=self.degrees, **knobs)
+
+    def show(self, found: TopologyStudy) -> Iterator[RenderableType]:
+        """Yield a row per layer: points before and after, distances of the diagrams, Hausdorff distance."""
+        head = ("layer", "points", "kept", *(f"bottleneck H{degree}" for degree in self.degrees), "Hausdorff")
+        rows = [
+            (
+                layer.name,
+                str(layer.points),
+                str(layer.kept),
+                *(f"{distance:.4f}" for distance in (*layer.bottleneck.values(), layer.hausdorff)),
+            )
+            for layer in found.layers
+        ]
+        yield as_table(f"topology of {self.model}", head, rows)
 
 
 def study_topology(
@@ -146,20 +181,15 @@ def study_topology(
 
 
 def _layer(
-    unit: PruningUnit,
-    points: FloatArray,
-    kept: NDArray[np.bool_],
-    degrees: tuple[int, ...],
-    trace: list[Generation],
+    unit: PruningUnit, points: FloatArray, kept: NDArray[np.bool_], degrees: Sequence[int], trace: list[Generation]
 ) -> LayerTopology:
     distances = topology.pairwise_distances(topology.with_origin(points))
     stays = np.append(kept, True)
-    after = distances[np.ix_(stays, stays)]
     deaths = topology.h0_deaths(distances)
-    diagrams = [
+    before, after = (
         {degree: topology.rips_diagram(distances=cloud, dimension=degree, keep_infinite=False) for degree in degrees}
-        for cloud in (distances, after)
-    ]
+        for cloud in (distances, distances[np.ix_(stays, stays)])
+    )
     mean = deaths.mean()
     deaths = deaths / mean if mean > 0 else deaths
     count = int(kept.sum())
@@ -167,77 +197,47 @@ def _layer(
         name=unit.name,
         points=unit.blocks,
         kept=count,
+        share=count / unit.blocks,
         deaths=deaths,
         tolerance=float(deaths[count] / 2.0) if count < unit.blocks else 0.0,
-        diagrams_before=diagrams[0],
-        diagrams_after=diagrams[1],
-        bottleneck={d: topology.bottleneck_distance(diagrams[0][d], diagrams[1][d]) for d in degrees},
+        diagrams_before=before,
+        diagrams_after=after,
+        bottleneck={d: topology.bottleneck_distance(before[d], after[d]) for d in degrees},
         hausdorff=float(topology.hausdorff_to_subset(distances, stays[None])[0]),
         trace=trace,
     )
 
 
-def _plain(layer: LayerTopology) -> dict[str, Any]:
-    return {
-        "name": layer.name,
-        "points": layer.points,
-        "kept": layer.kept,
-        "share": layer.kept / layer.points,
-        "deaths": layer.deaths.tolist(),
-        "tolerance": layer.tolerance,
-        "diagrams_before": {str(d): bars.tolist() for d, bars in layer.diagrams_before.items()},
-        "diagrams_after": {str(d): bars.tolist() for d, bars in layer.diagrams_after.items()},
-        "bottleneck": {str(d): float(value) for d, value in layer.bottleneck.items()},
-        "hausdorff": layer.hausdorff,
-        "trace": [{"best": generation.best, "mean": generation.mean} for generation in layer.trace],
-    }
-
-
 def _death_curves(layers: list[LayerTopology]) -> Figure:
     """Death times against the share of points, with a dot where each layer is cut."""
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = single(7.5, 4.5)
     for index, layer in enumerate(layers):
         color, share = f"C{index % 10}", np.arange(1, layer.points + 1) / layer.points
         axis.plot(share, layer.deaths, color=color, label=_short(layer.name))
-        axis.plot(layer.kept / layer.points, layer.deaths[layer.kept - 1], "o", color=color)
-    axis.set(
-        xlabel="share of the points kept",
-        ylabel="H0 death time / layer's mean",
-        title="what each layer can spare (dots: where it is cut)",
-    )
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="xx-small", ncols=1 + len(layers) // 12)
+        axis.plot(layer.share, layer.deaths[layer.kept - 1], "o", color=color)
+    title = "what each layer can spare (dots: where it is cut)"
+    labels = "share of the points kept", "H0 death time / layer's mean"
+    finish(axis, *labels, columns=1 + len(layers) // 12, title=title)
     return figure
 
 
 def _allocation(layers: list[LayerTopology]) -> Figure:
     """Blocks of every layer before and after, with the tolerance that its death times put on that cut."""
-    figure = Figure(figsize=(7.5, 1.2 + 0.28 * len(layers)), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = single(7.5, 1.2 + 0.28 * len(layers))
     places = np.arange(len(layers))
     axis.barh(places, [layer.points for layer in layers], color="C0", alpha=0.3, label="before")
     bars = axis.barh(places, [layer.kept for layer in layers], color="C0", label="after")
-    notes = [f"{layer.kept / layer.points:.0%}, tolerance {layer.tolerance:.2f}" for layer in layers]
+    notes = [f"{layer.share:.0%}, tolerance {layer.tolerance:.2f}" for layer in layers]
     axis.bar_label(bars, notes, fontsize="x-small", padding=3)
     axis.set_yticks(places, [_short(layer.name) for layer in layers], fontsize="x-small")
     axis.invert_yaxis()
-    axis.set(xlabel="blocks", title="how many stay (tolerance: half the longest lost death time / mean)")
-    axis.legend(fontsize="xx-small")
+    finish(axis, "blocks", title="how many stay (tolerance: half the longest lost death time / mean)")
     return figure
 
 
-def _panels(layers: list[LayerTopology], draw: Any) -> Figure:
-    columns = min(4, len(layers))
-    rows = -(-len(layers) // columns)
-    figure = Figure(figsize=(3.2 * columns, 2.8 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, layer in zip(axes, layers, strict=False):
-        axis.set_title(f"{_short(layer.name)}: {layer.points} to {layer.kept}", fontsize="small")
-        draw(axis, layer)
-    for axis in axes[len(layers) :]:
-        axis.set_axis_off()
-    return figure
+def _panels(layers: list[LayerTopology], draw: Callable[[Axes, LayerTopology], None]) -> Figure:
+    titled = ((f"{_short(layer.name)}: {layer.points} to {layer.kept}", layer) for layer in layers)
+    return panels(titled, draw, size=(3.2, 2.8), columns=4)
 
 
 def _draw_diagram(axis: Axes, layer: LayerTopology) -> None:
@@ -247,8 +247,7 @@ def _draw_diagram(axis: Axes, layer: LayerTopology) -> None:
         axis.plot(after[:, 0], after[:, 1], ".", color=color, label=f"H{degree} after")
     limit = max((bars[:, 1].max() for bars in layer.diagrams_before.values() if len(bars)), default=1.0)
     axis.plot([0, limit], [0, limit], "k-", linewidth=0.5)
-    axis.set(xlabel="birth", ylabel="death")
-    axis.legend(fontsize="xx-small")
+    finish(axis, "birth", "death")
 
 
 def _draw_barcode(axis: Axes, layer: LayerTopology) -> None:
@@ -267,8 +266,7 @@ def _draw_barcode(axis: Axes, layer: LayerTopology) -> None:
 def _draw_trace(axis: Axes, layer: LayerTopology) -> None:
     axis.plot([generation.best for generation in layer.trace], label="best")
     axis.plot([generation.mean for generation in layer.trace], label="mean")
-    axis.set(xlabel="generation", ylabel="fitness")
-    axis.legend(fontsize="xx-small")
+    finish(axis, "generation", "fitness")
 
 
 def _short(name: str) -> str:

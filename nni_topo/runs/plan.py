@@ -277,7 +277,7 @@ def load_plan(path: str | Path) -> Plan:
     ConfigError
         If a key is unknown or a value can't be used.
     """
-    content = _read(path, "a plan")
+    content = read_yaml(path, "a plan")
     for name, made in {"models": ModelChoice, "data": DataChoice, "pruners": PrunerChoice, "targets": Target}.items():
         entries = content.get(name, [])
         entries = entries if isinstance(entries, list) else [entries]
@@ -287,7 +287,7 @@ def load_plan(path: str | Path) -> Plan:
 
 def load_prune_config(path: str | Path) -> PruneConfig:
     """Read a YAML file; DataError if it can't be read, ConfigError if a key is unknown or missing."""
-    content = _read(path, "a configuration")
+    content = read_yaml(path, "a configuration")
     for key in ("pruner", "config_list"):
         if key not in content:
             found = ", ".join(map(str, content)) or "nothing"
@@ -296,7 +296,7 @@ def load_prune_config(path: str | Path) -> PruneConfig:
     return as_settings(PruneConfig, content, Path(path).name)
 
 
-def _read(path: str | Path, what: str) -> dict[str, Any]:
+def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
     """Read a YAML file's mapping, its ``compensate`` and ``distill`` as settings."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

@@ -35,8 +35,7 @@ def prune_checkpoint(
 ) -> Record:
     """Prune a trained model; write ``dense.pt``, ``masks.pt`` and ``summary.json`` to a new or empty folder."""
     out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"an output folder must be new or empty, got {len(list(out.iterdir()))} entries ({out})")
+    check_empty(out)
 
     # a request that can't be used ends before the training, not after it
     def accept(untrained: nn.Module) -> None:
@@ -78,6 +77,12 @@ def prune_checkpoint(
     torch.save(masks, out / "masks.pt")
     (out / "summary.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return record
+
+
+def check_empty(out: Path) -> None:
+    """Raise a ConfigError for an output folder that holds anything."""
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"an output folder must be new or empty, got {len(list(out.iterdir()))} entries ({out})")
 
 
 def _rounded(net: nn.Module, example: Tensor, masks: Masks, round_to: int | None) -> Masks:

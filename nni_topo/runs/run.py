@@ -245,17 +245,17 @@ def made_dense(
 
 def distilled(start: Start, dense: nn.Module, choice: DistillationChoice, *, progress: bool = False) -> Distillation:
     """Let a dense network learn from the unpruned one, on training images without labels."""
+    images, knobs = start.images(choice.images), distillation_knobs(start, choice)
+    return distillation(dense, start.net, images, seed=start.seed, progress=progress, **knobs)
+
+
+def distillation_knobs(start: Start, choice: DistillationChoice) -> dict[str, Any]:
+    """Return what a choice says in the words of :func:`nni_topo.distill`."""
     black = start.data.black.to(start.device)
     knobs = {name: value for name, value in asdict(choice).items() if name not in ("images", "augmentation")}
-    return distillation(
-        dense,
-        start.net,
-        start.images(choice.images),
-        augment=None if choice.augmentation == "none" else lambda part: zoo.augmented(part, choice.augmentation, black),
-        seed=start.seed,
-        progress=progress,
-        **knobs,
-    )
+    if choice.augmentation == "none":
+        return knobs
+    return {**knobs, "augment": lambda images: zoo.augmented(images, choice.augmentation, black)}
 
 
 def retrain(

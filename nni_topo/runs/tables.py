@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from scipy import special, stats
 
 from nni_topo.pruners.registry import list_pruners, pruner_info
@@ -118,6 +119,32 @@ def best_rival(rows: dict[str, dict[int, Record]], column: str) -> str | None:
     return max(means, key=means.__getitem__, default=None)
 
 
+def as_table(
+    title: str | None,
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    left: int = 1,
+    totals: Iterable[Sequence[str]] = (),
+) -> Table:
+    """Return a table for the terminal: its ``left`` first columns of words, others of numbers; ``totals`` set apart."""
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(head):
+        table.add_column(name, justify="left" if index < left else "right")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    table.add_section()
+    for row in totals:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """Return a table in Markdown, its ``left`` first columns of words, others of numbers."""
+    rule = "|" + "---|" * left + "---:|" * (len(head) - left)
+    return "\n".join((f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)))
+
+
 def print_report(records: Iterable[Record], console: Console) -> None:
     """Print one table per model, data set and target.
 
@@ -129,12 +156,9 @@ def print_report(records: Iterable[Record], console: Console) -> None:
         Where to.
     """
     for group, rows in grouped(records).items():
-        table = Table(title=_title(group, rows), title_justify="left")
         columns, lines = _table(rows)
-        for index, name in enumerate(columns):
-            table.add_column(name, justify="right" if index else "left")
-        for index, cells in enumerate(lines):
-            table.add_row(*cells, end_section=index == 0)
+        table = as_table(_title(group, rows), columns, lines)
+        table.rows[0].end_section = True
         console.print(table)
 
 
@@ -149,13 +173,11 @@ def print_widths(records: Iterable[Record], console: Console) -> None:
         Where to.
     """
     for group, rows in grouped(records).items():
-        table = Table("layer", title=f"widths: {_title(group, rows)}", title_justify="left")
-        for row in rows:
-            table.add_column(row, justify="right")
+        lines = []
         for layer in next(iter(next(iter(rows.values())).values()))["widths"]:
             widths = (interval([record["widths"][layer] for record in runs.values()]).mean for runs in rows.values())
-            table.add_row(layer, *(f"{width:g}" for width in widths))
-        console.print(table)
+            lines.append([layer, *(f"{width:g}" for width in widths)])
+        console.print(as_table(f"widths: {_title(group, rows)}", ["layer", *rows], lines))
 
 
 def markdown_report(records: Iterable[Record]) -> str:
@@ -168,11 +190,7 @@ def markdown_report(records: Iterable[Record]) -> str:
     """
     lines = []
     for group, rows in grouped(records).items():
-        columns, table = _table(rows)
-        lines += [f"**{_title(group, rows)}**", "", f"| {' | '.join(columns)} |"]
-        lines.append("|---|" + "---:|" * (len(columns) - 1))
-        lines += [f"| {' | '.join(cells)} |" for cells in table]
-        lines.append("")
+        lines += [f"**{_title(group, rows)}**", "", markdown_table(*_table(rows)), ""]
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 import nni_topo
 from nni_topo import zoo
 from nni_topo.analysis.energy.accumulated import accumulate_energy, harmless_layers
-from nni_topo.analysis.energy.plots import energy_record, save_energy_study
+from nni_topo.analysis.energy.plots import save_energy_study
 from nni_topo.analysis.energy.study import EnergyStudy, LayerEnergy, Quality, study_energy
 from nni_topo.errors import ConfigError
 from nni_topo.testing import toy_images, toy_model
@@ -180,7 +180,7 @@ def test_record_and_pictures(study, tmp_path, drawn):
         assert set(drawn[name].axes[0].get_lines()[-1].get_ydata()) == {level}
     document = json.loads(files[0].read_text())
     assert document.pop("seed") == 3
-    assert document == json.loads(json.dumps(energy_record(study)))
+    assert document == json.loads(json.dumps(study.to_dict()))
     assert document["layers"][0]["removed"] == {str(t): study.layers[0].removed[t] for t in THRESHOLDS}
 
 

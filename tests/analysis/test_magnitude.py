@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nni_topo.analysis.magnitude.storage import stored_bytes, with_sparse_linears
-from nni_topo.analysis.magnitude.study import MagnitudePlan
+from nni_topo.analysis.magnitude.study import AnalyzeMagnitude
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError
 from nni_topo.runs.plan import load_prune_config
@@ -114,7 +114,7 @@ def test_sensitivity_gives_pruners_the_data_they_need(pruner, kept, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("plan", "message"),
+    ("knobs", "message"),
     [
         ({"ratios": ()}, "ratios must be one or more numbers"),
         ({"ratios": (1.0,)}, "ratios must be one or more numbers"),
@@ -122,6 +122,6 @@ def test_sensitivity_gives_pruners_the_data_they_need(pruner, kept, tmp_path):
         ({"rounds": 4}, "got 4 of 3 epochs"),
     ],
 )
-def test_bad_plans_are_refused(plan, message):
+def test_bad_requests_are_refused(knobs, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        MagnitudePlan(**plan)
+        AnalyzeMagnitude(model="lenet300", out=tmp_path, **knobs).find(print)

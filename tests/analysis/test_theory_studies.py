@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from nni_topo import zoo
-from nni_topo.analysis.deviation import deviation_study
-from nni_topo.analysis.retraining_study import _freeze_zeros, epochs_back
+from nni_topo.analysis.deviation import AnalyzeDeviation
+from nni_topo.analysis.retraining.study import epochs_back
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError
 from nni_topo.runs.plan import DataChoice, ModelChoice
@@ -116,24 +117,23 @@ def test_pruned_connections_stay_pruned_in_retraining():
     mask = torch.rand(model.fc1.weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
     with torch.no_grad():
         model.fc1.weight *= mask
-    _freeze_zeros(model)
-    zoo.train(model, data, RECIPE, seed=0)
+    assert epochs_back(model, data, RECIPE, 1.1, seed=0)[0] is None
     assert bool((model.fc1.weight[~mask] == 0).all())
     assert bool((model.fc1.weight[mask] != 0).any())
 
 
 def test_bad_requests_are_refused(checkpoint, tmp_path, capsys):
-    model = ModelChoice("lenet300")
-    for pruners, ratios, knobs, message in (
-        ([], [0.5], {}, "at least one pruner and one ratio"),
-        (["l3"], [0.5], {}, "did you mean"),
-        (["l1"], [1.0], {}, r"must be in \[0, 1\), got 1.0"),
-        (["l1"], [0.5], {"images": 0}, "images must be at least 1, got 0"),
+    study = AnalyzeDeviation(model="lenet300", checkpoint=checkpoint, limit=400, out=tmp_path)
+    for knobs, message in (
+        ({"pruners": ()}, "at least one pruner and one ratio"),
+        ({"pruners": ("l3",)}, "did you mean"),
+        ({"ratios": (1.0,)}, r"must be in \[0, 1\), got 1.0"),
+        ({"images": 0}, "images must be an integer of at least 1, got 0"),
     ):
         with pytest.raises(ConfigError, match=message):
-            deviation_study(model, checkpoint, DATA, pruners, ratios, **knobs)
+            replace(study, **knobs).find(print)
     for words, message in (
-        (("--epochs", "0"), "most_epochs must be an integer of at least 1, got 0"),
+        (("--epochs", "0"), "epochs must be an integer of at least 1, got 0"),
         (("--images", "-5"), "images must be an integer of at least 1, got -5"),
         (("--calibration", "0"), "calibration must be an integer of at least 1, got 0"),
         (("--gamma", "-1"), "gamma must be positive and finite, got -1.0"),
@@ -141,3 +141,71 @@ def test_bad_requests_are_refused(checkpoint, tmp_path, capsys):
     ):
         assert command("retraining", checkpoint, tmp_path, *words) == 2
         assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_connectivity_command(checkpoint, tmp_path, capsys, drawn):
+    arguments = ("--pruners", "connections,level", "--ratios", "0", "0.99", "--seeds", "2", "--json")
+    assert command("connectivity", checkpoint, tmp_path, *arguments) == 0
+    study = json.loads(capsys.readouterr().out)
+    points = {(point["pruner"], point["ratio"], point["seed"]): point for point in study["points"]}
+    # magnitudes are the same for every seed
+    runs = {("connections", 0), ("connections", 1), ("level", 0)}
+    assert points.keys() == {(name, ratio, seed) for name, seed in runs for ratio in (0.0, 0.99)}
+    whole = points["level", 0.0, 0]
+    assert whole["kept"] == whole["outputs"] == whole["channels"] == 1.0
+    assert whole["accuracy"] == study["accuracy"]
+    for seed in (0, 1):
+        point = points["connections", 0.99, seed]
+        assert point["kept"] == pytest.approx(0.01, abs=1e-3)
+        assert point["channels"] < 1.0
+        assert point["channels_reached"] <= 1.0
+    for panel, column in enumerate(("channels", "outputs")):
+        ends = [point[column] for key, point in points.items() if key[:2] == ("connections", 0.99)]
+        shown = drawn.lines("connectivity.png", panel)["connections"]
+        assert shown[-1] == pytest.approx((99, 100 * sum(ends) / 2), abs=0.1)
+    assert command("connectivity", checkpoint, tmp_path, "--pruners", "level", "--ratios", "0.5") == 0
+    assert "channels connected %" in capsys.readouterr().out
+
+
+def test_evolution_command(checkpoint, tmp_path, capsys):
+    arguments = ("--damage-rates", "0.1", "0.5", "--population-size", "4", "--generations", "2")
+    assert command("evolution", checkpoint, tmp_path, *arguments, "--layers", "fc1", "--json") == 0
+    output = capsys.readouterr()
+    assert output.err.count("% of fc1 gone") == 2
+    study = json.loads(output.out)
+    assert list(study) == ["damage 10 %", "damage 50 %"]
+    for trial in study.values():
+        history = trial["history"]
+        assert set(history["generation"]) == {0, 1, 2}
+        assert len(history["fitness"]) == 12
+        fittest = max(range(12), key=lambda index, values=history["fitness"]: (values[index], index))
+        assert trial["kept"] == pytest.approx(1 - history["compression"][fittest])
+    files = {path.name for path in tmp_path.iterdir()}
+    assert {"evolution.json", "fitness.png", "solutions.png"} < files
+    assert command("evolution", checkpoint, tmp_path, "--generations", "1", "--population-size", "2") == 0
+    text = capsys.readouterr().out
+    assert "of fc2 gone" in text  # the layer with the most weights
+    assert "compression" in text
+    assert "highest" in text
+
+
+def test_a_plan_says_what_flags_say(checkpoint, tmp_path, capsys):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        f"model: lenet300\nlimit: 400\ncheckpoint: {checkpoint}\npruners: [random, level]\nratios: [0.5]\nimages: 4\n"
+        f"out: {tmp_path / 'planned'}\njson: true\n"
+    )
+    assert main(["analyze", "deviation", "--plan", str(plan)]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    words = ("--pruners", "random,level", "--ratios", "0.5", "--images", "4", "--json")
+    assert command("deviation", checkpoint, tmp_path, *words) == 0
+    assert planned == json.loads(capsys.readouterr().out)
+    assert main(["analyze", "deviation", "--plan", str(plan), "--ratios", "0.25", "--pruners", "level"]) == 0
+    (point,) = json.loads(capsys.readouterr().out)["points"]
+    assert (point["pruner"], point["ratio"]) == ("level", 0.25)
+    plan.write_text("modell: lenet300\n")
+    with pytest.raises(SystemExit, match="2"):
+        main(["analyze", "deviation", "--plan", str(plan)])
+    assert "--modell" in capsys.readouterr().err
+    assert main(["analyze", "deviation", "--plan", str(tmp_path / "nowhere.yaml")]) == 2
+    assert "nowhere.yaml" in " ".join(capsys.readouterr().err.split())

@@ -7,8 +7,9 @@ import pytest
 
 from nni_topo import zoo
 from nni_topo.analysis import overlap_bound
-from nni_topo.analysis.rounds.report import markdown_overlap, markdown_rounds, plot_overlap, plot_rounds
-from nni_topo.analysis.rounds.study import METHODS, RoundsCell, run_rounds, steps_to
+from nni_topo.analysis.rounds.report import markdown_overlap, markdown_rounds
+from nni_topo.analysis.rounds.study import METHODS, RoundsCell, RoundsStudy, run_rounds, steps_to
+from nni_topo.cli import main
 from nni_topo.errors import ConfigError
 from nni_topo.runs.plan import Cell, DataChoice, ModelChoice, Target
 from nni_topo.runs.records import append_record
@@ -113,15 +114,14 @@ def test_tables_and_pictures(finished, tmp_path, drawn):
     gains = [f"{100 * (last[1] - last[rival]):+.1f} ± 0.0" for rival in (0, 2)]
     assert row.endswith(f"| {gains[0]} | {gains[1]} |")
     assert "| small_cnn | classifier.fc2 |" in markdown_overlap(twice)
-    for plot in (plot_rounds, plot_overlap):
-        path = plot(twice, tmp_path / f"{plot.__name__}.png")
-        assert path == tmp_path / f"{plot.__name__}.png"
+    files = RoundsStudy(twice).save(tmp_path)
+    assert files == [tmp_path / name for name in ("rounds.json", "rounds.png", "overlap.png")]
     check_pictures(drawn, records)
 
 
 def check_pictures(drawn, records):
     """Accuracy and connectivity of every method over the compression; each layer's overlap beside its bound."""
-    upper, lower = drawn.lines("plot_rounds.png", 0), drawn.lines("plot_rounds.png", 1)
+    upper, lower = drawn.lines("rounds.png", 0), drawn.lines("rounds.png", 1)
     for record in records:
         curves = {
             "accuracy": upper[record["method"]],
@@ -134,13 +134,31 @@ def check_pictures(drawn, records):
     assert len(upper) == len(records)
     assert len(lower) == 2 * len(records)
     overlap = records[0]["overlap"]
-    axis = drawn["plot_overlap.png"].axes[0]
+    axis = drawn["overlap.png"].axes[0]
     measured, bound = (bars for bars in axis.containers if not hasattr(bars, "has_yerr"))
     assert [bar.get_height() for bar in measured] == pytest.approx(
         [100 * each["measured"] for each in overlap.values()]
     )
     assert [bar.get_height() for bar in bound] == pytest.approx([100 * each["bound"] for each in overlap.values()])
     assert [tick.get_text() for tick in axis.get_xticklabels()] == [name.rpartition(".")[2] for name in overlap]
+
+
+def test_the_command_goes_on_where_it_was(tmp_path, capsys):
+    words = ["analyze", "rounds", "--model", "lenet300", "--limit", "100", "--train-epochs", "1"]
+    words += ["--retrain-epochs", "1", "--sparsities", "0.5", "0.9", "--images", "50", "--out", str(tmp_path)]
+    assert main([*words, "--methods", "T-IMP"]) == 0
+    assert "[1/1] seed 0: T-IMP" in capsys.readouterr().out
+    assert main([*words, "--methods", "T-IMP,IMP capped", "--json"]) == 0
+    output = capsys.readouterr()
+    assert "[2/2] seed 0: IMP capped" in output.err
+    assert "[1/2]" not in output.err
+    timp, capped = json.loads(output.out)["records"]
+    assert [entry["target"] for entry in timp["rounds"]] == [0.5, 0.9]
+    assert [entry["kept"] for entry in timp["rounds"]] == [entry["kept"] for entry in capped["rounds"]]
+    assert json.loads((tmp_path / "rounds.json").read_text()) == {"records": [timp, capped]}
+    for wrong, message in ((["--methods", "TIMP"], "did you mean"), (["--sparsities", "0.9", "0.5"], "rising numbers")):
+        assert main([*words, *wrong]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("levels", [(), (0.0, 0.5), (0.5, 1.0), (0.9, 0.5), (0.5, 0.5)])

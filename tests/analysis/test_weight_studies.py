@@ -9,7 +9,7 @@ import torch
 import nni_topo
 from nni_topo import zoo
 from nni_topo.analysis import connectivity, neural_persistence
-from nni_topo.analysis.weights import compression_study
+from nni_topo.analysis.compression import AnalyzeCompression
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError
 from nni_topo.runs.plan import DataChoice, ModelChoice, load_prune_config
@@ -63,7 +63,7 @@ def test_any_model_and_any_input(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert f"{30 * 20 / 49:.5f}" in shown
     assert "weight_hh_l0[forget]" in shown
-    found = compression_study(ModelChoice("torchvision/resnet18"), (3, 64, 96))
+    found = AnalyzeCompression(model="torchvision/resnet18", input_size=(3, 64, 96)).find(print)
     assert found.layers["conv1"] == pytest.approx(49 * 32 * 48 / (70 * 102 + 32 * 48 - 1))
 
 
@@ -76,7 +76,7 @@ def test_a_folder_that_cannot_be_made_ends_with_2(tmp_path, capsys):
 
 def test_a_listed_models_size_has_three_numbers():
     with pytest.raises(ConfigError, match="got \\(28, 28\\)"):
-        compression_study(ModelChoice("mnist_fcn"), (28, 28))
+        AnalyzeCompression(model="mnist_fcn", input_size=(28, 28)).find(print)
 
 
 def test_persistence_of_a_checkpoint_and_along_a_training(tmp_path, capsys, drawn):

@@ -13,7 +13,7 @@ from nni.compression import TorchEvaluator
 import nni_topo
 from nni_topo import zoo
 from nni_topo.analysis.deviation import study_masks
-from nni_topo.analysis.magnitude.study import MagnitudePlan, MagnitudeStudy
+from nni_topo.analysis.magnitude.study import AnalyzeMagnitude
 from nni_topo.cli import main
 from nni_topo.pruners.registry import _TABLE, PrunerInfo, register_pruner
 from nni_topo.runs import DataChoice, ModelChoice, Plan, PrunerChoice, Target, compare
@@ -164,8 +164,8 @@ def test_pruners_that_need_data_work_from_compare_without_knobs(name, tmp_path):
     assert 0 < record["weights_left"] < record["params_before"]
 
 
-def test_a_magnitude_study_starts_where_every_run_starts(checkpoint):
+def test_a_magnitude_study_starts_where_every_run_starts(checkpoint, tmp_path):
     start = trained(MODEL, DATA, checkpoint=checkpoint, seed=SEED)
-    study = MagnitudeStudy(start, MagnitudePlan(ratios=(0.5,), rounds=1, epochs=1, runs=1))
-    assert study.baseline()["accuracy"] == start.accuracy
-    assert json.dumps(study.baseline())
+    study = AnalyzeMagnitude(model="lenet300", out=tmp_path, ratios=(0.5,), rounds=1, epochs=1, runs=1)
+    assert study.baseline(start)["accuracy"] == start.accuracy
+    assert json.dumps(study.baseline(start))

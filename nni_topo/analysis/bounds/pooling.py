@@ -19,18 +19,14 @@ _POOLINGS = (pooling._MaxPoolNd, pooling._AdaptiveMaxPoolNd, *_AVERAGES)
 _MAXIMUM_KNOBS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 _AVERAGE_KNOBS = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 _FUNCTIONS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
-    functional.max_pool1d: (nn.MaxPool1d, _MAXIMUM_KNOBS),
-    functional.max_pool2d: (nn.MaxPool2d, _MAXIMUM_KNOBS),
-    functional.max_pool3d: (nn.MaxPool3d, _MAXIMUM_KNOBS),
-    functional.avg_pool1d: (nn.AvgPool1d, _AVERAGE_KNOBS),
-    functional.avg_pool2d: (nn.AvgPool2d, _AVERAGE_KNOBS),
-    functional.avg_pool3d: (nn.AvgPool3d, _AVERAGE_KNOBS),
-    functional.adaptive_max_pool1d: (nn.AdaptiveMaxPool1d, ("output_size", "return_indices")),
-    functional.adaptive_max_pool2d: (nn.AdaptiveMaxPool2d, ("output_size", "return_indices")),
-    functional.adaptive_max_pool3d: (nn.AdaptiveMaxPool3d, ("output_size", "return_indices")),
-    functional.adaptive_avg_pool1d: (nn.AdaptiveAvgPool1d, ("output_size",)),
-    functional.adaptive_avg_pool2d: (nn.AdaptiveAvgPool2d, ("output_size",)),
-    functional.adaptive_avg_pool3d: (nn.AdaptiveAvgPool3d, ("output_size",)),
+    getattr(functional, f"{function}{sides}d"): (getattr(nn, f"{module}{sides}d"), knobs)
+    for function, module, knobs in (
+        ("max_pool", "MaxPool", _MAXIMUM_KNOBS),
+        ("avg_pool", "AvgPool", _AVERAGE_KNOBS),
+        ("adaptive_max_pool", "AdaptiveMaxPool", ("output_size", "return_indices")),
+        ("adaptive_avg_pool", "AdaptiveAvgPool", ("output_size",)),
+    )
+    for sides in (1, 2, 3)
 }
 
 

@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.func import jvp, vjp
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from nni_topo.analysis.bounds.lipschitz import largest_changes, norm
 from nni_topo.analysis.bounds.stages import Stage, chain, traced
@@ -218,42 +218,26 @@ def _unit(vector: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
 def _changes(graph: GraphModule, other: GraphModule) -> dict[str, Tensor]:
     """Return by how much each parameter changed; raise ConfigError unless nothing else differs."""
     mine, theirs = (dict(each.named_parameters(remove_duplicate=False)) for each in (graph, other))
-    unlike = [name for name in mine.keys() | theirs.keys() if _shape_of(mine, name) != _shape_of(theirs, name)]
+    shapes = [{name: value.shape for name, value in each.items()} for each in (mine, theirs)]
+    unlike = sorted(name for name in mine.keys() | theirs.keys() if shapes[0].get(name) != shapes[1].get(name))
     if unlike:
         raise ConfigError(
-            f"original and pruned must have parameters of the same shapes, got others ({', '.join(sorted(unlike)[:3])})"
+            f"original and pruned must have parameters of the same shapes, got others ({', '.join(unlike[:3])})"
         )
     own, buffers = dict(graph.named_buffers()), dict(other.named_buffers())
     moved = [name for name in own if name not in buffers or not torch.equal(own[name], buffers[name])]
     moved += [name for name in buffers if name not in own]
     if moved:
         raise ConfigError(f"original and pruned must share their buffers, got others ({', '.join(moved[:3])})")
-    for node, same in itertools.zip_longest(graph.graph.nodes, other.graph.nodes):
-        steps = _described(graph, node), _described(other, same)
+    # a traced network is printed with its modules and their settings, then its code
+    printed = (str(each).splitlines() for each in (graph, other))
+    for steps in itertools.zip_longest(*printed, fillvalue="nothing"):
         if steps[0] != steps[1]:
+            one, same = (step.partition("): ")[2] or step for step in steps)
             raise ConfigError(
-                "original and pruned must do the same but for the values of parameters, got "
-                f"{_short(steps[0])} and {_short(steps[1])} ({node or same})"
+                f"original and pruned must do the same but for the values of parameters, got {one} and {same} (model)"
             )
     return {name: theirs[name].detach() - mine[name].detach() for name in mine}
-
-
-def _described(graph: GraphModule, node: Node | None) -> tuple[str, ...]:
-    """Say what a node does, without the values of parameters."""
-    if node is None:
-        return ()
-    arguments = str((node.args, node.kwargs))
-    if node.op != "call_module":
-        return node.op, getattr(node.target, "__name__", str(node.target)), arguments
-    return repr(graph.get_submodule(str(node.target))), str(node.target), arguments
-
-
-def _short(step: tuple[str, ...]) -> str:
-    return " ".join(step[:2]) or "nothing"
-
-
-def _shape_of(parameters: dict[str, Any], name: str) -> tuple[int, ...] | None:
-    return tuple(parameters[name].shape) if name in parameters else None
 
 
 def _local(

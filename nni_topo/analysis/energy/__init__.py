@@ -1,1 +1,5 @@
-"""Studies of energy-based filter pruning."""
+"""Energy-based pruning under study: what each threshold takes, what that costs, and what could stand in its place."""
+
+from nni_topo.analysis.energy.run import AnalyzeEnergy
+
+__all__ = ["AnalyzeEnergy"]

@@ -6,11 +6,11 @@ Each part takes a :class:`Subject` and returns plain numbers for the study's rec
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from torch import nn
 
 from nni_topo import zoo
@@ -29,6 +29,7 @@ from nni_topo.runs.plan import PrunerChoice
 from nni_topo.runs.records import Record
 from nni_topo.runs.run import Start
 from nni_topo.runs.scheduled import Schedule, prune_on_schedule
+from nni_topo.runs.study import plain
 
 _SUBSET = 256
 _RECALIBRATION_IMAGES = 1024
@@ -46,8 +47,7 @@ class Subject:
     evaluate: Evaluate
     knobs: dict[str, Any]
     layer: str | None
-    out: Path
-    files: list[Path] = field(default_factory=list)
+    pictures: dict[str, Figure] = field(default_factory=dict)
 
     def nearest(self, threshold: float) -> float:
         """Return the study's threshold that is nearest to one."""
@@ -68,15 +68,13 @@ class Subject:
 def dropout_part(subject: Subject) -> Record:
     """Accuracy under every dropout rate: the unpruned network, and each layer alone at 1 and 10 %."""
     study = subject.study
-    plain = study_dropout({"unpruned": lambda: subject.start.net}, subject.evaluate, seed=subject.start.seed)[
-        "unpruned"
-    ]
-    record: Record = {"unpruned": _plain(plain)}
+    (bare,) = study_dropout({"": lambda: subject.start.net}, subject.evaluate, seed=subject.start.seed).values()
+    record: Record = {"unpruned": plain(bare)}
     for threshold in sorted({subject.nearest(t) for t in _DROPOUT_THRESHOLDS}):
         models = {row.name: partial(_pruned_alone, subject, row, threshold) for row in study.layers}
         found = study_dropout(models, subject.evaluate, seed=subject.start.seed)
-        record[str(threshold)] = {name: _plain(by_rate) for name, by_rate in found.items()}
-        subject.files.extend(_dropout_pictures(subject, threshold, found))
+        record[str(threshold)] = plain(found)
+        subject.pictures.update(_dropout_pictures(study, threshold, found))
     return record
 
 
@@ -87,8 +85,7 @@ def accumulated_part(subject: Subject) -> Record:
     steps = accumulate_energy(
         subject.start.net, layers, subject.start.example, subject.evaluate, threshold=threshold, **subject.knobs
     )
-    rows = [{"layers": step.layers, "removed": step.removed, "quality": step.quality._asdict()} for step in steps]
-    return {"threshold": threshold, "steps": rows}
+    return {"threshold": threshold, "steps": plain(steps)}
 
 
 def replacement_part(subject: Subject) -> Record:
@@ -106,10 +103,8 @@ def replacement_part(subject: Subject) -> Record:
         seed=subject.start.seed,
         **subject.knobs,
     )
-    kinds = {kind: {**asdict(made), "quality": made.quality._asdict()} for kind, made in found.items()}
-    for kind, made in found.items():
-        kinds[kind]["repaired"] = None if made.repaired is None else made.repaired._asdict()
-    return {"layer": row.layers[0], "threshold": threshold, "filters": row.removed[threshold], "kinds": kinds}
+    kinds, filters = plain(found), row.removed[threshold]
+    return {"layer": row.layers[0], "threshold": threshold, "filters": filters, "kinds": kinds}
 
 
 def selection_part(subject: Subject) -> Record:
@@ -128,8 +123,7 @@ def selection_part(subject: Subject) -> Record:
         seed=subject.start.seed,
         **subject.knobs,
     )
-    methods = {name: {**asdict(chosen), "quality": chosen.quality._asdict()} for name, chosen in found.items()}
-    return {"layer": row.layers[0], "filters": row.filters, "methods": methods}
+    return {"layer": row.layers[0], "filters": row.filters, "methods": plain(found)}
 
 
 def schedules_part(subject: Subject) -> Record:
@@ -143,7 +137,7 @@ def schedules_part(subject: Subject) -> Record:
     record: Record = {"ratio": 0.5, "epochs": _RETRAIN_EPOCHS}
     for schedule in schedules:
         dense = prune_on_schedule(subject.start, choice, config_list, recipe, schedule=schedule)
-        record[schedule] = subject.evaluate(dense)._asdict()
+        record[schedule] = plain(subject.evaluate(dense))
     return record
 
 
@@ -156,25 +150,20 @@ PARTS: dict[str, Callable[[Subject], Record]] = {
 }
 
 
-def _dropout_pictures(subject: Subject, threshold: float, found: dict[str, dict[float, Quality]]) -> list[Path]:
+def _dropout_pictures(
+    study: EnergyStudy, threshold: float, found: dict[str, dict[float, Quality]]
+) -> dict[str, Figure]:
     """Draw accuracy and loss by layer, a line per rate, and what each rate changes."""
-    rows = [found[row.name] for row in subject.study.layers]
-    measured = {
-        "": ("accuracy %", {rate: [100.0 * row[rate].accuracy for row in rows] for rate in RATES}),
-        "_loss": ("loss (nats)", {rate: [row[rate].loss for row in rows] for rate in RATES}),
-    }
-    subject.out.mkdir(parents=True, exist_ok=True)
-    files = []
-    for suffix, (label, values) in measured.items():
+    rows = [found[row.name] for row in study.layers]
+    where = f"one layer at {100 * threshold:g} % of its energy"
+    figures = {}
+    for suffix, label, column, factor in (("", "accuracy %", "accuracy", 100.0), ("_loss", "loss (nats)", "loss", 1.0)):
+        values = {rate: [factor * getattr(row[rate], column) for row in rows] for rate in RATES}
         change = {rate: [a - b for a, b in zip(values[rate], values[0.0], strict=True)] for rate in RATES}
         for more, what, lines in (("", label, values), ("_change", f"{label}, change by dropout", change)):
             named = {f"rate {rate:g}": line for rate, line in lines.items()}
-            figure = layer_plot(
-                subject.study.layers, named, f"{what}, one layer at {100 * threshold:g} % of its energy"
-            )
-            files.append(subject.out / f"dropout_{threshold:g}{suffix}{more}.png")
-            figure.savefig(files[-1], dpi=130)
-    return files
+            figures[f"dropout_{threshold:g}{suffix}{more}"] = layer_plot(study.layers, named, f"{what}, {where}")
+    return figures
 
 
 def _pruned_alone(subject: Subject, row: LayerEnergy, threshold: float) -> nn.Module:
@@ -184,7 +173,3 @@ def _pruned_alone(subject: Subject, row: LayerEnergy, threshold: float) -> nn.Mo
 def _subset_quality(subject: Subject, net: nn.Module) -> Quality:
     subset = type(subject.start.data.train)(*subject.start.data.train[:_SUBSET])
     return Quality(*zoo.loss_and_accuracy(net, subset, device=subject.start.example.device))
-
-
-def _plain(by_rate: dict[float, Quality]) -> dict[str, dict[str, float]]:
-    return {str(rate): quality._asdict() for rate, quality in by_rate.items()}

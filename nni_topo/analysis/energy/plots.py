@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nni_topo.analysis.energy.study import EnergyStudy, LayerEnergy, Quality
+from nni_topo.analysis.panels import finish, single
+from nni_topo.runs.study import write
 
 _WIDTH_PER_LAYER = 0.42
-
-
-def energy_record(study: EnergyStudy) -> dict[str, Any]:
-    """Return a study's numbers as dicts, lists and strings, thresholds as keys too; the masks are left out."""
-    return {
-        "thresholds": list(study.thresholds),
-        "baseline": _plain(study.baseline),
-        "layers": [
-            {
-                "layers": list(layer.layers),
-                "filters": layer.filters,
-                "shares": list(layer.shares),
-                "removed": {str(t): count for t, count in layer.removed.items()},
-                "alone": {str(t): _plain(quality) for t, quality in layer.alone.items()},
-                "verdict": study.verdict(layer),
-            }
-            for layer in study.layers
-        ],
-        "together": {
-            str(t): {"removed": whole.removed, "macs": whole.macs, "quality": _plain(whole.quality)}
-            for t, whole in study.together.items()
-        },
-    }
 
 
 def save_energy_study(study: EnergyStudy, folder: str | Path, more: Mapping[str, Any] | None = None) -> list[Path]:
@@ -55,19 +32,17 @@ def save_energy_study(study: EnergyStudy, folder: str | Path, more: Mapping[str,
     list of Path
         The files.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    document = folder / "energy.json"
-    record = {**energy_record(study), **(more or {})}
-    document.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    pictures = {"compression.png": compression_plot(study)}
+    return write(folder, "energy", {**study.to_dict(), **(more or {})}, energy_figures(study))
+
+
+def energy_figures(study: EnergyStudy) -> dict[str, Figure]:
+    """Return the pictures by name: ``compression`` and, with an evaluation, ``accuracy``, ``loss``, ``fitness``."""
+    figures = {"compression": compression_plot(study)}
     if study.baseline is not None:
-        pictures["accuracy.png"] = _quality_plot(study, "accuracy %", lambda quality: 100.0 * quality.accuracy)
-        pictures["loss.png"] = _quality_plot(study, "loss (nats)", lambda quality: quality.loss)
-        pictures["fitness.png"] = fitness_plot(study)
-    for name, figure in pictures.items():
-        figure.savefig(folder / name, dpi=130)
-    return [document, *(folder / name for name in pictures)]
+        figures["accuracy"] = _quality_plot(study, "accuracy %", lambda quality: 100.0 * quality.accuracy)
+        figures["loss"] = _quality_plot(study, "loss (nats)", lambda quality: quality.loss)
+        figures["fitness"] = fitness_plot(study)
+    return figures
 
 
 def compression_plot(study: EnergyStudy) -> Figure:
@@ -87,14 +62,11 @@ def fitness_plot(study: EnergyStudy) -> Figure:
 
 def layer_plot(layers: Sequence[LayerEnergy], lines: Mapping[str, Sequence[float]], label: str) -> Figure:
     """Draw values per layer, a line per name: one value per layer each."""
-    figure = Figure(figsize=(max(6.0, 2.0 + _WIDTH_PER_LAYER * len(layers)), 4.5), layout="constrained")
-    axis: Axes = figure.subplots()
+    figure, axis = single(max(6.0, 2.0 + _WIDTH_PER_LAYER * len(layers)), 4.5)
     for index, (name, values) in enumerate(lines.items()):
         axis.plot(range(len(layers)), values, "o-", color=f"C{index % 10}", markersize=3, label=name)
     axis.set_xticks(range(len(layers)), [layer.name for layer in layers], rotation=60, ha="right", fontsize="x-small")
-    axis.set_ylabel(label)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="x-small")
+    finish(axis, ylabel=label)
     return figure
 
 
@@ -108,7 +80,3 @@ def _quality_plot(study: EnergyStudy, label: str, value: Callable[[Quality], flo
 
 def _percent(threshold: float) -> str:
     return f"{100.0 * threshold:g} % of the energy"
-
-
-def _plain(quality: Quality | None) -> dict[str, float] | None:
-    return None if quality is None else quality._asdict()

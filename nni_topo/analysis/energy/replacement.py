@@ -29,22 +29,12 @@ _TOURNAMENT = 3
 
 @dataclass(frozen=True)
 class Replacement:
-    """What became of a network whose weakest filters were replaced.
-
-    Attributes
-    ----------
-    repaired : Quality or None
-        After ``repair``; None without one.
-    energy : float
-        Share of the layer's energy that the replaced filters have now, in [0, 1].
-    similarity : float
-        Mean absolute cosine between a filter and what stands in its place, in [0, 1].
-    """
+    """What became of a network whose weakest filters were replaced."""
 
     quality: Quality
-    repaired: Quality | None
-    energy: float
-    similarity: float
+    repaired: Quality | None  # after repair; None without one
+    energy: float  # share of the layer's energy that the replaced filters have now, in [0, 1]
+    similarity: float  # mean absolute cosine between a filter and what stands in its place, in [0, 1]
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,23 +40,13 @@ Batches = Sequence[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Selection:
-    """The filters that a method keeps, ascending, and the quality of the network without the others.
-
-    Attributes
-    ----------
-    energy : float
-        Share of the layer's energy that goes, in [0, 1].
-    taylor : float
-        Mean over images of the first-order change of the loss when the filters go together, in nats.
-    seconds : float
-        What choosing took.
-    """
+    """The filters that a method keeps, ascending, and the quality of the network without the others."""
 
     kept: tuple[int, ...]
-    energy: float
-    taylor: float
+    energy: float  # share of the layer's energy that goes, in [0, 1]
+    taylor: float  # mean over images of the first-order change of the loss when the filters go together, in nats
     quality: Quality
-    seconds: float
+    seconds: float  # that choosing took
 
 
 def study_selection(
@@ -114,13 +103,13 @@ def study_selection(
         if method not in METHODS:
             raise unknown_name("method", method, METHODS)
     with evaluation_mode(model):
-        search = _Search(model, layer, example_inputs, batches, evolution or EvolutionSettings(), seed, knobs)
+        search = _Search(model, layer, example_inputs, batches, seed, knobs)
         if not 1 <= keep < search.filters:
             raise ConfigError(f"keep must be in [1, {search.filters - 1}], got {keep} ({layer})")
         found = {}
         for method in methods:
             began = time.perf_counter()
-            kept = search.choose(method, keep)
+            kept = search.choose(method, keep, evolution or EvolutionSettings())
             found[method] = search.judged(kept, time.perf_counter() - began, evaluate)
     return found
 
@@ -129,17 +118,10 @@ class _Search:
     """What all methods share: energies, Taylor terms, and the place where channels are silenced."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        layer: str,
-        example_inputs: Any,
-        batches: Batches,
-        evolution: EvolutionSettings,
-        seed: int,
-        knobs: dict[str, Any],
+        self, model: nn.Module, layer: str, example_inputs: Any, batches: Batches, seed: int, knobs: dict[str, Any]
     ) -> None:
         self.model, self.layer, self.example_inputs, self.batches = model, layer, example_inputs, batches
-        self.evolution, self.seed = evolution, seed
+        self.seed = seed
         entry = {"op_names": [layer], "sparse_ratio": 0.0}
         pruner = EnergyFilterPruner(copy.deepcopy(model), [entry], example_inputs=example_inputs, **knobs)
         energies = pruner._collect_data()[layer]["weight"][:, 0]
@@ -149,7 +131,7 @@ class _Search:
         self.place = model.get_submodule(norms_behind(model, flow).get(layer, layer))
         self.terms = taylor_terms(model, self.place, batches).cpu().numpy()
 
-    def choose(self, method: str, keep: int) -> BoolArray:
+    def choose(self, method: str, keep: int, evolution: EvolutionSettings) -> BoolArray:
         """Return which filters stay, boolean ``(filters,)``."""
         if method == "random":
             return _largest(np.random.default_rng(self.seed).random(self.filters), keep)
@@ -157,12 +139,9 @@ class _Search:
             return _largest(self.energies, keep)
         if method == "taylor":
             return _largest(np.abs(self.terms).mean(0), keep)
-        fitness = {
-            "energy, genetic": self._energy_lost,
-            "taylor, genetic": self._joint_taylor,
-            "loss, genetic": self._loss,
-        }[method]
-        search = SubsetGeneticAlgorithm(self.filters, keep, fitness, self.evolution, seed=self.seed)
+        searched = {"energy": self._energy_lost, "taylor": self._joint_taylor, "loss": self._loss}
+        fitness = searched[method.removesuffix(", genetic")]
+        search = SubsetGeneticAlgorithm(self.filters, keep, fitness, evolution, seed=self.seed)
         search.run()
         best: BoolArray = search.current_generation[0].genes
         return best
@@ -192,7 +171,7 @@ class _Search:
         def silence(module: nn.Module, inputs: Any, outputs: Tensor) -> Tensor:
             return outputs * kept.to(outputs).view(-1, *[1] * (outputs.dim() - 2))
 
-        with _hooked(self.place, silence), torch.no_grad():
+        with self.place.register_forward_hook(silence), torch.no_grad():
             losses = [cross_entropy(self.model(images), labels, reduction="sum") for images, labels in self.batches]
         return float(torch.stack(losses).sum()) / sum(len(labels) for _, labels in self.batches)
 
@@ -206,7 +185,7 @@ def taylor_terms(model: nn.Module, place: nn.Module, batches: Iterable[tuple[Ten
         return outputs[-1] * 1.0  # what comes next may write in place
 
     terms = []
-    with _hooked(place, watch), torch.enable_grad():
+    with place.register_forward_hook(watch), torch.enable_grad():
         for images, labels in batches:
             outputs.clear()
             # a sum, so that an image's gradient is that of its own loss
@@ -215,15 +194,6 @@ def taylor_terms(model: nn.Module, place: nn.Module, batches: Iterable[tuple[Ten
             # the output times the gradient by it, over all positions [2]
             terms.append((outputs[-1].detach() * gradient).flatten(2).sum(2).double())
     return torch.cat(terms)
-
-
-@contextmanager
-def _hooked(module: nn.Module, hook: Callable[..., Tensor]) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _largest(values: FloatArray, keep: int) -> BoolArray:

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from nni_topo.network.layers import kept_channels
 from nni_topo.network.reference import masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.pruners.hooks import Masks, Metrics, unit_scores
+from nni_topo.runs.study import Findings
 
 THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 MANY = 0.2
@@ -31,7 +32,8 @@ LITTLE = 0.02
 """Accuracy, a fraction, up to which little is lost: the two points of the thesis."""
 
 
-class Quality(NamedTuple):
+@dataclass(frozen=True)
+class Quality:
     """How good a classifier is.
 
     Attributes
@@ -94,7 +96,7 @@ class WholeNetwork:
 
 
 @dataclass(frozen=True)
-class EnergyStudy:
+class EnergyStudy(Findings):
     """What energy-based pruning does to a network.
 
     Attributes
@@ -111,11 +113,19 @@ class EnergyStudy:
         Of all layers, by threshold.
     """
 
+    stem, unwritten = "energy", ("masks",)
     thresholds: tuple[float, ...]
     baseline: Quality | None
     layers: list[LayerEnergy]
     together: dict[float, WholeNetwork]
     masks: dict[float, Masks]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the study's numbers, with a verdict on each layer."""
+        content = super().to_dict()
+        for row, layer in zip(content["layers"], self.layers, strict=True):
+            row["verdict"] = self.verdict(layer)
+        return content
 
     def lost(self, layer: LayerEnergy, threshold: float) -> float:
         """Return the accuracy lost by pruning a layer alone, a fraction to nine decimals; negative if it rose.

@@ -1,133 +1,137 @@
-"""Tables of an energy study on the terminal."""
+"""Tables of an energy study, from its record."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-from rich.box import MARKDOWN
-from rich.console import Console
-from rich.table import Table
+from rich.console import RenderableType
 
 from nni_topo.runs.records import Record
+from nni_topo.runs.tables import as_table, markdown_table
 
 
-def print_energy(record: Record, console: Console, *, markdown: bool = False) -> None:
-    """Print what :func:`~nni_topo.analysis.energy.run.energy_study` returns."""
-    _show(_layer_table(record), console, markdown)
-    _show(_loss_table(record), console, markdown)
+class _Table(NamedTuple):
+    """A table in words; ``totals``: rows set apart at its end."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    totals: list[list[str]]
+    left: int = 1
+
+
+def show_energy(record: Record, *, markdown: bool = False) -> Iterator[RenderableType]:
+    """Yield the tables and lines of a study's record, for the terminal or in Markdown."""
+    yield from _shown(_layer_table(record), markdown)
+    yield from _shown(_loss_table(record), markdown)
     for verdict in ("saturated", "redundant"):
         names = [_name(layer) for layer in record["layers"] if layer["verdict"] == verdict]
-        console.print(f"{verdict}: {', '.join(names) or 'none'}", markup=False)
+        yield f"{verdict}: {', '.join(names) or 'none'}"
     if "suggested" in record:
         suggested = record["suggested"]
-        quality = _percent(suggested["quality"])
-        console.print(f"suggested, all at once: {quality} at {100 * suggested['macs']:.1f} % of the MACs", markup=False)
-    for part, show in _PARTS.items():
+        accuracy = f"{100 * suggested['quality']['accuracy']:.1f} %"
+        yield f"suggested, all at once: {accuracy} at {100 * suggested['macs']:.1f} % of the MACs"
+    for part, table in _PARTS.items():
         if part in record:
-            _show(show(record[part]), console, markdown)
-    if not markdown:
-        console.print("written:", ", ".join(record["files"]), markup=False)
+            yield from _shown(table(record[part]), markdown)
 
 
-def _show(table: Table, console: Console, markdown: bool) -> None:
-    """Print a table's title on a line of its own: above a narrow table it would be folded."""
-    console.print(str(table.title), style="italic", markup=False, highlight=False)
-    table.title = None
+def _shown(table: _Table, markdown: bool) -> Iterator[RenderableType]:
+    """Yield a title on a line of its own, for above a narrow table it would be folded, and the table."""
+    title, head, rows, totals, left = table
+    yield f"{title}\n" if markdown else title
     if markdown:
-        table.box = MARKDOWN
-        for row in table.rows:  # a line between rows would end the table
-            row.end_section = False
-    console.print(table)
+        yield markdown_table(head, rows + totals, left=left) + "\n"
+    else:
+        yield as_table(None, head, rows, left=left, totals=totals)
 
 
-def _layer_table(record: Record) -> Table:
-    base = record["baseline"]
-    title = (
-        f"{record['model']} on {record['data']}: {_percent(base)}, loss {base['loss']:.3f}; filters removed: accuracy %"
-    )
-    table = Table("layer", "filters", title=title)
-    for threshold in record["thresholds"]:
-        table.add_column(f"{100 * threshold:g} %", justify="right")
-    for layer in record["layers"]:
-        cells = [
-            f"{layer['removed'][str(t)]}: {100 * layer['alone'][str(t)]['accuracy']:.1f}" for t in record["thresholds"]
+def _layer_table(record: Record) -> _Table:
+    base, thresholds = record["baseline"], record["thresholds"]
+    before = f"{_percent(base)} %, loss {base['loss']:.3f}"
+    rows = [
+        [
+            _name(layer),
+            str(layer["filters"]),
+            *(f"{layer['removed'][str(t)]}: {_percent(layer['alone'][str(t)])}" for t in thresholds),
         ]
-        table.add_row(_name(layer), str(layer["filters"]), *cells)
-    whole = [record["together"][str(t)] for t in record["thresholds"]]
-    table.add_section()
-    cells = [f"{row['removed']}: {100 * row['quality']['accuracy']:.1f}" for row in whole]
-    table.add_row("all at once", str(sum(layer["filters"] for layer in record["layers"])), *cells)
-    table.add_row("MACs left %", "", *(f"{100 * row['macs']:.1f}" for row in whole))
-    return table
+        for layer in record["layers"]
+    ]
+    whole = [record["together"][str(t)] for t in thresholds]
+    filters = str(sum(layer["filters"] for layer in record["layers"]))
+    return _Table(
+        f"{record['model']} on {record['data']}: {before}; filters removed: accuracy %",
+        ["layer", "filters", *_shares(thresholds)],
+        rows,
+        [
+            ["all at once", filters, *(f"{row['removed']}: {_percent(row['quality'])}" for row in whole)],
+            ["MACs left %", "", *(f"{100 * row['macs']:.1f}" for row in whole)],
+        ],
+        left=2,
+    )
 
 
-def _loss_table(record: Record) -> Table:
+def _loss_table(record: Record) -> _Table:
     thresholds = [str(t) for t in record["thresholds"]]
-    table = Table("layer", title="loss (nats), this layer alone pruned")
-    for threshold in record["thresholds"]:
-        table.add_column(f"{100 * threshold:g} %", justify="right")
-    for layer in record["layers"]:
-        table.add_row(_name(layer), *(f"{layer['alone'][t]['loss']:.3f}" for t in thresholds))
-    table.add_section()
-    table.add_row("all at once", *(f"{record['together'][t]['quality']['loss']:.3f}" for t in thresholds))
-    return table
+    rows = [[_name(layer), *(f"{layer['alone'][t]['loss']:.3f}" for t in thresholds)] for layer in record["layers"]]
+    total = ["all at once", *(f"{record['together'][t]['quality']['loss']:.3f}" for t in thresholds)]
+    return _Table("loss (nats), this layer alone pruned", ["layer", *_shares(record["thresholds"])], rows, [total])
 
 
-def _dropout_table(part: Record) -> Table:
+def _dropout_table(part: Record) -> _Table:
     rates = list(part["unpruned"])
-    table = Table("accuracy % at dropout rate", *rates, title="dropout at test time")
-    table.add_row("unpruned", *(f"{100 * part['unpruned'][rate]['accuracy']:.1f}" for rate in rates))
+    rows = [["unpruned", *(_percent(part["unpruned"][rate]) for rate in rates)]]
     for threshold, layers in part.items():
-        if threshold == "unpruned":
-            continue
-        means = [sum(layer[rate]["accuracy"] for layer in layers.values()) / len(layers) for rate in rates]
-        table.add_row(f"one layer at {threshold}, mean", *(f"{100 * mean:.1f}" for mean in means))
-    return table
+        if threshold != "unpruned":
+            means = [sum(layer[rate]["accuracy"] for layer in layers.values()) / len(layers) for rate in rates]
+            rows.append([f"one layer at {threshold}, mean", *(f"{100 * mean:.1f}" for mean in means)])
+    return _Table("dropout at test time", ["accuracy % at dropout rate", *rates], rows, [])
 
 
-def _accumulated_table(part: Record) -> Table:
+def _accumulated_table(part: Record) -> _Table:
     title = f"accumulated at {100 * part['threshold']:g} % of the energy, without retraining"
-    table = Table("after layer", "removed", "accuracy %", "loss", title=title)
-    for step in part["steps"]:
-        quality = step["quality"]
-        removed = str(step["removed"])
-        table.add_row(_name(step), removed, f"{100 * quality['accuracy']:.1f}", f"{quality['loss']:.3f}")
-    return table
+    rows = [[_name(step), str(step["removed"]), *_quality(step["quality"])] for step in part["steps"]]
+    return _Table(title, ["after layer", "removed", "accuracy %", "loss"], rows, [])
 
 
-def _replacement_table(part: Record) -> Table:
-    title = f"{part['filters']} filters of {part['layer']} replaced"
-    table = Table("filters", "accuracy %", "re-calibrated %", "energy %", "likeness", title=title)
-    for kind, made in part["kinds"].items():
-        table.add_row(
+def _replacement_table(part: Record) -> _Table:
+    rows = [
+        [
             kind,
-            f"{100 * made['quality']['accuracy']:.1f}",
-            f"{100 * made['repaired']['accuracy']:.1f}",
+            _percent(made["quality"]),
+            _percent(made["repaired"]),
             f"{100 * made['energy']:.1f}",
             f"{made['similarity']:.2f}",
-        )
-    return table
+        ]
+        for kind, made in part["kinds"].items()
+    ]
+    head = ["filters", "accuracy %", "re-calibrated %", "energy %", "likeness"]
+    return _Table(f"{part['filters']} filters of {part['layer']} replaced", head, rows, [])
 
 
-def _selection_table(part: Record) -> Table:
-    title = f"half of the {part['filters']} filters of {part['layer']}, chosen by"
-    table = Table("", "accuracy %", "loss", "energy lost %", "Taylor", "seconds", title=title)
-    for name, made in part["methods"].items():
-        quality = made["quality"]
-        numbers = f"{100 * quality['accuracy']:.1f}", f"{quality['loss']:.3f}", f"{100 * made['energy']:.1f}"
-        table.add_row(name, *numbers, f"{made['taylor']:.4f}", f"{made['seconds']:.2f}")
-    return table
+def _selection_table(part: Record) -> _Table:
+    rows = [
+        [
+            name,
+            *_quality(made["quality"]),
+            f"{100 * made['energy']:.1f}",
+            f"{made['taylor']:.4f}",
+            f"{made['seconds']:.2f}",
+        ]
+        for name, made in part["methods"].items()
+    ]
+    head = ["", "accuracy %", "loss", "energy lost %", "Taylor", "seconds"]
+    return _Table(f"half of the {part['filters']} filters of {part['layer']}, chosen by", head, rows, [])
 
 
-def _schedules_table(part: Record) -> Table:
+def _schedules_table(part: Record) -> _Table:
     title = f"{100 * part['ratio']:g} % of every layer, {part['epochs']} epochs in all"
-    table = Table("schedule", "accuracy %", "loss", title=title)
-    for schedule in ("one-shot", "linear", "agp"):
-        table.add_row(schedule, f"{100 * part[schedule]['accuracy']:.1f}", f"{part[schedule]['loss']:.3f}")
-    return table
+    rows = [[schedule, *_quality(part[schedule])] for schedule in ("one-shot", "linear", "agp")]
+    return _Table(title, ["schedule", "accuracy %", "loss"], rows, [])
 
 
-_PARTS: dict[str, Callable[[Record], Table]] = {
+_PARTS: dict[str, Callable[[Record], _Table]] = {
     "dropout": _dropout_table,
     "accumulated": _accumulated_table,
     "replacement": _replacement_table,
@@ -136,10 +140,18 @@ _PARTS: dict[str, Callable[[Record], Table]] = {
 }
 
 
-def _name(layer: Record) -> str:
-    names = layer["layers"]
-    return f"{names[0]} +{len(names) - 1}" if len(names) > 1 else str(names[0])
+def _shares(thresholds: list[float]) -> list[str]:
+    return [f"{100 * threshold:g} %" for threshold in thresholds]
+
+
+def _quality(quality: Record) -> tuple[str, str]:
+    return _percent(quality), f"{quality['loss']:.3f}"
 
 
 def _percent(quality: Record) -> str:
-    return f"{100 * quality['accuracy']:.1f} %"
+    return f"{100 * quality['accuracy']:.1f}"
+
+
+def _name(layer: Record) -> str:
+    names = layer["layers"]
+    return f"{names[0]} +{len(names) - 1}" if len(names) > 1 else str(names[0])

@@ -2,122 +2,106 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-Row = dict[str, Any]
+from nni_topo.analysis.panels import finish
+from nni_topo.runs.records import Record
+from nni_topo.runs.tables import markdown_table
+
 _WAYS = {"direct": "-", "direct, retrained": "--", "iterative": ":"}
 _PARTS = {("level", "all"): "C0", ("level", "conv"): "C1", ("level", "dense"): "C2", ("matrix", "all"): "C3"}
 
 
-def plot_magnitude(document: dict[str, Any], folder: str | Path) -> list[Path]:
-    """Draw accuracy, each layer's sensitivity, parameters, bytes and time against the ratio: ``magnitude.png``."""
+def magnitude_figure(document: Record) -> Figure:
+    """Draw accuracy, each layer's sensitivity, parameters, bytes and time against the ratio."""
     figure = Figure(figsize=(15.0, 8.0), layout="constrained")
     (accuracy, alone, params), (disk, time, spare) = figure.subplots(2, 3)
     spare.remove()
     rows, baseline = document["rows"], document["baseline"]
     for (pruner, part), color in _PARTS.items():
         for way, style in _WAYS.items():
-            _line(accuracy, _chosen(rows, pruner, part, way), "accuracy", style, color, f"{pruner}, {part}, {way}")
+            points = [(row["ratio"], row["accuracy"]) for row in _chosen(rows, pruner, part, way)]
+            _line(accuracy, points, style, color, f"{pruner}, {part}, {way}")
     for pruner, color in (("level", "C0"), ("matrix", "C3")):
         chosen = _chosen(rows, pruner, "all", "direct")
-        _line(params, chosen, "params", ".-", color, pruner)
-        for index, name in enumerate(baseline["bytes"]):
-            style = ("-", "--", ":", "-.", ".-")[index % 5]
-            _line(
-                disk, [{**row, "size": row["bytes"][name]} for row in chosen], "size", style, color, f"{pruner}, {name}"
-            )
-        for name in _timed(chosen):
-            # shares of the unpruned network's time: it was timed in turns with the others
-            timed = [{**row, "share": share} for row, share in zip(chosen, _shares(chosen, name), strict=True)]
-            _line(time, timed, "share", "--" if name == "zeros" else "-", color, f"{pruner}, {name}")
+        _line(params, [(row["ratio"], row["params"]) for row in chosen], ".-", color, pruner)
+        for name, style in zip(baseline["bytes"], ("-", "--", ":", "-.", ".-"), strict=True):
+            _line(disk, [(row["ratio"], row["bytes"][name]) for row in chosen], style, color, f"{pruner}, {name}")
+        for name, shares in _shares(chosen).items():
+            points = [(row["ratio"], share) for row, share in zip(chosen, shares, strict=True)]
+            _line(time, points, "--" if name == "zeros" else "-", color, f"{pruner}, {name}")
     for index, curve in enumerate(document["sensitivity"]["curves"]):
-        points = [{"ratio": float(ratio), "accuracy": value} for ratio, value in curve["accuracy"].items()]
-        _line(alone, points, "accuracy", ".-", f"C{index % 10}", "+".join(curve["layers"]))
-    for axis in (accuracy, alone):
-        axis.axhline(baseline["accuracy"], color="0.5", linewidth=0.8)
-    params.axhline(baseline["params"], color="0.5", linewidth=0.8)
-    disk.axhline(baseline["bytes"]["dense"], color="0.5", linewidth=0.8)
-    time.axhline(1.0, color="0.5", linewidth=0.8)
-    labels = (
-        (accuracy, "accuracy"),
-        (alone, "accuracy, one layer pruned"),
-        (params, "parameters left"),
-        (disk, "bytes on disk"),
-        (time, "time, of the unpruned network's"),
-    )
-    for axis, label in labels:
-        axis.set(xlabel="ratio", ylabel=label)
-        axis.legend(fontsize="xx-small")
-        axis.grid(alpha=0.3)
-    disk.set_yscale("log")
-    params.set_yscale("log")
-    path = Path(folder) / "magnitude.png"
-    figure.savefig(path, dpi=130)
-    return [path]
+        points = [(float(ratio), value) for ratio, value in curve["accuracy"].items()]
+        _line(alone, points, ".-", f"C{index % 10}", "+".join(curve["layers"]))
+    for axis, label, unpruned in (
+        (accuracy, "accuracy", baseline["accuracy"]),
+        (alone, "accuracy, one layer pruned", baseline["accuracy"]),
+        (params, "parameters left", baseline["params"]),
+        (disk, "bytes on disk", baseline["bytes"]["dense"]),
+        (time, "time, of the unpruned network's", 1.0),
+    ):
+        axis.axhline(unpruned, color="0.5", linewidth=0.8)
+        finish(axis, "ratio", label, yscale="log" if axis in (params, disk) else "linear")
+    return figure
 
 
-def markdown_magnitude(document: dict[str, Any]) -> str:
+def markdown_magnitude(document: Record) -> str:
     """Return the study's tables: accuracies by way and by layer, then what is left of parameters, bytes and time."""
     rows, baseline = document["rows"], document["baseline"]
     ratios = sorted({row["ratio"] for row in rows})
     head = [f"{ratio:g}" for ratio in ratios]
-    accuracies = [["pruner", "layers", "way", *head]]
-    for pruner, part in _PARTS:
-        for way in _WAYS:
-            found = {row["ratio"]: row["accuracy"] for row in _chosen(rows, pruner, part, way)}
-            if found:
-                accuracies.append([pruner, part, way, *(_percent(found.get(ratio)) for ratio in ratios)])
-    costs = [["pruner", "what", "0", *head]]
+    accuracies = []
+    for (pruner, part), way in itertools.product(_PARTS, _WAYS):
+        found = {row["ratio"]: row["accuracy"] for row in _chosen(rows, pruner, part, way)}
+        if found:
+            accuracies.append([pruner, part, way, *(_percent(found.get(ratio)) for ratio in ratios)])
+    costs = []
     for pruner in ("level", "matrix"):
-        chosen = {row["ratio"]: row for row in _chosen(rows, pruner, "all", "direct")}
+        chosen = _chosen(rows, pruner, "all", "direct")
         if not chosen:
             continue
-        by_ratio = [chosen[ratio] for ratio in ratios]
-        costs.append([pruner, "parameters (k)", *_scaled([baseline["params"], *(row["params"] for row in by_ratio)])])
+        costs.append([pruner, "parameters (k)", *_thousands([baseline["params"], *(row["params"] for row in chosen)])])
         for name, size in baseline["bytes"].items():
-            costs.append([pruner, f"{name} (kB)", *_scaled([size, *(row["bytes"][name] for row in by_ratio)])])
-        for name in _timed(by_ratio):
-            shares = [1.0, *_shares(by_ratio, name)]
-            costs.append([pruner, f"{name}: time, of the unpruned network's", *(f"{share:.2f}" for share in shares)])
-    found = document["sensitivity"]["curves"]
-    alone = [["+".join(c["layers"]), *(_percent(c["accuracy"].get(str(ratio))) for ratio in ratios)] for c in found]
-    curves = [["layer alone", *head], *alone]
-    whole = f"Unpruned: {_percent(baseline['accuracy'])} %, {baseline['latency_ms']:.2f} ms for 64 images."
-    return "\n\n".join((whole, *map(_table, (accuracies, curves, costs))))
+            costs.append([pruner, f"{name} (kB)", *_thousands([size, *(row["bytes"][name] for row in chosen)])])
+        for name, shares in _shares(chosen).items():
+            shown = (f"{share:.2f}" for share in (1.0, *shares))
+            costs.append([pruner, f"{name}: time, of the unpruned network's", *shown])
+    curves = document["sensitivity"]["curves"]
+    alone = [["+".join(c["layers"]), *(_percent(c["accuracy"].get(str(ratio))) for ratio in ratios)] for c in curves]
+    return "\n\n".join(
+        (
+            f"Unpruned: {_percent(baseline['accuracy'])} %, {baseline['latency_ms']:.2f} ms for 64 images.",
+            markdown_table(["pruner", "layers", "way", *head], accuracies),
+            markdown_table(["layer alone", *head], alone),
+            markdown_table(["pruner", "what", "0", *head], costs),
+        )
+    )
 
 
-def _chosen(rows: Sequence[Row], pruner: str, part: str, way: str) -> list[Row]:
+def _chosen(rows: Sequence[Record], pruner: str, part: str, way: str) -> list[Record]:
     wanted = {"pruner": pruner, "part": part, "way": way}
     return sorted((row for row in rows if wanted.items() <= row.items()), key=lambda row: row["ratio"])
 
 
-def _timed(rows: Sequence[Row]) -> list[str]:
-    return [name for name in rows[0]["latency_ms"] if name != "unpruned"] if rows else []
+def _shares(rows: Sequence[Record]) -> dict[str, list[float]]:
+    """Times by what was timed, of the unpruned network's, which was timed in turns with the others."""
+    timed = [row["latency_ms"] for row in rows]
+    names = [name for name in timed[0] if name != "unpruned"] if timed else []
+    return {name: [times[name] / times["unpruned"] for times in timed] for name in names}
 
 
-def _shares(rows: Sequence[Row], name: str) -> list[float]:
-    return [row["latency_ms"][name] / row["latency_ms"]["unpruned"] for row in rows]
-
-
-def _line(axis: Axes, rows: Sequence[Row], key: str, style: str, color: str, label: str) -> None:
-    if rows:
-        axis.plot([row["ratio"] for row in rows], [row[key] for row in rows], style, color=color, label=label)
+def _line(axis: Axes, points: Sequence[tuple[float, float]], style: str, color: str, label: str) -> None:
+    if points:
+        axis.plot(*zip(*points, strict=True), style, color=color, label=label)
 
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
 
-def _scaled(values: Sequence[float]) -> list[str]:
+def _thousands(values: Sequence[float]) -> list[str]:
     return [f"{value / 1e3:.1f}" for value in values]
-
-
-def _table(rows: list[list[str]]) -> str:
-    head, *body = rows
-    rule = ["---" if index < 1 else "---:" for index in range(len(head))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))

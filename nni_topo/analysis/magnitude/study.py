@@ -9,165 +9,157 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from torch import nn
+from matplotlib.figure import Figure
+from torch import Tensor, nn
 
 from nni_topo import zoo
+from nni_topo.analysis.magnitude.report import magnitude_figure, markdown_magnitude
 from nni_topo.analysis.magnitude.storage import stored_bytes, with_sparse_linears
 from nni_topo.analysis.sensitivity import sensitivity
 from nni_topo.errors import ConfigError
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import CONVOLUTIONS
 from nni_topo.network.reference import masked_model
+from nni_topo.network.zeros import weights_left
 from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.pruners.rounds import even_steps, prune_in_rounds
+from nni_topo.runs.records import Record, append_record, read_records
 from nni_topo.runs.run import Start, made_dense, pruner_knobs
+from nni_topo.runs.study import Findings, Tell, TrainedStudy
 from nni_topo.runs.widths import inner_layers
 
-PARTS = ("all", "conv", "dense")
+_PARTS = {"level": ("all", "conv", "dense"), "matrix": ("all",)}
+_KINDS: dict[str, tuple[type[nn.Module], ...]] = {
+    "all": (*CONVOLUTIONS, nn.Linear),
+    "conv": CONVOLUTIONS,
+    "dense": (nn.Linear,),
+}
 _BATCH = 64
-Announce = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class MagnitudePlan:
-    """How large a study is: ratios in (0, 1), and rounds of the iterative way.
+class MagnitudeStudy(Findings):
+    """Records of the unpruned network, of every way of pruning it, and of layers pruned alone."""
 
-    Attributes
-    ----------
-    epochs : int
-        Of retraining in all, at least ``rounds``: the direct way has them behind its one pruning, the iterative one
-        deals them to its rounds.
-    runs : int
-        Timed passes.
+    stem = "magnitude"
+    baseline: Record
+    rows: list[Record]
+    sensitivity: Record
+
+    def figures(self) -> dict[str, Figure]:
+        """Return ``magnitude``: accuracy, each layer's sensitivity, parameters, bytes and time against the ratio."""
+        return {"magnitude": magnitude_figure(self.to_dict())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
+    """Prune by magnitude directly and iteratively, and measure what zeros are worth in bytes and time.
+
+    The direct way has all epochs of retraining behind its one pruning, the iterative one deals them to its rounds.
     """
 
-    ratios: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
-    rounds: int = 3
-    epochs: int = 3
-    runs: int = 30
+    ratios: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)  # of the pruned layers, in (0, 1)
+    rounds: int = 3  # of iterative pruning, in [1, epochs]
+    epochs: int = 3  # of retraining in all
+    images: int | None = None  # test images used, at least 1; None: all
+    runs: int = 30  # timed passes, at least 1
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ConfigError unless the study can be carried out."""
         if not self.ratios or not all(0.0 < ratio < 1.0 for ratio in self.ratios):
             raise ConfigError(f"ratios must be one or more numbers in (0, 1), got {self.ratios} (magnitude)")
         if not 1 <= self.rounds <= self.epochs:
             raise ConfigError(f"rounds must be in [1, epochs], got {self.rounds} of {self.epochs} epochs (magnitude)")
 
+    def find(self, tell: Tell) -> MagnitudeStudy:
+        """Prune one trained network in many ways; a line per record in ``rows.jsonl``, but for what stands there."""
+        self.check()
+        start, path = self.start(self.images), self.out / "rows.jsonl"
+        self.out.mkdir(parents=True, exist_ok=True)
+        images = {"train_images": len(start.data.train), "test_images": len(start.data.test)}
+        request = {"rounds": self.rounds, "epochs": self.epochs, "seed": self.seed, **images}
+        rows = [row for row in read_records(path) if request.items() <= row.items() and row["ratio"] in self.ratios]
+        done = set(map(_place, rows))
+        for row in self._wanted(start):
+            if _place(row) not in done:
+                rows.append({**row, **self._measured(start, **row), **request})
+                tell(f"{', '.join(_place(row)[:3])}, {row['ratio']:g}: {100 * rows[-1]['accuracy']:.1f} %")
+                append_record(path, rows[-1])
+        curves = sensitivity(start.net, start.example, start.tested, sorted(set(self.ratios)), "level")
+        return MagnitudeStudy(self.baseline(start), sorted(rows, key=_place), curves.to_dict())
 
-@dataclass(frozen=True)
-class MagnitudeStudy:
-    """Prunes one trained network in many ways; :meth:`rows` yields a record for each."""
+    def show(self, found: MagnitudeStudy) -> Iterator[str]:
+        """Yield the tables, in Markdown."""
+        yield markdown_magnitude(found.to_dict())
 
-    start: Start
-    plan: MagnitudePlan
-
-    def rows(self, done: Container[tuple[str, str, str, float]] = ()) -> Iterator[dict[str, Any]]:
-        """Yield a record per pruner, part, way and ratio, with its accuracy; those that are ``done`` are left out."""
-        rounds = {"direct": 0, "direct, retrained": 1, "iterative": self.plan.rounds}
-        parts = {"level": PARTS, "matrix": ("all",)}
-        for ratio, pruner in itertools.product(sorted(set(self.plan.ratios)), parts):
-            for part, way in itertools.product(parts[pruner], rounds):
-                if (pruner, part, way, ratio) not in done and self._layers(pruner, part):
-                    row = {"pruner": pruner, "part": part, "way": way, "ratio": ratio}
-                    yield row | self._measured(pruner, part, ratio, rounds[way])
-
-    def baseline(self) -> dict[str, Any]:
+    def baseline(self, start: Start) -> Record:
         """Return the record of the unpruned network."""
         return {
-            "accuracy": self._accuracy(self.start.net),
-            "params": zoo.count_params(self.start.net),
-            "bytes": stored_bytes(self.start.net),
-            "latency_ms": zoo.latency_ms(self.start.net, self._images, runs=self.plan.runs),
+            "accuracy": start.accuracy,
+            "params": zoo.count_params(start.net),
+            "bytes": stored_bytes(start.net),
+            "latency_ms": zoo.latency_ms(start.net, _images(start), runs=self.runs),
         }
 
-    @property
-    def _images(self) -> Any:
-        return self.start.data.test.tensors[0][:_BATCH].to(self.start.device)
+    def _wanted(self, start: Start) -> Iterator[Record]:
+        """Yield pruner, part, way and ratio of every record."""
+        for ratio, pruner in itertools.product(sorted(set(self.ratios)), _PARTS):
+            for part, way in itertools.product(_PARTS[pruner], ("direct", "direct, retrained", "iterative")):
+                if _layers(start, pruner, part):
+                    yield {"pruner": pruner, "part": part, "way": way, "ratio": ratio}
 
-    def _accuracy(self, model: nn.Module) -> float:
-        return self.start.tested(model)
-
-    def _layers(self, pruner: str, part: str) -> list[str]:
-        kinds = {"all": (*CONVOLUTIONS, nn.Linear), "conv": CONVOLUTIONS, "dense": (nn.Linear,)}[part]
-        found = [name for name, module in self.start.net.named_modules() if isinstance(module, kinds)]
-        inner = inner_layers(self.start.net, self.start.example) if pruner_info(pruner).structured else found
-        return [name for name in found if name in inner]
-
-    def _pruner(self, name: str, part: str, ratio: float) -> tuple[Any, nn.Module]:
-        victim = copy.deepcopy(self.start.net)
-        config: list[dict[str, Any]] = [{"op_names": self._layers(name, part), "sparse_ratio": ratio}]
-        knobs = pruner_knobs(name, victim, self.start)
-        if pruner_info(name).structured:
-            config = dependency_groups(victim, self.start.example, config)
-        return create_pruner(name, victim, config, **knobs), victim
-
-    def _measured(self, name: str, part: str, ratio: float, rounds: int) -> dict[str, Any]:
-        if rounds:
-            return {"accuracy": self._retrained(name, part, ratio, rounds)}
-        masked, masks = self._direct(name, part, ratio)
+    def _measured(self, start: Start, pruner: str, part: str, way: str, ratio: float) -> Record:
+        victim = copy.deepcopy(start.net)
+        config: list[dict[str, Any]] = [{"op_names": _layers(start, pruner, part), "sparse_ratio": ratio}]
+        if pruner_info(pruner).structured:
+            config = dependency_groups(victim, start.example, config)
+        made = create_pruner(pruner, victim, config, **pruner_knobs(pruner, victim, start))
+        if way != "direct":
+            return {"accuracy": self._retrained(start, made, victim, 1 if way == "direct, retrained" else self.rounds)}
+        _, masks = made.compress()
+        made.unwrap_model()
+        masked = masked_model(victim, start.example, masks)
         # parameters left, bytes and milliseconds come with the records of all layers pruned directly
-        costs = self._costs(name, masked, masks) if part == "all" else {}
-        return {"accuracy": self._accuracy(masked), **costs}
+        costs = self._costs(start, pruner, masked, masks) if part == "all" else {}
+        return {"accuracy": start.tested(masked), **costs}
 
-    def _direct(self, name: str, part: str, ratio: float) -> tuple[nn.Module, Any]:
-        pruner, victim = self._pruner(name, part, ratio)
-        _, masks = pruner.compress()
-        pruner.unwrap_model()
-        return masked_model(victim, self.start.example, masks), masks
-
-    def _retrained(self, name: str, part: str, ratio: float, rounds: int) -> float:
-        pruner, victim = self._pruner(name, part, ratio)
-        shares = [self.plan.epochs // rounds + (index < self.plan.epochs % rounds) for index in range(rounds)]
-        epochs = iter(shares)
+    def _retrained(self, start: Start, pruner: Any, victim: nn.Module, rounds: int) -> float:
+        epochs = iter([self.epochs // rounds + (index < self.epochs % rounds) for index in range(rounds)])
 
         def train() -> None:
-            recipe = self.start.recipe.for_retraining(next(epochs))
-            zoo.train(victim, self.start.data, recipe, seed=self.start.seed, device=self.start.device)
+            recipe = start.recipe.for_retraining(next(epochs))
+            zoo.train(victim, start.data, recipe, seed=start.seed, device=start.device)
 
         prune_in_rounds(pruner, even_steps(rounds), train)
-        accuracy = self._accuracy(victim)
+        accuracy = start.tested(victim)
         pruner.unwrap_model()
         return accuracy
 
-    def _costs(self, name: str, masked: nn.Module, masks: Any) -> dict[str, Any]:
+    def _costs(self, start: Start, pruner: str, masked: nn.Module, masks: Any) -> Record:
         """Return parameters left, bytes and milliseconds; the unpruned network is timed in turns with the others."""
-        if name == "matrix":
-            stored = other = made_dense(self.start, masks)[0]
-            left = zoo.count_params(stored)
+        if pruner == "matrix":
+            stored = made_dense(start, masks)[0]
+            others, left = {"dense": stored}, zoo.count_params(stored)
         else:
-            stored, other, left = masked, with_sparse_linears(masked), _nonzero(masked)
-        label = "dense" if name == "matrix" else "csr"
-        models = {"unpruned": self.start.net, "zeros": masked, label: other}
-        times = zoo.latencies(models, self._images, runs=self.plan.runs)
+            stored, others = masked, {"csr": with_sparse_linears(masked)}
+            left = weights_left(masked)
+        times = zoo.latencies({"unpruned": start.net, "zeros": masked, **others}, _images(start), runs=self.runs)
         return {"params": left, "bytes": stored_bytes(stored), "latency_ms": times}
 
 
-def run_magnitude(study: MagnitudeStudy, out: str | Path, announce: Announce = lambda line: None) -> dict[str, Any]:
-    """Run a study, a line per record in ``rows.jsonl``, but for what stands there; return ``magnitude.json``."""
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    plan, path = study.plan, out / "rows.jsonl"
-    images = {"train_images": len(study.start.data.train), "test_images": len(study.start.data.test)}
-    request = {"rounds": plan.rounds, "epochs": plan.epochs, "seed": study.start.seed, **images}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = [row for row in map(json.loads, lines) if request.items() <= row.items() and row["ratio"] in plan.ratios]
-    done = {(row["pruner"], row["part"], row["way"], row["ratio"]) for row in rows}
-    for row in study.rows(done):
-        rows.append({**row, **request})
-        announce(f"{row['pruner']}, {row['part']}, {row['way']}, {row['ratio']:g}: {100 * row['accuracy']:.1f} %")
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
-    rows.sort(key=lambda row: (row["pruner"], row["part"], row["way"], row["ratio"]))
-    curves = sensitivity(study.start.net, study.start.example, study.start.tested, plan.ratios, "level")
-    document = {"baseline": study.baseline(), "rows": rows, "sensitivity": curves.to_dict()}
-    (out / "magnitude.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return document
+def _place(row: Record) -> tuple[str, str, str, float]:
+    return row["pruner"], row["part"], row["way"], row["ratio"]
 
 
-def _nonzero(model: nn.Module) -> int:
-    return sum(int(parameter.count_nonzero()) for parameter in model.parameters())
+def _images(start: Start) -> Tensor:
+    return start.data.test.tensors[0][:_BATCH].to(start.device)
+
+
+def _layers(start: Start, pruner: str, part: str) -> list[str]:
+    found = [name for name, module in start.net.named_modules() if isinstance(module, _KINDS[part])]
+    inner = inner_layers(start.net, start.example) if pruner_info(pruner).structured else found
+    return [name for name in found if name in inner]

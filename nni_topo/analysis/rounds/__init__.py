@@ -1,1 +1,5 @@
 """Rounds of pruning and retraining: T-IMP against magnitude pruning."""
+
+from nni_topo.analysis.rounds.study import AnalyzeRounds
+
+__all__ = ["AnalyzeRounds"]

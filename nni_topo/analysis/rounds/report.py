@@ -5,89 +5,78 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nni_topo.analysis.panels import finish, panels
 from nni_topo.runs.records import Record
-from nni_topo.runs.tables import Interval, interval, show_accuracies
+from nni_topo.runs.tables import Interval, interval, markdown_table, show_accuracies
 
 _COLORS = {"IMP": "C1", "T-IMP": "C0", "IMP capped": "C2"}
 
 
 def markdown_rounds(records: Iterable[Record]) -> str:
     """Return a Markdown table per model: a row per sparsity, accuracy, weights kept and connectivity per method."""
-    lines: list[str] = []
+    parts = []
     for model, methods in _by_model(records).items():
         runs = next(iter(methods.values()))
         before = show_accuracies([run["accuracy_before"] for run in runs])
-        lines += [
-            f"**{model} on {runs[0]['data']}, {runs[0]['images']} images, {len(runs)} seed{'s' * (len(runs) > 1)}; "
-            f"dense {before} %**",
-            "",
-        ]
-        heads = ["asked gone %"]
+        what = f"{runs[0]['images']} images, {len(runs)} seed{'s' * (len(runs) > 1)}"
+        head = ["asked gone %"]
         for method in methods:
-            heads += [f"{method}: kept %", "accuracy %", "channels connected %", "outputs reached %"]
-        heads += [f"T-IMP - {rival.partition(',')[0]}" for _, rival in _rivals(methods)]
-        lines += [f"| {' | '.join(heads)} |", "|" + "---:|" * len(heads)]
-        lines += [f"| {' | '.join(_row(methods, index))} |" for index in range(len(runs[0]["rounds"]))]
-        lines.append("")
-    return "\n".join(lines)
+            head += [f"{method}: kept %", "accuracy %", "channels connected %", "outputs reached %"]
+        head += [f"T-IMP - {rival.partition(',')[0]}" for _, rival in _rivals(methods)]
+        rows = [_row(methods, index) for index in range(len(runs[0]["rounds"]))]
+        parts.append(f"**{model} on {runs[0]['data']}, {what}; dense {before} %**\n\n")
+        parts[-1] += markdown_table(head, rows, left=0) + "\n"
+    return "\n".join(parts)
 
 
 def markdown_overlap(records: Iterable[Record]) -> str:
     """Return a Markdown table: each linear layer's overlap, trained, with its bound."""
-    lines = ["| net | layer | overlap measured % | bound % |", "|---|---|---:|---:|"]
-    for model, layers in _overlaps(records).items():
-        for name, (measured, bound) in layers.items():
-            lines.append(f"| {model} | {name} | {measured.show(100)} | {100 * bound:.1f} |")
-    return "\n".join(lines)
+    rows = [
+        (model, name, measured.show(100), f"{100 * bound:.1f}")
+        for model, layers in _overlaps(records).items()
+        for name, (measured, bound) in layers.items()
+    ]
+    return markdown_table(("net", "layer", "overlap measured %", "bound %"), rows, left=2)
 
 
-def plot_rounds(records: Iterable[Record], path: str | Path) -> Path:
-    """Draw accuracy and connectivity over the sparsity asked for, a column per model; return the file."""
+def rounds_figure(records: Iterable[Record]) -> Figure:
+    """Draw accuracy and connectivity over the sparsity asked for, a column per model."""
     models = _by_model(records)
     figure = Figure(figsize=(4.2 * len(models), 6.4), layout="constrained")
     axes = figure.subplots(2, len(models), squeeze=False, sharex="col")
-    for column, (model, methods) in enumerate(models.items()):
+    for (upper, lower), (model, methods) in zip(axes.T, models.items(), strict=True):
         for method, runs in methods.items():
-            _draw(axes[0, column], runs, "accuracy", method, "-")
-            _draw(axes[1, column], runs, "channels_connected", f"{method}: channels connected", "-")
-            _draw(axes[1, column], runs, "outputs_reached", f"{method}: outputs reached", ":")
-        for runs in (runs for method, runs in methods.items() if method.startswith("T-IMP")):
-            critical = min(entry["kept"] for entry in runs[0]["rounds"])
-            for axis in axes[:, column]:
-                axis.axvline(1.0 / critical, color="black", linewidth=0.7, linestyle="--")
-        for axis in axes[:, column]:
-            axis.grid(alpha=0.3)
-        axes[0, column].set(title=f"{model}\ndashed: critical compression", ylabel="accuracy %", xscale="log")
-        axes[1, column].set(xlabel="compression asked for (weights / weights kept)", ylabel="%")
-        for axis in axes[:, column]:
-            axis.legend(fontsize="xx-small")
-    figure.savefig(path, dpi=130)
-    return Path(path)
+            _draw(upper, runs, "accuracy", method, "-")
+            _draw(lower, runs, "channels_connected", f"{method}: channels connected", "-")
+            _draw(lower, runs, "outputs_reached", f"{method}: outputs reached", ":")
+        critical = [min(entry["kept"] for entry in runs[0]["rounds"]) for m, runs in methods.items() if "T-IMP" in m]
+        for axis in (upper, lower):
+            for kept in critical:
+                axis.axvline(1.0 / kept, color="black", linewidth=0.7, linestyle="--")
+        finish(upper, "", "accuracy %", title=f"{model}\ndashed: critical compression", xscale="log")
+        finish(lower, "compression asked for (weights / weights kept)", "%")
+    return figure
 
 
-def plot_overlap(records: Iterable[Record], path: str | Path) -> Path:
-    """Draw each linear layer's overlap, trained, beside its bound, a panel per model; return the file."""
-    models = _overlaps(records)
-    figure = Figure(figsize=(3.6 * len(models), 3.6), layout="constrained")
-    for axis, (model, layers) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
+def overlap_figure(records: Iterable[Record]) -> Figure:
+    """Draw each linear layer's overlap, trained, beside its bound, a panel per model."""
+
+    def draw(axis: Axes, layers: dict[str, tuple[Interval, float]]) -> None:
         places = np.arange(len(layers))
         means = [100 * measured.mean for measured, _ in layers.values()]
         halves = [100 * np.nan_to_num(measured.half) for measured, _ in layers.values()]
         axis.bar(places - 0.2, means, 0.4, yerr=halves, label="measured, trained")
         axis.bar(places + 0.2, [100 * bound for _, bound in layers.values()], 0.4, label="lower bound")
-        axis.set(title=model, ylabel="tree among the largest weights, %")
+        finish(axis, ylabel="tree among the largest weights, %")
         axis.set_xticks(places, [name.rpartition(".")[2] for name in layers], fontsize="small")
-        axis.legend(fontsize="xx-small")
-        axis.grid(alpha=0.3, axis="y")
-    figure.savefig(path, dpi=130)
-    return Path(path)
+
+    return panels(_overlaps(records).items(), draw, size=(3.6, 3.6))
 
 
 def _by_model(records: Iterable[Record]) -> dict[str, dict[str, list[Record]]]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from nni.compression.base.compressor import Pruner
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -23,14 +25,16 @@ from nni_topo.analysis import (
     tree_overlap,
 )
 from nni_topo.analysis.layers import weight_layers
-from nni_topo.errors import ConfigError
+from nni_topo.analysis.rounds.report import markdown_overlap, markdown_rounds, overlap_figure, rounds_figure
+from nni_topo.errors import ConfigError, check_integer, unknown_name
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import create_pruner
 from nni_topo.pruners.rounds import Round, prune_in_rounds
 from nni_topo.runs.cells import start_of
-from nni_topo.runs.plan import Cell, PrunerChoice
+from nni_topo.runs.plan import Cell, PrunerChoice, Target, changed_recipe
 from nni_topo.runs.records import Record, append_record, provenance, read_records
 from nni_topo.runs.run import Start, build_model, pruner_knobs
+from nni_topo.runs.study import DataVerb, Findings, Names, Study, Tell
 
 METHODS = {
     "IMP": PrunerChoice("level", "IMP"),
@@ -43,26 +47,13 @@ SPARSITIES = (0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 
 @dataclass(frozen=True)
 class RoundsCell:
-    """One run of the study.
+    """One run of the study."""
 
-    Attributes
-    ----------
-    cell : Cell
-        Model, data, method (see ``METHODS``), seed, and the recipes of the training and of each round's retraining.
-        Its target is the last round's.
-    sparsities : tuple of float
-        Share of every layer's weights to be gone after each round, rising, in (0, 1).
-    rewind : bool
-        Whether kept weights return to their initial values before each round's training, which then follows the
-        recipe of the training.
-    capped : bool
-        Whether no layer loses more weights than its channel tree spares, so that NNI's pruner keeps as many as T-IMP.
-    """
-
+    # its method is one of METHODS, its target the last round's, its recipes those of the training and of each round
     cell: Cell
     sparsities: tuple[float, ...] = SPARSITIES
-    rewind: bool = False
-    capped: bool = False
+    rewind: bool = False  # a round's training then follows the recipe of the training
+    capped: bool = False  # no layer loses more weights than its channel tree spares: as many are kept as by T-IMP
 
     @property
     def key(self) -> str:
@@ -74,6 +65,72 @@ class RoundsCell:
     def method(self) -> str:
         """Row of the table."""
         return self.cell.pruner.row + (" capped" if self.capped else "") + (", rewound" if self.rewind else "")
+
+
+@dataclass(frozen=True)
+class RoundsStudy(Findings):
+    """The records of all runs."""
+
+    stem = "rounds"
+    records: list[Record]
+
+    def figures(self) -> dict[str, Figure]:
+        """Return ``rounds`` and ``overlap``."""
+        return {"rounds": rounds_figure(self.records), "overlap": overlap_figure(self.records)}
+
+    def tables(self) -> Iterator[str]:
+        """Yield what the rounds left, and each linear layer's overlap with its bound, in Markdown."""
+        yield markdown_rounds(self.records)
+        yield markdown_overlap(self.records)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
+    """Prune by magnitude round by round, with and without the spanning trees.
+
+    "IMP capped" prunes by magnitude alone, but keeps as many weights of each layer as T-IMP.
+    """
+
+    methods: Names = ("IMP", "T-IMP", "IMP capped")  # of these
+    sparsities: tuple[float, ...] = SPARSITIES  # share of each layer gone after each round, rising, in (0, 1)
+    rewind: bool = False  # kept weights return to their initial values before each round's training
+    seeds: int = 1  # how many, at least 1
+    train_epochs: int | None = None  # None: the model's recipe
+    retrain_epochs: int = 2  # of each round that isn't rewound, at least 0
+    images: int | None = None  # test images used, at least 1; None: all
+
+    def find(self, tell: Tell) -> RoundsStudy:
+        """Run what has no record in ``results.jsonl`` yet."""
+        check_integer("seeds", self.seeds, 1, self.place)
+
+        def announce(cell: RoundsCell, number: int, count: int) -> None:
+            tell(f"[{number}/{count}] seed {cell.cell.seed}: {cell.method}")
+
+        return RoundsStudy(run_rounds(list(self._cells()), self.out, announce=announce))
+
+    def show(self, found: RoundsStudy) -> Iterator[str]:
+        """Yield the tables."""
+        return found.tables()
+
+    def _cells(self) -> Iterator[RoundsCell]:
+        steps_to(self.sparsities)
+        changes = {} if self.train_epochs is None else {"epochs": self.train_epochs}
+        recipe = changed_recipe(zoo.default_recipe(self.model, self.data), changes)
+        for seed, method in itertools.product(range(self.seed, self.seed + self.seeds), self.methods):
+            name = method.removesuffix(" capped")
+            if name not in METHODS or method == "T-IMP capped":
+                raise unknown_name("a method", method, (*METHODS, "IMP capped"))
+            cell = Cell(
+                self.model_choice,
+                self.data_choice(self.images),
+                METHODS[name],
+                Target("ratio", self.sparsities[-1]),
+                seed,
+                train=recipe,
+                retrain=recipe.for_retraining(self.retrain_epochs),
+                device=self.device,
+            )
+            yield RoundsCell(cell, self.sparsities, self.rewind, capped=method != name)
 
 
 def run_rounds(cells: Sequence[RoundsCell], out: str | Path, *, announce: Any = None) -> list[Record]:

@@ -1,0 +1,227 @@
+"""The verbs that run what ``nni_topo.runs`` holds: list, demo, compare, report, shrink, prune."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+import nni_topo
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.pruners.registry import list_pruners, pruner_info
+from nni_topo.runs import compare
+from nni_topo.runs.demo import DEMO
+from nni_topo.runs.plan import (
+    Cell,
+    CompensationChoice,
+    DistillationChoice,
+    Plan,
+    PrunerChoice,
+    Target,
+    load_plan,
+    load_prune_config,
+)
+from nni_topo.runs.prune import check_empty, prune_checkpoint
+from nni_topo.runs.records import Record, read_records
+from nni_topo.runs.rivals import is_rival
+from nni_topo.runs.run import distillation_knobs
+from nni_topo.runs.shrink import shrink
+from nni_topo.runs.study import DataVerb, Names, TrainedVerb, Verb
+from nni_topo.runs.tables import as_table, markdown_report, plot_accuracy, plot_convergence, print_report, print_widths
+from nni_topo.zoo import list_data, list_models
+
+
+@dataclass(frozen=True, kw_only=True)
+class List(Verb):
+    """List pruners, models and data by name."""
+
+    pattern: tyro.conf.Positional[str] = "*"  # shell pattern of pruner names
+
+    def run(self, console: Console) -> int:
+        """Print a table of pruners, models and data, or the same as JSON."""
+        infos = {name: pruner_info(name) for name in list_pruners(self.pattern)}
+        pruners = {name: {"summary": info.summary, "knobs": info.knobs()} for name, info in infos.items()}
+        document = {"pruners": pruners, "models": list_models(), "data": list_data()}
+        rows = [(name, info.origin, info.summary, ", ".join(info.knobs())) for name, info in infos.items()]
+        head, title = ("pruner", "from", "keeps", "knobs"), f"nni_topo {nni_topo.__version__}"
+        models = f"models: {', '.join(list_models())} · torchvision/NAME · package.module:factory"
+        data = f"data:   {', '.join(list_data())} · an .npz file · a folder of images"
+        self.put_out(console, document, [as_table(title, head, rows, left=4), models, data])
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Verb):
+    """Train a small net on digits, prune it by every data-free pruner, compare."""
+
+    out: Path = Path("demo")  # output folder
+
+    def run(self, console: Console) -> int:
+        """Run the demonstration."""
+        return _run_plan(DEMO, self.out, console, isolate=False, as_json=self.json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(DataVerb):
+    """Compare pruners at equal cost; a comparison resumes where it was stopped."""
+
+    model: str = ""  # a listed name, torchvision/NAME or package.module:factory; without one, --plan says all
+    plan: Path | None = None  # YAML file with the whole comparison; see configs/
+    pruners: Names = ("topological", "l1", "l2", "fpgm", "random")  # registered names
+    ratio: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # sparse_ratio of every layer, in [0, 1); may be repeated
+    flops: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # share of the MACs to be left, in (0, 1]; may be repeated
+    seeds: int = 1  # how many, at least 1
+    train_epochs: int | None = None  # None: the model's recipe
+    retrain_epochs: int = 1  # after pruning, at least 0
+    compensate: int = 0  # compensate every row on so many unlabelled images; 0: none
+    distill: int = 0  # then distil every row on so many unlabelled images; 0: none
+    in_process: bool = False  # don't start a process per cell
+
+    def run(self, console: Console) -> int:
+        """Run the comparison's cells and print its tables."""
+        plan = load_plan(self.plan) if self.plan else self._plan()
+        if self.plan and self.data_dir:
+            folder = str(self.data_dir)
+            plan = replace(plan, data=tuple(replace(choice, data_dir=folder) for choice in plan.data))
+        return _run_plan(plan, self.out, console, isolate=not self.in_process, as_json=self.json)
+
+    def _plan(self) -> Plan:
+        if not self.model:
+            raise ConfigError("a comparison must have --model or --plan, got neither (nni-topo compare)")
+        targets = [Target("ratio", value) for value in self.ratio] + [Target("flops", value) for value in self.flops]
+        names = [n if n == "scratch" or is_rival(n) else pruner_info(n).name for n in self.pruners]
+        return Plan(
+            models=(self.model_choice,),
+            data=(self.data_choice(),),
+            pruners=tuple(map(PrunerChoice, names)),
+            targets=tuple(targets or [Target("ratio", 0.5)]),
+            seeds=self.seeds,
+            first_seed=self.seed,
+            train={} if self.train_epochs is None else {"epochs": self.train_epochs},
+            retrain={"epochs": self.retrain_epochs},
+            device=self.device,
+            compensate=CompensationChoice(self.compensate) if self.compensate else None,
+            distill=DistillationChoice(self.distill) if self.distill else None,
+        )
+
+
+def _run_plan(plan: Plan, out: Path, console: Console, *, isolate: bool, as_json: bool) -> int:
+    def announce(cell: Cell, number: int, count: int) -> None:
+        what = f"{cell.model.label} on {cell.data.name}, seed {cell.seed}: {cell.pruner.row}, {cell.target.label}"
+        console.print(f"[{number}/{count}] {what}", markup=False, highlight=False)
+
+    records, failures = compare(plan, out, isolate=isolate, on_cell=announce)
+    if records:
+        picture = plot_accuracy(records, out / "accuracy.png")
+        plot_convergence(records, out / "convergence.png")
+        print_report(records, console)
+        console.print(f"records: {out / 'results.json'} · picture: {picture}", markup=False)
+    for failure in failures:
+        console.print(f"failed: {failure.cell.pruner.row}, seed {failure.cell.seed}\n{failure.reason}", markup=False)
+    if as_json:
+        print(json.dumps(records, indent=1))
+    return 1 if failures else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Verb):
+    """Print tables of comparisons that ran, also while they run."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]  # output folders of nni-topo compare
+    markdown: bool = False  # as Markdown on standard output
+    widths: bool = False  # also the layers' widths
+    out: Path | None = None  # picture of accuracy against MACs
+
+    def run(self, console: Console) -> int:
+        """Print what the folders' records say."""
+        records = [record for folder in self.folders for record in read_records(folder / "results.jsonl")]
+        if not records:
+            raise DataError(f"a report needs records, got none in {', '.join(map(str, self.folders))} (results.jsonl)")
+        if self.out is not None:
+            console.print(f"picture: {plot_accuracy(records, self.out)}", markup=False)
+        if self.json:
+            print(json.dumps(records, indent=1))
+        elif self.markdown:
+            print(markdown_report(records))
+        else:
+            print_report(records, console)
+        if self.widths:
+            print_widths(records, console)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shrink(TrainedVerb):
+    """Make one trained model smaller from unlabelled images: choose, compensate, make dense, distil."""
+
+    pruner: str = "reconstruction"  # registered name
+    flops: float = 0.25  # share of the MACs to be left, in (0, 1]
+    images: int = 1024  # unlabelled training images, at least 2
+    seconds: float | None = None  # of distillation, above 0; None: 600 steps or more
+
+    def run(self, console: Console) -> int:
+        """Write the dense model and print what each step did to the accuracy on the test images."""
+        check_empty(self.out)
+        start = self.start()
+        dense = shrink(
+            start.net,
+            start.images(self.images),
+            {"flops": self.flops},
+            pruner=self.pruner,
+            distill=distillation_knobs(start, DistillationChoice(self.images, seconds=self.seconds)),
+            evaluate=start.tested,
+            seed=self.seed,
+            progress=not self.json and sys.stderr.isatty(),
+        )
+        report: Any = dense.report
+        self.out.mkdir(parents=True, exist_ok=True)
+        nni_topo.save(dense, self.out / "dense.pt")
+        document = report.to_frame().replace({math.nan: None}).to_dict("records")
+        self.put_out(console, document, [repr(report), f"dense model: {self.out / 'dense.pt'} (nni_topo.load)"])
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune(TrainedVerb):
+    """Prune one trained model as a YAML file says."""
+
+    config: Path  # YAML file: pruner, knobs, config_list; see configs/
+
+    def run(self, console: Console) -> int:
+        """Prune, write the dense model, and print what was measured."""
+        record = prune_checkpoint(
+            self.model_choice,
+            self.checkpoint,
+            load_prune_config(self.config),
+            self.data_choice(),
+            self.out,
+            seed=self.seed,
+            device=self.device,
+            progress=not self.json and sys.stderr.isatty(),
+        )
+        table = as_table(f"{record['model']}, {record['pruner']}", ("", "before", "after"), _costs(record), left=3)
+        self.put_out(console, record, [table, f"dense model: {self.out / 'dense.pt'} (nni_topo.load)"])
+        return 0
+
+
+def _costs(record: Record) -> list[tuple[str, str, str]]:
+    """Rows of what pruning changed: before and after."""
+    rows = [
+        ("MACs (M)", f"{record['flops_before'] / 1e6:.2f}", f"{record['flops'] / 1e6:.2f}"),
+        ("parameters (k)", f"{record['params_before'] / 1e3:.1f}", f"{record['params'] / 1e3:.1f}"),
+    ]
+    if record["weights_left"] < record["params"]:
+        left = f"{record['weights_left_before'] / 1e3:.1f}", f"{record['weights_left'] / 1e3:.1f}"
+        rows.append(("weights that aren't zero (k)", *left))
+    before = f"{100 * record['accuracy_before']:.1f}"
+    for step in ("oneshot", "compensated", "distilled", "retrained"):
+        if f"accuracy_{step}" in record:
+            label, whole = ("accuracy", before) if step == "oneshot" else (step, "")
+            rows.append((f"{label} %", whole, f"{100 * record[f'accuracy_{step}']:.1f}"))
+    return rows

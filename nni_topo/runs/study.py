@@ -1,0 +1,204 @@
+"""The base of all verbs, studies above all: fields are the flags, and what was found writes and shows itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console, RenderableType
+from tyro.constructors import PrimitiveConstructorSpec
+
+from nni_topo.runs.plan import DataChoice, ModelChoice, read_yaml
+from nni_topo.runs.run import Start, trained
+
+Tell = Callable[[str], None]
+Names = Annotated[
+    tuple[str, ...],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME,NAME",
+        instance_from_str=lambda words: tuple(n.strip() for word in words for n in word.split(",") if n.strip()),
+        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(name, str) for name in value),
+        str_from_instance=lambda names: [",".join(names)],
+    ),
+]
+"""Names behind a flag, with commas or spaces between them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """A verb of ``nni-topo``. Its fields are its flags, and the comment behind a field is what ``--help`` says of it.
+
+    The class's docstring begins with what the verb does.
+    """
+
+    json: bool = False  # one JSON document on standard output
+    seed: int = 0  # of a single run; a comparison's first
+    device: str = "cpu"  # cpu, cuda, cuda:1, auto or another of PyTorch
+
+    def run(self, console: Console) -> int:
+        """Do it, print to the console what isn't JSON, and return the exit status."""
+        raise NotImplementedError
+
+    def put_out(self, console: Console, document: Any, parts: Iterable[RenderableType]) -> None:
+        """Print one JSON document if that is asked for, else tables and lines."""
+        if self.json:
+            print(json.dumps(document, indent=1))
+            return
+        for part in parts:
+            console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelVerb(Verb):
+    """A verb for a model by name."""
+
+    model: str  # a listed name, torchvision/NAME or package.module:factory
+    width: float = 1.0  # factor on the layers' widths, above 0
+
+    @property
+    def model_choice(self) -> ModelChoice:
+        """The model and its width."""
+        return ModelChoice(self.model, self.width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataVerb(ModelVerb):
+    """A verb for a model and a data set."""
+
+    data: str = "digits"  # a listed name, an .npz file or a folder
+    data_dir: Path | None = None  # folder with the data set's files
+    limit: int | None = None  # training images used, at least 1; None: all
+    download: bool = False  # let torchvision download CIFAR
+    out: Path  # output folder
+
+    def data_choice(self, test_images: int | None = None) -> DataChoice:
+        """Return the data set, with so many test images; None: all."""
+        folder = None if self.data_dir is None else str(self.data_dir)
+        return DataChoice(self.data, folder, self.limit, test_images, self.download)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedVerb(DataVerb):
+    """A verb for a trained model."""
+
+    checkpoint: Path | None = None  # state dict of the trained model; None: train it first
+
+    def start(self, test_images: int | None = None) -> Start:
+        """Return the trained network with its data."""
+        return trained(
+            self.model_choice,
+            self.data_choice(test_images),
+            checkpoint=self.checkpoint,
+            seed=self.seed,
+            device=self.device,
+            progress=sys.stderr.isatty(),
+        )
+
+
+def flags_of(path: str | Path) -> list[str]:
+    """Return the words that give a verb what a YAML file says; its keys are names of flags, with ``_`` or ``-``."""
+    words = []
+    for key, value in read_yaml(path, "a plan").items():
+        flag = f"--{key}".replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+class Findings:
+    """What a study found, a frozen dataclass: it becomes the file ``STEM.json`` and pictures."""
+
+    stem: ClassVar[str]
+    unwritten: ClassVar[tuple[str, ...]] = ()
+    """Fields that the document leaves out."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was found as numbers, lists and strings."""
+        return plain({name: value for name, value in vars(self).items() if name not in self.unwritten})  # type: ignore[no-any-return]
+
+    def figures(self) -> dict[str, Figure]:
+        """Return the pictures by the stems of their files."""
+        return {}
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write the JSON document and the pictures; return the files."""
+        return write(folder, self.stem, self.to_dict(), self.figures())
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it: dataclasses as mappings, keys as strings, arrays as lists."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+
+
+def write(folder: str | Path, stem: str, document: Mapping[str, Any], figures: Mapping[str, Figure]) -> list[Path]:
+    """Write a document as ``STEM.json`` and figures as PNG files, the folder made if need be; return the files."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stem}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return [path, *save_figures(folder, figures)]
+
+
+def save_figures(folder: str | Path, figures: Mapping[str, Figure]) -> list[Path]:
+    """Write figures as PNG files, the folder made if need be; return the files."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: folder / f"{name}.png" for name in figures}
+    for name, figure in figures.items():
+        figure.savefig(files[name], dpi=130)
+    return list(files.values())
+
+
+Found = TypeVar("Found", bound=Findings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(Verb, Generic[Found]):
+    """A verb of ``nni-topo analyze``: :meth:`find` computes, :meth:`show` says how it is printed.
+
+    The verb is the name of the study's file or folder in ``nni_topo/analysis``; that it is there is all it needs.
+    """
+
+    plan: Path | None = None  # YAML file whose keys are these flags; flags that are given come before it
+    out: Path | None = None  # output folder; None: nothing is written
+
+    @property
+    def place(self) -> str:
+        """Where the study's knobs are, for messages."""
+        return f"analyze {type(self).__module__.split('.')[2]}"
+
+    def find(self, tell: Tell) -> Found:
+        """Compute; ``tell`` prints a line as something is known."""
+        raise NotImplementedError
+
+    def show(self, found: Found) -> Iterator[RenderableType]:
+        """Yield tables and lines."""
+        raise NotImplementedError
+
+    def run(self, console: Console) -> int:
+        """Compute, write the files, and print one JSON document or tables and the files' names."""
+        found = self.find(lambda line: console.print(line, markup=False, highlight=False))
+        files = [] if self.out is None else found.save(self.out)
+        written = [f"written: {', '.join(map(str, files))}"] if files else []
+        self.put_out(console, found.to_dict(), [*self.show(found), *written])
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedStudy(TrainedVerb, Study[Found]):
+    """A study of a trained model."""

@@ -1,0 +1,100 @@
+"""What every verb has, and what a study has by being one."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from nni_topo import analysis
+from nni_topo.cli import VERBS, main, studies
+
+STUDIES = {
+    "topology", "energy", "deviation", "retraining", "compression", "magnitude", "sensitivity", "persistence",
+    "rounds", "connectivity", "evolution",
+}  # fmt: skip
+KINDS = {
+    f"{group}{name}": kind
+    for group, choices in {"": VERBS, "analyze ": studies(), "experiment ": VERBS["experiment"]()}.items()
+    for name, kind in choices.items()
+    if isinstance(kind, type)
+}
+IMPORTS = """
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.console import RenderableType
+
+from nni_topo.runs.run import layer_widths
+from nni_topo.runs.study import Findings, Tell, TrainedStudy
+from nni_topo.runs.tables import as_table
+
+"""
+
+
+def test_the_studies_are_found_by_their_files():
+    assert set(studies()) == STUDIES
+
+
+@pytest.mark.parametrize("verb", sorted(KINDS))
+def test_every_flag_is_explained(verb, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([*verb.split(), "--help"])
+    shown = capsys.readouterr().out
+    kind = KINDS[verb]
+    assert inspect.getdoc(kind).splitlines()[0] in " ".join(shown.split())
+    sources = [inspect.getsource(base) for base in kind.__mro__ if dataclasses.is_dataclass(base)]
+    for field in dataclasses.fields(kind):
+        comment = re.compile(rf"^    {field.name}:.*  # (.*)$", re.M)
+        said = next(found[1] for source in sources if (found := comment.search(source)))
+        assert said.split()[0] in shown
+        if "Positional" not in str(field.type):
+            assert f"--{field.name.replace('_', '-')}" in shown
+
+
+def test_the_listing_says_what_each_verb_does(capsys):
+    for words, names in (([], VERBS), (["analyze"], STUDIES)):
+        with pytest.raises(SystemExit, match="0"):
+            main([*words, "--help"])
+        assert set(names) <= set(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("words", [[], ["analyse"], ["analyze"], ["analyze", "topolgy"], ["report", "--markdwon"]])
+def test_what_is_no_verb_ends_with_2(words):
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+
+
+def test_a_new_study_is_one_file(tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    example = re.search(r"## A new study.*?```python\n(.*?)```", text, re.S)[1]
+    (tmp_path / "widths.py").write_text(IMPORTS + textwrap.dedent(example))
+    monkeypatch.setattr(analysis, "__path__", [*analysis.__path__, str(tmp_path)])
+    words = [
+        "analyze",
+        "widths",
+        "--model",
+        "small_cnn",
+        "--limit",
+        "50",
+        "--least",
+        "32",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main([*words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert min(document["layers"].values()) == 32
+    assert document == json.loads((tmp_path / "out" / "widths.json").read_text())
+    (tmp_path / "plan.yaml").write_text("model: small_cnn\nlimit: 50\nleast: 64\n")
+    assert main(["analyze", "widths", "--plan", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "widths of small_cnn" in shown
+    assert f"written: {tmp_path / 'out' / 'widths.json'}" in shown.replace("\n", "")
