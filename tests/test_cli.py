@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+import nni_topo
+from nni_topo import zoo
 from nni_topo.cli import main
 
 QUICK = ["--limit", "300", "--train-epochs", "1", "--retrain-epochs", "1", "--in-process"]
@@ -49,6 +51,7 @@ def test_compare_writes_records_and_a_picture(tmp_path, capsys, drawn):
         (["compare", "--model", "small_cnn", "--ratio", "1.5"], "got 1.5"),
         (["compare", "--model", "small_cnn", "--device", "tpu"], "PyTorch can use, got 'tpu'"),
         (["compare"], "--model or --plan"),
+        (["compare", "--model", "small_cnn", "--distill", "1"], "images must be at least 2, got 1 (distill)"),
         (["prune", "--model", "small_cnn", "--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
@@ -71,3 +74,17 @@ def test_analyze_topology(amount, tmp_path, capsys, drawn):
         shown = [end for bars in axis.collections for (_, _), (end, _) in bars.get_segments()]
         recorded = [layer[f"diagrams_{side}"][degree] for side in ("before", "after") for degree in ("0", "1")]
         assert sorted(shown) == pytest.approx(sorted(death for diagram in recorded for _, death in diagram))
+
+
+def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
+    words = ["shrink", "--model", "small_cnn", "--limit", "200", "--images", "64", "--seconds", "0.5", "--flops", "0.3"]
+    assert main([*words, "--out", str(tmp_path / "small"), "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)
+    assert [stage["network"] for stage in stages] == ["original", "pruned", "compensated", "distilled"]
+    assert stages[-1]["macs"] == pytest.approx(0.3 * stages[0]["macs"], rel=0.1)
+    assert stages[-1]["accuracy"] > stages[1]["accuracy"]
+    model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=1)
+    dense = nni_topo.load(tmp_path / "small" / "dense.pt", model)
+    assert zoo.evaluate(dense, zoo.load_data("digits").test) == stages[-1]["accuracy"]
+    assert main([*words, "--out", str(tmp_path / "small")]) == 2
+    assert "must be new or empty, got 1 entries" in " ".join(capsys.readouterr().err.split())
