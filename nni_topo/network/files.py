@@ -11,7 +11,8 @@ import copy
 import hashlib
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,17 @@ _SIZES: dict[type[torch.nn.Module], tuple[str, ...]] = {
 }
 
 _PathLike = str | os.PathLike[str]
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a place beside ``path``: what is written there is moved to ``path`` at the end, and removed by an error."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def save(dense: torch.nn.Module, path: _PathLike) -> None:

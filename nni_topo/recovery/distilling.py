@@ -15,10 +15,12 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -29,6 +31,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from tqdm import tqdm
 
 from nni_topo.errors import ConfigError, DataError, check_integer, check_seed, is_finite, unknown_name
+from nni_topo.network.files import whole_file
 from nni_topo.network.inputs import Call, call_arguments, calls, cast_floats, on_device, repeatable, tensors_of
 from nni_topo.network.layers import TRANSPOSED
 from nni_topo.network.masks import check_model
@@ -47,6 +50,8 @@ _BATCH_NORM_IMAGES = 256
 _RATE, _RATE_WITH_NORMS = 1e-3, 3e-3
 _VIEWS = 8
 _AT_ONCE = 256
+_FORMAT = "nni-topo distillation 1"
+_SECONDS_A_STATE = 30.0
 _MOMENTUM = 0.1  # of batch norms that have none of their own
 _LEAST_VARIANCE = 1e-12
 _SCALES = (1.0, 0.8, 0.64, 0.5, 0.4, 0.32)
@@ -99,6 +104,7 @@ def distill(
     batch_size: int = 64,
     lr: float | None = None,
     augment: Augment | None = None,
+    state: str | Path | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> nn.Module:
@@ -135,6 +141,9 @@ def distill(
         Gets inputs as a batch holds them (a tensor; for several arguments their tuple or dict) and returns others,
         equally many. It draws from PyTorch's generators, as torchvision's transforms do. Up to eight views of the
         images are made, the first of them as they are.
+    state : str or Path, optional
+        File that gets the state every half minute and at the end. If it is there, learning goes on from it, to the same
+        result on one machine.
     seed : int, default=0
         For the order of the images and what is held out; and of PyTorch's generators for ``augment``.
     progress : bool, default=False
@@ -149,9 +158,11 @@ def distill(
     Raises
     ------
     ConfigError
-        If a knob can't be used, the two models' outputs differ in kind or shape, or nothing can be learned.
+        If a knob can't be used, the two models' outputs differ in kind or shape, nothing can be learned, or ``state``
+        is that of another distillation.
     DataError
-        If there are fewer than two images, inputs are NaN or infinite, or a batch doesn't fit a model.
+        If there are fewer than two images, inputs are NaN or infinite, a batch doesn't fit a model, or ``state`` isn't
+        a state of the model.
     SpeedupError
         If a model is still wrapped.
 
@@ -194,6 +205,7 @@ def distill(
         batch_size=batch_size,
         lr=lr,
         augment=augment,
+        state=state,
         seed=seed,
         progress=progress,
     ).model
@@ -211,6 +223,7 @@ def distillation(
     batch_size: int = 64,
     lr: float | None = None,
     augment: Augment | None = None,
+    state: str | Path | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Distillation:
@@ -236,15 +249,15 @@ def distillation(
     norms = norms if len(learned) >= _BATCH_NORM_IMAGES else []
     highest = lr or (_RATE_WITH_NORMS if norms else _RATE)
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], weight_decay=0.0)
-    batches = lesson.batches(learned, batch_size, seed, augment)
-    done = 0
+    knobs = {"steps": total, "seconds": seconds, "batch_size": batch_size, "lr": highest, "temperature": temperature}
+    course = _Course({**knobs, "objective": lesson.kind, "seed": seed, "images": len(order)}, student, optimizer, state)
+    batches = itertools.islice(lesson.batches(learned, batch_size, seed, augment), course.done, None)
     with _learning(student, norms):
-        for share in _shares(total, seconds, progress):
+        for share in course.shares(total, seconds, progress):
             optimizer.param_groups[0]["lr"] = highest * (1.0 + math.cos(math.pi * share)) / 2.0
             optimizer.zero_grad()
             lesson.objective(student, *next(batches)).backward()
             optimizer.step()
-            done += 1
     loss_after = lesson.loss(student, held)
     is_kept = loss_after < loss_before
     result = detached_copy(dense)
@@ -253,7 +266,7 @@ def distillation(
     else:
         _logger.warning("what was distilled is left out: loss %.3g held out, %.3g without it", loss_after, loss_before)
     took = time.perf_counter() - began
-    return Distillation(result, lesson.kind, loss_before, loss_after, is_kept, len(order), done, took)
+    return Distillation(result, lesson.kind, loss_before, loss_after, is_kept, len(order), course.done, took)
 
 
 class _Lesson:
@@ -419,14 +432,55 @@ def _learning(student: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
             handle.remove()
 
 
-def _shares(total: int, seconds: float | None, progress: bool) -> Iterator[float]:
-    """Yield before each step the share of steps, or of time, that is behind."""
-    began = time.perf_counter()
-    for step in tqdm(range(total), desc="distill", disable=not progress):
-        spent = 0.0 if seconds is None else (time.perf_counter() - began) / seconds
-        if spent >= 1.0:
-            return
-        yield max(step / total, spent)
+class _Course:
+    """How many steps are behind, and the file from which they go on."""
+
+    def __init__(
+        self, kind: dict[str, Any], student: nn.Module, optimizer: torch.optim.Optimizer, path: str | Path | None
+    ) -> None:
+        self.kind, self.student, self.optimizer = kind, student, optimizer
+        self.path = None if path is None else Path(path)
+        self.done, self.spent = 0, 0.0
+        if self.path is not None and self.path.exists():
+            self._resume(self.path)
+
+    def shares(self, total: int, seconds: float | None, progress: bool) -> Iterator[float]:
+        """Yield before each step the share of steps, or of time, that is behind."""
+        began = kept = time.perf_counter() - self.spent
+        for step in tqdm(range(self.done, total), desc="distill", initial=self.done, total=total, disable=not progress):
+            self.spent = time.perf_counter() - began
+            share = max(step / total, 0.0 if seconds is None else self.spent / seconds)
+            if share >= 1.0:
+                break
+            yield share
+            self.done += 1
+            if time.perf_counter() - kept >= _SECONDS_A_STATE:
+                self._keep()
+                kept = time.perf_counter()
+        self._keep()
+
+    def _keep(self) -> None:
+        if self.path is not None:
+            now = {"done": self.done, "spent": self.spent, "model": self.student.state_dict()}
+            with whole_file(self.path) as part:
+                torch.save(
+                    {"format": _FORMAT, "kind": self.kind, **now, "optimizer": self.optimizer.state_dict()}, part
+                )
+
+    def _resume(self, path: Path) -> None:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if state["format"] != _FORMAT:
+                raise KeyError(state["format"])
+            self.student.load_state_dict(state["model"])
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"a state must be a whole file of this distillation, got: {reason} ({path})") from error
+        for key, value in self.kind.items():
+            if state["kind"].get(key) != value:
+                raise ConfigError(f"distillation must go on with {key} {state['kind'].get(key)}, got {value} ({path})")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.done, self.spent = state["done"], state["spent"]
 
 
 def _take_values(model: nn.Module, other: nn.Module) -> None:

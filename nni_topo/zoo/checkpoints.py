@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import DataError
+from nni_topo.network.files import whole_file
 
 _FORMAT = "nni-topo checkpoint 1"
 _SHOWN = 3
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a place beside ``path``: what is written there is moved to ``path`` at the end, and removed by an error."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, meta: Mapping[str, Any]) -> None:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.files import whole_file
 from nni_topo.network.modes import device_of
-from nni_topo.zoo.checkpoints import whole_file
 from nni_topo.zoo.data import DataBundle
 from nni_topo.zoo.evaluation import check_model, evaluate
 from nni_topo.zoo.recipes import Augmentation, Recipe

@@ -233,6 +233,39 @@ def test_budget_of_seconds_ends_it():
     assert found.is_kept
 
 
+def test_what_was_stopped_goes_on_to_the_same_result(tmp_path, monkeypatch):
+    monkeypatch.setattr("nni_topo.recovery.distilling._SECONDS_A_STATE", 0.0)
+    dense, original = pair(norm=True)
+    steps = iter(range(12))
+
+    def noisy(part):
+        return part + 0.1 * torch.randn_like(part)
+
+    def stopping(part):
+        # Three views of 525 images, in three parts each, come before the fourth pass.
+        if next(steps) == 11:
+            raise KeyboardInterrupt
+        return noisy(part)
+
+    knobs = {"steps": 60, "seed": 5, "state": tmp_path / "state.pt"}
+    whole = distill(dense, original, batches(600), augment=noisy, steps=60, seed=5)
+    with pytest.raises(KeyboardInterrupt):
+        distill(dense, original, batches(600), augment=stopping, **knobs)
+    kept = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert 0 < kept["done"] < 60
+    found = distillation(dense, original, batches(600), augment=noisy, **knobs)
+    assert found.steps == 60
+    torch.testing.assert_close(found.model.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    # What is done isn't done again, and what is another distillation's is refused.
+    again = distill(dense, original, batches(600), **knobs)
+    torch.testing.assert_close(again.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ConfigError, match="must go on with seed 5, got 6"):
+        distill(dense, original, batches(600), **{**knobs, "seed": 6})
+    (tmp_path / "state.pt").write_bytes(b"no state")
+    with pytest.raises(DataError, match="must be a whole file of this distillation"):
+        distill(dense, original, batches(600), **knobs)
+
+
 def test_ten_passes_over_many_images():
     dense, original = pair()
     assert distillation(dense, original, [inputs(64)]).steps == 600

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.zoo.checkpoints import whole_file
+from nni_topo.network.files import whole_file
 
 MIN_FREE_BYTES = 16 * 2**20
 _LOCK = ".lock"
