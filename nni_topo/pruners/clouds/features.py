@@ -16,10 +16,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.capture import called
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.following import followers, passes
 from nni_topo.network.inputs import Call, batch_size, bind_arguments, calls, first_call, fitting
-from nni_topo.network.modes import detached_copy, evaluation_mode
+from nni_topo.network.modes import detached_copy
 from nni_topo.network.tracing import trace
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.transposed import loses_outputs
@@ -133,17 +134,13 @@ class FeatureCollector(DataCollector):
             return self.calibration
         seen: list[Any] = []
 
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = bind_arguments(module, (args, kwargs)) if kwargs else args
+        def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = bind_arguments(context.model, (args, kwargs)) if kwargs else args
             # A batch's first entry is what the model takes: several arguments mustn't look like inputs and targets.
             seen.append((tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, inputs),))
 
-        handle = context.model.register_forward_pre_hook(record, with_kwargs=True)
-        try:
-            with evaluation_mode(context.model), torch.no_grad():
-                context.evaluate()
-        finally:
-            handle.remove()
+        with called(context.model, record):
+            context.run(None)
         if not seen:
             raise DataError("an evaluator must call the model where there is no calibration, got no call (evaluator)")
         return seen

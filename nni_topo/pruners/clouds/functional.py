@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
+from nni_topo.network.capture import run, watched
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.inputs import Call, calls, structure_call
+from nni_topo.network.inputs import Call, structure_call
 from nni_topo.network.labels import FIXED
 from nni_topo.network.layers import is_depthwise
-from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.network import Network
 from nni_topo.pruners.clouds.weight import Moments, Preprocess, checked_preprocess, points_of_gram, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
@@ -81,7 +82,9 @@ class FunctionalCollector(DataCollector):
         flow = Network(context.model, structure_call(context.model, self.calibration)).flow
         readers = {unit.name: readers_of(unit, flow, context) for unit in context.units}
         moments = {name: [Moments() for _ in found] for name, found in readers.items()}
-        self._run(context, readers, moments)
+        each = [pair for name in readers for pair in zip(readers[name], moments[name], strict=True)]
+        with watched([(reader.module, partial(reader.record, moment)) for reader, moment in each]):
+            run(context.model, self.calibration)
         data: Data = {}
         for unit in context.units:
             grams = [moment.gram(unit.name, center=self.center) for moment in moments[unit.name]]
@@ -94,21 +97,6 @@ class FunctionalCollector(DataCollector):
                 points = points[:, :0]
         return data
 
-    def _run(
-        self, context: PruningContext, readers: dict[str, list[Reader]], moments: dict[str, list[Moments]]
-    ) -> None:
-        handles = []
-        try:
-            for name, found in readers.items():
-                for reader, moment in zip(found, moments[name], strict=True):
-                    handles.append(reader.module.register_forward_pre_hook(reader.recorder(moment)))
-            with evaluation_mode(context.model), torch.no_grad():
-                for args, kwargs in calls(context.model, self.calibration):
-                    context.model(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-
 
 @dataclass(frozen=True)
 class Reader:
@@ -118,16 +106,11 @@ class Reader:
     places: IntArray
     strength: Tensor
 
-    def recorder(self, moments: Moments) -> Any:
-        """Return a forward pre-hook that adds each batch to running sums."""
-
-        def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            dim = -1 if isinstance(module, nn.Linear) else 1
-            rows = inputs[0].detach().movedim(dim, 0).flatten(1)
-            # ``(channels, places, samples)``: behind a flattened map a linear layer reads a channel in several places.
-            moments.add(rows[torch.from_numpy(self.places).to(rows.device)], self.strength.to(rows.device))
-
-        return record
+    def record(self, moments: Moments, entering: Tensor) -> None:
+        """Add what enters the layer to running sums."""
+        rows = entering.movedim(-1 if isinstance(self.module, nn.Linear) else 1, 0).flatten(1)
+        # ``(channels, places, samples)``: behind a flattened map a linear layer reads a channel in several places.
+        moments.add(rows[torch.from_numpy(self.places).to(rows.device)], self.strength.to(rows.device))
 
 
 def readers_of(unit: PruningUnit, flow: ChannelFlow, context: PruningContext, *, order: float = 2.0) -> list[Reader]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
-from nni_topo.network.inputs import calls
-from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.capture import watched
 from nni_topo.pruners.clouds.narrowing import Narrowing, stretches
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 
@@ -160,8 +158,8 @@ class ActivationCollector(DataCollector):
             If no batch came, or activations are NaN or infinite.
         """
         moments = {module_name: Moments() for module_name, _ in _members(context)}
-        with _recording(context.model, moments):
-            self._run(context)
+        with watched(leaving=[(context.model.get_submodule(n), _recorder(context, n, m)) for n, m in moments.items()]):
+            context.run(self.calibration)
         data: Data = {}
         for module_name, target_name in _members(context):
             blocks = context.metric_shape(module_name, target_name)[0]
@@ -173,14 +171,6 @@ class ActivationCollector(DataCollector):
                 )
             data.setdefault(module_name, {})[target_name] = preprocess_points(points, self.preprocess)
         return data
-
-    def _run(self, context: PruningContext) -> None:
-        with evaluation_mode(context.model), torch.no_grad():
-            if self.calibration is None:
-                context.evaluate()
-                return
-            for args, kwargs in calls(context.model, self.calibration):
-                context.model(*args, **kwargs)
 
 
 def checked_preprocess(preprocess: Preprocess) -> Preprocess:
@@ -249,21 +239,6 @@ def _nonzero(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-@contextmanager
-def _recording(model: nn.Module, moments: dict[str, Moments]) -> Iterator[None]:
-    def recorder(name: str, channel_dim: int) -> Callable[..., None]:
-        def record(module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
-            moments[name].add(outputs.detach().movedim(channel_dim, 0).flatten(1)[:, None])
-
-        return record
-
-    modules = dict(model.named_modules())
-    handles = [
-        modules[name].register_forward_hook(recorder(name, -1 if isinstance(modules[name], nn.Linear) else 1))
-        for name in moments
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _recorder(context: PruningContext, name: str, moments: Moments) -> Callable[[Tensor, Tensor], None]:
+    dim = -1 if isinstance(context.model.get_submodule(name), nn.Linear) else 1
+    return lambda _, outputs: moments.add(outputs.detach().movedim(dim, 0).flatten(1)[:, None])

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import DataError
-from nni_topo.network.inputs import calls
-from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.capture import watched
 from nni_topo.pruners.energy.chirp import EnergyCollector, Normalization, masked_parameters
 from nni_topo.pruners.hooks import PruningContext
 
@@ -36,26 +35,14 @@ class DataEnergyCollector(EnergyCollector):
     def energies(self, context: PruningContext) -> dict[str, tuple[Tensor, int]]:
         """Return the mean energy of each channel's output, and the number of positions per image."""
         sums = {name: _Sum() for unit in context.units for name, _ in unit.members}
-        modules = {name: context.model.get_submodule(name) for name in sums}
         biases = {name: None if self.bias else masked_parameters(context, name)[1] for name in sums}
-        handles = [modules[n].register_forward_hook(_recorder(modules[n], sums[n], biases[n])) for n in sums]
-        try:
-            with evaluation_mode(context.model), torch.no_grad():
-                self._run(context)
-        finally:
-            for handle in handles:
-                handle.remove()
+        layers = {name: context.model.get_submodule(name) for name in sums}
+        with watched(leaving=[(layers[name], _recorder(layers[name], sums[name], biases[name])) for name in sums]):
+            context.run(self.calibration)
         for name, total in sums.items():
             if total.samples == 0:
                 raise DataError(f"calibration must reach every pruned layer, got no response ({name})")
         return {name: ((total.energy / total.samples).cpu(), total.positions) for name, total in sums.items()}
-
-    def _run(self, context: PruningContext) -> None:
-        if self.calibration is None:
-            context.evaluate()
-            return
-        for args, kwargs in calls(context.model, self.calibration):
-            context.model(*args, **kwargs)
 
 
 class _Sum:
@@ -70,7 +57,7 @@ class _Sum:
 def _recorder(module: nn.Module, total: _Sum, bias: Tensor | None) -> Callable[..., None]:
     dim = -1 if isinstance(module, nn.Linear) else 1
 
-    def record(module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+    def record(_: Tensor, outputs: Tensor) -> None:
         rows = outputs.detach().movedim(dim, 0).flatten(1).double()
         if bias is not None:
             rows = rows - bias.to(rows.device)[:, None]

@@ -41,7 +41,8 @@ class EnteringCovariances:
         self._columns = torch.from_numpy(reader.places).reshape(1, -1)
         self._wanted = max(_LEAST_SAMPLES, _SAMPLES_PER_COLUMN * column_count(reader)) // images + 1
         self._generator = torch.Generator().manual_seed(seed)
-        self._entered: dict[str, Tensor] = {}
+        self._before: Tensor
+        self._now: Tensor
         self._places = 0
         self.columns = column_count(reader) // len(reader.places)
         self.samples = 0
@@ -50,25 +51,18 @@ class EnteringCovariances:
         self.target: Any = 0.0
         self.means: list[Any] = [0.0, 0.0]
 
-    def watch(self, *, same: bool) -> list[Any]:
-        """Hook the layer, and its twin unless it's the same."""
+    def met(self, entering: Tensor, output: Tensor) -> None:
+        """See a call of the layer."""
+        self._before, self._places = entering, position_count(self.module, output)
 
-        def original(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self._entered["original"] = inputs[0].detach()
-            self._places = position_count(module, output)
-            if same:
-                self._entered["network"] = inputs[0].detach()
-
-        def network(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._entered["network"] = inputs[0].detach()
-
-        handles = [self.module.register_forward_hook(original)]
-        return handles if same else [*handles, self.twin.register_forward_pre_hook(network)]
+    def reached(self, entering: Tensor) -> None:
+        """See a call of the twin."""
+        self._now = entering
 
     def add(self) -> None:
         """Add the batch that went through."""
-        before, now = self._entered["original"], self._entered["network"]
-        self._entered = {}
+        before, now = self._before, self._now
+        del self._before, self._now  # they may be large
         positions = draw_positions(self._places, len(before), self._wanted, self._generator).to(before.device)
         columns = self._columns.to(before.device)
         rows = input_rows(self.module, now, columns, positions)[0].double()

@@ -25,6 +25,7 @@ from torch import nn
 
 from nni_topo.errors import DataError
 from nni_topo.maths.least_squares.greedy import greedy_least_squares
+from nni_topo.network.capture import watched
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.inputs import batch_size, calls, structure_call
 from nni_topo.network.layers import CONVOLUTIONS
@@ -153,18 +154,14 @@ class ReconstructionProblems:
             for name, found in readers.items()
         }
         flat = [one for found in sums.values() for one in found]
-        handles = [handle for one in flat for handle in one.watch(same=original is network)]
-        try:
-            with evaluation_mode(original, network), torch.no_grad():
-                for args, kwargs in calls(original, self.calibration):
-                    original(*args, **kwargs)
-                    if network is not original:
-                        network(*args, **kwargs)
-                    for one in flat:
-                        one.add()
-        finally:
-            for handle in handles:
-                handle.remove()
+        hooks = watched([(one.twin, one.reached) for one in flat], [(one.module, one.met) for one in flat])
+        with hooks, evaluation_mode(original, network), torch.no_grad():
+            for args, kwargs in calls(original, self.calibration):
+                original(*args, **kwargs)
+                if network is not original:
+                    network(*args, **kwargs)
+                for one in flat:
+                    one.add()
         return {name: _problem(found, name) for name, found in sums.items()}
 
     def _together(self, units: list[PruningUnit], readers: dict[str, list[Reader]]) -> Iterator[list[PruningUnit]]:
