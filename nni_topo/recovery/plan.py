@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,18 +87,6 @@ def pruned_roots(graph_module: GraphModule, flow: ChannelFlow, masks: FullMasks)
         if kept is not None:
             pruned |= set(flow.layer_roots(name)[~kept.cpu().numpy()].tolist())
     return pruned - {FIXED}
-
-
-def path_scale(net: nn.Module, norms: Iterable[str], channels: int) -> Tensor:
-    """Return by how much batch norms multiply each channel in evaluation mode, shape (channels,), float64."""
-    scale = torch.ones(channels, dtype=torch.float64)
-    for name in norms:
-        norm: Any = net.get_submodule(name)
-        # Only changes of an output are sent through, so that the means and biases drop out.
-        own = (norm.running_var.double() + norm.eps).rsqrt()
-        own = own if norm.weight is None else own * norm.weight.detach().double()
-        scale = scale.to(own.device) * own
-    return scale
 
 
 def _why_not(

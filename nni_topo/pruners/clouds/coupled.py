@@ -11,6 +11,7 @@ from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.following import norms_behind
 from nni_topo.network.inputs import call_arguments
 from nni_topo.network.network import Network
+from nni_topo.network.norms import norm_scale
 from nni_topo.pruners.clouds.functional import check_read, readers_of
 from nni_topo.pruners.clouds.weight import Preprocess, WeightCollector, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
@@ -71,11 +72,6 @@ class CoupledWeightCollector(DataCollector):
 
 def norm_scales(context: PruningContext, flow: ChannelFlow) -> dict[str, Tensor]:
     """Return ``|weight| / sqrt(variance + eps)``, float64 ``(channels,)``, of the norm right behind, by layer."""
-    scales = {}
-    for layer, name in norms_behind(context.model, flow).items():
-        module: Any = context.model.get_submodule(name)
-        if module.running_var is None:
-            continue
-        scale = module.running_var.double().add(module.eps).rsqrt()
-        scales[layer] = (scale if module.weight is None else scale * module.weight.detach().double().abs()).cpu()
-    return scales
+    behind = norms_behind(context.model, flow).items()
+    scales = ((layer, norm_scale(context.model.get_submodule(name))) for layer, name in behind)
+    return {layer: scale.abs().cpu() for layer, scale in scales if scale is not None}
