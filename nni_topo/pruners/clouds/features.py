@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from scipy.linalg import lapack
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
@@ -22,12 +21,11 @@ from nni_topo.network.following import followers, passes
 from nni_topo.network.inputs import Call, batch_size, bind_arguments, calls, first_call, fitting
 from nni_topo.network.modes import detached_copy
 from nni_topo.network.tracing import trace
+from nni_topo.pruners.clouds.moments import Moments, check_finite, check_reached, embedding
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.transposed import loses_outputs
 from nni_topo.pruners.units import PruningUnit
 
-# Share of the largest variance below which a pivot is rounding; distances, its root, err by less than 1e-6.
-_ROUNDING = 1e-13
 Pool = Literal["none", "mean"] | int
 
 _POOLS: list[Any] = [functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d]
@@ -146,54 +144,34 @@ class FeatureCollector(DataCollector):
         return seen
 
 
-def embedding(covariance: Tensor) -> Tensor:
-    """Return points ``(n, rank)`` with these inner products ``(n, n)``, float64, to 1e-6 of the largest norm."""
-    largest = float(covariance.diagonal().max())
-    # Pivoted Cholesky: n^3 / 3, far less than eigenvectors, and it stops where only rounding is left. LAPACK counts
-    # pivots from 1 and leaves numbers of its own above the diagonal and behind the rank.
-    factor, pivots, rank, _ = lapack.dpstrf(covariance.numpy(), tol=_ROUNDING * largest, lower=1)
-    points = torch.zeros(len(covariance), max(int(rank), 1), dtype=torch.float64)
-    if rank:
-        points[torch.from_numpy(pivots - 1).long()] = torch.from_numpy(factor).tril()[:, :rank]
-    return points
-
-
 class _Rows:
     """Features of one layer: kept as they are while they are few, else their sums and products."""
 
     def __init__(self) -> None:
-        self.samples = 0
-        self._kept: list[Tensor] = []
-        self._total = torch.zeros((), dtype=torch.float64)
-        self._products: Tensor | None = None
+        self._moments = Moments()
+        self._few: list[Tensor] = []
 
     def add(self, rows: Tensor) -> None:
         """Add features ``(blocks, samples)``."""
-        self.samples += rows.shape[1]
-        self._total = self._total + rows.sum(1, dtype=torch.float64).cpu()
+        # A copy: what the network does in place behind the layer would change the rows.
+        self._few.append(rows.clone())
         # Up to as many samples as neurons the features themselves are the smaller thing to keep.
-        if self._products is None and self.samples <= len(rows):
-            # A copy: what the network does in place behind the layer would change the rows.
-            self._kept.append(rows.cpu().clone())
-            return
-        for each in [*self._kept, rows]:
-            products = (each.double() @ each.double().T).cpu()
-            self._products = products if self._products is None else self._products + products
-        self._kept = []
+        if self._moments.samples or sum(each.shape[1] for each in self._few) > len(rows):
+            for each in self._few:
+                self._moments.add(each)
+            self._few = []
 
     def points(self, name: str) -> Tensor:
         """Return means and deviations, shape ``(blocks, 1 + d)``, float64."""
-        if not self.samples:
-            raise DataError(f"calibration must reach every pruned layer, got no activation ({name})")
-        mean = self._total / self.samples
-        if not bool(torch.isfinite(mean).all()):
-            raise DataError(f"activations must be finite, got NaN or infinity ({name})")
-        if self._products is None:
-            deviations = (torch.cat(self._kept, 1).double() - mean[:, None]) / math.sqrt(self.samples)
-        else:
-            # Covariances are the mean product less the product of means; the deviations are points that have them.
-            deviations = embedding(self._products / self.samples - torch.outer(mean, mean))
-        return torch.cat([mean[:, None], deviations], 1)
+        if self._moments.samples:
+            # The deviations are points that have the covariances.
+            deviations = embedding(self._moments.gram(name, center=True))
+            return torch.cat([self._moments.mean(), deviations], 1)
+        check_reached(len(self._few), name)
+        features = torch.cat(self._few, 1).double().cpu()
+        check_finite(features, name)
+        mean = features.mean(1, keepdim=True)
+        return torch.cat([mean, (features - mean) / math.sqrt(features.shape[1])], 1)
 
 
 class _Recorder(Interpreter):

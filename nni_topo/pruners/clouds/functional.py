@@ -19,7 +19,8 @@ from nni_topo.network.inputs import Call, structure_call
 from nni_topo.network.labels import FIXED
 from nni_topo.network.layers import is_depthwise
 from nni_topo.network.network import Network
-from nni_topo.pruners.clouds.weight import Moments, Preprocess, checked_preprocess, points_of_gram, preprocess_points
+from nni_topo.pruners.clouds.moments import Moments, points_of_gram
+from nni_topo.pruners.clouds.weight import Preprocess, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.transposed import loses_outputs
 from nni_topo.pruners.units import PruningUnit

@@ -17,7 +17,8 @@ from nni_topo.network.inputs import call_arguments, on_device, structure_call, t
 from nni_topo.network.modes import detached_copy, device_of
 from nni_topo.network.network import Network
 from nni_topo.pruners.clouds.functional import Reader, check_read, readers_of
-from nni_topo.pruners.clouds.weight import Moments, Preprocess, checked_preprocess, points_of_gram, preprocess_points
+from nni_topo.pruners.clouds.moments import Moments, points_of_gram
+from nni_topo.pruners.clouds.weight import Preprocess, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 
 Loss = Callable[[Any, Any], Tensor]
@@ -189,7 +190,7 @@ class _Gates:
     def flush(self) -> None:
         """Add the latest batch's derivatives to the running sums."""
         for name, derivatives in self._batch.items():
-            self.moments[name].add(derivatives[:, None] * self._samples)
+            self.moments[name].add(derivatives * self._samples)
         self._batch = {}
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

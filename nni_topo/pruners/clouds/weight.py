@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.network.capture import watched
+from nni_topo.pruners.clouds.moments import Moments, points_of_gram
 from nni_topo.pruners.clouds.narrowing import Narrowing, stretches
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 
-_TURN = 2**24
 Preprocess = Literal["none", "center", "standardize", "unit"]
 _PREPROCESS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda points: points,
@@ -185,43 +185,6 @@ def preprocess_points(points: Tensor, preprocess: Preprocess) -> Tensor:
     return _PREPROCESS[preprocess](points)
 
 
-class Moments:
-    """Running sums over samples: how many there were, the sum of each place of each row, the rows' inner products."""
-
-    def __init__(self) -> None:
-        self.samples = 0
-        self._total: Tensor | None = None
-        self._products: Tensor | None = None
-
-    def add(self, rows: Tensor, scale: Tensor | None = None) -> None:
-        """Add a batch of rows, shape ``(n, places, samples)``, times a scale ``(n, places)``; 128 MiB a turn."""
-        self.samples += rows.shape[2]
-        for few in rows.split(max(1, _TURN // max(1, rows.shape[0] * rows.shape[1])), dim=2):
-            part = few.double() if scale is None else few.double() * scale[..., None]
-            total, flat = part.sum(2), part.flatten(1)
-            self._total = total if self._total is None else self._total + total
-            self._products = flat @ flat.T if self._products is None else self._products + flat @ flat.T
-
-    def gram(self, name: str, *, center: bool, what: str = "activation") -> Tensor:
-        """Return inner products per sample, ``(n, n)`` on the CPU; DataError if none was added or one is not finite."""
-        if self._total is None or self._products is None:
-            raise DataError(f"calibration must reach every pruned layer, got no {what} ({name})")
-        gram = (self._products / self.samples).cpu()
-        if center:
-            mean = (self._total / self.samples).cpu()
-            gram = gram - mean @ mean.T
-        if not bool(torch.isfinite(gram).all()):
-            raise DataError(f"{what}s must be finite, got NaN or infinity ({name})")
-        return gram
-
-
-def points_of_gram(gram: Tensor) -> Tensor:
-    """Return ``n`` points in ``n`` dimensions that have given inner products ``(n, n)``, float64."""
-    values, vectors = torch.linalg.eigh(gram)
-    points: Tensor = vectors * values.clamp(min=0.0).sqrt()
-    return points
-
-
 def _members(context: PruningContext) -> Iterator[tuple[str, str]]:
     for unit in context.units:
         yield from unit.members
@@ -241,4 +204,4 @@ def _nonzero(scale: Tensor) -> Tensor:
 
 def _recorder(context: PruningContext, name: str, moments: Moments) -> Callable[[Tensor, Tensor], None]:
     dim = -1 if isinstance(context.model.get_submodule(name), nn.Linear) else 1
-    return lambda _, outputs: moments.add(outputs.detach().movedim(dim, 0).flatten(1)[:, None])
+    return lambda _, outputs: moments.add(outputs.detach().movedim(dim, 0).flatten(1))

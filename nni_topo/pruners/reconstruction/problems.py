@@ -33,7 +33,7 @@ from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.network import Network
 from nni_topo.pruners.clouds.functional import Reader, check_read, readers_of, unread_error
 from nni_topo.pruners.hooks import PruningContext
-from nni_topo.pruners.reconstruction.covariances import EnteringCovariances, column_count
+from nni_topo.pruners.reconstruction.readings import Reading, column_count
 from nni_topo.pruners.units import PruningUnit
 
 FloatArray = NDArray[np.float64]
@@ -148,7 +148,7 @@ class ReconstructionProblems:
         names = {id(module): name for name, module in original.named_modules()}
         sums = {
             name: [
-                EnteringCovariances(reader, network.get_submodule(names[id(reader.module)]), sum(sizes), self.seed)
+                Reading(reader, network.get_submodule(names[id(reader.module)]), sum(sizes), self.seed)
                 for reader in found
             ]
             for name, found in readers.items()
@@ -192,15 +192,14 @@ def linear_readers(unit: PruningUnit, flow: ChannelFlow, context: PruningContext
     return found
 
 
-def _problem(found: list[EnteringCovariances], name: str) -> ReconstructionProblem:
+def _problem(found: list[Reading], name: str) -> ReconstructionProblem:
     grams, crosses = [], []
-    for sums in found:
-        own, across, target = sums.covariances()
-        if not bool(torch.isfinite(own).all() and torch.isfinite(across).all()):
+    for one in found:
+        if not one.equations.is_finite():
             raise DataError(f"activations must be finite, got NaN or infinity ({name})")
-        weights = sums.weights().to(own.device)
-        variance = float((weights * (target @ weights)).sum())
-        cross = across @ weights / np.sqrt(variance) if variance > 0 else torch.zeros_like(weights)
+        own, across, variances = (values[0] for values in one.equations.covariances())
+        variance = float(variances.sum())
+        cross = across / np.sqrt(variance) if variance > 0 else torch.zeros_like(across)
         grams.append((own + _RIDGE * torch.diag(own.diagonal())).cpu().numpy())
         crosses.append(cross.cpu().numpy())
-    return ReconstructionProblem(tuple(grams), tuple(crosses), tuple(sums.columns for sums in found))
+    return ReconstructionProblem(tuple(grams), tuple(crosses), tuple(one.columns for one in found))
