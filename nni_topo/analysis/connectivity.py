@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
-from nni_topo.network.capture import watched
+from nni_topo.network.capture import by_channel, watched
 from nni_topo.network.inputs import call_arguments, tensors_of
 from nni_topo.network.layers import CONVOLUTIONS
 from nni_topo.network.modes import evaluation_mode
@@ -92,15 +92,14 @@ def connectivity(model: nn.Module, example_inputs: Any, masks: Mapping[str, Mapp
     args, kwargs = call_arguments(example_inputs, model)
     reached: dict[str, float] = {}
 
-    def note(name: str, dim: int, _: Tensor, output: Tensor) -> None:
-        reached[name] = float((output.movedim(dim, 0).flatten(1) > 0).any(1).double().mean())
+    def note(name: str, module: nn.Module, _: Tensor, output: Tensor) -> None:
+        reached[name] = float((by_channel(module, output) > 0).any(1).double().mean())
 
     with evaluation_mode(flow), torch.no_grad():
         if any(bool((out != 0).any()) for out in _outputs(flow, args, kwargs, 0.0)):
             raise ConfigError("connectivity needs a model that maps zeros to zeros without biases, got other outputs")
         layers = [(name, module) for name, module in flow.named_modules() if isinstance(module, _LAYERS)]
-        looks = [(m, partial(note, name, -1 if isinstance(m, nn.Linear) else 1)) for name, m in layers]
-        with watched(leaving=looks):
+        with watched(leaving=[(module, partial(note, name, module)) for name, module in layers]):
             outputs = _outputs(flow, args, kwargs, 1.0)
     alive = torch.cat([(out > 0).any(0).flatten() for out in outputs])
     connected = {

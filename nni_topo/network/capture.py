@@ -45,6 +45,11 @@ def run(model: nn.Module, calibration: Iterable[Any]) -> None:
             model(*args, **kwargs)
 
 
+def by_channel(module: nn.Module, values: Tensor) -> Tensor:
+    """Return what enters or leaves a layer as ``(channels, samples)``, every entry and position a sample."""
+    return values.detach().movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1)
+
+
 def _before(look: Entering) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         found = look(_first(args, kwargs))

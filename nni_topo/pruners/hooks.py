@@ -7,7 +7,7 @@ a cloud and a criterion can be combined freely. How many blocks stay is a planne
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -116,6 +116,20 @@ class PruningContext:
                 own = values[unit.name].reshape(self.metric_shape(module, target)).clone()
                 metrics.setdefault(module, {})[target] = own
         return metrics
+
+    def collected(self, points: Callable[[PruningUnit, str, str], Tensor]) -> Data:
+        """Return the points ``(blocks, features)`` of every member, by unit, module and target name."""
+        data: Data = {}
+        for unit in self.units:
+            for module, target in unit.members:
+                data.setdefault(module, {})[target] = points(unit, module, target)
+        return data
+
+    def collected_jointly(self, points: Callable[[PruningUnit], Tensor]) -> Data:
+        """Return each unit's points as those of its first member; the others get none."""
+        # They put out the same channels: carried by each, a cloud would count once per member.
+        found = {unit.name: points(unit) for unit in self.units}
+        return self.collected(lambda unit, *member: found[unit.name][:, : None if member == unit.members[0] else 0])
 
     @contextmanager
     def bound(self) -> Iterator[Evaluator]:

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.capture import called
+from nni_topo.network.capture import by_channel, called
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.following import followers, passes
 from nni_topo.network.inputs import Call, batch_size, bind_arguments, calls, first_call, fitting
@@ -119,13 +119,13 @@ class FeatureCollector(DataCollector):
                     runner.run(*bind_arguments(context.model, call).values())
         if samples < 2:
             raise DataError(f"calibration must hold at least two samples to be clustered by, got {samples}")
-        data: Data = {}
-        for unit in context.units:
-            for module_name, target_name in unit.members:
-                points = rows[module_name].points(module_name)
-                _check_blocks(unit, len(points), context)
-                data.setdefault(module_name, {})[target_name] = points
-        return data
+
+        def points(unit: PruningUnit, module: str, _: str) -> Tensor:
+            found = rows[module].points(module)
+            _check_blocks(unit, len(found), context)
+            return found
+
+        return context.collected(points)
 
     def _batches(self, context: PruningContext) -> Iterable[Any]:
         if self.calibration is not None:
@@ -190,9 +190,9 @@ class _Recorder(Interpreter):
         """Run a node as usual and look at what it puts out."""
         value = super().run_node(n)
         for tap in self._taps.get(n, ()):
-            is_linear = isinstance(self.module.get_submodule(tap.layer), nn.Linear)
-            maps = value if is_linear else _pooled(value, self._pool)
-            self._rows[tap.layer].add(maps.detach().movedim(-1 if is_linear else 1, 0).flatten(1))
+            layer = self.module.get_submodule(tap.layer)
+            maps = value if isinstance(layer, nn.Linear) else _pooled(value, self._pool)
+            self._rows[tap.layer].add(by_channel(layer, maps))
         return value
 
 

@@ -14,6 +14,7 @@ from nni_topo.network.norms import through_norms
 from nni_topo.pruners.clouds.weight import Preprocess, WeightCollector, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.transposed import loses_outputs
+from nni_topo.pruners.units import PruningUnit
 
 
 class FoldedWeightCollector(DataCollector):
@@ -58,18 +59,19 @@ class FoldedWeightCollector(DataCollector):
         """
         weights = WeightCollector().collect(context)
         norms = norms_behind(context.model, Network.on(context.model, self.example_inputs).flow)
-        data: Data = {}
-        for unit in context.units:
-            for module_name, target_name in unit.members:
-                behind = [context.model.get_submodule(norms[module_name])] if module_name in norms else []
-                _check_outputs(context, module_name, target_name)
-                bias = _bias(context, module_name, len(weights[module_name][target_name]))
-                scale, offset = (values.cpu() for values in through_norms(behind, bias))
-                if not bool(torch.isfinite(scale).all() and torch.isfinite(offset).all()):
-                    raise DataError(f"biases and batch norms must be finite, got NaN or infinity ({module_name})")
-                points = torch.cat([weights[module_name][target_name] * scale[:, None], offset[:, None]], 1)
-                data.setdefault(module_name, {})[target_name] = preprocess_points(points, self.preprocess)
-        return data
+
+        def points(_: PruningUnit, module: str, target: str) -> Tensor:
+            _check_outputs(context, module, target)
+            behind = [context.model.get_submodule(norms[module])] if module in norms else []
+            own = weights[module][target]
+            scale, offset = (
+                values.cpu()[:, None] for values in through_norms(behind, _bias(context, module, len(own)))
+            )
+            if not bool(torch.isfinite(scale).all() and torch.isfinite(offset).all()):
+                raise DataError(f"biases and batch norms must be finite, got NaN or infinity ({module})")
+            return preprocess_points(torch.cat([own * scale, offset], 1), self.preprocess)
+
+        return context.collected(points)
 
 
 def _bias(context: PruningContext, module_name: str, channels: int) -> Tensor:

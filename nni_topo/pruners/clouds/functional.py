@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.capture import run, watched
+from nni_topo.network.capture import by_channel, run, watched
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.inputs import Call, structure_call
 from nni_topo.network.labels import FIXED
@@ -86,17 +86,13 @@ class FunctionalCollector(DataCollector):
         each = [pair for name in readers for pair in zip(readers[name], moments[name], strict=True)]
         with watched([(reader.module, partial(reader.record, moment)) for reader, moment in each]):
             run(context.model, self.calibration)
-        data: Data = {}
-        for unit in context.units:
+
+        def points(unit: PruningUnit) -> Tensor:
             grams = [moment.gram(unit.name, center=self.center) for moment in moments[unit.name]]
             # Coordinates from several readers stand side by side, so their inner products add up.
-            products = torch.stack(grams).sum(0)
-            points = preprocess_points(points_of_gram(products), self.preprocess)
-            for module_name, target_name in unit.members:
-                data.setdefault(module_name, {})[target_name] = points
-                # Members of a group put out the same channels: carried by each, the cloud would count once per member.
-                points = points[:, :0]
-        return data
+            return preprocess_points(points_of_gram(torch.stack(grams).sum(0)), self.preprocess)
+
+        return context.collected_jointly(points)
 
 
 @dataclass(frozen=True)
@@ -109,7 +105,7 @@ class Reader:
 
     def record(self, moments: Moments, entering: Tensor) -> None:
         """Add what enters the layer to running sums."""
-        rows = entering.movedim(-1 if isinstance(self.module, nn.Linear) else 1, 0).flatten(1)
+        rows = by_channel(self.module, entering)
         # ``(channels, places, samples)``: behind a flattened map a linear layer reads a channel in several places.
         moments.add(rows[torch.from_numpy(self.places).to(rows.device)], self.strength.to(rows.device))
 

@@ -112,14 +112,8 @@ class GradientCollector(DataCollector):
             else:
                 self._run(model, self.calibration, gates)
         gates.flush()
-        data: Data = {}
-        for unit in context.units:
-            products = gates.moments[unit.name].gram(unit.name, center=False, what="gradient")
-            points = preprocess_points(points_of_gram(products), self.preprocess)
-            for module_name, target_name in unit.members:
-                data.setdefault(module_name, {})[target_name] = points
-                points = points[:, :0]
-        return data
+        grams = {name: moments.gram(name, center=False, what="gradient") for name, moments in gates.moments.items()}
+        return context.collected_jointly(lambda u: preprocess_points(points_of_gram(grams[u.name]), self.preprocess))
 
     def _run(self, model: nn.Module, calibration: Iterable[Any], gates: _Gates) -> None:
         """Differentiate the loss of every batch, in evaluation mode."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
-from nni_topo.network.capture import watched
+from nni_topo.network.capture import by_channel, watched
 from nni_topo.pruners.clouds.moments import Moments, points_of_gram
 from nni_topo.pruners.clouds.narrowing import Narrowing, stretches
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
+from nni_topo.pruners.units import PruningUnit
 
 Preprocess = Literal["none", "center", "standardize", "unit"]
 _PREPROCESS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -85,18 +87,17 @@ class WeightCollector(DataCollector):
         DataError
             If a weight is NaN or infinite.
         """
-        data: Data = {}
-        for module_name, target_name in _members(context):
-            space = context.target_spaces[module_name][target_name]
+
+        def points(_: PruningUnit, module: str, target: str) -> Tensor:
+            space = context.target_spaces[module][target]
             weight = space.target.detach()
             if not bool(torch.isfinite(weight).all()):
-                raise DataError(f"weights must be finite, got NaN or infinity ({module_name}.{target_name})")
-            blocks = (
-                weight[..., None] if space._scaler is None else space._scaler.shrink(weight, _identity, keepdim=True)
-            )
-            points = self._points(blocks.reshape(-1, blocks.shape[-1]), f"{module_name}.{target_name}")
-            data.setdefault(module_name, {})[target_name] = points
-        return data
+                raise DataError(f"weights must be finite, got NaN or infinity ({module}.{target})")
+            shrink = None if space._scaler is None else space._scaler.shrink
+            blocks = weight[..., None] if shrink is None else shrink(weight, lambda block: block, keepdim=True)
+            return self._points(blocks.reshape(-1, blocks.shape[-1]), f"{module}.{target}")
+
+        return context.collected(points)
 
     def _points(self, cloud: Tensor, name: str) -> Tensor:
         """Preprocess a cloud; make it narrow if it is too wide."""
@@ -157,20 +158,26 @@ class ActivationCollector(DataCollector):
         DataError
             If no batch came, or activations are NaN or infinite.
         """
-        moments = {module_name: Moments() for module_name, _ in _members(context)}
-        with watched(leaving=[(context.model.get_submodule(n), _recorder(context, n, m)) for n, m in moments.items()]):
+        moments = {module: Moments() for unit in context.units for module, _ in unit.members}
+        layers = {name: context.model.get_submodule(name) for name in moments}
+
+        def see(name: str, _: Tensor, outputs: Tensor) -> None:
+            moments[name].add(by_channel(layers[name], outputs))
+
+        with watched(leaving=[(layer, partial(see, name)) for name, layer in layers.items()]):
             context.run(self.calibration)
-        data: Data = {}
-        for module_name, target_name in _members(context):
-            blocks = context.metric_shape(module_name, target_name)[0]
-            points = points_of_gram(moments[module_name].gram(module_name, center=self.center))
-            if len(points) != blocks or context.target_spaces[module_name][target_name].granularity != "out_channel":
+
+        def points(_: PruningUnit, module: str, target: str) -> Tensor:
+            blocks = context.metric_shape(module, target)[0]
+            found = points_of_gram(moments[module].gram(module, center=self.center))
+            if len(found) != blocks or context.target_spaces[module][target].granularity != "out_channel":
                 raise ConfigError(
-                    f"an activation cloud needs one output channel per block, got {len(points)} channels for "
-                    f"{blocks} blocks ({module_name}.{target_name})"
+                    f"an activation cloud needs one output channel per block, got {len(found)} channels for "
+                    f"{blocks} blocks ({module}.{target})"
                 )
-            data.setdefault(module_name, {})[target_name] = preprocess_points(points, self.preprocess)
-        return data
+            return preprocess_points(found, self.preprocess)
+
+        return context.collected(points)
 
 
 def checked_preprocess(preprocess: Preprocess) -> Preprocess:
@@ -185,23 +192,9 @@ def preprocess_points(points: Tensor, preprocess: Preprocess) -> Tensor:
     return _PREPROCESS[preprocess](points)
 
 
-def _members(context: PruningContext) -> Iterator[tuple[str, str]]:
-    for unit in context.units:
-        yield from unit.members
-
-
-def _identity(blocks: Tensor) -> Tensor:
-    return blocks
-
-
 def _total(parts: Iterable[Tensor]) -> Tensor:
     return sum(parts, torch.zeros((), dtype=torch.float64))
 
 
 def _nonzero(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
-
-
-def _recorder(context: PruningContext, name: str, moments: Moments) -> Callable[[Tensor, Tensor], None]:
-    dim = -1 if isinstance(context.model.get_submodule(name), nn.Linear) else 1
-    return lambda _, outputs: moments.add(outputs.detach().movedim(dim, 0).flatten(1))

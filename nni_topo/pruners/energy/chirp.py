@@ -17,6 +17,7 @@ from nni_topo.network.network import Network
 from nni_topo.pruners.clouds.coupled import norm_scales
 from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
+from nni_topo.pruners.units import PruningUnit
 
 Linear = Literal["refuse", "unit-energy"]
 Normalization = Literal["none", "area", "layer"]
@@ -62,20 +63,20 @@ class EnergyCollector(DataCollector):
         self.check(context.model, {m: context.model.get_submodule(m) for u in context.units for m, _ in u.members})
         found = self.energies(context)
         scales = self._norm_scales(context)
-        data: Data = {}
-        for unit in context.units:
-            for module_name, target_name in unit.members:
-                energy, positions = found[module_name]
-                energy = self._normalized(energy * scales.get(module_name, torch.ones(())) ** 2, positions)
-                if energy.shape != (unit.blocks,) or target_name != "weight":
-                    raise ConfigError(
-                        f"energies need one output channel per block, got {energy.numel()} channels for {unit.blocks} "
-                        f"blocks ({module_name}.{target_name})"
-                    )
-                if not bool(torch.isfinite(energy).all()):
-                    raise DataError(f"energies must be finite, got NaN or infinity ({module_name}.{target_name})")
-                data.setdefault(module_name, {})[target_name] = energy[:, None]
-        return data
+
+        def points(unit: PruningUnit, module: str, target: str) -> Tensor:
+            energy, positions = found[module]
+            energy = self._normalized(energy * scales.get(module, torch.ones(())) ** 2, positions)
+            if energy.shape != (unit.blocks,) or target != "weight":
+                raise ConfigError(
+                    f"energies need one output channel per block, got {energy.numel()} channels for {unit.blocks} "
+                    f"blocks ({module}.{target})"
+                )
+            if not bool(torch.isfinite(energy).all()):
+                raise DataError(f"energies must be finite, got NaN or infinity ({module}.{target})")
+            return energy[:, None]
+
+        return context.collected(points)
 
     def _normalized(self, energy: Tensor, positions: int) -> Tensor:
         if self.normalization == "none":
