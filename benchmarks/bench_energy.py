@@ -190,7 +190,7 @@ def correlation(label: str, options: argparse.Namespace) -> dict[str, Any]:
         scores[f"L{order} norm"] = {name: weight.norm(p=order, dim=1).tolist() for name, weight in weights.items()}
     rows: dict[str, Any] = {}
     for target, knobs in {"as it is": {}, "batch norm in": {"batch_norm": True}}.items():
-        measured = _energies(model, layers, example, collector="data", calibration=images, **knobs)
+        measured = _energies(model, layers, example, signal="data", calibration=images, **knobs)
         rows[target] = {
             row: {name: float(spearmanr(found[name], measured[name]).statistic) for name in layers}
             for row, found in scores.items()
