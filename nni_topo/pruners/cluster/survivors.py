@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from scipy.stats import rankdata
+from torch import nn
 
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.maths.clustering.partition import FloatArray, IntArray
