@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from nni_topo.network.capture import by_channel, watched
 from nni_topo.pruners.clouds.moments import check_reached
-from nni_topo.pruners.energy.chirp import EnergyCollector, Normalization, masked_parameters
+from nni_topo.pruners.energy.chirp import EnergyCollector, masked_parameters
 from nni_topo.pruners.hooks import PruningContext
 
 
+@dataclass(eq=False)
 class DataEnergyCollector(EnergyCollector):
     """Energy of each filter's responses to calibration data, or to an evaluator's: what the chirp stands in for."""
 
-    def __init__(
-        self,
-        calibration: Iterable[Any] | None = None,
-        example_inputs: Any = None,
-        *,
-        normalization: Normalization = "area",
-        batch_norm: bool = False,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(
-            example_inputs, normalization=normalization, batch_norm=batch_norm, bias=bias, linear="unit-energy"
-        )
-        self.calibration = calibration
+    calibration: Iterable[Any] | None = field(default=None, kw_only=True)
 
     def energies(self, context: PruningContext) -> dict[str, tuple[Tensor, int]]:
         """Return the mean energy of each channel's output, and the number of positions per image."""
