@@ -81,6 +81,7 @@ class ChannelFlow(torch.fx.Interpreter):
     def layer_roots(self, name: str) -> np.ndarray:
         """Look up the representatives of a layer's output channels: int, shape (channels,)."""
         layer = self.layers[name]
+        # Looked up anew each time: ties found later in the graph, by a sum or an output, change representatives.
         return self.roots(np.arange(layer.first, layer.first + layer.channels))
 
     def reaches_output(self, name: str) -> bool:
@@ -119,10 +120,12 @@ class ChannelFlow(torch.fx.Interpreter):
             self.whole.append(name)
             return given_shapes(node, FIXED)
         if shape is None:
+            # Several tensors, as of a pooling that returns its indices: each has its channels where its input has them.
             return self._several(node, labels)
         if output_channels(module) is not None:
             return self._layer(name, module, labels[0], shape)
         if isinstance(module, MOVING_MODULES):
+            # They only move entries, so on integers they say exactly where each channel goes.
             return module(labels[0])
         if isinstance(module, torch.nn.GroupNorm):
             # A norm's groups are of one size, so those that are left have to be too.
@@ -252,6 +255,7 @@ class ChannelFlow(torch.fx.Interpreter):
     def _per_channel(self, labels: torch.Tensor, dim: int) -> np.ndarray:
         """Reduce labels to one a channel; those that share a channel are tied."""
         rows = labels.transpose(0, dim)
+        # The usual case, all places of a channel alike, is one comparison; ties are looked for only where it fails.
         first = rows[(slice(None),) + (slice(0, 1),) * (rows.dim() - 1)]
         if not torch.equal(first.expand(rows.shape), rows):
             self._tie(first, rows)
@@ -259,7 +263,7 @@ class ChannelFlow(torch.fx.Interpreter):
 
     def _root(self, number: int) -> int:
         if number < 0:
-            return number
+            return number  # UNKNOWN is tied to nothing: it represents itself
         # Union-find; halving the path on the way keeps it short.
         while self._parents[number] != number:
             self._parents[number] = self._parents[self._parents[number]]

@@ -53,6 +53,7 @@ def unknown(leaf: Any) -> Any:
 def tensor_shape(node: torch.fx.Node) -> tuple[int, ...] | None:
     """Look up the shape of a node's tensor in ``node.meta["tensor_meta"]``; None if its value isn't one tensor."""
     shape = getattr(node.meta.get("tensor_meta"), "shape", None)
+    # A plain tuple: torch.Size compares equal to it, but pytrees would open it as a container.
     return None if shape is None else tuple(shape)
 
 
@@ -69,6 +70,7 @@ def given_shapes(node: torch.fx.Node, label: int) -> Any:
 def plain_name(node: torch.fx.Node) -> str:
     """Name a function or method alike however it is called: "add" for ``torch.add``, ``operator.add``, ``add_``."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    # Underscores in front (``__add__``) and behind (``add_``) say how it is called, not what it does to channels.
     return "getitem" if node.target is operator.getitem else name.strip("_")
 
 
@@ -87,6 +89,7 @@ def carry(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
     # Where the places of a channel have numbers that differ, a place of the output could have any of them.
     if not alike or any(varies(labels, d) for d in range(2, labels.dim())):
         return None
+    # Any place will do, all being alike; expanded again, so that strides of 0 still say that nothing differs.
     channels = labels[(slice(None), slice(None)) + (0,) * (labels.dim() - 2)]
     return channels.view(shape[:2] + (1,) * (len(shape) - 2)).expand(shape)
 
