@@ -213,12 +213,14 @@ class ChannelFlow(torch.fx.Interpreter):
         name = plain_name(n)
         # What is made of no traced tensor (torch.zeros) is a constant: its channels stay, and so do those that meet it.
         if not labels:
-            return super().run_node(n) if shape is None else torch.zeros(shape, dtype=torch.int64)
+            return self._size(n, labels) if shape is None else torch.zeros(shape, dtype=torch.int64)
         # Numbers in place of an index that is computed would pick at random, so such a choice isn't run on them.
         if name in MOVES and not (name in INDEXED and tensors_of((args[1:], kwargs))):
+            moved = self._move(n, labels)
             if name in ("cat", "concat", "concatenate", "stack"):
-                self._join(labels, kwargs.get("dim", args[1] if len(args) > 1 else 0), is_new=name == "stack")
-            return self._move(n, labels)
+                dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+                return self._joined(moved, labels, dim, is_new=name == "stack")
+            return moved
         if not tensors_of(given_shapes(n, FIXED)):
             return self._size(n, labels)
         if shape is None:
@@ -236,8 +238,12 @@ class ChannelFlow(torch.fx.Interpreter):
 
     def _move(self, n: torch.fx.Node, labels: list[torch.Tensor]) -> Any:
         """Run data movement on the numbers themselves."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
         try:
-            moved = super().run_node(n)
+            if plain_name(n) in ("view", "view_as"):
+                # The numbers are expanded, which no view can be taken of.
+                args = (args[0].contiguous(), *args[1:])
+            moved = getattr(self, n.op)(n.target, args, kwargs)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
             return self._whole(n, labels, f"no rule says where channels go ({place(n)})")
         # In the dense model too chunk makes equal pieces of what it gets, so all of them have to lose equally many.
@@ -283,14 +289,21 @@ class ChannelFlow(torch.fx.Interpreter):
             self._tie(tied[0], other)
         return (tied or full)[0].expand(shape)
 
-    def _join(self, labels: list[torch.Tensor], dim: int, *, is_new: bool) -> None:
+    def _joined(self, moved: torch.Tensor, labels: list[torch.Tensor], dim: int, *, is_new: bool) -> torch.Tensor:
         """Tie what is joined along another dimension than that of the channels."""
         # A slice in which numbers still differ has its channels in another dimension, where they meet those of the
         # others.
         slices = [entry.unsqueeze(dim) if is_new else entry.narrow(dim, 0, 1) for entry in labels]
-        if all(any(varies(entry, d) for d in range(1, entry.dim())) for entry in slices):
-            for other in slices[1:]:
-                self._tie(slices[0], other)
+        if not all(any(varies(entry, d) for d in range(1, entry.dim())) for entry in slices):
+            return moved
+        for other in slices[1:]:
+            self._tie(slices[0], other)
+        # One number for what is tied, so that only channels differ in what follows.
+        numbers, places = np.unique(moved.numpy(), return_inverse=True)
+        held = {self._root(number) for pinned, _ in self._pins for number in pinned.tolist()}
+        roots = [self._root(number) for number in numbers.tolist()]
+        leaders = np.array([FIXED if root in held else root for root in roots])
+        return torch.from_numpy(leaders[places.reshape(moved.shape)])
 
     def _tie(self, one: torch.Tensor, other: torch.Tensor) -> None:
         one, other = torch.broadcast_tensors(one, other)
