@@ -31,6 +31,7 @@ from nni_topo.network.labels import (
     given_shapes,
     place,
     plain_name,
+    staying,
     tensor_shape,
     varies,
 )
@@ -160,7 +161,7 @@ class ChannelFlow(torch.fx.Interpreter):
 
     def _whole(self, node: torch.fx.Node, labels: list[torch.Tensor], reason: str) -> Any:
         """Keep all channels that enter a node, and so all that leave it."""
-        found = given_shapes(node, FIXED)
+        found = given_shapes(node)
         # What gives no tensor (a size, an assertion) is no reader of channels.
         if tensors_of(found):
             self._pins += [(np.unique(each), reason) for each in map(compressed, labels)]
@@ -168,7 +169,7 @@ class ChannelFlow(torch.fx.Interpreter):
 
     def _passed(self, node: torch.fx.Node, labels: list[torch.Tensor]) -> Any:
         """Carry the channels of one tensor to each of those that a node puts out."""
-        found = given_shapes(node, FIXED)
+        found = given_shapes(node)
         carried = [carry(labels[0], tuple(each.shape)) if len(labels) == 1 else None for each in tensors_of(found)]
         if any(each is None for each in carried):
             return self._whole(node, labels, f"no rule says where channels go ({place(node)})")
@@ -213,7 +214,7 @@ class ChannelFlow(torch.fx.Interpreter):
         name = plain_name(n)
         # What is made of no traced tensor (torch.zeros) is a constant: its channels stay, and so do those that meet it.
         if not labels:
-            return self._size(n, labels) if shape is None else torch.zeros(shape, dtype=torch.int64)
+            return self._size(n, labels) if shape is None else staying(shape)
         # Numbers in place of an index that is computed would pick at random, so such a choice isn't run on them.
         if name in MOVES and not (name in INDEXED and tensors_of((args[1:], kwargs))):
             moved = self._move(n, labels)
@@ -221,7 +222,7 @@ class ChannelFlow(torch.fx.Interpreter):
                 dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
                 return self._joined(moved, labels, dim, is_new=name == "stack")
             return moved
-        if not tensors_of(given_shapes(n, FIXED)):
+        if not tensors_of(given_shapes(n)):
             return self._size(n, labels)
         if shape is None:
             return self._passed(n, labels)
@@ -271,7 +272,7 @@ class ChannelFlow(torch.fx.Interpreter):
         along = [[d - each.dim() for d in range(1, each.dim()) if varies(each, d)] for each in labels]
         if along[0] in ([], [-1]) and along[1] in ([], [-2]):
             self._tie(one[..., :1, :].flatten(0, -2)[0], other[..., :, :1].transpose(-1, -2).flatten(0, -2)[0])
-            return torch.zeros(shape, dtype=torch.int64)
+            return staying(shape)
         # Rows of the first, or columns of the second, that hold channels are rows or columns of what comes out.
         if along == [[-2], []]:
             return one[..., :1].expand(shape)

@@ -69,9 +69,10 @@ def kept_slices(
     numbers: torch.Tensor, shape: tuple[int, ...], flow: ChannelFlow, left: np.ndarray
 ) -> list[torch.Tensor]:
     """List the indices of each dimension of a tensor at which anything stays."""
-    stays = torch.from_numpy(left[flow.roots(numbers.numpy())])
+    stays = torch.from_numpy(np.asarray(left[flow.roots(numbers.numpy())]))
     found = []
     for d, size in enumerate(shape):
-        rows = stays.transpose(0, d).flatten(1).any(1)
-        found.append(rows.nonzero().flatten() if len(rows) == size else torch.arange(size))
+        # Numbers are of length 1 where nothing differs, and where there is but one place.
+        rows = stays.movedim(d, -1).reshape(-1, stays.shape[d]).any(0) if stays.shape[d] == size > 0 else None
+        found.append(torch.arange(size) if rows is None else rows.nonzero().flatten())
     return found

@@ -41,7 +41,12 @@ REDUCTIONS = frozenset(
 def fixed(leaf: Any) -> Any:
     """Label a tensor from outside ``FIXED``: its channels can't be removed; any other leaf comes back as it is."""
     # On the CPU, as all labels are, wherever the model lies.
-    return torch.zeros(leaf.shape, dtype=torch.int64) if isinstance(leaf, torch.Tensor) else leaf
+    return staying(tuple(leaf.shape)) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def staying(shape: tuple[int, ...]) -> torch.Tensor:
+    """Label all of a tensor ``FIXED``."""
+    return torch.tensor(FIXED).expand(shape)
 
 
 def compressed(leaf: Any) -> Any:
@@ -67,11 +72,11 @@ def tensor_shape(node: torch.fx.Node) -> tuple[int, ...] | None:
     return None if shape is None else tuple(shape)
 
 
-def given_shapes(node: torch.fx.Node, label: int) -> Any:
-    """Label all that a node puts out alike, int64, in the output's containers; None in place of what is no tensor."""
+def given_shapes(node: torch.fx.Node) -> Any:
+    """Label all that a node puts out ``FIXED``, in the output's containers; None in place of what is no tensor."""
     metas = node.meta.get("tensor_meta")
     return tree_map(
-        lambda meta: torch.full(tuple(meta.shape), label) if isinstance(meta, TensorMetadata) else None,
+        lambda meta: staying(tuple(meta.shape)) if isinstance(meta, TensorMetadata) else None,
         metas,
         is_leaf=lambda meta: isinstance(meta, TensorMetadata),
     )
@@ -114,7 +119,7 @@ def carry_reduced(
     places = [d for d in range(labels.dim()) if varies(labels, d)]
     # All channels go into one number that is made anew in the dense model too.
     if set(places) <= gone:
-        return torch.full(shape, FIXED)
+        return staying(shape)
     if gone & set(places):
         return None
     for d in gone:

@@ -16,6 +16,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.inputs import Call, bind_arguments, call_arguments
 from nni_topo.network.modes import random_state_kept, unwrapped_copy
+from nni_topo.network.rehearsal import unfit
 from nni_topo.network.sizes import LayerSizes, Size, layer_sizes, spatial
 from nni_topo.network.tracing import arguments, by_running, trace
 from nni_topo.network.transformers import fast_paths_off
@@ -50,6 +51,11 @@ class Network:
         return self._traced()[-1]
 
     @property
+    def unfit(self) -> dict[int, str]:
+        """Channels that a dense model can't do without although none is pinned: by representative, the reason."""
+        return self._known("unfit", lambda: unfit(self))
+
+    @property
     def sizes(self) -> LayerSizes:
         """Shapes of what enters and leaves each layer, by call."""
         return self._known("sizes", lambda: layer_sizes(self.model, self.call))
@@ -63,14 +69,18 @@ class Network:
 
     def graph(self, model: nn.Module, call: Call | None = None) -> tuple[GraphModule, tuple[Any, ...]]:
         """Put the graph on the modules of a model of this structure and run it on a call, by default its own."""
-        graph, constants, _ = self._traced()
-        targets = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
-        parts = {name: constants[name].clone() if name in constants else attrgetter(name)(model) for name in targets}
-        graph_module = GraphModule(parts, copy.deepcopy(graph), type(model).__name__).eval()
-        args = arguments(graph, bind_arguments(model, call or self.call))
+        graph_module = self.assembled(model)
+        args = arguments(graph_module.graph, bind_arguments(model, call or self.call))
         with torch.no_grad(), random_state_kept(), fast_paths_off():
             ShapeProp(graph_module).propagate(*args)
         return graph_module, args
+
+    def assembled(self, model: nn.Module) -> GraphModule:
+        """Put the graph on the modules of a model of this structure."""
+        graph, constants, _ = self._traced()
+        targets = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
+        parts = {name: constants[name].clone() if name in constants else attrgetter(name)(model) for name in targets}
+        return GraphModule(parts, copy.deepcopy(graph), type(model).__name__).eval()
 
     def _traced(self) -> _Traced:
         return self._known("traced", self._trace, kept=lambda traced: not by_running(traced[0]))

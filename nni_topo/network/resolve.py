@@ -57,9 +57,9 @@ def resolve(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, round_t
     # Equal blocks and rounding bring back the largest weights first, by L1 norm over tied channels.
     shared, scores = kept.copy(), _scores(model, flow)
     # In two steps, so that what equal blocks bring back can be told from what rounding does.
-    _grow(flow, kept, scores, 1, set(given))
+    grow(flow, kept, scores, 1, set(given))
     leveled = kept.copy()
-    _grow(flow, kept, scores, round_to or 1, set(given))
+    grow(flow, kept, scores, round_to or 1, set(given))
     reasons = {name: _reason(flow, given, name, (shared, leveled, kept), round_to) for name in given}
     more = {name: (leveled[flow.layer_roots(name)] & ~given[name]).sum() for name in given}
     told = {name: f"{count} of {len(given[name])} ({reasons[name]})" for name, count in more.items() if count}
@@ -101,7 +101,7 @@ def _check_output(flow: ChannelFlow, given: dict[str, np.ndarray], kept: np.ndar
             )
 
 
-def _grow(flow: ChannelFlow, kept: np.ndarray, scores: np.ndarray, round_to: int, masked: set[str]) -> None:
+def grow(flow: ChannelFlow, kept: np.ndarray, scores: np.ndarray, round_to: int, masked: set[str]) -> None:
     """Bring channels back until blocks are equal and counts are rounded; both only ever add."""
     layers = [flow.layer_roots(name) for name in flow.layers if name in masked]
     # What evens one set of blocks may unbalance another that shares its channels. Channels only come back, so it ends.
