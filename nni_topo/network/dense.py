@@ -118,13 +118,14 @@ def _build(
 ) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, list[torch.Tensor]], Resolved]:
     """Make the dense model, its reference, the list of what is kept of each module's output, and the masks used."""
     original = copy.deepcopy(network.model).eval()
-    resolved = resolve(original, network.flow, masks, round_to)
+    flow = network.flow
+    resolved = resolve(original, flow, masks, round_to)
     reference = apply_masks(original, network.call, resolved.masks)
     dense = copy.deepcopy(reference)
     # Each layer is cut for itself, so each needs tensors of its own.
     untie(dense, find_ties(dense))
-    DenseSpeedup(dense, network.flow, resolved.left).speedup_model()
+    DenseSpeedup(dense, flow, resolved.left).speedup_model()
     tie_again(dense, find_ties(original))
     for name, module in network.model.named_modules():
         dense.get_submodule(name).training = module.training
-    return dense, reference, kept_outputs(network.flow, resolved.left), resolved
+    return dense, reference, kept_outputs(flow, resolved.left), resolved

@@ -113,7 +113,7 @@ def dependency_groups(
             raise ConfigError(f"every entry of a config_list must select a layer, got none for {config}")
         selections.append((sorted(modules, key=order.__getitem__), public))
     selected = {name for names, _ in selections for name in names}
-    skipped = _skipped(network, sorted(selected - named, key=order.__getitem__), selected)
+    skipped = _skipped(network, flow, sorted(selected - named, key=order.__getitem__), selected)
     if strict and (whole := {name: why for name, why in skipped.items() if why != _OUTPUT}):
         name, why = next(iter(whole.items()))
         raise ConfigError(f"every layer that is selected must be one that can lose channels, got {name}: {why}")
@@ -129,15 +129,14 @@ def dependency_groups(
     return DependencyGroups(entries, skipped)
 
 
-def _skipped(network: Network, asked: list[str], selected: set[str]) -> dict[str, str]:
+def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: set[str]) -> dict[str, str]:
     """Say which layers have to stay whole, and why: of those asked for, among all that are selected."""
-    flow = network.flow
-    skipped = {}
+    unfit, skipped = network.unfit, {}
     for name in asked:
         roots = flow.layer_roots(name) if name in flow.layers else np.zeros(0, dtype=np.int64)
-        unfit = [network.unfit[root] for root in roots.tolist() if root in network.unfit]
-        if name in flow.layers and (unfit or (roots == FIXED).all()):
-            skipped[name] = "; ".join(dict.fromkeys(unfit)) or "; ".join(flow.why_pinned(name))
+        reasons = [unfit[root] for root in roots.tolist() if root in unfit]
+        if name in flow.layers and (reasons or (roots == FIXED).all()):
+            skipped[name] = "; ".join(dict.fromkeys(reasons)) or "; ".join(flow.why_pinned(name))
     heads = [name for name in asked if name in flow.layers and flow.reaches_output(name)]
     # A network of which all that is selected gives the output has no head that could be left out.
     if selected - set(heads):

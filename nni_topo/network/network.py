@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -22,7 +23,7 @@ from nni_topo.network.tracing import arguments, by_running, trace
 from nni_topo.network.transformers import fast_paths_off
 
 T = TypeVar("T")
-_Traced = tuple[Graph, dict[str, Any], ChannelFlow]
+Traced = tuple[Callable[[nn.Module], GraphModule], ChannelFlow]
 
 # By model, its structure when it was last looked at and what was found out about it. Nothing here holds a weight, or
 # the model itself, which would never be freed.
@@ -48,7 +49,7 @@ class Network:
     @property
     def flow(self) -> ChannelFlow:
         """How channels go through the network; its modules are without values."""
-        return self._traced()[-1]
+        return self.traced()[1]
 
     @property
     def unfit(self) -> dict[int, str]:
@@ -69,23 +70,17 @@ class Network:
 
     def graph(self, model: nn.Module, call: Call | None = None) -> tuple[GraphModule, tuple[Any, ...]]:
         """Put the graph on the modules of a model of this structure and run it on a call, by default its own."""
-        graph_module = self.assembled(model)
+        graph_module = self.traced()[0](model)
         args = arguments(graph_module.graph, bind_arguments(model, call or self.call))
         with torch.no_grad(), random_state_kept(), fast_paths_off():
             ShapeProp(graph_module).propagate(*args)
         return graph_module, args
 
-    def assembled(self, model: nn.Module) -> GraphModule:
-        """Put the graph on the modules of a model of this structure."""
-        graph, constants, _ = self._traced()
-        targets = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
-        parts = {name: constants[name].clone() if name in constants else attrgetter(name)(model) for name in targets}
-        return GraphModule(parts, copy.deepcopy(graph), type(model).__name__).eval()
+    def traced(self) -> Traced:
+        """Return what puts the graph on the modules of a model of this structure, and how channels go through it."""
+        return self._known("traced", self._trace, kept=lambda traced: not by_running(traced[1].module.graph))
 
-    def _traced(self) -> _Traced:
-        return self._known("traced", self._trace, kept=lambda traced: not by_running(traced[0]))
-
-    def _trace(self) -> _Traced:
+    def _trace(self) -> Traced:
         graph_module, args = trace(unwrapped_copy(self.model).eval(), self.call)
         flow = ChannelFlow(graph_module, args)
         graph = copy.deepcopy(graph_module.graph)
@@ -93,7 +88,7 @@ class Network:
         # What the forward makes by itself the tracer keeps in the copy; all else is the model's, whatever it holds now.
         constants = {name: attrgetter(name)(graph_module) for name in held if not _has(self.model, name)}
         graph_module.to("meta")
-        return graph, constants, flow
+        return partial(_assembled, graph, constants), flow
 
     def _known(self, what: str, find: Callable[[], T], kept: Callable[[T], bool] = lambda _: True) -> T:
         structure, key = _structure(self.model), (what, _shown(self.call))
@@ -107,6 +102,12 @@ class Network:
         if kept(found):
             answers[key] = found
         return found
+
+
+def _assembled(graph: Graph, constants: dict[str, Any], model: nn.Module) -> GraphModule:
+    targets = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
+    parts = {name: constants[name].clone() if name in constants else attrgetter(name)(model) for name in targets}
+    return GraphModule(parts, copy.deepcopy(graph), type(model).__name__).eval()
 
 
 def _has(model: nn.Module, name: str) -> bool:

@@ -39,11 +39,11 @@ _ROUNDS = 8
 @fast_paths_off()
 def unfit(network: Network) -> dict[int, str]:
     """Find channels that a dense model can't do without although none is pinned: by representative, the reason."""
-    flow, held = network.flow, dict[int, str]()
+    (assembled, flow), held = network.traced(), dict[int, str]()
     drawing = np.random.default_rng(0)
     with random_state_kept(), torch.no_grad():
         torch.manual_seed(0)
-        full = network.assembled(_with_random_weights(network.model))
+        full = assembled(_with_random_weights(network.model))
         call = cast_floats(random_like(network.call, torch.Generator().manual_seed(0)), torch.float32)
         args = arguments(full.graph, bind_arguments(network.model, call))
         for _ in range(_ROUNDS):
