@@ -18,11 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
 import resource
-import subprocess
-import sys
 import time
 from collections import Counter
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +185,8 @@ def entries() -> list[tuple[str, dict[str, str]]]:
     return [(line[0], dict(option.split("=") for option in line[1:])) for line in lines if line]
 
 
-def one(name: str, gigabytes: float) -> None:
-    """Measure one network in this process and print the record."""
+def one(name: str, gigabytes: float, sender: Connection) -> None:
+    """Measure one network in this process and send the record."""
     resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 2**30),) * 2)
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
@@ -200,7 +200,7 @@ def one(name: str, gigabytes: float) -> None:
         record = {"status": "out of memory" if "allocate memory" in short else f"{type(error).__name__}: {short}"}
     record["seconds"] = time.perf_counter() - start
     record["peak_gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"model": name, **record}))
+    sender.send(record)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -211,11 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds a network, default 120")
     parser.add_argument("--memory", type=float, default=10.0, help="gibibytes a process, default 10")
     parser.add_argument("--table", action="store_true", help="print the table of what is finished")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.one:
-        one(options.one, options.memory)
-        return
     options.out.parent.mkdir(parents=True, exist_ok=True)
     done = _records(options.out)
     for name, _ in entries():
@@ -227,16 +223,19 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", __file__, "--out", str(options.out), "--memory", str(options.memory), "--one", name]
+    # Forked: PyTorch and NNI take longer to import than a small network to prune.
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=one, args=(name, options.memory, sender))
+    process.start()
+    sender.close()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout, check=False)
-    except subprocess.TimeoutExpired:
-        return {"model": name, "status": f"more than {options.timeout:g} s"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        return {"model": name, "status": f"ended with {done.returncode}: {done.stderr.strip()[-200:]}"}
-    record: dict[str, Any] = json.loads(lines[-1])
-    return record
+        record = receiver.recv() if receiver.poll(options.timeout) else {"status": f"more than {options.timeout:g} s"}
+    except EOFError:
+        record = {"status": "ended without a word, out of memory most likely"}
+    process.kill()
+    process.join()
+    return {"model": name, **record}
 
 
 def _records(path: Path) -> dict[str, dict[str, Any]]:
