@@ -150,7 +150,7 @@ class ChannelFlow(torch.fx.Interpreter):
             return self._layer(name, module, labels[0], shape or ())
         if isinstance(module, MOVING_MODULES):
             return module(labels[0])
-        if isinstance(module, torch.nn.GroupNorm):
+        if isinstance(module, torch.nn.GroupNorm) and module.num_groups < module.num_channels:
             # A norm's groups are of one size, so those that are left have to be too.
             side = np.split(self._per_channel(labels[0], 1), module.num_groups)
             self.blocks.append(Blocks([list(side)], may_vanish=True))

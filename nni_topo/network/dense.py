@@ -12,7 +12,7 @@ from nni_topo.network.advice import way_forward
 from nni_topo.network.engine import DenseSpeedup, kept_outputs
 from nni_topo.network.inputs import call_arguments
 from nni_topo.network.masks import FullMasks, Masks, check_masks, check_model
-from nni_topo.network.modes import random_state_kept
+from nni_topo.network.modes import detached_copy, random_state_kept
 from nni_topo.network.network import Network
 from nni_topo.network.reference import apply_masks, check_equal
 from nni_topo.network.report import DenseReport, dense_report
@@ -117,7 +117,7 @@ def _build(
     network: Network, masks: FullMasks, round_to: int | None
 ) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, list[torch.Tensor]], Resolved]:
     """Make the dense model, its reference, the list of what is kept of each module's output, and the masks used."""
-    original = copy.deepcopy(network.model).eval()
+    original = detached_copy(network.model).eval()
     flow = network.flow
     resolved = resolve(original, flow, masks, round_to)
     reference = apply_masks(original, network.call, resolved.masks)

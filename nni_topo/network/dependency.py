@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.labels import FIXED
-from nni_topo.network.layers import check_names
+from nni_topo.network.layers import check_names, output_channels
 from nni_topo.network.network import Network
+from nni_topo.network.report import why_not_followed
 
 _logger = logging.getLogger(__name__)
 
@@ -70,14 +71,15 @@ def dependency_groups(
         If an entry names a layer that isn't there or selects none at all, or the inputs don't fit the model; with
         ``strict``, if a layer that an entry selects would be left out because it can't lose channels.
     SpeedupError
-        If the model can't be traced.
+        If the model can't be traced, and an entry names a layer in ``op_names`` or ``strict`` is given.
 
     Notes
     -----
     Layers that ``op_names`` names are always in the result. Others are left out, in one warning and in ``skipped``,
     where `to_dense` couldn't remove their channels: those that give the model's output, unless nothing else would be
     left; and those whose channels enter something that needs all of them, as a recurrent layer does, a fixed size in
-    the forward, or a layer norm, whose statistics are taken over removed channels too. Which these are shows a
+    the forward, or a layer norm, whose statistics are taken over removed channels too; and all layers of a model that
+    can't be traced. Which these are shows a
     rehearsal, in which random channels of all layers go: about two forward passes.
 
     Where a selected layer is tied to one that isn't selected, its channels can't be removed: ``to_dense`` keeps them,
@@ -103,41 +105,54 @@ def dependency_groups(
 
     check_names(model, config_list)
     network = Network.on(model, example_inputs)
-    flow = network.flow
-    order = _network_order(model, flow)
     selections, named = [], set[str]()
     for config in trans_legacy_config_list(copy.deepcopy(config_list)):
         named.update(config.get("op_names") or ())
         modules, public, _ = select_modules_by_config(model, config)
         if not modules:
             raise ConfigError(f"every entry of a config_list must select a layer, got none for {config}")
-        selections.append((sorted(modules, key=order.__getitem__), public))
+        selections.append((set(modules), public))
     selected = {name for names, _ in selections for name in names}
-    skipped = _skipped(network, flow, sorted(selected - named, key=order.__getitem__), selected)
+    try:
+        flow = network.flow
+    except SpeedupError as error:
+        if strict or selected & named:
+            raise
+        skipped = {name: str(error) for name, _ in model.named_modules() if name in selected}
+        _logger.warning("all layers stay whole and are left out: %s", error)
+        return DependencyGroups([], skipped)
+    order = _network_order(model, flow)
+    skipped = _skipped(network, flow, [name for name in order if name in selected - named], selected)
     if strict and (whole := {name: why for name, why in skipped.items() if why != _OUTPUT}):
         name, why = next(iter(whole.items()))
         raise ConfigError(f"every layer that is selected must be one that can lose channels, got {name}: {why}")
     _warn(flow, layer_groups(flow), selected - skipped.keys(), skipped)
     extra = _settings(flow)
-    followers = _followers(flow)
+    left_out = skipped.keys() | _followers(flow)
     entries = [
         {"op_names": [name], **copy.deepcopy(public), **extra.get(name, {})}
         for names, public in selections
-        for name in names
-        if name not in followers and name not in skipped
+        for name in order
+        if name in names and name not in left_out
     ]
     return DependencyGroups(entries, skipped)
 
 
 def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: set[str]) -> dict[str, str]:
     """Say which layers have to stay whole, and why: of those asked for, among all that are selected."""
-    unfit, skipped = network.unfit, {}
+    unfit, skipped, heads = network.unfit, dict[str, str](), list[str]()
     for name in asked:
-        roots = flow.layer_roots(name) if name in flow.layers else np.zeros(0, dtype=np.int64)
+        if name not in flow.layers:
+            # Of a norm, say, masks may be wanted all the same.
+            if output_channels(network.model.get_submodule(name)) is not None:
+                skipped[name] = why_not_followed(network.model, name)
+            continue
+        roots = flow.layer_roots(name)
         reasons = [unfit[root] for root in roots.tolist() if root in unfit]
-        if name in flow.layers and (reasons or (roots == FIXED).all()):
-            skipped[name] = "; ".join(dict.fromkeys(reasons)) or "; ".join(flow.why_pinned(name))
-    heads = [name for name in asked if name in flow.layers and flow.reaches_output(name)]
+        if reasons or (roots == FIXED).all():
+            skipped[name] = "; ".join(dict.fromkeys(reasons or flow.why_pinned(name)))
+        elif flow.reaches_output(name):
+            heads.append(name)
     # A network of which all that is selected gives the output has no head that could be left out.
     if selected - set(heads):
         skipped |= dict.fromkeys(heads, _OUTPUT)

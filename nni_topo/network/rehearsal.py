@@ -46,13 +46,16 @@ def unfit(network: Network) -> dict[int, str]:
         full = assembled(_with_random_weights(network.model))
         call = cast_floats(random_like(network.call, torch.Generator().manual_seed(0)), torch.float32)
         args = arguments(full.graph, bind_arguments(network.model, call))
-        for _ in range(_ROUNDS):
-            left = _draw(flow, held, drawing)
-            found = _Rehearsal(flow, left, full).run(args)
-            if not found:
-                return held
+        clean = set[bool]()
+        for round in range(_ROUNDS):
+            # Blocks lose a part of each, as pruners choose; and some as a whole, as masks may say.
+            in_parts = bool(flow.blocks) and round % 2 == 0
+            found = _Rehearsal(flow, _draw(flow, held, drawing, in_parts=in_parts), full).run(args)
             held.update(found)
-    # It never came to rest: nothing is sure.
+            clean = set() if found else clean | {in_parts}
+            if clean == {bool(flow.blocks), False}:
+                return held
+    # It didn't come to rest: nothing is sure.
     roots = np.concatenate([flow.layer_roots(name) for name in flow.layers])
     return dict.fromkeys(roots.tolist(), "channels depend on one another in a way that no rule describes")
 
@@ -67,9 +70,13 @@ def _with_random_weights(model: nn.Module) -> nn.Module:
     return drawn
 
 
-def _draw(flow: ChannelFlow, held: dict[int, str], drawing: np.random.Generator) -> np.ndarray:
+def _draw(flow: ChannelFlow, held: dict[int, str], drawing: np.random.Generator, *, in_parts: bool) -> np.ndarray:
     """Draw which channels stay, by representative: about half of those that can go, at least one of every layer."""
     left: np.ndarray = drawing.random(1 + sum(layer.channels for layer in flow.layers.values())) < 0.5
+    for block in (block for blocks in flow.blocks for side in blocks.sides for block in side if in_parts):
+        roots = flow.roots(block)
+        left[roots] = False
+        left[drawing.permutation(roots)[: (len(roots) + 1) // 2]] = True
     left[[FIXED, *flow.at_output, *held]] = True
     for name in flow.layers:
         roots = flow.layer_roots(name)
