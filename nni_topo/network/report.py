@@ -108,6 +108,8 @@ def _asked(module: torch.nn.Module, targets: Mapping[str, torch.Tensor], before:
 
 def why_not_followed(model: torch.nn.Module, name: str) -> str:
     """Say why a layer keeps its channels although no other layer knows of them."""
+    if "weight" not in model.get_submodule(name)._parameters:
+        return "its weight is computed from other parameters"
     parts = name.split(".")
     for length in range(len(parts) - 1, 0, -1):
         owner = model.get_submodule(".".join(parts[:length]))
