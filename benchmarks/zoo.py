@@ -83,8 +83,9 @@ def rows_left(original: np.ndarray, dense: np.ndarray) -> np.ndarray:
     """Find the rows of a matrix of which another holds some entries: int, one for each row of the other."""
     values = original.ravel()
     order = np.argsort(values, kind="stable")
-    # Values that occur twice say nothing; three entries of a row leave no doubt.
-    votes = np.stack([dense[:, column] for column in {0, dense.shape[1] // 2, dense.shape[1] - 1}])
+    # A value that occurs twice says nothing; of some entries of a row most don't.
+    columns = np.unique(np.linspace(0, dense.shape[1] - 1, 15).astype(int))
+    votes = np.stack([dense[:, column] for column in columns])
     places = np.minimum(np.searchsorted(values[order], votes), len(values) - 1)
     rows = order[places] // original.shape[1]
     return np.array([np.bincount(column).argmax() for column in rows.T])
@@ -100,7 +101,10 @@ def zeroing(model: nn.Module, dense: nn.Module) -> tuple[dict[str, np.ndarray], 
             gone[rows_left(by_output(module), by_output(other))] = False
             layers[name] = gone
         elif isinstance(module, NORMS) and isinstance(module.weight, Tensor) and len(other.weight) < len(module.weight):
-            norms[name] = ~np.isin(module.weight.detach().numpy(), other.weight.detach().numpy())
+            kept, whole = ({*zip(each.weight.tolist(), each.bias.tolist(), strict=True)} for each in (other, module))
+            assert len(whole) == len(module.weight), "channels must be told apart by their parameters"
+            pairs = zip(module.weight.tolist(), module.bias.tolist(), strict=True)
+            norms[name] = np.array([pair not in kept for pair in pairs])
     return layers, norms
 
 

@@ -75,7 +75,7 @@ VIT = {"num_layers": "2", "patch_size": "16", "num_heads": "2", "hidden_dim": "1
     [
         ("shufflenet_v2_x0_5", {}, 0.1),
         ("mobilenet_v3_small", {}, 0.49),
-        ("vit", VIT, 0.25),
+        ("vit", VIT, 0.2),
         pytest.param("squeezenet1_1", {}, 0.49, marks=pytest.mark.slow),
         pytest.param("efficientnet_b0", {}, 0.49, marks=pytest.mark.slow),
         pytest.param("regnet_y_400mf", {}, 0.4, marks=pytest.mark.slow),
