@@ -49,7 +49,9 @@ def build(name: str, options: dict[str, str]) -> tuple[nn.Module, Any]:
         return zoo_nets.make(kind)
     torch.manual_seed(0)
     size = int(options.get("size", 64))
-    knobs: dict[str, Any] = {key: int(value) for key, value in options.items() if key not in ("size", "frames", "image")}
+    knobs: dict[str, Any] = {
+        key: int(value) for key, value in options.items() if key not in ("size", "frames", "image")
+    }
     if "num_layers" in knobs:
         model: nn.Module = torchvision.models.VisionTransformer(image_size=size, **knobs)
     else:
@@ -250,7 +252,9 @@ def _records(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _print(records: dict[str, dict[str, Any]]) -> None:
-    print("| network | channels gone | equal to | layers left whole | parameters left | MACs left | groups s | dense s |")
+    print(
+        "| network | channels gone | equal to | layers left whole | parameters left | MACs left | groups s | dense s |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for name, record in records.items():
         if record["status"] != "ok":

@@ -1,4 +1,5 @@
 """Small networks, one for each trait that makes a network hard to prune; the tests use them too."""
+# ruff: noqa: D102
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ class Residual(nn.Module):
 
 def conv1d() -> nn.Module:
     """One-dimensional convolutions, dilated, with batch norms."""
-    middle = nn.Sequential(nn.Conv1d(12, 16, 3, padding=2, dilation=2), nn.BatchNorm1d(16), nn.ReLU(), nn.Conv1d(16, 12, 1))
+    middle = nn.Sequential(
+        nn.Conv1d(12, 16, 3, padding=2, dilation=2), nn.BatchNorm1d(16), nn.ReLU(), nn.Conv1d(16, 12, 1)
+    )
     return Residual(nn.Conv1d(2, 12, 5, padding=2), middle, 12)
 
 
@@ -213,7 +216,9 @@ class Constants(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two, self.three, self.four = (nn.Conv2d(*pair, 3, padding=1) for pair in ((3, 8), (8, 8), (8, 8), (8, 8)))
+        self.one, self.two, self.three, self.four = (
+            nn.Conv2d(*pair, 3, padding=1) for pair in ((3, 8), (8, 8), (8, 8), (8, 8))
+        )
         self.five, self.head = _block(8, 12), nn.Linear(12, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -309,10 +314,13 @@ def make(name: str) -> tuple[nn.Module, dict[str, Tensor] | Tensor]:
 
 
 def lively(model: nn.Module) -> nn.Module:
-    """Draw the parameters and statistics of norms, so that a shift that survives shows, and every channel has its own."""
+    """Draw the parameters and statistics of norms: a shift that survives shows, and every channel has its own."""
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)) and module.weight is not None:
+            if (
+                isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm))
+                and module.weight is not None
+            ):
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.normal_(0, 0.3)
             if isinstance(getattr(module, "running_mean", None), Tensor):

@@ -63,6 +63,7 @@ class ChannelFlow(torch.fx.Interpreter):
     # stay. So every number says all there is to say about a channel, and the network can be cut by numbers alone.
     def __init__(self, graph_module: torch.fx.GraphModule, args: tuple[Any, ...]) -> None:
         super().__init__(graph_module)
+        self.traced = graph_module
         self.layers: dict[str, Layer] = {}  # in the order they are called
         self.blocks: list[Blocks] = []  # one for each grouped convolution, group norm and chunk
         self.numbers: dict[str, Any] = {}  # by node, what it puts out: int64, of length 1 where nothing differs
@@ -264,7 +265,7 @@ class ChannelFlow(torch.fx.Interpreter):
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
             return None
 
-    def _product(self, n: torch.fx.Node, labels: list[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+    def _product(self, n: torch.fx.Node, labels: list[torch.Tensor], shape: tuple[int, ...]) -> Any:
         """Tie the channels over which a matrix product sums; other channels go where their rows and columns do."""
         one, other = labels
         if min(one.dim(), other.dim()) < 2:

@@ -93,7 +93,8 @@ def dependency_groups(
 
     Examples
     --------
-    >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(4, 4, 3, groups=4), torch.nn.Conv2d(4, 2, 1))
+    >>> from torch.nn import Conv2d, Sequential
+    >>> model = Sequential(Conv2d(1, 4, 3), Conv2d(4, 4, 3, groups=4), Conv2d(4, 2, 1))
     >>> config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
     >>> groups = dependency_groups(model, torch.ones(1, 1, 8, 8), config)
     >>> [(entry["op_names"], entry["dependency_group_id"]) for entry in groups]

@@ -22,10 +22,10 @@ class DenseSpeedup(ModelSpeedup):
 
     def __init__(self, model: torch.nn.Module, flow: ChannelFlow, left: np.ndarray) -> None:
         # NNI's own constructor runs the graph for values, which nobody reads here.
-        torch.fx.Interpreter.__init__(self, flow.module)
-        self.graph_module, self.bound_model = flow.module, model
+        torch.fx.Interpreter.__init__(self, flow.traced)
+        self.graph_module, self.bound_model = flow.traced, model
         self.flow, self.left = flow, left
-        self.node_infos = {node: NodeInfo(node) for node in flow.module.graph.nodes}
+        self.node_infos = {node: NodeInfo(node) for node in flow.traced.graph.nodes}
         self.replacers = [_Cutter()]
 
     def speedup_model(self) -> torch.nn.Module:
@@ -58,7 +58,7 @@ class _Cutter(Replacer):
 def kept_outputs(flow: ChannelFlow, left: np.ndarray) -> Kept:
     """List, by module that gives one tensor, the indices that stay of each dimension at its first call."""
     kept: Kept = {}
-    for node in flow.module.graph.nodes:
+    for node in flow.traced.graph.nodes:
         shape = tensor_shape(node)
         if node.op == "call_module" and shape is not None:
             kept.setdefault(str(node.target), kept_slices(flow.numbers[node.name], shape, flow, left))

@@ -78,7 +78,7 @@ class Network:
 
     def traced(self) -> Traced:
         """Return what puts the graph on the modules of a model of this structure, and how channels go through it."""
-        return self._known("traced", self._trace, kept=lambda traced: not by_running(traced[1].module.graph))
+        return self._known("traced", self._trace, kept=lambda traced: not by_running(traced[1].traced.graph))
 
     def _trace(self) -> Traced:
         graph_module, args = trace(unwrapped_copy(self.model).eval(), self.call)

@@ -47,9 +47,9 @@ def unfit(network: Network) -> dict[int, str]:
         call = cast_floats(random_like(network.call, torch.Generator().manual_seed(0)), torch.float32)
         args = arguments(full.graph, bind_arguments(network.model, call))
         clean = set[bool]()
-        for round in range(_ROUNDS):
+        for turn in range(_ROUNDS):
             # Blocks lose a part of each, as pruners choose; and some as a whole, as masks may say.
-            in_parts = bool(flow.blocks) and round % 2 == 0
+            in_parts = bool(flow.blocks) and turn % 2 == 0
             found = _Rehearsal(flow, _draw(flow, held, drawing, in_parts=in_parts), full).run(args)
             held.update(found)
             clean = set() if found else clean | {in_parts}

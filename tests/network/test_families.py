@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -19,8 +18,8 @@ from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.network.network import Network
 
 sys.path.insert(0, str(_BENCHMARKS := Path(__file__).parents[2] / "benchmarks"))
-import zoo as bench  # noqa: E402
-import zoo_nets  # noqa: E402
+import zoo as bench
+import zoo_nets
 
 sys.path.remove(str(_BENCHMARKS))
 
