@@ -229,12 +229,12 @@ def _first_difference(
         small = actual.get(name)
         if small is None or small.shape != full.shape:
             return name, f"from {name} on, whose output has another shape than expected"
-        if _difference(full, small) > rtol:
+        if difference(full, small) > rtol:
             return name, f"from {name} on"
     return None, "behind the last layer"
 
 
-def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
+def difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
     """Measure the largest difference relative to the largest absolute value; NaN against a number is infinite."""
     if expected.numel() == 0:
         return 0.0
@@ -260,7 +260,7 @@ def _compare(
             "the shape of the model's output must not change: exclude the layer that gives it from the "
             f"config_list (exclude_op_names), got {shapes[1]} instead of {shapes[0]} ({where})"
         )
-    worst = max((_difference(a, b) for a, b in zip(expected, actual, strict=True)), default=0.0)
+    worst = max((difference(a, b) for a, b in zip(expected, actual, strict=True)), default=0.0)
     if not worst <= rtol:
         raise SpeedupError(
             f"a dense model must compute what the masked one does to {rtol:g} of its largest output, "
