@@ -17,6 +17,8 @@ from nni.compression.pruning import LinearPruner, MovementPruner, SlimPruner, Ta
 from torch import Tensor, nn
 
 import nni_topo
+from nni_topo.errors import ConfigError
+from nni_topo.network.capture import called
 from nni_topo.testing import toy_evaluator, toy_images, toy_model
 
 Setup = Callable[[], tuple[nn.Module, Any]]
@@ -91,6 +93,35 @@ def test_evaluator_feeds_the_activation_cloud() -> None:
     _, masks = pruner.compress()
     pruner.unwrap_model()
     assert kept(masks, "stem") == 4
+
+
+def test_recovery_takes_an_evaluators_images() -> None:
+    model, evaluator = torch_setup()
+    pruner = nni_topo.RandomPruner(model, [{"op_names": ["stem", "hidden"], **SPARSE}], evaluator)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    model.eval()  # else the batch norms learn from what is evaluated here
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    evaluated: list[Tensor] = []
+    with called(model, lambda args, _: evaluated.append(args[0])):
+        evaluator.bind_model(model)
+        evaluator.evaluate()
+        evaluator.unbind_model()
+    for recover in (
+        lambda data: nni_topo.compensate(model, masks, data),
+        lambda data: nni_topo.distill(nni_topo.masked_model(model, evaluated[0], masks), model, data, steps=3),
+        lambda data: nni_topo.recalibrate_batch_norm(model, data),
+    ):
+        given, by_evaluator = recover(evaluated), recover(evaluator)
+        for one, other in zip(given.state_dict().values(), by_evaluator.state_dict().values(), strict=True):
+            assert torch.equal(one, other)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    whole, fresh = torch_setup()
+    nni_topo.recalibrate_batch_norm(whole, fresh)
+    assert not fresh._initialization_complete
+    evaluator.bind_model(model)
+    with pytest.raises(ConfigError, match="an evaluator that serves as calibration must be free"):
+        nni_topo.compensate(model, masks, evaluator)
 
 
 def test_plain_functions_and_batches_need_no_evaluator() -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from nni.compression.utils import Evaluator
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from nni_topo.network.inputs import calls
-from nni_topo.network.modes import evaluation_mode
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.inputs import bind_arguments, calls, repeatable
+from nni_topo.network.modes import detached_copy, evaluation_mode
 
 Entering = Callable[[Tensor], Any]
 """Sees the tensor that enters a layer; what it returns, unless None, enters instead."""
@@ -36,6 +40,40 @@ def called(model: nn.Module, look: Callable[[tuple[Any, ...], dict[str, Any]], N
     """Show a function the arguments of every call of a model within the block, before it runs."""
     with model.register_forward_pre_hook(lambda _, args, kwargs: look(args, kwargs), with_kwargs=True):
         yield
+
+
+def inputs_seen(model: nn.Module, work: Callable[[], Any]) -> list[Any]:
+    """Return, as calibration batches, what a model is called on while something works; DataError if it isn't."""
+    seen: list[Any] = []
+
+    def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = bind_arguments(model, (args, kwargs)) if kwargs else args
+        # A batch's first entry is what the model takes: several arguments mustn't look like inputs and targets.
+        seen.append((tree_map_only(Tensor, lambda leaf: leaf.detach(), inputs),))
+
+    with called(model, record):
+        work()
+    if not seen:
+        raise DataError("an evaluator must call the model where there is no calibration, got no call (evaluator)")
+    return seen
+
+
+def batches_of(calibration: Iterable[Any] | Evaluator, model: nn.Module) -> Iterable[Any]:
+    """Return calibration batches that can be read more than once; of an evaluator, those it evaluates the model on."""
+    if not isinstance(calibration, Evaluator):
+        return repeatable(calibration)
+    if getattr(calibration, "model", None) is not None:
+        raise ConfigError("an evaluator that serves as calibration must be free, got one at work (calibration)")
+    # A copy of either: an evaluator that no pruner had yet must stay one that the next pruner can take.
+    evaluator, evaluated = copy.copy(calibration), detached_copy(model)
+    if not evaluator._initialization_complete:
+        evaluator._init_optimizer_helpers(model)
+    evaluator.bind_model(evaluated)
+    try:
+        with evaluation_mode(evaluated), torch.no_grad():
+            return inputs_seen(evaluated, evaluator.evaluate)
+    finally:
+        evaluator.unbind_model()
 
 
 def run(model: nn.Module, calibration: Iterable[Any]) -> None:

@@ -7,14 +7,16 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from nni.compression.utils import Evaluator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nni_topo.network.inputs import calls, repeatable
+from nni_topo.network.capture import batches_of
+from nni_topo.network.inputs import calls
 from nni_topo.network.modes import evaluation_mode
 
 
-def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any]) -> nn.Module:
+def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evaluator) -> nn.Module:
     """Return a copy of a model whose batch norms have the statistics of its own activations.
 
     Pruning changes the distribution that reaches a batch norm, whose running mean and variance still are those of the
@@ -24,8 +26,8 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any]) -> nn.M
     ----------
     model : torch.nn.Module
         Any model; it isn't changed.
-    calibration : iterable
-        Batches of inputs, or of ``(inputs, ...)``, of more than one sample each.
+    calibration : iterable or nni.compression.utils.Evaluator
+        Batches of inputs, or of ``(inputs, ...)``, of more than one sample each. Of an evaluator, what it evaluates on.
 
     Returns
     -------
@@ -42,7 +44,7 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any]) -> nn.M
     The statistics are the average over the batches, each batch counting the same. Only batch norms run in training
     mode meanwhile; dropout stays off.
     """
-    copied = copy.deepcopy(model)
+    copied, batches = copy.deepcopy(model), batches_of(calibration, model)
     norms = [module for module in copied.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     momenta = {norm: norm.momentum for norm in norms}
     with evaluation_mode(copied), torch.no_grad():
@@ -50,7 +52,7 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any]) -> nn.M
             norm.reset_running_stats()
             norm.momentum = None
             norm.train()
-        for call in calls(copied, repeatable(calibration)):
+        for call in calls(copied, batches):
             copied(*call[0], **call[1])
     for norm, momentum in momenta.items():
         norm.momentum = momentum

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from nni.compression.utils import Evaluator
 from torch import nn
 from tqdm import tqdm
 
 from nni_topo.errors import ConfigError, DataError, check_integer, unknown_name
-from nni_topo.network.inputs import Call, batch_size, calls, check_fits, repeatable, tensors_of
+from nni_topo.network.capture import batches_of
+from nni_topo.network.inputs import Call, batch_size, calls, check_fits, tensors_of
 from nni_topo.network.masks import Masks, check_model
 from nni_topo.recovery.networks import Networks, build_networks, copy_norm_statistics
 from nni_topo.recovery.plan import make_plan
@@ -48,7 +50,7 @@ class Compensation:
 def compensate(
     model: nn.Module,
     masks: Masks,
-    calibration: Iterable[Any],
+    calibration: Iterable[Any] | Evaluator,
     *,
     method: Method = "reconstruct",
     ridge: float | Literal["auto"] = "auto",
@@ -68,10 +70,10 @@ def compensate(
         The trained model after ``pruner.unwrap_model()``. It isn't changed.
     masks : mapping of str to mapping of str to Tensor or None
         NNI's masks, ``{module: {parameter: mask}}``, of any pruner. They aren't changed.
-    calibration : iterable
-        Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. 500 to 2,000 images are enough for small
-        nets. A list or DataLoader is iterated again where values don't fit into ``cache_bytes``; a generator is
-        read into a list.
+    calibration : iterable or nni.compression.utils.Evaluator
+        Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. Of an evaluator, what it
+        evaluates on. 500 to 2,000 images are enough for small nets. A list or DataLoader is iterated again where values
+        don't fit into ``cache_bytes``; a generator is read into a list.
     method : str, default="reconstruct"
         ``"reconstruct"``: solve each layer behind removed channels anew, so that it meets the original's output, or the
         sum it goes into. Simpler rules, for comparison: ``"sequential"`` (the layer's own output [1]_), ``"layer"``
@@ -182,7 +184,7 @@ def compensate(
 def compensation(
     model: nn.Module,
     masks: Masks,
-    calibration: Iterable[Any],
+    calibration: Iterable[Any] | Evaluator,
     *,
     method: Method = "reconstruct",
     ridge: float | Literal["auto"] = "auto",
@@ -204,7 +206,7 @@ def compensation(
     began = time.perf_counter()
     _check_knobs(method, ridge, refine, pairs, as_printed)
     check_model(model)
-    calibration = repeatable(calibration)
+    calibration = batches_of(calibration, model)
     sizes, call = survey(model, calibration)
     networks = build_networks(model, call, masks)
     replay = Replay(model, networks.original, networks.pruned, calibration, cache_bytes)
@@ -224,7 +226,7 @@ def compensate_up_to(
 ) -> nn.Module:
     """Return the pruned network, traced, with the layers in front of `layer` reconstructed; errors of `compensate`."""
     check_model(model)
-    calibration = repeatable(calibration)
+    calibration = batches_of(calibration, model)
     sizes, call = survey(model, calibration)
     networks = build_networks(model, call, masks)
     replay = Replay(model, networks.original, networks.pruned, calibration, 2**30)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -31,8 +32,9 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from tqdm import tqdm
 
 from nni_topo.errors import ConfigError, DataError, check_integer, check_seed, is_finite, unknown_name
+from nni_topo.network.capture import batches_of
 from nni_topo.network.files import whole_file
-from nni_topo.network.inputs import Call, call_arguments, calls, cast_floats, on_device, repeatable, tensors_of
+from nni_topo.network.inputs import Call, call_arguments, calls, cast_floats, on_device, tensors_of
 from nni_topo.network.layers import TRANSPOSED
 from nni_topo.network.masks import check_model
 from nni_topo.network.modes import detached_copy, device_of, evaluation_mode, random_state_kept
@@ -95,7 +97,7 @@ class Distillation:
 def distill(
     dense: nn.Module,
     original: nn.Module,
-    images: Iterable[Any],
+    images: Iterable[Any] | Evaluator,
     *,
     objective: Objective = "auto",
     temperature: float = 2.0,
@@ -117,9 +119,10 @@ def distill(
         :func:`nni_topo.compensate`. It isn't changed.
     original : torch.nn.Module
         The trained network before pruning, with the same inputs and outputs. It isn't changed.
-    images : iterable
-        Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. Inputs of all batches have one shape but
-        for their number. Every eighth image is held out. Some 1,000 are enough for small nets.
+    images : iterable or nni.compression.utils.Evaluator
+        Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. Of an evaluator, what it
+        evaluates on. Inputs of all batches have one shape but for their number. Every eighth image is held out. Some
+        1,000 are enough for small nets.
     objective : {"auto", "kl", "squares"}, default="auto"
         ``"kl"``: Kullback-Leibler divergence from the original's softened probabilities along the last axis.
         ``"squares"``: squared distance of all floating outputs, each as a share of its variance over the images.
@@ -214,7 +217,7 @@ def distill(
 def distillation(
     dense: nn.Module,
     original: nn.Module,
-    images: Iterable[Any],
+    images: Iterable[Any] | Evaluator,
     *,
     objective: Objective = "auto",
     temperature: float = 2.0,
@@ -235,7 +238,7 @@ def distillation(
     check_seed(seed, "distill")
     for model in (original, dense):
         check_model(model)
-    images = repeatable(images)
+    images = batches_of(images, original)
     survey(original, images)
     student = _student(dense)
     lesson = _Lesson(original, student, _joined(list(calls(dense, images))), objective, temperature)

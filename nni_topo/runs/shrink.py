@@ -12,13 +12,15 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
+from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, as_settings, unknown_name
+from nni_topo.network.capture import batches_of
 from nni_topo.network.cost import NetworkCost
 from nni_topo.network.dense import to_dense
 from nni_topo.network.dependency import dependency_groups
-from nni_topo.network.inputs import calls, repeatable, structure_call, tensors_of
+from nni_topo.network.inputs import calls, structure_call, tensors_of
 from nni_topo.network.masks import Masks, check_model
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.report import DenseReport
@@ -99,7 +101,7 @@ class ShrinkReport:
 
 def shrink(
     model: nn.Module,
-    images: Iterable[Any],
+    images: Iterable[Any] | Evaluator,
     budget: Budget | Mapping[str, Any],
     *,
     pruner: str | Callable[..., Masks] = "reconstruction",
@@ -118,8 +120,9 @@ def shrink(
     ----------
     model : torch.nn.Module
         The trained network, not wrapped by a pruner. It isn't changed.
-    images : iterable
-        Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. Some 1,000 are enough for small nets.
+    images : iterable or nni.compression.utils.Evaluator
+        Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. Of an evaluator, what it
+        evaluates on. Some 1,000 are enough for small nets.
     budget : Budget or mapping
         What is left of the cost, e.g. ``{"flops": 0.25}``, see :class:`nni_topo.Budget`.
     pruner : str or callable, default="reconstruction"
@@ -174,7 +177,7 @@ def shrink(
     >>> small(torch.randn(2, 16)).shape
     torch.Size([2, 4])
     """
-    images = repeatable(images)
+    images = batches_of(images, model)
     budget = as_settings(Budget, budget, "budget")
     _check(model, budget, pruner, knobs, compensate, distill)
     args, kwargs = structure_call(model, images)

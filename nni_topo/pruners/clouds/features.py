@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.capture import by_channel, called
+from nni_topo.network.capture import by_channel, inputs_seen
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.following import followers, passes
 from nni_topo.network.inputs import Call, batch_size, bind_arguments, calls, first_call, fitting
@@ -130,18 +129,7 @@ class FeatureCollector(DataCollector):
     def _batches(self, context: PruningContext) -> Iterable[Any]:
         if self.calibration is not None:
             return self.calibration
-        seen: list[Any] = []
-
-        def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = bind_arguments(context.model, (args, kwargs)) if kwargs else args
-            # A batch's first entry is what the model takes: several arguments mustn't look like inputs and targets.
-            seen.append((tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, inputs),))
-
-        with called(context.model, record):
-            context.run(None)
-        if not seen:
-            raise DataError("an evaluator must call the model where there is no calibration, got no call (evaluator)")
-        return seen
+        return inputs_seen(context.model, lambda: context.run(None))
 
 
 class _Rows:
