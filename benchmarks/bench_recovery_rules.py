@@ -210,9 +210,8 @@ def _print_comparisons(records: list[dict[str, Any]]) -> None:
             for rows in nets
             if "channel" in rows
         ]
-        print(
-            f"| {model}, {mask}, {100 * target:g} %, {count} | {' | '.join(cells)} | {interval(gone).show(100) if gone else ''} |"
-        )
+        cells.append(interval(gone).show(100) if gone else "")
+        print(f"| {model}, {mask}, {100 * target:g} %, {count} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
