@@ -1,7 +1,7 @@
 """Time and memory of maximum spanning trees over the size of a layer, and how many weights convolutions' trees need.
 
-The dense tree (Prim's algorithm on whole rows) stands beside SciPy's minimum spanning tree of the same graph, each in a
-process of its own, so that peaks of memory are their own.
+The dense tree (Kruskal's algorithm on the largest weights) stands beside SciPy's minimum spanning tree of the same
+graph, each in a process of its own, so that peaks of memory are their own.
 
     python benchmarks/bench_trees.py --out trees.json
     python benchmarks/bench_trees.py --model resnet20 --checkpoint FILE --channels 1 --size 28

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from nni_topo.analysis.deviation import CONNECTIONS, PrunersStudy, curves, means_over_seeds, share_gone
 from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.network.capture import by_channel, watched
 from nni_topo.network.inputs import call_arguments, tensors_of
 from nni_topo.network.layers import CONVOLUTIONS
 from nni_topo.network.modes import evaluation_mode
@@ -97,20 +99,15 @@ def connectivity(model: nn.Module, example_inputs: Any, masks: Mapping[str, Mapp
     args, kwargs = call_arguments(example_inputs, model)
     reached: dict[str, float] = {}
 
-    def noting(name: str) -> Any:
-        def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            channels = output.movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1)
-            reached[name] = float((channels > 0).any(1).double().mean())
-
-        return note
+    def note(name: str, module: nn.Module, _: Tensor, output: Tensor) -> None:
+        reached[name] = float((by_channel(module, output) > 0).any(1).double().mean())
 
     with evaluation_mode(flow), torch.no_grad():
         if any(bool((out != 0).any()) for out in _outputs(flow, args, kwargs, 0.0)):
             raise ConfigError("connectivity needs a model that maps zeros to zeros without biases, got other outputs")
-        for name, module in flow.named_modules():
-            if isinstance(module, _LAYERS):
-                module.register_forward_hook(noting(name))
-        outputs = _outputs(flow, args, kwargs, 1.0)
+        layers = [(name, module) for name, module in flow.named_modules() if isinstance(module, _LAYERS)]
+        with watched(leaving=[(module, partial(note, name, module)) for name, module in layers]):
+            outputs = _outputs(flow, args, kwargs, 1.0)
     alive = torch.cat([(out > 0).any(0).flatten() for out in outputs])
     connected = {
         name: _connected(flow.get_submodule(name), found["weight"])

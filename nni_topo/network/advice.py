@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import NniTopoError
+from nni_topo.network.capture import watched
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.inputs import Call, random_like
 from nni_topo.network.layers import output_channels
@@ -84,13 +85,9 @@ def _constant(reference: nn.Module, call: Call, place: str, removed: Tensor) -> 
     """Say whether what enters a layer by removed channels is the same whatever the input, and not zero."""
     module = reference.get_submodule(place)
     seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-    try:
-        with torch.no_grad():
-            drawn = random_like(call, torch.Generator().manual_seed(1))
-            reference(*drawn[0], **drawn[1])
-    finally:
-        handle.remove()
+    drawn = random_like(call, torch.Generator().manual_seed(1))
+    with watched([(module, seen.append)]), torch.no_grad():
+        reference(*drawn[0], **drawn[1])
     rows = seen[0].transpose(0, _dimension(module)).flatten(1)
     if len(rows) != len(removed) or not bool(removed.any()):
         return False

@@ -24,17 +24,18 @@ from nni_topo.network.labels import (
     MOVES,
     MOVING_MODULES,
     REDUCTIONS,
-    UNKNOWN,
     carry,
     carry_reduced,
+    compressed,
     fixed,
     given_shapes,
+    place,
     plain_name,
+    staying,
     tensor_shape,
-    unknown,
     varies,
 )
-from nni_topo.network.layers import NORMS, can_be_cut, is_depthwise, output_channels
+from nni_topo.network.layers import PER_CHANNEL, can_be_cut, is_depthwise, output_channels
 
 
 @dataclasses.dataclass
@@ -58,46 +59,76 @@ class Blocks:
 class ChannelFlow(torch.fx.Interpreter):
     """Follow the channels of a traced model with shapes in ``node.meta["tensor_meta"]``, on its arguments."""
 
+    # What can't be followed isn't guessed: channels that enter an operation without a rule are pinned, that is, they
+    # stay. So every number says all there is to say about a channel, and the network can be cut by numbers alone.
     def __init__(self, graph_module: torch.fx.GraphModule, args: tuple[Any, ...]) -> None:
         super().__init__(graph_module)
+        self.traced = graph_module
         self.layers: dict[str, Layer] = {}  # in the order they are called
         self.blocks: list[Blocks] = []  # one for each grouped convolution, group norm and chunk
-        self.whole: list[str] = []  # modules with parameters that can't be cut, in the order they are called
+        self.numbers: dict[str, Any] = {}  # by node, what it puts out: int64, of length 1 where nothing differs
         self._entering: dict[str, np.ndarray] = {}
         # Union-find over channel numbers. All that stays is tied to number 0, which so needs no care of its own.
         self._parents = [FIXED]
+        self._pins: list[tuple[np.ndarray, str]] = []  # channels that stay, and why
+        self._reason = ""  # why the channels would stay that meet FIXED ones in the node that runs
         with torch.no_grad():
             outputs = self.run(*tree_map(fixed, args))
-        # Channels at the model's output, which have to stay. FIXED ones stay anyway, and UNKNOWN ones have no number.
+        self._settle()
+        # Channels at the model's output, which have to stay. FIXED ones stay anyway.
         arriving = [np.unique(labels.numpy()) for labels in tensors_of(outputs)]
-        numbers = np.unique(np.concatenate([*arriving, np.zeros(0, dtype=np.int64)]))
-        roots = np.unique(self.roots(numbers))
+        roots = np.unique(self.roots(np.concatenate([*arriving, np.zeros(0, dtype=np.int64)])))
         self.at_output = roots[roots > FIXED]
+
+    def _settle(self) -> None:
+        """Tie what is pinned to ``FIXED``, and look up all representatives for good."""
+        self._roots = np.array([self._root(number) for number in range(len(self._parents))], dtype=np.int64)
+        self._reasons: dict[int, str] = {}  # by representative before it was pinned
+        for numbers, reason in self._pins:
+            for root in np.unique(self._roots[numbers]).tolist():
+                self._reasons.setdefault(root, reason)
+        self._before = self._roots.copy()
+        self._roots[np.isin(self._roots, list(self._reasons))] = FIXED
 
     def roots(self, numbers: np.ndarray) -> np.ndarray:
         """Look up representatives, int, shape (n,): one for channels that are tied, ``FIXED`` if they stay."""
-        return np.array([self._root(int(number)) for number in numbers], dtype=np.int64)
+        found: np.ndarray = self._roots[numbers]
+        return found
+
+    def layer_numbers(self, name: str) -> np.ndarray:
+        """List the numbers of a layer's output channels: int, shape (channels,)."""
+        layer = self.layers[name]
+        return np.arange(layer.first, layer.first + layer.channels)
 
     def layer_roots(self, name: str) -> np.ndarray:
         """Look up the representatives of a layer's output channels: int, shape (channels,)."""
-        layer = self.layers[name]
-        return self.roots(np.arange(layer.first, layer.first + layer.channels))
+        return self.roots(self.layer_numbers(name))
+
+    def why_pinned(self, name: str) -> list[str]:
+        """Say why channels of a layer stay in any case, each reason once."""
+        return list(dict.fromkeys(self._reasons.get(root, "") for root in self._before[self.layer_numbers(name)]))
 
     def reaches_output(self, name: str) -> bool:
         """Tell whether any channel of a layer is one of the model's output, so that it has to stay."""
         return bool(np.isin(self.layer_roots(name), self.at_output).any())
 
     def entering_roots(self, name: str) -> np.ndarray:
-        """Look up the representatives of what enters a layer or batch norm: int, shape (input channels,)."""
+        """Look up the representatives of what enters a layer or norm: int, shape (input channels,)."""
         return self.roots(self.entering_numbers(name))
 
     def entering_numbers(self, name: str) -> np.ndarray:
-        """Look up what enters a layer or batch norm, as numbered by the layers before: int, (input channels,)."""
+        """Look up what enters a layer or norm, as numbered by the layers before: int, (input channels,)."""
         # An embedding is entered by indices, so by no channels; a linear layer behind a flattening one, by features.
         return self._entering.get(name, np.zeros(0, dtype=np.int64))
 
     def run_node(self, n: torch.fx.Node) -> Any:
         """Compute a node's channel numbers from those of its arguments."""
+        self._reason = f"they meet the network's input, a constant or a parameter ({place(n)})"
+        found = self._numbered(n)
+        self.numbers[n.name] = tree_map(compressed, found)
+        return found
+
+    def _numbered(self, n: torch.fx.Node) -> Any:
         if n.op in ("placeholder", "output"):
             return super().run_node(n)
         if n.op == "get_attr":
@@ -115,37 +146,37 @@ class ChannelFlow(torch.fx.Interpreter):
         module = self.fetch_attr(name)
         if not labels or not can_be_cut(module):
             # A recurrent layer or attention needs all that enters, and what it puts out can't be made less.
-            self._pin(labels)
-            self.whole.append(name)
-            return given_shapes(node, FIXED)
-        if shape is None:
-            return self._several(node, labels)
+            return self._whole(node, labels, f"{type(module).__name__} ({name}) stays whole")
         if output_channels(module) is not None:
-            return self._layer(name, module, labels[0], shape)
+            return self._layer(name, module, labels[0], shape or ())
         if isinstance(module, MOVING_MODULES):
+            # They only move entries, so on integers they say exactly where each channel goes.
             return module(labels[0])
-        if isinstance(module, torch.nn.GroupNorm):
+        if isinstance(module, torch.nn.GroupNorm) and module.num_groups < module.num_channels:
             # A norm's groups are of one size, so those that are left have to be too.
             side = np.split(self._per_channel(labels[0], 1), module.num_groups)
             self.blocks.append(Blocks([list(side)], may_vanish=True))
-        passed = carry(labels[0], shape) if len(labels) == 1 else None
-        if passed is None:
-            # Nobody can say which of the module's parameters belong to which channel, so it isn't cut.
-            if any(True for _ in module.parameters()):
-                self._pin(labels)
-            return torch.full(shape, UNKNOWN)
-        if isinstance(module, NORMS):
-            self._entering.setdefault(name, self._per_channel(labels[0], 1))
-        return passed
+        if isinstance(module, PER_CHANNEL):
+            dim = labels[0].dim() - 1 if isinstance(module, torch.nn.LayerNorm) else 1
+            self._tie_calls(name, self._per_channel(labels[0], dim))
+        return self._passed(node, labels)
 
-    def _several(self, node: torch.fx.Node, labels: list[torch.Tensor]) -> Any:
-        """Carry labels to each of several tensors."""
+    def _whole(self, node: torch.fx.Node, labels: list[torch.Tensor], reason: str) -> Any:
+        """Keep all channels that enter a node, and so all that leave it."""
+        found = given_shapes(node)
+        # What gives no tensor (a size, an assertion) is no reader of channels.
+        if tensors_of(found):
+            self._pins += [(np.unique(each), reason) for each in map(compressed, labels)]
+        return found
 
-        def passed(value: torch.Tensor) -> torch.Tensor:
-            carried = carry(labels[0], tuple(value.shape)) if len(labels) == 1 else None
-            return value if carried is None else carried
-
-        return tree_map_only(torch.Tensor, passed, given_shapes(node, UNKNOWN))
+    def _passed(self, node: torch.fx.Node, labels: list[torch.Tensor]) -> Any:
+        """Carry the channels of one tensor to each of those that a node puts out."""
+        found = given_shapes(node)
+        carried = [carry(labels[0], tuple(each.shape)) if len(labels) == 1 else None for each in tensors_of(found)]
+        if any(each is None for each in carried):
+            return self._whole(node, labels, f"no rule says where channels go ({place(node)})")
+        rest = iter(carried)
+        return tree_map_only(torch.Tensor, lambda _: next(rest), found)
 
     def _layer(self, name: str, module: Any, labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         dim = len(shape) - 1 if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) else 1
@@ -164,61 +195,92 @@ class ChannelFlow(torch.fx.Interpreter):
 
     def _enter(self, name: str, module: Any, entering: np.ndarray, numbers: np.ndarray) -> None:
         """Record the ties between a layer's input and output channels, over all of its calls."""
-        # One column of the weight serves every call, so what enters it in one is tied to what enters it in another.
-        earlier = self._entering.setdefault(name, entering)
-        for one, other in zip(earlier, entering, strict=True):
-            self._unite(int(one), int(other))
+        self._tie_calls(name, entering)
         groups = getattr(module, "groups", 1)
         if is_depthwise(module):
             for channel, number in enumerate(numbers):
-                # Several outputs may come from one input (channel multiplier); one from an UNKNOWN input, -1, has to
-                # stay.
-                self._unite(max(int(entering[channel * groups // len(numbers)]), FIXED), int(number))
+                # Several outputs may come from one input (channel multiplier).
+                self._unite(int(entering[channel * groups // len(numbers)]), int(number))
         elif groups > 1:
             sides = [list(np.split(entering, groups)), list(np.split(numbers, groups))]
             self.blocks.append(Blocks(sides, may_vanish=True))
+
+    def _tie_calls(self, name: str, entering: np.ndarray) -> None:
+        """Tie what enters a module in one call to what enters it in another: one set of weights serves both."""
+        for one, other in zip(self._entering.setdefault(name, entering), entering, strict=True):
+            self._unite(int(one), int(other))
 
     def _function(
         self, n: torch.fx.Node, args: Any, kwargs: Any, labels: list[torch.Tensor], shape: tuple[int, ...] | None
     ) -> Any:
         name = plain_name(n)
-        # Numbers in place of an index that is computed would pick at random, so such a choice isn't run on them.
-        indexed = name in INDEXED and bool(tensors_of((args[1:], kwargs)))
-        if name in ("cat", "concat", "concatenate", "stack"):
-            self._join(labels, kwargs.get("dim", args[1] if len(args) > 1 else 0), is_new=name == "stack")
-        if (shape is None or name in MOVES) and not indexed:
-            return self._move(n, shape, trusted=name in MOVES)
         # What is made of no traced tensor (torch.zeros) is a constant: its channels stay, and so do those that meet it.
-        if shape is None or not labels:
-            return None if shape is None else torch.zeros(shape, dtype=torch.int64)
-        if name in MEETS and len(labels) > 1:
+        if not labels:
+            return self._size(n, labels) if shape is None else staying(shape)
+        # Numbers in place of an index that is computed would pick at random, so such a choice isn't run on them.
+        if name in MOVES and not (name in INDEXED and tensors_of((args[1:], kwargs))):
+            moved = self._move(n, labels)
+            if name in ("cat", "concat", "concatenate", "stack"):
+                dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+                return self._joined(moved, labels, dim, is_new=name == "stack")
+            return moved
+        if not tensors_of(given_shapes(n)):
+            return self._size(n, labels)
+        if shape is None:
+            return self._passed(n, labels)
+        if name in ("matmul", "bmm", "rmatmul", "imatmul") and len(labels) == 2:
+            return self._product(n, labels, shape)
+        # A functional layer on parameters of the model's own, which nobody cuts.
+        own = any(node.op == "get_attr" for node in n.all_input_nodes)
+        if len(labels) > 1 and (name in MEETS or not own) and _alike(labels, shape):
             return self._meet(labels, shape)
         if name in REDUCTIONS and len(labels) == 1:
-            return carry_reduced(labels[0], shape)
-        # A functional layer on parameters of the model's own, which nobody cuts.
-        if len(labels) > 1 and any(node.op == "get_attr" for node in n.all_input_nodes):
-            self._pin(labels)
-            return labels[0] if tuple(labels[0].shape) == shape else torch.full(shape, UNKNOWN)
-        passed = carry(labels[0], shape) if len(labels) == 1 else None
-        return torch.full(shape, UNKNOWN) if passed is None else passed
+            reduced = carry_reduced(labels[0], shape, args, kwargs)
+            return self._passed(n, labels) if reduced is None else reduced
+        return self._passed(n, labels)
 
-    def _move(self, n: torch.fx.Node, shape: tuple[int, ...] | None, *, trusted: bool) -> Any:
-        """Run a function on the numbers themselves: data movement, or arithmetic on sizes."""
+    def _move(self, n: torch.fx.Node, labels: list[torch.Tensor]) -> Any:
+        """Run data movement on the numbers themselves."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
         try:
-            moved = super().run_node(n)
+            if plain_name(n) in ("view", "view_as"):
+                # The numbers are expanded, which no view can be taken of.
+                args = (args[0].contiguous(), *args[1:])
+            moved = getattr(self, n.op)(n.target, args, kwargs)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
-            return None if shape is None else torch.full(shape, UNKNOWN)
+            return self._whole(n, labels, f"no rule says where channels go ({place(n)})")
         # In the dense model too chunk makes equal pieces of what it gets, so all of them have to lose equally many.
         if plain_name(n) == "chunk" and moved[0].dim() > 1 and len({piece.shape for piece in moved}) == 1:
             side = [self._per_channel(piece, 1) for piece in moved]
             self.blocks.append(Blocks([side], may_vanish=False))
-        # A function that may compute with the numbers gives sizes that hold, but tensors that name no channels.
-        return moved if trusted else tree_map(unknown, moved)
+        return moved
 
-    def _pin(self, labels: list[torch.Tensor]) -> None:
-        """Keep channels that enter something whose weights can't be cut."""
-        for entering in labels:
-            self._tie(entering, torch.zeros(1, dtype=torch.int64))
+    def _size(self, n: torch.fx.Node, labels: list[torch.Tensor]) -> Any:
+        """Compute what isn't a tensor: a size, say."""
+        # It writes into a tensor whose numbers nobody would know any more.
+        if plain_name(n) == "setitem":
+            self._pins += [(np.unique(each), f"part of a tensor is written ({place(n)})") for each in labels]
+            return None
+        try:
+            return super().run_node(n)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+            return None
+
+    def _product(self, n: torch.fx.Node, labels: list[torch.Tensor], shape: tuple[int, ...]) -> Any:
+        """Tie the channels over which a matrix product sums; other channels go where their rows and columns do."""
+        one, other = labels
+        if min(one.dim(), other.dim()) < 2:
+            return self._whole(n, labels, f"no rule says where channels go ({place(n)})")
+        along = [[d - each.dim() for d in range(1, each.dim()) if varies(each, d)] for each in labels]
+        if along[0] in ([], [-1]) and along[1] in ([], [-2]):
+            self._tie(one[..., :1, :].flatten(0, -2)[0], other[..., :, :1].transpose(-1, -2).flatten(0, -2)[0])
+            return staying(shape)
+        # Rows of the first, or columns of the second, that hold channels are rows or columns of what comes out.
+        if along == [[-2], []]:
+            return one[..., :1].expand(shape)
+        if along == [[], [-1]]:
+            return other[..., :1, :].expand(shape)
+        return self._whole(n, labels, f"no rule says where channels go ({place(n)})")
 
     def _meet(self, labels: list[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """Tie what meets elementwise; an operand that is broadcast along the channels ties nothing."""
@@ -230,14 +292,21 @@ class ChannelFlow(torch.fx.Interpreter):
             self._tie(tied[0], other)
         return (tied or full)[0].expand(shape)
 
-    def _join(self, labels: list[torch.Tensor], dim: int, *, is_new: bool) -> None:
+    def _joined(self, moved: torch.Tensor, labels: list[torch.Tensor], dim: int, *, is_new: bool) -> torch.Tensor:
         """Tie what is joined along another dimension than that of the channels."""
         # A slice in which numbers still differ has its channels in another dimension, where they meet those of the
         # others.
         slices = [entry.unsqueeze(dim) if is_new else entry.narrow(dim, 0, 1) for entry in labels]
-        if all(any(varies(entry, d) for d in range(1, entry.dim())) for entry in slices):
-            for other in slices[1:]:
-                self._tie(slices[0], other)
+        if not all(any(varies(entry, d) for d in range(1, entry.dim())) for entry in slices):
+            return moved
+        for other in slices[1:]:
+            self._tie(slices[0], other)
+        # One number for what is tied, so that only channels differ in what follows.
+        numbers, places = np.unique(moved.numpy(), return_inverse=True)
+        held = {self._root(number) for pinned, _ in self._pins for number in pinned.tolist()}
+        roots = [self._root(number) for number in numbers.tolist()]
+        leaders = np.array([FIXED if root in held else root for root in roots])
+        return torch.from_numpy(leaders[places.reshape(moved.shape)])
 
     def _tie(self, one: torch.Tensor, other: torch.Tensor) -> None:
         one, other = torch.broadcast_tensors(one, other)
@@ -245,21 +314,20 @@ class ChannelFlow(torch.fx.Interpreter):
         for d in range(one.dim()):
             if not (one.shape[d] == 0 or varies(one, d) or varies(other, d)):
                 one, other = one.narrow(d, 0, 1), other.narrow(d, 0, 1)
-        pairs = np.stack([one.reshape(-1).numpy(), other.reshape(-1).numpy()])
-        for first, second in np.unique(pairs, axis=1).T:
-            self._unite(int(first), int(second))
+        count = len(self._parents)
+        for pair in np.unique((one * count + other).numpy()).tolist():
+            self._unite(*divmod(pair, count))
 
     def _per_channel(self, labels: torch.Tensor, dim: int) -> np.ndarray:
         """Reduce labels to one a channel; those that share a channel are tied."""
         rows = labels.transpose(0, dim)
+        # The usual case, all places of a channel alike, is one comparison; ties are looked for only where it fails.
         first = rows[(slice(None),) + (slice(0, 1),) * (rows.dim() - 1)]
         if not torch.equal(first.expand(rows.shape), rows):
             self._tie(first, rows)
         return first.reshape(-1).numpy()
 
     def _root(self, number: int) -> int:
-        if number < 0:
-            return number
         # Union-find; halving the path on the way keeps it short.
         while self._parents[number] != number:
             self._parents[number] = self._parents[self._parents[number]]
@@ -267,7 +335,17 @@ class ChannelFlow(torch.fx.Interpreter):
         return number
 
     def _unite(self, one: int, other: int) -> None:
-        if one >= 0 and other >= 0:
-            roots = self._root(one), self._root(other)
-            # The smaller number leads: FIXED, 0, does wherever it is met, else the layer that came first.
-            self._parents[max(roots)] = min(roots)
+        if FIXED in (one, other):
+            self._pins += [(np.array([max(one, other)]), self._reason)] if one != other else []
+            return
+        roots = self._root(one), self._root(other)
+        # The smaller number leads: that of the layer that came first.
+        self._parents[max(roots)] = min(roots)
+
+
+def _alike(labels: list[torch.Tensor], shape: tuple[int, ...]) -> bool:
+    """Tell whether tensors can meet place by place to give one of a shape."""
+    try:
+        return tuple(torch.broadcast_shapes(*(each.shape for each in labels))) == shape
+    except RuntimeError:
+        return False

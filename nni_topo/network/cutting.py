@@ -12,11 +12,8 @@ from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
 _BATCH_NORMS = torch.nn.modules.batchnorm._NormBase  # instance norms too
 
 
-def cut(name: str, module: Any, kept_in: list[torch.Tensor], kept_out: list[torch.Tensor]) -> bool:
-    """Keep some input and output channels, ascending indices by dimension, in place; False for an unknown type."""
-    is_last = isinstance(module, (torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm))
-    dim = -1 if is_last else 1
-    ins, outs = kept_in[dim], kept_out[dim]
+def cut(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
+    """Keep some input and output channels, ascending indices, in place; an embedding has no input channels."""
     if not len(outs) or not (len(ins) or isinstance(module, torch.nn.Embedding)):
         raise SpeedupError(f"a layer must keep at least one channel, got none left ({name})")
     if isinstance(module, CONVOLUTIONS + TRANSPOSED):
@@ -33,16 +30,12 @@ def cut(name: str, module: Any, kept_in: list[torch.Tensor], kept_out: list[torc
         module.num_features = len(outs)
     elif isinstance(module, torch.nn.GroupNorm):
         _cut_group_norm(name, module, outs)
-    elif isinstance(module, torch.nn.LayerNorm) and len(module.normalized_shape) == 1:
+    elif isinstance(module, torch.nn.LayerNorm):
         _cut_vectors(module, outs)
         module.normalized_shape = (len(outs),)
-    elif isinstance(module, torch.nn.PReLU):
-        if module.num_parameters > 1:
-            _cut_vectors(module, outs)
-            module.num_parameters = len(outs)
-    else:
-        return False
-    return True
+    elif isinstance(module, torch.nn.PReLU) and module.num_parameters > 1:
+        _cut_vectors(module, outs)
+        module.num_parameters = len(outs)
 
 
 def _rows(tensor: torch.Tensor | None, kept: torch.Tensor) -> torch.Tensor | None:

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from nni_topo.errors import NniTopoError, SpeedupError
 from nni_topo.network.advice import way_forward
-from nni_topo.network.engine import DenseSpeedup
-from nni_topo.network.inputs import call_arguments, cast_floats
+from nni_topo.network.engine import DenseSpeedup, kept_outputs
+from nni_topo.network.inputs import call_arguments
 from nni_topo.network.masks import FullMasks, Masks, check_masks, check_model
-from nni_topo.network.modes import random_state_kept
+from nni_topo.network.modes import detached_copy, random_state_kept
 from nni_topo.network.network import Network
 from nni_topo.network.reference import apply_masks, check_equal
 from nni_topo.network.report import DenseReport, dense_report
@@ -89,13 +88,12 @@ def to_dense(
     over removed channels too. The error says which layers to leave out, or whose bias can take a constant over;
     ``check=False`` gives the dense model all the same, without the constants, to be fine-tuned.
 
-    Cost: about one forward and one backward pass of every node on a batch of five.
+    Cost: two to four forward passes to trace the model, unless `dependency_groups` did, and three to compare.
     """
     check_model(model)
     call = call_arguments(example_inputs, model)
     full = check_masks(model, masks)
-    # NNI's speedup works by gradients, which the caller may have switched off.
-    with random_state_kept(), torch.inference_mode(False), torch.enable_grad():
+    with random_state_kept(), torch.inference_mode(False):
         torch.manual_seed(0)
         network = Network(model, call)
         dense, reference, kept, resolved = _build(network, full, round_to)
@@ -119,36 +117,15 @@ def _build(
     network: Network, masks: FullMasks, round_to: int | None
 ) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, list[torch.Tensor]], Resolved]:
     """Make the dense model, its reference, the list of what is kept of each module's output, and the masks used."""
-    original = copy.deepcopy(network.model).eval()
-    resolved = resolve(original, network.flow, masks, round_to)
+    original = detached_copy(network.model).eval()
+    flow = network.flow
+    resolved = resolve(original, flow, masks, round_to)
     reference = apply_masks(original, network.call, resolved.masks)
     dense = copy.deepcopy(reference)
-    # NNI's speedup writes random values into single layers, so each needs tensors of its own.
+    # Each layer is cut for itself, so each needs tensors of its own.
     untie(dense, find_ties(dense))
-    kept = _shrink(network, dense, resolved.masks)
+    DenseSpeedup(dense, flow, resolved.left).speedup_model()
     tie_again(dense, find_ties(original))
     for name, module in network.model.named_modules():
         dense.get_submodule(name).training = module.training
-    return dense, reference, kept, resolved
-
-
-def _shrink(network: Network, dense: torch.nn.Module, masks: FullMasks) -> dict[str, list[torch.Tensor]]:
-    """Run ModelSpeedup on a model in place, in single precision where it is less: NNI knows no bfloat16."""
-    tensors = [*dense.named_parameters(), *dense.named_buffers()]
-    dtypes, call = {name: tensor.dtype for name, tensor in tensors}, network.call
-    if {torch.bfloat16, torch.float16} & set(dtypes.values()):
-        dense, call = dense.float(), cast_floats(call, torch.float32)
-    graph_module, args = network.graph(dense, call)
-    speedup = DenseSpeedup(dense, graph_module, args, masks)
-    try:
-        speedup.speedup_model()
-    except NniTopoError:
-        raise
-    except Exception as error:
-        raise SpeedupError(
-            "masks must be such that NNI's ModelSpeedup can follow them, "
-            f"got {type(error).__name__}: {error} ({type(dense).__name__})"
-        ) from error
-    for name, tensor in [*dense.named_parameters(), *dense.named_buffers()]:
-        tensor.data = tensor.data.to(dtypes[name])
-    return speedup.kept
+    return dense, reference, kept_outputs(flow, resolved.left), resolved

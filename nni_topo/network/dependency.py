@@ -5,23 +5,43 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.labels import FIXED
-from nni_topo.network.layers import check_names
+from nni_topo.network.layers import check_names, output_channels
 from nni_topo.network.network import Network
+from nni_topo.network.report import why_not_followed
 
 _logger = logging.getLogger(__name__)
 
+_OUTPUT = "it gives the model's output"
+
+
+class DependencyGroups(list[dict[str, Any]]):
+    """A config_list with a group for each layer that needs one, and what was left out of it.
+
+    Parameters
+    ----------
+    entries : iterable of dict
+        The entries.
+    skipped : mapping of str to str
+        By layer that the asker's config_list selects and this one doesn't, why it stays whole; in network order.
+    """
+
+    def __init__(self, entries: Iterable[dict[str, Any]] = (), skipped: Mapping[str, str] | None = None) -> None:
+        super().__init__(entries)
+        self.skipped = dict(skipped or {})
+
 
 def dependency_groups(
-    model: torch.nn.Module, example_inputs: Any, config_list: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+    model: torch.nn.Module, example_inputs: Any, config_list: list[dict[str, Any]], *, strict: bool = False
+) -> DependencyGroups:
     """Write a config_list that names every layer and the group it has to be pruned with.
 
     Parameters
@@ -32,28 +52,38 @@ def dependency_groups(
         Inputs of the model: one tensor, positional or keyword arguments.
     config_list : list of dict
         NNI's pruning config_list. It isn't changed.
+    strict : bool, default=False
+        Raise where a layer that an entry selects can't lose channels, instead of leaving it out.
 
     Returns
     -------
-    list of dict
-        One entry for each layer an entry of ``config_list`` selects: the entries in their order, within one
-        the layers in network order. Layers that meet, in a residual addition say, get a common
+    DependencyGroups
+        A list with one entry for each layer an entry of ``config_list`` selects: the entries in their order, within
+        one the layers in network order. Layers that meet, in a residual addition say, get a common
         ``dependency_group_id`` ("group_0", "group_1", ... in network order), which replaces the old one.
         Layers before or at a grouped convolution or a group norm get ``internal_metric_block``, the
         number of blocks that have to lose the same number of channels, and a group id that makes NNI's
-        pruners heed it.
+        pruners heed it. ``skipped`` holds what was left out, by name with the reason.
 
     Raises
     ------
     ConfigError
-        If an entry names a layer that isn't there or selects none at all, or the inputs don't fit the model.
+        If an entry names a layer that isn't there or selects none at all, or the inputs don't fit the model; with
+        ``strict``, if a layer that an entry selects would be left out because it can't lose channels.
     SpeedupError
-        If the model can't be traced.
+        If the model can't be traced, and an entry names a layer in ``op_names`` or ``strict`` is given.
 
     Notes
     -----
-    Where a selected layer is tied to one that isn't selected (or to the network's input), its channels
-    can't be removed: ``to_dense`` keeps them, as NNI does. It's no error; a warning names both.
+    Layers that ``op_names`` names are always in the result. Others are left out, in one warning and in ``skipped``,
+    where `to_dense` couldn't remove their channels: those that give the model's output, unless nothing else would be
+    left; and those whose channels enter something that needs all of them, as a recurrent layer does, a fixed size in
+    the forward, or a layer norm, whose statistics are taken over removed channels too; and all layers of a model that
+    can't be traced. Which these are shows a
+    rehearsal, in which random channels of all layers go: about two forward passes.
+
+    Where a selected layer is tied to one that isn't selected, its channels can't be removed: ``to_dense`` keeps them,
+    as NNI does. It's no error; a warning names both.
     A depth-wise convolution that isn't selected ties nothing: it follows the layer before it. One that
     follows several layers at once, over a concatenation, follows them channel by channel; its entry is left
     out, since NNI can't state such a group.
@@ -63,33 +93,71 @@ def dependency_groups(
 
     Examples
     --------
-    >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(4, 4, 3, groups=4))
+    >>> from torch.nn import Conv2d, Sequential
+    >>> model = Sequential(Conv2d(1, 4, 3), Conv2d(4, 4, 3, groups=4), Conv2d(4, 2, 1))
     >>> config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
-    >>> [entry["dependency_group_id"] for entry in dependency_groups(model, torch.ones(1, 1, 8, 8), config)]
-    ['group_0', 'group_0']
+    >>> groups = dependency_groups(model, torch.ones(1, 1, 8, 8), config)
+    >>> [(entry["op_names"], entry["dependency_group_id"]) for entry in groups]
+    [(['0'], 'group_0'), (['1'], 'group_0')]
+    >>> groups.skipped
+    {'2': "it gives the model's output"}
     """
     from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
 
     check_names(model, config_list)
-    flow = Network.on(model, example_inputs).flow
-    order = _network_order(model, flow)
-    groups = layer_groups(flow)
-    selections = []
+    network = Network.on(model, example_inputs)
+    selections, named = [], set[str]()
     for config in trans_legacy_config_list(copy.deepcopy(config_list)):
+        named.update(config.get("op_names") or ())
         modules, public, _ = select_modules_by_config(model, config)
         if not modules:
             raise ConfigError(f"every entry of a config_list must select a layer, got none for {config}")
-        selections.append((sorted(modules, key=order.__getitem__), public))
+        selections.append((set(modules), public))
     selected = {name for names, _ in selections for name in names}
-    _warn(flow, groups, selected)
+    try:
+        flow = network.flow
+    except SpeedupError as error:
+        if strict or selected & named:
+            raise
+        skipped = {name: str(error) for name, _ in model.named_modules() if name in selected}
+        _logger.warning("all layers stay whole and are left out: %s", error)
+        return DependencyGroups([], skipped)
+    order = _network_order(model, flow)
+    skipped = _skipped(network, flow, [name for name in order if name in selected - named], selected)
+    if strict and (whole := {name: why for name, why in skipped.items() if why != _OUTPUT}):
+        name, why = next(iter(whole.items()))
+        raise ConfigError(f"every layer that is selected must be one that can lose channels, got {name}: {why}")
+    _warn(flow, layer_groups(flow), selected - skipped.keys(), skipped)
     extra = _settings(flow)
-    followers = _followers(flow)
-    return [
+    left_out = skipped.keys() | _followers(flow)
+    entries = [
         {"op_names": [name], **copy.deepcopy(public), **extra.get(name, {})}
         for names, public in selections
-        for name in names
-        if name not in followers
+        for name in order
+        if name in names and name not in left_out
     ]
+    return DependencyGroups(entries, skipped)
+
+
+def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: set[str]) -> dict[str, str]:
+    """Say which layers have to stay whole, and why: of those asked for, among all that are selected."""
+    unfit, skipped, heads = network.unfit, dict[str, str](), list[str]()
+    for name in asked:
+        if name not in flow.layers:
+            # Of a norm, say, masks may be wanted all the same.
+            if output_channels(network.model.get_submodule(name)) is not None:
+                skipped[name] = why_not_followed(network.model, name)
+            continue
+        roots = flow.layer_roots(name)
+        reasons = [unfit[root] for root in roots.tolist() if root in unfit]
+        if reasons or (roots == FIXED).all():
+            skipped[name] = "; ".join(dict.fromkeys(reasons or flow.why_pinned(name)))
+        elif flow.reaches_output(name):
+            heads.append(name)
+    # A network of which all that is selected gives the output has no head that could be left out.
+    if selected - set(heads):
+        skipped |= dict.fromkeys(heads, _OUTPUT)
+    return {name: skipped[name] for name in asked if name in skipped}
 
 
 def layer_groups(flow: ChannelFlow) -> list[list[str]]:
@@ -154,8 +222,14 @@ def _blocks(flow: ChannelFlow) -> dict[str, int]:
     return counts
 
 
-def _warn(flow: ChannelFlow, groups: list[list[str]], selected: set[str]) -> None:
-    """Name the selected layers that can't be pruned, and those that give the output."""
+def _warn(flow: ChannelFlow, groups: list[list[str]], selected: set[str], skipped: dict[str, str]) -> None:
+    """Name the layers left out, the selected ones that can't be pruned, and those that give the output."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in skipped.items():
+        by_reason.setdefault(why, []).append(name)
+    if by_reason.keys() - {_OUTPUT}:
+        told = "; ".join(f"{', '.join(names)}: {why}" for why, names in by_reason.items())
+        _logger.warning("layers that can't lose channels stay whole and are left out: %s", told)
     for names in groups:
         inside = [name for name in names if name in selected]
         outside = [name for name in names if name not in selected and not flow.layers[name].depthwise]

@@ -11,7 +11,6 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils._pytree import tree_map
 
 FIXED = 0  # the root of all channels that have to stay; the first layer starts at 1
-UNKNOWN = -1  # negative, so that it can be tied to nothing: it may be any channel
 
 # These are run on the numbers themselves, which shows where each channel goes.
 MOVING_MODULES = (
@@ -42,25 +41,43 @@ REDUCTIONS = frozenset(
 def fixed(leaf: Any) -> Any:
     """Label a tensor from outside ``FIXED``: its channels can't be removed; any other leaf comes back as it is."""
     # On the CPU, as all labels are, wherever the model lies.
-    return torch.zeros(leaf.shape, dtype=torch.int64) if isinstance(leaf, torch.Tensor) else leaf
+    return staying(tuple(leaf.shape)) if isinstance(leaf, torch.Tensor) else leaf
 
 
-def unknown(leaf: Any) -> Any:
-    """Label a tensor ``UNKNOWN`` that can't be followed; any other leaf comes back as it is."""
-    return torch.full_like(leaf, UNKNOWN, dtype=torch.int64) if isinstance(leaf, torch.Tensor) else leaf
+def staying(shape: tuple[int, ...]) -> torch.Tensor:
+    """Label all of a tensor ``FIXED``."""
+    return torch.tensor(FIXED).expand(shape)
+
+
+def compressed(leaf: Any) -> Any:
+    """Keep of labels one entry of every dimension along which they don't differ; any other leaf comes back as it is."""
+    if isinstance(leaf, torch.Tensor):
+        for d in range(leaf.dim()):
+            leaf = leaf if leaf.shape[d] == 0 or varies(leaf, d) else leaf.narrow(d, 0, 1)
+        return leaf.clone()
+    return leaf
+
+
+def place(node: torch.fx.Node) -> str:
+    """Say where a node stands: a module's name, or an operation and the module that it is written in."""
+    if node.op == "call_module":
+        return str(node.target)
+    owner = [name for name, _ in (node.meta.get("nn_module_stack") or {}).values() if name]
+    return f"{plain_name(node)} in {owner[-1]}" if owner else plain_name(node)
 
 
 def tensor_shape(node: torch.fx.Node) -> tuple[int, ...] | None:
     """Look up the shape of a node's tensor in ``node.meta["tensor_meta"]``; None if its value isn't one tensor."""
     shape = getattr(node.meta.get("tensor_meta"), "shape", None)
+    # A plain tuple: torch.Size compares equal to it, but pytrees would open it as a container.
     return None if shape is None else tuple(shape)
 
 
-def given_shapes(node: torch.fx.Node, label: int) -> Any:
-    """Label all that a node puts out alike, int64, in the output's containers; None in place of what is no tensor."""
+def given_shapes(node: torch.fx.Node) -> Any:
+    """Label all that a node puts out ``FIXED``, in the output's containers; None in place of what is no tensor."""
     metas = node.meta.get("tensor_meta")
     return tree_map(
-        lambda meta: torch.full(tuple(meta.shape), label) if isinstance(meta, TensorMetadata) else None,
+        lambda meta: staying(tuple(meta.shape)) if isinstance(meta, TensorMetadata) else None,
         metas,
         is_leaf=lambda meta: isinstance(meta, TensorMetadata),
     )
@@ -69,6 +86,7 @@ def given_shapes(node: torch.fx.Node, label: int) -> Any:
 def plain_name(node: torch.fx.Node) -> str:
     """Name a function or method alike however it is called: "add" for ``torch.add``, ``operator.add``, ``add_``."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    # Underscores in front (``__add__``) and behind (``add_``) say how it is called, not what it does to channels.
     return "getitem" if node.target is operator.getitem else name.strip("_")
 
 
@@ -87,14 +105,27 @@ def carry(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
     # Where the places of a channel have numbers that differ, a place of the output could have any of them.
     if not alike or any(varies(labels, d) for d in range(2, labels.dim())):
         return None
+    # Any place will do, all being alike; expanded again, so that strides of 0 still say that nothing differs.
     channels = labels[(slice(None), slice(None)) + (0,) * (labels.dim() - 2)]
     return channels.view(shape[:2] + (1,) * (len(shape) - 2)).expand(shape)
 
 
-def carry_reduced(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Carry labels (batch, channels, ...) through a reduction to a shape; ``UNKNOWN`` if it mixes channels."""
-    # A reduction over all places leaves (batch, channels), or ones behind; with more left it may be the channels that
-    # went.
-    reduced = len(shape) > 1 and set(shape[2:]) <= {1}
-    carried = carry(labels, shape) if reduced else None
-    return torch.full(shape, UNKNOWN) if carried is None else carried
+def carry_reduced(
+    labels: torch.Tensor, shape: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.Tensor | None:
+    """Carry labels through a reduction; ``FIXED`` where channels are summed up, None if that can't be told."""
+    given = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else None))
+    dims = range(labels.dim()) if given is None else [given] if isinstance(given, int) else given
+    if not all(isinstance(d, int) for d in dims):
+        return None
+    gone = {int(d) % labels.dim() for d in dims}
+    places = [d for d in range(labels.dim()) if varies(labels, d)]
+    # All channels go into one number that is made anew in the dense model too.
+    if set(places) <= gone:
+        return staying(shape)
+    if gone & set(places):
+        return None
+    for d in gone:
+        labels = labels.narrow(d, 0, 1)
+    left = labels if len(shape) == labels.dim() else labels.squeeze(tuple(gone))
+    return left.expand(shape) if left.dim() == len(shape) else None

@@ -20,8 +20,10 @@ PER_CHANNEL = (*NORMALIZING, torch.nn.PReLU)
 
 def can_be_cut(module: torch.nn.Module) -> bool:
     """Tell whether a module can be made smaller, or has no parameters to cut; a recurrent layer, say, has and can't."""
-    known = output_channels(module) is not None or isinstance(module, PER_CHANNEL)
-    return known or not any(True for _ in module.parameters())
+    if output_channels(module) is not None:
+        # A weight that is computed from others, as weight norm does, isn't among the parameters.
+        return module._parameters.get("weight") is not None
+    return isinstance(module, PER_CHANNEL) or not any(True for _ in module.parameters())
 
 
 def is_depthwise(module: torch.nn.Module) -> bool:

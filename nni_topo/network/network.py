@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -16,12 +17,13 @@ from torch.fx.passes.shape_prop import ShapeProp
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.inputs import Call, bind_arguments, call_arguments
 from nni_topo.network.modes import random_state_kept, unwrapped_copy
+from nni_topo.network.rehearsal import unfit
 from nni_topo.network.sizes import LayerSizes, Size, layer_sizes, spatial
 from nni_topo.network.tracing import arguments, by_running, trace
 from nni_topo.network.transformers import fast_paths_off
 
 T = TypeVar("T")
-_Traced = tuple[Graph, dict[str, Any], ChannelFlow]
+Traced = tuple[Callable[[nn.Module], GraphModule], ChannelFlow]
 
 # By model, its structure when it was last looked at and what was found out about it. Nothing here holds a weight, or
 # the model itself, which would never be freed.
@@ -47,7 +49,12 @@ class Network:
     @property
     def flow(self) -> ChannelFlow:
         """How channels go through the network; its modules are without values."""
-        return self._traced()[-1]
+        return self.traced()[1]
+
+    @property
+    def unfit(self) -> dict[int, str]:
+        """Channels that a dense model can't do without although none is pinned: by representative, the reason."""
+        return self._known("unfit", lambda: unfit(self))
 
     @property
     def sizes(self) -> LayerSizes:
@@ -63,19 +70,17 @@ class Network:
 
     def graph(self, model: nn.Module, call: Call | None = None) -> tuple[GraphModule, tuple[Any, ...]]:
         """Put the graph on the modules of a model of this structure and run it on a call, by default its own."""
-        graph, constants, _ = self._traced()
-        targets = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
-        parts = {name: constants[name].clone() if name in constants else attrgetter(name)(model) for name in targets}
-        graph_module = GraphModule(parts, copy.deepcopy(graph), type(model).__name__).eval()
-        args = arguments(graph, bind_arguments(model, call or self.call))
+        graph_module = self.traced()[0](model)
+        args = arguments(graph_module.graph, bind_arguments(model, call or self.call))
         with torch.no_grad(), random_state_kept(), fast_paths_off():
             ShapeProp(graph_module).propagate(*args)
         return graph_module, args
 
-    def _traced(self) -> _Traced:
-        return self._known("traced", self._trace, kept=lambda traced: not by_running(traced[0]))
+    def traced(self) -> Traced:
+        """Return what puts the graph on the modules of a model of this structure, and how channels go through it."""
+        return self._known("traced", self._trace, kept=lambda traced: not by_running(traced[1].traced.graph))
 
-    def _trace(self) -> _Traced:
+    def _trace(self) -> Traced:
         graph_module, args = trace(unwrapped_copy(self.model).eval(), self.call)
         flow = ChannelFlow(graph_module, args)
         graph = copy.deepcopy(graph_module.graph)
@@ -83,7 +88,7 @@ class Network:
         # What the forward makes by itself the tracer keeps in the copy; all else is the model's, whatever it holds now.
         constants = {name: attrgetter(name)(graph_module) for name in held if not _has(self.model, name)}
         graph_module.to("meta")
-        return graph, constants, flow
+        return partial(_assembled, graph, constants), flow
 
     def _known(self, what: str, find: Callable[[], T], kept: Callable[[T], bool] = lambda _: True) -> T:
         structure, key = _structure(self.model), (what, _shown(self.call))
@@ -97,6 +102,12 @@ class Network:
         if kept(found):
             answers[key] = found
         return found
+
+
+def _assembled(graph: Graph, constants: dict[str, Any], model: nn.Module) -> GraphModule:
+    targets = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
+    parts = {name: constants[name].clone() if name in constants else attrgetter(name)(model) for name in targets}
+    return GraphModule(parts, copy.deepcopy(graph), type(model).__name__).eval()
 
 
 def _has(model: nn.Module, name: str) -> bool:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from nni_topo.errors import SpeedupError
+from nni_topo.network.capture import watched
 from nni_topo.network.inputs import Call, call_arguments, cast_floats, random_like, tensors_of
 from nni_topo.network.layers import NORMALIZING, is_depthwise
 from nni_topo.network.masks import FullMasks, Masks, check_masks, check_model
@@ -103,13 +104,10 @@ def _dead_inputs(model: torch.nn.Module, call: Call, masks: FullMasks) -> dict[s
     generator = torch.Generator().manual_seed(0)
     positive = cast_floats(random_like(call, generator, positive=True), torch.float32)
     _make_positive(probe, masks, generator)
-    watches = {
-        name: _Watch(module)
-        for name, module in probe.named_modules()
-        if is_depthwise(module) or isinstance(module, NORMALIZING)
-    }
+    found = [(n, m) for n, m in probe.named_modules() if is_depthwise(m) or isinstance(m, NORMALIZING)]
+    watches = {name: _Watch(module) for name, module in found}
     unstable = True
-    with torch.no_grad(), random_state_kept():
+    with torch.no_grad(), random_state_kept(), watched(leaving=[(m, watches[name].look) for name, m in found]):
         while unstable:
             probe(*positive[0], **positive[1])
             unsettled = [watch.settle() for watch in watches.values()]
@@ -142,7 +140,6 @@ class _Watch:
         self._alive: torch.Tensor | None = None
         self._is_norm = not is_depthwise(module)
         self._dim = -1 if isinstance(module, torch.nn.LayerNorm) else 1
-        self._handle: RemovableHandle = module.register_forward_hook(self._look)
 
     def settle(self) -> bool:
         """Combine the calls of a round; True if another round is needed."""
@@ -157,10 +154,11 @@ class _Watch:
         self._alive = known | mixed
         return bool((mixed & ~known).any())
 
-    def _look(self, module: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        rows = inputs[0].transpose(0, self._dim).flatten(1)
+    def look(self, entered: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Note a call, and let out what is to pass instead."""
+        rows = entered.transpose(0, self._dim).flatten(1)
         self._calls.append(rows.eq(0).all(1))
-        passed = inputs[0].clone() if self._is_norm else output
+        passed = entered.clone() if self._is_norm else output
         if self._alive is None:
             return passed
         view = [1] * passed.dim()
@@ -209,20 +207,16 @@ def _run(
         for model, record in zip(pair, records, strict=True):
             runner = copy.deepcopy(model).eval()
             runner = runner.double() if double else runner
-            for name in kept:
-                runner.get_submodule(name).register_forward_hook(_recorder(name, record))
-            outputs.append(tensors_of(runner(*call[0], **call[1])))
+            looks = [(runner.get_submodule(name), partial(_record, name, record)) for name in kept]
+            with watched(leaving=looks):
+                outputs.append(tensors_of(runner(*call[0], **call[1])))
     return outputs[0], outputs[1], _first_difference(records[0], records[1], kept, rtol)
 
 
-def _recorder(name: str, record: dict[str, torch.Tensor]) -> Callable[[Any, Any, Any], None]:
-    """Make a hook that records the output of a module's first call."""
-
-    def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, torch.Tensor) and name not in record:
-            record[name] = output.detach().clone()
-
-    return hook
+def _record(name: str, record: dict[str, torch.Tensor], entered: Any, output: Any) -> None:
+    """Record the output of a module's first call."""
+    if isinstance(output, torch.Tensor) and name not in record:
+        record[name] = output.clone()
 
 
 def _first_difference(
@@ -235,12 +229,12 @@ def _first_difference(
         small = actual.get(name)
         if small is None or small.shape != full.shape:
             return name, f"from {name} on, whose output has another shape than expected"
-        if _difference(full, small) > rtol:
+        if difference(full, small) > rtol:
             return name, f"from {name} on"
     return None, "behind the last layer"
 
 
-def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
+def difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
     """Measure the largest difference relative to the largest absolute value; NaN against a number is infinite."""
     if expected.numel() == 0:
         return 0.0
@@ -266,7 +260,7 @@ def _compare(
             "the shape of the model's output must not change: exclude the layer that gives it from the "
             f"config_list (exclude_op_names), got {shapes[1]} instead of {shapes[0]} ({where})"
         )
-    worst = max((_difference(a, b) for a, b in zip(expected, actual, strict=True)), default=0.0)
+    worst = max((difference(a, b) for a, b in zip(expected, actual, strict=True)), default=0.0)
     if not worst <= rtol:
         raise SpeedupError(
             f"a dense model must compute what the masked one does to {rtol:g} of its largest output, "

@@ -85,7 +85,9 @@ def dense_report(
         if before is None or after is None or not (is_layer or name in masks):
             continue
         asked = _asked(module, masks.get(name, {}), before)
-        reason = (reasons.get(name) or _otherwise(model, name, is_layer)) if after > asked else ""
+        norm = "a norm keeps the channels of the layer before it, whose mask decides"
+        otherwise = why_not_followed(model, name) if is_layer else norm
+        reason = (reasons.get(name) or otherwise) if after > asked else ""
         rows.append(LayerReport(name, before, asked, after, reason))
     return DenseReport(tuple(rows))
 
@@ -104,10 +106,10 @@ def _asked(module: torch.nn.Module, targets: Mapping[str, torch.Tensor], before:
     return before if kept is None else int(kept.sum())
 
 
-def _otherwise(model: torch.nn.Module, name: str, is_layer: bool) -> str:
-    """Say why a layer keeps channels of which no other layer knows."""
-    if not is_layer:
-        return "a norm keeps the channels of the layer before it, whose mask decides"
+def why_not_followed(model: torch.nn.Module, name: str) -> str:
+    """Say why a layer keeps its channels although no other layer knows of them."""
+    if "weight" not in model.get_submodule(name)._parameters:
+        return "its weight is computed from other parameters"
     parts = name.split(".")
     for length in range(len(parts) - 1, 0, -1):
         owner = model.get_submodule(".".join(parts[:length]))

@@ -24,6 +24,7 @@ class Resolved:
     """Masks that agree, and what was kept for it."""
 
     masks: FullMasks
+    left: np.ndarray  # which channels stay, by representative: bool
     reasons: dict[str, str]  # why masked layers keep channels that their masks remove; "" for those that keep none
     kept: dict[str, str]  # how many such channels and why, by layer that keeps any but for ``round_to``
 
@@ -56,13 +57,13 @@ def resolve(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, round_t
     # Equal blocks and rounding bring back the largest weights first, by L1 norm over tied channels.
     shared, scores = kept.copy(), _scores(model, flow)
     # In two steps, so that what equal blocks bring back can be told from what rounding does.
-    _grow(flow, kept, scores, 1, set(given))
+    grow(flow, kept, scores, 1, set(given))
     leveled = kept.copy()
-    _grow(flow, kept, scores, round_to or 1, set(given))
+    grow(flow, kept, scores, round_to or 1, set(given))
     reasons = {name: _reason(flow, given, name, (shared, leveled, kept), round_to) for name in given}
     more = {name: (leveled[flow.layer_roots(name)] & ~given[name]).sum() for name in given}
     told = {name: f"{count} of {len(given[name])} ({reasons[name]})" for name, count in more.items() if count}
-    return Resolved(_new_masks(model, flow, masks, given, kept), reasons, told)
+    return Resolved(_new_masks(model, flow, masks, given, kept), kept, reasons, told)
 
 
 def _given(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> dict[str, np.ndarray]:
@@ -100,7 +101,7 @@ def _check_output(flow: ChannelFlow, given: dict[str, np.ndarray], kept: np.ndar
             )
 
 
-def _grow(flow: ChannelFlow, kept: np.ndarray, scores: np.ndarray, round_to: int, masked: set[str]) -> None:
+def grow(flow: ChannelFlow, kept: np.ndarray, scores: np.ndarray, round_to: int, masked: set[str]) -> None:
     """Bring channels back until blocks are equal and counts are rounded; both only ever add."""
     layers = [flow.layer_roots(name) for name in flow.layers if name in masked]
     # What evens one set of blocks may unbalance another that shares its channels. Channels only come back, so it ends.
@@ -116,9 +117,6 @@ def _grow(flow: ChannelFlow, kept: np.ndarray, scores: np.ndarray, round_to: int
 
 def _level(blocks: Blocks, sides: list[list[np.ndarray]], kept: np.ndarray, scores: np.ndarray) -> None:
     """Bring channels back until all blocks that are left keep equally many."""
-    # Of channels that couldn't be followed nobody knows which are kept; unequal blocks are refused when they are cut.
-    if any((block < FIXED).any() for side in sides for block in side):
-        return
     # A block goes only if it goes on all sides; where any side keeps a channel of it, all are filled up.
     left = [not blocks.may_vanish or any(kept[block].any() for block in parts) for parts in zip(*sides, strict=True)]
     for side in sides:
@@ -167,9 +165,8 @@ def _reason(
 
 def _partners(flow: ChannelFlow, given: dict[str, np.ndarray], name: str, held: np.ndarray) -> str:
     """Name what holds some of a layer's channels."""
-    if (held <= FIXED).any():
-        whole = ", ".join(dict.fromkeys(flow.whole))
-        return f"they meet the network's input, a constant or a module that stays whole{whole and f' ({whole})'}"
+    if (held == FIXED).any():
+        return "; ".join(filter(None, flow.why_pinned(name)))
     names = [other for other in flow.layers if other != name and np.isin(flow.layer_roots(other), held).any()]
     if not names:
         return "its own channels meet one another"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.topology.layer_graphs import LayerGraph, convolution_graph
+from nni_topo.network.capture import watched
 from nni_topo.network.inputs import Call
 from nni_topo.network.layers import CONVOLUTIONS, WEIGHTED
 from nni_topo.network.modes import evaluation_mode, random_state_kept
@@ -24,25 +25,18 @@ def layer_sizes(model: nn.Module, call: Call) -> LayerSizes:
     """Note the shapes at which convolutions and linear layers run; ConfigError if the call doesn't fit the model."""
     sizes: LayerSizes = {}
 
-    def noting(name: str) -> Any:
-        def note(module: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
-            entering = next(iter((*inputs, *named.values())))
-            sizes.setdefault(name, []).append((tuple(entering.shape), tuple(output.shape)))
+    def note(name: str, entered: Tensor, left: Tensor) -> None:
+        sizes.setdefault(name, []).append((tuple(entered.shape), tuple(left.shape)))
 
-        return note
+    def check(name: str, module: nn.Module, entered: Tensor) -> None:
+        check_covers_kernel(name, module, tuple(entered.shape))
 
-    def checking(name: str) -> Any:
-        def check(module: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            check_covers_kernel(name, module, tuple(next(iter((*inputs, *named.values()))).shape))
-
-        return check
-
-    with ExitStack() as hooks, evaluation_mode(model), random_state_kept(), fast_paths_off(), torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, WEIGHTED):
-                hooks.enter_context(module.register_forward_hook(noting(name), with_kwargs=True))
-            if isinstance(module, CONVOLUTIONS):
-                hooks.enter_context(module.register_forward_pre_hook(checking(name), with_kwargs=True))
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, WEIGHTED)]
+    hooks = watched(
+        [(module, partial(check, name, module)) for name, module in layers if isinstance(module, CONVOLUTIONS)],
+        [(module, partial(note, name)) for name, module in layers],
+    )
+    with hooks, evaluation_mode(model), random_state_kept(), fast_paths_off(), torch.no_grad():
         try:
             model(*call[0], **call[1])
         except (RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
+from nni_topo.network.capture import watched
 from nni_topo.network.inputs import Call, batch_size, tensors_of
 from nni_topo.network.latency import LatencyTable, LayerLatency
 from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, is_depthwise
@@ -92,20 +92,18 @@ def _between(model: nn.Module, modules: Iterable[nn.Module], call: Call, repeats
     """Return the seconds that a pass spends between layers, which aren't entered from one another."""
     entered = inside = 0.0
 
-    def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def enter(entering: Tensor) -> None:
         nonlocal entered
-        entered = now(inputs[0])
+        entered = now(entering)
 
-    def leave(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def leave(_: Tensor, output: Tensor) -> None:
         nonlocal inside
         inside += now(output) - entered
 
     first = tensors_of(call)[0]
     rests = []
-    with ExitStack() as hooks:
-        for module in modules:
-            hooks.enter_context(module.register_forward_pre_hook(enter))
-            hooks.enter_context(module.register_forward_hook(leave))
+    layers = list(modules)
+    with watched([(layer, enter) for layer in layers], [(layer, leave) for layer in layers]):
         for _ in range(repeats + 1):  # the first warms up
             inside, start = 0.0, now(first)
             model(*call[0], **call[1])

@@ -7,7 +7,7 @@ a cloud and a criterion can be combined freely. How many blocks stay is a planne
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.capture import run
+from nni_topo.network.modes import evaluation_mode
 from nni_topo.pruners.planner import Losses, Planner
 from nni_topo.pruners.units import PruningUnit, TargetSpaces, block_shape, pruning_units
 from nni_topo.recovery.steps import Pairs
@@ -115,6 +117,20 @@ class PruningContext:
                 metrics.setdefault(module, {})[target] = own
         return metrics
 
+    def collected(self, points: Callable[[PruningUnit, str, str], Tensor]) -> Data:
+        """Return the points ``(blocks, features)`` of every member, by unit, module and target name."""
+        data: Data = {}
+        for unit in self.units:
+            for module, target in unit.members:
+                data.setdefault(module, {})[target] = points(unit, module, target)
+        return data
+
+    def collected_jointly(self, points: Callable[[PruningUnit], Tensor]) -> Data:
+        """Return each unit's points as those of its first member; the others get none."""
+        # They put out the same channels: carried by each, a cloud would count once per member.
+        found = {unit.name: points(unit) for unit in self.units}
+        return self.collected(lambda unit, *member: found[unit.name][:, : None if member == unit.members[0] else 0])
+
     @contextmanager
     def bound(self) -> Iterator[Evaluator]:
         """Bind the evaluator to the wrapped model for a while; one that trains it is bound to it already.
@@ -139,6 +155,14 @@ class PruningContext:
         """Return what the evaluator says of the wrapped model; raises what :meth:`bound` does."""
         with self.bound() as evaluator:
             return evaluator.evaluate()
+
+    def run(self, calibration: Iterable[Any] | None) -> None:
+        """Run the wrapped model, in evaluation mode, over calibration batches; None: over its evaluator's."""
+        if calibration is not None:
+            run(self.model, calibration)
+            return
+        with evaluation_mode(self.model), torch.no_grad():
+            self.evaluate()
 
     def metric_shape(self, module_name: str, target_name: str) -> tuple[int, ...]:
         """Return the blocked shape of a target's metric, e.g. ``(out_channels, 1, 1, 1)``."""

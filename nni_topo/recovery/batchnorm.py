@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.network.inputs import calls, repeatable
+from nni_topo.network.modes import evaluation_mode
 
 
 def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any]) -> nn.Module:
@@ -43,18 +44,14 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any]) -> nn.M
     """
     copied = copy.deepcopy(model)
     norms = [module for module in copied.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    flags = {module: module.training for module in copied.modules()}
     momenta = {norm: norm.momentum for norm in norms}
-    copied.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    with torch.no_grad():
+    with evaluation_mode(copied), torch.no_grad():
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
         for call in calls(copied, repeatable(calibration)):
             copied(*call[0], **call[1])
     for norm, momentum in momenta.items():
         norm.momentum = momentum
-    for module, flag in flags.items():
-        module.training = flag
     return copied

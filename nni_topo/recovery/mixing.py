@@ -30,6 +30,7 @@ from nni_topo.recovery.reconstruct import add_constant
 from nni_topo.recovery.replay import Values
 from nni_topo.recovery.samples import Samples, Task, is_pointwise
 
+# As a share of a channel's mean square: below it a variance is what rounding leaves of the difference of two sums.
 _LEAST_VARIANCE = 1e-12
 
 
@@ -64,6 +65,7 @@ class ChannelTask(Task):
         # Around the identity: a kept channel lacks what pruning before it took, a removed one lacks everything. So the
         # ridge draws towards the kept channels as they are.
         lacking = wanted.double()
+        # In float64 from here on: where little was pruned before, lacking is the small difference of two large values.
         return inputs, lacking.scatter_add(2, index, -inputs.double()), wanted
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
@@ -77,6 +79,8 @@ class ChannelTask(Task):
             for group, (rows, places, kept) in enumerate(zip(self.layer.rows, self._places, self.kept, strict=True)):
                 # Places count over all groups, the weight's second axis over those of one.
                 rows, local = rows.to(weight.device), places.to(weight.device) % weight.shape[1]
+                # (outputs, channels, places of a channel, kernel elements): a factor for a channel acts on all of its
+                # places alike, and so on a linear layer behind a flattened map as on a convolution.
                 old = weight[rows[:, None], local.flatten()].double().unflatten(1, local.shape)
                 mixing = found.solution.weights[group].to(old.device)
                 # Removed channels are read no more; the kept ones take over, each by one factor for all kernel
@@ -85,6 +89,7 @@ class ChannelTask(Task):
                 new[:, kept] = old[:, kept] + torch.einsum("kc,ocq...->okq...", mixing, old)
                 weight[rows[:, None], local.flatten()] = new.flatten(1, 2).to(weight.dtype)
                 if self.layer.intercept is not None:
+                    # What the removed channels' constants add is seen through their old weights: `old`, not `new`.
                     constant = self._constant(old.flatten(2).sum(2), found.solution.shift[group].to(old.device), group)
                     add_constant(net, self.layer.intercept, rows, constant)
 
@@ -126,6 +131,7 @@ class PairTask(ChannelTask):
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
         """Solve for ``alpha`` and ``beta`` of every pair."""
+        # One unknown a channel needs no ridge, and the text has none: the samples held out only judge.
         held_out = held.relative_error(self._solution(learned)) if held.samples else float("nan")
         learned.merge(held)
         solution = self._solution(learned)
@@ -138,6 +144,8 @@ class PairTask(ChannelTask):
         if self.layer.intercept is None:
             # Nobody takes a constant: the lines go through the origin.
             means = (torch.zeros_like(means[0]), torch.zeros_like(means[1]))
+        # By sums over samples, which cancel where means are large beside deviations: in float64 a mean of 1e6
+        # deviations still leaves four digits.
         shared = sums["xy"] / count - means[0].unsqueeze(2) * means[1].unsqueeze(1)
         spread = sums["xx"].diagonal(dim1=1, dim2=2) / count - means[0].square()
         # A channel that doesn't vary beyond rounding predicts nothing: slope and likeness become 0.
@@ -153,6 +161,7 @@ class PairTask(ChannelTask):
 
     def _chosen(self, likeness: Tensor) -> Tensor:
         """Return for each channel the rank of its survivor among the kept ones, shape (groups, channels)."""
+        # Near ties go to the first: twins are equally good survivors, and rounding mustn't choose between them.
         chosen = first_largest_along(likeness, 1).cpu()
         for group, numbers in enumerate(self._numbers.tolist()):
             ranks = {numbers[channel]: rank for rank, channel in enumerate(self.kept[group].tolist())}
@@ -171,6 +180,7 @@ class PairTask(ChannelTask):
     def _constant(self, weights: Tensor, shift: Tensor, group: int) -> Tensor:
         if self._biases is None:
             return super()._constant(weights, shift, group)
+        # Not multiplied by the weights that read u: as printed, and why the constant doesn't follow from (5.10).
         biases = [self._biases.get(int(number), 0.0) for number in self._numbers[group]]
         printed = (shift * torch.tensor(biases, dtype=shift.dtype, device=shift.device)).sum()
         return printed.expand(len(weights))
@@ -223,12 +233,15 @@ def pair_coefficients(
     if not (np.isfinite(u).all() and np.isfinite(s).all()):
         raise DataError("activations of a pair must be finite, got NaN or infinity")
     spread = float(((s - s.mean()) ** 2).sum())
+    # A kept channel that doesn't vary has no slope to give: the constant is all that is left of the line.
     if spread <= _LEAST_VARIANCE * float(s @ s):
         return 0.0, float(u.mean())
     if iterations is None:
         # Centred first: the difference of raw moments would cancel where the means are large.
         alpha = float((u - u.mean()) @ (s - s.mean())) / (spread + eps)
         return alpha, float(u.mean() - alpha * s.mean())
+    # Each step is a least-squares solution in one of the two unknowns with the other held, so that the error, with
+    # eps alpha^2 as a part of it, never rises.
     alpha = beta = 0.0
     square = float(s @ s) + eps
     for _ in range(iterations):
@@ -245,7 +258,10 @@ def _places(layer: Solvable, roots: np.ndarray, module: nn.Module) -> tuple[Tens
     # Behind a flattening each channel has equally many features. 0, FIXED, stands for whatever can't be pruned, which
     # is no channel.
     if is_pointwise(module) and len(counts) == 1 and counts[0] > 1 and roots.min() > 0:
+        # Stable: the features of each channel stay in the order of their positions, so that the p-th of every channel
+        # lie at one position and make a sample.
         order = np.argsort(roots, kind="stable").reshape(-1, counts[0])
+        # By first features, so that channels come in the order in which the layer's weight has them.
         places = torch.from_numpy(order[np.argsort(order[:, 0])])[None]
     else:
         places = (groups[:, None] * step + torch.arange(step))[:, :, None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +64,7 @@ def make_plan(graph_module: GraphModule, flow: ChannelFlow, masks: FullMasks, to
         if node.op != "call_module" or not any(parent in touched for parent in node.all_input_nodes):
             continue
         name, module = str(node.target), graph_module.get_submodule(str(node.target))
+        # None: it can be solved. Empty: there is nothing to solve, which isn't worth a word in the report.
         reason = _why_not(graph_module, node, module, flow, masks)
         if reason is None:
             layer = _solvable(graph_module, node, flow, masks, pruned)
@@ -74,6 +74,8 @@ def make_plan(graph_module: GraphModule, flow: ChannelFlow, masks: FullMasks, to
             meeting.setdefault(far.place, []).append((near, far))
         elif reason:
             plan.left_alone[name] = reason
+    # By places and not by layers: an equation needs the values at its place, so all layers in front of that have to be
+    # solved before. Python's sort is stable, so that the order at one place stays as `_ordered` has it.
     order = {node: rank for rank, node in enumerate(graph_module.graph.nodes)}
     keyed = [item for equations in meeting.values() for item in _ordered(graph_module, equations)]
     plan.equations = sorted(keyed, key=lambda equation: order[equation.place])
@@ -87,19 +89,8 @@ def pruned_roots(graph_module: GraphModule, flow: ChannelFlow, masks: FullMasks)
         kept = kept_channels(graph_module.get_submodule(name), masks.get(name, {}))
         if kept is not None:
             pruned |= set(flow.layer_roots(name)[~kept.cpu().numpy()].tolist())
+    # FIXED stands for whatever stays; a mask of a channel that is tied to it removes nothing.
     return pruned - {FIXED}
-
-
-def path_scale(net: nn.Module, norms: Iterable[str], channels: int) -> Tensor:
-    """Return by how much batch norms multiply each channel in evaluation mode, shape (channels,), float64."""
-    scale = torch.ones(channels, dtype=torch.float64)
-    for name in norms:
-        norm: Any = net.get_submodule(name)
-        # Only changes of an output are sent through, so that the means and biases drop out.
-        own = (norm.running_var.double() + norm.eps).rsqrt()
-        own = own if norm.weight is None else own * norm.weight.detach().double()
-        scale = scale.to(own.device) * own
-    return scale
 
 
 def _why_not(
@@ -123,6 +114,7 @@ def _why_not(
         return "its weight is computed or its calls are hooked"
     if sum(p is module.weight for m in graph_module.modules() for p in m._parameters.values()) > 1:
         return "its weight belongs to another module too"
+    # Something else than one tensor in and one out has no patches to sample.
     if tensor_shape(node) is None or len(node.all_input_nodes) != 1:
         return "called in an unusual way"
     mask = masks.get(name, {}).get("weight")
@@ -131,6 +123,7 @@ def _why_not(
 
 def _goes_by_channel(module: Any, mask: Tensor) -> bool:
     """Say whether a weight mask removes whole input and output channels and nothing else."""
+    # (groups, rows, columns, kernel elements); a linear layer's one element comes from the dimension added at the end.
     blocks = mask.unsqueeze(-1).unflatten(0, (getattr(module, "groups", 1), -1)).flatten(3)
     rows = blocks.amax((2, 3), keepdim=True)
     columns = blocks.amax((1, 3), keepdim=True)
@@ -143,6 +136,7 @@ def _solvable(
 ) -> Solvable | None:
     name = str(node.target)
     module: Any = graph_module.get_submodule(name)
+    # Which channels enter is known of the flow alone: this layer's own mask needn't name what pruning before it took.
     kept_in = ~np.isin(flow.entering_roots(name), list(pruned))
     kept_out = ~np.isin(flow.layer_roots(name), list(pruned))
     mask = masks.get(name, {}).get("weight")
@@ -152,6 +146,7 @@ def _solvable(
         kept_out &= _any(mask.flatten(1), 1)
         kept_in &= _any(mask.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2), 2).reshape(-1)
     columns, rows = _split(kept_in, groups), _split(kept_out, groups)
+    # A group without inputs or outputs has nothing to solve for; its constant is the bias it has.
     left = [pair for pair in zip(columns, rows, strict=True) if len(pair[0]) and len(pair[1])]
     # All groups are solved in one batch of equal sizes.
     if not left or len({(len(one), len(other)) for one, other in left}) > 1:
@@ -191,6 +186,7 @@ def _is_affine(graph_module: GraphModule, node: Node) -> bool:
     if node.op != "call_module":
         return False
     module = graph_module.get_submodule(str(node.target))
+    # Called twice, it would subtract the constant in the other place too.
     calls = sum(other.op == "call_module" and other.target == node.target for other in graph_module.graph.nodes)
     return isinstance(module, _BatchNorm) and module.running_var is not None and calls == 1
 
@@ -204,7 +200,8 @@ def _ways(graph_module: GraphModule, layer: Solvable) -> tuple[Equation, Equatio
         if _is_affine(graph_module, user):
             norms.append(str(user.target))
         elif _is_sum(user):
-            # The last place where the layer's output is alone.
+            # The last place where the layer's output is alone. Of several sums the first: behind it the place holds
+            # what other layers add, too.
             near = near or Equation(layer, node, tuple(norms))
         elif not passes(graph_module, user):
             break
@@ -224,6 +221,7 @@ def _is_rectified(graph_module: GraphModule, node: Node) -> bool:
 
 def _is_sum(node: Node) -> bool:
     """Say whether a node adds two different values."""
+    # An `alpha=` or `out=` would make it another operation, hence no keywords; a value added to itself only doubles.
     is_add = node.target in (operator.add, torch.add) if node.op == "call_function" else node.target == "add"
     called = node.op in ("call_function", "call_method")
     return called and is_add and len(node.all_input_nodes) == 2 and not node.kwargs

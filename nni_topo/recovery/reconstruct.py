@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, fit
-from nni_topo.recovery.plan import Equation, path_scale
+from nni_topo.network.norms import through_norms
+from nni_topo.recovery.plan import Equation
 from nni_topo.recovery.replay import Values
 from nni_topo.recovery.samples import Samples, Task, input_rows, output_rows, position_count
 
@@ -43,7 +44,9 @@ class ReconstructTask(Task):
         self.watched = [equation.layer.source, equation.place]
         self._module: Any = pruned.get_submodule(self.layer.name)
         weight: Any = self._module.weight
-        self._scale = path_scale(pruned, equation.norms, len(weight)).to(weight.device)
+        norms = [pruned.get_submodule(name) for name in equation.norms]
+        # Only changes of an output are sent through, so that the norms' constants drop out.
+        self._scale = through_norms(norms, weight.new_zeros(len(weight)))[0].to(weight.device)
         self._columns, self._rows = self.layer.columns.to(weight.device), self.layer.rows.to(weight.device)
         for net in (pruned, result):
             self._cut(net)

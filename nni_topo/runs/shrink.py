@@ -255,7 +255,7 @@ def _chosen(
 ) -> Masks:
     """Return the masks of a pruner that is told where and how much, on a copy of the model."""
     victim = copy.deepcopy(model)
-    config_list = dependency_groups(victim, example, [{"op_names": names}])
+    config_list: list[dict[str, Any]] = dependency_groups(victim, example, [{"op_names": names}])
     if callable(pruner):
         return pruner(victim, config_list, images)
     own = {"seed": seed, "calibration": images, "example_inputs": example, "budget": budget}

@@ -55,13 +55,13 @@ def test_residual_layers_are_one_group_in_network_order():
         {"op_names": ["stem"], "sparse_ratio": 0.5, "dependency_group_id": "group_0"},
         {"op_names": ["depthwise"], "sparse_ratio": 0.5, "dependency_group_id": "group_0"},
         {"op_names": ["point"], "sparse_ratio": 0.5, "dependency_group_id": "group_0"},
-        {"op_names": ["tail"], "sparse_ratio": 0.5},
     ]
+    assert result.skipped == {"tail": "it gives the model's output"}
 
 
 def test_a_follower_of_several_layers_is_left_out():
     result = dependency_groups(Concatenated(), IMAGES, CONVOLUTIONS)
-    assert names(result) == ["left", "right", "tail"]
+    assert names(result) == ["left", "right"]
     assert partition(result) == set()
 
 
@@ -69,7 +69,8 @@ def test_blocks_are_stated_for_a_grouped_convolution_and_the_layer_before():
     result = {entry["op_names"][0]: entry for entry in dependency_groups(Grouped(), IMAGES, CONVOLUTIONS)}
     assert result["first"]["internal_metric_block"] == result["second"]["internal_metric_block"] == 2
     assert result["first"]["dependency_group_id"] != result["second"]["dependency_group_id"]
-    assert "internal_metric_block" not in result["tail"]
+    named = dependency_groups(Grouped(), IMAGES, [{"op_names": ["tail"], "sparse_ratio": 0.5}])
+    assert "internal_metric_block" not in named[0]
 
 
 @pytest.mark.parametrize(("groups", "blocks"), [((2, 3), 6), ((3, 2), 6), ((4, 2), 4), ((2, 4), 4), ((2, 2), 2)])
@@ -84,7 +85,8 @@ def test_a_layer_read_by_two_grouped_convolutions_has_blocks_that_suit_both(grou
             x = self.first(x)
             return torch.cat([self.one(x), self.two(x)], 1)
 
-    result = {entry["op_names"][0]: entry for entry in dependency_groups(Fork(), IMAGES, CONVOLUTIONS)}
+    config = [{"op_names": ["first", "one", "two"], "sparse_ratio": 0.5}]
+    result = {entry["op_names"][0]: entry for entry in dependency_groups(Fork(), IMAGES, config)}
     assert result["first"]["internal_metric_block"] == blocks
     assert [result[name]["internal_metric_block"] for name in ("one", "two")] == list(groups)
 
@@ -188,7 +190,10 @@ def test_what_meets_the_input_is_fixed_and_said(caplog):
 
     assert set(flow_of(Skip()).layer_roots("one").tolist()) == {FIXED}
     with caplog.at_level(logging.WARNING, "nni_topo"):
-        dependency_groups(Skip(), IMAGES, CONVOLUTIONS)
+        assert dependency_groups(Skip(), IMAGES, CONVOLUTIONS) == []
+        named = dependency_groups(Skip(), IMAGES, [{"op_names": ["one", "tail"], "sparse_ratio": 0.5}])
+    assert "one: they meet the network's input, a constant or a parameter (add)" in caplog.text
+    assert names(named) == ["one", "tail"]
     assert "those of one stay" in caplog.text
     assert "should be excluded, got tail" in caplog.text
 

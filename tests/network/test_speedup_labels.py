@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from nni_topo.network.labels import UNKNOWN, carry, carry_reduced
+from nni_topo.network.labels import FIXED, carry, carry_reduced
 
 
 def channel_labels(*shape):
@@ -24,9 +24,16 @@ def test_labels_that_differ_from_place_to_place_do_not():
         assert carry(labels, (1, 3, 4, 4)) is None
 
 
-def test_reductions_over_places_keep_channels_and_others_mix_them():
+def test_reductions_over_places_keep_channels_and_those_over_channels_make_numbers_anew():
     labels = channel_labels(2, 3, 4, 4)
-    assert torch.equal(carry_reduced(labels, (2, 3)), channel_labels(2, 3))
-    assert torch.equal(carry_reduced(labels, (2, 3, 1, 1)), channel_labels(2, 3, 1, 1))
-    assert (carry_reduced(labels, (2, 3, 4)) == UNKNOWN).all()
-    assert (carry_reduced(labels, (2,)) == UNKNOWN).all()
+    assert torch.equal(carry_reduced(labels, (2, 3), (labels, (2, 3)), {}), channel_labels(2, 3))
+    assert torch.equal(carry_reduced(labels, (2, 3, 1, 1), (labels,), {"dim": (-1, 2)}), channel_labels(2, 3, 1, 1))
+    assert torch.equal(carry_reduced(labels, (2, 3, 4), (labels, 3), {}), channel_labels(2, 3, 4))
+    for shape, dims in {(2, 4, 4): 1, (2,): (1, 2, 3), (): None}.items():
+        assert (carry_reduced(labels, shape, (labels,), {"dim": dims}) == FIXED).all()
+
+
+def test_reductions_over_some_of_the_places_of_channels_cannot_be_followed():
+    heads = torch.arange(6).view(1, 2, 3, 1).expand(2, 2, 3, 5)
+    assert carry_reduced(heads, (2, 2, 5), (heads, 2), {}) is None
+    assert carry_reduced(heads, (2,), (heads, "n"), {}) is None

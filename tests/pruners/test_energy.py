@@ -198,9 +198,9 @@ def test_data_energies_are_mean_squares_of_outputs():
     model = toy_model()
     images = toy_images(12)
     outputs = copy.deepcopy(model).stem(images).detach().double()
-    found = collected(DataEnergyCollector([images[:5], (images[5:], None)]), copy.deepcopy(model))
+    found = collected(DataEnergyCollector(calibration=[images[:5], (images[5:], None)]), copy.deepcopy(model))
     torch.testing.assert_close(found["stem"], outputs.pow(2).mean((0, 2, 3)))
-    bare = collected(DataEnergyCollector([images], bias=False), copy.deepcopy(model))
+    bare = collected(DataEnergyCollector(calibration=[images], bias=False), copy.deepcopy(model))
     without = (outputs - model.stem.bias.detach().double()[:, None, None]).pow(2).mean((0, 2, 3))
     torch.testing.assert_close(bare["stem"], without, rtol=1e-5, atol=1e-7)
 
@@ -274,7 +274,7 @@ def test_a_layer_that_is_not_reached_is_named():
     with pytest.raises(ConfigError, match="miss it \\(idle\\)"):
         ChirpEnergyCollector(images).collect(context_of(Idle()))
     with pytest.raises(DataError, match="no response \\(idle\\)"):
-        DataEnergyCollector([images]).collect(context_of(Idle()))
+        DataEnergyCollector(calibration=[images]).collect(context_of(Idle()))
 
 
 def test_finer_blocks_than_channels_are_refused():

@@ -11,7 +11,8 @@ from scipy.spatial.distance import pdist
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.pruners.clouds.features import FeatureCollector, embedding
+from nni_topo.pruners.clouds.features import FeatureCollector
+from nni_topo.pruners.clouds.moments import embedding
 from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.testing import toy_evaluator, toy_images, toy_model

@@ -22,6 +22,7 @@ from nni_topo.analysis.bounds.pooling import pooling_constant, pooling_of
 from nni_topo.errors import ConfigError
 from nni_topo.network.labels import tensor_shape
 from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
+from nni_topo.network.norms import norm_scale
 
 _LARGEST = 2 * 10**8
 # Upper bounds of the slopes; a knob can make a leaky or exponential unit steeper, see _steepness.
@@ -65,10 +66,7 @@ def operator_constant(graph_module: GraphModule, node: Node) -> float:
         return float(torch.linalg.matrix_norm(module.weight.detach().double(), 2))
     if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
         return convolution_constant(module, _shape(node.all_input_nodes[0])[2:])
-    if isinstance(module, _BatchNorm) and module.running_var is not None:
-        # in evaluation mode a batch norm multiplies each channel by a constant
-        scale = (module.running_var.double() + module.eps).rsqrt()
-        scale = scale if module.weight is None else scale * module.weight.detach().double()
+    if isinstance(module, _BatchNorm) and (scale := norm_scale(module)) is not None:
         return float(scale.abs().max())
     if isinstance(module, nn.PReLU):
         return max(1.0, float(module.weight.detach().abs().max()))

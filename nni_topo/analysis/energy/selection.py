@@ -27,6 +27,7 @@ from nni_topo.analysis.energy.study import Evaluate, Quality
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, FloatArray, SubsetGeneticAlgorithm
 from nni_topo.maths.ties import descending
+from nni_topo.network.capture import watched
 from nni_topo.network.following import norms_behind
 from nni_topo.network.layers import spread
 from nni_topo.network.modes import evaluation_mode
@@ -168,10 +169,10 @@ class _Search:
         return np.array([self._loss_without(torch.from_numpy(kept)) for kept in population])
 
     def _loss_without(self, kept: Tensor) -> float:
-        def silence(module: nn.Module, inputs: Any, outputs: Tensor) -> Tensor:
+        def silence(_: Tensor, outputs: Tensor) -> Tensor:
             return outputs * kept.to(outputs).view(-1, *[1] * (outputs.dim() - 2))
 
-        with self.place.register_forward_hook(silence), torch.no_grad():
+        with watched(leaving=[(self.place, silence)]), torch.no_grad():
             losses = [cross_entropy(self.model(images), labels, reduction="sum") for images, labels in self.batches]
         return float(torch.stack(losses).sum()) / sum(len(labels) for _, labels in self.batches)
 
@@ -180,12 +181,12 @@ def taylor_terms(model: nn.Module, place: nn.Module, batches: Iterable[tuple[Ten
     """Return by how much, to first order, silent channels change images' losses: (images, channels), signs aside."""
     outputs: list[Tensor] = []
 
-    def watch(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    def watch(_: Tensor, output: Tensor) -> Tensor:
         outputs.append(output.detach().requires_grad_())
         return outputs[-1] * 1.0  # what comes next may write in place
 
     terms = []
-    with place.register_forward_hook(watch), torch.enable_grad():
+    with watched(leaving=[(place, watch)]), torch.enable_grad():
         for images, labels in batches:
             outputs.clear()
             # a sum, so that an image's gradient is that of its own loss

@@ -13,7 +13,7 @@ References
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -298,13 +298,13 @@ def grow(
     for members in found:
         growing.add(members, None)
     while growing.leaves < most and (largest := growing.pop(at_least)) is not None:
-        varies = growing.variances[largest]
+        varies = growing.clusters[largest].variance
         if growing.leaves >= at_least and (varies <= threshold or within(varies, threshold)):
             break
-        halves = _halves(points, growing.members[largest], seed, growth.n_init)
+        halves = _halves(points, np.array(growing.clusters[largest].members), seed, growth.n_init)
         if halves is not None:
-            growing.children[largest] = (growing.add(halves[0], largest), growing.add(halves[1], largest))
-    return SplitTree(growing.clusters(), threshold)
+            growing.split(largest, halves)
+    return SplitTree(tuple(growing.clusters), threshold)
 
 
 class _Growing:
@@ -312,39 +312,31 @@ class _Growing:
 
     def __init__(self, covariance: FloatArray, growth: Growth) -> None:
         self.covariance, self.growth = covariance, growth
-        self.members: list[IntArray] = []
-        self.variances: list[float] = []
-        self.parents: list[int | None] = []
-        self.children: dict[int, tuple[int, int]] = {}
+        self.clusters: list[Cluster] = []
+        self.leaves = 0
         self._waiting: list[int] = []
 
-    @property
-    def leaves(self) -> int:
-        return len(self.members) - len(self.children)
-
     def add(self, members: IntArray, parent: int | None) -> int:
-        number = len(self.members)
-        self.members.append(members)
-        self.variances.append(self.growth.variance(self.covariance, members))
-        self.parents.append(parent)
+        number = len(self.clusters)
+        self.clusters.append(Cluster(tuple(members.tolist()), self.growth.variance(self.covariance, members), parent))
         self._waiting.append(number)
+        self.leaves += 1
         return number
+
+    def split(self, number: int, halves: Iterable[IntArray]) -> None:
+        first, second = (self.add(members, number) for members in halves)
+        self.clusters[number] = replace(self.clusters[number], children=(first, second))
+        self.leaves -= 1
 
     def pop(self, at_least: int) -> int | None:
         """Take the next cluster to look at; parts of split ones in a single pass only while too few stay."""
         again = self.growth.recursive or self.leaves < at_least
-        found = [number for number in self._waiting if again or self.parents[number] is None]
+        found = [number for number in self._waiting if again or self.clusters[number].parent is None]
         if not found:
             return None
-        number = found[first_largest([self.variances[number] for number in found])]
+        number = found[first_largest([self.clusters[number].variance for number in found])]
         self._waiting.remove(number)
         return number
-
-    def clusters(self) -> tuple[Cluster, ...]:
-        return tuple(
-            Cluster(tuple(members.tolist()), self.variances[n], self.parents[n], self.children.get(n, ()))
-            for n, members in enumerate(self.members)
-        )
 
 
 def _halves(points: FloatArray, members: IntArray, seed: int, n_init: int) -> tuple[IntArray, IntArray] | None:

@@ -63,6 +63,13 @@ class NormalEquations:
         """Say whether no sample was NaN or infinite."""
         return all(bool(torch.isfinite(total).all()) for total in self.sums.values())
 
+    def covariances(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return covariances of inputs and of these with residuals, in groups, and variances of residuals."""
+        x, y = self.sums["x"] / self.samples, self.sums["y"] / self.samples
+        own = self.sums["xx"] / self.samples - x.unsqueeze(2) * x.unsqueeze(1)
+        across = self.sums["xy"] / self.samples - x.unsqueeze(2) * y.unsqueeze(1)
+        return own, across, self.sums["yy"] / self.samples - y.square()
+
     def solve(self, ridge: float, *, intercept: bool) -> Solution | None:
         """Solve by Cholesky decomposition, with a ridge as a share of each input's variance; None where that fails."""
         means = self.sums["x"] / self.samples

@@ -34,18 +34,16 @@ def _require_finite(values: FloatArray, what: str) -> None:
 
 def as_points(points: ArrayLike, what: str = "points") -> FloatArray:
     """Return a point cloud, or any matrix, as float64 of shape (n, features), finite and not empty."""
-    cloud = _as_floats(points, what)
-    if cloud.ndim != 2 or 0 in cloud.shape:
-        raise DataError(f"{what} must be a matrix with at least one row and column, got shape {cloud.shape}")
-    _require_finite(cloud, what)
-    return cloud
+    return as_tensor(points, what, 2, "be a matrix with at least one row and column")
 
 
-def as_tensor(values: ArrayLike, what: str) -> FloatArray:
-    """Return a weight tensor of two or more dimensions as float64, finite and not empty."""
+def as_tensor(
+    values: ArrayLike, what: str, most: float = np.inf, rule: str = "have two or more dimensions, none of them empty"
+) -> FloatArray:
+    """Return a tensor of two to so many dimensions as float64, finite and not empty."""
     tensor = _as_floats(values, what)
-    if tensor.ndim < 2 or 0 in tensor.shape:
-        raise DataError(f"{what} must have two or more dimensions, none of them empty, got shape {tensor.shape}")
+    if not 2 <= tensor.ndim <= most or 0 in tensor.shape:
+        raise DataError(f"{what} must {rule}, got shape {tensor.shape}")
     _require_finite(tensor, what)
     return tensor
 

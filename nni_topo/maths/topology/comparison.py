@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
 
 from nni_topo.maths.topology import _kernels
 from nni_topo.maths.topology._checks import FloatArray, as_diagram, as_engine, as_order
@@ -143,12 +144,6 @@ def _deaths(bars: FloatArray) -> FloatArray:
     return np.sort(bars[:, 1])[::-1]
 
 
-def _gaps(first: FloatArray, second: FloatArray) -> FloatArray:
-    births = np.abs(np.subtract.outer(first[:, 0], second[:, 0]))
-    deaths = np.abs(np.subtract.outer(first[:, 1], second[:, 1]))
-    return np.maximum(births, deaths, out=births)
-
-
 def _bottleneck(first: FloatArray, second: FloatArray, compiled: bool) -> float:
     covered = _kernels.compiled(_kernels.covered) if compiled else _covered
     halves = [0.5 * (bars[:, 1] - bars[:, 0]) for bars in (first, second)]
@@ -156,7 +151,7 @@ def _bottleneck(first: FloatArray, second: FloatArray, compiled: bool) -> float:
     # Thresholds at which each side finds partners suit both at once (Mendelsohn and Dulmage).
     for bars, others, lengths in ((first, second, halves[0]), (second, first, halves[1])):
         undecided = lengths > least
-        gaps = _gaps(bars[undecided], others)
+        gaps = cdist(bars[undecided], others, "chebyshev")
         nearest = np.minimum(lengths[undecided], gaps.min(axis=1, initial=np.inf)).max(initial=0.0)
         least = _least_threshold(gaps, lengths[undecided], max(least, float(nearest)), covered)
     return least
@@ -203,7 +198,7 @@ def _assignment(first: FloatArray, second: FloatArray, order: float) -> float:
     first, second = first / largest, second / largest
     drop_first = (0.5 * (first[:, 1] - first[:, 0])) ** order
     drop_second = (0.5 * (second[:, 1] - second[:, 0])) ** order
-    gaps = _gaps(first, second)
+    gaps = cdist(first, second, "chebyshev")
     costs = np.repeat(drop_first[:, None], len(first), axis=1)
     costs[:, : len(second)] = np.minimum(gaps**order, drop_first[:, None] + drop_second)
     total = costs[linear_sum_assignment(costs)].sum()

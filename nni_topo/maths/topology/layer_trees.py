@@ -6,7 +6,8 @@ taken in row-major order, so that every tree is unique.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,9 +16,12 @@ from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
 from nni_topo.errors import DataError
 from nni_topo.maths.topology._checks import BoolArray, FloatArray, IntArray, as_points, as_tensor
-from nni_topo.maths.topology.layer_graphs import LayerGraph, plane_components
+from nni_topo.maths.topology.layer_graphs import LayerGraph, linear_graph, plane_components
 
 _BATCH_EDGES = 1 << 21
+# Measured: so many edges per node mostly hold the whole forest.
+_PER_NODE = 16
+_SAMPLE = 1 << 16
 
 
 def maximum_spanning_tree(weight: ArrayLike) -> BoolArray:
@@ -47,7 +51,7 @@ def maximum_spanning_tree(weight: ArrayLike) -> BoolArray:
 
     Notes
     -----
-    Prim's algorithm on whole rows and columns: O((out + in) max(out, in)) time, three copies of the weight.
+    Kruskal's algorithm as in :func:`~nni_topo.topology.spanning_forest`; memory of about two copies of the weight.
 
     Examples
     --------
@@ -55,7 +59,10 @@ def maximum_spanning_tree(weight: ArrayLike) -> BoolArray:
     array([[ True,  True],
            [ True, False]])
     """
-    return dense_tree(np.abs(as_points(weight, "weight")))
+    matrix = as_points(weight, "weight")
+    mask = np.zeros(matrix.size, dtype=np.bool_)
+    mask[spanning_forest(matrix, linear_graph(*matrix.shape)).elements] = True
+    return mask.reshape(matrix.shape)
 
 
 def channel_tree(weight: ArrayLike, *, groups: int = 1) -> BoolArray:
@@ -91,9 +98,8 @@ def channel_tree(weight: ArrayLike, *, groups: int = 1) -> BoolArray:
         raise DataError(f"groups must divide the {len(sizes)} output channels, got {groups} (channel_tree)")
     kernels = sizes.reshape(*sizes.shape[:2], -1)
     strongest = kernels.argmax(axis=2)
-    scores = kernels.max(axis=2)
-    parts = [dense_tree(part) for part in scores.reshape(groups, -1, scores.shape[1])]
-    rows, columns = np.nonzero(np.concatenate(parts))
+    graph = replace(linear_graph(*kernels.shape[:2]), groups=groups)
+    rows, columns = np.unravel_index(spanning_forest(kernels.max(axis=2), graph).elements, strongest.shape)
     mask = np.zeros(kernels.shape, dtype=np.bool_)
     mask[rows, columns, strongest[rows, columns]] = True
     return mask.reshape(sizes.shape)
@@ -189,83 +195,39 @@ def spanning_forest(weight: ArrayLike, graph: LayerGraph) -> Forest:
     Notes
     -----
     Kruskal's algorithm on batches of the largest weights: what a batch joins is contracted before the next one, and
-    it ends when the forest is complete, usually after a small part of the weights. Memory is that of a few million
-    edges.
+    it ends when the forest is complete, usually after a small part of the weights. Memory is that of about two copies
+    of the weight and of a few million edges.
     """
-    sizes = np.abs(_fitting(weight, graph))
-    if graph.groups == graph.plane_inputs == graph.shape[2] == 1:
-        return _forest_of_mask(dense_tree(sizes.reshape(graph.shape[:2])), sizes.ravel())
-    flat = sizes.ravel()
-    order = np.argsort(-flat, kind="stable")
+    flat = np.abs(_fitting(weight, graph)).ravel()
     labels = np.arange(graph.inputs + graph.outputs)
     taken: list[tuple[IntArray, IntArray, IntArray]] = []
     missing = graph.forest_edges
-    step = max(1, _BATCH_EDGES // graph.plane_outputs)
-    for start in range(0, len(order), step):
-        if missing == 0:
-            break
-        batch = order[start : start + step]
+    first = max(1, _PER_NODE * len(labels) // graph.plane_outputs)
+    for batch in _falling(flat, first, max(1, _BATCH_EDGES // graph.plane_outputs)):
         sources, targets = (nodes.ravel() for nodes in graph.ends(batch))
         chosen, labels = _joined(labels, sources, targets + graph.inputs)
         taken.append((batch[chosen // graph.plane_outputs], sources[chosen], targets[chosen]))
         missing -= len(chosen)
+        if missing == 0:
+            break
     elements, sources, targets = (np.concatenate(parts) for parts in zip(*taken, strict=True))
     return Forest(elements, sources, targets, flat[elements])
 
 
-def dense_tree(scores: FloatArray) -> BoolArray:
-    """Mark the maximum spanning tree of a complete bipartite graph; `scores` (out, in) are finite, of any sign."""
-    sides = (scores, np.ascontiguousarray(scores.T))
-    mask = np.zeros(scores.shape, dtype=np.bool_)
-    # Per side the nodes outside the tree: score of their best edge into it, and that edge's other end.
-    best = [np.full(size, -np.inf) for size in scores.shape]
-    link = [np.zeros(size, dtype=np.intp) for size in scores.shape]
-    waits = [np.ones(size, dtype=np.bool_) for size in scores.shape]
-    side, node = 0, 0
-    left = list(scores.shape)
-    while True:
-        waits[side][node] = False
-        best[side][node] = -np.inf
-        left[side] -= 1
-        if left[side] == 0:
-            rest = np.flatnonzero(waits[1 - side])
-            _close(mask, sides, side, rest)
-            return mask
-        row, other = sides[side][node], 1 - side
-        closer = (row > best[other]) | ((row == best[other]) & (node < link[other]))
-        closer &= waits[other]
-        np.copyto(best[other], row, where=closer)
-        link[other][closer] = node
-        side, node = _next(best, link)
-        mask[(node, link[0][node]) if side == 0 else (link[1][node], node)] = True
-
-
-def _close(mask: BoolArray, sides: tuple[FloatArray, FloatArray], full: int, rest: IntArray) -> None:
-    """Hang every node that is left on its best partner, once all nodes of the side `full` are in the tree."""
-    partners = sides[1 - full][rest].argmax(axis=1)
-    if full == 0:
-        mask[partners, rest] = True
-    else:
-        mask[rest, partners] = True
-
-
-def _next(best: list[FloatArray], link: list[IntArray]) -> tuple[int, int]:
-    """Choose the strongest edge out of the tree, of equals the first in row-major order: its side and outer node."""
-    output, entering = int(best[0].argmax()), int(best[1].argmax())
-    top = best[1][entering]
-    equals = np.flatnonzero(best[1] == top)
-    if len(equals) > 1:
-        entering = int(equals[link[1][equals].argmin()])
-    if best[0][output] != top:
-        return (0, output) if best[0][output] > top else (1, entering)
-    return (0, output) if (output, link[0][output]) < (link[1][entering], entering) else (1, entering)
-
-
-def _forest_of_mask(mask: BoolArray, flat: FloatArray) -> Forest:
-    elements = np.flatnonzero(mask)
-    elements = elements[np.argsort(-flat[elements], kind="stable")]
-    targets, sources = np.divmod(elements, mask.shape[1])
-    return Forest(elements, sources, targets, flat[elements])
+def _falling(flat: FloatArray, count: int, most: int) -> Iterator[IntArray]:
+    """Yield elements (n,) in batches, largest first and equal ones in order: about ``count`` at first, then more."""
+    # A forest is complete after a small part of the elements: the others are compared with a bound, and never sorted.
+    # Bounds are quantiles of a sample: where it misleads, a batch is larger or smaller, and the forest is the same.
+    sample = np.sort(flat[:: max(1, len(flat) // _SAMPLE)])
+    bound, share = np.inf, count / len(flat)
+    while bound > 0.0:
+        place = len(sample) - 1 - int(share * len(sample))
+        low = float(sample[place]) if place > 0 else 0.0
+        batch = np.flatnonzero((flat >= low) & (flat < bound))
+        batch = batch[np.argsort(-flat[batch], kind="stable")]
+        # Elements that are equal come in one batch, which may be all of them.
+        yield from (batch[start : start + most] for start in range(0, len(batch), most))
+        bound, share = low, 4.0 * share
 
 
 def _joined(labels: IntArray, sources: IntArray, targets: IntArray) -> tuple[IntArray, IntArray]:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from nni_topo.maths.topology import _kernels
 from nni_topo.maths.topology._checks import FloatArray, IntArray
 
+# Codes take points^2 * bars bits, some 9 MB here: larger clouds are Ripser's.
 LARGEST = 320
 
 
@@ -43,6 +44,8 @@ def sort_edges(distances: FloatArray) -> SortedEdges:
     """Sort the edges of a distance matrix (n, n), ties by index."""
     starts, ends = np.triu_indices(len(distances), 1)
     lengths = distances[starts, ends]
+    # Stable, so that equal edges enter in one order on every machine. Any order of them is a filtration by simplices
+    # that refines the one by length; it adds bars of length 0, which are dropped at the end, and changes no other.
     order = np.argsort(lengths, kind="stable")
     # A central point is near most others: a lune is seen to be connected soonest from there.
     central = np.argsort(distances.sum(axis=1), kind="stable")
@@ -80,12 +83,14 @@ def _loops(
     # `place` (n,) has each point's number in the subset, below 0 for points outside.
     size = place.max() + 1
     words = len(bars) // 64
+    # Unsigned throughout: of an unsigned and a signed 64-bit integer the common type is a float, which has no bits.
     one = np.uint64(1)
     linked = np.zeros((size, size), np.uint8)
     degree = np.zeros(size, np.int64)
     parent = np.arange(size)
     lune = np.zeros(size, np.uint8)
     reached = np.zeros(size, np.uint8)
+    # The word of a bar lies last: the sums below run over neighbouring memory.
     codes = np.zeros((size, size, words), np.uint64)
     # relations[b] is the class that became zero when bar b died, with b its youngest bar: a row of the elimination
     # below.
@@ -102,7 +107,9 @@ def _loops(
             lune[w] = linked[u, w] & linked[v, w]
             rest |= lune[w]
         if rest == 0:
+            # Nothing fills a loop through this edge at its own length: no triangle enters with it.
             a, b = u, v
+            # Union-find without ranks or shortened paths: only the few edges with an empty lune come here.
             while parent[a] != a:
                 a = parent[a]
             while parent[b] != b:
@@ -118,6 +125,8 @@ def _loops(
                 codes[u, v, count // 64] = codes[v, u, count // 64] = one << np.uint64(count % 64)
                 count += 1
         else:
+            # The component that is looked at first decides which code the edge gets, not which classes die: other
+            # choices differ by loops that this same edge fills.
             x = 0
             while lune[x] == 0:
                 x += 1
@@ -147,10 +156,13 @@ def _loops(
                 while lune[x] == 0:
                     x += 1
                 lune[x] = 0
+                # Two triangles over the edge, u x v and u y v, bound the loop u x v y: their sum has no edge u v.
                 for i in range(words):
                     cycle[i] = codes[u, v, i] ^ codes[u, x, i] ^ codes[x, v, i]
                 # Elimination over Z/2, the youngest bar first: that is the one that dies. A loop that comes out as zero
                 # was filled before.
+                # Codes aren't cleared of a bar when it dies, which would take a pass over all of them: each loop is
+                # reduced by the relations when it is met.
                 for bar in range(count - 1, -1, -1):
                     if cycle[bar // 64] >> np.uint64(bar % 64) & one:
                         if bars[bar, 1] == np.inf:
@@ -163,5 +175,7 @@ def _loops(
         degree[u] += 1
         degree[v] += 1
         if max(degree[u], degree[v]) == size - 1:
-            break  # a cone from here on
+            # A point that is linked to all others makes a cone of the complex: every loop is filled, and none comes
+            # any more. So a run ends at the cloud's radius, not at its diameter.
+            break
     return count

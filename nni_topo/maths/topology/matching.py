@@ -131,12 +131,15 @@ def _align(first: FloatArray, second: FloatArray, order: float) -> FloatArray:
     # `old[i]` is the least cost of the first i bars of `first` against the first ``step - 1 - i`` of `second`,
     # `older[i]` that of a step before. The cells of an anti-diagonal don't depend on each other: r + m steps on arrays,
     # instead of r m on cells. Cells outside of the table are infinite, so they never win.
+    # Turned, so that the p diagrams lie next to each other in memory: slices of cells are whole stretches of it.
     lists, rows, columns = first.T, first.shape[1], len(second)
     drop_first, drop_second = (0.5 * lists) ** order, (0.5 * second[:, None]) ** order
     older = np.full((rows + 1, len(first)), np.inf)
+    # Nothing aligned with nothing costs nothing: the one cell of the first anti-diagonal.
     old = older.copy()
     old[0] = 0.0
     for step in range(1, rows + columns + 1):
+        # A fresh array each step: `older` is still read where `new` is written.
         new = np.full_like(old, np.inf)
         # The last bar of `second` is dropped. Its index falls as i rises, hence the reversal.
         low, high = max(0, step - columns), min(rows, step - 1)
@@ -146,8 +149,9 @@ def _align(first: FloatArray, second: FloatArray, order: float) -> FloatArray:
         np.minimum(new[low : high + 1], old[low - 1 : high] + drop_first[low - 1 : high], out=new[low : high + 1])
         # Or the two are matched: both indices are one less, so the cell lies two anti-diagonals back.
         high = min(rows, step - 1)
+        # Sums of terms that are all at least 0: nothing cancels, so that equal diagrams are at a distance of exactly 0.
         gaps = np.abs(lists[low - 1 : high] - second[step - high - 1 : step - low, None][::-1])
-        matched = older[low - 1 : high] + (gaps * gaps if order == 2 else gaps**order)
+        matched = older[low - 1 : high] + gaps**order
         np.minimum(new[low : high + 1], matched, out=new[low : high + 1])
         older, old = old, new
     best: FloatArray = old[rows]

@@ -11,9 +11,11 @@ from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.following import norms_behind
 from nni_topo.network.inputs import call_arguments
 from nni_topo.network.network import Network
+from nni_topo.network.norms import norm_scale
 from nni_topo.pruners.clouds.functional import check_read, readers_of
 from nni_topo.pruners.clouds.weight import Preprocess, WeightCollector, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
+from nni_topo.pruners.units import PruningUnit
 
 
 class CoupledWeightCollector(DataCollector):
@@ -59,23 +61,20 @@ class CoupledWeightCollector(DataCollector):
         weights = WeightCollector().collect(context)
         flow = Network.on(context.model, self.example_inputs).flow
         norms = norm_scales(context, flow)
-        data: Data = {}
+        listened = {}
         for unit in context.units:
             strengths = [reader.strength.pow(2).sum(1) for reader in readers_of(unit, flow, context)]
-            listened = torch.stack(strengths).sum(0).sqrt()
-            for module_name, target_name in unit.members:
-                points = weights[module_name][target_name] * (norms.get(module_name, 1.0) * listened)[:, None]
-                data.setdefault(module_name, {})[target_name] = preprocess_points(points, self.preprocess)
-        return data
+            listened[unit.name] = torch.stack(strengths).sum(0).sqrt()
+
+        def points(unit: PruningUnit, module: str, target: str) -> Tensor:
+            scale = norms.get(module, 1.0) * listened[unit.name]
+            return preprocess_points(weights[module][target] * scale[:, None], self.preprocess)
+
+        return context.collected(points)
 
 
 def norm_scales(context: PruningContext, flow: ChannelFlow) -> dict[str, Tensor]:
     """Return ``|weight| / sqrt(variance + eps)``, float64 ``(channels,)``, of the norm right behind, by layer."""
-    scales = {}
-    for layer, name in norms_behind(context.model, flow).items():
-        module: Any = context.model.get_submodule(name)
-        if module.running_var is None:
-            continue
-        scale = module.running_var.double().add(module.eps).rsqrt()
-        scales[layer] = (scale if module.weight is None else scale * module.weight.detach().double().abs()).cpu()
-    return scales
+    behind = norms_behind(context.model, flow).items()
+    scales = ((layer, norm_scale(context.model.get_submodule(name))) for layer, name in behind)
+    return {layer: scale.abs().cpu() for layer, scale in scales if scale is not None}

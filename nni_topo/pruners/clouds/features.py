@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from scipy.linalg import lapack
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
@@ -16,17 +15,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.capture import by_channel, called
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.following import followers, passes
 from nni_topo.network.inputs import Call, batch_size, bind_arguments, calls, first_call, fitting
-from nni_topo.network.modes import detached_copy, evaluation_mode
+from nni_topo.network.modes import detached_copy
 from nni_topo.network.tracing import trace
+from nni_topo.pruners.clouds.moments import Moments, check_finite, check_reached, embedding
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.transposed import loses_outputs
 from nni_topo.pruners.units import PruningUnit
 
-# Share of the largest variance below which a pivot is rounding; distances, its root, err by less than 1e-6.
-_ROUNDING = 1e-13
 Pool = Literal["none", "mean"] | int
 
 _POOLS: list[Any] = [functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d]
@@ -120,83 +119,59 @@ class FeatureCollector(DataCollector):
                     runner.run(*bind_arguments(context.model, call).values())
         if samples < 2:
             raise DataError(f"calibration must hold at least two samples to be clustered by, got {samples}")
-        data: Data = {}
-        for unit in context.units:
-            for module_name, target_name in unit.members:
-                points = rows[module_name].points(module_name)
-                _check_blocks(unit, len(points), context)
-                data.setdefault(module_name, {})[target_name] = points
-        return data
+
+        def points(unit: PruningUnit, module: str, _: str) -> Tensor:
+            found = rows[module].points(module)
+            _check_blocks(unit, len(found), context)
+            return found
+
+        return context.collected(points)
 
     def _batches(self, context: PruningContext) -> Iterable[Any]:
         if self.calibration is not None:
             return self.calibration
         seen: list[Any] = []
 
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = bind_arguments(module, (args, kwargs)) if kwargs else args
+        def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = bind_arguments(context.model, (args, kwargs)) if kwargs else args
             # A batch's first entry is what the model takes: several arguments mustn't look like inputs and targets.
             seen.append((tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, inputs),))
 
-        handle = context.model.register_forward_pre_hook(record, with_kwargs=True)
-        try:
-            with evaluation_mode(context.model), torch.no_grad():
-                context.evaluate()
-        finally:
-            handle.remove()
+        with called(context.model, record):
+            context.run(None)
         if not seen:
             raise DataError("an evaluator must call the model where there is no calibration, got no call (evaluator)")
         return seen
-
-
-def embedding(covariance: Tensor) -> Tensor:
-    """Return points ``(n, rank)`` with these inner products ``(n, n)``, float64, to 1e-6 of the largest norm."""
-    largest = float(covariance.diagonal().max())
-    # Pivoted Cholesky: n^3 / 3, far less than eigenvectors, and it stops where only rounding is left. LAPACK counts
-    # pivots from 1 and leaves numbers of its own above the diagonal and behind the rank.
-    factor, pivots, rank, _ = lapack.dpstrf(covariance.numpy(), tol=_ROUNDING * largest, lower=1)
-    points = torch.zeros(len(covariance), max(int(rank), 1), dtype=torch.float64)
-    if rank:
-        points[torch.from_numpy(pivots - 1).long()] = torch.from_numpy(factor).tril()[:, :rank]
-    return points
 
 
 class _Rows:
     """Features of one layer: kept as they are while they are few, else their sums and products."""
 
     def __init__(self) -> None:
-        self.samples = 0
-        self._kept: list[Tensor] = []
-        self._total = torch.zeros((), dtype=torch.float64)
-        self._products: Tensor | None = None
+        self._moments = Moments()
+        self._few: list[Tensor] = []
 
     def add(self, rows: Tensor) -> None:
         """Add features ``(blocks, samples)``."""
-        self.samples += rows.shape[1]
-        self._total = self._total + rows.sum(1, dtype=torch.float64).cpu()
+        # A copy: what the network does in place behind the layer would change the rows.
+        self._few.append(rows.clone())
         # Up to as many samples as neurons the features themselves are the smaller thing to keep.
-        if self._products is None and self.samples <= len(rows):
-            # A copy: what the network does in place behind the layer would change the rows.
-            self._kept.append(rows.cpu().clone())
-            return
-        for each in [*self._kept, rows]:
-            products = (each.double() @ each.double().T).cpu()
-            self._products = products if self._products is None else self._products + products
-        self._kept = []
+        if self._moments.samples or sum(each.shape[1] for each in self._few) > len(rows):
+            for each in self._few:
+                self._moments.add(each)
+            self._few = []
 
     def points(self, name: str) -> Tensor:
         """Return means and deviations, shape ``(blocks, 1 + d)``, float64."""
-        if not self.samples:
-            raise DataError(f"calibration must reach every pruned layer, got no activation ({name})")
-        mean = self._total / self.samples
-        if not bool(torch.isfinite(mean).all()):
-            raise DataError(f"activations must be finite, got NaN or infinity ({name})")
-        if self._products is None:
-            deviations = (torch.cat(self._kept, 1).double() - mean[:, None]) / math.sqrt(self.samples)
-        else:
-            # Covariances are the mean product less the product of means; the deviations are points that have them.
-            deviations = embedding(self._products / self.samples - torch.outer(mean, mean))
-        return torch.cat([mean[:, None], deviations], 1)
+        if self._moments.samples:
+            # The deviations are points that have the covariances.
+            deviations = embedding(self._moments.gram(name, center=True))
+            return torch.cat([self._moments.mean(), deviations], 1)
+        check_reached(len(self._few), name)
+        features = torch.cat(self._few, 1).double().cpu()
+        check_finite(features, name)
+        mean = features.mean(1, keepdim=True)
+        return torch.cat([mean, (features - mean) / math.sqrt(features.shape[1])], 1)
 
 
 class _Recorder(Interpreter):
@@ -215,9 +190,9 @@ class _Recorder(Interpreter):
         """Run a node as usual and look at what it puts out."""
         value = super().run_node(n)
         for tap in self._taps.get(n, ()):
-            is_linear = isinstance(self.module.get_submodule(tap.layer), nn.Linear)
-            maps = value if is_linear else _pooled(value, self._pool)
-            self._rows[tap.layer].add(maps.detach().movedim(-1 if is_linear else 1, 0).flatten(1))
+            layer = self.module.get_submodule(tap.layer)
+            maps = value if isinstance(layer, nn.Linear) else _pooled(value, self._pool)
+            self._rows[tap.layer].add(by_channel(layer, maps))
         return value
 
 

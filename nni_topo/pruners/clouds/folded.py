@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.following import norms_behind
 from nni_topo.network.network import Network
+from nni_topo.network.norms import through_norms
 from nni_topo.pruners.clouds.weight import Preprocess, WeightCollector, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.transposed import loses_outputs
+from nni_topo.pruners.units import PruningUnit
 
 
 class FoldedWeightCollector(DataCollector):
@@ -57,31 +59,19 @@ class FoldedWeightCollector(DataCollector):
         """
         weights = WeightCollector().collect(context)
         norms = norms_behind(context.model, Network.on(context.model, self.example_inputs).flow)
-        data: Data = {}
-        for unit in context.units:
-            for module_name, target_name in unit.members:
-                norm = context.model.get_submodule(norms[module_name]) if module_name in norms else None
-                _check_outputs(context, module_name, target_name)
-                bias = _bias(context, module_name, len(weights[module_name][target_name]))
-                scale, offset = folded_norm(norm, bias)
-                if not bool(torch.isfinite(scale).all() and torch.isfinite(offset).all()):
-                    raise DataError(f"biases and batch norms must be finite, got NaN or infinity ({module_name})")
-                points = torch.cat([weights[module_name][target_name] * scale[:, None], offset[:, None]], 1)
-                data.setdefault(module_name, {})[target_name] = preprocess_points(points, self.preprocess)
-        return data
 
+        def points(_: PruningUnit, module: str, target: str) -> Tensor:
+            _check_outputs(context, module, target)
+            behind = [context.model.get_submodule(norms[module])] if module in norms else []
+            own = weights[module][target]
+            scale, offset = (
+                values.cpu()[:, None] for values in through_norms(behind, _bias(context, module, len(own)))
+            )
+            if not bool(torch.isfinite(scale).all() and torch.isfinite(offset).all()):
+                raise DataError(f"biases and batch norms must be finite, got NaN or infinity ({module})")
+            return preprocess_points(torch.cat([own * scale, offset], 1), self.preprocess)
 
-def folded_norm(norm: nn.Module | None, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scale and offset, float64 ``(channels,)`` on the CPU, by which a norm folds into a layer and its bias."""
-    module: Any = norm
-    # Without running statistics a norm's scale depends on the batch: there is nothing to fold.
-    if module is None or module.running_var is None:
-        return torch.ones_like(bias), bias
-    scale = (module.running_var.detach().double() + module.eps).rsqrt().cpu()
-    if module.weight is not None:
-        scale = scale * module.weight.detach().double().cpu()
-    offset = (bias - module.running_mean.detach().double().cpu()) * scale
-    return scale, offset if module.bias is None else offset + module.bias.detach().double().cpu()
+        return context.collected(points)
 
 
 def _bias(context: PruningContext, module_name: str, channels: int) -> Tensor:

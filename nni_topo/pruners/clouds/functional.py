@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
+from nni_topo.network.capture import by_channel, run, watched
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.inputs import Call, calls, structure_call
+from nni_topo.network.inputs import Call, structure_call
 from nni_topo.network.labels import FIXED
 from nni_topo.network.layers import is_depthwise
-from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.network import Network
-from nni_topo.pruners.clouds.weight import Moments, Preprocess, checked_preprocess, points_of_gram, preprocess_points
+from nni_topo.pruners.clouds.moments import Moments, points_of_gram
+from nni_topo.pruners.clouds.weight import Preprocess, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.transposed import loses_outputs
 from nni_topo.pruners.units import PruningUnit
@@ -81,33 +83,16 @@ class FunctionalCollector(DataCollector):
         flow = Network(context.model, structure_call(context.model, self.calibration)).flow
         readers = {unit.name: readers_of(unit, flow, context) for unit in context.units}
         moments = {name: [Moments() for _ in found] for name, found in readers.items()}
-        self._run(context, readers, moments)
-        data: Data = {}
-        for unit in context.units:
+        each = [pair for name in readers for pair in zip(readers[name], moments[name], strict=True)]
+        with watched([(reader.module, partial(reader.record, moment)) for reader, moment in each]):
+            run(context.model, self.calibration)
+
+        def points(unit: PruningUnit) -> Tensor:
             grams = [moment.gram(unit.name, center=self.center) for moment in moments[unit.name]]
             # Coordinates from several readers stand side by side, so their inner products add up.
-            products = torch.stack(grams).sum(0)
-            points = preprocess_points(points_of_gram(products), self.preprocess)
-            for module_name, target_name in unit.members:
-                data.setdefault(module_name, {})[target_name] = points
-                # Members of a group put out the same channels: carried by each, the cloud would count once per member.
-                points = points[:, :0]
-        return data
+            return preprocess_points(points_of_gram(torch.stack(grams).sum(0)), self.preprocess)
 
-    def _run(
-        self, context: PruningContext, readers: dict[str, list[Reader]], moments: dict[str, list[Moments]]
-    ) -> None:
-        handles = []
-        try:
-            for name, found in readers.items():
-                for reader, moment in zip(found, moments[name], strict=True):
-                    handles.append(reader.module.register_forward_pre_hook(reader.recorder(moment)))
-            with evaluation_mode(context.model), torch.no_grad():
-                for args, kwargs in calls(context.model, self.calibration):
-                    context.model(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        return context.collected_jointly(points)
 
 
 @dataclass(frozen=True)
@@ -118,16 +103,11 @@ class Reader:
     places: IntArray
     strength: Tensor
 
-    def recorder(self, moments: Moments) -> Any:
-        """Return a forward pre-hook that adds each batch to running sums."""
-
-        def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            dim = -1 if isinstance(module, nn.Linear) else 1
-            rows = inputs[0].detach().movedim(dim, 0).flatten(1)
-            # ``(channels, places, samples)``: behind a flattened map a linear layer reads a channel in several places.
-            moments.add(rows[torch.from_numpy(self.places).to(rows.device)], self.strength.to(rows.device))
-
-        return record
+    def record(self, moments: Moments, entering: Tensor) -> None:
+        """Add what enters the layer to running sums."""
+        rows = by_channel(self.module, entering)
+        # ``(channels, places, samples)``: behind a flattened map a linear layer reads a channel in several places.
+        moments.add(rows[torch.from_numpy(self.places).to(rows.device)], self.strength.to(rows.device))
 
 
 def readers_of(unit: PruningUnit, flow: ChannelFlow, context: PruningContext, *, order: float = 2.0) -> list[Reader]:

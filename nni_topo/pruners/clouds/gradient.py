@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nni_topo.errors import ConfigError, DataError, check_integer
+from nni_topo.network.capture import called, watched
 from nni_topo.network.inputs import call_arguments, on_device, structure_call, tensors_of
 from nni_topo.network.modes import detached_copy, device_of
 from nni_topo.network.network import Network
 from nni_topo.pruners.clouds.functional import Reader, check_read, readers_of
-from nni_topo.pruners.clouds.weight import Moments, Preprocess, checked_preprocess, points_of_gram, preprocess_points
+from nni_topo.pruners.clouds.moments import Moments, points_of_gram
+from nni_topo.pruners.clouds.weight import Preprocess, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 
 Loss = Callable[[Any, Any], Tensor]
@@ -103,19 +106,14 @@ class GradientCollector(DataCollector):
         """
         model = detached_copy(context.model)
         gates = _Gates(context, model)
-        if self.calibration is None:
-            self._train(context, model)
-        else:
-            self._run(model, self.calibration, gates)
+        with gates.hooks:
+            if self.calibration is None:
+                self._train(context, model)
+            else:
+                self._run(model, self.calibration, gates)
         gates.flush()
-        data: Data = {}
-        for unit in context.units:
-            products = gates.moments[unit.name].gram(unit.name, center=False, what="gradient")
-            points = preprocess_points(points_of_gram(products), self.preprocess)
-            for module_name, target_name in unit.members:
-                data.setdefault(module_name, {})[target_name] = points
-                points = points[:, :0]
-        return data
+        grams = {name: moments.gram(name, center=False, what="gradient") for name, moments in gates.moments.items()}
+        return context.collected_jointly(lambda u: preprocess_points(points_of_gram(grams[u.name]), self.preprocess))
 
     def _run(self, model: nn.Module, calibration: Iterable[Any], gates: _Gates) -> None:
         """Differentiate the loss of every batch, in evaluation mode."""
@@ -180,34 +178,34 @@ class _Gates:
         self._samples = 0
         self._batch: dict[str, Tensor] = {}
         self._watching = False
-        model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self.hooks = ExitStack()
+        self.hooks.enter_context(called(model, self._begin))
 
     def flush(self) -> None:
         """Add the latest batch's derivatives to the running sums."""
         for name, derivatives in self._batch.items():
-            self.moments[name].add(derivatives[:, None] * self._samples)
+            self.moments[name].add(derivatives * self._samples)
         self._batch = {}
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.flush()
         self.opened = []
         self._samples = len(tensors_of((args, kwargs))[0])
         if self._watching:
             return
         flow = Network(self._original, (args, kwargs)).flow
-        for unit in self._context.units:
-            for reader in readers_of(unit, flow, self._context):
-                reader.module.register_forward_pre_hook(self._gate(unit.name, reader))
+        readers = [(unit.name, each) for unit in self._context.units for each in readers_of(unit, flow, self._context)]
+        self.hooks.enter_context(watched([(reader.module, self._gate(name, reader)) for name, reader in readers]))
         self._watching = True
 
-    def _gate(self, name: str, reader: Reader) -> Callable[..., Any]:
+    def _gate(self, name: str, reader: Reader) -> Callable[[Tensor], Tensor | None]:
         places = torch.from_numpy(reader.places)
         channel_dim = -1 if isinstance(reader.module, nn.Linear) else 1
 
-        def gate(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        def gate(values: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
                 return None
-            values, samples = inputs[0], self._samples
+            samples = self._samples
             if len(values) % samples:
                 raise ConfigError(
                     f"a gradient cloud needs the batch in the first dimension, got {len(values)} ({name})"
@@ -223,7 +221,7 @@ class _Gates:
 
             opened.register_hook(record)
             self.opened.append(opened)
-            return (opened, *inputs[1:])
+            return opened
 
         return gate
 

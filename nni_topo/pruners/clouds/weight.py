@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
-from nni_topo.network.inputs import calls
-from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.capture import by_channel, watched
+from nni_topo.pruners.clouds.moments import Moments, points_of_gram
 from nni_topo.pruners.clouds.narrowing import Narrowing, stretches
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
+from nni_topo.pruners.units import PruningUnit
 
-_TURN = 2**24
 Preprocess = Literal["none", "center", "standardize", "unit"]
 _PREPROCESS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda points: points,
@@ -87,18 +87,17 @@ class WeightCollector(DataCollector):
         DataError
             If a weight is NaN or infinite.
         """
-        data: Data = {}
-        for module_name, target_name in _members(context):
-            space = context.target_spaces[module_name][target_name]
+
+        def points(_: PruningUnit, module: str, target: str) -> Tensor:
+            space = context.target_spaces[module][target]
             weight = space.target.detach()
             if not bool(torch.isfinite(weight).all()):
-                raise DataError(f"weights must be finite, got NaN or infinity ({module_name}.{target_name})")
-            blocks = (
-                weight[..., None] if space._scaler is None else space._scaler.shrink(weight, _identity, keepdim=True)
-            )
-            points = self._points(blocks.reshape(-1, blocks.shape[-1]), f"{module_name}.{target_name}")
-            data.setdefault(module_name, {})[target_name] = points
-        return data
+                raise DataError(f"weights must be finite, got NaN or infinity ({module}.{target})")
+            shrink = None if space._scaler is None else space._scaler.shrink
+            blocks = weight[..., None] if shrink is None else shrink(weight, lambda block: block, keepdim=True)
+            return self._points(blocks.reshape(-1, blocks.shape[-1]), f"{module}.{target}")
+
+        return context.collected(points)
 
     def _points(self, cloud: Tensor, name: str) -> Tensor:
         """Preprocess a cloud; make it narrow if it is too wide."""
@@ -159,28 +158,26 @@ class ActivationCollector(DataCollector):
         DataError
             If no batch came, or activations are NaN or infinite.
         """
-        moments = {module_name: Moments() for module_name, _ in _members(context)}
-        with _recording(context.model, moments):
-            self._run(context)
-        data: Data = {}
-        for module_name, target_name in _members(context):
-            blocks = context.metric_shape(module_name, target_name)[0]
-            points = points_of_gram(moments[module_name].gram(module_name, center=self.center))
-            if len(points) != blocks or context.target_spaces[module_name][target_name].granularity != "out_channel":
-                raise ConfigError(
-                    f"an activation cloud needs one output channel per block, got {len(points)} channels for "
-                    f"{blocks} blocks ({module_name}.{target_name})"
-                )
-            data.setdefault(module_name, {})[target_name] = preprocess_points(points, self.preprocess)
-        return data
+        moments = {module: Moments() for unit in context.units for module, _ in unit.members}
+        layers = {name: context.model.get_submodule(name) for name in moments}
 
-    def _run(self, context: PruningContext) -> None:
-        with evaluation_mode(context.model), torch.no_grad():
-            if self.calibration is None:
-                context.evaluate()
-                return
-            for args, kwargs in calls(context.model, self.calibration):
-                context.model(*args, **kwargs)
+        def see(name: str, _: Tensor, outputs: Tensor) -> None:
+            moments[name].add(by_channel(layers[name], outputs))
+
+        with watched(leaving=[(layer, partial(see, name)) for name, layer in layers.items()]):
+            context.run(self.calibration)
+
+        def points(_: PruningUnit, module: str, target: str) -> Tensor:
+            blocks = context.metric_shape(module, target)[0]
+            found = points_of_gram(moments[module].gram(module, center=self.center))
+            if len(found) != blocks or context.target_spaces[module][target].granularity != "out_channel":
+                raise ConfigError(
+                    f"an activation cloud needs one output channel per block, got {len(found)} channels for "
+                    f"{blocks} blocks ({module}.{target})"
+                )
+            return preprocess_points(found, self.preprocess)
+
+        return context.collected(points)
 
 
 def checked_preprocess(preprocess: Preprocess) -> Preprocess:
@@ -195,75 +192,9 @@ def preprocess_points(points: Tensor, preprocess: Preprocess) -> Tensor:
     return _PREPROCESS[preprocess](points)
 
 
-class Moments:
-    """Running sums over samples: how many there were, the sum of each place of each row, the rows' inner products."""
-
-    def __init__(self) -> None:
-        self.samples = 0
-        self._total: Tensor | None = None
-        self._products: Tensor | None = None
-
-    def add(self, rows: Tensor, scale: Tensor | None = None) -> None:
-        """Add a batch of rows, shape ``(n, places, samples)``, times a scale ``(n, places)``; 128 MiB a turn."""
-        self.samples += rows.shape[2]
-        for few in rows.split(max(1, _TURN // max(1, rows.shape[0] * rows.shape[1])), dim=2):
-            part = few.double() if scale is None else few.double() * scale[..., None]
-            total, flat = part.sum(2), part.flatten(1)
-            self._total = total if self._total is None else self._total + total
-            self._products = flat @ flat.T if self._products is None else self._products + flat @ flat.T
-
-    def gram(self, name: str, *, center: bool, what: str = "activation") -> Tensor:
-        """Return inner products per sample, ``(n, n)`` on the CPU; DataError if none was added or one is not finite."""
-        if self._total is None or self._products is None:
-            raise DataError(f"calibration must reach every pruned layer, got no {what} ({name})")
-        gram = (self._products / self.samples).cpu()
-        if center:
-            mean = (self._total / self.samples).cpu()
-            gram = gram - mean @ mean.T
-        if not bool(torch.isfinite(gram).all()):
-            raise DataError(f"{what}s must be finite, got NaN or infinity ({name})")
-        return gram
-
-
-def points_of_gram(gram: Tensor) -> Tensor:
-    """Return ``n`` points in ``n`` dimensions that have given inner products ``(n, n)``, float64."""
-    values, vectors = torch.linalg.eigh(gram)
-    points: Tensor = vectors * values.clamp(min=0.0).sqrt()
-    return points
-
-
-def _members(context: PruningContext) -> Iterator[tuple[str, str]]:
-    for unit in context.units:
-        yield from unit.members
-
-
-def _identity(blocks: Tensor) -> Tensor:
-    return blocks
-
-
 def _total(parts: Iterable[Tensor]) -> Tensor:
     return sum(parts, torch.zeros((), dtype=torch.float64))
 
 
 def _nonzero(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
-
-
-@contextmanager
-def _recording(model: nn.Module, moments: dict[str, Moments]) -> Iterator[None]:
-    def recorder(name: str, channel_dim: int) -> Callable[..., None]:
-        def record(module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
-            moments[name].add(outputs.detach().movedim(channel_dim, 0).flatten(1)[:, None])
-
-        return record
-
-    modules = dict(model.named_modules())
-    handles = [
-        modules[name].register_forward_hook(recorder(name, -1 if isinstance(modules[name], nn.Linear) else 1))
-        for name in moments
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -9,9 +9,9 @@ References
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+import torch
 from scipy.stats import rankdata
 from torch import nn
 
@@ -19,6 +19,7 @@ from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.maths.clustering.partition import FloatArray, IntArray
 from nni_topo.maths.ties import first_largest, leveled
 from nni_topo.network.layers import by_output
+from nni_topo.network.norms import through_norms
 from nni_topo.pruners.clouds.features import TracedNetwork
 from nni_topo.pruners.clouds.functional import read_strength, readers_of
 from nni_topo.pruners.hooks import PruningContext
@@ -79,15 +80,15 @@ def is_convolution(unit: PruningUnit, context: PruningContext) -> bool:
 
 def offsets(unit: PruningUnit, context: PruningContext, network: TracedNetwork) -> FloatArray | None:
     """Return a unit's constants ``(blocks,)``, of biases and batch norms, summed over members; None: it has none."""
-    found = []
+    found: list[FloatArray] = []
     modules = dict(context.model.named_modules())
     for name in dict.fromkeys(module_name for module_name, _ in unit.members):
         norms = [modules[norm] for norm in network.taps[name].norms]
         bias = getattr(modules[name], "bias", None)
         if bias is not None or norms:
-            constant = np.zeros(unit.blocks) if bias is None else _numbers(bias)
+            constant = torch.zeros(unit.blocks) if bias is None else bias
             # What counts is what arrives at the activation: the bias as the batch norms on the way change it.
-            found.append(_normalised(constant, norms))
+            found.append(through_norms(norms, constant)[1].cpu().numpy())
     return np.sum(found, axis=0) if found else None
 
 
@@ -105,27 +106,10 @@ def _connections(unit: PruningUnit, context: PruningContext, network: TracedNetw
     total = np.zeros(unit.blocks)
     for module_name, target_name in unit.members:
         space = context.target_spaces[module_name][target_name]
-        weight = _numbers(by_output(space.target, space._wrapper.module))
+        weight = by_output(space.target, space._wrapper.module).detach().double().cpu().numpy()
         total += np.abs(weight).reshape(unit.blocks, -1).sum(1)
     if np.isin(network.flow.layer_roots(unit.members[0][0]), network.flow.at_output).all():
         return total
     for reader in readers_of(unit, network.flow, context):
         total += read_strength(reader.module, reader.places, 1.0).sum(1).numpy()
     return total
-
-
-def _normalised(constant: FloatArray, norms: list[nn.Module]) -> FloatArray:
-    for norm in norms:
-        each: Any = norm
-        if each.running_var is None:
-            continue
-        scale = 1.0 / np.sqrt(_numbers(each.running_var) + each.eps)
-        scale = scale if each.weight is None else scale * _numbers(each.weight)
-        constant = (constant - _numbers(each.running_mean)) * scale
-        constant = constant if each.bias is None else constant + _numbers(each.bias)
-    return constant
-
-
-def _numbers(tensor: Any) -> FloatArray:
-    numbers: FloatArray = tensor.detach().double().cpu().numpy()
-    return numbers

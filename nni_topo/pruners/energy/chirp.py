@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
@@ -17,36 +18,28 @@ from nni_topo.network.network import Network
 from nni_topo.pruners.clouds.coupled import norm_scales
 from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
+from nni_topo.pruners.units import PruningUnit
 
 Linear = Literal["refuse", "unit-energy"]
 Normalization = Literal["none", "area", "layer"]
 
 
+@dataclass(eq=False)
 class EnergyCollector(DataCollector):
     """What the two collectors of energies share: one number per filter, its scale, and what is refused."""
 
-    def __init__(
-        self,
-        example_inputs: Any = None,
-        *,
-        normalization: Normalization = "area",
-        batch_norm: bool = False,
-        bias: bool = True,
-        linear: Linear = "unit-energy",
-    ) -> None:
-        for knob, value, known in (
-            ("normalization", normalization, ("none", "area", "layer")),
-            ("linear", linear, ("unit-energy", "refuse")),
-        ):
-            if value not in known:
-                raise unknown_name(knob, str(value), known)
-        if batch_norm and example_inputs is None:
+    example_inputs: Any = None
+    normalization: Normalization = field(default="area", kw_only=True)
+    batch_norm: bool = field(default=False, kw_only=True)
+    bias: bool = field(default=True, kw_only=True)
+    linear: Linear = field(default="unit-energy", kw_only=True)
+
+    def __post_init__(self) -> None:
+        for knob, known in (("normalization", ("none", "area", "layer")), ("linear", ("unit-energy", "refuse"))):
+            if getattr(self, knob) not in known:
+                raise unknown_name(knob, str(getattr(self, knob)), known)
+        if self.batch_norm and self.example_inputs is None:
             raise ConfigError("batch_norm=True needs example_inputs, got none (example_inputs)")
-        self.example_inputs = example_inputs
-        self.normalization = normalization
-        self.batch_norm = batch_norm
-        self.bias = bias
-        self.linear = linear
 
     @abstractmethod
     def energies(self, context: PruningContext) -> dict[str, tuple[Tensor, int]]:
@@ -62,20 +55,20 @@ class EnergyCollector(DataCollector):
         self.check(context.model, {m: context.model.get_submodule(m) for u in context.units for m, _ in u.members})
         found = self.energies(context)
         scales = self._norm_scales(context)
-        data: Data = {}
-        for unit in context.units:
-            for module_name, target_name in unit.members:
-                energy, positions = found[module_name]
-                energy = self._normalized(energy * scales.get(module_name, torch.ones(())) ** 2, positions)
-                if energy.shape != (unit.blocks,) or target_name != "weight":
-                    raise ConfigError(
-                        f"energies need one output channel per block, got {energy.numel()} channels for {unit.blocks} "
-                        f"blocks ({module_name}.{target_name})"
-                    )
-                if not bool(torch.isfinite(energy).all()):
-                    raise DataError(f"energies must be finite, got NaN or infinity ({module_name}.{target_name})")
-                data.setdefault(module_name, {})[target_name] = energy[:, None]
-        return data
+
+        def points(unit: PruningUnit, module: str, target: str) -> Tensor:
+            energy, positions = found[module]
+            energy = self._normalized(energy * scales.get(module, torch.ones(())) ** 2, positions)
+            if energy.shape != (unit.blocks,) or target != "weight":
+                raise ConfigError(
+                    f"energies need one output channel per block, got {energy.numel()} channels for {unit.blocks} "
+                    f"blocks ({module}.{target})"
+                )
+            if not bool(torch.isfinite(energy).all()):
+                raise DataError(f"energies must be finite, got NaN or infinity ({module}.{target})")
+            return energy[:, None]
+
+        return context.collected(points)
 
     def _normalized(self, energy: Tensor, positions: int) -> Tensor:
         if self.normalization == "none":
@@ -89,21 +82,15 @@ class EnergyCollector(DataCollector):
         return norm_scales(context, Network.on(context.model, self.example_inputs).flow)
 
 
+@dataclass(eq=False)
 class ChirpEnergyCollector(EnergyCollector):
     """Energy of each filter's response to a chirp of the layer's own input size; needs no data."""
 
-    def __init__(
-        self,
-        example_inputs: Any,
-        *,
-        signal: signals.Chirp | Mapping[str, Any] | None = None,
-        normalization: Normalization = "area",
-        batch_norm: bool = False,
-        bias: bool = True,
-        linear: Linear = "unit-energy",
-    ) -> None:
-        super().__init__(example_inputs, normalization=normalization, batch_norm=batch_norm, bias=bias, linear=linear)
-        self.signal = as_settings(signals.Chirp, signal, "signal")
+    signal: signals.Chirp | Mapping[str, Any] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.chirp = as_settings(signals.Chirp, self.signal, "signal")
         self._sizes: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
@@ -127,8 +114,8 @@ class ChirpEnergyCollector(EnergyCollector):
                     # No plane can enter: the expected energy of the output for uncorrelated inputs of energy 1 each.
                     found[name] = weight.double().pow(2).sum(1) + (0.0 if bias is None else bias.double().pow(2)), 1
                     continue
-                planes = torch.from_numpy(self.signal.planes(self._sizes[module]))
-                separate = self.signal.channels == "separate"
+                planes = torch.from_numpy(self.chirp.planes(self._sizes[module]))
+                separate = self.chirp.channels == "separate"
                 found[name] = chirp_response_energy(module, weight, bias, planes, separate=separate)
         return found
 

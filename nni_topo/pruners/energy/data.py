@@ -3,79 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from nni_topo.errors import DataError
-from nni_topo.network.inputs import calls
-from nni_topo.network.modes import evaluation_mode
-from nni_topo.pruners.energy.chirp import EnergyCollector, Normalization, masked_parameters
+from nni_topo.network.capture import by_channel, watched
+from nni_topo.pruners.clouds.moments import check_reached
+from nni_topo.pruners.energy.chirp import EnergyCollector, masked_parameters
 from nni_topo.pruners.hooks import PruningContext
 
 
+@dataclass(eq=False)
 class DataEnergyCollector(EnergyCollector):
     """Energy of each filter's responses to calibration data, or to an evaluator's: what the chirp stands in for."""
 
-    def __init__(
-        self,
-        calibration: Iterable[Any] | None = None,
-        example_inputs: Any = None,
-        *,
-        normalization: Normalization = "area",
-        batch_norm: bool = False,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(
-            example_inputs, normalization=normalization, batch_norm=batch_norm, bias=bias, linear="unit-energy"
-        )
-        self.calibration = calibration
+    calibration: Iterable[Any] | None = field(default=None, kw_only=True)
 
     def energies(self, context: PruningContext) -> dict[str, tuple[Tensor, int]]:
         """Return the mean energy of each channel's output, and the number of positions per image."""
-        sums = {name: _Sum() for unit in context.units for name, _ in unit.members}
-        modules = {name: context.model.get_submodule(name) for name in sums}
-        biases = {name: None if self.bias else masked_parameters(context, name)[1] for name in sums}
-        handles = [modules[n].register_forward_hook(_recorder(modules[n], sums[n], biases[n])) for n in sums]
-        try:
-            with evaluation_mode(context.model), torch.no_grad():
-                self._run(context)
-        finally:
-            for handle in handles:
-                handle.remove()
+        names = [name for unit in context.units for name, _ in unit.members]
+        biases = [None if self.bias else masked_parameters(context, name)[1] for name in names]
+        layers = [context.model.get_submodule(name) for name in names]
+        sums = dict(zip(names, map(_Energy, layers, biases), strict=True))
+        with watched(leaving=[(total.module, total.add) for total in sums.values()]):
+            context.run(self.calibration)
         for name, total in sums.items():
-            if total.samples == 0:
-                raise DataError(f"calibration must reach every pruned layer, got no response ({name})")
+            check_reached(total.samples, name, "response")
         return {name: ((total.energy / total.samples).cpu(), total.positions) for name, total in sums.items()}
 
-    def _run(self, context: PruningContext) -> None:
-        if self.calibration is None:
-            context.evaluate()
-            return
-        for args, kwargs in calls(context.model, self.calibration):
-            context.model(*args, **kwargs)
 
+class _Energy:
+    """Energy of each channel of a layer, less its bias if one is given, summed over samples and positions."""
 
-class _Sum:
-    """Energy of each channel, summed over samples and positions."""
-
-    def __init__(self) -> None:
-        self.energy = torch.zeros((), dtype=torch.float64)
+    def __init__(self, module: nn.Module, bias: Tensor | None) -> None:
+        self.module, self.bias = module, bias
+        self.energy: Any = 0.0
         self.samples = 0
         self.positions = 0
 
-
-def _recorder(module: nn.Module, total: _Sum, bias: Tensor | None) -> Callable[..., None]:
-    dim = -1 if isinstance(module, nn.Linear) else 1
-
-    def record(module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
-        rows = outputs.detach().movedim(dim, 0).flatten(1).double()
-        if bias is not None:
-            rows = rows - bias.to(rows.device)[:, None]
-        total.energy = total.energy.to(rows.device) + rows.pow(2).sum(1)
-        total.samples += rows.shape[1]
-        total.positions = math.prod(outputs.shape[2:]) if dim == 1 else 1
-
-    return record
+    def add(self, _: Tensor, outputs: Tensor) -> None:
+        rows = by_channel(self.module, outputs).double()
+        if self.bias is not None:
+            rows = rows - self.bias.to(rows.device)[:, None]
+        self.energy = self.energy + rows.pow(2).sum(1)
+        self.samples += rows.shape[1]
+        self.positions = 1 if isinstance(self.module, nn.Linear) else math.prod(outputs.shape[2:])

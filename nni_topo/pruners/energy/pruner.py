@@ -161,7 +161,7 @@ class EnergyFilterPruner(StructuredPruner):
         elif signal == "data":
             if self.calibration is None and evaluator is None:
                 raise ConfigError("signal 'data' needs calibration data or an evaluator, got neither (calibration)")
-            collector = DataEnergyCollector(self.calibration, example_inputs, **shared)
+            collector = DataEnergyCollector(example_inputs, calibration=self.calibration, **shared)
         elif isinstance(signal, str) and signal != "chirp":
             raise unknown_name("signal", signal, ("chirp", "data"))
         else:

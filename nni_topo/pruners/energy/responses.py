@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.layers import TRANSPOSED
+from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
 from nni_topo.network.network import Network
-from nni_topo.network.sizes import padding_of
 
 # Values of one turn of filters: 128 MiB of float64.
 _MOST_VALUES = 2**24
-_CONVOLVE: dict[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
-_TRANSPOSE: dict[int, Callable[..., Tensor]] = {
-    1: functional.conv_transpose1d,
-    2: functional.conv_transpose2d,
-    3: functional.conv_transpose3d,
-}
 
 
 def input_sizes(model: nn.Module, names: Sequence[str], example_inputs: Any) -> dict[str, tuple[int, ...]]:
@@ -75,21 +67,13 @@ def _kernels(module: nn.Module, weight: Tensor) -> Tensor:
     return kernels
 
 
-def _respond(module: Any, kernels: Tensor, planes: Tensor) -> Tensor:
+def _respond(module: nn.Module, kernels: Tensor, planes: Tensor) -> Tensor:
     """Convolve one plane, shape ``(1, 1, ...)``, with kernels ``(n, 1, ...)`` as a layer does."""
-    dimensions = _dimensions(module)
-    if isinstance(module, TRANSPOSED):
-        settings = {"padding": module.padding, "output_padding": module.output_padding}
-        # PyTorch wants (in, out, ...) of a transposed kernel, and there is one input channel.
-        convolve, kernels = _TRANSPOSE[dimensions], kernels.transpose(0, 1)
-    else:
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        # Padded by hand, as the layer itself does for modes other than zeros; pad() counts axes from the last.
-        planes = functional.pad(planes, [side for pair in reversed(padding_of(module)) for side in pair], mode=mode)
-        settings, convolve = {}, _CONVOLVE[dimensions]
-    response: Tensor = convolve(planes, kernels, stride=module.stride, dilation=module.dilation, **settings)
+    # PyTorch wants (in, out, ...) of a transposed kernel, and there is one input channel.
+    weight = kernels.transpose(0, 1) if isinstance(module, TRANSPOSED) else kernels
+    # A layer of PyTorch's own class and with its own forward: NNI puts another in its place while a layer is wrapped.
+    kind: Any = next(kind for kind in (*CONVOLUTIONS, *TRANSPOSED) if isinstance(module, kind))
+    layer = kind.__new__(kind)
+    vars(layer).update(vars(module), weight=weight, bias=None, groups=1)
+    response: Tensor = kind.forward(layer, planes)
     return response
-
-
-def _dimensions(module: Any) -> int:
-    return len(module.kernel_size)

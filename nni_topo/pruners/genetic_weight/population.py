@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
 from torch.fx import Interpreter, Node
 
 from nni_topo.errors import DataError, SpeedupError
@@ -22,7 +23,8 @@ from nni_topo.maths.search.gene_layers import BoolArray, FloatArray
 from nni_topo.network.inputs import call_arguments
 from nni_topo.network.modes import unwrapped_copy
 from nni_topo.network.tracing import trace
-from nni_topo.pruners.genetic_weight.masked import MaskedScores, convolve_many, multiply_many, split_genes
+from nni_topo.pruners.genetic_weight.masked import split_genes
+from nni_topo.recovery.replay import without_side_effects
 
 _logger = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ class PopulationAccuracy:
         n_jobs: int = 1,
     ) -> None:
         self._model = unwrapped_copy(model).eval()
+        self._names = list(layers)
         self._layers: list[Any] = [self._model.get_submodule(name) for name in layers]
         device = next(self._model.parameters()).device
         self._batches = [_pair(batch, device) for batch in batches]
@@ -51,7 +54,7 @@ class PopulationAccuracy:
         self._max_bytes = max_bytes
         self._n_jobs = n_jobs
         self._tails: list[_Tail] = []
-        self._cut(list(layers))
+        self._cut()
 
     @property
     def is_batched(self) -> bool:
@@ -61,7 +64,7 @@ class PopulationAccuracy:
     def __call__(self, population: Iterable[BoolArray]) -> FloatArray:
         """Return the accuracies, shape ``(individuals,)``, in [0, 1]."""
         if not self.is_batched:
-            return MaskedScores([_weight(layer) for layer in self._layers], self._accuracy)(population)
+            return np.array([self._hits_alone(genes) for genes in population]) / self.samples
         from joblib import Parallel, delayed
 
         # A population may be made as it is drawn: no chunk is drawn before a thread is free, which bounds memory.
@@ -70,29 +73,27 @@ class PopulationAccuracy:
         return np.concatenate(hits) / self.samples
 
     @torch.no_grad()
-    def _accuracy(self) -> float:
-        hits = 0
-        whole = [layer.bias for layer in self._layers]
-        for layer in self._layers:
-            # Like NNI's masks: a neuron or filter that lost all of its weights loses its bias too.
-            layer.bias = _own_bias(layer)
-        try:
-            for inputs, labels in self._batches:
-                hits += int((_logits(self._model(inputs), labels).argmax(1) == labels).sum())
-        finally:
-            for layer, bias in zip(self._layers, whole, strict=True):
-                layer.bias = bias
-        return hits / self.samples
+    def _hits_alone(self, genes: BoolArray) -> int:
+        """Count the hits of one individual, by the whole network."""
+        parameters: dict[str, Tensor] = {}
+        masks = split_genes(genes, [layer.weight for layer in self._layers])
+        for name, layer, mask in zip(self._names, self._layers, masks, strict=True):
+            masked = _parameters(layer, layer.weight * mask)
+            parameters |= {f"{name}.{key}": value for key, value in masked.items()}
+        outputs = (functional_call(self._model, parameters, (inputs,)) for inputs, _ in self._batches)
+        found = zip(outputs, self._batches, strict=True)
+        hits = [int((_logits(each, labels).argmax(1) == labels).sum()) for each, (_, labels) in found]
+        return sum(hits)
 
     @torch.no_grad()
-    def _cut(self, names: list[str]) -> None:
+    def _cut(self) -> None:
         """Cut the graph at the masked layers, unless that doesn't give what the model computes."""
         inputs, labels = self._batches[0]
         expected = _logits(self._model(inputs), labels)
         try:
-            graph, _ = trace(self._model, call_arguments(inputs[:2]))
-            tails = [_Tail(graph, names, *batch) for batch in self._batches]
-            found = tails[0].logits([_weight(layer)[None] for layer in self._layers])[0]
+            graph = without_side_effects(trace(self._model, call_arguments(inputs[:2]))[0])
+            tails = [_Tail(graph, self._names, *batch) for batch in self._batches]
+            found = tails[0].logits([layer.weight[None] for layer in self._layers])[0]
             # A graph holds the branches that the traced batch took; and joint products are rounded differently.
             if torch.allclose(found, expected, rtol=1e-3, atol=1e-4):
                 self._tails = tails
@@ -100,17 +101,17 @@ class PopulationAccuracy:
         except (SpeedupError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
             _logger.debug("the graph of %s can't be cut", type(self._model).__name__, exc_info=True)
         if not self._tails:
-            _logger.warning("the graph can't be cut at %s: masks are run one by one", ", ".join(names))
+            _logger.warning("the graph can't be cut at %s: masks are run one by one", ", ".join(self._names))
 
     def _chunk_size(self) -> int:
-        weights = sum(_weight(layer).numel() for layer in self._layers)
+        weights = sum(int(layer.weight.numel()) for layer in self._layers)
         # float32, roughly: three of the largest activation at a time, and the masks beside the masked weights.
         each = 4 * (3 * max(tail.elements for tail in self._tails) + 2 * weights)
         return max(1, min(_LARGEST_CHUNK, self._max_bytes // each))
 
     @torch.no_grad()
     def _hits(self, chunk: list[BoolArray]) -> NDArray[np.int64]:
-        whole = [_weight(layer) for layer in self._layers]
+        whole = [layer.weight for layer in self._layers]
         parts = zip(*(split_genes(genes, whole) for genes in chunk), strict=True)
         weights = [torch.stack(masks) * weight for weight, masks in zip(whole, parts, strict=True)]
         total = torch.zeros(len(chunk), dtype=torch.int64, device=weights[0].device)
@@ -144,20 +145,35 @@ class _Tail:
         # Of what no mask changes only the border is needed again, not all activations before it.
         used = {other for node in self._nodes for other in node.all_input_nodes}
         self._known = {node: value for node, value in known.items() if node in used}
-        self.elements = 0
+        self.elements = 0  # of an individual's largest activation, once it has run
 
     def logits(self, weights: Sequence[Tensor]) -> Tensor:
         """Return the outputs ``(individuals, samples, classes)`` for weights ``(individuals, ...)``."""
-        count, masked = len(weights[0]), dict(zip(self._names, weights, strict=True))
-        values: dict[Node, Any] = {}
+        outputs: Tensor = vmap(self._outputs)(*weights)
+        return outputs
+
+    def _outputs(self, *weights: Tensor) -> Tensor:
+        """Run one individual; what vmap makes of it runs all of them, and what they share once."""
+        values, masked = dict(self._known), dict(zip(self._names, weights, strict=True))
         for node in self._nodes:
             if self._is_masked(node):
-                values[node] = self._masked(node, values, masked[str(node.target)])
+                values[node] = self._masked(node, values[node.all_input_nodes[0]], masked[str(node.target)])
             else:
-                values[node] = self._compute(node, _Spread(values, self._known, count, len(self.labels)))
-        outputs: Tensor = _logits(values[self._nodes[-1]], None).unflatten(0, (count, -1))
-        shapes = (value.numel() for value in values.values() if isinstance(value, Tensor))
-        self.elements = max(self.elements, max(shapes) // count)
+                values[node] = self._compute(node, values)
+        sizes = (values[node].numel() for node in self._nodes if isinstance(values[node], Tensor))
+        self.elements = max(self.elements, *sizes)
+        return _logits(values[self._nodes[-1]], None)
+
+    def _masked(self, node: Node, entering: Tensor, weight: Tensor) -> Tensor:
+        """Return what a layer puts out with a masked weight."""
+        layer: Any = self._run.fetch_attr(str(node.target))
+        parameters = _parameters(layer, weight)
+        if isinstance(layer, nn.Linear) and node.all_input_nodes[0] in self._known:
+            # The weight on the left: those of all individuals become the rows of one product, where linear() would have
+            # a small one for each, of the same inputs.
+            product: Tensor = (weight @ entering.flatten(0, -2).mT).mT.contiguous().unflatten(0, entering.shape[:-1])
+            return product + parameters.get("bias", 0.0)
+        outputs: Tensor = functional_call(layer, parameters, (entering,))
         return outputs
 
     def _is_masked(self, node: Node) -> bool:
@@ -167,55 +183,11 @@ class _Tail:
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda other: values[other])
         return getattr(self._run, node.op)(node.target, args, kwargs)
 
-    def _masked(self, node: Node, values: dict[Node, Any], weights: Tensor) -> Tensor:
-        layer: Any = self._run.fetch_attr(str(node.target))
-        source = node.all_input_nodes[0]
-        folded = source in values
-        inputs = values[source] if folded else self._known[source]
-        outputs = (multiply_many if isinstance(layer, nn.Linear) else convolve_many)(layer, inputs, weights, folded)
-        if layer.bias is not None:
-            bias = layer.bias * weights.flatten(2).any(2)
-            ones = (1,) * (outputs.dim() - 3)
-            # Linear layers put out (individuals, samples, ..., out), convolutions (individuals, samples, out, ...).
-            places = (*ones, -1) if isinstance(layer, nn.Linear) else (-1, *ones)
-            outputs = outputs + bias.view(len(weights), 1, *places)
-        joint: Tensor = outputs.flatten(0, 1)
-        return joint
 
-
-class _Spread(Mapping[Node, Any]):
-    """Values of nodes; those that all individuals share are repeated where they have a batch dimension."""
-
-    def __init__(self, values: Mapping[Node, Any], known: Mapping[Node, Any], count: int, samples: int) -> None:
-        self._values, self._known, self._count, self._samples = values, known, count, samples
-
-    def __getitem__(self, node: Node) -> Any:
-        if node in self._values:
-            return self._values[node]
-        value = self._known[node]
-        # A parameter or buffer has no batch dimension, even if it happens to have as many rows.
-        is_batch = isinstance(value, Tensor) and node.op != "get_attr" and value.dim() > 0
-        if not is_batch or len(value) != self._samples:
-            return value
-        return value.expand(self._count, *value.shape).flatten(0, 1)
-
-    def __iter__(self) -> Iterator[Node]:
-        return iter((*self._values, *self._known))
-
-    def __len__(self) -> int:
-        return len(self._values) + len(self._known)
-
-
-def _own_bias(layer: Any) -> nn.Parameter | None:
-    """Return a layer's bias without that of outputs that have no weight."""
-    if layer.bias is None:
-        return None
-    return nn.Parameter(layer.bias * layer.weight.flatten(1).any(1), requires_grad=False)
-
-
-def _weight(layer: Any) -> Tensor:
-    weight: Tensor = layer.weight
-    return weight.detach()
+def _parameters(layer: Any, weight: Tensor) -> dict[str, Tensor]:
+    """Return a layer's parameters with a masked weight; an output that lost all loses its bias, as by NNI's masks."""
+    bias = {} if layer.bias is None else {"bias": layer.bias * weight.flatten(1).any(1)}
+    return {"weight": weight, **bias}
 
 
 def _pair(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:

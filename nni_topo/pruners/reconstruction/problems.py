@@ -25,6 +25,7 @@ from torch import nn
 
 from nni_topo.errors import DataError
 from nni_topo.maths.least_squares.greedy import greedy_least_squares
+from nni_topo.network.capture import watched
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.inputs import batch_size, calls, structure_call
 from nni_topo.network.layers import CONVOLUTIONS
@@ -32,7 +33,7 @@ from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.network import Network
 from nni_topo.pruners.clouds.functional import Reader, check_read, readers_of, unread_error
 from nni_topo.pruners.hooks import PruningContext
-from nni_topo.pruners.reconstruction.covariances import EnteringCovariances, column_count
+from nni_topo.pruners.reconstruction.readings import Reading, column_count
 from nni_topo.pruners.units import PruningUnit
 
 FloatArray = NDArray[np.float64]
@@ -147,24 +148,20 @@ class ReconstructionProblems:
         names = {id(module): name for name, module in original.named_modules()}
         sums = {
             name: [
-                EnteringCovariances(reader, network.get_submodule(names[id(reader.module)]), sum(sizes), self.seed)
+                Reading(reader, network.get_submodule(names[id(reader.module)]), sum(sizes), self.seed)
                 for reader in found
             ]
             for name, found in readers.items()
         }
         flat = [one for found in sums.values() for one in found]
-        handles = [handle for one in flat for handle in one.watch(same=original is network)]
-        try:
-            with evaluation_mode(original, network), torch.no_grad():
-                for args, kwargs in calls(original, self.calibration):
-                    original(*args, **kwargs)
-                    if network is not original:
-                        network(*args, **kwargs)
-                    for one in flat:
-                        one.add()
-        finally:
-            for handle in handles:
-                handle.remove()
+        hooks = watched([(one.twin, one.reached) for one in flat], [(one.module, one.met) for one in flat])
+        with hooks, evaluation_mode(original, network), torch.no_grad():
+            for args, kwargs in calls(original, self.calibration):
+                original(*args, **kwargs)
+                if network is not original:
+                    network(*args, **kwargs)
+                for one in flat:
+                    one.add()
         return {name: _problem(found, name) for name, found in sums.items()}
 
     def _together(self, units: list[PruningUnit], readers: dict[str, list[Reader]]) -> Iterator[list[PruningUnit]]:
@@ -195,15 +192,14 @@ def linear_readers(unit: PruningUnit, flow: ChannelFlow, context: PruningContext
     return found
 
 
-def _problem(found: list[EnteringCovariances], name: str) -> ReconstructionProblem:
+def _problem(found: list[Reading], name: str) -> ReconstructionProblem:
     grams, crosses = [], []
-    for sums in found:
-        own, across, target = sums.covariances()
-        if not bool(torch.isfinite(own).all() and torch.isfinite(across).all()):
+    for one in found:
+        if not one.equations.is_finite():
             raise DataError(f"activations must be finite, got NaN or infinity ({name})")
-        weights = sums.weights().to(own.device)
-        variance = float((weights * (target @ weights)).sum())
-        cross = across @ weights / np.sqrt(variance) if variance > 0 else torch.zeros_like(weights)
+        own, across, variances = (values[0] for values in one.equations.covariances())
+        variance = float(variances.sum())
+        cross = across / np.sqrt(variance) if variance > 0 else torch.zeros_like(across)
         grams.append((own + _RIDGE * torch.diag(own.diagonal())).cpu().numpy())
         crosses.append(cross.cpu().numpy())
-    return ReconstructionProblem(tuple(grams), tuple(crosses), tuple(sums.columns for sums in found))
+    return ReconstructionProblem(tuple(grams), tuple(crosses), tuple(one.columns for one in found))

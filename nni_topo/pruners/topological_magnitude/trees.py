@@ -31,15 +31,13 @@ class MagnitudeCollector(DataCollector):
 
     def collect(self, context: PruningContext) -> Data:
         """Return float64 columns ``(weights, 1)`` on the CPU."""
-        data: Data = {}
-        for unit in context.units:
-            for module, target in unit.members:
-                space = context.target_spaces[module][target]
-                size = space.target.detach().to("cpu", torch.float64).abs().clamp(min=_LEAST)
-                if space.mask is not None:
-                    size = size * space.mask.to("cpu", torch.float64)
-                data.setdefault(module, {})[target] = size.reshape(-1, 1)
-        return data
+
+        def points(_: PruningUnit, module: str, target: str) -> Tensor:
+            space = context.target_spaces[module][target]
+            size: Tensor = space.target.detach().to("cpu", torch.float64).abs().clamp(min=_LEAST)
+            return (size if space.mask is None else size * space.mask.to("cpu", torch.float64)).reshape(-1, 1)
+
+        return context.collected(points)
 
 
 @dataclass(kw_only=True, eq=False)

@@ -1,0 +1,279 @@
+"""Ask for half of the channels of every layer of every network in ``zoo.txt``, and see what comes out.
+
+For each: `dependency_groups` for all convolutions and linear layers at 0.5, random masks, `to_dense` without its own
+check, then the comparison with a reference that shares no code with it: the original network in double precision, in
+which hooks zero the outputs of the channels that are gone. Which these are is read off the dense network's weights
+alone, whose values are found among the original's.
+
+One process a network, with a limit on its memory and its time; a line per finished network, so that a stopped run goes
+on where it was. Prints the table as Markdown.
+
+    python benchmarks/zoo.py --out runs/zoo.jsonl
+    python benchmarks/zoo.py --out runs/zoo.jsonl --only torchvision/resnet18 --timeout 600
+    python benchmarks/zoo.py --out runs/zoo.jsonl --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import resource
+import time
+from collections import Counter
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+import zoo_nets
+from torch import Tensor, nn
+
+import nni_topo
+from nni_topo import zoo
+
+LIST = Path(__file__).with_name("zoo.txt")
+CONVOLUTIONS = [f"{kind}{d}d" for kind in ("Conv", "ConvTranspose") for d in (1, 2, 3)]
+ASKED = [{"op_types": [*CONVOLUTIONS, "Linear"], "sparse_ratio": 0.5}]
+PRUNED = (nn.modules.conv._ConvNd, nn.Linear)
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+def build(name: str, options: dict[str, str]) -> tuple[nn.Module, Any]:
+    """Make a network and an input; ``size`` is that of the images, the others go to the network's class."""
+    family, _, kind = name.partition("/")
+    if family == "own":
+        return zoo_nets.make(kind)
+    torch.manual_seed(0)
+    size = int(options.get("size", 64))
+    knobs: dict[str, Any] = {
+        key: int(value) for key, value in options.items() if key not in ("size", "frames", "image")
+    }
+    if "num_layers" in knobs:
+        model: nn.Module = torchvision.models.VisionTransformer(image_size=size, **knobs)
+    else:
+        module = {"detection": torchvision.models.detection, "video": torchvision.models.video}.get(family)
+        module = torchvision.models.segmentation if family == "segmentation" else module or torchvision.models
+        knobs |= {"weights_backbone": None} if family in ("detection", "segmentation") else {}
+        knobs |= {"init_weights": False} if kind in ("googlenet", "inception_v3") else {}
+        knobs |= {"image_size": size} if kind.startswith("vit_") else {}
+        knobs |= {"input_size": (size, size)} if kind.startswith("maxvit") else {}
+        model = getattr(module, kind)(weights=None, **knobs)
+    model = zoo_nets.lively(model.eval())
+    if family == "video":
+        return model, torch.randn(1, 3, int(options.get("frames", 8)), size, size)
+    return model, ([torch.rand(3, size, size)],) if family == "detection" else torch.randn(1, 3, size, size)
+
+
+def width(module: nn.Module) -> int:
+    """Count a layer's output channels."""
+    return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)  # type: ignore[arg-type]
+
+
+def by_output(module: nn.Module) -> np.ndarray:
+    """Return a layer's weights with one row an output channel."""
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        weight = weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return weight.flatten(1).numpy()
+
+
+def rows_left(original: np.ndarray, dense: np.ndarray) -> np.ndarray:
+    """Find the rows of a matrix of which another holds some entries: int, one for each row of the other."""
+    values = original.ravel()
+    order = np.argsort(values, kind="stable")
+    # A value that occurs twice says nothing; of some entries of a row most don't.
+    columns = np.unique(np.linspace(0, dense.shape[1] - 1, 15).astype(int))
+    votes = np.stack([dense[:, column] for column in columns])
+    places = np.minimum(np.searchsorted(values[order], votes), len(values) - 1)
+    rows = order[places] // original.shape[1]
+    return np.array([np.bincount(column).argmax() for column in rows.T])
+
+
+def zeroing(model: nn.Module, dense: nn.Module) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Find the channels that are gone, of layers and of norms: bool, by name, of those that lost any."""
+    layers, norms = {}, {}
+    for name, module in model.named_modules():
+        other = dense.get_submodule(name)
+        if isinstance(module, PRUNED) and width(other) < width(module):
+            gone = np.ones(width(module), dtype=bool)
+            gone[rows_left(by_output(module), by_output(other))] = False
+            layers[name] = gone
+        elif isinstance(module, NORMS) and isinstance(module.weight, Tensor) and len(other.weight) < len(module.weight):
+            kept, whole = ({*zip(each.weight.tolist(), each.bias.tolist(), strict=True)} for each in (other, module))
+            assert len(whole) == len(module.weight), "channels must be told apart by their parameters"
+            pairs = zip(module.weight.tolist(), module.bias.tolist(), strict=True)
+            norms[name] = np.array([pair not in kept for pair in pairs])
+    return layers, norms
+
+
+def zeroed_outputs(model: nn.Module, gone: dict[str, np.ndarray], inputs: Any) -> Any:
+    """Run a network in which hooks zero channels."""
+    handles = []
+    for name, channels in gone.items():
+        module = model.get_submodule(name)
+        last = isinstance(module, (nn.Linear, nn.LayerNorm))
+
+        def hook(_: Any, __: Any, output: Tensor, channels: np.ndarray = channels, last: bool = last) -> Tensor:
+            kept = torch.from_numpy(~channels).to(output)
+            return output * (kept if last else kept.view(-1, *[1] * (output.dim() - 2)))
+
+        handles.append(module.register_forward_hook(hook))
+    with torch.no_grad():
+        outputs = run(model, inputs)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+def run(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def difference(expected: Any, actual: Any) -> float:
+    """Measure the largest difference of two outputs, relative to the largest value of the first."""
+    pairs = [torch.utils._pytree.tree_flatten(each)[0] for each in (expected, actual)]
+    worst = 0.0
+    for one, other in zip(*pairs, strict=True):
+        if isinstance(one, Tensor):
+            if one.shape != other.shape:
+                return float("inf")
+            scale = float(one.abs().max())
+            worst = max(worst, float((one - other).abs().max()) / (scale or 1.0))
+    return worst
+
+
+def measure(name: str, options: dict[str, str]) -> dict[str, Any]:
+    """Prune one network and compare."""
+    model, inputs = build(name, options)
+    record: dict[str, Any] = {"parameters": zoo.count_params(model)}
+    start = time.perf_counter()
+    groups = nni_topo.dependency_groups(model, inputs, ASKED)
+    record["groups_seconds"] = time.perf_counter() - start
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PRUNED)}
+    heads = [name for name, why in groups.skipped.items() if "output" in why]
+    record["layers"] = len(layers)
+    record["asked"] = sum(width(module) for name, module in layers.items() if name not in heads)
+    record["skipped"] = {name: why for name, why in groups.skipped.items() if name not in heads}
+    if not groups:
+        return record | {"gone": 0, "difference": 0.0}
+    pruner = nni_topo.RandomPruner(model, groups, seed=0)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    start = time.perf_counter()
+    dense = nni_topo.to_dense(model, inputs, masks, check=False)
+    record["dense_seconds"] = time.perf_counter() - start
+    gone, norms = zeroing(model, dense)
+    chosen = sum(width(layers[entry["op_names"][0]]) for entry in groups)
+    record |= {
+        "chosen": chosen,
+        "gone": sum(int(channels.sum()) for channels in gone.values()),
+        "kept": {row.name: row.reason for row in dense.report.kept},
+        "dense_parameters": zoo.count_params(dense),
+    }
+    model, dense = model.double(), dense.double()
+    inputs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+    with torch.no_grad():
+        actual = run(dense, inputs)
+    record["difference"] = difference(zeroed_outputs(model, gone | norms, inputs), actual)
+    if isinstance(inputs, Tensor):
+        record["macs"], record["dense_macs"] = zoo.count_macs(model, inputs), zoo.count_macs(dense, inputs)
+    return record
+
+
+def entries() -> list[tuple[str, dict[str, str]]]:
+    lines = [line.partition("#")[0].split() for line in LIST.read_text(encoding="utf-8").splitlines()]
+    return [(line[0], dict(option.split("=") for option in line[1:])) for line in lines if line]
+
+
+def one(name: str, gigabytes: float, sender: Connection) -> None:
+    """Measure one network in this process and send the record."""
+    resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 2**30),) * 2)
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    start = time.perf_counter()
+    try:
+        record = {"status": "ok", **measure(name, dict(entries())[name])}
+    except MemoryError:
+        record = {"status": "out of memory"}
+    except Exception as error:  # the row says so
+        short = " ".join(str(error).split())[:300]
+        record = {"status": "out of memory" if "allocate memory" in short else f"{type(error).__name__}: {short}"}
+    record["seconds"] = time.perf_counter() - start
+    record["peak_gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    sender.send(record)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="lines of finished networks")
+    parser.add_argument("--only", nargs="*", help="names of zoo.txt, default all")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds a network, default 120")
+    parser.add_argument("--memory", type=float, default=10.0, help="gibibytes a process, default 10")
+    parser.add_argument("--table", action="store_true", help="print the table of what is finished")
+    options = parser.parse_args(arguments)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    done = _records(options.out)
+    for name, _ in entries():
+        if options.table or name in done or (options.only and name not in options.only):
+            continue
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_measured(name, options)) + "\n")
+    _print(_records(options.out))
+
+
+def _measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    # Forked: PyTorch and NNI take longer to import than a small network to prune.
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=one, args=(name, options.memory, sender))
+    process.start()
+    sender.close()
+    try:
+        record = receiver.recv() if receiver.poll(options.timeout) else {"status": f"more than {options.timeout:g} s"}
+    except EOFError:
+        record = {"status": "ended without a word, out of memory most likely"}
+    process.kill()
+    process.join()
+    return {"model": name, **record}
+
+
+def _records(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.exists():
+        return {}
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {line["model"]: line for line in lines}
+
+
+def _print(records: dict[str, dict[str, Any]]) -> None:
+    print(
+        "| network | channels gone | equal to | layers left whole | parameters left | MACs left | groups s | dense s |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name, record in records.items():
+        if record["status"] != "ok":
+            print(f"| {name} | {record['status']} | | | | | | |")
+            continue
+        parameters = record.get("dense_parameters", record["parameters"]) / record["parameters"]
+        macs = f"{record['dense_macs'] / record['macs']:.2f}" if record.get("macs") else ""
+        print(
+            f"| {name} | {record['gone'] / max(record['asked'], 1):.2f} | {record['difference']:.0e} | "
+            f"{len(record['skipped'])} of {record['layers']} | {parameters:.2f} | {macs} | "
+            f"{record['groups_seconds']:.1f} | {record.get('dense_seconds', 0):.1f} |"
+        )
+    print("\nLayers left whole, by reason:\n")
+    for name, record in records.items():
+        reasons = Counter(why.split(" (")[0] for why in record.get("skipped", {}).values())
+        if reasons:
+            told = "; ".join(f"{count} {why}" for why, count in reasons.most_common())
+            print(f"* {name}: {told}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""What goes through a model's layers, call by call: the one place where forward hooks are set and taken off again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nni_topo.network.inputs import calls
+from nni_topo.network.modes import evaluation_mode
+
+Entering = Callable[[Tensor], Any]
+"""Sees the tensor that enters a layer; what it returns, unless None, enters instead."""
+Leaving = Callable[[Tensor, Any], Any]
+"""Sees what entered a layer and what leaves it; what it returns, unless None, leaves instead."""
+
+
+@contextmanager
+def watched(
+    entering: Iterable[tuple[nn.Module, Entering]] = (), leaving: Iterable[tuple[nn.Module, Leaving]] = ()
+) -> Iterator[None]:
+    """Show functions every call of layers within the block; a layer may be named more than once."""
+    with ExitStack() as handles:
+        for module, look in entering:
+            handles.enter_context(module.register_forward_pre_hook(_before(look), with_kwargs=True))
+        for module, seen in leaving:
+            handles.enter_context(module.register_forward_hook(_behind(seen), with_kwargs=True))
+        yield
+
+
+@contextmanager
+def called(model: nn.Module, look: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
+    """Show a function the arguments of every call of a model within the block, before it runs."""
+    with model.register_forward_pre_hook(lambda _, args, kwargs: look(args, kwargs), with_kwargs=True):
+        yield
+
+
+def run(model: nn.Module, calibration: Iterable[Any]) -> None:
+    """Run a model over calibration batches, in evaluation mode and without gradients."""
+    with evaluation_mode(model), torch.no_grad():
+        for args, kwargs in calls(model, calibration):
+            model(*args, **kwargs)
+
+
+def by_channel(module: nn.Module, values: Tensor) -> Tensor:
+    """Return what enters or leaves a layer as ``(channels, samples)``, every entry and position a sample."""
+    return values.detach().movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1)
+
+
+def _before(look: Entering) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = look(_first(args, kwargs))
+        if found is None:
+            return None
+        return ((found, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): found})
+
+    return hook
+
+
+def _behind(look: Leaving) -> Callable[..., Any]:
+    return lambda module, args, kwargs, output: look(_first(args, kwargs), output)
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # A layer may be given its input by name.
+    return next(iter((*args, *kwargs.values())), None)

@@ -1,0 +1,230 @@
+"""A rehearsal: random channels go, and the network with them at zero runs beside the one without them, node by node.
+
+What the rules for single operations say about channels is thereby checked on every operation of the model, whatever it
+is: that it runs on fewer channels at all, and that what it makes of those left doesn't depend on those removed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from nni_topo.errors import SpeedupError
+from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.engine import DenseSpeedup, kept_slices
+from nni_topo.network.inputs import bind_arguments, cast_floats, random_like
+from nni_topo.network.labels import FIXED, place
+from nni_topo.network.layers import NORMALIZING
+from nni_topo.network.modes import random_state_kept, unwrapped_copy
+from nni_topo.network.reference import difference
+from nni_topo.network.resolve import grow
+from nni_topo.network.tracing import arguments
+from nni_topo.network.transformers import fast_paths_off
+
+if TYPE_CHECKING:
+    from nni_topo.network.network import Network
+
+_TOLERANCE = 1e-3  # of the largest value; rounding in single precision is far below, half of the channels far above
+_ROUNDS = 8
+
+
+@fast_paths_off()
+def unfit(network: Network) -> dict[int, str]:
+    """Find channels that a dense model can't do without although none is pinned: by representative, the reason."""
+    (assembled, flow), held = network.traced(), dict[int, str]()
+    drawing = np.random.default_rng(0)
+    with random_state_kept(), torch.no_grad():
+        torch.manual_seed(0)
+        full = assembled(_with_random_weights(network.model))
+        call = cast_floats(random_like(network.call, torch.Generator().manual_seed(0)), torch.float32)
+        args = arguments(full.graph, bind_arguments(network.model, call))
+        clean = set[bool]()
+        for turn in range(_ROUNDS):
+            # Blocks lose a part of each, as pruners choose; and some as a whole, as masks may say.
+            in_parts = bool(flow.blocks) and turn % 2 == 0
+            found = _Rehearsal(flow, _draw(flow, held, drawing, in_parts=in_parts), full).run(args)
+            held.update(found)
+            clean = set() if found else clean | {in_parts}
+            if clean == {bool(flow.blocks), False}:
+                return held
+    # It didn't come to rest: nothing is sure.
+    roots = np.concatenate([flow.layer_roots(name) for name in flow.layers])
+    return dict.fromkeys(roots.tolist(), "channels depend on one another in a way that no rule describes")
+
+
+def _with_random_weights(model: nn.Module) -> nn.Module:
+    """Copy a model with weights under which nothing is zero or cancels by itself."""
+    drawn = unwrapped_copy(model).float().eval()
+    for parameter in drawn.parameters():
+        if parameter.is_floating_point():
+            fan = parameter[0].numel() if parameter.dim() > 1 else 0
+            parameter.normal_(0, fan**-0.5) if fan else parameter.uniform_(0.5, 1.5)
+    return drawn
+
+
+def _draw(flow: ChannelFlow, held: dict[int, str], drawing: np.random.Generator, *, in_parts: bool) -> np.ndarray:
+    """Draw which channels stay, by representative: about half of those that can go, at least one of every layer."""
+    left: np.ndarray = drawing.random(1 + sum(layer.channels for layer in flow.layers.values())) < 0.5
+    for block in (block for blocks in flow.blocks for side in blocks.sides for block in side if in_parts):
+        roots = flow.roots(block)
+        left[roots] = False
+        left[drawing.permutation(roots)[: (len(roots) + 1) // 2]] = True
+    left[[FIXED, *flow.at_output, *held]] = True
+    for name in flow.layers:
+        roots = flow.layer_roots(name)
+        left[roots[0]] |= not left[roots].any()
+    grow(flow, left, drawing.random(len(left)), 1, set())
+    return left
+
+
+class _Rehearsal:
+    """One run of both networks."""
+
+    def __init__(self, flow: ChannelFlow, left: np.ndarray, full: GraphModule) -> None:
+        self.flow, self.left, self.full = flow, left, full
+        # Cutting puts new tensors in place of those it makes smaller, so both networks may share the others.
+        shared = {id(tensor): tensor for tensor in (*full.parameters(), *full.buffers())}
+        self.small: GraphModule = copy.deepcopy(full, shared)
+        self._found: dict[int, str] = {}
+        self._values: dict[Node, tuple[Any, Any]] = {}  # what a node gives in both networks
+
+    def run(self, args: tuple[Any, ...]) -> dict[int, str]:
+        """Return the channels that can't go, by representative, and why."""
+        try:
+            DenseSpeedup(self.small, self.flow, self.left).speedup_model()
+        except SpeedupError as error:
+            return dict.fromkeys(self._removed(), str(error))
+        inputs = iter(args)
+        readers = {parent: node for node in self.full.graph.nodes for parent in node.all_input_nodes}
+        last: dict[Node, list[Node]] = defaultdict(list)
+        for parent, node in readers.items():
+            last[node].append(parent)
+        for node in self.full.graph.nodes:
+            if node.op == "placeholder":
+                value = next(inputs)
+                self._values[node] = tuple(tree_map_only(Tensor, Tensor.clone, value) for _ in range(2))
+            elif node.op != "output":
+                self._step(node)
+            for parent in last[node]:
+                del self._values[parent]
+        return self._found
+
+    def _step(self, node: Node) -> None:
+        entering = {parent: self._nonzero(parent) for parent in self._tensors_before(node)}
+        whole = self._masked(node, self._called(node, self.full, 0), self._first_input(node))
+        expected = self._cut(node, whole)
+        try:
+            actual = self._called(node, self.small, 1)
+            reason = self._compare(expected, actual)
+        except Exception as error:  # an operation fails in as many ways as there are operations
+            actual, reason = None, f"its sizes don't fit fewer channels: {type(error).__name__}"
+        if reason:
+            self._blame(node, entering, reason)
+            actual = expected
+        self._values[node] = whole, actual
+
+    def _called(self, node: Node, module: GraphModule, which: int) -> Any:
+        """Compute what a node gives in one of the networks."""
+        if node.op == "get_attr":
+            value: Any = module
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            return value
+        args, kwargs = map_arg((node.args, node.kwargs), lambda parent: self._values[parent][which])
+        if node.op == "call_module":
+            return module.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _first_input(self, node: Node) -> Any:
+        parents = node.all_input_nodes
+        return self._values[parents[0]][0] if parents else None
+
+    def _masked(self, node: Node, value: Any, entering: Any) -> Any:
+        """Zero what a layer makes of removed channels, and what a norm makes of those that arrive as zeros."""
+        if node.op != "call_module" or not isinstance(value, Tensor):
+            return value
+        gone = ~self._stays(self.flow.numbers[node.name]).expand(value.shape)
+        if str(node.target) in self.flow.layers:
+            return value.masked_fill(gone, 0)
+        if isinstance(self.full.get_submodule(str(node.target)), NORMALIZING):
+            return value.masked_fill(gone & (entering == 0), 0)
+        return value
+
+    def _stays(self, numbers: Tensor) -> Tensor:
+        return torch.from_numpy(np.asarray(self.left[self.flow.roots(numbers.numpy())]))
+
+    def _cut(self, node: Node, value: Any) -> Any:
+        """Take removed channels out of the tensors that a node gives."""
+        leaves, spec = tree_flatten(value)
+        numbers = tree_flatten(self.flow.numbers[node.name])[0]
+        if len(numbers) != len(leaves):
+            return value
+        return tree_unflatten([self._slice(*pair) for pair in zip(leaves, numbers, strict=True)], spec)
+
+    def _slice(self, value: Any, numbers: Any) -> Any:
+        if not isinstance(value, Tensor) or not isinstance(numbers, Tensor):
+            return value
+        for d, kept in enumerate(kept_slices(numbers, tuple(value.shape), self.flow, self.left)):
+            value = value.index_select(d, kept) if len(kept) < value.shape[d] else value
+        return value.clone()
+
+    def _compare(self, expected: Any, actual: Any) -> str:
+        pairs = zip(*(tree_flatten(each)[0] for each in (expected, actual)), strict=True)
+        for wanted, given in pairs:
+            if isinstance(wanted, Tensor):
+                if wanted.shape != given.shape:
+                    return "its sizes don't fit fewer channels"
+                if difference(wanted, given) > _TOLERANCE:
+                    return "what it computes depends on removed channels"
+        return ""
+
+    def _tensors_before(self, node: Node) -> list[Node]:
+        """List the nodes whose tensors a node works on, by way of sizes too."""
+        found, waiting = dict[Node, None](), list(node.all_input_nodes)
+        while waiting:
+            parent = waiting.pop()
+            numbers = self.flow.numbers.get(parent.name)
+            if any(isinstance(leaf, Tensor) for leaf in tree_flatten(numbers)[0]):
+                found[parent] = None
+            else:
+                waiting += parent.all_input_nodes
+        return list(found)
+
+    def _nonzero(self, node: Node) -> np.ndarray:
+        """List the removed channels that a node gives as values that aren't zero."""
+        whole = self._values.get(node, (None,))[0]
+        found = [np.zeros(0, dtype=np.int64)]
+        for value, numbers in zip(tree_flatten(whole)[0], tree_flatten(self.flow.numbers[node.name])[0], strict=False):
+            if isinstance(value, Tensor) and isinstance(numbers, Tensor) and value.dim() == numbers.dim():
+                spread = numbers.expand(value.shape)
+                found.append(np.unique(spread[~self._stays(numbers).expand(value.shape) & (value != 0)]))
+        return np.concatenate(found)
+
+    def _blame(self, node: Node, entering: dict[Node, np.ndarray], reason: str) -> None:
+        """Hold the channels that are to blame: those that arrive as values, else all that arrive."""
+        alive = np.concatenate([*entering.values(), np.zeros(0, dtype=np.int64)])
+        numbers = [
+            leaf.numpy().ravel() for parent in entering for leaf in tree_flatten(self.flow.numbers[parent.name])[0]
+            if isinstance(leaf, Tensor)
+        ]  # fmt: skip
+        roots = np.unique(self.flow.roots(alive if len(alive) else np.concatenate([*numbers, alive])))
+        gone = roots[roots > FIXED].tolist() or self._removed()
+        if len(alive) and "depends" in reason:
+            reason = "removed channels arrive as values that aren't zero"
+        for root in gone:
+            self._found.setdefault(root, f"{reason} ({place(node)})")
+
+    def _removed(self) -> list[int]:
+        roots = np.unique(np.concatenate([self.flow.layer_roots(name) for name in self.flow.layers]))
+        gone: list[int] = roots[~self.left[roots]].tolist()
+        return gone

@@ -1,0 +1,81 @@
+"""Sums over samples that a cloud is made of, batch by batch, and the points that have given inner products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from scipy.linalg import lapack
+from torch import Tensor
+
+from nni_topo.errors import DataError
+
+_TURN = 2**24
+# Share of the largest variance below which a pivot is rounding; distances, its root, err by less than 1e-6.
+_ROUNDING = 1e-13
+
+
+class Moments:
+    """Running sums over samples: how many there were, the sum of each place of each row, the rows' inner products."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self._total: Any = 0.0
+        self._products: Any = 0.0
+
+    def add(self, rows: Tensor, scale: Tensor | None = None) -> None:
+        """Add a batch of rows, ``(n, samples)`` or ``(n, places, samples)``, times a scale ``(n, places)``."""
+        rows = rows[:, None] if rows.dim() == 2 else rows
+        self.samples += rows.shape[2]
+        # 128 MiB of float64 a turn, whatever the batch.
+        for few in rows.split(max(1, _TURN // max(1, rows.shape[0] * rows.shape[1])), dim=2):
+            part = few.double() if scale is None else few.double() * scale[..., None]
+            flat = part.flatten(1)
+            self._total = self._total + part.sum(2)
+            self._products = self._products + flat @ flat.T
+
+    def mean(self) -> Tensor:
+        """Return the mean of each place of each row, ``(n, places)`` on the CPU."""
+        mean: Tensor = (self._total / self.samples).cpu()
+        return mean
+
+    def gram(self, name: str, *, center: bool, what: str = "activation") -> Tensor:
+        """Return inner products per sample, ``(n, n)`` on the CPU; DataError if none was added or one is not finite."""
+        check_reached(self.samples, name, what)
+        gram: Tensor = (self._products / self.samples).cpu()
+        if center:
+            # Covariances are the mean product less the product of means.
+            gram = gram - self.mean() @ self.mean().T
+        check_finite(gram, name, what)
+        return gram
+
+
+def check_reached(samples: int, name: str, what: str = "activation") -> None:
+    """Raise DataError for a layer that no sample came to."""
+    if not samples:
+        raise DataError(f"calibration must reach every pruned layer, got no {what} ({name})")
+
+
+def check_finite(values: Tensor, name: str, what: str = "activation") -> None:
+    """Raise DataError if a value is NaN or infinite."""
+    if not bool(torch.isfinite(values).all()):
+        raise DataError(f"{what}s must be finite, got NaN or infinity ({name})")
+
+
+def points_of_gram(gram: Tensor) -> Tensor:
+    """Return ``n`` points in ``n`` dimensions that have given inner products ``(n, n)``, float64."""
+    values, vectors = torch.linalg.eigh(gram)
+    points: Tensor = vectors * values.clamp(min=0.0).sqrt()
+    return points
+
+
+def embedding(covariance: Tensor) -> Tensor:
+    """Return points ``(n, rank)`` with these inner products ``(n, n)``, float64, to 1e-6 of the largest norm."""
+    largest = float(covariance.diagonal().max())
+    # Pivoted Cholesky: n^3 / 3, far less than eigenvectors, and it stops where only rounding is left. LAPACK counts
+    # pivots from 1 and leaves numbers of its own above the diagonal and behind the rank.
+    factor, pivots, rank, _ = lapack.dpstrf(covariance.numpy(), tol=_ROUNDING * largest, lower=1)
+    points = torch.zeros(len(covariance), max(int(rank), 1), dtype=torch.float64)
+    if rank:
+        points[torch.from_numpy(pivots - 1).long()] = torch.from_numpy(factor).tril()[:, :rank]
+    return points

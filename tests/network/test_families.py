@@ -1,0 +1,165 @@
+"""A small network of every family, asked for half of every layer: nothing raises, and dense equals masked."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from nni.compression.pruning import L1NormPruner
+from nni.compression.speedup import ModelSpeedup
+from speedup_nets import Concatenated, Grouped, Residual, chain, filter_mask, l1_masks
+from torch import nn
+
+import nni_topo
+from nni_topo.errors import ConfigError, SpeedupError
+from nni_topo.network.network import Network
+
+sys.path.insert(0, str(_BENCHMARKS := Path(__file__).parents[2] / "benchmarks"))
+import zoo as bench
+import zoo_nets
+
+sys.path.remove(str(_BENCHMARKS))
+
+# Of the channels of all layers but the output's, the share that goes, and the layers that stay whole.
+OWN = {
+    "unet": (0.5, set()),
+    "conv1d": (0.5, set()),
+    "conv3d": (0.5, set()),
+    "group_norm_3d": (0.0, {"stem.0", "middle.0", "middle.3"}),
+    "group_norm_one_each": (0.5, set()),
+    "instance_norm": (0.5, set()),
+    "squeeze_excite": (0.5, set()),
+    "lstm": (8 / 28, {"embed"}),
+    "gru": (8 / 28, {"embed"}),
+    "shared": (0.5, set()),
+    "sliced": (None, {"two.0", "four.0"}),
+    "multihead_attention": (0.2, {"embed", "outer"}),
+    "own_attention": (None, {"qkv"}),
+    "channel_shuffle": (None, {"stem.0"}),
+    "layer_scale": (0.2, {"stem", "depthwise", "outer"}),
+    "constants": (None, {"one", "two", "three"}),
+    "words": (0.5, set()),
+    "reparametrized": (10 / 36, {"old"}),
+    "fixed_view": (None, {"two.0"}),
+    "pixel_shuffle": (None, set()),
+    "untraceable": (0.0, {"one", "two"}),
+}
+
+
+def test_every_own_network_of_the_zoo_is_here():
+    assert OWN.keys() == zoo_nets.NETS.keys()
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_network_of_every_family(name):
+    record = bench.measure(f"own/{name}", {})
+    share, whole = OWN[name]
+    assert record["difference"] < 1e-9
+    assert record["skipped"].keys() == whole
+    assert all(record["skipped"].values())
+    if share is None:
+        assert record["gone"] > 0
+    else:
+        assert record["gone"] == round(share * record["asked"])
+
+
+VIT = {"num_layers": "2", "patch_size": "16", "num_heads": "2", "hidden_dim": "16", "mlp_dim": "32"}
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "share"),
+    [
+        ("shufflenet_v2_x0_5", {}, 0.1),
+        ("mobilenet_v3_small", {}, 0.49),
+        ("vit", VIT, 0.2),
+        pytest.param("squeezenet1_1", {}, 0.49, marks=pytest.mark.slow),
+        pytest.param("efficientnet_b0", {}, 0.49, marks=pytest.mark.slow),
+        pytest.param("regnet_y_400mf", {}, 0.4, marks=pytest.mark.slow),
+    ],
+)
+def test_torchvision_networks(name, knobs, share):
+    record = bench.measure(f"torchvision/{name}", {"size": "32", **knobs})
+    assert record["difference"] < 1e-6
+    assert record["gone"] >= share * record["asked"]
+
+
+def test_strict_makes_a_layer_left_whole_an_error():
+    model, inputs = zoo_nets.make("lstm")
+    with pytest.raises(ConfigError, match=r"can lose channels, got embed: LSTM \(body\) stays whole"):
+        nni_topo.dependency_groups(model, inputs, bench.ASKED, strict=True)
+    model, inputs = zoo_nets.make("untraceable")
+    with pytest.raises(SpeedupError, match="must be traceable"):
+        nni_topo.dependency_groups(model, inputs, bench.ASKED, strict=True)
+    model, inputs = zoo_nets.make("unet")
+    assert nni_topo.dependency_groups(model, inputs, bench.ASKED, strict=True).skipped.keys() == {"head"}
+
+
+def test_what_is_named_is_never_left_out(caplog):
+    model, inputs = zoo_nets.make("lstm")
+    config = [{"op_names": ["embed", "head"], "op_types": ["Linear"], "sparse_ratio": 0.5}]
+    groups = nni_topo.dependency_groups(model, inputs, config)
+    assert [entry["op_names"] for entry in groups] == [["embed"], ["head"]]
+    assert groups.skipped == {}
+    assert "should be excluded, got head" in caplog.text
+
+
+def test_one_warning_names_all_that_is_left_whole(caplog):
+    model, inputs = zoo_nets.make("constants")
+    nni_topo.dependency_groups(model, inputs, bench.ASKED)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "one: removed channels arrive as values that aren't zero (two)" in message
+    assert "two: what it computes depends on removed channels (softmax)" in message
+    assert "three: removed channels arrive as values that aren't zero (four)" in message
+
+
+def test_a_network_of_which_all_layers_give_the_output_keeps_them():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+    groups = nni_topo.dependency_groups(model, torch.rand(1, 3, 4, 4), config)
+    assert [entry["op_names"] for entry in groups] == [["0"]]
+
+
+def test_the_rehearsal_changes_nothing_of_the_model():
+    model, inputs = zoo_nets.make("unet")
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    assert Network.on(model, inputs).unfit == {}
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("make", [chain, Residual, Concatenated, Grouped])
+def test_numbers_infer_what_nnis_own_speedup_does_by_running(make):
+    model, images = make().eval(), torch.rand(2, 3, 8, 8)
+    masks = l1_masks(model, nni_topo.dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]))
+    dense = nni_topo.to_dense(model, images, masks)
+    # NNI keeps the shift of a batch norm behind a removed channel, so the widths are compared and not the outputs.
+    theirs = ModelSpeedup(make().eval(), images, masks).speedup_model()
+    for name, module in theirs.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.Linear)):
+            other = dense.get_submodule(name)
+            assert other.weight.shape == module.weight.shape
+
+
+def test_masks_that_split_a_group_norms_groups_unevenly_keep_more():
+    model, inputs = zoo_nets.make("group_norm_3d")
+    mask = filter_mask(model.middle[0], [0, 2, 3])
+    dense = nni_topo.to_dense(model, inputs, {"middle.0": mask}, check=False)
+    assert dense.middle[1].num_groups * 2 == dense.middle[1].num_channels
+
+
+def test_l1_pruner_of_nni_goes_through_the_groups_too():
+    torch.manual_seed(0)
+    model = torchvision.models.mobilenet_v2(weights=None, width_mult=0.35).eval()
+    images = torch.rand(1, 3, 32, 32)
+    groups = nni_topo.dependency_groups(model, images, bench.ASKED)
+    pruner = L1NormPruner(model, groups)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    dense = nni_topo.to_dense(model, images, masks)
+    assert dense.report.kept == ()
