@@ -179,6 +179,8 @@ def _rows() -> dict[str, dict[float, list[dict[str, Any]]]]:
 
 def _cells_of(found: list[dict[str, Any]]) -> str:
     """Return accuracy in percent, recovered share in percent, points lost and CPU seconds: means and 95 % intervals."""
+    if not found:
+        return " | | | "
     shares = [(each["accuracy"] - each["pruned"]) / (each["whole"] - each["pruned"]) for each in found]
     lost = [each["whole"] - each["accuracy"] for each in found]
     seconds = interval([each["seconds"] for each in found]).mean
@@ -201,18 +203,15 @@ def _print_comparisons(records: list[dict[str, Any]]) -> None:
     for (model, mask, target, count), nets in sorted(groups.items(), key=str):
         nets = [rows for rows in nets if DISTILLED[1] in rows]
         ours = DISTILLED[1]
-        cells = [
-            interval([rows[ours]["accuracy"] - rows[other]["accuracy"] for rows in nets if other in rows]).show(
-                100, sign=True
-            )
-            for other in VERSUS
-        ]
+        differences = [[rows[ours]["accuracy"] - rows[o]["accuracy"] for rows in nets if o in rows] for o in VERSUS]
+        cells = [interval(each).show(100, sign=True) if each else "" for each in differences]
         gone = [
             1.0 - (rows[ours]["whole"] - rows[ours]["accuracy"]) / (rows[ours]["whole"] - rows["channel"]["accuracy"])
             for rows in nets
             if "channel" in rows
         ]
-        print(f"| {model}, {mask}, {100 * target:g} %, {count} | {' | '.join(cells)} | {interval(gone).show(100)} |")
+        cells.append(interval(gone).show(100) if gone else "")
+        print(f"| {model}, {mask}, {100 * target:g} %, {count} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ def norms_behind(model: nn.Module, flow: ChannelFlow) -> dict[str, str]:
         if not isinstance(module, NORMS) or not len(entering):
             continue
         layer = first.get(int(entering[0]))
-        if layer is not None and np.array_equal(entering, np.arange(len(entering)) + entering[0]):
+        # Behind a concatenation the numbers of several layers follow each other.
+        own = np.arange(0 if layer is None else flow.layers[layer].channels)
+        if layer is not None and np.array_equal(entering, own + entering[0]):
             found[layer] = name
     return found
 

@@ -36,6 +36,7 @@ from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, 
 from nni_topo.maths.ties import first_largest_along
 from nni_topo.network.following import norms_behind
 from nni_topo.network.layers import TRANSPOSED, WEIGHTED
+from nni_topo.network.norms import through_norms
 from nni_topo.recovery.mixing import PairTask
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Equation, Plan, Solvable, pruned_roots
@@ -130,7 +131,6 @@ def merged_channels(networks: Networks) -> dict[int, tuple[int, float]]:
         if not isinstance(networks.original.get_submodule(name), WEIGHTED):
             continue
         norm = networks.original.get_submodule(norms[name]) if name in norms else None
-        norm = norm if getattr(norm, "running_var", None) is not None else None
         for root, each in zip(networks.flow.layer_roots(name).tolist(), _filters(networks, name, norm), strict=True):
             made[root].append(each)
     # Channels are comparable where the same layers make them: in a residual stream all of these count.
@@ -156,20 +156,17 @@ class _Filter:
     is_normed: bool
 
 
-def _filters(networks: Networks, name: str, norm: Any) -> list[_Filter]:
+def _filters(networks: Networks, name: str, norm: nn.Module | None) -> list[_Filter]:
     """Return a layer's filters; `norm` is the batch norm behind, or None."""
     module: Any = networks.original.get_submodule(name)
-    weight = module.weight.detach().double().cpu()
+    weight = module.weight.detach().double()
     if isinstance(module, TRANSPOSED):
         weight = weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
     weight = weight.flatten(1)
-    bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach().double().cpu()
-    if norm is not None:
-        scale = (norm.running_var.double().cpu() + norm.eps).rsqrt()
-        scale = scale if norm.weight is None else scale * norm.weight.detach().double().cpu()
-        shift = 0.0 if norm.bias is None else norm.bias.detach().double().cpu()
-        weight, bias = weight * scale[:, None], (bias - norm.running_mean.double().cpu()) * scale + shift
-    return [_Filter(name, *row, is_normed=norm is not None) for row in zip(weight, bias, strict=True)]
+    bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias
+    scale, bias = through_norms([] if norm is None else [norm], bias)
+    rows = (weight * scale[:, None]).cpu(), bias.cpu()
+    return [_Filter(name, *row, is_normed=norm is not None) for row in zip(*rows, strict=True)]
 
 
 def _nearest(gone: list[list[_Filter]], kept: list[list[_Filter]]) -> list[tuple[int, float]]:

@@ -62,7 +62,7 @@ def test_trained_net_without_three_quarters_of_its_channels(digits, seed):
 @pytest.mark.parametrize(
     ("net", "pruner", "method"),
     [
-        *((net, L1NormPruner, method) for net in (LeNet, Concatenated, Grouped) for method in METHODS),
+        *((net, L1NormPruner, m) for net in (LeNet, Concatenated, Grouped) for m in METHODS if m != "recalibrate"),
         (chain, L2NormPruner, "reconstruct"),
         (Residual, FPGMPruner, "reconstruct"),
         (Residual, FPGMPruner, "channel"),

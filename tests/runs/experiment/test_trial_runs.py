@@ -86,9 +86,9 @@ def test_the_score_is_accuracy_less_what_size_and_time_cost(settings, nets, tmp_
 
 
 def test_a_trial_may_distil_behind_compensation(settings, nets, tmp_path):
-    small = dataclasses.replace(settings, ratio=0.85, retrain_epochs=0, compensate=128)
+    small = dataclasses.replace(settings, limit=1000, ratio=0.85, retrain_epochs=0, compensate=128)
     plain = run_trial(small, tmp_path / "plain", cache=nets)
-    distilled = run_trial(dataclasses.replace(small, distill=256), tmp_path / "distilled", cache=nets)
+    distilled = run_trial(dataclasses.replace(small, distill=1000), tmp_path / "distilled", cache=nets)
     assert distilled["accuracy"] > plain["accuracy"]
     assert distilled["flops_share"] == plain["flops_share"]
 
