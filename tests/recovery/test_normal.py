@@ -35,6 +35,16 @@ def test_solution_is_that_of_numpy():
     np.testing.assert_allclose(solution.shift[0], expected[-1], rtol=1e-8)
 
 
+def test_covariances_are_those_of_numpy():
+    inputs, targets, _, _ = problem(noise=0.5, groups=2)
+    own, across, variances = equations(inputs, targets).covariances()
+    for group in range(2):
+        expected = np.cov(inputs[group].T, targets[group].T, bias=True)
+        np.testing.assert_allclose(own[group], expected[:5, :5], rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(across[group], expected[:5, 5:], rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(variances[group], expected.diagonal()[5:], rtol=1e-10)
+
+
 def test_solution_without_intercept_goes_through_the_origin():
     inputs, targets, _, _ = problem(noise=0.5)
     solution = equations(inputs, targets).solve(0.0, intercept=False)

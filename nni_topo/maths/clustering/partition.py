@@ -9,6 +9,7 @@ References
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_left
 from typing import Literal, get_args
 
 import numpy as np
@@ -168,15 +169,12 @@ def _density_labels(points: FloatArray, count: int, min_samples: int) -> IntArra
     reaches = np.append(reaches[1] / 2.0, reaches[1:]) if len(reaches) > 1 else np.ones(1)
     least = min(min_samples, len(points))
 
-    def labels(index: int) -> IntArray:
-        model = DBSCAN(eps=float(reaches[index]), min_samples=least, metric="precomputed")
+    def labels(reach: float) -> IntArray:
+        model = DBSCAN(eps=float(reach), min_samples=least, metric="precomputed")
         return np.asarray(model.fit(distances).labels_, dtype=np.intp)
 
     # The number of clusters and points of noise never rises with the reach, and at the largest it is 1.
-    low, high = 0, len(reaches) - 1
-    while low < high:
-        middle = (low + high) // 2
-        found = labels(middle)
-        clusters = len(np.unique(found[found >= 0])) + int((found < 0).sum())
-        low, high = (low, middle) if clusters <= count else (middle + 1, high)
-    return labels(low)
+    few = bisect_left(
+        reaches, True, hi=len(reaches) - 1, key=lambda reach: bool(renumbered(labels(reach)).max() < count)
+    )
+    return labels(reaches[few])

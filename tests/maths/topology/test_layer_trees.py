@@ -93,6 +93,23 @@ def test_dense_trees_equal_scipy(shape):
     np.testing.assert_array_equal(maximum_spanning_tree(weight), expected)
 
 
+@pytest.mark.parametrize("pruned", [0.0, 0.999])
+def test_a_forest_of_many_weights_is_that_of_all_of_them_sorted(pruned, monkeypatch):
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(40, 60))
+    # The elements of a small sample are the least, and most of the others may be equal.
+    weight.ravel()[:: weight.size // 50] *= 1e-3
+    weight[rng.random(weight.shape) < pruned] = 0.0
+    whole = maximum_spanning_tree(weight)
+    monkeypatch.setattr(layer_trees, "_SAMPLE", 50)
+    monkeypatch.setattr(layer_trees, "_PER_NODE", 1)
+    monkeypatch.setattr(layer_trees, "_BATCH_EDGES", 7)
+    np.testing.assert_array_equal(maximum_spanning_tree(weight), whole)
+    forest = spanning_forest(weight, linear_graph(*weight.shape))
+    assert len(forest.elements) == sum(weight.shape) - 1
+    assert (np.diff(forest.lengths) <= 0).all()
+
+
 @given(st.integers(0, 10_000), st.floats(1e-3, 1e3))
 @settings(max_examples=50, deadline=None)
 def test_the_tree_follows_permutations_and_ignores_scale_and_sign(seed, scale):
