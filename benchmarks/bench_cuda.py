@@ -50,7 +50,7 @@ CHOSEN: dict[str, tuple[str, dict[str, Any]]] = {
     "cluster": ("cluster", {"calibration": True}),
     "topological, greedy": ("topological", {"solver": "greedy"}),
     "reconstruction": ("reconstruction", {"calibration": True}),
-    "genetic_weight": ("genetic_weight", {"validation": True, "population_size": 20, "generations": 3}),
+    "genetic_weight": ("genetic_weight", {"validation": True, "search": {"population_size": 20, "generations": 3}}),
 }
 SINGLE_WEIGHTS = "lenet300"  # for the pruner whose genes are the single weights
 
@@ -147,8 +147,8 @@ def chosen(bench: Bench, name: str, knobs: dict[str, Any], model: str) -> Row:
     batches = list(images(bench.images).split(64))
     data = {"calibration": batches, "validation": [(batch, torch.arange(len(batch)) % 10) for batch in batches]}
     given = {knob: data.get(knob, value) for knob, value in knobs.items()}
-    if bench.quick and "generations" in given:
-        given |= {"population_size": 4, "generations": 1}
+    if bench.quick and "search" in given:
+        given["search"] = {"population_size": 4, "generations": 1}
     seconds, masks = {}, {}
     for place in places(bench):
         pruner = create(name, net(model).to(place), images(2), given)

@@ -190,7 +190,7 @@ def correlation(label: str, options: argparse.Namespace) -> dict[str, Any]:
         scores[f"L{order} norm"] = {name: weight.norm(p=order, dim=1).tolist() for name, weight in weights.items()}
     rows: dict[str, Any] = {}
     for target, knobs in {"as it is": {}, "batch norm in": {"batch_norm": True}}.items():
-        measured = _energies(model, layers, example, collector="data", calibration=images, **knobs)
+        measured = _energies(model, layers, example, signal="data", calibration=images, **knobs)
         rows[target] = {
             row: {name: float(spearmanr(found[name], measured[name]).statistic) for name in layers}
             for row, found in scores.items()
@@ -209,17 +209,14 @@ def study(label: str, options: argparse.Namespace) -> dict[str, Any]:
 SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     **{f"cost {name}": lambda _, name=name: cost(name) for name in IMAGENET},
     **{f"correlation {label}": lambda options, label=label: correlation(label, options) for label in NETS},
-    **{
-        f"directions {label}": lambda options, label=label: directions(label, options)
-        for label in ("vgg16", "resnet20")
-    },
+    **{f"directions {label}": lambda options, label=label: directions(label, options) for label in NETS},
     **{f"compression {label}": lambda options, label=label: compression(label, options) for label in NETS},
     **{
         f"rivals {label} {t:g}": lambda options, label=label, t=t: rivals(label, t, options)
-        for label in ("vgg16", "resnet20")
+        for label in NETS
         for t in SHARED_THRESHOLDS
     },
-    **{f"study {label}": lambda options, label=label: study(label, options) for label in NETS},
+    **{f"study {label}": lambda options, label=label: study(label, options) for label in STUDIES},
 }
 
 

@@ -34,7 +34,7 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.analysis.evolution import EvolutionTrial, plot_evolution
 from nni_topo.maths.search.gene_layers import Layer
-from nni_topo.maths.search.weights import WeightEvolutionSettings, WeightGeneticAlgorithm
+from nni_topo.maths.search.weights import WeightGeneticAlgorithm, WeightSearch
 from nni_topo.runs.tables import interval
 
 RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -128,11 +128,13 @@ def search(trial: Trial, model: nn.Module, data: zoo.DataBundle, before: float, 
         copy.deepcopy(model),
         [{"op_names": ["fc2"]}],
         validation=batches,
-        damage_rate=trial.rate,
-        population_size=options.population,
-        generations=options.generations,
-        weakest_rate=trial.termination,
-        random_rate=trial.termination,
+        search=WeightSearch(
+            damage_rate=trial.rate,
+            population_size=options.population,
+            generations=options.generations,
+            weakest_rate=trial.termination,
+            random_rate=trial.termination,
+        ),
         state=cell.with_suffix(".npz"),
         on_generation=note,
         seed=trial.seed,
@@ -150,7 +152,7 @@ def search(trial: Trial, model: nn.Module, data: zoo.DataBundle, before: float, 
         "compression": best.compression,
         "compression_mean": final.compression.mean(),
         "validation": best.accuracy,
-        "validation_before": pruner.search.start_accuracy,
+        "validation_before": pruner.evolution.start_accuracy,
         "test": zoo.evaluate(wrapped, data.test),
         "test_before": before,
         "level_validation": zoo.evaluate(level, data.validation),
@@ -189,7 +191,7 @@ def bookkeeping(genes: int, options: argparse.Namespace) -> dict[str, float]:
     if path.exists():
         return dict(json.loads(path.read_text(encoding="utf-8")))
     magnitudes = np.abs(np.random.default_rng(0).laplace(size=genes)).astype(np.float32)
-    settings = WeightEvolutionSettings(population_size=options.population)
+    settings = WeightSearch(population_size=options.population)
 
     def made(traced: bool) -> list[float]:
         algorithm = WeightGeneticAlgorithm(

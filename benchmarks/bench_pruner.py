@@ -24,7 +24,7 @@ ROWS = {
     "l1": ("l1", {}),
     "topological": ("topological", {}),
     "topological, greedy": ("topological", {"solver": "greedy"}),
-    "topological, perera2022": ("perera2022", {"generations": 2, "population_size": 10}),
+    "topological, perera2022": ("perera2022", {"search": {"generations": 2, "population_size": 10}}),
 }
 CONFIG = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
 

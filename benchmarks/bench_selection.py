@@ -101,21 +101,21 @@ def _rows() -> Iterator[PrunerChoice]:
     for label, knobs in THESIS.items():
         yield PrunerChoice("perera2022", label, knobs)
     for cloud in CLOUDS:
-        yield _topological(f"{cloud}, hausdorff, greedy", collector=cloud, criterion="hausdorff", solver="greedy")
+        yield _topological(f"{cloud}, hausdorff, greedy", cloud=cloud, criterion="hausdorff", solver="greedy")
     for cloud, criterion in SEARCHES:
-        yield _topological(f"{cloud}, {criterion}, genetic", collector=cloud, criterion=criterion, solver="genetic")
+        yield _topological(f"{cloud}, {criterion}, genetic", cloud=cloud, criterion=criterion, solver="genetic")
     yield PrunerChoice("reconstruction", "reconstruction, greedy", calibration=CALIBRATION)
     yield _topological(
         "functional, hausdorff, greedy, own widths",
-        collector="functional",
+        cloud="functional",
         criterion="hausdorff",
         solver="greedy",
-        allocation="topological",
+        budget={"allocation": "topological"},
     )
 
 
 def _topological(label: str, **knobs: Any) -> PrunerChoice:
-    needs_images = knobs.get("collector") not in ("weight", "folded", "coupled")
+    needs_images = knobs.get("cloud") not in ("weight", "folded", "coupled")
     return PrunerChoice("topological", label, knobs, CALIBRATION if needs_images else 0)
 
 
@@ -161,7 +161,7 @@ def _measure(cell: Cell, setting: Setting, out: Path) -> Record:
 def _with_labels(cell: Cell, data: zoo.DataBundle) -> Cell:
     """Give the gradient cloud, which needs labels, labelled batches."""
     knobs = dict(cell.pruner.knobs)
-    if knobs.get("collector") != "gradient":
+    if knobs.get("cloud") != "gradient":
         return cell
     images, labels = (tensor[:CALIBRATION].split(128) for tensor in data.train.tensors)
     knobs["calibration"] = list(zip(images, labels, strict=True))

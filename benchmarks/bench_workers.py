@@ -36,14 +36,14 @@ def population_search(individuals: int, workers: int) -> Callable[[], object]:
     genes = sum(net.get_submodule(name).weight.numel() for name in LAYERS)
     masks = np.random.default_rng(0).random((individuals, genes)) < 0.5
     batches = list(zip(*(part.split(512) for part in data.train.tensors), strict=True))
-    scores = PopulationAccuracy(net, LAYERS, batches, workers=workers, max_bytes=2**27)
+    scores = PopulationAccuracy(net, LAYERS, batches, n_jobs=workers, max_bytes=2**27)
     return lambda: scores(masks)
 
 
 def layer_search(individuals: int, workers: int) -> Callable[[], object]:
     """Return the choice of half of every filter of VGG-16 by TopologicalPruner."""
     net = zoo.create_model("vgg16", num_classes=10, in_channels=3, image_size=32, seed=0)
-    knobs = {"n_jobs": workers, "population_size": individuals, "generations": 20}
+    knobs = {"n_jobs": workers, "solver": {"population_size": individuals, "generations": 20}}
     return lambda: nni_topo.TopologicalPruner(copy.deepcopy(net), CONFIG, **knobs).compress()
 
 

@@ -12,10 +12,13 @@ from nni_topo import errors, network, pruners  # noqa: E402
 from nni_topo._version import __version__  # noqa: E402
 from nni_topo.maths import clustering, signals, topology  # noqa: E402
 from nni_topo.maths.clustering.subclustering import Growth  # noqa: E402
+from nni_topo.maths.search.weights import WeightSearch  # noqa: E402
 from nni_topo.maths.signals import Chirp  # noqa: E402
 from nni_topo.network import dependency_groups, load, masked_model, save, to_dense, zeros_held  # noqa: E402
 from nni_topo.pruners import testing  # noqa: E402
 from nni_topo.pruners.base import StructuredPruner  # noqa: E402
+from nni_topo.pruners.budget import Budget  # noqa: E402
+from nni_topo.pruners.clouds import PointCloud  # noqa: E402
 from nni_topo.pruners.cluster import ClusterPruner  # noqa: E402
 from nni_topo.pruners.energy import EnergyFilterPruner  # noqa: E402
 from nni_topo.pruners.genetic_weight import GeneticWeightPruner  # noqa: E402
@@ -32,7 +35,7 @@ from nni_topo.pruners.registry import (  # noqa: E402
 )
 from nni_topo.pruners.strict import disable_strict, enable_strict  # noqa: E402
 from nni_topo.pruners.subcluster import SubclusterPruner  # noqa: E402
-from nni_topo.pruners.topological import TopologicalPruner  # noqa: E402
+from nni_topo.pruners.topological import GeneticSearch, TopologicalPruner  # noqa: E402
 from nni_topo.pruners.topological_magnitude import TopologicalMagnitudePruner  # noqa: E402
 from nni_topo.recovery import compensate, recalibrate_batch_norm  # noqa: E402
 
@@ -58,12 +61,15 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "Budget",
     "Chirp",
     "ClusterPruner",
     "EnergyFilterPruner",
+    "GeneticSearch",
     "GeneticWeightPruner",
     "Growth",
     "MatrixPruner",
+    "PointCloud",
     "PrunerInfo",
     "RandomPruner",
     "ReconstructionPruner",
@@ -71,6 +77,7 @@ __all__ = [
     "SubclusterPruner",
     "TopologicalMagnitudePruner",
     "TopologicalPruner",
+    "WeightSearch",
     "__version__",
     "analysis",
     "clustering",

@@ -44,6 +44,7 @@ LABELS = torch.arange(12) % 4
 BATCHES = list(IMAGES.split(6))
 LABELLED = [(IMAGES[:6], LABELS[:6]), (IMAGES[6:], LABELS[6:])]
 GENERATIONS = {"population_size": 6, "generations": 2}
+SEARCH = {"solver": GENERATIONS}
 
 Case = Callable[[torch.device], Any]
 CPU = torch.device("cpu")
@@ -96,11 +97,10 @@ def prune(name: str, device: torch.device, config: Any = HALF, steps: Any = (), 
 
 
 KNOBS: dict[str, dict[str, Any]] = {
-    "genetic_weight": {"validation": LABELLED, **GENERATIONS},
+    "genetic_weight": {"validation": LABELLED, "search": GENERATIONS},
     "slim": {"evaluator": "toy", "training_steps": 3, "config": [{"op_types": ["BatchNorm2d"], "sparse_ratio": 0.5}]},
     "taylor": {"evaluator": "toy", "training_steps": 3},
-    "perera2022": GENERATIONS,
-    "topological": GENERATIONS,
+    "perera2022": {"search": GENERATIONS},
 }
 """What a pruner needs here beyond the toy network's knobs."""
 
@@ -111,45 +111,50 @@ def test_every_pruner(device, name):
 
 
 CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
-    "folded": ("topological", {"collector": "folded", "example_inputs": IMAGES[:2]}),
-    "coupled": ("topological", {"collector": "coupled", "example_inputs": IMAGES[:2]}),
-    "activation": ("topological", {"collector": "activation", "calibration": BATCHES}),
-    "activation, evaluator": ("topological", {"collector": "activation", "evaluator": "toy"}),
-    "functional": ("topological", {"collector": "functional", "calibration": BATCHES}),
-    "gradient": ("topological", {"collector": "gradient", "calibration": LABELLED}),
-    "gradient, evaluator": ("topological", {"collector": "gradient", "evaluator": "toy"}),
+    "folded": ("topological", {"cloud": "folded", "example_inputs": IMAGES[:2]}),
+    "coupled": ("topological", {"cloud": "coupled", "example_inputs": IMAGES[:2]}),
+    "activation": ("topological", {"cloud": "activation", "calibration": BATCHES}),
+    "activation, evaluator": ("topological", {"cloud": "activation", "evaluator": "toy"}),
+    "functional": ("topological", {"cloud": "functional", "calibration": BATCHES}),
+    "gradient": ("topological", {"cloud": "gradient", "calibration": LABELLED}),
+    "gradient, evaluator": ("topological", {"cloud": "gradient", "evaluator": "toy"}),
     "reconstruction": ("reconstruction", {"calibration": BATCHES}),
     "sequential": ("reconstruction", {"calibration": BATCHES, "sequential": True}),
     "cover": ("topological", {"criterion": "cover"}),
-    "bottleneck": ("topological", {"config": LINEAR, "criterion": "bottleneck", "homology_dimensions": (0, 1)}),
-    "wasserstein": ("topological", {"criterion": "wasserstein"}),
-    "gudhi": ("topological", {"criterion": "bottleneck", "engine": "gudhi"}),
-    "standardize": ("topological", {"preprocess": "standardize"}),
-    "unit": ("topological", {"preprocess": "unit"}),
-    "narrow": ("topological", {"collector": nni_topo.hooks.WeightCollector(max_features=4, preprocess="unit")}),
-    "large": ("topological", {"collector": nni_topo.hooks.WeightCollector(max_bytes=64)}),
-    "flops": ("topological", {"config": FREE, "target": {"flops": 0.5}, "allocation": "topological"}),
+    "bottleneck": (
+        "topological",
+        {"config": LINEAR, "criterion": "bottleneck", "homology_dimensions": (0, 1), **SEARCH},
+    ),
+    "wasserstein": ("topological", {"criterion": "wasserstein", **SEARCH}),
+    "gudhi": ("topological", {"criterion": "bottleneck", "solver": {**GENERATIONS, "engine": "gudhi"}}),
+    "searched": ("topological", SEARCH),
+    "standardize": ("topological", {"cloud": {"preprocess": "standardize"}}),
+    "unit": ("topological", {"cloud": {"preprocess": "unit"}}),
+    "narrow": ("topological", {"cloud": nni_topo.hooks.WeightCollector(max_features=4, preprocess="unit")}),
+    "large": ("topological", {"cloud": nni_topo.hooks.WeightCollector(max_bytes=64)}),
+    "flops": ("topological", {"config": FREE, "budget": {"flops": 0.5, "allocation": "topological"}}),
     "round_to": ("topological", {"round_to": 3}),
     "global": ("topological", {"config": [{**HALF[0], "global_group_id": 1}]}),
     "group": (
         "topological",
         {"config": [{"op_names": ["stem", "inner"], "sparse_ratio": 0.5, "dependency_group_id": 1}]},
     ),
-    "compensated": ("topological", {"compensate": "reconstruct", "calibration": BATCHES}),
-    "compensated pairs": ("cluster", {"compensate": "pair"}),
     "spectral": ("cluster", {"algorithm": "spectral"}),
     "ward": ("cluster", {"algorithm": "ward", "pool": "mean"}),
     "survivor weight": ("cluster", {"survivor": "weight"}),
     "survivor bias": ("cluster", {"survivor": "bias"}),
     "survivor center": ("cluster", {"survivor": "center"}),
     "subcluster mean": ("subcluster", {"growth": {"statistic": "mean"}, "pool": 2}),
-    "energy of data": ("energy", {"collector": "data", "calibration": BATCHES}),
+    "energy of data": ("energy", {"signal": "data", "calibration": BATCHES}),
     "energy behind norms": ("energy", {"batch_norm": True}),
     "matrix": ("matrix", {"norm": 1}),
     "trees of images": ("topological_magnitude", {"conv_graph": "toeplitz", "on_subcritical": "clip"}),
     "rounds": ("topological_magnitude", {"evaluator": "toy", "rounds": 2, "rewind": "initial", "steps": (2, None)}),
-    "genes, evaluate": ("genetic_weight", {"evaluate": lambda model: float(model.head.weight.sum()), **GENERATIONS}),
-    "genes, evaluator": ("genetic_weight", {"evaluator": "toy", **GENERATIONS}),
+    "genes, evaluate": (
+        "genetic_weight",
+        {"evaluate": lambda model: float(model.head.weight.sum()), "search": GENERATIONS},
+    ),
+    "genes, evaluator": ("genetic_weight", {"evaluator": "toy", "search": GENERATIONS}),
     "level, global": ("level", {"config": [{"op_types": ["Linear"], "sparse_ratio": 0.5, "global_group_id": 1}]}),
     "l1, global": ("l1", {"config": [{**HALF[0], "global_group_id": 1}]}),
 }
@@ -159,15 +164,14 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("choice", CHOICES)
 def test_clouds_and_criteria(device, choice):
     name, knobs = CHOICES[choice]
-    common = GENERATIONS if name == "topological" else {}
-    agree(lambda place: prune(name, place, **{**common, **knobs})[1], device)
+    agree(lambda place: prune(name, place, **knobs)[1], device)
 
 
 @pytest.mark.parametrize("scheduler", [LinearPruner, AGPPruner])
 def test_schedules(device, scheduler):
     def run(place: torch.device) -> Any:
         model = toy_model().to(place)
-        pruner = create_pruner("topological", model, HALF, toy_evaluator(model), **GENERATIONS)
+        pruner = create_pruner("topological", model, HALF, toy_evaluator(model), **SEARCH)
         scheduled = scheduler(pruner, interval_steps=1, total_times=2)
         _, masks = scheduled.compress(max_steps=3, max_epochs=None)
         scheduled.unwrap_model()
@@ -301,7 +305,7 @@ TIMES = ("seconds", "latency", "peak_memory", "_ms", "time", "date", "key")
 @pytest.mark.parametrize(
     "choice",
     [
-        PrunerChoice("topological", knobs=GENERATIONS, calibration=32),
+        PrunerChoice("topological", knobs=SEARCH, calibration=32),
         pytest.param(PrunerChoice("taylor", knobs={"training_steps": 2}), marks=pytest.mark.slow),
         pytest.param(PrunerChoice("scratch"), marks=pytest.mark.slow),
         pytest.param(PrunerChoice("torch-pruning"), marks=pytest.mark.slow),
@@ -426,7 +430,7 @@ def found_accumulated(place: torch.device) -> Any:
 
 
 def found_topology(place: torch.device) -> Any:
-    found = analysis.study_topology(toy_model().to(place), HALF, **GENERATIONS)
+    found = analysis.study_topology(toy_model().to(place), HALF, **SEARCH)
     # Masks are on the CPU, as the pruner's data are, until they are put into a model.
     return [(layer.kept, layer.deaths, layer.bottleneck, layer.hausdorff) for layer in found.layers], found.masks
 

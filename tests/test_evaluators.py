@@ -87,7 +87,7 @@ def test_torch_evaluator_drives_nnis_pruners() -> None:
 def test_evaluator_feeds_the_activation_cloud() -> None:
     model, evaluator = torch_setup()
     config = [{"op_names": ["stem"], **SPARSE}]
-    pruner = nni_topo.TopologicalPruner(model, config, evaluator, collector="activation")
+    pruner = nni_topo.TopologicalPruner(model, config, evaluator, cloud="activation")
     _, masks = pruner.compress()
     pruner.unwrap_model()
     assert kept(masks, "stem") == 4

@@ -54,7 +54,7 @@ class EvolutionTrial:
     @classmethod
     def of(cls, pruner: GeneticWeightPruner) -> EvolutionTrial:
         """Take a pruner's latest search."""
-        search = pruner.search
+        search = pruner.evolution
         knobs = search.settings
         kept = search.genes(search.best())
         return cls(pruner.history, pruner.start_weights, kept, search.start_accuracy, knobs.alpha, knobs.beta)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from nni_topo.analysis import TopologyStudy, study_topology
 from nni_topo.network.dependency import dependency_groups
+from nni_topo.pruners.budget import Budget
 from nni_topo.runs.plan import DataChoice, ModelChoice, Target
 from nni_topo.runs.run import trained
 from nni_topo.runs.widths import inner_layers
@@ -30,10 +31,11 @@ def topology_study(
     start = trained(model, data, checkpoint=checkpoint, seed=seed, device=device)
     net, example = start.net, start.example
     # death times deal out a share of the MACs
-    knobs: dict[str, Any] = {"seed": seed, "allocation": "topological"} if target.kind == "flops" else {"seed": seed}
+    knobs: dict[str, Any] = {"seed": seed}
     entry: dict[str, Any] = {"op_names": inner_layers(net, example)}
     if target.kind == "flops":
-        knobs |= {"target": {"flops": target.value}, "example_inputs": example}
+        budget = Budget(flops=target.value, allocation="topological")
+        knobs |= {"budget": budget, "example_inputs": example}
     else:
         entry["sparse_ratio"] = target.value
     if calibration:

@@ -24,10 +24,11 @@ Kept = Mapping[str, NDArray[np.bool_]]
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-accumulates of one sample and number of parameters."""
+    """What one sample takes: multiply-accumulates, number of parameters, bytes."""
 
     macs: int
     params: int
+    memory: int  # of the parameters, and of the layer whose input and output are largest together
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class _LayerCost:
     groups: int
     kernel: int
     positions: int
+    entering_positions: int
+    leaving_positions: int
     bias: bool
 
     def products(self, gone: IntArray) -> int:
@@ -49,6 +52,11 @@ class _LayerCost:
     def weights(self, gone: IntArray) -> int:
         """Number of parameters that are left."""
         return self.products(gone) + self.bias * _left(self.leaving, gone)
+
+    def activations(self, gone: IntArray) -> int:
+        """Number of values that enter and leave one call."""
+        entering = _left(self.entering, gone) * self.entering_positions
+        return entering + _left(self.leaving, gone) * self.leaving_positions
 
 
 class NetworkCost:
@@ -64,7 +72,7 @@ class NetworkCost:
         self._flow, sizes = network.flow, network.sizes
         modules = dict(model.named_modules())
         self._layers = {
-            name: _layer_cost(self._flow, name, modules[name], _positions(modules[name], sizes[name]))
+            name: _layer_cost(self._flow, name, modules[name], sizes[name])
             for name in self._flow.layers
             if not isinstance(modules[name], torch.nn.Embedding)
         }
@@ -76,6 +84,7 @@ class NetworkCost:
         nothing = np.zeros(0, dtype=np.int64)
         counted = sum(cost.weights(nothing) for cost in self._layers.values())
         counted += 2 * sum(len(roots) for roots in self._norms.values())
+        self._bytes = max((parameter.element_size() for parameter in model.parameters()), default=4)
         self._rest = sum(parameter.numel() for parameter in model.parameters()) - counted
 
     def __call__(self, kept: Kept) -> Cost:
@@ -83,7 +92,9 @@ class NetworkCost:
         gone = self._gone(kept)
         macs = sum(cost.products(gone) * cost.positions for cost in self._layers.values())
         params = self._rest + sum(cost.weights(gone) for cost in self._layers.values())
-        return Cost(macs, params + 2 * sum(_left(roots, gone) for roots in self._norms.values()))
+        params += 2 * sum(_left(roots, gone) for roots in self._norms.values())
+        values = params + max((cost.activations(gone) for cost in self._layers.values()), default=0)
+        return Cost(macs, params, self._bytes * values)
 
     def widths(self, kept: Kept) -> dict[str, tuple[int, int]]:
         """Count the (input, output) channels left of each layer, of a linear layer the features."""
@@ -104,23 +115,23 @@ class NetworkCost:
         return np.setdiff1d(np.concatenate(loses), np.concatenate(stays))
 
 
-def _layer_cost(flow: ChannelFlow, name: str, module: Any, positions: int) -> _LayerCost:
+def _layer_cost(flow: ChannelFlow, name: str, module: Any, calls: list[tuple[Size, Size]]) -> _LayerCost:
     return _LayerCost(
         entering=flow.entering_roots(name),
         leaving=flow.layer_roots(name),
         groups=getattr(module, "groups", 1),
         kernel=int(np.prod(module.weight.shape[2:])),
-        positions=positions,
+        # A transposed convolution computes at its input positions, all others at those of their output.
+        positions=sum(_positions(module, call[not isinstance(module, TRANSPOSED)]) for call in calls),
+        entering_positions=max(_positions(module, entering) for entering, _ in calls),
+        leaving_positions=max(_positions(module, leaving) for _, leaving in calls),
         bias=module.bias is not None,
     )
 
 
-def _positions(module: Any, calls: list[tuple[Size, Size]]) -> int:
-    """Count the positions at which one sample is computed, over all calls."""
-    # A transposed convolution computes at its input positions, all others at those of their output.
-    sites = [entering if isinstance(module, TRANSPOSED) else leaving for entering, leaving in calls]
-    dim = -1 if isinstance(module, torch.nn.Linear) else 1
-    return sum(math.prod(size[1:]) // size[dim] for size in sites)
+def _positions(module: Any, size: Size) -> int:
+    """Count the positions of one sample in a layer's input or output."""
+    return math.prod(size[1:]) // size[-1 if isinstance(module, torch.nn.Linear) else 1]
 
 
 def _left(roots: IntArray, gone: IntArray) -> int:

@@ -8,9 +8,10 @@ so the pruner also works inside NNI's scheduled pruners; the calculator asks the
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Iterable
-from typing import Any, Literal, cast
+from dataclasses import is_dataclass
+from typing import Any, Literal
 
 from nni.compression.base.compressor import Pruner
 from nni.compression.base.target_space import PruningTargetSpace
@@ -19,11 +20,10 @@ from nni.compression.pruning.basic_pruner import _NormPruner
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ConfigError, unknown_name
-from nni_topo.network.inputs import checked_calibration
+from nni_topo.errors import ConfigError
 from nni_topo.network.layers import kept_channels
-from nni_topo.network.modes import unwrapped_copy
 from nni_topo.pruners.allocators import ConfigAllocator
+from nni_topo.pruners.budget import BudgetPlanner
 from nni_topo.pruners.checks import check_request, matched_modules
 from nni_topo.pruners.hooks import (
     Data,
@@ -34,12 +34,9 @@ from nni_topo.pruners.hooks import (
     PruningContext,
     SparsityAllocator,
 )
-from nni_topo.pruners.planner import Planner, checked_round_to
-from nni_topo.pruners.rounds import restore
+from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.transposed import follow_outputs, output_granularity
 from nni_topo.pruners.units import TargetSpaces, in_network_order, is_active
-from nni_topo.recovery.compensation import METHODS, Method, compensation
-from nni_topo.recovery.report import CompensationReport
 from nni_topo.recovery.steps import Pairs
 
 _logger = logging.getLogger(__name__)
@@ -66,17 +63,9 @@ class StructuredPruner(Pruner):
         Makes the masks. None: :class:`~nni_topo.hooks.ConfigAllocator`.
     planner : Planner or None, default=None
         How much stays. None: :class:`~nni_topo.hooks.Planner`, by the config_list.
-    compensate : {None, "reconstruct", "channel", "pair"}, default=None
-        Let ``compress()`` also change the weights that stay, as :func:`nni_topo.compensate` does with this method.
-    calibration : iterable or None, default=None
-        Batches for ``compensate``, several times iterable.
-    round_to : int or None, default=None
-        Every layer keeps a multiple of so many channels; more than asked for stay.
 
     Attributes
     ----------
-    compensation_report : CompensationReport or None
-        What ``compensate`` did in the latest ``compress()``.
     needs_rule : bool
         Whether every entry of the config_list must have a ratio or a threshold: not where a pruner finds the number.
 
@@ -109,28 +98,29 @@ class StructuredPruner(Pruner):
         calculator: MetricCalculator,
         allocator: SparsityAllocator | None = None,
         planner: Planner | None = None,
-        compensate: Method | None = None,
-        calibration: Iterable[Any] | None = None,
-        round_to: int | None = None,
     ) -> None:
+        self.planner = Planner() if planner is None else planner
+        has_budget = isinstance(self.planner, BudgetPlanner)
+        self.needs_rule = self.needs_rule and not has_budget
         config_list = check_request(model, config_list, existed_wrappers, needs_rule=self.needs_rule)
-        self._recovery = None if compensate is None else _recovery(compensate, checked_calibration(calibration))
-        self.compensation_report: CompensationReport | None = None
         self.collector = collector
         self.calculator = calculator
         self._check_layers(model, matched_modules(model, config_list))
         self.allocator = ConfigAllocator() if allocator is None else allocator
-        self.planner = Planner() if planner is None else planner
-        if round_to is not None:
-            if not isinstance(self.allocator, ConfigAllocator):
-                got = type(self.allocator).__name__
-                raise ConfigError(f"round_to needs a ConfigAllocator, got {got} (round_to)")
-            self.planner.round_to = checked_round_to(round_to)
         self.interval_steps = -1
         self.total_times: int | Literal["unlimited"] = 1
         self.first_step_gen = False
         super().__init__(model, config_list, evaluator, existed_wrappers)
         self._target_spaces = in_network_order(model, self._target_spaces)
+        if has_budget:
+            self._activate_targets()
+
+    def __repr__(self) -> str:
+        """Name the pruner and the knobs that differ from their defaults; of data the type alone."""
+        signature = inspect.signature(type(self).__init__).parameters.values()
+        knobs = [knob for knob in signature if knob.kind is knob.KEYWORD_ONLY]
+        given = [(knob.name, getattr(self, knob.name, knob.default)) for knob in knobs if not _is_default(self, knob)]
+        return f"{type(self).__name__}({', '.join(f'{name}={_shown(value)}' for name, value in given)})"
 
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Masks]:
         """Make the masks and put them into the wrapped model.
@@ -148,12 +138,6 @@ class StructuredPruner(Pruner):
             The masks, ``{module name: {target name: tensor of 0 and 1}}``.
         """
         model, masks = super().compress(max_steps, max_epochs)
-        if self._recovery is not None:
-            method, calibration = self._recovery
-            pairs = self.pairs_of(masks) if method == "pair" else None
-            done = compensation(unwrapped_copy(self.bound_model), masks, calibration, method=method, pairs=pairs)
-            restore(self.bound_model, done.model.state_dict())
-            self.compensation_report = done.report
         return model, masks
 
     def update_masks(self, masks: Masks) -> None:
@@ -222,11 +206,6 @@ class StructuredPruner(Pruner):
         return pairs or None
 
     def _fuse_preprocess(self, evaluator: Evaluator) -> None:
-        if self._recovery is not None:
-            raise ConfigError(
-                "compensate goes with pruning in one step, got a schedule: call nni_topo.compensate() at its end "
-                f"({type(self).__name__})"
-            )
         _NormPruner._register_trigger(self, evaluator)
 
     def _fuse_postprocess(self, evaluator: Evaluator) -> None:
@@ -241,9 +220,13 @@ def known_masks(pruner: Pruner, masks: Masks) -> Masks:
     return {name: targets for name, targets in masks.items() if name not in unknown}
 
 
-def _recovery(method: str, calibration: Iterable[Any] | None) -> tuple[Method, Iterable[Any]]:
-    if method not in METHODS:
-        raise unknown_name("compensate", str(method), METHODS)
-    if calibration is None:
-        raise ConfigError(f"compensate={method!r} needs calibration data, got none (calibration)")
-    return cast(Method, method), calibration
+def _is_default(pruner: Pruner, knob: inspect.Parameter) -> bool:
+    value = getattr(pruner, knob.name, knob.default)
+    return value is knob.default or (isinstance(value, _PLAIN) and value == knob.default)
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, _PLAIN) or is_dataclass(value) else f"<{type(value).__name__}>"
+
+
+_PLAIN = (str, bool, int, float, tuple, type(None))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 from torch import nn
 
-from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.errors import ConfigError, DataError, as_settings, check_between, unknown_name
 from nni_topo.maths.ties import first_smallest, leveled
 from nni_topo.network.cost import Kept, NetworkCost
 from nni_topo.network.latency import LatencyTable
@@ -18,58 +20,109 @@ from nni_topo.network.timing import measure_latency
 from nni_topo.pruners.planner import FloatArray, Losses, Planner
 from nni_topo.pruners.units import PruningUnit
 
-Allocation = Literal["topological", "uniform"]
+Allocation = Literal["uniform", "topological"]
+ALLOCATIONS = ("uniform", "topological")
 Position = TypeVar("Position", int, float)
-BUDGETS = ("flops", "params", "latency")
+BUDGETS = ("flops", "params", "latency", "memory")
 _STEPS = 40
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
-class BudgetPlanner(Planner):
-    """Keep as many blocks as ``{"flops"|"params"|"latency": share left}``, in (0, 1] of the whole, allows."""
+@dataclass(frozen=True)
+class Budget:
+    """What is left of a network's cost: a pruner spends it on all layers, instead of ratios in the config_list.
 
-    def __init__(
-        self,
-        target: Mapping[str, float],
-        example_inputs: Any,
-        *,
-        allocation: Allocation = "topological",
-        latency_table: LatencyTable | str | Path | None = None,
-    ) -> None:
-        super().__init__(on_empty="keep")
-        self.kind, self.share = checked_target(target)
-        if allocation not in ("topological", "uniform"):
-            raise unknown_name("allocation", str(allocation), ("topological", "uniform"))
-        if latency_table is not None and self.kind != "latency":
-            raise ConfigError(f"a latency table needs a target of 'latency', got {self.kind!r} (latency_table)")
+    Parameters
+    ----------
+    flops, params, latency, memory : float or None, default=None
+        The share to be left, in (0, 1], of one of them: multiply-accumulates, parameters, seconds, or bytes of the
+        parameters with the input and output of the layer where both are largest, for one sample.
+    allocation : {"uniform", "topological"}, default="uniform"
+        How it is dealt out: the same share of every layer, or one tolerance on death times over the network, which
+        TopologicalPruner and ReconstructionPruner know.
+    latency_table : LatencyTable, str, Path or None, default=None
+        Seconds of the layers over their widths, or a JSON file of them, for ``latency``. None: measured once, on one
+        thread with the batch of the pruner's ``example_inputs``; then ``pruner.planner.latency_table`` holds it.
+
+    Raises
+    ------
+    ConfigError, DataError
+        If not exactly one cost is given, or a value can't be used.
+
+    Notes
+    -----
+    The config_list says where only; its ``min_sparse_ratio`` and ``max_sparse_ratio`` hold, also where the budget is
+    missed for them. Widths are whole numbers: what comes nearest to the budget counts. NNI's schedulers don't schedule
+    a budget.
+
+    Examples
+    --------
+    >>> Budget(flops=0.25).share
+    0.25
+    """
+
+    flops: float | None = None
+    params: float | None = None
+    latency: float | None = None
+    memory: float | None = None
+    allocation: Allocation = "uniform"
+    latency_table: LatencyTable | str | Path | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ConfigError(
+                f"a budget must be a share of one of {', '.join(BUDGETS)}, got {given or 'none'} (budget)"
+            )
+        check_between(given[0], getattr(self, given[0]), 0, 1, "budget", closed=True)
+        if self.allocation not in ALLOCATIONS:
+            raise unknown_name("allocation", str(self.allocation), ALLOCATIONS)
+        if self.latency_table is not None and self.latency is None:
+            raise ConfigError(f"a latency table needs a budget of 'latency', got {given[0]!r} (latency_table)")
+        if isinstance(self.latency_table, (str, Path)):
+            object.__setattr__(self, "latency_table", LatencyTable.load(self.latency_table))
+
+    @property
+    def kind(self) -> str:
+        """What is counted: ``"flops"``, ``"params"``, ``"latency"`` or ``"memory"``."""
+        return next(name for name in BUDGETS if getattr(self, name) is not None)
+
+    @property
+    def share(self) -> float:
+        """The share to be left."""
+        return float(getattr(self, self.kind))
+
+
+class BudgetPlanner(Planner):
+    """Keep as many blocks as a budget allows."""
+
+    def __init__(self, budget: Budget, example_inputs: Any, *, round_to: int | None = None) -> None:
+        super().__init__(round_to=round_to)
+        self.budget = budget
         self.example_inputs = example_inputs
-        self.allocation = allocation
         # Where none is given it is measured at the first use; with a table, an allocation is deterministic.
-        self.latency_table = (
-            LatencyTable.load(latency_table) if isinstance(latency_table, (str, Path)) else latency_table
-        )
+        self.latency_table = cast("LatencyTable | None", budget.latency_table)
         self._cost: NetworkCost | None = None
 
     def counts(self, units: Sequence[PruningUnit], losses: Losses, model: nn.Module) -> dict[str, int]:
         """Return how many rows each unit keeps under the budget."""
         cost = self._share_left(units, self._network_cost(units, model))
-        if self.allocation == "uniform":
-            removed = solve_uniform([unit.rows for unit in units], cost, self.share)
+        if self.budget.allocation == "uniform":
+            removed = solve_uniform([unit.rows for unit in units], cost, self.budget.share)
         else:
             bounds = [unit.removable_rows for unit in units]
-            removed = _solve_tolerance([losses(unit) for unit in units], bounds, cost, self.share)
+            removed = _solve_tolerance([losses(unit) for unit in units], bounds, cost, self.budget.share)
         # The config_list's minimum and maximum hold, also where the budget is missed for it.
         return {unit.name: unit.kept_rows(count) for unit, count in zip(units, removed, strict=True)}
 
     def _network_cost(self, units: Sequence[PruningUnit], model: nn.Module) -> Callable[[Kept], float]:
-        """Return what a network costs, in the target's unit, with some channels gone."""
+        """Return what a network costs, in the budget's unit, with some channels gone."""
         if self._cost is None:
             self._cost = NetworkCost(model, self.example_inputs)
         cost = self._cost
-        if self.kind == "flops":
-            return lambda kept: cost(kept).macs
-        if self.kind == "params":
-            return lambda kept: cost(kept).params
+        if self.budget.kind != "latency":
+            counted = attrgetter({"flops": "macs"}.get(self.budget.kind, self.budget.kind))
+            return lambda kept: float(counted(cost(kept)))
         if self.latency_table is None:
             self.latency_table = measure_latency(model, self.example_inputs)
         table = self.latency_table
@@ -86,7 +139,7 @@ class BudgetPlanner(Planner):
     ) -> Callable[[Sequence[int]], float]:
         whole = cost({})
         if not whole > 0.0:
-            raise DataError(f"the unpruned network must cost something, got {whole} (target {self.kind!r})")
+            raise DataError(f"the unpruned network must cost something, got {whole} (budget {self.budget.kind!r})")
 
         def share(removed: Sequence[int]) -> float:
             # Costs follow from widths, and the scores aren't needed: the first rows stand for whichever will stay.
@@ -100,41 +153,31 @@ class BudgetPlanner(Planner):
         return share
 
 
-def make_planner(
+def planned(
+    budget: Budget | Mapping[str, Any] | None,
     config_list: list[dict[str, Any]],
-    target: Mapping[str, float] | None,
-    allocation: Allocation,
-    latency_table: LatencyTable | str | Path | None,
     example_inputs: Any,
     calibration: Iterable[Any] | None,
+    *,
+    fallback: Planner,
+    allocations: Sequence[str] = ("uniform",),
 ) -> Planner:
-    """Return the planner of a pruner that chooses a set: by a target, else by the config_list."""
-    if target is None:
-        if latency_table is not None:
-            raise ConfigError("a latency table needs a target of 'latency', got no target (latency_table)")
-        return Planner(on_empty="keep")
+    """Return a pruner's planner: by its budget, else the one for the config_list's ratios and thresholds."""
+    if budget is None:
+        return fallback
+    budget = as_settings(Budget, budget, "budget")
+    if budget.allocation not in allocations:
+        raise unknown_name("allocation of this pruner", budget.allocation, allocations)
     for index, config in enumerate(config_list):
         settings = [config, *config.get("target_settings", {}).values()]
         for key in ("sparse_ratio", "sparse_threshold", "global_group_id"):
             if any(setting.get(key) is not None for setting in settings):
-                raise ConfigError(f"a target replaces {key}, got both (config_list[{index}])")
+                raise ConfigError(f"a budget replaces {key}, got both (config_list[{index}])")
     if example_inputs is None and calibration is not None:
         example_inputs = next((b[0] if isinstance(b, (tuple, list)) else b for b in calibration), None)
     if example_inputs is None:
-        raise ConfigError("a target needs example_inputs or calibration data, got neither (target)")
-    return BudgetPlanner(target, example_inputs, allocation=allocation, latency_table=latency_table)
-
-
-def checked_target(target: Mapping[str, float]) -> tuple[str, float]:
-    """Return a budget's kind and share, or raise :class:`~nni_topo.errors.ConfigError`."""
-    if not isinstance(target, Mapping) or len(target) != 1:
-        raise ConfigError(f"target must be a mapping with one entry such as {{'flops': 0.5}}, got {target!r} (target)")
-    ((kind, share),) = target.items()
-    if kind not in BUDGETS:
-        raise unknown_name("target", str(kind), BUDGETS)
-    if not 0.0 < share <= 1.0:
-        raise ConfigError(f"the share to be left must be in (0, 1], got {share!r} (target {kind!r})")
-    return kind, float(share)
+        raise ConfigError("a budget needs example_inputs or calibration data, got neither (budget)")
+    return BudgetPlanner(budget, example_inputs, round_to=fallback.round_to)
 
 
 def solve_uniform(rows: Sequence[int], left: Callable[[Sequence[int]], float], share: float) -> list[int]:

@@ -10,7 +10,7 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,10 +23,11 @@ from torch import nn
 from nni_topo.errors import ConfigError
 from nni_topo.network.network import Network
 from nni_topo.pruners.base import StructuredPruner
+from nni_topo.pruners.budget import Budget, planned
 from nni_topo.pruners.clouds.functional import readers_of
 from nni_topo.pruners.clouds.weight import WeightCollector
 from nni_topo.pruners.hooks import Data, DataCollector, MetricCalculator, Metrics, PruningContext
-from nni_topo.recovery.compensation import Method
+from nni_topo.pruners.planner import Planner
 
 
 @dataclass
@@ -80,9 +81,12 @@ class MatrixPruner(StructuredPruner):
     norm : {1, 2}, default=2
         Order of the norm.
     example_inputs : Any, default=None
-        Inputs of the model, which tell who reads a channel. None: rows count alone, as for NNI's norm pruners.
-    compensate, calibration, round_to
-        See :class:`~nni_topo.pruners.base.StructuredPruner`.
+        Inputs of the model, which tell who reads a channel, and for a ``budget``. None: rows count alone, as for NNI's
+        norm pruners.
+    budget : Budget, mapping or None, default=None
+        :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``.
+    round_to : int or None, default=None
+        Every layer keeps a multiple of so many channels, or all; more than asked for stay.
 
     Raises
     ------
@@ -119,12 +123,15 @@ class MatrixPruner(StructuredPruner):
         *,
         norm: Literal[1, 2] = 2,
         example_inputs: Any = None,
-        compensate: Method | None = None,
-        calibration: Iterable[Any] | None = None,
+        budget: Budget | Mapping[str, Any] | None = None,
         round_to: int | None = None,
     ) -> None:
         if norm not in (1, 2) or isinstance(norm, bool):
             raise ConfigError(f"norm must be 1 or 2, got {norm!r} (MatrixPruner)")
+        self.norm = norm
+        self.example_inputs = example_inputs
+        self.budget = budget
+        self.round_to = round_to
         super().__init__(
             model,
             config_list,
@@ -132,7 +139,5 @@ class MatrixPruner(StructuredPruner):
             existed_wrappers,
             collector=RowColumnCollector(norm, example_inputs),
             calculator=JointNorm(norm),
-            compensate=compensate,
-            calibration=calibration,
-            round_to=round_to,
+            planner=planned(budget, config_list, example_inputs, None, fallback=Planner(round_to=round_to)),
         )

@@ -7,6 +7,7 @@ minimum and maximum ratios per layer in both.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ from torch import nn
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.maths.ties import leveled, within
 from nni_topo.pruners.units import PruningUnit
+
+_logger = logging.getLogger(__name__)
 
 FloatArray = NDArray[np.float64]
 Losses = Callable[[PruningUnit], FloatArray]
@@ -37,8 +40,6 @@ class Planner:
         the layer's mean absolute loss, for metrics whose scale differs between layers.
     strict : bool, default=False
         Keep what is ``> sparse_threshold`` instead of NNI's ``>=``.
-    on_empty : {"raise", "keep"}, default="raise"
-        What happens when a threshold would leave a layer without any block: an error that names it, or one stays.
     tolerance : float, default=0.0
         Added to ``sparse_threshold``: with ``strict``, losses within it of the threshold count as equal and go.
     round_to : int or None, default=None
@@ -47,8 +48,9 @@ class Planner:
     Notes
     -----
     Of ``n`` blocks ``n - int(n * sparse_ratio)`` stay: ratios truncate as in NNI, so two rows at 0.4 lose none. A layer
-    is never emptied. Blocks of several elements have losses that were summed: those that differ by no more than 1e-6 of
-    their size are equal; to a threshold they are equal within 1e-10 of it.
+    is never emptied: where a threshold exceeds all losses one block stays, with a warning. Blocks of several elements
+    have losses that were summed: those that differ by no more than 1e-6 of their size are equal; to a threshold they
+    are equal within 1e-10 of it.
     Under a ``global_group_id`` blocks go in ascending order of loss, each weighted by its number of elements, as long
     as the group's removed elements don't exceed ``int(elements * sparse_ratio)``; each layer's own minimum and maximum
     ratio hold.
@@ -56,14 +58,12 @@ class Planner:
 
     normalization: Literal["none", "mean"] = "none"
     strict: bool = False
-    on_empty: Literal["raise", "keep"] = "raise"
     tolerance: float = 0.0
     round_to: int | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("normalization", ("none", "mean")), ("on_empty", ("raise", "keep"))):
-            if getattr(self, name) not in known:
-                raise unknown_name(name, str(getattr(self, name)), known)
+        if self.normalization not in ("none", "mean"):
+            raise unknown_name("normalization", str(self.normalization), ("none", "mean"))
         checked_round_to(self.round_to)
 
     def rows(self, units: Sequence[PruningUnit], losses: Losses, model: nn.Module) -> dict[str, int]:
@@ -72,8 +72,7 @@ class Planner:
         Raises
         ------
         ConfigError
-            If a threshold would empty a unit (unless ``on_empty="keep"``), or if the units of a global group
-            disagree in ``sparse_ratio``.
+            If the units of a global group disagree in ``sparse_ratio``.
         """
         counts = self.counts(units, lambda unit: _row_losses(unit, losses(unit)), model)
         return {unit.name: self.rounded(unit, counts[unit.name]) for unit in units}
@@ -105,12 +104,14 @@ class Planner:
             # A threshold may be set just beside a loss, with care: 1e-10 of it, not the 1e-6 of ties between losses.
             equal = within(losses, threshold)
             passing = passing & ~equal if self.strict else passing | equal
-        # Where a maximum ratio keeps more than the one block that always stays, nothing would be emptied: no error.
-        if not passing.any() and unit.removable_rows[1] == unit.rows - 1 and self.on_empty == "raise":
-            rule = "lie below" if self.strict else "not exceed"
-            raise ConfigError(
-                f"sparse_threshold must {rule} a layer's highest score, got {threshold} over {losses.max():.6g}: "
-                f"all {unit.blocks} blocks would go ({unit.name})"
+        # Where a maximum ratio keeps more than the one block that always stays, nothing would be emptied.
+        if not passing.any() and unit.removable_rows[1] == unit.rows - 1:
+            _logger.warning(
+                "sparse_threshold %g exceeds all %d scores, the highest %g: one block stays (%s)",
+                threshold,
+                unit.blocks,
+                losses.max(),
+                unit.name,
             )
         return unit.kept_rows(unit.rows - int(passing.sum()))
 

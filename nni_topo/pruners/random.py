@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.pruners.base import StructuredPruner
+from nni_topo.pruners.budget import Budget, planned
 from nni_topo.pruners.clouds.weight import WeightCollector
 from nni_topo.pruners.hooks import Data, MetricCalculator, Metrics, PruningContext
-from nni_topo.recovery.compensation import Method
+from nni_topo.pruners.planner import Planner
 
 
 @dataclass
@@ -46,8 +47,12 @@ class RandomPruner(StructuredPruner):
         Used by ``from_compressor``.
     seed : int, default=0
         Same seed, same masks.
-    compensate, calibration, round_to
-        See :class:`~nni_topo.pruners.base.StructuredPruner`.
+    budget : Budget, mapping or None, default=None
+        :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``.
+    example_inputs : Any, default=None
+        Inputs of the model, for a ``budget``.
+    round_to : int or None, default=None
+        Every layer keeps a multiple of so many channels, or all; more than asked for stay.
 
     Raises
     ------
@@ -71,11 +76,14 @@ class RandomPruner(StructuredPruner):
         existed_wrappers: dict[str, ModuleWrapper] | None = None,
         *,
         seed: int = 0,
-        compensate: Method | None = None,
-        calibration: Iterable[Any] | None = None,
+        budget: Budget | Mapping[str, Any] | None = None,
+        example_inputs: Any = None,
         round_to: int | None = None,
     ) -> None:
         self.seed = seed
+        self.budget = budget
+        self.example_inputs = example_inputs
+        self.round_to = round_to
         super().__init__(
             model,
             config_list,
@@ -83,7 +91,5 @@ class RandomPruner(StructuredPruner):
             existed_wrappers,
             collector=WeightCollector(),
             calculator=RandomMetric(seed),
-            compensate=compensate,
-            calibration=calibration,
-            round_to=round_to,
+            planner=planned(budget, config_list, example_inputs, None, fallback=Planner(round_to=round_to)),
         )

@@ -20,7 +20,7 @@ CONFIG = [
 
 def test_a_study_states_what_the_diagrams_say():
     model = toy_model()
-    study = study_topology(model, CONFIG, generations=5, solver="genetic")
+    study = study_topology(model, CONFIG, solver={"generations": 5})
     group, hidden = study.layers
     assert (group.name, group.points, group.kept) == ("stem.weight+inner.weight", 8, 4)
     assert (hidden.points, hidden.kept, len(hidden.trace)) == (16, 12, 5)
@@ -52,14 +52,14 @@ def test_the_tolerance_is_a_threshold_that_gives_the_same_number():
 def test_the_model_is_left_alone():
     model = toy_model()
     before = copy.deepcopy(model.state_dict())
-    study_topology(model, CONFIG, calibration=[toy_images(8)], generations=2)
+    study_topology(model, CONFIG, calibration=[toy_images(8)])
     assert not any(hasattr(module, "_nni_wrapper") for module in model.modules())
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("solver", ["genetic", "greedy"])
 def test_files(solver, tmp_path, drawn):
-    study = study_topology(toy_model(), CONFIG, generations=3, solver=solver)
+    study = study_topology(toy_model(), CONFIG, solver={"generations": 3} if solver == "genetic" else solver)
     files = study.save(tmp_path)
     names = ["topology.json", "deaths.png", "allocation.png", "diagrams.png", "barcodes.png"]
     assert [path.name for path in files][:5] == names

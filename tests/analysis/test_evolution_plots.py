@@ -15,11 +15,10 @@ def trial(damage_rate):
     model = nn.Sequential(nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 3))
     images = torch.randn(64, 10)
     batches = [(images, model(images).argmax(1).detach())]
-    pruner = GeneticWeightPruner(
-        model, [{"op_names": ["0"]}], validation=batches, damage_rate=damage_rate, population_size=6, generations=4
-    )
+    search = {"damage_rate": damage_rate, "population_size": 6, "generations": 4}
+    pruner = GeneticWeightPruner(model, [{"op_names": ["0"]}], validation=batches, search=search)
     with pytest.raises(ConfigError, match="a search must have run"):
-        assert pruner.search
+        assert pruner.evolution
     _, masks = pruner.compress()
     pruner.unwrap_model()
     return EvolutionTrial.of(pruner), masks["0"]["weight"], model[0].weight

@@ -99,7 +99,7 @@ def test_points_of_a_grid_are_pruned_by_the_search_and_not_by_their_index():
 @few
 def test_scores_at_a_threshold(strict, seed):
     scores = few_values(seed)
-    planner = Planner(strict=strict, on_empty="keep")
+    planner = Planner(strict=strict)
     passing = int((scores > 2.0).sum() if strict else (scores >= 2.0).sum())
     for losses in (scores, rounded_otherwise(scores, seed)):
         rows = planner.rows([unit(12, sparse_threshold=2.0)], lambda _, losses=losses: losses, torch.nn.Module())

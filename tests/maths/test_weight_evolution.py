@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.search.gene_layers import Layer, random_subset
 from nni_topo.maths.search.state import load_state, save_state
-from nni_topo.maths.search.weights import WeightEvolutionSettings, WeightGeneticAlgorithm
+from nni_topo.maths.search.weights import WeightGeneticAlgorithm, WeightSearch
 
 SIZE = 60
 
@@ -22,7 +22,7 @@ def search(fitness=worth, caps=(1.0,), seed=0, **knobs):
     rng = np.random.default_rng(7)
     layers = [Layer(np.sort(rng.random(SIZE // len(caps))), cap) for cap in caps]
     knobs = {"population_size": 10, "generations": 30, "alpha": 10.0, **knobs}
-    return WeightGeneticAlgorithm(layers, fitness, WeightEvolutionSettings(**knobs), seed=seed)
+    return WeightGeneticAlgorithm(layers, fitness, WeightSearch(**knobs), seed=seed)
 
 
 def test_weakest_termination_by_hand():
@@ -196,4 +196,4 @@ def test_foreign_and_damaged_states_are_refused(tmp_path):
 )
 def test_bad_settings_are_refused(knobs, message):
     with pytest.raises(ConfigError, match=message):
-        WeightEvolutionSettings(**knobs)
+        WeightSearch(**knobs)

@@ -13,11 +13,11 @@ CONFIG = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
 KNOBS = {
     "topological": {},
     "topological, functional": {"criterion": "hausdorff", "solver": "greedy"},
-    "topological, activation": {"collector": "activation"},
+    "topological, activation": {"cloud": "activation"},
     "reconstruction": {},
     "cluster": {},
     "subcluster": {},
-    "energy": {"collector": "data", "linear": "unit-energy", "example_inputs": torch.randn(2, 6)},
+    "energy": {"signal": "data", "example_inputs": torch.randn(2, 6)},
 }
 
 

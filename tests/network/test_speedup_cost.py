@@ -7,7 +7,7 @@ from speedup_nets import l1_masks
 
 from nni_topo import zoo
 from nni_topo.network.cost import Cost, NetworkCost
-from nni_topo.network.layers import channel_dimension
+from nni_topo.network.layers import WEIGHTED, channel_dimension
 from nni_topo.runs.widths import inner_layers, pruning_config
 from nni_topo.speedup import to_dense
 
@@ -21,7 +21,18 @@ def kept_of(model, masks):
 
 
 def real_cost(model, images):
-    return Cost(zoo.count_macs(model, images), zoo.count_params(model))
+    sizes = [0]
+
+    def note(module, inputs, output):
+        sizes.append((inputs[0].numel() + output.numel()) // len(output))
+
+    handles = [each.register_forward_hook(note) for each in model.modules() if isinstance(each, WEIGHTED)]
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    params = zoo.count_params(model)
+    return Cost(zoo.count_macs(model, images), params, 4 * (params + max(sizes)))
 
 
 NETS = {

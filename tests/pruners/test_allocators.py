@@ -92,13 +92,11 @@ def test_threshold_in_a_dependency_group():
     assert kept(masks, "0") == kept(masks, "1") == [True, False, True, True]
 
 
-def test_a_threshold_that_empties_a_layer_is_refused_or_keeps_the_best():
+def test_a_threshold_above_all_scores_keeps_the_best_and_says_so(caplog):
     context = context_of([{"op_types": ["Linear"], "sparse_threshold": 9.0}], nn.Linear(3, 4))
     scores = metrics_of(context, [2, 1, 3, 0.5])
-    with pytest.raises(ConfigError, match=r"got 9\.0 over 3: all 4 blocks would go \(0\.weight\)"):
-        ConfigAllocator().allocate(scores, context)
-    keeping = replace(context, planner=Planner(on_empty="keep"))
-    assert kept(ConfigAllocator().allocate(scores, keeping), "0") == [False, False, True, False]
+    assert kept(ConfigAllocator().allocate(scores, context), "0") == [False, False, True, False]
+    assert "sparse_threshold 9 exceeds all 4 scores, the highest 3: one block stays (0.weight)" in caplog.text
 
 
 def test_global_ranking_weighs_blocks_by_their_elements():
@@ -160,10 +158,9 @@ def test_scores_that_cannot_be_ranked_are_refused(bad):
         ConfigAllocator().allocate(metrics_of(context, [1, bad, 2, 3]), context)
 
 
-@pytest.mark.parametrize("knob", ["normalization", "on_empty"])
-def test_unknown_options_are_refused(knob):
-    with pytest.raises(ConfigError, match=f"{knob} must be"):
-        Planner(**{knob: "huge"})
+def test_unknown_options_are_refused():
+    with pytest.raises(ConfigError, match="normalization must be"):
+        Planner(normalization="huge")
 
 
 CONFIGS = [

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nni_topo import dependency_groups, to_dense, zoo
+from nni_topo import Budget, create_pruner, dependency_groups, to_dense, zoo
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.budget import solve_uniform
 from nni_topo.pruners.topological.pruner import TopologicalPruner
@@ -17,10 +17,10 @@ def resnet():
     return zoo.create_model("resnet20", num_classes=10, in_channels=1, image_size=16, seed=0).eval()
 
 
-def pruned(model, target, **knobs):
+def pruned(model, budget, **knobs):
     config = dependency_groups(model, IMAGES, [{"op_names": inner_layers(model, IMAGES), **knobs.pop("rule", {})}])
     pruner = TopologicalPruner(
-        model, config, target=target, example_inputs=IMAGES, solver="greedy", collector="weight", **knobs
+        model, config, budget=budget, example_inputs=IMAGES, solver="greedy", cloud="weight", **knobs
     )
     _, masks = pruner.compress()
     pruner.unwrap_model()
@@ -31,7 +31,7 @@ def pruned(model, target, **knobs):
 @pytest.mark.parametrize(("kind", "share"), [("flops", 0.5), ("flops", 0.1), ("params", 0.3)])
 def test_the_dense_model_meets_the_budget(kind, share, allocation):
     model = resnet()
-    _, dense = pruned(model, {kind: share}, allocation=allocation)
+    _, dense = pruned(model, {kind: share, "allocation": allocation})
     measure = zoo.count_params if kind == "params" else lambda net: zoo.count_macs(net, IMAGES)
     assert measure(dense) / measure(model) == pytest.approx(share, abs=0.02)
 
@@ -43,12 +43,52 @@ def test_one_tolerance_takes_more_where_the_death_times_fall_off():
         model[0].weight[8:] *= 1e-3
     config = [{"op_names": ["0", "1"]}]
     pruner = TopologicalPruner(
-        model, config, target={"params": 0.321}, allocation="topological", example_inputs=torch.ones(1, 16)
+        model, config, budget=Budget(params=0.321, allocation="topological"), example_inputs=torch.ones(1, 16)
     )
     _, masks = pruner.compress()
     kept = {name: int(masks[name]["bias"].sum()) for name in masks}
     assert kept["0"] == 8
     assert kept["1"] == 32
+
+
+def held_bytes(net):
+    """Bytes of the parameters and of the layer whose input and output are largest, by running it on one image."""
+    sizes = []
+
+    def note(module, inputs, output):
+        sizes.append(inputs[0].numel() + output.numel())
+
+    layers = [m for m in net.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    net(IMAGES[:1])
+    for handle in handles:
+        handle.remove()
+    return 4 * (sum(p.numel() for p in net.parameters()) + max(sizes))
+
+
+def test_a_budget_of_memory_is_met():
+    model = resnet()
+    _, dense = pruned(model, {"memory": 0.4})
+    assert held_bytes(dense) / held_bytes(model) == pytest.approx(0.4, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["reconstruction", "energy", "cluster", "matrix", "random"])
+def test_every_structured_pruner_that_is_told_how_much_takes_a_budget(name):
+    model = resnet()
+    config = dependency_groups(model, IMAGES, [{"op_names": inner_layers(model, IMAGES)}])
+    images = torch.randn(24, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    data = {"calibration": [images]} if name in ("reconstruction", "cluster") else {}
+    pruner = create_pruner(name, model, config, budget={"flops": 0.3}, example_inputs=IMAGES, **data)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    left = zoo.count_macs(to_dense(model, IMAGES, masks), IMAGES) / zoo.count_macs(model, IMAGES)
+    assert left == pytest.approx(0.3, abs=0.02)
+
+
+def test_death_times_deal_out_where_there_are_clouds_only():
+    budget = {"flops": 0.3, "allocation": "topological"}
+    with pytest.raises(ConfigError, match="allocation of this pruner must be a known name, got 'topological'"):
+        create_pruner("matrix", resnet(), [{"op_types": ["Conv2d"]}], budget=budget, example_inputs=IMAGES)
 
 
 def test_bounds_of_the_config_list_hold():
@@ -67,7 +107,7 @@ def test_a_budget_out_of_reach_empties_no_layer():
 def test_calibration_serves_as_example_inputs():
     model = resnet()
     config = dependency_groups(model, IMAGES, [{"op_names": inner_layers(model, IMAGES)}])
-    pruner = TopologicalPruner(model, config, target={"flops": 0.5}, calibration=[(IMAGES, None)], solver="greedy")
+    pruner = TopologicalPruner(model, config, budget={"flops": 0.5}, calibration=[(IMAGES, None)], solver="greedy")
     _, masks = pruner.compress()
     pruner.unwrap_model()
     left = zoo.count_macs(to_dense(model, IMAGES, masks), IMAGES) / zoo.count_macs(model, IMAGES)
@@ -77,12 +117,15 @@ def test_calibration_serves_as_example_inputs():
 @pytest.mark.parametrize(
     ("knobs", "config", "words"),
     [
-        ({"target": {"flop": 0.5}}, {}, "did you mean flops"),
-        ({"target": {"flops": 0.0}}, {}, r"must be in \(0, 1\], got 0.0"),
-        ({"target": {"flops": 0.5, "params": 0.5}}, {}, "one entry"),
-        ({"target": {"flops": 0.5}, "allocation": "unifrom"}, {}, "did you mean uniform"),
-        ({"target": {"flops": 0.5}}, {"sparse_ratio": 0.5}, r"replaces sparse_ratio, got both \(config_list\[0\]\)"),
-        ({"target": {"flops": 0.5}, "example_inputs": None}, {}, "needs example_inputs or calibration"),
+        ({"budget": {"flop": 0.5}}, {}, "did you mean flops"),
+        ({"budget": {"flops": 0.0}}, {}, r"flops must be in \(0, 1\], got 0.0"),
+        ({"budget": {"flops": "half"}}, {}, r"flops must be in \(0, 1\], got 'half'"),
+        ({"budget": {"flops": 0.5, "params": 0.5}}, {}, r"a share of one of .*, got \['flops', 'params'\]"),
+        ({"budget": {}}, {}, "a share of one of flops, params, latency, memory, got none"),
+        ({"budget": 0.5}, {}, "budget must be a Budget or a mapping of its fields, got 0.5"),
+        ({"budget": {"flops": 0.5, "allocation": "unifrom"}}, {}, "did you mean uniform"),
+        ({"budget": {"flops": 0.5}}, {"sparse_ratio": 0.5}, r"replaces sparse_ratio, got both \(config_list\[0\]\)"),
+        ({"budget": {"flops": 0.5}, "example_inputs": None}, {}, "needs example_inputs or calibration"),
     ],
 )
 def test_bad_budgets_are_refused_before_the_model_is_wrapped(knobs, config, words):

@@ -89,7 +89,7 @@ def test_pruners_that_find_the_number_need_no_rule_but_an_entry():
     knobs = {
         "subcluster": {"calibration": [images]},
         "genetic_weight": {"evaluate": lambda model: 1.0},
-        "topological": {"target": {"flops": 0.5}, "example_inputs": images},
+        "topological": {"budget": {"flops": 0.5}, "example_inputs": images},
     }
     for name, given in knobs.items():
         create_pruner(name, toy_model(), entry, **given)

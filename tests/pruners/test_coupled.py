@@ -52,11 +52,11 @@ def test_a_neuron_that_nobody_reads_goes_first():
         model.head.weight[:, 3] = 0.0
         model.hidden.weight[3] *= 100.0
     config = [{"op_names": ["hidden"], "sparse_ratio": 0.1}]
-    pruner = TopologicalPruner(model, config, collector="coupled", example_inputs=toy_images(2))
+    pruner = TopologicalPruner(model, config, cloud="coupled", example_inputs=toy_images(2))
     _, masks = pruner.compress()
     assert masks["hidden"]["bias"].tolist() == [float(index != 3) for index in range(16)]
 
 
 def test_it_needs_example_inputs():
     with pytest.raises(ConfigError, match="'coupled' needs example_inputs"):
-        TopologicalPruner(toy_model(), [{"op_names": ["hidden"], "sparse_ratio": 0.5}], collector="coupled")
+        TopologicalPruner(toy_model(), [{"op_names": ["hidden"], "sparse_ratio": 0.5}], cloud="coupled")

@@ -255,7 +255,7 @@ def test_cumulative_shares_by_hand():
     ],
 )
 def test_layers_that_have_no_energy_are_named(model, collector, error, words):
-    collector = ChirpEnergyCollector(torch.ones(1, 1, 4, 4)) if collector is None else collector
+    collector = collector or ChirpEnergyCollector(torch.ones(1, 1, 4, 4), linear="refuse")
     context = context_of(model, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}])
     with pytest.raises(error, match=words):
         collector.collect(context)

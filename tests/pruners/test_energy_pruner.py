@@ -196,7 +196,7 @@ def test_data_collector_keeps_what_answers_the_data():
     model[0].bias = nn.Parameter(torch.tensor([0.0, -2.0], dtype=torch.float64))  # silent where the image is 1
     assert kept(model, {"sparse_ratio": 0.5}).tolist() == [False, True]
     calibration = [torch.ones(4, 1, 8, 8, dtype=torch.float64)]
-    assert kept(model, {"sparse_ratio": 0.5}, collector="data", calibration=calibration).tolist() == [True, False]
+    assert kept(model, {"sparse_ratio": 0.5}, signal="data", calibration=calibration).tolist() == [True, False]
 
 
 def test_it_is_where_users_look():
@@ -227,12 +227,18 @@ CONV = {"op_types": ["Conv2d"], "sparse_ratio": 0.5}
         (nn.Conv2d(1, 4, 3), {"sparse_threshold": -0.1}, {}, ConfigError, "got -0.1"),
         (nn.Conv2d(1, 4, 9), CONV, {}, ConfigError, "kernel 9x9, got 8x8 \\(0\\)"),
         (nn.Conv2d(1, 4, 3), CONV, {"example_inputs": None}, ConfigError, "must be known, got no example_inputs"),
-        (nn.Linear(8, 4), {"sparse_ratio": 0.5}, {}, ConfigError, "must meet a convolution, got Linear.*\\(0\\)"),
+        (
+            nn.Linear(8, 4),
+            {"sparse_ratio": 0.5},
+            {"linear": "refuse"},
+            ConfigError,
+            "must meet a convolution, got Linear.*\\(0\\)",
+        ),
         (nn.BatchNorm2d(1), {"sparse_ratio": 0.5}, {}, ConfigError, "for convolutions, got BatchNorm2d \\(0\\)"),
         (nn.Conv2d(1, 4, 3, dtype=torch.complex64), CONV, {}, DataError, "got torch.complex64 \\(0.weight\\)"),
         (IntegerConv(), CONV, {}, DataError, "got torch.int8 \\(0.weight\\)"),
-        (nn.Conv2d(1, 4, 3), CONV, {"collector": "chrip"}, ConfigError, "did you mean chirp"),
-        (nn.Conv2d(1, 4, 3), CONV, {"collector": "data"}, ConfigError, "calibration data or an evaluator"),
+        (nn.Conv2d(1, 4, 3), CONV, {"signal": "chrip"}, ConfigError, "did you mean chirp"),
+        (nn.Conv2d(1, 4, 3), CONV, {"signal": "data"}, ConfigError, "calibration data or an evaluator"),
     ],
 )
 def test_bad_requests_are_refused_before_wrapping(layer, entry, knobs, error, words):

@@ -79,7 +79,7 @@ def test_the_pruner_drops_what_the_norm_silences():
         model[1].weight[2] = model[1].bias[2] = 0.0
         model[0].weight[2] *= 100.0
     pruner = TopologicalPruner(
-        model, [{"op_names": ["0"], "sparse_ratio": 0.2}], collector="folded", example_inputs=toy_images(2)
+        model, [{"op_names": ["0"], "sparse_ratio": 0.2}], cloud="folded", example_inputs=toy_images(2)
     )
     _, masks = pruner.compress()
     assert masks["0"]["bias"].tolist() == [1.0, 1.0, 0.0, 1.0, 1.0, 1.0]

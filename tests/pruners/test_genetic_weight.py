@@ -38,7 +38,7 @@ def accuracy(model, images, labels):
 @pytest.mark.parametrize("layers", [["0"], ["0", "2"]])
 def test_redundant_weights_go_and_the_masked_model_has_the_accuracy_reported(layers):
     model, batches, (images, labels) = task()
-    pruner = GeneticWeightPruner(model, [{"op_names": layers}], validation=batches, **SMALL)
+    pruner = GeneticWeightPruner(model, [{"op_names": layers}], validation=batches, search=SMALL)
     wrapped, masks = pruner.compress()
     measured = accuracy(wrapped, images, labels)
     pruner.unwrap_model()
@@ -57,13 +57,13 @@ def test_validation_evaluate_and_evaluator_find_the_same():
     for way in ("validation", "evaluate"):
         model, batches, (images, labels) = task()
         given = batches if way == "validation" else lambda net, i=images, l=labels: accuracy(net, i, l)  # noqa: E741
-        pruner = GeneticWeightPruner(model, [{"op_names": ["0"]}], **{way: given}, **SMALL)
+        pruner = GeneticWeightPruner(model, [{"op_names": ["0"]}], **{way: given}, search=SMALL)
         found.append(pruner.compress()[1]["0"]["weight"])
         pruner.unwrap_model()
     assert torch.equal(*found)
     model = toy_model()
     before = model.head.weight.detach().clone()
-    pruner = GeneticWeightPruner(model, [{"op_names": ["head"]}], toy_evaluator(model), **SMALL)
+    pruner = GeneticWeightPruner(model, [{"op_names": ["head"]}], toy_evaluator(model), search=SMALL)
     _, masks = pruner.compress()
     pruner.unwrap_model()
     assert 0 < float(masks["head"]["weight"].sum()) < 64
@@ -74,14 +74,14 @@ def test_validation_evaluate_and_evaluator_find_the_same():
 def test_ratios_are_caps(cap):
     model, batches, _ = task()
     pruner = GeneticWeightPruner(
-        model, [{"op_names": ["0"], **cap}], validation=batches, alpha=0.0, damage_rate=0.9, **SMALL
+        model, [{"op_names": ["0"], **cap}], validation=batches, search={**SMALL, "alpha": 0.0, "damage_rate": 0.9}
     )
     _, masks = pruner.compress()
     assert int(masks["0"]["weight"].sum()) == 180
 
 
 def test_a_stopped_search_goes_on(tmp_path):
-    knobs = {"validation": task()[1], "seed": 5, **SMALL}
+    knobs = {"validation": task()[1], "seed": 5, "search": SMALL}
     whole = GeneticWeightPruner(task()[0], [{"op_names": ["0"]}], **knobs)
     expected = whole.compress()[1]["0"]["weight"]
     knobs["state"] = tmp_path / "search.npz"
@@ -101,14 +101,14 @@ def test_the_file_of_the_example_is_one():
     check_knobs(config.pruner, config.knobs)
     model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
     batches = [(torch.randn(8, 1, 8, 8), torch.arange(8))]
-    knobs = {**config.knobs, "generations": 1}
+    knobs = {"search": {**config.knobs["search"], "generations": 1}}
     _, masks = GeneticWeightPruner(model, config.config_list, validation=batches, **knobs).compress()
     assert list(masks) == ["classifier.fc1"]
 
 
 def test_history_names_lines_of_descent():
     model, batches, _ = task()
-    pruner = GeneticWeightPruner(model, [{"op_names": ["0"]}], validation=batches, **SMALL)
+    pruner = GeneticWeightPruner(model, [{"op_names": ["0"]}], validation=batches, search=SMALL)
     assert pruner.history.empty
     pruner.compress()
     table = pruner.history
@@ -138,10 +138,14 @@ BATCH = [(torch.zeros(2, 20), torch.tensor([0, 1]))]
         ({"op_names": ["0"], "internal_metric_block": 2}, {}, "internal_metric_block must be left out, got 2"),
         ({"op_names": ["0"]}, {"validation": []}, "at least one batch, got none"),
         ({"op_names": ["0"]}, {"validation": None}, "needs validation, evaluate or an evaluator"),
-        ({"op_names": ["0"]}, {"alpha": -1.0}, "alpha must be at least 0"),
-        ({"op_names": ["0"]}, {"beta": -1.0}, "beta must be at least 0"),
-        ({"op_names": ["0"]}, {"population_size": 1}, "population_size must be an integer of at least 2, got 1"),
-        ({"op_names": ["0"]}, {"workers": 0}, "workers must be an integer of at least 1, got 0"),
+        ({"op_names": ["0"]}, {"search": {"alpha": -1.0}}, "alpha must be at least 0"),
+        ({"op_names": ["0"]}, {"search": {"beta": -1.0}}, "beta must be at least 0"),
+        (
+            {"op_names": ["0"]},
+            {"search": {"population_size": 1}},
+            "population_size must be an integer of at least 2, got 1",
+        ),
+        ({"op_names": ["0"]}, {"n_jobs": 0}, "n_jobs must be an integer of at least 1, got 0"),
     ],
 )
 def test_bad_requests_are_refused_before_the_model_is_wrapped(config, knobs, message):

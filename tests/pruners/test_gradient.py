@@ -136,7 +136,7 @@ def test_a_neuron_that_no_loss_depends_on_goes_first():
         model.head.weight[:, 3] = 0.0
         model.hidden.weight[3] *= 100.0
     pruner = TopologicalPruner(
-        model, [{"op_names": ["hidden"], "sparse_ratio": 0.1}], collector="gradient", calibration=labelled()
+        model, [{"op_names": ["hidden"], "sparse_ratio": 0.1}], cloud="gradient", calibration=labelled()
     )
     _, masks = pruner.compress()
     assert masks["hidden"]["bias"].tolist() == [float(index != 3) for index in range(16)]
@@ -154,7 +154,7 @@ def test_a_neuron_that_no_loss_depends_on_goes_first():
 def test_missing_targets_are_refused_before_the_model_is_wrapped(calibration, words):
     model = toy_model()
     with pytest.raises(DataError, match=words):
-        TopologicalPruner(model, HIDDEN, collector="gradient", calibration=calibration)
+        TopologicalPruner(model, HIDDEN, cloud="gradient", calibration=calibration)
     assert not hasattr(model.hidden, "_nni_wrapper")
     with pytest.raises(DataError, match=words):
         collected(toy_model(), HIDDEN, iter(calibration))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from nni_topo import RandomPruner, StructuredPruner, TopologicalPruner
+from nni_topo import GeneticSearch, RandomPruner, StructuredPruner, TopologicalPruner
 from nni_topo.errors import DataError
-from nni_topo.hooks import ConfigAllocator, KeptSet, MetricCalculator, NNIAllocator, WeightCollector
+from nni_topo.hooks import ConfigAllocator, KeptSet, MetricCalculator, NNIAllocator, Planner, WeightCollector
 
 LAYERS = {"op_types": ["Linear"], "sparse_ratio": 0.5}
 TOGETHER = {**LAYERS, "global_group_id": 1}
@@ -36,8 +36,8 @@ def equal_neurons():
 
 def searched(config):
     """A pruner whose search has nothing to tell subsets apart by, so that it ends anywhere."""
-    few = {"generations": 2, "population_size": 4}
-    return TopologicalPruner(equal_neurons(), [config], solver="genetic", greedy_start=False, **few)
+    search = GeneticSearch(generations=2, population_size=4, greedy_start=False)
+    return TopologicalPruner(equal_neurons(), [config], solver=search)
 
 
 @pytest.mark.parametrize("config", [LAYERS, TOGETHER, {"op_types": ["Linear"], "sparse_threshold": 0.4}])
@@ -101,7 +101,7 @@ def test_no_score_is_too_large_or_too_small_to_hold_a_choice(worth):
 
 
 def test_rounding_keeps_more_of_the_chosen_ones():
-    _, masks = last_ones(TOGETHER, round_to=4).compress()
+    _, masks = last_ones(TOGETHER, planner=Planner(round_to=4)).compress()
     assert [int(masks[name]["bias"].sum()) for name in "012"] == [4, 8, 12]
     assert masks["1"]["bias"].tolist() == [0.0] * 4 + [1.0] * 8
 

@@ -24,15 +24,13 @@ def proportional(each, widths=LAYERS):
     return LatencyTable(layers)
 
 
-def kept(target, table, allocation="uniform", model=None, **rule):
+def kept(budget, table, allocation="uniform", model=None, **rule):
     model = toy_model() if model is None else model
     config = dependency_groups(model, toy_images(2), [{"op_names": LAYERS, **rule}])
     pruner = TopologicalPruner(
         model,
         config,
-        target=target,
-        allocation=allocation,
-        latency_table=table,
+        budget={**budget, "allocation": allocation, "latency_table": table},
         example_inputs=toy_images(2),
         solver="greedy",
     )
@@ -83,7 +81,7 @@ def test_without_a_table_the_network_is_timed_once():
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 4, 3))
     images = torch.randn(4, 3, 24, 24)
     pruner = TopologicalPruner(
-        model, [{"op_names": ["0", "2"]}], target={"latency": 0.5}, example_inputs=images, solver="greedy"
+        model, [{"op_names": ["0", "2"]}], budget={"latency": 0.5}, example_inputs=images, solver="greedy"
     )
     _, masks = pruner.compress()
     table = pruner.planner.latency_table
@@ -102,19 +100,19 @@ def test_a_measured_table_serves_again():
 
 
 @pytest.mark.parametrize(
-    ("knobs", "error", "words"),
+    ("budget", "error", "words"),
     [
-        ({"target": {"latency": 1.5}}, ConfigError, r"must be in \(0, 1\], got 1.5"),
-        ({"target": {"latnecy": 0.5}}, ConfigError, "did you mean latency"),
-        ({"target": {"flops": 0.5}, "latency_table": proportional({})}, ConfigError, "got 'flops'"),
-        ({"target": None, "latency_table": proportional({})}, ConfigError, "got no target"),
-        ({"target": {"latency": 0.5}, "latency_table": "nowhere.json"}, DataError, r"nowhere\.json"),
+        ({"latency": 1.5}, ConfigError, r"must be in \(0, 1\], got 1.5"),
+        ({"latnecy": 0.5}, ConfigError, "did you mean latency"),
+        ({"flops": 0.5, "latency_table": proportional({})}, ConfigError, "got 'flops'"),
+        ({"latency_table": proportional({})}, ConfigError, "got none"),
+        ({"latency": 0.5, "latency_table": "nowhere.json"}, DataError, r"nowhere\.json"),
     ],
 )
-def test_bad_requests_are_refused_before_the_model_is_wrapped(knobs, error, words):
+def test_bad_requests_are_refused_before_the_model_is_wrapped(budget, error, words):
     model = toy_model()
     with pytest.raises(error, match=words):
-        TopologicalPruner(model, [{"op_names": ["hidden"]}], example_inputs=toy_images(2), **knobs)
+        TopologicalPruner(model, [{"op_names": ["hidden"]}], example_inputs=toy_images(2), budget=budget)
     assert not hasattr(model.hidden, "_nni_wrapper")
 
 

@@ -80,7 +80,7 @@ def test_the_pruner_takes_such_a_collector():
     model = layer(24, 3000)
     with torch.no_grad():
         model[0].weight[:12] *= 1e-3
-    _, masks = TopologicalPruner(model, CONFIG, collector=WeightCollector(projection_error=0.2)).compress()
+    _, masks = TopologicalPruner(model, CONFIG, cloud=WeightCollector(projection_error=0.2)).compress()
     assert masks["0"]["bias"].tolist() == [0.0] * 12 + [1.0] * 12
 
 

@@ -168,7 +168,7 @@ def branches():
 
 HALF, BELOW = {"sparse_ratio": 0.5}, {"sparse_threshold": 0.4}
 RANKED = {"sparse_ratio": 0.4, "global_group_id": "all"}
-DEALT = {"target": {"flops": 0.4}, "allocation": "topological"}
+DEALT = {"budget": {"flops": 0.4, "allocation": "topological"}}
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_groups_of_a_grouped_convolution_lose_the_same_number():
     [
         ({}, ConfigError, "ReconstructionPruner needs calibration data, got none"),
         ({"calibration": BATCHES, "sequential": "backwards"}, ConfigError, "sequential.*backwards"),
-        ({"calibration": BATCHES, "target": {"flops": 2.0}}, ConfigError, r"must be in \(0, 1\], got 2.0"),
+        ({"calibration": BATCHES, "budget": {"flops": 2.0}}, ConfigError, r"must be in \(0, 1\], got 2.0"),
     ],
 )
 def test_bad_knobs_are_refused(knobs, error, message):

@@ -1,4 +1,4 @@
-"""``compensate`` and ``round_to``, which every structured pruner of the package takes."""
+"""``round_to``, which every structured pruner of the package takes, and compensation of what each one masks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import nni_topo
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import create_pruner
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
-from nni_topo.testing import toy_evaluator, toy_images, toy_model
+from nni_topo.testing import toy_images, toy_model
 
 NAMES = ["random", "topological", "energy", "cluster", "subcluster", "matrix"]
 IMAGES = toy_images(64, seed=1)
@@ -19,7 +19,7 @@ BATCHES = list(IMAGES.split(16))
 
 
 EXTRAS = {
-    "energy": {"example_inputs": IMAGES[:2], "linear": "unit-energy"},
+    "energy": {"example_inputs": IMAGES[:2]},
     "cluster": {"calibration": BATCHES},
     "subcluster": {"calibration": BATCHES, "energy": 0.95, "growth": {"initial_ratio": 0.2}},
 }
@@ -36,37 +36,21 @@ def config(model, ratio=0.5):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("method", ["reconstruct", "channel", "pair"])
-def test_compress_also_compensates(name, method):
+def test_masks_of_every_pruner_can_be_compensated(name, method):
     original = toy_model().eval()
     model = copy.deepcopy(original)
-    pruner = make(name, model, config(model), compensate=method, calibration=BATCHES)
-    wrapped, masks = pruner.compress()
+    pruner = make(name, model, config(model))
+    _, masks = pruner.compress()
     pruner.unwrap_model()
     pairs = pruner.pairs_of(masks) if method == "pair" else None
     assert (pairs is not None) == (method == "pair" and "cluster" in name)
-    expected = nni_topo.compensate(original, masks, BATCHES, method=method, pairs=pairs)
-    for key, value in expected.state_dict().items():
-        assert torch.equal(model.state_dict()[key], value)
-    dense = to_dense(model, IMAGES[:2], masks)
-    torch.testing.assert_close(dense(IMAGES), masked_model(model, IMAGES[:2], masks)(IMAGES), atol=1e-5, rtol=0)
+    done = nni_topo.compensate(model, masks, BATCHES, method=method, pairs=pairs)
+    assert all(torch.equal(value, original.state_dict()[key]) for key, value in model.state_dict().items())
+    dense = to_dense(done, IMAGES[:2], masks)
+    torch.testing.assert_close(dense(IMAGES), masked_model(done, IMAGES[:2], masks)(IMAGES), atol=1e-5, rtol=0)
     with torch.no_grad():
-        lost, left = ((to_dense(net, IMAGES[:2], masks)(IMAGES) - original(IMAGES)).norm() for net in (original, model))
+        lost, left = ((to_dense(net, IMAGES[:2], masks)(IMAGES) - original(IMAGES)).norm() for net in (original, done))
     assert left < lost
-    assert pruner.compensation_report.images == 64
-    assert wrapped is model
-
-
-def test_the_wrapped_model_is_compensated_too():
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
-    batches = [torch.randn(64, 6)]
-    pruner = create_pruner("random", model, [{"op_names": ["0"], "sparse_ratio": 0.5}], compensate="reconstruct",
-                           calibration=batches)  # fmt: skip
-    pruner.compress()
-    masked = model(batches[0])
-    pruner.unwrap_model()
-    dense = to_dense(model, batches[0], pruner.get_masks())
-    torch.testing.assert_close(masked, dense(batches[0]), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,7 +69,7 @@ def test_widths_are_multiples(name, round_to, widths):
 
 def test_a_budget_counts_rounded_widths():
     model = toy_model()
-    knobs = {"target": {"flops": 0.5}, "example_inputs": IMAGES[:2], "round_to": 2}
+    knobs = {"budget": {"flops": 0.5}, "example_inputs": IMAGES[:2], "round_to": 2}
     free = [{key: value for key, value in entry.items() if key != "sparse_ratio"} for entry in config(model)]
     pruner = create_pruner("topological", model, free, **knobs)
     _, masks = pruner.compress()
@@ -99,8 +83,6 @@ def test_a_budget_counts_rounded_widths():
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"compensate": "reconstruct", "calibration": None}, "needs calibration"),
-        ({"compensate": "magic", "calibration": BATCHES}, "compensate.*magic"),
         ({"round_to": 0}, "round_to must be a positive integer or None, got 0"),
         ({"round_to": 2.0}, "round_to must be a positive integer or None, got 2.0"),
     ],
@@ -111,25 +93,3 @@ def test_bad_knobs_are_refused_before_the_model_is_wrapped(name, knobs, message)
     with pytest.raises(ConfigError, match=message):
         make(name, model, config(model), **knobs)
     assert not any(hasattr(module, "_nni_wrapper") for module in model.modules())
-
-
-def test_bad_calibration_leaves_the_weights_as_they_were():
-    model = toy_model()
-    before = copy.deepcopy(model.state_dict())
-    broken = [torch.full((4, 3, 8, 8), torch.nan)]
-    pruner = create_pruner("random", model, config(model), compensate="reconstruct", calibration=broken)
-    with pytest.raises(DataError, match="calibration inputs must be finite"):
-        pruner.compress()
-    pruner.unwrap_model()
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-
-
-def test_a_schedule_refuses_to_compensate():
-    from nni.compression.pruning import LinearPruner
-
-    model = toy_model()
-    evaluator = toy_evaluator(model)
-    inner = create_pruner("random", model, config(model), evaluator, compensate="pair", calibration=BATCHES)
-    scheduled = LinearPruner(inner, interval_steps=2, total_times=2)
-    with pytest.raises(ConfigError, match="compensate goes with pruning in one step"):
-        scheduled.compress(max_steps=6, max_epochs=None)

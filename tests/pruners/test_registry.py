@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import inspect
 import logging
 import logging.handlers
 
 import nni.compression.pruning
 import pytest
+import torch
 from nni.compression.pruning import LinearPruner
 
 import nni_topo
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import PrunerInfo, check_knobs
-from nni_topo.testing import toy_evaluator, toy_model
+from nni_topo.testing import toy_evaluator, toy_images, toy_knobs, toy_model
 
 HALF = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
 
@@ -32,9 +34,9 @@ def test_created_by_name_a_pruner_prunes(name):
 
 def test_a_class_method_is_a_row_of_its_own():
     info = nni_topo.pruner_info("perera2022")
-    assert {"combine", "generations", "seed"} <= set(info.knobs())
-    assert not {"cls", "model", "collector", "criterion"} & set(info.knobs())
-    pruner = nni_topo.create_pruner("perera2022", toy_model(), HALF, generations=2)
+    assert {"combine", "search", "seed"} <= set(info.knobs())
+    assert not {"cls", "model", "cloud", "criterion"} & set(info.knobs())
+    pruner = nni_topo.create_pruner("perera2022", toy_model(), HALF, search={"generations": 2})
     assert type(pruner) is nni_topo.TopologicalPruner
     assert not hasattr(nni.compression.pruning, "perera2022")
 
@@ -103,3 +105,36 @@ def test_a_third_party_joins_the_table(monkeypatch):
     check_knobs("mine", ["seed"])
     with pytest.raises(ConfigError, match="must be free, got 'mine'"):
         nni_topo.register_pruner(PrunerInfo("mine", "other:Pruner", ""))
+
+
+OWN = [name for name in nni_topo.list_pruners() if nni_topo.pruner_info(name).origin == "nni_topo"]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_constructors_are_small_and_their_knobs_can_be_read_back(name):
+    info = nni_topo.pruner_info(name)
+    assert len(inspect.signature(info.load()).parameters) <= 15
+    pruner = toy_pruner(name)
+    if isinstance(info.load(), type):
+        assert [knob for knob in info.knobs() if not hasattr(pruner, knob)] == []
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_pruner_says_what_it_is(name):
+    assert repr(toy_pruner(name)).startswith(type(toy_pruner(name)).__name__ + "(")
+
+
+def test_knobs_at_their_defaults_are_left_out_and_data_are_named_by_type():
+    search = nni_topo.GeneticSearch(generations=3)
+    pruner = nni_topo.TopologicalPruner(toy_model(), HALF, calibration=[toy_images()], solver=search, seed=4)
+    assert repr(pruner) == f"TopologicalPruner(calibration=<list>, solver={search!r}, seed=4)"
+    assert repr(nni_topo.RandomPruner(toy_model(), HALF)) == "RandomPruner()"
+
+
+def toy_pruner(name):
+    info = nni_topo.pruner_info(name)
+    knobs = toy_knobs(info.knobs(), info.needs)
+    if name == "genetic_weight":
+        knobs["validation"] = [(toy_images(), torch.arange(len(toy_images())) % 4)]
+    rule = HALF if info.structured else [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
+    return nni_topo.create_pruner(name, toy_model(), rule, **knobs)

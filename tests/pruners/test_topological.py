@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import nni_topo
-from nni_topo import zoo
+from nni_topo import GeneticSearch, zoo
 from nni_topo.errors import ConfigError
 from nni_topo.hooks import WeightCollector
 from nni_topo.maths import topology
@@ -38,6 +38,7 @@ def pruned(points, ratio=None, **knobs):
     return kept(masks, "0").tolist()
 
 
+SMALL = {"population_size": 6, "generations": 3}
 FOUR_CLUSTERS = [
     [5.0, 0.0],
     [5.1, 0.0],
@@ -90,7 +91,7 @@ def test_the_search_never_ends_above_its_greedy_start():
 def test_what_is_kept_is_the_search_best(criterion):
     model = toy_model()
     pruner = TopologicalPruner(
-        model, HALF, criterion=criterion, homology_dimensions=(0, 1), generations=4, solver="genetic"
+        model, HALF, criterion=criterion, homology_dimensions=(0, 1), solver=GeneticSearch(generations=4)
     )
     _, masks = pruner.compress()
     cloud = topology.with_origin(toy_model().hidden.weight.detach().double().numpy())
@@ -104,8 +105,11 @@ def test_what_is_kept_is_the_search_best(criterion):
 def test_both_engines_choose_the_same():
     rng = np.random.default_rng(0)
     points = rng.normal(size=(10, 3)).tolist()
-    knobs = {"make": TopologicalPruner.perera2022, "population_size": 6, "generations": 3}
-    assert pruned(points, 0.5, engine="exact", **knobs) == pruned(points, 0.5, engine="gudhi", **knobs)
+    found = [
+        pruned(points, 0.5, make=TopologicalPruner.perera2022, search={**SMALL, "engine": engine})
+        for engine in ("exact", "gudhi")
+    ]
+    assert found[0] == found[1]
 
 
 def test_a_group_is_one_joint_cloud():
@@ -134,14 +138,14 @@ def test_calibration_switches_to_the_activation_cloud():
     images = toy_images(16)
     _, by_weight = TopologicalPruner(toy_model(), HALF).compress()
     _, by_activation = TopologicalPruner(toy_model(), HALF, calibration=[images]).compress()
-    _, named = TopologicalPruner(toy_model(), HALF, calibration=[images], collector="weight").compress()
+    _, named = TopologicalPruner(toy_model(), HALF, calibration=[images], cloud="weight").compress()
     assert kept(by_weight, "hidden").tolist() == kept(named, "hidden").tolist()
     assert kept(by_weight, "hidden").tolist() != kept(by_activation, "hidden").tolist()
 
 
 @pytest.mark.parametrize(("knobs", "cloud"), [({}, "weight"), ({"calibration": [toy_images(16)]}, "functional")])
 def test_the_default_covers_what_neurons_do_where_there_are_images(knobs, cloud):
-    named = {"collector": cloud, "criterion": "hausdorff", "solver": "greedy"}
+    named = {"cloud": cloud, "criterion": "hausdorff", "solver": "greedy"}
     pair = [TopologicalPruner(toy_model(), HALF, **knobs, **given) for given in ({}, named)]
     masks = [kept(pruner.compress()[1], "hidden").tolist() for pruner in pair]
     assert masks[0] == masks[1]
@@ -152,7 +156,7 @@ def test_the_default_covers_what_neurons_do_where_there_are_images(knobs, cloud)
     ("criterion", "searched"), list(zip(topology.CRITERIA, (True, True, False, False), strict=True))
 )
 def test_by_default_covers_are_greedy_and_diagrams_are_searched(criterion, searched):
-    pruner = TopologicalPruner(toy_model(), HALF, criterion=criterion, generations=2)
+    pruner = TopologicalPruner(toy_model(), HALF, criterion=criterion)
     pruner.compress()
     assert bool(pruner.trace) == searched
 
@@ -161,7 +165,7 @@ def test_by_default_covers_are_greedy_and_diagrams_are_searched(criterion, searc
 def test_perera2022_compares_diagrams_of_the_weights_without_the_origin(combine):
     points = np.random.default_rng(3).normal(size=(12, 2)).astype(np.float32)
     pruner = TopologicalPruner.perera2022(
-        layer_of(points.tolist()), [{"op_names": ["0"], "sparse_ratio": 0.5}], combine=combine, generations=3
+        layer_of(points.tolist()), [{"op_names": ["0"], "sparse_ratio": 0.5}], combine=combine, search=SMALL
     )
     _, masks = pruner.compress()
     distances = topology.pairwise_distances(points.astype(np.float64))
@@ -174,11 +178,16 @@ def test_perera2022_refuses_the_knobs_that_it_fixes():
         nni_topo.create_pruner("perera2022", toy_model(), HALF, criterion="cover")
 
 
+def test_perera2022_combines_by_name():
+    with pytest.raises(ConfigError, match="combine must be a known name, got 'mean'"):
+        TopologicalPruner.perera2022(toy_model(), HALF, combine="mean")
+
+
 def test_an_evaluator_serves_as_calibration():
     model = toy_model()
-    pruner = TopologicalPruner(model, HALF, toy_evaluator(model), collector="activation")
+    pruner = TopologicalPruner(model, HALF, toy_evaluator(model), cloud="activation")
     _, masks = pruner.compress()
-    _, expected = TopologicalPruner(toy_model(), HALF, calibration=[toy_images()], collector="activation").compress()
+    _, expected = TopologicalPruner(toy_model(), HALF, calibration=[toy_images()], cloud="activation").compress()
     assert kept(masks, "hidden").tolist() == kept(expected, "hidden").tolist()
 
 
@@ -187,14 +196,14 @@ def test_a_collector_of_ones_own():
         def collect(self, context):
             return {m: {t: 2 * v for t, v in targets.items()} for m, targets in super().collect(context).items()}
 
-    _, own = TopologicalPruner(toy_model(), HALF, collector=Doubled()).compress()
+    _, own = TopologicalPruner(toy_model(), HALF, cloud=Doubled()).compress()
     _, plain = TopologicalPruner(toy_model(), HALF).compress()
     assert kept(own, "hidden").tolist() == kept(plain, "hidden").tolist()
 
 
 def test_seeds_matter_and_repeat():
     points = np.random.default_rng(0).normal(size=(30, 4)).tolist()
-    knobs = {"make": TopologicalPruner.perera2022, "generations": 2, "population_size": 4}
+    knobs = {"make": TopologicalPruner.perera2022, "search": {"generations": 2, "population_size": 4}}
     first, again, other = (pruned(points, 0.5, seed=seed, **knobs) for seed in (0, 0, 1))
     assert first == again != other
 
@@ -210,16 +219,18 @@ def test_degenerate_layers(points, make):
     [
         ({"criterion": "hausdorf"}, "did you mean hausdorff"),
         ({"solver": "annealing"}, "solver must be a known name"),
-        ({"engine": "ripser"}, "engine must be a known name"),
-        ({"collector": "gradients"}, "did you mean gradient"),
-        ({"collector": "gradient"}, "needs calibration data or an evaluator"),
-        ({"collector": "folded"}, "'folded' needs example_inputs"),
+        ({"solver": {"engine": "ripser"}}, "engine must be a known name"),
+        ({"solver": {"generation": 5}}, "key of solver must be a known name, got 'generation'"),
+        ({"solver": 7}, "solver must be a GeneticSearch or a mapping of its fields, got 7"),
+        ({"cloud": "gradients"}, "did you mean gradient"),
+        ({"cloud": "gradient"}, "needs calibration data or an evaluator"),
+        ({"cloud": "folded"}, "'folded' needs example_inputs"),
+        ({"cloud": ["weight"]}, "cloud must be a PointCloud or a mapping of its fields"),
         ({"criterion": "reconstruction"}, "criterion must be a known name, got 'reconstruction'"),
-        ({"combine": "mean"}, "combine must be a known name, got 'mean'"),
-        ({"preprocess": "scale"}, "preprocess must be a known name"),
+        ({"cloud": {"preprocess": "scale"}}, "preprocess must be a known name"),
         ({"homology_dimensions": ()}, "homology_dimensions"),
         ({"homology_dimensions": (-1,)}, "homology_dimensions"),
-        ({"population_size": 1}, "population_size"),
+        ({"solver": {"population_size": 1}}, "population_size"),
     ],
 )
 def test_bad_knobs_are_refused_before_the_model_is_wrapped(knobs, words):

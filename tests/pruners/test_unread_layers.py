@@ -56,15 +56,13 @@ def test_layers_read_in_parts_are_refused_before_wrapping_with_a_way_on(way, nam
     words = refused(Net(way), layers("first", "wide"), name)
     assert words.endswith("(wide)")
     assert "exclude_op_names" in words
-    assert "collector='activation'" in words
+    assert "cloud='activation'" in words
 
 
 @pytest.mark.parametrize("way", ["chunk", "slice", "pixel_shuffle"])
 def test_the_knob_that_is_named_works(way):
     net = Net(way)
-    pruner = nni_topo.TopologicalPruner(
-        net, layers("first", "wide"), calibration=[IMAGES], collector="activation", generations=2
-    )
+    pruner = nni_topo.TopologicalPruner(net, layers("first", "wide"), calibration=[IMAGES], cloud="activation")
     _, masks = pruner.compress()
     pruner.unwrap_model()
     assert float(masks["wide"]["bias"].mean()) == 0.5
@@ -78,7 +76,7 @@ def test_other_clouds_of_what_is_read_decide_as_early(collector):
     labelled = [(IMAGES, torch.zeros(6, dtype=torch.int64))]
     net = Net("chunk")
     with pytest.raises(ConfigError, match=r"\(wide\)"):
-        nni_topo.TopologicalPruner(net, layers("wide"), collector=collector, calibration=labelled, **knobs)
+        nni_topo.TopologicalPruner(net, layers("wide"), cloud=collector, calibration=labelled, **knobs)
     assert not any(name.endswith("_nni_wrapper") for name, _ in net.named_modules())
 
 

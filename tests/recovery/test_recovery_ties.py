@@ -77,13 +77,12 @@ def test_layers_of_one_weight(make, names):
     assert distance(model, to_dense(found.model, IMAGES[:2], masks), IMAGES) <= shipped
 
 
-def test_a_pruner_that_compensates_leaves_shared_weights():
+def test_compensation_leaves_shared_weights():
     model = TiedConvolutions()
-    pruner = RandomPruner(
-        model, [{"op_names": ["one"], "sparse_ratio": 0.5}], compensate="reconstruct", calibration=IMAGES.split(8)
-    )
-    pruner.compress()
-    assert pruner.compensation_report.left_alone["two"] == "its weight belongs to another module too"
+    pruner = RandomPruner(model, [{"op_names": ["one"], "sparse_ratio": 0.5}])
+    _, masks = pruner.compress()
     pruner.unwrap_model()
-    assert torch.equal(model.one.weight, TiedConvolutions().one.weight)
-    assert model.one.weight is model.two.weight
+    done = compensation(model, masks, IMAGES.split(8))
+    assert done.report.left_alone["two"] == "its weight belongs to another module too"
+    assert torch.equal(done.model.one.weight, TiedConvolutions().one.weight)
+    assert done.model.one.weight is done.model.two.weight

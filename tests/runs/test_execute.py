@@ -69,7 +69,10 @@ def pruned(cell, data=None):
 def test_a_pruner_with_calibration_is_given_training_images(pruner_seen):
     data = numbered(200)
     pruned(
-        cell_of(PrunerChoice("topological", calibration=130, knobs={"criterion": "hausdorff", "generations": 1})), data
+        cell_of(
+            PrunerChoice("topological", calibration=130, knobs={"criterion": "hausdorff", "solver": {"generations": 1}})
+        ),
+        data,
     )
     given = pruner_seen["knobs"]["calibration"]
     assert [len(batch) for batch in given] == [128, 2]

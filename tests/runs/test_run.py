@@ -156,7 +156,7 @@ CONFIG = [{"op_names": ["fc1"], "sparse_ratio": 0.5}]
 
 @pytest.mark.parametrize("name", ["genetic_weight", "taylor", "level", "topological_magnitude"])
 def test_pruners_that_need_data_work_from_compare_without_knobs(name, tmp_path):
-    knobs = {"generations": 1, "population_size": 4} if name == "genetic_weight" else {}
+    knobs = {"search": {"generations": 1, "population_size": 4}} if name == "genetic_weight" else {}
     choice = PrunerChoice(name, knobs=knobs)
     plan = Plan((MODEL,), (DATA,), (choice,), (Target("ratio", 0.5),), train={"epochs": 1}, retrain={"epochs": 0})
     (record,), failures = compare(plan, tmp_path, isolate=False)

@@ -75,7 +75,7 @@ def energy_study(
     layers = [name for name in inner_layers(net, example) if not isinstance(net.get_submodule(name), nn.Linear)]
     knobs = dict(plan.knobs)
     if plan.calibration:
-        knobs |= {"collector": "data", "calibration": start.images(plan.calibration)}
+        knobs |= {"signal": "data", "calibration": start.images(plan.calibration)}
 
     def quality(candidate: nn.Module, images: TensorDataset) -> Quality:
         return Quality(*zoo.loss_and_accuracy(candidate, images, device=next(candidate.parameters()).device))
@@ -135,7 +135,7 @@ def _write_suggestion(path: Path, record: Record, plan: EnergyPlan, command: str
             for level in levels
         ],
     }
-    knobs = {**plan.knobs, **({"collector": "data"} if plan.calibration else {})}
+    knobs = {**plan.knobs, **({"signal": "data"} if plan.calibration else {})}
     content |= {"knobs": knobs} if knobs else {}
     content |= {"calibration": plan.calibration} if plan.calibration else {}
     found = record["suggested"]

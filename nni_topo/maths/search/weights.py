@@ -26,25 +26,50 @@ Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class WeightEvolutionSettings:
-    """Knobs of the genetic algorithm over single weights; ConfigError if a number is out of its range."""
+class WeightSearch:
+    """Settings of the genetic algorithm over single weights.
 
-    # Weights of the change in accuracy (a fraction) and of the share of removed weights (a fraction), at least 0.
+    Parameters
+    ----------
+    alpha, beta : float, default=100.0, 1.0
+        Fitness is ``alpha * (accuracy - accuracy at the start) + beta * share of removed weights``; at least 0. With
+        the defaults a point of accuracy is worth all weights of the targets.
+    damage_rate : float or pair of float, default=0.1
+        Share of the weights that individuals of generation 0 lose at random, the first one apart, in [0, 1]; of a
+        pair, each individual's is drawn between the two.
+    population_size, generations : int, default=50, 20
+        Individuals, at least 2, and generations after generation 0, at least 1.
+    tournament_size : int, default=5
+        Others, at least 1, among which an individual's partner is the fittest; all others where there are fewer.
+    crossover_probability : float, default=0.8
+        Chance of a two-point crossover, in [0, 1].
+    weakest_probability, random_probability : float, default=0.5
+        Chances of the two mutations, in [0, 1].
+    weakest_rate, random_rate : float, default=0.1
+        How much they take: weights within this share of the layer's range of magnitudes above the weakest remaining
+        one; this share of the remaining weights, at least one. In [0, 1].
+
+    Raises
+    ------
+    ConfigError
+        If a number is out of its range.
+
+    Examples
+    --------
+    >>> WeightSearch(damage_rate=(0.1, 0.5)).damage_range
+    (0.1, 0.5)
+    """
+
     alpha: float = 100.0
     beta: float = 1.0
-    population_size: int = 50  # individuals, at least 2
-    generations: int = 20  # after generation 0, at least 1
-    # Share of the weights that each individual of generation 0 but the first loses, in [0, 1]; of a pair, each one's
-    # own is drawn between the two.
     damage_rate: float | tuple[float, float] = 0.1
-    # Others among which an individual's partner is the fittest, at least 1; all others where there are fewer.
+    population_size: int = 50
+    generations: int = 20
     tournament_size: int = 5
     crossover_probability: float = 0.8
-    weakest_probability: float = 0.5  # chance of each of the two mutations, in [0, 1]
+    weakest_probability: float = 0.5
     random_probability: float = 0.5
-    # Share of the layer's range of magnitudes, above its weakest remaining weight, in which weights go, in [0, 1].
     weakest_rate: float = 0.1
-    # Share of the remaining weights that go at random, in [0, 1]; at least one goes.
     random_rate: float = 0.1
 
     def __post_init__(self) -> None:
@@ -104,7 +129,7 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
         self,
         layers: Sequence[Layer],
         accuracies: Callable[[Iterator[BoolArray]], FloatArray],
-        settings: WeightEvolutionSettings,
+        settings: WeightSearch,
         *,
         seed: int,
     ) -> None:

@@ -1,8 +1,9 @@
-"""The point clouds by name, as the ``collector`` knob of a pruner takes them."""
+"""The point clouds by name, as the ``cloud`` knob of a pruner takes them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from nni_topo.errors import ConfigError, unknown_name
@@ -10,7 +11,7 @@ from nni_topo.pruners.clouds.coupled import CoupledWeightCollector
 from nni_topo.pruners.clouds.folded import FoldedWeightCollector
 from nni_topo.pruners.clouds.functional import FunctionalCollector
 from nni_topo.pruners.clouds.gradient import GradientCollector
-from nni_topo.pruners.clouds.weight import ActivationCollector, Preprocess, WeightCollector
+from nni_topo.pruners.clouds.weight import ActivationCollector, Preprocess, WeightCollector, checked_preprocess
 from nni_topo.pruners.hooks import DataCollector
 
 _TRACED: dict[str, Callable[..., DataCollector]] = {
@@ -26,29 +27,62 @@ CLOUDS = ("auto", "weight", *_TRACED, *_MEASURED)
 """Names of clouds."""
 
 
+@dataclass(frozen=True)
+class PointCloud:
+    """Which points stand for a layer's filters.
+
+    Parameters
+    ----------
+    kind : {"auto", "weight", "folded", "coupled", "activation", "functional", "gradient"} or DataCollector
+        The filters' weights; the same with bias and batch norm folded in, or scaled by batch norm and by the weights
+        that read them (both need ``example_inputs``); the filters' outputs over the calibration data; what these
+        outputs do in the layers that read them; or what removing a filter does to each labelled sample's loss. Default
+        ``"auto"``: ``"functional"`` if there are calibration data, else ``"weight"``. A collector makes its own points.
+    preprocess : {"none", "center", "standardize", "unit"}, default="none"
+        Applied to each member's cloud before a group's are joined; a collector has its own.
+    origin : bool, default=True
+        Whether the origin, to which a pruned filter falls, belongs to the cloud.
+
+    Raises
+    ------
+    ConfigError
+        If a name is unknown.
+
+    Examples
+    --------
+    >>> PointCloud("weight", preprocess="unit").origin
+    True
+    """
+
+    kind: str | DataCollector = "auto"
+    preprocess: Preprocess = "none"
+    origin: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.kind, DataCollector) and self.kind not in CLOUDS:
+            raise unknown_name("cloud", str(self.kind), CLOUDS)
+        checked_preprocess(self.preprocess)
+
+
 def make_collector(
-    collector: str | DataCollector,
+    cloud: str | PointCloud | DataCollector,
     *,
     calibration: Iterable[Any] | None = None,
     example_inputs: Any = None,
     evaluator: Any = None,
-    preprocess: Preprocess = "none",
 ) -> DataCollector:
-    """Return a collector by the name of its cloud.
+    """Return the collector of a cloud.
 
     Parameters
     ----------
-    collector : str or DataCollector
-        ``"weight"``, ``"folded"``, ``"coupled"``, ``"activation"``, ``"functional"`` or ``"gradient"``; ``"auto"`` is
-        ``"functional"`` if there is calibration data, else ``"weight"``. A collector is returned as it is.
+    cloud : PointCloud, str or DataCollector
+        The cloud, or its kind alone. A collector is returned as it is.
     calibration : iterable or None, default=None
         Batches; the gradient cloud needs ``(inputs, targets)``.
     example_inputs : Any, default=None
         Inputs of the model, for the folded and the coupled cloud.
     evaluator : nni.compression.utils.Evaluator or None, default=None
         Serves the activation and the gradient cloud instead of calibration data.
-    preprocess : {"none", "center", "standardize", "unit"}, default="none"
-        See :class:`~nni_topo.hooks.WeightCollector`.
 
     Returns
     -------
@@ -61,20 +95,20 @@ def make_collector(
     DataError
         If the gradient cloud's calibration data has no targets.
     """
-    if isinstance(collector, DataCollector):
-        return collector
-    if collector == "auto":
-        collector = "weight" if calibration is None else "functional"
-    if collector == "weight":
+    cloud = cloud if isinstance(cloud, PointCloud) else PointCloud(cloud)
+    if isinstance(cloud.kind, DataCollector):
+        return cloud.kind
+    kind, preprocess = cloud.kind, cloud.preprocess
+    if kind == "auto":
+        kind = "weight" if calibration is None else "functional"
+    if kind == "weight":
         return WeightCollector(preprocess=preprocess)
-    if collector in _TRACED:
+    if kind in _TRACED:
         if example_inputs is None:
-            raise ConfigError(f"collector {collector!r} needs example_inputs, got none (example_inputs)")
-        return _TRACED[collector](example_inputs, preprocess=preprocess)
-    if collector not in _MEASURED:
-        raise unknown_name("collector", str(collector), CLOUDS)
-    if calibration is None and collector == "functional":
-        raise ConfigError("collector 'functional' needs calibration data, got none (calibration)")
-    if calibration is None and evaluator is None and collector == "gradient":
-        raise ConfigError("collector 'gradient' needs calibration data or an evaluator, got neither (calibration)")
-    return _MEASURED[collector](calibration, preprocess=preprocess)
+            raise ConfigError(f"cloud {kind!r} needs example_inputs, got none (example_inputs)")
+        return _TRACED[kind](example_inputs, preprocess=preprocess)
+    if calibration is None and kind == "functional":
+        raise ConfigError("cloud 'functional' needs calibration data, got none (calibration)")
+    if calibration is None and evaluator is None and kind == "gradient":
+        raise ConfigError("cloud 'gradient' needs calibration data or an evaluator, got neither (calibration)")
+    return _MEASURED[kind](calibration, preprocess=preprocess)

@@ -163,7 +163,7 @@ def unread_error(names: list[str]) -> ConfigError:
     return ConfigError(
         "a cloud of what is read, and ReconstructionPruner, need a layer behind that reads all channels of a layer "
         "alike, got none: exclude such layers from the config_list (exclude_op_names), or let TopologicalPruner look "
-        f"at the layer itself, collector='activation' or 'weight' ({', '.join(names)})"
+        f"at the layer itself, cloud='activation' or 'weight' ({', '.join(names)})"
     )
 
 

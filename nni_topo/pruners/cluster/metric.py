@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -62,10 +61,10 @@ class Clusters:
 
 @dataclass(kw_only=True, eq=False)
 class SurvivorMetric(MetricCalculator):
-    """Keeps one neuron of each cluster; ``survivor`` returns the rules of a unit."""
+    """Keeps one neuron of each cluster, by the ``survivor`` rules."""
 
     collector: FeatureCollector
-    survivor: Callable[[PruningUnit, PruningContext], tuple[str, ...]]
+    survivor: tuple[str, ...]
     seed: int
     # By layer, of the latest call: the survivor of each neuron that goes. Dead neurons need none.
     pairs: dict[str, dict[int, int]] = field(default_factory=dict, init=False)
@@ -84,8 +83,7 @@ class SurvivorMetric(MetricCalculator):
         for unit in context.units:
             points = np.concatenate([cloud.points for cloud in clouds[unit.name]])
             closeness = _closeness(points, found[unit.name].labels)
-            rules = self.survivor(unit, context)
-            scores = survivor_scores(rules, unit, context, self.collector.network, closeness, generator)
+            scores = survivor_scores(self.survivor, unit, context, self.collector.network, closeness, generator)
             kept[unit.name] = self._kept(unit, points, found[unit.name], scores)
         return context.keep(kept)
 

@@ -8,7 +8,7 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nni.compression.base.wrapper import ModuleWrapper
@@ -19,13 +19,11 @@ from nni_topo.errors import ConfigError, check_integer, check_seed, unknown_name
 from nni_topo.maths.clustering.partition import ALGORITHMS, Algorithm
 from nni_topo.network.inputs import checked_calibration
 from nni_topo.pruners.base import StructuredPruner
+from nni_topo.pruners.budget import Budget, planned
 from nni_topo.pruners.clouds.features import FeatureCollector, Pool
 from nni_topo.pruners.cluster.metric import ClusterMetric
 from nni_topo.pruners.cluster.survivors import Survivor, checked_rules
-from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.planner import Planner
-from nni_topo.pruners.units import PruningUnit
-from nni_topo.recovery.compensation import Method
 
 
 class ClusterPruner(StructuredPruner):
@@ -47,18 +45,23 @@ class ClusterPruner(StructuredPruner):
         Batches of inputs, or of ``(inputs, targets)``; labels aren't used. A list or DataLoader, not a generator.
     algorithm : {"kmeans", "spectral", "ward", "dbscan", "gmm", "gmm_full"}, default="kmeans"
         See :func:`nni_topo.maths.clustering.partition`. Points of noise of DBSCAN stay.
-    survivor : str or sequence of str, default="random"
+    survivor : str or sequence of str, default="auto"
         Which neuron of a cluster stays: ``"random"``; ``"center"``, the nearest to its mean; ``"weight"``, the largest
         sum of absolute weights on both sides (4.12); ``"bias"``, the largest bias (4.13); ``"bias_norm"``, the largest
-        absolute bias. Of several the ranks are averaged. A batch norm behind the layer is part of the bias.
+        absolute bias. Of several the ranks are averaged. A batch norm behind the layer is part of the bias. ``"auto"``:
+        ``"bias_norm"`` for convolutions with a bias or a batch norm, else ``"weight"``.
     pool : {"none", "mean"} or int, default="none"
         Feature maps as they are, averaged to one value, or to so many in each direction.
     n_init : int, default=3
         Starts of k-means and mixtures, at least 1.
     min_samples : int, default=3
         DBSCAN's number of points that make a core, at least 1.
-    compensate, round_to
-        See :class:`~nni_topo.pruners.base.StructuredPruner`; ``compensate="pair"`` takes :attr:`pairs`.
+    budget : Budget, mapping or None, default=None
+        :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``.
+    example_inputs : Any, default=None
+        Inputs of the model, for a ``budget``; None: the first ``calibration`` batch.
+    round_to : int or None, default=None
+        Every layer keeps a multiple of so many channels, or all; more than asked for stay.
     seed : int, default=0
         Same seed, same masks.
 
@@ -102,11 +105,12 @@ class ClusterPruner(StructuredPruner):
         *,
         calibration: Iterable[Any] | None = None,
         algorithm: Algorithm = "kmeans",
-        survivor: Survivor = "random",
+        survivor: Survivor = "auto",
         pool: Pool = "none",
         n_init: int = 3,
         min_samples: int = 3,
-        compensate: Method | None = None,
+        budget: Budget | Mapping[str, Any] | None = None,
+        example_inputs: Any = None,
         round_to: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -115,13 +119,20 @@ class ClusterPruner(StructuredPruner):
         for name, value in (("n_init", n_init), ("min_samples", min_samples)):
             check_integer(name, value, 1, "ClusterPruner")
         check_seed(seed, "ClusterPruner")
-        self._rules = checked_rules(survivor)
+        self.calibration = checked_calibration(calibration)
+        self.algorithm = algorithm
+        self.survivor = survivor
+        self.pool = pool
+        self.n_init = n_init
+        self.min_samples = min_samples
+        self.budget = budget
+        self.example_inputs = example_inputs
+        self.round_to = round_to
         self.seed = seed
-        calibration = checked_calibration(calibration)
-        collector = feature_collector(calibration, evaluator, pool, config_list)
+        collector = feature_collector(self.calibration, evaluator, pool, config_list)
         self._metric = ClusterMetric(
             collector=collector,
-            survivor=self._rules_of,
+            survivor=checked_rules(survivor),
             algorithm=algorithm,
             n_init=n_init,
             min_samples=min_samples,
@@ -134,10 +145,7 @@ class ClusterPruner(StructuredPruner):
             existed_wrappers,
             collector=collector,
             calculator=self._metric,
-            planner=Planner(on_empty="keep"),
-            compensate=compensate,
-            calibration=calibration,
-            round_to=round_to,
+            planner=planned(budget, config_list, example_inputs, self.calibration, fallback=Planner(round_to=round_to)),
         )
 
     @property
@@ -148,9 +156,6 @@ class ClusterPruner(StructuredPruner):
         update.
         """
         return self._metric.pairs
-
-    def _rules_of(self, unit: PruningUnit, context: PruningContext) -> tuple[str, ...]:
-        return self._rules
 
 
 def feature_collector(

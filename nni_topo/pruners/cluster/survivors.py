@@ -25,6 +25,7 @@ from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.units import PruningUnit
 
 RULES = ("random", "center", "weight", "bias", "bias_norm")
+AUTO = ("auto",)
 
 Survivor = str | Sequence[str]
 
@@ -36,9 +37,9 @@ def checked_rules(survivor: Survivor) -> tuple[str, ...]:
     rules = (survivor,) if isinstance(survivor, str) else tuple(survivor)
     if not rules:
         raise ConfigError(f"survivor must name at least one rule of {', '.join(RULES)}, got none")
-    for rule in rules:
+    for rule in rules if rules != AUTO else ():
         if rule not in RULES:
-            raise unknown_name("survivor", str(rule), RULES)
+            raise unknown_name("survivor", str(rule), (*AUTO, *RULES))
     return rules
 
 
@@ -51,6 +52,9 @@ def survivor_scores(
     generator: np.random.Generator,
 ) -> FloatArray:
     """Score the neurons of a unit, ``(blocks,)`` float64, by a rule or the mean rank of several; the highest stays."""
+    if rules == AUTO:
+        has_bias = is_convolution(unit, context) and offsets(unit, context, network) is not None
+        rules = ("bias_norm",) if has_bias else ("weight",)
     scores = []
     for rule in rules:
         if rule == "random":
@@ -66,6 +70,11 @@ def survivor_scores(
             scores.append(biases if rule == "bias" else np.abs(biases))
     # Rules have units of their own (distances, sums of weights, biases): several are comparable by ranks alone.
     return scores[0] if len(scores) == 1 else np.mean([rankdata(leveled(each)) for each in scores], axis=0)
+
+
+def is_convolution(unit: PruningUnit, context: PruningContext) -> bool:
+    """Say whether a unit's first layer is a convolution."""
+    return isinstance(context.model.get_submodule(unit.members[0][0]), nn.modules.conv._ConvNd)
 
 
 def offsets(unit: PruningUnit, context: PruningContext, network: TracedNetwork) -> FloatArray | None:

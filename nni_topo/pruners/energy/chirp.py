@@ -32,11 +32,11 @@ class EnergyCollector(DataCollector):
         normalization: Normalization = "area",
         batch_norm: bool = False,
         bias: bool = True,
-        linear: Linear = "refuse",
+        linear: Linear = "unit-energy",
     ) -> None:
         for knob, value, known in (
             ("normalization", normalization, ("none", "area", "layer")),
-            ("linear", linear, ("refuse", "unit-energy")),
+            ("linear", linear, ("unit-energy", "refuse")),
         ):
             if value not in known:
                 raise unknown_name(knob, str(value), known)
@@ -100,7 +100,7 @@ class ChirpEnergyCollector(EnergyCollector):
         normalization: Normalization = "area",
         batch_norm: bool = False,
         bias: bool = True,
-        linear: Linear = "refuse",
+        linear: Linear = "unit-energy",
     ) -> None:
         super().__init__(example_inputs, normalization=normalization, batch_norm=batch_norm, bias=bias, linear=linear)
         self.signal = as_settings(signals.Chirp, signal, "signal")
@@ -133,7 +133,7 @@ class ChirpEnergyCollector(EnergyCollector):
         return found
 
 
-def check_layer(name: str, module: nn.Module, linear: Linear = "refuse") -> None:
+def check_layer(name: str, module: nn.Module, linear: Linear = "unit-energy") -> None:
     """Raise unless a layer's filters have an energy: ConfigError by its type, DataError by its weights'."""
     if isinstance(module, nn.Linear) and linear == "refuse":
         raise ConfigError(

@@ -24,12 +24,12 @@ from nni_topo.maths import signals
 from nni_topo.maths.ties import descending
 from nni_topo.network.inputs import checked_calibration
 from nni_topo.pruners.base import StructuredPruner
+from nni_topo.pruners.budget import Budget, planned
 from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.energy.chirp import ChirpEnergyCollector, EnergyCollector, Linear, Normalization
 from nni_topo.pruners.energy.data import DataEnergyCollector
 from nni_topo.pruners.hooks import Data, MetricCalculator, Metrics, PruningContext
 from nni_topo.pruners.planner import Planner
-from nni_topo.recovery.compensation import Method
 
 
 class CumulativeEnergyMetric(MetricCalculator):
@@ -72,29 +72,29 @@ class EnergyFilterPruner(StructuredPruner):
         ``sparse_ratio`` takes the weakest filters. In a dependency group the energies add up before they are sorted;
         under a ``global_group_id`` all layers get one threshold, the one that meets the ratio.
     evaluator : nni.compression.utils.Evaluator or None, default=None
-        Needed for scheduled pruning; serves ``collector="data"`` where there is no ``calibration``.
+        Needed for scheduled pruning; serves ``signal="data"`` where there is no ``calibration``.
     existed_wrappers : dict or None, default=None
         Used by ``from_compressor``.
     example_inputs : Any, default=None
         Inputs of the model, which tell every layer's input size; needed by the chirp.
-    collector : {"chirp", "data"} or EnergyCollector, default="chirp"
-        Whose responses are measured: those to a chirp, or to calibration data.
+    signal : {"chirp", "data"}, Chirp, mapping or EnergyCollector, default="chirp"
+        Whose responses are measured: those to a :class:`~nni_topo.Chirp`, given or by its fields: direction, sweep and
+        taper, and whether it enters all input channels at once; or ``"data"``, the calibration images.
     calibration : iterable or None, default=None
-        Batches of inputs, or of ``(inputs, targets)``, for ``collector="data"`` and ``compensate``; labels aren't used.
-    signal : Chirp, mapping or None, default=None
-        :class:`~nni_topo.Chirp`, or its fields: direction, sweep and taper of the chirp, and whether it enters all
-        input channels at once. None: ``Chirp()``.
+        Batches of inputs, or of ``(inputs, targets)``, for ``signal="data"``; labels aren't used.
+    budget : Budget, mapping or None, default=None
+        :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``.
     normalization : {"none", "area", "layer"}, default="area"
         How the members of a dependency group weigh: by the sum of their energies, per position, or the same each.
     batch_norm : bool, default=False
         Whether responses are scaled as the batch norm behind the layer does; needs ``example_inputs``.
     bias : bool, default=True
         Whether the layer's bias is part of the response.
-    linear : {"refuse", "unit-energy"}, default="refuse"
-        What happens to linear layers, which a chirp can't enter: an error, or the expected energy of their outputs for
-        uncorrelated inputs of energy 1 each. ``collector="data"`` measures them like convolutions.
-    compensate, round_to
-        See :class:`~nni_topo.pruners.base.StructuredPruner`.
+    linear : {"unit-energy", "refuse"}, default="unit-energy"
+        What happens to linear layers, which a chirp can't enter: the expected energy of their outputs for uncorrelated
+        inputs of energy 1 each, or an error. ``signal="data"`` measures them like convolutions.
+    round_to : int or None, default=None
+        Every layer keeps a multiple of so many channels, or all; more than asked for stay.
 
     Raises
     ------
@@ -137,41 +137,47 @@ class EnergyFilterPruner(StructuredPruner):
         existed_wrappers: dict[str, ModuleWrapper] | None = None,
         *,
         example_inputs: Any = None,
-        collector: Literal["chirp", "data"] | EnergyCollector = "chirp",
+        signal: signals.Chirp | Mapping[str, Any] | Literal["chirp", "data"] | EnergyCollector = "chirp",
         calibration: Iterable[Any] | None = None,
-        signal: signals.Chirp | Mapping[str, Any] | None = None,
+        budget: Budget | Mapping[str, Any] | None = None,
         normalization: Normalization = "area",
         batch_norm: bool = False,
         bias: bool = True,
-        linear: Linear = "refuse",
-        compensate: Method | None = None,
+        linear: Linear = "unit-energy",
         round_to: int | None = None,
     ) -> None:
-        calibration = checked_calibration(calibration)
+        self.example_inputs = example_inputs
+        self.signal = signal
+        self.calibration = checked_calibration(calibration)
+        self.budget = budget
+        self.normalization = normalization
+        self.batch_norm = batch_norm
+        self.bias = bias
+        self.linear = linear
+        self.round_to = round_to
         shared: dict[str, Any] = {"normalization": normalization, "batch_norm": batch_norm, "bias": bias}
-        if isinstance(collector, EnergyCollector):
-            chosen: EnergyCollector = collector
-        elif collector == "chirp":
-            chosen = ChirpEnergyCollector(example_inputs, signal=signal, linear=linear, **shared)
-        elif collector == "data":
-            if calibration is None and evaluator is None:
-                raise ConfigError("collector 'data' needs calibration data or an evaluator, got neither (calibration)")
-            chosen = DataEnergyCollector(calibration, example_inputs, **shared)
+        if isinstance(signal, EnergyCollector):
+            collector: EnergyCollector = signal
+        elif signal == "data":
+            if self.calibration is None and evaluator is None:
+                raise ConfigError("signal 'data' needs calibration data or an evaluator, got neither (calibration)")
+            collector = DataEnergyCollector(self.calibration, example_inputs, **shared)
+        elif isinstance(signal, str) and signal != "chirp":
+            raise unknown_name("signal", signal, ("chirp", "data"))
         else:
-            raise unknown_name("collector", str(collector), ("chirp", "data"))
-        config_list = check_request(model, config_list, existed_wrappers)
+            chirp = None if isinstance(signal, str) else signal
+            collector = ChirpEnergyCollector(example_inputs, signal=chirp, linear=linear, **shared)
+        config_list = check_request(model, config_list, existed_wrappers, needs_rule=budget is None)
         _check_thresholds(config_list)
+        fallback = Planner(strict=True, tolerance=TOLERANCE, round_to=round_to)
         super().__init__(
             model,
             config_list,
             evaluator,
             existed_wrappers,
-            collector=chosen,
+            collector=collector,
             calculator=CumulativeEnergyMetric(),
-            planner=Planner(strict=True, on_empty="keep", tolerance=TOLERANCE),
-            compensate=compensate,
-            calibration=calibration,
-            round_to=round_to,
+            planner=planned(budget, config_list, example_inputs, self.calibration, fallback=fallback),
         )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError
 from nni_topo.maths.search.gene_layers import BoolArray, FloatArray, Layer
 from nni_topo.maths.search.state import load_state, save_state
-from nni_topo.maths.search.weights import WeightEvolutionSettings, WeightGeneticAlgorithm
+from nni_topo.maths.search.weights import WeightGeneticAlgorithm, WeightSearch
 from nni_topo.pruners.genetic_weight.masked import MaskedScores
 from nni_topo.pruners.genetic_weight.population import PopulationAccuracy
 from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext
@@ -29,15 +29,15 @@ Accuracies = Callable[[Iterator[BoolArray]], FloatArray]
 class GeneticMetric(MetricCalculator):
     """Keeps the weights that the fittest individual of a search uses; knobs of the pruner."""
 
-    settings: WeightEvolutionSettings
+    settings: WeightSearch
     validation: list[Any] | None
     evaluate: Callable[[nn.Module], float] | None
     seed: int
     state: str | Path | None
     on_generation: OnGeneration | None
     max_bytes: int
-    workers: int
-    search: WeightGeneticAlgorithm | None = field(default=None, init=False)
+    n_jobs: int
+    evolution: WeightGeneticAlgorithm | None = field(default=None, init=False)
     start_weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32), init=False)
 
     def calculate(self, data: Data, context: PruningContext) -> KeptSet:
@@ -55,7 +55,7 @@ class GeneticMetric(MetricCalculator):
         )
         if self.state is not None and Path(self.state).exists():
             load_state(search, self.state)
-        self.search = search
+        self.evolution = search
         search.run(self._after)
         genes = search.genes(search.best())
         kept = np.split(genes, np.cumsum([unit.blocks for unit in context.units])[:-1])
@@ -69,7 +69,7 @@ class GeneticMetric(MetricCalculator):
     def _accuracies(self, context: PruningContext, names: list[str], weights: list[Tensor]) -> Accuracies:
         if self.validation is not None:
             return PopulationAccuracy(
-                context.model, names, self.validation, max_bytes=self.max_bytes, workers=self.workers
+                context.model, names, self.validation, max_bytes=self.max_bytes, n_jobs=self.n_jobs
             )
         if self.evaluate is not None:
             evaluate, model = self.evaluate, context.model

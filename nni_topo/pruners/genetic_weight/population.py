@@ -39,7 +39,7 @@ class PopulationAccuracy:
         batches: Iterable[Any],
         *,
         max_bytes: int = 2**28,
-        workers: int = 1,
+        n_jobs: int = 1,
     ) -> None:
         self._model = unwrapped_copy(model).eval()
         self._layers: list[Any] = [self._model.get_submodule(name) for name in layers]
@@ -49,7 +49,7 @@ class PopulationAccuracy:
         if not self.samples:
             raise DataError("validation must hold at least one labelled image, got none (validation)")
         self._max_bytes = max_bytes
-        self._workers = workers
+        self._n_jobs = n_jobs
         self._tails: list[_Tail] = []
         self._cut(list(layers))
 
@@ -66,7 +66,7 @@ class PopulationAccuracy:
 
         # A population may be made as it is drawn: no chunk is drawn before a thread is free, which bounds memory.
         jobs = (delayed(self._hits)(chunk) for chunk in _chunks(population, self._chunk_size()))
-        hits = Parallel(n_jobs=self._workers, prefer="threads", pre_dispatch="1*n_jobs")(jobs)
+        hits = Parallel(n_jobs=self._n_jobs, prefer="threads", pre_dispatch="1*n_jobs")(jobs)
         return np.concatenate(hits) / self.samples
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,8 @@ from nni.compression.utils import Evaluator
 from numpy.typing import NDArray
 from torch import nn
 
-from nni_topo.errors import ConfigError, check_integer
-from nni_topo.maths.search.weights import HistoryRow, WeightEvolutionSettings, WeightGeneticAlgorithm
+from nni_topo.errors import ConfigError, as_settings, check_integer
+from nni_topo.maths.search.weights import HistoryRow, WeightGeneticAlgorithm, WeightSearch
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_weight_target
 from nni_topo.pruners.genetic_weight.metric import GeneticMetric, OnGeneration, checked_validation
@@ -53,23 +53,9 @@ class GeneticWeightPruner(StructuredPruner):
         individuals run together. Don't give the test set: the search fits what it is given.
     evaluate : callable or None, default=None
         Instead: returns the score of a model, in [0, 1] for an accuracy. It runs the whole model for each individual.
-    alpha, beta : float, default=100.0, 1.0
-        Fitness is ``alpha * (accuracy - accuracy at the start) + beta * share of removed weights``; at least 0. With
-        the defaults a point of accuracy is worth all weights of the targets.
-    damage_rate : float or pair of float, default=0.1
-        Share of the weights that individuals of generation 0 lose at random, the first one apart, in [0, 1]; of a
-        pair, each individual's is drawn between the two.
-    population_size, generations : int, default=50, 20
-        Individuals, at least 2, and generations after generation 0, at least 1.
-    tournament_size : int, default=5
-        Others among which an individual's partner is the fittest.
-    crossover_probability : float, default=0.8
-        Chance of a two-point crossover, in [0, 1].
-    weakest_probability, random_probability : float, default=0.5
-        Chances of the two mutations, in [0, 1].
-    weakest_rate, random_rate : float, default=0.1
-        How much they take: weights within this share of the layer's range of magnitudes above the weakest remaining
-        one; this share of the remaining weights. In [0, 1].
+    search : WeightSearch, mapping or None, default=None
+        :class:`~nni_topo.WeightSearch`, or its fields: fitness, population, generations, mutations. None:
+        ``WeightSearch()``.
     state : str, Path or None, default=None
         File that each generation is written to. Where it exists, the search goes on from there.
     on_generation : callable or None, default=None
@@ -77,7 +63,7 @@ class GeneticWeightPruner(StructuredPruner):
         value ends the search.
     max_bytes : int, default=2**28
         Memory for the individuals that run together, roughly.
-    workers : int, default=1
+    n_jobs : int, default=1
         Threads that evaluate, at least 1; the result doesn't depend on it.
     seed : int, default=0
         Same seed, same masks.
@@ -120,49 +106,34 @@ class GeneticWeightPruner(StructuredPruner):
         *,
         validation: Iterable[Any] | None = None,
         evaluate: Callable[[nn.Module], float] | None = None,
-        alpha: float = 100.0,
-        beta: float = 1.0,
-        damage_rate: float | tuple[float, float] = 0.1,
-        population_size: int = 50,
-        generations: int = 20,
-        tournament_size: int = 5,
-        crossover_probability: float = 0.8,
-        weakest_probability: float = 0.5,
-        random_probability: float = 0.5,
-        weakest_rate: float = 0.1,
-        random_rate: float = 0.1,
+        search: WeightSearch | Mapping[str, Any] | None = None,
         state: str | Path | None = None,
         on_generation: OnGeneration | None = None,
         max_bytes: int = 2**28,
-        workers: int = 1,
+        n_jobs: int = 1,
         seed: int = 0,
     ) -> None:
-        settings = WeightEvolutionSettings(
-            alpha=alpha,
-            beta=beta,
-            population_size=population_size,
-            generations=generations,
-            damage_rate=damage_rate,
-            tournament_size=tournament_size,
-            crossover_probability=crossover_probability,
-            weakest_probability=weakest_probability,
-            random_probability=random_probability,
-            weakest_rate=weakest_rate,
-            random_rate=random_rate,
-        )
+        self.search = as_settings(WeightSearch, search, "search")
         if validation is None and evaluate is None and evaluator is None:
             raise ConfigError("a genetic search needs validation, evaluate or an evaluator, got none (validation)")
-        for name, value in (("max_bytes", max_bytes), ("workers", workers)):
+        for name, value in (("max_bytes", max_bytes), ("n_jobs", n_jobs)):
             check_integer(name, value, 1, "GeneticWeightPruner")
+        self.validation = checked_validation(validation)
+        self.evaluate = evaluate
+        self.state = state
+        self.on_generation = on_generation
+        self.max_bytes = max_bytes
+        self.n_jobs = n_jobs
+        self.seed = seed
         self._metric = GeneticMetric(
-            settings=settings,
-            validation=checked_validation(validation),
+            settings=self.search,
+            validation=self.validation,
             evaluate=evaluate,
             seed=seed,
             state=state,
             on_generation=on_generation,
             max_bytes=max_bytes,
-            workers=workers,
+            n_jobs=n_jobs,
         )
         super().__init__(
             model,
@@ -174,7 +145,7 @@ class GeneticWeightPruner(StructuredPruner):
         )
 
     @property
-    def search(self) -> WeightGeneticAlgorithm:
+    def evolution(self) -> WeightGeneticAlgorithm:
         """The latest search: its individuals, settings and history.
 
         Raises
@@ -182,9 +153,9 @@ class GeneticWeightPruner(StructuredPruner):
         ConfigError
             If there was none yet.
         """
-        if self._metric.search is None:
+        if self._metric.evolution is None:
             raise ConfigError("a search must have run, got none: call compress() first (GeneticWeightPruner)")
-        return self._metric.search
+        return self._metric.evolution
 
     @property
     def start_weights(self) -> NDArray[np.float32]:
@@ -196,8 +167,8 @@ class GeneticWeightPruner(StructuredPruner):
         """A row per generation and individual: fitness, accuracy, compression, generation of birth, last partner."""
         import pandas
 
-        search = self._metric.search
-        return pandas.DataFrame([] if search is None else search.history, columns=HistoryRow._fields)
+        evolution = self._metric.evolution
+        return pandas.DataFrame([] if evolution is None else evolution.history, columns=HistoryRow._fields)
 
     def wrap_model(self) -> None:
         """Check the targets and make them active, then wrap the model."""

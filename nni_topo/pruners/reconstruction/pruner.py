@@ -11,7 +11,6 @@ References
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from nni.compression.base.wrapper import ModuleWrapper
@@ -20,14 +19,13 @@ from torch import nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.inputs import checked_calibration
-from nni_topo.network.latency import LatencyTable
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.budget import Allocation, make_planner
+from nni_topo.pruners.budget import ALLOCATIONS, Budget, planned
 from nni_topo.pruners.clouds.functional import FunctionalCollector
+from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.reconstruction.metric import ReconstructionMetric
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
 from nni_topo.pruners.reconstruction.sequential import SequentialProblems
-from nni_topo.recovery.compensation import Method
 
 
 class ReconstructionPruner(StructuredPruner):
@@ -54,20 +52,10 @@ class ReconstructionPruner(StructuredPruner):
     sequential : bool, default=False
         Look at each layer in the network as pruned so far, the layers before it reconstructed, instead of at all
         layers in the network as it is.
-    target : mapping or None, default=None
-        A budget for the whole network instead of ratios: ``{"flops": 0.25}``, ``{"params": 0.5}`` or ``{"latency":
-        0.5}``, the share to be left. The config_list then says where only; its ``min_sparse_ratio`` and
-        ``max_sparse_ratio`` hold. Scheduled pruners don't schedule it.
-    allocation : {"uniform", "topological"}, default="uniform"
-        How the budget is dealt out: the same share of every layer, or one tolerance on death times over the network.
-    latency_table : LatencyTable, str, Path or None, default=None
-        Seconds of the layers over their widths, or a JSON file of them, for a latency target. None: measured once, on
-        one thread with the batch of ``example_inputs``; then ``pruner.planner.latency_table`` holds it.
+    budget : Budget, mapping or None, default=None
+        :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``.
     example_inputs : Any, default=None
-        Inputs of the model, for a ``target``; None: the first ``calibration`` batch.
-    compensate : {None, "reconstruct", "channel", "pair"}, default=None
-        Let ``compress()`` also change the weights that stay, so that they make up for those that go, as
-        :func:`nni_topo.compensate` does with this method.
+        Inputs of the model, for a ``budget``; None: the first ``calibration`` batch.
     round_to : int or None, default=None
         Every layer keeps a multiple of so many channels, or all; more than asked for stay.
     seed : int, default=0
@@ -111,11 +99,8 @@ class ReconstructionPruner(StructuredPruner):
         *,
         calibration: Iterable[Any] | None = None,
         sequential: bool = False,
-        target: Mapping[str, float] | None = None,
-        allocation: Allocation = "uniform",
-        latency_table: LatencyTable | str | Path | None = None,
+        budget: Budget | Mapping[str, Any] | None = None,
         example_inputs: Any = None,
-        compensate: Method | None = None,
         round_to: int | None = None,
         seed: int = 0,
         progress: bool = False,
@@ -125,11 +110,13 @@ class ReconstructionPruner(StructuredPruner):
             raise ConfigError("ReconstructionPruner needs calibration data, got none (calibration)")
         if not isinstance(sequential, bool):
             raise ConfigError(f"sequential must be True or False, got {sequential!r} (ReconstructionPruner)")
+        self.calibration = calibration
         self.sequential = sequential
+        self.budget = budget
+        self.example_inputs = example_inputs
+        self.round_to = round_to
         self.seed = seed
-        self.target = target
-        self.needs_rule = target is None
-        planner = make_planner(config_list, target, allocation, latency_table, example_inputs, calibration)
+        self.progress = progress
         self._problems = (SequentialProblems if sequential else ReconstructionProblems)(calibration, seed=seed)
         super().__init__(
             model,
@@ -138,13 +125,15 @@ class ReconstructionPruner(StructuredPruner):
             existed_wrappers,
             collector=FunctionalCollector(calibration),
             calculator=ReconstructionMetric(problems=self._problems, progress=progress),
-            planner=planner,
-            compensate=compensate,
-            calibration=calibration,
-            round_to=round_to,
+            planner=planned(
+                budget,
+                config_list,
+                example_inputs,
+                calibration,
+                fallback=Planner(round_to=round_to),
+                allocations=ALLOCATIONS,
+            ),
         )
-        if target is not None:
-            self._activate_targets()
 
     def _check_layers(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         self._problems.check(model, modules)

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from torch import nn
 
 from nni_topo.maths.clustering.partition import IntArray
 from nni_topo.maths.clustering.subclustering import Growth, SplitTree, grow, initial_clusters
 from nni_topo.pruners.cluster.metric import Clusters, FeatureCloud, SurvivorMetric, merging_losses
+from nni_topo.pruners.cluster.survivors import is_convolution
 from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.units import PruningUnit
 
@@ -97,11 +97,6 @@ def of_layer(knob: float | Mapping[str, float] | None, unit: PruningUnit, defaul
     if isinstance(knob, Mapping):
         return next((knob[module_name] for module_name, _ in unit.members if module_name in knob), default)
     return default if knob is None else knob
-
-
-def is_convolution(unit: PruningUnit, context: PruningContext) -> bool:
-    """Say whether a unit's first layer is a convolution."""
-    return isinstance(dict(context.model.named_modules())[unit.members[0][0]], nn.modules.conv._ConvNd)
 
 
 def _count(labels: IntArray) -> int:

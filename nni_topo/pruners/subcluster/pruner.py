@@ -22,12 +22,9 @@ from nni_topo.network.inputs import checked_calibration
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.clouds.features import Pool
 from nni_topo.pruners.cluster.pruner import feature_collector
-from nni_topo.pruners.cluster.survivors import Survivor, checked_rules, offsets
-from nni_topo.pruners.hooks import PruningContext
+from nni_topo.pruners.cluster.survivors import Survivor, checked_rules
 from nni_topo.pruners.planner import Planner
-from nni_topo.pruners.subcluster.metric import SubclusterMetric, is_convolution, of_layer
-from nni_topo.pruners.units import PruningUnit
-from nni_topo.recovery.compensation import Method
+from nni_topo.pruners.subcluster.metric import SubclusterMetric, of_layer
 
 _ENERGY = 0.5
 
@@ -57,13 +54,12 @@ class SubclusterPruner(StructuredPruner):
     growth : Growth, mapping or None, default=None
         :class:`~nni_topo.Growth`, or its fields: how many clusters there are to begin with, when one is split. None:
         ``Growth()``.
-    survivor : str, sequence of str, or None, default=None
-        As for :class:`~nni_topo.ClusterPruner`. None: ``"bias_norm"`` for convolutions with a bias or a batch norm,
-        else ``"weight"``.
+    survivor : str or sequence of str, default="auto"
+        As for :class:`~nni_topo.ClusterPruner`.
     pool : {"none", "mean"} or int, default="none"
         Feature maps as they are, averaged to one value, or to so many in each direction.
-    compensate, round_to
-        See :class:`~nni_topo.pruners.base.StructuredPruner`; ``compensate="pair"`` takes :attr:`pairs`.
+    round_to : int or None, default=None
+        Every layer keeps a multiple of so many channels, or all; more than asked for stay.
     seed : int, default=0
         Same seed, same masks.
 
@@ -113,9 +109,8 @@ class SubclusterPruner(StructuredPruner):
         calibration: Iterable[Any] | None = None,
         energy: float | Mapping[str, float] = 0.5,
         growth: Growth | Mapping[str, Any] | None = None,
-        survivor: Survivor | None = None,
+        survivor: Survivor = "auto",
         pool: Pool = "none",
-        compensate: Method | None = None,
         round_to: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -129,12 +124,12 @@ class SubclusterPruner(StructuredPruner):
             check_between("energy", value, 0, 1, "p of the HoH threshold")
         _check_names(model, energy, "energy")
         _check_names(model, self.growth.initial_ratio, "initial_ratio")
-        self._rules = None if survivor is None else checked_rules(survivor)
-        calibration = checked_calibration(calibration)
-        self._features = feature_collector(calibration, evaluator, pool, config_list)
+        self.calibration = checked_calibration(calibration)
+        self.round_to = round_to
+        collector = feature_collector(self.calibration, evaluator, pool, config_list)
         self._metric = SubclusterMetric(
-            collector=self._features,
-            survivor=self._rules_of,
+            collector=collector,
+            survivor=checked_rules(survivor),
             growth=self.growth,
             energy=partial(of_layer, energy, default=_ENERGY),
             seed=seed,
@@ -144,12 +139,9 @@ class SubclusterPruner(StructuredPruner):
             config_list,
             evaluator,
             existed_wrappers,
-            collector=self._features,
+            collector=collector,
             calculator=self._metric,
-            planner=Planner(on_empty="keep"),
-            compensate=compensate,
-            calibration=calibration,
-            round_to=round_to,
+            planner=Planner(round_to=round_to),
         )
         self._activate_targets(cap=1.0)
 
@@ -166,12 +158,6 @@ class SubclusterPruner(StructuredPruner):
         update.
         """
         return self._metric.pairs
-
-    def _rules_of(self, unit: PruningUnit, context: PruningContext) -> tuple[str, ...]:
-        if self._rules is not None:
-            return self._rules
-        has_bias = is_convolution(unit, context) and offsets(unit, context, self._features.network) is not None
-        return ("bias_norm",) if has_bias else ("weight",)
 
 
 def _check_names(model: nn.Module, knob: Any, name: str) -> None:

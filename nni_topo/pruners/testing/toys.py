@@ -99,7 +99,7 @@ def toy_knobs(knobs: Iterable[str], needs: Iterable[str] = ()) -> dict[str, Any]
     """
     # One cluster to begin with and a threshold above most: the ratio, which is a cap, says what stays.
     values: dict[str, Any] = {"energy": 0.99, "growth": {"initial_ratio": 0.1}}
-    values |= {"example_inputs": toy_images(2), "linear": "unit-energy"}
+    values |= {"example_inputs": toy_images(2)}
     if any("calibration" in need for need in needs):
         values["calibration"] = [toy_images()]
     return {knob: values[knob] for knob in knobs if knob in values}

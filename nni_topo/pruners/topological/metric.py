@@ -11,36 +11,65 @@ from tqdm.auto import tqdm
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, Generation, SubsetGeneticAlgorithm
-from nni_topo.maths.topology.fitness import COMBINATIONS, Combination
 from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.selection import Cloud, Clouds, Kept, SelectionMetric
+
+CRITERIA = ("hausdorff", "cover", "bottleneck", "bottleneck_sum", "wasserstein")
+"""Distances between a kept and a whole cloud; ``"bottleneck_sum"`` adds those of several degrees."""
+
+
+@dataclass(frozen=True)
+class GeneticSearch(EvolutionSettings):
+    """Settings of the genetic algorithm over subsets of a cloud.
+
+    Parameters
+    ----------
+    population_size : int, default=50
+        Individuals per generation, at least 2.
+    generations : int, default=20
+        Most generations, at least 1.
+    crossover_probability, mutation_probability : float, default=0.8 and 0.2
+        In [0, 1].
+    elitism : bool, default=True
+        Whether the best individual goes on unchanged.
+    patience : int or None, default=None
+        Generations without improvement after which the search ends. None: never.
+    greedy_start : bool, default=True
+        Whether the first generation holds the greedy solution.
+    engine : {"exact", "gudhi"}, default="exact"
+        Closed forms on a cached distance matrix, or a simplex tree per individual: the slow reference.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of its range.
+
+    Examples
+    --------
+    >>> GeneticSearch(generations=5).population_size
+    50
+    """
+
+    greedy_start: bool = True
+    engine: Literal["exact", "gudhi"] = "exact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.engine not in ("exact", "gudhi"):
+            raise unknown_name("engine", str(self.engine), ("exact", "gudhi"))
 
 
 @dataclass(frozen=True)
 class SelectionSettings:
-    """How a subset of a cloud is chosen; the knobs of :class:`~nni_topo.TopologicalPruner` of the same names.
+    """How a subset of a cloud is chosen: what is minimised, and by which search; None: the greedy cover."""
 
-    ``greedy_start`` says whether the genetic algorithm's first generation holds the greedy solution, ``combine`` how
-    the bottleneck distances of several degrees become one.
-    """
-
-    criterion: str = "hausdorff"
-    homology_dimensions: tuple[int, ...] = (0,)
-    solver: Literal["genetic", "greedy"] = "genetic"
-    engine: Literal["exact", "gudhi"] = "exact"
-    combine: Combination = "max"
-    evolution: EvolutionSettings = field(default_factory=EvolutionSettings)
-    greedy_start: bool = True
+    criterion: str
+    homology_dimensions: tuple[int, ...]
+    search: GeneticSearch | None
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("criterion", topology.CRITERIA),
-            ("solver", ("genetic", "greedy")),
-            ("engine", ("exact", "gudhi")),
-            ("combine", COMBINATIONS),
-        ):
-            if getattr(self, name) not in known:
-                raise unknown_name(name, str(getattr(self, name)), known)
+        if self.criterion not in CRITERIA:
+            raise unknown_name("criterion", str(self.criterion), CRITERIA)
         dimensions = self.homology_dimensions
         if not dimensions or any(isinstance(d, bool) or not isinstance(d, int) or d < 0 for d in dimensions):
             raise ConfigError(
@@ -87,24 +116,25 @@ def _chosen(
     cloud: Cloud, keep: int, seed: list[int], settings: SelectionSettings
 ) -> tuple[BoolArray, list[Generation]]:
     """Return what stays of a cloud, ``(size,)``, and the genetic algorithm's progress."""
-    cover = cloud.cover(keep)
-    if settings.solver == "greedy" or keep == cloud.size:
+    cover, search = cloud.cover(keep), settings.search
+    if search is None or keep == cloud.size:
         return cover, []
+    criterion, _, summed = settings.criterion.partition("_")
     fitness = topology.SubsetFitness(
         cloud.distances,
-        settings.criterion,
+        criterion,
         homology_dimensions=settings.homology_dimensions,
         base=cloud.base,
-        engine=settings.engine,
-        combine=settings.combine,
+        engine=search.engine,
+        combine="sum" if summed else "max",
     )
-    search = SubsetGeneticAlgorithm(
+    run = SubsetGeneticAlgorithm(
         cloud.size,
         keep,
         lambda population: fitness(cloud.with_base(population)),
-        settings.evolution,
+        search,
         seed=seed,
-        initial=cover[None] if settings.greedy_start else None,
+        initial=cover[None] if search.greedy_start else None,
     )
-    search.run()
-    return search.best_individual()[1], search.trace
+    run.run()
+    return run.best_individual()[1], run.trace

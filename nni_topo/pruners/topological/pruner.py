@@ -13,24 +13,22 @@ References
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.maths.search.subsets import EvolutionSettings, Generation
-from nni_topo.maths.topology.fitness import Combination
+from nni_topo.errors import as_settings, unknown_name
+from nni_topo.maths.search.subsets import Generation
 from nni_topo.network.inputs import checked_calibration
-from nni_topo.network.latency import LatencyTable
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.budget import Allocation, make_planner
-from nni_topo.pruners.clouds import make_collector
+from nni_topo.pruners.budget import ALLOCATIONS, Budget, planned
+from nni_topo.pruners.clouds import PointCloud, make_collector
 from nni_topo.pruners.clouds.weight import Preprocess
 from nni_topo.pruners.hooks import DataCollector
-from nni_topo.pruners.topological.metric import SelectionSettings, TopologicalMetric
-from nni_topo.recovery.compensation import Method
+from nni_topo.pruners.planner import Planner
+from nni_topo.pruners.topological.metric import GeneticSearch, SelectionSettings, TopologicalMetric
 
 
 class TopologicalPruner(StructuredPruner):
@@ -48,57 +46,28 @@ class TopologicalPruner(StructuredPruner):
         Needed for scheduled pruning; serves the activation and gradient clouds where there is no ``calibration``.
     existed_wrappers : dict or None, default=None
         Used by ``from_compressor``.
-    collector : {"auto", "weight", "folded", "coupled", "activation", "functional", "gradient"} or DataCollector
-        The cloud: the filters' weights; the same with bias and batch norm folded in, or scaled by batch norm and by
-        the weights that read them (both need ``example_inputs``); the filters' outputs over the calibration data; what
-        these outputs do in the layers that read them; or what removing a filter does to each labelled sample's loss.
-        Default ``"auto"``: ``"functional"`` if ``calibration`` is given, else ``"weight"``.
-    origin : bool, default=True
-        Whether the origin, to which a pruned filter falls, belongs to the cloud.
+    cloud : str, PointCloud, mapping or DataCollector, default="auto"
+        :class:`~nni_topo.PointCloud`, its fields, or its kind alone: ``"weight"``, ``"folded"``, ``"coupled"``,
+        ``"activation"``, ``"functional"`` or ``"gradient"``. ``"auto"`` is ``"functional"`` if ``calibration`` is
+        given, else ``"weight"``.
     calibration : iterable or None, default=None
         Batches of inputs, or of ``(inputs, targets)``, which the gradient cloud needs and all others ignore the targets
         of. A list or DataLoader, not a generator.
-    preprocess : {"none", "center", "standardize", "unit"}, default="none"
-        Applied to each member's cloud before a group's are joined.
-    criterion : {"auto", "hausdorff", "cover", "bottleneck", "wasserstein"}, default="auto"
-        What the search minimises: the largest or the mean distance from a pruned to the nearest kept point, or the
-        distance between the persistence diagrams of the kept and the whole cloud. ``"auto"`` is ``"hausdorff"``.
+    criterion : {"auto", "hausdorff", "cover", "bottleneck", "bottleneck_sum", "wasserstein"}, default="auto"
+        What is minimised: the largest or the mean distance from a pruned to the nearest kept point, or the distance
+        between the persistence diagrams of the kept and the whole cloud; of several degrees ``"bottleneck"`` takes the
+        largest, the other two add them. ``"auto"`` is ``"hausdorff"``.
     homology_dimensions : sequence of int, default=(0,)
-        Degrees whose diagrams are compared by ``"bottleneck"`` and ``"wasserstein"``.
-    combine : {"max", "sum"}, default="max"
-        Whether ``"bottleneck"`` takes the largest of the degrees' distances or adds them; ``"wasserstein"`` adds.
-    solver : {"auto", "genetic", "greedy"}, default="auto"
-        Genetic algorithm, or the greedy solution: farthest points first. ``"auto"`` is ``"greedy"`` for covers, where
-        the search gained nothing measurable, and ``"genetic"`` for distances of diagrams.
-    greedy_start : bool, default=True
-        Whether the genetic algorithm's first generation holds the greedy solution.
-    population_size : int, default=50
-        Individuals per generation, at least 2.
-    generations : int, default=20
-        Most generations, at least 1.
-    mutation_probability, crossover_probability : float, default=0.2 and 0.8
-        In [0, 1].
-    elitism : bool, default=True
-        Whether the best individual goes on unchanged.
-    target : mapping or None, default=None
-        A budget for the whole network instead of ratios: ``{"flops": 0.25}``, ``{"params": 0.5}`` or ``{"latency":
-        0.5}``, the share to be left. The config_list then says where only; its ``min_sparse_ratio`` and
-        ``max_sparse_ratio`` hold. Scheduled pruners don't schedule it.
-    allocation : {"uniform", "topological"}, default="uniform"
-        How the budget is dealt out: the same share of every layer, or one tolerance on death times over the network.
-    latency_table : LatencyTable, str, Path or None, default=None
-        Seconds of the layers over their widths, or a JSON file of them, for a latency target. None: measured once, on
-        one thread with the batch of ``example_inputs``; then ``pruner.planner.latency_table`` holds it.
+        Degrees whose diagrams are compared by ``"bottleneck"``, ``"bottleneck_sum"`` and ``"wasserstein"``.
+    solver : {"auto", "greedy", "genetic"}, GeneticSearch or mapping, default="auto"
+        The greedy solution, farthest points first, or a genetic algorithm with the settings of a
+        :class:`~nni_topo.GeneticSearch`. ``"auto"`` is ``"greedy"`` for covers, where the search gained nothing
+        measurable, and ``"genetic"`` for distances of diagrams.
+    budget : Budget, mapping or None, default=None
+        :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``.
     example_inputs : Any, default=None
-        Inputs of the model, which a ``target`` and the folded and coupled clouds need; for a target the first
+        Inputs of the model, which a ``budget`` and the folded and coupled clouds need; for a budget the first
         ``calibration`` batch serves as well.
-    patience : int or None, default=None
-        Generations without improvement after which the search ends. None: never.
-    engine : {"exact", "gudhi"}, default="exact"
-        Closed forms on a cached distance matrix, or a simplex tree per individual: the slow reference.
-    compensate : {None, "reconstruct", "channel", "pair"}, default=None
-        Let ``compress()`` also change the weights that stay, so that they make up for those that go, as
-        :func:`nni_topo.compensate` does with this method; needs ``calibration``.
     round_to : int or None, default=None
         Every layer keeps a multiple of so many channels, or all; more than asked for stay.
     seed : int, default=0
@@ -147,77 +116,54 @@ class TopologicalPruner(StructuredPruner):
         evaluator: Evaluator | None = None,
         existed_wrappers: dict[str, ModuleWrapper] | None = None,
         *,
-        collector: str | DataCollector = "auto",
-        origin: bool = True,
+        cloud: str | PointCloud | Mapping[str, Any] | DataCollector = "auto",
         calibration: Iterable[Any] | None = None,
-        preprocess: Preprocess = "none",
         criterion: str = "auto",
         homology_dimensions: Sequence[int] = (0,),
-        combine: Combination = "max",
-        solver: Literal["auto", "genetic", "greedy"] = "auto",
-        greedy_start: bool = True,
-        population_size: int = 50,
-        generations: int = 20,
-        mutation_probability: float = 0.2,
-        crossover_probability: float = 0.8,
-        elitism: bool = True,
-        patience: int | None = None,
-        target: Mapping[str, float] | None = None,
-        allocation: Allocation = "uniform",
-        latency_table: LatencyTable | str | Path | None = None,
+        solver: str | GeneticSearch | Mapping[str, Any] = "auto",
+        budget: Budget | Mapping[str, Any] | None = None,
         example_inputs: Any = None,
-        engine: Literal["exact", "gudhi"] = "exact",
-        compensate: Method | None = None,
         round_to: int | None = None,
         seed: int = 0,
         progress: bool = False,
         n_jobs: int | None = 1,
     ) -> None:
-        calibration = checked_calibration(calibration)
-        criterion = "hausdorff" if criterion == "auto" else criterion
-        if solver == "auto":
-            solver = "greedy" if criterion in ("hausdorff", "cover") else "genetic"
-        settings = SelectionSettings(
-            criterion=criterion,
-            homology_dimensions=tuple(homology_dimensions),
-            solver=solver,
-            engine=engine,
-            combine=combine,
-            evolution=EvolutionSettings(
-                population_size=population_size,
-                generations=generations,
-                crossover_probability=crossover_probability,
-                mutation_probability=mutation_probability,
-                elitism=elitism,
-                patience=patience,
-            ),
-            greedy_start=greedy_start,
-        )
+        self.cloud = cloud
+        self.calibration = checked_calibration(calibration)
+        self.criterion = criterion
+        self.homology_dimensions = tuple(homology_dimensions)
+        self.solver = solver
+        self.budget = budget
+        self.example_inputs = example_inputs
+        self.round_to = round_to
         self.seed = seed
-        self.target = target
-        self.needs_rule = target is None
-        planner = make_planner(config_list, target, allocation, latency_table, example_inputs, calibration)
-        self._metric = TopologicalMetric(settings=settings, origin=origin, seed=seed, progress=progress, n_jobs=n_jobs)
+        self.progress = progress
+        self.n_jobs = n_jobs
+        named = PointCloud(cloud) if isinstance(cloud, (str, DataCollector)) else cloud
+        points = as_settings(PointCloud, named, "cloud")
+        criterion = "hausdorff" if criterion == "auto" else criterion
+        settings = SelectionSettings(criterion, self.homology_dimensions, _search(solver, criterion))
+        self._metric = TopologicalMetric(
+            settings=settings, origin=points.origin, seed=seed, progress=progress, n_jobs=n_jobs
+        )
         super().__init__(
             model,
             config_list,
             evaluator,
             existed_wrappers,
             collector=make_collector(
-                collector,
-                calibration=calibration,
-                example_inputs=example_inputs,
-                evaluator=evaluator,
-                preprocess=preprocess,
+                points, calibration=self.calibration, example_inputs=example_inputs, evaluator=evaluator
             ),
             calculator=self._metric,
-            planner=planner,
-            compensate=compensate,
-            calibration=calibration,
-            round_to=round_to,
+            planner=planned(
+                budget,
+                config_list,
+                example_inputs,
+                self.calibration,
+                fallback=Planner(round_to=round_to),
+                allocations=ALLOCATIONS,
+            ),
         )
-        if target is not None:
-            self._activate_targets()
 
     @classmethod
     def perera2022(
@@ -227,22 +173,13 @@ class TopologicalPruner(StructuredPruner):
         evaluator: Evaluator | None = None,
         existed_wrappers: dict[str, ModuleWrapper] | None = None,
         *,
-        combine: Combination = "max",
+        combine: Literal["max", "sum"] = "max",
         homology_dimensions: Sequence[int] = (0, 1),
         preprocess: Preprocess = "none",
-        population_size: int = 50,
-        generations: int = 20,
-        mutation_probability: float = 0.2,
-        crossover_probability: float = 0.8,
-        elitism: bool = True,
-        patience: int | None = None,
+        search: GeneticSearch | Mapping[str, Any] | None = None,
         calibration: Iterable[Any] | None = None,
-        target: Mapping[str, float] | None = None,
-        allocation: Allocation = "uniform",
-        latency_table: LatencyTable | str | Path | None = None,
+        budget: Budget | Mapping[str, Any] | None = None,
         example_inputs: Any = None,
-        engine: Literal["exact", "gudhi"] = "exact",
-        compensate: Method | None = None,
         round_to: int | None = None,
         seed: int = 0,
         progress: bool = False,
@@ -261,10 +198,13 @@ class TopologicalPruner(StructuredPruner):
             Whether the degrees' distances are compared or added.
         homology_dimensions : sequence of int, default=(0, 1)
             Degrees whose diagrams are compared.
+        preprocess : {"none", "center", "standardize", "unit"}, default="none"
+            Of the weights, see :class:`~nni_topo.PointCloud`.
+        search : GeneticSearch, mapping or None, default=None
+            None: ``GeneticSearch(greedy_start=False)``; a mapping keeps that start unless it says otherwise.
         calibration : iterable or None, default=None
-            Batches for ``compensate``, and for a ``target`` without ``example_inputs``.
-        preprocess, population_size, generations, mutation_probability, crossover_probability, elitism, patience, \
-        target, allocation, latency_table, example_inputs, engine, compensate, round_to, seed, progress, n_jobs
+            The first batch serves a ``budget`` without ``example_inputs``.
+        budget, example_inputs, round_to, seed, progress, n_jobs
             As for the class.
 
         Returns
@@ -276,32 +216,21 @@ class TopologicalPruner(StructuredPruner):
         ConfigError, DataError
             If a knob or the request is bad, before the model is wrapped.
         """
+        if combine not in ("max", "sum"):
+            raise unknown_name("combine", str(combine), ("max", "sum"))
+        random_start = {"greedy_start": False, **(search if isinstance(search, Mapping) else {})}
         return cls(
             model,
             config_list,
             evaluator,
             existed_wrappers,
-            collector="weight",
-            origin=False,
-            preprocess=preprocess,
-            criterion="bottleneck",
-            homology_dimensions=homology_dimensions,
-            combine=combine,
-            solver="genetic",
-            greedy_start=False,
-            population_size=population_size,
-            generations=generations,
-            mutation_probability=mutation_probability,
-            crossover_probability=crossover_probability,
-            elitism=elitism,
-            patience=patience,
+            cloud=PointCloud("weight", preprocess=preprocess, origin=False),
             calibration=calibration,
-            target=target,
-            allocation=allocation,
-            latency_table=latency_table,
+            criterion="bottleneck" if combine == "max" else "bottleneck_sum",
+            homology_dimensions=homology_dimensions,
+            solver=search if isinstance(search, GeneticSearch) else random_start,
+            budget=budget,
             example_inputs=example_inputs,
-            engine=engine,
-            compensate=compensate,
             round_to=round_to,
             seed=seed,
             progress=progress,
@@ -312,3 +241,13 @@ class TopologicalPruner(StructuredPruner):
     def trace(self) -> dict[str, list[Generation]]:
         """Best and mean fitness per generation of the latest search, per layer or group."""
         return self._metric.trace
+
+
+def _search(solver: str | GeneticSearch | Mapping[str, Any], criterion: str) -> GeneticSearch | None:
+    """Return the settings of a genetic search, None for the greedy solution."""
+    if not isinstance(solver, str):
+        return as_settings(GeneticSearch, solver, "solver")
+    if solver not in ("auto", "greedy", "genetic"):
+        raise unknown_name("solver", solver, ("auto", "greedy", "genetic"))
+    is_greedy = solver == "greedy" or (solver == "auto" and criterion in ("hausdorff", "cover"))
+    return None if is_greedy else GeneticSearch()

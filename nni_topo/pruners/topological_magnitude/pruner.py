@@ -113,7 +113,9 @@ class TopologicalMagnitudePruner(StructuredPruner):
         self.on_subcritical = on_subcritical
         self.conv_graph = conv_graph
         self.rounds = rounds
-        self.rewind = _rewind_state(model, rewind)
+        self.example_inputs = example_inputs
+        self.rewind = rewind
+        self._rewind_state = _rewind_state(model, rewind)
         self.on_round = on_round
         self.history: list[Round] = []
         graphs = _graphs(model, example_inputs) if conv_graph != "channel" else {}
@@ -125,7 +127,7 @@ class TopologicalMagnitudePruner(StructuredPruner):
             existed_wrappers,
             collector=MagnitudeCollector(),
             calculator=self._metric,
-            planner=Planner(on_empty="keep"),
+            planner=Planner(),
         )
 
     def critical_ratios(self) -> dict[str, float]:
@@ -185,7 +187,9 @@ class TopologicalMagnitudePruner(StructuredPruner):
             with self.context.bound() as evaluator:
                 evaluator.train(max_steps, max_epochs)
 
-        self.history = prune_in_rounds(self, even_steps(self.rounds), train, rewind=self.rewind, on_round=self.on_round)
+        self.history = prune_in_rounds(
+            self, even_steps(self.rounds), train, rewind=self._rewind_state, on_round=self.on_round
+        )
 
 
 def _check_knobs(on_subcritical: str, conv_graph: str, example_inputs: Any, rounds: int) -> None:

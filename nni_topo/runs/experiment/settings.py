@@ -42,7 +42,7 @@ class TrialSettings:
     ratios : dict of str to float
         Ratio in [0, 1) by layer or shell pattern; in a search space ``ratio.LAYER``.
     knobs : dict
-        The pruner's own arguments; in a search space ``knob.NAME``.
+        The pruner's own arguments; in a search space ``knob.NAME``, or ``knob.NAME.FIELD``.
 
     Raises
     ------
@@ -144,7 +144,8 @@ def with_parameters(settings: TrialSettings, parameters: Mapping[str, Any]) -> T
     settings : TrialSettings
         What the command line says.
     parameters : mapping
-        Names of scalar fields, ``ratio.LAYER``, ``knob.NAME``, and ``TRIAL_BUDGET``.
+        Names of scalar fields, ``ratio.LAYER``, ``knob.NAME``, ``knob.NAME.FIELD`` of a settings object, and
+        ``TRIAL_BUDGET``.
 
     Raises
     ------
@@ -158,7 +159,8 @@ def with_parameters(settings: TrialSettings, parameters: Mapping[str, Any]) -> T
         if name.startswith(_RATIO):
             ratios[name.removeprefix(_RATIO)] = _typed(name, value, float)
         elif name.startswith(_KNOB):
-            knobs[name.removeprefix(_KNOB)] = value
+            knob, _, field = name.removeprefix(_KNOB).partition(".")
+            knobs[knob] = {**knobs.get(knob, {}), field: value} if field else value
         elif name in known:
             changes[name] = _typed(name, value, known[name].metadata["kind"], optional=known[name].default is None)
         elif name == BUDGET_KEY:

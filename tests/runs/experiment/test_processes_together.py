@@ -11,7 +11,7 @@ import pytest
 import torch
 from joblib import parallel_config
 
-from nni_topo import TopologicalPruner, zoo
+from nni_topo import GeneticSearch, TopologicalPruner, zoo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.runs.processes import broadcast, broadcast_masks, check_equal_masks, data_share, masks_digest, world
 
@@ -137,7 +137,8 @@ def test_a_dask_cluster_searches_layers_to_the_same_masks(tmp_path, monkeypatch)
 
     def masks(n_jobs: int):
         net = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
-        _, found = TopologicalPruner(net, config_list, seed=1, n_jobs=n_jobs, generations=5).compress()
+        search = GeneticSearch(generations=5)
+        _, found = TopologicalPruner(net, config_list, seed=1, n_jobs=n_jobs, solver=search).compress()
         return found
 
     with (

@@ -9,12 +9,19 @@ from nni_topo.runs.experiment.settings import TrialSettings, read_parameters, wi
 def test_parameters_replace_settings_and_fill_ratios_and_knobs():
     found = with_parameters(
         TrialSettings(pruner="topological", seed=3),
-        {"ratio.conv1": 0.25, "ratio.*": 0.75, "knob.generations": 7, "retrain_epochs": 2.0, "flops": 0.5},
+        {
+            "ratio.conv1": 0.25,
+            "ratio.*": 0.75,
+            "knob.n_jobs": 7,
+            "knob.solver.patience": 3,
+            "retrain_epochs": 2.0,
+            "flops": 0.5,
+        },
     )
     assert (found.retrain_epochs, found.flops, found.seed) == (2, 0.5, 3)
     assert type(found.retrain_epochs) is int
     assert [found.layer_ratio(name) for name in ("conv1", "conv2")] == [0.25, 0.75]
-    assert (found.cell().pruner.knobs, found.cell().seed) == ({"generations": 7}, 3)
+    assert (found.cell().pruner.knobs, found.cell().seed) == ({"n_jobs": 7, "solver": {"patience": 3}}, 3)
     assert TrialSettings(**found.to_dict()) == found
 
 
