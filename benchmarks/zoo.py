@@ -271,12 +271,17 @@ def _print(records: dict[str, dict[str, Any]]) -> None:
             f"{len(record['skipped'])} of {record['layers']} | {parameters:.2f} | {macs} | "
             f"{seconds} |"
         )
-    print("\nLayers left whole, by reason:\n")
+    print("\nLayers left whole, and those that keep some masked channels, by reason:\n")
     for name, record in records.items():
-        reasons = Counter(why.split(" (")[0] for why in record.get("skipped", {}).values())
-        if reasons:
-            told = "; ".join(f"{count} {why}" for why, count in reasons.most_common())
-            print(f"* {name}: {told}")
+        whole = Counter(_brief(why) for why in record.get("skipped", {}).values())
+        some = Counter(f"in part, {_brief(why)}" for why in record.get("kept", {}).values())
+        if whole or some:
+            print(f"* {name}: " + "; ".join(f"{count} {why}" for why, count in (*whole.most_common(), *some.items())))
+
+
+def _brief(why: str) -> str:
+    """Leave the places out of reasons, and of what is shared the names."""
+    return "; ".join(dict.fromkeys(part.split(" (")[0].split(" with ")[0] for part in why.split("; ")))
 
 
 if __name__ == "__main__":
