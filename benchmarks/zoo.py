@@ -5,8 +5,8 @@ check, then the comparison with a reference that shares no code with it: the ori
 which hooks zero the outputs of the channels that are gone. Which these are is read off the dense network's weights
 alone, whose values are found among the original's.
 
-One process a network, with a limit on its memory and its time; a line per finished network, so that a stopped run goes
-on where it was. Prints the table as Markdown.
+One process a network, with a limit on its memory and its processor's time, which all seconds are; a line per finished
+network, so that a stopped run goes on where it was. Prints the table as Markdown.
 
     python benchmarks/zoo.py --out runs/zoo.jsonl
     python benchmarks/zoo.py --out runs/zoo.jsonl --only torchvision/resnet18 --timeout 600
@@ -152,9 +152,9 @@ def measure(name: str, options: dict[str, str]) -> dict[str, Any]:
     """Prune one network and compare."""
     model, inputs = build(name, options)
     record: dict[str, Any] = {"parameters": zoo.count_params(model)}
-    start = time.perf_counter()
+    start = time.process_time()
     groups = nni_topo.dependency_groups(model, inputs, ASKED)
-    record["groups_seconds"] = time.perf_counter() - start
+    record["groups_cpu_seconds"] = time.process_time() - start
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PRUNED)}
     heads = [name for name, why in groups.skipped.items() if "output" in why]
     record["layers"] = len(layers)
@@ -165,9 +165,9 @@ def measure(name: str, options: dict[str, str]) -> dict[str, Any]:
     pruner = nni_topo.RandomPruner(model, groups, seed=0)
     _, masks = pruner.compress()
     pruner.unwrap_model()
-    start = time.perf_counter()
+    start = time.process_time()
     dense = nni_topo.to_dense(model, inputs, masks, check=False)
-    record["dense_seconds"] = time.perf_counter() - start
+    record["dense_cpu_seconds"] = time.process_time() - start
     gone, norms = zeroing(model, dense)
     chosen = sum(width(layers[entry["op_names"][0]]) for entry in groups)
     record |= {
@@ -191,12 +191,13 @@ def entries() -> list[tuple[str, dict[str, str]]]:
     return [(line[0], dict(option.split("=") for option in line[1:])) for line in lines if line]
 
 
-def one(name: str, gigabytes: float, sender: Connection) -> None:
-    """Measure one network in this process and send the record."""
-    resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 2**30),) * 2)
+def one(name: str, limits: tuple[float, float], sender: Connection) -> None:
+    """Measure one network in this process, within gibibytes and seconds of the processor, and send the record."""
+    resource.setrlimit(resource.RLIMIT_AS, (int(limits[0] * 2**30),) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(limits[1]),) * 2)
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         record = {"status": "ok", **measure(name, dict(entries())[name])}
     except MemoryError:
@@ -204,7 +205,7 @@ def one(name: str, gigabytes: float, sender: Connection) -> None:
     except Exception as error:  # the row says so
         short = " ".join(str(error).split())[:300]
         record = {"status": "out of memory" if "allocate memory" in short else f"{type(error).__name__}: {short}"}
-    record["seconds"] = time.perf_counter() - start
+    record["cpu_seconds"] = time.process_time() - start
     record["peak_gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     sender.send(record)
 
@@ -214,7 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="lines of finished networks")
     parser.add_argument("--only", nargs="*", help="names of zoo.txt, default all")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds a network, default 120")
+    parser.add_argument("--timeout", type=float, default=120.0, help="processor seconds a network, default 120")
     parser.add_argument("--memory", type=float, default=10.0, help="gibibytes a process, default 10")
     parser.add_argument("--table", action="store_true", help="print the table of what is finished")
     options = parser.parse_args(arguments)
@@ -232,13 +233,16 @@ def _measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     # Forked: PyTorch and NNI take longer to import than a small network to prune.
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=one, args=(name, options.memory, sender))
+    process = context.Process(target=one, args=(name, (options.memory, options.timeout), sender))
     process.start()
     sender.close()
     try:
-        record = receiver.recv() if receiver.poll(options.timeout) else {"status": f"more than {options.timeout:g} s"}
+        record = receiver.recv()
     except EOFError:
-        record = {"status": "ended without a word, out of memory most likely"}
+        process.join()
+        record = {
+            "status": f"ended by signal {-(process.exitcode or 0)}: more than {options.timeout:g} s, or its memory"
+        }
     process.kill()
     process.join()
     return {"model": name, **record}
@@ -252,27 +256,32 @@ def _records(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _print(records: dict[str, dict[str, Any]]) -> None:
-    print(
-        "| network | channels gone | equal to | layers left whole | parameters left | MACs left | groups s | dense s |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    print("| network | channels gone | equal to | layers left whole | parameters left | MACs left | CPU s |")
+    print("|---|---|---|---|---|---|---|")
     for name, record in records.items():
         if record["status"] != "ok":
-            print(f"| {name} | {record['status']} | | | | | | |")
+            print(f"| {name} | {record['status']} | | | | | |")
             continue
         parameters = record.get("dense_parameters", record["parameters"]) / record["parameters"]
+        taken = [record.get(key) for key in ("groups_cpu_seconds", "dense_cpu_seconds")]
+        seconds = f"{sum(filter(None, taken)):.1f}" if any(taken) else ""
         macs = f"{record['dense_macs'] / record['macs']:.2f}" if record.get("macs") else ""
         print(
             f"| {name} | {record['gone'] / max(record['asked'], 1):.2f} | {record['difference']:.0e} | "
             f"{len(record['skipped'])} of {record['layers']} | {parameters:.2f} | {macs} | "
-            f"{record['groups_seconds']:.1f} | {record.get('dense_seconds', 0):.1f} |"
+            f"{seconds} |"
         )
-    print("\nLayers left whole, by reason:\n")
+    print("\nLayers left whole, and those that keep some masked channels, by reason:\n")
     for name, record in records.items():
-        reasons = Counter(why.split(" (")[0] for why in record.get("skipped", {}).values())
-        if reasons:
-            told = "; ".join(f"{count} {why}" for why, count in reasons.most_common())
-            print(f"* {name}: {told}")
+        whole = Counter(_brief(why) for why in record.get("skipped", {}).values())
+        some = Counter(f"in part, {_brief(why)}" for why in record.get("kept", {}).values())
+        if whole or some:
+            print(f"* {name}: " + "; ".join(f"{count} {why}" for why, count in (*whole.most_common(), *some.items())))
+
+
+def _brief(why: str) -> str:
+    """Leave the places out of reasons, and of what is shared the names."""
+    return "; ".join(dict.fromkeys(part.split(" (")[0].split(" with ")[0] for part in why.split("; ")))
 
 
 if __name__ == "__main__":

@@ -314,8 +314,12 @@ def make(name: str) -> tuple[nn.Module, dict[str, Tensor] | Tensor]:
 
 
 def lively(model: nn.Module) -> nn.Module:
-    """Draw the parameters and statistics of norms: a shift that survives shows, and every channel has its own."""
+    """Draw what is zero, and all of norms: a shift that survives shows, and every channel has its own."""
     with torch.no_grad():
+        for parameter in model.parameters():
+            # A head or a layer scale that starts at zero, or next to it, would hide what differs before it.
+            if float(parameter.abs().max()) < 1e-3:
+                parameter.normal_(0, 0.2)
         for module in model.modules():
             if (
                 isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm))
