@@ -218,17 +218,14 @@ def study(label: str, options: argparse.Namespace) -> dict[str, Any]:
 SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     **{f"cost {name}": lambda _, name=name: cost(name) for name in IMAGENET},
     **{f"correlation {label}": lambda options, label=label: correlation(label, options) for label in NETS},
-    **{
-        f"directions {label}": lambda options, label=label: directions(label, options)
-        for label in ("vgg16", "resnet20")
-    },
+    **{f"directions {label}": lambda options, label=label: directions(label, options) for label in NETS},
     **{f"compression {label}": lambda options, label=label: compression(label, options) for label in NETS},
     **{
         f"rivals {label} {t:g}": lambda options, label=label, t=t: rivals(label, t, options)
-        for label in ("vgg16", "resnet20")
+        for label in NETS
         for t in SHARED_THRESHOLDS
     },
-    **{f"study {label}": lambda options, label=label: study(label, options) for label in NETS},
+    **{f"study {label}": lambda options, label=label: study(label, options) for label in STUDIES},
 }
 
 

@@ -5,8 +5,10 @@ Rivals are the pruners that aren't this package's own, and random choice, which 
 
 from __future__ import annotations
 
+import json
+import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -198,6 +200,7 @@ def _title(group: Group, rows: dict[str, dict[int, Record]]) -> str:
 
 def _table(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
     """Columns that hold anything, and cells of a table: the unpruned network, then a line per pruner."""
+    rows = _timed_together(rows)
     first = next(iter(next(iter(rows.values())).values()))
     before = _column(next(iter(rows.values())))
     macs, params = f"{first['flops_before'] / 1e6:.2f}", f"{first['params_before'] / 1e3:.1f}"
@@ -226,6 +229,30 @@ def _table(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str
         )
     used = [index for index in range(len(COLUMNS)) if any(line[index] for line in table)]
     return [COLUMNS[index] for index in used], [[line[index] for index in used] for line in table]
+
+
+def _timed_together(rows: dict[str, dict[int, Record]]) -> dict[str, dict[int, Record]]:
+    """Give networks of equal widths one latency, the median of those measured in a seed's rows, one after the other."""
+    # Equal networks take equal time: what lies between their rows is what else the machine had to do.
+    found: dict[tuple[str, int, str], list[float]] = defaultdict(list)
+
+    def each(seed: int, record: Record) -> Iterator[tuple[str, tuple[str, int, str]]]:
+        for name, widths in (
+            ("latency_before_ms", ""),
+            ("latency_ms", json.dumps(record.get("widths"), sort_keys=True)),
+        ):
+            if name in record:
+                yield name, (name, seed, widths)
+
+    for runs in rows.values():
+        for seed, record in runs.items():
+            for name, key in each(seed, record):
+                found[key].append(record[name])
+    medians = {key: statistics.median(values) for key, values in found.items()}
+    return {
+        row: {seed: record | {n: medians[key] for n, key in each(seed, record)} for seed, record in runs.items()}
+        for row, runs in rows.items()
+    }
 
 
 def _has_zeros(runs: dict[int, Record]) -> bool:

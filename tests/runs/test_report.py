@@ -179,3 +179,13 @@ def test_the_picture_shows_every_rows_mean_before_and_after(drawn, tmp_path):
         ((_, low), (_, high)) = after[2][0].get_segments()[0]
         assert (low, high) == pytest.approx((found.mean - found.half, found.mean + found.half))
     assert [np.ravel(bars[0].get_data())[0] for bars in right.containers] == pytest.approx([2.0, 2.0])
+
+
+def test_equal_networks_have_one_latency():
+    wide, narrow = {"conv1": 8}, {"conv1": 4}
+    times = {"l1": (wide, 1.0), "fpgm": (wide, 9.0), "random": (wide, 2.0), "ours": (narrow, 0.5)}
+    runs = [{**record(name, 0, 0.9), "widths": own, "latency_ms": ms} for name, (own, ms) in times.items()]
+    rows = [line.split(" | ") for line in markdown_report(runs).splitlines() if line.startswith("| ")]
+    place = rows[0].index("latency ms")
+    shown = {row[0].removeprefix("| "): row[place] for row in rows[1:]}
+    assert shown == {"unpruned": "2.00", "l1": "2.00", "fpgm": "2.00", "random": "2.00", "ours": "0.50"}
