@@ -31,7 +31,6 @@ from nni_topo.runs.run import pruner_knobs
 from nni_topo.runs.study import Findings, Names, Tell, TrainedStudy
 from nni_topo.runs.tables import as_table
 
-
 _CALIBRATION = 512
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 Evaluate = Callable[[nn.Module], float]
