@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import RenderableType
 from torch import Tensor, nn
 
-from nni_topo.analysis.deviation import CONNECTIONS, PrunersStudy, curves, means_over_seeds, share_gone
+from nni_topo.analysis.deviation import CONNECTIONS, PrunersStudy, curves, means_over_seeds, share_kept
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.network.capture import by_channel, watched
 from nni_topo.network.inputs import call_arguments, tensors_of
@@ -166,7 +166,7 @@ class AnalyzeConnectivity(PrunersStudy[ConnectivityStudy]):
             found = connectivity(start.net, start.example, masks)
             accuracy = start.tested(masked_model(start.net, start.example, masks))
             facts = found.outputs, found.channels, min(found.reached.values())
-            points.append(ConnectivityPoint(name, ratio, seed, 1.0 - share_gone(masks), *facts, accuracy))
+            points.append(ConnectivityPoint(name, ratio, seed, share_kept(masks), *facts, accuracy))
         return ConnectivityStudy(points, start.accuracy)
 
     def show(self, found: ConnectivityStudy) -> Iterator[RenderableType]:

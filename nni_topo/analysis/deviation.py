@@ -209,7 +209,7 @@ class AnalyzeDeviation(PrunersStudy[DeviationStudy]):
         for name, ratio, seed, masks in self.pruned(start, tell):
             changed = masked_model(start.net, batch[:2], masks)
             bound = error_bound(start.net, changed, batch, iterations=_ITERATIONS)
-            points.append(_point(name, ratio, seed, share_gone(masks), bound, start.tested(changed)))
+            points.append(_point(name, ratio, seed, 1.0 - share_kept(masks), bound, start.tested(changed)))
         return DeviationStudy(points, start.accuracy, len(batch))
 
     def show(self, found: DeviationStudy) -> Iterator[RenderableType]:
@@ -266,12 +266,12 @@ def _random_connections(model: nn.Module, layers: list[str], ratio: float, seed:
     return masks
 
 
-def share_gone(masks: Masks) -> float:
-    """Return the share of the masked layers' weights that is gone, in [0, 1]."""
+def share_kept(masks: Masks) -> float:
+    """Return the share of the masked layers' weights that is kept, in [0, 1]."""
     weights = [targets["weight"] for targets in masks.values() if targets.get("weight") is not None]
     if not weights:
         raise DataError("a pruner must mask weights to be studied, got no mask (masks)")
-    return 1.0 - sum(float(mask.sum()) for mask in weights) / sum(mask.numel() for mask in weights)
+    return sum(float(mask.sum()) for mask in weights) / sum(mask.numel() for mask in weights)
 
 
 def curves(means: pd.DataFrame, columns: dict[str, str]) -> Figure:

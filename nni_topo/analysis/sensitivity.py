@@ -7,7 +7,6 @@ curve.
 from __future__ import annotations
 
 import copy
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,8 +30,6 @@ from nni_topo.pruners.registry import check_knobs, create_pruner, pruner_info
 from nni_topo.runs.run import pruner_knobs
 from nni_topo.runs.study import Findings, Names, Tell, TrainedStudy
 from nni_topo.runs.tables import as_table
-
-_logger = logging.getLogger(__name__)
 
 _CALIBRATION = 512
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -72,10 +69,8 @@ class Sensitivity(Findings):
 
     Attributes
     ----------
-    pruner : str
-        Registered name.
-    knobs : dict
-        The pruner's knobs.
+    pruner, knobs : str, dict
+        The pruner's registered name and its knobs.
     baseline : float
         Score of the unpruned network.
     curves : list of SensitivityCurve
@@ -219,10 +214,6 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
         needs = any("calibration" in need for need in pruner_info(self.pruner).needs)
         calibration = _CALIBRATION * needs if self.calibration is None else self.calibration
         watched = TensorDataset(*start.data.validation[: self.images])
-
-        def announce(layers: str, ratio: float, accuracy: float) -> None:
-            tell(f"{layers} at {ratio:g}: {100 * accuracy:.1f} %")
-
         return sensitivity(
             start.net,
             start.example,
@@ -233,7 +224,7 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
             knobs=lambda victim: pruner_knobs(self.pruner, victim, start, calibration),
             budget=self.budget,
             stop_drop=self.stop_drop,
-            on_progress=announce,
+            on_progress=lambda layers, ratio, accuracy: tell(f"{layers} at {ratio:g}: {100 * accuracy:.1f} %"),
         )
 
     def show(self, found: Sensitivity) -> Iterator[RenderableType]:

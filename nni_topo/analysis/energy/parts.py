@@ -12,14 +12,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from torch import nn
+from torch.utils.data import TensorDataset
 
-from nni_topo import zoo
 from nni_topo.analysis.energy.accumulated import accumulate_energy, harmless_layers
 from nni_topo.analysis.energy.dropout import RATES, study_dropout
 from nni_topo.analysis.energy.plots import layer_plot
 from nni_topo.analysis.energy.replacement import study_replacement
 from nni_topo.analysis.energy.selection import study_selection
-from nni_topo.analysis.energy.study import EnergyStudy, Evaluate, LayerEnergy, Quality, masks_of
+from nni_topo.analysis.energy.study import EnergyStudy, Evaluate, LayerEnergy, Quality, masks_of, quality_on
 from nni_topo.errors import ConfigError
 from nni_topo.maths.search.subsets import EvolutionSettings
 from nni_topo.network.dependency import dependency_groups
@@ -171,5 +171,4 @@ def _pruned_alone(subject: Subject, row: LayerEnergy, threshold: float) -> nn.Mo
 
 
 def _subset_quality(subject: Subject, net: nn.Module) -> Quality:
-    subset = type(subject.start.data.train)(*subject.start.data.train[:_SUBSET])
-    return Quality(*zoo.loss_and_accuracy(net, subset, device=subject.start.example.device))
+    return quality_on(net, TensorDataset(*subject.start.data.train[:_SUBSET]))

@@ -19,7 +19,7 @@ from nni_topo import zoo
 from nni_topo.analysis.energy.dropout import with_dropout
 from nni_topo.analysis.energy.parts import PARTS, Subject
 from nni_topo.analysis.energy.plots import energy_figures
-from nni_topo.analysis.energy.study import THRESHOLDS, EnergyStudy, Quality, masks_of, study_energy
+from nni_topo.analysis.energy.study import THRESHOLDS, EnergyStudy, masks_of, quality_on, study_energy
 from nni_topo.analysis.energy.tables import show_energy
 from nni_topo.errors import unknown_name
 from nni_topo.maths.signals import Chirp
@@ -90,7 +90,7 @@ class AnalyzeEnergy(TrainedStudy[EnergyReport]):
             with_dropout(net, 0.0)  # says at once that there is none
         layers = [name for name in inner_layers(net, example) if not isinstance(net.get_submodule(name), nn.Linear)]
         given = knobs | ({"calibration": start.images(self.calibration)} if self.calibration else {})
-        evaluate = partial(_quality, images=TensorDataset(*start.data.validation[: self.images]))
+        evaluate = partial(quality_on, images=TensorDataset(*start.data.validation[: self.images]))
         study = study_energy(net, layers, example, evaluate, thresholds=self.thresholds, **given)
         thresholds = study.suggestion(self.max_drop)
         report = EnergyReport(study, {"model": self.model_choice.label, "data": self.data, "seed": self.seed})
@@ -153,10 +153,6 @@ class AnalyzeEnergy(TrainedStudy[EnergyReport]):
         return shlex.join(["nni-topo", "prune", *given])
 
 
-def _quality(candidate: nn.Module, images: TensorDataset) -> Quality:
-    return Quality(*zoo.loss_and_accuracy(candidate, images, device=next(candidate.parameters()).device))
-
-
 def _suggested(study: EnergyStudy, thresholds: dict[str, float], start: Start) -> Record:
     """Try the suggestion, all layers at once, on the test images."""
     masks: Masks = {}
@@ -164,5 +160,5 @@ def _suggested(study: EnergyStudy, thresholds: dict[str, float], start: Start) -
         masks |= masks_of([name], study.masks[threshold])
     dense = to_dense(start.net, start.example, masks)
     macs = [zoo.count_macs(net, start.example[:1]) for net in (dense, start.net)]
-    after, before = (_quality(net, start.data.test) for net in (dense, start.net))
+    after, before = (quality_on(net, start.data.test) for net in (dense, start.net))
     return plain({"thresholds": thresholds, "macs": macs[0] / macs[1], "quality": after, "quality_before": before})  # type: ignore[no-any-return]

@@ -14,7 +14,9 @@ from itertools import pairwise
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
+from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.network.cost import NetworkCost
 from nni_topo.network.dense import to_dense
@@ -250,6 +252,11 @@ def study_energy(
             _evaluate_alone(row, model, example_inputs, masks, evaluate, baseline)
     whole = _whole_networks(model, example_inputs, masks, rows, evaluate) if together else {}
     return EnergyStudy(thresholds, baseline, rows, whole, masks)
+
+
+def quality_on(net: nn.Module, images: TensorDataset) -> Quality:
+    """Return a network's quality on images with labels."""
+    return Quality(*zoo.loss_and_accuracy(net, images, device=next(net.parameters()).device))
 
 
 def masks_of(layers: Sequence[str], masks: Masks) -> Masks:

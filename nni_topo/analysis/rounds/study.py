@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from nni.compression.base.compressor import Pruner
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
@@ -24,6 +23,7 @@ from nni_topo.analysis import (
     overlap_bound,
     tree_overlap,
 )
+from nni_topo.analysis.deviation import share_kept
 from nni_topo.analysis.layers import weight_layers
 from nni_topo.analysis.rounds.report import markdown_overlap, markdown_rounds, overlap_figure, rounds_figure
 from nni_topo.errors import ConfigError, check_integer, unknown_name
@@ -194,38 +194,33 @@ def steps_to(sparsities: Sequence[float]) -> list[float]:
 
 
 def _rounds(study: RoundsCell, start: Start) -> list[Record]:
-    cell, net, data, device = study.cell, start.net, start.data, start.device
-    initial = build_model(cell.model, data, cell.seed).to(device)
-    config = (
-        critical_config_list(net, study.sparsities[-1])
-        if study.capped
-        else [{"op_types": _TYPES, "sparse_ratio": study.sparsities[-1]}]
-    )
+    cell, net, last = study.cell, start.net, study.sparsities[-1]
+    initial = build_model(cell.model, start.data, cell.seed).to(start.device)
+    config = critical_config_list(net, last) if study.capped else [{"op_types": _TYPES, "sparse_ratio": last}]
     knobs = {**pruner_knobs(cell.pruner.name, net, start, cell.pruner.calibration), **cell.pruner.knobs}
     pruner = create_pruner(cell.pruner.name, net, config, **knobs)
     recipe = cell.train if study.rewind else cell.retrain
     rounds: list[Record] = []
 
     def train() -> None:
-        zoo.train(net, data, recipe, seed=cell.seed, device=device)
+        zoo.train(net, start.data, recipe, seed=cell.seed, device=start.device)
 
     def note(done: Round) -> None:
         target = study.sparsities[done.index - 1]
-        rounds.append(_measured(pruner, net, initial, data, device) | {"target": target})
+        rounds.append(_measured(pruner, start, initial) | {"target": target})
 
     rewind = initial.state_dict() if study.rewind else None
     prune_in_rounds(pruner, steps_to(study.sparsities), train, rewind=rewind, on_round=note)
     return rounds
 
 
-def _measured(pruner: Pruner, net: nn.Module, bare: nn.Module, data: zoo.DataBundle, device: torch.device) -> Record:
-    """Measure a wrapped net; ``bare`` is one of the same architecture without wrappers."""
+def _measured(pruner: Pruner, start: Start, bare: nn.Module) -> Record:
+    """Measure a network in its wrappers; ``bare`` is one of the same architecture without."""
     masks: Masks = pruner.get_masks()
-    weights: list[Tensor] = [targets["weight"] for targets in masks.values()]
-    found = connectivity(bare, data.test.tensors[0][:1].to(device), masks)
+    found = connectivity(bare, start.example, masks)
     return {
-        "accuracy": zoo.evaluate(net, data.test, device=device),
-        "kept": sum(float(mask.sum()) for mask in weights) / sum(mask.numel() for mask in weights),
+        "accuracy": start.tested(start.net),
+        "kept": share_kept(masks),
         "outputs_reached": found.outputs,
         "channels_connected": found.channels,
         "channels_reached": min(found.reached.values()),

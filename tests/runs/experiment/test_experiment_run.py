@@ -187,7 +187,7 @@ def test_a_port_in_use_is_a_clear_error(home, capsys, monkeypatch):
         with pytest.raises(ConfigError, match=f"a port must be free, got {home.port}: Address already in use"):
             start_experiment(load_experiment(config), home.port)
         assert main(["experiment", "run", config, "--port", str(home.port), "--out", "out"]) == 2
-    assert f"nni-topo experiment: a port must be free, got {home.port}" in " ".join(capsys.readouterr().err.split())
+    assert f"nni-topo experiment run: a port must be free, got {home.port}" in " ".join(capsys.readouterr().err.split())
     assert not (home.folder / "nni-experiments").exists()
     with pytest.raises(ConfigError, match=r"must be in \[1, 65534\], got 70000"):
         check_port(70000)
