@@ -21,9 +21,14 @@ PER_CHANNEL = (*NORMALIZING, torch.nn.PReLU)
 def can_be_cut(module: torch.nn.Module) -> bool:
     """Tell whether a module can be made smaller, or has no parameters to cut; a recurrent layer, say, has and can't."""
     if output_channels(module) is not None:
-        # A weight that is computed from others, as weight norm does, isn't among the parameters.
-        return module._parameters.get("weight") is not None
+        return not weight_is_computed(module)
     return isinstance(module, PER_CHANNEL) or not any(True for _ in module.parameters())
+
+
+def weight_is_computed(module: torch.nn.Module) -> bool:
+    """Tell whether a layer's weight is made of other parameters, as under weight norm."""
+    # NNI's wrapper too makes a plain tensor of it, but then no parameter of another name holds the weight.
+    return "weight" not in module._parameters and any("weight" in name for name, _ in module.named_parameters())
 
 
 def is_depthwise(module: torch.nn.Module) -> bool:
