@@ -207,7 +207,7 @@ class _Rehearsal:
         for value, numbers in zip(tree_flatten(whole)[0], tree_flatten(self.flow.numbers[node.name])[0], strict=False):
             if isinstance(value, Tensor) and isinstance(numbers, Tensor) and value.dim() == numbers.dim():
                 spread = numbers.expand(value.shape)
-                found.append(np.unique(spread[~self._stays(numbers).expand(value.shape) & (value != 0)]))
+                found.append(np.unique(spread[~self._stays(numbers).expand(value.shape) & (value != 0).cpu()]))
         return np.concatenate(found)
 
     def _blame(self, node: Node, entering: dict[Node, np.ndarray], reason: str) -> None:

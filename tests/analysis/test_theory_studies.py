@@ -208,4 +208,4 @@ def test_a_plan_says_what_flags_say(checkpoint, tmp_path, capsys):
         main(["analyze", "deviation", "--plan", str(plan)])
     assert "--modell" in capsys.readouterr().err
     assert main(["analyze", "deviation", "--plan", str(tmp_path / "nowhere.yaml")]) == 2
-    assert "nowhere.yaml" in " ".join(capsys.readouterr().err.split())
+    assert "nowhere.yaml" in "".join(capsys.readouterr().err.split())
