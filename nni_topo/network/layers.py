@@ -27,8 +27,9 @@ def can_be_cut(module: torch.nn.Module) -> bool:
 
 def weight_is_computed(module: torch.nn.Module) -> bool:
     """Tell whether a layer's weight is made of other parameters, as under weight norm."""
-    # NNI's wrapper too makes a plain tensor of it, but then no parameter of another name holds the weight.
-    return "weight" not in module._parameters and any("weight" in name for name, _ in module.named_parameters())
+    # NNI's wrapper makes a plain tensor of it too, and holds the weight itself.
+    names = [name for name, _ in module.named_parameters() if not name.startswith("_nni_wrapper")]
+    return "weight" not in module._parameters and any("weight" in name for name in names)
 
 
 def is_depthwise(module: torch.nn.Module) -> bool:
