@@ -153,7 +153,7 @@ class _Rehearsal:
         """Zero what a layer makes of removed channels, and what a norm makes of those that arrive as zeros."""
         if node.op != "call_module" or not isinstance(value, Tensor):
             return value
-        gone = ~self._stays(self.flow.numbers[node.name]).expand(value.shape)
+        gone = ~self._stays(self.flow.numbers[node.name]).to(value.device).expand(value.shape)
         if str(node.target) in self.flow.layers:
             return value.masked_fill(gone, 0)
         if isinstance(self.full.get_submodule(str(node.target)), NORMALIZING):
@@ -175,7 +175,7 @@ class _Rehearsal:
         if not isinstance(value, Tensor) or not isinstance(numbers, Tensor):
             return value
         for d, kept in enumerate(kept_slices(numbers, tuple(value.shape), self.flow, self.left)):
-            value = value.index_select(d, kept) if len(kept) < value.shape[d] else value
+            value = value.index_select(d, kept.to(value.device)) if len(kept) < value.shape[d] else value
         return value.clone()
 
     def _compare(self, expected: Any, actual: Any) -> str:
