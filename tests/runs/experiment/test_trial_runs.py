@@ -87,8 +87,8 @@ def test_the_score_is_accuracy_less_what_size_and_time_cost(settings, nets, tmp_
 
 def test_a_trial_may_distil_behind_compensation(settings, nets, tmp_path):
     small = dataclasses.replace(settings, limit=1000, ratio=0.85, retrain_epochs=0, compensate=128)
-    plain = run_trial(small, tmp_path / "plain", cache=nets)
-    distilled = run_trial(dataclasses.replace(small, distill=1000), tmp_path / "distilled", cache=nets)
+    plain = run_trial(small, tmp_path / "plain", cache=tmp_path)
+    distilled = run_trial(dataclasses.replace(small, distill=1000), tmp_path / "distilled", cache=tmp_path)
     assert distilled["accuracy"] > plain["accuracy"]
     assert distilled["flops_share"] == plain["flops_share"]
 
