@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from nni_topo.recovery.compensation import METHODS
+from nni_topo.recovery.compensating import METHODS
 from nni_topo.runs.cells import shared_ratios, start_of
 from nni_topo.runs.plan import Cell, CompensationChoice, DistillationChoice, PrunerChoice, load_plan
 from nni_topo.runs.records import append_record, read_records

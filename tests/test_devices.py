@@ -28,7 +28,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.maths.search.subsets import EvolutionSettings
 from nni_topo.pruners.registry import create_pruner, list_pruners, pruner_info
 from nni_topo.recovery import distillation
-from nni_topo.recovery.compensation import METHODS
+from nni_topo.recovery.compensating import METHODS
 from nni_topo.runs.cells import run_cell
 from nni_topo.runs.plan import (
     Cell,

@@ -2,7 +2,7 @@
 
 from nni_topo.maths.least_squares.greedy import greedy_least_squares
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
-from nni_topo.recovery.compensation import Compensation, compensate, compensation
+from nni_topo.recovery.compensating import Compensation, compensate, compensation
 from nni_topo.recovery.distilling import Distillation, distill, distillation
 from nni_topo.recovery.mixing import pair_coefficients
 from nni_topo.recovery.report import CompensationReport, LayerReport

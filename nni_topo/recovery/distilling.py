@@ -39,7 +39,7 @@ from nni_topo.network.layers import TRANSPOSED
 from nni_topo.network.masks import check_model
 from nni_topo.network.modes import detached_copy, device_of, evaluation_mode, random_state_kept
 from nni_topo.network.zeros import zeros_held
-from nni_topo.recovery.compensation import survey
+from nni_topo.recovery.compensating import survey
 from nni_topo.sharing import named_tensors
 
 Objective = Literal["auto", "kl", "squares"]

@@ -14,7 +14,7 @@ import yaml
 
 from nni_topo.errors import ConfigError, DataError, as_settings, unknown_name
 from nni_topo.pruners.registry import pruner_info
-from nni_topo.recovery.compensation import METHODS, Method
+from nni_topo.recovery.compensating import METHODS, Method
 from nni_topo.recovery.distilling import check_knobs
 from nni_topo.zoo import Augmentation, Recipe, default_recipe
 

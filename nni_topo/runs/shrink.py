@@ -27,7 +27,7 @@ from nni_topo.network.report import DenseReport
 from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.registry import check_knobs, create_pruner, pruner_info
 from nni_topo.recovery import compensation, distillation
-from nni_topo.recovery.compensation import METHODS
+from nni_topo.recovery.compensating import METHODS
 from nni_topo.runs.plan import Target
 from nni_topo.runs.widths import inner_layers, layer_ratios, pruning_config
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from nni_topo import RandomPruner, compensate
 from nni_topo.recovery import compensation
-from nni_topo.recovery.compensation import METHODS
+from nni_topo.recovery.compensating import METHODS
 from nni_topo.sharing import find_ties
 from nni_topo.speedup import masked_model, to_dense
 

@@ -11,7 +11,7 @@ from torch.nn.functional import unfold
 
 from nni_topo.network.reference import masked_model
 from nni_topo.recovery import compensate, compensation
-from nni_topo.recovery.compensation import METHODS
+from nni_topo.recovery.compensating import METHODS
 
 KEPT, GONE = [0, 2, 3], [1, 4, 5]
 

@@ -16,7 +16,7 @@ from nni_topo.pruners.reconstruction.problems import (
     linear_readers,
 )
 from nni_topo.pruners.units import PruningUnit
-from nni_topo.recovery.compensation import compensate_up_to
+from nni_topo.recovery.compensating import compensate_up_to
 
 
 class SequentialProblems(ReconstructionProblems):

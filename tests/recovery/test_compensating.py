@@ -15,7 +15,7 @@ from torch import nn
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.recovery import compensate, compensation
-from nni_topo.recovery.compensation import METHODS
+from nni_topo.recovery.compensating import METHODS
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
 from nni_topo.testing import toy_images, toy_model
 
