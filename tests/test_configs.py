@@ -54,6 +54,14 @@ def test_pruning_files_prune(path, checkpoint, tmp_path):
     assert all(set(mask.unique().tolist()) <= {0.0, 1.0} for found in masks.values() for mask in found.values())
 
 
+def test_single_weights_of_the_output_layer_are_pruned_where_asked_for(checkpoint, tmp_path):
+    path = tmp_path / "level.yaml"
+    path.write_text("pruner: level\nconfig_list: [{op_types: [Linear], sparse_ratio: 0.5}]\n")
+    prune_checkpoint(SMALL, checkpoint, load_prune_config(path), DIGITS, tmp_path / "out")
+    masks = torch.load(tmp_path / "out" / "masks.pt", weights_only=True)
+    assert set(masks) == {"classifier.fc1", "classifier.fc2"}
+
+
 def key_lines(node, path=()):
     """Yield each key of a YAML document by its place, entries of lists counted as one, and its line."""
     if isinstance(node, yaml.MappingNode):

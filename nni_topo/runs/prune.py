@@ -16,7 +16,7 @@ from nni_topo.network.network import Network
 from nni_topo.network.resolve import resolve_masks
 from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.hooks import Masks
-from nni_topo.pruners.registry import needs_rule
+from nni_topo.pruners.registry import needs_rule, pruner_info
 from nni_topo.runs.plan import DataChoice, ModelChoice, PruneConfig, PrunerChoice, changed_recipe
 from nni_topo.runs.records import Record, provenance
 from nni_topo.runs.run import costs, distilled, made_dense, on_cpu, prune, retrain, trained
@@ -43,7 +43,7 @@ def prune_checkpoint(
 
     start = trained(model, data, checkpoint=checkpoint, seed=seed, device=device, progress=progress, accept=accept)
     config_list = config.config_list
-    if config.dependency_groups:
+    if config.dependency_groups and pruner_info(config.pruner).structured:
         config_list = dependency_groups(start.net, start.example, config_list)
     choice = PrunerChoice(config.pruner, knobs=config.knobs, calibration=config.calibration)
     found, seconds = prune(start, choice, config_list)
