@@ -6,6 +6,7 @@ runs, for as many masks at a time as fit: the population takes the place of a la
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -173,7 +174,10 @@ class _Tail:
             # a small one for each, of the same inputs.
             product: Tensor = (weight @ entering.flatten(0, -2).mT).mT.contiguous().unflatten(0, entering.shape[:-1])
             return product + parameters.get("bias", 0.0)
-        outputs: Tensor = functional_call(layer, parameters, (entering,))
+        # functional_call() puts the parameters into the layer while it runs: threads mustn't share its dictionary.
+        own = copy.copy(layer)
+        own._parameters = dict(layer._parameters)
+        outputs: Tensor = functional_call(own, parameters, (entering,))
         return outputs
 
     def _is_masked(self, node: Node) -> bool:
