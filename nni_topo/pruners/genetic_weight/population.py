@@ -10,6 +10,7 @@ import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -177,6 +178,8 @@ class _Tail:
         # functional_call() puts the parameters into the layer while it runs: threads mustn't share its dictionary.
         own = copy.copy(layer)
         own._parameters = dict(layer._parameters)
+        if getattr(own.forward, "__self__", own) is layer:  # as NNI's wrapper leaves it: bound to the layer itself
+            own.forward = MethodType(own.forward.__func__, own)
         outputs: Tensor = functional_call(own, parameters, (entering,))
         return outputs
 
