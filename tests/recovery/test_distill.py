@@ -246,7 +246,7 @@ def test_budget_of_seconds_ends_it():
 
 
 def test_what_was_stopped_goes_on_to_the_same_result(tmp_path, monkeypatch):
-    monkeypatch.setattr("nni_topo.recovery.distilling._SECONDS_A_STATE", 0.0)
+    monkeypatch.setattr("nni_topo.recovery.course._SECONDS_A_STATE", 0.0)
     dense, original = pair(norm=True)
     steps = iter(range(12))
 
