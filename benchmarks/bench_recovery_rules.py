@@ -49,6 +49,7 @@ ROWS = ("none", *RULES, *DISTILLED, *LABELLED)
 CURVE = ("reconstruct", "reconstruct, distilled", "as many steps, same labels")
 VERSUS = ("reconstruct", *LABELLED)
 _STEPS = 600
+_UNJUDGED = "reconstruct, without the images that judge distillation"
 
 
 def main() -> None:
@@ -129,9 +130,11 @@ def _recover(cell: Cell, start: Start, masks: Any, count: int, rows: list[str], 
         if row in RULES:
             method: Any = row
             return timed(lambda: made_dense(start, masks, CompensationChoice(count, method))[0])
-        choice = DistillationChoice(count)
+        choice = DistillationChoice(count * 8 // 9)  # the last ninth judges
+        if row == _UNJUDGED:
+            return timed(lambda: made_dense(start, masks, CompensationChoice(choice.images))[0])
         if row in DISTILLED:
-            dense, seconds = of("none" if row == "distilled alone" else "reconstruct")
+            dense, seconds = of("none" if row == "distilled alone" else _UNJUDGED)
             return timed(lambda: distilled(start, dense, choice).model, seconds)
         dense, seconds = of("reconstruct")
         recipe, data = cell.train.for_retraining(1), start.data

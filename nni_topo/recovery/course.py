@@ -24,6 +24,7 @@ from nni_topo.recovery.lesson import Batches, Lesson
 
 _FORMAT = "nni-topo distillation 1"
 _SECONDS_A_STATE = 30.0
+_WARM_UP = 0.1  # share of the steps
 _MOMENTUM = 0.1  # of batch norms that have none of their own
 
 
@@ -54,7 +55,7 @@ def _learning(student: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
 
 
 class Course:
-    """Gradient steps of a student at a learning rate that falls along half a cosine, to go on from a file if there."""
+    """Gradient steps of a student, the learning rate rising, then falling; they go on from a file if it is there."""
 
     def __init__(
         self,
@@ -79,7 +80,9 @@ class Course:
         rest = itertools.islice(batches, self.done, None)
         with _learning(self.student, self._norms):
             for share in self._shares(total, seconds, progress):
-                self.optimizer.param_groups[0]["lr"] = (self.rate or 0.0) * (1.0 + math.cos(math.pi * share)) / 2.0
+                # Adam's first steps are as long as the rate, however small a gradient: a good network would be lost.
+                level = min(1.0, (share + 1.0 / total) / _WARM_UP) * (1.0 + math.cos(math.pi * share)) / 2.0
+                self.optimizer.param_groups[0]["lr"] = level * (self.rate or 0.0)
                 self.optimizer.zero_grad()
                 lesson.objective(self.student, *next(rest)).backward()
                 self.optimizer.step()

@@ -33,12 +33,11 @@ from nni_topo.network.masks import check_model
 from nni_topo.network.modes import detached_copy
 from nni_topo.recovery.compensating import survey
 from nni_topo.recovery.course import Course
-from nni_topo.recovery.lesson import Augment, Batches, Lesson, Objective, joined
+from nni_topo.recovery.lesson import HELD_OUT, Augment, Batches, Lesson, Objective, joined
 from nni_topo.sharing import named_tensors
 
 OBJECTIVES = ("auto", "kl", "squares")
 
-_HELD_OUT = 8  # every eighth image judges
 _STEPS, _PASSES = 600, 10
 _BATCH_NORM_IMAGES = 256
 _RATES = (3e-3, 1e-3, 3e-4)
@@ -92,6 +91,7 @@ def distill(
     original: nn.Module,
     images: Iterable[Any] | Evaluator,
     *,
+    held_out: Iterable[Any] | Evaluator | None = None,
     objective: Objective = "auto",
     temperature: float = 2.0,
     steps: int | None = None,
@@ -114,8 +114,11 @@ def distill(
         The trained network before pruning, with the same inputs and outputs. It isn't changed.
     images : iterable or nni.compression.utils.Evaluator
         Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. Of an evaluator, what it
-        evaluates on. Inputs of all batches have one shape but for their number. Every eighth image is held out. Some
-        1,000 are enough for small nets.
+        evaluates on. Inputs of all batches have one shape but for their number. Some 1,000 are enough for small nets.
+    held_out : iterable or nni.compression.utils.Evaluator, optional
+        Batches like those of ``images``, to judge by; by default every eighth of ``images``, from which nothing is
+        learned then. Those that :func:`nni_topo.compensate` had count for ``dense`` more than others would: what it
+        never saw judges fairly.
     objective : {"auto", "kl", "squares"}, default="auto"
         ``"kl"``: Kullback-Leibler divergence from the original's softened probabilities along the last axis.
         ``"squares"``: squared distance of all floating outputs, each as a share of its variance over the images.
@@ -131,8 +134,9 @@ def distill(
     batch_size : int, default=64
         Images a step, at least 1.
     lr : float, optional
-        Highest learning rate of AdamW, above 0, which falls along half a cosine; by default 1e-3, and 3e-3 where batch
-        norms take their statistics from the batches, which they do with at least 256 images.
+        Highest learning rate of AdamW, above 0, which rises over the first tenth of the steps and falls along half a
+        cosine. By default 3e-3, 1e-3 and 3e-4 are tried for a tenth of ``steps`` and of ``seconds`` each, and the one
+        with the least loss on the images held out is taken.
     augment : callable, optional
         Gets inputs as a batch holds them (a tensor; for several arguments their tuple or dict) and returns others,
         equally many. It draws from PyTorch's generators, as torchvision's transforms do. Up to eight views of the
@@ -169,10 +173,12 @@ def distill(
 
     Notes
     -----
-    Dropout is off. Weight decay is 0. Half precision learns in single precision. The loss of ``"kl"`` is multiplied by
+    With at least 256 images to learn from, batch norms take their statistics from the batches. Dropout is off. Weight
+    decay is 0. Half precision learns in single precision. The loss of ``"kl"`` is multiplied by
     the squared temperature.
 
-    Cost: a step runs ``dense`` forward and back; ``original`` runs once over the images, or over each of their views.
+    Cost: a step, and one of the trials of learning rates, runs ``dense`` forward and back; ``original`` runs once over
+    the images, or over each of their views.
 
     References
     ----------
@@ -194,6 +200,7 @@ def distill(
         dense,
         original,
         images,
+        held_out=held_out,
         objective=objective,
         temperature=temperature,
         steps=steps,
@@ -212,6 +219,7 @@ def distillation(
     original: nn.Module,
     images: Iterable[Any] | Evaluator,
     *,
+    held_out: Iterable[Any] | Evaluator | None = None,
     objective: Objective = "auto",
     temperature: float = 2.0,
     steps: int | None = None,
@@ -231,12 +239,15 @@ def distillation(
     check_seed(seed, "distill")
     for model in (original, dense):
         check_model(model)
-    images = batches_of(images, original)
-    survey(original, images)
+    given = [batches_of(each, original) for each in (images, held_out) if each is not None]
+    counts = [sum(survey(original, each)[0]) for each in given]
     student = _student(dense)
-    lesson = Lesson(original, student, joined(list(calls(dense, images))), objective, temperature)
-    order = torch.randperm(lesson.images, generator=torch.Generator().manual_seed(seed))
-    held, learned = order[::_HELD_OUT], order[torch.arange(len(order)) % _HELD_OUT != 0]
+    pool = joined([call for each in given for call in calls(dense, each)])
+    lesson = Lesson(original, student, pool, objective, temperature)
+    order = torch.randperm(counts[0], generator=torch.Generator().manual_seed(seed))
+    held, learned = order[::HELD_OUT], order[torch.arange(len(order)) % HELD_OUT != 0]
+    if held_out is not None:
+        held, learned = counts[0] + torch.arange(counts[1]), order
     if not len(learned):
         raise DataError(f"distillation must have at least two images, one to judge by, got {len(order)} (images)")
     before = lesson.judge(student, held)
@@ -247,7 +258,7 @@ def distillation(
         return lesson.batches(learned, batch_size, seed, augment)
 
     knobs = {"steps": total, "seconds": seconds, "batch_size": batch_size, "lr": lr, "temperature": temperature}
-    kind = {**knobs, "objective": lesson.kind, "seed": seed, "images": len(order)}
+    kind = {**knobs, "objective": lesson.kind, "seed": seed, "images": sum(counts)}
     course = Course(student, is_normed=is_normed, rate=lr, kind=kind, path=state)
     if course.rate is None:
         trials = [Course(copy.deepcopy(student), is_normed=is_normed, rate=rate) for rate in _RATES]
@@ -271,7 +282,7 @@ def distillation(
         )
     took = time.perf_counter() - began
     judged = (before[0], after[0], before[1], after[1])
-    return Distillation(result, lesson.kind, *judged, is_kept, len(order), course.rate, course.done, took)
+    return Distillation(result, lesson.kind, *judged, is_kept, sum(counts), course.rate, course.done, took)
 
 
 def _student(dense: nn.Module) -> nn.Module:

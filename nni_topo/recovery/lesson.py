@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -13,12 +13,15 @@ from torch.nn.functional import kl_div, log_softmax
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.inputs import Call, call_arguments, cast_floats, on_device, tensors_of
+from nni_topo.network.inputs import Call, bind_arguments, call_arguments, calls, cast_floats, on_device, tensors_of
 from nni_topo.network.modes import device_of, evaluation_mode, random_state_kept
 
 Objective = Literal["auto", "kl", "squares"]
 Augment = Callable[[Any], Any]
 Batches = Iterator[tuple[Call, list[Tensor]]]
+
+HELD_OUT = 8
+"""Every so many images one judges."""
 
 _VIEWS = 8
 _AT_ONCE = 256
@@ -31,7 +34,6 @@ class Lesson:
     def __init__(self, original: nn.Module, student: nn.Module, pool: Call, objective: str, temperature: float) -> None:
         self._original, self._pool, self._temperature = original, pool, temperature
         self._place = next((p.device, p.dtype) for p in student.parameters() if p.requires_grad)
-        self.images = len(tensors_of(pool)[0])
         self._wanted, likely = self._answers(pool)
         self._answered: dict[int, list[Tensor]] = {}  # by view, for all courses: they learn from the same images
         self.kind = likely if objective == "auto" else objective
@@ -125,6 +127,19 @@ def joined(parts: list[Call]) -> Call:
         leaves.append(torch.cat(column) if shapes else column[0])
     joined: Call = tree_unflatten(leaves, flat[0][1])
     return joined
+
+
+def split(model: nn.Module, images: Iterable[Any]) -> tuple[list[Any], list[Any] | None]:
+    """Return batches of all images but every eighth, and batches of these; of fewer than eight none are these."""
+    pool = joined(list(calls(model, images)))
+    held_out = torch.arange(len(tensors_of(pool)[0])) % HELD_OUT == HELD_OUT - 1
+
+    def batches(chosen: Tensor) -> list[Any]:
+        parts = [_taken(pool, part) for part in chosen.nonzero().flatten().split(_AT_ONCE)]
+        # A batch's first entry is what the model takes.
+        return [(bind_arguments(model, call) if call[1] else call[0],) for call in parts]
+
+    return batches(~held_out), batches(held_out) if bool(held_out.any()) else None
 
 
 def _taken(call: Call, index: Tensor) -> Call:
