@@ -237,6 +237,33 @@ def test_augmented_views_are_answered_by_the_original():
     assert divergence(augmented, original, other) < 0.3 * divergence(plain, original, other)
 
 
+def test_learning_rate_is_the_best_of_three_tried():
+    """Inputs a thousand times as large need weights a thousand times as small, to which the highest rate is too high."""
+    dense, original = pair()
+    for net in (dense, original):
+        net.first.weight.data /= 1000.0
+    scaled = [1000.0 * part for part in batches(256)]
+    found = distillation(dense, original, scaled, steps=80)
+    assert found.lr == 3e-4
+    assert found.steps == 80
+    assert found.loss_after < distillation(dense, original, scaled, steps=80, lr=3e-3).loss_after
+    # Where weights are as large as usual, higher rates get farther.
+    assert distillation(*pair(), batches(256), steps=80).lr == 3e-3
+
+
+def test_images_held_out_judge_and_none_is_learned_from():
+    dense, original = pair()
+    judges = inputs(40, seed=1)
+    found = distillation(dense, original, batches(), held_out=[judges[:30], judges[30:]], steps=40, seed=4)
+    assert found.images == 136
+    assert found.loss_before == pytest.approx(divergence(dense, original, judges), rel=1e-4)
+    assert found.loss_after == pytest.approx(divergence(found.model, original, judges), rel=1e-4)
+    other = distillation(dense, original, batches(), held_out=[inputs(40, seed=2)], steps=40, seed=4, lr=found.lr)
+    assert torch.equal(other.model.head.weight, found.model.head.weight)
+    with pytest.raises(DataError, match="at least one batch, got none"):
+        distillation(dense, original, batches(), held_out=[])
+
+
 def test_budget_of_seconds_ends_it():
     dense, original = pair()
     found = distillation(dense, original, batches(), steps=10**9, seconds=0.3)

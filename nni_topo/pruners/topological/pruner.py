@@ -23,7 +23,7 @@ from nni_topo.errors import as_settings, unknown_name
 from nni_topo.maths.search.subsets import Generation
 from nni_topo.network.inputs import checked_calibration
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.budget import ALLOCATIONS, Budget, planned
+from nni_topo.pruners.budget import Budget, planned
 from nni_topo.pruners.clouds import PointCloud, make_collector
 from nni_topo.pruners.clouds.weight import Preprocess
 from nni_topo.pruners.hooks import DataCollector
@@ -161,7 +161,7 @@ class TopologicalPruner(StructuredPruner):
                 example_inputs,
                 self.calibration,
                 fallback=Planner(round_to=round_to),
-                allocations=ALLOCATIONS,
+                allocations=("uniform", "topological"),
             ),
         )
 
