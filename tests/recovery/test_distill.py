@@ -238,7 +238,7 @@ def test_augmented_views_are_answered_by_the_original():
 
 
 def test_learning_rate_is_the_best_of_three_tried():
-    """Inputs a thousand times as large need weights a thousand times as small, to which the highest rate is too high."""
+    """Inputs a thousand times as large need small weights, to which the highest rate is too high."""
     dense, original = pair()
     for net in (dense, original):
         net.first.weight.data /= 1000.0
