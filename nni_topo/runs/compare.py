@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from nni_topo.pruners.registry import check_knobs
 from nni_topo.runs.cells import run_cell
 from nni_topo.runs.plan import SCRATCH, Cell, Plan
 from nni_topo.runs.records import Record, append_record, read_records
+from nni_topo.runs.report import write_report
 from nni_topo.runs.rivals import is_rival
 from nni_topo.runs.run import load_model_data, resolve_device
 
@@ -48,8 +49,8 @@ def compare(
     plan : Plan
         What to run.
     out : str or Path
-        Folder: ``results.jsonl`` gets a line per finished cell, ``results.json`` all records at the end,
-        ``checkpoints`` the trained models.
+        Folder: ``results.jsonl`` gets a line per finished cell, ``results.json`` all records at the end, ``plan.json``
+        the plan, ``report.html`` all of it to look at, ``checkpoints`` the trained models.
     isolate : bool, default=True
         Whether each cell gets a process of its own, so that its memory is given back and a crash ends one cell only.
     on_cell : callable or None, default=None
@@ -82,6 +83,7 @@ def compare(
             f"{one['model']}, {one['data']}, {one['pruner']}, {one['target']} ({out})"
         )
     out.mkdir(parents=True, exist_ok=True)
+    (out / "plan.json").write_text(json.dumps(asdict(plan), indent=1, default=repr) + "\n", encoding="utf-8")
     failures = []
     for number, cell in enumerate(cells, start=1):
         if cell.key in done:
@@ -96,6 +98,7 @@ def compare(
         done[cell.key] = result
     records = [done[cell.key] for cell in cells if cell.key in done]
     (out / "results.json").write_text(json.dumps(records, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_report(out)
     return records, failures
 
 

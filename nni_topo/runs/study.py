@@ -15,6 +15,7 @@ from rich.console import Console, RenderableType
 from tyro.constructors import PrimitiveConstructorSpec
 
 from nni_topo.runs.plan import DataChoice, ModelChoice, read_yaml
+from nni_topo.runs.report import write_report
 from nni_topo.runs.run import Start, trained
 
 Tell = Callable[[str], None]
@@ -193,7 +194,7 @@ class Study(Verb, Generic[Found]):
     def run(self, console: Console) -> int:
         """Compute, write the files, and print one JSON document or tables and the files' names."""
         found = self.find(lambda line: console.print(line, markup=False, highlight=False))
-        files = [] if self.out is None else found.save(self.out)
+        files = [] if self.out is None else [*found.save(self.out), write_report(self.out)]
         written = [f"written: {', '.join(map(str, files))}"] if files else []
         self.put_out(console, found.to_dict(), [*self.show(found), *written])
         return 0

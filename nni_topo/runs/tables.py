@@ -10,7 +10,6 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -156,8 +155,8 @@ def print_report(records: Iterable[Record], console: Console) -> None:
         Where to.
     """
     for group, rows in grouped(records).items():
-        columns, lines = _table(rows)
-        table = as_table(_title(group, rows), columns, lines)
+        columns, lines = cells_of(rows)
+        table = as_table(title_of(group, rows), columns, lines)
         table.rows[0].end_section = True
         console.print(table)
 
@@ -173,11 +172,19 @@ def print_widths(records: Iterable[Record], console: Console) -> None:
         Where to.
     """
     for group, rows in grouped(records).items():
-        lines = []
-        for layer in next(iter(next(iter(rows.values())).values()))["widths"]:
-            widths = (interval([record["widths"][layer] for record in runs.values()]).mean for runs in rows.values())
-            lines.append([layer, *(f"{width:g}" for width in widths)])
-        console.print(as_table(f"widths: {_title(group, rows)}", ["layer", *rows], lines))
+        console.print(as_table(f"widths: {title_of(group, rows)}", *widths_of(rows)))
+
+
+def widths_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
+    """Return columns and cells of a group's widths: by layer the mean of each row, beside what it was before."""
+    first = next(iter(next(iter(rows.values())).values()))
+    before, whole = first.get("widths_before", {}), first.get("whole", {})
+    lines = []
+    for layer in first["widths"]:
+        widths = (interval([record["widths"][layer] for record in runs.values()]).mean for runs in rows.values())
+        known = [str(before[layer])] if before else []
+        lines.append([layer, *known, *(f"{width:g}" for width in widths), *([whole.get(layer, "")] if whole else [])])
+    return ["layer", *(["before"] if before else []), *rows, *(["left whole, because"] if whole else [])], lines
 
 
 def markdown_report(records: Iterable[Record]) -> str:
@@ -190,17 +197,18 @@ def markdown_report(records: Iterable[Record]) -> str:
     """
     lines = []
     for group, rows in grouped(records).items():
-        lines += [f"**{_title(group, rows)}**", "", markdown_table(*_table(rows)), ""]
+        lines += [f"**{title_of(group, rows)}**", "", markdown_table(*cells_of(rows)), ""]
     return "\n".join(lines)
 
 
-def _title(group: Group, rows: dict[str, dict[int, Record]]) -> str:
+def title_of(group: Group, rows: dict[str, dict[int, Record]]) -> str:
+    """Return a group's model, data, target and number of seeds."""
     model, data, target = group
     seeds = max(len(runs) for runs in rows.values())
     return f"{model} on {data}, {target} ({seeds} seed{'s' if seeds > 1 else ''})"
 
 
-def _table(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
+def cells_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
     """Columns that hold anything, and cells of a table: the unpruned network, then a line per pruner."""
     rows = _timed_together(rows)
     first = next(iter(next(iter(rows.values())).values()))
@@ -299,7 +307,7 @@ def _versus(rows: dict[str, dict[int, Record]], row: str, column: str) -> str:
     return "best rival" if row == rival else paired_difference(rows[row], rows[rival], column).show(100, sign=True)
 
 
-def plot_accuracy(records: Sequence[Record], path: str | Path) -> Path:
+def plot_accuracy(records: Sequence[Record]) -> Figure:
     """Draw accuracy against MACs: hollow markers one-shot, filled ones at the end, one panel per model and data set.
 
     The end is after retraining or, without, after distillation or compensation.
@@ -308,13 +316,11 @@ def plot_accuracy(records: Sequence[Record], path: str | Path) -> Path:
     ----------
     records : sequence of dict
         Records of finished cells, at least one.
-    path : str or Path
-        Where to write; the ending says the format.
 
     Returns
     -------
-    Path
-        The file.
+    matplotlib.figure.Figure
+        Its ``axes`` are the panels.
     """
     panels: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
@@ -326,24 +332,21 @@ def plot_accuracy(records: Sequence[Record], path: str | Path) -> Path:
         axis.grid(alpha=0.3)
         _draw(axis, found)
     axes[0].legend(fontsize="small", title="filled: recovered, hollow: one-shot", title_fontsize="small")
-    figure.savefig(path, dpi=150)
-    return Path(path)
+    return figure
 
 
-def plot_convergence(records: Sequence[Record], path: str | Path) -> Path | None:
+def plot_convergence(records: Sequence[Record]) -> Figure | None:
     """Draw validation accuracy against the epochs of retraining: a line per row, the mean over the seeds.
 
     Parameters
     ----------
     records : sequence of dict
         Records of finished cells.
-    path : str or Path
-        Where to write; the ending says the format.
 
     Returns
     -------
-    Path or None
-        The file; None where nothing was retrained.
+    matplotlib.figure.Figure or None
+        Its ``axes`` are the panels; None where nothing was retrained.
     """
     groups = grouped(record for record in records if len(record.get("curve", ())) > 1)
     if not groups:
@@ -369,8 +372,13 @@ def plot_convergence(records: Sequence[Record], path: str | Path) -> Path | None
         axis.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="x-small", loc="lower right")
-    figure.savefig(path, dpi=150)
-    return Path(path)
+    return figure
+
+
+def comparison_figures(records: Sequence[Record]) -> dict[str, Figure]:
+    """Return a comparison's pictures by the stems of their files."""
+    convergence = plot_convergence(records)
+    return {"accuracy": plot_accuracy(records)} | ({"convergence": convergence} if convergence else {})
 
 
 def _draw(axis: object, records: list[Record]) -> None:
