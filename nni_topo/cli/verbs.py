@@ -128,7 +128,9 @@ def _run_plan(plan: Plan, out: Path, console: Console, *, isolate: bool, as_json
     if records:
         picture = save_figures(out, comparison_figures(records))[0]
         print_report(records, console)
-        console.print(f"records: {out / 'results.json'} · picture: {picture} · report: {out / 'report.html'}", markup=False)
+        console.print(
+            f"records: {out / 'results.json'} · picture: {picture} · report: {out / 'report.html'}", markup=False
+        )
     for failure in failures:
         console.print(f"failed: {failure.cell.pruner.row}, seed {failure.cell.seed}\n{failure.reason}", markup=False)
     if as_json:

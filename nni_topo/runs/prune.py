@@ -34,7 +34,7 @@ def prune_checkpoint(
     device: str = "cpu",
     progress: bool = False,
 ) -> Record:
-    """Prune a trained model; write ``dense.pt``, ``masks.pt``, ``summary.json`` and ``report.html`` to a new or empty folder."""
+    """Prune a trained model; write ``dense.pt``, ``masks.pt``, ``summary.json``, ``report.html`` to an empty folder."""
     out = Path(out)
     check_empty(out)
 

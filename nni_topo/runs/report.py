@@ -119,7 +119,9 @@ def _of_comparison(records: list[Record]) -> Iterator[Part]:
 
 
 def _of_pruning(record: Record) -> Iterator[Part]:
-    yield Part(f"{record['model']} on {record['data']}, {record['pruner']}", ("", "before", "after"), prune_costs(record))
+    yield Part(
+        f"{record['model']} on {record['data']}, {record['pruner']}", ("", "before", "after"), prune_costs(record)
+    )
     yield Part("widths", *widths_of({"after": {record["seed"]: record}}))
     if "compensation" in record:
         yield _table("recovery by layer", record["compensation"])
@@ -151,9 +153,11 @@ def _of_document(title: str, document: Any) -> Iterator[Part]:
 def _table(title: str, entries: Sequence[Mapping[str, Any]]) -> Part:
     """Return entries as rows; a column with nested values is left to the file."""
     names = dict.fromkeys(name for entry in entries for name in entry)
-    names = {name: None for name in names if all(_is_single(entry.get(name)) for entry in entries)}
-    rows = [[_shown(entry.get(name)) for name in names] for entry in entries]
-    return Part(title, [name.replace("_", " ") for name in names], rows, folded=len(rows) > _LONG)
+    shown = [name for name in names if all(_is_single(entry.get(name)) for entry in entries)]
+    words = [name for name in shown if any(isinstance(entry.get(name), str) for entry in entries)]
+    shown = [*words, *(name for name in shown if name not in words)]
+    rows = [[_shown(entry.get(name)) for name in shown] for entry in entries]
+    return Part(title, [name.replace("_", " ") for name in shown], rows, len(words), folded=len(rows) > _LONG)
 
 
 def _is_table(value: Any, kind: type) -> bool:

@@ -105,7 +105,9 @@ def left_whole(model: nn.Module, example_inputs: Tensor, dense: nn.Module) -> di
             continue
         known = row.name in flow.layers
         pinned = flow.why_pinned(row.name) if known else [why_not_followed(model, row.name)]
-        asked_all = OUTPUT if known and flow.reaches_output(row.name) else "; ".join(filter(None, pinned)) or "not asked for"
+        asked_all = (
+            OUTPUT if known and flow.reaches_output(row.name) else "; ".join(filter(None, pinned)) or "not asked for"
+        )
         found[row.name] = row.reason or asked_all
     return found
 

@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import pytest
-from matplotlib.image import imread
 from rich.console import Console
 from scipy import stats
 
@@ -109,8 +108,8 @@ def test_epochs_until_the_accuracy_is_back_are_counted_from_the_pruned_network()
 
 
 def test_the_picture_of_convergence_has_a_line_per_row(drawn, tmp_path):
-    assert plot_convergence(RECORDS, tmp_path / "convergence.png") is None
-    plot_convergence([*CURVES, *RECORDS], tmp_path / "convergence.png")
+    assert plot_convergence(RECORDS) is None
+    plot_convergence([*CURVES, *RECORDS]).savefig(tmp_path / "convergence.png")
     lines = drawn.lines("convergence.png")
     assert set(lines) == {"unpruned", "l1", "ours", "kept"}
     assert lines["ours"] == [(epoch, pytest.approx(y)) for epoch, y in enumerate([20, 70, 80, 100 * 2.689 / 3])]
@@ -159,11 +158,9 @@ def test_widths_are_means_over_seeds():
     assert [line.split()[1::2] for line in stream.getvalue().splitlines() if "conv1" in line] == [["conv1", "4.5"]]
 
 
-def test_the_picture_shows_every_rows_mean_before_and_after(drawn, tmp_path):
+def test_the_picture_shows_every_rows_mean_before_and_after():
     other = [{**entry, "data": "mnist", "flops": 2e6, "target": "flops 0.5"} for entry in RECORDS[:3]]
-    path = plot_accuracy([*RECORDS, *other], tmp_path / "accuracy.png")
-    assert imread(path).shape[0] > 300
-    left, right = drawn["accuracy.png"].axes
+    left, right = plot_accuracy([*RECORDS, *other]).axes
     assert [axis.get_title() for axis in (left, right)] == ["net on digits", "net on mnist"]
     unpruned = next(line for line in left.get_lines() if line.get_label() == "unpruned")
     assert np.ravel(unpruned.get_data()) == pytest.approx([4.0, 99.0])
