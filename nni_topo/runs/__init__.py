@@ -1,6 +1,6 @@
 """Comparisons of pruners that resume: cells of model x data x pruner x target x seed, one record each."""
 
-from nni_topo.runs.compare import RunFailure, compare
+from nni_topo.runs.compare import Comparison, RunFailure, compare
 from nni_topo.runs.plan import (
     Cell,
     CompensationChoice,
@@ -17,6 +17,7 @@ from nni_topo.runs.tables import markdown_report, plot_accuracy, plot_convergenc
 
 __all__ = [
     "Cell",
+    "Comparison",
     "CompensationChoice",
     "DataChoice",
     "DistillationChoice",

@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import check_knobs
@@ -22,6 +23,10 @@ from nni_topo.runs.records import Record, append_record, read_records
 from nni_topo.runs.report import write_report
 from nni_topo.runs.rivals import is_rival
 from nni_topo.runs.run import load_model_data, resolve_device
+from nni_topo.runs.tables import markdown_report
+
+if TYPE_CHECKING:
+    import pandas
 
 # Never a plain fork: the child would inherit locks that PyTorch's threads hold. The server imports the pipeline once.
 _START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -35,13 +40,38 @@ class RunFailure:
     reason: str
 
 
+class Comparison(NamedTuple):
+    """What a comparison found; its ``repr`` is the tables, in Markdown.
+
+    Attributes
+    ----------
+    records : list of dict
+        The records of the plan's cells that ran, in its order.
+    failures : list of RunFailure
+        Cells that raised or were killed; the same command tries them again.
+    """
+
+    records: list[Record]
+    failures: list[RunFailure]
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return the records as a table, one row each, what is nested as columns with dots in their names."""
+        import pandas
+
+        return pandas.json_normalize(self.records)
+
+    def __repr__(self) -> str:
+        failed = [f"failed: {each.cell.pruner.row}, seed {each.cell.seed}" for each in self.failures]
+        return "\n".join([markdown_report(self.records), *failed])
+
+
 def compare(
     plan: Plan,
     out: str | Path,
     *,
     isolate: bool = True,
     on_cell: Callable[[Cell, int, int], None] | None = None,
-) -> tuple[list[Record], list[RunFailure]]:
+) -> Comparison:
     """Run the cells of a plan that have no record yet.
 
     Parameters
@@ -58,10 +88,8 @@ def compare(
 
     Returns
     -------
-    list of dict
-        The records of the plan's cells, in its order.
-    list of RunFailure
-        Cells that raised or were killed; the same command tries them again.
+    Comparison
+        A pair of records and failures.
 
     Raises
     ------
@@ -99,7 +127,7 @@ def compare(
     records = [done[cell.key] for cell in cells if cell.key in done]
     (out / "results.json").write_text(json.dumps(records, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     write_report(out)
-    return records, failures
+    return Comparison(records, failures)
 
 
 def _check_choices(cells: list[Cell]) -> None:

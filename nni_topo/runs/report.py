@@ -138,12 +138,11 @@ def _of_document(title: str, document: Any) -> Iterator[Part]:
     for key, value in document.items():
         if key in single or key in _SOURCES:
             continue
-        entries = [{"": name, **item} for name, item in value.items()] if _is_table(value, Mapping) else value
         if isinstance(value, Mapping) and value and all(map(_is_single, value.values())):
             rows = [(str(name), _shown(item)) for name, item in value.items()]
             yield Part(str(key), rows=rows, folded=len(rows) > _LONG)
-        elif _is_table(entries, list):
-            yield _table(str(key), entries)
+        elif entries_of(value):
+            yield _table(str(key), entries_of(value))
         else:
             yield Part(str(key), text=json.dumps(value, indent=1), folded=True)
     if isinstance(document, Mapping) and "versions" in document:
@@ -160,9 +159,11 @@ def _table(title: str, entries: Sequence[Mapping[str, Any]]) -> Part:
     return Part(title, [name.replace("_", " ") for name in shown], rows, len(words), folded=len(rows) > _LONG)
 
 
-def _is_table(value: Any, kind: type) -> bool:
-    entries = value.values() if isinstance(value, Mapping) else value
-    return isinstance(value, kind) and bool(value) and all(isinstance(entry, Mapping) for entry in entries)
+def entries_of(value: Any) -> list[Mapping[str, Any]]:
+    """Return the rows that a list of mappings, or a mapping of them by name, stands for; none of anything else."""
+    if isinstance(value, Mapping) and all(isinstance(item, Mapping) for item in value.values()):
+        return [{"name": name, **item} for name, item in value.items()]
+    return value if isinstance(value, list) and all(isinstance(item, Mapping) for item in value) else []
 
 
 def _is_single(value: Any) -> bool:
