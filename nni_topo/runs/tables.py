@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +25,7 @@ from nni_topo.runs.records import Record
 
 Group = tuple[str, str, str]
 _MARKERS = "osD^vP*X<>"
+_STEPS = ("oneshot", "compensated", "distilled", "retrained")
 _NEAREST = 1e-3
 COLUMNS = (
     "method",
@@ -308,9 +310,9 @@ def _versus(rows: dict[str, dict[int, Record]], row: str, column: str) -> str:
 
 
 def plot_accuracy(records: Sequence[Record]) -> Figure:
-    """Draw accuracy against MACs: hollow markers one-shot, filled ones at the end, one panel per model and data set.
+    """Draw accuracy against MACs, with intervals: a panel per step of recovery, each with its own scale.
 
-    The end is after retraining or, without, after distillation or compensation.
+    A line of panels per model and data set; the dotted line is the unpruned network.
 
     Parameters
     ----------
@@ -322,16 +324,19 @@ def plot_accuracy(records: Sequence[Record]) -> Figure:
     matplotlib.figure.Figure
         Its ``axes`` are the panels.
     """
-    panels: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
-        panels[record["model"], record["data"]].append(record)
-    figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, ((model, data), found) in zip(axes, panels.items(), strict=True):
-        axis.set(title=f"{model} on {data}", xlabel="MACs (millions)", ylabel="test accuracy (%)")
-        axis.grid(alpha=0.3)
-        _draw(axis, found)
-    axes[0].legend(fontsize="small", title="filled: recovered, hollow: one-shot", title_fontsize="small")
+        groups[record["model"], record["data"]].append(record)
+    steps = [step for step in _STEPS if any(f"accuracy_{step}" in record for record in records)]
+    figure = Figure(figsize=(4.2 * len(steps), 4.2 * len(groups)), layout="constrained")
+    panels = figure.subplots(len(groups), len(steps), squeeze=False)
+    for line, ((model, data), found) in zip(panels, groups.items(), strict=True):
+        for axis, step in zip(line, steps, strict=True):
+            title = f"{model} on {data}, {step.replace('oneshot', 'one-shot')}"
+            axis.set(title=title, xlabel="MACs (millions)", ylabel="test accuracy (%)")
+            axis.grid(alpha=0.3)
+            _draw(axis, found, f"accuracy_{step}")
+    panels[0][-1].legend(fontsize="small")
     return figure
 
 
@@ -381,27 +386,19 @@ def comparison_figures(records: Sequence[Record]) -> dict[str, Figure]:
     return {"accuracy": plot_accuracy(records)} | ({"convergence": convergence} if convergence else {})
 
 
-def _draw(axis: object, records: list[Record]) -> None:
-    first = records[0]
-    axis.plot(first["flops_before"] / 1e6, 100 * first["accuracy_before"], "kh", label="unpruned")  # type: ignore[attr-defined]
+def _draw(axis: Axes, records: list[Record], column: str) -> None:
+    whole = 100 * float(np.mean([record["accuracy_before"] for record in records]))
+    axis.axhline(whole, color="k", linestyle=":", label="unpruned")
     rows = list(dict.fromkeys(record["pruner"] for record in records))
     for index, row in enumerate(rows):
         targets: dict[str, list[Record]] = defaultdict(list)
         for record in records:
-            if record["pruner"] == row:
+            if record["pruner"] == row and column in record:
                 targets[record["target"]].append(record)
         macs = [interval([r["flops"] for r in runs]).mean / 1e6 for runs in targets.values()]
         # Rows of one target have the same MACs: a small step to the side keeps their markers apart.
-        macs = [value + (index - (len(rows) - 1) / 2) * first["flops_before"] / 1e8 for value in macs]
-        shared = {"marker": _MARKERS[index % len(_MARKERS)], "color": f"C{index % 10}", "linestyle": "none"}
-        for column, style in (("oneshot", {"markerfacecolor": "none"}), ("best", {"label": row})):
-            points = [interval([100 * _accuracy(record, column) for record in runs]) for runs in targets.values()]
-            heights, halves = [point.mean for point in points], [np.nan_to_num(point.half) for point in points]
-            axis.errorbar(macs, heights, yerr=halves, **shared, **style)  # type: ignore[attr-defined]
-
-
-def _accuracy(record: Record, column: str) -> float:
-    """Accuracy as shipped, or after the last step that was done: retraining, else compensation."""
-    steps = ("oneshot",) if column == "oneshot" else ("retrained", "distilled", "compensated", "oneshot")
-    found = (record[f"accuracy_{step}"] for step in steps if f"accuracy_{step}" in record)
-    return float(next(found, np.nan))
+        macs = [value + (index - (len(rows) - 1) / 2) * records[0]["flops_before"] / 2e8 for value in macs]
+        points = [interval([100 * record[column] for record in runs]) for runs in targets.values()]
+        style = {"marker": _MARKERS[index % len(_MARKERS)], "color": f"C{index % 10}", "linestyle": "none"}
+        halves = [np.nan_to_num(point.half) for point in points]
+        axis.errorbar(macs, [point.mean for point in points], yerr=halves, **style, label=row)
