@@ -17,6 +17,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.runs import compare
 from nni_topo.runs.demo import DEMO
+from nni_topo.runs.pictures import comparison_figures, plot_accuracy
 from nni_topo.runs.plan import (
     Cell,
     CompensationChoice,
@@ -36,9 +37,7 @@ from nni_topo.runs.shrink import shrink
 from nni_topo.runs.study import DataVerb, Names, TrainedVerb, Verb, plain, save_figures, write
 from nni_topo.runs.tables import (
     as_table,
-    comparison_figures,
     markdown_report,
-    plot_accuracy,
     print_report,
     print_widths,
 )

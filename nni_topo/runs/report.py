@@ -15,8 +15,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from nni_topo.errors import DataError
+from nni_topo.runs.pictures import comparison_figures
 from nni_topo.runs.records import Record, read_records
-from nni_topo.runs.tables import cells_of, comparison_figures, grouped, title_of, widths_of
+from nni_topo.runs.tables import cells_of, grouped, title_of, widths_of
 
 _SOURCES = ("versions", "hardware", "revision")
 _LONG = 40
