@@ -107,11 +107,7 @@ def _draw(axis: Axes, records: list[Record], column: str) -> None:
         # Rows of one target have the same MACs: a small step to the side keeps their markers apart.
         macs = [value + (index - (len(rows) - 1) / 2) * records[0]["flops_before"] / 2e8 for value in macs]
         points = [interval([100 * record[column] for record in runs]) for runs in targets.values()]
-        style: dict[str, Any] = {
-            "marker": _MARKERS[index % len(_MARKERS)],
-            "color": f"C{index % 10}",
-            "linestyle": "none",
-        }
+        marker, color = _MARKERS[index % len(_MARKERS)], f"C{index % 10}"
         halves = [np.nan_to_num(point.half) for point in points]
         axis.errorbar(
             macs, [point.mean for point in points], yerr=halves, marker=marker, color=color, linestyle="none", label=row
