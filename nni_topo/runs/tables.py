@@ -146,15 +146,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: 
 
 
 def print_report(records: Iterable[Record], console: Console) -> None:
-    """Print one table per model, data set and target.
-
-    Parameters
-    ----------
-    records : iterable of dict
-        Records of finished cells.
-    console : rich.console.Console
-        Where to.
-    """
+    """Print one table of records per model, data set and target."""
     for group, rows in grouped(records).items():
         columns, lines = _table(rows)
         table = as_table(_title(group, rows), columns, lines)
@@ -163,15 +155,7 @@ def print_report(records: Iterable[Record], console: Console) -> None:
 
 
 def print_widths(records: Iterable[Record], console: Console) -> None:
-    """Print the mean number of output channels of every layer, one table per model, data set and target.
-
-    Parameters
-    ----------
-    records : iterable of dict
-        Records of finished cells.
-    console : rich.console.Console
-        Where to.
-    """
+    """Print the mean number of output channels of every layer, one table per model, data set and target."""
     for group, rows in grouped(records).items():
         lines = []
         for layer in next(iter(next(iter(rows.values())).values()))["widths"]:
@@ -181,13 +165,7 @@ def print_widths(records: Iterable[Record], console: Console) -> None:
 
 
 def markdown_report(records: Iterable[Record]) -> str:
-    """Return one Markdown table per model, data set and target.
-
-    Parameters
-    ----------
-    records : iterable of dict
-        Records of finished cells.
-    """
+    """Return one Markdown table of records per model, data set and target."""
     lines = []
     for group, rows in grouped(records).items():
         lines += [f"**{_title(group, rows)}**", "", markdown_table(*_table(rows)), ""]
@@ -300,21 +278,9 @@ def _versus(rows: dict[str, dict[int, Record]], row: str, column: str) -> str:
 
 
 def plot_accuracy(records: Sequence[Record], path: str | Path) -> Path:
-    """Draw accuracy against MACs: hollow markers one-shot, filled ones at the end, one panel per model and data set.
+    """Draw accuracy against MACs of at least one record, a panel per model and data set; return the picture's file.
 
-    The end is after retraining or, without, after distillation or compensation.
-
-    Parameters
-    ----------
-    records : sequence of dict
-        Records of finished cells, at least one.
-    path : str or Path
-        Where to write; the ending says the format.
-
-    Returns
-    -------
-    Path
-        The file.
+    Hollow markers are one-shot, filled ones after retraining or, without, after distillation or compensation.
     """
     panels: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
@@ -331,20 +297,7 @@ def plot_accuracy(records: Sequence[Record], path: str | Path) -> Path:
 
 
 def plot_convergence(records: Sequence[Record], path: str | Path) -> Path | None:
-    """Draw validation accuracy against the epochs of retraining: a line per row, the mean over the seeds.
-
-    Parameters
-    ----------
-    records : sequence of dict
-        Records of finished cells.
-    path : str or Path
-        Where to write; the ending says the format.
-
-    Returns
-    -------
-    Path or None
-        The file; None where nothing was retrained.
-    """
+    """Draw validation accuracy against the epochs of retraining, a line per row; None where nothing was retrained."""
     groups = grouped(record for record in records if len(record.get("curve", ())) > 1)
     if not groups:
         return None

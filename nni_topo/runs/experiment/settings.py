@@ -38,20 +38,6 @@ def _setting(default: Any, summary: str, kind: type = str) -> Any:
 class TrialSettings:
     """One trial. Every scalar field is an option of ``python -m nni_topo.runs.trial`` and may be a tuner's parameter.
 
-    Attributes
-    ----------
-    ratios : dict of str to float
-        Ratio in [0, 1) by layer or shell pattern; in a search space ``ratio.LAYER``.
-    knobs : dict
-        The pruner's own arguments; in a search space ``knob.NAME``, or ``knob.NAME.FIELD``.
-
-    Raises
-    ------
-    ConfigError
-        If a value is out of its range, or the pruner or a knob is unknown.
-
-    Notes
-    -----
     The score that the tuner maximises is ``accuracy - flops_weight * MACs share - latency_weight * latency share``, all
     three in [0, 1] or near it: what a pruned network may lose in accuracy to be smaller or faster by so much. A
     weighted sum finds points on the convex hull of the trade-off only; every trial reports the three values as well.
@@ -79,8 +65,8 @@ class TrialSettings:
     latency_weight: float = _setting(0.0, "accuracy that the whole net's latency is worth", float)
     seed: int = _setting(0, "of the net, the pruner where it takes one, and retraining", int)
     device: str = _setting("cpu", "cpu, cuda or auto")
-    ratios: Mapping[str, float] = field(default_factory=dict)
-    knobs: Mapping[str, Any] = field(default_factory=dict)
+    ratios: Mapping[str, float] = field(default_factory=dict)  # by layer or shell pattern; tuner: `ratio.LAYER`
+    knobs: Mapping[str, Any] = field(default_factory=dict)  # the pruner's; tuner: `knob.NAME` or `knob.NAME.FIELD`
 
     def __post_init__(self) -> None:
         for name in ("calibration", "compensate", "distill", "retrain_epochs", "flops_weight", "latency_weight"):
@@ -140,20 +126,10 @@ def scalar_fields() -> list[Field[Any]]:
 
 
 def with_parameters(settings: TrialSettings, parameters: Mapping[str, Any]) -> TrialSettings:
-    """Return settings with a tuner's parameters in place.
+    """Return settings with a tuner's parameters in place; ConfigError for an unknown name or a value of the wrong kind.
 
-    Parameters
-    ----------
-    settings : TrialSettings
-        What the command line says.
-    parameters : mapping
-        Names of scalar fields, ``ratio.LAYER``, ``knob.NAME``, ``knob.NAME.FIELD`` of a settings object, and
-        ``TRIAL_BUDGET``.
-
-    Raises
-    ------
-    ConfigError
-        If a name is unknown or a value of the wrong kind.
+    Names are those of scalar fields, ``ratio.LAYER``, ``knob.NAME``, ``knob.NAME.FIELD`` of a settings object, and
+    ``TRIAL_BUDGET``.
     """
     known = {item.name: item for item in scalar_fields()}
     changes: dict[str, Any] = {}
@@ -174,13 +150,7 @@ def with_parameters(settings: TrialSettings, parameters: Mapping[str, Any]) -> T
 
 
 def read_parameters(path: str | Path) -> dict[str, Any]:
-    """Read parameters from a JSON file.
-
-    Raises
-    ------
-    DataError
-        If the file is missing or isn't a JSON object.
-    """
+    """Read parameters from a JSON file; DataError if it is missing or isn't a JSON object."""
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
