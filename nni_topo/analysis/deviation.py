@@ -1,9 +1,7 @@
 """Net Deviation: how far a pruned network's error lies from what its pruning could have done.
 
-References
-----------
-.. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
-   Technology, 2019, equations 3.12 and 3.13.
+Source: S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
+Technology, 2019, equations 3.12 and 3.13.
 """
 
 from __future__ import annotations

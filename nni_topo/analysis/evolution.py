@@ -1,9 +1,7 @@
 """Pictures of weight-pruning genetic searches: one generation after another, and several searches side by side.
 
-References
-----------
-.. [1] Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
-   University of Manitoba, 2018, figures 5.1 to 5.14 and A.1 to A.6, tables 5.1 and 5.2.
+Source: Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
+University of Manitoba, 2018, figures 5.1 to 5.14 and A.1 to A.6, tables 5.1 and 5.2.
 """
 
 from __future__ import annotations

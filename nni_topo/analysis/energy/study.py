@@ -1,8 +1,6 @@
 """The study of energy-based pruning: what each threshold takes from each layer, and what that costs.
 
-References
-----------
-.. [1] Janjic, MSc thesis, University of Manitoba, 2018, sections 4.2 and 5.2.
+Source: Janjic, MSc thesis, University of Manitoba, 2018, sections 4.2 and 5.2.
 """
 
 from __future__ import annotations

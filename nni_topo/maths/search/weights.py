@@ -3,10 +3,8 @@
 An individual says of every weight of the target layers whether it is used. Genes are kept eight to a byte; one
 individual at a time is unpacked to be bred or evaluated, so a population of 50 on two million weights takes 13 MB.
 
-References
-----------
-.. [1] Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
-   University of Manitoba, 2018, section 4.1, Algorithm 2.
+Source: Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
+University of Manitoba, 2018, section 4.1, Algorithm 2.
 """
 
 from __future__ import annotations

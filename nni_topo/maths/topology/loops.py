@@ -11,9 +11,7 @@ the edge enters the filtration with all its simplices, then
 
 So only a handful of edges ever need algebra, where a matrix reduction goes through all triangles.
 
-References
-----------
-M. Koyama, F. Memoli, V. Robins and K. Turner, Faster computation of degree-1 persistent homology using the
+Source: M. Koyama, F. Memoli, V. Robins and K. Turner, Faster computation of degree-1 persistent homology using the
 reduced Vietoris-Rips filtration, arXiv:2307.16333, 2023.
 """
 

@@ -1,8 +1,6 @@
 """How much of a layer's spanning tree magnitude pruning keeps: bounds, measurements and chance.
 
-References
-----------
-Zeroth-Order Topological Insights into Iterative Magnitude Pruning, theorem 3.3, corollary 3.4 and appendix C.
+Source: Zeroth-Order Topological Insights into Iterative Magnitude Pruning, theorem 3.3, corollary 3.4 and appendix C.
 """
 
 from __future__ import annotations

@@ -46,21 +46,13 @@ _RIDGE = 1e-4
 
 @dataclass(frozen=True)
 class ReconstructionProblem:
-    """The least-squares problems of the layers that read a unit.
+    """The least-squares problems of the layers that read a unit, a matrix of each per layer."""
 
-    Attributes
-    ----------
-    grams : tuple of ndarray, shape (channels * columns, channels * columns)
-        Covariances of what enters each layer, channel by channel, a small ridge on the diagonal.
-    crosses : tuple of ndarray, shape (channels * columns, outputs)
-        Covariances with what the layer has to put out, scaled such that its total variance is 1.
-    columns : tuple of int
-        Columns of a channel in each layer: kernel elements times positions.
-    """
-
+    # covariances of what enters each layer, channel by channel, (channels * columns, same), a ridge on the diagonal
     grams: tuple[FloatArray, ...]
+    # those with what it has to put out, (channels * columns, outputs), scaled such that its total variance is 1
     crosses: tuple[FloatArray, ...]
-    columns: tuple[int, ...]
+    columns: tuple[int, ...]  # of a channel in each layer: kernel elements times positions
 
     def choose(self, keep: int, parts: int = 1) -> IntArray:
         """Return ``keep`` channels by forward selection, in the order of choice, as many from each of equal parts."""
@@ -143,13 +135,7 @@ class ReconstructionProblems:
 
 
 def linear_readers(unit: PruningUnit, flow: ChannelFlow, context: PruningContext) -> list[Reader]:
-    """Return the convolutions and linear layers that read a unit's channels.
-
-    Raises
-    ------
-    ConfigError
-        If the unit isn't pruned by output channel, or no such layer reads it.
-    """
+    """Return the convolutions and linear layers that read a unit's channels; ConfigError if there is none."""
     found = [r for r in readers_of(unit, flow, context) if isinstance(r.module, _LINEAR)]
     if not found:
         raise unread_error([unit.name])
