@@ -41,7 +41,7 @@ def draw_splits(trees: Mapping[str, SplitTree]) -> Figure:
 
 
 def _draw(axis: Axes, tree: SplitTree) -> None:
-    places = _places(tree)
+    places = leaf_places(tree)
     for number, cluster in enumerate(tree.clusters):
         if cluster.parent is not None:
             ends = (cluster.parent, number)
@@ -59,7 +59,7 @@ def _draw(axis: Axes, tree: SplitTree) -> None:
     finish(axis, "clusters", "compared with the threshold", yscale="log" if positive else "symlog", xticks=[])
 
 
-def _places(tree: SplitTree) -> dict[int, float]:
+def leaf_places(tree: SplitTree) -> dict[int, float]:
     """Return an abscissa per cluster: leaves side by side, a split cluster between its halves."""
     places: dict[int, float] = {}
     drawn = 0

@@ -19,7 +19,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from nni_topo.errors import DataError
-from nni_topo.maths.topology._checks import IntArray
+from nni_topo.maths.topology.checks import IntArray
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import hypergeom
 
 from nni_topo.errors import ConfigError
-from nni_topo.maths.topology._checks import as_points
+from nni_topo.maths.topology.checks import as_points
 from nni_topo.maths.topology.layer_trees import maximum_spanning_tree
 
 
