@@ -20,12 +20,12 @@ from rich.console import RenderableType
 from torch import Tensor, nn
 
 from nni_topo.analysis.bounds.propagation import ErrorBound, error_bound
-from nni_topo.analysis.panels import finish, panels
 from nni_topo.errors import ConfigError, DataError, check_integer, unknown_name
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.reference import masked_model
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import pruner_info
+from nni_topo.runs.pictures import finish, panels
 from nni_topo.runs.plan import PrunerChoice, Target
 from nni_topo.runs.run import Start, prune
 from nni_topo.runs.study import Findings, Found, Names, Tell, TrainedStudy

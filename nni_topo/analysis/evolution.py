@@ -22,10 +22,10 @@ from rich.console import RenderableType
 from scipy.stats import gaussian_kde, kurtosis
 from torch import Tensor
 
-from nni_topo.analysis.panels import finish, panels, single
 from nni_topo.errors import ConfigError
 from nni_topo.maths.search.weights import WeightSearch
 from nni_topo.pruners.genetic_weight.pruner import GeneticWeightPruner
+from nni_topo.runs.pictures import finish, panels, single
 from nni_topo.runs.run import pruner_knobs
 from nni_topo.runs.study import Findings, Names, Tell, TrainedStudy, save_figures
 from nni_topo.runs.tables import as_table

@@ -20,13 +20,13 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
-from nni_topo.analysis.panels import finish, single
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import CONVOLUTIONS, check_names
 from nni_topo.network.network import Network
 from nni_topo.network.reference import masked_model
 from nni_topo.pruners.registry import check_knobs, create_pruner, pruner_info
+from nni_topo.runs.pictures import finish, single
 from nni_topo.runs.run import pruner_knobs
 from nni_topo.runs.study import Findings, Names, Tell, TrainedStudy
 from nni_topo.runs.tables import as_table

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nni_topo.analysis.panels import finish, panels
 from nni_topo.errors import ConfigError
 from nni_topo.maths.clustering.subclustering import SplitTree
+from nni_topo.runs.pictures import finish, panels
 
 
 def draw_splits(trees: Mapping[str, SplitTree]) -> Figure:

@@ -15,8 +15,9 @@ from rich.console import Console
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.pruners.registry import list_pruners, pruner_info
-from nni_topo.runs import compare
+from nni_topo.runs.compare import compare
 from nni_topo.runs.demo import DEMO
+from nni_topo.runs.pictures import plot_accuracy, plot_convergence
 from nni_topo.runs.plan import (
     Cell,
     CompensationChoice,
@@ -33,7 +34,7 @@ from nni_topo.runs.rivals import is_rival
 from nni_topo.runs.run import distillation_knobs
 from nni_topo.runs.shrink import shrink
 from nni_topo.runs.study import DataVerb, Names, TrainedVerb, Verb
-from nni_topo.runs.tables import as_table, markdown_report, plot_accuracy, plot_convergence, print_report, print_widths
+from nni_topo.runs.tables import as_table, markdown_report, print_report, print_widths
 from nni_topo.zoo import list_data, list_models
 
 

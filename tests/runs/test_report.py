@@ -9,6 +9,7 @@ from matplotlib.image import imread
 from rich.console import Console
 from scipy import stats
 
+from nni_topo.runs.pictures import plot_accuracy, plot_convergence
 from nni_topo.runs.tables import (
     best_rival,
     epochs_until_back,
@@ -16,8 +17,6 @@ from nni_topo.runs.tables import (
     interval,
     markdown_report,
     paired_difference,
-    plot_accuracy,
-    plot_convergence,
     print_report,
     print_widths,
     show_accuracies,

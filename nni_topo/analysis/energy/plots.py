@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from nni_topo.analysis.energy.study import EnergyStudy, LayerEnergy, Quality
-from nni_topo.analysis.panels import finish, single
+from nni_topo.runs.pictures import finish, single
 from nni_topo.runs.study import write
 
 _WIDTH_PER_LAYER = 0.42
