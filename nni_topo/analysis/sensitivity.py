@@ -10,7 +10,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -96,14 +95,8 @@ class Sensitivity(Findings):
         """Return ``sensitivity``, see :func:`plot_sensitivity`."""
         return {"sensitivity": plot_sensitivity(self)}
 
-    def save(self, folder: str | Path) -> list[Path]:
-        """Write ``sensitivity.json``, ``sensitivity.png`` and ``suggested.yaml`` (for ``nni-topo prune``)."""
-        files = super().save(folder)
-        config = Path(folder) / "suggested.yaml"
-        config.write_text(self._yaml(), encoding="utf-8")
-        return [*files, config]
-
-    def _yaml(self) -> str:
+    def texts(self) -> dict[str, str]:
+        """Return ``suggested.yaml``, for ``nni-topo prune``."""
         head = (
             f"# Each layer's ratio is the highest that costs little alone; together they score "
             f"{self.suggested_accuracy:.4f}\n# of {self.baseline:.4f} before retraining (budget {self.budget:g}). "
@@ -113,8 +106,7 @@ class Sensitivity(Findings):
         content: dict[str, Any] = {"pruner": self.pruner, "knobs": plain, "config_list": self.suggested}
         if isinstance(self.knobs.get("calibration"), list):
             content["calibration"] = sum(len(batch) for batch in self.knobs["calibration"])
-        body: str = yaml.safe_dump(content, sort_keys=False)
-        return head + body
+        return {"suggested.yaml": head + yaml.safe_dump(content, sort_keys=False)}
 
 
 def sensitivity(

@@ -80,14 +80,14 @@ def enable_fast_metrics() -> None:
     """Let NNI compute FPGM's metric (same values, 1e-5 relative) and global thresholds (the same) without its loops."""
     from nni_topo.compat import metrics
 
-    metrics.enable_fast_metrics()
+    metrics.use_fast_metrics(True)
 
 
 def disable_fast_metrics() -> None:
     """Let NNI use its own loops again."""
     from nni_topo.compat import metrics
 
-    metrics.disable_fast_metrics()
+    metrics.use_fast_metrics(False)
 
 
 def _mend() -> CompatReport:

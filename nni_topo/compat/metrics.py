@@ -19,11 +19,14 @@ from nni_topo.errors import ConfigError
 _FEW = 64  # so many blocks are let in faster one by one
 _SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 NNI_THRESHOLD = sparse_gen._global_threshold_generate
+NNI_FPGM = calculate_metrics.fpgm_metrics
 
 
-def use_fast_ranking(fast: bool) -> None:
-    """Let NNI's ``generate_sparsity`` find global thresholds by `global_threshold`, or by its own loop again."""
+def use_fast_metrics(fast: bool) -> None:
+    """Let NNI compute FPGM's metric by `fpgm_metrics` and global thresholds by `global_threshold`, or by its loops."""
     sparse_gen._global_threshold_generate = global_threshold if fast else NNI_THRESHOLD
+    for module in (basic_pruner, tools, calculate_metrics):
+        module.fpgm_metrics = fpgm_metrics if fast else NNI_FPGM
 
 
 def global_threshold(
@@ -138,19 +141,6 @@ class _Held:
 
 _CANCELS = 0.05  # from this share of the rows' squared lengths on, a float32 product gives five digits of a distance
 _MANY = 5  # pairs a row; more are cheaper as a product in float64
-NNI_FPGM = calculate_metrics.fpgm_metrics
-
-
-def enable_fast_metrics() -> None:
-    """Let NNI compute FPGM's metric by `fpgm_metrics`, and global thresholds by `global_threshold`."""
-    _use(fpgm_metrics)
-    use_fast_ranking(True)
-
-
-def disable_fast_metrics() -> None:
-    """Let NNI use its own loops again."""
-    _use(NNI_FPGM)
-    use_fast_ranking(False)
 
 
 def fpgm_metrics(
@@ -213,8 +203,3 @@ def _distances(rows: Tensor, part: slice) -> Tensor:
             first, second = close.nonzero(as_tuple=True)
             squares[close] = (own[first] - rows[second]).square().sum(dim=1)
     return squares.clamp_(min=0.0).sqrt_()
-
-
-def _use(function: Any) -> None:
-    for module in (basic_pruner, tools, calculate_metrics):
-        module.fpgm_metrics = function
