@@ -10,7 +10,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -20,13 +19,13 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
-from nni_topo.analysis.panels import finish, single
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import CONVOLUTIONS, check_names
 from nni_topo.network.network import Network
 from nni_topo.network.reference import masked_model
 from nni_topo.pruners.registry import check_knobs, create_pruner, pruner_info
+from nni_topo.runs.pictures import finish, single
 from nni_topo.runs.run import pruner_knobs
 from nni_topo.runs.study import Findings, Names, Tell, TrainedStudy
 from nni_topo.runs.tables import as_table
@@ -96,14 +95,8 @@ class Sensitivity(Findings):
         """Return ``sensitivity``, see :func:`plot_sensitivity`."""
         return {"sensitivity": plot_sensitivity(self)}
 
-    def save(self, folder: str | Path) -> list[Path]:
-        """Write ``sensitivity.json``, ``sensitivity.png`` and ``suggested.yaml`` (for ``nni-topo prune``)."""
-        files = super().save(folder)
-        config = Path(folder) / "suggested.yaml"
-        config.write_text(self._yaml(), encoding="utf-8")
-        return [*files, config]
-
-    def _yaml(self) -> str:
+    def texts(self) -> dict[str, str]:
+        """Return ``suggested.yaml``, for ``nni-topo prune``."""
         head = (
             f"# All ratios together score {self.suggested_accuracy:.4f} of {self.baseline:.4f} before retraining "
             f"(budget {self.budget:g}).\n# Run with nni-topo prune --config THIS.\n"
@@ -112,8 +105,7 @@ class Sensitivity(Findings):
         content: dict[str, Any] = {"pruner": self.pruner, "knobs": plain, "config_list": self.suggested}
         if isinstance(self.knobs.get("calibration"), list):
             content["calibration"] = sum(len(batch) for batch in self.knobs["calibration"])
-        body: str = yaml.safe_dump(content, sort_keys=False)
-        return head + body
+        return {"suggested.yaml": head + yaml.safe_dump(content, sort_keys=False)}
 
 
 def sensitivity(

@@ -15,7 +15,7 @@ from rich.console import Console
 import nni_topo
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import list_pruners, pruner_info
-from nni_topo.runs import compare
+from nni_topo.runs.compare import compare
 from nni_topo.runs.demo import DEMO
 from nni_topo.runs.pictures import comparison_figures, plot_accuracy
 from nni_topo.runs.plan import (
@@ -34,7 +34,7 @@ from nni_topo.runs.report import prune_costs, write_report
 from nni_topo.runs.rivals import is_rival
 from nni_topo.runs.run import distillation_knobs, latencies
 from nni_topo.runs.shrink import shrink
-from nni_topo.runs.study import DataVerb, Names, TrainedVerb, Verb, plain, save_figures, write
+from nni_topo.runs.study import DataVerb, Names, TrainedVerb, Verb, plain, save_figures
 from nni_topo.runs.tables import (
     as_table,
     markdown_report,
@@ -194,7 +194,8 @@ class Shrink(TrainedVerb):
         document = report.to_frame().replace({math.nan: None}).to_dict("records")
         facts = {"model": self.model, "data": self.data, "pruner": self.pruner, "flops": self.flops}
         facts |= {"stages": document, "widths": report.layers.rows, "left_alone": report.left_alone}
-        write(self.out, "shrink", plain({**facts, **latencies(start, dense), **provenance()}), {})
+        facts |= latencies(start, dense) | provenance()
+        (self.out / "shrink.json").write_text(json.dumps(plain(facts), indent=1) + "\n", encoding="utf-8")
         files = f"dense model: {self.out / 'dense.pt'} (nni_topo.load) · report: {write_report(self.out)}"
         self.put_out(console, document, [repr(report), files])
         return 0

@@ -72,31 +72,13 @@ def compare(
     isolate: bool = True,
     on_cell: Callable[[Cell, int, int], None] | None = None,
 ) -> Comparison:
-    """Run the cells of a plan that have no record yet.
+    """Run the cells of a plan that have no record yet; return all records, in the plan's order, and the failed cells.
 
-    Parameters
-    ----------
-    plan : Plan
-        What to run.
-    out : str or Path
-        Folder: ``results.jsonl`` gets a line per finished cell, ``results.json`` all records at the end, ``plan.json``
-        the plan, ``report.html`` all of it to look at, ``checkpoints`` the trained models.
-    isolate : bool, default=True
-        Whether each cell gets a process of its own, so that its memory is given back and a crash ends one cell only.
-    on_cell : callable or None, default=None
-        Called with a cell, its number from 1 and the number of cells before the cell runs.
-
-    Returns
-    -------
-    Comparison
-        A pair of records and failures.
-
-    Raises
-    ------
-    ConfigError
-        If a name, a knob or the device is unknown, or the folder holds records of another comparison.
-    DataError
-        If the data can't be read.
+    The folder gets a line per finished cell in ``results.jsonl``, all records at the end in ``results.json``, the
+    plan, ``report.html`` and the trained models. With ``isolate`` each cell has a process of its own: its memory is
+    given back, and a crash ends one cell only. ``on_cell`` is called with each cell, its number from 1 and their
+    number before it runs. ConfigError if a name, a knob or the device is unknown, or the folder holds another
+    comparison's records; DataError if the data can't be read.
     """
     out = Path(out)
     cells = list(plan.cells())

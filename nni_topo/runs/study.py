@@ -148,9 +148,19 @@ class Findings:
         """Return the pictures by the stems of their files."""
         return {}
 
+    def texts(self) -> dict[str, str]:
+        """Return further files by their names."""
+        return {}
+
     def save(self, folder: str | Path) -> list[Path]:
-        """Write the JSON document and the pictures; return the files."""
-        return write(folder, self.stem, self.to_dict(), self.figures())
+        """Write the JSON document, the pictures and further files, the folder made if need be; return the files."""
+        pictures = save_figures(folder, self.figures())
+        texts = {f"{self.stem}.json": json.dumps(self.to_dict(), indent=1) + "\n", **self.texts()}
+        files = {Path(folder, name): text for name, text in texts.items()}
+        for path, text in files.items():
+            path.write_text(text, encoding="utf-8")
+        first, *more = files
+        return [first, *pictures, *more]
 
 
 def plain(value: Any) -> Any:
@@ -162,15 +172,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
-
-
-def write(folder: str | Path, stem: str, document: Mapping[str, Any], figures: Mapping[str, Figure]) -> list[Path]:
-    """Write a document as ``STEM.json`` and figures as PNG files, the folder made if need be; return the files."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{stem}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return [path, *save_figures(folder, figures)]
 
 
 def save_figures(folder: str | Path, figures: Mapping[str, Figure]) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Tables of a comparison's records.
+"""Tables of a comparison's records, and of anything else.
 
 Rivals are the pruners that aren't this package's own, and random choice, which is nobody's.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,24 +23,6 @@ from nni_topo.runs.records import Record
 
 Group = tuple[str, str, str]
 _NEAREST = 1e-3
-COLUMNS = (
-    "method",
-    "MACs (M)",
-    "parameters (k)",
-    "not zero (k)",
-    "before %",
-    "one-shot %",
-    "BN recal. %",
-    "compensated %",
-    "vs best rival, compensated",
-    "distilled %",
-    "vs best rival, distilled",
-    "retrained %",
-    "vs best rival",
-    "epochs until back",
-    "latency ms",
-    "prune s",
-)
 
 
 @dataclass(frozen=True)
@@ -143,15 +125,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: 
 
 
 def print_report(records: Iterable[Record], console: Console) -> None:
-    """Print one table per model, data set and target.
-
-    Parameters
-    ----------
-    records : iterable of dict
-        Records of finished cells.
-    console : rich.console.Console
-        Where to.
-    """
+    """Print one table of records per model, data set and target."""
     for group, rows in grouped(records).items():
         columns, lines = cells_of(rows)
         table = as_table(title_of(group, rows), columns, lines)
@@ -160,15 +134,7 @@ def print_report(records: Iterable[Record], console: Console) -> None:
 
 
 def print_widths(records: Iterable[Record], console: Console) -> None:
-    """Print the mean number of output channels of every layer, one table per model, data set and target.
-
-    Parameters
-    ----------
-    records : iterable of dict
-        Records of finished cells.
-    console : rich.console.Console
-        Where to.
-    """
+    """Print the mean number of output channels of every layer, one table per model, data set and target."""
     for group, rows in grouped(records).items():
         console.print(as_table(f"widths: {title_of(group, rows)}", *widths_of(rows)))
 
@@ -186,13 +152,7 @@ def widths_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[
 
 
 def markdown_report(records: Iterable[Record]) -> str:
-    """Return one Markdown table per model, data set and target.
-
-    Parameters
-    ----------
-    records : iterable of dict
-        Records of finished cells.
-    """
+    """Return one Markdown table of records per model, data set and target."""
     lines = []
     for group, rows in grouped(records).items():
         lines += [f"**{title_of(group, rows)}**", "", markdown_table(*cells_of(rows)), ""]
@@ -209,36 +169,45 @@ def title_of(group: Group, rows: dict[str, dict[int, Record]]) -> str:
 def cells_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
     """Columns that hold anything, and cells of a table: the unpruned network, then a line per pruner."""
     rows = _timed_together(rows)
-    first = next(iter(next(iter(rows.values())).values()))
-    before = _column(next(iter(rows.values())))
-    macs, params = f"{first['flops_before'] / 1e6:.2f}", f"{first['params_before'] / 1e3:.1f}"
-    table = [
-        ["unpruned", macs, params, "", before("accuracy_before"), *[""] * 9, before("latency_before_ms", 1, 2), ""]
-    ]
-    for row, runs in rows.items():
-        cell = _column(runs)
-        table.append(
-            [
-                row,
-                cell("flops", 1e-6, 2, spread=False),
-                cell("params", 1e-3, spread=False),
-                cell("weights_left", 1e-3, spread=False) if _has_zeros(runs) else "",
-                cell("accuracy_before"),
-                cell("accuracy_oneshot"),
-                cell("accuracy_recalibrated"),
-                cell("accuracy_compensated"),
-                _versus(rows, row, "accuracy_compensated"),
-                cell("accuracy_distilled"),
-                _versus(rows, row, "accuracy_distilled"),
-                cell("accuracy_retrained"),
-                _versus(rows, row, "accuracy_retrained"),
-                _convergence(runs),
-                cell("latency_ms", 1, 2),
-                cell("prune_seconds", 1, 2, spread=False),
-            ]
-        )
-    used = [index for index in range(len(COLUMNS)) if any(line[index] for line in table)]
-    return [COLUMNS[index] for index in used], [[line[index] for index in used] for line in table]
+    lines = [_unpruned(next(iter(rows.values()))), *(_cells(rows, row) for row in rows)]
+    used = [name for name in lines[-1] if any(line.get(name) for line in lines)]
+    return used, [[line.get(name, "") for name in used] for line in lines]
+
+
+def _unpruned(runs: dict[int, Record]) -> dict[str, str]:
+    """Cells of the unpruned network, by column, from the runs of one row."""
+    cell = _column(runs)
+    return {
+        "method": "unpruned",
+        "MACs (M)": cell("flops_before", 1e-6, 2, spread=False),
+        "parameters (k)": cell("params_before", 1e-3, spread=False),
+        "before %": cell("accuracy_before"),
+        "latency ms": cell("latency_before_ms", 1, 2),
+    }
+
+
+def _cells(rows: dict[str, dict[int, Record]], row: str) -> dict[str, str]:
+    """Cells of a row by column."""
+    runs = rows[row]
+    cell = _column(runs)
+    return {
+        "method": row,
+        "MACs (M)": cell("flops", 1e-6, 2, spread=False),
+        "parameters (k)": cell("params", 1e-3, spread=False),
+        "not zero (k)": cell("weights_left", 1e-3, spread=False) if _has_zeros(runs) else "",
+        "before %": cell("accuracy_before"),
+        "one-shot %": cell("accuracy_oneshot"),
+        "BN recal. %": cell("accuracy_recalibrated"),
+        "compensated %": cell("accuracy_compensated"),
+        "vs best rival, compensated": _versus(rows, row, "accuracy_compensated"),
+        "distilled %": cell("accuracy_distilled"),
+        "vs best rival, distilled": _versus(rows, row, "accuracy_distilled"),
+        "retrained %": cell("accuracy_retrained"),
+        "vs best rival": _versus(rows, row, "accuracy_retrained"),
+        "epochs until back": _convergence(runs),
+        "latency ms": cell("latency_ms", 1, 2),
+        "prune s": cell("prune_seconds", 1, 2, spread=False),
+    }
 
 
 def _timed_together(rows: dict[str, dict[int, Record]]) -> dict[str, dict[int, Record]]:
@@ -246,21 +215,17 @@ def _timed_together(rows: dict[str, dict[int, Record]]) -> dict[str, dict[int, R
     # Equal networks take equal time: what lies between their rows is what else the machine had to do.
     found: dict[tuple[str, int, str], list[float]] = defaultdict(list)
 
-    def each(seed: int, record: Record) -> Iterator[tuple[str, tuple[str, int, str]]]:
-        for name, widths in (
-            ("latency_before_ms", ""),
-            ("latency_ms", json.dumps(record.get("widths"), sort_keys=True)),
-        ):
-            if name in record:
-                yield name, (name, seed, widths)
+    def keys(seed: int, record: Record) -> dict[str, tuple[str, int, str]]:
+        widths = {"latency_before_ms": "", "latency_ms": json.dumps(record.get("widths"), sort_keys=True)}
+        return {name: (name, seed, own) for name, own in widths.items() if name in record}
 
     for runs in rows.values():
         for seed, record in runs.items():
-            for name, key in each(seed, record):
+            for name, key in keys(seed, record).items():
                 found[key].append(record[name])
     medians = {key: statistics.median(values) for key, values in found.items()}
     return {
-        row: {seed: record | {n: medians[key] for n, key in each(seed, record)} for seed, record in runs.items()}
+        row: {seed: run | {name: medians[key] for name, key in keys(seed, run).items()} for seed, run in runs.items()}
         for row, runs in rows.items()
     }
 
