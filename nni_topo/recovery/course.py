@@ -28,32 +28,6 @@ _WARM_UP = 0.1  # share of the steps
 _MOMENTUM = 0.1  # of batch norms that have none of their own
 
 
-@contextmanager
-def _learning(student: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
-    """Let gradients be taken and some batch norms use their batches; what masks have made zero stays zero."""
-    handles = []
-    for module in student.modules():
-        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-        if weight is None or bias is None:
-            continue
-        # A channel of zeros would come back by its bias, or by its norm's factor.
-        rows = weight.detach().movedim(int(isinstance(module, TRANSPOSED)), 0)
-        lives = rows.reshape(len(rows), -1).any(1)
-        if lives.shape == bias.shape:
-            lives |= bias.detach() != 0
-            vectors = (each for each in (weight, bias) if each.dim() == 1 and each.requires_grad)
-            handles += [each.register_hook(lambda gradient, lives=lives: gradient * lives) for each in vectors]
-    for norm in norms:
-        norm.train()
-        norm.momentum = norm.momentum or _MOMENTUM
-    try:
-        with zeros_held(student), torch.enable_grad():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 class Course:
     """Gradient steps of a student, the learning rate rising, then falling; they go on from a file if it is there."""
 

@@ -12,6 +12,7 @@ References
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     spectrum = torch.fft.rfft2(torch.randn(shape, generator=generator))
     rows, columns = torch.fft.fftfreq(shape[-2])[:, None], torch.fft.rfftfreq(shape[-1])
     frequency = (rows.square() + columns.square()).sqrt().clamp_min(1.0 / max(shape[-2:]))
-    images = torch.fft.irfft2(spectrum / frequency, s=shape[-2:])
+    images: Tensor = torch.fft.irfft2(spectrum / frequency, s=shape[-2:])
     return images / images.std()
 
 
@@ -135,12 +136,15 @@ def _shaped(network: nn.Module, images: Tensor, steps: int, bar: Any) -> Tensor:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     norms: list[Any] = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.running_var is not None]
     away: list[Tensor] = []
-    hooks = watched([(norm, lambda entering, norm=norm: away.append(_distance(norm, entering))) for norm in norms])
-    with hooks:
+
+    def looking(norm: Any) -> Callable[[Tensor], None]:
+        return lambda entering: away.append(_distance(norm, entering))
+
+    with watched([(norm, looking(norm)) for norm in norms]):
         for _ in range(steps):
             optimizer.zero_grad()
             found = network(images)
-            loss = _ROUGHNESS * sum(images.diff(dim=dim).square().mean() for dim in (2, 3))
+            loss = _ROUGHNESS * torch.stack([images.diff(dim=dim).square().mean() for dim in (2, 3)]).sum()
             if away:
                 loss = loss + torch.stack(away).mean()
             if isinstance(found, Tensor) and found.dim() == 2 and found.shape[1] > 1:
@@ -160,4 +164,5 @@ def _distance(norm: Any, entering: Tensor) -> Tensor:
     variance, mean = torch.var_mean(entering, dims, correction=0)
     known = norm.running_var + _LEAST_VARIANCE
     ratio = ((variance + _LEAST_VARIANCE) / known).log()
-    return ((mean - norm.running_mean).square() / known + ratio.square()).mean()
+    distance: Tensor = ((mean - norm.running_mean).square() / known + ratio.square()).mean()
+    return distance
