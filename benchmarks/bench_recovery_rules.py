@@ -231,7 +231,7 @@ def _print_widths(records: list[dict[str, Any]]) -> None:
     for (model, seed, mask, *rest), accuracy in found.items():
         even = found.get((model, seed, "least squares", *rest))
         if mask == "widths by error" and even is not None:
-            gains[model, *rest].append(accuracy - even)
+            gains[(model, *rest)].append(accuracy - even)
     for (model, target, count, row), each in gains.items():
         gain = interval(each).show(100, sign=True)
         print(f"{model}, {100 * target:g} %, {count} images, {row}: widths by error - uniform {gain} points")
