@@ -5,9 +5,9 @@
 takes model, data, recipes and targets from a comparison's plan, its trained nets from ``checkpoints`` in the folder
 (trained first where they are missing; those of ``nni-topo compare`` fit), prunes each by the L2 norm and by
 ``ReconstructionPruner`` (512 images) to the same widths, by the latter also to widths of its own at the same cost, and
-recovers it by each rule from the same unlabelled training
-images. A line per figure goes to ``rules.jsonl``; the same command goes on where it was stopped. Each net runs in a
-process of its own, on one thread. Further counts of images (``--images 1024 512``) are for a few rows only.
+recovers it by each rule from the same unlabelled training images. A line per figure goes to ``rules.jsonl``; the same
+command goes on where it was stopped. Each net runs in a process of its own, on one thread. Further counts of images
+(``--images 1024 512``) are for a few rows only; "reconstruct, no data" takes 256 that are made from the net alone.
 
 Rows with labels stand beside it and go on from ``reconstruct`` with the plan's recipe of retraining: one epoch on the
 same images, as many steps on them as distillation takes, one epoch on all training images.
@@ -31,6 +31,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from nni_topo import compensate, synthetic_images, to_dense
 from nni_topo.recovery.compensating import METHODS
 from nni_topo.runs.cells import shared_ratios, start_of
 from nni_topo.runs.plan import Cell, CompensationChoice, DistillationChoice, PrunerChoice, load_plan
@@ -47,7 +48,8 @@ MASKS = {
 RULES = ("recalibrate", "mean", "merge", "scalar", "pair", "channel", "layer", "sequential", "reconstruct")
 DISTILLED = ("distilled alone", "reconstruct, distilled")
 LABELLED = ("one epoch, same labels", "as many steps, same labels", "one epoch, all labels")
-ROWS = ("none", *RULES, *DISTILLED, *LABELLED)
+NO_DATA = "reconstruct, no data"
+ROWS = ("none", *RULES, NO_DATA, *DISTILLED, *LABELLED)
 CURVE = ("reconstruct", "reconstruct, distilled", "as many steps, same labels")
 VERSUS = ("reconstruct", *LABELLED)
 _STEPS = 600
@@ -137,6 +139,13 @@ def _recover(
         if row in RULES:
             method: Any = row
             return timed(lambda: made_dense(start, masks, CompensationChoice(count, method))[0])
+        if row == NO_DATA:
+
+            def without_data() -> nn.Module:
+                images = synthetic_images(start.net, start.example, seed=start.seed)
+                return to_dense(compensate(start.net, masks, images), start.example, masks)
+
+            return timed(without_data)
         choice = DistillationChoice(count * 8 // 9, steps=steps)  # the last ninth judges
         if row == _UNJUDGED:
             return timed(lambda: made_dense(start, masks, CompensationChoice(choice.images))[0])

@@ -34,6 +34,7 @@ from nni_topo.network.modes import detached_copy
 from nni_topo.recovery.compensating import survey
 from nni_topo.recovery.course import Course
 from nni_topo.recovery.lesson import HELD_OUT, Augment, Batches, Lesson, Objective, joined
+from nni_topo.recovery.report import signed_like
 from nni_topo.sharing import named_tensors
 
 OBJECTIVES = ("auto", "kl", "squares")
@@ -86,7 +87,7 @@ class Distillation:
     seconds: float
 
 
-def distill(
+def distillation(
     dense: nn.Module,
     original: nn.Module,
     images: Iterable[Any] | Evaluator,
@@ -102,7 +103,63 @@ def distill(
     state: str | Path | None = None,
     seed: int = 0,
     progress: bool = False,
-) -> nn.Module:
+) -> Distillation:
+    """Distil a model and report what was done; parameters and errors are those of :func:`distill`."""
+    began = time.perf_counter()
+    if objective not in OBJECTIVES:
+        raise unknown_name("objective", str(objective), OBJECTIVES)
+    check_knobs(temperature, steps, seconds, batch_size, lr)
+    check_seed(seed, "distill")
+    for model in (original, dense):
+        check_model(model)
+    given = [batches_of(each, original) for each in (images, held_out) if each is not None]
+    counts = [sum(survey(original, each)[0]) for each in given]
+    student = _student(dense)
+    pool = joined([call for each in given for call in calls(dense, each)])
+    lesson = Lesson(original, student, pool, objective, temperature)
+    order = torch.randperm(counts[0], generator=torch.Generator().manual_seed(seed))
+    held, learned = order[::HELD_OUT], order[torch.arange(len(order)) % HELD_OUT != 0]
+    if held_out is not None:
+        held, learned = counts[0] + torch.arange(counts[1]), order
+    if not len(learned):
+        raise DataError(f"distillation must have at least two images, one to judge by, got {len(order)} (images)")
+    before = lesson.judge(student, held)
+    total = steps or max(_STEPS, _PASSES * math.ceil(len(learned) / batch_size))
+    is_normed = len(learned) >= _BATCH_NORM_IMAGES
+
+    def batches() -> Batches:
+        return lesson.batches(learned, batch_size, seed, augment)
+
+    knobs = {"steps": total, "seconds": seconds, "batch_size": batch_size, "lr": lr, "temperature": temperature}
+    kind = {**knobs, "objective": lesson.kind, "seed": seed, "images": sum(counts)}
+    course = Course(student, is_normed=is_normed, rate=lr, kind=kind, path=state)
+    if course.rate is None:
+        trials = [Course(copy.deepcopy(student), is_normed=is_normed, rate=rate) for rate in _RATES]
+        for trial in trials:
+            trial.run(lesson, batches(), max(1, total // _TRIAL), None if seconds is None else seconds / _TRIAL)
+        losses = [lesson.judge(trial.student, held)[0] for trial in trials]
+        course.rate = _RATES[first_smallest([loss if math.isfinite(loss) else math.inf for loss in losses])]
+        course.spent = sum(trial.spent for trial in trials)
+    course.run(lesson, batches(), total, seconds, progress=progress)
+    after = lesson.judge(student, held)
+    # Who learns from few images gets too sure of itself on others, which costs loss and no answer: answers come first.
+    is_kept = (after[1], -after[0]) > (before[1], -before[0]) if lesson.kind == "kl" else after[0] < before[0]
+    result = detached_copy(dense)
+    if is_kept:
+        _take_values(result, student)
+    else:
+        _logger.warning(
+            "what was distilled is left out: held out it has loss %.3g and agreement %.3g, without it %.3g and %.3g",
+            *after,
+            *before,
+        )
+    took = time.perf_counter() - began
+    judged = (before[0], after[0], before[1], after[1])
+    return Distillation(result, lesson.kind, *judged, is_kept, sum(counts), course.rate, course.done, took)
+
+
+@signed_like(distillation)
+def distill(*args: Any, **knobs: Any) -> nn.Module:
     """Let a pruned network learn, without labels, to answer as the original does.
 
     Parameters
@@ -196,93 +253,7 @@ def distill(
     >>> float(same.float().mean()) > 0.9
     True
     """
-    return distillation(
-        dense,
-        original,
-        images,
-        held_out=held_out,
-        objective=objective,
-        temperature=temperature,
-        steps=steps,
-        seconds=seconds,
-        batch_size=batch_size,
-        lr=lr,
-        augment=augment,
-        state=state,
-        seed=seed,
-        progress=progress,
-    ).model
-
-
-def distillation(
-    dense: nn.Module,
-    original: nn.Module,
-    images: Iterable[Any] | Evaluator,
-    *,
-    held_out: Iterable[Any] | Evaluator | None = None,
-    objective: Objective = "auto",
-    temperature: float = 2.0,
-    steps: int | None = None,
-    seconds: float | None = None,
-    batch_size: int = 64,
-    lr: float | None = None,
-    augment: Augment | None = None,
-    state: str | Path | None = None,
-    seed: int = 0,
-    progress: bool = False,
-) -> Distillation:
-    """Distil a model and report what was done; parameters and errors are those of :func:`distill`."""
-    began = time.perf_counter()
-    if objective not in OBJECTIVES:
-        raise unknown_name("objective", str(objective), OBJECTIVES)
-    check_knobs(temperature, steps, seconds, batch_size, lr)
-    check_seed(seed, "distill")
-    for model in (original, dense):
-        check_model(model)
-    given = [batches_of(each, original) for each in (images, held_out) if each is not None]
-    counts = [sum(survey(original, each)[0]) for each in given]
-    student = _student(dense)
-    pool = joined([call for each in given for call in calls(dense, each)])
-    lesson = Lesson(original, student, pool, objective, temperature)
-    order = torch.randperm(counts[0], generator=torch.Generator().manual_seed(seed))
-    held, learned = order[::HELD_OUT], order[torch.arange(len(order)) % HELD_OUT != 0]
-    if held_out is not None:
-        held, learned = counts[0] + torch.arange(counts[1]), order
-    if not len(learned):
-        raise DataError(f"distillation must have at least two images, one to judge by, got {len(order)} (images)")
-    before = lesson.judge(student, held)
-    total = steps or max(_STEPS, _PASSES * math.ceil(len(learned) / batch_size))
-    is_normed = len(learned) >= _BATCH_NORM_IMAGES
-
-    def batches() -> Batches:
-        return lesson.batches(learned, batch_size, seed, augment)
-
-    knobs = {"steps": total, "seconds": seconds, "batch_size": batch_size, "lr": lr, "temperature": temperature}
-    kind = {**knobs, "objective": lesson.kind, "seed": seed, "images": sum(counts)}
-    course = Course(student, is_normed=is_normed, rate=lr, kind=kind, path=state)
-    if course.rate is None:
-        trials = [Course(copy.deepcopy(student), is_normed=is_normed, rate=rate) for rate in _RATES]
-        for trial in trials:
-            trial.run(lesson, batches(), max(1, total // _TRIAL), None if seconds is None else seconds / _TRIAL)
-        losses = [lesson.judge(trial.student, held)[0] for trial in trials]
-        course.rate = _RATES[first_smallest([loss if math.isfinite(loss) else math.inf for loss in losses])]
-        course.spent = sum(trial.spent for trial in trials)
-    course.run(lesson, batches(), total, seconds, progress=progress)
-    after = lesson.judge(student, held)
-    # Who learns from few images gets too sure of itself on others, which costs loss and no answer: answers come first.
-    is_kept = (after[1], -after[0]) > (before[1], -before[0]) if lesson.kind == "kl" else after[0] < before[0]
-    result = detached_copy(dense)
-    if is_kept:
-        _take_values(result, student)
-    else:
-        _logger.warning(
-            "what was distilled is left out: held out it has loss %.3g and agreement %.3g, without it %.3g and %.3g",
-            *after,
-            *before,
-        )
-    took = time.perf_counter() - began
-    judged = (before[0], after[0], before[1], after[1])
-    return Distillation(result, lesson.kind, *judged, is_kept, sum(counts), course.rate, course.done, took)
+    return distillation(*args, **knobs).model
 
 
 def _student(dense: nn.Module) -> nn.Module:
