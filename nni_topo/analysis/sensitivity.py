@@ -98,9 +98,8 @@ class Sensitivity(Findings):
     def texts(self) -> dict[str, str]:
         """Return ``suggested.yaml``, for ``nni-topo prune``."""
         head = (
-            f"# Each layer's ratio is the highest that costs little alone; together they score "
-            f"{self.suggested_accuracy:.4f}\n# of {self.baseline:.4f} before retraining (budget {self.budget:g}). "
-            "Run with nni-topo prune --config THIS.\n"
+            f"# All ratios together score {self.suggested_accuracy:.4f} of {self.baseline:.4f} before retraining "
+            f"(budget {self.budget:g}).\n# Run with nni-topo prune --config THIS.\n"
         )
         plain = {name: value for name, value in self.knobs.items() if isinstance(value, (str, int, float, bool))}
         content: dict[str, Any] = {"pruner": self.pruner, "knobs": plain, "config_list": self.suggested}
@@ -162,9 +161,11 @@ def sensitivity(
 
     Notes
     -----
-    The suggestion has one tolerance for all layers: each gets the highest ratio that costs at most so much alone.
-    The largest tolerance whose *joint* cost, which is measured, meets the budget is found by bisection. Cost: one
-    pruning and one evaluation per curve and ratio, and some six more.
+    The suggestion begins with one tolerance for all layers: each gets the highest ratio that costs at most so much
+    alone. The largest tolerance whose *joint* cost, which is measured, meets the budget is found by bisection. What is
+    left of the budget goes to single layers, a step at a time, the one that costs least alone first, as long as the
+    joint cost, measured anew, meets it. Cost: one pruning and one evaluation per curve and ratio, six or so for the
+    bisection, and one per step and per curve behind it.
     """
     ratios = sorted(set(map(float, ratios)))
     if not ratios or not all(0.0 < ratio < 1.0 for ratio in ratios):
@@ -306,7 +307,11 @@ class _Trial:
 def _suggestion(
     trial: _Trial, curves: list[SensitivityCurve], baseline: float, budget: float
 ) -> tuple[dict[tuple[str, ...], float], float]:
-    """Return ratios for the largest tolerance that keeps the joint score within the budget, and that score."""
+    """Return ratios that together stay within the budget, and their joint score.
+
+    First one tolerance for all layers, the largest that does; then single layers go on, the next step that costs least
+    alone first, and a layer whose step is too much for all together stays where it is.
+    """
     drops = {baseline - accuracy for curve in curves for accuracy in curve.accuracy.values()}
     tolerances = sorted(drop for drop in {0.0, *drops} if drop <= budget)
     best, joint = dict[tuple[str, ...], float](), baseline
@@ -321,4 +326,24 @@ def _suggestion(
             best, joint, low = ratios, score, middle + 1
         else:
             high = middle
-    return best, joint
+    going = list(curves)
+    while going:
+        steps = {index: _next_ratio(curve, best) for index, curve in enumerate(going)}
+        costs = {index: baseline - going[index].accuracy[ratio] for index, ratio in steps.items() if ratio is not None}
+        if not costs:
+            break
+        index = min(costs, key=costs.__getitem__)
+        curve = going.pop(index)
+        if costs[index] > budget + 1e-12:
+            continue
+        tried = {**best, curve.layers: float(steps[index] or 0.0)}
+        score = trial.pruned(tried)
+        if score >= baseline - budget - 1e-12:
+            best, joint = tried, score
+            going.insert(index, curve)
+    return {curve.layers: best[curve.layers] for curve in curves if curve.layers in best}, joint
+
+
+def _next_ratio(curve: SensitivityCurve, chosen: Mapping[tuple[str, ...], float]) -> float | None:
+    """Return the lowest measured ratio above the chosen one; None if there is none."""
+    return min((ratio for ratio in curve.accuracy if ratio > chosen.get(curve.layers, 0.0)), default=None)

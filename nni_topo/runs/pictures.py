@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,8 +14,7 @@ from nni_topo.runs.records import Record
 from nni_topo.runs.tables import grouped, interval
 
 _MARKERS = "osD^vP*X<>"
-_ONE_SHOT = ("oneshot",)
-_RECOVERED = ("retrained", "distilled", "compensated", "oneshot")
+_STEPS = {"oneshot": "one-shot", "compensated": "compensated", "distilled": "distilled", "retrained": "retrained"}
 _Item = TypeVar("_Item")
 
 
@@ -55,51 +53,49 @@ def panels(
     return figure
 
 
-def plot_accuracy(records: Sequence[Record], path: str | Path) -> Path:
-    """Draw accuracy against MACs of at least one record, a panel per model and data set; return the picture's file.
+def comparison_figures(records: Sequence[Record]) -> dict[str, Figure]:
+    """Return a comparison's pictures by the stems of their files."""
+    convergence = plot_convergence(records)
+    return {"accuracy": plot_accuracy(records)} | ({"convergence": convergence} if convergence else {})
 
-    Hollow markers are one-shot, filled ones after retraining or, without, after distillation or compensation.
+
+def plot_accuracy(records: Sequence[Record]) -> Figure:
+    """Draw accuracy against MACs of at least one record: a panel per model, data set and step of recovery.
+
+    Bars are 95 % intervals, the dotted line is the unpruned network; each panel has its own scale.
     """
     found: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         found[f"{record['model']} on {record['data']}"].append(record)
-    return _saved(panels(found.items(), _draw_accuracy, size=(5.5, 4.2)), path)
+    steps = [step for step in _STEPS if any(f"accuracy_{step}" in record for record in records)]
+    named = [(f"{name}, {_STEPS[step]}", (runs, f"accuracy_{step}")) for name, runs in found.items() for step in steps]
+    return panels(named, _draw_accuracy, size=(4.2, 4.2), columns=len(steps))
 
 
-def plot_convergence(records: Sequence[Record], path: str | Path) -> Path | None:
+def plot_convergence(records: Sequence[Record]) -> Figure | None:
     """Draw validation accuracy against the epochs of retraining, a line per row; None where nothing was retrained."""
     groups = grouped(record for record in records if len(record.get("curve", ())) > 1)
     if not groups:
         return None
     named = ((f"{model} on {data},\n{target}", rows) for (model, data, target), rows in groups.items())
-    return _saved(panels(named, _draw_convergence, size=(5.5, 4.2)), path)
+    return panels(named, _draw_convergence, size=(5.5, 4.2))
 
 
-def _saved(figure: Figure, path: str | Path) -> Path:
-    figure.savefig(path, dpi=150)
-    return Path(path)
-
-
-def _draw_accuracy(axis: Axes, records: list[Record]) -> None:
-    first, groups = records[0], grouped(records)
-    axis.plot(first["flops_before"] / 1e6, 100 * first["accuracy_before"], "kh", label="unpruned")
-    names = list(dict.fromkeys(record["pruner"] for record in records))
+def _draw_accuracy(axis: Axes, found: tuple[list[Record], str]) -> None:
+    records, column = found
+    groups, names = grouped(records), list(dict.fromkeys(record["pruner"] for record in records))
+    axis.axhline(100 * interval([run["accuracy_before"] for run in records]).mean, color="k", ls=":", label="unpruned")
     for index, name in enumerate(names):
-        targets = [list(rows[name].values()) for rows in groups.values() if name in rows]
+        targets = [[run for run in rows.get(name, {}).values() if column in run] for rows in groups.values()]
+        targets = [runs for runs in targets if runs]
         # Rows of one target have the same MACs: a small step to the side keeps their markers apart.
-        step = (index - (len(names) - 1) / 2) * first["flops_before"] / 1e8
+        step = (index - (len(names) - 1) / 2) * records[0]["flops_before"] / 2e8
         macs = [interval([run["flops"] for run in runs]).mean / 1e6 + step for runs in targets]
-        shared: dict[str, Any] = {"marker": _MARKERS[index % len(_MARKERS)], "color": f"C{index % 10}", "linestyle": ""}
-        for steps, style in ((_ONE_SHOT, {"markerfacecolor": "none"}), (_RECOVERED, {"label": name})):
-            points = [interval([100 * _accuracy(run, steps) for run in runs]) for runs in targets]
-            heights, halves = [point.mean for point in points], [np.nan_to_num(point.half) for point in points]
-            axis.errorbar(macs, heights, yerr=halves, **shared, **style)
-    finish(axis, "MACs (millions)", "test accuracy % (filled: recovered, hollow: one-shot)")
-
-
-def _accuracy(record: Record, steps: Sequence[str]) -> float:
-    """Return the accuracy after the first of some steps that was done."""
-    return float(next((record[f"accuracy_{step}"] for step in steps if f"accuracy_{step}" in record), np.nan))
+        points = [interval([100 * run[column] for run in runs]) for runs in targets]
+        heights, halves = [point.mean for point in points], [np.nan_to_num(point.half) for point in points]
+        marker, color = _MARKERS[index % len(_MARKERS)], f"C{index % 10}"
+        axis.errorbar(macs, heights, yerr=halves, marker=marker, color=color, linestyle="", label=name)
+    finish(axis, "MACs (millions)", "test accuracy %")
 
 
 def _draw_convergence(axis: Axes, rows: dict[str, dict[int, Record]]) -> None:

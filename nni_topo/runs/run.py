@@ -39,7 +39,7 @@ from nni_topo.runs.plan import (
 )
 from nni_topo.runs.records import Record
 from nni_topo.runs.rivals import is_rival, rival_masks
-from nni_topo.runs.widths import pruning_config
+from nni_topo.runs.widths import left_whole, pruning_config
 
 LATENCY_BATCH = 64
 _RECALIBRATION_IMAGES = 1024
@@ -244,8 +244,15 @@ def retrain(
 
 
 def costs(start: Start, dense: nn.Module) -> Record:
-    """Return multiply-accumulates of one image, parameters and those that aren't zero, before and after; widths."""
-    found: Record = {"widths": layer_widths(dense)}
+    """Return multiply-accumulates of one image, parameters and those that aren't zero, before and after; widths.
+
+    ``whole`` says of each layer that keeps its width why it does.
+    """
+    found: Record = {
+        "widths": layer_widths(dense),
+        "widths_before": layer_widths(start.net),
+        "whole": left_whole(start.net, start.example, dense),
+    }
     for suffix, net in (("_before", start.net), ("", dense)):
         found[f"flops{suffix}"] = zoo.count_macs(net, start.example)
         found[f"params{suffix}"] = zoo.count_params(net)

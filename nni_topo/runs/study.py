@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -15,7 +15,11 @@ from rich.console import Console, RenderableType
 from tyro.constructors import PrimitiveConstructorSpec
 
 from nni_topo.runs.plan import DataChoice, ModelChoice, read_yaml
+from nni_topo.runs.report import entries_of, write_report
 from nni_topo.runs.run import Start, trained
+
+if TYPE_CHECKING:
+    import pandas
 
 Tell = Callable[[str], None]
 Names = Annotated[
@@ -121,6 +125,21 @@ class Findings:
     unwritten: ClassVar[tuple[str, ...]] = ()
     """Fields that the document leaves out."""
 
+    def __init_subclass__(cls, **knobs: Any) -> None:
+        super().__init_subclass__(**knobs)
+        cls.__repr__ = Findings.__repr__  # type: ignore[method-assign]  # a dataclass would put its own there
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}\n{self.to_frame().to_string(index=False, max_colwidth=60)}"
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return the rows of the document's first table, or, where it has none, all of it in one row."""
+        import pandas
+
+        document = self.to_dict()
+        rows = next(filter(None, map(entries_of, document.values())), [document])
+        return pandas.json_normalize(rows)
+
     def to_dict(self) -> dict[str, Any]:
         """Return what was found as numbers, lists and strings."""
         return plain({name: value for name, value in vars(self).items() if name not in self.unwritten})  # type: ignore[no-any-return]
@@ -194,7 +213,7 @@ class Study(Verb, Generic[Found]):
     def run(self, console: Console) -> int:
         """Compute, write the files, and print one JSON document or tables and the files' names."""
         found = self.find(lambda line: console.print(line, markup=False, highlight=False))
-        files = [] if self.out is None else found.save(self.out)
+        files = [] if self.out is None else [*found.save(self.out), write_report(self.out)]
         written = [f"written: {', '.join(map(str, files))}"] if files else []
         self.put_out(console, found.to_dict(), [*self.show(found), *written])
         return 0

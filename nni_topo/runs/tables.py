@@ -127,8 +127,8 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: 
 def print_report(records: Iterable[Record], console: Console) -> None:
     """Print one table of records per model, data set and target."""
     for group, rows in grouped(records).items():
-        columns, lines = _table(rows)
-        table = as_table(_title(group, rows), columns, lines)
+        columns, lines = cells_of(rows)
+        table = as_table(title_of(group, rows), columns, lines)
         table.rows[0].end_section = True
         console.print(table)
 
@@ -136,28 +136,37 @@ def print_report(records: Iterable[Record], console: Console) -> None:
 def print_widths(records: Iterable[Record], console: Console) -> None:
     """Print the mean number of output channels of every layer, one table per model, data set and target."""
     for group, rows in grouped(records).items():
-        lines = []
-        for layer in next(iter(next(iter(rows.values())).values()))["widths"]:
-            widths = (interval([record["widths"][layer] for record in runs.values()]).mean for runs in rows.values())
-            lines.append([layer, *(f"{width:g}" for width in widths)])
-        console.print(as_table(f"widths: {_title(group, rows)}", ["layer", *rows], lines))
+        console.print(as_table(f"widths: {title_of(group, rows)}", *widths_of(rows)))
+
+
+def widths_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
+    """Return columns and cells of a group's widths: by layer the mean of each row, beside what it was before."""
+    first = next(iter(next(iter(rows.values())).values()))
+    before, whole = first.get("widths_before", {}), first.get("whole", {})
+    lines = []
+    for layer in first["widths"]:
+        widths = (interval([record["widths"][layer] for record in runs.values()]).mean for runs in rows.values())
+        known = [str(before[layer])] if before else []
+        lines.append([layer, *known, *(f"{width:g}" for width in widths), *([whole.get(layer, "")] if whole else [])])
+    return ["layer", *(["before"] if before else []), *rows, *(["left whole, because"] if whole else [])], lines
 
 
 def markdown_report(records: Iterable[Record]) -> str:
     """Return one Markdown table of records per model, data set and target."""
     lines = []
     for group, rows in grouped(records).items():
-        lines += [f"**{_title(group, rows)}**", "", markdown_table(*_table(rows)), ""]
+        lines += [f"**{title_of(group, rows)}**", "", markdown_table(*cells_of(rows)), ""]
     return "\n".join(lines)
 
 
-def _title(group: Group, rows: dict[str, dict[int, Record]]) -> str:
+def title_of(group: Group, rows: dict[str, dict[int, Record]]) -> str:
+    """Return a group's model, data, target and number of seeds."""
     model, data, target = group
     seeds = max(len(runs) for runs in rows.values())
     return f"{model} on {data}, {target} ({seeds} seed{'s' if seeds > 1 else ''})"
 
 
-def _table(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
+def cells_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
     """Columns that hold anything, and cells of a table: the unpruned network, then a line per pruner."""
     rows = _timed_together(rows)
     lines = [_unpruned(next(iter(rows.values()))), *(_cells(rows, row) for row in rows)]

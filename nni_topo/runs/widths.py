@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.cost import NetworkCost
-from nni_topo.network.dependency import dependency_groups
+from nni_topo.network.dependency import OUTPUT, dependency_groups
 from nni_topo.network.layers import output_channels
 from nni_topo.network.network import Network
+from nni_topo.network.report import DenseReport, why_not_followed
 from nni_topo.pruners.budget import solve_uniform
 from nni_topo.runs.plan import Target
 
@@ -93,6 +94,22 @@ def inner_layers(model: nn.Module, example_inputs: Tensor) -> list[str]:
         for name in flow.layers
         if isinstance(model.get_submodule(name), prunable) and not flow.reaches_output(name)
     ]
+
+
+def left_whole(model: nn.Module, example_inputs: Tensor, dense: nn.Module) -> dict[str, str]:
+    """Say of each layer that is as wide in the dense network as in the model why that is so."""
+    report: Any = getattr(dense, "report", None)
+    flow, found = Network.on(model, example_inputs).flow, {}
+    for row in report.rows if isinstance(report, DenseReport) else ():
+        if row.before > row.after:
+            continue
+        known = row.name in flow.layers
+        pinned = flow.why_pinned(row.name) if known else [why_not_followed(model, row.name)]
+        asked_all = (
+            OUTPUT if known and flow.reaches_output(row.name) else "; ".join(filter(None, pinned)) or "not asked for"
+        )
+        found[row.name] = row.reason or asked_all
+    return found
 
 
 def _grouped(model: nn.Module, example_inputs: Tensor) -> list[dict[str, Any]]:
