@@ -249,9 +249,10 @@ def _gram(inputs: Tensor) -> Tensor:
     """Return products of the columns of inputs (groups, samples, unknowns): (groups, unknowns, unknowns)."""
     if inputs.device.type != "cpu":
         return inputs.mT @ inputs
-    rows = inputs.numpy()
     # NumPy sees that both factors are one matrix and computes half of the symmetric product; PyTorch computes it all.
-    return torch.from_numpy(np.stack([each.T @ each for each in rows]) if len(rows) > 1 else (rows[0].T @ rows[0])[None])
+    with np.errstate(invalid="ignore", over="ignore"):
+        products = [rows.T @ rows for rows in inputs.numpy()]
+    return torch.from_numpy(np.stack(products) if len(products) > 1 else products[0][None])
 
 
 @dataclass(frozen=True)
