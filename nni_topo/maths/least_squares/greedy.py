@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.maths.ties import FLOOR, RELATIVE, descending, first_largest
+from nni_topo.maths.ties import descending, first_largest
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
