@@ -1,6 +1,6 @@
 """What pruning costs, step by step, beside other tools and a training step, before and after a change of the code.
 
-    python benchmarks/bench_pipeline.py --nets resnet18:8 resnet20:512 --before ../old-checkout --out runs/pipeline.jsonl
+    python benchmarks/bench_pipeline.py --nets resnet18:8 resnet20:512 --before ../old --out runs/pipeline.jsonl
     python benchmarks/bench_pipeline.py --nets resnet50:64 resnet50:256 --out runs/pipeline.jsonl --timeout 3600
     python benchmarks/bench_pipeline.py --out runs/pipeline.jsonl            # the table of what is there
 
@@ -145,7 +145,7 @@ def print_table(records: list[dict[str, Any]]) -> None:
                 after / unit if after and unit else None,
             ]
             memory = [least(tree, f"{step} GiB") for tree in ("before", "after")]
-            shown = ["" if cell is None else f"{cell:.2f}" for cell in (*cells, *memory)]
+            shown = ["" if cell is None else f"{cell:.2f}" for cell in (before, after, *ratios, *memory)]
             print(f"| {net} | {step} | {' | '.join(shown)} |")
         for tree in ("before", "after"):
             for failed in {run["failed"] for run in found[net, tree] if "failed" in run}:

@@ -156,9 +156,11 @@ class _Reader:
     def gains(self) -> Tensor:
         """Return what each channel would take off the squared error, shape (n,)."""
         if self._index.shape[1] == 1:
-            return self._cross.square().sum((1, 2)) / self._own[:, 0, 0]
+            single: Tensor = self._cross.square().sum((1, 2)) / self._own[:, 0, 0]
+            return single
         # trace(G^-1 R R'), G the block's own products and R those with the targets: what its least squares take off.
-        return (torch.linalg.inv(self._own) * (self._cross @ self._cross.mT)).sum((1, 2))
+        gains: Tensor = (torch.linalg.inv(self._own) * (self._cross @ self._cross.mT)).sum((1, 2))
+        return gains
 
     def take(self, places: list[int]) -> None:
         """Take channels, by their places among those of this reader, and what they explain off all others."""
