@@ -138,12 +138,7 @@ def print_table(records: list[dict[str, Any]]) -> None:
         for step in (*STEPS, *OTHERS):
             before, after = least("before", step), least("after", step)
             unit = least("after", "training step")
-            cells = [
-                before,
-                after,
-                before / after if before and after else None,
-                after / unit if after and unit else None,
-            ]
+            ratios = [one / other if one and other else None for one, other in ((before, after), (after, unit))]
             memory = [least(tree, f"{step} GiB") for tree in ("before", "after")]
             shown = ["" if cell is None else f"{cell:.2f}" for cell in (before, after, *ratios, *memory)]
             print(f"| {net} | {step} | {' | '.join(shown)} |")
