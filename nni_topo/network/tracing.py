@@ -11,6 +11,7 @@ import torch.fx
 from torch.fx.passes.shape_prop import ShapeProp
 
 from nni_topo.errors import SpeedupError
+from nni_topo.network.attention import is_attention, open_attention
 from nni_topo.network.inputs import Call, bind_arguments, tensors_of
 from nni_topo.network.modes import random_state_kept
 from nni_topo.network.transformers import UnfoldingTracer, fast_paths_off
@@ -28,6 +29,8 @@ def trace(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModule, tup
             # The model is run, and may draw numbers.
             with torch.no_grad(), random_state_kept():
                 graph_module, args = tracer(model, named)
+                ShapeProp(graph_module).propagate(*args)
+                open_attention(graph_module)
                 _check_same(model, graph_module, call, args)
                 ShapeProp(graph_module).propagate(*args)
             return graph_module, args
@@ -66,7 +69,8 @@ def _concrete(model: torch.nn.Module, named: dict[str, Any]) -> tuple[torch.fx.G
     """Trace by running, as NNI does by default."""
     from nni.common.concrete_trace_utils import concrete_trace
 
-    graph_module = concrete_trace(model, dict(named))
+    leaves = tuple({type(module) for module in model.modules() if is_attention(module)})
+    graph_module = concrete_trace(model, dict(named), leaf_module=leaves)
     return graph_module, arguments(graph_module.graph, named)
 
 

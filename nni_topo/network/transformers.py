@@ -18,6 +18,8 @@ import torch.backends.mha
 import torch.fx
 from torch import nn
 
+from nni_topo.network.attention import is_attention
+
 
 @contextmanager
 def fast_paths_off() -> Iterator[None]:
@@ -36,7 +38,7 @@ class UnfoldingTracer(torch.fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a module becomes one node."""
-        return type(m) not in UNFOLDED and super().is_leaf_module(m, module_qualified_name)
+        return is_attention(m) or (type(m) not in UNFOLDED and super().is_leaf_module(m, module_qualified_name))
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
