@@ -8,8 +8,6 @@ such a set is called a head.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,8 +69,10 @@ def is_attention(module: nn.Module) -> bool:
 def _attention(name: str, module: Any) -> Attention | None:
     prefix = f"{name}." if name else ""
     if isinstance(module, nn.MultiheadAttention):
-        # Keys or values of another width have weights of their own, appended ones no place in a head.
-        if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
+        # Keys or values of another width have weights of their own, appended ones no place in a head; a subclass may
+        # compute something else.
+        known = type(module) in (nn.MultiheadAttention, PrunedMultiheadAttention) and module._qkv_same_embed_dim
+        if not known or module.bias_k is not None or module.add_zero_attn:
             return None
         return _together(name, name, module.num_heads, module.head_dim, f"{prefix}out_proj")
     # A table of what one head adds for each distance belongs to no layer, and may be shared between modules.
@@ -209,36 +209,13 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
     forward = multihead
 
 
-@contextmanager
-def mixing_called(*models: nn.Module) -> Iterator[None]:
-    """Let ``nn.MultiheadAttention`` call the layer that mixes its heads, for hooks to see; it only reads its weights."""
-    found = [each for model in models for each in model.modules() if type(each) is nn.MultiheadAttention]
-    before = [(each, vars(each).get("forward")) for each in found]
-    for each in found:
-        wrapper = getattr(each, "_nni_wrapper", None)
-        if wrapper is None:
-            each.forward = multihead.__get__(each)  # type: ignore[method-assign]
-        else:
-            wrapper.module_forward = multihead.__get__(each)
-    try:
-        yield
-    finally:
-        for each, own in before:
-            wrapper = getattr(each, "_nni_wrapper", None)
-            if wrapper is not None:
-                wrapper.module_forward = nn.MultiheadAttention.forward.__get__(each)
-            elif own is None:
-                del each.forward
-            else:
-                each.forward = own
-
-
 def resize(module: Any, attention: Attention, left: int) -> None:
     """Tell a module how many of its heads are left; its layers are cut already."""
     old = attention.heads
     if isinstance(module, nn.MultiheadAttention):
         module.num_heads = left
         module.__class__ = PrunedMultiheadAttention
+        vars(module).pop("forward", None)  # NNI puts the class's own there when it takes a wrapper off
         return
     width = len(attention.context[1])
     for key, value in vars(module).items():

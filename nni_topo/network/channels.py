@@ -192,6 +192,19 @@ class ChannelFlow(torch.fx.Interpreter):
         numbers = self.layer_numbers(name)
         return numbers[self.heads[name].channels[name][:, 0]] if name in self.heads else numbers
 
+    def mixers(self) -> dict[str, Attention]:
+        """Return the linear layers that read all heads of attention and nothing else, by name."""
+        found = {}
+        for attention in dict.fromkeys(each.name for each in self.heads.values()):
+            layer, order = self.attention[attention].context
+            context = self.layer_roots(layer)[order]
+            found |= {
+                name: self.attention[attention]
+                for name in self.layers
+                if FIXED not in context and np.array_equal(self.entering_roots(name), context)
+            }
+        return found
+
     def _whole(self, node: torch.fx.Node, labels: list[torch.Tensor], reason: str) -> Any:
         """Keep all channels that enter a node, and so all that leave it."""
         found = given_shapes(node)

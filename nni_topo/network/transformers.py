@@ -18,7 +18,7 @@ import torch.backends.mha
 import torch.fx
 from torch import nn
 
-from nni_topo.network.attention import is_attention
+from nni_topo.network.attention import is_attention, multihead
 
 
 @contextmanager
@@ -31,6 +31,31 @@ def fast_paths_off() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def mixing_called(*models: nn.Module) -> Iterator[None]:
+    """Let ``nn.MultiheadAttention`` call the layer that mixes its heads, for hooks to see; it only reads its weights."""
+    found = [each for model in models for each in model.modules() if type(each) is nn.MultiheadAttention]
+    before = [(each, vars(each).get("forward")) for each in found]
+    for each in found:
+        wrapper = getattr(each, "_nni_wrapper", None)
+        if wrapper is None:
+            each.forward = multihead.__get__(each)  # type: ignore[method-assign]
+        else:
+            wrapper.module_forward = multihead.__get__(each)
+    try:
+        with fast_paths_off():
+            yield
+    finally:
+        for each, own in before:
+            wrapper = getattr(each, "_nni_wrapper", None)
+            if wrapper is not None:
+                wrapper.module_forward = nn.MultiheadAttention.forward.__get__(each)
+            elif own is None:
+                del each.forward
+            else:
+                each.forward = own
 
 
 class UnfoldingTracer(torch.fx.Tracer):
