@@ -147,7 +147,9 @@ def open_attention(graph_module: GraphModule) -> None:
             module = graph.create_node("get_attr", attention.name)
             inner = graph.call_function(attend, (module, attention.out.rpartition(".")[2], *node.args), node.kwargs)
             inner.meta = {"nn_module_stack": node.meta.get("nn_module_stack")}
-            mixed = graph.call_module(attention.out, (graph.call_function(operator.getitem, (inner, 0)) if many else inner,))
+            mixed = graph.call_module(
+                attention.out, (graph.call_function(operator.getitem, (inner, 0)) if many else inner,)
+            )
         if many:
             for user, at in picked.items():
                 user.replace_all_uses_with(mixed) if at == 0 else user.replace_input_with(node, inner)
@@ -200,7 +202,9 @@ def multihead(
 
 
 def _additive(mask: Tensor, scores: Tensor) -> Tensor:
-    return torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
+    return (
+        torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
+    )
 
 
 class PrunedMultiheadAttention(nn.MultiheadAttention):

@@ -35,7 +35,7 @@ def fast_paths_off() -> Iterator[None]:
 
 @contextmanager
 def mixing_called(*models: nn.Module) -> Iterator[None]:
-    """Let ``nn.MultiheadAttention`` call the layer that mixes its heads, for hooks to see; it only reads its weights."""
+    """Let ``nn.MultiheadAttention`` call the layer that mixes its heads, so that hooks see it."""
     found = [each for model in models for each in model.modules() if type(each) is nn.MultiheadAttention]
     before = [(each, vars(each).get("forward")) for each in found]
     for each in found:

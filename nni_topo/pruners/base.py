@@ -34,7 +34,6 @@ from nni_topo.pruners.hooks import (
     PruningContext,
     SparsityAllocator,
 )
-from nni_topo.pruners.heads import HeadScaling as HeadScaling  # with it NNI's pruners see heads
 from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.transposed import follow_outputs, output_granularity
 from nni_topo.pruners.units import TargetSpaces, in_network_order, is_active

@@ -67,7 +67,11 @@ def scale_by_heads(model: Any, target_spaces: TargetSpaces) -> None:
         space = target_spaces.get(layer, {}).get(weight_name(model.get_submodule(layer)))
         # Single rows of nn.MultiheadAttention are nothing that could go.
         is_default = layer == attention.name and space is not None and space.granularity == "out_channel"
-        if attention.is_fused and space is not None and (is_default or space.granularity == attention.granularity(layer)):
+        if (
+            attention.is_fused
+            and space is not None
+            and (is_default or space.granularity == attention.granularity(layer))
+        ):
             space.granularity = attention.granularity(layer)
             space._scaler = HeadScaling(rows)
     for space in (each for targets in target_spaces.values() for each in targets.values()):
@@ -81,5 +85,9 @@ def _register_scalers(self: Pruner) -> None:
 
 
 _plain = Pruner._register_scalers
-PruningSetting.register("MultiheadAttention", {"in_proj_weight": _WEIGHT, "in_proj_bias": _BIAS})
-Pruner._register_scalers = _register_scalers
+
+
+def show_heads_to_nni() -> None:
+    """Let config_lists name ``MultiheadAttention``, and all pruners, NNI's own too, choose among heads."""
+    PruningSetting.register("MultiheadAttention", {"in_proj_weight": _WEIGHT, "in_proj_bias": _BIAS})
+    Pruner._register_scalers = _register_scalers

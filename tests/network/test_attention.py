@@ -40,14 +40,18 @@ class Stream(nn.Module):
 
 
 def _block(attention, mlp, norm):
-    return nn.Sequential(nn.Linear(5, WIDTH), Block(attention, mlp, (norm(WIDTH), norm(WIDTH)), first=True), nn.Linear(WIDTH, 2))
+    return nn.Sequential(
+        nn.Linear(5, WIDTH), Block(attention, mlp, (norm(WIDTH), norm(WIDTH)), first=True), nn.Linear(WIDTH, 2)
+    )
 
 
 NETS = {
     "multihead": lambda: Stream(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)),
     "batch second": lambda: Stream(nn.MultiheadAttention(WIDTH, HEADS, bias=False), need_weights=False),
     "cross": lambda: Stream(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True), cross=True),
-    "encoder layer": lambda: nn.Sequential(nn.Linear(5, WIDTH), nn.TransformerEncoderLayer(WIDTH, HEADS, 8, batch_first=True)),
+    "encoder layer": lambda: nn.Sequential(
+        nn.Linear(5, WIDTH), nn.TransformerEncoderLayer(WIDTH, HEADS, 8, batch_first=True)
+    ),
     "apart": lambda: _block(SelfAttention(WIDTH, HEADS, bias=True, causal=False), Mlp(WIDTH, 8), nn.LayerNorm),
     # Rotary positions turn pairs of channels, so heads are of two here.
     "shared keys": lambda: _block(SelfAttention(WIDTH, 6, 3, bias=False, causal=True), GatedMlp(WIDTH, 8), nn.RMSNorm),
@@ -252,7 +256,9 @@ def test_of_two_equal_heads_one_goes_and_compensation_makes_up_for_it(name, kind
         mixer = model.get_submodule(attention.out).weight
         mixer[:, 9:] = mixer[:, 3:6]
     original = copy.deepcopy(model)
-    kinds = {"op_types": ["MultiheadAttention"]} if attention.is_fused else {"op_types": ["Linear"], "granularity": "head"}
+    kinds = (
+        {"op_types": ["MultiheadAttention"]} if attention.is_fused else {"op_types": ["Linear"], "granularity": "head"}
+    )
     masks = prune(model, [{**kinds, "sparse_ratio": 0.25}], kind, data)
     repaired = compensate(model, masks, data, ridge=0.0)
     dense = to_dense(repaired, data[0], masks)
@@ -266,19 +272,13 @@ def test_the_point_of_a_head_is_what_it_adds_to_the_stream():
 
     model, data = make("apart"), [_states(16, 7, 5)]
     (attention,) = find_attention(model).values()
-    groups = dependency_groups(
-        model, data[0], [{"op_types": ["Linear"], "granularity": "head", "sparse_ratio": 0.5}]
-    )
+    groups = dependency_groups(model, data[0], [{"op_types": ["Linear"], "granularity": "head", "sparse_ratio": 0.5}])
     entering = []
     with model.get_submodule(attention.out).register_forward_pre_hook(lambda _, args: entering.append(args[0])):
         model(data[0])
     weight = model.get_submodule(attention.out).weight
-    added = [
-        entering[0][..., h * SIZE : (h + 1) * SIZE] @ weight[:, h * SIZE : (h + 1) * SIZE].T for h in range(HEADS)
-    ]
+    added = [entering[0][..., h * SIZE : (h + 1) * SIZE] @ weight[:, h * SIZE : (h + 1) * SIZE].T for h in range(HEADS)]
     expected = torch.stack([(each - each.mean((0, 1))).flatten() for each in added]).detach().double()
     pruner = create_pruner("topological", model, list(groups), calibration=data)
     points = FunctionalCollector(data).collect(pruner.context)["1.attention.q_proj"]["weight"]
-    torch.testing.assert_close(
-        points @ points.T, expected @ expected.T / (16 * 7), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(points @ points.T, expected @ expected.T / (16 * 7), rtol=1e-5, atol=1e-6)

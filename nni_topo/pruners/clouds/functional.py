@@ -117,7 +117,6 @@ class Reader:
         # ``(channels, places, samples)``: behind a flattened map a linear layer reads a channel in several places.
         moments.add(rows[torch.from_numpy(self.places).to(rows.device)], self.strength.to(rows.device))
 
-
     def gram(self, gram: Tensor) -> Tensor:
         """Return inner products of channels ``(channels, channels)`` from those that were summed up."""
         if not self.mixes:
@@ -151,7 +150,8 @@ def check_read(
         name
         for name in modules
         # Names of modules that make no channels are passed over.
-        if name in set(flow.layers) - set(flow.mixers()) and not any(isinstance(module, kinds) for module, _ in _reading(name, flow, by_name))
+        if name in set(flow.layers) - set(flow.mixers())
+        and not any(isinstance(module, kinds) for module, _ in _reading(name, flow, by_name))
     ]
     if unread:
         raise unread_error(unread)
