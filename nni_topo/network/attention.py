@@ -71,8 +71,12 @@ def _attention(name: str, module: Any) -> Attention | None:
     if isinstance(module, nn.MultiheadAttention):
         # Keys or values of another width have weights of their own, appended ones no place in a head; a subclass may
         # compute something else.
-        known = type(module) in (nn.MultiheadAttention, PrunedMultiheadAttention) and module._qkv_same_embed_dim
-        if not known or module.bias_k is not None or module.add_zero_attn:
+        is_plain = type(module) is nn.MultiheadAttention and module._qkv_same_embed_dim
+        if (
+            not (is_plain or type(module) is PrunedMultiheadAttention)
+            or module.bias_k is not None
+            or module.add_zero_attn
+        ):
             return None
         return _together(name, name, module.num_heads, module.head_dim, f"{prefix}out_proj")
     # A table of what one head adds for each distance belongs to no layer, and may be shared between modules.
@@ -219,6 +223,7 @@ def resize(module: Any, attention: Attention, left: int) -> None:
     if isinstance(module, nn.MultiheadAttention):
         module.num_heads = left
         module.__class__ = PrunedMultiheadAttention
+        module._qkv_same_embed_dim = False  # layers of PyTorch's then don't compute with its weights by themselves
         vars(module).pop("forward", None)  # NNI puts the class's own there when it takes a wrapper off
         return
     width = len(attention.context[1])
