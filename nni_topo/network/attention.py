@@ -217,6 +217,23 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
     forward = multihead
 
 
+def tell_config(model: Any, original: nn.Module) -> None:
+    """Let the ``config`` of a model of Transformers say how wide it is now, where one number says it of all blocks."""
+    config, found, before = getattr(model, "config", None), find_attention(model), find_attention(original)
+    left = {each.heads / before[name].heads for name, each in found.items()}
+    if len(left) == 1 and isinstance(size := getattr(config, "head_dim", None), int):
+        share, each = left.pop(), next(iter(found.values()))
+        for key in (*_COUNTS, *_SHARED_COUNTS):
+            if isinstance(count := vars(config).get(key), int):
+                setattr(config, key, round(count * share))
+        config.head_dim = size or each.size
+    wide = getattr(config, "intermediate_size", None)
+    inner = [name for name, each in original.named_modules() if getattr(each, "out_features", None) == wide]
+    widths = {model.get_submodule(name).out_features for name in inner} if isinstance(wide, int) else set()
+    if len(widths) == 1:
+        config.intermediate_size = widths.pop()
+
+
 def resize(module: Any, attention: Attention, left: int) -> None:
     """Tell a module how many of its heads are left; its layers are cut already."""
     old = attention.heads

@@ -30,10 +30,20 @@ _CONSTANT = "_recorded"
 def record(model: nn.Module, named: dict[str, Any]) -> GraphModule:
     """Record a model, in evaluation mode and changed by it, on a call's arguments by name."""
     config = getattr(model, "config", None)
-    # Of Transformers: masks that are always made, not only where this batch needs one, and no cache.
-    for key, value in (("_attn_implementation", "eager"), ("use_cache", False)):
-        if getattr(config, key, None) is not None:
-            setattr(config, key, value)
+    if getattr(config, "use_cache", None):  # as models of Transformers have it
+        config.use_cache = False
+    implementation = getattr(config, "_attn_implementation", None)
+    if implementation not in (None, "eager"):
+        # So masks are always made, not only where this batch needs one; not all models can be told that any more.
+        config._attn_implementation = "eager"
+        try:
+            return _recorded(model, named)
+        except Exception:  # a model fails in as many ways as it is written
+            config._attn_implementation = implementation
+    return _recorded(model, named)
+
+
+def _recorded(model: nn.Module, named: dict[str, Any]) -> GraphModule:
     first = _Recorder(model, named)
     samples = len(tensors_of(named)[0])
     doubled = tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() and len(t) == samples else t, named)

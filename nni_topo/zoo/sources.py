@@ -82,12 +82,14 @@ def read_stdlib() -> RawData:
         rows[is_test].append(np.frombuffer((root / path).read_bytes(), dtype=np.uint8))
     if not (rows[True] and rows[False]):
         raise DataError(f"Python's standard library must come with its sources, got {len(own)} files ({root})")
-    parts = []
-    for found in (rows[False], rows[True]):
-        text = np.concatenate(found)
-        text = text[: (len(text) - 1) // _ROW * _ROW + 1]
-        parts += [text[:-1].reshape(-1, _ROW), text[1:].reshape(-1, _ROW).astype(np.int64)]
-    return RawData(*parts, tuple(map(str, range(256))))  # type: ignore[arg-type]
+    return RawData(*_in_rows(rows[False]), *_in_rows(rows[True]), tuple(map(str, range(256))))
+
+
+def _in_rows(texts: list[Array]) -> tuple[Array, Array]:
+    """Return rows of bytes and what follows each of them."""
+    text = np.concatenate(texts)
+    text = text[: (len(text) - 1) // _ROW * _ROW + 1]
+    return text[:-1].reshape(-1, _ROW), text[1:].reshape(-1, _ROW).astype(np.int64)
 
 
 def read_npz(path: Path) -> RawData:
