@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,7 @@ def _attention(name: str, module: Any) -> Attention | None:
     count = next((getattr(module, key) for key in _COUNTS if isinstance(getattr(module, key, None), int)), None)
     count = count or getattr(getattr(module, "config", None), "num_attention_heads", None)
     for *names, outs in _APART:
-        layers = [parts.get(each) for each in names]
+        layers: list[Any] = [parts.get(each) for each in names]
         if count and all(isinstance(layer, nn.Linear) for layer in layers):
             size = next((getattr(module, key) for key in _SIZES if isinstance(getattr(module, key, None), int)), 0)
             out = next((prefix + each for each in outs if isinstance(parts.get(each), nn.Linear)), None)
@@ -127,7 +128,7 @@ def is_mixed(node: Node, attention: Attention) -> bool:
 def attend(attention: Any, out: str, *args: Any, **kwargs: Any) -> Any:
     """Run attention without the layer in it that mixes the heads: what it puts out are the heads' values."""
     if isinstance(attention, nn.MultiheadAttention):
-        return multihead(attention, *args, mix=lambda context: context, **kwargs)
+        return partial(multihead, attention, mix=lambda context: context)(*args, **kwargs)
     layer = attention._modules[out]
     attention._modules[out] = nn.Identity()
     try:
@@ -222,11 +223,11 @@ def tell_config(model: Any, original: nn.Module) -> None:
     config, found, before = getattr(model, "config", None), find_attention(model), find_attention(original)
     left = {each.heads / before[name].heads for name, each in found.items()}
     if len(left) == 1 and isinstance(size := getattr(config, "head_dim", None), int):
-        share, each = left.pop(), next(iter(found.values()))
+        share = left.pop()
         for key in (*_COUNTS, *_SHARED_COUNTS):
             if isinstance(count := vars(config).get(key), int):
                 setattr(config, key, round(count * share))
-        config.head_dim = size or each.size
+        config.head_dim = size
     wide = getattr(config, "intermediate_size", None)
     inner = [name for name, each in original.named_modules() if getattr(each, "out_features", None) == wide]
     widths = {model.get_submodule(name).out_features for name in inner} if isinstance(wide, int) else set()

@@ -194,7 +194,7 @@ class ChannelFlow(torch.fx.Interpreter):
 
     def mixers(self) -> dict[str, Attention]:
         """Return the linear layers that read all heads of attention and nothing else, by name."""
-        found = {}
+        found: dict[str, Attention] = {}
         for attention in dict.fromkeys(each.name for each in self.heads.values()):
             layer, order = self.attention[attention].context
             context = self.layer_roots(layer)[order]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from typing import Any
 
@@ -36,26 +36,15 @@ def fast_paths_off() -> Iterator[None]:
 @contextmanager
 def mixing_called(*models: nn.Module) -> Iterator[None]:
     """Let ``nn.MultiheadAttention`` call the layer that mixes its heads, so that hooks see it."""
-    found = [each for model in models for each in model.modules() if type(each) is nn.MultiheadAttention]
-    before = [(each, vars(each).get("forward")) for each in found]
-    for each in found:
-        wrapper = getattr(each, "_nni_wrapper", None)
-        if wrapper is None:
-            each.forward = multihead.__get__(each)  # type: ignore[method-assign]
-        else:
-            wrapper.module_forward = multihead.__get__(each)
-    try:
+    with ExitStack() as undone:
+        for module in (each for model in models for each in model.modules() if type(each) is nn.MultiheadAttention):
+            # NNI's wrapper keeps the forward that it calls.
+            place = vars(getattr(module, "_nni_wrapper", module))
+            key = "forward" if place is vars(module) else "module_forward"
+            undone.callback(partial(place.__setitem__, key, place[key]) if key in place else partial(place.pop, key))
+            place[key] = partial(multihead, module)
         with fast_paths_off():
             yield
-    finally:
-        for each, own in before:
-            wrapper = getattr(each, "_nni_wrapper", None)
-            if wrapper is not None:
-                wrapper.module_forward = nn.MultiheadAttention.forward.__get__(each)
-            elif own is None:
-                del each.forward
-            else:
-                each.forward = own
 
 
 class UnfoldingTracer(torch.fx.Tracer):

@@ -23,7 +23,7 @@ _WEIGHT = PruningSetting.default_setting["weight"]
 _BIAS = {"align": {"module_name": None, "target_name": "in_proj_weight", "dims": [0]}, "apply_method": "mul"}
 
 
-class HeadScaling(Scaling):  # type: ignore[misc]
+class HeadScaling(Scaling):
     """Blocks that are the rows of a head, which lie in several stretches: ``(heads, rows)``."""
 
     def __init__(self, rows: IntArray) -> None:
@@ -44,7 +44,7 @@ class HeadScaling(Scaling):  # type: ignore[misc]
         return found[self._back.to(found.device)]
 
 
-class ColumnScaling(Scaling):  # type: ignore[misc]
+class ColumnScaling(Scaling):
     """Blocks of columns, their values in one column, as those of blocks of rows are: a group's must be of one shape."""
 
     def shrink(

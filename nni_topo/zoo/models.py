@@ -256,5 +256,6 @@ def default_recipe(model_name: str, data_name: str) -> Recipe:
     92.0 % after 247 s; ``small_cnn`` on digits 98.9 % after 4 s.
     """
     model = _MODELS.get(model_name, ModelInfo)
-    extra = {} if model.optimizer == "sgd" else {"optimizer": model.optimizer, "weight_decay": 0.05}
-    return data_info(data_name).adapt(Recipe(model.epochs, lr=model.lr, **extra))
+    decay = Recipe.weight_decay if model.optimizer == "sgd" else 0.05
+    recipe = Recipe(model.epochs, lr=model.lr, weight_decay=decay, optimizer=model.optimizer)
+    return data_info(data_name).adapt(recipe)

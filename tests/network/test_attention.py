@@ -13,6 +13,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from nni_topo import compensate, create_pruner, dependency_groups, masked_model, to_dense
 from nni_topo.network.attention import find_attention, multihead
+from nni_topo.network.cost import NetworkCost
 from nni_topo.network.layers import weight_name, weight_of
 from nni_topo.zoo.transformers import Block, GatedMlp, Mlp, SelfAttention
 
@@ -282,3 +283,21 @@ def test_the_point_of_a_head_is_what_it_adds_to_the_stream():
     pruner = create_pruner("topological", model, list(groups), calibration=data)
     points = FunctionalCollector(data).collect(pruner.context)["1.attention.q_proj"]["weight"]
     torch.testing.assert_close(points @ points.T, expected @ expected.T / (16 * 7), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["multihead", "apart", "shared keys"])
+def test_costs_of_fewer_heads_are_those_of_the_dense_model(name):
+    model, inputs = make(name), _states(1, 7, 5)
+    masks = head_masks(model, [0, 2])
+    kept = {layer: next(iter(targets.values())).flatten(1).any(1).numpy() for layer, targets in masks.items()}
+    cost = NetworkCost(model, inputs)(kept)
+    dense = to_dense(model, inputs, masks)
+    assert cost.params == sum(p.numel() for p in dense.parameters())
+    whole = NetworkCost(model, inputs)({})
+    linear = sum(
+        (before - after) * 7
+        for before, after in (
+            tuple(sum(p.numel() for p in net.parameters() if p.dim() == 2) for net in (model, dense)),
+        )
+    )
+    assert whole.macs - cost.macs == linear
