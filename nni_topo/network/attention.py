@@ -83,20 +83,28 @@ def _attention(name: str, module: Any) -> Attention | None:
     # A table of what one head adds for each distance belongs to no layer, and may be shared between modules.
     if hasattr(module, "relative_attention_bias") or getattr(module, "has_relative_attention_bias", False):
         return None
-    parts = dict(module.named_children())
+    parts = {key: part for key, part in module.named_children() if any(True for _ in part.parameters())}
     count = next((getattr(module, key) for key in _COUNTS if isinstance(getattr(module, key, None), int)), None)
     count = count or getattr(getattr(module, "config", None), "num_attention_heads", None)
-    for *names, outs in _APART:
+    for *names, outs in (*_APART, *_TOGETHER):
         layers: list[Any] = [parts.get(each) for each in names]
-        if count and all(isinstance(layer, nn.Linear) for layer in layers):
-            size = next((getattr(module, key) for key in _SIZES if isinstance(getattr(module, key, None), int)), 0)
-            out = next((prefix + each for each in outs if isinstance(parts.get(each), nn.Linear)), None)
-            return _apart(prefix, names, layers, size or layers[0].out_features // count, out)
-    for fused, outs in _TOGETHER:
-        layer = parts.get(fused)
-        if count and isinstance(layer, nn.Linear) and layer.out_features % (3 * count) == 0:
-            out = next((prefix + each for each in outs if isinstance(parts.get(each), nn.Linear)), None)
-            return _together(name, prefix + fused, count, layer.out_features // (3 * count), out)
+        if not count or not all(isinstance(layer, nn.Linear) for layer in layers):
+            continue
+        out = next((each for each in outs if isinstance(parts.get(each), nn.Linear)), None)
+        size = next((getattr(module, key) for key in _SIZES if isinstance(getattr(module, key, None), int)), 0)
+        size = size or layers[0].out_features // (count if len(layers) > 1 else 3 * count)
+        # Whatever else it holds must be the same for all heads, as norms of queries and keys are.
+        others = [
+            *module.parameters(recurse=False),
+            *(p for key in parts.keys() - {*names, out} for p in parts[key].parameters()),
+        ]
+        if any(other.numel() != size for other in others):
+            return None
+        mixer = None if out is None else prefix + out
+        if len(layers) > 1:
+            return _apart(prefix, names, layers, size, mixer)
+        whole = layers[0].out_features == 3 * count * size
+        return _together(name, prefix + names[0], count, size, mixer) if whole else None
     return None
 
 
@@ -220,7 +228,8 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
 
 def tell_config(model: Any, original: nn.Module) -> None:
     """Let the ``config`` of a model of Transformers say how wide it is now, where one number says it of all blocks."""
-    config, found, before = getattr(model, "config", None), find_attention(model), find_attention(original)
+    config: Any = getattr(model, "config", None)
+    found, before = find_attention(model), find_attention(original)
     left = {each.heads / before[name].heads for name, each in found.items()}
     if len(left) == 1 and isinstance(size := getattr(config, "head_dim", None), int):
         share = left.pop()

@@ -29,7 +29,7 @@ _CONSTANT = "_recorded"
 
 def record(model: nn.Module, named: dict[str, Any]) -> GraphModule:
     """Record a model, in evaluation mode and changed by it, on a call's arguments by name."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "use_cache", None):  # as models of Transformers have it
         config.use_cache = False
     implementation = getattr(config, "_attn_implementation", None)

@@ -53,6 +53,7 @@ NETS = {
     "encoder layer": lambda: nn.Sequential(
         nn.Linear(5, WIDTH), nn.TransformerEncoderLayer(WIDTH, HEADS, 8, batch_first=True)
     ),
+    "fused": lambda: Stream(Fused()),
     "apart": lambda: _block(SelfAttention(WIDTH, HEADS, bias=True, causal=False), Mlp(WIDTH, 8), nn.LayerNorm),
     # Rotary positions turn pairs of channels, so heads are of two here.
     "shared keys": lambda: _block(SelfAttention(WIDTH, 6, 3, bias=False, causal=True), GatedMlp(WIDTH, 8), nn.RMSNorm),
@@ -166,12 +167,47 @@ def test_multihead_computes_what_torch_does(batch_first, bias):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+class Fused(nn.Module):
+    """Attention that makes queries, keys and values in one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.head_dim, self.qkv, self.proj = (
+            HEADS,
+            SIZE,
+            nn.Linear(WIDTH, 3 * WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+        )
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.proj(mixed.reshape(*x.shape[:2], -1))
+
+
+def test_attention_of_timm():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=WIDTH, num_heads=HEADS, qk_norm=True
+    )
+    images = _states(2, 3, 32, 32)
+    masks = head_masks(model.eval(), [0, 3])
+    dense = to_dense(model, images, masks)
+    assert [each.heads for each in find_attention(dense).values()] == [2, 2]
+    same(dense, masked_model(model, images, masks), images)
+
+
 def test_what_is_no_attention_that_is_known_stays_whole():
+    gated, scaled = Fused(), Fused()
+    gated.gate, scaled.scale = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.ones(HEADS))
     others = (
         nn.MultiheadAttention(WIDTH, HEADS, kdim=5, vdim=5),
         nn.MultiheadAttention(WIDTH, HEADS, add_bias_kv=True),
         nn.MultiheadAttention(WIDTH, HEADS, add_zero_attn=True),
         type("Own", (nn.MultiheadAttention,), {})(WIDTH, HEADS),
+        gated,
+        scaled,
     )
     assert not any(find_attention(each) for each in others)
 
@@ -222,13 +258,13 @@ def prune(model, config, kind, data):
 
 
 @pytest.mark.parametrize("kind", PRUNERS)
-@pytest.mark.parametrize("name", ["multihead", "encoder layer", "apart", "shared keys"])
+@pytest.mark.parametrize("name", ["multihead", "encoder layer", "fused", "apart", "shared keys"])
 def test_pruners_choose_heads(name, kind):
     model, data = make(name), [_states(8, 7, 5)]
     (attention,) = find_attention(model).values()
-    kinds = "MultiheadAttention" if attention.is_fused else "Linear"
-    entry = {"op_types": [kinds], "sparse_ratio": 0.5}
-    masks = prune(model, [entry if attention.is_fused else {**entry, "granularity": "head"}], kind, data)
+    whole = isinstance(model.get_submodule(attention.name), nn.MultiheadAttention)
+    asked = {"op_types": ["MultiheadAttention"]} if whole else {"op_types": ["Linear"], "granularity": "head"}
+    masks = prune(model, [{**asked, "sparse_ratio": 0.5}], kind, data)
     kept = [
         masks[layer][weight_name(model.get_submodule(layer))].flatten(1).any(1).numpy()[channels]
         for layer, channels in attention.channels.items()
@@ -236,7 +272,7 @@ def test_pruners_choose_heads(name, kind):
     stays = kept[0][:, 0]
     assert stays.sum() == attention.heads - attention.heads // 2
     assert all((each == stays[:, None]).all() for each in kept)
-    if not attention.is_fused:
+    if not whole:
         columns = masks[attention.out]["weight"].expand(WIDTH, -1).any(0)
         assert np.array_equal(columns, stays.repeat(attention.size))
     dense = to_dense(model, data[0], masks)
