@@ -71,8 +71,8 @@ def build(name: str, *, channels: int = 3, size: int = 32, classes: int = 10, **
 #           = 269,722 (option A), shortcuts 16*32+64 + 32*64+128 = 2,752 more.
 # resnet56: 12 convolutions more per stage: 269,722 + 12*(2,304+32 + 9,216+64 + 36,864+128) = 853,018,
 #           shortcuts 2,752 more.
-# vit_small on 1x28x28: patches 17*96, positions 49*96, 5 blocks of 4*97*96 + 97*192 + 193*96 + 4*96, norm 2*96, head 970;
-#           bert_small has that norm in front.
+# vit_small on 1x28x28: patches 17*96, positions 49*96, 5 blocks of 4*97*96 + 97*192 + 193*96 + 4*96,
+#           norm 2*96, head 970; bert_small has that norm in front.
 COUNTS = [
     ("lenet300", 1, 28, 266_610),
     ("lenet5", 1, 32, 37_106),
