@@ -89,6 +89,10 @@ def dependency_groups(
     follows several layers at once, over a concatenation, follows them channel by channel; its entry is left
     out, since NNI can't state such a group.
 
+    Layers that make queries, keys or values of attention lose whole heads: they get a granularity and a group, and so
+    does the layer that mixes the heads if it is selected, for its columns. ``"granularity": "head"``, which NNI doesn't
+    know, asks for these layers alone, also of a module that holds them. An entry with a list for granularity keeps it.
+
     Of transposed convolutions the package's pruners prune output channels, NNI's own only under
     ``nni_topo.enable_strict()``: else they prune the input channels, and fail in a group.
 
@@ -145,8 +149,13 @@ def dependency_groups(
     _warn(flow, layer_groups(flow), selected - skipped.keys() - mixers.keys(), skipped)
     extra = _settings(flow, mixers)
     left_out = skipped.keys() | _followers(flow)
+
+    def by_block(name: str, public: dict[str, Any]) -> bool:
+        # Blocks of one's own, NNI's 64 by 64, say, make no group: what is left of heads is seen when masks are there.
+        return isinstance(public.get("granularity"), list) and (name in flow.heads or name in mixers)
+
     entries = [
-        {"op_names": [name], **copy.deepcopy(public), **extra.get(name, {})}
+        {"op_names": [name], **copy.deepcopy(public), **({} if by_block(name, public) else extra.get(name, {}))}
         for names, public in selections
         for name in order
         if name in names and name not in left_out

@@ -337,3 +337,9 @@ def test_costs_of_fewer_heads_are_those_of_the_dense_model(name):
         )
     )
     assert whole.macs - cost.macs == linear
+
+
+def test_blocks_of_ones_own_stay_what_they_are():
+    config = [{"op_names_re": [r"1\.attention\.[qkv]_proj"], "granularity": [3, 6], "sparse_ratio": 0.5}]
+    groups = dependency_groups(make("apart"), _states(2, 7, 5), config)
+    assert [(e["granularity"], "dependency_group_id" in e) for e in groups] == [([3, 6], False)] * 3
