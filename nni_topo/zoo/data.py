@@ -68,6 +68,7 @@ def _photographs(recipe: Recipe) -> Recipe:
     return replace(recipe, epochs=4 * recipe.epochs, augmentation="crop-flip")
 
 
+_MOST_ROWS = 1000  # of text to watch: each has as many labels as places
 _DIGITS = tuple("0123456789")
 _CLOTHES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 _DATA = {
@@ -179,7 +180,8 @@ def load_data(
         Number of training images to keep, at least 1, drawn evenly from the classes after the validation
         split. None keeps all.
     validation : float, default=0.1
-        Fraction of every class of the training images that becomes the validation set, in [0, 1).
+        Fraction of every class of the training images that becomes the validation set, in [0, 1); of text at most
+        1,000 rows.
     pad_to : int or None, default=None
         Side in pixels up to which smaller images are padded with zeros (black), as evenly as possible.
     image_size : int or None, default=None
@@ -251,7 +253,7 @@ def load_data(
 def _text(raw: RawData, name: str, limit: int | None, validation: float, generator: np.random.Generator) -> DataBundle:
     """Return rows of text; there is nothing to normalise, and every place has a label of its own."""
     order = generator.permutation(len(raw.train_images))
-    held_out, kept = np.split(order, [int(validation * len(order))])
+    held_out, kept = np.split(order, [min(int(validation * len(order)), _MOST_ROWS)])
 
     def dataset(rows: Array, labels: Array) -> TensorDataset:
         return TensorDataset(torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(labels))
