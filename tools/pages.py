@@ -77,17 +77,27 @@ def api() -> str:
 
 def verbs() -> str:
     """Return the page of the command line: each verb's flags with what the comments behind the fields say."""
-    parts = ["# The command line", "", "Every verb takes `--json`, `--seed` and `--device`; `nni-topo VERB --help` says the same.", ""]
+    parts = [
+        "# The command line",
+        "",
+        "Every verb takes `--json`, `--seed` and `--device`; `nni-topo VERB --help` says the same.",
+        "",
+    ]
     for path in sorted(PROJECT.glob("nni_topo/cli/*.py")) + sorted(PROJECT.glob("nni_topo/analysis/**/*.py")):
         for name, summary, flags in _classes(path.read_text()):
-            parts += [f"## {name}", "", summary, "", "| flag | default | |", "|---|---|---|", *flags, ""]
+            if path.parent.name != "cli" and not name.startswith("analyze "):
+                continue
+            group = "experiment " if path.stem == "experiment" else ""
+            parts += [f"## {group}{name}", "", summary, "", "| flag | default | |", "|---|---|---|", *flags, ""]
     return "\n".join(parts)
 
 
 def _classes(text: str) -> Iterator[tuple[str, str, list[str]]]:
     lines = text.splitlines()
     for node in ast.parse(text).body:
-        if not isinstance(node, ast.ClassDef) or not any("Verb" in ast.unparse(b) or "Study" in ast.unparse(b) for b in node.bases):
+        if not isinstance(node, ast.ClassDef) or not any(
+            "Verb" in ast.unparse(b) or "Study" in ast.unparse(b) for b in node.bases
+        ):
             continue
         fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
         flags = [
