@@ -100,11 +100,11 @@ def _classes(text: str) -> Iterator[tuple[str, str, list[str]]]:
         ):
             continue
         fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
-        flags = [
-            f"| `{ast.unparse(item.target).replace('_', '-')}` | {'' if item.value is None else f'`{ast.unparse(item.value)}`'} "
-            f"| {lines[item.lineno - 1].partition('  # ')[2]} |"
-            for item in fields
-        ]
+        flags = []
+        for item in fields:
+            default = "" if item.value is None else f"`{ast.unparse(item.value)}`"
+            said = lines[item.lineno - 1].partition("  # ")[2]
+            flags.append(f"| `{ast.unparse(item.target).replace('_', '-')}` | {default} | {said} |")
         if flags and not node.name.startswith("_"):
             title = re.sub(r"^Analyze", "analyze ", node.name).lower()
             yield title, (ast.get_docstring(node) or "").partition("\n")[0], flags
