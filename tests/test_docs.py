@@ -11,7 +11,7 @@ import yaml
 
 PROJECT = Path(__file__).parent.parent
 PAGES = sorted([*PROJECT.glob("docs/*.md"), PROJECT / "README.md", PROJECT / "CONTRIBUTING.md"])
-RUN = ("start", "export", "migrating", "own_pruner", "config_list")
+RUN = ("start", "export", "migrating", "own_pruner")
 MADE = {"index.md", "api.md", "verbs.md", "results.md", "contributing.md", "changelog.md"}
 
 
@@ -26,11 +26,19 @@ def run(path, tmp_path, monkeypatch):
     names = {"__name__": path.stem}
     for snippet in snippets(path):
         exec(compile(snippet, str(path), "exec"), names)
+    return names
 
 
 @pytest.mark.parametrize("name", RUN)
 def test_snippets_of_a_page_run_one_after_the_other(name, tmp_path, monkeypatch):
     run(PROJECT / "docs" / f"{name}.md", tmp_path, monkeypatch)
+
+
+def test_caps_and_floors_hold_under_a_budget_as_the_page_says(tmp_path, monkeypatch):
+    masks = run(PROJECT / "docs" / "config_list.md", tmp_path, monkeypatch)["masks"]
+    kept = {name: int(found["weight"].flatten(1).amax(1).sum()) for name, found in masks.items()}
+    assert kept["0"] >= 12
+    assert kept["2"] <= 8
 
 
 @pytest.mark.slow
