@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,6 +19,19 @@ from nni_topo.pruners.units import PruningUnit
 
 Clouds = dict[str, list["Cloud"]]
 Kept = dict[str, BoolArray]
+Made = TypeVar("Made")
+
+
+class WhenAsked(dict[str, Made]):
+    """Values by name, each made when it is first looked at."""
+
+    def __init__(self, make: Callable[[str], Made]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, name: str) -> Made:
+        self[name] = self._make(name)
+        return self[name]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -28,7 +43,8 @@ class SelectionMetric(MetricCalculator):
 
     def calculate(self, data: Data, context: PruningContext) -> KeptSet:
         """Plan by what blocks are worth how many blocks stay, then choose which."""
-        clouds = {unit.name: _clouds(unit, data, origin=self.origin) for unit in context.units}
+        units = {unit.name: unit for unit in context.units}
+        clouds = WhenAsked(lambda name: _clouds(units[name], data, origin=self.origin))
         return context.keep(self.choose(context, clouds, context.rows(self.losses(context, clouds))))
 
     def losses(self, context: PruningContext, clouds: Clouds) -> Losses:
