@@ -26,7 +26,6 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError, check_integer, check_seed, is_finite, unknown_name
-from nni_topo.maths.ties import first_smallest
 from nni_topo.network.capture import batches_of
 from nni_topo.network.inputs import calls
 from nni_topo.network.masks import check_model
@@ -43,6 +42,7 @@ _STEPS, _PASSES = 600, 10
 _BATCH_NORM_IMAGES = 256
 _RATES = (3e-3, 1e-3, 3e-4)
 _TRIAL = 10  # the tenth of a course
+_NEAR = 1.1
 
 _logger = logging.getLogger(__name__)
 
@@ -138,7 +138,9 @@ def distillation(
         for trial in trials:
             trial.run(lesson, batches(), max(1, total // _TRIAL), None if seconds is None else seconds / _TRIAL)
         losses = [lesson.judge(trial.student, held)[0] for trial in trials]
-        course.rate = _RATES[first_smallest([loss if math.isfinite(loss) else math.inf for loss in losses])]
+        finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
+        # A short course favours low rates: what a higher one lacks by then it makes up for.
+        course.rate = next(r for r, loss in zip(_RATES, finite, strict=True) if loss <= _NEAR * min(finite))
         course.spent = sum(trial.spent for trial in trials)
     course.run(lesson, batches(), total, seconds, progress=progress)
     after = lesson.judge(student, held)
@@ -192,8 +194,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         Images a step, at least 1.
     lr : float, optional
         Highest learning rate of AdamW, above 0, which rises over the first tenth of the steps and falls along half a
-        cosine. By default 3e-3, 1e-3 and 3e-4 are tried for a tenth of ``steps`` and of ``seconds`` each, and the one
-        with the least loss on the images held out is taken.
+        cosine. By default 3e-3, 1e-3 and 3e-4 are tried for a tenth of ``steps`` and of ``seconds`` each, and the
+        highest is taken whose loss on the images held out is at most a tenth above the least.
     augment : callable, optional
         Gets inputs as a batch holds them (a tensor; for several arguments their tuple or dict) and returns others,
         equally many. It draws from PyTorch's generators, as torchvision's transforms do. Up to eight views of the

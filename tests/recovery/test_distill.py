@@ -238,7 +238,7 @@ def test_augmented_views_are_answered_by_the_original():
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(1.0, 3e-3), (1000.0, 3e-4)])
-def test_learning_rate_is_the_best_of_three_tried(scale, expected):
+def test_learning_rate_is_the_highest_of_three_tried_that_is_near_the_best(scale, expected):
     """Where inputs are a thousand times as large, weights are small, and the highest rate takes them far away."""
     dense, original = pair()
     for net in (dense, original):
@@ -246,7 +246,7 @@ def test_learning_rate_is_the_best_of_three_tried(scale, expected):
     images = [scale * part for part in batches(256)]
     losses = {lr: distillation(dense, original, images, steps=8, lr=lr).loss_after for lr in (3e-3, 1e-3, 3e-4)}
     found = distillation(dense, original, images, steps=80)
-    assert found.lr == min(losses, key=losses.__getitem__) == expected
+    assert found.lr == max(lr for lr, loss in losses.items() if loss <= 1.1 * min(losses.values())) == expected
     assert found.steps == 80
     assert found.loss_after == distillation(dense, original, images, steps=80, lr=expected).loss_after
 
