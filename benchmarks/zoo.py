@@ -37,7 +37,7 @@ from nni_topo import zoo
 
 LIST = Path(__file__).with_name("zoo.txt")
 CONVOLUTIONS = [f"{kind}{d}d" for kind in ("Conv", "ConvTranspose") for d in (1, 2, 3)]
-ASKED = [{"op_types": [*CONVOLUTIONS, "Linear"], "sparse_ratio": 0.5}]
+ASKED = [{"op_types": [*CONVOLUTIONS, "Linear"], "sparse_ratio": 0.5}]  # classes derived from them too
 PRUNED = (nn.modules.conv._ConvNd, nn.Linear)
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -85,17 +85,26 @@ def rows_left(original: np.ndarray, dense: np.ndarray) -> np.ndarray:
     """Find the rows of a matrix of which another holds some entries: int, one for each row of the other."""
     values = original.ravel()
     order = np.argsort(values, kind="stable")
-    # A value that occurs twice says nothing; of some entries of a row most don't.
+    # A value may occur in several rows, and each of them has a vote; but one row holds all of some entries.
     columns = np.unique(np.linspace(0, dense.shape[1] - 1, 15).astype(int))
-    votes = np.stack([dense[:, column] for column in columns])
-    places = np.minimum(np.searchsorted(values[order], votes), len(values) - 1)
-    rows = order[places] // original.shape[1]
-    return np.array([np.bincount(column).argmax() for column in rows.T])
+    ends = [np.searchsorted(values[order], dense[:, columns], side=side) for side in ("left", "right")]
+    found = []
+    for firsts, lasts in zip(*ends, strict=True):
+        places = np.concatenate([np.arange(*each) for each in zip(firsts, lasts, strict=True)])
+        found.append(np.bincount(order[places] // original.shape[1]).argmax())
+    return np.array(found)
 
 
 def zeroing(model: nn.Module, dense: nn.Module) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Find the channels that are gone, of layers and of norms: bool, by name, of those that lost any."""
+    """Find the channels that are gone, of layers and of norms: bool, by name; and zero those of other parameters."""
     layers, norms = {}, {}
+    holders = [name for name, module in model.named_modules() if isinstance(module, (*PRUNED, *NORMS))]
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[0] not in holders and parameter.shape != (other := dense.get_parameter(name)).shape:
+            (d,) = (d for d, size in enumerate(parameter.shape) if size != other.shape[d])
+            rows = (each.detach().transpose(0, d).reshape(each.shape[d], -1).numpy() for each in (parameter, other))
+            kept = torch.zeros(parameter.shape[d]).index_fill_(0, torch.from_numpy(rows_left(*rows)), 1)
+            parameter.data.transpose(0, d).mul_(kept.view(-1, *[1] * (parameter.dim() - 1)))
     for name, module in model.named_modules():
         other = dense.get_submodule(name)
         if isinstance(module, PRUNED) and width(other) < width(module):
@@ -115,7 +124,7 @@ def zeroed_outputs(model: nn.Module, gone: dict[str, np.ndarray], inputs: Any) -
     handles = []
     for name, channels in gone.items():
         module = model.get_submodule(name)
-        last = isinstance(module, (nn.Linear, nn.LayerNorm))
+        last = isinstance(module, (nn.Linear, nn.LayerNorm)) and not type(module).__name__.endswith("2d")
 
         def hook(_: Any, __: Any, output: Tensor, channels: np.ndarray = channels, last: bool = last) -> Tensor:
             kept = torch.from_numpy(~channels).to(output)

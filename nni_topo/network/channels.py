@@ -16,6 +16,7 @@ import torch
 import torch.fx
 from torch.utils._pytree import tree_map, tree_map_only
 
+from nni_topo.network.counted import channel_dim
 from nni_topo.network.inputs import tensors_of
 from nni_topo.network.labels import (
     FIXED,
@@ -24,6 +25,7 @@ from nni_topo.network.labels import (
     MOVES,
     MOVING_MODULES,
     REDUCTIONS,
+    can_follow,
     carry,
     carry_reduced,
     compressed,
@@ -49,6 +51,15 @@ class Layer:
 
 
 @dataclasses.dataclass
+class Own:
+    """A parameter that the model uses by itself (a layer scale, a position embedding), with a number for each place."""
+
+    first: int
+    channels: int
+    dim: int  # the dimension of its channels
+
+
+@dataclasses.dataclass
 class Blocks:
     """Channels in blocks of which each keeps equally many: by side, one array of channel numbers a block."""
 
@@ -65,7 +76,9 @@ class ChannelFlow(torch.fx.Interpreter):
         super().__init__(graph_module)
         self.traced = graph_module
         self.layers: dict[str, Layer] = {}  # in the order they are called
+        self.own: dict[str, Own] = {}  # by name; these go with the channels that they meet, and have no say
         self.blocks: list[Blocks] = []  # one for each grouped convolution, group norm and chunk
+        self.reorders = False  # whether the dense model may put channels into another order: see `DenseOrder`
         self.numbers: dict[str, Any] = {}  # by node, what it puts out: int64, of length 1 where nothing differs
         self._entering: dict[str, np.ndarray] = {}
         # Union-find over channel numbers. All that stays is tied to number 0, which so needs no care of its own.
@@ -100,6 +113,16 @@ class ChannelFlow(torch.fx.Interpreter):
         layer = self.layers[name]
         return np.arange(layer.first, layer.first + layer.channels)
 
+    def own_numbers(self, name: str) -> np.ndarray:
+        """List the numbers of a parameter's channels: int, shape (channels,)."""
+        own = self.own[name]
+        return np.arange(own.first, own.first + own.channels)
+
+    @property
+    def size(self) -> int:
+        """How many numbers there are, ``FIXED`` among them."""
+        return len(self._roots)
+
     def layer_roots(self, name: str) -> np.ndarray:
         """Look up the representatives of a layer's output channels: int, shape (channels,)."""
         return self.roots(self.layer_numbers(name))
@@ -132,14 +155,24 @@ class ChannelFlow(torch.fx.Interpreter):
         if n.op in ("placeholder", "output"):
             return super().run_node(n)
         if n.op == "get_attr":
-            # What the model uses by itself (a layer scale, a constant) isn't cut, so that channels that meet it stay.
-            return tree_map(fixed, super().run_node(n))
+            value = super().run_node(n)
+            return self._parameter(str(n.target), value) if can_follow(value) else tree_map(fixed, value)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         shape = tensor_shape(n)
         labels = tensors_of((args, kwargs))
         if n.op == "call_module":
             return self._module(n, labels, shape)
         return self._function(n, args, kwargs, labels, shape)
+
+    def _parameter(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Number the one dimension of a parameter that isn't of length 1, or the last: where channels usually are."""
+        long = [d for d in range(value.dim()) if value.shape[d] > 1]
+        own = self.own.setdefault(name, Own(len(self._parents), value.shape[long[-1]], long[-1]))
+        if own.first == len(self._parents):
+            self._parents.extend(range(own.first, own.first + own.channels))
+        view = [1] * value.dim()
+        view[own.dim] = own.channels
+        return torch.from_numpy(self.own_numbers(name)).view(view).expand(value.shape)
 
     def _module(self, node: torch.fx.Node, labels: list[torch.Tensor], shape: tuple[int, ...] | None) -> Any:
         name = str(node.target)
@@ -157,8 +190,10 @@ class ChannelFlow(torch.fx.Interpreter):
             side = np.split(self._per_channel(labels[0], 1), module.num_groups)
             self.blocks.append(Blocks([list(side)], may_vanish=True))
         if isinstance(module, PER_CHANNEL):
-            dim = labels[0].dim() - 1 if isinstance(module, torch.nn.LayerNorm) else 1
-            self._tie_calls(name, self._per_channel(labels[0], dim))
+            dim = channel_dim(module)
+            if dim is None:
+                return self._whole(node, labels, f"{type(module).__name__} ({name}) stays whole")
+            self._tie_calls(name, self._per_channel(labels[0], dim % labels[0].dim()))
         return self._passed(node, labels)
 
     def _whole(self, node: torch.fx.Node, labels: list[torch.Tensor], reason: str) -> Any:
@@ -247,13 +282,32 @@ class ChannelFlow(torch.fx.Interpreter):
                 # The numbers are expanded, which no view can be taken of.
                 args = (args[0].contiguous(), *args[1:])
             moved = getattr(self, n.op)(n.target, args, kwargs)
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError):
             return self._whole(n, labels, f"no rule says where channels go ({place(n)})")
+        if plain_name(n) in ("view", "reshape", "unflatten") and len(labels) == 1:
+            self._split(n, labels[0], moved)
         # In the dense model too chunk makes equal pieces of what it gets, so all of them have to lose equally many.
         if plain_name(n) == "chunk" and moved[0].dim() > 1 and len({piece.shape for piece in moved}) == 1:
             side = [self._per_channel(piece, 1) for piece in moved]
             self.blocks.append(Blocks([side], may_vanish=False))
         return moved
+
+    def _split(self, n: torch.fx.Node, labels: torch.Tensor, moved: torch.Tensor) -> None:
+        """Say what a view asks of channels that it takes apart into rows: so many of them, or each of such a length."""
+        places = [[d for d in range(each.dim()) if varies(each, d)] for each in (labels, moved)]
+        sizes = n.args[1:] if plain_name(n) != "unflatten" else (None,) * (places[1] or [0])[0] + tuple(n.args[2])  # type: ignore[arg-type]
+        sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+        if len(places[0]) != 1 or len(places[1]) != 2 or len(sizes) <= places[1][1]:
+            return
+        fixed_sizes = [isinstance(sizes[d], int) and sizes[d] != -1 for d in places[1]]
+        rows = moved.movedim(places[1], (0, 1)).flatten(2)[:, :, 0].numpy()
+        if fixed_sizes == [True, False]:
+            self.blocks.append(Blocks([list(rows)], may_vanish=False))
+            self.reorders = True
+        elif fixed_sizes == [False, True]:
+            for row in rows:
+                for number in row[1:].tolist():
+                    self._unite(int(row[0]), number)
 
     def _size(self, n: torch.fx.Node, labels: list[torch.Tensor]) -> Any:
         """Compute what isn't a tensor: a size, say."""
@@ -263,7 +317,7 @@ class ChannelFlow(torch.fx.Interpreter):
             return None
         try:
             return super().run_node(n)
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError):
             return None
 
     def _product(self, n: torch.fx.Node, labels: list[torch.Tensor], shape: tuple[int, ...]) -> Any:

@@ -63,7 +63,7 @@ def dependency_groups(
         ``dependency_group_id`` ("group_0", "group_1", ... in network order), which replaces the old one.
         Layers before or at a grouped convolution or a group norm get ``internal_metric_block``, the
         number of blocks that have to lose the same number of channels, and a group id that makes NNI's
-        pruners heed it. ``skipped`` holds what was left out, by name with the reason.
+        pruners heed it. An ``op_types`` selects classes derived from these too. ``skipped`` holds what was left out, by name with the reason.
 
     Raises
     ------
@@ -104,11 +104,15 @@ def dependency_groups(
     """
     from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
 
+    from nni_topo.compat.wrapping import derived_types
+
     check_names(model, config_list)
     network = Network.on(model, example_inputs)
     selections, named = [], set[str]()
     for config in trans_legacy_config_list(copy.deepcopy(config_list)):
         named.update(config.get("op_names") or ())
+        if config.get("op_types"):
+            config["op_types"] = sorted({*config["op_types"], *derived_types(model, config["op_types"])})
         modules, public, _ = select_modules_by_config(model, config)
         if not modules:
             raise ConfigError(f"every entry of a config_list must select a layer, got none for {config}")
@@ -217,8 +221,12 @@ def _blocks(flow: ChannelFlow) -> dict[str, int]:
     for name in flow.layers:
         roots = flow.layer_roots(name)
         for side in (side for blocks in flow.blocks for side in blocks.sides):
-            if np.array_equal(flow.roots(np.concatenate(side)), roots):
-                counts[name] = math.lcm(counts.get(name, 1), len(side))
+            owner = {root: rank for rank, block in enumerate(side) for root in flow.roots(block).tolist()}
+            ranks = np.array([owner.get(root, -1) for root in roots.tolist()])
+            sizes = np.unique(ranks, return_counts=True)[1]
+            # Layers that share blocks, joined or shuffled, keep these even if each has evenly many of every block.
+            if ranks.min() >= 0 and (np.diff(ranks) >= 0).all() and (sizes == sizes[0]).all():
+                counts[name] = math.lcm(counts.get(name, 1), len(sizes))
     return counts
 
 

@@ -10,9 +10,11 @@ from nni.compression.speedup.container import NodeInfo
 from nni.compression.speedup.replacer import Replacer
 
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.cutting import cut
+from nni_topo.network.cutting import cut, keep
 from nni_topo.network.labels import tensor_shape
-from nni_topo.network.layers import output_channels
+from nni_topo.network.layers import is_depthwise, output_channels
+from nni_topo.network.modes import device_of
+from nni_topo.network.orders import DenseOrder
 
 Kept = dict[str, list[torch.Tensor]]
 
@@ -26,6 +28,7 @@ class DenseSpeedup(ModelSpeedup):
         self.graph_module, self.bound_model = flow.traced, model
         self.flow, self.left = flow, left
         self.node_infos = {node: NodeInfo(node) for node in flow.traced.graph.nodes}
+        self.order = DenseOrder(flow, left) if flow.reorders else None
         self.replacers = [_Cutter()]
 
     def speedup_model(self) -> torch.nn.Module:
@@ -41,7 +44,7 @@ class DenseSpeedup(ModelSpeedup):
 
 
 class _Cutter(Replacer):
-    """Cut modules in place."""
+    """Cut modules and parameters in place."""
 
     def replace_modules(self, speedup: DenseSpeedup) -> None:
         names = [str(node.target) for node in speedup.node_infos if node.op == "call_module"]
@@ -50,9 +53,32 @@ class _Cutter(Replacer):
             is_layer = output_channels(module) is not None and name in speedup.flow.layers
             leaving = speedup.flow.layer_numbers(name) if is_layer else entering
             ins, outs = speedup.indices(entering), speedup.indices(leaving)
+            if speedup.order is not None and len(entering):
+                ins, outs = _in_order(speedup.flow, speedup.order, name, module, (ins, outs))
             if len(ins) < len(entering) or len(outs) < len(leaving):
                 device = next((each.device for each in module.parameters()), torch.device("cpu"))
                 cut(name, module, ins.to(device), outs.to(device))
+        for name, own in speedup.flow.own.items():
+            kept = speedup.indices(speedup.flow.own_numbers(name))
+            if len(kept) < own.channels:
+                owner, _, target = name.rpartition(".")
+                module = speedup.bound_model.get_submodule(owner)
+                keep(module, target, getattr(module, target).index_select(own.dim, kept.to(device_of(module))))
+
+
+def _in_order(
+    flow: ChannelFlow, order: DenseOrder, name: str, module: torch.nn.Module, ascending: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """List the channels of a module that stay as they come: what enters, and what leaves in the same order."""
+    ins, outs = torch.from_numpy(order.places(name)), ascending[1]
+    groups = getattr(module, "groups", getattr(module, "num_groups", 1))
+    of_group = ins // max(len(flow.entering_numbers(name)) // groups, 1)
+    if is_depthwise(module):
+        step = flow.layers[name].channels // len(flow.entering_numbers(name))
+        outs = (ins[:, None] * step + torch.arange(step)).flatten()
+    elif bool((of_group[1:] < of_group[:-1]).any()):
+        return ascending[0], outs
+    return ins, outs if name in flow.layers else ins
 
 
 def kept_outputs(flow: ChannelFlow, left: np.ndarray) -> Kept:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from nni_topo.errors import unknown_name
+from nni_topo.network.counted import channel_dim
 
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
@@ -16,6 +17,13 @@ WEIGHTED = (*CONVOLUTIONS, *TRANSPOSED, torch.nn.Linear)
 NORMALIZING = (torch.nn.modules.batchnorm._NormBase, torch.nn.GroupNorm, torch.nn.LayerNorm)
 PER_CHANNEL = (*NORMALIZING, torch.nn.PReLU)
 """Modules that hold one number a channel, and leave channels where they are."""
+
+
+def is_one(module: torch.nn.Module) -> bool:
+    """Tell whether a module of another's making is a layer or a norm, with an activation in it perhaps, to be cut."""
+    if isinstance(module, (*WEIGHTED, torch.nn.Embedding)):
+        return not any(True for _ in module.children())
+    return isinstance(module, NORMALIZING) and channel_dim(module) is not None
 
 
 def can_be_cut(module: torch.nn.Module) -> bool:

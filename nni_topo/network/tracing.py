@@ -12,6 +12,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.inputs import Call, bind_arguments, tensors_of
+from nni_topo.network.layers import is_one
 from nni_topo.network.modes import random_state_kept
 from nni_topo.network.transformers import UnfoldingTracer, fast_paths_off
 
@@ -66,7 +67,8 @@ def _concrete(model: torch.nn.Module, named: dict[str, Any]) -> tuple[torch.fx.G
     """Trace by running, as NNI does by default."""
     from nni.common.concrete_trace_utils import concrete_trace
 
-    graph_module = concrete_trace(model, dict(named))
+    ones = {type(module) for module in model.modules() if is_one(module)}
+    graph_module = concrete_trace(model, dict(named), leaf_module=tuple(ones))
     return graph_module, arguments(graph_module.graph, named)
 
 
