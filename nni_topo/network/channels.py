@@ -288,9 +288,21 @@ class ChannelFlow(torch.fx.Interpreter):
             self._split(n, labels[0], moved)
         # In the dense model too chunk makes equal pieces of what it gets, so all of them have to lose equally many.
         if plain_name(n) == "chunk" and moved[0].dim() > 1 and len({piece.shape for piece in moved}) == 1:
-            side = [self._per_channel(piece, 1) for piece in moved]
-            self.blocks.append(Blocks([side], may_vanish=False))
+            pieces = [self._per_channel(piece, 1) for piece in moved]
+            self.blocks.append(Blocks(self._sides(pieces), may_vanish=False))
         return moved
+
+    def _sides(self, pieces: list[np.ndarray]) -> list[list[np.ndarray]]:
+        """Take what each layer gives to pieces for itself where layers were shuffled."""
+        # Behind a shuffle every layer's first channels come first, so that each has to lose equally many of each piece.
+        firsts = np.array(sorted([FIXED, *(each.first for each in (*self.layers.values(), *self.own.values()))]))
+        owners = [np.searchsorted(firsts, piece, side="right") for piece in pieces]
+        sides = [
+            [piece[owner == each] for piece, owner in zip(pieces, owners, strict=True)]
+            for each in np.unique(np.concatenate(owners))
+        ]
+        alike = all(len({len(block) for block in side}) == 1 for side in sides)
+        return sides if self.reorders and alike else [pieces]
 
     def _split(self, n: torch.fx.Node, labels: torch.Tensor, moved: torch.Tensor) -> None:
         """Say what a view asks of channels that it takes apart into rows: so many of them, or each of such a length."""

@@ -16,6 +16,7 @@ from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.labels import FIXED
 from nni_topo.network.layers import check_names, output_channels
 from nni_topo.network.network import Network
+from nni_topo.network.parts import is_in_parts
 from nni_topo.network.report import why_not_followed
 
 _logger = logging.getLogger(__name__)
@@ -157,7 +158,10 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: se
         if reasons or (roots == FIXED).all():
             skipped[name] = "; ".join(dict.fromkeys(reasons or flow.why_pinned(name)))
         elif flow.reaches_output(name):
-            heads.append(name)
+            if is_in_parts(flow.traced.graph):
+                skipped[name] = "what it gives goes where no tracer follows"
+            else:
+                heads.append(name)
     # A network of which all that is selected gives the output has no head that could be left out.
     if selected - set(heads):
         skipped |= dict.fromkeys(heads, _OUTPUT)
@@ -223,10 +227,16 @@ def _blocks(flow: ChannelFlow) -> dict[str, int]:
         for side in (side for blocks in flow.blocks for side in blocks.sides):
             owner = {root: rank for rank, block in enumerate(side) for root in flow.roots(block).tolist()}
             ranks = np.array([owner.get(root, -1) for root in roots.tolist()])
-            sizes = np.unique(ranks, return_counts=True)[1]
+            starts = np.flatnonzero(np.diff(ranks, prepend=-2) != 0)
+            sizes = np.diff([*starts, len(ranks)])[ranks[starts] >= 0]
             # Layers that share blocks, joined or shuffled, keep these even if each has evenly many of every block.
-            if ranks.min() >= 0 and (np.diff(ranks) >= 0).all() and (sizes == sizes[0]).all():
-                counts[name] = math.lcm(counts.get(name, 1), len(sizes))
+            if (
+                len(sizes)
+                and (sizes == sizes[0]).all()
+                and (starts % sizes[0] == 0).all()
+                and len(roots) % sizes[0] == 0
+            ):
+                counts[name] = math.lcm(counts.get(name, 1), len(roots) // sizes[0])
     return counts
 
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from nni_topo.errors import SpeedupError
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.engine import DenseSpeedup, kept_slices
-from nni_topo.network.inputs import bind_arguments, cast_floats, random_like
+from nni_topo.network.inputs import Call, cast_floats, random_like
 from nni_topo.network.labels import FIXED, place
 from nni_topo.network.layers import NORMALIZING
 from nni_topo.network.modes import random_state_kept, unwrapped_copy
@@ -44,8 +44,8 @@ def unfit(network: Network) -> dict[int, str]:
     with random_state_kept(), torch.no_grad():
         torch.manual_seed(0)
         full = assembled(_with_random_weights(network.model))
-        call = cast_floats(random_like(network.call, torch.Generator().manual_seed(0)), torch.float32)
-        args = arguments(full.graph, bind_arguments(network.model, call))
+        entering: Call = (arguments(full.graph, network.model, network.call), {})
+        args = cast_floats(random_like(entering, torch.Generator().manual_seed(0)), torch.float32)[0]
         clean = set[bool]()
         for turn in range(_ROUNDS):
             # Blocks lose a part of each, as pruners choose; and some as a whole, as masks may say.
