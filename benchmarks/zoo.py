@@ -16,6 +16,7 @@ network, so that a stopped run goes on where it was. Prints the table as Markdow
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import multiprocessing
@@ -52,11 +53,12 @@ def build(name: str, options: dict[str, str]) -> tuple[nn.Module, Any]:
         return zoo_nets.make(kind)
     torch.manual_seed(0)
     size = int(options.get("size", 64))
-    knobs: dict[str, Any] = {
-        key: int(value) for key, value in options.items() if key not in ("size", "frames", "image")
-    }
-    if "num_layers" in knobs:
-        model: nn.Module = torchvision.models.VisionTransformer(image_size=size, **knobs)
+    knobs: dict[str, Any] = {key: int(value) for key, value in options.items() if key not in ("size", "frames")}
+    if family == "timm":
+        timm = importlib.import_module("timm")
+        model: nn.Module = timm.create_model(kind, pretrained=False, **knobs)
+    elif "num_layers" in knobs:
+        model = torchvision.models.VisionTransformer(image_size=size, **knobs)
     else:
         module = {"detection": torchvision.models.detection, "video": torchvision.models.video}.get(family)
         module = torchvision.models.segmentation if family == "segmentation" else module or torchvision.models

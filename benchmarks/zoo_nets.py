@@ -335,7 +335,8 @@ def lively(model: nn.Module) -> nn.Module:
     """Draw what is zero, and all of norms: a shift that survives shows, and every channel has its own."""
     with torch.no_grad():
         for parameter in model.parameters():
-            # A head or a layer scale that starts at zero, or next to it, would hide what differs before it, and ones who is who.
+            # A head or a layer scale that starts at zero, or next to it, would hide what differs before it, and one of
+            # equal values which of its places are gone.
             if float(parameter.abs().max()) < 1e-3 or (parameter.numel() > 1 and float(parameter.std()) == 0):
                 parameter.normal_(0, 0.2)
         for module in model.modules():

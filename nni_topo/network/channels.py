@@ -37,7 +37,7 @@ from nni_topo.network.labels import (
     tensor_shape,
     varies,
 )
-from nni_topo.network.layers import PER_CHANNEL, can_be_cut, is_depthwise, output_channels
+from nni_topo.network.layers import PER_CHANNEL, RULES, can_be_cut, is_depthwise, output_channels
 
 
 @dataclasses.dataclass
@@ -177,6 +177,11 @@ class ChannelFlow(torch.fx.Interpreter):
     def _module(self, node: torch.fx.Node, labels: list[torch.Tensor], shape: tuple[int, ...] | None) -> Any:
         name = str(node.target)
         module = self.fetch_attr(name)
+        if labels and isinstance(module, torch.nn.RNNBase):
+            # It takes fewer channels in; what it puts out is what its state holds, which stays.
+            self._tie_calls(name, self._per_channel(labels[0], labels[0].dim() - 1))
+            self._whole(node, labels[1:], f"{type(module).__name__} ({name}) keeps its state whole")
+            return given_shapes(node)
         if not labels or not can_be_cut(module):
             # A recurrent layer or attention needs all that enters, and what it puts out can't be made less.
             return self._whole(node, labels, f"{type(module).__name__} ({name}) stays whole")
@@ -189,8 +194,9 @@ class ChannelFlow(torch.fx.Interpreter):
             # A norm's groups are of one size, so those that are left have to be too.
             side = np.split(self._per_channel(labels[0], 1), module.num_groups)
             self.blocks.append(Blocks([list(side)], may_vanish=True))
-        if isinstance(module, PER_CHANNEL):
-            dim = channel_dim(module)
+        if isinstance(module, (*PER_CHANNEL, *RULES)):
+            dim = 1 if type(module) not in RULES else RULES[type(module)].dim
+            dim = channel_dim(module) if isinstance(module, torch.nn.LayerNorm) else dim
             if dim is None:
                 return self._whole(node, labels, f"{type(module).__name__} ({name}) stays whole")
             self._tie_calls(name, self._per_channel(labels[0], dim % labels[0].dim()))
@@ -295,7 +301,7 @@ class ChannelFlow(torch.fx.Interpreter):
     def _sides(self, pieces: list[np.ndarray]) -> list[list[np.ndarray]]:
         """Take what each layer gives to pieces for itself where layers were shuffled."""
         # Behind a shuffle every layer's first channels come first, so that each has to lose equally many of each piece.
-        firsts = np.array(sorted([FIXED, *(each.first for each in (*self.layers.values(), *self.own.values()))]))
+        firsts = np.array(sorted([FIXED, *(each.first for each in self.layers.values()), *(each.first for each in self.own.values())]))
         owners = [np.searchsorted(firsts, piece, side="right") for piece in pieces]
         sides = [
             [piece[owner == each] for piece, owner in zip(pieces, owners, strict=True)]

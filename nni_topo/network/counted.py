@@ -1,7 +1,7 @@
 """Layer and group norms of which channels are gone, whose statistics count these all the same, as zeros.
 
-With ``s`` the share of the channels that are left, and their mean ``m`` and variance ``v``, the mean over all is ``s m``
-and the variance ``s v + s (1 - s) m^2``. A norm of the smaller size alone would take ``m`` and ``v``.
+With ``s`` the share of the channels that are left, and their mean ``m`` and variance ``v``, the mean over all is
+``s m`` and the variance ``s v + s (1 - s) m^2``. A norm of the smaller size alone would take ``m`` and ``v``.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class CountedLayerNorm(nn.LayerNorm):
     counted: int
     dim: int  # -1, or 1 in networks that hold channels first
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Normalize along the channels: ``(..., channels)``, or ``(batch, channels, ...)`` if ``dim`` is 1."""
-        x = input.movedim(self.dim, -1)
+        x = images.movedim(self.dim, -1)
         x = _normalized(x, [-1], x.shape[-1] / self.counted, self.eps)
         x = x if self.weight is None else x * self.weight
         return (x if self.bias is None else x + self.bias).movedim(-1, self.dim)
@@ -40,9 +40,9 @@ class CountedGroupNorm(nn.GroupNorm):
 
     counted: int
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Normalize within each group: ``(batch, channels, ...)``."""
-        x = input.unflatten(1, (self.num_groups, -1))
+        x = images.unflatten(1, (self.num_groups, -1))
         share = x.shape[2] / self.counted
         x = _normalized(x, list(range(2, x.dim())), share, self.eps).flatten(1, 2)
         view = (-1, *[1] * (x.dim() - 2))

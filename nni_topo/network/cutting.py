@@ -8,7 +8,7 @@ import torch
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.counted import count
-from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
+from nni_topo.network.layers import CONVOLUTIONS, RULES, TRANSPOSED
 
 _BATCH_NORMS = torch.nn.modules.batchnorm._NormBase  # instance norms too
 
@@ -26,6 +26,12 @@ def cut(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
     elif isinstance(module, torch.nn.Embedding):
         keep(module, "weight", module.weight[:, outs])
         module.embedding_dim = len(outs)
+    elif isinstance(module, torch.nn.RNNBase):
+        for name in ("weight_ih_l0", "weight_ih_l0_reverse"):
+            keep(module, name, None if not hasattr(module, name) else getattr(module, name)[:, ins])
+        module.input_size = len(ins)
+    elif type(module) in RULES:
+        RULES[type(module)].cut(module, outs)
     elif isinstance(module, _BATCH_NORMS):
         _cut_vectors(module, outs)
         module.num_features = len(outs)

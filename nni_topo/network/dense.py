@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from nni.compression.speedup.replacer import Replacer
 
 from nni_topo.network.advice import way_forward
 from nni_topo.network.engine import DenseSpeedup, kept_outputs
@@ -30,6 +32,7 @@ def to_dense(
     round_to: int | None = None,
     check: bool = True,
     rtol: float = 1e-4,
+    customized_replacers: Sequence[Replacer] = (),
 ) -> torch.nn.Module:
     """Build the dense model that computes what the masked model does.
 
@@ -48,6 +51,9 @@ def to_dense(
         Compare the dense model with the masked one, in evaluation mode.
     rtol : float, default=1e-4
         The largest difference allowed, relative to the largest absolute value of the masked model's output.
+    customized_replacers : sequence of nni.compression.speedup.Replacer, default=()
+        As of NNI's ``ModelSpeedup``: run before the modules are cut, each on the speedup, whose ``bound_model`` they
+        change; ``speedup.kept(name)`` gives the channels that enter and leave a module and stay.
 
     Returns
     -------
@@ -96,7 +102,7 @@ def to_dense(
     with random_state_kept(), torch.inference_mode(False):
         torch.manual_seed(0)
         network = Network(model, call)
-        dense, reference, kept, resolved = _build(network, full, round_to)
+        dense, reference, kept, resolved = _build(network, full, round_to, customized_replacers)
         if check:
             check_equal(reference, dense, call, kept, rtol, advise=partial(way_forward, network, reference, kept))
     _report(model, dense, full, resolved)
@@ -114,7 +120,7 @@ def _report(model: torch.nn.Module, dense: torch.nn.Module, masks: FullMasks, re
 
 
 def _build(
-    network: Network, masks: FullMasks, round_to: int | None
+    network: Network, masks: FullMasks, round_to: int | None, replacers: Sequence[Replacer]
 ) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, list[torch.Tensor]], Resolved]:
     """Make the dense model, its reference, the list of what is kept of each module's output, and the masks used."""
     original = detached_copy(network.model).eval()
@@ -124,7 +130,7 @@ def _build(
     dense = copy.deepcopy(reference)
     # Each layer is cut for itself, so each needs tensors of its own.
     untie(dense, find_ties(dense))
-    DenseSpeedup(dense, flow, resolved.left).speedup_model()
+    DenseSpeedup(dense, flow, resolved.left, replacers).speedup_model()
     tie_again(dense, find_ties(original))
     for name, module in network.model.named_modules():
         dense.get_submodule(name).training = module.training

@@ -64,7 +64,8 @@ def dependency_groups(
         ``dependency_group_id`` ("group_0", "group_1", ... in network order), which replaces the old one.
         Layers before or at a grouped convolution or a group norm get ``internal_metric_block``, the
         number of blocks that have to lose the same number of channels, and a group id that makes NNI's
-        pruners heed it. An ``op_types`` selects classes derived from these too. ``skipped`` holds what was left out, by name with the reason.
+        pruners heed it. An ``op_types`` selects classes derived from these too. ``skipped`` holds what was left out,
+        by name with the reason.
 
     Raises
     ------

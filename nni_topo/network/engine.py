@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 import torch.fx
@@ -22,14 +24,16 @@ Kept = dict[str, list[torch.Tensor]]
 class DenseSpeedup(ModelSpeedup):
     """Make a model dense in place, given how channels flow through it and which of their representatives stay."""
 
-    def __init__(self, model: torch.nn.Module, flow: ChannelFlow, left: np.ndarray) -> None:
+    def __init__(
+        self, model: torch.nn.Module, flow: ChannelFlow, left: np.ndarray, replacers: Iterable[Replacer] = ()
+    ) -> None:
         # NNI's own constructor runs the graph for values, which nobody reads here.
         torch.fx.Interpreter.__init__(self, flow.traced)
         self.graph_module, self.bound_model = flow.traced, model
         self.flow, self.left = flow, left
         self.node_infos = {node: NodeInfo(node) for node in flow.traced.graph.nodes}
         self.order = DenseOrder(flow, left) if flow.reorders else None
-        self.replacers = [_Cutter()]
+        self.replacers = [*replacers, _Cutter()]
 
     def speedup_model(self) -> torch.nn.Module:
         """Cut the modules; what stays of each is known."""
@@ -42,6 +46,20 @@ class DenseSpeedup(ModelSpeedup):
         """List the places, ascending, at which channels stay."""
         return torch.from_numpy(np.flatnonzero(self.left[self.flow.roots(numbers)]))
 
+    def numbers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """List the numbers of the channels that enter and leave a module."""
+        entering = self.flow.entering_numbers(name)
+        is_layer = output_channels(self.flow.fetch_attr(name)) is not None and name in self.flow.layers
+        return entering, self.flow.layer_numbers(name) if is_layer else entering
+
+    def kept(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """List the places of the channels that enter and leave a module and stay, in the dense model's order."""
+        entering, leaving = self.numbers(name)
+        ins, outs = self.indices(entering), self.indices(leaving)
+        if self.order is None or not len(entering):
+            return ins, outs
+        return _in_order(self.flow, self.order, name, self.flow.fetch_attr(name), (ins, outs))
+
 
 class _Cutter(Replacer):
     """Cut modules and parameters in place."""
@@ -49,12 +67,8 @@ class _Cutter(Replacer):
     def replace_modules(self, speedup: DenseSpeedup) -> None:
         names = [str(node.target) for node in speedup.node_infos if node.op == "call_module"]
         for name in dict.fromkeys(names):
-            module, entering = speedup.bound_model.get_submodule(name), speedup.flow.entering_numbers(name)
-            is_layer = output_channels(module) is not None and name in speedup.flow.layers
-            leaving = speedup.flow.layer_numbers(name) if is_layer else entering
-            ins, outs = speedup.indices(entering), speedup.indices(leaving)
-            if speedup.order is not None and len(entering):
-                ins, outs = _in_order(speedup.flow, speedup.order, name, module, (ins, outs))
+            module, (ins, outs) = speedup.bound_model.get_submodule(name), speedup.kept(name)
+            entering, leaving = speedup.numbers(name)
             if len(ins) < len(entering) or len(outs) < len(leaving):
                 device = next((each.device for each in module.parameters()), torch.device("cpu"))
                 cut(name, module, ins.to(device), outs.to(device))

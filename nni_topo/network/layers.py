@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +20,54 @@ PER_CHANNEL = (*NORMALIZING, torch.nn.PReLU)
 """Modules that hold one number a channel, and leave channels where they are."""
 
 
+@dataclasses.dataclass(frozen=True)
+class ChannelRule:
+    """How a module of somebody's own making loses channels."""
+
+    cut: Callable[[Any, torch.Tensor], None]
+    dim: int
+
+
+RULES: dict[type[torch.nn.Module], ChannelRule] = {}
+
+
+def register_module(kind: type[torch.nn.Module], cut: Callable[[Any, torch.Tensor], None], *, dim: int = 1) -> None:
+    """Say how a module loses channels that it works on one by one, where tracing it doesn't show that.
+
+    Parameters
+    ----------
+    kind : type
+        The module's class. It isn't traced into; its output has the shape of its first input.
+    cut : callable
+        Gets such a module and the channels that stay, ascending or in the order they come, int64, shape (left,), and
+        makes it smaller in place.
+    dim : int, default=1
+        The dimension of the input that holds the channels, -1 for the last.
+
+    Notes
+    -----
+    That what the module makes of a channel depends on this channel alone, and is zero where the channel is, is checked
+    by `dependency_groups`.
+
+    Examples
+    --------
+    >>> class Gain(torch.nn.Module):
+    ...     def __init__(self, channels):
+    ...         super().__init__()
+    ...         self.gains = torch.nn.Parameter(torch.ones(channels))
+    ...     def forward(self, images):
+    ...         return torch.stack([image * self.gains[:, None, None] for image in images])
+    >>> def shorten(module, kept):
+    ...     module.gains = torch.nn.Parameter(module.gains.detach()[kept])
+    >>> register_module(Gain, shorten)
+    """
+    RULES[kind] = ChannelRule(cut, dim)
+
+
 def is_one(module: torch.nn.Module) -> bool:
     """Tell whether a module of another's making is a layer or a norm, with an activation in it perhaps, to be cut."""
+    if type(module) in RULES:
+        return True
     if isinstance(module, (*WEIGHTED, torch.nn.Embedding)):
         return not any(True for _ in module.children())
     return isinstance(module, NORMALIZING) and channel_dim(module) is not None
@@ -30,7 +77,7 @@ def can_be_cut(module: torch.nn.Module) -> bool:
     """Tell whether a module can be made smaller, or has no parameters to cut; a recurrent layer, say, has and can't."""
     if output_channels(module) is not None:
         return not weight_is_computed(module)
-    return isinstance(module, PER_CHANNEL) or not any(True for _ in module.parameters())
+    return isinstance(module, (*PER_CHANNEL, *RULES)) or not any(True for _ in module.parameters())
 
 
 def weight_is_computed(module: torch.nn.Module) -> bool:

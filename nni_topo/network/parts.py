@@ -99,7 +99,7 @@ def _of(traced: tuple[GraphModule, tuple[Any, ...]]) -> tuple[Graph, tuple[Any, 
 def _leaf(module: nn.Module, call: Call) -> tuple[Graph, tuple[Any, ...]]:
     """Make the graph of one call of one module."""
     graph, named = Graph(), bind_arguments(module, call)
-    given = {name: graph.placeholder(name) for name in named}
+    given: dict[str, Any] = {name: graph.placeholder(name) for name in named}
     args = tuple(given.pop(name) for name in list(named)[: len(call[0])])
     graph.output(graph.call_module("", args, given))
     return graph, tuple(named.values())

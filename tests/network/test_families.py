@@ -14,7 +14,7 @@ from speedup_nets import Concatenated, Grouped, Residual, chain, filter_mask, l1
 from torch import nn
 
 import nni_topo
-from nni_topo.errors import ConfigError, SpeedupError
+from nni_topo.errors import ConfigError
 from nni_topo.network.network import Network
 
 sys.path.insert(0, str(_BENCHMARKS := Path(__file__).parents[2] / "benchmarks"))
@@ -32,8 +32,8 @@ OWN = {
     "group_norm_one_each": (0.5, set()),
     "instance_norm": (0.5, set()),
     "squeeze_excite": (0.5, set()),
-    "lstm": (8 / 28, {"embed"}),
-    "gru": (8 / 28, {"embed"}),
+    "lstm": (0.5, set()),
+    "gru": (0.5, set()),
     "shared": (0.5, set()),
     "sliced": (None, {"two.0", "four.0"}),
     "multihead_attention": (0.2, {"embed", "outer"}),
