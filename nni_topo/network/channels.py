@@ -301,7 +301,8 @@ class ChannelFlow(torch.fx.Interpreter):
     def _sides(self, pieces: list[np.ndarray]) -> list[list[np.ndarray]]:
         """Take what each layer gives to pieces for itself where layers were shuffled."""
         # Behind a shuffle every layer's first channels come first, so that each has to lose equally many of each piece.
-        firsts = np.array(sorted([FIXED, *(each.first for each in self.layers.values()), *(each.first for each in self.own.values())]))
+        made: list[Layer | Own] = [*self.layers.values(), *self.own.values()]
+        firsts = np.array(sorted([FIXED, *(each.first for each in made)]))
         owners = [np.searchsorted(firsts, piece, side="right") for piece in pieces]
         sides = [
             [piece[owner == each] for piece, owner in zip(pieces, owners, strict=True)]
@@ -313,7 +314,9 @@ class ChannelFlow(torch.fx.Interpreter):
     def _split(self, n: torch.fx.Node, labels: torch.Tensor, moved: torch.Tensor) -> None:
         """Say what a view asks of channels that it takes apart into rows: so many of them, or each of such a length."""
         places = [[d for d in range(each.dim()) if varies(each, d)] for each in (labels, moved)]
-        sizes = n.args[1:] if plain_name(n) != "unflatten" else (None,) * (places[1] or [0])[0] + tuple(n.args[2])  # type: ignore[arg-type]
+        sizes: Any = n.args[1:]
+        if plain_name(n) == "unflatten":
+            sizes = (*[None] * (places[1] or [0])[0], *sizes[-1])
         sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
         if len(places[0]) != 1 or len(places[1]) != 2 or len(sizes) <= places[1][1]:
             return
