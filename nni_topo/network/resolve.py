@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from nni_topo.network.channels import Blocks, ChannelFlow
 from nni_topo.network.labels import FIXED
 from nni_topo.network.layers import channel_dimension, kept_channels, spread
 from nni_topo.network.masks import FullMasks
+from nni_topo.network.modes import device_of
 
 _logger = logging.getLogger(__name__)
 
@@ -45,10 +47,22 @@ def warn_of_kept(kept: Mapping[str, str]) -> None:
         _logger.warning("masks must agree where layers share channels; channels kept although masked: %s", told)
 
 
-def resolve(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, round_to: int | None = None) -> Resolved:
-    """Make checked masks of tied channels agree; ``round_to``: every pruned layer keeps a multiple of it, or all."""
+def widths_multiple(round_to: int | str | None, device: torch.device) -> int | None:
+    """Check ``round_to``; ``"auto"`` is how many channels a processor computes at once."""
+    if round_to == "auto":
+        # Tensor cores take half-precision matrices by eights; a vector register of a CPU holds so many single floats.
+        lanes = {"AVX512": 16, "AVX2": 8}
+        return 8 if device.type != "cpu" else lanes.get(torch.backends.cpu.get_cpu_capability(), 4)
     if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
-        raise ConfigError(f"round_to must be a positive integer or None, got {round_to!r}")
+        raise ConfigError(f'round_to must be a positive integer, "auto" or None, got {round_to!r}')
+    return round_to
+
+
+def resolve(
+    model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, round_to: int | Literal["auto"] | None = None
+) -> Resolved:
+    """Make checked masks of tied channels agree; ``round_to``: every pruned layer keeps a multiple of it, or all."""
+    round_to = widths_multiple(round_to, device_of(model))
     given = _given(model, flow, masks)
     kept = _union(flow, given)
     # Before rounding brings channels back: a mask on the output is a mistake even where this would undo it.

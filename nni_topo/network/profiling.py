@@ -18,7 +18,7 @@ MODES = ("plain", "channels_last", "bf16", "compile")
 
 
 @dataclass(frozen=True)
-class Profile:
+class ModeCost:
     """One network in one mode.
 
     Attributes
@@ -55,7 +55,7 @@ def profile(
     warmup: int = 5,
     threads: int = 1,
     seed: int = 0,
-) -> list[Profile]:
+) -> list[ModeCost]:
     """Measure networks beside each other, those of a mode in turns.
 
     Parameters
@@ -71,7 +71,7 @@ def profile(
 
     Returns
     -------
-    list of Profile
+    list of ModeCost
         By mode, within it by network. Where one network can't run in a mode, none is measured in it.
 
     Raises
@@ -98,7 +98,7 @@ def profile(
         except (RuntimeError, NotImplementedError) as error:  # no compiler, an operation without bf16
             failed = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         found += [
-            Profile(name, mode, *costs[name], times[name], 1000 * len(inputs[0]) / times[name], peaks[name], failed)
+            ModeCost(name, mode, *costs[name], times[name], 1000 * len(inputs[0]) / times[name], peaks[name], failed)
             for name in models
         ]
     return found
