@@ -11,6 +11,7 @@ import torch
 from nni.compression.speedup.replacer import Replacer
 
 from nni_topo.network.advice import way_forward
+from nni_topo.network.attention import tell_config
 from nni_topo.network.engine import DenseSpeedup, kept_outputs
 from nni_topo.network.inputs import call_arguments
 from nni_topo.network.masks import FullMasks, Masks, check_masks, check_model
@@ -127,12 +128,14 @@ def _build(
     original = detached_copy(network.model).eval()
     flow = network.flow
     resolved = resolve(original, flow, masks, round_to)
-    reference = apply_masks(original, network.call, resolved.masks)
+    ties = find_ties(original)
+    reference = apply_masks(original, network.call, resolved.masks, in_place=True)
     dense = copy.deepcopy(reference)
     # Each layer is cut for itself, so each needs tensors of its own.
     untie(dense, find_ties(dense))
     DenseSpeedup(dense, flow, resolved.left, replacers).speedup_model()
-    tie_again(dense, find_ties(original))
+    tie_again(dense, ties)
+    tell_config(dense, original)
     for name, module in network.model.named_modules():
         dense.get_submodule(name).training = module.training
     return dense, reference, kept_outputs(flow, resolved.left), resolved

@@ -11,6 +11,7 @@ from nni.compression.speedup import ModelSpeedup
 from nni.compression.speedup.container import NodeInfo
 from nni.compression.speedup.replacer import Replacer
 
+from nni_topo.network.attention import resize
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.cutting import cut, keep
 from nni_topo.network.labels import tensor_shape
@@ -49,7 +50,7 @@ class DenseSpeedup(ModelSpeedup):
     def numbers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """List the numbers of the channels that enter and leave a module."""
         entering = self.flow.entering_numbers(name)
-        is_layer = output_channels(self.flow.fetch_attr(name)) is not None and name in self.flow.layers
+        is_layer = output_channels(self.bound_model.get_submodule(name)) is not None and name in self.flow.layers
         return entering, self.flow.layer_numbers(name) if is_layer else entering
 
     def kept(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,26 +59,32 @@ class DenseSpeedup(ModelSpeedup):
         ins, outs = self.indices(entering), self.indices(leaving)
         if self.order is None or not len(entering):
             return ins, outs
-        return _in_order(self.flow, self.order, name, self.flow.fetch_attr(name), (ins, outs))
+        return _in_order(self.flow, self.order, name, self.bound_model.get_submodule(name), (ins, outs))
 
 
 class _Cutter(Replacer):
     """Cut modules and parameters in place."""
 
     def replace_modules(self, speedup: DenseSpeedup) -> None:
-        names = [str(node.target) for node in speedup.node_infos if node.op == "call_module"]
+        flow, model = speedup.flow, speedup.bound_model
+        names = [str(node.target) for node in speedup.node_infos if node.op == "call_module"] + list(flow.heads)
         for name in dict.fromkeys(names):
-            module, (ins, outs) = speedup.bound_model.get_submodule(name), speedup.kept(name)
+            module, (ins, outs) = model.get_submodule(name), speedup.kept(name)
             entering, leaving = speedup.numbers(name)
             if len(ins) < len(entering) or len(outs) < len(leaving):
                 device = next((each.device for each in module.parameters()), torch.device("cpu"))
                 cut(name, module, ins.to(device), outs.to(device))
-        for name, own in speedup.flow.own.items():
-            kept = speedup.indices(speedup.flow.own_numbers(name))
+        for name, own in flow.own.items():
+            kept = speedup.indices(flow.own_numbers(name))
             if len(kept) < own.channels:
                 owner, _, target = name.rpartition(".")
-                module = speedup.bound_model.get_submodule(owner)
+                module = model.get_submodule(owner)
                 keep(module, target, getattr(module, target).index_select(own.dim, kept.to(device_of(module))))
+        for attention in dict.fromkeys(each.name for each in flow.heads.values()):
+            found = flow.attention[attention]
+            left = len(speedup.indices(flow.head_numbers(next(iter(found.channels)))))
+            if left < found.heads:
+                resize(model.get_submodule(attention), found, left)
 
 
 def _in_order(

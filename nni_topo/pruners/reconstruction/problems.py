@@ -31,6 +31,7 @@ from nni_topo.network.inputs import batch_size, calls, structure_call
 from nni_topo.network.layers import CONVOLUTIONS
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.network import Network
+from nni_topo.network.transformers import mixing_called
 from nni_topo.pruners.clouds.functional import Reader, check_read, readers_of, unread_error
 from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.reconstruction.readings import Reading, column_count
@@ -111,7 +112,7 @@ class ReconstructionProblems:
         }
         flat = [one for found in sums.values() for one in found]
         hooks = watched([(one.twin, one.reached) for one in flat], [(one.module, one.met) for one in flat])
-        with hooks, evaluation_mode(original, network), torch.no_grad():
+        with mixing_called(original, network), hooks, evaluation_mode(original, network), torch.no_grad():
             for args, kwargs in calls(original, self.calibration):
                 original(*args, **kwargs)
                 if network is not original:
@@ -149,7 +150,8 @@ def _problem(found: list[Reading], name: str) -> ReconstructionProblem:
             raise DataError(f"activations must be finite, got NaN or infinity ({name})")
         own, across, variances = (values[0] for values in one.equations.covariances())
         variance = float(variances.sum())
-        cross = across / np.sqrt(variance) if variance > 0 else torch.zeros_like(across)
-        grams.append((own + _RIDGE * torch.diag(own.diagonal())).cpu().numpy())
-        crosses.append(cross.cpu().numpy())
+        own.diagonal().mul_(1.0 + _RIDGE)
+        across.mul_(variance**-0.5 if variance > 0 else 0.0)
+        grams.append(own.cpu().numpy())
+        crosses.append(across.cpu().numpy())
     return ReconstructionProblem(tuple(grams), tuple(crosses), tuple(one.columns for one in found))
