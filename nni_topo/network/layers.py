@@ -73,6 +73,11 @@ def is_one(module: torch.nn.Module) -> bool:
     return isinstance(module, NORMALIZING) and channel_dim(module) is not None
 
 
+def is_plain_norm(module: torch.nn.Module) -> bool:
+    """Tell whether a module is a batch norm and no more; one of another's making may hold an activation too."""
+    return isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and type(module).__module__.startswith("torch.")
+
+
 def can_be_cut(module: torch.nn.Module) -> bool:
     """Tell whether a module can be made smaller, or has no parameters to cut; a recurrent layer, say, has and can't."""
     if output_channels(module) is not None:
