@@ -205,6 +205,7 @@ def measure(name: str, options: dict[str, str]) -> dict[str, Any]:
     inputs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
     with torch.no_grad():
         actual = run(dense, inputs)
+        record["change"] = difference(run(model, inputs), actual)
     record["difference"] = difference(zeroed_outputs(model, gone | norms, inputs), actual)
     if isinstance(inputs, Tensor):
         record["macs"], record["dense_macs"] = zoo.count_macs(model, inputs), zoo.count_macs(dense, inputs)

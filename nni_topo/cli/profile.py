@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import nni_topo
 from nni_topo.network.profiling import ModeCost, profile
-from nni_topo.runs.evaluators import resolve_device
+from nni_topo.runs.run import resolve_device
 from nni_topo.runs.study import ModelVerb, Names
 from nni_topo.runs.tables import as_table
 from nni_topo.zoo import create_model

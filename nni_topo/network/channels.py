@@ -207,8 +207,8 @@ class ChannelFlow(torch.fx.Interpreter):
             side = np.split(self._per_channel(labels[0], 1), module.num_groups)
             self.blocks.append(Blocks([list(side)], may_vanish=True))
         if isinstance(module, (*PER_CHANNEL, *RULES)):
-            dim = 1 if type(module) not in RULES else RULES[type(module)].dim
-            dim = channel_dim(module) if isinstance(module, torch.nn.LayerNorm) else dim
+            rule = RULES.get(type(module))  # type: ignore[arg-type]
+            dim = rule.dim if rule else channel_dim(module)
             if dim is None:
                 return self._whole(node, labels, f"{type(module).__name__} ({name}) stays whole")
             self._tie_calls(name, self._per_channel(labels[0], dim % labels[0].dim()))

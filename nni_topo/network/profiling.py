@@ -126,7 +126,7 @@ def _peak(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as watch:
             model(*inputs)
     held = most = 0
-    events = watch.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = watch.profiler.kineto_results.events()
     for event in sorted((each for each in events if each.name() == "[memory]"), key=lambda each: each.start_ns()):
         held += event.nbytes()
         most = max(most, held)
