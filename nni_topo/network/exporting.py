@@ -41,7 +41,7 @@ class Exported:
         Its bytes.
     error : float
         Largest difference of the float file's outputs from the network's, at two batch sizes, as a share of the
-        largest output (at least 1).
+        largest output.
     int8_distance : float
         Mean squared distance of the INT8 file's outputs from the network's over the calibration batches, as a share of
         their variance; NaN without INT8.
@@ -121,8 +121,9 @@ def export(
     program = _program(net, call)
     path.parent.mkdir(parents=True, exist_ok=True)
     if format == "torch.export":
-        torch.export.save(program, path)
-        loaded = torch.export.load(path).module()
+        with _quietly():
+            torch.export.save(program, path)
+            loaded = torch.export.load(path).module()
         return Exported(path, path.stat().st_size, _check(net, call, lambda one: tensors_of(loaded(*one[0], **one[1]))))
     with _quietly():
         torch.onnx.export(program, f=str(path), dynamo=True, external_data=False, verbose=False)
@@ -228,7 +229,7 @@ def _check(net: nn.Module, call: Call, run: Any) -> float:
                 shapes = f"{tuple(got.shape)} for {tuple(wanted.shape)}"
                 raise ExportError(f"an output must keep its shape, got {shapes} (export)")
             gap = (got.double() - wanted.double()).abs().max()
-            errors.append(float(gap / wanted.double().abs().max().clamp_min(1.0)))
+            errors.append(float(gap / wanted.double().abs().max().clamp_min(torch.finfo(torch.float32).tiny)))
     if not max(errors) <= _TOLERANCE:
         raise ExportError(f"outputs must be equal within {_TOLERANCE:g} of the largest, got {max(errors):.3g} (export)")
     return max(errors)
