@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nni_topo.network.advice import way_forward
+from nni_topo.network.attention import tell_config
 from nni_topo.network.engine import DenseSpeedup, kept_outputs
 from nni_topo.network.inputs import call_arguments
 from nni_topo.network.masks import FullMasks, Masks, check_masks, check_model
@@ -127,6 +128,7 @@ def _build(
     untie(dense, find_ties(dense))
     DenseSpeedup(dense, flow, resolved.left).speedup_model()
     tie_again(dense, ties)
+    tell_config(dense, original)
     for name, module in network.model.named_modules():
         dense.get_submodule(name).training = module.training
     return dense, reference, kept_outputs(flow, resolved.left), resolved

@@ -18,6 +18,7 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.pruners.checks import check_request
+from nni_topo.pruners.heads import show_heads_to_nni
 from nni_topo.pruners.hooks import DataCollector, MetricCalculator, SparsityAllocator
 
 _NNI_ARGUMENTS = ("model", "config_list", "evaluator", "existed_wrappers")
@@ -186,7 +187,7 @@ def expose_in_nni() -> None:
 
     Pruners become attributes of ``nni.compression.pruning``; collectors, metrics and allocators of
     ``nni.compression.pruning.tools``, beside NNI's functions for these steps. NNI's schedulers warn of pruners that
-    they weren't tested with: no longer of these, which are.
+    they weren't tested with: no longer of these, which are. All pruners see heads of attention.
     """
     own = [cls for info in TABLE.values() if info.origin == "nni_topo" and isinstance(cls := info.load(), type)]
     for cls in own:
@@ -196,6 +197,7 @@ def expose_in_nni() -> None:
         part = getattr(hooks, name)
         if isinstance(part, type) and issubclass(part, (DataCollector, MetricCalculator, SparsityAllocator)):
             setattr(nni.compression.pruning.tools, name, part)
+    show_heads_to_nni()
     logging.getLogger(f"{_NNI}.scheduled_pruner").addFilter(_Tested({cls.__name__ for cls in own}))
 
 
