@@ -129,8 +129,13 @@ FAMILIES = ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2_x0_5",
 def test_one_network_of_each_family(name, tmp_path):
     torch.manual_seed(0)
     model, inputs = family(name)
-    for file, kind in (("model.onnx", "onnx"), ("model.pt2", "torch.export")):
-        assert nni_topo.export(model, tmp_path / file, inputs, format=kind).error < 1e-4
+    assert nni_topo.export(model, tmp_path / "model.onnx", inputs).error < 1e-4
+    try:
+        assert nni_topo.export(model, tmp_path / "model.pt2", inputs, format="torch.export").error < 1e-4
+    except ExportError as error:
+        # the masks of Transformers' decoders are made by vmap, which PyTorch doesn't serialise
+        assert name in ("gpt2", "llama")
+        assert "that torch.export can save" in str(error)
 
 
 class FixedBatch(nn.Module):
