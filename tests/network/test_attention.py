@@ -12,6 +12,7 @@ from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from nni_topo import compensate, create_pruner, dependency_groups, masked_model, to_dense
+from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import find_attention, multihead
 from nni_topo.network.cost import NetworkCost
 from nni_topo.network.layers import weight_name, weight_of
@@ -343,3 +344,15 @@ def test_blocks_of_ones_own_stay_what_they_are():
     config = [{"op_names_re": [r"1\.attention\.[qkv]_proj"], "granularity": [3, 6], "sparse_ratio": 0.5}]
     groups = dependency_groups(make("apart"), _states(2, 7, 5), config)
     assert [(e["granularity"], "dependency_group_id" in e) for e in groups] == [([3, 6], False)] * 3
+
+
+def test_one_head_of_a_layer_has_to_stay():
+    model = make("apart")
+    with pytest.raises(
+        SpeedupError, match=r"must leave at least one channel of a layer, got only zeros \(1\.attention"
+    ):
+        to_dense(model, _states(3, 7, 5), head_masks(model, []))
+    masks = prune(
+        model, [{"op_types": ["Linear"], "granularity": "head", "sparse_ratio": 0.99}], "l1", [_states(3, 7, 5)]
+    )
+    assert masks["1.attention.q_proj"]["weight"].flatten(1).any(1).sum() == SIZE
