@@ -33,7 +33,7 @@ CHOICES = {"random": "random", "norm": "l1", "functional cloud": "topological", 
 RULES = {
     "as shipped": None,
     "mean into bias": "mean",
-    "scalar per head": "scalar",
+    "scalar per channel": "scalar",
     "channel ridge": "channel",
     "solved": "reconstruct",
     "solved, distilled": "reconstruct",
