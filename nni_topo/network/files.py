@@ -226,6 +226,7 @@ def _check_fit(document: dict[str, Any], model: torch.nn.Module, place: str) -> 
     rule = "a dense model must be loaded into the model it was pruned from"
     modules = {name: module for name, module in model.named_modules() if _sizes(module)}
     resizable = {name for name, module in model.named_modules(remove_duplicate=False) if _sizes(module)}
+    resizable |= find_attention(model).keys()
     stored: dict[str, dict[str, Any]] = document["modules"]
     tensors = dict(model.state_dict(keep_vars=True))
     _check_names(rule, "modules", set(stored), set(modules), place)
