@@ -193,9 +193,9 @@ def pair_coefficients(
 
     It is ``argmin ||f_u - alpha f_s - beta||^2`` over the same samples, arrays of equal shapes; where ``f_s`` is
     constant, alpha is 0. With ``iterations`` (5.11) and (5.12) alternate so often from ``beta = 0`` and come nearer to
-    that by ``mean(f_s)^2 / (mean(f_s^2) + eps / n)`` each time, ``eps`` the text's small value in the denominator. (5.12)
-    prints no mean; as beta is one number, it is the mean over samples. ConfigError if a knob is out of range, DataError
-    if there is no sample, the shapes differ, or a value isn't finite.
+    that by ``mean(f_s)^2 / (mean(f_s^2) + eps / n)`` each time, ``eps`` the text's small value in the denominator.
+    (5.12) prints no mean; as beta is one number, it is the mean over samples. ConfigError if a knob is out of range,
+    DataError if there is no sample, the shapes differ, or a value isn't finite.
 
     Examples
     --------
