@@ -132,7 +132,7 @@ def test_one_network_of_each_family(name, tmp_path):
     assert nni_topo.export(model, tmp_path / "model.onnx", inputs).error < 1e-4
     program = tmp_path / "model.pt2"
     if name in ("gpt2", "llama"):  # their masks are made by vmap, which PyTorch doesn't serialise
-        with pytest.raises(ExportError, match="that torch.export can save"):
+        with pytest.raises(ExportError, match="can save"):
             nni_topo.export(model, program, inputs, format="torch.export")
     else:
         assert nni_topo.export(model, program, inputs, format="torch.export").error < 1e-4
