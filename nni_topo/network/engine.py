@@ -83,8 +83,7 @@ class _Cutter(Replacer):
         for attention in dict.fromkeys(each.name for each in flow.heads.values()):
             found = flow.attention[attention]
             left = len(speedup.indices(flow.head_numbers(next(iter(found.channels)))))
-            if left < found.heads:
-                resize(model.get_submodule(attention), found, left)
+            resize(model.get_submodule(attention), found, left)
 
 
 def _in_order(

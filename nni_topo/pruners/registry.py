@@ -117,13 +117,7 @@ def pruner_info(name: str) -> PrunerInfo:
 
 
 def check_knobs(name: str, knobs: Iterable[str]) -> None:
-    """Check the names of a pruner's knobs.
-
-    Raises
-    ------
-    ConfigError
-        If the pruner or a knob is unknown; the message holds the nearest names.
-    """
+    """Raise ConfigError, with the nearest names there are, if a pruner or one of the names of its knobs is unknown."""
     allowed = pruner_info(name).knobs()
     for knob in knobs:
         if knob not in allowed:
