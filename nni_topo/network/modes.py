@@ -55,3 +55,11 @@ def unwrapped_copy(model: nn.Module) -> nn.Module:
         if wrapper is not None:
             wrapper.unwrap()
     return copied
+
+
+def is_plain(model: Any) -> bool:
+    """Say whether a model is a module whose layers are there to be seen: not scripted, compiled, or spread."""
+    # By their names: to import these classes takes longer than all else that looks at a model.
+    opaque = {"ScriptModule", "OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    return isinstance(model, nn.Module) and not kinds & {*opaque, "FSDPModule"}

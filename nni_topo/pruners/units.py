@@ -101,7 +101,13 @@ def block_shape(space: PruningTargetSpace) -> tuple[int, ...]:
     if space._scaler is None:
         return tuple(target.shape)
     # Only the shape is asked for: the first element of each block stands for the block.
-    return tuple(space._scaler.shrink(target.detach(), lambda block: block[..., 0], keepdim=True).shape)
+    try:
+        return tuple(space._scaler.shrink(target.detach(), lambda block: block[..., 0], keepdim=True).shape)
+    except (AssertionError, ArithmeticError, IndexError, RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"granularity must divide the target's shape {tuple(target.shape)}, got {space.granularity} "
+            f"({space._wrapper.name}.{space._target_name})"
+        ) from error
 
 
 def pruning_units(target_spaces: TargetSpaces) -> list[PruningUnit]:

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError, DataError, one_of, whole
 from nni_topo.network.capture import by_channel, inputs_seen
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.following import followers, passes
@@ -26,6 +26,7 @@ from nni_topo.pruners.transposed import loses_outputs
 from nni_topo.pruners.units import PruningUnit
 
 Pool = Literal["none", "mean"] | int
+POOL = one_of(("none", "mean")) | whole(1)
 
 _POOLS: list[Any] = [functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d]
 _ACTIVATIONS = {"relu", "relu6", "leakyrelu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "tanh"}
@@ -74,9 +75,7 @@ class FeatureCollector(DataCollector):
     """
 
     def __init__(self, calibration: Iterable[Any] | None = None, *, pool: Pool = "none") -> None:
-        is_size = isinstance(pool, int) and not isinstance(pool, bool) and pool >= 1
-        if pool not in ("none", "mean") and not is_size:
-            raise ConfigError(f"pool must be 'none', 'mean' or an integer of at least 1, got {pool!r} (features)")
+        POOL.check("pool", pool, "features")
         self.calibration = calibration
         self.pool = pool
         self._network: TracedNetwork | None = None
