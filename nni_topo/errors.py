@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -59,7 +60,7 @@ class Rule:
         return Rule(
             f"{self.words} or {other.words}",
             lambda value: self.holds(value) or other.holds(value),
-            self.names + other.names if self.names and other.names else (),
+            self.names + other.names,
         )
 
     def check(self, name: str, value: Any, place: str) -> None:
@@ -107,7 +108,13 @@ def one_of(names: Iterable[str]) -> Rule:
 
 def instance(*kinds: type[Any]) -> Rule:
     """Return the rule of an object of one of several classes."""
-    return Rule(" or ".join(f"a {kind.__name__}" for kind in kinds), lambda value: isinstance(value, kinds))
+    words = (f"{'an' if kind.__name__[0] in 'AEIOUaeiou' else 'a'} {kind.__name__}" for kind in kinds)
+    return Rule(" or ".join(words), lambda value: isinstance(value, kinds))
+
+
+def settings(kind: type[Any]) -> Rule:
+    """Return the rule of what :func:`as_settings` takes for a class of settings; that has a table of its own."""
+    return Rule(f"a {kind.__name__} or a mapping of its fields", lambda value: isinstance(value, (kind, Mapping)))
 
 
 def all_of(rule: Rule, kind: type[Any], least: int = 0) -> Rule:
@@ -139,17 +146,17 @@ def check_knobs(place: str, given: Mapping[str, Any], rules: Mapping[str, Rule])
 
 
 def checked(**rules: Rule) -> Callable[[Callable[_Given, _Returned]], Callable[_Given, _Returned]]:
-    """Check a function's keyword arguments before it runs; its ``rules`` are the table of them."""
+    """Check a function's arguments before it runs, by their names."""
 
     def decorate(function: Callable[_Given, _Returned]) -> Callable[_Given, _Returned]:
         place = function.__qualname__.removesuffix(".__init__")
+        names = list(inspect.signature(function).parameters)
 
         @functools.wraps(function)
         def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Returned:
-            check_knobs(place, kwargs, rules)
+            check_knobs(place, {**dict(zip(names, args, strict=False)), **kwargs}, rules)
             return function(*args, **kwargs)
 
-        setattr(run, "rules", rules)  # noqa: B010 - functions have no such attribute by their type
         return run
 
     return decorate
@@ -179,13 +186,13 @@ def as_settings(kind: type[Settings], value: Settings | Mapping[str, Any] | None
     """Return a knob's settings object, also from a mapping of its fields, as YAML has it; None: with its defaults."""
     if isinstance(value, kind):
         return value
-    if value is not None and not isinstance(value, Mapping):
-        raise ConfigError(f"{name} must be a {kind.__name__} or a mapping of its fields, got {_shown(value)} ({name})")
+    (settings(kind) | NONE).check(name, value, name)
+    given = dict(value) if isinstance(value, Mapping) else {}
     known = [item.name for item in fields(kind)]  # type: ignore[arg-type]
-    for key in value or ():
+    for key in given:
         if key not in known:
             raise unknown_name(f"key of {name}", str(key), known)
-    return kind(**(value or {}))
+    return kind(**given)
 
 
 def _shown(value: Any) -> str:

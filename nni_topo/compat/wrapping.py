@@ -96,6 +96,26 @@ def _by_one_name(
     return written
 
 
+def unwrap_models_once() -> bool:
+    """Let ``unwrap_model`` do nothing for a model that isn't wrapped.
+
+    Place: ``nni/compression/base/compressor.py``, ``Compressor.unwrap_model``. Cause: it warns that it can't unwrap, and
+    goes on to an AttributeError, on every version. Returns True, but for a second call: NNI has no such rule.
+    """
+    unwrap_model = Compressor.unwrap_model
+    if hasattr(unwrap_model, _MARK):
+        return False
+
+    @functools.wraps(unwrap_model)
+    def unwrap_once(self: Compressor) -> None:
+        if self._is_wrapped:
+            unwrap_model(self)
+
+    setattr(unwrap_once, _MARK, True)
+    Compressor.unwrap_model = unwrap_once
+    return True
+
+
 def undo_failed_constructors() -> bool:
     """Leave the model as it was where a pruner's constructor raises.
 

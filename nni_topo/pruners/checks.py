@@ -90,13 +90,13 @@ _NAMES, _GROUP = all_of(instance(str), list), instance(str, int)
 _STEP = Rule("a number of elements, or -1 for all", lambda value: value != 0 and whole(-1).holds(value))
 _PADDING = one_of(("front", "back"))
 _SETTING = {
-    "sparse_ratio": number(0, 1, "left") | NONE,
-    "sparse_threshold": number() | NONE,
-    "max_sparse_ratio": number(0, 1, "right") | NONE,
-    "min_sparse_ratio": number(0, 1, "left") | NONE,
-    "global_group_id": _GROUP | NONE,
-    "dependency_group_id": _GROUP | NONE,
-    "internal_metric_block": whole(1) | NONE,
+    "sparse_ratio": number(0, 1, "left"),
+    "sparse_threshold": number(),
+    "max_sparse_ratio": number(0, 1, "right"),
+    "min_sparse_ratio": number(0, 1, "left"),
+    "global_group_id": _GROUP,
+    "dependency_group_id": _GROUP,
+    "internal_metric_block": whole(1),
     "granularity": one_of(("default", "in_channel", "out_channel", "per_channel"))
     | Rule("a list of steps, or of these, 'front' or 'back', and a step", _is_granularity),
     "apply_method": one_of(("bypass", "mul", "add")),
@@ -290,8 +290,12 @@ def _targets(name: str, module: nn.Module, config: dict[str, Any], place: str) -
     for target in found:
         is_own = not target.startswith((INPUT_PREFIX, OUTPUT_PREFIX))
         usual = target if is_own or target in known else re.sub(r"[^_]*$", "", target)
-        if usual not in known or (is_own and not isinstance(getattr(module, target, ""), (Tensor, type(None)))):
+        if usual not in known:
             raise unknown_name(f"target of {name} ({place})", target, known)
+        value = getattr(module, target, None) if is_own else None
+        if not isinstance(value, (Tensor, type(None))) or (is_own and not hasattr(module, target)):
+            got = f"a {type(value).__name__}" if hasattr(module, target) else "none of that name"
+            raise ConfigError(f"a target must be a tensor of its layer, got {got} ({name}.{target})")
     return found
 
 

@@ -35,6 +35,7 @@ ALWAYS_BROKEN = {
     "untie_layers",
     "keep_shared_parameters",
     "wrap_modules_once",
+    "unwrap_models_once",
     "undo_failed_constructors",
     "keep_given_masks",
     "keep_graph_for_all_outputs",

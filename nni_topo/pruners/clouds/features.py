@@ -18,6 +18,7 @@ from nni_topo.network.capture import by_channel, inputs_seen
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.following import followers, passes
 from nni_topo.network.inputs import Call, batch_size, bind_arguments, calls, first_call, fitting
+from nni_topo.network.layers import WEIGHTED
 from nni_topo.network.modes import detached_copy
 from nni_topo.network.tracing import trace
 from nni_topo.pruners.clouds.moments import Moments, check_finite, check_reached, embedding
@@ -92,6 +93,14 @@ class FeatureCollector(DataCollector):
         if self._network is None:
             raise ConfigError("features must be collected before the network is asked for (FeatureCollector)")
         return self._network
+
+    def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        """Raise ConfigError for layers that are no linear layers or convolutions."""
+        for name, module in modules.items():
+            if not isinstance(module, WEIGHTED):
+                raise ConfigError(
+                    f"features must be those of a linear layer or a convolution, got {type(module).__name__} ({name})"
+                )
 
     def collect(self, context: PruningContext) -> Data:
         """Return float64 clouds ``(blocks, 1 + d)`` on the CPU, ``d`` at most the number of blocks or of samples.

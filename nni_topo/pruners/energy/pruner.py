@@ -19,7 +19,7 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, Rule, instance, number, one_of
+from nni_topo.errors import ConfigError, Rule, instance, number, one_of, settings
 from nni_topo.maths import signals
 from nni_topo.maths.ties import descending
 from nni_topo.network.inputs import checked_calibration
@@ -132,7 +132,7 @@ class EnergyFilterPruner(StructuredPruner):
     setting_rules: ClassVar[Mapping[str, Rule]] = {"sparse_threshold": number(0, 1, "neither")}
 
     @pruner_arguments(
-        signal=one_of(("chirp", "data")) | instance(signals.Chirp, Mapping, EnergyCollector), **ENERGY_KNOBS
+        signal=one_of(("chirp", "data")) | settings(signals.Chirp) | instance(EnergyCollector), **ENERGY_KNOBS
     )
     def __init__(
         self,

@@ -16,6 +16,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.maths.search.gene_layers import BoolArray, FloatArray, Layer
 from nni_topo.maths.search.state import load_state, save_state
 from nni_topo.maths.search.weights import WeightGeneticAlgorithm, WeightSearch
+from nni_topo.network.inputs import repeatable
 from nni_topo.pruners.genetic_weight.masked import MaskedScores
 from nni_topo.pruners.genetic_weight.population import PopulationAccuracy
 from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext
@@ -87,7 +88,7 @@ def checked_validation(validation: Iterable[Any] | None) -> list[Any] | None:
     """Return labelled batches as a list, or raise a ConfigError where there is none."""
     if validation is None:
         return None
-    batches = list(validation)
+    batches = list(repeatable(validation, "validation"))
     if not batches:
         raise ConfigError("validation must hold at least one batch, got none (validation)")
     return batches

@@ -22,7 +22,7 @@ from nni.compression.utils import Evaluator
 from numpy.typing import NDArray
 from torch import nn
 
-from nni_topo.errors import ANYTHING, FUNCTION, NONE, PATH, ConfigError, as_settings, instance, whole
+from nni_topo.errors import ANYTHING, FUNCTION, NONE, PATH, ConfigError, as_settings, settings, whole
 from nni_topo.maths.search.weights import HistoryRow, WeightGeneticAlgorithm, WeightSearch
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_weight_target, pruner_arguments
@@ -100,7 +100,7 @@ class GeneticWeightPruner(StructuredPruner):
     @pruner_arguments(
         validation=ANYTHING,  # looked at as it is read
         evaluate=FUNCTION | NONE,
-        search=instance(WeightSearch, Mapping) | NONE,
+        search=settings(WeightSearch) | NONE,
         state=PATH | NONE,
         on_generation=FUNCTION | NONE,
         max_bytes=whole(1, 2**63 - 1),

@@ -16,7 +16,7 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import NONE, ConfigError, all_of, as_settings, instance
+from nni_topo.errors import NONE, ConfigError, all_of, as_settings, settings
 from nni_topo.maths.clustering.subclustering import ENERGY, Growth, SplitTree
 from nni_topo.network.inputs import checked_calibration
 from nni_topo.pruners.base import StructuredPruner
@@ -102,7 +102,7 @@ class SubclusterPruner(StructuredPruner):
 
     @pruner_arguments(
         energy=ENERGY | all_of(ENERGY, Mapping),
-        growth=instance(Growth, Mapping) | NONE,
+        growth=settings(Growth) | NONE,
         survivor=SURVIVOR,
         pool=POOL,
     )

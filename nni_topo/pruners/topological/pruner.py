@@ -19,7 +19,7 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import NONE, Rule, all_of, as_settings, instance, one_of, whole
+from nni_topo.errors import NONE, Rule, all_of, as_settings, instance, one_of, settings, whole
 from nni_topo.maths.search.subsets import Generation
 from nni_topo.network.inputs import checked_calibration
 from nni_topo.pruners.base import StructuredPruner
@@ -115,10 +115,10 @@ class TopologicalPruner(StructuredPruner):
     """
 
     @pruner_arguments(
-        cloud=one_of(CLOUDS) | instance(PointCloud, Mapping, DataCollector),
+        cloud=one_of(CLOUDS) | settings(PointCloud) | instance(DataCollector),
         criterion=one_of(("auto", *CRITERIA)),
         homology_dimensions=_DIMENSIONS,
-        solver=_SOLVER | instance(GeneticSearch, Mapping),
+        solver=_SOLVER | settings(GeneticSearch),
         n_jobs=_JOBS,
     )
     def __init__(
@@ -181,7 +181,7 @@ class TopologicalPruner(StructuredPruner):
         combine=one_of(("max", "sum")),
         homology_dimensions=_DIMENSIONS,
         preprocess=PREPROCESS,
-        search=instance(GeneticSearch, Mapping) | NONE,
+        search=settings(GeneticSearch) | NONE,
         n_jobs=_JOBS,
     )
     def perera2022(
