@@ -99,8 +99,8 @@ def _by_one_name(
 def unwrap_models_once() -> bool:
     """Let ``unwrap_model`` do nothing for a model that isn't wrapped.
 
-    Place: ``nni/compression/base/compressor.py``, ``Compressor.unwrap_model``. Cause: it warns that it can't unwrap, and
-    goes on to an AttributeError, on every version. Returns True, but for a second call: NNI has no such rule.
+    Place: ``nni/compression/base/compressor.py``, ``Compressor.unwrap_model``. Cause: it warns that it can't, and goes
+    on to an AttributeError, on every version. Returns True, but for a second call: NNI has no such rule.
     """
     unwrap_model = Compressor.unwrap_model
     if hasattr(unwrap_model, _MARK):

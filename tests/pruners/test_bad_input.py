@@ -54,7 +54,10 @@ def refused(name, model, config_list, words, **knobs):
         ({"op_types": [{}]}, "op_types must be a list, each value a str"),
         ({"exclude_op_names": None}, "exclude_op_names must be a list"),
         ({"target_names": ["weigth"]}, "target of stem .*did you mean weight"),
-        ({"target_settings": {"stride": {"sparse_ratio": 0.5}}}, "a target must be a tensor of its layer, got a tuple"),
+        (
+            {"target_settings": {"stride": {"apply_method": "mul"}}},
+            "a target must be a tensor of its layer, got a tuple",
+        ),
         ({"target_settings": {"weight": 0.5}}, "target_settings must be a dict, each value a dict"),
         (
             {"target_settings": {"weight": {"sparse_ratio": 2.0}}},
@@ -64,7 +67,7 @@ def refused(name, model, config_list, words, **knobs):
         ({"granularity": [0]}, "granularity must be .*a list of steps"),
         (
             {"granularity": "out"},
-            "granularity must be a known name, got 'out'; known: default, in_channel, out_channel",
+            "granularity must be a known name, got 'out'; known: default, in_channel",
         ),
         ({"granularity": [[1], "middle"]}, "granularity must be"),
         ({"sparse_ratio": float("nan")}, r"sparse_ratio must be in \[0, 1\), got nan"),
@@ -96,18 +99,18 @@ def test_groups_of_unequal_widths_and_layers_of_no_size_are_refused_before_anyth
     refused(name, toy_model(), group, "one number of blocks, got 16, 8")
     with pytest.warns(UserWarning, match="zero-element"):
         model = nn.Sequential(nn.Linear(8, 0), nn.Linear(0, 4))
-    refused(name, model, [{"op_names": ["0"], "sparse_ratio": 0.5}], r"must have weights, got none \(0.weight\)")
+    refused(name, model, [{"op_names": ["0"], "sparse_ratio": 0.5}], "must have weights, got none|need a layer behind")
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_a_batch_norm_is_pruned_or_refused_by_name(name):
     model = toy_model()
     config = [{"op_types": ["BatchNorm2d"], "sparse_ratio": 0.5}]
-    if name in ("random", "matrix", "perera2022"):
+    if name in ("random", "matrix", "perera2022", "topological"):
         _, masks = nni_topo.create_pruner(name, model, config, **knobs_of(name, model)).compress()
         assert float(masks["norm"]["weight"].mean()) == 0.5
     else:
-        refused(name, model, config, r"BatchNorm2d.*norm|norm.*BatchNorm2d")
+        refused(name, model, config, r"BatchNorm2d.*norm|\(norm.weight\)")
 
 
 NAN = float("nan")
@@ -161,7 +164,7 @@ BAD_KNOBS = {
 @pytest.mark.parametrize(("name", "knob"), [(name, knob) for name in OWN for knob in pruner_info(name).knobs()])
 def test_every_knob_of_every_pruner_has_its_rule(name, knob):
     for value in BAD_KNOBS[knob]:
-        inner = isinstance(value, dict) and next(iter(value))
+        inner = isinstance(value, dict) and next(iter(value), knob)
         refused(name, toy_model(), HALF, f"{knob}|{inner}", **{knob: value})
 
 
