@@ -42,7 +42,7 @@ class CompatibilityError(NniTopoError, RuntimeError):
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """Build the error for a name of some ``kind`` that isn't in a table, with the nearest names that are."""
-    names = sorted(known)
+    names = sorted(set(known))
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(names)}"
     return ConfigError(f"{kind} must be a known name, got {name!r}; {hint}")

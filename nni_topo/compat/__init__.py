@@ -125,6 +125,7 @@ def _mends() -> tuple[Callable[[], bool], ...]:
         speedup.untie_layers,
         wrapping.keep_shared_parameters,
         wrapping.wrap_modules_once,
+        wrapping.leave_no_forward,
         wrapping.unwrap_models_once,
         wrapping.undo_failed_constructors,
         speedup.keep_given_masks,
