@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 import nni_topo
 from nni_topo.errors import NniTopoError
 from nni_topo.pruners.registry import list_pruners, pruner_info
+from nni_topo.testing import require_unchanged, snapshot
 
 NAMES = [name for name in list_pruners() if pruner_info(name).origin == "nni_topo"]
 NAN = float("nan")
@@ -220,25 +221,6 @@ def requests(draw: Any) -> tuple[Net, str, list[Any], dict[str, Any]]:
     return draw(networks()), name, config_list, knobs
 
 
-def state_of(model: nn.Module) -> dict[str, Any]:
-    """Return all that a user could find changed of a model, and of the global random state."""
-    tensors = {name: value.detach().clone() for name, value in model.state_dict(keep_vars=True).items()}
-    places = [(name, id(value)) for name, value in model.named_parameters(remove_duplicate=False)]
-    known: dict[int, int] = {}
-    return {
-        "tensors": {name: (value.dtype, value.numpy().tobytes()) for name, value in tensors.items()},
-        "ties": [(name, known.setdefault(place, len(known))) for name, place in places],
-        "requires_grad": {name: value.requires_grad for name, value in model.named_parameters()},
-        "modes": [module.training for module in model.modules()],
-        "attributes": [sorted(vars(module)) for module in model.modules()],
-        "hooks": [
-            [len(value) for key, value in sorted(vars(module).items()) if key.endswith("_hooks")]
-            for module in model.modules()
-        ],
-        "random": (torch.get_rng_state().numpy().tobytes(), str(np.random.get_state())),
-    }
-
-
 def check_masks(name: str, net: Net, config_list: list[Any], knobs: dict[str, Any], masks: Any) -> None:
     """Raise AssertionError unless masks are 0 and 1, of whole filters, empty no layer, and lose what was asked."""
     for module, targets in masks.items():
@@ -305,7 +287,7 @@ def check_dense(net: Net, masks: Any) -> bool:
 
 def outcome(net: Net, name: str, config_list: Any, knobs: dict[str, Any]) -> str:
     """Serve a request; return what came of it, or raise what shouldn't have."""
-    before, config = state_of(net), str(config_list)
+    before, config = snapshot(net), str(config_list)
     came = "masks"
     try:
         pruner = nni_topo.create_pruner(name, net, config_list, **knobs)
@@ -317,9 +299,7 @@ def outcome(net: Net, name: str, config_list: Any, knobs: dict[str, Any]) -> str
     except NniTopoError as error:
         came = type(error).__name__
     assert config == str(config_list), "the config_list stays as it was"
-    after = state_of(net)
-    for part, value in before.items():
-        assert after[part] == value, f"{part} of the model stay as they were"
+    require_unchanged(before, net)
     return came
 
 

@@ -136,17 +136,15 @@ def check_fits(model: nn.Module, call: Call) -> None:
 
 
 @contextmanager
-def fitting(batch: int) -> Iterator[None]:
-    """Turn an error of a model in the block into a DataError that names the calibration batch, from 0."""
+def fitting(batch: int, knob: str = "calibration") -> Iterator[None]:
+    """Turn an error of a model in the block into a DataError that names the knob's batch, from 0."""
     try:
         yield
     except (NniTopoError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = str(error).partition("\n")[0]
-        raise DataError(
-            f"calibration must fit the model, got {type(error).__name__}: {reason} (batch {batch})"
-        ) from error
+        raise DataError(f"{knob} must fit the model, got {type(error).__name__}: {reason} (batch {batch})") from error
 
 
 def batch_size(call: Call) -> int:

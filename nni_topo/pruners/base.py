@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import is_dataclass
 from typing import Any, ClassVar, Literal
 
@@ -23,6 +24,7 @@ from torch import nn
 
 from nni_topo.errors import NONE, ConfigError, Rule, instance
 from nni_topo.network.layers import kept_channels
+from nni_topo.network.modes import left_alone
 from nni_topo.pruners.allocators import ConfigAllocator
 from nni_topo.pruners.budget import BudgetPlanner
 from nni_topo.pruners.checks import check_keys_left_out, check_request, matched_modules, pruner_arguments
@@ -157,10 +159,13 @@ class StructuredPruner(Pruner):
 
         Notes
         -----
-        Where it raises, whatever it is, the model is left as ``unwrap_model()`` leaves it.
+        Where it raises, whatever it is, the model is left as ``unwrap_model()`` leaves it. Without training, modes,
+        buffers and the global generators are as before, whatever an evaluator does.
         """
+        trains = max_steps is not None or max_epochs is not None
         try:
-            model, masks = super().compress(max_steps, max_epochs)
+            with nullcontext() if trains else left_alone(self.bound_model):
+                model, masks = super().compress(max_steps, max_epochs)
         except BaseException:
             self.unwrap_model()
             raise

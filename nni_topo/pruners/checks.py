@@ -5,6 +5,7 @@ What a value must be stands in tables: of the arguments and knobs that pruners s
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import re
@@ -40,7 +41,7 @@ from nni_topo.errors import (
 )
 from nni_topo.network.inputs import tensors_of
 from nni_topo.network.layers import CONVOLUTIONS, check_names
-from nni_topo.network.modes import is_plain
+from nni_topo.network.modes import is_plain, left_alone
 
 _Given = ParamSpec("_Given")
 _Returned = TypeVar("_Returned")
@@ -117,13 +118,20 @@ _ENTRY = _SETTING | {
 
 
 def pruner_arguments(**own: Rule) -> Callable[[Callable[_Given, _Returned]], Callable[_Given, _Returned]]:
-    """Check all arguments of a pruner's constructor: by the tables here, and its own knobs by the rules given."""
+    """Check a constructor's arguments by the tables here, its own knobs by the rules given; the model is left alone."""
 
     def decorate(function: Callable[_Given, _Returned]) -> Callable[_Given, _Returned]:
         names = [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
         table = {**REQUEST, **KNOBS, **own}
         # A knob without a rule is an error right here.
-        return checked(**{name: table[name] for name in names})(function)
+        guarded = checked(**{name: table[name] for name in names})(function)
+
+        @functools.wraps(function)
+        def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Returned:
+            with left_alone(args[1] if len(args) > 1 else kwargs.get("model")):
+                return guarded(*args, **kwargs)
+
+        return run
 
     return decorate
 
