@@ -113,7 +113,7 @@ def test_bad_requests_are_refused():
     with pytest.raises(DataError, match=r"activations must be finite.*\(hidden\)"):
         collected(toy_model(), [bad], ["hidden"])
     sizes = "'none' or 'mean' or an integer of at least 1"
-    for pool, words in (("max", "a known name.*mean, none"), (0, sizes), (True, sizes)):
+    for pool, words in (("max", "a known name.*did you mean mean"), (0, sizes), (True, sizes)):
         with pytest.raises(ConfigError, match=f"pool must be {words}"):
             FeatureCollector([bad], pool=pool)
     with pytest.raises(ConfigError, match="neither"):
