@@ -34,7 +34,7 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 
 from nni_topo.maths.search.subsets import EvolutionSettings, SubsetGeneticAlgorithm
-from nni_topo.maths.topology._kernels import numba_available
+from nni_topo.maths.topology.kernels import numba_available
 from nni_topo.topology import SubsetFitness, pairwise_distances, rips_diagram
 
 POPULATION = 50

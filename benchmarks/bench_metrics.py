@@ -72,8 +72,8 @@ def compare_fpgm(filters: int, channels: int, timing: tuple[int, float]) -> dict
     layer = torch.nn.Sequential(torch.nn.Conv2d(channels, filters, 3))
     pruner = FPGMPruner(layer, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
     request = (2, pruner._collect_data(), pruner._target_spaces)
-    slow, fast = (f(*request)["0"]["weight"] for f in (metrics._NNI_FPGM, metrics.fpgm_metrics))
-    seconds = medians(lambda: metrics._NNI_FPGM(*request), lambda: metrics.fpgm_metrics(*request), *timing)
+    slow, fast = (f(*request)["0"]["weight"] for f in (metrics.NNI_FPGM, metrics.fpgm_metrics))
+    seconds = medians(lambda: metrics.NNI_FPGM(*request), lambda: metrics.fpgm_metrics(*request), *timing)
     difference = float(((slow - fast).abs() / slow).max())
     return record(f"FPGM, {filters} filters of {channels * 9}", seconds, difference)
 
@@ -86,9 +86,9 @@ def compare_ranking(kind: str, blocks: int, timing: tuple[int, float]) -> dict[s
         target = torch.empty(1).expand(blocks // LAYERS, 9 * 2**exponent)
         group.append((str(index), "weight", SimpleNamespace(target=target)))
     number = sum(space.target.numel() for *_, space in group) // 2
-    slow, fast = (f(scores, group, number) for f in (metrics._NNI_THRESHOLD, metrics.global_threshold))
+    slow, fast = (f(scores, group, number) for f in (metrics.NNI_THRESHOLD, metrics.global_threshold))
     seconds = medians(
-        lambda: metrics._NNI_THRESHOLD(scores, group, number),
+        lambda: metrics.NNI_THRESHOLD(scores, group, number),
         lambda: metrics.global_threshold(scores, group, number),
         *timing,
     )

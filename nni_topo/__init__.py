@@ -14,7 +14,15 @@ from nni_topo.maths import clustering, signals, topology  # noqa: E402
 from nni_topo.maths.clustering.subclustering import Growth  # noqa: E402
 from nni_topo.maths.search.weights import WeightSearch  # noqa: E402
 from nni_topo.maths.signals import Chirp  # noqa: E402
-from nni_topo.network import dependency_groups, load, masked_model, save, to_dense, zeros_held  # noqa: E402
+from nni_topo.network import (  # noqa: E402
+    dependency_groups,
+    export,
+    load,
+    masked_model,
+    save,
+    to_dense,
+    zeros_held,
+)
 from nni_topo.pruners import testing  # noqa: E402
 from nni_topo.pruners.base import StructuredPruner  # noqa: E402
 from nni_topo.pruners.budget import Budget  # noqa: E402
@@ -91,6 +99,7 @@ __all__ = [
     "distill",
     "enable_strict",
     "errors",
+    "export",
     "hooks",
     "list_pruners",
     "load",

@@ -16,7 +16,7 @@ from nni_topo.cli import main
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network import files as serialization
 from nni_topo.network.zeros import weights_left
-from nni_topo.runs import compare
+from nni_topo.runs.compare import compare
 from nni_topo.runs.plan import CompensationChoice, DataChoice, ModelChoice, load_plan, load_prune_config
 from nni_topo.runs.prune import prune_checkpoint
 from nni_topo.runs.tables import markdown_report

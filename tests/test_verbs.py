@@ -6,11 +6,14 @@ import dataclasses
 import inspect
 import json
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
+import nni_topo_command
 from nni_topo import analysis
 from nni_topo.cli import VERBS, main, studies
 
@@ -64,6 +67,26 @@ def test_the_listing_says_what_each_verb_does(capsys):
         with pytest.raises(SystemExit, match="0"):
             main([*words, "--help"])
         assert set(names) <= set(capsys.readouterr().out.split())
+
+
+def test_the_command_says_without_loading_anything_what_there_is(capsys):
+    lines = {name: inspect.getdoc(choice).splitlines()[0] for name, choice in VERBS.items()}
+    assert lines == nni_topo_command.VERBS
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    said = capsys.readouterr().out
+    code = "import sys, nni_topo_command\ntry: nni_topo_command.main(['--help'])\nfinally: print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *help_lines, loaded = found.stdout.splitlines()
+    assert [line.split() for line in help_lines] == [line.split() for line in said.splitlines()]
+    assert not {"torch", "nni", "numpy"} & set(loaded.split())
+
+
+@pytest.mark.parametrize("words", [[], ["analyze"]])
+def test_a_command_alone_says_what_there_is(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        nni_topo_command.main(words)
+    assert set(studies() if words else VERBS) <= set(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("words", [[], ["analyse"], ["analyze"], ["analyze", "topolgy"], ["report", "--markdwon"]])

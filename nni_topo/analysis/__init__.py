@@ -11,7 +11,6 @@ from nni_topo.analysis.connectivity import Connectivity, connectivity
 from nni_topo.analysis.deviation import NetDeviation, deviation_of, net_deviation
 from nni_topo.analysis.energy.accumulated import accumulate_energy
 from nni_topo.analysis.energy.dropout import study_dropout, with_dropout
-from nni_topo.analysis.energy.plots import save_energy_study
 from nni_topo.analysis.energy.replacement import study_replacement
 from nni_topo.analysis.energy.selection import study_selection
 from nni_topo.analysis.energy.study import EnergyStudy, LayerEnergy, Quality, study_energy
@@ -55,7 +54,6 @@ __all__ = [
     "plot_sensitivity",
     "random_overlap_log10",
     "retraining_bound",
-    "save_energy_study",
     "sensitivity",
     "study_dropout",
     "study_energy",

@@ -1,8 +1,7 @@
 """The topologically critical compression ratio: how far a layer can be pruned before its spanning tree breaks.
 
-References
-----------
-Zeroth-Order Topological Insights into Iterative Magnitude Pruning, definition 3.1, theorem 3.2, appendices E and F.
+Source: Zeroth-Order Topological Insights into Iterative Magnitude Pruning, definition 3.1, theorem 3.2, appendices E
+and F.
 """
 
 from __future__ import annotations

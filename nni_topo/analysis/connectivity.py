@@ -8,20 +8,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from rich.console import RenderableType
 from torch import Tensor, nn
 
-from nni_topo.analysis.deviation import CONNECTIONS, PrunersStudy, curves, means_over_seeds, share_kept
+from nni_topo.analysis.deviation import CONNECTIONS, PointsStudy, PrunersStudy, curves, share_kept
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.network.capture import by_channel, watched
 from nni_topo.network.inputs import call_arguments, tensors_of
 from nni_topo.network.layers import CONVOLUTIONS
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.reference import masked_model
-from nni_topo.runs.study import Findings, Names, Tell
+from nni_topo.runs.study import Names, Tell
 from nni_topo.runs.tables import as_table
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -132,16 +131,10 @@ class ConnectivityPoint:
 
 
 @dataclass(frozen=True)
-class ConnectivityStudy(Findings):
-    """All points; shares and accuracies, the unpruned network's too, in [0, 1]."""
+class ConnectivityStudy(PointsStudy):
+    """All points; shares and accuracies in [0, 1]."""
 
     stem = "connectivity"
-    points: list[ConnectivityPoint]
-    accuracy: float
-
-    def means(self) -> pd.DataFrame:
-        """Return means over seeds by ``pruner`` and ``ratio``, in the order of the points."""
-        return means_over_seeds(self.points, "pruner", "ratio")
 
     def figures(self) -> dict[str, Figure]:
         """Return ``connectivity``: what is connected against the share of weights that is gone."""

@@ -1,9 +1,7 @@
 """Net Deviation: how far a pruned network's error lies from what its pruning could have done.
 
-References
-----------
-.. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
-   Technology, 2019, equations 3.12 and 3.13.
+Source: S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
+Technology, 2019, equations 3.12 and 3.13.
 """
 
 from __future__ import annotations
@@ -22,12 +20,12 @@ from rich.console import RenderableType
 from torch import Tensor, nn
 
 from nni_topo.analysis.bounds.propagation import ErrorBound, error_bound
-from nni_topo.analysis.panels import finish, panels
 from nni_topo.errors import ConfigError, DataError, check_integer, unknown_name
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.reference import masked_model
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import pruner_info
+from nni_topo.runs.pictures import finish, panels
 from nni_topo.runs.plan import PrunerChoice, Target
 from nni_topo.runs.run import Start, prune
 from nni_topo.runs.study import Findings, Found, Names, Tell, TrainedStudy
@@ -135,17 +133,24 @@ class DeviationPoint:
 
 
 @dataclass(frozen=True)
-class DeviationStudy(Findings):
-    """All points, the unpruned network's test accuracy and the number of images in the batch."""
+class PointsStudy(Findings):
+    """A point per pruned network; the unpruned network's test accuracy in [0, 1]."""
 
-    stem = "deviation"
-    points: list[DeviationPoint]
+    points: Sequence[Any]
     accuracy: float
-    images: int
 
     def means(self) -> pd.DataFrame:
         """Return means over seeds by ``pruner`` and ``ratio``, in the order of the points."""
-        return means_over_seeds(self.points, "pruner", "ratio")
+        frame = pd.DataFrame([asdict(point) for point in self.points]).drop(columns="seed")
+        return frame.groupby(["pruner", "ratio"], sort=False, as_index=False).mean()
+
+
+@dataclass(frozen=True)
+class DeviationStudy(PointsStudy):
+    """All points, and the number of images in the batch."""
+
+    stem = "deviation"
+    images: int
 
     def figures(self) -> dict[str, Figure]:
         """Return ``deviation`` and ``accuracy``: what pruning does against the share of weights that is gone."""
@@ -232,12 +237,6 @@ def _point(name: str, ratio: float, seed: int, pruned: float, found: ErrorBound,
     # the fields of a Net Deviation are columns of the study, error and bound among them
     values = asdict(deviation_of(found)) | {"lipschitz": found.lipschitz, "accuracy": accuracy}
     return DeviationPoint(pruner=name, ratio=ratio, seed=seed, pruned=pruned, **values)
-
-
-def means_over_seeds(points: Sequence[Any], *by: str) -> pd.DataFrame:
-    """Return the means of points by some of their fields, in the order of the points."""
-    frame = pd.DataFrame([asdict(point) for point in points]).drop(columns="seed")
-    return frame.groupby(list(by), sort=False, as_index=False).mean()
 
 
 def study_masks(name: str, start: Start, ratio: float, calibration: int) -> Masks:

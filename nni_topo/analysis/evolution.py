@@ -1,9 +1,7 @@
 """Pictures of weight-pruning genetic searches: one generation after another, and several searches side by side.
 
-References
-----------
-.. [1] Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
-   University of Manitoba, 2018, figures 5.1 to 5.14 and A.1 to A.6, tables 5.1 and 5.2.
+Source: Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
+University of Manitoba, 2018, figures 5.1 to 5.14 and A.1 to A.6, tables 5.1 and 5.2.
 """
 
 from __future__ import annotations
@@ -24,10 +22,10 @@ from rich.console import RenderableType
 from scipy.stats import gaussian_kde, kurtosis
 from torch import Tensor
 
-from nni_topo.analysis.panels import finish, panels, single
 from nni_topo.errors import ConfigError
 from nni_topo.maths.search.weights import WeightSearch
 from nni_topo.pruners.genetic_weight.pruner import GeneticWeightPruner
+from nni_topo.runs.pictures import finish, panels, single
 from nni_topo.runs.run import pruner_knobs
 from nni_topo.runs.study import Findings, Names, Tell, TrainedStudy, save_figures
 from nni_topo.runs.tables import as_table

@@ -28,21 +28,11 @@ _SUPPORTED = (nn.Linear, *CONVOLUTIONS, *_RECURRENT)
 
 @dataclass(frozen=True, eq=False)
 class WeightLayer:
-    """One weight of a model that joins inputs to outputs.
+    """One weight of a model that joins inputs to outputs."""
 
-    Attributes
-    ----------
-    name : str
-        Module name; for a recurrent layer with the parameter and the gate, e.g. ``"lstm.weight_hh_l0[forget]"``.
-    kind : str
-        ``"dense"``, ``"recurrent"`` or ``"conv"``.
-    weight : ndarray of float64, shape (out, in) or (out, in / groups, *kernel)
-        Its values, masked where NNI masks them.
-    """
-
-    name: str
-    kind: str
-    weight: NDArray[np.float64]
+    name: str  # of the module; of a recurrent layer with parameter and gate, e.g. "lstm.weight_hh_l0[forget]"
+    kind: str  # dense, recurrent or conv
+    weight: NDArray[np.float64]  # (out, in) or (out, in / groups, *kernel), masked where NNI masks it
     module: nn.Module
 
     @property

@@ -21,10 +21,10 @@ from torch import nn
 
 from nni_topo import zoo
 from nni_topo.analysis.layers import WeightLayer, weight_layers
-from nni_topo.analysis.panels import finish
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.maths.topology.layer_trees import channel_tree, spanning_forest
 from nni_topo.network.network import Network
+from nni_topo.runs.pictures import finish
 from nni_topo.runs.run import build_model, load_model_data, resolve_device
 from nni_topo.runs.study import Findings, Tell, TrainedStudy
 from nni_topo.runs.tables import as_table

@@ -10,7 +10,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -20,13 +19,13 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
-from nni_topo.analysis.panels import finish, single
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import CONVOLUTIONS, check_names
 from nni_topo.network.network import Network
 from nni_topo.network.reference import masked_model
 from nni_topo.pruners.registry import check_knobs, create_pruner, pruner_info
+from nni_topo.runs.pictures import finish, single
 from nni_topo.runs.run import pruner_knobs
 from nni_topo.runs.study import Findings, Names, Tell, TrainedStudy
 from nni_topo.runs.tables import as_table
@@ -96,25 +95,17 @@ class Sensitivity(Findings):
         """Return ``sensitivity``, see :func:`plot_sensitivity`."""
         return {"sensitivity": plot_sensitivity(self)}
 
-    def save(self, folder: str | Path) -> list[Path]:
-        """Write ``sensitivity.json``, ``sensitivity.png`` and ``suggested.yaml`` (for ``nni-topo prune``)."""
-        files = super().save(folder)
-        config = Path(folder) / "suggested.yaml"
-        config.write_text(self._yaml(), encoding="utf-8")
-        return [*files, config]
-
-    def _yaml(self) -> str:
+    def texts(self) -> dict[str, str]:
+        """Return ``suggested.yaml``, for ``nni-topo prune``."""
         head = (
-            f"# Each layer's ratio is the highest that costs little alone; together they score "
-            f"{self.suggested_accuracy:.4f}\n# of {self.baseline:.4f} before retraining (budget {self.budget:g}). "
-            "Run with nni-topo prune --config THIS.\n"
+            f"# All ratios together score {self.suggested_accuracy:.4f} of {self.baseline:.4f} before retraining "
+            f"(budget {self.budget:g}).\n# Run with nni-topo prune --config THIS.\n"
         )
         plain = {name: value for name, value in self.knobs.items() if isinstance(value, (str, int, float, bool))}
         content: dict[str, Any] = {"pruner": self.pruner, "knobs": plain, "config_list": self.suggested}
         if isinstance(self.knobs.get("calibration"), list):
             content["calibration"] = sum(len(batch) for batch in self.knobs["calibration"])
-        body: str = yaml.safe_dump(content, sort_keys=False)
-        return head + body
+        return {"suggested.yaml": head + yaml.safe_dump(content, sort_keys=False)}
 
 
 def sensitivity(
@@ -170,9 +161,11 @@ def sensitivity(
 
     Notes
     -----
-    The suggestion has one tolerance for all layers: each gets the highest ratio that costs at most so much alone.
-    The largest tolerance whose *joint* cost, which is measured, meets the budget is found by bisection. Cost: one
-    pruning and one evaluation per curve and ratio, and some six more.
+    The suggestion begins with one tolerance for all layers: each gets the highest ratio that costs at most so much
+    alone. The largest tolerance whose *joint* cost, which is measured, meets the budget is found by bisection. What is
+    left of the budget goes to single layers, a step at a time, the one that costs least alone first, as long as the
+    joint cost, measured anew, meets it. Cost: one pruning and one evaluation per curve and ratio, six or so for the
+    bisection, and one per step and per curve behind it.
     """
     ratios = sorted(set(map(float, ratios)))
     if not ratios or not all(0.0 < ratio < 1.0 for ratio in ratios):
@@ -314,7 +307,11 @@ class _Trial:
 def _suggestion(
     trial: _Trial, curves: list[SensitivityCurve], baseline: float, budget: float
 ) -> tuple[dict[tuple[str, ...], float], float]:
-    """Return ratios for the largest tolerance that keeps the joint score within the budget, and that score."""
+    """Return ratios that together stay within the budget, and their joint score.
+
+    First one tolerance for all layers, the largest that does; then single layers go on, the next step that costs least
+    alone first, and a layer whose step is too much for all together stays where it is.
+    """
     drops = {baseline - accuracy for curve in curves for accuracy in curve.accuracy.values()}
     tolerances = sorted(drop for drop in {0.0, *drops} if drop <= budget)
     best, joint = dict[tuple[str, ...], float](), baseline
@@ -329,4 +326,24 @@ def _suggestion(
             best, joint, low = ratios, score, middle + 1
         else:
             high = middle
-    return best, joint
+    going = list(curves)
+    while going:
+        steps = {index: _next_ratio(curve, best) for index, curve in enumerate(going)}
+        costs = {index: baseline - going[index].accuracy[ratio] for index, ratio in steps.items() if ratio is not None}
+        if not costs:
+            break
+        index = min(costs, key=costs.__getitem__)
+        curve = going.pop(index)
+        if costs[index] > budget + 1e-12:
+            continue
+        tried = {**best, curve.layers: float(steps[index] or 0.0)}
+        score = trial.pruned(tried)
+        if score >= baseline - budget - 1e-12:
+            best, joint = tried, score
+            going.insert(index, curve)
+    return {curve.layers: best[curve.layers] for curve in curves if curve.layers in best}, joint
+
+
+def _next_ratio(curve: SensitivityCurve, chosen: Mapping[tuple[str, ...], float]) -> float | None:
+    """Return the lowest measured ratio above the chosen one; None if there is none."""
+    return min((ratio for ratio in curve.accuracy if ratio > chosen.get(curve.layers, 0.0)), default=None)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nni_topo.analysis.panels import finish, panels
 from nni_topo.errors import ConfigError
 from nni_topo.maths.clustering.subclustering import SplitTree
+from nni_topo.runs.pictures import finish, panels
 
 
 def draw_splits(trees: Mapping[str, SplitTree]) -> Figure:
@@ -41,7 +41,7 @@ def draw_splits(trees: Mapping[str, SplitTree]) -> Figure:
 
 
 def _draw(axis: Axes, tree: SplitTree) -> None:
-    places = _places(tree)
+    places = leaf_places(tree)
     for number, cluster in enumerate(tree.clusters):
         if cluster.parent is not None:
             ends = (cluster.parent, number)
@@ -59,7 +59,7 @@ def _draw(axis: Axes, tree: SplitTree) -> None:
     finish(axis, "clusters", "compared with the threshold", yscale="log" if positive else "symlog", xticks=[])
 
 
-def _places(tree: SplitTree) -> dict[int, float]:
+def leaf_places(tree: SplitTree) -> dict[int, float]:
     """Return an abscissa per cluster: leaves side by side, a split cluster between its halves."""
     places: dict[int, float] = {}
     drawn = 0

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from rich.console import RenderableType
 from torch import nn
 
-from nni_topo.analysis.panels import finish, panels, single
 from nni_topo.errors import ConfigError
 from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import Generation
@@ -24,6 +23,7 @@ from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.topological.pruner import TopologicalPruner
 from nni_topo.pruners.units import PruningUnit
+from nni_topo.runs.pictures import finish, panels, single
 from nni_topo.runs.plan import Target
 from nni_topo.runs.run import pruner_knobs
 from nni_topo.runs.study import Findings, Tell, TrainedStudy

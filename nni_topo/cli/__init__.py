@@ -13,9 +13,10 @@ import tyro
 from rich.console import Console
 
 import nni_topo
-from nni_topo.cli import experiment, verbs
+from nni_topo.cli import completion, doctor, experiment, verbs
 from nni_topo.errors import NniTopoError
 from nni_topo.runs.study import Study, Verb, flags_of
+from nni_topo_command import chosen
 
 _INTERRUPTED = 130
 Choices = dict[str, "type[Verb] | Callable[[], Choices]"]
@@ -52,19 +53,21 @@ VERBS: Choices = {
     "experiment": experiment_parts,
     "prune": verbs.Prune,
     "shrink": verbs.Shrink,
+    "doctor": doctor.Doctor,
+    "completion": completion.Completion,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 1 if some cells failed, 2 if it can't be carried out, 130 if interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    name, chosen = "nni-topo", _choose("nni-topo", VERBS, words)
-    while not isinstance(chosen, type):
+    name, choice = "nni-topo", _choose("nni-topo", VERBS, words)
+    while not isinstance(choice, type):
         name = f"{name} {words.pop(0)}"
-        chosen = _choose(name, chosen(), words)
+        choice = _choose(name, choice(), words)
     name = f"{name} {words.pop(0)}"
     try:
-        verb = _parsed(name, chosen, words)
+        verb = _parsed(name, choice, words)
         # With --json, standard output holds the document and nothing else.
         return verb.run(Console(stderr=verb.json, soft_wrap=False, width=None if sys.stdout.isatty() else 160))
     except NniTopoError as error:
@@ -84,12 +87,8 @@ def _failed(name: str, reason: str) -> int:
 
 def _choose(name: str, choices: Choices, words: list[str]) -> type[Verb] | Callable[[], Choices]:
     """Return what the first word names; without one, or with ``--help``, say what there is and leave."""
-    parser = argparse.ArgumentParser(prog=name, description="Topological pruning for NNI on current PyTorch.")
-    parser.add_argument("--version", action="version", version=f"nni_topo {nni_topo.__version__}")
-    known = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb, choice in choices.items():
-        known.add_parser(verb, help=(inspect.getdoc(choice) or "").partition("\n")[0], add_help=False)
-    return choices[parser.parse_args(words[:1]).verb]
+    lines = {verb: (inspect.getdoc(choice) or "").partition("\n")[0] for verb, choice in choices.items()}
+    return choices[chosen(name, lines, words, f"nni_topo {nni_topo.__version__}")]
 
 
 def _parsed(name: str, kind: type[Verb], words: list[str]) -> Verb:

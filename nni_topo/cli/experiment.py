@@ -27,6 +27,7 @@ from nni_topo.runs.experiment.manager import (
 )
 from nni_topo.runs.experiment.results import export_trial, in_words, save_trials, trials_table
 from nni_topo.runs.experiment.trials import FAILED, STOPPED, TrialRecord, best_trial, read_trials, stopped
+from nni_topo.runs.report import write_report
 from nni_topo.runs.study import Verb
 
 
@@ -74,7 +75,8 @@ class Run(Verb):
         metrics = export_trial(best, self.out / "best", command=command)
         failed = [trial for trial in trials if trial.status in FAILED]
         document = {"experiment": experiment.id, "best": {**best.to_dict(), "metrics": metrics}}
-        where = f"dense model and config_list: {self.out / 'best'} · all trials: {self.out}"
+        report = write_report(self.out)
+        where = f"dense model and config_list: {self.out / 'best'} · all trials: {self.out} · report: {report}"
         bad = [Text(f"{len(failed)} of {len(trials)} trials failed", "red")] if failed else []
         everything = {**document, "trials": [trial.to_dict() for trial in trials]}
         self.put_out(console, everything, [*_in_lines(best, metrics), where, *bad])

@@ -13,10 +13,11 @@ import tyro
 from rich.console import Console
 
 import nni_topo
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import list_pruners, pruner_info
-from nni_topo.runs import compare
+from nni_topo.runs.compare import compare
 from nni_topo.runs.demo import DEMO
+from nni_topo.runs.pictures import comparison_figures, plot_accuracy
 from nni_topo.runs.plan import (
     Cell,
     CompensationChoice,
@@ -28,12 +29,18 @@ from nni_topo.runs.plan import (
     load_prune_config,
 )
 from nni_topo.runs.prune import check_empty, prune_checkpoint
-from nni_topo.runs.records import Record, read_records
+from nni_topo.runs.records import provenance, read_records
+from nni_topo.runs.report import prune_costs, write_report
 from nni_topo.runs.rivals import is_rival
-from nni_topo.runs.run import distillation_knobs
+from nni_topo.runs.run import distillation_knobs, latencies
 from nni_topo.runs.shrink import shrink
-from nni_topo.runs.study import DataVerb, Names, TrainedVerb, Verb
-from nni_topo.runs.tables import as_table, markdown_report, plot_accuracy, plot_convergence, print_report, print_widths
+from nni_topo.runs.study import DataVerb, Names, TrainedVerb, Verb, plain, save_figures
+from nni_topo.runs.tables import (
+    as_table,
+    markdown_report,
+    print_report,
+    print_widths,
+)
 from nni_topo.zoo import list_data, list_models
 
 
@@ -118,10 +125,11 @@ def _run_plan(plan: Plan, out: Path, console: Console, *, isolate: bool, as_json
 
     records, failures = compare(plan, out, isolate=isolate, on_cell=announce)
     if records:
-        picture = plot_accuracy(records, out / "accuracy.png")
-        plot_convergence(records, out / "convergence.png")
+        picture = save_figures(out, comparison_figures(records))[0]
         print_report(records, console)
-        console.print(f"records: {out / 'results.json'} · picture: {picture}", markup=False)
+        console.print(
+            f"records: {out / 'results.json'} · picture: {picture} · report: {out / 'report.html'}", markup=False
+        )
     for failure in failures:
         console.print(f"failed: {failure.cell.pruner.row}, seed {failure.cell.seed}\n{failure.reason}", markup=False)
     if as_json:
@@ -131,20 +139,21 @@ def _run_plan(plan: Plan, out: Path, console: Console, *, isolate: bool, as_json
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Verb):
-    """Print tables of comparisons that ran, also while they run."""
+    """Write report.html anew in folders of runs, also while they run, and print the tables of comparisons."""
 
-    folders: tyro.conf.Positional[tuple[Path, ...]]  # output folders of nni-topo compare
+    folders: tyro.conf.Positional[tuple[Path, ...]]  # output folders of nni-topo
     markdown: bool = False  # as Markdown on standard output
     widths: bool = False  # also the layers' widths
     out: Path | None = None  # picture of accuracy against MACs
 
     def run(self, console: Console) -> int:
-        """Print what the folders' records say."""
+        """Write the folders' reports and print what their records say."""
+        for folder in self.folders:
+            console.print(f"report: {write_report(folder)}", markup=False, soft_wrap=True)
         records = [record for folder in self.folders for record in read_records(folder / "results.jsonl")]
-        if not records:
-            raise DataError(f"a report needs records, got none in {', '.join(map(str, self.folders))} (results.jsonl)")
-        if self.out is not None:
-            console.print(f"picture: {plot_accuracy(records, self.out)}", markup=False)
+        if self.out is not None and records:
+            plot_accuracy(records).savefig(self.out, dpi=150)
+            console.print(f"picture: {self.out}", markup=False)
         if self.json:
             print(json.dumps(records, indent=1))
         elif self.markdown:
@@ -183,7 +192,12 @@ class Shrink(TrainedVerb):
         self.out.mkdir(parents=True, exist_ok=True)
         nni_topo.save(dense, self.out / "dense.pt")
         document = report.to_frame().replace({math.nan: None}).to_dict("records")
-        self.put_out(console, document, [repr(report), f"dense model: {self.out / 'dense.pt'} (nni_topo.load)"])
+        facts = {"model": self.model, "data": self.data, "pruner": self.pruner, "flops": self.flops}
+        facts |= {"stages": document, "widths": report.layers.rows, "left_alone": report.left_alone}
+        facts |= latencies(start, dense) | provenance()
+        (self.out / "shrink.json").write_text(json.dumps(plain(facts), indent=1) + "\n", encoding="utf-8")
+        files = f"dense model: {self.out / 'dense.pt'} (nni_topo.load) · report: {write_report(self.out)}"
+        self.put_out(console, document, [repr(report), files])
         return 0
 
 
@@ -205,23 +219,7 @@ class Prune(TrainedVerb):
             device=self.device,
             progress=not self.json and sys.stderr.isatty(),
         )
-        table = as_table(f"{record['model']}, {record['pruner']}", ("", "before", "after"), _costs(record), left=3)
-        self.put_out(console, record, [table, f"dense model: {self.out / 'dense.pt'} (nni_topo.load)"])
+        table = as_table(f"{record['model']}, {record['pruner']}", ("", "before", "after"), prune_costs(record), left=3)
+        files = f"dense model: {self.out / 'dense.pt'} (nni_topo.load) · report: {self.out / 'report.html'}"
+        self.put_out(console, record, [table, files])
         return 0
-
-
-def _costs(record: Record) -> list[tuple[str, str, str]]:
-    """Rows of what pruning changed: before and after."""
-    rows = [
-        ("MACs (M)", f"{record['flops_before'] / 1e6:.2f}", f"{record['flops'] / 1e6:.2f}"),
-        ("parameters (k)", f"{record['params_before'] / 1e3:.1f}", f"{record['params'] / 1e3:.1f}"),
-    ]
-    if record["weights_left"] < record["params"]:
-        left = f"{record['weights_left_before'] / 1e3:.1f}", f"{record['weights_left'] / 1e3:.1f}"
-        rows.append(("weights that aren't zero (k)", *left))
-    before = f"{100 * record['accuracy_before']:.1f}"
-    for step in ("oneshot", "compensated", "distilled", "retrained"):
-        if f"accuracy_{step}" in record:
-            label, whole = ("accuracy", before) if step == "oneshot" else (step, "")
-            rows.append((f"{label} %", whole, f"{100 * record[f'accuracy_{step}']:.1f}"))
-    return rows

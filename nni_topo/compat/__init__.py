@@ -40,7 +40,7 @@ LOOPBACK = Path(__file__).with_name("loopback.cjs")
 PAIRING = Path(__file__).with_name("pairing.cjs")
 """Lets NNI's manager give each trial the parameters that it keeps for it, when preloaded in the same way."""
 
-_reports: list[CompatReport] = []
+reports: list[CompatReport] = []
 
 
 def enable() -> CompatReport:
@@ -67,27 +67,27 @@ def enable() -> CompatReport:
     >>> compat.enable() is compat.enable()
     True
     """
-    if not _reports:
+    if not reports:
         report = _mend()
-        _reports.append(report)
+        reports.append(report)
         if report.nni not in KNOWN_NNI_VERSIONS or report.failed:
             known = " or ".join(KNOWN_NNI_VERSIONS)
             warnings.warn(f"nni_topo knows NNI {known}, found {report}", CompatibilityWarning, stacklevel=2)
-    return _reports[0]
+    return reports[0]
 
 
 def enable_fast_metrics() -> None:
     """Let NNI compute FPGM's metric (same values, 1e-5 relative) and global thresholds (the same) without its loops."""
     from nni_topo.compat import metrics
 
-    metrics.enable_fast_metrics()
+    metrics.use_fast_metrics(True)
 
 
 def disable_fast_metrics() -> None:
     """Let NNI use its own loops again."""
     from nni_topo.compat import metrics
 
-    metrics.disable_fast_metrics()
+    metrics.use_fast_metrics(False)
 
 
 def _mend() -> CompatReport:
@@ -99,11 +99,11 @@ def _mend() -> CompatReport:
         raise CompatibilityError(
             f"nni.compression must be importable, got {error!r} (torch {torch.__version__})"
         ) from error
-    results += [_run(mend) for mend in _mends()]
+    results += [_run(mend) for mend in mends()]
     return CompatReport(nni_version, torch.__version__, platform.python_version(), tuple(results))
 
 
-def _mends() -> tuple[Callable[[], bool], ...]:
+def mends() -> tuple[Callable[[], bool], ...]:
     """List the mends; importing them imports NNI, which has to happen after `keep_pytree_nodes`."""
     from nni_topo.compat import evaluators, launching, speedup, tracing, wrapping
 

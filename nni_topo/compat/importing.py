@@ -20,14 +20,10 @@ def keep_pytree_nodes() -> bool:
     """Import NNI's compression without letting it replace PyTorch's own pytree nodes.
 
     Place: ``nni/compression/speedup/utils.py``, which registers ``immutable_list`` and ``immutable_dict`` of
-    ``torch.fx`` at import. Cause: PyTorch registers both itself (2.1 and newer, so all of 2.11 to 2.15, on
-    every Python). NNI's registration prints four warnings and drops PyTorch's serialised names and key
-    paths, which ``torch.export`` needs.
-
-    Returns
-    -------
-    bool
-        True if a registration was held back; False if there was none, or NNI was imported before.
+    ``torch.fx`` at import. Cause: PyTorch registers both itself (2.1 and newer, so all of 2.11 to 2.15, on every
+    Python). NNI's registration prints four warnings and drops PyTorch's serialised names and key paths, which
+    ``torch.export`` needs. Returns True if a registration was held back; False if there was none, or NNI was imported
+    before.
     """
     already_imported = _REGISTERING_MODULE in sys.modules
     with _registered_once() as held_back, _trainers_hidden(os.environ.get(EVALUATORS) == "torch"):

@@ -18,12 +18,15 @@ from nni_topo.errors import ConfigError
 
 _FEW = 64  # so many blocks are let in faster one by one
 _SINGLE = (torch.float32, torch.float16, torch.bfloat16)
-_NNI_THRESHOLD = sparse_gen._global_threshold_generate
+NNI_THRESHOLD = sparse_gen._global_threshold_generate
+NNI_FPGM = calculate_metrics.fpgm_metrics
 
 
-def use_fast_ranking(fast: bool) -> None:
-    """Let NNI's ``generate_sparsity`` find global thresholds by `global_threshold`, or by its own loop again."""
-    sparse_gen._global_threshold_generate = global_threshold if fast else _NNI_THRESHOLD
+def use_fast_metrics(fast: bool) -> None:
+    """Let NNI compute FPGM's metric by `fpgm_metrics` and global thresholds by `global_threshold`, or by its loops."""
+    sparse_gen._global_threshold_generate = global_threshold if fast else NNI_THRESHOLD
+    for module in (basic_pruner, tools, calculate_metrics):
+        module.fpgm_metrics = fpgm_metrics if fast else NNI_FPGM
 
 
 def global_threshold(
@@ -39,7 +42,7 @@ def global_threshold(
     blocks = torch.cat([metric.detach().cpu().reshape(-1) for metric, _ in layers])
     every = (blocks.float() if blocks.dtype in _SINGLE else blocks.double()).numpy()
     if np.isnan(every).any():
-        return float(_NNI_THRESHOLD(metrics, group, sparse_number))
+        return float(NNI_THRESHOLD(metrics, group, sparse_number))
     counts = [metric.numel() for metric, _ in layers]
     grains = [size // count for count, (_, size) in zip(counts, layers, strict=True)]
     # All blocks hold the same number of elements: NNI's answer is one of the smallest values, found by selection, O(n).
@@ -136,22 +139,8 @@ class _Held:
         self.size, self.last = size, last
 
 
-_MAX_ELEMENTS = 2**22  # 16 MiB of distances at a time
 _CANCELS = 0.05  # from this share of the rows' squared lengths on, a float32 product gives five digits of a distance
 _MANY = 5  # pairs a row; more are cheaper as a product in float64
-_NNI_FPGM = calculate_metrics.fpgm_metrics
-
-
-def enable_fast_metrics() -> None:
-    """Let NNI compute FPGM's metric by `fpgm_metrics`, and global thresholds by `global_threshold`."""
-    _use(fpgm_metrics)
-    use_fast_ranking(True)
-
-
-def disable_fast_metrics() -> None:
-    """Let NNI use its own loops again."""
-    _use(_NNI_FPGM)
-    use_fast_ranking(False)
 
 
 def fpgm_metrics(
@@ -181,14 +170,14 @@ def fpgm_metrics(
     return metrics
 
 
-def summed_distances(blocks: Tensor, p: float = 2.0) -> Tensor:
-    """Sum the distances, by the p-norm, of every block to all: blocks (..., d), sums (...) in their type."""
+def summed_distances(blocks: Tensor, p: float = 2.0, most: int = 2**22) -> Tensor:
+    """Sum the p-norm distances of every block to all: blocks (..., d), sums (...) in their type; so many at a time."""
     rows = blocks.reshape(-1, blocks.shape[-1])
     rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
     if p == 2:
         # distances don't change, but the products behind them lose less: a row's sum is now at least n times its length
         rows = rows - rows.mean(dim=0)
-    size = max(1, _MAX_ELEMENTS // max(1, len(rows)))
+    size = max(1, most // max(1, len(rows)))
     parts = (slice(start, start + size) for start in range(0, len(rows), size))
     find = _distances if p == 2 else partial(_distances_by_cdist, p=p)
     sums = [find(rows, part).sum(dim=1) for part in parts]
@@ -214,8 +203,3 @@ def _distances(rows: Tensor, part: slice) -> Tensor:
             first, second = close.nonzero(as_tuple=True)
             squares[close] = (own[first] - rows[second]).square().sum(dim=1)
     return squares.clamp_(min=0.0).sqrt_()
-
-
-def _use(function: Any) -> None:
-    for module in (basic_pruner, tools, calculate_metrics):
-        module.fpgm_metrics = function

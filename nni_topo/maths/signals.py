@@ -3,10 +3,8 @@
 The frequency of a chirp rises linearly along a coordinate, from one cycle per diagonal to the end of its sweep. Sent
 through a layer, the energy of each filter's response says how much the filter lets through, without any data.
 
-References
-----------
-.. [1] Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
-   University of Manitoba, 2018, section 4.2.
+Source: Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
+University of Manitoba, 2018, section 4.2.
 """
 
 from __future__ import annotations
@@ -29,31 +27,6 @@ Window = Literal["none", "hann"]
 _Value = TypeVar("_Value")
 
 _ENDS: dict[str, float] = {"nyquist": 0.5, "thesis": 1.0}
-
-
-def chirp_1d(length: int, *, sweep: Sweep = "nyquist", window: Window = "none") -> FloatArray:
-    """Return a linear chirp over ``length`` samples, from the first to the last; see :func:`chirp`.
-
-    Parameters
-    ----------
-    length : int
-        Samples, at least 1.
-    sweep : {"nyquist", "thesis"}, default="nyquist"
-        Range of the frequency.
-    window : {"none", "hann"}, default="none"
-        Taper.
-
-    Returns
-    -------
-    ndarray of float64, shape (length,)
-        Values in [-1, 1].
-
-    Examples
-    --------
-    >>> chirp_1d(5).round(3)
-    array([ 1.   ,  0.078, -0.951,  0.924, -0.809])
-    """
-    return chirp((length,), sweep=sweep, direction="diagonal", window=window)
 
 
 def chirp_2d(
@@ -88,32 +61,6 @@ def chirp_2d(
     (28, 28)
     """
     return chirp((height, width), sweep=sweep, direction=direction, window=window)
-
-
-def chirp_3d(
-    depth: int,
-    height: int,
-    width: int,
-    *,
-    sweep: Sweep = "nyquist",
-    direction: Direction = "radial",
-    window: Window = "none",
-) -> FloatArray:
-    """Return a three-dimensional linear chirp; see :func:`chirp`.
-
-    Parameters
-    ----------
-    depth, height, width : int
-        Voxels, at least 1 each.
-    sweep, direction, window
-        As in :func:`chirp_2d`.
-
-    Returns
-    -------
-    ndarray of float64, shape (depth, height, width)
-        Values in [-1, 1].
-    """
-    return chirp((depth, height, width), sweep=sweep, direction=direction, window=window)
 
 
 def chirp(
@@ -156,6 +103,11 @@ def chirp(
     -----
     With the coordinate ``s`` in pixels, from 0 to ``S``, and the sweep from ``f0`` to ``f1``, the value is
     ``cos(2 pi (f0 s + (f1 - f0) s^2 / (2 S)))``: the frequency at ``s`` is ``f0 + (f1 - f0) s / S`` cycles per pixel.
+
+    Examples
+    --------
+    >>> chirp((5,), direction="diagonal").round(3)
+    array([ 1.   ,  0.078, -0.951,  0.924, -0.809])
     """
     sizes = _checked_shape(shape)
     start, end = sweep_range(sizes, sweep)

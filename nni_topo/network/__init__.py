@@ -2,6 +2,7 @@
 
 from nni_topo.network.dense import to_dense
 from nni_topo.network.dependency import dependency_groups
+from nni_topo.network.exporting import Exported, export
 from nni_topo.network.files import load, save
 from nni_topo.network.latency import LatencyTable, LayerLatency
 from nni_topo.network.reference import masked_model
@@ -11,10 +12,12 @@ from nni_topo.network.zeros import zeros_held
 
 __all__ = [
     "DenseReport",
+    "Exported",
     "LatencyTable",
     "LayerLatency",
     "LayerReport",
     "dependency_groups",
+    "export",
     "load",
     "masked_model",
     "measure_latency",

@@ -120,12 +120,13 @@ def _build(
     original = detached_copy(network.model).eval()
     flow = network.flow
     resolved = resolve(original, flow, masks, round_to)
-    reference = apply_masks(original, network.call, resolved.masks)
+    ties = find_ties(original)
+    reference = apply_masks(original, network.call, resolved.masks, in_place=True)
     dense = copy.deepcopy(reference)
     # Each layer is cut for itself, so each needs tensors of its own.
     untie(dense, find_ties(dense))
     DenseSpeedup(dense, flow, resolved.left).speedup_model()
-    tie_again(dense, find_ties(original))
+    tie_again(dense, ties)
     for name, module in network.model.named_modules():
         dense.get_submodule(name).training = module.training
     return dense, reference, kept_outputs(flow, resolved.left), resolved

@@ -20,7 +20,7 @@ from nni_topo.network.report import why_not_followed
 
 _logger = logging.getLogger(__name__)
 
-_OUTPUT = "it gives the model's output"
+OUTPUT = "it gives the model's output"
 
 
 class DependencyGroups(list[dict[str, Any]]):
@@ -124,7 +124,7 @@ def dependency_groups(
         return DependencyGroups([], skipped)
     order = _network_order(model, flow)
     skipped = _skipped(network, flow, [name for name in order if name in selected - named], selected)
-    if strict and (whole := {name: why for name, why in skipped.items() if why != _OUTPUT}):
+    if strict and (whole := {name: why for name, why in skipped.items() if why != OUTPUT}):
         name, why = next(iter(whole.items()))
         raise ConfigError(f"every layer that is selected must be one that can lose channels, got {name}: {why}")
     _warn(flow, layer_groups(flow), selected - skipped.keys(), skipped)
@@ -156,7 +156,7 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: se
             heads.append(name)
     # A network of which all that is selected gives the output has no head that could be left out.
     if selected - set(heads):
-        skipped |= dict.fromkeys(heads, _OUTPUT)
+        skipped |= dict.fromkeys(heads, OUTPUT)
     return {name: skipped[name] for name in asked if name in skipped}
 
 
@@ -227,7 +227,7 @@ def _warn(flow: ChannelFlow, groups: list[list[str]], selected: set[str], skippe
     by_reason: dict[str, list[str]] = {}
     for name, why in skipped.items():
         by_reason.setdefault(why, []).append(name)
-    if by_reason.keys() - {_OUTPUT}:
+    if by_reason.keys() - {OUTPUT}:
         told = "; ".join(f"{', '.join(names)}: {why}" for why, names in by_reason.items())
         _logger.warning("layers that can't lose channels stay whole and are left out: %s", told)
     for names in groups:

@@ -127,6 +127,8 @@ def _level(blocks: Blocks, sides: list[list[np.ndarray]], kept: np.ndarray, scor
 
 def _bring_back(roots: np.ndarray, kept: np.ndarray, scores: np.ndarray, wanted: int) -> None:
     """Keep the best of the pruned channels until so many are kept."""
+    if int(kept[roots].sum()) >= wanted:
+        return
     pruned = np.unique(roots[~kept[roots]])
     best = pruned[descending(scores[pruned])]
     for root in best:

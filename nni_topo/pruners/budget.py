@@ -121,7 +121,7 @@ class BudgetPlanner(Planner):
             removed = solve_uniform([unit.rows for unit in units], cost, self.budget.share)
         else:
             bounds = [unit.removable_rows for unit in units]
-            removed = _solve_tolerance([losses(unit) for unit in units], bounds, cost, self.budget.share)
+            removed = solve_tolerance([losses(unit) for unit in units], bounds, cost, self.budget.share)
         # The config_list's minimum and maximum hold, also where the budget is missed for it.
         return {unit.name: unit.kept_rows(count) for unit, count in zip(units, removed, strict=True)}
 
@@ -211,7 +211,7 @@ def _nearest(tried: list[tuple[float, Position]]) -> Position:
     return ordered[first_smallest([gap for gap, _ in ordered], 1.0)][1]
 
 
-def _solve_tolerance(
+def solve_tolerance(
     losses: list[FloatArray], bounds: list[tuple[int, int]], left: Callable[[Sequence[int]], float], share: float
 ) -> list[int]:
     """Remove, over all units, the rows whose score lies below one tolerance, such that a budget is met."""

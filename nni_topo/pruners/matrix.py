@@ -3,9 +3,7 @@
 A channel is a row of its own layer's matrix and a column (of a convolution, a stretch of columns) of each matrix that
 reads it. Both go together, so the matrices stay dense and get smaller.
 
-References
-----------
-.. [1] "Network Structure Pruning", AVLSI final project report, section VI (matrix-based pruning).
+Source: "Network Structure Pruning", AVLSI final project report, section VI (matrix-based pruning).
 """
 
 from __future__ import annotations

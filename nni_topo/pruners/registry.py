@@ -64,7 +64,7 @@ class PrunerInfo:
         return tuple(name for name in parameters if name not in (*_NNI_ARGUMENTS, "args", "kwargs"))
 
 
-_TABLE: dict[str, PrunerInfo] = {}
+TABLE: dict[str, PrunerInfo] = {}
 
 
 def register_pruner(info: PrunerInfo) -> None:
@@ -75,10 +75,10 @@ def register_pruner(info: PrunerInfo) -> None:
     ConfigError
         If the name is taken by another class.
     """
-    known = _TABLE.get(info.name)
+    known = TABLE.get(info.name)
     if known is not None and known.path != info.path:
         raise ConfigError(f"a pruner's name must be free, got {info.name!r}, taken by {known.path} (register_pruner)")
-    _TABLE[info.name] = info
+    TABLE[info.name] = info
 
 
 def list_pruners(pattern: str = "*") -> list[str]:
@@ -99,7 +99,7 @@ def list_pruners(pattern: str = "*") -> list[str]:
     >>> list_pruners("l?")
     ['l1', 'l2']
     """
-    return sorted(name for name in _TABLE if fnmatchcase(name, pattern))
+    return sorted(name for name in TABLE if fnmatchcase(name, pattern))
 
 
 def pruner_info(name: str) -> PrunerInfo:
@@ -110,9 +110,9 @@ def pruner_info(name: str) -> PrunerInfo:
     ConfigError
         If the name isn't registered; the message holds the nearest names.
     """
-    if name not in _TABLE:
-        raise unknown_name("pruner", name, _TABLE)
-    return _TABLE[name]
+    if name not in TABLE:
+        raise unknown_name("pruner", name, TABLE)
+    return TABLE[name]
 
 
 def check_knobs(name: str, knobs: Iterable[str]) -> None:
@@ -188,7 +188,7 @@ def expose_in_nni() -> None:
     ``nni.compression.pruning.tools``, beside NNI's functions for these steps. NNI's schedulers warn of pruners that
     they weren't tested with: no longer of these, which are.
     """
-    own = [cls for info in _TABLE.values() if info.origin == "nni_topo" and isinstance(cls := info.load(), type)]
+    own = [cls for info in TABLE.values() if info.origin == "nni_topo" and isinstance(cls := info.load(), type)]
     for cls in own:
         setattr(nni.compression.pruning, cls.__name__, cls)
     hooks = importlib.import_module(_OWN)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,6 +18,19 @@ from nni_topo.pruners.units import PruningUnit
 
 Clouds = dict[str, list["Cloud"]]
 Kept = dict[str, BoolArray]
+Made = TypeVar("Made")
+
+
+class WhenAsked(dict[str, Made]):
+    """Values by name, each made when it is first looked at."""
+
+    def __init__(self, make: Callable[[str], Made]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, name: str) -> Made:
+        self[name] = self._make(name)
+        return self[name]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -27,7 +42,8 @@ class SelectionMetric(MetricCalculator):
 
     def calculate(self, data: Data, context: PruningContext) -> KeptSet:
         """Plan by the clouds' death times how many blocks stay, then choose which."""
-        clouds = {unit.name: _clouds(unit, data, origin=self.origin) for unit in context.units}
+        units = {unit.name: unit for unit in context.units}
+        clouds = WhenAsked(lambda name: _clouds(units[name], data, origin=self.origin))
         rows = context.rows(lambda unit: np.concatenate([cloud.losses() for cloud in clouds[unit.name]]))
         return context.keep(self.choose(context, clouds, rows))
 

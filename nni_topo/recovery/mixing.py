@@ -133,7 +133,7 @@ class PairTask(ChannelTask):
         """Solve for ``alpha`` and ``beta`` of every pair."""
         # One unknown a channel needs no ridge, and the text has none: the samples held out only judge.
         held_out = held.relative_error(self._solution(learned)) if held.samples else float("nan")
-        learned.merge(held)
+        learned = learned.merged(held)
         solution = self._solution(learned)
         before = learned.relative_error(learned.unchanged())
         return Fit(solution, 0.0, before, learned.relative_error(solution), held_out)

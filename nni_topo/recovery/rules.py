@@ -112,7 +112,7 @@ class MeanTask(LayerTask):
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
         """Take the mean of what lacks; weights stay as they are."""
         held_out = held.relative_error(_mean(learned)) if held.samples else math.nan
-        learned.merge(held)
+        learned = learned.merged(held)
         solution = _mean(learned)
         before, after = (learned.relative_error(each) for each in (learned.unchanged(), solution))
         return Fit(solution, 0.0, before, after, held_out)
@@ -189,23 +189,20 @@ def _nearest(gone: list[list[_Filter]], kept: list[list[_Filter]]) -> list[tuple
 
 def _by_channel(equations: NormalEquations, kernel: Tensor, channels: int) -> NormalEquations:
     """Return the sums for one factor a channel, common to all outputs, from those for single weights."""
-    found = NormalEquations()
-    if equations.samples:
-        sums, groups = equations.sums, len(kernel)
-        products = (kernel.mT @ kernel * sums["xx"]).reshape(
-            groups, channels, -1, channels, kernel.shape[2] // channels
-        )
-        crossed = (kernel.mT * sums["xy"]).sum(2).reshape(groups, channels, -1)
-        nothing = torch.zeros_like(sums["y"][:, :1])
-        spread = sums["rr"] - sums["r"].square() / equations.samples
-        found.samples = equations.samples
-        found.sums = {
-            "x": sums["x"].new_zeros(groups, channels),
-            "y": nothing,
-            "r": nothing,
-            "xx": products.sum((2, 4)),
-            "xy": crossed.sum(2, keepdim=True),
-            "yy": sums["yy"].sum(1, keepdim=True),
-            "rr": spread.sum(1, keepdim=True),
-        }
-    return found
+    if not equations.samples:
+        return NormalEquations()
+    sums, groups = equations.sums, len(kernel)
+    products = (kernel.mT @ kernel * sums["xx"]).reshape(groups, channels, -1, channels, kernel.shape[2] // channels)
+    crossed = (kernel.mT * sums["xy"]).sum(2).reshape(groups, channels, -1)
+    nothing = torch.zeros_like(sums["y"][:, :1])
+    spread = sums["rr"] - sums["r"].square() / equations.samples
+    added = {
+        "x": sums["x"].new_zeros(groups, channels),
+        "y": nothing,
+        "r": nothing,
+        "xx": products.sum((2, 4)),
+        "xy": crossed.sum(2, keepdim=True),
+        "yy": sums["yy"].sum(1, keepdim=True),
+        "rr": spread.sum(1, keepdim=True),
+    }
+    return NormalEquations.of(equations.samples, added)

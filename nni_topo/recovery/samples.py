@@ -160,19 +160,17 @@ class Sampler:
         """Return the sums of the samples to learn from and of those held out; DataError if any isn't finite."""
         # A task that refines the one before has the same positions, so that the products of inputs are the same.
         # `settled` is the rank of the first node that may change before a later pass.
-        learned, held = NormalEquations(), NormalEquations()
         kept = self._chunks if task.refines else None
         known = self._known if kept or (task.refines and self.replay.is_repeatable) else None
         self._known, self._chunks = None, kept
+        learned, held = (NormalEquations(each) for each in known or (None, None))
         if kept is None:
             chunks = self._keep(self._sampled(task, settled), is_refined)
         else:
             chunks = (_refined(task, chunk) for chunk in kept)
         for chunk in chunks:
-            _add(learned, chunk, ~chunk.is_held_out, products=known is None)
-            _add(held, chunk, chunk.is_held_out, products=known is None)
-        for mine, other in zip((learned, held), known or (), strict=False):
-            mine.sums |= {name: total for name, total in other.sums.items() if name == "xx"}
+            _add(learned, chunk, ~chunk.is_held_out)
+            _add(held, chunk, chunk.is_held_out)
         if not (learned.is_finite() and held.is_finite()):
             raise DataError(f"activations must be finite, got NaN or infinity ({task.layer.name})")
         self._known = learned, held
@@ -218,10 +216,10 @@ def _refined(task: Task, chunk: _Chunk) -> _Chunk:
     return _Chunk(*task.refined((chunk.inputs, chunk.lacking, chunk.wanted)), is_held_out=chunk.is_held_out)
 
 
-def _add(equations: NormalEquations, chunk: _Chunk, rows: Tensor, *, products: bool) -> None:
+def _add(equations: NormalEquations, chunk: _Chunk, rows: Tensor) -> None:
     if bool(rows.any()):
         inputs, residuals, references = (values[:, rows] for values in (chunk.inputs, chunk.lacking, chunk.wanted))
-        equations.add(inputs, residuals, references, products=products)
+        equations.add(inputs, residuals, references)
 
 
 def _parts(entries: int, size: int) -> Iterator[slice]:

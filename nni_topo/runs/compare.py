@@ -10,17 +10,23 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import check_knobs
 from nni_topo.runs.cells import run_cell
 from nni_topo.runs.plan import SCRATCH, Cell, Plan
 from nni_topo.runs.records import Record, append_record, read_records
+from nni_topo.runs.report import write_report
 from nni_topo.runs.rivals import is_rival
 from nni_topo.runs.run import load_model_data, resolve_device
+from nni_topo.runs.tables import markdown_report
+
+if TYPE_CHECKING:
+    import pandas
 
 # Never a plain fork: the child would inherit locks that PyTorch's threads hold. The server imports the pipeline once.
 _START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -34,40 +40,45 @@ class RunFailure:
     reason: str
 
 
+class Comparison(NamedTuple):
+    """What a comparison found; its ``repr`` is the tables, in Markdown.
+
+    Attributes
+    ----------
+    records : list of dict
+        The records of the plan's cells that ran, in its order.
+    failures : list of RunFailure
+        Cells that raised or were killed; the same command tries them again.
+    """
+
+    records: list[Record]
+    failures: list[RunFailure]
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return the records as a table, one row each, what is nested as columns with dots in their names."""
+        import pandas
+
+        return pandas.json_normalize(self.records)
+
+    def __repr__(self) -> str:
+        failed = [f"failed: {each.cell.pruner.row}, seed {each.cell.seed}" for each in self.failures]
+        return "\n".join([markdown_report(self.records), *failed])
+
+
 def compare(
     plan: Plan,
     out: str | Path,
     *,
     isolate: bool = True,
     on_cell: Callable[[Cell, int, int], None] | None = None,
-) -> tuple[list[Record], list[RunFailure]]:
-    """Run the cells of a plan that have no record yet.
+) -> Comparison:
+    """Run the cells of a plan that have no record yet; return all records, in the plan's order, and the failed cells.
 
-    Parameters
-    ----------
-    plan : Plan
-        What to run.
-    out : str or Path
-        Folder: ``results.jsonl`` gets a line per finished cell, ``results.json`` all records at the end,
-        ``checkpoints`` the trained models.
-    isolate : bool, default=True
-        Whether each cell gets a process of its own, so that its memory is given back and a crash ends one cell only.
-    on_cell : callable or None, default=None
-        Called with a cell, its number from 1 and the number of cells before the cell runs.
-
-    Returns
-    -------
-    list of dict
-        The records of the plan's cells, in its order.
-    list of RunFailure
-        Cells that raised or were killed; the same command tries them again.
-
-    Raises
-    ------
-    ConfigError
-        If a name, a knob or the device is unknown, or the folder holds records of another comparison.
-    DataError
-        If the data can't be read.
+    The folder gets a line per finished cell in ``results.jsonl``, all records at the end in ``results.json``, the
+    plan, ``report.html`` and the trained models. With ``isolate`` each cell has a process of its own: its memory is
+    given back, and a crash ends one cell only. ``on_cell`` is called with each cell, its number from 1 and their
+    number before it runs. ConfigError if a name, a knob or the device is unknown, or the folder holds another
+    comparison's records; DataError if the data can't be read.
     """
     out = Path(out)
     cells = list(plan.cells())
@@ -82,6 +93,7 @@ def compare(
             f"{one['model']}, {one['data']}, {one['pruner']}, {one['target']} ({out})"
         )
     out.mkdir(parents=True, exist_ok=True)
+    (out / "plan.json").write_text(json.dumps(asdict(plan), indent=1, default=repr) + "\n", encoding="utf-8")
     failures = []
     for number, cell in enumerate(cells, start=1):
         if cell.key in done:
@@ -96,7 +108,8 @@ def compare(
         done[cell.key] = result
     records = [done[cell.key] for cell in cells if cell.key in done]
     (out / "results.json").write_text(json.dumps(records, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    return records, failures
+    write_report(out)
+    return Comparison(records, failures)
 
 
 def _check_choices(cells: list[Cell]) -> None:

@@ -88,29 +88,15 @@ class DistillationChoice:
 
 @dataclass(frozen=True)
 class PrunerChoice:
-    """A pruner by name with its knobs.
+    """A pruner by name with its knobs."""
 
-    Attributes
-    ----------
-    name : str
-        Registered name, see :func:`nni_topo.list_pruners`; or ``"scratch"``: no pruner, but a network of the same
-        widths, trained from new weights by the whole recipe.
-    label : str
-        Row of the table. Empty: the name.
-    knobs : dict
-        The pruner's own arguments.
-    calibration : int
-        Training images (without labels) given to the pruner as ``calibration``; 0: none.
-    compensate, distill : CompensationChoice and DistillationChoice, False or None
-        Compensation and distillation of this row, False: none; None: as the plan says.
-    """
-
+    # a registered name, or "scratch": a network of the same widths, trained from new weights by the whole recipe
     name: str
-    label: str = ""
-    knobs: Mapping[str, Any] = field(default_factory=dict)
-    calibration: int = 0
-    compensate: CompensationChoice | Literal[False] | None = None
-    distill: DistillationChoice | Literal[False] | None = None
+    label: str = ""  # row of the table; empty: the name
+    knobs: Mapping[str, Any] = field(default_factory=dict)  # the pruner's own arguments
+    calibration: int = 0  # training images, without labels, given to the pruner; 0: none
+    compensate: CompensationChoice | Literal[False] | None = None  # of this row, False: none; None: as the plan says
+    distill: DistillationChoice | Literal[False] | None = None  # likewise
 
     @property
     def row(self) -> str:
@@ -171,38 +157,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """All cells of a comparison.
-
-    Attributes
-    ----------
-    models, data, pruners, targets : tuple
-        The factors; every combination is a cell.
-    seeds : int
-        How many seeds, at least 1.
-    first_seed : int
-        The seeds are ``first_seed``, ``first_seed + 1``, ...
-    train, retrain : dict
-        Fields of the recipe to replace in the model's default recipe; ``retrain`` needs ``epochs``, of which 0 leaves
-        retraining out.
-    device : str
-        ``"cpu"``, ``"cuda"`` or ``"auto"``.
-    compensate : CompensationChoice or None
-        Compensation between pruning and retraining, for every row; None: none.
-    distill : DistillationChoice or None
-        Distillation between compensation and retraining, for every row; None: none.
-    """
+    """All cells of a comparison: every combination of models, data, pruners, targets and seeds."""
 
     models: tuple[ModelChoice, ...]
     data: tuple[DataChoice, ...]
     pruners: tuple[PrunerChoice, ...]
     targets: tuple[Target, ...]
-    seeds: int = 1
+    seeds: int = 1  # how many, at least 1, from `first_seed` on
     first_seed: int = 0
-    train: Mapping[str, Any] = field(default_factory=dict)
-    retrain: Mapping[str, Any] = field(default_factory=lambda: {"epochs": 1})
-    device: str = "cpu"
-    compensate: CompensationChoice | None = None
-    distill: DistillationChoice | None = None
+    train: Mapping[str, Any] = field(default_factory=dict)  # fields to replace in the model's default recipe
+    retrain: Mapping[str, Any] = field(default_factory=lambda: {"epochs": 1})  # likewise, `epochs` too; 0: none
+    device: str = "cpu"  # cpu, cuda or auto
+    compensate: CompensationChoice | None = None  # between pruning and retraining, for every row; None: none
+    distill: DistillationChoice | None = None  # behind compensation, for every row; None: none
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -230,52 +197,24 @@ class Plan:
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """What a pruning configuration file says: a pruner by name, NNI's config_list, the pruner's own knobs.
-
-    Attributes
-    ----------
-    calibration : int
-        Training images (without labels) given to the pruner; 0: none.
-    dependency_groups : bool
-        Whether layers that meet in an addition are tied, so that they lose the same channels.
-    compensate, distill : CompensationChoice and DistillationChoice, or None
-        Compensation and distillation on training images without labels, for any pruner; None: none.
-    round_to : int or None
-        Layers keep a multiple of so many channels.
-    retrain : dict
-        Fields of the retraining recipe, ``epochs`` first of all; empty: no retraining.
-    """
+    """What a pruning configuration file says: a pruner by name, NNI's config_list, the pruner's own knobs."""
 
     pruner: str
     config_list: list[dict[str, Any]]
     knobs: Mapping[str, Any] = field(default_factory=dict)
-    calibration: int = 0
-    dependency_groups: bool = True
-    compensate: CompensationChoice | None = None
-    distill: DistillationChoice | None = None
-    round_to: int | None = None
-    retrain: Mapping[str, Any] = field(default_factory=dict)
+    calibration: int = 0  # training images, without labels, given to the pruner; 0: none
+    dependency_groups: bool = True  # whether layers that meet in an addition lose the same channels
+    compensate: CompensationChoice | None = None  # on training images without labels, for any pruner; None: none
+    distill: DistillationChoice | None = None  # likewise
+    round_to: int | None = None  # layers keep a multiple of so many channels
+    retrain: Mapping[str, Any] = field(default_factory=dict)  # of the recipe, `epochs` first of all; empty: none
 
 
 def load_plan(path: str | Path) -> Plan:
-    """Read a plan from a YAML file.
+    """Read a plan from a YAML file; DataError if it can't be read, ConfigError if a key is unknown or a value is wrong.
 
-    Parameters
-    ----------
-    path : str or Path
-        Keys as in :class:`Plan`; an entry of ``models``, ``data`` and ``pruners`` is a name or a mapping, one of
-        ``targets`` a mapping such as ``{flops: 0.25}``.
-
-    Returns
-    -------
-    Plan
-
-    Raises
-    ------
-    DataError
-        If the file is missing or isn't YAML.
-    ConfigError
-        If a key is unknown or a value can't be used.
+    Keys are those of :class:`Plan`; an entry of ``models``, ``data`` and ``pruners`` is a name or a mapping, one of
+    ``targets`` a mapping such as ``{flops: 0.25}``.
     """
     content = read_yaml(path, "a plan")
     for name, made in {"models": ModelChoice, "data": DataChoice, "pruners": PrunerChoice, "targets": Target}.items():

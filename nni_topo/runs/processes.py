@@ -59,24 +59,9 @@ def broadcast(value: _Plain, *, source: int = 0) -> _Plain:
 
 
 def broadcast_masks(masks: Masks | None, *, source: int = 0) -> Masks:
-    """Hand the masks of one process to all and check that they arrived.
+    """Hand the masks of one process, ``source``, to all and check that they arrived; the others' may be None.
 
-    Parameters
-    ----------
-    masks : dict of str to dict of str to Tensor, or None
-        By module and target, as a pruner returns them; only those of ``source`` count, the others may be None.
-    source : int, default=0
-        The rank that pruned.
-
-    Returns
-    -------
-    dict of str to dict of str to Tensor
-        The masks, on the CPU, equal in all processes.
-
-    Raises
-    ------
-    DataError
-        If ``source`` has no masks, or they aren't equal in all processes afterwards.
+    They come back on the CPU. DataError if ``source`` has none, or they aren't equal in all processes afterwards.
     """
     held = broadcast(None if masks is None else on_cpu(masks), source=source)
     if held is None:

@@ -19,7 +19,8 @@ from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import needs_rule, pruner_info
 from nni_topo.runs.plan import DataChoice, ModelChoice, PruneConfig, PrunerChoice, changed_recipe
 from nni_topo.runs.records import Record, provenance
-from nni_topo.runs.run import costs, distilled, made_dense, on_cpu, prune, retrain, trained
+from nni_topo.runs.report import write_report
+from nni_topo.runs.run import costs, distilled, latencies, made_dense, on_cpu, prune, retrain, trained
 
 
 def prune_checkpoint(
@@ -33,7 +34,7 @@ def prune_checkpoint(
     device: str = "cpu",
     progress: bool = False,
 ) -> Record:
-    """Prune a trained model; write ``dense.pt``, ``masks.pt`` and ``summary.json`` to a new or empty folder."""
+    """Prune a trained model; write ``dense.pt``, ``masks.pt``, ``summary.json``, ``report.html`` to an empty folder."""
     out = Path(out)
     check_empty(out)
 
@@ -71,11 +72,12 @@ def prune_checkpoint(
         recipe = start.recipe.for_retraining(int(config.retrain.get("epochs", 1)))
         retrain(dense, start.data, changed_recipe(recipe, config.retrain), seed=seed, progress=progress)
         record["accuracy_retrained"] = start.tested(dense)
-    record |= provenance()
+    record |= latencies(start, dense) | provenance()
     out.mkdir(parents=True, exist_ok=True)
     files.save(dense, out / "dense.pt")
     torch.save(masks, out / "masks.pt")
     (out / "summary.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_report(out)
     return record
 
 

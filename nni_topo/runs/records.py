@@ -19,13 +19,7 @@ _PACKAGES = ["nni_topo", "nni", "torch", "torchvision", "gudhi", "pyeasyga", "nu
 
 
 def read_records(path: Path) -> list[Record]:
-    """Read the records of ``results.jsonl``; a last line that a crash cut short is left out and removed.
-
-    Raises
-    ------
-    DataError
-        If another line isn't a record.
-    """
+    """Read the records of ``results.jsonl`` (DataError); a last line that a crash cut short is left out and removed."""
     if not path.exists():
         return []
     lines = path.read_bytes().splitlines(keepends=True)

@@ -39,7 +39,7 @@ from nni_topo.runs.plan import (
 )
 from nni_topo.runs.records import Record
 from nni_topo.runs.rivals import is_rival, rival_masks
-from nni_topo.runs.widths import pruning_config
+from nni_topo.runs.widths import left_whole, pruning_config
 
 LATENCY_BATCH = 64
 _RECALIBRATION_IMAGES = 1024
@@ -52,24 +52,14 @@ STILL = 1e-30
 
 @dataclass(frozen=True)
 class Start:
-    """A trained network, in evaluation mode, and its data: where every run begins. No stage changes the network.
-
-    Attributes
-    ----------
-    recipe : Recipe
-        How it was trained, or would be.
-    seed : int
-        Of its training, and of what is done with it.
-    known_accuracy, known_validation : float or None
-        On the test and on the validation images, where they were measured before.
-    """
+    """A trained network, in evaluation mode, and its data: where every run begins. No stage changes the network."""
 
     net: nn.Module
     data: zoo.DataBundle
-    recipe: zoo.Recipe
-    seed: int = 0
-    known_accuracy: float | None = None
-    known_validation: float | None = None
+    recipe: zoo.Recipe  # how it was trained, or would be
+    seed: int = 0  # of its training, and of what is done with it
+    known_accuracy: float | None = None  # on the test images, where it was measured before
+    known_validation: float | None = None  # likewise on the validation images
 
     @property
     def device(self) -> torch.device:
@@ -123,23 +113,9 @@ def trained(
 ) -> Start:
     """Return a trained network: that of a checkpoint, or of a folder of checkpoints; else it is trained.
 
-    Parameters
-    ----------
-    recipe : Recipe or None, default=None
-        How to train. None: the model's own recipe.
-    checkpoint : str, Path or None, default=None
-        Trained weights.
-    folder : Path or None, default=None
-        Where networks are kept that were trained here; one is trained once. None: it isn't kept.
-    seed : int, default=0
-        Of the weights and of training.
-    accept : callable or None, default=None
-        Gets the untrained network: what it refuses isn't trained first.
-
-    Raises
-    ------
-    ConfigError, DataError
-        If a name or the device is unknown; if the checkpoint or the data can't be used.
+    A network trained by a ``recipe`` (None: the model's own) is kept in the ``folder``. ``accept`` gets the untrained
+    network: what it refuses isn't trained first. ConfigError or DataError if a name, the device, the checkpoint or the
+    data can't be used.
     """
     place = resolve_device(device)
     bundle = load_model_data(model, data)
@@ -168,19 +144,9 @@ def trained(
 def pruner_knobs(name: str, victim: nn.Module, start: Start, calibration: int = 0) -> dict[str, Any]:
     """Return what a run hands to a pruner of its own accord; test images aren't used.
 
-    Parameters
-    ----------
-    victim : torch.nn.Module
-        The network that will be pruned, for an evaluator is bound to it.
-    calibration : int, default=0
-        Training images for the pruner's calibration; 0: none.
-
-    Returns
-    -------
-    dict
-        Of the pruner's own knobs ``seed``, ``example_inputs``, ``calibration`` and ``validation``, the labelled
-        validation images; where it needs an ``evaluator``, one that measures gradients and leaves weights as they
-        are, with ``training_steps``.
+    Of the pruner's own knobs ``seed``, ``example_inputs``, ``calibration`` (so many training images) and
+    ``validation``, the labelled validation images; where it needs an ``evaluator``, one, bound to the ``victim`` that
+    will be pruned, that measures gradients and leaves weights as they are, with ``training_steps``.
     """
     info = pruner_info(name)
     known: dict[str, Callable[[], Any]] = {
@@ -269,12 +235,8 @@ def retrain(
 ) -> zoo.TrainingLog:
     """Train a pruned network in place; single weights that are zero stay zero.
 
-    Parameters
-    ----------
-    through : torch.nn.Module or None, default=None
-        What runs the network, for example its DistributedDataParallel. None: the network.
-    **knobs
-        Of :func:`nni_topo.zoo.train`.
+    ``through`` runs it, for example its DistributedDataParallel; None: itself. The knobs are
+    :func:`nni_topo.zoo.train`'s.
     """
     with zeros_held(net):
         device = next(net.parameters()).device
@@ -282,8 +244,15 @@ def retrain(
 
 
 def costs(start: Start, dense: nn.Module) -> Record:
-    """Return multiply-accumulates of one image, parameters and those that aren't zero, before and after; widths."""
-    found: Record = {"widths": layer_widths(dense)}
+    """Return multiply-accumulates of one image, parameters and those that aren't zero, before and after; widths.
+
+    ``whole`` says of each layer that keeps its width why it does.
+    """
+    found: Record = {
+        "widths": layer_widths(dense),
+        "widths_before": layer_widths(start.net),
+        "whole": left_whole(start.net, start.example, dense),
+    }
     for suffix, net in (("_before", start.net), ("", dense)):
         found[f"flops{suffix}"] = zoo.count_macs(net, start.example)
         found[f"params{suffix}"] = zoo.count_params(net)

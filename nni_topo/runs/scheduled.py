@@ -33,39 +33,13 @@ def prune_on_schedule(
     rounds: int = 4,
     finishing: int = 1,
 ) -> nn.Module:
-    """Prune a copy of a model and train it, in rounds or at once, for the same number of epochs.
+    """Prune a copy of a network and train it, in rounds or at once, for the same number of epochs; return it dense.
 
-    Parameters
-    ----------
-    start : Start
-        The trained network, which isn't changed, and what it is trained on.
-    pruner : PrunerChoice
-        Which; it scores anew in every round.
-    config_list : list of dict
-        NNI's config_list: where the schedule ends.
-    recipe : Recipe
-        How it is trained: all of its ``epochs`` are spent, whatever the schedule.
-    schedule : {"one-shot", "linear", "agp"}
-        All at the beginning; in equal steps; in steps that shrink (NNI's ``LinearPruner`` and ``AGPPruner``).
-    rounds : int, default=4
-        Steps of the last two, at least 1; the training in between is cut evenly.
-    finishing : int, default=1
-        Epochs of ``recipe`` that are spent on the dense network after the last round, in [0, epochs - 1].
-
-    Returns
-    -------
-    torch.nn.Module
-        The dense network, trained, in evaluation mode.
-
-    Raises
-    ------
-    ConfigError
-        If the schedule is unknown, a number is out of its range, or the pruner refuses the request.
-
-    Notes
-    -----
-    While masks are in force a removed channel's batch-norm bias is still heard; the dense network lacks it, and the
-    finishing epochs make up for that.
+    ``one-shot`` prunes all at the beginning, ``linear`` in equal steps, ``agp`` in steps that shrink (NNI's pruners);
+    the pruner scores anew in each of the ``rounds``. All epochs of the recipe are spent, the last ``finishing`` ones,
+    in [0, epochs - 1], on the dense network: while masks are in force a removed channel's batch-norm bias is still
+    heard, and they make up for that. ConfigError if the schedule is unknown, a number is out of its range, or the
+    pruner refuses the request.
     """
     if schedule not in ("one-shot", *_SCHEDULERS):
         raise unknown_name("schedule", schedule, ("one-shot", *_SCHEDULERS))

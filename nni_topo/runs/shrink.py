@@ -40,51 +40,24 @@ Distill = Callable[[nn.Module, nn.Module, Iterable[Any]], nn.Module]
 
 @dataclass(frozen=True)
 class Stage:
-    """The network after one step.
+    """The network after one step."""
 
-    Attributes
-    ----------
-    network : str
-        ``"original"``, ``"pruned"``, ``"compensated"`` or ``"distilled"``.
-    macs, params : int
-        Multiply-accumulates of one sample, and parameters.
-    distance : float
-        Mean squared distance of the outputs from the original's, as a share of their variance, on the images given.
-    agreement : float
-        Share of the images, in [0, 1], for which the largest output is the original's; NaN for other outputs than
-        (images, classes).
-    accuracy : float
-        What ``evaluate`` says; NaN without.
-    seconds : float
-        Wall time of the step.
-    """
-
-    network: str
-    macs: int
+    network: str  # original, pruned, compensated or distilled
+    macs: int  # multiply-accumulates of one sample
     params: int
-    distance: float
-    agreement: float
-    accuracy: float
-    seconds: float
+    distance: float  # mean squared distance of the outputs from the original's over their variance, on the images
+    agreement: float  # share of images whose largest output is the original's; NaN unless outputs are (images, classes)
+    accuracy: float  # what `evaluate` says; NaN without
+    seconds: float  # wall time of the step
 
 
 @dataclass(frozen=True, repr=False)
 class ShrinkReport:
-    """How a network was made smaller; its ``repr`` is a table.
+    """How a network was made smaller; its ``repr`` is a table."""
 
-    Attributes
-    ----------
-    stages : tuple of Stage
-        The original, and the network after each step.
-    layers : DenseReport
-        Channels of every layer before and after, and why some stay.
-    left_alone : dict of str to str
-        Layers that compensation couldn't solve anew, and why.
-    """
-
-    stages: tuple[Stage, ...]
-    layers: DenseReport
-    left_alone: dict[str, str]
+    stages: tuple[Stage, ...]  # the original, and the network after each step
+    layers: DenseReport  # channels of every layer before and after, and why some stay
+    left_alone: dict[str, str]  # layers that compensation couldn't solve anew, and why
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the stages as a table, one row each."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -15,7 +15,11 @@ from rich.console import Console, RenderableType
 from tyro.constructors import PrimitiveConstructorSpec
 
 from nni_topo.runs.plan import DataChoice, ModelChoice, read_yaml
+from nni_topo.runs.report import entries_of, write_report
 from nni_topo.runs.run import Start, trained
+
+if TYPE_CHECKING:
+    import pandas
 
 Tell = Callable[[str], None]
 Names = Annotated[
@@ -121,6 +125,21 @@ class Findings:
     unwritten: ClassVar[tuple[str, ...]] = ()
     """Fields that the document leaves out."""
 
+    def __init_subclass__(cls, **knobs: Any) -> None:
+        super().__init_subclass__(**knobs)
+        cls.__repr__ = Findings.__repr__  # type: ignore[method-assign]  # a dataclass would put its own there
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}\n{self.to_frame().to_string(index=False, max_colwidth=60)}"
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return the rows of the document's first table, or, where it has none, all of it in one row."""
+        import pandas
+
+        document = self.to_dict()
+        rows = next(filter(None, map(entries_of, document.values())), [document])
+        return pandas.json_normalize(rows)
+
     def to_dict(self) -> dict[str, Any]:
         """Return what was found as numbers, lists and strings."""
         return plain({name: value for name, value in vars(self).items() if name not in self.unwritten})  # type: ignore[no-any-return]
@@ -129,9 +148,19 @@ class Findings:
         """Return the pictures by the stems of their files."""
         return {}
 
+    def texts(self) -> dict[str, str]:
+        """Return further files by their names."""
+        return {}
+
     def save(self, folder: str | Path) -> list[Path]:
-        """Write the JSON document and the pictures; return the files."""
-        return write(folder, self.stem, self.to_dict(), self.figures())
+        """Write the JSON document, the pictures and further files, the folder made if need be; return the files."""
+        pictures = save_figures(folder, self.figures())
+        texts = {f"{self.stem}.json": json.dumps(self.to_dict(), indent=1) + "\n", **self.texts()}
+        files = {Path(folder, name): text for name, text in texts.items()}
+        for path, text in files.items():
+            path.write_text(text, encoding="utf-8")
+        first, *more = files
+        return [first, *pictures, *more]
 
 
 def plain(value: Any) -> Any:
@@ -143,15 +172,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
-
-
-def write(folder: str | Path, stem: str, document: Mapping[str, Any], figures: Mapping[str, Figure]) -> list[Path]:
-    """Write a document as ``STEM.json`` and figures as PNG files, the folder made if need be; return the files."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{stem}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return [path, *save_figures(folder, figures)]
 
 
 def save_figures(folder: str | Path, figures: Mapping[str, Figure]) -> list[Path]:
@@ -193,7 +213,7 @@ class Study(Verb, Generic[Found]):
     def run(self, console: Console) -> int:
         """Compute, write the files, and print one JSON document or tables and the files' names."""
         found = self.find(lambda line: console.print(line, markup=False, highlight=False))
-        files = [] if self.out is None else found.save(self.out)
+        files = [] if self.out is None else [*found.save(self.out), write_report(self.out)]
         written = [f"written: {', '.join(map(str, files))}"] if files else []
         self.put_out(console, found.to_dict(), [*self.show(found), *written])
         return 0

@@ -1,4 +1,4 @@
-"""Tables and pictures of a comparison's records.
+"""Tables of a comparison's records, and of anything else.
 
 Rivals are the pruners that aren't this package's own, and random choice, which is nobody's.
 """
@@ -8,12 +8,10 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -24,26 +22,7 @@ from nni_topo.runs.plan import SCRATCH
 from nni_topo.runs.records import Record
 
 Group = tuple[str, str, str]
-_MARKERS = "osD^vP*X<>"
 _NEAREST = 1e-3
-COLUMNS = (
-    "method",
-    "MACs (M)",
-    "parameters (k)",
-    "not zero (k)",
-    "before %",
-    "one-shot %",
-    "BN recal. %",
-    "compensated %",
-    "vs best rival, compensated",
-    "distilled %",
-    "vs best rival, distilled",
-    "retrained %",
-    "vs best rival",
-    "epochs until back",
-    "latency ms",
-    "prune s",
-)
 
 
 @dataclass(frozen=True)
@@ -146,93 +125,89 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: 
 
 
 def print_report(records: Iterable[Record], console: Console) -> None:
-    """Print one table per model, data set and target.
-
-    Parameters
-    ----------
-    records : iterable of dict
-        Records of finished cells.
-    console : rich.console.Console
-        Where to.
-    """
+    """Print one table of records per model, data set and target."""
     for group, rows in grouped(records).items():
-        columns, lines = _table(rows)
-        table = as_table(_title(group, rows), columns, lines)
+        columns, lines = cells_of(rows)
+        table = as_table(title_of(group, rows), columns, lines)
         table.rows[0].end_section = True
         console.print(table)
 
 
 def print_widths(records: Iterable[Record], console: Console) -> None:
-    """Print the mean number of output channels of every layer, one table per model, data set and target.
-
-    Parameters
-    ----------
-    records : iterable of dict
-        Records of finished cells.
-    console : rich.console.Console
-        Where to.
-    """
+    """Print the mean number of output channels of every layer, one table per model, data set and target."""
     for group, rows in grouped(records).items():
-        lines = []
-        for layer in next(iter(next(iter(rows.values())).values()))["widths"]:
-            widths = (interval([record["widths"][layer] for record in runs.values()]).mean for runs in rows.values())
-            lines.append([layer, *(f"{width:g}" for width in widths)])
-        console.print(as_table(f"widths: {_title(group, rows)}", ["layer", *rows], lines))
+        console.print(as_table(f"widths: {title_of(group, rows)}", *widths_of(rows)))
+
+
+def widths_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
+    """Return columns and cells of a group's widths: by layer the mean of each row, beside what it was before."""
+    first = next(iter(next(iter(rows.values())).values()))
+    before, whole = first.get("widths_before", {}), first.get("whole", {})
+    lines = []
+    for layer in first["widths"]:
+        widths = (interval([record["widths"][layer] for record in runs.values()]).mean for runs in rows.values())
+        known = [str(before[layer])] if before else []
+        lines.append([layer, *known, *(f"{width:g}" for width in widths), *([whole.get(layer, "")] if whole else [])])
+    return ["layer", *(["before"] if before else []), *rows, *(["left whole, because"] if whole else [])], lines
 
 
 def markdown_report(records: Iterable[Record]) -> str:
-    """Return one Markdown table per model, data set and target.
-
-    Parameters
-    ----------
-    records : iterable of dict
-        Records of finished cells.
-    """
+    """Return one Markdown table of records per model, data set and target."""
     lines = []
     for group, rows in grouped(records).items():
-        lines += [f"**{_title(group, rows)}**", "", markdown_table(*_table(rows)), ""]
+        lines += [f"**{title_of(group, rows)}**", "", markdown_table(*cells_of(rows)), ""]
     return "\n".join(lines)
 
 
-def _title(group: Group, rows: dict[str, dict[int, Record]]) -> str:
+def title_of(group: Group, rows: dict[str, dict[int, Record]]) -> str:
+    """Return a group's model, data, target and number of seeds."""
     model, data, target = group
     seeds = max(len(runs) for runs in rows.values())
     return f"{model} on {data}, {target} ({seeds} seed{'s' if seeds > 1 else ''})"
 
 
-def _table(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
+def cells_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
     """Columns that hold anything, and cells of a table: the unpruned network, then a line per pruner."""
     rows = _timed_together(rows)
-    first = next(iter(next(iter(rows.values())).values()))
-    before = _column(next(iter(rows.values())))
-    macs, params = f"{first['flops_before'] / 1e6:.2f}", f"{first['params_before'] / 1e3:.1f}"
-    table = [
-        ["unpruned", macs, params, "", before("accuracy_before"), *[""] * 9, before("latency_before_ms", 1, 2), ""]
-    ]
-    for row, runs in rows.items():
-        cell = _column(runs)
-        table.append(
-            [
-                row,
-                cell("flops", 1e-6, 2, spread=False),
-                cell("params", 1e-3, spread=False),
-                cell("weights_left", 1e-3, spread=False) if _has_zeros(runs) else "",
-                cell("accuracy_before"),
-                cell("accuracy_oneshot"),
-                cell("accuracy_recalibrated"),
-                cell("accuracy_compensated"),
-                _versus(rows, row, "accuracy_compensated"),
-                cell("accuracy_distilled"),
-                _versus(rows, row, "accuracy_distilled"),
-                cell("accuracy_retrained"),
-                _versus(rows, row, "accuracy_retrained"),
-                _convergence(runs),
-                cell("latency_ms", 1, 2),
-                cell("prune_seconds", 1, 2, spread=False),
-            ]
-        )
-    used = [index for index in range(len(COLUMNS)) if any(line[index] for line in table)]
-    return [COLUMNS[index] for index in used], [[line[index] for index in used] for line in table]
+    lines = [_unpruned(next(iter(rows.values()))), *(_cells(rows, row) for row in rows)]
+    used = [name for name in lines[-1] if any(line.get(name) for line in lines)]
+    return used, [[line.get(name, "") for name in used] for line in lines]
+
+
+def _unpruned(runs: dict[int, Record]) -> dict[str, str]:
+    """Cells of the unpruned network, by column, from the runs of one row."""
+    cell = _column(runs)
+    return {
+        "method": "unpruned",
+        "MACs (M)": cell("flops_before", 1e-6, 2, spread=False),
+        "parameters (k)": cell("params_before", 1e-3, spread=False),
+        "before %": cell("accuracy_before"),
+        "latency ms": cell("latency_before_ms", 1, 2),
+    }
+
+
+def _cells(rows: dict[str, dict[int, Record]], row: str) -> dict[str, str]:
+    """Cells of a row by column."""
+    runs = rows[row]
+    cell = _column(runs)
+    return {
+        "method": row,
+        "MACs (M)": cell("flops", 1e-6, 2, spread=False),
+        "parameters (k)": cell("params", 1e-3, spread=False),
+        "not zero (k)": cell("weights_left", 1e-3, spread=False) if _has_zeros(runs) else "",
+        "before %": cell("accuracy_before"),
+        "one-shot %": cell("accuracy_oneshot"),
+        "BN recal. %": cell("accuracy_recalibrated"),
+        "compensated %": cell("accuracy_compensated"),
+        "vs best rival, compensated": _versus(rows, row, "accuracy_compensated"),
+        "distilled %": cell("accuracy_distilled"),
+        "vs best rival, distilled": _versus(rows, row, "accuracy_distilled"),
+        "retrained %": cell("accuracy_retrained"),
+        "vs best rival": _versus(rows, row, "accuracy_retrained"),
+        "epochs until back": _convergence(runs),
+        "latency ms": cell("latency_ms", 1, 2),
+        "prune s": cell("prune_seconds", 1, 2, spread=False),
+    }
 
 
 def _timed_together(rows: dict[str, dict[int, Record]]) -> dict[str, dict[int, Record]]:
@@ -240,21 +215,17 @@ def _timed_together(rows: dict[str, dict[int, Record]]) -> dict[str, dict[int, R
     # Equal networks take equal time: what lies between their rows is what else the machine had to do.
     found: dict[tuple[str, int, str], list[float]] = defaultdict(list)
 
-    def each(seed: int, record: Record) -> Iterator[tuple[str, tuple[str, int, str]]]:
-        for name, widths in (
-            ("latency_before_ms", ""),
-            ("latency_ms", json.dumps(record.get("widths"), sort_keys=True)),
-        ):
-            if name in record:
-                yield name, (name, seed, widths)
+    def keys(seed: int, record: Record) -> dict[str, tuple[str, int, str]]:
+        widths = {"latency_before_ms": "", "latency_ms": json.dumps(record.get("widths"), sort_keys=True)}
+        return {name: (name, seed, own) for name, own in widths.items() if name in record}
 
     for runs in rows.values():
         for seed, record in runs.items():
-            for name, key in each(seed, record):
+            for name, key in keys(seed, record).items():
                 found[key].append(record[name])
     medians = {key: statistics.median(values) for key, values in found.items()}
     return {
-        row: {seed: record | {n: medians[key] for n, key in each(seed, record)} for seed, record in runs.items()}
+        row: {seed: run | {name: medians[key] for name, key in keys(seed, run).items()} for seed, run in runs.items()}
         for row, runs in rows.items()
     }
 
@@ -297,103 +268,3 @@ def _versus(rows: dict[str, dict[int, Record]], row: str, column: str) -> str:
     if rival is None or not any(column in record for record in rows[row].values()):
         return ""
     return "best rival" if row == rival else paired_difference(rows[row], rows[rival], column).show(100, sign=True)
-
-
-def plot_accuracy(records: Sequence[Record], path: str | Path) -> Path:
-    """Draw accuracy against MACs: hollow markers one-shot, filled ones at the end, one panel per model and data set.
-
-    The end is after retraining or, without, after distillation or compensation.
-
-    Parameters
-    ----------
-    records : sequence of dict
-        Records of finished cells, at least one.
-    path : str or Path
-        Where to write; the ending says the format.
-
-    Returns
-    -------
-    Path
-        The file.
-    """
-    panels: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    for record in records:
-        panels[record["model"], record["data"]].append(record)
-    figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, ((model, data), found) in zip(axes, panels.items(), strict=True):
-        axis.set(title=f"{model} on {data}", xlabel="MACs (millions)", ylabel="test accuracy (%)")
-        axis.grid(alpha=0.3)
-        _draw(axis, found)
-    axes[0].legend(fontsize="small", title="filled: recovered, hollow: one-shot", title_fontsize="small")
-    figure.savefig(path, dpi=150)
-    return Path(path)
-
-
-def plot_convergence(records: Sequence[Record], path: str | Path) -> Path | None:
-    """Draw validation accuracy against the epochs of retraining: a line per row, the mean over the seeds.
-
-    Parameters
-    ----------
-    records : sequence of dict
-        Records of finished cells.
-    path : str or Path
-        Where to write; the ending says the format.
-
-    Returns
-    -------
-    Path or None
-        The file; None where nothing was retrained.
-    """
-    groups = grouped(record for record in records if len(record.get("curve", ())) > 1)
-    if not groups:
-        return None
-    figure = Figure(figsize=(5.5 * len(groups), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(groups), squeeze=False)[0]
-    for axis, ((model, data, target), rows) in zip(axes, groups.items(), strict=True):
-        axis.set(title=f"{model} on {data},\n{target}", xlabel="epochs of retraining", ylabel="validation accuracy (%)")
-        before = [record["validation_before"] for runs in rows.values() for record in runs.values()]
-        axis.axhline(100 * float(np.mean(before)), color="k", linestyle=":", label="unpruned")
-        means: list[np.ndarray] = []
-        for index, (row, runs) in enumerate(rows.items()):
-            curves = 100 * np.array([record["curve"] for record in runs.values()])
-            style = {
-                "linestyle": "-" if index < 10 else "--",
-                "marker": _MARKERS[index % len(_MARKERS)],
-                "markersize": 4,
-            }
-            axis.plot(curves.mean(axis=0), **style, color=f"C{index % 10}", label=row)
-            means.append(curves.mean(axis=0)[1:])
-        # pruned networks often begin at chance, far below all that follows
-        low, high = np.min(means), max(np.max(means), 100 * float(np.mean(before)))
-        axis.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="x-small", loc="lower right")
-    figure.savefig(path, dpi=150)
-    return Path(path)
-
-
-def _draw(axis: object, records: list[Record]) -> None:
-    first = records[0]
-    axis.plot(first["flops_before"] / 1e6, 100 * first["accuracy_before"], "kh", label="unpruned")  # type: ignore[attr-defined]
-    rows = list(dict.fromkeys(record["pruner"] for record in records))
-    for index, row in enumerate(rows):
-        targets: dict[str, list[Record]] = defaultdict(list)
-        for record in records:
-            if record["pruner"] == row:
-                targets[record["target"]].append(record)
-        macs = [interval([r["flops"] for r in runs]).mean / 1e6 for runs in targets.values()]
-        # Rows of one target have the same MACs: a small step to the side keeps their markers apart.
-        macs = [value + (index - (len(rows) - 1) / 2) * first["flops_before"] / 1e8 for value in macs]
-        shared = {"marker": _MARKERS[index % len(_MARKERS)], "color": f"C{index % 10}", "linestyle": "none"}
-        for column, style in (("oneshot", {"markerfacecolor": "none"}), ("best", {"label": row})):
-            points = [interval([100 * _accuracy(record, column) for record in runs]) for runs in targets.values()]
-            heights, halves = [point.mean for point in points], [np.nan_to_num(point.half) for point in points]
-            axis.errorbar(macs, heights, yerr=halves, **shared, **style)  # type: ignore[attr-defined]
-
-
-def _accuracy(record: Record, column: str) -> float:
-    """Accuracy as shipped, or after the last step that was done: retraining, else compensation."""
-    steps = ("oneshot",) if column == "oneshot" else ("retrained", "distilled", "compensated", "oneshot")
-    found = (record[f"accuracy_{step}"] for step in steps if f"accuracy_{step}" in record)
-    return float(next(found, np.nan))

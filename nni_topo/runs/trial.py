@@ -6,28 +6,47 @@ Under NNI the parameters come from the tuner, the results go to it, and the file
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import nni
+import tyro
 
 from nni_topo.errors import ConfigError, NniTopoError
 from nni_topo.runs.experiment.pairing import next_parameters
 from nni_topo.runs.experiment.pipeline import reported, run_trial
-from nni_topo.runs.experiment.settings import TrialSettings, read_parameters, scalar_fields, with_parameters
+from nni_topo.runs.experiment.settings import TrialSettings, read_parameters, with_parameters
 from nni_topo.runs.processes import broadcast, process_group
 from nni_topo.runs.run import resolve_device
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trial(TrialSettings):
+    """Prune, make dense, compensate, retrain and report to NNI."""
+
+    params: Path | None = None  # JSON file with the parameters, instead of NNI's tuner
+    out: Path | None = None  # folder for the trial's files; None: the one NNI makes
+    cache: Path | None = None  # folder of trained nets; None: the experiment's
+
+    def settings(self) -> TrialSettings:
+        """Return what isn't about places."""
+        return TrialSettings(**{item.name: getattr(self, item.name) for item in fields(TrialSettings)})
+
+
+def parsed(arguments: Sequence[str] | None = None) -> Trial:
+    """Return what the words of a command line ask for; without them those of this process."""
+    return tyro.cli(Trial, prog="python -m nni_topo.runs.trial", args=arguments)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a trial by the words of a command line; return 0, or 2 with the reason on standard error."""
-    options = _parser().parse_args(arguments)
     try:
+        options = parsed(arguments)
         with process_group(resolve_device(options.device)) as (rank, _):
             _run(options, is_first=rank == 0)
     except NniTopoError as error:
@@ -36,12 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(options: argparse.Namespace, *, is_first: bool) -> None:
+def _run(options: Trial, *, is_first: bool) -> None:
     alone = options.params is not None
     out = _folder(options)
     cache = options.cache or (None if alone else out.parent.parent / "nets")
-    settings = TrialSettings(**{item.name: getattr(options, item.name) for item in scalar_fields()})
-    settings = with_parameters(settings, broadcast(_parameters(options) if is_first else {}))
+    settings = with_parameters(options.settings(), broadcast(_parameters(options) if is_first else {}))
     settings = settings.for_trial(0 if alone else nni.get_sequence_id())
     metrics = run_trial(settings, out, cache=cache, report=_show if alone else _report)
     if not is_first:
@@ -52,16 +70,16 @@ def _run(options: argparse.Namespace, *, is_first: bool) -> None:
         nni.report_final_result(reported(metrics))
 
 
-def _folder(options: argparse.Namespace) -> Path:
+def _folder(options: Trial) -> Path:
     """Return the folder for the trial's files: the one given, or the one that NNI made."""
     if options.out is not None:
-        return Path(options.out)
+        return options.out
     if options.params is not None or "NNI_OUTPUT_DIR" not in os.environ:
         raise ConfigError("a trial outside of NNI must have --params FILE and --out FOLDER, got no folder (trial)")
     return Path(os.environ["NNI_OUTPUT_DIR"])
 
 
-def _parameters(options: argparse.Namespace) -> dict[str, Any]:
+def _parameters(options: Trial) -> dict[str, Any]:
     if options.params is not None:
         return read_parameters(options.params)
     if nni.get_trial_id() == "STANDALONE":
@@ -77,24 +95,6 @@ def _report(step: int, result: dict[str, float]) -> None:
     """Report to NNI; a trial that goes on after a kill goes on counting, too."""
     nni.trial.overwrite_intermediate_seq(step)
     nni.report_intermediate_result(result)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m nni_topo.runs.trial", description="Prune, make dense, compensate, retrain and report to NNI."
-    )
-    parser.add_argument("--params", type=Path, help="JSON file with the parameters, instead of NNI's tuner")
-    parser.add_argument("--out", type=Path, help="folder for the trial's files (default: the one NNI makes)")
-    parser.add_argument("--cache", type=Path, help="folder of trained nets (default: the experiment's)")
-    for item in scalar_fields():
-        parser.add_argument(
-            f"--{item.name.replace('_', '-')}",
-            type=item.metadata["kind"],
-            default=item.default,
-            metavar=item.metadata["kind"].__name__.upper(),
-            help=item.metadata["summary"] + ("" if item.default is None else f" (default {item.default})"),
-        )
-    return parser
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.cost import NetworkCost
-from nni_topo.network.dependency import dependency_groups
+from nni_topo.network.dependency import OUTPUT, dependency_groups
 from nni_topo.network.layers import output_channels
 from nni_topo.network.network import Network
+from nni_topo.network.report import DenseReport, why_not_followed
 from nni_topo.pruners.budget import solve_uniform
 from nni_topo.runs.plan import Target
 
@@ -24,7 +25,7 @@ _MOVES = 32
 
 
 @dataclass(frozen=True)
-class _Unit:
+class Unit:
     """Layers that lose the same channels: ``rows`` steps of ``parts`` channels each."""
 
     layers: tuple[str, ...]
@@ -75,7 +76,7 @@ def proposed_ratios(
         low, high = (low, middle) if left(removed(middle)) > share else (middle, high)
     # rows are whole: of the two sides of the jump either may be nearer
     nearest = min((removed(factor) for factor in (low, high)), key=lambda counts: abs(left(counts) - share))
-    return _as_ratios(units, _nearer(units, nearest, left, share), config_list)
+    return _as_ratios(units, nearer(units, nearest, left, share), config_list)
 
 
 def pruning_config(model: nn.Module, example_inputs: Tensor, ratios: dict[str, float]) -> list[dict[str, Any]]:
@@ -95,12 +96,28 @@ def inner_layers(model: nn.Module, example_inputs: Tensor) -> list[str]:
     ]
 
 
+def left_whole(model: nn.Module, example_inputs: Tensor, dense: nn.Module) -> dict[str, str]:
+    """Say of each layer that is as wide in the dense network as in the model why that is so."""
+    report: Any = getattr(dense, "report", None)
+    flow, found = Network.on(model, example_inputs).flow, {}
+    for row in report.rows if isinstance(report, DenseReport) else ():
+        if row.before > row.after:
+            continue
+        known = row.name in flow.layers
+        pinned = flow.why_pinned(row.name) if known else [why_not_followed(model, row.name)]
+        asked_all = (
+            OUTPUT if known and flow.reaches_output(row.name) else "; ".join(filter(None, pinned)) or "not asked for"
+        )
+        found[row.name] = row.reason or asked_all
+    return found
+
+
 def _grouped(model: nn.Module, example_inputs: Tensor) -> list[dict[str, Any]]:
     layers = inner_layers(model, example_inputs)
     return dependency_groups(model, example_inputs, [{"op_names": layers, "sparse_ratio": 0.0}])
 
 
-def _units(model: nn.Module, config_list: list[dict[str, Any]]) -> list[_Unit]:
+def _units(model: nn.Module, config_list: list[dict[str, Any]]) -> list[Unit]:
     layers: dict[str, list[str]] = defaultdict(list)
     parts: dict[str, int] = defaultdict(lambda: 1)
     for entry in config_list:
@@ -110,12 +127,12 @@ def _units(model: nn.Module, config_list: list[dict[str, Any]]) -> list[_Unit]:
         # blocks of all members must fit: a step takes one channel of each part
         parts[key] = math.lcm(parts[key], entry.get("internal_metric_block", 1))
     return [
-        _Unit(tuple(names), (output_channels(model.get_submodule(names[0])) or 0) // parts[key], parts[key])
+        Unit(tuple(names), (output_channels(model.get_submodule(names[0])) or 0) // parts[key], parts[key])
         for key, names in layers.items()
     ]
 
 
-def _as_ratios(units: list[_Unit], removed: Sequence[int], config_list: list[dict[str, Any]]) -> dict[str, float]:
+def _as_ratios(units: list[Unit], removed: Sequence[int], config_list: list[dict[str, Any]]) -> dict[str, float]:
     """Ratios of all layers, in network order, that remove so many rows of each unit."""
     # Half a step more than asked keeps int(rows * ratio) from falling short by rounding.
     ratios = {
@@ -126,7 +143,7 @@ def _as_ratios(units: list[_Unit], removed: Sequence[int], config_list: list[dic
     return {name: ratios[name] for entry in config_list for name in entry["op_names"]}
 
 
-def _cost_left(units: list[_Unit], cost: NetworkCost) -> Callable[[Sequence[int]], float]:
+def _cost_left(units: list[Unit], cost: NetworkCost) -> Callable[[Sequence[int]], float]:
     """Share of the MACs that is left, as a function of the rows that each unit loses."""
     whole = cost({}).macs
 
@@ -142,7 +159,7 @@ def _cost_left(units: list[_Unit], cost: NetworkCost) -> Callable[[Sequence[int]
     return left
 
 
-def _nearer(units: list[_Unit], removed: list[int], left: Callable[[Sequence[int]], float], share: float) -> list[int]:
+def nearer(units: list[Unit], removed: list[int], left: Callable[[Sequence[int]], float], share: float) -> list[int]:
     """Move one row at a time, of whichever unit brings the MACs nearest to the budget, as long as one does."""
     best, distance = removed, abs(left(removed) - share)
     for _ in range(_MOVES):

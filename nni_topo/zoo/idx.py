@@ -3,10 +3,7 @@
 An idx file opens with two zero bytes, the code of the element type, the number of axes, and the length of
 each axis as a big-endian 32-bit integer; the elements follow. Here the elements are unsigned bytes (code 8).
 
-References
-----------
-.. [1] Y. LeCun, C. Cortes and C. Burges, "The MNIST database of handwritten digits", section "The idx file
-   format"
+Source: Y. LeCun, C. Cortes and C. Burges, "The MNIST database of handwritten digits", section "The idx file format"
 """
 
 from __future__ import annotations

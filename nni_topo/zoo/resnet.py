@@ -5,10 +5,8 @@ the paper). Option A, strided slicing with zero padding, has no parameters, but 
 count inside ``forward``, which neither NNI's ModelSpeedup nor another tool can narrow; it is therefore not
 offered.
 
-References
-----------
-.. [1] K. He, X. Zhang, S. Ren and J. Sun, "Deep residual learning for image recognition",
-   https://arxiv.org/abs/1512.03385
+Source: K. He, X. Zhang, S. Ren and J. Sun, "Deep residual learning for image recognition",
+https://arxiv.org/abs/1512.03385
 """
 
 from __future__ import annotations

@@ -237,14 +237,14 @@ def augmented(
     """Shift and mirror images (n, c, h, w) as a recipe says, by PyTorch's own generator if none is given."""
     if augmentation == "none":
         return images
-    images = _shifted(images, black, generator)
+    images = shifted(images, black, generator)
     if augmentation == "crop-flip":
         flip = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
         images = torch.where(flip.to(images.device), images.flip(3), images)
     return images
 
 
-def _shifted(images: Tensor, black: Tensor, generator: torch.Generator | None) -> Tensor:
+def shifted(images: Tensor, black: Tensor, generator: torch.Generator | None) -> Tensor:
     """Shift every image on its own by up to an eighth of its side; ``black``, shape (c,), comes in behind."""
     count, _, height, width = images.shape
     reach = max(1, width // 8)

@@ -58,6 +58,7 @@ def test_study_and_suggestion(words, tmp_path, capsys):
     files = {path.name for path in (tmp_path / "study").iterdir()}
     assert files == {
         "energy.json",
+        "report.html",
         "suggested.yaml",
         *(f"{name}.png" for name in ("compression", "accuracy", "loss", "fitness")),
     }

@@ -13,7 +13,7 @@ from torch import nn
 import nni_topo
 from nni_topo import zoo
 from nni_topo.analysis.energy.accumulated import accumulate_energy, harmless_layers
-from nni_topo.analysis.energy.plots import save_energy_study
+from nni_topo.analysis.energy.run import EnergyReport
 from nni_topo.analysis.energy.study import EnergyStudy, LayerEnergy, Quality, study_energy
 from nni_topo.errors import ConfigError
 from nni_topo.testing import toy_images, toy_model
@@ -156,7 +156,7 @@ def test_bad_requests():
 
 
 def test_record_and_pictures(study, tmp_path, drawn):
-    files = save_energy_study(study, tmp_path / "new", {"seed": 3})
+    files = EnergyReport(study, {"seed": 3}).save(tmp_path / "new")
     assert [path.name for path in files] == [
         "energy.json",
         "compression.png",

@@ -80,6 +80,19 @@ def test_a_layer_that_does_not_matter_is_given_its_highest_ratio():
     assert study.suggested_accuracy == 1.0
 
 
+def test_what_all_layers_at_once_leave_of_the_budget_goes_to_one():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def score(net):  # the first layer's rows are dearer, and what both lose at their first step is above the budget
+        gone = [int((net[index].weight.abs().sum(1) == 0).sum()) for index in (0, 2)]
+        return 1.0 - 0.01 * gone[0] - 0.008 * gone[1]
+
+    study = sensitivity(model, torch.randn(2, 6), score, (0.25, 0.5), budget=0.02, layers=["0", "2"])
+    assert study.suggested == [{"op_names": ["2"], "sparse_ratio": 0.25}]
+    assert study.suggested_accuracy == pytest.approx(1.0 - 0.016)
+
+
 def test_single_weights_have_a_curve_per_layer_and_stop_early():
     model = toy_model().eval()
     study = sensitivity(model, IMAGES[:2], nearness, (0.5, 0.9, 0.99), "level", stop_drop=0.05)

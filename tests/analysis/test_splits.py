@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nni_topo.analysis import draw_splits
-from nni_topo.analysis.splits import _places
+from nni_topo.analysis.splits import leaf_places
 from nni_topo.clustering import Cluster, Growth, SplitTree, grow
 from nni_topo.errors import ConfigError
 
@@ -22,7 +22,7 @@ TREE = SplitTree(
 
 
 def test_leaves_stand_side_by_side_and_parents_between_their_children():
-    assert _places(TREE) == {0: 0.0, 2: 1.0, 4: 2.0, 5: 3.0, 3: 2.5, 1: 1.75}
+    assert leaf_places(TREE) == {0: 0.0, 2: 1.0, 4: 2.0, 5: 3.0, 3: 2.5, 1: 1.75}
 
 
 def test_a_panel_per_tree_is_drawn(tmp_path, drawn):

@@ -52,7 +52,12 @@ def test_deviation_command(checkpoint, tmp_path, capsys, drawn):
         assert point["relative"] == pytest.approx(point["error"] / point["bound"] - 1.0)
     assert points["connections", 0.5]["pruned"] == pytest.approx(0.5, abs=1e-3)
     assert points["level", 0.5]["error"] < points["connections", 0.5]["error"]
-    assert {path.name for path in tmp_path.iterdir()} == {"deviation.json", "deviation.png", "accuracy.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "deviation.json",
+        "deviation.png",
+        "accuracy.png",
+        "report.html",
+    }
     panels = [("deviation.png", 0, "dev"), ("deviation.png", 1, "relative"), ("deviation.png", 2, "error")]
     for picture, panel, column in [*panels, ("accuracy.png", 0, "accuracy")]:
         for name, curve in drawn.lines(picture, panel).items():
@@ -83,7 +88,7 @@ def test_retraining_command(checkpoint, tmp_path, capsys, drawn):
         assert point["derived"] > 0
         back = point["epochs"] is not None
         assert back == (point["accuracy_retrained"] >= study["accuracy"] - 0.05)
-    assert {path.name for path in tmp_path.iterdir()} == {"retraining.json", "retraining.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"retraining.json", "retraining.png", "report.html"}
     for panel, name in enumerate(dict.fromkeys(point["pruner"] for point in study["points"])):
         rows = sorted((point for point in study["points"] if point["pruner"] == name), key=lambda row: row["ratio"])
         curves = drawn.lines("retraining.png", panel)

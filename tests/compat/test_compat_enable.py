@@ -52,7 +52,7 @@ from nni_topo import compat
 report = compat.enable()
 from torch.fx.immutable_collections import immutable_list
 from torch.utils import _pytree
-again = [mend.__name__ for mend in compat._mends() if mend()]
+again = [mend.__name__ for mend in compat.mends() if mend()]
 node = _pytree.SUPPORTED_NODES[immutable_list]
 print(json.dumps({
     "applied": report.applied, "failed": report.failed, "again": again, "nni": report.nni,
@@ -104,7 +104,7 @@ def test_report_names_every_mend_once(compat_report: compat.CompatReport) -> Non
 
 
 def test_unknown_version_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "_reports", [])
+    monkeypatch.setattr(compat, "reports", [])
     monkeypatch.setattr(compat, "KNOWN_NNI_VERSIONS", ("2.10",))
     with pytest.warns(compat.CompatibilityWarning, match=r"knows NNI 2\.10, found NNI 3\.0.*applied: .*not needed: "):
         compat.enable()
@@ -114,15 +114,15 @@ def test_unknown_version_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_mend_that_fails_is_named_and_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "_reports", [])
+    monkeypatch.setattr(compat, "reports", [])
     monkeypatch.delattr(concrete_tracer, "node_is_impure_wrapper")
     with pytest.warns(compat.CompatibilityWarning, match="failed: accept_purity_argument \\(AttributeError"):
         report = compat.enable()
     assert report.failed == ("accept_purity_argument",)
-    assert len(report.results) == len(compat._mends()) + 1
+    assert len(report.results) == len(compat.mends()) + 1
 
 
-@pytest.mark.parametrize("mend", compat._mends(), ids=lambda mend: mend.__name__)
+@pytest.mark.parametrize("mend", compat.mends(), ids=lambda mend: mend.__name__)
 def test_mend_says_where_and_why(mend: object) -> None:
     text = mend.__doc__ or ""
     assert "Place: ``nni/" in text

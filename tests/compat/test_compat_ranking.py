@@ -52,7 +52,7 @@ def test_thresholds_are_nnis(
     grains = [layers[0][1] if same else grain for _, grain in layers]
     metrics, group = group_of(blocks, grains, seed, dtype, distinct)
     number = int(ratio * sum(count * grain for count, grain in zip(blocks, grains, strict=True)))
-    expected = ranking._NNI_THRESHOLD(metrics, group, number)
+    expected = ranking.NNI_THRESHOLD(metrics, group, number)
     assert ranking.global_threshold(metrics, group, number) == expected
 
 
@@ -60,7 +60,7 @@ def test_thresholds_are_nnis(
 def test_thresholds_among_nans_are_nnis(grains: list[int]) -> None:
     metrics, group = group_of([12, 20], grains, 0, torch.float32, 1000)
     metrics["1"]["weight"][3::5] = torch.nan
-    expected = ranking._NNI_THRESHOLD(metrics, group, 50)
+    expected = ranking.NNI_THRESHOLD(metrics, group, 50)
     found = ranking.global_threshold(metrics, group, 50)
     assert found == expected or (found != found and expected != expected)
 

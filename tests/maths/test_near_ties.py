@@ -14,7 +14,7 @@ from nni_topo.maths.least_squares.greedy import greedy_least_squares
 from nni_topo.maths.search.subsets import EvolutionSettings, SubsetGeneticAlgorithm
 from nni_topo.maths.ties import first_largest_along
 from nni_topo.pruners.allocators import keep_highest
-from nni_topo.pruners.budget import _solve_tolerance
+from nni_topo.pruners.budget import solve_tolerance
 from nni_topo.pruners.cluster.survivors import best_of
 from nni_topo.pruners.energy.pruner import cumulative_shares
 from nni_topo.pruners.planner import Planner
@@ -112,7 +112,7 @@ def test_layers_under_one_budget(seed):
     profiles = [np.sort(few_values(seed + i))[::-1].copy() for i in range(3)]
 
     def removed(each):
-        return _solve_tolerance(each, [(0, 11)] * 3, lambda gone: 1.0 - sum(gone) / 36.0, 0.5)
+        return solve_tolerance(each, [(0, 11)] * 3, lambda gone: 1.0 - sum(gone) / 36.0, 0.5)
 
     moved = [np.sort(rounded_otherwise(p, seed + i))[::-1].copy() for i, p in enumerate(profiles)]
     assert removed(moved) == removed(profiles)

@@ -116,7 +116,7 @@ def test_a_child_is_between_its_parents_where_nothing_mutates():
     parents = {member.number: algorithm.genes(member) for member in algorithm.current_generation}
     algorithm.create_new_population()
     swapped = 0
-    for child in algorithm._children:
+    for child in algorithm.children:
         genes, own, other = algorithm.genes(child), parents[child.number], parents[child.partner]
         assert child.number != child.partner
         foreign = np.flatnonzero(genes != own)
@@ -132,7 +132,7 @@ def test_partners_are_the_fittest_of_the_tournament():
     algorithm.create_first_generation()
     first, second = algorithm.current_generation[:2]
     algorithm.create_new_population()
-    partners = [child.partner for child in algorithm._children]
+    partners = [child.partner for child in algorithm.children]
     assert partners == [second.number] + [first.number] * 9
 
 

@@ -99,7 +99,7 @@ def test_nnis_own_pruners_get_the_same_checks_of_the_request():
 
 def test_a_third_party_joins_the_table(monkeypatch):
     info = PrunerInfo("mine", "nni_topo.pruners.random:RandomPruner", "what I like")
-    monkeypatch.setattr("nni_topo.pruners.registry._TABLE", dict(nni_topo.pruners.registry._TABLE))
+    monkeypatch.setattr("nni_topo.pruners.registry.TABLE", dict(nni_topo.pruners.registry.TABLE))
     nni_topo.register_pruner(info)
     assert "mine" in nni_topo.list_pruners()
     check_knobs("mine", ["seed"])

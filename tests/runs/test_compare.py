@@ -14,7 +14,7 @@ import pytest
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.zeros import weights_left
-from nni_topo.runs import compare
+from nni_topo.runs.compare import compare
 from nni_topo.runs.plan import (
     CompensationChoice,
     DataChoice,
@@ -167,7 +167,7 @@ def test_a_broken_line_before_the_last_is_refused_and_nothing_is_cut_off(broken,
 SCRIPT = """
 import sys
 from tests_plan import plan
-from nni_topo.runs import compare
+from nni_topo.runs.compare import compare
 
 if __name__ == "__main__":
     compare(plan("random", "l1", "l2", seeds=2), sys.argv[1])

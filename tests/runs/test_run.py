@@ -15,10 +15,11 @@ from nni_topo import zoo
 from nni_topo.analysis.deviation import study_masks
 from nni_topo.analysis.magnitude.study import AnalyzeMagnitude
 from nni_topo.cli import main
-from nni_topo.pruners.registry import _TABLE, PrunerInfo, register_pruner
-from nni_topo.runs import DataChoice, ModelChoice, Plan, PrunerChoice, Target, compare
-from nni_topo.runs.experiment import TrialSettings, run_trial
-from nni_topo.runs.plan import PruneConfig
+from nni_topo.pruners.registry import TABLE, PrunerInfo, register_pruner
+from nni_topo.runs.compare import compare
+from nni_topo.runs.experiment.pipeline import run_trial
+from nni_topo.runs.experiment.settings import TrialSettings
+from nni_topo.runs.plan import DataChoice, ModelChoice, Plan, PruneConfig, PrunerChoice, Target
 from nni_topo.runs.prune import prune_checkpoint
 from nni_topo.runs.run import STILL, Start, prune, trained
 from nni_topo.runs.scheduled import prune_on_schedule
@@ -63,7 +64,7 @@ def nosy() -> Iterator[str]:
     HANDED.clear()
     register_pruner(PrunerInfo("nosy", f"{__name__}:NosyPruner", "anything", needs=("evaluator", "training_steps")))
     yield "nosy"
-    del _TABLE["nosy"]
+    del TABLE["nosy"]
 
 
 @pytest.fixture(scope="module")

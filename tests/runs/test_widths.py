@@ -7,7 +7,7 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import create_pruner
 from nni_topo.runs.plan import Target
-from nni_topo.runs.widths import _nearer, _Unit, inner_layers, layer_ratios, proposed_ratios, pruning_config
+from nni_topo.runs.widths import Unit, inner_layers, layer_ratios, nearer, proposed_ratios, pruning_config
 from nni_topo.speedup import to_dense
 
 IMAGES = torch.zeros(2, 1, 8, 8)
@@ -97,7 +97,7 @@ def test_an_unreachable_budget_is_met_as_nearly_as_the_network_can():
     assert {smallest.get_submodule(name).weight.shape[0] for name in names} == {1}
 
 
-UNITS = [_Unit(("a",), 10, 1), _Unit(("b",), 10, 1)]
+UNITS = [Unit(("a",), 10, 1), Unit(("b",), 10, 1)]
 
 
 def rows_cost(first, second):
@@ -119,8 +119,8 @@ def rows_cost(first, second):
     ],
 )
 def test_rows_move_as_long_as_that_meets_the_budget_more_nearly(start, share, nearest):
-    assert _nearer(UNITS, start, rows_cost(5, 3), share / 64) == nearest
+    assert nearer(UNITS, start, rows_cost(5, 3), share / 64) == nearest
 
 
 def test_rows_stay_where_a_move_only_meets_the_budget_equally_nearly():
-    assert _nearer(UNITS, [2, 2], rows_cost(3, 3), 50.5 / 64) == [2, 2]
+    assert nearer(UNITS, [2, 2], rows_cost(3, 3), 50.5 / 64) == [2, 2]

@@ -21,7 +21,7 @@ from nni_topo.zoo import (
     load_data,
     train,
 )
-from nni_topo.zoo.training import _shifted
+from nni_topo.zoo.training import shifted
 
 SHORT = Recipe(epochs=2, batch_size=32, lr=0.05)
 
@@ -217,10 +217,10 @@ def test_images_that_the_model_cannot_take_are_named(data) -> None:
 def test_shifts_move_every_image_by_itself_and_bring_black_in() -> None:
     images = torch.arange(1.0, 1 + 40 * 2 * 16 * 16).view(40, 2, 16, 16)
     black = torch.tensor([-1.0, -2.0])
-    shifted = _shifted(images, black, torch.Generator().manual_seed(0))
-    assert shifted.shape == images.shape
+    moved = shifted(images, black, torch.Generator().manual_seed(0))
+    assert moved.shape == images.shape
     offsets = set()
-    for before, after in zip(images, shifted, strict=True):
+    for before, after in zip(images, moved, strict=True):
         canvas = black.view(2, 1, 1).expand(2, 20, 20).clone()
         canvas[:, 2:18, 2:18] = before
         matches = [

@@ -24,7 +24,6 @@ from nni_topo.network.labels import tensor_shape
 from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
 from nni_topo.network.norms import norm_scale
 
-_LARGEST = 2 * 10**8
 # Upper bounds of the slopes; a knob can make a leaky or exponential unit steeper, see _steepness.
 _SLOPES = {
     "relu": 1.0, "relu6": 1.0, "leakyrelu": 1.0, "elu": 1.0, "celu": 1.0, "tanh": 1.0, "hardtanh": 1.0, "softplus": 1.0,
@@ -85,8 +84,8 @@ def operator_constant(graph_module: GraphModule, node: Node) -> float:
     raise ConfigError(f"a global error bound needs an operation of a known Lipschitz constant, got {name!r} ({node})")
 
 
-def convolution_constant(module: Any, sides: Sequence[int]) -> float:
-    """Bound the operator norm of a convolution or transposed one, padded by zeros, on images with these sides."""
+def convolution_constant(module: Any, sides: Sequence[int], most: int = 2 * 10**8) -> float:
+    """Bound the operator norm of a convolution, padded by zeros, on images of these sides; of `most` values by sums."""
     if module.padding_mode != "zeros":
         raise ConfigError(f"a global error bound needs convolutions padded by zeros, got {module.padding_mode!r}")
     kernels = module.weight.detach().double().unflatten(0, (module.groups, -1))
@@ -98,7 +97,7 @@ def convolution_constant(module: Any, sides: Sequence[int]) -> float:
     # convolution there, whose norm is the largest one of its frequencies [1].
     torus = [side + more for side, more in zip(sides, reach, strict=True)]
     dims = tuple(range(3, kernels.dim()))
-    if kernels.shape[:3].numel() * math.prod(torus) > _LARGEST:
+    if kernels.shape[:3].numel() * math.prod(torus) > most:
         # too much memory: |A|_2 <= sqrt(|A|_1 |A|_inf), the largest absolute column and row sums
         absolute = kernels.abs().sum(dims)
         return float((absolute.sum(2).amax(1) * absolute.sum(1).amax(1)).sqrt().max())

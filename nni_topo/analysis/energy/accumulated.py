@@ -1,8 +1,6 @@
 """Layer after layer pruned by energy without any retraining: how the small losses add up.
 
-References
-----------
-.. [1] Janjic, MSc thesis, University of Manitoba, 2018, section 6.1.
+Source: Janjic, MSc thesis, University of Manitoba, 2018, section 6.1.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Dropout at test time: how accuracy depends on its rate, with and without pruning.
 
-References
-----------
-.. [1] Janjic, MSc thesis, University of Manitoba, 2018, section 5.2.1, table 5.3 and figures 5.17 and 5.18.
+Source: Janjic, MSc thesis, University of Manitoba, 2018, section 5.2.1, table 5.3 and figures 5.17 and 5.18.
 """
 
 from __future__ import annotations

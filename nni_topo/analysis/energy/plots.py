@@ -1,38 +1,15 @@
-"""Pictures and numbers of an energy study: compression, accuracy and loss per layer, a line per threshold."""
+"""Pictures of an energy study: compression, accuracy and loss per layer, a line per threshold."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from nni_topo.analysis.energy.study import EnergyStudy, LayerEnergy, Quality
-from nni_topo.analysis.panels import finish, single
-from nni_topo.runs.study import write
+from nni_topo.runs.pictures import finish, single
 
 _WIDTH_PER_LAYER = 0.42
-
-
-def save_energy_study(study: EnergyStudy, folder: str | Path, more: Mapping[str, Any] | None = None) -> list[Path]:
-    """Write ``energy.json``, the picture ``compression`` and, with an evaluation, ``accuracy``, ``loss``, ``fitness``.
-
-    Parameters
-    ----------
-    study : EnergyStudy
-        The study.
-    folder : str or Path
-        Made if need be.
-    more : mapping or None, default=None
-        Further entries of ``energy.json``.
-
-    Returns
-    -------
-    list of Path
-        The files.
-    """
-    return write(folder, "energy", {**study.to_dict(), **(more or {})}, energy_figures(study))
 
 
 def energy_figures(study: EnergyStudy) -> dict[str, Figure]:

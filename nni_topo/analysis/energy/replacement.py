@@ -1,8 +1,6 @@
 """Low-energy filters replaced instead of removed: by random, copied or evolved ones.
 
-References
-----------
-.. [1] Janjic, MSc thesis, University of Manitoba, 2018, section 6.2.
+Source: Janjic, MSc thesis, University of Manitoba, 2018, section 6.2.
 """
 
 from __future__ import annotations

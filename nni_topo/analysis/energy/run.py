@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -18,7 +17,6 @@ from torch.utils.data import TensorDataset
 from nni_topo import zoo
 from nni_topo.analysis.energy.dropout import with_dropout
 from nni_topo.analysis.energy.parts import PARTS, Subject
-from nni_topo.analysis.energy.plots import energy_figures
 from nni_topo.analysis.energy.study import THRESHOLDS, EnergyStudy, masks_of, quality_on, study_energy
 from nni_topo.analysis.energy.tables import show_energy
 from nni_topo.errors import unknown_name
@@ -49,15 +47,11 @@ class EnergyReport(Findings):
 
     def figures(self) -> dict[str, Figure]:
         """Return the pictures of the study and of its parts."""
-        return {**energy_figures(self.study), **self.pictures}
+        return {**self.study.figures(), **self.pictures}
 
-    def save(self, folder: str | Path) -> list[Path]:
-        """Write ``energy.json``, the pictures and, where a layer can spare a filter, ``suggested.yaml``."""
-        files = super().save(folder)
-        if self.suggestion:
-            files.append(Path(folder) / "suggested.yaml")
-            files[-1].write_text(self.suggestion, encoding="utf-8")
-        return files
+    def texts(self) -> dict[str, str]:
+        """Return ``suggested.yaml``, where a layer can spare a filter."""
+        return {"suggested.yaml": self.suggestion} if self.suggestion else {}
 
 
 @dataclass(frozen=True, kw_only=True)

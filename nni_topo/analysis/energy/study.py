@@ -1,8 +1,6 @@
 """The study of energy-based pruning: what each threshold takes from each layer, and what that costs.
 
-References
-----------
-.. [1] Janjic, MSc thesis, University of Manitoba, 2018, sections 4.2 and 5.2.
+Source: Janjic, MSc thesis, University of Manitoba, 2018, sections 4.2 and 5.2.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
 
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -128,6 +127,12 @@ class EnergyStudy(Findings):
         for row, layer in zip(content["layers"], self.layers, strict=True):
             row["verdict"] = self.verdict(layer)
         return content
+
+    def figures(self) -> dict[str, Figure]:
+        """Return the pictures ``compression`` and, with an evaluation, ``accuracy``, ``loss`` and ``fitness``."""
+        from nni_topo.analysis.energy.plots import energy_figures  # which draws studies
+
+        return energy_figures(self)
 
     def lost(self, layer: LayerEnergy, threshold: float) -> float:
         """Return the accuracy lost by pruning a layer alone, a fraction to nine decimals; negative if it rose.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nni_topo.analysis.panels import finish
+from nni_topo.runs.pictures import finish
 from nni_topo.runs.records import Record
 from nni_topo.runs.tables import markdown_table
 

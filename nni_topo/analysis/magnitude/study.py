@@ -1,8 +1,6 @@
 """The magnitude study: direct and iterative pruning, which layers, and what zeros are worth on disk and in time.
 
-References
-----------
-.. [1] "Network Structure Pruning", AVLSI final project report, sections V and VI, figures 11 to 20.
+Source: "Network Structure Pruning", AVLSI final project report, sections V and VI, figures 11 to 20.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """How many epochs a pruned network needs at least to come back: theorem 1, relative to what its training took.
 
-References
-----------
-.. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
-   Technology, 2019, section 3.2 and appendix A.
+Source: S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
+Technology, 2019, section 3.2 and appendix A.
 """
 
 from __future__ import annotations

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nni_topo import zoo
-from nni_topo.analysis.deviation import CONNECTIONS, PrunersStudy, study_masks
-from nni_topo.analysis.panels import finish, panels
+from nni_topo.analysis.deviation import CONNECTIONS, PointsStudy, PrunersStudy, study_masks
 from nni_topo.analysis.retraining.bound import Kind, retraining_bound
 from nni_topo.errors import ConfigError, check_integer, is_finite
 from nni_topo.network.reference import masked_model
 from nni_topo.pruners.registry import pruner_info
+from nni_topo.runs.pictures import finish, panels
 from nni_topo.runs.run import Start, build_model, made_dense, retrain
-from nni_topo.runs.study import Findings, Names, Tell
+from nni_topo.runs.study import Names, Tell
 from nni_topo.runs.tables import as_table
 
 
@@ -41,12 +41,10 @@ class RetrainingPoint:
 
 
 @dataclass(frozen=True)
-class RetrainingStudy(Findings):
-    """All points, the trained network's test accuracy, its epochs, the most epochs of retraining, and gamma."""
+class RetrainingStudy(PointsStudy):
+    """All points, the epochs of training, the most epochs of retraining, and gamma."""
 
     stem = "retraining"
-    points: list[RetrainingPoint]
-    accuracy: float
     trained_epochs: int
     most_epochs: int
     gamma: float

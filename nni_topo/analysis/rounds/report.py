@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nni_topo.analysis.panels import finish, panels
+from nni_topo.runs.pictures import finish, panels
 from nni_topo.runs.records import Record
 from nni_topo.runs.tables import Interval, interval, markdown_table, show_accuracies
 

@@ -1,9 +1,7 @@
 """Clusters of points: five algorithms of scikit-learn behind one function.
 
-References
-----------
-.. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
-   Technology, 2019, chapter 4.
+Source: S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
+Technology, 2019, chapter 4.
 """
 
 from __future__ import annotations

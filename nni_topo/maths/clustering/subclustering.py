@@ -4,10 +4,8 @@ The threshold comes from a histogram of histograms (HoH): in each initial cluste
 its nodes says below which value a share ``energy`` of them lies, and a second histogram over the clusters says
 which of these values is the most common.
 
-References
-----------
-.. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
-   Technology, 2019, sections 5.2 and 5.3, algorithms 2 and 3.
+Source: S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
+Technology, 2019, sections 5.2 and 5.3, algorithms 2 and 3.
 """
 
 from __future__ import annotations

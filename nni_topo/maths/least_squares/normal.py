@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,87 +23,120 @@ _FLOOR = 0.1
 class NormalEquations:
     """Sums over samples for the least squares of residuals by inputs, in several independent groups of equal size."""
 
-    # Memory is ``groups * unknowns * (unknowns + outputs)`` float64, whatever the number of samples.
+    # Memory is ``groups * unknowns * (unknowns + outputs)`` float64 and as much again while solving, whatever the
+    # number of samples. As long as there are fewer samples than unknowns, these are kept instead of their products.
 
-    def __init__(self) -> None:
+    def __init__(self, known: NormalEquations | None = None) -> None:
+        # `known` are equations of the same inputs, whose products and factors serve here too.
         self.samples = 0
-        # Over samples: x, y and r of inputs, residuals and references, yy and rr of squares, (groups, ...); xx and xy
-        # of products, (groups, unknowns, unknowns) and (groups, unknowns, outputs).
-        self.sums: dict[str, Tensor] = {}
+        self._rows: list[tuple[Tensor, Tensor]] | None = []  # inputs and residuals; None where products are summed
+        self._sums: dict[str, Tensor] = {}
+        self._parts: tuple[NormalEquations, ...] = ()  # those whose products of inputs add up to these
+        # By samples: what the last solution was found with.
+        self._factors: dict[int, tuple[float, bool, _Factor]] = {} if known is None else known._factors
+        self._known = known is not None and known._rows is None
+        if known is not None and self._known:
+            self._rows, self._sums["xx"] = None, known._sums["xx"]
 
-    def add(self, inputs: Tensor, residuals: Tensor, references: Tensor, *, products: bool = True) -> None:
+    @classmethod
+    def of(cls, samples: int, sums: dict[str, Tensor]) -> NormalEquations:
+        """Take sums over so many samples."""
+        found = cls()
+        found.samples, found._sums, found._rows = samples, sums, None
+        return found
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """Sums over samples, (groups, ...)."""
+        # x, y and r of inputs, residuals and references, yy and rr of squares; xx and xy of products, (groups,
+        # unknowns, unknowns) and (groups, unknowns, outputs).
+        if self._rows:
+            inputs, residuals = self._joined()
+            self._rows = None
+            self._multiply(inputs, residuals)
+        if self._parts:
+            self._sums["xx"], self._parts = self._products(), ()
+        return self._sums
+
+    def add(self, inputs: Tensor, residuals: Tensor, references: Tensor) -> None:
         """Add inputs (groups, samples, unknowns), and residuals and references (groups, samples, outputs)."""
         # Normal equations square the condition number: float64, whatever the network computes in.
         inputs, residuals, references = inputs.double(), residuals.double(), references.double()
         self.samples += inputs.shape[1]
-        turned = inputs.transpose(1, 2)
-        # Without, ``sums["xx"]`` has to be set to those of the same samples.
-        if products:
-            self._accumulate("xx", turned, inputs)
-        self._accumulate("xy", turned, residuals)
         moments = {"x": inputs, "y": residuals, "yy": residuals.square(), "r": references, "rr": references.square()}
         for name, values in moments.items():
-            total = values.sum(1)
-            self.sums[name] = self.sums[name] + total if name in self.sums else total
+            self._accumulate(name, values.sum(1))
+        if self._rows is None:
+            self._multiply(inputs, residuals)
+            return
+        self._rows.append((inputs, residuals))
+        if self.samples >= self.unknowns:
+            _ = self.sums
 
-    def merge(self, other: NormalEquations) -> None:
-        """Add another problem's samples, in place."""
-        self.samples += other.samples
-        for name, total in other.sums.items():
-            if name in self.sums:
-                self.sums[name] += total
-            else:
-                self.sums[name] = total.clone()
+    def merged(self, other: NormalEquations) -> NormalEquations:
+        """Return the equations of all samples of both."""
+        if not (self.samples and other.samples):
+            return self if self.samples else other
+        whole = NormalEquations()
+        whole.samples, whole._factors = self.samples + other.samples, self._factors
+        if self._rows and other._rows and whole.samples < self.unknowns:
+            whole._rows = [*self._rows, *other._rows]
+        else:
+            whole._rows, whole._parts = None, (self, other)
+        for each in (self, other):
+            for name, total in each._sums.items():
+                if name != "xx" and (name != "xy" or whole._rows is None):
+                    whole._accumulate(name, total.clone())
+            if each._rows and whole._rows is None:
+                inputs, residuals = each._joined()
+                whole._accumulate("xy", inputs.mT @ residuals)
+        return whole
 
     @property
     def unknowns(self) -> int:
         """Unknowns of each group, the intercept not counted."""
-        return self.sums["xx"].shape[-1]
+        return self._sums["x"].shape[-1]
 
     def is_finite(self) -> bool:
         """Say whether no sample was NaN or infinite."""
-        return all(bool(torch.isfinite(total).all()) for total in self.sums.values())
+        # What isn't finite shows in the plain sums; only products can overflow where these don't.
+        own = [self._sums["xx"].diagonal(dim1=1, dim2=2)] if "xx" in self._sums else []
+        totals = [total for name, total in self._sums.items() if name != "xx"] + own
+        return all(bool(torch.isfinite(total).all()) for total in totals)
 
     def covariances(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return covariances of inputs and of these with residuals, in groups, and variances of residuals."""
-        x, y = self.sums["x"] / self.samples, self.sums["y"] / self.samples
-        own = self.sums["xx"] / self.samples - x.unsqueeze(2) * x.unsqueeze(1)
-        across = self.sums["xy"] / self.samples - x.unsqueeze(2) * y.unsqueeze(1)
-        return own, across, self.sums["yy"] / self.samples - y.square()
+        sums = self.sums
+        x, y = sums["x"] / self.samples, sums["y"] / self.samples
+        own = (sums["xx"] / self.samples).baddbmm_(x.unsqueeze(2), x.unsqueeze(1), alpha=-1)
+        across = (sums["xy"] / self.samples).baddbmm_(x.unsqueeze(2), y.unsqueeze(1), alpha=-1)
+        return own, across, sums["yy"] / self.samples - y.square()
 
     def solve(self, ridge: float, *, intercept: bool) -> Solution | None:
         """Solve by Cholesky decomposition, with a ridge as a share of each input's variance; None where that fails."""
-        means = self.sums["x"] / self.samples
-        matrix, cross = self.sums["xx"].clone(), self.sums["xy"]
-        # A view: centring, below, turns these sums of squares into those about the means; `floor` is of what they were.
-        diagonal = matrix.diagonal(dim1=1, dim2=2)
-        floor = _LEAST_VARIANCE * diagonal
-        if intercept:
-            matrix.baddbmm_(self.sums["x"].unsqueeze(2), means.unsqueeze(1), alpha=-1)
-            cross = cross - means.unsqueeze(2) * self.sums["y"].unsqueeze(1)
         # Never quite none: collinear inputs are common, and have no Cholesky factor.
-        penalty = max(ridge, _LEAST_RIDGE) * (diagonal + _FLOOR * diagonal.mean(1, keepdim=True))
-        # Units are taken out before the decomposition. What varies by no more than rounding is scaled to 0, an equation
-        # apart from the others, with coefficient 0.
-        scale = (diagonal + penalty).masked_fill(diagonal <= floor, torch.inf).rsqrt()
-        matrix.mul_(scale.unsqueeze(1)).mul_(scale.unsqueeze(2))
-        # The penalty is in the scale, so that the scaled diagonal is 1, up to rounding.
-        diagonal.fill_(1.0)
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        del matrix, diagonal
-        if bool(info.any()):
+        ridge = max(ridge, _LEAST_RIDGE)
+        found = self._solve_few(ridge, intercept) if self._rows else self._solve_many(ridge, intercept)
+        if found is None:
             return None
-        weights = torch.cholesky_solve(cross * scale.unsqueeze(2), factor) * scale.unsqueeze(2)
-        shift = (self.sums["y"] - (self.sums["x"].unsqueeze(1) @ weights).squeeze(1)) / self.samples
-        return Solution(weights, shift if intercept else torch.zeros_like(shift))
+        weights, error = found
+        shift = (self._sums["y"] - (self._sums["x"].unsqueeze(1) @ weights).squeeze(1)) / self.samples
+        return Solution(weights, shift if intercept else torch.zeros_like(shift), max(error, 0.0))
 
     def unchanged(self) -> Solution:
         """Return the solution that predicts zero."""
-        return Solution(torch.zeros_like(self.sums["xy"]), torch.zeros_like(self.sums["y"]))
+        x, y = self._sums["x"], self._sums["y"]
+        return Solution(y.new_zeros(len(y), x.shape[1], y.shape[1]), torch.zeros_like(y))
 
     def squared_error(self, solution: Solution) -> float:
         """Return the sum of squared errors of a solution on these samples."""
-        weights, shift, sums = solution.weights, solution.shift, self.sums
+        weights, shift = solution.weights, solution.shift
+        if not (bool(weights.any()) or bool(shift.any())):
+            return float(self._sums["yy"].sum())
+        if self._rows:
+            inputs, residuals = self._joined()
+            return float((residuals - inputs @ weights - shift.unsqueeze(1)).square().sum())
+        sums = self.sums
         # The square of the error, multiplied out into the sums; rounding can take it below 0.
         predicted = (weights * (sums["xx"] @ weights)).sum(1) + self.samples * shift.square()
         predicted += 2.0 * shift * (sums["x"].unsqueeze(1) @ weights).squeeze(1)
@@ -111,18 +145,114 @@ class NormalEquations:
 
     def relative_error(self, solution: Solution) -> float:
         """Return the error of a solution as a share of the references' variance; NaN without samples."""
-        if not self.samples:
-            return float("nan")
-        variance = float((self.sums["rr"] - self.sums["r"].square() / self.samples).sum())
-        error = self.squared_error(solution)
+        return self.share(self.squared_error(solution)) if self.samples else math.nan
+
+    def share(self, error: float) -> float:
+        """Return a sum of squared errors as a share of the references' variance."""
+        variance = float((self._sums["rr"] - self._sums["r"].square() / self.samples).sum())
         return error / variance if variance > 0.0 else float(error > 0.0)
 
-    def _accumulate(self, name: str, left: Tensor, right: Tensor) -> None:
-        if name in self.sums:
-            # In place: a second matrix of this size would double the memory.
-            self.sums[name].baddbmm_(left, right)
-        else:
-            self.sums[name] = left @ right
+    def _solve_many(self, ridge: float, intercept: bool) -> tuple[Tensor, float] | None:
+        """Solve from products: weights and the sum of squared errors."""
+        sums, means = self._sums, self._sums["x"] / self.samples
+        cross, squares = sums["xy"], sums["yy"]
+        if intercept:
+            cross = cross.baddbmm(means.unsqueeze(2), sums["y"].unsqueeze(1), alpha=-1)
+            squares = squares - sums["y"].square() / self.samples
+        known = self._factors.pop(self.samples, None)
+        factor = known[2] if known and known[:2] == (ridge, intercept) else self._factor(ridge, intercept)
+        if factor is None:
+            return None
+        self._factors[self.samples] = ridge, intercept, factor
+        scale = factor.scale.unsqueeze(2)
+        weights = torch.cholesky_solve(cross * scale, factor.lower).mul_(scale)
+        # By the equations themselves the products of weights and inputs are `cross` less the penalty.
+        met = torch.linalg.vecdot(weights.flatten(), (cross + factor.penalty.unsqueeze(2) * weights).flatten())
+        return weights, float(squares.sum() - met)
+
+    def _factor(self, ridge: float, intercept: bool) -> _Factor | None:
+        matrix = self._products()
+        # A view: centring, below, turns these sums of squares into those about the means; `floor` is of what they were.
+        diagonal = matrix.diagonal(dim1=1, dim2=2)
+        floor = _LEAST_VARIANCE * diagonal
+        if intercept:
+            means = self._sums["x"] / self.samples
+            matrix.baddbmm_(self._sums["x"].unsqueeze(2), means.unsqueeze(1), alpha=-1)
+        penalty = _penalty(diagonal, ridge)
+        # Units are taken out before the decomposition. What varies by no more than rounding is scaled to 0, an equation
+        # apart from the others, with coefficient 0.
+        scale = (diagonal + penalty).masked_fill(diagonal <= floor, torch.inf).rsqrt()
+        matrix.mul_(scale.unsqueeze(1)).mul_(scale.unsqueeze(2))
+        # The penalty is in the scale, so that the scaled diagonal is 1, up to rounding.
+        diagonal.fill_(1.0)
+        # In place, which takes a matrix column by column: the transpose of a symmetric one is itself.
+        info = torch.empty(len(matrix), dtype=torch.int32, device=matrix.device)
+        torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
+        return None if bool(info.any()) else _Factor(matrix.mT, scale, penalty)
+
+    def _solve_few(self, ridge: float, intercept: bool) -> tuple[Tensor, float] | None:
+        """Solve for one number a sample, of which there are fewer than unknowns; the same as from products."""
+        inputs, residuals = self._joined()
+        floor = _LEAST_VARIANCE * inputs.square().sum(1)
+        if intercept:
+            inputs, residuals = (each - each.mean(1, keepdim=True) for each in (inputs, residuals))
+        squares = inputs.square().sum(1)
+        scale = _penalty(squares, ridge).masked_fill(squares <= floor, torch.inf).rsqrt().unsqueeze(1)
+        scaled = inputs * scale
+        matrix = _gram(scaled.mT)
+        matrix.diagonal(dim1=1, dim2=2).add_(1.0)
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        if bool(info.any()):
+            return None
+        # ``(X'X + 1)^-1 X'Y = X'(XX' + 1)^-1 Y``, and what the second factor leaves of Y is the error itself.
+        left = torch.cholesky_solve(residuals, lower)
+        return (scaled.mT @ left).mul_(scale.mT), float(left.square().sum())
+
+    def _products(self) -> Tensor:
+        """Sum the products of inputs, to be worked on in place."""
+        if self._parts:
+            one, other = (part._products() for part in self._parts)
+            return one.add_(other)
+        return _gram(self._joined()[0]) if self._rows else self._sums["xx"].clone()
+
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        """Return all samples that are kept: inputs and residuals, (groups, samples, ...)."""
+        if self._rows and len(self._rows) > 1:
+            inputs, residuals = zip(*self._rows, strict=True)
+            self._rows = [(torch.cat(inputs, 1), torch.cat(residuals, 1))]
+        assert self._rows  # only asked for where there are some
+        return self._rows[0]
+
+    def _multiply(self, inputs: Tensor, residuals: Tensor) -> None:
+        if not self._known:
+            self._accumulate("xx", _gram(inputs))
+        self._accumulate("xy", inputs.mT @ residuals)
+
+    def _accumulate(self, name: str, total: Tensor) -> None:
+        self._sums[name] = self._sums[name].add_(total) if name in self._sums else total
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """The Cholesky factor of scaled equations, the scale and the penalty, (groups, unknowns)."""
+
+    lower: Tensor
+    scale: Tensor
+    penalty: Tensor
+
+
+def _penalty(squares: Tensor, ridge: float) -> Tensor:
+    return ridge * (squares + _FLOOR * squares.mean(1, keepdim=True))
+
+
+def _gram(inputs: Tensor) -> Tensor:
+    """Return products of the columns of inputs (groups, samples, unknowns): (groups, unknowns, unknowns)."""
+    if inputs.device.type != "cpu":
+        return inputs.mT @ inputs
+    # NumPy sees that both factors are one matrix and computes half of the symmetric product; PyTorch computes it all.
+    with np.errstate(invalid="ignore", over="ignore"):
+        products = [rows.T @ rows for rows in inputs.numpy()]
+    return torch.from_numpy(np.stack(products) if len(products) > 1 else products[0][None])
 
 
 @dataclass(frozen=True)
@@ -131,6 +261,7 @@ class Solution:
 
     weights: Tensor
     shift: Tensor
+    error: float = math.nan  # the sum of squared errors on the samples that it was solved from
 
 
 @dataclass(frozen=True)
@@ -145,17 +276,14 @@ class Fit:
 
 
 def fit(learned: NormalEquations, held: NormalEquations, ridge: float | None, *, intercept: bool) -> Fit:
-    """Choose a ridge, if None is given, on the held-out samples, and solve on all, which `learned` then holds."""
+    """Choose a ridge, if None is given, on the held-out samples, and solve on all."""
     chosen, held_out = _choose(learned, held, ridge, intercept=intercept)
-    learned.merge(held)
-    unchanged = learned.unchanged()
-    found = learned.solve(chosen, intercept=intercept) if chosen < math.inf else None
-    solution = unchanged if found is None else found
-    result = Fit(solution, chosen, learned.relative_error(unchanged), learned.relative_error(solution), held_out)
-    if held.samples:
-        # A refinement takes these products over, and must not learn from the samples that judge it.
-        learned.sums["xx"] -= held.sums["xx"]
-    return result
+    whole = learned.merged(held)
+    found = whole.solve(chosen, intercept=intercept) if chosen < math.inf else None
+    before = whole.relative_error(whole.unchanged())
+    if found is None:
+        return Fit(whole.unchanged(), chosen, before, before, held_out)
+    return Fit(found, chosen, before, whole.share(found.error), held_out)
 
 
 def _choose(

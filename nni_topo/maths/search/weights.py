@@ -3,10 +3,8 @@
 An individual says of every weight of the target layers whether it is used. Genes are kept eight to a byte; one
 individual at a time is unpacked to be bred or evaluated, so a population of 50 on two million weights takes 13 MB.
 
-References
-----------
-.. [1] Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
-   University of Manitoba, 2018, section 4.1, Algorithm 2.
+Source: Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
+University of Manitoba, 2018, section 4.1, Algorithm 2.
 """
 
 from __future__ import annotations
@@ -144,7 +142,7 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
         self.history: list[HistoryRow] = []  # every individual in every generation
         self.generation = -1  # of the current individuals; -1 before the first
         self.start_accuracy = 0.0  # of the undamaged individual
-        self._children: list[Individual] = []
+        self.children: list[Individual] = []
 
     def run(self, on_generation: Callable[[WeightGeneticAlgorithm], bool | None] | None = None) -> None:
         """Evolve up to the last generation, from the current one on; a true value of the callback ends it."""
@@ -160,28 +158,28 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
         """Make generation 0: all weights, then individuals that lost some at random."""
         low, high = self.settings.damage_range
         floors = (0,) * len(self.layers)
-        self._children = []
+        self.children = []
         for index in range(self.population_size):
             alive = np.ones(self.size, dtype=np.bool_)
             rate = float(self.rng.uniform(low, high)) if index else 0.0
             for layer, part in self._parts(alive):
                 count = min(int(rate * layer.size), layer.size - layer.least)
                 part[self.rng.choice(layer.size, count, replace=False, shuffle=False)] = False
-            self._children.append(self._born(alive, index, floors, -1))
+            self.children.append(self._born(alive, index, floors, -1))
         self.current_generation: list[Individual] = []
 
     def create_new_population(self) -> None:
         """Breed one child for every individual."""
-        self._children = [self._child(place) for place in range(self.population_size)]
+        self.children = [self._child(place) for place in range(self.population_size)]
 
     def calculate_population_fitness(self) -> None:
         """Evaluate the children and let them replace those of the parents that are less fit."""
         self.generation += 1
-        accuracies = self.fitness_function(self.genes(child) for child in self._children)
+        accuracies = self.fitness_function(self.genes(child) for child in self.children)
         if not self.current_generation:
             self.start_accuracy = float(accuracies[0])
-            self.current_generation = list(self._children)
-        for place, child in enumerate(self._children):
+            self.current_generation = list(self.children)
+        for place, child in enumerate(self.children):
             child.accuracy = float(accuracies[place])
             gain = self.settings.alpha * (child.accuracy - self.start_accuracy)
             child.fitness = gain + self.settings.beta * child.compression
@@ -189,7 +187,7 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
             # like any.
             if child.fitness > self.current_generation[place].fitness:
                 self.current_generation[place] = child
-        self._children = []
+        self.children = []
         self._record()
 
     def genes(self, individual: Individual) -> BoolArray:

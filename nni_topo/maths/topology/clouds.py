@@ -11,7 +11,7 @@ from scipy.spatial.distance import cdist
 from scipy.stats import chi2
 
 from nni_topo.errors import DataError
-from nni_topo.maths.topology._checks import FloatArray, as_points
+from nni_topo.maths.topology.checks import FloatArray, as_points
 
 _RELATIVE_ERROR = 1e-9
 _BLOCK_ROWS = 256

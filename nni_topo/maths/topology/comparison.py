@@ -10,9 +10,9 @@ from numpy.typing import ArrayLike
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
-from nni_topo.maths.topology import _kernels
-from nni_topo.maths.topology._checks import FloatArray, as_diagram, as_engine, as_order
-from nni_topo.maths.topology._kernels import use_compiled
+from nni_topo.maths.topology import kernels
+from nni_topo.maths.topology.checks import FloatArray, as_diagram, as_engine, as_order
+from nni_topo.maths.topology.kernels import use_compiled
 from nni_topo.maths.topology.matching import closed_bottleneck, closed_wasserstein
 
 
@@ -145,7 +145,7 @@ def _deaths(bars: FloatArray) -> FloatArray:
 
 
 def _bottleneck(first: FloatArray, second: FloatArray, compiled: bool) -> float:
-    covered = _kernels.compiled(_kernels.covered) if compiled else _covered
+    covered = kernels.compiled(kernels.covered) if compiled else _covered
     halves = [0.5 * (bars[:, 1] - bars[:, 0]) for bars in (first, second)]
     least = max(_surplus(halves[0], len(second)), _surplus(halves[1], len(first)))
     # Thresholds at which each side finds partners suit both at once (Mendelsohn and Dulmage).

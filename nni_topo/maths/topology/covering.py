@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nni_topo.maths.ties import first_largest
-from nni_topo.maths.topology import _kernels
-from nni_topo.maths.topology._checks import BoolArray, FloatArray, IntArray, as_distances, as_index, as_subsets
-from nni_topo.maths.topology._kernels import use_compiled
+from nni_topo.maths.topology import kernels
+from nni_topo.maths.topology.checks import BoolArray, FloatArray, IntArray, as_distances, as_index, as_subsets
+from nni_topo.maths.topology.kernels import use_compiled
 
 _CHUNK_ELEMENTS = 1 << 18
 # Measured: fewer kept points than this many times sqrt(n) are compared directly, without a search.
@@ -133,7 +133,7 @@ def _nearest_kept(
         for subset, row in zip(subsets, nearest, strict=True):
             np.min(distances[subset], axis=0, out=row)
     elif compiled:
-        _kernels.compiled(_kernels.nearest_kept)(distances, neighbours, subsets, nearest)
+        kernels.compiled(kernels.nearest_kept)(distances, neighbours, subsets, nearest)
     else:
         _search(distances, neighbours, subsets.ravel(), nearest.ravel())
     return nearest

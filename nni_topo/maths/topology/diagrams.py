@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nni_topo.errors import DataError
-from nni_topo.maths.topology._checks import FloatArray, IntArray, as_dimension, as_distances, as_engine
-from nni_topo.maths.topology._kernels import use_compiled
+from nni_topo.maths.topology.checks import FloatArray, IntArray, as_dimension, as_distances, as_engine
 from nni_topo.maths.topology.clouds import pairwise_distances
+from nni_topo.maths.topology.kernels import use_compiled
 from nni_topo.maths.topology.loops import LARGEST, SortedEdges, loop_bars, sort_edges
 from nni_topo.maths.topology.spanning import subset_deaths
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nni_topo.errors import DataError, unknown_name
-from nni_topo.maths.topology._checks import (
+from nni_topo.maths.topology.checks import (
     BoolArray,
     FloatArray,
     as_dimension,
@@ -19,10 +19,10 @@ from nni_topo.maths.topology._checks import (
     as_order,
     as_subsets,
 )
-from nni_topo.maths.topology._kernels import use_compiled
 from nni_topo.maths.topology.comparison import bottleneck_distance, wasserstein_distance
 from nni_topo.maths.topology.covering import covers, neighbour_ranks
 from nni_topo.maths.topology.diagrams import diagrams_of, ripser_bars
+from nni_topo.maths.topology.kernels import use_compiled
 from nni_topo.maths.topology.loops import sort_edges
 from nni_topo.maths.topology.matching import closed_bottleneck, closed_wasserstein
 from nni_topo.maths.topology.spanning import subset_deaths

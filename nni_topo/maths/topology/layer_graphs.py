@@ -4,9 +4,7 @@ A linear layer is the complete graph between its inputs and outputs. A convoluti
 one node per channel and position, and every weight stands on one edge per output position. The matrix itself is
 never built.
 
-References
-----------
-Zeroth-Order Topological Insights into Iterative Magnitude Pruning, theorem 3.2 and its proof.
+Source: Zeroth-Order Topological Insights into Iterative Magnitude Pruning, theorem 3.2 and its proof.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from nni_topo.errors import DataError
-from nni_topo.maths.topology._checks import IntArray
+from nni_topo.maths.topology.checks import IntArray
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,13 +16,16 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
 from nni_topo.errors import DataError
-from nni_topo.maths.topology._checks import BoolArray, FloatArray, IntArray, as_points, as_tensor
+from nni_topo.maths.topology.checks import BoolArray, FloatArray, IntArray, as_points, as_tensor
 from nni_topo.maths.topology.layer_graphs import LayerGraph, linear_graph, plane_components
 
-_BATCH_EDGES = 1 << 21
-# Measured: so many edges per node mostly hold the whole forest.
-_PER_NODE = 16
-_SAMPLE = 1 << 16
+
+class Batches(NamedTuple):
+    """How many edges are looked at together: at first and at most; and of how many weights the bounds are quantiles."""
+
+    per_node: int = 16  # measured: so many mostly hold the whole forest
+    most: int = 1 << 21
+    sample: int = 1 << 16
 
 
 def maximum_spanning_tree(weight: ArrayLike) -> BoolArray:
@@ -172,7 +176,7 @@ class Forest:
     lengths: FloatArray
 
 
-def spanning_forest(weight: ArrayLike, graph: LayerGraph) -> Forest:
+def spanning_forest(weight: ArrayLike, graph: LayerGraph, batches: Batches | None = None) -> Forest:
     """Compute the maximum spanning forest of a layer's whole graph.
 
     Parameters
@@ -181,6 +185,8 @@ def spanning_forest(weight: ArrayLike, graph: LayerGraph) -> Forest:
         Finite weights, as many as the graph has elements.
     graph : LayerGraph
         The layer's graph.
+    batches : Batches or None, default=None
+        How many edges are looked at together; the forest doesn't depend on it.
 
     Returns
     -------
@@ -202,8 +208,9 @@ def spanning_forest(weight: ArrayLike, graph: LayerGraph) -> Forest:
     labels = np.arange(graph.inputs + graph.outputs)
     taken: list[tuple[IntArray, IntArray, IntArray]] = []
     missing = graph.forest_edges
-    first = max(1, _PER_NODE * len(labels) // graph.plane_outputs)
-    for batch in _falling(flat, first, max(1, _BATCH_EDGES // graph.plane_outputs)):
+    per_node, most, sample = batches or Batches()
+    first, most = (max(1, edges // graph.plane_outputs) for edges in (per_node * len(labels), most))
+    for batch in _falling(flat, first, most, np.sort(flat[:: max(1, len(flat) // sample)])):
         sources, targets = (nodes.ravel() for nodes in graph.ends(batch))
         chosen, labels = _joined(labels, sources, targets + graph.inputs)
         taken.append((batch[chosen // graph.plane_outputs], sources[chosen], targets[chosen]))
@@ -214,11 +221,10 @@ def spanning_forest(weight: ArrayLike, graph: LayerGraph) -> Forest:
     return Forest(elements, sources, targets, flat[elements])
 
 
-def _falling(flat: FloatArray, count: int, most: int) -> Iterator[IntArray]:
+def _falling(flat: FloatArray, count: int, most: int, sample: FloatArray) -> Iterator[IntArray]:
     """Yield elements (n,) in batches, largest first and equal ones in order: about ``count`` at first, then more."""
     # A forest is complete after a small part of the elements: the others are compared with a bound, and never sorted.
-    # Bounds are quantiles of a sample: where it misleads, a batch is larger or smaller, and the forest is the same.
-    sample = np.sort(flat[:: max(1, len(flat) // _SAMPLE)])
+    # Bounds are quantiles of an ascending sample: where it misleads, a batch has another size; the forest is the same.
     bound, share = np.inf, count / len(flat)
     while bound > 0.0:
         place = len(sample) - 1 - int(share * len(sample))

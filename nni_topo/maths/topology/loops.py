@@ -11,9 +11,7 @@ the edge enters the filtration with all its simplices, then
 
 So only a handful of edges ever need algebra, where a matrix reduction goes through all triangles.
 
-References
-----------
-M. Koyama, F. Memoli, V. Robins and K. Turner, Faster computation of degree-1 persistent homology using the
+Source: M. Koyama, F. Memoli, V. Robins and K. Turner, Faster computation of degree-1 persistent homology using the
 reduced Vietoris-Rips filtration, arXiv:2307.16333, 2023.
 """
 
@@ -24,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nni_topo.maths.topology import _kernels
-from nni_topo.maths.topology._checks import FloatArray, IntArray
+from nni_topo.maths.topology import kernels
+from nni_topo.maths.topology.checks import FloatArray, IntArray
 
 # Codes take points^2 * bars bits, some 9 MB here: larger clouds are Ripser's.
 LARGEST = 320
@@ -63,14 +61,14 @@ def loop_bars(edges: SortedEdges, points: IntArray) -> FloatArray:
     words, count = len(points) // 32 + 1, -1
     while count < 0:
         bars = np.full((64 * words, 2), np.inf)
-        count = _kernels.compiled(_loops)(edges.starts, edges.ends, edges.lengths, place, bars)
+        count = kernels.compiled(write_loops)(edges.starts, edges.ends, edges.lengths, place, bars)
         words *= 2
     bars = bars[:count]
     # A bar that is born and filled at one length comes from a tie, and is none.
     return bars[bars[:, 1] > bars[:, 0]]
 
 
-def _loops(
+def write_loops(
     starts: NDArray[np.int32],
     ends: NDArray[np.int32],
     lengths: FloatArray,

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nni_topo.errors import DataError
-from nni_topo.maths.topology import _kernels
-from nni_topo.maths.topology._checks import FloatArray, as_deaths, as_order
+from nni_topo.maths.topology import kernels
+from nni_topo.maths.topology.checks import FloatArray, as_deaths, as_order
 
 
 def h0_bottleneck(deaths_a: ArrayLike, deaths_b: ArrayLike) -> FloatArray | float:
@@ -118,9 +118,9 @@ def closed_wasserstein(first: FloatArray, second: FloatArray, order: float, comp
         return np.zeros(len(first))
     # Powers of numbers up to 1 don't overflow, whatever the order; the unit comes back with the root.
     first, second = first / largest, second / largest
-    if _kernels.use_compiled(compiled):
+    if kernels.use_compiled(compiled):
         costs = np.empty(len(first))
-        _kernels.compiled(_kernels.wasserstein)(first, second, order, costs)
+        kernels.compiled(kernels.wasserstein)(first, second, order, costs)
     else:
         costs = _align(first, second, order)
     return np.asarray(largest * costs ** (1.0 / order))

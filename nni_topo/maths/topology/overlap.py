@@ -1,8 +1,6 @@
 """How much of a layer's spanning tree magnitude pruning keeps: bounds, measurements and chance.
 
-References
-----------
-Zeroth-Order Topological Insights into Iterative Magnitude Pruning, theorem 3.3, corollary 3.4 and appendix C.
+Source: Zeroth-Order Topological Insights into Iterative Magnitude Pruning, theorem 3.3, corollary 3.4 and appendix C.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import hypergeom
 
 from nni_topo.errors import ConfigError
-from nni_topo.maths.topology._checks import as_points
+from nni_topo.maths.topology.checks import as_points
 from nni_topo.maths.topology.layer_trees import maximum_spanning_tree
 
 

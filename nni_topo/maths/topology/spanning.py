@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nni_topo.errors import DataError
-from nni_topo.maths.topology import _kernels
-from nni_topo.maths.topology._checks import BoolArray, FloatArray, as_distances, as_subsets
+from nni_topo.maths.topology import kernels
+from nni_topo.maths.topology.checks import BoolArray, FloatArray, as_distances, as_subsets
 
 _CHUNK_ELEMENTS = 1 << 16
 
@@ -74,9 +74,9 @@ def subset_deaths(distances: FloatArray, subsets: BoolArray, compiled: bool | No
     if len(subsets) == 0:
         return np.empty((0, 0))
     size = int(np.count_nonzero(subsets[0]))
-    if _kernels.use_compiled(compiled):
+    if kernels.use_compiled(compiled):
         deaths = np.empty((len(subsets), size - 1))
-        _kernels.compiled(_kernels.prim)(distances, subsets, deaths)
+        kernels.compiled(kernels.prim)(distances, subsets, deaths)
     else:
         rows = max(1, _CHUNK_ELEMENTS // len(distances))
         chunks = [subsets[i : i + rows] for i in range(0, len(subsets), rows)]

@@ -166,9 +166,10 @@ def _places(channels: IntArray, entering: IntArray) -> IntArray | None:
     """Input positions of each channel, ``(channels, places)``; None if the layer doesn't read them all alike."""
     if FIXED in channels:  # they can't be removed, and all constants share this number
         return None
-    found = [np.flatnonzero(entering == channel) for channel in channels]
-    counts = {len(places) for places in found}
-    return np.stack(found) if len(counts) == 1 and counts != {0} else None
+    order = np.argsort(entering, kind="stable")
+    first, end = (np.searchsorted(entering[order], channels, side) for side in ("left", "right"))
+    counts = end - first
+    return order[first[:, None] + np.arange(counts[0])] if counts[0] > 0 and (counts == counts[0]).all() else None
 
 
 def read_strength(module: nn.Module, places: IntArray, order: float = 2.0) -> Tensor:

@@ -1,9 +1,7 @@
 """Clustered pruning: one neuron or filter of each cluster of features stays.
 
-References
-----------
-.. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
-   Technology, 2019, chapter 4, algorithm 1.
+Source: S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
+Technology, 2019, chapter 4, algorithm 1.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Survivors: which neuron of each cluster stays.
 
-References
-----------
-.. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
-   Technology, 2019, sections 4.3.1 and 5.3.5.
+Source: S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
+Technology, 2019, sections 4.3.1 and 5.3.5.
 """
 
 from __future__ import annotations

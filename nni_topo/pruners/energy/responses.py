@@ -12,9 +12,6 @@ from nni_topo.errors import ConfigError
 from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
 from nni_topo.network.network import Network
 
-# Values of one turn of filters: 128 MiB of float64.
-_MOST_VALUES = 2**24
-
 
 def input_sizes(model: nn.Module, names: Sequence[str], example_inputs: Any) -> dict[str, tuple[int, ...]]:
     """Return by name the spatial sizes that enter convolutions; ConfigError if unknown or, padded, below the kernel."""
@@ -28,18 +25,19 @@ def input_sizes(model: nn.Module, names: Sequence[str], example_inputs: Any) -> 
 
 
 def chirp_response_energy(
-    module: nn.Module, weight: Tensor, bias: Tensor | None, planes: Tensor, *, separate: bool = False
+    module: nn.Module, weight: Tensor, bias: Tensor | None, planes: Tensor, *, separate: bool = False, most: int = 2**24
 ) -> tuple[Tensor, int]:
     """Return each filter's mean squared response, float64 ``(out,)``, to planes ``(n, ...)``, and the positions.
 
     Each plane enters all input channels at once, or, ``separate``, one after the other: then their energies add up.
+    Filters are taken in turns of at most so many values, 128 MiB of float64.
     """
-    found = [_plane_energy(module, weight, bias, plane, separate) for plane in planes]
+    found = [_plane_energy(module, weight, bias, plane, separate, most) for plane in planes]
     return torch.stack([energy for energy, _ in found]).mean(0), found[0][1]
 
 
 def _plane_energy(
-    module: nn.Module, weight: Tensor, bias: Tensor | None, plane: Tensor, separate: bool
+    module: nn.Module, weight: Tensor, bias: Tensor | None, plane: Tensor, separate: bool, most: int
 ) -> tuple[Tensor, int]:
     every = _kernels(module, weight)
     # With x in every input channel, sum_c(w_c * x) is sum_c(w_c) * x: one channel's cost, whatever the layer's width.
@@ -48,7 +46,7 @@ def _plane_energy(
     offset = kernels.new_zeros(len(kernels)) if separate else constant
     planes = plane.to(kernels.device)[None, None]
     positions = _respond(module, kernels[:1], planes)[0, 0].numel()
-    turn = max(1, _MOST_VALUES // max(positions, plane.numel()))
+    turn = max(1, most // max(positions, plane.numel()))
     energies = torch.cat(
         [
             (_respond(module, part, planes)[0].flatten(1) + shift[:, None]).pow(2).mean(1)

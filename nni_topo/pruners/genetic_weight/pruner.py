@@ -3,10 +3,8 @@
 Individuals say of every weight of the target layers whether it is used. They are crossed, lose their weakest weights
 and random ones, and replace their parents where accuracy and compression together get better. Nothing is retrained.
 
-References
-----------
-.. [1] Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
-   University of Manitoba, 2018, section 4.1, Algorithm 2.
+Source: Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
+University of Manitoba, 2018, section 4.1, Algorithm 2.
 """
 
 from __future__ import annotations

@@ -46,21 +46,13 @@ _RIDGE = 1e-4
 
 @dataclass(frozen=True)
 class ReconstructionProblem:
-    """The least-squares problems of the layers that read a unit.
+    """The least-squares problems of the layers that read a unit, a matrix of each per layer."""
 
-    Attributes
-    ----------
-    grams : tuple of ndarray, shape (channels * columns, channels * columns)
-        Covariances of what enters each layer, channel by channel, a small ridge on the diagonal.
-    crosses : tuple of ndarray, shape (channels * columns, outputs)
-        Covariances with what the layer has to put out, scaled such that its total variance is 1.
-    columns : tuple of int
-        Columns of a channel in each layer: kernel elements times positions.
-    """
-
+    # covariances of what enters each layer, channel by channel, (channels * columns, same), a ridge on the diagonal
     grams: tuple[FloatArray, ...]
+    # those with what it has to put out, (channels * columns, outputs), scaled such that its total variance is 1
     crosses: tuple[FloatArray, ...]
-    columns: tuple[int, ...]
+    columns: tuple[int, ...]  # of a channel in each layer: kernel elements times positions
 
     def choose(self, keep: int, parts: int = 1) -> IntArray:
         """Return ``keep`` channels by forward selection, in the order of choice, as many from each of equal parts."""
@@ -68,16 +60,10 @@ class ReconstructionProblem:
 
 
 class ReconstructionProblems:
-    """Measures the reconstruction problems of a pruner's units on calibration data.
+    """Measures the reconstruction problems of a pruner's units on calibration batches, iterated several times.
 
-    Parameters
-    ----------
-    calibration : iterable
-        Batches of inputs, or of ``(inputs, ...)``. A list or DataLoader: it's iterated several times.
-    seed : int, default=0
-        Of the positions at which large feature maps are sampled.
-    max_bytes : int, default=2**30
-        Units are measured together as long as their matrices stay below it.
+    Units are measured together as long as their matrices stay below ``max_bytes``; ``seed`` draws the positions at
+    which large feature maps are sampled.
     """
 
     def __init__(self, calibration: Iterable[Any], *, seed: int = 0, max_bytes: int = 2**30) -> None:
@@ -86,38 +72,13 @@ class ReconstructionProblems:
         self.max_bytes = max_bytes
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-        """Check, before anything is wrapped, that a convolution or linear layer reads every layer to prune.
-
-        Raises
-        ------
-        ConfigError
-            If none reads all of a layer's channels alike.
-        SpeedupError
-            If the model can't be traced.
-        DataError
-            If no batch came, or the first one doesn't fit.
-        """
+        """Check, before anything is wrapped, that a convolution or linear layer reads each layer to prune."""
         check_read(model, modules, structure_call(model, self.calibration), _LINEAR)
 
     def each(
         self, context: PruningContext, kept: dict[str, BoolArray]
     ) -> Iterator[tuple[PruningUnit, ReconstructionProblem]]:
-        """Yield every unit and its problem.
-
-        Parameters
-        ----------
-        context : PruningContext
-            Holds the wrapped model and the units.
-        kept : dict of str to ndarray of bool
-            Channels kept by the units that were yielded before; the caller fills it in. Here it isn't looked at.
-
-        Raises
-        ------
-        ConfigError
-            If a unit isn't pruned by output channel, or no layer reads it.
-        DataError
-            If no batch came, or activations are NaN or infinite.
-        """
+        """Yield every unit and its problem; `kept`, which the caller fills in, isn't looked at here."""
         del kept
         model = context.model
         with evaluation_mode(model):
@@ -135,14 +96,9 @@ class ReconstructionProblems:
     def measure(
         self, readers: dict[str, list[Reader]], original: nn.Module, network: nn.Module
     ) -> dict[str, ReconstructionProblem]:
-        """Return the problems of some units.
+        """Return the problems of some units by their readers, whose modules are the original's, the network to be met.
 
-        Parameters
-        ----------
-        readers : dict of str to list of Reader
-            By unit; their modules are the original's.
-        original, network : torch.nn.Module
-            What is to be met, and where the kept channels come from: one model twice, or two with the same modules.
+        ``network`` is where the kept channels come from: the same model, or one with the same modules.
         """
         sizes = [batch_size(call) for call in calls(original, self.calibration)]
         names = {id(module): name for name, module in original.named_modules()}
@@ -180,13 +136,7 @@ class ReconstructionProblems:
 
 
 def linear_readers(unit: PruningUnit, flow: ChannelFlow, context: PruningContext) -> list[Reader]:
-    """Return the convolutions and linear layers that read a unit's channels.
-
-    Raises
-    ------
-    ConfigError
-        If the unit isn't pruned by output channel, or no such layer reads it.
-    """
+    """Return the convolutions and linear layers that read a unit's channels; ConfigError if there is none."""
     found = [r for r in readers_of(unit, flow, context) if isinstance(r.module, _LINEAR)]
     if not found:
         raise unread_error([unit.name])
@@ -200,7 +150,8 @@ def _problem(found: list[Reading], name: str) -> ReconstructionProblem:
             raise DataError(f"activations must be finite, got NaN or infinity ({name})")
         own, across, variances = (values[0] for values in one.equations.covariances())
         variance = float(variances.sum())
-        cross = across / np.sqrt(variance) if variance > 0 else torch.zeros_like(across)
-        grams.append((own + _RIDGE * torch.diag(own.diagonal())).cpu().numpy())
-        crosses.append(cross.cpu().numpy())
+        own.diagonal().mul_(1.0 + _RIDGE)
+        across.mul_(variance**-0.5 if variance > 0 else 0.0)
+        grams.append(own.cpu().numpy())
+        crosses.append(across.cpu().numpy())
     return ReconstructionProblem(tuple(grams), tuple(crosses), tuple(one.columns for one in found))

@@ -11,6 +11,7 @@ References
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 from nni.compression.base.wrapper import ModuleWrapper
@@ -23,10 +24,12 @@ from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import ALLOCATIONS, Budget, planned
 from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds.functional import FunctionalCollector
+from nni_topo.pruners.hooks import Data
 from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.reconstruction.metric import ReconstructionMetric
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
 from nni_topo.pruners.reconstruction.sequential import SequentialProblems
+from nni_topo.pruners.selection import WhenAsked
 
 
 class ReconstructionPruner(StructuredPruner):
@@ -133,6 +136,11 @@ class ReconstructionPruner(StructuredPruner):
                 allocations=ALLOCATIONS,
             ),
         )
+
+    def _collect_data(self) -> Data:
+        # Clouds are looked at only where layers are compared: by thresholds, global groups and budgets.
+        collected = cache(super()._collect_data)
+        return WhenAsked(lambda name: collected()[name])
 
     def _check_layers(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         self._problems.check(model, modules)

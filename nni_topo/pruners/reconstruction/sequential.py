@@ -30,13 +30,7 @@ class SequentialProblems(ReconstructionProblems):
     def each(
         self, context: PruningContext, kept: dict[str, BoolArray]
     ) -> Iterator[tuple[PruningUnit, ReconstructionProblem]]:
-        """Yield every unit and its problem; the caller puts what it keeps of a unit into ``kept`` before the next one.
-
-        Raises
-        ------
-        ConfigError, DataError
-            As in the base class.
-        """
+        """Yield every unit and its problem; before the next one the caller puts what it keeps of a unit into `kept`."""
         original = unwrapped_copy(context.model).eval()
         flow = self.flow(original)
         modules = {module: name for name, module in original.named_modules()}

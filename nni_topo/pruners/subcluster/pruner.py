@@ -1,9 +1,7 @@
 """Sub-clustering based neurogenetic pruning: few clusters, split until none varies too much; one neuron of each stays.
 
-References
-----------
-.. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
-   Technology, 2019, chapter 5, algorithms 2 and 3.
+Source: S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
+Technology, 2019, chapter 5, algorithms 2 and 3.
 """
 
 from __future__ import annotations

@@ -4,10 +4,8 @@ A layer is a cloud with one point per filter or neuron, plus the origin, to whic
 a cloud can spare is read off its H0 death times; *which* points stay is a search over subsets of that size, by a
 genetic algorithm or greedily, that minimises a distance between the kept and the whole cloud.
 
-References
-----------
-.. [1] Perera, "Topological Pruner: a neural network pruner using topological data analysis", MSc thesis, University of
-   Moratuwa, 2022.
+Source: Perera, "Topological Pruner: a neural network pruner using topological data analysis", MSc thesis, University of
+Moratuwa, 2022.
 """
 
 from __future__ import annotations

@@ -3,9 +3,7 @@
 The maximum spanning tree of a layer's graph holds its zeroth homology in the descending filtration of |w|. While a
 layer has weights to spare beyond its tree, the largest ones stay too; below the size of the tree it isn't pruned.
 
-References
-----------
-Zeroth-Order Topological Insights into Iterative Magnitude Pruning, section 3.4.
+Source: Zeroth-Order Topological Insights into Iterative Magnitude Pruning, section 3.4.
 """
 
 from __future__ import annotations

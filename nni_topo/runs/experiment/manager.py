@@ -29,13 +29,7 @@ _PORTS = range(1, 65535)
 
 
 def load_experiment(path: str | Path) -> ExperimentConfig:
-    """Read an experiment's configuration and let NNI validate it.
-
-    Raises
-    ------
-    ConfigError
-        If the file can't be read, or NNI refuses it.
-    """
+    """Read an experiment's configuration and let NNI validate it; ConfigError if it can't be read or NNI refuses it."""
     try:
         config = ExperimentConfig.load(path)
         config.validate()
@@ -58,33 +52,12 @@ def _reason(error: Exception) -> str:
 def start_experiment(
     config: ExperimentConfig | None, port: int, *, resume: str | None = None, everywhere: bool = False
 ) -> Experiment:
-    """Start NNI's manager, which starts the trials. It ends with this process, or with ``stop()``.
+    """Start NNI's manager, which starts the trials; it ends with this process, or with ``stop()``.
 
-    Parameters
-    ----------
-    config : ExperimentConfig or None
-        A validated configuration; None with ``resume``.
-    port : int
-        Of the manager's web page and REST API. Services on other machines need the next port as well.
-    resume : str or None, default=None
-        Identifier of an experiment that was stopped or killed: it goes on, unfinished trials in their folders.
-    everywhere : bool, default=False
-        Let the manager listen on all interfaces, as NNI does; trials on other machines need that. False: on this
-        machine's only.
-
-    Returns
-    -------
-    nni.experiment.Experiment
-        Running.
-
-    Raises
-    ------
-    ConfigError
-        If a port is in use, or there is no such experiment to resume.
-    DataError
-        If the experiments' folder has no room.
-    ManagerError
-        If the manager doesn't start.
+    ``port`` is that of its web page and REST API; services on other machines need the next one, too. ``resume`` names
+    an experiment that was stopped or killed: it goes on, unfinished trials in their folders. With ``everywhere`` the
+    manager listens on all interfaces, as NNI's does, which trials on other machines need. ConfigError if a port is in
+    use or there is nothing to resume, DataError if the folder has no room, ManagerError if the manager doesn't start.
     """
     config = _stopped_config(resume) if config is None else config
     ready = config.canonical_copy()
@@ -141,27 +114,7 @@ def read_status(experiment: Experiment) -> tuple[str, list[str]]:
 def follow(
     experiment: Experiment, tell: Callable[[str, list[TrialRecord]], None], *, seconds: float = 2.0
 ) -> list[TrialRecord]:
-    """Watch an experiment until it ends.
-
-    Parameters
-    ----------
-    experiment : nni.experiment.Experiment
-        Running.
-    tell : callable
-        Called with the experiment's status and its trials, again and again.
-    seconds : float, default=2.0
-        Between two looks.
-
-    Returns
-    -------
-    list of TrialRecord
-        All trials.
-
-    Raises
-    ------
-    ManagerError
-        If the manager ends with an error, or stops answering.
-    """
+    """Tell an experiment's status and trials every so many seconds until it ends; return all trials (ManagerError)."""
     while True:
         status, errors = read_status(experiment)
         trials = read_trials(experiment)
@@ -184,17 +137,7 @@ def optimize_mode(config: ExperimentConfig) -> str:
 def opened(experiment_id: str | None, port: int | None) -> Iterator[Experiment]:
     """Give access to an experiment: a running one as it runs, a stopped one through a manager in view mode.
 
-    Parameters
-    ----------
-    experiment_id : str or None
-        None: the one at ``port``, or the one that was started last.
-    port : int or None
-        Of a running experiment.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such experiment.
+    Without an identifier: the one at ``port``, or the one that was started last. ConfigError if there is none.
     """
     nni.silence_stdout()
     entry: dict[str, Any] = {"status": "RUNNING", "port": port} if port is not None else _registered(experiment_id)

@@ -47,41 +47,16 @@ Report = Callable[[int, dict[str, float]], None]
 def run_trial(
     settings: TrialSettings, out: str | Path, *, cache: str | Path | None = None, report: Report | None = None
 ) -> Record:
-    """Run a trial, or what is left of it, and return its metrics.
+    """Run a trial, or what is left of it, in a folder; return what ``metrics.json`` holds, accuracies in [0, 1].
 
-    Parameters
-    ----------
-    settings : TrialSettings
-        What to do.
-    out : str or Path
-        The trial's folder. It gets ``settings.json`` at once; ``masks.pt``; and at the end ``dense.pt`` (see
-        :func:`nni_topo.load`), ``config_list.json`` (the ratios that were realised) and ``metrics.json``.
-    cache : str, Path or None, default=None
-        Folder of trained nets, which trials share. None: ``nets`` in ``out``.
-    report : callable or None, default=None
-        Called with 0 and the result after pruning, then with every epoch's number and result. A result holds
-        ``default``, the score, and ``accuracy`` on the validation images.
-
-    Returns
-    -------
-    dict
-        What ``metrics.json`` holds: the score, accuracies in [0, 1] on validation and test images, MACs, parameters,
-        widths, latencies in milliseconds where they count, seconds, settings, provenance.
-
-    Raises
-    ------
-    ConfigError
-        If the settings can't be used, or the folder holds another trial.
-    DataError
-        If data or a checkpoint can't be read, or the disk is full.
-    SpeedupError
-        If the masks can't be made dense.
-
-    Notes
-    -----
-    The score looks at validation images only, so that the search doesn't learn the test images. Processes of one
-    ``torch.distributed`` group run one trial together: the first one prunes, all retrain, each on its share of the
-    images and of the batch; retraining then starts anew after a kill.
+    The folder gets ``settings.json`` at once, ``masks.pt``, and at the end ``dense.pt`` (see :func:`nni_topo.load`),
+    ``config_list.json`` (the ratios that were realised) and ``metrics.json``; ``cache`` holds the trained nets that
+    trials share. ``report`` is called with 0 and the result after pruning, then with every epoch's number and result:
+    ``default``, the score, and ``accuracy``, both on validation images, so that a search doesn't learn the test images.
+    Processes of one ``torch.distributed`` group run one trial together: the first one prunes, all retrain on their
+    shares of the images and of the batch; retraining then starts anew after a kill. ConfigError if the settings can't
+    be used or the folder holds another trial; DataError if data can't be read or the disk is full; SpeedupError if the
+    masks can't be made dense.
     """
     out = Path(out)
     rank, size = world()

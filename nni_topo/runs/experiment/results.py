@@ -24,28 +24,10 @@ _PROGRAM = "nni_topo.runs.trial"
 
 
 def export_trial(trial: TrialRecord, out: str | Path, *, command: str | None = None) -> Record:
-    """Copy a trial's dense model, masks, config_list, settings and metrics, and write its parameters.
+    """Copy a succeeded trial's dense model, masks, config_list, settings and metrics; return the metrics.
 
-    Parameters
-    ----------
-    trial : TrialRecord
-        One that succeeded.
-    out : str or Path
-        Folder; it may exist, files of the same names are replaced.
-    command : str or None, default=None
-        The experiment's ``trialCommand``. If the trial's files aren't on this machine, it is run here with the trial's
-        parameters. None: then there is an error.
-
-    Returns
-    -------
-    dict
-        The trial's metrics.
-
-    Raises
-    ------
-    DataError
-        If the files aren't here and ``command`` is None, isn't that of ``nni_topo.runs.trial``, or fails; or the disk
-        is full.
+    If its files aren't on this machine, the experiment's trial ``command`` is run here with its parameters. DataError
+    if there is none, it isn't that of ``nni_topo.runs.trial``, or it fails; or if the disk is full.
     """
     out, folder = Path(out), Path(trial.folder or "nowhere")
     check_free_disk(out)

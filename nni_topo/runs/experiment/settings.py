@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
+
+import tyro
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.pruners.registry import check_knobs
@@ -30,57 +32,40 @@ _RATIO, _KNOB = "ratio.", "knob."
 _PLAIN = (str, int, float, bool)
 
 
-def _setting(default: Any, summary: str, kind: type = str) -> Any:
-    return field(default=default, metadata={"summary": summary, "kind": kind})
-
-
 @dataclass(frozen=True)
 class TrialSettings:
     """One trial. Every scalar field is an option of ``python -m nni_topo.runs.trial`` and may be a tuner's parameter.
 
-    Attributes
-    ----------
-    ratios : dict of str to float
-        Ratio in [0, 1) by layer or shell pattern; in a search space ``ratio.LAYER``.
-    knobs : dict
-        The pruner's own arguments; in a search space ``knob.NAME``, or ``knob.NAME.FIELD``.
-
-    Raises
-    ------
-    ConfigError
-        If a value is out of its range, or the pruner or a knob is unknown.
-
-    Notes
-    -----
     The score that the tuner maximises is ``accuracy - flops_weight * MACs share - latency_weight * latency share``, all
     three in [0, 1] or near it: what a pruned network may lose in accuracy to be smaller or faster by so much. A
     weighted sum finds points on the convex hull of the trade-off only; every trial reports the three values as well.
     """
 
-    model: str = _setting("small_cnn", "a listed name or package.module:factory")
-    width: float = _setting(1.0, "factor on the layers' widths", float)
-    data: str = _setting("digits", "a listed name, an .npz file or a folder")
-    data_dir: str | None = _setting(None, "folder with the data set's files")
-    limit: int | None = _setting(None, "training images of the unpruned net (default all)", int)
-    train_epochs: int | None = _setting(None, "of the unpruned net (default: the model's recipe)", int)
-    checkpoint: str | None = _setting(None, "state dict of the trained net (default: train it, once per experiment)")
-    pruner: str = _setting("l1", "registered name, see nni-topo list")
-    ratio: float = _setting(0.5, "sparse_ratio in [0, 1) of layers without one of their own", float)
-    flops: float | None = _setting(None, "share of the MACs to be left, in (0, 1]; ratios then are proportions", float)
-    calibration: int = _setting(0, "training images without labels for the pruner", int)
-    compensate: int = _setting(0, "training images without labels for compensation; 0: none", int)
-    distill: int = _setting(0, "training images without labels for distillation; 0: none", int)
-    retrain_epochs: int = _setting(1, "after pruning; 0: none", int)
-    retrain_images: int | None = _setting(None, "training images used after pruning (default all)", int)
-    double_images_after: int | None = _setting(None, "trials of an experiment after which retrain_images doubles", int)
-    images_per_budget: int | None = _setting(None, f"images after pruning per unit of {BUDGET_KEY}", int)
-    lr: float | None = _setting(None, "learning rate after pruning (default: a fifth of the recipe's)", float)
-    flops_weight: float = _setting(0.0, "accuracy that the whole net's MACs are worth", float)
-    latency_weight: float = _setting(0.0, "accuracy that the whole net's latency is worth", float)
-    seed: int = _setting(0, "of the net, the pruner where it takes one, and retraining", int)
-    device: str = _setting("cpu", "cpu, cuda or auto")
-    ratios: Mapping[str, float] = field(default_factory=dict)
-    knobs: Mapping[str, Any] = field(default_factory=dict)
+    model: str = "small_cnn"  # a listed name or package.module:factory
+    width: float = 1.0  # factor on the layers' widths
+    data: str = "digits"  # a listed name, an .npz file or a folder
+    data_dir: str | None = None  # folder with the data set's files
+    limit: int | None = None  # training images of the unpruned net; None: all
+    train_epochs: int | None = None  # of the unpruned net; None: the model's recipe
+    checkpoint: str | None = None  # state dict of the trained net; None: it is trained, once per experiment
+    pruner: str = "l1"  # registered name, see nni-topo list
+    ratio: float = 0.5  # sparse_ratio in [0, 1) of layers without one of their own
+    flops: float | None = None  # share of the MACs to be left, in (0, 1]; ratios then are proportions
+    calibration: int = 0  # training images without labels for the pruner
+    compensate: int = 0  # training images without labels for compensation; 0: none
+    distill: int = 0  # training images without labels for distillation; 0: none
+    retrain_epochs: int = 1  # after pruning; 0: none
+    retrain_images: int | None = None  # training images used after pruning; None: all
+    double_images_after: int | None = None  # trials of an experiment after which retrain_images doubles
+    images_per_budget: int | None = None  # images after pruning per unit of TRIAL_BUDGET
+    lr: float | None = None  # learning rate after pruning; None: a fifth of the recipe's
+    flops_weight: float = 0.0  # accuracy that the whole net's MACs are worth
+    latency_weight: float = 0.0  # accuracy that the whole net's latency is worth
+    seed: int = 0  # of the net, the pruner where it takes one, and retraining
+    device: str = "cpu"  # cpu, cuda or auto
+    # no flags, a tuner's alone: by layer or shell pattern, `ratio.LAYER`, and the pruner's `knob.NAME[.FIELD]`
+    ratios: tyro.conf.Suppress[Mapping[str, float]] = field(default_factory=dict)
+    knobs: tyro.conf.Suppress[Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("calibration", "compensate", "distill", "retrain_epochs", "flops_weight", "latency_weight"):
@@ -134,28 +119,20 @@ class TrialSettings:
         return asdict(self)
 
 
-def scalar_fields() -> list[Field[Any]]:
-    """Return the fields that are options of the trial program."""
-    return [item for item in fields(TrialSettings) if "kind" in item.metadata]
+def scalar_kinds() -> dict[str, type]:
+    """Return the types of the fields that are options of the trial program; those that may be None default to it."""
+    hints = get_type_hints(TrialSettings, include_extras=True)
+    kinds = {name: (*get_args(hint), hint)[0] for name, hint in hints.items()}
+    return {name: kind for name, kind in kinds.items() if kind in _PLAIN}
 
 
 def with_parameters(settings: TrialSettings, parameters: Mapping[str, Any]) -> TrialSettings:
-    """Return settings with a tuner's parameters in place.
+    """Return settings with a tuner's parameters in place; ConfigError for an unknown name or a value of the wrong kind.
 
-    Parameters
-    ----------
-    settings : TrialSettings
-        What the command line says.
-    parameters : mapping
-        Names of scalar fields, ``ratio.LAYER``, ``knob.NAME``, ``knob.NAME.FIELD`` of a settings object, and
-        ``TRIAL_BUDGET``.
-
-    Raises
-    ------
-    ConfigError
-        If a name is unknown or a value of the wrong kind.
+    Names are those of scalar fields, ``ratio.LAYER``, ``knob.NAME``, ``knob.NAME.FIELD`` of a settings object, and
+    ``TRIAL_BUDGET``.
     """
-    known = {item.name: item for item in scalar_fields()}
+    known = scalar_kinds()
     changes: dict[str, Any] = {}
     ratios, knobs = dict(settings.ratios), dict(settings.knobs)
     for name, value in parameters.items():
@@ -165,7 +142,7 @@ def with_parameters(settings: TrialSettings, parameters: Mapping[str, Any]) -> T
             knob, _, field = name.removeprefix(_KNOB).partition(".")
             knobs[knob] = {**knobs.get(knob, {}), field: value} if field else value
         elif name in known:
-            changes[name] = _typed(name, value, known[name].metadata["kind"], optional=known[name].default is None)
+            changes[name] = _typed(name, value, known[name], optional=getattr(TrialSettings, name) is None)
         elif name == BUDGET_KEY:
             changes["retrain_images"] = _budget_images(settings, value)
         else:
@@ -174,13 +151,7 @@ def with_parameters(settings: TrialSettings, parameters: Mapping[str, Any]) -> T
 
 
 def read_parameters(path: str | Path) -> dict[str, Any]:
-    """Read parameters from a JSON file.
-
-    Raises
-    ------
-    DataError
-        If the file is missing or isn't a JSON object.
-    """
+    """Read parameters from a JSON file; DataError if it is missing or isn't a JSON object."""
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -28,30 +28,15 @@ class ManagerError(DataError):
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """A trial as NNI's manager knows it.
+    """A trial as NNI's manager knows it."""
 
-    Attributes
-    ----------
-    id, number, status : str, int, str
-        NNI's identifier, its number from 0, and NNI's word such as ``"SUCCEEDED"`` or ``"FAILED"``; ``"STOPPED"`` if
-        its experiment ended before it did.
-    parameters : dict
-        What the tuner proposed, and the trial ran: those that its result was reported for.
-    result : dict
-        What the trial reported last, its score under ``default``; empty before.
-    folder : str
-        The trial's folder, on the machine it runs on.
-    error : str
-        Last line of a failed trial's standard error; empty for others, and where it can't be had.
-    """
-
-    id: str
-    number: int
-    status: str
-    parameters: dict[str, Any]
-    result: dict[str, float]
-    folder: str
-    error: str = ""
+    id: str  # NNI's
+    number: int  # from 0
+    status: str  # NNI's word, such as SUCCEEDED or FAILED; STOPPED if its experiment ended before it did
+    parameters: dict[str, Any]  # what the tuner proposed, and the trial ran: those that its result was reported for
+    result: dict[str, float]  # what it reported last, its score under `default`; empty before
+    folder: str  # on the machine it runs on
+    error: str = ""  # last line of a failed trial's standard error, where it can be had
 
     @property
     def score(self) -> float | None:
@@ -74,13 +59,7 @@ class TrialRecord:
 
 
 def read_trials(experiment: Experiment) -> list[TrialRecord]:
-    """Return all trials, by number.
-
-    Raises
-    ------
-    ManagerError
-        If the manager doesn't answer.
-    """
+    """Return all trials, by number; ManagerError if the manager doesn't answer."""
     with answering(experiment):
         # Experiment.list_trial_jobs refuses Hyperband's trials, whose parameters have no index
         jobs = rest.get(experiment.port, "/trial-jobs", experiment.url_prefix)
@@ -99,13 +78,7 @@ def stopped(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
 
 
 def best_trial(trials: list[TrialRecord], *, mode: str = "maximize") -> TrialRecord:
-    """Return the succeeded trial with the best score.
-
-    Raises
-    ------
-    DataError
-        If none has succeeded.
-    """
+    """Return the succeeded trial with the best score; DataError if there is none."""
     done = [trial for trial in trials if trial.is_candidate]
     if not done:
         states = ", ".join(sorted({trial.status for trial in trials})) or "no trials"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nni_topo.maths.topology._kernels import numba_available
+from nni_topo.maths.topology.kernels import numba_available
 
 
 @pytest.fixture(params=[False, True] if numba_available() else [False], ids=lambda on: "numba" if on else "numpy")

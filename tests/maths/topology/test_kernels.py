@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from topology_clouds import make_cloud, make_subsets
 
-from nni_topo.maths.topology import _kernels, loops
+from nni_topo.maths.topology import kernels, loops
 from nni_topo.maths.topology.covering import neighbour_ranks
 from nni_topo.maths.topology.matching import closed_wasserstein
 from nni_topo.topology import h0_deaths, hausdorff_to_subset, mean_cover, pairwise_distances, rips_diagram
@@ -15,20 +15,20 @@ def test_kernels_compute_what_numpy_does_before_they_are_compiled(seed):
     subsets = make_subsets(seed, 4, n, (n + 1) // 2)
 
     deaths = np.empty((4, (n + 1) // 2 - 1))
-    _kernels.prim(distances, subsets, deaths)
+    kernels.prim(distances, subsets, deaths)
     expected = h0_deaths(distances, subsets, compiled=False)
     np.testing.assert_array_equal(-np.sort(-deaths), expected)
 
     whole, largest = h0_deaths(distances, compiled=False), max(1.0, distances.max())
     for order in (1.0, 2.0, 2.5):
         costs = np.empty(4)
-        _kernels.wasserstein(expected / largest, whole / largest, order, costs)
+        kernels.wasserstein(expected / largest, whole / largest, order, costs)
         np.testing.assert_allclose(
             costs ** (1 / order), closed_wasserstein(expected, whole, order, False) / largest, rtol=1e-9
         )
 
     nearest = np.empty(subsets.shape)
-    _kernels.nearest_kept(distances, neighbour_ranks(distances), subsets, nearest)
+    kernels.nearest_kept(distances, neighbour_ranks(distances), subsets, nearest)
     np.testing.assert_array_equal(nearest.max(axis=1), hausdorff_to_subset(distances, subsets, compiled=False))
     np.testing.assert_allclose(nearest.mean(axis=1), mean_cover(distances, subsets, compiled=False))
 
@@ -38,7 +38,7 @@ def test_loops_before_they_are_compiled(seed):
     distances = pairwise_distances(make_cloud(seed))
     edges = loops.sort_edges(distances)
     bars = np.full((64, 2), np.inf)
-    count = loops._loops(edges.starts, edges.ends, edges.lengths, np.arange(len(distances)), bars)
+    count = loops.write_loops(edges.starts, edges.ends, edges.lengths, np.arange(len(distances)), bars)
     found = bars[:count][bars[:count, 1] > bars[:count, 0]]
     expected = rips_diagram(distances=distances, dimension=1, compiled=False)
     np.testing.assert_array_equal(found[np.lexsort(found.T)], expected[np.lexsort(expected.T)])
@@ -47,16 +47,16 @@ def test_loops_before_they_are_compiled(seed):
 def test_loops_ask_for_more_room():
     points = np.random.default_rng(0).normal(size=(60, 40))
     edges = loops.sort_edges(pairwise_distances(points))
-    assert loops._loops(*edges[:3], np.arange(60), np.full((0, 2), np.inf)) == -1
+    assert loops.write_loops(*edges[:3], np.arange(60), np.full((0, 2), np.inf)) == -1
 
 
 def test_rows_find_columns_before_they_are_compiled():
     gaps = np.array([[1.0, 2.0], [1.0, 9.0], [3.0, 3.0]])
     halves = np.array([5.0, 5.0, 0.5])
-    assert _kernels.covered(gaps, halves, 2.0)
-    assert not _kernels.covered(gaps, halves, 1.0)
-    assert not _kernels.covered(gaps, np.array([5.0, 5.0, 5.0]), 4.0)
-    assert _kernels.covered(gaps[:, :0], np.zeros(3), 0.0)
+    assert kernels.covered(gaps, halves, 2.0)
+    assert not kernels.covered(gaps, halves, 1.0)
+    assert not kernels.covered(gaps, np.array([5.0, 5.0, 5.0]), 4.0)
+    assert kernels.covered(gaps[:, :0], np.zeros(3), 0.0)
 
 
 def test_without_numba_numpy_computes_and_asking_for_it_is_refused(bare_python):

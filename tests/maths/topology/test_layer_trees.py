@@ -9,7 +9,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import minimum_spanning_tree
 
 from nni_topo.errors import DataError
-from nni_topo.maths.topology import layer_trees
+from nni_topo.maths.topology.layer_trees import Batches
 from nni_topo.topology import (
     LayerGraph,
     channel_tree,
@@ -56,14 +56,13 @@ def networkx_forest(weight: np.ndarray, graph: LayerGraph) -> nx.Graph:
 
 @pytest.mark.parametrize("name", GRAPHS)
 @pytest.mark.parametrize("kind", ["normal", "ties", "equal"])
-def test_a_forest_has_networkxs_lengths_and_no_cycle(name, kind, monkeypatch):
+def test_a_forest_has_networkxs_lengths_and_no_cycle(name, kind):
     graph = GRAPHS[name]
     weight = weights_of(graph, kind)
     reference = networkx_forest(weight, graph)
     lengths = sorted((data["weight"] for *_, data in reference.edges(data=True)), reverse=True)
     for batch in (40, 1 << 21):  # several batches, and one
-        monkeypatch.setattr(layer_trees, "_BATCH_EDGES", batch)
-        forest = spanning_forest(weight, graph)
+        forest = spanning_forest(weight, graph, Batches(most=batch))
         np.testing.assert_allclose(forest.lengths, lengths)
         np.testing.assert_array_equal(forest.lengths, np.abs(weight).ravel()[forest.elements])
         built = nx.Graph(zip(forest.sources.tolist(), (graph.inputs + forest.targets).tolist(), strict=True))
@@ -72,12 +71,11 @@ def test_a_forest_has_networkxs_lengths_and_no_cycle(name, kind, monkeypatch):
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_ties_are_taken_in_row_major_order_whatever_the_batches(name, monkeypatch):
+def test_ties_are_taken_in_row_major_order_whatever_the_batches(name):
     graph = GRAPHS[name]
     weight = weights_of(graph, "ties", seed=3)
     whole = spanning_forest(weight, graph)
-    monkeypatch.setattr(layer_trees, "_BATCH_EDGES", 30)
-    parts = spanning_forest(weight, graph)
+    parts = spanning_forest(weight, graph, Batches(most=30))
     for field in ("elements", "sources", "targets"):
         np.testing.assert_array_equal(getattr(whole, field), getattr(parts, field))
 
@@ -94,18 +92,15 @@ def test_dense_trees_equal_scipy(shape):
 
 
 @pytest.mark.parametrize("pruned", [0.0, 0.999])
-def test_a_forest_of_many_weights_is_that_of_all_of_them_sorted(pruned, monkeypatch):
+def test_a_forest_of_many_weights_is_that_of_all_of_them_sorted(pruned):
     rng = np.random.default_rng(0)
     weight = rng.normal(size=(40, 60))
     # The elements of a small sample are the least, and most of the others may be equal.
     weight.ravel()[:: weight.size // 50] *= 1e-3
     weight[rng.random(weight.shape) < pruned] = 0.0
     whole = maximum_spanning_tree(weight)
-    monkeypatch.setattr(layer_trees, "_SAMPLE", 50)
-    monkeypatch.setattr(layer_trees, "_PER_NODE", 1)
-    monkeypatch.setattr(layer_trees, "_BATCH_EDGES", 7)
-    np.testing.assert_array_equal(maximum_spanning_tree(weight), whole)
-    forest = spanning_forest(weight, linear_graph(*weight.shape))
+    forest = spanning_forest(weight, linear_graph(*weight.shape), Batches(per_node=1, most=7, sample=50))
+    np.testing.assert_array_equal(np.flatnonzero(whole), np.sort(forest.elements))
     assert len(forest.elements) == sum(weight.shape) - 1
     assert (np.diff(forest.lengths) <= 0).all()
 

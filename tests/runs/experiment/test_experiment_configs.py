@@ -12,8 +12,8 @@ from nni.experiment.config import ExperimentConfig
 
 from nni_topo.errors import ConfigError
 from nni_topo.runs.experiment.manager import load_experiment
-from nni_topo.runs.experiment.settings import TrialSettings, scalar_fields, with_parameters
-from nni_topo.runs.trial import _parser, main
+from nni_topo.runs.experiment.settings import scalar_kinds, with_parameters
+from nni_topo.runs.trial import main, parsed
 
 FOLDER = Path(__file__).parents[3] / "configs" / "experiments"
 FILES = sorted(FOLDER.glob("*.yml"))
@@ -62,10 +62,9 @@ class TestEveryFile:
         config = yaml.safe_load(path.read_text())
         for command in commands(config):
             words = shlex.split(command)
-            options = _parser().parse_args(words[words.index("nni_topo.runs.trial") + 1 :])
-            given = {item.name: getattr(options, item.name) for item in scalar_fields()}
+            given = parsed(words[words.index("nni_topo.runs.trial") + 1 :]).settings()
             for parameters in proposals(config["searchSpace"]):
-                assert with_parameters(TrialSettings(**given), parameters).cell().key
+                assert with_parameters(given, parameters).cell().key
 
     def test_every_key_has_a_comment_and_the_head_says_how_to_run_it_safely(self, path):
         text = path.read_text()
@@ -104,5 +103,5 @@ def test_the_trial_program_says_what_it_takes(capsys):
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["--help"])
     words = capsys.readouterr().out
-    for item in scalar_fields():
-        assert f"--{item.name.replace('_', '-')}" in words
+    for name in scalar_kinds():
+        assert f"--{name.replace('_', '-')}" in words

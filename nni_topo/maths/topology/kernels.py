@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nni_topo.errors import ConfigError
-from nni_topo.maths.topology._checks import BoolArray, FloatArray
+from nni_topo.maths.topology.checks import BoolArray, FloatArray
 
 
 @functools.cache

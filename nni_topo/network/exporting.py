@@ -1,0 +1,265 @@
+"""A dense network as a file for other programs: ONNX, also in INT8, or ``torch.export``; checked in its own runtime."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import logging
+import math
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map, tree_map_only
+
+from nni_topo.errors import ConfigError, ExportError, unknown_name
+from nni_topo.network.inputs import Call, batch_size, call_arguments, calls, check_fits, repeatable, tensors_of
+from nni_topo.network.masks import check_model
+
+Format = Literal["onnx", "torch.export"]
+_TOLERANCE = 1e-4
+_OTHER_BATCH = 3
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that a network was exported to.
+
+    Attributes
+    ----------
+    path : Path
+        The file.
+    size : int
+        Its bytes.
+    error : float
+        Largest difference of the float file's outputs from the network's, at two batch sizes, as a share of the
+        largest output (at least 1).
+    int8_distance : float
+        Mean squared distance of the INT8 file's outputs from the network's over the calibration batches, as a share of
+        their variance; NaN without INT8.
+    """
+
+    path: Path
+    size: int
+    error: float
+    int8_distance: float = math.nan
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    inputs: Any,
+    format: Format = "onnx",  # noqa: A002
+    *,
+    int8: Iterable[Any] | None = None,
+) -> Exported:
+    """Write a network to a file that runs without this package, and check that the file computes the same.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network, such as `to_dense` returns. It isn't changed.
+    path : str or Path
+        The file to write, e.g. ``"small.onnx"`` or ``"small.pt2"``.
+    inputs : Tensor, tuple, list or mapping of str to Any
+        Example inputs, batch first: one tensor, positional or keyword arguments. The file takes any batch size.
+    format : {"onnx", "torch.export"}, default="onnx"
+        ONNX for onnxruntime, or a program for :func:`torch.export.load`.
+    int8 : iterable, optional
+        Unlabelled batches of inputs; weights and activations become 8-bit integers, their ranges those that were seen
+        on the batches. ONNX only.
+
+    Returns
+    -------
+    Exported
+        The file, its size, and how far its outputs lie from the network's.
+
+    Raises
+    ------
+    ConfigError
+        If the format is unknown, INT8 isn't ONNX, inputs don't fit, or packages are missing.
+    ExportError
+        If PyTorch can't export the network for any batch size, or outputs differ by more than 1e-4 of the largest.
+
+    Notes
+    -----
+    ONNX needs ``pip install 'nni_topo[export]'``. INT8 is onnxruntime's static quantisation: signed weights with a
+    scale per channel, unsigned activations.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     done = export(model, f"{folder}/small.pt2", torch.randn(2, 4), format="torch.export")
+    >>> done.path.name, done.error < 1e-4
+    ('small.pt2', True)
+    """
+    path = Path(path)
+    if format not in get_args(Format):
+        raise unknown_name("format", str(format), get_args(Format))
+    if int8 is not None and format != "onnx":
+        raise ConfigError(f"INT8 must be exported as onnx, got format {format!r} (int8)")
+    images = None if int8 is None else repeatable(int8)
+    if format == "onnx":
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            _package(name)
+    check_model(model)
+    net = copy.deepcopy(model).cpu().eval()
+    call = _resized(call_arguments(inputs, net), 2)
+    check_fits(net, call)
+    if images is not None:
+        check_fits(net, next(calls(net, images)))
+    program = _program(net, call)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if format == "torch.export":
+        torch.export.save(program, path)
+        loaded = torch.export.load(path).module()
+        return Exported(path, path.stat().st_size, _check(net, call, lambda one: tensors_of(loaded(*one[0], **one[1]))))
+    with _quietly():
+        torch.onnx.export(program, f=str(path), dynamo=True, external_data=False, verbose=False)
+    session = _session(path)
+    error = _check(net, call, lambda one: _run(session, one))
+    if images is None:
+        return Exported(path, path.stat().st_size, error)
+    _quantize(path, session, list(calls(net, images)))
+    distance = _distance(net, _session(path), calls(net, images))
+    return Exported(path, path.stat().st_size, error, distance)
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"ONNX must have its packages: pip install 'nni_topo[export]', got no {name} (export)"
+        ) from error
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep the exporters' notes, which aren't about the user's network, to themselves; errors come through."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _resized(call: Call, size: int) -> Call:
+    """Return a call of so many samples, the first ones over and over."""
+    batch = batch_size(call)
+
+    def take(tensor: Tensor) -> Tensor:
+        if not tensor.dim() or len(tensor) != batch:
+            return tensor
+        return tensor[torch.arange(size, device=tensor.device) % batch].detach()
+
+    resized: Call = tree_map_only(Tensor, take, call)
+    return resized
+
+
+def _program(net: nn.Module, call: Call) -> Any:
+    """Export a network such that the batch size is free."""
+    batch = torch.export.Dim("batch")
+    size = batch_size(call)
+
+    def shape(leaf: Any) -> Any:
+        return {0: batch} if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size else None
+
+    shapes = (*tree_map(shape, call[0]), *tree_map(shape, call[1]).values())
+    names = [*_names(net, call)]
+    try:
+        with torch.no_grad():
+            return torch.export.export(net, *call, dynamic_shapes=dict(zip(names, shapes, strict=True)))
+    except Exception as error:  # whatever torch.export's own passes raise
+        reason = str(error).strip().partition("\n")[0]
+        raise ExportError(
+            f"a network must be one that torch.export can follow at any batch size, got {type(error).__name__}: "
+            f"{reason} ({type(net).__name__})"
+        ) from error
+
+
+def _names(net: nn.Module, call: Call) -> Iterator[str]:
+    yield from list(inspect.signature(net.forward).parameters)[: len(call[0])]
+    yield from call[1]
+
+
+def _session(path: Path) -> Any:
+    runtime = _package("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _feed(session: Any, call: Call) -> dict[str, Any]:
+    names = [each.name for each in session.get_inputs()]
+    return dict(zip(names, (tensor.detach().cpu().numpy() for tensor in tensors_of(call)), strict=True))
+
+
+def _run(session: Any, call: Call) -> list[Tensor]:
+    return [torch.from_numpy(np.asarray(each)) for each in session.run(None, _feed(session, call))]
+
+
+def _answers(net: nn.Module, call: Call) -> list[Tensor]:
+    with torch.no_grad():
+        return tensors_of(net(*call[0], **call[1]))
+
+
+def _check(net: nn.Module, call: Call, run: Any) -> float:
+    """Return the largest relative difference of a file's outputs from the network's, at two batch sizes."""
+    errors = []
+    for each in (call, _resized(call, _OTHER_BATCH)):
+        with torch.no_grad():
+            outputs = run(each)
+        for wanted, got in zip(_answers(net, each), outputs, strict=True):
+            if wanted.shape != got.shape:
+                shapes = f"{tuple(got.shape)} for {tuple(wanted.shape)}"
+                raise ExportError(f"an output must keep its shape, got {shapes} (export)")
+            gap = (got.double() - wanted.double()).abs().max()
+            errors.append(float(gap / wanted.double().abs().max().clamp_min(1.0)))
+    if not max(errors) <= _TOLERANCE:
+        raise ExportError(f"outputs must be equal within {_TOLERANCE:g} of the largest, got {max(errors):.3g} (export)")
+    return max(errors)
+
+
+def _quantize(path: Path, session: Any, batches: list[Call]) -> None:
+    """Replace a float file by its INT8 version."""
+    quantization = _package("onnxruntime.quantization")
+    prepared = _package("onnxruntime.quantization.shape_inference")
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            self._left = iter(batches)
+
+        def get_next(self) -> dict[str, Any] | None:
+            call = next(self._left, None)
+            return None if call is None else _feed(session, call)
+
+    kinds = quantization.QuantType
+    with tempfile.TemporaryDirectory() as folder, _quietly():
+        source = Path(folder) / "prepared.onnx"
+        prepared.quant_pre_process(str(path), str(source))
+        quantization.quantize_static(
+            str(source), str(path), Reader(), per_channel=True, activation_type=kinds.QUInt8, weight_type=kinds.QInt8
+        )
+
+
+def _distance(net: nn.Module, session: Any, batches: Iterable[Call]) -> float:
+    wanted, got = [], []
+    for call in batches:
+        wanted.append(_answers(net, call)[0].double())
+        got.append(_run(session, call)[0].double())
+    whole, near = torch.cat(wanted), torch.cat(got)
+    return float((near - whole).square().sum() / (whole - whole.mean(0)).square().sum())

@@ -1,0 +1,120 @@
+"""Networks that were pruned and exported compute the same in the runtime that they were exported for."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import nni_topo
+from nni_topo.errors import ConfigError, ExportError
+from nni_topo.testing import toy_images, toy_model
+
+onnxruntime = pytest.importorskip("onnxruntime")
+IMAGES = toy_images(64, seed=1)
+
+
+def outputs(path, **inputs):
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, inputs)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    model = toy_model().eval()
+    config = nni_topo.dependency_groups(model, IMAGES[:2], [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    pruner = nni_topo.create_pruner("l1", model, config)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    return nni_topo.to_dense(model, IMAGES[:2], masks)
+
+
+def test_onnx_answers_as_the_network_does_at_any_batch_size(dense, tmp_path):
+    done = nni_topo.export(dense.train(), tmp_path / "new" / "small.onnx", IMAGES[:1])
+    assert dense.training
+    dense.eval()
+    assert done.path.stat().st_size == done.size
+    assert done.error < 1e-4
+    assert [path.name for path in done.path.parent.iterdir()] == ["small.onnx"]
+    for count in (1, 5, 64):
+        (name,) = [each.name for each in onnxruntime.InferenceSession(str(done.path)).get_inputs()]
+        (found,) = outputs(done.path, **{name: IMAGES[:count].numpy()})
+        with torch.no_grad():
+            np.testing.assert_allclose(found, dense(IMAGES[:count]).numpy(), atol=1e-4)
+
+
+def test_a_program_of_torch_answers_the_same(dense, tmp_path):
+    done = nni_topo.export(dense, tmp_path / "small.pt2", IMAGES[:2], format="torch.export")
+    loaded = torch.export.load(done.path).module()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IMAGES[:7]), dense.eval()(IMAGES[:7]))
+
+
+def test_int8_is_smaller_near_and_made_of_integers(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4)).eval()
+    images = torch.randn(128, 32)
+    whole = nni_topo.export(model, tmp_path / "float.onnx", images[:2])
+    done = nni_topo.export(model, tmp_path / "int8.onnx", images[:2], int8=iter(images.split(32)))
+    assert done.size < 0.4 * whole.size
+    assert np.isnan(whole.int8_distance)
+    (found,) = outputs(done.path, input=images.numpy())
+    with torch.no_grad():
+        wanted = model(images).numpy()
+    distance = ((found - wanted) ** 2).sum() / ((wanted - wanted.mean(0)) ** 2).sum()
+    assert done.int8_distance == pytest.approx(distance, rel=0.01)
+    assert distance < 0.01
+    graph = onnx.load(done.path).graph
+    kinds = {each.name: each.data_type for each in graph.initializer}
+    assert [kinds.get(node.input[0]) for node in graph.node if node.op_type == "DequantizeLinear"].count(
+        onnx.TensorProto.INT8
+    ) == 3
+
+
+class TwoInputs(nn.Module):
+    """A sum of two linear layers, one of an optional argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 3), nn.Linear(5, 3)
+
+    def forward(self, first, flag=None, second=None):
+        return {"sum": self.left(first) + self.right(second), "first": self.left(first)}
+
+
+def test_keyword_arguments_and_several_outputs(tmp_path):
+    model, inputs = TwoInputs().eval(), {"first": torch.randn(2, 4), "second": torch.randn(2, 5)}
+    done = nni_topo.export(model, tmp_path / "two.onnx", inputs)
+    found = outputs(done.path, **{name: tensor.numpy() for name, tensor in inputs.items()})
+    with torch.no_grad():
+        for mine, theirs in zip(found, model(**inputs).values(), strict=True):
+            np.testing.assert_allclose(mine, theirs.numpy(), atol=1e-5)
+
+
+class FixedBatch(nn.Module):
+    """Takes the number of images it was written for."""
+
+    def forward(self, images):
+        return images.reshape(2, -1).sum(1)
+
+
+def test_what_cannot_be_exported_is_said_before_a_file_is_written(tmp_path):
+    path = tmp_path / "small.onnx"
+    for error, message, given in (
+        (ExportError, "at any batch size", {"model": FixedBatch()}),
+        (ConfigError, "did you mean onnx", {"format": "onxn"}),
+        (ConfigError, "INT8 must be exported as onnx", {"format": "torch.export", "int8": [IMAGES]}),
+        (ConfigError, "must be an iterable of batches", {"int8": IMAGES}),
+    ):
+        with pytest.raises(error, match=message):
+            nni_topo.export(**{"model": toy_model(), "path": path, "inputs": IMAGES[:2], **given})
+    assert not path.exists()
+
+
+def test_missing_packages_are_named_with_the_extra_that_has_them(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ConfigError, match=r"pip install 'nni_topo\[export\]', got no onnxscript"):
+        nni_topo.export(toy_model(), tmp_path / "small.onnx", IMAGES[:2])

@@ -1,0 +1,73 @@
+"""What a newcomer meets first: doctor, completion, and messages that say what comes next."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+
+import pytest
+
+from nni_topo.cli import VERBS, main
+
+
+def findings(capsys, *words, status=0):
+    assert main(["doctor", "--json", *words]) == status
+    return {each["what"]: each for each in json.loads(capsys.readouterr().out)}
+
+
+def test_doctor_knows_what_is_here_and_what_a_port_is_used_for(capsys, tmp_path):
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        one.listen()
+        port = one.getsockname()[1]
+        found = findings(capsys, "--port", str(port), "--data-dir", str(tmp_path))
+    assert found[f"port {port}"]["state"] == "missing"
+    assert (
+        found["torch and torchvision"]["state"]
+        == found["NNI's mends"]["state"]
+        == found["data: digits"]["state"]
+        == "ok"
+    )
+    assert found["data: mnist"]["state"] == "missing"
+    assert all(each["remedy"] for each in found.values() if each["state"] == "broken")
+    assert findings(capsys, "--port", str(port))[f"port {port}"]["state"] == "ok"
+
+
+def test_doctor_names_the_command_for_what_is_missing(capsys, monkeypatch):
+    from importlib import metadata
+
+    real = metadata.requires
+    monkeypatch.setattr(metadata, "requires", lambda name: ["gone>=1"] if name == "nni_topo" else real(name))
+    found = findings(capsys, status=1)
+    assert found["gone"] == {
+        "what": "gone",
+        "state": "broken",
+        "found": "isn't installed",
+        "remedy": "pip install 'gone>=1'",
+    }
+    assert main(["doctor"]) == 1
+    assert "mend what is broken first" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        (["pru"], {"prune"}),
+        (["analyze", "topo"], {"topology"}),
+        (["compare", "--model", "vgg16", "--retrain-e"], {"--retrain-epochs"}),
+        (["analyze", "sensitivity", "--stop"], {"--stop-drop"}),
+        ([""], set(VERBS)),
+    ],
+)
+def test_bash_completes_verbs_and_flags(typed, offered, capsys):
+    assert main(["completion", "bash"]) == 0
+    words = " ".join(f"'{word}'" for word in ["nni-topo", *typed])
+    ask = f"COMP_WORDS=({words}); COMP_CWORD={len(typed)}; _nni_topo; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run(["bash", "-c", capsys.readouterr().out + ask], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == offered
+
+
+def test_zsh_takes_the_same_script(capsys):
+    assert main(["completion", "zsh"]) == 0
+    assert capsys.readouterr().out.startswith("autoload -U +X bashcompinit")
