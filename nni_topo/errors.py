@@ -36,6 +36,10 @@ class SpeedupError(NniTopoError, RuntimeError):
     """Masks that can't be turned into a dense model that computes the same function."""
 
 
+class ExportError(NniTopoError, RuntimeError):
+    """A network that can't be written such that the file computes the same."""
+
+
 class CompatibilityError(NniTopoError, RuntimeError):
     """The installed NNI or PyTorch isn't one the package can work with."""
 
