@@ -23,7 +23,7 @@ _PACKAGES = ["nni_topo", "nni", "torch", "torchvision", "gudhi", "pyeasyga", "nu
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder, which is made, until the block or the process ends; DataError if one is there."""
+    """Keep other runs out of a folder, which is made, until the block or process ends; DataError if one is there."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
