@@ -347,10 +347,12 @@ def main() -> None:
                 print(key, line, "".join(traceback.format_tb(error.__traceback__)[-6:]), sep="\n    ", flush=True)
 
     begun = time.monotonic()
-    serve()
-    print(f"{sum(counts.values())} requests in {time.monotonic() - begun:.0f} s")
-    for came, count in counts.most_common():
-        print(f"{count:6d}  {came}")
+    try:
+        serve()
+    finally:  # also of a run that is ended before its time
+        print(f"{sum(counts.values())} requests in {time.monotonic() - begun:.0f} s")
+        for came, count in counts.most_common():
+            print(f"{count:6d}  {came}")
     raise SystemExit(1 if broken else 0)
 
 
