@@ -348,6 +348,8 @@ def _check_module(name: str, module: nn.Module) -> None:
             f"known: {known} ({name})"
         )
     for target, tensor in module.named_parameters(recurse=False):
+        if tensor.numel() == 0:
+            raise DataError(f"a pruned layer must have weights, got none ({name})")
         if not tensor.is_floating_point():
             raise DataError(f"weights must be real floating-point tensors, got {tensor.dtype} ({name}.{target})")
         bad = int((~torch.isfinite(tensor.detach())).sum())
