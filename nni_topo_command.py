@@ -10,11 +10,13 @@ VERBS = {
     "list": "List pruners, models and data by name.",
     "demo": "Train a small net on digits, prune it by every data-free pruner, compare.",
     "compare": "Compare pruners at equal cost; a comparison resumes where it was stopped.",
-    "report": "Print tables of comparisons that ran, also while they run.",
+    "report": "Write report.html anew in folders of runs, also while they run, and print the tables of comparisons.",
     "analyze": "Study one model; nothing is changed.",
     "experiment": "Run NNI's experiments, and look at them.",
     "prune": "Prune one trained model as a YAML file says.",
     "shrink": "Make one trained model smaller from unlabelled images: choose, compensate, make dense, distil.",
+    "doctor": "Check versions, NNI, PyTorch's pair, data, GPU, NNI's port and optional packages; say what to do.",
+    "completion": 'Print a script that completes verbs and flags: eval "$(nni-topo completion bash)".',
 }
 
 
