@@ -9,6 +9,9 @@ SPREAD ?= --numprocesses logical --maxprocesses 4 --dist worksteal
 # for `make test-lowest`: the oldest Python that the package takes, where it is there
 LOWEST := .venv-lowest
 PYTHON_LOWEST ?= $(shell python3.10 --version > /dev/null 2>&1 && echo python3.10 || echo $(PYTHON))
+# for `make docs`
+SITE ?= .venv-docs
+SITE_TOOLS := 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=0.29,<2' 'ruff>=0.6'
 # for `make upstream`: NNI is a checkout of NNI's repository, FASHION_MNIST a folder with the four idx files, UPSTREAM any
 # further options of benchmarks/upstream/run.py
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
@@ -21,7 +24,7 @@ MUTANTS ?=
 PY ?= $(BIN)/python
 CUDA_TESTS := tests/test_devices.py tests/test_bench_cuda.py tests/pruners/test_base.py
 
-.PHONY: demo test test-all test-lowest test-processors cuda lint mutants upstream checkout clean
+.PHONY: demo test test-all test-lowest test-processors cuda lint docs mutants upstream checkout clean
 
 demo: $(READY)
 	$(BIN)/nni-topo demo --out demo
@@ -55,6 +58,11 @@ lint: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+# site/: what is read is the code, not what it imports, so the tools alone are installed
+docs:
+	test -x $(SITE)/bin/mkdocs || { $(PYTHON) -m venv $(SITE) && $(SITE)/bin/pip install --quiet $(SITE_TOOLS); }
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict --quiet
+
 mutants: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	nice $(BIN)/python benchmarks/mutants/run.py $(MUTANTS)
@@ -73,4 +81,4 @@ $(READY): setup.cfg pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv $(LOWEST) build dist demo upstream.json cuda.json *.egg-info
+	rm -rf .venv $(LOWEST) $(SITE) site build dist demo upstream.json cuda.json *.egg-info

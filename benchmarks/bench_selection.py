@@ -27,7 +27,14 @@ from nni_topo.runs.cells import cell_facts, shared_ratios, start_of
 from nni_topo.runs.plan import Cell, DataChoice, ModelChoice, Plan, PrunerChoice, Target
 from nni_topo.runs.records import Record, append_record, provenance, read_records
 from nni_topo.runs.run import made_dense, prune_to_ratios
-from nni_topo.runs.tables import best_rival, grouped, interval, paired_difference, show_accuracies
+from nni_topo.runs.tables import (
+    best_rival,
+    grouped,
+    interval,
+    markdown_table,
+    paired_difference,
+    show_accuracies,
+)
 
 CALIBRATION = 512
 TARGETS = (0.5, 0.25, 0.1, 0.03)
@@ -171,7 +178,7 @@ def _with_labels(cell: Cell, data: zoo.DataBundle) -> Cell:
 def _print(records: list[Record]) -> None:
     """Print a Markdown table a target: means over the seeds, 95 % intervals, paired differences to the best rival.
 
-    Then what each search is worth over the greedy cover of the same cloud, in points.
+    Then what each search is worth over the greedy cover of its cloud, and the thesis' choice over random, in points.
     """
     for (model, data, target), rows in grouped(records).items():
         seeds = max(len(runs) for runs in rows.values())
@@ -190,13 +197,17 @@ def _print(records: list[Record]) -> None:
                 cells.append("best rival" if is_best else versus)
             cells.append(f"{interval([run['prune_seconds'] for run in runs.values()]).mean:.1f}")
             print(f"| {row} | {' | '.join(cells)} |")
-        heads = " | ".join(COLUMNS[name] for name in columns)
-        print(f"\n| genetic less greedy | {heads} |\n|---|{'---:|' * len(columns)}")
-        for cloud, criterion in SEARCHES:
-            searched, greedy = rows.get(f"{cloud}, {criterion}, genetic"), rows.get(f"{cloud}, hausdorff, greedy")
-            if searched and greedy:
-                gains = [paired_difference(searched, greedy, name).show(100, sign=True) for name in columns]
-                print(f"| {cloud}, {criterion} | {' | '.join(gains)} |")
+        searches = {f"{c}, {k}": (f"{c}, {k}, genetic", f"{c}, hausdorff, greedy") for c, k in SEARCHES}
+        for head, pairs in (
+            ("genetic less greedy", searches),
+            ("less random", {row: (row, "random") for row in THESIS}),
+        ):
+            lines = [
+                (name, *(paired_difference(rows[one], rows[other], c).show(100, sign=True) for c in columns))
+                for name, (one, other) in pairs.items()
+                if one in rows and other in rows
+            ]
+            print("\n" + markdown_table((head, *(COLUMNS[name] for name in columns)), lines))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ _EXTRAS = {
     "evaluators": ("pytorch_lightning", "transformers"),
     "dask": ("distributed",),
 }
-_PORT = 8080
 _FREE_DISK = 2**30
 
 
@@ -48,7 +47,7 @@ class Doctor(Verb):
     """Check versions, NNI, PyTorch's pair, data, GPU, NNI's port and optional packages; say what to do."""
 
     data_dir: Path | None = None  # folder with data sets' files, to be read as a comparison reads them
-    port: int = _PORT  # of NNI's manager
+    port: int = 8080  # of NNI's manager
 
     def run(self, console: Console) -> int:
         """Print what was found; return 1 if anything needed is broken."""

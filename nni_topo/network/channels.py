@@ -16,6 +16,7 @@ import torch
 import torch.fx
 from torch.utils._pytree import tree_map, tree_map_only
 
+from nni_topo.network.attention import Attention, attend, find_attention, is_mixed
 from nni_topo.network.inputs import tensors_of
 from nni_topo.network.labels import (
     FIXED,
@@ -35,7 +36,7 @@ from nni_topo.network.labels import (
     tensor_shape,
     varies,
 )
-from nni_topo.network.layers import PER_CHANNEL, can_be_cut, is_depthwise, output_channels
+from nni_topo.network.layers import PER_CHANNEL, can_be_cut, entering_channels, is_depthwise, output_channels
 
 
 @dataclasses.dataclass
@@ -65,6 +66,8 @@ class ChannelFlow(torch.fx.Interpreter):
         super().__init__(graph_module)
         self.traced = graph_module
         self.layers: dict[str, Layer] = {}  # in the order they are called
+        self.attention = find_attention(graph_module)  # by module; of those that the graph calls
+        self.heads: dict[str, Attention] = {}  # the same by layer that makes queries, keys or values
         self.blocks: list[Blocks] = []  # one for each grouped convolution, group norm and chunk
         self.numbers: dict[str, Any] = {}  # by node, what it puts out: int64, of length 1 where nothing differs
         self._entering: dict[str, np.ndarray] = {}
@@ -144,6 +147,8 @@ class ChannelFlow(torch.fx.Interpreter):
     def _module(self, node: torch.fx.Node, labels: list[torch.Tensor], shape: tuple[int, ...] | None) -> Any:
         name = str(node.target)
         module = self.fetch_attr(name)
+        if labels and name in self.attention:
+            return self._attend(node, labels, self.attention[name])
         if not labels or not can_be_cut(module):
             # A recurrent layer or attention needs all that enters, and what it puts out can't be made less.
             return self._whole(node, labels, f"{type(module).__name__} ({name}) stays whole")
@@ -160,6 +165,45 @@ class ChannelFlow(torch.fx.Interpreter):
             dim = labels[0].dim() - 1 if isinstance(module, torch.nn.LayerNorm) else 1
             self._tie_calls(name, self._per_channel(labels[0], dim))
         return self._passed(node, labels)
+
+    def _attend(self, node: torch.fx.Node, labels: list[torch.Tensor], attention: Attention) -> Any:
+        """Tie what makes each head together; what enters is needed by all of them."""
+        found = self._whole(node, labels, f"attention ({attention.name}) needs all that enters")
+        for name, channels in attention.channels.items():
+            if name not in self.layers:
+                self.layers[name] = Layer(name, len(self._parents), channels.size, depthwise=False)
+                self._parents.extend(range(len(self._parents), len(self._parents) + channels.size))
+                self._entering[name] = np.zeros(entering_channels(self.fetch_attr(name)), dtype=np.int64)
+                self.heads[name] = attention
+        numbers = [channels + self.layers[name].first for name, channels in attention.channels.items()]
+        for head in zip(*numbers, strict=True):
+            for number in np.concatenate(head):
+                self._unite(int(head[0][0]), int(number))
+        layer, order = attention.context
+        context, *others = tensors_of(found)
+        if is_mixed(node, attention):
+            return found
+        labelled = torch.from_numpy(order + self.layers[layer].first).expand(context.shape)
+        leaves = iter([labelled, *others])
+        return tree_map_only(torch.Tensor, lambda _: next(leaves), found)
+
+    def head_numbers(self, name: str) -> np.ndarray:
+        """List one number of each of a layer's output channels or, where it belongs to attention, of each head."""
+        numbers = self.layer_numbers(name)
+        return numbers[self.heads[name].channels[name][:, 0]] if name in self.heads else numbers
+
+    def mixers(self) -> dict[str, Attention]:
+        """Return the linear layers that read all heads of attention and nothing else, by name."""
+        found: dict[str, Attention] = {}
+        for attention in dict.fromkeys(each.name for each in self.heads.values()):
+            layer, order = self.attention[attention].context
+            context = self.layer_roots(layer)[order]
+            found |= {
+                name: self.attention[attention]
+                for name in self.layers
+                if FIXED not in context and np.array_equal(self.entering_roots(name), context)
+            }
+        return found
 
     def _whole(self, node: torch.fx.Node, labels: list[torch.Tensor], reason: str) -> Any:
         """Keep all channels that enter a node, and so all that leave it."""
@@ -214,6 +258,8 @@ class ChannelFlow(torch.fx.Interpreter):
         self, n: torch.fx.Node, args: Any, kwargs: Any, labels: list[torch.Tensor], shape: tuple[int, ...] | None
     ) -> Any:
         name = plain_name(n)
+        if n.target is attend:
+            return self._attend(n, labels, self.attention[str(n.args[0].target)])  # type: ignore[union-attr]
         # What is made of no traced tensor (torch.zeros) is a constant: its channels stay, and so do those that meet it.
         if not labels:
             return self._size(n, labels) if shape is None else staying(shape)

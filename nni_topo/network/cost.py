@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.labels import FIXED
-from nni_topo.network.layers import NORMS, TRANSPOSED
+from nni_topo.network.layers import NORMS, TRANSPOSED, bias_name, weight_of
 from nni_topo.network.network import Network
 from nni_topo.network.sizes import Size
 
 IntArray = NDArray[np.int64]
 Kept = Mapping[str, NDArray[np.bool_]]
-"""``{layer name: which of its output channels are kept}``."""
+"""``{layer name: which of its output channels are kept}``, or which of its heads; what mixes heads is passed over."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,9 @@ class NetworkCost:
         loses = [np.zeros(0, dtype=np.int64)]
         for name, layer in self._flow.layers.items():
             roots = self._flow.layer_roots(name)
-            if name in kept:
+            if name in kept and len(kept[name]) < len(roots):
+                roots = self._flow.roots(self._flow.head_numbers(name))
+            if name in kept and len(kept[name]) == len(roots):
                 stays.append(roots[kept[name]])
                 loses.append(roots[~kept[name]])
             elif not layer.depthwise:
@@ -120,18 +122,18 @@ def _layer_cost(flow: ChannelFlow, name: str, module: Any, calls: list[tuple[Siz
         entering=flow.entering_roots(name),
         leaving=flow.layer_roots(name),
         groups=getattr(module, "groups", 1),
-        kernel=int(np.prod(module.weight.shape[2:])),
+        kernel=int(np.prod(weight_of(module).shape[2:])),
         # A transposed convolution computes at its input positions, all others at those of their output.
         positions=sum(_positions(module, call[not isinstance(module, TRANSPOSED)]) for call in calls),
         entering_positions=max(_positions(module, entering) for entering, _ in calls),
         leaving_positions=max(_positions(module, leaving) for _, leaving in calls),
-        bias=module.bias is not None,
+        bias=getattr(module, bias_name(module)) is not None,
     )
 
 
 def _positions(module: Any, size: Size) -> int:
     """Count the positions of one sample in a layer's input or output."""
-    return math.prod(size[1:]) // size[-1 if isinstance(module, torch.nn.Linear) else 1]
+    return math.prod(size[1:]) // size[-1 if isinstance(module, (torch.nn.Linear, torch.nn.MultiheadAttention)) else 1]
 
 
 def _left(roots: IntArray, gone: IntArray) -> int:

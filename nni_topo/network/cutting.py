@@ -22,6 +22,9 @@ def cut(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
         _set(module, "weight", module.weight[outs][:, ins])
         _set(module, "bias", _rows(module.bias, outs))
         module.in_features, module.out_features = len(ins), len(outs)
+    elif isinstance(module, torch.nn.MultiheadAttention):
+        _set(module, "in_proj_weight", module.in_proj_weight[outs])
+        _set(module, "in_proj_bias", _rows(module.in_proj_bias, outs))
     elif isinstance(module, torch.nn.Embedding):
         _set(module, "weight", module.weight[:, outs])
         module.embedding_dim = len(outs)

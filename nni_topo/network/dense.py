@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nni_topo.network.advice import way_forward
+from nni_topo.network.attention import tell_config
 from nni_topo.network.engine import DenseSpeedup, kept_outputs
 from nni_topo.network.inputs import call_arguments
 from nni_topo.network.masks import FullMasks, Masks, check_masks, check_model
@@ -78,8 +79,9 @@ def to_dense(
     is why the result may differ from NNI's wrapped model, in which the batch norm's bias survives.
 
     Where masks of layers that share channels differ, all channels that any of them keeps are kept, with the
-    weights of ``model``; a layer without a mask keeps all. So do recurrent layers, attention and other modules that
-    can't be cut, and what enters them. One warning names the layers that keep channels, and why.
+    weights of ``model``; a layer without a mask keeps all. So do recurrent layers and other modules that can't be cut,
+    and what enters them or attention. Of attention whole heads go: one of which a mask keeps any row stays. One warning
+    names the layers that keep channels, and why.
 
     Single masked weights in channels that are kept stay as zeros.
 
@@ -127,6 +129,7 @@ def _build(
     untie(dense, find_ties(dense))
     DenseSpeedup(dense, flow, resolved.left).speedup_model()
     tie_again(dense, ties)
+    tell_config(dense, original)
     for name, module in network.model.named_modules():
         dense.get_submodule(name).training = module.training
     return dense, reference, kept_outputs(flow, resolved.left), resolved

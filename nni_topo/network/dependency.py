@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from nni_topo.errors import ConfigError, SpeedupError
+from nni_topo.network.attention import Attention
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.labels import FIXED
 from nni_topo.network.layers import check_names, output_channels
@@ -88,6 +89,10 @@ def dependency_groups(
     follows several layers at once, over a concatenation, follows them channel by channel; its entry is left
     out, since NNI can't state such a group.
 
+    Layers that make queries, keys or values of attention lose whole heads: they get a granularity and a group, and so
+    does the layer that mixes the heads if it is selected, for its columns. ``"granularity": "head"``, which NNI doesn't
+    know, asks for these layers alone, also of a module that holds them. An entry with a list for granularity keeps it.
+
     Of transposed convolutions the package's pruners prune output channels, NNI's own only under
     ``nni_topo.enable_strict()``: else they prune the input channels, and fail in a group.
 
@@ -107,12 +112,17 @@ def dependency_groups(
     check_names(model, config_list)
     network = Network.on(model, example_inputs)
     selections, named = [], set[str]()
+    by_head = set[str]()
     for config in trans_legacy_config_list(copy.deepcopy(config_list)):
         named.update(config.get("op_names") or ())
+        asks = config.get("granularity") == "head"
+        if asks:
+            del config["granularity"]
         modules, public, _ = select_modules_by_config(model, config)
         if not modules:
             raise ConfigError(f"every entry of a config_list must select a layer, got none for {config}")
         selections.append((set(modules), public))
+        by_head.update(modules if asks else ())
     selected = {name for names, _ in selections for name in names}
     try:
         flow = network.flow
@@ -123,20 +133,41 @@ def dependency_groups(
         _logger.warning("all layers stay whole and are left out: %s", error)
         return DependencyGroups([], skipped)
     order = _network_order(model, flow)
-    skipped = _skipped(network, flow, [name for name in order if name in selected - named], selected)
+    selections = [(_parts(names, flow) if by_head & names else names, public) for names, public in selections]
+    selected, by_head = {name for names, _ in selections for name in names}, _parts(by_head, flow)
+    mixers = {name: each for name, each in flow.mixers().items() if each.channels.keys() <= selected}
+    mixers = {name: each for name, each in mixers.items() if name in by_head or name in selected - named}
+    asked = [name for name in order if name in (selected - named) - mixers.keys()]
+    skipped = _skipped(network, flow, asked, selected) | {
+        name: "it makes no queries, keys or values of attention, so it has no heads"
+        for name in order
+        if name in by_head - flow.heads.keys() - mixers.keys()
+    }
     if strict and (whole := {name: why for name, why in skipped.items() if why != OUTPUT}):
         name, why = next(iter(whole.items()))
         raise ConfigError(f"every layer that is selected must be one that can lose channels, got {name}: {why}")
-    _warn(flow, layer_groups(flow), selected - skipped.keys(), skipped)
-    extra = _settings(flow)
+    _warn(flow, layer_groups(flow), selected - skipped.keys() - mixers.keys(), skipped)
+    extra = _settings(flow, mixers)
     left_out = skipped.keys() | _followers(flow)
+
+    def by_block(name: str, public: dict[str, Any]) -> bool:
+        # Blocks of one's own, NNI's 64 by 64, say, make no group: what is left of heads is seen when masks are there.
+        return isinstance(public.get("granularity"), list) and (name in flow.heads or name in mixers)
+
     entries = [
-        {"op_names": [name], **copy.deepcopy(public), **extra.get(name, {})}
+        {"op_names": [name], **copy.deepcopy(public), **({} if by_block(name, public) else extra.get(name, {}))}
         for names, public in selections
         for name in order
         if name in names and name not in left_out
     ]
     return DependencyGroups(entries, skipped)
+
+
+def _parts(names: set[str], flow: ChannelFlow) -> set[str]:
+    """Put the layers of attention in place of a module that holds them."""
+    found = {name: flow.attention[name] for name in names - flow.heads.keys() if name in flow.attention}
+    inner = {layer for each in found.values() for layer in (*each.channels, *filter(None, [each.out]))}
+    return (names - found.keys()) | inner
 
 
 def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: set[str]) -> dict[str, str]:
@@ -180,13 +211,14 @@ def _network_order(model: torch.nn.Module, flow: ChannelFlow) -> dict[str, int]:
     return {name: rank for rank, name in enumerate(dict.fromkeys([*flow.layers, *names]))}
 
 
-def _settings(flow: ChannelFlow) -> dict[str, dict[str, Any]]:
-    """Make the keys that dependency groups add to the entries of their layers."""
+def _settings(flow: ChannelFlow, mixers: Mapping[str, Attention]) -> dict[str, dict[str, Any]]:
+    """Make the keys that dependency groups add to the entries of their layers; `mixers` lose the columns of heads."""
     blocks = _blocks(flow)
     # NNI can state only groups whose layers are tied channel i to channel i.
     stated: dict[tuple[int, ...], list[str]] = {}
     for name in flow.layers:
-        roots = tuple(flow.layer_roots(name).tolist())
+        own = next(iter(mixers[name].channels)) if name in mixers else name
+        roots = tuple(flow.roots(flow.head_numbers(own)).tolist())
         if set(roots) != {FIXED}:
             stated.setdefault(roots, []).append(name)
     needed = [names for names in stated.values() if len(names) > 1 or blocks.get(names[0], 1) > 1]
@@ -196,6 +228,10 @@ def _settings(flow: ChannelFlow) -> dict[str, dict[str, Any]]:
             settings[name] = {"dependency_group_id": f"group_{rank}"}
             if blocks.get(name, 1) > 1:
                 settings[name]["internal_metric_block"] = blocks[name]
+    for name, attention in flow.heads.items():
+        settings.setdefault(name, {})["granularity"] = attention.granularity(name)
+    for name, attention in mixers.items():
+        settings.setdefault(name, {})["granularity"] = [-1, attention.size]
     return settings
 
 

@@ -9,6 +9,7 @@ from nni.compression.speedup import ModelSpeedup
 from nni.compression.speedup.container import NodeInfo
 from nni.compression.speedup.replacer import Replacer
 
+from nni_topo.network.attention import resize
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.cutting import cut
 from nni_topo.network.labels import tensor_shape
@@ -44,15 +45,20 @@ class _Cutter(Replacer):
     """Cut modules in place."""
 
     def replace_modules(self, speedup: DenseSpeedup) -> None:
-        names = [str(node.target) for node in speedup.node_infos if node.op == "call_module"]
+        flow, model = speedup.flow, speedup.bound_model
+        names = [str(node.target) for node in speedup.node_infos if node.op == "call_module"] + list(flow.heads)
         for name in dict.fromkeys(names):
-            module, entering = speedup.bound_model.get_submodule(name), speedup.flow.entering_numbers(name)
-            is_layer = output_channels(module) is not None and name in speedup.flow.layers
-            leaving = speedup.flow.layer_numbers(name) if is_layer else entering
+            module, entering = model.get_submodule(name), flow.entering_numbers(name)
+            is_layer = output_channels(module) is not None and name in flow.layers
+            leaving = flow.layer_numbers(name) if is_layer else entering
             ins, outs = speedup.indices(entering), speedup.indices(leaving)
             if len(ins) < len(entering) or len(outs) < len(leaving):
                 device = next((each.device for each in module.parameters()), torch.device("cpu"))
                 cut(name, module, ins.to(device), outs.to(device))
+        for attention in dict.fromkeys(each.name for each in flow.heads.values()):
+            found = flow.attention[attention]
+            left = len(speedup.indices(flow.head_numbers(next(iter(found.channels)))))
+            resize(model.get_submodule(attention), found, left)
 
 
 def kept_outputs(flow: ChannelFlow, left: np.ndarray) -> Kept:

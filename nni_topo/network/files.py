@@ -20,6 +20,8 @@ import torch
 
 from nni_topo._version import __version__
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.attention import find_attention, resize
+from nni_topo.network.layers import weight_of
 from nni_topo.network.masks import check_unwrapped
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
@@ -133,6 +135,7 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
     check_unwrapped(built)
     _check_fit(document, built, os.fspath(path))
     modules: dict[str, dict[str, Any]] = document["modules"]
+    whole = find_attention(built)
     for name, description in modules.items():
         _resize(built.get_submodule(name), description["sizes"])
     ties = find_ties(built)
@@ -142,6 +145,9 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
         for name, tensor in named_tensors(built).items():
             if name in stored:
                 tensor.data = stored[name].to(tensor.device, copy=True)
+    for name, attention in whole.items():
+        layer, channels = next(iter(attention.channels.items()))
+        resize(built.get_submodule(name), attention, len(weight_of(built.get_submodule(layer))) // channels.shape[1])
     tie_again(built, [part for names in ties for part in _shared(names, stored)])
     _check_values(document.get("fingerprints", {}), stored, built, os.fspath(path))
     return built
@@ -220,6 +226,7 @@ def _check_fit(document: dict[str, Any], model: torch.nn.Module, place: str) -> 
     rule = "a dense model must be loaded into the model it was pruned from"
     modules = {name: module for name, module in model.named_modules() if _sizes(module)}
     resizable = {name for name, module in model.named_modules(remove_duplicate=False) if _sizes(module)}
+    resizable |= find_attention(model).keys()
     stored: dict[str, dict[str, Any]] = document["modules"]
     tensors = dict(model.state_dict(keep_vars=True))
     _check_names(rule, "modules", set(stored), set(modules), place)

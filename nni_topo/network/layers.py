@@ -21,7 +21,7 @@ PER_CHANNEL = (*NORMALIZING, torch.nn.PReLU)
 def can_be_cut(module: torch.nn.Module) -> bool:
     """Tell whether a module can be made smaller, or has no parameters to cut; a recurrent layer, say, has and can't."""
     if output_channels(module) is not None:
-        return not weight_is_computed(module)
+        return not (weight_is_computed(module) or isinstance(module, torch.nn.MultiheadAttention))
     return isinstance(module, PER_CHANNEL) or not any(True for _ in module.parameters())
 
 
@@ -40,12 +40,35 @@ def is_depthwise(module: torch.nn.Module) -> bool:
 
 
 def output_channels(module: torch.nn.Module) -> int | None:
-    """Count the output channels of a convolution, linear layer or embedding; None for any other module."""
+    """Count the output channels of a convolution, linear layer, embedding or attention; None for any other module."""
     if isinstance(module, CONVOLUTIONS + TRANSPOSED):
         return int(module.out_channels)
     if isinstance(module, torch.nn.Linear):
         return int(module.out_features)
+    if isinstance(module, torch.nn.MultiheadAttention) and module.in_proj_weight is not None:
+        return len(module.in_proj_weight)
     return int(module.embedding_dim) if isinstance(module, torch.nn.Embedding) else None
+
+
+def entering_channels(module: Any) -> int:
+    """Count the input channels of a linear layer, or of what makes the queries, keys and values of attention."""
+    return int(module.embed_dim if isinstance(module, torch.nn.MultiheadAttention) else module.in_features)
+
+
+def weight_name(module: torch.nn.Module) -> str:
+    """Name the parameter by whose masks a layer loses channels."""
+    return "in_proj_weight" if isinstance(module, torch.nn.MultiheadAttention) else "weight"
+
+
+def weight_of(module: torch.nn.Module) -> torch.Tensor:
+    """Return the parameter by whose masks a layer loses channels."""
+    weight: torch.Tensor = getattr(module, weight_name(module))
+    return weight
+
+
+def bias_name(module: torch.nn.Module) -> str:
+    """Name the parameter that a layer adds to its channels."""
+    return "in_proj_bias" if isinstance(module, torch.nn.MultiheadAttention) else "bias"
 
 
 def channel_dimension(module: torch.nn.Module) -> int:
@@ -55,7 +78,7 @@ def channel_dimension(module: torch.nn.Module) -> int:
 
 def kept_channels(module: torch.nn.Module, targets: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """Tell which output channels masks keep any weight of: bool, shape (channels,); None if they don't say."""
-    count, mask = output_channels(module), targets.get("weight")
+    count, mask = output_channels(module), targets.get(weight_name(module))
     if count is None or mask is None:
         return None
     return by_output(mask, module).flatten(1).ne(0).any(1)
@@ -71,7 +94,7 @@ def by_output(weight: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
 
 def spread(module: torch.nn.Module, kept: torch.Tensor) -> torch.Tensor:
     """Turn kept output channels, bool, shape (channels,), into a mask of ones and zeros of the weight's shape."""
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    weight = weight_of(module)
     kept = kept.to(dtype=weight.dtype, device=weight.device)
     if isinstance(module, TRANSPOSED):
         rows = kept.view(module.groups, 1, -1).expand(-1, weight.shape[0] // module.groups, -1).flatten(0, 1)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from nni_topo.errors import ConfigError, DataError, SpeedupError, unknown_name
-from nni_topo.network.layers import kept_channels
+from nni_topo.network.layers import bias_name, kept_channels, weight_name
 
 Masks = Mapping[str, Mapping[str, torch.Tensor | None]]
 FullMasks = dict[str, dict[str, torch.Tensor]]
@@ -69,7 +69,7 @@ def _check_mask(module: torch.nn.Module, target: str, mask: torch.Tensor, place:
             f"a mask must have its parameter's shape {tuple(parameter.shape)} or broadcast to it, "
             f"got {tuple(mask.shape)} ({place})"
         ) from error
-    if target == "weight" and not bool(full.any()):
+    if target == weight_name(module) and not bool(full.any()):
         raise SpeedupError(f"a mask must leave at least one channel of a layer, got only zeros ({place})")
     return full.clone()
 
@@ -77,7 +77,7 @@ def _check_mask(module: torch.nn.Module, target: str, mask: torch.Tensor, place:
 def _complete(module: torch.nn.Module, targets: dict[str, torch.Tensor]) -> None:
     """Mask the bias of every output channel of which all weights are masked."""
     kept = kept_channels(module, targets)
-    bias = getattr(module, "bias", None)
+    bias = getattr(module, bias_name(module), None)
     if kept is not None and isinstance(bias, torch.Tensor):
-        mask = targets.get("bias", torch.ones_like(bias).detach())
-        targets["bias"] = mask * kept.to(mask.dtype)
+        mask = targets.get(bias_name(module), torch.ones_like(bias).detach())
+        targets[bias_name(module)] = mask * kept.to(mask.dtype)

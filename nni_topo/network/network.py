@@ -16,6 +16,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.inputs import Call, bind_arguments, call_arguments
+from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
 from nni_topo.network.modes import random_state_kept, unwrapped_copy
 from nni_topo.network.rehearsal import unfit
 from nni_topo.network.sizes import LayerSizes, Size, layer_sizes, spatial
@@ -65,7 +66,7 @@ class Network:
     def planes(self) -> dict[str, tuple[Size, Size]]:
         """Sizes in pixels of what enters and leaves each convolution, transposed or not, at its first call."""
         found = [(name, self.model.get_submodule(name), calls[0]) for name, calls in self.sizes.items()]
-        convolutions = [each for each in found if not isinstance(each[1], nn.Linear)]
+        convolutions = [each for each in found if isinstance(each[1], CONVOLUTIONS + TRANSPOSED)]
         return {name: (spatial(module, size[0]), spatial(module, size[1])) for name, module, size in convolutions}
 
     def graph(self, model: nn.Module, call: Call | None = None) -> tuple[GraphModule, tuple[Any, ...]]:

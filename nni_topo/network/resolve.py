@@ -13,7 +13,7 @@ from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.maths.ties import descending
 from nni_topo.network.channels import Blocks, ChannelFlow
 from nni_topo.network.labels import FIXED
-from nni_topo.network.layers import channel_dimension, kept_channels, spread
+from nni_topo.network.layers import bias_name, channel_dimension, kept_channels, spread, weight_name, weight_of
 from nni_topo.network.masks import FullMasks
 
 _logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def resolve(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, round_t
     reasons = {name: _reason(flow, given, name, (shared, leveled, kept), round_to) for name in given}
     more = {name: (leveled[flow.layer_roots(name)] & ~given[name]).sum() for name in given}
     told = {name: f"{count} of {len(given[name])} ({reasons[name]})" for name, count in more.items() if count}
-    return Resolved(_new_masks(model, flow, masks, given, kept), kept, reasons, told)
+    return Resolved(_new_masks(model, flow, masks, given, (shared, kept)), kept, reasons, told)
 
 
 def _given(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> dict[str, np.ndarray]:
@@ -143,7 +143,7 @@ def _scores(model: torch.nn.Module, flow: ChannelFlow) -> np.ndarray:
     scores = np.zeros(1 + sum(layer.channels for layer in flow.layers.values()))
     for name in flow.layers:
         module = model.get_submodule(name)
-        weight: torch.Tensor = module.weight.detach()  # type: ignore[operator]
+        weight = weight_of(module).detach()
         sums = weight.abs().double().transpose(0, channel_dimension(module)).flatten(1).sum(1).cpu().numpy()
         roots = flow.layer_roots(name)
         # A grouped transposed convolution has one column for the outputs at one place of every group, which share its
@@ -177,22 +177,29 @@ def _partners(flow: ChannelFlow, given: dict[str, np.ndarray], name: str, held: 
 
 
 def _new_masks(
-    model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, given: dict[str, np.ndarray], kept: np.ndarray
+    model: torch.nn.Module,
+    flow: ChannelFlow,
+    masks: FullMasks,
+    given: dict[str, np.ndarray],
+    stages: tuple[np.ndarray, np.ndarray],
 ) -> FullMasks:
+    shared, kept = stages
     new = {name: {target: mask.clone() for target, mask in targets.items()} for name, targets in masks.items()}
     for name, layer in flow.layers.items():
         module, keep = model.get_submodule(name), kept[flow.layer_roots(name)]
         old = given.get(name, np.ones_like(keep))
         if not (name in given or layer.depthwise) or np.array_equal(keep, old):
             continue
-        changed, keep_all = torch.from_numpy(keep & ~old), torch.from_numpy(keep)
+        # What is masked of a head that stays for the rest of it stays masked.
+        back = keep & ~(shared[flow.layer_roots(name)] if name in flow.heads else old)
+        changed, keep_all = torch.from_numpy(back), torch.from_numpy(keep)
         targets = new.setdefault(name, {})
-        weight = targets.get("weight", spread(module, torch.ones(layer.channels)))
+        weight = targets.get(weight_name(module), spread(module, torch.ones(layer.channels)))
         # Channels that came back get all of their weights; in the others single masked weights stay masked.
-        targets["weight"] = torch.maximum(weight, spread(module, changed)) * spread(module, keep_all)
-        bias = getattr(module, "bias", None)
+        targets[weight_name(module)] = torch.maximum(weight, spread(module, changed)) * spread(module, keep_all)
+        bias = getattr(module, bias_name(module), None)
         if isinstance(bias, torch.Tensor):
-            mask = targets.get("bias", torch.ones_like(bias).detach())
+            mask = targets.get(bias_name(module), torch.ones_like(bias).detach())
             rows = changed.to(mask), keep_all.to(mask)
-            targets["bias"] = torch.maximum(mask, rows[0]) * rows[1]
+            targets[bias_name(module)] = torch.maximum(mask, rows[0]) * rows[1]
     return new

@@ -14,7 +14,7 @@ from nni_topo.network.capture import watched
 from nni_topo.network.inputs import Call
 from nni_topo.network.layers import CONVOLUTIONS, WEIGHTED
 from nni_topo.network.modes import evaluation_mode, random_state_kept
-from nni_topo.network.transformers import fast_paths_off
+from nni_topo.network.transformers import mixing_called
 
 Size = tuple[int, ...]
 LayerSizes = dict[str, list[tuple[Size, Size]]]
@@ -25,18 +25,21 @@ def layer_sizes(model: nn.Module, call: Call) -> LayerSizes:
     """Note the shapes at which convolutions and linear layers run; ConfigError if the call doesn't fit the model."""
     sizes: LayerSizes = {}
 
-    def note(name: str, entered: Tensor, left: Tensor) -> None:
-        sizes.setdefault(name, []).append((tuple(entered.shape), tuple(left.shape)))
+    def note(name: str, entered: Tensor, left: Any) -> None:
+        leaving = left.shape if isinstance(left, Tensor) else (*entered.shape[:-1], 3 * entered.shape[-1])
+        sizes.setdefault(name, []).append((tuple(entered.shape), tuple(leaving)))
 
     def check(name: str, module: nn.Module, entered: Tensor) -> None:
         check_covers_kernel(name, module, tuple(entered.shape))
 
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, WEIGHTED)]
+    # Of attention: what makes queries, keys and values in one.
+    kinds = (*WEIGHTED, nn.MultiheadAttention)
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
     hooks = watched(
         [(module, partial(check, name, module)) for name, module in layers if isinstance(module, CONVOLUTIONS)],
         [(module, partial(note, name)) for name, module in layers],
     )
-    with hooks, evaluation_mode(model), random_state_kept(), fast_paths_off(), torch.no_grad():
+    with hooks, evaluation_mode(model), random_state_kept(), mixing_called(model), torch.no_grad():
         try:
             model(*call[0], **call[1])
         except (RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:

@@ -15,7 +15,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.network.capture import watched
 from nni_topo.network.inputs import Call, batch_size, tensors_of
 from nni_topo.network.latency import LatencyTable, LayerLatency
-from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, is_depthwise
+from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, WEIGHTED, is_depthwise
 from nni_topo.network.measure import now, thread_count
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.network import Network
@@ -70,12 +70,14 @@ def measure_latency(
             "(measure_latency)"
         )
     network = Network.on(model, example_inputs)
-    modules = {name: model.get_submodule(name) for name in network.sizes}
+    called = {name: model.get_submodule(name) for name in network.sizes}
+    modules = {name: module for name, module in called.items() if isinstance(module, WEIGHTED)}
     timed: dict[Any, FloatArray] = {}
     layers: dict[str, LayerLatency] = {}
     with thread_count(threads), torch.no_grad(), evaluation_mode(model):
         rest = _between(model, modules.values(), network.call, repeats)
-        for name, found in network.sizes.items():
+        for name in modules:
+            found = network.sizes[name]
             entering, leaving = _grid(modules[name], shares)
             seconds = np.zeros((len(entering), len(leaving)))
             for inputs, _ in found:

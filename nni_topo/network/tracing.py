@@ -11,8 +11,10 @@ import torch.fx
 from torch.fx.passes.shape_prop import ShapeProp
 
 from nni_topo.errors import SpeedupError
+from nni_topo.network.attention import find_attention, open_attention
 from nni_topo.network.inputs import Call, bind_arguments, tensors_of
 from nni_topo.network.modes import random_state_kept
+from nni_topo.network.recording import record
 from nni_topo.network.transformers import UnfoldingTracer, fast_paths_off
 
 _logger = logging.getLogger(__name__)
@@ -23,11 +25,15 @@ def trace(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModule, tup
     """Trace a model in evaluation mode: a graph on its own leaf modules, with shapes, and its placeholders' values."""
     named = bind_arguments(model, call)
     reasons = []
-    for tracer in (_symbolic, _concrete):
+    # NNI's tracer goes into attention.
+    own = (_symbolic, _recorded) if find_attention(model) else (_symbolic,)
+    for tracer in (*own, _concrete):
         try:
             # The model is run, and may draw numbers.
             with torch.no_grad(), random_state_kept():
                 graph_module, args = tracer(model, named)
+                ShapeProp(graph_module).propagate(*args)
+                open_attention(graph_module)
                 _check_same(model, graph_module, call, args)
                 ShapeProp(graph_module).propagate(*args)
             return graph_module, args
@@ -36,7 +42,7 @@ def trace(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModule, tup
             reasons.append(f"{tracer.__name__.strip('_')}: {type(error).__name__}: {error}")
     raise SpeedupError(
         "a model must be traceable to be made dense, "
-        f"got {type(model).__name__}, for which both tracers fail ({'; '.join(reasons)})"
+        f"got {type(model).__name__}, for which all tracers fail ({'; '.join(reasons)})"
     )
 
 
@@ -60,6 +66,12 @@ def _symbolic(model: torch.nn.Module, named: dict[str, Any]) -> tuple[torch.fx.G
             graph_module.graph.erase_node(node)
     graph_module.recompile()
     return graph_module, tuple(named.values())
+
+
+def _recorded(model: torch.nn.Module, named: dict[str, Any]) -> tuple[torch.fx.GraphModule, tuple[Any, ...]]:
+    """Write down what a run does, which leaves Python's decisions to Python."""
+    graph_module = record(model, named)
+    return graph_module, arguments(graph_module.graph, named)
 
 
 def _concrete(model: torch.nn.Module, named: dict[str, Any]) -> tuple[torch.fx.GraphModule, tuple[Any, ...]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 import torch.backends.mha
 import torch.fx
 from torch import nn
+
+from nni_topo.network.attention import is_attention, multihead
 
 
 @contextmanager
@@ -31,12 +33,26 @@ def fast_paths_off() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+@contextmanager
+def mixing_called(*models: nn.Module) -> Iterator[None]:
+    """Let ``nn.MultiheadAttention`` call the layer that mixes its heads, so that hooks see it."""
+    with ExitStack() as undone:
+        for module in (each for model in models for each in model.modules() if type(each) is nn.MultiheadAttention):
+            # NNI's wrapper keeps the forward that it calls.
+            place = vars(getattr(module, "_nni_wrapper", module))
+            key = "forward" if place is vars(module) else "module_forward"
+            undone.callback(partial(place.__setitem__, key, place[key]) if key in place else partial(place.pop, key))
+            place[key] = partial(multihead, module)
+        with fast_paths_off():
+            yield
+
+
 class UnfoldingTracer(torch.fx.Tracer):
     """A tracer that goes into PyTorch's transformer layers; subclasses of these are left to their own forward."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a module becomes one node."""
-        return type(m) not in UNFOLDED and super().is_leaf_module(m, module_qualified_name)
+        return is_attention(m) or (type(m) not in UNFOLDED and super().is_leaf_module(m, module_qualified_name))
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -18,6 +18,7 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.pruners.checks import check_request
+from nni_topo.pruners.heads import show_heads_to_nni
 from nni_topo.pruners.hooks import DataCollector, MetricCalculator, SparsityAllocator
 
 _NNI_ARGUMENTS = ("model", "config_list", "evaluator", "existed_wrappers")
@@ -116,13 +117,7 @@ def pruner_info(name: str) -> PrunerInfo:
 
 
 def check_knobs(name: str, knobs: Iterable[str]) -> None:
-    """Check the names of a pruner's knobs.
-
-    Raises
-    ------
-    ConfigError
-        If the pruner or a knob is unknown; the message holds the nearest names.
-    """
+    """Raise ConfigError, with the nearest names there are, if a pruner or one of the names of its knobs is unknown."""
     allowed = pruner_info(name).knobs()
     for knob in knobs:
         if knob not in allowed:
@@ -186,7 +181,7 @@ def expose_in_nni() -> None:
 
     Pruners become attributes of ``nni.compression.pruning``; collectors, metrics and allocators of
     ``nni.compression.pruning.tools``, beside NNI's functions for these steps. NNI's schedulers warn of pruners that
-    they weren't tested with: no longer of these, which are.
+    they weren't tested with: no longer of these, which are. All pruners see heads of attention.
     """
     own = [cls for info in TABLE.values() if info.origin == "nni_topo" and isinstance(cls := info.load(), type)]
     for cls in own:
@@ -196,6 +191,7 @@ def expose_in_nni() -> None:
         part = getattr(hooks, name)
         if isinstance(part, type) and issubclass(part, (DataCollector, MetricCalculator, SparsityAllocator)):
             setattr(nni.compression.pruning.tools, name, part)
+    show_heads_to_nni()
     logging.getLogger(f"{_NNI}.scheduled_pruner").addFilter(_Tested({cls.__name__ for cls in own}))
 
 

@@ -41,18 +41,10 @@ class RunFailure:
 
 
 class Comparison(NamedTuple):
-    """What a comparison found; its ``repr`` is the tables, in Markdown.
+    """What a comparison found; its ``repr`` is the tables, in Markdown."""
 
-    Attributes
-    ----------
-    records : list of dict
-        The records of the plan's cells that ran, in its order.
-    failures : list of RunFailure
-        Cells that raised or were killed; the same command tries them again.
-    """
-
-    records: list[Record]
-    failures: list[RunFailure]
+    records: list[Record]  # of the plan's cells that ran, in its order
+    failures: list[RunFailure]  # cells that raised or were killed; the same command tries them again
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the records as a table, one row each, what is nested as columns with dots in their names."""

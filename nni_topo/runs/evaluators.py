@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from nni_topo import zoo
 from nni_topo.network.modes import device_of
+from nni_topo.zoo.evaluation import by_label
 
 
 def recipe_evaluator(model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe, *, seed: int = 0) -> TorchEvaluator:
@@ -45,10 +46,11 @@ def recipe_evaluator(model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe,
             optimizer.step()
 
     def training_step(batch: tuple[Tensor, Tensor], model: nn.Module) -> Tensor:
-        return cross_entropy(model(batch[0]), batch[1], label_smoothing=recipe.label_smoothing)
+        return cross_entropy(*by_label(model(batch[0]), batch[1]), label_smoothing=recipe.label_smoothing)
 
     # NNI makes it anew for the wrapped model, so the model here is the one before a pruner wraps it
-    optimizer = nni.trace(torch.optim.SGD)(model.parameters(), **recipe.sgd())
+    kind, knobs = recipe.optimizing()
+    optimizer = nni.trace(kind)(model.parameters(), **knobs)
     return TorchEvaluator(train, optimizer, training_step, evaluating_func=lambda net: zoo.evaluate(net, data.test))
 
 

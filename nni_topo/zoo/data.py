@@ -27,6 +27,7 @@ from nni_topo.zoo.sources import (
     read_digits,
     read_idx_folder,
     read_npz,
+    read_stdlib,
     stratified_fraction,
 )
 
@@ -67,6 +68,7 @@ def _photographs(recipe: Recipe) -> Recipe:
     return replace(recipe, epochs=4 * recipe.epochs, augmentation="crop-flip")
 
 
+_MOST_ROWS = 1000  # of text to watch: each has as many labels as places
 _DIGITS = tuple("0123456789")
 _CLOTHES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 _DATA = {
@@ -79,6 +81,7 @@ _DATA = {
         ),
         DataInfo("cifar10", "32x32 in colour", partial(read_cifar, kind="CIFAR10"), _photographs),
         DataInfo("cifar100", "32x32 in colour", partial(read_cifar, kind="CIFAR100"), _photographs),
+        DataInfo("python-stdlib", "rows of 128 bytes of Python's own sources", read_stdlib),
     )
 }
 
@@ -92,7 +95,7 @@ class DataBundle:
     train, validation, test : TensorDataset
         Two tensors each: float32 images ``[n, in_channels, image_size, image_size]``, normalised per channel
         to mean 0 and standard deviation 1 over the training images, and int64 labels ``[n]`` in ``[0,
-        num_classes)``.
+        num_classes)``. Of text int64 rows ``[n, image_size]`` and, as labels, what follows each of their places.
     in_channels : int
         Channels of the images.
     image_size : int
@@ -117,6 +120,11 @@ class DataBundle:
     std: tuple[float, ...]
     name: str
     class_names: tuple[str, ...]
+
+    @property
+    def is_text(self) -> bool:
+        """Whether every place of a row has a label of its own: what follows it."""
+        return self.train.tensors[1].dim() == 2
 
     @property
     def black(self) -> Tensor:
@@ -168,15 +176,17 @@ def load_data(
     ----------
     name : str
         ``digits`` (8x8, embedded in scikit-learn), ``mnist`` or ``fashion-mnist`` (idx files, plain or
-        gzipped), ``cifar10`` or ``cifar100`` (as torchvision stores them), the path of an image folder, or
-        the path of an ``.npz`` file with ``x_train, y_train, x_test, y_test``.
+        gzipped), ``cifar10`` or ``cifar100`` (as torchvision stores them), ``python-stdlib`` (bytes of Python's own
+        sources), the path of an image folder, or the path of an ``.npz`` file with ``x_train, y_train, x_test,
+        y_test``.
     data_dir : str, Path or None, default=None
         Folder of the files; needed for MNIST, Fashion-MNIST and CIFAR.
     limit : int or None, default=None
         Number of training images to keep, at least 1, drawn evenly from the classes after the validation
         split. None keeps all.
     validation : float, default=0.1
-        Fraction of every class of the training images that becomes the validation set, in [0, 1).
+        Fraction of every class of the training images that becomes the validation set, in [0, 1); of text at most
+        1,000 rows.
     pad_to : int or None, default=None
         Side in pixels up to which smaller images are padded with zeros (black), as evenly as possible.
     image_size : int or None, default=None
@@ -217,8 +227,10 @@ def load_data(
             raise DataError(f"data_dir must be a folder that exists, got none ({data_dir})")
     folder = None if data_dir is None else Path(data_dir)
     raw = info.read(**accepted(info.read, {"folder": folder, "download": download, "image_size": image_size}))
-    _check_raw(raw, name)
     generator = np.random.default_rng(seed)
+    if raw.train_images.ndim == 2:
+        return _text(raw, name, limit, validation, generator)
+    _check_raw(raw, name)
     held_out = stratified_fraction(raw.train_labels, validation, generator)
     kept = np.flatnonzero(~held_out)
     if limit is not None:
@@ -240,6 +252,22 @@ def load_data(
         std=tuple(std.tolist()),
         name=name,
         class_names=raw.class_names,
+    )
+
+
+def _text(raw: RawData, name: str, limit: int | None, validation: float, generator: np.random.Generator) -> DataBundle:
+    """Return rows of text; there is nothing to normalise, and every place has a label of its own."""
+    order = generator.permutation(len(raw.train_images))
+    held_out, kept = np.split(order, [min(int(validation * len(order)), _MOST_ROWS)])
+
+    def dataset(rows: Array, labels: Array) -> TensorDataset:
+        return TensorDataset(torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(labels))
+
+    parts = (np.sort(each) for each in (kept[:limit], held_out))
+    train, watched = (dataset(raw.train_images[rows], raw.train_labels[rows]) for rows in parts)
+    test = dataset(raw.test_images, raw.test_labels)
+    return DataBundle(
+        train, watched, test, 1, raw.train_images.shape[1], len(raw.class_names), (), (), name, raw.class_names
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -33,9 +35,20 @@ def check_model(model: nn.Module, data: DataBundle) -> None:
             logits = model(image.to(device_of(model)))
     except RuntimeError as error:
         raise DataError(f"the model must take images of shape {shape}, got: {error} ({data.name})") from error
-    if not isinstance(logits, Tensor) or logits.shape != (1, data.num_classes):
+    wanted = (*data.train.tensors[1][:1].shape, data.num_classes)
+    if not isinstance(logits, Tensor) or logits.shape != wanted:
         found = tuple(logits.shape[1:]) if isinstance(logits, Tensor) else type(logits).__name__
         raise DataError(f"the model must have {data.num_classes} outputs, one per class, got {found} ({data.name})")
+
+
+def by_label(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits as ``(labels, classes)`` and labels as ``(labels,)``: of text every place is one."""
+    return logits.flatten(0, -2), labels.flatten()
+
+
+def bits(loss: float) -> float:
+    """Return a mean cross entropy, in nats, in bits a label: of text made of bytes, bits per byte."""
+    return loss / math.log(2.0)
 
 
 def evaluate(
@@ -85,11 +98,11 @@ def loss_and_accuracy(
     totals = torch.zeros(2, dtype=torch.float64)
     with evaluation_mode(model), torch.no_grad():
         for images, labels in zip(*(torch.split(part, batch_size) for part in dataset.tensors), strict=True):
-            logits = model(images.to(device)).float()
+            logits, labels = by_label(model(images.to(device)).float(), labels)
             if int(labels.max()) >= logits.shape[1]:
                 raise DataError(f"labels must be below the model's {logits.shape[1]} outputs, got {int(labels.max())}")
             wanted = labels.to(device)
             loss, hits = cross_entropy(logits, wanted, reduction="sum"), (logits.argmax(1) == wanted).sum()
             totals += torch.stack([loss, hits]).cpu().double()
-    loss, hits = (totals / len(dataset)).tolist()
+    loss, hits = (totals / dataset.tensors[1].numel()).tolist()
     return loss, hits

@@ -18,9 +18,10 @@ from torch import nn
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.zoo.data import data_info
 from nni_topo.zoo.external import TORCHVISION, accepted, build_torchvision, import_factory, torchvision_names
-from nni_topo.zoo.recipes import Recipe
+from nni_topo.zoo.recipes import Optimizer, Recipe
 from nni_topo.zoo.resnet import resnet18, resnet20, resnet56
 from nni_topo.zoo.small import cnn12, lenet5, lenet5_like, lenet300, mnist_cnn, mnist_fcn, small_cnn
+from nni_topo.zoo.transformers import bert_small, gpt_small, vit_small
 from nni_topo.zoo.vgg import vgg11, vgg11_unpooled, vgg16, vgg16_modified
 
 
@@ -48,6 +49,8 @@ class ModelInfo:
         Smallest side in pixels that leaves at least one position after the last pooling.
     paper : str
         Where the net comes from, a link; empty for nets of this package and of the user.
+    optimizer : {"sgd", "adamw"}
+        What it is trained with.
     """
 
     name: str
@@ -59,6 +62,7 @@ class ModelInfo:
     pad_to: int | None = None
     min_image_size: int = 1
     paper: str = ""
+    optimizer: Optimizer = "sgd"
 
     @property
     def scalable(self) -> bool:
@@ -70,6 +74,9 @@ _LENET = "https://doi.org/10.1109/5.726791"
 _VGG = "https://arxiv.org/abs/1409.1556"
 _RESNET = "https://arxiv.org/abs/1512.03385"
 _SYNFLOW = "https://arxiv.org/abs/2006.05467"
+_VIT = "https://arxiv.org/abs/2010.11929"
+_BERT = "https://arxiv.org/abs/1810.04805"
+_HEADS = "5 blocks of 6 heads and 192 neurons on patches"
 _NORMED = "convolutions with batch norm"
 
 _MODELS = {
@@ -102,6 +109,11 @@ _MODELS = {
         ModelInfo("resnet18", "18 layers, 3x3 stem, 1x1 convolution shortcuts", resnet18, 64, paper=_RESNET),
         ModelInfo("resnet20", "20 layers, 1x1 convolution shortcuts", resnet20, 32, 3, lr=0.2, paper=_RESNET),
         ModelInfo("resnet56", "56 layers, 1x1 convolution shortcuts", resnet56, 32, 5, lr=0.2, paper=_RESNET),
+        ModelInfo("vit_small", f"{_HEADS}, norms first", vit_small, 28, 8, 2e-3, 28, 4, _VIT, optimizer="adamw"),
+        ModelInfo("bert_small", f"{_HEADS}, norms last", bert_small, 28, 8, 2e-3, 28, 4, _BERT, optimizer="adamw"),
+        ModelInfo(
+            "gpt_small", "4 blocks of 12 heads over 6 and 256 gated neurons", gpt_small, 128, 2, 2e-3, optimizer="adamw"
+        ),
     )
 }
 
@@ -244,4 +256,6 @@ def default_recipe(model_name: str, data_name: str) -> Recipe:
     92.0 % after 247 s; ``small_cnn`` on digits 98.9 % after 4 s.
     """
     model = _MODELS.get(model_name, ModelInfo)
-    return data_info(data_name).adapt(Recipe(model.epochs, lr=model.lr))
+    decay = Recipe.weight_decay if model.optimizer == "sgd" else 0.05
+    recipe = Recipe(model.epochs, lr=model.lr, weight_decay=decay, optimizer=model.optimizer)
+    return data_info(data_name).adapt(recipe)

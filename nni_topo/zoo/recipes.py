@@ -6,18 +6,21 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+import torch
+
 from nni_topo.errors import ConfigError
 
 Schedule = Literal["cosine", "one-cycle"]
 Augmentation = Literal["none", "crop", "crop-flip"]
 Precision = Literal["float32", "bfloat16"]
+Optimizer = Literal["sgd", "adamw"]
 
 _WARMUP = 0.3
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Stochastic gradient descent with Nesterov momentum, and everything that shapes it.
+    """Stochastic gradient descent with Nesterov momentum, or AdamW, and everything that shapes it.
 
     Attributes
     ----------
@@ -42,6 +45,9 @@ class Recipe:
     precision : {"float32", "bfloat16"}, default="float32"
         ``bfloat16`` computes convolutions and linear layers of the training steps in bfloat16; parameters
         stay float32. Twice as fast on processors with bfloat16 instructions, many times slower on others.
+    optimizer : {"sgd", "adamw"}, default="sgd"
+        ``adamw``, for transformers, takes ``momentum`` for the first of its betas, 0.99 for the second; its
+        ``weight_decay`` is apart from the loss.
 
     Raises
     ------
@@ -63,6 +69,7 @@ class Recipe:
     augmentation: Augmentation = "none"
     label_smoothing: float = 0.0
     precision: Precision = "float32"
+    optimizer: Optimizer = "sgd"
 
     def __post_init__(self) -> None:
         for knob, least in (("epochs", 0), ("batch_size", 1), ("weight_decay", 0)):
@@ -73,15 +80,20 @@ class Recipe:
                 raise ConfigError(f"{knob} must be in [0, 1), got {getattr(self, knob)} (Recipe)")
         if not 0.0 < self.lr < math.inf:
             raise ConfigError(f"lr must be positive and finite, got {self.lr} (Recipe)")
-        for knob, kind in (("schedule", Schedule), ("augmentation", Augmentation), ("precision", Precision)):
+        named = (
+            ("schedule", Schedule), ("augmentation", Augmentation), ("precision", Precision), ("optimizer", Optimizer)
+        )  # fmt: skip
+        for knob, kind in named:
             if getattr(self, knob) not in get_args(kind):
                 known = ", ".join(get_args(kind))
                 raise ConfigError(f"{knob} must be one of {known}, got {getattr(self, knob)!r} (Recipe)")
 
-    def sgd(self) -> dict[str, Any]:
-        """Return the arguments of ``torch.optim.SGD`` besides the parameters."""
-        knobs = {name: getattr(self, name) for name in ("lr", "momentum", "weight_decay")}
-        return {**knobs, "nesterov": self.momentum > 0}
+    def optimizing(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        """Return the optimizer's class and its arguments besides the parameters."""
+        knobs: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW, {**knobs, "betas": (self.momentum, 0.99)}
+        return torch.optim.SGD, {**knobs, "momentum": self.momentum, "nesterov": self.momentum > 0}
 
     def rate(self, progress: float) -> float:
         """Return the learning rate after a fraction ``progress`` in [0, 1] of all steps."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sysconfig
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ Array = npt.NDArray[Any]
 
 _NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 _DIGITS_SPLIT_SEED = 1797
+_ROW, _PARTS = 128, 40
+_NOT_READ = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class RawData:
     """Images and labels of a training and a test set."""
 
     train_images: Array  # (n, channels, height, width), uint8 in [0, 255] or floats as stored; so `test_images`
-    train_labels: Array  # int64 (n,), from 0; so `test_labels`
+    train_labels: Array  # int64 (n,), from 0; so `test_labels`; of text both are (n, places)
     test_images: Array
     test_labels: Array
     class_names: tuple[str, ...]
@@ -65,6 +69,27 @@ def read_cifar(folder: Path, download: bool, *, kind: str) -> RawData:
         ) from error
     parts = [(part.data.transpose(0, 3, 1, 2), np.asarray(part.targets, dtype=np.int64)) for part in (train, test)]
     return RawData(*parts[0], *parts[1], tuple(train.classes))
+
+
+def read_stdlib() -> RawData:
+    """Read the sources of Python's standard library as rows of 128 bytes and, as labels, what follows each of them."""
+    root, rows = Path(sysconfig.get_path("stdlib")), dict[bool, list[Array]]({True: [], False: []})
+    files = [path.relative_to(root) for path in root.rglob("*.py")]
+    own = sorted(path for path in files if not _NOT_READ & {*path.parts[:-1]})
+    for path in own:
+        # By the name, so that a file is in the same part wherever another one is missing.
+        is_test = zlib.crc32(path.as_posix().encode()) % _PARTS == 0
+        rows[is_test].append(np.frombuffer((root / path).read_bytes(), dtype=np.uint8))
+    if not (rows[True] and rows[False]):
+        raise DataError(f"Python's standard library must come with its sources, got {len(own)} files ({root})")
+    return RawData(*_in_rows(rows[False]), *_in_rows(rows[True]), tuple(map(str, range(256))))
+
+
+def _in_rows(texts: list[Array]) -> tuple[Array, Array]:
+    """Return rows of bytes and what follows each of them."""
+    text = np.concatenate(texts)
+    text = text[: (len(text) - 1) // _ROW * _ROW + 1]
+    return text[:-1].reshape(-1, _ROW), text[1:].reshape(-1, _ROW).astype(np.int64)
 
 
 def read_npz(path: Path) -> RawData:

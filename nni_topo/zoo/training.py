@@ -25,7 +25,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.files import whole_file
 from nni_topo.network.modes import device_of
 from nni_topo.zoo.data import DataBundle
-from nni_topo.zoo.evaluation import check_model, evaluate
+from nni_topo.zoo.evaluation import by_label, check_model, evaluate
 from nni_topo.zoo.recipes import Augmentation, Recipe
 
 _FORMAT = "nni-topo training 2"
@@ -162,7 +162,8 @@ class _Trainer:
         self.black = data.black
         self.generator = torch.Generator().manual_seed(seed)
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.SGD(learning, **recipe.sgd())
+        kind, knobs = recipe.optimizing()
+        self.optimizer = kind(learning, **knobs)
         self.batches = math.ceil(len(self.labels) / recipe.batch_size)
 
     def resume(self, path: Path) -> list[EpochLog]:
@@ -220,15 +221,17 @@ class _Trainer:
         """Take one step on the chosen images; their summed loss and the number of hits, shape (2,)."""
         self.optimizer.param_groups[0]["lr"] = rate
         images, labels = self.images[chosen.to(self.device)], self.labels[chosen.to(self.device)]
-        images = augmented(images, self.recipe.augmentation, self.black.to(self.device), self.generator)
-        images = images.contiguous(memory_format=torch.channels_last)
+        if images.dim() == 4:  # and not rows of text
+            images = augmented(images, self.recipe.augmentation, self.black.to(self.device), self.generator)
+            images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
             logits = self.model(images).float()
+        logits, labels = by_label(logits, labels)
         loss = cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return torch.stack([loss.detach() * len(chosen), (logits.argmax(1) == labels).sum()])
+        return torch.stack([loss.detach(), (logits.argmax(1) == labels).double().mean()]) * len(chosen)
 
 
 def augmented(

@@ -247,6 +247,7 @@ def test_all_linear_layers_of_a_transformer_say_which_stay(caplog):
 
 def test_layers_within_a_module_that_is_called_as_a_whole_say_so(caplog):
     model = Classifier(encoder_layer()).eval()
+    model.body.self_attn.add_zero_attn = True  # what heads that are left would still attend to
     target = model.body.self_attn.out_proj
     dense, messages = warned(caplog, model, SEQUENCES, {"body.self_attn.out_proj": filter_mask(target, [0, 1])})
     (row,) = dense.report.kept

@@ -44,6 +44,18 @@ def test_digits_keep_their_labels() -> None:
     assert [expected[image.tobytes()] for image in stored] == found.tolist()
 
 
+def test_text_is_followed_by_itself() -> None:
+    data = load_data("python-stdlib", limit=50, validation=0.01)
+    assert (len(data.train), data.image_size, data.num_classes) == (50, 128, 256)
+    for part in (data.train, data.validation, data.test):
+        rows, following = part.tensors
+        assert torch.equal(rows[:, 1:], following[:, :-1])
+        assert (rows.dtype, following.dtype) == (torch.int64, torch.int64)
+    text = [bytes(row.tolist()) for row in data.test.tensors[0][:2000]]
+    assert b"def " in b"".join(text)
+    assert not set(text) & {bytes(row.tolist()) for row in data.train.tensors[0]}
+
+
 def test_images_are_normalised_by_all_training_images() -> None:
     data = load_data("digits")
     training = torch.cat([data.train.tensors[0], data.validation.tensors[0]]).double()
@@ -144,7 +156,7 @@ def test_bad_numbers_are_named(knobs: dict[str, float], message: str) -> None:
 def test_unknown_name_comes_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"got 'fashion_mnist'; did you mean fashion-mnist"):
         load_data("fashion_mnist")
-    assert list_data() == ["digits", "mnist", "fashion-mnist", "cifar10", "cifar100"]
+    assert list_data() == ["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "python-stdlib"]
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "cifar100"])
@@ -158,7 +170,7 @@ def test_data_from_files_needs_a_folder_that_exists(name: str, tmp_path) -> None
 @pytest.mark.parametrize("name", list_data())
 def test_every_data_set_has_a_record(name: str) -> None:
     info = data_info(name)
-    assert (info.name, info.needs_folder) == (name, name != "digits")
+    assert (info.name, info.needs_folder) == (name, name not in ("digits", "python-stdlib"))
     assert info.description
 
 

@@ -9,7 +9,9 @@ from nni_topo.errors import ConfigError
 from nni_topo.zoo import count_params, create_model, list_models, model_info
 
 BUILT_IN = [
+    "bert_small",
     "cnn12",
+    "gpt_small",
     "lenet300",
     "lenet5",
     "lenet5_like",
@@ -23,7 +25,9 @@ BUILT_IN = [
     "vgg11_unpooled",
     "vgg16",
     "vgg16_modified",
+    "vit_small",
 ]
+OF_IMAGES = [name for name in BUILT_IN if name != "gpt_small"]
 OWN_FACTORIES = """
 from torch import nn
 
@@ -67,6 +71,8 @@ def build(name: str, *, channels: int = 3, size: int = 32, classes: int = 10, **
 #           = 269,722 (option A), shortcuts 16*32+64 + 32*64+128 = 2,752 more.
 # resnet56: 12 convolutions more per stage: 269,722 + 12*(2,304+32 + 9,216+64 + 36,864+128) = 853,018,
 #           shortcuts 2,752 more.
+# vit_small on 1x28x28: patches 17*96, positions 49*96, 5 blocks of 4*97*96 + 97*192 + 193*96 + 4*96,
+#           norm 2*96, head 970; bert_small has that norm in front.
 COUNTS = [
     ("lenet300", 1, 28, 266_610),
     ("lenet5", 1, 32, 37_106),
@@ -84,6 +90,8 @@ COUNTS = [
     ("resnet18", 3, 64, 11_689_512 - 990 * 513 - 40 * 3 * 64),
     ("resnet20", 3, 32, 269_722 + 2_752),
     ("resnet56", 3, 32, 853_018 + 2_752),
+    ("vit_small", 1, 28, 381_418),
+    ("bert_small", 1, 28, 381_418),
     # Published by torchvision for 1,000 classes: 11,689,512; a 10-class head saves 990*(512+1).
     ("torchvision/resnet18", 3, 64, 11_689_512 - 990 * 513),
 ]
@@ -109,7 +117,7 @@ def test_torchvision_imagenet_count() -> None:
     assert count_params(build("torchvision/resnet18", classes=1000, size=224)) == 11_689_512
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", OF_IMAGES)
 @pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32), (3, 64)])
 def test_built_in_models_compute_and_trace(name: str, channels: int, size: int) -> None:
     size = max(size, model_info(name).pad_to or 0)
@@ -124,7 +132,19 @@ def test_built_in_models_compute_and_trace(name: str, channels: int, size: int) 
         torch.testing.assert_close(traced(images[:1]), logits[:1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_decoder_answers_every_place_from_what_stands_before_it() -> None:
+    # embedding and head 256*96 each, 4 blocks of 2*96*96 + 2*96*48 + 3*96*256 + 2*96, norm 96
+    model = build("gpt_small", classes=256, seed=0).eval()
+    assert count_params(model) == 455_520
+    rows = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(rows)
+        assert logits.shape == (2, 9, 256)
+        torch.testing.assert_close(model(rows[:, :5]), logits[:, :5], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(model(rows.flip(1))[:, -1], logits[:, -1])
+
+
+@pytest.mark.parametrize("name", OF_IMAGES)
 def test_smallest_image_of_the_record_is_the_smallest_that_works(name: str) -> None:
     least = model_info(name).min_image_size
     model = build(name, channels=1, size=least).eval()

@@ -38,43 +38,18 @@ def greedy_least_squares(
     block: int | Sequence[int] = 1,
     parts: int = 1,
 ) -> IntArray:
-    """Choose channels one by one for the least-squares prediction of targets.
+    """Choose ``keep`` channels one by one for the least-squares prediction of targets; indices in the order of choice.
 
-    Parameters
-    ----------
-    gram : ndarray, shape (n * block, n * block), or a sequence of such
-        ``X.T @ X`` of the columns of all channels, centred if a constant is fitted too. Channel j has the columns ``j *
-        block ... (j + 1) * block - 1``. Where several layers read the channels, one for each.
-    cross : ndarray, shape (n * block, outputs), or a sequence of such
-        ``X.T @ Y`` with the targets.
-    keep : int
-        How many to choose, in [1, n].
-    block : int or sequence of int, default=1
-        Columns of a channel, at least 1; a sequence has one entry for each layer.
-    parts : int, default=1
-        Equal stretches of channels of which the same number is kept; divides n and ``keep``.
-
-    Returns
-    -------
-    ndarray of int, shape (keep,)
-        Channels in the order of choice; with one part each prefix is the choice for a smaller ``keep``. Of gains that
-        are equal to 1e-6 of them the lowest channel wins.
-
-    Raises
-    ------
-    ConfigError
-        If ``keep``, ``block`` or ``parts`` is out of range.
-    DataError
-        If shapes don't fit or values aren't finite.
-
-    Notes
-    -----
-    The gain of several layers is the sum of theirs: scale ``cross`` to weigh them.
+    ``gram``, (n * block, n * block), is ``X.T @ X`` of the columns of all n channels, centred if a constant is fitted
+    too, ``block`` columns of each channel side by side; ``cross``, (n * block, outputs), ``X.T @ Y`` with the targets.
+    Where several layers read the channels all three are sequences; the gain is the sum of theirs, so scale ``cross`` to
+    weigh them. Of ``parts`` equal stretches of channels the same number is kept; with one, each prefix is the choice
+    for a smaller ``keep``. Of gains that are equal to 1e-6 of them the lowest channel wins. ConfigError if a number is
+    out of range, DataError if shapes don't fit or values aren't finite.
 
     Of more than 64 channels, all are compared at every eighth step, or sooner where the foremost 64 are used up, and
-    these 64 in between: of what can be explained, no more than 0.1 % was lost by that in any problem tried.
-
-    With N columns the cost is about ``N * keep * block * (keep * block + min(outputs, N))`` products.
+    these 64 in between: of what can be explained, no more than 0.1 % was lost by that in any problem tried. With N
+    columns the cost is about ``N * keep * block * (keep * block + min(outputs, N))`` products.
 
     Examples
     --------

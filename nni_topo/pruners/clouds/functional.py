@@ -19,6 +19,7 @@ from nni_topo.network.inputs import Call, structure_call
 from nni_topo.network.labels import FIXED
 from nni_topo.network.layers import is_depthwise
 from nni_topo.network.network import Network
+from nni_topo.network.transformers import mixing_called
 from nni_topo.pruners.clouds.moments import Moments, points_of_gram
 from nni_topo.pruners.clouds.weight import Preprocess, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
@@ -33,7 +34,8 @@ class FunctionalCollector(DataCollector):
 
     A neuron's coordinates are the values that it puts into each layer behind it (after batch norm, activation and
     pooling), each times the norm of the weights that read it. So a neuron that is always silent, or that nobody listens
-    to, lies at the origin, and two neurons are near each other if one can stand in for the other.
+    to, lies at the origin, and two neurons are near each other if one can stand in for the other. The coordinates of a
+    head of attention are what it adds to the residual stream.
 
     Parameters
     ----------
@@ -84,11 +86,13 @@ class FunctionalCollector(DataCollector):
         readers = {unit.name: readers_of(unit, flow, context) for unit in context.units}
         moments = {name: [Moments() for _ in found] for name, found in readers.items()}
         each = [pair for name in readers for pair in zip(readers[name], moments[name], strict=True)]
-        with watched([(reader.module, partial(reader.record, moment)) for reader, moment in each]):
+        looks = [(reader.module, partial(reader.record, moment)) for reader, moment in each]
+        with mixing_called(context.model), watched(looks):
             run(context.model, self.calibration)
 
         def points(unit: PruningUnit) -> Tensor:
-            grams = [moment.gram(unit.name, center=self.center) for moment in moments[unit.name]]
+            found = zip(readers[unit.name], moments[unit.name], strict=True)
+            grams = [reader.gram(moment.gram(unit.name, center=self.center)) for reader, moment in found]
             # Coordinates from several readers stand side by side, so their inner products add up.
             return preprocess_points(points_of_gram(torch.stack(grams).sum(0)), self.preprocess)
 
@@ -102,24 +106,38 @@ class Reader:
     module: nn.Module
     places: IntArray
     strength: Tensor
+    mixes: bool = False  # it adds up what it reads of a channel, which is a head, into what that puts out
 
     def record(self, moments: Moments, entering: Tensor) -> None:
         """Add what enters the layer to running sums."""
         rows = by_channel(self.module, entering)
+        if self.mixes:
+            moments.add(rows[torch.from_numpy(self.places.ravel()).to(rows.device)])
+            return
         # ``(channels, places, samples)``: behind a flattened map a linear layer reads a channel in several places.
         moments.add(rows[torch.from_numpy(self.places).to(rows.device)], self.strength.to(rows.device))
+
+    def gram(self, gram: Tensor) -> Tensor:
+        """Return inner products of channels ``(channels, channels)`` from those that were summed up."""
+        if not self.mixes:
+            return gram
+        weight = self.module.weight.detach().double().cpu()[:, torch.from_numpy(self.places.ravel())]  # type: ignore[operator]
+        inner: Tensor = (gram * (weight.T @ weight)).view(*self.places.shape, *self.places.shape).sum((1, 3))
+        return inner
 
 
 def readers_of(unit: PruningUnit, flow: ChannelFlow, context: PruningContext, *, order: float = 2.0) -> list[Reader]:
     """Return the layers that read a unit, strengths being norms of this order; ConfigError if none reads it."""
     lead, target = unit.members[0]
     space = context.target_spaces[lead][target]
-    if lead not in flow.layers or not (space.granularity == "out_channel" or loses_outputs(space)):
+    by_channel = space.granularity == "out_channel" or loses_outputs(space)
+    if lead not in flow.layers or not (lead in flow.heads or by_channel):
         raise ConfigError(f"a cloud of what is read needs a layer pruned by output channel ({unit.name})")
     places = _reading(lead, flow, dict(context.model.named_modules()))
     if not places:
         raise unread_error([unit.name])
-    return [Reader(module, found, read_strength(module, found, order)) for module, found in places]
+    mixes = lead in flow.heads
+    return [Reader(module, found, read_strength(module, found, order), mixes) for module, found in places]
 
 
 def check_read(
@@ -132,7 +150,8 @@ def check_read(
         name
         for name in modules
         # Names of modules that make no channels are passed over.
-        if name in flow.layers and not any(isinstance(module, kinds) for module, _ in _reading(name, flow, by_name))
+        if name in set(flow.layers) - set(flow.mixers())
+        and not any(isinstance(module, kinds) for module, _ in _reading(name, flow, by_name))
     ]
     if unread:
         raise unread_error(unread)
@@ -149,7 +168,7 @@ def unread_error(names: list[str]) -> ConfigError:
 
 def _reading(name: str, flow: ChannelFlow, modules: dict[str, nn.Module]) -> list[tuple[nn.Module, IntArray]]:
     """Return the layers that read another one's channels, and where each channel enters."""
-    channels = flow.layer_roots(name)
+    channels = flow.roots(flow.head_numbers(name))
     found = []
     for other in flow.layers:
         module = modules[other]

@@ -31,6 +31,7 @@ from nni_topo.network.inputs import batch_size, calls, structure_call
 from nni_topo.network.layers import CONVOLUTIONS
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.network import Network
+from nni_topo.network.transformers import mixing_called
 from nni_topo.pruners.clouds.functional import Reader, check_read, readers_of, unread_error
 from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.reconstruction.readings import Reading, column_count
@@ -111,7 +112,7 @@ class ReconstructionProblems:
         }
         flat = [one for found in sums.values() for one in found]
         hooks = watched([(one.twin, one.reached) for one in flat], [(one.module, one.met) for one in flat])
-        with hooks, evaluation_mode(original, network), torch.no_grad():
+        with mixing_called(original, network), hooks, evaluation_mode(original, network), torch.no_grad():
             for args, kwargs in calls(original, self.calibration):
                 original(*args, **kwargs)
                 if network is not original:

@@ -1,0 +1,263 @@
+"""Attention, found by the names of its parts: which channels belong to a head, and how a module gets by with fewer.
+
+Nothing that a head computes is seen by another one before the layer behind mixes them. So a head goes with its
+queries, keys and values together; heads that share keys and values (grouped-query attention) go together too. Here
+such a set is called a head.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.passes.shape_prop import TensorMetadata
+from torch.nn import functional
+
+IntArray = NDArray[np.int64]
+
+# Queries, keys, values; what mixes the heads where it is a part of the module, under one of some names.
+_APART = (
+    ("q_proj", "k_proj", "v_proj", ("o_proj", "out_proj")),
+    ("query", "key", "value", ("out_proj",)),
+    ("q_lin", "k_lin", "v_lin", ("out_lin",)),
+)
+_TOGETHER = (("qkv", ("proj",)),)
+_COUNTS = ("num_attention_heads", "num_heads", "n_heads")
+_SHARED_COUNTS = ("num_key_value_heads", "num_kv_heads")
+_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
+_WIDTHS = ("all_head_size", "inner_dim", "attn_dim", "dim", "embed_dim")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention module and its heads."""
+
+    name: str  # of the module
+    heads: int  # sets of heads that go together
+    size: int  # channels of a head
+    channels: dict[str, IntArray]  # by layer, its output channels of each head: (heads, channels)
+    context: tuple[str, IntArray]  # a layer and which of its channels the heads put out, in this order
+    out: str | None  # the layer in it that mixes the heads; None where that is a module behind
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether one layer makes queries, keys and values."""
+        return len(self.channels) == 1
+
+    def granularity(self, layer: str) -> list[int]:
+        """Return NNI's granularity at which a layer of it loses heads; where `is_fused` of queries, keys or values."""
+        return [self.channels[layer].shape[1] // (3 if self.is_fused else 1), -1]
+
+
+def find_attention(model: nn.Module) -> dict[str, Attention]:
+    """Find the attention modules of a model, by name."""
+    found = {name: _attention(name, module) for name, module in model.named_modules()}
+    return {name: each for name, each in found.items() if each is not None}
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Tell whether a module is attention whose heads are known."""
+    return _attention("", module) is not None
+
+
+def _attention(name: str, module: Any) -> Attention | None:
+    prefix = f"{name}." if name else ""
+    if isinstance(module, nn.MultiheadAttention):
+        # Keys or values of another width have weights of their own, appended ones no place in a head; a subclass may
+        # compute something else.
+        is_plain = type(module) is nn.MultiheadAttention and module._qkv_same_embed_dim
+        if (
+            not (is_plain or type(module) is PrunedMultiheadAttention)
+            or module.bias_k is not None
+            or module.add_zero_attn
+        ):
+            return None
+        return _together(name, name, module.num_heads, module.head_dim, f"{prefix}out_proj")
+    # A table of what one head adds for each distance belongs to no layer, and may be shared between modules.
+    if hasattr(module, "relative_attention_bias") or getattr(module, "has_relative_attention_bias", False):
+        return None
+    parts = {key: part for key, part in module.named_children() if any(True for _ in part.parameters())}
+    count = next((getattr(module, key) for key in _COUNTS if isinstance(getattr(module, key, None), int)), None)
+    count = count or getattr(getattr(module, "config", None), "num_attention_heads", None)
+    for *names, outs in (*_APART, *_TOGETHER):
+        layers: list[Any] = [parts.get(each) for each in names]
+        if not count or not all(isinstance(layer, nn.Linear) for layer in layers):
+            continue
+        out = next((each for each in outs if isinstance(parts.get(each), nn.Linear)), None)
+        size = next((getattr(module, key) for key in _SIZES if isinstance(getattr(module, key, None), int)), 0)
+        size = size or layers[0].out_features // (count if len(layers) > 1 else 3 * count)
+        # Whatever else it holds must be the same for all heads, as norms of queries and keys are.
+        others = [
+            *module.parameters(recurse=False),
+            *(p for key in parts.keys() - {*names, out} for p in parts[key].parameters()),
+        ]
+        if any(other.numel() != size for other in others):
+            return None
+        mixer = None if out is None else prefix + out
+        if len(layers) > 1:
+            return _apart(prefix, names, layers, size, mixer)
+        whole = layers[0].out_features == 3 * count * size
+        return _together(name, prefix + names[0], count, size, mixer) if whole else None
+    return None
+
+
+def _apart(prefix: str, names: list[str], layers: list[Any], size: int, out: str | None) -> Attention | None:
+    widths = [layer.out_features // size for layer in layers]
+    heads = widths[2]
+    if widths[1] != heads or not heads or widths[0] % heads or any(each.out_features % size for each in layers):
+        return None
+    channels = {
+        prefix + each: np.arange(layer.out_features).reshape(heads, -1)
+        for each, layer in zip(names, layers, strict=True)
+    }
+    values = channels[prefix + names[2]].repeat(widths[0] // heads, axis=0).ravel()
+    return Attention(prefix[:-1], heads, widths[0] // heads * size, channels, (prefix + names[2], values), out)
+
+
+def _together(name: str, layer: str, heads: int, size: int, out: str | None) -> Attention:
+    # Queries of all heads, then keys, then values.
+    places = np.arange(3 * heads * size).reshape(3, heads, size)
+    channels = places.transpose(1, 0, 2).reshape(heads, -1)
+    return Attention(name, heads, size, {layer: channels}, (layer, places[2].ravel()), out)
+
+
+def is_mixed(node: Node, attention: Attention) -> bool:
+    """Tell whether a node puts out what is mixed of the heads already, and not their values."""
+    return node.op == "call_module" and attention.out is not None
+
+
+def attend(attention: Any, out: str, *args: Any, **kwargs: Any) -> Any:
+    """Run attention without the layer in it that mixes the heads: what it puts out are the heads' values."""
+    if isinstance(attention, nn.MultiheadAttention):
+        return partial(multihead, attention, mix=lambda context: context)(*args, **kwargs)
+    layer = attention._modules[out]
+    attention._modules[out] = nn.Identity()
+    try:
+        return attention(*args, **kwargs)
+    finally:
+        attention._modules[out] = layer
+
+
+def open_attention(graph_module: GraphModule) -> None:
+    """Show in a graph, by a node of its own, each layer that mixes the heads of attention; see `attend`."""
+    graph, found = graph_module.graph, find_attention(graph_module)
+    for node in list(graph.nodes):
+        attention = found.get(str(node.target)) if node.op == "call_module" else None
+        if attention is None or attention.out is None:
+            continue
+        picked = {user: user.args[1] for user in node.users if user.target is operator.getitem}
+        many = isinstance(node.meta["tensor_meta"], tuple) and not isinstance(node.meta["tensor_meta"], TensorMetadata)
+        if many and (len(picked) < len(node.users) or not all(isinstance(at, int) for at in picked.values())):
+            continue
+        with graph.inserting_before(node):
+            module = graph.create_node("get_attr", attention.name)
+            inner = graph.call_function(attend, (module, attention.out.rpartition(".")[2], *node.args), node.kwargs)
+            inner.meta = {"nn_module_stack": node.meta.get("nn_module_stack")}
+            mixed = graph.call_module(
+                attention.out, (graph.call_function(operator.getitem, (inner, 0)) if many else inner,)
+            )
+        if many:
+            for user, at in picked.items():
+                user.replace_all_uses_with(mixed) if at == 0 else user.replace_input_with(node, inner)
+                if at == 0:
+                    graph.erase_node(user)
+        else:
+            node.replace_all_uses_with(mixed)
+        graph.erase_node(node)
+    graph_module.recompile()
+
+
+def multihead(
+    self: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+    mix: Any = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute what ``nn.MultiheadAttention`` does, step by step, whatever the number of heads that are left."""
+    del is_causal  # a hint that the mask makes unnecessary
+    is_single, states = query.dim() == 2, [query, key, value]
+    if is_single or not self.batch_first:
+        states = [each.unsqueeze(0) if is_single else each.transpose(0, 1) for each in states]
+    weights = self.in_proj_weight.chunk(3)
+    biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+    heads = [
+        functional.linear(each, weight, bias).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+        for each, weight, bias in zip(states, weights, biases, strict=True)
+    ]
+    scores = heads[0] @ heads[1].transpose(2, 3) / self.head_dim**0.5
+    if attn_mask is not None:
+        # Masks by head know those that were there at first.
+        mask = attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (len(scores), -1))
+        scores = scores + _additive(mask, scores)
+    if key_padding_mask is not None:
+        scores = scores + _additive(key_padding_mask, scores).reshape(len(scores), 1, 1, -1)
+    shares = functional.dropout(scores.softmax(3), self.dropout, self.training)
+    mixed = (mix or self.out_proj)((shares @ heads[2]).transpose(1, 2).flatten(2))
+    if is_single or not self.batch_first:
+        mixed = mixed.squeeze(0) if is_single else mixed.transpose(0, 1)
+    if not need_weights:
+        return mixed, None
+    shares = shares.mean(1) if average_attn_weights else shares
+    return mixed, shares.squeeze(0) if is_single else shares
+
+
+def _additive(mask: Tensor, scores: Tensor) -> Tensor:
+    return (
+        torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
+    )
+
+
+class PrunedMultiheadAttention(nn.MultiheadAttention):
+    """``nn.MultiheadAttention`` with fewer heads than its width has room for."""
+
+    forward = multihead
+
+
+def tell_config(model: Any, original: nn.Module) -> None:
+    """Let the ``config`` of a model of Transformers say how wide it is now, where one number says it of all blocks."""
+    config: Any = getattr(model, "config", None)
+    found, before = find_attention(model), find_attention(original)
+    left = {each.heads / before[name].heads for name, each in found.items()}
+    if len(left) == 1 and isinstance(size := getattr(config, "head_dim", None), int):
+        share = left.pop()
+        for key in (*_COUNTS, *_SHARED_COUNTS):
+            if isinstance(count := vars(config).get(key), int):
+                setattr(config, key, round(count * share))
+        config.head_dim = size
+    wide = getattr(config, "intermediate_size", None)
+    inner = [name for name, each in original.named_modules() if getattr(each, "out_features", None) == wide]
+    widths = {model.get_submodule(name).out_features for name in inner} if isinstance(wide, int) else set()
+    if len(widths) == 1:
+        config.intermediate_size = widths.pop()
+
+
+def resize(module: Any, attention: Attention, left: int) -> None:
+    """Tell a module how many of its heads are left; its layers are cut already."""
+    old = attention.heads
+    if left == old:
+        return
+    if isinstance(module, nn.MultiheadAttention):
+        module.num_heads = left
+        module.__class__ = PrunedMultiheadAttention
+        module._qkv_same_embed_dim = False  # layers of PyTorch's then don't compute with its weights by themselves
+        vars(module).pop("forward", None)  # NNI puts the class's own there when it takes a wrapper off
+        return
+    width = len(attention.context[1])
+    for key, value in vars(module).items():
+        if key in (*_COUNTS, *_SHARED_COUNTS) and isinstance(value, int):
+            setattr(module, key, value // old * left)
+        elif key in _WIDTHS and value == width:
+            setattr(module, key, width // old * left)

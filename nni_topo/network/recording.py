@@ -1,0 +1,270 @@
+"""The graph of a model by running it: what its modules and PyTorch's functions do with tensors is written down.
+
+Python decides on real values here, so that a model may be written in any way; what it decides is the graph's for good.
+Only the number of samples isn't: the model runs twice, and numbers and constants that differ follow it.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from nni_topo.errors import SpeedupError
+from nni_topo.network.attention import is_attention
+from nni_topo.network.inputs import tensors_of
+
+_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout, type(...))
+_CONSTANT = "_recorded"
+
+
+def record(model: nn.Module, named: dict[str, Any]) -> GraphModule:
+    """Record a model, in evaluation mode and changed by it, on a call's arguments by name."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "use_cache", None):  # as models of Transformers have it
+        config.use_cache = False
+    implementation = getattr(config, "_attn_implementation", None)
+    if implementation not in (None, "eager"):
+        # So masks are always made, not only where this batch needs one; not all models can be told that any more.
+        config._attn_implementation = "eager"
+        try:
+            return _recorded(model, named)
+        except Exception:  # a model fails in as many ways as it is written
+            config._attn_implementation = implementation
+    return _recorded(model, named)
+
+
+def _recorded(model: nn.Module, named: dict[str, Any]) -> GraphModule:
+    first = _Recorder(model, named)
+    samples = len(tensors_of(named)[0])
+    doubled = tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() and len(t) == samples else t, named)
+    _follow_samples(first, _Recorder(model, doubled), samples)
+    for name, tensor in first.constants.items():
+        model.register_buffer(name, tensor, persistent=False)
+    return GraphModule(model, first.graph, type(model).__name__)
+
+
+class _Recorder(TorchFunctionMode):
+    """One run of a model, written down."""
+
+    def __init__(self, model: nn.Module, named: dict[str, Any]) -> None:
+        super().__init__()
+        self.graph = Graph()
+        self.constants: dict[str, Tensor] = {}
+        self._places = {id(module): name for name, module in model.named_modules()}
+        self._own = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        self._nodes: dict[int, Node] = {}
+        self._alive: list[Any] = []  # a tensor that is gone would leave its identity to another one
+        self._stack: list[str] = []
+        self._inside = 0
+        tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        for name, value in tensors.items():
+            self._keep(value, self.graph.placeholder(name))
+        with self._calls_seen(model), self:
+            outputs = model(**named)
+        found = tuple(self._node(each) for each in tensors_of(outputs))
+        self.graph.output(found[0] if isinstance(outputs, Tensor) else found)
+        self._nodes.clear()
+        self._alive.clear()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Compute what a function gives and write it down."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not self._inside and any(
+            id(each) in self._nodes or id(each) in self._own for each in tensors_of((args, kwargs))
+        ):
+            self._write(*_operation(func, args), kwargs, out)
+        return out
+
+    @contextmanager
+    def _calls_seen(self, model: nn.Module) -> Iterator[None]:
+        plain = nn.Module.__call__
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            name = self._places.get(id(module))
+            if self._inside or not name:
+                return plain(module, *args, **kwargs)
+            self._stack.append(name)
+            self._inside += _is_leaf(module)
+            try:
+                out = plain(module, *args, **kwargs)
+            finally:
+                self._inside = 0
+            if _is_leaf(module):
+                self._write("call_module", name, args, kwargs, out)
+            self._stack.pop()
+            return out
+
+        masks = [
+            (space, key, function)
+            for space in {id(each): each for each in map(_namespace, model.modules())}.values()
+            for key, function in space.items()
+            if key.startswith("create_") and key.endswith("_mask") and callable(function)
+        ]
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        for space, key, function in masks:
+            space[key] = self._whole(function)
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = plain  # type: ignore[method-assign]
+            for space, key, function in masks:
+                space[key] = function
+
+    def _whole(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Write a function down as one node."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._inside += 1
+            try:
+                out = function(*args, **kwargs)
+            finally:
+                self._inside -= 1
+            if isinstance(out, Tensor) and not self._inside:
+                given = {key: value for key, value in kwargs.items() if isinstance(value, Tensor)}
+                rest = {key: value for key, value in kwargs.items() if key not in given}
+                self._write("call_function", _Bound(function, args, rest), (), given, out)
+            return out
+
+        return call
+
+    def _write(self, op: str, target: Any, args: Any, kwargs: Any, out: Any) -> None:
+        if not tensors_of(out):
+            if getattr(target, "__name__", "") == "setitem":
+                raise SpeedupError("a model that is recorded must not write into parts of tensors, got setitem")
+            return
+        node = self.graph.create_node(op, target, *(map_aggregate(each, self._argument) for each in (args, kwargs)))
+        node.meta["nn_module_stack"] = {name: (name, nn.Module) for name in self._stack}
+        if isinstance(out, Tensor):
+            self._keep(out, node)
+            return
+        for at, each in enumerate(out):
+            if isinstance(each, Tensor):
+                self._keep(each, self.graph.call_function(operator.getitem, (node, at)))
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._node(value)
+        if not isinstance(value, _PLAIN):
+            raise SpeedupError(f"arguments of what is recorded must be tensors or plain, got {type(value).__name__}")
+        return value
+
+    def _node(self, tensor: Tensor) -> Node:
+        if id(tensor) not in self._nodes:
+            name = self._own.get(id(tensor))
+            if name is None:
+                name = f"{_CONSTANT}_{len(self.constants)}"
+                self.constants[name] = tensor.detach().clone()
+            self._keep(tensor, self.graph.create_node("get_attr", name))
+        return self._nodes[id(tensor)]
+
+    def _keep(self, tensor: Tensor, node: Node) -> None:
+        self._alive.append(tensor)
+        self._nodes[id(tensor)] = node
+
+
+class _Bound:
+    """A function with those of its arguments that no graph can hold."""
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.function, self.args, self.kwargs = function, args, kwargs
+        self.__name__, self.__module__ = function.__name__, __name__
+
+    def __call__(self, **kwargs: Any) -> Any:
+        return self.function(*self.args, **self.kwargs, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Bound) and self.function is other.function
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Tell whether a module is one node: one of PyTorch's own, or attention."""
+    own = type(module).__module__.startswith("torch.nn") and not any(True for _ in module.children())
+    return own or is_attention(module)
+
+
+def _namespace(module: nn.Module) -> dict[str, Any]:
+    return vars(sys.modules[type(module).__module__])
+
+
+def _operation(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
+    """Write a call of PyTorch's as a graph does, and without working in place."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return "call_function", getattr, (args[0], func.__self__.__name__)
+    if getattr(Tensor, name, None) is not func:
+        return "call_function", func, args
+    plain = name.strip("_")
+    if name == plain or not name.startswith("__"):
+        return "call_method", plain if hasattr(Tensor, plain) else name, args
+    if plain[0] == "r" and hasattr(operator, plain[1:]) and not hasattr(operator, plain):
+        return "call_function", getattr(operator, plain[1:]), args[::-1]
+    if plain[0] == "i" and hasattr(operator, plain[1:]) and plain != "invert":
+        return "call_function", getattr(operator, plain[1:]), args
+    return "call_function", getattr(operator, plain, func), args
+
+
+def _follow_samples(first: _Recorder, second: _Recorder, samples: int) -> None:
+    """Let what differs between runs of so many samples and of twice as many follow their number."""
+    graph, nodes = first.graph, list(first.graph.nodes)
+    others = list(second.graph.nodes)
+    same = len(nodes) == len(others) and all(
+        one.op == other.op and (one.target == other.target or one.op == "get_attr")
+        for one, other in zip(nodes, others, strict=False)
+    )
+    if not same:
+        raise SpeedupError("a model that is recorded must do the same whatever the number of samples, got two graphs")
+    last = [node for node in nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        size = graph.call_method("size", (nodes[0], 0))
+    for one, other in zip(nodes, others, strict=True):
+        name = str(one.target)
+        if one.op == "get_attr" and name in first.constants:
+            constant, twin = first.constants[name], second.constants[str(other.target)]
+            if constant.shape != twin.shape:
+                if not torch.equal(constant[:1].expand(twin.shape), twin):
+                    raise SpeedupError(
+                        "a constant of a model must not depend on the number of samples, got one that does"
+                    )
+                first.constants[name] = constant[:1].clone()
+                with graph.inserting_after(one):
+                    spread = graph.call_method("expand", (one, size, *[-1] * (constant.dim() - 1)))
+                one.replace_all_uses_with(spread, lambda user, spread=spread: user is not spread)
+            continue
+        with graph.inserting_before(one):
+            counted = {"args": _counted(graph, one.args, other.args, size, samples)}
+            counted["kwargs"] = _counted(graph, one.kwargs, other.kwargs, size, samples)
+        one.args, one.kwargs = counted["args"], counted["kwargs"]
+    if not size.users:
+        graph.erase_node(size)
+
+
+def _counted(graph: Graph, one: Any, other: Any, size: Node, samples: int) -> Any:
+    """Put multiples of the number of samples in place of the integers that differ."""
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return type(one)([_counted(graph, a, b, size, samples) for a, b in zip(one, other, strict=True)])
+    if isinstance(one, dict):
+        return {key: _counted(graph, each, other[key], size, samples) for key, each in one.items()}
+    if isinstance(one, slice):
+        ends = [(getattr(one, key), getattr(other, key)) for key in ("start", "stop", "step")]
+        return slice(*(_counted(graph, a, b, size, samples) for a, b in ends))
+    if type(one) is not int or one == other:
+        return one
+    if other != 2 * one or one % samples:
+        raise SpeedupError(f"a number in a model must be a multiple of the number of samples, got {one} and {other}")
+    return size if one == samples else graph.call_function(operator.mul, (size, one // samples))

@@ -1,0 +1,93 @@
+"""Heads as blocks of targets: NNI's pruners and ours choose among them where one layer makes queries, keys and values.
+
+Where these are layers of their own NNI's granularity says it all, and a dependency group ties them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from nni.compression.base.compressor import Pruner
+from nni.compression.base.setting import PruningSetting
+from nni.compression.utils.scaling import Scaling
+from torch import Tensor
+
+from nni_topo.network.attention import IntArray, find_attention
+from nni_topo.network.layers import weight_name
+from nni_topo.pruners.units import TargetSpaces
+
+_WEIGHT = PruningSetting.default_setting["weight"]
+_BIAS = {"align": {"module_name": None, "target_name": "in_proj_weight", "dims": [0]}, "apply_method": "mul"}
+
+
+class HeadScaling(Scaling):
+    """Blocks that are the rows of a head, which lie in several stretches: ``(heads, rows)``."""
+
+    def __init__(self, rows: IntArray) -> None:
+        super().__init__([rows.shape[1], -1], kernel_padding_mode="back", kernel_padding_val=-1)
+        self._order = torch.from_numpy(rows.ravel())
+        self._back = torch.from_numpy(np.argsort(rows.ravel()))
+
+    def shrink(
+        self, target: Tensor, reduce_func: Callable[[Tensor], Tensor] | None = None, keepdim: bool = False
+    ) -> Tensor:
+        """Reduce each head of ``(rows, ...)`` to one value, by default the mean."""
+        found: Tensor = super().shrink(target[self._order.to(target.device)], reduce_func, keepdim)
+        return found
+
+    def expand(self, target: Tensor, expand_size: list[int], keepdim: bool = False, full_expand: bool = True) -> Tensor:
+        """Give each row the value of its head."""
+        found: Tensor = super().expand(target, expand_size, keepdim, full_expand)
+        return found[self._back.to(found.device)]
+
+
+class ColumnScaling(Scaling):
+    """Blocks of columns, their values in one column, as those of blocks of rows are: a group's must be of one shape."""
+
+    def shrink(
+        self, target: Tensor, reduce_func: Callable[[Tensor], Tensor] | None = None, keepdim: bool = False
+    ) -> Tensor:
+        """Reduce each block of columns of a matrix to one value, by default the mean."""
+        found: Tensor = super().shrink(target, reduce_func, keepdim)
+        return found.transpose(0, 1) if keepdim else found
+
+    def expand(self, target: Tensor, expand_size: list[int], keepdim: bool = False, full_expand: bool = True) -> Tensor:
+        """Give each column the value of its block."""
+        found: Tensor = super().expand(target.T if keepdim else target, expand_size, keepdim, full_expand)
+        return found
+
+
+def scale_by_heads(model: Any, target_spaces: TargetSpaces) -> None:
+    """Let targets that hold queries, keys and values in one, and are pruned by heads, have a block for each."""
+    for attention in find_attention(model).values():
+        layer, rows = next(iter(attention.channels.items()))
+        space = target_spaces.get(layer, {}).get(weight_name(model.get_submodule(layer)))
+        # Single rows of nn.MultiheadAttention are nothing that could go.
+        is_default = layer == attention.name and space is not None and space.granularity == "out_channel"
+        if (
+            attention.is_fused
+            and space is not None
+            and (is_default or space.granularity == attention.granularity(layer))
+        ):
+            space.granularity = attention.granularity(layer)
+            space._scaler = HeadScaling(rows)
+    for space in (each for targets in target_spaces.values() for each in targets.values()):
+        if isinstance(space.granularity, list) and space.granularity[0] == -1 and space.dependency_group_id is not None:
+            space._scaler = ColumnScaling(space.granularity)
+
+
+def _register_scalers(self: Pruner) -> None:
+    _plain(self)
+    scale_by_heads(self.bound_model, self._target_spaces)
+
+
+_plain = Pruner._register_scalers
+
+
+def show_heads_to_nni() -> None:
+    """Let config_lists name ``MultiheadAttention``, and all pruners, NNI's own too, choose among heads."""
+    PruningSetting.register("MultiheadAttention", {"in_proj_weight": _WEIGHT, "in_proj_bias": _BIAS})
+    Pruner._register_scalers = _register_scalers

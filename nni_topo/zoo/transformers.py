@@ -1,0 +1,164 @@
+"""Small transformers: a ViT and a BERT-like encoder on patches of images, and a GPT on bytes.
+
+All have separate linear layers for queries, keys, values and what attention puts out, as decoders of today do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class SelfAttention(nn.Module):
+    """Attention with heads of ``width // heads``; ``kv_heads``, a divisor of ``heads``, are shared by as many each."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int | None = None, *, bias: bool, causal: bool) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = heads, kv_heads or heads, width // heads
+        self.causal = causal  # with rotary positions, which a decoder needs to know order
+        self.q_proj = nn.Linear(width, width, bias=bias)
+        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(width, width, bias=bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Attend from and to states ``(n, places, width)``."""
+        query, key, value = (
+            layer(states).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.causal:
+            query, key = _turned(query), _turned(key)
+        shared = self.num_heads // self.num_kv_heads
+        key, value = (each.repeat_interleave(shared, 1) for each in (key, value))
+        context = functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        mixed: Tensor = self.o_proj(context.transpose(1, 2).flatten(2))
+        return mixed
+
+
+def _turned(heads: Tensor) -> Tensor:
+    """Turn pairs of ``(n, heads, places, head_dim)`` by their places: https://arxiv.org/abs/2104.09864."""
+    half = heads.shape[3] // 2
+    speeds = 10000.0 ** (-torch.arange(half, device=heads.device) / half)
+    angles = torch.outer(torch.arange(heads.shape[2], device=heads.device), speeds)
+    one, other, cos, sin = heads[..., :half], heads[..., half:], angles.cos().to(heads), angles.sin().to(heads)
+    return torch.cat([one * cos - other * sin, other * cos + one * sin], 3)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU in between."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Map ``(n, places, width)``."""
+        mapped: Tensor = self.fc2(functional.gelu(self.fc1(states)))
+        return mapped
+
+
+class GatedMlp(nn.Module):
+    """Two linear layers, the hidden neurons of which are multiplied by gates: https://arxiv.org/abs/2002.05202."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Map ``(n, places, width)``."""
+        mapped: Tensor = self.down_proj(functional.silu(self.gate_proj(states)) * self.up_proj(states))
+        return mapped
+
+
+class Block(nn.Module):
+    """Attention and an MLP, each added to its input; norms before them, or behind the sums."""
+
+    def __init__(
+        self, attention: nn.Module, mlp: nn.Module, norms: tuple[nn.Module, nn.Module], *, first: bool
+    ) -> None:
+        super().__init__()
+        self.attention, self.mlp = attention, mlp
+        self.norm1, self.norm2 = norms
+        self.norm_first = first
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Map ``(n, places, width)``."""
+        for norm, part in ((self.norm1, self.attention), (self.norm2, self.mlp)):
+            states = states + part(norm(states)) if self.norm_first else norm(states + part(states))
+        return states
+
+
+class PatchTransformer(nn.Module):
+    """Blocks over the patches of images, 4 pixels a side, and a linear layer on their mean."""
+
+    def __init__(self, num_classes: int, in_channels: int, image_size: int, *, norm_first: bool) -> None:
+        super().__init__()
+        width, heads, hidden, depth = 96, 6, 192, 5
+        self.patches = nn.Conv2d(in_channels, width, 4, 4)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, (image_size // 4) ** 2, width))
+        self.start = nn.Identity() if norm_first else nn.LayerNorm(width)
+        self.blocks = nn.Sequential(
+            *(
+                Block(
+                    SelfAttention(width, heads, bias=True, causal=False),
+                    Mlp(width, hidden),
+                    (nn.LayerNorm(width), nn.LayerNorm(width)),
+                    first=norm_first,
+                )
+                for _ in range(depth)
+            )
+        )
+        self.norm = nn.LayerNorm(width) if norm_first else nn.Identity()
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the logits ``[n, num_classes]`` of images ``[n, in_channels, h, w]``."""
+        states = self.start(self.patches(images).flatten(2).transpose(1, 2) + self.positions)
+        logits: Tensor = self.head(self.norm(self.blocks(states)).mean(1))
+        return logits
+
+
+class Gpt(nn.Module):
+    """A decoder: rotary positions, shared keys and values, gated MLPs and RMS norms."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        width, heads, kv_heads, hidden, depth = 96, 12, 6, 256, 4
+        self.embedding = nn.Embedding(num_classes, width)
+        self.blocks = nn.Sequential(
+            *(
+                Block(
+                    SelfAttention(width, heads, kv_heads, bias=False, causal=True),
+                    GatedMlp(width, hidden),
+                    (nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)),
+                    first=True,
+                )
+                for _ in range(depth)
+            )
+        )
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, num_classes, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Compute the logits ``[n, places, num_classes]`` of what follows each of the tokens ``[n, places]``."""
+        logits: Tensor = self.head(self.norm(self.blocks(self.embedding(tokens))))
+        return logits
+
+
+def vit_small(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+    """Build a ViT with 5 blocks of 6 heads and 192 neurons at width 96, norms first: https://arxiv.org/abs/2010.11929."""
+    return PatchTransformer(num_classes, in_channels, image_size, norm_first=True)
+
+
+def bert_small(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+    """Build the same with norms behind the sums, as BERT has them: https://arxiv.org/abs/1810.04805."""
+    return PatchTransformer(num_classes, in_channels, image_size, norm_first=False)
+
+
+def gpt_small(num_classes: int) -> nn.Module:
+    """Build a decoder of 4 blocks of 12 heads over 6 of keys and values, and 256 gated neurons, at width 96."""
+    return Gpt(num_classes)

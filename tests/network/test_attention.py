@@ -1,0 +1,368 @@
+"""Heads of attention: found, tied, removed and made up for."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from nni.compression.pruning import L1NormPruner
+from torch import nn
+from torchvision.models.vision_transformer import VisionTransformer
+
+from nni_topo import compensate, create_pruner, dependency_groups, load, masked_model, save, to_dense
+from nni_topo.errors import SpeedupError
+from nni_topo.network.attention import find_attention, multihead
+from nni_topo.network.cost import NetworkCost
+from nni_topo.network.layers import weight_name, weight_of
+from nni_topo.zoo.transformers import Block, GatedMlp, Mlp, SelfAttention
+
+WIDTH, HEADS, SIZE = 12, 4, 3
+
+
+def _states(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+class Stream(nn.Module):
+    """Attention added to a stream, from another one where ``cross`` says so."""
+
+    def __init__(self, attention, *, cross=False, **knobs):
+        super().__init__()
+        self.enter, self.attention, self.head = nn.Linear(5, WIDTH), attention, nn.Linear(WIDTH, 2)
+        self.cross, self.knobs = cross, knobs
+
+    def forward(self, x):
+        x = self.enter(x)
+        other = x.flip(1) if self.cross else x
+        many = isinstance(self.attention, nn.MultiheadAttention)
+        y = self.attention(x, other, other, **self.knobs)[0] if many else self.attention(x)
+        return self.head(x + y)
+
+
+def _block(attention, mlp, norm):
+    return nn.Sequential(
+        nn.Linear(5, WIDTH), Block(attention, mlp, (norm(WIDTH), norm(WIDTH)), first=True), nn.Linear(WIDTH, 2)
+    )
+
+
+NETS = {
+    "multihead": lambda: Stream(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)),
+    "batch second": lambda: Stream(nn.MultiheadAttention(WIDTH, HEADS, bias=False), need_weights=False),
+    "cross": lambda: Stream(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True), cross=True),
+    "encoder layer": lambda: nn.Sequential(
+        nn.Linear(5, WIDTH), nn.TransformerEncoderLayer(WIDTH, HEADS, 8, batch_first=True)
+    ),
+    "fused": lambda: Stream(Fused()),
+    "apart": lambda: _block(SelfAttention(WIDTH, HEADS, bias=True, causal=False), Mlp(WIDTH, 8), nn.LayerNorm),
+    # Rotary positions turn pairs of channels, so heads are of two here.
+    "shared keys": lambda: _block(SelfAttention(WIDTH, 6, 3, bias=False, causal=True), GatedMlp(WIDTH, 8), nn.RMSNorm),
+}  # fmt: skip
+
+
+def make(name):
+    torch.manual_seed(0)
+    net = NETS[name]().eval()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return net
+
+
+def head_masks(model, kept):
+    """Masks that keep some heads of every attention."""
+    masks = {}
+    for attention in find_attention(model).values():
+        for layer, channels in attention.channels.items():
+            module = model.get_submodule(layer)
+            mask = torch.zeros_like(weight_of(module))
+            mask[torch.from_numpy(channels[kept].ravel())] = 1
+            masks[layer] = {weight_name(module): mask}
+    return masks
+
+
+def same(one, other, *inputs):
+    with torch.no_grad():
+        torch.testing.assert_close(one(*inputs), other(*inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_heads_that_are_masked_go(name):
+    model, inputs = make(name), _states(3, 7, 5)
+    (attention,) = find_attention(model).values()
+    masks = head_masks(model, [0, 2])
+    dense = to_dense(model, inputs, masks)
+    same(dense, masked_model(model, inputs, masks), inputs)
+    (left,) = find_attention(dense).values()
+    assert (left.heads, left.size) == (2, attention.size)
+    mixer = dense.get_submodule(attention.out)
+    assert mixer.in_features == 2 * attention.size
+    gone = attention.heads - 2
+    rows = sum(channels.shape[1] for channels in attention.channels.values())
+    biased = getattr(model.get_submodule(attention.out), "bias", None) is not None
+    expected = gone * (rows * (WIDTH + biased) + WIDTH * attention.size)
+    assert sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in dense.parameters()) == expected
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_dense_model_takes_other_numbers_of_samples_and_places(name):
+    model, masks = make(name), None
+    masks = head_masks(model, [1])
+    dense = to_dense(model, _states(3, 7, 5), masks)
+    same(dense, masked_model(model, _states(3, 7, 5), masks), _states(2, 4, 5))
+
+
+def test_a_vision_transformer_of_torchvision():
+    torch.manual_seed(0)
+    model, images = VisionTransformer(16, 4, 2, HEADS, WIDTH, 24, num_classes=5).eval(), _states(2, 3, 16, 16)
+    nn.init.normal_(model.heads.head.weight)
+    masks = head_masks(model, [0, 3])
+    dense = to_dense(model, images, masks)
+    assert [each.heads for each in find_attention(dense).values()] == [2, 2]
+    same(dense, masked_model(model, images, masks), images)
+
+
+def test_a_head_of_which_any_block_is_left_stays_and_the_rest_of_it_stays_masked():
+    model, inputs = make("apart"), _states(3, 7, 5)
+    masks = head_masks(model, [0, 2])
+    name = "1.attention.v_proj"
+    masks[name]["weight"][3] = 1  # one channel of head 1
+    masks[name]["weight"][0] = 0  # one of head 0
+    dense = to_dense(model, inputs, masks)
+    assert dense.get_submodule(name).out_features == 3 * SIZE
+    weight = dense.get_submodule(name).weight
+    assert torch.equal(weight[3], model.get_submodule(name).weight[3])
+    assert not weight[[0, 4, 5]].any()
+    same(dense, masked_model(model, inputs, masks), inputs)
+
+
+def test_round_to_brings_whole_heads_back_with_their_weights():
+    model, inputs = make("apart"), _states(3, 7, 5)
+    dense = to_dense(model, inputs, head_masks(model, [0, 1]), round_to=9)
+    assert dense.get_submodule("1.attention.q_proj").out_features == 9
+    assert dense.get_submodule("1.attention.v_proj").weight.flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_multihead_computes_what_torch_does(batch_first, bias):
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=batch_first, bias=bias).eval()
+    shape = (2, 5, WIDTH) if batch_first else (5, 2, WIDTH)
+    query, key = _states(*shape), _states(2, 6, WIDTH) if batch_first else _states(6, 2, WIDTH)
+    padding = torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    by_head = _states(2 * HEADS, 5, 6) > 2
+    for knobs in (
+        {},
+        {"need_weights": False, "attn_mask": _states(5, 6)},
+        {"key_padding_mask": padding, "attn_mask": torch.ones(5, 6).triu(3).bool(), "average_attn_weights": False},
+        {"attn_mask": by_head},
+    ):
+        expected, found = attention(query, key, key, **knobs), multihead(attention, query, key, key, **knobs)
+        for one, other in zip(expected, found, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    single = query[0] if batch_first else query[:, 0]
+    for one, other in zip(attention(single, single, single), multihead(attention, single, single, single), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+class Fused(nn.Module):
+    """Attention that makes queries, keys and values in one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.head_dim, self.qkv, self.proj = (
+            HEADS,
+            SIZE,
+            nn.Linear(WIDTH, 3 * WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+        )
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.proj(mixed.reshape(*x.shape[:2], -1))
+
+
+def test_attention_of_timm():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=WIDTH, num_heads=HEADS, qk_norm=True
+    )
+    images = _states(2, 3, 32, 32)
+    masks = head_masks(model.eval(), [0, 3])
+    dense = to_dense(model, images, masks)
+    assert [each.heads for each in find_attention(dense).values()] == [2, 2]
+    same(dense, masked_model(model, images, masks), images)
+
+
+def test_what_is_no_attention_that_is_known_stays_whole():
+    gated, scaled = Fused(), Fused()
+    gated.gate, scaled.scale = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.ones(HEADS))
+    others = (
+        nn.MultiheadAttention(WIDTH, HEADS, kdim=5, vdim=5),
+        nn.MultiheadAttention(WIDTH, HEADS, add_bias_kv=True),
+        nn.MultiheadAttention(WIDTH, HEADS, add_zero_attn=True),
+        type("Own", (nn.MultiheadAttention,), {})(WIDTH, HEADS),
+        gated,
+        scaled,
+    )
+    assert not any(find_attention(each) for each in others)
+
+
+def test_groups_tie_queries_keys_values_and_what_mixes_them():
+    model = make("shared keys")
+    groups = dependency_groups(model, _states(2, 7, 5), [{"op_types": ["Linear"], "sparse_ratio": 0.4}])
+    found = {e["op_names"][0]: (e.get("dependency_group_id"), e.get("granularity")) for e in groups}
+    assert found == {
+        "1.attention.q_proj": ("group_0", [4, -1]),
+        "1.attention.k_proj": ("group_0", [2, -1]),
+        "1.attention.v_proj": ("group_0", [2, -1]),
+        "1.attention.o_proj": ("group_0", [-1, 4]),
+        "1.mlp.gate_proj": ("group_1", None),
+        "1.mlp.up_proj": ("group_1", None),
+    }
+
+
+@pytest.mark.parametrize("asked", [{"op_names": ["1.attention"]}, {"op_names_re": [r"1\.attention\..*"]}])
+def test_heads_may_be_asked_for_by_name_and_of_a_module_that_holds_them(asked):
+    groups = dependency_groups(make("apart"), _states(2, 7, 5), [{**asked, "granularity": "head", "sparse_ratio": 0.5}])
+    assert [e["op_names"][0].rpartition(".")[2] for e in groups] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert {e["dependency_group_id"] for e in groups} == {"group_0"}
+
+
+def test_layers_without_heads_are_left_out_and_named():
+    config = [{"op_types": ["Linear"], "granularity": "head", "sparse_ratio": 0.5}]
+    groups = dependency_groups(make("apart"), _states(2, 7, 5), config)
+    assert groups.skipped.keys() == {"0", "1.mlp.fc1", "1.mlp.fc2", "2"}
+    assert all("no heads" in reason for reason in groups.skipped.values())
+
+
+PRUNERS = {
+    "NNI's L1": lambda model, groups, data: L1NormPruner(model, groups),
+    "l1": lambda model, groups, data: create_pruner("l1", model, groups),
+    "random": lambda model, groups, data: create_pruner("random", model, groups, seed=0),
+    "topological": lambda model, groups, data: create_pruner("topological", model, groups, calibration=data),
+    "reconstruction": lambda model, groups, data: create_pruner("reconstruction", model, groups, calibration=data),
+}
+
+
+def prune(model, config, kind, data):
+    groups = list(dependency_groups(model, data[0], config))
+    pruner = PRUNERS[kind](model, groups, data)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    return masks
+
+
+@pytest.mark.parametrize("kind", PRUNERS)
+@pytest.mark.parametrize("name", ["multihead", "encoder layer", "fused", "apart", "shared keys"])
+def test_pruners_choose_heads(name, kind):
+    model, data = make(name), [_states(8, 7, 5)]
+    (attention,) = find_attention(model).values()
+    whole = isinstance(model.get_submodule(attention.name), nn.MultiheadAttention)
+    asked = {"op_types": ["MultiheadAttention"]} if whole else {"op_types": ["Linear"], "granularity": "head"}
+    masks = prune(model, [{**asked, "sparse_ratio": 0.5}], kind, data)
+    kept = [
+        masks[layer][weight_name(model.get_submodule(layer))].flatten(1).any(1).numpy()[channels]
+        for layer, channels in attention.channels.items()
+    ]
+    stays = kept[0][:, 0]
+    assert stays.sum() == attention.heads - attention.heads // 2
+    assert all((each == stays[:, None]).all() for each in kept)
+    if not whole:
+        columns = masks[attention.out]["weight"].expand(WIDTH, -1).any(0)
+        assert np.array_equal(columns, stays.repeat(attention.size))
+    dense = to_dense(model, data[0], masks)
+    same(dense, masked_model(model, data[0], masks), data[0])
+
+
+@pytest.mark.parametrize("name", ["multihead", "apart"])
+@pytest.mark.parametrize("kind", ["topological", "reconstruction"])
+def test_of_two_equal_heads_one_goes_and_compensation_makes_up_for_it(name, kind):
+    model, data = make(name), [_states(64, 7, 5)]
+    (attention,) = find_attention(model).values()
+    with torch.no_grad():
+        for layer, channels in attention.channels.items():
+            module = model.get_submodule(layer)
+            bias = module.in_proj_bias if attention.is_fused else module.bias
+            for each in (weight_of(module), bias):
+                each[torch.from_numpy(channels[3])] = each[torch.from_numpy(channels[1])]
+        mixer = model.get_submodule(attention.out).weight
+        mixer[:, 9:] = mixer[:, 3:6]
+    original = copy.deepcopy(model)
+    kinds = (
+        {"op_types": ["MultiheadAttention"]} if attention.is_fused else {"op_types": ["Linear"], "granularity": "head"}
+    )
+    masks = prune(model, [{**kinds, "sparse_ratio": 0.25}], kind, data)
+    repaired = compensate(model, masks, data, ridge=0.0)
+    dense = to_dense(repaired, data[0], masks)
+    assert find_attention(dense)[attention.name].heads == 3
+    with torch.no_grad():
+        torch.testing.assert_close(dense(data[0]), original(data[0]), rtol=1e-3, atol=1e-3)
+
+
+def test_the_point_of_a_head_is_what_it_adds_to_the_stream():
+    from nni_topo.pruners import FunctionalCollector
+
+    model, data = make("apart"), [_states(16, 7, 5)]
+    (attention,) = find_attention(model).values()
+    groups = dependency_groups(model, data[0], [{"op_types": ["Linear"], "granularity": "head", "sparse_ratio": 0.5}])
+    entering = []
+    with model.get_submodule(attention.out).register_forward_pre_hook(lambda _, args: entering.append(args[0])):
+        model(data[0])
+    weight = model.get_submodule(attention.out).weight
+    added = [entering[0][..., h * SIZE : (h + 1) * SIZE] @ weight[:, h * SIZE : (h + 1) * SIZE].T for h in range(HEADS)]
+    expected = torch.stack([(each - each.mean((0, 1))).flatten() for each in added]).detach().double()
+    pruner = create_pruner("topological", model, list(groups), calibration=data)
+    points = FunctionalCollector(data).collect(pruner.context)["1.attention.q_proj"]["weight"]
+    torch.testing.assert_close(points @ points.T, expected @ expected.T / (16 * 7), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["multihead", "apart", "shared keys"])
+def test_costs_of_fewer_heads_are_those_of_the_dense_model(name):
+    model, inputs = make(name), _states(1, 7, 5)
+    masks = head_masks(model, [0, 2])
+    kept = {layer: next(iter(targets.values())).flatten(1).any(1).numpy() for layer, targets in masks.items()}
+    cost = NetworkCost(model, inputs)(kept)
+    dense = to_dense(model, inputs, masks)
+    assert cost.params == sum(p.numel() for p in dense.parameters())
+    whole = NetworkCost(model, inputs)({})
+    linear = sum(
+        (before - after) * 7
+        for before, after in (
+            tuple(sum(p.numel() for p in net.parameters() if p.dim() == 2) for net in (model, dense)),
+        )
+    )
+    assert whole.macs - cost.macs == linear
+
+
+def test_blocks_of_ones_own_stay_what_they_are():
+    config = [{"op_names_re": [r"1\.attention\.[qkv]_proj"], "granularity": [3, 6], "sparse_ratio": 0.5}]
+    groups = dependency_groups(make("apart"), _states(2, 7, 5), config)
+    assert [(e["granularity"], "dependency_group_id" in e) for e in groups] == [([3, 6], False)] * 3
+
+
+def test_one_head_of_a_layer_has_to_stay():
+    model = make("apart")
+    with pytest.raises(
+        SpeedupError, match=r"must leave at least one channel of a layer, got only zeros \(1\.attention"
+    ):
+        to_dense(model, _states(3, 7, 5), head_masks(model, []))
+    masks = prune(
+        model, [{"op_types": ["Linear"], "granularity": "head", "sparse_ratio": 0.99}], "l1", [_states(3, 7, 5)]
+    )
+    assert masks["1.attention.q_proj"]["weight"].flatten(1).any(1).sum() == SIZE
+
+
+@pytest.mark.parametrize("name", ["multihead", "encoder layer", "fused", "shared keys"])
+def test_a_model_with_fewer_heads_is_saved_and_loaded(name, tmp_path):
+    model, inputs = make(name), _states(3, 7, 5)
+    dense = to_dense(model, inputs, head_masks(model, [0, 2]))
+    save(dense, tmp_path / "dense.pt")
+    loaded = load(tmp_path / "dense.pt", model)
+    assert [each.heads for each in find_attention(loaded).values()] == [2]
+    same(loaded, dense, inputs)

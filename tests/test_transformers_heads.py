@@ -1,0 +1,102 @@
+"""Heads of tiny models of Transformers with random weights, whatever its version."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from nni_topo import compensate, create_pruner, dependency_groups, masked_model, to_dense
+from nni_topo.network.attention import find_attention
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+IMAGES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 8}
+DISTIL = {"vocab_size": 31, "dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 4}
+MODELS = {
+    "BertForSequenceClassification": ("BertConfig", SIZES),
+    "RobertaForSequenceClassification": ("RobertaConfig", SIZES),
+    "DistilBertForSequenceClassification": ("DistilBertConfig", DISTIL),
+    "ViTForImageClassification": ("ViTConfig", {**IMAGES, "patch_size": 4}),
+    "DeiTForImageClassification": ("DeiTConfig", {**IMAGES, "patch_size": 4}),
+    "LlamaForCausalLM": ("LlamaConfig", {**SIZES, "num_key_value_heads": 2, "head_dim": 4}),
+    "Qwen2ForCausalLM": ("Qwen2Config", {**SIZES, "num_key_value_heads": 2}),
+    "MistralForCausalLM": ("MistralConfig", {**SIZES, "num_key_value_heads": 2, "sliding_window": None}),
+}
+
+
+def make(name, **more):
+    torch.manual_seed(0)
+    config, sizes = MODELS[name]
+    model = getattr(transformers, name)(getattr(transformers, config)(**sizes, **more)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+    return model
+
+
+def inputs_of(model, samples=3, places=6):
+    drawing = torch.Generator().manual_seed(1)
+    if hasattr(model.config, "image_size"):
+        return {"pixel_values": torch.randn(samples, 3, 8, 8, generator=drawing)}
+    ids = torch.randint(5, 31, (samples, places), generator=drawing)
+    padding = (torch.arange(places) < torch.tensor([places, places - 2, places])[:samples, None]).long()
+    return {"input_ids": ids, "attention_mask": padding}
+
+
+def pruned(model, inputs, ratio=0.5):
+    config = [{"op_types": ["Linear"], "granularity": "head", "sparse_ratio": ratio}]
+    groups = list(dependency_groups(model, inputs, config))
+    work = copy.deepcopy(model)
+    return create_pruner("l1", work, groups).compress()[1]
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_half_of_the_heads_go(name):
+    model = make(name)
+    inputs = inputs_of(model)
+    masks = pruned(model, inputs)
+    dense = to_dense(model, inputs, masks)
+    before, after = find_attention(model), find_attention(dense)
+    assert before.keys() == after.keys()
+    assert len(before) == model.config.num_hidden_layers
+    assert all(after[each].heads == before[each].heads // 2 for each in before)
+    reference = masked_model(model, inputs, masks)
+    for given in (inputs, inputs_of(model, samples=2, places=5)):
+        torch.testing.assert_close(logits(dense, given), logits(reference, given), rtol=1e-5, atol=1e-5)
+
+
+def test_a_decoder_generates_with_and_without_cache_and_loads_by_its_config(tmp_path):
+    model = make("LlamaForCausalLM")
+    inputs = inputs_of(model)
+    dense = to_dense(model, inputs, pruned(model, inputs))
+    start = inputs["input_ids"][:1]
+    texts = [dense.generate(start, max_new_tokens=5, do_sample=False, use_cache=use) for use in (True, False)]
+    assert texts[0].shape == (1, 11)
+    assert torch.equal(*texts)
+    assert (dense.config.num_attention_heads, dense.config.num_key_value_heads) == (2, 1)
+    assert model.config.num_attention_heads == 4
+    dense.save_pretrained(tmp_path)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(loaded, inputs), logits(dense, inputs))
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "LlamaForCausalLM"])
+def test_compensation_without_labels_brings_back_some_of_it(name):
+    model = make(name)
+    calibration = [inputs_of(model) for _ in range(2)]
+    masks = pruned(model, calibration[0])
+    expected = logits(model, calibration[0])
+    lost = [
+        (logits(to_dense(each, calibration[0], masks), calibration[0]) - expected).square().sum()
+        for each in (model, compensate(model, masks, calibration))
+    ]
+    assert lost[1] < 0.7 * lost[0]

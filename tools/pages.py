@@ -1,0 +1,110 @@
+"""Pages of the site that lie elsewhere in the project, or follow from its code; a hook of MkDocs, see mkdocs.yml."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File
+
+PROJECT = Path(__file__).parents[1]
+ELSEWHERE = {
+    "index.md": "README.md",
+    "results.md": "benchmarks/RESULTS.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+}
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages, and the pictures of the figures' page."""
+    for page, source in ELSEWHERE.items():
+        files.append(File.generated(config, page, content=relinked((PROJECT / source).read_text(), source)))
+    for picture in PROJECT.glob("benchmarks/*/*.png"):
+        files.append(File.generated(config, f"{picture.parent.name}/{picture.name}", abs_src_path=str(picture)))
+    files.append(File.generated(config, "api.md", content=api()))
+    files.append(File.generated(config, "verbs.md", content=verbs()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Let links that leave the folder of the pages lead to the pages made of those files."""
+    return markdown if page.file.generated_by else relinked(markdown, f"docs/{page.file.src_uri}")
+
+
+def relinked(text: str, source: str) -> str:
+    """Return a file's text with its links as seen from the site's top folder; what isn't part of it is named only."""
+    pages = {source: page for page, source in ELSEWHERE.items()}
+
+    def link(found: re.Match[str]) -> str:
+        words, target, anchor = found[1], found[2], found[3] or ""
+        if re.match(r"https?:|#|mailto:", target) or not target:
+            return found[0]
+        place = (PROJECT / source).parent.joinpath(target).resolve()
+        inside = place.is_relative_to(PROJECT) and place.relative_to(PROJECT).as_posix()
+        if inside in pages:
+            return f"{words}({pages[inside]}{anchor})"
+        for folder in ("docs", "benchmarks"):
+            if inside and inside.startswith(f"{folder}/") and place.suffix in (".md", ".png"):
+                return f"{words}({inside.removeprefix(f'{folder}/')}{anchor})"
+        return re.sub(r"^!?\[(.*)\]$", r"\1", words)
+
+    return re.sub(r"(!?\[[^\]]*\])\(([^)#\s]*)(#[^)]*)?\)", link, text)
+
+
+def api() -> str:
+    """Return the page of the public names, by what `nni_topo` lists."""
+    tree = ast.parse((PROJECT / "nni_topo" / "__init__.py").read_text())
+    homes = {
+        alias.name: f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nni_topo.")
+        for alias in node.names
+    }
+    listed = next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    )
+    homes |= {"shrink": "nni_topo.runs.shrink.shrink"}
+    names = [name for name in listed if name in homes and not (PROJECT / homes[name].replace(".", "/")).is_dir()]
+    parts = ["# The public names", "", *(f"::: {homes[name]}\n" for name in names if name != "__version__")]
+    return "\n".join(parts)
+
+
+def verbs() -> str:
+    """Return the page of the command line: each verb's flags with what the comments behind the fields say."""
+    parts = [
+        "# The command line",
+        "",
+        "Every verb takes `--json`, `--seed` and `--device`; `nni-topo VERB --help` says the same.",
+        "",
+    ]
+    for path in sorted(PROJECT.glob("nni_topo/cli/*.py")) + sorted(PROJECT.glob("nni_topo/analysis/**/*.py")):
+        for name, summary, flags in _classes(path.read_text()):
+            if path.parent.name != "cli" and not name.startswith("analyze "):
+                continue
+            group = "experiment " if path.stem == "experiment" else ""
+            parts += [f"## {group}{name}", "", summary, "", "| flag | default | |", "|---|---|---|", *flags, ""]
+    return "\n".join(parts)
+
+
+def _classes(text: str) -> Iterator[tuple[str, str, list[str]]]:
+    lines = text.splitlines()
+    for node in ast.parse(text).body:
+        if not isinstance(node, ast.ClassDef) or not any(
+            "Verb" in ast.unparse(b) or "Study" in ast.unparse(b) for b in node.bases
+        ):
+            continue
+        fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+        flags = []
+        for item in fields:
+            default = "" if item.value is None else f"`{ast.unparse(item.value)}`"
+            said = lines[item.lineno - 1].partition("  # ")[2]
+            flags.append(f"| `{ast.unparse(item.target).replace('_', '-')}` | {default} | {said} |")
+        if flags and not node.name.startswith("_"):
+            title = re.sub(r"^Analyze", "analyze ", node.name).lower()
+            yield title, (ast.get_docstring(node) or "").partition("\n")[0], flags
