@@ -72,42 +72,6 @@ def test_two_readers_count_together():
     assert order[0] == int(np.argmax(gains))
 
 
-@pytest.mark.parametrize(("channels", "block", "samples"), [(160, 1, 400), (120, 2, 150), (96, 4, 1000)])
-def test_many_channels_are_chosen_as_well_as_by_looking_at_all_in_each_step(channels, block, samples):
-    """Between the looks at all channels only the foremost are compared, which mustn't cost what they explain."""
-    rng = np.random.default_rng(channels)
-    hidden = rng.normal(size=(samples, 20))
-    inputs = np.maximum(hidden @ rng.normal(size=(20, channels * block)) + rng.normal(size=(samples, 1)), 0.0)
-    inputs += 0.3 * rng.normal(size=inputs.shape)
-    targets = inputs @ rng.normal(size=(channels * block, 10))
-    gram, cross = inputs.T @ inputs + 1e-4 * samples * np.eye(channels * block), inputs.T @ targets
-    keep = channels // 4
-    slow: list[int] = []
-    for _ in range(keep):
-        gains = {c: explained(gram, cross, [*slow, c], block) for c in sorted(set(range(channels)) - {*slow})}
-        slow.append(max(gains, key=gains.__getitem__))
-    fast = greedy_least_squares(gram, cross, keep, block=block).tolist()
-    assert len(set(fast)) == keep
-    left = [float((targets**2).sum()) - explained(gram, cross, chosen, block) for chosen in (slow, fast)]
-    assert left[1] <= 1.01 * left[0]
-
-
-def explained(gram, cross, channels, block):
-    """Squared sum of the targets that some channels explain."""
-    columns = [channel * block + i for channel in channels for i in range(block)]
-    return float((cross[columns] * np.linalg.solve(gram[np.ix_(columns, columns)], cross[columns])).sum())
-
-
-def test_copies_of_the_foremost_channels_are_not_taken_for_want_of_a_look_at_the_others():
-    """80 near copies of one channel lead at first; once one of them is there, the others explain nothing."""
-    rng = np.random.default_rng(0)
-    inputs = rng.normal(size=(500, 100))
-    inputs[:, :80] = 3.0 * inputs[:, :1] + 1e-3 * rng.normal(size=(500, 80))
-    targets = np.column_stack([inputs[:, 0], inputs[:, 80:]])
-    chosen = greedy_least_squares(inputs.T @ inputs, inputs.T @ targets, 21).tolist()
-    assert set(range(80, 100)) <= set(chosen)
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
