@@ -11,7 +11,7 @@ import yaml
 
 PROJECT = Path(__file__).parent.parent
 PAGES = sorted([*PROJECT.glob("docs/*.md"), PROJECT / "README.md", PROJECT / "CONTRIBUTING.md"])
-RUN = ("start", "export", "migrating", "own_pruner")
+RUN = ("start", "export", "migrating", "own_pruner", "transformers")
 MADE = {"index.md", "api.md", "verbs.md", "results.md", "contributing.md", "changelog.md"}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from nni.compression.base import compressor
 from nni.compression.base.compressor import Compressor
 from nni.compression.base.config import select_modules_by_config
+from nni.compression.base.setting import PruningSetting
 from nni.compression.base.wrapper import ModuleWrapper
 
 from nni_topo.sharing import parameter_holders
@@ -18,6 +19,7 @@ from nni_topo.sharing import parameter_holders
 _TIED = "_nni_topo_tied"
 _BEGUN = "_nni_topo_begun"
 _MARK = "_nni_topo_mend"
+_FORWARD = "_nni_topo_forward"
 
 
 def keep_shared_parameters() -> bool:
@@ -46,6 +48,22 @@ def keep_shared_parameters() -> bool:
     setattr(unwrap_one, _MARK, True)
     Compressor.wrap_model, ModuleWrapper.unwrap = wrap_all, unwrap_one
     return True
+
+
+def derived_types(model: torch.nn.Module, types: Iterable[str]) -> set[str]:
+    """Name the classes in a model, not PyTorch's own, that derive from PyTorch's of these names; NNI knows them then.
+
+    NNI looks up settings by the name of a class, so that layers of a derived class can't be pruned unless registered.
+    """
+    found = set[str]()
+    for kind in {type(module) for module in model.modules()}:
+        bases = [base.__name__ for base in kind.__mro__ if base.__module__.startswith("torch.nn.modules")]
+        base = next((base for base in bases if base in types and base in PruningSetting.registry), None)
+        if base and not kind.__module__.startswith("torch."):
+            found.add(kind.__name__)
+            if kind.__name__ not in PruningSetting.registry:
+                PruningSetting.register(kind.__name__, PruningSetting.registry[base])
+    return found
 
 
 def _share_targets(pruner: Compressor) -> None:
@@ -94,6 +112,47 @@ def _by_one_name(
         fusion = {"fuse_names": fused} if fused else {}
         written.append(config if names == modules.keys() else {**settings, **fusion, "op_names": sorted(names)})
     return written
+
+
+def leave_no_forward() -> bool:
+    """Leave an unwrapped module without an attribute ``forward`` of its own, if it had none.
+
+    Place: ``nni/compression/base/wrapper.py``, ``ModuleWrapper.unwrap``. Cause: it puts the class's method back as an
+    attribute of the module, on every version. Returns True, but for a second call: NNI has no such rule.
+    """
+    unwrap = ModuleWrapper.unwrap
+    if hasattr(unwrap, _FORWARD):
+        return False
+
+    @functools.wraps(unwrap)
+    def unwrap_one(self: ModuleWrapper) -> None:
+        unwrap(self)
+        if getattr(self.module_forward, "__func__", None) is type(self.module).forward:
+            vars(self.module).pop("forward", None)
+
+    setattr(unwrap_one, _FORWARD, True)
+    ModuleWrapper.unwrap = unwrap_one
+    return True
+
+
+def unwrap_models_once() -> bool:
+    """Let ``unwrap_model`` do nothing for a model that isn't wrapped.
+
+    Place: ``nni/compression/base/compressor.py``, ``Compressor.unwrap_model``. Cause: it warns that it can't, and goes
+    on to an AttributeError, on every version. Returns True, but for a second call: NNI has no such rule.
+    """
+    unwrap_model = Compressor.unwrap_model
+    if hasattr(unwrap_model, _MARK):
+        return False
+
+    @functools.wraps(unwrap_model)
+    def unwrap_once(self: Compressor) -> None:
+        if self._is_wrapped:
+            unwrap_model(self)
+
+    setattr(unwrap_once, _MARK, True)
+    Compressor.unwrap_model = unwrap_once
+    return True
 
 
 def undo_failed_constructors() -> bool:

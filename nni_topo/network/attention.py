@@ -247,6 +247,8 @@ def tell_config(model: Any, original: nn.Module) -> None:
 def resize(module: Any, attention: Attention, left: int) -> None:
     """Tell a module how many of its heads are left; its layers are cut already."""
     old = attention.heads
+    if left == old:
+        return
     if isinstance(module, nn.MultiheadAttention):
         module.num_heads = left
         module.__class__ = PrunedMultiheadAttention

@@ -19,7 +19,7 @@ from nni_topo.network.sizes import Size
 
 IntArray = NDArray[np.int64]
 Kept = Mapping[str, NDArray[np.bool_]]
-"""``{layer name: which of its output channels are kept}``."""
+"""``{layer name: which of its output channels are kept}``, or which of its heads; what mixes heads is passed over."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,9 @@ class NetworkCost:
         loses = [np.zeros(0, dtype=np.int64)]
         for name, layer in self._flow.layers.items():
             roots = self._flow.layer_roots(name)
-            if name in kept:
+            if name in kept and len(kept[name]) < len(roots):
+                roots = self._flow.roots(self._flow.head_numbers(name))
+            if name in kept and len(kept[name]) == len(roots):
                 stays.append(roots[kept[name]])
                 loses.append(roots[~kept[name]])
             elif not layer.depthwise:

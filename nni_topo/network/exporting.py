@@ -41,7 +41,7 @@ class Exported:
         Its bytes.
     error : float
         Largest difference of the float file's outputs from the network's, at two batch sizes, as a share of the
-        largest output (at least 1).
+        largest output.
     int8_distance : float
         Mean squared distance of the INT8 file's outputs from the network's over the calibration batches, as a share of
         their variance; NaN without INT8.
@@ -121,10 +121,11 @@ def export(
     program = _program(net, call)
     path.parent.mkdir(parents=True, exist_ok=True)
     if format == "torch.export":
-        torch.export.save(program, path)
-        loaded = torch.export.load(path).module()
+        with _quietly(), _export_errors("that torch.export can save (ONNX may)", net):
+            torch.export.save(program, path)
+            loaded = torch.export.load(path).module()
         return Exported(path, path.stat().st_size, _check(net, call, lambda one: tensors_of(loaded(*one[0], **one[1]))))
-    with _quietly():
+    with _quietly(), _export_errors("that PyTorch can write as ONNX", net):
         torch.onnx.export(program, f=str(path), dynamo=True, external_data=False, verbose=False)
     session = _session(path)
     error = _check(net, call, lambda one: _run(session, one))
@@ -180,14 +181,19 @@ def _program(net: nn.Module, call: Call) -> Any:
 
     shapes = (*tree_map(shape, call[0]), *tree_map(shape, call[1]).values())
     names = [*_names(net, call)]
+    with _export_errors("that torch.export can follow at any batch size", net), torch.no_grad():
+        return torch.export.export(net, *call, dynamic_shapes=dict(zip(names, shapes, strict=True)))
+
+
+@contextmanager
+def _export_errors(rule: str, net: nn.Module) -> Iterator[None]:
+    """Turn whatever PyTorch's exporters raise into an ExportError."""
     try:
-        with torch.no_grad():
-            return torch.export.export(net, *call, dynamic_shapes=dict(zip(names, shapes, strict=True)))
-    except Exception as error:  # whatever torch.export's own passes raise
+        yield
+    except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise ExportError(
-            f"a network must be one that torch.export can follow at any batch size, got {type(error).__name__}: "
-            f"{reason} ({type(net).__name__})"
+            f"a network must be one {rule}, got {type(error).__name__}: {reason} ({type(net).__name__})"
         ) from error
 
 
@@ -228,7 +234,7 @@ def _check(net: nn.Module, call: Call, run: Any) -> float:
                 shapes = f"{tuple(got.shape)} for {tuple(wanted.shape)}"
                 raise ExportError(f"an output must keep its shape, got {shapes} (export)")
             gap = (got.double() - wanted.double()).abs().max()
-            errors.append(float(gap / wanted.double().abs().max().clamp_min(1.0)))
+            errors.append(float(gap / wanted.double().abs().max().clamp_min(torch.finfo(torch.float32).tiny)))
     if not max(errors) <= _TOLERANCE:
         raise ExportError(f"outputs must be equal within {_TOLERANCE:g} of the largest, got {max(errors):.3g} (export)")
     return max(errors)

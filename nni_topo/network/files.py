@@ -20,6 +20,10 @@ import torch
 
 from nni_topo._version import __version__
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.attention import find_attention, resize
+from nni_topo.network.counted import count
+from nni_topo.network.labels import can_follow
+from nni_topo.network.layers import weight_of
 from nni_topo.network.masks import check_unwrapped
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
@@ -32,6 +36,7 @@ _SIZES: dict[type[torch.nn.Module], tuple[str, ...]] = {
     torch.nn.Linear: ("in_features", "out_features"),
     torch.nn.modules.batchnorm._NormBase: ("num_features",),
     torch.nn.GroupNorm: ("num_channels", "num_groups"),
+    torch.nn.RNNBase: ("input_size",),
     torch.nn.LayerNorm: ("normalized_shape",),
     torch.nn.Embedding: ("num_embeddings", "embedding_dim"),
     torch.nn.PReLU: ("num_parameters",),
@@ -133,6 +138,7 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
     check_unwrapped(built)
     _check_fit(document, built, os.fspath(path))
     modules: dict[str, dict[str, Any]] = document["modules"]
+    whole = find_attention(built)
     for name, description in modules.items():
         _resize(built.get_submodule(name), description["sizes"])
     ties = find_ties(built)
@@ -142,6 +148,9 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
         for name, tensor in named_tensors(built).items():
             if name in stored:
                 tensor.data = stored[name].to(tensor.device, copy=True)
+    for name, attention in whole.items():
+        layer, channels = next(iter(attention.channels.items()))
+        resize(built.get_submodule(name), attention, len(weight_of(built.get_submodule(layer))) // channels.shape[1])
     tie_again(built, [part for names in ties for part in _shared(names, stored)])
     _check_values(document.get("fingerprints", {}), stored, built, os.fspath(path))
     return built
@@ -149,7 +158,8 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
 
 def _sizes(module: torch.nn.Module) -> tuple[str, ...]:
     """List the names of a module's size attributes; none for a type without."""
-    return next((names for kind, names in _SIZES.items() if isinstance(module, kind)), ())
+    names = next((names for kind, names in _SIZES.items() if isinstance(module, kind)), ())
+    return (*names, "counted") if hasattr(module, "counted") else names
 
 
 def _describe(module: torch.nn.Module) -> dict[str, Any]:
@@ -220,12 +230,14 @@ def _check_fit(document: dict[str, Any], model: torch.nn.Module, place: str) -> 
     rule = "a dense model must be loaded into the model it was pruned from"
     modules = {name: module for name, module in model.named_modules() if _sizes(module)}
     resizable = {name for name, module in model.named_modules(remove_duplicate=False) if _sizes(module)}
+    resizable |= find_attention(model).keys()
     stored: dict[str, dict[str, Any]] = document["modules"]
     tensors = dict(model.state_dict(keep_vars=True))
     _check_names(rule, "modules", set(stored), set(modules), place)
     _check_names(rule, "tensors", set(document["state_dict"]), set(tensors), place)
     for name, description in stored.items():
-        if description["type"] != type(modules[name]).__name__:
+        counts = "counted" in description["sizes"] and set(_sizes(modules[name])) <= set(description["sizes"])
+        if description["type"] != type(modules[name]).__name__ and not counts:
             raise ConfigError(
                 f"{rule}, got {description['type']} where the model has {type(modules[name]).__name__} "
                 f"({name}, {place})"
@@ -233,7 +245,7 @@ def _check_fit(document: dict[str, Any], model: torch.nn.Module, place: str) -> 
     for name, tensor in tensors.items():
         small, full = tuple(document["state_dict"][name].shape), tuple(tensor.shape)
         fits = len(small) == len(full) and all(a <= b for a, b in zip(small, full, strict=True))
-        if small != full and not (name.rpartition(".")[0] in resizable and fits):
+        if small != full and not (fits and (name.rpartition(".")[0] in resizable or can_follow(tensor))):
             raise ConfigError(f"{rule}, got shape {small} where the model has {full} ({name}, {place})")
 
 
@@ -245,6 +257,8 @@ def _check_names(rule: str, kind: str, stored: set[str], known: set[str], place:
 
 
 def _resize(module: torch.nn.Module, sizes: dict[str, Any]) -> None:
+    if "counted" in sizes:
+        count(module, sizes["counted"])
     for name in _sizes(module):
         size = sizes[name]
         setattr(module, name, tuple(size) if isinstance(size, list) else size)

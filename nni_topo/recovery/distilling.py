@@ -25,7 +25,7 @@ import torch
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ConfigError, DataError, check_integer, check_seed, is_finite, unknown_name
+from nni_topo.errors import SEED, ConfigError, DataError, check_integer, is_finite, unknown_name
 from nni_topo.network.capture import batches_of
 from nni_topo.network.inputs import calls
 from nni_topo.network.masks import check_model
@@ -109,7 +109,7 @@ def distillation(
     if objective not in OBJECTIVES:
         raise unknown_name("objective", str(objective), OBJECTIVES)
     check_knobs(temperature, steps, seconds, batch_size, lr)
-    check_seed(seed, "distill")
+    SEED.check("seed", seed, "distill")
     for model in (original, dense):
         check_model(model)
     given = [batches_of(each, original) for each in (images, held_out) if each is not None]

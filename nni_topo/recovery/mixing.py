@@ -189,34 +189,13 @@ class PairTask(ChannelTask):
 def pair_coefficients(
     removed: ArrayLike, survivor: ArrayLike, *, iterations: int | None = None, eps: float = 0.0
 ) -> tuple[float, float]:
-    """Return the line that predicts a removed channel from a kept one.
+    """Return alpha and beta of the line that predicts a removed channel ``f_u`` from a kept one ``f_s``, (5.10).
 
-    Parameters
-    ----------
-    removed, survivor : array_like of float, any equal shapes
-        Activations ``f_u`` and ``f_s`` over the same samples.
-    iterations : int, optional
-        Alternate (5.11) and (5.12) so often, at least once, from ``beta = 0``; by default the closed form, to which
-        they converge.
-    eps : float, default=0.0
-        The text's small value in the denominator, at least 0.
-
-    Returns
-    -------
-    alpha, beta : float
-        ``argmin ||f_u - alpha f_s - beta||^2``, equation (5.10). Where ``f_s`` is constant, ``alpha`` is 0.
-
-    Raises
-    ------
-    ConfigError
-        If ``iterations`` isn't positive or ``eps`` negative.
-    DataError
-        If there is no sample, the shapes differ, or a value isn't finite.
-
-    Notes
-    -----
-    (5.12) prints no mean; as ``beta`` is one number, it is the mean over samples. Each iteration shrinks the
-    distance to the closed form by ``mean(f_s)^2 / (mean(f_s^2) + eps / n)``.
+    It is ``argmin ||f_u - alpha f_s - beta||^2`` over the same samples, arrays of equal shapes; where ``f_s`` is
+    constant, alpha is 0. With ``iterations`` (5.11) and (5.12) alternate so often from ``beta = 0`` and come nearer to
+    that by ``mean(f_s)^2 / (mean(f_s^2) + eps / n)`` each time, ``eps`` the text's small value in the denominator.
+    (5.12) prints no mean; as beta is one number, it is the mean over samples. ConfigError if a knob is out of range,
+    DataError if there is no sample, the shapes differ, or a value isn't finite.
 
     Examples
     --------

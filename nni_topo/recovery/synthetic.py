@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from nni_topo.errors import ConfigError, check_integer, check_seed
+from nni_topo.errors import SEED, ConfigError, check_integer
 from nni_topo.network.capture import watched
 from nni_topo.network.inputs import call_arguments, check_fits, tensors_of
 from nni_topo.network.masks import check_model
@@ -99,7 +99,7 @@ def synthetic_images(
     """
     for name, value, least in (("count", count, 1), ("steps", steps, 1), ("batch_size", batch_size, 2)):
         check_integer(name, value, least, "synthetic_images")
-    check_seed(seed, "synthetic_images")
+    SEED.check("seed", seed, "synthetic_images")
     check_model(model)
     call = call_arguments(example_inputs, model)
     tensors = tensors_of(call)

@@ -39,6 +39,7 @@ def run_cell(cell: Cell, out: Path) -> Record:
         "sparse_ratios": ratios,
         **costs(start, dense),
         "accuracy_before": start.accuracy,
+        **(start.figures(start.net, "before") if start.data.is_text else {}),
         "prune_seconds": prune_seconds,
         "speedup_seconds": time.perf_counter() - cutting,
         **latencies(start, dense),
@@ -54,7 +55,7 @@ def run_cell(cell: Cell, out: Path) -> Record:
         if curve:
             record["validation_before"] = start.validation_accuracy
             record["curve"] = [*curve, *(epoch.validation_accuracy for epoch in log.epochs)]
-        record["accuracy_retrained"] = start.tested(dense)
+        record |= start.figures(dense, "retrained")
     record["peak_memory_bytes"] = _peak_memory()
     record["seconds"] = time.perf_counter() - began
     return {**record, **provenance()}
@@ -105,17 +106,17 @@ def with_new_weights(model: nn.Module, seed: int) -> nn.Module:
 
 def _recovered(cell: Cell, start: Start, masks: Masks, dense: nn.Module, record: Record) -> nn.Module:
     """Measure a pruned network as it is, with batch norms re-calibrated, and recovered as asked for; return this."""
-    record["accuracy_oneshot"] = start.tested(dense)
+    record |= start.figures(dense, "oneshot")
     images = start.images(_RECALIBRATION_IMAGES)
     record["accuracy_recalibrated"] = start.tested(recalibrate_batch_norm(dense, images))
     if cell.compensate is not None:
         dense, report = made_dense(start, masks, cell.compensate)
-        record["accuracy_compensated"] = start.tested(dense)
+        record |= start.figures(dense, "compensated")
         record["compensate_seconds"] = None if report is None else report.seconds
     if cell.distill is not None:
         found = distilled(start, dense, cell.distill)
         dense = found.model
-        record["accuracy_distilled"] = start.tested(dense)
+        record |= start.figures(dense, "distilled")
         record["distill_seconds"] = found.seconds
     return dense
 

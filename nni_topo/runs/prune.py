@@ -58,20 +58,21 @@ def prune_checkpoint(
         "prune_seconds": seconds,
         **costs(start, dense),
         "accuracy_before": start.accuracy,
-        "accuracy_oneshot": start.tested(dense),
+        **(start.figures(start.net, "before") if start.data.is_text else {}),
+        **start.figures(dense, "oneshot"),
     }
     if config.compensate is not None:
         dense, report = made_dense(start, masks, config.compensate, progress=progress)
-        record["accuracy_compensated"] = start.tested(dense)
+        record |= start.figures(dense, "compensated")
         if report is not None:
             record["compensation"] = report.to_frame().replace({float("nan"): None}).to_dict("records")
     if config.distill is not None:
         dense = distilled(start, dense, config.distill, progress=progress).model
-        record["accuracy_distilled"] = start.tested(dense)
+        record |= start.figures(dense, "distilled")
     if config.retrain:
         recipe = start.recipe.for_retraining(int(config.retrain.get("epochs", 1)))
         retrain(dense, start.data, changed_recipe(recipe, config.retrain), seed=seed, progress=progress)
-        record["accuracy_retrained"] = start.tested(dense)
+        record |= start.figures(dense, "retrained")
     record |= latencies(start, dense) | provenance()
     out.mkdir(parents=True, exist_ok=True)
     files.save(dense, out / "dense.pt")

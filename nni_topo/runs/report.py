@@ -38,18 +38,7 @@ class Part:
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write ``report.html`` from the files of a run's folder; return it.
-
-    Parameters
-    ----------
-    folder : str or Path
-        Output folder of ``compare``, ``prune``, ``shrink``, a study or an experiment, also while it runs.
-
-    Raises
-    ------
-    DataError
-        If it holds nothing to report.
-    """
+    """Write ``report.html`` from the files of a run's folder, also while it runs; DataError if there is nothing."""
     from jinja2 import Environment
 
     folder = Path(folder)

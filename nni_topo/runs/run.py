@@ -41,6 +41,7 @@ from nni_topo.runs.plan import (
 from nni_topo.runs.records import Record
 from nni_topo.runs.rivals import is_rival, rival_masks
 from nni_topo.runs.widths import left_whole, pruning_config
+from nni_topo.zoo.evaluation import bits
 
 LATENCY_BATCH = 64
 _RECALIBRATION_IMAGES = 1024
@@ -89,6 +90,13 @@ class Start:
     def tested(self, net: nn.Module) -> float:
         """Return a network's accuracy on the test images, in [0, 1]."""
         return zoo.evaluate(net, self.data.test, device=self.device)
+
+    def figures(self, net: nn.Module, step: str) -> dict[str, float]:
+        """Return what a record says of a network on the test images; of text also bits a byte, less is better."""
+        if not self.data.is_text:
+            return {f"accuracy_{step}": self.tested(net)}
+        loss, accuracy = zoo.loss_and_accuracy(net, self.data.test, device=self.device)
+        return {f"accuracy_{step}": accuracy, f"bits_{step}": bits(loss)}
 
     def images(self, count: int, skip: int = 0) -> list[Tensor]:
         """Return training images behind so many others, without labels, in batches on the device; none if none."""

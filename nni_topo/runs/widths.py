@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError
 from nni_topo.network.cost import NetworkCost
 from nni_topo.network.dependency import OUTPUT, dependency_groups
-from nni_topo.network.layers import output_channels
+from nni_topo.network.labels import FIXED
 from nni_topo.network.network import Network
 from nni_topo.network.report import DenseReport, why_not_followed
 from nni_topo.pruners.budget import solve_uniform
@@ -26,7 +26,7 @@ _MOVES = 32
 
 @dataclass(frozen=True)
 class Unit:
-    """Layers that lose the same channels: ``rows`` steps of ``parts`` channels each."""
+    """Layers that lose the same channels, or heads: ``rows`` steps of ``parts`` each."""
 
     layers: tuple[str, ...]
     rows: int
@@ -38,7 +38,7 @@ def layer_ratios(model: nn.Module, example_inputs: Tensor, target: Target) -> di
     config_list = _grouped(model, example_inputs)
     if target.kind == "ratio":
         return {name: target.value for entry in config_list for name in entry["op_names"]}
-    units = _units(model, config_list)
+    units = _units(model, example_inputs, config_list)
     left = _cost_left(units, NetworkCost(model, example_inputs))
     least = left([unit.rows - 1 for unit in units])
     if least > 2.0 * target.value:
@@ -55,7 +55,7 @@ def proposed_ratios(
 ) -> dict[str, float]:
     """Return proposed ratios such that layers that meet agree, and the MACs left meet a ``share`` (None: any)."""
     config_list = _grouped(model, example_inputs)
-    units = _units(model, config_list)
+    units = _units(model, example_inputs, config_list)
     if share is None:
         agreed = {name: float(proposed[unit.layers[0]]) for unit in units for name in unit.layers}
         return {name: agreed[name] for entry in config_list for name in entry["op_names"]}
@@ -86,13 +86,15 @@ def pruning_config(model: nn.Module, example_inputs: Tensor, ratios: dict[str, f
 
 
 def inner_layers(model: nn.Module, example_inputs: Tensor) -> list[str]:
-    """Return the convolutions and linear layers whose channels aren't the model's output, in network order."""
+    """Return the convolutions and linear layers whose channels could go and aren't the model's output, in its order."""
     flow = Network.on(model, example_inputs).flow
-    prunable = (nn.modules.conv._ConvNd, nn.Linear)
+    prunable = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
     return [
         name
         for name in flow.layers
-        if isinstance(model.get_submodule(name), prunable) and not flow.reaches_output(name)
+        if isinstance(model.get_submodule(name), prunable)
+        and not flow.reaches_output(name)
+        and (flow.layer_roots(name) != FIXED).any()
     ]
 
 
@@ -117,7 +119,8 @@ def _grouped(model: nn.Module, example_inputs: Tensor) -> list[dict[str, Any]]:
     return dependency_groups(model, example_inputs, [{"op_names": layers, "sparse_ratio": 0.0}])
 
 
-def _units(model: nn.Module, config_list: list[dict[str, Any]]) -> list[Unit]:
+def _units(model: nn.Module, example_inputs: Tensor, config_list: list[dict[str, Any]]) -> list[Unit]:
+    flow = Network.on(model, example_inputs).flow
     layers: dict[str, list[str]] = defaultdict(list)
     parts: dict[str, int] = defaultdict(lambda: 1)
     for entry in config_list:
@@ -127,8 +130,7 @@ def _units(model: nn.Module, config_list: list[dict[str, Any]]) -> list[Unit]:
         # blocks of all members must fit: a step takes one channel of each part
         parts[key] = math.lcm(parts[key], entry.get("internal_metric_block", 1))
     return [
-        Unit(tuple(names), (output_channels(model.get_submodule(names[0])) or 0) // parts[key], parts[key])
-        for key, names in layers.items()
+        Unit(tuple(names), len(flow.head_numbers(names[0])) // parts[key], parts[key]) for key, names in layers.items()
     ]
 
 

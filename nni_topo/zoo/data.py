@@ -122,6 +122,11 @@ class DataBundle:
     class_names: tuple[str, ...]
 
     @property
+    def is_text(self) -> bool:
+        """Whether every place of a row has a label of its own: what follows it."""
+        return self.train.tensors[1].dim() == 2
+
+    @property
     def black(self) -> Tensor:
         """What a stored 0 has become, per channel, shape (in_channels,)."""
         return -torch.tensor(self.mean) / torch.tensor(self.std)

@@ -11,7 +11,8 @@ from nni.compression.pruning import L1NormPruner
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
-from nni_topo import compensate, create_pruner, dependency_groups, masked_model, to_dense
+from nni_topo import compensate, create_pruner, dependency_groups, load, masked_model, save, to_dense
+from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import find_attention, multihead
 from nni_topo.network.cost import NetworkCost
 from nni_topo.network.layers import weight_name, weight_of
@@ -343,3 +344,25 @@ def test_blocks_of_ones_own_stay_what_they_are():
     config = [{"op_names_re": [r"1\.attention\.[qkv]_proj"], "granularity": [3, 6], "sparse_ratio": 0.5}]
     groups = dependency_groups(make("apart"), _states(2, 7, 5), config)
     assert [(e["granularity"], "dependency_group_id" in e) for e in groups] == [([3, 6], False)] * 3
+
+
+def test_one_head_of_a_layer_has_to_stay():
+    model = make("apart")
+    with pytest.raises(
+        SpeedupError, match=r"must leave at least one channel of a layer, got only zeros \(1\.attention"
+    ):
+        to_dense(model, _states(3, 7, 5), head_masks(model, []))
+    masks = prune(
+        model, [{"op_types": ["Linear"], "granularity": "head", "sparse_ratio": 0.99}], "l1", [_states(3, 7, 5)]
+    )
+    assert masks["1.attention.q_proj"]["weight"].flatten(1).any(1).sum() == SIZE
+
+
+@pytest.mark.parametrize("name", ["multihead", "encoder layer", "fused", "shared keys"])
+def test_a_model_with_fewer_heads_is_saved_and_loaded(name, tmp_path):
+    model, inputs = make(name), _states(3, 7, 5)
+    dense = to_dense(model, inputs, head_masks(model, [0, 2]))
+    save(dense, tmp_path / "dense.pt")
+    loaded = load(tmp_path / "dense.pt", model)
+    assert [each.heads for each in find_attention(loaded).values()] == [2]
+    same(loaded, dense, inputs)

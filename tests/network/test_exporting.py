@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import nni_topo
+from nni_topo import zoo
 from nni_topo.errors import ConfigError, ExportError
 from nni_topo.testing import toy_images, toy_model
 
@@ -92,6 +93,49 @@ def test_keyword_arguments_and_several_outputs(tmp_path):
     with torch.no_grad():
         for mine, theirs in zip(found, model(**inputs).values(), strict=True):
             np.testing.assert_allclose(mine, theirs.numpy(), atol=1e-5)
+
+
+def family(name):
+    """A small network of a family, with random weights, and inputs."""
+    if name.startswith("torchvision/"):
+        model = zoo.create_model(name, num_classes=10, in_channels=3, image_size=64, seed=0)
+        return model, torch.randn(2, 3, 64, 64)
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    words = {"input_ids": torch.randint(0, 90, (2, 12))}
+    pixels = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    config, kind, inputs = {
+        "bert": (transformers.BertConfig(vocab_size=99, **sizes), "BertForSequenceClassification", words),
+        "vit": (transformers.ViTConfig(image_size=32, patch_size=8, **sizes), "ViTForImageClassification", pixels),
+        "gpt2": (
+            transformers.GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, use_cache=False),
+            "GPT2LMHeadModel",
+            words,
+        ),
+        "llama": (
+            transformers.LlamaConfig(vocab_size=99, num_key_value_heads=2, use_cache=False, **sizes),
+            "LlamaForCausalLM",
+            words,
+        ),
+    }[name]
+    return getattr(transformers, kind)(config), inputs
+
+
+FAMILIES = ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2_x0_5", "densenet121", "swin_t")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*(f"torchvision/{name}" for name in FAMILIES), "bert", "vit", "gpt2", "llama"])
+def test_one_network_of_each_family(name, tmp_path):
+    torch.manual_seed(0)
+    model, inputs = family(name)
+    assert nni_topo.export(model, tmp_path / "model.onnx", inputs).error < 1e-4
+    program = tmp_path / "model.pt2"
+    if name in ("gpt2", "llama"):  # their masks are made by vmap, which PyTorch doesn't serialise
+        with pytest.raises(ExportError, match="can save"):
+            nni_topo.export(model, program, inputs, format="torch.export")
+    else:
+        assert nni_topo.export(model, program, inputs, format="torch.export").error < 1e-4
 
 
 class FixedBatch(nn.Module):

@@ -28,7 +28,7 @@ RECORDS = [{**FACTS, "pruner": "l1", "seed": seed, "versions": {"torch": "2.x"}}
 
 
 def test_a_comparison_is_still_a_pair_and_a_table():
-    cell = Cell(ModelChoice("net"), DataChoice(), PrunerChoice("l2"), Target("ratio", 0.5), 7, Recipe(), Recipe())
+    cell = Cell(ModelChoice("net"), DataChoice(), PrunerChoice("l2"), Target("ratio", 0.5), 7, Recipe(1), Recipe(1))
     found = Comparison(RECORDS, [RunFailure(cell, "out of memory")])
     records, failures = found
     assert (records, len(failures)) == (RECORDS, 1)

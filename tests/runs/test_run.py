@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from nni.compression import TorchEvaluator
+from torch.utils.data import TensorDataset
 
 import nni_topo
 from nni_topo import zoo
@@ -170,3 +172,15 @@ def test_a_magnitude_study_starts_where_every_run_starts(checkpoint, tmp_path):
     study = AnalyzeMagnitude(model="lenet300", out=tmp_path, ratios=(0.5,), rounds=1, epochs=1, runs=1)
     assert study.baseline(start)["accuracy"] == start.accuracy
     assert json.dumps(study.baseline(start))
+
+
+def test_of_text_records_hold_bits_a_byte_too():
+    data = zoo.load_data("python-stdlib", limit=4, validation=0.0)
+    data = dataclasses.replace(data, test=TensorDataset(*(part[:3] for part in data.test.tensors)))
+    net = torch.nn.Sequential(torch.nn.Embedding(256, 4), torch.nn.Linear(4, 256)).eval()
+    with torch.no_grad():
+        net[1].weight.zero_()
+        net[1].bias.zero_()
+    figures = Start(net, data, zoo.Recipe(epochs=1)).figures(net, "oneshot")
+    assert figures.keys() == {"accuracy_oneshot", "bits_oneshot"}
+    assert figures["bits_oneshot"] == pytest.approx(8.0)  # 256 bytes, all as likely

@@ -1,0 +1,65 @@
+"""Graphs of models that only a run can follow."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nni_topo.errors import SpeedupError
+from nni_topo.network.recording import record
+
+
+class Wild(nn.Module):
+    """Decides by values, counts its samples, makes constants of their number, and works in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.start = nn.Parameter(torch.randn(1, 1, 4))
+
+    def forward(self, x, scale=2.0):
+        samples, places, _ = x.shape
+        x = torch.cat([self.start.expand(samples, -1, -1), x], 1)
+        hidden = self.first(x).view(samples * (places + 1), 6)
+        if float(hidden.abs().sum()) > 0:
+            hidden = 1.0 - hidden.relu()
+        hidden += 1
+        steps = torch.ones(samples, places + 1, 1).cumsum(1)
+        return {"out": self.last(hidden.reshape(samples, -1, 6) * steps) * scale, "shape": (samples, places)}
+
+
+class Writing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.layer(x)
+        y[:, 0] = 0.0
+        return y
+
+
+def test_a_recorded_model_takes_other_numbers_of_samples():
+    torch.manual_seed(0)
+    model = Wild().eval()
+    graph = record(model, {"x": torch.randn(3, 5, 4), "scale": 0.5})
+    targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
+    assert targets == ["first", "last"]
+    for samples in (1, 2, 7):
+        inputs = torch.randn(samples, 5, 4)
+        torch.testing.assert_close(graph(inputs)[0], model(inputs, 0.5)["out"])
+
+
+def test_writing_into_parts_of_a_tensor_is_refused():
+    with pytest.raises(SpeedupError, match="must not write into parts of tensors"):
+        record(Writing().eval(), {"x": torch.randn(3, 4)})
+
+
+def test_what_depends_on_the_number_of_samples_in_another_way_is_refused():
+    class Odd(nn.Module):
+        def forward(self, x):
+            return x + len(x) ** 2
+
+    with pytest.raises(SpeedupError, match="multiple of the number of samples, got 9 and 36"):
+        record(Odd(), {"x": torch.randn(3, 4)})
