@@ -208,7 +208,7 @@ class ChannelFlow(torch.fx.Interpreter):
             self.blocks.append(Blocks([list(side)], may_vanish=True))
         if isinstance(module, (*PER_CHANNEL, *RULES)):
             rule = RULES.get(type(module))  # type: ignore[arg-type]
-            dim = rule.dim if rule else channel_dim(module)
+            dim = rule.dim if rule else channel_dim(self.fetch_attr(name))
             if dim is None:
                 return self._whole(node, labels, f"{type(module).__name__} ({name}) stays whole")
             self._tie_calls(name, self._per_channel(labels[0], dim % labels[0].dim()))
