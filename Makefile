@@ -17,6 +17,7 @@ SITE_TOOLS := 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=0.29,<2' 'ruff>=
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 UPSTREAM ?=
 PROCESSORS ?=
+FUZZ ?=
 # for `make mutants`: options of benchmarks/mutants/run.py, such as --minutes 30
 MUTANTS ?=
 
@@ -24,7 +25,7 @@ MUTANTS ?=
 PY ?= $(BIN)/python
 CUDA_TESTS := tests/test_devices.py tests/test_bench_cuda.py tests/pruners/test_base.py
 
-.PHONY: demo test test-all test-lowest test-processors cuda lint docs mutants upstream checkout clean
+.PHONY: fuzz demo test test-all test-lowest test-processors cuda lint docs mutants upstream checkout clean
 
 demo: $(READY)
 	$(BIN)/nni-topo demo --out demo
@@ -36,6 +37,10 @@ test: $(READY)
 # "--only prescott haswell" or --quick
 test-processors: $(READY)
 	$(BIN)/python tests/processors.py $(PROCESSORS)
+
+# random requests to the pruners, and what came of them; FUZZ: options of tests/fuzzing.py, such as --cases 10000
+fuzz: $(READY)
+	PYTHONPATH=. $(BIN)/python tests/fuzzing.py $(FUZZ)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest $(SPREAD) -m "slow or not slow"

@@ -6,13 +6,18 @@ Every message states the rule, the value that broke it and the place it was foun
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 Settings = TypeVar("Settings")
+_Given = ParamSpec("_Given")
+_Returned = TypeVar("_Returned")
 
 
 class NniTopoError(Exception):
@@ -40,47 +45,161 @@ class CompatibilityError(NniTopoError, RuntimeError):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """Return the error for a name (of a `kind` of things) that isn't in a table, with the nearest names that are."""
-    names = sorted(known)
+    """Build the error for a name of some ``kind`` that isn't in a table, with the nearest names that are."""
+    names = sorted(set(known))
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(names)}"
     return ConfigError(f"{kind} must be a known name, got {name!r}; {hint}")
 
 
+@dataclass(frozen=True)
+class Rule:
+    """What a knob must be: in words, and as a test that raises for no value; ``names``, where it is one of them."""
+
+    words: str
+    holds: Callable[[Any], bool]
+    names: tuple[str, ...] = ()
+
+    def __or__(self, other: Rule) -> Rule:
+        return Rule(
+            f"{self.words} or {other.words}",
+            lambda value: self.holds(value) or other.holds(value),
+            self.names + other.names,
+        )
+
+    def check(self, name: str, value: Any, place: str) -> None:
+        """Raise a ConfigError, with the name of the knob and of its place, unless a value is what it must be."""
+        if self.holds(value):
+            return
+        if self.names and isinstance(value, str):
+            raise unknown_name(name, value, self.names)
+        raise ConfigError(f"{name} must be {self.words}, got {_shown(value)} ({place})")
+
+
+def whole(least: int, most: int = 2**31 - 1) -> Rule:
+    """Return the rule of a number that counts something."""
+
+    def holds(value: Any) -> bool:
+        return not isinstance(value, bool) and isinstance(value, Integral) and least <= int(value) <= most
+
+    limit = "" if most == 2**31 - 1 else f" and below 2^{most.bit_length()}"
+    return Rule(f"an integer of at least {least}{limit}", holds)
+
+
+def number(
+    low: float = -math.inf, high: float = math.inf, closed: Literal["both", "left", "right", "neither"] = "both"
+) -> Rule:
+    """Return the rule of a finite number within two others."""
+
+    def holds(value: Any) -> bool:
+        if not is_finite(value):
+            return False
+        above = value >= low if closed in ("both", "left") else value > low
+        return bool(above and (value <= high if closed in ("both", "right") else value < high))
+
+    if math.isfinite(high):
+        start, end = "[" if closed in ("both", "left") else "(", "]" if closed in ("both", "right") else ")"
+        return Rule(f"in {start}{low:g}, {high:g}{end}", holds)
+    above = f"{'at least' if closed == 'both' else 'above'} {low:g} and finite"
+    return Rule(above if math.isfinite(low) else "a finite number", holds)
+
+
+def one_of(names: Iterable[str]) -> Rule:
+    """Return the rule of a name in a table."""
+    known = tuple(names)
+    return Rule(" or ".join(map(repr, known)), lambda value: isinstance(value, str) and value in known, known)
+
+
+def instance(*kinds: type[Any]) -> Rule:
+    """Return the rule of an object of one of several classes."""
+    words = (f"{'an' if kind.__name__[0] in 'AEIOUaeiou' else 'a'} {kind.__name__}" for kind in kinds)
+    return Rule(" or ".join(words), lambda value: isinstance(value, kinds))
+
+
+def settings(kind: type[Any]) -> Rule:
+    """Return the rule of what :func:`as_settings` takes for a class of settings; that has a table of its own."""
+    return Rule(f"a {kind.__name__} or a mapping of its fields", lambda value: isinstance(value, (kind, Mapping)))
+
+
+def all_of(rule: Rule, kind: type[Any], least: int = 0) -> Rule:
+    """Return the rule of a sequence, or of a mapping by names, of at least so many values that all keep a rule."""
+
+    def holds(value: Any) -> bool:
+        if not isinstance(value, kind) or isinstance(value, (str, bytes)) or len(value) < least:
+            return False
+        each = value.values() if isinstance(value, Mapping) else value
+        return all(map(rule.holds, each))
+
+    size = f" of at least {least}" if least else ""
+    return Rule(f"a {kind.__name__.lower()}{size}, each value {rule.words}", holds, rule.names)
+
+
+ANYTHING = Rule("anything", lambda value: True)
+NONE = Rule("None", lambda value: value is None)
+FLAG = Rule("True or False", lambda value: isinstance(value, bool))
+FUNCTION = Rule("a function", callable)
+SEED = whole(0, 2**32 - 1)  # what NumPy's and scikit-learn's generators take
+PATH = instance(str, os.PathLike)
+
+
+def check_knobs(place: str, given: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
+    """Check what is given by the rules of the same names."""
+    for name, rule in rules.items():
+        if name in given:
+            rule.check(name, given[name], place)
+
+
+def checked(**rules: Rule) -> Callable[[Callable[_Given, _Returned]], Callable[_Given, _Returned]]:
+    """Check a function's arguments before it runs, by their names."""
+
+    def decorate(function: Callable[_Given, _Returned]) -> Callable[_Given, _Returned]:
+        place = function.__qualname__.removesuffix(".__init__")
+        names = list(inspect.signature(function).parameters)
+
+        @functools.wraps(function)
+        def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Returned:
+            check_knobs(place, {**dict(zip(names, args, strict=False)), **kwargs}, rules)
+            return function(*args, **kwargs)
+
+        return run
+
+    return decorate
+
+
 def check_integer(name: str, value: Any, least: int, place: str) -> None:
-    """Raise ConfigError, which names the knob and the place, unless it got an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r} ({place})")
+    """Check a number that counts something."""
+    whole(least).check(name, value, place)
 
 
 def is_finite(value: Any) -> bool:
     """Say whether a value is a real number, finite and no truth value."""
-    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
-
-
-def check_seed(value: Any, place: str) -> None:
-    """Raise ConfigError unless a seed is an integer of 32 bits, [0, 2^32), as scikit-learn's generators take."""
-    check_integer("seed", value, 0, place)
-    if value >= 2**32:
-        raise ConfigError(f"seed must be below 2^32, got {value!r} ({place})")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def check_between(name: str, value: Any, low: float, high: float, place: str, *, closed: bool = False) -> None:
-    """Raise ConfigError unless a number is in (low, high), or in (low, high] if `closed`."""
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not low < value <= high or (value == high and not closed):
-        end = "]" if closed else ")"
-        raise ConfigError(f"{name} must be in ({low:g}, {high:g}{end}, got {value!r} ({place})")
+    """Check a number above one other and below, or with ``closed`` up to, a second."""
+    number(low, high, "right" if closed else "neither").check(name, value, place)
 
 
 def as_settings(kind: type[Settings], value: Settings | Mapping[str, Any] | None, name: str) -> Settings:
-    """Return a settings object (a dataclass), also from a mapping of its fields, as YAML has it; None: its defaults."""
+    """Return a knob's settings object, also from a mapping of its fields, as YAML has it; None: with its defaults."""
     if isinstance(value, kind):
         return value
-    if value is not None and not isinstance(value, Mapping):
-        raise ConfigError(f"{name} must be a {kind.__name__} or a mapping of its fields, got {value!r} ({name})")
+    (settings(kind) | NONE).check(name, value, name)
+    given = dict(value) if isinstance(value, Mapping) else {}
     known = [item.name for item in fields(kind)]  # type: ignore[arg-type]
-    for key in value or ():
+    for key in given:
         if key not in known:
             raise unknown_name(f"key of {name}", str(key), known)
-    return kind(**(value or {}))
+    return kind(**given)
+
+
+def _shown(value: Any) -> str:
+    """Return a value as a message shows it, in one line and not too long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -125,6 +125,8 @@ def mends() -> tuple[Callable[[], bool], ...]:
         speedup.untie_layers,
         wrapping.keep_shared_parameters,
         wrapping.wrap_modules_once,
+        wrapping.leave_no_forward,
+        wrapping.unwrap_models_once,
         wrapping.undo_failed_constructors,
         speedup.keep_given_masks,
         speedup.keep_graph_for_all_outputs,

@@ -19,6 +19,7 @@ from nni_topo.sharing import parameter_holders
 _TIED = "_nni_topo_tied"
 _BEGUN = "_nni_topo_begun"
 _MARK = "_nni_topo_mend"
+_FORWARD = "_nni_topo_forward"
 
 
 def keep_shared_parameters() -> bool:
@@ -111,6 +112,47 @@ def _by_one_name(
         fusion = {"fuse_names": fused} if fused else {}
         written.append(config if names == modules.keys() else {**settings, **fusion, "op_names": sorted(names)})
     return written
+
+
+def leave_no_forward() -> bool:
+    """Leave an unwrapped module without an attribute ``forward`` of its own, if it had none.
+
+    Place: ``nni/compression/base/wrapper.py``, ``ModuleWrapper.unwrap``. Cause: it puts the class's method back as an
+    attribute of the module, on every version. Returns True, but for a second call: NNI has no such rule.
+    """
+    unwrap = ModuleWrapper.unwrap
+    if hasattr(unwrap, _FORWARD):
+        return False
+
+    @functools.wraps(unwrap)
+    def unwrap_one(self: ModuleWrapper) -> None:
+        unwrap(self)
+        if getattr(self.module_forward, "__func__", None) is type(self.module).forward:
+            vars(self.module).pop("forward", None)
+
+    setattr(unwrap_one, _FORWARD, True)
+    ModuleWrapper.unwrap = unwrap_one
+    return True
+
+
+def unwrap_models_once() -> bool:
+    """Let ``unwrap_model`` do nothing for a model that isn't wrapped.
+
+    Place: ``nni/compression/base/compressor.py``, ``Compressor.unwrap_model``. Cause: it warns that it can't, and goes
+    on to an AttributeError, on every version. Returns True, but for a second call: NNI has no such rule.
+    """
+    unwrap_model = Compressor.unwrap_model
+    if hasattr(unwrap_model, _MARK):
+        return False
+
+    @functools.wraps(unwrap_model)
+    def unwrap_once(self: Compressor) -> None:
+        if self._is_wrapped:
+            unwrap_model(self)
+
+    setattr(unwrap_once, _MARK, True)
+    Compressor.unwrap_model = unwrap_once
+    return True
 
 
 def undo_failed_constructors() -> bool:

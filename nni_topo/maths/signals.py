@@ -274,6 +274,6 @@ def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _checked(table: dict[str, _Value], knob: str, name: str) -> _Value:
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise unknown_name(knob, str(name), table)
     return table[name]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.inputs import bind_arguments, calls, repeatable
+from nni_topo.network.inputs import bind_arguments, calls, fitting, repeatable
 from nni_topo.network.modes import detached_copy, evaluation_mode
 
 Entering = Callable[[Tensor], Any]
@@ -79,8 +79,9 @@ def batches_of(calibration: Iterable[Any] | Evaluator, model: nn.Module) -> Iter
 def run(model: nn.Module, calibration: Iterable[Any]) -> None:
     """Run a model over calibration batches, in evaluation mode and without gradients."""
     with evaluation_mode(model), torch.no_grad():
-        for args, kwargs in calls(model, calibration):
-            model(*args, **kwargs)
+        for index, (args, kwargs) in enumerate(calls(model, calibration)):
+            with fitting(index):
+                model(*args, **kwargs)
 
 
 def by_channel(module: nn.Module, values: Tensor) -> Tensor:

@@ -186,7 +186,7 @@ class ChannelFlow(torch.fx.Interpreter):
 
     def _module(self, node: torch.fx.Node, labels: list[torch.Tensor], shape: tuple[int, ...] | None) -> Any:
         name = str(node.target)
-        module = self.fetch_attr(name)
+        module: torch.nn.Module = self.fetch_attr(name)
         if labels and name in self.attention:
             return self._attend(node, labels, self.attention[name])
         if labels and isinstance(module, torch.nn.RNNBase):
@@ -207,8 +207,8 @@ class ChannelFlow(torch.fx.Interpreter):
             side = np.split(self._per_channel(labels[0], 1), module.num_groups)
             self.blocks.append(Blocks([list(side)], may_vanish=True))
         if isinstance(module, (*PER_CHANNEL, *RULES)):
-            rule = RULES.get(type(module))  # type: ignore[arg-type]
-            dim = rule.dim if rule else channel_dim(self.fetch_attr(name))
+            rule = RULES.get(type(module))
+            dim = rule.dim if rule else channel_dim(module)
             if dim is None:
                 return self._whole(node, labels, f"{type(module).__name__} ({name}) stays whole")
             self._tie_calls(name, self._per_channel(labels[0], dim % labels[0].dim()))

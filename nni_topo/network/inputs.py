@@ -78,16 +78,14 @@ def checked_calibration(calibration: Iterable[Any] | None) -> Iterable[Any] | No
     return None if calibration is None else repeatable(calibration)
 
 
-def repeatable(calibration: Iterable[Any]) -> Iterable[Any]:
-    """Return calibration batches that can be read more than once; a ConfigError if they are no iterable of batches."""
+def repeatable(calibration: Iterable[Any], knob: str = "calibration") -> Iterable[Any]:
+    """Return batches that can be read more than once; a ConfigError if they are no iterable of batches."""
     if isinstance(calibration, (Tensor, np.ndarray)):
         kind = "tensor" if isinstance(calibration, Tensor) else "array"
-        raise ConfigError(
-            f"calibration must be an iterable of batches, e.g. a list of tensors, got one {kind} of shape "
-            f"{tuple(calibration.shape)} (calibration)"
-        )
+        got = f"one {kind} of shape {tuple(calibration.shape)}"
+        raise ConfigError(f"{knob} must be an iterable of batches, e.g. a list of tensors, got {got} ({knob})")
     if isinstance(calibration, (str, bytes, Mapping)) or not isinstance(calibration, Iterable):
-        raise ConfigError(f"calibration must be an iterable of batches, got {type(calibration).__name__} (calibration)")
+        raise ConfigError(f"{knob} must be an iterable of batches, got {type(calibration).__name__} ({knob})")
     return list(calibration) if isinstance(calibration, Iterator) else calibration
 
 
@@ -138,17 +136,15 @@ def check_fits(model: nn.Module, call: Call) -> None:
 
 
 @contextmanager
-def fitting(batch: int) -> Iterator[None]:
-    """Turn an error of a model in the block into a DataError that names the calibration batch, from 0."""
+def fitting(batch: int, knob: str = "calibration") -> Iterator[None]:
+    """Turn an error of a model in the block into a DataError that names the knob's batch, from 0."""
     try:
         yield
     except (NniTopoError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = str(error).partition("\n")[0]
-        raise DataError(
-            f"calibration must fit the model, got {type(error).__name__}: {reason} (batch {batch})"
-        ) from error
+        raise DataError(f"{knob} must fit the model, got {type(error).__name__}: {reason} (batch {batch})") from error
 
 
 def batch_size(call: Call) -> int:

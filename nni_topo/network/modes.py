@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from nni.compression.base.wrapper import ModuleWrapper
 from torch import Tensor, nn
 
 
@@ -28,6 +31,33 @@ def random_state_kept() -> AbstractContextManager[None]:
     """Leave the random state as it was."""
     # Not to start CUDA for that, its generators are only kept if it is in use.
     return torch.random.fork_rng(list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else [])
+
+
+@contextmanager
+def left_alone(model: Any) -> Iterator[None]:
+    """Give a model's modules their modes and buffers back, and all global generators their states, whatever happens."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    modes = [(module, module.training) for module in modules]
+    buffers = [
+        (module._buffers, name, value, value.detach().clone())
+        for module in modules
+        for name, value in ({} if isinstance(module, ModuleWrapper) else module._buffers).items()
+        # Nor what NNI has put into a wrapped layer: what the layer computes with, new at each call.
+        if value is not None and name not in getattr(getattr(module, "_nni_wrapper", None), "pruning_target_spaces", ())
+    ]
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with random_state_kept():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for module, mode in modes:
+            module.training = mode
+        for table, name, value, before in buffers:
+            if not torch.equal(value, before):
+                value.detach().copy_(before)
+            table[name] = value
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -55,3 +85,11 @@ def unwrapped_copy(model: nn.Module) -> nn.Module:
         if wrapper is not None:
             wrapper.unwrap()
     return copied
+
+
+def is_plain(model: Any) -> bool:
+    """Say whether a model is a module whose layers are there to be seen: not scripted, compiled, or spread."""
+    # By their names: to import these classes takes longer than all else that looks at a model.
+    opaque = {"ScriptModule", "OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    return isinstance(model, nn.Module) and not kinds & {*opaque, "FSDPModule"}

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import is_dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from nni.compression.base.compressor import Pruner
 from nni.compression.base.target_space import PruningTargetSpace
@@ -20,11 +22,12 @@ from nni.compression.pruning.basic_pruner import _NormPruner
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import NONE, ConfigError, Rule, instance
 from nni_topo.network.layers import kept_channels
+from nni_topo.network.modes import left_alone
 from nni_topo.pruners.allocators import ConfigAllocator
 from nni_topo.pruners.budget import BudgetPlanner
-from nni_topo.pruners.checks import check_request, matched_modules
+from nni_topo.pruners.checks import check_keys_left_out, check_request, matched_modules, pruner_arguments
 from nni_topo.pruners.hooks import (
     Data,
     DataCollector,
@@ -36,7 +39,7 @@ from nni_topo.pruners.hooks import (
 )
 from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.transposed import follow_outputs, output_granularity
-from nni_topo.pruners.units import TargetSpaces, in_network_order, is_active
+from nni_topo.pruners.units import TargetSpaces, in_network_order, is_active, pruning_units
 from nni_topo.recovery.steps import Pairs
 
 _logger = logging.getLogger(__name__)
@@ -68,6 +71,8 @@ class StructuredPruner(Pruner):
     ----------
     needs_rule : bool
         Whether every entry of the config_list must have a ratio or a threshold: not where a pruner finds the number.
+    setting_rules : mapping of str to Rule
+        What values of the config_list must be beyond what NNI asks for, by key.
 
     Raises
     ------
@@ -85,8 +90,15 @@ class StructuredPruner(Pruner):
     """
 
     needs_rule: bool = True
+    setting_rules: ClassVar[Mapping[str, Rule]] = {}
     _target_spaces: TargetSpaces
 
+    @pruner_arguments(
+        collector=instance(DataCollector),
+        calculator=instance(MetricCalculator),
+        allocator=instance(SparsityAllocator) | NONE,
+        planner=instance(Planner) | NONE,
+    )
     def __init__(
         self,
         model: nn.Module,
@@ -102,7 +114,13 @@ class StructuredPruner(Pruner):
         self.planner = Planner() if planner is None else planner
         has_budget = isinstance(self.planner, BudgetPlanner)
         self.needs_rule = self.needs_rule and not has_budget
-        config_list = check_request(model, config_list, existed_wrappers, needs_rule=self.needs_rule)
+        config_list = check_request(
+            model, config_list, existed_wrappers, self.setting_rules, needs_rule=self.needs_rule
+        )
+        if has_budget:
+            check_keys_left_out(
+                config_list, ("sparse_ratio", "sparse_threshold", "global_group_id"), "a budget replaces"
+            )
         self.collector = collector
         self.calculator = calculator
         self._check_layers(model, matched_modules(model, config_list))
@@ -114,6 +132,8 @@ class StructuredPruner(Pruner):
         self._target_spaces = in_network_order(model, self._target_spaces)
         if has_budget:
             self._activate_targets()
+        # What can't be told before: shapes against granularities, and groups whose members don't fit.
+        pruning_units(self._target_spaces)
 
     def __repr__(self) -> str:
         """Name the pruner and the knobs that differ from their defaults; of data the type alone."""
@@ -136,8 +156,19 @@ class StructuredPruner(Pruner):
             The wrapped model, masked.
         dict
             The masks, ``{module name: {target name: tensor of 0 and 1}}``.
+
+        Notes
+        -----
+        Where it raises, whatever it is, the model is left as ``unwrap_model()`` leaves it. Without training, modes,
+        buffers and the global generators are as before, whatever an evaluator does.
         """
-        model, masks = super().compress(max_steps, max_epochs)
+        trains = max_steps is not None or max_epochs is not None
+        try:
+            with nullcontext() if trains else left_alone(self.bound_model):
+                model, masks = super().compress(max_steps, max_epochs)
+        except BaseException:
+            self.unwrap_model()
+            raise
         return model, masks
 
     def update_masks(self, masks: Masks) -> None:

@@ -12,7 +12,18 @@ from typing import Any, Literal, TypeVar, cast
 import numpy as np
 from torch import nn
 
-from nni_topo.errors import ConfigError, DataError, as_settings, check_between, unknown_name
+from nni_topo.errors import (
+    NONE,
+    PATH,
+    ConfigError,
+    DataError,
+    as_settings,
+    check_knobs,
+    instance,
+    number,
+    one_of,
+    unknown_name,
+)
 from nni_topo.maths.ties import first_smallest, leveled
 from nni_topo.network.cost import Kept, NetworkCost
 from nni_topo.network.latency import LatencyTable
@@ -24,6 +35,7 @@ Allocation = Literal["uniform", "topological"]
 ALLOCATIONS = ("uniform", "topological")
 Position = TypeVar("Position", int, float)
 BUDGETS = ("flops", "params", "latency", "memory")
+_RULES = {"allocation": one_of(ALLOCATIONS), "latency_table": instance(LatencyTable) | PATH | NONE}
 _STEPS = 40
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
@@ -74,9 +86,7 @@ class Budget:
             raise ConfigError(
                 f"a budget must be a share of one of {', '.join(BUDGETS)}, got {given or 'none'} (budget)"
             )
-        check_between(given[0], getattr(self, given[0]), 0, 1, "budget", closed=True)
-        if self.allocation not in ALLOCATIONS:
-            raise unknown_name("allocation", str(self.allocation), ALLOCATIONS)
+        check_knobs("budget", vars(self), {given[0]: number(0, 1, "right"), **_RULES})
         if self.latency_table is not None and self.latency is None:
             raise ConfigError(f"a latency table needs a budget of 'latency', got {given[0]!r} (latency_table)")
         if isinstance(self.latency_table, (str, Path)):
@@ -155,7 +165,6 @@ class BudgetPlanner(Planner):
 
 def planned(
     budget: Budget | Mapping[str, Any] | None,
-    config_list: list[dict[str, Any]],
     example_inputs: Any,
     calibration: Iterable[Any] | None,
     *,
@@ -168,11 +177,6 @@ def planned(
     budget = as_settings(Budget, budget, "budget")
     if budget.allocation not in allocations:
         raise unknown_name("allocation of this pruner", budget.allocation, allocations)
-    for index, config in enumerate(config_list):
-        settings = [config, *config.get("target_settings", {}).values()]
-        for key in ("sparse_ratio", "sparse_threshold", "global_group_id"):
-            if any(setting.get(key) is not None for setting in settings):
-                raise ConfigError(f"a budget replaces {key}, got both (config_list[{index}])")
     if example_inputs is None and calibration is not None:
         example_inputs = next((b[0] if isinstance(b, (tuple, list)) else b for b in calibration), None)
     if example_inputs is None:

@@ -1,24 +1,140 @@
-"""What is checked about a model and its config_list before NNI wraps anything."""
+"""What is checked about a model, its config_list and a pruner's knobs before NNI wraps anything.
+
+What a value must be stands in tables: of the arguments and knobs that pruners share, and of a config_list's keys.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
-import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from nni.compression.base.config import default_config_schema, select_modules_by_config
-from nni.compression.base.setting import PruningSetting
+from nni.compression.base.setting import INPUT_PREFIX, OUTPUT_PREFIX, PruningSetting
 from nni.compression.base.target_space import PruningTargetSpace
+from nni.compression.utils import Evaluator
 from schema import SchemaError
-from torch import nn
+from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import (
+    ANYTHING,
+    FLAG,
+    NONE,
+    SEED,
+    ConfigError,
+    DataError,
+    Rule,
+    all_of,
+    check_knobs,
+    checked,
+    instance,
+    number,
+    one_of,
+    unknown_name,
+    whole,
+)
+from nni_topo.network.inputs import tensors_of
 from nni_topo.network.layers import CONVOLUTIONS, check_names
+from nni_topo.network.modes import is_plain, left_alone
+
+_Given = ParamSpec("_Given")
+_Returned = TypeVar("_Returned")
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and re.compile(value) is not None
+    except re.error:
+        return False
+
+
+def _is_granularity(value: Any) -> bool:
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    steps, padding = (value[0], value[1:]) if isinstance(value[0], (list, tuple)) else (value, ())
+    is_padding = all(rule.holds(each) for rule, each in zip((_PADDING, _STEP), padding, strict=False))
+    return bool(steps) and all(map(_STEP.holds, steps)) and len(padding) <= 2 and is_padding
+
+
+REQUEST = {
+    "model": Rule(
+        "a torch.nn.Module that isn't scripted, compiled or spread over devices: pass the inner module, such as "
+        "model.module or model._orig_mod",
+        is_plain,
+    ),
+    "config_list": Rule("a list of dicts", lambda value: isinstance(value, (list, tuple))),
+    "evaluator": instance(Evaluator) | NONE,
+    "existed_wrappers": instance(Mapping) | NONE,
+}
+"""What NNI's own four arguments of every pruner must be; of the entries, see below."""
+
+KNOBS = {
+    "calibration": ANYTHING,  # looked at as it is read, see network/inputs.py
+    "budget": ANYTHING,  # Budget's own table looks at it
+    "example_inputs": Rule(
+        "a tensor, a tuple of arguments or a dict of keyword arguments with a tensor in it, or None",
+        lambda value: value is None or bool(tensors_of(value)),
+    ),
+    "round_to": whole(1) | NONE,
+    "seed": SEED,
+    "progress": FLAG,
+}
+"""What the knobs must be that mean the same for every pruner."""
+
+_NAMES, _GROUP = all_of(instance(str), list), instance(str, int)
+_STEP = Rule("a number of elements, or -1 for all", lambda value: value != 0 and whole(-1).holds(value))
+_PADDING = one_of(("front", "back"))
+_SETTING = {
+    "sparse_ratio": number(0, 1, "left"),
+    "sparse_threshold": number(),
+    "max_sparse_ratio": number(0, 1, "right"),
+    "min_sparse_ratio": number(0, 1, "left"),
+    "global_group_id": _GROUP,
+    "dependency_group_id": _GROUP,
+    "internal_metric_block": whole(1),
+    "granularity": one_of(("default", "in_channel", "out_channel", "per_channel"))
+    | Rule("a list of steps, or of these, 'front' or 'back', and a step", _is_granularity),
+    "apply_method": one_of(("bypass", "mul", "add")),
+    "align": instance(Mapping),
+}
+_ENTRY = _SETTING | {
+    "op_names": _NAMES,
+    "op_types": _NAMES,
+    "op_names_re": all_of(Rule("a regular expression", _is_pattern), list),
+    "op_partial_names": _NAMES,
+    "exclude_op_names": _NAMES,
+    "exclude_op_types": _NAMES,
+    "exclude_op_names_re": all_of(Rule("a regular expression", _is_pattern), list),
+    "exclude": FLAG,
+    "target_names": _NAMES,
+    "target_settings": all_of(instance(dict), dict),
+}
+
+
+def pruner_arguments(**own: Rule) -> Callable[[Callable[_Given, _Returned]], Callable[_Given, _Returned]]:
+    """Check a constructor's arguments by the tables here, its own knobs by the rules given; the model is left alone."""
+
+    def decorate(function: Callable[_Given, _Returned]) -> Callable[_Given, _Returned]:
+        names = [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
+        table = {**REQUEST, **KNOBS, **own}
+        # A knob without a rule is an error right here.
+        guarded = checked(**{name: table[name] for name in names})(function)
+
+        @functools.wraps(function)
+        def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Returned:
+            with left_alone(args[1] if len(args) > 1 else kwargs.get("model")):
+                return guarded(*args, **kwargs)
+
+        return run
+
+    return decorate
+
 
 LEGACY_KEYS = {
     "sparsity": "sparse_ratio",
@@ -99,25 +215,36 @@ def check_request(
     model: nn.Module,
     config_list: list[dict[str, Any]],
     existed_wrappers: Mapping[str, Any] | None = None,
+    rules: Mapping[str, Rule] = {},
     *,
     needs_rule: bool = True,
 ) -> list[dict[str, Any]]:
     """Return a checked config_list in NNI 3's words, or raise ConfigError or DataError; the model isn't changed."""
-    if not isinstance(config_list, (list, tuple)):
-        raise ConfigError(f"config_list must be a list of dicts, got {type(config_list).__name__} (config_list)")
+    check_knobs("pruner", {"model": model, "config_list": config_list}, REQUEST)
     # With inherited wrappers the config_list may be empty, as that of NNI's LinearPruner is.
     if not config_list and existed_wrappers is None:
         raise ConfigError("a config_list must have at least one entry, got none (config_list)")
     _check_unwrapped(model, existed_wrappers or {})
+    for index, config in enumerate(config_list):
+        _check_values(config, f"config_list[{index}]", rules)
     check_names(model, config_list)
     matched: dict[str, nn.Module] = {}
+    first: dict[tuple[str, str], str] = {}
     modern = modern_config(model, config_list)
     for index, config in enumerate(modern):
         place = f"config_list[{index}]"
-        _check_entry(config, place)
+        _check_schema(config, place)
         modules, _, _ = select_modules_by_config(model, config)
         if not modules:
             _logger.warning("%s matches no module: %s", place, config)
+        for name, module in modules.items():
+            _check_module(name, module)
+            for target in _targets(name, module, config, place):
+                if first.setdefault((name, target), place) != place:
+                    raise ConfigError(
+                        f"a target must have one config_list entry, got {first[name, target]} and {place} "
+                        f"({name}.{target})"
+                    )
         matched.update(modules)
     if needs_rule:
         _check_rules(modern)
@@ -127,8 +254,6 @@ def check_request(
             f"config_list must match at least one module, got none; layer types in this model: {', '.join(types)} "
             "(config_list)"
         )
-    for name, module in matched.items():
-        _check_module(name, module)
     return modern
 
 
@@ -151,24 +276,43 @@ def _check_unwrapped(model: nn.Module, existed_wrappers: Mapping[str, Any]) -> N
             )
 
 
-def _check_entry(config: Any, place: str) -> None:
+def _check_values(config: Any, place: str, rules: Mapping[str, Rule]) -> None:
     if not isinstance(config, dict):
         raise ConfigError(f"a config_list entry must be a dict, got {type(config).__name__} ({place})")
+    check_knobs(place, config, {**_ENTRY, **rules})
+    for target, setting in config.get("target_settings", {}).items():
+        check_knobs(f"{place}.target_settings.{target}", setting, {**_SETTING, **rules})
+
+
+def _check_schema(config: dict[str, Any], place: str) -> None:
     try:
         default_config_schema("pruning").validate(config)
     except SchemaError as error:
         raise ConfigError(f"a config_list entry must follow NNI's schema; {_reason(error)} ({place})") from error
-    settings = {
-        "": config,
-        **{f".target_settings.{name}": s for name, s in config.get("target_settings", {}).items()},
-    }
-    for suffix, setting in settings.items():
-        ratio = setting.get("sparse_ratio")
-        if ratio is not None and not 0.0 <= ratio < 1.0:
-            raise ConfigError(f"sparse_ratio must be in [0, 1), got {ratio} ({place}{suffix})")
-        threshold = setting.get("sparse_threshold")
-        if threshold is not None and math.isnan(threshold):
-            raise ConfigError(f"sparse_threshold must be a number, got {threshold} ({place}{suffix})")
+
+
+def _targets(name: str, module: nn.Module, config: dict[str, Any], place: str) -> list[str]:
+    """Return the names of a module's targets in an entry; ConfigError where there is none of a name."""
+    known = {**PruningSetting.registry[type(module).__name__], **config.get("target_settings", {})}
+    found = list(config.get("target_names") or known)
+    for target in found:
+        is_own = not target.startswith((INPUT_PREFIX, OUTPUT_PREFIX))
+        usual = target if is_own or target in known else re.sub(r"[^_]*$", "", target)
+        if usual not in known:
+            raise unknown_name(f"target of {name} ({place})", target, known)
+        value = getattr(module, target, None) if is_own else None
+        if not isinstance(value, (Tensor, type(None))) or (is_own and not hasattr(module, target)):
+            got = f"a {type(value).__name__}" if hasattr(module, target) else "none of that name"
+            raise ConfigError(f"a target must be a tensor of its layer, got {got} ({name}.{target})")
+    return found
+
+
+def check_keys_left_out(config_list: Sequence[dict[str, Any]], keys: Sequence[str], why: str) -> None:
+    """Raise a ConfigError that begins with ``why`` where an entry has one of some keys."""
+    for index, config in enumerate(config_list):
+        for key in keys:
+            if any(setting.get(key) is not None for setting in _settings(config)):
+                raise ConfigError(f"{why} {key}, got both (config_list[{index}])")
 
 
 def _check_rules(config_list: Sequence[dict[str, Any]]) -> None:
@@ -204,6 +348,8 @@ def _check_module(name: str, module: nn.Module) -> None:
             f"known: {known} ({name})"
         )
     for target, tensor in module.named_parameters(recurse=False):
+        if tensor.numel() == 0:
+            raise DataError(f"a pruned layer must have weights, got none ({name})")
         if not tensor.is_floating_point():
             raise DataError(f"weights must be real floating-point tensors, got {tensor.dtype} ({name}.{target})")
         bad = int((~torch.isfinite(tensor.detach())).sum())

@@ -18,10 +18,11 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, Rule, whole
 from nni_topo.network.network import Network
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget, planned
+from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds.functional import readers_of
 from nni_topo.pruners.clouds.weight import WeightCollector
 from nni_topo.pruners.hooks import Data, DataCollector, MetricCalculator, Metrics, PruningContext
@@ -112,6 +113,7 @@ class MatrixPruner(StructuredPruner):
     [1.0, 0.0, 1.0]
     """
 
+    @pruner_arguments(norm=Rule("1 or 2", whole(1, 2).holds))
     def __init__(
         self,
         model: nn.Module,
@@ -124,8 +126,6 @@ class MatrixPruner(StructuredPruner):
         budget: Budget | Mapping[str, Any] | None = None,
         round_to: int | None = None,
     ) -> None:
-        if norm not in (1, 2) or isinstance(norm, bool):
-            raise ConfigError(f"norm must be 1 or 2, got {norm!r} (MatrixPruner)")
         self.norm = norm
         self.example_inputs = example_inputs
         self.budget = budget
@@ -137,5 +137,5 @@ class MatrixPruner(StructuredPruner):
             existed_wrappers,
             collector=RowColumnCollector(norm, example_inputs),
             calculator=JointNorm(norm),
-            planner=planned(budget, config_list, example_inputs, None, fallback=Planner(round_to=round_to)),
+            planner=planned(budget, example_inputs, None, fallback=Planner(round_to=round_to)),
         )

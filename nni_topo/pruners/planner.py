@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.errors import FLAG, NONE, ConfigError, check_knobs, number, one_of, whole
 from nni_topo.maths.ties import leveled, within
 from nni_topo.pruners.units import PruningUnit
 
@@ -27,6 +27,13 @@ _logger = logging.getLogger(__name__)
 FloatArray = NDArray[np.float64]
 Losses = Callable[[PruningUnit], FloatArray]
 """What a unit's blocks are worth, shape ``(blocks,)``, in any order; asked for only where layers are compared."""
+
+_RULES = {
+    "normalization": one_of(("none", "mean")),
+    "strict": FLAG,
+    "tolerance": number(0),
+    "round_to": whole(1) | NONE,
+}
 
 
 @dataclass(kw_only=True)
@@ -62,9 +69,7 @@ class Planner:
     round_to: int | None = None
 
     def __post_init__(self) -> None:
-        if self.normalization not in ("none", "mean"):
-            raise unknown_name("normalization", str(self.normalization), ("none", "mean"))
-        checked_round_to(self.round_to)
+        check_knobs("planner", vars(self), _RULES)
 
     def rows(self, units: Sequence[PruningUnit], losses: Losses, model: nn.Module) -> dict[str, int]:
         """Return how many blocks, from 1, each part of each unit keeps.
@@ -140,13 +145,6 @@ class Planner:
     def _comparable(self, losses: FloatArray) -> FloatArray:
         mean = float(np.abs(losses).mean()) if self.normalization == "mean" else 1.0
         return losses / mean if mean > 0 else losses
-
-
-def checked_round_to(round_to: int | None) -> int | None:
-    """Return ``round_to``, or raise :class:`~nni_topo.errors.ConfigError`."""
-    if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
-        raise ConfigError(f"round_to must be a positive integer or None, got {round_to!r} (round_to)")
-    return round_to
 
 
 def _row_losses(unit: PruningUnit, losses: FloatArray) -> FloatArray:

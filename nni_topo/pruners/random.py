@@ -13,6 +13,7 @@ from torch import nn
 
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget, planned
+from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds.weight import WeightCollector
 from nni_topo.pruners.hooks import Data, MetricCalculator, Metrics, PruningContext
 from nni_topo.pruners.planner import Planner
@@ -68,6 +69,7 @@ class RandomPruner(StructuredPruner):
     4
     """
 
+    @pruner_arguments()
     def __init__(
         self,
         model: nn.Module,
@@ -91,5 +93,5 @@ class RandomPruner(StructuredPruner):
             existed_wrappers,
             collector=WeightCollector(),
             calculator=RandomMetric(seed),
-            planner=planned(budget, config_list, example_inputs, None, fallback=Planner(round_to=round_to)),
+            planner=planned(budget, example_inputs, None, fallback=Planner(round_to=round_to)),
         )

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from importlib.metadata import entry_points
 from operator import attrgetter
 from typing import Any
 
@@ -21,6 +22,7 @@ from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.heads import show_heads_to_nni
 from nni_topo.pruners.hooks import DataCollector, MetricCalculator, SparsityAllocator
 
+_logger = logging.getLogger(__name__)
 _NNI_ARGUMENTS = ("model", "config_list", "evaluator", "existed_wrappers")
 
 
@@ -104,16 +106,38 @@ def list_pruners(pattern: str = "*") -> list[str]:
 
 
 def pruner_info(name: str) -> PrunerInfo:
-    """Return a pruner's record.
+    """Return a pruner's record, by its name or, of a third party's class, by ``package.module:Class``.
 
     Raises
     ------
     ConfigError
-        If the name isn't registered; the message holds the nearest names.
+        If the name isn't registered, with the nearest names that are, or isn't that of a class of pruners.
     """
+    if ":" in name:
+        return _checked_class(PrunerInfo(name, name, "a third party's"))
     if name not in TABLE:
         raise unknown_name("pruner", name, TABLE)
     return TABLE[name]
+
+
+def register_entry_points() -> None:
+    """Register what installed packages offer as ``name = package.module:Class`` in the group ``nni_topo.pruners``."""
+    for point in entry_points(group="nni_topo.pruners"):
+        package = point.dist.name if point.dist else "a third party"
+        try:
+            register_pruner(PrunerInfo(point.name, point.value, f"of {package}"))
+        except ConfigError as error:  # another package mustn't keep this one from being imported
+            _logger.warning("an entry point of %s is left out: %s", package, error)
+
+
+def _checked_class(info: PrunerInfo) -> PrunerInfo:
+    try:
+        kind = info.load()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"a pruner must be a class that can be imported, got {info.path!r}: {error}") from error
+    if not isinstance(kind, type) or not issubclass(kind, Pruner):
+        raise ConfigError(f"a pruner must be a class of NNI's Pruner, got {kind!r} ({info.path})")
+    return info
 
 
 def check_knobs(name: str, knobs: Iterable[str]) -> None:
@@ -125,10 +149,7 @@ def check_knobs(name: str, knobs: Iterable[str]) -> None:
 
 
 def needs_rule(name: str, knobs: Mapping[str, Any]) -> bool:
-    """Say whether a config_list must hold a ratio or a threshold for a pruner with these knobs.
-
-    It needn't for pruners that find the number themselves, and with a budget for the whole network (``budget``).
-    """
+    """Say whether a config_list must hold ratios or thresholds for a pruner with these knobs, as most must."""
     return getattr(pruner_info(name).load(), "needs_rule", True) and knobs.get("budget") is None
 
 
@@ -267,3 +288,4 @@ for _info in (
     ),
 ):
     register_pruner(_info)
+register_entry_points()

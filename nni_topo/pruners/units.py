@@ -15,7 +15,7 @@ from typing import Any
 from nni.compression.base.target_space import PruningTargetSpace, TargetType
 from torch import nn
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, DataError
 
 TargetSpaces = dict[str, dict[str, PruningTargetSpace]]
 """NNI's ``{module name: {target name: target space}}``."""
@@ -98,10 +98,19 @@ def block_shape(space: PruningTargetSpace) -> tuple[int, ...]:
     target = space.target
     if target is None:
         raise ConfigError(f"a pruned target must be a parameter, got {space.type.value} {space._target_name!r}")
+    if target.numel() == 0:
+        place = f"{space._wrapper.name}.{space._target_name}"
+        raise DataError(f"a pruned layer must have weights, got none ({place})")
     if space._scaler is None:
         return tuple(target.shape)
     # Only the shape is asked for: the first element of each block stands for the block.
-    return tuple(space._scaler.shrink(target.detach(), lambda block: block[..., 0], keepdim=True).shape)
+    try:
+        return tuple(space._scaler.shrink(target.detach(), lambda block: block[..., 0], keepdim=True).shape)
+    except (AssertionError, ArithmeticError, IndexError, RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"granularity must divide the target's shape {tuple(target.shape)}, got {space.granularity} "
+            f"({space._wrapper.name}.{space._target_name})"
+        ) from error
 
 
 def pruning_units(target_spaces: TargetSpaces) -> list[PruningUnit]:

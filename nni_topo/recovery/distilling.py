@@ -31,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from tqdm import tqdm
 
-from nni_topo.errors import ConfigError, DataError, check_integer, check_seed, is_finite, unknown_name
+from nni_topo.errors import SEED, ConfigError, DataError, check_integer, is_finite, unknown_name
 from nni_topo.network.capture import batches_of
 from nni_topo.network.files import whole_file
 from nni_topo.network.inputs import Call, call_arguments, calls, cast_floats, on_device, tensors_of
@@ -238,7 +238,7 @@ def distillation(
     if objective not in OBJECTIVES:
         raise unknown_name("objective", str(objective), OBJECTIVES)
     check_knobs(temperature, steps, seconds, batch_size, lr)
-    check_seed(seed, "distill")
+    SEED.check("seed", seed, "distill")
     for model in (original, dense):
         check_model(model)
     images = batches_of(images, original)

@@ -19,7 +19,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import check_knobs
 from nni_topo.runs.cells import run_cell
 from nni_topo.runs.plan import SCRATCH, Cell, Plan
-from nni_topo.runs.records import Record, append_record, read_records
+from nni_topo.runs.records import Record, alone_in, append_record, read_records
 from nni_topo.runs.report import write_report
 from nni_topo.runs.rivals import is_rival
 from nni_topo.runs.run import load_model_data, resolve_device
@@ -70,12 +70,20 @@ def compare(
     plan, ``report.html`` and the trained models. With ``isolate`` each cell has a process of its own: its memory is
     given back, and a crash ends one cell only. ``on_cell`` is called with each cell, its number from 1 and their
     number before it runs. ConfigError if a name, a knob or the device is unknown, or the folder holds another
-    comparison's records; DataError if the data can't be read.
+    comparison's records; DataError if the data can't be read, or
+    another run is at work in the folder.
     """
     out = Path(out)
     cells = list(plan.cells())
     _check_choices(cells)
-    done = {record["key"]: record for record in read_records(out / "results.jsonl")}
+    with alone_in(out):
+        return _all_cells(plan, cells, out, isolate, on_cell)
+
+
+def _all_cells(
+    plan: Plan, cells: list[Cell], out: Path, isolate: bool, on_cell: Callable[[Cell, int, int], None] | None
+) -> Comparison:
+    done = {record["key"]: record for record in read_records(out / "results.jsonl", "key")}
     # results.json and the tables are of one comparison; a changed plan in an old folder would mix two
     strangers = [record for key, record in done.items() if key not in {cell.key for cell in cells}]
     if strangers:
@@ -84,7 +92,6 @@ def compare(
             f"an output folder must hold one comparison, got {len(strangers)} records of another one, e.g. "
             f"{one['model']}, {one['data']}, {one['pruner']}, {one['target']} ({out})"
         )
-    out.mkdir(parents=True, exist_ok=True)
     (out / "plan.json").write_text(json.dumps(asdict(plan), indent=1, default=repr) + "\n", encoding="utf-8")
     failures = []
     for number, cell in enumerate(cells, start=1):

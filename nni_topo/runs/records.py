@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +21,44 @@ Record = dict[str, Any]
 _PACKAGES = ["nni_topo", "nni", "torch", "torchvision", "gudhi", "pyeasyga", "numpy", "scikit-learn", "torch-pruning"]
 
 
-def read_records(path: Path) -> list[Record]:
-    """Read the records of ``results.jsonl`` (DataError); a last line that a crash cut short is left out and removed."""
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, which is made, until the block or process ends; DataError if one is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"a folder must be written by one run at a time, got one at work there ({folder})"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def read_records(path: Path, *needed: str) -> list[Record]:
+    """Read the records of ``results.jsonl``, with some keys at least (DataError).
+
+    A last line that a crash cut short is left out and removed.
+    """
     if not path.exists():
         return []
     lines = path.read_bytes().splitlines(keepends=True)
     records, good = [], 0
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError as error:
             if number < len(lines):
                 raise DataError(f"every line must be a JSON record, got: {error} ({path}:{number})") from error
             os.truncate(path, good)
             break
+        if not isinstance(record, dict) or not record.keys() >= set(needed):
+            found = f"the keys {', '.join(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
+            raise DataError(f"every line must be a JSON record of a run, got {found} ({path}:{number})")
+        records.append(record)
         good += len(line)
     return records
 

@@ -35,6 +35,8 @@ ALWAYS_BROKEN = {
     "untie_layers",
     "keep_shared_parameters",
     "wrap_modules_once",
+    "leave_no_forward",
+    "unwrap_models_once",
     "undo_failed_constructors",
     "keep_given_masks",
     "keep_graph_for_all_outputs",

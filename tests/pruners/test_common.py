@@ -1,4 +1,4 @@
-"""Every structured pruner of the package against every conformance check."""
+"""Every pruner of the package against every conformance check."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import functools
 import pytest
 
 from nni_topo.pruners.registry import list_pruners, pruner_info
-from nni_topo.testing import STRUCTURED_CHECKS, toy_knobs
+from nni_topo.testing import SINGLE_WEIGHT_CHECKS, STRUCTURED_CHECKS, toy_knobs
 
-STRUCTURED = [n for n in list_pruners() if pruner_info(n).structured and pruner_info(n).origin == "nni_topo"]
+INFOS = {name: pruner_info(name) for name in list_pruners() if pruner_info(name).origin == "nni_topo"}
+CHECKS = {name: STRUCTURED_CHECKS if info.structured else SINGLE_WEIGHT_CHECKS for name, info in INFOS.items()}
 
 
-@pytest.mark.parametrize("check", STRUCTURED_CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("name", STRUCTURED)
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [pytest.param(name, check, id=f"{check.__name__}-{name}") for name in INFOS for check in CHECKS[name]],
+)
 def test_pruner_keeps_its_promises(name, check):
-    info = pruner_info(name)
-    check(functools.partial(info.load(), **toy_knobs(info.knobs(), info.needs)))
+    knobs = toy_knobs(INFOS[name].knobs(), INFOS[name].needs)
+    if name == "genetic_weight":
+        knobs |= {"evaluate": lambda model: 1.0, "search": {"generations": 1, "population_size": 2}}
+    check(functools.partial(INFOS[name].load(), **knobs))

@@ -112,8 +112,9 @@ def test_bad_requests_are_refused():
     bad[0] = torch.nan
     with pytest.raises(DataError, match=r"activations must be finite.*\(hidden\)"):
         collected(toy_model(), [bad], ["hidden"])
-    for pool in ("max", 0, True):
-        with pytest.raises(ConfigError, match="pool must be 'none', 'mean' or an integer of at least 1"):
+    sizes = "'none' or 'mean' or an integer of at least 1"
+    for pool, words in (("max", "a known name.*did you mean mean"), (0, sizes), (True, sizes)):
+        with pytest.raises(ConfigError, match=f"pool must be {words}"):
             FeatureCollector([bad], pool=pool)
     with pytest.raises(ConfigError, match="neither"):
         FeatureCollector().collect(PruningContext(toy_model(), {}))

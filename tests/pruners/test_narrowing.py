@@ -87,10 +87,10 @@ def test_the_pruner_takes_such_a_collector():
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
-        ({"max_features": 0}, "max_features must be an integer of at least 1, got 0"),
+        ({"max_features": 0}, "max_features must be an integer of at least 1 or None, got 0"),
         ({"max_features": 2.0}, "max_features must be an integer"),
         ({"max_bytes": 0}, "max_bytes must be an integer"),
-        ({"projection_error": 1.0}, r"projection_error must be in \(0, 1\), got 1.0"),
+        ({"projection_error": 1.0}, r"projection_error must be in \(0, 1\) or None, got 1.0"),
         ({"projection_error": 0.1, "max_features": 5}, "got both"),
     ],
 )

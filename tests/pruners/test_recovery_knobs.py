@@ -83,8 +83,8 @@ def test_a_budget_counts_rounded_widths():
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"round_to": 0}, "round_to must be a positive integer or None, got 0"),
-        ({"round_to": 2.0}, "round_to must be a positive integer or None, got 2.0"),
+        ({"round_to": 0}, "round_to must be an integer of at least 1 or None, got 0"),
+        ({"round_to": 2.0}, "round_to must be an integer of at least 1 or None, got 2.0"),
     ],
 )
 @pytest.mark.parametrize("name", NAMES)

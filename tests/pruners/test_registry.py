@@ -11,6 +11,7 @@ from nni.compression.pruning import LinearPruner
 
 import nni_topo
 from nni_topo.errors import ConfigError
+from nni_topo.pruners import registry
 from nni_topo.pruners.registry import PrunerInfo, check_knobs
 from nni_topo.testing import toy_evaluator, toy_images, toy_knobs, toy_model
 
@@ -138,3 +139,35 @@ def toy_pruner(name):
         knobs["validation"] = [(toy_images(), torch.arange(len(toy_images())) % 4)]
     rule = HALF if info.structured else [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
     return nni_topo.create_pruner(name, toy_model(), rule, **knobs)
+
+
+THIRD = """
+import nni_topo
+
+
+class Third(nni_topo.RandomPruner):
+    pass
+
+
+number = 3
+"""
+
+
+def test_a_third_party_is_known_by_its_path_and_by_its_entry_point(tmp_path, monkeypatch):
+    (tmp_path / "third.py").write_text(THIRD)
+    found = tmp_path / "third-1.0.dist-info"
+    found.mkdir()
+    (found / "METADATA").write_text("Metadata-Version: 2.1\nName: third\nVersion: 1.0\n")
+    (found / "entry_points.txt").write_text("[nni_topo.pruners]\nthird_random = third:Third\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(registry, "TABLE", dict(registry.TABLE))
+    registry.register_entry_points()
+    config = [{"op_names": ["stem"], "sparse_ratio": 0.5}]
+    for name in ("third_random", "third:Third"):
+        _, masks = nni_topo.create_pruner(name, toy_model(), config, seed=1).compress()
+        assert float(masks["stem"]["bias"].mean()) == 0.5
+        assert type(nni_topo.create_pruner(name, toy_model(), config)).__name__ == "Third"
+    assert "third_random" in nni_topo.list_pruners("third*")
+    for name, words in (("third:Fourth", "be imported"), ("none_such:A", "be imported"), ("third:number", "class of")):
+        with pytest.raises(ConfigError, match=words):
+            nni_topo.create_pruner(name, toy_model(), config)

@@ -235,15 +235,15 @@ def test_bad_requests_are_refused():
     config = [{"op_names": ["hidden"]}]
     for knobs, message in (
         ({}, "needs calibration data or an evaluator"),
-        ({**data, "energy": 1.0}, r"energy must be in \(0, 1\), got 1.0"),
-        ({**data, "energy": {"hidden": 0.0}}, r"energy must be in \(0, 1\), got 0.0"),
+        ({**data, "energy": 1.0}, r"energy must be in \(0, 1\) or .*got 1.0"),
+        ({**data, "energy": {"hidden": 0.0}}, r"energy must be in \(0, 1\) or .*got 0.0"),
         ({**data, "energy": {"hiden": 0.5}}, "energy must name modules of the model, got hiden"),
-        ({**data, "growth": {"initial_ratio": 1.5}}, r"initial_ratio must be in \(0, 1\], got 1.5"),
+        ({**data, "growth": {"initial_ratio": 1.5}}, r"initial_ratio must be in \(0, 1\] or .*got 1.5"),
         ({**data, "growth": {"statistic": "median"}}, "statistic must be"),
         ({**data, "survivor": []}, "at least one rule"),
-        ({**data, "energy": "half"}, r"energy must be in \(0, 1\), got 'half'"),
-        ({**data, "energy": None}, r"energy must be in \(0, 1\), got None"),
-        ({**data, "growth": {"initial_ratio": "few"}}, r"initial_ratio must be in \(0, 1\], got 'few'"),
+        ({**data, "energy": "half"}, r"energy must be in \(0, 1\) or .*got 'half'"),
+        ({**data, "energy": None}, r"energy must be in \(0, 1\) or .*got None"),
+        ({**data, "growth": {"initial_ratio": "few"}}, r"initial_ratio must be in \(0, 1\] or .*got 'few'"),
         (
             {**data, "growth": {"initial_ratio": {"hiden": 0.5}}},
             "initial_ratio must name modules of the model, got hiden",
@@ -252,7 +252,7 @@ def test_bad_requests_are_refused():
         ({**data, "growth": 0.3}, "growth must be a Growth or a mapping of its fields, got 0.3"),
         ({**data, "growth": {"recursive": "no"}}, "recursive must be True or False, got 'no'"),
         ({**data, "growth": {"bins": 2.5}}, "bins must be an integer of at least 1, got 2.5"),
-        ({**data, "seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ({**data, "seed": -1}, "seed must be an integer of at least 0 .*got -1"),
     ):
         with pytest.raises(ConfigError, match=message):
             SubclusterPruner(toy_model(), config, **knobs)
@@ -304,8 +304,8 @@ def test_pruners_can_be_pickled():
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"seed": 2**40}, r"seed must be below 2\^32, got 1099511627776 \(SubclusterPruner\)"),
-        ({"survivor": 5}, "survivor must be a rule or a sequence of rules, got 5"),
+        ({"seed": 2**40}, r"seed must be .* below 2\^32, got 1099511627776 \(SubclusterPruner\)"),
+        ({"survivor": 5}, "survivor must be .*a sequence of at least 1.*got 5"),
         ({"growth": {"absolute": "no"}}, "absolute must be True or False, got 'no'"),
         ({"growth": {"diagonal": 1}}, "diagonal must be True or False, got 1"),
     ],
@@ -319,5 +319,5 @@ def test_knobs_of_the_wrong_kind_are_refused(knobs, message):
 
 def test_thresholds_that_are_no_number_are_refused():
     config = [{"op_names": ["hidden"], "sparse_threshold": float("nan")}]
-    with pytest.raises(ConfigError, match=r"sparse_threshold must be a number, got nan \(config_list\[0\]\)"):
+    with pytest.raises(ConfigError, match=r"sparse_threshold must be a finite number, got nan \(config_list\[0\]\)"):
         SubclusterPruner(toy_model(), config, calibration=[toy_images()])

@@ -7,7 +7,7 @@ from torch import nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.clouds.features import FeatureCollector
-from nni_topo.pruners.cluster.survivors import best_of, checked_rules, offsets, survivor_scores
+from nni_topo.pruners.cluster.survivors import SURVIVOR, best_of, offsets, rules_of, survivor_scores
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.testing import toy_images, toy_model
 
@@ -88,9 +88,9 @@ def test_a_bias_that_is_not_there():
 
 
 def test_names_of_rules():
-    assert checked_rules("weight") == ("weight",)
-    assert checked_rules(["bias", "weight"]) == ("bias", "weight")
+    assert rules_of("weight") == ("weight",)
+    assert rules_of(["bias", "weight"]) == ("bias", "weight")
     with pytest.raises(ConfigError, match="did you mean weight"):
-        checked_rules("weigth")
-    with pytest.raises(ConfigError, match="at least one rule"):
-        checked_rules([])
+        SURVIVOR.check("survivor", "weigth", "here")
+    with pytest.raises(ConfigError, match="at least 1"):
+        SURVIVOR.check("survivor", [], "here")

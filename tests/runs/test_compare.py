@@ -24,7 +24,7 @@ from nni_topo.runs.plan import (
     PrunerChoice,
     Target,
 )
-from nni_topo.runs.records import append_record, read_records
+from nni_topo.runs.records import alone_in, append_record, read_records
 from nni_topo.runs.tables import markdown_report
 
 RESULTS = ("accuracy_before", "accuracy_oneshot", "accuracy_recalibrated", "accuracy_retrained", "flops", "params")
@@ -234,3 +234,30 @@ def test_bad_compensation_is_refused():
         CompensationChoice(images=0)
     with pytest.raises(ConfigError, match="method"):
         CompensationChoice(method="magic")
+
+
+@pytest.mark.parametrize(("line", "got"), [("[1, 2]", "a list"), ("3", "a int"), ('{"seed": 0}', "the keys seed")])
+def test_lines_that_are_no_records_are_named(tmp_path, line, got):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"key": "a"}\n' + line + '\n{"key": "c"}\n')
+    with pytest.raises(DataError, match=rf"a JSON record of a run, got {got} .*results\.jsonl:2\)"):
+        read_records(path, "key")
+
+
+def test_a_folder_takes_one_run_at_a_time_and_is_free_after_a_kill(tmp_path):
+    folder = tmp_path / "new" / "out"
+    hold = f"""
+import pathlib, time
+from nni_topo.runs.records import alone_in
+with alone_in(pathlib.Path({str(folder)!r})):
+    print("in", flush=True)
+    time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(DataError, match="one run at a time"), alone_in(folder):
+            pass
+        other.kill()
+        other.wait()
+    with alone_in(folder):
+        pass

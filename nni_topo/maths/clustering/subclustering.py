@@ -18,12 +18,22 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from nni_topo.errors import ConfigError, DataError, check_between, check_integer, unknown_name
+from nni_topo.errors import FLAG, NONE, DataError, all_of, check_knobs, number, one_of, whole
 from nni_topo.maths.clustering.partition import FloatArray, IntArray, partition
 from nni_topo.maths.ties import RELATIVE, first_largest, within
 
 _SAME = 1e-6
 STATISTICS = ("dispersion", "trace", "max", "mean")
+ENERGY, _SHARE = number(0, 1, "neither"), number(0, 1, "right")
+_RULES = {
+    "statistic": one_of(STATISTICS),
+    "initial_ratio": _SHARE | all_of(_SHARE, Mapping) | NONE,
+    "bins": whole(1),
+    "absolute": FLAG,
+    "diagonal": FLAG,
+    "recursive": FLAG,
+    "n_init": whole(1),
+}
 
 
 @dataclass(frozen=True)
@@ -66,16 +76,7 @@ class Growth:
     n_init: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("bins", "n_init"):
-            check_integer(name, getattr(self, name), 1, "sub-clustering")
-        for name in ("absolute", "diagonal", "recursive"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r} (sub-clustering)")
-        if self.statistic not in STATISTICS:
-            raise unknown_name("statistic", str(self.statistic), STATISTICS)
-        ratio = self.initial_ratio
-        for share in () if ratio is None else ratio.values() if isinstance(ratio, Mapping) else (ratio,):
-            initial_clusters(share, 1)
+        check_knobs("sub-clustering", vars(self), _RULES)
 
     def values(self, covariance: FloatArray, members: IntArray) -> FloatArray:
         """Return the covariances between a cluster's nodes, each pair once, shape (values,)."""
@@ -183,7 +184,7 @@ def initial_clusters(share: float, nodes: int) -> int:
     ConfigError
         If ``share`` isn't in (0, 1]: there would be none, or more clusters than nodes.
     """
-    check_between("initial_ratio", share, 0, 1, "share of a layer's nodes", closed=True)
+    _SHARE.check("initial_ratio", share, "share of a layer's nodes")
     return min(nodes, max(1, math.ceil(round(share * nodes, 9))))
 
 
@@ -217,7 +218,7 @@ def hoh_threshold(values: Sequence[NDArray[np.float64]], energy: float, *, bins:
     >>> round(hoh_threshold([np.array([0.0, 1.0, 2.0, 10.0])], 0.5), 6)
     2.0
     """
-    check_between("energy", energy, 0, 1, "p of the HoH threshold")
+    ENERGY.check("energy", energy, "p of the HoH threshold")
     Growth(bins=bins)
     if not len(values) or any(not len(v) for v in values):
         raise DataError("a threshold needs at least one value of each of at least one cluster, got none (HoH)")

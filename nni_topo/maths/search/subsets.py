@@ -14,11 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 from pyeasyga.pyeasyga import Chromosome, GeneticAlgorithm
 
-from nni_topo.errors import ConfigError, check_integer
+from nni_topo.errors import FLAG, NONE, ConfigError, check_knobs, number, whole
 from nni_topo.maths.ties import Levels
 
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
+
+_RULES = {
+    "population_size": whole(2),
+    "generations": whole(1),
+    "crossover_probability": number(0, 1),
+    "mutation_probability": number(0, 1),
+    "elitism": FLAG,
+    "patience": whole(1) | NONE,
+}
 
 
 @dataclass(frozen=True)
@@ -33,13 +42,7 @@ class EvolutionSettings:
     patience: int | None = None  # generations without a better one after which the search ends; None: never
 
     def __post_init__(self) -> None:
-        for name, least in (("population_size", 2), ("generations", 1), ("patience", 1)):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), least, "genetic algorithm")
-        for name in ("crossover_probability", "mutation_probability"):
-            value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
-                raise ConfigError(f"{name} must be in [0, 1], got {value!r} (genetic algorithm)")
+        check_knobs("genetic algorithm", vars(self), _RULES)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,25 @@ import numpy as np
 from numpy.typing import NDArray
 from pyeasyga.pyeasyga import Chromosome, GeneticAlgorithm
 
-from nni_topo.errors import ConfigError, check_integer
+from nni_topo.errors import Rule, all_of, check_knobs, number, whole
 from nni_topo.maths.search.gene_layers import BoolArray, FloatArray, Layer
 
 Bytes = NDArray[np.uint8]
+_SHARE = number(0, 1)
+_RULES = {
+    "alpha": number(0),
+    "beta": number(0),
+    "damage_rate": _SHARE
+    | Rule("a rising pair of such", lambda v: all_of(_SHARE, Sequence).holds(v) and len(v) == 2 and v[0] <= v[1]),
+    "population_size": whole(2),
+    "generations": whole(1),
+    "tournament_size": whole(1),
+    "crossover_probability": _SHARE,
+    "weakest_probability": _SHARE,
+    "random_probability": _SHARE,
+    "weakest_rate": _SHARE,
+    "random_rate": _SHARE,
+}
 
 
 @dataclass(frozen=True)
@@ -71,27 +86,12 @@ class WeightSearch:
     random_rate: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, least in (("population_size", 2), ("generations", 1), ("tournament_size", 1)):
-            check_integer(name, getattr(self, name), least, "genetic algorithm")
-        for name in ("alpha", "beta"):
-            if not 0.0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must be at least 0 and finite, got {getattr(self, name)} (fitness)")
-        names = ("crossover_probability", "weakest_probability", "random_probability", "weakest_rate", "random_rate")
-        for name in names:
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)!r} (genetic algorithm)")
-        low, high = self.damage_range
-        if not 0.0 <= low <= high <= 1.0:
-            raise ConfigError(f"damage_rate must be in [0, 1], a pair rising, got {self.damage_rate!r} (generation 0)")
+        check_knobs("genetic algorithm", vars(self), _RULES)
 
     @property
     def damage_range(self) -> tuple[float, float]:
         """Lowest and highest damage rate."""
-        if isinstance(self.damage_rate, (int, float)):
-            return self.damage_rate, self.damage_rate
-        if len(self.damage_rate) != 2:
-            raise ConfigError(f"damage_rate must be a number or a pair, got {self.damage_rate!r} (generation 0)")
-        low, high = self.damage_rate
+        low, high = self.damage_rate if isinstance(self.damage_rate, Sequence) else (self.damage_rate,) * 2
         return low, high
 
 
@@ -159,13 +159,13 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
         low, high = self.settings.damage_range
         floors = (0,) * len(self.layers)
         self.children = []
-        for number in range(self.population_size):
+        for index in range(self.population_size):
             alive = np.ones(self.size, dtype=np.bool_)
-            rate = float(self.rng.uniform(low, high)) if number else 0.0
+            rate = float(self.rng.uniform(low, high)) if index else 0.0
             for layer, part in self._parts(alive):
                 count = min(int(rate * layer.size), layer.size - layer.least)
                 part[self.rng.choice(layer.size, count, replace=False, shuffle=False)] = False
-            self.children.append(self._born(alive, number, floors, -1))
+            self.children.append(self._born(alive, index, floors, -1))
         self.current_generation: list[Individual] = []
 
     def create_new_population(self) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.errors import FLAG, ConfigError, check_knobs, instance, one_of
 from nni_topo.pruners.clouds.coupled import CoupledWeightCollector
 from nni_topo.pruners.clouds.folded import FoldedWeightCollector
 from nni_topo.pruners.clouds.functional import FunctionalCollector
 from nni_topo.pruners.clouds.gradient import GradientCollector
-from nni_topo.pruners.clouds.weight import ActivationCollector, Preprocess, WeightCollector, checked_preprocess
+from nni_topo.pruners.clouds.weight import PREPROCESS, ActivationCollector, Preprocess, WeightCollector
 from nni_topo.pruners.hooks import DataCollector
 
 _TRACED: dict[str, Callable[..., DataCollector]] = {
@@ -59,9 +59,8 @@ class PointCloud:
     origin: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.kind, DataCollector) and self.kind not in CLOUDS:
-            raise unknown_name("cloud", str(self.kind), CLOUDS)
-        checked_preprocess(self.preprocess)
+        rules = {"kind": one_of(CLOUDS) | instance(DataCollector), "preprocess": PREPROCESS, "origin": FLAG}
+        check_knobs("cloud", vars(self), rules)
 
 
 def make_collector(

@@ -13,11 +13,12 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError, DataError, one_of, whole
 from nni_topo.network.capture import by_channel, inputs_seen
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.following import followers, passes
 from nni_topo.network.inputs import Call, batch_size, bind_arguments, calls, first_call, fitting
+from nni_topo.network.layers import WEIGHTED
 from nni_topo.network.modes import detached_copy
 from nni_topo.network.tracing import trace
 from nni_topo.pruners.clouds.moments import Moments, check_finite, check_reached, embedding
@@ -26,6 +27,7 @@ from nni_topo.pruners.transposed import loses_outputs
 from nni_topo.pruners.units import PruningUnit
 
 Pool = Literal["none", "mean"] | int
+POOL = one_of(("none", "mean")) | whole(1)
 
 _POOLS: list[Any] = [functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d]
 _ACTIVATIONS = {"relu", "relu6", "leakyrelu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "tanh"}
@@ -74,9 +76,7 @@ class FeatureCollector(DataCollector):
     """
 
     def __init__(self, calibration: Iterable[Any] | None = None, *, pool: Pool = "none") -> None:
-        is_size = isinstance(pool, int) and not isinstance(pool, bool) and pool >= 1
-        if pool not in ("none", "mean") and not is_size:
-            raise ConfigError(f"pool must be 'none', 'mean' or an integer of at least 1, got {pool!r} (features)")
+        POOL.check("pool", pool, "features")
         self.calibration = calibration
         self.pool = pool
         self._network: TracedNetwork | None = None
@@ -93,6 +93,14 @@ class FeatureCollector(DataCollector):
         if self._network is None:
             raise ConfigError("features must be collected before the network is asked for (FeatureCollector)")
         return self._network
+
+    def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        """Raise ConfigError for layers that are no linear layers or convolutions."""
+        for name, module in modules.items():
+            if not isinstance(module, WEIGHTED):
+                raise ConfigError(
+                    f"features must be those of a linear layer or a convolution, got {type(module).__name__} ({name})"
+                )
 
     def collect(self, context: PruningContext) -> Data:
         """Return float64 clouds ``(blocks, 1 + d)`` on the CPU, ``d`` at most the number of blocks or of samples.

@@ -9,11 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nni_topo.errors import ConfigError, check_integer
+from nni_topo.errors import NONE, SEED, ConfigError, check_knobs, number, whole
 from nni_topo.maths import topology
 
 _logger = logging.getLogger(__name__)
 _STRETCH = 2**23
+_RULES = {
+    "max_features": whole(1) | NONE,
+    "projection_error": number(0, 1, "neither") | NONE,
+    "max_bytes": whole(1, 2**63 - 1),
+    "seed": SEED,
+}
 
 
 @dataclass(frozen=True)
@@ -28,11 +34,7 @@ class Narrowing:
     def __post_init__(self) -> None:
         if self.max_features is not None and self.projection_error is not None:
             raise ConfigError("a projection must have max_features or projection_error, got both (WeightCollector)")
-        if self.projection_error is not None and not 0.0 < self.projection_error < 1.0:
-            raise ConfigError(f"projection_error must be in (0, 1), got {self.projection_error!r} (WeightCollector)")
-        for name in ("max_features", "max_bytes"):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), 1, "WeightCollector")
+        check_knobs("WeightCollector", vars(self), _RULES)
 
     def features(self, points: int, features: int) -> int | None:
         """Return how many features a cloud is projected onto; None: it isn't projected."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.errors import ConfigError, DataError, one_of
 from nni_topo.network.capture import by_channel, watched
 from nni_topo.pruners.clouds.moments import Moments, points_of_gram
 from nni_topo.pruners.clouds.narrowing import Narrowing, stretches
@@ -180,10 +180,12 @@ class ActivationCollector(DataCollector):
         return context.collected(points)
 
 
+PREPROCESS = one_of(_PREPROCESS)
+
+
 def checked_preprocess(preprocess: Preprocess) -> Preprocess:
     """Return the name of a preprocessing step, or raise :class:`~nni_topo.errors.ConfigError`."""
-    if preprocess not in _PREPROCESS:
-        raise unknown_name("preprocess", preprocess, _PREPROCESS)
+    PREPROCESS.check("preprocess", preprocess, "cloud")
     return preprocess
 
 

@@ -13,14 +13,15 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ConfigError, check_integer, check_seed, unknown_name
+from nni_topo.errors import ConfigError, one_of, whole
 from nni_topo.maths.clustering.partition import ALGORITHMS, Algorithm
 from nni_topo.network.inputs import checked_calibration
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget, planned
-from nni_topo.pruners.clouds.features import FeatureCollector, Pool
+from nni_topo.pruners.checks import pruner_arguments
+from nni_topo.pruners.clouds.features import POOL, FeatureCollector, Pool
 from nni_topo.pruners.cluster.metric import ClusterMetric
-from nni_topo.pruners.cluster.survivors import Survivor, checked_rules
+from nni_topo.pruners.cluster.survivors import SURVIVOR, Survivor, rules_of
 from nni_topo.pruners.planner import Planner
 
 
@@ -94,6 +95,7 @@ class ClusterPruner(StructuredPruner):
     4
     """
 
+    @pruner_arguments(algorithm=one_of(ALGORITHMS), survivor=SURVIVOR, pool=POOL, n_init=whole(1), min_samples=whole(1))
     def __init__(
         self,
         model: nn.Module,
@@ -112,11 +114,6 @@ class ClusterPruner(StructuredPruner):
         round_to: int | None = None,
         seed: int = 0,
     ) -> None:
-        if algorithm not in ALGORITHMS:
-            raise unknown_name("algorithm", str(algorithm), ALGORITHMS)
-        for name, value in (("n_init", n_init), ("min_samples", min_samples)):
-            check_integer(name, value, 1, "ClusterPruner")
-        check_seed(seed, "ClusterPruner")
         self.calibration = checked_calibration(calibration)
         self.algorithm = algorithm
         self.survivor = survivor
@@ -130,7 +127,7 @@ class ClusterPruner(StructuredPruner):
         collector = feature_collector(self.calibration, evaluator, pool, config_list)
         self._metric = ClusterMetric(
             collector=collector,
-            survivor=checked_rules(survivor),
+            survivor=rules_of(survivor),
             algorithm=algorithm,
             n_init=n_init,
             min_samples=min_samples,
@@ -143,7 +140,7 @@ class ClusterPruner(StructuredPruner):
             existed_wrappers,
             collector=collector,
             calculator=self._metric,
-            planner=planned(budget, config_list, example_inputs, self.calibration, fallback=Planner(round_to=round_to)),
+            planner=planned(budget, example_inputs, self.calibration, fallback=Planner(round_to=round_to)),
         )
 
     @property

@@ -13,7 +13,7 @@ import torch
 from scipy.stats import rankdata
 from torch import nn
 
-from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.errors import ConfigError, all_of, one_of
 from nni_topo.maths.clustering.partition import FloatArray, IntArray
 from nni_topo.maths.ties import first_largest, leveled
 from nni_topo.network.layers import by_output
@@ -29,17 +29,12 @@ AUTO = ("auto",)
 Survivor = str | Sequence[str]
 
 
-def checked_rules(survivor: Survivor) -> tuple[str, ...]:
-    """Return one or several names of rules as a tuple; ConfigError if there is none, or one isn't known."""
-    if not isinstance(survivor, (str, Sequence)):
-        raise ConfigError(f"survivor must be a rule or a sequence of rules, got {survivor!r} (survivor)")
-    rules = (survivor,) if isinstance(survivor, str) else tuple(survivor)
-    if not rules:
-        raise ConfigError(f"survivor must name at least one rule of {', '.join(RULES)}, got none")
-    for rule in rules if rules != AUTO else ():
-        if rule not in RULES:
-            raise unknown_name("survivor", str(rule), (*AUTO, *RULES))
-    return rules
+SURVIVOR = one_of((*AUTO, *RULES)) | all_of(one_of(RULES), Sequence, least=1)
+
+
+def rules_of(survivor: Survivor) -> tuple[str, ...]:
+    """Return one or several names of rules as a tuple."""
+    return (survivor,) if isinstance(survivor, str) else tuple(survivor)
 
 
 def survivor_scores(

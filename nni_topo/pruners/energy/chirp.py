@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError, as_settings, unknown_name
+from nni_topo.errors import FLAG, ConfigError, DataError, as_settings, check_knobs, one_of
 from nni_topo.maths import signals
 from nni_topo.network.layers import WEIGHTED
 from nni_topo.network.network import Network
@@ -22,6 +22,13 @@ from nni_topo.pruners.units import PruningUnit
 
 Linear = Literal["refuse", "unit-energy"]
 Normalization = Literal["none", "area", "layer"]
+ENERGY_KNOBS = {
+    "normalization": one_of(("none", "area", "layer")),
+    "batch_norm": FLAG,
+    "bias": FLAG,
+    "linear": one_of(("refuse", "unit-energy")),
+}
+"""What the knobs that the energies' collectors share must be."""
 
 
 @dataclass(eq=False)
@@ -35,9 +42,7 @@ class EnergyCollector(DataCollector):
     linear: Linear = field(default="unit-energy", kw_only=True)
 
     def __post_init__(self) -> None:
-        for knob, known in (("normalization", ("none", "area", "layer")), ("linear", ("unit-energy", "refuse"))):
-            if getattr(self, knob) not in known:
-                raise unknown_name(knob, str(getattr(self, knob)), known)
+        check_knobs(type(self).__name__, vars(self), ENERGY_KNOBS)
         if self.batch_norm and self.example_inputs is None:
             raise ConfigError("batch_norm=True needs example_inputs, got none (example_inputs)")
 

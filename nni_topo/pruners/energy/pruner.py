@@ -12,21 +12,21 @@ References
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.errors import ConfigError, Rule, instance, number, one_of, settings
 from nni_topo.maths import signals
 from nni_topo.maths.ties import descending
 from nni_topo.network.inputs import checked_calibration
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget, planned
-from nni_topo.pruners.checks import check_request
-from nni_topo.pruners.energy.chirp import ChirpEnergyCollector, EnergyCollector, Linear, Normalization
+from nni_topo.pruners.checks import pruner_arguments
+from nni_topo.pruners.energy.chirp import ENERGY_KNOBS, ChirpEnergyCollector, EnergyCollector, Linear, Normalization
 from nni_topo.pruners.energy.data import DataEnergyCollector
 from nni_topo.pruners.hooks import Data, MetricCalculator, Metrics, PruningContext
 from nni_topo.pruners.planner import Planner
@@ -129,6 +129,11 @@ class EnergyFilterPruner(StructuredPruner):
     4
     """
 
+    setting_rules: ClassVar[Mapping[str, Rule]] = {"sparse_threshold": number(0, 1, "neither")}
+
+    @pruner_arguments(
+        signal=one_of(("chirp", "data")) | settings(signals.Chirp) | instance(EnergyCollector), **ENERGY_KNOBS
+    )
     def __init__(
         self,
         model: nn.Module,
@@ -162,13 +167,9 @@ class EnergyFilterPruner(StructuredPruner):
             if self.calibration is None and evaluator is None:
                 raise ConfigError("signal 'data' needs calibration data or an evaluator, got neither (calibration)")
             collector = DataEnergyCollector(example_inputs, calibration=self.calibration, **shared)
-        elif isinstance(signal, str) and signal != "chirp":
-            raise unknown_name("signal", signal, ("chirp", "data"))
         else:
             chirp = None if isinstance(signal, str) else signal
             collector = ChirpEnergyCollector(example_inputs, signal=chirp, linear=linear, **shared)
-        config_list = check_request(model, config_list, existed_wrappers, needs_rule=budget is None)
-        _check_thresholds(config_list)
         fallback = Planner(strict=True, tolerance=TOLERANCE, round_to=round_to)
         super().__init__(
             model,
@@ -177,13 +178,5 @@ class EnergyFilterPruner(StructuredPruner):
             existed_wrappers,
             collector=collector,
             calculator=CumulativeEnergyMetric(),
-            planner=planned(budget, config_list, example_inputs, self.calibration, fallback=fallback),
+            planner=planned(budget, example_inputs, self.calibration, fallback=fallback),
         )
-
-
-def _check_thresholds(config_list: list[dict[str, Any]]) -> None:
-    for index, config in enumerate(config_list):
-        for setting in (config, *config.get("target_settings", {}).values()):
-            threshold = setting.get("sparse_threshold")
-            if threshold is not None and not 0.0 < threshold < 1.0:
-                raise ConfigError(f"sparse_threshold must be in (0, 1), got {threshold} (config_list[{index}])")

@@ -31,9 +31,13 @@ class MaskedScores:
     def _masked_score(self, genes: BoolArray, whole: list[Tensor]) -> float:
         for weight, value, mask in zip(self.weights, whole, split_genes(genes, whole), strict=True):
             weight.data.copy_(value * mask)
-        score = float(self.score())
+        found = self.score()
+        try:
+            score = float(found)
+        except (TypeError, ValueError, RuntimeError):
+            score = np.nan
         if not np.isfinite(score):
-            raise DataError(f"an evaluation must return a finite number, got {score} (genetic search)")
+            raise DataError(f"an evaluation must return a finite number, got {found!r} (genetic search)")
         return score
 
 

@@ -16,6 +16,8 @@ from nni_topo.errors import ConfigError
 from nni_topo.maths.search.gene_layers import BoolArray, FloatArray, Layer
 from nni_topo.maths.search.state import load_state, save_state
 from nni_topo.maths.search.weights import WeightGeneticAlgorithm, WeightSearch
+from nni_topo.network.inputs import repeatable
+from nni_topo.network.modes import evaluation_mode
 from nni_topo.pruners.genetic_weight.masked import MaskedScores
 from nni_topo.pruners.genetic_weight.population import PopulationAccuracy
 from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext
@@ -73,8 +75,8 @@ class GeneticMetric(MetricCalculator):
             )
         if self.evaluate is not None:
             evaluate, model = self.evaluate, context.model
-            return MaskedScores(weights, lambda: evaluate(model))
-        return MaskedScores(weights, lambda: _evaluated(context))
+            return MaskedScores(weights, lambda: _in_evaluation(model, lambda: evaluate(model)))
+        return MaskedScores(weights, lambda: _in_evaluation(context.model, lambda: _evaluated(context)))
 
 
 def largest_share(unit: PruningUnit) -> float:
@@ -87,10 +89,16 @@ def checked_validation(validation: Iterable[Any] | None) -> list[Any] | None:
     """Return labelled batches as a list, or raise a ConfigError where there is none."""
     if validation is None:
         return None
-    batches = list(validation)
+    batches = list(repeatable(validation, "validation"))
     if not batches:
         raise ConfigError("validation must hold at least one batch, got none (validation)")
     return batches
+
+
+def _in_evaluation(model: nn.Module, score: Callable[[], float]) -> float:
+    """Score a model in evaluation mode: or each individual's batch norms would have seen those before it."""
+    with evaluation_mode(model):
+        return score()
 
 
 def _evaluated(context: PruningContext) -> float:

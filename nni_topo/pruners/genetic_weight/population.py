@@ -22,7 +22,7 @@ from torch.fx import Interpreter, Node
 
 from nni_topo.errors import DataError, SpeedupError
 from nni_topo.maths.search.gene_layers import BoolArray, FloatArray
-from nni_topo.network.inputs import call_arguments
+from nni_topo.network.inputs import call_arguments, fitting
 from nni_topo.network.modes import unwrapped_copy
 from nni_topo.network.tracing import trace
 from nni_topo.pruners.genetic_weight.masked import split_genes
@@ -82,16 +82,19 @@ class PopulationAccuracy:
         for name, layer, mask in zip(self._names, self._layers, masks, strict=True):
             masked = _parameters(layer, layer.weight * mask)
             parameters |= {f"{name}.{key}": value for key, value in masked.items()}
-        outputs = (functional_call(self._model, parameters, (inputs,)) for inputs, _ in self._batches)
-        found = zip(outputs, self._batches, strict=True)
-        hits = [int((_logits(each, labels).argmax(1) == labels).sum()) for each, (_, labels) in found]
-        return sum(hits)
+        hits = 0
+        for index, (inputs, labels) in enumerate(self._batches):
+            with fitting(index, "validation"):
+                outputs = functional_call(self._model, parameters, (inputs,))
+                hits += int((_logits(outputs, labels).argmax(1) == labels).sum())
+        return hits
 
     @torch.no_grad()
     def _cut(self) -> None:
         """Cut the graph at the masked layers, unless that doesn't give what the model computes."""
         inputs, labels = self._batches[0]
-        expected = _logits(self._model(inputs), labels)
+        with fitting(0, "validation"):
+            expected = _logits(self._model(inputs), labels)
         try:
             graph = without_side_effects(trace(self._model, call_arguments(inputs[:2]))[0])
             tails = [_Tail(graph, self._names, *batch) for batch in self._batches]

@@ -20,10 +20,10 @@ from nni.compression.utils import Evaluator
 from numpy.typing import NDArray
 from torch import nn
 
-from nni_topo.errors import ConfigError, as_settings, check_integer
+from nni_topo.errors import ANYTHING, FUNCTION, NONE, PATH, ConfigError, as_settings, settings, whole
 from nni_topo.maths.search.weights import HistoryRow, WeightGeneticAlgorithm, WeightSearch
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.checks import check_weight_target
+from nni_topo.pruners.checks import check_weight_target, pruner_arguments
 from nni_topo.pruners.genetic_weight.metric import GeneticMetric, OnGeneration, checked_validation
 from nni_topo.pruners.topological_magnitude.trees import MagnitudeCollector
 from nni_topo.pruners.units import is_active
@@ -95,6 +95,15 @@ class GeneticWeightPruner(StructuredPruner):
 
     needs_rule = False
 
+    @pruner_arguments(
+        validation=ANYTHING,  # looked at as it is read
+        evaluate=FUNCTION | NONE,
+        search=settings(WeightSearch) | NONE,
+        state=PATH | NONE,
+        on_generation=FUNCTION | NONE,
+        max_bytes=whole(1, 2**63 - 1),
+        n_jobs=whole(1),
+    )
     def __init__(
         self,
         model: nn.Module,
@@ -114,8 +123,6 @@ class GeneticWeightPruner(StructuredPruner):
         self.search = as_settings(WeightSearch, search, "search")
         if validation is None and evaluate is None and evaluator is None:
             raise ConfigError("a genetic search needs validation, evaluate or an evaluator, got none (validation)")
-        for name, value in (("max_bytes", max_bytes), ("n_jobs", n_jobs)):
-            check_integer(name, value, 1, "GeneticWeightPruner")
         self.validation = checked_validation(validation)
         self.evaluate = evaluate
         self.state = state

@@ -27,7 +27,7 @@ from nni_topo.errors import DataError
 from nni_topo.maths.least_squares.greedy import greedy_least_squares
 from nni_topo.network.capture import watched
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.inputs import batch_size, calls, structure_call
+from nni_topo.network.inputs import batch_size, calls, fitting, structure_call
 from nni_topo.network.layers import CONVOLUTIONS
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.network import Network
@@ -113,10 +113,11 @@ class ReconstructionProblems:
         flat = [one for found in sums.values() for one in found]
         hooks = watched([(one.twin, one.reached) for one in flat], [(one.module, one.met) for one in flat])
         with mixing_called(original, network), hooks, evaluation_mode(original, network), torch.no_grad():
-            for args, kwargs in calls(original, self.calibration):
-                original(*args, **kwargs)
-                if network is not original:
-                    network(*args, **kwargs)
+            for index, (args, kwargs) in enumerate(calls(original, self.calibration)):
+                with fitting(index):
+                    original(*args, **kwargs)
+                    if network is not original:
+                        network(*args, **kwargs)
                 for one in flat:
                     one.add()
         return {name: _problem(found, name) for name, found in sums.items()}

@@ -18,10 +18,11 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import FLAG, ConfigError
 from nni_topo.network.inputs import checked_calibration
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import ALLOCATIONS, Budget, planned
+from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds.functional import FunctionalCollector
 from nni_topo.pruners.hooks import Data
 from nni_topo.pruners.planner import Planner
@@ -93,6 +94,7 @@ class ReconstructionPruner(StructuredPruner):
     8
     """
 
+    @pruner_arguments(sequential=FLAG)
     def __init__(
         self,
         model: nn.Module,
@@ -111,8 +113,6 @@ class ReconstructionPruner(StructuredPruner):
         calibration = checked_calibration(calibration)
         if calibration is None:
             raise ConfigError("ReconstructionPruner needs calibration data, got none (calibration)")
-        if not isinstance(sequential, bool):
-            raise ConfigError(f"sequential must be True or False, got {sequential!r} (ReconstructionPruner)")
         self.calibration = calibration
         self.sequential = sequential
         self.budget = budget
@@ -130,7 +130,6 @@ class ReconstructionPruner(StructuredPruner):
             calculator=ReconstructionMetric(problems=self._problems, progress=progress),
             planner=planned(
                 budget,
-                config_list,
                 example_inputs,
                 calibration,
                 fallback=Planner(round_to=round_to),

@@ -14,13 +14,14 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ConfigError, as_settings, check_between, check_seed
-from nni_topo.maths.clustering.subclustering import Growth, SplitTree
+from nni_topo.errors import NONE, ConfigError, all_of, as_settings, settings
+from nni_topo.maths.clustering.subclustering import ENERGY, Growth, SplitTree
 from nni_topo.network.inputs import checked_calibration
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.clouds.features import Pool
+from nni_topo.pruners.checks import pruner_arguments
+from nni_topo.pruners.clouds.features import POOL, Pool
 from nni_topo.pruners.cluster.pruner import feature_collector
-from nni_topo.pruners.cluster.survivors import Survivor, checked_rules
+from nni_topo.pruners.cluster.survivors import SURVIVOR, Survivor, rules_of
 from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.subcluster.metric import SubclusterMetric, of_layer
 
@@ -97,6 +98,12 @@ class SubclusterPruner(StructuredPruner):
 
     needs_rule = False
 
+    @pruner_arguments(
+        energy=ENERGY | all_of(ENERGY, Mapping),
+        growth=settings(Growth) | NONE,
+        survivor=SURVIVOR,
+        pool=POOL,
+    )
     def __init__(
         self,
         model: nn.Module,
@@ -117,9 +124,6 @@ class SubclusterPruner(StructuredPruner):
         self.survivor = survivor
         self.pool = pool
         self.seed = seed
-        check_seed(seed, "SubclusterPruner")
-        for value in energy.values() if isinstance(energy, Mapping) else (energy,):
-            check_between("energy", value, 0, 1, "p of the HoH threshold")
         _check_names(model, energy, "energy")
         _check_names(model, self.growth.initial_ratio, "initial_ratio")
         self.calibration = checked_calibration(calibration)
@@ -127,7 +131,7 @@ class SubclusterPruner(StructuredPruner):
         collector = feature_collector(self.calibration, evaluator, pool, config_list)
         self._metric = SubclusterMetric(
             collector=collector,
-            survivor=checked_rules(survivor),
+            survivor=rules_of(survivor),
             growth=self.growth,
             energy=partial(of_layer, energy, default=_ENERGY),
             seed=seed,

@@ -1,15 +1,15 @@
-"""Conformance checks that every structured pruner has to pass; a third party's too.
+"""Conformance checks that every pruner has to pass, a third party's too: of whole channels, or of single weights.
 
 Each check takes ``create``, a function ``create(model, config_list, evaluator=None, existed_wrappers=None)`` that
-returns the pruner under test, and raises AssertionError where the pruner breaks a promise::
+returns the pruner under test, and raises AssertionError where the pruner breaks a promise; from pytest::
 
-    for check in STRUCTURED_CHECKS:
-        check(lambda *args, **kwargs: MyPruner(*args, **kwargs, my_knob=3))
+    @pytest.mark.parametrize("check", nni_topo.testing.STRUCTURED_CHECKS)
+    def test_my_pruner(check):
+        check(functools.partial(MyPruner, my_knob=3))
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +19,7 @@ from nni.compression.pruning import AGPPruner, LinearPruner
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.pruners.testing.snapshots import require_unchanged, snapshot
 from nni_topo.pruners.testing.toys import toy_evaluator, toy_model
 
 Create = Callable[..., Pruner]
@@ -40,10 +41,20 @@ def check_ratio(create: Create) -> None:
         _require(torch.equal(masks[name]["bias"].flatten(), rows[:, 0]), f"{name}: bias mask follows the weight's")
 
 
+def check_masks(create: Create) -> None:
+    """Masks are 0 and 1, for the configured layers only, and empty none."""
+    masks = _masks(create, _HALF)
+    _require(set(masks) == {"stem", "inner", "hidden"}, f"masks for the configured layers only, got {sorted(masks)}")
+    for name, targets in masks.items():
+        for target, mask in targets.items():
+            _require(mask is None or set(mask.unique().tolist()) <= {0.0, 1.0}, f"{name}.{target}: masks of 0 and 1")
+        _require(bool(targets["weight"].any()), f"{name}: something stays")
+
+
 def check_zero_ratio(create: Create) -> None:
     """A ratio of 0 prunes nothing."""
     masks = _masks(create, [{"op_types": ["Conv2d"], "sparse_ratio": 0.0}])
-    _require(all(bool(mask.all()) for targets in masks.values() for mask in targets.values()), "nothing pruned")
+    _require(all(m is None or bool(m.all()) for targets in masks.values() for m in targets.values()), "nothing pruned")
 
 
 def check_dependency_group(create: Create) -> None:
@@ -72,15 +83,13 @@ def check_repeatable(create: Create) -> None:
 
 
 def check_unwrap(create: Create) -> None:
-    """Unwrapping gives the model back with its weights unmasked."""
+    """Unwrapping gives the model back byte by byte, with its modes, ties and hooks; no generator was drawn from."""
     model = toy_model()
-    before = copy.deepcopy(model.state_dict())
+    before = snapshot(model)
     pruner = create(model, _HALF)
     pruner.compress()
     pruner.unwrap_model()
-    after = model.state_dict()
-    _require(list(before) == list(after), "same names after unwrap_model")
-    _require(all(torch.equal(before[key], after[key]) for key in before), "same values after unwrap_model")
+    require_unchanged(before, model)
 
 
 def check_masked_forward(create: Create) -> None:
@@ -133,7 +142,17 @@ def check_bad_requests(create: Create) -> None:
     _require_refused(create, broken, _HALF, DataError)
 
 
+SINGLE_WEIGHT_CHECKS: tuple[Callable[[Create], None], ...] = (
+    check_masks,
+    check_zero_ratio,
+    check_repeatable,
+    check_unwrap,
+    check_bad_requests,
+)
+"""For pruners that take single weights."""
+
 STRUCTURED_CHECKS: tuple[Callable[[Create], None], ...] = (
+    check_masks,
     check_ratio,
     check_zero_ratio,
     check_dependency_group,
@@ -164,12 +183,10 @@ def _require(condition: bool, promise: str) -> None:
 
 
 def _require_refused(create: Create, model: nn.Module, config: list[dict[str, Any]], error: type[Exception]) -> None:
-    before = copy.deepcopy(model.state_dict())
+    before = snapshot(model)
     try:
         create(model, config)
     except error:
-        wrapped = any(hasattr(module, "_nni_wrapper") for module in model.modules())
-        same = all(torch.equal(before[k], v) or bool(v.isnan().any()) for k, v in model.state_dict().items())
-        _require(same and not wrapped, f"the model stays as it was ({config})")
+        require_unchanged(before, model)
     else:
         raise AssertionError(f"broken promise: {config} is refused with {error.__name__}")

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from tqdm.auto import tqdm
 
-from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.errors import FLAG, check_knobs, one_of
 from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, Generation, SubsetGeneticAlgorithm
 from nni_topo.pruners.hooks import PruningContext
@@ -55,8 +55,7 @@ class GeneticSearch(EvolutionSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.engine not in ("exact", "gudhi"):
-            raise unknown_name("engine", str(self.engine), ("exact", "gudhi"))
+        check_knobs("GeneticSearch", vars(self), {"greedy_start": FLAG, "engine": one_of(("exact", "gudhi"))})
 
 
 @dataclass(frozen=True)
@@ -66,15 +65,6 @@ class SelectionSettings:
     criterion: str
     homology_dimensions: tuple[int, ...]
     search: GeneticSearch | None
-
-    def __post_init__(self) -> None:
-        if self.criterion not in CRITERIA:
-            raise unknown_name("criterion", str(self.criterion), CRITERIA)
-        dimensions = self.homology_dimensions
-        if not dimensions or any(isinstance(d, bool) or not isinstance(d, int) or d < 0 for d in dimensions):
-            raise ConfigError(
-                f"homology_dimensions must be one or more integers from 0, got {dimensions!r} (TopologicalPruner)"
-            )
 
 
 @dataclass(kw_only=True, eq=False)

@@ -17,16 +17,21 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import as_settings, unknown_name
+from nni_topo.errors import NONE, Rule, all_of, as_settings, instance, one_of, settings, whole
 from nni_topo.maths.search.subsets import Generation
 from nni_topo.network.inputs import checked_calibration
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import ALLOCATIONS, Budget, planned
-from nni_topo.pruners.clouds import PointCloud, make_collector
-from nni_topo.pruners.clouds.weight import Preprocess
+from nni_topo.pruners.checks import pruner_arguments
+from nni_topo.pruners.clouds import CLOUDS, PointCloud, make_collector
+from nni_topo.pruners.clouds.weight import PREPROCESS, Preprocess
 from nni_topo.pruners.hooks import DataCollector
 from nni_topo.pruners.planner import Planner
-from nni_topo.pruners.topological.metric import GeneticSearch, SelectionSettings, TopologicalMetric
+from nni_topo.pruners.topological.metric import CRITERIA, GeneticSearch, SelectionSettings, TopologicalMetric
+
+_DIMENSIONS = all_of(whole(0), Sequence, least=1)
+_SOLVER = one_of(("auto", "greedy", "genetic"))
+_JOBS = Rule("an integer other than 0, as joblib takes it", lambda jobs: whole(-1024).holds(jobs) and jobs != 0) | NONE
 
 
 class TopologicalPruner(StructuredPruner):
@@ -107,6 +112,13 @@ class TopologicalPruner(StructuredPruner):
     8
     """
 
+    @pruner_arguments(
+        cloud=one_of(CLOUDS) | settings(PointCloud) | instance(DataCollector),
+        criterion=one_of(("auto", *CRITERIA)),
+        homology_dimensions=_DIMENSIONS,
+        solver=_SOLVER | settings(GeneticSearch),
+        n_jobs=_JOBS,
+    )
     def __init__(
         self,
         model: nn.Module,
@@ -155,7 +167,6 @@ class TopologicalPruner(StructuredPruner):
             calculator=self._metric,
             planner=planned(
                 budget,
-                config_list,
                 example_inputs,
                 self.calibration,
                 fallback=Planner(round_to=round_to),
@@ -164,6 +175,13 @@ class TopologicalPruner(StructuredPruner):
         )
 
     @classmethod
+    @pruner_arguments(
+        combine=one_of(("max", "sum")),
+        homology_dimensions=_DIMENSIONS,
+        preprocess=PREPROCESS,
+        search=settings(GeneticSearch) | NONE,
+        n_jobs=_JOBS,
+    )
     def perera2022(
         cls,
         model: nn.Module,
@@ -214,8 +232,6 @@ class TopologicalPruner(StructuredPruner):
         ConfigError, DataError
             If a knob or the request is bad, before the model is wrapped.
         """
-        if combine not in ("max", "sum"):
-            raise unknown_name("combine", str(combine), ("max", "sum"))
         random_start = {"greedy_start": False, **(search if isinstance(search, Mapping) else {})}
         return cls(
             model,
@@ -245,7 +261,5 @@ def _search(solver: str | GeneticSearch | Mapping[str, Any], criterion: str) -> 
     """Return the settings of a genetic search, None for the greedy solution."""
     if not isinstance(solver, str):
         return as_settings(GeneticSearch, solver, "solver")
-    if solver not in ("auto", "greedy", "genetic"):
-        raise unknown_name("solver", solver, ("auto", "greedy", "genetic"))
     is_greedy = solver == "greedy" or (solver == "auto" and criterion in ("hausdorff", "cover"))
     return None if is_greedy else GeneticSearch()

@@ -16,13 +16,13 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, check_integer, unknown_name
+from nni_topo.errors import FUNCTION, NONE, ConfigError, instance, one_of, whole
 from nni_topo.maths.topology.layer_graphs import LayerGraph
 from nni_topo.network.layers import CONVOLUTIONS
 from nni_topo.network.network import Network
 from nni_topo.network.sizes import graph_of_convolution
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.checks import check_weight_target
+from nni_topo.pruners.checks import check_weight_target, pruner_arguments
 from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.rounds import Round, even_steps, matched_state, prune_in_rounds
 from nni_topo.pruners.topological_magnitude.trees import (
@@ -93,6 +93,13 @@ class TopologicalMagnitudePruner(StructuredPruner):
     (20, 5.26)
     """
 
+    @pruner_arguments(
+        on_subcritical=one_of(("raise", "clip")),
+        conv_graph=one_of(CONV_GRAPHS),
+        rounds=whole(1),
+        rewind=one_of(("initial",)) | instance(Mapping) | NONE,
+        on_round=FUNCTION | NONE,
+    )
     def __init__(
         self,
         model: nn.Module,
@@ -107,7 +114,8 @@ class TopologicalMagnitudePruner(StructuredPruner):
         rewind: Literal["initial"] | Mapping[str, Tensor] | None = None,
         on_round: Callable[[Round], None] | None = None,
     ) -> None:
-        _check_knobs(on_subcritical, conv_graph, example_inputs, rounds)
+        if conv_graph != "channel" and example_inputs is None:
+            raise ConfigError(f"conv_graph {conv_graph!r} needs example_inputs, got None (TopologicalMagnitudePruner)")
         self.on_subcritical = on_subcritical
         self.conv_graph = conv_graph
         self.rounds = rounds
@@ -190,24 +198,12 @@ class TopologicalMagnitudePruner(StructuredPruner):
         )
 
 
-def _check_knobs(on_subcritical: str, conv_graph: str, example_inputs: Any, rounds: int) -> None:
-    if on_subcritical not in ("raise", "clip"):
-        raise unknown_name("on_subcritical", on_subcritical, ("raise", "clip"))
-    if conv_graph not in CONV_GRAPHS:
-        raise unknown_name("conv_graph", conv_graph, CONV_GRAPHS)
-    if conv_graph != "channel" and example_inputs is None:
-        raise ConfigError(f"conv_graph {conv_graph!r} needs example_inputs, got None (TopologicalMagnitudePruner)")
-    check_integer("rounds", rounds, 1, "TopologicalMagnitudePruner")
-
-
 def _rewind_state(
     model: nn.Module, rewind: Literal["initial"] | Mapping[str, Tensor] | None
 ) -> dict[str, Tensor] | None:
     if rewind is None:
         return None
     if not isinstance(rewind, Mapping):
-        if rewind != "initial":
-            raise unknown_name("rewind", str(rewind), ("initial",))
         rewind = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     matched_state(model, rewind)
     return {name: value.detach().clone() for name, value in rewind.items()}

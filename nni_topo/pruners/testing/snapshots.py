@@ -1,0 +1,63 @@
+"""What of a model, and beside it, mustn't change."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Return all that a pruner that doesn't train has to leave as it was, in parts that can be compared.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model that isn't wrapped.
+
+    Returns
+    -------
+    dict of str to Any
+        Parameters and buffers byte by byte, which of them are one, which are trained, modes, attributes and hooks of
+        all modules, and the states of Python's, NumPy's and PyTorch's generators.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    tensors = {
+        f"{name}.{key}": value
+        for name, module in modules.items()
+        for key, value in (*module._parameters.items(), *module._buffers.items())
+        if value is not None
+    }
+    first: dict[int, str] = {}
+    return {
+        "tensors": {name: (value.dtype, value.shape, _bytes(value)) for name, value in tensors.items()},
+        "ties": {name: first.setdefault(id(value), name) for name, value in tensors.items()},
+        "requires_grad": {name: value.requires_grad for name, value in tensors.items()},
+        "modes": {name: module.training for name, module in modules.items()},
+        "classes": {name: type(module) for name, module in modules.items()},
+        "attributes": {name: sorted(vars(module)) for name, module in modules.items()},
+        "hooks": {
+            f"{name}.{key}": list(value)
+            for name, module in modules.items()
+            for key, value in vars(module).items()
+            if key.endswith("_hooks") and value
+        },
+        "generators": (random.getstate(), str(np.random.get_state()), _bytes(torch.get_rng_state())),
+    }
+
+
+def require_unchanged(before: dict[str, Any], model: nn.Module) -> None:
+    """Raise AssertionError, with what it is, if a model isn't as it was when :func:`snapshot` was called."""
+    after = snapshot(model)
+    for part, value in before.items():
+        if after[part] != value:
+            keys = value.keys() | after[part].keys() if isinstance(value, dict) else ()
+            changed = [key for key in sorted(keys) if value.get(key) != after[part].get(key)]
+            raise AssertionError(f"broken promise: {part} stay as they were {changed}")
+
+
+def _bytes(value: Tensor) -> bytes:
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
