@@ -16,6 +16,7 @@ network, so that a stopped run goes on where it was. Prints the table as Markdow
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import multiprocessing
@@ -37,8 +38,11 @@ from nni_topo import zoo
 
 LIST = Path(__file__).with_name("zoo.txt")
 CONVOLUTIONS = [f"{kind}{d}d" for kind in ("Conv", "ConvTranspose") for d in (1, 2, 3)]
-ASKED = [{"op_types": [*CONVOLUTIONS, "Linear"], "sparse_ratio": 0.5}]
+ASKED = [{"op_types": [*CONVOLUTIONS, "Linear"], "sparse_ratio": 0.5}]  # classes derived from them too
 PRUNED = (nn.modules.conv._ConvNd, nn.Linear)
+DETECTING = {f"{each}_predictor" for each in ("roi_heads.box", "roi_heads.mask", "roi_heads.keypoint")} | {
+    "head", "rpn.head", "backbone.fpn", "backbone.features"
+}  # fmt: skip
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -49,11 +53,12 @@ def build(name: str, options: dict[str, str]) -> tuple[nn.Module, Any]:
         return zoo_nets.make(kind)
     torch.manual_seed(0)
     size = int(options.get("size", 64))
-    knobs: dict[str, Any] = {
-        key: int(value) for key, value in options.items() if key not in ("size", "frames", "image")
-    }
-    if "num_layers" in knobs:
-        model: nn.Module = torchvision.models.VisionTransformer(image_size=size, **knobs)
+    knobs: dict[str, Any] = {key: int(value) for key, value in options.items() if key not in ("size", "frames")}
+    if family == "timm":
+        timm = importlib.import_module("timm")
+        model: nn.Module = timm.create_model(kind, pretrained=False, **knobs)
+    elif "num_layers" in knobs:
+        model = torchvision.models.VisionTransformer(image_size=size, **knobs)
     else:
         module = {"detection": torchvision.models.detection, "video": torchvision.models.video}.get(family)
         module = torchvision.models.segmentation if family == "segmentation" else module or torchvision.models
@@ -63,6 +68,8 @@ def build(name: str, options: dict[str, str]) -> tuple[nn.Module, Any]:
         knobs |= {"input_size": (size, size)} if kind.startswith("maxvit") else {}
         model = getattr(module, kind)(weights=None, **knobs)
     model = zoo_nets.lively(model.eval())
+    if hasattr(model, "roi_heads"):
+        model.roi_heads.score_thresh = 0.0  # else no box is sure enough to be looked at for its mask
     if family == "video":
         return model, torch.randn(1, 3, int(options.get("frames", 8)), size, size)
     return model, ([torch.rand(3, size, size)],) if family == "detection" else torch.randn(1, 3, size, size)
@@ -85,17 +92,26 @@ def rows_left(original: np.ndarray, dense: np.ndarray) -> np.ndarray:
     """Find the rows of a matrix of which another holds some entries: int, one for each row of the other."""
     values = original.ravel()
     order = np.argsort(values, kind="stable")
-    # A value that occurs twice says nothing; of some entries of a row most don't.
+    # A value may occur in several rows, and each of them has a vote; but one row holds all of some entries.
     columns = np.unique(np.linspace(0, dense.shape[1] - 1, 15).astype(int))
-    votes = np.stack([dense[:, column] for column in columns])
-    places = np.minimum(np.searchsorted(values[order], votes), len(values) - 1)
-    rows = order[places] // original.shape[1]
-    return np.array([np.bincount(column).argmax() for column in rows.T])
+    ends = [np.searchsorted(values[order], dense[:, columns], side=side) for side in ("left", "right")]
+    found = []
+    for firsts, lasts in zip(*ends, strict=True):
+        places = np.concatenate([np.arange(*each) for each in zip(firsts, lasts, strict=True)])
+        found.append(np.bincount(order[places] // original.shape[1]).argmax())
+    return np.array(found)
 
 
 def zeroing(model: nn.Module, dense: nn.Module) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Find the channels that are gone, of layers and of norms: bool, by name, of those that lost any."""
+    """Find the channels that are gone, of layers and of norms: bool, by name; and zero those of other parameters."""
     layers, norms = {}, {}
+    holders = [name for name, module in model.named_modules() if isinstance(module, (*PRUNED, *NORMS))]
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[0] not in holders and parameter.shape != (other := dense.get_parameter(name)).shape:
+            (d,) = (d for d, size in enumerate(parameter.shape) if size != other.shape[d])
+            rows = (each.detach().transpose(0, d).reshape(each.shape[d], -1).numpy() for each in (parameter, other))
+            kept = torch.zeros(parameter.shape[d]).index_fill_(0, torch.from_numpy(rows_left(*rows)), 1)
+            parameter.data.transpose(0, d).mul_(kept.view(-1, *[1] * (parameter.dim() - 1)))
     for name, module in model.named_modules():
         other = dense.get_submodule(name)
         if isinstance(module, PRUNED) and width(other) < width(module):
@@ -115,7 +131,7 @@ def zeroed_outputs(model: nn.Module, gone: dict[str, np.ndarray], inputs: Any) -
     handles = []
     for name, channels in gone.items():
         module = model.get_submodule(name)
-        last = isinstance(module, (nn.Linear, nn.LayerNorm))
+        last = isinstance(module, (nn.Linear, nn.LayerNorm)) and not type(module).__name__.endswith("2d")
 
         def hook(_: Any, __: Any, output: Tensor, channels: np.ndarray = channels, last: bool = last) -> Tensor:
             kept = torch.from_numpy(~channels).to(output)
@@ -130,9 +146,16 @@ def zeroed_outputs(model: nn.Module, gone: dict[str, np.ndarray], inputs: Any) -
 
 
 def run(model: nn.Module, inputs: Any) -> Any:
+    """Run a network; of a detector return what its parts give, of which boxes are then chosen."""
+    given: list[Any] = []
     if isinstance(inputs, dict):
         return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    parts = [module for name, module in model.named_modules() if name in DETECTING]
+    handles = [part.register_forward_hook(lambda _, __, output: given.append(output)) for part in parts]
+    outputs = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    for handle in handles:
+        handle.remove()
+    return given or outputs
 
 
 def difference(expected: Any, actual: Any) -> float:
@@ -143,6 +166,8 @@ def difference(expected: Any, actual: Any) -> float:
         if isinstance(one, Tensor):
             if one.shape != other.shape:
                 return float("inf")
+            if not one.numel():
+                continue
             scale = float(one.abs().max())
             worst = max(worst, float((one - other).abs().max()) / (scale or 1.0))
     return worst
@@ -180,6 +205,7 @@ def measure(name: str, options: dict[str, str]) -> dict[str, Any]:
     inputs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
     with torch.no_grad():
         actual = run(dense, inputs)
+        record["change"] = difference(run(model, inputs), actual)
     record["difference"] = difference(zeroed_outputs(model, gone | norms, inputs), actual)
     if isinstance(inputs, Tensor):
         record["macs"], record["dense_macs"] = zoo.count_macs(model, inputs), zoo.count_macs(dense, inputs)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -276,6 +277,22 @@ class Untraceable(nn.Module):
         return self.two(torch.stack(rows))
 
 
+class InParts(nn.Module):
+    """A list of images, and boxes that are chosen by value between a backbone and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(_block(3, 8), _block(8, 12))
+        self.head = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        found = []
+        for rows in self.backbone(torch.stack(images)).flatten(2).transpose(1, 2):
+            best = [row for row in rows if float(row.sum()) > 0] or [rows[0]]
+            found.append({"scores": self.head(torch.stack(best))})
+        return found
+
+
 IMAGE = (2, 3, 16, 16)
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "unet": (UNet, IMAGE),
@@ -299,26 +316,28 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "reparametrized": (Reparametrized, IMAGE),
     "fixed_view": (FixedView, IMAGE),
     "untraceable": (Untraceable, (2, 4)),
+    "in_parts": (InParts, IMAGE),
 }
 """By name what makes the network, and the shape of its input; ``words`` takes indices and a number."""
 
 
-def make(name: str) -> tuple[nn.Module, dict[str, Tensor] | Tensor]:
+def make(name: str) -> tuple[nn.Module, Any]:
     """Make a network, seeded, with norms that aren't trivial, and an input."""
     torch.manual_seed(0)
     factory, shape = NETS[name]
     model = lively(factory().eval())
     if name == "words":
         return model, {"ids": torch.randint(0, 30, shape), "scale": torch.tensor(2.0)}
-    return model, torch.randn(shape)
+    return model, ([*torch.randn(shape)],) if name == "in_parts" else torch.randn(shape)
 
 
 def lively(model: nn.Module) -> nn.Module:
     """Draw what is zero, and all of norms: a shift that survives shows, and every channel has its own."""
     with torch.no_grad():
         for parameter in model.parameters():
-            # A head or a layer scale that starts at zero, or next to it, would hide what differs before it.
-            if float(parameter.abs().max()) < 1e-3:
+            # A head or a layer scale that starts at zero, or next to it, would hide what differs before it, and one of
+            # equal values which of its places are gone.
+            if float(parameter.abs().max()) < 1e-3 or (parameter.numel() > 1 and float(parameter.std()) == 0):
                 parameter.normal_(0, 0.2)
         for module in model.modules():
             if (

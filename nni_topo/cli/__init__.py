@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 
 import nni_topo
-from nni_topo.cli import completion, doctor, experiment, verbs
+from nni_topo.cli import completion, doctor, experiment, profile, verbs
 from nni_topo.errors import NniTopoError
 from nni_topo.runs.study import Study, Verb, flags_of
 from nni_topo_command import chosen
@@ -53,6 +53,7 @@ VERBS: Choices = {
     "experiment": experiment_parts,
     "prune": verbs.Prune,
     "shrink": verbs.Shrink,
+    "profile": profile.Profile,
     "doctor": doctor.Doctor,
     "completion": completion.Completion,
 }

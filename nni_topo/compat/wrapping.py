@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from nni.compression.base import compressor
 from nni.compression.base.compressor import Compressor
 from nni.compression.base.config import select_modules_by_config
+from nni.compression.base.setting import PruningSetting
 from nni.compression.base.wrapper import ModuleWrapper
 
 from nni_topo.sharing import parameter_holders
@@ -47,6 +48,22 @@ def keep_shared_parameters() -> bool:
     setattr(unwrap_one, _MARK, True)
     Compressor.wrap_model, ModuleWrapper.unwrap = wrap_all, unwrap_one
     return True
+
+
+def derived_types(model: torch.nn.Module, types: Iterable[str]) -> set[str]:
+    """Name the classes in a model, not PyTorch's own, that derive from PyTorch's of these names; NNI knows them then.
+
+    NNI looks up settings by the name of a class, so that layers of a derived class can't be pruned unless registered.
+    """
+    found = set[str]()
+    for kind in {type(module) for module in model.modules()}:
+        bases = [base.__name__ for base in kind.__mro__ if base.__module__.startswith("torch.nn.modules")]
+        base = next((base for base in bases if base in types and base in PruningSetting.registry), None)
+        if base and not kind.__module__.startswith("torch."):
+            found.add(kind.__name__)
+            if kind.__name__ not in PruningSetting.registry:
+                PruningSetting.register(kind.__name__, PruningSetting.registry[base])
+    return found
 
 
 def _share_targets(pruner: Compressor) -> None:

@@ -5,6 +5,8 @@ from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.exporting import Exported, export
 from nni_topo.network.files import load, save
 from nni_topo.network.latency import LatencyTable, LayerLatency
+from nni_topo.network.layers import register_module
+from nni_topo.network.profiling import ModeCost, profile
 from nni_topo.network.reference import masked_model
 from nni_topo.network.report import DenseReport, LayerReport
 from nni_topo.network.timing import measure_latency
@@ -16,11 +18,14 @@ __all__ = [
     "LatencyTable",
     "LayerLatency",
     "LayerReport",
+    "ModeCost",
     "dependency_groups",
     "export",
     "load",
     "masked_model",
     "measure_latency",
+    "profile",
+    "register_module",
     "save",
     "to_dense",
     "zeros_held",

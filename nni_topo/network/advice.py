@@ -16,7 +16,7 @@ from nni_topo.network.network import Network
 
 Kept = dict[str, list[Tensor]]
 
-_MIXING = (nn.GroupNorm, nn.LayerNorm, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.LocalResponseNorm)
+_MIXING = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.LocalResponseNorm)
 _LAST = "check=False gives the dense model all the same, which computes something else by that and has to be fine-tuned"
 
 

@@ -17,6 +17,7 @@ import torch.fx
 from torch.utils._pytree import tree_map, tree_map_only
 
 from nni_topo.network.attention import Attention, attend, find_attention, is_mixed
+from nni_topo.network.counted import channel_dim
 from nni_topo.network.inputs import tensors_of
 from nni_topo.network.labels import (
     FIXED,
@@ -25,6 +26,7 @@ from nni_topo.network.labels import (
     MOVES,
     MOVING_MODULES,
     REDUCTIONS,
+    can_follow,
     carry,
     carry_reduced,
     compressed,
@@ -36,7 +38,14 @@ from nni_topo.network.labels import (
     tensor_shape,
     varies,
 )
-from nni_topo.network.layers import PER_CHANNEL, can_be_cut, entering_channels, is_depthwise, output_channels
+from nni_topo.network.layers import (
+    PER_CHANNEL,
+    RULES,
+    can_be_cut,
+    entering_channels,
+    is_depthwise,
+    output_channels,
+)
 
 
 @dataclasses.dataclass
@@ -47,6 +56,15 @@ class Layer:
     first: int  # number of its first output channel; the others follow
     channels: int
     depthwise: bool  # each output channel depends on one input channel alone, with which it stays or goes
+
+
+@dataclasses.dataclass
+class Own:
+    """A parameter that the model uses by itself (a layer scale, a position embedding), with a number for each place."""
+
+    first: int
+    channels: int
+    dim: int  # the dimension of its channels
 
 
 @dataclasses.dataclass
@@ -66,9 +84,11 @@ class ChannelFlow(torch.fx.Interpreter):
         super().__init__(graph_module)
         self.traced = graph_module
         self.layers: dict[str, Layer] = {}  # in the order they are called
+        self.own: dict[str, Own] = {}  # by name; these go with the channels that they meet, and have no say
         self.attention = find_attention(graph_module)  # by module; of those that the graph calls
         self.heads: dict[str, Attention] = {}  # the same by layer that makes queries, keys or values
         self.blocks: list[Blocks] = []  # one for each grouped convolution, group norm and chunk
+        self.reorders = False  # whether the dense model may put channels into another order: see `DenseOrder`
         self.numbers: dict[str, Any] = {}  # by node, what it puts out: int64, of length 1 where nothing differs
         self._entering: dict[str, np.ndarray] = {}
         # Union-find over channel numbers. All that stays is tied to number 0, which so needs no care of its own.
@@ -103,6 +123,16 @@ class ChannelFlow(torch.fx.Interpreter):
         layer = self.layers[name]
         return np.arange(layer.first, layer.first + layer.channels)
 
+    def own_numbers(self, name: str) -> np.ndarray:
+        """List the numbers of a parameter's channels: int, shape (channels,)."""
+        own = self.own[name]
+        return np.arange(own.first, own.first + own.channels)
+
+    @property
+    def size(self) -> int:
+        """How many numbers there are, ``FIXED`` among them."""
+        return len(self._roots)
+
     def layer_roots(self, name: str) -> np.ndarray:
         """Look up the representatives of a layer's output channels: int, shape (channels,)."""
         return self.roots(self.layer_numbers(name))
@@ -135,8 +165,8 @@ class ChannelFlow(torch.fx.Interpreter):
         if n.op in ("placeholder", "output"):
             return super().run_node(n)
         if n.op == "get_attr":
-            # What the model uses by itself (a layer scale, a constant) isn't cut, so that channels that meet it stay.
-            return tree_map(fixed, super().run_node(n))
+            value = super().run_node(n)
+            return self._parameter(str(n.target), value) if can_follow(value) else tree_map(fixed, value)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         shape = tensor_shape(n)
         labels = tensors_of((args, kwargs))
@@ -144,11 +174,26 @@ class ChannelFlow(torch.fx.Interpreter):
             return self._module(n, labels, shape)
         return self._function(n, args, kwargs, labels, shape)
 
+    def _parameter(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Number the one dimension of a parameter that isn't of length 1, or the last: where channels usually are."""
+        long = [d for d in range(value.dim()) if value.shape[d] > 1]
+        own = self.own.setdefault(name, Own(len(self._parents), value.shape[long[-1]], long[-1]))
+        if own.first == len(self._parents):
+            self._parents.extend(range(own.first, own.first + own.channels))
+        view = [1] * value.dim()
+        view[own.dim] = own.channels
+        return torch.from_numpy(self.own_numbers(name)).view(view).expand(value.shape)
+
     def _module(self, node: torch.fx.Node, labels: list[torch.Tensor], shape: tuple[int, ...] | None) -> Any:
         name = str(node.target)
-        module = self.fetch_attr(name)
+        module: torch.nn.Module = self.fetch_attr(name)
         if labels and name in self.attention:
             return self._attend(node, labels, self.attention[name])
+        if labels and isinstance(module, torch.nn.RNNBase):
+            # It takes fewer channels in; what it puts out is what its state holds, which stays.
+            self._tie_calls(name, self._per_channel(labels[0], labels[0].dim() - 1))
+            self._whole(node, labels[1:], f"{type(module).__name__} ({name}) keeps its state whole")
+            return given_shapes(node)
         if not labels or not can_be_cut(module):
             # A recurrent layer or attention needs all that enters, and what it puts out can't be made less.
             return self._whole(node, labels, f"{type(module).__name__} ({name}) stays whole")
@@ -161,9 +206,12 @@ class ChannelFlow(torch.fx.Interpreter):
             # A norm's groups are of one size, so those that are left have to be too.
             side = np.split(self._per_channel(labels[0], 1), module.num_groups)
             self.blocks.append(Blocks([list(side)], may_vanish=True))
-        if isinstance(module, PER_CHANNEL):
-            dim = labels[0].dim() - 1 if isinstance(module, torch.nn.LayerNorm) else 1
-            self._tie_calls(name, self._per_channel(labels[0], dim))
+        if isinstance(module, (*PER_CHANNEL, *RULES)):
+            rule = RULES.get(type(module))
+            dim = rule.dim if rule else channel_dim(module)
+            if dim is None:
+                return self._whole(node, labels, f"{type(module).__name__} ({name}) stays whole")
+            self._tie_calls(name, self._per_channel(labels[0], dim % labels[0].dim()))
         return self._passed(node, labels)
 
     def _attend(self, node: torch.fx.Node, labels: list[torch.Tensor], attention: Attention) -> Any:
@@ -293,13 +341,47 @@ class ChannelFlow(torch.fx.Interpreter):
                 # The numbers are expanded, which no view can be taken of.
                 args = (args[0].contiguous(), *args[1:])
             moved = getattr(self, n.op)(n.target, args, kwargs)
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError):
             return self._whole(n, labels, f"no rule says where channels go ({place(n)})")
+        if plain_name(n) in ("view", "reshape", "unflatten") and len(labels) == 1:
+            self._split(n, labels[0], moved)
         # In the dense model too chunk makes equal pieces of what it gets, so all of them have to lose equally many.
         if plain_name(n) == "chunk" and moved[0].dim() > 1 and len({piece.shape for piece in moved}) == 1:
-            side = [self._per_channel(piece, 1) for piece in moved]
-            self.blocks.append(Blocks([side], may_vanish=False))
+            pieces = [self._per_channel(piece, 1) for piece in moved]
+            self.blocks.append(Blocks(self._sides(pieces), may_vanish=False))
         return moved
+
+    def _sides(self, pieces: list[np.ndarray]) -> list[list[np.ndarray]]:
+        """Take what each layer gives to pieces for itself where layers were shuffled."""
+        # Behind a shuffle every layer's first channels come first, so that each has to lose equally many of each piece.
+        made: list[Layer | Own] = [*self.layers.values(), *self.own.values()]
+        firsts = np.array(sorted([FIXED, *(each.first for each in made)]))
+        owners = [np.searchsorted(firsts, piece, side="right") for piece in pieces]
+        sides = [
+            [piece[owner == each] for piece, owner in zip(pieces, owners, strict=True)]
+            for each in np.unique(np.concatenate(owners))
+        ]
+        alike = all(len({len(block) for block in side}) == 1 for side in sides)
+        return sides if self.reorders and alike else [pieces]
+
+    def _split(self, n: torch.fx.Node, labels: torch.Tensor, moved: torch.Tensor) -> None:
+        """Say what a view asks of channels that it takes apart into rows: so many of them, or each of such a length."""
+        places = [[d for d in range(each.dim()) if varies(each, d)] for each in (labels, moved)]
+        sizes: Any = n.args[1:]
+        if plain_name(n) == "unflatten":
+            sizes = (*[None] * (places[1] or [0])[0], *sizes[-1])
+        sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+        if len(places[0]) != 1 or len(places[1]) != 2 or len(sizes) <= places[1][1]:
+            return
+        fixed_sizes = [isinstance(sizes[d], int) and sizes[d] != -1 for d in places[1]]
+        rows = moved.movedim(places[1], (0, 1)).flatten(2)[:, :, 0].numpy()
+        if fixed_sizes == [True, False]:
+            self.blocks.append(Blocks([list(rows)], may_vanish=False))
+            self.reorders = True
+        elif fixed_sizes == [False, True]:
+            for row in rows:
+                for number in row[1:].tolist():
+                    self._unite(int(row[0]), number)
 
     def _size(self, n: torch.fx.Node, labels: list[torch.Tensor]) -> Any:
         """Compute what isn't a tensor: a size, say."""
@@ -309,7 +391,7 @@ class ChannelFlow(torch.fx.Interpreter):
             return None
         try:
             return super().run_node(n)
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError):
             return None
 
     def _product(self, n: torch.fx.Node, labels: list[torch.Tensor], shape: tuple[int, ...]) -> Any:

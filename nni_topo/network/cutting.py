@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from nni_topo.errors import SpeedupError
-from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
+from nni_topo.network.counted import count
+from nni_topo.network.layers import CONVOLUTIONS, RULES, TRANSPOSED
 
 _BATCH_NORMS = torch.nn.modules.batchnorm._NormBase  # instance norms too
 
@@ -19,21 +20,28 @@ def cut(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
     if isinstance(module, CONVOLUTIONS + TRANSPOSED):
         _cut_convolution(name, module, ins, outs)
     elif isinstance(module, torch.nn.Linear):
-        _set(module, "weight", module.weight[outs][:, ins])
-        _set(module, "bias", _rows(module.bias, outs))
+        keep(module, "weight", module.weight[outs][:, ins])
+        keep(module, "bias", _rows(module.bias, outs))
         module.in_features, module.out_features = len(ins), len(outs)
     elif isinstance(module, torch.nn.MultiheadAttention):
-        _set(module, "in_proj_weight", module.in_proj_weight[outs])
-        _set(module, "in_proj_bias", _rows(module.in_proj_bias, outs))
+        keep(module, "in_proj_weight", module.in_proj_weight[outs])
+        keep(module, "in_proj_bias", _rows(module.in_proj_bias, outs))
     elif isinstance(module, torch.nn.Embedding):
-        _set(module, "weight", module.weight[:, outs])
+        keep(module, "weight", module.weight[:, outs])
         module.embedding_dim = len(outs)
+    elif isinstance(module, torch.nn.RNNBase):
+        for name in ("weight_ih_l0", "weight_ih_l0_reverse"):
+            keep(module, name, None if not hasattr(module, name) else getattr(module, name)[:, ins])
+        module.input_size = len(ins)
+    elif type(module) in RULES:
+        RULES[type(module)].cut(module, outs)
     elif isinstance(module, _BATCH_NORMS):
         _cut_vectors(module, outs)
         module.num_features = len(outs)
     elif isinstance(module, torch.nn.GroupNorm):
         _cut_group_norm(name, module, outs)
     elif isinstance(module, torch.nn.LayerNorm):
+        count(module, module.normalized_shape[0])
         _cut_vectors(module, outs)
         module.normalized_shape = (len(outs),)
     elif isinstance(module, torch.nn.PReLU) and module.num_parameters > 1:
@@ -45,7 +53,7 @@ def _rows(tensor: torch.Tensor | None, kept: torch.Tensor) -> torch.Tensor | Non
     return None if tensor is None else tensor[kept]
 
 
-def _set(module: torch.nn.Module, name: str, value: torch.Tensor | None) -> None:
+def keep(module: torch.nn.Module, name: str, value: torch.Tensor | None) -> None:
     """Replace a parameter or buffer by a smaller one of the same kind."""
     old = getattr(module, name, None)
     if value is None or old is None:
@@ -63,7 +71,7 @@ def _brief(counts: torch.Tensor) -> str:
 def _cut_vectors(module: torch.nn.Module, kept: torch.Tensor) -> None:
     """Cut everything that has one number a channel."""
     for name in ("weight", "bias", "running_mean", "running_var"):
-        _set(module, name, _rows(getattr(module, name, None), kept))
+        keep(module, name, _rows(getattr(module, name, None), kept))
 
 
 def _cut_group_norm(name: str, module: torch.nn.GroupNorm, kept: torch.Tensor) -> None:
@@ -71,6 +79,8 @@ def _cut_group_norm(name: str, module: torch.nn.GroupNorm, kept: torch.Tensor) -
     sizes = sizes[sizes > 0]
     if bool((sizes != sizes[0]).any()):
         raise SpeedupError(f"groups of a norm must keep equally many channels, got {_brief(sizes)} ({name})")
+    if int(sizes[0]) < module.num_channels // module.num_groups:
+        count(module, module.num_channels // module.num_groups)
     _cut_vectors(module, kept)
     module.num_groups, module.num_channels = len(sizes), len(kept)
 
@@ -91,6 +101,6 @@ def _cut_convolution(name: str, module: Any, ins: torch.Tensor, outs: torch.Tens
     per_row = columns.view(len(left), -1).repeat_interleave(len(rows) // len(left), dim=0)
     weight = module.weight[rows]
     index = per_row.view(per_row.shape + (1,) * (weight.dim() - 2)).expand(-1, -1, *weight.shape[2:])
-    _set(module, "weight", weight.gather(1, index.to(weight.device)))
-    _set(module, "bias", _rows(module.bias, outs))
+    keep(module, "weight", weight.gather(1, index.to(weight.device)))
+    keep(module, "bias", _rows(module.bias, outs))
     module.in_channels, module.out_channels, module.groups = len(ins), len(outs), len(left)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from nni.compression.speedup.replacer import Replacer
 
 from nni_topo.network.advice import way_forward
 from nni_topo.network.attention import tell_config
@@ -28,9 +30,10 @@ def to_dense(
     example_inputs: Any,
     masks: Masks,
     *,
-    round_to: int | None = None,
+    round_to: int | Literal["auto"] | None = None,
     check: bool = True,
     rtol: float = 1e-4,
+    customized_replacers: Sequence[Replacer] = (),
 ) -> torch.nn.Module:
     """Build the dense model that computes what the masked model does.
 
@@ -42,13 +45,17 @@ def to_dense(
         Inputs of the model: one tensor, positional or keyword arguments; the first dimension is the batch.
     masks : mapping of str to mapping of str to Tensor or None
         NNI's masks, ``{module: {parameter: mask}}``, of any pruner. They aren't changed.
-    round_to : int, optional
-        If given, every pruned layer keeps a multiple of this many channels, or all of them.
-        Those with the largest weights (L1 norm over all tied layers) come back.
+    round_to : int or "auto", optional
+        If given, every pruned layer keeps a multiple of this many channels, or all of them. ``"auto"`` is what the
+        model's device computes at once: 8 channels on a GPU; 16, 8 or 4 on a CPU, by its vector registers. Those with
+        the largest weights (L1 norm over all tied layers) come back.
     check : bool, default=True
         Compare the dense model with the masked one, in evaluation mode.
     rtol : float, default=1e-4
         The largest difference allowed, relative to the largest absolute value of the masked model's output.
+    customized_replacers : sequence of nni.compression.speedup.Replacer, default=()
+        As of NNI's ``ModelSpeedup``: run before the modules are cut, each on the speedup, whose ``bound_model`` they
+        change; ``speedup.kept(name)`` gives the channels that enter and leave a module and stay.
 
     Returns
     -------
@@ -98,7 +105,7 @@ def to_dense(
     with random_state_kept(), torch.inference_mode(False):
         torch.manual_seed(0)
         network = Network(model, call)
-        dense, reference, kept, resolved = _build(network, full, round_to)
+        dense, reference, kept, resolved = _build(network, full, round_to, customized_replacers)
         if check:
             check_equal(reference, dense, call, kept, rtol, advise=partial(way_forward, network, reference, kept))
     _report(model, dense, full, resolved)
@@ -116,7 +123,7 @@ def _report(model: torch.nn.Module, dense: torch.nn.Module, masks: FullMasks, re
 
 
 def _build(
-    network: Network, masks: FullMasks, round_to: int | None
+    network: Network, masks: FullMasks, round_to: int | Literal["auto"] | None, replacers: Sequence[Replacer]
 ) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, list[torch.Tensor]], Resolved]:
     """Make the dense model, its reference, the list of what is kept of each module's output, and the masks used."""
     original = detached_copy(network.model).eval()
@@ -127,7 +134,7 @@ def _build(
     dense = copy.deepcopy(reference)
     # Each layer is cut for itself, so each needs tensors of its own.
     untie(dense, find_ties(dense))
-    DenseSpeedup(dense, flow, resolved.left).speedup_model()
+    DenseSpeedup(dense, flow, resolved.left, replacers).speedup_model()
     tie_again(dense, ties)
     tell_config(dense, original)
     for name, module in network.model.named_modules():

@@ -17,6 +17,7 @@ from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.labels import FIXED
 from nni_topo.network.layers import check_names, output_channels
 from nni_topo.network.network import Network
+from nni_topo.network.parts import is_in_parts
 from nni_topo.network.report import why_not_followed
 
 _logger = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ def dependency_groups(
         ``dependency_group_id`` ("group_0", "group_1", ... in network order), which replaces the old one.
         Layers before or at a grouped convolution or a group norm get ``internal_metric_block``, the
         number of blocks that have to lose the same number of channels, and a group id that makes NNI's
-        pruners heed it. ``skipped`` holds what was left out, by name with the reason.
+        pruners heed it. An ``op_types`` selects classes derived from these too. ``skipped`` holds what was left out,
+        by name with the reason.
 
     Raises
     ------
@@ -78,10 +80,9 @@ def dependency_groups(
     -----
     Layers that ``op_names`` names are always in the result. Others are left out, in one warning and in ``skipped``,
     where `to_dense` couldn't remove their channels: those that give the model's output, unless nothing else would be
-    left; and those whose channels enter something that needs all of them, as a recurrent layer does, a fixed size in
-    the forward, or a layer norm, whose statistics are taken over removed channels too; and all layers of a model that
-    can't be traced. Which these are shows a
-    rehearsal, in which random channels of all layers go: about two forward passes.
+    left; and those whose channels enter something that needs all of them, as attention does, or a fixed size in the
+    forward. A model that can't be traced as a whole is followed part by part, and what a part gives stays. Which these
+    are shows a rehearsal, in which random channels of all layers go: about two forward passes.
 
     Where a selected layer is tied to one that isn't selected, its channels can't be removed: ``to_dense`` keeps them,
     as NNI does. It's no error; a warning names both.
@@ -109,12 +110,16 @@ def dependency_groups(
     """
     from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
 
+    from nni_topo.compat.wrapping import derived_types
+
     check_names(model, config_list)
     network = Network.on(model, example_inputs)
     selections, named = [], set[str]()
     by_head = set[str]()
     for config in trans_legacy_config_list(copy.deepcopy(config_list)):
         named.update(config.get("op_names") or ())
+        if config.get("op_types"):
+            config["op_types"] = sorted({*config["op_types"], *derived_types(model, config["op_types"])})
         asks = config.get("granularity") == "head"
         if asks:
             del config["granularity"]
@@ -184,7 +189,10 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: se
         if reasons or (roots == FIXED).all():
             skipped[name] = "; ".join(dict.fromkeys(reasons or flow.why_pinned(name)))
         elif flow.reaches_output(name):
-            heads.append(name)
+            if is_in_parts(flow.traced.graph):
+                skipped[name] = "what it gives goes where no tracer follows"
+            else:
+                heads.append(name)
     # A network of which all that is selected gives the output has no head that could be left out.
     if selected - set(heads):
         skipped |= dict.fromkeys(heads, OUTPUT)
@@ -253,8 +261,18 @@ def _blocks(flow: ChannelFlow) -> dict[str, int]:
     for name in flow.layers:
         roots = flow.layer_roots(name)
         for side in (side for blocks in flow.blocks for side in blocks.sides):
-            if np.array_equal(flow.roots(np.concatenate(side)), roots):
-                counts[name] = math.lcm(counts.get(name, 1), len(side))
+            owner = {root: rank for rank, block in enumerate(side) for root in flow.roots(block).tolist()}
+            ranks = np.array([owner.get(root, -1) for root in roots.tolist()])
+            starts = np.flatnonzero(np.diff(ranks, prepend=-2) != 0)
+            sizes = np.diff([*starts, len(ranks)])[ranks[starts] >= 0]
+            # Layers that share blocks, joined or shuffled, keep these even if each has evenly many of every block.
+            if (
+                len(sizes)
+                and (sizes == sizes[0]).all()
+                and (starts % sizes[0] == 0).all()
+                and len(roots) % sizes[0] == 0
+            ):
+                counts[name] = math.lcm(counts.get(name, 1), len(roots) // sizes[0])
     return counts
 
 

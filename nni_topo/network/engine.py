@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 import torch.fx
@@ -11,9 +13,11 @@ from nni.compression.speedup.replacer import Replacer
 
 from nni_topo.network.attention import resize
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.cutting import cut
+from nni_topo.network.cutting import cut, keep
 from nni_topo.network.labels import tensor_shape
-from nni_topo.network.layers import output_channels
+from nni_topo.network.layers import is_depthwise, output_channels
+from nni_topo.network.modes import device_of
+from nni_topo.network.orders import DenseOrder
 
 Kept = dict[str, list[torch.Tensor]]
 
@@ -21,13 +25,16 @@ Kept = dict[str, list[torch.Tensor]]
 class DenseSpeedup(ModelSpeedup):
     """Make a model dense in place, given how channels flow through it and which of their representatives stay."""
 
-    def __init__(self, model: torch.nn.Module, flow: ChannelFlow, left: np.ndarray) -> None:
+    def __init__(
+        self, model: torch.nn.Module, flow: ChannelFlow, left: np.ndarray, replacers: Iterable[Replacer] = ()
+    ) -> None:
         # NNI's own constructor runs the graph for values, which nobody reads here.
         torch.fx.Interpreter.__init__(self, flow.traced)
         self.graph_module, self.bound_model = flow.traced, model
         self.flow, self.left = flow, left
         self.node_infos = {node: NodeInfo(node) for node in flow.traced.graph.nodes}
-        self.replacers = [_Cutter()]
+        self.order = DenseOrder(flow, left) if flow.reorders else None
+        self.replacers = [*replacers, _Cutter()]
 
     def speedup_model(self) -> torch.nn.Module:
         """Cut the modules; what stays of each is known."""
@@ -40,25 +47,58 @@ class DenseSpeedup(ModelSpeedup):
         """List the places, ascending, at which channels stay."""
         return torch.from_numpy(np.flatnonzero(self.left[self.flow.roots(numbers)]))
 
+    def numbers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """List the numbers of the channels that enter and leave a module."""
+        entering = self.flow.entering_numbers(name)
+        is_layer = output_channels(self.bound_model.get_submodule(name)) is not None and name in self.flow.layers
+        return entering, self.flow.layer_numbers(name) if is_layer else entering
+
+    def kept(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """List the places of the channels that enter and leave a module and stay, in the dense model's order."""
+        entering, leaving = self.numbers(name)
+        ins, outs = self.indices(entering), self.indices(leaving)
+        if self.order is None or not len(entering):
+            return ins, outs
+        return _in_order(self.flow, self.order, name, self.bound_model.get_submodule(name), (ins, outs))
+
 
 class _Cutter(Replacer):
-    """Cut modules in place."""
+    """Cut modules and parameters in place."""
 
     def replace_modules(self, speedup: DenseSpeedup) -> None:
         flow, model = speedup.flow, speedup.bound_model
         names = [str(node.target) for node in speedup.node_infos if node.op == "call_module"] + list(flow.heads)
         for name in dict.fromkeys(names):
-            module, entering = model.get_submodule(name), flow.entering_numbers(name)
-            is_layer = output_channels(module) is not None and name in flow.layers
-            leaving = flow.layer_numbers(name) if is_layer else entering
-            ins, outs = speedup.indices(entering), speedup.indices(leaving)
+            module, (ins, outs) = model.get_submodule(name), speedup.kept(name)
+            entering, leaving = speedup.numbers(name)
             if len(ins) < len(entering) or len(outs) < len(leaving):
                 device = next((each.device for each in module.parameters()), torch.device("cpu"))
                 cut(name, module, ins.to(device), outs.to(device))
+        for name, own in flow.own.items():
+            kept = speedup.indices(flow.own_numbers(name))
+            if len(kept) < own.channels:
+                owner, _, target = name.rpartition(".")
+                module = model.get_submodule(owner)
+                keep(module, target, getattr(module, target).index_select(own.dim, kept.to(device_of(module))))
         for attention in dict.fromkeys(each.name for each in flow.heads.values()):
             found = flow.attention[attention]
             left = len(speedup.indices(flow.head_numbers(next(iter(found.channels)))))
             resize(model.get_submodule(attention), found, left)
+
+
+def _in_order(
+    flow: ChannelFlow, order: DenseOrder, name: str, module: torch.nn.Module, ascending: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """List the channels of a module that stay as they come: what enters, and what leaves in the same order."""
+    ins, outs = torch.from_numpy(order.places(name)), ascending[1]
+    groups = getattr(module, "groups", getattr(module, "num_groups", 1))
+    of_group = ins // max(len(flow.entering_numbers(name)) // groups, 1)
+    if is_depthwise(module):
+        step = flow.layers[name].channels // len(flow.entering_numbers(name))
+        outs = (ins[:, None] * step + torch.arange(step)).flatten()
+    elif bool((of_group[1:] < of_group[:-1]).any()):
+        return ascending[0], outs
+    return ins, outs if name in flow.layers else ins
 
 
 def kept_outputs(flow: ChannelFlow, left: np.ndarray) -> Kept:

@@ -21,6 +21,8 @@ import torch
 from nni_topo._version import __version__
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.attention import find_attention, resize
+from nni_topo.network.counted import count
+from nni_topo.network.labels import can_follow
 from nni_topo.network.layers import weight_of
 from nni_topo.network.masks import check_unwrapped
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
@@ -34,6 +36,7 @@ _SIZES: dict[type[torch.nn.Module], tuple[str, ...]] = {
     torch.nn.Linear: ("in_features", "out_features"),
     torch.nn.modules.batchnorm._NormBase: ("num_features",),
     torch.nn.GroupNorm: ("num_channels", "num_groups"),
+    torch.nn.RNNBase: ("input_size",),
     torch.nn.LayerNorm: ("normalized_shape",),
     torch.nn.Embedding: ("num_embeddings", "embedding_dim"),
     torch.nn.PReLU: ("num_parameters",),
@@ -155,7 +158,8 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
 
 def _sizes(module: torch.nn.Module) -> tuple[str, ...]:
     """List the names of a module's size attributes; none for a type without."""
-    return next((names for kind, names in _SIZES.items() if isinstance(module, kind)), ())
+    names = next((names for kind, names in _SIZES.items() if isinstance(module, kind)), ())
+    return (*names, "counted") if hasattr(module, "counted") else names
 
 
 def _describe(module: torch.nn.Module) -> dict[str, Any]:
@@ -232,7 +236,8 @@ def _check_fit(document: dict[str, Any], model: torch.nn.Module, place: str) -> 
     _check_names(rule, "modules", set(stored), set(modules), place)
     _check_names(rule, "tensors", set(document["state_dict"]), set(tensors), place)
     for name, description in stored.items():
-        if description["type"] != type(modules[name]).__name__:
+        counts = "counted" in description["sizes"] and set(_sizes(modules[name])) <= set(description["sizes"])
+        if description["type"] != type(modules[name]).__name__ and not counts:
             raise ConfigError(
                 f"{rule}, got {description['type']} where the model has {type(modules[name]).__name__} "
                 f"({name}, {place})"
@@ -240,7 +245,7 @@ def _check_fit(document: dict[str, Any], model: torch.nn.Module, place: str) -> 
     for name, tensor in tensors.items():
         small, full = tuple(document["state_dict"][name].shape), tuple(tensor.shape)
         fits = len(small) == len(full) and all(a <= b for a, b in zip(small, full, strict=True))
-        if small != full and not (name.rpartition(".")[0] in resizable and fits):
+        if small != full and not (fits and (name.rpartition(".")[0] in resizable or can_follow(tensor))):
             raise ConfigError(f"{rule}, got shape {small} where the model has {full} ({name}, {place})")
 
 
@@ -252,6 +257,8 @@ def _check_names(rule: str, kind: str, stored: set[str], known: set[str], place:
 
 
 def _resize(module: torch.nn.Module, sizes: dict[str, Any]) -> None:
+    if "counted" in sizes:
+        count(module, sizes["counted"])
     for name in _sizes(module):
         size = sizes[name]
         setattr(module, name, tuple(size) if isinstance(size, list) else size)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.labels import tensor_shape
-from nni_topo.network.layers import NORMS
+from nni_topo.network.layers import NORMS, is_plain_norm
 
 _PASSING = (nn.Identity, nn.modules.dropout._DropoutNd)
 
@@ -22,7 +22,7 @@ def norms_behind(model: nn.Module, flow: ChannelFlow) -> dict[str, str]:
     found = {}
     for name, module in model.named_modules():
         entering = flow.entering_numbers(name)
-        if not isinstance(module, NORMS) or not len(entering):
+        if not isinstance(module, NORMS) or not is_plain_norm(module) or not len(entering):
             continue
         layer = first.get(int(entering[0]))
         # Behind a concatenation the numbers of several layers follow each other.

@@ -44,6 +44,11 @@ def fixed(leaf: Any) -> Any:
     return staying(tuple(leaf.shape)) if isinstance(leaf, torch.Tensor) else leaf
 
 
+def can_follow(value: Any) -> bool:
+    """Tell whether a value that the model uses by itself is a parameter that can lose channels."""
+    return isinstance(value, torch.nn.Parameter) and value.is_floating_point() and value.numel() > 1
+
+
 def staying(shape: tuple[int, ...]) -> torch.Tensor:
     """Label all of a tensor ``FIXED``."""
     return torch.tensor(FIXED).expand(shape)
@@ -62,7 +67,9 @@ def place(node: torch.fx.Node) -> str:
     """Say where a node stands: a module's name, or an operation and the module that it is written in."""
     if node.op == "call_module":
         return str(node.target)
-    owner = [name for name, _ in (node.meta.get("nn_module_stack") or {}).values() if name]
+    # NNI's tracer keeps the types of modules by name, PyTorch's names with types.
+    stack = (node.meta.get("nn_module_stack") or {}).items()
+    owner = [each for key, value in stack if (each := value[0] if isinstance(value, tuple) else key)]
     return f"{plain_name(node)} in {owner[-1]}" if owner else plain_name(node)
 
 

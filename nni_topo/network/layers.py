@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
 from nni_topo.errors import unknown_name
+from nni_topo.network.counted import channel_dim
 
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
@@ -18,11 +20,69 @@ PER_CHANNEL = (*NORMALIZING, torch.nn.PReLU)
 """Modules that hold one number a channel, and leave channels where they are."""
 
 
+@dataclasses.dataclass(frozen=True)
+class ChannelRule:
+    """How a module of somebody's own making loses channels."""
+
+    cut: Callable[[Any, torch.Tensor], None]
+    dim: int
+
+
+RULES: dict[type[torch.nn.Module], ChannelRule] = {}
+
+
+def register_module(kind: type[torch.nn.Module], cut: Callable[[Any, torch.Tensor], None], *, dim: int = 1) -> None:
+    """Say how a module loses channels that it works on one by one, where tracing it doesn't show that.
+
+    Parameters
+    ----------
+    kind : type
+        The module's class. It isn't traced into; its output has the shape of its first input.
+    cut : callable
+        Gets such a module and the channels that stay, ascending or in the order they come, int64, shape (left,), and
+        makes it smaller in place.
+    dim : int, default=1
+        The dimension of the input that holds the channels, -1 for the last.
+
+    Notes
+    -----
+    That what the module makes of a channel depends on this channel alone, and is zero where the channel is, is checked
+    by `dependency_groups`.
+
+    Examples
+    --------
+    >>> class Gain(torch.nn.Module):
+    ...     def __init__(self, channels):
+    ...         super().__init__()
+    ...         self.gains = torch.nn.Parameter(torch.ones(channels))
+    ...     def forward(self, images):
+    ...         return torch.stack([image * self.gains[:, None, None] for image in images])
+    >>> def shorten(module, kept):
+    ...     module.gains = torch.nn.Parameter(module.gains.detach()[kept])
+    >>> register_module(Gain, shorten)
+    """
+    RULES[kind] = ChannelRule(cut, dim)
+
+
+def is_one(module: torch.nn.Module) -> bool:
+    """Tell whether a module of another's making is a layer or a norm, with an activation in it perhaps, to be cut."""
+    if type(module) in RULES:
+        return True
+    if isinstance(module, (*WEIGHTED, torch.nn.Embedding)):
+        return not any(True for _ in module.children())
+    return isinstance(module, NORMALIZING) and channel_dim(module) is not None
+
+
+def is_plain_norm(module: torch.nn.Module) -> bool:
+    """Tell whether a module is a batch norm and no more; one of another's making may hold an activation too."""
+    return isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and type(module).__module__.startswith("torch.")
+
+
 def can_be_cut(module: torch.nn.Module) -> bool:
     """Tell whether a module can be made smaller, or has no parameters to cut; a recurrent layer, say, has and can't."""
     if output_channels(module) is not None:
         return not (weight_is_computed(module) or isinstance(module, torch.nn.MultiheadAttention))
-    return isinstance(module, PER_CHANNEL) or not any(True for _ in module.parameters())
+    return isinstance(module, (*PER_CHANNEL, *RULES)) or not any(True for _ in module.parameters())
 
 
 def weight_is_computed(module: torch.nn.Module) -> bool:

@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.passes.shape_prop import ShapeProp
 
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.inputs import Call, bind_arguments, call_arguments
+from nni_topo.network.inputs import Call, call_arguments
 from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
 from nni_topo.network.modes import random_state_kept, unwrapped_copy
 from nni_topo.network.rehearsal import unfit
@@ -72,7 +72,7 @@ class Network:
     def graph(self, model: nn.Module, call: Call | None = None) -> tuple[GraphModule, tuple[Any, ...]]:
         """Put the graph on the modules of a model of this structure and run it on a call, by default its own."""
         graph_module = self.traced()[0](model)
-        args = arguments(graph_module.graph, bind_arguments(model, call or self.call))
+        args = arguments(graph_module.graph, model, call or self.call)
         with torch.no_grad(), random_state_kept(), fast_paths_off():
             ShapeProp(graph_module).propagate(*args)
         return graph_module, args

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.capture import watched
+from nni_topo.network.counted import channel_dim
 from nni_topo.network.inputs import Call, call_arguments, cast_floats, random_like, tensors_of
 from nni_topo.network.layers import NORMALIZING, is_depthwise
 from nni_topo.network.masks import FullMasks, Masks, check_masks, check_model
@@ -43,7 +44,8 @@ def masked_model(model: torch.nn.Module, example_inputs: Any, masks: Masks) -> t
     torch.nn.Module
         A copy in which weights and biases are multiplied by their masks; the bias of a channel
         without weights is zero; weight and bias of a batch norm are zero for channels that arrive at it as
-        zeros whatever the input, and so is the bias of a depth-wise convolution. Nothing else differs. What
+        zeros whatever the input, and so is the bias of a depth-wise convolution; and so are the places of a parameter
+        that the model uses by itself, a position embedding say, that meet removed channels. Nothing else differs. What
         layers share, they share in the copy too unless their masks differ.
 
     Raises
@@ -61,12 +63,19 @@ def masked_model(model: torch.nn.Module, example_inputs: Any, masks: Masks) -> t
     positive and norms pass on what they get: there nothing cancels and no ReLU dies, so that a zero is a
     zero of the structure. It holds through concatenations, additions and shared modules alike.
 
-    A group or layer norm takes its statistics over removed channels too; with one of these
-    the dense model differs from this one.
+    A group or layer norm takes its statistics over removed channels too, as zeros.
     """
     check_model(model)
     call = call_arguments(example_inputs, model)
-    return apply_masks(model, call, check_masks(model, masks))
+    from nni_topo.network.network import Network  # which rehearses with this module
+    from nni_topo.network.resolve import union, with_own
+
+    full = check_masks(model, masks)
+    try:
+        flow = Network(model, call).flow
+    except SpeedupError:
+        return apply_masks(model, call, full)
+    return apply_masks(model, call, with_own(model, flow, full, union(model, flow, full)))
 
 
 @fast_paths_off()
@@ -141,7 +150,7 @@ class _Watch:
         self._calls: list[torch.Tensor] = []
         self._alive: torch.Tensor | None = None
         self._is_norm = not is_depthwise(module)
-        self._dim = -1 if isinstance(module, torch.nn.LayerNorm) else 1
+        self._dim = channel_dim(module) or 1
 
     def settle(self) -> bool:
         """Combine the calls of a round; True if another round is needed."""

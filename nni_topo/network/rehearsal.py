@@ -21,7 +21,7 @@ from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import attend
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.engine import DenseSpeedup, kept_slices
-from nni_topo.network.inputs import bind_arguments, cast_floats, random_like
+from nni_topo.network.inputs import Call, cast_floats, random_like
 from nni_topo.network.labels import FIXED, place
 from nni_topo.network.layers import NORMALIZING
 from nni_topo.network.modes import random_state_kept, unwrapped_copy
@@ -45,8 +45,8 @@ def unfit(network: Network) -> dict[int, str]:
     with random_state_kept(), torch.no_grad():
         torch.manual_seed(0)
         full = assembled(_with_random_weights(network.model))
-        call = cast_floats(random_like(network.call, torch.Generator().manual_seed(0)), torch.float32)
-        args = arguments(full.graph, bind_arguments(network.model, call))
+        entering: Call = (arguments(full.graph, network.model, network.call), {})
+        args = cast_floats(random_like(entering, torch.Generator().manual_seed(0)), torch.float32)[0]
         clean = set[bool]()
         for turn in range(_ROUNDS):
             # Blocks lose a part of each, as pruners choose; and some as a whole, as masks may say.
@@ -73,7 +73,7 @@ def _with_random_weights(model: nn.Module) -> nn.Module:
 
 def _draw(flow: ChannelFlow, held: dict[int, str], drawing: np.random.Generator, *, in_parts: bool) -> np.ndarray:
     """Draw which channels stay, by representative: about half of those that can go, at least one of every layer."""
-    left: np.ndarray = drawing.random(1 + sum(layer.channels for layer in flow.layers.values())) < 0.5
+    left: np.ndarray = drawing.random(flow.size) < 0.5
     for block in (block for blocks in flow.blocks for side in blocks.sides for block in side if in_parts):
         roots = flow.roots(block)
         left[roots] = False
@@ -100,9 +100,11 @@ class _Rehearsal:
     def run(self, args: tuple[Any, ...]) -> dict[int, str]:
         """Return the channels that can't go, by representative, and why."""
         try:
-            DenseSpeedup(self.small, self.flow, self.left).speedup_model()
+            speedup = DenseSpeedup(self.small, self.flow, self.left)
+            speedup.speedup_model()
         except SpeedupError as error:
             return dict.fromkeys(self._removed(), str(error))
+        self._order = speedup.order
         inputs = iter(args)
         readers = {parent: node for node in self.full.graph.nodes for parent in node.all_input_nodes}
         last: dict[Node, list[Node]] = defaultdict(list)
@@ -153,17 +155,19 @@ class _Rehearsal:
         return self._values[parents[0]][0] if parents else None
 
     def _masked(self, node: Node, value: Any, entering: Any) -> Any:
-        """Zero what a layer makes of removed channels, and what a norm makes of those that arrive as zeros."""
+        """Zero removed channels of layers and parameters, and what a norm makes of those that arrive as zeros."""
         if self._is_attention(node):
             (context, *others), spec = tree_flatten(value)
             gone = ~self._stays(tree_flatten(self.flow.numbers[node.name])[0][0]).to(context.device)
             return tree_unflatten([context.masked_fill(gone.expand(context.shape), 0), *others], spec)
-        if node.op != "call_module" or not isinstance(value, Tensor):
+        if node.op not in ("call_module", "get_attr") or not isinstance(value, Tensor):
             return value
-        gone = ~self._stays(self.flow.numbers[node.name]).to(value.device).expand(value.shape)
-        if str(node.target) in self.flow.layers:
+        gone, name = ~self._stays(self.flow.numbers[node.name]).to(value.device).expand(value.shape), str(node.target)
+        if name in (self.flow.layers if node.op == "call_module" else self.flow.own):
             return value.masked_fill(gone, 0)
-        if isinstance(self.full.get_submodule(str(node.target)), NORMALIZING):
+        module = self.full.get_submodule(name) if node.op == "call_module" else None
+        # One without parameters has none that could be masked.
+        if isinstance(module, NORMALIZING) and module.weight is not None:
             return value.masked_fill(gone & (entering == 0), 0)
         return value
 
@@ -172,6 +176,8 @@ class _Rehearsal:
 
     def _cut(self, node: Node, value: Any) -> Any:
         """Take removed channels out of the tensors that a node gives."""
+        if self._order is not None and node.name in self._order.reordered:
+            return self._order.select(node, value)
         leaves, spec = tree_flatten(value)
         numbers = tree_flatten(self.flow.numbers[node.name])[0]
         if len(numbers) != len(leaves):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from nni_topo.network.channels import Blocks, ChannelFlow
 from nni_topo.network.labels import FIXED
 from nni_topo.network.layers import bias_name, channel_dimension, kept_channels, spread, weight_name, weight_of
 from nni_topo.network.masks import FullMasks
+from nni_topo.network.modes import device_of
 
 _logger = logging.getLogger(__name__)
 
@@ -45,12 +47,23 @@ def warn_of_kept(kept: Mapping[str, str]) -> None:
         _logger.warning("masks must agree where layers share channels; channels kept although masked: %s", told)
 
 
-def resolve(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, round_to: int | None = None) -> Resolved:
-    """Make checked masks of tied channels agree; ``round_to``: every pruned layer keeps a multiple of it, or all."""
+def widths_multiple(round_to: int | str | None, device: torch.device) -> int | None:
+    """Check ``round_to``; ``"auto"`` is how many channels a processor computes at once."""
+    if round_to == "auto":
+        # Tensor cores take half-precision matrices by eights; a vector register of a CPU holds so many single floats.
+        lanes = {"AVX512": 16, "AVX2": 8}
+        return 8 if device.type != "cpu" else lanes.get(torch.backends.cpu.get_cpu_capability(), 4)
     if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
-        raise ConfigError(f"round_to must be a positive integer or None, got {round_to!r}")
+        raise ConfigError(f'round_to must be a positive integer, "auto" or None, got {round_to!r}')
+    return round_to
+
+
+def resolve(
+    model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, round_to: int | Literal["auto"] | None = None
+) -> Resolved:
+    """Make checked masks of tied channels agree; ``round_to``: every pruned layer keeps a multiple of it, or all."""
+    round_to = widths_multiple(round_to, device_of(model))
     given = _given(model, flow, masks)
-    # A channel stays as soon as one tied to it is kept, or belongs to a layer without a mask.
     kept = _union(flow, given)
     # Before rounding brings channels back: a mask on the output is a mistake even where this would undo it.
     _check_output(flow, given, kept)
@@ -66,6 +79,11 @@ def resolve(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, round_t
     return Resolved(_new_masks(model, flow, masks, given, (shared, kept)), kept, reasons, told)
 
 
+def union(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> np.ndarray:
+    """Tell for every representative whether it is kept: it is as soon as one tied to it is, or has no mask."""
+    return _union(flow, _given(model, flow, masks))
+
+
 def _given(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> dict[str, np.ndarray]:
     """Collect the channels that the masks keep, for the layers that have a mask."""
     given = {}
@@ -78,8 +96,7 @@ def _given(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> dict[
 
 def _union(flow: ChannelFlow, given: dict[str, np.ndarray]) -> np.ndarray:
     """Tell for every representative whether it is kept."""
-    size = 1 + sum(layer.channels for layer in flow.layers.values())
-    kept, stated = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
+    kept, stated = np.zeros(flow.size, dtype=bool), np.zeros(flow.size, dtype=bool)
     for name, layer in flow.layers.items():
         # It has no say: its channels go with those of the layer before it. Any other layer without a mask keeps all.
         if layer.depthwise and name not in given:
@@ -140,7 +157,7 @@ def _bring_back(roots: np.ndarray, kept: np.ndarray, scores: np.ndarray, wanted:
 
 def _scores(model: torch.nn.Module, flow: ChannelFlow) -> np.ndarray:
     """Sum the L1 norms of the weights of tied channels."""
-    scores = np.zeros(1 + sum(layer.channels for layer in flow.layers.values()))
+    scores = np.zeros(flow.size)
     for name in flow.layers:
         module = model.get_submodule(name)
         weight = weight_of(module).detach()
@@ -202,4 +219,16 @@ def _new_masks(
             mask = targets.get(bias_name(module), torch.ones_like(bias).detach())
             rows = changed.to(mask), keep_all.to(mask)
             targets[bias_name(module)] = torch.maximum(mask, rows[0]) * rows[1]
-    return new
+    return with_own(model, flow, new, kept)
+
+
+def with_own(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, kept: np.ndarray) -> FullMasks:
+    """Mask the parameters that the model uses by itself along with the channels that they meet."""
+    for name, own in flow.own.items():
+        stays = torch.from_numpy(kept[flow.roots(flow.own_numbers(name))])
+        if not bool(stays.all()):
+            module, _, target = name.rpartition(".")
+            parameter = model.get_parameter(name)
+            view = [-1 if d == own.dim else 1 for d in range(parameter.dim())]
+            masks.setdefault(module, {})[target] = stays.to(parameter).view(view).expand_as(parameter).clone()
+    return masks

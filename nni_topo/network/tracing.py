@@ -13,7 +13,9 @@ from torch.fx.passes.shape_prop import ShapeProp
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import find_attention, open_attention
 from nni_topo.network.inputs import Call, bind_arguments, tensors_of
+from nni_topo.network.layers import is_one
 from nni_topo.network.modes import random_state_kept
+from nni_topo.network.parts import by_parts, is_in_parts, part_arguments
 from nni_topo.network.recording import record
 from nni_topo.network.transformers import UnfoldingTracer, fast_paths_off
 
@@ -23,6 +25,22 @@ _logger = logging.getLogger(__name__)
 @fast_paths_off()
 def trace(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModule, tuple[Any, ...]]:
     """Trace a model in evaluation mode: a graph on its own leaf modules, with shapes, and its placeholders' values."""
+    try:
+        return _trace_whole(model, call)
+    except SpeedupError as error:
+        try:
+            with torch.no_grad(), random_state_kept():
+                graph_module, args = by_parts(model, call, _trace_whole)
+                ShapeProp(graph_module).propagate(*args)
+        except Exception:  # parts fail in as many ways as a model is written
+            raise error from None
+        if not args:
+            raise
+        _logger.info("%s is followed part by part: %s", type(model).__name__, error)
+        return graph_module, args
+
+
+def _trace_whole(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModule, tuple[Any, ...]]:
     named = bind_arguments(model, call)
     reasons = []
     # NNI's tracer goes into attention.
@@ -71,15 +89,16 @@ def _symbolic(model: torch.nn.Module, named: dict[str, Any]) -> tuple[torch.fx.G
 def _recorded(model: torch.nn.Module, named: dict[str, Any]) -> tuple[torch.fx.GraphModule, tuple[Any, ...]]:
     """Write down what a run does, which leaves Python's decisions to Python."""
     graph_module = record(model, named)
-    return graph_module, arguments(graph_module.graph, named)
+    return graph_module, _placed(graph_module.graph, named)
 
 
 def _concrete(model: torch.nn.Module, named: dict[str, Any]) -> tuple[torch.fx.GraphModule, tuple[Any, ...]]:
     """Trace by running, as NNI does by default."""
     from nni.common.concrete_trace_utils import concrete_trace
 
-    graph_module = concrete_trace(model, dict(named))
-    return graph_module, arguments(graph_module.graph, named)
+    ones = {type(module) for module in model.modules() if is_one(module)}
+    graph_module = concrete_trace(model, dict(named), leaf_module=tuple(ones))
+    return graph_module, _placed(graph_module.graph, named)
 
 
 def by_running(graph: torch.fx.Graph) -> bool:
@@ -87,10 +106,15 @@ def by_running(graph: torch.fx.Graph) -> bool:
     return graph._tracer_cls is not UnfoldingTracer
 
 
-def arguments(graph: torch.fx.Graph, named: dict[str, Any]) -> tuple[Any, ...]:
-    """List the values of a graph's placeholders, given a call's arguments by name."""
-    if not by_running(graph):
-        return tuple(named.values())
+def arguments(graph: torch.fx.Graph, model: torch.nn.Module, call: Call) -> tuple[Any, ...]:
+    """List the values of a graph's placeholders, given a call of its model."""
+    if is_in_parts(graph):
+        return part_arguments(graph, model, call)
+    named = bind_arguments(model, call)
+    return _placed(graph, named) if by_running(graph) else tuple(named.values())
+
+
+def _placed(graph: torch.fx.Graph, named: dict[str, Any]) -> tuple[Any, ...]:
     nodes = [node for node in graph.nodes if node.op == "placeholder"]
     return tuple(named.get(str(node.target), node.args[0] if node.args else None) for node in nodes)
 

@@ -19,6 +19,7 @@ import torch.fx
 from torch import nn
 
 from nni_topo.network.attention import is_attention, multihead
+from nni_topo.network.layers import is_one
 
 
 @contextmanager
@@ -48,11 +49,19 @@ def mixing_called(*models: nn.Module) -> Iterator[None]:
 
 
 class UnfoldingTracer(torch.fx.Tracer):
-    """A tracer that goes into PyTorch's transformer layers; subclasses of these are left to their own forward."""
+    """A tracer that goes into PyTorch's transformer layers, and into no layer or norm of another's making."""
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> torch.fx.Graph:
+        """Trace a model."""
+        # Found out before: while it traces, parameters are no tensors.
+        self._ones = {module for module in root.modules() if is_one(module)}
+        return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a module becomes one node."""
-        return is_attention(m) or (type(m) not in UNFOLDED and super().is_leaf_module(m, module_qualified_name))
+        if is_attention(m) or m in self._ones:
+            return True
+        return type(m) not in UNFOLDED and super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

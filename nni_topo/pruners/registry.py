@@ -149,10 +149,7 @@ def check_knobs(name: str, knobs: Iterable[str]) -> None:
 
 
 def needs_rule(name: str, knobs: Mapping[str, Any]) -> bool:
-    """Say whether a config_list must hold a ratio or a threshold for a pruner with these knobs.
-
-    It needn't for pruners that find the number themselves, and with a budget for the whole network (``budget``).
-    """
+    """Say whether a config_list must hold ratios or thresholds for a pruner with these knobs, as most must."""
     return getattr(pruner_info(name).load(), "needs_rule", True) and knobs.get("budget") is None
 
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.network.channels import ChannelFlow
@@ -48,7 +47,6 @@ def build_networks(model: nn.Module, call: Call, masks: Masks) -> Networks:
     hand_on(model, result)
     pruned = copy.deepcopy(original)
     _take_values(pruned, apply_masks(base, call, full))
-    _narrow_norms(original, pruned)
     return Networks(original, pruned, result, network.flow, full, checked)
 
 
@@ -71,41 +69,3 @@ def copy_norm_statistics(networks: Networks, call: Call, calibration: Iterable[A
             alive = measured.running_var > 0
             module.running_mean[alive] = measured.running_mean[alive]
             module.running_var[alive] = measured.running_var[alive]
-
-
-class _NarrowNorm(nn.Module):
-    """A group or layer norm over the channels that `kept` (channels,) marks; removed ones come out as zeros."""
-
-    def __init__(self, norm: Any, kept: Tensor) -> None:
-        super().__init__()
-        self.norm = norm
-        self.index = kept.nonzero().flatten()
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Normalise ``(n, channels, ...)`` or ``(n, ..., channels)``."""
-        index = self.index.to(inputs.device)
-        dim = -1 if isinstance(self.norm, nn.LayerNorm) else 1
-        chosen = inputs.index_select(dim, index)
-        weight, bias = (None if p is None else p[index] for p in (self.norm.weight, self.norm.bias))
-        if isinstance(self.norm, nn.LayerNorm):
-            narrow = functional.layer_norm(chosen, (len(index),), weight, bias, self.norm.eps)
-        else:
-            groups = len((index // (self.norm.num_channels // self.norm.num_groups)).unique())
-            narrow = functional.group_norm(chosen, groups, weight, bias, self.norm.eps)
-        return torch.zeros_like(inputs).index_copy(dim, index, narrow)
-
-
-def _narrow_norms(original: GraphModule, pruned: GraphModule) -> None:
-    """Let norms of the pruned network pass over the channels that masking has silenced."""
-    for name, norm in list(pruned.named_modules()):
-        one_dimensional = isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1
-        if not (one_dimensional or isinstance(norm, nn.GroupNorm)) or norm.weight is None:
-            continue
-        silent = _is_zero(norm) & ~_is_zero(original.get_submodule(name))
-        if bool(silent.any()) and not bool(silent.all()):
-            pruned.set_submodule(name, _NarrowNorm(norm, ~silent))
-
-
-def _is_zero(norm: Any) -> Tensor:
-    silent: Tensor = norm.weight.detach() == 0
-    return silent if norm.bias is None else silent & (norm.bias.detach() == 0)

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.following import followers, passes
 from nni_topo.network.labels import FIXED, tensor_shape
-from nni_topo.network.layers import CONVOLUTIONS, PER_CHANNEL, TRANSPOSED, kept_channels
+from nni_topo.network.layers import CONVOLUTIONS, PER_CHANNEL, TRANSPOSED, is_plain_norm, kept_channels
 from nni_topo.network.masks import FullMasks
 
 
@@ -185,10 +184,10 @@ def _is_affine(graph_module: GraphModule, node: Node) -> bool:
     """Say whether a node is a batch norm with running statistics that no other place uses."""
     if node.op != "call_module":
         return False
-    module = graph_module.get_submodule(str(node.target))
+    module: Any = graph_module.get_submodule(str(node.target))
     # Called twice, it would subtract the constant in the other place too.
     calls = sum(other.op == "call_module" and other.target == node.target for other in graph_module.graph.nodes)
-    return isinstance(module, _BatchNorm) and module.running_var is not None and calls == 1
+    return is_plain_norm(module) and calls == 1 and module.running_var is not None
 
 
 def _ways(graph_module: GraphModule, layer: Solvable) -> tuple[Equation, Equation]:

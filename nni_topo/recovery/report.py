@@ -14,40 +14,19 @@ LOST = 0.9
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What happened to one layer.
-
-    Attributes
-    ----------
-    layer : str
-        Its name.
-    place : str
-        Name of the graph's node at which errors are measured: the layer's own output, or the sum it goes into; for
-        channel mixing its input. In ``"relu(...)"`` only what a ReLU lets through counts; there errors are upper
-        bounds.
-    unknowns : int
-        Inputs of each equation, the intercept not counted.
-    samples : int
-        Samples that were solved for: images times positions.
-    ridge : float
-        Penalty, as a share of each input's variance; infinite if changing nothing was best.
-    error_before, error_after : float
-        Mean squared distance from the original network there, as a share of the original's variance, over the
-        calibration samples.
-    error_held_out : float
-        The same for samples that the solution wasn't fitted to; NaN if there were too few.
-    seconds : float
-        Wall time.
-    """
+    """What happened to one layer; errors are mean squared distances from the original over its variance there."""
 
     layer: str
+    # node of the graph at which errors are measured: the layer's output, or the sum it goes into, for channel mixing
+    # its input; in "relu(...)" only what a ReLU lets through counts, and errors are upper bounds
     place: str
-    unknowns: int
-    samples: int
-    ridge: float
-    error_before: float
+    unknowns: int  # inputs of each equation, the intercept not counted
+    samples: int  # that were solved for: images times positions
+    ridge: float  # penalty over each input's variance; infinite if changing nothing was best
+    error_before: float  # over the calibration samples
     error_after: float
-    error_held_out: float
-    seconds: float
+    error_held_out: float  # over samples that the solution wasn't fitted to; NaN if there were too few
+    seconds: float  # wall time
 
     @property
     def is_lost(self) -> bool:

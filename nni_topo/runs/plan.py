@@ -36,15 +36,12 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class DataChoice:
-    """A data set by name, from ``data_dir`` (None: embedded).
-
-    ``limit`` and ``test_limit`` say how many training and test images are used, the test set's first ones; None: all.
-    """
+    """A data set by name."""
 
     name: str = "digits"
-    data_dir: str | None = None
-    limit: int | None = None
-    test_limit: int | None = None
+    data_dir: str | None = None  # folder with its files; None: embedded
+    limit: int | None = None  # training images used; None: all
+    test_limit: int | None = None  # test images used, the set's first ones; None: all
     download: bool = False
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from nni.compression.utils import Evaluator
@@ -83,7 +83,7 @@ def shrink(
     compensate: str | Compensate | None = "reconstruct",
     distill: Mapping[str, Any] | Distill | bool = True,
     evaluate: Callable[[nn.Module], float] | None = None,
-    round_to: int | None = None,
+    round_to: int | Literal["auto"] | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> nn.Module:
@@ -113,7 +113,7 @@ def shrink(
         a function of (dense, model, images) that returns a dense model.
     evaluate : callable, optional
         Gets a network in evaluation mode and returns a number for the report, e.g. its accuracy.
-    round_to : int, optional
+    round_to : int or "auto", optional
         Pruned layers keep a multiple of so many channels.
     seed : int, default=0
         Of all steps.

@@ -101,3 +101,36 @@ def test_models_are_compared_in_double_precision():
     model = Noting(3, 2)
     check_equal(model, model, ((torch.ones(2, 3),), {}), {}, 1e-12)
     assert seen == [torch.float64, torch.float64]
+
+
+class Means(nn.Module):
+    """Puts out the mean of each channel; ``side``: of images of so many pixels alone."""
+
+    def __init__(self, side=None, factor=1.0):
+        super().__init__()
+        self.side, self.factor = side, factor
+
+    def forward(self, x):
+        if self.side not in (None, x.shape[-1]):
+            raise AssertionError(f"images of {self.side} pixels alone")
+        return self.factor * x.mean((2, 3))
+
+
+@pytest.mark.parametrize("side", [None, 200])
+def test_large_images_are_compared_by_a_corner_and_whole_where_a_model_takes_no_other(side):
+    call = ((torch.zeros(3, 2, 200, 200),), {})
+    check_equal(Means(side), Means(side), call, {}, 0.0)
+    with pytest.raises(SpeedupError, match=r"got a difference of 0\.01 "):
+        check_equal(Means(side), Means(side, 1.01), call, {}, 1e-4)
+
+
+def test_what_is_compared_is_as_small_as_the_model_lets_it_be():
+    sizes = []
+
+    class Seen(Means):
+        def forward(self, x):
+            sizes.append(tuple(x.shape))
+            return super().forward(x)
+
+    check_equal(Seen(), Seen(), ((torch.zeros(3, 2, 200, 200),), {}), {}, 0.0)
+    assert sizes == [(2, 2, 64, 64)] * 2

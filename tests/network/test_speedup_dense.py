@@ -20,6 +20,7 @@ from speedup_nets import (
 )  # fmt: skip
 from torch import nn
 
+import nni_topo
 from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.speedup import masked_model, to_dense
 from nni_topo.zoo import create_model
@@ -265,13 +266,40 @@ def test_a_fixed_size_in_the_forward_is_reported():
         to_dense(model, images(1, 28), {"conv2": filter_mask(model.conv2, [0])})
 
 
-def test_a_norm_over_channels_differs_and_the_layer_is_named():
+@pytest.mark.parametrize(
+    ("norm", "gone"),
+    [
+        (nn.LayerNorm(8), [2, 3, 6]),
+        (nn.LayerNorm(8, bias=False), [2, 3, 6]),
+        (nn.GroupNorm(1, 8), [2, 3, 6]),
+        (nn.GroupNorm(2, 8), [0, 1, 6, 7]),
+        (nn.GroupNorm(4, 8), [2, 3, 6, 7]),
+    ],
+)
+def test_a_norm_over_channels_goes_on_counting_those_that_are_gone(norm, gone):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3))
-    masks = {"0": filter_mask(model[0], [2, 3, 6])}
-    with pytest.raises(SpeedupError, match=r"got a difference of 0\.\d+ \(from 1 on\)"):
-        to_dense(model, torch.rand(4, 5), masks)
-    assert to_dense(model, torch.rand(4, 5), masks, check=False)[1].normalized_shape == (5,)
+    model, inputs = nn.Sequential(nn.Linear(5, 8), norm, nn.Linear(8, 3)).double(), torch.rand(4, 5).double()
+    nn.init.normal_(norm.weight)
+    before = model[0].weight.detach().clone()
+    dense = to_dense(model, inputs, {"0": filter_mask(model[0], gone)})
+    kept = [each for each in range(8) if each not in gone]
+    zeroed = model[0](inputs)
+    zeroed[:, gone] = 0
+    expected = model[2].weight[:, kept] @ norm(zeroed)[:, kept].T + model[2].bias[:, None]
+    torch.testing.assert_close(dense(inputs), expected.T)
+    assert torch.equal(model[0].weight, before)
+    # Whole groups that go leave the others' statistics as they were.
+    assert (type(dense[1]) is nn.GroupNorm) == (gone == [2, 3, 6, 7])
+
+
+def test_a_counting_norm_can_be_cut_saved_and_loaded_again(tmp_path):
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3)).double(), torch.rand(4, 5).double()
+    once = to_dense(model, inputs, {"0": filter_mask(model[0], [1, 2])})
+    twice = to_dense(once, inputs, {"0": filter_mask(once[0], [0])})
+    assert twice[1].counted == 8
+    nni_topo.save(twice, tmp_path / "dense.pt")
+    assert torch.equal(nni_topo.load(tmp_path / "dense.pt", model)(inputs), twice(inputs))
 
 
 def test_an_activation_that_is_not_zero_at_zero_leaves_a_constant_behind():

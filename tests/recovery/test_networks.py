@@ -11,7 +11,7 @@ from nni_topo.speedup import to_dense
 @pytest.mark.parametrize(
     "norm", [nn.LayerNorm(8, bias=False), nn.LayerNorm(8), nn.GroupNorm(2, 8)], ids=["no bias", "layer", "group"]
 )
-def test_norms_pass_over_removed_channels_as_in_the_dense_model(norm):
+def test_norms_count_removed_channels_as_in_the_dense_model(norm):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 8), norm, nn.Linear(8, 3)).double().eval()
     inputs = torch.randn(80, 5, dtype=torch.float64)

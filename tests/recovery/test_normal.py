@@ -146,6 +146,48 @@ def test_fit_learns_from_the_held_out_samples_in_the_end():
     torch.testing.assert_close(found.solution.weights, weights, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("ridge", [1e-3, 1.0])
+def test_few_samples_are_solved_as_products_are(ridge, intercept):
+    """Of fewer samples than unknowns the products aren't formed, which says the same at less cost."""
+    inputs, targets, _, _ = problem(samples=12, unknowns=40, noise=0.5, groups=2)
+    inputs[:, :, 3] = 7.0
+    few, many = equations(inputs, targets), equations(inputs, targets)
+    assert many.sums["xx"].shape == (2, 40, 40)  # asked for, they are there
+    one, other = (sums.solve(ridge, intercept=intercept) for sums in (few, many))
+    torch.testing.assert_close(one.weights, other.weights, rtol=1e-8, atol=1e-11)
+    torch.testing.assert_close(one.shift, other.shift, rtol=1e-8, atol=1e-11)
+    assert one.error == pytest.approx(other.error, rel=1e-6)
+    assert few.squared_error(one) == pytest.approx(many.squared_error(one), rel=1e-6)
+
+
+@pytest.mark.parametrize(("samples", "unknowns"), [(60, 5), (12, 40), (50, 40)])
+def test_a_solution_knows_its_error_and_a_merged_problem_is_that_of_all_samples(samples, unknowns):
+    inputs, targets, _, _ = problem(samples=samples, unknowns=unknowns, noise=0.5)
+    parts = [equations(inputs[:, chosen], targets[:, chosen], 2) for chosen in (slice(0, 30), slice(30, None))]
+    whole, merged = equations(inputs, targets), parts[0].merged(parts[1]) if samples > 30 else parts[0]
+    found, again = (each.solve(0.1, intercept=True) for each in (whole, merged))
+    torch.testing.assert_close(again.weights, found.weights, rtol=1e-8, atol=1e-11)
+    assert found.error == pytest.approx(whole.squared_error(found), rel=1e-8)
+    assert merged.relative_error(found) == pytest.approx(whole.relative_error(found), rel=1e-8)
+
+
+def test_equations_of_known_inputs_take_their_products_over():
+    inputs, targets, _, _ = problem(samples=40, noise=0.5)
+    known = equations(inputs[:, :30], targets[:, :30]), equations(inputs[:, 30:], targets[:, 30:])
+    first = fit(*known, 0.1, intercept=True)
+    later = tuple(NormalEquations(each) for each in known)
+    for sums, chosen in zip(later, (slice(0, 30), slice(30, None)), strict=True):
+        sums.add(inputs[:, chosen], 2.0 * targets[:, chosen], targets[:, chosen])
+        assert sums.sums["xx"] is known[0 if sums is later[0] else 1].sums["xx"]
+    second = fit(*later, 0.1, intercept=True)
+    torch.testing.assert_close(second.solution.weights, 2.0 * first.solution.weights, rtol=1e-12, atol=1e-14)
+    other = fit(*later, 0.3, intercept=False)
+    alone = fit(equations(inputs[:, :30], 2.0 * targets[:, :30]), equations(inputs[:, 30:], 2.0 * targets[:, 30:]), 0.3,
+                intercept=False)  # fmt: skip
+    torch.testing.assert_close(other.solution.weights, alone.solution.weights, rtol=1e-9, atol=1e-12)
+
+
 def test_fit_gives_back_the_products_of_the_samples_to_learn_from():
     """The next task with the same inputs goes on from them, so a fit must leave them as they were."""
     inputs, targets, _, _ = problem(samples=40, noise=0.5)

@@ -12,22 +12,18 @@ References
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.maths.ties import descending, first_largest
+from nni_topo.maths.ties import first_largest
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 _LEAST_PIVOT = 1e-10
-_FOREMOST, _AT_ONCE, _STALE = 64, 8, 0.5
 
 
 def greedy_least_squares(
@@ -38,18 +34,40 @@ def greedy_least_squares(
     block: int | Sequence[int] = 1,
     parts: int = 1,
 ) -> IntArray:
-    """Choose ``keep`` channels one by one for the least-squares prediction of targets; indices in the order of choice.
+    """Choose channels one by one for the least-squares prediction of targets.
 
-    ``gram``, (n * block, n * block), is ``X.T @ X`` of the columns of all n channels, centred if a constant is fitted
-    too, ``block`` columns of each channel side by side; ``cross``, (n * block, outputs), ``X.T @ Y`` with the targets.
-    Where several layers read the channels all three are sequences; the gain is the sum of theirs, so scale ``cross`` to
-    weigh them. Of ``parts`` equal stretches of channels the same number is kept; with one, each prefix is the choice
-    for a smaller ``keep``. Of gains that are equal to 1e-6 of them the lowest channel wins. ConfigError if a number is
-    out of range, DataError if shapes don't fit or values aren't finite.
+    Parameters
+    ----------
+    gram : ndarray, shape (n * block, n * block), or a sequence of such
+        ``X.T @ X`` of the columns of all channels, centred if a constant is fitted too. Channel j has the columns ``j *
+        block ... (j + 1) * block - 1``. Where several layers read the channels, one for each.
+    cross : ndarray, shape (n * block, outputs), or a sequence of such
+        ``X.T @ Y`` with the targets.
+    keep : int
+        How many to choose, in [1, n].
+    block : int or sequence of int, default=1
+        Columns of a channel, at least 1; a sequence has one entry for each layer.
+    parts : int, default=1
+        Equal stretches of channels of which the same number is kept; divides n and ``keep``.
 
-    Of more than 64 channels, all are compared at every eighth step, or sooner where the foremost 64 are used up, and
-    these 64 in between: of what can be explained, no more than 0.1 % was lost by that in any problem tried. With N
-    columns the cost is about ``N * keep * block * (keep * block + min(outputs, N))`` products.
+    Returns
+    -------
+    ndarray of int, shape (keep,)
+        Channels in the order of choice; with one part each prefix is the choice for a smaller ``keep``. Of gains that
+        are equal to 1e-6 of them the lowest channel wins.
+
+    Raises
+    ------
+    ConfigError
+        If ``keep``, ``block`` or ``parts`` is out of range.
+    DataError
+        If shapes don't fit or values aren't finite.
+
+    Notes
+    -----
+    The gain of several layers is the sum of theirs: scale ``cross`` to weigh them.
+
+    With N columns the cost is about ``N * keep * block * (keep * block + min(outputs, N))`` products.
 
     Examples
     --------
@@ -67,97 +85,57 @@ def greedy_least_squares(
     part = np.arange(channels) // (channels // parts)
     room = np.full(parts, keep // parts)
     left = np.ones(channels, dtype=bool)
-    order: list[int] = []
+    order = np.empty(keep, dtype=np.int64)
     first = 0.0
-    while len(order) < keep:
-        gains = _gains(readers)
+    for step in range(keep):
+        gains = np.sum([reader.gains() for reader in readers], axis=0)
         first = first or float(gains.max())
-        free = np.flatnonzero(left & (room[part] > 0))
-        ranked = free[descending(gains[free], first)]
-        # For a few steps only the foremost are kept up to date; then, or as soon as the best of these falls well below
-        # where the others were, all are, by products of larger matrices.
-        near, bound = np.sort(ranked[:_FOREMOST]), float(gains[ranked[_FOREMOST:]].max(initial=-np.inf))
-        fewer = [reader.part(near) for reader in readers] if len(free) > _FOREMOST else readers
-        near = near if fewer is not readers else np.arange(channels)
-        taken: list[int] = []
-        while len(order) < keep and len(taken) < _AT_ONCE:
-            now = np.where(left[near] & (room[part[near]] > 0), _gains(fewer), -np.inf)
-            # What is small beside the first gain is rounding: among such channels the lowest wins.
-            place = first_largest(now, first)
-            if taken and now.max() < _STALE * bound:
-                break
-            channel = int(near[place])
-            order.append(channel)
-            taken.append(channel)
-            left[channel] = False
-            room[part[channel]] -= 1
-            for reader in fewer:
-                reader.take([place])
-        if fewer is not readers and len(order) < keep:
-            for reader in readers:
-                reader.take(taken)
-    return np.array(order, dtype=np.int64)
-
-
-def _gains(readers: list[_Reader]) -> FloatArray:
-    """Return what each channel would take off the squared error, shape (n,)."""
-    return np.asarray(torch.stack([reader.gains() for reader in readers]).sum(0).numpy())
+        # What is small beside the first gain is rounding: among such channels the lowest wins.
+        order[step] = first_largest(np.where(left & (room[part] > 0), gains, -np.inf), first)
+        left[order[step]] = False
+        room[part[order[step]]] -= 1
+        for reader in readers:
+            reader.choose(int(order[step]))
+    return order
 
 
 class _Reader:
-    """The columns of some channels that one layer reads, kept orthogonal to those of the chosen channels."""
+    """The columns that one layer reads, kept orthogonal to those of the chosen channels."""
 
     def __init__(self, gram: FloatArray, cross: FloatArray, keep: int, block: int) -> None:
-        self._gram = torch.from_numpy(np.asarray(gram, dtype=np.float64))
-        self._index = torch.arange(len(gram)).view(-1, block)  # where the columns of each channel lie in `gram`
-        self._cross = torch.from_numpy(_compressed(np.array(cross, dtype=np.float64))).unflatten(0, (-1, block))
+        self._gram = np.asarray(gram, dtype=np.float64)
+        self._cross = _compressed(np.array(cross, dtype=np.float64))
+        self._index = np.arange(len(gram)).reshape(-1, block)
         self._own = self._gram[self._index[:, :, None], self._index[:, None, :]]
-        scale = self._own.diagonal(dim1=1, dim2=2).mean(1)
+        scale = np.trace(self._own, axis1=1, axis2=2) / block
         # A trace of ridge: columns that the chosen ones span leave a block of zeros, which has no factor.
-        pivots = _LEAST_PIVOT * scale.masked_fill(scale <= 0.0, 1.0)
-        self._own.diagonal(dim1=1, dim2=2).add_(pivots.unsqueeze(1))
-        self._factor = torch.zeros(keep * block, len(gram), dtype=torch.float64)  # transposed: it grows by whole rows
+        self._own += (_LEAST_PIVOT * np.where(scale > 0.0, scale, 1.0))[:, None, None] * np.eye(block)
+        self._factor = np.zeros((len(gram), keep * block))
         self._done = 0
 
-    def part(self, channels: IntArray) -> _Reader:
-        """Return a reader of some channels, ascending, that goes on by itself."""
-        other, index = copy.copy(self), torch.from_numpy(channels)
-        other._index, other._cross, other._own = self._index[index], self._cross[index], self._own[index]
-        room = self._done + _AT_ONCE * self._index.shape[1]
-        columns = torch.arange(self._index.numel()).view(self._index.shape)[index].flatten()
-        other._factor = self._factor[:room, columns]
-        return other
-
-    def gains(self) -> Tensor:
+    def gains(self) -> FloatArray:
         """Return what each channel would take off the squared error, shape (n,)."""
-        if self._index.shape[1] == 1:
-            single: Tensor = self._cross.square().sum((1, 2)) / self._own[:, 0, 0]
-            return single
+        rows = self._cross.reshape(*self._index.shape, -1)
+        if rows.shape[1] == 1:
+            return np.asarray(np.einsum("cbp,cbp->c", rows, rows) / self._own[:, 0, 0])
         # trace(G^-1 R R'), G the block's own products and R those with the targets: what its least squares take off.
-        gains: Tensor = (torch.linalg.inv(self._own) * (self._cross @ self._cross.mT)).sum((1, 2))
-        return gains
+        return np.asarray((np.linalg.inv(self._own) * (rows @ rows.transpose(0, 2, 1))).sum((1, 2)))
 
-    def take(self, places: list[int]) -> None:
-        """Take channels, by their places among those of this reader, and what they explain off all others."""
-        done, (channels, block) = self._done, self._index.shape
-        columns = torch.arange(channels * block).view(channels, block)[places].flatten()
-        end = done + len(columns)
-        # What those taken share with all columns and with none taken before: (columns taken, columns).
-        shared = self._gram[self._index[places].flatten()]
-        shared = shared if len(self._gram) == channels * block else shared[:, self._index.flatten()]
-        shared.addmm_(self._factor[:done, columns].mT, self._factor[:done], alpha=-1)
-        inner, each = shared[:, columns].view(len(places), block, len(places), block), torch.arange(len(places))
-        inner[each, :, each] = self._own[places]
-        root = torch.linalg.cholesky(inner.view(len(columns), len(columns)))
-        new = torch.linalg.solve_triangular(root, shared, upper=False, out=self._factor[done:end])
-        met = torch.linalg.solve_triangular(root, self._cross[places].flatten(0, 1), upper=False)
-        self._cross.flatten(0, 1).addmm_(new.mT, met, alpha=-1)
+    def choose(self, channel: int) -> None:
+        """Take a channel, and what it explains off the others."""
+        columns, past = self._index[channel], self._factor[:, : self._done]
+        root = np.linalg.cholesky(self._own[channel])
+        # One more block column of the Cholesky factor, for all channels: what they share with the chosen one and with
+        # none before it.
+        new = np.linalg.solve(root, (self._gram[:, columns] - past @ past[columns].T).T).T
+        self._cross -= new @ np.linalg.solve(root, self._cross[columns])
+        blocks = new.reshape(*self._index.shape, -1)
         # What is left of each channel's own block is its Schur complement.
-        blocks = new.view(-1, channels, block).transpose(0, 1)
-        self._own.baddbmm_(blocks.mT, blocks, alpha=-1)
-        # Nothing of the chosen channels is left to invert; their gains aren't looked at again.
-        self._own[places] = torch.eye(block, dtype=torch.float64)
-        self._done = end
+        self._own -= blocks @ blocks.transpose(0, 2, 1)
+        # Nothing of the chosen channel is left to invert; its gain isn't looked at again.
+        self._own[channel] = np.eye(len(columns))
+        self._factor[:, self._done : self._done + len(columns)] = new
+        self._done += len(columns)
 
 
 def _compressed(cross: FloatArray) -> FloatArray:

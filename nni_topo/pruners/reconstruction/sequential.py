@@ -20,11 +20,10 @@ from nni_topo.recovery.compensating import compensate_up_to
 
 
 class SequentialProblems(ReconstructionProblems):
-    """Measures each unit's reconstruction problem behind the units chosen before it, compensated.
+    """Measures each unit's problem behind the units chosen before it, compensated, in the order in which they are read.
 
-    Units come in the order in which they are read. What is to be met stays the original network's; the channels to be
-    kept come from the network in which the units before are pruned and the layers up to here are reconstructed.
-    Parameters are those of :class:`~nni_topo.pruners.reconstruction.problems.ReconstructionProblems`.
+    What is to be met stays the original network's; the channels to be kept come from the network in which the units
+    before are pruned and the layers up to here are reconstructed.
     """
 
     def each(

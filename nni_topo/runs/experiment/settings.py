@@ -127,11 +127,7 @@ def scalar_kinds() -> dict[str, type]:
 
 
 def with_parameters(settings: TrialSettings, parameters: Mapping[str, Any]) -> TrialSettings:
-    """Return settings with a tuner's parameters in place; ConfigError for an unknown name or a value of the wrong kind.
-
-    Names are those of scalar fields, ``ratio.LAYER``, ``knob.NAME``, ``knob.NAME.FIELD`` of a settings object, and
-    ``TRIAL_BUDGET``.
-    """
+    """Return settings with a tuner's parameters (scalars, ``ratio.LAYER``, ``knob.NAME[.FIELD]``, ``TRIAL_BUDGET``)."""
     known = scalar_kinds()
     changes: dict[str, Any] = {}
     ratios, knobs = dict(settings.ratios), dict(settings.knobs)

@@ -1,0 +1,63 @@
+"""The verb that measures a network before and after pruning."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import nni_topo
+from nni_topo.network.profiling import ModeCost, profile
+from nni_topo.runs.run import resolve_device
+from nni_topo.runs.study import ModelVerb, Names
+from nni_topo.runs.tables import as_table
+from nni_topo.zoo import create_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile(ModelVerb):
+    """Measure one model before and after pruning, in turns: time, throughput, memory, MACs, parameters."""
+
+    dense: Path | None = None  # file of nni_topo.save; None: the model pruned at random
+    ratio: float = 0.5  # share of the channels that goes without a file, in [0, 1)
+    round_to: int | Literal["auto"] | None = None  # channels that are left are a multiple of it
+    modes: Names = ("plain",)  # of plain, channels_last, bf16, compile
+    batch_size: int = 1  # at least 1
+    image_size: int = 32  # pixels
+    in_channels: int = 3  # of the images
+    classes: int = 10  # of the output
+    runs: int = 30  # timed passes, at least 1
+    threads: int = 1  # at least 1
+
+    def run(self, console: Console) -> int:
+        """Print a row for each mode and network."""
+        sizes = {"num_classes": self.classes, "in_channels": self.in_channels, "image_size": self.image_size}
+        torch.manual_seed(self.seed)
+        model = create_model(self.model, width=self.width, **sizes).eval()
+        images = torch.rand(self.batch_size, self.in_channels, self.image_size, self.image_size)
+        dense = nni_topo.load(self.dense, model) if self.dense else self._pruned(model, images)
+        place = resolve_device(self.device)
+        nets = {"original": model.to(place), "dense": dense.to(place)}
+        rows = profile(nets, images.to(place), modes=self.modes, runs=self.runs, threads=self.threads, seed=self.seed)
+        head = ("mode", "network", "ms", "samples/s", "peak MB", "MACs (M)", "parameters (k)")
+        title = f"{self.model}, batch of {self.batch_size}, {place}"
+        table = as_table(title, head, map(_row, rows), left=2)
+        failed = dict.fromkeys(f"{row.mode}: {row.failed}" for row in rows if row.failed)
+        self.put_out(console, [asdict(row) for row in rows], [table, *failed])
+        return 0
+
+    def _pruned(self, model: nn.Module, images: Tensor) -> nn.Module:
+        config = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": self.ratio}]
+        pruner = nni_topo.RandomPruner(model, nni_topo.dependency_groups(model, images, config), seed=self.seed)
+        _, masks = pruner.compress()
+        pruner.unwrap_model()
+        return nni_topo.to_dense(model, images, masks, round_to=self.round_to)
+
+
+def _row(row: ModeCost) -> tuple[str, ...]:
+    measured = f"{row.latency_ms:.2f}", f"{row.throughput:.0f}", f"{row.peak_bytes / 1e6:.1f}"
+    return row.mode, row.network, *measured, f"{row.macs / 1e6:.1f}", f"{row.params / 1e3:.1f}"

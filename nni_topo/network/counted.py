@@ -1,0 +1,87 @@
+"""Layer and group norms of which channels are gone, whose statistics count these all the same, as zeros.
+
+With ``s`` the share of the channels that are left, and their mean ``m`` and variance ``v``, the mean over all is
+``s m`` and the variance ``s v + s (1 - s) m^2``. A norm of the smaller size alone would take ``m`` and ``v``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def _normalized(x: Tensor, dims: list[int], share: float, eps: float) -> Tensor:
+    variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    variance = share * variance + share * (1 - share) * mean.square()
+    return (x - share * mean) * torch.rsqrt(variance + eps)
+
+
+class CountedLayerNorm(nn.LayerNorm):
+    """A layer norm over ``counted`` channels, of which only those of ``normalized_shape`` aren't zero."""
+
+    counted: int
+    dim: int  # -1, or 1 in networks that hold channels first
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalize along the channels: ``(..., channels)``, or ``(batch, channels, ...)`` if ``dim`` is 1."""
+        x = images.movedim(self.dim, -1)
+        x = _normalized(x, [-1], x.shape[-1] / self.counted, self.eps)
+        x = x if self.weight is None else x * self.weight
+        return (x if self.bias is None else x + self.bias).movedim(-1, self.dim)
+
+    def extra_repr(self) -> str:
+        """Show the channels counted too."""
+        return f"{super().extra_repr()}, counted={self.counted}"
+
+
+class CountedGroupNorm(nn.GroupNorm):
+    """A group norm over groups of ``counted`` channels, of which some are gone, equally many of each group."""
+
+    counted: int
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalize within each group: ``(batch, channels, ...)``."""
+        x = images.unflatten(1, (self.num_groups, -1))
+        share = x.shape[2] / self.counted
+        x = _normalized(x, list(range(2, x.dim())), share, self.eps).flatten(1, 2)
+        view = (-1, *[1] * (x.dim() - 2))
+        x = x if self.weight is None else x * self.weight.view(view)
+        return x if self.bias is None else x + self.bias.view(view)
+
+    def extra_repr(self) -> str:
+        """Show the channels counted too."""
+        return f"{super().extra_repr()}, counted={self.counted}"
+
+
+def channel_dim(norm: nn.Module) -> int | None:
+    """Tell along which dimension a norm has its channels; None if a layer norm of another's making does more than that.
+
+    The answer for a class derived from ``nn.LayerNorm`` is found by trying it.
+    """
+    if not isinstance(norm, nn.LayerNorm):
+        return 1
+    if isinstance(norm, CountedLayerNorm):
+        return norm.dim
+    if type(norm) is nn.LayerNorm:
+        return -1 if len(norm.normalized_shape) == 1 else None
+    weight = next(norm.parameters(), torch.zeros(0))
+    x = torch.linspace(-1, 2, 6 * norm.normalized_shape[0]).view(1, 2, 3, -1).to(weight)
+    plain = functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    for dim in (1, -1) if len(norm.normalized_shape) == 1 else ():
+        try:
+            given = norm.forward(x.movedim(-1, dim))  # a tracer would take a call for one of the model's
+        except RuntimeError:
+            continue
+        if torch.allclose(given, plain.movedim(-1, dim), atol=1e-5):
+            return dim
+    return None
+
+
+def count(norm: nn.Module, channels: int) -> None:
+    """Let a layer or group norm go on counting so many channels, those of a group; one that does keeps its count."""
+    if isinstance(norm, (CountedLayerNorm, CountedGroupNorm)):
+        return
+    dim, kind = channel_dim(norm), CountedLayerNorm if isinstance(norm, nn.LayerNorm) else CountedGroupNorm
+    norm.__class__ = kind
+    norm.counted, norm.dim = channels, dim  # type: ignore[assignment]
