@@ -73,7 +73,8 @@ def prune_costs(record: Record) -> list[tuple[str, str, str]]:
 
 def _parts(folder: Path) -> Iterator[Part]:
     drawn, told = set[str](), {"results"}
-    records = read_records(folder / "results.jsonl")
+    # A study's own records have no target; its findings lie beside them.
+    records = [record for record in read_records(folder / "results.jsonl") if "target" in record]
     if records:
         drawn = {"accuracy", "convergence"}
         yield from _of_comparison(records)

@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +19,9 @@ import tyro
 from nni_topo.errors import ConfigError, NniTopoError
 from nni_topo.runs.experiment.pairing import next_parameters
 from nni_topo.runs.experiment.pipeline import reported, run_trial
-from nni_topo.runs.experiment.settings import TrialSettings, read_parameters, with_parameters
+from nni_topo.runs.experiment.settings import Trial, read_parameters, with_parameters
 from nni_topo.runs.processes import broadcast, process_group
 from nni_topo.runs.run import resolve_device
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trial(TrialSettings):
-    """Prune, make dense, compensate, retrain and report to NNI."""
-
-    params: Path | None = None  # JSON file with the parameters, instead of NNI's tuner
-    out: Path | None = None  # folder for the trial's files; None: the one NNI makes
-    cache: Path | None = None  # folder of trained nets; None: the experiment's
-
-    def settings(self) -> TrialSettings:
-        """Return what isn't about places."""
-        return TrialSettings(**{item.name: getattr(self, item.name) for item in fields(TrialSettings)})
 
 
 def parsed(arguments: Sequence[str] | None = None) -> Trial:

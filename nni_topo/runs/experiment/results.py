@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from rich.table import Table
@@ -79,4 +80,6 @@ def _run_again(command: str, out: Path, trial: str) -> None:
     )
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
-        raise DataError(f"a trial must run again here, got: {lines[-1]} ({trial})")
+        # A command line that doesn't fit is answered in a box, below a rule with where help is.
+        box = takewhile(lambda text: not text.startswith("─"), (x.strip("│ ") for x in lines if x.startswith("│")))
+        raise DataError(f"a trial must run again here, got: {' '.join(box) or lines[-1]} ({trial})")

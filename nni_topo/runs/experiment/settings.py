@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -124,6 +124,19 @@ def scalar_kinds() -> dict[str, type]:
     hints = get_type_hints(TrialSettings, include_extras=True)
     kinds = {name: (*get_args(hint), hint)[0] for name, hint in hints.items()}
     return {name: kind for name, kind in kinds.items() if kind in _PLAIN}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial(TrialSettings):
+    """Prune, make dense, compensate, retrain and report to NNI."""
+
+    params: Path | None = None  # JSON file with the parameters, instead of NNI's tuner
+    out: Path | None = None  # folder for the trial's files; None: the one NNI makes
+    cache: Path | None = None  # folder of trained nets; None: the experiment's
+
+    def settings(self) -> TrialSettings:
+        """Return what isn't about places."""
+        return TrialSettings(**{item.name: getattr(self, item.name) for item in fields(TrialSettings)})
 
 
 def with_parameters(settings: TrialSettings, parameters: Mapping[str, Any]) -> TrialSettings:

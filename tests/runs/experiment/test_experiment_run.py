@@ -229,5 +229,5 @@ def test_a_trial_without_files_here_is_run_again(nets, tmp_path, monkeypatch):
     assert (tmp_path / "again" / "dense.pt").exists()
     with pytest.raises(DataError, match=r"if its command is that of nni_topo.runs.trial, got 'true'"):
         export_trial(away, tmp_path / "other", command="true")
-    with pytest.raises(DataError, match=r"must run again here, got: .*unrecognized arguments: --no-such"):
+    with pytest.raises(DataError, match=r"must run again here, got: .*Unrecognized options: --no-such"):
         export_trial(away, tmp_path / "bad", command=f"{command} --no-such")
