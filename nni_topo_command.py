@@ -15,6 +15,7 @@ VERBS = {
     "experiment": "Run NNI's experiments, and look at them.",
     "prune": "Prune one trained model as a YAML file says.",
     "shrink": "Make one trained model smaller from unlabelled images: choose, compensate, make dense, distil.",
+    "profile": "Measure one model before and after pruning, in turns: time, throughput, memory, MACs, parameters.",
     "doctor": "Check versions, NNI, PyTorch's pair, data, GPU, NNI's port and optional packages; say what to do.",
     "completion": 'Print a script that completes verbs and flags: eval "$(nni-topo completion bash)".',
 }

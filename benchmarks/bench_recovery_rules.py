@@ -4,9 +4,10 @@
 
 takes model, data, recipes and targets from a comparison's plan, its trained nets from ``checkpoints`` in the folder
 (trained first where they are missing; those of ``nni-topo compare`` fit), prunes each by the L2 norm and by
-``ReconstructionPruner`` (512 images) to the same widths, and recovers it by each rule from the same unlabelled training
-images. A line per figure goes to ``rules.jsonl``; the same command goes on where it was stopped. Each net runs in a
-process of its own, on one thread. Further counts of images (``--images 1024 512``) are for a few rows only.
+``ReconstructionPruner`` (512 images) to the same widths, by the latter also to widths of its own at the same cost, and
+recovers it by each rule from the same unlabelled training images. A line per figure goes to ``rules.jsonl``; the same
+command goes on where it was stopped. Each net runs in a process of its own, on one thread. Further counts of images
+(``--images 1024 512``) are for a few rows only; "reconstruct, no data" takes 256 that are made from the net alone.
 
 Rows with labels stand beside it and go on from ``reconstruct`` with the plan's recipe of retraining: one epoch on the
 same images, as many steps on them as distillation takes, one epoch on all training images.
@@ -30,6 +31,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from nni_topo import compensate, synthetic_images, to_dense
 from nni_topo.recovery.compensating import METHODS
 from nni_topo.runs.cells import shared_ratios, start_of
 from nni_topo.runs.plan import Cell, CompensationChoice, DistillationChoice, PrunerChoice, load_plan
@@ -41,14 +43,17 @@ from nni_topo.zoo import DataBundle, Recipe
 MASKS = {
     "L2 norm": PrunerChoice("l2"),
     "least squares": PrunerChoice("reconstruction", calibration=512),
+    "widths by error": PrunerChoice("reconstruction", calibration=512, knobs={"budget": {"allocation": "error"}}),
 }
 RULES = ("recalibrate", "mean", "merge", "scalar", "pair", "channel", "layer", "sequential", "reconstruct")
 DISTILLED = ("distilled alone", "reconstruct, distilled")
 LABELLED = ("one epoch, same labels", "as many steps, same labels", "one epoch, all labels")
-ROWS = ("none", *RULES, *DISTILLED, *LABELLED)
+NO_DATA = "reconstruct, no data"
+ROWS = ("none", *RULES, NO_DATA, *DISTILLED, *LABELLED)
 CURVE = ("reconstruct", "reconstruct, distilled", "as many steps, same labels")
 VERSUS = ("reconstruct", *LABELLED)
 _STEPS = 600
+_UNJUDGED = "reconstruct, without the images that judge distillation"
 
 
 def main() -> None:
@@ -62,6 +67,7 @@ def main() -> None:
     parser.add_argument("--flops", type=float, nargs="+", help="shares of the MACs left (default: the plan's)")
     parser.add_argument("--masks", nargs="+", choices=tuple(MASKS), default=list(MASKS))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--steps", type=int, help="of distillation (default: its own)")
     parser.add_argument("--net", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     assert set(RULES) == set(METHODS)
@@ -74,6 +80,7 @@ def main() -> None:
     records = read_records(options.out / "rules.jsonl")
     _print(records)
     _print_comparisons(records)
+    _print_widths(records)
 
 
 def _run(options: argparse.Namespace, seed: int) -> None:
@@ -94,7 +101,8 @@ def _run(options: argparse.Namespace, seed: int) -> None:
         ratios = shared_ratios(cell, start, options.out)
         masks, _ = prune_to_ratios(cell, start, ratios)
         for count in dict.fromkeys(count for count, _ in wanted):
-            _recover(cell, start, masks, count, [row for each, row in wanted if each == count], path)
+            rows = [row for each, row in wanted if each == count]
+            _recover(cell, start, masks, count, rows, path, steps=options.steps)
 
 
 def _cells(options: argparse.Namespace, seed: int) -> Iterator[Cell]:
@@ -110,7 +118,9 @@ def _place(cell: Cell) -> tuple[Any, ...]:
     return cell.model.label, cell.seed, cell.pruner.row, cell.target.value
 
 
-def _recover(cell: Cell, start: Start, masks: Any, count: int, rows: list[str], path: Path) -> None:
+def _recover(
+    cell: Cell, start: Start, masks: Any, count: int, rows: list[str], path: Path, *, steps: int | None
+) -> None:
     """Measure the rows that are missing for so many images; those that go on from another share its seconds."""
     made: dict[str, tuple[nn.Module, float]] = {}
 
@@ -129,16 +139,25 @@ def _recover(cell: Cell, start: Start, masks: Any, count: int, rows: list[str], 
         if row in RULES:
             method: Any = row
             return timed(lambda: made_dense(start, masks, CompensationChoice(count, method))[0])
-        choice = DistillationChoice(count)
+        if row == NO_DATA:
+
+            def without_data() -> nn.Module:
+                images = synthetic_images(start.net, start.example, seed=start.seed)
+                return to_dense(compensate(start.net, masks, images), start.example, masks)
+
+            return timed(without_data)
+        choice = DistillationChoice(count * 8 // 9, steps=steps)  # the last ninth judges
+        if row == _UNJUDGED:
+            return timed(lambda: made_dense(start, masks, CompensationChoice(choice.images))[0])
         if row in DISTILLED:
-            dense, seconds = of("none" if row == "distilled alone" else "reconstruct")
+            dense, seconds = of("none" if row == "distilled alone" else _UNJUDGED)
             return timed(lambda: distilled(start, dense, choice).model, seconds)
         dense, seconds = of("reconstruct")
         recipe, data = cell.train.for_retraining(1), start.data
         if row != "one epoch, all labels":
             data = replace(data, train=TensorDataset(*data.train[:count]))
         if row == "as many steps, same labels":
-            passes = math.ceil(_STEPS / math.ceil(count / choice.batch_size))
+            passes = math.ceil((steps or _STEPS) / math.ceil(count / choice.batch_size))
             recipe = replace(recipe, epochs=passes, batch_size=choice.batch_size, augmentation=choice.augmentation)
         data = replace(data, validation=TensorDataset(*data.validation[:0]))
         return timed(lambda: _retrained(dense, data, recipe, cell.seed), seconds)
@@ -212,6 +231,19 @@ def _print_comparisons(records: list[dict[str, Any]]) -> None:
         ]
         cells.append(interval(gone).show(100) if gone else "")
         print(f"| {model}, {mask}, {100 * target:g} %, {count} | {' | '.join(cells)} |")
+
+
+def _print_widths(records: list[dict[str, Any]]) -> None:
+    """Print what widths by error add to uniform ones, paired by net, row by row."""
+    found = {tuple(record["key"]): record["accuracy"] for record in records}
+    gains: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for (model, seed, mask, *rest), accuracy in found.items():
+        even = found.get((model, seed, "least squares", *rest))
+        if mask == "widths by error" and even is not None:
+            gains[(model, *rest)].append(accuracy - even)
+    for (model, target, count, row), each in gains.items():
+        gain = interval(each).show(100, sign=True)
+        print(f"{model}, {100 * target:g} %, {count} images, {row}: widths by error - uniform {gain} points")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from nni_topo.pruners.strict import disable_strict, enable_strict  # noqa: E402
 from nni_topo.pruners.subcluster import SubclusterPruner  # noqa: E402
 from nni_topo.pruners.topological import GeneticSearch, TopologicalPruner  # noqa: E402
 from nni_topo.pruners.topological_magnitude import TopologicalMagnitudePruner  # noqa: E402
-from nni_topo.recovery import compensate, distill, recalibrate_batch_norm  # noqa: E402
+from nni_topo.recovery import compensate, distill, recalibrate_batch_norm, synthetic_images  # noqa: E402
 
 expose_in_nni()
 
@@ -113,6 +113,7 @@ __all__ = [
     "shrink",
     "signals",
     "speedup",
+    "synthetic_images",
     "testing",
     "to_dense",
     "topology",

@@ -60,6 +60,11 @@ def inputs_seen(model: nn.Module, work: Callable[[], Any]) -> list[Any]:
 
 def batches_of(calibration: Iterable[Any] | Evaluator, model: nn.Module) -> Iterable[Any]:
     """Return calibration batches that can be read more than once; of an evaluator, those it evaluates the model on."""
+    if calibration is None:
+        raise ConfigError(
+            "calibration must be an iterable of batches, got None: without data, nni_topo.synthetic_images(model, "
+            "example_inputs) makes some from the model alone (calibration)"
+        )
     if not isinstance(calibration, Evaluator):
         return repeatable(calibration)
     if getattr(calibration, "model", None) is not None:

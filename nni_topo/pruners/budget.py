@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import numpy as np
 from torch import nn
@@ -24,19 +24,21 @@ from nni_topo.errors import (
     one_of,
     unknown_name,
 )
-from nni_topo.maths.ties import first_smallest, leveled
+from nni_topo.maths.ties import FLOOR, RELATIVE, first_smallest, leveled
 from nni_topo.network.cost import Kept, NetworkCost
 from nni_topo.network.latency import LatencyTable
 from nni_topo.network.timing import measure_latency
 from nni_topo.pruners.planner import FloatArray, Losses, Planner
 from nni_topo.pruners.units import PruningUnit
 
-Allocation = Literal["uniform", "topological"]
-ALLOCATIONS = ("uniform", "topological")
+Allocation = Literal["uniform", "topological", "error"]
+ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
 Position = TypeVar("Position", int, float)
 BUDGETS = ("flops", "params", "latency", "memory")
 _RULES = {"allocation": one_of(ALLOCATIONS), "latency_table": instance(LatencyTable) | PATH | NONE}
 _STEPS = 40
+_STRETCHES = 16
+_LEAST_SAVING = 1e-12  # a share: rows that save nothing go last
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
@@ -49,9 +51,10 @@ class Budget:
     flops, params, latency, memory : float or None, default=None
         The share to be left, in (0, 1], of one of them: multiply-accumulates, parameters, seconds, or bytes of the
         parameters with the input and output of the layer where both are largest, for one sample.
-    allocation : {"uniform", "topological"}, default="uniform"
-        How it is dealt out: the same share of every layer, or one tolerance on death times over the network, which
-        TopologicalPruner and ReconstructionPruner know.
+    allocation : {"uniform", "topological", "error"}, default="uniform"
+        How it is dealt out: the same share of every layer; one tolerance on death times over the network, which
+        TopologicalPruner and ReconstructionPruner know; or, for ReconstructionPruner, where least is lost for what is
+        saved: the least-squares errors of all layers that read a channel, by the cost that goes with it.
     latency_table : LatencyTable, str, Path or None, default=None
         Seconds of the layers over their widths, or a JSON file of them, for ``latency``. None: measured once, on one
         thread with the batch of the pruner's ``example_inputs``; then ``pruner.planner.latency_table`` holds it.
@@ -121,7 +124,8 @@ class BudgetPlanner(Planner):
             removed = solve_uniform([unit.rows for unit in units], cost, self.budget.share)
         else:
             bounds = [unit.removable_rows for unit in units]
-            removed = solve_tolerance([losses(unit) for unit in units], bounds, cost, self.budget.share)
+            solve = solve_tolerance if self.budget.allocation == "topological" else solve_error
+            removed = solve([losses(unit) for unit in units], bounds, cost, self.budget.share)
         # The config_list's minimum and maximum hold, also where the budget is missed for it.
         return {unit.name: unit.kept_rows(count) for unit, count in zip(units, removed, strict=True)}
 
@@ -202,6 +206,48 @@ def solve_uniform(rows: Sequence[int], left: Callable[[Sequence[int]], float], s
         tried.append((abs(found - share), middle))
         low, high = (middle, high) if found > share else (low, middle)
     return removed(_nearest(tried))
+
+
+def solve_error(
+    losses: list[FloatArray], bounds: list[tuple[int, int]], left: Callable[[Sequence[int]], float], share: float
+) -> list[int]:
+    """Remove rows, again and again those that lose least for what they save, until a budget is met.
+
+    ``losses`` (rows,) descend, unit by unit. What rows save depends on the layers around them, so it is counted anew;
+    as other rows go it only shrinks, so that a count from before is a bound and few are needed.
+    """
+    removed = [low for low, _ in bounds]
+    behind = [np.append(0.0, worth[::-1].cumsum()) for worth in losses]  # what the last rows are worth, by their number
+    steps = [max(1, len(worth) // _STRETCHES) for worth in losses]
+    now, scale = left(removed), max(each[-1] for each in behind)
+
+    def stretch(unit: int) -> list[int]:
+        return [min(gone + steps[at], bounds[at][1]) if at == unit else gone for at, gone in enumerate(removed)]
+
+    def price(unit: int) -> float:
+        there = stretch(unit)[unit]
+        if there == removed[unit]:
+            return math.inf
+        saved = max(now - left(stretch(unit)), _LEAST_SAVING)
+        return float(behind[unit][there] - behind[unit][removed[unit]]) / saved
+
+    prices = [price(unit) for unit in range(len(losses))]
+    while now > share and min(prices) < math.inf:
+        unit = first_smallest(prices, scale)
+        known, prices[unit] = prices[unit], price(unit)
+        if prices[unit] > known * (1.0 + RELATIVE) + FLOOR * scale:
+            continue
+        then = left(stretch(unit))
+        if then < share and max(steps) > 1:
+            # Near the budget row by row.
+            steps = [1] * len(steps)
+            prices = [price(each) for each in range(len(losses))]
+            continue
+        if abs(then - share) > abs(now - share):
+            break
+        removed, now = stretch(unit), then
+        prices[unit] = price(unit)
+    return removed
 
 
 def _nearest(tried: list[tuple[float, Position]]) -> Position:

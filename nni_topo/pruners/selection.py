@@ -14,6 +14,7 @@ from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import BoolArray, FloatArray
 from nni_topo.maths.ties import first_largest
 from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext
+from nni_topo.pruners.planner import Losses
 from nni_topo.pruners.units import PruningUnit
 
 Clouds = dict[str, list["Cloud"]]
@@ -41,11 +42,15 @@ class SelectionMetric(MetricCalculator):
     progress: bool = False
 
     def calculate(self, data: Data, context: PruningContext) -> KeptSet:
-        """Plan by the clouds' death times how many blocks stay, then choose which."""
+        """Plan by what blocks are worth how many blocks stay, then choose which."""
         units = {unit.name: unit for unit in context.units}
         clouds = WhenAsked(lambda name: _clouds(units[name], data, origin=self.origin))
-        rows = context.rows(lambda unit: np.concatenate([cloud.losses() for cloud in clouds[unit.name]]))
-        return context.keep(self.choose(context, clouds, rows))
+        return context.keep(self.choose(context, clouds, context.rows(self.losses(context, clouds))))
+
+    def losses(self, context: PruningContext, clouds: Clouds) -> Losses:
+        """Return what says how much a unit's blocks are worth beside other units': by default the death times."""
+        del context
+        return lambda unit: np.concatenate([cloud.losses() for cloud in clouds[unit.name]])
 
     @abstractmethod
     def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> Kept:

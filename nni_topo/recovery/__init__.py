@@ -6,6 +6,7 @@ from nni_topo.recovery.compensating import Compensation, compensate, compensatio
 from nni_topo.recovery.distilling import Distillation, distill, distillation
 from nni_topo.recovery.mixing import pair_coefficients
 from nni_topo.recovery.report import CompensationReport, LayerReport
+from nni_topo.recovery.synthetic import synthetic_images
 
 __all__ = [
     "Compensation",
@@ -19,4 +20,5 @@ __all__ = [
     "greedy_least_squares",
     "pair_coefficients",
     "recalibrate_batch_norm",
+    "synthetic_images",
 ]

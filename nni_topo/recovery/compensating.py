@@ -21,7 +21,7 @@ from nni_topo.network.masks import Masks, check_model
 from nni_topo.recovery.networks import Networks, build_networks, copy_norm_statistics
 from nni_topo.recovery.plan import make_plan
 from nni_topo.recovery.replay import Replay
-from nni_topo.recovery.report import CompensationReport, LayerReport
+from nni_topo.recovery.report import CompensationReport, LayerReport, signed_like
 from nni_topo.recovery.samples import Sampler, Task
 from nni_topo.recovery.steps import Pairs, tasks_of
 
@@ -47,7 +47,7 @@ class Compensation:
     report: CompensationReport
 
 
-def compensate(
+def compensation(
     model: nn.Module,
     masks: Masks,
     calibration: Iterable[Any] | Evaluator,
@@ -61,7 +61,34 @@ def compensate(
     seed: int = 0,
     cache_bytes: int = 2**30,
     progress: bool = False,
-) -> nn.Module:
+) -> Compensation:
+    """Compensate a model and report what was done; parameters and errors are those of :func:`compensate`.
+
+    Returns
+    -------
+    Compensation
+        The model and the report.
+    """
+    began = time.perf_counter()
+    _check_knobs(method, ridge, refine, pairs, as_printed)
+    check_model(model)
+    calibration = batches_of(calibration, model)
+    sizes, call = survey(model, calibration)
+    networks = build_networks(model, call, masks)
+    replay = Replay(model, networks.original, networks.pruned, calibration, cache_bytes)
+    plan = make_plan(networks.original, networks.flow, networks.masks, replay.touched_nodes)
+    tasks = tasks_of(method, plan, networks, refine=refine, pairs=pairs, as_printed=as_printed)
+    sampler = Sampler(replay, sizes, seed, cache_bytes)
+    layers = _run(tasks, sampler, networks, None if ridge == "auto" else float(ridge), progress)
+    if recalibrate or method == "recalibrate":
+        copy_norm_statistics(networks, call, calibration)
+    report = CompensationReport(layers, plan.left_alone, sum(sizes), time.perf_counter() - began)
+    _warn(report)
+    return Compensation(networks.result, report)
+
+
+@signed_like(compensation)
+def compensate(*args: Any, **knobs: Any) -> nn.Module:
     """Change the weights that a pruner keeps such that they make up for those it removes.
 
     Parameters
@@ -165,60 +192,7 @@ def compensate(
     >>> bool(torch.allclose(masked_model(repaired, inputs, {"0": {"weight": mask}})(inputs), net(inputs), atol=1e-5))
     True
     """
-    return compensation(
-        model,
-        masks,
-        calibration,
-        method=method,
-        ridge=ridge,
-        refine=refine,
-        recalibrate=recalibrate,
-        pairs=pairs,
-        as_printed=as_printed,
-        seed=seed,
-        cache_bytes=cache_bytes,
-        progress=progress,
-    ).model
-
-
-def compensation(
-    model: nn.Module,
-    masks: Masks,
-    calibration: Iterable[Any] | Evaluator,
-    *,
-    method: Method = "reconstruct",
-    ridge: float | Literal["auto"] = "auto",
-    refine: int = 2,
-    recalibrate: bool = False,
-    pairs: Pairs | None = None,
-    as_printed: bool = False,
-    seed: int = 0,
-    cache_bytes: int = 2**30,
-    progress: bool = False,
-) -> Compensation:
-    """Compensate a model and report what was done; parameters and errors are those of :func:`compensate`.
-
-    Returns
-    -------
-    Compensation
-        The model and the report.
-    """
-    began = time.perf_counter()
-    _check_knobs(method, ridge, refine, pairs, as_printed)
-    check_model(model)
-    calibration = batches_of(calibration, model)
-    sizes, call = survey(model, calibration)
-    networks = build_networks(model, call, masks)
-    replay = Replay(model, networks.original, networks.pruned, calibration, cache_bytes)
-    plan = make_plan(networks.original, networks.flow, networks.masks, replay.touched_nodes)
-    tasks = tasks_of(method, plan, networks, refine=refine, pairs=pairs, as_printed=as_printed)
-    sampler = Sampler(replay, sizes, seed, cache_bytes)
-    layers = _run(tasks, sampler, networks, None if ridge == "auto" else float(ridge), progress)
-    if recalibrate or method == "recalibrate":
-        copy_norm_statistics(networks, call, calibration)
-    report = CompensationReport(layers, plan.left_alone, sum(sizes), time.perf_counter() - began)
-    _warn(report)
-    return Compensation(networks.result, report)
+    return compensation(*args, **knobs).model
 
 
 def compensate_up_to(

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     import pandas
+
+P = ParamSpec("P")
+Made = TypeVar("Made")
 
 LOST = 0.9
 
@@ -78,3 +83,14 @@ class CompensationReport:
 def _note(layer: LayerReport) -> str:
     notes = ["lost"] * layer.is_lost + ["fewer samples than unknowns"] * layer.is_underdetermined
     return ", ".join(notes)
+
+
+def signed_like(other: Callable[P, Any]) -> Callable[[Callable[..., Made]], Callable[P, Made]]:
+    """Give a function the parameters of another, to which it hands them on."""
+
+    def sign(function: Any) -> Any:
+        own = inspect.signature(function)
+        function.__signature__ = inspect.signature(other).replace(return_annotation=own.return_annotation)
+        return function
+
+    return sign

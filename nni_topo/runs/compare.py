@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import check_knobs
 from nni_topo.runs.cells import run_cell
+from nni_topo.runs.experiment.folder import only_process
 from nni_topo.runs.plan import SCRATCH, Cell, Plan
-from nni_topo.runs.records import Record, alone_in, append_record, read_records
+from nni_topo.runs.records import Record, append_record, read_records
 from nni_topo.runs.report import write_report
 from nni_topo.runs.rivals import is_rival
 from nni_topo.runs.run import load_model_data, resolve_device
@@ -76,7 +77,7 @@ def compare(
     out = Path(out)
     cells = list(plan.cells())
     _check_choices(cells)
-    with alone_in(out):
+    with only_process(out, wait=False):
         return _all_cells(plan, cells, out, isolate, on_cell)
 
 

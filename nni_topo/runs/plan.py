@@ -64,7 +64,8 @@ class CompensationChoice:
 class DistillationChoice:
     """How every row learns from the unpruned network before it is retrained: from so many unlabelled training images.
 
-    The other fields are knobs of :func:`nni_topo.distill`, ``augmentation`` is a recipe's.
+    An eighth as many behind them judge. The other fields are knobs of :func:`nni_topo.distill`, ``augmentation`` is a
+    recipe's.
     """
 
     images: int = 1024

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +16,6 @@ from nni_topo.errors import DataError
 
 Record = dict[str, Any]
 _PACKAGES = ["nni_topo", "nni", "torch", "torchvision", "gudhi", "pyeasyga", "numpy", "scikit-learn", "torch-pruning"]
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder, which is made, until the block or process ends; DataError if one is there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(
-                f"a folder must be written by one run at a time, got one at work there ({folder})"
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def read_records(path: Path, *needed: str) -> list[Record]:

@@ -26,6 +26,7 @@ from nni_topo.network.zeros import weights_left, zeros_held
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.recovery import CompensationReport, Distillation, compensation, distillation
+from nni_topo.recovery.lesson import HELD_OUT
 from nni_topo.runs.evaluators import recipe_evaluator
 from nni_topo.runs.plan import (
     SCRATCH,
@@ -97,9 +98,10 @@ class Start:
         loss, accuracy = zoo.loss_and_accuracy(net, self.data.test, device=self.device)
         return {f"accuracy_{step}": accuracy, f"bits_{step}": bits(loss)}
 
-    def images(self, count: int) -> list[Tensor]:
-        """Return the first training images, without labels, in batches on the device."""
-        return list(self.data.train.tensors[0][:count].to(self.device).split(_IMAGES_AT_ONCE))
+    def images(self, count: int, skip: int = 0) -> list[Tensor]:
+        """Return training images behind so many others, without labels, in batches on the device; none if none."""
+        images = self.data.train.tensors[0][skip : skip + count].to(self.device)
+        return list(images.split(_IMAGES_AT_ONCE)) if len(images) else []
 
     def validation(self) -> list[tuple[Tensor, ...]]:
         """Return the validation images with their labels, in batches on the device."""
@@ -220,7 +222,9 @@ def made_dense(
 def distilled(start: Start, dense: nn.Module, choice: DistillationChoice, *, progress: bool = False) -> Distillation:
     """Let a dense network learn from the unpruned one, on training images without labels."""
     images, knobs = start.images(choice.images), distillation_knobs(start, choice)
-    return distillation(dense, start.net, images, seed=start.seed, progress=progress, **knobs)
+    # Compensation had the first images, too, so the next eighth as many judge; where there are none, some of the first.
+    judges = start.images(choice.images // HELD_OUT, choice.images) or None
+    return distillation(dense, start.net, images, held_out=judges, seed=start.seed, progress=progress, **knobs)
 
 
 def distillation_knobs(start: Start, choice: DistillationChoice) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.registry import check_knobs, create_pruner, pruner_info
 from nni_topo.recovery import compensation, distillation
 from nni_topo.recovery.compensating import METHODS
+from nni_topo.recovery.lesson import split
 from nni_topo.runs.plan import Target
 from nni_topo.runs.widths import inner_layers, layer_ratios, pruning_config
 
@@ -109,8 +110,9 @@ def shrink(
         Method of :func:`nni_topo.compensate`, or a function of (model, masks, images) that returns a model of full
         size; None: no compensation.
     distill : mapping, callable or bool, default=True
-        Whether to distil behind it, or knobs of :func:`nni_topo.distill`, e.g. ``{"seconds": 60, "augment": ...}``; or
-        a function of (dense, model, images) that returns a dense model.
+        Whether to distil behind it, with every eighth of the images held out from both to judge; or knobs of
+        :func:`nni_topo.distill`, e.g. ``{"seconds": 60, "augment": ...}``; or a function of (dense, model, images) that
+        returns a dense model.
     evaluate : callable, optional
         Gets a network in evaluation mode and returns a number for the report, e.g. its accuracy.
     round_to : int or "auto", optional
@@ -162,12 +164,15 @@ def shrink(
     dense = to_dense(model, example, masks, round_to=round_to)
     stages.add("pruned", dense)
     left_alone: dict[str, str] = {}
+    # What judges distillation is kept from compensation too, which would look better on its own images than it is.
+    is_judged = distill is True or (isinstance(distill, Mapping) and "held_out" not in distill)
+    learned, held_out = split(model, images) if is_judged else (images, None)
     if compensate is not None:
         if callable(compensate):
             full = compensate(model, masks, images)
         else:
             method: Any = compensate
-            done = compensation(model, masks, images, method=method, seed=seed, progress=progress)
+            done = compensation(model, masks, learned, method=method, seed=seed, progress=progress)
             full, left_alone = done.model, done.report.left_alone
         dense = to_dense(full, example, masks, round_to=round_to)
         stages.add("compensated", dense)
@@ -177,7 +182,8 @@ def shrink(
         if callable(given):
             dense = given(dense, model, images)
         else:
-            dense = distillation(dense, model, images, **{"seed": seed, "progress": progress, **given}).model
+            own = {"held_out": held_out, "seed": seed, "progress": progress}
+            dense = distillation(dense, model, learned, **{**own, **given}).model
         stages.add("distilled", dense)
     report: Any = ShrinkReport(tuple(stages.found), layer_report, left_alone)
     dense.report = report

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
-from nni_topo import Budget, create_pruner, dependency_groups, to_dense, zoo
+from nni_topo import Budget, ReconstructionPruner, create_pruner, dependency_groups, to_dense, zoo
 from nni_topo.errors import ConfigError
-from nni_topo.pruners.budget import solve_uniform
+from nni_topo.pruners.budget import solve_error, solve_uniform
 from nni_topo.pruners.topological.pruner import TopologicalPruner
 from nni_topo.runs.widths import inner_layers
 
@@ -49,6 +51,52 @@ def test_one_tolerance_takes_more_where_the_death_times_fall_off():
     kept = {name: int(masks[name]["bias"].sum()) for name in masks}
     assert kept["0"] == 8
     assert kept["1"] == 32
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_widths_by_error_are_near_the_best_of_all_where_costs_multiply(seed):
+    """Three layers in a row cost the products of their widths; every choice of widths is tried beside."""
+    rng = np.random.default_rng(seed)
+    rows = [6, 8, 7]
+    losses = [np.sort(rng.exponential(size=count) ** 2)[::-1] for count in rows]
+
+    def left(removed):
+        kept = [3, *(count - gone for count, gone in zip(rows, removed, strict=True)), 4]
+        return sum(a * b for a, b in itertools.pairwise(kept)) / 150  # 3 * 6 + 6 * 8 + 8 * 7 + 7 * 4
+
+    def lost(removed):
+        return sum(worth[len(worth) - gone :].sum() for worth, gone in zip(losses, removed, strict=True))
+
+    found = solve_error(losses, [(0, count - 1) for count in rows], left, 0.4)
+    tried = [each for each in itertools.product(*map(range, rows)) if left(each) <= left(found) + 1e-9]
+    assert left(found) == pytest.approx(0.4, abs=0.05)
+    assert lost(found) <= 1.25 * min(map(lost, tried))
+    assert solve_error(losses, [(1, 2)] * 3, left, 1e-3) == [2, 2, 2]
+    assert solve_error(losses, [(1, 2)] * 3, left, 1.0) == [1, 1, 1]
+
+
+def test_widths_by_error_are_taken_where_channels_say_the_same():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Linear(32, 32), torch.nn.Linear(32, 4)).eval()
+    with torch.no_grad():  # the first layer's neurons: 8 of which the other 24 are mixtures
+        model[0].weight[8:] = torch.randn(24, 8) @ model[0].weight[:8]
+        model[1].weight *= 1.0 + torch.rand(32, 1)
+    config, images = [{"op_names": ["0", "1"]}], [torch.randn(256, 16)]
+
+    def kept(**knobs):
+        pruner = ReconstructionPruner(model, config, calibration=images, **knobs)
+        _, masks = pruner.compress()
+        pruner.unwrap_model()
+        return [int(masks[name]["bias"].sum()) for name in ("0", "1")]
+
+    # Eight neurons say all that the second layer reads, four of that all that the outputs read.
+    first, second = kept(budget={"params": 0.12, "allocation": "error"})
+    assert first >= 8
+    assert second <= 6
+    uniform, _ = kept(budget={"params": 0.12})
+    assert uniform < 8
+    with pytest.raises(ConfigError, match="allocation of this pruner must be a known name, got 'error'"):
+        TopologicalPruner(model, config, budget={"flops": 0.5, "allocation": "error"}, example_inputs=images[0])
 
 
 def held_bytes(net):

@@ -237,6 +237,33 @@ def test_augmented_views_are_answered_by_the_original():
     assert divergence(augmented, original, other) < 0.3 * divergence(plain, original, other)
 
 
+@pytest.mark.parametrize(("scale", "expected"), [(1.0, 3e-3), (1000.0, 3e-4)])
+def test_learning_rate_is_the_highest_of_three_tried_that_is_near_the_best(scale, expected):
+    """Where inputs are a thousand times as large, weights are small, and the highest rate takes them far away."""
+    dense, original = pair()
+    for net in (dense, original):
+        net.first.weight.data /= scale
+    images = [scale * part for part in batches(256)]
+    losses = {lr: distillation(dense, original, images, steps=8, lr=lr).loss_after for lr in (3e-3, 1e-3, 3e-4)}
+    found = distillation(dense, original, images, steps=80)
+    assert found.lr == max(lr for lr, loss in losses.items() if loss <= 1.1 * min(losses.values())) == expected
+    assert found.steps == 80
+    assert found.loss_after == distillation(dense, original, images, steps=80, lr=expected).loss_after
+
+
+def test_images_held_out_judge_and_none_is_learned_from():
+    dense, original = pair()
+    judges = inputs(40, seed=1)
+    found = distillation(dense, original, batches(), held_out=[judges[:30], judges[30:]], steps=40, seed=4)
+    assert found.images == 136
+    assert found.loss_before == pytest.approx(divergence(dense, original, judges), rel=1e-4)
+    assert found.loss_after == pytest.approx(divergence(found.model, original, judges), rel=1e-4)
+    other = distillation(dense, original, batches(), held_out=[inputs(40, seed=2)], steps=40, seed=4, lr=found.lr)
+    assert torch.equal(other.model.head.weight, found.model.head.weight)
+    with pytest.raises(DataError, match="at least one batch, got none"):
+        distillation(dense, original, batches(), held_out=[])
+
+
 def test_budget_of_seconds_ends_it():
     dense, original = pair()
     found = distillation(dense, original, batches(), steps=10**9, seconds=0.3)
@@ -246,7 +273,7 @@ def test_budget_of_seconds_ends_it():
 
 
 def test_what_was_stopped_goes_on_to_the_same_result(tmp_path, monkeypatch):
-    monkeypatch.setattr("nni_topo.recovery.distilling._SECONDS_A_STATE", 0.0)
+    monkeypatch.setattr("nni_topo.recovery.course._SECONDS_A_STATE", 0.0)
     dense, original = pair(norm=True)
     steps = iter(range(12))
 

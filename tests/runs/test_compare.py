@@ -15,6 +15,7 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.zeros import weights_left
 from nni_topo.runs.compare import compare
+from nni_topo.runs.experiment.folder import only_process
 from nni_topo.runs.plan import (
     CompensationChoice,
     DataChoice,
@@ -24,7 +25,7 @@ from nni_topo.runs.plan import (
     PrunerChoice,
     Target,
 )
-from nni_topo.runs.records import alone_in, append_record, read_records
+from nni_topo.runs.records import append_record, read_records
 from nni_topo.runs.tables import markdown_report
 
 RESULTS = ("accuracy_before", "accuracy_oneshot", "accuracy_recalibrated", "accuracy_retrained", "flops", "params")
@@ -248,16 +249,16 @@ def test_a_folder_takes_one_run_at_a_time_and_is_free_after_a_kill(tmp_path):
     folder = tmp_path / "new" / "out"
     hold = f"""
 import pathlib, time
-from nni_topo.runs.records import alone_in
-with alone_in(pathlib.Path({str(folder)!r})):
+from nni_topo.runs.experiment.folder import only_process
+with only_process(pathlib.Path({str(folder)!r}), wait=False):
     print("in", flush=True)
     time.sleep(600)
 """
     with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "in\n"
-        with pytest.raises(DataError, match="one run at a time"), alone_in(folder):
+        with pytest.raises(DataError, match="one run at a time"), only_process(folder, wait=False):
             pass
         other.kill()
         other.wait()
-    with alone_in(folder):
+    with only_process(folder, wait=False):
         pass

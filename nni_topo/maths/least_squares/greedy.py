@@ -75,6 +75,18 @@ def greedy_least_squares(
     >>> greedy_least_squares(columns @ columns, columns @ [[1.0], [2.0], [3.0]], 2).tolist()
     [2, 1]
     """
+    return forward_selection(gram, cross, keep, block=block, parts=parts)[0]
+
+
+def forward_selection(
+    gram: FloatArray | Sequence[FloatArray],
+    cross: FloatArray | Sequence[FloatArray],
+    keep: int,
+    *,
+    block: int | Sequence[int] = 1,
+    parts: int = 1,
+) -> tuple[IntArray, FloatArray]:
+    """Return the order of :func:`greedy_least_squares`, and what each channel took off the squared error, (keep,)."""
     grams = [gram] if isinstance(gram, np.ndarray) else list(gram)
     crosses = [cross] if isinstance(cross, np.ndarray) else list(cross)
     blocks = [block] * len(grams) if isinstance(block, int) else list(block)
@@ -85,18 +97,19 @@ def greedy_least_squares(
     part = np.arange(channels) // (channels // parts)
     room = np.full(parts, keep // parts)
     left = np.ones(channels, dtype=bool)
-    order = np.empty(keep, dtype=np.int64)
+    order, taken = np.empty(keep, dtype=np.int64), np.empty(keep)
     first = 0.0
     for step in range(keep):
         gains = np.sum([reader.gains() for reader in readers], axis=0)
         first = first or float(gains.max())
         # What is small beside the first gain is rounding: among such channels the lowest wins.
         order[step] = first_largest(np.where(left & (room[part] > 0), gains, -np.inf), first)
+        taken[step] = gains[order[step]]
         left[order[step]] = False
         room[part[order[step]]] -= 1
         for reader in readers:
             reader.choose(int(order[step]))
-    return order
+    return order, taken
 
 
 class _Reader:

@@ -8,6 +8,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from nni_topo.pruners.hooks import PruningContext
+from nni_topo.pruners.planner import Losses
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
 from nni_topo.pruners.selection import Clouds, Kept, SelectionMetric
 
@@ -17,6 +18,16 @@ class ReconstructionMetric(SelectionMetric):
     """Keeps of every unit the channels from which the layers behind can best be solved anew."""
 
     problems: ReconstructionProblems
+    by_error: ReconstructionProblems | None = None
+    """Where blocks of all units are compared by what they take off the readers' errors; None: by death times."""
+
+    def losses(self, context: PruningContext, clouds: Clouds) -> Losses:
+        """Return what says how much of its readers' errors each block of a unit takes off."""
+        if self.by_error is None:
+            return super().losses(context, clouds)
+        # A row loses a block of every part.
+        worth = {u.name: u.parts * found.worth(u.parts) for u, found in self.by_error.each(context, {})}
+        return lambda unit: worth[unit.name]
 
     def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> Kept:
         """Choose unit by unit, in the order of the problems."""

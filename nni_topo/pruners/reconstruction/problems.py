@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nni_topo.errors import DataError
-from nni_topo.maths.least_squares.greedy import greedy_least_squares
+from nni_topo.maths.least_squares.greedy import forward_selection, greedy_least_squares
 from nni_topo.network.capture import watched
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.inputs import batch_size, calls, fitting, structure_call
@@ -58,6 +58,14 @@ class ReconstructionProblem:
     def choose(self, keep: int, parts: int = 1) -> IntArray:
         """Return ``keep`` channels by forward selection, in the order of choice, as many from each of equal parts."""
         return greedy_least_squares(self.grams, self.crosses, keep, block=self.columns, parts=parts)
+
+    def worth(self, parts: int = 1) -> FloatArray:
+        """Return what each channel takes off the error, summed over the layers, when all are chosen in turn."""
+        channels = len(self.grams[0]) // self.columns[0]
+        order, taken = forward_selection(self.grams, self.crosses, channels, block=self.columns, parts=parts)
+        worth = np.zeros(channels)
+        worth[order] = taken.clip(min=0.0)
+        return worth
 
 
 class ReconstructionProblems:

@@ -21,7 +21,7 @@ from torch import nn
 from nni_topo.errors import FLAG, ConfigError
 from nni_topo.network.inputs import checked_calibration
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.budget import ALLOCATIONS, Budget, planned
+from nni_topo.pruners.budget import ALLOCATIONS, Budget, BudgetPlanner, planned
 from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds.functional import FunctionalCollector
 from nni_topo.pruners.hooks import Data
@@ -57,7 +57,8 @@ class ReconstructionPruner(StructuredPruner):
         Look at each layer in the network as pruned so far, the layers before it reconstructed, instead of at all
         layers in the network as it is.
     budget : Budget, mapping or None, default=None
-        :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``.
+        :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``, or ``{"flops":
+        0.25, "allocation": "error"}`` for widths by the error that channels leave.
     example_inputs : Any, default=None
         Inputs of the model, for a ``budget``; None: the first ``calibration`` batch.
     round_to : int or None, default=None
@@ -121,20 +122,23 @@ class ReconstructionPruner(StructuredPruner):
         self.seed = seed
         self.progress = progress
         self._problems = (SequentialProblems if sequential else ReconstructionProblems)(calibration, seed=seed)
+        planner = planned(
+            budget,
+            example_inputs,
+            calibration,
+            fallback=Planner(round_to=round_to),
+            allocations=ALLOCATIONS,
+        )
+        is_by_error = isinstance(planner, BudgetPlanner) and planner.budget.allocation == "error"
+        by_error = ReconstructionProblems(calibration, seed=seed) if is_by_error else None
         super().__init__(
             model,
             config_list,
             evaluator,
             existed_wrappers,
             collector=FunctionalCollector(calibration),
-            calculator=ReconstructionMetric(problems=self._problems, progress=progress),
-            planner=planned(
-                budget,
-                example_inputs,
-                calibration,
-                fallback=Planner(round_to=round_to),
-                allocations=ALLOCATIONS,
-            ),
+            calculator=ReconstructionMetric(problems=self._problems, by_error=by_error, progress=progress),
+            planner=planner,
         )
 
     def _collect_data(self) -> Data:

@@ -21,7 +21,7 @@ from nni_topo.errors import NONE, Rule, all_of, as_settings, instance, one_of, s
 from nni_topo.maths.search.subsets import Generation
 from nni_topo.network.inputs import checked_calibration
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.budget import ALLOCATIONS, Budget, planned
+from nni_topo.pruners.budget import Budget, planned
 from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds import CLOUDS, PointCloud, make_collector
 from nni_topo.pruners.clouds.weight import PREPROCESS, Preprocess
@@ -170,7 +170,7 @@ class TopologicalPruner(StructuredPruner):
                 example_inputs,
                 self.calibration,
                 fallback=Planner(round_to=round_to),
-                allocations=ALLOCATIONS,
+                allocations=("uniform", "topological"),
             ),
         )
 

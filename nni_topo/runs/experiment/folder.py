@@ -34,15 +34,20 @@ def check_free_disk(folder: Path, needed: int = MIN_FREE_BYTES) -> None:
 
 
 @contextmanager
-def only_process(folder: Path) -> Iterator[None]:
-    """Hold a folder with room to write; another process that does is waited for. A killed process lets go."""
+def only_process(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a folder with room to write, by default as soon as no other process does; a killed one lets go."""
     check_free_disk(folder)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         stream = (folder / _LOCK).open("w")
     with stream:
         # the system drops the lock with the process, however that ends
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"a folder must be written by one run at a time, got one at work there ({folder})"
+            ) from error
         yield
 
 

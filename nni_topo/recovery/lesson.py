@@ -1,0 +1,166 @@
+"""What a network before pruning says of unlabelled images, in batches that another one learns from."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.inputs import Call, bind_arguments, call_arguments, calls, cast_floats, on_device, tensors_of
+from nni_topo.network.modes import device_of, evaluation_mode, random_state_kept
+
+Objective = Literal["auto", "kl", "squares"]
+Augment = Callable[[Any], Any]
+Batches = Iterator[tuple[Call, list[Tensor]]]
+
+HELD_OUT = 8
+"""Every so many images one judges."""
+
+_VIEWS = 8
+_AT_ONCE = 256
+_LEAST_VARIANCE = 1e-12
+
+
+class Lesson:
+    """What the original says of some images, and how far another network is from it."""
+
+    def __init__(self, original: nn.Module, student: nn.Module, pool: Call, objective: str, temperature: float) -> None:
+        self._original, self._pool, self._temperature = original, pool, temperature
+        self._place = next((p.device, p.dtype) for p in student.parameters() if p.requires_grad)
+        self._wanted, likely = self._answers(pool)
+        self._answered: dict[int, list[Tensor]] = {}  # by view, for all courses: they learn from the same images
+        self.kind = likely if objective == "auto" else objective
+        self._scales = [float(wanted.var(0, correction=0).mean()) + _LEAST_VARIANCE for wanted in self._wanted]
+        found = self._run(student, _taken(pool, torch.arange(1)))
+        shapes, expected = ([tuple(each.shape[1:]) for each in tensors] for tensors in (found, self._wanted))
+        if shapes != expected:
+            raise ConfigError(f"both models must give outputs of the same shapes, got {shapes} and {expected} (dense)")
+
+    def judge(self, student: nn.Module, index: Tensor) -> tuple[float, float]:
+        """Return the mean loss on some of the images in evaluation mode, and the share of largest logits that agree."""
+        loss, agreed, answers = 0.0, 0.0, 0
+        with evaluation_mode(student), torch.no_grad():
+            for part in index.split(_AT_ONCE):
+                wanted = [each[part.to(each.device)] for each in self._wanted]
+                found = self._run(student, _taken(self._pool, part))
+                loss += len(part) * float(self._loss(found, wanted))
+                for mine, theirs in zip(found, wanted, strict=True):
+                    agreed += float((mine.argmax(-1) == theirs.argmax(-1)).sum())
+                    answers += theirs[..., 0].numel()
+        return loss / len(index), agreed / answers if self.kind == "kl" else math.nan
+
+    def objective(self, student: nn.Module, call: Call, wanted: list[Tensor]) -> Tensor:
+        """Return the mean loss on a call of which the original says `wanted`."""
+        return self._loss(self._run(student, call), wanted)
+
+    def _loss(self, found: list[Tensor], wanted: list[Tensor]) -> Tensor:
+        if self.kind == "squares":
+            shares = [
+                (mine - theirs).square().mean() / scale
+                for mine, theirs, scale in zip(found, wanted, self._scales, strict=True)
+            ]
+            return torch.stack(shares).mean()
+        t = self._temperature
+        losses = [
+            kl_div(log_softmax(mine / t, -1), log_softmax(theirs / t, -1), reduction="none", log_target=True)
+            for mine, theirs in zip(found, wanted, strict=True)
+        ]
+        return torch.stack([t * t * each.sum(-1).mean() for each in losses]).mean()
+
+    def batches(self, index: Tensor, size: int, seed: int, augment: Augment | None) -> Batches:
+        """Yield batches of some of the images, pass after pass, with what the original says of them."""
+        generator = torch.Generator().manual_seed(seed)
+        plain, answers = _taken(self._pool, index), self._answered
+        answers[0] = [each[index.to(each.device)] for each in self._wanted]
+        for turn in itertools.count():
+            view = 0 if augment is None else turn % _VIEWS
+            # Drawn again from the view's own seed: the original answers once, and one view at a time is in memory.
+            call = plain if augment is None or view == 0 else _augmented(plain, augment, seed + view)
+            if view not in answers:
+                answers[view] = self._answers(call)[0]
+            for chosen in torch.randperm(len(index), generator=generator).tensor_split(-(-len(index) // size)):
+                yield _taken(call, chosen), [each[chosen.to(each.device)] for each in answers[view]]
+
+    def _answers(self, call: Call) -> tuple[list[Tensor], str]:
+        """Return all floating outputs of the original, and what should be made small for such."""
+        place, found, kind = device_of(self._original), [], ""
+        with evaluation_mode(self._original), torch.no_grad():
+            for part in torch.arange(len(tensors_of(call)[0])).split(_AT_ONCE):
+                args, kwargs = on_device(_taken(call, part), place)
+                outputs, kind = _outputs(self._original(*args, **kwargs), len(part))
+                found.append(on_device(outputs, self._place[0]))
+        return [torch.cat(each).to(self._place[1]) for each in zip(*found, strict=True)], kind
+
+    def _run(self, student: nn.Module, call: Call) -> list[Tensor]:
+        args, kwargs = cast_floats(call, self._place[1])
+        return _outputs(student(*args, **kwargs), len(tensors_of(call)[0]))[0]
+
+
+def _outputs(found: Any, count: int) -> tuple[list[Tensor], str]:
+    """Return the outputs to be met, of so many entries, and whether they are logits (``kl``) or not (``squares``)."""
+    logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
+    if isinstance(logits, Tensor):
+        return [logits], "kl"
+    tensors = [each for each in tensors_of(found) if each.is_floating_point() and each.dim() and len(each) == count]
+    if not tensors:
+        raise ConfigError(
+            f"a model's output must hold a floating tensor with an entry per image, got {type(found).__name__}"
+        )
+    return tensors, "kl" if found is tensors[0] and found.dim() == 2 and found.shape[1] > 1 else "squares"
+
+
+def joined(parts: list[Call]) -> Call:
+    """Make one call of several; a DataError if their inputs don't fit together."""
+    flat = [tree_flatten(part) for part in parts]
+    leaves = []
+    for column in zip(*(values for values, _ in flat), strict=False):
+        shapes = {tuple(each.shape[1:]) for each in column if isinstance(each, Tensor) and each.dim()}
+        if len(shapes) > 1 or any(spec != flat[0][1] for _, spec in flat):
+            raise DataError(f"inputs of all batches must have one shape but for their number, got {sorted(shapes)}")
+        leaves.append(torch.cat(column) if shapes else column[0])
+    joined: Call = tree_unflatten(leaves, flat[0][1])
+    return joined
+
+
+def split(model: nn.Module, images: Iterable[Any]) -> tuple[list[Any], list[Any] | None]:
+    """Return batches of all images but every eighth, and batches of these; of fewer than eight none are these."""
+    pool = joined(list(calls(model, images)))
+    held_out = torch.arange(len(tensors_of(pool)[0])) % HELD_OUT == HELD_OUT - 1
+
+    def batches(chosen: Tensor) -> list[Any]:
+        parts = [_taken(pool, part) for part in chosen.nonzero().flatten().split(_AT_ONCE)]
+        # A batch's first entry is what the model takes.
+        return [(bind_arguments(model, call) if call[1] else call[0],) for call in parts]
+
+    return batches(~held_out), batches(held_out) if bool(held_out.any()) else None
+
+
+def _taken(call: Call, index: Tensor) -> Call:
+    """Return the entries `index` of a call."""
+    count = len(tensors_of(call)[0])
+    taken: Call = tree_map_only(
+        Tensor, lambda each: each[index.to(each.device)] if each.dim() and len(each) == count else each, call
+    )
+    return taken
+
+
+def _augmented(call: Call, augment: Augment, seed: int) -> Call:
+    """Return another view of a call's inputs; the global generators are left as they were."""
+    count = len(tensors_of(call)[0])
+    views = []
+    with random_state_kept():
+        torch.manual_seed(seed)
+        for part in torch.arange(count).split(_AT_ONCE):
+            args, kwargs = _taken(call, part)
+            views.append(call_arguments(augment(kwargs or (args[0] if len(args) == 1 else args))))
+    view = joined(views)
+    if len(tensors_of(view)[0]) != count:
+        raise ConfigError(f"augment must return as many images as it gets, {count}, got {len(tensors_of(view)[0])}")
+    return view

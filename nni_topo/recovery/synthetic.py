@@ -1,0 +1,168 @@
+"""Images made from a trained network alone, where there are none: its batch norms remember what they saw [1]_.
+
+Pixels follow the gradient until the inputs of every batch norm have the mean and the variance that its running
+statistics say, and images of a classifier are taken for one class each. Compensation and distillation take them in the
+place of real ones.
+
+References
+----------
+.. [1] H. Yin, P. Molchanov, J. M. Alvarez, Z. Li, A. Mallya, D. Hoiem, N. K. Jha and J. Kautz, "Dreaming to distill:
+   data-free knowledge transfer via DeepInversion", https://arxiv.org/abs/1912.08795
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
+
+from nni_topo.errors import SEED, ConfigError, check_integer
+from nni_topo.network.capture import watched
+from nni_topo.network.inputs import call_arguments, check_fits, tensors_of
+from nni_topo.network.masks import check_model
+from nni_topo.network.modes import detached_copy
+
+_RATE = 0.1
+_CLASSES = 0.1  # weight of the classes beside the statistics
+_ROUGHNESS = 0.01  # weight of differences between neighbours
+_LEAST_VARIANCE = 1e-6
+
+
+def synthetic_images(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    count: int = 256,
+    steps: int = 150,
+    batch_size: int = 128,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[Tensor]:
+    """Make images from a trained network alone, to compensate, distil and choose channels with where data are missing.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The trained network, which takes one floating tensor (n, channels, height, width). It isn't changed.
+    example_inputs : Tensor, tuple or dict
+        Inputs of the right shape; what they hold isn't looked at.
+    count : int, default=256
+        Images, at least 1.
+    steps : int, default=150
+        Gradient steps, at least 1.
+    batch_size : int, default=128
+        Images whose statistics are met together, at least 2.
+    seed : int, default=0
+        Of the noise in the beginning.
+    progress : bool, default=False
+        Show a bar on standard error.
+
+    Returns
+    -------
+    list of Tensor
+        Batches (n, channels, height, width), on the model's device.
+
+    Raises
+    ------
+    ConfigError
+        If a knob can't be used or the model doesn't take one image tensor.
+    DataError
+        If ``example_inputs`` don't fit the model.
+    SpeedupError
+        If the model is still wrapped.
+
+    See Also
+    --------
+    nni_topo.compensate : With ``method="merge"`` it takes weights alone, images serve for its report.
+
+    Notes
+    -----
+    Images begin as noise whose spectrum falls with the frequency, as that of photographs does. Without batch norms only
+    the classes and smoothness shape them, and their scale stays that of the noise, 1.
+
+    References
+    ----------
+    .. [1] Yin et al., "Dreaming to distill", https://arxiv.org/abs/1912.08795
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    >>> [tuple(batch.shape) for batch in synthetic_images(model, torch.zeros(1, 1, 8, 8), count=6, steps=2)]
+    [(6, 1, 8, 8)]
+    """
+    for name, value, least in (("count", count, 1), ("steps", steps, 1), ("batch_size", batch_size, 2)):
+        check_integer(name, value, least, "synthetic_images")
+    SEED.check("seed", seed, "synthetic_images")
+    check_model(model)
+    call = call_arguments(example_inputs, model)
+    tensors = tensors_of(call)
+    if len(tensors) != 1 or tensors[0].dim() != 4 or not tensors[0].is_floating_point():
+        raise ConfigError(
+            f"a model must take one floating tensor (n, channels, height, width), got {len(tensors)} of shapes "
+            f"{[tuple(each.shape) for each in tensors]} (example_inputs)"
+        )
+    check_fits(model, call)
+    network = detached_copy(model).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    shape = tuple(tensors[0].shape[1:])
+    bar = tqdm(total=-(-count // batch_size) * steps, desc="images", disable=not progress)
+    with bar, torch.enable_grad():
+        return [
+            _shaped(network, _noise((len(part), *shape), generator).to(tensors[0]), steps, bar)
+            for part in torch.arange(count).split(batch_size)
+        ]
+
+
+def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Draw images of mean 0 and variance 1 whose amplitudes fall as 1 / frequency."""
+    spectrum = torch.fft.rfft2(torch.randn(shape, generator=generator))
+    rows, columns = torch.fft.fftfreq(shape[-2])[:, None], torch.fft.rfftfreq(shape[-1])
+    frequency = (rows.square() + columns.square()).sqrt().clamp_min(1.0 / max(shape[-2:]))
+    images: Tensor = torch.fft.irfft2(spectrum / frequency, s=shape[-2:])
+    return images / images.std()
+
+
+def _shaped(network: nn.Module, images: Tensor, steps: int, bar: Any) -> Tensor:
+    """Let images follow the gradient towards what the network remembers."""
+    images = images.clone().requires_grad_()
+    optimizer = torch.optim.Adam([images], lr=_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    norms: list[Any] = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.running_var is not None]
+    away: list[Tensor] = []
+
+    def looking(norm: Any) -> Callable[[Tensor], None]:
+        return lambda entering: away.append(_distance(norm, entering))
+
+    with watched([(norm, looking(norm)) for norm in norms]):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            found = network(images)
+            loss = _ROUGHNESS * torch.stack([images.diff(dim=dim).square().mean() for dim in (2, 3)]).sum()
+            if away:
+                loss = loss + torch.stack(away).mean()
+            if isinstance(found, Tensor) and found.dim() == 2 and found.shape[1] > 1:
+                classes = torch.arange(len(found), device=found.device) % found.shape[1]
+                loss = loss + _CLASSES * cross_entropy(found, classes)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            away.clear()
+            bar.update()
+    return images.detach()
+
+
+def _distance(norm: Any, entering: Tensor) -> Tensor:
+    """Return how far the statistics of what enters a batch norm are from the running ones."""
+    dims = [dim for dim in range(entering.dim()) if dim != 1]
+    variance, mean = torch.var_mean(entering, dims, correction=0)
+    known = norm.running_var + _LEAST_VARIANCE
+    ratio = ((variance + _LEAST_VARIANCE) / known).log()
+    distance: Tensor = ((mean - norm.running_mean).square() / known + ratio.square()).mean()
+    return distance
