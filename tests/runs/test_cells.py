@@ -172,7 +172,7 @@ def test_a_plan_reads_its_distillation(tmp_path):
         ("{augmentation: noise}", "augmentation must be a known name, got 'noise'"),
         ("{temperature: 0}", "temperature must be a finite number above 0, got 0"),
         ("{labels: true}", "key of distill must be a known name, got 'labels'"),
-        ("much", "distill must be a DistillationChoice or a mapping of its fields, got 'much'"),
+        ("much", "distill must be a DistillationChoice or a mapping of its fields or None, got 'much'"),
     ],
 )
 def test_bad_distillations_are_refused(tmp_path, entry, message):
