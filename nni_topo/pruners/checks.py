@@ -304,6 +304,10 @@ def _targets(name: str, module: nn.Module, config: dict[str, Any], place: str) -
         if not isinstance(value, (Tensor, type(None))) or (is_own and not hasattr(module, target)):
             got = f"a {type(value).__name__}" if hasattr(module, target) else "none of that name"
             raise ConfigError(f"a target must be a tensor of its layer, got {got} ({name}.{target})")
+        granularity = config.get("target_settings", {}).get(target, config).get("granularity")
+        if granularity in (("per_channel",) if is_own else ("in_channel", "out_channel")):
+            kind = "parameters" if is_own else "inputs and outputs"
+            raise ConfigError(f"granularity of {kind} must be another one, got {granularity!r} ({name}.{target})")
     return found
 
 

@@ -65,6 +65,7 @@ def refused(name, model, config_list, words, **knobs):
         ),
         ({"granularity": [5, 5]}, "granularity must divide the target's shape|left out"),
         ({"granularity": [0]}, "granularity must be .*a list of steps"),
+        ({"granularity": "per_channel"}, "granularity of parameters must be another one, got 'per_channel'"),
         (
             {"granularity": "out"},
             "granularity must be a known name, got 'out'; known: default, in_channel",
