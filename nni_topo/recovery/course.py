@@ -23,7 +23,6 @@ from nni_topo.network.zeros import zeros_held
 from nni_topo.recovery.lesson import Batches, Lesson
 
 _FORMAT = "nni-topo distillation 1"
-_SECONDS_A_STATE = 30.0
 _WARM_UP = 0.1  # share of the steps
 _MOMENTUM = 0.1  # of batch norms that have none of their own
 
@@ -39,11 +38,13 @@ class Course:
         rate: float | None,
         kind: dict[str, Any] | None = None,
         path: str | Path | None = None,
+        every: float = 30.0,
     ) -> None:
         self.student, self.rate = student, rate
         norms = [each for each in student.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
         self._norms = norms if is_normed else []
         self.kind, self.path = kind or {}, None if path is None else Path(path)
+        self._every = every  # seconds from one state in the file to the next
         self.optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], weight_decay=0.0)
         self.done, self.spent = 0, 0.0
         if self.path is not None and self.path.exists():
@@ -71,7 +72,7 @@ class Course:
                 break
             yield share
             self.done += 1
-            if time.perf_counter() - kept >= _SECONDS_A_STATE:
+            if time.perf_counter() - kept >= self._every:
                 self._keep()
                 kept = time.perf_counter()
         self._keep()

@@ -101,6 +101,7 @@ def distillation(
     lr: float | None = None,
     augment: Augment | None = None,
     state: str | Path | None = None,
+    state_seconds: float = 30.0,
     seed: int = 0,
     progress: bool = False,
 ) -> Distillation:
@@ -109,6 +110,8 @@ def distillation(
     if objective not in OBJECTIVES:
         raise unknown_name("objective", str(objective), OBJECTIVES)
     check_knobs(temperature, steps, seconds, batch_size, lr)
+    if not (is_finite(state_seconds) and state_seconds >= 0.0):
+        raise ConfigError(f"state_seconds must be a finite number of at least 0, got {state_seconds!r} (distill)")
     SEED.check("seed", seed, "distill")
     for model in (original, dense):
         check_model(model)
@@ -132,7 +135,7 @@ def distillation(
 
     knobs = {"steps": total, "seconds": seconds, "batch_size": batch_size, "lr": lr, "temperature": temperature}
     kind = {**knobs, "objective": lesson.kind, "seed": seed, "images": sum(counts)}
-    course = Course(student, is_normed=is_normed, rate=lr, kind=kind, path=state)
+    course = Course(student, is_normed=is_normed, rate=lr, kind=kind, path=state, every=state_seconds)
     if course.rate is None:
         trials = [Course(copy.deepcopy(student), is_normed=is_normed, rate=rate) for rate in _RATES]
         for trial in trials:
@@ -201,8 +204,10 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         equally many. It draws from PyTorch's generators, as torchvision's transforms do. Up to eight views of the
         images are made, the first of them as they are.
     state : str or Path, optional
-        File that gets the state every half minute and at the end. If it is there, learning goes on from it, to the same
-        result on one machine.
+        File that gets the state every ``state_seconds`` and at the end. If it is there, learning goes on from it, to
+        the same result on one machine.
+    state_seconds : float, default=30
+        Seconds of learning from one state to the next, at least 0, which means after every step.
     seed : int, default=0
         For the order of the images and what is held out; and of PyTorch's generators for ``augment``.
     progress : bool, default=False

@@ -57,10 +57,8 @@ def divergence(model, original, images, temperature=2.0):
     return float((theirs * (theirs.log() - mine.log())).sum(1).mean()) * temperature**2
 
 
-def test_three_quarters_pruned_and_compensated_net_gets_better_without_labels():
-    digits = zoo.load_data("digits")
-    model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
-    zoo.train(model, digits, zoo.Recipe(epochs=8, lr=0.1), seed=0)
+def test_three_quarters_pruned_and_compensated_net_gets_better_without_labels(digits, digits_net):
+    model = digits_net
     images = list(digits.train.tensors[0][:768].split(128))
     layers = ["features.conv1", "features.conv2", "classifier.fc1"]
     config = nni_topo.dependency_groups(model, images[0][:2], [{"op_names": layers, "sparse_ratio": 0.9}])
@@ -272,8 +270,7 @@ def test_budget_of_seconds_ends_it():
     assert found.is_kept
 
 
-def test_what_was_stopped_goes_on_to_the_same_result(tmp_path, monkeypatch):
-    monkeypatch.setattr("nni_topo.recovery.course._SECONDS_A_STATE", 0.0)
+def test_what_was_stopped_goes_on_to_the_same_result(tmp_path):
     dense, original = pair(norm=True)
     steps = iter(range(12))
 
@@ -286,7 +283,7 @@ def test_what_was_stopped_goes_on_to_the_same_result(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return noisy(part)
 
-    knobs = {"steps": 60, "seed": 5, "state": tmp_path / "state.pt"}
+    knobs = {"steps": 60, "seed": 5, "state": tmp_path / "state.pt", "state_seconds": 0.0}
     whole = distill(dense, original, batches(600), augment=noisy, steps=60, seed=5)
     with pytest.raises(KeyboardInterrupt):
         distill(dense, original, batches(600), augment=stopping, **knobs)
@@ -358,6 +355,7 @@ def test_bad_images_are_refused(images, error, message):
         ({"lr": -1}, "lr must be a finite number above 0, got -1"),
         ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
         ({"batch_size": 1.5}, "batch_size must be an integer of at least 1, got 1.5"),
+        ({"state_seconds": -1.0}, "state_seconds must be a finite number of at least 0, got -1.0"),
         ({"seed": -1}, "seed must be an integer of at least 0 .*, got -1"),
         ({"augment": lambda part: part[:3]}, "augment must return as many images as it gets"),
     ],
