@@ -23,12 +23,11 @@ from nni_topo.network.zeros import zeros_held
 from nni_topo.recovery.lesson import Batches, Lesson
 
 _FORMAT = "nni-topo distillation 1"
-_WARM_UP = 0.1  # share of the steps
 _MOMENTUM = 0.1  # of batch norms that have none of their own
 
 
 class Course:
-    """Gradient steps of a student, the learning rate rising, then falling; they go on from a file if it is there."""
+    """Gradient steps of a student, the rate falling along half a cosine; they go on from a file if it is there."""
 
     def __init__(
         self,
@@ -55,8 +54,7 @@ class Course:
         rest = itertools.islice(batches, self.done, None)
         with _learning(self.student, self._norms):
             for share in self._shares(total, seconds, progress):
-                # Adam's first steps are as long as the rate, however small a gradient: a good network would be lost.
-                level = min(1.0, (share + 1.0 / total) / _WARM_UP) * (1.0 + math.cos(math.pi * share)) / 2.0
+                level = (1.0 + math.cos(math.pi * share)) / 2.0
                 self.optimizer.param_groups[0]["lr"] = level * (self.rate or 0.0)
                 self.optimizer.zero_grad()
                 lesson.objective(self.student, *next(rest)).backward()

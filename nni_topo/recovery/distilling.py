@@ -25,14 +25,14 @@ import torch
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import SEED, ConfigError, DataError, check_integer, is_finite, unknown_name
+from nni_topo.errors import FLAG, SEED, ConfigError, DataError, check_integer, is_finite, unknown_name
 from nni_topo.network.capture import batches_of
 from nni_topo.network.inputs import calls
 from nni_topo.network.masks import check_model
 from nni_topo.network.modes import detached_copy
 from nni_topo.recovery.compensating import survey
 from nni_topo.recovery.course import Course
-from nni_topo.recovery.lesson import HELD_OUT, Augment, Batches, Lesson, Objective, joined
+from nni_topo.recovery.lesson import HELD_OUT, Augment, Batches, Lesson, Objective, is_blendable, joined
 from nni_topo.recovery.report import signed_like
 from nni_topo.sharing import named_tensors
 
@@ -40,7 +40,7 @@ OBJECTIVES = ("auto", "kl", "squares")
 
 _STEPS, _PASSES = 600, 10
 _BATCH_NORM_IMAGES = 256
-_RATES = (3e-3, 1e-3, 3e-4)
+_RATES = (1e-2, 3e-3, 1e-3, 3e-4)
 _TRIAL = 10  # the tenth of a course
 _NEAR = 1.1
 
@@ -62,8 +62,7 @@ class Distillation:
     agreement_before, agreement_after : float
         Share of them, in [0, 1], whose largest logit is the original's; NaN for ``"squares"``.
     is_kept : bool
-        Whether what was learned is better there, and so is in ``model``: by agreement; by loss where that is equal, or
-        none.
+        Whether what was learned is better there by loss or by agreement, and so is in ``model``.
     images : int
         All images, those held out included.
     lr : float
@@ -100,6 +99,7 @@ def distillation(
     batch_size: int = 64,
     lr: float | None = None,
     augment: Augment | None = None,
+    blend: bool = True,
     state: str | Path | None = None,
     state_seconds: float = 30.0,
     seed: int = 0,
@@ -109,7 +109,7 @@ def distillation(
     began = time.perf_counter()
     if objective not in OBJECTIVES:
         raise unknown_name("objective", str(objective), OBJECTIVES)
-    check_knobs(temperature, steps, seconds, batch_size, lr)
+    check_knobs(temperature, steps, seconds, batch_size, lr, blend)
     if not (is_finite(state_seconds) and state_seconds >= 0.0):
         raise ConfigError(f"state_seconds must be a finite number of at least 0, got {state_seconds!r} (distill)")
     SEED.check("seed", seed, "distill")
@@ -131,24 +131,26 @@ def distillation(
     is_normed = len(learned) >= _BATCH_NORM_IMAGES
 
     def batches() -> Batches:
-        return lesson.batches(learned, batch_size, seed, augment)
+        return lesson.batches(learned, batch_size, seed, augment, blend and is_blendable(pool))
 
-    knobs = {"steps": total, "seconds": seconds, "batch_size": batch_size, "lr": lr, "temperature": temperature}
-    kind = {**knobs, "objective": lesson.kind, "seed": seed, "images": sum(counts)}
+    knobs = {"steps": total, "seconds": seconds, "batch_size": batch_size, "lr": lr, "blend": blend}
+    kind = {**knobs, "temperature": temperature, "objective": lesson.kind, "seed": seed, "images": sum(counts)}
     course = Course(student, is_normed=is_normed, rate=lr, kind=kind, path=state, every=state_seconds)
-    if course.rate is None:
-        trials = [Course(copy.deepcopy(student), is_normed=is_normed, rate=rate) for rate in _RATES]
-        for trial in trials:
-            trial.run(lesson, batches(), max(1, total // _TRIAL), None if seconds is None else seconds / _TRIAL)
-        losses = [lesson.judge(trial.student, held)[0] for trial in trials]
-        finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
+    least = math.inf
+    for rate in _RATES if course.rate is None else ():
+        trial = Course(copy.deepcopy(student), is_normed=is_normed, rate=rate)
+        trial.run(lesson, batches(), max(1, total // _TRIAL), None if seconds is None else seconds / _TRIAL)
+        course.spent += trial.spent
+        loss = lesson.judge(trial.student, held)[0]
         # A short course favours low rates: what a higher one lacks by then it makes up for.
-        course.rate = next(r for r, loss in zip(_RATES, finite, strict=True) if loss <= _NEAR * min(finite))
-        course.spent = sum(trial.spent for trial in trials)
+        if math.isfinite(least) and not loss < least / _NEAR:
+            break
+        course.rate, least = rate, loss
     course.run(lesson, batches(), total, seconds, progress=progress)
     after = lesson.judge(student, held)
-    # Who learns from few images gets too sure of itself on others, which costs loss and no answer: answers come first.
-    is_kept = (after[1], -after[0]) > (before[1], -before[0]) if lesson.kind == "kl" else after[0] < before[0]
+    # Who learns from few images gets too sure of itself on others, which costs loss and no answer; but a hundred answers
+    # are few, and the loss tells more.
+    is_kept = after[0] < before[0] or after[1] > before[1]
     result = detached_copy(dense)
     if is_kept:
         _take_values(result, student)
@@ -196,13 +198,16 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     batch_size : int, default=64
         Images a step, at least 1.
     lr : float, optional
-        Highest learning rate of AdamW, above 0, which rises over the first tenth of the steps and falls along half a
-        cosine. By default 3e-3, 1e-3 and 3e-4 are tried for a tenth of ``steps`` and of ``seconds`` each, and the
-        highest is taken whose loss on the images held out is at most a tenth above the least.
+        Learning rate of AdamW, above 0, at first; it falls along half a cosine. By default 1e-2, 3e-3, 1e-3 and 3e-4
+        are tried in turn, each for a tenth of ``steps`` and of ``seconds``, until the next one makes the loss on the
+        images held out less than a tenth better.
     augment : callable, optional
         Gets inputs as a batch holds them (a tensor; for several arguments their tuple or dict) and returns others,
         equally many. It draws from PyTorch's generators, as torchvision's transforms do. Up to eight views of the
         images are made, the first of them as they are.
+    blend : bool, default=True
+        In all views but the first, move half of the images towards other ones, by a share drawn from [0, 1) [2]_; the
+        original answers for what comes out. For models that take one floating tensor; others' inputs stay.
     state : str or Path, optional
         File that gets the state every ``state_seconds`` and at the end. If it is there, learning goes on from it, to
         the same result on one machine.
@@ -216,8 +221,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     Returns
     -------
     torch.nn.Module
-        A new model in the mode of ``dense``, module by module: what was learned if that is better on the images held
-        out, else an equal copy. Masked weights stay zero.
+        A new model in the mode of ``dense``, module by module: what was learned if that has less loss, or more of the
+        original's answers, on the images held out, else an equal copy. Masked weights stay zero.
 
     Raises
     ------
@@ -248,6 +253,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     ----------
     .. [1] G. Hinton, O. Vinyals and J. Dean, "Distilling the knowledge in a neural network",
        https://arxiv.org/abs/1503.02531
+    .. [2] L. Beyer et al., "Knowledge distillation: a good teacher is patient and consistent",
+       https://arxiv.org/abs/2106.05237
 
     Examples
     --------
@@ -281,10 +288,11 @@ def _take_values(model: nn.Module, other: nn.Module) -> None:
             tensor.copy_(values[name])
 
 
-def check_knobs(temperature: Any, steps: Any, seconds: Any, batch_size: Any, lr: Any) -> None:
+def check_knobs(temperature: Any, steps: Any, seconds: Any, batch_size: Any, lr: Any, blend: Any) -> None:
     """Raise a ConfigError for numbers that :func:`distill` can't use; None stands for its own choice."""
     for name, value in (("temperature", temperature), ("seconds", seconds), ("lr", lr)):
         if (value is not None or name == "temperature") and not (is_finite(value) and value > 0.0):
             raise ConfigError(f"{name} must be a finite number above 0, got {value!r} (distill)")
     check_integer("steps", 1 if steps is None else steps, 1, "distill")
     check_integer("batch_size", batch_size, 1, "distill")
+    FLAG.check("blend", blend, "distill")

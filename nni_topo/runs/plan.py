@@ -75,13 +75,14 @@ class DistillationChoice:
     seconds: float | None = None
     batch_size: int = 64
     lr: float | None = None
+    blend: bool = True
 
     def __post_init__(self) -> None:
         if self.images < 2:
             raise ConfigError(f"images must be at least 2, got {self.images} (distill)")
         if self.augmentation not in get_args(Augmentation):
             raise unknown_name("augmentation", str(self.augmentation), get_args(Augmentation))
-        check_knobs(self.temperature, self.steps, self.seconds, self.batch_size, self.lr)
+        check_knobs(self.temperature, self.steps, self.seconds, self.batch_size, self.lr, self.blend)
 
 
 @dataclass(frozen=True)
