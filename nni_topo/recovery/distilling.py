@@ -148,8 +148,8 @@ def distillation(
         course.rate, least = rate, loss
     course.run(lesson, batches(), total, seconds, progress=progress)
     after = lesson.judge(student, held)
-    # Who learns from few images gets too sure of itself on others, which costs loss and no answer; but a hundred answers
-    # are few, and the loss tells more.
+    # Who learns from few images gets too sure of itself on others, which costs loss and no answer; yet loss tells more
+    # than a hundred answers do.
     is_kept = after[0] < before[0] or after[1] > before[1]
     result = detached_copy(dense)
     if is_kept:
