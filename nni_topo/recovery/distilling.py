@@ -30,6 +30,7 @@ from nni_topo.network.capture import batches_of
 from nni_topo.network.inputs import calls
 from nni_topo.network.masks import check_model
 from nni_topo.network.modes import detached_copy
+from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.compensating import survey
 from nni_topo.recovery.course import Course
 from nni_topo.recovery.lesson import HELD_OUT, Augment, Batches, Lesson, Objective, is_blendable, joined
@@ -133,6 +134,10 @@ def distillation(
     def batches() -> Batches:
         return lesson.batches(learned, batch_size, seed, augment, blend and is_blendable(pool))
 
+    def measured(net: nn.Module) -> nn.Module:
+        # Views and blends differ from the images that will come.
+        return recalibrate_batch_norm(net, lesson.plain(net, learned)) if is_normed else net
+
     knobs = {"steps": total, "seconds": seconds, "batch_size": batch_size, "lr": lr, "blend": blend}
     kind = {**knobs, "temperature": temperature, "objective": lesson.kind, "seed": seed, "images": sum(counts)}
     course = Course(student, is_normed=is_normed, rate=lr, kind=kind, path=state, every=state_seconds)
@@ -141,12 +146,13 @@ def distillation(
         trial = Course(copy.deepcopy(student), is_normed=is_normed, rate=rate)
         trial.run(lesson, batches(), max(1, total // _TRIAL), None if seconds is None else seconds / _TRIAL)
         course.spent += trial.spent
-        loss = lesson.judge(trial.student, held)[0]
+        loss = lesson.judge(measured(trial.student), held)[0]
         # A short course favours low rates: what a higher one lacks by then it makes up for.
         if math.isfinite(least) and not loss < least / _NEAR:
             break
         course.rate, least = rate, loss
     course.run(lesson, batches(), total, seconds, progress=progress)
+    student = measured(student)
     after = lesson.judge(student, held)
     # Who learns from few images gets too sure of itself on others, which costs loss and no answer; yet loss tells more
     # than a hundred answers do.
@@ -242,7 +248,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
 
     Notes
     -----
-    With at least 256 images to learn from, batch norms take their statistics from the batches. Dropout is off. Weight
+    With at least 256 images to learn from, batch norms take their statistics from the batches, and in the end from all
+    of these images as they are. Dropout is off. Weight
     decay is 0. Half precision learns in single precision. The loss of ``"kl"`` is multiplied by
     the squared temperature.
 

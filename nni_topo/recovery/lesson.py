@@ -90,6 +90,10 @@ class Lesson:
             for chosen in torch.randperm(len(index), generator=generator).tensor_split(-(-len(index) // size)):
                 yield _taken(call, chosen), [each[chosen.to(each.device)] for each in answers[view]]
 
+    def plain(self, student: nn.Module, index: Tensor) -> list[Any]:
+        """Return batches of some of the images as they are, for the student."""
+        return _some(student, cast_floats(self._pool, self._place[1]), index)
+
     def _answers(self, call: Call) -> tuple[list[Tensor], str]:
         """Return all floating outputs of the original, and what should be made small for such."""
         place, found, kind = device_of(self._original), [], ""
@@ -135,13 +139,15 @@ def split(model: nn.Module, images: Iterable[Any]) -> tuple[list[Any], list[Any]
     """Return batches of all images but every eighth, and batches of these; of fewer than eight none are these."""
     pool = joined(list(calls(model, images)))
     held_out = torch.arange(len(tensors_of(pool)[0])) % HELD_OUT == HELD_OUT - 1
+    learned, held = (_some(model, pool, chosen.nonzero().flatten()) for chosen in (~held_out, held_out))
+    return learned, held or None
 
-    def batches(chosen: Tensor) -> list[Any]:
-        parts = [_taken(pool, part) for part in chosen.nonzero().flatten().split(_AT_ONCE)]
-        # A batch's first entry is what the model takes.
-        return [(bind_arguments(model, call) if call[1] else call[0],) for call in parts]
 
-    return batches(~held_out), batches(held_out) if bool(held_out.any()) else None
+def _some(model: nn.Module, pool: Call, index: Tensor) -> list[Any]:
+    """Return batches of some of the images in the form in which users hand them."""
+    parts = [_taken(pool, part) for part in index.tensor_split(-(-len(index) // _AT_ONCE) or 1) if len(part)]
+    # A batch's first entry is what the model takes.
+    return [(bind_arguments(model, call) if call[1] else call[0],) for call in parts]
 
 
 def _taken(call: Call, index: Tensor) -> Call:

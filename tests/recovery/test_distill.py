@@ -179,7 +179,10 @@ def test_batch_norms_learn_from_their_batches_where_images_suffice():
     dense, original = pair(norm=True)
     few, many = (distill(dense, original, batches(count), steps=10) for count in (128, 600))
     assert torch.equal(few.norm.running_mean, dense.norm.running_mean)
-    assert not torch.equal(many.norm.running_mean, dense.norm.running_mean)
+    order = torch.randperm(600, generator=torch.Generator().manual_seed(0))
+    learned = inputs(600)[order[torch.arange(600) % 8 != 0]]
+    with torch.no_grad():
+        torch.testing.assert_close(many.norm.running_mean, many.first(learned).mean(0))
 
 
 def test_what_got_worse_is_left_out(caplog):
