@@ -34,7 +34,7 @@ class Course:
         student: nn.Module,
         *,
         is_normed: bool,
-        rate: float | None,
+        rate: float,
         kind: dict[str, Any] | None = None,
         path: str | Path | None = None,
         every: float = 30.0,
@@ -55,7 +55,7 @@ class Course:
         with _learning(self.student, self._norms):
             for share in self._shares(total, seconds, progress):
                 level = (1.0 + math.cos(math.pi * share)) / 2.0
-                self.optimizer.param_groups[0]["lr"] = level * (self.rate or 0.0)
+                self.optimizer.param_groups[0]["lr"] = level * self.rate
                 self.optimizer.zero_grad()
                 lesson.objective(self.student, *next(rest)).backward()
                 self.optimizer.step()
@@ -74,6 +74,11 @@ class Course:
                 self._keep()
                 kept = time.perf_counter()
         self._keep()
+
+    def forget(self) -> None:
+        """Remove the file, so that another course can begin."""
+        if self.path is not None:
+            self.path.unlink()
 
     def _keep(self) -> None:
         if self.path is not None:

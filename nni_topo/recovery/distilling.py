@@ -12,7 +12,6 @@ References
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
@@ -33,7 +32,7 @@ from nni_topo.network.modes import detached_copy
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.compensating import survey
 from nni_topo.recovery.course import Course
-from nni_topo.recovery.lesson import HELD_OUT, Augment, Batches, Lesson, Objective, is_blendable, joined
+from nni_topo.recovery.lesson import HELD_OUT, Augment, Lesson, Objective, is_blendable, joined
 from nni_topo.recovery.report import signed_like
 from nni_topo.sharing import named_tensors
 
@@ -41,9 +40,7 @@ OBJECTIVES = ("auto", "kl", "squares")
 
 _STEPS, _PASSES = 600, 10
 _BATCH_NORM_IMAGES = 256
-_RATES = (1e-2, 3e-3, 1e-3, 3e-4)
-_TRIAL = 10  # the tenth of a course
-_NEAR = 1.1
+_RATES = (6e-3, 2e-3, 6e-4)
 
 _logger = logging.getLogger(__name__)
 
@@ -67,9 +64,9 @@ class Distillation:
     images : int
         All images, those held out included.
     lr : float
-        Highest learning rate.
+        Learning rate at first.
     steps : int
-        Gradient steps, those of trials not counted.
+        Gradient steps at that rate.
     seconds : float
         Wall time.
     """
@@ -131,32 +128,26 @@ def distillation(
     total = steps or max(_STEPS, _PASSES * math.ceil(len(learned) / batch_size))
     is_normed = len(learned) >= _BATCH_NORM_IMAGES
 
-    def batches() -> Batches:
-        return lesson.batches(learned, batch_size, seed, augment, blend and is_blendable(pool))
-
-    def measured(net: nn.Module) -> nn.Module:
-        # Views and blends differ from the images that will come.
-        return recalibrate_batch_norm(net, lesson.plain(net, learned)) if is_normed else net
-
+    is_blended = blend and is_blendable(pool)
     knobs = {"steps": total, "seconds": seconds, "batch_size": batch_size, "lr": lr, "blend": blend}
     kind = {**knobs, "temperature": temperature, "objective": lesson.kind, "seed": seed, "images": sum(counts)}
-    course = Course(student, is_normed=is_normed, rate=lr, kind=kind, path=state, every=state_seconds)
-    least = math.inf
-    for rate in _RATES if course.rate is None else ():
-        trial = Course(copy.deepcopy(student), is_normed=is_normed, rate=rate)
-        trial.run(lesson, batches(), max(1, total // _TRIAL), None if seconds is None else seconds / _TRIAL)
-        course.spent += trial.spent
-        loss = lesson.judge(measured(trial.student), held)[0]
-        # A short course favours low rates: what a higher one lacks by then it makes up for.
-        if math.isfinite(least) and not loss < least / _NEAR:
+    rates = [lr] if lr is not None else _RATES[:1] if seconds is not None else _RATES
+    for rate in rates:
+        course = Course(_student(dense), is_normed=is_normed, rate=rate, kind=kind, path=state, every=state_seconds)
+        if course.rate < rate:  # the file is that of a later course
+            continue
+        batches = lesson.batches(learned, batch_size, seed, augment, is_blended)
+        course.run(lesson, batches, total, seconds, progress=progress)
+        student = course.student
+        if is_normed:  # views and blends differ from the images that will come
+            student = recalibrate_batch_norm(student, lesson.plain(student, learned))
+        after = lesson.judge(student, held)
+        # Who learns from few images gets too sure of itself on others, which costs loss and no answer; yet loss tells
+        # more than a hundred answers do.
+        is_kept = math.isfinite(after[0]) and (after[0] < before[0] or after[1] > before[1])
+        if is_kept or rate == rates[-1]:
             break
-        course.rate, least = rate, loss
-    course.run(lesson, batches(), total, seconds, progress=progress)
-    student = measured(student)
-    after = lesson.judge(student, held)
-    # Who learns from few images gets too sure of itself on others, which costs loss and no answer; yet loss tells more
-    # than a hundred answers do.
-    is_kept = after[0] < before[0] or after[1] > before[1]
+        course.forget()
     result = detached_copy(dense)
     if is_kept:
         _take_values(result, student)
@@ -204,9 +195,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     batch_size : int, default=64
         Images a step, at least 1.
     lr : float, optional
-        Learning rate of AdamW, above 0, at first; it falls along half a cosine. By default 1e-2, 3e-3, 1e-3 and 3e-4
-        are tried in turn, each for a tenth of ``steps`` and of ``seconds``, until the next one makes the loss on the
-        images held out less than a tenth better.
+        Learning rate of AdamW, above 0, at first; it falls along half a cosine. By default 6e-3; unless ``seconds`` are
+        set, what would be left out is learned once more at 2e-3, and then at 6e-4.
     augment : callable, optional
         Gets inputs as a batch holds them (a tensor; for several arguments their tuple or dict) and returns others,
         equally many. It draws from PyTorch's generators, as torchvision's transforms do. Up to eight views of the
@@ -253,8 +243,7 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     decay is 0. Half precision learns in single precision. The loss of ``"kl"`` is multiplied by
     the squared temperature.
 
-    Cost: a step, and one of the trials of learning rates, runs ``dense`` forward and back; ``original`` runs once over
-    the images, or over each of their views.
+    Cost: a step runs ``dense`` forward and back; ``original`` runs once over the images, or over each of their views.
 
     References
     ----------
