@@ -92,13 +92,12 @@ def test_loss_is_the_divergence_of_softened_probabilities_on_images_held_out():
 
 
 @pytest.mark.parametrize(("scale", "steps", "lr"), [(6.0, 1, 1e-6), (0.2, 60, 1e-3), (1.0, 3, 10.0)])
-def test_more_answers_or_less_loss_is_better(scale, steps, lr):
+def test_less_loss_is_better_whatever_the_answers(scale, steps, lr):
     dense, original = pair()
     student = copy.deepcopy(original if scale != 1.0 else dense)
     student.load_state_dict({name: scale * value for name, value in student.state_dict().items()})
     found = distillation(student, original, batches(64), steps=steps, lr=lr)
-    more = found.agreement_after > found.agreement_before
-    assert found.is_kept == (more or found.loss_after < found.loss_before)
+    assert found.is_kept == (found.loss_after < found.loss_before)
 
 
 @pytest.mark.parametrize(
@@ -237,24 +236,24 @@ def test_augmented_views_are_answered_by_the_original():
     assert divergence(augmented, original, other) < 0.3 * divergence(plain, original, other)
 
 
-@pytest.mark.parametrize(("scale", "expected"), [(1.0, 6e-3), (100.0, 2e-3), (1e6, 6e-4)])
+@pytest.mark.parametrize(("scale", "expected"), [(1.0, 6e-3), (30.0, 2e-3), (1e3, None)])
 def test_what_would_be_left_out_is_learned_at_a_lower_rate(scale, expected, tmp_path):
-    """Where inputs are a hundred times as large, weights are small, and a high rate takes them far away."""
+    """Where inputs are thirty times as large, weights are small, and a high rate takes them far away."""
     _, original = pair()
     dense = copy.deepcopy(original)
     with torch.no_grad():
-        dense.head.weight[:, 0] += 0.5
+        dense.head.weight *= 1.1
         for net in (dense, original):
             net.first.weight /= scale
     images = [scale * part for part in batches(256)]
     known = {"steps": 80, "held_out": images[:2]}
     alone = {lr: distillation(dense, original, images, lr=lr, **known) for lr in (6e-3, 2e-3, 6e-4)}
+    assert next((lr for lr, each in alone.items() if each.is_kept), None) == expected
     found = distillation(dense, original, images, state=tmp_path / "state.pt", **known)
-    kept = [lr for lr, each in alone.items() if each.is_kept]
-    assert found.lr == (kept[0] if kept else 6e-4) == expected
-    assert (found.steps, found.is_kept, found.loss_after) == (80, bool(kept), alone[expected].loss_after)
     again = distillation(dense, original, images, state=tmp_path / "state.pt", **known)
-    assert (again.lr, again.loss_after) == (found.lr, found.loss_after)
+    for each in (found, again):
+        assert (each.lr, each.is_kept, each.steps) == (expected or 6e-4, expected is not None, 80)
+        assert each.loss_after == alone[each.lr].loss_after
     # Time for one course is no time for two.
     assert distillation(dense, original, images, seconds=100, **known).lr == 6e-3
 
