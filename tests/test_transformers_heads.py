@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 
-from nni_topo import compensate, create_pruner, dependency_groups, masked_model, to_dense
+from nni_topo import as_linear, compensate, create_pruner, dependency_groups, masked_model, to_dense
 from nni_topo.network.attention import find_attention
+from nni_topo.sharing import find_ties
 
 transformers = pytest.importorskip("transformers")
 
@@ -21,6 +22,7 @@ MODELS = {
     "DistilBertForSequenceClassification": ("DistilBertConfig", DISTIL),
     "ViTForImageClassification": ("ViTConfig", {**IMAGES, "patch_size": 4}),
     "DeiTForImageClassification": ("DeiTConfig", {**IMAGES, "patch_size": 4}),
+    "GPT2LMHeadModel": ("GPT2Config", {"vocab_size": 31, "n_embd": 16, "n_inner": 24, "n_layer": 2, "n_head": 4}),
     "LlamaForCausalLM": ("LlamaConfig", {**SIZES, "num_key_value_heads": 2, "head_dim": 4}),
     "Qwen2ForCausalLM": ("Qwen2Config", {**SIZES, "num_key_value_heads": 2}),
     "MistralForCausalLM": ("MistralConfig", {**SIZES, "num_key_value_heads": 2, "sliding_window": None}),
@@ -30,7 +32,7 @@ MODELS = {
 def make(name, **more):
     torch.manual_seed(0)
     config, sizes = MODELS[name]
-    model = getattr(transformers, name)(getattr(transformers, config)(**sizes, **more)).eval()
+    model = as_linear(getattr(transformers, name)(getattr(transformers, config)(**sizes, **more)).eval())
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -87,6 +89,29 @@ def test_a_decoder_generates_with_and_without_cache_and_loads_by_its_config(tmp_
     dense.save_pretrained(tmp_path)
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(logits(loaded, inputs), logits(dense, inputs))
+
+
+def test_gpt2_of_linear_layers_is_the_same_and_loses_heads_and_neurons():
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**MODELS["GPT2LMHeadModel"][1])).eval()
+    inputs = inputs_of(model)
+    asked = [{"op_types": ["Conv1D"], "sparse_ratio": 0.5}]
+    left_out = dependency_groups(model, inputs, asked).skipped
+    assert "as_linear" in left_out["transformer.h.0.mlp.c_fc"]
+    linear = as_linear(model)
+    assert find_ties(linear) == find_ties(model)
+    torch.testing.assert_close(logits(linear, inputs), logits(model, inputs))
+    config = [
+        {"op_names_re": [r".*\.attn"], "granularity": "head", "sparse_ratio": 0.5},
+        {"op_names_re": [r".*\.c_fc"], "sparse_ratio": 0.75},
+    ]
+    groups = list(dependency_groups(linear, inputs, config))
+    masks = create_pruner("l1", copy.deepcopy(linear), groups).compress()[1]
+    dense = to_dense(compensate(linear, masks, [inputs]), inputs, masks)
+    block = dense.transformer.h[1]
+    assert (block.attn.num_heads, block.attn.c_attn.out_features, block.mlp.c_fc.out_features) == (2, 24, 6)
+    start = inputs["input_ids"][:1]
+    texts = [dense.generate(start, max_new_tokens=5, do_sample=False, use_cache=use) for use in (True, False)]
+    assert torch.equal(*texts)
 
 
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "LlamaForCausalLM"])

@@ -15,7 +15,7 @@ from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.network.attention import Attention
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.labels import FIXED
-from nni_topo.network.layers import check_names, output_channels
+from nni_topo.network.layers import check_names, is_transposed_linear, output_channels
 from nni_topo.network.network import Network
 from nni_topo.network.parts import is_in_parts
 from nni_topo.network.report import why_not_followed
@@ -144,7 +144,9 @@ def dependency_groups(
     mixers = {name: each for name, each in mixers.items() if name in by_head or name in selected - named}
     asked = [name for name in order if name in (selected - named) - mixers.keys()]
     skipped = _skipped(network, flow, asked, selected) | {
-        name: "it makes no queries, keys or values of attention, so it has no heads"
+        name: why_not_followed(model, name)
+        if is_transposed_linear(model.get_submodule(name))
+        else "it makes no queries, keys or values of attention, so it has no heads"
         for name in order
         if name in by_head - flow.heads.keys() - mixers.keys()
     }
@@ -181,7 +183,8 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: se
     for name in asked:
         if name not in flow.layers:
             # Of a norm, say, masks may be wanted all the same.
-            if output_channels(network.model.get_submodule(name)) is not None:
+            module = network.model.get_submodule(name)
+            if output_channels(module) is not None or is_transposed_linear(module):
                 skipped[name] = why_not_followed(network.model, name)
             continue
         roots = flow.layer_roots(name)
