@@ -114,6 +114,31 @@ def test_gpt2_of_linear_layers_is_the_same_and_loses_heads_and_neurons():
     assert torch.equal(*texts)
 
 
+def test_attention_with_a_table_of_positions_stays_whole_with_the_reason():
+    kinds = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4, "vocab_size": 31}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**kinds)).eval()
+    inputs = inputs_of(model)
+    inputs["decoder_input_ids"] = inputs["input_ids"]
+    whole = dependency_groups(model, inputs, [{"op_types": ["Linear"], "granularity": "head", "sparse_ratio": 0.5}])
+    assert list(whole) == []
+    assert "T5Attention" in whole.skipped["encoder.block.0.layer.0.SelfAttention.q"]
+    neurons = list(dependency_groups(model, inputs, [{"op_types": ["Linear"], "sparse_ratio": 0.5}]))
+    assert [entry["op_names"][0].rpartition(".")[2] for entry in neurons] == ["wi", "wi"]
+    masks = create_pruner("l1", copy.deepcopy(model), neurons).compress()[1]
+    reference, dense = masked_model(model, inputs, masks), to_dense(model, inputs, masks)
+    torch.testing.assert_close(logits(dense, inputs), logits(reference, inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_no_tracer_follows_stays_whole_with_the_reason():
+    kinds = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2], "num_heads": [2], "window_size": 4}
+    model = transformers.SwinForImageClassification(transformers.SwinConfig(**kinds)).eval()
+    images = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+    for more in ({"granularity": "head"}, {}):
+        groups = dependency_groups(model, images, [{"op_types": ["Linear"], "sparse_ratio": 0.5, **more}])
+        asked = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        assert {entry["op_names"][0] for entry in groups} | groups.skipped.keys() == asked
+
+
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "LlamaForCausalLM"])
 def test_compensation_without_labels_brings_back_some_of_it(name):
     model = make(name)
