@@ -88,9 +88,9 @@ def as_linear(model: torch.nn.Module) -> torch.nn.Module:
     for name, module in list(copied.named_modules(remove_duplicate=False)):
         if name and is_transposed_linear(module):
             weight: Any = module.weight
-            linear = torch.nn.Linear(*weight.shape, device="meta").train(module.training)
+            linear = torch.nn.Linear(len(weight), weight.shape[1], device="meta").train(module.training)
             linear.weight = torch.nn.Parameter(weight.detach().T.contiguous(), weight.requires_grad)
-            linear.bias = module.bias  # type: ignore[assignment]
+            linear.bias = module.bias
             copied.set_submodule(name, linear)
     return copied
 

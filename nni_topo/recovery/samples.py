@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -188,8 +189,8 @@ class Sampler:
         for index, (original, pruned) in enumerate(self.replay.run(settled, task.watched)):
             entries, count = task.extent(original)
             real = self.replay.counted(original, entries, count)
-            wanted = self._wanted(task, index, entries)
-            wanted = wanted if real is None else int(wanted / max(float(real.double().mean()), 1 / count)) + 1
+            share = 1.0 if real is None else max(float(real.double().mean()), 1 / count)
+            wanted = math.ceil(self._wanted(task, index, entries) / share)
             positions = draw_positions(count, entries, wanted, generator)
             for part in _parts(entries, positions.shape[1] * task.unknowns * len(task.layer.columns)):
                 samples = task.samples(original, pruned, part, positions[part])
@@ -198,7 +199,8 @@ class Sampler:
                 if real is not None:
                     stays = real[part].gather(1, positions[part].to(real.device)).flatten()
                     stays = stays.repeat_interleave(len(rows) // len(stays)).to(rows.device)
-                    samples, rows = tuple(each[:, stays] for each in samples), rows[stays]
+                    inputs, lacking, meant = (each[:, stays] for each in samples)
+                    samples, rows = (inputs, lacking, meant), rows[stays]
                 yield _Chunk(*samples, is_held_out=rows)
             seen += entries
 
