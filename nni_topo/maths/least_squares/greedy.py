@@ -116,7 +116,7 @@ def forward_selection(layers: Sequence[Products | Samples], keep: int, parts: in
 
 @dataclass(frozen=True)
 class Products:
-    """What a layer reads and has to put out: ``X.T @ X`` (n * block, n * block) and ``X.T @ Y`` (n * block, outputs)."""
+    """What a layer reads and has to put out: ``X.T @ X`` (n * block, n * block), ``X.T @ Y`` (n * block, outputs)."""
 
     gram: FloatArray
     cross: FloatArray

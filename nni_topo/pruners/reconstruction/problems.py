@@ -42,8 +42,6 @@ BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 
 _LINEAR = (*CONVOLUTIONS, nn.Linear)
-_RIDGE = 1e-4
-_FEW = 4  # times the samples: not more than a layer's columns, and these aren't multiplied with each other
 
 
 @dataclass(frozen=True)
@@ -153,20 +151,6 @@ def linear_readers(unit: PruningUnit, flow: ChannelFlow, context: PruningContext
 
 
 def _problem(found: list[Reading], name: str) -> ReconstructionProblem:
-    layers: list[Products | Samples] = []
-    for one in found:
-        if not one.equations.is_finite():
-            raise DataError(f"activations must be finite, got NaN or infinity ({name})")
-        if one.equations.samples * _FEW <= one.equations.unknowns:
-            rows, outputs = (values[0] / one.equations.samples**0.5 for values in one.equations.centred())
-            columns = np.ascontiguousarray(rows.T.cpu().numpy())
-            scale = float(outputs.square().sum())
-            targets = outputs.mul_(scale**-0.5 if scale > 0 else 0.0).cpu().numpy()
-            layers.append(Samples(columns, targets, _RIDGE * np.square(columns).sum(1), one.columns))
-            continue
-        own, across, variances = (values[0] for values in one.equations.covariances())
-        variance = float(variances.sum())
-        own.diagonal().mul_(1.0 + _RIDGE)
-        across.mul_(variance**-0.5 if variance > 0 else 0.0)
-        layers.append(Products(own.cpu().numpy(), across.cpu().numpy(), one.columns))
-    return ReconstructionProblem(tuple(layers))
+    if not all(one.equations.is_finite() for one in found):
+        raise DataError(f"activations must be finite, got NaN or infinity ({name})")
+    return ReconstructionProblem(tuple(one.layer() for one in found))
