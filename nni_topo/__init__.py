@@ -21,6 +21,7 @@ from nni_topo.network import (  # noqa: E402
     masked_model,
     register_module,
     save,
+    save_pretrained,
     to_dense,
     zeros_held,
 )
@@ -110,6 +111,7 @@ __all__ = [
     "register_module",
     "register_pruner",
     "save",
+    "save_pretrained",
     "shrink",
     "signals",
     "speedup",
