@@ -22,6 +22,7 @@ from nni_topo.network import (  # noqa: E402
     masked_model,
     register_module,
     save,
+    save_pretrained,
     to_dense,
     zeros_held,
 )
@@ -112,6 +113,7 @@ __all__ = [
     "register_module",
     "register_pruner",
     "save",
+    "save_pretrained",
     "shrink",
     "signals",
     "speedup",

@@ -7,7 +7,18 @@ import copy
 import pytest
 import torch
 
-from nni_topo import as_linear, compensate, create_pruner, dependency_groups, masked_model, to_dense
+from nni_topo import (
+    as_linear,
+    compensate,
+    create_pruner,
+    dependency_groups,
+    load,
+    masked_model,
+    save,
+    save_pretrained,
+    to_dense,
+)
+from nni_topo.errors import ConfigError
 from nni_topo.network.attention import find_attention
 from nni_topo.sharing import find_ties
 
@@ -86,7 +97,7 @@ def test_a_decoder_generates_with_and_without_cache_and_loads_by_its_config(tmp_
     assert torch.equal(*texts)
     assert (dense.config.num_attention_heads, dense.config.num_key_value_heads) == (2, 1)
     assert model.config.num_attention_heads == 4
-    dense.save_pretrained(tmp_path)
+    save_pretrained(dense, tmp_path)
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(logits(loaded, inputs), logits(dense, inputs))
 
@@ -137,6 +148,31 @@ def test_a_model_that_no_tracer_follows_stays_whole_with_the_reason():
         groups = dependency_groups(model, images, [{"op_types": ["Linear"], "sparse_ratio": 0.5, **more}])
         asked = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         assert {entry["op_names"][0] for entry in groups} | groups.skipped.keys() == asked
+
+
+def test_what_a_config_cannot_say_is_refused_and_loads_by_the_original(tmp_path):
+    model = make("BertForSequenceClassification")
+    inputs = inputs_of(model)
+    dense = to_dense(model, inputs, pruned(model, inputs))
+    with pytest.raises(ConfigError, match=r"got 2 heads where the config makes 4 heads; nni_topo.save and nni_topo"):
+        save_pretrained(dense, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    save(dense, tmp_path / "dense.safetensors")
+    loaded = load(tmp_path / "dense.safetensors", model)
+    assert torch.equal(logits(loaded, inputs), logits(dense, inputs))
+
+
+def test_blocks_of_two_widths_are_refused(tmp_path):
+    model = make("LlamaForCausalLM")
+    inputs = inputs_of(model)
+    names = [f"model.layers.1.mlp.{each}_proj" for each in ("up", "gate")]
+    groups = dependency_groups(model, inputs, [{"op_names": names, "sparse_ratio": 0.5}])
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense = to_dense(model, inputs, masks)
+    with pytest.raises(ConfigError, match=r"one width for all blocks, got .* 12.* makes .* 24.*nni_topo.load"):
+        save_pretrained(dense, tmp_path)
+    with pytest.raises(ConfigError, match=r"one of Transformers, got Linear; nni_topo.save takes any"):
+        save_pretrained(torch.nn.Linear(2, 2), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "LlamaForCausalLM"])
