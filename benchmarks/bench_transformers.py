@@ -4,10 +4,11 @@
 
 trains a net of the zoo for each seed (``bert_small``, and ``gpt_small``, which needs no folder, alike), keeps half, a
 third and a sixth of the heads of every layer with half, a quarter and an eighth of the MLP's neurons, chosen by each
-pruner, and recovers each by each rule from the same unlabelled rows; 256 more judge what was distilled. ``--retrained`` adds an epoch with labels to what
-was shipped and to what was distilled. A line per figure goes to ``transformers.jsonl``, nets to files beside it; the
-same command goes on where it was stopped. Of 2,000 test images the accuracy in percent, of 256 rows of text bits per
-byte; differences are paired by net. What dense nets take is timed in turns with the whole one.
+pruner, and recovers each by each rule from the same unlabelled rows; 256 more judge what is distilled. ``--retrained``
+adds an epoch with labels to what was shipped and to what was distilled. A line per figure goes to
+``transformers.jsonl``, nets to files beside it; the same command goes on where it was stopped. Of 2,000 test images the
+accuracy in percent, of 256 rows of text bits per byte; differences are paired by net. What dense nets take is timed in
+turns with the whole one.
 """
 
 from __future__ import annotations
