@@ -83,7 +83,7 @@ def remove_blocks(
     check_model(model)
     batches = batches_of(calibration, model)
     _check_shapes(model, names, batches)
-    result = detached_copy(model)
+    result: nn.Module = detached_copy(model)
     gone: dict[str, int] = {}
     for parent, first, last in gaps:
         container: Any = result.get_submodule(parent)
