@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--choices", nargs="+", default=list(CHOICES), choices=CHOICES, help="default: all")
+    parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES, help="default: all")
     parser.add_argument("--rows", type=int, default=1024, help="unlabelled")
     parser.add_argument("--steps", type=int, default=300, help="of distillation")
     parser.add_argument("--epochs", type=int, help="of training (default: the recipe's)")
@@ -80,7 +81,7 @@ def main() -> None:
 def _run(options: argparse.Namespace, start: Start, path: Path) -> None:
     """Measure all that is missing of one net."""
     done = {tuple(record["key"]) for record in read_records(path)}
-    rules = (*RULES, *(f"{rule}, retrained" for rule in RETRAINED if options.retrained))
+    rules = (*options.rules, *(f"{rule}, retrained" for rule in RETRAINED if options.retrained))
     whole = cache(lambda: _worth(start.net, start.data))
     for heads, neurons in SHARES:
         for choice in options.choices:
