@@ -78,12 +78,10 @@ def can_absorb(module: nn.Module, norm: nn.Module | None, *, exactly: bool) -> b
     """Tell whether a layer, or the batch norm behind it, can add what it makes of constants."""
     if type(module) not in (*CONVOLUTIONS, nn.Linear) or is_depthwise(module):
         return False
-    convolution: Any = None if isinstance(module, nn.Linear) else module
     # Beyond the border there is no constant but zeros.
-    is_padded = (
-        convolution and convolution.padding_mode == "zeros" and any(convolution._reversed_padding_repeated_twice)
-    )
-    return not (is_padded and exactly) and (module.bias is not None or norm is not None)
+    around: Any = getattr(module, "_reversed_padding_repeated_twice", ())
+    is_padded = any(around) and module.padding_mode == "zeros"
+    return not (is_padded and exactly) and (isinstance(module.bias, Tensor) or norm is not None)
 
 
 def _stay(flow: ChannelFlow, left: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -147,9 +147,11 @@ class _Rehearsal:
             for part in str(node.target).split("."):
                 value = getattr(value, part)
             return value
-        args, kwargs = map_arg((node.args, node.kwargs), lambda parent: self._values[parent][which])
+        given: Any = map_arg((node.args, node.kwargs), lambda parent: self._values[parent][which])
+        args, kwargs = given
         if constant is not None:
-            args = (args[0].masked_fill((constant != 0).to(args[0].device), 0), *args[1:])
+            first, *others = args
+            args = (first.masked_fill((constant != 0).to(first.device), 0), *others)
         if node.op == "call_module":
             return module.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_method":
@@ -158,15 +160,12 @@ class _Rehearsal:
 
     def _constant(self, node: Node) -> Tensor | None:
         """Tell what removed channels bring to a layer that its bias can add instead; broadcasts to what enters."""
-        layer = self.full.get_submodule(str(node.target)) if node.target in self.flow.layers else None
-        if layer is None or not can_absorb(
-            layer, only_norm_behind(self.full, self.flow, str(node.target)), exactly=True
-        ):
+        name = str(node.target)
+        layer: Any = self.full.get_submodule(name) if name in self.flow.layers else None
+        if layer is None or not can_absorb(layer, only_norm_behind(self.full, self.flow, name), exactly=True):
             return None
-        values = self._constants.get(str(node.target))
-        if values is None or isinstance(layer, nn.Linear):
-            return values
-        return values.view(-1, *[1] * (layer.weight.dim() - 2))  # type: ignore[operator,union-attr]
+        values = self._constants.get(name)
+        return None if values is None else values.view(-1, *[1] * (layer.weight.dim() - 2))
 
     @cached_property
     def _constants(self) -> dict[str, Tensor]:

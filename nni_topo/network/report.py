@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from nni_topo.network.layers import PER_CHANNEL, kept_channels, output_channels, weight_is_computed
+from nni_topo.network.layers import PER_CHANNEL, RECURRENT, kept_channels, output_channels, weight_is_computed
 from nni_topo.network.masks import FullMasks
 
 
@@ -108,6 +108,8 @@ def _asked(module: torch.nn.Module, targets: Mapping[str, torch.Tensor], before:
 
 def why_not_followed(model: torch.nn.Module, name: str) -> str:
     """Say why a layer keeps its channels although no other layer knows of them."""
+    if isinstance(model.get_submodule(name), RECURRENT):
+        return "a recurrent layer keeps its state whole"
     if weight_is_computed(model.get_submodule(name)):
         return "its weight is computed from other parameters"
     parts = name.split(".")
