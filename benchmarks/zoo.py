@@ -18,7 +18,6 @@ network, so that a stopped run goes on where it was. Prints the table as Markdow
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib
 import json
 import logging
@@ -40,6 +39,7 @@ from torch import Tensor, nn
 
 import nni_topo
 from nni_topo import zoo
+from nni_topo.network.modes import detached_copy
 from nni_topo.runs.rivals import PREFIX, cut
 
 LIST = Path(__file__).with_name("zoo.txt")
@@ -156,7 +156,9 @@ def run(model: nn.Module, inputs: Any) -> Any:
     given: list[Any] = []
     if isinstance(inputs, dict):
         return model(**inputs)
-    parts = [module for name, module in model.named_modules() if name in DETECTING]
+    # A detector takes a list of images; other networks may have a part of such a name inside.
+    detects = isinstance(inputs, tuple)
+    parts = [module for name, module in model.named_modules() if detects and name in DETECTING]
     handles = [part.register_forward_hook(lambda _, __, output: given.append(output)) for part in parts]
     outputs = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
     for handle in handles:
@@ -217,9 +219,9 @@ def measure(name: str, options: dict[str, str], *, rivals: bool = False) -> dict
     dense = nni_topo.to_dense(model, inputs, masks, check=False)
     record["dense_cpu_seconds"] = time.process_time() - start
     if rivals:
-        whole = copy.deepcopy(model)
+        whole = detached_copy(model)
         ratios = {each: 0.5 for each in layers if each not in heads}
-        record["nni"] = rival(lambda: ModelSpeedup(copy.deepcopy(model), inputs, masks).speedup_model(), whole, inputs)
+        record["nni"] = rival(lambda: ModelSpeedup(detached_copy(model), inputs, masks).speedup_model(), whole, inputs)
         record["torch_pruning"] = rival(lambda: cut(PREFIX, model, inputs, ratios)[0], whole, inputs)
     gone, norms = zeroing(model, dense)
     chosen = sum(width(layers[entry["op_names"][0]]) for entry in groups)

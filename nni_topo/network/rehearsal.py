@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from nni_topo.network.network import Network
 
 _TOLERANCE = 1e-3  # of the largest value; rounding in single precision is far below, half of the channels far above
-_ROUNDS = 8
+_ROUNDS = 24  # each finds about half of the channels that can't go and weren't found yet
 
 
 @fast_paths_off()
