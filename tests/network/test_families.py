@@ -157,6 +157,23 @@ def test_channels_that_a_pixel_shuffle_spreads_are_asked_for_together():
     assert [dense.wide.out_channels, dense.tail[0].in_channels, dense.report.kept] == [12, 3, ()]
 
 
+def test_a_layer_scale_behind_a_channel_shuffle():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.scale = nn.Linear(3, 8), nn.Linear(8, 4), nn.Parameter(torch.rand(8) + 0.5)
+
+        def forward(self, rows):
+            shuffled = self.one(rows).view(len(rows), 2, -1).transpose(1, 2).flatten(1)
+            return self.two(shuffled * self.scale)
+
+    torch.manual_seed(0)
+    model, rows = Model(), torch.rand(5, 3)
+    masks = l1_masks(model, nni_topo.dependency_groups(model, rows, bench.ASKED))
+    dense = nni_topo.to_dense(model, rows, masks)
+    assert [dense.one.out_features, len(dense.scale), dense.two.in_features] == [4, 4, 4]
+
+
 def test_a_layer_whose_channels_only_go_together_stays_whole():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.PixelShuffle(2), nn.Conv2d(1, 2, 1))
     groups = nni_topo.dependency_groups(model, torch.rand(1, 3, 4, 4), bench.ASKED)
