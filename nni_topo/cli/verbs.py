@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 
 import nni_topo
+from nni_topo.disk import write_json
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.runs.compare import compare
@@ -195,7 +196,7 @@ class Shrink(TrainedVerb):
         facts = {"model": self.model, "data": self.data, "pruner": self.pruner, "flops": self.flops}
         facts |= {"stages": document, "widths": report.layers.rows, "left_alone": report.left_alone}
         facts |= latencies(start, dense) | provenance()
-        (self.out / "shrink.json").write_text(json.dumps(plain(facts), indent=1) + "\n", encoding="utf-8")
+        write_json(self.out / "shrink.json", plain(facts), sort=False)
         files = f"dense model: {self.out / 'dense.pt'} (nni_topo.load) · report: {write_report(self.out)}"
         self.put_out(console, document, [repr(report), files])
         return 0

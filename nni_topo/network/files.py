@@ -10,15 +10,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nni_topo._version import __version__
+from nni_topo.disk import read_tensors, reading, write_tensors
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.attention import find_attention, resize
 from nni_topo.network.counted import count
@@ -46,17 +45,6 @@ _SIZES: dict[type[torch.nn.Module], tuple[str, ...]] = {
 _PathLike = str | os.PathLike[str]
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a place beside ``path``: what is written there is moved to ``path`` at the end, and removed by an error."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def save(dense: torch.nn.Module, path: _PathLike) -> None:
     """Save a dense model without pickled code, non-persistent buffers too.
 
@@ -65,7 +53,7 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
     dense : torch.nn.Module
         A model made by `nni_topo.to_dense`, fine-tuned or not. It isn't changed.
     path : str or path-like
-        The file to write; an existing one is replaced.
+        The file to write, whole or not at all; an existing one is replaced.
 
     Raises
     ------
@@ -89,10 +77,7 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
         "buffers": {name: tensor.detach() for name, tensor in every.items() if name not in listed},
         "fingerprints": {name: _fingerprint(tensor) for name, tensor in every.items()},
     }
-    try:
-        torch.save(document, path)
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"a model's file must be writable, got {error} ({os.fspath(path)})") from error
+    write_tensors(Path(path), document)
 
 
 def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> torch.nn.Module:
@@ -205,16 +190,8 @@ def _check_values(
 def _read(path: _PathLike) -> dict[str, Any]:
     """Read a file and check that it is one of ours."""
     place = os.fspath(path)
-    if not Path(path).is_file():
-        raise DataError(f"a dense model's file must exist, got none ({place})")
-    try:
-        document = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        # torch's own message advises to read the file unsafely, so only its type is passed on.
-        raise DataError(
-            "a dense model's file must be written by nni_topo.save, got one that can't be read as plain data "
-            f"({type(error).__name__}, {place})"
-        ) from error
+    with reading(Path(path), "a dense model's file", "written by nni_topo.save"):
+        document = read_tensors(Path(path))
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise DataError(f"a dense model's file must be written by nni_topo.save, got another kind ({place})")
     if document.get("format_version") != _FORMAT_VERSION:

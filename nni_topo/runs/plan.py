@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from nni_topo.errors import ConfigError, DataError, as_settings, unknown_name
+from nni_topo.disk import reading
+from nni_topo.errors import ConfigError, as_settings, unknown_name
 from nni_topo.pruners.registry import pruner_info
 from nni_topo.recovery.compensating import METHODS, Method
 from nni_topo.recovery.distilling import check_knobs
@@ -235,10 +236,9 @@ def load_prune_config(path: str | Path) -> PruneConfig:
 
 def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
     """Read a YAML file's mapping, its ``compensate`` and ``distill`` as settings."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise DataError(f"{what} must be a readable YAML file, got: {error} ({path})") from error
+    path = Path(path)
+    with reading(path, what, "of YAML"):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ConfigError(f"{what} must be a mapping, got {type(content).__name__} ({path})")
     return _recovered(content)

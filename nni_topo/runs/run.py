@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
-from nni_topo.errors import ConfigError
+from nni_topo.disk import DELETE
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.dense import to_dense
 from nni_topo.network.layers import output_channels
 from nni_topo.network.zeros import weights_left, zeros_held
@@ -140,7 +141,10 @@ def trained(
         zoo.load_checkpoint(checkpoint, net)
         zoo.check_model(net, bundle)
     elif path is not None and path.exists():
-        known = zoo.load_checkpoint(path, net)
+        try:
+            known = zoo.load_checkpoint(path, net)
+        except DataError as error:
+            raise DataError(f"{error}; {DELETE}") from None
     else:
         log = zoo.train(net, bundle, recipe, seed=seed, device=place, progress=progress)
         known = {"seed": seed, "seconds": log.seconds}

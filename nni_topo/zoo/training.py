@@ -7,7 +7,6 @@ dropout) comes from one seed; the global generators are left as they were.
 from __future__ import annotations
 
 import math
-import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,8 +20,8 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.files import whole_file
+from nni_topo.disk import DELETE, read_tensors, reading, write_tensors
+from nni_topo.errors import ConfigError
 from nni_topo.network.modes import device_of
 from nni_topo.zoo.data import DataBundle
 from nni_topo.zoo.evaluation import by_label, check_model, evaluate
@@ -170,21 +169,18 @@ class _Trainer:
         """Go on from a file of :meth:`keep`, if there is one; return the logs of the epochs behind."""
         if not path.exists():
             return []
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        with reading(path, "a training's state", "of this model", DELETE):
+            state = read_tensors(path)
             if state["format"] != _FORMAT:
                 raise KeyError(state["format"])
             self.model.load_state_dict(state["model"])
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"a training's state must be a whole file of this model, got: {reason} ({path})") from error
-        for key, value in self.kind.items():
-            if state["kind"][key] != value:
-                raise ConfigError(f"a training must go on with {key} {state['kind'][key]}, got {value} ({path})")
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generators"][0].byte())
-        torch.set_rng_state(state["generators"][1].byte())
-        return [EpochLog(**log) for log in state["logs"]]
+            for key, value in self.kind.items():
+                if state["kind"][key] != value:
+                    raise ConfigError(f"a training must go on with {key} {state['kind'][key]}, got {value} ({path})")
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.generator.set_state(state["generators"][0].byte())
+            torch.set_rng_state(state["generators"][1].byte())
+            return [EpochLog(**log) for log in state["logs"]]
 
     def keep(self, path: Path, logs: list[EpochLog]) -> None:
         """Write what lasts between epochs; the file appears whole or not at all."""
@@ -196,8 +192,7 @@ class _Trainer:
             "optimizer": self.optimizer.state_dict(),
             "generators": [self.generator.get_state(), torch.get_rng_state()],
         }
-        with whole_file(path) as part:
-            torch.save(state, part)
+        write_tensors(path, state)
 
     def run_epoch(self, epoch: int) -> EpochLog:
         """Go once through the training images, then look at the validation images."""
