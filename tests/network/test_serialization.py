@@ -251,7 +251,7 @@ def test_a_file_that_is_cut_short_or_missing_is_refused(tmp_path):
     (tmp_path / "short.pt").write_bytes(data[: len(data) // 2])
     with pytest.raises(DataError, match=r"short.pt"):
         load(tmp_path / "short.pt", make)
-    with pytest.raises(DataError, match=r"must exist, got none \(.*none.pt"):
+    with pytest.raises(DataError, match=r"must be a file that exists, got none \(.*none.pt"):
         load(tmp_path / "none.pt", make)
     with pytest.raises(DataError, match="must be writable"):
         save(small(), tmp_path / "no" / "folder" / "dense.pt")
