@@ -261,7 +261,10 @@ def _target(entry: Any) -> Target:
     if not isinstance(entry, dict) or len(entry) != 1:
         raise ConfigError(f"a target must be a mapping with one key, ratio or flops, got {entry!r} (targets)")
     ((kind, value),) = entry.items()
-    return Target(kind, float(value))
+    try:
+        return Target(kind, float(value))  # YAML takes 1e-3 for a text
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"a target must be a number in its interval, got {entry!r} (targets): {error}") from error
 
 
 def changed_recipe(default: Recipe, changes: Mapping[str, Any]) -> Recipe:

@@ -77,7 +77,7 @@ def test_a_damaged_gz_file_is_named(idx_folder, damage) -> None:
     folder = idx_folder(packed=True)
     path = folder / f"{IMAGES}.gz"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DataError, match=rf"a \.gz file must unpack, got .* after \d+ bytes .*{IMAGES}\.gz"):
+    with pytest.raises(DataError, match=rf"an idx file must be a whole file, got \d+ bytes .* .*{IMAGES}\.gz"):
         load_data("mnist", folder)
 
 
