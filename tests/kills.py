@@ -50,7 +50,7 @@ SMALL = Plan(
     train={"epochs": 2},
     retrain={"epochs": 1},
 )
-TIMES = ("seconds", "latency", "_ms", "peak_memory")
+TIMES = ("seconds", "latency", "_ms", "peak_memory", "revision")
 
 
 def comparison(out: Path) -> Any:

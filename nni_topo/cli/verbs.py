@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -187,7 +186,7 @@ class Shrink(TrainedVerb):
             distill=distillation_knobs(start, DistillationChoice(self.images, seconds=self.seconds)),
             evaluate=start.tested,
             seed=self.seed,
-            progress=not self.json and sys.stderr.isatty(),
+            progress=False if self.json else None,
         )
         report: Any = dense.report
         self.out.mkdir(parents=True, exist_ok=True)
@@ -218,7 +217,7 @@ class Prune(TrainedVerb):
             self.out,
             seed=self.seed,
             device=self.device,
-            progress=not self.json and sys.stderr.isatty(),
+            progress=False if self.json else None,
         )
         table = as_table(f"{record['model']}, {record['pruner']}", ("", "before", "after"), prune_costs(record), left=3)
         files = f"dense model: {self.out / 'dense.pt'} (nni_topo.load) · report: {self.out / 'report.html'}"

@@ -11,7 +11,7 @@ from typing import Any
 from nni.common.concrete_trace_utils import operator_patcher
 from nni.compression.base.compressor import Compressor
 from nni.compression.pruning import movement_pruner, scheduled_pruner, slim_pruner, taylor_pruner
-from nni.compression.speedup import mask_conflict
+from nni.compression.speedup import mask_conflict, model_speedup
 from nni.compression.utils import evaluator
 
 from nni_topo.errors import ConfigError, shown
@@ -68,6 +68,9 @@ def log_details_on_demand() -> bool:
     if logger.level:
         return False
     logger.setLevel(logging.WARNING)
+    # each speedup gives its own logger the level INFO
+    details = logging.getLogger(model_speedup.__name__)
+    details.addFilter(lambda record: record.levelno >= logger.level)
     logging.getLogger(operator_patcher.__name__).addFilter(lambda record: '"and/or"' not in record.getMessage())
     mask_conflict.print = lambda *words: None
     return True

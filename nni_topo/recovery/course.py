@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from tqdm import tqdm
 
 from nni_topo.disk import DELETE, read_tensors, reading, write_tensors
 from nni_topo.errors import ConfigError
 from nni_topo.network.layers import TRANSPOSED
+from nni_topo.network.progress import bar
 from nni_topo.network.zeros import zeros_held
 from nni_topo.recovery.lesson import Batches, Lesson
 
@@ -48,7 +48,9 @@ class Course:
         if self.path is not None and self.path.exists():
             self._resume(self.path)
 
-    def run(self, lesson: Lesson, batches: Batches, total: int, seconds: float | None, progress: bool = False) -> None:
+    def run(
+        self, lesson: Lesson, batches: Batches, total: int, seconds: float | None, progress: bool | None = None
+    ) -> None:
         """Take what is left of so many steps, or of the seconds."""
         rest = itertools.islice(batches, self.done, None)
         with _learning(self.student, self._norms):
@@ -60,10 +62,10 @@ class Course:
                 lesson.objective(self.student, *next(rest)).backward()
                 self.optimizer.step()
 
-    def _shares(self, total: int, seconds: float | None, progress: bool) -> Iterator[float]:
+    def _shares(self, total: int, seconds: float | None, progress: bool | None) -> Iterator[float]:
         """Yield before each step the share of steps, or of time, that is behind."""
         began = kept = time.perf_counter() - self.spent
-        for step in tqdm(range(self.done, total), desc="distill", initial=self.done, total=total, disable=not progress):
+        for step in bar("distill", progress, range(self.done, total), total=total, done=self.done):
             self.spent = time.perf_counter() - began
             share = max(step / total, 0.0 if seconds is None else self.spent / seconds)
             if share >= 1.0:

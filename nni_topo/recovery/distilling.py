@@ -25,7 +25,16 @@ import torch
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import SEED, ConfigError, DataError, check_integer, is_finite, unknown_name
+from nni_topo.errors import (
+    NONE,
+    SEED,
+    ConfigError,
+    DataError,
+    check_knobs,
+    number,
+    unknown_name,
+    whole,
+)
 from nni_topo.network.capture import batches_of
 from nni_topo.network.inputs import calls
 from nni_topo.network.masks import check_model
@@ -44,6 +53,15 @@ _RATES = (3e-3, 1e-3, 3e-4)
 _TRIAL = 10  # the tenth of a course
 _NEAR = 1.1
 
+_POSITIVE = number(0.0, closed="neither")
+KNOBS = {
+    "temperature": _POSITIVE,
+    "steps": whole(1) | NONE,
+    "seconds": _POSITIVE | NONE,
+    "batch_size": whole(1),
+    "lr": _POSITIVE | NONE,
+}
+"""Rules of the numbers that :func:`distill` takes; None stands for its own choice."""
 _logger = logging.getLogger(__name__)
 
 
@@ -102,13 +120,14 @@ def distillation(
     augment: Augment | None = None,
     state: str | Path | None = None,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Distillation:
     """Distil a model and report what was done; parameters and errors are those of :func:`distill`."""
     began = time.perf_counter()
     if objective not in OBJECTIVES:
         raise unknown_name("objective", str(objective), OBJECTIVES)
-    check_knobs(temperature, steps, seconds, batch_size, lr)
+    given = {"temperature": temperature, "steps": steps, "seconds": seconds, "batch_size": batch_size, "lr": lr}
+    check_knobs("distill", given, KNOBS)
     SEED.check("seed", seed, "distill")
     for model in (original, dense):
         check_model(model)
@@ -205,8 +224,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         result on one machine.
     seed : int, default=0
         For the order of the images and what is held out; and of PyTorch's generators for ``augment``.
-    progress : bool, default=False
-        Show a bar on standard error.
+    progress : bool or None, default=None
+        Show a bar on standard error; None: in a terminal, for what takes longer than five seconds.
 
     Returns
     -------
@@ -274,12 +293,3 @@ def _take_values(model: nn.Module, other: nn.Module) -> None:
     with torch.no_grad():
         for name, tensor in named_tensors(model).items():
             tensor.copy_(values[name])
-
-
-def check_knobs(temperature: Any, steps: Any, seconds: Any, batch_size: Any, lr: Any) -> None:
-    """Raise a ConfigError for numbers that :func:`distill` can't use; None stands for its own choice."""
-    for name, value in (("temperature", temperature), ("seconds", seconds), ("lr", lr)):
-        if (value is not None or name == "temperature") and not (is_finite(value) and value > 0.0):
-            raise ConfigError(f"{name} must be a finite number above 0, got {value!r} (distill)")
-    check_integer("steps", 1 if steps is None else steps, 1, "distill")
-    check_integer("batch_size", batch_size, 1, "distill")

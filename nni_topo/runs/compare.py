@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from nni_topo.disk import only_process, write_json
 from nni_topo.errors import ConfigError, NniTopoError
-from nni_topo.pruners.registry import check_knobs
+from nni_topo.pruners.registry import check_knob_names
 from nni_topo.runs.cells import run_cell
 from nni_topo.runs.plan import SCRATCH, Cell, Plan
 from nni_topo.runs.records import COMPARED, Record, append_record, read_records
@@ -115,7 +115,7 @@ def _check_choices(cells: list[Cell]) -> None:
     """Raise, before anything runs, what would stop every cell of a model, data set or pruner."""
     for pruner in {cell.pruner.name: cell.pruner for cell in cells}.values():
         if pruner.name != SCRATCH and not is_rival(pruner.name):
-            check_knobs(pruner.name, pruner.knobs)
+            check_knob_names(pruner.name, pruner.knobs)
     for cell in {(cell.model.name, cell.data): cell for cell in cells}.values():
         resolve_device(cell.device)
         load_model_data(cell.model, cell.data)

@@ -13,10 +13,10 @@ from typing import Any, Literal, get_args
 import yaml
 
 from nni_topo.disk import reading
-from nni_topo.errors import ConfigError, as_settings, unknown_name
+from nni_topo.errors import ConfigError, as_settings, check_knobs, unknown_name
 from nni_topo.pruners.registry import pruner_info
 from nni_topo.recovery.compensating import METHODS, Method
-from nni_topo.recovery.distilling import check_knobs
+from nni_topo.recovery.distilling import KNOBS
 from nni_topo.zoo import Augmentation, Recipe, default_recipe
 
 SCRATCH = "scratch"
@@ -82,7 +82,7 @@ class DistillationChoice:
             raise ConfigError(f"images must be at least 2, got {self.images} (distill)")
         if self.augmentation not in get_args(Augmentation):
             raise unknown_name("augmentation", str(self.augmentation), get_args(Augmentation))
-        check_knobs(self.temperature, self.steps, self.seconds, self.batch_size, self.lr)
+        check_knobs("distill", vars(self), KNOBS)
 
 
 @dataclass(frozen=True)

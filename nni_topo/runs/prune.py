@@ -31,7 +31,7 @@ def prune_checkpoint(
     *,
     seed: int = 0,
     device: str = "cpu",
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Record:
     """Prune a trained model; write ``dense.pt``, ``masks.pt``, ``summary.json``, ``report.html`` to an empty folder."""
     out = Path(out)

@@ -119,7 +119,7 @@ def trained(
     folder: Path | None = None,
     seed: int = 0,
     device: str = "cpu",
-    progress: bool = False,
+    progress: bool | None = None,
     accept: Callable[[nn.Module], None] | None = None,
 ) -> Start:
     """Return a trained network: that of a checkpoint, or of a folder of checkpoints; else it is trained.
@@ -213,7 +213,7 @@ def on_cpu(masks: Masks) -> Masks:
 
 
 def made_dense(
-    start: Start, masks: Masks, compensate: CompensationChoice | None = None, *, progress: bool = False
+    start: Start, masks: Masks, compensate: CompensationChoice | None = None, *, progress: bool | None = None
 ) -> tuple[nn.Module, CompensationReport | None]:
     """Return the dense network, compensated if asked for, and what compensation did."""
     if compensate is None:
@@ -223,7 +223,9 @@ def made_dense(
     return to_dense(done.model, start.example, masks), done.report
 
 
-def distilled(start: Start, dense: nn.Module, choice: DistillationChoice, *, progress: bool = False) -> Distillation:
+def distilled(
+    start: Start, dense: nn.Module, choice: DistillationChoice, *, progress: bool | None = None
+) -> Distillation:
     """Let a dense network learn from the unpruned one, on training images without labels."""
     images, knobs = start.images(choice.images), distillation_knobs(start, choice)
     # Compensation had the first images, too, so the next eighth as many judge; where there are none, some of the first.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -103,7 +102,6 @@ class TrainedVerb(DataVerb):
             checkpoint=self.checkpoint,
             seed=self.seed,
             device=self.device,
-            progress=sys.stderr.isatty(),
         )
 
 
