@@ -60,7 +60,8 @@ def log_details_on_demand() -> bool:
 
     Place: ``nni/runtime/log.py``, ``nni/common/concrete_trace_utils/operator_patcher.py`` and
     ``nni/compression/speedup/mask_conflict.py``. Cause: the level of all loggers is INFO; each ``and`` and ``or`` in
-    the code that is read is warned of, 324 times for a BERT; two words are printed; on every version.
+    the code that is read is warned of, 324 times for a BERT, and so is any layer behind a pruned one; two words are
+    printed; on every version.
     ``logging.getLogger("nni.compression").setLevel("INFO")`` brings the lines back. Returns True, but for a second call
     and where that logger has a level.
     """
@@ -71,7 +72,9 @@ def log_details_on_demand() -> bool:
     # each speedup gives its own logger the level INFO
     details = logging.getLogger(model_speedup.__name__)
     details.addFilter(lambda record: record.levelno >= logger.level)
-    logging.getLogger(operator_patcher.__name__).addFilter(lambda record: '"and/or"' not in record.getMessage())
+    for module, words in ((operator_patcher, '"and/or"'), (mask_conflict, "both dim0 and dim1 masks")):
+        filtered = logging.getLogger(module.__name__)
+        filtered.addFilter(lambda record, words=words: words not in record.getMessage())  # type: ignore[misc]
     mask_conflict.print = lambda *words: None
     return True
 

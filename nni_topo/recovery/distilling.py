@@ -126,8 +126,8 @@ def distillation(
     began = time.perf_counter()
     if objective not in OBJECTIVES:
         raise unknown_name("objective", str(objective), OBJECTIVES)
-    given = {"temperature": temperature, "steps": steps, "seconds": seconds, "batch_size": batch_size, "lr": lr}
-    check_knobs("distill", given, KNOBS)
+    numbers = {"temperature": temperature, "steps": steps, "seconds": seconds, "batch_size": batch_size, "lr": lr}
+    check_knobs("distill", numbers, KNOBS)
     SEED.check("seed", seed, "distill")
     for model in (original, dense):
         check_model(model)
