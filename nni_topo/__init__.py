@@ -15,12 +15,14 @@ from nni_topo.maths.clustering.subclustering import Growth  # noqa: E402
 from nni_topo.maths.search.weights import WeightSearch  # noqa: E402
 from nni_topo.maths.signals import Chirp  # noqa: E402
 from nni_topo.network import (  # noqa: E402
+    as_linear,
     dependency_groups,
     export,
     load,
     masked_model,
     register_module,
     save,
+    save_pretrained,
     to_dense,
     zeros_held,
 )
@@ -91,6 +93,7 @@ __all__ = [
     "WeightSearch",
     "__version__",
     "analysis",
+    "as_linear",
     "clustering",
     "compat",
     "compensate",
@@ -110,6 +113,7 @@ __all__ = [
     "register_module",
     "register_pruner",
     "save",
+    "save_pretrained",
     "shrink",
     "signals",
     "speedup",

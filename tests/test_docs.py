@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nni_topo.cli import main
+
 PROJECT = Path(__file__).parent.parent
 PAGES = sorted([*PROJECT.glob("docs/*.md"), PROJECT / "README.md", PROJECT / "CONTRIBUTING.md"])
 RUN = ("start", "export", "migrating", "own_pruner", "transformers")
@@ -45,6 +47,55 @@ def test_caps_and_floors_hold_under_a_budget_as_the_page_says(tmp_path, monkeypa
 def test_snippets_of_the_readme_run(tmp_path, monkeypatch):
     run(PROJECT / "README.md", tmp_path, monkeypatch)
     assert {path.name for path in tmp_path.iterdir()} == {"small.pt", "small.pt2"}
+
+
+JOBS = PROJECT / "docs" / "six_jobs.md"
+LIBRARIES = ("NNI", "Torch-Pruning", "ModelOpt", "Here")
+
+
+def jobs():
+    """Each job's own text before the first library, and the code of each library, by its name in bold."""
+    found = {}
+    for section in JOBS.read_text(encoding="utf-8").split("\n## ")[1:]:
+        head, _, text = section.partition("\n")
+        own = re.findall(r"```python\n(.*?)```", text.partition("\n**")[0], re.S)
+        codes = {}
+        for said, code in re.findall(r"\n(\*\*[^\n]*)\n\n```\w+\n(.*?)```", text, re.S):
+            codes |= dict.fromkeys(re.findall(r"\*\*([\w-]+)\*\*", said), code)
+        found[head] = ("".join(own), codes)
+    return found
+
+
+def test_the_table_of_six_jobs_counts_the_lines_below_it():
+    def count(code):
+        lines = [line.strip() for line in code.splitlines()]
+        return len([line for line in lines if line and not line.startswith(("import ", "from ", "#"))])
+
+    rows = re.findall(r"^\| \[(.*?)\]\(.*?\) \|(.*)\|$", JOBS.read_text(encoding="utf-8"), re.M)
+    table = {job.capitalize(): [cell.strip() for cell in cells.split("|")] for job, cells in rows}
+    written = {
+        job.capitalize(): [str(count(codes[name])) if name in codes else "" for name in LIBRARIES]
+        for job, (_, codes) in jobs().items()
+    }
+    assert len(written) == 6
+    assert all(codes.keys() <= {*LIBRARIES} for _, codes in jobs().values())
+    assert table == written
+
+
+def test_the_six_jobs_run(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("torch_pruning")
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "six_jobs"}
+    exec(snippets(JOBS)[0], names)
+    for job, (own, codes) in jobs().items():
+        exec(own, names)
+        for library, code in codes.items():
+            if code.startswith("nni-topo "):
+                assert main([*code.split()[1:], "--train-epochs", "1", "--in-process"]) == 0
+            elif library != "ModelOpt":
+                exec(compile(code, f"{job}, {library}", "exec"), names)
+    assert names["done"].int8_distance < 0.1
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)

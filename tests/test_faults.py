@@ -59,6 +59,7 @@ def of_pictures(path):
 WRITERS = {
     "tensors": lambda path: write_tensors(path, torch.zeros(10_000)),
     "model": lambda path: nni_topo.save(torch.nn.Linear(100, 100), path),
+    "safetensors": lambda path: nni_topo.save(torch.nn.Linear(100, 100), path),
     "checkpoint": lambda path: zoo.save_checkpoint(path, torch.nn.Linear(100, 100), {}),
     "json": lambda path: write_json(path, list(range(10_000))),
     "record": lambda path: append_record(path, {"key": "a" * 10_000}),
@@ -68,12 +69,12 @@ WRITERS = {
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_full_disk_is_said_in_words_and_what_was_there_stays(name, tmp_path):
-    path = tmp_path / "file.png"
+    path = tmp_path / ("file.safetensors" if name == "safetensors" else "file.png")
     path.write_bytes(b"{}\n")
-    with full_disk(), pytest.raises(DataError, match=r"needs free disk, got none left \(.*file\.png\)") as caught:
+    with full_disk(), pytest.raises(DataError, match=rf"needs free disk, got none left \(.*{path.name}\)") as caught:
         WRITERS[name](path)
     assert caught.value.__suppress_context__
-    assert [each.name for each in tmp_path.iterdir()] == ["file.png"]
+    assert list(tmp_path.iterdir()) == [path]
     if name == "record":
         assert read_records(path) == [{}]
     if name != "pictures":

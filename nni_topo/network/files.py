@@ -1,23 +1,28 @@
 """Save a dense model in one file without code in it, and build it again from the unpruned model.
 
-The file holds tensors, names and integers only and is read with ``weights_only=True``, so that reading a file
-from elsewhere runs nothing. What it doesn't hold is the model's forward: that comes with the model it
-is loaded into, whose layers are made smaller to fit.
+The file holds tensors, names and integers only, in PyTorch's format, which is read with ``weights_only=True``, or as
+safetensors, whose header holds a recipe in JSON: which module has which sizes. Reading a file from elsewhere runs
+nothing. What it doesn't hold is the model's forward: that comes with the model it is loaded into, whose layers are
+made smaller to fit.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from nni_topo._version import __version__
-from nni_topo.disk import read_tensors, reading, write_tensors
+from nni_topo.disk import read_tensors, reading, whole_file, write_tensors
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.attention import find_attention, resize
 from nni_topo.network.counted import count
@@ -28,6 +33,18 @@ from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
 _FORMAT = "nni-topo dense model"
 _FORMAT_VERSION = 1
+_SAFE = ".safetensors"
+_RECIPE = "nni_topo"  # its place in the header of a safetensors file
+_KINDS: dict[str, type] = {
+    "format": str,
+    "format_version": int,
+    "package_version": str,
+    "modules": dict,
+    "state_dict": dict,
+    "buffers": dict,
+    "fingerprints": dict,
+}
+_OLDER: dict[str, Any] = {"buffers": {}, "fingerprints": {}}  # files of older versions have none
 
 # The attributes that say how large a module is, by the class that defines them.
 _SIZES: dict[type[torch.nn.Module], tuple[str, ...]] = {
@@ -53,7 +70,9 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
     dense : torch.nn.Module
         A model made by `nni_topo.to_dense`, fine-tuned or not. It isn't changed.
     path : str or path-like
-        The file to write, whole or not at all; an existing one is replaced.
+        The file to write, whole or not at all; an existing one is replaced. One that ends in ``.safetensors`` is
+        written as safetensors, with the recipe (which module has which sizes) as JSON under ``"nni_topo"`` in its
+        metadata; any other as PyTorch does.
 
     Raises
     ------
@@ -65,6 +84,7 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
     See Also
     --------
     load : Builds the model again.
+    save_pretrained : Writes a folder that Transformers loads by itself.
     """
     check_unwrapped(dense)
     listed, every = dense.state_dict(keep_vars=True), named_tensors(dense)
@@ -77,7 +97,11 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
         "buffers": {name: tensor.detach() for name, tensor in every.items() if name not in listed},
         "fingerprints": {name: _fingerprint(tensor) for name, tensor in every.items()},
     }
-    write_tensors(Path(path), document)
+    if Path(path).suffix == _SAFE:
+        with whole_file(Path(path)) as part:
+            _write_safe(document, part)
+    else:
+        write_tensors(Path(path), document)
 
 
 def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> torch.nn.Module:
@@ -101,7 +125,8 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
     Raises
     ------
     DataError
-        If the file is missing, isn't one that `save` writes, or holds other values than were saved.
+        If the file is missing or cut short, isn't one that `save` writes, has unknown keys, or holds other values than
+        were saved.
     ConfigError
         If the file doesn't fit the model: other modules, other types, larger sizes, or modules with two names
         that were two modules in the dense model.
@@ -141,6 +166,52 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
     return built
 
 
+def save_pretrained(dense: Any, folder: _PathLike) -> None:
+    """Save a pruned model of Transformers as a folder that its ``from_pretrained`` loads without this package.
+
+    Parameters
+    ----------
+    dense : transformers.PreTrainedModel
+        A model made by `nni_topo.to_dense`. It isn't changed.
+    folder : str or path-like
+        The folder for ``config.json`` and ``model.safetensors``; made where there is none.
+
+    Raises
+    ------
+    ConfigError
+        If the model isn't one of Transformers, or its config can't say how wide its layers are: it has one number for
+        all blocks, so all must be equally wide. `save` and `load` take every model.
+    SpeedupError
+        If the model is still wrapped by NNI.
+
+    See Also
+    --------
+    save : One file for every model, for `load`.
+    """
+    check_unwrapped(dense)
+    config, name = getattr(dense, "config", None), type(dense).__name__
+    if config is None or not callable(getattr(dense, "save_pretrained", None)):
+        raise ConfigError(f"a model must be one of Transformers, got {name}; nni_topo.save takes any (save_pretrained)")
+    with torch.device("meta"):
+        plain = type(dense)(copy.deepcopy(config))
+    wanted, got = _structure(plain), _structure(dense)
+    different = [each for each in {**wanted, **got} if wanted.get(each) != got.get(each)]
+    if different:
+        raise ConfigError(
+            "from_pretrained must be able to build the model by its config, which has one width for all blocks, got "
+            f"{got.get(different[0])} where the config makes {wanted.get(different[0])}; nni_topo.save and "
+            f"nni_topo.load take it ({different[0]}, {name})"
+        )
+    dense.save_pretrained(folder)
+
+
+def _structure(model: torch.nn.Module) -> dict[str, Any]:
+    """Return what a config must say of a model: the heads, the modules' sizes, and the tensors' shapes, by name."""
+    heads = {name: f"{each.heads} heads" for name, each in find_attention(model).items()}
+    sizes = {name: _describe(module) for name, module in model.named_modules() if _sizes(module)}
+    return heads | sizes | {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+
+
 def _sizes(module: torch.nn.Module) -> tuple[str, ...]:
     """List the names of a module's size attributes; none for a type without."""
     names = next((names for kind, names in _SIZES.items() if isinstance(module, kind)), ())
@@ -166,7 +237,7 @@ def _shared(names: list[str], stored: dict[str, torch.Tensor]) -> list[list[str]
     parts: dict[Any, list[str]] = {}
     for name in names:
         value = stored.get(name)
-        place = None if value is None else (value.data_ptr(), value.shape, value.stride())
+        place = None if value is None else (value.data_ptr(), value.dtype, value.shape, value.stride())
         parts.setdefault(place, []).append(name)
     return list(parts.values())
 
@@ -187,11 +258,44 @@ def _check_values(
         )
 
 
+def _write_safe(document: dict[str, Any], path: _PathLike) -> None:
+    """Write the tensors as safetensors, each once, and all else as JSON into the header."""
+    tensors = document["state_dict"] | document["buffers"]
+    places = _shared([*tensors], tensors)
+    recipe = document | {
+        "state_dict": {name: first for first, *others in places for name in (first, *others)},
+        "buffers": [*document["buffers"]],
+    }
+    # Copies, for safetensors takes no two views of one memory.
+    values = {first: tensors[first].cpu().contiguous().clone() for first, *_ in places}
+    try:
+        save_file(values, os.fspath(path), {_RECIPE: json.dumps(recipe)})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise (error if number is None else OSError(int(number[1]), os.strerror(int(number[1])))) from error
+
+
+def _read_safe(path: _PathLike) -> Any:
+    """Read what `_write_safe` wrote."""
+    with safe_open(os.fspath(path), "pt") as file:
+        recipe = json.loads((file.metadata() or {}).get(_RECIPE, "null"))
+        if not isinstance(recipe, dict):
+            return None
+        values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    places, buffers = recipe["state_dict"], recipe["buffers"]
+    if unknown := values.keys() - {*places.values()}:
+        raise DataError(f"a dense model's recipe must name every tensor, got none of {min(unknown)} ({path})")
+    return recipe | {
+        "state_dict": {name: values[first] for name, first in places.items() if name not in buffers},
+        "buffers": {name: values[places[name]] for name in buffers},
+    }
+
+
 def _read(path: _PathLike) -> dict[str, Any]:
     """Read a file and check that it is one of ours."""
     place = os.fspath(path)
     with reading(Path(path), "a dense model's file", "written by nni_topo.save"):
-        document = read_tensors(Path(path))
+        document = _read_safe(path) if Path(path).suffix == _SAFE else read_tensors(Path(path))
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise DataError(f"a dense model's file must be written by nni_topo.save, got another kind ({place})")
     if document.get("format_version") != _FORMAT_VERSION:
@@ -199,6 +303,10 @@ def _read(path: _PathLike) -> dict[str, Any]:
             f"a dense model's file must have format version {_FORMAT_VERSION}, got "
             f"{document.get('format_version')!r} from nni_topo {document.get('package_version')} ({place})"
         )
+    document = _OLDER | document
+    wrong = [str(key) for key in {**_KINDS, **document} if not isinstance(document.get(key), _KINDS.get(key, ()))]
+    if wrong:
+        raise DataError(f"a dense model's file must hold {', '.join(_KINDS)}, got it wrong at {wrong[0]!r} ({place})")
     return document
 
 
@@ -213,17 +321,28 @@ def _check_fit(document: dict[str, Any], model: torch.nn.Module, place: str) -> 
     _check_names(rule, "modules", set(stored), set(modules), place)
     _check_names(rule, "tensors", set(document["state_dict"]), set(tensors), place)
     for name, description in stored.items():
-        counts = "counted" in description["sizes"] and set(_sizes(modules[name])) <= set(description["sizes"])
-        if description["type"] != type(modules[name]).__name__ and not counts:
-            raise ConfigError(
-                f"{rule}, got {description['type']} where the model has {type(modules[name]).__name__} "
-                f"({name}, {place})"
-            )
+        kind, sizes = _checked(description, name, place)
+        known = _describe(modules[name])
+        counts = "counted" in sizes and known["sizes"].keys() <= sizes.keys()
+        if kind != known["type"] and not counts:
+            raise ConfigError(f"{rule}, got {kind} where the model has {known['type']} ({name}, {place})")
+        if not counts and sizes.keys() != known["sizes"].keys():
+            raise DataError(f"a recipe must hold {', '.join(known['sizes'])}, got {', '.join(sizes)} ({name}, {place})")
     for name, tensor in tensors.items():
         small, full = tuple(document["state_dict"][name].shape), tuple(tensor.shape)
         fits = len(small) == len(full) and all(a <= b for a, b in zip(small, full, strict=True))
         if small != full and not (fits and (name.rpartition(".")[0] in resizable or can_follow(tensor))):
             raise ConfigError(f"{rule}, got shape {small} where the model has {full} ({name}, {place})")
+
+
+def _checked(description: Any, name: str, place: str) -> tuple[str, dict[str, Any]]:
+    """Return the type and sizes that a recipe has of a module."""
+    match description:
+        case {"type": str(kind), "sizes": dict(sizes)} if all(
+            type(one) is int and one >= 0 for size in sizes.values() for one in (size if type(size) is list else [size])
+        ):
+            return kind, sizes
+    raise DataError(f"a recipe must give a module's type and whole sizes, got {description!r:.80} ({name}, {place})")
 
 
 def _check_names(rule: str, kind: str, stored: set[str], known: set[str], place: str) -> None:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tied_nets import LanguageModel, Rotation, TiedConvolutions, untied
 from torch import nn
 
@@ -44,11 +47,17 @@ def small():
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(params=["dense.pt", "dense.safetensors"])
+def path(request, tmp_path):
+    """A file of each format."""
+    return tmp_path / request.param
+
+
 @pytest.mark.parametrize("original", [make(), make])
-def test_a_saved_model_comes_back_bit_by_bit(tmp_path, original):
+def test_a_saved_model_comes_back_bit_by_bit(path, original):
     dense = small()
-    save(dense, tmp_path / "dense.pt")
-    built = load(tmp_path / "dense.pt", original)
+    save(dense, path)
+    built = load(path, original)
     assert repr(built) == repr(dense)
     assert list(built.state_dict()) == list(dense.state_dict())
     assert all(torch.equal(value, dense.state_dict()[key]) for key, value in built.state_dict().items())
@@ -56,13 +65,13 @@ def test_a_saved_model_comes_back_bit_by_bit(tmp_path, original):
         assert torch.equal(built.eval()(IMAGES), dense.eval()(IMAGES))
 
 
-def test_what_to_dense_makes_comes_back_and_trains(tmp_path):
+def test_what_to_dense_makes_comes_back_and_trains(path):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3), nn.Flatten())
     mask = torch.ones(8, 1, 1, 1)
     mask[[1, 3]] = 0
     dense = to_dense(model, IMAGES, {"0": {"weight": mask}})
-    save(dense, str(tmp_path / "dense.pt"))
-    built = load(str(tmp_path / "dense.pt"), model)
+    save(dense, str(path))
+    built = load(str(path), model)
     assert (built[0].out_channels, built[1].num_features, built[2].in_channels) == (6, 6, 6)
     assert torch.equal(built.eval()(IMAGES), dense.eval()(IMAGES))
     built.train()(IMAGES).sum().backward()
@@ -80,7 +89,7 @@ def test_the_model_given_stays_as_it_was(tmp_path):
     assert load(tmp_path / "dense.pt", model.train()).training
 
 
-def test_ties_frozen_parameters_and_precision_stay(tmp_path):
+def test_ties_frozen_parameters_and_precision_stay(path):
     def tied(width):
         model = nn.Sequential(nn.Embedding(5, width), nn.Linear(width, 5, bias=False))
         model[1].weight = model[0].weight
@@ -88,8 +97,8 @@ def test_ties_frozen_parameters_and_precision_stay(tmp_path):
         return model
 
     dense = tied(3).half()
-    save(dense, tmp_path / "dense.pt")
-    built = load(tmp_path / "dense.pt", tied(7))
+    save(dense, path)
+    built = load(path, tied(7))
     assert built[1].weight is built[0].weight
     assert not built[0].weight.requires_grad
     assert built[0].weight.dtype == torch.float16
@@ -117,14 +126,14 @@ def test_ties_of_the_model_hold_where_the_dense_model_has_them(tmp_path, older):
         assert (built.two.bias is built.one.bias) == (dense.two.bias is dense.one.bias)
 
 
-def test_equal_tensors_that_the_dense_model_does_not_share_stay_apart(tmp_path):
-    save(untied(TiedConvolutions()), tmp_path / "dense.pt")
-    built = load(tmp_path / "dense.pt", TiedConvolutions)
+def test_equal_tensors_that_the_dense_model_does_not_share_stay_apart(path):
+    save(untied(TiedConvolutions()), path)
+    built = load(path, TiedConvolutions)
     with torch.no_grad():
         built.one.weight.zero_()
     assert bool(built.two.weight.all())
-    save(TiedConvolutions(), tmp_path / "dense.pt")
-    built = load(tmp_path / "dense.pt", untied(TiedConvolutions()))
+    save(TiedConvolutions(), path)
+    built = load(path, untied(TiedConvolutions()))
     with torch.no_grad():
         built.one.weight.zero_()
     assert bool(built.two.weight.all())
@@ -141,24 +150,24 @@ def test_buffers_that_no_state_dict_holds_come_back(tmp_path):
     assert torch.equal(built.rotation.frequencies, LanguageModel().rotation.frequencies)
 
 
-def test_buffers_in_two_places_that_no_state_dict_holds(tmp_path):
+def test_buffers_in_two_places_that_no_state_dict_holds(path):
     dense = nn.Sequential(Rotation(4), Rotation(4))
     dense[1].frequencies = dense[0].frequencies
-    save(dense, tmp_path / "dense.pt")
-    built = load(tmp_path / "dense.pt", dense)
+    save(dense, path)
+    built = load(path, dense)
     assert built[1].frequencies is built[0].frequencies
     dense[1].frequencies = dense[0].frequencies * 2
     tied = copy.deepcopy(built)
-    save(dense, tmp_path / "dense.pt")
-    built = load(tmp_path / "dense.pt", tied)
+    save(dense, path)
+    built = load(path, tied)
     assert torch.equal(built[1].frequencies, 2 * built[0].frequencies)
 
 
-def test_buffers_that_a_forward_makes_are_not_asked_for(tmp_path):
+def test_buffers_that_a_forward_makes_are_not_asked_for(path):
     dense = nn.Sequential(nn.Linear(3, 3))
     dense.register_buffer("cache", torch.ones(2), persistent=False)
-    save(dense, tmp_path / "dense.pt")
-    built = load(tmp_path / "dense.pt", nn.Sequential(nn.Linear(3, 3)))
+    save(dense, path)
+    built = load(path, nn.Sequential(nn.Linear(3, 3)))
     assert torch.equal(built[0].weight, dense[0].weight)
 
 
@@ -171,10 +180,10 @@ class Twice(nn.Module):
         self.two = self.one if shared else nn.Bilinear(2, 2, 2)
 
 
-def test_a_model_that_shares_what_the_dense_model_does_not_is_refused(tmp_path):
-    save(Twice(shared=False), tmp_path / "dense.pt")
-    with pytest.raises(ConfigError, match=r"shares tensors between modules .*one.weight, .*dense.pt"):
-        load(tmp_path / "dense.pt", Twice(shared=True))
+def test_a_model_that_shares_what_the_dense_model_does_not_is_refused(path):
+    save(Twice(shared=False), path)
+    with pytest.raises(ConfigError, match=r"shares tensors between modules .*one.weight, .*dense\."):
+        load(path, Twice(shared=True))
 
 
 def test_a_file_of_other_values_is_refused(tmp_path):
@@ -187,12 +196,12 @@ def test_a_file_of_other_values_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float16])
-def test_every_type_has_a_fingerprint(tmp_path, dtype):
+def test_every_type_has_a_fingerprint(path, dtype):
     dense = nn.Linear(3, 2).to(dtype)
     dense.register_buffer("empty", torch.zeros(0, dtype=torch.bool))
     dense.register_buffer("turned", torch.arange(6, dtype=torch.int16).view(2, 3).t())
-    save(dense, tmp_path / "dense.pt")
-    built = load(tmp_path / "dense.pt", dense)
+    save(dense, path)
+    built = load(path, dense)
     assert torch.equal(built.weight, dense.weight)
     assert torch.equal(built.turned, dense.turned)
 
@@ -245,16 +254,60 @@ def test_other_files_are_refused(tmp_path, content, message):
         load(path, make)
 
 
-def test_a_file_that_is_cut_short_or_missing_is_refused(tmp_path):
-    save(small(), tmp_path / "dense.pt")
-    data = (tmp_path / "dense.pt").read_bytes()
-    (tmp_path / "short.pt").write_bytes(data[: len(data) // 2])
-    with pytest.raises(DataError, match=r"short.pt"):
-        load(tmp_path / "short.pt", make)
-    with pytest.raises(DataError, match=r"must be a file that exists, got none \(.*none.pt"):
-        load(tmp_path / "none.pt", make)
+def test_a_file_that_is_cut_short_or_missing_is_refused(path):
+    save(small(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DataError, match=rf"written by nni_topo.save.*{path.name}"):
+        load(path, make)
+    path.unlink()
+    with pytest.raises(DataError, match=rf"must be a file that exists, got none \(.*{path.name}"):
+        load(path, make)
     with pytest.raises(DataError, match="must be writable"):
-        save(small(), tmp_path / "no" / "folder" / "dense.pt")
+        save(small(), path.parent / "no" / "folder" / path.name)
+
+
+def with_recipe(path, change):
+    """Save the small model with another recipe."""
+    save(small(), path)
+    with safe_open(path, "pt") as file:
+        recipe = json.loads(file.metadata()["nni_topo"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    change(recipe, tensors)
+    save_file(tensors, path, {"nni_topo": json.dumps(recipe)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda recipe, _: recipe.update(hidden=1), r"got it wrong at 'hidden'"),
+        (lambda recipe, _: recipe.pop("modules"), r"got it wrong at 'modules'"),
+        (lambda recipe, _: recipe.update(fingerprints=3), r"got it wrong at 'fingerprints'"),
+        (lambda recipe, _: recipe.pop("state_dict"), r"can't be read as plain data \(KeyError"),
+        (lambda recipe, _: recipe.update(format="other"), "got another kind"),
+        (lambda recipe, _: recipe.update(format_version=9), "format version 1, got 9"),
+        (lambda recipe, _: recipe["modules"].update({"0": "Conv2d"}), r"type and whole sizes, got 'Conv2d' \(0,"),
+        (lambda recipe, _: recipe["modules"]["0"]["sizes"].update(groups=-1), r"whole sizes, got .*-1.* \(0,"),
+        (lambda recipe, _: recipe["modules"]["0"]["sizes"].pop("groups"), r"in_channels, out_channels, groups, got"),
+        (lambda recipe, _: recipe["modules"]["0"]["sizes"].update(more=1), r"groups, more \(0,"),
+        (lambda _, tensors: tensors.update(more=torch.ones(1)), "name every tensor, got none of more"),
+        (lambda _, tensors: tensors.pop("0.weight"), r"can't be read as plain data \(KeyError"),
+        (lambda _, tensors: tensors["0.weight"].add_(1), r"must hold what was saved, got other values \(0.weight"),
+    ],
+)
+def test_another_recipe_is_refused(tmp_path, change, message):
+    with_recipe(tmp_path / "dense.safetensors", change)
+    with pytest.raises(DataError, match=message):
+        load(tmp_path / "dense.safetensors", make)
+
+
+def test_safetensors_of_others_are_refused_and_ours_are_read_by_others(tmp_path):
+    path = tmp_path / "dense.safetensors"
+    dense = small()
+    save_file({"0.weight": torch.ones(2)}, path)
+    with pytest.raises(DataError, match="got another kind"):
+        load(path, make)
+    save(dense, path)
+    assert load_file(path).keys() == dense.state_dict().keys()
 
 
 @pytest.mark.parametrize(
@@ -268,10 +321,10 @@ def test_a_file_that_is_cut_short_or_missing_is_refused(tmp_path):
         (lambda: nn.Sequential(nn.Conv3d(3, 8, 3), *make()[1:]), "got Conv2d where the model has Conv3d"),
     ],
 )
-def test_another_model_is_refused_with_the_place(tmp_path, model, message):
-    save(small(), tmp_path / "dense.pt")
+def test_another_model_is_refused_with_the_place(path, model, message):
+    save(small(), path)
     with pytest.raises(ConfigError, match=message):
-        load(tmp_path / "dense.pt", model)
+        load(path, model)
 
 
 class Scaled(nn.Module):
@@ -290,13 +343,13 @@ class Scaled(nn.Module):
         ((5, 1), r"got shape \(5, 1\) where the model has \(5,\) \(own, "),
     ],
 )
-def test_a_parameter_of_the_models_own_may_be_smaller_and_no_more(tmp_path, own, message):
-    save(Scaled(2, own), tmp_path / "dense.pt")
+def test_a_parameter_of_the_models_own_may_be_smaller_and_no_more(path, own, message):
+    save(Scaled(2, own), path)
     with pytest.raises(ConfigError, match=message):
-        load(tmp_path / "dense.pt", Scaled(4, (5,)))
+        load(path, Scaled(4, (5,)))
     for size in (4, 5):
-        save(Scaled(2, (size,)), tmp_path / "dense.pt")
-        loaded = load(tmp_path / "dense.pt", Scaled(4, (5,)))
+        save(Scaled(2, (size,)), path)
+        loaded = load(path, Scaled(4, (5,)))
         assert (loaded.layer.out_features, len(loaded.own)) == (2, size)
 
 
