@@ -29,7 +29,7 @@ from nni_topo.runs.plan import (
     load_prune_config,
 )
 from nni_topo.runs.prune import check_empty, prune_checkpoint
-from nni_topo.runs.records import provenance, read_records
+from nni_topo.runs.records import compared_records, provenance
 from nni_topo.runs.report import prune_costs, write_report
 from nni_topo.runs.rivals import is_rival
 from nni_topo.runs.run import distillation_knobs, latencies
@@ -150,7 +150,7 @@ class Report(Verb):
         """Write the folders' reports and print what their records say."""
         for folder in self.folders:
             console.print(f"report: {write_report(folder)}", markup=False, soft_wrap=True)
-        records = [record for folder in self.folders for record in read_records(folder / "results.jsonl")]
+        records = [record for folder in self.folders for record in compared_records(folder / "results.jsonl")]
         if self.out is not None and records:
             plot_accuracy(records).savefig(self.out, dpi=150)
             console.print(f"picture: {self.out}", markup=False)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from nni_topo.disk import only_process, write_json
-from nni_topo.errors import ConfigError, NniTopoError
+from nni_topo.errors import ConfigError, NniTopoError, instance
 from nni_topo.pruners.registry import check_knob_names
 from nni_topo.runs.cells import run_cell
 from nni_topo.runs.plan import SCRATCH, Cell, Plan
@@ -83,7 +83,7 @@ def compare(
 def _all_cells(
     plan: Plan, cells: list[Cell], out: Path, isolate: bool, on_cell: Callable[[Cell, int, int], None] | None
 ) -> Comparison:
-    done = {record["key"]: record for record in read_records(out / "results.jsonl", COMPARED)}
+    done = {record["key"]: record for record in read_records(out / "results.jsonl", {"key": instance(str), **COMPARED})}
     # results.json and the tables are of one comparison; a changed plan in an old folder would mix two
     strangers = [record for key, record in done.items() if key not in {cell.key for cell in cells}]
     if strangers:

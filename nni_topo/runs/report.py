@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from nni_topo.disk import read_json, write_text
 from nni_topo.errors import DataError
 from nni_topo.runs.pictures import comparison_figures
-from nni_topo.runs.records import Record, read_records
+from nni_topo.runs.records import Record, compared_records
 from nni_topo.runs.tables import cells_of, grouped, title_of, widths_of
 
 _SOURCES = ("versions", "hardware", "revision")
@@ -75,7 +75,7 @@ def prune_costs(record: Record) -> list[tuple[str, str, str]]:
 def _parts(folder: Path) -> Iterator[Part]:
     drawn, told = set[str](), {"results"}
     # A study's own records have no target; its findings lie beside them.
-    records = [record for record in read_records(folder / "results.jsonl") if "target" in record]
+    records = compared_records(folder / "results.jsonl")
     if records:
         drawn = {"accuracy", "convergence"}
         yield from _of_comparison(records)
