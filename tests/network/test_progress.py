@@ -27,7 +27,7 @@ class Terminal(io.StringIO):
 def test_a_bar_is_shown_where_it_is_asked_for_or_a_terminal_waits(stream, progress, seconds, shown, monkeypatch):
     monkeypatch.setattr(sys, "stderr", stream())
     clock, late = time.time, [0.0]
-    monkeypatch.setattr(time, "time", lambda: clock() + late[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: clock() + late[0])
     for _ in bar("work", progress, range(3)):
         late[0] += seconds / 2
     assert ("work" in sys.stderr.getvalue()) == shown
