@@ -24,7 +24,17 @@ import torch
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import FLAG, SEED, ConfigError, DataError, check_integer, is_finite, unknown_name
+from nni_topo.errors import (
+    FLAG,
+    NONE,
+    SEED,
+    ConfigError,
+    DataError,
+    check_knobs,
+    number,
+    unknown_name,
+    whole,
+)
 from nni_topo.network.capture import batches_of
 from nni_topo.network.inputs import calls
 from nni_topo.network.masks import check_model
@@ -42,6 +52,17 @@ _STEPS, _PASSES = 600, 10
 _BATCH_NORM_IMAGES = 256
 _RATES = (6e-3, 2e-3, 6e-4)
 
+_POSITIVE = number(0.0, closed="neither")
+KNOBS = {
+    "temperature": _POSITIVE,
+    "steps": whole(1) | NONE,
+    "seconds": _POSITIVE | NONE,
+    "batch_size": whole(1),
+    "lr": _POSITIVE | NONE,
+    "blend": FLAG,
+    "state_seconds": number(0.0),
+}
+"""Rules of the numbers that :func:`distill` takes; None stands for its own choice."""
 _logger = logging.getLogger(__name__)
 
 
@@ -101,15 +122,14 @@ def distillation(
     state: str | Path | None = None,
     state_seconds: float = 30.0,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Distillation:
     """Distil a model and report what was done; parameters and errors are those of :func:`distill`."""
     began = time.perf_counter()
     if objective not in OBJECTIVES:
         raise unknown_name("objective", str(objective), OBJECTIVES)
-    check_knobs(temperature, steps, seconds, batch_size, lr, blend)
-    if not (is_finite(state_seconds) and state_seconds >= 0.0):
-        raise ConfigError(f"state_seconds must be a finite number of at least 0, got {state_seconds!r} (distill)")
+    numbers = {"temperature": temperature, "steps": steps, "seconds": seconds, "batch_size": batch_size, "lr": lr}
+    check_knobs("distill", numbers | {"blend": blend, "state_seconds": state_seconds}, KNOBS)
     SEED.check("seed", seed, "distill")
     for model in (original, dense):
         check_model(model)
@@ -209,8 +229,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         Seconds of learning from one state to the next, at least 0, which means after every step.
     seed : int, default=0
         For the order of the images and what is held out; and of PyTorch's generators for ``augment``.
-    progress : bool, default=False
-        Show a bar on standard error.
+    progress : bool or None, default=None
+        Show a bar on standard error; None: in a terminal, for what takes longer than five seconds.
 
     Returns
     -------
@@ -280,13 +300,3 @@ def _take_values(model: nn.Module, other: nn.Module) -> None:
     with torch.no_grad():
         for name, tensor in named_tensors(model).items():
             tensor.copy_(values[name])
-
-
-def check_knobs(temperature: Any, steps: Any, seconds: Any, batch_size: Any, lr: Any, blend: Any) -> None:
-    """Raise a ConfigError for numbers that :func:`distill` can't use; None stands for its own choice."""
-    for name, value in (("temperature", temperature), ("seconds", seconds), ("lr", lr)):
-        if (value is not None or name == "temperature") and not (is_finite(value) and value > 0.0):
-            raise ConfigError(f"{name} must be a finite number above 0, got {value!r} (distill)")
-    check_integer("steps", 1 if steps is None else steps, 1, "distill")
-    check_integer("batch_size", batch_size, 1, "distill")
-    FLAG.check("blend", blend, "distill")
