@@ -11,6 +11,23 @@ from nni_topo.cli import main
 QUICK = ["--limit", "300", "--train-epochs", "1", "--retrain-epochs", "1", "--in-process"]
 
 
+def test_compare_gives_images_to_pruners_that_choose_by_them(tmp_path):
+    words = [
+        "compare",
+        "--model",
+        "small_cnn",
+        "--pruners",
+        "reconstruction,topological,scratch",
+        "--ratio",
+        "0.5",
+        *QUICK,
+    ]
+    assert main([*words, "--calibration", "40", "--out", str(tmp_path)]) == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    found = {each["name"]: each["calibration"] for each in plan["pruners"]}
+    assert found == {"reconstruction": 40, "topological": 0, "scratch": 0}
+
+
 def test_list_names_pruners_models_and_data(capsys):
     assert main(["list"]) == 0
     text = capsys.readouterr().out

@@ -19,6 +19,7 @@ from nni_topo.runs.compare import compare
 from nni_topo.runs.demo import DEMO
 from nni_topo.runs.pictures import comparison_figures, plot_accuracy
 from nni_topo.runs.plan import (
+    SCRATCH,
     Cell,
     CompensationChoice,
     DistillationChoice,
@@ -86,6 +87,7 @@ class Compare(DataVerb):
     seeds: int = 1  # how many, at least 1
     train_epochs: int | None = None  # None: the model's recipe
     retrain_epochs: int = 1  # after pruning, at least 0
+    calibration: int = 512  # unlabelled images for the pruners that can't choose without
     compensate: int = 0  # compensate every row on so many unlabelled images; 0: none
     distill: int = 0  # then distil every row on so many unlabelled images; 0: none
     in_process: bool = False  # don't start a process per cell
@@ -102,11 +104,10 @@ class Compare(DataVerb):
         if not self.model:
             raise ConfigError("a comparison must have --model or --plan, got neither (nni-topo compare)")
         targets = [Target("ratio", value) for value in self.ratio] + [Target("flops", value) for value in self.flops]
-        names = [n if n == "scratch" or is_rival(n) else pruner_info(n).name for n in self.pruners]
         return Plan(
             models=(self.model_choice,),
             data=(self.data_choice(),),
-            pruners=tuple(map(PrunerChoice, names)),
+            pruners=tuple(map(self._choice, self.pruners)),
             targets=tuple(targets or [Target("ratio", 0.5)]),
             seeds=self.seeds,
             first_seed=self.seed,
@@ -116,6 +117,13 @@ class Compare(DataVerb):
             compensate=CompensationChoice(self.compensate) if self.compensate else None,
             distill=DistillationChoice(self.distill) if self.distill else None,
         )
+
+    def _choice(self, name: str) -> PrunerChoice:
+        if name == SCRATCH or is_rival(name):
+            return PrunerChoice(name)
+        info = pruner_info(name)
+        is_blind = not any(need.startswith("calibration") for need in info.needs)
+        return PrunerChoice(info.name, calibration=0 if is_blind else self.calibration)
 
 
 def _run_plan(plan: Plan, out: Path, console: Console, *, isolate: bool, as_json: bool) -> int:
