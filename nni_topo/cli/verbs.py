@@ -17,7 +17,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.runs.compare import compare
 from nni_topo.runs.demo import DEMO
-from nni_topo.runs.pictures import comparison_figures, plot_accuracy
+from nni_topo.runs.pictures import comparison_figures, figure_of, plot_accuracy
 from nni_topo.runs.plan import (
     SCRATCH,
     Cell,
@@ -160,7 +160,7 @@ class Report(Verb):
             console.print(f"report: {write_report(folder)}", markup=False, soft_wrap=True)
         records = [record for folder in self.folders for record in read_records(folder / "results.jsonl")]
         if self.out is not None and records:
-            plot_accuracy(records).savefig(self.out, dpi=150)
+            figure_of(plot_accuracy(records)[0]).savefig(self.out, dpi=150)
             console.print(f"picture: {self.out}", markup=False)
         if self.json:
             print(json.dumps(records, indent=1))
