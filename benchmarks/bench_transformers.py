@@ -2,11 +2,12 @@
 
     python benchmarks/bench_transformers.py vit_small --data-dir DIR --out runs/transformers
 
-trains a net of the zoo by its recipe (``bert_small``, and ``gpt_small``, which needs no folder, alike; ``--epochs`` and
-``--limit`` make it shorter), keeps half, a third and a sixth of the heads of every layer with half, a quarter and an
-eighth of the MLP's neurons, chosen by each pruner, and recovers each by each rule from the same unlabelled rows. A line
-per figure goes to ``transformers.jsonl``; the same command goes on where it was stopped. Of 2,000 test images the
-accuracy in percent, of 256 rows of text bits per byte.
+trains a net of the zoo for each seed (``bert_small``, and ``gpt_small``, which needs no folder, alike), keeps half, a
+third and a sixth of the heads of every layer with half, a quarter and an eighth of the MLP's neurons, chosen by each
+pruner, and recovers each by each rule from the same unlabelled rows. ``--retrained`` adds an epoch with labels to what
+was shipped and to what was distilled. A line per figure goes to ``transformers.jsonl``, nets to files beside it; the
+same command goes on where it was stopped. Of 2,000 test images the accuracy in percent, of 256 rows of text bits per
+byte; differences are paired by net. What dense nets take is timed in turns with the whole one.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import argparse
 import copy
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +28,26 @@ from torch.utils.data import TensorDataset
 
 from nni_topo import compensate, create_pruner, dependency_groups, distill, to_dense, zoo
 from nni_topo.runs.records import append_record, read_records
+from nni_topo.runs.run import Start, pruner_knobs
 from nni_topo.runs.tables import interval
 from nni_topo.zoo.evaluation import bits
 
 SHARES = ((1 / 2, 1 / 2), (1 / 3, 1 / 4), (1 / 6, 1 / 8))
-CHOICES = {"random": "random", "norm": "l1", "functional cloud": "topological", "reconstruction": "reconstruction"}
-RULES = {
-    "as shipped": None,
+CHOICES = {
+    "random": "random",
+    "norm": "l1",
+    "Taylor": "taylor",
+    "functional cloud": "topological",
+    "reconstruction": "reconstruction",
+}
+METHODS = {
     "mean into bias": "mean",
     "scalar per channel": "scalar",
     "channel ridge": "channel",
     "solved": "reconstruct",
-    "solved, distilled": "reconstruct",
 }
+RULES = ("as shipped", *METHODS, "solved, distilled")
+RETRAINED = ("as shipped", "solved, distilled")
 _LOOKED_AT = 512
 
 
@@ -49,50 +58,54 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="folder of Fashion-MNIST's files")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--choices", nargs="+", default=list(CHOICES), choices=CHOICES, help="default: all")
     parser.add_argument("--rows", type=int, default=1024, help="unlabelled")
+    parser.add_argument("--steps", type=int, default=300, help="of distillation")
     parser.add_argument("--epochs", type=int, help="of training (default: the recipe's)")
-    parser.add_argument("--limit", type=int, default=20_000, help="rows to train on")
+    parser.add_argument("--limit", type=int, default=10_000, help="rows to train on")
+    parser.add_argument("--retrained", action="store_true", help="then one epoch with labels, too")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "transformers.jsonl"
+    name = "python-stdlib" if options.model == "gpt_small" else "fashion-mnist"
+    data = zoo.load_data(name, options.data_dir, limit=options.limit, validation=0.0)
     for seed in options.seeds:
-        _run(options, seed, path)
+        _run(options, _trained(options, data, seed), path)
     _print([record for record in read_records(path) if record["key"][0] == options.model])
 
 
-def _run(options: argparse.Namespace, seed: int, path: Path) -> None:
+def _run(options: argparse.Namespace, start: Start, path: Path) -> None:
     """Measure all that is missing of one net."""
-    name = "python-stdlib" if options.model == "gpt_small" else "fashion-mnist"
-    data = zoo.load_data(name, options.data_dir, limit=options.limit)
-    original = _trained(options, data, seed)
-    whole, rows = _worth(original, data), data.train.tensors[0][: options.rows]
     done = {tuple(record["key"]) for record in read_records(path)}
+    rules = (*RULES, *(f"{rule}, retrained" for rule in RETRAINED if options.retrained))
+    whole = cache(lambda: _worth(start.net, start.data))
     for heads, neurons in SHARES:
-        for choice, pruner in CHOICES.items():
-            keys = {rule: (options.model, seed, heads, neurons, choice, rule) for rule in RULES}
-            if done.issuperset(keys.values()):
-                continue
-            masks = _masks(original, pruner, heads, neurons, rows, seed)
-            made: dict[str, tuple[nn.Module, float]] = {}
-            for rule, key in keys.items():
-                made[rule] = _recovered(original, masks, rule, rows, seed, made)
-                if key not in done:
-                    worth, seconds = _worth(made[rule][0], data), made[rule][1]
-                    append_record(path, {"key": key, "whole": whole, "worth": worth, "seconds": seconds})
-                    print(*key, f"{worth:.4f} of {whole:.4f}, {seconds:.1f} s", flush=True)
+        for choice in options.choices:
+            found = _Recovered(options, start, CHOICES[choice], heads, neurons)
+            for rule in rules:
+                key = (options.model, start.seed, heads, neurons, choice, rule)
+                if key in done:
+                    continue
+                dense, seconds = found.by(rule)
+                worth = _worth(dense, start.data)
+                shares = _times(start, dense) if (choice, rule) == ("norm", "as shipped") else {}
+                append_record(path, {"key": key, "whole": whole(), "worth": worth, "seconds": seconds, **shares})
+                print(*key, f"{worth:.4f} of {whole():.4f}, {seconds:.1f} s", flush=True)
 
 
-def _trained(options: argparse.Namespace, data: zoo.DataBundle, seed: int) -> nn.Module:
+def _trained(options: argparse.Namespace, data: zoo.DataBundle, seed: int) -> Start:
     sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels, "image_size": data.image_size}
     net, path = zoo.create_model(options.model, **sizes, seed=seed), options.out / f"{options.model}-{seed}.pt"
+    recipe = zoo.default_recipe(options.model, data.name)
+    recipe = replace(recipe, epochs=options.epochs or recipe.epochs)
     if path.exists():
         zoo.load_checkpoint(path, net)
-        return net.eval()
-    recipe = zoo.default_recipe(options.model, data.name)
-    log = zoo.train(net, data, replace(recipe, epochs=options.epochs or recipe.epochs), seed=seed)
-    print(f"{options.model}, seed {seed}: {_worth(net, data):.4f} after {log.seconds:.0f} s", flush=True)
-    zoo.save_checkpoint(path, net, {"seconds": log.seconds})
-    return net
+    else:
+        log = zoo.train(net, data, recipe, seed=seed)
+        print(f"{options.model}, seed {seed}: {_worth(net, data):.4f} after {log.seconds:.0f} s", flush=True)
+        zoo.save_checkpoint(path, net, {"seconds": log.seconds})
+    return Start(net.eval(), data, recipe, seed)
 
 
 def _worth(net: nn.Module, data: zoo.DataBundle) -> float:
@@ -102,57 +115,89 @@ def _worth(net: nn.Module, data: zoo.DataBundle) -> float:
     return bits(loss) if data.is_text else accuracy
 
 
-def _masks(original: nn.Module, pruner: str, heads: float, neurons: float, rows: torch.Tensor, seed: int) -> Any:
-    net = copy.deepcopy(original)
-    config = [
-        {"op_names_re": [r".*\.attention"], "granularity": "head", "sparse_ratio": 1.0 - heads},
-        {"op_names_re": [r".*\.mlp\.(fc1|gate_proj|up_proj)"], "sparse_ratio": 1.0 - neurons},
-    ]
-    groups = list(dependency_groups(net, rows[:2], config))
-    knobs: dict[str, Any] = {"seed": seed} if pruner == "random" else {}
-    if pruner in ("topological", "reconstruction"):
-        knobs["calibration"] = list(rows[:_LOOKED_AT].split(128))
-    return create_pruner(pruner, net, groups, **knobs).compress()[1]
+class _Recovered:
+    """Dense nets of one choice, by each rule, made when they are asked for."""
+
+    def __init__(self, options: argparse.Namespace, start: Start, pruner: str, heads: float, neurons: float) -> None:
+        self._options, self._start = options, start
+        self._pruner, self._heads, self._neurons = pruner, heads, neurons
+        self._rows = start.data.train.tensors[0][: options.rows]
+        self.by = cache(self._made)
+
+    def _made(self, rule: str) -> tuple[nn.Module, float]:
+        """Return the dense net and the CPU seconds that its recovery took."""
+        start, batches = self._start, list(self._rows.split(128))
+        knobs = {"steps": self._options.steps, "objective": "kl", "seed": start.seed}
+        before, _, last = rule.rpartition(", ")
+        dense, seconds = self.by(before) if before else (start.net, 0.0)
+        masks, began = self._masks(), time.process_time()
+        if last == "distilled":
+            dense = distill(dense, start.net, batches, **knobs)
+        elif last == "retrained":
+            dense = copy.deepcopy(dense)
+            zoo.train(dense, start.data, start.recipe.for_retraining(1), seed=start.seed)
+        else:
+            method: Any = METHODS.get(rule)
+            net = compensate(start.net, masks, batches, method=method, seed=start.seed) if method else start.net
+            dense = to_dense(net, self._rows[:2], masks)
+        return dense, seconds + time.process_time() - began
+
+    @cache  # noqa: B019
+    def _masks(self) -> Any:
+        net = copy.deepcopy(self._start.net)
+        config = [
+            {"op_names_re": [r".*\.attention"], "granularity": "head", "sparse_ratio": 1.0 - self._heads},
+            {"op_names_re": [r".*\.mlp\.(fc1|gate_proj|up_proj)"], "sparse_ratio": 1.0 - self._neurons},
+        ]
+        groups = list(dependency_groups(net, self._rows[:2], config))
+        looks = self._pruner in ("topological", "reconstruction")
+        knobs = pruner_knobs(self._pruner, net, self._start, _LOOKED_AT if looks else 0)
+        return create_pruner(self._pruner, net, groups, **knobs).compress()[1]
 
 
-def _recovered(
-    original: nn.Module,
-    masks: Any,
-    rule: str,
-    rows: torch.Tensor,
-    seed: int,
-    made: Mapping[str, tuple[nn.Module, float]],
-) -> tuple[nn.Module, float]:
-    """Return the dense net and the CPU seconds that its recovery took."""
-    began, batches, method = time.process_time(), list(rows.split(128)), RULES[rule]
-    if rule == "solved, distilled":
-        dense, before = made["solved"]
-        learned = distill(dense, original, batches, objective="kl", seed=seed)
-        return learned, before + time.process_time() - began
-    net = original if method is None else compensate(original, masks, batches, method=method, seed=seed)  # type: ignore[arg-type]
-    dense = to_dense(net, rows[:2], masks)
-    return dense, time.process_time() - began
+def _times(start: Start, dense: nn.Module) -> dict[str, float]:
+    """Return the shares of products and of time, one thread and 64 rows, that a dense net has of the whole one's."""
+    rows, nets = start.data.test.tensors[0][:64], {"whole": start.net, "dense": dense}
+    macs = {name: zoo.count_macs(net, rows[:1]) for name, net in nets.items()}
+    times = zoo.latencies(nets, rows, runs=20)
+    return {"macs": macs["dense"] / macs["whole"], "latency": times["dense"] / times["whole"]}
 
 
 def _print(records: list[dict[str, Any]]) -> None:
-    """Print a Markdown table: a row for each choice and rule, means and 95 % intervals over the nets."""
-    found: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    """Print in Markdown what is lost of the whole nets and by how much less than by norm, with 95 % intervals."""
+    is_text = records[0]["key"][0] == "gpt_small"
+    scale, digits, better = (1, 3, -1) if is_text else (100, 1, 1)
+    lost: dict[tuple[Any, ...], dict[int, float]] = defaultdict(dict)
     for record in records:
-        _, _, heads, _, choice, rule = record["key"]
-        found[choice, rule, heads].append(record)
-    shares = sorted({heads for _, _, heads in found}, reverse=True)
-    scale = 1 if records[0]["key"][0] == "gpt_small" else 100
-    whole = interval([record["whole"] for record in next(iter(found.values()))]).show(scale)
-    titles = [f"1/{round(1 / each)} of the heads" for each in shares]
-    print(f"\nwhole: {whole}\n\n| choice | rule | {' | '.join(titles)} | CPU s |")
-    print("|---|---|" + "---:|" * (len(shares) + 1))
-    for choice in CHOICES:
-        for rule in RULES:
-            cells = [found[choice, rule, heads] for heads in shares]
-            values = [interval([each["worth"] for each in cell]).show(scale) if cell else "" for cell in cells]
-            seconds = [each["seconds"] for cell in cells for each in cell]
-            mean = f"{sum(seconds) / len(seconds):.0f}" if seconds else ""
-            print(f"| {choice} | {rule} | {' | '.join(values)} | {mean} |")
+        _, seed, heads, _, choice, rule = record["key"]
+        lost[choice, rule, heads][seed] = better * (record["whole"] - record["worth"])
+    shares = [heads for heads, _ in SHARES]
+    titles = " | ".join(f"1/{round(1 / each)} of the heads" for each in shares)
+    nets = {record["key"][1]: record["whole"] for record in records}
+    print(f"\nwhole: {interval(list(nets.values())).show(scale, digits)}\n")
+    print(f"| choice | rule | lost: {titles} | less than by norm: {titles} | CPU s |\n|---|---|{'---:|' * 7}")
+    for choice, rule in dict.fromkeys((choice, rule) for choice, rule, _ in lost):
+        cells = [lost[choice, rule, heads] for heads in shares]
+        norms = [lost["norm", rule, heads] for heads in shares]
+        shown = [_show(cell.values(), scale, digits) for cell in cells]
+        apart = [
+            _show([norm[seed] - cell[seed] for seed in cell.keys() & norm.keys()], scale, digits, sign=True)
+            for cell, norm in zip(cells, norms, strict=True)
+        ]
+        seconds = [record["seconds"] for record in records if tuple(record["key"][4:]) == (choice, rule)]
+        print(f"| {choice} | {rule} | {' | '.join((*shown, *apart))} | {sum(seconds) / len(seconds):.0f} |")
+    for heads in shares:
+        timed = [record for record in records if "macs" in record and record["key"][2] == heads]
+        parts = [
+            f"{key} {interval([each[key] for each in timed]).show(digits=3)}" for key in ("macs", "latency") if timed
+        ]
+        print(f"1/{round(1 / heads)} of the heads, share of the whole net's: {', '.join(parts)}")
+
+
+def _show(values: Iterable[float], scale: float, digits: int, *, sign: bool = False) -> str:
+    """Return a mean and its interval, nothing of no value."""
+    found = list(values)
+    return interval(found).show(scale, digits, sign=sign) if found else ""
 
 
 if __name__ == "__main__":

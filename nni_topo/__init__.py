@@ -15,6 +15,7 @@ from nni_topo.maths.clustering.subclustering import Growth  # noqa: E402
 from nni_topo.maths.search.weights import WeightSearch  # noqa: E402
 from nni_topo.maths.signals import Chirp  # noqa: E402
 from nni_topo.network import (  # noqa: E402
+    as_linear,
     dependency_groups,
     export,
     load,
@@ -92,6 +93,7 @@ __all__ = [
     "WeightSearch",
     "__version__",
     "analysis",
+    "as_linear",
     "clustering",
     "compat",
     "compensate",

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nni_topo import (
+    as_linear,
     compensate,
     create_pruner,
     dependency_groups,
@@ -19,6 +20,7 @@ from nni_topo import (
 )
 from nni_topo.errors import ConfigError
 from nni_topo.network.attention import find_attention
+from nni_topo.sharing import find_ties
 
 transformers = pytest.importorskip("transformers")
 
@@ -31,6 +33,7 @@ MODELS = {
     "DistilBertForSequenceClassification": ("DistilBertConfig", DISTIL),
     "ViTForImageClassification": ("ViTConfig", {**IMAGES, "patch_size": 4}),
     "DeiTForImageClassification": ("DeiTConfig", {**IMAGES, "patch_size": 4}),
+    "GPT2LMHeadModel": ("GPT2Config", {"vocab_size": 31, "n_embd": 16, "n_inner": 24, "n_layer": 2, "n_head": 4}),
     "LlamaForCausalLM": ("LlamaConfig", {**SIZES, "num_key_value_heads": 2, "head_dim": 4}),
     "Qwen2ForCausalLM": ("Qwen2Config", {**SIZES, "num_key_value_heads": 2}),
     "MistralForCausalLM": ("MistralConfig", {**SIZES, "num_key_value_heads": 2, "sliding_window": None}),
@@ -40,7 +43,7 @@ MODELS = {
 def make(name, **more):
     torch.manual_seed(0)
     config, sizes = MODELS[name]
-    model = getattr(transformers, name)(getattr(transformers, config)(**sizes, **more)).eval()
+    model = as_linear(getattr(transformers, name)(getattr(transformers, config)(**sizes, **more)).eval())
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -53,8 +56,8 @@ def inputs_of(model, samples=3, places=6):
     if hasattr(model.config, "image_size"):
         return {"pixel_values": torch.randn(samples, 3, 8, 8, generator=drawing)}
     ids = torch.randint(5, 31, (samples, places), generator=drawing)
-    padding = (torch.arange(places) < torch.tensor([places, places - 2, places])[:samples, None]).long()
-    return {"input_ids": ids, "attention_mask": padding}
+    lengths = places - 2 * (torch.arange(samples) % 3 == 1).long()
+    return {"input_ids": ids, "attention_mask": (torch.arange(places) < lengths[:, None]).long()}
 
 
 def pruned(model, inputs, ratio=0.5):
@@ -99,6 +102,54 @@ def test_a_decoder_generates_with_and_without_cache_and_loads_by_its_config(tmp_
     torch.testing.assert_close(logits(loaded, inputs), logits(dense, inputs))
 
 
+def test_gpt2_of_linear_layers_is_the_same_and_loses_heads_and_neurons():
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**MODELS["GPT2LMHeadModel"][1])).eval()
+    inputs = inputs_of(model)
+    asked = [{"op_types": ["Conv1D"], "sparse_ratio": 0.5}]
+    left_out = dependency_groups(model, inputs, asked).skipped
+    assert "as_linear" in left_out["transformer.h.0.mlp.c_fc"]
+    linear = as_linear(model)
+    assert find_ties(linear) == find_ties(model)
+    torch.testing.assert_close(logits(linear, inputs), logits(model, inputs))
+    config = [
+        {"op_names_re": [r".*\.attn"], "granularity": "head", "sparse_ratio": 0.5},
+        {"op_names_re": [r".*\.c_fc"], "sparse_ratio": 0.75},
+    ]
+    groups = list(dependency_groups(linear, inputs, config))
+    masks = create_pruner("l1", copy.deepcopy(linear), groups).compress()[1]
+    dense = to_dense(compensate(linear, masks, [inputs]), inputs, masks)
+    block = dense.transformer.h[1]
+    assert (block.attn.num_heads, block.attn.c_attn.out_features, block.mlp.c_fc.out_features) == (2, 24, 6)
+    start = inputs["input_ids"][:1]
+    texts = [dense.generate(start, max_new_tokens=5, do_sample=False, use_cache=use) for use in (True, False)]
+    assert torch.equal(*texts)
+
+
+def test_attention_with_a_table_of_positions_stays_whole_with_the_reason():
+    kinds = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4, "vocab_size": 31}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**kinds)).eval()
+    inputs = inputs_of(model)
+    inputs["decoder_input_ids"] = inputs["input_ids"]
+    whole = dependency_groups(model, inputs, [{"op_types": ["Linear"], "granularity": "head", "sparse_ratio": 0.5}])
+    assert list(whole) == []
+    assert "T5Attention" in whole.skipped["encoder.block.0.layer.0.SelfAttention.q"]
+    neurons = list(dependency_groups(model, inputs, [{"op_types": ["Linear"], "sparse_ratio": 0.5}]))
+    assert [entry["op_names"][0].rpartition(".")[2] for entry in neurons] == ["wi", "wi"]
+    masks = create_pruner("l1", copy.deepcopy(model), neurons).compress()[1]
+    reference, dense = masked_model(model, inputs, masks), to_dense(model, inputs, masks)
+    torch.testing.assert_close(logits(dense, inputs), logits(reference, inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_no_tracer_follows_stays_whole_with_the_reason():
+    kinds = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2], "num_heads": [2], "window_size": 4}
+    model = transformers.SwinForImageClassification(transformers.SwinConfig(**kinds)).eval()
+    images = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+    for more in ({"granularity": "head"}, {}):
+        groups = dependency_groups(model, images, [{"op_types": ["Linear"], "sparse_ratio": 0.5, **more}])
+        asked = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        assert {entry["op_names"][0] for entry in groups} | groups.skipped.keys() == asked
+
+
 def test_what_a_config_cannot_say_is_refused_and_loads_by_the_original(tmp_path):
     model = make("BertForSequenceClassification")
     inputs = inputs_of(model)
@@ -135,3 +186,16 @@ def test_compensation_without_labels_brings_back_some_of_it(name):
         for each in (model, compensate(model, masks, calibration))
     ]
     assert lost[1] < 0.7 * lost[0]
+
+
+@pytest.mark.parametrize("method", ["reconstruct", "channel", "scalar", "mean"])
+def test_what_is_padding_does_not_count_in_compensation(method):
+    model = make("BertForSequenceClassification")
+    inputs = inputs_of(model, samples=10)
+    masks = pruned(model, inputs)
+    padding = inputs["attention_mask"] == 0
+    others = {**inputs, "input_ids": inputs["input_ids"].masked_fill(padding, 4)}
+    found, again = (compensate(model, masks, [each], method=method).state_dict() for each in (inputs, others))
+    assert any(not torch.equal(tensor, model.state_dict()[name]) for name, tensor in found.items())
+    for name, tensor in found.items():
+        torch.testing.assert_close(again[name], tensor, rtol=1e-4, atol=1e-5)

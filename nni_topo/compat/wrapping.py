@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from nni.compression.base import compressor
-from nni.compression.base.compressor import Compressor
+from nni.compression.base.compressor import Compressor, Pruner
 from nni.compression.base.config import select_modules_by_config
 from nni.compression.base.setting import PruningSetting
 from nni.compression.base.wrapper import ModuleWrapper
@@ -20,6 +20,9 @@ _TIED = "_nni_topo_tied"
 _BEGUN = "_nni_topo_begun"
 _MARK = "_nni_topo_mend"
 _FORWARD = "_nni_topo_forward"
+
+scaling: list[Callable[[torch.nn.Module, Any], None]] = []
+"""Functions that get a pruner's model and target spaces once NNI has given these their blocks, and may change them."""
 
 
 def keep_shared_parameters() -> bool:
@@ -152,6 +155,28 @@ def unwrap_models_once() -> bool:
 
     setattr(unwrap_once, _MARK, True)
     Compressor.unwrap_model = unwrap_once
+    return True
+
+
+def ask_for_blocks() -> bool:
+    """Let `scaling` say what the blocks of a pruner's targets are.
+
+    Place: ``nni/compression/base/compressor.py``, ``Pruner._register_scalers``. Cause: blocks are neighbouring rows
+    there, on every version, and a head's aren't where one weight holds queries, keys and values. Returns True, but for
+    a second call: NNI has no such rule.
+    """
+    register = Pruner._register_scalers
+    if hasattr(register, _MARK):
+        return False
+
+    @functools.wraps(register)
+    def register_all(self: Pruner) -> None:
+        register(self)
+        for change in scaling:
+            change(self.bound_model, self._target_spaces)
+
+    setattr(register_all, _MARK, True)
+    Pruner._register_scalers = register_all
     return True
 
 

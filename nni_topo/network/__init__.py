@@ -5,7 +5,7 @@ from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.exporting import Exported, export
 from nni_topo.network.files import load, save, save_pretrained
 from nni_topo.network.latency import LatencyTable, LayerLatency
-from nni_topo.network.layers import register_module
+from nni_topo.network.layers import as_linear, register_module
 from nni_topo.network.profiling import ModeCost, profile
 from nni_topo.network.reference import masked_model
 from nni_topo.network.report import DenseReport, LayerReport
@@ -19,6 +19,7 @@ __all__ = [
     "LayerLatency",
     "LayerReport",
     "ModeCost",
+    "as_linear",
     "dependency_groups",
     "export",
     "load",

@@ -28,11 +28,11 @@ _APART = (
     ("query", "key", "value", ("out_proj",)),
     ("q_lin", "k_lin", "v_lin", ("out_lin",)),
 )
-_TOGETHER = (("qkv", ("proj",)),)
+_TOGETHER = (("qkv", ("proj",)), ("c_attn", ("c_proj",)))
 _COUNTS = ("num_attention_heads", "num_heads", "n_heads")
 _SHARED_COUNTS = ("num_key_value_heads", "num_kv_heads")
 _SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
-_WIDTHS = ("all_head_size", "inner_dim", "attn_dim", "dim", "embed_dim")
+_WIDTHS = ("all_head_size", "inner_dim", "attn_dim", "dim", "embed_dim", "split_size")
 
 
 @dataclass(frozen=True)

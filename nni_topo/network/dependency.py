@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from nni_topo.errors import ConfigError, SpeedupError
-from nni_topo.network.attention import Attention
+from nni_topo.network.attention import Attention, is_attention
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.labels import FIXED
-from nni_topo.network.layers import check_names, output_channels
+from nni_topo.network.layers import check_names, is_transposed_linear, output_channels
 from nni_topo.network.network import Network
 from nni_topo.network.parts import is_in_parts
 from nni_topo.network.report import why_not_followed
@@ -144,9 +144,7 @@ def dependency_groups(
     mixers = {name: each for name, each in mixers.items() if name in by_head or name in selected - named}
     asked = [name for name in order if name in (selected - named) - mixers.keys()]
     skipped = _skipped(network, flow, asked, selected) | {
-        name: "it makes no queries, keys or values of attention, so it has no heads"
-        for name in order
-        if name in by_head - flow.heads.keys() - mixers.keys()
+        name: _why_headless(model, name) for name in order if name in by_head - flow.heads.keys() - mixers.keys()
     }
     if strict and (whole := {name: why for name, why in skipped.items() if why != OUTPUT}):
         name, why = next(iter(whole.items()))
@@ -168,6 +166,17 @@ def dependency_groups(
     return DependencyGroups(entries, skipped)
 
 
+def _why_headless(model: torch.nn.Module, name: str) -> str:
+    """Say why a layer has no heads."""
+    module, place = model.get_submodule(name), name.rpartition(".")[0]
+    if is_transposed_linear(module):
+        return why_not_followed(model, name)
+    owner = model.get_submodule(place)
+    if "attention" in type(owner).__name__.lower() and not is_attention(owner):
+        return f"within {place} ({type(owner).__name__}), attention of no known build"
+    return "it makes no queries, keys or values of attention, so it has no heads"
+
+
 def _parts(names: set[str], flow: ChannelFlow) -> set[str]:
     """Put the layers of attention in place of a module that holds them."""
     found = {name: flow.attention[name] for name in names - flow.heads.keys() if name in flow.attention}
@@ -181,7 +190,8 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: se
     for name in asked:
         if name not in flow.layers:
             # Of a norm, say, masks may be wanted all the same.
-            if output_channels(network.model.get_submodule(name)) is not None:
+            module = network.model.get_submodule(name)
+            if output_channels(module) is not None or is_transposed_linear(module):
                 skipped[name] = why_not_followed(network.model, name)
             continue
         roots = flow.layer_roots(name)

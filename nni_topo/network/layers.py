@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -62,6 +63,41 @@ def register_module(kind: type[torch.nn.Module], cut: Callable[[Any, torch.Tenso
     >>> register_module(Gain, shorten)
     """
     RULES[kind] = ChannelRule(cut, dim)
+
+
+def as_linear(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy of a model of Transformers with linear layers in place of its ``Conv1D``, as GPT-2 has them.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Not wrapped by NNI. It isn't changed.
+
+    Returns
+    -------
+    torch.nn.Module
+        A model that computes the same. A ``Conv1D`` is a linear layer whose weight, of shape (inputs, outputs), lies
+        the other way round; NNI, and this package, would take its inputs for outputs.
+
+    Examples
+    --------
+    >>> as_linear(torch.nn.ReLU())
+    ReLU()
+    """
+    copied = copy.deepcopy(model)
+    for name, module in list(copied.named_modules(remove_duplicate=False)):
+        if name and is_transposed_linear(module):
+            weight: Any = module.weight
+            linear = torch.nn.Linear(len(weight), weight.shape[1], device="meta").train(module.training)
+            linear.weight = torch.nn.Parameter(weight.detach().T.contiguous(), weight.requires_grad)
+            linear.bias = module.bias
+            copied.set_submodule(name, linear)
+    return copied
+
+
+def is_transposed_linear(module: torch.nn.Module) -> bool:
+    """Tell whether a module is a ``Conv1D`` of Transformers, which needn't be installed."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def is_one(module: torch.nn.Module) -> bool:

@@ -7,7 +7,13 @@ from collections.abc import Mapping
 
 import torch
 
-from nni_topo.network.layers import PER_CHANNEL, kept_channels, output_channels, weight_is_computed
+from nni_topo.network.layers import (
+    PER_CHANNEL,
+    is_transposed_linear,
+    kept_channels,
+    output_channels,
+    weight_is_computed,
+)
 from nni_topo.network.masks import FullMasks
 
 
@@ -110,6 +116,8 @@ def why_not_followed(model: torch.nn.Module, name: str) -> str:
     """Say why a layer keeps its channels although no other layer knows of them."""
     if weight_is_computed(model.get_submodule(name)):
         return "its weight is computed from other parameters"
+    if is_transposed_linear(model.get_submodule(name)):
+        return "its weight lies the other way round: nni_topo.as_linear(model) makes a linear layer of it"
     parts = name.split(".")
     for length in range(len(parts) - 1, 0, -1):
         owner = model.get_submodule(".".join(parts[:length]))

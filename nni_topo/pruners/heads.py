@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from nni.compression.base.compressor import Pruner
 from nni.compression.base.setting import PruningSetting
 from nni.compression.utils.scaling import Scaling
 from torch import Tensor
 
+from nni_topo.compat.wrapping import scaling
 from nni_topo.network.attention import IntArray, find_attention
 from nni_topo.network.layers import weight_name
 from nni_topo.pruners.units import TargetSpaces
@@ -79,15 +79,8 @@ def scale_by_heads(model: Any, target_spaces: TargetSpaces) -> None:
             space._scaler = ColumnScaling(space.granularity)
 
 
-def _register_scalers(self: Pruner) -> None:
-    _plain(self)
-    scale_by_heads(self.bound_model, self._target_spaces)
-
-
-_plain = Pruner._register_scalers
-
-
 def show_heads_to_nni() -> None:
     """Let config_lists name ``MultiheadAttention``, and all pruners, NNI's own too, choose among heads."""
     PruningSetting.register("MultiheadAttention", {"in_proj_weight": _WEIGHT, "in_proj_bias": _BIAS})
-    Pruner._register_scalers = _register_scalers
+    if scale_by_heads not in scaling:
+        scaling.append(scale_by_heads)

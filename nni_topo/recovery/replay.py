@@ -18,6 +18,9 @@ from nni_topo.network.inputs import bind_arguments, calls, tensors_of
 
 Values = dict[Node, Any]
 
+_COUNTS = {"attention_mask": True, "key_padding_mask": False, "src_key_padding_mask": False}
+"""Arguments that tell by position what is padding, and whether something other than zero there counts."""
+
 
 class Replay:
     """Runs two networks of one graph over the same batches; `pruned` may change between passes."""
@@ -37,6 +40,7 @@ class Replay:
         self.model = model
         self.nodes: list[Node] = list(original.graph.nodes)
         self._placeholders = [node for node in self.nodes if node.op == "placeholder"]
+        self._masks = [node for node in self._placeholders if str(node.target) in _COUNTS]
         self.order = {node: rank for rank, node in enumerate(self.nodes)}
         self._runners = Interpreter(original), Interpreter(pruned)
         self._twins = dict(zip(self.nodes, pruned.graph.nodes, strict=True))
@@ -56,6 +60,7 @@ class Replay:
     def run(self, settled: int, watched: list[Node]) -> Iterator[tuple[Values, Values]]:
         """Yield the watched nodes' values in both networks, batch by batch; DataError if one doesn't fit the model."""
         # `settled` is the rank of the first node that may change before a later pass.
+        watched = [*watched, *self._masks]
         stop = max(self.order[node] for node in watched) + 1
         kept: list[tuple[Values, Values]] | None = []
         size = 0
@@ -69,6 +74,14 @@ class Replay:
         # Only a pass that was read to its end knows all batches.
         if kept is not None:
             self._start, self._saved = settled, kept
+
+    def counted(self, values: Values, entries: int, places: int) -> Tensor | None:
+        """Tell which positions of a batch aren't padding, ``(entries, places)``; None where no mask says it of them."""
+        for node in self._masks:
+            mask = values[node]
+            if isinstance(mask, Tensor) and mask.shape == (entries, places):
+                return (mask != 0) == _COUNTS[str(node.target)]
+        return None
 
     def _starts(self) -> Iterator[tuple[Values, Values]]:
         """Yield each batch's values at the place where passes start."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ class Sampler:
     """Streams the samples of tasks into normal equations."""
 
     # A layer with more than ``max(16384, 16 * unknowns)`` positions over all images is sampled at about so many, evenly
-    # spread over images and positions, drawn from a seed. Every fifth entry is held out.
+    # spread over images and positions, drawn from a seed. Every fifth entry is held out. Padding isn't looked at.
 
     def __init__(self, replay: Replay, sizes: Sequence[int], seed: int, cache_bytes: int) -> None:
         self.replay = replay
@@ -187,11 +188,19 @@ class Sampler:
         seen = 0
         for index, (original, pruned) in enumerate(self.replay.run(settled, task.watched)):
             entries, count = task.extent(original)
-            positions = draw_positions(count, entries, self._wanted(task, index, entries), generator)
+            real = self.replay.counted(original, entries, count)
+            share = 1.0 if real is None else max(float(real.double().mean()), 1 / count)
+            wanted = math.ceil(self._wanted(task, index, entries) / share)
+            positions = draw_positions(count, entries, wanted, generator)
             for part in _parts(entries, positions.shape[1] * task.unknowns * len(task.layer.columns)):
                 samples = task.samples(original, pruned, part, positions[part])
                 marks = (torch.arange(seen, seen + entries)[part] + 1) % _HELD_OUT == 0
                 rows = marks.repeat_interleave(samples[0].shape[1] // len(marks)).to(samples[0].device)
+                if real is not None:
+                    stays = real[part].gather(1, positions[part].to(real.device)).flatten()
+                    stays = stays.repeat_interleave(len(rows) // len(stays)).to(rows.device)
+                    inputs, lacking, meant = (each[:, stays] for each in samples)
+                    samples, rows = (inputs, lacking, meant), rows[stays]
                 yield _Chunk(*samples, is_held_out=rows)
             seen += entries
 

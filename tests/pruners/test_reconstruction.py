@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.maths.least_squares.greedy import Products, Samples
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.pruners.reconstruction import ReconstructionPruner
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblem, ReconstructionProblems
@@ -40,10 +41,10 @@ def lost(problem, population):
     shares = []
     for kept in population:
         explained = []
-        for gram, cross, columns in zip(problem.grams, problem.crosses, problem.columns, strict=True):
-            own = np.repeat(kept, columns)
-            solution, *_ = np.linalg.lstsq(gram[np.ix_(own, own)], cross[own], rcond=1e-12)
-            explained.append((solution * cross[own]).sum())
+        for layer in problem.layers:
+            own = np.repeat(kept, layer.block)
+            solution, *_ = np.linalg.lstsq(layer.gram[np.ix_(own, own)], layer.cross[own], rcond=1e-12)
+            explained.append((solution * layer.cross[own]).sum())
         shares.append(1.0 - np.mean(explained))
     return np.array(shares)
 
@@ -77,11 +78,7 @@ def test_the_choice_weighs_the_layers_that_read_alike():
     pruner = RandomPruner(model, dependency_groups(model, IMAGES[:2], config("stem", "inner")))
     (problem,) = (found for _, found in ReconstructionProblems(BATCHES).each(pruner.context, {}))
     pruner.unwrap_model()
-    parts = [
-        ReconstructionProblem((gram,), (cross,), (columns,))
-        for gram, cross, columns in zip(problem.grams, problem.crosses, problem.columns, strict=True)
-    ]
-    single = [lost(part, np.eye(8, dtype=bool)) for part in parts]
+    single = [lost(ReconstructionProblem((layer,)), np.eye(8, dtype=bool)) for layer in problem.layers]
     assert not np.allclose(single[0], single[1], rtol=0.1)
     assert problem.choose(1)[0] == np.mean(single, axis=0).argmin()
 
@@ -102,14 +99,14 @@ def test_a_channel_that_is_the_sum_of_two_others_goes_first():
 
 def test_a_flattened_map_has_a_column_for_each_place():
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(20, 7))
-    assert problem_of(model.eval(), ["0"])["0"].columns == (4,)
+    assert problem_of(model.eval(), ["0"])["0"].layers[0].block == 4
 
 
 def test_a_grouped_convolution_behind_is_read_group_by_group():
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1, groups=2)).eval()
     problem = problem_of(model, ["0"])["0"]
-    crosses = np.abs(problem.crosses[0])
+    crosses = np.abs(problem.layers[0].cross)
     with torch.no_grad():
         features = model[0](IMAGES).movedim(1, -1).flatten(0, 2).double()
         outputs = model(IMAGES).movedim(1, -1).flatten(0, 2).double()
@@ -119,12 +116,24 @@ def test_a_grouped_convolution_behind_is_read_group_by_group():
     np.testing.assert_allclose(crosses, cross.abs().numpy(), atol=1e-6)
 
 
+@pytest.mark.parametrize(("images", "kind"), [(2, Samples), (48, Products)])
+def test_few_samples_are_not_multiplied_with_each_other(images, kind):
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Conv2d(16, 8, 3)).eval()
+    problem = problem_of(model, ["0"], batches=[IMAGES[:images]])["0"]
+    (layer,) = problem.layers
+    assert isinstance(layer, kind)
+    assert np.square(layer.cross).sum() > 0.0
+    again = ReconstructionProblem((Products(layer.gram, layer.cross, layer.block),))
+    np.testing.assert_array_equal(problem.choose(8), again.choose(8))
+
+
 def test_all_readers_of_a_group_count():
     model = toy_model().eval()
     grouped = dependency_groups(model, IMAGES[:2], config("stem", "inner", "hidden"))
     pruner = RandomPruner(model, grouped)
     found = {unit.name: p for unit, p in ReconstructionProblems(BATCHES).each(pruner.context, {})}
-    assert [len(problem.grams) for problem in found.values()] == [2, 1]  # inner and hidden read the stem's channels
+    assert [len(problem.layers) for problem in found.values()] == [2, 1]  # inner and hidden read the stem's channels
 
 
 def test_the_first_of_sequence_is_the_same_and_later_ones_see_what_went():
@@ -139,9 +148,9 @@ def test_the_first_of_sequence_is_the_same_and_later_ones_see_what_went():
         kept[unit.name] = np.arange(unit.blocks) < unit.blocks // 2
     pruner.unwrap_model()
     first, second = plain
-    for mine, other in zip(found[first].grams, plain[first].grams, strict=True):
-        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-6)
-    assert not np.allclose(found[second].grams[0], plain[second].grams[0], rtol=1e-2)
+    for mine, other in zip(found[first].layers, plain[first].layers, strict=True):
+        np.testing.assert_allclose(mine.gram, other.gram, rtol=1e-4, atol=1e-6)
+    assert not np.allclose(found[second].layers[0].gram, plain[second].layers[0].gram, rtol=1e-2)
 
 
 @pytest.mark.parametrize("sequential", [False, True])

@@ -326,3 +326,31 @@ def test_bad_models_are_refused():
     broken.head.bias.data[0] = math.nan
     with pytest.raises(DataError, match=r"must be finite, got NaN or infinite values \(head.bias\)"):
         compensate(broken, {}, [toy_images(2)])
+
+
+class Padded(nn.Module):
+    """An encoder of states that gets told which of them are padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.TransformerEncoderLayer(12, 2, 24, batch_first=True)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, states, src_key_padding_mask):
+        return self.head(self.body(states, src_key_padding_mask=src_key_padding_mask)[:, 0])
+
+
+def test_positions_that_are_padding_do_not_count():
+    torch.manual_seed(0)
+    model, name = Padded().eval(), "body.linear1"
+    states, gone = torch.randn(12, 6, 12), torch.arange(6) >= torch.randint(2, 6, (12, 1))
+    masks = {name: {"weight": (torch.arange(24) % 3 > 0)[:, None].expand(24, 12).float()}}
+
+    def repaired(padding):
+        inputs = {"states": torch.where(gone[:, :, None], padding, states), "src_key_padding_mask": gone}
+        return compensation(model, masks, [inputs])
+
+    found = [repaired(padding) for padding in (torch.tensor(0.0), 5.0 * torch.randn(12, 6, 12))]
+    assert [layer.samples for layer in found[0].report.layers] == [int((~gone).sum()), 12]
+    assert not torch.equal(found[0].model.body.linear2.weight, model.body.linear2.weight)
+    torch.testing.assert_close(*(each.model.body.linear2.weight for each in found), rtol=1e-4, atol=1e-6)

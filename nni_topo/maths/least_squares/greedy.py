@@ -12,10 +12,13 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg.blas import dgemm
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.ties import first_largest
@@ -24,6 +27,7 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 _LEAST_PIVOT = 1e-10
+_CACHED = 2**20  # bytes of targets that are worked on at a time
 
 
 def greedy_least_squares(
@@ -75,25 +79,23 @@ def greedy_least_squares(
     >>> greedy_least_squares(columns @ columns, columns @ [[1.0], [2.0], [3.0]], 2).tolist()
     [2, 1]
     """
-    return forward_selection(gram, cross, keep, block=block, parts=parts)[0]
-
-
-def forward_selection(
-    gram: FloatArray | Sequence[FloatArray],
-    cross: FloatArray | Sequence[FloatArray],
-    keep: int,
-    *,
-    block: int | Sequence[int] = 1,
-    parts: int = 1,
-) -> tuple[IntArray, FloatArray]:
-    """Return the order of :func:`greedy_least_squares`, and what each channel took off the squared error, (keep,)."""
     grams = [gram] if isinstance(gram, np.ndarray) else list(gram)
     crosses = [cross] if isinstance(cross, np.ndarray) else list(cross)
     blocks = [block] * len(grams) if isinstance(block, int) else list(block)
-    channels = _check(grams, crosses, keep, blocks)
+    if not grams or not len(grams) == len(crosses) == len(blocks):
+        raise DataError(
+            f"gram, cross and block must belong together, got {len(grams)}, {len(crosses)} and {len(blocks)} of them"
+        )
+    layers = [Products(*layer) for layer in zip(grams, crosses, blocks, strict=True)]
+    return forward_selection(layers, keep, parts)[0]
+
+
+def forward_selection(layers: Sequence[Products | Samples], keep: int, parts: int = 1) -> tuple[IntArray, FloatArray]:
+    """Return the order of :func:`greedy_least_squares`, and what each channel took off the squared error, (keep,)."""
+    channels = _check(layers, keep)
     if parts < 1 or channels % parts or keep % parts:
         raise ConfigError(f"parts must divide {channels} channels and {keep} kept ones, got {parts} (parts)")
-    readers = [_Reader(*problem) for problem in zip(grams, crosses, [keep] * len(grams), blocks, strict=True)]
+    readers = [_InProducts(one, keep) if isinstance(one, Products) else _InSamples(one) for one in layers]
     part = np.arange(channels) // (channels // parts)
     room = np.full(parts, keep // parts)
     left = np.ones(channels, dtype=bool)
@@ -112,70 +114,159 @@ def forward_selection(
     return order, taken
 
 
-class _Reader:
+@dataclass(frozen=True)
+class Products:
+    """What a layer reads and has to put out: ``X.T @ X`` (n * block, n * block), ``X.T @ Y`` (n * block, outputs)."""
+
+    gram: FloatArray
+    cross: FloatArray
+    block: int
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The same by samples, for few of them: X.T (n * block, samples), Y (samples, outputs), a ridge (n * block,)."""
+
+    columns: FloatArray
+    targets: FloatArray
+    ridge: FloatArray
+    block: int
+
+    @property
+    def gram(self) -> FloatArray:
+        """``X.T @ X``, the ridge on its diagonal."""
+        return np.asarray(self.columns @ self.columns.T + np.diag(self.ridge))
+
+    @property
+    def cross(self) -> FloatArray:
+        """``X.T @ Y``."""
+        return np.asarray(self.columns @ self.targets)
+
+
+class _Reader(ABC):
     """The columns that one layer reads, kept orthogonal to those of the chosen channels."""
 
-    def __init__(self, gram: FloatArray, cross: FloatArray, keep: int, block: int) -> None:
-        self._gram = np.asarray(gram, dtype=np.float64)
-        self._cross = _compressed(np.array(cross, dtype=np.float64))
-        self._index = np.arange(len(gram)).reshape(-1, block)
-        self._own = self._gram[self._index[:, :, None], self._index[:, None, :]]
-        scale = np.trace(self._own, axis1=1, axis2=2) / block
+    # Channels that were chosen are dropped: the last one takes their place, so that what is left lies together.
+
+    def __init__(self, own: FloatArray, cross: FloatArray, rows: FloatArray) -> None:
+        # `own` (n, block, block) are the products of each channel's columns with each other, `rows` one for each
+        # column, of what else is to be moved with it.
+        count, self._block = own.shape[:2]
+        scale = np.trace(own, axis1=1, axis2=2) / self._block
         # A trace of ridge: columns that the chosen ones span leave a block of zeros, which has no factor.
-        self._own += (_LEAST_PIVOT * np.where(scale > 0.0, scale, 1.0))[:, None, None] * np.eye(block)
-        self._factor = np.zeros((len(gram), keep * block))
-        self._done = 0
+        self._own = own + (_LEAST_PIVOT * np.where(scale > 0.0, scale, 1.0))[:, None, None] * np.eye(self._block)
+        self._cross, self._rows = cross, rows
+        self._channels, self._place, self._left = np.arange(count), np.arange(count), count
+        self._met = np.empty_like(own)  # products of what is left of the targets, channel by channel
+        for chunk in self._chunks():
+            self._meet(chunk)
 
     def gains(self) -> FloatArray:
-        """Return what each channel would take off the squared error, shape (n,)."""
-        rows = self._cross.reshape(*self._index.shape, -1)
-        if rows.shape[1] == 1:
-            return np.asarray(np.einsum("cbp,cbp->c", rows, rows) / self._own[:, 0, 0])
+        """Return what each channel would take off the squared error, shape (n,); 0 for the chosen ones."""
+        own, met = self._own[: self._left], self._met[: self._left]
         # trace(G^-1 R R'), G the block's own products and R those with the targets: what its least squares take off.
-        return np.asarray((np.linalg.inv(self._own) * (rows @ rows.transpose(0, 2, 1))).sum((1, 2)))
+        gains = np.zeros(len(self._channels))
+        gains[self._channels[: self._left]] = (
+            met[:, 0, 0] / own[:, 0, 0] if self._block == 1 else (np.linalg.inv(own) * met).sum((1, 2))
+        )
+        return gains
 
     def choose(self, channel: int) -> None:
         """Take a channel, and what it explains off the others."""
-        columns, past = self._index[channel], self._factor[:, : self._done]
-        root = np.linalg.cholesky(self._own[channel])
-        # One more block column of the Cholesky factor, for all channels: what they share with the chosen one and with
-        # none before it.
-        new = np.linalg.solve(root, (self._gram[:, columns] - past @ past[columns].T).T).T
-        self._cross -= new @ np.linalg.solve(root, self._cross[columns])
-        blocks = new.reshape(*self._index.shape, -1)
+        place, block = self._place[channel], self._block
+        inverse = np.linalg.inv(np.linalg.cholesky(self._own[place]))
+        mine = slice(place * block, (place + 1) * block)
+        row, target = self._rows[mine].copy(), inverse @ self._cross[mine]
+        self._left -= 1
+        for values, size in ((self._channels, 1), (self._own, 1), (self._cross, block), (self._rows, block)):
+            last = self._left * size
+            values[place * size : (place + 1) * size] = values[last : last + size]
+        self._place[self._channels[place]] = place
+        new = self._shared(channel, row, inverse)
+        blocks = new.reshape(-1, block, block)
         # What is left of each channel's own block is its Schur complement.
-        self._own -= blocks @ blocks.transpose(0, 2, 1)
-        # Nothing of the chosen channel is left to invert; its gain isn't looked at again.
-        self._own[channel] = np.eye(len(columns))
-        self._factor[:, self._done : self._done + len(columns)] = new
-        self._done += len(columns)
+        self._own[: self._left] -= blocks @ blocks.transpose(0, 2, 1)
+        for chunk in self._chunks():
+            rows = slice(chunk.start * block, chunk.stop * block)
+            dgemm(-1.0, target.T, new[rows].T, 1.0, self._cross[rows].T, overwrite_c=True)  # in place
+            self._meet(chunk)
+
+    @abstractmethod
+    def _shared(self, channel: int, row: FloatArray, inverse: FloatArray) -> FloatArray:
+        """Return what the columns left share with a chosen channel's, (left * block, block), and with none before."""
+        # These are scaled to length 1 by the `inverse` of their own products' Cholesky factor.
+
+    def _chunks(self) -> Iterator[slice]:
+        """Yield stretches of the channels left whose rows fit into a processor's cache."""
+        step = max(1, _CACHED // (8 * self._block * self._cross.shape[1]))
+        for start in range(0, self._left, step):
+            yield slice(start, min(start + step, self._left))
+
+    def _meet(self, chunk: slice) -> None:
+        rows = self._cross[chunk.start * self._block : chunk.stop * self._block]
+        blocks = rows.reshape(-1, self._block, rows.shape[1])
+        self._met[chunk] = blocks @ blocks.transpose(0, 2, 1)
+
+
+class _InProducts(_Reader):
+    """By products: the Cholesky factor of the chosen columns grows by a block column a step."""
+
+    def __init__(self, layer: Products, keep: int) -> None:
+        self._gram = np.asarray(layer.gram, dtype=np.float64)
+        self._index = np.arange(len(layer.gram)).reshape(-1, layer.block)
+        own = self._gram[self._index[:, :, None], self._index[:, None, :]]
+        super().__init__(own, _compressed(layer.cross), np.zeros((len(layer.gram), keep * layer.block)))
+        self._done = 0
+
+    def _shared(self, channel: int, row: FloatArray, inverse: FloatArray) -> FloatArray:
+        factor = self._rows[: self._left * self._block]
+        gram = self._gram[self._index[channel]][:, self._index[self._channels[: self._left]].ravel()]
+        new = np.asarray((gram.T - factor[:, : self._done] @ row[:, : self._done].T) @ inverse.T)
+        factor[:, self._done : self._done + self._block] = new
+        self._done += self._block
+        return new
+
+
+class _InSamples(_Reader):
+    """By samples: what the chosen columns explain is projected out of these, fewer than there are columns."""
+
+    def __init__(self, layer: Samples) -> None:
+        columns = np.array(layer.columns, dtype=np.float64)
+        blocks = columns.reshape(-1, layer.block, columns.shape[1])
+        own = blocks @ blocks.transpose(0, 2, 1)
+        own += layer.ridge.reshape(-1, layer.block, 1) * np.eye(layer.block)
+        super().__init__(own, columns @ _compressed(layer.targets), columns)
+        self._left_over = np.eye(columns.shape[1])
+
+    def _shared(self, channel: int, row: FloatArray, inverse: FloatArray) -> FloatArray:
+        new = self._left_over @ (row.T @ inverse.T)
+        self._left_over -= new @ new.T
+        return np.asarray(self._rows[: self._left * self._block] @ new)
 
 
 def _compressed(cross: FloatArray) -> FloatArray:
-    """Return targets with at most as many columns as rows, and the same inner products between rows."""
-    if cross.shape[1] <= cross.shape[0]:
-        return cross
+    """Return targets with at most as many columns as rows, and the same inner products between rows, as a copy."""
+    values = np.array(cross, dtype=np.float64, order="C")
+    if values.shape[1] <= values.shape[0]:
+        return values
     # Gains look at targets only through inner products of rows, and updates mix rows: a rotation of the targets changes
     # neither.
-    factor: FloatArray = np.asarray(np.linalg.qr(cross.T, mode="r"))
+    factor: FloatArray = np.asarray(np.linalg.qr(values.T, mode="r"))
     return np.ascontiguousarray(factor.T)
 
 
-def _check(grams: list[FloatArray], crosses: list[FloatArray], keep: int, blocks: list[int]) -> int:
+def _check(layers: Sequence[Products | Samples], keep: int) -> int:
     """Return the number of channels."""
-    if not grams or not len(grams) == len(crosses) == len(blocks):
-        raise DataError(
-            f"gram, cross and block must belong together, got {len(grams)}, {len(crosses)} and {len(blocks)} of them"
-        )
-    for gram, cross, block in zip(grams, crosses, blocks, strict=True):
-        size = len(gram)
-        if gram.shape != (size, size) or cross.ndim != 2 or len(cross) != size:
-            raise DataError(f"gram must be square and cross have as many rows, got {gram.shape} and {cross.shape}")
-        if not (np.isfinite(gram).all() and np.isfinite(cross).all()):
+    for layer in layers:
+        held = [layer.gram, layer.cross] if isinstance(layer, Products) else [layer.columns, layer.targets]
+        size = len(held[0])
+        if isinstance(layer, Products) and (held[0].shape != (size, size) or held[1].ndim != 2 or len(held[1]) != size):
+            raise DataError(f"gram must be square and cross have as many rows, got {held[0].shape} and {held[1].shape}")
+        if not all(np.isfinite(values).all() for values in held):
             raise DataError("gram and cross must be finite, got NaN or infinity")
-        if block < 1 or size % block:
-            raise ConfigError(f"block must divide the number of columns, got {block} for {size} columns (block)")
-    channels = {len(gram) // block for gram, block in zip(grams, blocks, strict=True)}
+        if layer.block < 1 or size % layer.block:
+            raise ConfigError(f"block must divide the number of columns, got {layer.block} for {size} columns (block)")
+    channels = {(len(one.gram if isinstance(one, Products) else one.columns)) // one.block for one in layers}
     if len(channels) > 1:
         raise DataError(f"all layers must read the same channels, got {sorted(channels)} of them (gram, block)")
     (count,) = channels

@@ -112,6 +112,11 @@ class NormalEquations:
         across = (sums["xy"] / self.samples).baddbmm_(x.unsqueeze(2), y.unsqueeze(1), alpha=-1)
         return own, across, sums["yy"] / self.samples - y.square()
 
+    def centred(self) -> tuple[Tensor, Tensor]:
+        """Return inputs and residuals less their means, where there are fewer samples than unknowns."""
+        inputs, residuals = self._joined()
+        return inputs - inputs.mean(1, keepdim=True), residuals - residuals.mean(1, keepdim=True)
+
     def solve(self, ridge: float, *, intercept: bool) -> Solution | None:
         """Solve by Cholesky decomposition, with a ridge as a share of each input's variance; None where that fails."""
         # Never quite none: collinear inputs are common, and have no Cholesky factor.

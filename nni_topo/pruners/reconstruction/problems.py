@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nni_topo.errors import DataError
-from nni_topo.maths.least_squares.greedy import forward_selection, greedy_least_squares
+from nni_topo.maths.least_squares.greedy import Products, Samples, forward_selection
 from nni_topo.network.capture import watched
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.inputs import batch_size, calls, fitting, structure_call
@@ -42,27 +42,25 @@ BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 
 _LINEAR = (*CONVOLUTIONS, nn.Linear)
-_RIDGE = 1e-4
 
 
 @dataclass(frozen=True)
 class ReconstructionProblem:
-    """The least-squares problems of the layers that read a unit, a matrix of each per layer."""
+    """The least-squares problems of the layers that read a unit, whose channels are chosen."""
 
-    # covariances of what enters each layer, channel by channel, (channels * columns, same), a ridge on the diagonal
-    grams: tuple[FloatArray, ...]
-    # those with what it has to put out, (channels * columns, outputs), scaled such that its total variance is 1
-    crosses: tuple[FloatArray, ...]
-    columns: tuple[int, ...]  # of a channel in each layer: kernel elements times positions
+    # Covariances, or samples, of what enters each layer, channel by channel, with a ridge; targets are scaled such that
+    # their total variance is 1. A block is a channel's kernel elements times positions.
+    layers: tuple[Products | Samples, ...]
 
     def choose(self, keep: int, parts: int = 1) -> IntArray:
         """Return ``keep`` channels by forward selection, in the order of choice, as many from each of equal parts."""
-        return greedy_least_squares(self.grams, self.crosses, keep, block=self.columns, parts=parts)
+        return forward_selection(self.layers, keep, parts)[0]
 
     def worth(self, parts: int = 1) -> FloatArray:
         """Return what each channel takes off the error, summed over the layers, when all are chosen in turn."""
-        channels = len(self.grams[0]) // self.columns[0]
-        order, taken = forward_selection(self.grams, self.crosses, channels, block=self.columns, parts=parts)
+        first = self.layers[0]
+        channels = len(first.columns if isinstance(first, Samples) else first.gram) // first.block
+        order, taken = forward_selection(self.layers, channels, parts)
         worth = np.zeros(channels)
         worth[order] = taken.clip(min=0.0)
         return worth
@@ -153,14 +151,6 @@ def linear_readers(unit: PruningUnit, flow: ChannelFlow, context: PruningContext
 
 
 def _problem(found: list[Reading], name: str) -> ReconstructionProblem:
-    grams, crosses = [], []
-    for one in found:
-        if not one.equations.is_finite():
-            raise DataError(f"activations must be finite, got NaN or infinity ({name})")
-        own, across, variances = (values[0] for values in one.equations.covariances())
-        variance = float(variances.sum())
-        own.diagonal().mul_(1.0 + _RIDGE)
-        across.mul_(variance**-0.5 if variance > 0 else 0.0)
-        grams.append(own.cpu().numpy())
-        crosses.append(across.cpu().numpy())
-    return ReconstructionProblem(tuple(grams), tuple(crosses), tuple(one.columns for one in found))
+    if not all(one.equations.is_finite() for one in found):
+        raise DataError(f"activations must be finite, got NaN or infinity ({name})")
+    return ReconstructionProblem(tuple(one.layer() for one in found))

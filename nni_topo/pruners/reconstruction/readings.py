@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nni_topo.maths.least_squares.greedy import Products, Samples
 from nni_topo.maths.least_squares.normal import NormalEquations
 from nni_topo.pruners.clouds.functional import Reader
 from nni_topo.recovery.samples import draw_positions, input_rows, position_count
 
 _LEAST_SAMPLES = 8192
 _SAMPLES_PER_COLUMN = 4
+_RIDGE = 1e-4
+_FEW = 4  # times the samples: not more than a layer's columns, and these aren't multiplied with each other
 
 
 class Reading:
@@ -50,9 +54,26 @@ class Reading:
         positions = draw_positions(self._places, len(before), self._wanted, self._generator).to(before.device)
         rows = input_rows(self.module, now, self._inputs, positions).double()
         first = rows if now is before else input_rows(self.module, before, self._inputs, positions).double()
-        # What the unit adds to the layer's output, without the other channels and the bias.
-        outputs = first @ self._weights
+        # What the unit adds to the layer's output, without the other channels and the bias. By the same rows it follows
+        # from their products.
+        outputs = first @ (self._weights[:, :0] if self.module is self.twin else self._weights)
         self.equations.add(rows, outputs, outputs)
+
+    def layer(self) -> Products | Samples:
+        """Return what was summed up, targets scaled such that their total variance is 1."""
+        sums, weights = self.equations, self._weights
+        if sums.samples * _FEW <= sums.unknowns:
+            rows, outputs = (values[0] / sums.samples**0.5 for values in sums.centred())
+            outputs = rows @ weights if self.module is self.twin else outputs
+            targets = outputs * _inverse_root(outputs.square().sum())
+            columns = np.ascontiguousarray(rows.T.cpu().numpy())
+            return Samples(columns, targets.cpu().numpy(), _RIDGE * np.square(columns).sum(1), self.columns)
+        own, across, variances = (values[0] for values in sums.covariances())
+        if self.module is self.twin:
+            across = own @ weights
+            variances = (weights * across).sum(0)
+        own.diagonal().mul_(1.0 + _RIDGE)
+        return Products(own.cpu().numpy(), (across * _inverse_root(variances.sum())).cpu().numpy(), self.columns)
 
     def _read_weights(self) -> Tensor:
         """Weights by which the layer reads the unit's columns, ``(channels * columns, outputs)``, float64."""
@@ -66,6 +87,10 @@ class Reading:
             outputs = slice(group * step, (group + 1) * step)
             rows[index, :, outputs] = kernels[outputs, channel % width].T
         return rows.flatten(0, 1)
+
+
+def _inverse_root(variance: Tensor) -> float:
+    return float(variance) ** -0.5 if variance > 0 else 0.0
 
 
 def column_count(reader: Reader) -> int:

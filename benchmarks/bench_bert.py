@@ -1,0 +1,108 @@
+"""The steps of NNI's BERT tutorial on today's PyTorch and Transformers: heads, neurons, and no label for what follows.
+
+    python benchmarks/bench_bert.py --out runs/bert.json
+    python benchmarks/bench_bert.py --model DIR --tokens tokens.pt --out runs/bert.json
+
+Half of the heads of every layer and three quarters of the MLPs' neurons go; where the tutorial distils on GLUE,
+`compensate` solves what is left, on token ids alone. Without ``--model``, a folder that ``save_pretrained`` wrote, it
+is a BERT of base size with random weights, for what the steps cost; ``--tokens`` is what ``torch.save`` wrote of a dict
+of inputs, by default random ones, of which up to half is padding. Seconds are those of the processor, on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from nni_topo import compensate, create_pruner, dependency_groups, to_dense, zoo
+
+SIZES = {"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072}
+
+
+def main() -> None:
+    """Parse the command line, run the steps and print what they cost."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="folder of a trained BERT for sequence classification")
+    parser.add_argument("--tokens", type=Path, help="file of a dict of inputs")
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--places", type=int, default=128)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    net = transformers.BertForSequenceClassification
+    model = net.from_pretrained(options.model) if options.model else random_bert(**SIZES)
+    found = torch.load(options.tokens) if options.tokens else random_tokens(options.samples, options.places)
+    record = measure(model.eval(), [{key: part[at : at + 32] for key, part in found.items()} for at in _starts(found)])
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(record, indent=1))
+
+
+def random_bert(**sizes: int) -> nn.Module:
+    """Return a BERT of some sizes with heads of 64, or 8 of them, and random weights."""
+    torch.manual_seed(0)
+    heads = max(8, sizes["hidden_size"] // 64)
+    config = transformers.BertConfig(**sizes, num_attention_heads=heads)
+    model: nn.Module = transformers.BertForSequenceClassification(config).eval()
+    return model
+
+
+def random_tokens(samples: int, places: int, most: int = 30522) -> dict[str, Tensor]:
+    """Draw token ids, ``(samples, places)``, of which some at the end are padding."""
+    drawing = torch.Generator().manual_seed(1)
+    lengths = torch.randint(places // 2, places + 1, (samples, 1), generator=drawing)
+    ids = torch.randint(1, most, (samples, places), generator=drawing)
+    return {"input_ids": ids, "attention_mask": (torch.arange(places) < lengths).long()}
+
+
+def measure(model: nn.Module, batches: list[dict[str, Tensor]], heads: float = 0.5, neurons: float = 0.75) -> Any:
+    """Return seconds and GiB of each step, sizes, and how far logits are from the original's, as shares of variance."""
+    record: dict[str, Any] = {}
+
+    def timed(step: str, work: Callable[[], Any]) -> Any:
+        began = time.process_time()
+        found = work()
+        record[f"{step}, s"] = time.process_time() - began
+        record[f"{step}, GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return found
+
+    asked = [
+        {"op_names_re": [r".*\.attention\.self"], "granularity": "head", "sparse_ratio": heads},
+        {"op_names_re": [r".*\.intermediate\.dense"], "sparse_ratio": neurons},
+    ]
+    few = {key: each[:2] for key, each in batches[0].items()}
+    groups = list(timed("groups", lambda: dependency_groups(model, few, asked)))
+    masks = timed("choose", lambda: create_pruner("l1", copy.deepcopy(model), groups).compress()[1])
+    solved = timed("compensate", lambda: compensate(model, masks, batches))
+    nets = {
+        "as shipped": to_dense(model, few, masks),
+        "compensated": timed("dense", lambda: to_dense(solved, few, masks)),
+    }
+    wanted = _logits(model, batches)
+    for name, net in nets.items():
+        lost = (_logits(net, batches) - wanted).square().mean() / wanted.var(0).mean()
+        record |= {f"{name}, lost": float(lost), f"{name}, parameters": zoo.count_params(net)}
+    return {"parameters": zoo.count_params(model), **record}
+
+
+def _logits(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([model(**batch).logits for batch in batches])
+
+
+def _starts(tokens: dict[str, Tensor]) -> range:
+    return range(0, len(tokens["input_ids"]), 32)
+
+
+if __name__ == "__main__":
+    main()

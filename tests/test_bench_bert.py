@@ -1,0 +1,31 @@
+"""The steps of the BERT tutorial on a tiny one: heads and neurons go, and compensation brings some of it back."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+_FILE = Path(__file__).parents[1] / "benchmarks" / "bench_bert.py"
+
+
+def test_a_tiny_bert_loses_heads_and_neurons_and_is_compensated():
+    spec = importlib.util.spec_from_file_location("bench_bert", _FILE)
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    model = bench.random_bert(vocab_size=31, hidden_size=32, num_hidden_layers=2, intermediate_size=48)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.2)
+    tokens = bench.random_tokens(64, 8, most=31)
+    found = bench.measure(model, [{key: part[at : at + 32] for key, part in tokens.items()} for at in (0, 32)])
+    # Of each layer half of four matrices of 32 x 32, three of them with a bias, and three quarters of the MLP's.
+    gone = 2 * (2 * 32 * 32 + 3 * 16 + 36 * (2 * 32 + 1))
+    assert found["parameters"] - found["compensated, parameters"] == gone
+    assert found["compensated, lost"] < 0.5 * found["as shipped, lost"]
+    assert {key for key in found if key.endswith(", s")} == {
+        f"{s}, s" for s in ("groups", "choose", "compensate", "dense")
+    }
