@@ -26,7 +26,7 @@ MUTANTS ?=
 PY ?= $(BIN)/python
 CUDA_TESTS := tests/test_devices.py tests/test_bench_cuda.py tests/pruners/test_base.py
 
-.PHONY: fuzz faults demo test test-all test-lowest test-processors cuda lint docs mutants upstream checkout clean
+.PHONY: fuzz faults demo test test-all test-lowest test-processors cuda lint docs start mutants upstream checkout clean
 
 demo: $(READY)
 	$(BIN)/nni-topo demo --out demo
@@ -73,6 +73,10 @@ lint: $(READY)
 docs:
 	test -x $(SITE)/bin/mkdocs || { $(PYTHON) -m venv $(SITE) && $(SITE)/bin/pip install --quiet $(SITE_TOOLS); }
 	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict --quiet
+
+# docs/start.md as it runs now, with its picture
+start: $(READY)
+	$(BIN)/python tools/transcript.py docs/start.md
 
 mutants: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

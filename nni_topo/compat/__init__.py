@@ -97,7 +97,7 @@ def _mend() -> CompatReport:
         nni_version = str(importlib.import_module("nni").__version__)
     except ImportError as error:
         raise CompatibilityError(
-            f"nni.compression must be importable, got {error!r} (torch {torch.__version__})"
+            f"nni.compression must be importable, got {error!r} (torch {torch.__version__}); see docs/compatibility.md"
         ) from error
     results += [_run(mend) for mend in mends()]
     return CompatReport(nni_version, torch.__version__, platform.python_version(), tuple(results))

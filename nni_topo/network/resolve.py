@@ -12,11 +12,12 @@ import torch
 
 from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.maths.ties import descending
-from nni_topo.network.channels import Blocks, ChannelFlow
+from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.labels import FIXED
 from nni_topo.network.layers import bias_name, channel_dimension, kept_channels, spread, weight_name, weight_of
 from nni_topo.network.masks import FullMasks
 from nni_topo.network.modes import device_of
+from nni_topo.network.numbering import Blocks
 
 _logger = logging.getLogger(__name__)
 

@@ -22,27 +22,27 @@ from nni_topo.network.zeros import zeros_held
 from nni_topo.recovery.lesson import Batches, Lesson
 
 _FORMAT = "nni-topo distillation 1"
-_SECONDS_A_STATE = 30.0
-_WARM_UP = 0.1  # share of the steps
 _MOMENTUM = 0.1  # of batch norms that have none of their own
 
 
 class Course:
-    """Gradient steps of a student, the learning rate rising, then falling; they go on from a file if it is there."""
+    """Gradient steps of a student, the rate falling along half a cosine; they go on from a file if it is there."""
 
     def __init__(
         self,
         student: nn.Module,
         *,
         is_normed: bool,
-        rate: float | None,
+        rate: float,
         kind: dict[str, Any] | None = None,
         path: str | Path | None = None,
+        every: float = 30.0,
     ) -> None:
         self.student, self.rate = student, rate
         norms = [each for each in student.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
         self._norms = norms if is_normed else []
         self.kind, self.path = kind or {}, None if path is None else Path(path)
+        self._every = every  # seconds from one state in the file to the next
         self.optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], weight_decay=0.0)
         self.done, self.spent = 0, 0.0
         if self.path is not None and self.path.exists():
@@ -55,9 +55,8 @@ class Course:
         rest = itertools.islice(batches, self.done, None)
         with _learning(self.student, self._norms):
             for share in self._shares(total, seconds, progress):
-                # Adam's first steps are as long as the rate, however small a gradient: a good network would be lost.
-                level = min(1.0, (share + 1.0 / total) / _WARM_UP) * (1.0 + math.cos(math.pi * share)) / 2.0
-                self.optimizer.param_groups[0]["lr"] = level * (self.rate or 0.0)
+                level = (1.0 + math.cos(math.pi * share)) / 2.0
+                self.optimizer.param_groups[0]["lr"] = level * self.rate
                 self.optimizer.zero_grad()
                 lesson.objective(self.student, *next(rest)).backward()
                 self.optimizer.step()
@@ -72,10 +71,15 @@ class Course:
                 break
             yield share
             self.done += 1
-            if time.perf_counter() - kept >= _SECONDS_A_STATE:
+            if time.perf_counter() - kept >= self._every:
                 self._keep()
                 kept = time.perf_counter()
         self._keep()
+
+    def forget(self) -> None:
+        """Remove the file, so that another course can begin."""
+        if self.path is not None:
+            self.path.unlink()
 
     def _keep(self) -> None:
         if self.path is not None:

@@ -198,10 +198,10 @@ def prune_to_ratios(cell: Cell, start: Start, ratios: dict[str, float]) -> tuple
         config_list = pruning_config(start.net, start.example, ratios)
     else:  # single weights know no groups of channels
         config_list = [{"op_names": [name], "sparse_ratio": float(ratio)} for name, ratio in ratios.items()]
-    # it deals out a budget of multiply-accumulates itself
+    # it deals out a budget itself
     allocation = choice.knobs.get("budget", {}).get("allocation")
-    if allocation is not None and cell.target.kind == "flops":
-        budget = {"flops": cell.target.value, "allocation": allocation}
+    if allocation is not None and cell.target.kind != "ratio":
+        budget = {cell.target.kind: cell.target.value, "allocation": allocation}
         choice = replace(choice, knobs={**choice.knobs, "budget": budget})
         config_list = [{key: item for key, item in entry.items() if key != "sparse_ratio"} for entry in config_list]
     return prune(start, choice, config_list)
