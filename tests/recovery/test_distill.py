@@ -405,7 +405,7 @@ def test_bad_images_are_refused(images, error, message):
         ({"lr": -1}, "lr must be above 0 and finite or None, got -1"),
         ({"steps": 0}, "steps must be an integer of at least 1 or None, got 0"),
         ({"batch_size": 1.5}, "batch_size must be an integer of at least 1, got 1.5"),
-        ({"state_seconds": -1.0}, "state_seconds must be a finite number of at least 0, got -1.0"),
+        ({"state_seconds": -1.0}, "state_seconds must be at least 0 and finite, got -1.0"),
         ({"seed": -1}, "seed must be an integer of at least 0 .*, got -1"),
         ({"blend": 1}, "blend must be True or False, got 1"),
         ({"augment": lambda part: part[:3]}, "augment must return as many images as it gets"),
