@@ -32,9 +32,10 @@ from torch.utils.data import TensorDataset
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.analysis.evolution import EvolutionTrial, plot_evolution
+from nni_topo.analysis.evolution import EvolutionStudy, EvolutionTrial
 from nni_topo.maths.search.gene_layers import Layer
 from nni_topo.maths.search.weights import WeightGeneticAlgorithm, WeightSearch
+from nni_topo.runs.study import save_figures
 from nni_topo.runs.tables import interval
 
 RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -320,7 +321,7 @@ def main() -> None:
                     trials[f"damage {100 * rate:.0f} %"], record = search(trial, model, data, before, options)
                     records.append(record)
                 if not seed:
-                    plot_evolution(trials, options.out / f"{name}_{100 * termination:g}")
+                    save_figures(options.out / f"{name}_{100 * termination:g}", EvolutionStudy(trials).figures())
                     tables.append(f"{100 * termination:g} % terminated:\n\n{populations(name, trials)}")
             if options.lists and not seed:
                 lists[name] = list_seconds(name, model, data, options)

@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--targets", type=float, nargs="+", default=TARGETS, help="shares of the MACs left")
+    parser.add_argument("--rows", nargs="+", metavar="LABEL", help="these rows alone, e.g. random l1 (default: all)")
     parser.add_argument("--report", action="store_true", help="print what is there, run nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -128,10 +129,13 @@ def _topological(label: str, **knobs: Any) -> PrunerChoice:
 
 def _run(options: argparse.Namespace, done: set[str]) -> Iterator[Record]:
     setting = SETTINGS[options.net]
+    rows = {choice.row: choice for choice in _rows()}
+    if unknown := set(options.rows or ()) - set(rows):
+        raise SystemExit(f"--rows must be among {', '.join(rows)}, got {', '.join(sorted(unknown))}")
     plan = Plan(
         models=(ModelChoice(options.net),),
         data=(DataChoice(setting.data, options.data_dir, setting.limit, setting.stored_test_limit),),
-        pruners=tuple(_rows()),
+        pruners=tuple(rows[label] for label in options.rows or rows),
         targets=tuple(Target("flops", value) for value in options.targets),
         seeds=options.seeds,
         train={"epochs": setting.epochs},

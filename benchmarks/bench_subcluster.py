@@ -184,7 +184,7 @@ class Bench:
         record["initial"] = {key.removesuffix(".weight"): len(tree.initial) for key, tree in trees.items()}
         record["depth"] = max((tree.depth for tree in trees.values()), default=0)
         if trees and retrain:
-            draw_splits(trees).savefig(self.out / f"splits-{name}.png", dpi=110)
+            draw_splits(trees)[0].figure.savefig(self.out / f"splits-{name}.png", dpi=110)
         own.unwrap_model()
         example = images[0][:2]
         dense = nni_topo.to_dense(model, example, masks)

@@ -48,7 +48,13 @@ from nni_topo.pruners.strict import disable_strict, enable_strict  # noqa: E402
 from nni_topo.pruners.subcluster import SubclusterPruner  # noqa: E402
 from nni_topo.pruners.topological import GeneticSearch, TopologicalPruner  # noqa: E402
 from nni_topo.pruners.topological_magnitude import TopologicalMagnitudePruner  # noqa: E402
-from nni_topo.recovery import compensate, distill, recalibrate_batch_norm, synthetic_images  # noqa: E402
+from nni_topo.recovery import (  # noqa: E402
+    compensate,
+    distill,
+    recalibrate_batch_norm,
+    remove_blocks,
+    synthetic_images,
+)
 
 expose_in_nni()
 
@@ -112,6 +118,7 @@ __all__ = [
     "recalibrate_batch_norm",
     "register_module",
     "register_pruner",
+    "remove_blocks",
     "save",
     "save_pretrained",
     "shrink",

@@ -11,6 +11,23 @@ from nni_topo.cli import main
 QUICK = ["--limit", "300", "--train-epochs", "1", "--retrain-epochs", "1", "--in-process"]
 
 
+def test_compare_gives_images_to_pruners_that_choose_by_them(tmp_path):
+    words = [
+        "compare",
+        "--model",
+        "small_cnn",
+        "--pruners",
+        "reconstruction,topological,scratch",
+        "--ratio",
+        "0.5",
+        *QUICK,
+    ]
+    assert main([*words, "--calibration", "40", "--out", str(tmp_path)]) == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    found = {each["name"]: each["calibration"] for each in plan["pruners"]}
+    assert found == {"reconstruction": 40, "topological": 0, "scratch": 0}
+
+
 def test_list_names_pruners_models_and_data(capsys):
     assert main(["list"]) == 0
     text = capsys.readouterr().out
@@ -77,14 +94,30 @@ def test_analyze_topology(amount, tmp_path, capsys, drawn):
 
 
 def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
-    words = ["shrink", "--model", "small_cnn", "--limit", "200", "--images", "64", "--seconds", "0.5", "--flops", "0.3"]
+    words = [
+        "shrink",
+        "--model",
+        "small_cnn",
+        "--limit",
+        "200",
+        "--images",
+        "64",
+        "--seconds",
+        "0.5",
+        "--params",
+        "0.3",
+    ]
+    words += ["--caps", "features.conv1", "0.25", "features.conv2", "0.5", "--floors", "classifier.fc1", "0.6"]
     assert main([*words, "--out", str(tmp_path / "small"), "--json"]) == 0
     stages = json.loads(capsys.readouterr().out)
     assert [stage["network"] for stage in stages] == ["original", "pruned", "compensated", "distilled"]
-    assert stages[-1]["macs"] == pytest.approx(0.3 * stages[0]["macs"], rel=0.1)
+    assert stages[-1]["params"] == pytest.approx(0.3 * stages[0]["params"], rel=0.1)
     assert stages[-1]["accuracy"] > stages[1]["accuracy"]
     model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=1)
     dense = nni_topo.load(tmp_path / "small" / "dense.pt", model)
+    assert dense.features.conv1.out_channels >= 12
+    assert dense.features.conv2.out_channels >= 16
+    assert dense.classifier.fc1.out_features <= 26
     assert zoo.evaluate(dense, zoo.load_data("digits").test) == stages[-1]["accuracy"]
     assert main([*words, "--out", str(tmp_path / "small")]) == 2
     assert "must be new or empty, got 3 entries" in " ".join(capsys.readouterr().err.split())

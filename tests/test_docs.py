@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 from pathlib import Path
 
@@ -12,8 +13,11 @@ import yaml
 from nni_topo.cli import main
 
 PROJECT = Path(__file__).parent.parent
+spec = importlib.util.spec_from_file_location("transcript", PROJECT / "tools" / "transcript.py")
+transcript = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(transcript)
 PAGES = sorted([*PROJECT.glob("docs/*.md"), PROJECT / "README.md", PROJECT / "CONTRIBUTING.md"])
-RUN = ("start", "export", "migrating", "own_pruner", "transformers")
+RUN = ("export", "migrating", "own_pruner", "transformers")
 MADE = {"index.md", "api.md", "verbs.md", "results.md", "contributing.md", "changelog.md"}
 
 
@@ -31,6 +35,24 @@ def run(path, tmp_path, monkeypatch):
     return names
 
 
+def test_the_first_steps_run_word_for_word_in_an_empty_folder_and_print_what_the_page_says(tmp_path):
+    page = (PROJECT / "docs" / "start.md").read_text(encoding="utf-8")
+    found = transcript.transcribed(page, tmp_path)
+
+    def words(text):
+        lines = [line for line in text.splitlines() if not re.search("[\u2500-\u257f]", line)]  # a table's cells wrap
+        return [re.sub(r"[-+]?\d+(\.\d+)?(e[-+]\d+)?", "#", " ".join(line.split())) for line in lines]
+
+    def accuracy(step):
+        return float(re.search(rf"^{step}: ([\d.]+)", found, re.M)[1])
+
+    assert words(found) == words(page)
+    assert accuracy("trained") > 0.95
+    assert accuracy("compensated") > max(0.85, accuracy("pruned"))
+    assert all(re.search(rf"^│ {name} ", found, re.M) for name in ("unpruned", "reconstruction", "l1", "fpgm"))
+    assert (tmp_path / "runs" / "digits" / "report.html").exists()
+
+
 @pytest.mark.parametrize("name", RUN)
 def test_snippets_of_a_page_run_one_after_the_other(name, tmp_path, monkeypatch):
     run(PROJECT / "docs" / f"{name}.md", tmp_path, monkeypatch)
@@ -46,7 +68,7 @@ def test_caps_and_floors_hold_under_a_budget_as_the_page_says(tmp_path, monkeypa
 @pytest.mark.slow
 def test_snippets_of_the_readme_run(tmp_path, monkeypatch):
     run(PROJECT / "README.md", tmp_path, monkeypatch)
-    assert {path.name for path in tmp_path.iterdir()} == {"small.pt", "small.pt2"}
+    assert {path.name for path in tmp_path.iterdir()} == {"small.safetensors", "small.pt2"}
 
 
 JOBS = PROJECT / "docs" / "six_jobs.md"

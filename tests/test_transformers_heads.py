@@ -14,6 +14,7 @@ from nni_topo import (
     dependency_groups,
     load,
     masked_model,
+    remove_blocks,
     save,
     save_pretrained,
     to_dense,
@@ -199,3 +200,25 @@ def test_what_is_padding_does_not_count_in_compensation(method):
     assert any(not torch.equal(tensor, model.state_dict()[name]) for name, tensor in found.items())
     for name, tensor in found.items():
         torch.testing.assert_close(again[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_a_decoder_without_a_block_generates_and_loads_by_its_config(name, tmp_path):
+    model = make(name)
+    inputs = inputs_of(model, samples=20)
+    block = next(name for name, module in model.named_modules() if name.endswith(".0") and hasattr(module, "mlp"))
+    last = block.removesuffix("0") + "1"
+    small = remove_blocks(model, [last], [inputs])
+    bypassed = copy.deepcopy(small)
+    bypassed.load_state_dict({**{k: v for k, v in model.state_dict().items() if k in small.state_dict()}})
+    lost = [(logits(each, inputs) - logits(model, inputs)).square().sum() for each in (bypassed, small)]
+    assert lost[1] < 0.9 * lost[0]
+    start = inputs["input_ids"][:1]
+    for each in (small, remove_blocks(model, [block], [inputs])):
+        texts = [each.generate(start, max_new_tokens=5, do_sample=False, use_cache=use) for use in (True, False)]
+        assert torch.equal(*texts)
+    assert (small.config.num_hidden_layers, model.config.num_hidden_layers) == (1, 2)
+    if name == "LlamaForCausalLM":
+        small.save_pretrained(tmp_path)
+        loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(logits(loaded, inputs), logits(small, inputs))

@@ -10,7 +10,6 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -27,7 +26,7 @@ from nni_topo.maths.search.weights import WeightSearch
 from nni_topo.pruners.genetic_weight.pruner import GeneticWeightPruner
 from nni_topo.runs.pictures import finish, panels, single
 from nni_topo.runs.run import pruner_knobs
-from nni_topo.runs.study import Findings, Names, Tell, TrainedStudy, save_figures
+from nni_topo.runs.study import Findings, Names, Tell, TrainedStudy
 from nni_topo.runs.tables import as_table
 from nni_topo.runs.widths import inner_layers
 
@@ -84,19 +83,18 @@ class EvolutionTrial:
         return self.history[self.history.individual == last.individual[last[by].idxmax()]]
 
 
-def plot_evolution(trials: Mapping[str, EvolutionTrial], folder: str | Path) -> list[Path]:
+def plot_evolution(trials: Mapping[str, EvolutionTrial]) -> dict[str, list[Axes]]:
     """Draw searches as the thesis does.
 
     Parameters
     ----------
     trials : mapping of str to EvolutionTrial
         By label, e.g. the damage rate; at least one.
-    folder : str or Path
-        Made if need be; gets PNG files.
 
     Returns
     -------
-    list of Path
+    dict of str to list of matplotlib.axes.Axes
+        The panels of each picture, a figure each:
         ``distributions`` of fitness per generation, ``fitness`` over the generations with the lines of the fittest and
         the most accurate, ``progress`` of accuracy and compression, ``heatmap`` of the weights that stay,
         ``weights`` at the start of the first trial with their kurtosis, ``histograms`` of weights before and after,
@@ -110,7 +108,7 @@ def plot_evolution(trials: Mapping[str, EvolutionTrial], folder: str | Path) -> 
     """
     if not trials:
         raise ConfigError("pictures need at least one trial, got none (plot_evolution)")
-    return save_figures(folder, _figures(trials))
+    return {name: figure.axes for name, figure in _figures(trials).items()}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import RenderableType
 from torch import nn
@@ -24,8 +25,8 @@ from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import CONVOLUTIONS, check_names
 from nni_topo.network.network import Network
 from nni_topo.network.reference import masked_model
-from nni_topo.pruners.registry import check_knobs, create_pruner, pruner_info
-from nni_topo.runs.pictures import finish, single
+from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
+from nni_topo.runs.pictures import figure_of, finish, single
 from nni_topo.runs.run import pruner_knobs
 from nni_topo.runs.study import Findings, Names, Tell, TrainedStudy
 from nni_topo.runs.tables import as_table
@@ -93,7 +94,7 @@ class Sensitivity(Findings):
 
     def figures(self) -> dict[str, Figure]:
         """Return ``sensitivity``, see :func:`plot_sensitivity`."""
-        return {"sensitivity": plot_sensitivity(self)}
+        return {"sensitivity": figure_of(plot_sensitivity(self))}
 
     def texts(self) -> dict[str, str]:
         """Return ``suggested.yaml``, for ``nni-topo prune``."""
@@ -234,9 +235,9 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
         yield f"unpruned {before:.1f} %, all suggested ratios at once {after:.1f} %, without retraining"
 
 
-def plot_sensitivity(found: Sensitivity) -> Figure:
-    """Draw a curve per layer, the baseline and the budget."""
-    figure, axis = single(7.0, 4.5)
+def plot_sensitivity(found: Sensitivity) -> Axes:
+    """Draw a curve per layer, the baseline and the budget; nothing is shown or written."""
+    _, axis = single(7.0, 4.5)
     for index, curve in enumerate(found.curves):
         points = sorted({0.0: found.baseline, **curve.accuracy}.items())
         style = ("-", "--", ":")[index // 10 % 3]
@@ -244,7 +245,7 @@ def plot_sensitivity(found: Sensitivity) -> Figure:
     axis.axhline(found.baseline - found.budget, color="0.5", linewidth=0.8, label="budget")
     what, columns = f"sensitivity, {found.pruner}", 1 + len(found.curves) // 14
     finish(axis, "sparse_ratio of these layers alone", "score", columns=columns, title=what)
-    return figure
+    return axis
 
 
 class _Trial:
@@ -256,7 +257,7 @@ class _Trial:
         self._knobs = knobs
         self.knobs: dict[str, Any] = {}
         if isinstance(knobs, Mapping):
-            check_knobs(pruner, knobs)
+            check_knob_names(pruner, knobs)
             self.knobs = dict(knobs)
 
     def groups(self, layers: Sequence[str] | None) -> list[tuple[str, ...]]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.clustering.subclustering import SplitTree
 from nni_topo.runs.pictures import finish, panels
 
 
-def draw_splits(trees: Mapping[str, SplitTree]) -> Figure:
+def draw_splits(trees: Mapping[str, SplitTree]) -> list[Axes]:
     """Draw trees of splits, such as :attr:`nni_topo.SubclusterPruner.trees`.
 
     Parameters
@@ -22,9 +21,9 @@ def draw_splits(trees: Mapping[str, SplitTree]) -> Figure:
 
     Returns
     -------
-    matplotlib.figure.Figure
-        A panel per tree: each cluster at the variance that was compared with the threshold (dashed), its area
-        as many nodes as it has, filled where it wasn't split.
+    list of matplotlib.axes.Axes
+        A panel per tree, of one figure: each cluster at the variance that was compared with the threshold (dashed),
+        its area as many nodes as it has, filled where it wasn't split.
 
     Raises
     ------
@@ -37,7 +36,7 @@ def draw_splits(trees: Mapping[str, SplitTree]) -> Figure:
         (f"{name.removesuffix('.weight')}: {len(tree.initial)} to {len(tree.leaves)} clusters", tree)
         for name, tree in trees.items()
     )
-    return panels(titled, _draw, size=(5.0, 3.2))
+    return panels(titled, _draw, size=(5.0, 3.2)).axes
 
 
 def _draw(axis: Axes, tree: SplitTree) -> None:

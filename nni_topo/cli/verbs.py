@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,15 @@ import tyro
 from rich.console import Console
 
 import nni_topo
+from nni_topo.disk import write_json
 from nni_topo.errors import ConfigError
+from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.runs.compare import compare
 from nni_topo.runs.demo import DEMO
-from nni_topo.runs.pictures import comparison_figures, plot_accuracy
+from nni_topo.runs.pictures import comparison_figures, figure_of, plot_accuracy
 from nni_topo.runs.plan import (
+    SCRATCH,
     Cell,
     CompensationChoice,
     DistillationChoice,
@@ -29,7 +31,7 @@ from nni_topo.runs.plan import (
     load_prune_config,
 )
 from nni_topo.runs.prune import check_empty, prune_checkpoint
-from nni_topo.runs.records import provenance, read_records
+from nni_topo.runs.records import compared_records, provenance
 from nni_topo.runs.report import prune_costs, write_report
 from nni_topo.runs.rivals import is_rival
 from nni_topo.runs.run import distillation_knobs, latencies
@@ -41,6 +43,7 @@ from nni_topo.runs.tables import (
     print_report,
     print_widths,
 )
+from nni_topo.runs.widths import inner_layers
 from nni_topo.zoo import list_data, list_models
 
 
@@ -83,9 +86,13 @@ class Compare(DataVerb):
     pruners: Names = ("topological", "l1", "l2", "fpgm", "random")  # registered names
     ratio: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # sparse_ratio of every layer, in [0, 1); may be repeated
     flops: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # share of the MACs to be left, in (0, 1]; may be repeated
+    params: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # likewise of the parameters
+    latency: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # likewise of the time of a batch
+    memory: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # likewise of the bytes of parameters and activations
     seeds: int = 1  # how many, at least 1
     train_epochs: int | None = None  # None: the model's recipe
     retrain_epochs: int = 1  # after pruning, at least 0
+    calibration: int = 512  # unlabelled images for the pruners that can't choose without
     compensate: int = 0  # compensate every row on so many unlabelled images; 0: none
     distill: int = 0  # then distil every row on so many unlabelled images; 0: none
     in_process: bool = False  # don't start a process per cell
@@ -101,12 +108,12 @@ class Compare(DataVerb):
     def _plan(self) -> Plan:
         if not self.model:
             raise ConfigError("a comparison must have --model or --plan, got neither (nni-topo compare)")
-        targets = [Target("ratio", value) for value in self.ratio] + [Target("flops", value) for value in self.flops]
-        names = [n if n == "scratch" or is_rival(n) else pruner_info(n).name for n in self.pruners]
+        kinds: tuple[Any, ...] = ("ratio", *BUDGETS)
+        targets = [Target(kind, value) for kind in kinds for value in getattr(self, kind)]
         return Plan(
             models=(self.model_choice,),
             data=(self.data_choice(),),
-            pruners=tuple(map(PrunerChoice, names)),
+            pruners=tuple(map(self._choice, self.pruners)),
             targets=tuple(targets or [Target("ratio", 0.5)]),
             seeds=self.seeds,
             first_seed=self.seed,
@@ -116,6 +123,13 @@ class Compare(DataVerb):
             compensate=CompensationChoice(self.compensate) if self.compensate else None,
             distill=DistillationChoice(self.distill) if self.distill else None,
         )
+
+    def _choice(self, name: str) -> PrunerChoice:
+        if name == SCRATCH or is_rival(name):
+            return PrunerChoice(name)
+        info = pruner_info(name)
+        is_blind = not any(need.startswith("calibration") for need in info.needs)
+        return PrunerChoice(info.name, calibration=0 if is_blind else self.calibration)
 
 
 def _run_plan(plan: Plan, out: Path, console: Console, *, isolate: bool, as_json: bool) -> int:
@@ -150,9 +164,9 @@ class Report(Verb):
         """Write the folders' reports and print what their records say."""
         for folder in self.folders:
             console.print(f"report: {write_report(folder)}", markup=False, soft_wrap=True)
-        records = [record for folder in self.folders for record in read_records(folder / "results.jsonl")]
+        records = [record for folder in self.folders for record in compared_records(folder / "results.jsonl")]
         if self.out is not None and records:
-            plot_accuracy(records).savefig(self.out, dpi=150)
+            figure_of(plot_accuracy(records)[0]).savefig(self.out, dpi=150)
             console.print(f"picture: {self.out}", markup=False)
         if self.json:
             print(json.dumps(records, indent=1))
@@ -170,7 +184,12 @@ class Shrink(TrainedVerb):
     """Make one trained model smaller from unlabelled images: choose, compensate, make dense, distil."""
 
     pruner: str = "reconstruction"  # registered name
-    flops: float = 0.25  # share of the MACs to be left, in (0, 1]
+    flops: float | None = None  # share of the MACs to be left, in (0, 1]; 0.25 if no other budget is given
+    params: float | None = None  # likewise of the parameters
+    latency: float | None = None  # likewise of the time of a batch
+    memory: float | None = None  # likewise of the bytes of parameters and activations
+    caps: dict[str, float] = field(default_factory=dict)  # the most that layers lose, e.g. features.conv1 0.5
+    floors: dict[str, float] = field(default_factory=dict)  # the least
     images: int = 1024  # unlabelled training images, at least 2
     seconds: float | None = None  # of distillation, above 0; None: 600 steps or more
 
@@ -178,27 +197,36 @@ class Shrink(TrainedVerb):
         """Write the dense model and print what each step did to the accuracy on the test images."""
         check_empty(self.out)
         start = self.start()
+        budget = {kind: share for kind in BUDGETS if (share := getattr(self, kind)) is not None} or {"flops": 0.25}
         dense = shrink(
             start.net,
             start.images(self.images),
-            {"flops": self.flops},
+            budget,
             pruner=self.pruner,
+            layers=self._entries(inner_layers(start.net, start.example)),
             distill=distillation_knobs(start, DistillationChoice(self.images, seconds=self.seconds)),
             evaluate=start.tested,
             seed=self.seed,
-            progress=not self.json and sys.stderr.isatty(),
+            progress=False if self.json else None,
         )
         report: Any = dense.report
         self.out.mkdir(parents=True, exist_ok=True)
         nni_topo.save(dense, self.out / "dense.pt")
         document = report.to_frame().replace({math.nan: None}).to_dict("records")
-        facts = {"model": self.model, "data": self.data, "pruner": self.pruner, "flops": self.flops}
+        facts = {"model": self.model, "data": self.data, "pruner": self.pruner, "budget": budget}
         facts |= {"stages": document, "widths": report.layers.rows, "left_alone": report.left_alone}
         facts |= latencies(start, dense) | provenance()
-        (self.out / "shrink.json").write_text(json.dumps(plain(facts), indent=1) + "\n", encoding="utf-8")
+        write_json(self.out / "shrink.json", plain(facts), sort=False)
         files = f"dense model: {self.out / 'dense.pt'} (nni_topo.load) · report: {write_report(self.out)}"
         self.put_out(console, document, [repr(report), files])
         return 0
+
+    def _entries(self, layers: list[str]) -> list[dict[str, Any]]:
+        bounds = {"max_sparse_ratio": self.caps, "min_sparse_ratio": self.floors}
+        return [
+            {"op_names": [name], **{key: shares[name] for key, shares in bounds.items() if name in shares}}
+            for name in dict.fromkeys([*layers, *self.caps, *self.floors])
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +245,7 @@ class Prune(TrainedVerb):
             self.out,
             seed=self.seed,
             device=self.device,
-            progress=not self.json and sys.stderr.isatty(),
+            progress=False if self.json else None,
         )
         table = as_table(f"{record['model']}, {record['pruner']}", ("", "before", "after"), prune_costs(record), left=3)
         files = f"dense model: {self.out / 'dense.pt'} (nni_topo.load) · report: {self.out / 'report.html'}"

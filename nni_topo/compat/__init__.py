@@ -97,7 +97,7 @@ def _mend() -> CompatReport:
         nni_version = str(importlib.import_module("nni").__version__)
     except ImportError as error:
         raise CompatibilityError(
-            f"nni.compression must be importable, got {error!r} (torch {torch.__version__})"
+            f"nni.compression must be importable, got {error!r} (torch {torch.__version__}); see docs/compatibility.md"
         ) from error
     results += [_run(mend) for mend in mends()]
     return CompatReport(nni_version, torch.__version__, platform.python_version(), tuple(results))
@@ -105,7 +105,7 @@ def _mend() -> CompatReport:
 
 def mends() -> tuple[Callable[[], bool], ...]:
     """List the mends; importing them imports NNI, which has to happen after `keep_pytree_nodes`."""
-    from nni_topo.compat import evaluators, launching, speedup, tracing, wrapping
+    from nni_topo.compat import evaluators, launching, speedup, tracing, wording, wrapping
 
     return (
         tracing.restore_tensor_methods,
@@ -135,6 +135,9 @@ def mends() -> tuple[Callable[[], bool], ...]:
         evaluators.patch_trainer_steps,
         evaluators.pass_loss_arguments,
         launching.wait_for_manager,
+        wording.log_details_on_demand,
+        wording.trust_tested_pruners,
+        wording.word_assertions,
     )
 
 

@@ -193,7 +193,8 @@ def _export_errors(rule: str, net: nn.Module) -> Iterator[None]:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise ExportError(
-            f"a network must be one {rule}, got {type(error).__name__}: {reason} ({type(net).__name__})"
+            f"a network must be one {rule}, got {type(error).__name__}: {reason} ({type(net).__name__}); "
+            "see docs/export.md"
         ) from error
 
 

@@ -18,6 +18,9 @@ from nni_topo.network.modes import device_of, evaluation_mode
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 _SIDE = 64  # pixels at which models are tried where they can be
 
+PADDING = {"attention_mask": True, "key_padding_mask": False, "src_key_padding_mask": False}
+"""Arguments that tell by position what is padding, and whether something other than zero there counts."""
+
 
 def call_arguments(example_inputs: Any, model: torch.nn.Module | None = None) -> Call:
     """Split inputs, batch first, into positional and keyword arguments, on the model's device if one is given."""
@@ -47,6 +50,15 @@ def bind_arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:
     except TypeError as error:
         raise ConfigError(f"example_inputs must fit {type(model).__name__}.forward: {error}") from error
     return dict(bound.arguments)
+
+
+def real_positions(named: Mapping[str, Any]) -> Tensor | None:
+    """Return which positions of named arguments aren't padding, bool ``(samples, places)``; None if no mask tells."""
+    for name, counts in PADDING.items():
+        mask = named.get(name)
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return (mask != 0) == counts
+    return None
 
 
 def tensors_of(tree: Any) -> list[torch.Tensor]:

@@ -144,7 +144,7 @@ class Numbering(torch.fx.Interpreter):
             self._whole(node, labels[1:], f"{type(module).__name__} ({name}) keeps its state whole")
             return given_shapes(node)
         if not labels or not can_be_cut(module):
-            # A recurrent layer or attention needs all that enters, and what it puts out can't be made less.
+            # It needs all that enters, and what it puts out can't be made less.
             return self._whole(node, labels, f"{type(module).__name__} ({name}) stays whole")
         if output_channels(module) is not None:
             return self._layer(name, module, labels[0], shape or ())

@@ -60,7 +60,7 @@ def _trace_whole(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModu
             reasons.append(f"{tracer.__name__.strip('_')}: {type(error).__name__}: {error}")
     raise SpeedupError(
         "a model must be traceable to be made dense, "
-        f"got {type(model).__name__}, for which all tracers fail ({'; '.join(reasons)})"
+        f"got {type(model).__name__}, for which all tracers fail ({'; '.join(reasons)}); see docs/faq.md"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,11 +32,14 @@ from nni_topo.network.timing import measure_latency
 from nni_topo.pruners.planner import FloatArray, Losses, Planner
 from nni_topo.pruners.units import PruningUnit
 
+_logger = logging.getLogger(__name__)
+
 Allocation = Literal["uniform", "topological", "error"]
 ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
 Position = TypeVar("Position", int, float)
 BUDGETS = ("flops", "params", "latency", "memory")
 _RULES = {"allocation": one_of(ALLOCATIONS), "latency_table": instance(LatencyTable) | PATH | NONE}
+_MISSED = 0.01
 _STEPS = 40
 _STRETCHES = 16
 _LEAST_SAVING = 1e-12  # a share: rows that save nothing go last
@@ -66,9 +70,9 @@ class Budget:
 
     Notes
     -----
-    The config_list says where only; its ``min_sparse_ratio`` and ``max_sparse_ratio`` hold, also where the budget is
-    missed for them. Widths are whole numbers: what comes nearest to the budget counts. NNI's schedulers don't schedule
-    a budget.
+    The config_list says where only; its ``min_sparse_ratio`` and ``max_sparse_ratio`` hold, and what they don't let go
+    the other layers lose. Widths are whole numbers: what comes nearest to the budget counts; a budget missed by more
+    than 1 % of the network is warned of, with the reason. NNI's schedulers don't schedule a budget.
 
     Examples
     --------
@@ -115,38 +119,52 @@ class BudgetPlanner(Planner):
         self.example_inputs = example_inputs
         # Where none is given it is measured at the first use; with a table, an allocation is deterministic.
         self.latency_table = cast("LatencyTable | None", budget.latency_table)
-        self._cost: NetworkCost | None = None
+        self._cost: Callable[[Kept], float] | None = None
 
     def counts(self, units: Sequence[PruningUnit], losses: Losses, model: nn.Module) -> dict[str, int]:
         """Return how many rows each unit keeps under the budget."""
         cost = self._share_left(units, self._network_cost(units, model))
+        bounds = [unit.removable_rows for unit in units]
         if self.budget.allocation == "uniform":
-            removed = solve_uniform([unit.rows for unit in units], cost, self.budget.share)
+            removed = solve_uniform([unit.rows for unit in units], cost, self.budget.share, bounds)
         else:
-            bounds = [unit.removable_rows for unit in units]
             solve = solve_tolerance if self.budget.allocation == "topological" else solve_error
             removed = solve([losses(unit) for unit in units], bounds, cost, self.budget.share)
-        # The config_list's minimum and maximum hold, also where the budget is missed for it.
+        self._tell_if_missed(removed, bounds, cost)
         return {unit.name: unit.kept_rows(count) for unit, count in zip(units, removed, strict=True)}
+
+    def _tell_if_missed(
+        self, removed: Sequence[int], bounds: Sequence[tuple[int, int]], cost: Callable[[Sequence[int]], float]
+    ) -> None:
+        """Warn where a budget is missed by more than 1 % of the network, and say why."""
+        left, share = cost(removed), self.budget.share
+        if abs(left - share) <= _MISSED:
+            return
+        low, high = zip(*bounds, strict=True)
+        reason = "one channel more or less is as much"
+        if self.round_to:
+            reason = f"layers keep multiples of {self.round_to}"
+        elif tuple(removed) == (high if left > share else low):
+            key = "max_sparse_ratio" if left > share else "min_sparse_ratio"
+            reason = f"all layers are at their {key}, or one channel; layers that aren't listed stay whole"
+        _logger.warning(
+            "a budget of %s is missed: %.4g of it should be left, %.4g is, because %s",
+            self.budget.kind,
+            share,
+            left,
+            reason,
+        )
 
     def _network_cost(self, units: Sequence[PruningUnit], model: nn.Module) -> Callable[[Kept], float]:
         """Return what a network costs, in the budget's unit, with some channels gone."""
-        if self._cost is None:
-            self._cost = NetworkCost(model, self.example_inputs)
-        cost = self._cost
-        if self.budget.kind != "latency":
-            counted = attrgetter({"flops": "macs"}.get(self.budget.kind, self.budget.kind))
-            return lambda kept: float(counted(cost(kept)))
-        if self.latency_table is None:
+        if self.budget.kind == "latency" and self.latency_table is None:
             self.latency_table = measure_latency(model, self.example_inputs)
-        table = self.latency_table
-        for unit in units:
-            for module_name, _ in unit.members:
-                if module_name not in table.layers:
-                    raise DataError(
-                        f"a latency table must hold every pruned layer, got none of that name ({module_name})"
-                    )
-        return lambda kept: table(cost.widths(kept))
+        layers = {name for unit in units for name, _ in unit.members}
+        if self.latency_table is not None and (missing := layers - self.latency_table.layers.keys()):
+            raise DataError(f"a latency table must hold every pruned layer, got none of that name ({min(missing)})")
+        if self._cost is None:
+            self._cost = network_cost(self.budget.kind, model, self.example_inputs, self.latency_table)
+        return self._cost
 
     def _share_left(
         self, units: Sequence[PruningUnit], cost: Callable[[Kept], float]
@@ -165,6 +183,18 @@ class BudgetPlanner(Planner):
             return float(cost(kept) / whole)
 
         return share
+
+
+def network_cost(
+    kind: str, model: nn.Module, example_inputs: Any, table: LatencyTable | None = None
+) -> Callable[[Kept], float]:
+    """Return what a network costs with some channels gone, in the unit of a budget; without a table it is timed."""
+    cost = NetworkCost(model, example_inputs)
+    if kind == "latency":
+        seconds = table or measure_latency(model, example_inputs)
+        return lambda kept: seconds(cost.widths(kept))
+    counted = attrgetter({"flops": "macs"}.get(kind, kind))
+    return lambda kept: float(counted(cost(kept)))
 
 
 def planned(
@@ -188,14 +218,26 @@ def planned(
     return BudgetPlanner(budget, example_inputs, round_to=fallback.round_to)
 
 
-def solve_uniform(rows: Sequence[int], left: Callable[[Sequence[int]], float], share: float) -> list[int]:
-    """Return the rows, at most all but one, that units lose by one ratio to be ``left`` a ``share`` of the cost."""
+def solve_uniform(
+    rows: Sequence[int],
+    left: Callable[[Sequence[int]], float],
+    share: float,
+    bounds: Sequence[tuple[int, int]] | None = None,
+) -> list[int]:
+    """Return the rows that units lose by one ratio, as far as bounds let them, to be ``left`` a ``share`` of the cost.
+
+    The ``bounds`` are the fewest and the most rows of each; without them all but one may go.
+    """
+    bounds = bounds or [(0, count - 1) for count in rows]
     # Layers of equal width would round at the same ratio, all at once: a phase for each, spread evenly by the golden
     # ratio, lets them round one after the other, so that the budget is met more nearly than by one ratio.
     phases = [(index * _GOLDEN) % 1.0 for index in range(len(rows))]
 
     def removed(ratio: float) -> list[int]:
-        return [min(int(count * ratio + phase), count - 1) for count, phase in zip(rows, phases, strict=True)]
+        return [
+            min(max(int(count * ratio + phase), low), high)
+            for count, phase, (low, high) in zip(rows, phases, bounds, strict=True)
+        ]
 
     low, high = 0.0, 1.0
     # Widths are integers: bisection ends beside a step of the cost, so the nearest of all that it saw counts.

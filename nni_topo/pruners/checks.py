@@ -83,7 +83,7 @@ KNOBS = {
     ),
     "round_to": whole(1) | NONE,
     "seed": SEED,
-    "progress": FLAG,
+    "progress": FLAG | NONE,
 }
 """What the knobs must be that mean the same for every pruner."""
 
@@ -288,7 +288,9 @@ def _check_schema(config: dict[str, Any], place: str) -> None:
     try:
         default_config_schema("pruning").validate(config)
     except SchemaError as error:
-        raise ConfigError(f"a config_list entry must follow NNI's schema; {_reason(error)} ({place})") from error
+        raise ConfigError(
+            f"a config_list entry must follow NNI's schema; {_reason(error)} ({place}); see docs/config_list.md"
+        ) from error
 
 
 def _targets(name: str, module: nn.Module, config: dict[str, Any], place: str) -> list[str]:
@@ -327,7 +329,7 @@ def _check_rules(config_list: Sequence[dict[str, Any]]) -> None:
         if config not in ruled and not groups & _groups(config):
             raise ConfigError(
                 "a config_list entry must have a sparse_ratio or a sparse_threshold, got neither "
-                f"(config_list[{index}])"
+                f"(config_list[{index}]); see docs/config_list.md"
             )
 
 

@@ -2,6 +2,7 @@
 
 from nni_topo.maths.least_squares.greedy import greedy_least_squares
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
+from nni_topo.recovery.blocks import remove_blocks
 from nni_topo.recovery.compensating import Compensation, compensate, compensation
 from nni_topo.recovery.distilling import Distillation, distill, distillation
 from nni_topo.recovery.mixing import pair_coefficients
@@ -20,5 +21,6 @@ __all__ = [
     "greedy_least_squares",
     "pair_coefficients",
     "recalibrate_batch_norm",
+    "remove_blocks",
     "synthetic_images",
 ]

@@ -14,12 +14,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 
 from nni_topo.errors import DataError
-from nni_topo.network.inputs import bind_arguments, calls, tensors_of
+from nni_topo.network.inputs import PADDING, bind_arguments, calls, real_positions, tensors_of
 
 Values = dict[Node, Any]
-
-_COUNTS = {"attention_mask": True, "key_padding_mask": False, "src_key_padding_mask": False}
-"""Arguments that tell by position what is padding, and whether something other than zero there counts."""
 
 
 class Replay:
@@ -40,7 +37,7 @@ class Replay:
         self.model = model
         self.nodes: list[Node] = list(original.graph.nodes)
         self._placeholders = [node for node in self.nodes if node.op == "placeholder"]
-        self._masks = [node for node in self._placeholders if str(node.target) in _COUNTS]
+        self._masks = [node for node in self._placeholders if str(node.target) in PADDING]
         self.order = {node: rank for rank, node in enumerate(self.nodes)}
         self._runners = Interpreter(original), Interpreter(pruned)
         self._twins = dict(zip(self.nodes, pruned.graph.nodes, strict=True))
@@ -77,11 +74,8 @@ class Replay:
 
     def counted(self, values: Values, entries: int, places: int) -> Tensor | None:
         """Tell which positions of a batch aren't padding, ``(entries, places)``; None where no mask says it of them."""
-        for node in self._masks:
-            mask = values[node]
-            if isinstance(mask, Tensor) and mask.shape == (entries, places):
-                return (mask != 0) == _COUNTS[str(node.target)]
-        return None
+        real = real_positions({str(node.target): values[node] for node in self._masks})
+        return real if real is not None and real.shape == (entries, places) else None
 
     def _starts(self) -> Iterator[tuple[Values, Values]]:
         """Yield each batch's values at the place where passes start."""

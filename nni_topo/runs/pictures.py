@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,6 +22,11 @@ def single(width: float, height: float) -> tuple[Figure, Axes]:
     """Return a figure of a size in inches with one panel."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def figure_of(axis: Axes) -> Figure:
+    """Return the figure that a panel is part of."""
+    return cast("Figure", axis.figure)
 
 
 def finish(axis: Axes, xlabel: str = "", ylabel: str = "", *, columns: int = 1, **settings: Any) -> None:
@@ -55,11 +60,11 @@ def panels(
 
 def comparison_figures(records: Sequence[Record]) -> dict[str, Figure]:
     """Return a comparison's pictures by the stems of their files."""
-    convergence = plot_convergence(records)
-    return {"accuracy": plot_accuracy(records)} | ({"convergence": convergence} if convergence else {})
+    drawn = {"accuracy": plot_accuracy(records), "convergence": plot_convergence(records)}
+    return {name: figure_of(axes[0]) for name, axes in drawn.items() if axes}
 
 
-def plot_accuracy(records: Sequence[Record]) -> Figure:
+def plot_accuracy(records: Sequence[Record]) -> list[Axes]:
     """Draw accuracy against MACs of at least one record: a panel per model, data set and step of recovery.
 
     Bars are 95 % intervals, the dotted line is the unpruned network; each panel has its own scale.
@@ -69,16 +74,16 @@ def plot_accuracy(records: Sequence[Record]) -> Figure:
         found[f"{record['model']} on {record['data']}"].append(record)
     steps = [step for step in _STEPS if any(f"accuracy_{step}" in record for record in records)]
     named = [(f"{name}, {_STEPS[step]}", (runs, f"accuracy_{step}")) for name, runs in found.items() for step in steps]
-    return panels(named, _draw_accuracy, size=(4.2, 4.2), columns=len(steps))
+    return panels(named, _draw_accuracy, size=(4.2, 4.2), columns=len(steps)).axes
 
 
-def plot_convergence(records: Sequence[Record]) -> Figure | None:
-    """Draw validation accuracy against the epochs of retraining, a line per row; None where nothing was retrained."""
+def plot_convergence(records: Sequence[Record]) -> list[Axes]:
+    """Draw validation accuracy against the epochs of retraining, a line per row; empty where nothing was retrained."""
     groups = grouped(record for record in records if len(record.get("curve", ())) > 1)
     if not groups:
-        return None
+        return []
     named = ((f"{model} on {data},\n{target}", rows) for (model, data, target), rows in groups.items())
-    return panels(named, _draw_convergence, size=(5.5, 4.2))
+    return panels(named, _draw_convergence, size=(5.5, 4.2)).axes
 
 
 def _draw_accuracy(axis: Axes, found: tuple[list[Record], str]) -> None:
@@ -95,7 +100,7 @@ def _draw_accuracy(axis: Axes, found: tuple[list[Record], str]) -> None:
         heights, halves = [point.mean for point in points], [np.nan_to_num(point.half) for point in points]
         marker, color = _MARKERS[index % len(_MARKERS)], f"C{index % 10}"
         axis.errorbar(macs, heights, yerr=halves, marker=marker, color=color, linestyle="", label=name)
-    finish(axis, "MACs (millions)", "test accuracy %")
+    finish(axis, "MACs (millions)", "test accuracy %", xlim=(0, None))
 
 
 def _draw_convergence(axis: Axes, rows: dict[str, dict[int, Record]]) -> None:

@@ -25,7 +25,7 @@ from nni_topo.network.masks import Masks, check_model
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.report import DenseReport
 from nni_topo.pruners.budget import Budget
-from nni_topo.pruners.registry import check_knobs, create_pruner, pruner_info
+from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
 from nni_topo.recovery import compensation, distillation
 from nni_topo.recovery.compensating import METHODS
 from nni_topo.recovery.lesson import split
@@ -80,13 +80,13 @@ def shrink(
     *,
     pruner: str | Callable[..., Masks] = "reconstruction",
     knobs: Mapping[str, Any] | None = None,
-    layers: Iterable[str] | None = None,
+    layers: Iterable[str | Mapping[str, Any]] | None = None,
     compensate: str | Compensate | None = "reconstruct",
     distill: Mapping[str, Any] | Distill | bool = True,
     evaluate: Callable[[nn.Module], float] | None = None,
     round_to: int | Literal["auto"] | None = None,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> nn.Module:
     """Make a trained network smaller, from unlabelled images alone.
 
@@ -100,12 +100,14 @@ def shrink(
     budget : Budget or mapping
         What is left of the cost, e.g. ``{"flops": 0.25}``, see :class:`nni_topo.Budget`.
     pruner : str or callable, default="reconstruction"
-        Name of a structured pruner; NNI's own take a budget of ``flops``. Or a function of (a copy of the model, a
+        Name of a structured pruner, NNI's own too. Or a function of (a copy of the model, a
         config_list with dependency groups and no ratios, the images) that returns masks.
     knobs : mapping, optional
         The named pruner's own arguments.
-    layers : iterable of str, optional
-        Names of the layers to prune; by default all convolutions and linear layers but those that give the output.
+    layers : iterable of str or mapping, optional
+        Names of the layers to prune, or entries of a config_list without ratios, whose ``max_sparse_ratio`` caps what a
+        layer loses and whose ``min_sparse_ratio`` is its floor. By default all convolutions and linear layers but those
+        that give the output.
     compensate : str, callable or None, default="reconstruct"
         Method of :func:`nni_topo.compensate`, or a function of (model, masks, images) that returns a model of full
         size; None: no compensation.
@@ -119,8 +121,8 @@ def shrink(
         Pruned layers keep a multiple of so many channels.
     seed : int, default=0
         Of all steps.
-    progress : bool, default=False
-        Show bars on standard error.
+    progress : bool or None, default=None
+        Show bars on standard error; None: in a terminal, for what takes longer than five seconds.
 
     Returns
     -------
@@ -159,8 +161,8 @@ def shrink(
     example: Any = kwargs or args
     stages = _Stages(model, images, example, evaluate)
     stages.add("original", model)
-    names = inner_layers(model, example) if layers is None else list(layers)
-    masks = _chosen(model, example, names, images, budget, pruner, dict(knobs or {}), seed)
+    entries = _entries(inner_layers(model, example) if layers is None else layers)
+    masks = _chosen(model, example, entries, images, budget, pruner, dict(knobs or {}), seed)
     dense = to_dense(model, example, masks, round_to=round_to)
     stages.add("pruned", dense)
     left_alone: dict[str, str] = {}
@@ -225,10 +227,18 @@ class _Stages:
         return [torch.cat(each).double() for each in zip(*found, strict=True) if each[0].is_floating_point()]
 
 
+def _entries(layers: Iterable[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return entries of a config_list: those given, and one for all layers that are given by name."""
+    found = list(layers)
+    entries = [dict(each) for each in found if isinstance(each, Mapping)]
+    names = [each for each in found if isinstance(each, str)]
+    return [{"op_names": names}, *entries] if names else entries
+
+
 def _chosen(
     model: nn.Module,
     example: Any,
-    names: list[str],
+    entries: list[dict[str, Any]],
     images: Iterable[Any],
     budget: Budget,
     pruner: str | Callable[..., Masks],
@@ -237,13 +247,15 @@ def _chosen(
 ) -> Masks:
     """Return the masks of a pruner that is told where and how much, on a copy of the model."""
     victim = copy.deepcopy(model)
-    config_list: list[dict[str, Any]] = dependency_groups(victim, example, [{"op_names": names}])
+    config_list: list[dict[str, Any]] = dependency_groups(victim, example, entries)
     if callable(pruner):
         return pruner(victim, config_list, images)
     own = {"seed": seed, "calibration": images, "example_inputs": example, "budget": budget}
     taken = pruner_info(pruner).knobs()
     if "budget" not in taken:
-        config_list = pruning_config(model, example, layer_ratios(model, example, Target("flops", budget.share)))
+        table: Any = budget.latency_table  # a file is read when the budget is made
+        target = Target(budget.kind, budget.share)  # type: ignore[arg-type]
+        config_list = pruning_config(model, example, layer_ratios(model, example, target, entries, table))
     knobs = {**{name: value for name, value in own.items() if name in taken}, **knobs}
     wrapped = create_pruner(pruner, victim, config_list, **knobs)
     masks: Masks = wrapped.compress()[1]
@@ -257,9 +269,7 @@ def _check(
     """Raise what can be known before anything runs."""
     check_model(model)
     if isinstance(pruner, str):
-        check_knobs(pruner, knobs or {})
-        if "budget" not in pruner_info(pruner).knobs() and budget.kind != "flops":
-            raise ConfigError(f"pruner {pruner!r} must be given a budget of flops, got one of {budget.kind} (budget)")
+        check_knob_names(pruner, knobs or {})
     if not (compensate is None or callable(compensate) or compensate in METHODS):
         raise unknown_name("compensate", str(compensate), METHODS)
     if not (isinstance(distill, (bool, Mapping)) or callable(distill)):

@@ -109,7 +109,7 @@ def as_table(
     """Return a table for the terminal: its ``left`` first columns of words, others of numbers; ``totals`` set apart."""
     table = Table(title=title, title_justify="left")
     for index, name in enumerate(head):
-        table.add_column(name, justify="left" if index < left else "right")
+        table.add_column(name, justify="left" if index < left else "right", no_wrap=not index)
     for row in rows:
         table.add_row(*map(Text, row))
     table.add_section()

@@ -1,4 +1,4 @@
-"""Which layers a comparison prunes, and the widths that meet a budget of multiply-accumulates."""
+"""Which layers a comparison prunes, and the widths that meet a budget."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.cost import NetworkCost
+from nni_topo.network.cost import Kept
 from nni_topo.network.dependency import OUTPUT, dependency_groups
 from nni_topo.network.labels import FIXED
+from nni_topo.network.latency import LatencyTable
 from nni_topo.network.network import Network
 from nni_topo.network.report import DenseReport, why_not_followed
-from nni_topo.pruners.budget import solve_uniform
+from nni_topo.pruners.budget import network_cost, solve_uniform
 from nni_topo.runs.plan import Target
 
 _HALVINGS = 40
@@ -26,28 +27,39 @@ _MOVES = 32
 
 @dataclass(frozen=True)
 class Unit:
-    """Layers that lose the same channels, or heads: ``rows`` steps of ``parts`` each."""
+    """Layers that lose the same channels, or heads: ``rows`` steps of ``parts`` each, within bounds."""
 
     layers: tuple[str, ...]
     rows: int
     parts: int
+    bounds: tuple[int, int]
 
 
-def layer_ratios(model: nn.Module, example_inputs: Tensor, target: Target) -> dict[str, float]:
-    """Return the ``sparse_ratio``, in [0, 1), of every layer that a comparison prunes, in network order."""
-    config_list = _grouped(model, example_inputs)
+def layer_ratios(
+    model: nn.Module,
+    example_inputs: Any,
+    target: Target,
+    entries: Sequence[Mapping[str, Any]] | None = None,
+    table: LatencyTable | None = None,
+) -> dict[str, float]:
+    """Return the ``sparse_ratio``, in [0, 1), of every layer that a comparison prunes, in network order.
+
+    Entries of a config_list say which these are, and their minimum and maximum ratios; a latency table, what time is.
+    """
+    config_list = _grouped(model, example_inputs, entries)
     if target.kind == "ratio":
         return {name: target.value for entry in config_list for name in entry["op_names"]}
     units = _units(model, example_inputs, config_list)
-    left = _cost_left(units, NetworkCost(model, example_inputs))
-    least = left([unit.rows - 1 for unit in units])
+    left = _cost_left(units, network_cost(target.kind, model, example_inputs, table))
+    bounds = [unit.bounds for unit in units]
+    least = left([most for _, most in bounds])
     if least > 2.0 * target.value:
         raise ConfigError(
-            f"a flops target must be reachable, got {target.value:g} where one channel per layer leaves {least:.3g} "
-            "(target)"
+            f"a {target.kind} target must be reachable, got {target.value:g} where the fewest channels of each layer "
+            f"leave {least:.3g} (target)"
         )
     # every layer loses the same share, up to a step of rounding that is dealt such that the whole meets the budget
-    return _as_ratios(units, solve_uniform([unit.rows for unit in units], left, target.value), config_list)
+    return _as_ratios(units, solve_uniform([unit.rows for unit in units], left, target.value, bounds), config_list)
 
 
 def proposed_ratios(
@@ -59,7 +71,7 @@ def proposed_ratios(
     if share is None:
         agreed = {name: float(proposed[unit.layers[0]]) for unit in units for name in unit.layers}
         return {name: agreed[name] for entry in config_list for name in entry["op_names"]}
-    left = _cost_left(units, NetworkCost(model, example_inputs))
+    left = _cost_left(units, network_cost("flops", model, example_inputs))
     # of a dependency group the first member's counts; one factor for all then scales what stays
     kept = [1.0 - proposed[unit.layers[0]] for unit in units]
 
@@ -114,24 +126,30 @@ def left_whole(model: nn.Module, example_inputs: Tensor, dense: nn.Module) -> di
     return found
 
 
-def _grouped(model: nn.Module, example_inputs: Tensor) -> list[dict[str, Any]]:
-    layers = inner_layers(model, example_inputs)
-    return dependency_groups(model, example_inputs, [{"op_names": layers, "sparse_ratio": 0.0}])
+def _grouped(
+    model: nn.Module, example_inputs: Any, entries: Sequence[Mapping[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    entries = entries or [{"op_names": inner_layers(model, example_inputs)}]
+    return dependency_groups(model, example_inputs, [{**entry, "sparse_ratio": 0.0} for entry in entries])
 
 
 def _units(model: nn.Module, example_inputs: Tensor, config_list: list[dict[str, Any]]) -> list[Unit]:
     flow = Network.on(model, example_inputs).flow
     layers: dict[str, list[str]] = defaultdict(list)
     parts: dict[str, int] = defaultdict(lambda: 1)
+    shares: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 1.0))
     for entry in config_list:
         (name,) = entry["op_names"]
         key = entry.get("dependency_group_id", name)
         layers[key].append(name)
         # blocks of all members must fit: a step takes one channel of each part
         parts[key] = math.lcm(parts[key], entry.get("internal_metric_block", 1))
-    return [
-        Unit(tuple(names), len(flow.head_numbers(names[0])) // parts[key], parts[key]) for key, names in layers.items()
-    ]
+        floor, cap = shares[key]
+        shares[key] = max(floor, entry.get("min_sparse_ratio", 0.0)), min(cap, entry.get("max_sparse_ratio", 1.0))
+    rows = {key: len(flow.head_numbers(names[0])) // parts[key] for key, names in layers.items()}
+    most = {key: min(int(rows[key] * shares[key][1]), rows[key] - 1) for key in layers}
+    bounds = {key: (min(int(rows[key] * shares[key][0]), most[key]), most[key]) for key in layers}
+    return [Unit(tuple(names), rows[key], parts[key], bounds[key]) for key, names in layers.items()]
 
 
 def _as_ratios(units: list[Unit], removed: Sequence[int], config_list: list[dict[str, Any]]) -> dict[str, float]:
@@ -145,9 +163,9 @@ def _as_ratios(units: list[Unit], removed: Sequence[int], config_list: list[dict
     return {name: ratios[name] for entry in config_list for name in entry["op_names"]}
 
 
-def _cost_left(units: list[Unit], cost: NetworkCost) -> Callable[[Sequence[int]], float]:
-    """Share of the MACs that is left, as a function of the rows that each unit loses."""
-    whole = cost({}).macs
+def _cost_left(units: list[Unit], cost: Callable[[Kept], float]) -> Callable[[Sequence[int]], float]:
+    """Share of the cost that is left, as a function of the rows that each unit loses."""
+    whole = cost({})
 
     def left(removed: Sequence[int]) -> float:
         kept = {
@@ -156,7 +174,7 @@ def _cost_left(units: list[Unit], cost: NetworkCost) -> Callable[[Sequence[int]]
             for unit, count in zip(units, removed, strict=True)
             for name in unit.layers
         }
-        return cost(kept).macs / whole
+        return cost(kept) / whole
 
     return left
 

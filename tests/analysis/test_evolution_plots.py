@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from nni_topo.analysis.evolution import EvolutionTrial, plot_evolution
+from nni_topo.analysis.evolution import EvolutionStudy, EvolutionTrial, plot_evolution
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.genetic_weight.pruner import GeneticWeightPruner
+from nni_topo.runs.study import save_figures
 
 
 def trial(damage_rate):
@@ -32,8 +33,8 @@ def test_a_trial_holds_the_search_and_gives_the_pictures(tmp_path, drawn):
     assert line.generation.tolist() == [0, 1, 2, 3, 4]
     assert line.fitness.iloc[-1] == first.history.query("generation == 4").fitness.max()
     trials = {"10 %": first, "50 %": trial(0.5)[0]}
-    files = plot_evolution(trials, tmp_path / "new")
-    assert [file.stem for file in files] == [
+    files = save_figures(tmp_path / "new", EvolutionStudy(trials).figures())
+    assert [*plot_evolution(trials)] == [file.stem for file in files] == [
         "distributions", "fitness", "progress", "heatmap", "weights", "histograms", "solutions", "lineages_fitness",
         "lineages_compression", "lineages_accuracy",
     ]  # fmt: skip
@@ -78,10 +79,9 @@ def check_panels(drawn, index, label, found):
     np.testing.assert_allclose(dots, points)
 
 
-def test_the_weights_at_the_start_are_drawn_with_their_kurtosis(tmp_path, drawn):
+def test_the_weights_at_the_start_are_drawn_with_their_kurtosis():
     found = trial(0.1)[0]
-    plot_evolution({"10 %": found}, tmp_path)
-    axis = drawn["weights.png"].axes[0]
+    (axis,) = plot_evolution({"10 %": found})["weights"]
     centred = found.weights - found.weights.mean()
     size = np.abs(found.weights)
     weak = (size <= 0.9 * size.min() + 0.1 * size.max()).mean()
@@ -99,6 +99,6 @@ def test_a_summary_holds_the_first_and_the_last_population():
             assert table.loc[name, column].tolist() == pytest.approx([values.min(), values.mean(), values.max()])
 
 
-def test_no_trial_no_picture(tmp_path):
+def test_no_trial_no_picture():
     with pytest.raises(ConfigError, match="at least one trial"):
-        plot_evolution({}, tmp_path)
+        plot_evolution({})

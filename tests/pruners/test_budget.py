@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from nni_topo import Budget, ReconstructionPruner, create_pruner, dependency_groups, to_dense, zoo
 from nni_topo.errors import ConfigError
-from nni_topo.pruners.budget import solve_error, solve_uniform
+from nni_topo.pruners.budget import network_cost, solve_error, solve_uniform
 from nni_topo.pruners.topological.pruner import TopologicalPruner
 from nni_topo.runs.widths import inner_layers
 
@@ -139,11 +140,34 @@ def test_death_times_deal_out_where_there_are_clouds_only():
         create_pruner("matrix", resnet(), [{"op_types": ["Conv2d"]}], budget=budget, example_inputs=IMAGES)
 
 
-def test_bounds_of_the_config_list_hold():
+def test_bounds_of_the_config_list_hold_and_a_budget_missed_for_them_is_told(caplog):
     masks, _ = pruned(resnet(), {"flops": 0.05}, rule={"max_sparse_ratio": 0.5})
+    assert re.search(r"flops is missed: 0.05 of it should be left, .* all layers are at their max_sparse", caplog.text)
     assert all(targets["weight"].flatten(1)[:, 0].mean() >= 0.5 for targets in masks.values())
     masks, _ = pruned(resnet(), {"flops": 0.9}, rule={"min_sparse_ratio": 0.25})
+    assert re.search(r"0.9 of it should be left, .* all layers are at their min_sparse_ratio", caplog.text)
     assert all(targets["weight"].flatten(1)[:, 0].mean() <= 0.75 for targets in masks.values())
+
+
+@pytest.mark.parametrize("kind", ["flops", "params", "memory"])
+def test_other_layers_lose_what_caps_and_floors_do_not_let_go(kind, caplog):
+    model = resnet()
+    names = inner_layers(model, IMAGES)
+    middle = [name for name in names if name.startswith("stage2")]
+    bounds = [{"op_names": middle, "max_sparse_ratio": 0.25}]
+    rest = [name for name in names if name not in middle]
+    config = dependency_groups(model, IMAGES, [*bounds, {"op_names": rest, "min_sparse_ratio": 0.2}])
+    budget = {kind: 0.5}
+    pruner = create_pruner("matrix", model, config, budget=budget, example_inputs=IMAGES)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    dense = to_dense(model, IMAGES, masks)
+    costs = [network_cost(kind, net, IMAGES)({}) for net in (dense, model)]
+    assert costs[0] / costs[1] == pytest.approx(0.5, abs=0.011)
+    shares = {row.name: row.after / row.before for row in dense.report.rows}
+    assert all(shares[name] >= 0.75 for name in middle)
+    assert all(shares[name] <= 0.8 for name in rest)
+    assert "is missed" not in caplog.text
 
 
 def test_a_budget_out_of_reach_empties_no_layer():

@@ -116,7 +116,7 @@ def test_a_plan_is_read_from_yaml(tmp_path):
         ("width: 0.25", "widht: 0.25", "did you mean width"),
         ("{ratio: 0.5}", "{ratio: 1.0}", r"ratio target must be in \[0, 1\), got 1.0"),
         ("{flops: 0.25}", "{flops: 0}", r"flops target must be in \(0, 1\], got 0.0"),
-        ("{flops: 0.25}", "{flop: 0.25}", "must be 'ratio' or 'flops', got 'flop'"),
+        ("{flops: 0.25}", "{flop: 0.25}", "a target must be a known name, got 'flop'; did you mean flops"),
         ("{flops: 0.25}", "0.25", "mapping with one key"),
         ("train: {epochs: 4}", "train: {epoch: 4}", "did you mean epochs"),
         ("label: activations", "label: l1", "labels of pruners must differ, got twice: l1"),
@@ -170,7 +170,7 @@ def test_a_plan_reads_its_distillation(tmp_path):
     [
         ("{images: 1}", "images must be at least 2, got 1 .distill."),
         ("{augmentation: noise}", "augmentation must be a known name, got 'noise'"),
-        ("{temperature: 0}", "temperature must be a finite number above 0, got 0"),
+        ("{temperature: 0}", "temperature must be above 0 and finite, got 0"),
         ("{labels: true}", "key of distill must be a known name, got 'labels'"),
         ("much", "distill must be a DistillationChoice or a mapping of its fields or None, got 'much'"),
     ],

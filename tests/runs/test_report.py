@@ -107,8 +107,8 @@ def test_epochs_until_the_accuracy_is_back_are_counted_from_the_pruned_network()
 
 
 def test_the_picture_of_convergence_has_a_line_per_row(drawn, tmp_path):
-    assert plot_convergence(RECORDS) is None
-    plot_convergence([*CURVES, *RECORDS]).savefig(tmp_path / "convergence.png")
+    assert plot_convergence(RECORDS) == []
+    plot_convergence([*CURVES, *RECORDS])[0].figure.savefig(tmp_path / "convergence.png")
     lines = drawn.lines("convergence.png")
     assert set(lines) == {"unpruned", "l1", "ours", "kept"}
     assert lines["ours"] == [(epoch, pytest.approx(y)) for epoch, y in enumerate([20, 70, 80, 100 * 2.689 / 3])]
@@ -159,7 +159,7 @@ def test_widths_are_means_over_seeds():
 
 def test_the_picture_shows_every_rows_mean_before_and_after():
     other = [{**entry, "data": "mnist", "flops": 2e6, "target": "flops 0.5"} for entry in RECORDS[:3]]
-    axes = plot_accuracy([*RECORDS, *other]).axes
+    axes = plot_accuracy([*RECORDS, *other])
     titles = [f"net on {data}, {step}" for data in ("digits", "mnist") for step in ("one-shot", "retrained")]
     assert [axis.get_title() for axis in axes] == titles
     rows = ("l1", "fpgm", "ours", "random")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,20 +11,10 @@ from torch import nn
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, SpeedupError
+from nni_topo.network import measure_latency
+from nni_topo.pruners.budget import network_cost
 from nni_topo.runs.shrink import ShrinkReport
 from nni_topo.testing import toy_images, toy_model
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return zoo.load_data("digits")
-
-
-@pytest.fixture(scope="module")
-def trained(digits):
-    model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
-    zoo.train(model, digits, zoo.Recipe(epochs=8, lr=0.1), seed=0)
-    return model
 
 
 def images_of(digits, count=512):
@@ -36,21 +27,21 @@ def shrunk(budget=None, **knobs):
     )
 
 
-def test_one_call_leaves_an_eighth_of_the_work_and_most_of_the_accuracy(trained, digits):
-    before = copy.deepcopy(trained.state_dict())
+def test_one_call_leaves_an_eighth_of_the_work_and_most_of_the_accuracy(digits_net, digits):
+    before = copy.deepcopy(digits_net.state_dict())
     small = nni_topo.shrink(
-        trained,
+        digits_net,
         images_of(digits),
         {"flops": 0.125},
         evaluate=lambda net: zoo.evaluate(net, digits.validation),
         distill={"steps": 300},
     )
-    torch.testing.assert_close(trained.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(digits_net.state_dict(), before, rtol=0, atol=0)
     stages = {stage.network: stage for stage in small.report.stages}
     assert list(stages) == ["original", "pruned", "compensated", "distilled"]
     whole, last = stages["original"], stages["distilled"]
     assert (whole.distance, whole.agreement) == (0.0, 1.0)
-    assert whole.macs == zoo.count_macs(trained, images_of(digits)[0])
+    assert whole.macs == zoo.count_macs(digits_net, images_of(digits)[0])
     assert last.macs == zoo.count_macs(small, images_of(digits)[0])
     assert last.params == zoo.count_params(small)
     assert last.macs == pytest.approx(0.125 * whole.macs, rel=0.08)
@@ -91,6 +82,26 @@ def test_other_budgets_layers_and_widths_of_eight():
     assert some.stem.out_channels == toy_model().stem.out_channels
     wide = shrunk({"flops": 0.5}, round_to=4)
     assert wide.stem.out_channels % 4 == wide.hidden.out_features % 4 == 0
+
+
+@pytest.mark.parametrize("pruner", ["reconstruction", "l1", "random"])
+@pytest.mark.parametrize("kind", ["flops", "params"])
+def test_budgets_are_met_beside_caps_and_floors(pruner, kind):
+    whole = toy_model()
+    tied = {"op_names": ["stem", "inner"], "max_sparse_ratio": 0.25}
+    small = shrunk({kind: 0.6}, pruner=pruner, layers=[tied, {"op_names": ["hidden"], "min_sparse_ratio": 0.5}])
+    assert small.stem.out_channels == small.inner.out_channels == 6
+    assert small.hidden.out_features <= 8
+    left, cost = network_cost(kind, small, toy_images(1))({}), network_cost(kind, whole, toy_images(1))({})
+    assert left / cost == pytest.approx(0.6, abs=0.03)
+
+
+def test_a_budget_of_time_serves_pruners_of_nni_too():
+    table = measure_latency(toy_model(), toy_images(8))
+    small = shrunk({"latency": 0.6, "latency_table": table}, pruner="l1")
+    cost = network_cost("latency", toy_model(), toy_images(8), table)
+    report = {row.name: np.arange(row.before) < row.after for row in small.report.layers.rows if row.name != "norm"}
+    assert cost(report) / cost({}) == pytest.approx(0.6, abs=0.1)
 
 
 def test_every_step_can_be_replaced():
@@ -141,11 +152,7 @@ def test_outputs_that_are_no_classes_have_no_agreement():
         ({"budget": {"size": 0.5}}, ConfigError, "key of budget must be a known name"),
         ({"pruner": "magic"}, ConfigError, "pruner must be a known name, got 'magic'"),
         ({"knobs": {"magic": 1}}, ConfigError, "knob of pruner 'reconstruction' must be a known name"),
-        (
-            {"pruner": "l1", "budget": {"params": 0.5}},
-            ConfigError,
-            "must be given a budget of flops, got one of params",
-        ),
+        ({"pruner": "l1", "budget": {"params": 1e-4}}, ConfigError, "a params target must be reachable, got 0.0001"),
         ({"compensate": "magic"}, ConfigError, "compensate must be a known name"),
         ({"distill": "much"}, ConfigError, "distill must be True, False, knobs or a function, got 'much'"),
         ({"distill": {"epochs": 1}}, ConfigError, "knob of distill must be a known name, got 'epochs'"),

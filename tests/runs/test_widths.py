@@ -97,7 +97,7 @@ def test_an_unreachable_budget_is_met_as_nearly_as_the_network_can():
     assert {smallest.get_submodule(name).weight.shape[0] for name in names} == {1}
 
 
-UNITS = [Unit(("a",), 10, 1), Unit(("b",), 10, 1)]
+UNITS = [Unit(("a",), 10, 1, (0, 9)), Unit(("b",), 10, 1, (0, 9))]
 
 
 def rows_cost(first, second):

@@ -1,0 +1,72 @@
+"""Run a page's snippets in an empty folder and write what they print below them: ``python tools/transcript.py PAGE``.
+
+Python snippets run one after the other, as one program. A block of ``text`` right below a snippet holds its output;
+commands of the shell run only where they have one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import chdir, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+SNIPPET = re.compile(r"```(python|console)\n(.*?)```\n(\n```text\n.*?```\n)?", re.S)
+PROJECT = Path(__file__).parents[1]
+
+
+def transcribed(page: str, folder: Path) -> str:
+    """Return a page with the output of its snippets as they run in a folder."""
+    names: dict[str, Any] = {"__name__": "page"}
+
+    def run(found: re.Match[str]) -> str:
+        language, code, old = found.groups()
+        if language == "console" and old is None:
+            return found[0]
+        said = python(code, names) if language == "python" else "".join(map(shell, code.splitlines()))
+        return found[0] if old is None else f"```{language}\n{code}```\n\n```text\n{tidy(said)}```\n"
+
+    with chdir(folder):
+        return SNIPPET.sub(run, page)
+
+
+def python(code: str, names: dict[str, Any]) -> str:
+    """Run Python code; return what it prints."""
+    with redirect_stdout(StringIO()) as said:
+        exec(compile(code, "page", "exec"), names)
+    return said.getvalue()
+
+
+def shell(command: str) -> str:
+    """Run a command of the shell, without its comment; return what it prints."""
+    program, *words = shlex.split(command, comments=True)
+    known = {"nni-topo": [sys.executable, "-m", "nni_topo"], "ls": ["ls"]}
+    done = subprocess.run(
+        [*known[program], *words],
+        env={**os.environ, "COLUMNS": "178", "PYTHONPATH": str(PROJECT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def tidy(said: str) -> str:
+    """Return a text without space at the ends of its lines."""
+    return "".join(f"{line.rstrip()}\n" for line in said.rstrip().splitlines())
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    with tempfile.TemporaryDirectory() as made:
+        path.write_text(transcribed(path.read_text(encoding="utf-8"), Path(made)), encoding="utf-8")
+        for picture in Path(made).rglob("accuracy.png"):
+            shutil.copy(picture, path.parent / "figures" / f"{path.stem}.png")
