@@ -18,6 +18,7 @@ FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 UPSTREAM ?=
 PROCESSORS ?=
 FUZZ ?=
+FAULTS ?=
 # for `make mutants`: options of benchmarks/mutants/run.py, such as --minutes 30
 MUTANTS ?=
 
@@ -25,7 +26,7 @@ MUTANTS ?=
 PY ?= $(BIN)/python
 CUDA_TESTS := tests/test_devices.py tests/test_bench_cuda.py tests/pruners/test_base.py
 
-.PHONY: fuzz demo test test-all test-lowest test-processors cuda lint docs start mutants upstream checkout clean
+.PHONY: fuzz faults demo test test-all test-lowest test-processors cuda lint docs start mutants upstream checkout clean
 
 demo: $(READY)
 	$(BIN)/nni-topo demo --out demo
@@ -41,6 +42,11 @@ test-processors: $(READY)
 # random requests to the pruners, and what came of them; FUZZ: options of tests/fuzzing.py, such as --cases 10000
 fuzz: $(READY)
 	PYTHONPATH=. $(BIN)/python tests/fuzzing.py $(FUZZ)
+
+# damaged files and killed jobs; FAULTS: options of tests/kills.py, such as --kills 100
+faults: $(READY)
+	PYTHONPATH=. $(BIN)/python tests/damage.py
+	PYTHONPATH=. $(BIN)/python tests/kills.py $(FAULTS)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest $(SPREAD) -m "slow or not slow"

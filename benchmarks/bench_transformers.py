@@ -181,7 +181,9 @@ def _print(records: list[dict[str, Any]]) -> None:
     nets = {record["key"][1]: record["whole"] for record in records}
     print(f"\nwhole: {interval(list(nets.values())).show(scale, digits)}\n")
     print(f"| choice | rule | lost: {titles} | less than by norm: {titles} | CPU s |\n|---|---|{'---:|' * 7}")
-    for choice, rule in dict.fromkeys((choice, rule) for choice, rule, _ in lost):
+    every = [*RULES, *(f"{rule}, retrained" for rule in RETRAINED)]
+    order = [(c, r) for c in CHOICES for r in every if any((c, r) == (choice, rule) for choice, rule, _ in lost)]
+    for choice, rule in order:
         cells = [lost[choice, rule, heads] for heads in shares]
         norms = [lost["norm", rule, heads] for heads in shares]
         shown = [_show(cell.values(), scale, digits) for cell in cells]

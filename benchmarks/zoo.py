@@ -6,10 +6,12 @@ which hooks zero the outputs of the channels that are gone. Which these are is r
 alone, whose values are found among the original's.
 
 One process a network, with a limit on its memory and its processor's time, which all seconds are; a line per finished
-network, so that a stopped run goes on where it was. Prints the table as Markdown.
+network, so that a stopped run goes on where it was. Prints the table as Markdown. With ``--rivals`` NNI's own
+``ModelSpeedup`` gets the same masks, and Torch-Pruning the same layers and ratio.
 
     python benchmarks/zoo.py --out runs/zoo.jsonl
     python benchmarks/zoo.py --out runs/zoo.jsonl --only torchvision/resnet18 --timeout 600
+    python benchmarks/zoo.py --out runs/zoo.jsonl --rivals
     python benchmarks/zoo.py --out runs/zoo.jsonl --table
 """
 
@@ -23,6 +25,7 @@ import multiprocessing
 import resource
 import time
 from collections import Counter
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,10 +34,13 @@ import numpy as np
 import torch
 import torchvision
 import zoo_nets
+from nni.compression.speedup import ModelSpeedup
 from torch import Tensor, nn
 
 import nni_topo
 from nni_topo import zoo
+from nni_topo.network.modes import detached_copy
+from nni_topo.runs.rivals import PREFIX, cut
 
 LIST = Path(__file__).with_name("zoo.txt")
 CONVOLUTIONS = [f"{kind}{d}d" for kind in ("Conv", "ConvTranspose") for d in (1, 2, 3)]
@@ -150,7 +156,9 @@ def run(model: nn.Module, inputs: Any) -> Any:
     given: list[Any] = []
     if isinstance(inputs, dict):
         return model(**inputs)
-    parts = [module for name, module in model.named_modules() if name in DETECTING]
+    # A detector takes a list of images; other networks may have a part of such a name inside.
+    detects = isinstance(inputs, tuple)
+    parts = [module for name, module in model.named_modules() if detects and name in DETECTING]
     handles = [part.register_forward_hook(lambda _, __, output: given.append(output)) for part in parts]
     outputs = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
     for handle in handles:
@@ -173,7 +181,24 @@ def difference(expected: Any, actual: Any) -> float:
     return worst
 
 
-def measure(name: str, options: dict[str, str]) -> dict[str, Any]:
+def rival(make: Callable[[], nn.Module], model: nn.Module, inputs: Any) -> dict[str, Any]:
+    """Let another make the dense network: how many channels are gone, and its seconds; or how it fails."""
+    start = time.process_time()
+    try:
+        dense = make()
+        taken = time.process_time() - start
+        with torch.no_grad():
+            shapes = [torch.utils._pytree.tree_map_only(Tensor, np.shape, run(each, inputs)) for each in (model, dense)]
+    except Exception as error:  # it fails in as many ways as there are networks
+        return {"status": type(error).__name__}
+    layers = [
+        (module, dense.get_submodule(name)) for name, module in model.named_modules() if isinstance(module, PRUNED)
+    ]
+    gone = sum(width(whole) - width(left) for whole, left in layers)
+    return {"status": "ok" if shapes[0] == shapes[1] else "another output", "gone": gone, "cpu_seconds": taken}
+
+
+def measure(name: str, options: dict[str, str], *, rivals: bool = False) -> dict[str, Any]:
     """Prune one network and compare."""
     model, inputs = build(name, options)
     record: dict[str, Any] = {"parameters": zoo.count_params(model)}
@@ -193,6 +218,11 @@ def measure(name: str, options: dict[str, str]) -> dict[str, Any]:
     start = time.process_time()
     dense = nni_topo.to_dense(model, inputs, masks, check=False)
     record["dense_cpu_seconds"] = time.process_time() - start
+    if rivals:
+        whole = detached_copy(model)
+        ratios = {each: 0.5 for each in layers if each not in heads}
+        record["nni"] = rival(lambda: ModelSpeedup(detached_copy(model), inputs, masks).speedup_model(), whole, inputs)
+        record["torch_pruning"] = rival(lambda: cut(PREFIX, model, inputs, ratios)[0], whole, inputs)
     gone, norms = zeroing(model, dense)
     chosen = sum(width(layers[entry["op_names"][0]]) for entry in groups)
     record |= {
@@ -217,7 +247,7 @@ def entries() -> list[tuple[str, dict[str, str]]]:
     return [(line[0], dict(option.split("=") for option in line[1:])) for line in lines if line]
 
 
-def one(name: str, limits: tuple[float, float], sender: Connection) -> None:
+def one(name: str, limits: tuple[float, float], sender: Connection, rivals: bool) -> None:
     """Measure one network in this process, within gibibytes and seconds of the processor, and send the record."""
     resource.setrlimit(resource.RLIMIT_AS, (int(limits[0] * 2**30),) * 2)
     resource.setrlimit(resource.RLIMIT_CPU, (int(limits[1]),) * 2)
@@ -225,7 +255,7 @@ def one(name: str, limits: tuple[float, float], sender: Connection) -> None:
     logging.disable(logging.WARNING)
     start = time.process_time()
     try:
-        record = {"status": "ok", **measure(name, dict(entries())[name])}
+        record = {"status": "ok", **measure(name, dict(entries())[name], rivals=rivals)}
     except MemoryError:
         record = {"status": "out of memory"}
     except Exception as error:  # the row says so
@@ -243,6 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", help="names of zoo.txt, default all")
     parser.add_argument("--timeout", type=float, default=120.0, help="processor seconds a network, default 120")
     parser.add_argument("--memory", type=float, default=10.0, help="gibibytes a process, default 10")
+    parser.add_argument("--rivals", action="store_true", help="also NNI's ModelSpeedup and Torch-Pruning")
     parser.add_argument("--table", action="store_true", help="print the table of what is finished")
     options = parser.parse_args(arguments)
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -259,7 +290,7 @@ def _measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     # Forked: PyTorch and NNI take longer to import than a small network to prune.
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=one, args=(name, (options.memory, options.timeout), sender))
+    process = context.Process(target=one, args=(name, (options.memory, options.timeout), sender, options.rivals))
     process.start()
     sender.close()
     try:
@@ -282,11 +313,14 @@ def _records(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _print(records: dict[str, dict[str, Any]]) -> None:
-    print("| network | channels gone | equal to | layers left whole | parameters left | MACs left | CPU s |")
-    print("|---|---|---|---|---|---|---|")
+    others = {"nni": "NNI", "torch_pruning": "Torch-Pruning"}
+    others = others if any("nni" in record for record in records.values()) else {}
+    titles = ["network", "channels gone", "equal to", "layers left whole", "parameters left", "MACs left", "CPU s"]
+    titles += [f"{title}: gone, s" for title in others.values()]
+    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for name, record in records.items():
         if record["status"] != "ok":
-            print(f"| {name} | {record['status']} | | | | | |")
+            print(f"| {name} | {record['status']} |{' |' * (len(titles) - 2)}")
             continue
         parameters = record.get("dense_parameters", record["parameters"]) / record["parameters"]
         taken = [record.get(key) for key in ("groups_cpu_seconds", "dense_cpu_seconds")]
@@ -295,7 +329,7 @@ def _print(records: dict[str, dict[str, Any]]) -> None:
         print(
             f"| {name} | {record['gone'] / max(record['asked'], 1):.2f} | {record['difference']:.0e} | "
             f"{len(record['skipped'])} of {record['layers']} | {parameters:.2f} | {macs} | "
-            f"{seconds} |"
+            f"{seconds} |" + "".join(f" {_other(record, key)} |" for key in others)
         )
     print("\nLayers left whole, and those that keep some masked channels, by reason:\n")
     for name, record in records.items():
@@ -303,6 +337,13 @@ def _print(records: dict[str, dict[str, Any]]) -> None:
         some = Counter(f"in part, {_brief(why)}" for why in record.get("kept", {}).values())
         if whole or some:
             print(f"* {name}: " + "; ".join(f"{count} {why}" for why, count in (*whole.most_common(), *some.items())))
+
+
+def _other(record: dict[str, Any], key: str) -> str:
+    """Write what a rival made of a network: the share of the channels asked for that is gone, and seconds."""
+    found = record.get(key, {})
+    told = f"{found['gone'] / max(record['asked'], 1):.2f}, {found['cpu_seconds']:.1f}" if "gone" in found else ""
+    return told if found.get("status", "ok") == "ok" else ", ".join(filter(None, [found["status"], told]))
 
 
 def _brief(why: str) -> str:

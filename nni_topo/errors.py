@@ -73,7 +73,7 @@ class Rule:
             return
         if self.names and isinstance(value, str):
             raise unknown_name(name, value, self.names)
-        raise ConfigError(f"{name} must be {self.words}, got {_shown(value)} ({place})")
+        raise ConfigError(f"{name} must be {self.words}, got {shown(value)} ({place})")
 
 
 def whole(least: int, most: int = 2**31 - 1) -> Rule:
@@ -199,7 +199,7 @@ def as_settings(kind: type[Settings], value: Settings | Mapping[str, Any] | None
     return kind(**given)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return a value as a message shows it, in one line and not too long."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 100 else f"{text[:97]}..."

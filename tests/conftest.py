@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -23,6 +24,8 @@ from torch import nn
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from nni_topo.zoo import DataBundle
 # Before any test runs a backward pass. Nothing else shows of the device until a test asks for it.
 far_device.reserve()
 
@@ -94,6 +97,29 @@ def convnet() -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(12, 5),
     )
+
+
+@pytest.fixture(scope="session")
+def digits() -> DataBundle:
+    """Scikit-learn's digits."""
+    from nni_topo import zoo
+
+    return zoo.load_data("digits")
+
+
+@pytest.fixture(scope="session")
+def _trained_on_digits(digits: DataBundle) -> nn.Module:
+    from nni_topo import zoo
+
+    model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
+    zoo.train(model, digits, zoo.Recipe(epochs=8, lr=0.1), seed=0)
+    return model
+
+
+@pytest.fixture
+def digits_net(_trained_on_digits: nn.Module) -> nn.Module:
+    """A small convolutional network that was trained on them; each test has one of its own."""
+    return copy.deepcopy(_trained_on_digits)
 
 
 class Drawn(dict[str, "Figure"]):

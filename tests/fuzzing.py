@@ -151,7 +151,7 @@ SEARCHES = st.sampled_from([None, {"generations": 2, "population_size": 4}])
 KNOBS: dict[str, Any] = {
     "seed": st.integers(0, 3),
     "round_to": st.sampled_from([None, 1, 2, 4, 100]),
-    "progress": st.just(False),
+    "progress": st.sampled_from([None, False]),
     "n_jobs": st.just(1),
     "example_inputs": st.just(IMAGES[:2]),
     "calibration": st.sampled_from(

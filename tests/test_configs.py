@@ -134,7 +134,7 @@ GOOD = "pruner: l1\nconfig_list: [{op_types: [Conv2d], sparse_ratio: 0.5}]\n"
         (GOOD + "knob: {}\n", ConfigError, "did you mean knobs"),
         ("pruner: l1\n", ConfigError, "must name config_list, got pruner"),
         ("[1, 2]", ConfigError, "must be a mapping, got list"),
-        ("pruner: [", DataError, "readable YAML file"),
+        ("pruner: [", DataError, "a whole file of YAML"),
     ],
 )
 def test_bad_files_are_refused(text, error, words, tmp_path):

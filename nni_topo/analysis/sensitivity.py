@@ -25,7 +25,7 @@ from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import CONVOLUTIONS, check_names
 from nni_topo.network.network import Network
 from nni_topo.network.reference import masked_model
-from nni_topo.pruners.registry import check_knobs, create_pruner, pruner_info
+from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
 from nni_topo.runs.pictures import figure_of, finish, single
 from nni_topo.runs.run import pruner_knobs
 from nni_topo.runs.study import Findings, Names, Tell, TrainedStudy
@@ -257,7 +257,7 @@ class _Trial:
         self._knobs = knobs
         self.knobs: dict[str, Any] = {}
         if isinstance(knobs, Mapping):
-            check_knobs(pruner, knobs)
+            check_knob_names(pruner, knobs)
             self.knobs = dict(knobs)
 
     def groups(self, layers: Sequence[str] | None) -> list[tuple[str, ...]]:

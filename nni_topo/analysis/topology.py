@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,7 +114,7 @@ class AnalyzeTopology(TrainedStudy[TopologyStudy]):
         """Prune a copy of a trained model."""
         target = Target("ratio", self.ratio) if self.flops is None else Target("flops", self.flops)
         start = self.start()
-        knobs = pruner_knobs("topological", start.net, start, self.calibration) | {"progress": sys.stderr.isatty()}
+        knobs = pruner_knobs("topological", start.net, start, self.calibration)
         entry: dict[str, Any] = {"op_names": inner_layers(start.net, start.example)}
         if target.kind == "flops":
             # death times deal out a share of the MACs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import tyro
 from rich.console import Console
 
 import nni_topo
+from nni_topo.disk import write_json
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import list_pruners, pruner_info
@@ -31,7 +31,7 @@ from nni_topo.runs.plan import (
     load_prune_config,
 )
 from nni_topo.runs.prune import check_empty, prune_checkpoint
-from nni_topo.runs.records import provenance, read_records
+from nni_topo.runs.records import compared_records, provenance
 from nni_topo.runs.report import prune_costs, write_report
 from nni_topo.runs.rivals import is_rival
 from nni_topo.runs.run import distillation_knobs, latencies
@@ -164,7 +164,7 @@ class Report(Verb):
         """Write the folders' reports and print what their records say."""
         for folder in self.folders:
             console.print(f"report: {write_report(folder)}", markup=False, soft_wrap=True)
-        records = [record for folder in self.folders for record in read_records(folder / "results.jsonl")]
+        records = [record for folder in self.folders for record in compared_records(folder / "results.jsonl")]
         if self.out is not None and records:
             figure_of(plot_accuracy(records)[0]).savefig(self.out, dpi=150)
             console.print(f"picture: {self.out}", markup=False)
@@ -207,7 +207,7 @@ class Shrink(TrainedVerb):
             distill=distillation_knobs(start, DistillationChoice(self.images, seconds=self.seconds)),
             evaluate=start.tested,
             seed=self.seed,
-            progress=not self.json and sys.stderr.isatty(),
+            progress=False if self.json else None,
         )
         report: Any = dense.report
         self.out.mkdir(parents=True, exist_ok=True)
@@ -216,7 +216,7 @@ class Shrink(TrainedVerb):
         facts = {"model": self.model, "data": self.data, "pruner": self.pruner, "budget": budget}
         facts |= {"stages": document, "widths": report.layers.rows, "left_alone": report.left_alone}
         facts |= latencies(start, dense) | provenance()
-        (self.out / "shrink.json").write_text(json.dumps(plain(facts), indent=1) + "\n", encoding="utf-8")
+        write_json(self.out / "shrink.json", plain(facts), sort=False)
         files = f"dense model: {self.out / 'dense.pt'} (nni_topo.load) · report: {write_report(self.out)}"
         self.put_out(console, document, [repr(report), files])
         return 0
@@ -245,7 +245,7 @@ class Prune(TrainedVerb):
             self.out,
             seed=self.seed,
             device=self.device,
-            progress=not self.json and sys.stderr.isatty(),
+            progress=False if self.json else None,
         )
         table = as_table(f"{record['model']}, {record['pruner']}", ("", "before", "after"), prune_costs(record), left=3)
         files = f"dense model: {self.out / 'dense.pt'} (nni_topo.load) · report: {self.out / 'report.html'}"

@@ -105,7 +105,7 @@ def _mend() -> CompatReport:
 
 def mends() -> tuple[Callable[[], bool], ...]:
     """List the mends; importing them imports NNI, which has to happen after `keep_pytree_nodes`."""
-    from nni_topo.compat import evaluators, launching, speedup, tracing, wrapping
+    from nni_topo.compat import evaluators, launching, speedup, tracing, wording, wrapping
 
     return (
         tracing.restore_tensor_methods,
@@ -135,6 +135,9 @@ def mends() -> tuple[Callable[[], bool], ...]:
         evaluators.patch_trainer_steps,
         evaluators.pass_loss_arguments,
         launching.wait_for_manager,
+        wording.log_details_on_demand,
+        wording.trust_tested_pruners,
+        wording.word_assertions,
     )
 
 

@@ -87,17 +87,12 @@ def wrap_modules_once() -> bool:
     True, but for a second call: NNI has no such rule.
     """
     register = compressor.register_wrappers
-    if hasattr(register, _MARK):
-        return False
 
-    @functools.wraps(register)
     def register_once(model: Any, config_list: Any, mode: Any, existed_wrappers: Any = None) -> Any:
         single = _by_one_name(model, config_list, existed_wrappers or {})
         return register(model, single, mode, existed_wrappers)
 
-    setattr(register_once, _MARK, True)
-    compressor.register_wrappers = register_once
-    return True
+    return _replaced(compressor, register, register_once)
 
 
 def _by_one_name(
@@ -124,18 +119,13 @@ def leave_no_forward() -> bool:
     attribute of the module, on every version. Returns True, but for a second call: NNI has no such rule.
     """
     unwrap = ModuleWrapper.unwrap
-    if hasattr(unwrap, _FORWARD):
-        return False
 
-    @functools.wraps(unwrap)
     def unwrap_one(self: ModuleWrapper) -> None:
         unwrap(self)
         if getattr(self.module_forward, "__func__", None) is type(self.module).forward:
             vars(self.module).pop("forward", None)
 
-    setattr(unwrap_one, _FORWARD, True)
-    ModuleWrapper.unwrap = unwrap_one
-    return True
+    return _replaced(ModuleWrapper, unwrap, unwrap_one, _FORWARD)
 
 
 def unwrap_models_once() -> bool:
@@ -145,16 +135,20 @@ def unwrap_models_once() -> bool:
     on to an AttributeError, on every version. Returns True, but for a second call: NNI has no such rule.
     """
     unwrap_model = Compressor.unwrap_model
-    if hasattr(unwrap_model, _MARK):
-        return False
 
-    @functools.wraps(unwrap_model)
     def unwrap_once(self: Compressor) -> None:
         if self._is_wrapped:
             unwrap_model(self)
 
-    setattr(unwrap_once, _MARK, True)
-    Compressor.unwrap_model = unwrap_once
+    return _replaced(Compressor, unwrap_model, unwrap_once)
+
+
+def _replaced(place: Any, function: Callable[..., Any], mended: Callable[..., Any], mark: str = _MARK) -> bool:
+    """Put a mended function in the place of NNI's and return True, or False if that was done before."""
+    if hasattr(function, mark):
+        return False
+    setattr(mended, mark, True)
+    setattr(place, function.__name__, functools.wraps(function)(mended))
     return True
 
 

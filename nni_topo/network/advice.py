@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import NniTopoError
-from nni_topo.network.capture import watched
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.inputs import Call, random_like
 from nni_topo.network.layers import output_channels
 from nni_topo.network.network import Network
 
@@ -23,7 +19,7 @@ _LAST = "check=False gives the dense model all the same, which computes somethin
 def way_forward(network: Network, reference: nn.Module, kept: Kept, place: str | None) -> str:
     """Say why outputs differ from ``place`` on (None: behind the last module), and what can be done about it."""
     try:
-        flow, call = network.flow, network.call
+        flow = network.flow
     except NniTopoError:
         return _LAST
     pruned = {name for name in flow.layers if name in kept and _removed(flow, name, kept).any()}
@@ -35,18 +31,8 @@ def way_forward(network: Network, reference: nn.Module, kept: Kept, place: str |
         return f"{statistics}: {leave_out}; {_LAST}"
     if place is None or module is None or output_channels(module) is None:
         return f"removed channels of {before} aren't zero there: {leave_out}; {_LAST}"
-    if not _constant(reference, call, place, _entering_removed(flow, place, pruned, kept)):
-        return f"removed channels of {before} arrive at {place} as values that aren't zero: {leave_out}; {_LAST}"
-    new = "" if getattr(module, "bias", None) is not None else ", which it must get,"
-    border = " (but for its padding)" if any(_numbers(getattr(module, "padding", 0))) else ""
-    return (
-        f"removed channels of {before} arrive at {place} as constants that aren't zero: the bias of {place}{new} can "
-        f"take them over{border}, by what its weights of these channels make of them; or {leave_out}; {_LAST}"
-    )
-
-
-def _numbers(padding: Any) -> tuple[Any, ...]:
-    return tuple(padding) if isinstance(padding, tuple) else (padding,)
+    arrive = f"removed channels of {before} arrive at {place} as values that aren't zero"
+    return f'{arrive}: {leave_out}; constants="keep" takes over what is constant, but for borders; {_LAST}'
 
 
 def _removed(flow: ChannelFlow, name: str, kept: Kept) -> Tensor:
@@ -73,25 +59,3 @@ def _layers_before(flow: ChannelFlow, place: str | None, pruned: set[str]) -> li
                 seen.add(parent)
                 nodes.append(parent)
     return [name for name in flow.layers if name in found & pruned]
-
-
-def _entering_removed(flow: ChannelFlow, place: str, pruned: set[str], kept: Kept) -> Tensor:
-    """Tell which channels that enter a layer are removed: bool, shape (input channels,)."""
-    gone = {int(root) for name in pruned for root in flow.layer_roots(name)[_removed(flow, name, kept).numpy()]}
-    return torch.tensor([int(root) in gone for root in flow.entering_roots(place)], dtype=torch.bool)
-
-
-def _constant(reference: nn.Module, call: Call, place: str, removed: Tensor) -> bool:
-    """Say whether what enters a layer by removed channels is the same whatever the input, and not zero."""
-    module = reference.get_submodule(place)
-    seen: list[Tensor] = []
-    drawn = random_like(call, torch.Generator().manual_seed(1))
-    with watched([(module, seen.append)]), torch.no_grad():
-        reference(*drawn[0], **drawn[1])
-    rows = seen[0].transpose(0, _dimension(module)).flatten(1)
-    if len(rows) != len(removed) or not bool(removed.any()):
-        return False
-    rows = rows[removed.to(rows.device)]
-    largest = rows.abs().amax(1)
-    spread = rows.amax(1) - rows.amin(1)
-    return bool((spread <= 1e-5 * largest).all()) and bool(largest.any())

@@ -10,8 +10,10 @@ from typing import Any, Literal
 import torch
 from nni.compression.speedup.replacer import Replacer
 
+from nni_topo.errors import ConfigError
 from nni_topo.network.advice import way_forward
 from nni_topo.network.attention import tell_config
+from nni_topo.network.constants import absorb, constants_read
 from nni_topo.network.engine import DenseSpeedup, kept_outputs
 from nni_topo.network.inputs import call_arguments
 from nni_topo.network.masks import FullMasks, Masks, check_masks, check_model
@@ -31,6 +33,7 @@ def to_dense(
     masks: Masks,
     *,
     round_to: int | Literal["auto"] | None = None,
+    constants: Literal["zero", "keep"] = "zero",
     check: bool = True,
     rtol: float = 1e-4,
     customized_replacers: Sequence[Replacer] = (),
@@ -49,6 +52,10 @@ def to_dense(
         If given, every pruned layer keeps a multiple of this many channels, or all of them. ``"auto"`` is what the
         model's device computes at once: 8 channels on a GPU; 16, 8 or 4 on a CPU, by its vector registers. Those with
         the largest weights (L1 norm over all tied layers) come back.
+    constants : {"zero", "keep"}, default="zero"
+        What becomes of the shift that a batch norm adds to a removed channel. ``"zero"``: it goes with the channel, as
+        in `masked_model`. ``"keep"``: it stays, as in the model that NNI's pruner has wrapped; the layer that reads it
+        adds what it makes of it to its bias, or takes it off the running mean of the batch norm behind.
     check : bool, default=True
         Compare the dense model with the masked one, in evaluation mode.
     rtol : float, default=1e-4
@@ -68,7 +75,7 @@ def to_dense(
     Raises
     ------
     ConfigError
-        If masks, inputs or ``round_to`` can't be used.
+        If masks, inputs, ``round_to`` or ``constants`` can't be used.
     DataError
         If the model holds NaN or infinite values.
     SpeedupError
@@ -92,20 +99,31 @@ def to_dense(
 
     Single masked weights in channels that are kept stay as zeros.
 
-    Where a removed channel isn't zero in the masked model, the two can't be equal: behind an activation
-    that isn't zero at zero (sigmoid, softplus), or in a group or layer norm, which takes its statistics
-    over removed channels too. The error says which layers to leave out, or whose bias can take a constant over;
-    ``check=False`` gives the dense model all the same, without the constants, to be fine-tuned.
+    Behind an activation that isn't zero at zero (sigmoid, softplus) a removed channel is a constant, which goes into
+    the bias of the layer that reads it, or the batch norm behind that. Not of one that pads with zeros: there it isn't
+    a constant at the border. There, and where a removed channel is no constant (a softmax over channels), the two
+    models can't be equal. The error says which layers to leave out; ``check=False`` gives the dense model all the same,
+    to be fine-tuned.
 
-    Cost: two to four forward passes to trace the model, unless `dependency_groups` did, and three to compare.
+    With ``constants="keep"`` a layer that pads with zeros takes a constant for one that goes on beyond the border, so
+    that values next to it differ from those of NNI's wrapped model, and those of other layers don't. A constant that a
+    transposed convolution reads, or a layer that has neither bias nor batch norm, is dropped. After `compensate`, which
+    solves for removed channels that are zero, ``"zero"`` is right. Neither loses less accuracy on every network.
+
+    Cost: two to four forward passes to trace the model, unless `dependency_groups` did, one on small images to look for
+    constants, and three to compare.
     """
     check_model(model)
+    if constants not in ("zero", "keep"):
+        raise ConfigError(f'constants must be "zero" or "keep", got {constants!r}')
     call = call_arguments(example_inputs, model)
     full = check_masks(model, masks)
     with random_state_kept(), torch.inference_mode(False):
         torch.manual_seed(0)
         network = Network(model, call)
-        dense, reference, kept, resolved = _build(network, full, round_to, customized_replacers)
+        dense, reference, kept, resolved = _build(
+            network, full, round_to, customized_replacers, keep=constants == "keep"
+        )
         if check:
             check_equal(reference, dense, call, kept, rtol, advise=partial(way_forward, network, reference, kept))
     _report(model, dense, full, resolved)
@@ -123,17 +141,29 @@ def _report(model: torch.nn.Module, dense: torch.nn.Module, masks: FullMasks, re
 
 
 def _build(
-    network: Network, masks: FullMasks, round_to: int | Literal["auto"] | None, replacers: Sequence[Replacer]
+    network: Network,
+    masks: FullMasks,
+    round_to: int | Literal["auto"] | None,
+    replacers: Sequence[Replacer],
+    *,
+    keep: bool,
 ) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, list[torch.Tensor]], Resolved]:
     """Make the dense model, its reference, the list of what is kept of each module's output, and the masks used."""
     original = detached_copy(network.model).eval()
     flow = network.flow
     resolved = resolve(original, flow, masks, round_to)
     ties = find_ties(original)
+    # As in NNI's masked model, in which norms make something of the zeros that arrive.
+    kept = constants_read(original, flow, resolved.left, network.call) if keep else {}
     reference = apply_masks(original, network.call, resolved.masks, in_place=True)
-    dense = copy.deepcopy(reference)
     # Each layer is cut for itself, so each needs tensors of its own.
+    if keep:
+        untie(reference, find_ties(reference))
+        absorb(reference, flow, resolved.left, kept, exactly=False)
+    dense = copy.deepcopy(reference)
     untie(dense, find_ties(dense))
+    if not keep:
+        absorb(dense, flow, resolved.left, constants_read(dense, flow, resolved.left, network.call), exactly=True)
     DenseSpeedup(dense, flow, resolved.left, replacers).speedup_model()
     tie_again(dense, ties)
     tell_config(dense, original)

@@ -15,7 +15,7 @@ from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.network.attention import Attention, is_attention
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.labels import FIXED
-from nni_topo.network.layers import check_names, is_transposed_linear, output_channels
+from nni_topo.network.layers import RECURRENT, TRANSPOSED, check_names, is_transposed_linear, output_channels
 from nni_topo.network.network import Network
 from nni_topo.network.parts import is_in_parts
 from nni_topo.network.report import why_not_followed
@@ -191,13 +191,15 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: se
         if name not in flow.layers:
             # Of a norm, say, masks may be wanted all the same.
             module = network.model.get_submodule(name)
-            if output_channels(module) is not None or is_transposed_linear(module):
+            if output_channels(module) is not None or isinstance(module, RECURRENT) or is_transposed_linear(module):
                 skipped[name] = why_not_followed(network.model, name)
             continue
         roots = flow.layer_roots(name)
         reasons = [unfit[root] for root in roots.tolist() if root in unfit]
         if reasons or (roots == FIXED).all():
             skipped[name] = "; ".join(dict.fromkeys(reasons or flow.why_pinned(name)))
+        elif len(set(roots.tolist())) == 1 < len(roots) and name not in flow.heads:
+            skipped[name] = "all of its channels meet one another"
         elif flow.reaches_output(name):
             if is_in_parts(flow.traced.graph):
                 skipped[name] = "what it gives goes where no tracer follows"
@@ -236,7 +238,7 @@ def _settings(flow: ChannelFlow, mixers: Mapping[str, Attention]) -> dict[str, d
     stated: dict[tuple[int, ...], list[str]] = {}
     for name in flow.layers:
         own = next(iter(mixers[name].channels)) if name in mixers else name
-        roots = tuple(flow.roots(flow.head_numbers(own)).tolist())
+        roots = tuple(flow.roots(flow.head_numbers(own)[:: _stretch(flow, own)]).tolist())
         if set(roots) != {FIXED}:
             stated.setdefault(roots, []).append(name)
     needed = [names for names in stated.values() if len(names) > 1 or blocks.get(names[0], 1) > 1]
@@ -246,11 +248,28 @@ def _settings(flow: ChannelFlow, mixers: Mapping[str, Attention]) -> dict[str, d
             settings[name] = {"dependency_group_id": f"group_{rank}"}
             if blocks.get(name, 1) > 1:
                 settings[name]["internal_metric_block"] = blocks[name]
+    for name in flow.layers:
+        if (size := _stretch(flow, name)) > 1:
+            weight: Any = flow.fetch_attr(name).weight
+            settings.setdefault(name, {})["granularity"] = [size, *[-1] * (weight.dim() - 1)]
     for name, attention in flow.heads.items():
         settings.setdefault(name, {})["granularity"] = attention.granularity(name)
     for name, attention in mixers.items():
         settings.setdefault(name, {})["granularity"] = [-1, attention.size]
     return settings
+
+
+def _stretch(flow: ChannelFlow, name: str) -> int:
+    """Count the neighbouring channels of a layer that only go together, as those that a pixel shuffle spreads."""
+    roots = flow.layer_roots(name)
+    starts = np.flatnonzero(np.diff(roots, prepend=-1))
+    size = len(roots) // len(starts)
+    is_even = len(np.unique(roots[starts])) == len(starts) and np.array_equal(starts, np.arange(len(starts)) * size)
+    # NNI can't state blocks of a transposed convolution's channels; those of heads have a word of their own, and a
+    # depth-wise convolution that makes several channels of each follows the layer before it.
+    other = isinstance(flow.fetch_attr(name), (*TRANSPOSED, torch.nn.Embedding)) or name in flow.heads
+    follows = flow.layers[name].depthwise and len(flow.entering_numbers(name)) < len(roots)
+    return size if is_even and not (other or follows or FIXED in roots) else 1
 
 
 def _followers(flow: ChannelFlow) -> set[str]:

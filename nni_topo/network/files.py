@@ -12,9 +12,8 @@ import copy
 import hashlib
 import json
 import os
-import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nni_topo._version import __version__
+from nni_topo.disk import read_tensors, reading, whole_file, write_tensors
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.attention import find_attention, resize
 from nni_topo.network.counted import count
@@ -44,10 +44,6 @@ _KINDS: dict[str, type] = {
     "buffers": dict,
     "fingerprints": dict,
 }
-_UNREADABLE = (
-    *(OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError),
-    *(pickle.UnpicklingError, SafetensorError),
-)
 _OLDER: dict[str, Any] = {"buffers": {}, "fingerprints": {}}  # files of older versions have none
 
 # The attributes that say how large a module is, by the class that defines them.
@@ -66,17 +62,6 @@ _SIZES: dict[type[torch.nn.Module], tuple[str, ...]] = {
 _PathLike = str | os.PathLike[str]
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a place beside ``path``: what is written there is moved to ``path`` at the end, and removed by an error."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def save(dense: torch.nn.Module, path: _PathLike) -> None:
     """Save a dense model without pickled code, non-persistent buffers too.
 
@@ -85,9 +70,9 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
     dense : torch.nn.Module
         A model made by `nni_topo.to_dense`, fine-tuned or not. It isn't changed.
     path : str or path-like
-        The file to write; an existing one is replaced. One that ends in ``.safetensors`` is written as safetensors,
-        with the recipe (which module has which sizes) as JSON under ``"nni_topo"`` in its metadata; any other as
-        PyTorch does.
+        The file to write, whole or not at all; an existing one is replaced. One that ends in ``.safetensors`` is
+        written as safetensors, with the recipe (which module has which sizes) as JSON under ``"nni_topo"`` in its
+        metadata; any other as PyTorch does.
 
     Raises
     ------
@@ -112,10 +97,11 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
         "buffers": {name: tensor.detach() for name, tensor in every.items() if name not in listed},
         "fingerprints": {name: _fingerprint(tensor) for name, tensor in every.items()},
     }
-    try:
-        _write_safe(document, path) if Path(path).suffix == _SAFE else torch.save(document, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"a model's file must be writable, got {error} ({os.fspath(path)})") from error
+    if Path(path).suffix == _SAFE:
+        with whole_file(Path(path)) as part:
+            _write_safe(document, part)
+    else:
+        write_tensors(Path(path), document)
 
 
 def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> torch.nn.Module:
@@ -282,7 +268,11 @@ def _write_safe(document: dict[str, Any], path: _PathLike) -> None:
     }
     # Copies, for safetensors takes no two views of one memory.
     values = {first: tensors[first].cpu().contiguous().clone() for first, *_ in places}
-    save_file(values, os.fspath(path), {_RECIPE: json.dumps(recipe)})
+    try:
+        save_file(values, os.fspath(path), {_RECIPE: json.dumps(recipe)})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise (error if number is None else OSError(int(number[1]), os.strerror(int(number[1])))) from error
 
 
 def _read_safe(path: _PathLike) -> Any:
@@ -304,19 +294,8 @@ def _read_safe(path: _PathLike) -> Any:
 def _read(path: _PathLike) -> dict[str, Any]:
     """Read a file and check that it is one of ours."""
     place = os.fspath(path)
-    if not Path(path).is_file():
-        raise DataError(f"a dense model's file must exist, got none ({place})")
-    try:
-        safe = Path(path).suffix == _SAFE
-        document = _read_safe(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except DataError:
-        raise
-    except _UNREADABLE as error:
-        # torch's own message advises to read the file unsafely, so only its type is passed on.
-        raise DataError(
-            "a dense model's file must be written by nni_topo.save, got one that can't be read as plain data "
-            f"({type(error).__name__}, {place})"
-        ) from error
+    with reading(Path(path), "a dense model's file", "written by nni_topo.save"):
+        document = _read_safe(path) if Path(path).suffix == _SAFE else read_tensors(Path(path))
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise DataError(f"a dense model's file must be written by nni_topo.save, got another kind ({place})")
     if document.get("format_version") != _FORMAT_VERSION:

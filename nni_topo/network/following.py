@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
@@ -30,6 +30,18 @@ def norms_behind(model: nn.Module, flow: ChannelFlow) -> dict[str, str]:
         if layer is not None and np.array_equal(entering, own + entering[0]):
             found[layer] = name
     return found
+
+
+def only_norm_behind(model: nn.Module, flow: ChannelFlow, name: str) -> nn.Module | None:
+    """Return the batch norm with statistics that alone reads a layer, and reads nothing else; None without one."""
+    calls = [node for node in flow.traced.graph.nodes if node.op == "call_module" and node.target == name]
+    readers = {user for node in calls for user in node.users}
+    targets = {str(user.target) if user.op == "call_module" else "" for user in readers}
+    behind = targets.pop() if len(targets) == 1 else ""
+    norm = model.get_submodule(behind) if behind else None
+    of_norm = {node for node in flow.traced.graph.nodes if node.op == "call_module" and node.target == behind}
+    is_norm = norm is not None and is_plain_norm(norm) and isinstance(norm.running_mean, Tensor)
+    return norm if is_norm and of_norm == readers else None
 
 
 def followers(node: Node) -> Iterator[Node]:

@@ -16,6 +16,7 @@ from nni_topo.errors import ConfigError, DataError, NniTopoError
 from nni_topo.network.modes import device_of, evaluation_mode
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+_SIDE = 64  # pixels at which models are tried where they can be
 
 PADDING = {"attention_mask": True, "key_padding_mask": False, "src_key_padding_mask": False}
 """Arguments that tell by position what is padding, and whether something other than zero there counts."""
@@ -77,6 +78,16 @@ def random_like(call: Call, generator: torch.Generator, *, positive: bool = Fals
 
     drawn: Call = tree_map_only(Tensor, draw, call)
     return drawn
+
+
+def shrunk(call: Call) -> Call:
+    """Cut large images of a call, 4-D tensors, to a corner, and leave two of them."""
+    small: Call = tree_map_only(
+        torch.Tensor,
+        lambda each: each[:2, :, :_SIDE, :_SIDE] if each.dim() == 4 and each.shape[1] < _SIDE else each,
+        call,
+    )
+    return small if all(each.dim() == 4 for each in tensors_of(call)) else call
 
 
 def cast_floats(call: Call, dtype: torch.dtype) -> Call:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nni_topo.disk import read_json, reading, write_json
 from nni_topo.errors import DataError
 
 
@@ -97,7 +97,7 @@ class LatencyTable:
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_json(Path(path), asdict(self), sort=False)
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:
@@ -108,8 +108,9 @@ class LatencyTable:
         DataError
             If the file is missing or holds no latency table.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        path = Path(path)
+        with reading(path, "a latency table"):
+            content = read_json(path)
             layers = {
                 name: LayerLatency(
                     tuple(layer["entering"]),
@@ -120,5 +121,3 @@ class LatencyTable:
                 for name, layer in content.pop("layers").items()
             }
             return cls(layers, **content)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"a latency table must be a readable JSON file of one, got: {error!r} ({path})") from error

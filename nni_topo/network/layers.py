@@ -15,6 +15,7 @@ from nni_topo.network.counted import channel_dim
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
 TRANSPOSED = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
+RECURRENT = (torch.nn.RNNBase, torch.nn.RNNCellBase)
 WEIGHTED = (*CONVOLUTIONS, *TRANSPOSED, torch.nn.Linear)
 NORMALIZING = (torch.nn.modules.batchnorm._NormBase, torch.nn.GroupNorm, torch.nn.LayerNorm)
 PER_CHANNEL = (*NORMALIZING, torch.nn.PReLU)

@@ -61,7 +61,7 @@ class DenseOrder(torch.fx.Interpreter):
         stays, shape = torch.from_numpy(np.asarray(self.left[self.flow.roots(numbers.numpy())])), list(full.shape)
         for d, size in enumerate(numbers.shape):
             if size == full.shape[d]:
-                rows = stays.movedim(d, 0).flatten(1).any(1)
+                rows = stays.movedim(d, 0).reshape(size, -1).any(1)
                 numbers = numbers.index_select(d, rows.nonzero().flatten())
                 shape[d] = numbers.shape[d]
         return numbers.expand(shape)

@@ -14,12 +14,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.capture import watched
 from nni_topo.network.counted import channel_dim
-from nni_topo.network.inputs import Call, call_arguments, cast_floats, random_like, tensors_of
+from nni_topo.network.inputs import Call, call_arguments, cast_floats, random_like, shrunk, tensors_of
 from nni_topo.network.layers import NORMALIZING, is_depthwise
 from nni_topo.network.masks import FullMasks, Masks, check_masks, check_model
 from nni_topo.network.modes import random_state_kept
@@ -178,8 +177,6 @@ class _Watch:
         return passed + alive.view(view)
 
 
-_SIDE = 64  # pixels at which models are compared where they can be
-
 Kept = dict[str, list[torch.Tensor]]
 Place = tuple[str | None, str]
 
@@ -198,7 +195,7 @@ def check_equal(
     pair = (reference, dense)
     # Not every model takes a smaller image; and whatever else is wrong is looked for below, layer by layer.
     with suppress(Exception):
-        expected, actual, _ = _run(pair, cast_floats(_shrunk(drawn), torch.float64), {}, rtol, double=True)
+        expected, actual, _ = _run(pair, cast_floats(shrunk(drawn), torch.float64), {}, rtol, double=True)
         if [each.shape for each in expected] == [each.shape for each in actual] and _worst(expected, actual) <= rtol:
             return
     try:
@@ -213,16 +210,6 @@ def check_equal(
                 f"fit the pruned channels, got {type(error).__name__}: {error}"
             ) from error
     _compare(expected, actual, place, rtol, advise)
-
-
-def _shrunk(call: Call) -> Call:
-    """Cut large images of a call, 4-D tensors, to a corner, and leave two of them."""
-    small: Call = tree_map_only(
-        torch.Tensor,
-        lambda each: each[:2, :, :_SIDE, :_SIDE] if each.dim() == 4 and each.shape[1] < _SIDE else each,
-        call,
-    )
-    return small if all(each.dim() == 4 for each in tensors_of(call)) else call
 
 
 def _run(

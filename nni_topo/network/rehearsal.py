@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,9 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import attend
 from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.constants import can_absorb, constants_read
 from nni_topo.network.engine import DenseSpeedup, kept_slices
+from nni_topo.network.following import only_norm_behind
 from nni_topo.network.inputs import Call, cast_floats, random_like
 from nni_topo.network.labels import FIXED, place
 from nni_topo.network.layers import NORMALIZING
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
     from nni_topo.network.network import Network
 
 _TOLERANCE = 1e-3  # of the largest value; rounding in single precision is far below, half of the channels far above
-_ROUNDS = 8
+_ROUNDS = 24  # each finds about half of the channels that can't go and weren't found yet
 
 
 @fast_paths_off()
@@ -105,7 +108,7 @@ class _Rehearsal:
         except SpeedupError as error:
             return dict.fromkeys(self._removed(), str(error))
         self._order = speedup.order
-        inputs = iter(args)
+        self._args, inputs = args, iter(args)
         readers = {parent: node for node in self.full.graph.nodes for parent in node.all_input_nodes}
         last: dict[Node, list[Node]] = defaultdict(list)
         for parent, node in readers.items():
@@ -122,7 +125,8 @@ class _Rehearsal:
 
     def _step(self, node: Node) -> None:
         entering = {parent: self._nonzero(parent) for parent in self._tensors_before(node)}
-        whole = self._masked(node, self._called(node, self.full, 0), self._first_input(node))
+        constant = self._constant(node) if any(map(len, entering.values())) else None
+        whole = self._masked(node, self._called(node, self.full, 0, constant), self._first_input(node))
         expected = self._cut(node, whole)
         try:
             actual = self._called(node, self.small, 1)
@@ -136,19 +140,36 @@ class _Rehearsal:
             actual = expected
         self._values[node] = whole, actual
 
-    def _called(self, node: Node, module: GraphModule, which: int) -> Any:
-        """Compute what a node gives in one of the networks."""
+    def _called(self, node: Node, module: GraphModule, which: int, constant: Tensor | None = None) -> Any:
+        """Compute what a node gives in one of the networks, without constants that enter it."""
         if node.op == "get_attr":
             value: Any = module
             for part in str(node.target).split("."):
                 value = getattr(value, part)
             return value
-        args, kwargs = map_arg((node.args, node.kwargs), lambda parent: self._values[parent][which])
+        given: Any = map_arg((node.args, node.kwargs), lambda parent: self._values[parent][which])
+        args, kwargs = given
+        if constant is not None:
+            first, *others = args
+            args = (first.masked_fill((constant != 0).to(first.device), 0), *others)
         if node.op == "call_module":
             return module.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _constant(self, node: Node) -> Tensor | None:
+        """Tell what removed channels bring to a layer that its bias can add instead; broadcasts to what enters."""
+        name = str(node.target)
+        layer: Any = self.full.get_submodule(name) if name in self.flow.layers else None
+        if layer is None or not can_absorb(layer, only_norm_behind(self.full, self.flow, name), exactly=True):
+            return None
+        values = self._constants.get(name)
+        return None if values is None else values.view(-1, *[1] * (layer.weight.dim() - 2))
+
+    @cached_property
+    def _constants(self) -> dict[str, Tensor]:
+        return constants_read(self.full, self.flow, self.left, (self._args, {}))
 
     def _first_input(self, node: Node) -> Any:
         parents = node.all_input_nodes

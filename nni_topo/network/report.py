@@ -9,6 +9,7 @@ import torch
 
 from nni_topo.network.layers import (
     PER_CHANNEL,
+    RECURRENT,
     is_transposed_linear,
     kept_channels,
     output_channels,
@@ -114,6 +115,8 @@ def _asked(module: torch.nn.Module, targets: Mapping[str, torch.Tensor], before:
 
 def why_not_followed(model: torch.nn.Module, name: str) -> str:
     """Say why a layer keeps its channels although no other layer knows of them."""
+    if isinstance(model.get_submodule(name), RECURRENT):
+        return "a recurrent layer keeps its state whole"
     if weight_is_computed(model.get_submodule(name)):
         return "its weight is computed from other parameters"
     if is_transposed_linear(model.get_submodule(name)):

@@ -12,11 +12,12 @@ import torch
 
 from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.maths.ties import descending
-from nni_topo.network.channels import Blocks, ChannelFlow
+from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.labels import FIXED
 from nni_topo.network.layers import bias_name, channel_dimension, kept_channels, spread, weight_name, weight_of
 from nni_topo.network.masks import FullMasks
 from nni_topo.network.modes import device_of
+from nni_topo.network.numbering import Blocks
 
 _logger = logging.getLogger(__name__)
 
@@ -43,7 +44,11 @@ def resolve_masks(
 def warn_of_kept(kept: Mapping[str, str]) -> None:
     """Say in one warning which layers keep channels although they are masked: how many and why, by layer."""
     if kept:
-        told = "; ".join(f"{name} {text}" for name, text in kept.items())
+        by_reason: dict[str, list[str]] = {}
+        for name, text in kept.items():
+            count, _, why = text.partition(" (")
+            by_reason.setdefault(why, []).append(f"{name} {count}")
+        told = "; ".join(f"{', '.join(names)} ({why}" for why, names in by_reason.items())
         _logger.warning("masks must agree where layers share channels; channels kept although masked: %s", told)
 
 
@@ -186,11 +191,11 @@ def _partners(flow: ChannelFlow, given: dict[str, np.ndarray], name: str, held: 
     """Name what holds some of a layer's channels."""
     if (held == FIXED).any():
         return "; ".join(filter(None, flow.why_pinned(name)))
-    names = [other for other in flow.layers if other != name and np.isin(flow.layer_roots(other), held).any()]
-    if not names:
+    names = [other for other in flow.layers if np.isin(flow.layer_roots(other), held).any()]
+    if names == [name]:
         return "its own channels meet one another"
     free = [other for other in names if other not in given and not flow.layers[other].depthwise]
-    return f"shared with {', '.join(names)}; of these without a mask: {', '.join(free) or 'none'}"
+    return f"shared by {', '.join(names)}{'; of these without a mask: ' if free else ''}{', '.join(free)}"
 
 
 def _new_masks(

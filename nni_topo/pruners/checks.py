@@ -83,7 +83,7 @@ KNOBS = {
     ),
     "round_to": whole(1) | NONE,
     "seed": SEED,
-    "progress": FLAG,
+    "progress": FLAG | NONE,
 }
 """What the knobs must be that mean the same for every pruner."""
 

@@ -140,7 +140,7 @@ def _checked_class(info: PrunerInfo) -> PrunerInfo:
     return info
 
 
-def check_knobs(name: str, knobs: Iterable[str]) -> None:
+def check_knob_names(name: str, knobs: Iterable[str]) -> None:
     """Raise ConfigError, with the nearest names there are, if a pruner or one of the names of its knobs is unknown."""
     allowed = pruner_info(name).knobs()
     for knob in knobs:
@@ -185,7 +185,7 @@ def create_pruner(
     ConfigError
         If the name or a knob is unknown, a needed knob is missing, or the request is bad.
     """
-    check_knobs(name, knobs)
+    check_knob_names(name, knobs)
     info = pruner_info(name)
     given = {**knobs, "evaluator": evaluator}
     missing = [need for need in info.needs if all(given.get(knob) is None for knob in need.split(" or "))]

@@ -39,7 +39,7 @@ class SelectionMetric(MetricCalculator):
     """Chooses what stays of each unit by its clouds; ``origin``: whether the zero vector belongs to them."""
 
     origin: bool = True
-    progress: bool = False
+    progress: bool | None = None
 
     def calculate(self, data: Data, context: PruningContext) -> KeptSet:
         """Plan by what blocks are worth how many blocks stay, then choose which."""

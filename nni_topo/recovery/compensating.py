@@ -12,12 +12,12 @@ from typing import Any, Literal, get_args
 import torch
 from nni.compression.utils import Evaluator
 from torch import nn
-from tqdm import tqdm
 
 from nni_topo.errors import ConfigError, DataError, check_integer, unknown_name
 from nni_topo.network.capture import batches_of
 from nni_topo.network.inputs import Call, batch_size, calls, check_fits, tensors_of
 from nni_topo.network.masks import Masks, check_model
+from nni_topo.network.progress import bar
 from nni_topo.recovery.networks import Networks, build_networks, copy_norm_statistics
 from nni_topo.recovery.plan import make_plan
 from nni_topo.recovery.replay import Replay
@@ -60,7 +60,7 @@ def compensation(
     as_printed: bool = False,
     seed: int = 0,
     cache_bytes: int = 2**30,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Compensation:
     """Compensate a model and report what was done; parameters and errors are those of :func:`compensate`.
 
@@ -70,7 +70,7 @@ def compensation(
         The model and the report.
     """
     began = time.perf_counter()
-    _check_knobs(method, ridge, refine, pairs, as_printed)
+    _check_choices(method, ridge, refine, pairs, as_printed)
     check_model(model)
     calibration = batches_of(calibration, model)
     sizes, call = survey(model, calibration)
@@ -129,8 +129,8 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
     cache_bytes : int, default=2**30
         Memory for intermediate values of both networks, and as much again for one layer's samples. With less, more
         is computed again.
-    progress : bool, default=False
-        Show a bar on standard error.
+    progress : bool or None, default=None
+        Show a bar on standard error; None: in a terminal, for what takes longer than five seconds.
 
     Returns
     -------
@@ -213,12 +213,12 @@ def compensate_up_to(
 
 
 def _run(
-    tasks: list[Task], sampler: Sampler, networks: Networks, ridge: float | None, progress: bool
+    tasks: list[Task], sampler: Sampler, networks: Networks, ridge: float | None, progress: bool | None
 ) -> tuple[LayerReport, ...]:
     """Solve the tasks one after the other; those that refine one take its ridge."""
     ranks = [sampler.replay.order[task.layer.node] for task in tasks]
     layers: list[LayerReport] = []
-    for index, task in enumerate(tqdm(tasks, desc="compensate", disable=not progress)):
+    for index, task in enumerate(bar("compensate", progress, tasks)):
         is_refined = index + 1 < len(tasks) and tasks[index + 1].refines
         chosen = layers[-1].ridge if task.refines and ridge is None and layers[-1].ridge < math.inf else ridge
         layers.append(_step(task, min(ranks[index:]), sampler, networks, chosen, is_refined))
@@ -250,7 +250,7 @@ def _step(
     )
 
 
-def _check_knobs(method: str, ridge: Any, refine: Any, pairs: Pairs | None, as_printed: bool) -> None:
+def _check_choices(method: str, ridge: Any, refine: Any, pairs: Pairs | None, as_printed: bool) -> None:
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
     is_number = isinstance(ridge, (int, float)) and not isinstance(ridge, bool)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import pickle
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,90 +13,92 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from tqdm import tqdm
 
-from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.files import whole_file
+from nni_topo.disk import DELETE, read_tensors, reading, write_tensors
+from nni_topo.errors import ConfigError
 from nni_topo.network.layers import TRANSPOSED
+from nni_topo.network.progress import bar
 from nni_topo.network.zeros import zeros_held
 from nni_topo.recovery.lesson import Batches, Lesson
 
 _FORMAT = "nni-topo distillation 1"
-_SECONDS_A_STATE = 30.0
-_WARM_UP = 0.1  # share of the steps
 _MOMENTUM = 0.1  # of batch norms that have none of their own
 
 
 class Course:
-    """Gradient steps of a student, the learning rate rising, then falling; they go on from a file if it is there."""
+    """Gradient steps of a student, the rate falling along half a cosine; they go on from a file if it is there."""
 
     def __init__(
         self,
         student: nn.Module,
         *,
         is_normed: bool,
-        rate: float | None,
+        rate: float,
         kind: dict[str, Any] | None = None,
         path: str | Path | None = None,
+        every: float = 30.0,
     ) -> None:
         self.student, self.rate = student, rate
         norms = [each for each in student.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
         self._norms = norms if is_normed else []
         self.kind, self.path = kind or {}, None if path is None else Path(path)
+        self._every = every  # seconds from one state in the file to the next
         self.optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], weight_decay=0.0)
         self.done, self.spent = 0, 0.0
         if self.path is not None and self.path.exists():
             self._resume(self.path)
 
-    def run(self, lesson: Lesson, batches: Batches, total: int, seconds: float | None, progress: bool = False) -> None:
+    def run(
+        self, lesson: Lesson, batches: Batches, total: int, seconds: float | None, progress: bool | None = None
+    ) -> None:
         """Take what is left of so many steps, or of the seconds."""
         rest = itertools.islice(batches, self.done, None)
         with _learning(self.student, self._norms):
             for share in self._shares(total, seconds, progress):
-                # Adam's first steps are as long as the rate, however small a gradient: a good network would be lost.
-                level = min(1.0, (share + 1.0 / total) / _WARM_UP) * (1.0 + math.cos(math.pi * share)) / 2.0
-                self.optimizer.param_groups[0]["lr"] = level * (self.rate or 0.0)
+                level = (1.0 + math.cos(math.pi * share)) / 2.0
+                self.optimizer.param_groups[0]["lr"] = level * self.rate
                 self.optimizer.zero_grad()
                 lesson.objective(self.student, *next(rest)).backward()
                 self.optimizer.step()
 
-    def _shares(self, total: int, seconds: float | None, progress: bool) -> Iterator[float]:
+    def _shares(self, total: int, seconds: float | None, progress: bool | None) -> Iterator[float]:
         """Yield before each step the share of steps, or of time, that is behind."""
         began = kept = time.perf_counter() - self.spent
-        for step in tqdm(range(self.done, total), desc="distill", initial=self.done, total=total, disable=not progress):
+        for step in bar("distill", progress, range(self.done, total), total=total, done=self.done):
             self.spent = time.perf_counter() - began
             share = max(step / total, 0.0 if seconds is None else self.spent / seconds)
             if share >= 1.0:
                 break
             yield share
             self.done += 1
-            if time.perf_counter() - kept >= _SECONDS_A_STATE:
+            if time.perf_counter() - kept >= self._every:
                 self._keep()
                 kept = time.perf_counter()
         self._keep()
 
+    def forget(self) -> None:
+        """Remove the file, so that another course can begin."""
+        if self.path is not None:
+            self.path.unlink()
+
     def _keep(self) -> None:
         if self.path is not None:
             now = {"done": self.done, "spent": self.spent, "rate": self.rate, "model": self.student.state_dict()}
-            with whole_file(self.path) as part:
-                torch.save(
-                    {"format": _FORMAT, "kind": self.kind, **now, "optimizer": self.optimizer.state_dict()}, part
-                )
+            parts = {"format": _FORMAT, "kind": self.kind, **now, "optimizer": self.optimizer.state_dict()}
+            write_tensors(self.path, parts)
 
     def _resume(self, path: Path) -> None:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        with reading(path, "a state", "of this distillation", DELETE):
+            state = read_tensors(path)
             if state["format"] != _FORMAT:
                 raise KeyError(state["format"])
             self.student.load_state_dict(state["model"])
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"a state must be a whole file of this distillation, got: {reason} ({path})") from error
-        for key, value in self.kind.items():
-            if state["kind"].get(key) != value:
-                raise ConfigError(f"distillation must go on with {key} {state['kind'].get(key)}, got {value} ({path})")
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.done, self.spent, self.rate = state["done"], state["spent"], state["rate"]
+            for key, value in self.kind.items():
+                found = state["kind"].get(key)
+                if found != value:
+                    raise ConfigError(f"distillation must go on with {key} {found}, got {value} ({path})")
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.done, self.spent, self.rate = state["done"], state["spent"], state["rate"]
 
 
 @contextmanager

@@ -12,7 +12,6 @@ References
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
@@ -25,14 +24,25 @@ import torch
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import SEED, ConfigError, DataError, check_integer, is_finite, unknown_name
+from nni_topo.errors import (
+    FLAG,
+    NONE,
+    SEED,
+    ConfigError,
+    DataError,
+    check_knobs,
+    number,
+    unknown_name,
+    whole,
+)
 from nni_topo.network.capture import batches_of
 from nni_topo.network.inputs import calls
 from nni_topo.network.masks import check_model
 from nni_topo.network.modes import detached_copy
+from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.compensating import survey
 from nni_topo.recovery.course import Course
-from nni_topo.recovery.lesson import HELD_OUT, Augment, Batches, Lesson, Objective, joined
+from nni_topo.recovery.lesson import HELD_OUT, Augment, Lesson, Objective, is_blendable, joined
 from nni_topo.recovery.report import signed_like
 from nni_topo.sharing import named_tensors
 
@@ -40,10 +50,19 @@ OBJECTIVES = ("auto", "kl", "squares")
 
 _STEPS, _PASSES = 600, 10
 _BATCH_NORM_IMAGES = 256
-_RATES = (3e-3, 1e-3, 3e-4)
-_TRIAL = 10  # the tenth of a course
-_NEAR = 1.1
+_RATES = (6e-3, 2e-3, 6e-4)
 
+_POSITIVE = number(0.0, closed="neither")
+KNOBS = {
+    "temperature": _POSITIVE,
+    "steps": whole(1) | NONE,
+    "seconds": _POSITIVE | NONE,
+    "batch_size": whole(1),
+    "lr": _POSITIVE | NONE,
+    "blend": FLAG,
+    "state_seconds": number(0.0),
+}
+"""Rules of the numbers that :func:`distill` takes; None stands for its own choice."""
 _logger = logging.getLogger(__name__)
 
 
@@ -62,14 +81,13 @@ class Distillation:
     agreement_before, agreement_after : float
         Share of them, in [0, 1], whose largest logit is the original's; NaN for ``"squares"``.
     is_kept : bool
-        Whether what was learned is better there, and so is in ``model``: by agreement; by loss where that is equal, or
-        none.
+        Whether what was learned has less loss there, and so is in ``model``.
     images : int
         All images, those held out included.
     lr : float
-        Highest learning rate.
+        Learning rate at first.
     steps : int
-        Gradient steps, those of trials not counted.
+        Gradient steps at that rate.
     seconds : float
         Wall time.
     """
@@ -100,15 +118,18 @@ def distillation(
     batch_size: int = 64,
     lr: float | None = None,
     augment: Augment | None = None,
+    blend: bool = True,
     state: str | Path | None = None,
+    state_seconds: float = 30.0,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Distillation:
     """Distil a model and report what was done; parameters and errors are those of :func:`distill`."""
     began = time.perf_counter()
     if objective not in OBJECTIVES:
         raise unknown_name("objective", str(objective), OBJECTIVES)
-    check_knobs(temperature, steps, seconds, batch_size, lr)
+    numbers = {"temperature": temperature, "steps": steps, "seconds": seconds, "batch_size": batch_size, "lr": lr}
+    check_knobs("distill", numbers | {"blend": blend, "state_seconds": state_seconds}, KNOBS)
     SEED.check("seed", seed, "distill")
     for model in (original, dense):
         check_model(model)
@@ -127,25 +148,24 @@ def distillation(
     total = steps or max(_STEPS, _PASSES * math.ceil(len(learned) / batch_size))
     is_normed = len(learned) >= _BATCH_NORM_IMAGES
 
-    def batches() -> Batches:
-        return lesson.batches(learned, batch_size, seed, augment)
-
-    knobs = {"steps": total, "seconds": seconds, "batch_size": batch_size, "lr": lr, "temperature": temperature}
-    kind = {**knobs, "objective": lesson.kind, "seed": seed, "images": sum(counts)}
-    course = Course(student, is_normed=is_normed, rate=lr, kind=kind, path=state)
-    if course.rate is None:
-        trials = [Course(copy.deepcopy(student), is_normed=is_normed, rate=rate) for rate in _RATES]
-        for trial in trials:
-            trial.run(lesson, batches(), max(1, total // _TRIAL), None if seconds is None else seconds / _TRIAL)
-        losses = [lesson.judge(trial.student, held)[0] for trial in trials]
-        finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
-        # A short course favours low rates: what a higher one lacks by then it makes up for.
-        course.rate = next(r for r, loss in zip(_RATES, finite, strict=True) if loss <= _NEAR * min(finite))
-        course.spent = sum(trial.spent for trial in trials)
-    course.run(lesson, batches(), total, seconds, progress=progress)
-    after = lesson.judge(student, held)
-    # Who learns from few images gets too sure of itself on others, which costs loss and no answer: answers come first.
-    is_kept = (after[1], -after[0]) > (before[1], -before[0]) if lesson.kind == "kl" else after[0] < before[0]
+    is_blended = blend and is_blendable(pool)
+    knobs = {"steps": total, "seconds": seconds, "batch_size": batch_size, "lr": lr, "blend": blend}
+    kind = {**knobs, "temperature": temperature, "objective": lesson.kind, "seed": seed, "images": sum(counts)}
+    rates = [lr] if lr is not None else _RATES[:1] if seconds is not None else _RATES
+    for rate in rates:
+        course = Course(_student(dense), is_normed=is_normed, rate=rate, kind=kind, path=state, every=state_seconds)
+        if course.rate < rate:  # the file is that of a later course
+            continue
+        batches = lesson.batches(learned, batch_size, seed, augment, is_blended)
+        course.run(lesson, batches, total, seconds, progress=progress)
+        student = course.student
+        if is_normed:  # views and blends differ from the images that will come
+            student = recalibrate_batch_norm(student, lesson.plain(student, learned))
+        after = lesson.judge(student, held)
+        is_kept = after[0] < before[0]  # of a hundred images, the answers alone tell little
+        if is_kept or rate == rates[-1]:
+            break
+        course.forget()
     result = detached_copy(dense)
     if is_kept:
         _take_values(result, student)
@@ -193,26 +213,30 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     batch_size : int, default=64
         Images a step, at least 1.
     lr : float, optional
-        Highest learning rate of AdamW, above 0, which rises over the first tenth of the steps and falls along half a
-        cosine. By default 3e-3, 1e-3 and 3e-4 are tried for a tenth of ``steps`` and of ``seconds`` each, and the
-        highest is taken whose loss on the images held out is at most a tenth above the least.
+        Learning rate of AdamW, above 0, at first; it falls along half a cosine. By default 6e-3; unless ``seconds`` are
+        set, what would be left out is learned once more at 2e-3, and then at 6e-4.
     augment : callable, optional
         Gets inputs as a batch holds them (a tensor; for several arguments their tuple or dict) and returns others,
         equally many. It draws from PyTorch's generators, as torchvision's transforms do. Up to eight views of the
         images are made, the first of them as they are.
+    blend : bool, default=True
+        In all views but the first, move half of the images towards other ones, by a share drawn from [0, 1) [2]_; the
+        original answers for what comes out. For models that take one floating tensor; others' inputs stay.
     state : str or Path, optional
-        File that gets the state every half minute and at the end. If it is there, learning goes on from it, to the same
-        result on one machine.
+        File that gets the state every ``state_seconds`` and at the end. If it is there, learning goes on from it, to
+        the same result on one machine.
+    state_seconds : float, default=30
+        Seconds of learning from one state to the next, at least 0, which means after every step.
     seed : int, default=0
         For the order of the images and what is held out; and of PyTorch's generators for ``augment``.
-    progress : bool, default=False
-        Show a bar on standard error.
+    progress : bool or None, default=None
+        Show a bar on standard error; None: in a terminal, for what takes longer than five seconds.
 
     Returns
     -------
     torch.nn.Module
-        A new model in the mode of ``dense``, module by module: what was learned if that is better on the images held
-        out, else an equal copy. Masked weights stay zero.
+        A new model in the mode of ``dense``, module by module: what was learned if that has less loss on the images
+        held out, else an equal copy. Masked weights stay zero.
 
     Raises
     ------
@@ -232,17 +256,19 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
 
     Notes
     -----
-    With at least 256 images to learn from, batch norms take their statistics from the batches. Dropout is off. Weight
+    With at least 256 images to learn from, batch norms take their statistics from the batches, and in the end from all
+    of these images as they are. Dropout is off. Weight
     decay is 0. Half precision learns in single precision. The loss of ``"kl"`` is multiplied by
     the squared temperature.
 
-    Cost: a step, and one of the trials of learning rates, runs ``dense`` forward and back; ``original`` runs once over
-    the images, or over each of their views.
+    Cost: a step runs ``dense`` forward and back; ``original`` runs once over the images, or over each of their views.
 
     References
     ----------
     .. [1] G. Hinton, O. Vinyals and J. Dean, "Distilling the knowledge in a neural network",
        https://arxiv.org/abs/1503.02531
+    .. [2] L. Beyer et al., "Knowledge distillation: a good teacher is patient and consistent",
+       https://arxiv.org/abs/2106.05237
 
     Examples
     --------
@@ -274,12 +300,3 @@ def _take_values(model: nn.Module, other: nn.Module) -> None:
     with torch.no_grad():
         for name, tensor in named_tensors(model).items():
             tensor.copy_(values[name])
-
-
-def check_knobs(temperature: Any, steps: Any, seconds: Any, batch_size: Any, lr: Any) -> None:
-    """Raise a ConfigError for numbers that :func:`distill` can't use; None stands for its own choice."""
-    for name, value in (("temperature", temperature), ("seconds", seconds), ("lr", lr)):
-        if (value is not None or name == "temperature") and not (is_finite(value) and value > 0.0):
-            raise ConfigError(f"{name} must be a finite number above 0, got {value!r} (distill)")
-    check_integer("steps", 1 if steps is None else steps, 1, "distill")
-    check_integer("batch_size", batch_size, 1, "distill")

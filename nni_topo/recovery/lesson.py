@@ -24,6 +24,7 @@ HELD_OUT = 8
 """Every so many images one judges."""
 
 _VIEWS = 8
+_BLENDED = 0.5  # share of the images in a view
 _AT_ONCE = 256
 _LEAST_VARIANCE = 1e-12
 
@@ -74,19 +75,24 @@ class Lesson:
         ]
         return torch.stack([t * t * each.sum(-1).mean() for each in losses]).mean()
 
-    def batches(self, index: Tensor, size: int, seed: int, augment: Augment | None) -> Batches:
+    def batches(self, index: Tensor, size: int, seed: int, augment: Augment | None, blend: bool) -> Batches:
         """Yield batches of some of the images, pass after pass, with what the original says of them."""
         generator = torch.Generator().manual_seed(seed)
         plain, answers = _taken(self._pool, index), self._answered
         answers[0] = [each[index.to(each.device)] for each in self._wanted]
         for turn in itertools.count():
-            view = 0 if augment is None else turn % _VIEWS
+            view = 0 if augment is None and not blend else turn % _VIEWS
             # Drawn again from the view's own seed: the original answers once, and one view at a time is in memory.
             call = plain if augment is None or view == 0 else _augmented(plain, augment, seed + view)
+            call = _blended(call, seed + view) if blend and view else call
             if view not in answers:
                 answers[view] = self._answers(call)[0]
             for chosen in torch.randperm(len(index), generator=generator).tensor_split(-(-len(index) // size)):
                 yield _taken(call, chosen), [each[chosen.to(each.device)] for each in answers[view]]
+
+    def plain(self, student: nn.Module, index: Tensor) -> list[Any]:
+        """Return batches of some of the images as they are, for the student."""
+        return _some(student, cast_floats(self._pool, self._place[1]), index)
 
     def _answers(self, call: Call) -> tuple[list[Tensor], str]:
         """Return all floating outputs of the original, and what should be made small for such."""
@@ -133,13 +139,15 @@ def split(model: nn.Module, images: Iterable[Any]) -> tuple[list[Any], list[Any]
     """Return batches of all images but every eighth, and batches of these; of fewer than eight none are these."""
     pool = joined(list(calls(model, images)))
     held_out = torch.arange(len(tensors_of(pool)[0])) % HELD_OUT == HELD_OUT - 1
+    learned, held = (_some(model, pool, chosen.nonzero().flatten()) for chosen in (~held_out, held_out))
+    return learned, held or None
 
-    def batches(chosen: Tensor) -> list[Any]:
-        parts = [_taken(pool, part) for part in chosen.nonzero().flatten().split(_AT_ONCE)]
-        # A batch's first entry is what the model takes.
-        return [(bind_arguments(model, call) if call[1] else call[0],) for call in parts]
 
-    return batches(~held_out), batches(held_out) if bool(held_out.any()) else None
+def _some(model: nn.Module, pool: Call, index: Tensor) -> list[Any]:
+    """Return batches of some of the images in the form in which users hand them."""
+    parts = [_taken(pool, part) for part in index.tensor_split(-(-len(index) // _AT_ONCE) or 1) if len(part)]
+    # A batch's first entry is what the model takes.
+    return [(bind_arguments(model, call) if call[1] else call[0],) for call in parts]
 
 
 def _taken(call: Call, index: Tensor) -> Call:
@@ -149,6 +157,26 @@ def _taken(call: Call, index: Tensor) -> Call:
         Tensor, lambda each: each[index.to(each.device)] if each.dim() and len(each) == count else each, call
     )
     return taken
+
+
+def is_blendable(call: Call) -> bool:
+    """Whether a call is one floating tensor that holds several values an entry."""
+    tensors = tensors_of(call)
+    return len(tensors) == 1 and tensors[0].is_floating_point() and tensors[0].dim() > 1
+
+
+def _blended(call: Call, seed: int) -> Call:
+    """Move half of the entries, by a random share of the way, towards other ones."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def blend(images: Tensor) -> Tensor:
+        shape = (len(images), *[1] * (images.dim() - 1))
+        shares = torch.rand(shape, generator=generator) * (torch.rand(shape, generator=generator) < _BLENDED)
+        others = images[torch.randperm(len(images), generator=generator).to(images.device)]
+        return images.lerp(others, shares.to(images))
+
+    blended: Call = tree_map_only(Tensor, blend, call)
+    return blended
 
 
 def _augmented(call: Call, augment: Augment, seed: int) -> Call:

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
-from tqdm import tqdm
 
 from nni_topo.errors import SEED, ConfigError, check_integer
 from nni_topo.network.capture import watched
 from nni_topo.network.inputs import call_arguments, check_fits, tensors_of
 from nni_topo.network.masks import check_model
 from nni_topo.network.modes import detached_copy
+from nni_topo.network.progress import bar
 
 _RATE = 0.1
 _CLASSES = 0.1  # weight of the classes beside the statistics
@@ -41,7 +41,7 @@ def synthetic_images(
     steps: int = 150,
     batch_size: int = 128,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> list[Tensor]:
     """Make images from a trained network alone, to compensate, distil and choose channels with where data are missing.
 
@@ -59,8 +59,8 @@ def synthetic_images(
         Images whose statistics are met together, at least 2.
     seed : int, default=0
         Of the noise in the beginning.
-    progress : bool, default=False
-        Show a bar on standard error.
+    progress : bool or None, default=None
+        Show a bar on standard error; None: in a terminal, for what takes longer than five seconds.
 
     Returns
     -------
@@ -112,10 +112,10 @@ def synthetic_images(
     network = detached_copy(model).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     shape = tuple(tensors[0].shape[1:])
-    bar = tqdm(total=-(-count // batch_size) * steps, desc="images", disable=not progress)
-    with bar, torch.enable_grad():
+    shown = bar("images", progress, total=-(-count // batch_size) * steps)
+    with shown, torch.enable_grad():
         return [
-            _shaped(network, _noise((len(part), *shape), generator).to(tensors[0]), steps, bar)
+            _shaped(network, _noise((len(part), *shape), generator).to(tensors[0]), steps, shown)
             for part in torch.arange(count).split(batch_size)
         ]
 
@@ -129,7 +129,7 @@ def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return images / images.std()
 
 
-def _shaped(network: nn.Module, images: Tensor, steps: int, bar: Any) -> Tensor:
+def _shaped(network: nn.Module, images: Tensor, steps: int, shown: Any) -> Tensor:
     """Let images follow the gradient towards what the network remembers."""
     images = images.clone().requires_grad_()
     optimizer = torch.optim.Adam([images], lr=_RATE)
@@ -154,7 +154,7 @@ def _shaped(network: nn.Module, images: Tensor, steps: int, bar: Any) -> Tensor:
             optimizer.step()
             schedule.step()
             away.clear()
-            bar.update()
+            shown.update()
     return images.detach()
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nni_topo.disk import read_json, write_json
 from nni_topo.pruners.hooks import Masks
 from nni_topo.recovery import recalibrate_batch_norm
 from nni_topo.runs.plan import SCRATCH, Cell
@@ -83,12 +82,12 @@ def cell_facts(cell: Cell) -> Record:
 def shared_ratios(cell: Cell, start: Start, out: Path) -> dict[str, float]:
     """Return every layer's ``sparse_ratio``; those solved for a budget are kept in ``ratios.json``."""
     path = out / "ratios.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = read_json(path) or {}
     # they depend on the architecture alone: all seeds and pruners share them
     key = f"{cell.model.label}, {tuple(start.example.shape[1:])}, {cell.target.label}"
     if key not in known:
         known[key] = layer_ratios(start.net, start.example, cell.target)
-        path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        write_json(path, known, sort=False)
     return dict(known[key])
 
 
@@ -121,7 +120,11 @@ def _recovered(cell: Cell, start: Start, masks: Masks, dense: nn.Module, record:
     return dense
 
 
-def _peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes."""
+def _peak_memory() -> int | None:
+    """Largest resident memory of this process so far, in bytes; None where the system doesn't say."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import threading
@@ -15,12 +14,12 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from nni_topo.errors import ConfigError
-from nni_topo.pruners.registry import check_knobs
+from nni_topo.disk import only_process, write_json
+from nni_topo.errors import ConfigError, NniTopoError, instance
+from nni_topo.pruners.registry import check_knob_names
 from nni_topo.runs.cells import run_cell
-from nni_topo.runs.experiment.folder import only_process
 from nni_topo.runs.plan import SCRATCH, Cell, Plan
-from nni_topo.runs.records import Record, append_record, read_records
+from nni_topo.runs.records import COMPARED, Record, append_record, read_records
 from nni_topo.runs.report import write_report
 from nni_topo.runs.rivals import is_rival
 from nni_topo.runs.run import load_model_data, resolve_device
@@ -84,7 +83,7 @@ def compare(
 def _all_cells(
     plan: Plan, cells: list[Cell], out: Path, isolate: bool, on_cell: Callable[[Cell, int, int], None] | None
 ) -> Comparison:
-    done = {record["key"]: record for record in read_records(out / "results.jsonl", "key")}
+    done = {record["key"]: record for record in read_records(out / "results.jsonl", {"key": instance(str), **COMPARED})}
     # results.json and the tables are of one comparison; a changed plan in an old folder would mix two
     strangers = [record for key, record in done.items() if key not in {cell.key for cell in cells}]
     if strangers:
@@ -93,7 +92,7 @@ def _all_cells(
             f"an output folder must hold one comparison, got {len(strangers)} records of another one, e.g. "
             f"{one['model']}, {one['data']}, {one['pruner']}, {one['target']} ({out})"
         )
-    (out / "plan.json").write_text(json.dumps(asdict(plan), indent=1, default=repr) + "\n", encoding="utf-8")
+    write_json(out / "plan.json", asdict(plan), sort=False, default=repr)
     failures = []
     for number, cell in enumerate(cells, start=1):
         if cell.key in done:
@@ -107,7 +106,7 @@ def _all_cells(
         append_record(out / "results.jsonl", result)
         done[cell.key] = result
     records = [done[cell.key] for cell in cells if cell.key in done]
-    (out / "results.json").write_text(json.dumps(records, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(out / "results.json", records)
     write_report(out)
     return Comparison(records, failures)
 
@@ -116,7 +115,7 @@ def _check_choices(cells: list[Cell]) -> None:
     """Raise, before anything runs, what would stop every cell of a model, data set or pruner."""
     for pruner in {cell.pruner.name: cell.pruner for cell in cells}.values():
         if pruner.name != SCRATCH and not is_rival(pruner.name):
-            check_knobs(pruner.name, pruner.knobs)
+            check_knob_names(pruner.name, pruner.knobs)
     for cell in {(cell.model.name, cell.data): cell for cell in cells}.values():
         resolve_device(cell.device)
         load_model_data(cell.model, cell.data)
@@ -137,6 +136,8 @@ def _isolated(cell: Cell, out: Path) -> Record | str:
             process.join()
             code = process.exitcode or 0
             return f"killed by signal {-code} (out of memory?)" if code < 0 else f"ended with exit code {code}"
+        except NniTopoError as error:
+            return str(error)
         except Exception as error:
             return "".join(traceback.format_exception(error))
 

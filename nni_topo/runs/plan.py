@@ -12,11 +12,12 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from nni_topo.errors import ConfigError, DataError, as_settings, unknown_name
+from nni_topo.disk import reading
+from nni_topo.errors import ConfigError, as_settings, check_knobs, unknown_name
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import pruner_info
 from nni_topo.recovery.compensating import METHODS, Method
-from nni_topo.recovery.distilling import check_knobs
+from nni_topo.recovery.distilling import KNOBS
 from nni_topo.zoo import Augmentation, Recipe, default_recipe
 
 SCRATCH = "scratch"
@@ -77,13 +78,14 @@ class DistillationChoice:
     seconds: float | None = None
     batch_size: int = 64
     lr: float | None = None
+    blend: bool = True
 
     def __post_init__(self) -> None:
         if self.images < 2:
             raise ConfigError(f"images must be at least 2, got {self.images} (distill)")
         if self.augmentation not in get_args(Augmentation):
             raise unknown_name("augmentation", str(self.augmentation), get_args(Augmentation))
-        check_knobs(self.temperature, self.steps, self.seconds, self.batch_size, self.lr)
+        check_knobs("distill", vars(self), KNOBS)
 
 
 @dataclass(frozen=True)
@@ -238,10 +240,9 @@ def load_prune_config(path: str | Path) -> PruneConfig:
 
 def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
     """Read a YAML file's mapping, its ``compensate`` and ``distill`` as settings."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise DataError(f"{what} must be a readable YAML file, got: {error} ({path})") from error
+    path = Path(path)
+    with reading(path, what, "of YAML"):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ConfigError(f"{what} must be a mapping, got {type(content).__name__} ({path})")
     return _recovered(content)
@@ -264,7 +265,10 @@ def _target(entry: Any) -> Target:
     if not isinstance(entry, dict) or len(entry) != 1:
         raise ConfigError(f"a target must be a mapping with one key of {', '.join(_TARGETS)}, got {entry!r} (targets)")
     ((kind, value),) = entry.items()
-    return Target(kind, float(value))
+    try:
+        return Target(kind, float(value))  # YAML takes 1e-3 for a text
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"a target must be a number in its interval, got {entry!r} (targets): {error}") from error
 
 
 def changed_recipe(default: Recipe, changes: Mapping[str, Any]) -> Recipe:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
+from nni_topo.disk import write_json, write_tensors
 from nni_topo.errors import ConfigError
 from nni_topo.network import files
 from nni_topo.network.dependency import dependency_groups
@@ -32,7 +31,7 @@ def prune_checkpoint(
     *,
     seed: int = 0,
     device: str = "cpu",
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Record:
     """Prune a trained model; write ``dense.pt``, ``masks.pt``, ``summary.json``, ``report.html`` to an empty folder."""
     out = Path(out)
@@ -76,8 +75,8 @@ def prune_checkpoint(
     record |= latencies(start, dense) | provenance()
     out.mkdir(parents=True, exist_ok=True)
     files.save(dense, out / "dense.pt")
-    torch.save(masks, out / "masks.pt")
-    (out / "summary.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_tensors(out / "masks.pt", masks)
+    write_json(out / "summary.json", record)
     write_report(out)
     return record
 

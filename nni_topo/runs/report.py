@@ -14,9 +14,10 @@ import matplotlib as mpl
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from nni_topo.disk import read_json, write_text
 from nni_topo.errors import DataError
 from nni_topo.runs.pictures import comparison_figures
-from nni_topo.runs.records import Record, read_records
+from nni_topo.runs.records import Record, compared_records
 from nni_topo.runs.tables import cells_of, grouped, title_of, widths_of
 
 _SOURCES = ("versions", "hardware", "revision")
@@ -47,7 +48,7 @@ def write_report(folder: str | Path) -> Path:
         raise DataError(f"a report needs a run's files, got none in {folder} (results.jsonl or another .json)")
     page = Environment(autoescape=True).from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
     path = folder / "report.html"
-    path.write_text(page.render(title=folder.resolve().name, parts=parts), encoding="utf-8")
+    write_text(path, page.render(title=folder.resolve().name, parts=parts))
     return path
 
 
@@ -74,13 +75,13 @@ def prune_costs(record: Record) -> list[tuple[str, str, str]]:
 def _parts(folder: Path) -> Iterator[Part]:
     drawn, told = set[str](), {"results"}
     # A study's own records have no target; its findings lie beside them.
-    records = [record for record in read_records(folder / "results.jsonl") if "target" in record]
+    records = compared_records(folder / "results.jsonl")
     if records:
         drawn = {"accuracy", "convergence"}
         yield from _of_comparison(records)
     for path in sorted(folder.glob("*.json")):
         if path.stem not in told:
-            document = _read(path)
+            document = read_json(path, "a run's file")
             is_pruning = path.stem == "summary" and "flops_before" in document
             yield from _of_pruning(document) if is_pruning else _of_document(path.stem, document)
     for path in sorted(folder.glob("*.png")):
@@ -89,13 +90,6 @@ def _parts(folder: Path) -> Iterator[Part]:
             yield Part(path.stem, picture=f'<img alt="{path.stem}" src="data:image/png;base64,{data}">')
     if records:
         yield from _sources(records)
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"a run's file must be JSON, got: {error} ({path})") from error
 
 
 def _of_comparison(records: list[Record]) -> Iterator[Part]:

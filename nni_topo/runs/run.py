@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
-from nni_topo.errors import ConfigError
+from nni_topo.disk import DELETE
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.dense import to_dense
 from nni_topo.network.layers import output_channels
 from nni_topo.network.zeros import weights_left, zeros_held
@@ -118,7 +119,7 @@ def trained(
     folder: Path | None = None,
     seed: int = 0,
     device: str = "cpu",
-    progress: bool = False,
+    progress: bool | None = None,
     accept: Callable[[nn.Module], None] | None = None,
 ) -> Start:
     """Return a trained network: that of a checkpoint, or of a folder of checkpoints; else it is trained.
@@ -140,7 +141,10 @@ def trained(
         zoo.load_checkpoint(checkpoint, net)
         zoo.check_model(net, bundle)
     elif path is not None and path.exists():
-        known = zoo.load_checkpoint(path, net)
+        try:
+            known = zoo.load_checkpoint(path, net)
+        except DataError as error:
+            raise DataError(f"{error}; {DELETE}") from None
     else:
         log = zoo.train(net, bundle, recipe, seed=seed, device=place, progress=progress)
         known = {"seed": seed, "seconds": log.seconds}
@@ -209,7 +213,7 @@ def on_cpu(masks: Masks) -> Masks:
 
 
 def made_dense(
-    start: Start, masks: Masks, compensate: CompensationChoice | None = None, *, progress: bool = False
+    start: Start, masks: Masks, compensate: CompensationChoice | None = None, *, progress: bool | None = None
 ) -> tuple[nn.Module, CompensationReport | None]:
     """Return the dense network, compensated if asked for, and what compensation did."""
     if compensate is None:
@@ -219,7 +223,9 @@ def made_dense(
     return to_dense(done.model, start.example, masks), done.report
 
 
-def distilled(start: Start, dense: nn.Module, choice: DistillationChoice, *, progress: bool = False) -> Distillation:
+def distilled(
+    start: Start, dense: nn.Module, choice: DistillationChoice, *, progress: bool | None = None
+) -> Distillation:
     """Let a dense network learn from the unpruned one, on training images without labels."""
     images, knobs = start.images(choice.images), distillation_knobs(start, choice)
     # Compensation had the first images, too, so the next eighth as many judge; where there are none, some of the first.

@@ -25,7 +25,7 @@ from nni_topo.network.masks import Masks, check_model
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.report import DenseReport
 from nni_topo.pruners.budget import Budget
-from nni_topo.pruners.registry import check_knobs, create_pruner, pruner_info
+from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
 from nni_topo.recovery import compensation, distillation
 from nni_topo.recovery.compensating import METHODS
 from nni_topo.recovery.lesson import split
@@ -86,7 +86,7 @@ def shrink(
     evaluate: Callable[[nn.Module], float] | None = None,
     round_to: int | Literal["auto"] | None = None,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> nn.Module:
     """Make a trained network smaller, from unlabelled images alone.
 
@@ -121,8 +121,8 @@ def shrink(
         Pruned layers keep a multiple of so many channels.
     seed : int, default=0
         Of all steps.
-    progress : bool, default=False
-        Show bars on standard error.
+    progress : bool or None, default=None
+        Show bars on standard error; None: in a terminal, for what takes longer than five seconds.
 
     Returns
     -------
@@ -269,7 +269,7 @@ def _check(
     """Raise what can be known before anything runs."""
     check_model(model)
     if isinstance(pruner, str):
-        check_knobs(pruner, knobs or {})
+        check_knob_names(pruner, knobs or {})
     if not (compensate is None or callable(compensate) or compensate in METHODS):
         raise unknown_name("compensate", str(compensate), METHODS)
     if not (isinstance(distill, (bool, Mapping)) or callable(distill)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from rich.console import Console, RenderableType
 from tyro.constructors import PrimitiveConstructorSpec
 
+from nni_topo.disk import disk_errors, write_text
 from nni_topo.runs.plan import DataChoice, ModelChoice, read_yaml
 from nni_topo.runs.report import entries_of, write_report
 from nni_topo.runs.run import Start, trained
@@ -102,7 +102,6 @@ class TrainedVerb(DataVerb):
             checkpoint=self.checkpoint,
             seed=self.seed,
             device=self.device,
-            progress=sys.stderr.isatty(),
         )
 
 
@@ -158,7 +157,7 @@ class Findings:
         texts = {f"{self.stem}.json": json.dumps(self.to_dict(), indent=1) + "\n", **self.texts()}
         files = {Path(folder, name): text for name, text in texts.items()}
         for path, text in files.items():
-            path.write_text(text, encoding="utf-8")
+            write_text(path, text)
         first, *more = files
         return [first, *pictures, *more]
 
@@ -180,7 +179,8 @@ def save_figures(folder: str | Path, figures: Mapping[str, Figure]) -> list[Path
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: folder / f"{name}.png" for name in figures}
     for name, figure in figures.items():
-        figure.savefig(files[name], dpi=130)
+        with disk_errors(files[name]):
+            figure.savefig(files[name], dpi=130)
     return list(files.values())
 
 

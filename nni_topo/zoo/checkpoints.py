@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from nni_topo.disk import read_tensors, reading, write_tensors
 from nni_topo.errors import DataError
-from nni_topo.network.files import whole_file
 
 _FORMAT = "nni-topo checkpoint 1"
 _SHOWN = 3
@@ -41,8 +39,7 @@ def save_checkpoint(path: str | Path, model: nn.Module, meta: Mapping[str, Any])
     _check_plain(dict(meta), "meta")
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
-    with whole_file(path) as part:
-        torch.save({"format": _FORMAT, "state_dict": state, "meta": dict(meta)}, part)
+    write_tensors(path, {"format": _FORMAT, "state_dict": state, "meta": dict(meta)})
 
 
 def load_checkpoint(path: str | Path, model: nn.Module) -> dict[str, Any]:
@@ -77,16 +74,8 @@ def load_checkpoint(path: str | Path, model: nn.Module) -> dict[str, Any]:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise DataError(f"a checkpoint must be a file that exists, got none ({path})")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"a checkpoint must hold tensors and plain values only, got: {reason} ({path})") from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        size = path.stat().st_size
-        raise DataError(f"a checkpoint must be a whole file of torch.save, got {size} bytes ({path})") from error
+    with reading(path, "a checkpoint", "of tensors and plain values only"):
+        content = read_tensors(path)
     if not isinstance(content, dict):
         raise DataError(f"a checkpoint must hold a dict, got {type(content).__name__} ({path})")
     return content

@@ -11,12 +11,12 @@ from __future__ import annotations
 import gzip
 import math
 import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from nni_topo.disk import reading
 from nni_topo.errors import DataError
 
 _UNSIGNED_BYTE = 8
@@ -50,10 +50,6 @@ def find_idx(folder: Path, stem: str) -> Path:
 
 
 def _content(path: Path) -> bytes:
-    packed = path.read_bytes()
-    if path.suffix != ".gz":
-        return packed
-    try:
-        return gzip.decompress(packed)
-    except (EOFError, OSError, zlib.error) as error:
-        raise DataError(f"a .gz file must unpack, got {error} after {len(packed)} bytes ({path})") from error
+    with reading(path, "an idx file"):
+        packed = path.read_bytes()
+        return gzip.decompress(packed) if path.suffix == ".gz" else packed

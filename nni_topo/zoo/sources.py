@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sysconfig
-import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nni_topo.disk import reading
 from nni_topo.errors import DataError
 from nni_topo.zoo.idx import find_idx, read_idx
 
@@ -133,14 +133,8 @@ def class_rank(labels: Array, generator: np.random.Generator) -> npt.NDArray[np.
 
 
 def _npz_arrays(path: Path) -> dict[str, Array]:
-    if not path.is_file():
-        raise DataError(f"an .npz data set must be a file that exists, got none ({path})")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        size = path.stat().st_size
-        raise DataError(f"an .npz data set must hold plain arrays, got {error} in {size} bytes ({path})") from error
+    with reading(path, "an .npz data set", "of plain arrays"), np.load(path, allow_pickle=False) as archive:
+        return {key: archive[key] for key in archive.files}
 
 
 def _npz_labels(labels: Array, place: str) -> Array:

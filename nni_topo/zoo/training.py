@@ -7,7 +7,6 @@ dropout) comes from one seed; the global generators are left as they were.
 from __future__ import annotations
 
 import math
-import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.files import whole_file
+from nni_topo.disk import DELETE, read_tensors, reading, write_tensors
+from nni_topo.errors import ConfigError
 from nni_topo.network.modes import device_of
+from nni_topo.network.progress import bar
 from nni_topo.zoo.data import DataBundle
 from nni_topo.zoo.evaluation import by_label, check_model, evaluate
 from nni_topo.zoo.recipes import Augmentation, Recipe
@@ -90,7 +88,7 @@ def train(
     *,
     seed: int,
     device: str | torch.device | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     callback: Callable[[EpochLog], None] | None = None,
     state: str | Path | None = None,
 ) -> TrainingLog:
@@ -109,8 +107,8 @@ def train(
         Of the order of the images, the augmentation and dropout. Same seed, same result on one machine.
     device : str, torch.device or None, default=None
         Where to train; the whole training set is moved there. None: where the model lies.
-    progress : bool, default=False
-        Whether to show a bar on standard error.
+    progress : bool or None, default=None
+        Whether to show a bar on standard error; None: in a terminal, for what takes longer than five seconds.
     callback : callable or None, default=None
         Called with the :class:`EpochLog` after every epoch, the model being in evaluation mode. An exception
         it raises ends the training.
@@ -135,16 +133,16 @@ def train(
     with (
         _seeded(seed, device),
         _channels_last(model),
-        Progress(console=Console(stderr=True), disable=not progress) as bar,
+        bar("training", progress, total=recipe.epochs) as shown,
     ):
-        task = bar.add_task("training", total=recipe.epochs)
         trainer = _Trainer(model, data, recipe, seed, device)
         logs = [] if path is None else trainer.resume(path)
-        bar.update(task, completed=len(logs))
+        shown.update(len(logs))
         for epoch in range(len(logs) + 1, recipe.epochs + 1):
             log = trainer.run_epoch(epoch)
             logs.append(log)
-            bar.update(task, advance=1, description=f"loss {log.loss:.3f}, accuracy {100 * log.accuracy:.1f} %")
+            shown.set_postfix_str(f"loss {log.loss:.3f}, accuracy {100 * log.accuracy:.1f} %", refresh=False)
+            shown.update()
             if path is not None:
                 trainer.keep(path, logs)
             if callback is not None:
@@ -170,21 +168,18 @@ class _Trainer:
         """Go on from a file of :meth:`keep`, if there is one; return the logs of the epochs behind."""
         if not path.exists():
             return []
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        with reading(path, "a training's state", "of this model", DELETE):
+            state = read_tensors(path)
             if state["format"] != _FORMAT:
                 raise KeyError(state["format"])
             self.model.load_state_dict(state["model"])
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"a training's state must be a whole file of this model, got: {reason} ({path})") from error
-        for key, value in self.kind.items():
-            if state["kind"][key] != value:
-                raise ConfigError(f"a training must go on with {key} {state['kind'][key]}, got {value} ({path})")
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generators"][0].byte())
-        torch.set_rng_state(state["generators"][1].byte())
-        return [EpochLog(**log) for log in state["logs"]]
+            for key, value in self.kind.items():
+                if state["kind"][key] != value:
+                    raise ConfigError(f"a training must go on with {key} {state['kind'][key]}, got {value} ({path})")
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.generator.set_state(state["generators"][0].byte())
+            torch.set_rng_state(state["generators"][1].byte())
+            return [EpochLog(**log) for log in state["logs"]]
 
     def keep(self, path: Path, logs: list[EpochLog]) -> None:
         """Write what lasts between epochs; the file appears whole or not at all."""
@@ -196,8 +191,7 @@ class _Trainer:
             "optimizer": self.optimizer.state_dict(),
             "generators": [self.generator.get_state(), torch.get_rng_state()],
         }
-        with whole_file(path) as part:
-            torch.save(state, part)
+        write_tensors(path, state)
 
     def run_epoch(self, epoch: int) -> EpochLog:
         """Go once through the training images, then look at the validation images."""

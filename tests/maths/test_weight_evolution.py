@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.search.gene_layers import Layer, random_subset
-from nni_topo.maths.search.state import load_state, save_state
 from nni_topo.maths.search.weights import WeightGeneticAlgorithm, WeightSearch
+from nni_topo.pruners.genetic_weight.state import load_state, save_state
 
 SIZE = 60
 

@@ -44,7 +44,7 @@ OWN = {
     "words": (0.5, set()),
     "reparametrized": (10 / 36, {"old"}),
     "fixed_view": (None, {"two.0"}),
-    "pixel_shuffle": (None, set()),
+    "pixel_shuffle": (0.5, set()),
     "untraceable": (0.0, {"one", "two"}),
     "in_parts": (12 / 39, {"backbone.1.0", "head.2"}),
 }
@@ -146,6 +146,57 @@ def test_numbers_infer_what_nnis_own_speedup_does_by_running(make):
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.Linear)):
             other = dense.get_submodule(name)
             assert other.weight.shape == module.weight.shape
+
+
+def test_channels_that_a_pixel_shuffle_spreads_are_asked_for_together():
+    model, inputs = zoo_nets.make("pixel_shuffle")
+    stem, wide, tail = nni_topo.dependency_groups(model, inputs, bench.ASKED)
+    assert wide == {"op_names": ["wide"], "sparse_ratio": 0.5, "granularity": [4, -1, -1, -1]}
+    assert "granularity" not in stem | tail
+    dense = nni_topo.to_dense(model, inputs, l1_masks(model, [stem, wide, tail]))
+    assert [dense.wide.out_channels, dense.tail[0].in_channels, dense.report.kept] == [12, 3, ()]
+
+
+def test_a_layer_scale_behind_a_channel_shuffle():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.scale = nn.Linear(3, 8), nn.Linear(8, 4), nn.Parameter(torch.rand(8) + 0.5)
+
+        def forward(self, rows):
+            shuffled = self.one(rows).view(len(rows), 2, -1).transpose(1, 2).flatten(1)
+            return self.two(shuffled * self.scale)
+
+    torch.manual_seed(0)
+    model, rows = Model(), torch.rand(5, 3)
+    masks = l1_masks(model, nni_topo.dependency_groups(model, rows, bench.ASKED))
+    dense = nni_topo.to_dense(model, rows, masks)
+    assert [dense.one.out_features, len(dense.scale), dense.two.in_features] == [4, 4, 4]
+
+
+def test_a_layer_whose_channels_only_go_together_stays_whole():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.PixelShuffle(2), nn.Conv2d(1, 2, 1))
+    groups = nni_topo.dependency_groups(model, torch.rand(1, 3, 4, 4), bench.ASKED)
+    assert [entry["op_names"] for entry in groups] == [["0"]]
+    assert groups.skipped["2"] == "all of its channels meet one another"
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+def test_a_recurrent_layer_that_is_asked_for_stays_whole(kind):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.body, self.head = nn.Linear(4, 6), getattr(nn, kind)(6, 5), nn.Linear(5, 3)
+
+        def forward(self, rows):
+            found = self.body(torch.relu(self.embed(rows)))
+            return self.head(found[0] if isinstance(found, tuple) else found)
+
+    groups = nni_topo.dependency_groups(
+        Model(), torch.rand(7, 4), [{"op_types": ["Linear", kind], "sparse_ratio": 0.5}]
+    )
+    assert [entry["op_names"] for entry in groups] == ([["embed"]] if "Cell" not in kind else [])
+    assert groups.skipped["body"] == "a recurrent layer keeps its state whole"
 
 
 def test_masks_that_split_a_group_norms_groups_unevenly_keep_more():

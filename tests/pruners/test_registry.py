@@ -12,7 +12,7 @@ from nni.compression.pruning import LinearPruner
 import nni_topo
 from nni_topo.errors import ConfigError
 from nni_topo.pruners import registry
-from nni_topo.pruners.registry import PrunerInfo, check_knobs
+from nni_topo.pruners.registry import PrunerInfo, check_knob_names
 from nni_topo.testing import toy_evaluator, toy_images, toy_knobs, toy_model
 
 HALF = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
@@ -103,7 +103,7 @@ def test_a_third_party_joins_the_table(monkeypatch):
     monkeypatch.setattr("nni_topo.pruners.registry.TABLE", dict(nni_topo.pruners.registry.TABLE))
     nni_topo.register_pruner(info)
     assert "mine" in nni_topo.list_pruners()
-    check_knobs("mine", ["seed"])
+    check_knob_names("mine", ["seed"])
     with pytest.raises(ConfigError, match="must be free, got 'mine'"):
         nni_topo.register_pruner(PrunerInfo("mine", "other:Pruner", ""))
 

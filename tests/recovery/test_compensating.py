@@ -37,11 +37,6 @@ def distance(model, other, inputs):
     return float((expected - found).square().sum() / (expected - expected.mean(0)).square().sum())
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return zoo.load_data("digits")
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_trained_net_without_three_quarters_of_its_channels(digits, seed):
     model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=seed)

@@ -57,10 +57,8 @@ def divergence(model, original, images, temperature=2.0):
     return float((theirs * (theirs.log() - mine.log())).sum(1).mean()) * temperature**2
 
 
-def test_three_quarters_pruned_and_compensated_net_gets_better_without_labels():
-    digits = zoo.load_data("digits")
-    model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
-    zoo.train(model, digits, zoo.Recipe(epochs=8, lr=0.1), seed=0)
+def test_three_quarters_pruned_and_compensated_net_gets_better_without_labels(digits, digits_net):
+    model = digits_net
     images = list(digits.train.tensors[0][:768].split(128))
     layers = ["features.conv1", "features.conv2", "classifier.fc1"]
     config = nni_topo.dependency_groups(model, images[0][:2], [{"op_names": layers, "sparse_ratio": 0.9}])
@@ -94,14 +92,12 @@ def test_loss_is_the_divergence_of_softened_probabilities_on_images_held_out():
 
 
 @pytest.mark.parametrize(("scale", "steps", "lr"), [(6.0, 1, 1e-6), (0.2, 60, 1e-3), (1.0, 3, 10.0)])
-def test_answers_count_before_how_sure_they_are(scale, steps, lr):
+def test_less_loss_is_better_whatever_the_answers(scale, steps, lr):
     dense, original = pair()
     student = copy.deepcopy(original if scale != 1.0 else dense)
     student.load_state_dict({name: scale * value for name, value in student.state_dict().items()})
     found = distillation(student, original, batches(64), steps=steps, lr=lr)
-    better = found.agreement_after > found.agreement_before
-    equal = found.agreement_after == found.agreement_before
-    assert found.is_kept == (better or (equal and found.loss_after < found.loss_before))
+    assert found.is_kept == (found.loss_after < found.loss_before)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +177,10 @@ def test_batch_norms_learn_from_their_batches_where_images_suffice():
     dense, original = pair(norm=True)
     few, many = (distill(dense, original, batches(count), steps=10) for count in (128, 600))
     assert torch.equal(few.norm.running_mean, dense.norm.running_mean)
-    assert not torch.equal(many.norm.running_mean, dense.norm.running_mean)
+    order = torch.randperm(600, generator=torch.Generator().manual_seed(0))
+    learned = inputs(600)[order[torch.arange(600) % 8 != 0]]
+    with torch.no_grad():
+        torch.testing.assert_close(many.norm.running_mean, many.first(learned).mean(0))
 
 
 def test_what_got_worse_is_left_out(caplog):
@@ -237,18 +236,67 @@ def test_augmented_views_are_answered_by_the_original():
     assert divergence(augmented, original, other) < 0.3 * divergence(plain, original, other)
 
 
-@pytest.mark.parametrize(("scale", "expected"), [(1.0, 3e-3), (1000.0, 3e-4)])
-def test_learning_rate_is_the_highest_of_three_tried_that_is_near_the_best(scale, expected):
-    """Where inputs are a thousand times as large, weights are small, and the highest rate takes them far away."""
-    dense, original = pair()
-    for net in (dense, original):
-        net.first.weight.data /= scale
+@pytest.mark.parametrize(("scale", "expected"), [(1.0, 6e-3), (30.0, 2e-3), (1e3, None)])
+def test_what_would_be_left_out_is_learned_at_a_lower_rate(scale, expected, tmp_path):
+    """Where inputs are thirty times as large, weights are small, and a high rate takes them far away."""
+    _, original = pair()
+    dense = copy.deepcopy(original)
+    with torch.no_grad():
+        dense.head.weight *= 1.1
+        for net in (dense, original):
+            net.first.weight /= scale
     images = [scale * part for part in batches(256)]
-    losses = {lr: distillation(dense, original, images, steps=8, lr=lr).loss_after for lr in (3e-3, 1e-3, 3e-4)}
-    found = distillation(dense, original, images, steps=80)
-    assert found.lr == max(lr for lr, loss in losses.items() if loss <= 1.1 * min(losses.values())) == expected
-    assert found.steps == 80
-    assert found.loss_after == distillation(dense, original, images, steps=80, lr=expected).loss_after
+    known = {"steps": 80, "held_out": images[:2]}
+    alone = {lr: distillation(dense, original, images, lr=lr, **known) for lr in (6e-3, 2e-3, 6e-4)}
+    assert next((lr for lr, each in alone.items() if each.is_kept), None) == expected
+    found = distillation(dense, original, images, state=tmp_path / "state.pt", **known)
+    again = distillation(dense, original, images, state=tmp_path / "state.pt", **known)
+    for each in (found, again):
+        assert (each.lr, each.is_kept, each.steps) == (expected or 6e-4, expected is not None, 80)
+        assert each.loss_after == alone[each.lr].loss_after
+    # Time for one course is no time for two.
+    assert distillation(dense, original, images, seconds=100, **known).lr == 6e-3
+
+
+def test_half_of_the_images_are_blended_with_others_in_all_passes_but_the_first():
+    dense, original = pair()
+    seen = []
+    original.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    images = [torch.eye(6).repeat(160, 1)]  # 840 of them are learned from, in 14 batches
+    distill(dense, original, images, steps=14, lr=0.01)
+    plain = torch.cat(seen)
+    assert bool((plain.amax(1) == 1).all())
+    distill(dense, original, images, steps=15, lr=0.01)
+    view = torch.cat(seen)[2 * len(plain) :]
+    assert view.shape == (840, 6)
+    torch.testing.assert_close(view.sum(1), torch.ones(840))
+    parts = (view > 0).sum(1)
+    assert set(parts.tolist()) == {1, 2}
+    # Half of the images, but for the sixth of these that meet their like.
+    assert float((parts == 2).float().mean()) == pytest.approx(0.5 * 5 / 6, abs=0.05)
+    assert float(view[:, 0].unique().diff().max()) < 0.1
+
+
+@pytest.mark.parametrize("kind", ["whole numbers", "two tensors", "one value"])
+def test_what_is_not_one_tensor_of_images_is_not_blended(kind):
+    class Reads(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, inputs, other=None):
+            inputs = inputs.float() if other is None else inputs + other
+            return self.net(inputs if inputs.dim() == 2 else inputs[:, None].expand(-1, 6))
+
+    given = {
+        "whole numbers": [(10 * inputs()).long()],
+        "two tensors": [{"inputs": inputs(), "other": inputs(seed=1)}],
+        "one value": [inputs()[:, 0]],
+    }[kind]
+    dense, original = (Reads(net) for net in pair())
+    with_, without = (distill(dense, original, given, steps=10, blend=each) for each in (True, False))
+    torch.testing.assert_close(with_.state_dict(), without.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(with_.net.head.weight, dense.net.head.weight)
 
 
 def test_images_held_out_judge_and_none_is_learned_from():
@@ -272,8 +320,7 @@ def test_budget_of_seconds_ends_it():
     assert found.is_kept
 
 
-def test_what_was_stopped_goes_on_to_the_same_result(tmp_path, monkeypatch):
-    monkeypatch.setattr("nni_topo.recovery.course._SECONDS_A_STATE", 0.0)
+def test_what_was_stopped_goes_on_to_the_same_result(tmp_path):
     dense, original = pair(norm=True)
     steps = iter(range(12))
 
@@ -286,7 +333,7 @@ def test_what_was_stopped_goes_on_to_the_same_result(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return noisy(part)
 
-    knobs = {"steps": 60, "seed": 5, "state": tmp_path / "state.pt"}
+    knobs = {"steps": 60, "seed": 5, "state": tmp_path / "state.pt", "state_seconds": 0.0}
     whole = distill(dense, original, batches(600), augment=noisy, steps=60, seed=5)
     with pytest.raises(KeyboardInterrupt):
         distill(dense, original, batches(600), augment=stopping, **knobs)
@@ -352,13 +399,15 @@ def test_bad_images_are_refused(images, error, message):
     ("knobs", "message"),
     [
         ({"objective": "labels"}, "objective must be a known name, got 'labels'"),
-        ({"temperature": 0.0}, "temperature must be a finite number above 0, got 0.0"),
-        ({"temperature": None}, "temperature must be a finite number above 0, got None"),
-        ({"seconds": math.inf}, "seconds must be a finite number above 0, got inf"),
-        ({"lr": -1}, "lr must be a finite number above 0, got -1"),
-        ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
+        ({"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0"),
+        ({"temperature": None}, "temperature must be above 0 and finite, got None"),
+        ({"seconds": math.inf}, "seconds must be above 0 and finite or None, got inf"),
+        ({"lr": -1}, "lr must be above 0 and finite or None, got -1"),
+        ({"steps": 0}, "steps must be an integer of at least 1 or None, got 0"),
         ({"batch_size": 1.5}, "batch_size must be an integer of at least 1, got 1.5"),
+        ({"state_seconds": -1.0}, "state_seconds must be at least 0 and finite, got -1.0"),
         ({"seed": -1}, "seed must be an integer of at least 0 .*, got -1"),
+        ({"blend": 1}, "blend must be True or False, got 1"),
         ({"augment": lambda part: part[:3]}, "augment must return as many images as it gets"),
     ],
 )

@@ -11,16 +11,9 @@ from nni_topo.recovery import synthetic_images
 from nni_topo.testing import toy_model
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return zoo.load_data("digits")
-
-
-@pytest.fixture(scope="module")
-def net(digits):
-    model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
-    zoo.train(model, digits, zoo.Recipe(epochs=8, lr=0.1), seed=0)
-    return model.eval()
+@pytest.fixture
+def net(digits_net):
+    return digits_net.eval()
 
 
 def away(model, images):

@@ -170,7 +170,7 @@ def test_a_plan_reads_its_distillation(tmp_path):
     [
         ("{images: 1}", "images must be at least 2, got 1 .distill."),
         ("{augmentation: noise}", "augmentation must be a known name, got 'noise'"),
-        ("{temperature: 0}", "temperature must be a finite number above 0, got 0"),
+        ("{temperature: 0}", "temperature must be above 0 and finite, got 0"),
         ("{labels: true}", "key of distill must be a known name, got 'labels'"),
         ("much", "distill must be a DistillationChoice or a mapping of its fields or None, got 'much'"),
     ],

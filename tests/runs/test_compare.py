@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from nni_topo import zoo
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.disk import only_process
+from nni_topo.errors import ConfigError, DataError, instance
 from nni_topo.network.zeros import weights_left
 from nni_topo.runs.compare import compare
-from nni_topo.runs.experiment.folder import only_process
 from nni_topo.runs.plan import (
     CompensationChoice,
     DataChoice,
@@ -144,12 +144,15 @@ def test_a_part_of_the_test_images(tmp_path):
         compare(Plan(**{**few.__dict__, "data": (DataChoice("digits", test_limit=0),)}), tmp_path, isolate=False)
 
 
-def test_a_line_cut_short_by_a_crash_is_dropped(tmp_path):
+@pytest.mark.parametrize("lost", [1, 5])
+def test_a_line_cut_short_by_a_crash_is_dropped(lost, tmp_path):
     path = tmp_path / "results.jsonl"
     append_record(path, {"key": "a"})
     append_record(path, {"key": "b"})
-    path.write_bytes(path.read_bytes()[:-5])
+    path.write_bytes(path.read_bytes()[:-lost])
+    cut = path.read_bytes()
     assert read_records(path) == [{"key": "a"}]
+    assert path.read_bytes() == cut  # another process may be writing the line
     append_record(path, {"key": "c"})
     assert read_records(path) == [{"key": "a"}, {"key": "c"}]
 
@@ -237,19 +240,22 @@ def test_bad_compensation_is_refused():
         CompensationChoice(method="magic")
 
 
-@pytest.mark.parametrize(("line", "got"), [("[1, 2]", "a list"), ("3", "a int"), ('{"seed": 0}', "the keys seed")])
+@pytest.mark.parametrize(
+    ("line", "got"),
+    [("[1, 2]", "a list"), ("3", "a int"), ('{"seed": 0}', "the keys seed"), ('{"key": 5}', "a str, got 5")],
+)
 def test_lines_that_are_no_records_are_named(tmp_path, line, got):
     path = tmp_path / "results.jsonl"
     path.write_text('{"key": "a"}\n' + line + '\n{"key": "c"}\n')
-    with pytest.raises(DataError, match=rf"a JSON record of a run, got {got} .*results\.jsonl:2\)"):
-        read_records(path, "key")
+    with pytest.raises(DataError, match=rf"a JSON record of a run.* {got} .*results\.jsonl:2\)"):
+        read_records(path, {"key": instance(str)})
 
 
 def test_a_folder_takes_one_run_at_a_time_and_is_free_after_a_kill(tmp_path):
     folder = tmp_path / "new" / "out"
     hold = f"""
 import pathlib, time
-from nni_topo.runs.experiment.folder import only_process
+from nni_topo.disk import only_process
 with only_process(pathlib.Path({str(folder)!r}), wait=False):
     print("in", flush=True)
     time.sleep(600)

@@ -105,5 +105,5 @@ def test_a_study_has_its_pictures_and_its_numbers(tmp_path):
 def test_a_folder_without_a_run_is_refused(files, tmp_path):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match="needs a run's files, got none" if not files else "must be JSON"):
+    with pytest.raises(DataError, match="needs a run's files, got none" if not files else "a whole file of JSON"):
         write_report(tmp_path)

@@ -17,18 +17,6 @@ from nni_topo.runs.shrink import ShrinkReport
 from nni_topo.testing import toy_images, toy_model
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return zoo.load_data("digits")
-
-
-@pytest.fixture(scope="module")
-def trained(digits):
-    model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
-    zoo.train(model, digits, zoo.Recipe(epochs=8, lr=0.1), seed=0)
-    return model
-
-
 def images_of(digits, count=512):
     return list(digits.train.tensors[0][:count].split(128))
 
@@ -39,21 +27,21 @@ def shrunk(budget=None, **knobs):
     )
 
 
-def test_one_call_leaves_an_eighth_of_the_work_and_most_of_the_accuracy(trained, digits):
-    before = copy.deepcopy(trained.state_dict())
+def test_one_call_leaves_an_eighth_of_the_work_and_most_of_the_accuracy(digits_net, digits):
+    before = copy.deepcopy(digits_net.state_dict())
     small = nni_topo.shrink(
-        trained,
+        digits_net,
         images_of(digits),
         {"flops": 0.125},
         evaluate=lambda net: zoo.evaluate(net, digits.validation),
         distill={"steps": 300},
     )
-    torch.testing.assert_close(trained.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(digits_net.state_dict(), before, rtol=0, atol=0)
     stages = {stage.network: stage for stage in small.report.stages}
     assert list(stages) == ["original", "pruned", "compensated", "distilled"]
     whole, last = stages["original"], stages["distilled"]
     assert (whole.distance, whole.agreement) == (0.0, 1.0)
-    assert whole.macs == zoo.count_macs(trained, images_of(digits)[0])
+    assert whole.macs == zoo.count_macs(digits_net, images_of(digits)[0])
     assert last.macs == zoo.count_macs(small, images_of(digits)[0])
     assert last.params == zoo.count_params(small)
     assert last.macs == pytest.approx(0.125 * whole.macs, rel=0.08)

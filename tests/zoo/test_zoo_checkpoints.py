@@ -53,14 +53,14 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
             return (Path.touch, (victim,))
 
     torch.save({"state_dict": small(0).state_dict(), "payload": Attack()}, tmp_path / "a.pt")
-    with pytest.raises(DataError, match=r"must hold tensors and plain values only.*a\.pt"):
+    with pytest.raises(DataError, match=r"must be a whole file of tensors and plain values only.*a\.pt"):
         load_checkpoint(tmp_path / "a.pt", small(0))
     assert not victim.exists()
 
 
 def test_a_pickled_model_is_refused(tmp_path: Path) -> None:
     torch.save(small(0), tmp_path / "a.pt")
-    with pytest.raises(DataError, match="must hold tensors and plain values only"):
+    with pytest.raises(DataError, match="must be a whole file of tensors and plain values only"):
         load_checkpoint(tmp_path / "a.pt", small(0))
 
 

@@ -77,7 +77,7 @@ def test_a_damaged_gz_file_is_named(idx_folder, damage) -> None:
     folder = idx_folder(packed=True)
     path = folder / f"{IMAGES}.gz"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DataError, match=rf"a \.gz file must unpack, got .* after \d+ bytes .*{IMAGES}\.gz"):
+    with pytest.raises(DataError, match=rf"an idx file must be a whole file, got \d+ bytes .* .*{IMAGES}\.gz"):
         load_data("mnist", folder)
 
 
@@ -153,7 +153,7 @@ def test_a_constant_channel_is_not_divided_by_zero(npz_file) -> None:
             {"x_train": np.zeros((40, 6, 7), np.uint8), "x_test": np.zeros((10, 6, 7), np.uint8)},
             "images must be squares, got 6x7",
         ),
-        ({"x_train": np.array([None] * 40)}, "must hold plain arrays, got .* in .* bytes"),
+        ({"x_train": np.array([None] * 40)}, "must be a whole file of plain arrays, got .* bytes"),
         ({"x_train": np.zeros((0, 6, 6)), "y_train": np.zeros(0, int)}, "one label per image, got 0 and 0"),
     ],
 )
@@ -167,7 +167,7 @@ def test_missing_and_truncated_npz_files_are_named(npz_file, tmp_path: Path) -> 
         load_data(str(tmp_path / "absent.npz"))
     path = npz_file()
     path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(DataError, match=r"must hold plain arrays, got .* in 700 bytes"):
+    with pytest.raises(DataError, match=r"must be a whole file of plain arrays, got 700 bytes"):
         load_data(str(path))
 
 

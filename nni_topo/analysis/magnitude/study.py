@@ -18,7 +18,8 @@ from nni_topo import zoo
 from nni_topo.analysis.magnitude.report import magnitude_figure, markdown_magnitude
 from nni_topo.analysis.magnitude.storage import stored_bytes, with_sparse_linears
 from nni_topo.analysis.sensitivity import sensitivity
-from nni_topo.errors import ConfigError
+from nni_topo.disk import only_process
+from nni_topo.errors import ConfigError, instance, number
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import CONVOLUTIONS
 from nni_topo.network.reference import masked_model
@@ -37,6 +38,11 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "dense": (nn.Linear,),
 }
 _BATCH = 64
+_ROW = {
+    **dict.fromkeys(("pruner", "part", "way"), instance(str)),
+    "ratio": number(0.0, 1.0),
+    "accuracy": number(0.0, 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,16 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
     def find(self, tell: Tell) -> MagnitudeStudy:
         """Prune one trained network in many ways; a line per record in ``rows.jsonl``, but for what stands there."""
         self.check()
+        with only_process(self.out, wait=False):
+            return self._found(tell)
+
+    def _found(self, tell: Tell) -> MagnitudeStudy:
         start, path = self.start(self.images), self.out / "rows.jsonl"
-        self.out.mkdir(parents=True, exist_ok=True)
         images = {"train_images": len(start.data.train), "test_images": len(start.data.test)}
         request = {"rounds": self.rounds, "epochs": self.epochs, "seed": self.seed, **images}
-        rows = [row for row in read_records(path) if request.items() <= row.items() and row["ratio"] in self.ratios]
+        rows = [
+            row for row in read_records(path, _ROW) if request.items() <= row.items() and row["ratio"] in self.ratios
+        ]
         done = set(map(_place, rows))
         for row in self._wanted(start):
             if _place(row) not in done:

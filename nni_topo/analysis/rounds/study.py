@@ -26,7 +26,8 @@ from nni_topo.analysis import (
 from nni_topo.analysis.deviation import share_kept
 from nni_topo.analysis.layers import weight_layers
 from nni_topo.analysis.rounds.report import markdown_overlap, markdown_rounds, overlap_figure, rounds_figure
-from nni_topo.errors import ConfigError, check_integer, unknown_name
+from nni_topo.disk import only_process
+from nni_topo.errors import ConfigError, check_integer, instance, unknown_name
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import create_pruner
 from nni_topo.pruners.rounds import Round, prune_in_rounds
@@ -136,8 +137,12 @@ class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
 def run_rounds(cells: Sequence[RoundsCell], out: str | Path, *, announce: Any = None) -> list[Record]:
     """Run the cells that have no record in ``results.jsonl`` yet, and return all records in order."""
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    done = {record["key"]: record for record in read_records(out / "results.jsonl")}
+    with only_process(out, wait=False):
+        return _all_cells(cells, out, announce)
+
+
+def _all_cells(cells: Sequence[RoundsCell], out: Path, announce: Any) -> list[Record]:
+    done = {record["key"]: record for record in read_records(out / "results.jsonl", {"key": instance(str)})}
     for number, cell in enumerate(cells, start=1):
         if cell.key in done:
             continue

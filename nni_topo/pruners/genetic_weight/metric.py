@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.search.gene_layers import BoolArray, FloatArray, Layer
-from nni_topo.maths.search.state import load_state, save_state
 from nni_topo.maths.search.weights import WeightGeneticAlgorithm, WeightSearch
 from nni_topo.network.inputs import repeatable
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.pruners.genetic_weight.masked import MaskedScores
 from nni_topo.pruners.genetic_weight.population import PopulationAccuracy
+from nni_topo.pruners.genetic_weight.state import load_state, save_state
 from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext
 from nni_topo.pruners.units import PruningUnit
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm.auto import tqdm
 
+from nni_topo.network.progress import bar
 from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.planner import Losses
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
@@ -32,9 +32,9 @@ class ReconstructionMetric(SelectionMetric):
     def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> Kept:
         """Choose unit by unit, in the order of the problems."""
         kept: Kept = {}
-        with tqdm(total=len(context.units), desc="choosing filters", disable=not self.progress) as bar:
+        with bar("choosing filters", self.progress, total=len(context.units)) as shown:
             for unit, problem in self.problems.each(context, kept):
                 chosen = problem.choose(rows[unit.name] * unit.parts, unit.parts)
                 kept[unit.name] = np.isin(np.arange(unit.blocks), chosen)
-                bar.update()
+                shown.update()
         return kept

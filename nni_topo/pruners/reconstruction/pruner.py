@@ -65,8 +65,8 @@ class ReconstructionPruner(StructuredPruner):
         Every layer keeps a multiple of so many channels, or all; more than asked for stay.
     seed : int, default=0
         Of the positions at which large feature maps are sampled. Same seed, same masks.
-    progress : bool, default=False
-        Show a progress bar over the layers.
+    progress : bool or None, default=None
+        Show a progress bar over the layers; None: in a terminal, for what takes longer than five seconds.
 
     Raises
     ------
@@ -109,7 +109,7 @@ class ReconstructionPruner(StructuredPruner):
         example_inputs: Any = None,
         round_to: int | None = None,
         seed: int = 0,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> None:
         calibration = checked_calibration(calibration)
         if calibration is None:

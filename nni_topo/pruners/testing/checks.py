@@ -10,6 +10,7 @@ returns the pruner under test, and raises AssertionError where the pruner breaks
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.pruners.testing.snapshots import require_unchanged, snapshot
-from nni_topo.pruners.testing.toys import toy_evaluator, toy_model
+from nni_topo.pruners.testing.toys import ToyModel, toy_evaluator, toy_model
 
 Create = Callable[..., Pruner]
 _HALF = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names": ["head"], "sparse_ratio": 0.5}]
@@ -43,12 +44,37 @@ def check_ratio(create: Create) -> None:
 
 def check_masks(create: Create) -> None:
     """Masks are 0 and 1, for the configured layers only, and empty none."""
-    masks = _masks(create, _HALF)
-    _require(set(masks) == {"stem", "inner", "hidden"}, f"masks for the configured layers only, got {sorted(masks)}")
-    for name, targets in masks.items():
-        for target, mask in targets.items():
-            _require(mask is None or set(mask.unique().tolist()) <= {0.0, 1.0}, f"{name}.{target}: masks of 0 and 1")
-        _require(bool(targets["weight"].any()), f"{name}: something stays")
+    _require_masks(_masks(create, _HALF))
+
+
+def check_half_precision(create: Create) -> None:
+    """A network in half precision loses what the same numbers in single precision lose."""
+    for dtype in (torch.float16, torch.bfloat16):
+        model = _AnyPrecision(toy_model()).to(dtype)
+        half, single = (_masks(create, _HALF, each) for each in (model, copy.deepcopy(model).float()))
+        same = all(torch.equal(half[m][t].float(), single[m][t].float()) for m in single for t in single[m])
+        _require(same, f"{dtype} is ranked as float32 is")
+
+
+def check_equal_channels(create: Create) -> None:
+    """Where all filters are equal or zero, masks are masks; of an only channel they are, or are refused."""
+    for factor in (1.0, 0.0):
+        model = toy_model()
+        with torch.no_grad():
+            for value in _values(model):
+                value[:] = factor * value[:1].clone()
+        _require_masks(_masks(create, _HALF, model))
+    _require_masks_or(ConfigError, create, ToyModel(channels=1))
+
+
+def check_scales(create: Create) -> None:
+    """Weights of 1e-30 and 1e30 have masks, or are refused by a DataError that leaves the model as it was."""
+    for factor in (1e-30, 1e30):
+        model = toy_model()
+        with torch.no_grad():
+            for value in _values(model):
+                value *= factor
+        _require_masks_or(DataError, create, model)
 
 
 def check_zero_ratio(create: Create) -> None:
@@ -146,6 +172,9 @@ SINGLE_WEIGHT_CHECKS: tuple[Callable[[Create], None], ...] = (
     check_masks,
     check_zero_ratio,
     check_repeatable,
+    check_half_precision,
+    check_equal_channels,
+    check_scales,
     check_unwrap,
     check_bad_requests,
 )
@@ -158,6 +187,9 @@ STRUCTURED_CHECKS: tuple[Callable[[Create], None], ...] = (
     check_dependency_group,
     check_global_group,
     check_repeatable,
+    check_half_precision,
+    check_equal_channels,
+    check_scales,
     check_unwrap,
     check_masked_forward,
     check_from_compressor,
@@ -166,8 +198,23 @@ STRUCTURED_CHECKS: tuple[Callable[[Create], None], ...] = (
 )
 
 
-def _masks(create: Create, config_list: list[dict[str, Any]]) -> Any:
-    pruner = create(toy_model(), config_list)
+class _AnyPrecision(ToyModel):
+    """The toy network, which takes images of any precision."""
+
+    def __init__(self, model: ToyModel) -> None:
+        super().__init__(len(model.stem.weight))
+        self.load_state_dict(model.state_dict())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images.to(self.head.weight.dtype))
+
+
+def _values(model: ToyModel) -> list[torch.Tensor]:
+    return [value for layer in (model.stem, model.inner, model.hidden) for value in layer.parameters()]
+
+
+def _masks(create: Create, config_list: list[dict[str, Any]], model: ToyModel | None = None) -> Any:
+    pruner = create(toy_model() if model is None else model, config_list)
     _, masks = pruner.compress()
     pruner.unwrap_model()
     return masks
@@ -180,6 +227,22 @@ def _weight(name: str) -> torch.Tensor:
 def _require(condition: bool, promise: str) -> None:
     if not condition:
         raise AssertionError(f"broken promise: {promise}")
+
+
+def _require_masks(masks: Any) -> None:
+    _require(set(masks) == {"stem", "inner", "hidden"}, f"masks for the configured layers only, got {sorted(masks)}")
+    for name, targets in masks.items():
+        for target, mask in targets.items():
+            _require(mask is None or set(mask.unique().tolist()) <= {0.0, 1.0}, f"{name}.{target}: masks of 0 and 1")
+        _require(bool(targets["weight"].any()), f"{name}: something stays")
+
+
+def _require_masks_or(refused: type[Exception], create: Create, model: ToyModel) -> None:
+    before = snapshot(model)
+    try:
+        _require_masks(_masks(create, _HALF, model))
+    except refused:
+        require_unchanged(before, model)
 
 
 def _require_refused(create: Create, model: nn.Module, config: list[dict[str, Any]], error: type[Exception]) -> None:

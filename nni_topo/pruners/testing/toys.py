@@ -14,12 +14,12 @@ from torch import Tensor, nn
 class ToyModel(nn.Module):
     """Two convolutions tied by a residual addition, then a linear layer and a head; 3x8x8 images, four classes."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 8) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.norm = nn.BatchNorm2d(8)
-        self.inner = nn.Conv2d(8, 8, 3, padding=1)
-        self.hidden = nn.Linear(8, 16)
+        self.stem = nn.Conv2d(3, channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+        self.inner = nn.Conv2d(channels, channels, 3, padding=1)
+        self.hidden = nn.Linear(channels, 16)
         self.head = nn.Linear(16, 4)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from nni_topo.errors import FLAG, check_knobs, one_of
 from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, Generation, SubsetGeneticAlgorithm
+from nni_topo.network.progress import bar
 from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.selection import Cloud, Clouds, Kept, SelectionMetric
 
@@ -93,12 +93,12 @@ class TopologicalMetric(SelectionMetric):
         work = (delayed(_chosen)(*task, self.settings) for *_, task in tasks)
         results = Parallel(n_jobs=self.n_jobs, return_as="generator")(work)
         found: dict[str, list[BoolArray]] = {}
-        with tqdm(total=len(tasks), desc="choosing filters", disable=not self.progress) as bar:
+        with bar("choosing filters", self.progress, total=len(tasks)) as shown:
             for (unit, part, _), (kept, trace) in zip(tasks, results, strict=True):
                 found.setdefault(unit.name, []).append(kept)
                 if trace:
                     self.trace[unit.part_name(part)] = trace
-                bar.update()
+                shown.update()
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
 

@@ -75,8 +75,8 @@ class TopologicalPruner(StructuredPruner):
         Every layer keeps a multiple of so many channels, or all; more than asked for stay.
     seed : int, default=0
         Same seed, same masks.
-    progress : bool, default=False
-        Show a progress bar over the layers.
+    progress : bool or None, default=None
+        Show a progress bar over the layers; None: in a terminal, for what takes longer than five seconds.
     n_jobs : int or None, default=1
         Layers searched at a time, as joblib's ``n_jobs``; ``joblib.parallel_config`` picks another backend, such as
         Dask's. The result doesn't depend on it.
@@ -135,7 +135,7 @@ class TopologicalPruner(StructuredPruner):
         example_inputs: Any = None,
         round_to: int | None = None,
         seed: int = 0,
-        progress: bool = False,
+        progress: bool | None = None,
         n_jobs: int | None = 1,
     ) -> None:
         self.cloud = cloud
@@ -198,7 +198,7 @@ class TopologicalPruner(StructuredPruner):
         example_inputs: Any = None,
         round_to: int | None = None,
         seed: int = 0,
-        progress: bool = False,
+        progress: bool | None = None,
         n_jobs: int | None = 1,
     ) -> TopologicalPruner:
         """Return a pruner in the thesis' setting.

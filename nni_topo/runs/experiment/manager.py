@@ -19,8 +19,8 @@ from nni.tools.nnictl.config_utils import Experiments
 from nni.tools.nnictl.nnictl_utils import update_experiment
 
 from nni_topo.compat import LOOPBACK, PAIRING
+from nni_topo.disk import check_free_disk
 from nni_topo.errors import ConfigError
-from nni_topo.runs.experiment.folder import check_free_disk
 from nni_topo.runs.experiment.trials import ManagerError, TrialRecord, answering, read_trials
 
 ENDED = ("DONE", "ERROR", "STOPPED", "VIEWED")

@@ -10,16 +10,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nni_topo import zoo
+from nni_topo.disk import DELETE, only_process, read_json, read_tensors, reading, write_json, write_tensors
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.network import files as serialization
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import pruner_info
-from nni_topo.runs.experiment.folder import only_process, read_json, write_json, write_whole
 from nni_topo.runs.experiment.settings import TrialSettings
 from nni_topo.runs.processes import broadcast, broadcast_masks, data_share, world
 from nni_topo.runs.records import Record, provenance
@@ -116,10 +115,10 @@ class _Trial:
         """Return the masks, on the CPU: those in the folder, or the pruner's."""
         path = self.out / MASKS
         if path.exists():
-            found: Masks = torch.load(path, weights_only=True)
-            return found
+            with reading(path, "a trial's masks", cure=DELETE):
+                return read_tensors(path)  # type: ignore[no-any-return]
         masks = on_cpu(prune_to_ratios(self.cell, self.start, self._ratios())[0])
-        write_whole(path, lambda part: torch.save(masks, part))
+        write_tensors(path, masks)
         return masks
 
     def _ratios(self) -> dict[str, float]:
@@ -142,7 +141,7 @@ class _Trial:
         if self.cell.distill is not None:
             dense = distilled(self.start, dense, self.cell.distill).model
         facts = self._facts(dense)
-        write_whole(path, lambda part: serialization.save(dense, part))
+        serialization.save(dense, path)
         write_json(self.out / "pruned.json", facts)
         return dense, facts
 
@@ -201,7 +200,7 @@ class _Trial:
             "settings": self.settings.to_dict(),
             **provenance(),
         }
-        write_whole(self.out / DENSE, lambda part: serialization.save(dense, part))
+        serialization.save(dense, self.out / DENSE)
         write_json(self.out / CONFIG_LIST, self._config_list(dense))
         write_json(self.out / METRICS, metrics)
         for name in (_PRUNED, "pruned.json", _RETRAINING):

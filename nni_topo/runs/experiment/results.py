@@ -13,8 +13,8 @@ from pathlib import Path
 
 from rich.table import Table
 
+from nni_topo.disk import check_free_disk, disk_errors, read_json, write_json
 from nni_topo.errors import DataError
-from nni_topo.runs.experiment.folder import check_free_disk, disk_errors, read_json, write_json
 from nni_topo.runs.experiment.pipeline import CONFIG_LIST, DENSE, MASKS, METRICS, SETTINGS
 from nni_topo.runs.experiment.trials import TrialRecord
 from nni_topo.runs.records import Record

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -12,8 +11,9 @@ from typing import Any, get_args, get_type_hints
 
 import tyro
 
+from nni_topo.disk import read_json, reading
 from nni_topo.errors import ConfigError, DataError, unknown_name
-from nni_topo.pruners.registry import check_knobs
+from nni_topo.pruners.registry import check_knob_names
 from nni_topo.runs.plan import (
     Cell,
     CompensationChoice,
@@ -81,7 +81,7 @@ class TrialSettings:
             raise ConfigError("images that double need retrain_images to begin with, got none (double_images_after)")
         if self.flops is not None:
             Target("flops", self.flops)
-        check_knobs(self.pruner, self.knobs)
+        check_knob_names(self.pruner, self.knobs)
 
     def layer_ratio(self, layer: str) -> float:
         """Return a layer's proposed ratio: its own, that of the first pattern it matches, or ``ratio``."""
@@ -162,10 +162,8 @@ def with_parameters(settings: TrialSettings, parameters: Mapping[str, Any]) -> T
 def read_parameters(path: str | Path) -> dict[str, Any]:
     """Read parameters from a JSON file; DataError if it is missing or isn't a JSON object."""
     path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"parameters must be a readable JSON file, got: {error} ({path})") from error
+    with reading(path, "a file of parameters", "of JSON"):
+        content = read_json(path)
     if not isinstance(content, dict):
         raise DataError(f"parameters must be a JSON object, got {type(content).__name__} ({path})")
     return content

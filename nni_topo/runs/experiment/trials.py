@@ -12,8 +12,8 @@ from typing import Any
 import requests
 from nni.experiment import Experiment, rest
 
+from nni_topo.disk import is_held
 from nni_topo.errors import DataError
-from nni_topo.runs.experiment.folder import is_held
 from nni_topo.runs.experiment.pairing import pair_by_result
 
 FAILED = ("FAILED", "SYS_CANCELED", "USER_CANCELED")

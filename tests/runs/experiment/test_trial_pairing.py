@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nni_topo.runs.experiment.folder import is_held, only_process
+from nni_topo.disk import is_held, only_process
 from nni_topo.runs.experiment.pairing import pair_by_result
 from nni_topo.runs.experiment.trials import TrialRecord, stopped
 

@@ -73,11 +73,13 @@ def test_bad_parameters_are_refused(parameters, message):
         with_parameters(TrialSettings(), parameters)
 
 
-@pytest.mark.parametrize(("text", "message"), [("[1]", "must be a JSON object, got list"), ("{", "readable JSON file")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("[1]", "must be a JSON object, got list"), ("{", "a whole file of JSON")]
+)
 def test_files_of_parameters_must_be_json_objects(text, message, tmp_path):
     path = tmp_path / "params.json"
     path.write_text(text)
     with pytest.raises(DataError, match=message):
         read_parameters(path)
-    with pytest.raises(DataError, match="No such file"):
+    with pytest.raises(DataError, match="must be a file that exists, got none"):
         read_parameters(tmp_path / "missing.json")

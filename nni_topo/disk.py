@@ -1,0 +1,173 @@
+"""Files and folders: they appear whole, one process writes a folder, and damage and full disks are said in words."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from nni_topo.errors import DataError, NniTopoError
+
+MIN_FREE_BYTES = 16 * 2**20
+_LOCK = ".lock"
+DELETE = "delete it and run again"
+"""What helps against a damaged file that a run has written itself."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _locked(stream: IO[str], *, wait: bool, shared: bool = False) -> bool:
+        while True:
+            try:
+                msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
+                return True
+            except OSError:
+                if not wait:
+                    return False
+                time.sleep(0.1)
+
+else:
+    import fcntl
+
+    def _locked(stream: IO[str], *, wait: bool, shared: bool = False) -> bool:
+        """Say whether a file could be locked; the system drops the lock with the process, however that ends."""
+        try:
+            fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        return True
+
+
+def check_free_disk(folder: Path, needed: int = MIN_FREE_BYTES) -> None:
+    """Raise DataError unless a folder, or the nearest one above it, can be written to and has ``needed`` bytes free."""
+    place = folder.expanduser().absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise DataError(f"an output folder must be a folder that can be written to, got one that can't ({place})")
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise DataError(
+            f"an output folder needs {needed / 2**20:.0f} MiB of free disk, got {free / 2**20:.1f} MiB ({folder})"
+        )
+
+
+@contextmanager
+def only_process(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a folder with room to write, by default as soon as no other process does; a killed one lets go."""
+    check_free_disk(folder)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = (folder / _LOCK).open("w")
+    with stream:
+        if not _locked(stream, wait=wait):
+            raise DataError(f"a folder must be written by one run at a time, got one at work there ({folder})")
+        yield
+
+
+def is_held(folder: Path) -> bool:
+    """Say whether a process holds a folder by :func:`only_process`."""
+    try:
+        stream = (folder / _LOCK).open("r")
+    except OSError:
+        return False
+    with stream:
+        return not _locked(stream, wait=False, shared=True)
+
+
+@contextmanager
+def disk_errors(place: Path) -> Iterator[None]:
+    """Turn what a disk that is full, or can't be written to, raises into a DataError that names the place."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # PyTorch says what a full disk did to its archive; what the disk said stands behind it.
+        said: BaseException | None = error
+        while said is not None and not isinstance(said, OSError):
+            said = said.__context__
+        if said is None:
+            raise
+        if said.errno in _FULL:
+            raise DataError(f"an output folder needs free disk, got none left ({place})") from None
+        raise DataError(f"a file must be writable, got {said.strerror} ({place})") from None
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a place beside ``path``: what is written there is moved to ``path`` at the end, and removed by an error."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with disk_errors(path):
+            yield part
+            part.replace(path)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text, whole or not at all."""
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any, *, sort: bool = True, default: Callable[[Any], Any] | None = None) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(content, indent=1, sort_keys=sort, default=default) + "\n")
+
+
+def write_tensors(path: Path, content: Any) -> None:
+    """Write a file of ``torch.save``, whole or not at all."""
+    with whole_file(path) as part, part.open("wb") as stream:
+        torch.save(content, stream)
+
+
+@contextmanager
+def reading(path: Path, what: str, holds: str = "", cure: str = "") -> Iterator[None]:
+    """Turn whatever a file's content leads to into a DataError that says what it must be and hold, and a cure."""
+    if not path.is_file():
+        raise DataError(f"{what} must be a file that exists, got none ({path})")
+    try:
+        yield
+    except NniTopoError as error:
+        if str(path) in str(error):
+            raise
+        raise DataError(f"{what} must be a whole file{holds and ' '}{holds}, got: {error} ({path})") from None
+    except Exception as error:
+        # Damaged bytes lead anywhere. PyTorch's words are many, and advise to read the file unsafely.
+        words = "" if type(error).__module__.startswith(("torch", "pickle", "_pickle")) else str(error).split("\n")[0]
+        raise DataError(
+            f"{what} must be a whole file{holds and ' '}{holds}, got {path.stat().st_size} bytes that lead to "
+            f"{type(error).__name__}{words and ': '}{words[:120]}{cure and '; '}{cure} ({path})"
+        ) from None
+
+
+def read_json(path: Path, what: str = "a file of a run") -> Any:
+    """Read a JSON file; None if it isn't there, DataError if it isn't JSON."""
+    if not path.exists():
+        return None
+    with reading(path, what, "of JSON"):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_tensors(path: Path) -> Any:
+    """Read a file of ``torch.save`` with tensors and plain values, on the CPU; nothing in it is run."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            # PyTorch writes the entries' sums, unless it is told not to, but doesn't look at them.
+            for entry in (entry for entry in archive.infolist() if entry.CRC):
+                with archive.open(entry) as stream:
+                    while stream.read(2**20):
+                        pass
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,0 +1,108 @@
+"""What removed channels bring to the layers that read them, where it is the same whatever comes in.
+
+A channel of zeros is a constant behind a sigmoid (0.5) or softplus, and in NNI's masked model behind a batch norm (its
+shift). What a layer makes of constants is one number for each of its channels, which its bias can add instead.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nni_topo.network.capture import by_channel, watched
+from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.following import only_norm_behind
+from nni_topo.network.inputs import Call, random_like, shrunk
+from nni_topo.network.layers import CONVOLUTIONS, WEIGHTED, is_depthwise
+
+_TOLERANCE = 1e-5  # of a channel's largest value; rounding is below
+
+
+def constants_read(model: nn.Module, flow: ChannelFlow, left: np.ndarray, call: Call) -> dict[str, Tensor]:
+    """Measure, by layer, what removed channels bring to it if that is constant: (input channels,), zero elsewhere."""
+    entering, leaving = list[Any](), list[Any]()
+    ranges: dict[str, tuple[Tensor, list[Tensor]]] = {}
+    for name in flow.layers:
+        module = model.get_submodule(name)
+        gone, kept = (torch.from_numpy(np.asarray(each)) for each in _stay(flow, left, name))
+        if isinstance(module, WEIGHTED) and bool(gone.any()):
+            ranges[name] = gone, []
+            entering.append((module, partial(_look, module, *ranges[name])))
+        if isinstance(module, WEIGHTED) and not bool(kept.all()):
+            leaving.append((module, partial(_zeroed, module, kept)))
+    # What differs between two inputs is no constant, even where either has but one place for each channel.
+    for seed in range(2):
+        with torch.no_grad(), watched(entering, leaving):
+            drawn = random_like(call, torch.Generator().manual_seed(seed))
+            try:
+                small = shrunk(drawn)
+                model(*small[0], **small[1])
+            except Exception:  # not every model takes a smaller image
+                model(*drawn[0], **drawn[1])
+        if not any(bool(each.any()) for _, seen in ranges.values() for each in seen):
+            return {}
+    found = {name: _constant(gone, torch.stack(seen)) for name, (gone, seen) in ranges.items() if seen}
+    return {name: values for name, values in found.items() if bool(values.any())}
+
+
+@torch.no_grad()
+def absorb(
+    model: nn.Module, flow: ChannelFlow, left: np.ndarray, constants: dict[str, Tensor], *, exactly: bool
+) -> None:
+    """Let layers add what they make of constants, and read these no more; ``exactly``: only where no border differs.
+
+    Tensors of the model mustn't be shared. A layer without a bias hands it on to the batch norm behind it.
+    """
+    for name, values in constants.items():
+        module: Any = model.get_submodule(name)
+        norm = only_norm_behind(model, flow, name)
+        if not can_absorb(module, norm, exactly=exactly):
+            continue
+        weight, kept = module.weight, torch.from_numpy(np.asarray(_stay(flow, left, name)[1]))
+        rows = values.to(weight.device).view(module.groups if hasattr(module, "groups") else 1, -1)
+        rows = rows.repeat_interleave(len(weight) // len(rows), 0)
+        made = (weight.double().flatten(2).sum(2) if weight.dim() > 2 else weight.double()).mul(rows).sum(1)
+        made = (made * kept.to(made)).to(weight)
+        weight.mul_((rows == 0).view(*rows.shape, *[1] * (weight.dim() - 2)))
+        if module.bias is not None:
+            module.bias.add_(made)
+        else:
+            norm.running_mean.sub_(made)  # type: ignore[union-attr,operator]
+
+
+def can_absorb(module: nn.Module, norm: nn.Module | None, *, exactly: bool) -> bool:
+    """Tell whether a layer, or the batch norm behind it, can add what it makes of constants."""
+    if type(module) not in (*CONVOLUTIONS, nn.Linear) or is_depthwise(module):
+        return False
+    # Beyond the border there is no constant but zeros.
+    around: Any = getattr(module, "_reversed_padding_repeated_twice", ())
+    is_padded = any(around) and module.padding_mode == "zeros"
+    return not (is_padded and exactly) and (isinstance(module.bias, Tensor) or norm is not None)
+
+
+def _stay(flow: ChannelFlow, left: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tell which channels that enter a layer are gone, and which that leave it stay."""
+    return ~left[flow.entering_roots(name)], left[flow.layer_roots(name)]
+
+
+def _look(module: nn.Module, gone: Tensor, seen: list[Tensor], entered: Tensor) -> None:
+    """Note the least and the largest value of each removed channel: (2, channels)."""
+    rows = by_channel(module, entered)
+    found = rows[gone.to(rows.device)] if len(rows) == len(gone) else rows.new_full((int(gone.sum()), 1), torch.nan)
+    seen.append(torch.stack([found.amin(1), found.amax(1)]).cpu().double())
+
+
+def _zeroed(module: nn.Module, kept: Tensor, entered: Tensor, output: Tensor) -> Tensor:
+    view = [-1] if isinstance(module, nn.Linear) else [-1, *[1] * (output.dim() - 2)]
+    return output * kept.to(output).view(view)
+
+
+def _constant(gone: Tensor, ranges: Tensor) -> Tensor:
+    lowest, highest = ranges[:, 0].amin(0), ranges[:, 1].amax(0)
+    largest = torch.maximum(lowest.abs(), highest.abs())
+    values = torch.where(highest - lowest <= _TOLERANCE * largest, highest, 0.0)
+    return torch.zeros(len(gone), dtype=torch.float64).masked_scatter(gone, values)

@@ -1,0 +1,385 @@
+"""Numbers of channels on their way through a traced network: where they go, and which of them meet.
+
+Data movement (concatenation, chunk, view, permute, channel shuffle) moves them, an elementwise operation on two tensors
+ties the numbers that meet, a depth-wise convolution ties its output channel to its input channel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+import torch.fx
+from torch.utils._pytree import tree_map, tree_map_only
+
+from nni_topo.network.attention import Attention, attend, find_attention, is_mixed
+from nni_topo.network.counted import channel_dim
+from nni_topo.network.inputs import tensors_of
+from nni_topo.network.labels import (
+    FIXED,
+    INDEXED,
+    MEETS,
+    MOVES,
+    MOVING_MODULES,
+    REDUCTIONS,
+    can_follow,
+    carry,
+    carry_reduced,
+    compressed,
+    fixed,
+    given_shapes,
+    place,
+    plain_name,
+    staying,
+    tensor_shape,
+    varies,
+)
+from nni_topo.network.layers import (
+    PER_CHANNEL,
+    RULES,
+    can_be_cut,
+    entering_channels,
+    is_depthwise,
+    output_channels,
+)
+from nni_topo.network.numbers import Numbers
+
+
+@dataclasses.dataclass
+class Layer:
+    """A layer that makes channels."""
+
+    name: str
+    first: int  # number of its first output channel; the others follow
+    channels: int
+    depthwise: bool  # each output channel depends on one input channel alone, with which it stays or goes
+
+
+@dataclasses.dataclass
+class Own:
+    """A parameter that the model uses by itself (a layer scale, a position embedding), with a number for each place."""
+
+    first: int
+    channels: int
+    dim: int  # the dimension of its channels
+
+
+@dataclasses.dataclass
+class Blocks:
+    """Channels in blocks of which each keeps equally many: by side, one array of channel numbers a block."""
+
+    sides: list[list[np.ndarray]]  # a grouped convolution's inputs and its outputs, a norm's channels, a chunk's pieces
+    may_vanish: bool  # a block may lose all of its channels, on all sides at once
+
+
+class Numbering(torch.fx.Interpreter):
+    """Number the channels of a traced model with shapes in ``node.meta["tensor_meta"]``."""
+
+    # What can't be followed isn't guessed: channels that enter an operation without a rule are pinned, that is, they
+    # stay. So every number says all there is to say about a channel, and the network can be cut by numbers alone.
+    def __init__(self, graph_module: torch.fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.traced = graph_module
+        self.layers: dict[str, Layer] = {}  # in the order they are called
+        self.own: dict[str, Own] = {}  # by name; these go with the channels that they meet, and have no say
+        self.attention = find_attention(graph_module)  # by module; of those that the graph calls
+        self.heads: dict[str, Attention] = {}  # the same by layer that makes queries, keys or values
+        self.blocks: list[Blocks] = []  # one for each grouped convolution, group norm and chunk
+        self.reorders = False  # whether the dense model may put channels into another order: see `DenseOrder`
+        self.numbers: dict[str, Any] = {}  # by node, what it puts out: int64, of length 1 where nothing differs
+        self._entering: dict[str, np.ndarray] = {}
+        self._given = Numbers()
+
+    def layer_numbers(self, name: str) -> np.ndarray:
+        """List the numbers of a layer's output channels: int, shape (channels,)."""
+        layer = self.layers[name]
+        return np.arange(layer.first, layer.first + layer.channels)
+
+    def own_numbers(self, name: str) -> np.ndarray:
+        """List the numbers of a parameter's channels: int, shape (channels,)."""
+        own = self.own[name]
+        return np.arange(own.first, own.first + own.channels)
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        """Compute a node's channel numbers from those of its arguments."""
+        self._given.reason = f"they meet the network's input, a constant or a parameter ({place(n)})"
+        found = self._numbered(n)
+        self.numbers[n.name] = tree_map(compressed, found)
+        return found
+
+    def _numbered(self, n: torch.fx.Node) -> Any:
+        if n.op in ("placeholder", "output"):
+            return super().run_node(n)
+        if n.op == "get_attr":
+            value = super().run_node(n)
+            return self._parameter(str(n.target), value) if can_follow(value) else tree_map(fixed, value)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        shape = tensor_shape(n)
+        labels = tensors_of((args, kwargs))
+        if n.op == "call_module":
+            return self._module(n, labels, shape)
+        return self._function(n, args, kwargs, labels, shape)
+
+    def _parameter(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Number the one dimension of a parameter that isn't of length 1, or the last: where channels usually are."""
+        long = [d for d in range(value.dim()) if value.shape[d] > 1]
+        if name not in self.own:
+            count = value.shape[long[-1]]
+            self.own[name] = Own(self._given.new(count), count, long[-1])
+        own = self.own[name]
+        view = [1] * value.dim()
+        view[own.dim] = own.channels
+        return torch.from_numpy(self.own_numbers(name)).view(view).expand(value.shape)
+
+    def _module(self, node: torch.fx.Node, labels: list[torch.Tensor], shape: tuple[int, ...] | None) -> Any:
+        name = str(node.target)
+        module: torch.nn.Module = self.fetch_attr(name)
+        if labels and name in self.attention:
+            return self._attend(node, labels, self.attention[name])
+        if labels and isinstance(module, torch.nn.RNNBase):
+            # It takes fewer channels in; what it puts out is what its state holds, which stays.
+            self._tie_calls(name, self._per_channel(labels[0], labels[0].dim() - 1))
+            self._whole(node, labels[1:], f"{type(module).__name__} ({name}) keeps its state whole")
+            return given_shapes(node)
+        if not labels or not can_be_cut(module):
+            # It needs all that enters, and what it puts out can't be made less.
+            return self._whole(node, labels, f"{type(module).__name__} ({name}) stays whole")
+        if output_channels(module) is not None:
+            return self._layer(name, module, labels[0], shape or ())
+        if isinstance(module, MOVING_MODULES):
+            # They only move entries, so on integers they say exactly where each channel goes.
+            return module(labels[0])
+        if isinstance(module, torch.nn.GroupNorm) and module.num_groups < module.num_channels:
+            # A norm's groups are of one size, so those that are left have to be too.
+            side = np.split(self._per_channel(labels[0], 1), module.num_groups)
+            self.blocks.append(Blocks([list(side)], may_vanish=True))
+        if isinstance(module, (*PER_CHANNEL, *RULES)):
+            rule = RULES.get(type(module))
+            dim = rule.dim if rule else channel_dim(module)
+            if dim is None:
+                return self._whole(node, labels, f"{type(module).__name__} ({name}) stays whole")
+            self._tie_calls(name, self._per_channel(labels[0], dim % labels[0].dim()))
+        return self._passed(node, labels)
+
+    def _attend(self, node: torch.fx.Node, labels: list[torch.Tensor], attention: Attention) -> Any:
+        """Tie what makes each head together; what enters is needed by all of them."""
+        found = self._whole(node, labels, f"attention ({attention.name}) needs all that enters")
+        for name, channels in attention.channels.items():
+            if name not in self.layers:
+                self.layers[name] = Layer(name, self._given.new(channels.size), channels.size, depthwise=False)
+                self._entering[name] = np.zeros(entering_channels(self.fetch_attr(name)), dtype=np.int64)
+                self.heads[name] = attention
+        numbers = [channels + self.layers[name].first for name, channels in attention.channels.items()]
+        for head in zip(*numbers, strict=True):
+            self._given.tie(head[0][0], np.concatenate(head))
+        layer, order = attention.context
+        context, *others = tensors_of(found)
+        if is_mixed(node, attention):
+            return found
+        labelled = torch.from_numpy(order + self.layers[layer].first).expand(context.shape)
+        leaves = iter([labelled, *others])
+        return tree_map_only(torch.Tensor, lambda _: next(leaves), found)
+
+    def _whole(self, node: torch.fx.Node, labels: list[torch.Tensor], reason: str) -> Any:
+        """Keep all channels that enter a node, and so all that leave it."""
+        found = given_shapes(node)
+        # What gives no tensor (a size, an assertion) is no reader of channels.
+        if tensors_of(found):
+            for each in map(compressed, labels):
+                self._given.pin(np.unique(each), reason)
+        return found
+
+    def _passed(self, node: torch.fx.Node, labels: list[torch.Tensor]) -> Any:
+        """Carry the channels of one tensor to each of those that a node puts out."""
+        found = given_shapes(node)
+        carried = [carry(labels[0], tuple(each.shape)) if len(labels) == 1 else None for each in tensors_of(found)]
+        if any(each is None for each in carried):
+            return self._whole(node, labels, f"no rule says where channels go ({place(node)})")
+        rest = iter(carried)
+        return tree_map_only(torch.Tensor, lambda _: next(rest), found)
+
+    def _layer(self, name: str, module: Any, labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        dim = len(shape) - 1 if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) else 1
+        count = output_channels(module) or 0
+        # A layer that is called again puts out the same channels: one set of weights makes them.
+        if name not in self.layers:
+            self.layers[name] = Layer(name, self._given.new(count), count, is_depthwise(module))
+        numbers = np.arange(count) + self.layers[name].first
+        if not isinstance(module, torch.nn.Embedding):
+            self._enter(name, module, self._per_channel(labels, dim), numbers)
+        view = [1] * len(shape)
+        view[dim] = count
+        # Expanded, not copied: where nothing differs the stride is 0, which `varies` sees without a look at the values.
+        return torch.from_numpy(numbers).view(view).expand(shape)
+
+    def _enter(self, name: str, module: Any, entering: np.ndarray, numbers: np.ndarray) -> None:
+        """Record the ties between a layer's input and output channels, over all of its calls."""
+        self._tie_calls(name, entering)
+        groups = getattr(module, "groups", 1)
+        if is_depthwise(module):
+            # Several outputs may come from one input (channel multiplier).
+            self._given.tie(np.repeat(entering, len(numbers) // groups), numbers)
+        elif groups > 1:
+            sides = [list(np.split(entering, groups)), list(np.split(numbers, groups))]
+            self.blocks.append(Blocks(sides, may_vanish=True))
+
+    def _tie_calls(self, name: str, entering: np.ndarray) -> None:
+        """Tie what enters a module in one call to what enters it in another: one set of weights serves both."""
+        self._given.tie(self._entering.setdefault(name, entering), entering)
+
+    def _function(
+        self, n: torch.fx.Node, args: Any, kwargs: Any, labels: list[torch.Tensor], shape: tuple[int, ...] | None
+    ) -> Any:
+        name = plain_name(n)
+        if n.target is attend:
+            return self._attend(n, labels, self.attention[str(n.args[0].target)])  # type: ignore[union-attr]
+        # What is made of no traced tensor (torch.zeros) is a constant: its channels stay, and so do those that meet it.
+        if not labels:
+            return self._size(n, labels) if shape is None else staying(shape)
+        # Numbers in place of an index that is computed would pick at random, so such a choice isn't run on them.
+        if name in MOVES and not (name in INDEXED and tensors_of((args[1:], kwargs))):
+            moved = self._move(n, labels)
+            if name in ("cat", "concat", "concatenate", "stack"):
+                dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+                return self._joined(moved, labels, dim, is_new=name == "stack")
+            return moved
+        if not tensors_of(given_shapes(n)):
+            return self._size(n, labels)
+        if shape is None:
+            return self._passed(n, labels)
+        if name in ("matmul", "bmm", "rmatmul", "imatmul") and len(labels) == 2:
+            return self._product(n, labels, shape)
+        # A functional layer on parameters of the model's own, which nobody cuts.
+        own = any(node.op == "get_attr" for node in n.all_input_nodes)
+        if len(labels) > 1 and (name in MEETS or not own) and _alike(labels, shape):
+            return self._meet(labels, shape)
+        if name in REDUCTIONS and len(labels) == 1:
+            reduced = carry_reduced(labels[0], shape, args, kwargs)
+            return self._passed(n, labels) if reduced is None else reduced
+        return self._passed(n, labels)
+
+    def _move(self, n: torch.fx.Node, labels: list[torch.Tensor]) -> Any:
+        """Run data movement on the numbers themselves."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        try:
+            if plain_name(n) in ("view", "view_as"):
+                # The numbers are expanded, which no view can be taken of.
+                args = (args[0].contiguous(), *args[1:])
+            moved = getattr(self, n.op)(n.target, args, kwargs)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError):
+            return self._whole(n, labels, f"no rule says where channels go ({place(n)})")
+        if plain_name(n) in ("view", "reshape", "unflatten") and len(labels) == 1:
+            self._split(n, labels[0], moved)
+        # In the dense model too chunk makes equal pieces of what it gets, so all of them have to lose equally many.
+        if plain_name(n) == "chunk" and moved[0].dim() > 1 and len({piece.shape for piece in moved}) == 1:
+            pieces = [self._per_channel(piece, 1) for piece in moved]
+            self.blocks.append(Blocks(self._sides(pieces), may_vanish=False))
+        return moved
+
+    def _sides(self, pieces: list[np.ndarray]) -> list[list[np.ndarray]]:
+        """Take what each layer gives to pieces for itself where layers were shuffled."""
+        # Behind a shuffle every layer's first channels come first, so that each has to lose equally many of each piece.
+        made: list[Layer | Own] = [*self.layers.values(), *self.own.values()]
+        firsts = np.array(sorted([FIXED, *(each.first for each in made)]))
+        owners = [np.searchsorted(firsts, piece, side="right") for piece in pieces]
+        sides = [
+            [piece[owner == each] for piece, owner in zip(pieces, owners, strict=True)]
+            for each in np.unique(np.concatenate(owners))
+        ]
+        alike = all(len({len(block) for block in side}) == 1 for side in sides)
+        return sides if self.reorders and alike else [pieces]
+
+    def _split(self, n: torch.fx.Node, labels: torch.Tensor, moved: torch.Tensor) -> None:
+        """Say what a view asks of channels that it takes apart into rows: so many of them, or each of such a length."""
+        places = [[d for d in range(each.dim()) if varies(each, d)] for each in (labels, moved)]
+        sizes: Any = n.args[1:]
+        if plain_name(n) == "unflatten":
+            sizes = (*[None] * (places[1] or [0])[0], *sizes[-1])
+        sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+        if len(places[0]) != 1 or len(places[1]) != 2 or len(sizes) <= places[1][1]:
+            return
+        fixed_sizes = [isinstance(sizes[d], int) and sizes[d] != -1 for d in places[1]]
+        rows = moved.movedim(places[1], (0, 1)).flatten(2)[:, :, 0].numpy()
+        if fixed_sizes == [True, False]:
+            self.blocks.append(Blocks([list(rows)], may_vanish=False))
+            self.reorders = True
+        elif fixed_sizes == [False, True]:
+            self._given.tie(rows[:, :1], rows)
+
+    def _size(self, n: torch.fx.Node, labels: list[torch.Tensor]) -> Any:
+        """Compute what isn't a tensor: a size, say."""
+        # It writes into a tensor whose numbers nobody would know any more.
+        if plain_name(n) == "setitem":
+            for each in labels:
+                self._given.pin(np.unique(each), f"part of a tensor is written ({place(n)})")
+            return None
+        try:
+            return super().run_node(n)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError):
+            return None
+
+    def _product(self, n: torch.fx.Node, labels: list[torch.Tensor], shape: tuple[int, ...]) -> Any:
+        """Tie the channels over which a matrix product sums; other channels go where their rows and columns do."""
+        one, other = labels
+        if min(one.dim(), other.dim()) < 2:
+            return self._whole(n, labels, f"no rule says where channels go ({place(n)})")
+        along = [[d - each.dim() for d in range(1, each.dim()) if varies(each, d)] for each in labels]
+        if along[0] in ([], [-1]) and along[1] in ([], [-2]):
+            self._tie(one[..., :1, :].flatten(0, -2)[0], other[..., :, :1].transpose(-1, -2).flatten(0, -2)[0])
+            return staying(shape)
+        # Rows of the first, or columns of the second, that hold channels are rows or columns of what comes out.
+        if along == [[-2], []]:
+            return one[..., :1].expand(shape)
+        if along == [[], [-1]]:
+            return other[..., :1, :].expand(shape)
+        return self._whole(n, labels, f"no rule says where channels go ({place(n)})")
+
+    def _meet(self, labels: list[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+        """Tie what meets elementwise; an operand that is broadcast along the channels ties nothing."""
+        full = [entry.view((1,) * (len(shape) - entry.dim()) + tuple(entry.shape)) for entry in labels]
+        # Which dimension holds the channels isn't known; it is one along which numbers differ.
+        varying = {d for entry in full for d in range(1, len(shape)) if varies(entry, d)}
+        tied = [entry for entry in full if all(entry.shape[d] == shape[d] for d in varying)]
+        for other in tied[1:]:
+            self._tie(tied[0], other)
+        return (tied or full)[0].expand(shape)
+
+    def _joined(self, moved: torch.Tensor, labels: list[torch.Tensor], dim: int, *, is_new: bool) -> torch.Tensor:
+        """Tie what is joined along another dimension than that of the channels."""
+        # A slice in which numbers still differ has its channels in another dimension, where they meet those of the
+        # others.
+        slices = [entry.unsqueeze(dim) if is_new else entry.narrow(dim, 0, 1) for entry in labels]
+        if not all(any(varies(entry, d) for d in range(1, entry.dim())) for entry in slices):
+            return moved
+        for other in slices[1:]:
+            self._tie(slices[0], other)
+        # One number for what is tied, so that only channels differ in what follows.
+        return torch.from_numpy(self._given.settled()[1])[moved]
+
+    def _tie(self, one: torch.Tensor, other: torch.Tensor) -> None:
+        one, other = torch.broadcast_tensors(one, other)
+        # Along a dimension in which neither differs (batch, pixels) one place says all, and few pairs are left to sort.
+        for d in range(one.dim()):
+            if not (one.shape[d] == 0 or varies(one, d) or varies(other, d)):
+                one, other = one.narrow(d, 0, 1), other.narrow(d, 0, 1)
+        count = self._given.count
+        self._given.tie(*np.divmod(np.unique((one * count + other).numpy()), count))
+
+    def _per_channel(self, labels: torch.Tensor, dim: int) -> np.ndarray:
+        """Reduce labels to one a channel; those that share a channel are tied."""
+        rows = labels.transpose(0, dim)
+        # The usual case, all places of a channel alike, is one comparison; ties are looked for only where it fails.
+        first = rows[(slice(None),) + (slice(0, 1),) * (rows.dim() - 1)]
+        if not torch.equal(first.expand(rows.shape), rows):
+            self._tie(first, rows)
+        return first.reshape(-1).numpy()
+
+
+def _alike(labels: list[torch.Tensor], shape: tuple[int, ...]) -> bool:
+    """Tell whether tensors can meet place by place to give one of a shape."""
+    try:
+        return tuple(torch.broadcast_shapes(*(each.shape for each in labels))) == shape
+    except RuntimeError:
+        return False

@@ -1,0 +1,52 @@
+"""Numbers given out to channels: tied where channels go together, pinned where they stay."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from nni_topo.network.labels import FIXED
+
+
+class Numbers:
+    """The numbers of a network's channels, and which of them are tied; ``FIXED`` stands for all that stay."""
+
+    def __init__(self) -> None:
+        self.count = FIXED + 1
+        self.reason = ""  # why numbers would stay that are tied to FIXED now
+        self._pairs = [np.zeros((0, 2), dtype=np.int64)]
+        self._pins: list[tuple[np.ndarray, str]] = []
+
+    def new(self, count: int) -> int:
+        """Give out so many numbers, and return the first of them."""
+        self.count += count
+        return self.count - count
+
+    def pin(self, numbers: np.ndarray, reason: str) -> None:
+        """Let numbers stay, and all that are tied to them."""
+        self._pins.append((numbers, reason))
+
+    def tie(self, ones: np.ndarray | int, others: np.ndarray | int) -> None:
+        """Tie numbers to others, one by one; those that are tied to ``FIXED`` stay."""
+        pairs = np.stack(np.broadcast_arrays(ones, others), -1).reshape(-1, 2)
+        stay = (pairs == FIXED).any(1)
+        if (pairs[stay] != FIXED).any():
+            self.pin(pairs[stay].max(1), self.reason)
+        self._pairs.append(pairs[~stay])
+
+    def settled(self) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+        """Look up representatives, int, (count,), before and after pinning; and, by those before, why they are pinned.
+
+        The smallest number leads: that of the layer that came first.
+        """
+        pairs = np.concatenate(self._pairs)
+        graph = coo_matrix((np.ones(len(pairs), dtype=bool), pairs.T), shape=(self.count, self.count))
+        _, firsts, parts = np.unique(
+            connected_components(graph, directed=False)[1], return_index=True, return_inverse=True
+        )
+        before, reasons = firsts[parts], dict[int, str]()
+        for numbers, reason in self._pins:
+            for root in np.unique(before[numbers]).tolist():
+                reasons.setdefault(root, reason)
+        return before, np.where(np.isin(before, list(reasons)), FIXED, before), reasons

@@ -1,0 +1,201 @@
+"""Long jobs that are killed at random moments and begun again end the same. `python tests/kills.py --kills 20`."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import nni_topo
+from nni_topo import zoo
+from nni_topo.analysis.magnitude.study import AnalyzeMagnitude
+from nni_topo.analysis.rounds.study import METHODS, RoundsCell, run_rounds
+from nni_topo.runs.compare import compare
+from nni_topo.runs.experiment.pipeline import run_trial
+from nni_topo.runs.experiment.settings import TrialSettings
+from nni_topo.runs.plan import (
+    Cell,
+    CompensationChoice,
+    DataChoice,
+    DistillationChoice,
+    ModelChoice,
+    Plan,
+    PrunerChoice,
+    Target,
+)
+from nni_topo.runs.study import plain
+
+DIGITS = DataChoice("digits", limit=200)
+SMALL = Plan(
+    models=(ModelChoice("small_cnn"),),
+    data=(DIGITS,),
+    pruners=tuple(map(PrunerChoice, ("random", "l1", "topological"))),
+    targets=(Target("flops", 0.5),),
+    seeds=2,
+    train={"epochs": 2},
+    retrain={"epochs": 1},
+)
+TIMES = ("seconds", "latency", "_ms", "peak_memory", "revision")
+
+
+def comparison(out: Path) -> Any:
+    """Compare pruners."""
+    return compare(SMALL, out, isolate=False).records
+
+
+def recovery(out: Path) -> Any:
+    """Compare pruners with compensation and distillation, as the recovery tables do."""
+    steps = DistillationChoice(images=128, steps=40, augmentation="none")
+    plan = replace(SMALL, retrain={"epochs": 0}, compensate=CompensationChoice(images=128), distill=steps)
+    return compare(plan, out, isolate=False).records
+
+
+def rounds(out: Path) -> Any:
+    """Prune round by round, T-IMP and its rivals."""
+    recipe = zoo.Recipe(epochs=2, batch_size=32)
+    cell = Cell(
+        ModelChoice("small_cnn"), DIGITS, METHODS["IMP"], Target("ratio", 0.99), 0, recipe, recipe.for_retraining(1)
+    )
+    return run_rounds([RoundsCell(replace(cell, pruner=method), (0.5, 0.99)) for method in METHODS.values()], out)
+
+
+def magnitude(out: Path) -> Any:
+    """Carry the magnitude study out."""
+    study = AnalyzeMagnitude(
+        model="lenet300", limit=200, images=100, ratios=(0.5,), rounds=2, epochs=2, runs=2, out=out
+    )
+    return study.find(lambda line: None).rows
+
+
+def trial(out: Path) -> Any:
+    """Run a trial of an experiment."""
+    return run_trial(TrialSettings(limit=200, train_epochs=2, retrain_epochs=4, ratio=0.5), out)
+
+
+def genetic(out: Path) -> Any:
+    """Search single weights by the genetic algorithm."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, images = nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 3)), torch.randn(512, 20)
+    batches = [(images, model(images).argmax(1))]
+    knobs = {"search": {"population_size": 10, "generations": 60}, "state": out / "state.npz"}
+    pruner = nni_topo.create_pruner("genetic_weight", model, [{"op_names": ["0"]}], validation=batches, **knobs)
+    _, masks = pruner.compress()
+    return [digest(masks["0"]["weight"]), pruner.history.to_dict("list")]
+
+
+def training(out: Path) -> Any:
+    """Train a network."""
+    bundle = zoo.load_data("digits", limit=400)
+    net = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
+    zoo.train(net, bundle, zoo.Recipe(epochs=12, batch_size=32), seed=0, state=out / "state.pt")
+    return [digest(value) for value in net.state_dict().values()]
+
+
+def distilling(out: Path) -> Any:
+    """Let a network learn from another one."""
+    teacher, student = (
+        zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=seed).eval() for seed in (0, 1)
+    )
+    images = [torch.randn(256, 1, 8, 8, generator=torch.Generator().manual_seed(0))]
+    made = nni_topo.distill(student, teacher, images, steps=150, seed=0, state=out / "state.pt")
+    return [digest(value) for value in made.state_dict().values()]
+
+
+JOBS: dict[str, Callable[[Path], Any]] = {
+    job.__name__: job for job in (comparison, recovery, rounds, magnitude, trial, genetic, training, distilling)
+}
+
+
+def digest(value: torch.Tensor) -> str:
+    """Return a digest of a tensor's values."""
+    return hashlib.sha256(value.detach().contiguous().numpy().tobytes()).hexdigest()
+
+
+def timeless(value: Any) -> Any:
+    """Return what was found without what differs from run to run."""
+    if isinstance(value, dict):
+        return {key: timeless(item) for key, item in value.items() if not any(word in key for word in TIMES)}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
+def begun(job: Callable[[Path], Any], out: Path) -> int:
+    """Begin a job in a process of its own, whose result ends as ``found.json``; return its id."""
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        out.mkdir(exist_ok=True)
+        found = timeless(plain(job(out)))
+        (out / "found.json").write_text(json.dumps(found, sort_keys=True))
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def killed(job: Callable[[Path], Any], kills: int, seed: int) -> tuple[int, int, float]:
+    """Kill a job so often, and begin it again till it ends; return kills, ends and seconds of a run that isn't killed.
+
+    Raises AssertionError unless each end is that of a run that wasn't killed.
+    """
+    draw, done, ends = random.Random(f"{job.__name__} {seed}"), 0, 0
+    with tempfile.TemporaryDirectory() as name:
+        began = time.monotonic()
+        assert os.waitpid(begun(job, Path(name, "whole")), 0)[1] == 0, f"{job.__name__} runs"
+        seconds = time.monotonic() - began
+        wanted = Path(name, "whole", "found.json").read_text()
+        while done < kills or ends == 0:
+            out = Path(name, f"killed{ends}")
+            process = begun(job, out)
+            until = time.monotonic() + draw.uniform(0.0, seconds if done < kills else 1e4)
+            while os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                if time.monotonic() >= until:
+                    os.kill(process, signal.SIGKILL)
+                    break
+                time.sleep(0.002)
+            status = os.waitpid(process, 0)[1]
+            assert os.WIFSIGNALED(status) or status == 0, f"{job.__name__} ends well, or is killed"
+            done += os.WIFSIGNALED(status)
+            if status == 0:
+                ends += 1
+                found = (out / "found.json").read_text()
+                assert found == wanted, f"{job.__name__}: {found} is {wanted}"
+                left = [each.name for each in out.rglob("*") if each.name.endswith(".part")]
+                assert len(left) <= done, f"{job.__name__}: {left}"
+    return done, ends, seconds
+
+
+def main() -> None:
+    """Kill each job many times."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("jobs", nargs="*", metavar="job", help=f"of {', '.join(JOBS)}; none: all")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    for name in options.jobs or JOBS:
+        done, ends, seconds = killed(JOBS[name], options.kills, options.seed)
+        print(f"{name}: killed {done} times in runs of {seconds:.1f} s, {ends} ends, all the same", flush=True)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Removed channels that aren't zero where they are read: what is constant goes into biases, and nothing else does."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from nni.compression.pruning import L1NormPruner
+from speedup_nets import filter_mask, lively
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError
+from nni_topo.speedup import dependency_groups, masked_model, to_dense
+
+GONE = [1, 2, 4, 5]  # equally many of both groups
+ASKED = [{"op_names": ["first"], "sparse_ratio": 0.5}]
+BY_TYPE = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
+
+
+class Net(nn.Module):
+    """A layer, something between that makes constants of zeros, and what reads these."""
+
+    def __init__(self, between: nn.Module, *behind: nn.Module, width: int = 6) -> None:
+        super().__init__()
+        self.first, self.between, self.behind = nn.Conv2d(3, 8, 3), between, nn.Sequential(*behind)
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.behind(self.between(self.first(images))).relu().flatten(2).mean(2))
+
+
+class Rows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(images.flatten(2).transpose(1, 2)).transpose(1, 2)
+
+
+class Added(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        images += 0.5
+        return images
+
+
+BETWEEN = {"sigmoid": nn.Sigmoid, "softplus": nn.Softplus, "added in place": Added}
+BEHIND = {
+    "bias": lambda: [nn.Conv2d(8, 6, 3)],
+    "groups": lambda: [nn.Conv2d(8, 6, 3, groups=2)],
+    "reflected border": lambda: [nn.Conv2d(8, 6, 3, padding=1, padding_mode="reflect")],
+    "norm": lambda: [nn.Conv2d(8, 6, 3, stride=2, bias=False), nn.BatchNorm2d(6)],
+    "linear": lambda: [Rows()],
+    "pooled": lambda: [nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 6, 1)],
+}
+LEFT_ALONE = {
+    "zeros beyond the border": lambda: [nn.Conv2d(8, 6, 3, padding=1)],
+    "transposed": lambda: [nn.ConvTranspose2d(8, 6, 2, stride=2)],
+    "no bias": lambda: [nn.Conv2d(8, 6, 1, bias=False)],
+    "norm without statistics": lambda: [nn.Conv2d(8, 6, 1, bias=False), nn.InstanceNorm2d(6)],
+    "norm that isn't alone": lambda: [Twice()],
+}
+
+
+class Twice(nn.Module):
+    """A layer that is read by its norm and beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.layer(images)
+        return x + self.norm(x)
+
+
+def made(between: nn.Module, behind: list[nn.Module], **knobs) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    net = lively(Net(between, *behind, **knobs).eval()).double()
+    return net, torch.rand(2, 3, 10, 10, dtype=torch.float64)
+
+
+def gap(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max())
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+@pytest.mark.parametrize("behind", BEHIND)
+@torch.no_grad()
+def test_a_constant_is_taken_over(between, behind):
+    net, images = made(BETWEEN[between](), BEHIND[behind]())
+    assert dependency_groups(net, images, BY_TYPE).skipped.keys() == {"head"}
+    masks = {"first": filter_mask(net.first, GONE)}
+    dense = to_dense(net, images, masks)
+    assert dense.first.out_channels == 4
+    reference = masked_model(net, images, masks)
+    others = torch.randn(3, 3, 10, 10, dtype=torch.float64)
+    assert gap(dense(others), reference(others)) < 1e-9
+    dropped = to_dense(net, images, masks, check=False)
+    assert torch.equal(dropped(others), dense(others))
+
+
+@pytest.mark.parametrize("behind", LEFT_ALONE)
+def test_where_none_takes_it_over_the_layer_stays_whole(behind):
+    net, images = made(nn.Sigmoid(), LEFT_ALONE[behind]())
+    skipped = dependency_groups(net, images, BY_TYPE).skipped
+    assert "removed channels arrive as values that aren't zero" in skipped["first"]
+
+
+class Gated(nn.Module):
+    """Times a gate that depends on the image, and is the same at every place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Conv2d(8, 1, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.sigmoid() * self.gate(images).mean((2, 3), keepdim=True)
+
+
+def test_what_depends_on_the_input_is_no_constant_although_it_is_one_number_for_one_image():
+    net, images = made(Gated(), [nn.Conv2d(8, 6, 1)])
+    assert "first" in dependency_groups(net, images[:1], BY_TYPE).skipped
+
+
+def wrapped(net: nn.Module, images: Tensor, look: str) -> tuple[Tensor, dict, nn.Module]:
+    """Run the model as NNI's pruner wraps it; return what a module gives, the masks, and the model unwrapped."""
+    found = []
+    pruner = L1NormPruner(net, dependency_groups(net, images, ASKED))
+    _, masks = pruner.compress()
+    net.get_submodule(look).register_forward_hook(lambda _, __, output: found.append(output.detach().clone()))
+    net(images)
+    pruner.unwrap_model()
+    net.get_submodule(look)._forward_hooks.clear()
+    return found[0], masks, net
+
+
+@pytest.mark.parametrize("behind", ["bias", "norm", "groups", "linear", "pooled", "reflected border"])
+@torch.no_grad()
+def test_kept_shifts_give_what_nnis_wrapped_model_does(behind):
+    net, images = made(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), BEHIND[behind]())
+    expected, masks, net = wrapped(net, images, "head")
+    dense = to_dense(net, images, masks, constants="keep")
+    assert dense.first.out_channels == 4
+    assert gap(dense(images), expected) < 1e-9
+    assert gap(to_dense(net, images, masks)(images), expected) > 1e-3
+
+
+@torch.no_grad()
+def test_beyond_a_border_a_kept_shift_goes_on():
+    net, images = made(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), [nn.Conv2d(8, 6, 3, padding=1)])
+    expected, masks, net = wrapped(net, images, "behind")
+    found = []
+    dense = to_dense(net, images, masks, constants="keep")
+    dense.behind.register_forward_hook(lambda _, __, output: found.append(output))
+    dense(images)
+    inner = (..., slice(1, -1), slice(1, -1))
+    assert gap(found[0][inner], expected[inner]) < 1e-9
+    assert gap(found[0], expected) > 1e-3
+
+
+@torch.no_grad()
+def test_shared_layers_take_over_each_its_own():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.other = nn.Linear(4, 8), nn.Linear(4, 8)
+            self.second, self.third = nn.Linear(8, 5), nn.Linear(8, 5)
+            self.third.weight, self.third.bias = self.second.weight, self.second.bias
+
+        def forward(self, rows: Tensor) -> Tensor:
+            return self.second(self.first(rows).sigmoid()) + 2 * self.third(self.other(rows).relu())
+
+    torch.manual_seed(0)
+    net, rows = Tied().double(), torch.rand(3, 4, dtype=torch.float64)
+    masks = {"first": filter_mask(net.first, GONE)}
+    before = copy.deepcopy(net.state_dict())
+    dense = to_dense(net, rows, masks)
+    assert gap(dense(rows), masked_model(net, rows, masks)(rows)) < 1e-9
+    assert dense.second.in_features == 4
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_another_word_is_refused():
+    net, images = made(nn.ReLU(), [nn.Conv2d(8, 6, 1)])
+    with pytest.raises(ConfigError, match=r'constants must be "zero" or "keep", got \'fold\''):
+        to_dense(net, images, {"first": filter_mask(net.first, GONE)}, constants="fold")

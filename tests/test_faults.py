@@ -1,0 +1,156 @@
+"""Damaged files, full and read-only disks, and folders that another run is at work in."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import damage
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import nni_topo
+from nni_topo import zoo
+from nni_topo.analysis.magnitude.study import AnalyzeMagnitude
+from nni_topo.analysis.rounds.study import run_rounds
+from nni_topo.disk import disk_errors, only_process, whole_file, write_json, write_tensors
+from nni_topo.errors import DataError
+from nni_topo.runs.compare import compare
+from nni_topo.runs.plan import DataChoice, ModelChoice, Plan, PrunerChoice, Target
+from nni_topo.runs.records import append_record, read_records
+from nni_topo.runs.study import save_figures
+
+PLAN = Plan(
+    models=(ModelChoice("small_cnn"),),
+    data=(DataChoice("digits", limit=200),),
+    pruners=(PrunerChoice("l1"),),
+    targets=(Target("ratio", 0.5),),
+    train={"epochs": 1},
+    retrain={"epochs": 0},
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_are_read_as_they_were_or_refused_in_words():
+    for kind, counts, broken in damage.served(40, 0):
+        assert not broken, (kind, broken)
+        assert sum(counts.values()) == 40
+
+
+@contextmanager
+def full_disk(room=2000):
+    """Let no file grow beyond so many bytes: to write more fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def of_pictures(path):
+    save_figures(path.parent, {path.stem: Figure()})
+
+
+WRITERS = {
+    "tensors": lambda path: write_tensors(path, torch.zeros(10_000)),
+    "model": lambda path: nni_topo.save(torch.nn.Linear(100, 100), path),
+    "safetensors": lambda path: nni_topo.save(torch.nn.Linear(100, 100), path),
+    "checkpoint": lambda path: zoo.save_checkpoint(path, torch.nn.Linear(100, 100), {}),
+    "json": lambda path: write_json(path, list(range(10_000))),
+    "record": lambda path: append_record(path, {"key": "a" * 10_000}),
+    "pictures": of_pictures,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_said_in_words_and_what_was_there_stays(name, tmp_path):
+    path = tmp_path / ("file.safetensors" if name == "safetensors" else "file.png")
+    path.write_bytes(b"{}\n")
+    with full_disk(), pytest.raises(DataError, match=rf"needs free disk, got none left \(.*{path.name}\)") as caught:
+        WRITERS[name](path)
+    assert caught.value.__suppress_context__
+    assert list(tmp_path.iterdir()) == [path]
+    if name == "record":  # the half line goes when there is room for the next
+        assert read_records(path) == [{}]
+        append_record(path, {"key": "b"})
+        assert read_records(path) == [{}, {"key": "b"}]
+    elif name != "pictures":
+        assert path.read_bytes() == b"{}\n"
+
+
+def test_a_comparison_on_a_full_disk_goes_on_where_there_is_room(tmp_path):
+    with full_disk(), pytest.raises(DataError, match="needs free disk, got none left"):
+        compare(PLAN, tmp_path, isolate=False)
+    assert not list(tmp_path.rglob("*.part"))
+    assert len(compare(PLAN, tmp_path, isolate=False).records) == 1
+
+
+READ_ONLY = """
+import pathlib, sys, torch, nni_topo
+from nni_topo.disk import only_process, write_tensors
+from nni_topo.errors import DataError
+place = pathlib.Path(sys.argv[1])
+def hold():
+    with only_process(place / "out"):
+        pass
+for write in (lambda: write_tensors(place / "a.pt", torch.zeros(2)), hold):
+    try:
+        write()
+    except DataError as error:
+        print(error)
+"""
+
+
+def test_a_read_only_disk_is_said_in_words(tmp_path):
+    mount = f"mount -t tmpfs -o ro tmpfs {tmp_path}"
+    apart = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*apart, mount], capture_output=True).returncode:
+        pytest.skip("a read-only file system needs unshare and mount, which this system refuses")
+    program = f"{mount} && exec {sys.executable} -W ignore -c '{READ_ONLY}' {tmp_path}"
+    done = subprocess.run([*apart, program], capture_output=True, text=True)
+    writing, holding = done.stdout.splitlines()
+    assert writing == f"a file must be writable, got Read-only file system ({tmp_path / 'a.pt'})"
+    assert holding.startswith("an output folder must be a folder that can be written to, got one that can't")
+
+
+def test_a_cut_checkpoint_is_to_be_deleted(tmp_path):
+    compare(PLAN, tmp_path, isolate=False)
+    (tmp_path / "results.jsonl").unlink()
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    path.write_bytes(path.read_bytes()[:1000])
+    (failure,) = compare(PLAN, tmp_path).failures
+    assert failure.reason.endswith("; delete it and run again")
+    assert str(path) in failure.reason
+    assert not any(word in failure.reason for word in ("Traceback", "weights_only", "File "))
+    path.unlink()
+    assert len(compare(PLAN, tmp_path, isolate=False).records) == 1
+
+
+def test_a_folder_of_rounds_or_of_the_magnitude_study_takes_one_run_at_a_time(tmp_path):
+    study = AnalyzeMagnitude(model="small_cnn", out=tmp_path)
+    with only_process(tmp_path):
+        for run in (lambda: run_rounds([], tmp_path), lambda: study.find(print)):
+            with pytest.raises(DataError, match="one run at a time"):
+                run()
+    assert run_rounds([], tmp_path) == []
+
+
+def test_errors_that_no_disk_is_behind_stay_as_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match="out of paper"), disk_errors(tmp_path):
+        raise RuntimeError("out of paper")
+
+
+def test_what_is_interrupted_leaves_no_half_file(tmp_path):
+    def stopped():
+        with whole_file(tmp_path / "a") as part:
+            part.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert not list(tmp_path.iterdir())
