@@ -100,7 +100,7 @@ def _draw_accuracy(axis: Axes, found: tuple[list[Record], str]) -> None:
         heights, halves = [point.mean for point in points], [np.nan_to_num(point.half) for point in points]
         marker, color = _MARKERS[index % len(_MARKERS)], f"C{index % 10}"
         axis.errorbar(macs, heights, yerr=halves, marker=marker, color=color, linestyle="", label=name)
-    finish(axis, "MACs (millions)", "test accuracy %", xlim=(0, None))
+    finish(axis, "MACs (millions)", "test accuracy %", xlim=(0, 1.08 * axis.dataLim.x1))
 
 
 def _draw_convergence(axis: Axes, rows: dict[str, dict[int, Record]]) -> None:
