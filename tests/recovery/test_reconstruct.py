@@ -226,7 +226,7 @@ def test_channel_that_is_not_zero_when_removed_is_not_read(halves, images):
     torch.testing.assert_close(dense(images[0]), masked_model(repaired, images[0], masks)(images[0]))
     error = (dense(images[0]) - net(images[0])).detach().abs().max()
     plain = (to_dense(net, images[0], masks, check=False)(images[0]) - net(images[0])).detach().abs().max()
-    assert float(error) < 0.3 * float(plain)
+    assert float(error) < 0.6 * float(plain)  # where what the removed channels hold, 0.5, is in the bias already
 
 
 def test_group_norm_is_followed_as_in_the_dense_model():

@@ -144,7 +144,10 @@ def test_a_killed_trial_goes_on_to_the_same_result(nets, tmp_path, capsys):
     [
         ([], "must have --params FILE and --out FOLDER, got no folder"),
         (["--out", "somewhere"], "parameters must come from NNI or from --params FILE, got neither"),
-        (["--params", "missing.json", "--out", "somewhere"], "readable JSON file"),
+        (
+            ["--params", "missing.json", "--out", "somewhere"],
+            "a file of parameters must be a file that exists, got none (missing.json)",
+        ),
     ],
 )
 def test_outside_of_nni_parameters_and_a_folder_must_be_given(words, message, capsys, tmp_path, monkeypatch):
