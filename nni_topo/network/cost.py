@@ -108,7 +108,7 @@ class NetworkCost:
         for name, layer in self._flow.layers.items():
             roots = self._flow.layer_roots(name)
             if name in kept and len(kept[name]) < len(roots):
-                roots = self._flow.roots(self._flow.head_numbers(name))
+                roots = self._flow.roots(self._flow.bundle_numbers(name))
             if name in kept and len(kept[name]) == len(roots):
                 stays.append(roots[kept[name]])
                 loses.append(roots[~kept[name]])

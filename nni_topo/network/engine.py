@@ -82,7 +82,7 @@ class _Cutter(Replacer):
                 keep(module, target, getattr(module, target).index_select(own.dim, kept.to(device_of(module))))
         for attention in dict.fromkeys(each.name for each in flow.heads.values()):
             found = flow.attention[attention]
-            left = len(speedup.indices(flow.head_numbers(next(iter(found.channels)))))
+            left = len(speedup.indices(flow.bundle_numbers(next(iter(found.channels)))))
             resize(model.get_submodule(attention), found, left)
 
 

@@ -189,10 +189,10 @@ def by_output(weight: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
     return weight.transpose(0, 1) if channel_dimension(module) else weight
 
 
-def spread(module: torch.nn.Module, kept: torch.Tensor) -> torch.Tensor:
+def spread(module: torch.nn.Module, kept: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Turn kept output channels, bool, shape (channels,), into a mask of ones and zeros of the weight's shape."""
     weight = weight_of(module)
-    kept = kept.to(dtype=weight.dtype, device=weight.device)
+    kept = kept.to(dtype=dtype or weight.dtype, device=weight.device)
     if isinstance(module, TRANSPOSED):
         rows = kept.view(module.groups, 1, -1).expand(-1, weight.shape[0] // module.groups, -1).flatten(0, 1)
         return rows.view(rows.shape + (1,) * (weight.dim() - 2)).expand_as(weight).clone()

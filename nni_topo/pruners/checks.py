@@ -39,6 +39,7 @@ from nni_topo.errors import (
     unknown_name,
     whole,
 )
+from nni_topo.network.dependency import DependencyGroups
 from nni_topo.network.inputs import tensors_of
 from nni_topo.network.layers import CONVOLUTIONS, check_names
 from nni_topo.network.modes import is_plain, left_alone
@@ -164,7 +165,15 @@ def modern_config(model: nn.Module, config_list: Sequence[Any]) -> list[Any]:
             _exclude(model, entry, modern)
         else:
             modern.append(_rename_ratio(entry, index))
-    return modern
+    return config_list.with_entries(modern) if isinstance(config_list, DependencyGroups) else modern
+
+
+def of_single_weights(config_list: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out of dependency groups what says which channels go together: weights go one by one."""
+    if not isinstance(config_list, DependencyGroups):
+        return config_list
+    together = ("dependency_group_id", "internal_metric_block", "granularity")
+    return config_list.with_entries({k: v for k, v in e.items() if k not in together} for e in config_list)
 
 
 def _warn(entry: dict[str, Any], place: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from nni_topo.compat.wrapping import scaling
 from nni_topo.network.attention import IntArray, find_attention
 from nni_topo.network.layers import weight_name
-from nni_topo.pruners.units import TargetSpaces
+from nni_topo.pruners.units import TargetSpaces, holds_columns
 
 _WEIGHT = PruningSetting.default_setting["weight"]
 _BIAS = {"align": {"module_name": None, "target_name": "in_proj_weight", "dims": [0]}, "apply_method": "mul"}
@@ -75,7 +75,7 @@ def scale_by_heads(model: Any, target_spaces: TargetSpaces) -> None:
             space.granularity = attention.granularity(layer)
             space._scaler = HeadScaling(rows)
     for space in (each for targets in target_spaces.values() for each in targets.values()):
-        if isinstance(space.granularity, list) and space.granularity[0] == -1 and space.dependency_group_id is not None:
+        if holds_columns(space):
             space._scaler = ColumnScaling(space.granularity)
 
 
