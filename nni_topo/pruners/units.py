@@ -144,7 +144,7 @@ def output_blocks(space: PruningTargetSpace, what: str) -> NDArray[np.int64]:
             return found
     raise ConfigError(
         f"{what} need layers pruned by output channel, got a {type(module).__name__} of {channels} channels in "
-        f"{blocks} blocks of granularity {space.granularity!r} ({space._wrapper.name})"
+        f"{blocks} blocks of granularity {space.granularity!r} ({space._wrapper.name}.{space._target_name})"
     )
 
 
