@@ -91,6 +91,8 @@ class ChannelFlow(Numbering):
         """Return the linear layers that read all heads of attention and nothing else, by name."""
         found: dict[str, Attention] = {}
         for attention in dict.fromkeys(each.name for each in self.heads.values()):
+            if self.attention[attention].recurrent:
+                continue
             layer, order = self.attention[attention].context
             context = self.layer_roots(layer)[order]
             found |= {

@@ -262,7 +262,11 @@ def _settings(flow: ChannelFlow, mixers: Mapping[str, Attention]) -> dict[str, d
         roots = tuple(flow.roots(flow.bundle_numbers(own)).tolist())
         if set(roots) != {FIXED}:
             stated.setdefault(roots, []).append(name)
-    needed = [names for names in stated.values() if len(names) > 1 or blocks.get(names[0], 1) > 1]
+    # A recurrent layer is a group of its two weights.
+    alone = {name for name, each in flow.heads.items() if each.recurrent} | {
+        name for name in blocks if blocks[name] > 1
+    }
+    needed = [names for names in stated.values() if len(names) > 1 or names[0] in alone]
     settings: dict[str, dict[str, Any]] = {}
     for rank, names in enumerate(needed):
         for name in names:

@@ -14,7 +14,7 @@ import torch
 import torch.fx
 from torch.utils._pytree import tree_map, tree_map_only
 
-from nni_topo.network.attention import Attention, attend, find_attention, is_mixed
+from nni_topo.network.attention import Attention, attend, find_heads, is_mixed
 from nni_topo.network.counted import channel_dim
 from nni_topo.network.inputs import tensors_of
 from nni_topo.network.labels import (
@@ -84,7 +84,7 @@ class Numbering(torch.fx.Interpreter):
         self.traced = graph_module
         self.layers: dict[str, Layer] = {}  # in the order they are called
         self.own: dict[str, Own] = {}  # by name; these go with the channels that they meet, and have no say
-        self.attention = find_attention(graph_module)  # by module; of those that the graph calls
+        self.attention = find_heads(graph_module)  # by module; of those that the graph calls
         self.heads: dict[str, Attention] = {}  # the same by layer that makes queries, keys or values
         self.blocks: list[Blocks] = []  # one for each grouped convolution, group norm and chunk
         self.reorders = False  # whether the dense model may put channels into another order: see `DenseOrder`
@@ -136,13 +136,10 @@ class Numbering(torch.fx.Interpreter):
     def _module(self, node: torch.fx.Node, labels: list[torch.Tensor], shape: tuple[int, ...] | None) -> Any:
         name = str(node.target)
         module: torch.nn.Module = self.fetch_attr(name)
+        if labels and isinstance(module, torch.nn.RNNBase):
+            return self._recur(node, labels, name, type(module).__name__)
         if labels and name in self.attention:
             return self._attend(node, labels, self.attention[name])
-        if labels and isinstance(module, torch.nn.RNNBase):
-            # It takes fewer channels in; what it puts out is what its state holds, which stays.
-            self._tie_calls(name, self._per_channel(labels[0], labels[0].dim() - 1))
-            self._whole(node, labels[1:], f"{type(module).__name__} ({name}) keeps its state whole")
-            return given_shapes(node)
         if not labels or not can_be_cut(module):
             # It needs all that enters, and what it puts out can't be made less.
             return self._whole(node, labels, f"{type(module).__name__} ({name}) stays whole")
@@ -163,23 +160,41 @@ class Numbering(torch.fx.Interpreter):
             self._tie_calls(name, self._per_channel(labels[0], dim % labels[0].dim()))
         return self._passed(node, labels)
 
-    def _attend(self, node: torch.fx.Node, labels: list[torch.Tensor], attention: Attention) -> Any:
-        """Tie what makes each head together; what enters is needed by all of them."""
-        found = self._whole(node, labels, f"attention ({attention.name}) needs all that enters")
+    def _recur(self, node: torch.fx.Node, labels: list[torch.Tensor], name: str, kind: str) -> Any:
+        """Let a recurrent layer take fewer channels in, and tie the gates of each unit, and the states that it gets."""
+        self._tie_calls(name, self._per_channel(labels[0], labels[0].dim() - 1))
+        found = given_shapes(node)
+        if name not in self.attention:
+            # What it puts out is what its state holds, which stays.
+            return self._whole(node, labels[1:], f"{kind} ({name}) keeps its state whole")
+        units = self._head_numbers(self.attention[name])
+        for state in labels[1:]:
+            self._given.tie(self._per_channel(state, state.dim() - 1), units)
+        return tree_map_only(torch.Tensor, lambda leaf: torch.from_numpy(units).expand(leaf.shape), found)
+
+    def _head_numbers(self, attention: Attention) -> np.ndarray:
+        """Number what makes the heads and tie each together; return the numbers of what they put out."""
         for name, channels in attention.channels.items():
             if name not in self.layers:
                 self.layers[name] = Layer(name, self._given.new(channels.size), channels.size, depthwise=False)
-                self._entering[name] = np.zeros(entering_channels(self.fetch_attr(name)), dtype=np.int64)
+                if name not in self._entering:
+                    self._entering[name] = np.zeros(entering_channels(self.fetch_attr(name)), dtype=np.int64)
                 self.heads[name] = attention
         numbers = [channels + self.layers[name].first for name, channels in attention.channels.items()]
         for head in zip(*numbers, strict=True):
             self._given.tie(head[0][0], np.concatenate(head))
         layer, order = attention.context
-        context, *others = tensors_of(found)
+        put_out: np.ndarray = order + self.layers[layer].first
+        return put_out
+
+    def _attend(self, node: torch.fx.Node, labels: list[torch.Tensor], attention: Attention) -> Any:
+        """Tie what makes each head together; what enters is needed by all of them."""
+        found = self._whole(node, labels, f"attention ({attention.name}) needs all that enters")
+        heads = torch.from_numpy(self._head_numbers(attention))
         if is_mixed(node, attention):
             return found
-        labelled = torch.from_numpy(order + self.layers[layer].first).expand(context.shape)
-        leaves = iter([labelled, *others])
+        context, *others = tensors_of(found)
+        leaves = iter([heads.expand(context.shape), *others])
         return tree_map_only(torch.Tensor, lambda _: next(leaves), found)
 
     def _whole(self, node: torch.fx.Node, labels: list[torch.Tensor], reason: str) -> Any:

@@ -41,7 +41,7 @@ from nni_topo.errors import (
 )
 from nni_topo.network.dependency import DependencyGroups
 from nni_topo.network.inputs import tensors_of
-from nni_topo.network.layers import CONVOLUTIONS, check_names
+from nni_topo.network.layers import CONVOLUTIONS, check_names, is_recurrent
 from nni_topo.network.modes import is_plain, left_alone
 
 _Given = ParamSpec("_Given")
@@ -361,6 +361,11 @@ def _check_module(name: str, module: nn.Module) -> None:
         raise ConfigError(
             f"a pruned module's type must be registered with NNI's PruningSetting, got {type(module).__name__}; "
             f"known: {known} ({name})"
+        )
+    if isinstance(module, nn.RNNBase) and not is_recurrent(module):
+        raise ConfigError(
+            "units must be those of a recurrent layer of one level and one direction, with biases, got "
+            f"{module} ({name})"
         )
     for target, tensor in module.named_parameters(recurse=False):
         if tensor.numel() == 0:

@@ -181,12 +181,19 @@ def test_a_layer_whose_channels_only_go_together_stays_whole():
     assert groups.skipped["2"] == "all of its channels meet one another"
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
-def test_a_recurrent_layer_that_is_asked_for_stays_whole(kind):
+@pytest.mark.parametrize(
+    ("kind", "knobs"),
+    [
+        ("LSTM", {"num_layers": 2}), ("GRU", {"bias": False}), ("RNN", {"num_layers": 2}), ("LSTM", {"proj_size": 5}),
+        ("LSTMCell", {}), ("GRUCell", {}), ("RNNCell", {}),
+    ],
+)  # fmt: skip
+def test_a_recurrent_layer_whose_units_cant_go_stays_whole(kind, knobs):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed, self.body, self.head = nn.Linear(4, 6), getattr(nn, kind)(6, 5), nn.Linear(5, 3)
+            self.embed, self.head = nn.Linear(4, 6), nn.Linear(5, 3)
+            self.body = getattr(nn, kind)(6, 8 if "proj_size" in knobs else 5, **knobs)
 
         def forward(self, rows):
             found = self.body(torch.relu(self.embed(rows)))

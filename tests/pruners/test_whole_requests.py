@@ -22,7 +22,7 @@ import zoo_nets
 
 sys.path.remove(str(_BENCHMARKS))
 
-ASKED = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
+ASKED = [{"op_types": ["Conv2d", "Linear", "LSTM"], "sparse_ratio": 0.5}]
 # It scores batch norms, not the layers before them.
 STRUCTURED = [name for name in list_pruners() if pruner_info(name).structured and name != "slim"]
 WEIGHTS = [name for name in list_pruners() if not pruner_info(name).structured]
@@ -73,7 +73,7 @@ def test_every_pruner_takes_half_of_what_a_pixel_shuffle_spreads(name):
     assert dense.report.kept == ()
 
 
-@pytest.mark.parametrize("net", ["multihead_attention", "own_attention", "sliced", "channel_shuffle", "squeeze_excite"])
+@pytest.mark.parametrize("net", ["multihead_attention", "own_attention", "sliced", "lstm", "squeeze_excite"])
 @pytest.mark.parametrize("name", STRUCTURED)
 def test_every_pruner_serves_a_whole_request(name, net):
     model, inputs = zoo_nets.make(net)

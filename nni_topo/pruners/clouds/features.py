@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.errors import ConfigError, DataError, LayerError, one_of, whole
-from nni_topo.network.attention import find_attention
+from nni_topo.network.attention import find_heads
 from nni_topo.network.capture import by_channel, inputs_seen
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.following import followers, passes
@@ -97,7 +97,7 @@ class FeatureCollector(DataCollector):
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         """Raise ConfigError for layers that are no linear layers or convolutions, or that attention calls."""
-        heads = {name for each in find_attention(model).values() for name in each.channels}
+        heads = {name for each in find_heads(model).values() for name in each.channels}
         for name, module in modules.items():
             if not isinstance(module, WEIGHTED) or name in heads:
                 within = " within attention" if name in heads else ""

@@ -137,7 +137,7 @@ def readers_of(unit: PruningUnit, flow: ChannelFlow, context: PruningContext, *,
     places = _reading(lead, flow, dict(context.model.named_modules()))
     if not places:
         raise unread_error([unit.name])
-    mixes = lead in flow.heads
+    mixes = lead in flow.heads and not flow.heads[lead].recurrent
     return [Reader(module, found, read_strength(module, found, order), mixes) for module, found in places]
 
 
