@@ -1,9 +1,9 @@
 """Ask for half of the channels of every layer of every network in ``zoo.txt``, and see what comes out.
 
-For each: `dependency_groups` for all convolutions, linear and recurrent layers at 0.5, random masks, `to_dense` without its own
-check, then the comparison with a reference that shares no code with it: the original network in double precision, in
-which hooks zero the outputs of the channels that are gone. Which these are is read off the dense network's weights
-alone, whose values are found among the original's.
+For each: `dependency_groups` for all convolutions, linear and recurrent layers at 0.5, random masks, `to_dense` without
+its own check, then the comparison with a reference that shares no code with it: the original network in double
+precision, in which hooks zero the outputs of the channels that are gone, or the weights of the units. Which these are
+is read off the dense network's weights alone, whose values are found among the original's.
 
 One process a network, with a limit on its memory and its processor's time, which all seconds are; a line per finished
 network, so that a stopped run goes on where it was. Prints the table as Markdown. With ``--rivals`` NNI's own

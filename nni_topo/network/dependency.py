@@ -114,6 +114,7 @@ def dependency_groups(
     Layers that make queries, keys or values of attention lose whole heads: they get a granularity and a group, and so
     does the layer that mixes the heads if it is selected, for its columns. ``"granularity": "head"``, which NNI doesn't
     know, asks for these layers alone, also of a module that holds them. An entry with a list for granularity keeps it.
+    Units of a recurrent layer of one level and one direction, with biases, go as heads do.
 
     Of transposed convolutions the package's pruners prune output channels, NNI's own only under
     ``nni_topo.enable_strict()``: else they prune the input channels, and fail in a group.
