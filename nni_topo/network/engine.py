@@ -76,6 +76,8 @@ class _Cutter(Replacer):
                 cut(name, module, ins.to(device), outs.to(device))
         for name, own in flow.own.items():
             kept = speedup.indices(flow.own_numbers(name))
+            if speedup.order is not None and name in speedup.order.own:
+                kept = torch.from_numpy(speedup.order.own[name])
             if len(kept) < own.channels:
                 owner, _, target = name.rpartition(".")
                 module = model.get_submodule(owner)

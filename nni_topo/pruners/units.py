@@ -134,8 +134,8 @@ def output_blocks(space: PruningTargetSpace, what: str) -> NDArray[np.int64]:
     channels = output_channels(module) or 0
     if space.granularity == "out_channel" and blocks == channels and channel_dimension(module) == 0:
         return np.arange(channels)[:, None]
-    weight = weight_of(module)
-    if weight.shape == space.target.shape and space._scaler is not None and channels % blocks == 0:
+    whole = channels > 0 and channels % blocks == 0 and weight_of(module).shape == space.target.shape
+    if whole and space._scaler is not None:
         owners = spread(module, torch.arange(channels), torch.int32)
         rows = space._scaler.shrink(owners, lambda block: block, keepdim=True).reshape(blocks, -1).sort(1)[0]
         rows = rows.unflatten(1, (channels // blocks, -1))

@@ -157,7 +157,7 @@ def test_channels_that_a_pixel_shuffle_spreads_are_asked_for_together():
     assert [dense.wide.out_channels, dense.tail[0].in_channels, dense.report.kept] == [12, 3, ()]
 
 
-def test_a_layer_scale_behind_a_channel_shuffle_keeps_the_layer_whole():
+def test_a_layer_scale_behind_a_channel_shuffle_comes_in_the_order_of_the_channels():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -170,8 +170,21 @@ def test_a_layer_scale_behind_a_channel_shuffle_keeps_the_layer_whole():
             shuffled = x.view(b, 4, c // 4, h, w).transpose(1, 2).flatten(1, 2)
             return self.two(shuffled.permute(0, 2, 3, 1) * self.scale)
 
-    groups = nni_topo.dependency_groups(Model(), torch.rand(2, 3, 4, 4), bench.ASKED)
-    assert groups.skipped["one"] == "what it computes depends on removed channels (mul)"
+    torch.manual_seed(0)
+    model, images = Model().eval(), torch.rand(2, 3, 4, 4)
+    groups = nni_topo.dependency_groups(model, images, bench.ASKED)
+    assert groups.skipped.keys() == {"two"}
+    pruner = nni_topo.RandomPruner(model, groups, seed=1)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    dense = nni_topo.to_dense(model, images, masks)
+    kept = masks["one"]["bias"].view(4, 4)
+    # Each row keeps as many; the first of each come first, then the second of each.
+    rows = [row.nonzero().flatten().tolist() for row in kept]
+    order = [place * 4 + number for places in zip(*rows, strict=True) for number, place in enumerate(places)]
+    assert len(order) == 8
+    assert not sorted(order) == order
+    assert torch.equal(dense.scale, model.scale[order])
 
 
 def test_a_layer_whose_channels_only_go_together_stays_whole():
