@@ -89,6 +89,7 @@ class Numbering(torch.fx.Interpreter):
         self.blocks: list[Blocks] = []  # one for each grouped convolution, group norm and chunk
         self.reorders = False  # whether the dense model may put channels into another order: see `DenseOrder`
         self.numbers: dict[str, Any] = {}  # by node, what it puts out: int64, of length 1 where nothing differs
+        self._called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
         self._entering: dict[str, np.ndarray] = {}
         self._given = Numbers()
 
@@ -114,7 +115,9 @@ class Numbering(torch.fx.Interpreter):
             return super().run_node(n)
         if n.op == "get_attr":
             value = super().run_node(n)
-            return self._parameter(str(n.target), value) if can_follow(value) else tree_map(fixed, value)
+            # That of a module which is called is cut with the module, and looked at for its type or device perhaps.
+            own = can_follow(value) and str(n.target).rpartition(".")[0] not in self._called
+            return self._parameter(str(n.target), value) if own else tree_map(fixed, value)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         shape = tensor_shape(n)
         labels = tensors_of((args, kwargs))

@@ -124,6 +124,11 @@ class _Rehearsal:
         return self._found
 
     def _step(self, node: Node) -> None:
+        if node.op == "get_attr":
+            # Whether it fits shows where it is used, which may be for its type or device alone.
+            whole = self._called(node, self.full, 0)
+            self._values[node] = self._masked(node, whole, None), self._called(node, self.small, 1)
+            return
         entering = {parent: self._nonzero(parent) for parent in self._tensors_before(node)}
         constant = self._constant(node) if any(map(len, entering.values())) else None
         whole = self._masked(node, self._called(node, self.full, 0, constant), self._first_input(node))

@@ -183,8 +183,25 @@ def test_a_layer_scale_behind_a_channel_shuffle_comes_in_the_order_of_the_channe
     rows = [row.nonzero().flatten().tolist() for row in kept]
     order = [place * 4 + number for places in zip(*rows, strict=True) for number, place in enumerate(places)]
     assert len(order) == 8
-    assert not sorted(order) == order
+    assert sorted(order) != order
     assert torch.equal(dense.scale, model.scale[order])
+
+
+def test_a_weight_that_is_looked_at_for_its_type_holds_nothing():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.head = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 12, 1), nn.Conv2d(12, 4, 1)
+
+        def forward(self, x):
+            x = self.one(x.to(self.one.weight.dtype)).to(self.two.weight.device)
+            return self.head(self.two(x).to(self.head.weight.dtype))
+
+    model, images = Model(), torch.rand(2, 3, 4, 4)
+    groups = nni_topo.dependency_groups(model, images, bench.ASKED)
+    assert groups.skipped.keys() == {"head"}
+    dense = nni_topo.to_dense(model, images, l1_masks(model, groups))
+    assert [dense.one.out_channels, dense.two.out_channels] == [8, 6]
 
 
 def test_a_layer_whose_channels_only_go_together_stays_whole():
