@@ -315,6 +315,22 @@ def _blocks(flow: ChannelFlow) -> dict[str, int]:
                 and len(roots) % sizes[0] == 0
             ):
                 counts[name] = math.lcm(counts.get(name, 1), len(roots) // sizes[0])
+    return _leveled(flow, counts) if flow.reorders else counts
+
+
+def _leveled(flow: ChannelFlow, counts: dict[str, int]) -> dict[str, int]:
+    """Give layers whose channels are shuffled together the same blocks: of others they'd lose another number."""
+    arriving = [flow.roots(np.concatenate([each for side in blocks.sides for each in side])) for blocks in flow.blocks]
+    met = [{name for name in flow.layers if np.isin(flow.layer_roots(name), roots).any()} for roots in arriving]
+    before: dict[str, int] = {}
+    while before != counts:
+        before = dict(counts)
+        for names in met:
+            common = math.lcm(*(counts.get(name, 1) for name in names))
+            widths = [flow.layers[name].channels for name in names]
+            # In blocks of one channel none could go.
+            if all(width % common == 0 and width > common for width in widths):
+                counts |= dict.fromkeys(names, common)
     return counts
 
 

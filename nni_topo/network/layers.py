@@ -189,6 +189,11 @@ def channel_dimension(module: torch.nn.Module) -> int:
     return 1 if isinstance(module, (*TRANSPOSED, torch.nn.Embedding)) else 0
 
 
+def feature_dimension(module: torch.nn.Module) -> int:
+    """Tell which dimension of what enters or leaves a layer holds its channels."""
+    return -1 if isinstance(module, (torch.nn.Linear, torch.nn.Embedding, torch.nn.RNNBase)) else 1
+
+
 def kept_channels(module: torch.nn.Module, targets: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """Tell which output channels masks keep any weight of: bool, shape (channels,); None if they don't say."""
     count, mask = output_channels(module), targets.get(weight_name(module))

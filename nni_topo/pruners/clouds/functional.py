@@ -17,7 +17,7 @@ from nni_topo.network.capture import by_channel, run, watched
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.inputs import Call, structure_call
 from nni_topo.network.labels import FIXED
-from nni_topo.network.layers import is_depthwise
+from nni_topo.network.layers import is_depthwise, weight_of
 from nni_topo.network.network import Network
 from nni_topo.network.transformers import mixing_called
 from nni_topo.pruners.clouds.moments import Moments, points_of_gram
@@ -195,7 +195,7 @@ def _places(channels: IntArray, entering: IntArray) -> IntArray | None:
 
 def read_strength(module: nn.Module, places: IntArray, order: float = 2.0) -> Tensor:
     """Return norms, float64 on the CPU, shape of ``places``, of the weights that read these input channels."""
-    weight: Tensor = module.weight.detach().double()  # type: ignore[operator]
+    weight = weight_of(module).detach().double()
     groups = getattr(module, "groups", 1)
     if getattr(module, "transposed", False):
         # Its weight has the input channels first, whatever the groups.

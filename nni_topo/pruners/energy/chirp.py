@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import FLAG, ConfigError, DataError, LayerError, as_settings, check_knobs, one_of
 from nni_topo.maths import signals
-from nni_topo.network.layers import WEIGHTED
+from nni_topo.network.layers import WEIGHTED, weight_name
 from nni_topo.network.network import Network
 from nni_topo.pruners.clouds.coupled import norm_scales
 from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
@@ -130,7 +130,7 @@ def check_layer(name: str, module: nn.Module, linear: Linear = "unit-energy") ->
             f"a chirp must meet a convolution, got {type(module).__name__}; exclude it or set linear='unit-energy' "
             f"({name})"
         )
-    weight = getattr(module, "weight", None)
+    weight = getattr(module, weight_name(module), None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         kind = weight.dtype if isinstance(weight, Tensor) else f"the weights of {type(module).__module__}"
         raise DataError(f"weights must be real floating-point tensors, got {kind} ({name}.weight)")
