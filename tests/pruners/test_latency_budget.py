@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from toy_times import LAYERS, proportional
 
 from nni_topo import dependency_groups, to_dense
 from nni_topo.errors import ConfigError, DataError
@@ -10,23 +11,10 @@ from nni_topo.pruners.topological.pruner import TopologicalPruner
 from nni_topo.speedup import LatencyTable, LayerLatency, measure_latency
 from nni_topo.testing import toy_images, toy_model
 
-LAYERS = ["stem", "inner", "hidden"]
-
-
-def proportional(each, widths=LAYERS):
-    """A table in which a layer's seconds are its products of widths, times a factor."""
-    sizes = {"stem": (3, 8), "inner": (8, 8), "hidden": (8, 16), "head": (16, 4)}
-    layers = {}
-    for name in (*widths, "head"):
-        entering, leaving = ((1, size) for size in sizes[name])
-        seconds = tuple(tuple(each.get(name, 0.0) * i * o for o in leaving) for i in entering)
-        layers[name] = LayerLatency(entering, leaving, seconds, activation=float(leaving[-1]))
-    return LatencyTable(layers)
-
 
 def kept(budget, table, allocation="uniform", model=None, **rule):
     model = toy_model() if model is None else model
-    config = dependency_groups(model, toy_images(2), [{"op_names": LAYERS, **rule}])
+    config = dependency_groups(model, toy_images(2), [{"op_names": list(LAYERS), **rule}])
     pruner = TopologicalPruner(
         model,
         config,
