@@ -151,6 +151,7 @@ def test_outputs_that_are_no_classes_have_no_agreement():
         ({"budget": {"flops": 1.5}}, ConfigError, "flops must be in"),
         ({"budget": {"size": 0.5}}, ConfigError, "key of budget must be a known name"),
         ({"pruner": "magic"}, ConfigError, "pruner must be a known name, got 'magic'"),
+        ({"pruner": None}, ConfigError, "a pruner's name must be text, got None"),
         ({"knobs": {"magic": 1}}, ConfigError, "knob of pruner 'reconstruction' must be a known name"),
         ({"pruner": "l1", "budget": {"params": 1e-4}}, ConfigError, "a params target must be reachable, got 0.0001"),
         ({"compensate": "magic"}, ConfigError, "compensate must be a known name"),
