@@ -30,6 +30,7 @@ from nni_topo.network.labels import (
     compressed,
     fixed,
     given_shapes,
+    meet_alike,
     place,
     plain_name,
     staying,
@@ -271,7 +272,7 @@ class Numbering(torch.fx.Interpreter):
             return self._product(n, labels, shape)
         # A functional layer on parameters of the model's own, which nobody cuts.
         own = any(node.op == "get_attr" for node in n.all_input_nodes)
-        if len(labels) > 1 and (name in MEETS or not own) and _alike(labels, shape):
+        if len(labels) > 1 and (name in MEETS or not own) and meet_alike(labels, shape):
             return self._meet(labels, shape)
         if name in REDUCTIONS and len(labels) == 1:
             reduced = carry_reduced(labels[0], shape, args, kwargs)
@@ -393,11 +394,3 @@ class Numbering(torch.fx.Interpreter):
         if not torch.equal(first.expand(rows.shape), rows):
             self._tie(first, rows)
         return first.reshape(-1).numpy()
-
-
-def _alike(labels: list[torch.Tensor], shape: tuple[int, ...]) -> bool:
-    """Tell whether tensors can meet place by place to give one of a shape."""
-    try:
-        return tuple(torch.broadcast_shapes(*(each.shape for each in labels))) == shape
-    except RuntimeError:
-        return False
