@@ -153,7 +153,7 @@ def _units(model: nn.Module, example_inputs: Tensor, config_list: list[dict[str,
         parts[key] = math.lcm(parts[key], entry.get("internal_metric_block", 1))
         floor, cap = shares[key]
         shares[key] = max(floor, entry.get("min_sparse_ratio", 0.0)), min(cap, entry.get("max_sparse_ratio", 1.0))
-    rows = {key: len(flow.head_numbers(names[0])) // parts[key] for key, names in layers.items()}
+    rows = {key: len(flow.bundle_numbers(names[0])) // parts[key] for key, names in layers.items()}
     most = {key: min(int(rows[key] * shares[key][1]), rows[key] - 1) for key in layers}
     bounds = {key: (min(int(rows[key] * shares[key][0]), most[key]), most[key]) for key in layers}
     return [Unit(tuple(names), rows[key], parts[key], bounds[key]) for key, names in layers.items()]
