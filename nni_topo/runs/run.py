@@ -127,7 +127,7 @@ def trained(
     progress: bool | None = None,
     accept: Callable[[nn.Module], None] | None = None,
 ) -> Start:
-    """Return a trained network: that of a checkpoint, or of a folder of checkpoints; else it is trained.
+    """Return a trained network: that of a checkpoint, its own or given, or of a folder of them; else it is trained.
 
     A network trained by a ``recipe`` (None: the model's own) is kept in the ``folder``. ``accept`` gets the untrained
     network: what it refuses isn't trained first. ConfigError or DataError if a name, the device, the checkpoint or the
@@ -150,6 +150,9 @@ def trained(
             known = zoo.load_checkpoint(path, net)
         except DataError as error:
             raise DataError(f"{error}; {DELETE}") from None
+    elif model.checkpoint is not None:
+        zoo.load_checkpoint(model.checkpoint, net)
+        zoo.check_model(net, bundle)
     else:
         log = zoo.train(net, bundle, recipe, seed=seed, device=place, progress=progress)
         known = {"seed": seed, "seconds": log.seconds}
@@ -302,7 +305,14 @@ def layer_widths(model: nn.Module) -> dict[str, int]:
 def load_model_data(model: ModelChoice, data: DataChoice) -> zoo.DataBundle:
     """Load a data set, padded to the size that a model needs."""
     pad_to = zoo.model_info(model.name).pad_to
-    bundle = zoo.load_data(data.name, data.data_dir, limit=data.limit, pad_to=pad_to, download=data.download)
+    bundle = zoo.load_data(
+        data.name,
+        data.data_dir,
+        limit=data.limit,
+        pad_to=None if data.image_size else pad_to,
+        image_size=data.image_size,
+        download=data.download,
+    )
     if data.test_limit is None:
         return bundle
     if data.test_limit < 1:
