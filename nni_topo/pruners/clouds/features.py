@@ -116,7 +116,7 @@ class FeatureCollector(DataCollector):
         """
         batches = self._batches(context)
         self._network = _traced(context, first_call(context.model, batches))
-        rows = {name: _Rows() for name in self._network.taps}
+        rows = {name: _Rows(name) for name in self._network.taps}
         runner = _Recorder(self._network, rows, self.pool)
         samples = 0
         with torch.no_grad():
@@ -128,7 +128,7 @@ class FeatureCollector(DataCollector):
             raise DataError(f"calibration must hold at least two samples to be clustered by, got {samples}")
 
         def points(unit: PruningUnit, module: str, _: str) -> Tensor:
-            found = rows[module].points(module)
+            found = rows[module].points()
             _check_blocks(unit, len(found), context)
             return found
 
@@ -143,8 +143,8 @@ class FeatureCollector(DataCollector):
 class _Rows:
     """Features of one layer: kept as they are while they are few, else their sums and products."""
 
-    def __init__(self) -> None:
-        self._moments = Moments()
+    def __init__(self, name: str) -> None:
+        self._moments = Moments(name)
         self._few: list[Tensor] = []
 
     def add(self, rows: Tensor) -> None:
@@ -157,15 +157,15 @@ class _Rows:
                 self._moments.add(each)
             self._few = []
 
-    def points(self, name: str) -> Tensor:
+    def points(self) -> Tensor:
         """Return means and deviations, shape ``(blocks, 1 + d)``, float64."""
         if self._moments.samples:
             # The deviations are points that have the covariances.
-            deviations = embedding(self._moments.gram(name, center=True))
+            deviations = embedding(self._moments.gram(center=True))
             return torch.cat([self._moments.mean(), deviations], 1)
-        check_reached(len(self._few), name)
+        check_reached(len(self._few), self._moments.name)
         features = torch.cat(self._few, 1).double().cpu()
-        check_finite(features, name)
+        check_finite(features, self._moments.name)
         mean = features.mean(1, keepdim=True)
         return torch.cat([mean, (features - mean) / math.sqrt(features.shape[1])], 1)
 

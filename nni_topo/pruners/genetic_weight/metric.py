@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, check_memory
 from nni_topo.maths.search.gene_layers import BoolArray, FloatArray, Layer
 from nni_topo.maths.search.weights import WeightGeneticAlgorithm, WeightSearch
 from nni_topo.network.inputs import repeatable
@@ -52,6 +52,10 @@ class GeneticMetric(MetricCalculator):
             Layer(data[name]["weight"].numpy().ravel().astype(np.float32), largest_share(unit))
             for name, unit in zip(names, context.units, strict=True)
         ]
+        # Magnitudes and their order, parents and children in bits, and those that run together.
+        needed = (20 + self.settings.population_size / 4) * len(self.start_weights) + self.max_bytes
+        cure = "fewer layers (op_names), a smaller population_size (search) or max_bytes take less"
+        check_memory(needed, f"a population on {len(self.start_weights)} weights", cure, "+".join(names))
         search = WeightGeneticAlgorithm(
             layers, self._accuracies(context, names, weights), self.settings, seed=self.seed
         )

@@ -22,7 +22,7 @@ from torch.fx import Interpreter, Node
 
 from nni_topo.errors import DataError, SpeedupError
 from nni_topo.maths.search.gene_layers import BoolArray, FloatArray
-from nni_topo.network.inputs import call_arguments, fitting
+from nni_topo.network.inputs import at_once, call_arguments, fitting
 from nni_topo.network.modes import unwrapped_copy
 from nni_topo.network.tracing import trace
 from nni_topo.pruners.genetic_weight.masked import split_genes
@@ -112,7 +112,7 @@ class PopulationAccuracy:
         weights = sum(int(layer.weight.numel()) for layer in self._layers)
         # float32, roughly: three of the largest activation at a time, and the masks beside the masked weights.
         each = 4 * (3 * max(tail.elements for tail in self._tails) + 2 * weights)
-        return max(1, min(_LARGEST_CHUNK, self._max_bytes // each))
+        return at_once(max(1, min(_LARGEST_CHUNK, self._max_bytes // each)))
 
     @torch.no_grad()
     def _hits(self, chunk: list[BoolArray]) -> NDArray[np.int64]:
