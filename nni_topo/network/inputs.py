@@ -144,7 +144,9 @@ def in_smaller_batches(work: Callable[_Given, _Made]) -> Callable[_Given, _Made]
             token = _SHARE.set(share)
             try:
                 return work(*args, **kwargs)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 reason = str(error).partition("\n")[0]
             finally:
                 _SHARE.reset(token)
@@ -155,6 +157,11 @@ def in_smaller_batches(work: Callable[_Given, _Made]) -> Callable[_Given, _Made]
             _logger.warning("out of memory: once more, %d samples at a time (%s)", share.most, work.__name__)
 
     return run
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Say whether an error is that of memory that there isn't: a GPU's, or, by its words, a CPU's."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def at_once(samples: int) -> int:
@@ -215,7 +222,11 @@ def first_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
 
 def structure_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
     """Return the arguments to follow a model's channels with: the first batch's, tried out, of two samples."""
-    call = first_call(model, calibration)
+    return structure_of(model, first_call(model, calibration))
+
+
+def structure_of(model: nn.Module, call: Call) -> Call:
+    """Return a call's first two samples where the model takes them, else the call."""
     # To follow channels takes time and memory by sample.
     few: Call = taken(call, torch.arange(min(2, batch_size(call))))
     try:
@@ -237,9 +248,11 @@ def fitting(batch: int, knob: str = "calibration") -> Iterator[None]:
     """Turn an error of a model in the block into a DataError that names the knob's batch, from 0."""
     try:
         yield
-    except (NniTopoError, torch.OutOfMemoryError):
+    except NniTopoError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if out_of_memory(error):
+            raise
         reason = str(error).partition("\n")[0]
         raise DataError(f"{knob} must fit the model, got {type(error).__name__}: {reason} (batch {batch})") from error
 

@@ -166,9 +166,9 @@ class PruningContext:
 
     def check_memory(self, matrices: float, cure: str, width: float = 0.0) -> None:
         """Raise DataError unless so many float64 numbers for each pair of blocks, and `width` for each block, fit."""
-        unit = max(self.units, key=lambda unit: unit.rows)
-        what = f"what compares {unit.rows} blocks with each other"
-        check_memory(8 * unit.rows * (matrices * unit.rows + width), what, cure, unit.name)
+        for unit in self.units:
+            what = f"what compares {unit.rows} blocks with each other"
+            check_memory(8 * unit.rows * (matrices * unit.rows + width), what, cure, unit.name)
 
     def metric_shape(self, module_name: str, target_name: str) -> tuple[int, ...]:
         """Return the blocked shape of a target's metric, e.g. ``(out_channels, 1, 1, 1)``."""

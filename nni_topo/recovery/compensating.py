@@ -284,13 +284,9 @@ def _warn(report: CompensationReport) -> None:
         named = ", ".join(f"{name} ({reason})" for name, reason in report.left_alone.items())
         _logger.warning("layers behind removed channels that were left as they are: %s", named)
     # A layer that is refined is there once a step.
-    few = {
-        each.layer: f"{each.layer} ({each.samples} of {each.unknowns})"
-        for each in report.layers
-        if each.is_underdetermined
-    }
+    few = {layer.layer: layer for layer in report.layers if layer.is_underdetermined}
     if few:
-        named = ", ".join(few.values())
+        named = ", ".join(f"{name} ({layer.samples} of {layer.unknowns})" for name, layer in few.items())
         _logger.warning("calibration should have more samples than a layer has unknowns, got fewer for: %s", named)
     if report.lost:
         _logger.warning("layers of whose output almost nothing is left: %s", ", ".join(report.lost))

@@ -99,7 +99,9 @@ def loss_and_accuracy(
     model.to(device)
     totals = torch.zeros(2, dtype=torch.float64)
     with evaluation_mode(model), torch.no_grad():
-        for images, labels in zip(*(torch.split(part, at_once(batch_size)) for part in dataset.tensors), strict=True):
+        for images, labels in zip(
+            *(torch.split(part, at_once(min(batch_size, len(dataset)))) for part in dataset.tensors), strict=True
+        ):
             logits, labels = by_label(model(images.to(device)).float(), labels)
             if int(labels.max()) >= logits.shape[1]:
                 raise DataError(f"labels must be below the model's {logits.shape[1]} outputs, got {int(labels.max())}")

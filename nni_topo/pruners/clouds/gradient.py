@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from nni_topo.errors import ConfigError, DataError, check_integer
 from nni_topo.network.capture import called, watched
-from nni_topo.network.inputs import call_arguments, on_device, parts, structure_call, tensors_of
+from nni_topo.network.inputs import call_arguments, on_device, parts, structure_call, structure_of, tensors_of
 from nni_topo.network.modes import detached_copy, device_of
 from nni_topo.network.network import Network
 from nni_topo.pruners.clouds.functional import Reader, check_read, readers_of
@@ -193,7 +193,7 @@ class _Gates:
         self._samples = len(tensors_of((args, kwargs))[0])
         if self._watching:
             return
-        flow = Network(self._original, (args, kwargs)).flow
+        flow = Network(self._original, structure_of(self._original, (args, kwargs))).flow
         readers = [(unit.name, each) for unit in self._context.units for each in readers_of(unit, flow, self._context)]
         self.hooks.enter_context(watched([(reader.module, self._gate(name, reader)) for name, reader in readers]))
         self._watching = True

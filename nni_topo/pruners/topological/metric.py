@@ -86,7 +86,7 @@ class TopologicalMetric(SelectionMetric):
         """Look whether distances fit into memory, then plan and choose."""
         # Distances and what checks them; a search sorts neighbours, or edges.
         by_search = 4.0 if max(self.settings.homology_dimensions) else 2.0
-        width = max(points.shape[1] for targets in data.values() for points in targets.values())
+        width = max((points.shape[1] for targets in data.values() for points in targets.values()), default=0)
         context.check_memory(1.5 if self.settings.search is None else by_search, _CURE, _COPIES * width)
         return super().calculate(data, context)
 
