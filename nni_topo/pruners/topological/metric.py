@@ -93,6 +93,7 @@ class TopologicalMetric(SelectionMetric):
     def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> Kept:
         """Choose in parallel where asked; a registered joblib backend spreads the work over machines."""
         from joblib import Parallel, delayed
+        from joblib.parallel import get_active_backend
 
         self.trace = {}
         tasks = [(index, unit, part) for index, unit in enumerate(context.units) for part in range(unit.parts)]
@@ -101,7 +102,9 @@ class TopologicalMetric(SelectionMetric):
             delayed(_chosen)(clouds[unit.name].pop(0), rows[unit.name], [self.seed, index, part], self.settings)
             for index, unit, part in tasks
         )
-        results = Parallel(n_jobs=self.n_jobs, return_as="generator")(work)
+        # One by one, for the bar, where the backend can: Ray's can't.
+        one_by_one = get_active_backend()[0].supports_return_generator
+        results = Parallel(n_jobs=self.n_jobs, return_as="generator" if one_by_one else "list")(work)
         found: dict[str, list[BoolArray]] = {}
         with bar("choosing filters", self.progress, total=len(tasks)) as shown:
             for (_, unit, part), (kept, trace) in zip(tasks, results, strict=True):
