@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.labels import FIXED
-from nni_topo.network.layers import NORMS, TRANSPOSED, bias_name, weight_of
+from nni_topo.network.layers import NORMS, TRANSPOSED, bias_name, spread, weight_name, weight_of
 from nni_topo.network.network import Network
 from nni_topo.network.sizes import Size
 
@@ -70,7 +70,7 @@ class NetworkCost:
     def __init__(self, model: torch.nn.Module, example_inputs: Any) -> None:
         network = Network.on(model, example_inputs)
         self._flow, sizes = network.flow, network.sizes
-        modules = dict(model.named_modules())
+        self._modules = modules = dict(model.named_modules())
         self._layers = {
             name: _layer_cost(self._flow, name, modules[name], sizes[name])
             for name in self._flow.layers
@@ -100,6 +100,17 @@ class NetworkCost:
         """Count the (input, output) channels left of each layer, of a linear layer the features."""
         gone = self._gone(kept)
         return {name: (_left(cost.entering, gone), _left(cost.leaving, gone)) for name, cost in self._layers.items()}
+
+    def masks(self, kept: Kept) -> dict[str, dict[str, torch.Tensor]]:
+        """Return masks, of layers that lose channels, that let the same ones go."""
+        gone, found = self._gone(kept), {}
+        for name, cost in self._layers.items():
+            stays, module = torch.from_numpy(np.isin(cost.leaving, gone, invert=True)), self._modules[name]
+            if not stays.all():
+                found[name] = {weight_name(module): spread(module, stays)}
+                if cost.bias:
+                    found[name][bias_name(module)] = stays.to(weight_of(module))
+        return found
 
     def _gone(self, kept: Kept) -> IntArray:
         """Return the representatives of the channels that no layer puts out any more."""

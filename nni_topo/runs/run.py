@@ -74,6 +74,11 @@ class Start:
         """Two test images, on the device."""
         return self.data.test.tensors[0][:2].to(self.device)
 
+    @property
+    def timed(self) -> Tensor:
+        """The batch of test images that networks are timed on, on the device."""
+        return self.data.test.tensors[0][:LATENCY_BATCH].to(self.device)
+
     @cached_property
     def accuracy(self) -> float:
         """Of the unpruned network, in [0, 1], on the test images."""
@@ -202,7 +207,8 @@ def prune_to_ratios(cell: Cell, start: Start, ratios: dict[str, float]) -> tuple
     allocation = choice.knobs.get("budget", {}).get("allocation")
     if allocation is not None and cell.target.kind != "ratio":
         budget = {cell.target.kind: cell.target.value, "allocation": allocation}
-        choice = replace(choice, knobs={**choice.knobs, "budget": budget})
+        timed = {"example_inputs": start.timed} if cell.target.kind == "latency" else {}
+        choice = replace(choice, knobs={**timed, **choice.knobs, "budget": budget})
         config_list = [{key: item for key, item in entry.items() if key != "sparse_ratio"} for entry in config_list]
     return prune(start, choice, config_list)
 
@@ -280,9 +286,8 @@ def costs(start: Start, dense: nn.Module) -> Record:
 
 def latencies(start: Start, dense: nn.Module) -> Record:
     """Return milliseconds before and after, measured in turns on a batch of test images."""
-    images = start.data.test.tensors[0][:LATENCY_BATCH].to(start.device)
-    found = zoo.latencies({"before": start.net, "after": dense}, images)
-    return {"latency_before_ms": found["before"], "latency_ms": found["after"], "latency_batch": len(images)}
+    found = zoo.latencies({"before": start.net, "after": dense}, start.timed)
+    return {"latency_before_ms": found["before"], "latency_ms": found["after"], "latency_batch": len(start.timed)}
 
 
 def layer_widths(model: nn.Module) -> dict[str, int]:
