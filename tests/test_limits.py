@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import far_device
 import psutil
@@ -107,6 +111,18 @@ def test_what_is_free_is_what_the_process_may_still_take():
     with room(2**28):
         assert 0 < free_memory() <= 2**28
     assert free_memory() > 2**28
+
+
+@pytest.mark.slow
+def test_wide_layers_are_pruned_or_refused_in_words():
+    bench = Path(__file__).parents[1] / "benchmarks" / "bench_limits.py"
+    words = ["topological", "reconstruction", "cluster, spectral", "--neurons", "8192", "--memory", "3"]
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, bench, *words], env=os.environ | paths, capture_output=True, text=True)
+    chosen, solved, refused = done.stdout.splitlines()[2:]
+    assert chosen.endswith("0.50 left |")
+    assert solved.endswith("0.50 left |")
+    assert "must fit into memory, got 3.50 GiB" in refused
 
 
 IMAGES, LABELS = toy_images(16, seed=1), torch.arange(16) % 4
