@@ -40,7 +40,7 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.network.modes import detached_copy
 from nni_topo.runs.records import append_record, read_records
-from nni_topo.runs.rivals import PREFIX, cut
+from nni_topo.runs.rivals import KINDS, PREFIX, cut
 
 LIST = Path(__file__).with_name("zoo.txt")
 CONVOLUTIONS = [f"{kind}{d}d" for kind in ("Conv", "ConvTranspose") for d in (1, 2, 3)]
@@ -231,7 +231,7 @@ def measure(name: str, options: dict[str, str], *, rivals: bool = False) -> dict
     record["dense_cpu_seconds"] = time.process_time() - start
     if rivals:
         whole = detached_copy(model)
-        ratios = {each: 0.5 for each in layers if each not in heads}
+        ratios = {name: 0.5 for name, module in layers.items() if name not in heads and isinstance(module, KINDS)}
         record["nni"] = rival(lambda: ModelSpeedup(detached_copy(model), inputs, masks).speedup_model(), whole, inputs)
         record["torch_pruning"] = rival(lambda: cut(PREFIX, model, inputs, ratios)[0], whole, inputs)
     gone, norms = zeroing(model, dense)
