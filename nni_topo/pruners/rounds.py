@@ -18,6 +18,7 @@ from nni.compression.base.target_space import PruningTargetSpace
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
+from nni_topo.network.progress import bar
 from nni_topo.pruners.units import is_active
 from nni_topo.sharing import parameter_holders
 
@@ -89,7 +90,7 @@ def prune_in_rounds(
         matched_state(pruner.bound_model, rewind)
     rounds = []
     try:
-        for index, step in enumerate(steps, start=1):
+        for index, step in enumerate(bar("rounds", None, steps), start=1):
             for space, goal in goals:
                 space.sparse_ratio = 1.0 - (1.0 - goal) ** step if step < 1.0 else goal
             pruner.update_masks(pruner.generate_masks())

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 
 from nni_topo.errors import DataError
-from nni_topo.network.inputs import PADDING, bind_arguments, calls, real_positions, tensors_of
+from nni_topo.network.inputs import PADDING, bind_arguments, calls, out_of_memory, real_positions, tensors_of
 
 Values = dict[Node, Any]
 
@@ -93,10 +93,9 @@ class Replay:
             with torch.no_grad():
                 for rank in range(start, stop):
                     self._step(rank, original, pruned, watched)
-        # A RuntimeError, too, but not the batch's fault.
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if out_of_memory(error):  # not the batch's fault
+                raise
             raise DataError(
                 f"calibration must fit the model, got {type(error).__name__}: {error} (batch {index})"
             ) from error
