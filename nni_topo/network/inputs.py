@@ -135,6 +135,7 @@ def in_smaller_batches(work: Callable[_Given, _Made]) -> Callable[_Given, _Made]
 
     Raises DataError where it doesn't hold a single one.
     """
+    place = work.__qualname__
 
     @functools.wraps(work)
     def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
@@ -152,11 +153,9 @@ def in_smaller_batches(work: Callable[_Given, _Made]) -> Callable[_Given, _Made]
                 _SHARE.reset(token)
             # Out here, so that the error no longer holds the tensors of what failed.
             if share.seen < 2:
-                raise DataError(
-                    f"a device must have memory for a sample at a time, got: {reason} ({work.__qualname__})"
-                )
+                raise DataError(f"a device must have memory for a sample at a time, got: {reason} ({place})")
             share = _Share(share.seen // 2)
-            _logger.warning("out of memory: once more, %d samples at a time (%s)", share.most, work.__qualname__)
+            _logger.warning("out of memory: once more, %d samples at a time (%s)", share.most, place)
 
     return run
 

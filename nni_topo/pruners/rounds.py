@@ -113,7 +113,7 @@ def matched_state(model: nn.Module, state: Mapping[str, Tensor]) -> list[tuple[T
     own = dict(model.named_buffers(remove_duplicate=False)) | dict(model.named_parameters(remove_duplicate=False))
     matched = []
     for name, value in state.items():
-        module, _, tensor = name.rpartition(".")
+        module, _, tensor = str(name).rpartition(".")
         names = (".".join(filter(None, (module, "_nni_wrapper", tensor))), name)
         found = next((own[each] for each in names if each in own), None)
         if found is None or not isinstance(value, Tensor) or found.shape != value.shape:

@@ -154,7 +154,7 @@ BAD_KNOBS = {
     "on_subcritical": ("warn", 1),
     "conv_graph": ("matrix", []),
     "rounds": (0, 2.5),
-    "rewind": ("start", 3),
+    "rewind": ("start", 3, {1: 2}),
     "on_round": (3,),
     "validation": (3,),
     "evaluate": (2.5,),
