@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from nni.compression.utils import Evaluator
 from torch import nn
+from torch.fx import Node
 
 from nni_topo.errors import ConfigError, DataError, check_integer, unknown_name
 from nni_topo.network.capture import batches_of
@@ -221,16 +222,23 @@ def _run(
     for index, task in enumerate(bar("compensate", progress, tasks)):
         is_refined = index + 1 < len(tasks) and tasks[index + 1].refines
         chosen = layers[-1].ridge if task.refines and ridge is None and layers[-1].ridge < math.inf else ridge
-        layers.append(_step(task, min(ranks[index:]), sampler, networks, chosen, is_refined))
+        later = {node for each in tasks[index + 1 :] for node in each.watched}
+        layers.append(_step(task, min(ranks[index:]), later, sampler, networks, chosen, is_refined))
     return tuple(layers)
 
 
 def _step(
-    task: Task, settled: int, sampler: Sampler, networks: Networks, ridge: float | None, is_refined: bool
+    task: Task,
+    settled: int,
+    later: set[Node],
+    sampler: Sampler,
+    networks: Networks,
+    ridge: float | None,
+    is_refined: bool,
 ) -> LayerReport:
     """Solve one task and put the solution into the networks."""
     began = time.perf_counter()
-    learned, held = sampler.collect(task, settled, is_refined=is_refined)
+    learned, held = sampler.collect(task, settled, later=later, is_refined=is_refined)
     samples = learned.samples + held.samples
     found = task.fit(learned, held, ridge)
     for net in (networks.pruned, networks.result):
