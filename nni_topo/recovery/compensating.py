@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from nni_topo.errors import ConfigError, DataError, check_integer, unknown_name
 from nni_topo.network.capture import batches_of
-from nni_topo.network.inputs import Call, batch_size, calls, check_fits, tensors_of
+from nni_topo.network.inputs import Call, batch_size, calls, structure_call, tensors_of
 from nni_topo.network.masks import Masks, check_model
 from nni_topo.network.progress import bar
 from nni_topo.recovery.networks import Networks, build_networks, copy_norm_statistics
@@ -270,9 +270,8 @@ def _check_choices(method: str, ridge: Any, refine: Any, pairs: Pairs | None, as
 
 
 def survey(model: nn.Module, calibration: Iterable[Any]) -> tuple[tuple[int, ...], Call]:
-    """Count the images of each batch, check that they are finite, and try the first one; return it, too."""
+    """Count the images of each batch, check that they are finite, and return a call to follow the structure with."""
     sizes: list[int] = []
-    first: Call = ((), {})
     for index, call in enumerate(calls(model, calibration)):
         tensors = tensors_of(call)
         if not tensors or any(tensor.numel() == 0 for tensor in tensors):
@@ -280,9 +279,7 @@ def survey(model: nn.Module, calibration: Iterable[Any]) -> tuple[tuple[int, ...
         if any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors):
             raise DataError(f"calibration inputs must be finite, got NaN or infinity (batch {index})")
         sizes.append(batch_size(call))
-        first = first if index else call
-    check_fits(model, first)
-    return tuple(sizes), first
+    return tuple(sizes), structure_call(model, calibration)
 
 
 def _warn(report: CompensationReport) -> None:
