@@ -16,6 +16,8 @@ SITE_TOOLS := 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=0.29,<2' 'ruff>=
 # further options of benchmarks/upstream/run.py
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 UPSTREAM ?=
+# for `make test-all`: files and folders of tests; all without one
+TESTS ?=
 PROCESSORS ?=
 FUZZ ?=
 FAULTS ?=
@@ -49,7 +51,7 @@ faults: $(READY)
 	PYTHONPATH=. $(BIN)/python tests/kills.py $(FAULTS)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest $(SPREAD) -m "slow or not slow"
+	$(BIN)/python -m pytest $(SPREAD) -m "slow or not slow" $(TESTS)
 
 test-lowest:
 	test -x $(LOWEST)/bin/python || $(PYTHON_LOWEST) -m venv $(LOWEST)

@@ -8,6 +8,10 @@ first where they are missing). Each is pruned by ``ReconstructionPruner`` to a s
 distilled, all on the same unlabelled training images, on which INT8 is calibrated, too. A line per file goes to
 ``export.jsonl``. Times are medians over rounds in which all files of a seed take turns, on one thread, by that
 thread's clock, so that other programs on the machine don't count.
+
+    python benchmarks/bench_export.py --shapes --out runs/export_shapes
+
+times ResNets of new weights instead, narrower and shorter than ResNet-20: what any way of pruning it could gain.
 """
 
 from __future__ import annotations
@@ -30,15 +34,20 @@ from nni_topo.runs.plan import Cell, CompensationChoice, DistillationChoice, Pru
 from nni_topo.runs.records import append_record, provenance, read_records
 from nni_topo.runs.run import Start, distilled, made_dense, prune_to_ratios
 from nni_topo.runs.tables import interval, markdown_table, show_accuracies
+from nni_topo.zoo import count_macs
+from nni_topo.zoo.resnet import SmallImageResNet
 
 BATCHES = (1, 64)
+# channels of the three stages, and blocks in each
+SHAPES = (((16, 32, 64), 3), ((8, 16, 32), 3), ((5, 10, 20), 3), ((16, 32, 64), 1), ((8, 16, 32), 1), ((8, 8, 8), 1))
 FILES = ("whole", "whole, INT8", "pruned", "pruned, INT8")
 
 
 def main() -> None:
     """Parse the command line, run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", type=Path, required=True, help="a comparison's plan; its pruners aren't looked at")
+    parser.add_argument("--plan", type=Path, help="a comparison's plan; its pruners aren't looked at")
+    parser.add_argument("--shapes", action="store_true", help="networks of new weights instead")
     parser.add_argument("--data-dir", type=Path, help="folder of the data set's files")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--flops", type=float, default=0.1, help="share of the MACs left")
@@ -48,6 +57,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.shapes:
+        _print_shapes(options)
+        return
+    if options.plan is None:
+        parser.error("--plan or --shapes must be given")
     path = options.out / "export.jsonl"
     done = {record["seed"] for record in read_records(path)}
     for cell in _cells(options):
@@ -115,6 +129,26 @@ def _times(records: list[dict[str, Any]], inputs: Tensor, rounds: int) -> list[f
             if turn >= 5:
                 times.append(1e3 * (time.thread_time() - began))
     return [statistics.median(times) for times in found]
+
+
+def _print_shapes(options: argparse.Namespace) -> None:
+    """Print how much faster networks of new weights are than the first, in floats and in INT8."""
+    images = torch.rand(BATCHES[-1], 1, 28, 28)
+    records = []
+    for channels, blocks in SHAPES:
+        net = SmallImageResNet(blocks, 10, 1, 1.0, channels).eval()
+        for is_int8 in (False, True):
+            path = options.out / f"{'-'.join(map(str, channels))}-{blocks}{'-int8' * is_int8}.onnx"
+            nni_topo.export(net, path, images[:2], int8=[images] if is_int8 else None)
+            records.append({"path": str(path), "macs": count_macs(net, images[:1])})
+    times = _times(records, images, options.rounds)
+    lines = []
+    for (channels, blocks), floats, integers, record in zip(SHAPES, times[::2], times[1::2], records[::2], strict=True):
+        share = f"{record['macs'] / records[0]['macs']:.2f}"
+        figures = [text for ms in (floats, integers) for text in (f"{ms:.2f}", f"{times[0] / ms:.1f}")]
+        lines.append([", ".join(map(str, channels)), str(blocks), share, *figures])
+    titles = ["channels", "blocks a stage", "MACs", "ms", "times as fast", "INT8: ms", "times as fast"]
+    print(markdown_table(titles, lines))
 
 
 def _print(records: list[dict[str, Any]]) -> None:

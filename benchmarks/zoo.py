@@ -1,9 +1,9 @@
 """Ask for half of the channels of every layer of every network in ``zoo.txt``, and see what comes out.
 
-For each: `dependency_groups` for all convolutions and linear layers at 0.5, random masks, `to_dense` without its own
-check, then the comparison with a reference that shares no code with it: the original network in double precision, in
-which hooks zero the outputs of the channels that are gone. Which these are is read off the dense network's weights
-alone, whose values are found among the original's.
+For each: `dependency_groups` for all convolutions, linear and recurrent layers at 0.5, random masks, `to_dense` without
+its own check, then the comparison with a reference that shares no code with it: the original network in double
+precision, in which hooks zero the outputs of the channels that are gone, or the weights of the units. Which these are
+is read off the dense network's weights alone, whose values are found among the original's.
 
 One process a network, with a limit on its memory and its processor's time, which all seconds are; a line per finished
 network, so that a stopped run goes on where it was. Prints the table as Markdown. With ``--rivals`` NNI's own
@@ -44,8 +44,10 @@ from nni_topo.runs.rivals import PREFIX, cut
 
 LIST = Path(__file__).with_name("zoo.txt")
 CONVOLUTIONS = [f"{kind}{d}d" for kind in ("Conv", "ConvTranspose") for d in (1, 2, 3)]
-ASKED = [{"op_types": [*CONVOLUTIONS, "Linear"], "sparse_ratio": 0.5}]  # classes derived from them too
-PRUNED = (nn.modules.conv._ConvNd, nn.Linear)
+ASKED = [
+    {"op_types": [*CONVOLUTIONS, "Linear", "LSTM", "GRU", "RNN"], "sparse_ratio": 0.5}
+]  # classes derived from them too
+PRUNED = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase)
 DETECTING = {f"{each}_predictor" for each in ("roi_heads.box", "roi_heads.mask", "roi_heads.keypoint")} | {
     "head", "rpn.head", "backbone.fpn", "backbone.features"
 }  # fmt: skip
@@ -82,12 +84,16 @@ def build(name: str, options: dict[str, str]) -> tuple[nn.Module, Any]:
 
 
 def width(module: nn.Module) -> int:
-    """Count a layer's output channels."""
+    """Count a layer's output channels, or the units of a recurrent one."""
+    if isinstance(module, nn.RNNBase):
+        return module.hidden_size
     return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)  # type: ignore[arg-type]
 
 
 def by_output(module: nn.Module) -> np.ndarray:
-    """Return a layer's weights with one row an output channel."""
+    """Return a layer's weights with one row an output channel; of a recurrent one those of a gate."""
+    if isinstance(module, nn.RNNBase):
+        return module.weight_ih_l0[: module.hidden_size].detach().numpy()
     weight: Tensor = module.weight.detach()  # type: ignore[operator]
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         weight = weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
@@ -109,7 +115,7 @@ def rows_left(original: np.ndarray, dense: np.ndarray) -> np.ndarray:
 
 
 def zeroing(model: nn.Module, dense: nn.Module) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Find the channels that are gone, of layers and of norms: bool, by name; and zero those of other parameters."""
+    """Find the channels that are gone, of layers and norms: bool, by name; and zero what is gone of all else."""
     layers, norms = {}, {}
     holders = [name for name, module in model.named_modules() if isinstance(module, (*PRUNED, *NORMS))]
     for name, parameter in model.named_parameters():
@@ -124,6 +130,9 @@ def zeroing(model: nn.Module, dense: nn.Module) -> tuple[dict[str, np.ndarray], 
             gone = np.ones(width(module), dtype=bool)
             gone[rows_left(by_output(module), by_output(other))] = False
             layers[name] = gone
+            if isinstance(module, nn.RNNBase):  # its units read one another at the next step
+                for parameter in module.parameters():
+                    parameter.data.unflatten(0, (-1, len(gone)))[:, torch.from_numpy(gone)] = 0
         elif isinstance(module, NORMS) and isinstance(module.weight, Tensor) and len(other.weight) < len(module.weight):
             kept, whole = ({*zip(each.weight.tolist(), each.bias.tolist(), strict=True)} for each in (other, module))
             assert len(whole) == len(module.weight), "channels must be told apart by their parameters"
@@ -137,6 +146,8 @@ def zeroed_outputs(model: nn.Module, gone: dict[str, np.ndarray], inputs: Any) -
     handles = []
     for name, channels in gone.items():
         module = model.get_submodule(name)
+        if isinstance(module, nn.RNNBase):
+            continue
         last = isinstance(module, (nn.Linear, nn.LayerNorm)) and not type(module).__name__.endswith("2d")
 
         def hook(_: Any, __: Any, output: Tensor, channels: np.ndarray = channels, last: bool = last) -> Tensor:

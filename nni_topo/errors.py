@@ -28,6 +28,14 @@ class ConfigError(NniTopoError, ValueError):
     """A config_list, a knob or a name that can't be used."""
 
 
+class LayerError(ConfigError):
+    """Layers that a pruner can make nothing of; ``layers`` has their names."""
+
+    def __init__(self, message: str, layers: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.layers = tuple(layers)
+
+
 class DataError(NniTopoError, ValueError):
     """Tensors, files or data sets that can't be used: NaN weights, missing files, wrong shapes."""
 

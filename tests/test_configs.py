@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from nni_topo import zoo
 from nni_topo.cli import main
@@ -91,7 +93,7 @@ def test_every_file_is_commented_key_by_key(path):
     assert uncommented(text) == []
 
 
-@pytest.mark.parametrize("net", ["vgg16", "resnet56"])
+@pytest.mark.parametrize("net", ["vgg16", pytest.param("resnet56", marks=pytest.mark.slow)])
 def test_the_cifar_plans_run_on_files_as_cifars(net, cifar10, tmp_path):
     plan = load_plan(CONFIGS / f"compare_cifar10_{net}.yaml")
     folder, few = str(cifar10(80)), CompensationChoice(images=32)
@@ -117,6 +119,38 @@ def test_the_cifar_plans_run_on_files_as_cifars(net, cifar10, tmp_path):
         assert record["flops"] / record["flops_before"] == pytest.approx(0.5, abs=0.02)
         assert len(record["curve"]) == 4
     assert "epochs until back" in markdown_report(records)
+
+
+def test_the_plan_for_given_weights_runs_on_a_folder_of_photos(tmp_path):
+    noise = np.random.default_rng(0)
+    for part, each in (("train", 20), ("val", 3)):
+        for kind in ("cat", "dog"):
+            (tmp_path / part / kind).mkdir(parents=True)
+            for index in range(each):
+                pixels = noise.integers(0, 256, (50, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / kind / f"{index}.png")
+    net = zoo.create_model("torchvision/resnet18", num_classes=2, in_channels=3, image_size=32, seed=3)
+    torch.save(net.state_dict(), tmp_path / "resnet18.pt")
+    plan = load_plan(CONFIGS / "compare_imagenet_weights.yaml")
+    small = replace(
+        plan,
+        models=(ModelChoice("torchvision/resnet18", checkpoint=str(tmp_path / "resnet18.pt")),),
+        data=tuple(replace(choice, data_dir=str(tmp_path), image_size=32, limit=16) for choice in plan.data),
+        pruners=plan.pruners[1:2],
+        compensate=CompensationChoice(images=8),
+        distill=None,
+        device="cpu",
+    )
+    records, failures = compare(small, tmp_path / "out", isolate=False)
+    assert failures == []
+    assert records[0]["flops"] / records[0]["flops_before"] == pytest.approx(0.5, abs=0.02)
+    (kept,) = (tmp_path / "out" / "checkpoints").iterdir()
+    found = zoo.create_model("torchvision/resnet18", num_classes=2, in_channels=3, image_size=32)
+    zoo.load_checkpoint(kept, found)
+    torch.testing.assert_close(found.state_dict(), net.state_dict(), rtol=0, atol=0)
+    gone = replace(small, models=(ModelChoice("torchvision/resnet18", checkpoint=str(tmp_path / "none.pt")),))
+    with pytest.raises(DataError, match=r"a checkpoint must be a file that exists, got none .*none\.pt"):
+        compare(gone, tmp_path / "other", isolate=False)
 
 
 def test_keys_without_a_comment_are_found():

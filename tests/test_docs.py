@@ -35,6 +35,7 @@ def run(path, tmp_path, monkeypatch):
     return names
 
 
+@pytest.mark.slow
 def test_the_first_steps_run_word_for_word_in_an_empty_folder_and_print_what_the_page_says(tmp_path):
     page = (PROJECT / "docs" / "start.md").read_text(encoding="utf-8")
     found = transcript.transcribed(page, tmp_path)

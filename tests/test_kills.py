@@ -13,8 +13,8 @@ import pytest
 @pytest.mark.parametrize(
     ("jobs", "kills"),
     [
-        ("genetic training distilling", 4),
-        pytest.param("comparison recovery rounds magnitude trial", 5, marks=pytest.mark.slow),
+        ("genetic", 3),
+        pytest.param("training distilling comparison recovery rounds magnitude trial", 5, marks=pytest.mark.slow),
     ],
 )
 def test_killed_jobs_end_as_if_nothing_had_been(jobs, kills):

@@ -38,6 +38,7 @@ def built(tmp_path_factory):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["*.whl", "*.tar.gz"])
 def test_what_is_built_installs_and_runs_in_a_fresh_folder(pattern, built, tmp_path):
     (package,) = built.glob(pattern)

@@ -60,7 +60,7 @@ class List(Verb):
         document = {"pruners": pruners, "models": list_models(), "data": list_data()}
         rows = [(name, info.origin, info.summary, ", ".join(info.knobs())) for name, info in infos.items()]
         head, title = ("pruner", "from", "keeps", "knobs"), f"nni_topo {nni_topo.__version__}"
-        models = f"models: {', '.join(list_models())} · torchvision/NAME · package.module:factory"
+        models = f"models: {', '.join(list_models())} · torchvision/NAME · timm/NAME · package.module:factory"
         data = f"data:   {', '.join(list_data())} · an .npz file · a folder of images"
         self.put_out(console, document, [as_table(title, head, rows, left=4), models, data])
         return 0
@@ -81,7 +81,7 @@ class Demo(Verb):
 class Compare(DataVerb):
     """Compare pruners at equal cost; a comparison resumes where it was stopped."""
 
-    model: str = ""  # a listed name, torchvision/NAME or package.module:factory; without one, --plan says all
+    model: str = ""  # a listed name, torchvision/NAME, timm/NAME or package.module:factory; else --plan says all
     plan: Path | None = None  # YAML file with the whole comparison; see configs/
     pruners: Names = ("topological", "l1", "l2", "fpgm", "random")  # registered names
     ratio: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # sparse_ratio of every layer, in [0, 1); may be repeated

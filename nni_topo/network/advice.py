@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import NniTopoError
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.layers import output_channels
+from nni_topo.network.layers import feature_dimension, output_channels
 from nni_topo.network.network import Network
 
 Kept = dict[str, list[Tensor]]
@@ -38,12 +38,8 @@ def way_forward(network: Network, reference: nn.Module, kept: Kept, place: str |
 def _removed(flow: ChannelFlow, name: str, kept: Kept) -> Tensor:
     """Tell which output channels of a layer are removed: bool, shape (channels,)."""
     removed = torch.ones(flow.layers[name].channels, dtype=torch.bool)
-    removed[kept[name][_dimension(flow.fetch_attr(name))].cpu()] = False
+    removed[kept[name][feature_dimension(flow.fetch_attr(name))].cpu()] = False
     return removed
-
-
-def _dimension(module: nn.Module) -> int:
-    return -1 if isinstance(module, (nn.Linear, nn.Embedding)) else 1
 
 
 def _layers_before(flow: ChannelFlow, place: str | None, pruned: set[str]) -> list[str]:

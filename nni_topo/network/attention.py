@@ -2,7 +2,7 @@
 
 Nothing that a head computes is seen by another one before the layer behind mixes them. So a head goes with its
 queries, keys and values together; heads that share keys and values (grouped-query attention) go together too. Here
-such a set is called a head.
+such a set is called a head. So is a unit of a recurrent layer, which goes with the rows of all of its gates.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.nn import functional
+
+from nni_topo.network.layers import is_recurrent
 
 IntArray = NDArray[np.int64]
 
@@ -45,6 +47,7 @@ class Attention:
     channels: dict[str, IntArray]  # by layer, its output channels of each head: (heads, channels)
     context: tuple[str, IntArray]  # a layer and which of its channels the heads put out, in this order
     out: str | None  # the layer in it that mixes the heads; None where that is a module behind
+    recurrent: bool = False  # heads are units, which see one another and put out a channel each
 
     @property
     def is_fused(self) -> bool:
@@ -53,13 +56,25 @@ class Attention:
 
     def granularity(self, layer: str) -> list[int]:
         """Return NNI's granularity at which a layer of it loses heads; where `is_fused` of queries, keys or values."""
-        return [self.channels[layer].shape[1] // (3 if self.is_fused else 1), -1]
+        return [self.size if self.is_fused else self.channels[layer].shape[1], -1]
 
 
 def find_attention(model: nn.Module) -> dict[str, Attention]:
     """Find the attention modules of a model, by name."""
     found = {name: _attention(name, module) for name, module in model.named_modules()}
     return {name: each for name, each in found.items() if each is not None}
+
+
+def find_heads(model: nn.Module) -> dict[str, Attention]:
+    """Find the attention modules of a model, and the recurrent layers whose units can go, by name."""
+    found = {name: _units(name, module) for name, module in model.named_modules() if is_recurrent(module)}
+    return find_attention(model) | found
+
+
+def _units(name: str, module: Any) -> Attention:
+    # One gate of all units after the other.
+    rows = np.arange(len(module.weight_ih_l0)).reshape(-1, module.hidden_size).T
+    return Attention(name, len(rows), 1, {name: rows}, (name, rows[:, 0]), None, recurrent=True)
 
 
 def is_attention(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.inputs import bind_arguments, calls, fitting, repeatable
+from nni_topo.network.layers import feature_dimension
 from nni_topo.network.modes import detached_copy, evaluation_mode
 
 Entering = Callable[[Tensor], Any]
@@ -91,7 +92,7 @@ def run(model: nn.Module, calibration: Iterable[Any]) -> None:
 
 def by_channel(module: nn.Module, values: Tensor) -> Tensor:
     """Return what enters or leaves a layer as ``(channels, samples)``, every entry and position a sample."""
-    return values.detach().movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1)
+    return values.detach().movedim(feature_dimension(module), 0).flatten(1)
 
 
 def _before(look: Entering) -> Callable[..., Any]:

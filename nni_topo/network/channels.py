@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from nni_topo.network.attention import Attention
 from nni_topo.network.inputs import tensors_of
 from nni_topo.network.labels import FIXED, fixed
+from nni_topo.network.layers import TRANSPOSED
 from nni_topo.network.numbering import Numbering
 
 
@@ -63,15 +64,35 @@ class ChannelFlow(Numbering):
         # An embedding is entered by indices, so by no channels; a linear layer behind a flattening one, by features.
         return self._entering.get(name, np.zeros(0, dtype=np.int64))
 
-    def head_numbers(self, name: str) -> np.ndarray:
-        """List one number of each of a layer's output channels or, where it belongs to attention, of each head."""
-        numbers = self.layer_numbers(name)
-        return numbers[self.heads[name].channels[name][:, 0]] if name in self.heads else numbers
+    def bundles(self, name: str) -> np.ndarray:
+        """List a layer's output channels by what goes together, as a head does: int, (bundles, channels)."""
+        if name in self.heads:
+            return self.heads[name].channels[name]
+        return np.arange(self.layers[name].channels).reshape(-1, self._stretch(name))
+
+    def bundle_numbers(self, name: str) -> np.ndarray:
+        """List the first number of each of a layer's bundles: int, (bundles,)."""
+        numbers: np.ndarray = self.layer_numbers(name)[self.bundles(name)[:, 0]]
+        return numbers
+
+    def _stretch(self, name: str) -> int:
+        """Count the neighbouring channels of a layer that only go together, as those that a pixel shuffle spreads."""
+        roots = self.layer_roots(name)
+        starts = np.flatnonzero(np.diff(roots, prepend=-1))
+        size = len(roots) // len(starts)
+        is_even = len(np.unique(roots[starts])) == len(starts) and np.array_equal(starts, np.arange(len(starts)) * size)
+        # NNI can't state blocks of a transposed convolution's channels, and a depth-wise convolution that makes several
+        # channels of each follows the layer before it.
+        follows = self.layers[name].depthwise and len(self.entering_numbers(name)) < len(roots)
+        other = follows or isinstance(self.fetch_attr(name), (*TRANSPOSED, torch.nn.Embedding))
+        return size if is_even and not (other or FIXED in roots) else 1
 
     def mixers(self) -> dict[str, Attention]:
         """Return the linear layers that read all heads of attention and nothing else, by name."""
         found: dict[str, Attention] = {}
         for attention in dict.fromkeys(each.name for each in self.heads.values()):
+            if self.attention[attention].recurrent:
+                continue
             layer, order = self.attention[attention].context
             context = self.layer_roots(layer)[order]
             found |= {

@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.labels import FIXED
-from nni_topo.network.layers import NORMS, TRANSPOSED, bias_name, weight_of
+from nni_topo.network.layers import (
+    NORMS,
+    TRANSPOSED,
+    has_bias,
+    is_recurrent,
+    row_names,
+    spread,
+    weight_name,
+    weight_of,
+)
 from nni_topo.network.network import Network
 from nni_topo.network.sizes import Size
 
@@ -40,7 +49,7 @@ class _LayerCost:
     positions: int
     entering_positions: int
     leaving_positions: int
-    bias: bool
+    bias: int  # how many of them
 
     def products(self, gone: IntArray) -> int:
         """Products per output position, summed over the output channels that are left."""
@@ -70,11 +79,11 @@ class NetworkCost:
     def __init__(self, model: torch.nn.Module, example_inputs: Any) -> None:
         network = Network.on(model, example_inputs)
         self._flow, sizes = network.flow, network.sizes
-        modules = dict(model.named_modules())
+        self._modules = modules = dict(model.named_modules())
         self._layers = {
             name: _layer_cost(self._flow, name, modules[name], sizes[name])
             for name in self._flow.layers
-            if not isinstance(modules[name], torch.nn.Embedding)
+            if name in sizes  # embeddings compute nothing
         }
         self._norms = {
             name: self._flow.entering_roots(name)
@@ -101,6 +110,18 @@ class NetworkCost:
         gone = self._gone(kept)
         return {name: (_left(cost.entering, gone), _left(cost.leaving, gone)) for name, cost in self._layers.items()}
 
+    def masks(self, kept: Kept) -> dict[str, dict[str, torch.Tensor]]:
+        """Return masks, of layers that lose channels, that let the same ones go."""
+        gone, found = self._gone(kept), {}
+        for name, cost in self._layers.items():
+            stays, module = torch.from_numpy(np.isin(cost.leaving, gone, invert=True)), self._modules[name]
+            if not stays.all():
+                found[name] = {weight_name(module): spread(module, stays)}
+                for own in row_names(module):
+                    if isinstance(rows := getattr(module, own, None), torch.Tensor):
+                        found[name][own] = stays.to(rows).view(-1, *[1] * (rows.dim() - 1)).expand_as(rows)
+        return found
+
     def _gone(self, kept: Kept) -> IntArray:
         """Return the representatives of the channels that no layer puts out any more."""
         stays = [np.array([FIXED])]
@@ -108,7 +129,7 @@ class NetworkCost:
         for name, layer in self._flow.layers.items():
             roots = self._flow.layer_roots(name)
             if name in kept and len(kept[name]) < len(roots):
-                roots = self._flow.roots(self._flow.head_numbers(name))
+                roots = self._flow.roots(self._flow.bundle_numbers(name))
             if name in kept and len(kept[name]) == len(roots):
                 stays.append(roots[kept[name]])
                 loses.append(roots[~kept[name]])
@@ -118,8 +139,11 @@ class NetworkCost:
 
 
 def _layer_cost(flow: ChannelFlow, name: str, module: Any, calls: list[tuple[Size, Size]]) -> _LayerCost:
+    entering = [flow.entering_roots(name)]
+    if is_recurrent(module):  # every unit reads all units too
+        entering.append(flow.roots(flow.bundle_numbers(name)))
     return _LayerCost(
-        entering=flow.entering_roots(name),
+        entering=np.concatenate(entering),
         leaving=flow.layer_roots(name),
         groups=getattr(module, "groups", 1),
         kernel=int(np.prod(weight_of(module).shape[2:])),
@@ -127,13 +151,14 @@ def _layer_cost(flow: ChannelFlow, name: str, module: Any, calls: list[tuple[Siz
         positions=sum(_positions(module, call[not isinstance(module, TRANSPOSED)]) for call in calls),
         entering_positions=max(_positions(module, entering) for entering, _ in calls),
         leaving_positions=max(_positions(module, leaving) for _, leaving in calls),
-        bias=getattr(module, bias_name(module)) is not None,
+        bias=has_bias(module) * len(entering),
     )
 
 
 def _positions(module: Any, size: Size) -> int:
     """Count the positions of one sample in a layer's input or output."""
-    return math.prod(size[1:]) // size[-1 if isinstance(module, (torch.nn.Linear, torch.nn.MultiheadAttention)) else 1]
+    last = isinstance(module, (torch.nn.Linear, torch.nn.MultiheadAttention, torch.nn.RNNBase))
+    return math.prod(size[1:]) // size[-1 if last else 1]
 
 
 def _left(roots: IntArray, gone: IntArray) -> int:

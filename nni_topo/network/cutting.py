@@ -8,7 +8,7 @@ import torch
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.counted import count
-from nni_topo.network.layers import CONVOLUTIONS, RULES, TRANSPOSED
+from nni_topo.network.layers import CONVOLUTIONS, RULES, TRANSPOSED, is_recurrent, row_names, weight_name
 
 _BATCH_NORMS = torch.nn.modules.batchnorm._NormBase  # instance norms too
 
@@ -33,6 +33,8 @@ def cut(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
         for name in ("weight_ih_l0", "weight_ih_l0_reverse"):
             keep(module, name, None if not hasattr(module, name) else getattr(module, name)[:, ins])
         module.input_size = len(ins)
+        if is_recurrent(module):
+            _cut_units(module, outs)
     elif type(module) in RULES:
         RULES[type(module)].cut(module, outs)
     elif isinstance(module, _BATCH_NORMS):
@@ -47,6 +49,15 @@ def cut(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
     elif isinstance(module, torch.nn.PReLU) and module.num_parameters > 1:
         _cut_vectors(module, outs)
         module.num_parameters = len(outs)
+
+
+def _cut_units(module: Any, rows: torch.Tensor) -> None:
+    """Keep some units of a recurrent layer, given the rows of their gates."""
+    units = rows[rows < module.hidden_size]
+    keep(module, "weight_hh_l0", module.weight_hh_l0[:, units])
+    for name in (weight_name(module), *row_names(module)):
+        keep(module, name, getattr(module, name)[rows])
+    module.hidden_size = len(units)
 
 
 def _rows(tensor: torch.Tensor | None, kept: torch.Tensor) -> torch.Tensor | None:

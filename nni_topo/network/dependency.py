@@ -15,7 +15,7 @@ from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.network.attention import Attention, is_attention
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.labels import FIXED
-from nni_topo.network.layers import RECURRENT, TRANSPOSED, check_names, is_transposed_linear, output_channels
+from nni_topo.network.layers import RECURRENT, check_names, is_transposed_linear, output_channels
 from nni_topo.network.network import Network
 from nni_topo.network.parts import is_in_parts
 from nni_topo.network.report import why_not_followed
@@ -34,11 +34,32 @@ class DependencyGroups(list[dict[str, Any]]):
         The entries.
     skipped : mapping of str to str
         By layer that the asker's config_list selects and this one doesn't, why it stays whole; in network order.
+    named : iterable of str
+        The layers that ``op_names`` names. A pruner of the package that can make nothing of one raises; others it
+        leaves whole, with a warning.
     """
 
-    def __init__(self, entries: Iterable[dict[str, Any]] = (), skipped: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        entries: Iterable[dict[str, Any]] = (),
+        skipped: Mapping[str, str] | None = None,
+        named: Iterable[str] = (),
+    ) -> None:
         super().__init__(entries)
         self.skipped = dict(skipped or {})
+        self.named = frozenset(named)
+
+    def with_entries(self, entries: Iterable[dict[str, Any]]) -> DependencyGroups:
+        """Put others in place of the entries."""
+        return DependencyGroups(entries, self.skipped, self.named)
+
+    def without(self, layers: Iterable[str]) -> DependencyGroups:
+        """Leave out the entries of some layers, and of those in a group with them."""
+        out = set(layers)
+        groups = {entry.get("dependency_group_id") for entry in self if out & set(entry["op_names"])} - {None}
+        return self.with_entries(
+            entry for entry in self if not (out & set(entry["op_names"]) or entry.get("dependency_group_id") in groups)
+        )
 
 
 def dependency_groups(
@@ -93,6 +114,7 @@ def dependency_groups(
     Layers that make queries, keys or values of attention lose whole heads: they get a granularity and a group, and so
     does the layer that mixes the heads if it is selected, for its columns. ``"granularity": "head"``, which NNI doesn't
     know, asks for these layers alone, also of a module that holds them. An entry with a list for granularity keeps it.
+    Units of a recurrent layer of one level and one direction, with biases, go as heads do.
 
     Of transposed convolutions the package's pruners prune output channels, NNI's own only under
     ``nni_topo.enable_strict()``: else they prune the input channels, and fail in a group.
@@ -163,7 +185,7 @@ def dependency_groups(
         for name in order
         if name in names and name not in left_out
     ]
-    return DependencyGroups(entries, skipped)
+    return DependencyGroups(entries, skipped, named & selected)
 
 
 def _why_headless(model: torch.nn.Module, name: str) -> str:
@@ -238,10 +260,14 @@ def _settings(flow: ChannelFlow, mixers: Mapping[str, Attention]) -> dict[str, d
     stated: dict[tuple[int, ...], list[str]] = {}
     for name in flow.layers:
         own = next(iter(mixers[name].channels)) if name in mixers else name
-        roots = tuple(flow.roots(flow.head_numbers(own)[:: _stretch(flow, own)]).tolist())
+        roots = tuple(flow.roots(flow.bundle_numbers(own)).tolist())
         if set(roots) != {FIXED}:
             stated.setdefault(roots, []).append(name)
-    needed = [names for names in stated.values() if len(names) > 1 or blocks.get(names[0], 1) > 1]
+    # A recurrent layer is a group of its two weights.
+    alone = {name for name, each in flow.heads.items() if each.recurrent} | {
+        name for name in blocks if blocks[name] > 1
+    }
+    needed = [names for names in stated.values() if len(names) > 1 or names[0] in alone]
     settings: dict[str, dict[str, Any]] = {}
     for rank, names in enumerate(needed):
         for name in names:
@@ -249,7 +275,7 @@ def _settings(flow: ChannelFlow, mixers: Mapping[str, Attention]) -> dict[str, d
             if blocks.get(name, 1) > 1:
                 settings[name]["internal_metric_block"] = blocks[name]
     for name in flow.layers:
-        if (size := _stretch(flow, name)) > 1:
+        if name not in flow.heads and (size := flow.bundles(name).shape[1]) > 1:
             weight: Any = flow.fetch_attr(name).weight
             settings.setdefault(name, {})["granularity"] = [size, *[-1] * (weight.dim() - 1)]
     for name, attention in flow.heads.items():
@@ -257,19 +283,6 @@ def _settings(flow: ChannelFlow, mixers: Mapping[str, Attention]) -> dict[str, d
     for name, attention in mixers.items():
         settings.setdefault(name, {})["granularity"] = [-1, attention.size]
     return settings
-
-
-def _stretch(flow: ChannelFlow, name: str) -> int:
-    """Count the neighbouring channels of a layer that only go together, as those that a pixel shuffle spreads."""
-    roots = flow.layer_roots(name)
-    starts = np.flatnonzero(np.diff(roots, prepend=-1))
-    size = len(roots) // len(starts)
-    is_even = len(np.unique(roots[starts])) == len(starts) and np.array_equal(starts, np.arange(len(starts)) * size)
-    # NNI can't state blocks of a transposed convolution's channels; those of heads have a word of their own, and a
-    # depth-wise convolution that makes several channels of each follows the layer before it.
-    other = isinstance(flow.fetch_attr(name), (*TRANSPOSED, torch.nn.Embedding)) or name in flow.heads
-    follows = flow.layers[name].depthwise and len(flow.entering_numbers(name)) < len(roots)
-    return size if is_even and not (other or follows or FIXED in roots) else 1
 
 
 def _followers(flow: ChannelFlow) -> set[str]:
@@ -302,6 +315,22 @@ def _blocks(flow: ChannelFlow) -> dict[str, int]:
                 and len(roots) % sizes[0] == 0
             ):
                 counts[name] = math.lcm(counts.get(name, 1), len(roots) // sizes[0])
+    return _leveled(flow, counts) if flow.reorders else counts
+
+
+def _leveled(flow: ChannelFlow, counts: dict[str, int]) -> dict[str, int]:
+    """Give layers whose channels are shuffled together the same blocks: of others they'd lose another number."""
+    arriving = [flow.roots(np.concatenate([each for side in blocks.sides for each in side])) for blocks in flow.blocks]
+    met = [{name for name in flow.layers if np.isin(flow.layer_roots(name), roots).any()} for roots in arriving]
+    before: dict[str, int] = {}
+    while before != counts:
+        before = dict(counts)
+        for names in met:
+            common = math.lcm(*(counts.get(name, 1) for name in names))
+            widths = [flow.layers[name].channels for name in names]
+            # In blocks of one channel none could go.
+            if all(width % common == 0 and width > common for width in widths):
+                counts |= dict.fromkeys(names, common)
     return counts
 
 

@@ -76,13 +76,15 @@ class _Cutter(Replacer):
                 cut(name, module, ins.to(device), outs.to(device))
         for name, own in flow.own.items():
             kept = speedup.indices(flow.own_numbers(name))
+            if speedup.order is not None and name in speedup.order.own:
+                kept = torch.from_numpy(speedup.order.own[name])
             if len(kept) < own.channels:
                 owner, _, target = name.rpartition(".")
                 module = model.get_submodule(owner)
                 keep(module, target, getattr(module, target).index_select(own.dim, kept.to(device_of(module))))
         for attention in dict.fromkeys(each.name for each in flow.heads.values()):
             found = flow.attention[attention]
-            left = len(speedup.indices(flow.head_numbers(next(iter(found.channels)))))
+            left = len(speedup.indices(flow.bundle_numbers(next(iter(found.channels)))))
             resize(model.get_submodule(attention), found, left)
 
 

@@ -52,7 +52,7 @@ _SIZES: dict[type[torch.nn.Module], tuple[str, ...]] = {
     torch.nn.Linear: ("in_features", "out_features"),
     torch.nn.modules.batchnorm._NormBase: ("num_features",),
     torch.nn.GroupNorm: ("num_channels", "num_groups"),
-    torch.nn.RNNBase: ("input_size",),
+    torch.nn.RNNBase: ("input_size", "hidden_size"),
     torch.nn.LayerNorm: ("normalized_shape",),
     torch.nn.Embedding: ("num_embeddings", "embedding_dim"),
     torch.nn.PReLU: ("num_parameters",),

@@ -136,3 +136,11 @@ def carry_reduced(
         labels = labels.narrow(d, 0, 1)
     left = labels if len(shape) == labels.dim() else labels.squeeze(tuple(gone))
     return left.expand(shape) if left.dim() == len(shape) else None
+
+
+def meet_alike(labels: list[torch.Tensor], shape: tuple[int, ...]) -> bool:
+    """Tell whether tensors can meet place by place to give one of a shape."""
+    try:
+        return tuple(torch.broadcast_shapes(*(each.shape for each in labels))) == shape
+    except RuntimeError:
+        return False

@@ -96,6 +96,12 @@ def as_linear(model: torch.nn.Module) -> torch.nn.Module:
     return copied
 
 
+def is_recurrent(module: Any) -> bool:
+    """Tell whether a module is a recurrent layer whose units can go: of one level and one direction, with biases."""
+    plain = type(module) in (torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN)
+    return plain and module.num_layers == 1 and not module.bidirectional and module.bias and not module.proj_size
+
+
 def is_transposed_linear(module: torch.nn.Module) -> bool:
     """Tell whether a module is a ``Conv1D`` of Transformers, which needn't be installed."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
@@ -144,6 +150,8 @@ def output_channels(module: torch.nn.Module) -> int | None:
         return int(module.out_features)
     if isinstance(module, torch.nn.MultiheadAttention) and module.in_proj_weight is not None:
         return len(module.in_proj_weight)
+    if is_recurrent(module):
+        return len(weight_of(module))  # of all gates
     return int(module.embedding_dim) if isinstance(module, torch.nn.Embedding) else None
 
 
@@ -154,7 +162,8 @@ def entering_channels(module: Any) -> int:
 
 def weight_name(module: torch.nn.Module) -> str:
     """Name the parameter by whose masks a layer loses channels."""
-    return "in_proj_weight" if isinstance(module, torch.nn.MultiheadAttention) else "weight"
+    names = {torch.nn.MultiheadAttention: "in_proj_weight", torch.nn.RNNBase: "weight_ih_l0"}
+    return next((name for kind, name in names.items() if isinstance(module, kind)), "weight")
 
 
 def weight_of(module: torch.nn.Module) -> torch.Tensor:
@@ -163,14 +172,26 @@ def weight_of(module: torch.nn.Module) -> torch.Tensor:
     return weight
 
 
-def bias_name(module: torch.nn.Module) -> str:
-    """Name the parameter that a layer adds to its channels."""
-    return "in_proj_bias" if isinstance(module, torch.nn.MultiheadAttention) else "bias"
+def row_names(module: torch.nn.Module) -> tuple[str, ...]:
+    """Name the other parameters that have a row for each of a layer's output channels: the bias."""
+    if isinstance(module, torch.nn.RNNBase):
+        return "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"
+    return ("in_proj_bias" if isinstance(module, torch.nn.MultiheadAttention) else "bias",)
+
+
+def has_bias(module: torch.nn.Module) -> bool:
+    """Tell whether a layer adds a bias to its channels."""
+    return getattr(module, row_names(module)[-1], None) is not None
 
 
 def channel_dimension(module: torch.nn.Module) -> int:
     """Tell which dimension of a layer's weight holds its output channels."""
     return 1 if isinstance(module, (*TRANSPOSED, torch.nn.Embedding)) else 0
+
+
+def feature_dimension(module: torch.nn.Module) -> int:
+    """Tell which dimension of what enters or leaves a layer holds its channels."""
+    return -1 if isinstance(module, (torch.nn.Linear, torch.nn.Embedding, torch.nn.RNNBase)) else 1
 
 
 def kept_channels(module: torch.nn.Module, targets: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
@@ -189,10 +210,10 @@ def by_output(weight: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
     return weight.transpose(0, 1) if channel_dimension(module) else weight
 
 
-def spread(module: torch.nn.Module, kept: torch.Tensor) -> torch.Tensor:
+def spread(module: torch.nn.Module, kept: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Turn kept output channels, bool, shape (channels,), into a mask of ones and zeros of the weight's shape."""
     weight = weight_of(module)
-    kept = kept.to(dtype=weight.dtype, device=weight.device)
+    kept = kept.to(dtype=dtype or weight.dtype, device=weight.device)
     if isinstance(module, TRANSPOSED):
         rows = kept.view(module.groups, 1, -1).expand(-1, weight.shape[0] // module.groups, -1).flatten(0, 1)
         return rows.view(rows.shape + (1,) * (weight.dim() - 2)).expand_as(weight).clone()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from nni_topo.errors import ConfigError, DataError, SpeedupError, unknown_name
-from nni_topo.network.layers import bias_name, kept_channels, weight_name
+from nni_topo.network.layers import kept_channels, row_names, weight_name
 
 Masks = Mapping[str, Mapping[str, torch.Tensor | None]]
 FullMasks = dict[str, dict[str, torch.Tensor]]
@@ -75,9 +75,9 @@ def _check_mask(module: torch.nn.Module, target: str, mask: torch.Tensor, place:
 
 
 def _complete(module: torch.nn.Module, targets: dict[str, torch.Tensor]) -> None:
-    """Mask the bias of every output channel of which all weights are masked."""
+    """Mask the bias, and what else is its own, of every output channel of which all weights are masked."""
     kept = kept_channels(module, targets)
-    bias = getattr(module, bias_name(module), None)
-    if kept is not None and isinstance(bias, torch.Tensor):
-        mask = targets.get(bias_name(module), torch.ones_like(bias).detach())
-        targets[bias_name(module)] = mask * kept.to(mask.dtype)
+    for name in row_names(module):
+        if kept is not None and isinstance(rows := getattr(module, name, None), torch.Tensor):
+            mask = targets.get(name, torch.ones_like(rows).detach())
+            targets[name] = mask * kept.to(mask).view(-1, *[1] * (rows.dim() - 1))

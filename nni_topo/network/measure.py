@@ -7,12 +7,14 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nni_topo.errors import ConfigError
+from nni_topo.network.inputs import call_arguments, tensors_of
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.transformers import fast_paths_off
 
@@ -94,7 +96,7 @@ def latency_ms(model: nn.Module, example_inputs: Inputs, *, runs: int = 30, warm
 
 def latencies(
     models: Mapping[str, nn.Module],
-    example_inputs: Inputs,
+    example_inputs: Any,
     *,
     runs: int = 30,
     warmup: int = 5,
@@ -104,13 +106,14 @@ def latencies(
     """Return the median times of several models, measured in turns.
 
     In every round each model runs once, in random order, so that a machine that slows down for a while slows
-    all of them and the ratios hold.
+    all of them and the ratios hold. One thread on the CPU is timed by its own clock, which other programs don't
+    move on.
 
     Parameters
     ----------
     models : mapping of str to nn.Module
         Models by name; all take the same inputs.
-    example_inputs : Tensor or tuple of Tensor
+    example_inputs : Tensor, tuple, list or mapping of str to Any
         Inputs, on the models' device; the batch size is theirs.
     runs, warmup, threads : int
         As in :func:`latency_ms`; ``runs`` and ``warmup`` are rounds.
@@ -130,25 +133,27 @@ def latencies(
     for knob, value, least in (("runs", runs, 1), ("warmup", warmup, 0), ("threads", threads, 1)):
         if value < least:
             raise ConfigError(f"{knob} must be at least {least}, got {value} (latencies)")
-    inputs = _as_tuple(example_inputs)
+    args, kwargs = call_arguments(example_inputs)
+    first = tensors_of((args, kwargs))[0]
     order, generator = list(models), random.Random(seed)
     times: dict[str, list[float]] = {name: [] for name in models}
     with evaluation_mode(*models.values()), thread_count(threads), torch.inference_mode():
         for turn in range(warmup + runs):
             generator.shuffle(order)
             for name in order:
-                start = now(inputs[0])
-                models[name](*inputs)
+                start = now(first)
+                models[name](*args, **kwargs)
                 if turn >= warmup:
-                    times[name].append(now(inputs[0]) - start)
+                    times[name].append(now(first) - start)
     return {name: 1000.0 * statistics.median(values) for name, values in times.items()}
 
 
 def now(tensor: Tensor) -> float:
-    """Seconds on a clock; on a GPU when its work is done."""
+    """Seconds on a clock; on a GPU when its work is done, of one thread on the CPU its own."""
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
-    return time.perf_counter()
+    alone = tensor.device.type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time() if alone else time.perf_counter()
 
 
 def _as_tuple(example_inputs: Inputs) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ import torch
 import torch.fx
 from torch.utils._pytree import tree_map, tree_map_only
 
-from nni_topo.network.attention import Attention, attend, find_attention, is_mixed
+from nni_topo.network.attention import Attention, attend, find_heads, is_mixed
 from nni_topo.network.counted import channel_dim
 from nni_topo.network.inputs import tensors_of
 from nni_topo.network.labels import (
@@ -30,6 +30,7 @@ from nni_topo.network.labels import (
     compressed,
     fixed,
     given_shapes,
+    meet_alike,
     place,
     plain_name,
     staying,
@@ -84,11 +85,12 @@ class Numbering(torch.fx.Interpreter):
         self.traced = graph_module
         self.layers: dict[str, Layer] = {}  # in the order they are called
         self.own: dict[str, Own] = {}  # by name; these go with the channels that they meet, and have no say
-        self.attention = find_attention(graph_module)  # by module; of those that the graph calls
+        self.attention = find_heads(graph_module)  # by module; of those that the graph calls
         self.heads: dict[str, Attention] = {}  # the same by layer that makes queries, keys or values
         self.blocks: list[Blocks] = []  # one for each grouped convolution, group norm and chunk
         self.reorders = False  # whether the dense model may put channels into another order: see `DenseOrder`
         self.numbers: dict[str, Any] = {}  # by node, what it puts out: int64, of length 1 where nothing differs
+        self._called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
         self._entering: dict[str, np.ndarray] = {}
         self._given = Numbers()
 
@@ -114,7 +116,9 @@ class Numbering(torch.fx.Interpreter):
             return super().run_node(n)
         if n.op == "get_attr":
             value = super().run_node(n)
-            return self._parameter(str(n.target), value) if can_follow(value) else tree_map(fixed, value)
+            # That of a module which is called is cut with the module, and looked at for its type or device perhaps.
+            own = can_follow(value) and str(n.target).rpartition(".")[0] not in self._called
+            return self._parameter(str(n.target), value) if own else tree_map(fixed, value)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         shape = tensor_shape(n)
         labels = tensors_of((args, kwargs))
@@ -136,13 +140,10 @@ class Numbering(torch.fx.Interpreter):
     def _module(self, node: torch.fx.Node, labels: list[torch.Tensor], shape: tuple[int, ...] | None) -> Any:
         name = str(node.target)
         module: torch.nn.Module = self.fetch_attr(name)
+        if labels and isinstance(module, torch.nn.RNNBase):
+            return self._recur(node, labels, name, type(module).__name__)
         if labels and name in self.attention:
             return self._attend(node, labels, self.attention[name])
-        if labels and isinstance(module, torch.nn.RNNBase):
-            # It takes fewer channels in; what it puts out is what its state holds, which stays.
-            self._tie_calls(name, self._per_channel(labels[0], labels[0].dim() - 1))
-            self._whole(node, labels[1:], f"{type(module).__name__} ({name}) keeps its state whole")
-            return given_shapes(node)
         if not labels or not can_be_cut(module):
             # It needs all that enters, and what it puts out can't be made less.
             return self._whole(node, labels, f"{type(module).__name__} ({name}) stays whole")
@@ -163,23 +164,41 @@ class Numbering(torch.fx.Interpreter):
             self._tie_calls(name, self._per_channel(labels[0], dim % labels[0].dim()))
         return self._passed(node, labels)
 
-    def _attend(self, node: torch.fx.Node, labels: list[torch.Tensor], attention: Attention) -> Any:
-        """Tie what makes each head together; what enters is needed by all of them."""
-        found = self._whole(node, labels, f"attention ({attention.name}) needs all that enters")
+    def _recur(self, node: torch.fx.Node, labels: list[torch.Tensor], name: str, kind: str) -> Any:
+        """Let a recurrent layer take fewer channels in, and tie the gates of each unit, and the states that it gets."""
+        self._tie_calls(name, self._per_channel(labels[0], labels[0].dim() - 1))
+        found = given_shapes(node)
+        if name not in self.attention:
+            # What it puts out is what its state holds, which stays.
+            return self._whole(node, labels[1:], f"{kind} ({name}) keeps its state whole")
+        units = self._head_numbers(self.attention[name])
+        for state in labels[1:]:
+            self._given.tie(self._per_channel(state, state.dim() - 1), units)
+        return tree_map_only(torch.Tensor, lambda leaf: torch.from_numpy(units).expand(leaf.shape), found)
+
+    def _head_numbers(self, attention: Attention) -> np.ndarray:
+        """Number what makes the heads and tie each together; return the numbers of what they put out."""
         for name, channels in attention.channels.items():
             if name not in self.layers:
                 self.layers[name] = Layer(name, self._given.new(channels.size), channels.size, depthwise=False)
-                self._entering[name] = np.zeros(entering_channels(self.fetch_attr(name)), dtype=np.int64)
+                if name not in self._entering:
+                    self._entering[name] = np.zeros(entering_channels(self.fetch_attr(name)), dtype=np.int64)
                 self.heads[name] = attention
         numbers = [channels + self.layers[name].first for name, channels in attention.channels.items()]
         for head in zip(*numbers, strict=True):
             self._given.tie(head[0][0], np.concatenate(head))
         layer, order = attention.context
-        context, *others = tensors_of(found)
+        put_out: np.ndarray = order + self.layers[layer].first
+        return put_out
+
+    def _attend(self, node: torch.fx.Node, labels: list[torch.Tensor], attention: Attention) -> Any:
+        """Tie what makes each head together; what enters is needed by all of them."""
+        found = self._whole(node, labels, f"attention ({attention.name}) needs all that enters")
+        heads = torch.from_numpy(self._head_numbers(attention))
         if is_mixed(node, attention):
             return found
-        labelled = torch.from_numpy(order + self.layers[layer].first).expand(context.shape)
-        leaves = iter([labelled, *others])
+        context, *others = tensors_of(found)
+        leaves = iter([heads.expand(context.shape), *others])
         return tree_map_only(torch.Tensor, lambda _: next(leaves), found)
 
     def _whole(self, node: torch.fx.Node, labels: list[torch.Tensor], reason: str) -> Any:
@@ -253,7 +272,7 @@ class Numbering(torch.fx.Interpreter):
             return self._product(n, labels, shape)
         # A functional layer on parameters of the model's own, which nobody cuts.
         own = any(node.op == "get_attr" for node in n.all_input_nodes)
-        if len(labels) > 1 and (name in MEETS or not own) and _alike(labels, shape):
+        if len(labels) > 1 and (name in MEETS or not own) and meet_alike(labels, shape):
             return self._meet(labels, shape)
         if name in REDUCTIONS and len(labels) == 1:
             reduced = carry_reduced(labels[0], shape, args, kwargs)
@@ -375,11 +394,3 @@ class Numbering(torch.fx.Interpreter):
         if not torch.equal(first.expand(rows.shape), rows):
             self._tie(first, rows)
         return first.reshape(-1).numpy()
-
-
-def _alike(labels: list[torch.Tensor], shape: tuple[int, ...]) -> bool:
-    """Tell whether tensors can meet place by place to give one of a shape."""
-    try:
-        return tuple(torch.broadcast_shapes(*(each.shape for each in labels))) == shape
-    except RuntimeError:
-        return False

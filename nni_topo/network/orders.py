@@ -34,6 +34,9 @@ class DenseOrder(torch.fx.Interpreter):
         self.flow, self.left = flow, left
         self.numbers: dict[str, Any] = {}  # by node, as in the flow, but of the dense model's shapes
         self.entering: dict[str, np.ndarray] = {}  # by module
+        self.own: dict[
+            str, np.ndarray
+        ] = {}  # places that stay of the model's own parameters, in the order they are met
         self.reordered = set[str]()  # the nodes that give channels in another order than the whole model
         with torch.no_grad():
             self.run()
@@ -78,7 +81,24 @@ class DenseOrder(torch.fx.Interpreter):
         if plain_name(node) in MOVES and not (plain_name(node) in INDEXED and tensors_of((args[1:], kwargs))):
             args = (args[0].contiguous(), *args[1:]) if isinstance(args[0], Tensor) else args
             return self._tried(node, args, kwargs, ascending)
+        self._reorder_own(node)
         return _carried(labels, ascending)
+
+    def _reorder_own(self, node: Node) -> None:
+        """Put a parameter of the model's own that a node reads into the order of the channels that it meets."""
+        owned = [each for each in node.all_input_nodes if each.op == "get_attr" and str(each.target) in self.flow.own]
+        others = tensors_of([self.env[each] for each in node.all_input_nodes if each not in owned])
+        for parent in owned if others else ():
+            name, labels = str(parent.target), self.numbers[parent.name]
+            numbers = self.flow.own_numbers(name)
+            met = self.flow.roots(compressed(others[0]).flatten().numpy()).tolist()
+            place = {root: at for at, root in enumerate(self.flow.roots(numbers).tolist())}
+            found = np.array([place.get(root, -1) for root in met], dtype=np.int64)
+            kept = np.flatnonzero(self.left[self.flow.roots(numbers)])
+            if len(parent.users) == 1 and np.array_equal(np.sort(found), kept) and not np.array_equal(found, kept):
+                view = [-1 if d == self.flow.own[name].dim else 1 for d in range(labels.dim())]
+                self.own[name], self.numbers[parent.name] = found, torch.from_numpy(numbers[found]).view(view)
+                self.reordered.add(parent.name)
 
     def _through(self, node: Node, labels: Tensor, ascending: Any) -> Any:
         name = str(node.target)

@@ -26,7 +26,7 @@ from nni_topo.network.engine import DenseSpeedup, kept_slices
 from nni_topo.network.following import only_norm_behind
 from nni_topo.network.inputs import Call, cast_floats, random_like
 from nni_topo.network.labels import FIXED, place
-from nni_topo.network.layers import NORMALIZING
+from nni_topo.network.layers import NORMALIZING, is_recurrent
 from nni_topo.network.modes import random_state_kept, unwrapped_copy
 from nni_topo.network.reference import difference
 from nni_topo.network.resolve import grow
@@ -124,6 +124,11 @@ class _Rehearsal:
         return self._found
 
     def _step(self, node: Node) -> None:
+        if node.op == "get_attr":
+            # Whether it fits shows where it is used, which may be for its type or device alone.
+            whole = self._called(node, self.full, 0)
+            self._values[node] = self._masked(node, whole, None), self._called(node, self.small, 1)
+            return
         entering = {parent: self._nonzero(parent) for parent in self._tensors_before(node)}
         constant = self._constant(node) if any(map(len, entering.values())) else None
         whole = self._masked(node, self._called(node, self.full, 0, constant), self._first_input(node))
@@ -153,10 +158,20 @@ class _Rehearsal:
             first, *others = args
             args = (first.masked_fill((constant != 0).to(first.device), 0), *others)
         if node.op == "call_module":
-            return module.get_submodule(str(node.target))(*args, **kwargs)
+            layer = module.get_submodule(str(node.target))
+            return (layer if which else self._silenced(str(node.target), layer))(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _silenced(self, name: str, layer: nn.Module) -> nn.Module:
+        """Return a recurrent layer without the units that are gone, which others of it read; any other as it is."""
+        if not is_recurrent(layer):
+            return layer
+        gone, layer = torch.from_numpy(~self.left[self.flow.layer_roots(name)]), copy.deepcopy(layer)
+        for parameter in layer.parameters():
+            parameter[gone.to(parameter.device)] = 0
+        return layer
 
     def _constant(self, node: Node) -> Tensor | None:
         """Tell what removed channels bring to a layer that its bias can add instead; broadcasts to what enters."""
@@ -213,7 +228,8 @@ class _Rehearsal:
         return value.clone()
 
     def _is_attention(self, node: Node) -> bool:
-        return node.target is attend or (node.op == "call_module" and node.target in self.flow.attention)
+        known = self.flow.attention.get(str(node.target)) if node.op == "call_module" else None
+        return node.target is attend or not (known is None or known.recurrent)
 
     def _compare(self, expected: list[Any], actual: list[Any]) -> str:
         for wanted, given in zip(expected, actual, strict=True):

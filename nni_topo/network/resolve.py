@@ -14,7 +14,7 @@ from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.maths.ties import descending
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.labels import FIXED
-from nni_topo.network.layers import bias_name, channel_dimension, kept_channels, spread, weight_name, weight_of
+from nni_topo.network.layers import channel_dimension, kept_channels, row_names, spread, weight_name, weight_of
 from nni_topo.network.masks import FullMasks
 from nni_topo.network.modes import device_of
 from nni_topo.network.numbering import Blocks
@@ -219,11 +219,11 @@ def _new_masks(
         weight = targets.get(weight_name(module), spread(module, torch.ones(layer.channels)))
         # Channels that came back get all of their weights; in the others single masked weights stay masked.
         targets[weight_name(module)] = torch.maximum(weight, spread(module, changed)) * spread(module, keep_all)
-        bias = getattr(module, bias_name(module), None)
-        if isinstance(bias, torch.Tensor):
-            mask = targets.get(bias_name(module), torch.ones_like(bias).detach())
-            rows = changed.to(mask), keep_all.to(mask)
-            targets[bias_name(module)] = torch.maximum(mask, rows[0]) * rows[1]
+        for own in row_names(module):
+            if isinstance(rows := getattr(module, own, None), torch.Tensor):
+                mask = targets.get(own, torch.ones_like(rows).detach())
+                one, other = (each.to(mask).view(-1, *[1] * (rows.dim() - 1)) for each in (changed, keep_all))
+                targets[own] = torch.maximum(mask, one) * other
     return with_own(model, flow, new, kept)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError
 from nni_topo.maths.topology.layer_graphs import LayerGraph, convolution_graph
 from nni_topo.network.capture import watched
-from nni_topo.network.inputs import Call
+from nni_topo.network.inputs import Call, tensors_of
 from nni_topo.network.layers import CONVOLUTIONS, WEIGHTED
 from nni_topo.network.modes import evaluation_mode, random_state_kept
 from nni_topo.network.transformers import mixing_called
@@ -25,15 +25,22 @@ def layer_sizes(model: nn.Module, call: Call) -> LayerSizes:
     """Note the shapes at which convolutions and linear layers run; ConfigError if the call doesn't fit the model."""
     sizes: LayerSizes = {}
 
-    def note(name: str, entered: Tensor, left: Any) -> None:
-        leaving = left.shape if isinstance(left, Tensor) else (*entered.shape[:-1], 3 * entered.shape[-1])
-        sizes.setdefault(name, []).append((tuple(entered.shape), tuple(leaving)))
+    def note(name: str, entered: Any, left: Any) -> None:
+        if not isinstance(entered, Tensor):
+            return  # rows of several lengths, packed
+        module: Any = model.get_submodule(name)
+        attends, recurs = (isinstance(module, kind) for kind in (nn.MultiheadAttention, nn.RNNBase))
+        leaving = (*entered.shape[:-1], 3 * entered.shape[-1]) if attends else tensors_of(left)[0].shape
+        pair = tuple(entered.shape), tuple(leaving)
+        if recurs and not module.batch_first and entered.dim() == 3:
+            pair = (pair[0][1::-1] + pair[0][2:], pair[1][1::-1] + pair[1][2:])
+        sizes.setdefault(name, []).append(pair)
 
     def check(name: str, module: nn.Module, entered: Tensor) -> None:
         check_covers_kernel(name, module, tuple(entered.shape))
 
     # Of attention: what makes queries, keys and values in one.
-    kinds = (*WEIGHTED, nn.MultiheadAttention)
+    kinds = (*WEIGHTED, nn.MultiheadAttention, nn.RNNBase)
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
     hooks = watched(
         [(module, partial(check, name, module)) for name, module in layers if isinstance(module, CONVOLUTIONS)],

@@ -22,7 +22,8 @@ from nni.compression.pruning.basic_pruner import _NormPruner
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import NONE, ConfigError, Rule, instance
+from nni_topo.errors import NONE, ConfigError, LayerError, Rule, instance
+from nni_topo.network.dependency import DependencyGroups
 from nni_topo.network.layers import kept_channels
 from nni_topo.network.modes import left_alone
 from nni_topo.pruners.allocators import ConfigAllocator
@@ -123,7 +124,7 @@ class StructuredPruner(Pruner):
             )
         self.collector = collector
         self.calculator = calculator
-        self._check_layers(model, matched_modules(model, config_list))
+        config_list = self._fitting(model, config_list)
         self.allocator = ConfigAllocator() if allocator is None else allocator
         self.interval_steps = -1
         self.total_times: int | Literal["unlimited"] = 1
@@ -189,6 +190,21 @@ class StructuredPruner(Pruner):
     def _register_scalers(self) -> None:
         super()._register_scalers()
         follow_outputs(self._target_spaces)
+
+    def _fitting(self, model: nn.Module, config_list: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Check the layers, and leave those out that can't be looked at and that dependency groups chose by kind."""
+        try:
+            self._check_layers(model, matched_modules(model, config_list))
+            return config_list
+        except LayerError as error:
+            if not isinstance(config_list, DependencyGroups):
+                raise
+            left = config_list.without(error.layers)
+            out = [name for entry in config_list if entry not in left for name in entry["op_names"]]
+            if not (left and out) or config_list.named & set(out):
+                raise
+            _logger.warning("layers stay whole (%s): %s", ", ".join(out), error)
+            return self._fitting(model, left)
 
     def _check_layers(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         """Refuse layers that can't be looked at; nothing is wrapped yet."""

@@ -27,7 +27,10 @@ from nni_topo.errors import (
 )
 from nni_topo.maths.ties import FLOOR, RELATIVE, first_smallest, leveled
 from nni_topo.network.cost import Kept, NetworkCost
+from nni_topo.network.dense import to_dense
 from nni_topo.network.latency import LatencyTable
+from nni_topo.network.measure import latencies
+from nni_topo.network.modes import unwrapped_copy
 from nni_topo.network.timing import measure_latency
 from nni_topo.pruners.planner import FloatArray, Losses, Planner
 from nni_topo.pruners.units import PruningUnit
@@ -40,6 +43,10 @@ Position = TypeVar("Position", int, float)
 BUDGETS = ("flops", "params", "latency", "memory")
 _RULES = {"allocation": one_of(ALLOCATIONS), "latency_table": instance(LatencyTable) | PATH | NONE}
 _MISSED = 0.01
+_MISSED_TIME = 0.05  # of what is asked for
+_TIMINGS = 6
+_RUNS = 10
+_LEAST_GAIN = -0.05  # logarithm of a share of the time
 _STEPS = 40
 _STRETCHES = 16
 _LEAST_SAVING = 1e-12  # a share: rows that save nothing go last
@@ -60,8 +67,9 @@ class Budget:
         TopologicalPruner and ReconstructionPruner know; or, for ReconstructionPruner, where least is lost for what is
         saved: the least-squares errors of all layers that read a channel, by the cost that goes with it.
     latency_table : LatencyTable, str, Path or None, default=None
-        Seconds of the layers over their widths, or a JSON file of them, for ``latency``. None: measured once, on one
-        thread with the batch of the pruner's ``example_inputs``; then ``pruner.planner.latency_table`` holds it.
+        Seconds of the layers over their widths, or a JSON file of them, for ``latency``, which then is all that counts.
+        None: measured once, on one thread with the batch of the pruner's ``example_inputs``
+        (``pruner.planner.latency_table`` holds it), and corrected by the times of dense networks of the widths found.
 
     Raises
     ------
@@ -72,7 +80,8 @@ class Budget:
     -----
     The config_list says where only; its ``min_sparse_ratio`` and ``max_sparse_ratio`` hold, and what they don't let go
     the other layers lose. Widths are whole numbers: what comes nearest to the budget counts; a budget missed by more
-    than 1 % of the network is warned of, with the reason. NNI's schedulers don't schedule a budget.
+    than 1 % of the network, one of time by more than 5 % of itself, is warned of, with the reason. NNI's schedulers
+    don't schedule a budget.
 
     Examples
     --------
@@ -120,25 +129,34 @@ class BudgetPlanner(Planner):
         # Where none is given it is measured at the first use; with a table, an allocation is deterministic.
         self.latency_table = cast("LatencyTable | None", budget.latency_table)
         self._cost: Callable[[Kept], float] | None = None
+        self._aim = budget.share  # what the cost must say so that the dense network takes the share
 
     def counts(self, units: Sequence[PruningUnit], losses: Losses, model: nn.Module) -> dict[str, int]:
         """Return how many rows each unit keeps under the budget."""
+        is_timed = self.budget.kind == "latency" and self.latency_table is None
         cost = self._share_left(units, self._network_cost(units, model))
         bounds = [unit.removable_rows for unit in units]
-        if self.budget.allocation == "uniform":
-            removed = solve_uniform([unit.rows for unit in units], cost, self.budget.share, bounds)
+
+        def solve(share: float) -> list[int]:
+            if self.budget.allocation == "uniform":
+                return solve_uniform([unit.rows for unit in units], cost, share, bounds)
+            how = solve_tolerance if self.budget.allocation == "topological" else solve_error
+            return how([losses(unit) for unit in units], bounds, cost, share)
+
+        if is_timed:
+            timed = self._share_left(units, network_time(model, self.example_inputs))
+            removed, left, self._aim = solve_timed(solve, cost, timed, self.budget.share)
+            self._tell_if_missed(removed, bounds, left, self.budget.share)
         else:
-            solve = solve_tolerance if self.budget.allocation == "topological" else solve_error
-            removed = solve([losses(unit) for unit in units], bounds, cost, self.budget.share)
-        self._tell_if_missed(removed, bounds, cost)
+            removed = solve(self._aim)
+            self._tell_if_missed(removed, bounds, cost(removed), self._aim)
         return {unit.name: unit.kept_rows(count) for unit, count in zip(units, removed, strict=True)}
 
     def _tell_if_missed(
-        self, removed: Sequence[int], bounds: Sequence[tuple[int, int]], cost: Callable[[Sequence[int]], float]
+        self, removed: Sequence[int], bounds: Sequence[tuple[int, int]], left: float, share: float
     ) -> None:
-        """Warn where a budget is missed by more than 1 % of the network, and say why."""
-        left, share = cost(removed), self.budget.share
-        if abs(left - share) <= _MISSED:
+        """Warn where a budget is missed, and say why."""
+        if abs(left - share) <= max(_MISSED, _MISSED_TIME * share * (self.budget.kind == "latency")):
             return
         low, high = zip(*bounds, strict=True)
         reason = "one channel more or less is as much"
@@ -195,6 +213,46 @@ def network_cost(
         return lambda kept: seconds(cost.widths(kept))
     counted = attrgetter({"flops": "macs"}.get(kind, kind))
     return lambda kept: float(counted(cost(kept)))
+
+
+def network_time(model: nn.Module, example_inputs: Any) -> Callable[[Kept], float]:
+    """Return what dense networks with some channels gone take, as a share of the whole one's time beside them."""
+    whole, cost = unwrapped_copy(model), NetworkCost(model, example_inputs)
+
+    def share(kept: Kept) -> float:
+        if not kept:
+            return 1.0
+        dense = to_dense(whole, example_inputs, cost.masks(kept), check=False)
+        times = latencies({"whole": whole, "dense": dense}, example_inputs, runs=_RUNS, warmup=1)
+        return times["dense"] / times["whole"]
+
+    return share
+
+
+def solve_timed(
+    solve: Callable[[float], list[int]],
+    said: Callable[[Sequence[int]], float],
+    timed: Callable[[Sequence[int]], float],
+    share: float,
+) -> tuple[list[int], float, float]:
+    """Return rows to remove such that the dense network takes a ``share`` of the time, what it takes, and the aim.
+
+    A table of layers is off by what networks do beside and between them, so that each solution is timed, and the next
+    one aims at what the table says where, by the times so far, the share would be met.
+    """
+    points, aim, found = [(1.0, 1.0)], share, []
+    for _ in range(_TIMINGS):
+        removed = solve(aim)
+        found.append((removed, timed(removed), aim))
+        if abs(found[-1][1] - share) <= _MISSED_TIME * share or removed in [each for each, *_ in found[:-1]]:
+            break
+        points = sorted([*points, (said(removed), found[-1][1])])
+        table, taken = np.log(np.array(points)).T
+        taken, wanted = np.maximum.accumulate(taken), math.log(share)
+        # below what was timed as a power of it
+        power = table[0] / min(taken[0], _LEAST_GAIN) if wanted < taken[0] else None
+        aim = math.exp(np.interp(wanted, taken, table) if power is None else wanted * power)
+    return min(found, key=lambda each: abs(each[1] - share))
 
 
 def planned(

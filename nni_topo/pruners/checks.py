@@ -39,8 +39,9 @@ from nni_topo.errors import (
     unknown_name,
     whole,
 )
+from nni_topo.network.dependency import DependencyGroups
 from nni_topo.network.inputs import tensors_of
-from nni_topo.network.layers import CONVOLUTIONS, check_names
+from nni_topo.network.layers import CONVOLUTIONS, check_names, is_recurrent
 from nni_topo.network.modes import is_plain, left_alone
 
 _Given = ParamSpec("_Given")
@@ -164,7 +165,15 @@ def modern_config(model: nn.Module, config_list: Sequence[Any]) -> list[Any]:
             _exclude(model, entry, modern)
         else:
             modern.append(_rename_ratio(entry, index))
-    return modern
+    return config_list.with_entries(modern) if isinstance(config_list, DependencyGroups) else modern
+
+
+def of_single_weights(config_list: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out of dependency groups what says which channels go together: weights go one by one."""
+    if not isinstance(config_list, DependencyGroups):
+        return config_list
+    together = ("dependency_group_id", "internal_metric_block", "granularity")
+    return config_list.with_entries({k: v for k, v in e.items() if k not in together} for e in config_list)
 
 
 def _warn(entry: dict[str, Any], place: str) -> None:
@@ -352,6 +361,11 @@ def _check_module(name: str, module: nn.Module) -> None:
         raise ConfigError(
             f"a pruned module's type must be registered with NNI's PruningSetting, got {type(module).__name__}; "
             f"known: {known} ({name})"
+        )
+    if isinstance(module, nn.RNNBase) and not is_recurrent(module):
+        raise ConfigError(
+            "units must be those of a recurrent layer of one level and one direction, with biases, got "
+            f"{module} ({name})"
         )
     for target, tensor in module.named_parameters(recurse=False):
         if tensor.numel() == 0:

@@ -15,12 +15,13 @@ from nni.compression.utils.scaling import Scaling
 from torch import Tensor
 
 from nni_topo.compat.wrapping import scaling
-from nni_topo.network.attention import IntArray, find_attention
-from nni_topo.network.layers import weight_name
-from nni_topo.pruners.units import TargetSpaces
+from nni_topo.network.attention import IntArray, find_heads
+from nni_topo.network.layers import row_names, weight_name
+from nni_topo.pruners.units import TargetSpaces, holds_columns
 
 _WEIGHT = PruningSetting.default_setting["weight"]
 _BIAS = {"align": {"module_name": None, "target_name": "in_proj_weight", "dims": [0]}, "apply_method": "mul"}
+_GATE = {"align": {"module_name": None, "target_name": "weight_ih_l0", "dims": [0]}, "apply_method": "mul"}
 
 
 class HeadScaling(Scaling):
@@ -62,25 +63,27 @@ class ColumnScaling(Scaling):
 
 def scale_by_heads(model: Any, target_spaces: TargetSpaces) -> None:
     """Let targets that hold queries, keys and values in one, and are pruned by heads, have a block for each."""
-    for attention in find_attention(model).values():
+    for attention in find_heads(model).values():
         layer, rows = next(iter(attention.channels.items()))
-        space = target_spaces.get(layer, {}).get(weight_name(model.get_submodule(layer)))
-        # Single rows of nn.MultiheadAttention are nothing that could go.
-        is_default = layer == attention.name and space is not None and space.granularity == "out_channel"
-        if (
-            attention.is_fused
-            and space is not None
-            and (is_default or space.granularity == attention.granularity(layer))
-        ):
-            space.granularity = attention.granularity(layer)
-            space._scaler = HeadScaling(rows)
+        by_head, module = attention.granularity(layer), model.get_submodule(layer)
+        for target in (weight_name(module), *(row_names(module)[:1] if attention.recurrent else ())):
+            space = target_spaces.get(layer, {}).get(target)
+            # Single rows of nn.MultiheadAttention or a recurrent layer are nothing that could go.
+            known = (by_head, "out_channel") if layer == attention.name else (by_head,)
+            if attention.is_fused and space is not None and space.granularity in known:
+                space.granularity, space._scaler = by_head, HeadScaling(rows)
+                if attention.recurrent and space.dependency_group_id is None:
+                    space.dependency_group_id = f"units of {layer}"
     for space in (each for targets in target_spaces.values() for each in targets.values()):
-        if isinstance(space.granularity, list) and space.granularity[0] == -1 and space.dependency_group_id is not None:
+        if holds_columns(space):
             space._scaler = ColumnScaling(space.granularity)
 
 
 def show_heads_to_nni() -> None:
-    """Let config_lists name ``MultiheadAttention``, and all pruners, NNI's own too, choose among heads."""
+    """Let config_lists name ``MultiheadAttention`` and recurrent layers, and all pruners choose among heads."""
     PruningSetting.register("MultiheadAttention", {"in_proj_weight": _WEIGHT, "in_proj_bias": _BIAS})
+    for kind in ("LSTM", "GRU", "RNN"):
+        gates = {"weight_ih_l0": _WEIGHT, "weight_hh_l0": _WEIGHT, "bias_ih_l0": _GATE, "bias_hh_l0": _GATE}
+        PruningSetting.register(kind, gates)
     if scale_by_heads not in scaling:
         scaling.append(scale_by_heads)

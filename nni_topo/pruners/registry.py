@@ -111,8 +111,10 @@ def pruner_info(name: str) -> PrunerInfo:
     Raises
     ------
     ConfigError
-        If the name isn't registered, with the nearest names that are, or isn't that of a class of pruners.
+        If the name is no text, isn't registered (with the nearest names that are), or isn't that of a class of pruners.
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"a pruner's name must be text, got {name!r} (pruner)")
     if ":" in name:
         return _checked_class(PrunerInfo(name, name, "a third party's"))
     if name not in TABLE:

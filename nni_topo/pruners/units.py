@@ -12,10 +12,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from nni.compression.base.target_space import PruningTargetSpace, TargetType
+from numpy.typing import NDArray
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.layers import channel_dimension, output_channels, spread, weight_of
 
 TargetSpaces = dict[str, dict[str, PruningTargetSpace]]
 """NNI's ``{module name: {target name: target space}}``."""
@@ -111,6 +115,37 @@ def block_shape(space: PruningTargetSpace) -> tuple[int, ...]:
             f"granularity must divide the target's shape {tuple(target.shape)}, got {space.granularity} "
             f"({space._wrapper.name}.{space._target_name})"
         ) from error
+
+
+def holds_columns(space: PruningTargetSpace) -> bool:
+    """Say whether a target loses columns, along with the layers whose output channels these read."""
+    return isinstance(space.granularity, list) and space.granularity[0] == -1 and space.dependency_group_id is not None
+
+
+def output_blocks(space: PruningTargetSpace, what: str) -> NDArray[np.int64]:
+    """List the output channels of each of a target's blocks, ``(blocks, channels)``.
+
+    Raises
+    ------
+    ConfigError
+        If blocks aren't whole output channels, as many each; ``what`` begins the message.
+    """
+    module, blocks = space._wrapper.module, math.prod(block_shape(space))
+    channels = output_channels(module) or 0
+    if space.granularity == "out_channel" and blocks == channels and channel_dimension(module) == 0:
+        return np.arange(channels)[:, None]
+    whole = channels > 0 and channels % blocks == 0 and weight_of(module).shape == space.target.shape
+    if whole and space._scaler is not None:
+        owners = spread(module, torch.arange(channels), torch.int32)
+        rows = space._scaler.shrink(owners, lambda block: block, keepdim=True).reshape(blocks, -1).sort(1)[0]
+        rows = rows.unflatten(1, (channels // blocks, -1))
+        if torch.equal(rows, rows[..., :1].expand_as(rows)) and len(rows[..., 0].unique()) == channels:
+            found: NDArray[np.int64] = rows[..., 0].long().cpu().numpy()
+            return found
+    raise ConfigError(
+        f"{what} need layers pruned by output channel, got a {type(module).__name__} of {channels} channels in "
+        f"{blocks} blocks of granularity {space.granularity!r} ({space._wrapper.name}.{space._target_name})"
+    )
 
 
 def pruning_units(target_spaces: TargetSpaces) -> list[PruningUnit]:

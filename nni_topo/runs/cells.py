@@ -86,7 +86,8 @@ def shared_ratios(cell: Cell, start: Start, out: Path) -> dict[str, float]:
     # they depend on the architecture alone: all seeds and pruners share them
     key = f"{cell.model.label}, {tuple(start.example.shape[1:])}, {cell.target.label}"
     if key not in known:
-        known[key] = layer_ratios(start.net, start.example, cell.target)
+        example = start.timed if cell.target.kind == "latency" else start.example
+        known[key] = layer_ratios(start.net, example, cell.target)
         write_json(path, known, sort=False)
     return dict(known[key])
 

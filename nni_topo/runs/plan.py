@@ -30,6 +30,7 @@ class ModelChoice:
 
     name: str
     width: float = 1.0
+    checkpoint: str | None = None  # file of its weights; None: it is trained
 
     @property
     def label(self) -> str:
@@ -46,6 +47,7 @@ class DataChoice:
     limit: int | None = None  # training images used; None: all
     test_limit: int | None = None  # test images used, the set's first ones; None: all
     download: bool = False
+    image_size: int | None = None  # pixels a side that a folder's images are scaled to; None: as they are
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class Cell:
     @property
     def key(self) -> str:
         """Name of the cell's record: equal settings, equal key, wherever the data lies."""
-        settings = {**asdict(self), "data": _data_facts(self.data)}
+        settings = {**asdict(self), "model": _model_facts(self.model), "data": _data_facts(self.data)}
         for step in ("compensate", "distill"):
             if settings[step] is None:
                 del settings[step]
@@ -278,17 +280,20 @@ def changed_recipe(default: Recipe, changes: Mapping[str, Any]) -> Recipe:
 
 def training_key(model: ModelChoice, data: DataChoice, recipe: Recipe, seed: int) -> str:
     """Return the name of a trained network's checkpoint."""
-    digest = _digest([asdict(model), _data_facts(data), asdict(recipe)])
+    digest = _digest([_model_facts(model), _data_facts(data), asdict(recipe)])
     stem = "-".join((model.label, data.name)).replace("/", "_").replace(" ", "_").replace(":", "_")
     return f"{stem}-{digest}-seed{seed}"
 
 
+def _model_facts(model: ModelChoice) -> dict[str, Any]:
+    """The model's part of a key."""
+    return {name: value for name, value in asdict(model).items() if name != "checkpoint" or value is not None}
+
+
 def _data_facts(data: DataChoice) -> dict[str, Any]:
-    """The data's part of a key: without its place, and without ``test_limit`` where the whole test set is used."""
+    """The data's part of a key: without its place, and without what is used as it is."""
     found = asdict(replace(data, data_dir=None, download=False))
-    if found["test_limit"] is None:
-        del found["test_limit"]
-    return found
+    return {name: value for name, value in found.items() if name not in ("test_limit", "image_size") or value}
 
 
 def _digest(content: Any) -> str:

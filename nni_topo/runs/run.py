@@ -74,6 +74,11 @@ class Start:
         """Two test images, on the device."""
         return self.data.test.tensors[0][:2].to(self.device)
 
+    @property
+    def timed(self) -> Tensor:
+        """The batch of test images that networks are timed on, on the device."""
+        return self.data.test.tensors[0][:LATENCY_BATCH].to(self.device)
+
     @cached_property
     def accuracy(self) -> float:
         """Of the unpruned network, in [0, 1], on the test images."""
@@ -122,7 +127,7 @@ def trained(
     progress: bool | None = None,
     accept: Callable[[nn.Module], None] | None = None,
 ) -> Start:
-    """Return a trained network: that of a checkpoint, or of a folder of checkpoints; else it is trained.
+    """Return a trained network: that of a checkpoint, its own or given, or of a folder of them; else it is trained.
 
     A network trained by a ``recipe`` (None: the model's own) is kept in the ``folder``. ``accept`` gets the untrained
     network: what it refuses isn't trained first. ConfigError or DataError if a name, the device, the checkpoint or the
@@ -145,6 +150,9 @@ def trained(
             known = zoo.load_checkpoint(path, net)
         except DataError as error:
             raise DataError(f"{error}; {DELETE}") from None
+    elif model.checkpoint is not None:
+        zoo.load_checkpoint(model.checkpoint, net)
+        zoo.check_model(net, bundle)
     else:
         log = zoo.train(net, bundle, recipe, seed=seed, device=place, progress=progress)
         known = {"seed": seed, "seconds": log.seconds}
@@ -202,7 +210,8 @@ def prune_to_ratios(cell: Cell, start: Start, ratios: dict[str, float]) -> tuple
     allocation = choice.knobs.get("budget", {}).get("allocation")
     if allocation is not None and cell.target.kind != "ratio":
         budget = {cell.target.kind: cell.target.value, "allocation": allocation}
-        choice = replace(choice, knobs={**choice.knobs, "budget": budget})
+        timed = {"example_inputs": start.timed} if cell.target.kind == "latency" else {}
+        choice = replace(choice, knobs={**timed, **choice.knobs, "budget": budget})
         config_list = [{key: item for key, item in entry.items() if key != "sparse_ratio"} for entry in config_list]
     return prune(start, choice, config_list)
 
@@ -280,9 +289,8 @@ def costs(start: Start, dense: nn.Module) -> Record:
 
 def latencies(start: Start, dense: nn.Module) -> Record:
     """Return milliseconds before and after, measured in turns on a batch of test images."""
-    images = start.data.test.tensors[0][:LATENCY_BATCH].to(start.device)
-    found = zoo.latencies({"before": start.net, "after": dense}, images)
-    return {"latency_before_ms": found["before"], "latency_ms": found["after"], "latency_batch": len(images)}
+    found = zoo.latencies({"before": start.net, "after": dense}, start.timed)
+    return {"latency_before_ms": found["before"], "latency_ms": found["after"], "latency_batch": len(start.timed)}
 
 
 def layer_widths(model: nn.Module) -> dict[str, int]:
@@ -297,7 +305,14 @@ def layer_widths(model: nn.Module) -> dict[str, int]:
 def load_model_data(model: ModelChoice, data: DataChoice) -> zoo.DataBundle:
     """Load a data set, padded to the size that a model needs."""
     pad_to = zoo.model_info(model.name).pad_to
-    bundle = zoo.load_data(data.name, data.data_dir, limit=data.limit, pad_to=pad_to, download=data.download)
+    bundle = zoo.load_data(
+        data.name,
+        data.data_dir,
+        limit=data.limit,
+        pad_to=None if data.image_size else pad_to,
+        image_size=data.image_size,
+        download=data.download,
+    )
     if data.test_limit is None:
         return bundle
     if data.test_limit < 1:

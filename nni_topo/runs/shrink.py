@@ -20,7 +20,7 @@ from nni_topo.network.capture import batches_of
 from nni_topo.network.cost import NetworkCost
 from nni_topo.network.dense import to_dense
 from nni_topo.network.dependency import dependency_groups
-from nni_topo.network.inputs import calls, structure_call, tensors_of
+from nni_topo.network.inputs import calls, first_call, structure_call, tensors_of
 from nni_topo.network.masks import Masks, check_model
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.report import DenseReport
@@ -250,6 +250,9 @@ def _chosen(
     config_list: list[dict[str, Any]] = dependency_groups(victim, example, entries)
     if callable(pruner):
         return pruner(victim, config_list, images)
+    if budget.kind == "latency":  # of the batch that counts
+        args, kwargs = first_call(model, images)
+        example = kwargs or args
     own = {"seed": seed, "calibration": images, "example_inputs": example, "budget": budget}
     taken = pruner_info(pruner).knobs()
     if "budget" not in taken:
@@ -268,7 +271,7 @@ def _check(
 ) -> None:
     """Raise what can be known before anything runs."""
     check_model(model)
-    if isinstance(pruner, str):
+    if not callable(pruner):
         check_knob_names(pruner, knobs or {})
     if not (compensate is None or callable(compensate) or compensate in METHODS):
         raise unknown_name("compensate", str(compensate), METHODS)

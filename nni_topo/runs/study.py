@@ -63,7 +63,7 @@ class Verb:
 class ModelVerb(Verb):
     """A verb for a model by name."""
 
-    model: str  # a listed name, torchvision/NAME or package.module:factory
+    model: str  # a listed name, torchvision/NAME, timm/NAME or package.module:factory
     width: float = 1.0  # factor on the layers' widths, above 0
 
     @property

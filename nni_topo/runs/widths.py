@@ -18,7 +18,7 @@ from nni_topo.network.labels import FIXED
 from nni_topo.network.latency import LatencyTable
 from nni_topo.network.network import Network
 from nni_topo.network.report import DenseReport, why_not_followed
-from nni_topo.pruners.budget import network_cost, solve_uniform
+from nni_topo.pruners.budget import network_cost, network_time, solve_timed, solve_uniform
 from nni_topo.runs.plan import Target
 
 _HALVINGS = 40
@@ -58,8 +58,15 @@ def layer_ratios(
             f"a {target.kind} target must be reachable, got {target.value:g} where the fewest channels of each layer "
             f"leave {least:.3g} (target)"
         )
-    # every layer loses the same share, up to a step of rounding that is dealt such that the whole meets the budget
-    return _as_ratios(units, solve_uniform([unit.rows for unit in units], left, target.value, bounds), config_list)
+
+    def solve(share: float) -> list[int]:
+        # every layer loses the same share, up to a step of rounding that is dealt such that the whole meets the budget
+        return solve_uniform([unit.rows for unit in units], left, share, bounds)
+
+    if target.kind == "latency" and table is None:
+        timed = _cost_left(units, network_time(model, example_inputs))
+        return _as_ratios(units, solve_timed(solve, left, timed, target.value)[0], config_list)
+    return _as_ratios(units, solve(target.value), config_list)
 
 
 def proposed_ratios(
@@ -146,7 +153,7 @@ def _units(model: nn.Module, example_inputs: Tensor, config_list: list[dict[str,
         parts[key] = math.lcm(parts[key], entry.get("internal_metric_block", 1))
         floor, cap = shares[key]
         shares[key] = max(floor, entry.get("min_sparse_ratio", 0.0)), min(cap, entry.get("max_sparse_ratio", 1.0))
-    rows = {key: len(flow.head_numbers(names[0])) // parts[key] for key, names in layers.items()}
+    rows = {key: len(flow.bundle_numbers(names[0])) // parts[key] for key, names in layers.items()}
     most = {key: min(int(rows[key] * shares[key][1]), rows[key] - 1) for key in layers}
     bounds = {key: (min(int(rows[key] * shares[key][0]), most[key]), most[key]) for key in layers}
     return [Unit(tuple(names), rows[key], parts[key], bounds[key]) for key, names in layers.items()]

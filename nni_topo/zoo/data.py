@@ -68,6 +68,12 @@ def _photographs(recipe: Recipe) -> Recipe:
     return replace(recipe, epochs=4 * recipe.epochs, augmentation="crop-flip")
 
 
+def _read_image_folder(folder: Path, image_size: int | None) -> RawData:
+    from nni_topo.zoo.image_folder import read_image_folder  # torchvision is slow to import
+
+    return read_image_folder(folder, image_size)
+
+
 _MOST_ROWS = 1000  # of text to watch: each has as many labels as places
 _DIGITS = tuple("0123456789")
 _CLOTHES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -81,6 +87,7 @@ _DATA = {
         ),
         DataInfo("cifar10", "32x32 in colour", partial(read_cifar, kind="CIFAR10"), _photographs),
         DataInfo("cifar100", "32x32 in colour", partial(read_cifar, kind="CIFAR100"), _photographs),
+        DataInfo("image-folder", "photos by class, scaled to image_size", _read_image_folder, _photographs),
         DataInfo("python-stdlib", "rows of 128 bytes of Python's own sources", read_stdlib),
     )
 }
@@ -269,12 +276,6 @@ def _text(raw: RawData, name: str, limit: int | None, validation: float, generat
     return DataBundle(
         train, watched, test, 1, raw.train_images.shape[1], len(raw.class_names), (), (), name, raw.class_names
     )
-
-
-def _read_image_folder(path: Path, image_size: int | None) -> RawData:
-    from nni_topo.zoo.image_folder import read_image_folder  # torchvision is slow to import
-
-    return read_image_folder(path, image_size)
 
 
 def _check_arguments(limit: int | None, validation: float, pad_to: int | None, image_size: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Models from outside: torchvision's classification nets and factories that a user names."""
+"""Models from outside: torchvision's and timm's classification nets, and factories that a user names."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, unknown_name
 
 TORCHVISION = "torchvision/"
+TIMM = "timm/"
 
 _NO_AUXILIARIES = {"aux_logits": False, "init_weights": True}
 _EXTRA_ARGUMENTS: dict[str, dict[str, Any]] = {"googlenet": _NO_AUXILIARIES, "inception_v3": _NO_AUXILIARIES}
@@ -36,6 +37,23 @@ def build_torchvision(name: str, num_classes: int, in_channels: int, image_size:
     model: nn.Module = models.get_model(short, weights=None, num_classes=num_classes, **arguments)
     if in_channels != 3:
         _replace_first_conv(model, in_channels, name)
+    return model
+
+
+def build_timm(name: str, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+    """Build ``timm/NAME``, untrained; ConfigError if timm isn't installed, or has no such model."""
+    try:
+        timm: Any = importlib.import_module("timm")
+    except ImportError as error:
+        raise ConfigError(f"timm must be installed: pip install timm, got none ({name})") from error
+    short = name.removeprefix(TIMM)
+    if short not in timm.list_models():
+        raise unknown_name("model", name, [TIMM + each for each in timm.list_models()])
+    model: nn.Module
+    try:
+        model = timm.create_model(short, num_classes=num_classes, in_chans=in_channels, img_size=image_size)
+    except TypeError:  # of convolutions, which take any size
+        model = timm.create_model(short, num_classes=num_classes, in_chans=in_channels)
     return model
 
 

@@ -17,7 +17,15 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.zoo.data import data_info
-from nni_topo.zoo.external import TORCHVISION, accepted, build_torchvision, import_factory, torchvision_names
+from nni_topo.zoo.external import (
+    TIMM,
+    TORCHVISION,
+    accepted,
+    build_timm,
+    build_torchvision,
+    import_factory,
+    torchvision_names,
+)
 from nni_topo.zoo.recipes import Optimizer, Recipe
 from nni_topo.zoo.resnet import resnet18, resnet20, resnet56
 from nni_topo.zoo.small import cnn12, lenet5, lenet5_like, lenet300, mnist_cnn, mnist_fcn, small_cnn
@@ -145,7 +153,7 @@ def model_info(name: str) -> ModelInfo:
     Parameters
     ----------
     name : str
-        Built-in name, ``torchvision/NAME`` or ``package.module:factory``.
+        Built-in name, ``torchvision/NAME``, ``timm/NAME`` or ``package.module:factory``.
 
     Returns
     -------
@@ -162,9 +170,11 @@ def model_info(name: str) -> ModelInfo:
         if name not in torchvision_names():
             raise unknown_name("model", name, torchvision_names())
         return ModelInfo(name, "torchvision classification model, untrained", partial(build_torchvision, name), 224)
+    if name.startswith(TIMM):
+        return ModelInfo(name, "timm classification model, untrained", partial(build_timm, name), 224)
     if ":" in name:
         return ModelInfo(name, "model factory", import_factory(name), 32)
-    raise unknown_name("model", name, [*_MODELS, "torchvision/NAME", "package.module:factory"])
+    raise unknown_name("model", name, [*_MODELS, "torchvision/NAME", "timm/NAME", "package.module:factory"])
 
 
 def create_model(
@@ -181,7 +191,7 @@ def create_model(
     Parameters
     ----------
     name : str
-        One of :func:`list_models`, ``torchvision/NAME`` (built with ``weights=None``), or
+        One of :func:`list_models`, ``torchvision/NAME`` or ``timm/NAME`` (without weights), or
         ``package.module:factory``, which is called with those of the keyword arguments below that it accepts.
     num_classes : int
         Number of logits, at least 1.

@@ -94,6 +94,7 @@ def test_layers_are_judged_on_validation_images_and_the_suggestion_on_test_image
     assert "on test images" in (tmp_path / "true" / "suggested.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_parts_are_printed_and_recorded(words, tmp_path, capsys, drawn):
     parts = ["dropout", "accumulated", "replacement", "selection", "schedules"]
     study = ["analyze", "energy", *words, "--images", "100", "--thresholds", "0.05", "0.1", "0.3", "--parts", *parts]

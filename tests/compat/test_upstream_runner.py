@@ -61,6 +61,7 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_passing_tests_are_counted_and_nothing_is_left_in_the_checkout(
     checkout: Path, images: Path, tmp_path: Path
 ) -> None:

@@ -157,7 +157,7 @@ def test_channels_that_a_pixel_shuffle_spreads_are_asked_for_together():
     assert [dense.wide.out_channels, dense.tail[0].in_channels, dense.report.kept] == [12, 3, ()]
 
 
-def test_a_layer_scale_behind_a_channel_shuffle_keeps_the_layer_whole():
+def test_a_layer_scale_behind_a_channel_shuffle_comes_in_the_order_of_the_channels():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -170,8 +170,38 @@ def test_a_layer_scale_behind_a_channel_shuffle_keeps_the_layer_whole():
             shuffled = x.view(b, 4, c // 4, h, w).transpose(1, 2).flatten(1, 2)
             return self.two(shuffled.permute(0, 2, 3, 1) * self.scale)
 
-    groups = nni_topo.dependency_groups(Model(), torch.rand(2, 3, 4, 4), bench.ASKED)
-    assert groups.skipped["one"] == "what it computes depends on removed channels (mul)"
+    torch.manual_seed(0)
+    model, images = Model().eval(), torch.rand(2, 3, 4, 4)
+    groups = nni_topo.dependency_groups(model, images, bench.ASKED)
+    assert groups.skipped.keys() == {"two"}
+    pruner = nni_topo.RandomPruner(model, groups, seed=1)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    dense = nni_topo.to_dense(model, images, masks)
+    kept = masks["one"]["bias"].view(4, 4)
+    # Each row keeps as many; the first of each come first, then the second of each.
+    rows = [row.nonzero().flatten().tolist() for row in kept]
+    order = [place * 4 + number for places in zip(*rows, strict=True) for number, place in enumerate(places)]
+    assert len(order) == 8
+    assert sorted(order) != order
+    assert torch.equal(dense.scale, model.scale[order])
+
+
+def test_a_weight_that_is_looked_at_for_its_type_holds_nothing():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.head = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 12, 1), nn.Conv2d(12, 4, 1)
+
+        def forward(self, x):
+            x = self.one(x.to(self.one.weight.dtype)).to(self.two.weight.device)
+            return self.head(self.two(x).to(self.head.weight.dtype))
+
+    model, images = Model(), torch.rand(2, 3, 4, 4)
+    groups = nni_topo.dependency_groups(model, images, bench.ASKED)
+    assert groups.skipped.keys() == {"head"}
+    dense = nni_topo.to_dense(model, images, l1_masks(model, groups))
+    assert [dense.one.out_channels, dense.two.out_channels] == [8, 6]
 
 
 def test_a_layer_whose_channels_only_go_together_stays_whole():
@@ -181,12 +211,19 @@ def test_a_layer_whose_channels_only_go_together_stays_whole():
     assert groups.skipped["2"] == "all of its channels meet one another"
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
-def test_a_recurrent_layer_that_is_asked_for_stays_whole(kind):
+@pytest.mark.parametrize(
+    ("kind", "knobs"),
+    [
+        ("LSTM", {"num_layers": 2}), ("GRU", {"bias": False}), ("RNN", {"num_layers": 2}), ("LSTM", {"proj_size": 5}),
+        ("LSTMCell", {}), ("GRUCell", {}), ("RNNCell", {}),
+    ],
+)  # fmt: skip
+def test_a_recurrent_layer_whose_units_cant_go_stays_whole(kind, knobs):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed, self.body, self.head = nn.Linear(4, 6), getattr(nn, kind)(6, 5), nn.Linear(5, 3)
+            self.embed, self.head = nn.Linear(4, 6), nn.Linear(5, 3)
+            self.body = getattr(nn, kind)(6, 8 if "proj_size" in knobs else 5, **knobs)
 
         def forward(self, rows):
             found = self.body(torch.relu(self.embed(rows)))

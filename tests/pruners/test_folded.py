@@ -91,5 +91,5 @@ def test_bad_statistics_and_other_granularities_are_refused():
     with pytest.raises(DataError, match=r"batch norms must be finite.*\(0\)"):
         clouds_of(model, CONV, toy_images(2))
     config = [{"op_names": ["0"], "sparse_ratio": 0.5, "granularity": "in_channel"}]
-    with pytest.raises(ConfigError, match=r"by output channel \(0\.weight\)"):
+    with pytest.raises(ConfigError, match=r"by output channel.*\(0\.weight\)"):
         clouds_of(normed().float(), config, toy_images(2))

@@ -1,32 +1,22 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from toy_times import LAYERS, proportional
 
 from nni_topo import dependency_groups, to_dense
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.pruners.budget import network_time, solve_timed
 from nni_topo.pruners.topological.pruner import TopologicalPruner
 from nni_topo.speedup import LatencyTable, LayerLatency, measure_latency
 from nni_topo.testing import toy_images, toy_model
 
-LAYERS = ["stem", "inner", "hidden"]
-
-
-def proportional(each, widths=LAYERS):
-    """A table in which a layer's seconds are its products of widths, times a factor."""
-    sizes = {"stem": (3, 8), "inner": (8, 8), "hidden": (8, 16), "head": (16, 4)}
-    layers = {}
-    for name in (*widths, "head"):
-        entering, leaving = ((1, size) for size in sizes[name])
-        seconds = tuple(tuple(each.get(name, 0.0) * i * o for o in leaving) for i in entering)
-        layers[name] = LayerLatency(entering, leaving, seconds, activation=float(leaving[-1]))
-    return LatencyTable(layers)
-
 
 def kept(budget, table, allocation="uniform", model=None, **rule):
     model = toy_model() if model is None else model
-    config = dependency_groups(model, toy_images(2), [{"op_names": LAYERS, **rule}])
+    config = dependency_groups(model, toy_images(2), [{"op_names": list(LAYERS), **rule}])
     pruner = TopologicalPruner(
         model,
         config,
@@ -86,11 +76,42 @@ def test_without_a_table_the_network_is_timed_once():
     _, masks = pruner.compress()
     table = pruner.planner.latency_table
     assert set(table.layers) == {"0", "2", "4"}
-    first, second = (int(masks[name]["bias"].sum()) for name in ("0", "2"))
-    whole = table({"0": (3, 64), "2": (64, 64), "4": (64, 4)})
-    assert table({"0": (3, first), "2": (first, second), "4": (second, 4)}) / whole == pytest.approx(0.5, abs=0.1)
-    pruner.compress()
+    _, again = pruner.compress()
     assert pruner.planner.latency_table is table
+    torch.testing.assert_close(again, masks)
+
+
+@pytest.mark.parametrize("share", [0.8, 0.5, 0.2])
+@pytest.mark.parametrize("taken", [lambda said: 0.15 + 0.85 * said, lambda said: said**2, lambda said: said**0.3])
+def test_what_networks_take_corrects_what_a_table_says(share, taken):
+    def said(removed):
+        return 1.0 - removed[0] / 1000
+
+    removed, left, aim = solve_timed(
+        lambda each: [round(1000 * (1.0 - each))], said, lambda removed: taken(said(removed)), share
+    )
+    assert left == taken(said(removed)) == pytest.approx(taken(aim), rel=0.05)
+    assert left == pytest.approx(share, rel=0.05)
+
+
+def test_a_time_out_of_reach_is_come_near_to():
+    removed, left, _ = solve_timed(
+        lambda aim: [int(aim < 0.9)], lambda _: 0.5, lambda removed: 1.0 - removed[0] / 4, 0.1
+    )
+    assert (removed, left) == ([1], 0.75)
+
+
+@pytest.mark.parametrize("images", [(torch.ones(2, 3, 8, 8),), torch.ones(2, 3, 8, 8)])
+def test_the_network_that_is_timed_has_the_widths_asked_for(images, monkeypatch):
+    seen = []
+    model = toy_model()
+    time = network_time(model, images)
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda net, batch: seen.append(net) or forward(net, batch))
+    kept = {"stem": np.arange(8) < 5, "inner": np.arange(8) < 5, "hidden": np.arange(16) < 3}
+    assert time({}) == 1.0
+    assert time(kept) > 0.0
+    assert {(net.stem.out_channels, net.hidden.out_features) for net in seen} == {(8, 16), (5, 3)}
 
 
 def test_a_measured_table_serves_again():

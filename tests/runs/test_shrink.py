@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from toy_times import LAYERS, proportional
 
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, SpeedupError
-from nni_topo.network import measure_latency
 from nni_topo.pruners.budget import network_cost
 from nni_topo.runs.shrink import ShrinkReport
 from nni_topo.testing import toy_images, toy_model
@@ -97,11 +97,11 @@ def test_budgets_are_met_beside_caps_and_floors(pruner, kind):
 
 
 def test_a_budget_of_time_serves_pruners_of_nni_too():
-    table = measure_latency(toy_model(), toy_images(8))
+    table = proportional(dict.fromkeys((*LAYERS, "head"), 1.0))
     small = shrunk({"latency": 0.6, "latency_table": table}, pruner="l1")
     cost = network_cost("latency", toy_model(), toy_images(8), table)
     report = {row.name: np.arange(row.before) < row.after for row in small.report.layers.rows if row.name != "norm"}
-    assert cost(report) / cost({}) == pytest.approx(0.6, abs=0.1)
+    assert cost(report) / cost({}) == pytest.approx(0.6, abs=0.09)  # one channel of the residual stream is up to 0.17
 
 
 def test_every_step_can_be_replaced():
@@ -151,6 +151,7 @@ def test_outputs_that_are_no_classes_have_no_agreement():
         ({"budget": {"flops": 1.5}}, ConfigError, "flops must be in"),
         ({"budget": {"size": 0.5}}, ConfigError, "key of budget must be a known name"),
         ({"pruner": "magic"}, ConfigError, "pruner must be a known name, got 'magic'"),
+        ({"pruner": None}, ConfigError, "a pruner's name must be text, got None"),
         ({"knobs": {"magic": 1}}, ConfigError, "knob of pruner 'reconstruction' must be a known name"),
         ({"pruner": "l1", "budget": {"params": 1e-4}}, ConfigError, "a params target must be reachable, got 0.0001"),
         ({"compensate": "magic"}, ConfigError, "compensate must be a known name"),

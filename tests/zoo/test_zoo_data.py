@@ -156,7 +156,7 @@ def test_bad_numbers_are_named(knobs: dict[str, float], message: str) -> None:
 def test_unknown_name_comes_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"got 'fashion_mnist'; did you mean fashion-mnist"):
         load_data("fashion_mnist")
-    assert list_data() == ["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "python-stdlib"]
+    assert list_data() == ["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "image-folder", "python-stdlib"]
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "cifar100"])

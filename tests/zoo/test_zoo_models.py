@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -286,3 +287,17 @@ def test_bad_numbers_are_named(knobs: dict[str, float], message: str) -> None:
 def test_models_of_fixed_width_refuse_another() -> None:
     with pytest.raises(ConfigError, match=r"width must be 1\.0 .* got 0\.5 \(lenet5\)"):
         build("lenet5", width=0.5)
+
+
+def test_models_of_timm_are_built_by_name():
+    pytest.importorskip("timm")
+    assert build("timm/resnet10t", channels=1, size=32, classes=4)(torch.zeros(2, 1, 32, 32)).shape == (2, 4)
+    assert build("timm/vit_tiny_patch16_224", size=48, classes=4)(torch.zeros(2, 3, 48, 48)).shape == (2, 4)
+    with pytest.raises(ConfigError, match=r"did you mean .*timm/resnet10t"):
+        build("timm/resnet11t", size=32)
+
+
+def test_timm_that_is_missing_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ConfigError, match=r"timm must be installed: pip install timm, got none \(timm/resnet10t\)"):
+        build("timm/resnet10t", size=32)

@@ -15,7 +15,7 @@ from nni_topo.network.norms import norm_scale
 from nni_topo.pruners.clouds.functional import check_read, readers_of
 from nni_topo.pruners.clouds.weight import Preprocess, WeightCollector, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
-from nni_topo.pruners.units import PruningUnit
+from nni_topo.pruners.units import PruningUnit, output_blocks
 
 
 class CoupledWeightCollector(DataCollector):
@@ -67,8 +67,11 @@ class CoupledWeightCollector(DataCollector):
             listened[unit.name] = torch.stack(strengths).sum(0).sqrt()
 
         def points(unit: PruningUnit, module: str, target: str) -> Tensor:
-            scale = norms.get(module, 1.0) * listened[unit.name]
-            return preprocess_points(weights[module][target] * scale[:, None], self.preprocess)
+            points = weights[module][target] * listened[unit.name][:, None]
+            if module in norms:
+                scale = norms[module][output_blocks(context.target_spaces[module][target], "coupled clouds")][..., None]
+                points = (points.unflatten(1, (scale.shape[1], -1)) * scale).flatten(1)
+            return preprocess_points(points, self.preprocess)
 
         return context.collected(points)
 

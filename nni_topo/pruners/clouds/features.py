@@ -13,7 +13,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nni_topo.errors import ConfigError, DataError, one_of, whole
+from nni_topo.errors import ConfigError, DataError, LayerError, one_of, whole
+from nni_topo.network.attention import find_heads
 from nni_topo.network.capture import by_channel, inputs_seen
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.following import followers, passes
@@ -23,8 +24,7 @@ from nni_topo.network.modes import detached_copy
 from nni_topo.network.tracing import trace
 from nni_topo.pruners.clouds.moments import Moments, check_finite, check_reached, embedding
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
-from nni_topo.pruners.transposed import loses_outputs
-from nni_topo.pruners.units import PruningUnit
+from nni_topo.pruners.units import PruningUnit, output_blocks
 
 Pool = Literal["none", "mean"] | int
 POOL = one_of(("none", "mean")) | whole(1)
@@ -69,10 +69,11 @@ class FeatureCollector(DataCollector):
     Notes
     -----
     The first column of what is handed on is each neuron's mean output, the others span its deviations from the mean;
-    all are per sample and position, so that they don't grow with the calibration set. Distances between rows are the
-    distances between features, inner products without the first column their covariances. Features wider than the
-    layer are projected onto as many dimensions as there are neurons: exactly, by a pivoted Cholesky decomposition of
-    their covariances, summed up batch by batch.
+    those of channels that only go together stand side by side, channel by channel. All are per sample and position, so
+    that they don't grow with the calibration set. Distances between rows are the distances between features, inner
+    products without the first columns their covariances. Features wider than the layer are projected onto as many
+    dimensions as there are neurons: exactly, by a pivoted Cholesky decomposition of their covariances, summed up batch
+    by batch.
     """
 
     def __init__(self, calibration: Iterable[Any] | None = None, *, pool: Pool = "none") -> None:
@@ -95,11 +96,15 @@ class FeatureCollector(DataCollector):
         return self._network
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-        """Raise ConfigError for layers that are no linear layers or convolutions."""
+        """Raise ConfigError for layers that are no linear layers or convolutions, or that attention calls."""
+        heads = {name for each in find_heads(model).values() for name in each.channels}
         for name, module in modules.items():
-            if not isinstance(module, WEIGHTED):
-                raise ConfigError(
-                    f"features must be those of a linear layer or a convolution, got {type(module).__name__} ({name})"
+            if not isinstance(module, WEIGHTED) or name in heads:
+                within = " within attention" if name in heads else ""
+                raise LayerError(
+                    "features must be those of a linear layer or a convolution that the model itself calls, got "
+                    f"{type(module).__name__}{within} ({name})",
+                    [name],
                 )
 
     def collect(self, context: PruningContext) -> Data:
@@ -127,10 +132,10 @@ class FeatureCollector(DataCollector):
         if samples < 2:
             raise DataError(f"calibration must hold at least two samples to be clustered by, got {samples}")
 
-        def points(unit: PruningUnit, module: str, _: str) -> Tensor:
-            found = rows[module].points(module)
-            _check_blocks(unit, len(found), context)
-            return found
+        def points(_: PruningUnit, module: str, target: str) -> Tensor:
+            return (
+                rows[module].points(module)[output_blocks(context.target_spaces[module][target], "features")].flatten(1)
+            )
 
         return context.collected(points)
 
@@ -233,14 +238,3 @@ def _followed(graph: GraphModule, node: Node) -> tuple[Node, tuple[str, ...]]:
             break
         node = follower
     return node, tuple(norms)
-
-
-def _check_blocks(unit: PruningUnit, channels: int, context: PruningContext) -> None:
-    for module_name, target_name in unit.members:
-        space = context.target_spaces[module_name][target_name]
-        if channels != unit.blocks or not (space.granularity == "out_channel" or loses_outputs(space)):
-            kind = type(space._wrapper.module).__name__
-            raise ConfigError(
-                f"features need layers pruned by output channel, got a {kind} of {channels} channels in {unit.blocks} "
-                f"blocks of granularity {space.granularity!r} ({module_name})"
-            )

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import DataError
 from nni_topo.network.following import norms_behind
 from nni_topo.network.network import Network
 from nni_topo.network.norms import through_norms
 from nni_topo.pruners.clouds.weight import Preprocess, WeightCollector, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
-from nni_topo.pruners.transposed import loses_outputs
-from nni_topo.pruners.units import PruningUnit
+from nni_topo.pruners.units import PruningUnit, output_blocks
 
 
 class FoldedWeightCollector(DataCollector):
@@ -61,15 +60,16 @@ class FoldedWeightCollector(DataCollector):
         norms = norms_behind(context.model, Network.on(context.model, self.example_inputs).flow)
 
         def points(_: PruningUnit, module: str, target: str) -> Tensor:
-            _check_outputs(context, module, target)
+            outputs = output_blocks(context.target_spaces[module][target], "folded clouds")
             behind = [context.model.get_submodule(norms[module])] if module in norms else []
-            own = weights[module][target]
+            own = weights[module][target].unflatten(1, (outputs.shape[1], -1))
             scale, offset = (
-                values.cpu()[:, None] for values in through_norms(behind, _bias(context, module, len(own)))
+                values.cpu()[outputs][..., None]
+                for values in through_norms(behind, _bias(context, module, outputs.size))
             )
             if not bool(torch.isfinite(scale).all() and torch.isfinite(offset).all()):
                 raise DataError(f"biases and batch norms must be finite, got NaN or infinity ({module})")
-            return preprocess_points(torch.cat([own * scale, offset], 1), self.preprocess)
+            return preprocess_points(torch.cat([own * scale, offset], 2).flatten(1), self.preprocess)
 
         return context.collected(points)
 
@@ -82,9 +82,3 @@ def _bias(context: PruningContext, module_name: str, channels: int) -> Tensor:
         return torch.zeros(channels, dtype=torch.float64)
     found: Tensor = bias.detach().to("cpu", torch.float64)
     return found
-
-
-def _check_outputs(context: PruningContext, module_name: str, target_name: str) -> None:
-    space = context.target_spaces[module_name][target_name]
-    if target_name != "weight" or not (space.granularity == "out_channel" or loses_outputs(space)):
-        raise ConfigError(f"a folded cloud needs a weight pruned by output channel ({module_name}.{target_name})")

@@ -12,19 +12,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import LayerError
 from nni_topo.network.capture import by_channel, run, watched
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.inputs import Call, structure_call
 from nni_topo.network.labels import FIXED
-from nni_topo.network.layers import is_depthwise
+from nni_topo.network.layers import is_depthwise, weight_of
 from nni_topo.network.network import Network
 from nni_topo.network.transformers import mixing_called
 from nni_topo.pruners.clouds.moments import Moments, points_of_gram
 from nni_topo.pruners.clouds.weight import Preprocess, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
-from nni_topo.pruners.transposed import loses_outputs
-from nni_topo.pruners.units import PruningUnit
+from nni_topo.pruners.units import PruningUnit, output_blocks
 
 IntArray = NDArray[np.int64]
 
@@ -129,14 +128,16 @@ class Reader:
 def readers_of(unit: PruningUnit, flow: ChannelFlow, context: PruningContext, *, order: float = 2.0) -> list[Reader]:
     """Return the layers that read a unit, strengths being norms of this order; ConfigError if none reads it."""
     lead, target = unit.members[0]
-    space = context.target_spaces[lead][target]
-    by_channel = space.granularity == "out_channel" or loses_outputs(space)
-    if lead not in flow.layers or not (lead in flow.heads or by_channel):
-        raise ConfigError(f"a cloud of what is read needs a layer pruned by output channel ({unit.name})")
+    outputs = output_blocks(context.target_spaces[lead][target], "clouds of what is read")
+    if lead not in flow.layers or not np.array_equal(np.sort(flow.bundles(lead)), outputs):
+        raise LayerError(
+            f"channels that only go together must be asked for together, as dependency_groups does ({unit.name})",
+            [lead],
+        )
     places = _reading(lead, flow, dict(context.model.named_modules()))
     if not places:
         raise unread_error([unit.name])
-    mixes = lead in flow.heads
+    mixes = lead in flow.heads and not flow.heads[lead].recurrent
     return [Reader(module, found, read_strength(module, found, order), mixes) for module, found in places]
 
 
@@ -157,18 +158,19 @@ def check_read(
         raise unread_error(unread)
 
 
-def unread_error(names: list[str]) -> ConfigError:
+def unread_error(names: list[str]) -> LayerError:
     """Build the error for layers that nothing reads, with the ways on."""
-    return ConfigError(
+    return LayerError(
         "a cloud of what is read, and ReconstructionPruner, need a layer behind that reads all channels of a layer "
         "alike, got none: exclude such layers from the config_list (exclude_op_names), or let TopologicalPruner look "
-        f"at the layer itself, cloud='activation' or 'weight' ({', '.join(names)})"
+        f"at the layer itself, cloud='activation' or 'weight' ({', '.join(names)})",
+        names,
     )
 
 
 def _reading(name: str, flow: ChannelFlow, modules: dict[str, nn.Module]) -> list[tuple[nn.Module, IntArray]]:
     """Return the layers that read another one's channels, and where each channel enters."""
-    channels = flow.roots(flow.head_numbers(name))
+    channels = flow.roots(flow.bundle_numbers(name))
     found = []
     for other in flow.layers:
         module = modules[other]
@@ -193,7 +195,7 @@ def _places(channels: IntArray, entering: IntArray) -> IntArray | None:
 
 def read_strength(module: nn.Module, places: IntArray, order: float = 2.0) -> Tensor:
     """Return norms, float64 on the CPU, shape of ``places``, of the weights that read these input channels."""
-    weight: Tensor = module.weight.detach().double()  # type: ignore[operator]
+    weight = weight_of(module).detach().double()
     groups = getattr(module, "groups", 1)
     if getattr(module, "transposed", False):
         # Its weight has the input channels first, whatever the groups.

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from nni_topo.errors import ConfigError, DataError, check_integer
 from nni_topo.network.capture import called, watched
 from nni_topo.network.inputs import call_arguments, on_device, structure_call, tensors_of
+from nni_topo.network.layers import feature_dimension
 from nni_topo.network.modes import detached_copy, device_of
 from nni_topo.network.network import Network
 from nni_topo.pruners.clouds.functional import Reader, check_read, readers_of
@@ -200,7 +201,7 @@ class _Gates:
 
     def _gate(self, name: str, reader: Reader) -> Callable[[Tensor], Tensor | None]:
         places = torch.from_numpy(reader.places)
-        channel_dim = -1 if isinstance(reader.module, nn.Linear) else 1
+        channel_dim = feature_dimension(reader.module)
 
         def gate(values: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():

@@ -9,12 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nni_topo.errors import ConfigError, DataError, one_of
+from nni_topo.errors import DataError, one_of
 from nni_topo.network.capture import by_channel, watched
 from nni_topo.pruners.clouds.moments import Moments, points_of_gram
 from nni_topo.pruners.clouds.narrowing import Narrowing, stretches
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
-from nni_topo.pruners.units import PruningUnit
+from nni_topo.pruners.units import PruningUnit, output_blocks
 
 Preprocess = Literal["none", "center", "standardize", "unit"]
 _PREPROCESS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -168,14 +168,9 @@ class ActivationCollector(DataCollector):
             context.run(self.calibration)
 
         def points(_: PruningUnit, module: str, target: str) -> Tensor:
-            blocks = context.metric_shape(module, target)[0]
+            outputs = output_blocks(context.target_spaces[module][target], "activation clouds")
             found = points_of_gram(moments[module].gram(module, center=self.center))
-            if len(found) != blocks or context.target_spaces[module][target].granularity != "out_channel":
-                raise ConfigError(
-                    f"an activation cloud needs one output channel per block, got {len(found)} channels for "
-                    f"{blocks} blocks ({module}.{target})"
-                )
-            return preprocess_points(found, self.preprocess)
+            return preprocess_points(found[outputs].flatten(1), self.preprocess)
 
         return context.collected(points)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -13,11 +14,12 @@ from nni_topo.errors import DataError
 from nni_topo.maths.clustering import partition
 from nni_topo.maths.clustering.partition import FloatArray, IntArray
 from nni_topo.maths.ties import FLOOR, RELATIVE, descending, leveled
+from nni_topo.network.numbering import Layer
 from nni_topo.pruners.clouds.features import FeatureCollector
 from nni_topo.pruners.cluster.survivors import best_of, survivor_scores
 from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext
 from nni_topo.pruners.planner import Planner
-from nni_topo.pruners.units import PruningUnit
+from nni_topo.pruners.units import PruningUnit, output_blocks
 
 BoolArray = NDArray[np.bool_]
 _CONSTANT = 1e-12
@@ -75,7 +77,8 @@ class SurvivorMetric(MetricCalculator):
 
     def calculate(self, data: Data, context: PruningContext) -> KeptSet:
         """Cluster every unit and choose the neurons that stay."""
-        clouds = {unit.name: _clouds(unit, data) for unit in context.units}
+        layers = self.collector.network.flow.layers
+        clouds = {unit.name: _clouds(unit, data, layers) for unit in context.units}
         found = self.cluster(clouds, context)
         generator = np.random.default_rng(self.seed)
         self.pairs = {}
@@ -84,10 +87,12 @@ class SurvivorMetric(MetricCalculator):
             points = np.concatenate([cloud.points for cloud in clouds[unit.name]])
             closeness = _closeness(points, found[unit.name].labels)
             scores = survivor_scores(self.survivor, unit, context, self.collector.network, closeness, generator)
-            kept[unit.name] = self._kept(unit, points, found[unit.name], scores)
+            kept[unit.name] = self._kept(unit, points, found[unit.name], scores, context)
         return context.keep(kept)
 
-    def _kept(self, unit: PruningUnit, points: FloatArray, clusters: Clusters, scores: FloatArray) -> BoolArray:
+    def _kept(
+        self, unit: PruningUnit, points: FloatArray, clusters: Clusters, scores: FloatArray, context: PruningContext
+    ) -> BoolArray:
         """Choose what stays of a unit and remember what it stands for."""
         labels = clusters.labels
         best = best_of(labels, scores)
@@ -101,7 +106,10 @@ class SurvivorMetric(MetricCalculator):
             lacking = clusters.rows - (len(part) - len(others))
             kept[others[descending(distances[others])[: max(lacking, 0)]]] = True
         gone = np.flatnonzero(~kept & (best >= 0))
-        self.pairs[unit.members[0][0]] = {int(node): int(best[node]) for node in gone}
+        lead, target = unit.members[0]
+        outputs = output_blocks(context.target_spaces[lead][target], "clusters")
+        both = zip(outputs[gone].ravel().tolist(), outputs[best[gone]].ravel().tolist(), strict=True)
+        self.pairs[lead] = dict(both)
         return kept
 
 
@@ -132,11 +140,13 @@ class ClusterMetric(SurvivorMetric):
         return Clusters(labels, rows)
 
 
-def _clouds(unit: PruningUnit, data: Data) -> list[FeatureCloud]:
-    """Join the members' features and cut them into the unit's parts."""
-    members = [data[module][target].numpy() for module, target in unit.members]
-    points = np.concatenate(members, axis=1) / np.sqrt(len(members))
-    deviations = np.concatenate([each[:, 1:] for each in members], axis=1) / np.sqrt(len(members))
+def _clouds(unit: PruningUnit, data: Data, layers: Mapping[str, Layer]) -> list[FeatureCloud]:
+    """Join the members' features, of a neuron those of all its channels, and cut them into the unit's parts."""
+    members = [data[m][t].unflatten(1, (layers[m].channels // unit.blocks, -1)).numpy() for m, t in unit.members]
+    points, deviations = (
+        np.concatenate([each.reshape(unit.blocks, -1) for each in some], axis=1) / np.sqrt(len(members))
+        for some in (members, [each[..., 1:] for each in members])
+    )
     scale = np.square(points).sum()
     if scale > 0 and np.square(deviations).sum() <= _CONSTANT * scale:
         raise DataError(f"features must vary over the calibration samples, got constants for all neurons ({unit.name})")

@@ -7,13 +7,14 @@ Technology, 2019, sections 4.3.1 and 5.3.5.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
 from scipy.stats import rankdata
 from torch import nn
 
-from nni_topo.errors import ConfigError, all_of, one_of
+from nni_topo.errors import ConfigError, LayerError, all_of, one_of
 from nni_topo.maths.clustering.partition import FloatArray, IntArray
 from nni_topo.maths.ties import first_largest, leveled
 from nni_topo.network.layers import by_output
@@ -79,9 +80,9 @@ def offsets(unit: PruningUnit, context: PruningContext, network: TracedNetwork) 
         norms = [modules[norm] for norm in network.taps[name].norms]
         bias = getattr(modules[name], "bias", None)
         if bias is not None or norms:
-            constant = torch.zeros(unit.blocks) if bias is None else bias
+            constant = torch.zeros(network.flow.layers[name].channels) if bias is None else bias
             # What counts is what arrives at the activation: the bias as the batch norms on the way change it.
-            found.append(through_norms(norms, constant)[1].cpu().numpy())
+            found.append(through_norms(norms, constant)[1].cpu().numpy().reshape(unit.blocks, -1).sum(1))
     return np.sum(found, axis=0) if found else None
 
 
@@ -101,8 +102,7 @@ def _connections(unit: PruningUnit, context: PruningContext, network: TracedNetw
         space = context.target_spaces[module_name][target_name]
         weight = by_output(space.target, space._wrapper.module).detach().double().cpu().numpy()
         total += np.abs(weight).reshape(unit.blocks, -1).sum(1)
-    if np.isin(network.flow.layer_roots(unit.members[0][0]), network.flow.at_output).all():
-        return total
-    for reader in readers_of(unit, network.flow, context):
-        total += read_strength(reader.module, reader.places, 1.0).sum(1).numpy()
+    with suppress(LayerError):  # no layer reads the channels: they are the model's output, say
+        for reader in readers_of(unit, network.flow, context):
+            total += read_strength(reader.module, reader.places, 1.0).sum(1).numpy()
     return total

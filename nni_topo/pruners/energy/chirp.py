@@ -11,14 +11,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from nni_topo.errors import FLAG, ConfigError, DataError, as_settings, check_knobs, one_of
+from nni_topo.errors import FLAG, ConfigError, DataError, LayerError, as_settings, check_knobs, one_of
 from nni_topo.maths import signals
-from nni_topo.network.layers import WEIGHTED
+from nni_topo.network.layers import WEIGHTED, weight_name
 from nni_topo.network.network import Network
 from nni_topo.pruners.clouds.coupled import norm_scales
 from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
-from nni_topo.pruners.units import PruningUnit
+from nni_topo.pruners.units import PruningUnit, holds_columns, output_blocks
 
 Linear = Literal["refuse", "unit-energy"]
 Normalization = Literal["none", "area", "layer"]
@@ -62,13 +62,11 @@ class EnergyCollector(DataCollector):
         scales = self._norm_scales(context)
 
         def points(unit: PruningUnit, module: str, target: str) -> Tensor:
+            if holds_columns(space := context.target_spaces[module][target]):
+                return torch.zeros(unit.blocks, 1, dtype=torch.float64)
             energy, positions = found[module]
             energy = self._normalized(energy * scales.get(module, torch.ones(())) ** 2, positions)
-            if energy.shape != (unit.blocks,) or target != "weight":
-                raise ConfigError(
-                    f"energies need one output channel per block, got {energy.numel()} channels for {unit.blocks} "
-                    f"blocks ({module}.{target})"
-                )
+            energy = energy[output_blocks(space, "energies")].sum(1)
             if not bool(torch.isfinite(energy).all()):
                 raise DataError(f"energies must be finite, got NaN or infinity ({module}.{target})")
             return energy[:, None]
@@ -132,12 +130,12 @@ def check_layer(name: str, module: nn.Module, linear: Linear = "unit-energy") ->
             f"a chirp must meet a convolution, got {type(module).__name__}; exclude it or set linear='unit-energy' "
             f"({name})"
         )
-    weight = getattr(module, "weight", None)
+    weight = getattr(module, weight_name(module), None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         kind = weight.dtype if isinstance(weight, Tensor) else f"the weights of {type(module).__module__}"
         raise DataError(f"weights must be real floating-point tensors, got {kind} ({name}.weight)")
     if not isinstance(module, WEIGHTED):
-        raise ConfigError(f"energies are defined for convolutions, got {type(module).__name__} ({name})")
+        raise LayerError(f"energies are defined for convolutions, got {type(module).__name__} ({name})", [name])
 
 
 def masked_parameters(context: PruningContext, name: str) -> tuple[Tensor, Tensor | None]:

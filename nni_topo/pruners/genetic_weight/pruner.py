@@ -23,7 +23,7 @@ from torch import nn
 from nni_topo.errors import ANYTHING, FUNCTION, NONE, PATH, ConfigError, as_settings, settings, whole
 from nni_topo.maths.search.weights import HistoryRow, WeightGeneticAlgorithm, WeightSearch
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.checks import check_weight_target, pruner_arguments
+from nni_topo.pruners.checks import check_weight_target, of_single_weights, pruner_arguments
 from nni_topo.pruners.genetic_weight.metric import GeneticMetric, OnGeneration, checked_validation
 from nni_topo.pruners.topological_magnitude.trees import MagnitudeCollector
 from nni_topo.pruners.units import is_active
@@ -142,7 +142,7 @@ class GeneticWeightPruner(StructuredPruner):
         )
         super().__init__(
             model,
-            config_list,
+            of_single_weights(config_list),
             evaluator,
             existed_wrappers,
             collector=MagnitudeCollector(),

@@ -22,7 +22,7 @@ from nni_topo.network.layers import CONVOLUTIONS
 from nni_topo.network.network import Network
 from nni_topo.network.sizes import graph_of_convolution
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.checks import check_weight_target, pruner_arguments
+from nni_topo.pruners.checks import check_weight_target, of_single_weights, pruner_arguments
 from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.rounds import Round, even_steps, matched_state, prune_in_rounds
 from nni_topo.pruners.topological_magnitude.trees import (
@@ -128,7 +128,7 @@ class TopologicalMagnitudePruner(StructuredPruner):
         self._metric = TreeMetric(conv_graph=conv_graph, graphs=graphs, on_subcritical=on_subcritical)
         super().__init__(
             model,
-            config_list,
+            of_single_weights(config_list),
             evaluator,
             existed_wrappers,
             collector=MagnitudeCollector(),

@@ -218,6 +218,7 @@ def test_the_best_trial_is_one_that_succeeded():
         best_trial(trials[3:])
 
 
+@pytest.mark.slow
 def test_a_trial_without_files_here_is_run_again(nets, tmp_path, monkeypatch):
     monkeypatch.setenv("NNI_TOPO_EVALUATORS", "torch")
     away = record("SUCCEEDED", 0.7, "/on/another/machine")

@@ -82,6 +82,7 @@ def ranks(nets, tmp_path_factory):
     return folder, done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_get_the_first_ones_masks_and_train_the_same_net(ranks):
     folder, _ = ranks
     first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1))
@@ -95,6 +96,7 @@ def test_two_processes_get_the_first_ones_masks_and_train_the_same_net(ranks):
     assert first["accuracy"] > 0.5
 
 
+@pytest.mark.slow
 def test_a_trial_by_two_processes(ranks):
     folder, words = ranks
     assert [json.loads(line).get("step") for line in words.splitlines()] == [0, 1, 2, None]
@@ -129,6 +131,7 @@ def test_shares_are_equal_and_apart():
         data_share(data, 0, 12)
 
 
+@pytest.mark.slow
 def test_a_dask_cluster_searches_layers_to_the_same_masks(tmp_path, monkeypatch):
     distributed = pytest.importorskip("distributed", reason="needs Dask: pip install 'nni_topo[dask]'")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -1,0 +1,87 @@
+"""How near to a budget a network comes: what was asked for and what is left, counted and timed on the dense network.
+
+    python benchmarks/bench_budgets.py --out runs/budgets
+
+shrinks networks of new weights by norm to shares of their MACs, parameters, memory and time. MACs, parameters and
+bytes are counted on what comes out; time is that of a batch of 32 on one thread, in turns with the whole network. A
+line per figure goes to ``budgets.jsonl``; the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import nni_topo
+from nni_topo import zoo
+from nni_topo.network.cost import NetworkCost
+from nni_topo.pruners.budget import BUDGETS
+from nni_topo.runs.records import append_record, read_records
+from nni_topo.runs.tables import markdown_table
+
+# name, channels and side of its images
+NETS = {
+    "resnet20": (3, 32),
+    "resnet56": (3, 32),
+    "vgg16": (3, 32),
+    "resnet18": (3, 64),
+    "torchvision/mobilenet_v2": (3, 96),
+    "vit_small": (1, 28),
+}
+SHARES = (0.5, 0.25)
+
+
+def main() -> None:
+    """Parse the command line, run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", default=list(NETS), choices=NETS)
+    parser.add_argument("--kinds", nargs="+", default=list(BUDGETS), choices=BUDGETS)
+    parser.add_argument("--batch", type=int, default=32, help="of the images that are timed")
+    parser.add_argument("--runs", type=int, default=30, help="that the median is of")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "budgets.jsonl"
+    done = {tuple(record["key"]) for record in read_records(path)}
+    for key in [(model, kind, share) for model in options.models for kind in options.kinds for share in SHARES]:
+        if key not in done:
+            append_record(path, {"key": key, "left": _left(*key, options)})
+    _print(read_records(path))
+
+
+def _left(name: str, kind: str, share: float, options: argparse.Namespace) -> float:
+    """Shrink a network of new weights to a share of a cost and return the share that is left."""
+    channels, side = NETS[name]
+    net = zoo.create_model(name, num_classes=10, in_channels=channels, image_size=side, seed=0).eval()
+    torch.manual_seed(0)
+    images = torch.randn(options.batch, channels, side, side)
+    small = nni_topo.shrink(net, [images], {kind: share}, pruner="l1", compensate=None, distill=False)
+    if kind == "latency":
+        times = zoo.latencies({"whole": net, "small": small}, images, runs=options.runs)
+        return times["small"] / times["whole"]
+    return _cost(small, kind, images) / _cost(net, kind, images)
+
+
+def _cost(net: nn.Module, kind: str, images: torch.Tensor) -> float:
+    if kind == "memory":
+        return NetworkCost(net, images[:1])({}).memory
+    return zoo.count_macs(net, images[:1]) if kind == "flops" else zoo.count_params(net)
+
+
+def _print(records: list[dict[str, Any]]) -> None:
+    """Print the table: a row per network and share, a column per cost."""
+    found = {tuple(record["key"]): record["left"] for record in records}
+    rows = []
+    for name, share in sorted({(name, share) for name, _, share in found}, key=lambda each: (each[0], -each[1])):
+        left = [found.get((name, kind, share)) for kind in BUDGETS]
+        rows.append([name, f"{share:g}", *("" if each is None else f"{each:.3f}" for each in left)])
+    print(markdown_table(["network", "asked for", "MACs", "parameters", "time", "memory"], rows))
+
+
+if __name__ == "__main__":
+    main()

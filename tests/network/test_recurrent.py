@@ -1,0 +1,132 @@
+"""Units of recurrent layers: all gates of one go together, and whatever reads it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from nni.compression.pruning import L1NormPruner
+from torch import nn
+
+import nni_topo
+from nni_topo.errors import ConfigError
+from nni_topo.network.cost import NetworkCost
+
+KINDS = [nn.LSTM, nn.GRU, nn.RNN]
+ASKED = [{"op_types": ["Linear", "LSTM", "GRU", "RNN"], "sparse_ratio": 0.5}]
+
+
+class Net(nn.Module):
+    """A recurrent layer between linear ones."""
+
+    def __init__(self, kind, **knobs):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.body, self.head = nn.Linear(4, 6), kind(6, 10, **knobs), nn.Linear(10, 3)
+
+    def forward(self, rows):
+        return self.head(self.body(torch.relu(self.embed(rows)))[0])
+
+
+def without(module, units):
+    """Return a recurrent layer whose rows of some units are zero, so that these are zero at each step."""
+    copied = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.unflatten(0, (-1, module.hidden_size))[:, units] = 0
+    return copied
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pruner", [L1NormPruner, nni_topo.RandomPruner, nni_topo.TopologicalPruner])
+def test_units_go_with_all_of_their_gates(kind, batch_first, pruner):
+    model, rows = Net(kind, batch_first=batch_first).eval(), torch.randn(5, 7, 4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    groups = nni_topo.dependency_groups(model, rows, ASKED)
+    assert [entry["op_names"] for entry in groups] == [["embed"], ["body"]]
+    found = pruner(model, groups)
+    _, masks = found.compress()
+    wrapped = model(rows)
+    found.unwrap_model()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    gone = masks["body"]["bias_hh_l0"].view(-1, 10)[0] == 0
+    assert int(gone.sum()) == 5
+    for target, mask in masks["body"].items():
+        gates = mask.expand_as(getattr(model.body, target)).unflatten(0, (-1, 10))
+        assert bool((gates[:, gone] == 0).all())
+        assert bool((gates[:, ~gone] == 1).all()), target
+    dense = nni_topo.to_dense(model, rows, masks)
+    assert [dense.body.input_size, dense.body.hidden_size, dense.head.in_features] == [3, 5, 5]
+    assert dense.body.weight_hh_l0.shape == (len(dense.body.weight_ih_l0), 5)
+    # The wrapped model has no norm whose shift would survive, so it computes the same.
+    assert torch.allclose(dense(rows), wrapped, atol=1e-6)
+    with torch.no_grad():
+        model.embed.weight[masks["embed"]["bias"] == 0] = 0
+        model.embed.bias[masks["embed"]["bias"] == 0] = 0
+    model.body = without(model.body, gone)
+    assert torch.allclose(dense(rows), model(rows), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_units_are_scored_by_all_gates_and_both_weights(kind):
+    model, rows = Net(kind, batch_first=True).eval(), torch.randn(5, 7, 4)
+    with torch.no_grad():
+        for name in ("weight_ih_l0", "weight_hh_l0"):
+            getattr(model.body, name).fill_(1.0)
+        # Small at one gate of one weight, and the smallest in sum.
+        model.body.weight_ih_l0[3] = 0.0
+        model.body.weight_hh_l0[-3] = -0.01
+        model.body.weight_hh_l0[-3, 0] = 100.0
+    groups = nni_topo.dependency_groups(model, rows, [{"op_names": ["body"], "sparse_ratio": 0.1}])
+    _, masks = L1NormPruner(model, groups).compress()
+    assert masks["body"]["bias_ih_l0"].view(-1, 10)[0].tolist() == [1, 1, 1, 0, 1, 1, 1, 1, 1, 1]
+
+
+def test_states_tie_the_units_of_two_layers():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.reads, self.writes, self.head = nn.LSTM(4, 8), nn.LSTM(4, 8), nn.Linear(8, 3)
+
+        def forward(self, rows):
+            _, state = self.reads(rows)
+            return self.head(self.writes(rows, state)[0])
+
+    model, rows = Pair().eval(), torch.randn(5, 2, 4)
+    groups = nni_topo.dependency_groups(model, rows, ASKED)
+    assert {entry["dependency_group_id"] for entry in groups} == {"group_0"}
+    pruner = nni_topo.RandomPruner(model, groups)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    dense = nni_topo.to_dense(model, rows, masks)
+    assert [dense.reads.hidden_size, dense.writes.hidden_size, dense.report.kept] == [4, 4, ()]
+
+
+def test_cost_file_and_layers_behind_know_of_fewer_units(tmp_path):
+    model, rows = Net(nn.LSTM, batch_first=True).eval(), torch.randn(64, 7, 4)
+    groups = nni_topo.dependency_groups(model, rows[:2], ASKED)
+    pruner = nni_topo.ReconstructionPruner(model, groups, calibration=[rows])
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    solved = nni_topo.compensate(model, masks, [rows])
+    dense = nni_topo.to_dense(solved, rows[:2], masks)
+    plain = nni_topo.to_dense(model, rows[:2], masks)
+    expected = model(rows)
+    assert (dense(rows) - expected).square().mean() < (plain(rows) - expected).square().mean()
+    units = masks["body"]["bias_ih_l0"].view(4, 10)[0].bool().numpy()
+    cost = NetworkCost(model, rows[:2])
+    found = cost({"body": units})
+    assert found.params == sum(parameter.numel() for parameter in dense.parameters())
+    # Of each of 7 rows: 4 x 6, which no linear layer reads, four gates of 5 units that read 6 + 5, and 5 x 3.
+    assert found.macs == 7 * (24 + 20 * 11 + 15)
+    nni_topo.save(dense, tmp_path / "dense.pt")
+    assert torch.equal(nni_topo.load(tmp_path / "dense.pt", model)(rows), dense(rows))
+
+
+def test_a_recurrent_layer_of_several_levels_cant_be_named():
+    model = Net(nn.LSTM, num_layers=2)
+    with pytest.raises(ConfigError, match=r"one level and one direction.*\(body\)"):
+        nni_topo.RandomPruner(model, [{"op_names": ["body"], "sparse_ratio": 0.5}])

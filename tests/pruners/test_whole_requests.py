@@ -1,0 +1,158 @@
+"""Whole requests by dependency groups: channels that only go together, and what a pruner can make nothing of."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import nni
+import pytest
+import torch
+from nni.compression import TorchEvaluator
+from torch import nn
+
+import nni_topo
+from nni_topo.errors import ConfigError, LayerError
+from nni_topo.pruners.registry import list_pruners, pruner_info
+from nni_topo.testing import toy_knobs
+
+sys.path.insert(0, str(_BENCHMARKS := Path(__file__).parents[2] / "benchmarks"))
+import zoo_nets
+
+sys.path.remove(str(_BENCHMARKS))
+
+ASKED = [{"op_types": ["Conv2d", "Linear", "LSTM"], "sparse_ratio": 0.5}]
+# It scores batch norms, not the layers before them.
+STRUCTURED = [name for name in list_pruners() if pruner_info(name).structured and name != "slim"]
+WEIGHTS = [name for name in list_pruners() if not pruner_info(name).structured]
+
+
+def knobs_of(name, model, inputs):
+    info = pruner_info(name)
+    batches = [inputs + 0.1 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    knobs = toy_knobs(info.knobs(), info.needs)
+    if "example_inputs" in knobs:
+        knobs["example_inputs"] = inputs
+    if "calibration" in knobs:
+        knobs["calibration"] = batches
+    if "training_steps" in info.needs:
+        knobs |= {"training_steps": 2, "evaluator": evaluator(model, batches)}
+    if name == "genetic_weight":
+        knobs |= {"evaluate": lambda model: 1.0, "search": {"generations": 1, "population_size": 2}}
+    return knobs
+
+
+def evaluator(model, batches):
+    def train(model, optimizer, step, scheduler, max_steps, max_epochs):
+        for batch in batches[:max_steps]:
+            optimizer.zero_grad()
+            step(batch, model).backward()
+            optimizer.step()
+
+    optimizer = nni.trace(torch.optim.SGD)(model.parameters(), lr=0.0)
+    return TorchEvaluator(train, optimizer, lambda batch, model: model(batch).square().mean())
+
+
+def pruned(name, model, inputs, asked=ASKED):
+    groups = nni_topo.dependency_groups(model, inputs, asked)
+    pruner = nni_topo.create_pruner(name, model, groups, **knobs_of(name, model, inputs))
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    return masks
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_every_pruner_takes_half_of_what_a_pixel_shuffle_spreads(name):
+    model, inputs = zoo_nets.make("pixel_shuffle")
+    masks = pruned(name, model, inputs)
+    dense = nni_topo.to_dense(model, inputs, masks)
+    assert [dense.stem[0].out_channels, dense.wide.out_channels, dense.tail[0].out_channels] == [4, 12, 4]
+    images = masks["wide"]["weight"].flatten(1)[:, 0].view(6, 4)
+    assert torch.equal(images, images[:, :1].expand_as(images))
+    assert dense.report.kept == ()
+
+
+@pytest.mark.parametrize("net", ["multihead_attention", "own_attention", "sliced", "lstm", "squeeze_excite"])
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_every_pruner_serves_a_whole_request(name, net):
+    model, inputs = zoo_nets.make(net)
+    nni_topo.to_dense(model, inputs, pruned(name, model, inputs))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_pruners_of_single_weights_pass_over_what_goes_together(name):
+    model, inputs = zoo_nets.make("pixel_shuffle")
+    masks = pruned(name, model, inputs)
+    weight = masks["wide"]["weight"]
+    assert 0.4 < float(weight.mean()) < 1.0 if name == "genetic_weight" else float(weight.mean()) == pytest.approx(0.5)
+    plain = [{"op_names": ["wide"], "sparse_ratio": 0.5, "granularity": [4, -1, -1, -1]}]
+    if name != "level":
+        with pytest.raises(ConfigError, match="granularity"):
+            nni_topo.create_pruner(name, model, plain, **knobs_of(name, model, inputs)).compress()
+
+
+@pytest.mark.parametrize(("name", "knobs"), [("reconstruction", {}), ("cluster", {"algorithm": "ward"})])
+def test_of_two_images_that_are_the_same_one_goes(name, knobs):
+    model, inputs = zoo_nets.make("pixel_shuffle")
+    with torch.no_grad():
+        model.wide.weight[8:12] = model.wide.weight[:4]
+        model.wide.bias[8:12] = model.wide.bias[:4]
+    groups = nni_topo.dependency_groups(model, inputs, [{"op_names": ["wide"], "sparse_ratio": 0.2}])
+    pruner = nni_topo.create_pruner(name, model, groups, **knobs_of(name, model, inputs) | knobs)
+    _, masks = pruner.compress()
+    gone = masks["wide"]["bias"].view(6, 4).sum(1)
+    assert sorted(gone[[0, 2]].tolist()) == [0, 4]
+    assert gone[[1, 3, 4, 5]].tolist() == [4] * 4
+    if name == "cluster":
+        one, other = (0, 8) if gone[0] == 0 else (8, 0)
+        assert pruner.pairs["wide"] == {one + i: other + i for i in range(4)}
+
+
+def test_energy_of_an_image_is_that_of_its_channels():
+    model, inputs = zoo_nets.make("pixel_shuffle")
+    with torch.no_grad():
+        model.wide.bias.zero_()
+        model.wide.weight[:] = model.wide.weight[:1].clone()
+        # The first of an image is the loudest of all, the image as a whole the most silent.
+        model.wide.weight.view(6, 4, -1)[0] *= torch.tensor([1.5, 0.0, 0.0, 0.0])[:, None]
+    groups = nni_topo.dependency_groups(model, inputs, [{"op_names": ["wide"], "sparse_ratio": 0.2}])
+    _, masks = nni_topo.EnergyFilterPruner(model, groups, example_inputs=inputs).compress()
+    assert masks["wide"]["bias"].view(6, 4).sum(1).tolist() == [0, 4, 4, 4, 4, 4]
+
+
+class Chunked(nn.Module):
+    """A layer that is read in two parts, which no cloud of what is read can look at."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.wide = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3)
+        self.left, self.right, self.head = nn.Conv2d(4, 6, 1), nn.Conv2d(4, 6, 1), nn.Linear(6, 2)
+
+    def forward(self, images):
+        one, two = self.wide(self.first(images)).chunk(2, 1)
+        return self.head((self.left(one) + self.right(two)).mean((2, 3)))
+
+
+def test_what_a_pruner_can_make_nothing_of_stays_whole_with_one_warning_unless_it_is_named(caplog):
+    model, inputs = Chunked(), torch.randn(2, 3, 8, 8)
+    with caplog.at_level(logging.WARNING, "nni_topo"):
+        masks = pruned("reconstruction", model, inputs)
+    assert masks.keys() == {"first", "left", "right"}
+    assert [r.getMessage() for r in caplog.records if "layers stay whole (wide)" in r.getMessage()] != []
+    assert nni_topo.to_dense(model, inputs, masks).wide.out_channels == 8
+    before = dict(model.named_modules())
+    with pytest.raises(LayerError, match=r"\(wide\)") as caught:
+        pruned("reconstruction", model, inputs, [{"op_names": ["first", "wide"], "sparse_ratio": 0.5}])
+    assert caught.value.layers == ("wide",)
+    assert dict(model.named_modules()) == before
+
+
+def test_channels_that_only_go_together_are_asked_for_together():
+    model, inputs = zoo_nets.make("pixel_shuffle")
+    one_by_one = [{"op_names": ["wide"], "sparse_ratio": 0.5}]
+    pruner = nni_topo.ReconstructionPruner(model, one_by_one, calibration=[inputs])
+    with pytest.raises(LayerError, match="asked for together"):
+        pruner.compress()
+    assert not any(name.endswith("_nni_wrapper") for name, _ in model.named_modules())
