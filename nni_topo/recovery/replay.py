@@ -62,7 +62,7 @@ class Replay:
         watched = [*watched, *self._masks]
         stop = max(self.order[node] for node in watched) + 1
         first, second = self._starts_at
-        reached = settled if later is None else max(stop, first)
+        reached = settled if later is None else max(first, settled, stop)
         wanted = {*watched, *(later or ())}
         kept: list[tuple[Values, Values]] | None = []
         size = 0
