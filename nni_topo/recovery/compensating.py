@@ -126,8 +126,7 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
         For ``"pair"``: take the constant of equation (5.9) as printed, from the removed neuron's own bias. It doesn't
         follow from (5.10) and is there for comparison.
     seed : int, default=0
-        For the positions that large feature maps are sampled at: over all images at least 4,096, and eight for each
-        unknown of a layer.
+        For the positions that large feature maps are sampled at.
     cache_bytes : int, default=2**30
         Memory for intermediate values of both networks, and as much again for one layer's samples. With less, more
         is computed again.

@@ -81,8 +81,8 @@ def _windows(module: Any, inputs: Tensor) -> Tensor:
 Samples = tuple[Tensor, Tensor, Tensor]
 
 _HELD_OUT = 5
-_LEAST_SAMPLES = 4096
-_SAMPLES_PER_UNKNOWN = 8
+_LEAST_SAMPLES = 16384
+_SAMPLES_PER_UNKNOWN = 16
 _CHUNK = 2**23
 
 
@@ -146,7 +146,7 @@ class _Chunk:
 class Sampler:
     """Streams the samples of tasks into normal equations."""
 
-    # A layer with more than ``max(4096, 8 * unknowns)`` positions over all images is sampled at about so many, evenly
+    # A layer with more than ``max(16384, 16 * unknowns)`` positions over all images is sampled at about so many, evenly
     # spread over images and positions, drawn from a seed. Every fifth entry is held out. Padding isn't looked at.
 
     def __init__(self, replay: Replay, sizes: Sequence[int], seed: int, cache_bytes: int) -> None:

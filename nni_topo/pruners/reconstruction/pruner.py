@@ -64,8 +64,7 @@ class ReconstructionPruner(StructuredPruner):
     round_to : int or None, default=None
         Every layer keeps a multiple of so many channels, or all; more than asked for stay.
     seed : int, default=0
-        Of the positions at which large feature maps are sampled: over all images at least 2,048, and four for each
-        input channel's kernel element. Same seed, same masks.
+        Of the positions at which large feature maps are sampled. Same seed, same masks.
     progress : bool or None, default=None
         Show a progress bar over the layers; None: in a terminal, for what takes longer than five seconds.
 

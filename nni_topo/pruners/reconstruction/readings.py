@@ -13,7 +13,7 @@ from nni_topo.maths.least_squares.normal import NormalEquations
 from nni_topo.pruners.clouds.functional import Reader
 from nni_topo.recovery.samples import draw_positions, input_rows, position_count
 
-_LEAST_SAMPLES = 2048
+_LEAST_SAMPLES = 8192
 _SAMPLES_PER_COLUMN = 4
 _RIDGE = 1e-4
 _FEW = 4  # times the samples: not more than a layer's columns, and these aren't multiplied with each other
@@ -22,7 +22,7 @@ _FEW = 4  # times the samples: not more than a layer's columns, and these aren't
 class Reading:
     """The least squares of a layer's share of its output, in the original network, by what enters its twin."""
 
-    # ``images`` come in all. A layer with ``c`` columns is sampled at about ``max(2048, 4 * c)`` positions over all of
+    # ``images`` come in all. A layer with ``c`` columns is sampled at about ``max(8192, 4 * c)`` positions over all of
     # them, evenly spread.
 
     def __init__(self, reader: Reader, twin: nn.Module, images: int, seed: int) -> None:
