@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import logging
 import multiprocessing
 import resource
@@ -40,7 +39,8 @@ from torch import Tensor, nn
 import nni_topo
 from nni_topo import zoo
 from nni_topo.network.modes import detached_copy
-from nni_topo.runs.rivals import PREFIX, cut
+from nni_topo.runs.records import append_record, read_records
+from nni_topo.runs.rivals import KINDS, PREFIX, cut
 
 LIST = Path(__file__).with_name("zoo.txt")
 CONVOLUTIONS = [f"{kind}{d}d" for kind in ("Conv", "ConvTranspose") for d in (1, 2, 3)]
@@ -231,7 +231,7 @@ def measure(name: str, options: dict[str, str], *, rivals: bool = False) -> dict
     record["dense_cpu_seconds"] = time.process_time() - start
     if rivals:
         whole = detached_copy(model)
-        ratios = {each: 0.5 for each in layers if each not in heads}
+        ratios = {name: 0.5 for name, module in layers.items() if name not in heads and isinstance(module, KINDS)}
         record["nni"] = rival(lambda: ModelSpeedup(detached_copy(model), inputs, masks).speedup_model(), whole, inputs)
         record["torch_pruning"] = rival(lambda: cut(PREFIX, model, inputs, ratios)[0], whole, inputs)
     gone, norms = zeroing(model, dense)
@@ -292,8 +292,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, _ in entries():
         if options.table or name in done or (options.only and name not in options.only):
             continue
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_measured(name, options)) + "\n")
+        append_record(options.out, _measured(name, options))
     _print(_records(options.out))
 
 
@@ -317,10 +316,7 @@ def _measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _records(path: Path) -> dict[str, dict[str, Any]]:
-    if not path.exists():
-        return {}
-    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return {line["model"]: line for line in lines}
+    return {record["model"]: record for record in read_records(path)}
 
 
 def _print(records: dict[str, dict[str, Any]]) -> None:

@@ -11,8 +11,10 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 Settings = TypeVar("Settings")
@@ -211,3 +213,31 @@ def shown(value: Any) -> str:
     """Return a value as a message shows it, in one line and not too long."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+_SMALL = 2**26
+
+
+def free_memory() -> int:
+    """Return the bytes that this process can still take: of the machine, its control group and its own limit."""
+    import psutil
+
+    free: list[int] = [psutil.virtual_memory().available]
+    with suppress(OSError, ValueError, KeyError):  # Linux alone has such groups, and few have a limit
+        group = Path("/sys/fs/cgroup")
+        held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free.append(int((group / "memory.max").read_text()) - int(held["anon"]))
+    with suppress(ImportError):  # Windows has no such limits
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            free.append(limit - psutil.Process().memory_info().vms)
+    return max(0, min(free))
+
+
+def check_memory(needed: float, what: str, cure: str, place: str) -> None:
+    """Raise DataError, with the knob that makes it less, where so many bytes aren't free for what comes next."""
+    if needed > _SMALL and needed > (free := free_memory()):
+        got = f"{needed / 2**30:.2f} GiB for {free / 2**30:.2f} GiB that are free"
+        raise DataError(f"{what} must fit into memory, got {got}: {cure} ({place})")

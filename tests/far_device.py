@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +34,20 @@ _SETUP = getattr(backend_registration, "_setup_privateuseone_for_python_backend"
 _GUARD = None if _SETUP is None else backend_registration._DummyDeviceGuard()
 # Registrations last as long as this list.
 _LIBRARIES: list[torch.library.Library] = []
+
+
+# The most bytes that an operation may put out, while some are set.
+_ROOM: list[int] = []
+
+
+@contextmanager
+def memory(room: int) -> Iterator[None]:
+    """Let no operation on the device put out more than so many bytes: more is what a GPU's full memory raises."""
+    _ROOM.append(room)
+    try:
+        yield
+    finally:
+        _ROOM.pop()
 
 
 class FarTensor(torch.Tensor):
@@ -62,6 +77,7 @@ class FarTensor(torch.Tensor):
         _refuse_mixing(func, args, kwargs)
         device = kwargs.get("device")
         done = func(*_each(_near, args), **{name: _each(_near, value) for name, value in kwargs.items()})
+        _refuse_much(func, done)
         if device is not None and device.type != NAME:
             return done
         if not _shares(func):
@@ -180,6 +196,12 @@ def _refuse_mixing(func: Any, args: Any, kwargs: Any) -> None:
                 f"expected all tensors to be on the same device, got {NAME} and a {leaf.device.type} tensor of shape "
                 f"{tuple(leaf.shape)} ({func})"
             )
+
+
+def _refuse_much(func: Any, done: Any) -> None:
+    most = max((each.nbytes for each in _leaves([done]) if isinstance(each, Tensor)), default=0)
+    if _ROOM and most > _ROOM[-1]:
+        raise torch.OutOfMemoryError(f"{NAME} out of memory. Tried to allocate {most} bytes. ({func})")
 
 
 def _refuse_generator(kwargs: Any) -> None:

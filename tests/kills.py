@@ -1,20 +1,26 @@
-"""Long jobs that are killed at random moments and begun again end the same. `python tests/kills.py --kills 20`."""
+"""Long jobs that are killed at random moments and begun again end the same. `python tests/kills.py --kills 20`.
+
+Experiments, which take NNI's manager, only by name: `python tests/kills.py experiment`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import logging
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +31,26 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.analysis.magnitude.study import AnalyzeMagnitude
 from nni_topo.analysis.rounds.study import METHODS, RoundsCell, run_rounds
+from nni_topo.cli import main as command
+from nni_topo.runs import plan as plans
 from nni_topo.runs.compare import compare
+from nni_topo.runs.experiment.manager import free_port
 from nni_topo.runs.experiment.pipeline import run_trial
 from nni_topo.runs.experiment.settings import TrialSettings
-from nni_topo.runs.plan import (
-    Cell,
-    CompensationChoice,
-    DataChoice,
-    DistillationChoice,
-    ModelChoice,
-    Plan,
-    PrunerChoice,
-    Target,
-)
+from nni_topo.runs.records import read_records
 from nni_topo.runs.study import plain
 
-DIGITS = DataChoice("digits", limit=200)
-SMALL = Plan(
-    models=(ModelChoice("small_cnn"),),
+DIGITS = plans.DataChoice("digits", limit=200)
+SMALL = plans.Plan(
+    models=(plans.ModelChoice("small_cnn"),),
     data=(DIGITS,),
-    pruners=tuple(map(PrunerChoice, ("random", "l1", "topological"))),
-    targets=(Target("flops", 0.5),),
+    pruners=tuple(map(plans.PrunerChoice, ("random", "l1", "topological"))),
+    targets=(plans.Target("flops", 0.5),),
     seeds=2,
     train={"epochs": 2},
     retrain={"epochs": 1},
 )
-TIMES = ("seconds", "latency", "_ms", "peak_memory", "revision")
+TIMES = ("seconds", "latency", "_ms", "peak_", "revision")
 
 
 def comparison(out: Path) -> Any:
@@ -60,17 +60,16 @@ def comparison(out: Path) -> Any:
 
 def recovery(out: Path) -> Any:
     """Compare pruners with compensation and distillation, as the recovery tables do."""
-    steps = DistillationChoice(images=128, steps=40, augmentation="none")
-    plan = replace(SMALL, retrain={"epochs": 0}, compensate=CompensationChoice(images=128), distill=steps)
+    steps = plans.DistillationChoice(images=128, steps=40, augmentation="none")
+    plan = replace(SMALL, retrain={"epochs": 0}, compensate=plans.CompensationChoice(images=128), distill=steps)
     return compare(plan, out, isolate=False).records
 
 
 def rounds(out: Path) -> Any:
     """Prune round by round, T-IMP and its rivals."""
     recipe = zoo.Recipe(epochs=2, batch_size=32)
-    cell = Cell(
-        ModelChoice("small_cnn"), DIGITS, METHODS["IMP"], Target("ratio", 0.99), 0, recipe, recipe.for_retraining(1)
-    )
+    model, target = plans.ModelChoice("small_cnn"), plans.Target("ratio", 0.99)
+    cell = plans.Cell(model, DIGITS, METHODS["IMP"], target, 0, recipe, recipe.for_retraining(1))
     return run_rounds([RoundsCell(replace(cell, pruner=method), (0.5, 0.99)) for method in METHODS.values()], out)
 
 
@@ -117,9 +116,42 @@ def distilling(out: Path) -> Any:
     return [digest(value) for value in made.state_dict().values()]
 
 
-JOBS: dict[str, Callable[[Path], Any]] = {
-    job.__name__: job for job in (comparison, recovery, rounds, magnitude, trial, genetic, training, distilling)
+def zoo_of_networks(out: Path) -> Any:
+    """Ask for half of all channels of some networks, as ``benchmarks/zoo.py`` does."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    names = [f"own/{name}" for name in ("unet", "conv1d", "squeeze_excite", "gru", "shared", "own_attention")]
+    importlib.import_module("zoo").main(["--out", str(out / "zoo.jsonl"), "--only", *names])
+    return read_records(out / "zoo.jsonl")
+
+
+STUDIES = {
+    "compression": "--input-size 1 8 8",
+    "connectivity": "--ratios 0.5 0.9",
+    "deviation": "--pruners connections level --ratios 0.3 0.6 --images 8 --calibration 32",
+    "energy": "--thresholds 0.1 0.3 --images 60",
+    "evolution": "--population-size 6 --generations 20",
+    "persistence": "",
+    "retraining": "--ratios 0.5 --images 64 --epochs 3",
+    "sensitivity": "--ratios 0.3 0.6",
+    "topology": "--ratio 0.5",
 }
+
+
+def study(name: str) -> Callable[[Path], Any]:
+    """Return the job of a study by its verb."""
+
+    def job(out: Path) -> Any:
+        data = [] if name == "compression" else ["--limit", "200"]
+        words = ["--model", "small_cnn", *data, "--out", str(out), *STUDIES[name].split()]
+        assert command(["analyze", name, *words]) == 0, f"{name} runs"
+        return {path.name: json.loads(path.read_text()) for path in sorted(out.glob("*.json"))}
+
+    job.__name__ = name
+    return job
+
+
+ALONE = (comparison, recovery, rounds, magnitude, trial, genetic, training, distilling, zoo_of_networks)
+JOBS: dict[str, Callable[[Path], Any]] = {job.__name__: job for job in (*ALONE, *map(study, STUDIES))}
 
 
 def digest(value: torch.Tensor) -> str:
@@ -141,6 +173,7 @@ def begun(job: Callable[[Path], Any], out: Path) -> int:
         return process
     status = 1
     try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         out.mkdir(exist_ok=True)
         found = timeless(plain(job(out)))
         (out / "found.json").write_text(json.dumps(found, sort_keys=True))
@@ -181,10 +214,84 @@ def killed(job: Callable[[Path], Any], kills: int, seed: int) -> tuple[int, int,
     return done, ends, seconds
 
 
+EXPERIMENT = """
+searchSpace: {seed: {_type: choice, _value: [0, 1, 2, 3]}}
+trialCommand: python -m nni_topo.runs.trial --limit 200 --train-epochs 2 --retrain-epochs 20
+trialCodeDirectory: .
+trialConcurrency: 2
+maxTrialNumber: 4
+tuner: {name: GridSearch}
+trainingService: {platform: local}
+experimentWorkingDirectory: nni-experiments
+"""
+
+
+class Experiment:
+    """An experiment of four trials in a home of its own, whose manager and command can be killed."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.finished = home, dict[str, bytes]()
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        self.environment = {**os.environ, "HOME": str(home), "PATH": path, "NNI_TOPO_EVALUATORS": "torch"}
+        self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, map(os.path.abspath, sys.path)))
+        (home / "config.yml").write_text(EXPERIMENT)
+
+    def known(self) -> dict[str, Any]:
+        """Return what NNI knows of experiments here, by their identifiers."""
+        path = self.home / "nni-experiments" / ".experiment"
+        return json.loads(path.read_text() or "{}") if path.exists() else {}
+
+    def run(self, seconds: float) -> bool:
+        """Begin it, or go on with it; after so many seconds kill it. Say whether it came to its end."""
+        way = ["--resume", next(iter(self.known()))] if self.known() else ["config.yml"]
+        words = ["experiment", "run", *way, "--port", str(free_port()), "--out", "out"]
+        log = (self.home / "log").open("ab")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nni_topo", *words], cwd=self.home, env=self.environment, stdout=log, stderr=log
+        )
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            for each in (process.pid, *(entry["pid"] for entry in self.known().values())):
+                if Path("/proc", str(each)).exists():
+                    os.kill(each, signal.SIGKILL)
+            process.wait()
+            self.finished |= self.results()
+            return False
+        assert status == 0, (self.home / "log").read_text()
+        return True
+
+    def results(self) -> dict[str, bytes]:
+        """Return what trials that are finished have written, by their identifiers."""
+        return {path.parent.name: path.read_bytes() for path in self.home.rglob("metrics.json")}
+
+    def check(self) -> None:
+        """Raise AssertionError unless each trial is there once, and those that were finished are as they were."""
+        trials = {each["id"]: each for each in json.loads((self.home / "out" / "trials.json").read_text())}
+        assert sorted(each["parameters"]["seed"] for each in trials.values()) == [0, 1, 2, 3], trials
+        assert {each["status"] for each in trials.values()} == {"SUCCEEDED"}, trials
+        found = self.results()
+        assert self.finished.keys() <= trials.keys(), "no finished trial is lost"
+        assert all(found[name] == before for name, before in self.finished.items()), "no finished trial is repeated"
+
+
+def experiment(kills: int, seed: int) -> tuple[int, int, float]:
+    """Kill an experiment's manager and command so often, and resume it till it ends; as :func:`killed`."""
+    draw, done, ends, seconds = random.Random(f"experiment {seed}"), 0, 0, 0.0
+    while done < kills or ends < 2:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+            one, began = Experiment(Path(name)), time.monotonic()
+            while not one.run(draw.uniform(0.0, seconds) if seconds and done < kills else 1e4):
+                done += 1
+            one.check()
+            ends, seconds = ends + 1, seconds or time.monotonic() - began
+    return done, ends, seconds
+
+
 def main() -> None:
     """Kill each job many times."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("jobs", nargs="*", metavar="job", help=f"of {', '.join(JOBS)}; none: all")
+    parser.add_argument("jobs", nargs="*", metavar="job", help=f"of {', '.join(JOBS)}; none: these; or experiment")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -192,7 +299,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for name in options.jobs or JOBS:
-        done, ends, seconds = killed(JOBS[name], options.kills, options.seed)
+        kill = experiment if name == "experiment" else partial(killed, JOBS[name])
+        done, ends, seconds = kill(options.kills, options.seed)
         print(f"{name}: killed {done} times in runs of {seconds:.1f} s, {ends} ends, all the same", flush=True)
     sys.exit(0)
 

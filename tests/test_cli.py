@@ -78,6 +78,16 @@ def test_bad_requests_end_with_2_and_a_message(words, message, tmp_path, capsys)
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_bad_pattern_in_a_file_ends_with_2_and_a_message(tmp_path, capsys):
+    plan = tmp_path / "prune.yaml"
+    plan.write_text("pruner: l1\nconfig_list:\n  - {op_names_re: ['('], sparse_ratio: 0.5}\n")
+    words = ["prune", "--model", "small_cnn", "--limit", "100", "--config", str(plan), "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "op_names_re must be a list, each value a regular expression, got ['(']" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
 @pytest.mark.parametrize("amount", [["--ratio", "0.5"], ["--flops", "0.3", "--calibration", "64"]])
 def test_analyze_topology(amount, tmp_path, capsys, drawn):
     words = ["analyze", "topology", "--model", "small_cnn", "--limit", "300", *amount]

@@ -17,7 +17,7 @@ spec = importlib.util.spec_from_file_location("transcript", PROJECT / "tools" / 
 transcript = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(transcript)
 PAGES = sorted([*PROJECT.glob("docs/*.md"), PROJECT / "README.md", PROJECT / "CONTRIBUTING.md"])
-RUN = ("export", "migrating", "own_pruner", "transformers")
+RUN = ("export", "migrating", "own_pruner", "reliability", "transformers")
 MADE = {"index.md", "api.md", "verbs.md", "results.md", "contributing.md", "changelog.md"}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import coverage
 import forking
 import pytest
-from mutating import Functions, Mutant
+from mutating import Functions, Mutant, python_files
 
 LONGEST_FILE = 900
 """CPU seconds that one test file may take while it is measured."""
@@ -103,7 +103,7 @@ def _known(kept: Path) -> dict[str, TestFile]:
 
 def _test_files(copy: Path, under: Iterable[str]) -> list[Path]:
     """List the files with tests under some paths: those named so, and sources with doctests."""
-    files = [path for name in under for path in sorted((copy / name).rglob("*.py"))]
+    files = [path for name in under for path in python_files(copy / name)]
     return [path for path in files if path.name.startswith("test_") or _has_doctests(path)]
 
 

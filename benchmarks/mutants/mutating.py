@@ -73,8 +73,13 @@ def draw(root: Path, folders: Iterable[str], seed: int, count: int) -> list[Muta
 def every_mutant(root: Path, folders: Iterable[str]) -> list[Mutant]:
     """Return all mutants of the files under the folders, given relative to the root."""
     seen: Counter[str] = Counter()
-    paths = sorted({path for folder in folders for path in (root / folder).rglob("*.py")})
+    paths = sorted({path for folder in folders for path in python_files(root / folder)})
     return [mutant for path in paths for mutant in _mutants(path, str(path.relative_to(root)), seen)]
+
+
+def python_files(place: Path) -> list[Path]:
+    """List the Python files of a folder, or the one file that a place is."""
+    return [place] if place.is_file() else sorted(place.rglob("*.py"))
 
 
 class Functions:

@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
     parser.add_argument("--minutes", type=float, default=60, help="stop after this time (default 60)")
     parser.add_argument("--budget", type=float, default=20, help="CPU seconds of tests per mutant (default 20)")
-    parser.add_argument("--folders", nargs="+", default=FOLDERS, help=f"of the package (default {' '.join(FOLDERS)})")
+    parser.add_argument("--folders", nargs="+", default=FOLDERS, help=f"or files (default {' '.join(FOLDERS)})")
     parser.add_argument("--tests", nargs="+", default=["tests", forking.PACKAGE], help="where tests lie (default all)")
     parser.add_argument("--again", nargs="*", metavar="KEY", help="run these once more, without keys all survivors")
     parser.add_argument("--report", action="store_true", help="only print what is there")

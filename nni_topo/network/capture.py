@@ -16,6 +16,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.inputs import bind_arguments, calls, fitting, repeatable
 from nni_topo.network.layers import feature_dimension
 from nni_topo.network.modes import detached_copy, evaluation_mode
+from nni_topo.network.progress import bar
 
 Entering = Callable[[Tensor], Any]
 """Sees the tensor that enters a layer; what it returns, unless None, enters instead."""
@@ -85,7 +86,7 @@ def batches_of(calibration: Iterable[Any] | Evaluator, model: nn.Module) -> Iter
 def run(model: nn.Module, calibration: Iterable[Any]) -> None:
     """Run a model over calibration batches, in evaluation mode and without gradients."""
     with evaluation_mode(model), torch.no_grad():
-        for index, (args, kwargs) in enumerate(calls(model, calibration)):
+        for index, (args, kwargs) in enumerate(bar("calibration", None, calls(model, calibration))):
             with fitting(index):
                 model(*args, **kwargs)
 

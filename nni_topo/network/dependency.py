@@ -321,7 +321,8 @@ def _blocks(flow: ChannelFlow) -> dict[str, int]:
 def _leveled(flow: ChannelFlow, counts: dict[str, int]) -> dict[str, int]:
     """Give layers whose channels are shuffled together the same blocks: of others they'd lose another number."""
     arriving = [flow.roots(np.concatenate([each for side in blocks.sides for each in side])) for blocks in flow.blocks]
-    met = [{name for name in flow.layers if np.isin(flow.layer_roots(name), roots).any()} for roots in arriving]
+    made = [name for name, layer in flow.layers.items() if not layer.depthwise]  # the others follow
+    met = [{name for name in made if np.isin(flow.layer_roots(name), roots).any()} for roots in arriving]
     before: dict[str, int] = {}
     while before != counts:
         before = dict(counts)

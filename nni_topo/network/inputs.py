@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +20,10 @@ from nni_topo.errors import ConfigError, DataError, NniTopoError
 from nni_topo.network.modes import device_of, evaluation_mode
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
 _SIDE = 64  # pixels at which models are tried where they can be
+_logger = logging.getLogger(__name__)
 
 PADDING = {"attention_mask": True, "key_padding_mask": False, "src_key_padding_mask": False}
 """Arguments that tell by position what is padding, and whether something other than zero there counts."""
@@ -112,6 +119,81 @@ def repeatable(calibration: Iterable[Any], knob: str = "calibration") -> Iterabl
     return list(calibration) if isinstance(calibration, Iterator) else calibration
 
 
+@dataclass
+class _Share:
+    """How many samples may run together, None: all; and how many did at most."""
+
+    most: int | None
+    seen: int = 0
+
+
+_SHARE: ContextVar[_Share | None] = ContextVar("share", default=None)
+
+
+def in_smaller_batches(work: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+    """Do some work once more, by half as many samples at a time, wherever a device's memory doesn't hold them.
+
+    Raises DataError where it doesn't hold a single one.
+    """
+    place = work.__qualname__
+
+    @functools.wraps(work)
+    def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
+        outer = _SHARE.get()
+        share = _Share(None if outer is None else outer.most)
+        while True:
+            token = _SHARE.set(share)
+            try:
+                return work(*args, **kwargs)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                reason = str(error).partition("\n")[0]
+            finally:
+                _SHARE.reset(token)
+            # Out here, so that the error no longer holds the tensors of what failed.
+            if share.seen < 2:
+                raise DataError(f"a device must have memory for a sample at a time, got: {reason} ({place})")
+            share = _Share(share.seen // 2)
+            _logger.warning("out of memory: once more, %d samples at a time (%s)", share.most, place)
+
+    return run
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Say whether an error is that of memory that there isn't: a GPU's, or, by its words, a CPU's."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def at_once(samples: int) -> int:
+    """Return how many of so many samples run together, within the work of :func:`in_smaller_batches`."""
+    share = _SHARE.get()
+    if share is None:
+        return samples
+    least = samples if share.most is None else min(samples, share.most)
+    share.seen = max(share.seen, least)
+    return least
+
+
+def parts(call: Any) -> Iterator[Any]:
+    """Cut a call, or a batch with its targets, into nearly equal ones of as many samples as may run together."""
+    size = batch_size(call)
+    most = at_once(size)
+    if most == size:
+        yield call
+        return
+    for part in torch.arange(size).tensor_split(-(-size // most)):
+        yield taken(call, part)
+
+
+def taken(call: Any, index: Tensor) -> Any:
+    """Return the entries `index` of a call."""
+    count = batch_size(call)
+    return tree_map_only(
+        Tensor, lambda each: each[index.to(each.device)] if each.dim() and len(each) == count else each, call
+    )
+
+
 def calls(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Call]:
     """Yield the arguments that calibration batches stand for, on a model's device."""
     # A batch is an input, or a tuple or list whose first entry is the input, e.g. (images, labels). An input is a
@@ -126,7 +208,8 @@ def calls(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Call]:
                 "the input of a calibration batch must be a tensor, or a tuple or mapping with a tensor in it, got "
                 f"{type(inputs).__name__} (batch {count - 1})"
             )
-        yield call_arguments(inputs, model)
+        for part in parts(call_arguments(inputs)):
+            yield on_device(part, device_of(model))
     if count == 0:
         raise DataError("calibration must hold at least one batch, got none (was a generator used twice?)")
 
@@ -140,10 +223,13 @@ def first_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
 
 def structure_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
     """Return the arguments to follow a model's channels with: the first batch's, tried out, of two samples."""
-    call = first_call(model, calibration)
-    size = batch_size(call)
+    return structure_of(model, first_call(model, calibration))
+
+
+def structure_of(model: nn.Module, call: Call) -> Call:
+    """Return a call's first two samples where the model takes them, else the call."""
     # To follow channels takes time and memory by sample.
-    few: Call = tree_map_only(Tensor, lambda each: each[:2] if each.dim() and len(each) == size else each, call)
+    few: Call = taken(call, torch.arange(min(2, batch_size(call))))
     try:
         check_fits(model, few)
     except DataError:
@@ -163,13 +249,15 @@ def fitting(batch: int, knob: str = "calibration") -> Iterator[None]:
     """Turn an error of a model in the block into a DataError that names the knob's batch, from 0."""
     try:
         yield
-    except (NniTopoError, torch.OutOfMemoryError):
+    except NniTopoError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if out_of_memory(error):
+            raise
         reason = str(error).partition("\n")[0]
         raise DataError(f"{knob} must fit the model, got {type(error).__name__}: {reason} (batch {batch})") from error
 
 
-def batch_size(call: Call) -> int:
-    """Return the number of samples in a call, the length of its first tensor."""
-    return len(tensors_of(call)[0])
+def batch_size(call: Any) -> int:
+    """Return the number of samples in a call, the length of its first tensor that has one."""
+    return next((len(each) for each in tensors_of(call) if each.dim()), 1)

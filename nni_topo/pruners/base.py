@@ -24,6 +24,7 @@ from torch import nn
 
 from nni_topo.errors import NONE, ConfigError, LayerError, Rule, instance
 from nni_topo.network.dependency import DependencyGroups
+from nni_topo.network.inputs import in_smaller_batches
 from nni_topo.network.layers import kept_channels
 from nni_topo.network.modes import left_alone
 from nni_topo.pruners.allocators import ConfigAllocator
@@ -171,6 +172,11 @@ class StructuredPruner(Pruner):
             self.unwrap_model()
             raise
         return model, masks
+
+    @in_smaller_batches
+    def generate_masks(self) -> Masks:
+        """Return the masks of NNI's three stages, which the hooks do; where a GPU's memory is too small, batch less."""
+        return super().generate_masks()  # type: ignore[no-any-return]
 
     def update_masks(self, masks: Masks) -> None:
         """Put masks into the wrapped model; those of modules that this pruner doesn't know are left out.

@@ -40,7 +40,7 @@ from nni_topo.errors import (
     whole,
 )
 from nni_topo.network.dependency import DependencyGroups
-from nni_topo.network.inputs import tensors_of
+from nni_topo.network.inputs import in_smaller_batches, tensors_of
 from nni_topo.network.layers import CONVOLUTIONS, check_names, is_recurrent
 from nni_topo.network.modes import is_plain, left_alone
 
@@ -125,7 +125,7 @@ def pruner_arguments(**own: Rule) -> Callable[[Callable[_Given, _Returned]], Cal
         names = [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
         table = {**REQUEST, **KNOBS, **own}
         # A knob without a rule is an error right here.
-        guarded = checked(**{name: table[name] for name in names})(function)
+        guarded = in_smaller_batches(checked(**{name: table[name] for name in names})(function))
 
         @functools.wraps(function)
         def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Returned:

@@ -19,7 +19,7 @@ from nni.compression.utils import Evaluator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError, DataError, check_memory
 from nni_topo.network.capture import run
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.pruners.planner import Losses, Planner
@@ -163,6 +163,12 @@ class PruningContext:
             return
         with evaluation_mode(self.model), torch.no_grad():
             self.evaluate()
+
+    def check_memory(self, matrices: float, cure: str, width: float = 0.0) -> None:
+        """Raise DataError unless so many float64 numbers for each pair of blocks, and `width` for each block, fit."""
+        for unit in self.units:
+            what = f"what compares {unit.rows} blocks with each other"
+            check_memory(8 * unit.rows * (matrices * unit.rows + width), what, cure, unit.name)
 
     def metric_shape(self, module_name: str, target_name: str) -> tuple[int, ...]:
         """Return the blocked shape of a target's metric, e.g. ``(out_channels, 1, 1, 1)``."""

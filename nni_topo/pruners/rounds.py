@@ -18,6 +18,7 @@ from nni.compression.base.target_space import PruningTargetSpace
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
+from nni_topo.network.progress import bar
 from nni_topo.pruners.units import is_active
 from nni_topo.sharing import parameter_holders
 
@@ -89,7 +90,7 @@ def prune_in_rounds(
         matched_state(pruner.bound_model, rewind)
     rounds = []
     try:
-        for index, step in enumerate(steps, start=1):
+        for index, step in enumerate(bar("rounds", None, steps), start=1):
             for space, goal in goals:
                 space.sparse_ratio = 1.0 - (1.0 - goal) ** step if step < 1.0 else goal
             pruner.update_masks(pruner.generate_masks())
@@ -112,7 +113,7 @@ def matched_state(model: nn.Module, state: Mapping[str, Tensor]) -> list[tuple[T
     own = dict(model.named_buffers(remove_duplicate=False)) | dict(model.named_parameters(remove_duplicate=False))
     matched = []
     for name, value in state.items():
-        module, _, tensor = name.rpartition(".")
+        module, _, tensor = str(name).rpartition(".")
         names = (".".join(filter(None, (module, "_nni_wrapper", tensor))), name)
         found = next((own[each] for each in names if each in own), None)
         if found is None or not isinstance(value, Tensor) or found.shape != value.shape:

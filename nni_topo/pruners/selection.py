@@ -100,6 +100,7 @@ class Cloud:
 
 def _clouds(unit: PruningUnit, data: Data, *, origin: bool) -> list[Cloud]:
     """Join the members' clouds and cut them into the unit's parts."""
-    joined = np.concatenate([data[module][target].numpy() for module, target in unit.members], axis=1)
+    members = [data[module][target].numpy() for module, target in unit.members]
+    joined = np.concatenate(members, axis=1) if len(members) > 1 else members[0]
     parts = joined.reshape(unit.parts, unit.rows, -1)
     return [Cloud(topology.with_origin(points) if origin else points, unit.rows) for points in parts]

@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.network.capture import batches_of
-from nni_topo.network.inputs import calls
+from nni_topo.network.inputs import calls, in_smaller_batches
 from nni_topo.network.modes import evaluation_mode
 
 
+@in_smaller_batches
 def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evaluator) -> nn.Module:
     """Return a copy of a model whose batch norms have the statistics of its own activations.
 

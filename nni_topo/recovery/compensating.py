@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from nni_topo.errors import ConfigError, DataError, check_integer, unknown_name
 from nni_topo.network.capture import batches_of
-from nni_topo.network.inputs import Call, batch_size, calls, structure_call, tensors_of
+from nni_topo.network.inputs import Call, batch_size, calls, in_smaller_batches, structure_call, tensors_of
 from nni_topo.network.masks import Masks, check_model
 from nni_topo.network.progress import bar
 from nni_topo.recovery.networks import Networks, build_networks, copy_norm_statistics
@@ -48,6 +48,7 @@ class Compensation:
     report: CompensationReport
 
 
+@in_smaller_batches
 def compensation(
     model: nn.Module,
     masks: Masks,
@@ -217,6 +218,7 @@ def _run(
     tasks: list[Task], sampler: Sampler, networks: Networks, ridge: float | None, progress: bool | None
 ) -> tuple[LayerReport, ...]:
     """Solve the tasks one after the other; those that refine one take its ridge."""
+    sampler.check_memory(tasks)
     ranks = [sampler.replay.order[task.layer.node] for task in tasks]
     layers: list[LayerReport] = []
     for index, task in enumerate(bar("compensate", progress, tasks)):
@@ -286,9 +288,10 @@ def _warn(report: CompensationReport) -> None:
     if report.left_alone:
         named = ", ".join(f"{name} ({reason})" for name, reason in report.left_alone.items())
         _logger.warning("layers behind removed channels that were left as they are: %s", named)
-    few = [layer for layer in report.layers if layer.is_underdetermined]
+    # A layer that is refined is there once a step.
+    few = {layer.layer: layer for layer in report.layers if layer.is_underdetermined}
     if few:
-        named = ", ".join(f"{layer.layer} ({layer.samples} of {layer.unknowns})" for layer in few)
+        named = ", ".join(f"{name} ({layer.samples} of {layer.unknowns})" for name, layer in few.items())
         _logger.warning("calibration should have more samples than a layer has unknowns, got fewer for: %s", named)
     if report.lost:
         _logger.warning("layers of whose output almost nothing is left: %s", ", ".join(report.lost))

@@ -36,7 +36,7 @@ from nni_topo.errors import (
     whole,
 )
 from nni_topo.network.capture import batches_of
-from nni_topo.network.inputs import calls
+from nni_topo.network.inputs import calls, in_smaller_batches
 from nni_topo.network.masks import check_model
 from nni_topo.network.modes import detached_copy
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
@@ -105,6 +105,7 @@ class Distillation:
     seconds: float
 
 
+@in_smaller_batches
 def distillation(
     dense: nn.Module,
     original: nn.Module,

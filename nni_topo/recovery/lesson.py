@@ -12,8 +12,18 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.inputs import Call, bind_arguments, call_arguments, calls, cast_floats, on_device, tensors_of
+from nni_topo.errors import ConfigError, DataError, check_memory
+from nni_topo.network.inputs import (
+    Call,
+    at_once,
+    bind_arguments,
+    call_arguments,
+    calls,
+    cast_floats,
+    on_device,
+    taken,
+    tensors_of,
+)
 from nni_topo.network.modes import device_of, evaluation_mode, random_state_kept
 
 Objective = Literal["auto", "kl", "squares"]
@@ -26,6 +36,7 @@ HELD_OUT = 8
 _VIEWS = 8
 _BLENDED = 0.5  # share of the images in a view
 _AT_ONCE = 256
+_COPIES = 3
 _LEAST_VARIANCE = 1e-12
 
 
@@ -39,7 +50,7 @@ class Lesson:
         self._answered: dict[int, list[Tensor]] = {}  # by view, for all courses: they learn from the same images
         self.kind = likely if objective == "auto" else objective
         self._scales = [float(wanted.var(0, correction=0).mean()) + _LEAST_VARIANCE for wanted in self._wanted]
-        found = self._run(student, _taken(pool, torch.arange(1)))
+        found = self._run(student, taken(pool, torch.arange(1)))
         shapes, expected = ([tuple(each.shape[1:]) for each in tensors] for tensors in (found, self._wanted))
         if shapes != expected:
             raise ConfigError(f"both models must give outputs of the same shapes, got {shapes} and {expected} (dense)")
@@ -48,9 +59,9 @@ class Lesson:
         """Return the mean loss on some of the images in evaluation mode, and the share of largest logits that agree."""
         loss, agreed, answers = 0.0, 0.0, 0
         with evaluation_mode(student), torch.no_grad():
-            for part in index.split(_AT_ONCE):
+            for part in index.split(at_once(_AT_ONCE)):
                 wanted = [each[part.to(each.device)] for each in self._wanted]
-                found = self._run(student, _taken(self._pool, part))
+                found = self._run(student, taken(self._pool, part))
                 loss += len(part) * float(self._loss(found, wanted))
                 for mine, theirs in zip(found, wanted, strict=True):
                     agreed += float((mine.argmax(-1) == theirs.argmax(-1)).sum())
@@ -78,7 +89,7 @@ class Lesson:
     def batches(self, index: Tensor, size: int, seed: int, augment: Augment | None, blend: bool) -> Batches:
         """Yield batches of some of the images, pass after pass, with what the original says of them."""
         generator = torch.Generator().manual_seed(seed)
-        plain, answers = _taken(self._pool, index), self._answered
+        plain, answers = taken(self._pool, index), self._answered
         answers[0] = [each[index.to(each.device)] for each in self._wanted]
         for turn in itertools.count():
             view = 0 if augment is None and not blend else turn % _VIEWS
@@ -87,8 +98,8 @@ class Lesson:
             call = _blended(call, seed + view) if blend and view else call
             if view not in answers:
                 answers[view] = self._answers(call)[0]
-            for chosen in torch.randperm(len(index), generator=generator).tensor_split(-(-len(index) // size)):
-                yield _taken(call, chosen), [each[chosen.to(each.device)] for each in answers[view]]
+            for chosen in torch.randperm(len(index), generator=generator).tensor_split(-(-len(index) // at_once(size))):
+                yield taken(call, chosen), [each[chosen.to(each.device)] for each in answers[view]]
 
     def plain(self, student: nn.Module, index: Tensor) -> list[Any]:
         """Return batches of some of the images as they are, for the student."""
@@ -98,8 +109,8 @@ class Lesson:
         """Return all floating outputs of the original, and what should be made small for such."""
         place, found, kind = device_of(self._original), [], ""
         with evaluation_mode(self._original), torch.no_grad():
-            for part in torch.arange(len(tensors_of(call)[0])).split(_AT_ONCE):
-                args, kwargs = on_device(_taken(call, part), place)
+            for part in torch.arange(len(tensors_of(call)[0])).split(at_once(_AT_ONCE)):
+                args, kwargs = on_device(taken(call, part), place)
                 outputs, kind = _outputs(self._original(*args, **kwargs), len(part))
                 found.append(on_device(outputs, self._place[0]))
         return [torch.cat(each).to(self._place[1]) for each in zip(*found, strict=True)], kind
@@ -130,6 +141,8 @@ def joined(parts: list[Call]) -> Call:
         shapes = {tuple(each.shape[1:]) for each in column if isinstance(each, Tensor) and each.dim()}
         if len(shapes) > 1 or any(spec != flat[0][1] for _, spec in flat):
             raise DataError(f"inputs of all batches must have one shape but for their number, got {sorted(shapes)}")
+        size = sum(each.nbytes for each in column if isinstance(each, Tensor))
+        check_memory(_COPIES * size, "images and a view of them", "fewer images take less", "images")
         leaves.append(torch.cat(column) if shapes else column[0])
     joined: Call = tree_unflatten(leaves, flat[0][1])
     return joined
@@ -145,18 +158,9 @@ def split(model: nn.Module, images: Iterable[Any]) -> tuple[list[Any], list[Any]
 
 def _some(model: nn.Module, pool: Call, index: Tensor) -> list[Any]:
     """Return batches of some of the images in the form in which users hand them."""
-    parts = [_taken(pool, part) for part in index.tensor_split(-(-len(index) // _AT_ONCE) or 1) if len(part)]
+    parts = [taken(pool, part) for part in index.tensor_split(-(-len(index) // _AT_ONCE) or 1) if len(part)]
     # A batch's first entry is what the model takes.
     return [(bind_arguments(model, call) if call[1] else call[0],) for call in parts]
-
-
-def _taken(call: Call, index: Tensor) -> Call:
-    """Return the entries `index` of a call."""
-    count = len(tensors_of(call)[0])
-    taken: Call = tree_map_only(
-        Tensor, lambda each: each[index.to(each.device)] if each.dim() and len(each) == count else each, call
-    )
-    return taken
 
 
 def is_blendable(call: Call) -> bool:
@@ -185,8 +189,8 @@ def _augmented(call: Call, augment: Augment, seed: int) -> Call:
     views = []
     with random_state_kept():
         torch.manual_seed(seed)
-        for part in torch.arange(count).split(_AT_ONCE):
-            args, kwargs = _taken(call, part)
+        for part in torch.arange(count).split(at_once(_AT_ONCE)):
+            args, kwargs = taken(call, part)
             views.append(call_arguments(augment(kwargs or (args[0] if len(args) == 1 else args))))
     view = joined(views)
     if len(tensors_of(view)[0]) != count:

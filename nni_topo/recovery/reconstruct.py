@@ -63,7 +63,7 @@ class ReconstructTask(Task):
 
     def extent(self, original: Values) -> tuple[int, int]:
         """Return entries, and positions of the layer's output."""
-        return len(original[self.place]), position_count(self._module, original[self.place])
+        return len(original[self.place]), position_count(self._module, original[self.place].shape)
 
     def samples(self, original: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
         """Return input patches of the pruned network, what it lacks at the place, and the original's values there."""

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 
 from nni_topo.errors import DataError
-from nni_topo.network.inputs import PADDING, bind_arguments, calls, real_positions, tensors_of
+from nni_topo.network.inputs import PADDING, bind_arguments, calls, out_of_memory, real_positions, tensors_of
 
 Values = dict[Node, Any]
 
@@ -108,10 +108,9 @@ class Replay:
                     self._step(rank, original if rank in one else None, pruned if rank in other else None, original)
                     for values in [values for values, run in ((original, one), (pruned, other)) if rank in run]:
                         self._free(rank, values, watched)
-        # A RuntimeError, too, but not the batch's fault.
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if out_of_memory(error):  # not the batch's fault
+                raise
             raise DataError(
                 f"calibration must fit the model, got {type(error).__name__}: {error} (batch {index})"
             ) from error

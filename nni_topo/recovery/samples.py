@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn import functional
 
-from nni_topo.errors import DataError
+from nni_topo.errors import DataError, check_memory
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations
+from nni_topo.network.labels import tensor_shape
 from nni_topo.network.layers import CONVOLUTIONS
 from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.replay import Replay, Values
@@ -25,10 +26,9 @@ def is_pointwise(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def position_count(module: nn.Module, outputs: Tensor) -> int:
-    """Return how many positions each entry of a layer's output has."""
-    shape = outputs.shape[1:-1] if is_pointwise(module) else outputs.shape[2:]
-    return int(torch.Size(shape).numel())
+def position_count(module: nn.Module, shape: Sequence[int]) -> int:
+    """Return how many positions each entry of a layer's output, of a shape, has."""
+    return math.prod(shape[1:-1] if is_pointwise(module) else shape[2:])
 
 
 def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor) -> Tensor:
@@ -84,6 +84,8 @@ _HELD_OUT = 5
 _LEAST_SAMPLES = 16384
 _SAMPLES_PER_UNKNOWN = 16
 _CHUNK = 2**23
+_COPIES = 4  # of products, or of samples, at most
+_CURE = "method='scalar' or 'mean' takes none; nor does a layer that keeps fewer channels"
 
 
 class Task(ABC):
@@ -156,6 +158,16 @@ class Sampler:
         self._cache_bytes = cache_bytes  # for the samples that refinements go on from; without, networks run again
         self._known: tuple[NormalEquations, NormalEquations] | None = None
         self._chunks: list[_Chunk] | None = None
+
+    def check_memory(self, tasks: Sequence[Task]) -> None:
+        """Raise DataError for a task whose sums and factors don't fit into memory."""
+        for task in tasks:
+            shape, groups = tensor_shape(task.place) or (), len(task.layer.columns)
+            # Up to so many samples; fewer than unknowns are kept as they are.
+            positions = position_count(self.replay.model.get_submodule(task.layer.name), shape)
+            samples = min(sum(self.sizes) * positions, task.unknowns)
+            what = f"least squares of {task.unknowns} unknowns"
+            check_memory(8 * _COPIES * groups * task.unknowns * samples, what, _CURE, task.layer.name)
 
     def collect(
         self, task: Task, settled: int, *, later: Collection[Node] | None = None, is_refined: bool = False

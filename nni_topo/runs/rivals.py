@@ -19,6 +19,8 @@ from nni_topo.network.layers import output_channels, spread
 from nni_topo.pruners.hooks import Masks
 
 PREFIX = "torch-pruning"
+KINDS = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM)
+"""Layers that Torch-Pruning is asked to prune."""
 _IMPORTANCES: dict[str, tuple[str, dict[str, Any]]] = {
     # the group L2 norm
     PREFIX: ("GroupMagnitudeImportance", {"p": 2}),
@@ -52,7 +54,7 @@ def cut(
     """Return the network that Torch-Pruning leaves, and ones for the output channels that stayed, by layer."""
     package = _package()
     dense = copy.deepcopy(model)
-    layers = {n: m for n, m in dense.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))}
+    layers = {n: m for n, m in dense.named_modules() if isinstance(m, KINDS)}
     importance, knobs = _IMPORTANCES[name]
     pruner = package.pruner.BasePruner(
         dense,

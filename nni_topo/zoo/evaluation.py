@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from nni_topo.errors import DataError
+from nni_topo.network.inputs import at_once, in_smaller_batches
 from nni_topo.network.modes import device_of, evaluation_mode
 from nni_topo.zoo.data import DataBundle
 
@@ -87,6 +88,7 @@ def evaluate_loss(
     return loss_and_accuracy(model, dataset, device=device, batch_size=batch_size)[0]
 
 
+@in_smaller_batches
 def loss_and_accuracy(
     model: nn.Module, dataset: TensorDataset, *, device: str | torch.device | None = None, batch_size: int = 512
 ) -> tuple[float, float]:
@@ -97,7 +99,9 @@ def loss_and_accuracy(
     model.to(device)
     totals = torch.zeros(2, dtype=torch.float64)
     with evaluation_mode(model), torch.no_grad():
-        for images, labels in zip(*(torch.split(part, batch_size) for part in dataset.tensors), strict=True):
+        for images, labels in zip(
+            *(torch.split(part, at_once(min(batch_size, len(dataset)))) for part in dataset.tensors), strict=True
+        ):
             logits, labels = by_label(model(images.to(device)).float(), labels)
             if int(labels.max()) >= logits.shape[1]:
                 raise DataError(f"labels must be below the model's {logits.shape[1]} outputs, got {int(labels.max())}")

@@ -8,11 +8,12 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torchvision.datasets import DatasetFolder
 
-from nni_topo.errors import DataError
+from nni_topo.errors import DataError, check_memory
 from nni_topo.zoo.sources import Array, RawData, split_off_test
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _SPLIT_SEED = 1797
+_COPIES = 6  # read, stacked, and as float32
 
 
 def read_image_folder(folder: Path, image_size: int | None = None) -> RawData:
@@ -68,6 +69,9 @@ def _images(files: _Listed, image_size: int | None, grey: bool) -> Array:
         if pictures and picture.shape != pictures[0].shape:
             sizes = f"{pictures[0].shape[1:]} and {picture.shape[1:]}"
             raise DataError(f"images must share one size unless image_size is given, got {sizes} ({path})")
+        if not pictures:
+            needed = _COPIES * picture.nbytes * len(files)
+            check_memory(needed, f"{len(files)} images", "a smaller image_size takes less", files.root)
         pictures.append(picture)
     return np.stack(pictures)
 

@@ -126,6 +126,20 @@ def test_cost_file_and_layers_behind_know_of_fewer_units(tmp_path):
     assert torch.equal(nni_topo.load(tmp_path / "dense.pt", model)(rows), dense(rows))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_masked_layer_trains_and_its_units_stay_silent(kind):
+    model, rows = Net(kind, batch_first=True), torch.randn(5, 7, 4)
+    pruner = L1NormPruner(model, nni_topo.dependency_groups(model, rows, ASKED))
+    _, masks = pruner.compress()
+    before, optimizer = model(rows).detach(), torch.optim.SGD(model.parameters(), lr=1.0)
+    model(rows).square().mean().backward()
+    optimizer.step()
+    trained = model(rows).detach()
+    pruner.unwrap_model()
+    assert (trained - before).abs().max() > 1e-3
+    assert torch.allclose(nni_topo.to_dense(model, rows, masks)(rows), trained, atol=1e-6)
+
+
 def test_a_recurrent_layer_of_several_levels_cant_be_named():
     model = Net(nn.LSTM, num_layers=2)
     with pytest.raises(ConfigError, match=r"one level and one direction.*\(body\)"):

@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed import fsdp
+from torch.distributed.device_mesh import init_device_mesh
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError, NniTopoError
@@ -152,7 +154,7 @@ BAD_KNOBS = {
     "on_subcritical": ("warn", 1),
     "conv_graph": ("matrix", []),
     "rounds": (0, 2.5),
-    "rewind": ("start", 3),
+    "rewind": ("start", 3, {1: 2}),
     "on_round": (3,),
     "validation": (3,),
     "evaluate": (2.5,),
@@ -179,6 +181,34 @@ def test_models_that_hide_their_layers_are_refused_with_what_to_pass(name, sprea
     model = toy_model()
     with pytest.raises(ConfigError, match="pass the inner module"):
         nni_topo.create_pruner(name, spread(model), HALF, **knobs_of(name, model))
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A group of this process alone, over which models can be spread."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "spread",
+    [
+        nn.parallel.DistributedDataParallel,
+        lambda model: fsdp.FullyShardedDataParallel(model, device_id=torch.device("cpu")),
+        lambda model: fsdp.fully_shard(model, mesh=init_device_mesh("cpu", (1,))),
+    ],
+    ids=["DDP", "FSDP", "FSDP2"],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.usefixtures("process_group")
+def test_models_that_processes_share_are_refused_with_what_to_pass(spread):
+    model = spread(toy_model())
+    before = [type(module) for module in model.modules()]
+    for name in OWN:
+        with pytest.raises(ConfigError, match="pass the inner module"):
+            nni_topo.create_pruner(name, model, HALF, **knobs_of(name, toy_model()))
+    assert [type(module) for module in model.modules()] == before
 
 
 class Broken(nni_topo.RandomPruner):

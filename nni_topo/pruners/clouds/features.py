@@ -121,7 +121,7 @@ class FeatureCollector(DataCollector):
         """
         batches = self._batches(context)
         self._network = _traced(context, first_call(context.model, batches))
-        rows = {name: _Rows() for name in self._network.taps}
+        rows = {name: _Rows(name) for name in self._network.taps}
         runner = _Recorder(self._network, rows, self.pool)
         samples = 0
         with torch.no_grad():
@@ -133,9 +133,7 @@ class FeatureCollector(DataCollector):
             raise DataError(f"calibration must hold at least two samples to be clustered by, got {samples}")
 
         def points(_: PruningUnit, module: str, target: str) -> Tensor:
-            return (
-                rows[module].points(module)[output_blocks(context.target_spaces[module][target], "features")].flatten(1)
-            )
+            return rows[module].points()[output_blocks(context.target_spaces[module][target], "features")].flatten(1)
 
         return context.collected(points)
 
@@ -148,8 +146,8 @@ class FeatureCollector(DataCollector):
 class _Rows:
     """Features of one layer: kept as they are while they are few, else their sums and products."""
 
-    def __init__(self) -> None:
-        self._moments = Moments()
+    def __init__(self, name: str) -> None:
+        self._moments = Moments(name)
         self._few: list[Tensor] = []
 
     def add(self, rows: Tensor) -> None:
@@ -162,15 +160,15 @@ class _Rows:
                 self._moments.add(each)
             self._few = []
 
-    def points(self, name: str) -> Tensor:
+    def points(self) -> Tensor:
         """Return means and deviations, shape ``(blocks, 1 + d)``, float64."""
         if self._moments.samples:
             # The deviations are points that have the covariances.
-            deviations = embedding(self._moments.gram(name, center=True))
+            deviations = embedding(self._moments.gram(center=True))
             return torch.cat([self._moments.mean(), deviations], 1)
-        check_reached(len(self._few), name)
+        check_reached(len(self._few), self._moments.name)
         features = torch.cat(self._few, 1).double().cpu()
-        check_finite(features, name)
+        check_finite(features, self._moments.name)
         mean = features.mean(1, keepdim=True)
         return torch.cat([mean, (features - mean) / math.sqrt(features.shape[1])], 1)
 

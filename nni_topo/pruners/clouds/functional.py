@@ -83,7 +83,7 @@ class FunctionalCollector(DataCollector):
         """
         flow = Network(context.model, structure_call(context.model, self.calibration)).flow
         readers = {unit.name: readers_of(unit, flow, context) for unit in context.units}
-        moments = {name: [Moments() for _ in found] for name, found in readers.items()}
+        moments = {name: [Moments(name) for _ in found] for name, found in readers.items()}
         each = [pair for name in readers for pair in zip(readers[name], moments[name], strict=True)]
         looks = [(reader.module, partial(reader.record, moment)) for reader, moment in each]
         with mixing_called(context.model), watched(looks):
@@ -91,7 +91,7 @@ class FunctionalCollector(DataCollector):
 
         def points(unit: PruningUnit) -> Tensor:
             found = zip(readers[unit.name], moments[unit.name], strict=True)
-            grams = [reader.gram(moment.gram(unit.name, center=self.center)) for reader, moment in found]
+            grams = [reader.gram(moment.gram(center=self.center)) for reader, moment in found]
             # Coordinates from several readers stand side by side, so their inner products add up.
             return preprocess_points(points_of_gram(torch.stack(grams).sum(0)), self.preprocess)
 

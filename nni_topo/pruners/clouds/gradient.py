@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from nni_topo.errors import ConfigError, DataError, check_integer
 from nni_topo.network.capture import called, watched
-from nni_topo.network.inputs import call_arguments, on_device, structure_call, tensors_of
+from nni_topo.network.inputs import call_arguments, on_device, parts, structure_call, structure_of, tensors_of
 from nni_topo.network.layers import feature_dimension
 from nni_topo.network.modes import detached_copy, device_of
 from nni_topo.network.network import Network
@@ -113,14 +113,14 @@ class GradientCollector(DataCollector):
             else:
                 self._run(model, self.calibration, gates)
         gates.flush()
-        grams = {name: moments.gram(name, center=False, what="gradient") for name, moments in gates.moments.items()}
+        grams = {name: moments.gram(center=False, what="gradient") for name, moments in gates.moments.items()}
         return context.collected_jointly(lambda u: preprocess_points(points_of_gram(grams[u.name]), self.preprocess))
 
     def _run(self, model: nn.Module, calibration: Iterable[Any], gates: _Gates) -> None:
         """Differentiate the loss of every batch, in evaluation mode."""
         model.eval().requires_grad_(False)
         device = device_of(model)
-        for index, (inputs, targets) in enumerate(_labelled(calibration)):
+        for index, (inputs, targets) in enumerate(part for batch in _labelled(calibration) for part in parts(batch)):
             call, targets = on_device((call_arguments(inputs), targets), device)
             with torch.enable_grad():
                 loss = self._checked_loss(model(*call[0], **call[1]), targets, index)
@@ -173,7 +173,7 @@ class _Gates:
     def __init__(self, context: PruningContext, model: nn.Module) -> None:
         # What was read in the latest call, with gradients: the gates to differentiate by.
         self.opened: list[Tensor] = []
-        self.moments = {unit.name: Moments() for unit in context.units}
+        self.moments = {unit.name: Moments(unit.name) for unit in context.units}
         self._context = dataclasses.replace(context, model=model)
         self._original = context.model
         self._samples = 0
@@ -194,7 +194,7 @@ class _Gates:
         self._samples = len(tensors_of((args, kwargs))[0])
         if self._watching:
             return
-        flow = Network(self._original, (args, kwargs)).flow
+        flow = Network(self._original, structure_of(self._original, (args, kwargs))).flow
         readers = [(unit.name, each) for unit in self._context.units for each in readers_of(unit, flow, self._context)]
         self.hooks.enter_context(watched([(reader.module, self._gate(name, reader)) for name, reader in readers]))
         self._watching = True

@@ -8,17 +8,21 @@ import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
-from nni_topo.errors import DataError
+from nni_topo.errors import DataError, check_memory
 
 _TURN = 2**24
+_MATRICES = 6  # of the rows' inner products that lie beside each other at most, until they are points
+_CURE = "leave the layer out (exclude_op_names), or choose by its weights (cloud='weight') or by their norms"
 # Share of the largest variance below which a pivot is rounding; distances, its root, err by less than 1e-6.
 _ROUNDING = 1e-13
+_WIDE = 4096  # points from which on eigenvectors, 27 times as much work as pivoted Cholesky, take minutes
 
 
 class Moments:
     """Running sums over samples: how many there were, the sum of each place of each row, the rows' inner products."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.samples = 0
         self._total: Any = 0.0
         self._products: Any = 0.0
@@ -26,6 +30,8 @@ class Moments:
     def add(self, rows: Tensor, scale: Tensor | None = None) -> None:
         """Add a batch of rows, ``(n, samples)`` or ``(n, places, samples)``, times a scale ``(n, places)``."""
         rows = rows[:, None] if rows.dim() == 2 else rows
+        if not self.samples:
+            check_memory(8 * _MATRICES * len(rows) ** 2, f"inner products of {len(rows)} channels", _CURE, self.name)
         self.samples += rows.shape[2]
         # 128 MiB of float64 a turn, whatever the batch.
         for few in rows.split(max(1, _TURN // max(1, rows.shape[0] * rows.shape[1])), dim=2):
@@ -39,14 +45,14 @@ class Moments:
         mean: Tensor = (self._total / self.samples).cpu()
         return mean
 
-    def gram(self, name: str, *, center: bool, what: str = "activation") -> Tensor:
+    def gram(self, *, center: bool, what: str = "activation") -> Tensor:
         """Return inner products per sample, ``(n, n)`` on the CPU; DataError if none was added or one is not finite."""
-        check_reached(self.samples, name, what)
+        check_reached(self.samples, self.name, what)
         gram: Tensor = (self._products / self.samples).cpu()
         if center:
             # Covariances are the mean product less the product of means.
             gram = gram - self.mean() @ self.mean().T
-        check_finite(gram, name, what)
+        check_finite(gram, self.name, what)
         return gram
 
 
@@ -63,7 +69,9 @@ def check_finite(values: Tensor, name: str, what: str = "activation") -> None:
 
 
 def points_of_gram(gram: Tensor) -> Tensor:
-    """Return ``n`` points in ``n`` dimensions that have given inner products ``(n, n)``, float64."""
+    """Return ``n`` points in at most ``n`` dimensions that have given inner products ``(n, n)``, float64."""
+    if len(gram) > _WIDE:
+        return embedding(gram)
     values, vectors = torch.linalg.eigh(gram)
     points: Tensor = vectors * values.clamp(min=0.0).sqrt()
     return points

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nni_topo.errors import DataError, one_of
+from nni_topo.errors import DataError, check_memory, one_of
 from nni_topo.network.capture import by_channel, watched
 from nni_topo.pruners.clouds.moments import Moments, points_of_gram
 from nni_topo.pruners.clouds.narrowing import Narrowing, stretches
@@ -103,6 +103,8 @@ class WeightCollector(DataCollector):
         """Preprocess a cloud; make it narrow if it is too wide."""
         features = self.narrowing.features(*cloud.shape)
         if features is None and not self.narrowing.is_large(*cloud.shape):
+            what = f"a cloud of {len(cloud)} points of {cloud.shape[1]} features"
+            check_memory(16 * cloud.numel(), what, "WeightCollector(max_features=) makes it narrow", name)
             return preprocess_points(cloud.to("cpu", torch.float64), self.preprocess)
         steps = {"center": self.preprocess in ("center", "standardize"), "scale": self.preprocess == "standardize"}
         if features is None:
@@ -158,7 +160,7 @@ class ActivationCollector(DataCollector):
         DataError
             If no batch came, or activations are NaN or infinite.
         """
-        moments = {module: Moments() for unit in context.units for module, _ in unit.members}
+        moments = {module: Moments(module) for unit in context.units for module, _ in unit.members}
         layers = {name: context.model.get_submodule(name) for name in moments}
 
         def see(name: str, _: Tensor, outputs: Tensor) -> None:
@@ -169,7 +171,7 @@ class ActivationCollector(DataCollector):
 
         def points(_: PruningUnit, module: str, target: str) -> Tensor:
             outputs = output_blocks(context.target_spaces[module][target], "activation clouds")
-            found = points_of_gram(moments[module].gram(module, center=self.center))
+            found = points_of_gram(moments[module].gram(center=self.center))
             return preprocess_points(found[outputs].flatten(1), self.preprocess)
 
         return context.collected(points)

@@ -23,6 +23,7 @@ from nni_topo.pruners.units import PruningUnit, output_blocks
 
 BoolArray = NDArray[np.bool_]
 _CONSTANT = 1e-12
+_MATRICES = {"kmeans": 0.5, "spectral": 7.0, "dbscan": 6.0}  # float64 numbers that are held for each pair of neurons
 # Features were summed in single precision: near ties of distances are measured by the points' size, not by their own.
 _MEASURED = RELATIVE / FLOOR
 
@@ -123,6 +124,8 @@ class ClusterMetric(SurvivorMetric):
 
     def cluster(self, clouds: dict[str, list[FeatureCloud]], context: PruningContext) -> dict[str, Clusters]:
         """Return the clusters of every unit."""
+        cure = "leave the layer out (exclude_op_names), or take algorithm='kmeans'"
+        context.check_memory(_MATRICES.get(self.algorithm, 2.0), cure)
         rows = context.rows(lambda unit: merging_losses(clouds[unit.name]))
         return {u.name: self._clusters(u, clouds[u.name], rows[u.name], context.planner) for u in context.units}
 

@@ -12,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, check_memory
 from nni_topo.maths.search.gene_layers import BoolArray, FloatArray, Layer
 from nni_topo.maths.search.weights import WeightGeneticAlgorithm, WeightSearch
 from nni_topo.network.inputs import repeatable
 from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.progress import bar
 from nni_topo.pruners.genetic_weight.masked import MaskedScores
 from nni_topo.pruners.genetic_weight.population import PopulationAccuracy
 from nni_topo.pruners.genetic_weight.state import load_state, save_state
@@ -39,6 +40,7 @@ class GeneticMetric(MetricCalculator):
     on_generation: OnGeneration | None
     max_bytes: int
     n_jobs: int
+    progress: bool | None
     evolution: WeightGeneticAlgorithm | None = field(default=None, init=False)
     start_weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32), init=False)
 
@@ -52,13 +54,24 @@ class GeneticMetric(MetricCalculator):
             Layer(data[name]["weight"].numpy().ravel().astype(np.float32), largest_share(unit))
             for name, unit in zip(names, context.units, strict=True)
         ]
+        # Magnitudes and their order, parents and children in bits, and those that run together.
+        needed = (20 + self.settings.population_size / 4) * len(self.start_weights) + self.max_bytes
+        cure = "fewer layers (op_names), a smaller population_size (search) or max_bytes take less"
+        check_memory(needed, f"a population on {len(self.start_weights)} weights", cure, "+".join(names))
         search = WeightGeneticAlgorithm(
             layers, self._accuracies(context, names, weights), self.settings, seed=self.seed
         )
         if self.state is not None and Path(self.state).exists():
             load_state(search, self.state)
         self.evolution = search
-        search.run(self._after)
+        done = search.generation + 1
+        with bar("searching weights", self.progress, total=self.settings.generations + 1, done=done) as shown:
+
+            def after(current: WeightGeneticAlgorithm) -> bool:
+                shown.update()
+                return self._after(current)
+
+            search.run(after)
         genes = search.genes(search.best())
         kept = np.split(genes, np.cumsum([unit.blocks for unit in context.units])[:-1])
         return context.keep({unit.name: own for unit, own in zip(context.units, kept, strict=True)})

@@ -22,7 +22,7 @@ from torch.fx import Interpreter, Node
 
 from nni_topo.errors import DataError, SpeedupError
 from nni_topo.maths.search.gene_layers import BoolArray, FloatArray
-from nni_topo.network.inputs import call_arguments, fitting
+from nni_topo.network.inputs import at_once, call_arguments, fitting, parts
 from nni_topo.network.modes import unwrapped_copy
 from nni_topo.network.tracing import trace
 from nni_topo.pruners.genetic_weight.masked import split_genes
@@ -49,7 +49,7 @@ class PopulationAccuracy:
         self._names = list(layers)
         self._layers: list[Any] = [self._model.get_submodule(name) for name in layers]
         device = next(self._model.parameters()).device
-        self._batches = [_pair(batch, device) for batch in batches]
+        self._batches = [pair for batch in batches for pair in _pairs(batch, device)]
         self.samples = sum(len(labels) for _, labels in self._batches)
         if not self.samples:
             raise DataError("validation must hold at least one labelled image, got none (validation)")
@@ -70,7 +70,7 @@ class PopulationAccuracy:
         from joblib import Parallel, delayed
 
         # A population may be made as it is drawn: no chunk is drawn before a thread is free, which bounds memory.
-        jobs = (delayed(self._hits)(chunk) for chunk in _chunks(population, self._chunk_size()))
+        jobs = (delayed(self._hits)(chunk) for chunk in _chunks(population, at_once(self._chunk_size())))
         hits = Parallel(n_jobs=self._n_jobs, prefer="threads", pre_dispatch="1*n_jobs")(jobs)
         return np.concatenate(hits) / self.samples
 
@@ -200,11 +200,11 @@ def _parameters(layer: Any, weight: Tensor) -> dict[str, Tensor]:
     return {"weight": weight, **bias}
 
 
-def _pair(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+def _pairs(batch: Any, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2 or len(batch[0]) != len(batch[1]):
         raise DataError(f"validation must hold pairs (inputs, labels) of one length, got {type(batch).__name__}")
-    inputs, labels = batch
-    return inputs.to(device), labels.to(device)
+    for inputs, labels in parts(batch):
+        yield inputs.to(device), labels.to(device)
 
 
 def _logits(outputs: Any, labels: Tensor | None) -> Tensor:

@@ -65,6 +65,8 @@ class GeneticWeightPruner(StructuredPruner):
         Threads that evaluate, at least 1; the result doesn't depend on it.
     seed : int, default=0
         Same seed, same masks.
+    progress : bool or None, default=None
+        Show a bar over the generations; None: in a terminal, for what takes longer than five seconds.
 
     Raises
     ------
@@ -119,6 +121,7 @@ class GeneticWeightPruner(StructuredPruner):
         max_bytes: int = 2**28,
         n_jobs: int = 1,
         seed: int = 0,
+        progress: bool | None = None,
     ) -> None:
         self.search = as_settings(WeightSearch, search, "search")
         if validation is None and evaluate is None and evaluator is None:
@@ -130,6 +133,7 @@ class GeneticWeightPruner(StructuredPruner):
         self.max_bytes = max_bytes
         self.n_jobs = n_jobs
         self.seed = seed
+        self.progress = progress
         self._metric = GeneticMetric(
             settings=self.search,
             validation=self.validation,
@@ -139,6 +143,7 @@ class GeneticWeightPruner(StructuredPruner):
             on_generation=on_generation,
             max_bytes=max_bytes,
             n_jobs=n_jobs,
+            progress=progress,
         )
         super().__init__(
             model,

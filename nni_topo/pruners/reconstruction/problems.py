@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from nni_topo.errors import DataError
+from nni_topo.errors import DataError, check_memory
 from nni_topo.maths.least_squares.greedy import Products, Samples, forward_selection
 from nni_topo.network.capture import watched
 from nni_topo.network.channels import ChannelFlow
@@ -36,12 +36,16 @@ from nni_topo.pruners.clouds.functional import Reader, check_read, readers_of, u
 from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.reconstruction.readings import Reading, column_count
 from nni_topo.pruners.units import PruningUnit
+from nni_topo.recovery.samples import position_count
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 
 _LINEAR = (*CONVOLUTIONS, nn.Linear)
+_COPIES = 3  # of products, or of samples, at most
+_MANY = 2048  # columns: fewer take next to nothing
+_CURE = "fewer samples than columns (calibration) take less, or leave the layer out (exclude_op_names)"
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class ReconstructionProblems:
         with evaluation_mode(model):
             flow = self.flow(model)
             readers = {unit.name: linear_readers(unit, flow, context) for unit in context.units}
+            self.check_memory(readers, model)
             for units in self._together(context.units, readers):
                 found = self.measure({unit.name: readers[unit.name] for unit in units}, model, model)
                 for unit in units:
@@ -99,6 +104,22 @@ class ReconstructionProblems:
     def flow(self, model: nn.Module) -> ChannelFlow:
         """Trace a model on the first batch."""
         return Network(model, structure_call(model, self.calibration)).flow
+
+    def check_memory(self, readers: dict[str, list[Reader]], model: nn.Module) -> None:
+        """Raise DataError for a unit whose least squares don't fit into memory."""
+        wide = [(name, reader) for name, found in readers.items() for reader in found if column_count(reader) > _MANY]
+        if not wide:
+            return
+        images = sum(batch_size(call) for call in calls(model, self.calibration))
+        shapes = Network(model, structure_call(model, self.calibration)).sizes
+        names = {id(module): name for name, module in model.named_modules()}
+        for name, reader in wide:
+            columns, outputs = column_count(reader), int(reader.module.weight.shape[0])  # type: ignore[index]
+            # Few samples are kept as they are, and not multiplied with each other.
+            samples = images * position_count(reader.module, shapes[names[id(reader.module)]][0][1])
+            rows = min(samples, columns)
+            what = f"least squares of {columns} columns from {samples} samples"
+            check_memory(8 * _COPIES * columns * (rows + min(outputs, rows)), what, _CURE, name)
 
     def measure(
         self, readers: dict[str, list[Reader]], original: nn.Module, network: nn.Module

@@ -41,7 +41,7 @@ class Reading:
 
     def met(self, entering: Tensor, output: Tensor) -> None:
         """See a call of the layer."""
-        self._before, self._places = entering, position_count(self.module, output)
+        self._before, self._places = entering, position_count(self.module, output.shape)
 
     def reached(self, entering: Tensor) -> None:
         """See a call of the twin."""

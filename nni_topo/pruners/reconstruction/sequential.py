@@ -35,6 +35,7 @@ class SequentialProblems(ReconstructionProblems):
         modules = {module: name for name, module in original.named_modules()}
         own = PruningContext(original, context.target_spaces)
         readers = {unit.name: linear_readers(unit, flow, own) for unit in context.units}
+        self.check_memory(readers, original)
         rank = {name: index for index, name in enumerate(flow.layers)}
         first = {
             name: min((modules[reader.module] for reader in found), key=rank.__getitem__)

@@ -28,6 +28,7 @@ class SubclusterMetric(SurvivorMetric):
 
     def cluster(self, clouds: dict[str, list[FeatureCloud]], context: PruningContext) -> dict[str, Clusters]:
         """Return the clusters of every unit."""
+        context.check_memory(3.0, "leave the layer out (exclude_op_names), or take ClusterPruner")
         self.trees = {}
         found = {unit.name: self._clusters(unit, clouds[unit.name], context, _cap(unit)) for unit in context.units}
         for name, rows in self._shared_caps(clouds, found, context).items():

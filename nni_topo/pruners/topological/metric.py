@@ -11,9 +11,11 @@ from nni_topo.errors import FLAG, check_knobs, one_of
 from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, Generation, SubsetGeneticAlgorithm
 from nni_topo.network.progress import bar
-from nni_topo.pruners.hooks import PruningContext
+from nni_topo.pruners.hooks import Data, KeptSet, PruningContext
 from nni_topo.pruners.selection import Cloud, Clouds, Kept, SelectionMetric
 
+_COPIES = 3  # of a cloud, while its distances are computed
+_CURE = "leave the layer out (exclude_op_names), or choose by norms; solver='greedy' takes less than a search"
 CRITERIA = ("hausdorff", "cover", "bottleneck", "bottleneck_sum", "wasserstein")
 """Distances between a kept and a whole cloud; ``"bottleneck_sum"`` adds those of several degrees."""
 
@@ -80,21 +82,32 @@ class TopologicalMetric(SelectionMetric):
     n_jobs: int | None = 1
     trace: dict[str, list[Generation]] = field(default_factory=dict, init=False)
 
+    def calculate(self, data: Data, context: PruningContext) -> KeptSet:
+        """Look whether distances fit into memory, then plan and choose."""
+        # Distances and what checks them; a search sorts neighbours, or edges.
+        by_search = 4.0 if max(self.settings.homology_dimensions) else 2.0
+        width = max((points.shape[1] for targets in data.values() for points in targets.values()), default=0)
+        context.check_memory(1.5 if self.settings.search is None else by_search, _CURE, _COPIES * width)
+        return super().calculate(data, context)
+
     def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> Kept:
         """Choose in parallel where asked; a registered joblib backend spreads the work over machines."""
         from joblib import Parallel, delayed
+        from joblib.parallel import get_active_backend
 
         self.trace = {}
-        tasks = [
-            (unit, part, (cloud, rows[unit.name], [self.seed, index, part]))
-            for index, unit in enumerate(context.units)
-            for part, cloud in enumerate(clouds[unit.name])
-        ]
-        work = (delayed(_chosen)(*task, self.settings) for *_, task in tasks)
-        results = Parallel(n_jobs=self.n_jobs, return_as="generator")(work)
+        tasks = [(index, unit, part) for index, unit in enumerate(context.units) for part in range(unit.parts)]
+        # A cloud is handed on, not held: its distances go with it.
+        work = (
+            delayed(_chosen)(clouds[unit.name].pop(0), rows[unit.name], [self.seed, index, part], self.settings)
+            for index, unit, part in tasks
+        )
+        # One by one, for the bar, where the backend can: Ray's can't.
+        one_by_one = get_active_backend()[0].supports_return_generator
+        results = Parallel(n_jobs=self.n_jobs, return_as="generator" if one_by_one else "list")(work)
         found: dict[str, list[BoolArray]] = {}
         with bar("choosing filters", self.progress, total=len(tasks)) as shown:
-            for (unit, part, _), (kept, trace) in zip(tasks, results, strict=True):
+            for (_, unit, part), (kept, trace) in zip(tasks, results, strict=True):
                 found.setdefault(unit.name, []).append(kept)
                 if trace:
                     self.trace[unit.part_name(part)] = trace

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError, DataError, check_memory
 from nni_topo.maths.topology.layer_graphs import LayerGraph
 from nni_topo.maths.topology.layer_trees import channel_tree, plane_trees, spanning_forest
 from nni_topo.pruners.allocators import keep_highest
@@ -24,6 +24,7 @@ OnSubcritical = Literal["raise", "clip"]
 ConvGraph = Literal["channel", "toeplitz", "toeplitz_full"]
 CONV_GRAPHS = ("channel", "toeplitz", "toeplitz_full")
 _LEAST = 1e-300
+_COPIES = 4  # of the magnitudes of all layers, in float64, until the trees are there
 
 
 class MagnitudeCollector(DataCollector):
@@ -31,6 +32,8 @@ class MagnitudeCollector(DataCollector):
 
     def collect(self, context: PruningContext) -> Data:
         """Return float64 columns ``(weights, 1)`` on the CPU."""
+        weights = sum(unit.blocks for unit in context.units)
+        check_memory(8 * _COPIES * weights, f"magnitudes of {weights} weights", "name fewer layers", "op_names")
 
         def points(_: PruningUnit, module: str, target: str) -> Tensor:
             space = context.target_spaces[module][target]

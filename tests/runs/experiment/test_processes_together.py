@@ -131,19 +131,19 @@ def test_shares_are_equal_and_apart():
         data_share(data, 0, 12)
 
 
+def searched(n_jobs: int):
+    """Masks of a search over the layers of a network, so many of them at a time."""
+    net = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
+    config_list = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
+    search = GeneticSearch(generations=5)
+    return TopologicalPruner(net, config_list, seed=1, n_jobs=n_jobs, solver=search).compress()[1]
+
+
 @pytest.mark.slow
 def test_a_dask_cluster_searches_layers_to_the_same_masks(tmp_path, monkeypatch):
     distributed = pytest.importorskip("distributed", reason="needs Dask: pip install 'nni_topo[dask]'")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("NNI_TOPO_EVALUATORS", "torch")
-    config_list = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
-
-    def masks(n_jobs: int):
-        net = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
-        search = GeneticSearch(generations=5)
-        _, found = TopologicalPruner(net, config_list, seed=1, n_jobs=n_jobs, solver=search).compress()
-        return found
-
     with (
         distributed.LocalCluster(
             n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=tmp_path, host="127.0.0.1"
@@ -152,7 +152,30 @@ def test_a_dask_cluster_searches_layers_to_the_same_masks(tmp_path, monkeypatch)
     ):
         workers = client.scheduler_info()["workers"]
         with distributed.get_task_stream(client) as tasks, parallel_config(backend="dask"):
-            spread = masks(-1)
+            spread = searched(-1)
     assert len(tasks.data) >= 4
     assert {task["worker"] for task in tasks.data} <= set(workers)
-    assert masks_digest(spread) == masks_digest(masks(1))
+    assert masks_digest(spread) == masks_digest(searched(1))
+
+
+@pytest.mark.slow
+def test_ray_searches_layers_to_the_same_masks(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray", reason="needs Ray: pip install ray")
+    from ray.util.joblib import register_ray
+
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    places = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=2**27,
+        log_to_driver=False,
+        runtime_env={"env_vars": places | {"NNI_TOPO_EVALUATORS": "torch"}},
+    )
+    try:
+        register_ray()
+        with parallel_config(backend="ray"):
+            spread = searched(-1)
+    finally:
+        ray.shutdown()
+    assert masks_digest(spread) == masks_digest(searched(1))

@@ -1,0 +1,212 @@
+"""Jobs that are larger than what there is: memory estimated beforehand, and batches that a device doesn't hold."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import far_device
+import psutil
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import nni_topo
+from nni_topo import zoo
+from nni_topo.errors import DataError, free_memory
+from nni_topo.testing import require_unchanged, snapshot, toy_images, toy_model
+
+
+@contextmanager
+def room(size):
+    """Let this process take no more than so many bytes on top of what it has."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+WIDE = 4096
+FEW, *MANY = torch.randn(9 * 512, 16, generator=torch.Generator().manual_seed(0)).split(512)
+FEW = [FEW[:8]]
+WHOLE = {"op_names": ["0"], "sparse_ratio": 0.5}
+
+
+def wide():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, WIDE), nn.ReLU(), nn.Linear(WIDE, 4))
+
+
+def pruned(name, config, **knobs):
+    nni_topo.create_pruner(name, wide(), config, **knobs).compress()
+
+
+def compensated(images):
+    mask = torch.ones(WIDE, 16)
+    mask[::64] = 0.0
+    nni_topo.compensate(wide(), {"0": {"weight": mask}}, images)
+
+
+PAIRS = r"4096 (blocks with each other|channels) must fit into memory, got \d\.\d\d GiB for 0\.1\d GiB that are free: "
+JOBS = {
+    "distances": (lambda _: pruned("topological", [WHOLE]), PAIRS + r".*solver='greedy'.*\(0\.weight\)"),
+    "outputs": (lambda _: pruned("topological", [WHOLE], calibration=FEW), PAIRS + r".*cloud='weight'.*\(0\.weight\)"),
+    "affinities": (
+        lambda _: pruned("cluster", [WHOLE], calibration=FEW, algorithm="spectral"),
+        PAIRS + r".*algorithm='kmeans' \(0\.weight\)",
+    ),
+    "clusters": (lambda _: pruned("subcluster", [WHOLE], calibration=FEW), PAIRS + ".*ClusterPruner"),
+    "least squares": (
+        lambda _: pruned("reconstruction", [WHOLE], calibration=MANY),
+        r"of 4096 columns from 4096 samples .*\(calibration\) take less",
+    ),
+    "recovery": (lambda _: compensated(MANY), r"least squares of 4032 unknowns .*method='scalar'.*\(2\)"),
+    "population": (
+        lambda _: pruned("genetic_weight", [WHOLE], evaluate=lambda model: 1.0, search={"population_size": 10_000}),
+        r"a population on 65536 weights .*population_size \(search\).*\(0\)",
+    ),
+    "images": (lambda folder: zoo.load_data(str(folder)), "30 images must fit into memory, .*image_size"),
+    "distillation": (
+        lambda _: nni_topo.distill(toy_model(), toy_model(1), 15 * [torch.zeros(1, 3, 8, 8).expand(4096, 3, 8, 8)]),
+        "images and a view of them must fit into memory, .*fewer images",
+    ),
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_memory_is_estimated_beforehand_with_the_figure_and_the_knob(job, tmp_path):
+    work, words = JOBS[job]
+    if job == "images":
+        (tmp_path / "cat").mkdir()
+        for number in range(30):
+            Image.new("RGB", (1000, 1000)).save(tmp_path / "cat" / f"{number}.png")
+    with room(2**27), pytest.raises(DataError, match=words):
+        work(tmp_path)
+
+
+def test_a_job_that_is_refused_leaves_the_model_as_it_was():
+    model = wide()
+    before = snapshot(model)
+    with room(2**27), pytest.raises(DataError, match="must fit into memory"):
+        nni_topo.create_pruner("topological", model, [WHOLE]).compress()
+    require_unchanged(before, model)
+
+
+def test_few_samples_of_a_wide_layer_are_no_large_job():
+    with room(2**28):
+        compensated(FEW)
+        pruned("reconstruction", [WHOLE], calibration=FEW)
+
+
+def test_what_is_free_is_what_the_process_may_still_take():
+    with room(2**28):
+        assert 0 < free_memory() <= 2**28
+    assert free_memory() > 2**28
+
+
+@pytest.mark.slow
+def test_wide_layers_are_pruned_or_refused_in_words():
+    bench = Path(__file__).parents[1] / "benchmarks" / "bench_limits.py"
+    words = ["topological", "reconstruction", "cluster, spectral", "--neurons", "8192", "--memory", "3"]
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, bench, *words], env=os.environ | paths, capture_output=True, text=True)
+    chosen, solved, refused = done.stdout.splitlines()[2:]
+    assert chosen.endswith("0.50 left |")
+    assert solved.endswith("0.50 left |")
+    assert "must fit into memory, got 3.50 GiB" in refused
+
+
+IMAGES, LABELS = toy_images(16, seed=1), torch.arange(16) % 4
+HALF = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names": ["head"], "sparse_ratio": 0.5}]
+
+
+def masks(name, place, **knobs):
+    model = toy_model().to(place)
+    pruner = nni_topo.create_pruner(name, model, HALF, **knobs)
+    _, found = pruner.compress()
+    return [mask.cpu() for targets in found.values() for mask in targets.values()]
+
+
+def state(model):
+    return [value.cpu() for value in model.state_dict().values()]
+
+
+def solved(place, images):
+    mask = torch.ones(16, 8, device=place)
+    mask[[0, 3, 7]] = 0.0
+    return state(nni_topo.compensate(toy_model().to(place).eval(), {"hidden": {"weight": mask}}, images))
+
+
+def distilled(place, images):
+    nets = (toy_model(seed).to(place).eval() for seed in (0, 1))
+    return state(nni_topo.distill(*nets, images, steps=3, lr=1e-3, batch_size=4))
+
+
+# by how many bytes an operation may put out: 16 images of the toy network's first layer take 32768
+ON_A_DEVICE = {
+    "activations": (lambda place, images: masks("topological", place, cloud="activation", calibration=images), 9000),
+    "functional": (lambda place, images: masks("topological", place, calibration=images), 9000),
+    "gradients": (
+        lambda place, images: masks("topological", place, cloud="gradient", calibration=labelled(images)),
+        9000,
+    ),
+    "features": (lambda place, images: masks("cluster", place, calibration=images), 9000),
+    "reconstruction": (lambda place, images: masks("reconstruction", place, calibration=images), 160_000),
+    "genes": (
+        lambda place, images: masks(
+            "genetic_weight",
+            place,
+            validation=labelled(images),
+            search={"population_size": 4, "generations": 1},
+        ),
+        20_000,
+    ),
+    "compensation": (solved, 9000),
+    "batch norms": (lambda place, images: state(nni_topo.recalibrate_batch_norm(toy_model().to(place), images)), 9000),
+    "distillation": (distilled, 20_000),
+    "evaluation": (
+        lambda place, images: [torch.tensor(zoo.evaluate_loss(toy_model().to(place), TensorDataset(IMAGES, LABELS)))],
+        9000,
+    ),
+}
+
+
+def labelled(images):
+    """Give batches their labels."""
+    return list(zip(images, LABELS.split([len(each) for each in images]), strict=True))
+
+
+@pytest.mark.parametrize("job", ON_A_DEVICE)
+@pytest.mark.parametrize("device", ["far"], indirect=True)
+def test_a_batch_that_is_too_large_for_a_device_is_run_in_parts(job, device, caplog):
+    work, most = ON_A_DEVICE[job]
+    whole = work(device, [IMAGES])
+    assert not caplog.messages
+    with far_device.memory(most):
+        found = work(device, [IMAGES])
+    assert "out of memory: once more, 8 samples at a time" in caplog.messages[0]
+    if job == "batch norms":  # which count each batch alike
+        whole = work(device, [*IMAGES.split(4)])
+    for one, other in zip(whole, found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["far"], indirect=True)
+def test_a_device_that_holds_no_sample_is_said_in_words_and_the_model_is_as_it_was(device):
+    model = toy_model().to(device)
+    before = snapshot(model)
+    with (
+        far_device.memory(2500),
+        pytest.raises(DataError, match=r"memory for a sample at a time, got: far out of memory"),
+    ):
+        nni_topo.create_pruner("topological", model, HALF, cloud="activation", calibration=[IMAGES]).compress()
+    require_unchanged(before, model)
