@@ -12,10 +12,11 @@ from typing import Any, Literal, get_args
 import torch
 from nni.compression.utils import Evaluator
 from torch import nn
+from torch.fx import Node
 
 from nni_topo.errors import ConfigError, DataError, check_integer, unknown_name
 from nni_topo.network.capture import batches_of
-from nni_topo.network.inputs import Call, batch_size, calls, check_fits, in_smaller_batches, tensors_of
+from nni_topo.network.inputs import Call, batch_size, calls, in_smaller_batches, structure_call, tensors_of
 from nni_topo.network.masks import Masks, check_model
 from nni_topo.network.progress import bar
 from nni_topo.recovery.networks import Networks, build_networks, copy_norm_statistics
@@ -223,16 +224,23 @@ def _run(
     for index, task in enumerate(bar("compensate", progress, tasks)):
         is_refined = index + 1 < len(tasks) and tasks[index + 1].refines
         chosen = layers[-1].ridge if task.refines and ridge is None and layers[-1].ridge < math.inf else ridge
-        layers.append(_step(task, min(ranks[index:]), sampler, networks, chosen, is_refined))
+        later = {node for each in tasks[index + 1 :] for node in each.watched}
+        layers.append(_step(task, min(ranks[index:]), later, sampler, networks, chosen, is_refined))
     return tuple(layers)
 
 
 def _step(
-    task: Task, settled: int, sampler: Sampler, networks: Networks, ridge: float | None, is_refined: bool
+    task: Task,
+    settled: int,
+    later: set[Node],
+    sampler: Sampler,
+    networks: Networks,
+    ridge: float | None,
+    is_refined: bool,
 ) -> LayerReport:
     """Solve one task and put the solution into the networks."""
     began = time.perf_counter()
-    learned, held = sampler.collect(task, settled, is_refined=is_refined)
+    learned, held = sampler.collect(task, settled, later=later, is_refined=is_refined)
     samples = learned.samples + held.samples
     found = task.fit(learned, held, ridge)
     for net in (networks.pruned, networks.result):
@@ -264,9 +272,8 @@ def _check_choices(method: str, ridge: Any, refine: Any, pairs: Pairs | None, as
 
 
 def survey(model: nn.Module, calibration: Iterable[Any]) -> tuple[tuple[int, ...], Call]:
-    """Count the images of each batch, check that they are finite, and try the first one; return it, too."""
+    """Count the images of each batch, check that they are finite, and return a call to follow the structure with."""
     sizes: list[int] = []
-    first: Call = ((), {})
     for index, call in enumerate(calls(model, calibration)):
         tensors = tensors_of(call)
         if not tensors or any(tensor.numel() == 0 for tensor in tensors):
@@ -274,9 +281,7 @@ def survey(model: nn.Module, calibration: Iterable[Any]) -> tuple[tuple[int, ...
         if any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors):
             raise DataError(f"calibration inputs must be finite, got NaN or infinity (batch {index})")
         sizes.append(batch_size(call))
-        first = first if index else call
-    check_fits(model, first)
-    return tuple(sizes), first
+    return tuple(sizes), structure_call(model, calibration)
 
 
 def _warn(report: CompensationReport) -> None:

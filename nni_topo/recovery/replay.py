@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class Replay:
 
     # What both have computed up to a place that won't change any more is kept for the next pass if it fits into
     # `cache_bytes`; else each pass starts where it last did fit, in the worst case at the inputs. So memory stays
-    # bounded, whatever the number of images.
+    # bounded, whatever the number of images. The original never changes: what it has computed isn't computed again.
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Replay:
         self._calibration = calibration
         # Values that are kept would be changed by an operation in place, by each pass anew.
         self._cache_bytes = 0 if _works_in_place(original) else cache_bytes
-        self._start = 0
+        self._starts_at = 0, 0  # where a pass goes on in the original and in the pruned network
         self._saved: list[tuple[Values, Values]] | None = None
 
     @property
@@ -54,23 +54,33 @@ class Replay:
         """Whether each pass has the same entries in the same order, which a shuffling loader wouldn't give."""
         return self._saved is not None or isinstance(self._calibration, Sequence)
 
-    def run(self, settled: int, watched: list[Node]) -> Iterator[tuple[Values, Values]]:
+    def run(
+        self, settled: int, watched: list[Node], later: Collection[Node] | None = None
+    ) -> Iterator[tuple[Values, Values]]:
         """Yield the watched nodes' values in both networks, batch by batch; DataError if one doesn't fit the model."""
-        # `settled` is the rank of the first node that may change before a later pass.
+        # `settled` is the rank of the first node that may change before a later pass, `later` all that these watch.
         watched = [*watched, *self._masks]
         stop = max(self.order[node] for node in watched) + 1
+        first, second = self._starts_at
+        reached = settled if later is None else max(first, settled, stop)
+        wanted = {*watched, *(later or ())}
         kept: list[tuple[Values, Values]] | None = []
         size = 0
         for index, (original, pruned) in enumerate(self._starts()):
-            self._advance(original, pruned, self._start, settled, set(watched), index)
+            self._advance(original, pruned, range(first, settled), range(second, settled), wanted, index)
+            saved = dict(original), dict(pruned)
+            self._advance(original, pruned, range(max(first, settled), stop), range(settled, stop), wanted, index)
+            if later is not None:
+                still = {*later, *self._masks}
+                needed = {node: value for node, value in original.items() if self._last_use[node] >= reached}
+                saved = needed | {node: original[node] for node in still & original.keys()}, saved[1]
             # What is kept fits for all batches or for none: a pass starts at one place.
-            size += _nbytes(original, pruned)
-            kept = [*kept, (dict(original), dict(pruned))] if kept is not None and size <= self._cache_bytes else None
-            self._advance(original, pruned, settled, stop, set(watched), index)
+            size += _nbytes(*saved)
+            kept = [*kept, saved] if kept is not None and size <= self._cache_bytes else None
             yield {node: original[node] for node in watched}, {node: pruned[node] for node in watched}
         # Only a pass that was read to its end knows all batches.
         if kept is not None:
-            self._start, self._saved = settled, kept
+            self._starts_at, self._saved = (reached, settled), kept
 
     def counted(self, values: Values, entries: int, places: int) -> Tensor | None:
         """Tell which positions of a batch aren't padding, ``(entries, places)``; None where no mask says it of them."""
@@ -88,11 +98,16 @@ class Replay:
             given = {node: named[str(node.target)] for node in self._placeholders if str(node.target) in named}
             yield dict(given), dict(given)
 
-    def _advance(self, original: Values, pruned: Values, start: int, stop: int, watched: set[Node], index: int) -> None:
+    def _advance(
+        self, original: Values, pruned: Values, one: range, other: range, watched: set[Node], index: int
+    ) -> None:
+        """Run a stretch of the original, and one of the pruned network."""
         try:
             with torch.no_grad():
-                for rank in range(start, stop):
-                    self._step(rank, original, pruned, watched)
+                for rank in range(min(one.start, other.start), max(one.stop, other.stop)):
+                    self._step(rank, original if rank in one else None, pruned if rank in other else None, original)
+                    for values in [values for values, run in ((original, one), (pruned, other)) if rank in run]:
+                        self._free(rank, values, watched)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if out_of_memory(error):  # not the batch's fault
                 raise
@@ -100,24 +115,29 @@ class Replay:
                 f"calibration must fit the model, got {type(error).__name__}: {error} (batch {index})"
             ) from error
 
-    def _step(self, rank: int, original: Values, pruned: Values, watched: set[Node]) -> None:
+    def _step(self, rank: int, original: Values | None, pruned: Values | None, known: Values) -> None:
+        """Compute a node in either network, or in both; `known` are values of the original."""
         node = self.nodes[rank]
         if node.op == "placeholder":
-            if node not in original:
-                original[node] = pruned[node] = node.args[0] if node.args else None
+            for values in (original, pruned):
+                if values is not None:
+                    values.setdefault(node, node.args[0] if node.args else None)
             return
-        # Where nothing pruned reaches, both networks compute the same: once is enough, and one tensor serves both.
-        original[node] = _compute(self._runners[0], node, original)
-        pruned[node] = original[node]
-        if node in self.touched_nodes:
+        if original is not None:
+            original[node] = _compute(self._runners[0], node, original)
+        if pruned is not None and node in self.touched_nodes:
             twin = self._twins[node]
             values = {self._twins[parent]: pruned[parent] for parent in node.all_input_nodes}
             pruned[node] = _compute(self._runners[1], twin, values)
-        # Freed after its last reader: memory is that of one place of the graph, not of all of it.
-        for parent in [*node.all_input_nodes, node]:
-            if self._last_use[parent] <= rank and parent not in watched:
-                original.pop(parent, None)
-                pruned.pop(parent, None)
+        elif pruned is not None:
+            # Where nothing pruned reaches, both networks compute the same: once is enough, and one tensor serves both.
+            pruned[node] = known[node] if node in known else _compute(self._runners[0], node, pruned)
+
+    def _free(self, rank: int, values: Values, watched: set[Node]) -> None:
+        """Free what a node was the last to read: memory is that of one place of the graph, not of all of it."""
+        for node in [*self.nodes[rank].all_input_nodes, self.nodes[rank]]:
+            if self._last_use[node] <= rank and node not in watched:
+                values.pop(node, None)
 
 
 def without_side_effects(graph_module: GraphModule) -> GraphModule:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,16 +169,18 @@ class Sampler:
             what = f"least squares of {task.unknowns} unknowns"
             check_memory(8 * _COPIES * groups * task.unknowns * samples, what, _CURE, task.layer.name)
 
-    def collect(self, task: Task, settled: int, *, is_refined: bool = False) -> tuple[NormalEquations, NormalEquations]:
+    def collect(
+        self, task: Task, settled: int, *, later: Collection[Node] | None = None, is_refined: bool = False
+    ) -> tuple[NormalEquations, NormalEquations]:
         """Return the sums of the samples to learn from and of those held out; DataError if any isn't finite."""
         # A task that refines the one before has the same positions, so that the products of inputs are the same.
-        # `settled` is the rank of the first node that may change before a later pass.
+        # `settled` is the rank of the first node that may change before a later pass, `later` what these watch.
         kept = self._chunks if task.refines else None
         known = self._known if kept or (task.refines and self.replay.is_repeatable) else None
         self._known, self._chunks = None, kept
         learned, held = (NormalEquations(each) for each in known or (None, None))
         if kept is None:
-            chunks = self._keep(self._sampled(task, settled), is_refined)
+            chunks = self._keep(self._sampled(task, settled, later), is_refined)
         else:
             chunks = (_refined(task, chunk) for chunk in kept)
         for chunk in chunks:
@@ -194,11 +196,11 @@ class Sampler:
         for chunk in self._chunks or ():
             chunk.lacking -= task.effect(chunk.inputs, found)
 
-    def _sampled(self, task: Task, settled: int) -> Iterator[_Chunk]:
+    def _sampled(self, task: Task, settled: int, later: Collection[Node] | None) -> Iterator[_Chunk]:
         """Run the networks and yield a task's samples."""
         generator = torch.Generator().manual_seed(self.seed)
         seen = 0
-        for index, (original, pruned) in enumerate(self.replay.run(settled, task.watched)):
+        for index, (original, pruned) in enumerate(self.replay.run(settled, task.watched, later)):
             entries, count = task.extent(original)
             real = self.replay.counted(original, entries, count)
             share = 1.0 if real is None else max(float(real.double().mean()), 1 / count)

@@ -161,6 +161,20 @@ def test_few_samples_are_solved_as_products_are(ridge, intercept):
     assert few.squared_error(one) == pytest.approx(many.squared_error(one), rel=1e-6)
 
 
+@pytest.mark.parametrize("intercept", [True, False])
+def test_few_samples_are_solved_for_one_ridge_after_the_other(intercept):
+    inputs, targets, _, _ = problem(samples=12, unknowns=40, noise=0.5, groups=2)
+    one = equations(inputs, targets)
+    refined = NormalEquations(one)
+    for ridge in (1e-3, 1.0, 1e-2):
+        alone = equations(inputs, targets).solve(ridge, intercept=intercept)
+        torch.testing.assert_close(one.solve(ridge, intercept=intercept).weights, alone.weights, rtol=1e-9, atol=1e-12)
+    refined.add(inputs, 2.0 * targets, targets)
+    again = refined.solve(1e-2, intercept=intercept)
+    torch.testing.assert_close(again.weights, 2.0 * alone.weights, rtol=1e-9, atol=1e-12)
+    assert again.error == pytest.approx(4.0 * alone.error, rel=1e-9)
+
+
 @pytest.mark.parametrize(("samples", "unknowns"), [(60, 5), (12, 40), (50, 40)])
 def test_a_solution_knows_its_error_and_a_merged_problem_is_that_of_all_samples(samples, unknowns):
     inputs, targets, _, _ = problem(samples=samples, unknowns=unknowns, noise=0.5)

@@ -75,6 +75,26 @@ def test_a_pass_starts_where_the_last_one_was_settled(residual_net, pair, images
     assert counts == {"conv1": 16, "conv3": 24}
 
 
+@pytest.mark.parametrize("cache_bytes", [0, 2**30])
+def test_the_original_computes_once_what_later_passes_look_at(residual_net, pair, images, cache_bytes):
+    original, changed = pair
+    counts = {"conv1": 0, "conv3": 0, "head": 0}
+    for name in counts:
+        original.get_submodule(name).register_forward_hook(
+            lambda *_, name=name: counts.__setitem__(name, counts[name] + 1)
+        )
+    replay = Replay(residual_net, original, changed, images, cache_bytes)
+    places = [node_of(original, name) for name in ("conv3", "conv4", "head")]
+    settled = [node_of(original, name) for name in ("conv2", "conv3", "conv4")]
+    for index, (place, first) in enumerate(zip(places, settled, strict=True)):
+        runs = list(replay.run(replay.order[first], [place], places[index:]))
+    # Without memory for it each pass begins at the images: conv1, which lies before any difference, once a batch.
+    passes = 1 if cache_bytes else 3
+    assert counts == {"conv1": 4 * passes, "conv3": 4 * passes, "head": 4}
+    for net, found in zip(pair, zip(*runs, strict=True), strict=True):
+        torch.testing.assert_close(torch.cat([values[place] for values in found]), net(torch.cat(images)).detach())
+
+
 def test_only_nodes_behind_a_difference_are_touched(pair):
     original, changed = pair
     touched = {node.name for node in touched_nodes(original, changed)}

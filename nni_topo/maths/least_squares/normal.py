@@ -34,6 +34,8 @@ class NormalEquations:
         self._parts: tuple[NormalEquations, ...] = ()  # those whose products of inputs add up to these
         # By samples: what the last solution was found with.
         self._factors: dict[int, tuple[float, bool, _Factor]] = {} if known is None else known._factors
+        # Of few samples, by their number and whether they are centred: what doesn't depend on the ridge.
+        self._few: dict[tuple[int, bool], tuple[Tensor, Tensor, Tensor]] = {} if known is None else known._few
         self._known = known is not None and known._rows is None
         if known is not None and self._known:
             self._rows, self._sums["xx"] = None, known._sums["xx"]
@@ -78,7 +80,7 @@ class NormalEquations:
         if not (self.samples and other.samples):
             return self if self.samples else other
         whole = NormalEquations()
-        whole.samples, whole._factors = self.samples + other.samples, self._factors
+        whole.samples, whole._factors, whole._few = self.samples + other.samples, self._factors, self._few
         if self._rows and other._rows and whole.samples < self.unknowns:
             whole._rows = [*self._rows, *other._rows]
         else:
@@ -197,21 +199,31 @@ class NormalEquations:
 
     def _solve_few(self, ridge: float, intercept: bool) -> tuple[Tensor, float] | None:
         """Solve for one number a sample, of which there are fewer than unknowns; the same as from products."""
-        inputs, residuals = self._joined()
-        floor = _LEAST_VARIANCE * inputs.square().sum(1)
+        residuals = self._joined()[1]
         if intercept:
-            inputs, residuals = (each - each.mean(1, keepdim=True) for each in (inputs, residuals))
-        squares = inputs.square().sum(1)
-        scale = _penalty(squares, ridge).masked_fill(squares <= floor, torch.inf).rsqrt().unsqueeze(1)
-        scaled = inputs * scale
-        matrix = _gram(scaled.mT)
+            residuals = residuals - residuals.mean(1, keepdim=True)
+        if (self.samples, intercept) not in self._few:
+            self._few[self.samples, intercept] = self._scaled(intercept)
+        scaled, scale, products = self._few[self.samples, intercept]
+        matrix = products / ridge
         matrix.diagonal(dim1=1, dim2=2).add_(1.0)
         lower, info = torch.linalg.cholesky_ex(matrix)
         if bool(info.any()):
             return None
         # ``(X'X + 1)^-1 X'Y = X'(XX' + 1)^-1 Y``, and what the second factor leaves of Y is the error itself.
         left = torch.cholesky_solve(residuals, lower)
-        return (scaled.mT @ left).mul_(scale.mT), float(left.square().sum())
+        return (scaled.mT @ left).mul_(scale.mT / ridge), float(left.square().sum())
+
+    def _scaled(self, intercept: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return inputs over the roots of their penalties at ridge 1, one over these, and products of the former."""
+        inputs = self._joined()[0]
+        floor = _LEAST_VARIANCE * inputs.square().sum(1)
+        if intercept:
+            inputs = inputs - inputs.mean(1, keepdim=True)
+        squares = inputs.square().sum(1)
+        scale = _penalty(squares, 1.0).masked_fill(squares <= floor, torch.inf).rsqrt().unsqueeze(1)
+        scaled = inputs * scale
+        return scaled, scale, _gram(scaled.mT)
 
     def _products(self) -> Tensor:
         """Sum the products of inputs, to be worked on in place."""
