@@ -106,8 +106,7 @@ def latencies(
     """Return the median times of several models, measured in turns.
 
     In every round each model runs once, in random order, so that a machine that slows down for a while slows
-    all of them and the ratios hold. One thread on the CPU is timed by its own clock, which other programs don't
-    move on.
+    all of them and the ratios hold.
 
     Parameters
     ----------
@@ -149,11 +148,10 @@ def latencies(
 
 
 def now(tensor: Tensor) -> float:
-    """Seconds on a clock; on a GPU when its work is done, of one thread on the CPU its own."""
+    """Seconds on a clock; on a GPU when its work is done."""
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
-    alone = tensor.device.type == "cpu" and torch.get_num_threads() == 1
-    return time.thread_time() if alone else time.perf_counter()
+    return time.perf_counter()
 
 
 def _as_tuple(example_inputs: Inputs) -> tuple[Tensor, ...]:
