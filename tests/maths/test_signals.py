@@ -115,6 +115,8 @@ def test_the_planes_of_a_chirp_without_a_preferred_direction_are_closed_under_mi
 def test_the_texts_chirp_is_one_plane():
     assert np.array_equal(Chirp("diagonal").planes((4, 6)), chirp((4, 6), direction="diagonal")[None])
     assert np.array_equal(Chirp("radial").planes((4, 6)), chirp((4, 6), direction="radial")[None])
+    windowed = chirp((4, 6), direction="radial", sweep="thesis", window="hann")
+    assert np.array_equal(Chirp("radial", "thesis", "hann").planes((4, 6)), windowed[None])
 
 
 def test_a_chirp_by_an_unknown_name_is_refused():

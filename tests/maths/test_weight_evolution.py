@@ -136,13 +136,17 @@ def test_partners_are_the_fittest_of_the_tournament():
     assert partners == [second.number] + [first.number] * 9
 
 
-def test_caps_hold_layer_by_layer():
-    algorithm = search(caps=(0.25, 1.0), damage_rate=0.9, alpha=0.0)
+@pytest.mark.parametrize("caps", [(0.25, 1.0), (1.0, 0.25), (1.0, 1.0, 0.25), (0.25, 0.5, 1.0)])
+def test_caps_hold_layer_by_layer(caps):
+    algorithm = search(caps=caps, damage_rate=0.9, alpha=0.0)
     algorithm.run()
+    size, fewest = SIZE // len(caps), []
     for member in algorithm.current_generation:
-        first, second = np.split(algorithm.genes(member), 2)
-        assert first.sum() >= 23
-        assert second.sum() >= 1
+        left = algorithm.genes(member).reshape(len(caps), size).sum(1)
+        assert all(count >= max(1, size - int(cap * size)) for count, cap in zip(left, caps, strict=True))
+        fewest.append(left)
+    # and each layer loses as much as its own cap lets it
+    assert all(least < size * (1.25 - cap) for least, cap in zip(np.min(fewest, 0), caps, strict=True))
 
 
 def test_same_seed_same_search():

@@ -73,6 +73,7 @@ def refused(name, model, config_list, words, **knobs):
             "granularity must be a known name, got 'out'; known: default, in_channel",
         ),
         ({"granularity": [[1], "middle"]}, "granularity must be"),
+        ({"granularity": [[1], "front", 1, 1]}, "granularity must be"),
         ({"sparse_ratio": float("nan")}, r"sparse_ratio must be in \[0, 1\), got nan"),
         ({"sparse_ratio": "half"}, "sparse_ratio must be .*got 'half'"),
         ({"sparse_ratio": True}, "sparse_ratio must be .*got True"),

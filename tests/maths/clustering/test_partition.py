@@ -68,6 +68,20 @@ def test_dbscan_leaves_points_of_noise_alone():
     assert len({labels[0], labels[10], labels[11]}) == 3
 
 
+def test_a_cluster_of_dbscan_has_as_many_points_as_are_asked_for():
+    points = (10.0 * np.repeat(np.arange(3), 3) + np.tile([0.0, 0.1, 0.2], 3))[:, None]
+    assert partition(points, 3, "dbscan", min_samples=3).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert partition(points, 3, "dbscan", min_samples=4).tolist() == [0] * 9
+
+
+def test_mixtures_of_full_covariances_follow_long_clusters_and_spherical_ones_cut_them():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 200)
+    points = rng.normal(size=(400, 2)) * [2.5, 0.2] + 4.0 * labels[:, None] * [0.6, 0.8]
+    assert same_partition(partition(points, 2, "gmm_full"), labels)
+    assert not same_partition(partition(points, 2, "gmm"), labels)
+
+
 @given(st.integers(0, 30), st.integers(1, 12))
 def test_dbscan_never_has_more_clusters_than_asked_for(seed, count):
     points = np.random.default_rng(seed).normal(size=(12, 2))
