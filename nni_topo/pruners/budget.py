@@ -44,8 +44,10 @@ BUDGETS = ("flops", "params", "latency", "memory")
 _RULES = {"allocation": one_of(ALLOCATIONS), "latency_table": instance(LatencyTable) | PATH | NONE}
 _MISSED = 0.01
 _MISSED_TIME = 0.05  # of what is asked for
+_NEAR_TIME = 0.02  # likewise, where to stop
 _TIMINGS = 6
-_RUNS = 10
+_RUNS = 3, 20  # passes that a network is timed by, at least and at most
+_PASSES_SECONDS = 3.0
 _LEAST_GAIN = -0.05  # logarithm of a share of the time
 _STEPS = 40
 _STRETCHES = 16
@@ -218,12 +220,15 @@ def network_cost(
 def network_time(model: nn.Module, example_inputs: Any) -> Callable[[Kept], float]:
     """Return what dense networks with some channels gone take, as a share of the whole one's time beside them."""
     whole, cost = unwrapped_copy(model), NetworkCost(model, example_inputs)
+    least, most = _RUNS
+    once = latencies({"whole": whole}, example_inputs, runs=1, warmup=1)["whole"] / 1000.0
+    runs = max(least, min(most, int(_PASSES_SECONDS / once)))
 
     def share(kept: Kept) -> float:
         if not kept:
             return 1.0
         dense = to_dense(whole, example_inputs, cost.masks(kept), check=False)
-        times = latencies({"whole": whole, "dense": dense}, example_inputs, runs=_RUNS, warmup=1)
+        times = latencies({"whole": whole, "dense": dense}, example_inputs, runs=runs, warmup=1)
         return times["dense"] / times["whole"]
 
     return share
@@ -244,7 +249,7 @@ def solve_timed(
     for _ in range(_TIMINGS):
         removed = solve(aim)
         found.append((removed, timed(removed), aim))
-        if abs(found[-1][1] - share) <= _MISSED_TIME * share or removed in [each for each, *_ in found[:-1]]:
+        if abs(found[-1][1] - share) <= _NEAR_TIME * share or removed in [each for each, *_ in found[:-1]]:
             break
         points = sorted([*points, (said(removed), found[-1][1])])
         table, taken = np.log(np.array(points)).T
