@@ -28,7 +28,6 @@ NETS = {
     "resnet20": (3, 32),
     "resnet56": (3, 32),
     "vgg16": (3, 32),
-    "resnet18": (3, 32),
     "torchvision/mobilenet_v2": (3, 96),
     "vit_small": (1, 28),
 }
