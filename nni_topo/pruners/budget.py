@@ -167,6 +167,8 @@ class BudgetPlanner(Planner):
         elif tuple(removed) == (high if left > share else low):
             key = "max_sparse_ratio" if left > share else "min_sparse_ratio"
             reason = f"all layers are at their {key}, or one channel; layers that aren't listed stay whole"
+        elif self.budget.kind == "latency" and self.budget.latency_table is None:
+            reason = "no widths that were timed came nearer"
         _logger.warning(
             "a budget of %s is missed: %.4g of it should be left, %.4g is, because %s",
             self.budget.kind,
