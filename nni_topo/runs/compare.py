@@ -133,13 +133,13 @@ def _isolated(cell: Cell, out: Path) -> Record | str:
         try:
             return result.result()
         except BrokenProcessPool:
-            process.join()
-            code = process.exitcode or 0
-            return f"killed by signal {-code} (out of memory?)" if code < 0 else f"ended with exit code {code}"
+            pass  # how it ended can be read once: the pool's own thread does so while the pool is left
         except NniTopoError as error:
             return str(error)
         except Exception as error:
             return "".join(traceback.format_exception(error))
+    code = process.exitcode or 0
+    return f"killed by signal {-code} (out of memory?)" if code < 0 else f"ended with exit code {code}"
 
 
 def _end_with_parent() -> None:
