@@ -20,7 +20,8 @@ def cut(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
     if isinstance(module, CONVOLUTIONS + TRANSPOSED):
         _cut_convolution(name, module, ins, outs)
     elif isinstance(module, torch.nn.Linear):
-        keep(module, "weight", module.weight[outs][:, ins])
+        # Not by brackets, which look the entries of a second dimension up one by one.
+        keep(module, "weight", module.weight.index_select(0, outs).index_select(1, ins))
         keep(module, "bias", _rows(module.bias, outs))
         module.in_features, module.out_features = len(ins), len(outs)
     elif isinstance(module, torch.nn.MultiheadAttention):

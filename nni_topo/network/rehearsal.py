@@ -27,7 +27,7 @@ from nni_topo.network.following import only_norm_behind
 from nni_topo.network.inputs import Call, cast_floats, random_like
 from nni_topo.network.labels import FIXED, place
 from nni_topo.network.layers import NORMALIZING, is_recurrent
-from nni_topo.network.modes import random_state_kept, unwrapped_copy
+from nni_topo.network.modes import RandomWeights, put_parameters, random_state_kept, unwrapped_copy
 from nni_topo.network.reference import difference
 from nni_topo.network.resolve import grow
 from nni_topo.network.tracing import arguments
@@ -66,12 +66,15 @@ def unfit(network: Network) -> dict[int, str]:
 
 def _with_random_weights(model: nn.Module) -> nn.Module:
     """Copy a model with weights under which nothing is zero or cancels by itself."""
-    drawn = unwrapped_copy(model).float().eval()
-    for parameter in drawn.parameters():
-        if parameter.is_floating_point():
-            fan = parameter[0].numel() if parameter.dim() > 1 else 0
-            parameter.normal_(0, fan**-0.5) if fan else parameter.uniform_(0.5, 1.5)
-    return drawn
+    drawn = unwrapped_copy(model, light=True).eval()
+    normal, uniform = RandomWeights(torch.randn), RandomWeights(torch.rand)
+
+    def weights(_: str, old: Tensor) -> Tensor:
+        fan = old[0].numel() if old.dim() > 1 else 0
+        return normal.like(old, fan**-0.5) if fan else uniform.like(old, 1.0, 0.5)
+
+    put_parameters(drawn, weights)
+    return drawn.float()
 
 
 def _draw(flow: ChannelFlow, held: dict[int, str], drawing: np.random.Generator, *, in_parts: bool) -> np.ndarray:
@@ -85,7 +88,8 @@ def _draw(flow: ChannelFlow, held: dict[int, str], drawing: np.random.Generator,
     for name in flow.layers:
         roots = flow.layer_roots(name)
         left[roots[0]] |= not left[roots].any()
-    grow(flow, left, drawing.random(len(left)), 1, set())
+    worth = drawing.random(len(left))
+    grow(flow, left, lambda: worth, 1, set())
     return left
 
 
@@ -142,7 +146,7 @@ class _Rehearsal:
             actual, reason = None, f"its sizes don't fit fewer channels: {type(error).__name__}"
         if reason:
             self._blame(node, entering, reason)
-            actual = expected
+            actual = tree_map_only(Tensor, Tensor.clone, expected)
         self._values[node] = whole, actual
 
     def _called(self, node: Node, module: GraphModule, which: int, constant: Tensor | None = None) -> Any:
@@ -225,7 +229,7 @@ class _Rehearsal:
             return value
         for d, kept in enumerate(kept_slices(numbers, tuple(value.shape), self.flow, self.left)):
             value = value.index_select(d, kept.to(value.device)) if len(kept) < value.shape[d] else value
-        return value.clone()
+        return value
 
     def _is_attention(self, node: Node) -> bool:
         known = self.flow.attention.get(str(node.target)) if node.op == "call_module" else None
@@ -258,8 +262,9 @@ class _Rehearsal:
         found = [np.zeros(0, dtype=np.int64)]
         for value, numbers in zip(tree_flatten(whole)[0], tree_flatten(self.flow.numbers[node.name])[0], strict=False):
             if isinstance(value, Tensor) and isinstance(numbers, Tensor) and value.dim() == numbers.dim():
-                spread = numbers.expand(value.shape)
-                found.append(np.unique(spread[~self._stays(numbers).expand(value.shape) & (value != 0).cpu()]))
+                alike = [d for d, size in enumerate(numbers.shape) if size == 1]
+                arrives = (value != 0).any(alike, keepdim=True) if alike else value != 0
+                found.append(np.unique(numbers[~self._stays(numbers) & arrives.cpu()]))
         return np.concatenate(found)
 
     def _blame(self, node: Node, entering: dict[Node, np.ndarray], reason: str) -> None:
