@@ -51,7 +51,8 @@ def absorb(
 ) -> None:
     """Let layers add what they make of constants, and read these no more; ``exactly``: only where no border differs.
 
-    Buffers of the model mustn't be shared; parameters are replaced. A layer without a bias hands it on to the batch norm behind it.
+    Parameters are replaced; buffers of the model mustn't be shared. A layer without a bias hands it on to the batch
+    norm behind it.
     """
     for name, values in constants.items():
         module: Any = model.get_submodule(name)
