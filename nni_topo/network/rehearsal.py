@@ -51,12 +51,14 @@ def unfit(network: Network) -> dict[int, str]:
         full = assembled(_with_random_weights(network.model))
         entering: Call = (arguments(full.graph, network.model, network.call), {})
         args = cast_floats(random_like(entering, torch.Generator().manual_seed(0)), torch.float32)[0]
-        clean = set[bool]()
+        small, clean = shrunk((args, {}))[0], set[bool]()
+        pairs = zip(tensors_of(small), tensors_of(args), strict=True)
+        ways = [small, args] if any(one.shape != other.shape for one, other in pairs) else [args]
         for turn in range(_ROUNDS):
             # Blocks lose a part of each, as pruners choose; and some as a whole, as masks may say.
             in_parts = bool(flow.blocks) and turn % 2 == 0
             left = _draw(flow, held, drawing, in_parts=in_parts)
-            found = _rehearsed(flow, left, full, args)
+            found = _rehearsed(_Rehearsal(flow, left, full), ways)
             held.update(found)
             clean = set() if found else clean | {in_parts}
             if clean == {bool(flow.blocks), False}:
@@ -66,14 +68,14 @@ def unfit(network: Network) -> dict[int, str]:
     return dict.fromkeys(roots.tolist(), "channels depend on one another in a way that no rule describes")
 
 
-def _rehearsed(flow: ChannelFlow, left: np.ndarray, full: GraphModule, args: tuple[Any, ...]) -> dict[int, str]:
-    """Return the channels that can't go, and why: by a corner of large images where that finds none."""
-    small = shrunk((args, {}))[0]
-    if any(one.shape != other.shape for one, other in zip(tensors_of(small), tensors_of(args), strict=True)):
+def _rehearsed(rehearsal: _Rehearsal, ways: list[tuple[Any, ...]]) -> dict[int, str]:
+    """Return the channels that can't go, and why; of the arguments keep the first ones while they find none."""
+    while len(ways) > 1:
         with suppress(Exception):  # sizes may be written into the graph
-            if not _Rehearsal(flow, left, full).run(small):
+            if not rehearsal.run(ways[0]):
                 return {}
-    return _Rehearsal(flow, left, full).run(args)
+        del ways[0]
+    return rehearsal.run(ways[0])
 
 
 def _with_random_weights(model: nn.Module) -> nn.Module:
@@ -115,17 +117,19 @@ class _Rehearsal:
         modules = nn.Module()
         vars(modules).update({key: value for key, value in vars(full).items() if key != "_graph"})
         self.small: nn.Module = copy.deepcopy(modules, shared)
-        self._found: dict[int, str] = {}
-        self._values: dict[Node, tuple[Any, Any]] = {}  # what a node gives in both networks
+        speedup, self._uncut = DenseSpeedup(self.small, flow, left), ""
+        try:
+            speedup.speedup_model()
+        except SpeedupError as error:
+            self._uncut = str(error)
+        self._order = speedup.order
 
     def run(self, args: tuple[Any, ...]) -> dict[int, str]:
         """Return the channels that can't go, by representative, and why."""
-        try:
-            speedup = DenseSpeedup(self.small, self.flow, self.left)
-            speedup.speedup_model()
-        except SpeedupError as error:
-            return dict.fromkeys(self._removed(), str(error))
-        self._order = speedup.order
+        if self._uncut:
+            return dict.fromkeys(self._removed(), self._uncut)
+        self._found: dict[int, str] = {}
+        self._values: dict[Node, tuple[Any, Any]] = {}  # what a node gives in both networks
         self._args, inputs = args, iter(args)
         readers = {parent: node for node in self.full.graph.nodes for parent in node.all_input_nodes}
         last: dict[Node, list[Node]] = defaultdict(list)
