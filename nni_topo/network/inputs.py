@@ -102,7 +102,9 @@ def run_small(model: nn.Module, call: Call) -> Any:
     small = shrunk(call)
     try:
         return model(*small[0], **small[1])
-    except Exception:  # it may fail in as many ways as it is written
+    except Exception as error:  # it may fail in as many ways as it is written
+        if out_of_memory(error):
+            raise
         return model(*call[0], **call[1])
 
 
@@ -171,7 +173,7 @@ def in_smaller_batches(work: Callable[_Given, _Made]) -> Callable[_Given, _Made]
 
 def out_of_memory(error: Exception) -> bool:
     """Say whether an error is that of memory that there isn't: a GPU's, or, by its words, a CPU's."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def at_once(samples: int) -> int:

@@ -19,7 +19,16 @@ import torch
 from nni_topo.errors import SpeedupError
 from nni_topo.network.capture import watched
 from nni_topo.network.counted import channel_dim
-from nni_topo.network.inputs import Call, call_arguments, cast_floats, random_like, run_small, shrunk, tensors_of
+from nni_topo.network.inputs import (
+    Call,
+    call_arguments,
+    cast_floats,
+    out_of_memory,
+    random_like,
+    run_small,
+    shrunk,
+    tensors_of,
+)
 from nni_topo.network.layers import NORMALIZING, is_depthwise
 from nni_topo.network.masks import FullMasks, Masks, check_masks, check_model
 from nni_topo.network.modes import RandomWeights, detached_copy, put_parameters, random_state_kept
@@ -213,6 +222,8 @@ def check_equal(
         try:
             expected, actual, place = _run(pair, drawn, kept, rtol, double=False)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            if out_of_memory(error):
+                raise
             raise SpeedupError(
                 "a dense model must run on inputs of the example's shape: a fixed size in its forward may not "
                 f"fit the pruned channels, got {type(error).__name__}: {error}"

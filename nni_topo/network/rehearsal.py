@@ -25,7 +25,7 @@ from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.constants import can_absorb, constants_read
 from nni_topo.network.engine import DenseSpeedup, kept_slices
 from nni_topo.network.following import only_norm_behind
-from nni_topo.network.inputs import Call, cast_floats, random_like, shrunk, tensors_of
+from nni_topo.network.inputs import Call, cast_floats, out_of_memory, random_like, shrunk, tensors_of
 from nni_topo.network.labels import FIXED, place
 from nni_topo.network.layers import NORMALIZING, is_recurrent
 from nni_topo.network.modes import RandomWeights, put_parameters, random_state_kept, unwrapped_copy
@@ -161,6 +161,8 @@ class _Rehearsal:
             first = slice(1 if self._is_attention(node) else None)
             reason = self._compare(*(tree_flatten(each)[0][first] for each in (expected, actual)))
         except Exception as error:  # an operation fails in as many ways as there are operations
+            if out_of_memory(error):
+                raise
             actual, reason = None, f"its sizes don't fit fewer channels: {type(error).__name__}"
         if reason:
             self._blame(node, entering, reason)

@@ -14,7 +14,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import find_attention, open_attention
 from nni_topo.network.capture import watched
-from nni_topo.network.inputs import Call, bind_arguments, tensors_of
+from nni_topo.network.inputs import Call, bind_arguments, out_of_memory, tensors_of
 from nni_topo.network.layers import is_one
 from nni_topo.network.modes import random_state_kept
 from nni_topo.network.parts import by_parts, is_in_parts, part_arguments
@@ -34,7 +34,9 @@ def trace(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModule, tup
             with torch.no_grad(), random_state_kept():
                 graph_module, args = by_parts(model, call, _trace_whole)
                 ShapeProp(graph_module).propagate(*args)
-        except Exception:  # parts fail in as many ways as a model is written
+        except Exception as inner:  # parts fail in as many ways as a model is written
+            if out_of_memory(inner):
+                raise
             raise error from None
         if not args:
             raise
@@ -60,6 +62,8 @@ def _trace_whole(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModu
                 _check_same(expected, ShapeProp(graph_module).propagate(*args), model)
             return graph_module, args
         except Exception as error:  # a tracer fails in as many ways as a model is written
+            if out_of_memory(error):
+                raise
             _logger.debug("%s can't trace %s", tracer.__name__, type(model).__name__, exc_info=True)
             reasons.append(f"{tracer.__name__.strip('_')}: {type(error).__name__}: {error}")
     raise SpeedupError(
