@@ -16,6 +16,7 @@ import logging
 import multiprocessing
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,26 @@ def _peak() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
 
 
-def _send(net: str, tool: str, queue: Any) -> None:
+def _send(net: str, tool: str, sender: Connection) -> None:
     try:
-        queue.put(measure(net, tool))
+        sender.send(measure(net, tool))
     except Exception as error:  # the table says so
-        queue.put({"net": net, "tool": tool, "failed": f"{type(error).__name__}: {str(error)[:80]}"})
+        sender.send({"net": net, "tool": tool, "failed": f"{type(error).__name__}: {str(error)[:80]}"})
+
+
+def measured(net: str, tool: str) -> dict[str, Any]:
+    """Measure in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(net, tool, sender))
+    process.start()
+    sender.close()
+    try:
+        record: dict[str, Any] = receiver.recv()
+    except EOFError:
+        record = {"net": net, "tool": tool, "failed": "its process ended"}
+    process.join()
+    return record
 
 
 def print_table(records: list[dict[str, Any]]) -> None:
@@ -113,14 +129,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="lines of finished processes")
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
     for net in options.nets:
         for tool in list(options.tools) * options.repeats:
-            queue = context.Queue()
-            process = context.Process(target=_send, args=(net, tool, queue))
-            process.start()
-            record = queue.get()
-            process.join()
+            record = measured(net, tool)
             with options.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
     print_table([json.loads(line) for line in options.out.read_text(encoding="utf-8").splitlines()])
