@@ -44,11 +44,27 @@ class DenseOrder(torch.fx.Interpreter):
     def run_node(self, n: Node) -> Any:
         """Follow the numbers through one node."""
         ascending = self._ascending(n)
-        self.numbers[n.name] = found = self._moved(n, ascending)
+        self.numbers[n.name] = found = self._renamed(self._moved(n, ascending), ascending)
         pairs = zip(tensors_of(found), tensors_of(ascending), strict=False)
         if any(one is not other and not torch.equal(compressed(one), compressed(other)) for one, other in pairs):
             self.reordered.add(n.name)
         return found
+
+    def _renamed(self, found: Any, ascending: Any) -> Any:
+        """Name channels as the flow does where others that they are tied to, as those of a layer scale, gave the name."""
+        if not (isinstance(found, Tensor) and isinstance(ascending, Tensor)) or found.shape != ascending.shape:
+            return found
+        one, other = compressed(found), compressed(ascending)
+        roots, named = (self.flow.roots(each.numpy()) for each in (one, other))
+        if one.shape != other.shape or torch.equal(one.flatten().unique(), other.flatten().unique()):
+            return found
+        if np.array_equal(roots, named):
+            return ascending
+        places = dict(zip(named.ravel().tolist(), other.flatten().tolist(), strict=True))
+        if len(places) < other.numel() or not places.keys() >= set(roots.ravel().tolist()):
+            return found
+        renamed = [places[root] for root in roots.ravel().tolist()]
+        return torch.tensor(renamed).view(one.shape).expand(found.shape)
 
     def _ascending(self, node: Node) -> Any:
         """Take the numbers that are gone out of what a node gives."""

@@ -333,3 +333,32 @@ def test_gradients_may_be_switched_off(mode):
     with mode():
         dense = to_dense(model, images, {"0": {"weight": mask}})
     assert dense[0].weight.shape[0] == 2
+
+
+class Rows(nn.Module):
+    """Takes channels to rows in a view, which dense ones may leave in another order; and a scale comes first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 12), nn.Linear(12, 8), nn.Linear(8, 2)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 8))
+
+    def forward(self, x):
+        rows = self.first(x).reshape(len(x), 6, 3, -1).transpose(2, 3).flatten(2)
+        return self.head(self.scale * self.second(rows))
+
+
+def test_a_scale_that_comes_before_what_it_scales_is_no_other_order():
+    torch.manual_seed(0)
+    model, x = Rows(), torch.randn(2, 6, 5)
+    groups = nni_topo.dependency_groups(model, x, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in groups] == [["first"], ["second"]]
+    pruner = nni_topo.RandomPruner(model, groups, seed=0)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    dense = to_dense(model, x, masks, rtol=1e-12)
+    assert (dense.first.out_features, dense.second.out_features, len(dense.scale)) == (6, 4, 4)
+    gone = masks["second"]["weight"].amax(1) == 0
+    model.second.register_forward_hook(lambda *given: given[2] * ~gone)
+    model.first.register_forward_hook(lambda *given: given[2] * (masks["first"]["weight"].amax(1) != 0))
+    torch.testing.assert_close(dense.double()(x.double()), model.double()(x.double()), rtol=1e-12, atol=1e-12)
