@@ -22,8 +22,9 @@ from nni_topo.network.dense import to_dense
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.inputs import calls, first_call, structure_call, tensors_of
 from nni_topo.network.masks import Masks, check_model
-from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.modes import device_of, evaluation_mode
 from nni_topo.network.report import DenseReport
+from nni_topo.network.resolve import widths_multiple
 from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
 from nni_topo.recovery import compensation, distillation
@@ -162,7 +163,9 @@ def shrink(
     stages = _Stages(model, images, example, evaluate)
     stages.add("original", model)
     entries = _entries(inner_layers(model, example) if layers is None else layers)
-    masks = _chosen(model, example, entries, images, budget, pruner, dict(knobs or {}), seed)
+    round_to = widths_multiple(round_to, device_of(model))
+    own = {"seed": seed, "calibration": images, "example_inputs": example, "budget": budget, "round_to": round_to}
+    masks = _chosen(model, entries, pruner, own, dict(knobs or {}))
     dense = to_dense(model, example, masks, round_to=round_to)
     stages.add("pruned", dense)
     left_alone: dict[str, str] = {}
@@ -237,30 +240,26 @@ def _entries(layers: Iterable[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _chosen(
     model: nn.Module,
-    example: Any,
     entries: list[dict[str, Any]],
-    images: Iterable[Any],
-    budget: Budget,
     pruner: str | Callable[..., Masks],
+    own: dict[str, Any],
     knobs: dict[str, Any],
-    seed: int,
 ) -> Masks:
     """Return the masks of a pruner that is told where and how much, on a copy of the model."""
-    victim = copy.deepcopy(model)
-    config_list: list[dict[str, Any]] = dependency_groups(victim, example, entries)
+    victim, images, budget = copy.deepcopy(model), own["calibration"], own["budget"]
+    config_list: list[dict[str, Any]] = dependency_groups(victim, own["example_inputs"], entries)
     if callable(pruner):
         return pruner(victim, config_list, images)
     if budget.kind == "latency":  # of the batch that counts
         args, kwargs = first_call(model, images)
-        example = kwargs or args
-    own = {"seed": seed, "calibration": images, "example_inputs": example, "budget": budget}
+        own["example_inputs"] = kwargs or args
     taken = pruner_info(pruner).knobs()
     if "budget" not in taken:
-        table: Any = budget.latency_table  # a file is read when the budget is made
-        target = Target(budget.kind, budget.share)  # type: ignore[arg-type]
-        config_list = pruning_config(model, example, layer_ratios(model, example, target, entries, table))
-    knobs = {**{name: value for name, value in own.items() if name in taken}, **knobs}
-    wrapped = create_pruner(pruner, victim, config_list, **knobs)
+        example, table = own["example_inputs"], budget.latency_table  # a file is read when the budget is made
+        target = Target(budget.kind, budget.share)
+        ratios = layer_ratios(model, example, target, entries, table, own["round_to"])
+        config_list = pruning_config(model, example, ratios)
+    wrapped = create_pruner(pruner, victim, config_list, **{name: own[name] for name in taken if name in own} | knobs)
     masks: Masks = wrapped.compress()[1]
     wrapped.unwrap_model()
     return masks
