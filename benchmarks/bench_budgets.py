@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(BUDGETS), choices=BUDGETS)
     parser.add_argument("--batch", type=int, default=32, help="of the images that are timed")
     parser.add_argument(
-        "--seconds", type=float, default=20.0, help="of passes for a time, where 1 %% isn't known before"
+        "--seconds", type=float, default=20.0, help="of passes for a time that isn't known to 1 %% before"
     )
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -75,7 +77,9 @@ def test_compare_writes_records_and_a_picture(tmp_path, capsys, drawn):
 def test_bad_requests_end_with_2_and_a_message(words, message, tmp_path, capsys):
     in_process = ["--in-process"] if words[0] == "compare" else []
     assert main([*words, *in_process, "--out", str(tmp_path / "out")]) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert message in said
+    assert (Path(__file__).parent.parent / re.fullmatch(r".*; see (docs/\w+\.md)", said)[1]).exists()
 
 
 def test_a_bad_pattern_in_a_file_ends_with_2_and_a_message(tmp_path, capsys):

@@ -45,7 +45,7 @@ _RULES = {"allocation": one_of(ALLOCATIONS), "latency_table": instance(LatencyTa
 _MISSED = 0.01
 _MISSED_TIME = 0.05  # of what is asked for
 _NEAR_TIME = 0.02  # likewise, where to stop
-_TIMINGS = 6
+_TIMINGS = 10
 _LEAST_GAIN = -0.05  # logarithm of a share of the time
 _STEPS = 40
 _STRETCHES = 16
@@ -144,7 +144,7 @@ class BudgetPlanner(Planner):
             return how([losses(unit) for unit in units], bounds, cost, share)
 
         if self.budget.kind == "latency" and self.budget.latency_table is None:
-            timed = share_left(units, network_time(model, self.example_inputs), self.rounded)
+            timed = share_left(units, network_time(model, self.example_inputs, share), self.rounded)
             if self._aim is None:
                 removed, self.left, self._aim = solve_timed(solve, cost, timed, share)
             else:
@@ -224,15 +224,18 @@ def network_cost(
     return lambda kept: float(counted(cost(kept)))
 
 
-def network_time(model: nn.Module, example_inputs: Any) -> Callable[[Kept], float]:
-    """Return what dense networks with some channels gone take, as a share of the whole one's time beside them."""
+def network_time(model: nn.Module, example_inputs: Any, wanted: float) -> Callable[[Kept], float]:
+    """Return what dense networks with some channels gone take, as a share of the whole one's time beside them.
+
+    What is far from the share that is ``wanted`` is timed roughly.
+    """
     whole, cost = unwrapped_copy(model), NetworkCost(model, example_inputs)
 
     def share(kept: Kept) -> float:
         if not kept:
             return 1.0
         dense = to_dense(whole, example_inputs, cost.masks(kept), check=False)
-        found, off = time_share(dense, whole, example_inputs)
+        found, off = time_share(dense, whole, example_inputs, wanted)
         _logger.info("widths that were timed take %.4g of the time, known to %.1f %%", found, 100.0 * off)
         return found
 

@@ -121,7 +121,7 @@ def test_the_network_that_is_timed_has_the_widths_asked_for(images):
     seen = []
     model = toy_model()
     model.register_forward_pre_hook(lambda net, _: seen.append(net))
-    time = network_time(model, images)
+    time = network_time(model, images, 0.5)
     kept = {"stem": np.arange(8) < 5, "inner": np.arange(8) < 5, "hidden": np.arange(16) < 3}
     assert time({}) == 1.0
     assert time(kept) > 0.0

@@ -148,16 +148,18 @@ def test_a_share_of_the_time_is_that_of_passes_side_by_side(clock: Clock) -> Non
 
 
 def test_rounds_go_on_until_a_share_is_known_or_the_seconds_are_over(clock: Clock) -> None:
-    def timed(seconds: float) -> tuple[float, float, int]:
+    def timed(seconds: float, wanted: float | None = None) -> tuple[float, float, int]:
         generator, clock.ran = random.Random(0), []
         part = clock.model("a", *(generator.uniform(0.4, 0.6) for _ in range(4000)))
         whole = clock.model("b", *[1.0] * 4000)
-        return *time_share(part, whole, torch.zeros(1), precision=0.02, seconds=seconds), len(clock.ran) // 2 - 1
+        found = time_share(part, whole, torch.zeros(1), wanted, precision=0.02, seconds=seconds)
+        return *found, len(clock.ran) // 2 - 1
 
     share, off, rounds = timed(1e9)
     assert share == pytest.approx(0.5, rel=0.02)
     assert off <= 0.02
     assert rounds == 512  # of so many evenly spread ones the median is known to 1.96 * 0.1 / sqrt(512) of 0.5: 1.7 %
+    assert timed(1e9, wanted=0.25)[2] <= 32  # far from a quarter a tenth does
     share, off, rounds = timed(30.0)
     assert off > 0.02
     assert 19 <= rounds <= 21
