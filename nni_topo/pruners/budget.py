@@ -153,30 +153,20 @@ class BudgetPlanner(Planner):
         else:
             removed = solve(share)
             self.left = cost(removed)
-        self._tell_if_missed(removed, bounds)
+        tell_if_missed(self.budget, self.left, self._why_missed(removed, bounds))
         return {unit.name: unit.kept_rows(count) for unit, count in zip(units, removed, strict=True)}
 
-    def _tell_if_missed(self, removed: Sequence[int], bounds: Sequence[tuple[int, int]]) -> None:
-        """Warn where a budget is missed, and say why."""
-        left, share = self.left, self.budget.share
-        if abs(left - share) <= max(_MISSED, _MISSED_TIME * share * (self.budget.kind == "latency")):
-            return
-        low, high = zip(*bounds, strict=True)
-        reason = "one channel more or less is as much"
+    def _why_missed(self, removed: Sequence[int], bounds: Sequence[tuple[int, int]]) -> str:
+        """Say why a budget couldn't be met more nearly."""
         if self.round_to:
-            reason = f"layers keep multiples of {self.round_to}"
-        elif tuple(removed) == (high if left > share else low):
-            key = "max_sparse_ratio" if left > share else "min_sparse_ratio"
-            reason = f"all layers are at their {key}, or one channel; layers that aren't listed stay whole"
-        elif self.budget.kind == "latency" and self.budget.latency_table is None:
-            reason = "no widths that were timed came nearer"
-        _logger.warning(
-            "a budget of %s is missed: %.4g of it should be left, %.4g is, because %s",
-            self.budget.kind,
-            share,
-            left,
-            reason,
-        )
+            return f"layers keep multiples of {self.round_to}"
+        is_over = self.left > self.budget.share
+        if all(count == bound[is_over] for count, bound in zip(removed, bounds, strict=True)):
+            key = "max_sparse_ratio" if is_over else "min_sparse_ratio"
+            return f"all layers are at their {key}, or one channel; layers that aren't listed stay whole"
+        if self.budget.kind == "latency" and self.budget.latency_table is None:
+            return "no widths that were timed came nearer"
+        return "one channel more or less is as much"
 
     def _network_cost(self, units: Sequence[PruningUnit], model: nn.Module) -> Callable[[Kept], float]:
         """Return what a network costs, in the budget's unit, with some channels gone."""
@@ -188,6 +178,18 @@ class BudgetPlanner(Planner):
         if self._cost is None:
             self._cost = network_cost(self.budget.kind, model, self.example_inputs, self.latency_table)
         return self._cost
+
+
+def tell_if_missed(budget: Budget, left: float, reason: str) -> None:
+    """Warn where a budget is missed, and say why."""
+    if abs(left - budget.share) > max(_MISSED, _MISSED_TIME * budget.share * (budget.kind == "latency")):
+        _logger.warning(
+            "a budget of %s is missed: %.4g of it should be left, %.4g is, because %s",
+            budget.kind,
+            budget.share,
+            left,
+            reason,
+        )
 
 
 def share_left(

@@ -25,7 +25,7 @@ from nni_topo.network.masks import Masks, check_model
 from nni_topo.network.modes import device_of, evaluation_mode
 from nni_topo.network.report import DenseReport
 from nni_topo.network.resolve import widths_multiple
-from nni_topo.pruners.budget import Budget
+from nni_topo.pruners.budget import Budget, network_cost, tell_if_missed
 from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
 from nni_topo.recovery import compensation, distillation
 from nni_topo.recovery.compensating import METHODS
@@ -168,6 +168,9 @@ def shrink(
     masks = _chosen(model, entries, pruner, own, dict(knobs or {}))
     dense = to_dense(model, example, masks, round_to=round_to)
     stages.add("pruned", dense)
+    if budget.kind != "latency" and _chooses_how_many(pruner):
+        whole, left = (network_cost(budget.kind, net, example)({}) for net in (model, dense))
+        tell_if_missed(budget, left / whole, "the pruner chooses how many channels stay")
     left_alone: dict[str, str] = {}
     # What judges distillation is kept from compensation too, which would look better on its own images than it is.
     is_judged = distill is True or (isinstance(distill, Mapping) and "held_out" not in distill)
@@ -263,6 +266,11 @@ def _chosen(
     masks: Masks = wrapped.compress()[1]
     wrapped.unwrap_model()
     return masks
+
+
+def _chooses_how_many(pruner: str | Callable[..., Masks]) -> bool:
+    """Say whether a pruner neither knows budgets nor, as NNI's do, takes exactly the ratios that it is given."""
+    return callable(pruner) or not (pruner_info(pruner).origin == "nni" or "budget" in pruner_info(pruner).knobs())
 
 
 def _check(

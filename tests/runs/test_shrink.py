@@ -125,6 +125,13 @@ def test_budgets_are_met_in_multiples_of_channels_or_told(pruner, caplog):
     assert "layers keep multiples of 32" in caplog.text
 
 
+def test_a_pruner_that_finds_the_number_itself_tells_what_it_leaves(caplog):
+    small = shrunk({"params": 0.5}, pruner="subcluster", knobs={"energy": 1e-6})
+    left, whole = (network_cost("params", net, toy_images(1))({}) for net in (small, toy_model()))
+    assert left / whole > 0.51
+    assert f"{left / whole:.4g} is, because the pruner chooses how many channels stay" in caplog.text
+
+
 def test_every_step_can_be_replaced():
     seen = []
 
