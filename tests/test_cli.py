@@ -129,6 +129,9 @@ def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
     assert stages[-1]["accuracy"] > stages[1]["accuracy"]
     model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=1)
     dense = nni_topo.load(tmp_path / "small" / "dense.pt", model)
+    page = (tmp_path / "small" / "report.html").read_text()
+    assert all(f">{word}<" in page for word in ("compensated", "recovery by layer", "error held out", "latency_ms"))
+    assert page.count(">features.conv2<") > 1  # its width, and how it came back
     assert dense.features.conv1.out_channels >= 12
     assert dense.features.conv2.out_channels >= 16
     assert dense.classifier.fc1.out_features <= 26

@@ -30,6 +30,7 @@ from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_in
 from nni_topo.recovery import compensation, distillation
 from nni_topo.recovery.compensating import METHODS
 from nni_topo.recovery.lesson import split
+from nni_topo.recovery.report import CompensationReport
 from nni_topo.runs.plan import Target
 from nni_topo.runs.widths import inner_layers, layer_ratios, pruning_config
 
@@ -59,7 +60,7 @@ class ShrinkReport:
 
     stages: tuple[Stage, ...]  # the original, and the network after each step
     layers: DenseReport  # channels of every layer before and after, and why some stay
-    left_alone: dict[str, str]  # layers that compensation couldn't solve anew, and why
+    compensation: CompensationReport | None = None  # how each layer came back; None without the package's compensation
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the stages as a table, one row each."""
@@ -70,7 +71,8 @@ class ShrinkReport:
     def __repr__(self) -> str:
         frame = self.to_frame().dropna(axis="columns", how="all")
         lines = [frame.to_string(index=False, float_format=lambda value: f"{value:.4g}")]
-        lines += [f"not compensated: {name} ({reason})" for name, reason in self.left_alone.items()]
+        left_alone = self.compensation.left_alone if self.compensation else {}
+        lines += [f"not compensated: {name} ({reason})" for name, reason in left_alone.items()]
         return "\n".join([*lines, *(f"{row.name} keeps {row.kept} more: {row.reason}" for row in self.layers.kept)])
 
 
@@ -171,7 +173,7 @@ def shrink(
     if budget.kind != "latency" and _chooses_how_many(pruner):
         whole, left = (network_cost(budget.kind, net, example)({}) for net in (model, dense))
         tell_if_missed(budget, left / whole, "the pruner chooses how many channels stay")
-    left_alone: dict[str, str] = {}
+    recovered: CompensationReport | None = None
     # What judges distillation is kept from compensation too, which would look better on its own images than it is.
     is_judged = distill is True or (isinstance(distill, Mapping) and "held_out" not in distill)
     learned, held_out = split(model, images) if is_judged else (images, None)
@@ -181,7 +183,7 @@ def shrink(
         else:
             method: Any = compensate
             done = compensation(model, masks, learned, method=method, seed=seed, progress=progress)
-            full, left_alone = done.model, done.report.left_alone
+            full, recovered = done.model, done.report
         dense = to_dense(full, example, masks, round_to=round_to)
         stages.add("compensated", dense)
     layer_report: Any = dense.report
@@ -193,7 +195,7 @@ def shrink(
             own = {"held_out": held_out, "seed": seed, "progress": progress}
             dense = distillation(dense, model, learned, **{**own, **given}).model
         stages.add("distilled", dense)
-    report: Any = ShrinkReport(tuple(stages.found), layer_report, left_alone)
+    report: Any = ShrinkReport(tuple(stages.found), layer_report, recovered)
     dense.report = report
     return dense
 
