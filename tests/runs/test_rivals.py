@@ -38,7 +38,8 @@ def test_torch_pruning_takes_whole_heads_of_queries_keys_and_values_together():
     assert masks.keys() == ratios.keys()
     for block in range(5):
         query, key, value = (masks[f"blocks.{block}.attention.{each}_proj"]["bias"] for each in "qkv")
-        assert torch.equal(query, key) and torch.equal(query, value)
+        assert torch.equal(query, key)
+        assert torch.equal(query, value)
         assert sorted(query.reshape(6, 16).mean(1).tolist()) == [0.0] * 4 + [1.0] * 2
         assert int(masks[f"blocks.{block}.mlp.fc1"]["bias"].sum()) == 48
     dense = to_dense(model, images, masks)
