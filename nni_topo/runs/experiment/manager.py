@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sqlite3
 import sys
 import time
 import traceback
@@ -144,6 +145,7 @@ def opened(experiment_id: str | None, port: int | None) -> Iterator[Experiment]:
     if entry["status"] != "STOPPED":
         yield _connected(int(entry["port"]))
         return
+    _written_config(entry["id"])
     experiment = Experiment(None, id=entry["id"])
     with _manager_environment(everywhere=False):
         experiment.view(free_port(), non_blocking=True)
@@ -177,8 +179,18 @@ def _stopped_config(experiment_id: str | None) -> ExperimentConfig:
     entry = _registered(experiment_id)
     if entry["status"] != "STOPPED":
         raise ConfigError(f"an experiment must have ended to be resumed, got {entry['status']} ({experiment_id})")
-    experiment = Experiment(None, id=entry["id"])
-    experiment.load_checkpoint()
+    return _written_config(entry["id"])
+
+
+def _written_config(experiment_id: str) -> ExperimentConfig:
+    experiment = Experiment(None, id=experiment_id)
+    try:
+        experiment.load_checkpoint()
+    except (sqlite3.Error, TypeError) as error:
+        # NNI lists an experiment before its manager has written its configuration down
+        raise ConfigError(
+            f"an experiment must have begun, got one killed before: run its file again ({experiment_id})"
+        ) from error
     return experiment.config
 
 
