@@ -27,6 +27,7 @@ from nni_topo.runs.experiment.trials import ManagerError, TrialRecord, answering
 ENDED = ("DONE", "ERROR", "STOPPED", "VIEWED")
 _CHANNEL_PLATFORMS = ("remote", "kubeflow", "frameworkcontroller", "openpai", "hybrid")
 _PORTS = range(1, 65535)
+_LOOKS = 5
 
 
 def load_experiment(path: str | Path) -> ExperimentConfig:
@@ -116,14 +117,18 @@ def follow(
     experiment: Experiment, tell: Callable[[str, list[TrialRecord]], None], *, seconds: float = 2.0
 ) -> list[TrialRecord]:
     """Tell an experiment's status and trials every so many seconds until it ends; return all trials (ManagerError)."""
+    idle = 0
     while True:
         status, errors = read_status(experiment)
         trials = read_trials(experiment)
         tell(status, trials)
+        exhausted = status == "TUNER_NO_MORE_TRIAL" and bool(trials) and all(trial.is_finished for trial in trials)
+        idle = idle + 1 if exhausted else 0
         if status == "ERROR":
             reason = "; ".join(errors) or "no reason"
             raise ManagerError(f"an experiment must run to its end, got: {reason} (experiment {experiment.id})")
-        if status in ENDED:
+        # a tuner that has no more to propose: NNI waits for ever; what it proposed last may be on its way for a moment
+        if status in ENDED or idle == _LOOKS:
             return trials
         time.sleep(seconds)
 
