@@ -271,7 +271,7 @@ class Experiment:
 
     def results(self) -> dict[str, bytes]:
         """Return what trials that are finished have written, by their identifiers."""
-        return {path.parent.name: path.read_bytes() for path in self.home.rglob("metrics.json")}
+        return {path.parent.name: path.read_bytes() for path in (self.home / "nni-experiments").rglob("metrics.json")}
 
     def check(self) -> None:
         """Raise AssertionError unless each trial is there once, and those that were finished are as they were."""
@@ -279,7 +279,7 @@ class Experiment:
         assert sorted(each["parameters"]["seed"] for each in trials.values()) == [0, 1, 2, 3], trials
         assert {each["status"] for each in trials.values()} == {"SUCCEEDED"}, trials
         found = self.results()
-        assert self.finished.keys() <= trials.keys(), "no finished trial is lost"
+        assert self.finished.keys() <= trials.keys(), f"no finished trial is lost: {self.finished.keys()}, {trials}"
         assert all(found[name] == before for name, before in self.finished.items()), "no finished trial is repeated"
 
 
