@@ -2,11 +2,14 @@
 
     python benchmarks/bench_pipeline.py --nets resnet18:8 resnet20:512 --before ../old --out runs/pipeline.jsonl
     python benchmarks/bench_pipeline.py --nets resnet50:64 resnet50:256 --out runs/pipeline.jsonl --timeout 3600
+    python benchmarks/bench_pipeline.py --nets resnet20:128 resnet20:512 resnet20x2:128 resnet56:128 --out FILE
     python benchmarks/bench_pipeline.py --out runs/pipeline.jsonl            # the table of what is there
 
-A net and its number of images, random ones, in batches of at most 64: half of all convolutions' channels go by
-`ReconstructionPruner`, then `compensate`, then `to_dense`. Seconds are those of the processor, on one thread; both
-trees take turns, a process each. A line a run goes to the file, from which the table is printed: least of all runs.
+A net, a factor on its width if any, and its number of images, random ones, in batches of at most 64: half of all
+convolutions' channels go by `ReconstructionPruner`, then `compensate`, then `to_dense`. Seconds are those of the
+processor, on one thread; both trees take turns, a process each. A line a run goes to the file, from which the table is
+printed: least of all runs; and, where nets differ in nothing but the number of images, the width or the depth, the
+power of it with which seconds grow.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ import argparse
 import copy
 import json
 import logging
+import math
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -25,12 +30,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SIZES = {"lenet5_like": (1, 28), "resnet20": (3, 28), "vgg16": (3, 32)}  # others: torchvision's, 3 channels, 224 pixels
+# others: torchvision's, 3 channels, 224 pixels
+SIZES = {"lenet5_like": (1, 28), "resnet20": (3, 28), "resnet56": (3, 28), "vgg16": (3, 32)}
 STEPS = ("groups", "choose", "compensate", "dense", "whole")
 OTHERS = ("torch-pruning", "nni fpgm", "nni speedup", "training step", "training epoch")
 
 
-def measure(name: str, images: int) -> dict[str, Any]:
+def measure(name: str, width: float, images: int) -> dict[str, Any]:
     """Time every step on one network, in this process."""
     import torch
     import torchvision
@@ -43,7 +49,7 @@ def measure(name: str, images: int) -> dict[str, Any]:
     torch.manual_seed(0)
     channels, side = SIZES.get(name, (3, 224))
     if name in SIZES:
-        net = zoo.create_model(name, num_classes=10, in_channels=channels, image_size=side, seed=0)
+        net = zoo.create_model(name, num_classes=10, in_channels=channels, image_size=side, width=width, seed=0)
     else:
         net = getattr(torchvision.models, name)(weights=None)
     batches = list(torch.randn(images, channels, side, side).split(64))
@@ -147,6 +153,33 @@ def print_table(records: list[dict[str, Any]]) -> None:
                 print(f"| {net} | {tree}: {failed} | | | | | | |")
 
 
+def parsed(net: str) -> tuple[str, float, int]:
+    """Return a net's name, the factor on its width and its number of images."""
+    name, width, images = re.fullmatch(r"(\w+?)(?:x([\d.]+))?:(\d+)", net).groups()  # type: ignore[union-attr]
+    return name, float(width or 1.0), int(images)
+
+
+def print_scaling(records: list[dict[str, Any]]) -> None:
+    """Print the powers of images, width and depth with which seconds grow from the smallest net to the largest."""
+    found: dict[tuple[str, float, int], list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        if record["tree"] == "after" and "failed" not in record:
+            found[parsed(record["net"])].append(record)
+    least = {net: {step: min(run[step] for run in runs) for step in STEPS} for net, runs in found.items()}
+    for what, size in (("images", 2), ("width", 1), ("depth", 0)):
+        alike = defaultdict(list)
+        for net in least:
+            kind, depth = re.fullmatch(r"(\D+)(\d*).*", net[0]).groups()  # type: ignore[union-attr]
+            sizes = [int(depth or 0), *net[1:]]
+            own = sizes.pop(size)
+            alike[(kind, *sizes)].append((own, net))
+        for nets in alike.values():
+            (low, first), (high, last) = min(nets), max(nets)
+            if high > low:
+                powers = [math.log(least[last][step] / least[first][step]) / math.log(high / low) for step in STEPS]
+                print(f"| {what} {low:g} to {high:g}, {first[0]} | {' | '.join(f'{each:.2f}' for each in powers)} |")
+
+
 def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -158,8 +191,8 @@ def main() -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        name, images = options.measure.split(":")
-        print(json.dumps(measure(name, int(images))))
+        name, width, images = parsed(options.measure)
+        print(json.dumps(measure(name, width, images)))
         return
     options.out.parent.mkdir(parents=True, exist_ok=True)
     trees = {"before": options.before, "after": Path(__file__).resolve().parents[1]}
@@ -170,7 +203,10 @@ def main() -> None:
                     record = {"net": net, "tree": label, **measured(tree.resolve(), net, options.timeout)}
                     with options.out.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(record) + "\n")
-    print_table([json.loads(line) for line in options.out.read_text(encoding="utf-8").splitlines()])
+    records = [json.loads(line) for line in options.out.read_text(encoding="utf-8").splitlines()]
+    print_table(records)
+    print(f"\n| power of | {' | '.join(STEPS)} |\n|---|{'---:|' * len(STEPS)}")
+    print_scaling(records)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Lesson:
         """Return the mean loss on some of the images in evaluation mode, and the share of largest logits that agree."""
         loss, agreed, answers = 0.0, 0.0, 0
         with evaluation_mode(student), torch.no_grad():
-            for part in index.split(at_once(_AT_ONCE)):
+            for part in _together(index):
                 wanted = [each[part.to(each.device)] for each in self._wanted]
                 found = self._run(student, taken(self._pool, part))
                 loss += len(part) * float(self._loss(found, wanted))
@@ -109,7 +109,7 @@ class Lesson:
         """Return all floating outputs of the original, and what should be made small for such."""
         place, found, kind = device_of(self._original), [], ""
         with evaluation_mode(self._original), torch.no_grad():
-            for part in torch.arange(len(tensors_of(call)[0])).split(at_once(_AT_ONCE)):
+            for part in _together(torch.arange(len(tensors_of(call)[0]))):
                 args, kwargs = on_device(taken(call, part), place)
                 outputs, kind = _outputs(self._original(*args, **kwargs), len(part))
                 found.append(on_device(outputs, self._place[0]))
@@ -183,13 +183,19 @@ def _blended(call: Call, seed: int) -> Call:
     return blended
 
 
+def _together(index: Tensor) -> tuple[Tensor, ...]:
+    """Cut images into those that go through a network together."""
+    found: tuple[Tensor, ...] = index.split(at_once(min(_AT_ONCE, max(1, len(index)))))
+    return found
+
+
 def _augmented(call: Call, augment: Augment, seed: int) -> Call:
     """Return another view of a call's inputs; the global generators are left as they were."""
     count = len(tensors_of(call)[0])
     views = []
     with random_state_kept():
         torch.manual_seed(seed)
-        for part in torch.arange(count).split(at_once(_AT_ONCE)):
+        for part in _together(torch.arange(count)):
             args, kwargs = taken(call, part)
             views.append(call_arguments(augment(kwargs or (args[0] if len(args) == 1 else args))))
     view = joined(views)

@@ -15,10 +15,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg.blas import dgemm
+from threadpoolctl import ThreadpoolController
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.ties import first_largest
@@ -95,7 +97,13 @@ def forward_selection(layers: Sequence[Products | Samples], keep: int, parts: in
     channels = _check(layers, keep)
     if parts < 1 or channels % parts or keep % parts:
         raise ConfigError(f"parts must divide {channels} channels and {keep} kept ones, got {parts} (parts)")
-    readers = [_InProducts(one, keep) if isinstance(one, Products) else _InSamples(one) for one in layers]
+    # A step's products are tall and a block wide: threads would only wait for each other, above all beside other work.
+    with _libraries().limit(limits=1, user_api="blas"):
+        readers = [_InProducts(one, keep) if isinstance(one, Products) else _InSamples(one) for one in layers]
+        return _chosen(readers, channels, keep, parts)
+
+
+def _chosen(readers: Sequence[_Reader], channels: int, keep: int, parts: int) -> tuple[IntArray, FloatArray]:
     part = np.arange(channels) // (channels // parts)
     room = np.full(parts, keep // parts)
     left = np.ones(channels, dtype=bool)
@@ -112,6 +120,11 @@ def forward_selection(layers: Sequence[Products | Samples], keep: int, parts: in
         for reader in readers:
             reader.choose(int(order[step]))
     return order, taken
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nni_topo.errors import LayerError
 from nni_topo.network.capture import by_channel, run, watched
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.inputs import Call, structure_call
+from nni_topo.network.inputs import Call, calls, structure_call, structure_of
 from nni_topo.network.labels import FIXED
 from nni_topo.network.layers import is_depthwise, weight_of
 from nni_topo.network.network import Network
@@ -81,7 +81,9 @@ class FunctionalCollector(DataCollector):
         DataError
             If no batch came, or activations are NaN or infinite.
         """
-        flow = Network(context.model, structure_call(context.model, self.calibration)).flow
+        # The first batch has been tried out.
+        call = structure_of(context.model, next(calls(context.model, self.calibration)))
+        flow = Network(context.model, call).flow
         readers = {unit.name: readers_of(unit, flow, context) for unit in context.units}
         moments = {name: [Moments(name) for _ in found] for name, found in readers.items()}
         each = [pair for name in readers for pair in zip(readers[name], moments[name], strict=True)]

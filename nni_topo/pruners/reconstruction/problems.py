@@ -27,7 +27,7 @@ from nni_topo.errors import DataError, check_memory
 from nni_topo.maths.least_squares.greedy import Products, Samples, forward_selection
 from nni_topo.network.capture import watched
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.inputs import batch_size, calls, fitting, structure_call
+from nni_topo.network.inputs import batch_size, calls, fitting, structure_call, structure_of
 from nni_topo.network.layers import CONVOLUTIONS
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.network import Network
@@ -93,25 +93,25 @@ class ReconstructionProblems:
         del kept
         model = context.model
         with evaluation_mode(model):
-            flow = self.flow(model)
-            readers = {unit.name: linear_readers(unit, flow, context) for unit in context.units}
-            self.check_memory(readers, model)
+            network = self.network(model)
+            readers = {unit.name: linear_readers(unit, network.flow, context) for unit in context.units}
+            self.check_memory(readers, network)
             for units in self._together(context.units, readers):
                 found = self.measure({unit.name: readers[unit.name] for unit in units}, model, model)
                 for unit in units:
                     yield unit, found.pop(unit.name)
 
-    def flow(self, model: nn.Module) -> ChannelFlow:
-        """Trace a model on the first batch."""
-        return Network(model, structure_call(model, self.calibration)).flow
+    def network(self, model: nn.Module) -> Network:
+        """Return a model, which takes the first batch, with a call to follow its channels with."""
+        return Network(model, structure_of(model, next(calls(model, self.calibration))))
 
-    def check_memory(self, readers: dict[str, list[Reader]], model: nn.Module) -> None:
+    def check_memory(self, readers: dict[str, list[Reader]], network: Network) -> None:
         """Raise DataError for a unit whose least squares don't fit into memory."""
         wide = [(name, reader) for name, found in readers.items() for reader in found if column_count(reader) > _MANY]
         if not wide:
             return
+        model, shapes = network.model, network.sizes
         images = sum(batch_size(call) for call in calls(model, self.calibration))
-        shapes = Network(model, structure_call(model, self.calibration)).sizes
         names = {id(module): name for name, module in model.named_modules()}
         for name, reader in wide:
             columns, outputs = column_count(reader), int(reader.module.weight.shape[0])  # type: ignore[index]

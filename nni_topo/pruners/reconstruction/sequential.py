@@ -31,11 +31,12 @@ class SequentialProblems(ReconstructionProblems):
     ) -> Iterator[tuple[PruningUnit, ReconstructionProblem]]:
         """Yield every unit and its problem; before the next one the caller puts what it keeps of a unit into `kept`."""
         original = unwrapped_copy(context.model).eval()
-        flow = self.flow(original)
+        traced = self.network(original)
+        flow = traced.flow
         modules = {module: name for name, module in original.named_modules()}
         own = PruningContext(original, context.target_spaces)
         readers = {unit.name: linear_readers(unit, flow, own) for unit in context.units}
-        self.check_memory(readers, original)
+        self.check_memory(readers, traced)
         rank = {name: index for index, name in enumerate(flow.layers)}
         first = {
             name: min((modules[reader.module] for reader in found), key=rank.__getitem__)
