@@ -56,9 +56,7 @@ def compensated(images):
     nni_topo.compensate(wide(), {"0": {"weight": mask}}, images)
 
 
-PAIRS = (
-    r"4096 (blocks with each other|channels) must fit into memory, got 0\.\d+ GiB for 0\.[01]\d GiB that are free: "
-)
+PAIRS = r"4096 (blocks with each other|channels) must fit into memory, got 0\.\d+ GiB for 0\.[01]\d GiB that are free: "
 JOBS = {
     "distances": (lambda _: pruned("topological", [WHOLE]), PAIRS + r".*solver='greedy'.*\(0\.weight\)"),
     "outputs": (lambda _: pruned("topological", [WHOLE], calibration=FEW), PAIRS + r".*cloud='weight'.*\(0\.weight\)"),
