@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from nni_topo.cli import main
+from nni_topo.testing import STRUCTURED_CHECKS
 
 PROJECT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("transcript", PROJECT / "tools" / "transcript.py")
@@ -57,6 +61,15 @@ def test_the_first_steps_run_word_for_word_in_an_empty_folder_and_print_what_the
 @pytest.mark.parametrize("name", RUN)
 def test_snippets_of_a_page_run_one_after_the_other(name, tmp_path, monkeypatch):
     run(PROJECT / "docs" / f"{name}.md", tmp_path, monkeypatch)
+
+
+def test_the_conformance_suite_passes_under_pytest_as_the_page_shows_it(tmp_path):
+    (snippet,) = snippets(PROJECT / "docs" / "reliability.md")
+    (tmp_path / "test_mine.py").write_text(snippet)
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "test_mine.py"]
+    paths = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert f"{len(STRUCTURED_CHECKS)} passed" in done.stdout, done.stdout
 
 
 def test_caps_and_floors_hold_under_a_budget_as_the_page_says(tmp_path, monkeypatch):
