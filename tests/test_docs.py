@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,13 +17,15 @@ import yaml
 import nni_topo
 from nni_topo import zoo
 from nni_topo.cli import main
+from nni_topo.testing import STRUCTURED_CHECKS
 
 PROJECT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("transcript", PROJECT / "tools" / "transcript.py")
 transcript = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(transcript)
 PAGES = sorted([*PROJECT.glob("docs/*.md"), PROJECT / "README.md", PROJECT / "CONTRIBUTING.md"])
-# what a page's snippets take for granted beside a model of the digits, its images, batches and a config_list
+# what a page's snippets take for granted beside a model of the digits, its images, batches and a
+# config_list; None: nothing
 YOURS = {
     "clustering": "",
     "energy": "",
@@ -30,23 +35,23 @@ from dask.distributed import LocalCluster
 rank, scheduler = 0, LocalCluster(n_workers=1, processes=False, dashboard_address=None)
 pruner = nni_topo.TopologicalPruner(model, config_list)
 """,
-    "export": "",
+    "export": None,
     "magnitude": """
 from nni_topo.runs.evaluators import recipe_evaluator
 evaluate = lambda net: zoo.evaluate(net, data.test)
 my_evaluator = lambda net: recipe_evaluator(net, data, zoo.Recipe(epochs=1, batch_size=32))
 """,
-    "migrating": "",
-    "own_pruner": "",
+    "migrating": None,
+    "own_pruner": None,
     "recovery": "",
-    "reliability": "",
+    "reliability": None,
     "topological": "",
     "topology_of_weights": """
 from nni_topo.runs.evaluators import recipe_evaluator
 weight = torch.randn(100, 784)
 evaluator = recipe_evaluator(model, data, zoo.Recipe(epochs=1, batch_size=32))
 """,
-    "transformers": "",
+    "transformers": None,
 }
 MADE = {"index.md", "api.md", "verbs.md", "results.md", "contributing.md", "changelog.md"}
 
@@ -57,6 +62,8 @@ def snippets(path):
 
 def yours(stem):
     """The names that a page's snippets take for granted."""
+    if YOURS.get(stem) is None:
+        return {"__name__": stem}
     data = zoo.load_data("digits", limit=256)
     model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0).eval()
     inputs, targets = data.train.tensors
@@ -65,7 +72,7 @@ def yours(stem):
     asked = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
     config_list = nni_topo.dependency_groups(model, images, asked)
     names = {**globals(), **locals(), "nn": torch.nn, "__name__": stem}
-    exec(YOURS.get(stem, ""), names)
+    exec(YOURS[stem], names)
     return names
 
 
@@ -76,6 +83,9 @@ def run(path, tmp_path, monkeypatch):
     names = yours(path.stem)
     for snippet in snippets(path):
         exec(compile(snippet, str(path), "exec"), names)
+    if path.stem == "experiments":
+        names["scheduler"].close()
+        torch.distributed.destroy_process_group()
     return names
 
 
@@ -107,6 +117,15 @@ def test_no_page_has_snippets_that_no_test_runs():
     # of CONTRIBUTING by tests/test_verbs.py, of the others in this file
     elsewhere = {"start", "config_list", "six_jobs", "README", "CONTRIBUTING"}
     assert {path.stem for path in PAGES if snippets(path)} == YOURS.keys() | elsewhere
+
+
+def test_the_conformance_suite_passes_under_pytest_as_the_page_shows_it(tmp_path):
+    (snippet,) = snippets(PROJECT / "docs" / "reliability.md")
+    (tmp_path / "test_mine.py").write_text(snippet)
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "test_mine.py"]
+    paths = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert f"{len(STRUCTURED_CHECKS)} passed" in done.stdout, done.stdout
 
 
 def test_caps_and_floors_hold_under_a_budget_as_the_page_says(tmp_path, monkeypatch):
