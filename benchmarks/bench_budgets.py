@@ -3,13 +3,18 @@
     python benchmarks/bench_budgets.py --out runs/budgets
 
 shrinks networks of new weights by norm to shares of their MACs, parameters, memory and time. MACs, parameters and
-bytes are counted on what comes out; time is that of a batch of 32 on one thread, in turns with the whole network. A
-line per figure goes to ``budgets.jsonl``; the same command goes on where it was stopped.
+bytes are counted on what comes out; time is that of a batch of 32 on one thread, in turns with the whole network, timed
+anew behind the budget's own timings. Below the table stands what shrinking warned of. A line per figure goes to
+``budgets.jsonl``; the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ from torch import nn
 import nni_topo
 from nni_topo import zoo
 from nni_topo.network.cost import NetworkCost
+from nni_topo.network.measure import time_share
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.runs.records import append_record, read_records
 from nni_topo.runs.tables import markdown_table
@@ -41,7 +47,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(NETS), choices=NETS)
     parser.add_argument("--kinds", nargs="+", default=list(BUDGETS), choices=BUDGETS)
     parser.add_argument("--batch", type=int, default=32, help="of the images that are timed")
-    parser.add_argument("--runs", type=int, default=30, help="that the median is of")
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help="of passes for a time that isn't known to 1 %% before"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -49,21 +57,34 @@ def main() -> None:
     done = {tuple(record["key"]) for record in read_records(path)}
     for key in [(model, kind, share) for model in options.models for kind in options.kinds for share in SHARES]:
         if key not in done:
-            append_record(path, {"key": key, "left": _left(*key, options)})
+            with _warnings() as told:
+                left, off = _left(*key, options)
+            append_record(path, {"key": key, "left": left, "off": off, "told": [each.getMessage() for each in told]})
     _print(read_records(path))
 
 
-def _left(name: str, kind: str, share: float, options: argparse.Namespace) -> float:
-    """Shrink a network of new weights to a share of a cost and return the share that is left."""
+@contextmanager
+def _warnings() -> Iterator[list[logging.LogRecord]]:
+    """Collect what is warned of."""
+    handler = BufferingHandler(1000)
+    handler.setLevel(logging.WARNING)
+    logging.getLogger("nni_topo").addHandler(handler)
+    try:
+        yield handler.buffer
+    finally:
+        logging.getLogger("nni_topo").removeHandler(handler)
+
+
+def _left(name: str, kind: str, share: float, options: argparse.Namespace) -> tuple[float, float]:
+    """Shrink a network of new weights to a share of a cost; return the share that is left and how far off it may be."""
     channels, side = NETS[name]
     net = zoo.create_model(name, num_classes=10, in_channels=channels, image_size=side, seed=0).eval()
     torch.manual_seed(0)
     images = torch.randn(options.batch, channels, side, side)
     small = nni_topo.shrink(net, [images], {kind: share}, pruner="l1", compensate=None, distill=False)
     if kind == "latency":
-        times = zoo.latencies({"whole": net, "small": small}, images, runs=options.runs)
-        return times["small"] / times["whole"]
-    return _cost(small, kind, images) / _cost(net, kind, images)
+        return time_share(small, net, images, precision=0.01, seconds=options.seconds)
+    return _cost(small, kind, images) / _cost(net, kind, images), 0.0
 
 
 def _cost(net: nn.Module, kind: str, images: torch.Tensor) -> float:
@@ -74,12 +95,19 @@ def _cost(net: nn.Module, kind: str, images: torch.Tensor) -> float:
 
 def _print(records: list[dict[str, Any]]) -> None:
     """Print the table: a row per network and share, a column per cost."""
-    found = {tuple(record["key"]): record["left"] for record in records}
+    found = {tuple(record["key"]): record for record in records}
     rows = []
     for name, share in sorted({(name, share) for name, _, share in found}, key=lambda each: (each[0], -each[1])):
-        left = [found.get((name, kind, share)) for kind in BUDGETS]
-        rows.append([name, f"{share:g}", *("" if each is None else f"{each:.3f}" for each in left)])
+        cells = [found.get((name, kind, share)) for kind in BUDGETS]
+        rows.append([name, f"{share:g}", *("" if each is None else _cell(each) for each in cells)])
     print(markdown_table(["network", "asked for", "MACs", "parameters", "time", "memory"], rows))
+    for record in records:
+        for told in record["told"]:
+            print(f"- {record['key'][0]}: {told}")
+
+
+def _cell(record: dict[str, Any]) -> str:
+    return f"{record['left']:.3f}" + (f" ± {record['left'] * record['off']:.3f}" if record["off"] else "")
 
 
 if __name__ == "__main__":

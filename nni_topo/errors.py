@@ -23,7 +23,9 @@ _Returned = TypeVar("_Returned")
 
 
 class NniTopoError(Exception):
-    """Base class of every error the package raises itself."""
+    """Base class of every error the package raises itself; ``page`` of the documentation, if any, says more."""
+
+    page = ""
 
 
 class ConfigError(NniTopoError, ValueError):
@@ -45,13 +47,19 @@ class DataError(NniTopoError, ValueError):
 class SpeedupError(NniTopoError, RuntimeError):
     """Masks that can't be turned into a dense model that computes the same function."""
 
+    page = "docs/compatibility.md"
+
 
 class ExportError(NniTopoError, RuntimeError):
     """A network that can't be written such that the file computes the same."""
 
+    page = "docs/export.md"
+
 
 class CompatibilityError(NniTopoError, RuntimeError):
     """The installed NNI or PyTorch isn't one the package can work with."""
+
+    page = "docs/compatibility.md"
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:

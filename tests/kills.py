@@ -13,17 +13,20 @@ import logging
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -236,14 +239,18 @@ class Experiment:
         self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, map(os.path.abspath, sys.path)))
         (home / "config.yml").write_text(EXPERIMENT)
 
-    def known(self) -> dict[str, Any]:
-        """Return what NNI knows of experiments here, by their identifiers."""
+    def known(self) -> str:
+        """Return the identifier of the experiment that has begun here, which is in NNI's list; none is empty."""
         path = self.home / "nni-experiments" / ".experiment"
-        return json.loads(path.read_text() or "{}") if path.exists() else {}
+        for name in json.loads(path.read_text() or "{}") if path.exists() else ():
+            with closing(sqlite3.connect(self.home / "nni-experiments" / name / "db" / "nni.sqlite")) as database:
+                if database.execute("select 1 from ExperimentProfile where id = ?", (name,)).fetchone():
+                    return name
+        return ""
 
     def run(self, seconds: float) -> bool:
         """Begin it, or go on with it; after so many seconds kill it. Say whether it came to its end."""
-        way = ["--resume", next(iter(self.known()))] if self.known() else ["config.yml"]
+        way = ["--resume", self.known()] if self.known() else ["config.yml"]
         words = ["experiment", "run", *way, "--port", str(free_port()), "--out", "out"]
         log = (self.home / "log").open("ab")
         process = subprocess.Popen(
@@ -252,9 +259,10 @@ class Experiment:
         try:
             status = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            for each in (process.pid, *(entry["pid"] for entry in self.known().values())):
-                if Path("/proc", str(each)).exists():
-                    os.kill(each, signal.SIGKILL)
+            # the manager has a process group of its own; trials outlive both
+            managers = psutil.Process(process.pid).children()
+            for each in (process, *managers):
+                each.kill()
             process.wait()
             self.finished |= self.results()
             return False
@@ -263,7 +271,7 @@ class Experiment:
 
     def results(self) -> dict[str, bytes]:
         """Return what trials that are finished have written, by their identifiers."""
-        return {path.parent.name: path.read_bytes() for path in self.home.rglob("metrics.json")}
+        return {path.parent.name: path.read_bytes() for path in (self.home / "nni-experiments").rglob("metrics.json")}
 
     def check(self) -> None:
         """Raise AssertionError unless each trial is there once, and those that were finished are as they were."""
@@ -271,7 +279,7 @@ class Experiment:
         assert sorted(each["parameters"]["seed"] for each in trials.values()) == [0, 1, 2, 3], trials
         assert {each["status"] for each in trials.values()} == {"SUCCEEDED"}, trials
         found = self.results()
-        assert self.finished.keys() <= trials.keys(), "no finished trial is lost"
+        assert self.finished.keys() <= trials.keys(), f"no finished trial is lost: {self.finished.keys()}, {trials}"
         assert all(found[name] == before for name, before in self.finished.items()), "no finished trial is repeated"
 
 

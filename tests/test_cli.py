@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +64,27 @@ def test_compare_writes_records_and_a_picture(tmp_path, capsys, drawn):
     assert main(["report", str(tmp_path)]) == 2
 
 
+def test_a_third_partys_pruners_are_compared_by_path_and_by_entry_point(tmp_path):
+    (tmp_path / "third.py").write_text("import nni_topo\n\n\nclass Third(nni_topo.MatrixPruner): pass\n")
+    found = tmp_path / "third-1.0.dist-info"
+    found.mkdir()
+    (found / "METADATA").write_text("Metadata-Version: 2.1\nName: third\nVersion: 1.0\n")
+    (found / "entry_points.txt").write_text("[nni_topo.pruners]\nthird_by_name = third:Third\n")
+    names = ["matrix", "third:Third", "third_by_name"]
+    words = ["compare", "--model", "small_cnn", "--pruners", ",".join(names), "--ratio", "0.5", *QUICK, "--json"]
+    # an entry point is seen by a process that begins
+    done = subprocess.run(
+        [sys.executable, "-m", "nni_topo", *words, "--out", str(tmp_path / "run")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    records = json.loads(done.stdout)
+    assert [record["pruner"] for record in records] == names
+    assert len({record["accuracy_retrained"] for record in records}) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -75,7 +101,9 @@ def test_compare_writes_records_and_a_picture(tmp_path, capsys, drawn):
 def test_bad_requests_end_with_2_and_a_message(words, message, tmp_path, capsys):
     in_process = ["--in-process"] if words[0] == "compare" else []
     assert main([*words, *in_process, "--out", str(tmp_path / "out")]) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert message in said
+    assert (Path(__file__).parent.parent / re.fullmatch(r".*; see (docs/\w+\.md)", said)[1]).exists()
 
 
 def test_a_bad_pattern_in_a_file_ends_with_2_and_a_message(tmp_path, capsys):
@@ -125,6 +153,9 @@ def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
     assert stages[-1]["accuracy"] > stages[1]["accuracy"]
     model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=1)
     dense = nni_topo.load(tmp_path / "small" / "dense.pt", model)
+    page = (tmp_path / "small" / "report.html").read_text()
+    assert all(f">{word}<" in page for word in ("compensated", "recovery by layer", "error held out", "latency_ms"))
+    assert page.count(">features.conv2<") > 1  # its width, and how it came back
     assert dense.features.conv1.out_channels >= 12
     assert dense.features.conv2.out_channels >= 16
     assert dense.classifier.fc1.out_features <= 26

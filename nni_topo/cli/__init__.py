@@ -19,6 +19,8 @@ from nni_topo.runs.study import Study, Verb, flags_of
 from nni_topo_command import chosen
 
 _INTERRUPTED = 130
+PAGES = {"analyze": "docs/choosing.md", "experiment": "docs/experiments.md", "prune": "docs/config_list.md"}
+PAGES |= {"shrink": "docs/recovery.md", "doctor": "docs/compatibility.md"}
 Choices = dict[str, "type[Verb] | Callable[[], Choices]"]
 
 
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # With --json, standard output holds the document and nothing else.
         return verb.run(Console(stderr=verb.json, soft_wrap=False, width=None if sys.stdout.isatty() else 160))
     except NniTopoError as error:
-        return _failed(name, str(error))
+        return _failed(name, str(error), error.page)
     except OSError as error:
         return _failed(name, f"files must be such that they can be read and written, got {error}")
     except KeyboardInterrupt as interruption:
@@ -81,7 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
 
 
-def _failed(name: str, reason: str) -> int:
+def _failed(name: str, reason: str, page: str = "") -> int:
+    if "docs/" not in reason:
+        reason = f"{reason}; see {page or PAGES.get(name.split()[1], 'docs/start.md')}"
     Console(stderr=True).print(f"{name}: {reason}", style="red", markup=False, highlight=False)
     return 2
 

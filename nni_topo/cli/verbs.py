@@ -212,13 +212,14 @@ class Shrink(TrainedVerb):
         report: Any = dense.report
         self.out.mkdir(parents=True, exist_ok=True)
         nni_topo.save(dense, self.out / "dense.pt")
-        document = report.to_frame().replace({math.nan: None}).to_dict("records")
+        tables = {"stages": report, "recovery by layer": report.compensation}
+        found = {name: each.to_frame().replace({math.nan: None}).to_dict("records") for name, each in tables.items()}
         facts = {"model": self.model, "data": self.data, "pruner": self.pruner, "budget": budget}
-        facts |= {"stages": document, "widths": report.layers.rows, "left_alone": report.left_alone}
+        facts |= {**found, "widths": report.layers.rows}
         facts |= latencies(start, dense) | provenance()
         write_json(self.out / "shrink.json", plain(facts), sort=False)
         files = f"dense model: {self.out / 'dense.pt'} (nni_topo.load) · report: {write_report(self.out)}"
-        self.put_out(console, document, [repr(report), files])
+        self.put_out(console, found["stages"], [repr(report), files])
         return 0
 
     def _entries(self, layers: list[str]) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ LOOPBACK = Path(__file__).with_name("loopback.cjs")
 """Keeps NNI's manager off the network when preloaded, ``NODE_OPTIONS="--require=..."``; see docs/compatibility.md."""
 
 PAIRING = Path(__file__).with_name("pairing.cjs")
-"""Lets NNI's manager give each trial the parameters that it keeps for it, when preloaded in the same way."""
+"""Lets NNI's manager give each trial its own parameters, and a resumed experiment none twice; preloaded likewise."""
 
 reports: list[CompatReport] = []
 

@@ -1,16 +1,31 @@
-// Preloaded into NNI's manager (NODE_OPTIONS="--require=..."): a trial runs the parameters that the manager keeps for it.
-// Place: nni_node/training_service/v3/compat.js, `this.parameters.shift()`, in NNI 3.0 (services local and remote): trials get
-// parameters in the order in which they ask, the database, the tuner's `trial_end` and a resumed trial those by submission.
+// Preloaded into NNI's manager (NODE_OPTIONS="--require=..."): a trial runs the parameters that the manager keeps for it, a resumed
+// experiment tries none of them twice, and a tuner may take a minute to start. Places in NNI 3.0:
+// nni_node/training_service/v3/compat.js (services local and remote), nni_node/core/nnimanager.js, tuner_command_channel.js.
 const Module = require("module");
+const { setTimeout: wait } = require("timers/promises");
 
 const load = Module._load;
+const mended = new Set();
 
 Module._load = function (request, ...rest) {
   const loaded = load.call(this, request, ...rest);
-  if (request.endsWith("training_service/v3/compat")) pair(loaded.V3asV1.prototype);
+  if (request.endsWith("training_service/v3/compat")) once(loaded.V3asV1.prototype, pair);
+  if (request === "core/nnimanager") {
+    once(loaded.NNIManager.prototype, (prototype) => {
+      remember(prototype);
+      awaitTuner(prototype);
+    });
+  }
   return loaded;
 };
 
+function once(prototype, mend) {
+  if (!mended.has(prototype)) mend(prototype);
+  mended.add(prototype);
+}
+
+// `this.parameters.shift()`: trials get parameters in the order in which they ask, the database, the tuner's `trial_end` and a
+// resumed trial those by submission.
 function pair(prototype) {
   const start = prototype.start;
 
@@ -37,4 +52,58 @@ function pair(prototype) {
 
     return start.call(this);
   };
+}
+
+// `addRecoveredTrialJob`: what a resumed experiment goes on with. NNI's tuners begin anew and learn of results alone, so that they
+// propose what is running once more; numbers begin behind the trials that are taken up again, and are given out twice.
+function remember(prototype) {
+  const { addRecoveredTrialJob, onTunerCommand } = prototype;
+
+  prototype.addRecoveredTrialJob = function (jobs) {
+    // a trial to be taken up again, whose manager was killed before it was: NNI counts it as ended
+    for (const job of jobs) if (job.status === "ADD_RESUMED") job.status = "WAITING";
+    const count = addRecoveredTrialJob.call(this, jobs);
+    const proposals = jobs.flatMap((job) => (job.hyperParameters ?? []).slice(0, 1)).map((text) => JSON.parse(text));
+    this.trialDataForResume = JSON.stringify(proposals);
+    this.experimentProfile.nextSequenceId = Math.max(-1, ...jobs.map((job) => job.sequenceId ?? -1)) + 1;
+    // neither what a user has added, which has no number, nor Hyperband's and BOHB's, whose numbers are words: they plan in brackets
+    this.tried = proposals.filter((each) => typeof each.parameter_id === "number").map(canonical);
+    return count;
+  };
+
+  prototype.onTunerCommand = async function (type, content) {
+    const place = type === "TR" && this.tried ? this.tried.indexOf(canonical(JSON.parse(content))) : -1;
+    if (place < 0) return onTunerCommand.call(this, type, content);
+    // each trial stands for one proposal: what a tuner repeats of its own will is run
+    this.tried.splice(place, 1);
+    const end = { trial_job_id: "", event: "SYS_CANCELED", hyper_params: content };
+    this.dispatcher.sendCommand("EN", JSON.stringify(end));
+    this.requestTrialJobs(1);
+  };
+}
+
+// `TunerServer.init`: gives a tuner ten seconds, which one that imports much needs longer than on a busy machine.
+function awaitTuner(prototype) {
+  const run = prototype.run;
+
+  prototype.run = async function () {
+    for (let second = 0; second < 50 && this.dispatcher.connect?.settled === false && alive(this.dispatcherPid); second++) await wait(1000);
+    return run.call(this);
+  };
+}
+
+function alive(pid) {
+  try {
+    return process.kill(pid, 0);
+  } catch {
+    return false;
+  }
+}
+
+function canonical(proposal) {
+  const sorted = (_, value) =>
+    value !== null && typeof value === "object" && !Array.isArray(value)
+      ? Object.fromEntries(Object.entries(value).sort(([one], [other]) => (one < other ? -1 : 1)))
+      : value;
+  return JSON.stringify(proposal.parameters, sorted);
 }

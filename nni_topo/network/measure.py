@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import os
 import random
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +19,9 @@ from nni_topo.errors import ConfigError
 from nni_topo.network.inputs import call_arguments, tensors_of
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.transformers import fast_paths_off
+
+_LEAST_ROUNDS = 8
+_SCHEDULED = "/proc/thread-self/schedstat"  # Linux: nanoseconds with a core and waiting for one, and slices
 
 Inputs = Tensor | tuple[Tensor, ...]
 
@@ -106,7 +111,8 @@ def latencies(
     """Return the median times of several models, measured in turns.
 
     In every round each model runs once, in random order, so that a machine that slows down for a while slows
-    all of them and the ratios hold.
+    all of them and the ratios hold. The time that one thread on the CPU waits for a core doesn't count, where the
+    system tells it (Linux); what a model itself waits for does.
 
     Parameters
     ----------
@@ -132,26 +138,85 @@ def latencies(
     for knob, value, least in (("runs", runs, 1), ("warmup", warmup, 0), ("threads", threads, 1)):
         if value < least:
             raise ConfigError(f"{knob} must be at least {least}, got {value} (latencies)")
+    rounds = _rounds(models, example_inputs, threads, seed, lambda done: len(done) == warmup + runs)[warmup:]
+    return {name: 1000.0 * statistics.median(own) for name, own in zip(models, zip(*rounds, strict=True), strict=True)}
+
+
+def time_share(
+    model: nn.Module,
+    whole: nn.Module,
+    example_inputs: Any,
+    wanted: float | None = None,
+    *,
+    precision: float = 0.015,
+    seconds: float = 10.0,
+) -> tuple[float, float]:
+    """Return the share of a whole network's time that a model takes on one thread, and how far off that may be.
+
+    The share is the median over rounds in which each runs once, for what slows a machine down slows both. Rounds go on
+    until the median's 95 % interval is within a ``precision`` of it, or took so many ``seconds``; eight at least. What
+    is far from the share that is ``wanted`` need be known to a fifth of the way only.
+    """
+    found = math.nan, math.inf
+
+    def is_known(done: list[tuple[float, ...]]) -> bool:
+        nonlocal found
+        shares = sorted(own / other for own, other in done[1:])  # the first warms up
+        count, is_over = len(shares), sum(map(sum, done)) > seconds
+        # looked at whenever there are twice as many: who looks each time stops at a sample that is close by chance
+        if count < _LEAST_ROUNDS or (count & (count - 1) and not is_over):
+            return False
+        median, low = statistics.median(shares), int(count / 2.0 - 0.98 * math.sqrt(count))
+        found = median, (shares[-1 - low] - shares[low]) / (2.0 * median)  # it lies between these 19 times in 20
+        away = 0.0 if wanted is None else abs(median - wanted) / median
+        return is_over or found[1] <= max(precision, away / 5.0)
+
+    _rounds({"model": model, "whole": whole}, example_inputs, 1, 0, is_known)
+    return found
+
+
+def _rounds(
+    models: Mapping[str, nn.Module],
+    example_inputs: Any,
+    threads: int,
+    seed: int,
+    enough: Callable[[list[tuple[float, ...]]], bool],
+) -> list[tuple[float, ...]]:
+    """Return the seconds of each model, round by round, each round in a random order, until there are enough."""
     args, kwargs = call_arguments(example_inputs)
     first = tensors_of((args, kwargs))[0]
     order, generator = list(models), random.Random(seed)
-    times: dict[str, list[float]] = {name: [] for name in models}
+    rounds: list[tuple[float, ...]] = []
     with evaluation_mode(*models.values()), thread_count(threads), torch.inference_mode():
-        for turn in range(warmup + runs):
+        while not enough(rounds):
             generator.shuffle(order)
+            taken = {}
             for name in order:
                 start = now(first)
                 models[name](*args, **kwargs)
-                if turn >= warmup:
-                    times[name].append(now(first) - start)
-    return {name: 1000.0 * statistics.median(values) for name, values in times.items()}
+                taken[name] = now(first) - start
+            rounds.append(tuple(taken[name] for name in models))
+    return rounds
 
 
 def now(tensor: Tensor) -> float:
-    """Seconds on a clock; on a GPU when its work is done."""
+    """Seconds on a clock; on a GPU when its work is done, of one thread on the CPU without its waits for a core."""
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
-    return time.perf_counter()
+    alone = tensor.device.type == "cpu" and torch.get_num_threads() == 1
+    return time.perf_counter() - (_without_core() if alone else 0.0)
+
+
+def _without_core() -> float:
+    """Return for how long this thread was ready to run while others had the cores; 0 where the system doesn't tell."""
+    try:
+        file = os.open(_SCHEDULED, os.O_RDONLY)
+        try:
+            return int(os.read(file, 100).split()[1]) / 1e9
+        finally:
+            os.close(file)
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 def _as_tuple(example_inputs: Inputs) -> tuple[Tensor, ...]:

@@ -29,7 +29,7 @@ from nni_topo.maths.ties import FLOOR, RELATIVE, first_smallest, leveled
 from nni_topo.network.cost import Kept, NetworkCost
 from nni_topo.network.dense import to_dense
 from nni_topo.network.latency import LatencyTable
-from nni_topo.network.measure import latencies
+from nni_topo.network.measure import time_share
 from nni_topo.network.modes import unwrapped_copy
 from nni_topo.network.timing import measure_latency
 from nni_topo.pruners.planner import FloatArray, Losses, Planner
@@ -45,9 +45,7 @@ _RULES = {"allocation": one_of(ALLOCATIONS), "latency_table": instance(LatencyTa
 _MISSED = 0.01
 _MISSED_TIME = 0.05  # of what is asked for
 _NEAR_TIME = 0.02  # likewise, where to stop
-_TIMINGS = 6
-_RUNS = 3, 20  # passes that a network is timed by, at least and at most
-_PASSES_SECONDS = 3.0
+_TIMINGS = 10
 _LEAST_GAIN = -0.05  # logarithm of a share of the time
 _STEPS = 40
 _STRETCHES = 16
@@ -130,14 +128,14 @@ class BudgetPlanner(Planner):
         self.example_inputs = example_inputs
         # Where none is given it is measured at the first use; with a table, an allocation is deterministic.
         self.latency_table = cast("LatencyTable | None", budget.latency_table)
+        self.left = math.nan  # the share of the widths found, as it is counted or timed
         self._cost: Callable[[Kept], float] | None = None
-        self._aim = budget.share  # what the cost must say so that the dense network takes the share
+        self._aim: float | None = None  # what the table must say so that the dense network takes the share
 
     def counts(self, units: Sequence[PruningUnit], losses: Losses, model: nn.Module) -> dict[str, int]:
         """Return how many rows each unit keeps under the budget."""
-        is_timed = self.budget.kind == "latency" and self.latency_table is None
-        cost = self._share_left(units, self._network_cost(units, model))
-        bounds = [unit.removable_rows for unit in units]
+        cost = share_left(units, self._network_cost(units, model), self.rounded)
+        bounds, share = [unit.removable_rows for unit in units], self.budget.share
 
         def solve(share: float) -> list[int]:
             if self.budget.allocation == "uniform":
@@ -145,66 +143,75 @@ class BudgetPlanner(Planner):
             how = solve_tolerance if self.budget.allocation == "topological" else solve_error
             return how([losses(unit) for unit in units], bounds, cost, share)
 
-        if is_timed:
-            timed = self._share_left(units, network_time(model, self.example_inputs))
-            removed, left, self._aim = solve_timed(solve, cost, timed, self.budget.share)
-            self._tell_if_missed(removed, bounds, left, self.budget.share)
+        if self.budget.kind == "latency" and self.budget.latency_table is None:
+            timed = share_left(units, network_time(model, self.example_inputs, share), self.rounded)
+            if self._aim is None:
+                removed, self.left, self._aim = solve_timed(solve, cost, timed, share)
+            else:
+                removed = solve(self._aim)
+                self.left = timed(removed)
         else:
-            removed = solve(self._aim)
-            self._tell_if_missed(removed, bounds, cost(removed), self._aim)
+            removed = solve(share)
+            self.left = cost(removed)
+        tell_if_missed(self.budget, self.left, self._why_missed(removed, bounds))
         return {unit.name: unit.kept_rows(count) for unit, count in zip(units, removed, strict=True)}
 
-    def _tell_if_missed(
-        self, removed: Sequence[int], bounds: Sequence[tuple[int, int]], left: float, share: float
-    ) -> None:
-        """Warn where a budget is missed, and say why."""
-        if abs(left - share) <= max(_MISSED, _MISSED_TIME * share * (self.budget.kind == "latency")):
-            return
-        low, high = zip(*bounds, strict=True)
-        reason = "one channel more or less is as much"
+    def _why_missed(self, removed: Sequence[int], bounds: Sequence[tuple[int, int]]) -> str:
+        """Say why a budget couldn't be met more nearly."""
         if self.round_to:
-            reason = f"layers keep multiples of {self.round_to}"
-        elif tuple(removed) == (high if left > share else low):
-            key = "max_sparse_ratio" if left > share else "min_sparse_ratio"
-            reason = f"all layers are at their {key}, or one channel; layers that aren't listed stay whole"
-        elif self.budget.kind == "latency" and self.budget.latency_table is None:
-            reason = "no widths that were timed came nearer"
-        _logger.warning(
-            "a budget of %s is missed: %.4g of it should be left, %.4g is, because %s",
-            self.budget.kind,
-            share,
-            left,
-            reason,
-        )
+            return f"layers keep multiples of {self.round_to}"
+        is_over = self.left > self.budget.share
+        if all(count == bound[is_over] for count, bound in zip(removed, bounds, strict=True)):
+            key = "max_sparse_ratio" if is_over else "min_sparse_ratio"
+            return f"all layers are at their {key}, or one channel; layers that aren't listed stay whole"
+        if self.budget.kind == "latency" and self.budget.latency_table is None:
+            return "no widths that were timed came nearer"
+        return "one channel more or less is as much"
 
     def _network_cost(self, units: Sequence[PruningUnit], model: nn.Module) -> Callable[[Kept], float]:
         """Return what a network costs, in the budget's unit, with some channels gone."""
         if self.budget.kind == "latency" and self.latency_table is None:
             self.latency_table = measure_latency(model, self.example_inputs)
-        layers = {name for unit in units for name, _ in unit.members}
+        layers = {name for unit in units for name in unit.layers}
         if self.latency_table is not None and (missing := layers - self.latency_table.layers.keys()):
             raise DataError(f"a latency table must hold every pruned layer, got none of that name ({min(missing)})")
         if self._cost is None:
             self._cost = network_cost(self.budget.kind, model, self.example_inputs, self.latency_table)
         return self._cost
 
-    def _share_left(
-        self, units: Sequence[PruningUnit], cost: Callable[[Kept], float]
-    ) -> Callable[[Sequence[int]], float]:
-        whole = cost({})
-        if not whole > 0.0:
-            raise DataError(f"the unpruned network must cost something, got {whole} (budget {self.budget.kind!r})")
 
-        def share(removed: Sequence[int]) -> float:
-            # Costs follow from widths, and the scores aren't needed: the first rows stand for whichever will stay.
-            kept = {
-                module: np.tile(np.arange(unit.rows) < self.rounded(unit, unit.rows - count), unit.parts)
-                for unit, count in zip(units, removed, strict=True)
-                for module, _ in unit.members
-            }
-            return float(cost(kept) / whole)
+def tell_if_missed(budget: Budget, left: float, reason: str) -> None:
+    """Warn where a budget is missed, and say why."""
+    if abs(left - budget.share) > max(_MISSED, _MISSED_TIME * budget.share * (budget.kind == "latency")):
+        _logger.warning(
+            "a budget of %s is missed: %.4g of it should be left, %.4g is, because %s",
+            budget.kind,
+            budget.share,
+            left,
+            reason,
+        )
 
-        return share
+
+def share_left(
+    units: Sequence[PruningUnit],
+    cost: Callable[[Kept], float],
+    rounded: Callable[[PruningUnit, int], int] = lambda _, rows: rows,
+) -> Callable[[Sequence[int]], float]:
+    """Return the share of a cost that is left, as a function of the rows that each unit loses."""
+    whole = cost({})
+    if not whole > 0.0:
+        raise DataError(f"the unpruned network must cost something, got {whole} (budget)")
+
+    def share(removed: Sequence[int]) -> float:
+        # Costs follow from widths, and the scores aren't needed: the first rows stand for whichever will stay.
+        kept = {
+            layer: np.tile(np.arange(unit.rows) < rounded(unit, unit.rows - count), unit.parts)
+            for unit, count in zip(units, removed, strict=True)
+            for layer in unit.layers
+        }
+        return float(cost(kept) / whole)
+
+    return share
 
 
 def network_cost(
@@ -219,19 +226,20 @@ def network_cost(
     return lambda kept: float(counted(cost(kept)))
 
 
-def network_time(model: nn.Module, example_inputs: Any) -> Callable[[Kept], float]:
-    """Return what dense networks with some channels gone take, as a share of the whole one's time beside them."""
+def network_time(model: nn.Module, example_inputs: Any, wanted: float) -> Callable[[Kept], float]:
+    """Return what dense networks with some channels gone take, as a share of the whole one's time beside them.
+
+    What is far from the share that is ``wanted`` is timed roughly.
+    """
     whole, cost = unwrapped_copy(model), NetworkCost(model, example_inputs)
-    least, most = _RUNS
-    once = latencies({"whole": whole}, example_inputs, runs=1, warmup=1)["whole"] / 1000.0
-    runs = max(least, min(most, int(_PASSES_SECONDS / once)))
 
     def share(kept: Kept) -> float:
         if not kept:
             return 1.0
         dense = to_dense(whole, example_inputs, cost.masks(kept), check=False)
-        times = latencies({"whole": whole, "dense": dense}, example_inputs, runs=runs, warmup=1)
-        return times["dense"] / times["whole"]
+        found, off = time_share(dense, whole, example_inputs, wanted)
+        _logger.info("widths that were timed take %.4g of the time, known to %.1f %%", found, 100.0 * off)
+        return found
 
     return share
 

@@ -65,6 +65,11 @@ class PruningUnit:
         """Number of blocks in one part; counts are kept and lost per row, ``parts`` blocks at a time."""
         return self.blocks // self.parts
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the members' modules."""
+        return tuple(module for module, _ in self.members)
+
     def part_name(self, part: int) -> str:
         """Return ``name``, or ``name[part]`` where there are several parts."""
         return self.name if self.parts == 1 else f"{self.name}[{part}]"

@@ -22,13 +22,15 @@ from nni_topo.network.dense import to_dense
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.inputs import calls, first_call, structure_call, tensors_of
 from nni_topo.network.masks import Masks, check_model
-from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.modes import device_of, evaluation_mode
 from nni_topo.network.report import DenseReport
-from nni_topo.pruners.budget import Budget
+from nni_topo.network.resolve import widths_multiple
+from nni_topo.pruners.budget import Budget, network_cost, tell_if_missed
 from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
 from nni_topo.recovery import compensation, distillation
 from nni_topo.recovery.compensating import METHODS
 from nni_topo.recovery.lesson import split
+from nni_topo.recovery.report import CompensationReport
 from nni_topo.runs.plan import Target
 from nni_topo.runs.widths import inner_layers, layer_ratios, pruning_config
 
@@ -58,7 +60,7 @@ class ShrinkReport:
 
     stages: tuple[Stage, ...]  # the original, and the network after each step
     layers: DenseReport  # channels of every layer before and after, and why some stay
-    left_alone: dict[str, str]  # layers that compensation couldn't solve anew, and why
+    compensation: CompensationReport | None = None  # how each layer came back; None without the package's compensation
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the stages as a table, one row each."""
@@ -69,7 +71,8 @@ class ShrinkReport:
     def __repr__(self) -> str:
         frame = self.to_frame().dropna(axis="columns", how="all")
         lines = [frame.to_string(index=False, float_format=lambda value: f"{value:.4g}")]
-        lines += [f"not compensated: {name} ({reason})" for name, reason in self.left_alone.items()]
+        left_alone = self.compensation.left_alone if self.compensation else {}
+        lines += [f"not compensated: {name} ({reason})" for name, reason in left_alone.items()]
         return "\n".join([*lines, *(f"{row.name} keeps {row.kept} more: {row.reason}" for row in self.layers.kept)])
 
 
@@ -162,10 +165,15 @@ def shrink(
     stages = _Stages(model, images, example, evaluate)
     stages.add("original", model)
     entries = _entries(inner_layers(model, example) if layers is None else layers)
-    masks = _chosen(model, example, entries, images, budget, pruner, dict(knobs or {}), seed)
+    round_to = widths_multiple(round_to, device_of(model))
+    own = {"seed": seed, "calibration": images, "example_inputs": example, "budget": budget, "round_to": round_to}
+    masks = _chosen(model, entries, pruner, own, dict(knobs or {}))
     dense = to_dense(model, example, masks, round_to=round_to)
     stages.add("pruned", dense)
-    left_alone: dict[str, str] = {}
+    if budget.kind != "latency" and _chooses_how_many(pruner):
+        whole, left = (network_cost(budget.kind, net, example)({}) for net in (model, dense))
+        tell_if_missed(budget, left / whole, "the pruner chooses how many channels stay")
+    recovered: CompensationReport | None = None
     # What judges distillation is kept from compensation too, which would look better on its own images than it is.
     is_judged = distill is True or (isinstance(distill, Mapping) and "held_out" not in distill)
     learned, held_out = split(model, images) if is_judged else (images, None)
@@ -175,7 +183,7 @@ def shrink(
         else:
             method: Any = compensate
             done = compensation(model, masks, learned, method=method, seed=seed, progress=progress)
-            full, left_alone = done.model, done.report.left_alone
+            full, recovered = done.model, done.report
         dense = to_dense(full, example, masks, round_to=round_to)
         stages.add("compensated", dense)
     layer_report: Any = dense.report
@@ -187,7 +195,7 @@ def shrink(
             own = {"held_out": held_out, "seed": seed, "progress": progress}
             dense = distillation(dense, model, learned, **{**own, **given}).model
         stages.add("distilled", dense)
-    report: Any = ShrinkReport(tuple(stages.found), layer_report, left_alone)
+    report: Any = ShrinkReport(tuple(stages.found), layer_report, recovered)
     dense.report = report
     return dense
 
@@ -237,33 +245,34 @@ def _entries(layers: Iterable[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _chosen(
     model: nn.Module,
-    example: Any,
     entries: list[dict[str, Any]],
-    images: Iterable[Any],
-    budget: Budget,
     pruner: str | Callable[..., Masks],
+    own: dict[str, Any],
     knobs: dict[str, Any],
-    seed: int,
 ) -> Masks:
     """Return the masks of a pruner that is told where and how much, on a copy of the model."""
-    victim = copy.deepcopy(model)
-    config_list: list[dict[str, Any]] = dependency_groups(victim, example, entries)
+    victim, images, budget = copy.deepcopy(model), own["calibration"], own["budget"]
+    config_list: list[dict[str, Any]] = dependency_groups(victim, own["example_inputs"], entries)
     if callable(pruner):
         return pruner(victim, config_list, images)
     if budget.kind == "latency":  # of the batch that counts
         args, kwargs = first_call(model, images)
-        example = kwargs or args
-    own = {"seed": seed, "calibration": images, "example_inputs": example, "budget": budget}
+        own["example_inputs"] = kwargs or args
     taken = pruner_info(pruner).knobs()
     if "budget" not in taken:
-        table: Any = budget.latency_table  # a file is read when the budget is made
-        target = Target(budget.kind, budget.share)  # type: ignore[arg-type]
-        config_list = pruning_config(model, example, layer_ratios(model, example, target, entries, table))
-    knobs = {**{name: value for name, value in own.items() if name in taken}, **knobs}
-    wrapped = create_pruner(pruner, victim, config_list, **knobs)
+        example, table = own["example_inputs"], budget.latency_table  # a file is read when the budget is made
+        target = Target(budget.kind, budget.share)
+        ratios = layer_ratios(model, example, target, entries, table, own["round_to"])
+        config_list = pruning_config(model, example, ratios)
+    wrapped = create_pruner(pruner, victim, config_list, **{name: own[name] for name in taken if name in own} | knobs)
     masks: Masks = wrapped.compress()[1]
     wrapped.unwrap_model()
     return masks
+
+
+def _chooses_how_many(pruner: str | Callable[..., Masks]) -> bool:
+    """Say whether a pruner neither knows budgets nor, as NNI's do, takes exactly the ratios that it is given."""
+    return callable(pruner) or not (pruner_info(pruner).origin == "nni" or "budget" in pruner_info(pruner).knobs())
 
 
 def _check(

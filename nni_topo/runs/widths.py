@@ -5,34 +5,23 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.cost import Kept
 from nni_topo.network.dependency import OUTPUT, dependency_groups
 from nni_topo.network.labels import FIXED
 from nni_topo.network.latency import LatencyTable
 from nni_topo.network.network import Network
 from nni_topo.network.report import DenseReport, why_not_followed
-from nni_topo.pruners.budget import network_cost, network_time, solve_timed, solve_uniform
+from nni_topo.pruners.budget import Budget, BudgetPlanner, network_cost, share_left
+from nni_topo.pruners.units import PruningUnit
 from nni_topo.runs.plan import Target
 
 _HALVINGS = 40
 _MOVES = 32
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Layers that lose the same channels, or heads: ``rows`` steps of ``parts`` each, within bounds."""
-
-    layers: tuple[str, ...]
-    rows: int
-    parts: int
-    bounds: tuple[int, int]
 
 
 def layer_ratios(
@@ -41,32 +30,26 @@ def layer_ratios(
     target: Target,
     entries: Sequence[Mapping[str, Any]] | None = None,
     table: LatencyTable | None = None,
+    round_to: int | None = None,
 ) -> dict[str, float]:
     """Return the ``sparse_ratio``, in [0, 1), of every layer that a comparison prunes, in network order.
 
     Entries of a config_list say which these are, and their minimum and maximum ratios; a latency table, what time is.
+    Every layer loses the same share, up to a step of rounding that is dealt such that the whole meets the budget.
     """
     config_list = _grouped(model, example_inputs, entries)
     if target.kind == "ratio":
         return {name: target.value for entry in config_list for name in entry["op_names"]}
     units = _units(model, example_inputs, config_list)
-    left = _cost_left(units, network_cost(target.kind, model, example_inputs, table))
-    bounds = [unit.bounds for unit in units]
-    least = left([most for _, most in bounds])
-    if least > 2.0 * target.value:
+    budget: dict[str, Any] = {target.kind: target.value, "latency_table": table}
+    planner = BudgetPlanner(Budget(**budget), example_inputs, round_to=round_to)
+    kept = planner.rows(units, lambda unit: np.zeros(unit.blocks), model)
+    if planner.left > 2.0 * target.value:
         raise ConfigError(
             f"a {target.kind} target must be reachable, got {target.value:g} where the fewest channels of each layer "
-            f"leave {least:.3g} (target)"
+            f"leave {planner.left:.3g} (target)"
         )
-
-    def solve(share: float) -> list[int]:
-        # every layer loses the same share, up to a step of rounding that is dealt such that the whole meets the budget
-        return solve_uniform([unit.rows for unit in units], left, share, bounds)
-
-    if target.kind == "latency" and table is None:
-        timed = _cost_left(units, network_time(model, example_inputs))
-        return _as_ratios(units, solve_timed(solve, left, timed, target.value)[0], config_list)
-    return _as_ratios(units, solve(target.value), config_list)
+    return _as_ratios(units, [unit.rows - kept[unit.name] for unit in units], config_list)
 
 
 def proposed_ratios(
@@ -78,7 +61,7 @@ def proposed_ratios(
     if share is None:
         agreed = {name: float(proposed[unit.layers[0]]) for unit in units for name in unit.layers}
         return {name: agreed[name] for entry in config_list for name in entry["op_names"]}
-    left = _cost_left(units, network_cost("flops", model, example_inputs))
+    left = share_left(units, network_cost("flops", model, example_inputs))
     # of a dependency group the first member's counts; one factor for all then scales what stays
     kept = [1.0 - proposed[unit.layers[0]] for unit in units]
 
@@ -140,26 +123,34 @@ def _grouped(
     return dependency_groups(model, example_inputs, [{**entry, "sparse_ratio": 0.0} for entry in entries])
 
 
-def _units(model: nn.Module, example_inputs: Tensor, config_list: list[dict[str, Any]]) -> list[Unit]:
+def _units(model: nn.Module, example_inputs: Any, config_list: list[dict[str, Any]]) -> list[PruningUnit]:
+    """Return the layers that lose the same channels, or heads, within the bounds of their entries."""
     flow = Network.on(model, example_inputs).flow
-    layers: dict[str, list[str]] = defaultdict(list)
-    parts: dict[str, int] = defaultdict(lambda: 1)
-    shares: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 1.0))
+    grouped: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for entry in config_list:
-        (name,) = entry["op_names"]
-        key = entry.get("dependency_group_id", name)
-        layers[key].append(name)
+        grouped[entry.get("dependency_group_id", entry["op_names"][0])].append(entry)
+    units = []
+    for key, members in grouped.items():
+        names = [name for entry in members for name in entry["op_names"]]
         # blocks of all members must fit: a step takes one channel of each part
-        parts[key] = math.lcm(parts[key], entry.get("internal_metric_block", 1))
-        floor, cap = shares[key]
-        shares[key] = max(floor, entry.get("min_sparse_ratio", 0.0)), min(cap, entry.get("max_sparse_ratio", 1.0))
-    rows = {key: len(flow.bundle_numbers(names[0])) // parts[key] for key, names in layers.items()}
-    most = {key: min(int(rows[key] * shares[key][1]), rows[key] - 1) for key in layers}
-    bounds = {key: (min(int(rows[key] * shares[key][0]), most[key]), most[key]) for key in layers}
-    return [Unit(tuple(names), rows[key], parts[key], bounds[key]) for key, names in layers.items()]
+        parts = math.lcm(*(entry.get("internal_metric_block", 1) for entry in members))
+        units.append(
+            PruningUnit(
+                name=str(key),
+                members=tuple((name, "weight") for name in names),
+                blocks=len(flow.bundle_numbers(names[0])) // parts * parts,
+                parts=parts,
+                elements=1,
+                sparse_ratio=0.0,
+                sparse_threshold=None,
+                min_sparse_ratio=max(entry.get("min_sparse_ratio", 0.0) for entry in members),
+                max_sparse_ratio=min(entry.get("max_sparse_ratio", 1.0) for entry in members),
+            )
+        )
+    return units
 
 
-def _as_ratios(units: list[Unit], removed: Sequence[int], config_list: list[dict[str, Any]]) -> dict[str, float]:
+def _as_ratios(units: list[PruningUnit], removed: Sequence[int], config_list: list[dict[str, Any]]) -> dict[str, float]:
     """Ratios of all layers, in network order, that remove so many rows of each unit."""
     # Half a step more than asked keeps int(rows * ratio) from falling short by rounding.
     ratios = {
@@ -170,23 +161,9 @@ def _as_ratios(units: list[Unit], removed: Sequence[int], config_list: list[dict
     return {name: ratios[name] for entry in config_list for name in entry["op_names"]}
 
 
-def _cost_left(units: list[Unit], cost: Callable[[Kept], float]) -> Callable[[Sequence[int]], float]:
-    """Share of the cost that is left, as a function of the rows that each unit loses."""
-    whole = cost({})
-
-    def left(removed: Sequence[int]) -> float:
-        kept = {
-            # how many go decides the cost, not which: the first rows, in each part alike
-            name: np.tile(np.arange(unit.rows) >= count, unit.parts)
-            for unit, count in zip(units, removed, strict=True)
-            for name in unit.layers
-        }
-        return cost(kept) / whole
-
-    return left
-
-
-def nearer(units: list[Unit], removed: list[int], left: Callable[[Sequence[int]], float], share: float) -> list[int]:
+def nearer(
+    units: list[PruningUnit], removed: list[int], left: Callable[[Sequence[int]], float], share: float
+) -> list[int]:
     """Move one row at a time, of whichever unit brings the MACs nearest to the budget, as long as one does."""
     best, distance = removed, abs(left(removed) - share)
     for _ in range(_MOVES):

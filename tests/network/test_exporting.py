@@ -129,7 +129,9 @@ FAMILIES = ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2_x0_5",
 def test_one_network_of_each_family(name, tmp_path):
     torch.manual_seed(0)
     model, inputs = family(name)
-    assert nni_topo.export(model, tmp_path / "model.onnx", inputs).error < 1e-4
+    done = nni_topo.export(model, tmp_path / "model.onnx", inputs, int8=[inputs])
+    assert done.error < 1e-4
+    assert done.int8_distance < 0.5  # of random weights; 1 is what a constant would lose
     program = tmp_path / "model.pt2"
     if name in ("gpt2", "llama"):  # their masks are made by vmap, which PyTorch doesn't serialise
         with pytest.raises(ExportError, match="can save"):

@@ -73,6 +73,14 @@ def test_two_readers_count_together():
     assert order[0] == int(np.argmax(gains))
 
 
+def test_readers_may_have_blocks_of_different_sizes():
+    given = [draw(4, 100, 4, 1, 2), draw(5, 100, 4, 3, 2)]
+    grams, crosses = [x.T @ x for x, _ in given], [x.T @ y for x, y in given]
+    order = greedy_least_squares(grams, crosses, 1, block=[1, 3])
+    left = [sum(residual(*pair, [j], block) for pair, block in zip(given, (1, 3), strict=True)) for j in range(4)]
+    assert order[0] == int(np.argmin(left))
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), block=st.integers(1, 4), outputs=st.integers(1, 20), samples=st.integers(2, 12))
 def test_few_samples_choose_as_their_products_do(seed, block, outputs, samples):

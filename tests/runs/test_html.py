@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,9 @@ from nni_topo.errors import DataError
 from nni_topo.runs.report import write_report
 from nni_topo.runs.tables import cells_of, grouped
 
+spec = importlib.util.spec_from_file_location("screenshots", Path(__file__).parents[2] / "tools" / "screenshots.py")
+screenshots = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(screenshots)
 FACTS = {"model": "net", "data": "digits", "target": "ratio 0.5", "flops_before": 4e6, "flops": 1e6}
 FACTS |= {"params_before": 8e3, "params": 2e3, "accuracy_before": 0.99, "accuracy_oneshot": 0.5}
 FACTS |= {"latency_before_ms": 2.0, "latency_ms": 1.0, "prune_seconds": 0.1, "versions": {"torch": "2.x"}}
@@ -107,3 +113,21 @@ def test_a_folder_without_a_run_is_refused(files, tmp_path):
         (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match="needs a run's files, got none" if not files else "a whole file of JSON"):
         write_report(tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_a_browser_without_a_network_shows_it_on_a_phone_and_in_the_readers_colours(tmp_path):
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    page = write_report(tmp_path)
+    light, dark = (screenshots.facts(page, width=390, dark=dark) for dark in (False, True))
+    assert light["wide"] == dark["wide"] == 390
+    assert light["text"] == dark["text"] > 100
+    assert light["broken"] == dark["broken"] == 0
+    assert (light["paper"], dark["paper"]) == ("rgb(255, 255, 255)", "rgb(22, 24, 28)")
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_it_prints_with_what_is_folded_opened(tmp_path):
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    screenshots.chromium(f"--print-to-pdf={tmp_path / 'report.pdf'}", write_report(tmp_path).as_uri())
+    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")

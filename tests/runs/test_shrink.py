@@ -104,6 +104,34 @@ def test_a_budget_of_time_serves_pruners_of_nni_too():
     assert cost(report) / cost({}) == pytest.approx(0.6, abs=0.09)  # one channel of the residual stream is up to 0.17
 
 
+def test_a_time_that_a_pruner_of_nni_misses_is_told(caplog):
+    table = proportional(dict.fromkeys((*LAYERS, "head"), 1.0))
+    capped = [{"op_names": list(LAYERS), "max_sparse_ratio": 0.25}]
+    shrunk({"latency": 0.4, "latency_table": table}, pruner="l1", layers=capped)
+    assert "a budget of latency is missed: 0.4 of it should be left" in caplog.text
+    assert "all layers are at their max_sparse_ratio" in caplog.text
+
+
+@pytest.mark.parametrize("pruner", ["matrix", "l1"])
+def test_budgets_are_met_in_multiples_of_channels_or_told(pruner, caplog):
+    images = [torch.randn(4, 1, 16, 16)]
+    net = zoo.create_model("resnet20", num_classes=10, in_channels=1, image_size=16, seed=0)
+    small = nni_topo.shrink(net, images, {"params": 0.5}, pruner=pruner, round_to=4, compensate=None, distill=False)
+    assert all(row.after % 4 == 0 for row in small.report.layers.rows if row.after < row.before)
+    assert zoo.count_params(small) / zoo.count_params(net) == pytest.approx(0.5, abs=0.02)
+    assert "is missed" not in caplog.text
+    nni_topo.shrink(net, images, {"params": 0.3}, pruner=pruner, round_to=32, compensate=None, distill=False)
+    assert "is missed: 0.3 of it should be left" in caplog.text
+    assert "layers keep multiples of 32" in caplog.text
+
+
+def test_a_pruner_that_finds_the_number_itself_tells_what_it_leaves(caplog):
+    small = shrunk({"params": 0.5}, pruner="subcluster", knobs={"energy": 1e-6})
+    left, whole = (network_cost("params", net, toy_images(1))({}) for net in (small, toy_model()))
+    assert left / whole > 0.51
+    assert f"{left / whole:.4g} is, because the pruner chooses how many channels stay" in caplog.text
+
+
 def test_every_step_can_be_replaced():
     seen = []
 

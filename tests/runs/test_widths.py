@@ -6,8 +6,9 @@ import torch
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import create_pruner
+from nni_topo.pruners.units import PruningUnit
 from nni_topo.runs.plan import Target
-from nni_topo.runs.widths import Unit, inner_layers, layer_ratios, nearer, proposed_ratios, pruning_config
+from nni_topo.runs.widths import inner_layers, layer_ratios, nearer, proposed_ratios, pruning_config
 from nni_topo.speedup import to_dense
 
 IMAGES = torch.zeros(2, 1, 8, 8)
@@ -97,7 +98,7 @@ def test_an_unreachable_budget_is_met_as_nearly_as_the_network_can():
     assert {smallest.get_submodule(name).weight.shape[0] for name in names} == {1}
 
 
-UNITS = [Unit(("a",), 10, 1, (0, 9)), Unit(("b",), 10, 1, (0, 9))]
+UNITS = [PruningUnit(name, ((name, "weight"),), 10, 1, 1, 0.0, None, 0.0, 1.0) for name in "ab"]
 
 
 def rows_cost(first, second):

@@ -1,10 +1,18 @@
 from __future__ import annotations
 
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from nni_topo.errors import ConfigError
+from nni_topo.network.measure import now, time_share
 from nni_topo.zoo import count_macs, count_params, create_model, latencies, latency_ms
 
 
@@ -119,6 +127,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr("nni_topo.network.measure.time", clock)
+    monkeypatch.setattr("nni_topo.network.measure._without_core", lambda: 0.0)
     return clock
 
 
@@ -130,12 +139,62 @@ def test_a_latency_is_the_median_in_milliseconds_without_the_warm_up(clock: Cloc
     assert latencies(models, torch.zeros(1), runs=3, warmup=2) == {"one": 2000.0, "two": 4000.0}
 
 
+def test_a_share_of_the_time_is_that_of_passes_side_by_side(clock: Clock) -> None:
+    """A machine that is ten times as slow for a while is so in both passes of a round, each of which is half."""
+    slow = [1.0, 10.0, 10.0, 1.0, 1.0, 10.0, 1.0, 10.0, 1.0]
+    part, whole = (clock.model(name, *(factor * each for each in slow)) for name, factor in (("a", 1.0), ("b", 2.0)))
+    assert time_share(part, whole, torch.zeros(1)) == (0.5, 0.0)
+    assert len(clock.ran) == 18  # a round warms up, eight are enough where all say the same
+
+
+def test_rounds_go_on_until_a_share_is_known_or_the_seconds_are_over(clock: Clock) -> None:
+    def timed(seconds: float, wanted: float | None = None) -> tuple[float, float, int]:
+        generator, clock.ran = random.Random(0), []
+        part = clock.model("a", *(generator.uniform(0.4, 0.6) for _ in range(4000)))
+        whole = clock.model("b", *[1.0] * 4000)
+        found = time_share(part, whole, torch.zeros(1), wanted, precision=0.02, seconds=seconds)
+        return *found, len(clock.ran) // 2 - 1
+
+    share, off, rounds = timed(1e9)
+    assert share == pytest.approx(0.5, rel=0.02)
+    assert off <= 0.02
+    assert rounds == 512  # of so many evenly spread ones the median is known to 1.96 * 0.1 / sqrt(512) of 0.5: 1.7 %
+    assert timed(1e9, wanted=0.25)[2] <= 32  # far from a quarter a tenth does
+    share, off, rounds = timed(30.0)
+    assert off > 0.02
+    assert 19 <= rounds <= 21
+
+
 def test_models_are_timed_in_turns_of_random_order(clock: Clock) -> None:
     models = {name: clock.model(name, *[1.0] * 12) for name in "abc"}
     latencies(models, torch.zeros(1), runs=10, warmup=2)
     rounds = [tuple(clock.ran[first : first + 3]) for first in range(0, 36, 3)]
     assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
     assert len(set(rounds)) > 3
+
+
+@pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="the system doesn't tell waits for a core")
+def test_waiting_for_a_core_is_not_the_models_time_and_waiting_for_else_is() -> None:
+    """Three busy programs on the same core take three quarters of it."""
+    inputs, cores = torch.zeros(1), os.sched_getaffinity(0)
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, {min(cores)})
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    try:
+        start, own, clock = now(inputs), time.thread_time(), time.perf_counter()
+        while time.thread_time() - own < 0.5:
+            pass
+        counted, wall = now(inputs) - start, time.perf_counter() - clock
+        before = now(inputs)
+        time.sleep(0.2)
+        assert now(inputs) - before > 0.19
+    finally:
+        for each in busy:
+            each.kill()
+            each.wait()
+        os.sched_setaffinity(0, cores)
+    assert counted == pytest.approx(0.5, rel=0.2)
+    assert wall > 1.5 * counted
 
 
 def test_latency_restores_the_thread_count_even_after_an_error() -> None:

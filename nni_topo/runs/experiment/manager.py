@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sqlite3
 import sys
 import time
 import traceback
@@ -26,6 +27,7 @@ from nni_topo.runs.experiment.trials import ManagerError, TrialRecord, answering
 ENDED = ("DONE", "ERROR", "STOPPED", "VIEWED")
 _CHANNEL_PLATFORMS = ("remote", "kubeflow", "frameworkcontroller", "openpai", "hybrid")
 _PORTS = range(1, 65535)
+_LOOKS = 5
 
 
 def load_experiment(path: str | Path) -> ExperimentConfig:
@@ -115,14 +117,18 @@ def follow(
     experiment: Experiment, tell: Callable[[str, list[TrialRecord]], None], *, seconds: float = 2.0
 ) -> list[TrialRecord]:
     """Tell an experiment's status and trials every so many seconds until it ends; return all trials (ManagerError)."""
+    idle = 0
     while True:
         status, errors = read_status(experiment)
         trials = read_trials(experiment)
         tell(status, trials)
+        exhausted = status == "TUNER_NO_MORE_TRIAL" and bool(trials) and all(trial.is_finished for trial in trials)
+        idle = idle + 1 if exhausted else 0
         if status == "ERROR":
             reason = "; ".join(errors) or "no reason"
             raise ManagerError(f"an experiment must run to its end, got: {reason} (experiment {experiment.id})")
-        if status in ENDED:
+        # a tuner that has no more to propose: NNI waits for ever; what it proposed last may be on its way for a moment
+        if status in ENDED or idle == _LOOKS:
             return trials
         time.sleep(seconds)
 
@@ -144,6 +150,7 @@ def opened(experiment_id: str | None, port: int | None) -> Iterator[Experiment]:
     if entry["status"] != "STOPPED":
         yield _connected(int(entry["port"]))
         return
+    _written_config(entry["id"])
     experiment = Experiment(None, id=entry["id"])
     with _manager_environment(everywhere=False):
         experiment.view(free_port(), non_blocking=True)
@@ -177,8 +184,18 @@ def _stopped_config(experiment_id: str | None) -> ExperimentConfig:
     entry = _registered(experiment_id)
     if entry["status"] != "STOPPED":
         raise ConfigError(f"an experiment must have ended to be resumed, got {entry['status']} ({experiment_id})")
-    experiment = Experiment(None, id=entry["id"])
-    experiment.load_checkpoint()
+    return _written_config(entry["id"])
+
+
+def _written_config(experiment_id: str) -> ExperimentConfig:
+    experiment = Experiment(None, id=experiment_id)
+    try:
+        experiment.load_checkpoint()
+    except (sqlite3.Error, TypeError) as error:
+        # NNI lists an experiment before its manager has written its configuration down
+        raise ConfigError(
+            f"an experiment must have begun, got one killed before: run its file again ({experiment_id})"
+        ) from error
     return experiment.config
 
 

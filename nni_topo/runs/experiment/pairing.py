@@ -61,9 +61,11 @@ def pair_by_result(jobs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any
     ran = {}
     for job in jobs:
         own = shown.get(job["trialJobId"], {"parameters": {}})
-        # a result carries the number of the proposal that ran; without one the trial's own row has to do
-        number = ((job.get("finalMetricData") or [{}])[-1]).get("parameterId")
-        ran[job["trialJobId"]] = numbered.get(str(number), own["parameters"])
+        # a result carries the number of the proposal that ran; without one the trial's own row has to do, and with its
+        # own, too: NNI alone gives numbers out twice when it resumes an experiment
+        number = str(((job.get("finalMetricData") or [{}])[-1]).get("parameterId"))
+        is_own = number == str(own.get("parameter_id"))
+        ran[job["trialJobId"]] = own["parameters"] if is_own else numbered.get(number, own["parameters"])
     return ran
 
 

@@ -115,7 +115,8 @@ def _record(experiment: Experiment, job: dict[str, Any], parameters: dict[str, A
     # NNI packs a result twice
     data = json.loads(json.loads(results[-1]["data"])) if results else {}
     result = data if isinstance(data, dict) else {"default": float(data)}
-    folder, status = job.get("logPath", ""), job["status"]
+    # what a resumed experiment is about to take up again NNI calls by the name of that event
+    folder, status = job.get("logPath", ""), job["status"].replace("ADD_RESUMED", "WAITING")
     error = _last_words(experiment, job["trialJobId"], folder) if status == "FAILED" else ""
     return TrialRecord(job["trialJobId"], job.get("sequenceId", 0), status, parameters, result, folder, error)
 

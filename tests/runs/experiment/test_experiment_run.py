@@ -105,9 +105,9 @@ def test_five_trials_of_which_one_crashes(home, nets, wait_until):
 
 
 @pytest.mark.slow
-def test_a_trial_that_asks_late_gets_its_own_parameters(home):
+def test_a_trial_that_asks_late_gets_its_own_parameters_and_the_end_of_the_grid_is_the_experiments(home):
     home.write("late.py", LATE)
-    text = CONFIG.format(space="  x: {_type: choice, _value: [0, 1]}", nets="", words="", trials=2, home=home.folder)
+    text = CONFIG.format(space="  x: {_type: choice, _value: [0, 1]}", nets="", words="", trials=9, home=home.folder)
     home.write("config.yml", re.sub("trialCommand: .*", "trialCommand: python late.py", text))
     done = home.topo("experiment", "run", "config.yml", "--port", str(home.port), "--out", "out")
     # these trials leave no files to export

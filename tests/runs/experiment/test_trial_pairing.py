@@ -39,6 +39,11 @@ def test_numbers_may_be_words_and_unknown_ones_change_nothing():
     assert pair_by_result([{"trialJobId": "waiting"}]) == {"waiting": {}}
 
 
+def test_of_a_number_given_out_twice_each_trial_keeps_its_own():
+    jobs = [job("a", 1, 0.25, ran=1), job("b", 2, 0.5, ran=2), job("c", 1, 0.75, ran=1)]
+    assert {trial: ran["ratio"] for trial, ran in pair_by_result(jobs).items()} == {"a": 0.25, "b": 0.5, "c": 0.75}
+
+
 def test_trials_of_an_ended_experiment_are_stopped_unless_they_still_work(tmp_path):
     alive, dead = tmp_path / "alive", tmp_path / "dead"
     with only_process(dead):
