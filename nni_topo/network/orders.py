@@ -51,7 +51,7 @@ class DenseOrder(torch.fx.Interpreter):
         return found
 
     def _renamed(self, found: Any, ascending: Any) -> Any:
-        """Name channels as the flow does where others that they are tied to, as those of a layer scale, gave the name."""
+        """Name channels as the flow does where what they are tied to, as a layer scale, gave its own names."""
         if not (isinstance(found, Tensor) and isinstance(ascending, Tensor)) or found.shape != ascending.shape:
             return found
         one, other = compressed(found), compressed(ascending)
