@@ -29,9 +29,11 @@ from torch.utils.data import TensorDataset
 
 from nni_topo import compensate, create_pruner, dependency_groups, distill, to_dense, zoo
 from nni_topo.runs.records import append_record, read_records
+from nni_topo.runs.rivals import is_rival, rival_masks
 from nni_topo.runs.run import Start, pruner_knobs
 from nni_topo.runs.tables import interval
 from nni_topo.zoo.evaluation import bits
+from nni_topo.zoo.transformers import SelfAttention
 
 SHARES = ((1 / 2, 1 / 2), (1 / 3, 1 / 4), (1 / 6, 1 / 8))
 CHOICES = {
@@ -40,6 +42,8 @@ CHOICES = {
     "Taylor": "taylor",
     "functional cloud": "topological",
     "reconstruction": "reconstruction",
+    # of the nets without shared keys and values
+    "Torch-Pruning": "torch-pruning",
 }
 METHODS = {
     "mean into bias": "mean",
@@ -60,7 +64,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="folder of Fashion-MNIST's files")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--choices", nargs="+", default=list(CHOICES), choices=CHOICES, help="default: all")
+    parser.add_argument("--choices", nargs="+", choices=CHOICES, help="default: all that take the net")
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES, help="default: all")
     parser.add_argument("--rows", type=int, default=1024, help="unlabelled")
     parser.add_argument("--steps", type=int, default=300, help="of distillation")
@@ -68,6 +72,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=10_000, help="rows to train on")
     parser.add_argument("--retrained", action="store_true", help="then one epoch with labels, too")
     options = parser.parse_args()
+    options.choices = options.choices or [c for c in CHOICES if (c, options.model) != ("Torch-Pruning", "gpt_small")]
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "transformers.jsonl"
@@ -150,6 +155,8 @@ class _Recovered:
     @cache  # noqa: B019
     def _masks(self) -> Any:
         net = copy.deepcopy(self._start.net)
+        if is_rival(self._pruner):
+            return self._rival_masks(net)
         config = [
             {"op_names_re": [r".*\.attention"], "granularity": "head", "sparse_ratio": 1.0 - self._heads},
             {"op_names_re": [r".*\.mlp\.(fc1|gate_proj|up_proj)"], "sparse_ratio": 1.0 - self._neurons},
@@ -158,6 +165,13 @@ class _Recovered:
         looks = self._pruner in ("topological", "reconstruction")
         knobs = pruner_knobs(self._pruner, net, self._start, _LOOKED_AT if looks else 0)
         return create_pruner(self._pruner, net, groups, **knobs).compress()[1]
+
+    def _rival_masks(self, net: nn.Module) -> Any:
+        parts = {name: part for name, part in net.named_modules() if isinstance(part, SelfAttention)}
+        heads = {f"{name}.{each}_proj": part.num_heads for name, part in parts.items() for each in "qkv"}
+        inner = [name for name, _ in net.named_modules() if name.endswith(".mlp.fc1")]
+        ratios = dict.fromkeys(heads, 1.0 - self._heads) | dict.fromkeys(inner, 1.0 - self._neurons)
+        return rival_masks(self._pruner, net, self._rows[:2], ratios, heads)[0]
 
 
 def _times(start: Start, dense: nn.Module) -> dict[str, float]:

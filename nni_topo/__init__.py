@@ -15,6 +15,7 @@ from nni_topo.maths.clustering.subclustering import Growth  # noqa: E402
 from nni_topo.maths.search.weights import WeightSearch  # noqa: E402
 from nni_topo.maths.signals import Chirp  # noqa: E402
 from nni_topo.network import (  # noqa: E402
+    DependencyGroups,
     as_linear,
     dependency_groups,
     export,
@@ -83,6 +84,7 @@ __all__ = [
     "Budget",
     "Chirp",
     "ClusterPruner",
+    "DependencyGroups",
     "EnergyFilterPruner",
     "GeneticSearch",
     "GeneticWeightPruner",

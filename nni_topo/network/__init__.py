@@ -1,7 +1,7 @@
 """From NNI's masks to a smaller dense model: dependency groups, the masked reference, ModelSpeedup."""
 
 from nni_topo.network.dense import to_dense
-from nni_topo.network.dependency import dependency_groups
+from nni_topo.network.dependency import DependencyGroups, dependency_groups
 from nni_topo.network.exporting import Exported, export
 from nni_topo.network.files import load, save, save_pretrained
 from nni_topo.network.latency import LatencyTable, LayerLatency
@@ -14,6 +14,7 @@ from nni_topo.network.zeros import zeros_held
 
 __all__ = [
     "DenseReport",
+    "DependencyGroups",
     "Exported",
     "LatencyTable",
     "LayerLatency",

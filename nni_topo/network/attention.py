@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.fx.passes.shape_prop import TensorMetadata
 from torch.nn import functional
 
 from nni_topo.network.layers import is_recurrent
@@ -160,15 +159,18 @@ def attend(attention: Any, out: str, *args: Any, **kwargs: Any) -> Any:
         attention._modules[out] = layer
 
 
-def open_attention(graph_module: GraphModule) -> None:
-    """Show in a graph, by a node of its own, each layer that mixes the heads of attention; see `attend`."""
+def open_attention(graph_module: GraphModule, given: dict[str, bool]) -> None:
+    """Show in a graph, by a node of its own, each layer that mixes the heads of attention; see `attend`.
+
+    ``given``: by name of each attention that is called, whether it gives several values.
+    """
     graph, found = graph_module.graph, find_attention(graph_module)
     for node in list(graph.nodes):
         attention = found.get(str(node.target)) if node.op == "call_module" else None
-        if attention is None or attention.out is None:
+        if attention is None or attention.out is None or attention.name not in given:
             continue
         picked = {user: user.args[1] for user in node.users if user.target is operator.getitem}
-        many = isinstance(node.meta["tensor_meta"], tuple) and not isinstance(node.meta["tensor_meta"], TensorMetadata)
+        many = given[attention.name]
         if many and (len(picked) < len(node.users) or not all(isinstance(at, int) for at in picked.values())):
             continue
         with graph.inserting_before(node):

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from nni_topo.network.capture import by_channel, watched
 from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.cutting import keep
 from nni_topo.network.following import only_norm_behind
-from nni_topo.network.inputs import Call, random_like, shrunk
+from nni_topo.network.inputs import Call, random_like, run_small
 from nni_topo.network.layers import CONVOLUTIONS, WEIGHTED, is_depthwise
 
 _TOLERANCE = 1e-5  # of a channel's largest value; rounding is below
@@ -37,12 +38,7 @@ def constants_read(model: nn.Module, flow: ChannelFlow, left: np.ndarray, call: 
     # What differs between two inputs is no constant, even where either has but one place for each channel.
     for seed in range(2):
         with torch.no_grad(), watched(entering, leaving):
-            drawn = random_like(call, torch.Generator().manual_seed(seed))
-            try:
-                small = shrunk(drawn)
-                model(*small[0], **small[1])
-            except Exception:  # not every model takes a smaller image
-                model(*drawn[0], **drawn[1])
+            run_small(model, random_like(call, torch.Generator().manual_seed(seed)))
         if not any(bool(each.any()) for _, seen in ranges.values() for each in seen):
             return {}
     found = {name: _constant(gone, torch.stack(seen)) for name, (gone, seen) in ranges.items() if seen}
@@ -55,7 +51,8 @@ def absorb(
 ) -> None:
     """Let layers add what they make of constants, and read these no more; ``exactly``: only where no border differs.
 
-    Tensors of the model mustn't be shared. A layer without a bias hands it on to the batch norm behind it.
+    Parameters are replaced; buffers of the model mustn't be shared. A layer without a bias hands it on to the batch
+    norm behind it.
     """
     for name, values in constants.items():
         module: Any = model.get_submodule(name)
@@ -67,9 +64,9 @@ def absorb(
         rows = rows.repeat_interleave(len(weight) // len(rows), 0)
         made = (weight.double().flatten(2).sum(2) if weight.dim() > 2 else weight.double()).mul(rows).sum(1)
         made = (made * kept.to(made)).to(weight)
-        weight.mul_((rows == 0).view(*rows.shape, *[1] * (weight.dim() - 2)))
+        keep(module, "weight", weight * (rows == 0).view(*rows.shape, *[1] * (weight.dim() - 2)))
         if module.bias is not None:
-            module.bias.add_(made)
+            keep(module, "bias", module.bias + made)
         else:
             norm.running_mean.sub_(made)  # type: ignore[union-attr,operator]
 

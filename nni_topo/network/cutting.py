@@ -20,7 +20,7 @@ def cut(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
     if isinstance(module, CONVOLUTIONS + TRANSPOSED):
         _cut_convolution(name, module, ins, outs)
     elif isinstance(module, torch.nn.Linear):
-        keep(module, "weight", module.weight[outs][:, ins])
+        keep(module, "weight", _part(module.weight, outs, ins))
         keep(module, "bias", _rows(module.bias, outs))
         module.in_features, module.out_features = len(ins), len(outs)
     elif isinstance(module, torch.nn.MultiheadAttention):
@@ -60,17 +60,25 @@ def _cut_units(module: Any, rows: torch.Tensor) -> None:
     module.hidden_size = len(units)
 
 
+def _part(weight: torch.Tensor, *places: torch.Tensor) -> torch.Tensor:
+    """Take some places of the first dimensions of a weight."""
+    # Not by brackets, which look the entries of a second dimension up one by one.
+    for d, each in enumerate(places):
+        weight = weight.index_select(d, each)
+    return weight
+
+
 def _rows(tensor: torch.Tensor | None, kept: torch.Tensor) -> torch.Tensor | None:
     return None if tensor is None else tensor[kept]
 
 
 def keep(module: torch.nn.Module, name: str, value: torch.Tensor | None) -> None:
-    """Replace a parameter or buffer by a smaller one of the same kind."""
+    """Replace a parameter or buffer by a new one of the same kind, which nothing else holds."""
     old = getattr(module, name, None)
     if value is None or old is None:
         return
     if isinstance(old, torch.nn.Parameter):
-        value = torch.nn.Parameter(value.detach().clone(), requires_grad=old.requires_grad)
+        value = torch.nn.Parameter(value.detach(), requires_grad=old.requires_grad)
     setattr(module, name, value)
 
 
@@ -109,9 +117,12 @@ def _cut_convolution(name: str, module: Any, ins: torch.Tensor, outs: torch.Tens
         )
     # The weight holds (out, in / groups, ...), transposed (in, out / groups, ...).
     rows, columns = (ins, outs % out_step) if isinstance(module, TRANSPOSED) else (outs, ins % in_step)
-    per_row = columns.view(len(left), -1).repeat_interleave(len(rows) // len(left), dim=0)
-    weight = module.weight[rows]
-    index = per_row.view(per_row.shape + (1,) * (weight.dim() - 2)).expand(-1, -1, *weight.shape[2:])
-    keep(module, "weight", weight.gather(1, index.to(weight.device)))
+    if module.groups == 1:
+        keep(module, "weight", _part(module.weight, rows, columns))
+    else:
+        per_row = columns.view(len(left), -1).repeat_interleave(len(rows) // len(left), dim=0)
+        weight = module.weight[rows]
+        index = per_row.view(per_row.shape + (1,) * (weight.dim() - 2)).expand(-1, -1, *weight.shape[2:])
+        keep(module, "weight", weight.gather(1, index.to(weight.device)))
     keep(module, "bias", _rows(module.bias, outs))
     module.in_channels, module.out_channels, module.groups = len(ins), len(outs), len(left)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
@@ -161,7 +160,8 @@ def _build(
     if keep:
         untie(reference, find_ties(reference))
         absorb(reference, flow, resolved.left, kept, exactly=False)
-    dense = copy.deepcopy(reference)
+    # What is cut, or takes constants over, gets new tensors; the others the reference, which goes, may share with it.
+    dense = detached_copy(reference, light=not replacers)
     untie(dense, find_ties(dense))
     if not keep:
         absorb(dense, flow, resolved.left, constants_read(dense, flow, resolved.left, network.call), exactly=True)

@@ -96,6 +96,8 @@ def dependency_groups(
         ``strict``, if a layer that an entry selects would be left out because it can't lose channels.
     SpeedupError
         If the model can't be traced, and an entry names a layer in ``op_names`` or ``strict`` is given.
+    RuntimeError
+        PyTorch's own, if there isn't the memory to run the model.
 
     Notes
     -----

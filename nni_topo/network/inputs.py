@@ -97,6 +97,17 @@ def shrunk(call: Call) -> Call:
     return small if all(each.dim() == 4 for each in tensors_of(call)) else call
 
 
+def run_small(model: nn.Module, call: Call) -> Any:
+    """Run a model on a corner of large images; where it doesn't take that, on the whole."""
+    small = shrunk(call)
+    try:
+        return model(*small[0], **small[1])
+    except Exception as error:  # it may fail in as many ways as it is written
+        if out_of_memory(error):
+            raise
+        return model(*call[0], **call[1])
+
+
 def cast_floats(call: Call, dtype: torch.dtype) -> Call:
     """Cast the floating tensors of a call to a floating type."""
     cast: Call = tree_map_only(Tensor, lambda each: each.to(dtype) if each.is_floating_point() else each, call)
@@ -162,7 +173,7 @@ def in_smaller_batches(work: Callable[_Given, _Made]) -> Callable[_Given, _Made]
 
 def out_of_memory(error: Exception) -> bool:
     """Say whether an error is that of memory that there isn't: a GPU's, or, by its words, a CPU's."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def at_once(samples: int) -> int:

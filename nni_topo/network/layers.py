@@ -199,7 +199,7 @@ def kept_channels(module: torch.nn.Module, targets: Mapping[str, torch.Tensor]) 
     count, mask = output_channels(module), targets.get(weight_name(module))
     if count is None or mask is None:
         return None
-    return by_output(mask, module).flatten(1).ne(0).any(1)
+    return by_output(mask, module).flatten(1).amax(1).ne(0)
 
 
 def by_output(weight: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:

@@ -27,7 +27,8 @@ def check_model(model: torch.nn.Module) -> None:
     """Raise a SpeedupError if a model is still wrapped, a DataError if it holds NaN or infinite values."""
     check_unwrapped(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        # A sum that is finite says it in one pass.
+        if tensor.is_floating_point() and not bool(tensor.sum().isfinite() or tensor.isfinite().all()):
             raise DataError(f"parameters and buffers must be finite, got NaN or infinite values ({name})")
 
 
@@ -60,7 +61,9 @@ def _check_mask(module: torch.nn.Module, target: str, mask: torch.Tensor, place:
         raise ConfigError(f"a mask's target must be a parameter of its module ({names}), got {target!r} ({place})")
     if not isinstance(mask, torch.Tensor):
         raise ConfigError(f"a mask must be a tensor, got {type(mask).__name__} ({place})")
-    if not bool(((mask == 0) | (mask == 1)).all()):
+    # What isn't its own square is neither zero nor one.
+    values = mask.detach() if mask.is_floating_point() else mask.to(torch.float32)
+    if values.numel() and bool((values * values).sub_(values).abs_().amax()):
         raise ConfigError(f"a mask must hold zeros and ones, got other values or NaN ({place})")
     try:
         full = mask.detach().to(dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
@@ -69,9 +72,9 @@ def _check_mask(module: torch.nn.Module, target: str, mask: torch.Tensor, place:
             f"a mask must have its parameter's shape {tuple(parameter.shape)} or broadcast to it, "
             f"got {tuple(mask.shape)} ({place})"
         ) from error
-    if target == weight_name(module) and not bool(full.any()):
+    if target == weight_name(module) and not (full.numel() and bool(full.amax())):
         raise SpeedupError(f"a mask must leave at least one channel of a layer, got only zeros ({place})")
-    return full.clone()
+    return full
 
 
 def _complete(module: torch.nn.Module, targets: dict[str, torch.Tensor]) -> None:

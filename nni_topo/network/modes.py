@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -65,8 +65,11 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def detached_copy(model: nn.Module) -> Any:
-    """Return a deep copy of a model, also where weights are computed, as those of a masked model in training are."""
+def detached_copy(model: nn.Module, *, light: bool = False) -> Any:
+    """Return a deep copy of a model, also where weights are computed, as those of a masked model in training are.
+
+    A ``light`` one holds the model's own parameters, which then mustn't be written to.
+    """
     # Such weights aren't leaves, which deepcopy refuses: in the copy they are tensors of their own, without a history.
     computed = {
         id(value): value.detach().clone()
@@ -74,17 +77,54 @@ def detached_copy(model: nn.Module) -> Any:
         for value in (*vars(module).values(), *module._buffers.values())
         if isinstance(value, Tensor) and not value.is_leaf
     }
-    return copy.deepcopy(model, computed)
+    shared = {id(parameter): parameter for parameter in model.parameters()} if light else {}
+    return copy.deepcopy(model, computed | shared)
 
 
-def unwrapped_copy(model: nn.Module) -> nn.Module:
+def unwrapped_copy(model: nn.Module, *, light: bool = False) -> nn.Module:
     """Return a copy of a model that NNI has wrapped, without wrappers and masks; of any other model, a copy."""
-    copied: nn.Module = detached_copy(model)
+    copied: nn.Module = detached_copy(model, light=light)
     for module in list(copied.modules()):
         wrapper = getattr(module, "_nni_wrapper", None)
         if wrapper is not None:
             wrapper.unwrap()
     return copied
+
+
+class RandomWeights:
+    """Random numbers for the weights of a network, of which layers of one scale may look at the same, none written to.
+
+    To draw as many as a network has, and to find memory for them, takes longer than to run it.
+    """
+
+    _DRAWN = 262_147  # a prime, so that no two rows of a layer hold the same numbers
+    _APART = 4096  # layers begin at different places
+
+    def __init__(self, draw: Callable[..., Tensor], generator: torch.Generator | None = None) -> None:
+        self._drawn = draw(self._DRAWN, generator=generator)
+        self._scaled: dict[tuple[torch.device, float], Tensor] = {}
+        self._start = 0
+
+    def like(self, weight: Tensor, scale: float, shift: float = 0.0) -> Tensor:
+        """Return single-precision numbers ``scale * drawn + shift`` in the shape of a weight."""
+        key, count = (weight.device, scale), weight.numel() + self._APART
+        if key not in self._scaled or self._scaled[key].numel() < count:
+            scaled = (self._drawn[:count] * scale + shift).to(weight.device)
+            self._scaled[key] = scaled.repeat(-(-count // scaled.numel()))
+        self._start = (self._start + 101) % self._APART
+        return self._scaled[key][self._start : self._start + weight.numel()].view(weight.shape)
+
+
+def put_parameters(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
+    """Put others in place of a model's floating parameters, given by full name; one in several places stays one."""
+    made = dict[int, tuple[Tensor, nn.Parameter]]()  # with the old one, so that no other gets its id
+    for name, module in model.named_modules():
+        for own, old in list(module._parameters.items()):
+            if old is not None and old.is_floating_point():
+                if id(old) not in made:
+                    new = make(f"{name}.{own}".lstrip("."), old.detach())
+                    made[id(old)] = old, nn.Parameter(new, requires_grad=False)
+                setattr(module, own, made[id(old)][1])
 
 
 def is_plain(model: Any) -> bool:

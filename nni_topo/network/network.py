@@ -17,7 +17,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.inputs import Call, call_arguments
 from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
-from nni_topo.network.modes import random_state_kept, unwrapped_copy
+from nni_topo.network.modes import put_parameters, random_state_kept, unwrapped_copy
 from nni_topo.network.rehearsal import unfit
 from nni_topo.network.sizes import LayerSizes, Size, layer_sizes, spatial
 from nni_topo.network.tracing import arguments, by_running, trace
@@ -82,12 +82,13 @@ class Network:
         return self._known("traced", self._trace, kept=lambda traced: not by_running(traced[1].traced.graph))
 
     def _trace(self) -> Traced:
-        graph_module, args = trace(unwrapped_copy(self.model).eval(), self.call)
+        graph_module, args = trace(unwrapped_copy(self.model, light=True).eval(), self.call)
         flow = ChannelFlow(graph_module, args)
         graph = copy.deepcopy(graph_module.graph)
         held = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
         # What the forward makes by itself the tracer keeps in the copy; all else is the model's, whatever it holds now.
         constants = {name: attrgetter(name)(graph_module) for name in held if not _has(self.model, name)}
+        put_parameters(graph_module, lambda _, parameter: parameter.to("meta"))
         graph_module.to("meta")
         return partial(_assembled, graph, constants), flow
 

@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from nni_topo.network.capture import called
-from nni_topo.network.inputs import Call, bind_arguments
+from nni_topo.network.inputs import Call, bind_arguments, out_of_memory
 from nni_topo.network.modes import evaluation_mode, random_state_kept
 from nni_topo.network.transformers import UnfoldingTracer
 
@@ -83,7 +83,9 @@ def _traced(
             for number, call in enumerate(seen.get(name, [])):
                 graph, args = _leaf(child, call) if _is_leaf(child) else _of(trace(child, call))
                 found.append((name, number, graph, iter(args)))
-        except Exception:  # a tracer fails in as many ways as a model is written
+        except Exception as error:  # a tracer fails in as many ways as a model is written
+            if out_of_memory(error):
+                raise
             found = []
         yield from found or _traced(child, f"{name}.", seen, trace)
 

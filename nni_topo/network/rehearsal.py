@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,10 @@ from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.constants import can_absorb, constants_read
 from nni_topo.network.engine import DenseSpeedup, kept_slices
 from nni_topo.network.following import only_norm_behind
-from nni_topo.network.inputs import Call, cast_floats, random_like
+from nni_topo.network.inputs import Call, cast_floats, out_of_memory, random_like, shrunk, tensors_of
 from nni_topo.network.labels import FIXED, place
 from nni_topo.network.layers import NORMALIZING, is_recurrent
-from nni_topo.network.modes import random_state_kept, unwrapped_copy
+from nni_topo.network.modes import RandomWeights, put_parameters, random_state_kept, unwrapped_copy
 from nni_topo.network.reference import difference
 from nni_topo.network.resolve import grow
 from nni_topo.network.tracing import arguments
@@ -50,11 +51,14 @@ def unfit(network: Network) -> dict[int, str]:
         full = assembled(_with_random_weights(network.model))
         entering: Call = (arguments(full.graph, network.model, network.call), {})
         args = cast_floats(random_like(entering, torch.Generator().manual_seed(0)), torch.float32)[0]
-        clean = set[bool]()
+        small, clean = shrunk((args, {}))[0], set[bool]()
+        pairs = zip(tensors_of(small), tensors_of(args), strict=True)
+        ways = [small, args] if any(one.shape != other.shape for one, other in pairs) else [args]
         for turn in range(_ROUNDS):
             # Blocks lose a part of each, as pruners choose; and some as a whole, as masks may say.
             in_parts = bool(flow.blocks) and turn % 2 == 0
-            found = _Rehearsal(flow, _draw(flow, held, drawing, in_parts=in_parts), full).run(args)
+            left = _draw(flow, held, drawing, in_parts=in_parts)
+            found = _rehearsed(_Rehearsal(flow, left, full), ways)
             held.update(found)
             clean = set() if found else clean | {in_parts}
             if clean == {bool(flow.blocks), False}:
@@ -64,14 +68,27 @@ def unfit(network: Network) -> dict[int, str]:
     return dict.fromkeys(roots.tolist(), "channels depend on one another in a way that no rule describes")
 
 
+def _rehearsed(rehearsal: _Rehearsal, ways: list[tuple[Any, ...]]) -> dict[int, str]:
+    """Return the channels that can't go, and why; of the arguments keep the first ones while they find none."""
+    while len(ways) > 1:
+        with suppress(Exception):  # sizes may be written into the graph
+            if not rehearsal.run(ways[0]):
+                return {}
+        del ways[0]
+    return rehearsal.run(ways[0])
+
+
 def _with_random_weights(model: nn.Module) -> nn.Module:
     """Copy a model with weights under which nothing is zero or cancels by itself."""
-    drawn = unwrapped_copy(model).float().eval()
-    for parameter in drawn.parameters():
-        if parameter.is_floating_point():
-            fan = parameter[0].numel() if parameter.dim() > 1 else 0
-            parameter.normal_(0, fan**-0.5) if fan else parameter.uniform_(0.5, 1.5)
-    return drawn
+    drawn = unwrapped_copy(model, light=True).eval()
+    normal, uniform = RandomWeights(torch.randn), RandomWeights(torch.rand)
+
+    def weights(_: str, old: Tensor) -> Tensor:
+        fan = old[0].numel() if old.dim() > 1 else 0
+        return normal.like(old, fan**-0.5) if fan else uniform.like(old, 1.0, 0.5)
+
+    put_parameters(drawn, weights)
+    return drawn.float()
 
 
 def _draw(flow: ChannelFlow, held: dict[int, str], drawing: np.random.Generator, *, in_parts: bool) -> np.ndarray:
@@ -85,7 +102,8 @@ def _draw(flow: ChannelFlow, held: dict[int, str], drawing: np.random.Generator,
     for name in flow.layers:
         roots = flow.layer_roots(name)
         left[roots[0]] |= not left[roots].any()
-    grow(flow, left, drawing.random(len(left)), 1, set())
+    worth = drawing.random(len(left))
+    grow(flow, left, lambda: worth, 1, set())
     return left
 
 
@@ -96,18 +114,22 @@ class _Rehearsal:
         self.flow, self.left, self.full = flow, left, full
         # Cutting puts new tensors in place of those it makes smaller, so both networks may share the others.
         shared = {id(tensor): tensor for tensor in (*full.parameters(), *full.buffers())}
-        self.small: GraphModule = copy.deepcopy(full, shared)
-        self._found: dict[int, str] = {}
-        self._values: dict[Node, tuple[Any, Any]] = {}  # what a node gives in both networks
+        modules = nn.Module()
+        vars(modules).update({key: value for key, value in vars(full).items() if key != "_graph"})
+        self.small: nn.Module = copy.deepcopy(modules, shared)
+        speedup, self._uncut = DenseSpeedup(self.small, flow, left), ""
+        try:
+            speedup.speedup_model()
+        except SpeedupError as error:
+            self._uncut = str(error)
+        self._order = speedup.order
 
     def run(self, args: tuple[Any, ...]) -> dict[int, str]:
         """Return the channels that can't go, by representative, and why."""
-        try:
-            speedup = DenseSpeedup(self.small, self.flow, self.left)
-            speedup.speedup_model()
-        except SpeedupError as error:
-            return dict.fromkeys(self._removed(), str(error))
-        self._order = speedup.order
+        if self._uncut:
+            return dict.fromkeys(self._removed(), self._uncut)
+        self._found: dict[int, str] = {}
+        self._values: dict[Node, tuple[Any, Any]] = {}  # what a node gives in both networks
         self._args, inputs = args, iter(args)
         readers = {parent: node for node in self.full.graph.nodes for parent in node.all_input_nodes}
         last: dict[Node, list[Node]] = defaultdict(list)
@@ -139,13 +161,15 @@ class _Rehearsal:
             first = slice(1 if self._is_attention(node) else None)
             reason = self._compare(*(tree_flatten(each)[0][first] for each in (expected, actual)))
         except Exception as error:  # an operation fails in as many ways as there are operations
+            if out_of_memory(error):
+                raise
             actual, reason = None, f"its sizes don't fit fewer channels: {type(error).__name__}"
         if reason:
             self._blame(node, entering, reason)
-            actual = expected
+            actual = tree_map_only(Tensor, Tensor.clone, expected)
         self._values[node] = whole, actual
 
-    def _called(self, node: Node, module: GraphModule, which: int, constant: Tensor | None = None) -> Any:
+    def _called(self, node: Node, module: nn.Module, which: int, constant: Tensor | None = None) -> Any:
         """Compute what a node gives in one of the networks, without constants that enter it."""
         if node.op == "get_attr":
             value: Any = module
@@ -225,7 +249,7 @@ class _Rehearsal:
             return value
         for d, kept in enumerate(kept_slices(numbers, tuple(value.shape), self.flow, self.left)):
             value = value.index_select(d, kept.to(value.device)) if len(kept) < value.shape[d] else value
-        return value.clone()
+        return value
 
     def _is_attention(self, node: Node) -> bool:
         known = self.flow.attention.get(str(node.target)) if node.op == "call_module" else None
@@ -257,9 +281,14 @@ class _Rehearsal:
         whole = self._values.get(node, (None,))[0]
         found = [np.zeros(0, dtype=np.int64)]
         for value, numbers in zip(tree_flatten(whole)[0], tree_flatten(self.flow.numbers[node.name])[0], strict=False):
-            if isinstance(value, Tensor) and isinstance(numbers, Tensor) and value.dim() == numbers.dim():
-                spread = numbers.expand(value.shape)
-                found.append(np.unique(spread[~self._stays(numbers).expand(value.shape) & (value != 0).cpu()]))
+            if not (isinstance(value, Tensor) and isinstance(numbers, Tensor) and value.dim() == numbers.dim()):
+                continue
+            gone = ~self._stays(numbers)
+            if bool(gone.any()) and value.numel():
+                alike = [d for d, size in enumerate(numbers.shape) if size == 1]
+                value = value.abs() if value.is_complex() else value
+                ends = [getattr(value, end)(alike, keepdim=True) if alike else value for end in ("amin", "amax")]
+                found.append(np.unique(numbers[gone & ((ends[0] != 0) | (ends[1] != 0)).cpu()]))
         return np.concatenate(found)
 
     def _blame(self, node: Node, entering: dict[Node, np.ndarray], reason: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,9 @@ from nni_topo.network.modes import device_of
 from nni_topo.network.numbering import Blocks
 
 _logger = logging.getLogger(__name__)
+
+Scores = Callable[[], np.ndarray]
+"""By representative, what a channel is worth; only asked for where any come back."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +77,7 @@ def resolve(
     # Before rounding brings channels back: a mask on the output is a mistake even where this would undo it.
     _check_output(flow, given, kept)
     # Equal blocks and rounding bring back the largest weights first, by L1 norm over tied channels.
-    shared, scores = kept.copy(), _scores(model, flow)
+    shared, scores = kept.copy(), cache(partial(_scores, model, flow))
     # In two steps, so that what equal blocks bring back can be told from what rounding does.
     grow(flow, kept, scores, 1, set(given))
     leveled = kept.copy()
@@ -123,7 +127,7 @@ def _check_output(flow: ChannelFlow, given: dict[str, np.ndarray], kept: np.ndar
             )
 
 
-def grow(flow: ChannelFlow, kept: np.ndarray, scores: np.ndarray, round_to: int, masked: set[str]) -> None:
+def grow(flow: ChannelFlow, kept: np.ndarray, scores: Scores, round_to: int, masked: set[str]) -> None:
     """Bring channels back until blocks are equal and counts are rounded; both only ever add."""
     layers = [flow.layer_roots(name) for name in flow.layers if name in masked]
     # What evens one set of blocks may unbalance another that shares its channels. Channels only come back, so it ends.
@@ -137,7 +141,7 @@ def grow(flow: ChannelFlow, kept: np.ndarray, scores: np.ndarray, round_to: int,
             _bring_back(roots, kept, scores, min(wanted, len(roots)))
 
 
-def _level(blocks: Blocks, sides: list[list[np.ndarray]], kept: np.ndarray, scores: np.ndarray) -> None:
+def _level(blocks: Blocks, sides: list[list[np.ndarray]], kept: np.ndarray, scores: Scores) -> None:
     """Bring channels back until all blocks that are left keep equally many."""
     # A block goes only if it goes on all sides; where any side keeps a channel of it, all are filled up.
     left = [not blocks.may_vanish or any(kept[block].any() for block in parts) for parts in zip(*sides, strict=True)]
@@ -147,12 +151,12 @@ def _level(blocks: Blocks, sides: list[list[np.ndarray]], kept: np.ndarray, scor
             _bring_back(block, kept, scores, most if is_left else 0)
 
 
-def _bring_back(roots: np.ndarray, kept: np.ndarray, scores: np.ndarray, wanted: int) -> None:
+def _bring_back(roots: np.ndarray, kept: np.ndarray, scores: Scores, wanted: int) -> None:
     """Keep the best of the pruned channels until so many are kept."""
     if int(kept[roots].sum()) >= wanted:
         return
     pruned = np.unique(roots[~kept[roots]])
-    best = pruned[descending(scores[pruned])]
+    best = pruned[descending(scores()[pruned])]
     for root in best:
         # Counted anew each time: one root may stand for several channels of the layer.
         if int(kept[roots].sum()) >= wanted:
@@ -206,7 +210,7 @@ def _new_masks(
     stages: tuple[np.ndarray, np.ndarray],
 ) -> FullMasks:
     shared, kept = stages
-    new = {name: {target: mask.clone() for target, mask in targets.items()} for name, targets in masks.items()}
+    new = {name: dict(targets) for name, targets in masks.items()}
     for name, layer in flow.layers.items():
         module, keep = model.get_submodule(name), kept[flow.layer_roots(name)]
         old = given.get(name, np.ones_like(keep))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import find_attention, open_attention
-from nni_topo.network.inputs import Call, bind_arguments, tensors_of
+from nni_topo.network.capture import watched
+from nni_topo.network.inputs import Call, bind_arguments, out_of_memory, tensors_of
 from nni_topo.network.layers import is_one
 from nni_topo.network.modes import random_state_kept
 from nni_topo.network.parts import by_parts, is_in_parts, part_arguments
@@ -32,7 +34,9 @@ def trace(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModule, tup
             with torch.no_grad(), random_state_kept():
                 graph_module, args = by_parts(model, call, _trace_whole)
                 ShapeProp(graph_module).propagate(*args)
-        except Exception:  # parts fail in as many ways as a model is written
+        except Exception as inner:  # parts fail in as many ways as a model is written
+            if out_of_memory(inner):
+                raise
             raise error from None
         if not args:
             raise
@@ -44,18 +48,22 @@ def _trace_whole(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModu
     named = bind_arguments(model, call)
     reasons = []
     # NNI's tracer goes into attention.
-    own = (_symbolic, _recorded) if find_attention(model) else (_symbolic,)
+    found = find_attention(model)
+    own = (_symbolic, _recorded) if found else (_symbolic,)
     for tracer in (*own, _concrete):
         try:
             # The model is run, and may draw numbers.
             with torch.no_grad(), random_state_kept():
                 graph_module, args = tracer(model, named)
-                ShapeProp(graph_module).propagate(*args)
-                open_attention(graph_module)
-                _check_same(model, graph_module, call, args)
-                ShapeProp(graph_module).propagate(*args)
+                given = dict[str, bool]()
+                with watched(leaving=[(model.get_submodule(name), partial(_note, given, name)) for name in found]):
+                    expected = model(*call[0], **call[1])
+                open_attention(graph_module, given)
+                _check_same(expected, ShapeProp(graph_module).propagate(*args), model)
             return graph_module, args
         except Exception as error:  # a tracer fails in as many ways as a model is written
+            if out_of_memory(error):
+                raise
             _logger.debug("%s can't trace %s", tracer.__name__, type(model).__name__, exc_info=True)
             reasons.append(f"{tracer.__name__.strip('_')}: {type(error).__name__}: {error}")
     raise SpeedupError(
@@ -119,12 +127,17 @@ def _placed(graph: torch.fx.Graph, named: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(named.get(str(node.target), node.args[0] if node.args else None) for node in nodes)
 
 
-def _check_same(model: torch.nn.Module, graph_module: torch.fx.GraphModule, call: Call, args: tuple[Any, ...]) -> None:
+def _note(given: dict[str, bool], name: str, entered: Any, output: Any) -> None:
+    """Note whether a module gives several values."""
+    given[name] = isinstance(output, tuple)
+
+
+def _check_same(expected: Any, actual: Any, model: torch.nn.Module) -> None:
     """Raise unless the graph computes the model's outputs on the example inputs."""
-    expected, actual = tensors_of(model(*call[0], **call[1])), tensors_of(graph_module(*args))
-    same = len(expected) == len(actual) and all(
+    pairs = tensors_of(expected), tensors_of(actual)
+    same = len(pairs[0]) == len(pairs[1]) and all(
         a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
-        for a, b in zip(expected, actual, strict=True)
+        for a, b in zip(*pairs, strict=True)
     )
     if not same:
         raise SpeedupError(f"a graph must compute what its model does, got other outputs ({type(model).__name__})")

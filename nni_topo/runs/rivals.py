@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import importlib
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ _IMPORTANCES: dict[str, tuple[str, dict[str, Any]]] = {
     f"{PREFIX}-l1": ("GroupMagnitudeImportance", {"p": 1}),
     f"{PREFIX}-fpgm": ("FPGMImportance", {"p": 2}),
 }
+_ROUNDING = 1e-9  # 6 * (1 - 1 / 3) is less than 4
 
 
 def is_rival(name: str) -> bool:
@@ -39,19 +42,30 @@ def is_rival(name: str) -> bool:
     return True
 
 
-def rival_masks(name: str, model: nn.Module, example_inputs: Tensor, ratios: dict[str, float]) -> tuple[Masks, float]:
+def rival_masks(
+    name: str,
+    model: nn.Module,
+    example_inputs: Tensor,
+    ratios: dict[str, float],
+    heads: Mapping[str, int] = MappingProxyType({}),
+) -> tuple[Masks, float]:
     """Let Torch-Pruning cut a copy at ``sparse_ratio`` by layer; return NNI's masks of what went, and seconds."""
     began = time.perf_counter()
     # layers that aren't named are left whole
-    _, kept = cut(name, model, example_inputs, ratios)
+    _, kept = cut(name, model, example_inputs, ratios, heads)
     seconds = time.perf_counter() - began
     return {layer: _layer_masks(model.get_submodule(layer), mask) for layer, mask in kept.items()}, seconds
 
 
 def cut(
-    name: str, model: nn.Module, example_inputs: Tensor, ratios: dict[str, float]
+    name: str,
+    model: nn.Module,
+    example_inputs: Tensor,
+    ratios: dict[str, float],
+    heads: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return the network that Torch-Pruning leaves, and ones for the output channels that stayed, by layer."""
+    # Of queries, keys and values, whose `heads` are given, whole heads go.
     package = _package()
     dense = copy.deepcopy(model)
     layers = {n: m for n, m in dense.named_modules() if isinstance(m, KINDS)}
@@ -61,7 +75,13 @@ def cut(
         example_inputs,
         importance=getattr(package.importance, importance)(**knobs),
         pruning_ratio=0.0,
-        pruning_ratio_dict={layers[layer]: _exact(layers[layer], ratio) for layer, ratio in ratios.items()},
+        pruning_ratio_dict={
+            layers[layer]: _exact(output_channels(layers[layer]) or 1, ratio) for layer, ratio in ratios.items()
+        },
+        num_heads={layers[layer]: count for layer, count in heads.items()},
+        prune_num_heads=bool(heads),
+        prune_head_dims=not heads,
+        head_pruning_ratio_dict={layers[layer]: _exact(count, ratios[layer]) for layer, count in heads.items()},
         ignored_layers=[module for layer, module in layers.items() if layer not in ratios],
     )
     names = {module: layer for layer, module in layers.items() if layer in ratios}
@@ -80,11 +100,10 @@ def _layer_masks(layer: Any, kept: Tensor) -> dict[str, Tensor]:
     return {"weight": spread(layer, kept)} | ({} if layer.bias is None else {"bias": kept})
 
 
-def _exact(layer: nn.Module, ratio: float) -> float:
-    """Ratio at which Torch-Pruning, which rounds what it keeps down, removes as many channels as NNI."""
-    channels = output_channels(layer) or 1
-    removed = int(channels * ratio)
-    return (removed - 0.5) / channels if removed else 0.0
+def _exact(count: int, ratio: float) -> float:
+    """Ratio at which Torch-Pruning, which rounds what it keeps down, removes as many channels or heads as NNI."""
+    removed = int(count * ratio + _ROUNDING)
+    return (removed - 0.5) / count if removed else 0.0
 
 
 def _package() -> Any:

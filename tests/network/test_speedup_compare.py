@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -134,3 +136,34 @@ def test_what_is_compared_is_as_small_as_the_model_lets_it_be():
 
     check_equal(Seen(), Seen(), ((torch.zeros(3, 2, 200, 200),), {}), {}, 0.0)
     assert sizes == [(2, 2, 64, 64)] * 2
+
+
+class Noting(nn.Linear):
+    """Notes the precision it computes in; ``off``: how far it is off by rounding, in single precision."""
+
+    seen: ClassVar[list[torch.dtype]] = []
+
+    def __init__(self, off=0.0):
+        super().__init__(3, 2)
+        self.off = off
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x):
+        self.seen.append(x.dtype)
+        return super().forward(x) * (1 + self.off * (x.dtype == torch.float32))
+
+
+@pytest.mark.parametrize(("off", "last"), [(0.0, torch.float32), (5e-5, torch.float64)])
+def test_single_precision_is_enough_where_what_it_shows_is_far_below_the_tolerance(off, last):
+    Noting.seen.clear()
+    check_equal(Noting(), Noting(off), ((torch.ones(2, 3),), {}), {}, 1e-4)
+    assert Noting.seen[:2] == [torch.float32] * 2
+    assert Noting.seen[-2:] == [last] * 2
+
+
+def test_half_precision_is_never_enough():
+    Noting.seen.clear()
+    model = Noting().to(torch.bfloat16)
+    check_equal(model, model, ((torch.ones(2, 3, dtype=torch.bfloat16),), {}), {}, 1e-4)
+    assert Noting.seen == [torch.float64] * 2

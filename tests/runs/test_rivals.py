@@ -29,6 +29,23 @@ def test_torch_pruning_meets_the_macs_of_the_other_rows(name):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+def test_torch_pruning_takes_whole_heads_of_queries_keys_and_values_together():
+    model = zoo.create_model("vit_small", num_classes=10, in_channels=1, image_size=16, seed=0).eval()
+    images = torch.randn(2, 1, 16, 16)
+    heads = {f"blocks.{block}.attention.{each}_proj": 6 for block in range(5) for each in "qkv"}
+    ratios = dict.fromkeys(heads, 1 - 1 / 3) | {f"blocks.{block}.mlp.fc1": 0.75 for block in range(5)}
+    masks, _ = rival_masks("torch-pruning", model, images, ratios, heads)
+    assert masks.keys() == ratios.keys()
+    for block in range(5):
+        query, key, value = (masks[f"blocks.{block}.attention.{each}_proj"]["bias"] for each in "qkv")
+        assert torch.equal(query, key)
+        assert torch.equal(query, value)
+        assert sorted(query.reshape(6, 16).mean(1).tolist()) == [0.0] * 4 + [1.0] * 2
+        assert int(masks[f"blocks.{block}.mlp.fc1"]["bias"].sum()) == 48
+    dense = to_dense(model, images, masks)
+    assert {block.attention.q_proj.out_features for block in dense.blocks} == {32}
+
+
 def test_names():
     assert not is_rival("l1")
     with pytest.raises(ConfigError, match="did you mean torch-pruning-fpgm"):

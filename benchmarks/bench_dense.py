@@ -1,0 +1,130 @@
+"""What dependency groups and a dense network cost, beside NNI's own ``ModelSpeedup`` and Torch-Pruning's whole pruning.
+
+    python benchmarks/bench_dense.py resnet50:128 vgg16:32 swin_t:224 vit_b_16:224 --out runs/dense.jsonl
+
+A net of torchvision's and the side of its images (``vgg16:32`` is the zoo's own): half of all convolutions and linear
+layers but the output's, by random masks that NNI's and ours share. Each tool runs in processes of its own, in turns;
+seconds are the processor's, on one thread, memory is what the process holds more than before at most. A line a process
+goes to the file; the table prints the least of all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TOOLS = ("ours", "nni", "torch-pruning")
+
+
+def measure(net: str, tool: str) -> dict[str, Any]:
+    """Time one tool on one network, in this process."""
+    import torch
+    import torchvision
+    from nni.compression.speedup import ModelSpeedup
+
+    import nni_topo
+    from nni_topo import zoo
+    from nni_topo.runs.rivals import KINDS, PREFIX, cut
+
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    torch.manual_seed(0)
+    name, side = net.split(":")
+    if name == "vgg16":
+        model = zoo.create_model(name, num_classes=10, in_channels=3, image_size=int(side), seed=0)
+    else:
+        model = getattr(torchvision.models, name)(weights=None)
+    model.eval()
+    images = torch.randn(1, 3, int(side), int(side))
+    record: dict[str, Any] = {"net": net, "tool": tool}
+    with torch.no_grad():
+        timed(record, "forward", lambda: model(images))
+    asked = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
+    if tool == TOOLS[2]:
+        layers = {n: module for n, module in model.named_modules() if isinstance(module, KINDS)}
+        timed(record, "whole", lambda: cut(PREFIX, model, images, dict.fromkeys(list(layers)[:-1], 0.5)))
+        return record
+    groups = timed(record, "groups", lambda: nni_topo.dependency_groups(model, images, asked))
+    pruner = nni_topo.RandomPruner(model, groups, seed=0)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    if tool == TOOLS[1]:
+        timed(record, "dense", lambda: ModelSpeedup(model, images, masks).speedup_model())
+    else:
+        timed(record, "dense", lambda: nni_topo.to_dense(model, images, masks))
+        record["whole"] = record["groups"] + record["dense"]
+    return record
+
+
+def timed(record: dict[str, Any], step: str, work: Callable[[], Any]) -> Any:
+    """Note a step's seconds and the gibibytes that it takes more at most, as Linux counts them."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before, start = _peak(), time.process_time()
+    found = work()
+    record[step], record[f"{step} GiB"] = time.process_time() - start, _peak() - before
+    return found
+
+
+def _peak() -> float:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+
+
+def _send(net: str, tool: str, queue: Any) -> None:
+    try:
+        queue.put(measure(net, tool))
+    except Exception as error:  # the table says so
+        queue.put({"net": net, "tool": tool, "failed": f"{type(error).__name__}: {str(error)[:80]}"})
+
+
+def print_table(records: list[dict[str, Any]]) -> None:
+    """Print the least of all runs as Markdown."""
+    print("| net | forward s | groups s | dense s | NNI's s | NNI's / dense | GiB | NNI's GiB | Torch-Pruning's s |")
+    print("|---|" + "---:|" * 8)
+    for net in dict.fromkeys(record["net"] for record in records):
+
+        def least(tool: str, key: str, net: str = net) -> float:
+            runs = [each for each in records if (each["net"], each["tool"]) == (net, tool)]
+            return min((each[key] for each in runs if key in each), default=float("nan"))
+
+        ours, nni, other = TOOLS
+        cells = [
+            least(ours, "forward"), least(ours, "groups"), least(ours, "dense"), least(nni, "dense"),
+            least(nni, "dense") / least(ours, "dense"), least(ours, "dense GiB"), least(nni, "dense GiB"),
+            least(other, "whole"),
+        ]  # fmt: skip
+        print(f"| {net} | {' | '.join('' if cell != cell else f'{cell:.2f}' for cell in cells)} |")
+    for failed in {f"{each['net']}, {each['tool']}: {each['failed']}" for each in records if "failed" in each}:
+        print(f"\n{failed}")
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("nets", nargs="*", help="NET:SIDE; none: the table of what is there")
+    parser.add_argument("--tools", nargs="*", default=TOOLS, choices=TOOLS, help="default: all")
+    parser.add_argument("--repeats", type=int, default=2, help="processes of each tool, in turns, default 2")
+    parser.add_argument("--out", type=Path, required=True, help="lines of finished processes")
+    options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    for net in options.nets:
+        for tool in list(options.tools) * options.repeats:
+            queue = context.Queue()
+            process = context.Process(target=_send, args=(net, tool, queue))
+            process.start()
+            record = queue.get()
+            process.join()
+            with options.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+    print_table([json.loads(line) for line in options.out.read_text(encoding="utf-8").splitlines()])
+
+
+if __name__ == "__main__":
+    main()

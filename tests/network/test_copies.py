@@ -1,0 +1,86 @@
+"""What is done to a model isn't done to copies of all its weights, nor to the weights themselves."""
+
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from nni_topo import RandomPruner, dependency_groups, to_dense
+from nni_topo.network.modes import RandomWeights, detached_copy, put_parameters
+
+CONFIG = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
+
+
+class Seen(nn.Conv2d):
+    """A convolution that notes the sizes of the images that enter."""
+
+    sides: ClassVar[list[int]] = []
+
+    def forward(self, x):
+        self.sides.append(x.shape[-1])
+        return super().forward(x)
+
+
+class Model(nn.Module):
+    """A gate, whose removed channels are constants, and a norm; ``side``: takes images of so many pixels alone."""
+
+    def __init__(self, side=None):
+        super().__init__()
+        self.side = side
+        self.first, self.norm, self.second = Seen(3, 8, 3), nn.BatchNorm2d(8), Seen(8, 8, 1)
+        self.third, self.head = nn.Conv2d(8, 6, 1), nn.Linear(6, 2)
+
+    def forward(self, x):
+        if self.side is not None:
+            x = x.view(-1, 3, self.side, self.side)
+        x = torch.sigmoid(self.second(self.norm(self.first(x)).relu()))
+        return self.head(self.third(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("side", [None, 100])
+def test_a_rehearsal_runs_on_a_corner_of_large_images_where_the_graph_lets_it(side):
+    Seen.sides.clear()
+    groups = dependency_groups(Model(side), torch.randn(1, 3, 100, 100), CONFIG)
+    assert [entry["op_names"][0] for entry in groups] == ["first", "second", "third"]
+    sides = [each for each in Seen.sides if each > 62]  # of the images, not of what the first makes of a corner
+    assert set(sides) == ({100, 98, 64} if side is None else {100, 98})
+
+
+def test_the_model_keeps_its_weights_and_shares_none_with_the_dense_one():
+    model = Model().train()
+    before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+    groups = dependency_groups(model, torch.randn(1, 3, 20, 20), CONFIG)
+    pruner = RandomPruner(model, groups, seed=0)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    before |= {name: (tensor, before[name][1]) for name, tensor in model.state_dict(keep_vars=True).items()}
+    dense = to_dense(model, torch.randn(1, 3, 20, 20), masks)
+    after = model.state_dict(keep_vars=True)
+    assert all(after[name] is tensor and torch.equal(tensor, value) for name, (tensor, value) in before.items())
+    places = {tensor.untyped_storage().data_ptr() for tensor in after.values()}
+    assert not places & {tensor.untyped_storage().data_ptr() for tensor in dense.state_dict().values()}
+    assert all(parameter.requires_grad for parameter in dense.parameters())
+
+
+def test_a_light_copy_holds_the_weights_until_others_are_put_in_their_places():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    model[2].weight = model[0].weight
+    copied = detached_copy(model, light=True)
+    assert copied[0].weight is model[0].weight
+    assert copied[1].running_mean is not model[1].running_mean
+    given = []
+    put_parameters(copied, lambda name, old: given.append(name) or torch.zeros_like(old))
+    assert given == ["0.weight", "0.bias", "1.weight", "1.bias", "2.bias"]
+    assert copied[2].weight is copied[0].weight is not model[0].weight
+    assert not bool(copied[0].weight.any())
+    assert bool(model[0].weight.all())
+
+
+def test_random_weights_differ_from_row_to_row_and_from_layer_to_layer():
+    numbers = RandomWeights(torch.randn, torch.Generator().manual_seed(0))
+    one, other = (numbers.like(torch.empty(700, 512, 1, 1), 0.1) for _ in range(2))
+    rows = torch.cat([one, other]).flatten(1)
+    assert len(rows.unique(dim=0)) == 1400
+    assert not bool((one == other).any())
+    assert float(one.std()) == pytest.approx(0.1, rel=0.01)
