@@ -43,7 +43,7 @@ my_evaluator = lambda net: recipe_evaluator(net, data, zoo.Recipe(epochs=1, batc
 """,
     "migrating": None,
     "own_pruner": None,
-    "recovery": "",
+    "recovery": "batches = batches[:1]",
     "reliability": None,
     "topological": "",
     "topology_of_weights": """
@@ -108,7 +108,9 @@ def test_the_first_steps_run_word_for_word_in_an_empty_folder_and_print_what_the
     assert (tmp_path / "runs" / "digits" / "report.html").exists()
 
 
-@pytest.mark.parametrize("name", YOURS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "recovery")) for name in YOURS]
+)
 def test_snippets_of_a_page_run_one_after_the_other(name, tmp_path, monkeypatch):
     run(PROJECT / "docs" / f"{name}.md", tmp_path, monkeypatch)
 

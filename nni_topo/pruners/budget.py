@@ -238,7 +238,8 @@ def network_time(model: nn.Module, example_inputs: Any, wanted: float) -> Callab
             return 1.0
         dense = to_dense(whole, example_inputs, cost.masks(kept), check=False)
         found, off = time_share(dense, whole, example_inputs, wanted)
-        _logger.info("widths that were timed take %.4g of the time, known to %.1f %%", found, 100.0 * off)
+        level = logging.WARNING if off > max(_MISSED_TIME, abs(found - wanted) / found) else logging.INFO
+        _logger.log(level, "widths that were timed take %.4g of the time, known to %.1f %%", found, 100.0 * off)
         return found
 
     return share
