@@ -170,7 +170,7 @@ ON_A_DEVICE = {
         ),
         20_000,
     ),
-    "compensation": (solved, 9000),
+    "compensation": (solved, 20_000),
     "batch norms": (lambda place, images: state(nni_topo.recalibrate_batch_norm(toy_model().to(place), images)), 9000),
     "distillation": (distilled, 20_000),
     "evaluation": (
