@@ -64,6 +64,7 @@ def test_compare_writes_records_and_a_picture(tmp_path, capsys, drawn):
     assert main(["report", str(tmp_path)]) == 2
 
 
+@pytest.mark.slow
 def test_a_third_partys_pruners_are_compared_by_path_and_by_entry_point(tmp_path):
     (tmp_path / "third.py").write_text("import nni_topo\n\n\nclass Third(nni_topo.MatrixPruner): pass\n")
     found = tmp_path / "third-1.0.dist-info"

@@ -109,7 +109,7 @@ def test_the_first_steps_run_word_for_word_in_an_empty_folder_and_print_what_the
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "recovery")) for name in YOURS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("magnitude", "recovery"))) for name in YOURS]
 )
 def test_snippets_of_a_page_run_one_after_the_other(name, tmp_path, monkeypatch):
     run(PROJECT / "docs" / f"{name}.md", tmp_path, monkeypatch)
@@ -121,6 +121,7 @@ def test_no_page_has_snippets_that_no_test_runs():
     assert {path.stem for path in PAGES if snippets(path)} == YOURS.keys() | elsewhere
 
 
+@pytest.mark.slow
 def test_the_conformance_suite_passes_under_pytest_as_the_page_shows_it(tmp_path):
     (snippet,) = snippets(PROJECT / "docs" / "reliability.md")
     (tmp_path / "test_mine.py").write_text(snippet)
@@ -176,6 +177,7 @@ def test_the_table_of_six_jobs_counts_the_lines_below_it():
     assert table == written
 
 
+@pytest.mark.slow
 def test_the_six_jobs_run(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("torch_pruning")

@@ -13,7 +13,7 @@ import pytest
 @pytest.mark.parametrize(
     ("jobs", "kills"),
     [
-        ("genetic", 3),
+        pytest.param("genetic", 3, marks=pytest.mark.slow),
         pytest.param("training distilling comparison recovery rounds magnitude trial", 5, marks=pytest.mark.slow),
     ],
 )
