@@ -17,7 +17,8 @@ from nni_topo.network.attention import Attention
 from nni_topo.network.inputs import tensors_of
 from nni_topo.network.labels import FIXED, fixed
 from nni_topo.network.layers import TRANSPOSED
-from nni_topo.network.numbering import Numbering
+from nni_topo.network.numbering import Blocks, Numbering
+from nni_topo.network.written import Place, counted
 
 
 class ChannelFlow(Numbering):
@@ -32,11 +33,21 @@ class ChannelFlow(Numbering):
         arriving = [np.unique(labels.numpy()) for labels in tensors_of(outputs)]
         roots = np.unique(self.roots(np.concatenate([*arriving, np.zeros(0, dtype=np.int64)])))
         self.at_output = roots[roots > FIXED]
+        self._written = {
+            place: (uses[0][0], [np.array(each) for each in dict.fromkeys(tuple(self.roots(c)) for _, c in uses)])
+            for place, uses in counted(graph_module.graph, self.numbers).items()
+        }
+        # One number can only count equally many.
+        self.blocks += [Blocks([each], may_vanish=False) for _, each in self._written.values() if len(each) > 1]
 
     def roots(self, numbers: np.ndarray) -> np.ndarray:
         """Look up representatives, int, shape (n,): one for channels that are tied, ``FIXED`` if they stay."""
         found: np.ndarray = self._roots[numbers]
         return found
+
+    def sizes_left(self, left: np.ndarray) -> dict[Place, int]:
+        """Count anew what attributes of the model count, given which representatives stay."""
+        return {place: parts * int(left[each[0]].sum()) for place, (parts, each) in self._written.items()}
 
     @property
     def size(self) -> int:

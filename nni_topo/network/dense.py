@@ -22,6 +22,7 @@ from nni_topo.network.reference import apply_masks, check_equal
 from nni_topo.network.report import DenseReport, dense_report
 from nni_topo.network.resolve import Resolved, resolve, warn_of_kept
 from nni_topo.network.transformers import fast_paths_off
+from nni_topo.network.written import put_sizes
 from nni_topo.sharing import find_ties, tie_again, untie
 
 
@@ -149,13 +150,13 @@ def _build(
     keep: bool,
 ) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, list[torch.Tensor]], Resolved]:
     """Make the dense model, its reference, the list of what is kept of each module's output, and the masks used."""
-    original = detached_copy(network.model).eval()
+    original = detached_copy(network.model, light=True).eval()
     flow = network.flow
     resolved = resolve(original, flow, masks, round_to)
     ties = find_ties(original)
     # As in NNI's masked model, in which norms make something of the zeros that arrive.
     kept = constants_read(original, flow, resolved.left, network.call) if keep else {}
-    reference = apply_masks(original, network.call, resolved.masks, in_place=True)
+    reference = apply_masks(original, network.call, resolved.masks)
     # Each layer is cut for itself, so each needs tensors of its own.
     if keep:
         untie(reference, find_ties(reference))
@@ -166,6 +167,7 @@ def _build(
     if not keep:
         absorb(dense, flow, resolved.left, constants_read(dense, flow, resolved.left, network.call), exactly=True)
     DenseSpeedup(dense, flow, resolved.left, replacers).speedup_model()
+    put_sizes(dense, flow.sizes_left(resolved.left))
     tie_again(dense, ties)
     tell_config(dense, original)
     for name, module in network.model.named_modules():

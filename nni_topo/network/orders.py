@@ -22,6 +22,7 @@ from nni_topo.network.labels import (
     plain_name,
     varies,
 )
+from nni_topo.network.written import resized
 
 
 class DenseOrder(torch.fx.Interpreter):
@@ -40,6 +41,10 @@ class DenseOrder(torch.fx.Interpreter):
         self.reordered = set[str]()  # the nodes that give channels in another order than the whole model
         with torch.no_grad():
             self.run()
+
+    def fetch_args_kwargs_from_env(self, n: Node) -> Any:
+        """Look up a node's arguments, with the dense model's sizes."""
+        return resized(super().fetch_args_kwargs_from_env(n), self.flow.sizes_left(self.left))
 
     def run_node(self, n: Node) -> Any:
         """Follow the numbers through one node."""

@@ -88,12 +88,14 @@ def masked_model(model: torch.nn.Module, example_inputs: Any, masks: Masks) -> t
 
 
 @fast_paths_off()
-def apply_masks(model: torch.nn.Module, call: Call, masks: FullMasks, *, in_place: bool = False) -> torch.nn.Module:
+def apply_masks(model: torch.nn.Module, call: Call, masks: FullMasks) -> torch.nn.Module:
     """Do the work of `masked_model` on checked arguments."""
-    reference = model if in_place else copy.deepcopy(model)
-    ties = find_ties(reference)
-    untie(reference, ties)
-    dead = _dead_inputs(reference, call, masks)
+    own = detached_copy(model, light=True)
+    ties = find_ties(own)
+    untie(own, ties)
+    dead = _dead_inputs(own, call, masks)
+    # Only now, when the masked weights of the probe are gone, which are as many.
+    reference: torch.nn.Module = copy.deepcopy(own)
     with torch.no_grad():
         _apply(reference, masks)
         for name, channels in dead.items():

@@ -33,6 +33,7 @@ from nni_topo.network.reference import difference
 from nni_topo.network.resolve import grow
 from nni_topo.network.tracing import arguments
 from nni_topo.network.transformers import fast_paths_off
+from nni_topo.network.written import resized
 
 if TYPE_CHECKING:
     from nni_topo.network.network import Network
@@ -112,6 +113,7 @@ class _Rehearsal:
 
     def __init__(self, flow: ChannelFlow, left: np.ndarray, full: GraphModule) -> None:
         self.flow, self.left, self.full = flow, left, full
+        self._sizes = flow.sizes_left(left)
         # Cutting puts new tensors in place of those it makes smaller, so both networks may share the others.
         shared = {id(tensor): tensor for tensor in (*full.parameters(), *full.buffers())}
         modules = nn.Module()
@@ -177,7 +179,7 @@ class _Rehearsal:
                 value = getattr(value, part)
             return value
         given: Any = map_arg((node.args, node.kwargs), lambda parent: self._values[parent][which])
-        args, kwargs = given
+        args, kwargs = resized(given, self._sizes) if which else given
         if constant is not None:
             first, *others = args
             args = (first.masked_fill((constant != 0).to(first.device), 0), *others)
