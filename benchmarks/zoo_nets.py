@@ -148,6 +148,23 @@ class Sliced(nn.Module):
         return self.head(first.mean((2, 3)))
 
 
+class Written(nn.Module):
+    """Channels that are split, sliced and viewed by sizes which its attributes hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.sizes, self.shape, self.joined = 4, (8, 4), (12, 1, 1), 20
+        self.one, self.two, self.three = _block(3, 16), _block(16, 12), _block(12, 20)
+        self.scale, self.head = nn.Parameter(torch.rand(12) + 0.5), nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c, d = torch.split(self.one(x), self.width, 1)
+        first, second = torch.split(self.two(torch.cat([b, 2 * d, c, a], 1)), self.sizes, 1)
+        x = self.three(torch.cat([second, first], 1) * self.scale.view(self.shape))
+        x = torch.cat([x[:, self.joined // 2 :], 2 * x[:, : self.joined // 2]], 1)
+        return self.head(x.mean((2, 3)))
+
+
 class Attended(nn.Module):
     """``nn.MultiheadAttention`` and a feed-forward part, both around a skip."""
 
@@ -307,6 +324,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "shared": (Shared, IMAGE),
     "pixel_shuffle": (Shuffled, IMAGE),
     "sliced": (Sliced, IMAGE),
+    "written": (Written, IMAGE),
     "multihead_attention": (Attended, (2, 5, 4)),
     "own_attention": (OwnAttention, (2, 5, 4)),
     "channel_shuffle": (ChannelShuffle, IMAGE),

@@ -29,6 +29,7 @@ from nni_topo.network.counted import count
 from nni_topo.network.labels import can_follow
 from nni_topo.network.layers import weight_of
 from nni_topo.network.masks import check_unwrapped
+from nni_topo.network.written import Place, put_sizes, sizes_of
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
 _FORMAT = "nni-topo dense model"
@@ -40,11 +41,12 @@ _KINDS: dict[str, type] = {
     "format_version": int,
     "package_version": str,
     "modules": dict,
+    "numbers": dict,
     "state_dict": dict,
     "buffers": dict,
     "fingerprints": dict,
 }
-_OLDER: dict[str, Any] = {"buffers": {}, "fingerprints": {}}  # files of older versions have none
+_OLDER: dict[str, Any] = {"numbers": {}, "buffers": {}, "fingerprints": {}}  # files of older versions have none
 
 # The attributes that say how large a module is, by the class that defines them.
 _SIZES: dict[type[torch.nn.Module], tuple[str, ...]] = {
@@ -93,6 +95,7 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
         "format_version": _FORMAT_VERSION,
         "package_version": __version__,
         "modules": {name: _describe(module) for name, module in dense.named_modules() if _sizes(module)},
+        "numbers": sizes_of(dense),
         "state_dict": {name: tensor.detach() for name, tensor in listed.items()},
         "buffers": {name: tensor.detach() for name, tensor in every.items() if name not in listed},
         "fingerprints": {name: _fingerprint(tensor) for name, tensor in every.items()},
@@ -161,6 +164,7 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
     for name, attention in whole.items():
         layer, channels = next(iter(attention.channels.items()))
         resize(built.get_submodule(name), attention, len(weight_of(built.get_submodule(layer))) // channels.shape[1])
+    put_sizes(built, _smaller(document["numbers"], sizes_of(built), os.fspath(path)))
     tie_again(built, [part for names in ties for part in _shared(names, stored)])
     _check_values(document.get("fingerprints", {}), stored, built, os.fspath(path))
     return built
@@ -343,6 +347,20 @@ def _checked(description: Any, name: str, place: str) -> tuple[str, dict[str, An
         ):
             return kind, sizes
     raise DataError(f"a recipe must give a module's type and whole sizes, got {description!r:.80} ({name}, {place})")
+
+
+def _smaller(stored: dict[str, Any], known: dict[str, Any], place: str) -> dict[Place, int]:
+    """List the numbers in attributes that are smaller than in the unpruned model; the others say no size."""
+    found: dict[Place, int] = {}
+    for name, value in stored.items():
+        module, _, key = name.rpartition(".")
+        pair = [each if type(each) is list else [each] for each in (value, known.get(name, []))]
+        if any(type(each) is not int for each in pair[0]):
+            raise DataError(f"a recipe must hold whole numbers, got {value!r:.80} ({name}, {place})")
+        if type(value) is type(known.get(name)) and len(pair[0]) == len(pair[1]):
+            sizes = [(at, new) for at, (new, old) in enumerate(zip(*pair, strict=True)) if 0 < new < old]
+            found |= {(module, key, at if type(value) is list else None): new for at, new in sizes}
+    return found
 
 
 def _check_names(rule: str, kind: str, stored: set[str], known: set[str], place: str) -> None:

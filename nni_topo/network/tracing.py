@@ -20,7 +20,7 @@ from nni_topo.network.modes import random_state_kept
 from nni_topo.network.parts import by_parts, is_in_parts, part_arguments
 from nni_topo.network.recording import record
 from nni_topo.network.transformers import UnfoldingTracer, fast_paths_off
-from nni_topo.network.written import told_apart
+from nni_topo.network.written import trace_written
 
 _logger = logging.getLogger(__name__)
 
@@ -82,8 +82,7 @@ def _symbolic(model: torch.nn.Module, named: dict[str, Any]) -> tuple[torch.fx.G
         if name not in named and parameter.default is not inspect.Parameter.empty
     }
     tracer = UnfoldingTracer()
-    with told_apart(model):
-        graph = tracer.trace(model, frozen or None)
+    graph = trace_written(model, partial(tracer.trace, model, frozen or None))
     graph_module = torch.fx.GraphModule(model, graph, type(model).__name__)
     for node in reversed(graph_module.graph.nodes):
         if not node.users and "_assert" in str(node.target):

@@ -7,15 +7,15 @@ attribute sees a number that knows where it comes from, so that the graph says w
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
-from torch.fx import Graph, Node
+from torch.fx import Graph, Node, Proxy
 from torch.fx.node import map_aggregate
+from torch.overrides import TorchFunctionMode
 
 from nni_topo.network.labels import plain_name
 
@@ -24,21 +24,45 @@ Place = tuple[str, str, int | None]
 
 
 class Written(int):
-    """A number that a model's attribute holds, or a whole part of one."""
+    """A number that a model's attribute holds, or a whole part of one; it notes whether anything else is made of it."""
 
     place: Place
     parts: int
+    others: set[Place]  # of which something else is made
 
     def __floordiv__(self, other: Any) -> Any:
         """Know the number still behind a division that leaves nothing over."""
         found = int(self) // other
-        return written(found, self.place, self.parts * other) if found * other == self else found
+        if found * other == int(self):
+            return _written(found, self.place, self.parts * other, self.others)
+        self.others.add(self.place)
+        return found
+
+    __hash__ = int.__hash__
 
 
-def written(value: int, place: Place, parts: int = 1) -> Written:
+def _noting(name: str) -> Callable[..., Any]:
+    plain = getattr(int, name)
+
+    def operate(self: Written, *operands: Any) -> Any:
+        self.others.add(self.place)
+        return plain(self, *operands)
+
+    return operate
+
+
+# A branch, say, that a number decides upon: with another number the model might do another thing than its graph.
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow"):
+    for _side in ("", "r") if _name != "floordiv" else ("r",):
+        setattr(Written, f"__{_side}{_name}__", _noting(f"__{_side}{_name}__"))
+for _name in ("eq", "ne", "lt", "le", "gt", "ge", "neg"):
+    setattr(Written, f"__{_name}__", _noting(f"__{_name}__"))
+
+
+def _written(value: int, place: Place, parts: int, others: set[Place]) -> Written:
     """Make a number that knows its place."""
     made = Written(value)
-    made.place, made.parts = place, parts
+    made.place, made.parts, made.others = place, parts, others
     return made
 
 
@@ -51,21 +75,51 @@ def whole_numbers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]
                 yield module, name, key, value
 
 
-@contextmanager
-def told_apart(model: nn.Module) -> Iterator[None]:
-    """Let the numbers above 1 that a model's own modules hold know their places, for a while."""
-    before = list(whole_numbers(model))
+def trace_written(model: nn.Module, trace: Callable[[], Graph]) -> Graph:
+    """Trace a model whose own modules hold numbers that know their places, until it is traced."""
+    before, others = list(whole_numbers(model)), set[Place]()
     try:
         for module, name, key, value in before:
             if isinstance(value, int):
-                vars(module)[key] = written(value, (name, key, None)) if value > 1 else value
+                vars(module)[key] = _written(value, (name, key, None), 1, others) if value > 1 else value
             else:
-                made = (written(n, (name, key, at)) if n > 1 else n for at, n in enumerate(value))
+                made = (_written(n, (name, key, at), 1, others) if n > 1 else n for at, n in enumerate(value))
                 vars(module)[key] = type(value)(made)
-        yield
+        with _Noting(others):
+            graph = trace()
     finally:
         for module, _, key, value in before:
             vars(module)[key] = value
+    known = set(others)
+    for node in graph.nodes:
+        if any(isinstance(leaf, Written) for leaf in _leaves(node)):
+            node.args, node.kwargs = map_aggregate((node.args, node.kwargs), partial(_plain, known))
+    return graph
+
+
+class _Noting(TorchFunctionMode):
+    """Note numbers that constants are made of, which no node of a graph shows."""
+
+    def __init__(self, others: set[Place]) -> None:
+        super().__init__()
+        self._others = others
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves: list[Any] = []
+        map_aggregate((args, kwargs or {}), leaves.append)
+        if not any(isinstance(each, Proxy) for each in leaves):
+            self._others.update(each.place for each in leaves if isinstance(each, Written))
+        return func(*args, **(kwargs or {}))
+
+
+def _plain(places: set[Place], leaf: Any) -> Any:
+    return int(leaf) if isinstance(leaf, Written) and leaf.place in places else leaf
+
+
+def _leaves(node: Node) -> list[Any]:
+    leaves: list[Any] = []
+    map_aggregate((node.args, node.kwargs), leaves.append)
+    return leaves
 
 
 def counted(graph: Graph, numbers: dict[str, Any]) -> dict[Place, list[tuple[int, np.ndarray]]]:
@@ -76,8 +130,7 @@ def counted(graph: Graph, numbers: dict[str, Any]) -> dict[Place, list[tuple[int
     found: dict[Place, list[tuple[int, np.ndarray]]] = defaultdict(list)
     unclear = set[Place]()
     for node in graph.nodes:
-        leaves = list[Written]()
-        map_aggregate((node.args, node.kwargs), partial(_note, leaves))
+        leaves = [each for each in _leaves(node) if isinstance(each, Written)]
         uses = _uses(node, numbers) if leaves else []
         if any(channels is None for _, channels in uses) or not {id(each) for each in leaves} <= {
             id(each) for each, _ in uses
@@ -88,12 +141,6 @@ def counted(graph: Graph, numbers: dict[str, Any]) -> dict[Place, list[tuple[int
                 found[leaf.place].append((leaf.parts, channels))
     even = {place for place, uses in found.items() if len({(parts, len(each)) for parts, each in uses}) == 1}
     return {place: found[place] for place in found if place in even - unclear}
-
-
-def _note(seen: list[Written], leaf: Any) -> Any:
-    if isinstance(leaf, Written):
-        seen.append(leaf)
-    return leaf
 
 
 def _uses(node: Node, numbers: dict[str, Any]) -> list[tuple[Written, np.ndarray | None]]:
@@ -129,6 +176,14 @@ def _along(numbers: Any, dim: int, size: int | None = None) -> np.ndarray | None
         return None
     found: np.ndarray = numbers.flatten().numpy()
     return found
+
+
+def sizes_of(model: nn.Module) -> dict[str, Any]:
+    """List the numbers that attributes of a model's own modules hold, by full name: int or list of int."""
+    return {
+        f"{name}.{key}".lstrip("."): list(value) if isinstance(value, tuple) else value
+        for _, name, key, value in whole_numbers(model)
+    }
 
 
 def put_sizes(model: nn.Module, sizes: dict[Place, int]) -> None:

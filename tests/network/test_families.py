@@ -36,6 +36,7 @@ OWN = {
     "gru": (0.5, set()),
     "shared": (0.5, set()),
     "sliced": (None, {"two.0", "four.0"}),
+    "written": (0.5, set()),
     "multihead_attention": (0.2, {"embed", "outer"}),
     "own_attention": (None, {"qkv"}),
     "channel_shuffle": (None, set()),

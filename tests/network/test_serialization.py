@@ -106,9 +106,9 @@ def test_ties_frozen_parameters_and_precision_stay(path):
 
 
 def of_an_older_version(path):
-    """Rewrite a file as it was before fingerprints."""
+    """Rewrite a file as it was before fingerprints and numbers."""
     document = torch.load(path, weights_only=True)
-    del document["fingerprints"], document["buffers"]
+    del document["fingerprints"], document["buffers"], document["numbers"]
     torch.save(document, path)
 
 
@@ -209,8 +209,8 @@ def test_every_type_has_a_fingerprint(path, dtype):
 def test_the_file_holds_nothing_but_plain_data(tmp_path):
     save(small(), tmp_path / "dense.pt")
     document = torch.load(tmp_path / "dense.pt", weights_only=True)
-    names = ["buffers", "fingerprints", "format", "format_version", "modules", "package_version", "state_dict"]
-    assert sorted(document) == names
+    names = ["buffers", "fingerprints", "format", "format_version", "modules", "numbers", "package_version"]
+    assert sorted(document) == [*names, "state_dict"]
     assert sorted(document["fingerprints"]) == sorted(document["state_dict"])
     assert document["modules"]["0"] == {
         "type": "Conv2d",
