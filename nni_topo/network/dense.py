@@ -67,7 +67,8 @@ def to_dense(
     Returns
     -------
     torch.nn.Module
-        A new model of the same class with fewer channels, in the mode of ``model``, module by module. Layers that
+        A new model of the same class with fewer channels, in the mode of ``model``, module by module. Attributes that
+        only count channels, as the size of a split, count those that are left. Layers that
         share a weight or buffer still do where the same of it is kept. Its ``report`` is a `DenseReport` of the
         channels of every layer before and after, and why some stay although they are masked; a model with a
         ``report`` of its own keeps that.
