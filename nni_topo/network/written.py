@@ -32,11 +32,10 @@ class Written(int):
 
     def __floordiv__(self, other: Any) -> Any:
         """Know the number still behind a division that leaves nothing over."""
-        found = int(self) // other
-        if found * other == int(self):
-            return _written(found, self.place, self.parts * other, self.others)
+        if type(other) is int and other > 0 and int(self) % other == 0:
+            return _written(int(self) // other, self.place, self.parts * other, self.others)
         self.others.add(self.place)
-        return found
+        return int.__floordiv__(self, other)
 
     __hash__ = int.__hash__
 
@@ -145,22 +144,23 @@ def counted(graph: Graph, numbers: dict[str, Any]) -> dict[Place, list[tuple[int
 
 def _uses(node: Node, numbers: dict[str, Any]) -> list[tuple[Written, np.ndarray | None]]:
     """List the numbers in a node's arguments with the channels that each counts, None where it can't be told."""
-    name, args = plain_name(node), (*node.args, *node.kwargs.values())
+    name, args = plain_name(node), node.args
     if name in ("view", "reshape"):
-        sizes = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
+        sizes: Any = args[1] if len(args) > 1 and isinstance(args[1], (tuple, list)) else args[1:]
         return [(size, _along(numbers[node.name], d, size)) for d, size in enumerate(sizes) if _is(size)]
     entering = numbers.get(args[0].name) if args and isinstance(args[0], Node) else None
-    if name in ("split", "split_with_sizes"):
-        dim: Any = node.kwargs.get("dim", args[2] if len(args) > 2 else 0)
-        row, sizes = _along(entering, dim), args[1]
-        if row is None:
-            return []
-        if _is(sizes):
+    if name in ("split", "split_with_sizes") and len(args) > 1:
+        sizes = args[1]
+        row = _along(entering, node.kwargs.get("dim", args[2] if len(args) > 2 else 0))
+        if row is not None and _is(sizes):
             return [(sizes, part) for part in np.split(row, range(sizes, len(row), sizes))]
+        if row is None or isinstance(sizes, (int, Node)) or any(isinstance(size, Node) for size in sizes):
+            return []
         ends = np.cumsum(sizes).tolist()
         return [(size, row[end - size : end]) for size, end in zip(sizes, ends, strict=True) if _is(size)]
-    if name == "getitem" and isinstance(args[1], tuple) and all(isinstance(each, slice) for each in args[1]):
-        ends = [(d, end) for d, each in enumerate(args[1]) for end in (each.start, each.stop) if _is(end)]
+    cuts: Any = args[1] if name == "getitem" else None
+    if isinstance(cuts, tuple) and all(isinstance(each, slice) for each in cuts):
+        ends = [(d, end) for d, each in enumerate(cuts) for end in (each.start, each.stop) if _is(end)]
         rows = [_along(entering, d) for d, _ in ends]
         return [(end, None if row is None else row[:end]) for (_, end), row in zip(ends, rows, strict=True)]
     return []
@@ -170,9 +170,11 @@ def _is(size: Any) -> bool:
     return isinstance(size, Written)
 
 
-def _along(numbers: Any, dim: int, size: int | None = None) -> np.ndarray | None:
+def _along(numbers: Any, dim: Any, size: int | None = None) -> np.ndarray | None:
     """List the channels along a dimension, if it is the only one in which any differ."""
-    if not isinstance(numbers, Tensor) or not numbers.shape[dim] == numbers.numel() == (size or numbers.numel()):
+    if not isinstance(numbers, Tensor) or not isinstance(dim, int):
+        return None
+    if not numbers.shape[dim] == numbers.numel() == (size or numbers.numel()):
         return None
     found: np.ndarray = numbers.flatten().numpy()
     return found
