@@ -31,6 +31,7 @@ from nni_topo.network.dense import to_dense
 from nni_topo.network.latency import LatencyTable
 from nni_topo.network.measure import time_share
 from nni_topo.network.modes import unwrapped_copy
+from nni_topo.network.progress import bar
 from nni_topo.network.timing import measure_latency
 from nni_topo.pruners.planner import FloatArray, Losses, Planner
 from nni_topo.pruners.units import PruningUnit
@@ -257,7 +258,7 @@ def solve_timed(
     one aims at what the table says where, by the times so far, the share would be met.
     """
     points, aim, found = [(1.0, 1.0)], share, []
-    for _ in range(_TIMINGS):
+    for _ in bar("timing widths", None, range(_TIMINGS)):
         removed = solve(aim)
         found.append((removed, timed(removed), aim))
         if abs(found[-1][1] - share) <= _NEAR_TIME * share or removed in [each for each, *_ in found[:-1]]:
