@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import random
@@ -9,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -215,7 +216,7 @@ def memory_kept(tensor: Tensor) -> Iterator[None]:
     """Let passes beside a tensor on the CPU use the memory that they free once more, as caching allocators do.
 
     What glibc gives back to the system instead depends on what lies on the heap by chance, and pages that are handed
-    out anew take up to a third of a pass. Of what is held, 1 GB, only what is used is more than a number.
+    out anew take up to a third of a pass. Of what is held, 1 GB of addresses, only what is used takes memory.
     """
     if not (sys.platform == "linux" and tensor.device.type == "cpu"):
         yield
@@ -223,8 +224,12 @@ def memory_kept(tensor: Tensor) -> Iterator[None]:
     # Only the end of the heap is given back: the last block keeps the room of the others from being that.
     *room, last = (torch.empty(_BLOCK, dtype=torch.uint8) for _ in range(_BLOCKS))
     del room
-    yield
-    del last
+    try:
+        yield
+    finally:
+        del last
+        with suppress(AttributeError):  # of glibc alone
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _without_core() -> float:

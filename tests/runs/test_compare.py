@@ -95,7 +95,7 @@ def test_a_finished_comparison_runs_nothing_again(tmp_path):
     assert second[0] == first[0]
 
 
-@pytest.mark.parametrize("n_jobs", [1, 3])
+@pytest.mark.parametrize("n_jobs", [1, 2])
 def test_a_process_per_cell_gives_the_same_figures_however_many_run_at_a_time(n_jobs, tmp_path):
     both = dataclasses.replace(plan("l1", seeds=n_jobs), targets=(Target("flops", 0.5), Target("params", 0.5)))
     began = []
@@ -113,7 +113,7 @@ import os, pathlib, time
 from torch import nn
 
 def meet(name, other, num_classes):
-    here = pathlib.Path(os.environ["MEETING_PLACE"])
+    here = pathlib.Path(__file__).parent
     (here / name).touch()
     until = time.monotonic() + 60
     while not (here / other).exists():
@@ -132,7 +132,6 @@ def two(num_classes):
 def test_cells_run_beside_each_other_and_a_crash_of_one_is_its_own(tmp_path, monkeypatch):
     (tmp_path / "meeting_nets_for_tests.py").write_text(MEETING)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("MEETING_PLACE", str(tmp_path))
     models = tuple(ModelChoice(f"meeting_nets_for_tests:{name}") for name in ("two", "one"))
     both = dataclasses.replace(plan("l1"), models=models, n_jobs=2)
     records, failures = compare(both, tmp_path / "out")
