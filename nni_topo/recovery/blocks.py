@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.maths.least_squares.normal import NormalEquations, fit
 from nni_topo.network.capture import batches_of, watched
-from nni_topo.network.inputs import bind_arguments, calls, first_call, fitting, real_positions, tensors_of
+from nni_topo.network.inputs import calls, first_call, fitting, real_positions_of, tensors_of
 from nni_topo.network.masks import check_model
 from nni_topo.network.modes import detached_copy, evaluation_mode
 
@@ -193,7 +193,7 @@ def _solved(
             held = (samples + torch.arange(len(seen["wanted"]))) % _HELD_OUT == _HELD_OUT - 1
             samples += len(held)
             marks = held.view(-1, *[1] * (seen["wanted"].dim() - 2)).expand(seen["wanted"].shape[:-1])
-            real = real_positions(bind_arguments(model, call))
+            real = real_positions_of(model, call)
             stays = torch.ones_like(marks) if real is None or real.shape != marks.shape else real.to(marks.device)
             for each, rows in zip(equations, (stays & ~marks, stays & marks), strict=True):
                 if bool(rows.any()):
