@@ -190,7 +190,7 @@ def test_compensation_without_labels_brings_back_some_of_it(name):
     assert lost[1] < 0.7 * lost[0]
 
 
-@pytest.mark.parametrize("method", ["reconstruct", "channel", "scalar", "mean"])
+@pytest.mark.parametrize("method", ["reconstruct", "channel", "scalar", "head", "mean"])
 def test_what_is_padding_does_not_count_in_compensation(method):
     model = make("BertForSequenceClassification")
     inputs = inputs_of(model, samples=10)
