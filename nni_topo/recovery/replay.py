@@ -82,10 +82,9 @@ class Replay:
         if kept is not None:
             self._starts_at, self._saved = (reached, settled), kept
 
-    def counted(self, values: Values, entries: int, places: int) -> Tensor | None:
-        """Tell which positions of a batch aren't padding, ``(entries, places)``; None where no mask says it of them."""
-        real = real_positions({str(node.target): values[node] for node in self._masks})
-        return real if real is not None and real.shape == (entries, places) else None
+    def counted(self, values: Values) -> Tensor | None:
+        """Tell which positions of a batch aren't padding, ``(entries, places)``; None where no mask says it."""
+        return real_positions({str(node.target): values[node] for node in self._masks})
 
     def _starts(self) -> Iterator[tuple[Values, Values]]:
         """Yield each batch's values at the place where passes start."""
