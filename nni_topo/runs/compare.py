@@ -177,7 +177,7 @@ def _received(receiver: Connection, process: BaseProcess) -> Record | str:
     with receiver:
         try:
             return cast("Record | str", receiver.recv())
-        except EOFError:
+        except (EOFError, OSError):  # nothing, or not all of it
             process.join()
     code = process.exitcode or 0
     return f"killed by signal {-code} (out of memory?)" if code < 0 else f"ended with exit code {code}"
