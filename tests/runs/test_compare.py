@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nni_topo import zoo
+from nni_topo.cli import main
 from nni_topo.disk import only_process
 from nni_topo.errors import ConfigError, DataError, instance
 from nni_topo.network.zeros import weights_left
@@ -24,6 +25,7 @@ from nni_topo.runs.plan import (
     Plan,
     PrunerChoice,
     Target,
+    load_plan,
 )
 from nni_topo.runs.records import append_record, read_records
 from nni_topo.runs.tables import markdown_report
@@ -143,6 +145,16 @@ def test_cells_run_beside_each_other_and_a_crash_of_one_is_its_own(tmp_path, mon
 def test_a_number_of_jobs_that_is_none_is_refused(n_jobs):
     with pytest.raises(ConfigError, match=rf"n_jobs must be at least 1, or -1 for all cores, got {n_jobs} \(plan\)"):
         dataclasses.replace(plan("l1"), n_jobs=n_jobs)
+
+
+def test_a_file_says_how_many_cells_run_at_a_time_and_the_command_before_it(tmp_path, capsys):
+    path = tmp_path / "plan.yaml"
+    path.write_text("{models: small_cnn, data: digits, pruners: l1, targets: {ratio: 0.5}, n_jobs: 3}")
+    assert load_plan(path).n_jobs == 3
+    words = ["compare", "--plan", str(path), "--out", str(tmp_path / "out"), "--in-process"]
+    for given, n_jobs in (([], 3), (["--n-jobs", "2"], 2)):
+        assert main([*words, *given]) == 2
+        assert f"must run one by one, got n_jobs {n_jobs} (compare)" in " ".join(capsys.readouterr().err.split())
 
 
 def test_cells_in_one_process_run_one_by_one(tmp_path):
