@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 # Never a plain fork: the child would inherit locks that PyTorch's threads hold. The server imports the pipeline once.
 _START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+Results = Generator[tuple[int, "Record | str"], None, None]
 _LOOK_SECONDS = 1.0  # how often it is looked whether a network that others wait for is trained
 
 
@@ -130,16 +131,14 @@ def _check_choices(cells: list[Cell]) -> None:
         load_model_data(cell.model, cell.data)
 
 
-def _in_process(todo: Mapping[int, Cell], out: Path, tell: Callable[[int], None]) -> Iterator[tuple[int, Record]]:
+def _in_process(todo: Mapping[int, Cell], out: Path, tell: Callable[[int], None]) -> Results:
     """Run cells one by one; yield each one's number and record."""
     for number, cell in todo.items():
         tell(number)
         yield number, run_cell(cell, out)
 
 
-def _isolated(
-    todo: Mapping[int, Cell], out: Path, jobs: int, tell: Callable[[int], None]
-) -> Iterator[tuple[int, Record | str]]:
+def _isolated(todo: Mapping[int, Cell], out: Path, jobs: int, tell: Callable[[int], None]) -> Results:
     """Run each cell in a process of its own, so many at a time; yield its number and its record, or why there is none.
 
     Of cells that share a network one trains it; the others begin when it is there.
