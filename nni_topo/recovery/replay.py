@@ -50,7 +50,7 @@ class Replay:
         self.model = model
         self.nodes: list[Node] = list(original.graph.nodes)
         self._placeholders = [node for node in self.nodes if node.op == "placeholder"]
-        self._masks = [node for node in self._placeholders if str(node.target) in PADDING]
+        self.masks = [node for node in self._placeholders if str(node.target) in PADDING]
         self.order = {node: rank for rank, node in enumerate(self.nodes)}
         self._runners = Interpreter(original), Interpreter(pruned)
         self._twins = dict(zip(self.nodes, pruned.graph.nodes, strict=True))
@@ -75,7 +75,7 @@ class Replay:
         """Yield the watched nodes' values in both networks, batch by batch; DataError if one doesn't fit the model."""
         # `settled` is the rank of the first node that may change before a later pass, `later` all that these watch,
         # `chosen` the batches to run, by default all.
-        watched = [*watched, *self._masks]
+        watched = [*watched, *self.masks]
         stop = max(self.order[node] for node in watched) + 1
         wanted = {*watched, *(later or ())}
         for index, at in self._starts(chosen):
@@ -87,7 +87,7 @@ class Replay:
             self._advance(original, pruned, range(front, stop), range(settled, stop), wanted, index)
             if later is not None:
                 front = max(front, stop)
-                still = {*later, *self._masks}
+                still = {*later, *self.masks}
                 needed = {node: value for node, value in original.items() if self._last_use[node] >= front}
                 saved = needed | {node: original[node] for node in still & original.keys()}, saved[1]
             yield {node: original[node] for node in watched}, {node: pruned[node] for node in watched}
@@ -99,10 +99,9 @@ class Replay:
         if others + reached.nbytes <= self._cache_bytes:
             self._reached[index] = reached
 
-    def counted(self, values: Values, entries: int, places: int) -> Tensor | None:
-        """Tell which positions of a batch aren't padding, ``(entries, places)``; None where no mask says it of them."""
-        real = real_positions({str(node.target): values[node] for node in self._masks})
-        return real if real is not None and real.shape == (entries, places) else None
+    def counted(self, values: Values) -> Tensor | None:
+        """Tell which positions of a batch aren't padding, ``(entries, places)``; None where no mask says it."""
+        return real_positions({str(node.target): values[node] for node in self.masks})
 
     def _starts(self, chosen: Collection[int] | None) -> Iterator[tuple[int, _Reached]]:
         """Yield each chosen batch's number and values, at the place where its pass starts."""

@@ -65,6 +65,20 @@ def draw_positions(count: int, entries: int, wanted: int, generator: torch.Gener
     return (low + (jitter * (high - low)).floor()).long()
 
 
+def draw_counted(
+    count: int, entries: int, wanted: int, generator: torch.Generator, real: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Draw positions as `draw_positions`, of which about `wanted` count, and tell which, both (entries, positions).
+
+    ``real``: all that count, bool (entries, count); None, or of another shape: all do, and none is told.
+    """
+    if real is None or real.shape != (entries, count):
+        return draw_positions(count, entries, wanted, generator), None
+    share = max(float(real.double().mean()), 1 / count)
+    positions = draw_positions(count, entries, math.ceil(wanted / share), generator).to(real.device)
+    return positions, real.gather(1, positions)
+
+
 def _windows(module: Any, inputs: Tensor) -> Tensor:
     """Return a view ``(n, channels, *output size, *kernel size)`` of a convolution's input."""
     if not isinstance(module, CONVOLUTIONS):
@@ -201,29 +215,29 @@ class Sampler:
         """Choose the batches that a task looks at: evenly spread, as many as its samples need."""
         count, positions = len(self.sizes), self._positions(task)
         entries = self._samples(task) / min(positions, _POSITIONS)
-        needed = min(count, math.ceil(count * entries / sum(self.sizes)))
+        # Where there is padding nobody knows beforehand how many positions of an entry count.
+        needed = count if self.replay.masks else min(count, math.ceil(count * entries / sum(self.sizes)))
         return [index * count // needed for index in range(needed)]
 
-    def _sampled(
-        self, task: Task, settled: int, later: Collection[Node] | None, chosen: list[int]
-    ) -> Iterator[_Chunk]:
+    def _sampled(self, task: Task, settled: int, later: Collection[Node] | None, chosen: list[int]) -> Iterator[_Chunk]:
         """Run the networks and yield a task's samples."""
         generator = torch.Generator().manual_seed(self.seed)
         seen, size = 0, sum(self.sizes[index] for index in chosen)
-        for index, (original, pruned) in zip(chosen, self.replay.run(settled, task.watched, later, chosen), strict=True):
+        for index, (original, pruned) in zip(
+            chosen, self.replay.run(settled, task.watched, later, chosen), strict=True
+        ):
             entries, count = task.extent(original)
-            real = self.replay.counted(original, entries, count)
-            share = 1.0 if real is None else max(float(real.double().mean()), 1 / count)
             # The entries of a batch may be more than its images, windows for example.
-            wanted = math.ceil((int(self._samples(task) * self.sizes[index] / size / entries) + 1) / share)
-            positions = draw_positions(count, entries, wanted, generator)
+            wanted = int(self._samples(task) * self.sizes[index] / size / entries) + 1
+            real = self.replay.counted(original)
+            positions, stay = draw_counted(count, entries, wanted, generator, real)
             for part in _parts(entries, positions.shape[1] * task.unknowns * len(task.layer.columns)):
                 samples = task.samples(original, pruned, part, positions[part])
                 marks = (torch.arange(seen, seen + entries)[part] + 1) % _HELD_OUT == 0
                 rows = marks.repeat_interleave(samples[0].shape[1] // len(marks)).to(samples[0].device)
-                if real is not None:
-                    stays = real[part].gather(1, positions[part].to(real.device)).flatten()
-                    stays = stays.repeat_interleave(len(rows) // len(stays)).to(rows.device)
+                if stay is not None:
+                    stays = stay[part].flatten().to(rows.device)
+                    stays = stays.repeat_interleave(len(rows) // len(stays))
                     inputs, lacking, meant = (each[:, stays] for each in samples)
                     samples, rows = (inputs, lacking, meant), rows[stays]
                 yield _Chunk(*samples, is_held_out=rows)
