@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -50,7 +51,7 @@ class Replay:
         self.model = model
         self.nodes: list[Node] = list(original.graph.nodes)
         self._placeholders = [node for node in self.nodes if node.op == "placeholder"]
-        self.masks = [node for node in self._placeholders if str(node.target) in PADDING]
+        self._masks = [node for node in self._placeholders if str(node.target) in PADDING]
         self.order = {node: rank for rank, node in enumerate(self.nodes)}
         self._runners = Interpreter(original), Interpreter(pruned)
         self._twins = dict(zip(self.nodes, pruned.graph.nodes, strict=True))
@@ -59,26 +60,23 @@ class Replay:
         self._calibration = calibration
         # Values that are kept would be changed by an operation in place, by each pass anew.
         self._cache_bytes = 0 if _works_in_place(original) else cache_bytes
-        self._reached: dict[int, _Reached] = {}
+        self._reached: dict[int, _Reached] = {}  # by batch
+        self._batches = math.inf  # unknown before a pass was read to its end
 
-    def is_repeatable(self, chosen: Collection[int]) -> bool:
+    @property
+    def is_repeatable(self) -> bool:
         """Whether each pass has the same entries in the same order, which a shuffling loader wouldn't give."""
-        return isinstance(self._calibration, Sequence) or self._reached.keys() >= set(chosen)
+        return isinstance(self._calibration, Sequence) or len(self._reached) == self._batches
 
     def run(
-        self,
-        settled: int,
-        watched: list[Node],
-        later: Collection[Node] | None = None,
-        chosen: Collection[int] | None = None,
+        self, settled: int, watched: list[Node], later: Collection[Node] | None = None
     ) -> Iterator[tuple[Values, Values]]:
         """Yield the watched nodes' values in both networks, batch by batch; DataError if one doesn't fit the model."""
-        # `settled` is the rank of the first node that may change before a later pass, `later` all that these watch,
-        # `chosen` the batches to run, by default all.
-        watched = [*watched, *self.masks]
+        # `settled` is the rank of the first node that may change before a later pass, `later` all that these watch.
+        watched = [*watched, *self._masks]
         stop = max(self.order[node] for node in watched) + 1
         wanted = {*watched, *(later or ())}
-        for index, at in self._starts(chosen):
+        for index, at in enumerate(self._starts()):
             original, pruned = at.original, at.pruned
             # What a batch had reached before may lie behind what is settled now, of the original's values.
             self._advance(original, pruned, range(at.first, settled), range(at.second, settled), wanted, index)
@@ -87,7 +85,7 @@ class Replay:
             self._advance(original, pruned, range(front, stop), range(settled, stop), wanted, index)
             if later is not None:
                 front = max(front, stop)
-                still = {*later, *self.masks}
+                still = {*later, *self._masks}
                 needed = {node: value for node, value in original.items() if self._last_use[node] >= front}
                 saved = needed | {node: original[node] for node in still & original.keys()}, saved[1]
             yield {node: original[node] for node in watched}, {node: pruned[node] for node in watched}
@@ -101,25 +99,23 @@ class Replay:
 
     def counted(self, values: Values) -> Tensor | None:
         """Tell which positions of a batch aren't padding, ``(entries, places)``; None where no mask says it."""
-        return real_positions({str(node.target): values[node] for node in self.masks})
+        return real_positions({str(node.target): values[node] for node in self._masks})
 
-    def _starts(self, chosen: Collection[int] | None) -> Iterator[tuple[int, _Reached]]:
-        """Yield each chosen batch's number and values, at the place where its pass starts."""
-        if chosen is not None and self._reached.keys() >= set(chosen):
-            given: Iterable[tuple[int, Any]] = ((index, None) for index in sorted(chosen))
-        else:
-            given = enumerate(calls(self.model, self._calibration))
-        for index, call in given:
-            if chosen is not None and index not in chosen:
-                continue
-            if index in self._reached:
-                known = self._reached[index]
+    def _starts(self) -> Iterator[_Reached]:
+        """Yield each batch's values at the place where its pass starts."""
+        known, batches = self._reached, 0
+        is_known = len(known) == self._batches
+        given: Iterable[Any] = range(len(known)) if is_known else calls(self.model, self._calibration)
+        for index, call in enumerate(given):
+            batches = index + 1
+            if index in known:
                 # Copies of the dictionaries: a pass takes out what it no longer needs.
-                yield index, replace(known, original=dict(known.original), pruned=dict(known.pruned))
+                yield replace(known[index], original=dict(known[index].original), pruned=dict(known[index].pruned))
             else:
                 named = bind_arguments(self.model, call)
                 values = {node: named[str(node.target)] for node in self._placeholders if str(node.target) in named}
-                yield index, _Reached(0, 0, dict(values), dict(values))
+                yield _Reached(0, 0, dict(values), dict(values))
+        self._batches = batches
 
     def _advance(
         self, original: Values, pruned: Values, one: range, other: range, watched: set[Node], index: int

@@ -97,7 +97,6 @@ Samples = tuple[Tensor, Tensor, Tensor]
 _HELD_OUT = 5
 _LEAST_SAMPLES = 16384
 _SAMPLES_PER_UNKNOWN = 16
-_POSITIONS = 64  # of an entry, where these are taken from a part of the batches
 _CHUNK = 2**23
 _COPIES = 4  # of products, or of samples, at most
 _CURE = "method='scalar' or 'mean' takes none; nor does a layer that keeps fewer channels"
@@ -177,9 +176,10 @@ class Sampler:
     def check_memory(self, tasks: Sequence[Task]) -> None:
         """Raise DataError for a task whose sums and factors don't fit into memory."""
         for task in tasks:
-            groups = len(task.layer.columns)
+            shape, groups = tensor_shape(task.place) or (), len(task.layer.columns)
             # Up to so many samples; fewer than unknowns are kept as they are.
-            samples = min(sum(self.sizes) * self._positions(task), task.unknowns)
+            positions = position_count(self.replay.model.get_submodule(task.layer.name), shape)
+            samples = min(sum(self.sizes) * positions, task.unknowns)
             what = f"least squares of {task.unknowns} unknowns"
             check_memory(8 * _COPIES * groups * task.unknowns * samples, what, _CURE, task.layer.name)
 
@@ -190,12 +190,11 @@ class Sampler:
         # A task that refines the one before has the same positions, so that the products of inputs are the same.
         # `settled` is the rank of the first node that may change before a later pass, `later` what these watch.
         kept = self._chunks if task.refines else None
-        chosen = self._batches(task)
-        known = self._known if kept or (task.refines and self.replay.is_repeatable(chosen)) else None
+        known = self._known if kept or (task.refines and self.replay.is_repeatable) else None
         self._known, self._chunks = None, kept
         learned, held = (NormalEquations(each) for each in known or (None, None))
         if kept is None:
-            chunks = self._keep(self._sampled(task, settled, later, chosen), is_refined)
+            chunks = self._keep(self._sampled(task, settled, later), is_refined)
         else:
             chunks = (_refined(task, chunk) for chunk in kept)
         for chunk in chunks:
@@ -211,25 +210,13 @@ class Sampler:
         for chunk in self._chunks or ():
             chunk.lacking -= task.effect(chunk.inputs, found)
 
-    def _batches(self, task: Task) -> list[int]:
-        """Choose the batches that a task looks at: evenly spread, as many as its samples need."""
-        count, positions = len(self.sizes), self._positions(task)
-        entries = self._samples(task) / min(positions, _POSITIONS)
-        # Where there is padding nobody knows beforehand how many positions of an entry count.
-        needed = count if self.replay.masks else min(count, math.ceil(count * entries / sum(self.sizes)))
-        return [index * count // needed for index in range(needed)]
-
-    def _sampled(self, task: Task, settled: int, later: Collection[Node] | None, chosen: list[int]) -> Iterator[_Chunk]:
+    def _sampled(self, task: Task, settled: int, later: Collection[Node] | None) -> Iterator[_Chunk]:
         """Run the networks and yield a task's samples."""
         generator = torch.Generator().manual_seed(self.seed)
-        seen, size = 0, sum(self.sizes[index] for index in chosen)
-        for index, (original, pruned) in zip(
-            chosen, self.replay.run(settled, task.watched, later, chosen), strict=True
-        ):
+        seen = 0
+        for index, (original, pruned) in enumerate(self.replay.run(settled, task.watched, later)):
             entries, count = task.extent(original)
-            # The entries of a batch may be more than its images, windows for example.
-            wanted = int(self._samples(task) * self.sizes[index] / size / entries) + 1
-            real = self.replay.counted(original)
+            real, wanted = self.replay.counted(original), self._wanted(task, index, entries)
             positions, stay = draw_counted(count, entries, wanted, generator, real)
             for part in _parts(entries, positions.shape[1] * task.unknowns * len(task.layer.columns)):
                 samples = task.samples(original, pruned, part, positions[part])
@@ -253,11 +240,11 @@ class Sampler:
             yield chunk
         self._chunks = kept
 
-    def _samples(self, task: Task) -> int:
-        return max(_LEAST_SAMPLES, _SAMPLES_PER_UNKNOWN * task.unknowns)
-
-    def _positions(self, task: Task) -> int:
-        return position_count(self.replay.model.get_submodule(task.layer.name), tensor_shape(task.place) or ())
+    def _wanted(self, task: Task, index: int, entries: int) -> int:
+        """Positions per entry of a batch."""
+        samples = max(_LEAST_SAMPLES, _SAMPLES_PER_UNKNOWN * task.unknowns)
+        share = self.sizes[index] / sum(self.sizes)
+        return int(samples * share / entries) + 1
 
 
 def _refined(task: Task, chunk: _Chunk) -> _Chunk:

@@ -95,6 +95,16 @@ def test_the_original_computes_once_what_later_passes_look_at(residual_net, pair
         torch.testing.assert_close(torch.cat([values[place] for values in found]), net(torch.cat(images)).detach())
 
 
+class Loader:
+    """Batches that can be read again and again, in an order that nobody promises."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
 def counted_runs(original, name):
     """A list that grows by the size of each batch that a layer sees."""
     seen = []
@@ -118,20 +128,14 @@ def test_the_batches_that_fit_are_kept_and_only_the_others_run_again(residual_ne
     torch.testing.assert_close(found, whole[settled])
 
 
-def test_only_chosen_batches_run_and_others_join_later(residual_net, pair, images):
-    original, changed = pair
-    node = node_of(original, "conv2")
-    seen = counted_runs(original, "conv1")
-    replay = Replay(residual_net, original, changed, (batch for batch in images), 2**30)
-    assert not replay.is_repeatable([0, 2])
-    some = [known[0][node] for known in replay.run(replay.order[node], [node], chosen=[0, 2])]
-    assert len(seen) == 2
-    assert replay.is_repeatable([0, 2])
-    assert not replay.is_repeatable([0, 1])
-    replay._calibration = images
-    every = [known[0][node] for known in replay.run(replay.order[node], [node], chosen=range(4))]
-    assert len(seen) == 4
-    torch.testing.assert_close(some, [every[0], every[2]])
+def test_only_what_is_kept_of_all_batches_repeats_a_loader_that_shuffles(residual_net, pair, images):
+    for cache_bytes, is_kept in ((2**30, True), (100_000, False)):
+        replay = Replay(residual_net, *pair, Loader(images), cache_bytes)
+        assert not replay.is_repeatable
+        values(replay, pair[0], "head", "conv2")
+        assert replay.is_repeatable == is_kept
+    assert 0 < len(replay._reached) < len(images)
+    assert Replay(residual_net, *pair, images, 0).is_repeatable
 
 
 def test_only_nodes_behind_a_difference_are_touched(pair):
