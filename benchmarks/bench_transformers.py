@@ -48,6 +48,7 @@ CHOICES = {
 METHODS = {
     "mean into bias": "mean",
     "scalar per channel": "scalar",
+    "scalar per head": "head",
     "channel ridge": "channel",
     "solved": "reconstruct",
 }

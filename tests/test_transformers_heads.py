@@ -41,10 +41,11 @@ MODELS = {
 }
 
 
-def make(name, **more):
+def make(name, layers=None):
     torch.manual_seed(0)
     config, sizes = MODELS[name]
-    model = as_linear(getattr(transformers, name)(getattr(transformers, config)(**sizes, **more)).eval())
+    depth = {} if layers is None else {"n_layer" if "n_layer" in sizes else "num_hidden_layers": layers}
+    model = as_linear(getattr(transformers, name)(getattr(transformers, config)(**sizes | depth)).eval())
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -189,7 +190,7 @@ def test_compensation_without_labels_brings_back_some_of_it(name):
     assert lost[1] < 0.7 * lost[0]
 
 
-@pytest.mark.parametrize("method", ["reconstruct", "channel", "scalar", "mean"])
+@pytest.mark.parametrize("method", ["reconstruct", "channel", "scalar", "head", "mean"])
 def test_what_is_padding_does_not_count_in_compensation(method):
     model = make("BertForSequenceClassification")
     inputs = inputs_of(model, samples=10)
@@ -200,6 +201,36 @@ def test_what_is_padding_does_not_count_in_compensation(method):
     assert any(not torch.equal(tensor, model.state_dict()[name]) for name, tensor in found.items())
     for name, tensor in found.items():
         torch.testing.assert_close(again[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "BertForSequenceClassification"])
+def test_a_model_without_a_block_and_heads_loads_by_the_original(name, tmp_path):
+    model = make(name, layers=4)
+    inputs = inputs_of(model, samples=20)
+    blocks = next(n for n, each in model.named_modules() if isinstance(each, torch.nn.ModuleList) and len(each) == 4)
+    # The second call goes by the numbers that the first one left: of the original it is the last block.
+    small = remove_blocks(remove_blocks(model, [f"{blocks}.1"], [inputs]), [f"{blocks}.2"], [inputs])
+    masks = pruned(small, inputs)
+    dense = to_dense(compensate(small, masks, [inputs]), inputs, masks)
+    save(dense, tmp_path / "dense.safetensors")
+    for base in (model, small):
+        loaded = load(tmp_path / "dense.safetensors", base)
+        assert loaded.config.num_hidden_layers == 2
+        assert torch.equal(logits(loaded, inputs), logits(dense, inputs))
+        if name != "BertForSequenceClassification":
+            start = inputs["input_ids"][:1]
+            texts = [
+                each.generate(start, max_new_tokens=5, do_sample=False, use_cache=use)
+                for each in (loaded, dense)
+                for use in (True, False)
+            ]
+            assert all(torch.equal(text, texts[0]) for text in texts)
+    with pytest.raises(ConfigError, match="got 1 blocks where block 2 is left"):
+        load(tmp_path / "dense.safetensors", make(name, layers=1))
+    if name == "LlamaForCausalLM":
+        save_pretrained(dense, tmp_path / "folder")
+        loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "folder").eval()
+        torch.testing.assert_close(logits(loaded, inputs), logits(dense, inputs))
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.inputs import bind_arguments, calls, fitting, repeatable
+from nni_topo.network.inputs import bind_arguments, calls, fitting, real_positions_of, repeatable
 from nni_topo.network.layers import feature_dimension
 from nni_topo.network.modes import detached_copy, evaluation_mode
 from nni_topo.network.progress import bar
@@ -22,6 +23,8 @@ Entering = Callable[[Tensor], Any]
 """Sees the tensor that enters a layer; what it returns, unless None, enters instead."""
 Leaving = Callable[[Tensor, Any], Any]
 """Sees what entered a layer and what leaves it; what it returns, unless None, leaves instead."""
+
+_REAL: ContextVar[Tensor | None] = ContextVar("real", default=None)
 
 
 @contextmanager
@@ -42,6 +45,27 @@ def called(model: nn.Module, look: Callable[[tuple[Any, ...], dict[str, Any]], N
     """Show a function the arguments of every call of a model within the block, before it runs."""
     with model.register_forward_pre_hook(lambda _, args, kwargs: look(args, kwargs), with_kwargs=True):
         yield
+
+
+@contextmanager
+def padding_known(model: nn.Module) -> Iterator[None]:
+    """Let `by_channel` leave out, within the block, what the arguments of a model's latest call say is padding."""
+
+    def look(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _REAL.set(real_positions_of(model, (args, kwargs)))
+
+    with counting(None), called(model, look):
+        yield
+
+
+@contextmanager
+def counting(real: Tensor | None) -> Iterator[None]:
+    """Let `by_channel` look, within the block, at these positions alone, bool ``(samples, places)``; None: at all."""
+    before = _REAL.set(real)
+    try:
+        yield
+    finally:
+        _REAL.reset(before)
 
 
 def inputs_seen(model: nn.Module, work: Callable[[], Any]) -> list[Any]:
@@ -85,15 +109,19 @@ def batches_of(calibration: Iterable[Any] | Evaluator, model: nn.Module) -> Iter
 
 def run(model: nn.Module, calibration: Iterable[Any]) -> None:
     """Run a model over calibration batches, in evaluation mode and without gradients."""
-    with evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad(), padding_known(model):
         for index, (args, kwargs) in enumerate(bar("calibration", None, calls(model, calibration))):
             with fitting(index):
                 model(*args, **kwargs)
 
 
 def by_channel(module: nn.Module, values: Tensor) -> Tensor:
-    """Return what enters or leaves a layer as ``(channels, samples)``, every entry and position a sample."""
-    return values.detach().movedim(feature_dimension(module), 0).flatten(1)
+    """Return what enters or leaves a layer as ``(channels, samples)``, every entry and position a sample.
+
+    Positions that are padding are none; see `padding_known`.
+    """
+    rows, real = values.detach().movedim(feature_dimension(module), 0), _REAL.get()
+    return rows.flatten(1) if real is None or real.shape != rows.shape[1:] else rows[:, real.to(rows.device)]
 
 
 def _before(look: Entering) -> Callable[..., Any]:

@@ -26,6 +26,7 @@ from nni_topo.disk import read_tensors, reading, whole_file, write_tensors
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.attention import find_attention, resize
 from nni_topo.network.counted import count
+from nni_topo.network.depth import kept_blocks, take_out_others
 from nni_topo.network.labels import can_follow
 from nni_topo.network.layers import weight_of
 from nni_topo.network.masks import check_unwrapped
@@ -45,8 +46,9 @@ _KINDS: dict[str, type] = {
     "state_dict": dict,
     "buffers": dict,
     "fingerprints": dict,
+    "blocks": dict,
 }
-_OLDER: dict[str, Any] = {"numbers": {}, "buffers": {}, "fingerprints": {}}  # files of older versions have none
+_OLDER: dict[str, Any] = {key: {} for key in ("numbers", "buffers", "fingerprints", "blocks")}  # of older versions
 
 # The attributes that say how large a module is, by the class that defines them.
 _SIZES: dict[type[torch.nn.Module], tuple[str, ...]] = {
@@ -99,6 +101,7 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
         "state_dict": {name: tensor.detach() for name, tensor in listed.items()},
         "buffers": {name: tensor.detach() for name, tensor in every.items() if name not in listed},
         "fingerprints": {name: _fingerprint(tensor) for name, tensor in every.items()},
+        "blocks": kept_blocks(dense),
     }
     if Path(path).suffix == _SAFE:
         with whole_file(Path(path)) as part:
@@ -149,6 +152,7 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
     document = _read(path)
     built = copy.deepcopy(model) if isinstance(model, torch.nn.Module) else model()
     check_unwrapped(built)
+    _take_out(document["blocks"], built, os.fspath(path))
     _check_fit(document, built, os.fspath(path))
     modules: dict[str, dict[str, Any]] = document["modules"]
     whole = find_attention(built)
@@ -312,6 +316,23 @@ def _read(path: _PathLike) -> dict[str, Any]:
     if wrong:
         raise DataError(f"a dense model's file must hold {', '.join(_KINDS)}, got it wrong at {wrong[0]!r} ({place})")
     return document
+
+
+def _take_out(blocks: dict[str, Any], model: torch.nn.Module, place: str) -> None:
+    """Take out of a model the blocks that a file's lacks; one that was built without them is left as it is."""
+    modules, missing = dict(model.named_modules()), {}
+    for name, kept in blocks.items():
+        is_list = isinstance(kept, list) and bool(kept) and all(type(each) is int and each >= 0 for each in kept)
+        if not is_list or kept != sorted(set(kept)):
+            raise DataError(f"a recipe must number blocks in ascending order, got {kept!r:.80} ({name}, {place})")
+        lists = isinstance(modules.get(name), (torch.nn.ModuleList, torch.nn.Sequential))
+        count = len(modules[name]._modules) if lists else 0
+        if count != len(kept):
+            missing[name] = kept
+            if kept[-1] >= count:
+                rule = "a dense model must be loaded into the model it was pruned from"
+                raise ConfigError(f"{rule}, got {count} blocks where block {kept[-1]} is left ({name}, {place})")
+    take_out_others(model, missing)
 
 
 def _check_fit(document: dict[str, Any], model: torch.nn.Module, place: str) -> None:

@@ -59,6 +59,14 @@ def bind_arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:
     return dict(bound.arguments)
 
 
+def real_positions_of(model: torch.nn.Module, call: Call) -> Tensor | None:
+    """Return which positions of a call aren't padding, bool ``(samples, places)``; None if no mask tells."""
+    try:
+        return real_positions(bind_arguments(model, call))
+    except ConfigError:  # what doesn't fit the model is for the model to say
+        return None
+
+
 def real_positions(named: Mapping[str, Any]) -> Tensor | None:
     """Return which positions of named arguments aren't padding, bool ``(samples, places)``; None if no mask tells."""
     for name, counts in PADDING.items():

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, check_memory
-from nni_topo.network.capture import run
+from nni_topo.network.capture import padding_known, run
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.pruners.planner import Losses, Planner
 from nni_topo.pruners.units import PruningUnit, TargetSpaces, block_shape, pruning_units
@@ -161,7 +161,7 @@ class PruningContext:
         if calibration is not None:
             run(self.model, calibration)
             return
-        with evaluation_mode(self.model), torch.no_grad():
+        with evaluation_mode(self.model), torch.no_grad(), padding_known(self.model):
             self.evaluate()
 
     def check_memory(self, matrices: float, cure: str, width: float = 0.0) -> None:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.maths.least_squares.normal import NormalEquations, fit
 from nni_topo.network.capture import batches_of, watched
-from nni_topo.network.inputs import bind_arguments, calls, first_call, fitting, real_positions, tensors_of
+from nni_topo.network.depth import take_out, tell_depth
+from nni_topo.network.inputs import calls, first_call, fitting, real_positions_of, tensors_of
 from nni_topo.network.masks import check_model
 from nni_topo.network.modes import detached_copy, evaluation_mode
 
@@ -84,14 +85,13 @@ def remove_blocks(
     batches = batches_of(calibration, model)
     _check_shapes(model, names, batches)
     result: nn.Module = detached_copy(model)
-    gone: dict[str, int] = {}
+    gone: set[tuple[str, int]] = set()
     for parent, first, last in gaps:
         container: Any = result.get_submodule(parent)
         whole: Any = model.get_submodule(parent)
-        at = first - gone.get(parent, 0)
-        gone[parent] = gone.get(parent, 0) + last - first + 1
-        del container[at : at + last - first + 1]
-        _renumber(container, at, last - first + 1)
+        at = first - sum(parent == other and number < first for other, number in gone)
+        gone |= {(parent, number) for number in range(first, last + 1)}
+        take_out(result, parent, at, last - first + 1)
         writer = _writer(result, container[at - 1], batches) if at else None
         if writer is None:
             _logger.warning("nothing makes up for the blocks %d to %d of %s: no sum before them", first, last, parent)
@@ -101,7 +101,9 @@ def remove_blocks(
             writer.weight += found.weights[0].T.to(writer.weight)
             if writer.bias is not None:
                 writer.bias += found.shift[0].to(writer.bias)
-    _tell_config(result, model, gaps)
+    counts = {parent: len(model.get_submodule(parent)._modules) for parent, _, _ in gaps}
+    left = {name: (count, [n for n in range(count) if (name, n) not in gone]) for name, count in counts.items()}
+    tell_depth(result, left)
     return result
 
 
@@ -193,7 +195,7 @@ def _solved(
             held = (samples + torch.arange(len(seen["wanted"]))) % _HELD_OUT == _HELD_OUT - 1
             samples += len(held)
             marks = held.view(-1, *[1] * (seen["wanted"].dim() - 2)).expand(seen["wanted"].shape[:-1])
-            real = real_positions(bind_arguments(model, call))
+            real = real_positions_of(model, call)
             stays = torch.ones_like(marks) if real is None or real.shape != marks.shape else real.to(marks.device)
             for each, rows in zip(equations, (stays & ~marks, stays & marks), strict=True):
                 if bool(rows.any()):
@@ -203,25 +205,3 @@ def _solved(
     if not all(each.is_finite() for each in equations):
         raise DataError("what blocks give must be finite, got NaN or infinity (calibration)")
     return fit(*equations, None if ridge == "auto" else float(ridge), intercept=writer.bias is not None).solution
-
-
-def _renumber(container: Any, at: int, count: int) -> None:
-    """Tell layers behind a gap their numbers, by which those of Transformers find what they cached."""
-    for block in list(container)[at:]:
-        for module in block.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx -= count
-
-
-def _tell_config(result: Any, model: nn.Module, gaps: list[tuple[str, int, int]]) -> None:
-    """Let the ``config`` of a model of Transformers say how many blocks are left, where it counts those of one list."""
-    config: Any = getattr(result, "config", None)
-    parents = {parent for parent, _, _ in gaps}
-    count = len(model.get_submodule(next(iter(parents)))._modules)
-    if getattr(config, "num_hidden_layers", None) != count or len(parents) > 1 or config.is_encoder_decoder:
-        return
-    gone = {number for _, first, last in gaps for number in range(first, last + 1)}
-    config.num_hidden_layers = count - len(gone)
-    kinds = getattr(config, "layer_types", None)
-    if isinstance(kinds, list) and len(kinds) == count:
-        config.layer_types = [kind for number, kind in enumerate(kinds) if number not in gone]

@@ -26,7 +26,9 @@ from nni_topo.recovery.report import CompensationReport, LayerReport, signed_lik
 from nni_topo.recovery.samples import Sampler, Task
 from nni_topo.recovery.steps import Pairs, tasks_of
 
-Method = Literal["reconstruct", "sequential", "layer", "scalar", "channel", "pair", "mean", "merge", "recalibrate"]
+Method = Literal[
+    "reconstruct", "sequential", "layer", "scalar", "head", "channel", "pair", "mean", "merge", "recalibrate"
+]
 METHODS: tuple[str, ...] = get_args(Method)
 
 _logger = logging.getLogger(__name__)
@@ -106,7 +108,8 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
     method : str, default="reconstruct"
         ``"reconstruct"``: solve each layer behind removed channels anew, so that it meets the original's output, or the
         sum it goes into. Simpler rules, for comparison: ``"sequential"`` (the layer's own output [1]_), ``"layer"``
-        (the same, from the original's inputs [2]_), ``"scalar"`` (one factor for each kept channel [3]_), ``"channel"``
+        (the same, from the original's inputs [2]_), ``"scalar"`` (one factor for each kept channel), ``"head"``
+        (the same, with one factor for all channels of a head [3]_), ``"channel"``
         (predict removed channels from the kept ones [4]_), ``"pair"`` (one kept channel and a constant stand in for
         each), ``"mean"`` (its mean does [5]_), ``"merge"`` (the channel with the most similar weights does [6]_; images
         serve for the report alone), ``"recalibrate"`` (statistics of batch norms and nothing else).

@@ -21,6 +21,7 @@ from nni_topo.network.inputs import (
     calls,
     cast_floats,
     on_device,
+    real_positions_of,
     taken,
     tensors_of,
 )
@@ -49,7 +50,8 @@ class Lesson:
         self._wanted, likely = self._answers(pool)
         self._answered: dict[int, list[Tensor]] = {}  # by view, for all courses: they learn from the same images
         self.kind = likely if objective == "auto" else objective
-        self._scales = [float(wanted.var(0, correction=0).mean()) + _LEAST_VARIANCE for wanted in self._wanted]
+        counted = _counted(self._wanted, real_positions_of(original, pool))
+        self._scales = [float(wanted.var(0, correction=0).mean()) + _LEAST_VARIANCE for wanted in counted]
         found = self._run(student, taken(pool, torch.arange(1)))
         shapes, expected = ([tuple(each.shape[1:]) for each in tensors] for tensors in (found, self._wanted))
         if shapes != expected:
@@ -60,8 +62,8 @@ class Lesson:
         loss, agreed, answers = 0.0, 0.0, 0
         with evaluation_mode(student), torch.no_grad():
             for part in _together(index):
-                wanted = [each[part.to(each.device)] for each in self._wanted]
-                found = self._run(student, taken(self._pool, part))
+                call, wanted = taken(self._pool, part), [each[part.to(each.device)] for each in self._wanted]
+                found, wanted = self._compared(student, call, wanted)
                 loss += len(part) * float(self._loss(found, wanted))
                 for mine, theirs in zip(found, wanted, strict=True):
                     agreed += float((mine.argmax(-1) == theirs.argmax(-1)).sum())
@@ -70,7 +72,12 @@ class Lesson:
 
     def objective(self, student: nn.Module, call: Call, wanted: list[Tensor]) -> Tensor:
         """Return the mean loss on a call of which the original says `wanted`."""
-        return self._loss(self._run(student, call), wanted)
+        return self._loss(*self._compared(student, call, wanted))
+
+    def _compared(self, student: nn.Module, call: Call, wanted: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what a model gives, and what is wanted, where both count."""
+        real = real_positions_of(student, call)
+        return _counted(self._run(student, call), real), _counted(wanted, real)
 
     def _loss(self, found: list[Tensor], wanted: list[Tensor]) -> Tensor:
         if self.kind == "squares":
@@ -131,6 +138,13 @@ def _outputs(found: Any, count: int) -> tuple[list[Tensor], str]:
             f"a model's output must hold a floating tensor with an entry per image, got {type(found).__name__}"
         )
     return tensors, "kl" if found is tensors[0] and found.dim() == 2 and found.shape[1] > 1 else "squares"
+
+
+def _counted(outputs: list[Tensor], real: Tensor | None) -> list[Tensor]:
+    """Return of outputs by position those that aren't padding, ``(positions, ...)``, and other outputs as they are."""
+    if real is None:
+        return outputs
+    return [each[real.to(each.device)] if each.dim() > 2 and each.shape[:2] == real.shape else each for each in outputs]
 
 
 def joined(parts: list[Call]) -> Call:

@@ -1,15 +1,15 @@
 """The rules of other papers, behind the interface of compensation: what they leave is what ours is measured by.
 
 ``"merge"`` changes how a layer reads removed channels, as ``"channel"`` does, which is GRAIL's rule [6]_; ``"mean"``,
-``"scalar"``, ``"layer"`` and ``"sequential"`` solve a layer anew, as ``"reconstruct"`` does. What a paper says of
-penalties is left out: the ridge of each layer is chosen on held-out samples, as ours is.
+``"scalar"``, ``"head"``, ``"layer"`` and ``"sequential"`` solve a layer anew, as ``"reconstruct"`` does. What a paper
+says of penalties is left out: the ridge of each layer is chosen on held-out samples, as ours is.
 
 References
 ----------
 .. [1] Y. An, X. Zhao, T. Yu, M. Tang and J. Wang, "Fluctuation-based adaptive structured pruning for large language
    models", https://arxiv.org/abs/2312.11983 (``"mean"``)
 .. [2] W. Kwon, S. Kim, M. W. Mahoney, J. Hassoun, K. Keutzer and A. Gholami, "A fast post-training pruning framework
-   for transformers", https://arxiv.org/abs/2204.09656 (``"scalar"``)
+   for transformers", https://arxiv.org/abs/2204.09656 (``"head"``)
 .. [3] AIMET, channel pruning, https://github.com/quic/aimet (``"layer"``)
 .. [4] Y. He, X. Zhang and J. Sun, "Channel pruning for accelerating very deep neural networks",
    https://arxiv.org/abs/1707.06168 (``"sequential"``)
@@ -77,17 +77,25 @@ class MergeTask(PairTask):
 
 
 class ScalarTask(ReconstructTask):
-    """Multiply the weights that read each kept channel by one number, as Kwon et al. tune masks [2]_."""
+    """Multiply the weights that read each kept channel, or head, by one number, as Kwon et al. tune masks [2]_."""
+
+    def __init__(self, equation: Equation, pruned: nn.Module, result: nn.Module, size: int = 1) -> None:
+        # `size` channels that follow one another are one head's.
+        super().__init__(equation, pruned, result)
+        numbers = torch.arange(self._columns.shape[1]) if size == 1 else self._columns[0].cpu() // size
+        elements = self._module.weight[0, 0].numel()
+        self._factors = torch.unique(numbers, return_inverse=True)[1].repeat_interleave(elements).to(self._columns)
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
         """Solve for what each factor differs from 1 by, from the sums for single weights."""
         weight = self._module.weight.detach()
         # (groups, outputs, channels * kernel elements), as they count at the place.
         kernel = weight[self._block(weight)].double().flatten(2) * self._scale[self._rows].unsqueeze(2)
-        channels = self.layer.columns.shape[1]
-        found = fit(_by_channel(learned, kernel, channels), _by_channel(held, kernel, channels), ridge, intercept=False)
-        factors = found.solution.weights.repeat_interleave(kernel.shape[2] // channels, 1)
-        solution = Solution(factors * kernel.transpose(1, 2), learned.unchanged().shift)
+        fewer, others = (_together(each, kernel, self._factors) for each in (learned, held))
+        found = fit(fewer, others, ridge, intercept=False)
+        solution = Solution(
+            found.solution.weights[:, self._factors] * kernel.transpose(1, 2), learned.unchanged().shift
+        )
         return Fit(solution, found.ridge, found.before, found.after, found.held_out)
 
 
@@ -187,21 +195,25 @@ def _nearest(gone: list[list[_Filter]], kept: list[list[_Filter]]) -> list[tuple
     return [(at, float(factor) if float(like) >= _LEAST_LIKENESS else 0.0) for at, factor, like in found]
 
 
-def _by_channel(equations: NormalEquations, kernel: Tensor, channels: int) -> NormalEquations:
-    """Return the sums for one factor a channel, common to all outputs, from those for single weights."""
+def _together(equations: NormalEquations, kernel: Tensor, numbers: Tensor) -> NormalEquations:
+    """Return the sums for one factor for all weights of a number, common to all outputs, from those for single ones."""
     if not equations.samples:
         return NormalEquations()
     sums, groups = equations.sums, len(kernel)
-    products = (kernel.mT @ kernel * sums["xx"]).reshape(groups, channels, -1, channels, kernel.shape[2] // channels)
-    crossed = (kernel.mT * sums["xy"]).sum(2).reshape(groups, channels, -1)
+    count = int(numbers.max()) + 1
+    products = kernel.mT @ kernel * sums["xx"]
+    products = products.new_zeros(groups, count, len(numbers)).index_add_(1, numbers, products)
+    products = products.new_zeros(groups, count, count).index_add_(2, numbers, products)
+    crossed = (kernel.mT * sums["xy"]).sum(2)
+    crossed = crossed.new_zeros(groups, count).index_add_(1, numbers, crossed)
     nothing = torch.zeros_like(sums["y"][:, :1])
     spread = sums["rr"] - sums["r"].square() / equations.samples
     added = {
-        "x": sums["x"].new_zeros(groups, channels),
+        "x": sums["x"].new_zeros(groups, count),
         "y": nothing,
         "r": nothing,
-        "xx": products.sum((2, 4)),
-        "xy": crossed.sum(2, keepdim=True),
+        "xx": products,
+        "xy": crossed.unsqueeze(2),
         "yy": sums["yy"].sum(1, keepdim=True),
         "rr": spread.sum(1, keepdim=True),
     }

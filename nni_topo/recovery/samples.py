@@ -65,6 +65,20 @@ def draw_positions(count: int, entries: int, wanted: int, generator: torch.Gener
     return (low + (jitter * (high - low)).floor()).long()
 
 
+def draw_counted(
+    count: int, entries: int, wanted: int, generator: torch.Generator, real: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Draw positions as `draw_positions`, of which about `wanted` count, and tell which, both (entries, positions).
+
+    ``real``: all that count, bool (entries, count); None, or of another shape: all do, and none is told.
+    """
+    if real is None or real.shape != (entries, count):
+        return draw_positions(count, entries, wanted, generator), None
+    share = max(float(real.double().mean()), 1 / count)
+    positions = draw_positions(count, entries, math.ceil(wanted / share), generator).to(real.device)
+    return positions, real.gather(1, positions)
+
+
 def _windows(module: Any, inputs: Tensor) -> Tensor:
     """Return a view ``(n, channels, *output size, *kernel size)`` of a convolution's input."""
     if not isinstance(module, CONVOLUTIONS):
@@ -202,17 +216,15 @@ class Sampler:
         seen = 0
         for index, (original, pruned) in enumerate(self.replay.run(settled, task.watched, later)):
             entries, count = task.extent(original)
-            real = self.replay.counted(original, entries, count)
-            share = 1.0 if real is None else max(float(real.double().mean()), 1 / count)
-            wanted = math.ceil(self._wanted(task, index, entries) / share)
-            positions = draw_positions(count, entries, wanted, generator)
+            real, wanted = self.replay.counted(original), self._wanted(task, index, entries)
+            positions, stay = draw_counted(count, entries, wanted, generator, real)
             for part in _parts(entries, positions.shape[1] * task.unknowns * len(task.layer.columns)):
                 samples = task.samples(original, pruned, part, positions[part])
                 marks = (torch.arange(seen, seen + entries)[part] + 1) % _HELD_OUT == 0
                 rows = marks.repeat_interleave(samples[0].shape[1] // len(marks)).to(samples[0].device)
-                if real is not None:
-                    stays = real[part].gather(1, positions[part].to(real.device)).flatten()
-                    stays = stays.repeat_interleave(len(rows) // len(stays)).to(rows.device)
+                if stay is not None:
+                    stays = stay[part].flatten().to(rows.device)
+                    stays = stays.repeat_interleave(len(rows) // len(stays))
                     inputs, lacking, meant = (each[:, stays] for each in samples)
                     samples, rows = (inputs, lacking, meant), rows[stays]
                 yield _Chunk(*samples, is_held_out=rows)

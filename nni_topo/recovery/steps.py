@@ -28,8 +28,11 @@ def tasks_of(
             for equation in plan.equations
             for step in range(1 + refine * equation.rectified)
         ]
-    if method == "scalar":
-        return [ScalarTask(equation, networks.pruned, networks.result) for equation in plan.equations]
+    if method in ("scalar", "head"):
+        sizes = {name: each.size for name, each in networks.flow.mixers().items()} if method == "head" else {}
+        return [
+            ScalarTask(each, networks.pruned, networks.result, sizes.get(each.layer.name, 1)) for each in plan.equations
+        ]
     kinds = {"layer": LayerTask, "mean": MeanTask, "sequential": ReconstructTask}
     if method in kinds:
         order = {node: rank for rank, node in enumerate(networks.original.graph.nodes)}

@@ -209,8 +209,18 @@ def test_every_type_has_a_fingerprint(path, dtype):
 def test_the_file_holds_nothing_but_plain_data(tmp_path):
     save(small(), tmp_path / "dense.pt")
     document = torch.load(tmp_path / "dense.pt", weights_only=True)
-    names = ["buffers", "fingerprints", "format", "format_version", "modules", "numbers", "package_version"]
-    assert sorted(document) == [*names, "state_dict"]
+    names = [
+        "blocks",
+        "buffers",
+        "fingerprints",
+        "format",
+        "format_version",
+        "modules",
+        "numbers",
+        "package_version",
+        "state_dict",
+    ]
+    assert sorted(document) == names
     assert sorted(document["fingerprints"]) == sorted(document["state_dict"])
     assert document["modules"]["0"] == {
         "type": "Conv2d",
@@ -282,6 +292,7 @@ def with_recipe(path, change):
         (lambda recipe, _: recipe.update(hidden=1), r"got it wrong at 'hidden'"),
         (lambda recipe, _: recipe.pop("modules"), r"got it wrong at 'modules'"),
         (lambda recipe, _: recipe.update(fingerprints=3), r"got it wrong at 'fingerprints'"),
+        (lambda recipe, _: recipe.update(blocks={"": [1, 0]}), r"number blocks in ascending order, got \[1, 0\]"),
         (lambda recipe, _: recipe.pop("state_dict"), r"written by nni_topo.save, got \d+ bytes that lead to KeyError"),
         (lambda recipe, _: recipe.update(format="other"), "got another kind"),
         (lambda recipe, _: recipe.update(format_version=9), "format version 1, got 9"),

@@ -15,10 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.errors import ConfigError, DataError, LayerError, one_of, whole
 from nni_topo.network.attention import find_heads
-from nni_topo.network.capture import by_channel, inputs_seen
+from nni_topo.network.capture import by_channel, counting, inputs_seen
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.following import followers, passes
-from nni_topo.network.inputs import Call, batch_size, bind_arguments, calls, first_call, fitting
+from nni_topo.network.inputs import Call, batch_size, bind_arguments, calls, first_call, fitting, real_positions
 from nni_topo.network.layers import WEIGHTED
 from nni_topo.network.modes import detached_copy
 from nni_topo.network.tracing import trace
@@ -127,8 +127,9 @@ class FeatureCollector(DataCollector):
         with torch.no_grad():
             for number, call in enumerate(calls(context.model, batches)):
                 samples += batch_size(call)
-                with fitting(number):
-                    runner.run(*bind_arguments(context.model, call).values())
+                named = bind_arguments(context.model, call)
+                with fitting(number), counting(real_positions(named)):
+                    runner.run(*named.values())
         if samples < 2:
             raise DataError(f"calibration must hold at least two samples to be clustered by, got {samples}")
 

@@ -27,7 +27,7 @@ from nni_topo.errors import DataError, check_memory
 from nni_topo.maths.least_squares.greedy import Products, Samples, forward_selection
 from nni_topo.network.capture import watched
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.inputs import batch_size, calls, fitting, structure_call, structure_of
+from nni_topo.network.inputs import batch_size, calls, fitting, real_positions_of, structure_call, structure_of
 from nni_topo.network.layers import CONVOLUTIONS
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.network import Network
@@ -145,8 +145,9 @@ class ReconstructionProblems:
                     original(*args, **kwargs)
                     if network is not original:
                         network(*args, **kwargs)
+                real = real_positions_of(original, (args, kwargs))
                 for one in flat:
-                    one.add()
+                    one.add(real)
         return {name: _problem(found, name) for name, found in sums.items()}
 
     def _together(self, units: list[PruningUnit], readers: dict[str, list[Reader]]) -> Iterator[list[PruningUnit]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nni_topo.maths.least_squares.greedy import Products, Samples
 from nni_topo.maths.least_squares.normal import NormalEquations
 from nni_topo.pruners.clouds.functional import Reader
-from nni_topo.recovery.samples import draw_positions, input_rows, position_count
+from nni_topo.recovery.samples import draw_counted, input_rows, position_count
 
 _LEAST_SAMPLES = 8192
 _SAMPLES_PER_COLUMN = 4
@@ -47,13 +47,15 @@ class Reading:
         """See a call of the twin."""
         self._now = entering
 
-    def add(self) -> None:
-        """Add the batch that went through."""
+    def add(self, counted: Tensor | None) -> None:
+        """Add the batch that went through; ``(entries, places)`` tells which positions count, None: all do."""
         before, now = self._before, self._now
         del self._before, self._now  # they may be large
-        positions = draw_positions(self._places, len(before), self._wanted, self._generator).to(before.device)
-        rows = input_rows(self.module, now, self._inputs, positions).double()
-        first = rows if now is before else input_rows(self.module, before, self._inputs, positions).double()
+        positions, stay = draw_counted(self._places, len(before), self._wanted, self._generator, counted)
+        positions = positions.to(before.device)
+        real = slice(None) if stay is None else stay.flatten()
+        rows = input_rows(self.module, now, self._inputs, positions)[:, real].double()
+        first = rows if now is before else input_rows(self.module, before, self._inputs, positions)[:, real].double()
         # What the unit adds to the layer's output, without the other channels and the bias. By the same rows it follows
         # from their products.
         outputs = first @ (self._weights[:, :0] if self.module is self.twin else self._weights)
