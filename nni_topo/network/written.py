@@ -32,6 +32,9 @@ class Written(int):
 
     def __floordiv__(self, other: Any) -> Any:
         """Know the number still behind a division that leaves nothing over."""
+        if isinstance(other, Written):
+            other.others.add(other.place)
+            other = int(other)
         if type(other) is int and other > 0 and int(self) % other == 0:
             return _written(int(self) // other, self.place, self.parts * other, self.others)
         self.others.add(self.place)
