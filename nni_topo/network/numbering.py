@@ -192,7 +192,11 @@ class Numbering(torch.fx.Interpreter):
         return put_out
 
     def _attend(self, node: torch.fx.Node, labels: list[torch.Tensor], attention: Attention) -> Any:
-        """Tie what makes each head together; what enters is needed by all of them."""
+        """Tie what makes each head together; what enters is read by the linear layers within, or needed as a whole."""
+        if node.meta.get("reads"):
+            for name in attention.channels:
+                self._tie_calls(name, self._per_channel(labels[0], labels[0].dim() - 1))
+            labels = [each for each in labels[1:] if not torch.equal(each, labels[0])]
         found = self._whole(node, labels, f"attention ({attention.name}) needs all that enters")
         heads = torch.from_numpy(self._head_numbers(attention))
         if is_mixed(node, attention):
