@@ -19,7 +19,7 @@ from nni_topo import (
     save_pretrained,
     to_dense,
 )
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.network.attention import find_attention
 from nni_topo.sharing import find_ties
 
@@ -253,3 +253,44 @@ def test_a_decoder_without_a_block_generates_and_loads_by_its_config(name, tmp_p
         small.save_pretrained(tmp_path)
         loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
         torch.testing.assert_close(logits(loaded, inputs), logits(small, inputs))
+
+
+@pytest.mark.parametrize(("ratio", "left"), [(0.4, 2), (0.5, 1), (0.9, 1)])
+def test_of_shared_keys_and_values_whole_groups_stay_whatever_the_ratio(ratio, left):
+    model = make("LlamaForCausalLM")
+    inputs = inputs_of(model)
+    dense = to_dense(model, inputs, pruned(model, inputs, ratio))
+    layer = dense.model.layers[0].self_attn
+    assert (layer.q_proj.out_features, layer.k_proj.out_features, layer.v_proj.out_features) == (
+        8 * left,
+        4 * left,
+        4 * left,
+    )
+
+
+def test_not_all_heads_of_a_layer_can_be_asked_away():
+    model = make("LlamaForCausalLM")
+    inputs = inputs_of(model)
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ConfigError, match=r"sparse_ratio.* got 1\.0"):
+        pruned(model, inputs, 1.0)
+    layer = "model.layers.0.self_attn"
+    masks = {
+        f"{layer}.{each}_proj": {"weight": torch.zeros_like(model.get_submodule(f"{layer}.{each}_proj").weight)}
+        for each in "qkv"
+    }
+    with pytest.raises(SpeedupError, match=layer):
+        to_dense(model, inputs, masks)
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+def test_a_model_in_training_is_pruned_and_compensated_as_it_evaluates():
+    model = make("BertForSequenceClassification")
+    inputs = inputs_of(model, samples=10)
+    wanted, training = pruned(model, inputs), copy.deepcopy(model).train()
+    masks = pruned(training, inputs)
+    assert all(torch.equal(masks[name]["weight"], each["weight"]) for name, each in wanted.items())
+    found = to_dense(compensate(training, masks, [inputs]), inputs, masks)
+    assert found.training
+    expected = to_dense(compensate(model, masks, [inputs]), inputs, masks)
+    torch.testing.assert_close(logits(found.eval(), inputs), logits(expected, inputs))
