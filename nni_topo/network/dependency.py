@@ -103,8 +103,9 @@ def dependency_groups(
     -----
     Layers that ``op_names`` names are always in the result. Others are left out, in one warning and in ``skipped``,
     where `to_dense` couldn't remove their channels: those that give the model's output, unless nothing else would be
-    left; and those whose channels enter something that needs all of them, or a fixed size in the forward. A model that can't be traced as a whole is followed part by part, and what a part gives stays. Which these
-    are shows a rehearsal, in which random channels of all layers go: about two forward passes.
+    left; and those whose channels enter something that needs all of them, or a fixed size in the forward.
+    A model that can't be traced as a whole is followed part by part, and what a part gives stays. Which these are
+    shows a rehearsal, in which random channels of all layers go: about two forward passes.
 
     Where a selected layer is tied to one that isn't selected, its channels can't be removed: ``to_dense`` keeps them,
     as NNI does. It's no error; a warning names both.
