@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of distillation (default: its own)")
     parser.add_argument("--net", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    assert set(RULES) == set(METHODS)
+    assert {*RULES, "head"} == {*METHODS}  # a head is the channel of convolutional nets
     if options.net is not None:
         _run(options, options.net)
         return

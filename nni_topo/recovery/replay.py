@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,12 +21,24 @@ from nni_topo.network.inputs import PADDING, bind_arguments, calls, out_of_memor
 Values = dict[Node, Any]
 
 
+@dataclass
+class _Reached:
+    """How far a batch's values are known for good: the next rank of both networks, their values, and their bytes."""
+
+    first: int
+    second: int
+    original: Values
+    pruned: Values
+    nbytes: int = 0
+
+
 class Replay:
     """Runs two networks of one graph over the same batches; `pruned` may change between passes."""
 
-    # What both have computed up to a place that won't change any more is kept for the next pass if it fits into
-    # `cache_bytes`; else each pass starts where it last did fit, in the worst case at the inputs. So memory stays
-    # bounded, whatever the number of images. The original never changes: what it has computed isn't computed again.
+    # What both have computed up to a place that won't change any more is kept for the next pass, batch by batch, as far
+    # as it fits into `cache_bytes`; else a batch starts where it last did fit, in the worst case at its inputs. So
+    # memory stays bounded, whatever the number of images. The original never changes: what it has computed isn't
+    # computed again.
 
     def __init__(
         self,
@@ -46,13 +60,13 @@ class Replay:
         self._calibration = calibration
         # Values that are kept would be changed by an operation in place, by each pass anew.
         self._cache_bytes = 0 if _works_in_place(original) else cache_bytes
-        self._starts_at = 0, 0  # where a pass goes on in the original and in the pruned network
-        self._saved: list[tuple[Values, Values]] | None = None
+        self._reached: dict[int, _Reached] = {}  # by batch
+        self._batches = math.inf  # unknown before a pass was read to its end
 
     @property
     def is_repeatable(self) -> bool:
         """Whether each pass has the same entries in the same order, which a shuffling loader wouldn't give."""
-        return self._saved is not None or isinstance(self._calibration, Sequence)
+        return isinstance(self._calibration, Sequence) or len(self._reached) == self._batches
 
     def run(
         self, settled: int, watched: list[Node], later: Collection[Node] | None = None
@@ -61,41 +75,47 @@ class Replay:
         # `settled` is the rank of the first node that may change before a later pass, `later` all that these watch.
         watched = [*watched, *self._masks]
         stop = max(self.order[node] for node in watched) + 1
-        first, second = self._starts_at
-        reached = settled if later is None else max(first, settled, stop)
         wanted = {*watched, *(later or ())}
-        kept: list[tuple[Values, Values]] | None = []
-        size = 0
-        for index, (original, pruned) in enumerate(self._starts()):
-            self._advance(original, pruned, range(first, settled), range(second, settled), wanted, index)
+        for index, at in enumerate(self._starts()):
+            original, pruned = at.original, at.pruned
+            # What a batch had reached before may lie behind what is settled now, of the original's values.
+            self._advance(original, pruned, range(at.first, settled), range(at.second, settled), wanted, index)
             saved = dict(original), dict(pruned)
-            self._advance(original, pruned, range(max(first, settled), stop), range(settled, stop), wanted, index)
+            front = max(at.first, settled)
+            self._advance(original, pruned, range(front, stop), range(settled, stop), wanted, index)
             if later is not None:
+                front = max(front, stop)
                 still = {*later, *self._masks}
-                needed = {node: value for node, value in original.items() if self._last_use[node] >= reached}
+                needed = {node: value for node, value in original.items() if self._last_use[node] >= front}
                 saved = needed | {node: original[node] for node in still & original.keys()}, saved[1]
-            # What is kept fits for all batches or for none: a pass starts at one place.
-            size += _nbytes(*saved)
-            kept = [*kept, saved] if kept is not None and size <= self._cache_bytes else None
             yield {node: original[node] for node in watched}, {node: pruned[node] for node in watched}
-        # Only a pass that was read to its end knows all batches.
-        if kept is not None:
-            self._starts_at, self._saved = (reached, settled), kept
+            self._keep(index, _Reached(front, settled, *saved, nbytes=_nbytes(*saved)))
+
+    def _keep(self, index: int, reached: _Reached) -> None:
+        """Keep what a batch has reached, in the place of what was kept of it, if there is room."""
+        others = sum(kept.nbytes for each, kept in self._reached.items() if each != index)
+        if others + reached.nbytes <= self._cache_bytes:
+            self._reached[index] = reached
 
     def counted(self, values: Values) -> Tensor | None:
         """Tell which positions of a batch aren't padding, ``(entries, places)``; None where no mask says it."""
         return real_positions({str(node.target): values[node] for node in self._masks})
 
-    def _starts(self) -> Iterator[tuple[Values, Values]]:
-        """Yield each batch's values at the place where passes start."""
-        if self._saved is not None:
-            # Copies of the dictionaries: a pass takes out what it no longer needs.
-            yield from ((dict(original), dict(pruned)) for original, pruned in self._saved)
-            return
-        for call in calls(self.model, self._calibration):
-            named = bind_arguments(self.model, call)
-            given = {node: named[str(node.target)] for node in self._placeholders if str(node.target) in named}
-            yield dict(given), dict(given)
+    def _starts(self) -> Iterator[_Reached]:
+        """Yield each batch's values at the place where its pass starts."""
+        known, batches = self._reached, 0
+        is_known = len(known) == self._batches
+        given: Iterable[Any] = range(len(known)) if is_known else calls(self.model, self._calibration)
+        for index, call in enumerate(given):
+            batches = index + 1
+            if index in known:
+                # Copies of the dictionaries: a pass takes out what it no longer needs.
+                yield replace(known[index], original=dict(known[index].original), pruned=dict(known[index].pruned))
+            else:
+                named = bind_arguments(self.model, call)
+                values = {node: named[str(node.target)] for node in self._placeholders if str(node.target) in named}
+                yield _Reached(0, 0, dict(values), dict(values))
+        self._batches = batches
 
     def _advance(
         self, original: Values, pruned: Values, one: range, other: range, watched: set[Node], index: int

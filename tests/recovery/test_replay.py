@@ -95,6 +95,49 @@ def test_the_original_computes_once_what_later_passes_look_at(residual_net, pair
         torch.testing.assert_close(torch.cat([values[place] for values in found]), net(torch.cat(images)).detach())
 
 
+class Loader:
+    """Batches that can be read again and again, in an order that nobody promises."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def counted_runs(original, name):
+    """A list that grows by the size of each batch that a layer sees."""
+    seen = []
+    original.get_submodule(name).register_forward_hook(lambda _, inputs, output: seen.append(len(inputs[0])))
+    return seen
+
+
+def test_the_batches_that_fit_are_kept_and_only_the_others_run_again(residual_net, pair, images):
+    original, changed = pair
+    settled = node_of(original, "conv2")
+    probe = Replay(residual_net, original, changed, images, 2**30)
+    values(probe, original, "head", "conv2")
+    one = max(kept.nbytes for kept in probe._reached.values())
+    assert len(images) == 4
+    seen = counted_runs(original, "conv1")
+    replay = Replay(residual_net, original, changed, images, 2 * one + one // 2)
+    for runs in (4, 4 + 2, 4 + 2 + 2):
+        found = torch.cat([known[0][settled] for known in replay.run(replay.order[settled], [settled])])
+        assert len(seen) == runs
+    whole = next(iter(Replay(residual_net, original, changed, [torch.cat(images)], 0).run(0, [settled])))[0]
+    torch.testing.assert_close(found, whole[settled])
+
+
+def test_only_what_is_kept_of_all_batches_repeats_a_loader_that_shuffles(residual_net, pair, images):
+    for cache_bytes, is_kept in ((2**30, True), (100_000, False)):
+        replay = Replay(residual_net, *pair, Loader(images), cache_bytes)
+        assert not replay.is_repeatable
+        values(replay, pair[0], "head", "conv2")
+        assert replay.is_repeatable == is_kept
+    assert 0 < len(replay._reached) < len(images)
+    assert Replay(residual_net, *pair, images, 0).is_repeatable
+
+
 def test_only_nodes_behind_a_difference_are_touched(pair):
     original, changed = pair
     touched = {node.name for node in touched_nodes(original, changed)}

@@ -57,6 +57,18 @@ def test_a_copy_of_a_chosen_channel_comes_last():
     assert order[-1] == 3
 
 
+def test_where_the_targets_are_met_the_others_follow_by_the_gains_they_had():
+    inputs, _ = draw(7, 200, 6, 1, 1)
+    rest = inputs[:, :4] @ np.diag([0.0, 1e-4, 0.0, 3e-4])
+    inputs[:, 4:] = 0.0
+    targets = np.hstack([inputs[:, :1], inputs[:, 2:3], rest])
+    order, taken = forward_selection([Products(inputs.T @ inputs, inputs.T @ targets, 1)], 6)
+    assert set(order[:2].tolist()) == {0, 2}
+    # Channel 1 goes into the targets at less than 1e-5 of them, and so behind channel 3, and before what is silent.
+    assert order[2:].tolist() == [3, 1, 4, 5]
+    assert (taken[2:] <= 1e-5 * taken[:2].sum()).all()
+
+
 def test_silent_channels_are_chosen_last_and_do_no_harm():
     inputs, targets = draw(3, 100, 4, 1, 2)
     inputs[:, 0] = 0.0

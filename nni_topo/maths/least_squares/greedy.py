@@ -29,6 +29,7 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 _LEAST_PIVOT = 1e-10
+_NOTHING = 1e-5  # of what the chosen ones took: where no channel takes more, the others follow by what they would take
 _CACHED = 2**20  # bytes of targets that are worked on at a time
 
 
@@ -108,16 +109,18 @@ def _chosen(readers: Sequence[_Reader], channels: int, keep: int, parts: int) ->
     room = np.full(parts, keep // parts)
     left = np.ones(channels, dtype=bool)
     order, taken = np.empty(keep, dtype=np.int64), np.empty(keep)
-    first = 0.0
+    gains, is_met = np.empty(0), False
     for step in range(keep):
-        gains = np.sum([reader.gains() for reader in readers], axis=0)
-        first = first or float(gains.max())
+        if not is_met:
+            gains = np.sum([reader.gains() for reader in readers], axis=0)
+        found = np.where(left & (room[part] > 0), gains, -np.inf)
         # What is small beside the first gain is rounding: among such channels the lowest wins.
-        order[step] = first_largest(np.where(left & (room[part] > 0), gains, -np.inf), first)
+        order[step] = first_largest(found, taken[0] if step else 0.0)
         taken[step] = gains[order[step]]
         left[order[step]] = False
         room[part[order[step]]] -= 1
-        for reader in readers:
+        is_met = is_met or taken[step] <= _NOTHING * taken[:step].sum()
+        for reader in [] if is_met else readers:
             reader.choose(int(order[step]))
     return order, taken
 
