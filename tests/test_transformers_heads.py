@@ -294,3 +294,38 @@ def test_a_model_in_training_is_pruned_and_compensated_as_it_evaluates():
     assert found.training
     expected = to_dense(compensate(model, masks, [inputs]), inputs, masks)
     torch.testing.assert_close(logits(found.eval(), inputs), logits(expected, inputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("BertForSequenceClassification", r".*_embeddings|.*\.output\.dense"),
+        ("RobertaForSequenceClassification", r".*_embeddings|.*\.output\.dense"),
+        ("DistilBertForSequenceClassification", r".*_embeddings|.*\.(out_lin|lin2)"),
+        ("ViTForImageClassification", r".*projection|.*\.output\.dense|.*\.(o_proj|fc2)"),
+        ("DeiTForImageClassification", r".*projection|.*\.output\.dense|.*\.(o_proj|fc2)"),
+    ],
+)
+def test_the_residual_width_goes(name, asked, tmp_path):
+    model = make(name)
+    inputs = inputs_of(model)
+    groups = dependency_groups(model, inputs, [{"op_names_re": [asked], "sparse_ratio": 0.25}])
+    assert not groups.skipped
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense = to_dense(model, inputs, masks)
+    expected = logits(masked_model(model, inputs, masks), inputs)
+    torch.testing.assert_close(logits(dense, inputs), expected, rtol=1e-5, atol=1e-5)
+    width = {each.normalized_shape for each in dense.modules() if isinstance(each, torch.nn.LayerNorm)}
+    assert width == {(12,)}
+    with pytest.raises(ConfigError, match=r"nni_topo.save and nni_topo.load take it"):
+        save_pretrained(dense, tmp_path / "folder")
+    save(dense, tmp_path / "dense.safetensors")
+    assert torch.equal(logits(load(tmp_path / "dense.safetensors", model), inputs), logits(dense, inputs))
+
+
+def test_a_width_that_cannot_be_followed_stays_with_the_reason():
+    model = make("LlamaForCausalLM")
+    asked = [{"op_names_re": [r".*embed_tokens|.*(o|down)_proj"], "sparse_ratio": 0.25}]
+    groups = dependency_groups(model, inputs_of(model), asked)
+    assert list(groups) == []
+    assert "input_layernorm" in groups.skipped["model.embed_tokens"]
