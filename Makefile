@@ -28,7 +28,7 @@ MUTANTS ?=
 PY ?= $(BIN)/python
 CUDA_TESTS := tests/test_devices.py tests/test_bench_cuda.py tests/pruners/test_base.py
 
-.PHONY: fuzz faults demo test test-all test-lowest test-processors cuda lint docs start mutants upstream checkout clean
+.PHONY: fuzz faults demo test test-all test-lowest test-processors cuda lint docs start pictures mutants upstream checkout clean
 
 demo: $(READY)
 	$(BIN)/nni-topo demo --out demo
@@ -76,9 +76,14 @@ docs:
 	test -x $(SITE)/bin/mkdocs || { $(PYTHON) -m venv $(SITE) && $(SITE)/bin/pip install --quiet $(SITE_TOOLS); }
 	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict --quiet
 
-# docs/start.md as it runs now, with its picture
+# docs/start.md as it runs now, with its picture, in start/
 start: $(READY)
-	$(BIN)/python tools/transcript.py docs/start.md
+	rm -rf start
+	$(BIN)/python tools/transcript.py docs/start.md start
+
+# pictures of the report that `make start` leaves, and of the site, by Chromium
+pictures: docs
+	$(BIN)/python tools/screenshots.py start/runs/digits
 
 mutants: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
@@ -98,4 +103,4 @@ $(READY): setup.cfg pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv $(LOWEST) $(SITE) site build dist demo upstream.json cuda.json *.egg-info
+	rm -rf .venv $(LOWEST) $(SITE) site build dist demo start upstream.json cuda.json *.egg-info

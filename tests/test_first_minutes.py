@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
+import sys
 
 import pytest
 
@@ -48,6 +49,25 @@ def test_doctor_names_the_command_for_what_is_missing(capsys, monkeypatch):
     }
     assert main(["doctor"]) == 1
     assert "mend what is broken first" in capsys.readouterr().out
+
+
+WITHOUT_MANAGER = """
+import sys
+sys.modules["nni_node"] = None
+import torch, nni_topo
+from nni_topo.cli import main
+net = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+small = nni_topo.shrink(net, [torch.randn(64, 16)], {"flops": 0.5}, distill=False)
+assert small[0].out_features < 32
+sys.exit(main(["doctor", "--json"]))
+"""
+
+
+def test_without_the_manager_of_experiments_networks_are_pruned_and_doctor_says_what_is_missing():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_MANAGER], capture_output=True, text=True, check=True)
+    (manager,) = [each for each in json.loads(done.stdout) if each["what"] == "NNI's manager"]
+    assert manager["state"] == "missing"
+    assert "pip install" in manager["remedy"]
 
 
 @pytest.mark.parametrize(

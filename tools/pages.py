@@ -11,6 +11,16 @@ from typing import Any
 from mkdocs.structure.files import File
 
 PROJECT = Path(__file__).parents[1]
+_TITLES = {
+    "plan": "A plan of `compare`",
+    "modelchoice": "An entry of `models`",
+    "datachoice": "An entry of `data`",
+    "prunerchoice": "An entry of `pruners`",
+    "target": "An entry of `targets`, as `{flops: 0.25}`",
+    "compensationchoice": "`compensate`",
+    "distillationchoice": "`distill`",
+    "pruneconfig": "A file for `prune`",
+}
 ELSEWHERE = {
     "index.md": "README.md",
     "results.md": "benchmarks/RESULTS.md",
@@ -89,13 +99,18 @@ def verbs() -> str:
                 continue
             group = "experiment " if path.stem == "experiment" else ""
             parts += [f"## {group}{name}", "", summary, "", "| flag | default | |", "|---|---|---|", *flags, ""]
+    parts += ["## YAML", "", "Keys of a plan for `compare`, of a file for `prune`, and of the mappings in them."]
+    parts += ["`configs/` of the sources has a commented file per use. A study's plan has its flags as keys.", ""]
+    for name, summary, keys in _classes((PROJECT / "nni_topo/runs/plan.py").read_text(), of_verbs=False):
+        if name != "cell":
+            parts += [f"### {_TITLES[name]}", "", summary, "", "| key | default | |", "|---|---|---|", *keys, ""]
     return "\n".join(parts)
 
 
-def _classes(text: str) -> Iterator[tuple[str, str, list[str]]]:
+def _classes(text: str, *, of_verbs: bool = True) -> Iterator[tuple[str, str, list[str]]]:
     lines = text.splitlines()
     for node in ast.parse(text).body:
-        if not isinstance(node, ast.ClassDef) or not any(
+        if not isinstance(node, ast.ClassDef) or of_verbs != any(
             "Verb" in ast.unparse(b) or "Study" in ast.unparse(b) for b in node.bases
         ):
             continue
@@ -104,7 +119,8 @@ def _classes(text: str) -> Iterator[tuple[str, str, list[str]]]:
         for item in fields:
             default = "" if item.value is None else f"`{ast.unparse(item.value)}`"
             said = lines[item.lineno - 1].partition("  # ")[2]
-            flags.append(f"| `{ast.unparse(item.target).replace('_', '-')}` | {default} | {said} |")
+            name = ast.unparse(item.target)
+            flags.append(f"| `{name.replace('_', '-') if of_verbs else name}` | {default} | {said} |")
         if flags and not node.name.startswith("_"):
             title = re.sub(r"^Analyze", "analyze ", node.name).lower()
             yield title, (ast.get_docstring(node) or "").partition("\n")[0], flags

@@ -1,4 +1,6 @@
-"""Run a page's snippets in an empty folder and write what they print below them: ``python tools/transcript.py PAGE``.
+"""Run a page's snippets and write what they print below them: ``python tools/transcript.py PAGE FOLDER``.
+
+FOLDER is made for it and stays, so that pictures can be taken of what is there.
 
 Python snippets run one after the other, as one program. A block of ``text`` right below a snippet holds its output;
 commands of the shell run only where they have one.
@@ -12,7 +14,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from contextlib import chdir, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -65,8 +66,8 @@ def tidy(said: str) -> str:
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    with tempfile.TemporaryDirectory() as made:
-        path.write_text(transcribed(path.read_text(encoding="utf-8"), Path(made)), encoding="utf-8")
-        for picture in Path(made).rglob("accuracy.png"):
-            shutil.copy(picture, path.parent / "figures" / f"{path.stem}.png")
+    path, made = map(Path, sys.argv[1:])
+    made.mkdir(parents=True)
+    path.write_text(transcribed(path.read_text(encoding="utf-8"), made), encoding="utf-8")
+    for picture in made.rglob("accuracy.png"):
+        shutil.copy(picture, path.parent / "figures" / f"{path.stem}.png")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
+from joblib import Parallel, delayed
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import RenderableType
@@ -121,6 +122,7 @@ def sensitivity(
     budget: float = 0.01,
     stop_drop: float | None = None,
     on_progress: Progress | None = None,
+    n_jobs: int = 1,
 ) -> Sensitivity:
     """Prune one layer or dependency group at a time and measure; suggest a ratio for each.
 
@@ -147,7 +149,9 @@ def sensitivity(
     stop_drop : float or None, default=None
         A curve ends once its score is more than this below the baseline. None: never.
     on_progress : callable or None, default=None
-        Called with the layers' names (joined by ``+``), the ratio and the score after each measurement.
+        Called with the layers' names (joined by ``+``), the ratio and the score of each measurement, curve by curve.
+    n_jobs : int, default=1
+        Curves measured at a time, as joblib's ``n_jobs``: in processes of their own, to which all of this is pickled.
 
     Returns
     -------
@@ -175,16 +179,14 @@ def sensitivity(
         raise ConfigError(f"budget and stop_drop must be at least 0, got {budget} and {stop_drop} (sensitivity)")
     trial = _Trial(model, example_inputs, evaluate, pruner, {} if knobs is None else knobs)
     baseline = trial.score(model)
-    curves = []
-    for names in trial.groups(layers):
-        accuracy: dict[float, float] = {}
-        for ratio in ratios:
-            accuracy[ratio] = trial.pruned({names: ratio})
-            if on_progress is not None:
-                on_progress("+".join(names), ratio, accuracy[ratio])
-            if stop_drop is not None and accuracy[ratio] < baseline - stop_drop:
-                break
-        curves.append(SensitivityCurve(names, accuracy))
+    least = -math.inf if stop_drop is None else baseline - stop_drop
+    tasks = (delayed(trial.curve)(names, ratios, least) for names in trial.groups(layers))
+    curves: list[SensitivityCurve] = []
+    for curve in Parallel(n_jobs=n_jobs, return_as="generator")(tasks):
+        curves.append(curve)
+        if on_progress is not None:
+            for ratio, accuracy in curve.accuracy.items():
+                on_progress("+".join(curve.layers), ratio, accuracy)
     chosen, joint = _suggestion(trial, curves, baseline, budget)
     suggested = [{"op_names": list(names), "sparse_ratio": ratio} for names, ratio in chosen.items()]
     return Sensitivity(pruner, trial.knobs, baseline, curves, budget, suggested, joint)
@@ -201,6 +203,7 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
     stop_drop: float | None = None  # end a curve so far below the baseline; None: never
     calibration: int | None = None  # training images for the pruner; None: 512 where it needs them
     images: int | None = None  # validation images used; None: all
+    n_jobs: int = 1  # curves measured at a time, at least 1; -1: one per core
 
     def find(self, tell: Tell) -> Sensitivity:
         """Prune copies of a trained model and judge them on validation images."""
@@ -219,6 +222,7 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
             budget=self.budget,
             stop_drop=self.stop_drop,
             on_progress=lambda layers, ratio, accuracy: tell(f"{layers} at {ratio:g}: {100 * accuracy:.1f} %"),
+            n_jobs=self.n_jobs,
         )
 
     def show(self, found: Sensitivity) -> Iterator[RenderableType]:
@@ -271,6 +275,15 @@ class _Trial:
             (name,) = config["op_names"]
             tied.setdefault(config.get("dependency_group_id", name), []).append(name)
         return [tuple(names) for names in tied.values()]
+
+    def curve(self, names: tuple[str, ...], ratios: Sequence[float], least: float) -> SensitivityCurve:
+        """Return the scores of copies with some layers pruned, in the ratios' order, until one is below ``least``."""
+        accuracy: dict[float, float] = {}
+        for ratio in ratios:
+            accuracy[ratio] = self.pruned({names: ratio})
+            if accuracy[ratio] < least:
+                break
+        return SensitivityCurve(names, accuracy)
 
     def pruned(self, ratios: Mapping[tuple[str, ...], float]) -> float:
         """Return the score of a copy with these layers pruned."""

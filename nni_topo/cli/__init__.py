@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choice = _choose(name, choice(), words)
     name = f"{name} {words.pop(0)}"
     try:
-        verb = _parsed(name, choice, words)
+        verb = parsed(name, choice, words)
         # With --json, standard output holds the document and nothing else.
         return verb.run(Console(stderr=verb.json, soft_wrap=False, width=None if sys.stdout.isatty() else 160))
     except NniTopoError as error:
@@ -96,7 +96,7 @@ def _choose(name: str, choices: Choices, words: list[str]) -> type[Verb] | Calla
     return choices[chosen(name, lines, words, f"nni_topo {nni_topo.__version__}")]
 
 
-def _parsed(name: str, kind: type[Verb], words: list[str]) -> Verb:
+def parsed(name: str, kind: type[Verb], words: list[str]) -> Verb:
     """Return a verb with what the words, and a YAML file that they name, say."""
     if issubclass(kind, Study):
         planned = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

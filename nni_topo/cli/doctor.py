@@ -51,7 +51,17 @@ class Doctor(Verb):
 
     def run(self, console: Console) -> int:
         """Print what was found; return 1 if anything needed is broken."""
-        found = [*_packages(), _pair(), _nni(), _gpu(), *self._data(), _free(self.port), _disk(), *_optional()]
+        found = [
+            *_packages(),
+            _pair(),
+            _nni(),
+            _gpu(),
+            *self._data(),
+            _manager(),
+            _free(self.port),
+            _disk(),
+            *_optional(),
+        ]
         rows = [(each.what, each.state, each.found, each.remedy) for each in found]
         broken = [each for each in found if each.state == "broken"]
         way_on = "mend what is broken first" if broken else "next: nni-topo demo"
@@ -113,6 +123,13 @@ def _gpu() -> Finding:
     if torch.cuda.is_available():
         return Finding("GPU", "ok", torch.cuda.get_device_name())
     return Finding("GPU", "missing", f"none that this torch can use; {torch.get_num_threads()} threads instead")
+
+
+def _manager() -> Finding:
+    if importlib.util.find_spec("nni_node") is None:
+        remedy = "pip install --force-reinstall --no-deps 'nni>=3.0,<4'"
+        return Finding("NNI's manager", "missing", "not there, so no experiments; nothing else needs it", remedy)
+    return Finding("NNI's manager", "ok", "there for experiments")
 
 
 def _free(port: int) -> Finding:

@@ -96,6 +96,7 @@ class Compare(DataVerb):
     compensate: int = 0  # compensate every row on so many unlabelled images; 0: none
     distill: int = 0  # then distil every row on so many unlabelled images; 0: none
     in_process: bool = False  # don't start a process per cell
+    n_jobs: int | None = None  # cells that run at a time, at least 1; -1: one per core; None: as the plan says, or 1
 
     def run(self, console: Console) -> int:
         """Run the comparison's cells and print its tables."""
@@ -103,6 +104,7 @@ class Compare(DataVerb):
         if self.plan and self.data_dir:
             folder = str(self.data_dir)
             plan = replace(plan, data=tuple(replace(choice, data_dir=folder) for choice in plan.data))
+        plan = plan if self.n_jobs is None else replace(plan, n_jobs=self.n_jobs)
         return _run_plan(plan, self.out, console, isolate=not self.in_process, as_json=self.json)
 
     def _plan(self) -> Plan:

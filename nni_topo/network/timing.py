@@ -16,7 +16,7 @@ from nni_topo.network.capture import watched
 from nni_topo.network.inputs import Call, batch_size, tensors_of
 from nni_topo.network.latency import LatencyTable, LayerLatency
 from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, WEIGHTED, is_depthwise
-from nni_topo.network.measure import now, thread_count
+from nni_topo.network.measure import memory_kept, now, thread_count
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.network import Network
 
@@ -74,7 +74,7 @@ def measure_latency(
     modules = {name: module for name, module in called.items() if isinstance(module, WEIGHTED)}
     timed: dict[Any, FloatArray] = {}
     layers: dict[str, LayerLatency] = {}
-    with thread_count(threads), torch.no_grad(), evaluation_mode(model):
+    with thread_count(threads), torch.no_grad(), evaluation_mode(model), memory_kept(tensors_of(network.call)[0]):
         rest = _between(model, modules.values(), network.call, repeats)
         for name in modules:
             found = network.sizes[name]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from torch import nn
@@ -25,32 +25,24 @@ from nni_topo.errors import (
     one_of,
     unknown_name,
 )
-from nni_topo.maths.ties import FLOOR, RELATIVE, first_smallest, leveled
 from nni_topo.network.cost import Kept, NetworkCost
 from nni_topo.network.dense import to_dense
 from nni_topo.network.latency import LatencyTable
 from nni_topo.network.measure import time_share
 from nni_topo.network.modes import unwrapped_copy
 from nni_topo.network.timing import measure_latency
-from nni_topo.pruners.planner import FloatArray, Losses, Planner
+from nni_topo.pruners.planner import Losses, Planner
+from nni_topo.pruners.solving import solve_error, solve_timed, solve_tolerance, solve_uniform
 from nni_topo.pruners.units import PruningUnit
 
 _logger = logging.getLogger(__name__)
 
 Allocation = Literal["uniform", "topological", "error"]
 ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
-Position = TypeVar("Position", int, float)
 BUDGETS = ("flops", "params", "latency", "memory")
 _RULES = {"allocation": one_of(ALLOCATIONS), "latency_table": instance(LatencyTable) | PATH | NONE}
 _MISSED = 0.01
 _MISSED_TIME = 0.05  # of what is asked for
-_NEAR_TIME = 0.02  # likewise, where to stop
-_TIMINGS = 10
-_LEAST_GAIN = -0.05  # logarithm of a share of the time
-_STEPS = 40
-_STRETCHES = 16
-_LEAST_SAVING = 1e-12  # a share: rows that save nothing go last
-_GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
 @dataclass(frozen=True)
@@ -183,13 +175,8 @@ class BudgetPlanner(Planner):
 def tell_if_missed(budget: Budget, left: float, reason: str) -> None:
     """Warn where a budget is missed, and say why."""
     if abs(left - budget.share) > max(_MISSED, _MISSED_TIME * budget.share * (budget.kind == "latency")):
-        _logger.warning(
-            "a budget of %s is missed: %.4g of it should be left, %.4g is, because %s",
-            budget.kind,
-            budget.share,
-            left,
-            reason,
-        )
+        told = budget.kind, budget.share, left, reason
+        _logger.warning("a budget of %s is missed: %.4g of it should be left, %.4g is, because %s", *told)
 
 
 def share_left(
@@ -245,32 +232,6 @@ def network_time(model: nn.Module, example_inputs: Any, wanted: float) -> Callab
     return share
 
 
-def solve_timed(
-    solve: Callable[[float], list[int]],
-    said: Callable[[Sequence[int]], float],
-    timed: Callable[[Sequence[int]], float],
-    share: float,
-) -> tuple[list[int], float, float]:
-    """Return rows to remove such that the dense network takes a ``share`` of the time, what it takes, and the aim.
-
-    A table of layers is off by what networks do beside and between them, so that each solution is timed, and the next
-    one aims at what the table says where, by the times so far, the share would be met.
-    """
-    points, aim, found = [(1.0, 1.0)], share, []
-    for _ in range(_TIMINGS):
-        removed = solve(aim)
-        found.append((removed, timed(removed), aim))
-        if abs(found[-1][1] - share) <= _NEAR_TIME * share or removed in [each for each, *_ in found[:-1]]:
-            break
-        points = sorted([*points, (said(removed), found[-1][1])])
-        table, taken = np.log(np.array(points)).T
-        taken, wanted = np.maximum.accumulate(taken), math.log(share)
-        # below what was timed as a power of it
-        power = table[0] / min(taken[0], _LEAST_GAIN) if wanted < taken[0] else None
-        aim = math.exp(np.interp(wanted, taken, table) if power is None else wanted * power)
-    return min(found, key=lambda each: abs(each[1] - share))
-
-
 def planned(
     budget: Budget | Mapping[str, Any] | None,
     example_inputs: Any,
@@ -290,111 +251,3 @@ def planned(
     if example_inputs is None:
         raise ConfigError("a budget needs example_inputs or calibration data, got neither (budget)")
     return BudgetPlanner(budget, example_inputs, round_to=fallback.round_to)
-
-
-def solve_uniform(
-    rows: Sequence[int],
-    left: Callable[[Sequence[int]], float],
-    share: float,
-    bounds: Sequence[tuple[int, int]] | None = None,
-) -> list[int]:
-    """Return the rows that units lose by one ratio, as far as bounds let them, to be ``left`` a ``share`` of the cost.
-
-    The ``bounds`` are the fewest and the most rows of each; without them all but one may go.
-    """
-    bounds = bounds or [(0, count - 1) for count in rows]
-    # Layers of equal width would round at the same ratio, all at once: a phase for each, spread evenly by the golden
-    # ratio, lets them round one after the other, so that the budget is met more nearly than by one ratio.
-    phases = [(index * _GOLDEN) % 1.0 for index in range(len(rows))]
-
-    def removed(ratio: float) -> list[int]:
-        return [
-            min(max(int(count * ratio + phase), low), high)
-            for count, phase, (low, high) in zip(rows, phases, bounds, strict=True)
-        ]
-
-    low, high = 0.0, 1.0
-    # Widths are integers: bisection ends beside a step of the cost, so the nearest of all that it saw counts.
-    tried = [(abs(left(removed(ratio)) - share), ratio) for ratio in (low, high)]
-    for _ in range(_STEPS):
-        middle = (low + high) / 2.0
-        found = left(removed(middle))
-        tried.append((abs(found - share), middle))
-        low, high = (middle, high) if found > share else (low, middle)
-    return removed(_nearest(tried))
-
-
-def solve_error(
-    losses: list[FloatArray], bounds: list[tuple[int, int]], left: Callable[[Sequence[int]], float], share: float
-) -> list[int]:
-    """Remove rows, again and again those that lose least for what they save, until a budget is met.
-
-    ``losses`` (rows,) descend, unit by unit. What rows save depends on the layers around them, so it is counted anew;
-    as other rows go it only shrinks, so that a count from before is a bound and few are needed.
-    """
-    removed = [low for low, _ in bounds]
-    behind = [np.append(0.0, worth[::-1].cumsum()) for worth in losses]  # what the last rows are worth, by their number
-    steps = [max(1, len(worth) // _STRETCHES) for worth in losses]
-    now, scale = left(removed), max(each[-1] for each in behind)
-
-    def stretch(unit: int) -> list[int]:
-        return [min(gone + steps[at], bounds[at][1]) if at == unit else gone for at, gone in enumerate(removed)]
-
-    def price(unit: int) -> float:
-        there = stretch(unit)[unit]
-        if there == removed[unit]:
-            return math.inf
-        saved = max(now - left(stretch(unit)), _LEAST_SAVING)
-        return float(behind[unit][there] - behind[unit][removed[unit]]) / saved
-
-    prices = [price(unit) for unit in range(len(losses))]
-    while now > share and min(prices) < math.inf:
-        unit = first_smallest(prices, scale)
-        known, prices[unit] = prices[unit], price(unit)
-        if prices[unit] > known * (1.0 + RELATIVE) + FLOOR * scale:
-            continue
-        then = left(stretch(unit))
-        if then < share and max(steps) > 1:
-            # Near the budget row by row.
-            steps = [1] * len(steps)
-            prices = [price(each) for each in range(len(losses))]
-            continue
-        if abs(then - share) > abs(now - share):
-            break
-        removed, now = stretch(unit), then
-        prices[unit] = price(unit)
-    return removed
-
-
-def _nearest(tried: list[tuple[float, Position]]) -> Position:
-    """Return the position with the least gap to the budget, the lowest of those that count as equal."""
-    # Shares of a whole of 1 err by rounding of 1, however small the gap; the lowest position removes least.
-    ordered = sorted(tried, key=lambda each: each[1])
-    return ordered[first_smallest([gap for gap, _ in ordered], 1.0)][1]
-
-
-def solve_tolerance(
-    losses: list[FloatArray], bounds: list[tuple[int, int]], left: Callable[[Sequence[int]], float], share: float
-) -> list[int]:
-    """Remove, over all units, the rows whose score lies below one tolerance, such that a budget is met."""
-    settled = leveled(np.concatenate(losses))
-    profiles = np.split(settled, np.cumsum([len(each) for each in losses])[:-1])
-    # Between two scores nothing changes, so these are all the tolerances there are; the ends remove as little, and as
-    # much, as the bounds allow. Scores that are equal but for rounding are one step, whichever layer has them.
-    tolerances = np.unique([-np.inf, *settled, np.inf])
-
-    def removed(index: int) -> list[int]:
-        tolerance = tolerances[index]
-        return [
-            min(max(int((profile < tolerance).sum()), low), high)
-            for profile, (low, high) in zip(profiles, bounds, strict=True)
-        ]
-
-    low, high = 0, len(tolerances) - 1
-    tried = [(abs(left(removed(index)) - share), index) for index in (low, high)]
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = left(removed(middle))
-        tried.append((abs(found - share), middle))
-        low, high = (middle, high) if found > share else (low, middle)
-    return removed(_nearest(tried))

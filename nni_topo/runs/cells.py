@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nni_topo.disk import read_json, write_json
+from nni_topo.disk import only_process, read_json, write_json
 from nni_topo.pruners.hooks import Masks
 from nni_topo.recovery import recalibrate_batch_norm
 from nni_topo.runs.plan import SCRATCH, Cell
@@ -62,8 +62,13 @@ def run_cell(cell: Cell, out: Path) -> Record:
 
 def start_of(cell: Cell, out: Path) -> Start:
     """Return a cell's trained network; all cells of a model, data set, recipe and seed share it."""
-    folder = out / "checkpoints"
+    folder = checkpoint(cell, out).parent
     return trained(cell.model, cell.data, recipe=cell.train, folder=folder, seed=cell.seed, device=cell.device)
+
+
+def checkpoint(cell: Cell, out: Path) -> Path:
+    """Return the file of a cell's trained network."""
+    return out / "checkpoints" / f"{cell.training_key}.pt"
 
 
 def cell_facts(cell: Cell) -> Record:
@@ -82,13 +87,14 @@ def cell_facts(cell: Cell) -> Record:
 def shared_ratios(cell: Cell, start: Start, out: Path) -> dict[str, float]:
     """Return every layer's ``sparse_ratio``; those solved for a budget are kept in ``ratios.json``."""
     path = out / "ratios.json"
-    known = read_json(path) or {}
     # they depend on the architecture alone: all seeds and pruners share them
     key = f"{cell.model.label}, {tuple(start.example.shape[1:])}, {cell.target.label}"
-    if key not in known:
-        example = start.timed if cell.target.kind == "latency" else start.example
-        known[key] = layer_ratios(start.net, example, cell.target)
-        write_json(path, known, sort=False)
+    with only_process(checkpoint(cell, out).parent):  # the folder itself is held by the comparison
+        known = read_json(path) or {}
+        if key not in known:
+            example = start.timed if cell.target.kind == "latency" else start.example
+            known[key] = layer_ratios(start.net, example, cell.target)
+            write_json(path, known, sort=False)
     return dict(known[key])
 
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import traceback
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from joblib import effective_n_jobs
 
 from nni_topo.disk import only_process, write_json
 from nni_topo.errors import ConfigError, NniTopoError, instance
 from nni_topo.pruners.registry import check_knob_names
-from nni_topo.runs.cells import run_cell
+from nni_topo.runs.cells import checkpoint, run_cell
 from nni_topo.runs.plan import SCRATCH, Cell, Plan
 from nni_topo.runs.records import COMPARED, Record, append_record, read_records
 from nni_topo.runs.report import write_report
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 
 # Never a plain fork: the child would inherit locks that PyTorch's threads hold. The server imports the pipeline once.
 _START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+Results = Generator[tuple[int, "Record | str"], None, None]
+_LOOK_SECONDS = 1.0  # how often it is looked whether a network that others wait for is trained
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,13 @@ def compare(
 
     The folder gets a line per finished cell in ``results.jsonl``, all records at the end in ``results.json``, the
     plan, ``report.html`` and the trained models. With ``isolate`` each cell has a process of its own: its memory is
-    given back, and a crash ends one cell only. ``on_cell`` is called with each cell, its number from 1 and their
-    number before it runs. ConfigError if a name, a knob or the device is unknown, or the folder holds another
-    comparison's records; DataError if the data can't be read, or
-    another run is at work in the folder.
+    given back, a crash ends one cell only, and the plan's ``n_jobs`` of them run at a time. ``on_cell`` is called with
+    each cell, its number from 1 and their number before it runs. ConfigError if a name, a knob or the device is
+    unknown, or the folder holds another comparison's records; DataError if the data can't be read, or another run is at
+    work in the folder.
     """
+    if not isolate and plan.n_jobs != 1:
+        raise ConfigError(f"cells that share a process must run one by one, got n_jobs {plan.n_jobs} (compare)")
     out = Path(out)
     cells = list(plan.cells())
     _check_choices(cells)
@@ -93,22 +100,25 @@ def _all_cells(
             f"{one['model']}, {one['data']}, {one['pruner']}, {one['target']} ({out})"
         )
     write_json(out / "plan.json", asdict(plan), sort=False, default=repr)
-    failures = []
-    for number, cell in enumerate(cells, start=1):
-        if cell.key in done:
-            continue
+
+    def tell(number: int) -> None:
         if on_cell is not None:
-            on_cell(cell, number, len(cells))
-        result = _isolated(cell, out) if isolate else run_cell(cell, out)
-        if isinstance(result, str):
-            failures.append(RunFailure(cell, result))
-            continue
-        append_record(out / "results.jsonl", result)
-        done[cell.key] = result
+            on_cell(cells[number - 1], number, len(cells))
+
+    todo = {number: cell for number, cell in enumerate(cells, start=1) if cell.key not in done}
+    jobs = effective_n_jobs(plan.n_jobs)
+    failures = {}
+    with closing(_isolated(todo, out, jobs, tell) if isolate else _in_process(todo, out, tell)) as results:
+        for number, result in results:
+            if isinstance(result, str):
+                failures[number] = RunFailure(todo[number], result)
+                continue
+            append_record(out / "results.jsonl", result)
+            done[todo[number].key] = result
     records = [done[cell.key] for cell in cells if cell.key in done]
     write_json(out / "results.json", records)
     write_report(out)
-    return Comparison(records, failures)
+    return Comparison(records, [failures[number] for number in sorted(failures)])
 
 
 def _check_choices(cells: list[Cell]) -> None:
@@ -121,29 +131,73 @@ def _check_choices(cells: list[Cell]) -> None:
         load_model_data(cell.model, cell.data)
 
 
-def _isolated(cell: Cell, out: Path) -> Record | str:
-    """Run a cell in a process of its own; return its record, or the reason why there is none."""
-    context = multiprocessing.get_context(_START)
+def _in_process(todo: Mapping[int, Cell], out: Path, tell: Callable[[int], None]) -> Results:
+    """Run cells one by one; yield each one's number and record."""
+    for number, cell in todo.items():
+        tell(number)
+        yield number, run_cell(cell, out)
+
+
+def _isolated(todo: Mapping[int, Cell], out: Path, jobs: int, tell: Callable[[int], None]) -> Results:
+    """Run each cell in a process of its own, so many at a time; yield its number and its record, or why there is none.
+
+    Of cells that share a network one trains it; the others begin when it is there.
+    """
+    context: Any = multiprocessing.get_context(_START)
     if _START == "forkserver":
         context.set_forkserver_preload(["nni_topo.runs.cells"])
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
-        before = set(multiprocessing.active_children())
-        result = pool.submit(run_cell, cell, out)
-        (process,) = set(multiprocessing.active_children()) - before
+    waiting, running = dict(todo), dict[Connection, tuple[int, BaseProcess]]()
+    try:
+        while waiting or running:
+            while len(running) < jobs and (number := _next(waiting, [todo[each] for each, _ in running.values()], out)):
+                tell(number)
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_send_record, args=(sender, waiting.pop(number), out))
+                process.start()
+                sender.close()  # the child's own end: when it is gone, so is the child
+                running[receiver] = number, process
+            for ready in wait(list(running), _LOOK_SECONDS):
+                number, process = running.pop(cast(Connection, ready))
+                yield number, _received(cast(Connection, ready), process)
+    finally:
+        for _, process in running.values():
+            process.kill()
+
+
+def _next(waiting: Mapping[int, Cell], running: list[Cell], out: Path) -> int | None:
+    """Return the number of the first cell whose network is trained, or that no running cell is training."""
+    training = {cell.training_key for cell in running}
+    free = (n for n, cell in waiting.items() if cell.training_key not in training or checkpoint(cell, out).exists())
+    return next(free, None)
+
+
+def _received(receiver: Connection, process: BaseProcess) -> Record | str:
+    """Return what a process sent before it ended, or how it ended."""
+    with receiver:
         try:
-            return result.result()
-        except BrokenProcessPool:
-            pass  # how it ended can be read once: the pool's own thread does so while the pool is left
-        except NniTopoError as error:
-            return str(error)
-        except Exception as error:
-            return "".join(traceback.format_exception(error))
+            return cast("Record | str", receiver.recv())
+        except (EOFError, OSError):  # nothing, or not all of it
+            process.join()
     code = process.exitcode or 0
     return f"killed by signal {-code} (out of memory?)" if code < 0 else f"ended with exit code {code}"
 
 
+def _send_record(sender: Connection, cell: Cell, out: Path) -> None:
+    """Run a cell and send its record, or the reason why there is none."""
+    _end_with_parent()
+    result: Record | str
+    try:
+        result = run_cell(cell, out)
+    except NniTopoError as error:
+        result = str(error)
+    except Exception:
+        result = traceback.format_exc()
+    sender.send(result)
+
+
 def _end_with_parent() -> None:
-    """Leave nothing running behind a parent that was killed."""
+    """Leave nothing running behind a parent that was killed; an interruption is the parent's to heed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
         # sys.exit would end the thread alone

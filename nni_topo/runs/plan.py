@@ -175,10 +175,13 @@ class Plan:
     device: str = "cpu"  # cpu, cuda or auto
     compensate: CompensationChoice | None = None  # between pruning and retraining, for every row; None: none
     distill: DistillationChoice | None = None  # behind compensation, for every row; None: none
+    n_jobs: int = 1  # cells that run at a time, in processes of their own, at least 1; -1: one per core
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ConfigError(f"seeds must be at least 1, got {self.seeds} (plan)")
+        if self.n_jobs < 1 and self.n_jobs != -1:
+            raise ConfigError(f"n_jobs must be at least 1, or -1 for all cores, got {self.n_jobs} (plan)")
         for name in ("models", "data", "pruners", "targets"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must hold at least one entry, got none (plan)")

@@ -9,7 +9,8 @@ import torch
 
 from nni_topo import Budget, ReconstructionPruner, create_pruner, dependency_groups, to_dense, zoo
 from nni_topo.errors import ConfigError
-from nni_topo.pruners.budget import network_cost, solve_error, solve_uniform
+from nni_topo.pruners.budget import network_cost
+from nni_topo.pruners.solving import solve_error, solve_uniform
 from nni_topo.pruners.topological.pruner import TopologicalPruner
 from nni_topo.runs.widths import inner_layers
 

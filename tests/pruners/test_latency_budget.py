@@ -8,7 +8,8 @@ from toy_times import LAYERS, proportional
 
 from nni_topo import dependency_groups, to_dense
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.pruners.budget import network_time, solve_timed
+from nni_topo.pruners.budget import network_time
+from nni_topo.pruners.solving import solve_timed
 from nni_topo.pruners.topological.pruner import TopologicalPruner
 from nni_topo.speedup import LatencyTable, LayerLatency, measure_latency
 from nni_topo.testing import toy_images, toy_model
@@ -107,6 +108,22 @@ def test_what_networks_take_corrects_what_a_table_says(share, taken):
     )
     assert left == taken(said(removed)) == pytest.approx(taken(aim), rel=0.05)
     assert left == pytest.approx(share, rel=0.05)
+
+
+def test_what_came_near_by_luck_alone_goes_on():
+    timings = []
+
+    def timed(removed):
+        timings.append(removed[0])
+        return (1.0 - removed[0] / 1000) * (0.9 if len(timings) == 2 else 1.0)
+
+    removed, left, _ = solve_timed(
+        lambda aim: [round(1000 * (1.0 - aim))], lambda removed: 1.0 - removed[0] / 1000, timed, 0.5
+    )
+    assert timings[:2] == [500, 500]
+    assert len(timings) > 3
+    assert timings[-2:] == removed * 2
+    assert left == pytest.approx(0.5, rel=0.02)
 
 
 def test_a_time_out_of_reach_is_come_near_to():

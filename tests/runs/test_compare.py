@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nni_topo import zoo
+from nni_topo.cli import main
 from nni_topo.disk import only_process
 from nni_topo.errors import ConfigError, DataError, instance
 from nni_topo.network.zeros import weights_left
@@ -24,6 +25,7 @@ from nni_topo.runs.plan import (
     Plan,
     PrunerChoice,
     Target,
+    load_plan,
 )
 from nni_topo.runs.records import append_record, read_records
 from nni_topo.runs.tables import markdown_report
@@ -95,10 +97,69 @@ def test_a_finished_comparison_runs_nothing_again(tmp_path):
     assert second[0] == first[0]
 
 
-def test_a_process_per_cell_gives_the_same_figures(tmp_path):
-    alone, _ = compare(plan("l1"), tmp_path / "alone", isolate=True)
-    together, _ = compare(plan("l1"), tmp_path / "together", isolate=False)
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_a_process_per_cell_gives_the_same_figures_however_many_run_at_a_time(n_jobs, tmp_path):
+    both = dataclasses.replace(plan("l1", seeds=n_jobs), targets=(Target("flops", 0.5), Target("params", 0.5)))
+    began = []
+    apart = dataclasses.replace(both, n_jobs=n_jobs)
+    alone, _ = compare(apart, tmp_path / "alone", on_cell=lambda cell, *_: began.append(cell.seed))
+    together, _ = compare(both, tmp_path / "together", isolate=False)
     assert figures(alone) == figures(together)
+    assert began[:n_jobs] == [*range(n_jobs)]  # each trains its network
+    ratios = [json.loads((tmp_path / name / "ratios.json").read_text()) for name in ("alone", "together")]
+    assert ratios[0] == ratios[1]
+
+
+MEETING = """
+import os, pathlib, time
+from torch import nn
+
+def meet(name, other, num_classes):
+    here = pathlib.Path(__file__).parent
+    (here / name).touch()
+    until = time.monotonic() + 60
+    while not (here / other).exists():
+        assert time.monotonic() < until, "alone"
+        time.sleep(0.05)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, num_classes))
+
+def one(num_classes):
+    return meet("one", "two", num_classes)
+
+def two(num_classes):
+    os._exit(meet("two", "one", num_classes) is None)
+"""
+
+
+def test_cells_run_beside_each_other_and_a_crash_of_one_is_its_own(tmp_path, monkeypatch):
+    (tmp_path / "meeting_nets_for_tests.py").write_text(MEETING)
+    monkeypatch.syspath_prepend(tmp_path)
+    models = tuple(ModelChoice(f"meeting_nets_for_tests:{name}") for name in ("two", "one"))
+    both = dataclasses.replace(plan("l1"), models=models, n_jobs=2)
+    records, failures = compare(both, tmp_path / "out")
+    assert [record["model"] for record in records] == ["meeting_nets_for_tests:one"]
+    assert [failure.reason for failure in failures] == ["ended with exit code 0"]
+
+
+@pytest.mark.parametrize("n_jobs", [0, -2])
+def test_a_number_of_jobs_that_is_none_is_refused(n_jobs):
+    with pytest.raises(ConfigError, match=rf"n_jobs must be at least 1, or -1 for all cores, got {n_jobs} \(plan\)"):
+        dataclasses.replace(plan("l1"), n_jobs=n_jobs)
+
+
+def test_a_file_says_how_many_cells_run_at_a_time_and_the_command_before_it(tmp_path, capsys):
+    path = tmp_path / "plan.yaml"
+    path.write_text("{models: small_cnn, data: digits, pruners: l1, targets: {ratio: 0.5}, n_jobs: 3}")
+    assert load_plan(path).n_jobs == 3
+    words = ["compare", "--plan", str(path), "--out", str(tmp_path / "out"), "--in-process"]
+    for given, n_jobs in (([], 3), (["--n-jobs", "2"], 2)):
+        assert main([*words, *given]) == 2
+        assert f"must run one by one, got n_jobs {n_jobs} (compare)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_cells_in_one_process_run_one_by_one(tmp_path):
+    with pytest.raises(ConfigError, match="must run one by one, got n_jobs -1"):
+        compare(dataclasses.replace(plan("l1"), n_jobs=-1), tmp_path, isolate=False)
 
 
 def test_a_failing_cell_is_reported_and_the_others_run(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.measure import now, time_share
+from nni_topo.network.measure import memory_kept, now, time_share
 from nni_topo.zoo import count_macs, count_params, create_model, latencies, latency_ms
 
 
@@ -171,6 +171,33 @@ def test_models_are_timed_in_turns_of_random_order(clock: Clock) -> None:
     rounds = [tuple(clock.ran[first : first + 3]) for first in range(0, 36, 3)]
     assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
     assert len(set(rounds)) > 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_passes_use_the_memory_that_they_free_and_give_it_back_in_the_end() -> None:
+    import resource
+
+    def pages() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    net = nn.Sequential(*[nn.Conv2d(16, 16, 3, padding=1) for _ in range(4)])
+    images = torch.zeros(16, 16, 64, 64)
+    with torch.inference_mode():
+        net(images)
+        before = resident()
+        with memory_kept(images):
+            for _ in range(100):
+                net(images)
+            taken, during = pages(), resident()
+            for _ in range(20):
+                net(images)
+            # 4 MB are 1,024 pages, and a pass fills 16 MB
+            assert pages() - taken < 20 * 100
+        assert during > before + 2**24
+        assert resident() < before + 2**24
 
 
 @pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="the system doesn't tell waits for a core")

@@ -1,0 +1,166 @@
+"""How many rows each unit loses so that what is left of a cost is a share of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from nni_topo.maths.ties import FLOOR, RELATIVE, first_smallest, leveled
+from nni_topo.network.progress import bar
+from nni_topo.pruners.planner import FloatArray
+
+Position = TypeVar("Position", int, float)
+_NEAR_TIME = 0.02  # of what is asked for, where to stop
+_TIMINGS = 10
+_LEAST_GAIN = -0.05  # logarithm of a share of the time
+_STEPS = 40
+_STRETCHES = 16
+_LEAST_SAVING = 1e-12  # a share: rows that save nothing go last
+_GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
+
+
+def solve_uniform(
+    rows: Sequence[int],
+    left: Callable[[Sequence[int]], float],
+    share: float,
+    bounds: Sequence[tuple[int, int]] | None = None,
+) -> list[int]:
+    """Return the rows that units lose by one ratio, as far as bounds let them, to be ``left`` a ``share`` of the cost.
+
+    The ``bounds`` are the fewest and the most rows of each; without them all but one may go.
+    """
+    bounds = bounds or [(0, count - 1) for count in rows]
+    # Layers of equal width would round at the same ratio, all at once: a phase for each, spread evenly by the golden
+    # ratio, lets them round one after the other, so that the budget is met more nearly than by one ratio.
+    phases = [(index * _GOLDEN) % 1.0 for index in range(len(rows))]
+
+    def removed(ratio: float) -> list[int]:
+        return [
+            min(max(int(count * ratio + phase), low), high)
+            for count, phase, (low, high) in zip(rows, phases, bounds, strict=True)
+        ]
+
+    low, high = 0.0, 1.0
+    # Widths are integers: bisection ends beside a step of the cost, so the nearest of all that it saw counts.
+    tried = [(abs(left(removed(ratio)) - share), ratio) for ratio in (low, high)]
+    for _ in range(_STEPS):
+        middle = (low + high) / 2.0
+        found = left(removed(middle))
+        tried.append((abs(found - share), middle))
+        low, high = (middle, high) if found > share else (low, middle)
+    return removed(_nearest(tried))
+
+
+def solve_error(
+    losses: list[FloatArray], bounds: list[tuple[int, int]], left: Callable[[Sequence[int]], float], share: float
+) -> list[int]:
+    """Remove rows, again and again those that lose least for what they save, until a budget is met.
+
+    ``losses`` (rows,) descend, unit by unit. What rows save depends on the layers around them, so it is counted anew;
+    as other rows go it only shrinks, so that a count from before is a bound and few are needed.
+    """
+    removed = [low for low, _ in bounds]
+    behind = [np.append(0.0, worth[::-1].cumsum()) for worth in losses]  # what the last rows are worth, by their number
+    steps = [max(1, len(worth) // _STRETCHES) for worth in losses]
+    now, scale = left(removed), max(each[-1] for each in behind)
+
+    def stretch(unit: int) -> list[int]:
+        return [min(gone + steps[at], bounds[at][1]) if at == unit else gone for at, gone in enumerate(removed)]
+
+    def price(unit: int) -> float:
+        there = stretch(unit)[unit]
+        if there == removed[unit]:
+            return math.inf
+        saved = max(now - left(stretch(unit)), _LEAST_SAVING)
+        return float(behind[unit][there] - behind[unit][removed[unit]]) / saved
+
+    prices = [price(unit) for unit in range(len(losses))]
+    while now > share and min(prices) < math.inf:
+        unit = first_smallest(prices, scale)
+        known, prices[unit] = prices[unit], price(unit)
+        if prices[unit] > known * (1.0 + RELATIVE) + FLOOR * scale:
+            continue
+        then = left(stretch(unit))
+        if then < share and max(steps) > 1:
+            # Near the budget row by row.
+            steps = [1] * len(steps)
+            prices = [price(each) for each in range(len(losses))]
+            continue
+        if abs(then - share) > abs(now - share):
+            break
+        removed, now = stretch(unit), then
+        prices[unit] = price(unit)
+    return removed
+
+
+def _nearest(tried: list[tuple[float, Position]]) -> Position:
+    """Return the position with the least gap to the budget, the lowest of those that count as equal."""
+    # Shares of a whole of 1 err by rounding of 1, however small the gap; the lowest position removes least.
+    ordered = sorted(tried, key=lambda each: each[1])
+    return ordered[first_smallest([gap for gap, _ in ordered], 1.0)][1]
+
+
+def solve_tolerance(
+    losses: list[FloatArray], bounds: list[tuple[int, int]], left: Callable[[Sequence[int]], float], share: float
+) -> list[int]:
+    """Remove, over all units, the rows whose score lies below one tolerance, such that a budget is met."""
+    settled = leveled(np.concatenate(losses))
+    profiles = np.split(settled, np.cumsum([len(each) for each in losses])[:-1])
+    # Between two scores nothing changes, so these are all the tolerances there are; the ends remove as little, and as
+    # much, as the bounds allow. Scores that are equal but for rounding are one step, whichever layer has them.
+    tolerances = np.unique([-np.inf, *settled, np.inf])
+
+    def removed(index: int) -> list[int]:
+        tolerance = tolerances[index]
+        return [
+            min(max(int((profile < tolerance).sum()), low), high)
+            for profile, (low, high) in zip(profiles, bounds, strict=True)
+        ]
+
+    low, high = 0, len(tolerances) - 1
+    tried = [(abs(left(removed(index)) - share), index) for index in (low, high)]
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = left(removed(middle))
+        tried.append((abs(found - share), middle))
+        low, high = (middle, high) if found > share else (low, middle)
+    return removed(_nearest(tried))
+
+
+def solve_timed(
+    solve: Callable[[float], list[int]],
+    said: Callable[[Sequence[int]], float],
+    timed: Callable[[Sequence[int]], float],
+    share: float,
+) -> tuple[list[int], float, float]:
+    """Return rows to remove such that the dense network takes a ``share`` of the time, what it takes, and the aim.
+
+    A table of layers is off by what networks do beside and between them, so that each solution is timed, and the next
+    one aims at what the table says where, by the times so far, the share would be met. What comes near is timed once
+    more, and the mean counts: of several timings the nearest is so by luck, too.
+    """
+    points, aim, found, near = [(1.0, 1.0)], share, list[tuple[list[int], float, float]](), _NEAR_TIME * share
+    for _ in bar("timing widths", None, range(_TIMINGS)):
+        removed = solve(aim)
+        if removed in (each for each, *_ in found):
+            # on one step of the widths: halfway between the nearest that take less and more
+            below = max((aim for _, left, aim in found if left < share), default=0.0)
+            aim = (below + min((aim for _, left, aim in found if left >= share), default=1.0)) / 2.0
+            if (removed := solve(aim)) in (each for each, *_ in found):
+                break
+        left = timed(removed)
+        if abs(left - share) <= near:
+            left = (left + timed(removed)) / 2.0
+        found.append((removed, left, aim))
+        if abs(left - share) <= near:
+            break
+        points = sorted([*points, (said(removed), left)])
+        table, taken = np.log(np.array(points)).T
+        taken, wanted = np.maximum.accumulate(taken), math.log(share)
+        # below what was timed as a power of it
+        power = table[0] / min(taken[0], _LEAST_GAIN) if wanted < taken[0] else None
+        aim = math.exp(np.interp(wanted, taken, table) if power is None else wanted * power)
+    return min(found, key=lambda each: abs(each[1] - share))
