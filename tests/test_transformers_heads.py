@@ -19,7 +19,7 @@ from nni_topo import (
     save_pretrained,
     to_dense,
 )
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.network.attention import find_attention
 from nni_topo.sharing import find_ties
 
@@ -253,3 +253,79 @@ def test_a_decoder_without_a_block_generates_and_loads_by_its_config(name, tmp_p
         small.save_pretrained(tmp_path)
         loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
         torch.testing.assert_close(logits(loaded, inputs), logits(small, inputs))
+
+
+@pytest.mark.parametrize(("ratio", "left"), [(0.4, 2), (0.5, 1), (0.9, 1)])
+def test_of_shared_keys_and_values_whole_groups_stay_whatever_the_ratio(ratio, left):
+    model = make("LlamaForCausalLM")
+    inputs = inputs_of(model)
+    dense = to_dense(model, inputs, pruned(model, inputs, ratio))
+    layer = dense.model.layers[0].self_attn
+    assert (layer.q_proj.out_features, layer.k_proj.out_features, layer.v_proj.out_features) == (
+        8 * left,
+        4 * left,
+        4 * left,
+    )
+
+
+def test_not_all_heads_of_a_layer_can_be_asked_away():
+    model = make("LlamaForCausalLM")
+    inputs = inputs_of(model)
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ConfigError, match=r"sparse_ratio.* got 1\.0"):
+        pruned(model, inputs, 1.0)
+    layer = "model.layers.0.self_attn"
+    masks = {
+        f"{layer}.{each}_proj": {"weight": torch.zeros_like(model.get_submodule(f"{layer}.{each}_proj").weight)}
+        for each in "qkv"
+    }
+    with pytest.raises(SpeedupError, match=layer):
+        to_dense(model, inputs, masks)
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+def test_a_model_in_training_is_pruned_and_compensated_as_it_evaluates():
+    model = make("BertForSequenceClassification")
+    inputs = inputs_of(model, samples=10)
+    wanted, training = pruned(model, inputs), copy.deepcopy(model).train()
+    masks = pruned(training, inputs)
+    assert all(torch.equal(masks[name]["weight"], each["weight"]) for name, each in wanted.items())
+    found = to_dense(compensate(training, masks, [inputs]), inputs, masks)
+    assert found.training
+    expected = to_dense(compensate(model, masks, [inputs]), inputs, masks)
+    torch.testing.assert_close(logits(found.eval(), inputs), logits(expected, inputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("BertForSequenceClassification", r".*_embeddings|.*\.output\.dense"),
+        ("RobertaForSequenceClassification", r".*_embeddings|.*\.output\.dense"),
+        ("DistilBertForSequenceClassification", r".*_embeddings|.*\.(out_lin|lin2)"),
+        ("ViTForImageClassification", r".*projection|.*\.output\.dense|.*\.(o_proj|fc2)"),
+        ("DeiTForImageClassification", r".*projection|.*\.output\.dense|.*\.(o_proj|fc2)"),
+    ],
+)
+def test_the_residual_width_goes(name, asked, tmp_path):
+    model = make(name)
+    inputs = inputs_of(model)
+    groups = dependency_groups(model, inputs, [{"op_names_re": [asked], "sparse_ratio": 0.25}])
+    assert not groups.skipped
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense = to_dense(model, inputs, masks)
+    expected = logits(masked_model(model, inputs, masks), inputs)
+    torch.testing.assert_close(logits(dense, inputs), expected, rtol=1e-5, atol=1e-5)
+    width = {each.normalized_shape for each in dense.modules() if isinstance(each, torch.nn.LayerNorm)}
+    assert width == {(12,)}
+    with pytest.raises(ConfigError, match=r"nni_topo.save and nni_topo.load take it"):
+        save_pretrained(dense, tmp_path / "folder")
+    save(dense, tmp_path / "dense.safetensors")
+    assert torch.equal(logits(load(tmp_path / "dense.safetensors", model), inputs), logits(dense, inputs))
+
+
+def test_a_width_that_cannot_be_followed_stays_with_the_reason():
+    model = make("LlamaForCausalLM")
+    asked = [{"op_names_re": [r".*embed_tokens|.*(o|down)_proj"], "sparse_ratio": 0.25}]
+    groups = dependency_groups(model, inputs_of(model), asked)
+    assert list(groups) == []
+    assert "input_layernorm" in groups.skipped["model.embed_tokens"]

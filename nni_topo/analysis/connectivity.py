@@ -17,13 +17,12 @@ from nni_topo.analysis.deviation import CONNECTIONS, PointsStudy, PrunersStudy, 
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.network.capture import by_channel, watched
 from nni_topo.network.inputs import call_arguments, tensors_of
-from nni_topo.network.layers import CONVOLUTIONS
+from nni_topo.network.layers import CONVOLUTIONS, NORMALIZING
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.reference import masked_model
 from nni_topo.runs.study import Names, Tell
 from nni_topo.runs.tables import as_table
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _SHRINKING = (nn.Softshrink, nn.Hardshrink, nn.Threshold)
 _LAYERS = (nn.Linear, *CONVOLUTIONS)
 
@@ -177,7 +176,7 @@ def _flow_model(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> 
     """Return a copy in double precision whose weights are shares and whose biases and norms do nothing."""
     flow = copy.deepcopy(model).double()
     for name, module in list(flow.named_modules()):
-        if isinstance(module, (*_NORMS, *_SHRINKING)):
+        if isinstance(module, (*NORMALIZING, *_SHRINKING)):
             flow.set_submodule(name, nn.Identity())
             continue
         for parameter, values in module.named_parameters(recurse=False):

@@ -159,24 +159,27 @@ def attend(attention: Any, out: str, *args: Any, **kwargs: Any) -> Any:
         attention._modules[out] = layer
 
 
-def open_attention(graph_module: GraphModule, given: dict[str, bool]) -> None:
+def open_attention(graph_module: GraphModule, given: dict[str, tuple[bool, bool]]) -> None:
     """Show in a graph, by a node of its own, each layer that mixes the heads of attention; see `attend`.
 
-    ``given``: by name of each attention that is called, whether it gives several values.
+    ``given``: by name of each attention that is called, whether it gives several values, and whether linear layers read
+    what enters it as it is, which its node's ``meta["reads"]`` says.
     """
     graph, found = graph_module.graph, find_attention(graph_module)
     for node in list(graph.nodes):
         attention = found.get(str(node.target)) if node.op == "call_module" else None
-        if attention is None or attention.out is None or attention.name not in given:
+        if attention is None or attention.name not in given:
+            continue
+        many, node.meta["reads"] = given[attention.name]
+        if attention.out is None:
             continue
         picked = {user: user.args[1] for user in node.users if user.target is operator.getitem}
-        many = given[attention.name]
         if many and (len(picked) < len(node.users) or not all(isinstance(at, int) for at in picked.values())):
             continue
         with graph.inserting_before(node):
             module = graph.create_node("get_attr", attention.name)
             inner = graph.call_function(attend, (module, attention.out.rpartition(".")[2], *node.args), node.kwargs)
-            inner.meta = {"nn_module_stack": node.meta.get("nn_module_stack")}
+            inner.meta = {key: node.meta.get(key) for key in ("nn_module_stack", "reads")}
             mixed = graph.call_module(
                 attention.out, (graph.call_function(operator.getitem, (inner, 0)) if many else inner,)
             )

@@ -1,7 +1,8 @@
-"""Layer and group norms of which channels are gone, whose statistics count these all the same, as zeros.
+"""Layer, RMS and group norms of which channels are gone, whose statistics count these all the same, as zeros.
 
 With ``s`` the share of the channels that are left, and their mean ``m`` and variance ``v``, the mean over all is
-``s m`` and the variance ``s v + s (1 - s) m^2``. A norm of the smaller size alone would take ``m`` and ``v``.
+``s m``, the variance ``s v + s (1 - s) m^2`` and the mean square ``s`` times that of those left. A norm of the smaller
+size alone would take ``m`` and ``v``.
 """
 
 from __future__ import annotations
@@ -35,6 +36,22 @@ class CountedLayerNorm(nn.LayerNorm):
         return f"{super().extra_repr()}, counted={self.counted}"
 
 
+class CountedRMSNorm(nn.RMSNorm):
+    """An RMS norm over ``counted`` channels, of which only those of ``normalized_shape`` aren't zero."""
+
+    counted: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize along the channels: ``(..., channels)``."""
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        x = x * torch.rsqrt(x.shape[-1] / self.counted * x.square().mean(-1, keepdim=True) + eps)
+        return x if self.weight is None else x * self.weight
+
+    def extra_repr(self) -> str:
+        """Show the channels counted too."""
+        return f"{super().extra_repr()}, counted={self.counted}"
+
+
 class CountedGroupNorm(nn.GroupNorm):
     """A group norm over groups of ``counted`` channels, of which some are gone, equally many of each group."""
 
@@ -55,10 +72,12 @@ class CountedGroupNorm(nn.GroupNorm):
 
 
 def channel_dim(norm: nn.Module) -> int | None:
-    """Tell along which dimension a norm has its channels; None if a layer norm of another's making does more than that.
+    """Tell along which dimension a norm has its channels; None if one of another's making may do more than that.
 
     The answer for a class derived from ``nn.LayerNorm`` is found by trying it.
     """
+    if isinstance(norm, nn.RMSNorm):
+        return -1 if type(norm) in (nn.RMSNorm, CountedRMSNorm) and len(norm.normalized_shape) == 1 else None
     if not isinstance(norm, nn.LayerNorm):
         return 1
     if isinstance(norm, CountedLayerNorm):
@@ -79,9 +98,10 @@ def channel_dim(norm: nn.Module) -> int | None:
 
 
 def count(norm: nn.Module, channels: int) -> None:
-    """Let a layer or group norm go on counting so many channels, those of a group; one that does keeps its count."""
-    if isinstance(norm, (CountedLayerNorm, CountedGroupNorm)):
+    """Let a norm go on counting so many channels, those of a group; one that does keeps its count."""
+    kinds = {nn.LayerNorm: CountedLayerNorm, nn.RMSNorm: CountedRMSNorm, nn.GroupNorm: CountedGroupNorm}
+    if isinstance(norm, tuple(kinds.values())):
         return
-    dim, kind = channel_dim(norm), CountedLayerNorm if isinstance(norm, nn.LayerNorm) else CountedGroupNorm
+    dim, kind = channel_dim(norm), next(counted for plain, counted in kinds.items() if isinstance(norm, plain))
     norm.__class__ = kind
     norm.counted, norm.dim = channels, dim  # type: ignore[assignment]

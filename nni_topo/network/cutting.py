@@ -42,7 +42,7 @@ def cut(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
         module.num_features = len(outs)
     elif isinstance(module, torch.nn.GroupNorm):
         _cut_group_norm(name, module, outs)
-    elif isinstance(module, torch.nn.LayerNorm):
+    elif isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
         count(module, module.normalized_shape[0])
         _cut_vectors(module, outs)
         module.normalized_shape = (len(outs),)

@@ -94,10 +94,10 @@ def to_dense(
     is why the result may differ from NNI's wrapped model, in which the batch norm's bias survives.
 
     Where masks of layers that share channels differ, all channels that any of them keeps are kept, with the
-    weights of ``model``; a layer without a mask keeps all. So do modules that can't be cut, and what enters them or
-    attention, and the units of recurrent layers of several levels or directions. Of attention whole heads go, of other
-    recurrent layers units with all of their gates: one of which a mask keeps any row stays. One warning names the
-    layers that keep channels, and why.
+    weights of ``model``; a layer without a mask keeps all. So do modules that can't be cut, what enters them or
+    attention that isn't followed, and the units of recurrent layers of several levels or directions. Of attention whole
+    heads go, of other recurrent layers units with all of their gates: one of which a mask keeps any row stays. One
+    warning names the layers that keep channels, and why.
 
     Single masked weights in channels that are kept stay as zeros.
 

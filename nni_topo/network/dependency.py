@@ -103,9 +103,9 @@ def dependency_groups(
     -----
     Layers that ``op_names`` names are always in the result. Others are left out, in one warning and in ``skipped``,
     where `to_dense` couldn't remove their channels: those that give the model's output, unless nothing else would be
-    left; and those whose channels enter something that needs all of them, as attention does, or a fixed size in the
-    forward. A model that can't be traced as a whole is followed part by part, and what a part gives stays. Which these
-    are shows a rehearsal, in which random channels of all layers go: about two forward passes. A size that an attribute
+    left; and those whose channels enter something that needs all of them, or a fixed size in the forward.
+    A model that can't be traced as a whole is followed part by part, and what a part gives stays. Which these are
+    shows a rehearsal, in which random channels of all layers go: about two forward passes. A size that an attribute
     holds (``self.width``) isn't fixed where it counts channels, by which the forward splits, slices or views them, and
     nothing else is made of it.
 
@@ -169,14 +169,16 @@ def dependency_groups(
     mixers = {name: each for name, each in flow.mixers().items() if each.channels.keys() <= selected}
     mixers = {name: each for name, each in mixers.items() if name in by_head or name in selected - named}
     asked = [name for name in order if name in (selected - named) - mixers.keys()]
-    skipped = _skipped(network, flow, asked, selected) | {
-        name: _why_headless(model, name) for name in order if name in by_head - flow.heads.keys() - mixers.keys()
-    }
+    skipped = (
+        _skipped(network, flow, asked, selected)
+        | _sharing_with(flow, mixers, asked)
+        | {name: _why_headless(model, name) for name in order if name in by_head - flow.heads.keys() - mixers.keys()}
+    )
     if strict and (whole := {name: why for name, why in skipped.items() if why != OUTPUT}):
         name, why = next(iter(whole.items()))
         raise ConfigError(f"every layer that is selected must be one that can lose channels, got {name}: {why}")
     _warn(flow, layer_groups(flow), selected - skipped.keys() - mixers.keys(), skipped)
-    extra = _settings(flow, mixers)
+    extra = _settings(flow, mixers, selected - skipped.keys())
     left_out = skipped.keys() | _followers(flow)
 
     def by_block(name: str, public: dict[str, Any]) -> bool:
@@ -237,6 +239,17 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: se
     return {name: skipped[name] for name in asked if name in skipped}
 
 
+def _sharing_with(flow: ChannelFlow, mixers: Mapping[str, Attention], asked: list[str]) -> dict[str, str]:
+    """Say which layers stay whole since they share channels with what mixes heads, which loses columns and no rows."""
+    rows = {root: name for name in mixers for root in flow.layer_roots(name).tolist() if root != FIXED}
+    found = {}
+    for name in asked:
+        roots = flow.layer_roots(name).tolist() if name in flow.layers else []
+        if mixer := next((rows[root] for root in roots if root in rows), None):
+            found[name] = f"it shares channels with {mixer}, which loses heads"
+    return found
+
+
 def layer_groups(flow: ChannelFlow) -> list[list[str]]:
     """Group the layers of which any channel is tied, in network order; one without ties is a group of its own."""
     groups: list[tuple[set[int], list[str]]] = []
@@ -257,8 +270,8 @@ def _network_order(model: torch.nn.Module, flow: ChannelFlow) -> dict[str, int]:
     return {name: rank for rank, name in enumerate(dict.fromkeys([*flow.layers, *names]))}
 
 
-def _settings(flow: ChannelFlow, mixers: Mapping[str, Attention]) -> dict[str, dict[str, Any]]:
-    """Make the keys that dependency groups add to the entries of their layers; `mixers` lose the columns of heads."""
+def _settings(flow: ChannelFlow, mixers: Mapping[str, Attention], chosen: set[str]) -> dict[str, dict[str, Any]]:
+    """Make the keys that dependency groups add to entries of chosen layers; `mixers` lose the columns of heads."""
     blocks = _blocks(flow)
     # NNI can state only groups whose layers are tied channel i to channel i.
     stated: dict[tuple[int, ...], list[str]] = {}
@@ -271,7 +284,7 @@ def _settings(flow: ChannelFlow, mixers: Mapping[str, Attention]) -> dict[str, d
     alone = {name for name, each in flow.heads.items() if each.recurrent} | {
         name for name in blocks if blocks[name] > 1
     }
-    needed = [names for names in stated.values() if len(names) > 1 or names[0] in alone]
+    needed = [n for n in stated.values() if (len(n) > 1 or n[0] in alone) and not chosen.isdisjoint(n)]
     settings: dict[str, dict[str, Any]] = {}
     for rank, names in enumerate(needed):
         for name in names:
@@ -282,6 +295,8 @@ def _settings(flow: ChannelFlow, mixers: Mapping[str, Attention]) -> dict[str, d
         if name not in flow.heads and (size := flow.bundles(name).shape[1]) > 1:
             weight: Any = flow.fetch_attr(name).weight
             settings.setdefault(name, {})["granularity"] = [size, *[-1] * (weight.dim() - 1)]
+        if isinstance(flow.fetch_attr(name), torch.nn.Embedding):
+            settings.setdefault(name, {})["granularity"] = [-1, 1]  # by column, where NNI's default is by row
     for name, attention in flow.heads.items():
         settings.setdefault(name, {})["granularity"] = attention.granularity(name)
     for name, attention in mixers.items():

@@ -58,6 +58,7 @@ _SIZES: dict[type[torch.nn.Module], tuple[str, ...]] = {
     torch.nn.GroupNorm: ("num_channels", "num_groups"),
     torch.nn.RNNBase: ("input_size", "hidden_size"),
     torch.nn.LayerNorm: ("normalized_shape",),
+    torch.nn.RMSNorm: ("normalized_shape",),
     torch.nn.Embedding: ("num_embeddings", "embedding_dim"),
     torch.nn.PReLU: ("num_parameters",),
     torch.nn.PixelShuffle: ("upscale_factor",),

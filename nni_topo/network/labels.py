@@ -73,6 +73,11 @@ def place(node: torch.fx.Node) -> str:
     return f"{plain_name(node)} in {owner[-1]}" if owner else plain_name(node)
 
 
+def makes_mask(node: torch.fx.Node) -> bool:
+    """Tell whether a node is a function that makes a mask: of states it looks at size and type alone."""
+    return getattr(node.target, "makes_mask", False)
+
+
 def tensor_shape(node: torch.fx.Node) -> tuple[int, ...] | None:
     """Look up the shape of a node's tensor in ``node.meta["tensor_meta"]``; None if its value isn't one tensor."""
     shape = getattr(node.meta.get("tensor_meta"), "shape", None)

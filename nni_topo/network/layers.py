@@ -17,7 +17,7 @@ NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
 TRANSPOSED = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
 RECURRENT = (torch.nn.RNNBase, torch.nn.RNNCellBase)
 WEIGHTED = (*CONVOLUTIONS, *TRANSPOSED, torch.nn.Linear)
-NORMALIZING = (torch.nn.modules.batchnorm._NormBase, torch.nn.GroupNorm, torch.nn.LayerNorm)
+NORMALIZING = (torch.nn.modules.batchnorm._NormBase, torch.nn.GroupNorm, torch.nn.LayerNorm, torch.nn.RMSNorm)
 PER_CHANNEL = (*NORMALIZING, torch.nn.PReLU)
 """Modules that hold one number a channel, and leave channels where they are."""
 

@@ -30,6 +30,7 @@ from nni_topo.network.labels import (
     compressed,
     fixed,
     given_shapes,
+    makes_mask,
     meet_alike,
     place,
     plain_name,
@@ -121,7 +122,7 @@ class Numbering(torch.fx.Interpreter):
             return self._parameter(str(n.target), value) if own else tree_map(fixed, value)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         shape = tensor_shape(n)
-        labels = tensors_of((args, kwargs))
+        labels = [] if makes_mask(n) else tensors_of((args, kwargs))
         if n.op == "call_module":
             return self._module(n, labels, shape)
         return self._function(n, args, kwargs, labels, shape)
@@ -192,7 +193,11 @@ class Numbering(torch.fx.Interpreter):
         return put_out
 
     def _attend(self, node: torch.fx.Node, labels: list[torch.Tensor], attention: Attention) -> Any:
-        """Tie what makes each head together; what enters is needed by all of them."""
+        """Tie what makes each head together; what enters is read by the linear layers within, or needed as a whole."""
+        if node.meta.get("reads"):
+            for name in attention.channels:
+                self._tie_calls(name, self._per_channel(labels[0], labels[0].dim() - 1))
+            labels = [each for each in labels[1:] if not torch.equal(each, labels[0])]
         found = self._whole(node, labels, f"attention ({attention.name}) needs all that enters")
         heads = torch.from_numpy(self._head_numbers(attention))
         if is_mixed(node, attention):
@@ -251,14 +256,13 @@ class Numbering(torch.fx.Interpreter):
     def _function(
         self, n: torch.fx.Node, args: Any, kwargs: Any, labels: list[torch.Tensor], shape: tuple[int, ...] | None
     ) -> Any:
-        name = plain_name(n)
         if n.target is attend:
             return self._attend(n, labels, self.attention[str(n.args[0].target)])  # type: ignore[union-attr]
         # What is made of no traced tensor (torch.zeros) is a constant: its channels stay, and so do those that meet it.
         if not labels:
             return self._size(n, labels) if shape is None else staying(shape)
         # Numbers in place of an index that is computed would pick at random, so such a choice isn't run on them.
-        if name in MOVES and not (name in INDEXED and tensors_of((args[1:], kwargs))):
+        if (name := plain_name(n)) in MOVES and not (name in INDEXED and tensors_of((args[1:], kwargs))):
             moved = self._move(n, labels)
             if name in ("cat", "concat", "concatenate", "stack"):
                 dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)

@@ -176,7 +176,9 @@ class _Recorder(TorchFunctionMode):
 
 
 class _Bound:
-    """A function with those of its arguments that no graph can hold."""
+    """A function that makes a mask, with those of its arguments that no graph can hold."""
+
+    makes_mask = True
 
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.function, self.args, self.kwargs = function, args, kwargs

@@ -12,7 +12,7 @@ import torch.fx
 from torch.fx.passes.shape_prop import ShapeProp
 
 from nni_topo.errors import SpeedupError
-from nni_topo.network.attention import find_attention, open_attention
+from nni_topo.network.attention import Attention, find_attention, open_attention
 from nni_topo.network.capture import watched
 from nni_topo.network.inputs import Call, bind_arguments, out_of_memory, tensors_of
 from nni_topo.network.layers import is_one
@@ -56,8 +56,11 @@ def _trace_whole(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModu
             # The model is run, and may draw numbers.
             with torch.no_grad(), random_state_kept():
                 graph_module, args = tracer(model, named)
-                given = dict[str, bool]()
-                with watched(leaving=[(model.get_submodule(name), partial(_note, given, name)) for name in found]):
+                given, entered = dict[str, tuple[bool, bool]](), dict[str, Any]()
+                layers = {layer for each in found.values() for layer in each.channels}
+                enters = [(model.get_submodule(layer), partial(entered.__setitem__, layer)) for layer in layers]
+                leaves = [(model.get_submodule(n), partial(_note, given, entered, each)) for n, each in found.items()]
+                with watched(enters, leaves):
                     expected = model(*call[0], **call[1])
                 open_attention(graph_module, given)
                 _check_same(expected, ShapeProp(graph_module).propagate(*args), model)
@@ -129,9 +132,12 @@ def _placed(graph: torch.fx.Graph, named: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(named.get(str(node.target), node.args[0] if node.args else None) for node in nodes)
 
 
-def _note(given: dict[str, bool], name: str, entered: Any, output: Any) -> None:
-    """Note whether a module gives several values."""
-    given[name] = isinstance(output, tuple)
+def _note(
+    given: dict[str, tuple[bool, bool]], layers: dict[str, Any], attention: Attention, entered: Any, output: Any
+) -> None:
+    """Note whether attention gives several values, and whether linear layers read what enters it as it is."""
+    reads = all(layers.get(layer) is entered and layer != attention.name for layer in attention.channels)
+    given[attention.name] = isinstance(output, tuple), reads and given.get(attention.name, (False, True))[1]
 
 
 def _check_same(expected: Any, actual: Any, model: torch.nn.Module) -> None:

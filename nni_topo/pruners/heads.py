@@ -5,18 +5,20 @@ Where these are layers of their own NNI's granularity says it all, and a depende
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from nni.compression.base.setting import PruningSetting
+from nni.compression.base.target_space import PruningTargetSpace
 from nni.compression.utils.scaling import Scaling
 from torch import Tensor
 
 from nni_topo.compat.wrapping import scaling
 from nni_topo.network.attention import IntArray, find_heads
-from nni_topo.network.layers import row_names, weight_name
+from nni_topo.network.layers import TRANSPOSED, row_names, weight_name
 from nni_topo.pruners.units import TargetSpaces, holds_columns
 
 _WEIGHT = PruningSetting.default_setting["weight"]
@@ -46,18 +48,20 @@ class HeadScaling(Scaling):
 
 
 class ColumnScaling(Scaling):
-    """Blocks of columns, their values in one column, as those of blocks of rows are: a group's must be of one shape."""
+    """Blocks along one dimension, their values in one column, as those of rows are: a group's must be of one shape."""
 
     def shrink(
         self, target: Tensor, reduce_func: Callable[[Tensor], Tensor] | None = None, keepdim: bool = False
     ) -> Tensor:
-        """Reduce each block of columns of a matrix to one value, by default the mean."""
+        """Reduce each block to one value, by default the mean."""
         found: Tensor = super().shrink(target, reduce_func, keepdim)
-        return found.transpose(0, 1) if keepdim else found
+        return found.reshape(-1, 1) if keepdim else found
 
     def expand(self, target: Tensor, expand_size: list[int], keepdim: bool = False, full_expand: bool = True) -> Tensor:
-        """Give each column the value of its block."""
-        found: Tensor = super().expand(target.T if keepdim else target, expand_size, keepdim, full_expand)
+        """Give each of a block's values that of the block."""
+        if keepdim:
+            target = target.reshape([1 if size == -1 else -1 for size in self.kernel_size])
+        found: Tensor = super().expand(target, expand_size, keepdim, full_expand)
         return found
 
 
@@ -74,9 +78,17 @@ def scale_by_heads(model: Any, target_spaces: TargetSpaces) -> None:
                 space.granularity, space._scaler = by_head, HeadScaling(rows)
                 if attention.recurrent and space.dependency_group_id is None:
                     space.dependency_group_id = f"units of {layer}"
-    for space in (each for targets in target_spaces.values() for each in targets.values()):
-        if holds_columns(space):
-            space._scaler = ColumnScaling(space.granularity)
+    groups: dict[Any, list[PruningTargetSpace]] = defaultdict(list)
+    for space in (each for targets in target_spaces.values() for each in targets.values() if each.target is not None):
+        groups[space.dependency_group_id].append(space)
+    for group, spaces in groups.items():
+        is_mixed = group is not None and len({space.target.dim() for space in spaces}) > 1
+        for space in spaces:
+            by_row = space.granularity == "out_channel" and not isinstance(space._wrapper.module, TRANSPOSED)
+            if holds_columns(space):
+                space._scaler = ColumnScaling(space.granularity)
+            elif is_mixed and by_row:
+                space._scaler = ColumnScaling([1, *[-1] * (space.target.dim() - 1)])
 
 
 def show_heads_to_nni() -> None:

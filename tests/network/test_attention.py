@@ -11,7 +11,7 @@ from nni.compression.pruning import L1NormPruner
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
-from nni_topo import compensate, create_pruner, dependency_groups, load, masked_model, save, to_dense
+from nni_topo import compensate, create_pruner, dependency_groups, load, masked_model, save, to_dense, zoo
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import find_attention, multihead
 from nni_topo.network.cost import NetworkCost
@@ -366,3 +366,57 @@ def test_a_model_with_fewer_heads_is_saved_and_loaded(name, tmp_path):
     loaded = load(tmp_path / "dense.pt", model)
     assert [each.heads for each in find_attention(loaded).values()] == [2]
     same(loaded, dense, inputs)
+
+
+def _width(name):
+    """A model of the zoo, inputs of it, and a request for a quarter of its residual width."""
+    sizes = {"num_classes": 10, "in_channels": 1, "image_size": 16}
+    model = zoo.create_model(name, **sizes, seed=0).eval()
+    drawing = torch.Generator().manual_seed(0)
+    text = torch.randint(0, 10, (40, 9), generator=drawing)
+    inputs = text if name == "gpt_small" else torch.randn(40, 1, 16, 16, generator=drawing)
+    return model, inputs, [{"op_names_re": [r"patches|embedding|.*\.(o_proj|fc2|down_proj)"], "sparse_ratio": 0.25}]
+
+
+@pytest.mark.parametrize("kind", ["l1", "reconstruction"])
+@pytest.mark.parametrize("name", ["vit_small", "bert_small", "gpt_small"])
+def test_the_residual_width_goes_with_all_that_reads_it_and_norms_count_on(name, kind, tmp_path):
+    model, inputs, asked = _width(name)
+    groups = dependency_groups(model, inputs[:2], asked)
+    assert not groups.skipped
+    assert len({entry["dependency_group_id"] for entry in groups}) == 1
+    knobs = {"calibration": [inputs]} if kind == "reconstruction" else {}
+    masks = create_pruner(kind, copy.deepcopy(model), groups, **knobs).compress()[1]
+    dense = to_dense(model, inputs[:2], masks)
+    with torch.no_grad():
+        expected = masked_model(model, inputs[:2], masks)(inputs)
+        torch.testing.assert_close(dense(inputs), expected, rtol=1e-5, atol=1e-5)
+        mended = to_dense(compensate(model, masks, [inputs]), inputs[:2], masks)
+        lost = [(net(inputs) - model(inputs)).square().sum() for net in (dense, mended)]
+    assert lost[1] < 0.3 * lost[0]
+    block = dense.blocks[0]
+    assert {layer.in_features for layer in (block.attention.q_proj, block.attention.k_proj, dense.head)} == {72}
+    assert block.attention.o_proj.weight.shape == (72, 96)
+    # The norms' statistics are those of 96 channels, of which 24 are zeros.
+    states = torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
+    states[:, 72:] = 0
+    plain, norm = copy.deepcopy(model.blocks[0].norm1), block.norm1
+    for part, values in plain.named_parameters():
+        values.data[:72] = getattr(norm, part)
+    torch.testing.assert_close(norm(states[:, :72]), plain(states)[:, :72])
+    assert type(norm).__name__ == ("CountedRMSNorm" if name == "gpt_small" else "CountedLayerNorm")
+    save(dense, tmp_path / "dense.safetensors")
+    assert torch.equal(load(tmp_path / "dense.safetensors", model)(inputs), dense(inputs))
+
+
+def test_a_layer_that_loses_heads_loses_no_rows_in_the_same_run():
+    model, inputs, _ = _width("vit_small")
+    groups = dependency_groups(model, inputs[:2], [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert "attention.o_proj, which loses heads" in groups.skipped["blocks.0.mlp.fc2"]
+    assert {entry["op_names"][0].rpartition(".")[2] for entry in groups} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "fc1",
+    }

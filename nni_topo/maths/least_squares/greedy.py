@@ -61,7 +61,8 @@ def greedy_least_squares(
     -------
     ndarray of int, shape (keep,)
         Channels in the order of choice; with one part each prefix is the choice for a smaller ``keep``. Of gains that
-        are equal to 1e-6 of them the lowest channel wins.
+        are equal to 1e-6 of them the lowest channel wins. From where no channel takes off more than 1e-5 of what those
+        before it took, the others follow by the gains that they have then: the targets are met.
 
     Raises
     ------
