@@ -144,7 +144,7 @@ def test_the_plan_for_given_weights_runs_on_a_folder_of_photos(tmp_path):
     records, failures = compare(small, tmp_path / "out", isolate=False)
     assert failures == []
     assert records[0]["flops"] / records[0]["flops_before"] == pytest.approx(0.5, abs=0.02)
-    (kept,) = (tmp_path / "out" / "checkpoints").iterdir()
+    (kept,) = (tmp_path / "out" / "checkpoints").glob("*.pt")
     found = zoo.create_model("torchvision/resnet18", num_classes=2, in_channels=3, image_size=32)
     zoo.load_checkpoint(kept, found)
     torch.testing.assert_close(found.state_dict(), net.state_dict(), rtol=0, atol=0)
