@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nni_topo.network.attention import Attention, find_attention
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.labels import FIXED
 from nni_topo.network.layers import (
@@ -73,9 +74,9 @@ class NetworkCost:
 
     # Not by PyTorch's counter, on which `count_macs` stands: that runs a network, and a search for a budget asks for
     # thousands of widths that nobody has built. The tests hold both to the same numbers.
-    # Convolutions and linear layers count as the dense model has them, batch norms as parameters, everything else
-    # (attention products, other norms) as in the whole network. A channel that several layers put out together goes
-    # when all of them lose it; one of a layer without an entry stays.
+    # Convolutions, linear layers and attention whose queries and keys are layers count as the dense model has them,
+    # batch norms as parameters, everything else (other norms) as in the whole network. A channel that several layers
+    # put out together goes when all of them lose it; one of a layer without an entry stays.
     def __init__(self, model: torch.nn.Module, example_inputs: Any) -> None:
         network = Network.on(model, example_inputs)
         self._flow, sizes = network.flow, network.sizes
@@ -90,6 +91,12 @@ class NetworkCost:
             for name, module in modules.items()
             if isinstance(module, NORMS) and module.affine and len(self._flow.entering_roots(name))
         }
+        # What each channel of the heads' values takes: a product with every query for every key, twice.
+        self._attention = [
+            (self._flow.layer_roots(each.context[0])[each.context[1].ravel()], 2 * math.prod(self._tokens(each)))
+            for each in find_attention(model).values()
+            if self._layers.keys() >= {*each.channels, each.context[0]} and each.name not in each.channels
+        ]
         nothing = np.zeros(0, dtype=np.int64)
         counted = sum(cost.weights(nothing) for cost in self._layers.values())
         counted += 2 * sum(len(roots) for roots in self._norms.values())
@@ -100,10 +107,16 @@ class NetworkCost:
         """Count the cost with channels gone; by layer, bool, shape (channels,), those kept; else all are."""
         gone = self._gone(kept)
         macs = sum(cost.products(gone) * cost.positions for cost in self._layers.values())
+        macs += sum(_left(roots, gone) * products for roots, products in self._attention)
         params = self._rest + sum(cost.weights(gone) for cost in self._layers.values())
         params += 2 * sum(_left(roots, gone) for roots in self._norms.values())
         values = params + max((cost.activations(gone) for cost in self._layers.values()), default=0)
         return Cost(macs, params, self._bytes * values)
+
+    def _tokens(self, attention: Attention) -> tuple[int, int]:
+        """Count the queries and the keys of one sample."""
+        layers = [self._layers[name] for name in attention.channels]
+        return layers[0].leaving_positions, layers[-1].leaving_positions
 
     def widths(self, kept: Kept) -> dict[str, tuple[int, int]]:
         """Count the (input, output) channels left of each layer, of a linear layer the features."""
