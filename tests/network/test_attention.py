@@ -15,8 +15,8 @@ from nni_topo import compensate, create_pruner, dependency_groups, load, masked_
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import find_attention, multihead
 from nni_topo.network.cost import NetworkCost
-from nni_topo.network.measure import count_macs
 from nni_topo.network.layers import weight_name, weight_of
+from nni_topo.network.measure import count_macs
 from nni_topo.zoo.transformers import Block, GatedMlp, Mlp, SelfAttention
 
 WIDTH, HEADS, SIZE = 12, 4, 3
