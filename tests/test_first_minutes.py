@@ -63,6 +63,7 @@ sys.exit(main(["doctor", "--json"]))
 """
 
 
+@pytest.mark.slow
 def test_without_the_manager_of_experiments_networks_are_pruned_and_doctor_says_what_is_missing():
     done = subprocess.run([sys.executable, "-c", WITHOUT_MANAGER], capture_output=True, text=True, check=True)
     (manager,) = [each for each in json.loads(done.stdout) if each["what"] == "NNI's manager"]
