@@ -64,6 +64,7 @@ def test_files(found, tmp_path, drawn):
     assert yaml.safe_load(config.read_text()) == {"pruner": "l1", "knobs": {}, "config_list": study.suggested}
 
 
+@pytest.mark.slow
 def test_the_curves_are_the_same_however_many_are_measured_at_a_time(found):
     wanted = toy_model().eval()(IMAGES).detach()
     shares = [

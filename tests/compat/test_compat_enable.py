@@ -66,6 +66,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_fresh_interpreter_is_mended_without_a_warning_and_once() -> None:
     # NNI's dependencies import what Python deprecates; NNI and PyTorch themselves stay quiet
     command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", FRESH]

@@ -256,6 +256,7 @@ class PlainNet(nn.Module):
         return self.head(torch.relu(self.hidden(features.flatten(1))))
 
 
+@pytest.mark.slow
 def test_the_default_and_l1_beat_random_subsets_of_the_same_size_on_trained_nets():
     data = zoo.load_data("digits")
     config = [{"op_names": ["conv1", "conv2", "hidden"], "sparse_ratio": 0.5}]
@@ -279,6 +280,7 @@ def test_the_default_and_l1_beat_random_subsets_of_the_same_size_on_trained_nets
     assert (ours - l1).mean() > 0.0
 
 
+@pytest.mark.slow
 def test_layers_searched_in_parallel_give_the_same_masks():
     config = [{"op_names": ["stem", "inner", "hidden"], "sparse_ratio": 0.5}]
     alone, pair = (TopologicalPruner(toy_model(), config, n_jobs=jobs, solver="genetic") for jobs in (1, 2))

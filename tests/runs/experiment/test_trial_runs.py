@@ -115,6 +115,7 @@ def test_a_checkpoint_of_ones_own(settings, nets, tmp_path):
     assert metrics["accuracy"] == run_trial(settings, tmp_path / "found", cache=nets)["accuracy"]
 
 
+@pytest.mark.slow
 def test_a_killed_trial_goes_on_to_the_same_result(nets, tmp_path, capsys):
     params = tmp_path / "params.json"
     params.write_text(json.dumps({"ratio": 0.5, "retrain_epochs": 60}))
@@ -181,6 +182,7 @@ def small_disk(tmp_path):
     [(64, "needs 16 MiB of free disk, got 0.1 MiB"), (17 * 1024, "needs free disk, got none left")],
     ids=["full before", "full on the way"],
 )
+@pytest.mark.slow
 def test_a_full_disk_is_a_clear_error(kilobytes, message, nets, small_disk, tmp_path):
     params = tmp_path / "params.json"
     params.write_text("{}")
