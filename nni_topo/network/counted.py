@@ -1,8 +1,8 @@
 """Layer, RMS and group norms of which channels are gone, whose statistics count these all the same, as zeros.
 
-With ``s`` the share of the channels that are left, and their mean ``m`` and variance ``v``, the mean over all is
-``s m``, the variance ``s v + s (1 - s) m^2`` and the mean square ``s`` times that of those left. A norm of the smaller
-size alone would take ``m`` and ``v``.
+With ``s`` the share of the channels that are left, the mean over all is ``s`` times theirs, and the mean square ``s``
+times theirs; so is the variance, about the mean over all, and the others add ``1 - s`` times the square of that mean.
+A norm of the smaller size alone would leave ``s`` and the others out.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-def _normalized(x: Tensor, dims: list[int], share: float, eps: float) -> Tensor:
-    variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
-    variance = share * variance + share * (1 - share) * mean.square()
-    return (x - share * mean) * torch.rsqrt(variance + eps)
+def _normalized(x: Tensor, share: float, eps: float) -> Tensor:
+    # Sums along memory, where `var_mean` and layouts that earlier layers left behind take up to ten times as long.
+    x = x.contiguous()
+    mean = share * x.mean(-1, keepdim=True)
+    x = x - mean
+    variance = share * torch.linalg.vecdot(x, x).unsqueeze(-1) / x.shape[-1] + (1 - share) * mean.square()
+    return x * torch.rsqrt(variance + eps)
 
 
 class CountedLayerNorm(nn.LayerNorm):
@@ -27,7 +30,7 @@ class CountedLayerNorm(nn.LayerNorm):
     def forward(self, images: Tensor) -> Tensor:
         """Normalize along the channels: ``(..., channels)``, or ``(batch, channels, ...)`` if ``dim`` is 1."""
         x = images.movedim(self.dim, -1)
-        x = _normalized(x, [-1], x.shape[-1] / self.counted, self.eps)
+        x = _normalized(x, x.shape[-1] / self.counted, self.eps)
         x = x if self.weight is None else x * self.weight
         return (x if self.bias is None else x + self.bias).movedim(-1, self.dim)
 
@@ -59,9 +62,8 @@ class CountedGroupNorm(nn.GroupNorm):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalize within each group: ``(batch, channels, ...)``."""
-        x = images.unflatten(1, (self.num_groups, -1))
-        share = x.shape[2] / self.counted
-        x = _normalized(x, list(range(2, x.dim())), share, self.eps).flatten(1, 2)
+        share = images.shape[1] / (self.num_groups * self.counted)
+        x = _normalized(images.unflatten(1, (self.num_groups, -1)).flatten(2), share, self.eps).view(images.shape)
         view = (-1, *[1] * (x.dim() - 2))
         x = x if self.weight is None else x * self.weight.view(view)
         return x if self.bias is None else x + self.bias.view(view)

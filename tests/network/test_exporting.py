@@ -77,10 +77,11 @@ def test_int8_is_smaller_near_and_made_of_integers(tmp_path):
     assert done.int8_distance == pytest.approx(distance, rel=0.01)
     assert distance < 0.01
     graph = onnx.load(done.path).graph
-    kinds = {each.name: each.data_type for each in graph.initializer}
-    assert [kinds.get(node.input[0]) for node in graph.node if node.op_type == "DequantizeLinear"].count(
-        onnx.TensorProto.INT8
-    ) == 3
+    known = {each.name: each for each in graph.initializer}
+    weights = [known.get(node.input[0]) for node in graph.node if node.op_type == "DequantizeLinear"]
+    weights = [onnx.numpy_helper.to_array(w) for w in weights if w and w.data_type == onnx.TensorProto.INT8]
+    # Two products of 7 bits by 8 fit into 16, where processors without VNNI add them.
+    assert [np.abs(weight.astype(int)).max() for weight in weights] == [64] * 3
 
 
 class TwoInputs(nn.Module):
