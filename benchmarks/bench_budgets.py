@@ -33,7 +33,7 @@ from torch import nn
 import nni_topo
 from nni_topo import zoo
 from nni_topo.network.cost import NetworkCost
-from nni_topo.network.measure import memory_kept, now, time_share
+from nni_topo.network.measure import memory_kept, now, time_shares
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.runs.records import append_record, read_records
 from nni_topo.runs.tables import markdown_table
@@ -96,7 +96,7 @@ def _left(name: str, kind: str, share: float, options: argparse.Namespace) -> tu
     images = torch.randn(options.batch, channels, side, side)
     small = nni_topo.shrink(net, [images], {kind: share}, pruner="l1", compensate=None, distill=False)
     if kind == "latency":
-        return time_share(small, net, images, precision=0.01, seconds=options.seconds)
+        return time_shares([small], net, images, precision=0.01, seconds=options.seconds)[0]
     return _cost(small, kind, images) / _cost(net, kind, images), 0.0
 
 

@@ -4,11 +4,11 @@
 
 trains a net of the zoo for each seed (``bert_small``, and ``gpt_small``, which needs no folder, alike), keeps half, a
 third and a sixth of the heads of every layer with half, a quarter and an eighth of the MLP's neurons, chosen by each
-pruner, and recovers each by each rule from the same unlabelled rows; 256 more judge what is distilled. ``--retrained``
-adds an epoch with labels to what was shipped and to what was distilled. A line per figure goes to
-``transformers.jsonl``, nets to files beside it; the same command goes on where it was stopped. Of 2,000 test images the
-accuracy in percent, of 256 rows of text bits per byte; differences are paired by net. What dense nets take is timed in
-turns with the whole one.
+pruner (of "narrower heads" all heads, with at most so many of their channels), and recovers each by each rule from the
+same unlabelled rows; 256 more judge what is distilled. ``--retrained`` adds an epoch with labels to what was shipped
+and to what was distilled. A line per figure goes to ``transformers.jsonl``, nets to files beside it; the same command
+goes on where it was stopped. Of 2,000 test images the accuracy in percent, of 256 rows of text bits per byte;
+differences are paired by net. What dense nets take is timed in turns with the whole one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from nni_topo import compensate, create_pruner, dependency_groups, distill, to_dense, zoo
+from nni_topo import compensate, create_pruner, dependency_groups, distill, narrow_heads, to_dense, zoo
 from nni_topo.runs.records import append_record, read_records
 from nni_topo.runs.rivals import is_rival, rival_masks
 from nni_topo.runs.run import Start, pruner_knobs
@@ -44,7 +44,10 @@ CHOICES = {
     "reconstruction": "reconstruction",
     # of the nets without shared keys and values
     "Torch-Pruning": "torch-pruning",
+    "narrower heads": "l1",  # of the neurons
 }
+_NARROWER = "narrower heads"  # at most as many channels in all, of every head as many
+_UNSHARED = ("Torch-Pruning", _NARROWER)
 METHODS = {
     "mean into bias": "mean",
     "scalar per channel": "scalar",
@@ -73,7 +76,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=10_000, help="rows to train on")
     parser.add_argument("--retrained", action="store_true", help="then one epoch with labels, too")
     options = parser.parse_args()
-    options.choices = options.choices or [c for c in CHOICES if (c, options.model) != ("Torch-Pruning", "gpt_small")]
+    options.choices = options.choices or [
+        choice for choice in CHOICES if not (choice in _UNSHARED and options.model == "gpt_small")
+    ]
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "transformers.jsonl"
@@ -91,7 +96,7 @@ def _run(options: argparse.Namespace, start: Start, path: Path) -> None:
     whole = cache(lambda: _worth(start.net, start.data))
     for heads, neurons in SHARES:
         for choice in options.choices:
-            found = _Recovered(options, start, CHOICES[choice], heads, neurons)
+            found = _Recovered(options, start, choice, heads, neurons)
             for rule in rules:
                 key = (options.model, start.seed, heads, neurons, choice, rule)
                 if key in done:
@@ -127,9 +132,9 @@ def _worth(net: nn.Module, data: zoo.DataBundle) -> float:
 class _Recovered:
     """Dense nets of one choice, by each rule, made when they are asked for."""
 
-    def __init__(self, options: argparse.Namespace, start: Start, pruner: str, heads: float, neurons: float) -> None:
+    def __init__(self, options: argparse.Namespace, start: Start, choice: str, heads: float, neurons: float) -> None:
         self._options, self._start = options, start
-        self._pruner, self._heads, self._neurons = pruner, heads, neurons
+        self._choice, self._heads, self._neurons = choice, heads, neurons
         self._rows = start.data.train.tensors[0][: options.rows]
         self.by = cache(self._made)
 
@@ -139,7 +144,7 @@ class _Recovered:
         knobs = {"steps": self._options.steps, "objective": "kl", "seed": start.seed}
         before, _, last = rule.rpartition(", ")
         dense, seconds = self.by(before) if before else (start.net, 0.0)
-        masks, began = self._masks(), time.process_time()
+        (net, masks), began = self._masks(), time.process_time()
         if last == "distilled":
             # Of rows that compensation had it looks better than it is.
             judging = start.images(_JUDGING, skip=self._options.rows)
@@ -149,30 +154,37 @@ class _Recovered:
             zoo.train(dense, start.data, start.recipe.for_retraining(1), seed=start.seed)
         else:
             method: Any = METHODS.get(rule)
-            net = compensate(start.net, masks, batches, method=method, seed=start.seed) if method else start.net
+            net = compensate(net, masks, batches, method=method, seed=start.seed) if method else net
             dense = to_dense(net, self._rows[:2], masks)
         return dense, seconds + time.process_time() - began
 
     @cache  # noqa: B019
-    def _masks(self) -> Any:
-        net = copy.deepcopy(self._start.net)
-        if is_rival(self._pruner):
-            return self._rival_masks(net)
-        config = [
-            {"op_names_re": [r".*\.attention"], "granularity": "head", "sparse_ratio": 1.0 - self._heads},
-            {"op_names_re": [r".*\.mlp\.(fc1|gate_proj|up_proj)"], "sparse_ratio": 1.0 - self._neurons},
-        ]
+    def _masks(self) -> tuple[nn.Module, Any]:
+        """Return what is pruned, which computes what the trained net does, and its masks."""
+        net, pruner = copy.deepcopy(self._start.net), CHOICES[self._choice]
+        if is_rival(pruner):
+            return self._start.net, self._rival_masks(net)
+        config = [{"op_names_re": [r".*\.mlp\.(fc1|gate_proj|up_proj)"], "sparse_ratio": 1.0 - self._neurons}]
+        if self._choice != _NARROWER:
+            heads = {"op_names_re": [r".*\.attention"], "granularity": "head", "sparse_ratio": 1.0 - self._heads}
+            config = [heads, *config]
         groups = list(dependency_groups(net, self._rows[:2], config))
-        looks = self._pruner in ("topological", "reconstruction")
-        knobs = pruner_knobs(self._pruner, net, self._start, _LOOKED_AT if looks else 0)
-        return create_pruner(self._pruner, net, groups, **knobs).compress()[1]
+        looks = pruner in ("topological", "reconstruction")
+        knobs = pruner_knobs(pruner, net, self._start, _LOOKED_AT if looks else 0)
+        masks = create_pruner(pruner, net, groups, **knobs).compress()[1]
+        if self._choice != _NARROWER:
+            return self._start.net, masks
+        size = next(part.head_dim for part in self._start.net.modules() if isinstance(part, SelfAttention))
+        kept = max(1, int(size * self._heads))
+        turned, within = narrow_heads(self._start.net, self._rows.split(128), (size - kept) / size)
+        return turned, {**masks, **within}
 
     def _rival_masks(self, net: nn.Module) -> Any:
         parts = {name: part for name, part in net.named_modules() if isinstance(part, SelfAttention)}
         heads = {f"{name}.{each}_proj": part.num_heads for name, part in parts.items() for each in "qkv"}
         inner = [name for name, _ in net.named_modules() if name.endswith(".mlp.fc1")]
         ratios = dict.fromkeys(heads, 1.0 - self._heads) | dict.fromkeys(inner, 1.0 - self._neurons)
-        return rival_masks(self._pruner, net, self._rows[:2], ratios, heads)[0]
+        return rival_masks(CHOICES[self._choice], net, self._rows[:2], ratios, heads)[0]
 
 
 def _times(start: Start, dense: nn.Module) -> dict[str, float]:

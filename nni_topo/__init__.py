@@ -52,6 +52,7 @@ from nni_topo.pruners.topological_magnitude import TopologicalMagnitudePruner  #
 from nni_topo.recovery import (  # noqa: E402
     compensate,
     distill,
+    narrow_heads,
     recalibrate_batch_norm,
     remove_blocks,
     synthetic_images,
@@ -116,6 +117,7 @@ __all__ = [
     "list_pruners",
     "load",
     "masked_model",
+    "narrow_heads",
     "pruner_info",
     "recalibrate_batch_norm",
     "register_module",

@@ -14,6 +14,7 @@ from nni_topo import (
     dependency_groups,
     load,
     masked_model,
+    narrow_heads,
     remove_blocks,
     save,
     save_pretrained,
@@ -89,6 +90,40 @@ def test_half_of_the_heads_go(name):
         torch.testing.assert_close(logits(dense, given), logits(reference, given), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if name[:5] not in ("Llama", "Qwen2", "Mistr")])
+def test_heads_with_half_of_their_channels(name, tmp_path):
+    model = make(name)
+    inputs = inputs_of(model, samples=12)
+    turned, masks = narrow_heads(model, [inputs], 0.5)
+    torch.testing.assert_close(logits(turned, inputs), logits(model, inputs), rtol=1e-3, atol=1e-3)
+    dense, reference = to_dense(turned, inputs, masks), masked_model(turned, inputs, masks)
+    for given in (inputs, inputs_of(model, samples=2, places=5)):
+        torch.testing.assert_close(logits(dense, given), logits(reference, given), rtol=1e-5, atol=1e-5)
+    sizes = {each.head_size for each in find_attention(dense).values()}
+    assert sizes == {2}
+    save(dense, tmp_path / "dense.safetensors")
+    assert torch.equal(logits(load(tmp_path / "dense.safetensors", model), inputs), logits(dense, inputs))
+    with pytest.raises(ConfigError, match=r"got .*2.* where the config makes"):
+        save_pretrained(dense, tmp_path / "folder")
+
+
+def test_padding_says_nothing_about_which_channels_of_heads_matter():
+    model = make("BertForSequenceClassification")
+    inputs = inputs_of(model, samples=12)
+    others = {**inputs, "input_ids": torch.where(inputs["attention_mask"] > 0, inputs["input_ids"], 7)}
+    assert not torch.equal(inputs["input_ids"], others["input_ids"])
+    one, other = (narrow_heads(model, [each], 0.5)[0].state_dict() for each in (inputs, others))
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name].abs(), tensor.abs(), rtol=1e-3, atol=1e-4)
+
+
+def test_rotary_positions_keep_heads_as_large_as_they_are(caplog):
+    config = transformers.LlamaConfig(**SIZES)
+    model = transformers.LlamaForCausalLM(config).eval()
+    assert narrow_heads(model, [inputs_of(model)], 0.5)[1] == {}
+    assert "more is done to queries and keys than to multiply them" in caplog.text
+
+
 def test_a_decoder_generates_with_and_without_cache_and_loads_by_its_config(tmp_path):
     model = make("LlamaForCausalLM")
     inputs = inputs_of(model)
@@ -156,7 +191,7 @@ def test_what_a_config_cannot_say_is_refused_and_loads_by_the_original(tmp_path)
     model = make("BertForSequenceClassification")
     inputs = inputs_of(model)
     dense = to_dense(model, inputs, pruned(model, inputs))
-    with pytest.raises(ConfigError, match=r"got 2 heads where the config makes 4 heads; nni_topo.save and nni_topo"):
+    with pytest.raises(ConfigError, match=r"got 2 heads of 4 where the config makes 4 heads of 4; nni_topo.save and"):
         save_pretrained(dense, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
     save(dense, tmp_path / "dense.safetensors")

@@ -3,9 +3,10 @@
 from nni_topo.network.dense import to_dense
 from nni_topo.network.dependency import DependencyGroups, dependency_groups
 from nni_topo.network.exporting import Exported, export
-from nni_topo.network.files import load, save, save_pretrained
+from nni_topo.network.files import load, save
 from nni_topo.network.latency import LatencyTable, LayerLatency
 from nni_topo.network.layers import as_linear, register_module
+from nni_topo.network.pretrained import save_pretrained
 from nni_topo.network.profiling import ModeCost, profile
 from nni_topo.network.reference import masked_model
 from nni_topo.network.report import DenseReport, LayerReport

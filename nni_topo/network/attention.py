@@ -7,6 +7,7 @@ such a set is called a head. So is a unit of a recurrent layer, which goes with 
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 from functools import partial
@@ -52,6 +53,19 @@ class Attention:
     def is_fused(self) -> bool:
         """Whether one layer makes queries, keys and values."""
         return len(self.channels) == 1
+
+    @property
+    def parts(self) -> list[tuple[str, IntArray]]:
+        """The layers that make queries, keys and values, each with its channels of each head: (heads, channels)."""
+        if self.is_fused:
+            ((layer, channels),) = self.channels.items()
+            return [(layer, part) for part in np.split(channels, 3, axis=1)]
+        return list(self.channels.items())
+
+    @property
+    def head_size(self) -> int:
+        """Channels of the keys of a head."""
+        return int(self.parts[1][1].shape[1])
 
     def granularity(self, layer: str) -> list[int]:
         """Return NNI's granularity at which a layer of it loses heads; where `is_fused` of queries, keys or values."""
@@ -211,12 +225,7 @@ def multihead(
     is_single, states = query.dim() == 2, [query, key, value]
     if is_single or not self.batch_first:
         states = [each.unsqueeze(0) if is_single else each.transpose(0, 1) for each in states]
-    weights = self.in_proj_weight.chunk(3)
-    biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-    heads = [
-        functional.linear(each, weight, bias).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
-        for each, weight, bias in zip(states, weights, biases, strict=True)
-    ]
+    heads = [each.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for each in projected(self, *states)]
     scores = heads[0] @ heads[1].transpose(2, 3) / self.head_dim**0.5
     if attn_mask is not None:
         # Masks by head know those that were there at first.
@@ -232,6 +241,13 @@ def multihead(
         return mixed, None
     shares = shares.mean(1) if average_attn_weights else shares
     return mixed, shares.squeeze(0) if is_single else shares
+
+
+def projected(self: Any, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """Return the queries, keys and values that ``nn.MultiheadAttention`` makes of what enters: (..., width)."""
+    biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+    entering = zip((query, key, value), self.in_proj_weight.chunk(3), biases, strict=True)
+    return [functional.linear(*each) for each in entering]
 
 
 def _additive(mask: Tensor, scores: Tensor) -> Tensor:
@@ -271,9 +287,7 @@ def resize(module: Any, attention: Attention, left: int) -> None:
         return
     if isinstance(module, nn.MultiheadAttention):
         module.num_heads = left
-        module.__class__ = PrunedMultiheadAttention
-        module._qkv_same_embed_dim = False  # layers of PyTorch's then don't compute with its weights by themselves
-        vars(module).pop("forward", None)  # NNI puts the class's own there when it takes a wrapper off
+        _set_pruned(module)
         return
     width = len(attention.context[1])
     for key, value in vars(module).items():
@@ -281,3 +295,24 @@ def resize(module: Any, attention: Attention, left: int) -> None:
             setattr(module, key, value // old * left)
         elif key in _WIDTHS and value == width:
             setattr(module, key, width // old * left)
+
+
+def set_size(module: Any, old: int, size: int, heads: int) -> None:
+    """Tell a module how many channels are left of each of its heads; its layers are cut already."""
+    if isinstance(module, nn.MultiheadAttention):
+        module.head_dim = size
+        _set_pruned(module)
+        return
+    for key, value in vars(module).items():
+        if key in _SIZES and value == old:
+            setattr(module, key, size)
+        elif key in _WIDTHS and value == heads * old:
+            setattr(module, key, heads * size)
+        elif isinstance(value, float) and math.isclose(value, old**-0.5, rel_tol=1e-6):
+            setattr(module, key, size**-0.5)  # what queries times keys are multiplied by
+
+
+def _set_pruned(module: Any) -> None:
+    module.__class__ = PrunedMultiheadAttention
+    module._qkv_same_embed_dim = False  # layers of PyTorch's then don't compute with its weights by themselves
+    vars(module).pop("forward", None)  # NNI puts the class's own there when it takes a wrapper off

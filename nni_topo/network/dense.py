@@ -14,6 +14,7 @@ from nni_topo.network.advice import way_forward
 from nni_topo.network.attention import tell_config
 from nni_topo.network.constants import absorb, constants_read
 from nni_topo.network.engine import DenseSpeedup, kept_outputs
+from nni_topo.network.head_sizes import narrowed
 from nni_topo.network.inputs import call_arguments
 from nni_topo.network.masks import FullMasks, Masks, check_masks, check_model
 from nni_topo.network.modes import detached_copy, random_state_kept
@@ -169,6 +170,7 @@ def _build(
         absorb(dense, flow, resolved.left, constants_read(dense, flow, resolved.left, network.call), exactly=True)
     DenseSpeedup(dense, flow, resolved.left, replacers).speedup_model()
     put_sizes(dense, flow.sizes_left(resolved.left))
+    dense = narrowed(dense, flow, resolved.masks, resolved.left, network.call)
     tie_again(dense, ties)
     tell_config(dense, original)
     for name, module in network.model.named_modules():

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from nni_topo._version import __version__
 from nni_topo.disk import read_tensors, reading, whole_file, write_tensors
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.attention import find_attention, resize
+from nni_topo.network.attention import Attention, find_attention, resize, set_size
 from nni_topo.network.counted import count
 from nni_topo.network.depth import kept_blocks, take_out_others
 from nni_topo.network.labels import can_follow
@@ -47,8 +47,11 @@ _KINDS: dict[str, type] = {
     "buffers": dict,
     "fingerprints": dict,
     "blocks": dict,
+    "head_sizes": dict,
 }
-_OLDER: dict[str, Any] = {key: {} for key in ("numbers", "buffers", "fingerprints", "blocks")}  # of older versions
+_OLDER: dict[str, Any] = {
+    key: {} for key in ("numbers", "buffers", "fingerprints", "blocks", "head_sizes")
+}  # of older versions
 
 # The attributes that say how large a module is, by the class that defines them.
 _SIZES: dict[type[torch.nn.Module], tuple[str, ...]] = {
@@ -97,12 +100,13 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
         "package_version": __version__,
-        "modules": {name: _describe(module) for name, module in dense.named_modules() if _sizes(module)},
+        "modules": {name: describe(module) for name, module in dense.named_modules() if size_names(module)},
         "numbers": sizes_of(dense),
         "state_dict": {name: tensor.detach() for name, tensor in listed.items()},
         "buffers": {name: tensor.detach() for name, tensor in every.items() if name not in listed},
         "fingerprints": {name: _fingerprint(tensor) for name, tensor in every.items()},
         "blocks": kept_blocks(dense),
+        "head_sizes": {name: attention.head_size for name, attention in find_attention(dense).items()},
     }
     if Path(path).suffix == _SAFE:
         with whole_file(Path(path)) as part:
@@ -167,68 +171,22 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
             if name in stored:
                 tensor.data = stored[name].to(tensor.device, copy=True)
     for name, attention in whole.items():
-        layer, channels = next(iter(attention.channels.items()))
-        resize(built.get_submodule(name), attention, len(weight_of(built.get_submodule(layer))) // channels.shape[1])
+        _resize_heads(built, attention, document["head_sizes"].get(name, attention.head_size), os.fspath(path))
     put_sizes(built, _smaller(document["numbers"], sizes_of(built), os.fspath(path)))
     tie_again(built, [part for names in ties for part in _shared(names, stored)])
     _check_values(document.get("fingerprints", {}), stored, built, os.fspath(path))
     return built
 
 
-def save_pretrained(dense: Any, folder: _PathLike) -> None:
-    """Save a pruned model of Transformers as a folder that its ``from_pretrained`` loads without this package.
-
-    Parameters
-    ----------
-    dense : transformers.PreTrainedModel
-        A model made by `nni_topo.to_dense`. It isn't changed.
-    folder : str or path-like
-        The folder for ``config.json`` and ``model.safetensors``; made where there is none.
-
-    Raises
-    ------
-    ConfigError
-        If the model isn't one of Transformers, or its config can't say how wide its layers are: it has one number for
-        all blocks, so all must be equally wide. `save` and `load` take every model.
-    SpeedupError
-        If the model is still wrapped by NNI.
-
-    See Also
-    --------
-    save : One file for every model, for `load`.
-    """
-    check_unwrapped(dense)
-    config, name = getattr(dense, "config", None), type(dense).__name__
-    if config is None or not callable(getattr(dense, "save_pretrained", None)):
-        raise ConfigError(f"a model must be one of Transformers, got {name}; nni_topo.save takes any (save_pretrained)")
-    with torch.device("meta"):
-        plain = type(dense)(copy.deepcopy(config))
-    wanted, got = _structure(plain), _structure(dense)
-    different = [each for each in {**wanted, **got} if wanted.get(each) != got.get(each)]
-    if different:
-        raise ConfigError(
-            "from_pretrained must be able to build the model by its config, which has one width for all blocks, got "
-            f"{got.get(different[0])} where the config makes {wanted.get(different[0])}; nni_topo.save and "
-            f"nni_topo.load take it ({different[0]}, {name})"
-        )
-    dense.save_pretrained(folder)
-
-
-def _structure(model: torch.nn.Module) -> dict[str, Any]:
-    """Return what a config must say of a model: the heads, the modules' sizes, and the tensors' shapes, by name."""
-    heads = {name: f"{each.heads} heads" for name, each in find_attention(model).items()}
-    sizes = {name: _describe(module) for name, module in model.named_modules() if _sizes(module)}
-    return heads | sizes | {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
-
-
-def _sizes(module: torch.nn.Module) -> tuple[str, ...]:
+def size_names(module: torch.nn.Module) -> tuple[str, ...]:
     """List the names of a module's size attributes; none for a type without."""
     names = next((names for kind, names in _SIZES.items() if isinstance(module, kind)), ())
     return (*names, "counted") if hasattr(module, "counted") else names
 
 
-def _describe(module: torch.nn.Module) -> dict[str, Any]:
-    sizes = {name: getattr(module, name) for name in _sizes(module)}
+def describe(module: torch.nn.Module) -> dict[str, Any]:
+    """Return a module's type and sizes, as a file's recipe has them."""
+    sizes = {name: getattr(module, name) for name in size_names(module)}
     plain = {name: list(size) if isinstance(size, tuple) else int(size) for name, size in sizes.items()}
     return {"type": type(module).__name__, "sizes": plain}
 
@@ -339,8 +297,8 @@ def _take_out(blocks: dict[str, Any], model: torch.nn.Module, place: str) -> Non
 def _check_fit(document: dict[str, Any], model: torch.nn.Module, place: str) -> None:
     """Raise unless the file could come from a pruned copy of the model."""
     rule = "a dense model must be loaded into the model it was pruned from"
-    modules = {name: module for name, module in model.named_modules() if _sizes(module)}
-    resizable = {name for name, module in model.named_modules(remove_duplicate=False) if _sizes(module)}
+    modules = {name: module for name, module in model.named_modules() if size_names(module)}
+    resizable = {name for name, module in model.named_modules(remove_duplicate=False) if size_names(module)}
     resizable |= find_attention(model).keys()
     stored: dict[str, dict[str, Any]] = document["modules"]
     tensors = dict(model.state_dict(keep_vars=True))
@@ -348,7 +306,7 @@ def _check_fit(document: dict[str, Any], model: torch.nn.Module, place: str) -> 
     _check_names(rule, "tensors", set(document["state_dict"]), set(tensors), place)
     for name, description in stored.items():
         kind, sizes = _checked(description, name, place)
-        known = _describe(modules[name])
+        known = describe(modules[name])
         counts = "counted" in sizes and known["sizes"].keys() <= sizes.keys()
         if kind != known["type"] and not counts:
             raise ConfigError(f"{rule}, got {kind} where the model has {known['type']} ({name}, {place})")
@@ -392,9 +350,21 @@ def _check_names(rule: str, kind: str, stored: set[str], known: set[str], place:
             raise ConfigError(f"{rule}, got {kind} {problem}: {listed} ({place})")
 
 
+def _resize_heads(model: torch.nn.Module, attention: Attention, size: Any, place: str) -> None:
+    """Tell attention how many heads it has, and channels of each; its layers are cut already."""
+    layer, channels = next(iter(attention.channels.items()))
+    module, whole = model.get_submodule(attention.name), attention.head_size
+    if type(size) is not int or not 0 < size <= whole:
+        raise DataError(f"a head must have 1 to {whole} channels, got {size!r:.80} ({attention.name}, {place})")
+    left = len(weight_of(model.get_submodule(layer))) // (channels.shape[1] // whole * size)
+    resize(module, attention, left)
+    if size < whole:
+        set_size(module, whole, size, left)
+
+
 def _resize(module: torch.nn.Module, sizes: dict[str, Any]) -> None:
     if "counted" in sizes:
         count(module, sizes["counted"])
-    for name in _sizes(module):
+    for name in size_names(module):
         size = sizes[name]
         setattr(module, name, tuple(size) if isinstance(size, list) else size)

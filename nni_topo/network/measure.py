@@ -9,7 +9,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -146,37 +146,43 @@ def latencies(
     return {name: 1000.0 * statistics.median(own) for name, own in zip(models, zip(*rounds, strict=True), strict=True)}
 
 
-def time_share(
-    model: nn.Module,
+def time_shares(
+    models: Sequence[nn.Module],
     whole: nn.Module,
     example_inputs: Any,
     wanted: float | None = None,
     *,
     precision: float = 0.015,
     seconds: float = 10.0,
-) -> tuple[float, float]:
-    """Return the share of a whole network's time that a model takes on one thread, and how far off that may be.
+) -> list[tuple[float, float]]:
+    """Return the share of a whole network's time that each model takes on one thread, and how far off that may be.
 
-    The share is the median over rounds in which each runs once, for what slows a machine down slows both. Rounds go on
-    until the median's 95 % interval is within a ``precision`` of it, or took so many ``seconds``; eight at least. What
+    A share is the median over rounds in which each runs once, for what slows a machine down slows all. Rounds go on
+    until each median's 95 % interval is within a ``precision`` of it, or took so many ``seconds``; eight at least. What
     is far from the share that is ``wanted`` need be known to a fifth of the way only.
     """
-    found = math.nan, math.inf
+    found = [(math.nan, math.inf)] * len(models)
 
     def is_known(done: list[tuple[float, ...]]) -> bool:
         nonlocal found
-        shares = sorted(own / other for own, other in done[1:])  # the first warms up
-        count, is_over = len(shares), sum(map(sum, done)) > seconds
+        count, is_over = len(done) - 1, sum(map(sum, done[1:])) > seconds  # the first warms up
         # looked at whenever there are twice as many: who looks each time stops at a sample that is close by chance
         if count < _LEAST_ROUNDS or (count & (count - 1) and not is_over):
             return False
-        median, low = statistics.median(shares), int(count / 2.0 - 0.98 * math.sqrt(count))
-        found = median, (shares[-1 - low] - shares[low]) / (2.0 * median)  # it lies between these 19 times in 20
-        away = 0.0 if wanted is None else abs(median - wanted) / median
-        return is_over or found[1] <= max(precision, away / 5.0)
+        found = [_median_share(own, done[1:]) for own in range(len(models))]
+        away = [0.0 if wanted is None else abs(median - wanted) / median for median, _ in found]
+        return is_over or all(off <= max(precision, far / 5.0) for (_, off), far in zip(found, away, strict=True))
 
-    _rounds({"model": model, "whole": whole}, example_inputs, 1, 0, is_known)
+    named = {f"model {place}": model for place, model in enumerate(models)}
+    _rounds({**named, "whole": whole}, example_inputs, 1, 0, is_known)
     return found
+
+
+def _median_share(own: int, rounds: list[tuple[float, ...]]) -> tuple[float, float]:
+    """Return the median share of the last one's time, and half of its 95 % interval as a share of it."""
+    shares = sorted(times[own] / times[-1] for times in rounds)
+    median, low = statistics.median(shares), int(len(shares) / 2.0 - 0.98 * math.sqrt(len(shares)))
+    return median, (shares[-1 - low] - shares[low]) / (2.0 * median)
 
 
 def _rounds(

@@ -28,7 +28,7 @@ from nni_topo.errors import (
 from nni_topo.network.cost import Kept, NetworkCost
 from nni_topo.network.dense import to_dense
 from nni_topo.network.latency import LatencyTable
-from nni_topo.network.measure import time_share
+from nni_topo.network.measure import time_shares
 from nni_topo.network.modes import unwrapped_copy
 from nni_topo.network.timing import measure_latency
 from nni_topo.pruners.planner import Losses, Planner
@@ -43,6 +43,7 @@ BUDGETS = ("flops", "params", "latency", "memory")
 _RULES = {"allocation": one_of(ALLOCATIONS), "latency_table": instance(LatencyTable) | PATH | NONE}
 _MISSED = 0.01
 _MISSED_TIME = 0.05  # of what is asked for
+_SECONDS = 10.0  # to time one network beside the whole one
 
 
 @dataclass(frozen=True)
@@ -136,12 +137,16 @@ class BudgetPlanner(Planner):
             return how([losses(unit) for unit in units], bounds, cost, share)
 
         if self.budget.kind == "latency" and self.budget.latency_table is None:
-            timed = share_left(units, network_time(model, self.example_inputs, share), self.rounded)
+            time = network_time(model, self.example_inputs, share)
+
+            def timed(solutions: Sequence[Sequence[int]]) -> list[float]:
+                return time([kept_if(units, removed, self.rounded) for removed in solutions])
+
             if self._aim is None:
                 removed, self.left, self._aim = solve_timed(solve, cost, timed, share)
             else:
                 removed = solve(self._aim)
-                self.left = timed(removed)
+                (self.left,) = timed([removed])
         else:
             removed = solve(share)
             self.left = cost(removed)
@@ -189,16 +194,17 @@ def share_left(
     if not whole > 0.0:
         raise DataError(f"the unpruned network must cost something, got {whole} (budget)")
 
-    def share(removed: Sequence[int]) -> float:
-        # Costs follow from widths, and the scores aren't needed: the first rows stand for whichever will stay.
-        kept = {
-            layer: np.tile(np.arange(unit.rows) < rounded(unit, unit.rows - count), unit.parts)
-            for unit, count in zip(units, removed, strict=True)
-            for layer in unit.layers
-        }
-        return float(cost(kept) / whole)
+    return lambda removed: float(cost(kept_if(units, removed, rounded)) / whole)
 
-    return share
+
+def kept_if(units: Sequence[PruningUnit], removed: Sequence[int], rounded: Callable[[PruningUnit, int], int]) -> Kept:
+    """Return which channels layers keep if units lose so many rows: the first, which stand for whichever will stay."""
+    # Costs follow from widths, and the scores aren't needed.
+    return {
+        layer: np.tile(np.arange(unit.rows) < rounded(unit, unit.rows - count), unit.parts)
+        for unit, count in zip(units, removed, strict=True)
+        for layer in unit.layers
+    }
 
 
 def network_cost(
@@ -213,23 +219,22 @@ def network_cost(
     return lambda kept: float(counted(cost(kept)))
 
 
-def network_time(model: nn.Module, example_inputs: Any, wanted: float) -> Callable[[Kept], float]:
-    """Return what dense networks with some channels gone take, as a share of the whole one's time beside them.
+def network_time(model: nn.Module, example_inputs: Any, wanted: float) -> Callable[[Sequence[Kept]], list[float]]:
+    """Return what dense networks with some channels gone take, as shares of the whole one's time beside them.
 
-    What is far from the share that is ``wanted`` is timed roughly.
+    One alone that is far from the share ``wanted`` is timed roughly.
     """
     whole, cost = unwrapped_copy(model), NetworkCost(model, example_inputs)
 
-    def share(kept: Kept) -> float:
-        if not kept:
-            return 1.0
-        dense = to_dense(whole, example_inputs, cost.masks(kept), check=False)
-        found, off = time_share(dense, whole, example_inputs, wanted)
-        level = logging.WARNING if off > max(_MISSED_TIME, abs(found - wanted) / found) else logging.INFO
-        _logger.log(level, "widths that were timed take %.4g of the time, known to %.1f %%", found, 100.0 * off)
-        return found
+    def shares(choices: Sequence[Kept]) -> list[float]:
+        nets = [to_dense(whole, example_inputs, cost.masks(kept), check=False) for kept in choices]
+        timed = time_shares(nets, whole, example_inputs, wanted, seconds=_SECONDS * len(nets))
+        for found, off in timed:
+            level = logging.WARNING if off > max(_MISSED_TIME, abs(found - wanted) / found) else logging.INFO
+            _logger.log(level, "widths that were timed take %.4g of the time, known to %.1f %%", found, 100.0 * off)
+        return [found for found, _ in timed]
 
-    return share
+    return shares
 
 
 def planned(

@@ -15,6 +15,7 @@ from nni_topo.pruners.planner import FloatArray
 Position = TypeVar("Position", int, float)
 _NEAR_TIME = 0.02  # of what is asked for, where to stop
 _TIMINGS = 10
+_TOGETHER = 3
 _LEAST_GAIN = -0.05  # logarithm of a share of the time
 _STEPS = 40
 _STRETCHES = 16
@@ -133,34 +134,42 @@ def solve_tolerance(
 def solve_timed(
     solve: Callable[[float], list[int]],
     said: Callable[[Sequence[int]], float],
-    timed: Callable[[Sequence[int]], float],
+    timed: Callable[[Sequence[Sequence[int]]], list[float]],
     share: float,
 ) -> tuple[list[int], float, float]:
     """Return rows to remove such that the dense network takes a ``share`` of the time, what it takes, and the aim.
 
     A table of layers is off by what networks do beside and between them, so that each solution is timed, and the next
-    one aims at what the table says where, by the times so far, the share would be met. What comes near is timed once
-    more, and the mean counts: of several timings the nearest is so by luck, too.
+    one aims at what the table says where, by the times so far, the share would be met. Where one comes near, or none
+    does, the nearest few are timed once more, in turns: of several timings the nearest is so by luck, too, and from one
+    minute to the next a machine is faster with large networks, or with small ones.
     """
-    points, aim, found, near = [(1.0, 1.0)], share, list[tuple[list[int], float, float]](), _NEAR_TIME * share
+    points, aim, found, near = [(1.0, 1.0)], share, dict[tuple[int, ...], tuple[float, float]](), _NEAR_TIME * share
+
+    def gap(removed: tuple[int, ...]) -> float:
+        return abs(found[removed][0] - share)
+
+    def look_again() -> tuple[int, ...]:
+        nearest = sorted(found, key=gap)[:_TOGETHER]
+        found.update({each: (left, found[each][1]) for each, left in zip(nearest, timed(nearest), strict=True)})
+        return min(nearest, key=gap)
+
     for _ in bar("timing widths", None, range(_TIMINGS)):
-        removed = solve(aim)
-        if removed in (each for each, *_ in found):
+        removed = tuple(solve(aim))
+        if removed in found:
             # on one step of the widths: halfway between the nearest that take less and more
-            below = max((aim for _, left, aim in found if left < share), default=0.0)
-            aim = (below + min((aim for _, left, aim in found if left >= share), default=1.0)) / 2.0
-            if (removed := solve(aim)) in (each for each, *_ in found):
+            below = max((aim for left, aim in found.values() if left < share), default=0.0)
+            aim = (below + min((aim for left, aim in found.values() if left >= share), default=1.0)) / 2.0
+            if (removed := tuple(solve(aim))) in found:
                 break
-        left = timed(removed)
-        if abs(left - share) <= near:
-            left = (left + timed(removed)) / 2.0
-        found.append((removed, left, aim))
-        if abs(left - share) <= near:
-            break
-        points = sorted([*points, (said(removed), left)])
+        found[removed] = timed([removed])[0], aim
+        if gap(removed) <= near and gap(best := look_again()) <= near:
+            return list(best), *found[best]
+        points = sorted([*points, (said(removed), found[removed][0])])
         table, taken = np.log(np.array(points)).T
         taken, wanted = np.maximum.accumulate(taken), math.log(share)
         # below what was timed as a power of it
         power = table[0] / min(taken[0], _LEAST_GAIN) if wanted < taken[0] else None
         aim = math.exp(np.interp(wanted, taken, table) if power is None else wanted * power)
-    return min(found, key=lambda each: abs(each[1] - share))
+    best = look_again()
+    return list(best), *found[best]

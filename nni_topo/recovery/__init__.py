@@ -6,6 +6,7 @@ from nni_topo.recovery.blocks import remove_blocks
 from nni_topo.recovery.compensating import Compensation, compensate, compensation
 from nni_topo.recovery.distilling import Distillation, distill, distillation
 from nni_topo.recovery.mixing import pair_coefficients
+from nni_topo.recovery.narrowing import narrow_heads
 from nni_topo.recovery.report import CompensationReport, LayerReport
 from nni_topo.recovery.synthetic import synthetic_images
 
@@ -19,6 +20,7 @@ __all__ = [
     "distill",
     "distillation",
     "greedy_least_squares",
+    "narrow_heads",
     "pair_coefficients",
     "recalibrate_batch_norm",
     "remove_blocks",

@@ -87,7 +87,9 @@ def pruned_roots(graph_module: GraphModule, flow: ChannelFlow, masks: FullMasks)
     for name in flow.layers:
         kept = kept_channels(graph_module.get_submodule(name), masks.get(name, {}))
         if kept is not None:
-            pruned |= set(flow.layer_roots(name)[~kept.cpu().numpy()].tolist())
+            roots, is_kept = flow.layer_roots(name), kept.cpu().numpy()
+            # A head of which any channel is kept stays.
+            pruned |= set(roots[~is_kept].tolist()) - set(roots[is_kept].tolist())
     # FIXED stands for whatever stays; a mask of a channel that is tied to it removes nothing.
     return pruned - {FIXED}
 

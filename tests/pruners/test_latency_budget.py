@@ -104,7 +104,10 @@ def test_what_networks_take_corrects_what_a_table_says(share, taken):
         return 1.0 - removed[0] / 1000
 
     removed, left, aim = solve_timed(
-        lambda each: [round(1000 * (1.0 - each))], said, lambda removed: taken(said(removed)), share
+        lambda each: [round(1000 * (1.0 - each))],
+        said,
+        lambda tried: [taken(said(removed)) for removed in tried],
+        share,
     )
     assert left == taken(said(removed)) == pytest.approx(taken(aim), rel=0.05)
     assert left == pytest.approx(share, rel=0.05)
@@ -113,22 +116,37 @@ def test_what_networks_take_corrects_what_a_table_says(share, taken):
 def test_what_came_near_by_luck_alone_goes_on():
     timings = []
 
-    def timed(removed):
-        timings.append(removed[0])
-        return (1.0 - removed[0] / 1000) * (0.9 if len(timings) == 2 else 1.0)
+    def timed(tried):
+        timings.extend(removed[0] for removed in tried)
+        return [(1.0 - removed[0] / 1000) * (0.9 if len(timings) == 2 else 1.0) for removed in tried]
 
     removed, left, _ = solve_timed(
         lambda aim: [round(1000 * (1.0 - aim))], lambda removed: 1.0 - removed[0] / 1000, timed, 0.5
     )
     assert timings[:2] == [500, 500]
     assert len(timings) > 3
-    assert timings[-2:] == removed * 2
     assert left == pytest.approx(0.5, rel=0.02)
+    assert left == 1.0 - removed[0] / 1000
+
+
+def test_the_nearest_by_a_machine_that_has_changed_are_timed_in_turns():
+    """The first two come out a tenth too slow, so that the second looks right; side by side the first one is."""
+    rounds = []
+
+    def timed(tried):
+        rounds.append([removed[0] for removed in tried])
+        return [(1.0 - removed[0] / 1000) * (1.1 if len(rounds) < 3 else 1.0) for removed in tried]
+
+    removed, left, _ = solve_timed(
+        lambda aim: [round(1000 * (1.0 - aim))], lambda removed: 1.0 - removed[0] / 1000, timed, 0.5
+    )
+    assert [len(each) for each in rounds] == [1, 1, 2]
+    assert (removed, left) == ([500], 0.5)
 
 
 def test_a_time_out_of_reach_is_come_near_to():
     removed, left, _ = solve_timed(
-        lambda aim: [int(aim < 0.9)], lambda _: 0.5, lambda removed: 1.0 - removed[0] / 4, 0.1
+        lambda aim: [int(aim < 0.9)], lambda _: 0.5, lambda tried: [1.0 - removed[0] / 4 for removed in tried], 0.1
     )
     assert (removed, left) == ([1], 0.75)
 
@@ -140,8 +158,7 @@ def test_the_network_that_is_timed_has_the_widths_asked_for(images):
     model.register_forward_pre_hook(lambda net, _: seen.append(net))
     time = network_time(model, images, 0.5)
     kept = {"stem": np.arange(8) < 5, "inner": np.arange(8) < 5, "hidden": np.arange(16) < 3}
-    assert time({}) == 1.0
-    assert time(kept) > 0.0
+    assert all(share > 0.0 for share in time([kept, {}]))
     assert {(net.stem.out_channels, net.hidden.out_features) for net in seen} == {(8, 16), (5, 3)}
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.measure import memory_kept, now, time_share
+from nni_topo.network.measure import memory_kept, now, time_shares
 from nni_topo.zoo import count_macs, count_params, create_model, latencies, latency_ms
 
 
@@ -143,7 +143,7 @@ def test_a_share_of_the_time_is_that_of_passes_side_by_side(clock: Clock) -> Non
     """A machine that is ten times as slow for a while is so in both passes of a round, each of which is half."""
     slow = [1.0, 10.0, 10.0, 1.0, 1.0, 10.0, 1.0, 10.0, 1.0]
     part, whole = (clock.model(name, *(factor * each for each in slow)) for name, factor in (("a", 1.0), ("b", 2.0)))
-    assert time_share(part, whole, torch.zeros(1)) == (0.5, 0.0)
+    assert time_shares([part], whole, torch.zeros(1)) == [(0.5, 0.0)]
     assert len(clock.ran) == 18  # a round warms up, eight are enough where all say the same
 
 
@@ -152,7 +152,7 @@ def test_rounds_go_on_until_a_share_is_known_or_the_seconds_are_over(clock: Cloc
         generator, clock.ran = random.Random(0), []
         part = clock.model("a", *(generator.uniform(0.4, 0.6) for _ in range(4000)))
         whole = clock.model("b", *[1.0] * 4000)
-        found = time_share(part, whole, torch.zeros(1), wanted, precision=0.02, seconds=seconds)
+        (found,) = time_shares([part], whole, torch.zeros(1), wanted, precision=0.02, seconds=seconds)
         return *found, len(clock.ran) // 2 - 1
 
     share, off, rounds = timed(1e9)
@@ -163,6 +163,14 @@ def test_rounds_go_on_until_a_share_is_known_or_the_seconds_are_over(clock: Cloc
     share, off, rounds = timed(30.0)
     assert off > 0.02
     assert 19 <= rounds <= 21
+
+
+def test_several_shares_are_found_in_the_same_rounds(clock: Clock) -> None:
+    slow = [1.0, 10.0, 10.0, 1.0, 1.0, 10.0, 1.0, 10.0, 1.0]
+    factors = {"a": 1.0, "b": 3.0, "whole": 4.0}
+    one, other, whole = (clock.model(name, *(by * each for each in slow)) for name, by in factors.items())
+    assert time_shares([one, other], whole, torch.zeros(1)) == [(0.25, 0.0), (0.75, 0.0)]
+    assert sorted(clock.ran[-3:]) == ["a", "b", "whole"]
 
 
 def test_models_are_timed_in_turns_of_random_order(clock: Clock) -> None:

@@ -1,0 +1,108 @@
+"""Heads with fewer channels each: where masks leave equally many within all heads of attention, the others are cut."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from nni_topo.network.attention import Attention, find_attention, set_size
+from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.cutting import cut
+from nni_topo.network.inputs import Call, tensors_of
+from nni_topo.network.layers import kept_channels, row_names, weight_of
+from nni_topo.network.masks import FullMasks
+from nni_topo.network.modes import device_of, evaluation_mode
+
+_TOLERANCE = 1e-3  # of the largest output, in single precision
+
+_logger = logging.getLogger(__name__)
+
+Dimensions = list[np.ndarray]
+"""What stays within each head of queries and keys, and of values: bool, (heads, channels)."""
+
+
+def narrowed(dense: nn.Module, flow: ChannelFlow, masks: FullMasks, left: np.ndarray, call: Call) -> nn.Module:
+    """Cut what masks take away within heads; ``left``: which representatives stay, and so which heads.
+
+    Returns the model itself where there is nothing to cut, or what it computes without that isn't the same.
+    """
+    if not (found := narrow_heads(flow, masks, left)):
+        return dense
+    small = copy.deepcopy(dense)
+    before = find_attention(small)
+    mixers = flow.mixers()
+    with torch.no_grad():
+        for name, kept in found.items():
+            readers = [layer for layer, read in mixers.items() if read.name == name]
+            _cut(small, before[name], kept, readers)
+    try:
+        with torch.no_grad(), evaluation_mode(dense, small):
+            pairs = [tensors_of(net(*call[0], **call[1])) for net in (dense, small)]
+        is_same = all(bool((a - b).abs().max() <= _TOLERANCE * a.abs().max()) for a, b in zip(*pairs, strict=True))
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        is_same = False
+    if not is_same:
+        _logger.warning("heads keep their size: attention does more with it than multiply (%s)", ", ".join(found))
+    return small if is_same else dense
+
+
+def narrow_heads(flow: ChannelFlow, masks: FullMasks, left: np.ndarray) -> dict[str, Dimensions]:
+    """Find the attention modules within whose heads masks leave equally many channels, and which these are."""
+    found = {}
+    for name in dict.fromkeys(each.name for each in flow.heads.values() if not each.recurrent):
+        attention = flow.attention[name]
+        layer = next(iter(attention.channels))
+        heads = np.flatnonzero(left[flow.roots(flow.bundle_numbers(layer))])
+        queries, keys, values = (_kept(flow, masks, each)[rows[heads]] for each, rows in attention.parts)
+        counts = {*keys.sum(1).tolist(), *values.sum(1).tolist()}
+        if np.array_equal(queries, keys) and len(counts) == 1 and 0 < max(counts) < keys.shape[1]:
+            found[name] = [keys, values]
+    return found
+
+
+def _kept(flow: ChannelFlow, masks: FullMasks, layer: str) -> np.ndarray:
+    kept = kept_channels(flow.fetch_attr(layer), masks.get(layer, {}))
+    channels = flow.layers[layer].channels
+    return np.ones(channels, dtype=bool) if kept is None else np.asarray(kept.cpu())
+
+
+def _cut(model: nn.Module, attention: Attention, kept: Dimensions, readers: list[str]) -> None:
+    """Keep some channels of each head, in place."""
+    (keys, values), size = kept, int(kept[0][0].sum())
+    module: Any = model.get_submodule(attention.name)
+    stays: dict[str, list[np.ndarray]] = {}
+    for (layer, rows), dims in zip(attention.parts, (keys, keys, values), strict=True):
+        stays.setdefault(layer, []).append(rows[dims])
+    layer, rows = attention.parts[0]
+    # What divides by the root of a head's size divides by less now.
+    for each in (weight_of(model.get_submodule(layer)), getattr(model.get_submodule(layer), _bias(model, layer), None)):
+        if each is not None:
+            each.data[torch.from_numpy(rows.ravel()).to(each.device)] *= (size / keys.shape[1]) ** 0.5
+    for layer, parts in stays.items():
+        made: Any = model.get_submodule(layer)
+        ins = torch.arange(weight_of(made).shape[1])
+        outs = torch.from_numpy(np.sort(np.concatenate(parts)))
+        cut(layer, made, ins.to(device_of(made)), outs.to(device_of(made)))
+    for name in readers:
+        reader: Any = model.get_submodule(name)
+        ins, outs = torch.from_numpy(np.flatnonzero(_of_context(attention, values))), torch.arange(reader.out_features)
+        cut(name, reader, ins.to(device_of(reader)), outs.to(device_of(reader)))
+    set_size(module, keys.shape[1], size, len(keys))
+
+
+def _of_context(attention: Attention, values: np.ndarray) -> np.ndarray:
+    """Tell which channels that the heads put out stay: bool, (channels,)."""
+    _, rows = attention.parts[2]
+    by_row = np.zeros(int(rows.max()) + 1, dtype=bool)
+    by_row[rows] = values
+    found: np.ndarray = by_row[attention.context[1]]
+    return found
+
+
+def _bias(model: nn.Module, layer: str) -> str:
+    return row_names(model.get_submodule(layer))[-1]

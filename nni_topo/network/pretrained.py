@@ -1,0 +1,61 @@
+"""A pruned model of Transformers as a folder that loads without this package."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+
+from nni_topo.errors import ConfigError
+from nni_topo.network.attention import find_attention
+from nni_topo.network.files import describe, size_names
+from nni_topo.network.masks import check_unwrapped
+from nni_topo.sharing import named_tensors
+
+
+def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
+    """Save a pruned model of Transformers as a folder that its ``from_pretrained`` loads without this package.
+
+    Parameters
+    ----------
+    dense : transformers.PreTrainedModel
+        A model made by `nni_topo.to_dense`. It isn't changed.
+    folder : str or path-like
+        The folder for ``config.json`` and ``model.safetensors``; made where there is none.
+
+    Raises
+    ------
+    ConfigError
+        If the model isn't one of Transformers, or its config can't say how wide its layers are: it has one number for
+        all blocks, so all must be equally wide. `save` and `load` take every model.
+    SpeedupError
+        If the model is still wrapped by NNI.
+
+    See Also
+    --------
+    save : One file for every model, for `load`.
+    """
+    check_unwrapped(dense)
+    config, name = getattr(dense, "config", None), type(dense).__name__
+    if config is None or not callable(getattr(dense, "save_pretrained", None)):
+        raise ConfigError(f"a model must be one of Transformers, got {name}; nni_topo.save takes any (save_pretrained)")
+    with torch.device("meta"):
+        plain = type(dense)(copy.deepcopy(config))
+    wanted, got = _structure(plain), _structure(dense)
+    different = [each for each in {**wanted, **got} if wanted.get(each) != got.get(each)]
+    if different:
+        raise ConfigError(
+            "from_pretrained must be able to build the model by its config, which has one width for all blocks, got "
+            f"{got.get(different[0])} where the config makes {wanted.get(different[0])}; nni_topo.save and "
+            f"nni_topo.load take it ({different[0]}, {name})"
+        )
+    dense.save_pretrained(folder)
+
+
+def _structure(model: torch.nn.Module) -> dict[str, Any]:
+    """Return what a config must say of a model: the heads, the modules' sizes, and the tensors' shapes, by name."""
+    heads = {name: f"{each.heads} heads of {each.head_size}" for name, each in find_attention(model).items()}
+    sizes = {name: describe(module) for name, module in model.named_modules() if size_names(module)}
+    return heads | sizes | {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}

@@ -1,0 +1,217 @@
+"""Heads narrowed: nothing changes before masks do, the directions are the best, and the dense heads are smaller."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from nni_topo import compensate, load, masked_model, narrow_heads, save, to_dense
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.attention import find_attention
+from nni_topo.recovery.narrowing import _directions
+from nni_topo.zoo.transformers import bert_small, gpt_small, vit_small
+
+
+def images(count=60, seed=0):
+    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def words(count=60, seed=0):
+    return torch.randn(count, 7, 24, generator=torch.Generator().manual_seed(seed))
+
+
+def encoder(**knobs):
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 4, 32, **knobs), 2, enable_nested_tensor=False)
+
+
+NETS = {
+    "norms first": (lambda: vit_small(3, 1, 8), images),
+    "norms behind": (lambda: bert_small(3, 1, 8), images),
+    "PyTorch's": (lambda: encoder(batch_first=True), words),
+    "PyTorch's, places first": (encoder, words),
+}
+
+
+def make(name):
+    torch.manual_seed(0)
+    net = NETS[name][0]().eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.2 * torch.randn(len(parameter))
+    return net
+
+
+def given(net, inputs):
+    with torch.no_grad():
+        return net(inputs)
+
+
+def lost(net, other, inputs):
+    return float((given(net, inputs) - given(other, inputs)).square().mean())
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_turned_heads_compute_the_same_and_lose_the_channels_asked_for(name):
+    net, inputs = make(name), NETS[name][1]
+    before = copy.deepcopy(net.state_dict())
+    turned, masks = narrow_heads(net, inputs().split(20), 0.5)
+    others = inputs(20, seed=1)
+    torch.testing.assert_close(given(turned, others), given(net, others), rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
+    dense = to_dense(turned, others, masks)
+    torch.testing.assert_close(given(dense, others), given(masked_model(turned, others, masks), others))
+    whole, small = find_attention(net), find_attention(dense)
+    sizes = {key: (each.heads, each.head_size) for key, each in small.items()}
+    assert sizes == {key: (each.heads, each.head_size // 2) for key, each in whole.items()}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_what_is_of_lower_rank_comes_back_exactly(name):
+    """In every head queries and values vary in half as many directions as they have channels, none of which is zero."""
+    net, inputs = make(name), NETS[name][1](60).split(20)
+    for attention in find_attention(net).values():
+        (layer, queries), _, (_, values) = attention.parts
+        for place, rows in ((layer, queries), (list(attention.channels)[-1], values)):
+            module = net.get_submodule(place)
+            kept = attention.head_size // 2
+            mix = torch.randn(attention.heads, attention.head_size, kept) / kept**0.5
+            with torch.no_grad():
+                for parameter in module.parameters(recurse=False):
+                    parameter[rows] = torch.einsum("hnm,hm...->hn...", mix, parameter[rows][:, :kept])
+    turned, masks = narrow_heads(net, inputs, 0.5)
+    dense = to_dense(compensate(turned, masks, inputs, ridge=0.0), inputs[0], masks)
+    others = NETS[name][1](20, seed=1)
+    torch.testing.assert_close(given(dense, others), given(net, others), rtol=1e-3, atol=1e-3)
+
+
+def test_no_choice_of_channels_with_a_matrix_between_them_comes_nearer():
+    """The rule of CORP, for all choices there are: logits by least squares on the products of the channels kept."""
+    torch.manual_seed(0)
+    size, kept = 5, 2
+    queries, keys = (torch.randn(400, size, dtype=torch.double) @ torch.randn(size, size).double() for _ in range(2))
+    one, other = (each.mT @ each / len(each) for each in (queries, keys))
+    a, b = _directions(one[None], other[None], kept)
+
+    def error(product):
+        return float(torch.trace((torch.eye(size) - product).mT @ one @ (torch.eye(size) - product) @ other))
+
+    torch.testing.assert_close(a[0] @ b[0].mT, torch.eye(size, dtype=torch.double))
+    ours = error(a[0, :, :kept] @ b[0, :, :kept].mT)
+    choices = []
+    for chosen in map(list, itertools.combinations(range(size), kept)):
+        middle = torch.linalg.solve(one[chosen][:, chosen], one[chosen] @ other[:, chosen])
+        product = torch.zeros(size, size, dtype=torch.double)
+        places = torch.tensor(chosen)
+        product[places[:, None], places] = middle @ torch.linalg.inv(other[chosen][:, chosen])
+        choices.append(error(product))
+    singular = torch.linalg.svdvals(torch.linalg.cholesky(one).mT @ torch.linalg.cholesky(other))
+    assert ours == pytest.approx(float(singular[kept:].square().sum()))
+    assert ours < min(choices)
+
+
+def test_compensated_it_is_nearer_and_by_far_nearer_than_by_chance():
+    net, inputs = make("norms first"), images(200)
+    turned, masks = narrow_heads(net, inputs.split(50), 0.5)
+    chance = {key: {name: mask[torch.randperm(len(mask))] for name, mask in own.items()} for key, own in masks.items()}
+    for key in chance:
+        chance[key] = masks[key] if key.endswith("o_proj") else chance[key]
+    others = images(50, seed=1)
+    plain, solved = masked_model(turned, others, masks), compensate(turned, masks, inputs.split(50))
+    assert lost(net, masked_model(solved, others, masks), others) < 0.5 * lost(net, plain, others)
+    assert lost(net, plain, others) < 0.5 * lost(net, masked_model(turned, others, chance), others)
+
+
+def test_a_head_that_keeps_some_channels_is_read_by_the_layer_that_is_solved():
+    net, inputs = make("norms first"), images(100).split(50)
+    turned, masks = narrow_heads(net, inputs, 0.5, op_names=["blocks.1.attention"])
+    assert set(masks) == {f"blocks.1.attention.{part}_proj" for part in "qkvo"}
+    solved = compensate(turned, masks, inputs).blocks[1].attention.o_proj.weight
+    columns = masks["blocks.1.attention.o_proj"]["weight"][0] > 0
+    assert columns.sum() == 48
+    assert not torch.equal(solved[:, columns], turned.blocks[1].attention.o_proj.weight[:, columns])
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_heads_go_beside_channels_of_those_that_stay(name, tmp_path):
+    net, inputs = make(name), NETS[name][1](20)
+    turned, masks = narrow_heads(net, [inputs], 0.5)
+    for attention in find_attention(net).values():
+        for layer, rows in attention.parts:
+            for mask in masks[layer].values():
+                mask[rows[1]] = 0
+    dense = to_dense(turned, inputs, masks)
+    torch.testing.assert_close(given(dense, inputs), given(masked_model(turned, inputs, masks), inputs))
+    small = find_attention(dense)
+    for key, each in find_attention(net).items():
+        assert (small[key].heads, small[key].head_size) == (each.heads - 1, each.head_size // 2)
+    save(dense, tmp_path / "dense.safetensors")
+    loaded = load(tmp_path / "dense.safetensors", net)
+    assert torch.equal(given(loaded, inputs), given(dense, inputs))
+    assert {key: each.heads for key, each in find_attention(loaded).items()} == {k: e.heads for k, e in small.items()}
+
+
+def test_uneven_heads_keep_their_size():
+    net, inputs = make("norms first"), images(20)
+    turned, masks = narrow_heads(net, [inputs], 0.5)
+    masks["blocks.0.attention.q_proj"]["weight"][0] = 0
+    masks["blocks.0.attention.q_proj"]["bias"][0] = 0
+    dense = to_dense(turned, inputs, masks)
+    assert [block.attention.head_dim for block in dense.blocks] == [16, 8, 8, 8, 8]
+    torch.testing.assert_close(given(dense, inputs), given(masked_model(turned, inputs, masks), inputs))
+
+
+def test_what_cant_be_turned_is_left_whole(caplog):
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 20, (4, 9))
+    _, masks = narrow_heads(gpt_small(20).eval(), [tokens], 0.5)
+    assert masks == {}
+    assert "blocks.0.attention (heads share keys and values)" in caplog.text
+
+
+class Normed(nn.Module):
+    """Attention with norms of queries and keys, by whose channels they are more than multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.head_dim = 2, 4
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(8, 8) for _ in range(4))
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, states):
+        query, key, value = (
+            layer(states).unflatten(2, (-1, 4)).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = 5 * self.norm(query), 5 * self.norm(key)
+        context = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.o_proj(context.transpose(1, 2).flatten(2))
+
+
+def test_queries_that_are_more_than_multiplied_are_left_as_they_were(caplog):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), Normed(), nn.Linear(8, 2)).eval()
+    inputs = torch.randn(30, 5, 8)
+    turned, masks = narrow_heads(net, [inputs], 0.5)
+    assert masks == {}
+    assert "1 (more is done to queries and keys than to multiply them)" in caplog.text
+    assert all(torch.equal(tensor, net.state_dict()[key]) for key, tensor in turned.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("knobs", "error", "words"),
+    [
+        ({"sparse_ratio": 0.0}, ConfigError, r"sparse_ratio must be in \(0, 1\), got 0.0"),
+        ({"sparse_ratio": 1}, ConfigError, r"sparse_ratio must be in \(0, 1\), got 1"),
+        ({"op_names": ["blocks.0.attentoin"]}, ConfigError, "did you mean blocks.0.attention"),
+        ({"op_names": ["blocks.0.mlp"]}, ConfigError, "must be attention whose heads are known, got 'blocks.0.mlp'"),
+        ({"calibration": []}, DataError, "batch"),
+        ({"calibration": [torch.full((4, 1, 8, 8), torch.nan)]}, DataError, "finite"),
+    ],
+)
+def test_bad_requests_are_refused(knobs, error, words):
+    with pytest.raises(error, match=words):
+        narrow_heads(make("norms first"), **{"calibration": [images()], "sparse_ratio": 0.5, **knobs})
