@@ -242,17 +242,18 @@ def first_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
 
 def structure_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
     """Return the arguments to follow a model's channels with: the first batch's, tried out, of two samples."""
-    return structure_of(model, first_call(model, calibration))
+    return structure_of(model, next(calls(model, calibration)))
 
 
 def structure_of(model: nn.Module, call: Call) -> Call:
-    """Return a call's first two samples where the model takes them, else the call."""
+    """Return a call's first two samples where the model takes them, else the call; DataError if it takes neither."""
     # To follow channels takes time and memory by sample.
     few: Call = taken(call, torch.arange(min(2, batch_size(call))))
     try:
         check_fits(model, few)
     except DataError:
         # The model takes no other number of samples, or no fewer.
+        check_fits(model, call)
         return call
     return few
 

@@ -37,10 +37,11 @@ class Network:
 
     # An answer holds for a structure: modules, shapes, devices and plain attributes, not weights. It is looked at anew
     # by each question, so that a model that was cut since is traced again. A graph found by running the model may
-    # depend on weights and is never kept.
+    # depend on weights and is kept no longer than this question lasts.
     def __init__(self, model: nn.Module, call: Call) -> None:
         self.model = model
         self.call = call
+        self._own: dict[Any, Any] = {}  # what isn't kept, by question and structure
 
     @classmethod
     def on(cls, model: nn.Module, example_inputs: Any) -> Network:
@@ -97,12 +98,15 @@ class Network:
         if structure != _KNOWN.get(self.model, ("", {}))[0]:
             _KNOWN[self.model] = structure, {}
         answers = _KNOWN[self.model][1]
+        own = (structure, *key)
+        found: T
         if key in answers:
-            found: T = answers[key]
-            return found
-        found = find()
-        if kept(found):
-            answers[key] = found
+            found = answers[key]
+        elif own in self._own:
+            found = self._own[own]
+        else:
+            found = find()
+            (answers if kept(found) else self._own)[key if kept(found) else own] = found
         return found
 
 

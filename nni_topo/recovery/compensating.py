@@ -25,6 +25,7 @@ from nni_topo.recovery.replay import Replay
 from nni_topo.recovery.report import CompensationReport, LayerReport, signed_like
 from nni_topo.recovery.samples import Sampler, Task
 from nni_topo.recovery.steps import Pairs, tasks_of
+from nni_topo.recovery.thin import thin_out
 
 Method = Literal[
     "reconstruct", "sequential", "layer", "scalar", "head", "channel", "pair", "mean", "merge", "recalibrate"
@@ -82,6 +83,7 @@ def compensation(
     replay = Replay(model, networks.original, networks.pruned, calibration, cache_bytes)
     plan = make_plan(networks.original, networks.flow, networks.masks, replay.touched_nodes)
     tasks = tasks_of(method, plan, networks, refine=refine, pairs=pairs, as_printed=as_printed)
+    thin_out(networks.pruned, tasks)
     sampler = Sampler(replay, sizes, seed, cache_bytes)
     layers = _run(tasks, sampler, networks, None if ridge == "auto" else float(ridge), progress)
     if recalibrate or method == "recalibrate":

@@ -35,10 +35,9 @@ def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor) 
     """Return what enters a layer at flat output positions (n, p): (groups, n * p, d * kernel elements)."""
     # In the order of the layer's weight, channels and then kernel; `columns` (groups, d) are the input channels.
     groups = columns.shape[0]
-    entries = torch.arange(len(inputs), device=inputs.device)[:, None]
     if is_pointwise(module):
-        flat = inputs.reshape(len(inputs), -1, inputs.shape[-1])[entries, positions]
-        return flat.flatten(0, 1)[:, columns].transpose(0, 1)
+        return _chosen(inputs, positions, columns)
+    entries = torch.arange(len(inputs), device=inputs.device)[:, None]
     windows = _windows(module, inputs[:, columns.flatten()])
     dims = len(module.kernel_size)
     places = torch.unravel_index(positions, windows.shape[2 : 2 + dims])
@@ -49,10 +48,18 @@ def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor) 
 
 def output_rows(module: nn.Module, outputs: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     """Return a layer's outputs at flat positions (n, p), of channels (groups, o): (groups, n * p, o)."""
-    last = outputs if is_pointwise(module) else outputs.movedim(1, -1)
-    flat = last.reshape(len(last), -1, last.shape[-1])
-    entries = torch.arange(len(flat), device=flat.device)[:, None]
-    return flat[entries, positions].flatten(0, 1)[:, rows].transpose(0, 1)
+    return _chosen(outputs if is_pointwise(module) else outputs.movedim(1, -1), positions, rows)
+
+
+def _chosen(values: Tensor, positions: Tensor, channels: Tensor) -> Tensor:
+    """Return values (n, ..., channels) at flat positions (n, p), of some channels (groups, c): (groups, n * p, c)."""
+    flat = values.reshape(len(values), -1, values.shape[-1])
+    # All positions in order need no look-up, nor do all channels.
+    if positions.shape[1] < flat.shape[1]:
+        flat = flat[torch.arange(len(flat), device=flat.device)[:, None], positions]
+    flat = flat.flatten(0, 1)
+    everything = torch.arange(flat.shape[1], device=channels.device)
+    return flat[None] if torch.equal(channels[0], everything) else flat[:, channels].transpose(0, 1)
 
 
 def draw_positions(count: int, entries: int, wanted: int, generator: torch.Generator) -> Tensor:

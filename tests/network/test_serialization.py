@@ -215,6 +215,7 @@ def test_the_file_holds_nothing_but_plain_data(tmp_path):
         "fingerprints",
         "format",
         "format_version",
+        "head_sizes",
         "modules",
         "numbers",
         "package_version",
