@@ -16,7 +16,7 @@ from nni_topo.maths.search.weights import WeightSearch  # noqa: E402
 from nni_topo.maths.signals import Chirp  # noqa: E402
 from nni_topo.network import (  # noqa: E402
     DependencyGroups,
-    as_linear,
+    as_torch_layers,
     dependency_groups,
     export,
     load,
@@ -102,7 +102,7 @@ __all__ = [
     "WeightSearch",
     "__version__",
     "analysis",
-    "as_linear",
+    "as_torch_layers",
     "clustering",
     "compat",
     "compensate",

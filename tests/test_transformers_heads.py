@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nni_topo import (
-    as_linear,
+    as_torch_layers,
     compensate,
     create_pruner,
     dependency_groups,
@@ -46,7 +46,8 @@ def make(name, layers=None):
     torch.manual_seed(0)
     config, sizes = MODELS[name]
     depth = {} if layers is None else {"n_layer" if "n_layer" in sizes else "num_hidden_layers": layers}
-    model = as_linear(getattr(transformers, name)(getattr(transformers, config)(**sizes | depth)).eval())
+    model = getattr(transformers, name)(getattr(transformers, config)(**sizes | depth)).eval()
+    model = as_torch_layers(model) if name.startswith("GPT2") else model
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -124,6 +125,52 @@ def test_rotary_positions_keep_heads_as_large_as_they_are(caplog):
     assert "more is done to queries and keys than to multiply them" in caplog.text
 
 
+DECODERS = ("LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_residual_width_of_decoders_goes_with_norms_of_pytorch(name, tied, tmp_path):
+    config, sizes = MODELS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, config)(**sizes, tie_word_embeddings=tied)
+    plain = getattr(transformers, name)(config).eval()
+    for parameter in plain.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model = as_torch_layers(plain)
+    inputs = inputs_of(model, samples=12)
+    torch.testing.assert_close(logits(model, inputs), logits(plain, inputs))
+    asked = [{"op_names_re": [r".*embed_tokens|.*\.(o_proj|down_proj)"], "sparse_ratio": 0.25}]
+    groups = dependency_groups(model, inputs, asked)
+    assert groups.skipped == {}
+    masks = create_pruner("l1", copy.deepcopy(model), list(groups)).compress()[1]
+    dense, reference = to_dense(model, inputs, masks), masked_model(model, inputs, masks)
+    torch.testing.assert_close(logits(dense, inputs), logits(reference, inputs), rtol=1e-5, atol=1e-5)
+    assert (dense.model.embed_tokens.embedding_dim, dense.lm_head.in_features) == (12, 12)
+    assert (dense.lm_head.weight is dense.model.embed_tokens.weight) == tied
+    start = inputs["input_ids"][:1]
+    texts = [dense.generate(start, max_new_tokens=5, do_sample=False, use_cache=use) for use in (True, False)]
+    assert torch.equal(*texts)
+    save(dense, tmp_path / "dense.safetensors")
+    assert torch.equal(logits(load(tmp_path / "dense.safetensors", model), inputs), logits(dense, inputs))
+    save_pretrained(model, tmp_path / "folder")
+    loaded = getattr(transformers, name).from_pretrained(tmp_path / "folder").eval()
+    torch.testing.assert_close(logits(loaded, inputs), logits(plain, inputs))
+
+
+def test_norms_that_compute_something_else_are_left_as_they_are():
+    class Shifted(torch.nn.Module):
+        def __init__(self, shift, eps):
+            super().__init__()
+            self.weight, self.eps, self.shift = torch.nn.Parameter(torch.rand(8)), eps, shift
+
+        def forward(self, x):
+            return (self.weight + self.shift) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+    found = as_torch_layers(torch.nn.Sequential(Shifted(0.0, 1e-6), Shifted(1.0, 1e-6), Shifted(0.0, 1e-5)))
+    assert [type(each).__name__ for each in found] == ["RMSNorm", "Shifted", "Shifted"]
+
+
 def test_a_decoder_generates_with_and_without_cache_and_loads_by_its_config(tmp_path):
     model = make("LlamaForCausalLM")
     inputs = inputs_of(model)
@@ -144,8 +191,8 @@ def test_gpt2_of_linear_layers_is_the_same_and_loses_heads_and_neurons():
     inputs = inputs_of(model)
     asked = [{"op_types": ["Conv1D"], "sparse_ratio": 0.5}]
     left_out = dependency_groups(model, inputs, asked).skipped
-    assert "as_linear" in left_out["transformer.h.0.mlp.c_fc"]
-    linear = as_linear(model)
+    assert "as_torch_layers" in left_out["transformer.h.0.mlp.c_fc"]
+    linear = as_torch_layers(model)
     assert find_ties(linear) == find_ties(model)
     torch.testing.assert_close(logits(linear, inputs), logits(model, inputs))
     config = [

@@ -5,7 +5,7 @@ from nni_topo.network.dependency import DependencyGroups, dependency_groups
 from nni_topo.network.exporting import Exported, export
 from nni_topo.network.files import load, save
 from nni_topo.network.latency import LatencyTable, LayerLatency
-from nni_topo.network.layers import as_linear, register_module
+from nni_topo.network.layers import as_torch_layers, register_module
 from nni_topo.network.pretrained import save_pretrained
 from nni_topo.network.profiling import ModeCost, profile
 from nni_topo.network.reference import masked_model
@@ -21,7 +21,7 @@ __all__ = [
     "LayerLatency",
     "LayerReport",
     "ModeCost",
-    "as_linear",
+    "as_torch_layers",
     "dependency_groups",
     "export",
     "load",

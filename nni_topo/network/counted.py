@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+_EPS = ("variance_epsilon", "eps", "epsilon")
+
 
 def _normalized(x: Tensor, share: float, eps: float) -> Tensor:
     # Sums along memory, where `var_mean` and layouts that earlier layers left behind take up to ten times as long.
@@ -97,6 +99,28 @@ def channel_dim(norm: nn.Module) -> int | None:
         if torch.allclose(given, plain.movedim(-1, dim), atol=1e-5):
             return dim
     return None
+
+
+def plain_rms_norm(norm: nn.Module) -> nn.RMSNorm | None:
+    """Return PyTorch's RMS norm, with the weight of one of another's making that computes the same; None if none does.
+
+    The answer is found by trying it, on inputs some of which are as small as what is added to their squares.
+    """
+    own, weight = dict(norm.named_parameters()), getattr(norm, "weight", None)
+    eps = next((each for key in _EPS if isinstance(each := getattr(norm, key, None), float)), None)
+    is_other = not type(norm).__module__.startswith(("torch.", "nni_topo."))
+    if not is_other or list(own) != ["weight"] or weight is None or weight.dim() != 1 or eps is None:
+        return None
+    made = nn.RMSNorm(len(weight), eps=eps, device="meta")
+    made.weight = weight
+    rows = torch.linspace(-1, 2, 3 * len(weight)).view(3, -1) * torch.tensor([[1.0], [eps**0.5], [10.0]])
+    with torch.no_grad():
+        try:
+            given = norm.forward(rows.to(weight))
+        except (RuntimeError, TypeError, ValueError):
+            return None
+        wanted, near = made.forward(rows.to(weight)), 64 * torch.finfo(weight.dtype).eps
+    return made if isinstance(given, Tensor) and torch.allclose(given, wanted, rtol=near, atol=near) else None
 
 
 def count(norm: nn.Module, channels: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nni_topo.errors import unknown_name
-from nni_topo.network.counted import channel_dim
+from nni_topo.network.counted import channel_dim, plain_rms_norm
 
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
@@ -66,8 +66,8 @@ def register_module(kind: type[torch.nn.Module], cut: Callable[[Any, torch.Tenso
     RULES[kind] = ChannelRule(cut, dim)
 
 
-def as_linear(model: torch.nn.Module) -> torch.nn.Module:
-    """Return a copy of a model of Transformers with linear layers in place of its ``Conv1D``, as GPT-2 has them.
+def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy of a model of Transformers with PyTorch's own layers in place of such as compute the same.
 
     Parameters
     ----------
@@ -77,22 +77,27 @@ def as_linear(model: torch.nn.Module) -> torch.nn.Module:
     Returns
     -------
     torch.nn.Module
-        A model that computes the same. A ``Conv1D`` is a linear layer whose weight, of shape (inputs, outputs), lies
-        the other way round; NNI, and this package, would take its inputs for outputs.
+        A model that computes the same, with linear layers for ``Conv1D``, as GPT-2 has them, and ``torch.nn.RMSNorm``
+        for RMS norms of a library's own, as LLaMA has them, which are found by trying them. A ``Conv1D`` is a linear
+        layer whose weight, of shape (inputs, outputs), lies the other way round; NNI, and this package, would take its
+        inputs for outputs. What is computed within a norm isn't seen to be one, and keeps all channels.
 
     Examples
     --------
-    >>> as_linear(torch.nn.ReLU())
+    >>> as_torch_layers(torch.nn.ReLU())
     ReLU()
     """
     copied = copy.deepcopy(model)
     for name, module in list(copied.named_modules(remove_duplicate=False)):
+        made: Any = None
         if name and is_transposed_linear(module):
             weight: Any = module.weight
-            linear = torch.nn.Linear(len(weight), weight.shape[1], device="meta").train(module.training)
-            linear.weight = torch.nn.Parameter(weight.detach().T.contiguous(), weight.requires_grad)
-            linear.bias = module.bias
-            copied.set_submodule(name, linear)
+            made = torch.nn.Linear(len(weight), weight.shape[1], device="meta")
+            made.weight = torch.nn.Parameter(weight.detach().T.contiguous(), weight.requires_grad)
+            made.bias = module.bias
+        made = made or (plain_rms_norm(module) if name else None)
+        if made is not None:
+            copied.set_submodule(name, made.train(module.training))
     return copied
 
 

@@ -120,7 +120,7 @@ def why_not_followed(model: torch.nn.Module, name: str) -> str:
     if weight_is_computed(model.get_submodule(name)):
         return "its weight is computed from other parameters"
     if is_transposed_linear(model.get_submodule(name)):
-        return "its weight lies the other way round: nni_topo.as_linear(model) makes a linear layer of it"
+        return "its weight lies the other way round: nni_topo.as_torch_layers(model) makes a linear layer of it"
     parts = name.split(".")
     for length in range(len(parts) - 1, 0, -1):
         owner = model.get_submodule(".".join(parts[:length]))

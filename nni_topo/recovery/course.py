@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nni_topo.disk import DELETE, read_tensors, reading, write_tensors
 from nni_topo.errors import ConfigError
 from nni_topo.network.layers import TRANSPOSED
+from nni_topo.network.layouts import inputs_laid_out
 from nni_topo.network.progress import bar
 from nni_topo.network.zeros import zeros_held
 from nni_topo.recovery.lesson import Batches, Lesson
@@ -120,7 +121,7 @@ def _learning(student: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
         norm.train()
         norm.momentum = norm.momentum or _MOMENTUM
     try:
-        with zeros_held(student), torch.enable_grad():
+        with zeros_held(student), inputs_laid_out(student), torch.enable_grad():
             yield
     finally:
         for handle in handles:

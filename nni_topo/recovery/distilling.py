@@ -37,6 +37,7 @@ from nni_topo.errors import (
 )
 from nni_topo.network.capture import batches_of
 from nni_topo.network.inputs import calls, in_smaller_batches
+from nni_topo.network.layouts import lay_out
 from nni_topo.network.masks import check_model
 from nni_topo.network.modes import detached_copy
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
@@ -287,8 +288,7 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
 
 def _student(dense: nn.Module) -> nn.Module:
     """Return a copy that can learn: in evaluation mode, in single precision at least."""
-    # Laid out as CPUs convolve faster.
-    student: nn.Module = detached_copy(dense).eval().to(memory_format=torch.channels_last)
+    student = lay_out(detached_copy(dense).eval())
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ConfigError("a model must have parameters that require gradients, got none (dense)")
     is_half = any(p.dtype in (torch.float16, torch.bfloat16) for p in student.parameters())

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from nni_topo.disk import DELETE, read_tensors, reading, write_tensors
 from nni_topo.errors import ConfigError
+from nni_topo.network.layouts import inputs_laid_out, lay_out
 from nni_topo.network.modes import device_of
 from nni_topo.network.progress import bar
 from nni_topo.zoo.data import DataBundle
@@ -268,9 +269,10 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 @contextmanager
 def _channels_last(model: nn.Module) -> Iterator[None]:
     """Lay weights out as CPUs convolve faster; afterwards as usual, in evaluation mode."""
-    model.to(memory_format=torch.channels_last)
+    lay_out(model)
     try:
-        yield
+        with inputs_laid_out(model):
+            yield
     finally:
         model.to(memory_format=torch.contiguous_format)
         model.eval()

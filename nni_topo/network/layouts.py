@@ -1,0 +1,47 @@
+"""Where a network's channels lie in memory while it learns: last, as CPUs convolve faster, but where that isn't safe.
+
+Of convolutions of single pixels that skip some, with few channels, oneDNN writes the weights' gradient past its
+workspace if channels come last: it is wrong, or the process dies [1]_. Pruning makes such layers of a ResNet's
+shortcuts.
+
+References
+----------
+.. [1] https://github.com/uxlfoundation/oneDNN/issues/6035
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from nni_topo.network.capture import watched
+
+_FEW = 16  # channels that a vector register holds, at most
+
+
+def lay_out(model: nn.Module) -> nn.Module:
+    """Let channels come last in a model's weights, in place, but of layers for which that isn't safe; return it."""
+    model.to(memory_format=torch.channels_last)
+    for layer in _fragile(model):
+        # Of a 1x1 kernel both layouts have the same order, so that only a copy has the strides of the usual one.
+        layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
+    return model
+
+
+@contextmanager
+def inputs_laid_out(model: nn.Module) -> Iterator[None]:
+    """Hand layers for which it isn't safe their inputs with channels first, for a while."""
+    with watched(entering=[(layer, lambda values: values.contiguous()) for layer in _fragile(model)]):
+        yield
+
+
+def _fragile(model: nn.Module) -> list[nn.Conv2d]:
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    return [
+        each
+        for each in convolutions
+        if max(each.kernel_size) == 1 and max(each.stride) > 1 and each.in_channels // each.groups < _FEW
+    ]
