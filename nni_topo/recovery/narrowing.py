@@ -15,7 +15,7 @@ References
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -31,9 +31,11 @@ from nni_topo.network.attention import Attention, IntArray, projected
 from nni_topo.network.capture import batches_of, by_channel, called, run, watched
 from nni_topo.network.inputs import bind_arguments, first_call, structure_call, tensors_of
 from nni_topo.network.layers import row_names, weight_name, weight_of
-from nni_topo.network.masks import check_model
+from nni_topo.network.masks import Masks as GivenMasks
+from nni_topo.network.masks import check_masks, check_model
 from nni_topo.network.modes import detached_copy, evaluation_mode
 from nni_topo.network.network import Network
+from nni_topo.network.resolve import union
 from nni_topo.network.transformers import mixing_called
 
 Masks = dict[str, dict[str, Tensor]]
@@ -47,9 +49,7 @@ _logger = logging.getLogger(__name__)
 def narrow_heads(
     model: nn.Module,
     calibration: Iterable[Any] | Evaluator,
-    sparse_ratio: float,
-    *,
-    op_names: Sequence[str] | None = None,
+    sparse_ratio: float | Mapping[str, float],
 ) -> tuple[nn.Module, Masks]:
     """Turn the channels of all heads of attention, and mask those that then matter least, without labels.
 
@@ -59,10 +59,9 @@ def narrow_heads(
         A trained model, not wrapped by NNI. It isn't changed.
     calibration : iterable or nni.compression.utils.Evaluator
         Batches of inputs, as for :func:`nni_topo.compensate`; what a mask says is padding doesn't count.
-    sparse_ratio : float
+    sparse_ratio : float or mapping of str to float
         The share of each head's channels that goes, in (0, 1), of queries, keys and values alike; at least one stays.
-    op_names : sequence of str, optional
-        The attention modules; by default all.
+        Of all attention modules, or by name of those whose heads get narrower.
 
     Returns
     -------
@@ -107,18 +106,19 @@ def narrow_heads(
     >>> dense[0].self_attn.num_heads, dense[0].self_attn.head_dim
     (4, 3)
     """
-    check_knobs("narrow_heads", {"sparse_ratio": sparse_ratio}, {"sparse_ratio": number(0, 1, "neither")})
+    given = sparse_ratio if isinstance(sparse_ratio, Mapping) else {"sparse_ratio": sparse_ratio}
+    check_knobs("narrow_heads", given, dict.fromkeys(given, number(0, 1, "neither")))
     check_model(model)
     batches = batches_of(calibration, model)
     flow = Network(model, structure_call(model, batches)).flow
     known = {each.name: each for each in flow.heads.values() if not each.recurrent}
-    asked = list(known) if op_names is None else list(op_names)
+    asked = given if isinstance(sparse_ratio, Mapping) else dict.fromkeys(known, sparse_ratio)
     modules = dict(model.named_modules())
     for name in asked:
         if name not in modules:
             raise unknown_name("an attention module", name, modules)
         if name not in known:
-            raise ConfigError(f"a module must be attention whose heads are known, got {name!r} (op_names)")
+            raise ConfigError(f"a module must be attention whose heads are known, got {name!r} (sparse_ratio)")
     readers: dict[str, list[str]] = {}
     for layer, read in flow.mixers().items():
         readers.setdefault(read.name, []).append(layer)
@@ -129,7 +129,8 @@ def narrow_heads(
     masks: Masks = {}
     wanted = _outputs(turned, batches)
     for each in heads:
-        kept = max(1, each.attention.size - int(each.attention.size * sparse_ratio))
+        size = each.attention.size
+        kept = max(1, size - int(size * asked[each.attention.name]))
         before = {name: parameter.detach().clone() for name, parameter in each.parameters(turned)}
         each.turn(turned, kept)
         if _is_same(wanted, _outputs(turned, batches)):
@@ -143,6 +144,42 @@ def narrow_heads(
         told = "; ".join(f"{name} ({why})" for name, why in whole.items())
         _logger.warning("attention whose heads stay as large as they are: %s", told)
     return turned, masks
+
+
+def narrow_instead(
+    model: nn.Module, calibration: Iterable[Any] | Evaluator, masks: GivenMasks
+) -> tuple[nn.Module, GivenMasks]:
+    """Give heads back that masks take away, and let all of a module's be narrower instead, for the same cost.
+
+    Where `narrow_heads` leaves attention whole the heads go; model and masks are as it returns them.
+    """
+    batches = batches_of(calibration, model)
+    flow, full = Network(model, structure_call(model, batches)).flow, check_masks(model, masks)
+    left = union(model, flow, full)
+    ratios, rest = {}, 0.0
+    for name in dict.fromkeys(each.name for each in flow.heads.values() if not each.recurrent):
+        heads = left[flow.roots(flow.bundle_numbers(next(iter(flow.attention[name].channels))))]
+        size = flow.attention[name].size
+        wanted = size * heads.mean() + rest
+        kept = min(max(round(wanted), 1), size)
+        if not heads.all() and kept < size:
+            # What is rounded in one module is made up for in the next.
+            ratios[name], rest = (size - kept) / size, wanted - kept
+    if not ratios:
+        return model, masks
+    turned, within = narrow_heads(model, batches, ratios)
+    mixers = {layer: read for layer, read in flow.mixers().items() if layer in within}
+    for layer in within:
+        if layer not in mixers:
+            full.pop(layer, None)  # rows of heads
+        elif "weight" in full.get(layer, {}):
+            rows = full[layer]["weight"].amax(1, keepdim=True)
+            full[layer]["weight"] = rows.expand_as(full[layer]["weight"]).clone()
+    for layer, targets in within.items():
+        own = full.setdefault(layer, {})
+        for target, mask in targets.items():
+            own[target] = own[target] * mask if target in own else mask
+    return turned, full
 
 
 def _why_whole(attention: Attention, readers: list[str]) -> str:

@@ -30,6 +30,7 @@ from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_in
 from nni_topo.recovery import compensation, distillation
 from nni_topo.recovery.compensating import METHODS
 from nni_topo.recovery.lesson import split
+from nni_topo.recovery.narrowing import narrow_instead
 from nni_topo.recovery.report import CompensationReport
 from nni_topo.runs.plan import Target
 from nni_topo.runs.widths import inner_layers, layer_ratios, pruning_config
@@ -86,6 +87,7 @@ def shrink(
     layers: Iterable[str | Mapping[str, Any]] | None = None,
     compensate: str | Compensate | None = "reconstruct",
     distill: Mapping[str, Any] | Distill | bool = True,
+    narrow_heads: bool = True,
     evaluate: Callable[[nn.Module], float] | None = None,
     round_to: int | Literal["auto"] | None = None,
     seed: int = 0,
@@ -118,6 +120,9 @@ def shrink(
         Whether to distil behind it, with every eighth of the images held out from both to judge; or knobs of
         :func:`nni_topo.distill`, e.g. ``{"seconds": 60, "augment": ...}``; or a function of (dense, model, images) that
         returns a dense model.
+    narrow_heads : bool, default=True
+        Keep the heads of attention that the pruner takes, and make all of a module narrower for the same cost, where
+        :func:`nni_topo.narrow_heads` can. Not for a budget of time, nor with ``round_to``.
     evaluate : callable, optional
         Gets a network in evaluation mode and returns a number for the report, e.g. its accuracy.
     round_to : int or "auto", optional
@@ -168,7 +173,10 @@ def shrink(
     round_to = widths_multiple(round_to, device_of(model))
     own = {"seed": seed, "calibration": images, "example_inputs": example, "budget": budget, "round_to": round_to}
     masks = _chosen(model, entries, pruner, own, dict(knobs or {}))
-    dense = to_dense(model, example, masks, round_to=round_to)
+    pruned = model
+    if narrow_heads and budget.kind != "latency" and round_to is None:
+        pruned, masks = narrow_instead(model, images, masks)
+    dense = to_dense(pruned, example, masks, round_to=round_to)
     stages.add("pruned", dense)
     if budget.kind != "latency" and _chooses_how_many(pruner):
         whole, left = (network_cost(budget.kind, net, example)({}) for net in (model, dense))
@@ -179,10 +187,10 @@ def shrink(
     learned, held_out = split(model, images) if is_judged else (images, None)
     if compensate is not None:
         if callable(compensate):
-            full = compensate(model, masks, images)
+            full = compensate(pruned, masks, images)
         else:
             method: Any = compensate
-            done = compensation(model, masks, learned, method=method, seed=seed, progress=progress)
+            done = compensation(pruned, masks, learned, method=method, seed=seed, progress=progress)
             full, recovered = done.model, done.report
         dense = to_dense(full, example, masks, round_to=round_to)
         stages.add("compensated", dense)

@@ -128,7 +128,7 @@ def test_compensated_it_is_nearer_and_by_far_nearer_than_by_chance():
 
 def test_a_head_that_keeps_some_channels_is_read_by_the_layer_that_is_solved():
     net, inputs = make("norms first"), images(100).split(50)
-    turned, masks = narrow_heads(net, inputs, 0.5, op_names=["blocks.1.attention"])
+    turned, masks = narrow_heads(net, inputs, {"blocks.1.attention": 0.5})
     assert set(masks) == {f"blocks.1.attention.{part}_proj" for part in "qkvo"}
     solved = compensate(turned, masks, inputs).blocks[1].attention.o_proj.weight
     columns = masks["blocks.1.attention.o_proj"]["weight"][0] > 0
@@ -217,8 +217,9 @@ def test_queries_that_are_more_than_multiplied_are_left_as_they_were(caplog):
     [
         ({"sparse_ratio": 0.0}, ConfigError, r"sparse_ratio must be in \(0, 1\), got 0.0"),
         ({"sparse_ratio": 1}, ConfigError, r"sparse_ratio must be in \(0, 1\), got 1"),
-        ({"op_names": ["blocks.0.attentoin"]}, ConfigError, "did you mean blocks.0.attention"),
-        ({"op_names": ["blocks.0.mlp"]}, ConfigError, "must be attention whose heads are known, got 'blocks.0.mlp'"),
+        ({"sparse_ratio": {"blocks.0.attention": 2}}, ConfigError, r"blocks.0.attention must be in \(0, 1\), got 2"),
+        ({"sparse_ratio": {"blocks.0.attentoin": 0.5}}, ConfigError, "did you mean blocks.0.attention"),
+        ({"sparse_ratio": {"blocks.0.mlp": 0.5}}, ConfigError, "attention whose heads are known, got 'blocks.0.mlp'"),
         ({"calibration": []}, DataError, "batch"),
         ({"calibration": [torch.full((4, 1, 8, 8), torch.nan)]}, DataError, "finite"),
     ],
