@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -48,6 +49,7 @@ CHOICES = {
 }
 _NARROWER = "narrower heads"  # at most as many channels in all, of every head as many
 _UNSHARED = ("Torch-Pruning", _NARROWER)
+_TIMED = ("norm", _NARROWER)
 METHODS = {
     "mean into bias": "mean",
     "scalar per channel": "scalar",
@@ -103,7 +105,7 @@ def _run(options: argparse.Namespace, start: Start, path: Path) -> None:
                     continue
                 dense, seconds = found.by(rule)
                 worth = _worth(dense, start.data)
-                shares = _times(start, dense) if (choice, rule) == ("norm", "as shipped") else {}
+                shares = _times(start, dense) if rule == "as shipped" and choice in _TIMED else {}
                 append_record(path, {"key": key, "whole": whole(), "worth": worth, "seconds": seconds, **shares})
                 print(*key, f"{worth:.4f} of {whole():.4f}, {seconds:.1f} s", flush=True)
 
@@ -220,12 +222,12 @@ def _print(records: list[dict[str, Any]]) -> None:
         ]
         seconds = [record["seconds"] for record in records if tuple(record["key"][4:]) == (choice, rule)]
         print(f"| {choice} | {rule} | {' | '.join((*shown, *apart))} | {sum(seconds) / len(seconds):.0f} |")
-    for heads in shares:
-        timed = [record for record in records if "macs" in record and record["key"][2] == heads]
+    for choice, heads in itertools.product(_TIMED, shares):
+        timed = [record for record in records if "macs" in record and record["key"][2:5:2] == [heads, choice]]
         parts = [
             f"{key} {interval([each[key] for each in timed]).show(digits=3)}" for key in ("macs", "latency") if timed
         ]
-        print(f"1/{round(1 / heads)} of the heads, share of the whole net's: {', '.join(parts)}")
+        print(f"{choice}, 1/{round(1 / heads)} of the heads, share of the whole net's: {', '.join(parts)}")
 
 
 def _show(values: Iterable[float], scale: float, digits: int, *, sign: bool = False) -> str:
