@@ -108,5 +108,4 @@ def test_the_decision_looks_at_two_images_however_large_the_batch():
     batches = [torch.rand(16, 3, 32, 32)]
     names = [f"encoder.layers.encoder_layer_{index}.mlp.0" for index in range(2)]
     nni_topo.TopologicalPruner(net, layers(*names), calibration=batches)
-    assert sizes.count(16) == 1  # whether the batch fits
-    assert 2 in sizes
+    assert set(sizes) == {2}
