@@ -31,7 +31,7 @@ def narrowed(dense: nn.Module, flow: ChannelFlow, masks: FullMasks, left: np.nda
 
     Returns the model itself where there is nothing to cut, or what it computes without that isn't the same.
     """
-    if not (found := narrow_heads(flow, masks, left)):
+    if not (found := find_narrow(flow, masks, left)):
         return dense
     small = copy.deepcopy(dense)
     before = find_attention(small)
@@ -51,7 +51,7 @@ def narrowed(dense: nn.Module, flow: ChannelFlow, masks: FullMasks, left: np.nda
     return small if is_same else dense
 
 
-def narrow_heads(flow: ChannelFlow, masks: FullMasks, left: np.ndarray) -> dict[str, Dimensions]:
+def find_narrow(flow: ChannelFlow, masks: FullMasks, left: np.ndarray) -> dict[str, Dimensions]:
     """Find the attention modules within whose heads masks leave equally many channels, and which these are."""
     found = {}
     for name in dict.fromkeys(each.name for each in flow.heads.values() if not each.recurrent):

@@ -14,7 +14,7 @@ import torch
 from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.maths.ties import descending
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.head_sizes import narrow_heads
+from nni_topo.network.head_sizes import find_narrow
 from nni_topo.network.labels import FIXED
 from nni_topo.network.layers import channel_dimension, kept_channels, row_names, spread, weight_name, weight_of
 from nni_topo.network.masks import FullMasks
@@ -88,7 +88,7 @@ def resolve(
     told = {name: f"{count} of {len(given[name])} ({reasons[name]})" for name, count in more.items() if count}
     new = _new_masks(model, flow, masks, given, (shared, kept))
     # Of heads that keep as many channels each the others are cut as well.
-    for layer in (each for name in narrow_heads(flow, new, kept) for each in flow.attention[name].channels):
+    for layer in (each for name in find_narrow(flow, new, kept) for each in flow.attention[name].channels):
         told.pop(layer, None)
     return Resolved(new, kept, reasons, told)
 

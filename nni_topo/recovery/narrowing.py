@@ -42,6 +42,7 @@ Masks = dict[str, dict[str, Tensor]]
 
 _SAME = 1e-3  # of the largest output, in single precision
 _LEAST = 1e-7  # of the largest singular value
+_ROUNDING = 1e-9  # of channels: a ratio of two whole numbers means the first of them
 
 _logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def narrow_heads(
     wanted = _outputs(turned, batches)
     for each in heads:
         size = each.attention.size
-        kept = max(1, size - int(size * asked[each.attention.name]))
+        kept = max(1, size - int(size * asked[each.attention.name] + _ROUNDING))
         before = {name: parameter.detach().clone() for name, parameter in each.parameters(turned)}
         each.turn(turned, kept)
         if _is_same(wanted, _outputs(turned, batches)):

@@ -136,6 +136,13 @@ def test_a_head_that_keeps_some_channels_is_read_by_the_layer_that_is_solved():
     assert not torch.equal(solved[:, columns], turned.blocks[1].attention.o_proj.weight[:, columns])
 
 
+def test_a_ratio_of_whole_numbers_is_met_exactly():
+    net, inputs = make("norms first"), images(20)
+    for gone in range(1, 16):
+        _, masks = narrow_heads(net, [inputs], {"blocks.0.attention": gone / 16})
+        assert int((masks["blocks.0.attention.q_proj"]["bias"] == 0).sum()) == 6 * gone
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_heads_go_beside_channels_of_those_that_stay(name, tmp_path):
     net, inputs = make(name), NETS[name][1](20)
