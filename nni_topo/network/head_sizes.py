@@ -79,10 +79,11 @@ def _cut(model: nn.Module, attention: Attention, kept: Dimensions, readers: list
     for (layer, rows), dims in zip(attention.parts, (keys, keys, values), strict=True):
         stays.setdefault(layer, []).append(rows[dims])
     layer, rows = attention.parts[0]
+    asking = model.get_submodule(layer)
     # What divides by the root of a head's size divides by less now.
-    for each in (weight_of(model.get_submodule(layer)), getattr(model.get_submodule(layer), _bias(model, layer), None)):
-        if each is not None:
-            each.data[torch.from_numpy(rows.ravel()).to(each.device)] *= (size / keys.shape[1]) ** 0.5
+    for parameter in (weight_of(asking), getattr(asking, row_names(asking)[-1], None)):
+        if parameter is not None:
+            parameter.data[torch.from_numpy(rows.ravel()).to(parameter.device)] *= (size / keys.shape[1]) ** 0.5
     for layer, parts in stays.items():
         made: Any = model.get_submodule(layer)
         ins = torch.arange(weight_of(made).shape[1])
@@ -102,7 +103,3 @@ def _of_context(attention: Attention, values: np.ndarray) -> np.ndarray:
     by_row[rows] = values
     found: np.ndarray = by_row[attention.context[1]]
     return found
-
-
-def _bias(model: nn.Module, layer: str) -> str:
-    return row_names(model.get_submodule(layer))[-1]

@@ -31,14 +31,11 @@ from nni_topo.network.attention import Attention, IntArray, projected
 from nni_topo.network.capture import batches_of, by_channel, called, run, watched
 from nni_topo.network.inputs import bind_arguments, first_call, structure_call, tensors_of
 from nni_topo.network.layers import row_names, weight_name, weight_of
-from nni_topo.network.masks import Masks as GivenMasks
-from nni_topo.network.masks import check_masks, check_model
+from nni_topo.network.masks import FullMasks, Masks, check_masks, check_model
 from nni_topo.network.modes import detached_copy, evaluation_mode
 from nni_topo.network.network import Network
 from nni_topo.network.resolve import union
 from nni_topo.network.transformers import mixing_called
-
-Masks = dict[str, dict[str, Tensor]]
 
 _SAME = 1e-3  # of the largest output, in single precision
 _LEAST = 1e-7  # of the largest singular value
@@ -51,7 +48,7 @@ def narrow_heads(
     model: nn.Module,
     calibration: Iterable[Any] | Evaluator,
     sparse_ratio: float | Mapping[str, float],
-) -> tuple[nn.Module, Masks]:
+) -> tuple[nn.Module, FullMasks]:
     """Turn the channels of all heads of attention, and mask those that then matter least, without labels.
 
     Parameters
@@ -127,7 +124,7 @@ def narrow_heads(
     heads = [_Heads(known[name], readers[name][0]) for name in asked if name not in whole]
     turned: nn.Module = detached_copy(model)
     _measure(turned, heads, batches)
-    masks: Masks = {}
+    masks: FullMasks = {}
     wanted = _outputs(turned, batches)
     for each in heads:
         size = each.attention.size
@@ -147,9 +144,7 @@ def narrow_heads(
     return turned, masks
 
 
-def narrow_instead(
-    model: nn.Module, calibration: Iterable[Any] | Evaluator, masks: GivenMasks
-) -> tuple[nn.Module, GivenMasks]:
+def narrow_instead(model: nn.Module, calibration: Iterable[Any] | Evaluator, masks: Masks) -> tuple[nn.Module, Masks]:
     """Give heads back that masks take away, and let all of a module's be narrower instead, for the same cost.
 
     Where `narrow_heads` leaves attention whole the heads go; model and masks are as it returns them.
@@ -271,7 +266,7 @@ class _Heads:
                 _multiply(model.get_submodule(layer), torch.from_numpy(places), maps)
             reader.weight.copy_((mixing @ columns).movedim(0, 1).flatten(1))
 
-    def mask(self, model: nn.Module, kept: int, masks: Masks) -> None:
+    def mask(self, model: nn.Module, kept: int, masks: FullMasks) -> None:
         """Mask all but the first channels of each head."""
         reader: Any = model.get_submodule(self.reader)
         for layer, places in self.attention.parts:
