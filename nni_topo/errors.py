@@ -189,6 +189,15 @@ def check_integer(name: str, value: Any, least: int, place: str) -> None:
     whole(least).check(name, value, place)
 
 
+def check_jobs(n_jobs: Any, place: str) -> None:
+    """Check a number of jobs at a time."""
+    if n_jobs != -1:
+        try:
+            whole(1).check("n_jobs", n_jobs, place)
+        except ConfigError:
+            raise ConfigError(f"n_jobs must be at least 1, or -1 for all cores, got {n_jobs!r} ({place})") from None
+
+
 def is_finite(value: Any) -> bool:
     """Say whether a value is a real number, finite and no truth value."""
     if isinstance(value, bool) or not isinstance(value, Real):

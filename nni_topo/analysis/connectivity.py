@@ -13,13 +13,14 @@ from matplotlib.figure import Figure
 from rich.console import RenderableType
 from torch import Tensor, nn
 
-from nni_topo.analysis.deviation import CONNECTIONS, PointsStudy, PrunersStudy, curves, share_kept
+from nni_topo.analysis.deviation import CONNECTIONS, PointsStudy, PrunersStudy, curves, share_kept, study_masks
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.network.capture import by_channel, watched
 from nni_topo.network.inputs import call_arguments, tensors_of
 from nni_topo.network.layers import CONVOLUTIONS, NORMALIZING
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.reference import masked_model
+from nni_topo.runs.run import Start
 from nni_topo.runs.study import Names, Tell
 from nni_topo.runs.tables import as_table
 
@@ -153,13 +154,16 @@ class AnalyzeConnectivity(PrunersStudy[ConnectivityStudy]):
 
     def find(self, tell: Tell) -> ConnectivityStudy:
         """Prune one trained network in many ways and follow the weights that are left."""
-        start, points = self.start(), []
-        for name, ratio, seed, masks in self.pruned(start, tell):
-            found = connectivity(start.net, start.example, masks)
-            accuracy = start.tested(masked_model(start.net, start.example, masks))
-            facts = found.outputs, found.channels, min(found.reached.values())
-            points.append(ConnectivityPoint(name, ratio, seed, share_kept(masks), *facts, accuracy))
-        return ConnectivityStudy(points, start.accuracy)
+        start = self.start()
+        return ConnectivityStudy(self.points(start, tell), start.accuracy)
+
+    def point(self, start: Start, name: str, ratio: float) -> ConnectivityPoint:
+        """Prune the network and follow the weights that are left."""
+        masks = study_masks(name, start, ratio, self.calibration)
+        found = connectivity(start.net, start.example, masks)
+        accuracy = start.tested(masked_model(start.net, start.example, masks))
+        facts = found.outputs, found.channels, min(found.reached.values())
+        return ConnectivityPoint(name, ratio, start.seed, share_kept(masks), *facts, accuracy)
 
     def show(self, found: ConnectivityStudy) -> Iterator[RenderableType]:
         """Yield the means over seeds as a table."""

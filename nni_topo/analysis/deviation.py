@@ -14,13 +14,14 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
+from joblib import Parallel, delayed
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import RenderableType
 from torch import Tensor, nn
 
 from nni_topo.analysis.bounds.propagation import ErrorBound, error_bound
-from nni_topo.errors import ConfigError, DataError, check_integer, unknown_name
+from nni_topo.errors import ConfigError, DataError, check_integer, check_jobs, unknown_name
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.reference import masked_model
 from nni_topo.pruners.hooks import Masks
@@ -169,6 +170,7 @@ class PrunersStudy(TrainedStudy[Found]):
     ratios: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # of every layer, in [0, 1)
     seeds: int = 1  # runs of each pruner, at least 1
     calibration: int = 512  # training images for pruners that take some, at least 1
+    n_jobs: int = 1  # networks pruned and measured at a time, at least 1; -1: one per core
 
     def check(self) -> None:
         """Raise ConfigError unless the study can be carried out."""
@@ -181,19 +183,34 @@ class PrunersStudy(TrainedStudy[Found]):
             Target("ratio", ratio)
         for knob in ("seeds", "calibration"):
             check_integer(knob, getattr(self, knob), 1, self.place)
+        check_jobs(self.n_jobs, self.place)
 
     def start(self, test_images: int | None = None) -> Start:
         """Check the study before a network is trained for it."""
         self.check()
         return super().start(test_images)
 
-    def pruned(self, start: Start, tell: Tell) -> Iterator[tuple[str, float, int, Masks]]:
-        """Yield pruner, ratio, seed and masks of every run; a pruner without a seed has one, for all would be alike."""
+    def points(self, start: Start, tell: Tell) -> list[Any]:
+        """Return the point of every run, as many measured at a time as ``n_jobs`` says."""
+        known = replace(start, known_accuracy=start.accuracy)  # measured once, not by every run
+        runs = list(self.runs())
+        tasks = (delayed(self.point)(replace(known, seed=seed), name, ratio) for name, ratio, seed in runs)
+        found = []
+        for (name, ratio, seed), point in zip(runs, Parallel(self.n_jobs, return_as="generator")(tasks), strict=True):
+            tell(f"{name} at {ratio:g}, seed {seed}")
+            found.append(point)
+        return found
+
+    def runs(self) -> Iterator[tuple[str, float, int]]:
+        """Yield pruner, ratio and seed of every run; a pruner without a seed has one, for all would be alike."""
         for name in self.pruners:
             repeats = self.seeds if name == CONNECTIONS or "seed" in pruner_info(name).knobs() else 1
             for ratio, seed in itertools.product(self.ratios, range(self.seed, self.seed + repeats)):
-                tell(f"{name} at {ratio:g}, seed {seed}")
-                yield name, ratio, seed, study_masks(name, replace(start, seed=seed), ratio, self.calibration)
+                yield name, ratio, seed
+
+    def point(self, start: Start, name: str, ratio: float) -> Any:
+        """Prune the network, with the seed that is its run's, and measure what came out."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,13 +226,18 @@ class AnalyzeDeviation(PrunersStudy[DeviationStudy]):
 
     def find(self, tell: Tell) -> DeviationStudy:
         """Prune one trained network in many ways; measure Net Deviation on training images."""
-        start, points = self.start(), []
-        batch = start.data.train.tensors[0][: self.images].to(start.device)
-        for name, ratio, seed, masks in self.pruned(start, tell):
-            changed = masked_model(start.net, batch[:2], masks)
-            bound = error_bound(start.net, changed, batch, iterations=_ITERATIONS)
-            points.append(_point(name, ratio, seed, 1.0 - share_kept(masks), bound, start.tested(changed)))
-        return DeviationStudy(points, start.accuracy, len(batch))
+        start = self.start()
+        return DeviationStudy(self.points(start, tell), start.accuracy, len(self._batch(start)))
+
+    def point(self, start: Start, name: str, ratio: float) -> DeviationPoint:
+        """Prune the network and measure how far its output is from the original's."""
+        batch, masks = self._batch(start), study_masks(name, start, ratio, self.calibration)
+        changed = masked_model(start.net, batch[:2], masks)
+        bound = error_bound(start.net, changed, batch, iterations=_ITERATIONS)
+        return _point(name, ratio, start.seed, 1.0 - share_kept(masks), bound, start.tested(changed))
+
+    def _batch(self, start: Start) -> Tensor:
+        return start.data.train.tensors[0][: self.images].to(start.device)
 
     def show(self, found: DeviationStudy) -> Iterator[RenderableType]:
         """Yield the means over seeds as a table."""

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError, DataError, check_jobs
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import CONVOLUTIONS, check_names
 from nni_topo.network.network import Network
@@ -177,6 +177,7 @@ def sensitivity(
         raise ConfigError(f"ratios must be one or more numbers in (0, 1), got {ratios} (sensitivity)")
     if not budget >= 0.0 or (stop_drop is not None and not stop_drop >= 0.0):
         raise ConfigError(f"budget and stop_drop must be at least 0, got {budget} and {stop_drop} (sensitivity)")
+    check_jobs(n_jobs, "sensitivity")
     trial = _Trial(model, example_inputs, evaluate, pruner, {} if knobs is None else knobs)
     baseline = trial.score(model)
     least = -math.inf if stop_drop is None else baseline - stop_drop

@@ -6,7 +6,7 @@ import copy
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -20,6 +20,14 @@ from nni_topo.runs.run import Start, costs, distilled, latencies, made_dense, pr
 from nni_topo.runs.widths import layer_ratios
 
 _RECALIBRATION_IMAGES = 1024
+
+
+class Trained(Protocol):
+    """What begins with a trained network, which is kept in the run's folder by this key."""
+
+    @property
+    def training_key(self) -> str:
+        """Equal networks, equal key."""
 
 
 def run_cell(cell: Cell, out: Path) -> Record:
@@ -66,7 +74,7 @@ def start_of(cell: Cell, out: Path) -> Start:
     return trained(cell.model, cell.data, recipe=cell.train, folder=folder, seed=cell.seed, device=cell.device)
 
 
-def checkpoint(cell: Cell, out: Path) -> Path:
+def checkpoint(cell: Trained, out: Path) -> Path:
     """Return the file of a cell's trained network."""
     return out / "checkpoints" / f"{cell.training_key}.pt"
 

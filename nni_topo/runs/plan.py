@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from nni_topo.disk import reading
-from nni_topo.errors import ConfigError, as_settings, check_knobs, unknown_name
+from nni_topo.errors import ConfigError, as_settings, check_jobs, check_knobs, unknown_name
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import pruner_info
 from nni_topo.recovery.compensating import METHODS, Method
@@ -180,8 +180,7 @@ class Plan:
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ConfigError(f"seeds must be at least 1, got {self.seeds} (plan)")
-        if self.n_jobs < 1 and self.n_jobs != -1:
-            raise ConfigError(f"n_jobs must be at least 1, or -1 for all cores, got {self.n_jobs} (plan)")
+        check_jobs(self.n_jobs, "plan")
         for name in ("models", "data", "pruners", "targets"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must hold at least one entry, got none (plan)")

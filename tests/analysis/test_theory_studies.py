@@ -76,6 +76,30 @@ def test_deviation_table(checkpoint, tmp_path, capsys):
     assert len(json.loads((tmp_path / "deviation.json").read_text())["points"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("study", "more"),
+    [
+        ("deviation", ("--images", "8")),
+        pytest.param("connectivity", (), marks=pytest.mark.slow),
+        pytest.param("retraining", ("--epochs", "1"), marks=pytest.mark.slow),
+    ],
+)
+def test_networks_measured_beside_each_other_give_the_same_points(study, more, checkpoint, tmp_path):
+    words = ("--pruners", "connections,random", "--ratios", "0.5", "--calibration", "100", "--seeds", "2", *more)
+    for jobs in ("1", "2"):
+        assert command(study, checkpoint, tmp_path / jobs, *words, "--n-jobs", jobs) == 0
+    alone, beside = ((tmp_path / jobs / f"{study}.json").read_text() for jobs in ("1", "2"))
+    assert alone == beside
+    assert len(json.loads(alone)["points"]) == 4
+
+
+@pytest.mark.parametrize("study", ["deviation", "sensitivity", "rounds"])
+def test_a_number_of_jobs_that_is_none_is_refused(study, tmp_path, capsys):
+    words = ["analyze", study, "--model", "lenet300", "--limit", "100", "--out", str(tmp_path), "--n-jobs", "0"]
+    assert main(words) == 2
+    assert "n_jobs must be at least 1, or -1 for all cores, got 0" in " ".join(capsys.readouterr().err.split())
+
+
 def test_retraining_command(checkpoint, tmp_path, capsys, drawn):
     arguments = ("--ratios", "0.3", "0.8", "--epochs", "2", "--images", "200", "--tolerance", "0.05", "--gamma", "0.5")
     assert command("retraining", checkpoint, tmp_path, *arguments, "--json") == 0

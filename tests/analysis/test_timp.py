@@ -10,7 +10,7 @@ from nni_topo.analysis import overlap_bound
 from nni_topo.analysis.rounds.report import markdown_overlap, markdown_rounds
 from nni_topo.analysis.rounds.study import METHODS, RoundsCell, RoundsStudy, run_rounds, steps_to
 from nni_topo.cli import main
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.runs.plan import Cell, DataChoice, ModelChoice, Target
 from nni_topo.runs.records import append_record
 
@@ -80,6 +80,27 @@ def test_finished_runs_are_not_repeated(finished):
     assert began == []
     assert (out / "results.jsonl").read_text().splitlines() == lines
     assert [json.loads(line)["method"] for line in lines] == ["IMP", "T-IMP", "IMP capped"]
+
+
+def test_runs_beside_each_other_find_the_same(finished, tmp_path):
+    records, _ = finished
+    both = study_cells()[:2]
+    beside = run_rounds(both, tmp_path, n_jobs=2)
+    assert [each["rounds"] for each in beside] == [each["rounds"] for each in records[:2]]
+    assert run_rounds(both, tmp_path) == beside
+    assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == 1  # one of them trained the network
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_beside_others_is_named_when_they_have_ended(tmp_path):
+    good, other = study_cells()[:2]
+    bad = replace(
+        other, cell=replace(other.cell, seed=1, pruner=replace(other.cell.pruner, knobs={"on_subcritical": 3}))
+    )
+    with pytest.raises(DataError, match=r"got none of 1: T-IMP, seed 1: .*on_subcritical"):
+        run_rounds([bad, good], tmp_path, n_jobs=2)
+    (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert json.loads(line)["method"] == "IMP"
 
 
 def test_rewound_runs_are_runs_of_their_own(finished, tmp_path):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import RenderableType
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from nni_topo import zoo
@@ -94,21 +94,18 @@ class AnalyzeRetraining(PrunersStudy[RetrainingStudy]):
     def find(self, tell: Tell) -> RetrainingStudy:
         """Prune a trained network, retrain it until its accuracy is back, and compare the epochs with theorem 1."""
         start = self.start()
+        points = self.points(start, tell)
+        return RetrainingStudy(points, start.accuracy, start.recipe.epochs, self.epochs, self.gamma)
+
+    def runs(self) -> Iterator[tuple[str, float, int]]:
+        """Yield pruner, ratio and seed of every run; retraining has a seed, whether or not the pruner has one."""
+        yield from itertools.product(self.pruners, self.ratios, range(self.seed, self.seed + self.seeds))
+
+    def point(self, start: Start, name: str, ratio: float) -> RetrainingPoint:
+        """Prune, bound, retrain."""
         initial = build_model(self.model_choice, start.data, self.seed).to(start.device)
         pictures, labels = (tensor[: self.images].split(256) for tensor in start.data.train.tensors)
         batches = list(zip(pictures, labels, strict=True))
-        seeds = range(self.seed, self.seed + self.seeds)
-        points = []
-        for name, ratio, seed in itertools.product(self.pruners, self.ratios, seeds):
-            tell(f"{name} at {ratio:g}, seed {seed}")
-            run = replace(start, seed=seed, known_accuracy=start.accuracy)
-            points.append(self._point(name, ratio, run, initial, batches))
-        return RetrainingStudy(points, start.accuracy, start.recipe.epochs, self.epochs, self.gamma)
-
-    def _point(
-        self, name: str, ratio: float, start: Start, initial: nn.Module, batches: list[tuple[Tensor, Tensor]]
-    ) -> RetrainingPoint:
-        """Prune, bound, retrain."""
         masks = study_masks(name, start, ratio, self.calibration)
         kind: Kind = "node" if name != CONNECTIONS and pruner_info(name).structured else "connection"
         sparse = made_dense(start, masks)[0] if kind == "node" else masked_model(start.net, start.example, masks)

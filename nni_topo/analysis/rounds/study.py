@@ -6,10 +6,12 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from joblib import effective_n_jobs
 from matplotlib.figure import Figure
 from nni.compression.base.compressor import Pruner
 from torch import nn
@@ -27,11 +29,12 @@ from nni_topo.analysis.deviation import share_kept
 from nni_topo.analysis.layers import weight_layers
 from nni_topo.analysis.rounds.report import markdown_overlap, markdown_rounds, overlap_figure, rounds_figure
 from nni_topo.disk import only_process
-from nni_topo.errors import ConfigError, check_integer, instance, unknown_name
+from nni_topo.errors import ConfigError, DataError, check_integer, check_jobs, instance, unknown_name
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import create_pruner
 from nni_topo.pruners.rounds import Round, prune_in_rounds
 from nni_topo.runs.cells import start_of
+from nni_topo.runs.isolation import in_turn, isolated
 from nni_topo.runs.plan import Cell, PrunerChoice, Target, changed_recipe
 from nni_topo.runs.records import Record, append_record, provenance, read_records
 from nni_topo.runs.run import Start, build_model, pruner_knobs
@@ -55,6 +58,11 @@ class RoundsCell:
     sparsities: tuple[float, ...] = SPARSITIES
     rewind: bool = False  # a round's training then follows the recipe of the training
     capped: bool = False  # no layer loses more weights than its channel tree spares: as many are kept as by T-IMP
+
+    @property
+    def training_key(self) -> str:
+        """Name of the trained network that the run begins with."""
+        return self.cell.training_key
 
     @property
     def key(self) -> str:
@@ -99,6 +107,7 @@ class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
     train_epochs: int | None = None  # None: the model's recipe
     retrain_epochs: int = 2  # of each round that isn't rewound, at least 0
     images: int | None = None  # test images used, at least 1; None: all
+    n_jobs: int = 1  # runs at a time, in processes of their own, at least 1; -1: one per core
 
     def find(self, tell: Tell) -> RoundsStudy:
         """Run what has no record in ``results.jsonl`` yet."""
@@ -107,7 +116,7 @@ class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
         def announce(cell: RoundsCell, number: int, count: int) -> None:
             tell(f"[{number}/{count}] seed {cell.cell.seed}: {cell.method}")
 
-        return RoundsStudy(run_rounds(list(self._cells()), self.out, announce=announce))
+        return RoundsStudy(run_rounds(list(self._cells()), self.out, n_jobs=self.n_jobs, announce=announce))
 
     def show(self, found: RoundsStudy) -> Iterator[str]:
         """Yield the tables."""
@@ -134,22 +143,37 @@ class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
             yield RoundsCell(cell, self.sparsities, self.rewind, capped=method != name)
 
 
-def run_rounds(cells: Sequence[RoundsCell], out: str | Path, *, announce: Any = None) -> list[Record]:
-    """Run the cells that have no record in ``results.jsonl`` yet, and return all records in order."""
+def run_rounds(cells: Sequence[RoundsCell], out: str | Path, *, n_jobs: int = 1, announce: Any = None) -> list[Record]:
+    """Run the cells that have no record in ``results.jsonl`` yet, and return all records in order.
+
+    With ``n_jobs`` other than 1 so many run at a time (-1: one per core), in processes of their own and on one thread
+    each. DataError names those that ended without a record, once all have ended; the same call tries them again.
+    """
+    check_jobs(n_jobs, "rounds")
     out = Path(out)
     with only_process(out, wait=False):
-        return _all_cells(cells, out, announce)
+        return _all_cells(cells, out, n_jobs, announce)
 
 
-def _all_cells(cells: Sequence[RoundsCell], out: Path, announce: Any) -> list[Record]:
+def _all_cells(cells: Sequence[RoundsCell], out: Path, n_jobs: int, announce: Any) -> list[Record]:
     done = {record["key"]: record for record in read_records(out / "results.jsonl", {"key": instance(str)})}
-    for number, cell in enumerate(cells, start=1):
-        if cell.key in done:
-            continue
+    todo = {number: cell for number, cell in enumerate(cells, start=1) if cell.key not in done}
+
+    def tell(number: int) -> None:
         if announce is not None:
-            announce(cell, number, len(cells))
-        done[cell.key] = run_rounds_cell(cell, out)
-        append_record(out / "results.jsonl", done[cell.key])
+            announce(todo[number], number, len(cells))
+
+    jobs, failed = effective_n_jobs(n_jobs), []
+    run = run_rounds_cell
+    with closing(in_turn(todo, out, tell, run) if n_jobs == 1 else isolated(todo, out, jobs, tell, run)) as results:
+        for number, result in results:
+            if isinstance(result, str):
+                failed.append(f"{todo[number].method}, seed {todo[number].cell.seed}: {result}")
+                continue
+            append_record(out / "results.jsonl", result)
+            done[result["key"]] = result
+    if failed:
+        raise DataError(f"every run must end with a record, got none of {len(failed)}: {'; '.join(failed)} ({out})")
     return [done[cell.key] for cell in cells]
 
 
