@@ -9,7 +9,7 @@ fewer. Within a stretch the classes with the highest mean score over all of thei
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,14 +48,12 @@ class _Shared:
 
     def __init__(self, units: list[PruningUnit]) -> None:
         self._units = units
-        numbers, classes = np.unique(np.concatenate([unit.ties for unit in units]), return_inverse=True)
+        classes = _ranks(number for unit in units for number in unit.ties)
         self._classes = np.split(classes, np.cumsum([unit.blocks for unit in units])[:-1])
         pairs = zip(units, self._classes, strict=True)
         rows = [row for unit, own in pairs for row in own.reshape(unit.parts, unit.rows)]
-        holds = np.array([np.bincount(row, minlength=len(numbers)) for row in rows])
-        # Stretches in the order of their first classes, so that of equal ones the first comes first.
-        found: dict[bytes, int] = {}
-        self._stretch = np.array([found.setdefault(column.tobytes(), len(found)) for column in holds.T.copy()])
+        holds = np.array([np.bincount(row, minlength=classes.max() + 1) for row in rows])
+        self._stretch = _ranks(column.tobytes() for column in holds.T.copy())
         _, first, self._sizes = np.unique(self._stretch, return_index=True, return_counts=True)
         self._holds = holds[:, first]
         # A part within another holds fewer classes, so that it comes before.
@@ -101,6 +99,12 @@ class _Shared:
                 return counts
             free = np.flatnonzero((self._holds[short[0]] > 0) & (counts < self._sizes))
             counts[free[np.argmin(counts[free] / self._sizes[free])]] += 1
+
+
+def _ranks(values: Iterable[Hashable]) -> IntArray:
+    """Number values by where each of them comes first, so that the lowest number is that of the first."""
+    found: dict[Hashable, int] = {}
+    return np.array([found.setdefault(value, len(found)) for value in values])
 
 
 def _deal(total: int, sizes: IntArray, each: IntArray) -> IntArray:
