@@ -9,6 +9,7 @@ fewer. Within a stretch the classes with the highest mean score over all of thei
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -18,6 +19,8 @@ from nni_topo.maths.ties import descending
 from nni_topo.network.partial import meeting
 from nni_topo.pruners.planner import FloatArray
 from nni_topo.pruners.units import PruningUnit
+
+_logger = logging.getLogger(__name__)
 
 IntArray = NDArray[np.int64]
 Kept = dict[str, NDArray[np.bool_]]
@@ -38,6 +41,21 @@ class Agreement:
         for shared in self._shared:
             agreed |= shared.choose(kept, scores)
         return agreed
+
+
+def warn_of_more(units: Sequence[PruningUnit], kept: Kept, agreed: Kept) -> None:
+    """Name the units of which more stays than a ratio or threshold of the config_list asks for."""
+    # A row more is rounding; a budget counts what stays, and says so itself.
+    found = [
+        f"{unit.name} {agreed[unit.name].sum()} of {unit.blocks} instead of {kept[unit.name].sum()}"
+        for unit in units
+        if agreed[unit.name].sum() > kept[unit.name].sum() + unit.parts
+        and (unit.sparse_ratio or unit.sparse_threshold is not None)
+    ]
+    if found:
+        _logger.warning(
+            "layers that share channels must be asked for what can be met together; more stays of %s", "; ".join(found)
+        )
 
 
 class _Shared:

@@ -16,7 +16,7 @@ from nni.compression.pruning.tools.sparse_gen import (
 from numpy.typing import NDArray
 
 from nni_topo.maths.ties import descending
-from nni_topo.pruners.agreement import Agreement
+from nni_topo.pruners.agreement import Agreement, warn_of_more
 from nni_topo.pruners.hooks import KeptSet, Masks, Metrics, PruningContext, SparsityAllocator, unit_scores
 from nni_topo.pruners.planner import FloatArray
 from nni_topo.pruners.transposed import loses_outputs, output_mask
@@ -47,8 +47,9 @@ class ConfigAllocator(SparsityAllocator):
         else:
             rows = context.rows(lambda unit: scores[unit.name])
             kept = {unit.name: keep_highest(unit, scores[unit.name], rows[unit.name]) for unit in context.units}
-        kept = Agreement(context.units)(kept, scores)
-        blocked = context.spread({name: torch.from_numpy(each).float() for name, each in kept.items()})
+        agreed = Agreement(context.units)(kept, scores)
+        warn_of_more(context.units, kept, agreed)
+        blocked = context.spread({name: torch.from_numpy(each).float() for name, each in agreed.items()})
         on_device = {m: {t: mask.to(metrics[m][t].device) for t, mask in ts.items()} for m, ts in blocked.items()}
         masks: Masks = _expand_masks(on_device, context.target_spaces)
         _add_aligned(masks, context)

@@ -50,7 +50,7 @@ def rows(masks):
 
 @pytest.mark.parametrize("pruner", PRUNERS)
 @pytest.mark.parametrize("name", NETS)
-def test_half_of_the_channels_go_and_the_dense_model_computes_the_same(name, pruner):
+def test_half_of_the_channels_go_and_the_dense_model_computes_the_same(name, pruner, caplog):
     model = make(name)
     groups = dependency_groups(model, IMAGES, HALF)
     assert groups.ties
@@ -62,6 +62,7 @@ def test_half_of_the_channels_go_and_the_dense_model_computes_the_same(name, pru
         convolutions(dense).values(), convolutions(model).values(), strict=True
     ))  # fmt: skip
     assert not dense.report.kept
+    assert not caplog.records
     with torch.no_grad():
         torch.testing.assert_close(
             dense(IMAGES), masked_model(model, IMAGES, masks).eval()(IMAGES), rtol=1e-12, atol=1e-12
@@ -177,7 +178,7 @@ def test_blocks_of_grouped_convolutions_lose_equally_many(seed):
     assert dense.inner.conv.groups == 3
 
 
-def test_layers_that_are_asked_for_different_ratios_lose_no_more_than_that():
+def test_layers_that_are_asked_for_different_ratios_lose_no_more_than_that(caplog):
     model = make("SplitResidual")
     config = [
         {"op_names": ["expand.conv"], "sparse_ratio": 0.25},
@@ -188,6 +189,7 @@ def test_layers_that_are_asked_for_different_ratios_lose_no_more_than_that():
     assert dense.expand.conv.out_channels == 24
     assert dense.inner[0][1].conv.out_channels == 12
     assert not dense.report.kept
+    assert "more stays of inner.0.1.conv.weight+inner.1.1.conv.weight 12 of 16 instead of 4" in caplog.text
 
 
 def test_blocks_of_ones_own_are_chosen_as_before():
