@@ -17,6 +17,7 @@ from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.labels import FIXED
 from nni_topo.network.layers import RECURRENT, check_names, is_transposed_linear, output_channels
 from nni_topo.network.network import Network
+from nni_topo.network.partial import meeting, partial_ties
 from nni_topo.network.parts import is_in_parts
 from nni_topo.network.report import why_not_followed
 
@@ -37,6 +38,9 @@ class DependencyGroups(list[dict[str, Any]]):
     named : iterable of str
         The layers that ``op_names`` names. A pruner of the package that can make nothing of one raises; others it
         leaves whole, with a warning.
+    ties : mapping of str to tuple of int
+        By layer that shares some of its channels with others, or with itself, a number for each channel, (channels,):
+        those with equal numbers can only go together, which no entry can say. The package's pruners heed it.
     """
 
     def __init__(
@@ -44,14 +48,16 @@ class DependencyGroups(list[dict[str, Any]]):
         entries: Iterable[dict[str, Any]] = (),
         skipped: Mapping[str, str] | None = None,
         named: Iterable[str] = (),
+        ties: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         super().__init__(entries)
         self.skipped = dict(skipped or {})
         self.named = frozenset(named)
+        self.ties = dict(ties or {})
 
     def with_entries(self, entries: Iterable[dict[str, Any]]) -> DependencyGroups:
         """Put others in place of the entries."""
-        return DependencyGroups(entries, self.skipped, self.named)
+        return DependencyGroups(entries, self.skipped, self.named, self.ties)
 
     def without(self, layers: Iterable[str]) -> DependencyGroups:
         """Leave out the entries of some layers, and of those in a group with them."""
@@ -114,6 +120,9 @@ def dependency_groups(
     A depth-wise convolution that isn't selected ties nothing: it follows the layer before it. One that
     follows several layers at once, over a concatenation, follows them channel by channel; its entry is left
     out, since NNI can't state such a group.
+    Where layers share some of their channels, as over a concatenation or a split that meets an addition, ``ties`` says
+    which. The package's pruners then choose so that as many go of each layer as were asked for, as nearly as the ties
+    allow; NNI's choose for each layer by itself, and `to_dense` keeps what any of them keeps.
 
     Layers that make queries, keys or values of attention lose whole heads: they get a granularity and a group, and so
     does the layer that mixes the heads if it is selected, for its columns. ``"granularity": "head"``, which NNI doesn't
@@ -191,7 +200,9 @@ def dependency_groups(
         for name in order
         if name in names and name not in left_out
     ]
-    return DependencyGroups(entries, skipped, named & selected)
+    # What mixes heads loses columns, and rows of it stay.
+    ties = partial_ties(flow, selected - left_out - mixers.keys())
+    return DependencyGroups(entries, skipped, named & selected, ties)
 
 
 def _why_headless(model: torch.nn.Module, name: str) -> str:
@@ -252,16 +263,7 @@ def _sharing_with(flow: ChannelFlow, mixers: Mapping[str, Attention], asked: lis
 
 def layer_groups(flow: ChannelFlow) -> list[list[str]]:
     """Group the layers of which any channel is tied, in network order; one without ties is a group of its own."""
-    groups: list[tuple[set[int], list[str]]] = []
-    for name in flow.layers:
-        roots, names = set(flow.layer_roots(name).tolist()) - {FIXED}, [name]
-        for group in [group for group in groups if group[0] & roots]:
-            groups.remove(group)
-            roots, names = roots | group[0], group[1] + names
-        groups.append((roots, names))
-    order = list(flow.layers)
-    sorted_groups = [sorted(names, key=order.index) for _, names in groups]
-    return sorted(sorted_groups, key=lambda names: order.index(names[0]))
+    return meeting({name: set(flow.layer_roots(name).tolist()) - {FIXED} for name in flow.layers})
 
 
 def _network_order(model: torch.nn.Module, flow: ChannelFlow) -> dict[str, int]:

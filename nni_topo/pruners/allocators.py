@@ -16,6 +16,7 @@ from nni.compression.pruning.tools.sparse_gen import (
 from numpy.typing import NDArray
 
 from nni_topo.maths.ties import descending
+from nni_topo.pruners.agreement import Agreement, warn_of_more
 from nni_topo.pruners.hooks import KeptSet, Masks, Metrics, PruningContext, SparsityAllocator, unit_scores
 from nni_topo.pruners.planner import FloatArray
 from nni_topo.pruners.transposed import loses_outputs, output_mask
@@ -34,6 +35,7 @@ class ConfigAllocator(SparsityAllocator):
     """Masks of a kept set as it is, of scores by their order: as many blocks stay as the context's planner says.
 
     Of equal scores the lower index stays; scores of blocks of several elements are equal within 1e-6 of their size.
+    Units that share some of their blocks choose as one, see :mod:`nni_topo.pruners.agreement`.
     """
 
     def allocate(self, metrics: Metrics, context: PruningContext) -> Masks:
@@ -41,10 +43,13 @@ class ConfigAllocator(SparsityAllocator):
         scores = {unit.name: unit_scores(unit, metrics).numpy() for unit in context.units}
         if isinstance(metrics, KeptSet):
             kept = {name: score > 0 for name, score in scores.items()}
+            scores = {name: chosen.astype(np.float64) for name, chosen in kept.items()}
         else:
             rows = context.rows(lambda unit: scores[unit.name])
             kept = {unit.name: keep_highest(unit, scores[unit.name], rows[unit.name]) for unit in context.units}
-        blocked = context.spread({name: torch.from_numpy(each).float() for name, each in kept.items()})
+        agreed = Agreement(context.units)(kept, scores)
+        warn_of_more(context.units, kept, agreed)
+        blocked = context.spread({name: torch.from_numpy(each).float() for name, each in agreed.items()})
         on_device = {m: {t: mask.to(metrics[m][t].device) for t, mask in ts.items()} for m, ts in blocked.items()}
         masks: Masks = _expand_masks(on_device, context.target_spaces)
         _add_aligned(masks, context)

@@ -126,6 +126,7 @@ class StructuredPruner(Pruner):
         self.collector = collector
         self.calculator = calculator
         config_list = self._fitting(model, config_list)
+        self._ties = config_list.ties if isinstance(config_list, DependencyGroups) else {}
         self.allocator = ConfigAllocator() if allocator is None else allocator
         self.interval_steps = -1
         self.total_times: int | Literal["unlimited"] = 1
@@ -135,7 +136,7 @@ class StructuredPruner(Pruner):
         if has_budget:
             self._activate_targets()
         # What can't be told before: shapes against granularities, and groups whose members don't fit.
-        pruning_units(self._target_spaces)
+        pruning_units(self._target_spaces, self._ties)
 
     def __repr__(self) -> str:
         """Name the pruner and the knobs that differ from their defaults; of data the type alone."""
@@ -229,7 +230,7 @@ class StructuredPruner(Pruner):
     def context(self) -> PruningContext:
         """What the hooks look at: the model, its targets with the ratios in force, the evaluator and the planner."""
         names = self._get_param_names_map() if self._is_wrapped else {}
-        return PruningContext(self.bound_model, self._target_spaces, self.evaluator, names, self.planner)
+        return PruningContext(self.bound_model, self._target_spaces, self.evaluator, names, self.planner, self._ties)
 
     def _activate_targets(self, cap: float = 0.0) -> None:
         """Give the ``sparse_ratio`` ``cap`` to configured targets without a rule: these pruners say how much goes."""

@@ -31,6 +31,7 @@ from nni_topo.network.latency import LatencyTable
 from nni_topo.network.measure import time_shares
 from nni_topo.network.modes import unwrapped_copy
 from nni_topo.network.timing import measure_latency
+from nni_topo.pruners.agreement import Agreement
 from nni_topo.pruners.planner import Losses, Planner
 from nni_topo.pruners.solving import solve_error, solve_timed, solve_tolerance, solve_uniform
 from nni_topo.pruners.units import PruningUnit
@@ -128,6 +129,7 @@ class BudgetPlanner(Planner):
     def counts(self, units: Sequence[PruningUnit], losses: Losses, model: nn.Module) -> dict[str, int]:
         """Return how many rows each unit keeps under the budget."""
         cost = share_left(units, self._network_cost(units, model), self.rounded)
+        kept = kept_if(units, self.rounded)
         bounds, share = [unit.removable_rows for unit in units], self.budget.share
 
         def solve(share: float) -> list[int]:
@@ -140,7 +142,7 @@ class BudgetPlanner(Planner):
             time = network_time(model, self.example_inputs, share)
 
             def timed(solutions: Sequence[Sequence[int]]) -> list[float]:
-                return time([kept_if(units, removed, self.rounded) for removed in solutions])
+                return time([kept(removed) for removed in solutions])
 
             if self._aim is None:
                 removed, self.left, self._aim = solve_timed(solve, cost, timed, share)
@@ -194,17 +196,26 @@ def share_left(
     if not whole > 0.0:
         raise DataError(f"the unpruned network must cost something, got {whole} (budget)")
 
-    return lambda removed: float(cost(kept_if(units, removed, rounded)) / whole)
+    kept = kept_if(units, rounded)
+    return lambda removed: float(cost(kept(removed)) / whole)
 
 
-def kept_if(units: Sequence[PruningUnit], removed: Sequence[int], rounded: Callable[[PruningUnit, int], int]) -> Kept:
-    """Return which channels layers keep if units lose so many rows: the first, which stand for whichever will stay."""
-    # Costs follow from widths, and the scores aren't needed.
-    return {
-        layer: np.tile(np.arange(unit.rows) < rounded(unit, unit.rows - count), unit.parts)
-        for unit, count in zip(units, removed, strict=True)
-        for layer in unit.layers
-    }
+def kept_if(
+    units: Sequence[PruningUnit], rounded: Callable[[PruningUnit, int], int]
+) -> Callable[[Sequence[int]], Kept]:
+    """Return what says which channels layers keep if units lose so many rows: the first, in the place of any."""
+    agree = Agreement(units)
+
+    def kept(removed: Sequence[int]) -> Kept:
+        # Costs follow from widths, and the scores aren't needed.
+        first = {
+            unit.name: np.tile(np.arange(unit.rows) < rounded(unit, unit.rows - count), unit.parts)
+            for unit, count in zip(units, removed, strict=True)
+        }
+        agreed = agree(first, first)
+        return {layer: agreed[unit.name] for unit in units for layer in unit.layers}
+
+    return kept
 
 
 def network_cost(

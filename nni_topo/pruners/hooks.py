@@ -23,7 +23,7 @@ from nni_topo.errors import ConfigError, DataError, check_memory
 from nni_topo.network.capture import padding_known, run
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.pruners.planner import Losses, Planner
-from nni_topo.pruners.units import PruningUnit, TargetSpaces, block_shape, pruning_units
+from nni_topo.pruners.units import PruningUnit, TargetSpaces, Ties, block_shape, pruning_units
 from nni_topo.recovery.steps import Pairs
 
 Data = dict[str, dict[str, Tensor]]
@@ -58,6 +58,8 @@ class PruningContext:
         Parameter names before and after wrapping, which the evaluator needs to rebuild its optimizers.
     planner : Planner
         Says how many blocks stay.
+    ties : mapping of str to sequence of int
+        By layer that shares some of its channels with others, a number for each: equal ones go together.
     """
 
     model: nn.Module
@@ -65,11 +67,12 @@ class PruningContext:
     evaluator: Evaluator | None = None
     parameter_names: Mapping[str, str] = field(default_factory=dict)
     planner: Planner = field(default_factory=Planner)
+    ties: Ties = field(default_factory=dict)
 
     @cached_property
     def units(self) -> list[PruningUnit]:
         """The active targets, grouped by ``dependency_group_id``."""
-        return pruning_units(self.target_spaces)
+        return pruning_units(self.target_spaces, self.ties)
 
     def rows(self, losses: Losses) -> dict[str, int]:
         """Return how many blocks each part of each unit keeps.

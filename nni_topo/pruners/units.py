@@ -8,7 +8,8 @@ NNI hands a pruner one target space per parameter. A *unit* is one such target, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from nni_topo.network.layers import channel_dimension, output_channels, spread, 
 
 TargetSpaces = dict[str, dict[str, PruningTargetSpace]]
 """NNI's ``{module name: {target name: target space}}``."""
+Ties = Mapping[str, Sequence[int]]
+"""``{module name: a number for each output channel}``: those with equal numbers go together."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,9 @@ class PruningUnit:
         Bounds of the share of blocks that may go, in [0, 1].
     global_group_id : int, str or None
         Units of one id are ranked together.
+    ties : tuple of int
+        A number for each block, ``(blocks,)``, where some are shared with other units, or with others of the unit:
+        blocks with equal numbers go together. Empty where none are.
     """
 
     name: str
@@ -59,6 +65,7 @@ class PruningUnit:
     min_sparse_ratio: float
     max_sparse_ratio: float
     global_group_id: int | str | None = None
+    ties: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -153,13 +160,16 @@ def output_blocks(space: PruningTargetSpace, what: str) -> NDArray[np.int64]:
     )
 
 
-def pruning_units(target_spaces: TargetSpaces) -> list[PruningUnit]:
+def pruning_units(target_spaces: TargetSpaces, ties: Ties | None = None) -> list[PruningUnit]:
     """Group the active targets of a pruner into units.
 
     Parameters
     ----------
     target_spaces : dict
         NNI's target spaces. Groups with at least one active member are units as a whole.
+    ties : mapping of str to sequence of int, optional
+        By layer that shares some of its channels, a number for each, as of
+        :class:`~nni_topo.DependencyGroups`. Units that aren't pruned by output channel pass it over.
 
     Returns
     -------
@@ -183,10 +193,10 @@ def pruning_units(target_spaces: TargetSpaces) -> list[PruningUnit]:
             key = (space.dependency_group_id,) if grouped else (module_name, target_name)
             groups.setdefault(key, []).append((module_name, target_name, space))
     active = (group for group in groups.values() if any(is_active(space) for _, _, space in group))
-    return [_unit(group) for group in active]
+    return [_unit(group, ties or {}) for group in active]
 
 
-def _unit(group: list[tuple[str, str, PruningTargetSpace]]) -> PruningUnit:
+def _unit(group: list[tuple[str, str, PruningTargetSpace]], ties: Ties) -> PruningUnit:
     name = "+".join(f"{module}.{target}" for module, target, _ in group)
     spaces = [space for _, _, space in group]
     rules = {
@@ -213,8 +223,21 @@ def _unit(group: list[tuple[str, str, PruningTargetSpace]]) -> PruningUnit:
         elements=sum(space.target.numel() // blocks for space in spaces),
         min_sparse_ratio=low,
         max_sparse_ratio=high,
+        ties=_tied(group, ties),
         **rules,
     )
+
+
+def _tied(group: list[tuple[str, str, PruningTargetSpace]], ties: Ties) -> tuple[int, ...]:
+    """Number the blocks of a unit by ties of channels; empty where it has none, or members whose blocks differ."""
+    found = set()
+    for module, _, space in group:
+        if module in ties:
+            with suppress(ConfigError):  # blocks that aren't whole output channels
+                numbers = np.asarray(ties[module])[output_blocks(space, "ties")]
+                is_whole = bool((numbers == numbers[:, :1]).all())
+                found.add(tuple(numbers[:, 0].tolist()) if is_whole else ())
+    return found.pop() if len(found) == 1 else ()
 
 
 def _common(name: str, key: str, values: Iterable[Any]) -> Any:

@@ -1,0 +1,135 @@
+"""What stays of units that share some of their blocks, as no dependency group can state: there they choose as one.
+
+A *class* is what can only go together: blocks of several units, or several of one. Classes that the same units hold
+make a *stretch*. Each unit says how many blocks it would keep; from the narrowest on, these are dealt out over the
+stretches that it holds and nobody before it did, in proportion to their lengths. Wider units so follow narrower ones
+where they share blocks, and meet their own count by the others. Where the ties don't allow that, more stay, never
+fewer. Within a stretch the classes with the highest mean score over all of their layers stay.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nni_topo.maths.ties import descending
+from nni_topo.network.partial import meeting
+from nni_topo.pruners.planner import FloatArray
+from nni_topo.pruners.units import PruningUnit
+
+_logger = logging.getLogger(__name__)
+
+IntArray = NDArray[np.int64]
+Kept = dict[str, NDArray[np.bool_]]
+"""By unit name, which blocks stay, ``(blocks,)``."""
+
+
+class Agreement:
+    """Make what is kept of units agree, block by block, where they share some of them."""
+
+    def __init__(self, units: Sequence[PruningUnit]) -> None:
+        tied = {unit.name: unit for unit in units if unit.ties}
+        groups = meeting({name: set(unit.ties) for name, unit in tied.items()})
+        self._shared = [_Shared([tied[name] for name in names]) for names in groups]
+
+    def __call__(self, kept: Kept, scores: Mapping[str, NDArray[np.generic]]) -> Kept:
+        """Return what stays: of each unit as many blocks as are kept now, as nearly as ties allow; which, by scores."""
+        agreed = dict(kept)
+        for shared in self._shared:
+            agreed |= shared.choose(kept, scores)
+        return agreed
+
+
+def warn_of_more(units: Sequence[PruningUnit], kept: Kept, agreed: Kept) -> None:
+    """Name the units of which more stays than a ratio or threshold of the config_list asks for."""
+    # A row more is rounding; a budget counts what stays, and says so itself.
+    found = [
+        f"{unit.name} {agreed[unit.name].sum()} of {unit.blocks} instead of {kept[unit.name].sum()}"
+        for unit in units
+        if agreed[unit.name].sum() > kept[unit.name].sum() + unit.parts
+        and (unit.sparse_ratio or unit.sparse_threshold is not None)
+    ]
+    if found:
+        _logger.warning(
+            "layers that share channels must be asked for what can be met together; more stays of %s", "; ".join(found)
+        )
+
+
+class _Shared:
+    """Units that share blocks, directly or over others.
+
+    ``_holds[p, s]`` says how many blocks of the p-th part, over all units, one class of the s-th stretch stands for.
+    """
+
+    def __init__(self, units: list[PruningUnit]) -> None:
+        self._units = units
+        classes = _ranks(number for unit in units for number in unit.ties)
+        self._classes = np.split(classes, np.cumsum([unit.blocks for unit in units])[:-1])
+        pairs = zip(units, self._classes, strict=True)
+        rows = [row for unit, own in pairs for row in own.reshape(unit.parts, unit.rows)]
+        holds = np.array([np.bincount(row, minlength=classes.max() + 1) for row in rows])
+        self._stretch = _ranks(column.tobytes() for column in holds.T.copy())
+        _, first, self._sizes = np.unique(self._stretch, return_index=True, return_counts=True)
+        self._holds = holds[:, first]
+        # A part within another holds fewer classes, so that it comes before.
+        self._order = np.argsort((holds > 0).sum(1), kind="stable")
+        self._owner = np.repeat(np.arange(len(units)), [unit.parts for unit in units])
+
+    def choose(self, kept: Kept, scores: Mapping[str, NDArray[np.generic]]) -> Kept:
+        """Return what stays of each unit."""
+        wanted = [kept[unit.name].reshape(unit.parts, unit.rows).sum(1) for unit in self._units]
+        counts = self._raised(self._dealt(np.concatenate(wanted)), np.concatenate(wanted))
+        order = descending(self._worth(scores))
+        left = np.zeros(len(self._stretch), dtype=np.bool_)
+        for stretch, count in enumerate(counts):
+            left[order[self._stretch[order] == stretch][:count]] = True
+        return {unit.name: left[own] for unit, own in zip(self._units, self._classes, strict=True)}
+
+    def _worth(self, scores: Mapping[str, NDArray[np.generic]]) -> FloatArray:
+        """Average the scores of each class over all targets that hold it, as those of a dependency group are."""
+        classes = np.concatenate(self._classes)
+        targets = np.repeat([len(unit.members) for unit in self._units], [unit.blocks for unit in self._units])
+        values = np.concatenate([scores[unit.name] for unit in self._units])
+        worth: FloatArray = np.bincount(classes, targets * values) / np.bincount(classes, targets)
+        return worth
+
+    def _dealt(self, wanted: IntArray) -> IntArray:
+        """Return how many classes of each stretch stay so that every part keeps what it wants, if that can be."""
+        counts, is_open = np.zeros_like(self._sizes), np.ones(len(self._sizes), dtype=np.bool_)
+        for part in self._order:
+            own = self._holds[part]
+            new = is_open & (own > 0)
+            counts[new] = _deal(max(int(wanted[part] - own @ counts), 0), self._sizes[new], own[new])
+            is_open &= ~new
+        return counts
+
+    def _raised(self, counts: IntArray, wanted: IntArray) -> IntArray:
+        """Let more stay until every part has what it wants, and all parts of a unit as much as each other."""
+        while True:
+            totals = self._holds @ counts
+            most = np.zeros(len(self._units), dtype=np.int64)
+            np.maximum.at(most, self._owner, np.maximum(totals, wanted))
+            short = np.flatnonzero(totals < most[self._owner])
+            if not len(short):
+                return counts
+            free = np.flatnonzero((self._holds[short[0]] > 0) & (counts < self._sizes))
+            counts[free[np.argmin(counts[free] / self._sizes[free])]] += 1
+
+
+def _ranks(values: Iterable[Hashable]) -> IntArray:
+    """Number values by where each of them comes first, so that the lowest number is that of the first."""
+    found: dict[Hashable, int] = {}
+    return np.array([found.setdefault(value, len(found)) for value in values])
+
+
+def _deal(total: int, sizes: IntArray, each: IntArray) -> IntArray:
+    """Deal ``total`` blocks out to stretches of some ``sizes`` in proportion, ``each`` class of which takes so many."""
+    room = int(sizes @ each)
+    counts, rest = np.divmod(sizes * min(total, room), max(room, 1))
+    for place in np.argsort(-rest, kind="stable"):
+        if rest[place] and counts @ each + each[place] <= total:
+            counts[place] += 1
+    return counts
