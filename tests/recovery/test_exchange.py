@@ -94,8 +94,7 @@ def test_the_error_falls_with_every_exchange_until_no_pair_is_better(seed, block
     start = np.random.default_rng(seed).permutation(12)[:5]  # worse than selection: more to exchange
     errors = [left(layers, start)]
     after, taken = exchange(layers, start, MANY)
-    for count in range(1, len(taken) + 1):
-        errors.append(left(layers, exchange(layers, start, count)[0]))
+    errors += [left(layers, exchange(layers, start, count)[0]) for count in range(1, len(taken) + 1)]
     np.testing.assert_allclose(-np.diff(errors), taken, rtol=1e-3, atol=1e-7 * abs(errors[-1]))
     assert (np.diff(errors) < 0.0).all()
     assert min(left(layers, each) for each in swapped(after.tolist(), 12)) >= errors[-1] - 2e-5 * abs(errors[-1])

@@ -1,12 +1,12 @@
 """Exchanges behind greedy least-squares selection: a kept channel goes where one that was left out takes off more.
 
-Forward selection takes nothing back: a channel that was best alone stays when others have made it dispensable. Fedorov's
-exchange algorithm looks at all pairs of a chosen and another channel, and makes the exchange that takes most off the
-squared error, again and again until none does.
+Forward selection takes nothing back: a channel that was best alone stays when others have made it dispensable. The
+exchange algorithm [1]_ looks at all pairs of a chosen and another channel, and makes the exchange that takes most off
+the squared error, again and again until none does.
 
-With ``G`` the products of the columns with each other and ``K`` the chosen ones, what an exchange takes off follows from
-the inverse of ``G_KK``, from the Schur complements of the others and from what these share with the chosen ones, all
-exactly, and a sweep [2]_ brings them up to date: no exchange needs another solution.
+With ``G`` the products of the columns with each other and ``K`` the chosen ones, what an exchange takes off follows
+exactly from the inverse of ``G_KK``, from the Schur complements of the others and from what these share with the chosen
+ones, and a sweep [2]_ brings all of them up to date: no exchange needs another solution.
 
 References
 ----------
@@ -138,9 +138,9 @@ class _Reader(ABC):
     """What one layer reads, with some channels chosen: their blocks of its swept products."""
 
     # ``own`` (n, block, block) and ``rest`` (n * block, outputs) are of a channel that is left out its Schur complement
-    # and what it shares with what is left of the targets: least squares gain trace(own^-1 rest rest') by it. Of a chosen
-    # one they are such that the same trace is lost without it; for products, the inverse's block and the solution.
-    # ``diagonal`` (n * block,) scales a block from the one to the other.
+    # and what it shares with what is left of the targets: trace(own^-1 rest rest') is what it would take off the error.
+    # Of a chosen one they are such that the error is as much more without it; for products, the inverse's block and the
+    # solution. ``diagonal`` (n * block,) scales a block where it goes over from the one to the other.
 
     def __init__(self, block: int, own: FloatArray, rest: FloatArray, diagonal: FloatArray, chosen: IntArray) -> None:
         self.block, self._own, self._rest, self._diagonal = block, own, rest, diagonal.reshape(-1, block, 1)
