@@ -5,9 +5,10 @@
 takes model, data, recipes and targets from a comparison's plan, its trained nets from ``checkpoints`` in the folder
 (trained first where they are missing; those of ``nni-topo compare`` fit), prunes each by the L2 norm and by
 ``ReconstructionPruner`` (512 images) to the same widths, by the latter also with swaps behind its choice and to widths
-of its own at the same cost, and recovers it by each rule from the same unlabelled training images. A line per figure goes to ``rules.jsonl``; the same
-command goes on where it was stopped. Each net runs in a process of its own, on one thread. Further counts of images
-(``--images 1024 512``) are for a few rows only; "reconstruct, no data" takes 256 that are made from the net alone.
+of its own at the same cost, and recovers it by each rule from the same unlabelled training images. A line per figure
+goes to ``rules.jsonl``; the same command goes on where it was stopped. Each net runs in a process of its own, on one
+thread. Further counts of images (``--images 1024 512``) are for a few rows only; "reconstruct, no data" takes 256 that
+are made from the net alone.
 
 Rows with labels stand beside it and go on from ``reconstruct`` with the plan's recipe of retraining: one epoch on the
 same images, as many steps on them as distillation takes, one epoch on all training images.
