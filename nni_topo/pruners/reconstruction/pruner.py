@@ -100,6 +100,8 @@ class ReconstructionPruner(StructuredPruner):
     8
     """
 
+    allocations = ALLOCATIONS
+
     @pruner_arguments(sequential=FLAG, swaps=whole(0))
     def __init__(
         self,
@@ -134,7 +136,7 @@ class ReconstructionPruner(StructuredPruner):
             example_inputs,
             calibration,
             fallback=Planner(round_to=round_to),
-            allocations=ALLOCATIONS,
+            allocations=self.allocations,
         )
         is_by_error = isinstance(planner, BudgetPlanner) and planner.budget.allocation == "error"
         by_error = ReconstructionProblems(calibration, seed=seed) if is_by_error else None
