@@ -158,16 +158,16 @@ class _Reader(ABC):
     def exchanges(self, coming: IntArray, leaving: IntArray) -> FloatArray:
         """Return what exchanges take off the squared error, (coming, leaving)."""
         shared = self._shared(coming, leaving)  # (coming, leaving, block, block)
-        through = shared @ np.linalg.inv(self._own[leaving])
+        through = _times(shared, np.linalg.inv(self._own[leaving]))
         new, old = self._rest_of(coming), self._rest_of(leaving)
         # Without the old channel, what is left of the new one's columns and of its share in the targets is more.
-        own = self._own[coming][:, None] + through @ shared.swapaxes(2, 3)
+        own = self._own[coming][:, None] + _times(through, shared.swapaxes(2, 3))
         both = (new.reshape(len(coming) * self.block, -1) @ old.reshape(len(leaving) * self.block, -1).T).reshape(
             len(coming), self.block, len(leaving), self.block
         )
-        mixed = through @ both.transpose(0, 2, 3, 1)
+        mixed = _times(through, both.transpose(0, 2, 3, 1))
         met = (new @ new.transpose(0, 2, 1))[:, None] + mixed + mixed.swapaxes(2, 3)
-        met += through @ (old @ old.transpose(0, 2, 1)) @ through.swapaxes(2, 3)
+        met += _times(_times(through, old @ old.transpose(0, 2, 1)), through.swapaxes(2, 3))
         return explained(own, met) - self.gains(leaving)
 
     def sweep(self, channel: int) -> None:
@@ -310,6 +310,11 @@ class _InSamples(_Reader):
     def _follow(self, channel: int, step: FloatArray, inverse: FloatArray) -> None:
         del inverse
         _add_product(self._left_over, step, self._left_over[channel * self.block : (channel + 1) * self.block].copy())
+
+
+def _times(left: FloatArray, right: FloatArray) -> FloatArray:
+    """Multiply square blocks (..., block, block); those of one column element by element, which is faster."""
+    return left * right if left.shape[-1] == 1 else left @ right
 
 
 def _add_product(values: FloatArray, left: FloatArray, right: FloatArray) -> None:
