@@ -182,6 +182,8 @@ def shrink(
     # What judges distillation is kept from compensation too, which would look better on its own images than it is.
     is_tried = budget.allocation == AUTO
     is_judged = is_tried or distill is True or (isinstance(distill, Mapping) and "held_out" not in distill)
+    learned: Iterable[Any] = images
+    held_out: list[Any] | None = None
     tried: tuple[Tried, ...] = ()
     if is_tried:
         learned, held_out = split(model, images)
@@ -193,7 +195,8 @@ def shrink(
         if budget.kind != "latency" and _chooses_how_many(pruner):
             whole, left = (network_cost(budget.kind, net, example)({}) for net in (model, made.dense))
             tell_if_missed(budget, left / whole, "the pruner chooses how many channels stay")
-        learned, held_out = split(model, images) if is_judged else (images, None)
+        if is_judged:
+            learned, held_out = split(model, images)
         made = steps.compensated(made, images if callable(compensate) else learned)
     if compensate is not None:
         stages.add("compensated", made.recovered)

@@ -143,7 +143,8 @@ class _Reader(ABC):
     # solution. ``diagonal`` (n * block,) scales a block where it goes over from the one to the other.
 
     def __init__(self, block: int, own: FloatArray, rest: FloatArray, diagonal: FloatArray, chosen: IntArray) -> None:
-        self.block, self._own, self._rest, self._diagonal = block, own, rest, diagonal.reshape(-1, block, 1)
+        self.block, self._own, self._rest = block, own, np.ascontiguousarray(rest)
+        self._diagonal = diagonal.reshape(-1, block, 1)
         self._is_kept = np.isin(np.arange(len(own)), chosen)
 
     @abstractmethod
@@ -158,7 +159,7 @@ class _Reader(ABC):
     def exchanges(self, coming: IntArray, leaving: IntArray) -> FloatArray:
         """Return what exchanges take off the squared error, (coming, leaving)."""
         shared = self._shared(coming, leaving)  # (coming, leaving, block, block)
-        through = _times(shared, np.linalg.inv(self._own[leaving]))
+        through = _times(shared, _inverses(self._own[leaving]))
         new, old = self._rest_of(coming), self._rest_of(leaving)
         # Without the old channel, what is left of the new one's columns and of its share in the targets is more.
         own = self._own[coming][:, None] + _times(through, shared.swapaxes(2, 3))
@@ -173,7 +174,7 @@ class _Reader(ABC):
     def sweep(self, channel: int) -> None:
         """Take a chosen channel out, or another one in."""
         mine = slice(channel * self.block, (channel + 1) * self.block)
-        shared, inverse = self._column(channel), np.linalg.inv(self._own[channel])
+        shared, inverse = self._column(channel), _inverses(self._own[channel])
         step = (shared if self._is_kept[channel] else -shared) @ inverse
         moved = step.reshape(self._own.shape) @ shared.reshape(self._own.shape).transpose(0, 2, 1)
         self._own += np.where(self._is_kept, -1.0, 1.0)[:, None, None] * moved
@@ -232,7 +233,7 @@ class _InProducts(_Reader):
         self._explained = float((solution * cross[kept]).sum())
         rest = cross - across @ solution
         rest[kept] = solution
-        self._table = table
+        self._table = np.ascontiguousarray(table)
         super().__init__(block, own, rest, np.ones(len(gram)), chosen)
 
     def explained(self) -> float:
@@ -240,19 +241,19 @@ class _InProducts(_Reader):
 
     def _shared(self, coming: IntArray, leaving: IntArray) -> FloatArray:
         blocks = self._table.reshape(len(self._own), self.block, len(self._slots), self.block)
-        return blocks[coming][:, :, self._slot[leaving]].transpose(0, 2, 1, 3)
+        return np.asarray(blocks[coming][:, :, self._slot[leaving]].transpose(0, 2, 1, 3))
 
     def _column(self, channel: int) -> FloatArray:
         if self._is_kept[channel]:
-            return self._table[:, self._columns_of(channel)].copy()
+            return np.array(self._table[:, self._columns_of(channel)])
         # The free slot is empty.
         mine, kept = self._index[channel], self._index[self._slots].ravel()
-        column = self._gram[:, mine] - self._table @ self._gram[np.ix_(kept, mine)]
+        column = np.ascontiguousarray(self._gram[:, mine] - self._table @ self._gram[np.ix_(kept, mine)])
         is_taken = self._is_kept[self._slots]
         own = self._table[mine].reshape(self.block, -1, self.block).transpose(1, 2, 0)
         column.reshape(self._own.shape)[self._slots[is_taken]] = own[is_taken]
         column[mine] = self._own[channel]
-        return np.asarray(column)
+        return column
 
     def _follow(self, channel: int, step: FloatArray, inverse: FloatArray) -> None:
         mine = self._index[channel]
@@ -284,7 +285,7 @@ class _InSamples(_Reader):
         scaled = self._columns[kept] / diagonal[kept, None]
         among = np.eye(self._columns.shape[1]) + self._columns[kept].T @ scaled
         left_over = cho_solve(cho_factor(among, lower=True), np.eye(len(among)))
-        self._left_over = self._columns @ left_over
+        self._left_over = np.ascontiguousarray(self._columns @ left_over)
         rest = self._left_over @ targets
         # Of the targets' squares, less the ridge, the chosen columns explain what isn't left over.
         self._explained = float((targets * (targets - left_over @ targets)).sum())
@@ -302,7 +303,8 @@ class _InSamples(_Reader):
             values.reshape(len(self._own), self.block, -1)[channels].reshape(len(channels) * self.block, -1)
             for values, channels in ((self._left_over, coming), (self._columns, leaving))
         )
-        return (new @ old.T).reshape(len(coming), self.block, len(leaving), self.block).transpose(0, 2, 1, 3)
+        shared = (new @ old.T).reshape(len(coming), self.block, len(leaving), self.block)
+        return np.asarray(shared.transpose(0, 2, 1, 3))
 
     def _column(self, channel: int) -> FloatArray:
         return np.asarray(self._left_over @ self._columns[channel * self.block : (channel + 1) * self.block].T)
@@ -312,11 +314,15 @@ class _InSamples(_Reader):
         _add_product(self._left_over, step, self._left_over[channel * self.block : (channel + 1) * self.block].copy())
 
 
+def _inverses(blocks: FloatArray) -> FloatArray:
+    return np.asarray(np.linalg.inv(blocks), dtype=np.float64)
+
+
 def _times(left: FloatArray, right: FloatArray) -> FloatArray:
     """Multiply square blocks (..., block, block); those of one column element by element, which is faster."""
     return left * right if left.shape[-1] == 1 else left @ right
 
 
 def _add_product(values: FloatArray, left: FloatArray, right: FloatArray) -> None:
-    """Add a product of a tall and a wide matrix in place."""
+    """Add a product of a tall and a wide matrix to values that lie row by row, in place."""
     dgemm(1.0, right.T, left.T, 1.0, values.T, overwrite_c=True)

@@ -131,7 +131,8 @@ def _chosen(readers: Sequence[_Reader], channels: int, keep: int, parts: int) ->
 def on_one_thread() -> AbstractContextManager[object]:
     """Keep BLAS on one thread for a while."""
     # A step's products are tall and a block wide: threads would only wait for each other, above all beside other work.
-    return _libraries().limit(limits=1, user_api="blas")
+    limited: AbstractContextManager[object] = _libraries().limit(limits=1, user_api="blas")
+    return limited
 
 
 @cache
