@@ -4,10 +4,11 @@
 
 takes model, data, recipes and targets from a comparison's plan, its trained nets from ``checkpoints`` in the folder
 (trained first where they are missing; those of ``nni-topo compare`` fit), prunes each by the L2 norm and by
-``ReconstructionPruner`` (512 images) to the same widths, by the latter also to widths of its own at the same cost, and
-recovers it by each rule from the same unlabelled training images. A line per figure goes to ``rules.jsonl``; the same
-command goes on where it was stopped. Each net runs in a process of its own, on one thread. Further counts of images
-(``--images 1024 512``) are for a few rows only; "reconstruct, no data" takes 256 that are made from the net alone.
+``ReconstructionPruner`` (512 images) to the same widths, by the latter also with swaps behind its choice and to widths
+of its own at the same cost, and recovers it by each rule from the same unlabelled training images. A line per figure
+goes to ``rules.jsonl``; the same command goes on where it was stopped. Each net runs in a process of its own, on one
+thread. Further counts of images (``--images 1024 512``) are for a few rows only; "reconstruct, no data" takes 256 that
+are made from the net alone.
 
 Rows with labels stand beside it and go on from ``reconstruct`` with the plan's recipe of retraining: one epoch on the
 same images, as many steps on them as distillation takes, one epoch on all training images.
@@ -40,9 +41,11 @@ from nni_topo.runs.run import Start, distilled, made_dense, prune_to_ratios, ret
 from nni_topo.runs.tables import interval
 from nni_topo.zoo import DataBundle, Recipe
 
+SWAPPED = "least squares, swapped"
 MASKS = {
     "L2 norm": PrunerChoice("l2"),
     "least squares": PrunerChoice("reconstruction", calibration=512),
+    SWAPPED: PrunerChoice("reconstruction", calibration=512, knobs={"swaps": 1000}),
     "widths by error": PrunerChoice("reconstruction", calibration=512, knobs={"budget": {"allocation": "error"}}),
 }
 RULES = ("recalibrate", "mean", "merge", "scalar", "pair", "channel", "layer", "sequential", "reconstruct")
@@ -80,7 +83,7 @@ def main() -> None:
     records = read_records(options.out / "rules.jsonl")
     _print(records)
     _print_comparisons(records)
-    _print_widths(records)
+    _print_choices(records)
 
 
 def _run(options: argparse.Namespace, seed: int) -> None:
@@ -233,17 +236,17 @@ def _print_comparisons(records: list[dict[str, Any]]) -> None:
         print(f"| {model}, {mask}, {100 * target:g} %, {count} | {' | '.join(cells)} |")
 
 
-def _print_widths(records: list[dict[str, Any]]) -> None:
-    """Print what widths by error add to uniform ones, paired by net, row by row."""
+def _print_choices(records: list[dict[str, Any]]) -> None:
+    """Print what swaps, and widths by error, add to least squares alone, paired by net, row by row."""
     found = {tuple(record["key"]): record["accuracy"] for record in records}
     gains: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for (model, seed, mask, *rest), accuracy in found.items():
-        even = found.get((model, seed, "least squares", *rest))
-        if mask == "widths by error" and even is not None:
-            gains[(model, *rest)].append(accuracy - even)
-    for (model, target, count, row), each in gains.items():
+        plain = found.get((model, seed, "least squares", *rest))
+        if mask in (SWAPPED, "widths by error") and plain is not None:
+            gains[(model, mask, *rest)].append(accuracy - plain)
+    for (model, mask, target, count, row), each in gains.items():
         gain = interval(each).show(100, sign=True)
-        print(f"{model}, {100 * target:g} %, {count} images, {row}: widths by error - uniform {gain} points")
+        print(f"{model}, {100 * target:g} %, {count} images, {row}: {mask} - least squares {gain} points")
 
 
 if __name__ == "__main__":

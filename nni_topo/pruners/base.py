@@ -75,6 +75,8 @@ class StructuredPruner(Pruner):
         Whether every entry of the config_list must have a ratio or a threshold: not where a pruner finds the number.
     setting_rules : mapping of str to Rule
         What values of the config_list must be beyond what NNI asks for, by key.
+    allocations : tuple of str
+        How a budget may be dealt out, of :class:`~nni_topo.Budget`'s names.
 
     Raises
     ------
@@ -93,6 +95,7 @@ class StructuredPruner(Pruner):
 
     needs_rule: bool = True
     setting_rules: ClassVar[Mapping[str, Rule]] = {}
+    allocations: ClassVar[tuple[str, ...]] = ("uniform",)
     _target_spaces: TargetSpaces
 
     @pruner_arguments(

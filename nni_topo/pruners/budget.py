@@ -38,10 +38,12 @@ from nni_topo.pruners.units import PruningUnit
 
 _logger = logging.getLogger(__name__)
 
-Allocation = Literal["uniform", "topological", "error"]
-ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
+Allocation = Literal["uniform", "topological", "error", "auto"]
+AUTO = "auto"
+"""The allocation that :func:`nni_topo.shrink` finds by trying those that a pruner takes."""
+ALLOCATIONS: tuple[str, ...] = tuple(name for name in get_args(Allocation) if name != AUTO)
 BUDGETS = ("flops", "params", "latency", "memory")
-_RULES = {"allocation": one_of(ALLOCATIONS), "latency_table": instance(LatencyTable) | PATH | NONE}
+_RULES = {"allocation": one_of(get_args(Allocation)), "latency_table": instance(LatencyTable) | PATH | NONE}
 _MISSED = 0.01
 _MISSED_TIME = 0.05  # of what is asked for
 _SECONDS = 10.0  # to time one network beside the whole one
@@ -56,10 +58,11 @@ class Budget:
     flops, params, latency, memory : float or None, default=None
         The share to be left, in (0, 1], of one of them: multiply-accumulates, parameters, seconds, or bytes of the
         parameters with the input and output of the layer where both are largest, for one sample.
-    allocation : {"uniform", "topological", "error"}, default="uniform"
+    allocation : {"uniform", "topological", "error", "auto"}, default="uniform"
         How it is dealt out: the same share of every layer; one tolerance on death times over the network, which
-        TopologicalPruner and ReconstructionPruner know; or, for ReconstructionPruner, where least is lost for what is
-        saved: the least-squares errors of all layers that read a channel, by the cost that goes with it.
+        TopologicalPruner and ReconstructionPruner know; for ReconstructionPruner, where least is lost for what is
+        saved: the least-squares errors of all layers that read a channel, by the cost that goes with it; or, in
+        :func:`nni_topo.shrink` alone, whichever of these answers most like the whole network on images held out.
     latency_table : LatencyTable, str, Path or None, default=None
         Seconds of the layers over their widths, or a JSON file of them, for ``latency``, which then is all that counts.
         None: measured once, on one thread with the batch of the pruner's ``example_inputs``
@@ -260,6 +263,12 @@ def planned(
     if budget is None:
         return fallback
     budget = as_settings(Budget, budget, "budget")
+    if budget.allocation == AUTO:
+        known = " or ".join(map(repr, allocations))
+        raise ConfigError(
+            f"a pruner's allocation must be {known}, got {AUTO!r}: nni_topo.shrink, which compensates, tries all that "
+            "its pruner takes (budget)"
+        )
     if budget.allocation not in allocations:
         raise unknown_name("allocation of this pruner", budget.allocation, allocations)
     if example_inputs is None and calibration is not None:

@@ -66,6 +66,12 @@ class PrunerInfo:
         parameters = inspect.signature(self.load()).parameters
         return tuple(name for name in parameters if name not in (*_NNI_ARGUMENTS, "args", "kwargs"))
 
+    def allocations(self) -> tuple[str, ...]:
+        """Return how it can deal out a budget; nothing if it takes none."""
+        kind = self.load()
+        owner = getattr(kind, "__self__", kind)  # of a class method
+        return getattr(owner, "allocations", ("uniform",)) if "budget" in self.knobs() else ()
+
 
 TABLE: dict[str, PrunerInfo] = {}
 

@@ -37,13 +37,12 @@ from nni_topo.errors import (
 )
 from nni_topo.network.capture import batches_of
 from nni_topo.network.inputs import calls, in_smaller_batches
-from nni_topo.network.layouts import lay_out
 from nni_topo.network.masks import check_model
 from nni_topo.network.modes import detached_copy
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.compensating import survey
 from nni_topo.recovery.course import Course
-from nni_topo.recovery.lesson import HELD_OUT, Augment, Lesson, Objective, is_blendable, joined
+from nni_topo.recovery.lesson import HELD_OUT, Augment, Lesson, Objective, is_blendable, joined, student_copy
 from nni_topo.recovery.report import signed_like
 from nni_topo.sharing import named_tensors
 
@@ -287,12 +286,10 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
 
 
 def _student(dense: nn.Module) -> nn.Module:
-    """Return a copy that can learn: in evaluation mode, in single precision at least."""
-    student = lay_out(detached_copy(dense).eval())
-    if not any(parameter.requires_grad for parameter in student.parameters()):
+    """Return a copy that can learn."""
+    if not any(parameter.requires_grad for parameter in dense.parameters()):
         raise ConfigError("a model must have parameters that require gradients, got none (dense)")
-    is_half = any(p.dtype in (torch.float16, torch.bfloat16) for p in student.parameters())
-    return student.float() if is_half else student
+    return student_copy(dense)
 
 
 def _take_values(model: nn.Module, other: nn.Module) -> None:

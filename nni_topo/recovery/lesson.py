@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,7 +25,8 @@ from nni_topo.network.inputs import (
     taken,
     tensors_of,
 )
-from nni_topo.network.modes import device_of, evaluation_mode, random_state_kept
+from nni_topo.network.layouts import lay_out
+from nni_topo.network.modes import detached_copy, device_of, evaluation_mode, random_state_kept
 
 Objective = Literal["auto", "kl", "squares"]
 Augment = Callable[[Any], Any]
@@ -39,6 +40,7 @@ _BLENDED = 0.5  # share of the images in a view
 _AT_ONCE = 256
 _COPIES = 3
 _LEAST_VARIANCE = 1e-12
+_TEMPERATURE = 2.0  # where nothing is learned; distillation's default
 
 
 class Lesson:
@@ -46,7 +48,8 @@ class Lesson:
 
     def __init__(self, original: nn.Module, student: nn.Module, pool: Call, objective: str, temperature: float) -> None:
         self._original, self._pool, self._temperature = original, pool, temperature
-        self._place = next((p.device, p.dtype) for p in student.parameters() if p.requires_grad)
+        ordered = sorted(student.parameters(), key=lambda p: not p.requires_grad)
+        self._place = ordered[0].device, ordered[0].dtype
         self._wanted, likely = self._answers(pool)
         self._answered: dict[int, list[Tensor]] = {}  # by view, for all courses: they learn from the same images
         self.kind = likely if objective == "auto" else objective
@@ -127,6 +130,21 @@ class Lesson:
         return _outputs(student(*args, **kwargs), len(tensors_of(call)[0]))[0]
 
 
+def student_copy(dense: nn.Module) -> nn.Module:
+    """Return a copy of a network in evaluation mode, in single precision at least."""
+    student = lay_out(detached_copy(dense).eval())
+    is_half = any(p.dtype in (torch.float16, torch.bfloat16) for p in student.parameters())
+    return student.float() if is_half else student
+
+
+def judged(original: nn.Module, nets: Sequence[nn.Module], images: Iterable[Any]) -> list[tuple[float, float]]:
+    """Return of each of several networks what a lesson's :meth:`Lesson.judge` does, on all of some images."""
+    students = [student_copy(net) for net in nets]
+    pool = joined(list(calls(students[0], images)))
+    lesson = Lesson(original, students[0], pool, "auto", _TEMPERATURE)
+    return [lesson.judge(net, torch.arange(len(tensors_of(pool)[0]))) for net in students]
+
+
 def _outputs(found: Any, count: int) -> tuple[list[Tensor], str]:
     """Return the outputs to be met, of so many entries, and whether they are logits (``kl``) or not (``squares``)."""
     logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
@@ -173,8 +191,12 @@ def split(model: nn.Module, images: Iterable[Any]) -> tuple[list[Any], list[Any]
 def _some(model: nn.Module, pool: Call, index: Tensor) -> list[Any]:
     """Return batches of some of the images in the form in which users hand them."""
     parts = [taken(pool, part) for part in index.tensor_split(-(-len(index) // _AT_ONCE) or 1) if len(part)]
-    # A batch's first entry is what the model takes.
-    return [(bind_arguments(model, call) if call[1] else call[0],) for call in parts]
+    # A batch's first entry is what the model takes: a single tensor as it is, as users write it.
+    return [(bind_arguments(model, call) if call[1] else _alone(call[0]),) for call in parts]
+
+
+def _alone(args: tuple[Any, ...]) -> Any:
+    return args[0] if len(args) == 1 and isinstance(args[0], Tensor) else args
 
 
 def is_blendable(call: Call) -> bool:

@@ -7,7 +7,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,13 +25,14 @@ from nni_topo.network.masks import Masks, check_model
 from nni_topo.network.modes import device_of, evaluation_mode
 from nni_topo.network.report import DenseReport
 from nni_topo.network.resolve import widths_multiple
-from nni_topo.pruners.budget import Budget, network_cost, tell_if_missed
+from nni_topo.pruners.budget import AUTO, Budget, network_cost, tell_if_missed
 from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
 from nni_topo.recovery import compensation, distillation
 from nni_topo.recovery.compensating import METHODS
 from nni_topo.recovery.lesson import split
 from nni_topo.recovery.narrowing import narrow_instead
 from nni_topo.recovery.report import CompensationReport
+from nni_topo.runs.allocating import Tried, allocations_to_try, check_held_out, compared
 from nni_topo.runs.plan import Target
 from nni_topo.runs.widths import inner_layers, layer_ratios, pruning_config
 
@@ -52,7 +53,7 @@ class Stage:
     distance: float  # mean squared distance of the outputs from the original's over their variance, on the images
     agreement: float  # share of images whose largest output is the original's; NaN unless outputs are (images, classes)
     accuracy: float  # what `evaluate` says; NaN without
-    seconds: float  # wall time of the step
+    seconds: float  # wall time of the step; with allocation="auto" the pruned one's is that of all tries, compensated
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,6 +63,7 @@ class ShrinkReport:
     stages: tuple[Stage, ...]  # the original, and the network after each step
     layers: DenseReport  # channels of every layer before and after, and why some stay
     compensation: CompensationReport | None = None  # how each layer came back; None without the package's compensation
+    tried: tuple[Tried, ...] = ()  # each way to deal out a budget with allocation="auto"
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the stages as a table, one row each."""
@@ -72,6 +74,7 @@ class ShrinkReport:
     def __repr__(self) -> str:
         frame = self.to_frame().dropna(axis="columns", how="all")
         lines = [frame.to_string(index=False, float_format=lambda value: f"{value:.4g}")]
+        lines += map(repr, self.tried)
         left_alone = self.compensation.left_alone if self.compensation else {}
         lines += [f"not compensated: {name} ({reason})" for name, reason in left_alone.items()]
         return "\n".join([*lines, *(f"{row.name} keeps {row.kept} more: {row.reason}" for row in self.layers.kept)])
@@ -103,7 +106,10 @@ def shrink(
         Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. Of an evaluator, what it
         evaluates on. Some 1,000 are enough for small nets.
     budget : Budget or mapping
-        What is left of the cost, e.g. ``{"flops": 0.25}``, see :class:`nni_topo.Budget`.
+        What is left of the cost, e.g. ``{"flops": 0.25}``, see :class:`nni_topo.Budget`. With ``"allocation": "auto"``
+        the pruner deals it out in every way that it can, each network is compensated, and the one stays whose answers
+        have the least loss, as :func:`nni_topo.distill` counts it, on every eighth of the images, held out from all
+        steps. That takes two or three times as long; the report says which, with all figures.
     pruner : str or callable, default="reconstruction"
         Name of a structured pruner, NNI's own too. Or a function of (a copy of the model, a
         config_list with dependency groups and no ratios, the images) that returns masks.
@@ -140,9 +146,9 @@ def shrink(
     Raises
     ------
     ConfigError
-        If the budget, a name or a knob can't be used.
+        If the budget, a name or a knob can't be used, or ``"auto"`` with a pruner that deals budgets out in one way.
     DataError
-        If the images can't be used.
+        If the images can't be used, or are fewer than eight for ``"auto"``.
     SpeedupError
         If the model can't be traced, or is still wrapped.
 
@@ -171,29 +177,30 @@ def shrink(
     stages.add("original", model)
     entries = _entries(inner_layers(model, example) if layers is None else layers)
     round_to = widths_multiple(round_to, device_of(model))
-    own = {"seed": seed, "calibration": images, "example_inputs": example, "budget": budget, "round_to": round_to}
-    masks = _chosen(model, entries, pruner, own, dict(knobs or {}))
-    pruned = model
-    if narrow_heads and budget.kind != "latency" and round_to is None:
-        pruned, masks = narrow_instead(model, images, masks)
-    dense = to_dense(pruned, example, masks, round_to=round_to)
-    stages.add("pruned", dense)
-    if budget.kind != "latency" and _chooses_how_many(pruner):
-        whole, left = (network_cost(budget.kind, net, example)({}) for net in (model, dense))
-        tell_if_missed(budget, left / whole, "the pruner chooses how many channels stay")
-    recovered: CompensationReport | None = None
+    narrows = narrow_heads and budget.kind != "latency" and round_to is None
+    steps = _Steps(model, example, entries, pruner, dict(knobs or {}), compensate, narrows, round_to, seed, progress)
     # What judges distillation is kept from compensation too, which would look better on its own images than it is.
-    is_judged = distill is True or (isinstance(distill, Mapping) and "held_out" not in distill)
-    learned, held_out = split(model, images) if is_judged else (images, None)
+    is_tried = budget.allocation == AUTO
+    is_judged = is_tried or distill is True or (isinstance(distill, Mapping) and "held_out" not in distill)
+    learned: Iterable[Any] = images
+    held_out: list[Any] | None = None
+    tried: tuple[Tried, ...] = ()
+    if is_tried:
+        learned, held_out = split(model, images)
+        made, tried = steps.best(budget, learned, check_held_out(model, learned, held_out))
+        stages.add("pruned", made.dense)
+    else:
+        made = steps.pruned(budget, images)
+        stages.add("pruned", made.dense)
+        if budget.kind != "latency" and _chooses_how_many(pruner):
+            whole, left = (network_cost(budget.kind, net, example)({}) for net in (model, made.dense))
+            tell_if_missed(budget, left / whole, "the pruner chooses how many channels stay")
+        if is_judged:
+            learned, held_out = split(model, images)
+        made = steps.compensated(made, images if callable(compensate) else learned)
     if compensate is not None:
-        if callable(compensate):
-            full = compensate(pruned, masks, images)
-        else:
-            method: Any = compensate
-            done = compensation(pruned, masks, learned, method=method, seed=seed, progress=progress)
-            full, recovered = done.model, done.report
-        dense = to_dense(full, example, masks, round_to=round_to)
-        stages.add("compensated", dense)
+        stages.add("compensated", made.recovered)
+    dense = made.recovered
     layer_report: Any = dense.report
     if distill is not False:
         given = {} if distill is True else distill
@@ -203,9 +210,70 @@ def shrink(
             own = {"held_out": held_out, "seed": seed, "progress": progress}
             dense = distillation(dense, model, learned, **{**own, **given}).model
         stages.add("distilled", dense)
-    report: Any = ShrinkReport(tuple(stages.found), layer_report, recovered)
+    report: Any = ShrinkReport(tuple(stages.found), layer_report, made.report, tried)
     dense.report = report
     return dense
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A network at the steps before distillation."""
+
+    full: nn.Module  # of full size, heads made narrower
+    masks: Masks
+    dense: nn.Module
+    recovered: nn.Module  # dense and compensated
+    report: CompensationReport | None = None
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The steps before distillation, on whichever images."""
+
+    model: nn.Module
+    example: Any
+    entries: list[dict[str, Any]]
+    pruner: str | Callable[..., Masks]
+    knobs: dict[str, Any]
+    compensate: str | Compensate | None
+    narrows: bool
+    round_to: int | None
+    seed: int
+    progress: bool | None
+
+    def pruned(self, budget: Budget, images: Iterable[Any]) -> _Made:
+        """Prune under a budget."""
+        own = {"seed": self.seed, "calibration": images, "example_inputs": self.example, "budget": budget}
+        masks = _chosen(self.model, self.entries, self.pruner, own | {"round_to": self.round_to}, self.knobs)
+        full = self.model
+        if self.narrows:
+            full, masks = narrow_instead(self.model, images, masks)
+        dense = to_dense(full, self.example, masks, round_to=self.round_to)
+        return _Made(full, masks, dense, dense)
+
+    def compensated(self, made: _Made, images: Iterable[Any]) -> _Made:
+        """Compensate what was pruned, if that is asked for."""
+        recovered: CompensationReport | None = None
+        if self.compensate is None:
+            return made
+        if callable(self.compensate):
+            full = self.compensate(made.full, made.masks, images)
+        else:
+            method: Any = self.compensate
+            knobs: Any = {"method": method, "seed": self.seed, "progress": self.progress}
+            done = compensation(made.full, made.masks, images, **knobs)
+            full, recovered = done.model, done.report
+        dense = to_dense(full, self.example, made.masks, round_to=self.round_to)
+        return replace(made, recovered=dense, report=recovered)
+
+    def best(self, budget: Budget, images: Iterable[Any], held_out: Iterable[Any]) -> tuple[_Made, tuple[Tried, ...]]:
+        """Deal a budget out in each way that the pruner can, and keep what answers most like the whole network."""
+        made: dict[str, _Made] = {}
+        for name in allocations_to_try(self.pruner):
+            own: Any = replace(budget, allocation=name)  # type: ignore[arg-type]
+            made[name] = self.compensated(self.pruned(own, images), images)
+        tried = compared(self.model, {name: each.recovered for name, each in made.items()}, held_out)
+        return next(made[each.allocation] for each in tried if each.is_chosen), tried
 
 
 class _Stages:
@@ -290,6 +358,8 @@ def _check(
     check_model(model)
     if not callable(pruner):
         check_knob_names(pruner, knobs or {})
+    if budget.allocation == AUTO:
+        allocations_to_try(pruner)
     if not (compensate is None or callable(compensate) or compensate in METHODS):
         raise unknown_name("compensate", str(compensate), METHODS)
     if not (isinstance(distill, (bool, Mapping)) or callable(distill)):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 
@@ -28,7 +29,9 @@ from nni_topo.maths.ties import first_largest
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-_LEAST_PIVOT = 1e-10
+LEAST_PIVOT = 1e-10
+"""Of a channel's own products, on their diagonal: what keeps columns that the chosen ones span from having none."""
+
 _NOTHING = 1e-5  # of what the chosen ones took: where no channel takes more, the others follow by what they would take
 _CACHED = 2**20  # bytes of targets that are worked on at a time
 
@@ -96,11 +99,10 @@ def greedy_least_squares(
 
 def forward_selection(layers: Sequence[Products | Samples], keep: int, parts: int = 1) -> tuple[IntArray, FloatArray]:
     """Return the order of :func:`greedy_least_squares`, and what each channel took off the squared error, (keep,)."""
-    channels = _check(layers, keep)
+    channels = channels_read(layers, keep)
     if parts < 1 or channels % parts or keep % parts:
         raise ConfigError(f"parts must divide {channels} channels and {keep} kept ones, got {parts} (parts)")
-    # A step's products are tall and a block wide: threads would only wait for each other, above all beside other work.
-    with _libraries().limit(limits=1, user_api="blas"):
+    with on_one_thread():
         readers = [_InProducts(one, keep) if isinstance(one, Products) else _InSamples(one) for one in layers]
         return _chosen(readers, channels, keep, parts)
 
@@ -124,6 +126,13 @@ def _chosen(readers: Sequence[_Reader], channels: int, keep: int, parts: int) ->
         for reader in [] if is_met else readers:
             reader.choose(int(order[step]))
     return order, taken
+
+
+def on_one_thread() -> AbstractContextManager[object]:
+    """Keep BLAS on one thread for a while."""
+    # A step's products are tall and a block wide: threads would only wait for each other, above all beside other work.
+    limited: AbstractContextManager[object] = _libraries().limit(limits=1, user_api="blas")
+    return limited
 
 
 @cache
@@ -171,7 +180,7 @@ class _Reader(ABC):
         count, self._block = own.shape[:2]
         scale = np.trace(own, axis1=1, axis2=2) / self._block
         # A trace of ridge: columns that the chosen ones span leave a block of zeros, which has no factor.
-        self._own = own + (_LEAST_PIVOT * np.where(scale > 0.0, scale, 1.0))[:, None, None] * np.eye(self._block)
+        self._own = own + (LEAST_PIVOT * np.where(scale > 0.0, scale, 1.0))[:, None, None] * np.eye(self._block)
         self._cross, self._rows = cross, rows
         self._channels, self._place, self._left = np.arange(count), np.arange(count), count
         self._met = np.empty_like(own)  # products of what is left of the targets, channel by channel
@@ -181,11 +190,8 @@ class _Reader(ABC):
     def gains(self) -> FloatArray:
         """Return what each channel would take off the squared error, shape (n,); 0 for the chosen ones."""
         own, met = self._own[: self._left], self._met[: self._left]
-        # trace(G^-1 R R'), G the block's own products and R those with the targets: what its least squares take off.
         gains = np.zeros(len(self._channels))
-        gains[self._channels[: self._left]] = (
-            met[:, 0, 0] / own[:, 0, 0] if self._block == 1 else (np.linalg.inv(own) * met).sum((1, 2))
-        )
+        gains[self._channels[: self._left]] = explained(own, met)
         return gains
 
     def choose(self, channel: int) -> None:
@@ -232,7 +238,7 @@ class _InProducts(_Reader):
         self._gram = np.asarray(layer.gram, dtype=np.float64)
         self._index = np.arange(len(layer.gram)).reshape(-1, layer.block)
         own = self._gram[self._index[:, :, None], self._index[:, None, :]]
-        super().__init__(own, _compressed(layer.cross), np.zeros((len(layer.gram), keep * layer.block)))
+        super().__init__(own, compressed(layer.cross), np.zeros((len(layer.gram), keep * layer.block)))
         self._done = 0
 
     def _shared(self, channel: int, row: FloatArray, inverse: FloatArray) -> FloatArray:
@@ -252,7 +258,7 @@ class _InSamples(_Reader):
         blocks = columns.reshape(-1, layer.block, columns.shape[1])
         own = blocks @ blocks.transpose(0, 2, 1)
         own += layer.ridge.reshape(-1, layer.block, 1) * np.eye(layer.block)
-        super().__init__(own, columns @ _compressed(layer.targets), columns)
+        super().__init__(own, columns @ compressed(layer.targets), columns)
         self._left_over = np.eye(columns.shape[1])
 
     def _shared(self, channel: int, row: FloatArray, inverse: FloatArray) -> FloatArray:
@@ -261,7 +267,17 @@ class _InSamples(_Reader):
         return np.asarray(self._rows[: self._left * self._block] @ new)
 
 
-def _compressed(cross: FloatArray) -> FloatArray:
+def explained(own: FloatArray, met: FloatArray) -> FloatArray:
+    """Return what blocks take off the squared error, (...), by their own products and those of what they share with it.
+
+    Both are (..., block, block): with ``G`` and ``R R'`` it is ``trace(G^-1 R R')``.
+    """
+    if own.shape[-1] == 1:
+        return np.asarray(met[..., 0, 0] / own[..., 0, 0])
+    return np.asarray((np.linalg.inv(own) * met).sum((-2, -1)))
+
+
+def compressed(cross: FloatArray) -> FloatArray:
     """Return targets with at most as many columns as rows, and the same inner products between rows, as a copy."""
     values = np.array(cross, dtype=np.float64, order="C")
     if values.shape[1] <= values.shape[0]:
@@ -272,8 +288,8 @@ def _compressed(cross: FloatArray) -> FloatArray:
     return np.ascontiguousarray(factor.T)
 
 
-def _check(layers: Sequence[Products | Samples], keep: int) -> int:
-    """Return the number of channels."""
+def channels_read(layers: Sequence[Products | Samples], keep: int) -> int:
+    """Return the number of channels that some layers read, of which so many are to be kept; raise what is wrong."""
     for layer in layers:
         held = [layer.gram, layer.cross] if isinstance(layer, Products) else [layer.columns, layer.targets]
         size = len(held[0])

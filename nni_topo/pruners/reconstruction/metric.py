@@ -1,4 +1,4 @@
-"""The metric of reconstruction: channels by forward selection."""
+"""The metric of reconstruction: channels by forward selection, and by exchanges behind it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ class ReconstructionMetric(SelectionMetric):
     """Keeps of every unit the channels from which the layers behind can best be solved anew."""
 
     problems: ReconstructionProblems
+    swaps: int = 0
+    """The most exchanges of a unit's kept and removed channels."""
     by_error: ReconstructionProblems | None = None
     """Where blocks of all units are compared by what they take off the readers' errors; None: by death times."""
 
@@ -34,7 +36,7 @@ class ReconstructionMetric(SelectionMetric):
         kept: Kept = {}
         with bar("choosing filters", self.progress, total=len(context.units)) as shown:
             for unit, problem in self.problems.each(context, kept):
-                chosen = problem.choose(rows[unit.name] * unit.parts, unit.parts)
+                chosen = problem.choose(rows[unit.name] * unit.parts, unit.parts, self.swaps)
                 kept[unit.name] = np.isin(np.arange(unit.blocks), chosen)
                 shown.update()
         return kept

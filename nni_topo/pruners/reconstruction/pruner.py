@@ -18,7 +18,7 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import FLAG, ConfigError
+from nni_topo.errors import FLAG, ConfigError, whole
 from nni_topo.network.inputs import checked_calibration
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import ALLOCATIONS, Budget, BudgetPlanner, planned
@@ -56,6 +56,10 @@ class ReconstructionPruner(StructuredPruner):
     sequential : bool, default=False
         Look at each layer in the network as pruned so far, the layers before it reconstructed, instead of at all
         layers in the network as it is.
+    swaps : int, default=0
+        After the choice, the most exchanges in each unit of a channel that is kept and one that isn't, at least 0: each
+        time those two whose exchange takes most off the error, while it takes off more than 1e-5 of what the kept
+        channels explain [3]_. 1000 is all that help.
     budget : Budget, mapping or None, default=None
         :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``, or ``{"flops":
         0.25, "allocation": "error"}`` for widths by the error that channels leave.
@@ -82,6 +86,7 @@ class ReconstructionPruner(StructuredPruner):
     ----------
     .. [1] He, Zhang, Sun, "Channel pruning for accelerating very deep neural networks", ICCV 2017.
     .. [2] Luo, Wu, Lin, "ThiNet", ICCV 2017.
+    .. [3] Fedorov, "Theory of Optimal Experiments", Academic Press, 1972 (the exchange algorithm).
 
     Examples
     --------
@@ -95,7 +100,9 @@ class ReconstructionPruner(StructuredPruner):
     8
     """
 
-    @pruner_arguments(sequential=FLAG)
+    allocations = ALLOCATIONS
+
+    @pruner_arguments(sequential=FLAG, swaps=whole(0))
     def __init__(
         self,
         model: nn.Module,
@@ -105,6 +112,7 @@ class ReconstructionPruner(StructuredPruner):
         *,
         calibration: Iterable[Any] | None = None,
         sequential: bool = False,
+        swaps: int = 0,
         budget: Budget | Mapping[str, Any] | None = None,
         example_inputs: Any = None,
         round_to: int | None = None,
@@ -116,6 +124,7 @@ class ReconstructionPruner(StructuredPruner):
             raise ConfigError("ReconstructionPruner needs calibration data, got none (calibration)")
         self.calibration = calibration
         self.sequential = sequential
+        self.swaps = swaps
         self.budget = budget
         self.example_inputs = example_inputs
         self.round_to = round_to
@@ -127,7 +136,7 @@ class ReconstructionPruner(StructuredPruner):
             example_inputs,
             calibration,
             fallback=Planner(round_to=round_to),
-            allocations=ALLOCATIONS,
+            allocations=self.allocations,
         )
         is_by_error = isinstance(planner, BudgetPlanner) and planner.budget.allocation == "error"
         by_error = ReconstructionProblems(calibration, seed=seed) if is_by_error else None
@@ -137,7 +146,7 @@ class ReconstructionPruner(StructuredPruner):
             evaluator,
             existed_wrappers,
             collector=FunctionalCollector(calibration),
-            calculator=ReconstructionMetric(problems=self._problems, by_error=by_error, progress=progress),
+            calculator=ReconstructionMetric(problems=self._problems, swaps=swaps, by_error=by_error, progress=progress),
             planner=planner,
         )
 

@@ -112,6 +112,8 @@ class TopologicalPruner(StructuredPruner):
     8
     """
 
+    allocations = ("uniform", "topological")
+
     @pruner_arguments(
         cloud=one_of(CLOUDS) | settings(PointCloud) | instance(DataCollector),
         criterion=one_of(("auto", *CRITERIA)),
@@ -170,7 +172,7 @@ class TopologicalPruner(StructuredPruner):
                 example_inputs,
                 self.calibration,
                 fallback=Planner(round_to=round_to),
-                allocations=("uniform", "topological"),
+                allocations=self.allocations,
             ),
         )
 

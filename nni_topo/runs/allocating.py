@@ -1,0 +1,60 @@
+"""Widths by trial: networks whose budget was dealt out in several ways, judged by unlabelled images held out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.maths.ties import first_smallest
+from nni_topo.network.inputs import batch_size, calls
+from nni_topo.pruners.budget import AUTO
+from nni_topo.pruners.registry import TABLE, pruner_info
+from nni_topo.recovery.lesson import HELD_OUT, judged
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One way to deal out a budget, and how like the original's the answers of the network are."""
+
+    allocation: str  # of nni_topo.Budget
+    loss: float  # on the images held out, as nni_topo.distill counts it; less is better
+    agreement: float  # share of them whose largest output is the original's; NaN unless outputs are logits
+    is_chosen: bool
+
+    def __repr__(self) -> str:
+        agreed = "" if math.isnan(self.agreement) else f", agreement {self.agreement:.4g}"
+        return f"widths {self.allocation}: held out loss {self.loss:.4g}{agreed}" + " (chosen)" * self.is_chosen
+
+
+def allocations_to_try(pruner: str | Callable[..., Any]) -> tuple[str, ...]:
+    """Return how a pruner can deal out a budget; ConfigError if there is nothing to choose from."""
+    found = () if callable(pruner) else pruner_info(pruner).allocations()
+    if len(found) < 2:
+        able = ", ".join(sorted(name for name, info in TABLE.items() if len(info.allocations()) > 1))
+        named = "a function" if callable(pruner) else repr(pruner)
+        raise ConfigError(
+            f"a pruner must deal out budgets in several ways ({able}) for allocation={AUTO!r}, got {named} (budget)"
+        )
+    return found
+
+
+def check_held_out(model: nn.Module, images: Iterable[Any], held_out: Iterable[Any] | None) -> Iterable[Any]:
+    """Return the images that judge, or raise DataError where there are none."""
+    if held_out is None:
+        count = sum(map(batch_size, calls(model, images)))
+        raise DataError(
+            f"allocation={AUTO!r} needs at least {HELD_OUT} images, of which one judges, got {count} (images)"
+        )
+    return held_out
+
+
+def compared(original: nn.Module, tries: Mapping[str, nn.Module], held_out: Iterable[Any]) -> tuple[Tried, ...]:
+    """Judge dense networks by allocation; of those that lose equally little the first is chosen."""
+    found = judged(original, list(tries.values()), held_out)
+    best = first_smallest([loss if math.isfinite(loss) else math.inf for loss, _ in found])
+    return tuple(Tried(name, *figures, at == best) for at, (name, figures) in enumerate(zip(tries, found, strict=True)))

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import nni_topo
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.recovery.lesson import judged, split
+from nni_topo.runs.allocating import Tried, compared
+from nni_topo.testing import toy_images, toy_model
+
+AUTO = {"flops": 0.4, "allocation": "auto"}
+IMAGES = list(toy_images(96, seed=1).split(32))
+
+
+def sure_model():
+    """One whose answers differ by more than rounding."""
+    model = toy_model().eval()
+    with torch.no_grad():
+        model.head.weight.mul_(30.0)
+    return model
+
+
+def shrunk(budget, images=IMAGES, model=None, **knobs):
+    return nni_topo.shrink(model or sure_model(), images, budget, **{"distill": False, **knobs})
+
+
+def divergence(original, net, images):
+    """Mean Kullback-Leibler divergence at temperature 2, times its square, and agreement, straight from torch."""
+    with torch.no_grad():
+        mine = net(images)
+        theirs = (original(images) / 2.0).log_softmax(1)
+        loss = 4.0 * (theirs.exp() * (theirs - (mine / 2.0).log_softmax(1))).sum(1).mean()
+        return float(loss), float((mine.argmax(1) == original(images).argmax(1)).float().mean())
+
+
+def test_the_widths_that_the_images_held_out_choose_stay():
+    model = sure_model()
+    before = copy.deepcopy(model.state_dict())
+    small = shrunk(AUTO, model=model)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    tried = {each.allocation: each for each in small.report.tried}
+    assert list(tried) == ["uniform", "topological", "error"]
+    assert [stage.network for stage in small.report.stages] == ["original", "pruned", "compensated"]
+    learned, ((held_out,),) = split(model, IMAGES)
+    for name, each in tried.items():
+        alone = shrunk({"flops": 0.4, "allocation": name}, [batch[0] for batch in learned])
+        loss, agreement = divergence(model, alone, held_out)
+        assert (each.loss, each.agreement) == (pytest.approx(loss, rel=1e-3), pytest.approx(agreement))
+        if each.is_chosen:
+            torch.testing.assert_close(alone.state_dict(), small.state_dict())
+    (chosen,) = (each for each in tried.values() if each.is_chosen)
+    assert chosen.loss == min(each.loss for each in tried.values())
+    assert len({round(each.loss, 6) for each in tried.values()}) > 1
+    shown = repr(small.report)
+    assert f"widths {chosen.allocation}: held out loss {chosen.loss:.4g}, agreement" in shown
+    assert shown.count("(chosen)") == 1
+
+
+def test_the_same_images_choose_the_same_and_judge_distillation():
+    one, other = (shrunk(AUTO, distill={"steps": 5}, seed=2) for _ in range(2))
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
+    assert one.report.tried == other.report.tried
+    assert [stage.network for stage in one.report.stages][-1] == "distilled"
+
+
+def test_no_step_sees_the_images_that_judge():
+    held_out = torch.cat(IMAGES)[7::8]
+    seen = []
+
+    def compensate(model, masks, images):
+        seen.append(torch.cat([batch[0] for batch in images]))
+        return nni_topo.compensate(model, masks, images)
+
+    shrunk(AUTO, compensate=compensate)
+    assert len(seen) == 3
+    for images in seen:
+        assert len(images) == 84
+        assert not (images[:, None] == held_out[None]).flatten(2).all(2).any()
+
+
+@pytest.mark.parametrize("knobs", [{"compensate": None}, {"pruner": "topological"}])
+def test_without_compensation_and_with_other_pruners(knobs):
+    small = shrunk(AUTO, **knobs)
+    names = [each.allocation for each in small.report.tried]
+    assert names == ["uniform", "topological", "error"][: 3 if "compensate" in knobs else 2]
+    assert small.report.stages[-1].macs == pytest.approx(0.4 * small.report.stages[0].macs, rel=0.25)
+
+
+def test_a_model_without_gradients_and_one_that_gives_no_logits():
+    frozen = toy_model().eval().requires_grad_(False)
+    assert len(shrunk(AUTO, model=frozen).report.tried) == 3
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 12, 3), nn.ReLU(), nn.Conv2d(12, 2, 1)).eval()
+    tried = shrunk(AUTO, model=model).report.tried
+    assert all(math.isnan(each.agreement) and each.loss > 0.0 for each in tried)
+    assert "agreement" not in repr(tried[0])
+
+
+def test_of_equal_losses_the_first_is_chosen_and_none_that_is_not_finite():
+    original, wrong = toy_model().eval(), toy_model().eval()
+    with torch.no_grad():
+        wrong.head.bias.fill_(math.inf)
+    found = compared(original, {"uniform": wrong, "topological": original, "error": copy.deepcopy(original)}, IMAGES)
+    assert [each.is_chosen for each in found] == [False, True, False]
+    assert judged(original, [copy.deepcopy(original).half()], IMAGES)[0][1] == pytest.approx(1.0, abs=0.02)
+    assert repr(Tried("error", 0.5, 0.75, True)) == "widths error: held out loss 0.5, agreement 0.75 (chosen)"
+
+
+@pytest.mark.parametrize("pruner", ["l1", "matrix", "energy", lambda model, config_list, images: {}])
+def test_what_has_nothing_to_choose_from_is_refused_before_anything_runs(pruner):
+    with pytest.raises(ConfigError, match=r"several ways \(.*reconstruction.*allocation='auto', got .*\(budget\)"):
+        shrunk(AUTO, pruner=pruner, evaluate=lambda net: pytest.fail("something ran"))
+
+
+def test_too_few_images_are_refused():
+    with pytest.raises(DataError, match="allocation='auto' needs at least 8 images, of which one judges, got 5"):
+        shrunk(AUTO, [toy_images(5)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "known"),
+    [(nni_topo.ReconstructionPruner, "'error'"), (nni_topo.TopologicalPruner, "'uniform' or 'topological'")],
+)
+def test_a_pruner_alone_says_what_to_use_instead(kind, known):
+    model = toy_model()
+    with pytest.raises(ConfigError, match=rf"allocation must be .*{known}, got 'auto': nni_topo.shrink.*\(budget\)"):
+        kind(model, [{"op_names": ["stem"]}], calibration=IMAGES, budget=AUTO)
+    assert not any("_nni_wrapper" in name for name, _ in model.named_modules())
