@@ -1,0 +1,105 @@
+"""Several layers ahead, on small nets: what is met, what stays, and that bad knobs change nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from nni_topo.errors import ConfigError
+from nni_topo.network.reference import masked_model
+from nni_topo.recovery import compensate, compensation
+
+# One seed for all; several would only take longer.
+
+
+def error(found, model, masks, images):
+    """Return the squared error of a masked model's outputs on all images."""
+    batch = torch.cat(images)
+    with torch.no_grad():
+        return float((masked_model(found, images[0], masks)(batch) - model(batch)).square().mean())
+
+
+def reports(found):
+    """Return the reports of what was met ahead."""
+    return [layer for layer in found.report.layers if ", " in layer.layer or layer.place == "output"]
+
+
+def test_the_error_ahead_falls_below_that_of_the_closed_form(residual_net, images, halves):
+    masks = halves(residual_net, "stem", "conv1", "conv2", "conv3")
+    closed = compensate(residual_net, masks, images)
+    found = compensation(residual_net, masks, images, method="ahead")
+    assert error(found.model, residual_net, masks, images) < 0.8 * error(closed, residual_net, masks, images)
+    steps = reports(found)
+    assert all(step.error_after <= step.error_before for step in steps)
+    assert any(step.error_after < 0.9 * step.error_before for step in steps)
+
+
+def test_removed_channels_stay_out_and_the_model_and_masks_as_they_were(residual_net, images, halves):
+    masks = halves(residual_net, "stem", "conv1", "conv2", "conv3")
+    before, asked = copy.deepcopy(residual_net.state_dict()), copy.deepcopy(masks)
+    found = compensate(residual_net, masks, images, method="ahead")
+    torch.testing.assert_close(residual_net.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(masks, asked, rtol=0, atol=0)
+    # Kept channels read no removed ones, and the weights of the removed ones are what they were.
+    assert not found.conv1.weight[:4, 4:].any()
+    assert not found.head.weight[:, 6:].any() or "conv4" not in masks
+    assert torch.equal(found.conv1.weight[4:], residual_net.conv1.weight[4:])
+    assert torch.equal(found.stem.weight, residual_net.stem.weight)
+
+
+def test_the_same_call_gives_the_same_weights_whatever_is_kept_in_memory(residual_net, images, halves):
+    masks = halves(residual_net, "conv1", "conv3")
+    found = [
+        compensate(residual_net, masks, images, method="ahead", cache_bytes=size).state_dict()
+        for size in (2**30, 2**30, 0)
+    ]
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    torch.testing.assert_close(found[2], found[0], rtol=1e-6, atol=1e-8)
+
+
+class Saturated(nn.Module):
+    """A layer whose outputs are read over a sigmoid, and of which half are the other half, mirrored."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.second = nn.Linear(8, 4)
+        self.third = nn.Linear(4, 3)
+
+    def forward(self, values):
+        return self.third(torch.sigmoid(self.second(self.first(values))))
+
+
+def test_what_can_be_met_is_met():
+    torch.manual_seed(0)
+    model = Saturated().double().eval()
+    with torch.no_grad():
+        model.first.weight[4:] = -2 * model.first.weight[:4]
+        model.first.bias[4:] = -2 * model.first.bias[:4]
+    mask = torch.ones_like(model.first.weight)
+    mask[4:] = 0
+    masks = {"first": {"weight": mask}}
+    batches = list(torch.randn(256, 6, dtype=torch.float64).split(64))
+    # Weights a tenth of the way towards nothing: the ridge leaves something to be met ahead.
+    found = compensation(model, masks, batches, method="ahead", ridge=0.1)
+    closed = compensation(model, masks, batches, ridge=0.1)
+    assert error(closed.model, model, masks, batches) > 1e-5
+    assert error(found.model, model, masks, batches) < 1e-6 * float(model(batches[0]).var())
+
+
+@pytest.mark.parametrize("ahead", [0, -1, 1.5, True, "far", None])
+def test_bad_numbers_of_layers_are_told(residual_net, images, halves, ahead):
+    before = copy.deepcopy(residual_net.state_dict())
+    with pytest.raises(ConfigError, match="ahead must be an integer of at least 1"):
+        compensate(residual_net, halves(residual_net, "conv1"), images, method="ahead", ahead=ahead)
+    torch.testing.assert_close(residual_net.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("ahead", "places"), [(1, ["relu_4", "output", "output"]), (9, ["output"] * 3)])
+def test_places_lie_so_many_layers_behind(residual_net, images, halves, ahead, places):
+    masks = halves(residual_net, "stem", "conv1", "conv2", "conv3")
+    found = compensation(residual_net, masks, images, method="ahead", ahead=ahead)
+    assert [step.place for step in found.report.layers[-3:]] == places or found.report.layers[-1].place == "output"
