@@ -36,7 +36,7 @@ from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.reconstruct import ReconstructTask
 from nni_topo.recovery.replay import Replay
 from nni_topo.recovery.report import LayerReport
-from nni_topo.recovery.windows import Stretch, Window, stretches
+from nni_topo.recovery.windows import Stretch, Window, entering, stretches
 
 _STEPS, _ITERATIONS, _DAMPING = 2, 8, 1e-2
 _IMAGES_A_PRODUCT = 128
@@ -73,13 +73,16 @@ def look_ahead(
     by_name = {task.layer.name: task for task in tasks}
     layers: list[Solvable] = [task.layer for task in by_name.values()]
     found = stretches(replay.nodes, replay.touched_nodes, layers, ahead)
-    windows = [Window(stretch, networks.pruned, by_name) for stretch in found]
+    entered = [entering(stretch, replay.nodes) for stretch in found]
     reports = []
-    for index, (stretch, window) in enumerate(zip(bar("look ahead", progress, found), windows, strict=True)):
-        names = {name for other in windows[index + 1 :] for name in other.entering}
-        later = {node for node in replay.nodes if node.name in names} | {other.place for other in found[index + 1 :]}
+    for index, stretch in enumerate(bar("look ahead", progress, found)):
+        later = {node for nodes in entered[index + 1 :] for node in nodes} | {
+            other.place for other in found[index + 1 :]
+        }
         began = time.perf_counter()
-        problem = _Problem(window, stretch.place, replay, stretch.first, later, images, cache_bytes)
+        window = Window(stretch, networks.pruned, by_name)
+        data = _Data(replay, stretch, entered[index], later, cache_bytes)
+        problem = _Problem(window, data, images)
         start = window.start()
         try:
             with sdpa_kernel(SDPBackend.MATH):
@@ -112,80 +115,84 @@ def _names(stretch: Stretch) -> str:
     return ", ".join(layer.name for layer in stretch.layers)
 
 
+class _Data:
+    """The batches of a stretch: kept where they fit into memory, or the networks run again for each pass."""
+
+    def __init__(self, replay: Replay, stretch: Stretch, read: list[Node], later: set[Node], cache_bytes: int) -> None:
+        self._replay, self._stretch, self._read, self._later = replay, stretch, read, later
+        self._cache_bytes = cache_bytes
+        self._kept: list[_Batch] | None = None
+
+    def __iter__(self) -> Iterator[_Batch]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[_Batch] | None = []
+        size = 0
+        place = self._stretch.place
+        for original, pruned in self._replay.run(self._stretch.first, [*self._read, place], self._later):
+            values = {node.name: pruned[node] for node in self._read}
+            batch = _Batch(values, _floats(original[place]), self._replay.counted(original))
+            size += batch.nbytes
+            kept = [*kept, batch] if kept is not None and size <= self._cache_bytes else None
+            yield batch
+        self._kept = kept
+
+
 class _Problem:
     """The squared error at the end of a window, as a share of the original's variance there."""
 
-    # The gradient is that of all images. Products take every so many a batch, others at each step, which is what most
-    # of the time goes into; the batches themselves are kept where they fit into memory, or the networks run again.
+    # The gradient is that of all images. Products, which most of the time goes into, are those of every so many a
+    # batch, others at each step.
 
-    def __init__(
-        self, window: Window, place: Node, replay: Replay, settled: int, later: set[Node], images: int, cache_bytes: int
-    ) -> None:
-        self._window, self._place, self._replay, self._settled, self._later = window, place, replay, settled, later
-        names = set(window.entering)
-        self._entering = [node for node in replay.nodes if node.name in names]
-        self._turn, self._few = 0, list[_Batch]()
-        self._kept: list[_Batch] | None = None
-        kept: list[_Batch] = []
-        moments: list[list[Tensor]] = []
-        count = size = 0
-        for batch in self._batches():
-            count, size = count + 1, size + batch.nbytes
-            kept = [*kept, batch] if size <= cache_bytes else []
-            moments.append([_moments(each) for each in _real(batch.wanted, batch.real)])
-        self._kept = kept if size <= cache_bytes else None
+    def __init__(self, window: Window, data: _Data, images: int) -> None:
+        self._window, self._data = window, data
+        self._turn, self._few = 0, list[tuple[_Batch, Vector, list[Tensor]]]()
+        moments = [[_moments(each) for each in _real(batch.wanted, batch.real)] for batch in data]
         sums = [torch.stack(each).sum(0) for each in zip(*moments, strict=True)]
         spreads = [float(square - total.square() / number) for number, total, square in sums]
         self._weights = [1.0 / (len(sums) * max(spread, _LEAST_VARIANCE)) for spread in spreads]
         self.samples = int(sums[0][0])
-        self._stride = max(1, count * _IMAGES_A_PRODUCT // images)
+        self._stride = min(len(moments), max(1, images // _IMAGES_A_PRODUCT))
 
     def error(self, at: Vector) -> float:
         """Return the error over all images."""
         with torch.no_grad():
-            return sum(float(self._squares(self._lacking(batch, at)).detach()) for batch in self._batches())
+            return sum(float(self._squares(self._lacking(batch, at)).detach()) for batch in self._data)
 
     def gradient(self, at: Vector) -> Vector:
         """Return half the gradient of the error, and choose the batches of the products that follow."""
         found = [torch.zeros_like(each) for each in at]
-        few: list[_Batch] = []
-        for index, batch in enumerate(self._batches()):
+        self._few = []
+        for index, batch in enumerate(self._data):
             leaves = [each.detach().requires_grad_() for each in at]
-            half = 0.5 * self._squares(self._lacking(batch, leaves))
-            found = _summed(found, torch.autograd.grad(half, leaves, allow_unused=True))
-            if (index + self._turn) % self._stride == 0:
-                few.append(batch)
-        self._few, self._turn = few or self._few, self._turn + 1
+            lacking = self._lacking(batch, leaves)
+            is_chosen = (index + self._turn) % self._stride == 0
+            half = 0.5 * self._squares(lacking)
+            found = _summed(found, torch.autograd.grad(half, leaves, retain_graph=is_chosen, allow_unused=True))
+            if is_chosen:
+                self._few.append((batch, leaves, lacking))
+        self._turn += 1
         return found
 
     def product(self, at: Vector, vector: Vector) -> Vector:
         """Return the Gauss-Newton matrix times a vector, of some batches, as if these were all."""
         found = [torch.zeros_like(each) for each in at]
-        for batch in self._few:
-            with forward_ad.dual_level():
-                leaves = [each.detach().requires_grad_() for each in at]
-                pairs = zip(leaves, vector, strict=True)
-                lacking = self._lacking(batch, [forward_ad.make_dual(*pair) for pair in pairs])
-                # Backward from the forward derivatives: J^T (J v).
-                values, moves = zip(*(forward_ad.unpack_dual(each) for each in lacking), strict=True)
-                moved = [
-                    (value, weight * move.detach())
-                    for value, move, weight in zip(values, moves, self._weights, strict=True)
-                    if move is not None
-                ]
-                if moved:
-                    outputs, slopes = zip(*moved, strict=True)
-                    found = _summed(found, torch.autograd.grad(outputs, leaves, slopes, allow_unused=True))
+        for batch, leaves, lacking in self._few:
+            # Forward for J v, without a graph of its own, and backward for J^T (J v) through the one that is there.
+            with torch.no_grad(), forward_ad.dual_level():
+                moved = self._lacking(batch, [forward_ad.make_dual(*pair) for pair in zip(at, vector, strict=True)])
+                moves = [forward_ad.unpack_dual(each).tangent for each in moved]
+            seen = [
+                (value, weight * move)
+                for value, move, weight in zip(lacking, moves, self._weights, strict=True)
+                if move is not None and value.requires_grad
+            ]
+            if seen:
+                values, slopes = zip(*seen, strict=True)
+                parts = torch.autograd.grad(values, leaves, slopes, retain_graph=True, allow_unused=True)
+                found = _summed(found, parts)
         return [self._stride * each for each in found]
-
-    def _batches(self) -> Iterator[_Batch]:
-        if self._kept is not None:
-            yield from self._kept
-            return
-        watched = [*self._entering, self._place]
-        for original, pruned in self._replay.run(self._settled, watched, self._later):
-            entering = {node.name: pruned[node] for node in self._entering}
-            yield _Batch(entering, _floats(original[self._place]), self._replay.counted(original))
 
     def _lacking(self, batch: _Batch, at: Sequence[Tensor]) -> list[Tensor]:
         found = _floats(self._window(batch.entering, at))

@@ -130,9 +130,9 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
         a tenth of the mean variance.
         ``"auto"``: for each layer the one of 1e-8 ... 1, or no change at all, that is best on held-out samples.
     refine : int, default=2
-        For ``"reconstruct"`` and ``"ahead"``: so many more steps for each layer in front of a ReLU, in which only what the ReLU lets
-        through counts, with the ridge of the first. They start from the first one's samples; they pay where little
-        is kept.
+        For ``"reconstruct"`` and ``"ahead"``: so many more steps for each layer in front of a ReLU, in which only what
+        the ReLU lets through counts, with the ridge of the first. They start from the first one's samples; they pay
+        where little is kept.
     ahead : int, default=4
         For ``"ahead"``: so many layers that are solved, at least 1, lie between a block and the place where the
         original's values are met; what the network puts out where there are fewer.

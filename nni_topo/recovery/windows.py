@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
 from torch.func import functional_call
+from torch.fx import GraphModule, Interpreter, Node
 
+from nni_topo.network.layers import is_plain_norm
+from nni_topo.network.norms import through_norms
 from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.reconstruct import ReconstructTask, add_constant
 from nni_topo.recovery.replay import Values
@@ -28,7 +30,9 @@ class Stretch:
     layers: tuple[Solvable, ...]
 
 
-def stretches(nodes: Sequence[Node], touched: Collection[Node], layers: Iterable[Solvable], ahead: int) -> list[Stretch]:
+def stretches(
+    nodes: Sequence[Node], touched: Collection[Node], layers: Iterable[Solvable], ahead: int
+) -> list[Stretch]:
     """Return two neighbouring blocks after the other, each with a place `ahead` layers behind it.
 
     Everything flows through the ends of blocks alone, and they hold two layers at least, but for the last one.
@@ -72,6 +76,13 @@ def _ends(nodes: Sequence[Node], touched: Collection[Node], ranks: dict[Node, in
     return found
 
 
+def entering(stretch: Stretch, nodes: Sequence[Node]) -> list[Node]:
+    """Return the nodes in front of a stretch whose values it reads; parameters of the graph's own aren't among them."""
+    program = nodes[stretch.first : nodes.index(stretch.place) + 1]
+    read = {parent for node in program for parent in node.all_input_nodes} - set(program)
+    return [node for node in nodes if node in read and node.op != "get_attr"]
+
+
 class Window:
     """What a network puts out at the end of a stretch, as a function of changes of weights and constants."""
 
@@ -79,16 +90,17 @@ class Window:
     # the constants of its outputs, (groups, rows), which stay 0 where nobody can take them.
 
     def __init__(self, stretch: Stretch, network: GraphModule, tasks: dict[str, ReconstructTask]) -> None:
+        # Of the network's own graph, the nodes of which have the names that the original's have.
         nodes: list[Node] = list(network.graph.nodes)
         end = next(rank for rank, node in enumerate(nodes) if node.name == stretch.place.name)
         program = nodes[stretch.first : end + 1]
         read = {parent for node in program for parent in node.all_input_nodes} - set(program)
-        # Parameters of the graph's own are read anew, not entered.
         self._program = [node for node in nodes if node in read and node.op == "get_attr"] + program
-        self.entering = [node.name for node in nodes if node in read and node.op != "get_attr"]
         self._runner = Interpreter(network)
         self._network = network
         self._layers = {layer.name: layer for layer in stretch.layers}
+        norms = {str(node.target) for node in program if node.op == "call_module"}
+        self._norms = {name: _affine(network.get_submodule(name)) for name in norms if _is_affine(network, name)}
         self._blocks = {name: tasks[name].block(self._weight(name)) for name in self._layers}
 
     def start(self) -> list[Tensor]:
@@ -109,6 +121,9 @@ class Window:
             name = str(node.target)
             if node.op == "call_module" and name in changes:
                 values[node] = self._changed(name, values[node.all_input_nodes[0]], *changes[name])
+            elif node.op == "call_module" and name in self._norms:
+                # PyTorch takes three times as long for the forward derivative of a batch norm.
+                values[node] = _per_channel(self._norms[name], values[node.all_input_nodes[0]])
             else:
                 values[node] = self._runner.run_node(node)
         return values[self._program[-1]]
@@ -138,3 +153,21 @@ class Window:
     def _weight(self, name: str) -> Tensor:
         weight: Tensor = self._network.get_submodule(name).weight.detach()  # type: ignore[operator, union-attr, assignment]
         return weight
+
+
+def _is_affine(network: GraphModule, name: str) -> bool:
+    """Say whether a module is a batch norm that doesn't look at the batch."""
+    module = network.get_submodule(name)
+    return is_plain_norm(module) and module.running_var is not None
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return a batch norm's factors and constants, both (channels,)."""
+    mean: Tensor = norm.running_mean  # type: ignore[assignment]
+    scale, shift = through_norms([norm], torch.zeros_like(mean))
+    return scale.to(mean), shift.to(mean)
+
+
+def _per_channel(factors: tuple[Tensor, Tensor], value: Tensor) -> Tensor:
+    scale, shift = (each.reshape(-1, *[1] * (value.dim() - 2)) for each in factors)
+    return value * scale + shift

@@ -1,4 +1,4 @@
-"""Nonlinear least squares of many unknowns: damped Gauss-Newton steps by conjugate gradients, no Hessian is formed [1]_.
+"""Nonlinear least squares of many unknowns: damped Gauss-Newton steps by conjugate gradients [1]_.
 
 References
 ----------
@@ -8,7 +8,7 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -91,9 +91,7 @@ def _solved(
         if not size > _TINY:
             break
         made = problem.product(at, direction)
-        made = [
-            one + damping * scale * other for one, scale, other in zip(made, scales, direction, strict=True)
-        ]
+        made = [one + damping * scale * other for one, scale, other in zip(made, scales, direction, strict=True)]
         curvature = _dot(direction, made)
         if not curvature > 0.0:
             break
