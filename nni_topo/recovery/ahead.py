@@ -76,39 +76,43 @@ def look_ahead(
     entered = [entering(stretch, replay.nodes) for stretch in found]
     reports = []
     for index, stretch in enumerate(bar("look ahead", progress, found)):
-        later = {node for nodes in entered[index + 1 :] for node in nodes} | {
-            other.place for other in found[index + 1 :]
-        }
-        began = time.perf_counter()
+        later = {node for nodes in entered[index + 1 :] for node in nodes}
+        later |= {other.place for other in found[index + 1 :]}
         window = Window(stretch, networks.pruned, by_name)
         data = _Data(replay, stretch, entered[index], later, cache_bytes)
-        problem = _Problem(window, data, images)
-        start = window.start()
         try:
-            with sdpa_kernel(SDPBackend.MATH):
-                unknowns, after, before = gauss_newton(
-                    problem, start, steps=_STEPS, iterations=_ITERATIONS, damping=_DAMPING, seed=seed
-                )
+            unknowns, report = _solved(stretch, window, data, images, seed)
         except NotImplementedError as error:
             _logger.warning("nothing ahead of %s is met, it has no derivatives: %s", _names(stretch), error)
             continue
-        if not math.isfinite(before):
-            raise DataError(f"activations must be finite, got NaN or infinity ({stretch.place.name})")
         window.put((networks.pruned, networks.result), unknowns)
-        reports.append(
-            LayerReport(
-                layer=_names(stretch),
-                place=stretch.place.name,
-                unknowns=sum(each.numel() for each in start),
-                samples=problem.samples,
-                ridge=_DAMPING,
-                error_before=before,
-                error_after=after,
-                error_held_out=math.nan,
-                seconds=time.perf_counter() - began,
-            )
-        )
+        reports.append(report)
     return tuple(reports)
+
+
+def _solved(stretch: Stretch, window: Window, data: _Data, images: int, seed: int) -> tuple[Vector, LayerReport]:
+    """Return what a stretch's unknowns become, and the report."""
+    began = time.perf_counter()
+    problem, start = _Problem(window, data, images), window.start()
+    # The other kernels of attention have no forward derivatives.
+    with sdpa_kernel(SDPBackend.MATH):
+        unknowns, after, before = gauss_newton(
+            problem, start, steps=_STEPS, iterations=_ITERATIONS, damping=_DAMPING, seed=seed
+        )
+    if not math.isfinite(before):
+        raise DataError(f"activations must be finite, got NaN or infinity ({stretch.place.name})")
+    report = LayerReport(
+        layer=_names(stretch),
+        place=stretch.place.name,
+        unknowns=sum(each.numel() for each in start),
+        samples=problem.samples,
+        ridge=_DAMPING,
+        error_before=before,
+        error_after=after,
+        error_held_out=math.nan,
+        seconds=time.perf_counter() - began,
+    )
+    return unknowns, report
 
 
 def _names(stretch: Stretch) -> str:
