@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,11 +51,12 @@ class _Batch:
 
     entering: dict[str, Any]
     wanted: list[Tensor]
+    reached: list[Tensor]  # what the pruned network had there at first
     real: Tensor | None
 
     @property
     def nbytes(self) -> int:
-        return sum(each.nbytes for each in [*tensors_of(self.entering), *self.wanted])
+        return sum(each.nbytes for each in [*tensors_of(self.entering), *self.wanted, *self.reached])
 
 
 def look_ahead(
@@ -136,7 +137,8 @@ class _Data:
         place = self._stretch.place
         for original, pruned in self._replay.run(self._stretch.first, [*self._read, place], self._later):
             values = {node.name: pruned[node] for node in self._read}
-            batch = _Batch(values, _floats(original[place]), self._replay.counted(original))
+            there = _floats(original[place]), _floats(pruned[place])
+            batch = _Batch(values, *there, self._replay.counted(original))
             size += batch.nbytes
             kept = [*kept, batch] if kept is not None and size <= self._cache_bytes else None
             yield batch
@@ -152,8 +154,10 @@ class _Problem:
     def __init__(self, window: Window, data: _Data, images: int) -> None:
         self._window, self._data = window, data
         self._turn, self._few = 0, list[tuple[_Batch, Vector, list[Tensor]]]()
-        moments = [[_moments(each) for each in _real(batch.wanted, batch.real)] for batch in data]
+        self._lives = _lives(data)
+        moments = [[_moments(each) for each in self._counted(batch.wanted, batch)] for batch in data]
         sums = [torch.stack(each).sum(0) for each in zip(*moments, strict=True)]
+        # Of what is alive alone: the rest is an error that no weight changes.
         spreads = [float(square - total.square() / number) for number, total, square in sums]
         self._weights = [1.0 / (len(sums) * max(spread, _LEAST_VARIANCE)) for spread in spreads]
         self.samples = int(sums[0][0])
@@ -200,7 +204,14 @@ class _Problem:
 
     def _lacking(self, batch: _Batch, at: Sequence[Tensor]) -> list[Tensor]:
         found = _floats(self._window(batch.entering, at))
-        return _real([mine - meant for mine, meant in zip(found, batch.wanted, strict=True)], batch.real)
+        return self._counted([mine - meant for mine, meant in zip(found, batch.wanted, strict=True)], batch)
+
+    def _counted(self, values: list[Tensor], batch: _Batch) -> list[Tensor]:
+        """Return values in single precision at least, 0 where nothing is alive, without padding."""
+        wide = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in values]
+        wide = [each if lives is None else each * lives for each, lives in zip(wide, self._lives, strict=True)]
+        real = batch.real
+        return wide if real is None else [e[real.to(e.device)] if e.shape[:2] == real.shape else e for e in wide]
 
     def _squares(self, lacking: list[Tensor]) -> Tensor:
         parts = [weight * each.square().sum() for weight, each in zip(self._weights, lacking, strict=True)]
@@ -211,10 +222,16 @@ def _floats(value: Any) -> list[Tensor]:
     return [each for each in tensors_of(value) if each.is_floating_point()]
 
 
-def _real(values: list[Tensor], real: Tensor | None) -> list[Tensor]:
-    """Return values in single precision at least, of those by position what isn't padding."""
-    wide = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in values]
-    return wide if real is None else [e[real.to(e.device)] if e.shape[:2] == real.shape else e for e in wide]
+def _lives(data: Iterable[_Batch]) -> list[Tensor | None]:
+    """Tell which values at a place differ between images in the pruned network; None where batches differ in shape."""
+    found: list[tuple[Tensor, Tensor] | None] = []
+    for index, batch in enumerate(data):
+        bounds = [(each.amin(0), each.amax(0)) for each in batch.reached]
+        found = [
+            None if known is None or known[0].shape != low.shape else (known[0].minimum(low), known[1].maximum(high))
+            for known, (low, high) in zip(found if index else bounds, bounds, strict=True)
+        ]
+    return [None if each is None else each[1] > each[0] for each in found]
 
 
 def _moments(values: Tensor) -> Tensor:
