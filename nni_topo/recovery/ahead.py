@@ -36,6 +36,7 @@ from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.reconstruct import ReconstructTask
 from nni_topo.recovery.replay import Replay
 from nni_topo.recovery.report import LayerReport
+from nni_topo.recovery.samples import Task
 from nni_topo.recovery.windows import Stretch, Window, entering, stretches
 
 _STEPS, _ITERATIONS, _DAMPING = 2, 8, 1e-2
@@ -62,7 +63,7 @@ class _Batch:
 def look_ahead(
     replay: Replay,
     networks: Networks,
-    tasks: Sequence[ReconstructTask],
+    tasks: Sequence[Task],
     images: int,
     *,
     ahead: int,
@@ -71,7 +72,7 @@ def look_ahead(
     progress: bool | None,
 ) -> tuple[LayerReport, ...]:
     """Solve the layers of `tasks`, which are done, block by block for places so many layers behind them."""
-    by_name = {task.layer.name: task for task in tasks}
+    by_name = {task.layer.name: task for task in tasks if isinstance(task, ReconstructTask)}
     layers: list[Solvable] = [task.layer for task in by_name.values()]
     found = stretches(replay.nodes, replay.touched_nodes, layers, ahead)
     entered = [entering(stretch, replay.nodes) for stretch in found]

@@ -142,16 +142,18 @@ class Window:
     def _changed(self, name: str, value: Tensor, change: Tensor, constant: Tensor) -> Tensor:
         """Call a layer with changed weights."""
         module: Any = self._network.get_submodule(name)
-        weight, place = module.weight.detach(), self._blocks[name]
+        weight, place = self._weight(name), self._blocks[name]
         moved = weight.index_put(place, change.to(weight.dtype), accumulate=True)
         found: Tensor = functional_call(module, {"weight": moved}, (value,))
         if self._layers[name].intercept is None:
             return found
         rows = weight.new_zeros(len(weight)).index_put((place[0][..., 0],), constant.to(weight.dtype))
-        return found + (rows if isinstance(module, nn.Linear) else rows.reshape(-1, *[1] * len(module.kernel_size)))
+        shape = () if isinstance(module, nn.Linear) else [1] * len(module.kernel_size)
+        return found + rows.reshape(-1, *shape)
 
     def _weight(self, name: str) -> Tensor:
-        weight: Tensor = self._network.get_submodule(name).weight.detach()  # type: ignore[operator, union-attr, assignment]
+        module: Any = self._network.get_submodule(name)
+        weight: Tensor = module.weight.detach()
         return weight
 
 
