@@ -39,7 +39,7 @@ from nni_topo.recovery.report import LayerReport
 from nni_topo.recovery.samples import Task
 from nni_topo.recovery.windows import Stretch, Window, entering, stretches
 
-_STEPS, _ITERATIONS, _DAMPING = 2, 8, 1e-2
+_STEPS, _ITERATIONS, _DAMPING = 4, 6, 1e-2
 _IMAGES_A_PRODUCT = 128
 _LEAST_VARIANCE = 1e-12
 
