@@ -3,8 +3,8 @@
 What a layer gives needn't be met for its own sake. Behind closed forms, which look no further than the next sum, each
 block's weights and constants take damped Gauss-Newton steps for the values at a place behind layers that stay as they
 are meanwhile: those between show which errors count there, and what the layers before got wrong is mended on the way.
-The steps are found by conjugate gradients from products with Jacobians, forward and backward, as SNOWS does for single
-weights [1]_; here whole channels are gone, and what is left is solved.
+The steps are found by conjugate gradients from products with Jacobians, forward and backward. SNOWS does so for single
+weights with all of the Hessian [1]_; here whole channels are gone, and Gauss-Newton leaves out second derivatives.
 
 References
 ----------

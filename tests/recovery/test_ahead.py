@@ -115,3 +115,29 @@ def test_blocks_begin_where_everything_flows_through_one_value_and_places_lie_ah
     assert blocks == [([*first, *second], "output"), ([*second, "head"], "output"), (["head"], "output")]
     # conv3's output isn't all that is read: the shortcut reads what entered it.
     assert nodes[cut[1].first - 1].name == "relu_"
+
+
+class Recurrent(nn.Module):
+    """A layer in front of an LSTM, which PyTorch has no forward derivatives of."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 8)
+        self.between = nn.Linear(8, 5)
+        self.lstm = nn.LSTM(5, 4, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, values):
+        return self.head(self.lstm(self.between(self.inner(values)))[0])
+
+
+def test_what_has_no_derivatives_stays_as_the_closed_form_leaves_it(caplog):
+    torch.manual_seed(0)
+    model = Recurrent().eval()
+    mask = torch.ones_like(model.inner.weight)
+    mask[::2] = 0
+    batches = [torch.randn(16, 5, 4) for _ in range(4)]
+    found = compensate(model, {"inner": {"weight": mask}}, batches, method="ahead", ahead=9)
+    closed = compensate(model, {"inner": {"weight": mask}}, batches)
+    assert torch.equal(found.between.weight, closed.between.weight)
+    assert "it has no derivatives" in caplog.text
