@@ -118,8 +118,8 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
     method : str, default="reconstruct"
         ``"reconstruct"``: solve each layer behind removed channels anew, so that it meets the original's output, or the
         sum it goes into. ``"ahead"``: after that, solve the layers of each block for the original's values several
-        layers ahead by Gauss-Newton steps [7]_, at ten times the time or more. Simpler rules, for comparison: ``"sequential"`` (the layer's own
-        output [1]_), ``"layer"``
+        layers ahead by Gauss-Newton steps [7]_, which takes ten times as long or more. Simpler rules, for comparison:
+        ``"sequential"`` (the layer's own output [1]_), ``"layer"``
         (the same, from the original's inputs [2]_), ``"scalar"`` (one factor for each kept channel), ``"head"``
         (the same, with one factor for all channels of a head [3]_), ``"channel"``
         (predict removed channels from the kept ones [4]_), ``"pair"`` (one kept channel and a constant stand in for
@@ -184,10 +184,10 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
     Transposed convolutions, layers that are called more than once, and layers that are masked weight by weight or whose
     weights are tied or computed stay as they are; the log and the report name them.
 
-    ``"ahead"`` runs its steps on two neighbouring blocks at a time, whose ends are places that everything flows through;
-    a step is taken if it makes the error on all images smaller. It goes through the derivatives of about 128 images many
-    times and holds them in memory, in whole batches: smaller batches take less. Blocks with operations that have no
-    forward derivatives, such as an LSTM, stay as ``"reconstruct"`` leaves them, with a warning.
+    ``"ahead"`` runs its steps on two neighbouring blocks at a time, whose ends are places that everything flows
+    through; a step is taken if it makes the error on all images smaller. It holds the derivatives of about 128 images
+    in memory, in whole batches: smaller batches take less. Blocks with operations that have no forward derivatives,
+    such as an LSTM, stay as ``"reconstruct"`` leaves them, with a warning.
 
     Cost: the sums of products take ``inputs * kernel elements`` squared float64 numbers a layer, twice, whatever
     the number of images, and solving twice as much again; a 3x3 convolution of 2,048 channels 11 GB. What
