@@ -48,7 +48,7 @@ MASKS = {
     SWAPPED: PrunerChoice("reconstruction", calibration=512, knobs={"swaps": 1000}),
     "widths by error": PrunerChoice("reconstruction", calibration=512, knobs={"budget": {"allocation": "error"}}),
 }
-RULES = ("recalibrate", "mean", "merge", "scalar", "pair", "channel", "layer", "sequential", "reconstruct")
+RULES = ("recalibrate", "mean", "merge", "scalar", "pair", "channel", "layer", "sequential", "reconstruct", "ahead")
 DISTILLED = ("distilled alone", "reconstruct, distilled")
 LABELLED = ("one epoch, same labels", "as many steps, same labels", "one epoch, all labels")
 NO_DATA = "reconstruct, no data"

@@ -96,7 +96,7 @@ class ReconstructTask(Task):
         inverse = self._inverse()
         module: Any = net.get_submodule(self.layer.name)
         change = (found.solution.weights * inverse.unsqueeze(1)).transpose(1, 2)
-        place = self._block(module.weight)
+        place = self.block(module.weight)
         with torch.no_grad():
             old = module.weight[place]
             module.weight[place] = (old.double() + change.reshape(old.shape)).to(old.dtype)
@@ -109,14 +109,14 @@ class ReconstructTask(Task):
         is_dead = scale.abs() <= _DEAD_SCALE * self._scale.abs().max()
         return (1.0 / scale).masked_fill(is_dead, 0.0)
 
-    def _block(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def block(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return the indices of the weights between kept channels, group by group."""
         return self._rows[:, :, None], (self._columns % weight.shape[1])[:, None, :]
 
     def _cut(self, net: nn.Module) -> None:
         """Set the weights of kept rows that read removed channels to zero, whatever these channels hold."""
         weight: Any = net.get_submodule(self.layer.name).weight
-        place = self._block(weight)
+        place = self.block(weight)
         with torch.no_grad():
             kept = weight[place].clone()
             weight[self._rows.flatten()] = 0

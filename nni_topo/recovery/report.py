@@ -23,11 +23,12 @@ class LayerReport:
 
     layer: str
     # node of the graph at which errors are measured: the layer's output, or the sum it goes into, for channel mixing
-    # its input; in "relu(...)" only what a ReLU lets through counts, and errors are upper bounds
+    # its input, for method "ahead" what the original has behind later layers; in "relu(...)" only what a ReLU lets
+    # through counts, and errors are upper bounds
     place: str
-    unknowns: int  # inputs of each equation, the intercept not counted
-    samples: int  # that were solved for: images times positions
-    ridge: float  # penalty over each input's variance; infinite if changing nothing was best
+    unknowns: int  # inputs of each equation, the intercept not counted; for "ahead" all weights and constants
+    samples: int  # that were solved for: images times positions, for "ahead" also times channels
+    ridge: float  # penalty over each input's variance, for "ahead" damping; infinite if no change was best
     error_before: float  # over the calibration samples
     error_after: float
     error_held_out: float  # over samples that the solution wasn't fitted to; NaN if there were too few

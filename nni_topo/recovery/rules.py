@@ -90,7 +90,7 @@ class ScalarTask(ReconstructTask):
         """Solve for what each factor differs from 1 by, from the sums for single weights."""
         weight = self._module.weight.detach()
         # (groups, outputs, channels * kernel elements), as they count at the place.
-        kernel = weight[self._block(weight)].double().flatten(2) * self._scale[self._rows].unsqueeze(2)
+        kernel = weight[self.block(weight)].double().flatten(2) * self._scale[self._rows].unsqueeze(2)
         fewer, others = (_together(each, kernel, self._factors) for each in (learned, held))
         found = fit(fewer, others, ridge, intercept=False)
         solution = Solution(
@@ -108,7 +108,7 @@ class LayerTask(ReconstructTask):
         positions = positions.to(wanted.device)
         inputs = input_rows(self._module, original[self.layer.source][part], self._columns, positions)
         wanted = output_rows(self._module, wanted, self._rows, positions)
-        reached = inputs.double() @ self._module.weight[self._block(self._module.weight)].double().flatten(2).mT
+        reached = inputs.double() @ self._module.weight[self.block(self._module.weight)].double().flatten(2).mT
         bias = self._module.bias
         constant = 0.0 if bias is None else bias[self._rows].double().unsqueeze(1)
         return inputs, (wanted.double() - reached - constant).detach(), wanted

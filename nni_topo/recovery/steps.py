@@ -22,7 +22,7 @@ def tasks_of(
     method: str, plan: Plan, networks: Networks, *, refine: int, pairs: Pairs | None, as_printed: bool
 ) -> list[Task]:
     """List a method's tasks in the order in which they are to be done; ConfigError if ``pairs`` can't be used."""
-    if method == "reconstruct":
+    if method in ("reconstruct", "ahead"):
         return [
             ReconstructTask(equation, networks.pruned, networks.result, refines=step > 0)
             for equation in plan.equations

@@ -1,0 +1,144 @@
+"""Several layers ahead, on small nets: what is met, what stays, and that bad knobs change nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import symbolic_trace
+
+from nni_topo.errors import ConfigError
+from nni_topo.network.reference import masked_model
+from nni_topo.recovery import compensate, compensation
+from nni_topo.recovery.plan import Solvable
+from nni_topo.recovery.windows import stretches
+
+
+def error(found, model, masks, images):
+    """Return the squared error of a masked model's outputs on all images."""
+    batch = torch.cat(images)
+    with torch.no_grad():
+        return float((masked_model(found, images[0], masks)(batch) - model(batch)).square().mean())
+
+
+def reports(found):
+    """Return the reports of what was met ahead."""
+    return [layer for layer in found.report.layers if ", " in layer.layer or layer.place == "output"]
+
+
+def test_the_error_ahead_falls_below_that_of_the_closed_form(residual_net, images, halves):
+    masks = halves(residual_net, "stem", "conv1", "conv2", "conv3")
+    closed = compensate(residual_net, masks, images)
+    found = compensation(residual_net, masks, images, method="ahead")
+    assert error(found.model, residual_net, masks, images) < 0.8 * error(closed, residual_net, masks, images)
+    steps = reports(found)
+    assert all(step.error_after <= step.error_before for step in steps)
+    assert any(step.error_after < 0.9 * step.error_before for step in steps)
+
+
+def test_removed_channels_stay_out_and_the_model_and_masks_as_they_were(residual_net, images, halves):
+    masks = halves(residual_net, "stem", "conv1", "conv2", "conv3")
+    before, asked = copy.deepcopy(residual_net.state_dict()), copy.deepcopy(masks)
+    found = compensate(residual_net, masks, images, method="ahead")
+    torch.testing.assert_close(residual_net.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(masks, asked, rtol=0, atol=0)
+    # Kept channels read no removed ones, and the weights of the removed ones are what they were.
+    assert not found.conv1.weight[:4, 4:].any()
+    assert torch.equal(found.conv1.weight[4:], residual_net.conv1.weight[4:])
+    assert torch.equal(found.stem.weight, residual_net.stem.weight)
+
+
+def test_the_same_call_gives_the_same_weights_whatever_is_kept_in_memory(residual_net, images, halves):
+    masks = halves(residual_net, "conv1", "conv3")
+    found = [
+        compensate(residual_net, masks, images, method="ahead", cache_bytes=size).state_dict()
+        for size in (2**30, 2**30, 0)
+    ]
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    # Sums in another order: steps with more unknowns than values let their rounding grow.
+    torch.testing.assert_close(found[2], found[0], rtol=1e-4, atol=1e-6)
+
+
+class Saturated(nn.Module):
+    """A layer whose outputs are read over a sigmoid, and of which half are the other half, mirrored."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.second = nn.Linear(8, 4)
+        self.third = nn.Linear(4, 3)
+
+    def forward(self, values):
+        return self.third(torch.sigmoid(self.second(self.first(values))))
+
+
+def test_what_can_be_met_is_met():
+    torch.manual_seed(0)
+    model = Saturated().double().eval()
+    with torch.no_grad():
+        model.first.weight[4:] = -2 * model.first.weight[:4]
+        model.first.bias[4:] = -2 * model.first.bias[:4]
+    mask = torch.ones_like(model.first.weight)
+    mask[4:] = 0
+    masks = {"first": {"weight": mask}}
+    batches = list(torch.randn(256, 6, dtype=torch.float64).split(64))
+    # A ridge leaves something to be met ahead.
+    closed = compensate(model, masks, batches, ridge=1e-2)
+    found = compensation(model, masks, batches, method="ahead", ridge=1e-2)
+    assert error(closed, model, masks, batches) > 1e-8
+    assert error(found.model, model, masks, batches) < 0.05 * error(closed, model, masks, batches)
+    assert found.report.layers[-1].error_after < 1e-6
+
+
+@pytest.mark.parametrize("ahead", [0, -1, 1.5, True, "far", None])
+def test_bad_numbers_of_layers_are_told(residual_net, images, halves, ahead):
+    before = copy.deepcopy(residual_net.state_dict())
+    with pytest.raises(ConfigError, match="ahead must be an integer of at least 1"):
+        compensate(residual_net, halves(residual_net, "conv1"), images, method="ahead", ahead=ahead)
+    torch.testing.assert_close(residual_net.state_dict(), before, rtol=0, atol=0)
+
+
+def test_blocks_begin_where_everything_flows_through_one_value_and_places_lie_ahead(residual_net, images):
+    graph = symbolic_trace(residual_net).graph
+    nodes = list(graph.nodes)
+    layers = [
+        Solvable(node.name, node, torch.zeros(1, 1), torch.zeros(1, 1), None)
+        for node in nodes
+        if node.name in ("conv1", "conv2", "conv3", "conv4", "shortcut", "head")
+    ]
+    touched = set(nodes[nodes.index(layers[0].node) :])
+
+    cut = stretches(nodes, touched, layers, 1)
+    blocks = [([layer.name for layer in each.layers], each.place.name) for each in cut]
+    first, second = ["conv1", "conv2"], ["conv3", "conv4", "shortcut"]
+    assert blocks == [([*first, *second], "output"), ([*second, "head"], "output"), (["head"], "output")]
+    # conv3's output isn't all that is read: the shortcut reads what entered it.
+    assert nodes[cut[1].first - 1].name == "relu_"
+
+
+class Recurrent(nn.Module):
+    """A layer in front of an LSTM, which PyTorch has no forward derivatives of."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 8)
+        self.between = nn.Linear(8, 5)
+        self.lstm = nn.LSTM(5, 4, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, values):
+        return self.head(self.lstm(self.between(self.inner(values)))[0])
+
+
+def test_what_has_no_derivatives_stays_as_the_closed_form_leaves_it(caplog):
+    torch.manual_seed(0)
+    model = Recurrent().eval()
+    mask = torch.ones_like(model.inner.weight)
+    mask[::2] = 0
+    batches = [torch.randn(16, 5, 4) for _ in range(4)]
+    found = compensate(model, {"inner": {"weight": mask}}, batches, method="ahead", ahead=9)
+    closed = compensate(model, {"inner": {"weight": mask}}, batches)
+    assert torch.equal(found.between.weight, closed.between.weight)
+    assert "it has no derivatives" in caplog.text
