@@ -28,7 +28,8 @@ from nni_topo.network.network import Network
 from nni_topo.network.sizes import Size
 
 IntArray = NDArray[np.int64]
-Kept = Mapping[str, NDArray[np.bool_]]
+BoolArray = NDArray[np.bool_]
+Kept = Mapping[str, BoolArray]
 """``{layer name: which of its output channels are kept}``, or which of its heads; what mixes heads is passed over."""
 
 
@@ -52,18 +53,18 @@ class _LayerCost:
     leaving_positions: int
     bias: int  # how many of them
 
-    def products(self, gone: IntArray) -> int:
+    def products(self, gone: BoolArray) -> int:
         """Products per output position, summed over the output channels that are left."""
         # A depth-wise convolution loses groups with its channels: each channel keeps one input.
         depthwise = self.groups == len(self.entering) > 1
         entering = 1 if depthwise else _left(self.entering, gone) // self.groups
         return _left(self.leaving, gone) * entering * self.kernel
 
-    def weights(self, gone: IntArray) -> int:
+    def weights(self, gone: BoolArray) -> int:
         """Number of parameters that are left."""
         return self.products(gone) + self.bias * _left(self.leaving, gone)
 
-    def activations(self, gone: IntArray) -> int:
+    def activations(self, gone: BoolArray) -> int:
         """Number of values that enter and leave one call."""
         entering = _left(self.entering, gone) * self.entering_positions
         return entering + _left(self.leaving, gone) * self.leaving_positions
@@ -97,7 +98,7 @@ class NetworkCost:
             for each in find_attention(model).values()
             if self._layers.keys() >= {*each.channels, each.context[0]} and each.name not in each.channels
         ]
-        nothing = np.zeros(0, dtype=np.int64)
+        nothing = np.zeros(self._flow.size, dtype=np.bool_)
         counted = sum(cost.weights(nothing) for cost in self._layers.values())
         counted += 2 * sum(len(roots) for roots in self._norms.values())
         self._bytes = max((parameter.element_size() for parameter in model.parameters()), default=4)
@@ -127,7 +128,7 @@ class NetworkCost:
         """Return masks, of layers that lose channels, that let the same ones go."""
         gone, found = self._gone(kept), {}
         for name, cost in self._layers.items():
-            stays, module = torch.from_numpy(np.isin(cost.leaving, gone, invert=True)), self._modules[name]
+            stays, module = torch.from_numpy(~gone[cost.leaving]), self._modules[name]
             if not stays.all():
                 found[name] = {weight_name(module): spread(module, stays)}
                 for own in row_names(module):
@@ -135,20 +136,21 @@ class NetworkCost:
                         found[name][own] = stays.to(rows).view(-1, *[1] * (rows.dim() - 1)).expand_as(rows)
         return found
 
-    def _gone(self, kept: Kept) -> IntArray:
-        """Return the representatives of the channels that no layer puts out any more."""
+    def _gone(self, kept: Kept) -> BoolArray:
+        """Say, by representative, which channels no layer puts out any more, (channels,)."""
+        gone = np.zeros(self._flow.size, dtype=np.bool_)
         stays = [np.array([FIXED])]
-        loses = [np.zeros(0, dtype=np.int64)]
         for name, layer in self._flow.layers.items():
             roots = self._flow.layer_roots(name)
             if name in kept and len(kept[name]) < len(roots):
                 roots = self._flow.roots(self._flow.bundle_numbers(name))
             if name in kept and len(kept[name]) == len(roots):
                 stays.append(roots[kept[name]])
-                loses.append(roots[~kept[name]])
+                gone[roots[~kept[name]]] = True
             elif not layer.depthwise:
                 stays.append(roots)
-        return np.setdiff1d(np.concatenate(loses), np.concatenate(stays))
+        gone[np.concatenate(stays)] = False
+        return gone
 
 
 def _layer_cost(flow: ChannelFlow, name: str, module: Any, calls: list[tuple[Size, Size]]) -> _LayerCost:
@@ -174,5 +176,5 @@ def _positions(module: Any, size: Size) -> int:
     return math.prod(size[1:]) // size[-1 if last else 1]
 
 
-def _left(roots: IntArray, gone: IntArray) -> int:
-    return int(np.isin(roots, gone, invert=True).sum())
+def _left(roots: IntArray, gone: BoolArray) -> int:
+    return len(roots) - int(np.count_nonzero(gone[roots]))
