@@ -161,5 +161,21 @@ def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
     assert dense.features.conv2.out_channels >= 16
     assert dense.classifier.fc1.out_features <= 26
     assert zoo.evaluate(dense, zoo.load_data("digits").test) == stages[-1]["accuracy"]
+    assert "widths tried" not in page
     assert main([*words, "--out", str(tmp_path / "small")]) == 2
     assert "must be new or empty, got 3 entries" in " ".join(capsys.readouterr().err.split())
+
+
+def test_shrink_lets_images_choose_the_widths(tmp_path, capsys):
+    words = ["shrink", "--model", "small_cnn", "--limit", "200", "--images", "64", "--seconds", "0.2", "--flops", "0.3"]
+    assert main([*words, "--allocation", "auto", "--out", str(tmp_path / "small")]) == 0
+    document = json.loads((tmp_path / "small" / "shrink.json").read_text())
+    assert document["budget"] == {"flops": 0.3, "allocation": "auto"}
+    tried = {row["allocation"]: row for row in document["widths tried"]}
+    assert tried.keys() == {"uniform", "topological", "error"}
+    (chosen,) = (name for name, row in tried.items() if row["is_chosen"])
+    assert tried[chosen]["loss"] == min(row["loss"] for row in tried.values())
+    assert ">widths tried<" in (tmp_path / "small" / "report.html").read_text()
+    assert f"widths {chosen}: held out loss" in capsys.readouterr().out
+    assert main([*words, "--allocation", "auto", "--pruner", "l1", "--out", str(tmp_path / "norm")]) == 2
+    assert "must deal out budgets in several ways" in " ".join(capsys.readouterr().err.split())

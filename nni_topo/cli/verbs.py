@@ -190,6 +190,7 @@ class Shrink(TrainedVerb):
     params: float | None = None  # likewise of the parameters
     latency: float | None = None  # likewise of the time of a batch
     memory: float | None = None  # likewise of the bytes of parameters and activations
+    allocation: str | None = None  # how it is dealt out: uniform, topological, error or auto; None: uniform
     caps: dict[str, float] = field(default_factory=dict)  # the most that layers lose, e.g. features.conv1 0.5
     floors: dict[str, float] = field(default_factory=dict)  # the least
     images: int = 1024  # unlabelled training images, at least 2
@@ -197,9 +198,12 @@ class Shrink(TrainedVerb):
 
     def run(self, console: Console) -> int:
         """Write the dense model and print what each step did to the accuracy on the test images."""
+        import pandas as pd
+
         check_empty(self.out)
         start = self.start()
-        budget = {kind: share for kind in BUDGETS if (share := getattr(self, kind)) is not None} or {"flops": 0.25}
+        shares = {kind: share for kind in BUDGETS if (share := getattr(self, kind)) is not None} or {"flops": 0.25}
+        budget = {**shares, **({} if self.allocation is None else {"allocation": self.allocation})}
         dense = shrink(
             start.net,
             start.images(self.images),
@@ -214,8 +218,9 @@ class Shrink(TrainedVerb):
         report: Any = dense.report
         self.out.mkdir(parents=True, exist_ok=True)
         nni_topo.save(dense, self.out / "dense.pt")
-        tables = {"stages": report, "recovery by layer": report.compensation}
-        found = {name: each.to_frame().replace({math.nan: None}).to_dict("records") for name, each in tables.items()}
+        tables = {"stages": report.to_frame(), "recovery by layer": report.compensation.to_frame()}
+        tables |= {"widths tried": pd.DataFrame(report.tried)} if report.tried else {}
+        found = {name: each.replace({math.nan: None}).to_dict("records") for name, each in tables.items()}
         facts = {"model": self.model, "data": self.data, "pruner": self.pruner, "budget": budget}
         facts |= {**found, "widths": report.layers.rows}
         facts |= latencies(start, dense) | provenance()
