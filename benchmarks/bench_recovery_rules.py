@@ -49,14 +49,14 @@ MASKS = {
     "widths by error": PrunerChoice("reconstruction", calibration=512, knobs={"budget": {"allocation": "error"}}),
 }
 RULES = ("recalibrate", "mean", "merge", "scalar", "pair", "channel", "layer", "sequential", "reconstruct", "ahead")
-DISTILLED = ("distilled alone", "reconstruct, distilled")
+DISTILLED = ("distilled alone", "reconstruct, distilled", "ahead, distilled")
 LABELLED = ("one epoch, same labels", "as many steps, same labels", "one epoch, all labels")
 NO_DATA = "reconstruct, no data"
 ROWS = ("none", *RULES, NO_DATA, *DISTILLED, *LABELLED)
 CURVE = ("reconstruct", "reconstruct, distilled", "as many steps, same labels")
 VERSUS = ("reconstruct", *LABELLED)
 _STEPS = 600
-_UNJUDGED = "reconstruct, without the images that judge distillation"
+_UNJUDGED = "without the images that judge distillation"
 
 
 def main() -> None:
@@ -150,10 +150,12 @@ def _recover(
 
             return timed(without_data)
         choice = DistillationChoice(count * 8 // 9, steps=steps)  # the last ninth judges
-        if row == _UNJUDGED:
-            return timed(lambda: made_dense(start, masks, CompensationChoice(choice.images))[0])
+        rule, _, then = row.partition(", ")
+        if then == _UNJUDGED:
+            unjudged: Any = rule
+            return timed(lambda: made_dense(start, masks, CompensationChoice(choice.images, unjudged))[0])
         if row in DISTILLED:
-            dense, seconds = of("none" if row == "distilled alone" else _UNJUDGED)
+            dense, seconds = of(f"{rule}, {_UNJUDGED}" if then else "none")
             return timed(lambda: distilled(start, dense, choice).model, seconds)
         dense, seconds = of("reconstruct")
         recipe, data = cell.train.for_retraining(1), start.data
