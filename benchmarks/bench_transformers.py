@@ -227,7 +227,8 @@ def _print(records: list[dict[str, Any]]) -> None:
         parts = [
             f"{key} {interval([each[key] for each in timed]).show(digits=3)}" for key in ("macs", "latency") if timed
         ]
-        print(f"{choice}, 1/{round(1 / heads)} of the heads, share of the whole net's: {', '.join(parts)}")
+        if parts:
+            print(f"{choice}, 1/{round(1 / heads)} of the heads, share of the whole net's: {', '.join(parts)}")
 
 
 def _show(values: Iterable[float], scale: float, digits: int, *, sign: bool = False) -> str:
