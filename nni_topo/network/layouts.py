@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nni_topo.network.capture import watched
 
@@ -26,8 +26,7 @@ def lay_out(model: nn.Module) -> nn.Module:
     """Let channels come last in a model's weights, in place, but of layers for which that isn't safe; return it."""
     model.to(memory_format=torch.channels_last)
     for layer in _fragile(model):
-        # Of a 1x1 kernel both layouts have the same order, so that only a copy has the strides of the usual one.
-        layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
+        layer.weight.data = _channels_first(layer.weight.data)
     return model
 
 
@@ -38,10 +37,21 @@ def inputs_laid_out(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def safely_laid_out(layer: nn.Module, weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a layer is called with, a weight of its own and its inputs, with channels first where it must be."""
+    return (_channels_first(weight), values.contiguous()) if _is_fragile(layer) else (weight, values)
+
+
+def _channels_first(weight: Tensor) -> Tensor:
+    # Of a 1x1 kernel both layouts have the same order, so that only a copy has the strides of the usual one.
+    return weight.clone(memory_format=torch.contiguous_format)
+
+
 def _fragile(model: nn.Module) -> list[nn.Conv2d]:
-    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    return [
-        each
-        for each in convolutions
-        if max(each.kernel_size) == 1 and max(each.stride) > 1 and each.in_channels // each.groups < _FEW
-    ]
+    return [module for module in model.modules() if isinstance(module, nn.Conv2d) and _is_fragile(module)]
+
+
+def _is_fragile(layer: nn.Module) -> bool:
+    if not isinstance(layer, nn.Conv2d):
+        return False
+    return max(layer.kernel_size) == 1 and max(layer.stride) > 1 and layer.in_channels // layer.groups < _FEW

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.fx import GraphModule, Interpreter, Node
 
 from nni_topo.network.layers import is_plain_norm
+from nni_topo.network.layouts import safely_laid_out
 from nni_topo.network.norms import through_norms
 from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.reconstruct import ReconstructTask, add_constant
@@ -144,6 +145,7 @@ class Window:
         module: Any = self._network.get_submodule(name)
         weight, place = self._weight(name), self._blocks[name]
         moved = weight.index_put(place, change.to(weight.dtype), accumulate=True)
+        moved, value = safely_laid_out(module, moved, value)
         found: Tensor = functional_call(module, {"weight": moved}, (value,))
         if self._layers[name].intercept is None:
             return found
