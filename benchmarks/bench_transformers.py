@@ -43,12 +43,11 @@ CHOICES = {
     "Taylor": "taylor",
     "functional cloud": "topological",
     "reconstruction": "reconstruction",
-    # of the nets without shared keys and values
     "Torch-Pruning": "torch-pruning",
     "narrower heads": "l1",  # of the neurons
 }
 _NARROWER = "narrower heads"  # at most as many channels in all, of every head as many
-_UNSHARED = ("Torch-Pruning", _NARROWER)
+_UNSHARED = ("Torch-Pruning",)  # nets without shared keys and values
 _TIMED = ("norm", _NARROWER)
 METHODS = {
     "mean into bias": "mean",

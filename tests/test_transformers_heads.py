@@ -91,7 +91,7 @@ def test_half_of_the_heads_go(name):
         torch.testing.assert_close(logits(dense, given), logits(reference, given), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name[:5] not in ("Llama", "Qwen2", "Mistr")])
+@pytest.mark.parametrize("name", MODELS)
 def test_heads_with_half_of_their_channels(name, tmp_path):
     model = make(name)
     inputs = inputs_of(model, samples=12)
@@ -118,11 +118,33 @@ def test_padding_says_nothing_about_which_channels_of_heads_matter():
         torch.testing.assert_close(other[name].abs(), tensor.abs(), rtol=1e-3, atol=1e-4)
 
 
-def test_rotary_positions_keep_heads_as_large_as_they_are(caplog):
-    config = transformers.LlamaConfig(**SIZES)
-    model = transformers.LlamaForCausalLM(config).eval()
+def test_heads_that_share_frequencies_lose_as_many_channels_or_none(caplog):
+    model = make("LlamaForCausalLM")
+    names, inputs = [*find_attention(model)], inputs_of(model)
+    for asked in ({names[0]: 0.5}, {names[0]: 0.5, names[1]: 0.4} | dict.fromkeys(names[2:], 0.5)):
+        caplog.clear()
+        turned, masks = narrow_heads(model, [inputs], asked)
+        assert (masks == {}) == (len(asked) == 1 or len({*asked.values()}) > 1)
+        assert "others that share its frequencies keep more or fewer channels" in caplog.text
+        torch.testing.assert_close(logits(turned, inputs), logits(model, inputs), rtol=1e-3, atol=1e-3)
+
+
+def test_frequencies_that_change_with_the_text_keep_heads_as_large_as_they_are(caplog):
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    scaling |= {} if transformers.__version__ < "5" else {"rope_theta": 10000.0}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, rope_scaling=scaling)).eval()
     assert narrow_heads(model, [inputs_of(model)], 0.5)[1] == {}
-    assert "more is done to queries and keys than to multiply them" in caplog.text
+    assert "model.layers.1.self_attn (rotary positions of an unknown kind)" in caplog.text
+
+
+def test_a_decoder_of_narrower_heads_generates_with_and_without_cache():
+    model = make("LlamaForCausalLM")
+    inputs = inputs_of(model)
+    turned, masks = narrow_heads(model, [inputs], 0.5)
+    dense, start = to_dense(turned, inputs, masks), inputs["input_ids"][:1]
+    texts = [dense.generate(start, max_new_tokens=5, do_sample=False, use_cache=use) for use in (True, False)]
+    assert torch.equal(*texts)
+    assert len(dense.model.rotary_emb.inv_freq) == len(model.model.rotary_emb.inv_freq) // 2
 
 
 DECODERS = ("LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM")

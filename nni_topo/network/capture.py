@@ -120,8 +120,15 @@ def by_channel(module: nn.Module, values: Tensor) -> Tensor:
 
     Positions that are padding are none; see `padding_known`.
     """
-    rows, real = values.detach().movedim(feature_dimension(module), 0), _REAL.get()
-    return rows.flatten(1) if real is None or real.shape != rows.shape[1:] else rows[:, real.to(rows.device)]
+    rows = values.detach().movedim(feature_dimension(module), 0)
+    real = counted_places(rows.shape[1:])
+    return rows.flatten(1) if real is None else rows[:, real.to(rows.device)]
+
+
+def counted_places(shape: tuple[int, ...]) -> Tensor | None:
+    """Return which positions ``(samples, places)`` aren't padding, bool; None: all, or it isn't known for the shape."""
+    real = _REAL.get()
+    return None if real is None or real.shape != shape else real
 
 
 def _before(look: Entering) -> Callable[..., Any]:

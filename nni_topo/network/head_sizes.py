@@ -17,6 +17,7 @@ from nni_topo.network.inputs import Call, tensors_of
 from nni_topo.network.layers import kept_channels, row_names, weight_of
 from nni_topo.network.masks import FullMasks
 from nni_topo.network.modes import device_of, evaluation_mode
+from nni_topo.network.rotary import by_table, find_frequencies, keep_frequencies, pairs_of
 
 _TOLERANCE = 1e-3  # of the largest output, in single precision
 
@@ -31,7 +32,7 @@ def narrowed(dense: nn.Module, flow: ChannelFlow, masks: FullMasks, left: np.nda
 
     Returns the model itself where there is nothing to cut, or what it computes without that isn't the same.
     """
-    if not (found := find_narrow(flow, masks, left)):
+    if not (found := find_narrow(dense, flow, masks, left)):
         return dense
     small = copy.deepcopy(dense)
     before = find_attention(small)
@@ -40,6 +41,10 @@ def narrowed(dense: nn.Module, flow: ChannelFlow, masks: FullMasks, left: np.nda
         for name, kept in found.items():
             readers = [layer for layer, read in mixers.items() if read.name == name]
             _cut(small, before[name], kept, readers)
+        for table, names in by_table(find_frequencies(dense, flow.attention)).items():
+            stays = pairs_of(found[names[0]][0]) if names[0] in found else None
+            if stays is not None:
+                keep_frequencies(small, table, stays)
     try:
         with torch.no_grad(), evaluation_mode(dense, small):
             pairs = [tensors_of(net(*call[0], **call[1])) for net in (dense, small)]
@@ -51,18 +56,28 @@ def narrowed(dense: nn.Module, flow: ChannelFlow, masks: FullMasks, left: np.nda
     return small if is_same else dense
 
 
-def find_narrow(flow: ChannelFlow, masks: FullMasks, left: np.ndarray) -> dict[str, Dimensions]:
+def find_narrow(model: nn.Module, flow: ChannelFlow, masks: FullMasks, left: np.ndarray) -> dict[str, Dimensions]:
     """Find the attention modules within whose heads masks leave equally many channels, and which these are."""
-    found = {}
+    found: dict[str, Dimensions] = {}
     for name in dict.fromkeys(each.name for each in flow.heads.values() if not each.recurrent):
         attention = flow.attention[name]
         layer = next(iter(attention.channels))
         heads = np.flatnonzero(left[flow.roots(flow.bundle_numbers(layer))])
         queries, keys, values = (_kept(flow, masks, each)[rows[heads]] for each, rows in attention.parts)
         counts = {*keys.sum(1).tolist(), *values.sum(1).tolist()}
-        if np.array_equal(queries, keys) and len(counts) == 1 and 0 < max(counts) < keys.shape[1]:
+        if np.array_equal(queries, _shared(keys, queries)) and len(counts) == 1 and 0 < max(counts) < keys.shape[1]:
             found[name] = [keys, values]
+    for names in by_table(find_frequencies(model, flow.attention)).values():
+        # A pair of channels goes with its frequency, from all heads that turn by it.
+        kept = [found[name][0] for name in names if name in found]
+        if len(kept) < len(names) or pairs_of(np.concatenate(kept)) is None:
+            found = {name: each for name, each in found.items() if name not in names}
     return found
+
+
+def _shared(keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Repeat what is of keys for each of the heads that share them: (heads, channels of queries)."""
+    return np.tile(keys, (1, queries.shape[1] // keys.shape[1]))
 
 
 def _kept(flow: ChannelFlow, masks: FullMasks, layer: str) -> np.ndarray:
@@ -76,7 +91,8 @@ def _cut(model: nn.Module, attention: Attention, kept: Dimensions, readers: list
     (keys, values), size = kept, int(kept[0][0].sum())
     module: Any = model.get_submodule(attention.name)
     stays: dict[str, list[np.ndarray]] = {}
-    for (layer, rows), dims in zip(attention.parts, (keys, keys, values), strict=True):
+    asked = _shared(keys, attention.parts[0][1])
+    for (layer, rows), dims in zip(attention.parts, (asked, keys, values), strict=True):
         stays.setdefault(layer, []).append(rows[dims])
     layer, rows = attention.parts[0]
     asking = model.get_submodule(layer)
@@ -93,7 +109,7 @@ def _cut(model: nn.Module, attention: Attention, kept: Dimensions, readers: list
         reader: Any = model.get_submodule(name)
         ins, outs = torch.from_numpy(np.flatnonzero(_of_context(attention, values))), torch.arange(reader.out_features)
         cut(name, reader, ins.to(device_of(reader)), outs.to(device_of(reader)))
-    set_size(module, keys.shape[1], size, len(keys))
+    set_size(module, keys.shape[1], size, asked.size // keys.shape[1])
 
 
 def _of_context(attention: Attention, values: np.ndarray) -> np.ndarray:

@@ -88,7 +88,7 @@ def resolve(
     told = {name: f"{count} of {len(given[name])} ({reasons[name]})" for name, count in more.items() if count}
     new = _new_masks(model, flow, masks, given, (shared, kept))
     # Of heads that keep as many channels each the others are cut as well.
-    for layer in (each for name in find_narrow(flow, new, kept) for each in flow.attention[name].channels):
+    for layer in (each for name in find_narrow(model, flow, new, kept) for each in flow.attention[name].channels):
         told.pop(layer, None)
     return Resolved(new, kept, reasons, told)
 

@@ -6,6 +6,9 @@ with which the first channels alone come nearest: with ``S`` and ``C`` the produ
 calibration, and ``S = L L'``, ``C = R R'``, the singular vectors of ``L' R`` say which directions these are. [1]_ keeps
 channels as they are and solves for a matrix between those kept, one of the solutions that this is the best of.
 
+Under rotary positions queries and keys stay as they are, but for pairs of channels that go from all heads which share
+their frequency: those without which the logits of these heads come nearest.
+
 References
 ----------
 .. [1] "CORP: closed-form one-shot representation-preserving structured pruning", for vision transformers: ridge
@@ -15,9 +18,8 @@ References
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -35,10 +37,12 @@ from nni_topo.network.masks import FullMasks, Masks, check_masks, check_model
 from nni_topo.network.modes import detached_copy, evaluation_mode
 from nni_topo.network.network import Network
 from nni_topo.network.resolve import union
+from nni_topo.network.rotary import by_table, find_frequencies
 from nni_topo.network.transformers import mixing_called
+from nni_topo.recovery.directions import Moments, directions
+from nni_topo.recovery.pairs import PairLogits, pairs_that_stay
 
 _SAME = 1e-3  # of the largest output, in single precision
-_LEAST = 1e-7  # of the largest singular value
 _ROUNDING = 1e-9  # of channels: a ratio of two whole numbers means the first of them
 
 _logger = logging.getLogger(__name__)
@@ -58,8 +62,8 @@ def narrow_heads(
     calibration : iterable or nni.compression.utils.Evaluator
         Batches of inputs, as for :func:`nni_topo.compensate`; what a mask says is padding doesn't count.
     sparse_ratio : float or mapping of str to float
-        The share of each head's channels that goes, in (0, 1), of queries, keys and values alike; at least one stays.
-        Of all attention modules, or by name of those whose heads get narrower.
+        The share of each head's channels that goes, in (0, 1), of queries, keys and values alike; at least one stays,
+        under rotary positions at least a pair. Of all attention modules, or by name of those whose heads get narrower.
 
     Returns
     -------
@@ -81,9 +85,10 @@ def narrow_heads(
 
     Notes
     -----
-    Attention is left whole, in one warning, where keys and values are shared by several heads, where more is done to
-    queries and keys than to multiply them (rotary positions, norms), and where something else than one linear layer
-    reads the heads.
+    Attention is left whole, in one warning, where more is done to queries and keys than to multiply them (norms, rotary
+    positions of other kinds than Transformers' decoders have), where not all that share rotary frequencies lose as many
+    channels, and where something else than one linear layer reads the heads. Heads that share keys and values are
+    turned alike, for the sum of their errors.
 
     Logits matter up to what is added to all of a query's alike, and values up to a constant, which `compensate` puts
     into the bias of the layer behind.
@@ -120,24 +125,33 @@ def narrow_heads(
     readers: dict[str, list[str]] = {}
     for layer, read in flow.mixers().items():
         readers.setdefault(read.name, []).append(layer)
-    whole = {name: why for name in asked if (why := _why_whole(known[name], readers.get(name, [])))}
-    heads = [_Heads(known[name], readers[name][0]) for name in asked if name not in whole]
+    tables = find_frequencies(model, known)
+    whole = {name: why for name in asked if (why := _why_whole(name, readers, tables))}
     turned: nn.Module = detached_copy(model)
+    heads = [
+        _Heads(turned, known[name], readers[name][0], asked[name], tables.get(name))
+        for name in asked
+        if name not in whole
+    ]
     _measure(turned, heads, batches)
-    masks: FullMasks = {}
     wanted = _outputs(turned, batches)
     for each in heads:
-        size = each.attention.size
-        kept = max(1, size - int(size * asked[each.attention.name] + _ROUNDING))
-        before = {name: parameter.detach().clone() for name, parameter in each.parameters(turned)}
-        each.turn(turned, kept)
-        if _is_same(wanted, _outputs(turned, batches)):
-            each.mask(turned, kept, masks)
-            continue
-        whole[each.attention.name] = "more is done to queries and keys than to multiply them"
-        with torch.no_grad():
-            for name, parameter in each.parameters(turned):
-                parameter.copy_(before[name])
+        if not each.turned(lambda: _is_same(wanted, _outputs(turned, batches))):
+            whole[each.attention.name] = "more is done to queries and keys than to multiply them"
+    for names in by_table(tables).values():
+        users = [each for each in heads if each.attention.name in names and each.attention.name not in whole]
+        if len(users) == len(names) and len({each.kept for each in users}) == 1:
+            shares = [each.logits.shares() for each in users if each.logits is not None]
+            stays = pairs_that_stay(np.sum(shares, axis=0), users[0].kept // 2)
+            for each in users:
+                each.asking = np.tile(stays, 2)
+        else:
+            others = "others that share its frequencies keep more or fewer channels"
+            whole |= {each.attention.name: others for each in users}
+    masks: FullMasks = {}
+    for each in heads:
+        if each.attention.name not in whole:
+            each.mask(masks)
     if whole:
         told = "; ".join(f"{name} ({why})" for name, why in whole.items())
         _logger.warning("attention whose heads stay as large as they are: %s", told)
@@ -153,9 +167,12 @@ def narrow_instead(model: nn.Module, calibration: Iterable[Any] | Evaluator, mas
     flow, full = Network(model, structure_call(model, batches)).flow, check_masks(model, masks)
     left = union(model, flow, full)
     ratios, rest = {}, 0.0
-    for name in dict.fromkeys(each.name for each in flow.heads.values() if not each.recurrent):
+    # Of rotary heads whole pairs go, and of all as many: fewer heads meet the cost better.
+    rotary = find_frequencies(model, flow.attention)
+    known = dict.fromkeys(each.name for each in flow.heads.values() if not each.recurrent)
+    for name in (each for each in known if each not in rotary):
         heads = left[flow.roots(flow.bundle_numbers(next(iter(flow.attention[name].channels))))]
-        size = flow.attention[name].size
+        size = flow.attention[name].head_size
         wanted = size * heads.mean() + rest
         kept = min(max(round(wanted), 1), size)
         if not heads.all() and kept < size:
@@ -178,67 +195,50 @@ def narrow_instead(model: nn.Module, calibration: Iterable[Any] | Evaluator, mas
     return turned, full
 
 
-def _why_whole(attention: Attention, readers: list[str]) -> str:
-    widths = {rows.shape[1] for _, rows in attention.parts}
-    if len(widths) > 1:
-        return "heads share keys and values"
-    return "" if len(readers) == 1 else "not one linear layer alone reads its heads"
-
-
-@dataclass
-class _Moments:
-    """Sums over samples of the channels of each head."""
-
-    samples: int = 0
-    sums: Tensor | None = None  # (heads, size)
-    products: Tensor | None = None  # (heads, size, size)
-
-    def add(self, values: Tensor) -> None:
-        """Add channels ``(heads, size, samples)``."""
-        values = values.double()
-        self.samples += values.shape[2]
-        sums, products = values.sum(2), values @ values.mT
-        self.sums = sums if self.sums is None else self.sums + sums
-        self.products = products if self.products is None else self.products + products
-
-    def second(self, *, centred: bool) -> Tensor:
-        """Return the mean products, of differences from the mean if so asked."""
-        assert self.sums is not None
-        assert self.products is not None
-        means = self.sums / self.samples
-        found = self.products / self.samples
-        return found - means.unsqueeze(2) * means.unsqueeze(1) if centred else found
+def _why_whole(name: str, readers: dict[str, list[str]], tables: dict[str, str | None]) -> str:
+    if name in tables and tables[name] is None:
+        return "rotary positions of an unknown kind"
+    return "" if len(readers.get(name, [])) == 1 else "not one linear layer alone reads its heads"
 
 
 class _Heads:
     """The heads of one attention module: what they are seen to do, and how they are turned."""
 
-    def __init__(self, attention: Attention, reader: str) -> None:
+    def __init__(self, model: nn.Module, attention: Attention, reader: str, ratio: float, table: str | None) -> None:
         self.attention = attention
-        self.reader = reader  # the layer that mixes them
-        self.queries, self.keys, self.context = _Moments(), _Moments(), _Moments()
+        self._model, self._mixer = model, reader  # the layer that mixes them
+        self._size = attention.head_size
+        self._share = attention.parts[0][1].shape[1] // self._size  # heads that have their keys and values in common
+        step = 1 if table is None else 2
+        count = self._size // step
+        self.kept = step * max(1, count - int(count * ratio + _ROUNDING))
+        self.asking = np.arange(self._size) < self.kept
+        """Which channels of a head's queries and keys stay."""
+        self.queries, self.keys, self.context = Moments(), Moments(), Moments()
+        self.logits = None if table is None else PairLogits(model.get_buffer(table))
 
-    def see(self, moments: _Moments, rows: IntArray, channels: Tensor) -> None:
+    def see(self, moments: Moments, rows: IntArray, channels: Tensor) -> None:
         """Add channels ``(channels, samples)`` of which each head has some rows, (heads, size)."""
         moments.add(channels[torch.from_numpy(rows).to(channels.device)])
 
-    def looks(self, model: nn.Module) -> tuple[list[Any], list[Any]]:
+    def looks(self) -> tuple[list[Any], list[Any]]:
         """Return what watches the layers within, when they are entered and left."""
-        reader = model.get_submodule(self.reader)
-        places = np.arange(len(self.attention.context[1])).reshape(self.attention.heads, -1)
+        mixer = self._model.get_submodule(self._mixer)
+        places = np.arange(len(self.attention.context[1])).reshape(-1, self._size)
 
         def mixed(entering: Tensor) -> None:
-            self.see(self.context, places, by_channel(reader, entering))
+            self.see(self.context, places, by_channel(mixer, entering))
 
-        def made(layer: nn.Module, moments: _Moments, rows: IntArray, _: Tensor, output: Tensor) -> None:
+        def made(layer: nn.Module, moments: Moments, rows: IntArray, _: Tensor, output: Tensor) -> None:
             self.see(moments, rows, by_channel(layer, output))
 
-        leaving = [
-            (model.get_submodule(layer), partial(made, model.get_submodule(layer), moments, rows))
-            for (layer, rows), moments in zip(self.attention.parts, (self.queries, self.keys), strict=False)
-            if layer != self.attention.name
-        ]
-        return [(reader, mixed)], leaving
+        asking = [(self._model.get_submodule(layer), rows) for layer, rows in self._parts[:2] if self._is_seen(layer)]
+        if self.logits is not None:
+            looks = zip(asking, (self.logits.see_queries, self.logits.see_keys), strict=True)
+            return [(mixer, mixed)], [(layer, partial(look, rows)) for (layer, rows), look in looks]
+        moments = zip(asking, (self.queries, self.keys), strict=False)
+        leaving = [(layer, partial(made, layer, each, rows)) for (layer, rows), each in moments]
+        return [(mixer, mixed)], leaving
 
     def look_within(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See what ``nn.MultiheadAttention`` makes of its arguments."""
@@ -248,42 +248,100 @@ class _Heads:
         for moments, values in zip((self.queries, self.keys), found, strict=False):
             self.see(moments, rows, by_channel(module.out_proj, values))
 
-    def parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        """List the parameters that turning changes."""
-        layers = {layer: model.get_submodule(layer) for layer in (*self.attention.channels, self.reader)}
-        own = [(f"{name}.{key}", p) for name, each in layers.items() for key, p in each.named_parameters(recurse=False)]
-        return list(dict(own).items())
+    def are_seen(self) -> bool:
+        """Say whether calibration reached them."""
+        seen = [self.context.products]
+        seen += [self.queries.products, self.keys.products] if self.logits is None else [self.logits.products]
+        if not all(each is None or bool(each.isfinite().all()) for each in seen):
+            raise DataError(f"activations must be finite, got NaN or infinity ({self.attention.name})")
+        return all(each is not None for each in seen)
 
-    def turn(self, model: nn.Module, kept: int) -> None:
-        """Put those directions of each head first, so many of them, with which logits and values come nearest."""
-        reader: Any = model.get_submodule(self.reader)
-        heads, size = self.attention.heads, self.attention.size
-        ones, others = _directions(self.queries.second(centred=False), self.keys.second(centred=True), kept)
-        mixing = reader.weight.detach().double().unflatten(1, (heads, size)).movedim(1, 0)  # (heads, outputs, size)
-        columns, rows = _directions(mixing.mT @ mixing, self.context.second(centred=True), kept)
-        with torch.no_grad():
-            for (layer, places), maps in zip(self.attention.parts, (ones, others, rows), strict=True):
-                _multiply(model.get_submodule(layer), torch.from_numpy(places), maps)
-            reader.weight.copy_((mixing @ columns).movedim(0, 1).flatten(1))
+    def turned(self, is_same: Callable[[], bool]) -> bool:
+        """Put first the directions of each head with which logits and values come nearest.
 
-    def mask(self, model: nn.Module, kept: int, masks: FullMasks) -> None:
-        """Mask all but the first channels of each head."""
-        reader: Any = model.get_submodule(self.reader)
-        for layer, places in self.attention.parts:
-            module = model.get_submodule(layer)
+        Where it can't be done, for the model isn't the same then, the model stays as it was. Under rotary positions
+        values are turned alone; that pairs of queries and keys may turn together says which channels are pairs.
+        """
+        steps = [(self._turn_logits, True), (self._turn_values, True)]
+        for step, stays in steps if self.logits is None else [(self._spin, False), (self._turn_values, True)]:
+            before = [(each, each.detach().clone()) for each in self._parameters()]
+            with torch.no_grad():
+                step()
+            are_same = is_same()
+            with torch.no_grad():
+                for parameter, values in [] if are_same and stays else before:
+                    parameter.copy_(values)
+            if not are_same:
+                return False
+        return True
+
+    def mask(self, masks: FullMasks) -> None:
+        """Mask what doesn't stay of each head."""
+        values = np.arange(self._size) < self.kept
+        for (layer, rows), stays in zip(self._parts, (self.asking, self.asking, values), strict=True):
+            module = self._model.get_submodule(layer)
             for target in (weight_name(module), row_names(module)[-1]):
                 if isinstance(parameter := getattr(module, target, None), Tensor):
                     mask = masks.setdefault(layer, {}).setdefault(target, torch.ones_like(parameter).detach())
-                    mask[torch.from_numpy(places[:, kept:].ravel()).to(mask.device)] = 0
-        mask = masks.setdefault(self.reader, {}).setdefault("weight", torch.ones_like(reader.weight).detach())
-        mask.unflatten(1, (self.attention.heads, -1))[:, :, kept:] = 0
+                    mask[torch.from_numpy(rows[:, ~stays].ravel()).to(mask.device)] = 0
+        mixer: Any = self._model.get_submodule(self._mixer)
+        mask = masks.setdefault(self._mixer, {}).setdefault("weight", torch.ones_like(mixer.weight).detach())
+        mask.unflatten(1, (-1, self._size))[:, :, self.kept :] = 0
+
+    @property
+    def _parts(self) -> list[tuple[str, IntArray]]:
+        """The layers that make queries, keys and values, each with the channels of each of its heads: (heads, size)."""
+        return [(layer, rows.reshape(-1, self._size)) for layer, rows in self.attention.parts]
+
+    def _is_seen(self, layer: str) -> bool:
+        return layer != self.attention.name
+
+    def _parameters(self) -> list[nn.Parameter]:
+        layers = [self._model.get_submodule(layer) for layer in (*self.attention.channels, self._mixer)]
+        return list(dict.fromkeys(p for each in layers for p in each.parameters(recurse=False)))
+
+    def _turn_logits(self) -> None:
+        queries = self.queries.second(centred=False).unflatten(0, (-1, self._share)).mean(1)
+        ones, others = directions(queries, self.keys.second(centred=True), self.kept)
+        self._multiply(0, ones)
+        self._multiply(1, others)
+
+    def _turn_values(self) -> None:
+        mixer: Any = self._model.get_submodule(self._mixer)
+        mixing = mixer.weight.detach().double().unflatten(1, (-1, self._size)).movedim(1, 0)  # (heads, outputs, size)
+        sums = (mixing.mT @ mixing).unflatten(0, (-1, self._share)).sum(1)
+        seen = self.context.second(centred=True).unflatten(0, (-1, self._share)).mean(1)
+        columns, rows = directions(sums, seen, self.kept)
+        self._multiply(2, rows)
+        mixer.weight.copy_((mixing @ columns.repeat_interleave(self._share, 0)).movedim(0, 1).flatten(1))
+
+    def _spin(self) -> None:
+        """Turn each pair of queries and keys by an angle of its own."""
+        half = self._size // 2
+        angles = torch.arange(1.0, half + 1.0, dtype=torch.double)
+        cos, sin = angles.cos().diag(), angles.sin().diag()
+        turn = torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])
+        for part in (0, 1):
+            heads = len(self._parts[part][1])
+            self._multiply(part, turn.expand(heads, -1, -1).to(self._parameters()[0].device))
+
+    def _multiply(self, part: int, maps: Tensor) -> None:
+        """Put in the place of a part's channels (heads, n) their products with the columns of maps (heads, n, n)."""
+        layer, rows = self._parts[part]
+        module = self._model.get_submodule(layer)
+        maps = maps.repeat_interleave(len(rows) // len(maps), 0)
+        for parameter in (weight_of(module), getattr(module, row_names(module)[-1], None)):
+            if isinstance(parameter, Tensor):
+                places = torch.from_numpy(rows).to(parameter.device)
+                values = parameter[places].double()  # (heads, n, inputs), or (heads, n) of a bias
+                parameter[places] = torch.einsum("hn...,hnm->hm...", values, maps).to(parameter)
 
 
 def _measure(model: nn.Module, heads: list[_Heads], batches: Iterable[Any]) -> None:
     """Run a model over all batches and sum up what its heads do."""
     entering, leaving = [], []
     for each in heads:
-        before, behind = each.looks(model)
+        before, behind = each.looks()
         entering += before
         leaving += behind
     with ExitStack() as stack:
@@ -295,48 +353,8 @@ def _measure(model: nn.Module, heads: list[_Heads], batches: Iterable[Any]) -> N
                 stack.enter_context(called(module, partial(each.look_within, module)))
         run(model, batches)
     for each in heads:
-        for moments in (each.queries, each.keys, each.context):
-            if moments.products is None:
-                raise DataError(f"calibration must reach every attention module, got none ({each.attention.name})")
-            if not bool(moments.products.isfinite().all()):
-                raise DataError(f"activations must be finite, got NaN or infinity ({each.attention.name})")
-
-
-def _root(matrix: Tensor) -> Tensor:
-    """Return ``L`` of ``L L'``, a symmetric positive semidefinite matrix (n, n)."""
-    values, vectors = torch.linalg.eigh(matrix)
-    root: Tensor = vectors * values.clamp_min(0.0).sqrt()
-    return root
-
-
-def _directions(ones: Tensor, others: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """Return matrices ``A`` and ``B``, (heads, n, n), with ``A B' = 1``, of which the first columns alone come nearest.
-
-    ``ones`` and ``others`` are the mean products of two factors' channels, ``x`` and ``y``, in each head: of all ``A``
-    and ``B`` so many columns leave the least of the mean square of ``x' y - x' A B' y``.
-    """
-    pairs = [_of_head(_root(one), _root(other), kept) for one, other in zip(ones, others, strict=True)]
-    a, b = zip(*pairs, strict=True)
-    return torch.stack(a), torch.stack(b)
-
-
-def _of_head(left: Tensor, right: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    u, values, v = torch.linalg.svd(left.mT @ right)
-    count = min(kept, int((values > _LEAST * values[0]).sum()))
-    scale = values[:count].rsqrt()
-    a, b = (right @ v[:count].mT) * scale, (left @ u[:, :count]) * scale
-    # The other columns do what these lack.
-    u, values, v = torch.linalg.svd(torch.eye(len(left)).to(left) - a @ b.mT)
-    more = values[: len(left) - count].sqrt()
-    return torch.cat([a, u[:, : len(more)] * more], 1), torch.cat([b, v[: len(more)].mT * more], 1)
-
-
-def _multiply(module: nn.Module, places: Tensor, maps: Tensor) -> None:
-    """Put in the place of a layer's channels (heads, n) their products with the columns of maps (heads, n, n)."""
-    for parameter in (weight_of(module), getattr(module, row_names(module)[-1], None)):
-        if isinstance(parameter, Tensor):
-            rows = parameter[places.to(parameter.device)].double()  # (heads, n, inputs), or (heads, n) of a bias
-            parameter[places.to(parameter.device)] = torch.einsum("hn...,hnm->hm...", rows, maps).to(parameter)
+        if not each.are_seen():
+            raise DataError(f"calibration must reach every attention module, got none ({each.attention.name})")
 
 
 def _outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:

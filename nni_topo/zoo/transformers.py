@@ -13,6 +13,8 @@ from torch.nn import functional
 class SelfAttention(nn.Module):
     """Attention with heads of ``width // heads``; ``kv_heads``, a divisor of ``heads``, are shared by as many each."""
 
+    inv_freq: Tensor
+
     def __init__(self, width: int, heads: int, kv_heads: int | None = None, *, bias: bool, causal: bool) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = heads, kv_heads or heads, width // heads
@@ -21,6 +23,8 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(width, width, bias=bias)
+        half = self.head_dim // 2
+        self.register_buffer("inv_freq", 10000.0 ** (-torch.arange(half) / half) if causal else None, persistent=False)
 
     def forward(self, states: Tensor) -> Tensor:
         """Attend from and to states ``(n, places, width)``."""
@@ -29,7 +33,7 @@ class SelfAttention(nn.Module):
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.causal:
-            query, key = _turned(query), _turned(key)
+            query, key = (_turned(each, self.inv_freq) for each in (query, key))
         shared = self.num_heads // self.num_kv_heads
         key, value = (each.repeat_interleave(shared, 1) for each in (key, value))
         context = functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
@@ -37,11 +41,10 @@ class SelfAttention(nn.Module):
         return mixed
 
 
-def _turned(heads: Tensor) -> Tensor:
+def _turned(heads: Tensor, frequencies: Tensor) -> Tensor:
     """Turn pairs of ``(n, heads, places, head_dim)`` by their places: https://arxiv.org/abs/2104.09864."""
     half = heads.shape[3] // 2
-    speeds = 10000.0 ** (-torch.arange(half, device=heads.device) / half)
-    angles = torch.outer(torch.arange(heads.shape[2], device=heads.device), speeds)
+    angles = torch.outer(torch.arange(heads.shape[2], device=heads.device), frequencies)
     one, other, cos, sin = heads[..., :half], heads[..., half:], angles.cos().to(heads), angles.sin().to(heads)
     return torch.cat([one * cos - other * sin, other * cos + one * sin], 3)
 

@@ -1,0 +1,86 @@
+"""Pairs of channels under rotary positions: what each adds to the logits of the heads that share its frequency."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nni_topo.maths.ties import FloatArray, first_smallest
+from nni_topo.network.attention import IntArray
+from nni_topo.network.capture import counted_places
+
+_QUERIES = 16  # of a sequence, evenly spread, whose logits are looked at
+_NOTHING = 1e-12  # of the largest logits
+
+
+class PairLogits:
+    """Sums over queries and the keys up to them: products of what pairs of channels add to a head's logits.
+
+    What is added to all logits of a query alike changes nothing and is left out. Padding doesn't count.
+    """
+
+    def __init__(self, frequencies: Tensor) -> None:
+        self._frequencies = frequencies
+        self._queries: Tensor | None = None
+        self.products: Tensor | None = None  # (heads, pairs, pairs)
+
+    def see_queries(self, rows: IntArray, _: Tensor, output: Tensor) -> None:
+        """Keep queries for the keys of the same call: of (samples, places, channels) each head's rows (heads, size)."""
+        self._queries = self._turned(output, rows)
+
+    def see_keys(self, rows: IntArray, _: Tensor, output: Tensor) -> None:
+        """Add the products of queries with keys, which several heads may share."""
+        assert self._queries is not None
+        queries, keys = self._queries, self._turned(output, rows)
+        keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1)
+        real = counted_places(output.shape[:-1])
+        for sample, (asking, asked) in enumerate(zip(queries, keys, strict=True)):
+            here = torch.arange(asked.shape[1], device=output.device)
+            here = here if real is None else here[real[sample].to(here.device)]
+            self._add(asking[:, here], asked[:, here])
+        self._queries = None
+
+    def shares(self) -> FloatArray:
+        """Return the mean over heads of their products, (pairs, pairs), as shares of the variance of their logits."""
+        assert self.products is not None
+        variances = self.products.sum((1, 2))
+        alive = variances > _NOTHING * variances.max()
+        found: FloatArray = (self.products / variances[:, None, None])[alive].mean(0).cpu().numpy()
+        return found if alive.any() else np.zeros_like(found)
+
+    def _turned(self, values: Tensor, rows: IntArray) -> Tensor:
+        """Return pairs as complex numbers, turned by their places: (samples, heads, places, pairs)."""
+        values = values.detach() if values.dim() == 3 else values.detach().unsqueeze(0)
+        heads = values[..., torch.from_numpy(rows).to(values.device)].double()
+        one, other = heads.unflatten(3, (2, -1)).unbind(3)
+        places = torch.arange(values.shape[1], device=values.device)
+        angles = torch.outer(places.double(), self._frequencies.to(places.device, torch.double))
+        return (torch.complex(one, other) * torch.polar(torch.ones_like(angles), angles).unsqueeze(1)).transpose(1, 2)
+
+    def _add(self, queries: Tensor, keys: Tensor) -> None:
+        places = queries.shape[1]
+        if not places:
+            return
+        chosen = torch.linspace(0, places - 1, min(_QUERIES, places)).round().long().to(queries.device)
+        logits = (queries[:, chosen].unsqueeze(2) * keys.conj().unsqueeze(1)).real  # (heads, queries, keys, pairs)
+        reached = (torch.arange(places, device=chosen.device) <= chosen.unsqueeze(1)).unsqueeze(2).to(logits)
+        means = (logits * reached).sum(2, keepdim=True) / reached.sum(1, keepdim=True)
+        varying = ((logits - means) * reached).flatten(1, 2)
+        products = varying.mT @ varying
+        self.products = products if self.products is None else self.products + products
+
+
+def pairs_that_stay(shares: FloatArray, kept: int) -> np.ndarray:
+    """Choose so many pairs, bool (pairs,), one after the other going that the others' logits come nearest without.
+
+    ``shares``: products of what pairs add, (pairs, pairs). Of pairs that are as near the lowest goes.
+    """
+    stays = np.ones(len(shares), dtype=bool)
+    lost, scale = np.zeros(len(shares)), float(np.trace(shares))
+    for _ in range(len(shares) - kept):
+        errors = np.diag(shares) + 2.0 * lost
+        found = np.flatnonzero(stays)[first_smallest(errors[stays], scale)]
+        stays[found] = False
+        lost += shares[found]
+    return stays
