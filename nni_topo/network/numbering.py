@@ -373,7 +373,8 @@ class Numbering(torch.fx.Interpreter):
         """Tie what is joined along another dimension than that of the channels."""
         # A slice in which numbers still differ has its channels in another dimension, where they meet those of the
         # others.
-        slices = [entry.unsqueeze(dim) if is_new else entry.narrow(dim, 0, 1) for entry in labels]
+        parts = [entry.unsqueeze(dim) if is_new else entry for entry in labels]
+        slices = [entry.narrow(dim, 0, 1) for entry in parts if entry.shape[dim]]  # of a part all channels may be gone
         if not all(any(varies(entry, d) for d in range(1, entry.dim())) for entry in slices):
             return moved
         for other in slices[1:]:

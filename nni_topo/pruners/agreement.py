@@ -34,6 +34,9 @@ class Agreement:
         tied = {unit.name: unit for unit in units if unit.ties}
         groups = meeting({name: set(unit.ties) for name, unit in tied.items()})
         self._shared = [_Shared([tied[name] for name in names]) for names in groups]
+        places = {unit.name: place for place, unit in enumerate(units)}
+        self.together = [[places[name] for name in names] for names in groups]
+        """Which units, by their places, share blocks, directly or over others."""
 
     def __call__(self, kept: Kept, scores: Mapping[str, NDArray[np.generic]]) -> Kept:
         """Return what stays: of each unit as many blocks as are kept now, as nearly as ties allow; which, by scores."""

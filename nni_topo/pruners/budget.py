@@ -138,8 +138,10 @@ class BudgetPlanner(Planner):
         def solve(share: float) -> list[int]:
             if self.budget.allocation == "uniform":
                 return solve_uniform([unit.rows for unit in units], cost, share, bounds)
-            how = solve_tolerance if self.budget.allocation == "topological" else solve_error
-            return how([losses(unit) for unit in units], bounds, cost, share)
+            worth = [losses(unit) for unit in units]
+            if self.budget.allocation == "topological":
+                return solve_tolerance(worth, bounds, cost, share)
+            return solve_error(worth, bounds, cost, share, Agreement(units).together)
 
         if self.budget.kind == "latency" and self.budget.latency_table is None:
             time = network_time(model, self.example_inputs, share)

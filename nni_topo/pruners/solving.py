@@ -56,44 +56,59 @@ def solve_uniform(
 
 
 def solve_error(
-    losses: list[FloatArray], bounds: list[tuple[int, int]], left: Callable[[Sequence[int]], float], share: float
+    losses: list[FloatArray],
+    bounds: list[tuple[int, int]],
+    left: Callable[[Sequence[int]], float],
+    share: float,
+    together: Sequence[Sequence[int]] = (),
 ) -> list[int]:
     """Remove rows, again and again those that lose least for what they save, until a budget is met.
 
     ``losses`` (rows,) descend, unit by unit. What rows save depends on the layers around them, so it is counted anew;
-    as other rows go it only shrinks, so that a count from before is a bound and few are needed.
+    as other rows go it only shrinks, so that a count from before is a bound and few are needed. Units ``together``,
+    by their indices, share rows: what one of them alone loses may save nothing, so they also go in proportion.
     """
     removed = [low for low, _ in bounds]
     behind = [np.append(0.0, worth[::-1].cumsum()) for worth in losses]  # what the last rows are worth, by their number
-    steps = [max(1, len(worth) // _STRETCHES) for worth in losses]
     now, scale = left(removed), max(each[-1] for each in behind)
+    groups = [[unit] for unit in range(len(losses))] + [list(units) for units in together]
 
-    def stretch(unit: int) -> list[int]:
-        return [min(gone + steps[at], bounds[at][1]) if at == unit else gone for at, gone in enumerate(removed)]
+    def strides(stretches: int) -> list[dict[int, int]]:
+        """Return how many rows of which units each group loses at a time; at most so many times."""
+        sizes = [{unit: len(losses[unit]) for unit in units} for units in groups]
+        times = [min(stretches, *size.values()) if stretches else min(size.values()) for size in sizes]
+        return [
+            {unit: max(1, count // most) for unit, count in size.items()}
+            for size, most in zip(sizes, times, strict=True)
+        ]
 
-    def price(unit: int) -> float:
-        there = stretch(unit)[unit]
-        if there == removed[unit]:
+    def stretch(step: dict[int, int]) -> list[int]:
+        return [min(gone + step.get(at, 0), bounds[at][1]) for at, gone in enumerate(removed)]
+
+    def price(step: dict[int, int]) -> float:
+        there = stretch(step)
+        if there == removed:
             return math.inf
-        saved = max(now - left(stretch(unit)), _LEAST_SAVING)
-        return float(behind[unit][there] - behind[unit][removed[unit]]) / saved
+        lost = sum(float(behind[unit][there[unit]] - behind[unit][removed[unit]]) for unit in step)
+        return lost / max(now - left(there), _LEAST_SAVING)
 
-    prices = [price(unit) for unit in range(len(losses))]
+    steps, is_near = strides(_STRETCHES), False
+    prices = [price(step) for step in steps]
     while now > share and min(prices) < math.inf:
-        unit = first_smallest(prices, scale)
-        known, prices[unit] = prices[unit], price(unit)
-        if prices[unit] > known * (1.0 + RELATIVE) + FLOOR * scale:
+        group = first_smallest(prices, scale)
+        known, prices[group] = prices[group], price(steps[group])
+        if prices[group] > known * (1.0 + RELATIVE) + FLOOR * scale:
             continue
-        then = left(stretch(unit))
-        if then < share and max(steps) > 1:
+        then = left(stretch(steps[group]))
+        if then < share and not is_near:
             # Near the budget row by row.
-            steps = [1] * len(steps)
-            prices = [price(each) for each in range(len(losses))]
+            steps, is_near = strides(0), True
+            prices = [price(step) for step in steps]
             continue
         if abs(then - share) > abs(now - share):
             break
-        removed, now = stretch(unit), then
-        prices[unit] = price(unit)
+        removed, now = stretch(steps[group]), then
+        prices[group] = price(steps[group])
     return removed
 
 

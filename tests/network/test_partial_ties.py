@@ -144,6 +144,19 @@ def test_a_budget_counts_what_will_be_left(name, budget):
     assert shares[kind] == pytest.approx(asked, abs=0.03)
 
 
+@pytest.mark.parametrize("name", NETS)
+def test_a_budget_by_error_is_met_where_channels_can_only_go_together(name, caplog):
+    model = make(name)
+    config = dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"]}])
+    pruner = nni_topo.ReconstructionPruner(
+        model, config, calibration=[IMAGES], budget={"flops": 0.4, "allocation": "error"}
+    )
+    dense = to_dense(model, IMAGES, chosen(pruner))
+    whole, left = (NetworkCost(net, IMAGES)({}).macs for net in (model, dense))
+    assert left / whole == pytest.approx(0.4, abs=0.03)
+    assert pruner.planner.left == pytest.approx(left / whole, rel=1e-12)
+
+
 def test_widths_are_multiples_where_ties_allow_it():
     model = make("SplitResidual")
     pruner = nni_topo.RandomPruner(model, dependency_groups(model, IMAGES, HALF), round_to=4)
