@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--masks", nargs="+", choices=tuple(MASKS), default=list(MASKS))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--steps", type=int, help="of distillation (default: its own)")
+    parser.add_argument("--precision", help="that the networks are trained in (default: the plan's)")
     parser.add_argument("--net", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     assert {*RULES, "head"} == {*METHODS}  # a head is the channel of convolutional nets
@@ -110,8 +111,10 @@ def _run(options: argparse.Namespace, seed: int) -> None:
 
 def _cells(options: argparse.Namespace, seed: int) -> Iterator[Cell]:
     plan = load_plan(options.plan)
+    train = {**plan.train, **({} if options.precision is None else {"precision": options.precision})}
     folder = None if options.data_dir is None else str(options.data_dir)
-    plan = replace(plan, data=tuple(replace(choice, data_dir=folder) for choice in plan.data), seeds=1, first_seed=seed)
+    data = tuple(replace(choice, data_dir=folder) for choice in plan.data)
+    plan = replace(plan, data=data, train=train, seeds=1, first_seed=seed)
     targets = tuple(t for t in plan.targets if options.flops is None or t.value in options.flops)
     pruners = tuple(replace(MASKS[label], label=label) for label in options.masks)
     yield from replace(plan, targets=targets, pruners=pruners).cells()
