@@ -7,6 +7,8 @@ Half of the heads of every layer and three quarters of the MLPs' neurons go; whe
 `compensate` solves what is left, on token ids alone. Without ``--model``, a folder that ``save_pretrained`` wrote, it
 is a BERT of base size with random weights, for what the steps cost; ``--tokens`` is what ``torch.save`` wrote of a dict
 of inputs, by default random ones, of which up to half is padding. Seconds are those of the processor, on one thread.
+``--times`` times dense networks with half, a third and a sixth of the heads, and half, a quarter and an eighth of the
+neurons, in turns with the whole one instead, two sequences without padding at a time.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 
 from nni_topo import compensate, create_pruner, dependency_groups, to_dense, zoo
 
+SHARES = ((1 / 2, 1 / 2), (1 / 3, 1 / 4), (1 / 6, 1 / 8))
 SIZES = {"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072}
 
 
@@ -36,13 +39,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, help="file of a dict of inputs")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--places", type=int, default=128)
+    parser.add_argument("--times", action="store_true", help="what dense networks take, and nothing else")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     net = transformers.BertForSequenceClassification
     model = net.from_pretrained(options.model) if options.model else random_bert(**SIZES)
     found = torch.load(options.tokens) if options.tokens else random_tokens(options.samples, options.places)
-    record = measure(model.eval(), [{key: part[at : at + 32] for key, part in found.items()} for at in _starts(found)])
+    batches = [{key: part[at : at + 32] for key, part in found.items()} for at in _starts(found)]
+    record = times(model.eval(), found["input_ids"][:2]) if options.times else measure(model.eval(), batches)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(record, indent=1))
@@ -76,12 +81,8 @@ def measure(model: nn.Module, batches: list[dict[str, Tensor]], heads: float = 0
         record[f"{step}, GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         return found
 
-    asked = [
-        {"op_names_re": [r".*\.attention\.self"], "granularity": "head", "sparse_ratio": heads},
-        {"op_names_re": [r".*\.intermediate\.dense"], "sparse_ratio": neurons},
-    ]
     few = {key: each[:2] for key, each in batches[0].items()}
-    groups = list(timed("groups", lambda: dependency_groups(model, few, asked)))
+    groups = list(timed("groups", lambda: dependency_groups(model, few, _asked(heads, neurons))))
     masks = timed("choose", lambda: create_pruner("l1", copy.deepcopy(model), groups).compress()[1])
     solved = timed("compensate", lambda: compensate(model, masks, batches))
     nets = {
@@ -93,6 +94,25 @@ def measure(model: nn.Module, batches: list[dict[str, Tensor]], heads: float = 0
         lost = (_logits(net, batches) - wanted).square().mean() / wanted.var(0).mean()
         record |= {f"{name}, lost": float(lost), f"{name}, parameters": zoo.count_params(net)}
     return {"parameters": zoo.count_params(model), **record}
+
+
+def times(model: nn.Module, ids: Tensor) -> Any:
+    """Return the shares of the MACs and of the time, of so many sequences, that dense networks take of the whole's."""
+    nets = {"whole": model}
+    for heads, neurons in SHARES:
+        groups = list(dependency_groups(model, ids, _asked(1.0 - heads, 1.0 - neurons)))
+        masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+        nets[f"{heads:.2f} of the heads, {neurons:.2f} of the neurons"] = to_dense(model, ids, masks)
+    taken = zoo.latencies(nets, ids, runs=15)
+    macs = {name: zoo.count_macs(net, ids) for name, net in nets.items()}
+    return {name: {"macs": macs[name] / macs["whole"], "time": taken[name] / taken["whole"]} for name in [*nets][1:]}
+
+
+def _asked(heads: float, neurons: float) -> list[dict[str, Any]]:
+    return [
+        {"op_names_re": [r".*\.attention\.self$"], "granularity": "head", "sparse_ratio": heads},
+        {"op_names_re": [r".*\.intermediate\.dense$"], "sparse_ratio": neurons},
+    ]
 
 
 def _logits(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:

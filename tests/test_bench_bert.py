@@ -12,10 +12,24 @@ pytest.importorskip("transformers")
 _FILE = Path(__file__).parents[1] / "benchmarks" / "bench_bert.py"
 
 
-def test_a_tiny_bert_loses_heads_and_neurons_and_is_compensated():
+@pytest.fixture(scope="module")
+def bench():
     spec = importlib.util.spec_from_file_location("bench_bert", _FILE)
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_products_and_times_of_a_tiny_bert_are_shares_of_the_whole_ones(bench):
+    model = bench.random_bert(vocab_size=31, hidden_size=32, num_hidden_layers=1, intermediate_size=48)
+    found = bench.times(model, bench.random_tokens(2, 8, most=31)["input_ids"])
+    macs = [each["macs"] for each in found.values()]
+    assert len(macs) == 3
+    assert 1 > macs[0] > macs[1] > macs[2] > 0
+    assert all(each["time"] > 0 for each in found.values())
+
+
+def test_a_tiny_bert_loses_heads_and_neurons_and_is_compensated(bench):
     model = bench.random_bert(vocab_size=31, hidden_size=32, num_hidden_layers=2, intermediate_size=48)
     for parameter in model.parameters():
         if parameter.dim() > 1:
