@@ -232,7 +232,8 @@ class _Heads:
         def made(layer: nn.Module, moments: Moments, rows: IntArray, _: Tensor, output: Tensor) -> None:
             self.see(moments, rows, by_channel(layer, output))
 
-        asking = [(self._model.get_submodule(layer), rows) for layer, rows in self._parts[:2] if self._is_seen(layer)]
+        within = self.attention.name  # ``nn.MultiheadAttention`` is such a layer itself
+        asking = [(self._model.get_submodule(layer), rows) for layer, rows in self._parts[:2] if layer != within]
         if self.logits is not None:
             looks = zip(asking, (self.logits.see_queries, self.logits.see_keys), strict=True)
             return [(mixer, mixed)], [(layer, partial(look, rows)) for (layer, rows), look in looks]
@@ -263,8 +264,8 @@ class _Heads:
         values are turned alone; that pairs of queries and keys may turn together says which channels are pairs.
         """
         steps = [(self._turn_logits, True), (self._turn_values, True)]
+        before = [(each, each.detach().clone()) for each in self._parameters()]
         for step, stays in steps if self.logits is None else [(self._spin, False), (self._turn_values, True)]:
-            before = [(each, each.detach().clone()) for each in self._parameters()]
             with torch.no_grad():
                 step()
             are_same = is_same()
@@ -292,9 +293,6 @@ class _Heads:
     def _parts(self) -> list[tuple[str, IntArray]]:
         """The layers that make queries, keys and values, each with the channels of each of its heads: (heads, size)."""
         return [(layer, rows.reshape(-1, self._size)) for layer, rows in self.attention.parts]
-
-    def _is_seen(self, layer: str) -> bool:
-        return layer != self.attention.name
 
     def _parameters(self) -> list[nn.Parameter]:
         layers = [self._model.get_submodule(layer) for layer in (*self.attention.channels, self._mixer)]
