@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.dependency import OUTPUT, dependency_groups
+from nni_topo.network.dependency import OUTPUT, DependencyGroups, dependency_groups
 from nni_topo.network.labels import FIXED
 from nni_topo.network.latency import LatencyTable
 from nni_topo.network.network import Network
@@ -118,12 +118,12 @@ def left_whole(model: nn.Module, example_inputs: Tensor, dense: nn.Module) -> di
 
 def _grouped(
     model: nn.Module, example_inputs: Any, entries: Sequence[Mapping[str, Any]] | None = None
-) -> list[dict[str, Any]]:
+) -> DependencyGroups:
     entries = entries or [{"op_names": inner_layers(model, example_inputs)}]
     return dependency_groups(model, example_inputs, [{**entry, "sparse_ratio": 0.0} for entry in entries])
 
 
-def _units(model: nn.Module, example_inputs: Any, config_list: list[dict[str, Any]]) -> list[PruningUnit]:
+def _units(model: nn.Module, example_inputs: Any, config_list: DependencyGroups) -> list[PruningUnit]:
     """Return the layers that lose the same channels, or heads, within the bounds of their entries."""
     flow = Network.on(model, example_inputs).flow
     grouped: dict[Any, list[dict[str, Any]]] = defaultdict(list)
@@ -134,12 +134,15 @@ def _units(model: nn.Module, example_inputs: Any, config_list: list[dict[str, An
         names = [name for entry in members for name in entry["op_names"]]
         # blocks of all members must fit: a step takes one channel of each part
         parts = math.lcm(*(entry.get("internal_metric_block", 1) for entry in members))
+        blocks = len(flow.bundle_numbers(names[0])) // parts * parts
+        ties = config_list.ties.get(names[0], ())
         units.append(
             PruningUnit(
                 name=str(key),
                 members=tuple((name, "weight") for name in names),
-                blocks=len(flow.bundle_numbers(names[0])) // parts * parts,
+                blocks=blocks,
                 parts=parts,
+                ties=ties if len(ties) == blocks else (),
                 elements=1,
                 sparse_ratio=0.0,
                 sparse_threshold=None,

@@ -13,6 +13,8 @@ from torch import nn
 import nni_topo
 from nni_topo.network.cost import NetworkCost
 from nni_topo.network.reference import masked_model
+from nni_topo.runs.plan import Target
+from nni_topo.runs.widths import layer_ratios, pruning_config
 from nni_topo.speedup import dependency_groups, to_dense
 
 IMAGES = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -155,6 +157,16 @@ def test_a_budget_by_error_is_met_where_channels_can_only_go_together(name, capl
     whole, left = (NetworkCost(net, IMAGES)({}).macs for net in (model, dense))
     assert left / whole == pytest.approx(0.4, abs=0.03)
     assert pruner.planner.left == pytest.approx(left / whole, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_widths_of_a_comparison_meet_its_budget(name):
+    model = make(name)
+    ratios = layer_ratios(model, IMAGES, Target("flops", 0.4))
+    pruner = nni_topo.RandomPruner(model, pruning_config(model, IMAGES, ratios))
+    dense = to_dense(model, IMAGES, chosen(pruner))
+    whole, left = (NetworkCost(net, IMAGES)({}).macs for net in (model, dense))
+    assert left / whole == pytest.approx(0.4, abs=0.03)
 
 
 def test_widths_are_multiples_where_ties_allow_it():
