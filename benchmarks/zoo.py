@@ -90,11 +90,30 @@ def width(module: nn.Module) -> int:
     return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)  # type: ignore[arg-type]
 
 
+def used_weight(module: Any) -> Tensor:
+    """Return the weight that a layer convolves with, which its forward may compute, as weight standardization does."""
+    seen = [module.weight]
+    if isinstance(module, nn.Conv2d) and not type(module).__module__.startswith("torch."):
+        plain = nn.functional.conv2d
+
+        def look(x: Tensor, weight: Tensor, *others: Any, **named: Any) -> Tensor:
+            seen.append(weight)
+            return plain(x, weight, *others, **named)
+
+        nn.functional.conv2d = look
+        try:
+            with torch.no_grad():
+                module(torch.zeros(1, module.in_channels, 16, 16).to(module.weight))
+        finally:
+            nn.functional.conv2d = plain
+    return seen[-1].detach()
+
+
 def by_output(module: nn.Module) -> np.ndarray:
     """Return a layer's weights with one row an output channel; of a recurrent one those of a gate."""
     if isinstance(module, nn.RNNBase):
         return module.weight_ih_l0[: module.hidden_size].detach().numpy()
-    weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    weight = used_weight(module)
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         weight = weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
     return weight.flatten(1).numpy()

@@ -17,7 +17,8 @@ from nni_topo.network.attention import Attention
 from nni_topo.network.inputs import tensors_of
 from nni_topo.network.labels import FIXED, fixed
 from nni_topo.network.layers import TRANSPOSED
-from nni_topo.network.numbering import Blocks, Numbering
+from nni_topo.network.numbering import Numbering
+from nni_topo.network.numbers import Blocks
 from nni_topo.network.written import Place, counted
 
 
@@ -48,6 +49,11 @@ class ChannelFlow(Numbering):
     def sizes_left(self, left: np.ndarray) -> dict[Place, int]:
         """Count anew what attributes of the model count, given which representatives stay."""
         return {place: parts * int(left[each[0]].sum()) for place, (parts, each) in self._written.items()}
+
+    @property
+    def shuffles(self) -> bool:
+        """Whether the network cuts into equal pieces what it puts into another order."""
+        return self.reorders and self.chunks
 
     @property
     def size(self) -> int:

@@ -1,11 +1,15 @@
-"""Layer, RMS and group norms of which channels are gone, whose statistics count these all the same, as zeros.
+"""Layer, RMS, group and response norms of which channels are gone, whose statistics count these all the same, as zeros.
 
 With ``s`` the share of the channels that are left, the mean over all is ``s`` times theirs, and the mean square ``s``
 times theirs; so is the variance, about the mean over all, and the others add ``1 - s`` times the square of that mean.
-A norm of the smaller size alone would leave ``s`` and the others out.
+A norm of the smaller size alone would leave ``s`` and the others out. A response norm (GRN, of ConvNeXt v2) divides
+by the mean of the channels' lengths over all places.
 """
 
 from __future__ import annotations
+
+import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +79,60 @@ class CountedGroupNorm(nn.GroupNorm):
         return f"{super().extra_repr()}, counted={self.counted}"
 
 
+class CountedResponseNorm(nn.Module):
+    """A global response norm over ``counted`` channels, of which only those of its two parameters aren't zero."""
+
+    counted: int
+    dim: int  # -1, or 1 in networks that hold channels first
+    eps: float
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Weigh channels by how long they are beside the others: four dimensions, channels in ``dim``."""
+        gain, shift = (parameter.flatten() for parameter in self.parameters())
+        x = images.movedim(self.dim, -1)
+        lengths = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+        found: Tensor = x + shift + gain * x * lengths / (lengths.sum(-1, keepdim=True) / self.counted + self.eps)
+        return found.movedim(-1, self.dim)
+
+    def extra_repr(self) -> str:
+        """Show the channels left and those counted."""
+        return f"{next(self.parameters()).numel()}, counted={self.counted}"
+
+
+def response_norm(norm: nn.Module) -> CountedResponseNorm | None:
+    """Return the global response norm that one of another's making computes, with its parameters; None if none does.
+
+    The answer is found by trying it, on inputs some of which are as small as what is added to their mean length.
+    """
+    if isinstance(norm, CountedResponseNorm):
+        return norm
+    sizes = [parameter.numel() for parameter in norm.parameters()]
+    is_other = not type(norm).__module__.startswith(("torch.", "nni_topo."))
+    if not is_other or len(sizes) != 2 or sizes[0] != sizes[1] or sizes[0] < 2 or norm._buffers or norm._modules:
+        return None
+    gain, shift = (
+        nn.Parameter(torch.linspace(low, high, sizes[0], dtype=torch.float64)) for low, high in ((0.5, 1.5), (-1, 1))
+    )
+    tried: Any = copy.deepcopy(norm)
+    made = CountedResponseNorm()
+    for (name, old), new in zip(norm.named_parameters(), (gain, shift), strict=True):
+        setattr(tried, name, nn.Parameter(new.view(old.shape)))
+    made.gain, made.shift, made.counted = gain, shift, sizes[0]
+    rows = torch.linspace(-9, 9, 24 * sizes[0], dtype=torch.float64).sin().view(2, 3, 4, -1)
+    rows[1] *= 1e-6
+    eps = getattr(norm, "eps", 1e-6)
+    for made.dim in (-1, 1) if isinstance(eps, float) else ():
+        made.eps, x = eps, rows.movedim(-1, made.dim)
+        with torch.no_grad():
+            try:
+                given, wanted = tried.forward(x), made.forward(x)
+            except (RuntimeError, TypeError, ValueError):
+                continue
+        if isinstance(given, Tensor) and torch.allclose(given, wanted, rtol=1e-9, atol=1e-12):
+            return made
+    return None
+
+
 def channel_dim(norm: nn.Module) -> int | None:
     """Tell along which dimension a norm has its channels; None if one of another's making may do more than that.
 
@@ -83,7 +141,8 @@ def channel_dim(norm: nn.Module) -> int | None:
     if isinstance(norm, nn.RMSNorm):
         return -1 if type(norm) in (nn.RMSNorm, CountedRMSNorm) and len(norm.normalized_shape) == 1 else None
     if not isinstance(norm, nn.LayerNorm):
-        return 1
+        response = response_norm(norm)
+        return 1 if response is None else response.dim
     if isinstance(norm, CountedLayerNorm):
         return norm.dim
     if type(norm) is nn.LayerNorm:
@@ -126,7 +185,11 @@ def plain_rms_norm(norm: nn.Module) -> nn.RMSNorm | None:
 def count(norm: nn.Module, channels: int) -> None:
     """Let a norm go on counting so many channels, those of a group; one that does keeps its count."""
     kinds = {nn.LayerNorm: CountedLayerNorm, nn.RMSNorm: CountedRMSNorm, nn.GroupNorm: CountedGroupNorm}
-    if isinstance(norm, tuple(kinds.values())):
+    if isinstance(norm, (*kinds.values(), CountedResponseNorm)):
+        return
+    if response := response_norm(norm):
+        norm.__class__ = CountedResponseNorm
+        norm.counted, norm.dim, norm.eps = channels, response.dim, response.eps  # type: ignore[assignment]
         return
     dim, kind = channel_dim(norm), next(counted for plain, counted in kinds.items() if isinstance(norm, plain))
     norm.__class__ = kind

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from nni_topo.errors import SpeedupError
-from nni_topo.network.counted import count
+from nni_topo.network.computed import fold
+from nni_topo.network.counted import count, response_norm
 from nni_topo.network.layers import CONVOLUTIONS, RULES, TRANSPOSED, is_recurrent, row_names, weight_name
 
 _BATCH_NORMS = torch.nn.modules.batchnorm._NormBase  # instance norms too
@@ -17,6 +18,7 @@ def cut(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
     """Keep some input and output channels, ascending indices, in place; an embedding has no input channels."""
     if not len(outs) or not (len(ins) or isinstance(module, torch.nn.Embedding)):
         raise SpeedupError(f"a layer must keep at least one channel, got none left ({name})")
+    fold(module)  # its weight depends on all inputs
     if isinstance(module, CONVOLUTIONS + TRANSPOSED):
         _cut_convolution(name, module, ins, outs)
     elif isinstance(module, torch.nn.Linear):
@@ -49,6 +51,8 @@ def cut(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
     elif isinstance(module, torch.nn.PReLU) and module.num_parameters > 1:
         _cut_vectors(module, outs)
         module.num_parameters = len(outs)
+    elif response_norm(module):
+        _cut_response_norm(module, outs)
 
 
 def _cut_units(module: Any, rows: torch.Tensor) -> None:
@@ -91,6 +95,12 @@ def _cut_vectors(module: torch.nn.Module, kept: torch.Tensor) -> None:
     """Cut everything that has one number a channel."""
     for name in ("weight", "bias", "running_mean", "running_var"):
         keep(module, name, _rows(getattr(module, name, None), kept))
+
+
+def _cut_response_norm(module: torch.nn.Module, kept: torch.Tensor) -> None:
+    for name, parameter in list(module.named_parameters()):
+        count(module, parameter.numel())
+        keep(module, name, parameter.index_select(max(range(parameter.dim()), key=lambda d: parameter.shape[d]), kept))
 
 
 def _cut_group_norm(name: str, module: torch.nn.GroupNorm, kept: torch.Tensor) -> None:

@@ -20,6 +20,7 @@ from nni_topo.network.network import Network
 from nni_topo.network.partial import meeting, partial_ties
 from nni_topo.network.parts import is_in_parts
 from nni_topo.network.report import why_not_followed
+from nni_topo.network.shuffles import Share, asked_of, shares
 
 _logger = logging.getLogger(__name__)
 
@@ -41,6 +42,9 @@ class DependencyGroups(list[dict[str, Any]]):
     ties : mapping of str to tuple of int
         By layer that shares some of its channels with others, or with itself, a number for each channel, (channels,):
         those with equal numbers can only go together, which no entry can say. The package's pruners heed it.
+    shares : mapping of str to Share
+        By layer whose channels are shuffled and split, how many of which stay at the ratio of its entry, which no entry
+        can say. The package's pruners heed it.
     """
 
     def __init__(
@@ -49,15 +53,17 @@ class DependencyGroups(list[dict[str, Any]]):
         skipped: Mapping[str, str] | None = None,
         named: Iterable[str] = (),
         ties: Mapping[str, tuple[int, ...]] | None = None,
+        shares: Mapping[str, Share] | None = None,
     ) -> None:
         super().__init__(entries)
         self.skipped = dict(skipped or {})
         self.named = frozenset(named)
         self.ties = dict(ties or {})
+        self.shares = dict(shares or {})
 
     def with_entries(self, entries: Iterable[dict[str, Any]]) -> DependencyGroups:
         """Put others in place of the entries."""
-        return DependencyGroups(entries, self.skipped, self.named, self.ties)
+        return DependencyGroups(entries, self.skipped, self.named, self.ties, self.shares)
 
     def without(self, layers: Iterable[str]) -> DependencyGroups:
         """Leave out the entries of some layers, and of those in a group with them."""
@@ -202,7 +208,7 @@ def dependency_groups(
     ]
     # What mixes heads loses columns, and rows of it stay.
     ties = partial_ties(flow, selected - left_out - mixers.keys())
-    return DependencyGroups(entries, skipped, named & selected, ties)
+    return DependencyGroups(entries, skipped, named & selected, ties, shares(flow, asked_of(flow, entries, ties)))
 
 
 def _why_headless(model: torch.nn.Module, name: str) -> str:
@@ -231,7 +237,8 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: se
             # Of a norm, say, masks may be wanted all the same.
             module = network.model.get_submodule(name)
             if output_channels(module) is not None or isinstance(module, RECURRENT) or is_transposed_linear(module):
-                skipped[name] = why_not_followed(network.model, name)
+                along = "it goes along the channels of another layer" if name in flow.along else ""
+                skipped[name] = along or why_not_followed(network.model, name)
             continue
         roots = flow.layer_roots(name)
         reasons = [unfit[root] for root in roots.tolist() if root in unfit]

@@ -11,6 +11,7 @@ from nni.compression.speedup import ModelSpeedup
 from nni.compression.speedup.container import NodeInfo
 from nni.compression.speedup.replacer import Replacer
 
+from nni_topo.network.along import cut_along
 from nni_topo.network.attention import resize
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.cutting import cut, keep
@@ -73,7 +74,10 @@ class _Cutter(Replacer):
             entering, leaving = speedup.numbers(name)
             if len(ins) < len(entering) or len(outs) < len(leaving):
                 device = next((each.device for each in module.parameters()), torch.device("cpu"))
-                cut(name, module, ins.to(device), outs.to(device))
+                if name in flow.along:
+                    cut_along(module, ins.to(device), len(entering))
+                else:
+                    cut(name, module, ins.to(device), outs.to(device))
         for name, own in flow.own.items():
             kept = speedup.indices(flow.own_numbers(name))
             if speedup.order is not None and name in speedup.order.own:

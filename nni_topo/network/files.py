@@ -24,8 +24,10 @@ from safetensors.torch import save_file
 from nni_topo._version import __version__
 from nni_topo.disk import read_tensors, reading, whole_file, write_tensors
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.along import count_channels
 from nni_topo.network.attention import Attention, find_attention, resize, set_size
-from nni_topo.network.counted import count
+from nni_topo.network.computed import fold
+from nni_topo.network.counted import count, response_norm
 from nni_topo.network.depth import kept_blocks, take_out_others
 from nni_topo.network.labels import can_follow
 from nni_topo.network.layers import weight_of
@@ -158,6 +160,10 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
     built = copy.deepcopy(model) if isinstance(model, torch.nn.Module) else model()
     check_unwrapped(built)
     _take_out(document["blocks"], built, os.fspath(path))
+    for name, module in built.named_modules():
+        # Of a layer that computes its weight a plain one was made where it was cut.
+        if _is_plain(document["modules"].get(name), module):
+            fold(module)
     _check_fit(document, built, os.fspath(path))
     modules: dict[str, dict[str, Any]] = document["modules"]
     whole = find_attention(built)
@@ -189,6 +195,11 @@ def describe(module: torch.nn.Module) -> dict[str, Any]:
     sizes = {name: getattr(module, name) for name in size_names(module)}
     plain = {name: list(size) if isinstance(size, tuple) else int(size) for name, size in sizes.items()}
     return {"type": type(module).__name__, "sizes": plain}
+
+
+def _is_plain(description: Any, module: torch.nn.Module) -> bool:
+    """Tell whether a file has a module as one of another class than the model, which might be the plain one of it."""
+    return isinstance(description, dict) and description.get("type") != type(module).__name__
 
 
 def _fingerprint(tensor: torch.Tensor) -> str:
@@ -301,6 +312,8 @@ def _check_fit(document: dict[str, Any], model: torch.nn.Module, place: str) -> 
     resizable = {name for name, module in model.named_modules(remove_duplicate=False) if size_names(module)}
     resizable |= find_attention(model).keys()
     stored: dict[str, dict[str, Any]] = document["modules"]
+    # Of a response norm the whole model says no size.
+    modules |= {name: each for name, each in model.named_modules() if name in stored and response_norm(each)}
     tensors = dict(model.state_dict(keep_vars=True))
     _check_names(rule, "modules", set(stored), set(modules), place)
     _check_names(rule, "tensors", set(document["state_dict"]), set(tensors), place)
@@ -364,7 +377,7 @@ def _resize_heads(model: torch.nn.Module, attention: Attention, size: Any, place
 
 def _resize(module: torch.nn.Module, sizes: dict[str, Any]) -> None:
     if "counted" in sizes:
-        count(module, sizes["counted"])
+        (count_channels if isinstance(module, torch.nn.Conv1d) else count)(module, sizes["counted"])
     for name in size_names(module):
         size = sizes[name]
         setattr(module, name, tuple(size) if isinstance(size, list) else size)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nni_topo.errors import unknown_name
-from nni_topo.network.counted import channel_dim, plain_rms_norm
+from nni_topo.network.counted import channel_dim, plain_rms_norm, response_norm
 
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
@@ -118,7 +118,18 @@ def is_one(module: torch.nn.Module) -> bool:
         return True
     if isinstance(module, (*WEIGHTED, torch.nn.Embedding)):
         return not any(True for _ in module.children())
-    return isinstance(module, NORMALIZING) and channel_dim(module) is not None
+    return is_normalizing(module) and channel_dim(module) is not None
+
+
+def is_normalizing(module: torch.nn.Module) -> bool:
+    """Tell whether a module is a norm, of PyTorch's or a response norm of somebody's making."""
+    return isinstance(module, NORMALIZING) or response_norm(module) is not None
+
+
+def per_channel_names(norm: torch.nn.Module) -> list[str]:
+    """Name the parameters of a norm that hold one number a channel."""
+    names = {"weight", "bias"} if isinstance(norm, PER_CHANNEL) else dict(norm.named_parameters()).keys()
+    return [name for name in names if isinstance(getattr(norm, name, None), torch.Tensor)]
 
 
 def is_plain_norm(module: torch.nn.Module) -> bool:
@@ -130,7 +141,8 @@ def can_be_cut(module: torch.nn.Module) -> bool:
     """Tell whether a module can be made smaller, or has no parameters to cut; a recurrent layer, say, has and can't."""
     if output_channels(module) is not None:
         return not (weight_is_computed(module) or isinstance(module, torch.nn.MultiheadAttention))
-    return isinstance(module, (*PER_CHANNEL, *RULES)) or not any(True for _ in module.parameters())
+    is_known = isinstance(module, (*PER_CHANNEL, *RULES)) or is_normalizing(module)
+    return is_known or not any(True for _ in module.parameters())
 
 
 def weight_is_computed(module: torch.nn.Module) -> bool:

@@ -6,7 +6,6 @@ ties the numbers that meet, a depth-wise convolution ties its output channel to 
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 import torch.fx
 from torch.utils._pytree import tree_map, tree_map_only
 
+from nni_topo.network.along import goes_along
 from nni_topo.network.attention import Attention, attend, find_heads, is_mixed
 from nni_topo.network.counted import channel_dim
 from nni_topo.network.inputs import tensors_of
@@ -44,36 +44,10 @@ from nni_topo.network.layers import (
     can_be_cut,
     entering_channels,
     is_depthwise,
+    is_normalizing,
     output_channels,
 )
-from nni_topo.network.numbers import Numbers
-
-
-@dataclasses.dataclass
-class Layer:
-    """A layer that makes channels."""
-
-    name: str
-    first: int  # number of its first output channel; the others follow
-    channels: int
-    depthwise: bool  # each output channel depends on one input channel alone, with which it stays or goes
-
-
-@dataclasses.dataclass
-class Own:
-    """A parameter that the model uses by itself (a layer scale, a position embedding), with a number for each place."""
-
-    first: int
-    channels: int
-    dim: int  # the dimension of its channels
-
-
-@dataclasses.dataclass
-class Blocks:
-    """Channels in blocks of which each keeps equally many: by side, one array of channel numbers a block."""
-
-    sides: list[list[np.ndarray]]  # a grouped convolution's inputs and its outputs, a norm's channels, a chunk's pieces
-    may_vanish: bool  # a block may lose all of its channels, on all sides at once
+from nni_topo.network.numbers import Blocks, Layer, Numbers, Own
 
 
 class Numbering(torch.fx.Interpreter):
@@ -85,11 +59,13 @@ class Numbering(torch.fx.Interpreter):
         super().__init__(graph_module)
         self.traced = graph_module
         self.layers: dict[str, Layer] = {}  # in the order they are called
+        self.along = set[str]()  # convolutions that go along the channels of others, and make none of their own
         self.own: dict[str, Own] = {}  # by name; these go with the channels that they meet, and have no say
         self.attention = find_heads(graph_module)  # by module; of those that the graph calls
         self.heads: dict[str, Attention] = {}  # the same by layer that makes queries, keys or values
         self.blocks: list[Blocks] = []  # one for each grouped convolution, group norm and chunk
         self.reorders = False  # whether the dense model may put channels into another order: see `DenseOrder`
+        self.chunks = False  # whether channels are cut into equal pieces
         self.numbers: dict[str, Any] = {}  # by node, what it puts out: int64, of length 1 where nothing differs
         self._called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
         self._entering: dict[str, np.ndarray] = {}
@@ -148,6 +124,8 @@ class Numbering(torch.fx.Interpreter):
         if not labels or not can_be_cut(module):
             # It needs all that enters, and what it puts out can't be made less.
             return self._whole(node, labels, f"{type(module).__name__} ({name}) stays whole")
+        if name in self.along or (name not in self.layers and goes_along(module, labels[0], shape or ())):
+            return self._along(node, name, module, labels[0], shape or ())
         if output_channels(module) is not None:
             return self._layer(name, module, labels[0], shape or ())
         if isinstance(module, MOVING_MODULES):
@@ -157,13 +135,21 @@ class Numbering(torch.fx.Interpreter):
             # A norm's groups are of one size, so those that are left have to be too.
             side = np.split(self._per_channel(labels[0], 1), module.num_groups)
             self.blocks.append(Blocks([list(side)], may_vanish=True))
-        if isinstance(module, (*PER_CHANNEL, *RULES)):
+        if isinstance(module, (*PER_CHANNEL, *RULES)) or is_normalizing(module):
             rule = RULES.get(type(module))
             dim = rule.dim if rule else channel_dim(module)
             if dim is None:
                 return self._whole(node, labels, f"{type(module).__name__} ({name}) stays whole")
             self._tie_calls(name, self._per_channel(labels[0], dim % labels[0].dim()))
         return self._passed(node, labels)
+
+    def _along(self, node: torch.fx.Node, name: str, module: Any, labels: torch.Tensor, shape: tuple[int, ...]) -> Any:
+        """Let a convolution along channels leave them where they are."""
+        self.along.add(name)
+        if not goes_along(module, labels, shape) or labels.shape[2] != len(self._entering.get(name, labels[0, 0])):
+            return self._whole(node, [labels], f"{name} goes along other channels elsewhere")
+        self._tie_calls(name, self._per_channel(labels, 2))
+        return labels[:, :1].expand(shape)
 
     def _recur(self, node: torch.fx.Node, labels: list[torch.Tensor], name: str, kind: str) -> Any:
         """Let a recurrent layer take fewer channels in, and tie the gates of each unit, and the states that it gets."""
@@ -298,7 +284,9 @@ class Numbering(torch.fx.Interpreter):
         # In the dense model too chunk makes equal pieces of what it gets, so all of them have to lose equally many.
         if plain_name(n) == "chunk" and moved[0].dim() > 1 and len({piece.shape for piece in moved}) == 1:
             pieces = [self._per_channel(piece, 1) for piece in moved]
-            self.blocks.append(Blocks(self._sides(pieces), may_vanish=False))
+            sides, self.chunks = self._sides(pieces), True
+            uneven = self.reorders and any(len({len(block) for block in side}) > 1 for side in sides)
+            self.blocks.append(Blocks([pieces] if uneven else sides, may_vanish=False, moves=True, is_uneven=uneven))
         return moved
 
     def _sides(self, pieces: list[np.ndarray]) -> list[list[np.ndarray]]:
@@ -311,8 +299,7 @@ class Numbering(torch.fx.Interpreter):
             [piece[owner == each] for piece, owner in zip(pieces, owners, strict=True)]
             for each in np.unique(np.concatenate(owners))
         ]
-        alike = all(len({len(block) for block in side}) == 1 for side in sides)
-        return sides if self.reorders and alike else [pieces]
+        return sides if self.reorders else [pieces]
 
     def _split(self, n: torch.fx.Node, labels: torch.Tensor, moved: torch.Tensor) -> None:
         """Say what a view asks of channels that it takes apart into rows: so many of them, or each of such a length."""
@@ -326,7 +313,7 @@ class Numbering(torch.fx.Interpreter):
         fixed_sizes = [isinstance(sizes[d], int) and sizes[d] != -1 for d in places[1]]
         rows = moved.movedim(places[1], (0, 1)).flatten(2)[:, :, 0].numpy()
         if fixed_sizes == [True, False]:
-            self.blocks.append(Blocks([list(rows)], may_vanish=False))
+            self.blocks.append(Blocks([list(rows)], may_vanish=False, moves=True))
             self.reorders = True
         elif fixed_sizes == [False, True]:
             self._given.tie(rows[:, :1], rows)

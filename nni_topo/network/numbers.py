@@ -1,12 +1,43 @@
-"""Numbers given out to channels: tied where channels go together, pinned where they stay."""
+"""What channels belong to, and numbers given out to them: tied where channels go together, pinned where they stay."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from nni_topo.network.labels import FIXED
+
+
+@dataclasses.dataclass
+class Layer:
+    """A layer that makes channels."""
+
+    name: str
+    first: int  # number of its first output channel; the others follow
+    channels: int
+    depthwise: bool  # each output channel depends on one input channel alone, with which it stays or goes
+
+
+@dataclasses.dataclass
+class Own:
+    """A parameter that the model uses by itself (a layer scale, a position embedding), with a number for each place."""
+
+    first: int
+    channels: int
+    dim: int  # the dimension of its channels
+
+
+@dataclasses.dataclass
+class Blocks:
+    """Channels in blocks of which each keeps equally many: by side, one array of channel numbers a block."""
+
+    sides: list[list[np.ndarray]]  # a grouped convolution's inputs and its outputs, a norm's channels, a chunk's pieces
+    may_vanish: bool  # a block may lose all of its channels, on all sides at once
+    moves: bool = False  # only where channels go depends on it, as behind a chunk: see `shuffles`
+    is_uneven: bool = False  # of shuffled layers, whose pieces can't be of one size each
 
 
 class Numbers:

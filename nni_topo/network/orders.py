@@ -38,6 +38,7 @@ class DenseOrder(torch.fx.Interpreter):
         self.own: dict[
             str, np.ndarray
         ] = {}  # places that stay of the model's own parameters, in the order they are met
+        self.unfit = set[str]()  # the nodes that can't be run on what is left
         self.reordered = set[str]()  # the nodes that give channels in another order than the whole model
         with torch.no_grad():
             self.run()
@@ -143,6 +144,7 @@ class DenseOrder(torch.fx.Interpreter):
         try:
             return getattr(self, node.op)(node.target, args, kwargs)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError):
+            self.unfit.add(node.name)
             return ascending
 
     def places(self, name: str) -> np.ndarray:

@@ -18,6 +18,7 @@ import torch
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.capture import watched
+from nni_topo.network.computed import fold
 from nni_topo.network.counted import channel_dim
 from nni_topo.network.inputs import (
     Call,
@@ -29,7 +30,7 @@ from nni_topo.network.inputs import (
     shrunk,
     tensors_of,
 )
-from nni_topo.network.layers import NORMALIZING, is_depthwise
+from nni_topo.network.layers import is_depthwise, is_normalizing, per_channel_names
 from nni_topo.network.masks import FullMasks, Masks, check_masks, check_model
 from nni_topo.network.modes import RandomWeights, detached_copy, put_parameters, random_state_kept
 from nni_topo.network.transformers import fast_paths_off
@@ -112,10 +113,10 @@ def _apply(model: torch.nn.Module, masks: FullMasks) -> None:
 
 def _silence(module: torch.nn.Module, channels: torch.Tensor) -> None:
     """Zero what a per-channel module makes of dead channels."""
-    targets = ("bias",) if is_depthwise(module) else ("weight", "bias")
-    for target in targets:
+    for target in ["bias"] if is_depthwise(module) else per_channel_names(module):
         parameter = getattr(module, target, None)
         if isinstance(parameter, torch.Tensor):
+            parameter = parameter.view(-1)
             repeats = parameter.shape[0] // len(channels)
             parameter[channels.to(parameter.device).repeat_interleave(repeats)] = 0
 
@@ -125,7 +126,7 @@ def _dead_inputs(model: torch.nn.Module, call: Call, masks: FullMasks) -> dict[s
     generator = torch.Generator().manual_seed(0)
     probe = _positive(model, masks, generator)
     positive = cast_floats(random_like(call, generator, positive=True), torch.float32)
-    found = [(n, m) for n, m in probe.named_modules() if is_depthwise(m) or isinstance(m, NORMALIZING)]
+    found = [(n, m) for n, m in probe.named_modules() if is_depthwise(m) or is_normalizing(m)]
     watches = {name: _Watch(module) for name, module in found}
     unstable = True
     with torch.no_grad(), random_state_kept(), watched(leaving=[(m, watches[name].look) for name, m in found]):
@@ -140,6 +141,8 @@ def _dead_inputs(model: torch.nn.Module, call: Call, masks: FullMasks) -> dict[s
 def _positive(model: torch.nn.Module, masks: FullMasks, generator: torch.Generator) -> torch.nn.Module:
     """Copy a model with positive parameters, scaled so that activations neither grow nor shrink, and masked."""
     probe, numbers = detached_copy(model, light=True).eval(), RandomWeights(torch.rand, generator)
+    for module in probe.modules():
+        fold(module)  # weights with a mean of zero would cancel
     unbiased = {f"{name}.bias".lstrip(".") for name, module in model.named_modules() if is_depthwise(module)}
 
     def weights(name: str, old: torch.Tensor) -> torch.Tensor:

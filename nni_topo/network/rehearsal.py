@@ -27,10 +27,11 @@ from nni_topo.network.engine import DenseSpeedup, kept_slices
 from nni_topo.network.following import only_norm_behind
 from nni_topo.network.inputs import Call, cast_floats, out_of_memory, random_like, shrunk, tensors_of
 from nni_topo.network.labels import FIXED, place
-from nni_topo.network.layers import NORMALIZING, is_recurrent
+from nni_topo.network.layers import is_normalizing, is_recurrent, per_channel_names
 from nni_topo.network.modes import RandomWeights, put_parameters, random_state_kept, unwrapped_copy
 from nni_topo.network.reference import difference
 from nni_topo.network.resolve import grow
+from nni_topo.network.shuffles import Shares, chosen_of, shares
 from nni_topo.network.tracing import arguments
 from nni_topo.network.transformers import fast_paths_off
 from nni_topo.network.written import resized
@@ -52,13 +53,14 @@ def unfit(network: Network) -> dict[int, str]:
         full = assembled(_with_random_weights(network.model))
         entering: Call = (arguments(full.graph, network.model, network.call), {})
         args = cast_floats(random_like(entering, torch.Generator().manual_seed(0)), torch.float32)[0]
+        halves = shares(flow, {name: layer.channels - layer.channels // 2 for name, layer in flow.layers.items()})
         small, clean = shrunk((args, {}))[0], set[bool]()
         pairs = zip(tensors_of(small), tensors_of(args), strict=True)
         ways = [small, args] if any(one.shape != other.shape for one, other in pairs) else [args]
         for turn in range(_ROUNDS):
             # Blocks lose a part of each, as pruners choose; and some as a whole, as masks may say.
             in_parts = bool(flow.blocks) and turn % 2 == 0
-            left = _draw(flow, held, drawing, in_parts=in_parts)
+            left = _draw(flow, held, drawing, halves if in_parts else {}, in_parts=in_parts)
             found = _rehearsed(_Rehearsal(flow, left, full), ways)
             held.update(found)
             clean = set() if found else clean | {in_parts}
@@ -92,13 +94,19 @@ def _with_random_weights(model: nn.Module) -> nn.Module:
     return drawn.float()
 
 
-def _draw(flow: ChannelFlow, held: dict[int, str], drawing: np.random.Generator, *, in_parts: bool) -> np.ndarray:
+def _draw(
+    flow: ChannelFlow, held: dict[int, str], drawing: np.random.Generator, halves: Shares, *, in_parts: bool
+) -> np.ndarray:
     """Draw which channels stay, by representative: about half of those that can go, at least one of every layer."""
     left: np.ndarray = drawing.random(flow.size) < 0.5
     for block in (block for blocks in flow.blocks for side in blocks.sides for block in side if in_parts):
         roots = flow.roots(block)
         left[roots] = False
         left[drawing.permutation(roots)[: (len(roots) + 1) // 2]] = True
+    for name, share in halves.items():
+        left[flow.layer_roots(name)] = chosen_of(
+            share.stretches, share.counts, drawing.permutation(len(share.stretches))
+        )
     left[[FIXED, *flow.at_output, *held]] = True
     for name in flow.layers:
         roots = flow.layer_roots(name)
@@ -229,7 +237,7 @@ class _Rehearsal:
             return value.masked_fill(gone, 0)
         module = self.full.get_submodule(name) if node.op == "call_module" else None
         # One without parameters has none that could be masked.
-        if isinstance(module, NORMALIZING) and module.weight is not None:
+        if module is not None and is_normalizing(module) and per_channel_names(module):
             return value.masked_fill(gone & (entering == 0), 0)
         return value
 

@@ -19,7 +19,8 @@ from nni_topo.network.labels import FIXED
 from nni_topo.network.layers import channel_dimension, kept_channels, row_names, spread, weight_name, weight_of
 from nni_topo.network.masks import FullMasks
 from nni_topo.network.modes import device_of
-from nni_topo.network.numbering import Blocks
+from nni_topo.network.numbers import Blocks
+from nni_topo.network.shuffles import stays_in_place
 
 _logger = logging.getLogger(__name__)
 
@@ -136,14 +137,20 @@ def grow(flow: ChannelFlow, kept: np.ndarray, scores: Scores, round_to: int, mas
     """Bring channels back until blocks are equal and counts are rounded; both only ever add."""
     layers = [flow.layer_roots(name) for name in flow.layers if name in masked]
     # What evens one set of blocks may unbalance another that shares its channels. Channels only come back, so it ends.
-    before = -1
+    before, in_place = -1, flow.shuffles and stays_in_place(flow, kept)
     while before != int(kept.sum()):
         before = int(kept.sum())
         for blocks in flow.blocks:
-            _level(blocks, [[flow.roots(block) for block in side] for side in blocks.sides], kept, scores)
+            if not (in_place and blocks.moves):
+                _level(blocks, [[flow.roots(block) for block in side] for side in blocks.sides], kept, scores)
         for roots in layers:
             wanted = -(-int(kept[roots].sum()) // round_to) * round_to
             _bring_back(roots, kept, scores, min(wanted, len(roots)))
+        in_place = in_place and (before == int(kept.sum()) or stays_in_place(flow, kept))
+        uneven = [flow.roots(block) for each in flow.blocks if each.is_uneven for side in each.sides for block in side]
+        if uneven and not in_place and before == int(kept.sum()) and not stays_in_place(flow, kept):
+            # No number of each fits, but all of them.
+            kept[np.concatenate(uneven)] = True
 
 
 def _level(blocks: Blocks, sides: list[list[np.ndarray]], kept: np.ndarray, scores: Scores) -> None:

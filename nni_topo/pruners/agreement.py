@@ -4,7 +4,8 @@ A *class* is what can only go together: blocks of several units, or several of o
 make a *stretch*. Each unit says how many blocks it would keep; from the narrowest on, these are dealt out over the
 stretches that it holds and nobody before it did, in proportion to their lengths. Wider units so follow narrower ones
 where they share blocks, and meet their own count by the others. Where the ties don't allow that, more stay, never
-fewer. Within a stretch the classes with the highest mean score over all of their layers stay.
+fewer. Within a stretch the classes with the highest mean score over all of their layers stay. Of units whose blocks a
+network shuffles and splits a number stays of each stretch that `shuffles` tells.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from nni_topo.maths.ties import descending
 from nni_topo.network.partial import meeting
+from nni_topo.network.shuffles import chosen_of
 from nni_topo.pruners.planner import FloatArray
 from nni_topo.pruners.units import PruningUnit
 
@@ -37,12 +39,15 @@ class Agreement:
         places = {unit.name: place for place, unit in enumerate(units)}
         self.together = [[places[name] for name in names] for names in groups]
         """Which units, by their places, share blocks, directly or over others."""
+        self._shuffled = [unit for unit in units if unit.shares]
 
     def __call__(self, kept: Kept, scores: Mapping[str, NDArray[np.generic]]) -> Kept:
         """Return what stays: of each unit as many blocks as are kept now, as nearly as ties allow; which, by scores."""
         agreed = dict(kept)
         for shared in self._shared:
             agreed |= shared.choose(kept, scores)
+        for unit in self._shuffled:
+            agreed[unit.name] = chosen_of(unit.stretches, unit.shares, descending(scores[unit.name])[::-1])
         return agreed
 
 

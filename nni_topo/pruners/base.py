@@ -130,6 +130,7 @@ class StructuredPruner(Pruner):
         self.calculator = calculator
         config_list = self._fitting(model, config_list)
         self._ties = config_list.ties if isinstance(config_list, DependencyGroups) else {}
+        self._shares = config_list.shares if isinstance(config_list, DependencyGroups) else {}
         self.allocator = ConfigAllocator() if allocator is None else allocator
         self.interval_steps = -1
         self.total_times: int | Literal["unlimited"] = 1
@@ -233,7 +234,9 @@ class StructuredPruner(Pruner):
     def context(self) -> PruningContext:
         """What the hooks look at: the model, its targets with the ratios in force, the evaluator and the planner."""
         names = self._get_param_names_map() if self._is_wrapped else {}
-        return PruningContext(self.bound_model, self._target_spaces, self.evaluator, names, self.planner, self._ties)
+        return PruningContext(
+            self.bound_model, self._target_spaces, self.evaluator, names, self.planner, self._ties, self._shares
+        )
 
     def _activate_targets(self, cap: float = 0.0) -> None:
         """Give the ``sparse_ratio`` ``cap`` to configured targets without a rule: these pruners say how much goes."""

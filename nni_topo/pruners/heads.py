@@ -55,7 +55,8 @@ class ColumnScaling(Scaling):
     ) -> Tensor:
         """Reduce each block to one value, by default the mean."""
         found: Tensor = super().shrink(target, reduce_func, keepdim)
-        return found.reshape(-1, 1) if keepdim else found
+        # A function that reduces nothing leaves each block's values in a dimension behind.
+        return found.reshape(-1, 1, *found.shape[target.dim() :]) if keepdim else found
 
     def expand(self, target: Tensor, expand_size: list[int], keepdim: bool = False, full_expand: bool = True) -> Tensor:
         """Give each of a block's values that of the block."""

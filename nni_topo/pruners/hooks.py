@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError, DataError, check_memory
 from nni_topo.network.capture import padding_known, run
 from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.shuffles import Share
 from nni_topo.pruners.planner import Losses, Planner
 from nni_topo.pruners.units import PruningUnit, TargetSpaces, Ties, block_shape, pruning_units
 from nni_topo.recovery.steps import Pairs
@@ -60,6 +61,8 @@ class PruningContext:
         Says how many blocks stay.
     ties : mapping of str to sequence of int
         By layer that shares some of its channels with others, a number for each: equal ones go together.
+    shares : mapping of str to Share
+        By layer whose channels are shuffled, how many of which stay at a plain ratio.
     """
 
     model: nn.Module
@@ -68,11 +71,12 @@ class PruningContext:
     parameter_names: Mapping[str, str] = field(default_factory=dict)
     planner: Planner = field(default_factory=Planner)
     ties: Ties = field(default_factory=dict)
+    shares: Mapping[str, Share] = field(default_factory=dict)
 
     @cached_property
     def units(self) -> list[PruningUnit]:
         """The active targets, grouped by ``dependency_group_id``."""
-        return pruning_units(self.target_spaces, self.ties)
+        return pruning_units(self.target_spaces, self.ties, {} if self.planner.round_to else self.shares)
 
     def rows(self, losses: Losses) -> dict[str, int]:
         """Return how many blocks each part of each unit keeps.

@@ -21,6 +21,7 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.layers import channel_dimension, output_channels, spread, weight_of
+from nni_topo.network.shuffles import Share
 
 TargetSpaces = dict[str, dict[str, PruningTargetSpace]]
 """NNI's ``{module name: {target name: target space}}``."""
@@ -53,6 +54,9 @@ class PruningUnit:
     ties : tuple of int
         A number for each block, ``(blocks,)``, where some are shared with other units, or with others of the unit:
         blocks with equal numbers go together. Empty where none are.
+    stretches, shares : tuple of int
+        Where a network shuffles channels, a stretch for each block, ``(blocks,)``, and how many of each stretch stay.
+        Empty elsewhere, and where the rule is no ratio that these are for.
     """
 
     name: str
@@ -66,6 +70,8 @@ class PruningUnit:
     max_sparse_ratio: float
     global_group_id: int | str | None = None
     ties: tuple[int, ...] = ()
+    stretches: tuple[int, ...] = ()
+    shares: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -160,7 +166,9 @@ def output_blocks(space: PruningTargetSpace, what: str) -> NDArray[np.int64]:
     )
 
 
-def pruning_units(target_spaces: TargetSpaces, ties: Ties | None = None) -> list[PruningUnit]:
+def pruning_units(
+    target_spaces: TargetSpaces, ties: Ties | None = None, shares: Mapping[str, Share] | None = None
+) -> list[PruningUnit]:
     """Group the active targets of a pruner into units.
 
     Parameters
@@ -170,6 +178,8 @@ def pruning_units(target_spaces: TargetSpaces, ties: Ties | None = None) -> list
     ties : mapping of str to sequence of int, optional
         By layer that shares some of its channels, a number for each, as of
         :class:`~nni_topo.DependencyGroups`. Units that aren't pruned by output channel pass it over.
+    shares : mapping of str to Share, optional
+        By layer whose channels are shuffled, how many of which stay, as of the same.
 
     Returns
     -------
@@ -193,10 +203,10 @@ def pruning_units(target_spaces: TargetSpaces, ties: Ties | None = None) -> list
             key = (space.dependency_group_id,) if grouped else (module_name, target_name)
             groups.setdefault(key, []).append((module_name, target_name, space))
     active = (group for group in groups.values() if any(is_active(space) for _, _, space in group))
-    return [_unit(group, ties or {}) for group in active]
+    return [_unit(group, ties or {}, shares or {}) for group in active]
 
 
-def _unit(group: list[tuple[str, str, PruningTargetSpace]], ties: Ties) -> PruningUnit:
+def _unit(group: list[tuple[str, str, PruningTargetSpace]], ties: Ties, shares: Mapping[str, Share]) -> PruningUnit:
     name = "+".join(f"{module}.{target}" for module, target, _ in group)
     spaces = [space for _, _, space in group]
     rules = {
@@ -215,15 +225,21 @@ def _unit(group: list[tuple[str, str, PruningTargetSpace]], ties: Ties) -> Pruni
     high = min(1.0 if space.max_sparse_ratio is None else space.max_sparse_ratio for space in spaces)
     if low > high:
         raise ConfigError(f"min_sparse_ratio must not exceed max_sparse_ratio, got {low} > {high} ({name})")
+    tied, share = _tied(group, ties), next((shares[module] for module, _, _ in group if module in shares), None)
+    ratio = min(max(rules["sparse_ratio"] or 0.0, low), high)
+    if tied or rules["global_group_id"] is not None or share is None or share.asked != blocks - int(blocks * ratio):
+        share = Share(0, (), ())
     return PruningUnit(
         name=name,
         members=tuple((module, target) for module, target, _ in group),
         blocks=blocks,
-        parts=parts,
+        parts=1 if share.counts else parts,
         elements=sum(space.target.numel() // blocks for space in spaces),
         min_sparse_ratio=low,
         max_sparse_ratio=high,
-        ties=_tied(group, ties),
+        ties=tied,
+        stretches=share.stretches,
+        shares=share.counts,
         **rules,
     )
 

@@ -75,14 +75,14 @@ VIT = {"num_layers": "2", "patch_size": "16", "num_heads": "2", "hidden_dim": "1
 @pytest.mark.parametrize(
     ("name", "knobs", "share"),
     [
-        ("torchvision/shufflenet_v2_x0_5", {}, 0.4),
+        ("torchvision/shufflenet_v2_x0_5", {}, 0.47),
         ("torchvision/mobilenet_v3_small", {}, 0.49),
         ("torchvision/vit", VIT, 0.2),
         ("segmentation/lraspp_mobilenet_v3_large", {}, 0.5),
         pytest.param("torchvision/squeezenet1_1", {}, 0.49, marks=pytest.mark.slow),
         pytest.param("torchvision/efficientnet_b0", {}, 0.49, marks=pytest.mark.slow),
         pytest.param("torchvision/regnet_y_400mf", {}, 0.4, marks=pytest.mark.slow),
-        pytest.param("torchvision/shufflenet_v2_x1_0", {}, 0.39, marks=pytest.mark.slow),
+        pytest.param("torchvision/shufflenet_v2_x1_0", {}, 0.5, marks=pytest.mark.slow),
         pytest.param("video/mc3_18", {"frames": "4"}, 0.5, marks=pytest.mark.slow),
         pytest.param("detection/ssdlite320_mobilenet_v3_large", {"size": "320"}, 0.25, marks=pytest.mark.slow),
     ],
