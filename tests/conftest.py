@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import hashlib
 import json
 import os
@@ -46,12 +45,6 @@ for line in sys.stdin:
             error = traceback.format_exc()
     print(json.dumps([said.getvalue(), error]), flush=True)
 """
-
-
-def pytest_collection_finish() -> None:
-    """What imports and collection leave stays until the end: the collector needn't look through it again and again."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
