@@ -177,4 +177,5 @@ def _per_channel(factors: tuple[Tensor, Tensor], value: Tensor) -> Tensor:
     if move is None:
         return value * scale + shift
     # What a constant adds to a derivative PyTorch works out in Python: 0.9 ms here, a small product takes 0.02.
-    return forward_ad.make_dual(plain * scale + shift, move * scale)
+    moved: Tensor = forward_ad.make_dual(plain * scale + shift, move * scale)
+    return moved
