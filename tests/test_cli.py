@@ -117,7 +117,13 @@ def test_a_bad_pattern_in_a_file_ends_with_2_and_a_message(tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize("amount", [["--ratio", "0.5"], ["--flops", "0.3", "--calibration", "64"]])
+@pytest.mark.parametrize(
+    "amount",
+    [
+        pytest.param(["--ratio", "0.5"], marks=pytest.mark.slow),
+        ["--flops", "0.3", "--calibration", "64"],
+    ],
+)
 def test_analyze_topology(amount, tmp_path, capsys, drawn):
     words = ["analyze", "topology", "--model", "small_cnn", "--limit", "300", *amount]
     assert main([*words, "--json", "--out", str(tmp_path / "study")]) == 0

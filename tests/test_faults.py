@@ -106,6 +106,7 @@ for write in (lambda: write_tensors(place / "a.pt", torch.zeros(2)), hold):
 """
 
 
+@pytest.mark.slow
 def test_a_read_only_disk_is_said_in_words(tmp_path):
     mount = f"mount -t tmpfs -o ro tmpfs {tmp_path}"
     apart = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c"]

@@ -16,9 +16,13 @@ def _quiet():
     logging.disable(logging.NOTSET)
 
 
-@settings(max_examples=200, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(fuzzing.requests())
+@pytest.mark.parametrize("cases", [60, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")
-def test_requests_end_in_right_masks_or_a_named_error_and_leave_the_model_as_it_was(request_):
-    net, name, config_list, knobs = request_
-    fuzzing.outcome(net, name, config_list, knobs)
+def test_requests_end_in_right_masks_or_a_named_error_and_leave_the_model_as_it_was(cases):
+    @settings(max_examples=cases, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(fuzzing.requests())
+    def serve(request):
+        net, name, config_list, knobs = request
+        fuzzing.outcome(net, name, config_list, knobs)
+
+    serve()

@@ -26,6 +26,7 @@ def imported(path: Path) -> Iterator[str]:
             yield node.module
 
 
+@cache
 def plan() -> dict[str, set[str]]:
     """Rooms, the files and folders at the top of the package, and those that each one imports."""
     rooms: dict[str, set[str]] = {}

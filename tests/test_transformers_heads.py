@@ -42,6 +42,16 @@ MODELS = {
 }
 
 
+# Made as others are, to the last block: roughly as BERT, ViT and Qwen2.
+TWINS = ("RobertaForSequenceClassification", "DeiTForImageClassification", "MistralForCausalLM")
+
+
+def families(*left_out):
+    """All kinds of models, those that are much like another one as slow."""
+    kept = [name for name in MODELS if not name.startswith(left_out)]
+    return [pytest.param(name, marks=pytest.mark.slow if name in TWINS else ()) for name in kept]
+
+
 def make(name, layers=None):
     torch.manual_seed(0)
     config, sizes = MODELS[name]
@@ -76,7 +86,7 @@ def logits(model, inputs):
         return model(**inputs).logits
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", families())
 def test_half_of_the_heads_go(name):
     model = make(name)
     inputs = inputs_of(model)
@@ -91,7 +101,7 @@ def test_half_of_the_heads_go(name):
         torch.testing.assert_close(logits(dense, given), logits(reference, given), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", families())
 def test_heads_with_half_of_their_channels(name, tmp_path):
     model = make(name)
     inputs = inputs_of(model, samples=12)
@@ -147,11 +157,17 @@ def test_a_decoder_of_narrower_heads_generates_with_and_without_cache():
     assert len(dense.model.rotary_emb.inv_freq) == len(model.model.rotary_emb.inv_freq) // 2
 
 
-DECODERS = ("LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM")
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(
+    ("name", "tied"),
+    [
+        ("LlamaForCausalLM", False),
+        ("Qwen2ForCausalLM", True),
+        pytest.param("LlamaForCausalLM", True, marks=pytest.mark.slow),
+        pytest.param("Qwen2ForCausalLM", False, marks=pytest.mark.slow),
+        pytest.param("MistralForCausalLM", False, marks=pytest.mark.slow),
+        pytest.param("MistralForCausalLM", True, marks=pytest.mark.slow),
+    ],
+)
 def test_the_residual_width_of_decoders_goes_with_norms_of_pytorch(name, tied, tmp_path):
     config, sizes = MODELS[name]
     torch.manual_seed(0)
@@ -294,7 +310,9 @@ def test_compensation_without_labels_brings_back_some_of_it(name):
     assert lost[1] < 0.7 * lost[0]
 
 
-@pytest.mark.parametrize("method", ["reconstruct", "channel", "scalar", "head", "mean"])
+@pytest.mark.parametrize(
+    "method", ["reconstruct", "head", *(pytest.param(e, marks=pytest.mark.slow) for e in ("channel", "scalar", "mean"))]
+)
 def test_what_is_padding_does_not_count_in_compensation(method):
     model = make("BertForSequenceClassification")
     inputs = inputs_of(model, samples=10)
@@ -404,10 +422,12 @@ def test_a_model_in_training_is_pruned_and_compensated_as_it_evaluates():
     ("name", "asked"),
     [
         ("BertForSequenceClassification", r".*_embeddings|.*\.output\.dense"),
-        ("RobertaForSequenceClassification", r".*_embeddings|.*\.output\.dense"),
+        pytest.param("RobertaForSequenceClassification", r".*_embeddings|.*\.output\.dense", marks=pytest.mark.slow),
         ("DistilBertForSequenceClassification", r".*_embeddings|.*\.(out_lin|lin2)"),
         ("ViTForImageClassification", r".*projection|.*\.output\.dense|.*\.(o_proj|fc2)"),
-        ("DeiTForImageClassification", r".*projection|.*\.output\.dense|.*\.(o_proj|fc2)"),
+        pytest.param(
+            "DeiTForImageClassification", r".*projection|.*\.output\.dense|.*\.(o_proj|fc2)", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_the_residual_width_goes(name, asked, tmp_path):

@@ -18,7 +18,9 @@ def model():
     return zoo.create_model("vgg16", num_classes=10, in_channels=3, image_size=32, seed=0).eval()
 
 
-@pytest.mark.parametrize("name", ["topological", "l1", "l2", "fpgm"])
+@pytest.mark.parametrize(
+    "name", ["topological", "l1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("l2", "fpgm"))]
+)
 def test_half_of_every_layer_leaves_about_a_quarter_of_the_parameters(name, model):
     config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
     victim = copy.deepcopy(model)

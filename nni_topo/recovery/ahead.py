@@ -190,12 +190,14 @@ class _Problem:
         for batch, leaves, lacking in self._few:
             # Forward for J v, without a graph of its own, and backward for J^T (J v) through the one that is there.
             with torch.no_grad(), forward_ad.dual_level():
-                moved = self._lacking(batch, [forward_ad.make_dual(*pair) for pair in zip(at, vector, strict=True)])
-                moves = [forward_ad.unpack_dual(each).tangent for each in moved]
+                duals = [forward_ad.make_dual(*pair) for pair in zip(at, vector, strict=True)]
+                reached = [forward_ad.unpack_dual(each) for each in _floats(self._window(batch.entering, duals))]
+            # Of what is wanted and what counts nothing moves.
+            moves = [torch.zeros_like(plain) if move is None else move for plain, move in reached]
             seen = [
                 (value, weight * move)
-                for value, move, weight in zip(lacking, moves, self._weights, strict=True)
-                if move is not None and value.requires_grad
+                for value, move, weight in zip(lacking, self._counted(moves, batch), self._weights, strict=True)
+                if value.requires_grad
             ]
             if seen:
                 values, slopes = zip(*seen, strict=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.fx import GraphModule, Interpreter, Node
 
@@ -174,4 +175,9 @@ def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 def _per_channel(factors: tuple[Tensor, Tensor], value: Tensor) -> Tensor:
     scale, shift = (each.reshape(-1, *[1] * (value.dim() - 2)) for each in factors)
-    return value * scale + shift
+    plain, move = forward_ad.unpack_dual(value)
+    if move is None:
+        return value * scale + shift
+    # What a constant adds to a derivative PyTorch works out in Python: 0.9 ms here, a small product takes 0.02.
+    moved: Tensor = forward_ad.make_dual(plain * scale + shift, move * scale)
+    return moved

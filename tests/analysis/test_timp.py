@@ -82,6 +82,7 @@ def test_finished_runs_are_not_repeated(finished):
     assert [json.loads(line)["method"] for line in lines] == ["IMP", "T-IMP", "IMP capped"]
 
 
+@pytest.mark.slow
 def test_runs_beside_each_other_find_the_same(finished, tmp_path):
     records, _ = finished
     both = study_cells()[:2]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 
@@ -21,8 +22,13 @@ def resnet():
     return zoo.create_model("resnet20", num_classes=10, in_channels=1, image_size=16, seed=0).eval()
 
 
+@functools.cache
+def layers():
+    return inner_layers(resnet(), IMAGES)
+
+
 def pruned(model, budget, **knobs):
-    config = dependency_groups(model, IMAGES, [{"op_names": inner_layers(model, IMAGES), **knobs.pop("rule", {})}])
+    config = dependency_groups(model, IMAGES, [{"op_names": layers(), **knobs.pop("rule", {})}])
     pruner = TopologicalPruner(
         model, config, budget=budget, example_inputs=IMAGES, solver="greedy", cloud="weight", **knobs
     )
@@ -125,7 +131,7 @@ def test_a_budget_of_memory_is_met():
 @pytest.mark.parametrize("name", ["reconstruction", "energy", "cluster", "matrix", "random"])
 def test_every_structured_pruner_that_is_told_how_much_takes_a_budget(name):
     model = resnet()
-    config = dependency_groups(model, IMAGES, [{"op_names": inner_layers(model, IMAGES)}])
+    config = dependency_groups(model, IMAGES, [{"op_names": layers()}])
     images = torch.randn(24, 1, 16, 16, generator=torch.Generator().manual_seed(1))
     data = {"calibration": [images]} if name in ("reconstruction", "cluster") else {}
     pruner = create_pruner(name, model, config, budget={"flops": 0.3}, example_inputs=IMAGES, **data)
@@ -153,7 +159,7 @@ def test_bounds_of_the_config_list_hold_and_a_budget_missed_for_them_is_told(cap
 @pytest.mark.parametrize("kind", ["flops", "params", "memory"])
 def test_other_layers_lose_what_caps_and_floors_do_not_let_go(kind, caplog):
     model = resnet()
-    names = inner_layers(model, IMAGES)
+    names = layers()
     middle = [name for name in names if name.startswith("stage2")]
     bounds = [{"op_names": middle, "max_sparse_ratio": 0.25}]
     rest = [name for name in names if name not in middle]
@@ -179,7 +185,7 @@ def test_a_budget_out_of_reach_empties_no_layer():
 
 def test_calibration_serves_as_example_inputs():
     model = resnet()
-    config = dependency_groups(model, IMAGES, [{"op_names": inner_layers(model, IMAGES)}])
+    config = dependency_groups(model, IMAGES, [{"op_names": layers()}])
     pruner = TopologicalPruner(model, config, budget={"flops": 0.5}, calibration=[(IMAGES, None)], solver="greedy")
     _, masks = pruner.compress()
     pruner.unwrap_model()

@@ -57,6 +57,7 @@ def divergence(model, original, images, temperature=2.0):
     return float((theirs * (theirs.log() - mine.log())).sum(1).mean()) * temperature**2
 
 
+@pytest.mark.slow
 def test_three_quarters_pruned_and_compensated_net_gets_better_without_labels(digits, digits_net):
     model = digits_net
     images = list(digits.train.tensors[0][:768].split(128))
@@ -352,11 +353,11 @@ def test_what_was_stopped_goes_on_to_the_same_result(tmp_path):
         distill(dense, original, batches(600), **knobs)
 
 
-def test_ten_passes_over_many_images():
+# 7/8 of 4,800 images are 4,200: 66 batches of at most 64.
+@pytest.mark.parametrize(("images", "steps"), [pytest.param(64, 600, marks=pytest.mark.slow), (4800, 660)])
+def test_ten_passes_over_many_images(images, steps):
     dense, original = pair()
-    assert distillation(dense, original, [inputs(64)]).steps == 600
-    # 7/8 of 4,800 images are 4,200: 66 batches of at most 64.
-    assert distillation(dense, original, [inputs(4800)]).steps == 660
+    assert distillation(dense, original, [inputs(images)]).steps == steps
 
 
 def test_half_precision_learns_in_single_and_stays_half():

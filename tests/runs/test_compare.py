@@ -312,20 +312,33 @@ def test_lines_that_are_no_records_are_named(tmp_path, line, got):
         read_records(path, {"key": instance(str)})
 
 
-def test_a_folder_takes_one_run_at_a_time_and_is_free_after_a_kill(tmp_path):
-    folder = tmp_path / "new" / "out"
-    hold = f"""
-import pathlib, time
+HOLD = """
+import os, pathlib, time
 from nni_topo.disk import only_process
-with only_process(pathlib.Path({str(folder)!r}), wait=False):
-    print("in", flush=True)
-    time.sleep(600)
+child = os.fork()
+if not child:
+    try:
+        with only_process(pathlib.Path({folder!r}), wait=False):
+            pathlib.Path({inside!r}).touch()
+            time.sleep(600)
+    finally:
+        os._exit(1)
+print(child)
 """
-    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "in\n"
+
+
+def test_a_folder_takes_one_run_at_a_time_and_is_free_after_a_kill(tmp_path, bare_python):
+    folder, inside = tmp_path / "new" / "out", tmp_path / "inside"
+    other = int(bare_python(HOLD.format(folder=str(folder), inside=str(inside))))
+    try:
+        deadline = time.monotonic() + 60
+        while not inside.exists():
+            assert time.monotonic() < deadline, "it never held the folder"
+            time.sleep(0.01)
         with pytest.raises(DataError, match="one run at a time"), only_process(folder, wait=False):
             pass
-        other.kill()
-        other.wait()
+    finally:
+        os.kill(other, signal.SIGKILL)
+        bare_python(f"import os; os.waitpid({other}, 0)")
     with only_process(folder, wait=False):
         pass

@@ -39,6 +39,7 @@ def weights(model: nn.Module) -> torch.Tensor:
     return torch.cat([value.double().flatten() for value in model.state_dict().values()])
 
 
+@pytest.mark.slow
 def test_digits_reach_97_percent() -> None:
     digits = load_data("digits")
     model = small()

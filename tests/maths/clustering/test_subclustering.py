@@ -135,7 +135,7 @@ def test_leaves_partition_the_nodes_and_children_their_parent(seed, initial):
 @pytest.mark.parametrize("statistic", ["dispersion", "trace"])
 def test_more_energy_keeps_fewer_nodes_in_total(statistic):
     # in a single layer the fullest bin of a few clusters can jump down
-    layers = [layer(nodes=60, seed=seed) for seed in range(16)]
+    layers = [layer(nodes=60, seed=seed) for seed in range(8)]
     kept = [
         sum(len(grow(*each, 6, Growth(statistic), energy=p).leaves) for each in layers) for p in (0.1, 0.5, 0.8, 0.95)
     ]

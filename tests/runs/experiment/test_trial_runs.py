@@ -85,6 +85,7 @@ def test_the_score_is_accuracy_less_what_size_and_time_cost(settings, nets, tmp_
     assert set(reported(metrics)) == {"default", "accuracy", "flops_share", "latency_share"}
 
 
+@pytest.mark.slow
 def test_a_trial_may_distil_behind_compensation(settings, nets, tmp_path):
     small = dataclasses.replace(settings, limit=1000, ratio=0.85, retrain_epochs=0, compensate=128)
     plain = run_trial(small, tmp_path / "plain", cache=tmp_path)
