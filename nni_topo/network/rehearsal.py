@@ -192,7 +192,7 @@ class _Rehearsal:
         name, parent = str(node.target), node.args[0] if len(node.args) == 1 else None
         if name not in self.flow.layers or self._order is not None or not isinstance(parent, Node):
             return None
-        whole, small = layers = [module.get_submodule(name) for module in (self.full, self.small)]
+        layers: list[Any] = [module.get_submodule(name) for module in (self.full, self.small)]
         if any(type(each) is not nn.Linear or each._forward_pre_hooks or each._forward_hooks for each in layers):
             return None
         # What a parameter holds isn't compared before it is used, and to compare few rows' weights takes longer than
@@ -206,6 +206,7 @@ class _Rehearsal:
         *others, ins = kept_slices(numbers, tuple(entering.shape), self.flow, self.left)
         if [len(each) for each in others] != list(entering.shape[:-1]):
             return None
+        whole, small = layers
         outs = torch.from_numpy(np.flatnonzero(self.left[self.flow.layer_roots(name)])).to(entering.device)
         ins, bias = ins.to(entering.device), whole.bias
         if not torch.equal(whole.weight.index_select(0, outs).index_select(1, ins), small.weight):
