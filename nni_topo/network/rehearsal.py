@@ -114,7 +114,8 @@ def _taken(value: Tensor, d: int, places: Tensor) -> Tensor:
     if d < max(value.dim() - 1, 2):
         return value.index_select(d, places)
     # Of the last of more than two dimensions PyTorch takes entries one by one.
-    return value.flatten(0, -2).index_select(1, places).unflatten(0, value.shape[:-1])
+    taken: Tensor = value.flatten(0, -2).index_select(1, places).unflatten(0, value.shape[:-1])
+    return taken
 
 
 class _Rehearsal:
