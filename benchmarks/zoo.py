@@ -121,16 +121,31 @@ def by_output(module: nn.Module) -> np.ndarray:
 
 def rows_left(original: np.ndarray, dense: np.ndarray) -> np.ndarray:
     """Find the rows of a matrix of which another holds some entries: int, one for each row of the other."""
-    values = original.ravel()
-    order = np.argsort(values, kind="stable")
     # A value may occur in several rows, and each of them has a vote; but one row holds all of some entries.
     columns = np.unique(np.linspace(0, dense.shape[1] - 1, 15).astype(int))
-    ends = [np.searchsorted(values[order], dense[:, columns], side=side) for side in ("left", "right")]
+    sought, values = dense[:, columns], original.reshape(-1)
+    places = _places_of(values, sought)
+    order = places[np.argsort(values[places], kind="stable")]
+    ordered = values[order]
+    ends = [np.searchsorted(ordered, sought, side=side) for side in ("left", "right")]
     found = []
     for firsts, lasts in zip(*ends, strict=True):
-        places = np.concatenate([np.arange(*each) for each in zip(firsts, lasts, strict=True)])
-        found.append(np.bincount(order[places] // original.shape[1]).argmax())
+        ranks = np.concatenate([np.arange(*each) for each in zip(firsts, lasts, strict=True)])
+        found.append(np.bincount(order[ranks] // original.shape[1]).argmax())
     return np.array(found)
+
+
+def _places_of(values: np.ndarray, sought: np.ndarray) -> np.ndarray:
+    """List where an array may hold any of some values, and surely all places that do: few are left to be sorted."""
+    table = np.zeros(2**22, dtype=bool)
+
+    def low_bits(floats: np.ndarray) -> np.ndarray:
+        return (floats + 0.0).view(f"i{floats.itemsize}") & (len(table) - 1)  # of zero and minus zero the same
+
+    table[low_bits(sought)] = True
+    size = 2**20
+    parts = [np.flatnonzero(table[low_bits(values[start : start + size])]) for start in range(0, len(values), size)]
+    return np.concatenate([part + rank * size for rank, part in enumerate(parts)])
 
 
 def zeroing(model: nn.Module, dense: nn.Module) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

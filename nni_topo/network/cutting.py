@@ -65,11 +65,13 @@ def _cut_units(module: Any, rows: torch.Tensor) -> None:
 
 
 def _part(weight: torch.Tensor, *places: torch.Tensor) -> torch.Tensor:
-    """Take some places of the first dimensions of a weight."""
-    # Not by brackets, which look the entries of a second dimension up one by one.
+    """Take some places, ascending or in another order, of the first dimensions of a weight: a new tensor."""
+    part = weight
     for d, each in enumerate(places):
-        weight = weight.index_select(d, each)
-    return weight
+        # Not by brackets, which look the entries of a second dimension up one by one.
+        if len(each) < weight.shape[d] or bool((each[1:] < each[:-1]).any()):
+            part = part.index_select(d, each)
+    return part.clone() if part is weight else part
 
 
 def _rows(tensor: torch.Tensor | None, kept: torch.Tensor) -> torch.Tensor | None:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from nni_topo.network.network import Network
 
 _TOLERANCE = 1e-3  # of the largest value; rounding in single precision is far below, half of the channels far above
+_ROWS = 64  # that a linear layer reads at once, from which on its weights take less long to compare than to use
 _ROUNDS = 24  # each finds about half of the channels that can't go and weren't found yet
 
 
@@ -116,6 +117,15 @@ def _draw(
     return left
 
 
+def _taken(value: Tensor, d: int, places: Tensor) -> Tensor:
+    """Take some places of a dimension."""
+    if d < max(value.dim() - 1, 2):
+        return value.index_select(d, places)
+    # Of the last of more than two dimensions PyTorch takes entries one by one.
+    taken: Tensor = value.flatten(0, -2).index_select(1, places).unflatten(0, value.shape[:-1])
+    return taken
+
+
 class _Rehearsal:
     """One run of both networks."""
 
@@ -162,7 +172,11 @@ class _Rehearsal:
             self._values[node] = self._masked(node, whole, None), self._called(node, self.small, 1)
             return
         entering = {parent: self._nonzero(parent) for parent in self._tensors_before(node)}
-        constant = self._constant(node) if any(map(len, entering.values())) else None
+        arriving = any(map(len, entering.values()))
+        if not arriving and node.op == "call_module" and (once := self._once(node)):
+            self._values[node] = once
+            return
+        constant = self._constant(node) if arriving else None
         whole = self._masked(node, self._called(node, self.full, 0, constant), self._first_input(node))
         expected = self._cut(node, whole)
         try:
@@ -178,6 +192,38 @@ class _Rehearsal:
             self._blame(node, entering, reason)
             actual = tree_map_only(Tensor, Tensor.clone, expected)
         self._values[node] = whole, actual
+
+    def _once(self, node: Node) -> tuple[Tensor, Tensor] | None:
+        """Run a linear layer that no removed channel enters in the small network alone; None unless that tells all.
+
+        If its weights are those of the channels left, it gives what the whole layer does there; all else is masked.
+        """
+        name, parent = str(node.target), node.args[0] if len(node.args) == 1 else None
+        if name not in self.flow.layers or self._order is not None or not isinstance(parent, Node):
+            return None
+        layers: list[Any] = [module.get_submodule(name) for module in (self.full, self.small)]
+        if any(type(each) is not nn.Linear or each._forward_pre_hooks or each._forward_hooks for each in layers):
+            return None
+        # What a parameter holds isn't compared before it is used, and to compare few rows' weights takes longer than
+        # to compute with them.
+        entering, numbers = self._values[parent][0], self.flow.numbers[parent.name]
+        if parent.op == "get_attr" or not isinstance(entering, Tensor) or not isinstance(numbers, Tensor):
+            return None
+        if numbers.dim() != entering.dim() or entering[..., 0].numel() < _ROWS:
+            return None
+        # Of dimensions other than the channels' all places stay.
+        *others, ins = kept_slices(numbers, tuple(entering.shape), self.flow, self.left)
+        if [len(each) for each in others] != list(entering.shape[:-1]):
+            return None
+        whole, small = layers
+        outs = torch.from_numpy(np.flatnonzero(self.left[self.flow.layer_roots(name)])).to(entering.device)
+        ins, bias = ins.to(entering.device), whole.bias
+        if not torch.equal(whole.weight.index_select(0, outs).index_select(1, ins), small.weight):
+            return None
+        if bias is not None and not torch.equal(bias[outs], small.bias):
+            return None
+        given = self._called(node, self.small, 1)
+        return given.new_zeros(*given.shape[:-1], whole.out_features).index_copy_(-1, outs, given), given
 
     def _called(self, node: Node, module: nn.Module, which: int, constant: Tensor | None = None) -> Any:
         """Compute what a node gives in one of the networks, without constants that enter it."""
@@ -258,7 +304,7 @@ class _Rehearsal:
         if not isinstance(value, Tensor) or not isinstance(numbers, Tensor):
             return value
         for d, kept in enumerate(kept_slices(numbers, tuple(value.shape), self.flow, self.left)):
-            value = value.index_select(d, kept.to(value.device)) if len(kept) < value.shape[d] else value
+            value = _taken(value, d, kept.to(value.device)) if len(kept) < value.shape[d] else value
         return value
 
     def _is_attention(self, node: Node) -> bool:

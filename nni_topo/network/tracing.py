@@ -14,6 +14,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import Attention, find_attention, open_attention
 from nni_topo.network.capture import watched
+from nni_topo.network.comparing import Calls, Comparison
 from nni_topo.network.inputs import Call, bind_arguments, out_of_memory, tensors_of
 from nni_topo.network.layers import is_one
 from nni_topo.network.modes import random_state_kept
@@ -60,10 +61,11 @@ def _trace_whole(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModu
                 layers = {layer for each in found.values() for layer in each.channels}
                 enters = [(model.get_submodule(layer), partial(entered.__setitem__, layer)) for layer in layers]
                 leaves = [(model.get_submodule(n), partial(_note, given, entered, each)) for n, each in found.items()]
-                with watched(enters, leaves):
+                calls = Calls(model)
+                with watched(enters, leaves + calls.leaving()):
                     expected = model(*call[0], **call[1])
                 open_attention(graph_module, given)
-                _check_same(expected, ShapeProp(graph_module).propagate(*args), model)
+                _check_same(expected, Comparison(graph_module, calls).propagate(*args), model)
             return graph_module, args
         except Exception as error:  # a tracer fails in as many ways as a model is written
             if out_of_memory(error):

@@ -1,0 +1,83 @@
+"""The rehearsal's two networks: linear layers that are alike run once for both, and no check goes with that."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nni_topo.network.network import Network
+from nni_topo.network.rehearsal import _Rehearsal
+
+ROWS = torch.randn(80, 6, generator=torch.Generator().manual_seed(0))
+
+
+def rehearsal(model: nn.Module, rows: torch.Tensor = ROWS) -> _Rehearsal:
+    """Make one of a model of which the odd channels of the first layer go."""
+    assembled, flow = Network.on(model, rows).traced()
+    left = np.ones(flow.size, dtype=bool)
+    left[flow.layer_roots("0")[1::2]] = False
+    return _Rehearsal(flow, left, assembled(copy.deepcopy(model)))
+
+
+def run(rehearsal: _Rehearsal, rows: torch.Tensor = ROWS) -> tuple[dict[int, str], list[str]]:
+    """Return the channels that can't go, and the linear layers of the whole network that were computed."""
+    layers = [(name, each) for name, each in rehearsal.full.named_modules() if isinstance(each, nn.Linear)]
+    computed: list[str] = []
+    with torch.no_grad():
+        before = {name: each.forward for name, each in layers}
+        for name, each in layers:
+            each.forward = lambda x, name=name: (computed.append(name), before[name](x))[1]
+        found = rehearsal.run((rows,))
+    return found, computed
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+
+
+def test_a_linear_layer_of_many_rows_runs_once_for_both(model):
+    assert run(rehearsal(model)) == ({}, [])
+    assert run(rehearsal(model, ROWS[:4]), ROWS[:4]) == ({}, ["0", "2"])
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("layer", ["0", "2"])
+def test_a_layer_that_was_cut_wrongly_shows(model, layer, name):
+    wrong = rehearsal(model)
+    values = getattr(wrong.small.get_submodule(layer), name)
+    values.data = values.data.flip(0)
+    found, computed = run(wrong)
+    assert set(wrong.flow.layer_roots("0")[1::2].tolist()) <= found.keys()
+    assert layer in computed
+
+
+def test_a_layer_that_channels_enter_as_values_is_computed(model):
+    model[1] = nn.Sigmoid()  # of a removed channel it makes one half, which the bias of the next can add
+    found, computed = run(rehearsal(model))
+    assert not found
+    assert "2" in computed
+
+
+def test_what_is_masked_is_what_the_whole_layer_gives():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
+    both = rehearsal(model)
+    kept = {}
+    step = both._step
+
+    def looked(node):
+        step(node)
+        kept[node.name] = both._values[node]
+
+    both._step = looked
+    assert run(both) == ({}, [])
+    with torch.no_grad():
+        first = model[0](ROWS) * torch.from_numpy(both.left[both.flow.layer_roots("0")])
+        second = model[2](model[1](first))
+    torch.testing.assert_close(kept["_0"][0], first)
+    torch.testing.assert_close(kept["_2"][0], second)
+    torch.testing.assert_close(kept["_2"][1], second)
