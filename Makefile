@@ -26,7 +26,7 @@ MUTANTS ?=
 
 # for `make cuda`: a Python that has the packages, so that nothing is installed, e.g. PY=python3; without one, VENV's
 PY ?= $(BIN)/python
-CUDA_TESTS := tests/test_devices.py tests/test_bench_cuda.py tests/pruners/test_base.py
+CUDA_TESTS := tests/test_devices.py tests/test_devices_studies.py tests/test_bench_cuda.py tests/pruners/test_base.py
 
 .PHONY: fuzz faults demo test test-all test-lowest test-processors cuda lint docs start pictures mutants upstream checkout clean
 

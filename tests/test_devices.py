@@ -6,27 +6,32 @@ Each case works on a device and returns what can be compared. Choices have to be
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from device_cases import (
+    BATCHES,
+    CPU,
+    FREE,
+    GENERATIONS,
+    HALF,
+    IMAGES,
+    LABELLED,
+    LINEAR,
+    SEARCH,
+    agree,
+    prune,
+    states,
+)
 from nni.compression.pruning import AGPPruner, LinearPruner
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 import nni_topo
-from nni_topo import analysis, zoo
-from nni_topo.analysis.energy.replacement import FilterEvolution
-from nni_topo.analysis.energy.study import Quality
+from nni_topo import zoo
 from nni_topo.errors import ConfigError
-from nni_topo.maths.search.subsets import EvolutionSettings
-from nni_topo.pruners.registry import create_pruner, list_pruners, pruner_info
+from nni_topo.pruners.registry import create_pruner, list_pruners
 from nni_topo.recovery import distillation
 from nni_topo.recovery.compensating import METHODS
 from nni_topo.runs.cells import run_cell
@@ -42,69 +47,7 @@ from nni_topo.runs.plan import (
 from nni_topo.runs.processes import masks_digest
 from nni_topo.runs.run import Start, resolve_device
 from nni_topo.runs.scheduled import prune_on_schedule
-from nni_topo.speedup import measure_latency
-from nni_topo.testing import toy_evaluator, toy_images, toy_knobs, toy_model
-
-HALF = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names": ["head"], "sparse_ratio": 0.5}]
-FREE = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names": ["head"]}]
-LINEAR = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
-IMAGES = toy_images(12, seed=1)
-LABELS = torch.arange(12) % 4
-# Calibration data lie on the CPU, where a loader leaves them.
-BATCHES = list(IMAGES.split(6))
-LABELLED = [(IMAGES[:6], LABELS[:6]), (IMAGES[6:], LABELS[6:])]
-GENERATIONS = {"population_size": 6, "generations": 2}
-SEARCH = {"solver": GENERATIONS}
-
-Case = Callable[[torch.device], Any]
-CPU = torch.device("cpu")
-
-
-def agree(case: Case, device: torch.device) -> None:
-    """Run a case on the CPU and on a device, and compare: tensors, arrays, numbers and words, whatever holds them."""
-    expected, found = tree_leaves(plain(case(CPU))), tree_leaves(plain(case(device)))
-    assert len(expected) == len(found) > 0
-    rtol, atol = (1e-5, 1e-7) if device.type == "far" else (1e-3, 1e-4)
-    for one, other in zip(expected, found, strict=True):
-        if np.asarray(one).dtype.kind == "f":
-            np.testing.assert_allclose(other, one, rtol=rtol, atol=atol)
-        else:
-            np.testing.assert_array_equal(other, one)
-
-
-def plain(value: Any) -> Any:
-    """Return results as arrays, numbers and words."""
-    if isinstance(value, Tensor):
-        return value.detach().cpu().numpy()
-    if dataclasses.is_dataclass(value):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if "seconds" not in f.name}
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items() if item is not None}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def states(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
-    """Return a model's state, which has to lie on a device."""
-    found = model.state_dict()
-    assert {value.device for value in found.values()} == {device}
-    return found
-
-
-def prune(name: str, device: torch.device, config: Any = HALF, steps: Any = (), **knobs: Any) -> tuple[nn.Module, Any]:
-    """Prune the toy network by name; return it unwrapped, and its masks, which have to lie where it lies."""
-    model = toy_model().to(device)
-    info = pruner_info(name)
-    given = {**toy_knobs(info.knobs(), info.needs), **knobs}
-    if given.get("evaluator") == "toy":
-        given["evaluator"] = toy_evaluator(model)
-    pruner = create_pruner(name, model, config, **given)
-    _, masks = pruner.compress(*steps)
-    pruner.unwrap_model()
-    held = [mask for targets in masks.values() for mask in targets.values() if mask is not None]
-    assert {mask.device for mask in held} == {device}
-    assert all(set(mask.unique().tolist()) <= {0.0, 1.0} for mask in held)
-    return model, masks
-
+from nni_topo.testing import toy_evaluator, toy_images, toy_model
 
 KNOBS: dict[str, dict[str, Any]] = {
     "genetic_weight": {"validation": LABELLED, "search": GENERATIONS},
@@ -366,149 +309,6 @@ def test_schedules_of_the_runner(device):
         return states(dense, place)
 
     agree(run, device)
-
-
-def dataset_quality(place: torch.device) -> Callable[[nn.Module], Quality]:
-    """Judge a network by its loss and accuracy on the toy images."""
-
-    def judge(model: nn.Module) -> Quality:
-        with torch.no_grad():
-            logits = copy.deepcopy(model).eval()(IMAGES.to(place)).cpu()
-        return Quality(float(cross_entropy(logits, LABELS)), float((logits.argmax(1) == LABELS).double().mean()))
-
-    return judge
-
-
-def perturbed(place: torch.device) -> nn.Module:
-    model = toy_model().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.9)
-    return model.to(place)
-
-
-def chain(place: torch.device) -> nn.Module:
-    """A plain stack with a dropout in it, small enough for bounds."""
-    torch.manual_seed(1)
-    layers = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(54, 8), nn.ReLU(), nn.Dropout()]
-    return nn.Sequential(*layers, nn.Linear(8, 4)).to(place).eval()
-
-
-def changed(place: torch.device) -> nn.Module:
-    model = chain(CPU)
-    with torch.no_grad():
-        model[4].weight[:2] = 0.0
-    return model.to(place)
-
-
-def found_bound(place: torch.device) -> Any:
-    return analysis.error_bound(chain(place), changed(place), IMAGES[:3].to(place), iterations=2)
-
-
-def found_retraining(place: torch.device) -> Any:
-    nets = (toy_model(1).to(place), toy_model(2).to(place), perturbed(place))
-    batches = [(images.to(place), labels.to(place)) for images, labels in LABELLED]
-    return analysis.retraining_bound(*nets, cross_entropy, batches, 3)
-
-
-def found_selection(place: torch.device) -> Any:
-    batches = [(images.to(place), labels.to(place)) for images, labels in LABELLED]
-    found = analysis.study_selection(
-        toy_model().to(place).eval(),
-        "stem",
-        IMAGES[:1].to(place),
-        batches,
-        dataset_quality(place),
-        keep=5,
-        evolution=EvolutionSettings(**GENERATIONS),
-    )
-    return found
-
-
-def found_replacement(place: torch.device, *, bias: bool = True) -> Any:
-    model = toy_model().to(place).eval()
-    if not bias:
-        model.stem.bias = None
-    return analysis.study_replacement(
-        model,
-        "stem",
-        IMAGES[:1].to(place),
-        dataset_quality(place),
-        threshold=0.4,
-        evolution=FilterEvolution(4, 2),
-    )
-
-
-def found_energy(place: torch.device) -> Any:
-    layers = ["stem", "inner"]
-    model = toy_model().to(place).eval()
-    found = analysis.study_energy(model, layers, IMAGES[:1].to(place), dataset_quality(place), thresholds=(0.1, 0.3))
-    return found.layers, found.together
-
-
-def found_accumulated(place: torch.device) -> Any:
-    model = toy_model().to(place).eval()
-    return analysis.accumulate_energy(model, [("stem", "inner")], IMAGES[:1].to(place), dataset_quality(place))
-
-
-def found_topology(place: torch.device) -> Any:
-    found = analysis.study_topology(toy_model().to(place), HALF, **SEARCH)
-    # Masks are on the CPU, as the pruner's data are, until they are put into a model.
-    return [(layer.kept, layer.deaths, layer.bottleneck, layer.hausdorff) for layer in found.layers], found.masks
-
-
-def found_connectivity(place: torch.device) -> Any:
-    model = chain(place)
-    masks = {"4": {"weight": (model[4].weight > 0).float()}, "7": {"weight": (model[7].weight > 0).float()}}
-    return analysis.connectivity(model, IMAGES[:1].to(place), masks)
-
-
-def found_sensitivity(place: torch.device) -> Any:
-    judge = dataset_quality(place)
-    found = analysis.sensitivity(
-        toy_model().to(place), IMAGES[:1].to(place), lambda net: judge(net).accuracy, ratios=(0.5,), layers=["hidden"]
-    )
-    return found.baseline, found.curves
-
-
-def found_dropout(place: torch.device) -> Any:
-    found = analysis.study_dropout({"net": lambda: chain(place)}, dataset_quality(place), rates=(0.0, 0.5))
-    return found["net"][0.5]
-
-
-def found_persistence(place: torch.device) -> Any:
-    model = toy_model().to(place)
-    tracker = analysis.PersistenceTracker(model)
-    tracker()
-    unrolled = analysis.neural_persistence(model, IMAGES[:1].to(place), conv_graph="toeplitz")
-    return analysis.neural_persistence(model).layers, unrolled.layers, tracker.totals
-
-
-STUDIES: list[Case] = [
-    found_accumulated,
-    found_bound,
-    found_connectivity,
-    found_dropout,
-    found_energy,
-    found_persistence,
-    found_replacement,
-    found_retraining,
-    found_selection,
-    found_sensitivity,
-    found_topology,
-    functools.partial(found_replacement, bias=False),
-    lambda place: analysis.critical_compression_ratio(toy_model().to(place), IMAGES[:1].to(place)).layers,
-]
-
-
-@pytest.mark.parametrize("study", STUDIES, ids=lambda study: getattr(study, "__name__", "")[6:] or None)
-def test_studies(device, study):
-    agree(study, device)
-
-
-def test_layers_are_timed_where_they_lie(device):
-    table = measure_latency(chain(device), IMAGES[:2].to(device), shares=(0.5, 1.0), repeats=1)
-    assert set(table.layers) == {"0", "4", "7"}
 
 
 def test_masks_are_digested_alike(device):

@@ -6,6 +6,15 @@ import copy
 
 import pytest
 import torch
+from transformers_nets import (
+    MODELS,
+    families,
+    inputs_of,
+    logits,
+    make,
+    pruned,
+    transformers,
+)
 
 from nni_topo import (
     as_torch_layers,
@@ -14,7 +23,6 @@ from nni_topo import (
     dependency_groups,
     load,
     masked_model,
-    narrow_heads,
     remove_blocks,
     save,
     save_pretrained,
@@ -23,67 +31,6 @@ from nni_topo import (
 from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.network.attention import find_attention
 from nni_topo.sharing import find_ties
-
-transformers = pytest.importorskip("transformers")
-
-SIZES = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-IMAGES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 8}
-DISTIL = {"vocab_size": 31, "dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 4}
-MODELS = {
-    "BertForSequenceClassification": ("BertConfig", SIZES),
-    "RobertaForSequenceClassification": ("RobertaConfig", SIZES),
-    "DistilBertForSequenceClassification": ("DistilBertConfig", DISTIL),
-    "ViTForImageClassification": ("ViTConfig", {**IMAGES, "patch_size": 4}),
-    "DeiTForImageClassification": ("DeiTConfig", {**IMAGES, "patch_size": 4}),
-    "GPT2LMHeadModel": ("GPT2Config", {"vocab_size": 31, "n_embd": 16, "n_inner": 24, "n_layer": 2, "n_head": 4}),
-    "LlamaForCausalLM": ("LlamaConfig", {**SIZES, "num_key_value_heads": 2, "head_dim": 4}),
-    "Qwen2ForCausalLM": ("Qwen2Config", {**SIZES, "num_key_value_heads": 2}),
-    "MistralForCausalLM": ("MistralConfig", {**SIZES, "num_key_value_heads": 2, "sliding_window": None}),
-}
-
-
-# Made as others are, to the last block: roughly as BERT, ViT and Qwen2.
-TWINS = ("RobertaForSequenceClassification", "DeiTForImageClassification", "MistralForCausalLM")
-
-
-def families(*left_out):
-    """All kinds of models, those that are much like another one as slow."""
-    kept = [name for name in MODELS if not name.startswith(left_out)]
-    return [pytest.param(name, marks=pytest.mark.slow if name in TWINS else ()) for name in kept]
-
-
-def make(name, layers=None):
-    torch.manual_seed(0)
-    config, sizes = MODELS[name]
-    depth = {} if layers is None else {"n_layer" if "n_layer" in sizes else "num_hidden_layers": layers}
-    model = getattr(transformers, name)(getattr(transformers, config)(**sizes | depth)).eval()
-    model = as_torch_layers(model) if name.startswith("GPT2") else model
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.2)
-    return model
-
-
-def inputs_of(model, samples=3, places=6):
-    drawing = torch.Generator().manual_seed(1)
-    if hasattr(model.config, "image_size"):
-        return {"pixel_values": torch.randn(samples, 3, 8, 8, generator=drawing)}
-    ids = torch.randint(5, 31, (samples, places), generator=drawing)
-    lengths = places - 2 * (torch.arange(samples) % 3 == 1).long()
-    return {"input_ids": ids, "attention_mask": (torch.arange(places) < lengths[:, None]).long()}
-
-
-def pruned(model, inputs, ratio=0.5):
-    config = [{"op_types": ["Linear"], "granularity": "head", "sparse_ratio": ratio}]
-    groups = list(dependency_groups(model, inputs, config))
-    work = copy.deepcopy(model)
-    return create_pruner("l1", work, groups).compress()[1]
-
-
-def logits(model, inputs):
-    with torch.no_grad():
-        return model(**inputs).logits
 
 
 @pytest.mark.parametrize("name", families())
@@ -99,62 +46,6 @@ def test_half_of_the_heads_go(name):
     reference = masked_model(model, inputs, masks)
     for given in (inputs, inputs_of(model, samples=2, places=5)):
         torch.testing.assert_close(logits(dense, given), logits(reference, given), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", families())
-def test_heads_with_half_of_their_channels(name, tmp_path):
-    model = make(name)
-    inputs = inputs_of(model, samples=12)
-    turned, masks = narrow_heads(model, [inputs], 0.5)
-    torch.testing.assert_close(logits(turned, inputs), logits(model, inputs), rtol=1e-3, atol=1e-3)
-    dense, reference = to_dense(turned, inputs, masks), masked_model(turned, inputs, masks)
-    for given in (inputs, inputs_of(model, samples=2, places=5)):
-        torch.testing.assert_close(logits(dense, given), logits(reference, given), rtol=1e-5, atol=1e-5)
-    sizes = {each.head_size for each in find_attention(dense).values()}
-    assert sizes == {2}
-    save(dense, tmp_path / "dense.safetensors")
-    assert torch.equal(logits(load(tmp_path / "dense.safetensors", model), inputs), logits(dense, inputs))
-    with pytest.raises(ConfigError, match=r"got .*2.* where the config makes"):
-        save_pretrained(dense, tmp_path / "folder")
-
-
-def test_padding_says_nothing_about_which_channels_of_heads_matter():
-    model = make("BertForSequenceClassification")
-    inputs = inputs_of(model, samples=12)
-    others = {**inputs, "input_ids": torch.where(inputs["attention_mask"] > 0, inputs["input_ids"], 7)}
-    assert not torch.equal(inputs["input_ids"], others["input_ids"])
-    one, other = (narrow_heads(model, [each], 0.5)[0].state_dict() for each in (inputs, others))
-    for name, tensor in one.items():
-        torch.testing.assert_close(other[name].abs(), tensor.abs(), rtol=1e-3, atol=1e-4)
-
-
-def test_heads_that_share_frequencies_lose_as_many_channels_or_none(caplog):
-    model = make("LlamaForCausalLM")
-    names, inputs = [*find_attention(model)], inputs_of(model)
-    for asked in ({names[0]: 0.5}, {names[0]: 0.5, names[1]: 0.4} | dict.fromkeys(names[2:], 0.5)):
-        caplog.clear()
-        turned, masks = narrow_heads(model, [inputs], asked)
-        assert (masks == {}) == (len(asked) == 1 or len({*asked.values()}) > 1)
-        assert "others that share its frequencies keep more or fewer channels" in caplog.text
-        torch.testing.assert_close(logits(turned, inputs), logits(model, inputs), rtol=1e-3, atol=1e-3)
-
-
-def test_frequencies_that_change_with_the_text_keep_heads_as_large_as_they_are(caplog):
-    scaling = {"rope_type": "dynamic", "factor": 2.0}
-    scaling |= {} if transformers.__version__ < "5" else {"rope_theta": 10000.0}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, rope_scaling=scaling)).eval()
-    assert narrow_heads(model, [inputs_of(model)], 0.5)[1] == {}
-    assert "model.layers.1.self_attn (rotary positions of an unknown kind)" in caplog.text
-
-
-def test_a_decoder_of_narrower_heads_generates_with_and_without_cache():
-    model = make("LlamaForCausalLM")
-    inputs = inputs_of(model)
-    turned, masks = narrow_heads(model, [inputs], 0.5)
-    dense, start = to_dense(turned, inputs, masks), inputs["input_ids"][:1]
-    texts = [dense.generate(start, max_new_tokens=5, do_sample=False, use_cache=use) for use in (True, False)]
-    assert torch.equal(*texts)
-    assert len(dense.model.rotary_emb.inv_freq) == len(model.model.rotary_emb.inv_freq) // 2
 
 
 @pytest.mark.parametrize(
@@ -416,40 +307,3 @@ def test_a_model_in_training_is_pruned_and_compensated_as_it_evaluates():
     assert found.training
     expected = to_dense(compensate(model, masks, [inputs]), inputs, masks)
     torch.testing.assert_close(logits(found.eval(), inputs), logits(expected, inputs))
-
-
-@pytest.mark.parametrize(
-    ("name", "asked"),
-    [
-        ("BertForSequenceClassification", r".*_embeddings|.*\.output\.dense"),
-        pytest.param("RobertaForSequenceClassification", r".*_embeddings|.*\.output\.dense", marks=pytest.mark.slow),
-        ("DistilBertForSequenceClassification", r".*_embeddings|.*\.(out_lin|lin2)"),
-        ("ViTForImageClassification", r".*projection|.*\.output\.dense|.*\.(o_proj|fc2)"),
-        pytest.param(
-            "DeiTForImageClassification", r".*projection|.*\.output\.dense|.*\.(o_proj|fc2)", marks=pytest.mark.slow
-        ),
-    ],
-)
-def test_the_residual_width_goes(name, asked, tmp_path):
-    model = make(name)
-    inputs = inputs_of(model)
-    groups = dependency_groups(model, inputs, [{"op_names_re": [asked], "sparse_ratio": 0.25}])
-    assert not groups.skipped
-    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
-    dense = to_dense(model, inputs, masks)
-    expected = logits(masked_model(model, inputs, masks), inputs)
-    torch.testing.assert_close(logits(dense, inputs), expected, rtol=1e-5, atol=1e-5)
-    width = {each.normalized_shape for each in dense.modules() if isinstance(each, torch.nn.LayerNorm)}
-    assert width == {(12,)}
-    with pytest.raises(ConfigError, match=r"nni_topo.save and nni_topo.load take it"):
-        save_pretrained(dense, tmp_path / "folder")
-    save(dense, tmp_path / "dense.safetensors")
-    assert torch.equal(logits(load(tmp_path / "dense.safetensors", model), inputs), logits(dense, inputs))
-
-
-def test_a_width_that_cannot_be_followed_stays_with_the_reason():
-    model = make("LlamaForCausalLM")
-    asked = [{"op_names_re": [r".*embed_tokens|.*(o|down)_proj"], "sparse_ratio": 0.25}]
-    groups = dependency_groups(model, inputs_of(model), asked)
-    assert list(groups) == []
-    assert "input_layernorm" in groups.skipped["model.embed_tokens"]

@@ -4,87 +4,14 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import torch
-from nni.compression.pruning import L1NormPruner
+from attention_nets import HEADS, NETS, SIZE, WIDTH, Fused, _states, head_masks, make, same
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from nni_topo import compensate, create_pruner, dependency_groups, load, masked_model, save, to_dense, zoo
-from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import find_attention, multihead
-from nni_topo.network.cost import NetworkCost
-from nni_topo.network.layers import weight_name, weight_of
-from nni_topo.network.measure import count_macs
-from nni_topo.zoo.transformers import Block, GatedMlp, Mlp, SelfAttention
-
-WIDTH, HEADS, SIZE = 12, 4, 3
-
-
-def _states(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-
-
-class Stream(nn.Module):
-    """Attention added to a stream, from another one where ``cross`` says so."""
-
-    def __init__(self, attention, *, cross=False, **knobs):
-        super().__init__()
-        self.enter, self.attention, self.head = nn.Linear(5, WIDTH), attention, nn.Linear(WIDTH, 2)
-        self.cross, self.knobs = cross, knobs
-
-    def forward(self, x):
-        x = self.enter(x)
-        other = x.flip(1) if self.cross else x
-        many = isinstance(self.attention, nn.MultiheadAttention)
-        y = self.attention(x, other, other, **self.knobs)[0] if many else self.attention(x)
-        return self.head(x + y)
-
-
-def _block(attention, mlp, norm):
-    return nn.Sequential(
-        nn.Linear(5, WIDTH), Block(attention, mlp, (norm(WIDTH), norm(WIDTH)), first=True), nn.Linear(WIDTH, 2)
-    )
-
-
-NETS = {
-    "multihead": lambda: Stream(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)),
-    "batch second": lambda: Stream(nn.MultiheadAttention(WIDTH, HEADS, bias=False), need_weights=False),
-    "cross": lambda: Stream(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True), cross=True),
-    "encoder layer": lambda: nn.Sequential(
-        nn.Linear(5, WIDTH), nn.TransformerEncoderLayer(WIDTH, HEADS, 8, batch_first=True)
-    ),
-    "fused": lambda: Stream(Fused()),
-    "apart": lambda: _block(SelfAttention(WIDTH, HEADS, bias=True, causal=False), Mlp(WIDTH, 8), nn.LayerNorm),
-    # Rotary positions turn pairs of channels, so heads are of two here.
-    "shared keys": lambda: _block(SelfAttention(WIDTH, 6, 3, bias=False, causal=True), GatedMlp(WIDTH, 8), nn.RMSNorm),
-}  # fmt: skip
-
-
-def make(name):
-    torch.manual_seed(0)
-    net = NETS[name]().eval()
-    for parameter in net.parameters():
-        nn.init.normal_(parameter, std=0.4)
-    return net
-
-
-def head_masks(model, kept):
-    """Masks that keep some heads of every attention."""
-    masks = {}
-    for attention in find_attention(model).values():
-        for layer, channels in attention.channels.items():
-            module = model.get_submodule(layer)
-            mask = torch.zeros_like(weight_of(module))
-            mask[torch.from_numpy(channels[kept].ravel())] = 1
-            masks[layer] = {weight_name(module): mask}
-    return masks
-
-
-def same(one, other, *inputs):
-    with torch.no_grad():
-        torch.testing.assert_close(one(*inputs), other(*inputs), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -169,24 +96,6 @@ def test_multihead_computes_what_torch_does(batch_first, bias):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-class Fused(nn.Module):
-    """Attention that makes queries, keys and values in one layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.num_heads, self.head_dim, self.qkv, self.proj = (
-            HEADS,
-            SIZE,
-            nn.Linear(WIDTH, 3 * WIDTH),
-            nn.Linear(WIDTH, WIDTH),
-        )
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        return self.proj(mixed.reshape(*x.shape[:2], -1))
-
-
 def test_attention_of_timm():
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
@@ -240,121 +149,6 @@ def test_layers_without_heads_are_left_out_and_named():
     groups = dependency_groups(make("apart"), _states(2, 7, 5), config)
     assert groups.skipped.keys() == {"0", "1.mlp.fc1", "1.mlp.fc2", "2"}
     assert all("no heads" in reason for reason in groups.skipped.values())
-
-
-PRUNERS = {
-    "NNI's L1": lambda model, groups, data: L1NormPruner(model, groups),
-    "l1": lambda model, groups, data: create_pruner("l1", model, groups),
-    "random": lambda model, groups, data: create_pruner("random", model, groups, seed=0),
-    "topological": lambda model, groups, data: create_pruner("topological", model, groups, calibration=data),
-    "reconstruction": lambda model, groups, data: create_pruner("reconstruction", model, groups, calibration=data),
-}
-
-
-def prune(model, config, kind, data):
-    groups = list(dependency_groups(model, data[0], config))
-    pruner = PRUNERS[kind](model, groups, data)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
-    return masks
-
-
-@pytest.mark.parametrize("kind", PRUNERS)
-@pytest.mark.parametrize("name", ["multihead", "encoder layer", "fused", "apart", "shared keys"])
-def test_pruners_choose_heads(name, kind):
-    model, data = make(name), [_states(8, 7, 5)]
-    (attention,) = find_attention(model).values()
-    whole = isinstance(model.get_submodule(attention.name), nn.MultiheadAttention)
-    asked = {"op_types": ["MultiheadAttention"]} if whole else {"op_types": ["Linear"], "granularity": "head"}
-    masks = prune(model, [{**asked, "sparse_ratio": 0.5}], kind, data)
-    kept = [
-        masks[layer][weight_name(model.get_submodule(layer))].flatten(1).any(1).numpy()[channels]
-        for layer, channels in attention.channels.items()
-    ]
-    stays = kept[0][:, 0]
-    assert stays.sum() == attention.heads - attention.heads // 2
-    assert all((each == stays[:, None]).all() for each in kept)
-    if not whole:
-        columns = masks[attention.out]["weight"].expand(WIDTH, -1).any(0)
-        assert np.array_equal(columns, stays.repeat(attention.size))
-    dense = to_dense(model, data[0], masks)
-    same(dense, masked_model(model, data[0], masks), data[0])
-
-
-@pytest.mark.parametrize("name", ["multihead", "apart"])
-@pytest.mark.parametrize("kind", ["topological", "reconstruction"])
-def test_of_two_equal_heads_one_goes_and_compensation_makes_up_for_it(name, kind):
-    model, data = make(name), [_states(64, 7, 5)]
-    (attention,) = find_attention(model).values()
-    with torch.no_grad():
-        for layer, channels in attention.channels.items():
-            module = model.get_submodule(layer)
-            bias = module.in_proj_bias if attention.is_fused else module.bias
-            for each in (weight_of(module), bias):
-                each[torch.from_numpy(channels[3])] = each[torch.from_numpy(channels[1])]
-        mixer = model.get_submodule(attention.out).weight
-        mixer[:, 9:] = mixer[:, 3:6]
-    original = copy.deepcopy(model)
-    kinds = (
-        {"op_types": ["MultiheadAttention"]} if attention.is_fused else {"op_types": ["Linear"], "granularity": "head"}
-    )
-    masks = prune(model, [{**kinds, "sparse_ratio": 0.25}], kind, data)
-    repaired = compensate(model, masks, data, ridge=0.0)
-    dense = to_dense(repaired, data[0], masks)
-    assert find_attention(dense)[attention.name].heads == 3
-    with torch.no_grad():
-        torch.testing.assert_close(dense(data[0]), original(data[0]), rtol=1e-3, atol=1e-3)
-
-
-def test_the_point_of_a_head_is_what_it_adds_to_the_stream():
-    from nni_topo.pruners import FunctionalCollector
-
-    model, data = make("apart"), [_states(16, 7, 5)]
-    (attention,) = find_attention(model).values()
-    groups = dependency_groups(model, data[0], [{"op_types": ["Linear"], "granularity": "head", "sparse_ratio": 0.5}])
-    entering = []
-    with model.get_submodule(attention.out).register_forward_pre_hook(lambda _, args: entering.append(args[0])):
-        model(data[0])
-    weight = model.get_submodule(attention.out).weight
-    added = [entering[0][..., h * SIZE : (h + 1) * SIZE] @ weight[:, h * SIZE : (h + 1) * SIZE].T for h in range(HEADS)]
-    expected = torch.stack([(each - each.mean((0, 1))).flatten() for each in added]).detach().double()
-    pruner = create_pruner("topological", model, list(groups), calibration=data)
-    points = FunctionalCollector(data).collect(pruner.context)["1.attention.q_proj"]["weight"]
-    torch.testing.assert_close(points @ points.T, expected @ expected.T / (16 * 7), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["multihead", "apart", "shared keys"])
-def test_costs_of_fewer_heads_are_those_of_the_dense_model(name):
-    model, inputs = make(name), _states(1, 7, 5)
-    masks = head_masks(model, [0, 2])
-    kept = {layer: next(iter(targets.values())).flatten(1).any(1).numpy() for layer, targets in masks.items()}
-    cost = NetworkCost(model, inputs)(kept)
-    dense = to_dense(model, inputs, masks)
-    assert cost.params == sum(p.numel() for p in dense.parameters())
-    whole = NetworkCost(model, inputs)({})
-    if name == "multihead":  # whose products count as in the whole network
-        weights = [sum(p.numel() for p in net.parameters() if p.dim() == 2) for net in (model, dense)]
-        assert whole.macs - cost.macs == (weights[0] - weights[1]) * 7
-    else:
-        assert (whole.macs, cost.macs) == (count_macs(model, inputs), count_macs(dense, inputs))
-
-
-def test_blocks_of_ones_own_stay_what_they_are():
-    config = [{"op_names_re": [r"1\.attention\.[qkv]_proj"], "granularity": [3, 6], "sparse_ratio": 0.5}]
-    groups = dependency_groups(make("apart"), _states(2, 7, 5), config)
-    assert [(e["granularity"], "dependency_group_id" in e) for e in groups] == [([3, 6], False)] * 3
-
-
-def test_one_head_of_a_layer_has_to_stay():
-    model = make("apart")
-    with pytest.raises(
-        SpeedupError, match=r"must leave at least one channel of a layer, got only zeros \(1\.attention"
-    ):
-        to_dense(model, _states(3, 7, 5), head_masks(model, []))
-    masks = prune(
-        model, [{"op_types": ["Linear"], "granularity": "head", "sparse_ratio": 0.99}], "l1", [_states(3, 7, 5)]
-    )
-    assert masks["1.attention.q_proj"]["weight"].flatten(1).any(1).sum() == SIZE
 
 
 @pytest.mark.parametrize("name", ["multihead", "encoder layer", "fused", "shared keys"])

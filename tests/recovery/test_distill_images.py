@@ -1,0 +1,170 @@
+"""The images that distillation learns from, and those that judge."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from distill_nets import batches, divergence, inputs, pair
+from torch import nn
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.recovery import distill, distillation
+
+
+def test_augmented_views_are_answered_by_the_original():
+    """Images that all lie on one side teach nothing of the other, unless they are turned."""
+    dense, original = pair()
+    sided = [inputs(512).abs()]
+    other = -inputs(256, seed=1).abs()
+
+    def turned(part):
+        assert part.dim() == 2
+        return torch.where(torch.rand(len(part), 1) < 0.5, part, -part)
+
+    plain = distill(dense, original, sided, steps=300, lr=0.01)
+    augmented = distill(dense, original, sided, steps=300, lr=0.01, augment=turned)
+    assert divergence(augmented, original, other) < 0.3 * divergence(plain, original, other)
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(1.0, 6e-3), (30.0, 2e-3), (1e3, None)])
+def test_what_would_be_left_out_is_learned_at_a_lower_rate(scale, expected, tmp_path):
+    """Where inputs are thirty times as large, weights are small, and a high rate takes them far away."""
+    _, original = pair()
+    dense = copy.deepcopy(original)
+    with torch.no_grad():
+        dense.head.weight *= 1.1
+        for net in (dense, original):
+            net.first.weight /= scale
+    images = [scale * part for part in batches(256)]
+    known = {"steps": 80, "held_out": images[:2]}
+    alone = {lr: distillation(dense, original, images, lr=lr, **known) for lr in (6e-3, 2e-3, 6e-4)}
+    assert next((lr for lr, each in alone.items() if each.is_kept), None) == expected
+    found = distillation(dense, original, images, state=tmp_path / "state.pt", **known)
+    again = distillation(dense, original, images, state=tmp_path / "state.pt", **known)
+    for each in (found, again):
+        assert (each.lr, each.is_kept, each.steps) == (expected or 6e-4, expected is not None, 80)
+        assert each.loss_after == alone[each.lr].loss_after
+    # Time for one course is no time for two.
+    assert distillation(dense, original, images, seconds=100, **known).lr == 6e-3
+
+
+def test_half_of_the_images_are_blended_with_others_in_all_passes_but_the_first():
+    dense, original = pair()
+    seen = []
+    original.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    images = [torch.eye(6).repeat(160, 1)]  # 840 of them are learned from, in 14 batches
+    distill(dense, original, images, steps=14, lr=0.01)
+    plain = torch.cat(seen)
+    assert bool((plain.amax(1) == 1).all())
+    distill(dense, original, images, steps=15, lr=0.01)
+    view = torch.cat(seen)[2 * len(plain) :]
+    assert view.shape == (840, 6)
+    torch.testing.assert_close(view.sum(1), torch.ones(840))
+    parts = (view > 0).sum(1)
+    assert set(parts.tolist()) == {1, 2}
+    # Half of the images, but for the sixth of these that meet their like.
+    assert float((parts == 2).float().mean()) == pytest.approx(0.5 * 5 / 6, abs=0.05)
+    assert float(view[:, 0].unique().diff().max()) < 0.1
+
+
+@pytest.mark.parametrize("kind", ["whole numbers", "two tensors", "one value"])
+def test_what_is_not_one_tensor_of_images_is_not_blended(kind):
+    class Reads(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, inputs, other=None):
+            inputs = inputs.float() if other is None else inputs + other
+            return self.net(inputs if inputs.dim() == 2 else inputs[:, None].expand(-1, 6))
+
+    given = {
+        "whole numbers": [(10 * inputs()).long()],
+        "two tensors": [{"inputs": inputs(), "other": inputs(seed=1)}],
+        "one value": [inputs()[:, 0]],
+    }[kind]
+    dense, original = (Reads(net) for net in pair())
+    with_, without = (distill(dense, original, given, steps=10, blend=each) for each in (True, False))
+    torch.testing.assert_close(with_.state_dict(), without.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(with_.net.head.weight, dense.net.head.weight)
+
+
+def test_images_held_out_judge_and_none_is_learned_from():
+    dense, original = pair()
+    judges = inputs(40, seed=1)
+    found = distillation(dense, original, batches(), held_out=[judges[:30], judges[30:]], steps=40, seed=4)
+    assert found.images == 136
+    assert found.loss_before == pytest.approx(divergence(dense, original, judges), rel=1e-4)
+    assert found.loss_after == pytest.approx(divergence(found.model, original, judges), rel=1e-4)
+    other = distillation(dense, original, batches(), held_out=[inputs(40, seed=2)], steps=40, seed=4, lr=found.lr)
+    assert torch.equal(other.model.head.weight, found.model.head.weight)
+    with pytest.raises(DataError, match="at least one batch, got none"):
+        distillation(dense, original, batches(), held_out=[])
+
+
+def test_budget_of_seconds_ends_it():
+    dense, original = pair()
+    found = distillation(dense, original, batches(), steps=10**9, seconds=0.3)
+    assert 1 <= found.steps < 10**6
+    assert found.seconds < 20.0
+    assert found.is_kept
+
+
+def test_what_was_stopped_goes_on_to_the_same_result(tmp_path):
+    dense, original = pair(norm=True)
+    steps = iter(range(12))
+
+    def noisy(part):
+        return part + 0.1 * torch.randn_like(part)
+
+    def stopping(part):
+        # Three views of 525 images, in three parts each, come before the fourth pass.
+        if next(steps) == 11:
+            raise KeyboardInterrupt
+        return noisy(part)
+
+    knobs = {"steps": 60, "seed": 5, "state": tmp_path / "state.pt", "state_seconds": 0.0}
+    whole = distill(dense, original, batches(600), augment=noisy, steps=60, seed=5)
+    with pytest.raises(KeyboardInterrupt):
+        distill(dense, original, batches(600), augment=stopping, **knobs)
+    kept = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert 0 < kept["done"] < 60
+    found = distillation(dense, original, batches(600), augment=noisy, **knobs)
+    assert found.steps == 60
+    torch.testing.assert_close(found.model.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    # What is done isn't done again, and what is another distillation's is refused.
+    again = distill(dense, original, batches(600), **knobs)
+    torch.testing.assert_close(again.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ConfigError, match="must go on with seed 5, got 6"):
+        distill(dense, original, batches(600), **{**knobs, "seed": 6})
+    (tmp_path / "state.pt").write_bytes(b"no state")
+    with pytest.raises(DataError, match="must be a whole file of this distillation"):
+        distill(dense, original, batches(600), **knobs)
+
+
+# 7/8 of 4,800 images are 4,200: 66 batches of at most 64.
+@pytest.mark.parametrize(("images", "steps"), [pytest.param(64, 600, marks=pytest.mark.slow), (4800, 660)])
+def test_ten_passes_over_many_images(images, steps):
+    dense, original = pair()
+    assert distillation(dense, original, [inputs(images)]).steps == steps
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        ([], DataError, "at least one batch, got none"),
+        ([inputs(1)], DataError, "at least two images, one to judge by, got 1"),
+        ([inputs(0)], DataError, "must hold inputs, got an empty one"),
+        ([inputs(8) * math.nan], DataError, "must be finite, got NaN"),
+        ([torch.ones(4, 5)], DataError, "must fit the model"),
+        (inputs(8), ConfigError, "iterable of batches, e.g. a list of tensors, got one tensor"),
+        ([inputs(4), {"inputs": inputs(4)}], DataError, "one shape but for their number"),
+    ],
+)
+def test_bad_images_are_refused(images, error, message):
+    dense, original = pair()
+    with pytest.raises(error, match=message):
+        distill(dense, original, images)

@@ -1,0 +1,82 @@
+"""Small models of Transformers, of every kind of attention that is known."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from nni_topo import (
+    as_torch_layers,
+    create_pruner,
+    dependency_groups,
+)
+
+transformers = pytest.importorskip("transformers")
+
+
+SIZES = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+IMAGES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 8}
+
+
+DISTIL = {"vocab_size": 31, "dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 4}
+
+
+MODELS = {
+    "BertForSequenceClassification": ("BertConfig", SIZES),
+    "RobertaForSequenceClassification": ("RobertaConfig", SIZES),
+    "DistilBertForSequenceClassification": ("DistilBertConfig", DISTIL),
+    "ViTForImageClassification": ("ViTConfig", {**IMAGES, "patch_size": 4}),
+    "DeiTForImageClassification": ("DeiTConfig", {**IMAGES, "patch_size": 4}),
+    "GPT2LMHeadModel": ("GPT2Config", {"vocab_size": 31, "n_embd": 16, "n_inner": 24, "n_layer": 2, "n_head": 4}),
+    "LlamaForCausalLM": ("LlamaConfig", {**SIZES, "num_key_value_heads": 2, "head_dim": 4}),
+    "Qwen2ForCausalLM": ("Qwen2Config", {**SIZES, "num_key_value_heads": 2}),
+    "MistralForCausalLM": ("MistralConfig", {**SIZES, "num_key_value_heads": 2, "sliding_window": None}),
+}
+
+
+# Made as others are, to the last block: roughly as BERT, ViT and Qwen2.
+TWINS = ("RobertaForSequenceClassification", "DeiTForImageClassification", "MistralForCausalLM")
+
+
+def families(*left_out):
+    """All kinds of models, those that are much like another one as slow."""
+    kept = [name for name in MODELS if not name.startswith(left_out)]
+    return [pytest.param(name, marks=pytest.mark.slow if name in TWINS else ()) for name in kept]
+
+
+def make(name, layers=None):
+    torch.manual_seed(0)
+    config, sizes = MODELS[name]
+    depth = {} if layers is None else {"n_layer" if "n_layer" in sizes else "num_hidden_layers": layers}
+    model = getattr(transformers, name)(getattr(transformers, config)(**sizes | depth)).eval()
+    model = as_torch_layers(model) if name.startswith("GPT2") else model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+    return model
+
+
+def inputs_of(model, samples=3, places=6):
+    drawing = torch.Generator().manual_seed(1)
+    if hasattr(model.config, "image_size"):
+        return {"pixel_values": torch.randn(samples, 3, 8, 8, generator=drawing)}
+    ids = torch.randint(5, 31, (samples, places), generator=drawing)
+    lengths = places - 2 * (torch.arange(samples) % 3 == 1).long()
+    return {"input_ids": ids, "attention_mask": (torch.arange(places) < lengths[:, None]).long()}
+
+
+def pruned(model, inputs, ratio=0.5):
+    config = [{"op_types": ["Linear"], "granularity": "head", "sparse_ratio": ratio}]
+    groups = list(dependency_groups(model, inputs, config))
+    work = copy.deepcopy(model)
+    return create_pruner("l1", work, groups).compress()[1]
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
