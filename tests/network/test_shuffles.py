@@ -67,8 +67,14 @@ def widths(model):
     return [each.out_channels for each in model.modules() if isinstance(each, nn.Conv2d)]
 
 
-@pytest.mark.parametrize("pruner", PRUNERS)
-@pytest.mark.parametrize(("half", "units", "ratio"), [(16, 3, 0.5), (14, 3, 0.5), (29, 4, 0.5), (22, 3, 0.25)])
+CASES = [
+    pytest.param(*net, pruner, marks=() if pruner == "random" or net[0] == 16 else pytest.mark.slow)
+    for net in ((16, 3, 0.5), (14, 3, 0.5), (29, 4, 0.5), (22, 3, 0.25))
+    for pruner in PRUNERS
+]
+
+
+@pytest.mark.parametrize(("half", "units", "ratio", "pruner"), CASES)
 def test_each_layer_loses_what_it_is_asked_for(half, units, ratio, pruner):
     model = shuffled(half, units)
     groups, masks, dense = pruned(model, ratio, PRUNERS[pruner])
