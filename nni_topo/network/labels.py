@@ -18,9 +18,9 @@ MOVING_MODULES = (
 )  # fmt: skip
 MOVES = frozenset((
     "cat", "concat", "concatenate", "column_stack", "dstack", "hstack", "vstack", "row_stack", "stack", "chunk",
-    "split", "tensor_split", "split_with_sizes", "unbind", "flatten", "unflatten", "reshape", "view", "view_as",
-    "permute", "transpose", "swapaxes", "t", "movedim", "moveaxis", "squeeze", "unsqueeze", "expand", "expand_as",
-    "repeat", "repeat_interleave", "tile", "narrow", "select", "getitem", "index_select", "flip", "roll",
+    "split", "tensor_split", "split_with_sizes", "unbind", "flatten", "unflatten", "reshape", "reshape_as", "view",
+    "view_as", "permute", "transpose", "swapaxes", "t", "movedim", "moveaxis", "squeeze", "unsqueeze", "expand",
+    "expand_as", "repeat", "repeat_interleave", "tile", "narrow", "select", "getitem", "index_select", "flip", "roll",
     "contiguous", "clone", "detach", "getattr", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
 ))  # fmt: skip
 # Of these the index may be a computed tensor, in whose place only numbers of channels are at hand.
