@@ -102,6 +102,16 @@ def plain_name(node: torch.fx.Node) -> str:
     return "getitem" if node.target is operator.getitem else name.strip("_")
 
 
+def merges(node: torch.fx.Node, labels: list[torch.Tensor]) -> bool:
+    """Tell whether a node is torchvision's function, into which no tracer goes, that puts four neighbours together."""
+    return plain_name(node) == "patch_merging_pad" and not any(varies(labels[0], d) for d in (-3, -2))
+
+
+def merge(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Put the channels of four neighbours next to one another, in a tensor of this shape."""
+    return torch.cat([labels[..., :1, :1, :].expand(*shape[:-1], -1)] * 4, -1)
+
+
 def varies(labels: torch.Tensor, dim: int) -> bool:
     """Tell whether labels, int64, differ along a dimension."""
     # A stride of 0 is one entry seen many times: nothing to compare.

@@ -6,7 +6,6 @@ ties the numbers that meet, a depth-wise convolution ties its output channel to 
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,8 @@ from nni_topo.network.labels import (
     given_shapes,
     makes_mask,
     meet_alike,
+    merge,
+    merges,
     place,
     plain_name,
     staying,
@@ -49,9 +50,7 @@ from nni_topo.network.layers import (
     output_channels,
 )
 from nni_topo.network.numbers import Blocks, Layer, Numbers, Own
-from nni_topo.network.stepwise import multihead
-
-_MERGES = "patch_merging_pad"  # torchvision's, of four neighbours, into which no tracer goes
+from nni_topo.network.stepwise import read_by
 
 
 class Numbering(torch.fx.Interpreter):
@@ -201,11 +200,8 @@ class Numbering(torch.fx.Interpreter):
         """List what linear layers within attention read."""
         if not isinstance(self.fetch_attr(attention.name), torch.nn.MultiheadAttention):
             return labels[:1]
-        # It has columns for one width, by which it reads queries, keys and values.
         args, kwargs = self.fetch_args_kwargs_from_env(node)
-        given = args[2:] if node.target is attend else args
-        bound = inspect.signature(multihead).bind(None, *given, **kwargs).arguments
-        return [bound[name] for name in ("query", "key", "value")]
+        return read_by(args[2:] if node.target is attend else args, kwargs)
 
     def _whole(self, node: torch.fx.Node, labels: list[torch.Tensor], reason: str) -> Any:
         """Keep all channels that enter a node, and so all that leave it."""
@@ -262,10 +258,8 @@ class Numbering(torch.fx.Interpreter):
         # What is made of no traced tensor (torch.zeros) is a constant: its channels stay, and so do those that meet it.
         if not labels:
             return self._size(n, labels) if shape is None else staying(shape)
-        if plain_name(n) == _MERGES and shape is not None and not any(varies(labels[0], d) for d in (-3, -2)):
-            # Of even sizes it only moves entries; others it pads first.
-            even = labels[0][..., :1, :1, :].expand(*shape[:-3], 2 * shape[-3], 2 * shape[-2], -1)
-            return n.target(even)  # type: ignore[operator]
+        if shape is not None and merges(n, labels):
+            return merge(labels[0], shape)
         # Numbers in place of an index that is computed would pick at random, so such a choice isn't run on them.
         if (name := plain_name(n)) in MOVES and not (name in INDEXED and tensors_of((args[1:], kwargs))):
             moved = self._move(n, labels)

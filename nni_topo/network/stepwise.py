@@ -7,6 +7,7 @@ of ``nn.MultiheadAttention``.
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -55,6 +56,12 @@ def multihead(
     return mixed, shares.squeeze(0) if is_single else shares
 
 
+def read_by(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """List what ``nn.MultiheadAttention`` reads by its columns, which are for one width: queries, keys and values."""
+    given = inspect.signature(multihead).bind(None, *args, **kwargs).arguments
+    return [given[name] for name in ("query", "key", "value")]
+
+
 def projected(self: Any, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
     """Return the queries, keys and values that ``nn.MultiheadAttention`` makes of what enters: (..., width)."""
     biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
@@ -91,14 +98,17 @@ def windowed(self: Any, x: Tensor, mix: Any = None) -> Tensor:
     mixed = (mix or self.proj)((shares @ heads[2]).transpose(2, 3).flatten(3))
     mixed = functional.dropout(mixed, self.dropout, self.training)
     joined = torch.roll(_joined(mixed, list(padded.shape[1:-1]), windows), shifts, dims)
-    return joined[(slice(None), *(slice(size) for size in sizes))].contiguous()
+    for d, size in zip(dims, sizes, strict=True):
+        joined = joined.narrow(d, 0, size)
+    return joined.contiguous()
 
 
 def _products(self: Any, queries: Tensor, keys: Tensor) -> Tensor:
     """Multiply queries and keys; the second version of Swin takes their cosines, and keys without a bias."""
-    scale = getattr(self, "logit_scale", None)
+    scale: Tensor | None = getattr(self, "logit_scale", None)
     if scale is None:
-        return (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-2, -1)
+        scaled: Tensor = queries * queries.shape[-1] ** -0.5
+        return scaled @ keys.transpose(-2, -1)
     if self.qkv.bias is not None:
         keys = keys - self.qkv.bias.chunk(3)[1].view(self.num_heads, 1, -1)
     cosines: Tensor = functional.normalize(queries, dim=-1) @ functional.normalize(keys, dim=-1).transpose(-2, -1)
