@@ -42,10 +42,10 @@ def multihead(
     scores = heads[0] @ heads[1].transpose(2, 3) / self.head_dim**0.5
     if attn_mask is not None:
         # Masks by head know those that were there at first.
-        mask = attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (len(scores), -1))
+        mask = attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (scores.shape[0], -1))
         scores = scores + _additive(mask, scores)
     if key_padding_mask is not None:
-        scores = scores + _additive(key_padding_mask, scores).reshape(len(scores), 1, 1, -1)
+        scores = scores + _additive(key_padding_mask, scores).reshape(scores.shape[0], 1, 1, -1)
     shares = functional.dropout(scores.softmax(3), self.dropout, self.training)
     mixed = (mix or self.out_proj)((shares @ heads[2]).transpose(1, 2).flatten(2))
     if is_single or not self.batch_first:
@@ -119,7 +119,9 @@ def _parted(x: Tensor, windows: list[int]) -> Tensor:
     """Take places apart into windows: (batch, windows, places, channels)."""
     pairs = [each for size, window in zip(x.shape[1:-1], windows, strict=True) for each in (size // window, window)]
     across = range(1, 2 * len(windows), 2)
-    parts = x.reshape(len(x), *pairs, x.shape[-1]).permute(0, *across, *(d + 1 for d in across), 2 * len(windows) + 1)
+    parts = x.reshape(x.shape[0], *pairs, x.shape[-1]).permute(
+        0, *across, *(d + 1 for d in across), 2 * len(windows) + 1
+    )
     return parts.flatten(len(windows) + 1, -2).flatten(1, len(windows))
 
 
@@ -127,8 +129,8 @@ def _joined(x: Tensor, sizes: list[int], windows: list[int]) -> Tensor:
     """Put windows together again: (batch, places, channels)."""
     counts = [size // window for size, window in zip(sizes, windows, strict=True)]
     order = [each for d in range(len(windows)) for each in (1 + d, 1 + len(windows) + d)]
-    parts = x.reshape(len(x), *counts, *windows, x.shape[-1]).permute(0, *order, 2 * len(windows) + 1)
-    return parts.reshape(len(x), *sizes, x.shape[-1])
+    parts = x.reshape(x.shape[0], *counts, *windows, x.shape[-1]).permute(0, *order, 2 * len(windows) + 1)
+    return parts.reshape(x.shape[0], *sizes, x.shape[-1])
 
 
 def _areas(sizes: tuple[int, ...], windows: list[int], shifts: list[int], device: torch.device) -> Tensor:
