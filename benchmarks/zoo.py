@@ -176,21 +176,30 @@ def zeroing(model: nn.Module, dense: nn.Module) -> tuple[dict[str, np.ndarray], 
 
 
 def zeroed_outputs(model: nn.Module, gone: dict[str, np.ndarray], inputs: Any) -> Any:
-    """Run a network in which hooks zero channels."""
-    handles = []
+    """Run a network in which hooks zero channels, and what makes them where a layer of which no call is seen does."""
+    handles, seen = [], set[str]()
     for name, channels in gone.items():
         module = model.get_submodule(name)
         if isinstance(module, nn.RNNBase):
             continue
         last = isinstance(module, (nn.Linear, nn.LayerNorm)) and not type(module).__name__.endswith("2d")
 
-        def hook(_: Any, __: Any, output: Tensor, channels: np.ndarray = channels, last: bool = last) -> Tensor:
+        def hook(
+            _: Any, __: Any, output: Tensor, name: str = name, channels: np.ndarray = channels, last: bool = last
+        ) -> Tensor:
+            seen.add(name)
             kept = torch.from_numpy(~channels).to(output)
             return output * (kept if last else kept.view(-1, *[1] * (output.dim() - 2)))
 
         handles.append(module.register_forward_hook(hook))
     with torch.no_grad():
         outputs = run(model, inputs)
+        # Attention may compute with the weights of its linear layers by itself.
+        unseen = [name for name in gone.keys() - seen if isinstance(model.get_submodule(name), nn.Linear)]
+        for name in unseen:
+            for parameter in model.get_submodule(name).parameters():
+                parameter[torch.from_numpy(gone[name])] = 0
+        outputs = run(model, inputs) if unseen else outputs
     for handle in handles:
         handle.remove()
     return outputs

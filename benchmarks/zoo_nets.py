@@ -355,7 +355,8 @@ def lively(model: nn.Module) -> nn.Module:
         for parameter in model.parameters():
             # A head or a layer scale that starts at zero, or next to it, would hide what differs before it, and one of
             # equal values which of its places are gone.
-            if float(parameter.abs().max()) < 1e-3 or (parameter.numel() > 1 and float(parameter.std()) == 0):
+            least, most = parameter.min(), parameter.max()
+            if max(-float(least), float(most)) < 1e-3 or (parameter.numel() > 1 and bool(least == most)):
                 parameter.normal_(0, 0.2)
         for module in model.modules():
             if (

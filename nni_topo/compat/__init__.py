@@ -127,6 +127,7 @@ def mends() -> tuple[Callable[[], bool], ...]:
         wrapping.wrap_modules_once,
         wrapping.leave_no_forward,
         wrapping.unwrap_models_once,
+        wrapping.call_layers_of_attention,
         wrapping.ask_for_blocks,
         wrapping.undo_failed_constructors,
         speedup.keep_given_masks,

@@ -14,12 +14,15 @@ from nni.compression.base.config import select_modules_by_config
 from nni.compression.base.setting import PruningSetting
 from nni.compression.base.wrapper import ModuleWrapper
 
+from nni_topo.network.stepwise import is_whole, set_stepwise
 from nni_topo.sharing import parameter_holders
 
 _TIED = "_nni_topo_tied"
 _BEGUN = "_nni_topo_begun"
 _MARK = "_nni_topo_mend"
 _FORWARD = "_nni_topo_forward"
+_CALLING = "_nni_topo_calling"
+_MIXER = torch.nn.modules.linear.NonDynamicallyQuantizableLinear
 
 scaling: list[Callable[[torch.nn.Module, Any], None]] = []
 """Functions that get a pruner's model and target spaces once NNI has given these their blocks, and may change them."""
@@ -54,7 +57,7 @@ def keep_shared_parameters() -> bool:
 
 
 def derived_types(model: torch.nn.Module, types: Iterable[str]) -> set[str]:
-    """Name the classes in a model, not PyTorch's own, that derive from PyTorch's of these names; NNI knows them then.
+    """Name the classes in a model that derive from PyTorch's of these names; NNI knows them then.
 
     NNI looks up settings by the name of a class, so that layers of a derived class can't be pruned unless registered.
     """
@@ -62,7 +65,8 @@ def derived_types(model: torch.nn.Module, types: Iterable[str]) -> set[str]:
     for kind in {type(module) for module in model.modules()}:
         bases = [base.__name__ for base in kind.__mro__ if base.__module__.startswith("torch.nn.modules")]
         base = next((base for base in bases if base in types and base in PruningSetting.registry), None)
-        if base and not kind.__module__.startswith("torch."):
+        # PyTorch's own but for what mixes the heads of ``nn.MultiheadAttention``, a linear layer by another name.
+        if base and (kind is _MIXER or not kind.__module__.startswith("torch.")):
             found.add(kind.__name__)
             if kind.__name__ not in PruningSetting.registry:
                 PruningSetting.register(kind.__name__, PruningSetting.registry[base])
@@ -141,6 +145,38 @@ def unwrap_models_once() -> bool:
             unwrap_model(self)
 
     return _replaced(Compressor, unwrap_model, unwrap_once)
+
+
+def call_layers_of_attention() -> bool:
+    """Let attention call layers of it that are wrapped, where it takes their weights by itself.
+
+    Place: ``nni/compression/base/compressor.py``, ``Compressor.wrap_model`` and ``unwrap_model``. Cause: PyTorch's
+    ``nn.MultiheadAttention`` and torchvision's attention in windows never call these layers, so that masks on them do
+    nothing, on every version. Returns True, but for a second call: NNI has no such rule.
+    """
+    wrap_model, unwrap_model = Compressor.wrap_model, Compressor.unwrap_model
+
+    def wrap_calling(self: Compressor) -> None:
+        wrappers = {id(wrapper.module): wrapper for wrapper in self._module_wrappers.values()}
+        found = [
+            module for module in self.bound_model.modules()
+            if is_whole(module) and any(id(part) in wrappers for part in module.children())
+        ]  # fmt: skip
+        if found:
+            vars(self)[_CALLING] = found
+        for module in found:
+            set_stepwise(module)
+            if id(module) in wrappers:
+                wrappers[id(module)].module_forward = type(module).forward.__get__(module)
+        wrap_model(self)
+
+    def unwrap_calling(self: Compressor) -> None:
+        unwrap_model(self)
+        for module in vars(self).pop(_CALLING, ()):
+            set_stepwise(module, False)
+
+    marked = _replaced(Compressor, unwrap_model, unwrap_calling, _CALLING)
+    return _replaced(Compressor, wrap_model, wrap_calling, _CALLING) and marked
 
 
 def _replaced(place: Any, function: Callable[..., Any], mended: Callable[..., Any], mark: str = _MARK) -> bool:

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule, Node
-from torch.nn import functional
 
-from nni_topo.network.layers import is_recurrent
+from nni_topo.network.layers import entering_channels, is_recurrent
+from nni_topo.network.stepwise import STEPWISE, is_stepwise, is_whole, set_stepwise
 
 IntArray = NDArray[np.int64]
 
@@ -30,11 +29,13 @@ _APART = (
     ("query", "key", "value", ("out_proj",)),
     ("q_lin", "k_lin", "v_lin", ("out_lin",)),
 )
-_TOGETHER = (("qkv", ("proj",)), ("c_attn", ("c_proj",)))
+_TOGETHER = (("qkv", ("proj",)), ("c_attn", ("c_proj",)), ("to_qkv", ("merge",)))
 _COUNTS = ("num_attention_heads", "num_heads", "n_heads")
 _SHARED_COUNTS = ("num_key_value_heads", "num_kv_heads")
 _SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 _WIDTHS = ("all_head_size", "inner_dim", "attn_dim", "dim", "embed_dim", "split_size")
+# Parameters with an entry for each head, and along which dimension; the last layer of what computes such a table.
+_BY_HEAD = {"relative_position_bias_table": 1, "logit_scale": 0, "cpb_mlp.2.weight": 0}
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class Attention:
     channels: dict[str, IntArray]  # by layer, its output channels of each head: (heads, channels)
     context: tuple[str, IntArray]  # a layer and which of its channels the heads put out, in this order
     out: str | None  # the layer in it that mixes the heads; None where that is a module behind
+    width: int  # channels that enter
+    by_head: dict[str, int] = field(
+        default_factory=dict
+    )  # parameters with an entry for each head: along which dimension
     recurrent: bool = False  # heads are units, which see one another and put out a channel each
 
     @property
@@ -87,7 +92,7 @@ def find_heads(model: nn.Module) -> dict[str, Attention]:
 def _units(name: str, module: Any) -> Attention:
     # One gate of all units after the other.
     rows = np.arange(len(module.weight_ih_l0)).reshape(-1, module.hidden_size).T
-    return Attention(name, len(rows), 1, {name: rows}, (name, rows[:, 0]), None, recurrent=True)
+    return Attention(name, len(rows), 1, {name: rows}, (name, rows[:, 0]), None, module.input_size, recurrent=True)
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -100,15 +105,11 @@ def _attention(name: str, module: Any) -> Attention | None:
     if isinstance(module, nn.MultiheadAttention):
         # Keys or values of another width have weights of their own, appended ones no place in a head; a subclass may
         # compute something else.
-        is_plain = type(module) is nn.MultiheadAttention and module._qkv_same_embed_dim
-        if (
-            not (is_plain or type(module) is PrunedMultiheadAttention)
-            or module.bias_k is not None
-            or module.add_zero_attn
-        ):
+        is_known = is_whole(module) or type(module) in STEPWISE.values()  # a pruned one
+        if not is_known or module.bias_k is not None or module.add_zero_attn:
             return None
-        return _together(name, name, module.num_heads, module.head_dim, f"{prefix}out_proj")
-    # A table of what one head adds for each distance belongs to no layer, and may be shared between modules.
+        return _together(name, name, module.num_heads, module.head_dim, f"{prefix}out_proj", module.embed_dim)
+    # A table of what one head adds for each distance is handed from module to module.
     if hasattr(module, "relative_attention_bias") or getattr(module, "has_relative_attention_bias", False):
         return None
     parts = {key: part for key, part in module.named_children() if any(True for _ in part.parameters())}
@@ -121,39 +122,58 @@ def _attention(name: str, module: Any) -> Attention | None:
         out = next((each for each in outs if isinstance(parts.get(each), nn.Linear)), None)
         size = next((getattr(module, key) for key in _SIZES if isinstance(getattr(module, key, None), int)), 0)
         size = size or layers[0].out_features // (count if len(layers) > 1 else 3 * count)
+        by_head = _by_head(module, count)
         # Whatever else it holds must be the same for all heads, as norms of queries and keys are.
+        held = {name.rpartition(".")[0].partition(".")[0] for name in by_head} - {""}
         others = [
-            *module.parameters(recurse=False),
-            *(p for key in parts.keys() - {*names, out} for p in parts[key].parameters()),
+            *(p for key, p in module.named_parameters(recurse=False) if key not in by_head),
+            *(p for key in parts.keys() - {*names, out, *held} for p in parts[key].parameters()),
         ]
         if any(other.numel() != size for other in others):
             return None
         mixer = None if out is None else prefix + out
         if len(layers) > 1:
-            return _apart(prefix, names, layers, size, mixer)
+            return _apart(prefix, names, layers, size, mixer, by_head)
         whole = layers[0].out_features == 3 * count * size
-        return _together(name, prefix + names[0], count, size, mixer) if whole else None
+        if not whole:
+            return None
+        return _together(name, prefix + names[0], count, size, mixer, entering_channels(layers[0]), by_head)
     return None
 
 
-def _apart(prefix: str, names: list[str], layers: list[Any], size: int, out: str | None) -> Attention | None:
+def _by_head(module: nn.Module, heads: int) -> dict[str, int]:
+    """List the parameters of a module that have an entry for each head, with the dimension of these."""
+    own = dict(module.named_parameters())
+    return {name: d for name, d in _BY_HEAD.items() if name in own and own[name].shape[d] == heads}
+
+
+def _apart(
+    prefix: str, names: list[str], layers: list[Any], size: int, out: str | None, by_head: dict[str, int]
+) -> Attention | None:
     widths = [layer.out_features // size for layer in layers]
     heads = widths[2]
     if widths[1] != heads or not heads or widths[0] % heads or any(each.out_features % size for each in layers):
+        return None
+    # Of heads that share keys several go together, and entries for each of these.
+    if by_head and widths[0] != heads:
         return None
     channels = {
         prefix + each: np.arange(layer.out_features).reshape(heads, -1)
         for each, layer in zip(names, layers, strict=True)
     }
     values = channels[prefix + names[2]].repeat(widths[0] // heads, axis=0).ravel()
-    return Attention(prefix[:-1], heads, widths[0] // heads * size, channels, (prefix + names[2], values), out)
+    context = (prefix + names[2], values)
+    width = entering_channels(layers[0])
+    return Attention(prefix[:-1], heads, widths[0] // heads * size, channels, context, out, width, by_head)
 
 
-def _together(name: str, layer: str, heads: int, size: int, out: str | None) -> Attention:
+def _together(
+    name: str, layer: str, heads: int, size: int, out: str | None, width: int, by_head: dict[str, int] | None = None
+) -> Attention:
     # Queries of all heads, then keys, then values.
     places = np.arange(3 * heads * size).reshape(3, heads, size)
     channels = places.transpose(1, 0, 2).reshape(heads, -1)
-    return Attention(name, heads, size, {layer: channels}, (layer, places[2].ravel()), out)
+    return Attention(name, heads, size, {layer: channels}, (layer, places[2].ravel()), out, width, by_head or {})
 
 
 def is_mixed(node: Node, attention: Attention) -> bool:
@@ -163,8 +183,9 @@ def is_mixed(node: Node, attention: Attention) -> bool:
 
 def attend(attention: Any, out: str, *args: Any, **kwargs: Any) -> Any:
     """Run attention without the layer in it that mixes the heads: what it puts out are the heads' values."""
-    if isinstance(attention, nn.MultiheadAttention):
-        return partial(multihead, attention, mix=lambda context: context)(*args, **kwargs)
+    if is_stepwise(attention):
+        kind = STEPWISE.get(type(attention), type(attention))
+        return partial(kind.forward, attention, mix=lambda context: context)(*args, **kwargs)
     layer = attention._modules[out]
     attention._modules[out] = nn.Identity()
     try:
@@ -208,60 +229,6 @@ def open_attention(graph_module: GraphModule, given: dict[str, tuple[bool, bool]
     graph_module.recompile()
 
 
-def multihead(
-    self: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: Tensor | None = None,
-    average_attn_weights: bool = True,
-    is_causal: bool = False,
-    mix: Any = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Compute what ``nn.MultiheadAttention`` does, step by step, whatever the number of heads that are left."""
-    del is_causal  # a hint that the mask makes unnecessary
-    is_single, states = query.dim() == 2, [query, key, value]
-    if is_single or not self.batch_first:
-        states = [each.unsqueeze(0) if is_single else each.transpose(0, 1) for each in states]
-    heads = [each.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for each in projected(self, *states)]
-    scores = heads[0] @ heads[1].transpose(2, 3) / self.head_dim**0.5
-    if attn_mask is not None:
-        # Masks by head know those that were there at first.
-        mask = attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (len(scores), -1))
-        scores = scores + _additive(mask, scores)
-    if key_padding_mask is not None:
-        scores = scores + _additive(key_padding_mask, scores).reshape(len(scores), 1, 1, -1)
-    shares = functional.dropout(scores.softmax(3), self.dropout, self.training)
-    mixed = (mix or self.out_proj)((shares @ heads[2]).transpose(1, 2).flatten(2))
-    if is_single or not self.batch_first:
-        mixed = mixed.squeeze(0) if is_single else mixed.transpose(0, 1)
-    if not need_weights:
-        return mixed, None
-    shares = shares.mean(1) if average_attn_weights else shares
-    return mixed, shares.squeeze(0) if is_single else shares
-
-
-def projected(self: Any, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    """Return the queries, keys and values that ``nn.MultiheadAttention`` makes of what enters: (..., width)."""
-    biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-    entering = zip((query, key, value), self.in_proj_weight.chunk(3), biases, strict=True)
-    return [functional.linear(*each) for each in entering]
-
-
-def _additive(mask: Tensor, scores: Tensor) -> Tensor:
-    return (
-        torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
-    )
-
-
-class PrunedMultiheadAttention(nn.MultiheadAttention):
-    """``nn.MultiheadAttention`` with fewer heads than its width has room for."""
-
-    forward = multihead
-
-
 def tell_config(model: Any, original: nn.Module) -> None:
     """Let the ``config`` of a model of Transformers say how wide it is now, where one number says it of all blocks."""
     config: Any = getattr(model, "config", None)
@@ -280,28 +247,30 @@ def tell_config(model: Any, original: nn.Module) -> None:
         config.intermediate_size = widths.pop()
 
 
-def resize(module: Any, attention: Attention, left: int) -> None:
-    """Tell a module how many of its heads are left; its layers are cut already."""
+def resize(module: Any, attention: Attention, left: int, width: int) -> None:
+    """Tell a module how many of its heads are left, and channels that enter; its layers are cut already."""
     old = attention.heads
-    if left == old:
-        return
+    if left < old or width < attention.width:
+        _set_stepwise(module)
     if isinstance(module, nn.MultiheadAttention):
         module.num_heads = left
-        _set_pruned(module)
+        module.embed_dim = module.kdim = module.vdim = width
         return
-    width = len(attention.context[1])
+    if left == old:
+        return
+    of_heads = len(attention.context[1])
     for key, value in vars(module).items():
         if key in (*_COUNTS, *_SHARED_COUNTS) and isinstance(value, int):
             setattr(module, key, value // old * left)
-        elif key in _WIDTHS and value == width:
-            setattr(module, key, width // old * left)
+        elif key in _WIDTHS and value == of_heads:
+            setattr(module, key, of_heads // old * left)
 
 
 def set_size(module: Any, old: int, size: int, heads: int) -> None:
     """Tell a module how many channels are left of each of its heads; its layers are cut already."""
+    _set_stepwise(module)
     if isinstance(module, nn.MultiheadAttention):
         module.head_dim = size
-        _set_pruned(module)
         return
     for key, value in vars(module).items():
         if key in _SIZES and value == old:
@@ -312,7 +281,7 @@ def set_size(module: Any, old: int, size: int, heads: int) -> None:
             setattr(module, key, size**-0.5)  # what queries times keys are multiplied by
 
 
-def _set_pruned(module: Any) -> None:
-    module.__class__ = PrunedMultiheadAttention
-    module._qkv_same_embed_dim = False  # layers of PyTorch's then don't compute with its weights by themselves
-    vars(module).pop("forward", None)  # NNI puts the class's own there when it takes a wrapper off
+def _set_stepwise(module: Any) -> None:
+    if is_whole(module):
+        set_stepwise(module)
+        vars(module).pop("forward", None)  # NNI puts the class's own there when it takes a wrapper off

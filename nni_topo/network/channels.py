@@ -35,7 +35,10 @@ class ChannelFlow(Numbering):
         roots = np.unique(self.roots(np.concatenate([*arriving, np.zeros(0, dtype=np.int64)])))
         self.at_output = roots[roots > FIXED]
         self._written = {
-            place: (uses[0][0], [np.array(each) for each in dict.fromkeys(tuple(self.roots(c)) for _, c in uses)])
+            place: (
+                uses[0][0],
+                [np.array(each, dtype=np.int64) for each in dict.fromkeys(tuple(self.roots(c)) for _, c in uses)],
+            )
             for place, uses in counted(graph_module.graph, self.numbers).items()
         }
         # One number can only count equally many.

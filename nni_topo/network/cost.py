@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from nni_topo.network.attention import Attention, find_attention
 from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.inputs import tensors_of
 from nni_topo.network.labels import FIXED
 from nni_topo.network.layers import (
     NORMS,
@@ -51,6 +52,7 @@ class _LayerCost:
     positions: int
     entering_positions: int
     leaving_positions: int
+    together: int  # of these, those that see one another where it makes queries, keys or values: of a window
     bias: int  # how many of them
 
     def products(self, gone: BoolArray) -> int:
@@ -75,15 +77,16 @@ class NetworkCost:
 
     # Not by PyTorch's counter, on which `count_macs` stands: that runs a network, and a search for a budget asks for
     # thousands of widths that nobody has built. The tests hold both to the same numbers.
-    # Convolutions, linear layers and attention whose queries and keys are layers count as the dense model has them,
-    # batch norms as parameters, everything else (other norms) as in the whole network. A channel that several layers
+    # Convolutions, linear layers and attention count as the dense model has them, batch norms as parameters, everything
+    # else (other norms) as in the whole network. A channel that several layers
     # put out together goes when all of them lose it; one of a layer without an entry stays.
     def __init__(self, model: torch.nn.Module, example_inputs: Any) -> None:
         network = Network.on(model, example_inputs)
+        samples = len(tensors_of(network.call)[0])
         self._flow, sizes = network.flow, network.sizes
         self._modules = modules = dict(model.named_modules())
         self._layers = {
-            name: _layer_cost(self._flow, name, modules[name], sizes[name])
+            name: _layer_cost(self._flow, name, modules[name], _by_sample(modules[name], sizes[name], samples))
             for name in self._flow.layers
             if name in sizes  # embeddings compute nothing
         }
@@ -96,7 +99,7 @@ class NetworkCost:
         self._attention = [
             (self._flow.layer_roots(each.context[0])[each.context[1].ravel()], 2 * math.prod(self._tokens(each)))
             for each in find_attention(model).values()
-            if self._layers.keys() >= {*each.channels, each.context[0]} and each.name not in each.channels
+            if self._layers.keys() >= {*each.channels, each.context[0]}
         ]
         nothing = np.zeros(self._flow.size, dtype=np.bool_)
         counted = sum(cost.weights(nothing) for cost in self._layers.values())
@@ -117,7 +120,7 @@ class NetworkCost:
     def _tokens(self, attention: Attention) -> tuple[int, int]:
         """Count the queries and the keys of one sample."""
         layers = [self._layers[name] for name in attention.channels]
-        return layers[0].leaving_positions, layers[-1].leaving_positions
+        return layers[0].leaving_positions, layers[-1].together
 
     def widths(self, kept: Kept) -> dict[str, tuple[int, int]]:
         """Count the (input, output) channels left of each layer, of a linear layer the features."""
@@ -166,8 +169,21 @@ def _layer_cost(flow: ChannelFlow, name: str, module: Any, calls: list[tuple[Siz
         positions=sum(_positions(module, call[not isinstance(module, TRANSPOSED)]) for call in calls),
         entering_positions=max(_positions(module, entering) for entering, _ in calls),
         leaving_positions=max(_positions(module, leaving) for _, leaving in calls),
+        together=max(leaving[-2] if len(leaving) > 3 else _positions(module, leaving) for _, leaving in calls),
         bias=has_bias(module) * len(entering),
     )
+
+
+def _by_sample(module: Any, calls: list[tuple[Size, Size]], samples: int) -> list[tuple[Size, Size]]:
+    """Let windows, which a linear layer may get as samples, be of the samples that they are of."""
+    if not isinstance(module, torch.nn.Linear):
+        return calls
+    return [(_parted(entering, samples), _parted(leaving, samples)) for entering, leaving in calls]
+
+
+def _parted(size: Size, samples: int) -> Size:
+    parts, rest = divmod(size[0], samples)
+    return size if rest or parts < 2 else (samples, parts, *size[1:])
 
 
 def _positions(module: Any, size: Size) -> int:

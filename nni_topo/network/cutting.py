@@ -26,7 +26,7 @@ def cut(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
         keep(module, "bias", _rows(module.bias, outs))
         module.in_features, module.out_features = len(ins), len(outs)
     elif isinstance(module, torch.nn.MultiheadAttention):
-        keep(module, "in_proj_weight", module.in_proj_weight[outs])
+        keep(module, "in_proj_weight", _part(module.in_proj_weight, outs, ins))
         keep(module, "in_proj_bias", _rows(module.in_proj_bias, outs))
     elif isinstance(module, torch.nn.Embedding):
         keep(module, "weight", module.weight[:, outs])

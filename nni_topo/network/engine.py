@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from nni.compression.speedup.container import NodeInfo
 from nni.compression.speedup.replacer import Replacer
 
 from nni_topo.network.along import cut_along
-from nni_topo.network.attention import resize
+from nni_topo.network.attention import Attention, resize
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.cutting import cut, keep
 from nni_topo.network.labels import tensor_shape
@@ -88,8 +89,22 @@ class _Cutter(Replacer):
                 keep(module, target, getattr(module, target).index_select(own.dim, kept.to(device_of(module))))
         for attention in dict.fromkeys(each.name for each in flow.heads.values()):
             found = flow.attention[attention]
-            left = len(speedup.indices(flow.bundle_numbers(next(iter(found.channels)))))
-            resize(model.get_submodule(attention), found, left)
+            layer = next(iter(found.channels))
+            left = speedup.indices(flow.bundle_numbers(layer))
+            _cut_by_head(model.get_submodule(attention), found, left)
+            resize(model.get_submodule(attention), found, len(left), len(speedup.kept(layer)[0]))
+
+
+def _cut_by_head(module: torch.nn.Module, attention: Attention, left: torch.Tensor) -> None:
+    """Keep the entries of some heads in what has one for each, such as a table of positions."""
+    if len(left) == attention.heads:
+        return
+    for name, dim in attention.by_head.items():
+        place, _, target = name.rpartition(".")
+        owner: Any = module.get_submodule(place)
+        keep(owner, target, getattr(owner, target).index_select(dim, left.to(device_of(owner))))
+        if isinstance(owner, torch.nn.Linear):
+            owner.out_features = len(left)
 
 
 def _in_order(

@@ -369,8 +369,9 @@ def _resize_heads(model: torch.nn.Module, attention: Attention, size: Any, place
     module, whole = model.get_submodule(attention.name), attention.head_size
     if type(size) is not int or not 0 < size <= whole:
         raise DataError(f"a head must have 1 to {whole} channels, got {size!r:.80} ({attention.name}, {place})")
-    left = len(weight_of(model.get_submodule(layer))) // (channels.shape[1] // whole * size)
-    resize(module, attention, left)
+    weight = weight_of(model.get_submodule(layer))
+    left = len(weight) // (channels.shape[1] // whole * size)
+    resize(module, attention, left, weight.shape[1])
     if size < whole:
         set_size(module, whole, size, left)
 

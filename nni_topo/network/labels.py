@@ -18,9 +18,9 @@ MOVING_MODULES = (
 )  # fmt: skip
 MOVES = frozenset((
     "cat", "concat", "concatenate", "column_stack", "dstack", "hstack", "vstack", "row_stack", "stack", "chunk",
-    "split", "tensor_split", "split_with_sizes", "unbind", "flatten", "unflatten", "reshape", "view", "view_as",
-    "permute", "transpose", "swapaxes", "t", "movedim", "moveaxis", "squeeze", "unsqueeze", "expand", "expand_as",
-    "repeat", "repeat_interleave", "tile", "narrow", "select", "getitem", "index_select", "flip", "roll",
+    "split", "tensor_split", "split_with_sizes", "unbind", "flatten", "unflatten", "reshape", "reshape_as", "view",
+    "view_as", "permute", "transpose", "swapaxes", "t", "movedim", "moveaxis", "squeeze", "unsqueeze", "expand",
+    "expand_as", "repeat", "repeat_interleave", "tile", "narrow", "select", "getitem", "index_select", "flip", "roll",
     "contiguous", "clone", "detach", "getattr", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
 ))  # fmt: skip
 # Of these the index may be a computed tensor, in whose place only numbers of channels are at hand.
@@ -100,6 +100,16 @@ def plain_name(node: torch.fx.Node) -> str:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     # Underscores in front (``__add__``) and behind (``add_``) say how it is called, not what it does to channels.
     return "getitem" if node.target is operator.getitem else name.strip("_")
+
+
+def merges(node: torch.fx.Node, labels: list[torch.Tensor]) -> bool:
+    """Tell whether a node is torchvision's function, into which no tracer goes, that puts four neighbours together."""
+    return plain_name(node) == "patch_merging_pad" and not any(varies(labels[0], d) for d in (-3, -2))
+
+
+def merge(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Put the channels of four neighbours next to one another, in a tensor of this shape."""
+    return torch.cat([labels[..., :1, :1, :].expand(*shape[:-1], -1)] * 4, -1)
 
 
 def varies(labels: torch.Tensor, dim: int) -> bool:

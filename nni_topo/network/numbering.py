@@ -32,6 +32,8 @@ from nni_topo.network.labels import (
     given_shapes,
     makes_mask,
     meet_alike,
+    merge,
+    merges,
     place,
     plain_name,
     staying,
@@ -48,6 +50,7 @@ from nni_topo.network.layers import (
     output_channels,
 )
 from nni_topo.network.numbers import Blocks, Layer, Numbers, Own
+from nni_topo.network.stepwise import read_by
 
 
 class Numbering(torch.fx.Interpreter):
@@ -180,17 +183,25 @@ class Numbering(torch.fx.Interpreter):
 
     def _attend(self, node: torch.fx.Node, labels: list[torch.Tensor], attention: Attention) -> Any:
         """Tie what makes each head together; what enters is read by the linear layers within, or needed as a whole."""
-        if node.meta.get("reads"):
+        read = self._read(node, labels, attention) if node.meta.get("reads") else []
+        for each in read:
             for name in attention.channels:
-                self._tie_calls(name, self._per_channel(labels[0], labels[0].dim() - 1))
-            labels = [each for each in labels[1:] if not torch.equal(each, labels[0])]
-        found = self._whole(node, labels, f"attention ({attention.name}) needs all that enters")
+                self._tie_calls(name, self._per_channel(each, each.dim() - 1))
+        needed = [each for each in labels if not any(torch.equal(each, other) for other in read)]
+        found = self._whole(node, needed, f"attention ({attention.name}) needs all that enters")
         heads = torch.from_numpy(self._head_numbers(attention))
         if is_mixed(node, attention):
             return found
         context, *others = tensors_of(found)
         leaves = iter([heads.expand(context.shape), *others])
         return tree_map_only(torch.Tensor, lambda _: next(leaves), found)
+
+    def _read(self, node: torch.fx.Node, labels: list[torch.Tensor], attention: Attention) -> list[torch.Tensor]:
+        """List what linear layers within attention read."""
+        if not isinstance(self.fetch_attr(attention.name), torch.nn.MultiheadAttention):
+            return labels[:1]
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        return read_by(args[2:] if node.target is attend else args, kwargs)
 
     def _whole(self, node: torch.fx.Node, labels: list[torch.Tensor], reason: str) -> Any:
         """Keep all channels that enter a node, and so all that leave it."""
@@ -247,6 +258,8 @@ class Numbering(torch.fx.Interpreter):
         # What is made of no traced tensor (torch.zeros) is a constant: its channels stay, and so do those that meet it.
         if not labels:
             return self._size(n, labels) if shape is None else staying(shape)
+        if shape is not None and merges(n, labels):
+            return merge(labels[0], shape)
         # Numbers in place of an index that is computed would pick at random, so such a choice isn't run on them.
         if (name := plain_name(n)) in MOVES and not (name in INDEXED and tensors_of((args[1:], kwargs))):
             moved = self._move(n, labels)

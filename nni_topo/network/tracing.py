@@ -20,6 +20,7 @@ from nni_topo.network.layers import is_one
 from nni_topo.network.modes import random_state_kept
 from nni_topo.network.parts import by_parts, is_in_parts, part_arguments
 from nni_topo.network.recording import record
+from nni_topo.network.stepwise import is_stepwise
 from nni_topo.network.transformers import UnfoldingTracer, fast_paths_off
 from nni_topo.network.written import trace_written
 
@@ -60,7 +61,8 @@ def _trace_whole(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModu
                 given, entered = dict[str, tuple[bool, bool]](), dict[str, Any]()
                 layers = {layer for each in found.values() for layer in each.channels}
                 enters = [(model.get_submodule(layer), partial(entered.__setitem__, layer)) for layer in layers]
-                leaves = [(model.get_submodule(n), partial(_note, given, entered, each)) for n, each in found.items()]
+                inner = [(model.get_submodule(name), each) for name, each in found.items()]
+                leaves = [(part, partial(_note, given, entered, part, each)) for part, each in inner]
                 calls = Calls(model)
                 with watched(enters, leaves + calls.leaving()):
                     expected = model(*call[0], **call[1])
@@ -135,10 +137,15 @@ def _placed(graph: torch.fx.Graph, named: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _note(
-    given: dict[str, tuple[bool, bool]], layers: dict[str, Any], attention: Attention, entered: Any, output: Any
+    given: dict[str, tuple[bool, bool]],
+    layers: dict[str, Any],
+    module: torch.nn.Module,
+    attention: Attention,
+    entered: Any,
+    output: Any,
 ) -> None:
     """Note whether attention gives several values, and whether linear layers read what enters it as it is."""
-    reads = all(layers.get(layer) is entered and layer != attention.name for layer in attention.channels)
+    reads = is_stepwise(module) or all(layers.get(layer) is entered for layer in attention.channels)
     given[attention.name] = isinstance(output, tuple), reads and given.get(attention.name, (False, True))[1]
 
 

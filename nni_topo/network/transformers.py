@@ -18,8 +18,9 @@ import torch.backends.mha
 import torch.fx
 from torch import nn
 
-from nni_topo.network.attention import is_attention, multihead
+from nni_topo.network.attention import is_attention
 from nni_topo.network.layers import is_one
+from nni_topo.network.stepwise import STEPWISE, is_whole
 
 
 @contextmanager
@@ -36,14 +37,14 @@ def fast_paths_off() -> Iterator[None]:
 
 @contextmanager
 def mixing_called(*models: nn.Module) -> Iterator[None]:
-    """Let ``nn.MultiheadAttention`` call the layer that mixes its heads, so that hooks see it."""
+    """Let attention call the layer that mixes its heads, and others of it, so that hooks see them."""
     with ExitStack() as undone:
-        for module in (each for model in models for each in model.modules() if type(each) is nn.MultiheadAttention):
+        for module in (each for model in models for each in model.modules() if is_whole(each)):
             # NNI's wrapper keeps the forward that it calls.
             place = vars(getattr(module, "_nni_wrapper", module))
             key = "forward" if place is vars(module) else "module_forward"
             undone.callback(partial(place.__setitem__, key, place[key]) if key in place else partial(place.pop, key))
-            place[key] = partial(multihead, module)
+            place[key] = partial(STEPWISE[type(module)].forward, module)
         with fast_paths_off():
             yield
 

@@ -93,8 +93,10 @@ def scale_by_heads(model: Any, target_spaces: TargetSpaces) -> None:
 
 
 def show_heads_to_nni() -> None:
-    """Let config_lists name ``MultiheadAttention`` and recurrent layers, and all pruners choose among heads."""
+    """Let config_lists name ``MultiheadAttention``, what mixes its heads and recurrent layers; pruners choose heads."""
     PruningSetting.register("MultiheadAttention", {"in_proj_weight": _WEIGHT, "in_proj_bias": _BIAS})
+    # What mixes the heads of ``nn.MultiheadAttention``, a linear layer by another name.
+    PruningSetting.register("NonDynamicallyQuantizableLinear", PruningSetting.registry["Linear"])
     for kind in ("LSTM", "GRU", "RNN"):
         gates = {"weight_ih_l0": _WEIGHT, "weight_hh_l0": _WEIGHT, "bias_ih_l0": _GATE, "bias_hh_l0": _GATE}
         PruningSetting.register(kind, gates)

@@ -29,7 +29,7 @@ from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, check_knobs, number, unknown_name
-from nni_topo.network.attention import Attention, IntArray, projected
+from nni_topo.network.attention import Attention, IntArray
 from nni_topo.network.capture import batches_of, by_channel, called, run, watched
 from nni_topo.network.inputs import bind_arguments, first_call, structure_call, tensors_of
 from nni_topo.network.layers import row_names, weight_name, weight_of
@@ -38,6 +38,7 @@ from nni_topo.network.modes import detached_copy, evaluation_mode
 from nni_topo.network.network import Network
 from nni_topo.network.resolve import union
 from nni_topo.network.rotary import by_table, find_frequencies
+from nni_topo.network.stepwise import projected
 from nni_topo.network.transformers import mixing_called
 from nni_topo.recovery.directions import Moments, directions
 from nni_topo.recovery.pairs import PairLogits, pairs_that_stay

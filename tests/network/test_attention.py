@@ -11,7 +11,8 @@ from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from nni_topo import compensate, create_pruner, dependency_groups, load, masked_model, save, to_dense, zoo
-from nni_topo.network.attention import find_attention, multihead
+from nni_topo.network.attention import find_attention
+from nni_topo.network.stepwise import multihead
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -37,7 +37,7 @@ OWN = {
     "shared": (0.5, set()),
     "sliced": (None, {"two.0", "four.0"}),
     "written": (0.5, set()),
-    "multihead_attention": (0.2, {"embed", "outer"}),
+    "multihead_attention": (0.5, set()),
     "own_attention": (None, {"qkv"}),
     "channel_shuffle": (None, set()),
     "layer_scale": (0.5, set()),
@@ -77,7 +77,7 @@ VIT = {"num_layers": "2", "patch_size": "16", "num_heads": "2", "hidden_dim": "1
     [
         ("torchvision/shufflenet_v2_x0_5", {}, 0.47),
         ("torchvision/mobilenet_v3_small", {}, 0.49),
-        ("torchvision/vit", VIT, 0.2),
+        ("torchvision/vit", VIT, 0.49),
         ("segmentation/lraspp_mobilenet_v3_large", {}, 0.5),
         pytest.param("torchvision/squeezenet1_1", {}, 0.49, marks=pytest.mark.slow),
         pytest.param("torchvision/efficientnet_b0", {}, 0.49, marks=pytest.mark.slow),
