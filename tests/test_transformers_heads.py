@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 
 import pytest
 import torch
@@ -138,19 +139,34 @@ def test_gpt2_of_linear_layers_is_the_same_and_loses_heads_and_neurons():
     assert torch.equal(*texts)
 
 
-def test_attention_with_a_table_of_positions_stays_whole_with_the_reason():
-    kinds = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4, "vocab_size": 31}
-    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**kinds)).eval()
+@pytest.mark.parametrize("more", [{"granularity": "head"}, {}])
+def test_heads_of_t5_go_from_all_blocks_that_share_their_positions(more, tmp_path):
+    kinds = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4, "vocab_size": 31}
+    config = transformers.T5Config(**kinds, decoder_start_token_id=0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
     inputs = inputs_of(model)
     inputs["decoder_input_ids"] = inputs["input_ids"]
-    whole = dependency_groups(model, inputs, [{"op_types": ["Linear"], "granularity": "head", "sparse_ratio": 0.5}])
-    assert list(whole) == []
-    assert "T5Attention" in whole.skipped["encoder.block.0.layer.0.SelfAttention.q"]
-    neurons = list(dependency_groups(model, inputs, [{"op_types": ["Linear"], "sparse_ratio": 0.5}]))
-    assert [entry["op_names"][0].rpartition(".")[2] for entry in neurons] == ["wi", "wi"]
-    masks = create_pruner("l1", copy.deepcopy(model), neurons).compress()[1]
+    groups = dependency_groups(model, inputs, [{"op_types": ["Linear"], "sparse_ratio": 0.5, **more}])
+    sharing = defaultdict(set)
+    for entry in groups:
+        place = entry["op_names"][0].rpartition(".")[0]
+        if "Attention" in place:
+            sharing[entry["dependency_group_id"]].add(place)
+    # The first block of each kind says for all of them how far apart places are, head by head.
+    kinds = [("decoder", "0.SelfAttention"), ("decoder", "1.EncDecAttention"), ("encoder", "0.SelfAttention")]
+    expected = [[f"{side}.block.{block}.layer.{layer}" for block in (0, 1)] for side, layer in kinds]
+    assert sorted(sorted(each) for each in sharing.values()) == expected
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
     reference, dense = masked_model(model, inputs, masks), to_dense(model, inputs, masks)
     torch.testing.assert_close(logits(dense, inputs), logits(reference, inputs), rtol=1e-5, atol=1e-5)
+    assert {each.heads for each in find_attention(dense).values()} == {2}
+    assert dense.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.embedding_dim == 2
+    start = inputs["input_ids"]
+    texts = [dense.generate(start, max_new_tokens=5, do_sample=False, use_cache=use) for use in (True, False)]
+    assert torch.equal(*texts)
+    save_pretrained(dense, tmp_path)
+    again = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again, inputs), logits(dense, inputs))
 
 
 def test_a_model_that_no_tracer_follows_stays_whole_with_the_reason():

@@ -28,6 +28,7 @@ _APART = (
     ("q_proj", "k_proj", "v_proj", ("o_proj", "out_proj")),
     ("query", "key", "value", ("out_proj",)),
     ("q_lin", "k_lin", "v_lin", ("out_lin",)),
+    ("q", "k", "v", ("o",)),
 )
 _TOGETHER = (("qkv", ("proj",)), ("c_attn", ("c_proj",)), ("to_qkv", ("merge",)))
 _COUNTS = ("num_attention_heads", "num_heads", "n_heads")
@@ -35,7 +36,9 @@ _SHARED_COUNTS = ("num_key_value_heads", "num_kv_heads")
 _SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 _WIDTHS = ("all_head_size", "inner_dim", "attn_dim", "dim", "embed_dim", "split_size")
 # Parameters with an entry for each head, and along which dimension; the last layer of what computes such a table.
-_BY_HEAD = {"relative_position_bias_table": 1, "logit_scale": 0, "cpb_mlp.2.weight": 0}
+_BY_HEAD = {
+    "relative_position_bias_table": 1, "relative_attention_bias.weight": 1, "logit_scale": 0, "cpb_mlp.2.weight": 0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,6 @@ def _attention(name: str, module: Any) -> Attention | None:
         if not is_known or module.bias_k is not None or module.add_zero_attn:
             return None
         return _together(name, name, module.num_heads, module.head_dim, f"{prefix}out_proj", module.embed_dim)
-    # A table of what one head adds for each distance is handed from module to module.
-    if hasattr(module, "relative_attention_bias") or getattr(module, "has_relative_attention_bias", False):
-        return None
     parts = {key: part for key, part in module.named_children() if any(True for _ in part.parameters())}
     count = next((getattr(module, key) for key in _COUNTS if isinstance(getattr(module, key, None), int)), None)
     count = count or getattr(getattr(module, "config", None), "num_attention_heads", None)
@@ -234,17 +234,19 @@ def tell_config(model: Any, original: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
     found, before = find_attention(model), find_attention(original)
     left = {each.heads / before[name].heads for name, each in found.items()}
-    if len(left) == 1 and isinstance(size := getattr(config, "head_dim", None), int):
-        share = left.pop()
-        for key in (*_COUNTS, *_SHARED_COUNTS):
+    size = next((key for key in ("head_dim", "d_kv") if isinstance(getattr(config, key, None), int)), None)
+    if len(left) == 1 and size:
+        share, channels = left.pop(), getattr(config, size)
+        for key in (*_COUNTS, *_SHARED_COUNTS, "num_decoder_heads"):
             if isinstance(count := vars(config).get(key), int):
                 setattr(config, key, round(count * share))
-        config.head_dim = size
-    wide = getattr(config, "intermediate_size", None)
-    inner = [name for name, each in original.named_modules() if getattr(each, "out_features", None) == wide]
-    widths = {model.get_submodule(name).out_features for name in inner} if isinstance(wide, int) else set()
-    if len(widths) == 1:
-        config.intermediate_size = widths.pop()
+        setattr(config, size, channels)
+    for key in ("intermediate_size", "d_ff"):
+        wide = getattr(config, key, None)
+        inner = [name for name, each in original.named_modules() if getattr(each, "out_features", None) == wide]
+        widths = {model.get_submodule(name).out_features for name in inner} if isinstance(wide, int) else set()
+        if len(widths) == 1:
+            setattr(config, key, widths.pop())
 
 
 def resize(module: Any, attention: Attention, left: int, width: int) -> None:

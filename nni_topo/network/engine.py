@@ -105,6 +105,8 @@ def _cut_by_head(module: torch.nn.Module, attention: Attention, left: torch.Tens
         keep(owner, target, getattr(owner, target).index_select(dim, left.to(device_of(owner))))
         if isinstance(owner, torch.nn.Linear):
             owner.out_features = len(left)
+        elif isinstance(owner, torch.nn.Embedding):
+            owner.embedding_dim = len(left)
 
 
 def _in_order(

@@ -18,7 +18,6 @@ from nni_topo.network.attention import Attention, attend, find_heads, is_mixed
 from nni_topo.network.counted import channel_dim
 from nni_topo.network.inputs import tensors_of
 from nni_topo.network.labels import (
-    FIXED,
     INDEXED,
     MEETS,
     MOVES,
@@ -49,7 +48,7 @@ from nni_topo.network.layers import (
     is_normalizing,
     output_channels,
 )
-from nni_topo.network.numbers import Blocks, Layer, Numbers, Own
+from nni_topo.network.numbers import Blocks, Layer, Numbers, Own, by_layer
 from nni_topo.network.stepwise import read_by
 
 
@@ -187,13 +186,24 @@ class Numbering(torch.fx.Interpreter):
         for each in read:
             for name in attention.channels:
                 self._tie_calls(name, self._per_channel(each, each.dim() - 1))
-        needed = [each for each in labels if not any(torch.equal(each, other) for other in read)]
+        heads, numbers = attention.heads, self._head_numbers(attention)
+        first = numbers.reshape(heads, -1)[:, 0]
+        needed = []
+        for each in labels:
+            # What another module says of positions, head by head: T5's first block says it for all of them.
+            if each.dim() == 4 and each.shape[1] == heads and varies(each, 1):
+                self._given.tie(first, self._per_channel(each, 1))
+            elif not any(torch.equal(each, other) for other in read):
+                needed.append(each)
         found = self._whole(node, needed, f"attention ({attention.name}) needs all that enters")
-        heads = torch.from_numpy(self._head_numbers(attention))
-        if is_mixed(node, attention):
-            return found
         context, *others = tensors_of(found)
-        leaves = iter([heads.expand(context.shape), *others])
+        by_head = [
+            torch.from_numpy(first).view(-1, 1, 1).expand(each.shape)
+            if each.dim() == 4 and each.shape[1] == heads else each
+            for each in others
+        ]  # fmt: skip
+        context = context if is_mixed(node, attention) else torch.from_numpy(numbers).expand(context.shape)
+        leaves = iter([context, *by_head])
         return tree_map_only(torch.Tensor, lambda _: next(leaves), found)
 
     def _read(self, node: torch.fx.Node, labels: list[torch.Tensor], attention: Attention) -> list[torch.Tensor]:
@@ -297,22 +307,10 @@ class Numbering(torch.fx.Interpreter):
         # In the dense model too chunk makes equal pieces of what it gets, so all of them have to lose equally many.
         if plain_name(n) == "chunk" and moved[0].dim() > 1 and len({piece.shape for piece in moved}) == 1:
             pieces = [self._per_channel(piece, 1) for piece in moved]
-            sides, self.chunks = self._sides(pieces), True
+            sides, self.chunks = by_layer(pieces, [*self.layers.values(), *self.own.values()], self.reorders), True
             uneven = self.reorders and any(len({len(block) for block in side}) > 1 for side in sides)
             self.blocks.append(Blocks([pieces] if uneven else sides, may_vanish=False, moves=True, is_uneven=uneven))
         return moved
-
-    def _sides(self, pieces: list[np.ndarray]) -> list[list[np.ndarray]]:
-        """Take what each layer gives to pieces for itself where layers were shuffled."""
-        # Behind a shuffle every layer's first channels come first, so that each has to lose equally many of each piece.
-        made: list[Layer | Own] = [*self.layers.values(), *self.own.values()]
-        firsts = np.array(sorted([FIXED, *(each.first for each in made)]))
-        owners = [np.searchsorted(firsts, piece, side="right") for piece in pieces]
-        sides = [
-            [piece[owner == each] for piece, owner in zip(pieces, owners, strict=True)]
-            for each in np.unique(np.concatenate(owners))
-        ]
-        return sides if self.reorders else [pieces]
 
     def _split(self, n: torch.fx.Node, labels: torch.Tensor, moved: torch.Tensor) -> None:
         """Say what a view asks of channels that it takes apart into rows: so many of them, or each of such a length."""

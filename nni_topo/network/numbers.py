@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -81,3 +82,16 @@ class Numbers:
             for root in np.unique(before[numbers]).tolist():
                 reasons.setdefault(root, reason)
         return before, np.where(np.isin(before, list(reasons)), FIXED, before), reasons
+
+
+def by_layer(pieces: list[np.ndarray], made: Sequence[Layer | Own], is_shuffled: bool) -> list[list[np.ndarray]]:
+    """Take what each layer gives to pieces for itself where layers were shuffled."""
+    if not is_shuffled:
+        return [pieces]
+    # Behind a shuffle every layer's first channels come first, so that each has to lose equally many of each piece.
+    firsts = np.array(sorted([FIXED, *(each.first for each in made)]))
+    owners = [np.searchsorted(firsts, piece, side="right") for piece in pieces]
+    return [
+        [piece[owner == each] for piece, owner in zip(pieces, owners, strict=True)]
+        for each in np.unique(np.concatenate(owners))
+    ]
