@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 from torch.fx import GraphModule, Node
+from torchvision.models.video.mvit import MultiscaleAttention
 
 from nni_topo.network.layers import entering_channels, is_recurrent
 from nni_topo.network.stepwise import STEPWISE, is_stepwise, is_whole, set_stepwise
@@ -30,11 +31,11 @@ _APART = (
     ("q_lin", "k_lin", "v_lin", ("out_lin",)),
     ("q", "k", "v", ("o",)),
 )
-_TOGETHER = (("qkv", ("proj",)), ("c_attn", ("c_proj",)), ("to_qkv", ("merge",)))
+_TOGETHER = (("qkv", ("proj", "project.0")), ("c_attn", ("c_proj",)), ("to_qkv", ("merge",)))
 _COUNTS = ("num_attention_heads", "num_heads", "n_heads")
 _SHARED_COUNTS = ("num_key_value_heads", "num_kv_heads")
 _SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
-_WIDTHS = ("all_head_size", "inner_dim", "attn_dim", "dim", "embed_dim", "split_size")
+_WIDTHS = ("all_head_size", "inner_dim", "attn_dim", "dim", "embed_dim", "split_size", "output_dim")
 # Parameters with an entry for each head, and along which dimension; the last layer of what computes such a table.
 _BY_HEAD = {
     "relative_position_bias_table": 1, "relative_attention_bias.weight": 1, "logit_scale": 0, "cpb_mlp.2.weight": 0,
@@ -119,17 +120,17 @@ def _attention(name: str, module: Any) -> Attention | None:
         layers: list[Any] = [parts.get(each) for each in names]
         if not count or not all(isinstance(layer, nn.Linear) for layer in layers):
             continue
-        out = next((each for each in outs if isinstance(parts.get(each), nn.Linear)), None)
+        out = next((each for each in outs if isinstance(_part(module, each), nn.Linear)), None)
         size = next((getattr(module, key) for key in _SIZES if isinstance(getattr(module, key, None), int)), 0)
         size = size or layers[0].out_features // (count if len(layers) > 1 else 3 * count)
         by_head = _by_head(module, count)
         # Whatever else it holds must be the same for all heads, as norms of queries and keys are.
-        held = {name.rpartition(".")[0].partition(".")[0] for name in by_head} - {""}
+        held = {name.partition(".")[0] for name in (*by_head, *filter(None, [out]))}
         others = [
             *(p for key, p in module.named_parameters(recurse=False) if key not in by_head),
-            *(p for key in parts.keys() - {*names, out, *held} for p in parts[key].parameters()),
+            *(p for key in parts.keys() - {*names, *held} for p in parts[key].parameters()),
         ]
-        if any(other.numel() != size for other in others):
+        if any(other.numel() != size for other in others) and not isinstance(module, MultiscaleAttention):
             return None
         mixer = None if out is None else prefix + out
         if len(layers) > 1:
@@ -139,6 +140,14 @@ def _attention(name: str, module: Any) -> Attention | None:
             return None
         return _together(name, prefix + names[0], count, size, mixer, entering_channels(layers[0]), by_head)
     return None
+
+
+def _part(module: nn.Module, path: str) -> nn.Module | None:
+    """Look up a part of a module by its path; None if there is none."""
+    found: nn.Module | None = module
+    for name in path.split("."):
+        found = None if found is None else found._modules.get(name)
+    return found
 
 
 def _by_head(module: nn.Module, heads: int) -> dict[str, int]:
@@ -186,12 +195,14 @@ def attend(attention: Any, out: str, *args: Any, **kwargs: Any) -> Any:
     if is_stepwise(attention):
         kind = STEPWISE.get(type(attention), type(attention))
         return partial(kind.forward, attention, mix=lambda context: context)(*args, **kwargs)
-    layer = attention._modules[out]
-    attention._modules[out] = nn.Identity()
+    place, _, key = out.rpartition(".")
+    owner = attention.get_submodule(place)
+    layer = owner._modules[key]
+    owner._modules[key] = nn.Identity()
     try:
         return attention(*args, **kwargs)
     finally:
-        attention._modules[out] = layer
+        owner._modules[key] = layer
 
 
 def open_attention(graph_module: GraphModule, given: dict[str, tuple[bool, bool]]) -> None:
@@ -213,7 +224,9 @@ def open_attention(graph_module: GraphModule, given: dict[str, tuple[bool, bool]
             continue
         with graph.inserting_before(node):
             module = graph.create_node("get_attr", attention.name)
-            inner = graph.call_function(attend, (module, attention.out.rpartition(".")[2], *node.args), node.kwargs)
+            inner = graph.call_function(
+                attend, (module, attention.out.removeprefix(f"{attention.name}."), *node.args), node.kwargs
+            )
             inner.meta = {key: node.meta.get(key) for key in ("nn_module_stack", "reads")}
             mixed = graph.call_module(
                 attention.out, (graph.call_function(operator.getitem, (inner, 0)) if many else inner,)

@@ -16,6 +16,7 @@ from torchvision.models.swin_transformer import (
     SwinTransformer,
     SwinTransformerBlockV2,
 )
+from torchvision.models.video.mvit import MSBlockConfig, MViT
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d, SwinTransformer3d
 from torchvision.models.vision_transformer import VisionTransformer
 
@@ -145,6 +146,28 @@ def test_heads_and_widths_go(name, asked, tmp_path):
     # Once more: what is small already is a model like any other.
     again = dependency_groups(dense, inputs, REQUESTS[asked](dense))
     assert [entry["op_names"] for entry in again] == [entry["op_names"] for entry in groups]
+
+
+@pytest.mark.parametrize("is_second", [False, True])
+def test_heads_of_pooled_attention_go(is_second, tmp_path):
+    kinds = {"kernel_q": [3, 3, 3], "kernel_kv": [3, 3, 3], "stride_kv": [1, 2, 2]}
+    blocks = [
+        MSBlockConfig(2, 8, 16, stride_q=[1, 1, 1], **kinds),
+        MSBlockConfig(4, 16, 16, stride_q=[1, 2, 2], **kinds),
+    ]
+    knobs = {"residual_pool": is_second, "rel_pos_embed": is_second, "proj_after_attn": True}
+    model = _filled(
+        MViT((16, 16), 2, blocks, residual_with_cls_embed=False, num_classes=5, stochastic_depth_prob=0.0, **knobs)
+    )
+    inputs = _drawn(2, 3, 2, 16, 16)
+    groups = dependency_groups(model, inputs, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense = to_dense(model, inputs, masks)
+    torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs))
+    assert [each.heads for each in find_attention(dense).values()] == [1, 2]
+    assert [block.mlp[0].out_features for block in dense.blocks] == [32, 32]
+    save(dense, tmp_path / "small.safetensors")
+    assert torch.equal(load(tmp_path / "small.safetensors", model)(inputs), dense(inputs))
 
 
 def test_heads_and_neurons_of_maxvit_go():
