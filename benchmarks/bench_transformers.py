@@ -6,7 +6,7 @@ trains a net of the zoo for each seed (``bert_small``, and ``gpt_small``, which 
 third and a sixth of the heads of every layer with half, a quarter and an eighth of the MLP's neurons, chosen by each
 pruner (of "narrower heads" all heads, with at most so many of their channels), and recovers each by each rule from the
 same unlabelled rows; 256 more judge what is distilled. ``--retrained`` adds an epoch with labels to what was shipped
-and to what was distilled. A line per figure goes to ``transformers.jsonl``, nets to files beside it; the same command
+and to what was distilled, or to one of the two. A line per figure goes to ``transformers.jsonl``, nets to files beside it; the same command
 goes on where it was stopped. Of 2,000 test images the accuracy in percent, of 256 rows of text bits per byte;
 differences are paired by net. What dense nets take is timed in turns with the whole one.
 """
@@ -75,7 +75,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="of distillation")
     parser.add_argument("--epochs", type=int, help="of training (default: the recipe's)")
     parser.add_argument("--limit", type=int, default=10_000, help="rows to train on")
-    parser.add_argument("--retrained", action="store_true", help="then one epoch with labels, too")
+    parser.add_argument(
+        "--retrained",
+        nargs="*",
+        choices=RETRAINED,
+        help="then one epoch with labels, too, behind these (default: both)",
+    )
     options = parser.parse_args()
     options.choices = options.choices or [
         choice for choice in CHOICES if not (choice in _UNSHARED and options.model == "gpt_small")
@@ -93,7 +98,8 @@ def main() -> None:
 def _run(options: argparse.Namespace, start: Start, path: Path) -> None:
     """Measure all that is missing of one net."""
     done = {tuple(record["key"]) for record in read_records(path)}
-    rules = (*options.rules, *(f"{rule}, retrained" for rule in RETRAINED if options.retrained))
+    retrained = RETRAINED if options.retrained == [] else options.retrained or ()
+    rules = (*options.rules, *(f"{rule}, retrained" for rule in retrained))
     whole = cache(lambda: _worth(start.net, start.data))
     for heads, neurons in SHARES:
         for choice in options.choices:
