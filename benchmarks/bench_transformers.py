@@ -6,9 +6,9 @@ trains a net of the zoo for each seed (``bert_small``, and ``gpt_small``, which 
 third and a sixth of the heads of every layer with half, a quarter and an eighth of the MLP's neurons, chosen by each
 pruner (of "narrower heads" all heads, with at most so many of their channels), and recovers each by each rule from the
 same unlabelled rows; 256 more judge what is distilled. ``--retrained`` adds an epoch with labels to what was shipped
-and to what was distilled, or to one of the two. A line per figure goes to ``transformers.jsonl``, nets to files beside it; the same command
-goes on where it was stopped. Of 2,000 test images the accuracy in percent, of 256 rows of text bits per byte;
-differences are paired by net. What dense nets take is timed in turns with the whole one.
+and to what was distilled, or to one of the two. A line per figure goes to ``transformers.jsonl``, nets to files beside
+it; the same command goes on where it was stopped. Of 2,000 test images the accuracy in percent, of 256 rows of text
+bits per byte; differences are paired by net. What dense nets take is timed in turns with the whole one.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main() -> None:
         "--retrained",
         nargs="*",
         choices=RETRAINED,
-        help="then one epoch with labels, too, behind these (default: both)",
+        help="then an epoch with labels, too, behind these (default: both)",
     )
     options = parser.parse_args()
     options.choices = options.choices or [
