@@ -167,6 +167,11 @@ def zeroing(model: nn.Module, dense: nn.Module) -> tuple[dict[str, np.ndarray], 
             if isinstance(module, nn.RNNBase):  # its units read one another at the next step
                 for parameter in module.parameters():
                     parameter.data.unflatten(0, (-1, len(gone)))[:, torch.from_numpy(gone)] = 0
+        if name.endswith("project.0") and width(other) == width(module) and other.in_features < module.in_features:
+            # In MViT norms shift what heads without values put out, and what mixes the heads reads no more of these.
+            gone = np.ones(module.in_features, dtype=bool)
+            gone[rows_left(by_output(module).T, by_output(other).T)] = False
+            module.weight.data[:, torch.from_numpy(gone)] = 0
         elif isinstance(module, NORMS) and isinstance(module.weight, Tensor) and len(other.weight) < len(module.weight):
             kept, whole = ({*zip(each.weight.tolist(), each.bias.tolist(), strict=True)} for each in (other, module))
             assert len(whole) == len(module.weight), "channels must be told apart by their parameters"

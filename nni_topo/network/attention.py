@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -57,6 +57,7 @@ class Attention:
         default_factory=dict
     )  # parameters with an entry for each head: along which dimension
     recurrent: bool = False  # heads are units, which see one another and put out a channel each
+    shifted: bool = False  # norms within shift what the heads put out, those too that have no values any more
 
     @property
     def is_fused(self) -> bool:
@@ -138,7 +139,8 @@ def _attention(name: str, module: Any) -> Attention | None:
         whole = layers[0].out_features == 3 * count * size
         if not whole:
             return None
-        return _together(name, prefix + names[0], count, size, mixer, entering_channels(layers[0]), by_head)
+        found = _together(name, prefix + names[0], count, size, mixer, entering_channels(layers[0]), by_head)
+        return replace(found, shifted=isinstance(module, MultiscaleAttention))
     return None
 
 

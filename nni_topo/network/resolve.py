@@ -240,6 +240,12 @@ def _new_masks(
                 mask = targets.get(own, torch.ones_like(rows).detach())
                 one, other = (each.to(mask).view(-1, *[1] * (rows.dim() - 1)) for each in (changed, keep_all))
                 targets[own] = torch.maximum(mask, one) * other
+    for name, attention in flow.mixers().items():
+        stays = torch.from_numpy(kept[flow.entering_roots(name)])
+        if attention.shifted and not bool(stays.all()):
+            weight = weight_of(model.get_submodule(name)).detach()
+            targets = new.setdefault(name, {})
+            targets["weight"] = targets.get("weight", torch.ones_like(weight)) * stays.to(weight)
     return with_own(model, flow, new, kept)
 
 

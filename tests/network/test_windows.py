@@ -166,6 +166,11 @@ def test_heads_of_pooled_attention_go(is_second, tmp_path):
     torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs))
     assert [each.heads for each in find_attention(dense).values()] == [1, 2]
     assert [block.mlp[0].out_features for block in dense.blocks] == [32, 32]
+    # Norms within attention shift what heads put out; it goes with these, also where what mixes them has no mask.
+    alone = {name: targets for name, targets in masks.items() if name.endswith("qkv")}
+    small = to_dense(model, inputs, alone)
+    mixed = {name: masks[name] for name in masks if ".project." in name}
+    torch.testing.assert_close(small(inputs), masked_model(model, inputs, alone | mixed)(inputs))
     save(dense, tmp_path / "small.safetensors")
     assert torch.equal(load(tmp_path / "small.safetensors", model)(inputs), dense(inputs))
 
