@@ -139,6 +139,12 @@ def test_a_latency_is_the_median_in_milliseconds_without_the_warm_up(clock: Cloc
     assert latencies(models, torch.zeros(1), runs=3, warmup=2) == {"one": 2000.0, "two": 4000.0}
 
 
+def test_five_rounds_warm_up_and_thirty_count_where_nothing_else_is_said(clock: Clock) -> None:
+    model = clock.model("one", *[9.0] * 5, *[1.0] * 15, *[3.0] * 15)
+    assert latencies({"one": model}, torch.zeros(1)) == {"one": 2000.0}
+    assert len(clock.ran) == 35
+
+
 def test_a_share_of_the_time_is_that_of_passes_side_by_side(clock: Clock) -> None:
     """A machine that is ten times as slow for a while is so in both passes of a round, each of which is half."""
     slow = [1.0, 10.0, 10.0, 1.0, 1.0, 10.0, 1.0, 10.0, 1.0]
