@@ -182,8 +182,15 @@ def test_heads_and_neurons_of_maxvit_go():
     dense = to_dense(model, inputs, masks)
     torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs))
     assert [each.heads for each in find_attention(dense).values()] == [2, 2, 4, 4]
-    # Its stages' widths stay, for what mixes heads loses columns and no rows.
+    # Its stages' widths stay, for what mixes heads loses columns and no rows. They go where no heads do.
     assert all("which loses heads" in why or "output" in why for why in groups.skipped.values())
+    asked = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names_re": [r".*to_qkv"], "sparse_ratio": 0.5}]
+    groups = dependency_groups(model, inputs, asked)
+    assert list(groups.skipped) == ["classifier.5"]
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    narrow = to_dense(model, inputs, masks)
+    torch.testing.assert_close(narrow(inputs), masked_model(model, inputs, masks)(inputs))
+    assert [each.width for each in find_attention(narrow).values()] == [6, 6, 12, 12]
 
 
 def test_a_width_that_enters_attention_from_two_sides_goes_on_both():
