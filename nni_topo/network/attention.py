@@ -53,9 +53,7 @@ class Attention:
     context: tuple[str, IntArray]  # a layer and which of its channels the heads put out, in this order
     out: str | None  # the layer in it that mixes the heads; None where that is a module behind
     width: int  # channels that enter
-    by_head: dict[str, int] = field(
-        default_factory=dict
-    )  # parameters with an entry for each head: along which dimension
+    by_head: dict[str, int] = field(default_factory=dict)  # parameters with an entry for each head, which dimension
     recurrent: bool = False  # heads are units, which see one another and put out a channel each
     shifted: bool = False  # norms within shift what the heads put out, those too that have no values any more
 
