@@ -14,7 +14,6 @@ from nni.compression.base.config import select_modules_by_config
 from nni.compression.base.setting import PruningSetting
 from nni.compression.base.wrapper import ModuleWrapper
 
-from nni_topo.network.stepwise import is_whole, set_stepwise
 from nni_topo.sharing import parameter_holders
 
 _TIED = "_nni_topo_tied"
@@ -26,6 +25,11 @@ _MIXER = torch.nn.modules.linear.NonDynamicallyQuantizableLinear
 
 scaling: list[Callable[[torch.nn.Module, Any], None]] = []
 """Functions that get a pruner's model and target spaces once NNI has given these their blocks, and may change them."""
+
+
+calling: list[tuple[Callable[[torch.nn.Module], bool], Callable[..., None]]] = []
+"""Pairs of functions: whether a module computes with weights of layers that it doesn't call; and to let it call them,
+or, where the second argument is false, do as its class does again."""
 
 
 def keep_shared_parameters() -> bool:
@@ -159,21 +163,21 @@ def call_layers_of_attention() -> bool:
     def wrap_calling(self: Compressor) -> None:
         wrappers = {id(wrapper.module): wrapper for wrapper in self._module_wrappers.values()}
         found = [
-            module for module in self.bound_model.modules()
-            if is_whole(module) and any(id(part) in wrappers for part in module.children())
+            (module, change) for module in self.bound_model.modules() for asks, change in calling
+            if asks(module) and any(id(part) in wrappers for part in module.children())
         ]  # fmt: skip
         if found:
             vars(self)[_CALLING] = found
-        for module in found:
-            set_stepwise(module)
+        for module, change in found:
+            change(module, True)
             if id(module) in wrappers:
                 wrappers[id(module)].module_forward = type(module).forward.__get__(module)
         wrap_model(self)
 
     def unwrap_calling(self: Compressor) -> None:
         unwrap_model(self)
-        for module in vars(self).pop(_CALLING, ()):
-            set_stepwise(module, False)
+        for module, change in vars(self).pop(_CALLING, ()):
+            change(module, False)
 
     marked = _replaced(Compressor, unwrap_model, unwrap_calling, _CALLING)
     return _replaced(Compressor, wrap_model, wrap_calling, _CALLING) and marked

@@ -17,10 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 from torch.fx import GraphModule, Node
-from torchvision.models.video.mvit import MultiscaleAttention
 
 from nni_topo.network.layers import entering_channels, is_recurrent
-from nni_topo.network.stepwise import STEPWISE, is_stepwise, is_whole, set_stepwise
+from nni_topo.network.stepwise import PrunedMultiheadAttention, is_whole, set_stepwise, stepwise_class
 
 IntArray = NDArray[np.int64]
 
@@ -108,7 +107,7 @@ def _attention(name: str, module: Any) -> Attention | None:
     if isinstance(module, nn.MultiheadAttention):
         # Keys or values of another width have weights of their own, appended ones no place in a head; a subclass may
         # compute something else.
-        is_known = is_whole(module) or type(module) in STEPWISE.values()  # a pruned one
+        is_known = is_whole(module) or type(module) is PrunedMultiheadAttention
         if not is_known or module.bias_k is not None or module.add_zero_attn:
             return None
         return _together(name, name, module.num_heads, module.head_dim, f"{prefix}out_proj", module.embed_dim)
@@ -129,7 +128,7 @@ def _attention(name: str, module: Any) -> Attention | None:
             *(p for key, p in module.named_parameters(recurse=False) if key not in by_head),
             *(p for key in parts.keys() - {*names, *held} for p in parts[key].parameters()),
         ]
-        if any(other.numel() != size for other in others) and not isinstance(module, MultiscaleAttention):
+        if any(other.numel() != size for other in others) and not _is_pooled(module):
             return None
         mixer = None if out is None else prefix + out
         if len(layers) > 1:
@@ -138,8 +137,13 @@ def _attention(name: str, module: Any) -> Attention | None:
         if not whole:
             return None
         found = _together(name, prefix + names[0], count, size, mixer, entering_channels(layers[0]), by_head)
-        return replace(found, shifted=isinstance(module, MultiscaleAttention))
+        return replace(found, shifted=_is_pooled(module))
     return None
+
+
+def _is_pooled(module: nn.Module) -> bool:
+    """Tell whether a module is attention of torchvision's MViT, whose pools are the same for all heads."""
+    return (type(module).__module__, type(module).__name__) == ("torchvision.models.video.mvit", "MultiscaleAttention")
 
 
 def _part(module: nn.Module, path: str) -> nn.Module | None:
@@ -192,8 +196,7 @@ def is_mixed(node: Node, attention: Attention) -> bool:
 
 def attend(attention: Any, out: str, *args: Any, **kwargs: Any) -> Any:
     """Run attention without the layer in it that mixes the heads: what it puts out are the heads' values."""
-    if is_stepwise(attention):
-        kind = STEPWISE.get(type(attention), type(attention))
+    if (kind := stepwise_class(attention)) is not None:
         return partial(kind.forward, attention, mix=lambda context: context)(*args, **kwargs)
     place, _, key = out.rpartition(".")
     owner = attention.get_submodule(place)

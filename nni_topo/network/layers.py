@@ -208,7 +208,8 @@ def channel_dimension(module: torch.nn.Module) -> int:
 
 def feature_dimension(module: torch.nn.Module) -> int:
     """Tell which dimension of what enters or leaves a layer holds its channels."""
-    return -1 if isinstance(module, (torch.nn.Linear, torch.nn.Embedding, torch.nn.RNNBase)) else 1
+    last = (torch.nn.Linear, torch.nn.Embedding, torch.nn.RNNBase, torch.nn.MultiheadAttention)
+    return -1 if isinstance(module, last) else 1
 
 
 def kept_channels(module: torch.nn.Module, targets: Mapping[str, torch.Tensor]) -> torch.Tensor | None:

@@ -20,7 +20,7 @@ from torch import nn
 
 from nni_topo.network.attention import is_attention
 from nni_topo.network.layers import is_one
-from nni_topo.network.stepwise import STEPWISE, is_whole
+from nni_topo.network.stepwise import is_whole, stepwise_class
 
 
 @contextmanager
@@ -40,11 +40,12 @@ def mixing_called(*models: nn.Module) -> Iterator[None]:
     """Let attention call the layer that mixes its heads, and others of it, so that hooks see them."""
     with ExitStack() as undone:
         for module in (each for model in models for each in model.modules() if is_whole(each)):
+            kind: Any = stepwise_class(module)
             # NNI's wrapper keeps the forward that it calls.
             place = vars(getattr(module, "_nni_wrapper", module))
             key = "forward" if place is vars(module) else "module_forward"
             undone.callback(partial(place.__setitem__, key, place[key]) if key in place else partial(place.pop, key))
-            place[key] = partial(STEPWISE[type(module)].forward, module)
+            place[key] = partial(kind.forward, module)
         with fast_paths_off():
             yield
 

@@ -16,9 +16,10 @@ from nni.compression.base.target_space import PruningTargetSpace
 from nni.compression.utils.scaling import Scaling
 from torch import Tensor
 
-from nni_topo.compat.wrapping import scaling
+from nni_topo.compat.wrapping import calling, scaling
 from nni_topo.network.attention import IntArray, find_heads
 from nni_topo.network.layers import TRANSPOSED, row_names, weight_name
+from nni_topo.network.stepwise import is_whole, set_stepwise
 from nni_topo.pruners.units import TargetSpaces, holds_columns
 
 _WEIGHT = PruningSetting.default_setting["weight"]
@@ -102,3 +103,4 @@ def show_heads_to_nni() -> None:
         PruningSetting.register(kind, gates)
     if scale_by_heads not in scaling:
         scaling.append(scale_by_heads)
+        calling.append((is_whole, set_stepwise))

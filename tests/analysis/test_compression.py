@@ -251,5 +251,5 @@ def test_convolutions_may_be_called_by_keyword():
 def test_types_that_nni_does_not_know_are_left_out_of_the_config_list():
     model = nn.TransformerEncoderLayer(8, 2, 16)
     config = critical_config_list(model, 0.5)
-    assert [entry["op_names"] for entry in config] == [["linear1"], ["linear2"]]
-    assert LevelPruner(model, config).compress()[1].keys() == {"linear1", "linear2"}
+    assert [entry["op_names"] for entry in config] == [["self_attn.out_proj"], ["linear1"], ["linear2"]]
+    assert LevelPruner(model, config).compress()[1].keys() == {"self_attn.out_proj", "linear1", "linear2"}

@@ -33,7 +33,7 @@ from nni_topo import (
 from nni_topo.network.attention import find_attention
 from nni_topo.network.cost import NetworkCost
 from nni_topo.network.layers import kept_channels
-from nni_topo.network.stepwise import relative, windowed
+from nni_topo.network.windows import relative, windowed
 from nni_topo.zoo import count_macs
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torchvision.models import VisionTransformer
 
 import nni_topo
 from nni_topo.errors import ConfigError
+from nni_topo.hooks import FunctionalCollector
 
 IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -87,19 +90,23 @@ def vision_transformer() -> nn.Module:
     return net.eval()
 
 
-def test_a_vision_transformer_names_all_layers_that_meet_its_stream():
+def test_the_stream_of_a_vision_transformer_is_read_by_attention_too():
     net = vision_transformer()
-    config = [{"op_types": ["Linear"], "exclude_op_names": ["heads.head"], "sparse_ratio": 0.5}]
+    stream = ["conv_proj", *(name for name, _ in net.named_modules() if name.endswith(("out_proj", "mlp.3")))]
     batches = [torch.rand(4, 3, 32, 32)]
-    with pytest.raises(ConfigError) as caught:
-        nni_topo.TopologicalPruner(net, config, calibration=batches)
-    stream = [f"encoder.layers.encoder_layer_{index}.mlp.3" for index in range(2)]
-    assert all(name in str(caught.value) for name in stream)
-    assert "mlp.0" not in str(caught.value)
-    config[0]["exclude_op_names"] += stream
-    pruner = nni_topo.TopologicalPruner(net, config, calibration=batches)
-    _, masks = pruner.compress()
-    assert sorted(masks) == [f"encoder.layers.encoder_layer_{index}.mlp.0" for index in range(2)]
+    groups = nni_topo.dependency_groups(net, batches[0], [{"op_names": stream, "sparse_ratio": 0.5}])
+
+    def points() -> torch.Tensor:
+        pruner = nni_topo.TopologicalPruner(copy.deepcopy(net), groups, calibration=batches)
+        return FunctionalCollector(batches).collect(pruner.context)["conv_proj"]["weight"]
+
+    whole = points()
+    # What queries, keys and values read of a channel moves it away from the others.
+    with torch.no_grad():
+        net.encoder.layers[0].self_attention.in_proj_weight[:, 3] *= 10
+    moved = points()
+    farther = torch.cdist(moved, moved)[3] > 2 * torch.cdist(whole, whole)[3]
+    assert farther[torch.arange(32) != 3].all()
 
 
 def test_the_decision_looks_at_two_images_however_large_the_batch():
