@@ -35,6 +35,7 @@ import torchvision
 import zoo_nets
 from nni.compression.speedup import ModelSpeedup
 from torch import Tensor, nn
+from zoo_reference import PRUNED, difference, run, width, zeroed_outputs, zeroing
 
 import nni_topo
 from nni_topo import zoo
@@ -47,11 +48,6 @@ CONVOLUTIONS = [f"{kind}{d}d" for kind in ("Conv", "ConvTranspose") for d in (1,
 ASKED = [
     {"op_types": [*CONVOLUTIONS, "Linear", "LSTM", "GRU", "RNN"], "sparse_ratio": 0.5}
 ]  # classes derived from them too
-PRUNED = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase)
-DETECTING = {f"{each}_predictor" for each in ("roi_heads.box", "roi_heads.mask", "roi_heads.keypoint")} | {
-    "head", "rpn.head", "backbone.fpn", "backbone.features"
-}  # fmt: skip
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def build(name: str, options: dict[str, str]) -> tuple[nn.Module, Any]:
@@ -81,163 +77,6 @@ def build(name: str, options: dict[str, str]) -> tuple[nn.Module, Any]:
     if family == "video":
         return model, torch.randn(1, 3, int(options.get("frames", 8)), size, size)
     return model, ([torch.rand(3, size, size)],) if family == "detection" else torch.randn(1, 3, size, size)
-
-
-def width(module: nn.Module) -> int:
-    """Count a layer's output channels, or the units of a recurrent one."""
-    if isinstance(module, nn.RNNBase):
-        return module.hidden_size
-    return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)  # type: ignore[arg-type]
-
-
-def used_weight(module: Any) -> Tensor:
-    """Return the weight that a layer convolves with, which its forward may compute, as weight standardization does."""
-    seen = [module.weight]
-    if isinstance(module, nn.Conv2d) and not type(module).__module__.startswith("torch."):
-        plain = nn.functional.conv2d
-
-        def look(x: Tensor, weight: Tensor, *others: Any, **named: Any) -> Tensor:
-            seen.append(weight)
-            return plain(x, weight, *others, **named)
-
-        nn.functional.conv2d = look
-        try:
-            with torch.no_grad():
-                module(torch.zeros(1, module.in_channels, 16, 16).to(module.weight))
-        finally:
-            nn.functional.conv2d = plain
-    return seen[-1].detach()
-
-
-def by_output(module: nn.Module) -> np.ndarray:
-    """Return a layer's weights with one row an output channel; of a recurrent one those of a gate."""
-    if isinstance(module, nn.RNNBase):
-        return module.weight_ih_l0[: module.hidden_size].detach().numpy()
-    weight = used_weight(module)
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        weight = weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
-    return weight.flatten(1).numpy()
-
-
-def rows_left(original: np.ndarray, dense: np.ndarray) -> np.ndarray:
-    """Find the rows of a matrix of which another holds some entries: int, one for each row of the other."""
-    # A value may occur in several rows, and each of them has a vote; but one row holds all of some entries.
-    columns = np.unique(np.linspace(0, dense.shape[1] - 1, 15).astype(int))
-    sought, values = dense[:, columns], original.reshape(-1)
-    places = _places_of(values, sought)
-    order = places[np.argsort(values[places], kind="stable")]
-    ordered = values[order]
-    ends = [np.searchsorted(ordered, sought, side=side) for side in ("left", "right")]
-    found = []
-    for firsts, lasts in zip(*ends, strict=True):
-        ranks = np.concatenate([np.arange(*each) for each in zip(firsts, lasts, strict=True)])
-        found.append(np.bincount(order[ranks] // original.shape[1]).argmax())
-    return np.array(found)
-
-
-def _places_of(values: np.ndarray, sought: np.ndarray) -> np.ndarray:
-    """List where an array may hold any of some values, and surely all places that do: few are left to be sorted."""
-    table = np.zeros(2**22, dtype=bool)
-
-    def low_bits(floats: np.ndarray) -> np.ndarray:
-        return (floats + 0.0).view(f"i{floats.itemsize}") & (len(table) - 1)  # of zero and minus zero the same
-
-    table[low_bits(sought)] = True
-    size = 2**20
-    parts = [np.flatnonzero(table[low_bits(values[start : start + size])]) for start in range(0, len(values), size)]
-    return np.concatenate([part + rank * size for rank, part in enumerate(parts)])
-
-
-def zeroing(model: nn.Module, dense: nn.Module) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Find the channels that are gone, of layers and norms: bool, by name; and zero what is gone of all else."""
-    layers, norms = {}, {}
-    holders = [name for name, module in model.named_modules() if isinstance(module, (*PRUNED, *NORMS))]
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[0] not in holders and parameter.shape != (other := dense.get_parameter(name)).shape:
-            (d,) = (d for d, size in enumerate(parameter.shape) if size != other.shape[d])
-            rows = (each.detach().transpose(0, d).reshape(each.shape[d], -1).numpy() for each in (parameter, other))
-            kept = torch.zeros(parameter.shape[d]).index_fill_(0, torch.from_numpy(rows_left(*rows)), 1)
-            parameter.data.transpose(0, d).mul_(kept.view(-1, *[1] * (parameter.dim() - 1)))
-    for name, module in model.named_modules():
-        other = dense.get_submodule(name)
-        if isinstance(module, PRUNED) and width(other) < width(module):
-            gone = np.ones(width(module), dtype=bool)
-            gone[rows_left(by_output(module), by_output(other))] = False
-            layers[name] = gone
-            if isinstance(module, nn.RNNBase):  # its units read one another at the next step
-                for parameter in module.parameters():
-                    parameter.data.unflatten(0, (-1, len(gone)))[:, torch.from_numpy(gone)] = 0
-        if name.endswith("project.0") and width(other) == width(module) and other.in_features < module.in_features:
-            # In MViT norms shift what heads without values put out, and what mixes the heads reads no more of these.
-            gone = np.ones(module.in_features, dtype=bool)
-            gone[rows_left(by_output(module).T, by_output(other).T)] = False
-            module.weight.data[:, torch.from_numpy(gone)] = 0
-        elif isinstance(module, NORMS) and isinstance(module.weight, Tensor) and len(other.weight) < len(module.weight):
-            kept, whole = ({*zip(each.weight.tolist(), each.bias.tolist(), strict=True)} for each in (other, module))
-            assert len(whole) == len(module.weight), "channels must be told apart by their parameters"
-            pairs = zip(module.weight.tolist(), module.bias.tolist(), strict=True)
-            norms[name] = np.array([pair not in kept for pair in pairs])
-    return layers, norms
-
-
-def zeroed_outputs(model: nn.Module, gone: dict[str, np.ndarray], inputs: Any) -> Any:
-    """Run a network in which hooks zero channels, and what makes them where a layer of which no call is seen does."""
-    handles, seen = [], set[str]()
-    for name, channels in gone.items():
-        module = model.get_submodule(name)
-        if isinstance(module, nn.RNNBase):
-            continue
-        last = isinstance(module, (nn.Linear, nn.LayerNorm)) and not type(module).__name__.endswith("2d")
-
-        def hook(
-            _: Any, __: Any, output: Tensor, name: str = name, channels: np.ndarray = channels, last: bool = last
-        ) -> Tensor:
-            seen.add(name)
-            kept = torch.from_numpy(~channels).to(output)
-            return output * (kept if last else kept.view(-1, *[1] * (output.dim() - 2)))
-
-        handles.append(module.register_forward_hook(hook))
-    with torch.no_grad():
-        outputs = run(model, inputs)
-        # Attention may compute with the weights of its linear layers by itself.
-        unseen = [name for name in gone.keys() - seen if isinstance(model.get_submodule(name), nn.Linear)]
-        for name in unseen:
-            for parameter in model.get_submodule(name).parameters():
-                parameter[torch.from_numpy(gone[name])] = 0
-        outputs = run(model, inputs) if unseen else outputs
-    for handle in handles:
-        handle.remove()
-    return outputs
-
-
-def run(model: nn.Module, inputs: Any) -> Any:
-    """Run a network; of a detector return what its parts give, of which boxes are then chosen."""
-    given: list[Any] = []
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    # A detector takes a list of images; other networks may have a part of such a name inside.
-    detects = isinstance(inputs, tuple)
-    parts = [module for name, module in model.named_modules() if detects and name in DETECTING]
-    handles = [part.register_forward_hook(lambda _, __, output: given.append(output)) for part in parts]
-    outputs = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-    for handle in handles:
-        handle.remove()
-    return given or outputs
-
-
-def difference(expected: Any, actual: Any) -> float:
-    """Measure the largest difference of two outputs, relative to the largest value of the first."""
-    pairs = [torch.utils._pytree.tree_flatten(each)[0] for each in (expected, actual)]
-    worst = 0.0
-    for one, other in zip(*pairs, strict=True):
-        if isinstance(one, Tensor):
-            if one.shape != other.shape:
-                return float("inf")
-            if not one.numel():
-                continue
-            scale = float(one.abs().max())
-            worst = max(worst, float((one - other).abs().max()) / (scale or 1.0))
-    return worst
 
 
 def rival(make: Callable[[], nn.Module], model: nn.Module, inputs: Any) -> dict[str, Any]:
