@@ -115,7 +115,8 @@ def merge(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 def varies(labels: torch.Tensor, dim: int) -> bool:
     """Tell whether labels, int64, differ along a dimension."""
     # A stride of 0 is one entry seen many times: nothing to compare.
-    return labels.stride(dim) != 0 and not torch.equal(labels.narrow(dim, 0, 1).expand(labels.shape), labels)
+    some = labels.shape[dim] > 1 and labels.stride(dim) != 0
+    return some and not torch.equal(labels.narrow(dim, 0, 1).expand(labels.shape), labels)
 
 
 def carry(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:

@@ -258,3 +258,17 @@ def test_l1_pruner_of_nni_goes_through_the_groups_too():
     pruner.unwrap_model()
     dense = nni_topo.to_dense(model, images, masks)
     assert dense.report.kept == ()
+
+
+def test_a_slice_without_any_channel_is_no_error():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.few = nn.Linear(4, 6), nn.Linear(6, 2), 0
+
+        def forward(self, x):
+            y = self.one(x)
+            return self.two(y) + y[:, : self.few].sum()
+
+    groups = nni_topo.dependency_groups(Net().eval(), torch.rand(3, 4), [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in groups] == [["one"]]
