@@ -130,9 +130,11 @@ def dependency_groups(
     which. The package's pruners then choose so that as many go of each layer as were asked for, as nearly as the ties
     allow; NNI's choose for each layer by itself, and `to_dense` keeps what any of them keeps.
 
-    Layers that make queries, keys or values of attention lose whole heads: they get a granularity and a group, and so
-    does the layer that mixes the heads if it is selected, for its columns. ``"granularity": "head"``, which NNI doesn't
-    know, asks for these layers alone, also of a module that holds them. An entry with a list for granularity keeps it.
+    Layers that make queries, keys or values of attention lose whole heads: they get a granularity and a group. The
+    layer that mixes the heads loses rows where all that adds to the residual stream is selected, as it is where
+    ``op_names`` names it; selected without all that, columns, in the group of the heads. ``"granularity": "head"``,
+    which NNI doesn't know, asks for these layers' heads alone, also of a module that holds them. An entry with a list
+    for granularity keeps it.
     Units of a recurrent layer of one level and one direction, with biases, go as heads do.
 
     Of transposed convolutions the package's pruners prune output channels, NNI's own only under
@@ -181,12 +183,14 @@ def dependency_groups(
     order = _network_order(model, flow)
     selections = [(_parts(names, flow) if by_head & names else names, public) for names, public in selections]
     selected, by_head = {name for names, _ in selections for name in names}, _parts(by_head, flow)
+    asked = [name for name in order if name in selected - named]
+    skipped = _skipped(network, flow, asked, selected)
     mixers = {name: each for name, each in flow.mixers().items() if each.channels.keys() <= selected}
     mixers = {name: each for name, each in mixers.items() if name in by_head or name in selected - named}
-    asked = [name for name in order if name in (selected - named) - mixers.keys()]
+    mixers = _by_column(flow, mixers, by_head, selected - skipped.keys())
     skipped = (
-        _skipped(network, flow, asked, selected)
-        | _sharing_with(flow, mixers, asked)
+        {name: why for name, why in skipped.items() if name not in mixers}
+        | _sharing_with(flow, mixers, [name for name in asked if name not in mixers])
         | {name: _why_headless(model, name) for name in order if name in by_head - flow.heads.keys() - mixers.keys()}
     )
     if strict and (whole := {name: why for name, why in skipped.items() if why != OUTPUT}):
@@ -206,7 +210,7 @@ def dependency_groups(
         for name in order
         if name in names and name not in left_out
     ]
-    # What mixes heads loses columns, and rows of it stay.
+    # Of what mixes heads by column all rows stay.
     ties = partial_ties(flow, selected - left_out - mixers.keys())
     return DependencyGroups(entries, skipped, named & selected, ties, shares(flow, asked_of(flow, entries, ties)))
 
@@ -255,6 +259,18 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: se
     if selected - set(heads):
         skipped |= dict.fromkeys(heads, OUTPUT)
     return {name: skipped[name] for name in asked if name in skipped}
+
+
+def _by_column(
+    flow: ChannelFlow, mixers: dict[str, Attention], by_head: set[str], free: set[str]
+) -> dict[str, Attention]:
+    """Leave out what mixes heads and can lose rows: with all layers of its group, of which none was asked for heads."""
+    by_row = set[str]()
+    for names in layer_groups(flow):
+        inside = {name for name in names if not flow.layers[name].depthwise}
+        if inside <= free - by_head and not any(FIXED in flow.layer_roots(name) for name in inside):
+            by_row |= inside
+    return {name: each for name, each in mixers.items() if name not in by_row}
 
 
 def _sharing_with(flow: ChannelFlow, mixers: Mapping[str, Attention], asked: list[str]) -> dict[str, str]:

@@ -126,7 +126,8 @@ def test_what_is_no_attention_that_is_known_stays_whole():
 
 def test_groups_tie_queries_keys_values_and_what_mixes_them():
     model = make("shared keys")
-    groups = dependency_groups(model, _states(2, 7, 5), [{"op_types": ["Linear"], "sparse_ratio": 0.4}])
+    asked = [{"op_types": ["Linear"], "exclude_op_names": ["0"], "sparse_ratio": 0.4}]
+    groups = dependency_groups(model, _states(2, 7, 5), asked)
     found = {e["op_names"][0]: (e.get("dependency_group_id"), e.get("granularity")) for e in groups}
     assert found == {
         "1.attention.q_proj": ("group_0", [4, -1]),
@@ -203,8 +204,9 @@ def test_the_residual_width_goes_with_all_that_reads_it_and_norms_count_on(name,
     assert torch.equal(load(tmp_path / "dense.safetensors", model)(inputs), dense(inputs))
 
 
-def test_a_layer_that_loses_heads_loses_no_rows_in_the_same_run():
+def test_where_the_width_stays_what_mixes_heads_loses_columns_and_no_rows():
     model, inputs, _ = _width("vit_small")
+    # Its patches come from a convolution, which isn't asked for.
     groups = dependency_groups(model, inputs[:2], [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
     assert "attention.o_proj, which loses heads" in groups.skipped["blocks.0.mlp.fc2"]
     assert {entry["op_names"][0].rpartition(".")[2] for entry in groups} == {
@@ -214,3 +216,26 @@ def test_a_layer_that_loses_heads_loses_no_rows_in_the_same_run():
         "o_proj",
         "fc1",
     }
+
+
+@pytest.mark.parametrize("kind", ["l1", "topological", "reconstruction"])
+def test_all_layers_asked_for_by_kind_lose_heads_neurons_and_the_width(kind):
+    model, inputs, _ = _width("vit_small")
+    everything = {"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}
+    groups = dependency_groups(model, inputs[:2], [everything])
+    assert list(groups.skipped) == ["head"]
+    by_name = {entry["op_names"][0]: entry for entry in groups}
+    assert by_name["blocks.0.attention.o_proj"]["dependency_group_id"] == by_name["patches"]["dependency_group_id"]
+    knobs = {} if kind == "l1" else {"calibration": [inputs]}
+    masks = create_pruner(kind, copy.deepcopy(model), groups, **knobs).compress()[1]
+    dense = to_dense(model, inputs[:2], masks)
+    torch.testing.assert_close(dense(inputs), masked_model(model, inputs[:2], masks)(inputs), rtol=1e-5, atol=1e-5)
+    whole, left = (
+        [part.weight.shape for part in net.modules() if isinstance(part, (torch.nn.Conv2d, torch.nn.Linear))]
+        for net in (model, dense)
+    )
+    # Of the convolution and the classifier half of one side goes, of all others half of both.
+    assert [2 * after.numel() for after in left[:1] + left[-1:]] == [before.numel() for before in whole[:1] + whole[-1:]]
+    assert [4 * after.numel() for after in left[1:-1]] == [before.numel() for before in whole[1:-1]]
+    with_heads = [{"op_names_re": [r".*\.attention"], "granularity": "head", "sparse_ratio": 0.5}, everything]
+    assert "which loses heads" in dependency_groups(model, inputs[:2], with_heads).skipped["patches"]

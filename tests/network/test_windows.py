@@ -175,15 +175,24 @@ def test_heads_of_pooled_attention_go(is_second, tmp_path):
     assert torch.equal(load(tmp_path / "small.safetensors", model)(inputs), dense(inputs))
 
 
-def test_heads_and_neurons_of_maxvit_go():
+def test_heads_neurons_and_widths_of_maxvit_go():
     model, inputs = _make("maxvit")
     groups = dependency_groups(model, inputs, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 1 / 3}])
+    assert list(groups.skipped) == ["classifier.5"]
     masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
     dense = to_dense(model, inputs, masks)
     torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs))
     assert [each.heads for each in find_attention(dense).values()] == [2, 2, 4, 4]
-    # Its stages' widths stay, for what mixes heads loses columns and no rows. They go where no heads do.
-    assert all("which loses heads" in why or "output" in why for why in groups.skipped.values())
+    assert [each.width for each in find_attention(dense).values()] == [8, 8, 16, 16]
+    # Where one layer of a stage isn't asked for, its width stays, and what mixes heads loses columns alone.
+    asked = [{"op_types": ["Linear"], "sparse_ratio": 1 / 3}]
+    groups = dependency_groups(model, inputs, asked)
+    assert sum("which loses heads" in why for why in groups.skipped.values()) == 4  # the second layers of the MLPs
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense = to_dense(model, inputs, masks)
+    torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs))
+    assert [each.heads for each in find_attention(dense).values()] == [2, 2, 4, 4]
+    assert [each.width for each in find_attention(dense).values()] == [12, 12, 24, 24]
     asked = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names_re": [r".*to_qkv"], "sparse_ratio": 0.5}]
     groups = dependency_groups(model, inputs, asked)
     assert list(groups.skipped) == ["classifier.5"]
