@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -65,10 +66,10 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def detached_copy(model: nn.Module, *, light: bool = False) -> Any:
+def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Tensor] = ()) -> Any:
     """Return a deep copy of a model, also where weights are computed, as those of a masked model in training are.
 
-    A ``light`` one holds the model's own parameters, which then mustn't be written to.
+    A ``light`` one holds the model's own parameters, any one the ``shared`` tensors; these mustn't be written to then.
     """
     # Such weights aren't leaves, which deepcopy refuses: in the copy they are tensors of their own, without a history.
     computed = {
@@ -77,8 +78,15 @@ def detached_copy(model: nn.Module, *, light: bool = False) -> Any:
         for value in (*vars(module).values(), *module._buffers.values())
         if isinstance(value, Tensor) and not value.is_leaf
     }
-    shared = {id(parameter): parameter for parameter in model.parameters()} if light else {}
-    return copy.deepcopy(model, computed | shared)
+    own = {id(tensor): tensor for tensor in (*shared, *(model.parameters() if light else ()))}
+    # Of what deepcopy takes its time for, most are the tables of hooks that a module doesn't have.
+    empty = {
+        id(table): type(table)()
+        for module in model.modules()
+        for table in vars(module).values()
+        if type(table) in (dict, OrderedDict) and not table
+    }
+    return copy.deepcopy(model, computed | own | empty)
 
 
 def unwrapped_copy(model: nn.Module, *, light: bool = False) -> nn.Module:

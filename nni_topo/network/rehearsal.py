@@ -28,7 +28,7 @@ from nni_topo.network.following import only_norm_behind
 from nni_topo.network.inputs import Call, cast_floats, out_of_memory, random_like, shrunk, tensors_of
 from nni_topo.network.labels import FIXED, place
 from nni_topo.network.layers import is_normalizing, is_recurrent, per_channel_names
-from nni_topo.network.modes import RandomWeights, put_parameters, random_state_kept, unwrapped_copy
+from nni_topo.network.modes import RandomWeights, detached_copy, put_parameters, random_state_kept, unwrapped_copy
 from nni_topo.network.reference import difference
 from nni_topo.network.resolve import grow
 from nni_topo.network.shuffles import Shares, chosen_of, shares
@@ -132,11 +132,10 @@ class _Rehearsal:
     def __init__(self, flow: ChannelFlow, left: np.ndarray, full: GraphModule) -> None:
         self.flow, self.left, self.full = flow, left, full
         self._sizes = flow.sizes_left(left)
-        # Cutting puts new tensors in place of those it makes smaller, so both networks may share the others.
-        shared = {id(tensor): tensor for tensor in (*full.parameters(), *full.buffers())}
         modules = nn.Module()
         vars(modules).update({key: value for key, value in vars(full).items() if key != "_graph"})
-        self.small: nn.Module = copy.deepcopy(modules, shared)
+        # Cutting puts new tensors in place of those it makes smaller, so both networks may share the others.
+        self.small: nn.Module = detached_copy(modules, light=True, shared=modules.buffers())
         speedup, self._uncut = DenseSpeedup(self.small, flow, left), ""
         try:
             speedup.speedup_model()
