@@ -17,7 +17,7 @@ from nni_topo.network.capture import watched
 from nni_topo.network.comparing import Calls, Comparison
 from nni_topo.network.inputs import Call, bind_arguments, out_of_memory, tensors_of
 from nni_topo.network.layers import is_one
-from nni_topo.network.modes import random_state_kept
+from nni_topo.network.modes import detached_copy, random_state_kept
 from nni_topo.network.parts import by_parts, is_in_parts, part_arguments
 from nni_topo.network.recording import record
 from nni_topo.network.stepwise import is_stepwise
@@ -126,7 +126,8 @@ def by_running(graph: torch.fx.Graph) -> bool:
 def arguments(graph: torch.fx.Graph, model: torch.nn.Module, call: Call) -> tuple[Any, ...]:
     """List the values of a graph's placeholders, given a call of its model."""
     if is_in_parts(graph):
-        return part_arguments(graph, model, call)
+        # A copy, for a model may note something at its first run, as detectors' pooling does.
+        return part_arguments(graph, detached_copy(model, light=True), call)
     named = bind_arguments(model, call)
     return _placed(graph, named) if by_running(graph) else tuple(named.values())
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nni_topo import TopologicalPruner, compensate, dependency_groups, to_dense
+from nni_topo import RandomPruner, TopologicalPruner, compensate, dependency_groups, to_dense
 from nni_topo.network import network as module
 from nni_topo.network.labels import FIXED
 from nni_topo.network.network import Network
@@ -60,6 +60,34 @@ def test_a_chain_traces_a_model_once(traces):
     better = compensate(model, masks, [images])
     to_dense(better, images, masks)
     assert len(traces) == 1
+
+
+class Noting(nn.Module):
+    """Followed part by part, and noting sizes at its first run, as detectors' pooling does."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = two_layers()
+        self.head = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 3))
+
+    def forward(self, x):
+        places = self.backbone(x).flatten(2).transpose(1, 2).flatten(0, 1)
+        if not hasattr(self, "seen"):
+            self.seen = tuple(places.shape)
+        return self.head(torch.stack([place for place in places if float(place.sum()) > 0]))
+
+
+def test_parts_are_traced_once_though_a_model_notes_something_at_its_first_run(traces):
+    model = Noting().eval()
+    config = dependency_groups(model, IMAGES, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}])
+    count = len(traces)
+    assert count > 0
+    assert "seen" not in vars(model)
+    pruner = RandomPruner(model, config, seed=0)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    assert to_dense(model, IMAGES, masks).head[0].out_features == 3  # of 5
+    assert len(traces) == count
 
 
 def test_another_size_of_batch_is_traced_by_itself(traces):
