@@ -306,7 +306,8 @@ class Numbering(torch.fx.Interpreter):
             self._split(n, labels[0], moved)
         # In the dense model too chunk makes equal pieces of what it gets, so all of them have to lose equally many.
         if plain_name(n) == "chunk" and moved[0].dim() > 1 and len({piece.shape for piece in moved}) == 1:
-            pieces = [self._per_channel(piece, 1) for piece in moved]
+            held = [d for d in range(1, moved[0].dim()) if any(varies(piece, d) for piece in moved)]
+            pieces = [self._per_channel(piece, held[0] if len(held) == 1 else 1) for piece in moved]
             sides, self.chunks = by_layer(pieces, [*self.layers.values(), *self.own.values()], self.reorders), True
             uneven = self.reorders and any(len({len(block) for block in side}) > 1 for side in sides)
             self.blocks.append(Blocks([pieces] if uneven else sides, may_vanish=False, moves=True, is_uneven=uneven))

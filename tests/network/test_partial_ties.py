@@ -224,3 +224,31 @@ def test_blocks_of_ones_own_are_chosen_as_before():
         {**entry, "granularity": [4, -1, -1, -1]} if entry["op_names"] == ["expand.conv"] else entry for entry in groups
     )
     assert rows(chosen(nni_topo.RandomPruner(model, own))) == rows(chosen(nni_topo.RandomPruner(model, list(own))))
+
+
+class Gated(nn.Module):
+    """Half of a layer's channels are multiplied with the other half, as in gated MLPs."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.both, self.leave, self.head = (
+            nn.Linear(*sizes) for sizes in ((6, 8), (8, 24), (12, 8), (8, 3))
+        )
+
+    def forward(self, x):
+        gate, values = self.both(self.enter(x)).chunk(2, dim=-1)
+        return self.head(self.leave(torch.nn.functional.silu(gate) * values))
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 5, 6), (2, 4, 5, 6)])
+@pytest.mark.parametrize("pruner", ["l1", "random"])
+def test_both_halves_of_a_gated_layer_go_alike_of_states_in_any_shape(shape, pruner):
+    torch.manual_seed(0)
+    model, states = Gated().eval(), torch.randn(*shape)
+    groups = dependency_groups(model, states, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    masks = chosen(PRUNERS[pruner](model, groups))
+    gate, values = masks["both"]["weight"].amax(1).chunk(2)
+    assert torch.equal(gate, values)
+    dense = to_dense(model, states, masks)
+    assert (dense.both.in_features, dense.both.out_features, dense.leave.in_features) == (4, 12, 6)
+    torch.testing.assert_close(dense(states), masked_model(model, states, masks)(states))
