@@ -239,14 +239,9 @@ def _follow_samples(first: _Recorder, second: _Recorder, samples: int) -> None:
         if one.op == "get_attr" and name in first.constants:
             constant, twin = first.constants[name], second.constants[str(other.target)]
             if constant.shape != twin.shape:
-                if not torch.equal(constant[:1].expand(twin.shape), twin):
-                    raise SpeedupError(
-                        "a constant of a model must not depend on the number of samples, got one that does"
-                    )
-                first.constants[name] = constant[:1].clone()
                 with graph.inserting_after(one):
-                    spread = graph.call_method("expand", (one, size, *[-1] * (constant.dim() - 1)))
-                one.replace_all_uses_with(spread, lambda user, spread=spread: user is not spread)
+                    following = _following(graph, one, first.constants, twin, size)
+                one.replace_all_uses_with(following, lambda user, following=following: user is not following)
             continue
         with graph.inserting_before(one):
             counted = {"args": _counted(graph, one.args, other.args, size, samples)}
@@ -254,6 +249,23 @@ def _follow_samples(first: _Recorder, second: _Recorder, samples: int) -> None:
         one.args, one.kwargs = counted["args"], counted["kwargs"]
     if not size.users:
         graph.erase_node(size)
+
+
+def _following(graph: Graph, one: Node, constants: dict[str, Tensor], twin: Tensor, size: Node) -> Node:
+    """Make of a constant one for any number of samples, given what it is for twice as many."""
+    name = str(one.target)
+    constant = constants[name]
+    if constant.shape and all(_numbers_samples(each) for each in (constant, twin)):
+        return graph.call_function(torch.arange, (size,), {"device": constant.device})
+    if not torch.equal(constant[:1].expand(twin.shape), twin):
+        raise SpeedupError("a constant of a model must not depend on the number of samples, got one that does")
+    constants[name] = constant[:1].clone()
+    return graph.call_method("expand", (one, size, *[-1] * (constant.dim() - 1)))
+
+
+def _numbers_samples(constant: Tensor) -> bool:
+    """Tell whether a constant numbers rows, as ``states[torch.arange(samples), last]`` takes a place of each."""
+    return torch.equal(constant, torch.arange(len(constant), device=constant.device))
 
 
 def _counted(graph: Graph, one: Any, other: Any, size: Node, samples: int) -> Any:

@@ -52,8 +52,7 @@ def _trace_whole(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModu
     reasons = []
     # NNI's tracer goes into attention.
     found = find_attention(model)
-    own = (_symbolic, _recorded) if found else (_symbolic,)
-    for tracer in (*own, _concrete):
+    for tracer in (_symbolic, _recorded, _concrete) if found else (_symbolic, _concrete, _recorded):
         try:
             # The model is run, and may draw numbers.
             with torch.no_grad(), random_state_kept():
@@ -96,8 +95,8 @@ def _symbolic(model: torch.nn.Module, named: dict[str, Any]) -> tuple[torch.fx.G
             graph_module.graph.erase_node(node)
     graph_module.graph.eliminate_dead_code()
     nodes = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    for name, node in zip(parameters, nodes, strict=True):
-        if name in frozen:
+    for (name, parameter), node in zip(parameters.items(), nodes, strict=True):
+        if name in frozen or (parameter.kind == parameter.VAR_KEYWORD and not node.users):
             graph_module.graph.erase_node(node)
     graph_module.recompile()
     return graph_module, tuple(named.values())
@@ -115,6 +114,8 @@ def _concrete(model: torch.nn.Module, named: dict[str, Any]) -> tuple[torch.fx.G
 
     ones = {type(module) for module in model.modules() if is_one(module)}
     graph_module = concrete_trace(model, dict(named), leaf_module=tuple(ones))
+    if hasattr(graph_module, "_module_constants"):
+        raise SpeedupError("layers must be the model's, got some that its forward makes")
     return graph_module, _placed(graph_module.graph, named)
 
 

@@ -51,6 +51,24 @@ def test_a_recorded_model_takes_other_numbers_of_samples():
         torch.testing.assert_close(graph(inputs)[0], model(inputs, 0.5)["out"])
 
 
+def test_rows_that_are_numbered_follow_the_number_of_samples():
+    class Last(nn.Module):
+        """Takes of each sample the place behind which there is padding, as classifiers on decoders do."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x, lengths):
+            return self.layer(x)[torch.arange(len(x)), lengths - 1]
+
+    model = Last().eval()
+    graph = record(model, {"x": torch.randn(3, 5, 4), "lengths": torch.tensor([5, 2, 3])})
+    for samples in (1, 2, 7):
+        x, lengths = torch.randn(samples, 5, 4), 1 + torch.arange(samples) % 5
+        torch.testing.assert_close(graph(x, lengths), model(x, lengths))
+
+
 def test_writing_into_parts_of_a_tensor_is_refused():
     with pytest.raises(SpeedupError, match="must not write into parts of tensors"):
         record(Writing().eval(), {"x": torch.randn(3, 4)})
