@@ -323,3 +323,38 @@ def test_a_model_in_training_is_pruned_and_compensated_as_it_evaluates():
     assert found.training
     expected = to_dense(compensate(model, masks, [inputs]), inputs, masks)
     torch.testing.assert_close(logits(found.eval(), inputs), logits(expected, inputs))
+
+
+_TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+_SEEING = {**_TOWER, "image_size": 8, "patch_size": 4}
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("CLIPVisionModelWithProjection", {**_SEEING, "projection_dim": 6}),
+        ("CLIPTextModelWithProjection", {**_TOWER, "vocab_size": 31, "eos_token_id": 2, "projection_dim": 6}),
+        ("SiglipVisionModel", _SEEING),
+    ],
+)
+def test_towers_of_clip_and_siglip_lose_heads_and_neurons(name, sizes, kind, tmp_path):
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**sizes, attn_implementation=kind)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    inputs = inputs_of(model)
+    groups = dependency_groups(model, inputs, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense, reference = to_dense(model, inputs, masks), masked_model(model, inputs, masks)
+    assert {each.heads for key, each in find_attention(dense).items() if "self_attn" in key} == {2}
+    assert {part.out_features for key, part in dense.named_modules() if key.endswith("fc1")} == {12}
+    save(dense, tmp_path / "dense.safetensors")
+    loaded = load(tmp_path / "dense.safetensors", model)
+    for given in (inputs, inputs_of(model, samples=2)):
+        with torch.no_grad():
+            whole, left, again = (net(**given) for net in (reference, dense, loaded))
+        for one, other, third in zip(whole.to_tuple(), left.to_tuple(), again.to_tuple(), strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+            assert torch.equal(other, third)

@@ -29,7 +29,8 @@ from nni_topo.errors import ConfigError
 from nni_topo.network.attention import find_attention
 
 
-@pytest.mark.parametrize("name", families())
+# Of GPT-NeoX and Phi positions turn a part of each head; of ModernBERT it depends on the version whether they are known.
+@pytest.mark.parametrize("name", families("GPTNeoX", "Phi", "ModernBert"))
 def test_heads_with_half_of_their_channels(name, tmp_path):
     model = make(name)
     inputs = inputs_of(model, samples=12)

@@ -25,6 +25,9 @@ IMAGES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "n
 DISTIL = {"vocab_size": 31, "dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 4}
 
 
+TOKENS = {f"{kind}_token_id": at for at, kind in enumerate(("pad", "bos", "eos", "cls", "sep"))}
+
+
 MODELS = {
     "BertForSequenceClassification": ("BertConfig", SIZES),
     "RobertaForSequenceClassification": ("RobertaConfig", SIZES),
@@ -35,11 +38,14 @@ MODELS = {
     "LlamaForCausalLM": ("LlamaConfig", {**SIZES, "num_key_value_heads": 2, "head_dim": 4}),
     "Qwen2ForCausalLM": ("Qwen2Config", {**SIZES, "num_key_value_heads": 2}),
     "MistralForCausalLM": ("MistralConfig", {**SIZES, "num_key_value_heads": 2, "sliding_window": None}),
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", {**SIZES, "rotary_pct": 0.5}),
+    "PhiForCausalLM": ("PhiConfig", SIZES),
+    "ModernBertForSequenceClassification": ("ModernBertConfig", {**SIZES, **TOKENS}),
 }
 
 
-# Made as others are, to the last block: roughly as BERT, ViT and Qwen2.
-TWINS = ("RobertaForSequenceClassification", "DeiTForImageClassification", "MistralForCausalLM")
+# Made as others are, to the last block: roughly as BERT, ViT, Qwen2 and LLaMA.
+TWINS = ("RobertaForSequenceClassification", "DeiTForImageClassification", "MistralForCausalLM", "PhiForCausalLM")
 
 
 def families(*left_out):

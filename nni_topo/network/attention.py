@@ -25,15 +25,24 @@ IntArray = NDArray[np.int64]
 
 # Queries, keys, values; what mixes the heads where it is a part of the module, under one of some names.
 _APART = (
-    ("q_proj", "k_proj", "v_proj", ("o_proj", "out_proj")),
+    ("q_proj", "k_proj", "v_proj", ("o_proj", "out_proj", "dense")),
     ("query", "key", "value", ("out_proj",)),
     ("q_lin", "k_lin", "v_lin", ("out_lin",)),
     ("q", "k", "v", ("o",)),
 )
-_TOGETHER = (("qkv", ("proj", "project.0")), ("c_attn", ("c_proj",)), ("to_qkv", ("merge",)))
+_TOGETHER = (
+    ("qkv", ("proj", "project.0")),
+    ("c_attn", ("c_proj",)),
+    ("to_qkv", ("merge",)),
+    ("Wqkv", ("Wo",)),
+    ("query_key_value", ("dense",)),
+)
+_HEAD_BY_HEAD = (
+    "query_key_value",
+)  # queries, keys and values of a head, then those of the next; else all queries first
 _COUNTS = ("num_attention_heads", "num_heads", "n_heads")
 _SHARED_COUNTS = ("num_key_value_heads", "num_kv_heads")
-_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
+_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 _WIDTHS = ("all_head_size", "inner_dim", "attn_dim", "dim", "embed_dim", "split_size", "output_dim")
 # Parameters with an entry for each head, and along which dimension; the last layer of what computes such a table.
 _BY_HEAD = {
@@ -133,10 +142,16 @@ def _attention(name: str, module: Any) -> Attention | None:
         mixer = None if out is None else prefix + out
         if len(layers) > 1:
             return _apart(prefix, names, layers, size, mixer, by_head)
-        whole = layers[0].out_features == 3 * count * size
-        if not whole:
+        if not any(key in vars(module) for key in _COUNTS) and any(key in vars(module) for key in _SIZES):
+            count = layers[0].out_features // (3 * size)  # the config may be that of the whole model
+        if layers[0].out_features != 3 * count * size:
             return None
         found = _together(name, prefix + names[0], count, size, mixer, entering_channels(layers[0]), by_head)
+        if names[0] in _HEAD_BY_HEAD:
+            rows = np.arange(3 * count * size).reshape(count, -1)
+            found = replace(
+                found, channels={prefix + names[0]: rows}, context=(prefix + names[0], rows[:, -size:].ravel())
+            )
         return replace(found, shifted=_is_pooled(module))
     return None
 
@@ -223,7 +238,8 @@ def open_attention(graph_module: GraphModule, given: dict[str, tuple[bool, bool]
         if attention.out is None:
             continue
         picked = {user: user.args[1] for user in node.users if user.target is operator.getitem}
-        if many and (len(picked) < len(node.users) or not all(isinstance(at, int) for at in picked.values())):
+        apart = all(isinstance(at, int) or (isinstance(at, slice) and at.start) for at in picked.values())
+        if many and (len(picked) < len(node.users) or not apart):
             continue
         with graph.inserting_before(node):
             module = graph.create_node("get_attr", attention.name)

@@ -185,7 +185,7 @@ def dependency_groups(
     selected, by_head = {name for names, _ in selections for name in names}, _parts(by_head, flow)
     asked = [name for name in order if name in selected - named]
     skipped = _skipped(network, flow, asked, selected)
-    mixers = {name: each for name, each in flow.mixers().items() if each.channels.keys() <= selected}
+    mixers = {name: each for name, each in flow.mixers().items() if each.channels.keys() <= selected - skipped.keys()}
     mixers = {name: each for name, each in mixers.items() if name in by_head or name in selected - named}
     mixers = _by_column(flow, mixers, by_head, selected - skipped.keys())
     skipped = (

@@ -347,14 +347,18 @@ class _Rehearsal:
         return np.concatenate(found)
 
     def _blame(self, node: Node, entering: dict[Node, np.ndarray], reason: str) -> None:
-        """Hold the channels that are to blame: those that arrive as values, else all that arrive."""
+        """Hold the channels that are to blame: those that arrive as values, else all that arrive, else the heads."""
         alive = np.concatenate([*entering.values(), np.zeros(0, dtype=np.int64)])
         numbers = [
             leaf.numpy().ravel() for parent in entering for leaf in tree_flatten(self.flow.numbers[parent.name])[0]
             if isinstance(leaf, Tensor)
         ]  # fmt: skip
         roots = np.unique(self.flow.roots(alive if len(alive) else np.concatenate([*numbers, alive])))
-        gone = roots[roots > FIXED].tolist() or self._removed()
+        if self.left[roots].all() and self._is_attention(node):
+            holder: Any = node.args[0] if node.target is attend else node
+            attention = self.flow.attention[str(holder.target)]
+            roots = np.unique(np.concatenate([self.flow.layer_roots(layer) for layer in attention.channels]))
+        gone = roots[roots > FIXED].tolist() if not self.left[roots].all() else self._removed()
         if len(alive) and "depends" in reason:
             reason = "removed channels arrive as values that aren't zero"
         for root in gone:

@@ -1,7 +1,7 @@
-"""Attention of PyTorch and torchvision step by step, whatever number of heads and channels is left.
+"""Attention of PyTorch, torchvision and CLIP step by step, whatever number of heads and channels is left.
 
-Their own computes with the weights of its layers, which it never calls, and takes the width of its heads for what
-enters divided by their number. Here the layers are called, so that hooks and wrappers see them, but for the one weight
+Their own computes with the weights of its layers, which it never calls, or takes the width of its heads for that of
+what enters. Here the layers are called, so that hooks and wrappers see them, but for the one weight
 of ``nn.MultiheadAttention``.
 """
 
@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# torchvision takes long to load, and is there where a model has such a module.
-_OF_TORCHVISION = frozenset(
-    {
-        ("torchvision.models.swin_transformer", "ShiftedWindowAttention"),
-        ("torchvision.models.swin_transformer", "ShiftedWindowAttentionV2"),
-        ("torchvision.models.video.swin_transformer", "ShiftedWindowAttention3d"),
-        ("torchvision.models.maxvit", "RelativePositionalMultiHeadAttention"),
-    }
-)
-_WINDOWS = "nni_topo.network.windows"
+# Where the classes are that compute step by step, by class. torchvision takes long to load, and is there where a model
+# has such a module, as Transformers is.
+_STEPWISE = {
+    ("torchvision.models.swin_transformer", "ShiftedWindowAttention"): "nni_topo.network.windows",
+    ("torchvision.models.swin_transformer", "ShiftedWindowAttentionV2"): "nni_topo.network.windows",
+    ("torchvision.models.video.swin_transformer", "ShiftedWindowAttention3d"): "nni_topo.network.windows",
+    ("torchvision.models.maxvit", "RelativePositionalMultiHeadAttention"): "nni_topo.network.windows",
+    ("transformers.models.clip.modeling_clip", "CLIPAttention"): "nni_topo.network.contrastive",
+    ("transformers.models.siglip.modeling_siglip", "SiglipAttention"): "nni_topo.network.contrastive",
+    ("transformers.models.siglip2.modeling_siglip2", "Siglip2Attention"): "nni_topo.network.contrastive",
+}
 
 
 def multihead(
@@ -92,12 +93,11 @@ def stepwise_class(module: nn.Module) -> type[nn.Module] | None:
     kind = type(module)
     if kind in (nn.MultiheadAttention, PrunedMultiheadAttention):
         return PrunedMultiheadAttention
-    if kind.__module__ == _WINDOWS:
+    if kind.__module__ in _STEPWISE.values():
         return kind
-    if (kind.__module__, kind.__qualname__) in _OF_TORCHVISION:
-        found: type[nn.Module] = import_module(_WINDOWS).STEPWISE[kind]
-        return found
-    return None
+    place = _STEPWISE.get((kind.__module__, kind.__qualname__))
+    found: type[nn.Module] | None = import_module(place).STEPWISE.get(kind) if place else None
+    return found
 
 
 def is_stepwise(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 from nni_topo import compensate, create_pruner, dependency_groups, load, masked_model, save, to_dense, zoo
 from nni_topo.network.attention import find_attention
 from nni_topo.network.stepwise import multihead
+from nni_topo.zoo.transformers import Block, Mlp, SelfAttention
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -139,6 +140,29 @@ def test_groups_tie_queries_keys_values_and_what_mixes_them():
     }
 
 
+def test_attention_that_gives_its_heads_the_width_of_what_enters_stays_and_what_is_around_it_goes():
+    class Wide(SelfAttention):
+        def forward(self, states):
+            heads = [layer(states).unflatten(-1, (-1, SIZE)).transpose(1, 2) for layer in (self.q_proj, self.k_proj)]
+            values = self.v_proj(states).unflatten(-1, (-1, SIZE)).transpose(1, 2)
+            mixed = (heads[0] @ heads[1].transpose(2, 3)).softmax(-1) @ values
+            return self.o_proj(mixed.transpose(1, 2).reshape(states.shape))
+
+    torch.manual_seed(0)
+    block = Block(
+        Wide(WIDTH, HEADS, bias=True, causal=False),
+        Mlp(WIDTH, 8),
+        (nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)),
+        first=True,
+    )
+    model, inputs = nn.Sequential(nn.Linear(5, WIDTH), block, nn.Linear(WIDTH, 2)).eval(), _states(3, 7, 5)
+    groups = dependency_groups(model, inputs, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in groups] == [["1.mlp.fc1"]]
+    assert "sizes don't fit" in groups.skipped["1.attention.q_proj"]
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    same(to_dense(model, inputs, masks), masked_model(model, inputs, masks), inputs)
+
+
 @pytest.mark.parametrize("asked", [{"op_names": ["1.attention"]}, {"op_names_re": [r"1\.attention\..*"]}])
 def test_heads_may_be_asked_for_by_name_and_of_a_module_that_holds_them(asked):
     groups = dependency_groups(make("apart"), _states(2, 7, 5), [{**asked, "granularity": "head", "sparse_ratio": 0.5}])
@@ -235,7 +259,9 @@ def test_all_layers_asked_for_by_kind_lose_heads_neurons_and_the_width(kind):
         for net in (model, dense)
     )
     # Of the convolution and the classifier half of one side goes, of all others half of both.
-    assert [2 * after.numel() for after in left[:1] + left[-1:]] == [before.numel() for before in whole[:1] + whole[-1:]]
+    assert [2 * after.numel() for after in left[:1] + left[-1:]] == [
+        before.numel() for before in whole[:1] + whole[-1:]
+    ]
     assert [4 * after.numel() for after in left[1:-1]] == [before.numel() for before in whole[1:-1]]
     with_heads = [{"op_names_re": [r".*\.attention"], "granularity": "head", "sparse_ratio": 0.5}, everything]
     assert "which loses heads" in dependency_groups(model, inputs[:2], with_heads).skipped["patches"]
