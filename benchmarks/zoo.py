@@ -18,6 +18,7 @@ network, so that a stopped run goes on where it was. Prints the table as Markdow
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import logging
 import multiprocessing
@@ -33,6 +34,7 @@ import numpy as np
 import torch
 import torchvision
 import zoo_nets
+import zoo_transformers
 from nni.compression.speedup import ModelSpeedup
 from torch import Tensor, nn
 from zoo_reference import PRUNED, difference, run, width, zeroed_outputs, zeroing
@@ -56,6 +58,9 @@ def build(name: str, options: dict[str, str]) -> tuple[nn.Module, Any]:
     if family == "own":
         return zoo_nets.make(kind)
     torch.manual_seed(0)
+    if family == "transformers":
+        model, inputs = zoo_transformers.make(kind)
+        return zoo_nets.lively(model), inputs
     size = int(options.get("size", 64))
     knobs: dict[str, Any] = {key: int(value) for key, value in options.items() if key not in ("size", "frames")}
     if family == "timm":
@@ -101,7 +106,10 @@ def measure(name: str, options: dict[str, str], *, rivals: bool = False) -> dict
     model, inputs = build(name, options)
     record: dict[str, Any] = {"parameters": zoo.count_params(model)}
     start = time.process_time()
-    groups = nni_topo.dependency_groups(model, inputs, ASKED)
+    asked = copy.deepcopy(ASKED)
+    if name.startswith("transformers/"):  # whose widths begin in embeddings
+        asked[0]["op_types"].append("Embedding")
+    groups = nni_topo.dependency_groups(model, inputs, asked)
     record["groups_cpu_seconds"] = time.process_time() - start
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PRUNED)}
     heads = [name for name, why in groups.skipped.items() if "output" in why]
@@ -122,7 +130,7 @@ def measure(name: str, options: dict[str, str], *, rivals: bool = False) -> dict
         record["nni"] = rival(lambda: ModelSpeedup(detached_copy(model), inputs, masks).speedup_model(), whole, inputs)
         record["torch_pruning"] = rival(lambda: cut(PREFIX, model, inputs, ratios)[0], whole, inputs)
     gone, norms = zeroing(model, dense)
-    chosen = sum(width(layers[entry["op_names"][0]]) for entry in groups)
+    chosen = sum(width(layers[entry["op_names"][0]]) for entry in groups if entry["op_names"][0] in layers)
     record |= {
         "chosen": chosen,
         "gone": sum(int(channels.sum()) for channels in gone.values()),

@@ -364,7 +364,8 @@ def lively(model: nn.Module) -> nn.Module:
                 and module.weight is not None
             ):
                 module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.3)
+                if module.bias is not None:
+                    module.bias.normal_(0, 0.3)
             if isinstance(getattr(module, "running_mean", None), Tensor):
                 module.running_mean.normal_(0, 0.2)
                 module.running_var.uniform_(0.7, 1.5)

@@ -105,10 +105,9 @@ def zeroing(model: nn.Module, dense: nn.Module) -> tuple[dict[str, np.ndarray], 
             gone[rows_left(by_output(module).T, by_output(other).T)] = False
             module.weight.data[:, torch.from_numpy(gone)] = 0
         elif isinstance(module, NORMS) and isinstance(module.weight, Tensor) and len(other.weight) < len(module.weight):
-            kept, whole = ({*zip(each.weight.tolist(), each.bias.tolist(), strict=True)} for each in (other, module))
-            assert len(whole) == len(module.weight), "channels must be told apart by their parameters"
-            pairs = zip(module.weight.tolist(), module.bias.tolist(), strict=True)
-            norms[name] = np.array([pair not in kept for pair in pairs])
+            kept, whole = ([*zip(*(p.tolist() for p in each.parameters()), strict=True)] for each in (other, module))
+            assert len({*whole}) == len(whole), "channels must be told apart by their parameters"
+            norms[name] = np.array([pair not in {*kept} for pair in whole])
     return layers, norms
 
 
@@ -145,8 +144,14 @@ def zeroed_outputs(model: nn.Module, gone: dict[str, np.ndarray], inputs: Any) -
 def run(model: nn.Module, inputs: Any) -> Any:
     """Run a network; of a detector return what its parts give, of which boxes are then chosen."""
     given: list[Any] = []
+    torch.manual_seed(0)  # masked autoencoders draw what they see
     if isinstance(inputs, dict):
-        return model(**inputs)
+        plain = torch.get_default_dtype()
+        torch.set_default_dtype(next(p.dtype for p in model.parameters() if p.is_floating_point()))  # CLIP's masks
+        try:
+            return model(**inputs)
+        finally:
+            torch.set_default_dtype(plain)
     # A detector takes a list of images; other networks may have a part of such a name inside.
     detects = isinstance(inputs, tuple)
     parts = [module for name, module in model.named_modules() if detects and name in DETECTING]

@@ -29,7 +29,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.network.attention import find_attention
 
 
-# Of GPT-NeoX and Phi positions turn a part of each head; of ModernBERT it depends on the version whether they are known.
+# Positions turn a part of GPT-NeoX' and Phi's heads; those of ModernBERT aren't known in Transformers 5.
 @pytest.mark.parametrize("name", families("GPTNeoX", "Phi", "ModernBert"))
 def test_heads_with_half_of_their_channels(name, tmp_path):
     model = make(name)

@@ -216,8 +216,8 @@ class Numbering(torch.fx.Interpreter):
     def _whole(self, node: torch.fx.Node, labels: list[torch.Tensor], reason: str) -> Any:
         """Keep all channels that enter a node, and so all that leave it."""
         found = given_shapes(node)
-        # What gives no tensor (a size, an assertion) is no reader of channels.
-        if tensors_of(found):
+        # What gives no tensor (a size, an assertion) is no reader of channels, unless it writes into one.
+        if tensors_of(found) or plain_name(node) == "setitem":
             for each in map(compressed, labels):
                 self._given.pin(np.unique(each), reason)
         return found
@@ -267,7 +267,9 @@ class Numbering(torch.fx.Interpreter):
             return self._attend(n, labels, self.attention[str(n.args[0].target)])  # type: ignore[union-attr]
         # What is made of no traced tensor (torch.zeros) is a constant: its channels stay, and so do those that meet it.
         if not labels:
-            return self._size(n, labels) if shape is None else staying(shape)
+            return self._size(n) if shape is None else staying(shape)
+        if plain_name(n) in ("put", "setitem"):  # whose numbers nobody would know any more
+            return self._whole(n, labels, f"part of a tensor is written ({place(n)})")
         if shape is not None and merges(n, labels):
             return merge(labels[0], shape)
         # Numbers in place of an index that is computed would pick at random, so such a choice isn't run on them.
@@ -278,7 +280,7 @@ class Numbering(torch.fx.Interpreter):
                 return self._joined(moved, labels, dim, is_new=name == "stack")
             return moved
         if not tensors_of(given_shapes(n)):
-            return self._size(n, labels)
+            return self._size(n)
         if shape is None:
             return self._passed(n, labels)
         if name in ("matmul", "bmm", "rmatmul", "imatmul") and len(labels) == 2:
@@ -330,13 +332,8 @@ class Numbering(torch.fx.Interpreter):
         elif fixed_sizes == [False, True]:
             self._given.tie(rows[:, :1], rows)
 
-    def _size(self, n: torch.fx.Node, labels: list[torch.Tensor]) -> Any:
+    def _size(self, n: torch.fx.Node) -> Any:
         """Compute what isn't a tensor: a size, say."""
-        # It writes into a tensor whose numbers nobody would know any more.
-        if plain_name(n) == "setitem":
-            for each in labels:
-                self._given.pin(np.unique(each), f"part of a tensor is written ({place(n)})")
-            return None
         try:
             return super().run_node(n)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError):

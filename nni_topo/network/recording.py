@@ -141,9 +141,10 @@ class _Recorder(TorchFunctionMode):
         return call
 
     def _write(self, op: str, target: Any, args: Any, kwargs: Any, out: Any) -> None:
+        if target is operator.setitem:
+            # In a graph nothing is written in place: what was the tensor is another one from here on.
+            op, target, out = "call_function", put, args[0]
         if not tensors_of(out):
-            if getattr(target, "__name__", "") == "setitem":
-                raise SpeedupError("a model that is recorded must not write into parts of tensors, got setitem")
             return
         node = self.graph.create_node(op, target, *(map_aggregate(each, self._argument) for each in (args, kwargs)))
         node.meta["nn_module_stack"] = {name: (name, nn.Module) for name in self._stack}
@@ -192,6 +193,13 @@ class _Bound:
 
     def __hash__(self) -> int:
         return hash(self.function)
+
+
+def put(tensor: Tensor, place: Any, value: Any) -> Tensor:
+    """Return a copy of a tensor in which a part has other values."""
+    copied = tensor.clone()
+    copied[place] = value
+    return copied
 
 
 def _is_leaf(module: nn.Module) -> bool:

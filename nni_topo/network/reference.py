@@ -251,7 +251,8 @@ def _run(
         for model, record in zip(pair, records, strict=True):
             runner = copy.deepcopy(model).eval().double() if double else detached_copy(model, light=True).eval()
             looks = [(runner.get_submodule(name), partial(_record, name, record)) for name in kept]
-            with watched(leaving=looks):
+            # Both draw the same numbers where a forward draws any.
+            with random_state_kept(), watched(leaving=looks):
                 outputs.append(tensors_of(runner(*call[0], **call[1])))
     return outputs[0], outputs[1], _first_difference(records[0], records[1], kept, rtol)
 

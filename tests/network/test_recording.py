@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from nni_topo.errors import SpeedupError
+from nni_topo.network.labels import FIXED
+from nni_topo.network.network import Network
 from nni_topo.network.recording import record
 
 
@@ -69,9 +71,15 @@ def test_rows_that_are_numbered_follow_the_number_of_samples():
         torch.testing.assert_close(graph(x, lengths), model(x, lengths))
 
 
-def test_writing_into_parts_of_a_tensor_is_refused():
-    with pytest.raises(SpeedupError, match="must not write into parts of tensors"):
-        record(Writing().eval(), {"x": torch.randn(3, 4)})
+def test_what_is_written_into_a_part_of_a_tensor_is_in_the_graph():
+    model = Writing().eval()
+    graph = record(model, {"x": torch.randn(3, 4)})
+    for samples in (1, 5):
+        x = torch.randn(samples, 4)
+        torch.testing.assert_close(graph(x), model(x))
+    flow = Network.on(nn.Sequential(nn.Linear(2, 4), Writing(), nn.Linear(4, 3)), torch.randn(3, 2)).flow
+    assert (flow.layer_roots("1.layer") == FIXED).all()
+    assert not (flow.layer_roots("0") == FIXED).any()
 
 
 def test_what_depends_on_the_number_of_samples_in_another_way_is_refused():

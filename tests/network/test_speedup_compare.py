@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 
+from nni_topo import create_pruner, dependency_groups, to_dense
 from nni_topo.errors import SpeedupError
 from nni_topo.network.reference import check_equal
 
@@ -167,3 +169,21 @@ def test_half_precision_is_never_enough():
     model = Noting().to(torch.bfloat16)
     check_equal(model, model, ((torch.ones(2, 3, dtype=torch.bfloat16),), {}), {}, 1e-4)
     assert Noting.seen == [torch.float64] * 2
+
+
+def test_a_model_that_draws_numbers_is_compared_on_the_same_ones():
+    class Drawing(nn.Module):
+        """Sees some of the places, chosen at random, as masked autoencoders do."""
+
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+        def forward(self, x):
+            return self.body(x[:, torch.rand(x.shape[1]).argsort()[:3]])
+
+    torch.manual_seed(0)
+    model, states = Drawing().eval(), torch.randn(2, 20, 4)
+    groups = dependency_groups(model, states, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    assert to_dense(model, states, masks).body[0].out_features == 4

@@ -1,0 +1,102 @@
+"""Tiny networks of Transformers for `zoo`, with random weights: by name the class, its config, and what enters."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import nni_topo
+
+WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+SEES = {**WIDTH, "image_size": 32, "patch_size": 8}
+READS = {**WIDTH, "vocab_size": 100, "max_position_embeddings": 64}
+SHARES = {**READS, "num_key_value_heads": 2}
+WRITES = {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4}
+BOTH = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in
+        (("layers", 1), ("attention_heads", 4), ("ffn_dim", 64))}  # fmt: skip
+HEARS = {"conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2,
+         "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}  # fmt: skip
+STAGES = {"hidden_sizes": [8, 16, 32, 32], "depths": [1, 1, 1, 1], "image_size": 32}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+
+NETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertForSequenceClassification", READS),
+    "roberta": ("RobertaForSequenceClassification", READS),
+    "distilbert": ("DistilBertForSequenceClassification", {"vocab_size": 100, "dim": 32, "hidden_dim": 64,
+                                                           "n_layers": 2, "n_heads": 4}),
+    "electra": ("ElectraForSequenceClassification", {**READS, "embedding_size": 32}),
+    "albert": ("AlbertForSequenceClassification", {**READS, "embedding_size": 16}),
+    "deberta_v2": ("DebertaV2ForSequenceClassification", READS),
+    "mpnet": ("MPNetForSequenceClassification", READS),
+    "modernbert": ("ModernBertForSequenceClassification", {**READS, **TOKENS}),
+    "xlnet": ("XLNetForSequenceClassification", {"vocab_size": 100, "d_model": 32, "n_layer": 2, "n_head": 4,
+                                                 "d_inner": 64}),
+    "fnet": ("FNetForSequenceClassification", {**READS}),
+    "t5": ("T5ForSequenceClassification", {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2,
+                                           "num_heads": 4, "eos_token_id": 2, "decoder_start_token_id": 0}),
+    "bart": ("BartForSequenceClassification", {"vocab_size": 100, "d_model": 32, "max_position_embeddings": 64,
+                                               **BOTH}),
+    "gpt_neo": ("GPTNeoForCausalLM", {"vocab_size": 100, "hidden_size": 32, "num_layers": 2, "num_heads": 4,
+                                      "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64}),
+    "gpt_neox": ("GPTNeoXForCausalLM", READS),
+    "gpt2": ("GPT2LMHeadModel", WRITES),
+    "gptj": ("GPTJForCausalLM", {**WRITES, "rotary_dim": 4}),
+    "codegen": ("CodeGenForCausalLM", {**WRITES, "rotary_dim": 4}),
+    "bloom": ("BloomForCausalLM", {"vocab_size": 100, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "opt": ("OPTForCausalLM", {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+                               "ffn_dim": 64, "max_position_embeddings": 64, "word_embed_proj_dim": 32}),
+    "llama": ("LlamaForCausalLM", SHARES),
+    "mistral": ("MistralForCausalLM", SHARES),
+    "qwen2": ("Qwen2ForCausalLM", SHARES),
+    "qwen3": ("Qwen3ForCausalLM", {**SHARES, "head_dim": 8}),
+    "gemma2": ("Gemma2ForCausalLM", {**SHARES, "head_dim": 8}),
+    "phi": ("PhiForCausalLM", READS),
+    "phi3": ("Phi3ForCausalLM", {**SHARES, **TOKENS}),
+    "glm": ("GlmForCausalLM", {**SHARES, "head_dim": 8, "pad_token_id": 0}),
+    "starcoder2": ("Starcoder2ForCausalLM", SHARES),
+    "falcon": ("FalconForCausalLM", {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2,
+                                     "num_attention_heads": 4}),
+    "mixtral": ("MixtralForCausalLM", {**SHARES, "num_local_experts": 2}),
+    "mamba": ("MambaForCausalLM", {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+    "vit": ("ViTForImageClassification", SEES),
+    "deit": ("DeiTForImageClassification", SEES),
+    "beit": ("BeitForImageClassification", SEES),
+    "dinov2": ("Dinov2ForImageClassification", {**SEES, "mlp_ratio": 2}),
+    "vit_mae": ("ViTMAEModel", SEES),
+    "yolos": ("YolosForObjectDetection", {**SEES, "image_size": [32, 32]}),
+    "clip_vision": ("CLIPVisionModelWithProjection", {**SEES, "projection_dim": 16}),
+    "clip_text": ("CLIPTextModelWithProjection", {**READS, "projection_dim": 16, "eos_token_id": 2}),
+    "siglip_vision": ("SiglipVisionModel", SEES),
+    "swin": ("SwinForImageClassification", {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 1],
+                                            "num_heads": [2, 4], "window_size": 4}),
+    "segformer": ("SegformerForSemanticSegmentation", {
+        "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 32], "patch_sizes": [7, 3],
+        "strides": [4, 2], "num_attention_heads": [2, 4], "mlp_ratios": [2, 2], "decoder_hidden_size": 32}),
+    "convnext": ("ConvNextForImageClassification", STAGES),
+    "poolformer": ("PoolFormerForImageClassification", {key: STAGES[key] for key in ("hidden_sizes", "depths")}),
+    "resnet": ("ResNetForImageClassification", {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}),
+    "wav2vec2": ("Wav2Vec2ForSequenceClassification", {**WIDTH, **HEARS, "vocab_size": 32}),
+    "whisper": ("WhisperForAudioClassification", {"d_model": 32, "num_mel_bins": 16, "max_source_positions": 20,
+                                                  "vocab_size": 100, "pad_token_id": 0, **BOTH}),
+    "ast": ("ASTForAudioClassification", {**WIDTH, "patch_size": 8, "frequency_stride": 8, "time_stride": 8,
+                                          "max_length": 32, "num_mel_bins": 16}),
+}  # fmt: skip
+
+
+def make(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Make a network in evaluation mode, of PyTorch's layers where it can be, and its input."""
+    kind, sizes = NETS[name]
+    build = getattr(importlib.import_module("transformers"), kind)
+    model: Any = nni_topo.as_torch_layers(build(build.config_class(**sizes)).eval())
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    entering, drawing = model.main_input_name, torch.Generator().manual_seed(0)
+    if entering == "input_ids":
+        ids = torch.randint(5, 90, (2, 12), generator=drawing)
+        ids[:, -1] = 2  # where a text ends
+        return model, {entering: ids}
+    shape = {"wav2vec2": (2, 800), "whisper": (2, 16, 40), "ast": (2, 32, 16)}.get(name, (2, 3, 32, 32))
+    return model, {entering: torch.randn(*shape, generator=drawing)}
