@@ -37,6 +37,7 @@ from nni_topo.zoo.evaluation import bits
 from nni_topo.zoo.transformers import SelfAttention
 
 SHARES = ((1 / 2, 1 / 2), (1 / 3, 1 / 4), (1 / 6, 1 / 8))
+LEFT = dict(zip(("half", "third", "sixth"), SHARES, strict=True))
 CHOICES = {
     "random": "random",
     "norm": "l1",
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--choices", nargs="+", choices=CHOICES, help="default: all that take the net")
+    parser.add_argument("--left", nargs="+", choices=LEFT, default=list(LEFT), help="of the heads, default: all three")
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES, help="default: all")
     parser.add_argument("--rows", type=int, default=1024, help="unlabelled")
     parser.add_argument("--steps", type=int, default=300, help="of distillation")
@@ -101,7 +103,7 @@ def _run(options: argparse.Namespace, start: Start, path: Path) -> None:
     retrained = RETRAINED if options.retrained == [] else options.retrained or ()
     rules = (*options.rules, *(f"{rule}, retrained" for rule in retrained))
     whole = cache(lambda: _worth(start.net, start.data))
-    for heads, neurons in SHARES:
+    for heads, neurons in (LEFT[left] for left in options.left):
         for choice in options.choices:
             found = _Recovered(options, start, choice, heads, neurons)
             for rule in rules:

@@ -118,7 +118,8 @@ def zeroed_outputs(model: nn.Module, gone: dict[str, np.ndarray], inputs: Any) -
         module = model.get_submodule(name)
         if isinstance(module, nn.RNNBase):
             continue
-        last = isinstance(module, (nn.Linear, nn.LayerNorm)) and not type(module).__name__.endswith("2d")
+        first = type(module).__name__.endswith("2d") or getattr(module, "data_format", "") == "channels_first"
+        last = isinstance(module, (nn.Linear, nn.LayerNorm)) and not first
 
         def hook(
             _: Any, __: Any, output: Tensor, name: str = name, channels: np.ndarray = channels, last: bool = last

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import is_attention
 from nni_topo.network.inputs import tensors_of
+from nni_topo.network.layers import is_one
 
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout, type(...))
 _CONSTANT = "_recorded"
@@ -66,6 +67,7 @@ class _Recorder(TorchFunctionMode):
         self._alive: list[Any] = []  # a tensor that is gone would leave its identity to another one
         self._stack: list[str] = []
         self._inside = 0
+        self._leaves = {id(module) for module in model.modules() if _is_leaf(module)}  # tried out before, on others
         tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
         for name, value in tensors.items():
             self._keep(value, self.graph.placeholder(name))
@@ -97,12 +99,12 @@ class _Recorder(TorchFunctionMode):
             if self._inside or not name:
                 return plain(module, *args, **kwargs)
             self._stack.append(name)
-            self._inside += _is_leaf(module)
+            self._inside += id(module) in self._leaves
             try:
                 out = plain(module, *args, **kwargs)
             finally:
                 self._inside = 0
-            if _is_leaf(module):
+            if id(module) in self._leaves:
                 self._write("call_module", name, args, kwargs, out)
             self._stack.pop()
             return out
@@ -203,9 +205,9 @@ def put(tensor: Tensor, place: Any, value: Any) -> Tensor:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Tell whether a module is one node: one of PyTorch's own, or attention."""
+    """Tell whether a module is one node: one of PyTorch's own, attention, or a layer or norm of another's making."""
     own = type(module).__module__.startswith("torch.nn") and not any(True for _ in module.children())
-    return own or is_attention(module)
+    return own or is_attention(module) or is_one(module)
 
 
 def _namespace(module: nn.Module) -> dict[str, Any]:

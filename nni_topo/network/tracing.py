@@ -50,9 +50,9 @@ def trace(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModule, tup
 def _trace_whole(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModule, tuple[Any, ...]]:
     named = bind_arguments(model, call)
     reasons = []
-    # NNI's tracer goes into attention.
     found = find_attention(model)
-    for tracer in (_symbolic, _recorded, _concrete) if found else (_symbolic, _concrete, _recorded):
+    # NNI's tracer goes into attention, and some norms.
+    for tracer in (_symbolic, _recorded, _concrete):
         try:
             # The model is run, and may draw numbers.
             with torch.no_grad(), random_state_kept():
