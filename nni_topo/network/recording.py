@@ -206,7 +206,8 @@ def put(tensor: Tensor, place: Any, value: Any) -> Tensor:
 
 def _is_leaf(module: nn.Module) -> bool:
     """Tell whether a module is one node: one of PyTorch's own, attention, or a layer or norm of another's making."""
-    own = type(module).__module__.startswith("torch.nn") and not any(True for _ in module.children())
+    inner = [name for name, _ in module.named_children() if name != "_nni_wrapper"]
+    own = type(module).__module__.startswith("torch.nn") and not inner
     return own or is_attention(module) or is_one(module)
 
 

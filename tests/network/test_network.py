@@ -74,7 +74,7 @@ class Noting(nn.Module):
         places = self.backbone(x).flatten(2).transpose(1, 2).flatten(0, 1)
         if not hasattr(self, "seen"):
             self.seen = tuple(places.shape)
-        return self.head(torch.stack([place for place in places if float(place.sum()) > 0]))
+        return self.head(torch.stack([place * float(place.sum()) for place in places]))  # which no graph could hold
 
 
 def test_parts_are_traced_once_though_a_model_notes_something_at_its_first_run(traces):
