@@ -46,7 +46,8 @@ _SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 _WIDTHS = ("all_head_size", "inner_dim", "attn_dim", "dim", "embed_dim", "split_size", "output_dim")
 # Parameters with an entry for each head, and along which dimension; the last layer of what computes such a table.
 _BY_HEAD = {
-    "relative_position_bias_table": 1, "relative_attention_bias.weight": 1, "logit_scale": 0, "cpb_mlp.2.weight": 0,
+    "relative_position_bias_table": 1, "relative_attention_bias.weight": 1,
+    "relative_position_bias.relative_position_bias_table": 1, "logit_scale": 0, "cpb_mlp.2.weight": 0,
 }  # fmt: skip
 
 

@@ -62,14 +62,23 @@ def unfit(network: Network) -> dict[int, str]:
             # Blocks lose a part of each, as pruners choose; and some as a whole, as masks may say.
             in_parts = bool(flow.blocks) and turn % 2 == 0
             left = _draw(flow, held, drawing, halves if in_parts else {}, in_parts=in_parts)
-            found = _rehearsed(_Rehearsal(flow, left, full), ways)
+            try:
+                found = _rehearsed(_Rehearsal(flow, left, full), ways)
+            except Exception as error:  # with these weights and inputs a network may fail, in as many ways as it does
+                if out_of_memory(error):
+                    raise
+                return _all_held(flow, f"the network fails on random numbers: {type(error).__name__}")
             held.update(found)
             clean = set() if found else clean | {in_parts}
             if clean == {bool(flow.blocks), False}:
                 return held
     # It didn't come to rest: nothing is sure.
+    return _all_held(flow, "channels depend on one another in a way that no rule describes")
+
+
+def _all_held(flow: ChannelFlow, reason: str) -> dict[int, str]:
     roots = np.concatenate([flow.layer_roots(name) for name in flow.layers])
-    return dict.fromkeys(roots.tolist(), "channels depend on one another in a way that no rule describes")
+    return dict.fromkeys(roots.tolist(), reason)
 
 
 def _rehearsed(rehearsal: _Rehearsal, ways: list[tuple[Any, ...]]) -> dict[int, str]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import nni_topo
 from nni_topo.network.network import Network
 from nni_topo.network.rehearsal import _Rehearsal
 
@@ -81,3 +82,23 @@ def test_what_is_masked_is_what_the_whole_layer_gives():
     torch.testing.assert_close(kept["_0"][0], first)
     torch.testing.assert_close(kept["_2"][0], second)
     torch.testing.assert_close(kept["_2"][1], second)
+
+
+def test_a_network_that_fails_on_random_numbers_stays_whole_with_the_reason():
+    class Whitening(nn.Module):
+        """Multiplies with a root of a matrix, which must be positive."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(3, 2)
+            self.squares = nn.Parameter(torch.eye(6, 3))
+
+        def forward(self, x):
+            root = torch.linalg.cholesky(self.squares[:3])
+            return self.last(self.first(x) @ self.squares @ root)
+
+    groups = nni_topo.dependency_groups(
+        Whitening().eval(), torch.randn(5, 4), [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
+    )
+    assert not groups
+    assert "fails on random numbers: _LinAlgError" in groups.skipped["first"]
