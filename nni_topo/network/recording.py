@@ -88,7 +88,18 @@ class _Recorder(TorchFunctionMode):
             id(each) in self._nodes or id(each) in self._own for each in tensors_of((args, kwargs))
         ):
             self._write(*_operation(func, args), kwargs, out)
+            out = self._measured(func, args, out)
         return out
+
+    def _measured(self, func: Any, args: tuple[Any, ...], out: Any) -> Any:
+        """Let the sizes that a model asks a tensor for say whose they are."""
+        name = getattr(func, "__name__", "")
+        of_shape = name == "__get__" and getattr(func.__self__, "__name__", "") == "shape"
+        if not (of_shape or name == "size") or id(args[0]) not in self._nodes:
+            return out
+        if isinstance(out, int):
+            return _Size(out).of(args[0], args[1] if len(args) > 1 else 0)
+        return torch.Size([_Size(size).of(args[0], d) for d, size in enumerate(out)])
 
     @contextmanager
     def _calls_seen(self, model: nn.Module) -> Iterator[None]:
@@ -160,6 +171,8 @@ class _Recorder(TorchFunctionMode):
     def _argument(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self._node(value)
+        if isinstance(value, _Size):
+            return self.graph.call_method("size", (self._node(value.tensor), value.dim))
         if not isinstance(value, _PLAIN):
             raise SpeedupError(f"arguments of what is recorded must be tensors or plain, got {type(value).__name__}")
         return value
@@ -176,6 +189,22 @@ class _Recorder(TorchFunctionMode):
     def _keep(self, tensor: Tensor, node: Node) -> None:
         self._alive.append(tensor)
         self._nodes[id(tensor)] = node
+
+
+class _Size(int):
+    """A tensor's size along a dimension."""
+
+    tensor: Tensor
+    dim: int
+
+    def of(self, tensor: Tensor, dim: int) -> _Size:
+        """Note whose it is."""
+        self.tensor, self.dim = tensor, dim
+        return self
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        """Be copied as a number, without the tensor."""
+        return int, (int(self),)
 
 
 class _Bound:

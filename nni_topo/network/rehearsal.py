@@ -10,7 +10,7 @@ import copy
 from collections import defaultdict
 from contextlib import suppress
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -336,9 +336,17 @@ class _Rehearsal:
             numbers = self.flow.numbers.get(parent.name)
             if any(isinstance(leaf, Tensor) for leaf in tree_flatten(numbers)[0]):
                 found[parent] = None
-            else:
+            elif not self._is_plain_size(parent):
                 waiting += parent.all_input_nodes
         return list(found)
+
+    def _is_plain_size(self, node: Node) -> bool:
+        """Tell whether a node is how long a dimension is that holds no channels."""
+        if node.target != "size" or len(node.args) != 2:
+            return False
+        parent, dim = cast("tuple[Node, int]", node.args)
+        numbers = self.flow.numbers[parent.name]
+        return isinstance(numbers, Tensor) and numbers.shape[dim] == 1
 
     def _nonzero(self, node: Node) -> np.ndarray:
         """List the removed channels that a node gives as values that aren't zero."""

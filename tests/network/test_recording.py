@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+from nni_topo import create_pruner, dependency_groups, masked_model, to_dense
 from nni_topo.errors import SpeedupError
 from nni_topo.network.labels import FIXED
 from nni_topo.network.network import Network
@@ -69,6 +72,37 @@ def test_rows_that_are_numbered_follow_the_number_of_samples():
     for samples in (1, 2, 7):
         x, lengths = torch.randn(samples, 5, 4), 1 + torch.arange(samples) % 5
         torch.testing.assert_close(graph(x, lengths), model(x, lengths))
+
+
+class Flattening(nn.Module):
+    """Asks tensors for their sizes, as models of Transformers do, and keeps one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.seen = None
+
+    def forward(self, x):
+        self.seen = x.shape
+        hidden = self.first(x).relu() if float(x.abs().sum()) > 0 else x
+        rows = hidden.reshape(-1, hidden.size(-1))
+        return self.last(rows).view(*hidden.shape[:-1], 2)
+
+
+def test_sizes_that_a_model_asks_for_are_those_of_fewer_channels():
+    model, inputs = Flattening().eval(), torch.randn(3, 5, 4)
+    recorded = copy.deepcopy(model)
+    graph = record(recorded, {"x": inputs})
+    assert all(type(size) is int for size in copy.deepcopy(recorded).seen)
+    for shape in ((1, 5, 4), (4, 7, 4)):
+        x = torch.randn(*shape)
+        torch.testing.assert_close(graph(x), model(x))
+    groups = dependency_groups(model, inputs, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in groups] == [["first"]]
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense = to_dense(model, inputs, masks)
+    assert dense.first.out_features == 3
+    torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs))
 
 
 def test_what_is_written_into_a_part_of_a_tensor_is_in_the_graph():
