@@ -265,6 +265,8 @@ def _by_column(
     flow: ChannelFlow, mixers: dict[str, Attention], by_head: set[str], free: set[str]
 ) -> dict[str, Attention]:
     """Leave out what mixes heads and can lose rows: with all layers of its group, of which none was asked for heads."""
+    # What norms make of a head that is gone only a mask on its columns takes off.
+    by_head = by_head | {name for name, each in mixers.items() if each.shifted}
     by_row = set[str]()
     for names in layer_groups(flow):
         inside = {name for name in names if not flow.layers[name].depthwise}
