@@ -37,9 +37,8 @@ _TOGETHER = (
     ("Wqkv", ("Wo",)),
     ("query_key_value", ("dense",)),
 )
-_HEAD_BY_HEAD = (
-    "query_key_value",
-)  # queries, keys and values of a head, then those of the next; else all queries first
+# Queries, keys and values of a head, then those of the next; else queries of all heads come first.
+_HEAD_BY_HEAD = ("query_key_value",)
 _COUNTS = ("num_attention_heads", "num_heads", "n_heads")
 _SHARED_COUNTS = ("num_key_value_heads", "num_kv_heads")
 _SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")

@@ -88,17 +88,17 @@ class _Recorder(TorchFunctionMode):
             id(each) in self._nodes or id(each) in self._own for each in tensors_of((args, kwargs))
         ):
             self._write(*_operation(func, args), kwargs, out)
-            out = self._measured(func, args, out)
+            out = self._measured(func, args, kwargs, out)
         return out
 
-    def _measured(self, func: Any, args: tuple[Any, ...], out: Any) -> Any:
+    def _measured(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Let the sizes that a model asks a tensor for say whose they are."""
         name = getattr(func, "__name__", "")
         of_shape = name == "__get__" and getattr(func.__self__, "__name__", "") == "shape"
         if not (of_shape or name == "size") or id(args[0]) not in self._nodes:
             return out
         if isinstance(out, int):
-            return _Size(out).of(args[0], args[1] if len(args) > 1 else 0)
+            return _Size(out).of(args[0], args[1] if len(args) > 1 else kwargs["dim"])
         return torch.Size([_Size(size).of(args[0], d) for d, size in enumerate(out)])
 
     @contextmanager

@@ -86,7 +86,7 @@ class Flattening(nn.Module):
         self.seen = x.shape
         hidden = self.first(x).relu() if float(x.abs().sum()) > 0 else x
         rows = hidden.reshape(-1, hidden.size(-1))
-        return self.last(rows).view(*hidden.shape[:-1], 2)
+        return self.last(rows).view(hidden.size(dim=0), *hidden.shape[1:-1], 2) * (hidden.size(dim=1) / hidden.size(1))
 
 
 def test_sizes_that_a_model_asks_for_are_those_of_fewer_channels():
