@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.network.attention import Attention, is_attention
 from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.equal_blocks import blocks_of
 from nni_topo.network.labels import FIXED
 from nni_topo.network.layers import RECURRENT, check_names, is_transposed_linear, output_channels
 from nni_topo.network.network import Network
@@ -187,7 +187,8 @@ def dependency_groups(
     skipped = _skipped(network, flow, asked, selected)
     mixers = {name: each for name, each in flow.mixers().items() if each.channels.keys() <= selected - skipped.keys()}
     mixers = {name: each for name, each in mixers.items() if name in by_head or name in selected - named}
-    mixers = _by_column(flow, mixers, by_head, selected - skipped.keys())
+    groups = layer_groups(flow)
+    mixers = _by_column(flow, groups, mixers, by_head, selected - skipped.keys())
     skipped = (
         {name: why for name, why in skipped.items() if name not in mixers}
         | _sharing_with(flow, mixers, [name for name in asked if name not in mixers])
@@ -196,7 +197,7 @@ def dependency_groups(
     if strict and (whole := {name: why for name, why in skipped.items() if why != OUTPUT}):
         name, why = next(iter(whole.items()))
         raise ConfigError(f"every layer that is selected must be one that can lose channels, got {name}: {why}")
-    _warn(flow, layer_groups(flow), selected - skipped.keys() - mixers.keys(), skipped)
+    _warn(flow, groups, selected - skipped.keys() - mixers.keys(), skipped)
     extra = _settings(flow, mixers, selected - skipped.keys())
     left_out = skipped.keys() | _followers(flow)
 
@@ -262,13 +263,13 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: se
 
 
 def _by_column(
-    flow: ChannelFlow, mixers: dict[str, Attention], by_head: set[str], free: set[str]
+    flow: ChannelFlow, groups: list[list[str]], mixers: dict[str, Attention], by_head: set[str], free: set[str]
 ) -> dict[str, Attention]:
     """Leave out what mixes heads and can lose rows: with all layers of its group, of which none was asked for heads."""
     # What norms make of a head that is gone only a mask on its columns takes off.
     by_head = by_head | {name for name, each in mixers.items() if each.shifted}
     by_row = set[str]()
-    for names in layer_groups(flow):
+    for names in groups:
         inside = {name for name in names if not flow.layers[name].depthwise}
         if inside <= free - by_head and not any(FIXED in flow.layer_roots(name) for name in inside):
             by_row |= inside
@@ -299,7 +300,7 @@ def _network_order(model: torch.nn.Module, flow: ChannelFlow) -> dict[str, int]:
 
 def _settings(flow: ChannelFlow, mixers: Mapping[str, Attention], chosen: set[str]) -> dict[str, dict[str, Any]]:
     """Make the keys that dependency groups add to entries of chosen layers; `mixers` lose the columns of heads."""
-    blocks = _blocks(flow)
+    blocks = blocks_of(flow)
     # NNI can state only groups whose layers are tied channel i to channel i.
     stated: dict[tuple[int, ...], list[str]] = {}
     for name in flow.layers:
@@ -341,44 +342,6 @@ def _followers(flow: ChannelFlow) -> set[str]:
         and not any(np.array_equal(flow.layer_roots(name), roots) for roots in owners.values())
         and bool(set(flow.layer_roots(name).tolist()) & {r for roots in owners.values() for r in roots.tolist()})
     }
-
-
-def _blocks(flow: ChannelFlow) -> dict[str, int]:
-    """Count, for each layer, the blocks that have to lose the same number of channels."""
-    counts: dict[str, int] = {}
-    for name in flow.layers:
-        roots = flow.layer_roots(name)
-        for side in (side for blocks in flow.blocks for side in blocks.sides):
-            owner = {root: rank for rank, block in enumerate(side) for root in flow.roots(block).tolist()}
-            ranks = np.array([owner.get(root, -1) for root in roots.tolist()])
-            starts = np.flatnonzero(np.diff(ranks, prepend=-2) != 0)
-            sizes = np.diff([*starts, len(ranks)])[ranks[starts] >= 0]
-            # Layers that share blocks, joined or shuffled, keep these even if each has evenly many of every block.
-            if (
-                len(sizes)
-                and (sizes == sizes[0]).all()
-                and (starts % sizes[0] == 0).all()
-                and len(roots) % sizes[0] == 0
-            ):
-                counts[name] = math.lcm(counts.get(name, 1), len(roots) // sizes[0])
-    return _leveled(flow, counts) if flow.reorders else counts
-
-
-def _leveled(flow: ChannelFlow, counts: dict[str, int]) -> dict[str, int]:
-    """Give layers whose channels are shuffled together the same blocks: of others they'd lose another number."""
-    arriving = [flow.roots(np.concatenate([each for side in blocks.sides for each in side])) for blocks in flow.blocks]
-    made = [name for name, layer in flow.layers.items() if not layer.depthwise]  # the others follow
-    met = [{name for name in made if np.isin(flow.layer_roots(name), roots).any()} for roots in arriving]
-    before: dict[str, int] = {}
-    while before != counts:
-        before = dict(counts)
-        for names in met:
-            common = math.lcm(*(counts.get(name, 1) for name in names))
-            widths = [flow.layers[name].channels for name in names]
-            # In blocks of one channel none could go.
-            if all(width % common == 0 and width > common for width in widths):
-                counts |= dict.fromkeys(names, common)
-    return counts
 
 
 def _warn(flow: ChannelFlow, groups: list[list[str]], selected: set[str], skipped: dict[str, str]) -> None:
