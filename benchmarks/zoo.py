@@ -53,7 +53,10 @@ ASKED = [
 
 
 def build(name: str, options: dict[str, str]) -> tuple[nn.Module, Any]:
-    """Make a network and an input; ``size`` is that of the images, the others go to the network's class."""
+    """Make a network and an input; ``size`` is that of the images, ``blocks`` how many a stage of a RegNet keeps.
+
+    Other options go to the network's class.
+    """
     family, _, kind = name.partition("/")
     if family == "own":
         return zoo_nets.make(kind)
@@ -62,7 +65,9 @@ def build(name: str, options: dict[str, str]) -> tuple[nn.Module, Any]:
         model, inputs = zoo_transformers.make(kind)
         return zoo_nets.lively(model), inputs
     size = int(options.get("size", 64))
-    knobs: dict[str, Any] = {key: int(value) for key, value in options.items() if key not in ("size", "frames")}
+    knobs: dict[str, Any] = {
+        key: int(value) for key, value in options.items() if key not in ("size", "frames", "blocks")
+    }
     if family == "timm":
         timm = importlib.import_module("timm")
         model: nn.Module = timm.create_model(kind, pretrained=False, **knobs)
@@ -76,6 +81,8 @@ def build(name: str, options: dict[str, str]) -> tuple[nn.Module, Any]:
         knobs |= {"image_size": size} if kind.startswith("vit_") else {}
         knobs |= {"input_size": (size, size)} if kind.startswith("maxvit") else {}
         model = getattr(module, kind)(weights=None, **knobs)
+        for stage in model.trunk_output if "blocks" in options else ():
+            del stage[int(options["blocks"]) :]
     model = zoo_nets.lively(model.eval())
     if hasattr(model, "roi_heads"):
         model.roi_heads.score_thresh = 0.0  # else no box is sure enough to be looked at for its mask
@@ -133,7 +140,7 @@ def measure(name: str, options: dict[str, str], *, rivals: bool = False) -> dict
     chosen = sum(width(layers[entry["op_names"][0]]) for entry in groups if entry["op_names"][0] in layers)
     record |= {
         "chosen": chosen,
-        "gone": sum(int(channels.sum()) for channels in gone.values()),
+        "gone": sum(width(layers[name]) - width(dense.get_submodule(name)) for name in gone),
         "kept": {row.name: row.reason for row in dense.report.kept},
         "dense_parameters": zoo.count_params(dense),
     }

@@ -93,8 +93,9 @@ def zeroing(model: nn.Module, dense: nn.Module) -> tuple[dict[str, np.ndarray], 
     for name, module in model.named_modules():
         other = dense.get_submodule(name)
         if isinstance(module, PRUNED) and width(other) < width(module):
-            gone = np.ones(width(module), dtype=bool)
-            gone[rows_left(by_output(module), by_output(other))] = False
+            gone, left = np.ones(width(module), dtype=bool), by_output(other)
+            # A channel without weights is one that is gone: it only brings the next layer what all of these do.
+            gone[rows_left(by_output(module), left[left.any(1)])] = False
             layers[name] = gone
             if isinstance(module, nn.RNNBase):  # its units read one another at the next step
                 for parameter in module.parameters():

@@ -6,6 +6,7 @@ shift). What a layer makes of constants is one number for each of its channels, 
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -20,28 +21,61 @@ from nni_topo.network.following import only_norm_behind
 from nni_topo.network.inputs import Call, random_like, run_small
 from nni_topo.network.layers import CONVOLUTIONS, WEIGHTED, is_depthwise
 
-_TOLERANCE = 1e-5  # of a channel's largest value; rounding is below
+TOLERANCE = 1e-5  # of a channel's largest value; rounding is below
 
 
-def constants_read(model: nn.Module, flow: ChannelFlow, left: np.ndarray, call: Call) -> dict[str, Tensor]:
-    """Measure, by layer, what removed channels bring to it if that is constant: (input channels,), zero elsewhere."""
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """A layer that removed channels enter, and what they brought in each of its calls."""
+
+    module: nn.Module
+    gone: Tensor  # which of the channels that enter are removed: bool, (input channels,)
+    rows: list[Tensor] | None = None  # (removed, samples and places), unless all are zero; None if not asked for
+    ends: list[Tensor] = dataclasses.field(default_factory=list)  # least and largest value of each: (2, removed)
+
+    def look(self, entered: Tensor) -> None:
+        """Note what enters in a call."""
+        rows, gone = by_channel(self.module, entered), self.gone
+        found = rows[gone.to(rows.device)] if len(rows) == len(gone) else rows.new_full((int(gone.sum()), 1), torch.nan)
+        self.ends.append(torch.stack([found.amin(1), found.amax(1)]).cpu().double())
+        if self.rows is not None and bool(self.ends[-1].any()):
+            self.rows.append(found.cpu().double())
+
+    def constants(self) -> Tensor:
+        """Return what each channel brings in all calls, zero for one that stays or brings more than one number."""
+        ends = torch.stack(self.ends)
+        lowest, highest = ends[:, 0].amin(0), ends[:, 1].amax(0)
+        largest = torch.maximum(lowest.abs(), highest.abs())
+        values = torch.where(highest - lowest <= TOLERANCE * largest, highest, 0.0)
+        return torch.zeros(len(self.gone), dtype=torch.float64).masked_scatter(self.gone, values)
+
+
+def readers(
+    model: nn.Module, flow: ChannelFlow, left: np.ndarray, call: Call, *, rows: bool = False
+) -> dict[str, Reader]:
+    """Run a model on two random inputs, and return the layers to which removed channels bring anything but zeros."""
     entering, leaving = list[Any](), list[Any]()
-    ranges: dict[str, tuple[Tensor, list[Tensor]]] = {}
+    found = dict[str, Reader]()
     for name in flow.layers:
         module = model.get_submodule(name)
         gone, kept = (torch.from_numpy(np.asarray(each)) for each in _stay(flow, left, name))
         if isinstance(module, WEIGHTED) and bool(gone.any()):
-            ranges[name] = gone, []
-            entering.append((module, partial(_look, module, *ranges[name])))
+            found[name] = Reader(module, gone, [] if rows else None)
+            entering.append((module, found[name].look))
         if isinstance(module, WEIGHTED) and not bool(kept.all()):
             leaving.append((module, partial(_zeroed, module, kept)))
     # What differs between two inputs is no constant, even where either has but one place for each channel.
     for seed in range(2):
         with torch.no_grad(), watched(entering, leaving):
             run_small(model, random_like(call, torch.Generator().manual_seed(seed)))
-        if not any(bool(each.any()) for _, seen in ranges.values() for each in seen):
+        if not any(bool(each.any()) for reader in found.values() for each in reader.ends):
             return {}
-    found = {name: _constant(gone, torch.stack(seen)) for name, (gone, seen) in ranges.items() if seen}
+    return {name: reader for name, reader in found.items() if any(bool(each.any()) for each in reader.ends)}
+
+
+def constants_read(model: nn.Module, flow: ChannelFlow, left: np.ndarray, call: Call) -> dict[str, Tensor]:
+    """Measure, by layer, what removed channels bring to it if that is constant: (input channels,), zero elsewhere."""
+    found = {name: reader.constants() for name, reader in readers(model, flow, left, call).items()}
     return {name: values for name, values in found.items() if bool(values.any())}
 
 
@@ -59,7 +93,8 @@ def absorb(
         norm = only_norm_behind(model, flow, name)
         if not can_absorb(module, norm, exactly=exactly):
             continue
-        weight, kept = module.weight, torch.from_numpy(np.asarray(_stay(flow, left, name)[1]))
+        weight, (gone, kept) = module.weight, map(torch.from_numpy, map(np.asarray, _stay(flow, left, name)))
+        values = values * gone  # some may have come back since
         rows = values.to(weight.device).view(module.groups if hasattr(module, "groups") else 1, -1)
         rows = rows.repeat_interleave(len(weight) // len(rows), 0)
         made = (weight.double().flatten(2).sum(2) if weight.dim() > 2 else weight.double()).mul(rows).sum(1)
@@ -86,20 +121,6 @@ def _stay(flow: ChannelFlow, left: np.ndarray, name: str) -> tuple[np.ndarray, n
     return ~left[flow.entering_roots(name)], left[flow.layer_roots(name)]
 
 
-def _look(module: nn.Module, gone: Tensor, seen: list[Tensor], entered: Tensor) -> None:
-    """Note the least and the largest value of each removed channel: (2, channels)."""
-    rows = by_channel(module, entered)
-    found = rows[gone.to(rows.device)] if len(rows) == len(gone) else rows.new_full((int(gone.sum()), 1), torch.nan)
-    seen.append(torch.stack([found.amin(1), found.amax(1)]).cpu().double())
-
-
 def _zeroed(module: nn.Module, kept: Tensor, entered: Tensor, output: Tensor) -> Tensor:
     view = [-1] if isinstance(module, nn.Linear) else [-1, *[1] * (output.dim() - 2)]
     return output * kept.to(output).view(view)
-
-
-def _constant(gone: Tensor, ranges: Tensor) -> Tensor:
-    lowest, highest = ranges[:, 0].amin(0), ranges[:, 1].amax(0)
-    largest = torch.maximum(lowest.abs(), highest.abs())
-    values = torch.where(highest - lowest <= _TOLERANCE * largest, highest, 0.0)
-    return torch.zeros(len(gone), dtype=torch.float64).masked_scatter(gone, values)

@@ -12,6 +12,7 @@ from nni.compression.speedup.replacer import Replacer
 from nni_topo.errors import ConfigError
 from nni_topo.network.advice import way_forward
 from nni_topo.network.attention import tell_config
+from nni_topo.network.carriers import Brought, brought, carry
 from nni_topo.network.constants import absorb, constants_read
 from nni_topo.network.engine import DenseSpeedup, kept_outputs
 from nni_topo.network.head_sizes import narrowed
@@ -103,10 +104,11 @@ def to_dense(
     Single masked weights in channels that are kept stay as zeros.
 
     Behind an activation that isn't zero at zero (sigmoid, softplus) a removed channel is a constant, which goes into
-    the bias of the layer that reads it, or the batch norm behind that. Not of one that pads with zeros: there it isn't
-    a constant at the border. There, and where a removed channel is no constant (a softmax over channels), the two
-    models can't be equal. The error says which layers to leave out; ``check=False`` gives the dense model all the same,
-    to be fine-tuned.
+    the bias of the layer that reads it, or the batch norm behind that. Where it is no constant to that layer, as at a
+    border padded with zeros, or there is neither, one of the removed channels stays, without weights, and brings the
+    layer what all of them did; ``report`` says so. Where a convolution of several groups reads such channels, and where
+    what they bring depends on what comes in (a softmax over channels), the two models can't be equal. The error says
+    which layers to leave out; ``check=False`` gives the dense model all the same, to be fine-tuned.
 
     With ``constants="keep"`` a layer that pads with zeros takes a constant for one that goes on beyond the border, so
     that values next to it differ from those of NNI's wrapped model, and those of other layers don't. A constant that a
@@ -159,6 +161,10 @@ def _build(
     # As in NNI's masked model, in which norms make something of the zeros that arrive.
     kept = constants_read(original, flow, resolved.left, network.call) if keep else {}
     reference = apply_masks(original, network.call, resolved.masks)
+    others = Brought({}, {}) if keep else brought(reference, flow, resolved.left, network.call)
+    if others.carried:
+        resolved = resolve(original, flow, masks, round_to, carriers=others.carriers(flow))
+        reference = apply_masks(original, network.call, resolved.masks)
     # Each layer is cut for itself, so each needs tensors of its own.
     if keep:
         untie(reference, find_ties(reference))
@@ -167,7 +173,8 @@ def _build(
     dense = detached_copy(reference, light=not replacers)
     untie(dense, find_ties(dense))
     if not keep:
-        absorb(dense, flow, resolved.left, constants_read(dense, flow, resolved.left, network.call), exactly=True)
+        absorb(dense, flow, resolved.left, others.constants, exactly=True)
+        carry(dense, flow, resolved.left, others.carried)
     DenseSpeedup(dense, flow, resolved.left, replacers).speedup_model()
     put_sizes(dense, flow.sizes_left(resolved.left))
     dense = narrowed(dense, flow, resolved.masks, resolved.left, network.call)

@@ -270,6 +270,8 @@ class Numbering(torch.fx.Interpreter):
             return self._size(n) if shape is None else staying(shape)
         if plain_name(n) in ("put", "setitem"):  # whose numbers nobody would know any more
             return self._whole(n, labels, f"part of a tensor is written ({place(n)})")
+        if plain_name(n) in ("to", "type_as"):  # the other is looked at for its type or device
+            labels = labels[:1]
         if shape is not None and merges(n, labels):
             return merge(labels[0], shape)
         # Numbers in place of an index that is computed would pick at random, so such a choice isn't run on them.

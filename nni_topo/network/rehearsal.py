@@ -21,10 +21,9 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import attend
+from nni_topo.network.carriers import Brought, brought
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.constants import can_absorb, constants_read
 from nni_topo.network.engine import DenseSpeedup, kept_slices
-from nni_topo.network.following import only_norm_behind
 from nni_topo.network.inputs import Call, cast_floats, out_of_memory, random_like, shrunk, tensors_of
 from nni_topo.network.labels import FIXED, place
 from nni_topo.network.layers import is_normalizing, is_recurrent, per_channel_names
@@ -184,8 +183,8 @@ class _Rehearsal:
         if not arriving and node.op == "call_module" and (once := self._once(node)):
             self._values[node] = once
             return
-        constant = self._constant(node) if arriving else None
-        whole = self._masked(node, self._called(node, self.full, 0, constant), self._first_input(node))
+        needless = self._needless(node) if arriving else None
+        whole = self._masked(node, self._called(node, self.full, 0, needless), self._first_input(node))
         expected = self._cut(node, whole)
         try:
             actual = self._called(node, self.small, 1)
@@ -233,8 +232,8 @@ class _Rehearsal:
         given = self._called(node, self.small, 1)
         return given.new_zeros(*given.shape[:-1], whole.out_features).index_copy_(-1, outs, given), given
 
-    def _called(self, node: Node, module: nn.Module, which: int, constant: Tensor | None = None) -> Any:
-        """Compute what a node gives in one of the networks, without constants that enter it."""
+    def _called(self, node: Node, module: nn.Module, which: int, needless: Tensor | None = None) -> Any:
+        """Compute what a node gives in one of the networks, without channels that needn't enter it."""
         if node.op == "get_attr":
             value: Any = module
             for part in str(node.target).split("."):
@@ -242,9 +241,9 @@ class _Rehearsal:
             return value
         given: Any = map_arg((node.args, node.kwargs), lambda parent: self._values[parent][which])
         args, kwargs = resized(given, self._sizes) if which else given
-        if constant is not None:
+        if needless is not None:
             first, *others = args
-            args = (first.masked_fill((constant != 0).to(first.device), 0), *others)
+            args = (first.masked_fill(needless.to(first.device), 0), *others)
         if node.op == "call_module":
             layer = module.get_submodule(str(node.target))
             return (layer if which else self._silenced(str(node.target), layer))(*args, **kwargs)
@@ -261,18 +260,16 @@ class _Rehearsal:
             parameter[gone.to(parameter.device)] = 0
         return layer
 
-    def _constant(self, node: Node) -> Tensor | None:
-        """Tell what removed channels bring to a layer that its bias can add instead; broadcasts to what enters."""
+    def _needless(self, node: Node) -> Tensor | None:
+        """Tell which channels needn't enter a layer, for else brings it what they do; broadcasts to what enters."""
         name = str(node.target)
-        layer: Any = self.full.get_submodule(name) if name in self.flow.layers else None
-        if layer is None or not can_absorb(layer, only_norm_behind(self.full, self.flow, name), exactly=True):
-            return None
-        values = self._constants.get(name)
-        return None if values is None else values.view(-1, *[1] * (layer.weight.dim() - 2))
+        found = self._brought.channels(name) if name in self.flow.layers else None
+        layer: Any = self.full.get_submodule(name) if found is not None else None
+        return None if found is None else found.view(-1, *[1] * (layer.weight.dim() - 2))
 
     @cached_property
-    def _constants(self) -> dict[str, Tensor]:
-        return constants_read(self.full, self.flow, self.left, (self._args, {}))
+    def _brought(self) -> Brought:
+        return brought(self.full, self.flow, self.left, (self._args, {}))
 
     def _first_input(self, node: Node) -> Any:
         parents = node.all_input_nodes

@@ -35,7 +35,7 @@ class Resolved:
     masks: FullMasks
     left: np.ndarray  # which channels stay, by representative: bool
     reasons: dict[str, str]  # why masked layers keep channels that their masks remove; "" for those that keep none
-    kept: dict[str, str]  # how many such channels and why, by layer that keeps any but for ``round_to``
+    kept: dict[str, str]  # how many such channels and why, by layer that keeps any but for ``round_to`` and carriers
 
 
 def resolve_masks(
@@ -70,9 +70,18 @@ def widths_multiple(round_to: int | str | None, device: torch.device) -> int | N
 
 
 def resolve(
-    model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, round_to: int | Literal["auto"] | None = None
+    model: torch.nn.Module,
+    flow: ChannelFlow,
+    masks: FullMasks,
+    round_to: int | Literal["auto"] | None = None,
+    *,
+    carriers: Mapping[int, str] | None = None,
 ) -> Resolved:
-    """Make checked masks of tied channels agree; ``round_to``: every pruned layer keeps a multiple of it, or all."""
+    """Make checked masks of tied channels agree; ``round_to``: every pruned layer keeps a multiple of it, or all.
+
+    Channels that are ``carriers``, by representative and with the reason, stay without getting their weights back.
+    """
+    carriers = carriers or {}
     round_to = widths_multiple(round_to, device_of(model))
     given = _given(model, flow, masks)
     kept = _union(flow, given)
@@ -80,14 +89,17 @@ def resolve(
     _check_output(flow, given, kept)
     # Equal blocks and rounding bring back the largest weights first, by L1 norm over tied channels.
     shared, scores = kept.copy(), cache(partial(_scores, model, flow))
+    kept[[*carriers]] = True
     # In two steps, so that what equal blocks bring back can be told from what rounding does.
     grow(flow, kept, scores, 1, set(given))
     leveled = kept.copy()
     grow(flow, kept, scores, round_to or 1, set(given))
-    reasons = {name: _reason(flow, given, name, (shared, leveled, kept), round_to) for name in given}
-    more = {name: (leveled[flow.layer_roots(name)] & ~given[name]).sum() for name in given}
+    weighty = kept.copy()
+    weighty[[*carriers]] = False
+    reasons = {name: _reason(flow, given, name, (shared, leveled, kept), round_to, carriers) for name in given}
+    more = {name: ((leveled & weighty)[flow.layer_roots(name)] & ~given[name]).sum() for name in given}
     told = {name: f"{count} of {len(given[name])} ({reasons[name]})" for name, count in more.items() if count}
-    new = _new_masks(model, flow, masks, given, (shared, kept))
+    new = _new_masks(model, flow, masks, given, (shared, weighty))
     # Of heads that keep as many channels each the others are cut as well.
     for layer in (each for name in find_narrow(model, flow, new, kept) for each in flow.attention[name].channels):
         told.pop(layer, None)
@@ -191,15 +203,23 @@ def _scores(model: torch.nn.Module, flow: ChannelFlow) -> np.ndarray:
 
 
 def _reason(
-    flow: ChannelFlow, given: dict[str, np.ndarray], name: str, stages: tuple[np.ndarray, ...], round_to: int | None
+    flow: ChannelFlow,
+    given: dict[str, np.ndarray],
+    name: str,
+    stages: tuple[np.ndarray, ...],
+    round_to: int | None,
+    carriers: Mapping[int, str],
 ) -> str:
     """Say at which stage a layer got back channels that its mask removes, and for what."""
     roots = flow.layer_roots(name)
     shared, leveled, rounded = (kept[roots] & ~given[name] for kept in stages)
     if shared.any():
         return _partners(flow, given, name, roots[shared])
-    if leveled.any():
+    carrying = [root for root in roots.tolist() if root in carriers]
+    if (leveled & ~np.isin(roots, carrying)).any():
         return "blocks of a grouped convolution, a group norm or a chunk keep equally many"
+    if carrying:
+        return carriers[carrying[0]]
     return f"round_to={round_to}" if rounded.any() else ""
 
 

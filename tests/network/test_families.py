@@ -41,7 +41,7 @@ OWN = {
     "own_attention": (None, {"qkv"}),
     "channel_shuffle": (None, set()),
     "layer_scale": (0.5, set()),
-    "constants": (None, {"one", "two", "three"}),
+    "constants": (None, {"two", "three"}),
     "words": (0.5, set()),
     "reparametrized": (10 / 36, {"old"}),
     "fixed_view": (None, {"two.0"}),
@@ -117,7 +117,7 @@ def test_one_warning_names_all_that_is_left_whole(caplog):
     model, inputs = zoo_nets.make("constants")
     nni_topo.dependency_groups(model, inputs, bench.ASKED)
     (message,) = [record.getMessage() for record in caplog.records]
-    assert "one: removed channels arrive as values that aren't zero (two)" in message
+    assert "one: " not in message  # one of its channels brings what all that are removed do
     assert "two: what it computes depends on removed channels (softmax)" in message
     assert "three: removed channels arrive as values that aren't zero (four)" in message
 

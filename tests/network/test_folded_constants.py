@@ -10,7 +10,7 @@ from nni.compression.pruning import L1NormPruner
 from speedup_nets import filter_mask, lively
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
 
 GONE = [1, 2, 4, 5]  # equally many of both groups
@@ -54,13 +54,26 @@ BEHIND = {
     "linear": lambda: [Rows()],
     "pooled": lambda: [nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 6, 1)],
 }
-LEFT_ALONE = {
+CARRIED = {
     "zeros beyond the border": lambda: [nn.Conv2d(8, 6, 3, padding=1)],
-    "transposed": lambda: [nn.ConvTranspose2d(8, 6, 2, stride=2)],
+    "zeros around what enters": lambda: [nn.ZeroPad2d(1), nn.Conv2d(8, 6, 3)],
+    "transposed": lambda: [nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1)],
     "no bias": lambda: [nn.Conv2d(8, 6, 1, bias=False)],
     "norm without statistics": lambda: [nn.Conv2d(8, 6, 1, bias=False), nn.InstanceNorm2d(6)],
     "norm that isn't alone": lambda: [Twice()],
+    "positions": lambda: [Positions(), nn.Conv2d(8, 6, 3)],
 }
+LEFT_ALONE = {
+    "groups and zeros beyond the border": lambda: [nn.Conv2d(8, 6, 3, padding=1, groups=2)],
+    "groups and no bias": lambda: [nn.Conv2d(8, 6, 1, groups=2, bias=False)],
+}
+
+
+class Positions(nn.Module):
+    """Something else at every place, of all channels the same."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images * torch.linspace(0.5, 2.0, images.shape[-1]).to(images)
 
 
 class Twice(nn.Module):
@@ -99,6 +112,96 @@ def test_a_constant_is_taken_over(between, behind):
     assert gap(dense(others), reference(others)) < 1e-9
     dropped = to_dense(net, images, masks, check=False)
     assert torch.equal(dropped(others), dense(others))
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+@pytest.mark.parametrize("behind", CARRIED)
+@torch.no_grad()
+def test_where_no_bias_can_one_channel_brings_what_all_did(between, behind):
+    net, images = made(BETWEEN[between](), CARRIED[behind]())
+    assert dependency_groups(net, images, BY_TYPE).skipped.keys() == {"head"}
+    masks = {"first": filter_mask(net.first, GONE)}
+    before = copy.deepcopy(net.state_dict())
+    dense = to_dense(net, images, masks)
+    assert dense.first.out_channels == 5
+    assert not dense.first.weight[1].any()
+    assert dense.first.bias[1] == 0
+    (row,) = dense.report.kept
+    assert (row.name, row.kept) == ("first", 1)
+    assert "what all that are removed bring" in row.reason
+    others = torch.randn(3, 3, 10, 10, dtype=torch.float64)
+    assert gap(dense(others), masked_model(net, images, masks)(others)) < 1e-9
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@torch.no_grad()
+def test_what_rounding_brings_back_is_none_of_those_brought():
+    net, images = made(nn.Sigmoid(), [nn.Conv2d(8, 6, 3, padding=1)])
+    masks = {"first": filter_mask(net.first, [0, 1, 2, 4, 5])}
+    dense = to_dense(net, images, masks, round_to=3)
+    assert dense.first.out_channels == 6  # three of its own, one that brings constants, two that came back
+    norms = dense.first.weight.abs().sum((1, 2, 3))
+    assert int((norms == 0).sum()) == 1
+    masked = [place for place in [0, 1, 2, 4, 5] if not (dense.first.weight == net.first.weight[place]).any()]
+    rest = {"first": filter_mask(net.first, masked)}
+    others = torch.randn(3, 3, 10, 10, dtype=torch.float64)
+    assert len(masked) == 3
+    assert gap(dense(others), masked_model(net, images, rest)(others)) < 1e-9
+
+
+class Joined(nn.Module):
+    """Two layers whose channels become two numbers, three readers, of which one can add both to its bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
+        self.padded, self.other = nn.Conv2d(16, 4, 3, padding=1), nn.Conv2d(16, 4, 5, padding=2)
+        self.plain, self.head = nn.Conv2d(16, 4, 1), nn.Linear(12, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = torch.cat([self.first(images).sigmoid(), nn.functional.softplus(self.second(images))], 1)
+        return self.head(torch.cat([self.padded(x), self.other(x), self.plain(x)], 1).relu().mean((2, 3)))
+
+
+@torch.no_grad()
+def test_all_readers_have_it_from_one_channel():
+    torch.manual_seed(0)
+    net, images = lively(Joined().eval()).double(), torch.rand(2, 3, 10, 10, dtype=torch.float64)
+    masks = {name: filter_mask(net.get_submodule(name), GONE) for name in ("first", "second")}
+    dense = to_dense(net, images, masks)
+    # Of softplus comes the larger number.
+    assert (dense.first.out_channels, dense.second.out_channels) == (4, 5)
+    others = torch.randn(3, 3, 10, 10, dtype=torch.float64)
+    assert gap(dense(others), masked_model(net, images, masks)(others)) < 1e-9
+
+
+class Apart(nn.Module):
+    """Where the channels of two layers differ from one, they do so each at other places."""
+
+    def __init__(self, parts: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4 * parts, 3, padding=1)
+        self.read, self.head, self.parts = nn.Conv2d(4 * parts, 4, 3, padding=1), nn.Linear(4, 2), parts
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.first(images).sigmoid()
+        parts = [nn.functional.pad(part, (each, 8 - each)) for each, part in enumerate(x.chunk(self.parts, 1))]
+        return self.head(self.read(torch.cat(parts, 1)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("parts", [3, 6])
+@torch.no_grad()
+def test_few_patterns_each_have_a_channel_and_many_have_none(parts):
+    torch.manual_seed(0)
+    net, images = lively(Apart(parts).eval()).double(), torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    skipped = dependency_groups(net, images, BY_TYPE).skipped
+    assert ("first" in skipped) is (parts == 6)
+    masks = {"first": filter_mask(net.first, range(0, 4 * parts, 2))}
+    if parts == 6:
+        with pytest.raises(SpeedupError, match="arrive at read as values that aren't zero"):
+            to_dense(net, images, masks)
+    else:
+        assert to_dense(net, images, masks).first.out_channels == 6 + parts
 
 
 @pytest.mark.parametrize("behind", LEFT_ALONE)
