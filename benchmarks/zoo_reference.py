@@ -84,12 +84,15 @@ def zeroing(model: nn.Module, dense: nn.Module) -> tuple[dict[str, np.ndarray], 
     """Find the channels that are gone, of layers and norms: bool, by name; and zero what is gone of all else."""
     layers, norms = {}, {}
     holders = [name for name, module in model.named_modules() if isinstance(module, (*PRUNED, *NORMS))]
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[0] not in holders and parameter.shape != (other := dense.get_parameter(name)).shape:
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        owner, _, key = name.rpartition(".")
+        if owner not in holders and parameter.shape != (other := dense.get_parameter(name)).shape:
             (d,) = (d for d, size in enumerate(parameter.shape) if size != other.shape[d])
             rows = (each.detach().transpose(0, d).reshape(each.shape[d], -1).numpy() for each in (parameter, other))
             kept = torch.zeros(parameter.shape[d]).index_fill_(0, torch.from_numpy(rows_left(*rows)), 1)
-            parameter.data.transpose(0, d).mul_(kept.view(-1, *[1] * (parameter.dim() - 1)))
+            # What is tied to it may keep more.
+            left = parameter.detach() * kept.view([-1 if each == d else 1 for each in range(parameter.dim())])
+            setattr(model.get_submodule(owner), key, nn.Parameter(left))
     for name, module in model.named_modules():
         other = dense.get_submodule(name)
         if isinstance(module, PRUNED) and width(other) < width(module):

@@ -37,6 +37,10 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "fnet": ("FNetForSequenceClassification", {**READS}),
     "t5": ("T5ForSequenceClassification", {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2,
                                            "num_heads": 4, "eos_token_id": 2, "decoder_start_token_id": 0}),
+    "t5_logits": ("T5ForConditionalGeneration", {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 64,
+                                                 "num_layers": 2, "num_heads": 4}),
+    "bart_logits": ("BartForConditionalGeneration", {"vocab_size": 100, "d_model": 32, "max_position_embeddings": 64,
+                                                     **BOTH}),
     "bart": ("BartForSequenceClassification", {"vocab_size": 100, "d_model": 32, "max_position_embeddings": 64,
                                                **BOTH}),
     "gpt_neo": ("GPTNeoForCausalLM", {"vocab_size": 100, "hidden_size": 32, "num_layers": 2, "num_heads": 4,
@@ -86,11 +90,27 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+class Logits(nn.Module):
+    """A model that reads and writes, of which what its encoder makes is no output."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Write along with what it reads."""
+        logits: Tensor = self.model(input_ids=input_ids, decoder_input_ids=input_ids[:, :7]).logits
+        return logits
+
+
 def make(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """Make a network in evaluation mode, of PyTorch's layers where it can be, and its input."""
     kind, sizes = NETS[name]
     build = getattr(importlib.import_module("transformers"), kind)
-    model: Any = nni_topo.as_torch_layers(build(build.config_class(**sizes)).eval())
+    model: Any = build(build.config_class(**sizes)).eval()
+    model = nni_topo.as_torch_layers(Logits(model) if name.endswith("_logits") else model)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     entering, drawing = model.main_input_name, torch.Generator().manual_seed(0)

@@ -38,6 +38,7 @@ MODELS = {
     "LlamaForCausalLM": ("LlamaConfig", {**SIZES, "num_key_value_heads": 2, "head_dim": 4}),
     "Qwen2ForCausalLM": ("Qwen2Config", {**SIZES, "num_key_value_heads": 2}),
     "MistralForCausalLM": ("MistralConfig", {**SIZES, "num_key_value_heads": 2, "sliding_window": None}),
+    "Gemma2ForCausalLM": ("Gemma2Config", {**SIZES, "num_key_value_heads": 2, "head_dim": 4}),
     "GPTNeoXForCausalLM": ("GPTNeoXConfig", {**SIZES, "rotary_pct": 0.5}),
     "PhiForCausalLM": ("PhiConfig", SIZES),
     "ModernBertForSequenceClassification": ("ModernBertConfig", {**SIZES, **TOKENS}),

@@ -83,6 +83,11 @@ class Attention:
         """Channels of the keys of a head."""
         return int(self.parts[1][1].shape[1])
 
+    @property
+    def query_heads(self) -> int:
+        """How many heads there are, of which some may share keys and values."""
+        return self.parts[0][1].size // self.head_size
+
     def granularity(self, layer: str) -> list[int]:
         """Return NNI's granularity at which a layer of it loses heads; where `is_fused` of queries, keys or values."""
         return [self.size if self.is_fused else self.channels[layer].shape[1], -1]
@@ -223,11 +228,14 @@ def attend(attention: Any, out: str, *args: Any, **kwargs: Any) -> Any:
         owner._modules[key] = layer
 
 
-def open_attention(graph_module: GraphModule, given: dict[str, tuple[bool, bool]]) -> None:
+Given = tuple[bool, dict[str, list[int | str]]]
+"""Whether attention gives several values, and by layer which of its arguments it reads as they are; empty: not known"""
+
+
+def open_attention(graph_module: GraphModule, given: dict[str, Given]) -> None:
     """Show in a graph, by a node of its own, each layer that mixes the heads of attention; see `attend`.
 
-    ``given``: by name of each attention that is called, whether it gives several values, and whether linear layers read
-    what enters it as it is, which its node's ``meta["reads"]`` says.
+    ``given``: by name of each attention that is called; its node's ``meta["reads"]`` says which arguments layers read.
     """
     graph, found = graph_module.graph, find_attention(graph_module)
     for node in list(graph.nodes):

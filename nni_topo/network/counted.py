@@ -9,7 +9,7 @@ by the mean of the channels' lengths over all places.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,16 +49,29 @@ class CountedRMSNorm(nn.RMSNorm):
     """An RMS norm over ``counted`` channels, of which only those of ``normalized_shape`` aren't zero."""
 
     counted: int
+    shift: float = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize along the channels: ``(..., channels)``."""
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         x = x * torch.rsqrt(x.shape[-1] / self.counted * x.square().mean(-1, keepdim=True) + eps)
-        return x if self.weight is None else x * self.weight
+        return x if self.weight is None else x * (self.weight + self.shift)
 
     def extra_repr(self) -> str:
         """Show the channels counted too."""
         return f"{super().extra_repr()}, counted={self.counted}"
+
+
+class ShiftedRMSNorm(nn.RMSNorm):
+    """An RMS norm whose factors are its weights and ``shift`` more, as those of Gemma are and one."""
+
+    shift: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize along the channels, in single precision at least: ``(..., channels)``."""
+        kind = torch.promote_types(x.dtype, torch.float32)
+        factors = self.weight.to(kind) + self.shift
+        return functional.rms_norm(x.to(kind), self.normalized_shape, factors, self.eps).to(x.dtype)
 
 
 class CountedGroupNorm(nn.GroupNorm):
@@ -139,7 +152,11 @@ def channel_dim(norm: nn.Module) -> int | None:
     The answer for a class derived from ``nn.LayerNorm`` is found by trying it.
     """
     if isinstance(norm, nn.RMSNorm):
-        return -1 if type(norm) in (nn.RMSNorm, CountedRMSNorm) and len(norm.normalized_shape) == 1 else None
+        return (
+            -1
+            if type(norm) in (nn.RMSNorm, ShiftedRMSNorm, CountedRMSNorm) and len(norm.normalized_shape) == 1
+            else None
+        )
     if not isinstance(norm, nn.LayerNorm):
         response = response_norm(norm)
         return 1 if response is None else response.dim
@@ -161,7 +178,7 @@ def channel_dim(norm: nn.Module) -> int | None:
 
 
 def plain_rms_norm(norm: nn.Module) -> nn.RMSNorm | None:
-    """Return PyTorch's RMS norm, with the weight of one of another's making that computes the same; None if none does.
+    """Return an RMS norm as PyTorch's, with the weight of one of another's making that computes the same; None if none.
 
     The answer is found by trying it, on inputs some of which are as small as what is added to their squares.
     """
@@ -170,16 +187,22 @@ def plain_rms_norm(norm: nn.Module) -> nn.RMSNorm | None:
     is_other = not type(norm).__module__.startswith(("torch.", "nni_topo."))
     if not is_other or list(own) != ["weight"] or weight is None or weight.dim() != 1 or eps is None:
         return None
-    made = nn.RMSNorm(len(weight), eps=eps, device="meta")
-    made.weight = weight
     rows = torch.linspace(-1, 2, 3 * len(weight)).view(3, -1) * torch.tensor([[1.0], [eps**0.5], [10.0]])
-    with torch.no_grad():
-        try:
-            given = norm.forward(rows.to(weight))
-        except (RuntimeError, TypeError, ValueError):
-            return None
-        wanted, near = made.forward(rows.to(weight)), 64 * torch.finfo(weight.dtype).eps
-    return made if isinstance(given, Tensor) and torch.allclose(given, wanted, rtol=near, atol=near) else None
+    near = 64 * torch.finfo(weight.dtype).eps
+    for kind, shift in ((nn.RMSNorm, 0.0), (ShiftedRMSNorm, 1.0)):
+        made: Any = kind(len(weight), eps=eps, device="meta")
+        made.weight = weight
+        if shift:
+            made.shift = shift
+        with torch.no_grad():
+            try:
+                given = norm.forward(rows.to(weight))
+            except (RuntimeError, TypeError, ValueError):
+                return None
+            wanted = made.forward(rows.to(weight))
+        if isinstance(given, Tensor) and torch.allclose(given, wanted, rtol=near, atol=near):
+            return cast("nn.RMSNorm", made)
+    return None
 
 
 def count(norm: nn.Module, channels: int) -> None:

@@ -152,6 +152,7 @@ def dependency_groups(
     {'2': "it gives the model's output"}
     """
     from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
+    from nni.compression.base.setting import PruningSetting
 
     from nni_topo.compat.wrapping import derived_types
 
@@ -169,6 +170,7 @@ def dependency_groups(
         modules, public, _ = select_modules_by_config(model, config)
         if not modules:
             raise ConfigError(f"every entry of a config_list must select a layer, got none for {config}")
+        derived_types(torch.nn.ModuleList(modules.values()), PruningSetting.registry)  # of layers that are named, too
         selections.append((set(modules), public))
         by_head.update(modules if asks else ())
     selected = {name for names, _ in selections for name in names}

@@ -34,26 +34,33 @@ def narrowed(dense: nn.Module, flow: ChannelFlow, masks: FullMasks, left: np.nda
     """
     if not (found := find_narrow(dense, flow, masks, left)):
         return dense
-    small = copy.deepcopy(dense)
+    # Most attention divides by the root of a head's size, some by a number of its own.
+    for divides in (True, False):
+        small = _narrowed(dense, flow, found, divides=divides)
+        try:
+            with torch.no_grad(), evaluation_mode(dense, small):
+                pairs = [tensors_of(net(*call[0], **call[1])) for net in (dense, small)]
+            if all(bool((a - b).abs().max() <= _TOLERANCE * a.abs().max()) for a, b in zip(*pairs, strict=True)):
+                return small
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            pass
+    _logger.warning("heads keep their size: attention does more with it than multiply (%s)", ", ".join(found))
+    return dense
+
+
+def _narrowed(dense: nn.Module, flow: ChannelFlow, found: dict[str, Dimensions], *, divides: bool) -> nn.Module:
+    """Copy a model and cut within its heads; ``divides``: attention divides by the root of a head's size."""
+    small, mixers = copy.deepcopy(dense), flow.mixers()
     before = find_attention(small)
-    mixers = flow.mixers()
     with torch.no_grad():
         for name, kept in found.items():
             readers = [layer for layer, read in mixers.items() if read.name == name]
-            _cut(small, before[name], kept, readers)
+            _cut(small, before[name], kept, readers, divides=divides)
         for table, names in by_table(find_frequencies(dense, flow.attention)).items():
             stays = pairs_of(found[names[0]][0]) if names[0] in found else None
             if stays is not None:
                 keep_frequencies(small, table, stays)
-    try:
-        with torch.no_grad(), evaluation_mode(dense, small):
-            pairs = [tensors_of(net(*call[0], **call[1])) for net in (dense, small)]
-        is_same = all(bool((a - b).abs().max() <= _TOLERANCE * a.abs().max()) for a, b in zip(*pairs, strict=True))
-    except (RuntimeError, TypeError, ValueError, IndexError):
-        is_same = False
-    if not is_same:
-        _logger.warning("heads keep their size: attention does more with it than multiply (%s)", ", ".join(found))
-    return small if is_same else dense
+    return small
 
 
 def find_narrow(model: nn.Module, flow: ChannelFlow, masks: FullMasks, left: np.ndarray) -> dict[str, Dimensions]:
@@ -86,7 +93,7 @@ def _kept(flow: ChannelFlow, masks: FullMasks, layer: str) -> np.ndarray:
     return np.ones(channels, dtype=bool) if kept is None else np.asarray(kept.cpu())
 
 
-def _cut(model: nn.Module, attention: Attention, kept: Dimensions, readers: list[str]) -> None:
+def _cut(model: nn.Module, attention: Attention, kept: Dimensions, readers: list[str], *, divides: bool) -> None:
     """Keep some channels of each head, in place."""
     (keys, values), size = kept, int(kept[0][0].sum())
     module: Any = model.get_submodule(attention.name)
@@ -98,7 +105,7 @@ def _cut(model: nn.Module, attention: Attention, kept: Dimensions, readers: list
     asking = model.get_submodule(layer)
     # What divides by the root of a head's size divides by less now.
     for parameter in (weight_of(asking), getattr(asking, row_names(asking)[-1], None)):
-        if parameter is not None:
+        if parameter is not None and divides:
             parameter.data[torch.from_numpy(rows.ravel()).to(parameter.device)] *= (size / keys.shape[1]) ** 0.5
     for layer, parts in stays.items():
         made: Any = model.get_submodule(layer)

@@ -133,6 +133,22 @@ def carry(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
     return channels.view(shape[:2] + (1,) * (len(shape) - 2)).expand(shape)
 
 
+def carry_picked(labels: list[torch.Tensor], shape: tuple[int, ...] | None) -> torch.Tensor | None:
+    """Carry channels in the last dimension to what is picked along others by what holds none; None if it's otherwise.
+
+    ``labels`` are those of the tensor and of indices or masks that are computed.
+    """
+    states, *indices = labels
+    last = states.dim() - 1
+    if not shape or not indices or shape[-1] != states.shape[-1]:
+        return None
+    if any(varies(each, d) for each in indices for d in range(each.dim())) or any(
+        varies(states, d) for d in range(last)
+    ):
+        return None
+    return states[(slice(0, 1),) * last].reshape(-1).expand(shape)
+
+
 def carry_reduced(
     labels: torch.Tensor, shape: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.Tensor | None:

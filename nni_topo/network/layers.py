@@ -78,7 +78,8 @@ def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
     -------
     torch.nn.Module
         A model that computes the same, with linear layers for ``Conv1D``, as GPT-2 has them, and ``torch.nn.RMSNorm``
-        for RMS norms of a library's own, as LLaMA has them, which are found by trying them. A ``Conv1D`` is a linear
+        for RMS norms of a library's own, as LLaMA has them, or one derived from it, as Gemma's multiply by one more
+        than their weights; which are found by trying them. A ``Conv1D`` is a linear
         layer whose weight, of shape (inputs, outputs), lies the other way round; NNI, and this package, would take its
         inputs for outputs. What is computed within a norm isn't seen to be one, and keeps all channels.
 

@@ -25,6 +25,7 @@ from nni_topo.network.labels import (
     REDUCTIONS,
     can_follow,
     carry,
+    carry_picked,
     carry_reduced,
     compressed,
     fixed,
@@ -49,7 +50,6 @@ from nni_topo.network.layers import (
     output_channels,
 )
 from nni_topo.network.numbers import Blocks, Layer, Numbers, Own, by_layer
-from nni_topo.network.stepwise import read_by
 
 
 class Numbering(torch.fx.Interpreter):
@@ -95,8 +95,7 @@ class Numbering(torch.fx.Interpreter):
             return super().run_node(n)
         if n.op == "get_attr":
             value = super().run_node(n)
-            # That of a module which is called is cut with the module, and looked at for its type or device perhaps.
-            own = can_follow(value) and str(n.target).rpartition(".")[0] not in self._called
+            own = can_follow(value) and str(n.target).rpartition(".")[0] not in self._called  # else cut with the module
             return self._parameter(str(n.target), value) if own else tree_map(fixed, value)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         shape = tensor_shape(n)
@@ -182,18 +181,18 @@ class Numbering(torch.fx.Interpreter):
 
     def _attend(self, node: torch.fx.Node, labels: list[torch.Tensor], attention: Attention) -> Any:
         """Tie what makes each head together; what enters is read by the linear layers within, or needed as a whole."""
-        read = self._read(node, labels, attention) if node.meta.get("reads") else []
-        for each in read:
-            for name in attention.channels:
+        read = self._read(node)
+        for name, states in read.items():
+            for each in states:
                 self._tie_calls(name, self._per_channel(each, each.dim() - 1))
-        heads, numbers = attention.heads, self._head_numbers(attention)
+        heads, numbers = attention.query_heads, self._head_numbers(attention)
         first = numbers.reshape(heads, -1)[:, 0]
         needed = []
         for each in labels:
             # What another module says of positions, head by head: T5's first block says it for all of them.
             if each.dim() == 4 and each.shape[1] == heads and varies(each, 1):
                 self._given.tie(first, self._per_channel(each, 1))
-            elif not any(torch.equal(each, other) for other in read):
+            elif not any(torch.equal(each, other) for states in read.values() for other in states):
                 needed.append(each)
         found = self._whole(node, needed, f"attention ({attention.name}) needs all that enters")
         context, *others = tensors_of(found)
@@ -206,12 +205,12 @@ class Numbering(torch.fx.Interpreter):
         leaves = iter([context, *by_head])
         return tree_map_only(torch.Tensor, lambda _: next(leaves), found)
 
-    def _read(self, node: torch.fx.Node, labels: list[torch.Tensor], attention: Attention) -> list[torch.Tensor]:
-        """List what linear layers within attention read."""
-        if not isinstance(self.fetch_attr(attention.name), torch.nn.MultiheadAttention):
-            return labels[:1]
+    def _read(self, node: torch.fx.Node) -> dict[str, list[torch.Tensor]]:
+        """List, by linear layer within attention, what enters it as it enters the attention."""
         args, kwargs = self.fetch_args_kwargs_from_env(node)
-        return read_by(args[2:] if node.target is attend else args, kwargs)
+        given: dict[Any, Any] = {**dict(enumerate(args[2:] if node.target is attend else args)), **kwargs}
+        read: Any = {name: [given.get(at) for at in places] for name, places in (node.meta.get("reads") or {}).items()}
+        return read if all(isinstance(each, torch.Tensor) for states in read.values() for each in states) else {}
 
     def _whole(self, node: torch.fx.Node, labels: list[torch.Tensor], reason: str) -> Any:
         """Keep all channels that enter a node, and so all that leave it."""
@@ -283,6 +282,8 @@ class Numbering(torch.fx.Interpreter):
             return moved
         if not tensors_of(given_shapes(n)):
             return self._size(n)
+        if name == "getitem" and (picked := carry_picked(labels, shape)) is not None:
+            return picked
         if shape is None:
             return self._passed(n, labels)
         if name in ("matmul", "bmm", "rmatmul", "imatmul") and len(labels) == 2:

@@ -10,6 +10,7 @@ import torch
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.attention import find_attention
+from nni_topo.network.counted import ShiftedRMSNorm
 from nni_topo.network.files import describe, size_names
 from nni_topo.network.masks import check_unwrapped
 from nni_topo.sharing import named_tensors
@@ -57,9 +58,8 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
 def _structure(model: torch.nn.Module) -> dict[str, Any]:
     """Return what a config must say of a model: the heads, the modules' sizes, and the tensors' shapes, by name."""
     heads = {name: f"{each.heads} heads of {each.head_size}" for name, each in find_attention(model).items()}
-    # An RMS norm of PyTorch's in the place of one of Transformers' own computes the same.
-    described = [
-        each for each in model.named_modules() if size_names(each[1]) and type(each[1]) is not torch.nn.RMSNorm
-    ]
+    # An RMS norm as PyTorch's in the place of one of Transformers' own computes the same.
+    plain = (torch.nn.RMSNorm, ShiftedRMSNorm)
+    described = [each for each in model.named_modules() if size_names(each[1]) and type(each[1]) not in plain]
     sizes = {name: describe(module) for name, module in described}
     return heads | sizes | {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}

@@ -25,7 +25,7 @@ from nni_topo.network.carriers import Brought, brought
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.engine import DenseSpeedup, kept_slices
 from nni_topo.network.inputs import Call, cast_floats, out_of_memory, random_like, shrunk, tensors_of
-from nni_topo.network.labels import FIXED, place
+from nni_topo.network.labels import FIXED, place, plain_name
 from nni_topo.network.layers import is_normalizing, is_recurrent, per_channel_names
 from nni_topo.network.modes import RandomWeights, detached_copy, put_parameters, random_state_kept, unwrapped_copy
 from nni_topo.network.reference import difference
@@ -195,7 +195,8 @@ class _Rehearsal:
             if out_of_memory(error):
                 raise
             actual, reason = None, f"its sizes don't fit fewer channels: {type(error).__name__}"
-        if reason:
+        # One channel that is picked may be looked at for its sizes alone: who reads it tells.
+        if reason and not (self._is_picked(node) and "depends" in reason):
             self._blame(node, entering, reason)
             actual = tree_map_only(Tensor, Tensor.clone, expected)
         self._values[node] = whole, actual
@@ -324,6 +325,10 @@ class _Rehearsal:
                 if difference(wanted, given) > _TOLERANCE:
                     return "what it computes depends on removed channels"
         return ""
+
+    def _is_picked(self, node: Node) -> bool:
+        numbers = self.flow.numbers[node.name]
+        return plain_name(node) in ("getitem", "select") and isinstance(numbers, Tensor) and numbers.numel() == 1
 
     def _tensors_before(self, node: Node) -> list[Node]:
         """List the nodes whose tensors a node works on, by way of sizes too."""

@@ -7,7 +7,6 @@ of ``nn.MultiheadAttention``.
 
 from __future__ import annotations
 
-import inspect
 from importlib import import_module
 from typing import Any
 
@@ -61,12 +60,6 @@ def multihead(
         return mixed, None
     shares = shares.mean(1) if average_attn_weights else shares
     return mixed, shares.squeeze(0) if is_single else shares
-
-
-def read_by(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """List what ``nn.MultiheadAttention`` reads by its columns, which are for one width: queries, keys and values."""
-    given = inspect.signature(multihead).bind(None, *args, **kwargs).arguments
-    return [given[name] for name in ("query", "key", "value")]
 
 
 def projected(self: Any, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:

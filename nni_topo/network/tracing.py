@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch.fx
 from torch.fx.passes.shape_prop import ShapeProp
 
 from nni_topo.errors import SpeedupError
-from nni_topo.network.attention import Attention, find_attention, open_attention
-from nni_topo.network.capture import watched
+from nni_topo.network.attention import Attention, Given, find_attention, open_attention
+from nni_topo.network.capture import called, watched
 from nni_topo.network.comparing import Calls, Comparison
 from nni_topo.network.inputs import Call, bind_arguments, out_of_memory, tensors_of
 from nni_topo.network.layers import is_one
@@ -57,13 +58,16 @@ def _trace_whole(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModu
             # The model is run, and may draw numbers.
             with torch.no_grad(), random_state_kept():
                 graph_module, args = tracer(model, named)
-                given, entered = dict[str, tuple[bool, bool]](), dict[str, Any]()
+                given, entered, calls_of = dict[str, Given](), dict[str, Any](), dict[str, Call]()
                 layers = {layer for each in found.values() for layer in each.channels}
                 enters = [(model.get_submodule(layer), partial(entered.__setitem__, layer)) for layer in layers]
                 inner = [(model.get_submodule(name), each) for name, each in found.items()]
-                leaves = [(part, partial(_note, given, entered, part, each)) for part, each in inner]
+                leaves = [(part, partial(_note, given, entered, calls_of, part, each)) for part, each in inner]
                 calls = Calls(model)
-                with watched(enters, leaves + calls.leaving()):
+                with ExitStack() as stack:
+                    for part, each in inner:
+                        stack.enter_context(called(part, partial(_note_call, calls_of, each.name)))
+                    stack.enter_context(watched(enters, leaves + calls.leaving()))
                     expected = model(*call[0], **call[1])
                 open_attention(graph_module, given)
                 _check_same(expected, Comparison(graph_module, calls).propagate(*args), model)
@@ -138,17 +142,31 @@ def _placed(graph: torch.fx.Graph, named: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(named.get(str(node.target), node.args[0] if node.args else None) for node in nodes)
 
 
+def _note_call(calls: dict[str, Call], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    calls[name] = args, kwargs
+
+
 def _note(
-    given: dict[str, tuple[bool, bool]],
-    layers: dict[str, Any],
+    given: dict[str, Given],
+    entered: dict[str, Any],
+    calls: dict[str, Call],
     module: torch.nn.Module,
     attention: Attention,
-    entered: Any,
+    _: Any,
     output: Any,
 ) -> None:
-    """Note whether attention gives several values, and whether linear layers read what enters it as it is."""
-    reads = is_stepwise(module) or all(layers.get(layer) is entered for layer in attention.channels)
-    given[attention.name] = isinstance(output, tuple), reads and given.get(attention.name, (False, True))[1]
+    """Note whether attention gives several values, and which of its arguments linear layers read as they are."""
+    args, kwargs = calls[attention.name]
+    places, reads = dict[Any, Any](enumerate(args)) | kwargs, dict[str, list[int | str]]()
+    for layer in attention.channels:
+        if isinstance(module, torch.nn.MultiheadAttention):
+            reads[layer] = [at if at < len(args) else name for at, name in enumerate(("query", "key", "value"))]
+        elif is_stepwise(module):
+            reads[layer] = [*places][:1]
+        else:
+            reads[layer] = [at for at, value in places.items() if value is not None and value is entered.get(layer)][:1]
+    is_same = given.get(attention.name, (False, reads))[1] == reads
+    given[attention.name] = isinstance(output, tuple), reads if is_same and all(reads.values()) else {}
 
 
 def _check_same(expected: Any, actual: Any, model: torch.nn.Module) -> None:

@@ -102,3 +102,37 @@ def test_a_network_that_fails_on_random_numbers_stays_whole_with_the_reason():
     )
     assert not groups
     assert "fails on random numbers: _LinAlgError" in groups.skipped["first"]
+
+
+class Picking(nn.Module):
+    """Reads rows that a mask picks, and adds positions, for which it only asks the length of one of the channels."""
+
+    def __init__(self, *, reads_values: bool):
+        super().__init__()
+        self.words, self.inner, self.head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.places, self.reads_values = nn.Embedding(12, 8), reads_values
+
+    def forward(self, ids):
+        x = self.words(ids)
+        one = x[:, :, -1]
+        positions = self.places(torch.arange(one.shape[1], device=ids.device))
+        x = x * one.mean(1)[:, None, None] if self.reads_values else x
+        x = self.inner(x + positions).relu()
+        ends = ids.eq(2)
+        return self.head(x[ends, :].view(len(ids), -1, x.shape[-1])[:, -1])
+
+
+@pytest.mark.parametrize("reads_values", [False, True])
+@torch.no_grad()
+def test_a_channel_that_is_picked_counts_where_its_values_do_and_rows_that_a_mask_picks_have_all(reads_values):
+    torch.manual_seed(0)
+    model, ids = Picking(reads_values=reads_values).eval(), torch.randint(3, 9, (4, 7))
+    ids[:, -1] = 2
+    asked = [{"op_types": ["Linear", "Embedding"], "sparse_ratio": 0.5}]
+    groups = nni_topo.dependency_groups(model, ids, asked)
+    assert ("words" in groups.skipped) is reads_values
+    assert "inner" not in groups.skipped
+    masks = nni_topo.create_pruner("random", copy.deepcopy(model), list(groups), seed=0).compress()[1]
+    dense, reference = nni_topo.to_dense(model, ids, masks), nni_topo.masked_model(model, ids, masks)
+    assert (dense.words.embedding_dim, dense.inner.out_features) == (8 if reads_values else 4, 4)
+    torch.testing.assert_close(dense(ids), reference(ids))
