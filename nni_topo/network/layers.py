@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
+from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
 from nni_topo.errors import unknown_name
 from nni_topo.network.counted import channel_dim, plain_rms_norm, response_norm
+from nni_topo.network.modes import detached_copy, evaluation_mode
 
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
@@ -67,7 +70,7 @@ def register_module(kind: type[torch.nn.Module], cut: Callable[[Any, torch.Tenso
 
 
 def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
-    """Return a copy of a model of Transformers with PyTorch's own layers in place of such as compute the same.
+    """Return a copy of a model with PyTorch's own plain layers in place of such as compute the same.
 
     Parameters
     ----------
@@ -79,16 +82,20 @@ def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
     torch.nn.Module
         A model that computes the same, with linear layers for ``Conv1D``, as GPT-2 has them, and ``torch.nn.RMSNorm``
         for RMS norms of a library's own, as LLaMA has them, or one derived from it, as Gemma's multiply by one more
-        than their weights; which are found by trying them. A ``Conv1D`` is a linear
-        layer whose weight, of shape (inputs, outputs), lies the other way round; NNI, and this package, would take its
-        inputs for outputs. What is computed within a norm isn't seen to be one, and keeps all channels.
+        than their weights; which are found by trying them. Weights that weight norm, spectral norm or another
+        parametrization computes are plain ones with the values that they have in evaluation mode. A ``Conv1D`` is a
+        linear layer whose weight, of shape (inputs, outputs), lies the other way round; NNI, and this package, would
+        take its inputs for outputs. What is computed within a norm isn't seen to be one, and keeps all channels.
 
     Examples
     --------
     >>> as_torch_layers(torch.nn.ReLU())
     ReLU()
     """
-    copied = copy.deepcopy(model)
+    copied: torch.nn.Module = detached_copy(model)
+    with evaluation_mode(copied):
+        for module in copied.modules():
+            _make_weights_plain(module)
     for name, module in list(copied.named_modules(remove_duplicate=False)):
         made: Any = None
         if name and is_transposed_linear(module):
@@ -100,6 +107,22 @@ def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
         if made is not None:
             copied.set_submodule(name, made.train(module.training))
     return copied
+
+
+def _make_weights_plain(module: Any) -> None:
+    """Put what a layer computes its weights to be in the place of what it computes them from."""
+    if is_parametrized(module):
+        # PyTorch's own function would take the weight off the class, which copies share.
+        computed = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+        trained = {name: any(p.requires_grad for p in module.parametrizations[name].parameters()) for name in computed}
+        del module.parametrizations
+        module.__class__ = type(module).__bases__[0]
+        for name, value in computed.items():
+            module.register_parameter(name, torch.nn.Parameter(value, trained[name]))
+    removers = {WeightNorm: remove_weight_norm, SpectralNorm: remove_spectral_norm}
+    for hook in list(module._forward_pre_hooks.values()):
+        if remove := removers.get(type(hook)):
+            remove(module, hook.name)
 
 
 def is_recurrent(module: Any) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 import torch
+from torch.nn.utils.parametrize import is_parametrized
 
 from nni_topo.network.layers import (
     PER_CHANNEL,
@@ -118,7 +119,9 @@ def why_not_followed(model: torch.nn.Module, name: str) -> str:
     if isinstance(model.get_submodule(name), RECURRENT):
         return "a recurrent layer keeps its state whole"
     if weight_is_computed(model.get_submodule(name)):
-        return "its weight is computed from other parameters"
+        is_known = is_parametrized(model.get_submodule(name)) or model.get_submodule(name)._forward_pre_hooks
+        way = ": nni_topo.as_torch_layers(model) makes a plain one of it" if is_known else ""
+        return f"its weight is computed from other parameters{way}"
     if is_transposed_linear(model.get_submodule(name)):
         return "its weight lies the other way round: nni_topo.as_torch_layers(model) makes a linear layer of it"
     parts = name.split(".")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import whole_nets
@@ -172,3 +174,46 @@ def test_layers_that_arent_a_plain_one_with_a_computed_weight_are_left_alone(kin
     assert not fold(layer)
     assert type(layer) is kind
     assert torch.equal(layer.weight, before)
+
+
+class Normed(nn.Module):
+    """Layers whose weights norms of both kinds compute, by hooks and by parametrizations."""
+
+    def __init__(self):
+        super().__init__()
+        make = (
+            nn.utils.weight_norm, nn.utils.spectral_norm,
+            nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm,
+        )  # fmt: skip
+        self.layers = nn.ModuleList(
+            norm(nn.Conv2d(3 if at == 0 else 8, 8, 3, padding=1)) for at, norm in enumerate(make)
+        )
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_layers_with_norms_of_weights_are_plain_ones_that_lose_channels(trained):
+    torch.manual_seed(0)
+    model = Normed().double()
+    if trained:
+        model(IMAGES[:, :3]).sum().backward()  # weights have a history now, and copies of them none
+    before = copy.deepcopy({name: value.detach() for name, value in model.state_dict().items()})
+    plain = nni_topo.as_torch_layers(model)
+    assert plain.training
+    assert {type(layer) for layer in plain.layers} == {nn.Conv2d}
+    assert [name for name, _ in plain.layers[0].named_parameters()] == ["bias", "weight"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model, plain = model.eval(), plain.eval()
+    torch.testing.assert_close(plain(IMAGES), model(IMAGES))
+    groups = nni_topo.dependency_groups(plain, IMAGES, HALF)
+    assert groups.skipped.keys() == {"head"}
+    masks = nni_topo.create_pruner("l1", copy.deepcopy(plain), list(groups)).compress()[1]
+    dense = nni_topo.to_dense(plain, IMAGES, masks)
+    assert [layer.out_channels for layer in dense.layers] == [4, 4, 4, 4]
+    skipped = nni_topo.dependency_groups(model, IMAGES, HALF).skipped
+    assert "nni_topo.as_torch_layers(model) makes a plain one of it" in skipped["layers.0"]
