@@ -133,20 +133,31 @@ def carry(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
     return channels.view(shape[:2] + (1,) * (len(shape) - 2)).expand(shape)
 
 
-def carry_picked(labels: list[torch.Tensor], shape: tuple[int, ...] | None) -> torch.Tensor | None:
-    """Carry channels in the last dimension to what is picked along others by what holds none; None if it's otherwise.
+def carry_picked(node: torch.fx.Node, labels: list[torch.Tensor], shape: tuple[int, ...] | None) -> torch.Tensor | None:
+    """Carry channels in the last dimension to what a computed index or mask picks along others; None elsewhere.
 
-    ``labels`` are those of the tensor and of indices or masks that are computed.
+    ``labels`` are those of the tensor and of indices and masks.
     """
     states, *indices = labels
     last = states.dim() - 1
-    if not shape or not indices or shape[-1] != states.shape[-1]:
+    if plain_name(node) != "getitem" or not shape or not indices or not _leaves_last(node.args[1], states.dim()):
         return None
     if any(varies(each, d) for each in indices for d in range(each.dim())) or any(
         varies(states, d) for d in range(last)
     ):
         return None
     return states[(slice(0, 1),) * last].reshape(-1).expand(shape)
+
+
+def _leaves_last(index: Any, dims: int) -> bool:
+    """Tell whether an index of a tensor with so many dimensions takes all of the last one."""
+    parts = [part for part in (index if isinstance(index, (tuple, list)) else (index,)) if part is not None]
+    if any(part is Ellipsis for part in parts):
+        return parts[-1] is Ellipsis or parts[-1] == slice(None)
+    metas = [part.meta.get("tensor_meta") if isinstance(part, torch.fx.Node) else None for part in parts]
+    # A mask stands for as many dimensions as it has.
+    taken = sum(len(meta.shape) if meta is not None and meta.dtype == torch.bool else 1 for meta in metas)
+    return taken < dims or (taken == dims and parts[-1] == slice(None))
 
 
 def carry_reduced(

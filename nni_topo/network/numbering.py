@@ -282,7 +282,7 @@ class Numbering(torch.fx.Interpreter):
             return moved
         if not tensors_of(given_shapes(n)):
             return self._size(n)
-        if name == "getitem" and (picked := carry_picked(labels, shape)) is not None:
+        if (picked := carry_picked(n, labels, shape)) is not None:
             return picked
         if shape is None:
             return self._passed(n, labels)
