@@ -172,7 +172,10 @@ class _Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             return self._node(value)
         if isinstance(value, _Size):
-            return self.graph.call_method("size", (self._node(value.tensor), value.dim))
+            first, given = value.source
+            if isinstance(first, Tensor):
+                return self.graph.call_method("size", (self._node(first), given))
+            return self.graph.call_function(first, tuple(map(self._argument, given)))
         if not isinstance(value, _PLAIN):
             raise SpeedupError(f"arguments of what is recorded must be tensors or plain, got {type(value).__name__}")
         return value
@@ -192,19 +195,47 @@ class _Recorder(TorchFunctionMode):
 
 
 class _Size(int):
-    """A tensor's size along a dimension."""
+    """A tensor's size along a dimension, or what is computed of such."""
 
-    tensor: Tensor
-    dim: int
+    source: tuple[Any, ...]  # the tensor and the dimension, or a function and what it gets
 
-    def of(self, tensor: Tensor, dim: int) -> _Size:
-        """Note whose it is."""
-        self.tensor, self.dim = tensor, dim
+    def of(self, *source: Any) -> _Size:
+        """Note where it comes from."""
+        self.source = source
         return self
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         """Be copied as a number, without the tensor."""
         return int, (int(self),)
+
+    def _computed(self, function: Callable[..., int], *given: Any) -> Any:
+        if not all(isinstance(each, int) for each in given):
+            return NotImplemented
+        return _Size(function(*map(int, given))).of(function, given)
+
+    def __mul__(self, other: int) -> Any:
+        return self._computed(operator.mul, self, other)
+
+    def __rmul__(self, other: int) -> Any:
+        return self._computed(operator.mul, other, self)
+
+    def __add__(self, other: int) -> Any:
+        return self._computed(operator.add, self, other)
+
+    def __radd__(self, other: int) -> Any:
+        return self._computed(operator.add, other, self)
+
+    def __sub__(self, other: int) -> Any:
+        return self._computed(operator.sub, self, other)
+
+    def __rsub__(self, other: int) -> Any:
+        return self._computed(operator.sub, other, self)
+
+    def __floordiv__(self, other: int) -> Any:
+        return self._computed(operator.floordiv, self, other)
+
+    def __rfloordiv__(self, other: int) -> Any:
+        return self._computed(operator.floordiv, other, self)
 
 
 class _Bound:

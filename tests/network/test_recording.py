@@ -105,6 +105,35 @@ def test_sizes_that_a_model_asks_for_are_those_of_fewer_channels():
     torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs))
 
 
+class Folding(nn.Module):
+    """Folds images into patches and back, by sizes that it computes of those that it asks for, as MobileViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.first(x).relu() if float(x.abs().sum()) > 0 else x
+        samples, channels, height, width = x.shape
+        x = x.reshape(samples * channels * (height // 2), 2, width // 2, 2).transpose(1, 2)
+        x = x.reshape(samples, channels, -1, 4).transpose(1, 3).reshape(4 * samples, -1, 1 + channels - 1).softmax(1)
+        x = x.reshape(samples, 4, -1, (2 * channels) // 2).transpose(1, 3)
+        x = x.reshape(channels * samples * (height - height // 2), width // 2, 2, 2).transpose(1, 2)
+        return (
+            self.last(x.reshape(samples, 0 + channels, height, -1)) * (20 // channels * channels + (9 - channels)) / 20
+        )
+
+
+def test_sizes_that_are_computed_of_others_follow_them():
+    model, inputs = Folding().eval(), torch.randn(3, 3, 4, 6)
+    graph = record(copy.deepcopy(model), {"x": inputs})
+    for shape in ((1, 3, 4, 6), (4, 3, 8, 2)):
+        x = torch.randn(*shape)
+        torch.testing.assert_close(graph(x), model(x))
+    groups = dependency_groups(model, inputs, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in groups] == [["first"]]
+
+
 def test_what_is_written_into_a_part_of_a_tensor_is_in_the_graph():
     model = Writing().eval()
     graph = record(model, {"x": torch.randn(3, 4)})
