@@ -119,9 +119,8 @@ class Folding(nn.Module):
         x = x.reshape(samples, channels, -1, 4).transpose(1, 3).reshape(4 * samples, -1, 1 + channels - 1).softmax(1)
         x = x.reshape(samples, 4, -1, (2 * channels) // 2).transpose(1, 3)
         x = x.reshape(channels * samples * (height - height // 2), width // 2, 2, 2).transpose(1, 2)
-        return (
-            self.last(x.reshape(samples, 0 + channels, height, -1)) * (20 // channels * channels + (9 - channels)) / 20
-        )
+        rest = 20 // height * height + (9 - height)
+        return self.last(x.reshape(samples, 0 + channels, height, -1)) * rest
 
 
 def test_sizes_that_are_computed_of_others_follow_them():
