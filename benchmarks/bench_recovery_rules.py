@@ -11,7 +11,8 @@ thread. Further counts of images (``--images 1024 512``) are for a few rows only
 are made from the net alone.
 
 Rows with labels stand beside it and go on from ``reconstruct`` with the plan's recipe of retraining: one epoch on the
-same images, as many steps on them as distillation takes, one epoch on all training images.
+same images, as many steps on them as distillation takes, one epoch on all training images. "From new weights" are nets
+as wide, trained by the plan's whole recipe: what these widths can learn.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from torch.utils.data import TensorDataset
 
 from nni_topo import compensate, synthetic_images, to_dense
 from nni_topo.recovery.compensating import METHODS
-from nni_topo.runs.cells import shared_ratios, start_of
+from nni_topo.runs.cells import shared_ratios, start_of, with_new_weights
 from nni_topo.runs.plan import Cell, CompensationChoice, DistillationChoice, PrunerChoice, load_plan
 from nni_topo.runs.records import append_record, read_records
 from nni_topo.runs.run import Start, distilled, made_dense, prune_to_ratios, retrain
@@ -52,7 +53,8 @@ RULES = ("recalibrate", "mean", "merge", "scalar", "pair", "channel", "layer", "
 DISTILLED = ("distilled alone", "reconstruct, distilled", "ahead, distilled")
 LABELLED = ("one epoch, same labels", "as many steps, same labels", "one epoch, all labels")
 NO_DATA = "reconstruct, no data"
-ROWS = ("none", *RULES, NO_DATA, *DISTILLED, *LABELLED)
+NEW = "from new weights"
+ROWS = ("none", *RULES, NO_DATA, *DISTILLED, *LABELLED, NEW)
 CURVE = ("reconstruct", "reconstruct, distilled", "as many steps, same labels")
 VERSUS = ("reconstruct", *LABELLED)
 _STEPS = 600
@@ -152,6 +154,9 @@ def _recover(
                 return to_dense(compensate(start.net, masks, images), start.example, masks)
 
             return timed(without_data)
+        if row == NEW:
+            fresh = with_new_weights(of("none")[0], cell.seed)
+            return timed(lambda: _retrained(fresh, start.data, cell.train, cell.seed))
         choice = DistillationChoice(count * 8 // 9, steps=steps)  # the last ninth judges
         rule, _, then = row.partition(", ")
         if then == _UNJUDGED:
