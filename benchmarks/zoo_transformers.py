@@ -41,6 +41,8 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
                                                  "num_layers": 2, "num_heads": 4}),
     "bart_logits": ("BartForConditionalGeneration", {"vocab_size": 100, "d_model": 32, "max_position_embeddings": 64,
                                                      **BOTH}),
+    "marian_logits": ("MarianMTModel", {"vocab_size": 100, "d_model": 32, "max_position_embeddings": 64,
+                                        "pad_token_id": 0, "decoder_start_token_id": 1, **BOTH}),
     "bart": ("BartForSequenceClassification", {"vocab_size": 100, "d_model": 32, "max_position_embeddings": 64,
                                                **BOTH}),
     "gpt_neo": ("GPTNeoForCausalLM", {"vocab_size": 100, "hidden_size": 32, "num_layers": 2, "num_heads": 4,

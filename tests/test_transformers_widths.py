@@ -91,15 +91,16 @@ class Logits(torch.nn.Module):
         return self.model(input_ids=input_ids, decoder_input_ids=decoder_input_ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("kind", ["T5", "Bart"])
+@pytest.mark.parametrize("kind", ["T5", "Bart", "Marian"])
 def test_widths_of_encoder_and_decoder_go_with_the_attention_between_them(kind):
     t5 = {"d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4}
     sides = {f"{side}_{key}": size for side in ("encoder", "decoder") for key, size in
              (("layers", 1), ("attention_heads", 4), ("ffn_dim", 24))}  # fmt: skip
     sizes = {"vocab_size": 31, "d_model": 16, **(t5 if kind == "T5" else sides)}
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**sizes, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
-    inner = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    config = getattr(transformers, f"{kind}Config")(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    name = "MarianMTModel" if kind == "Marian" else f"{kind}ForConditionalGeneration"
+    inner = getattr(transformers, name)(config)
     model, ids = as_torch_layers(Logits(inner).eval()), torch.randint(5, 31, (2, 12))
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)

@@ -100,8 +100,8 @@ class Numbering(torch.fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         shape = tensor_shape(n)
         labels = [] if makes_mask(n) else tensors_of((args, kwargs))
-        if n.op == "call_module":
-            return self._module(n, labels, shape)
+        if n.op == "call_module":  # an embedding of positions may be given a size alone
+            return self._module(n, labels or [staying(())], shape)
         return self._function(n, args, kwargs, labels, shape)
 
     def _parameter(self, name: str, value: torch.Tensor) -> torch.Tensor:
@@ -118,11 +118,11 @@ class Numbering(torch.fx.Interpreter):
     def _module(self, node: torch.fx.Node, labels: list[torch.Tensor], shape: tuple[int, ...] | None) -> Any:
         name = str(node.target)
         module: torch.nn.Module = self.fetch_attr(name)
-        if labels and isinstance(module, torch.nn.RNNBase):
+        if isinstance(module, torch.nn.RNNBase):
             return self._recur(node, labels, name, type(module).__name__)
-        if labels and name in self.attention:
+        if name in self.attention:
             return self._attend(node, labels, self.attention[name])
-        if not labels or not can_be_cut(module):
+        if not can_be_cut(module):
             # It needs all that enters, and what it puts out can't be made less.
             return self._whole(node, labels, f"{type(module).__name__} ({name}) stays whole")
         if name in self.along or (name not in self.layers and goes_along(module, labels[0], shape or ())):
