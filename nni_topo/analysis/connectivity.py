@@ -18,8 +18,8 @@ from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.network.capture import by_channel, watched
 from nni_topo.network.inputs import call_arguments, tensors_of
 from nni_topo.network.layers import CONVOLUTIONS, NORMALIZING
+from nni_topo.network.masked import masked_model
 from nni_topo.network.modes import evaluation_mode
-from nni_topo.network.reference import masked_model
 from nni_topo.runs.run import Start
 from nni_topo.runs.study import Names, Tell
 from nni_topo.runs.tables import as_table

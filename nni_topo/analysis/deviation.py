@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from nni_topo.analysis.bounds.propagation import ErrorBound, error_bound
 from nni_topo.errors import ConfigError, DataError, check_integer, check_jobs, unknown_name
 from nni_topo.network.dependency import dependency_groups
-from nni_topo.network.reference import masked_model
+from nni_topo.network.masked import masked_model
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import pruner_info
 from nni_topo.runs.pictures import finish, panels

@@ -24,8 +24,8 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, check_jobs
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import CONVOLUTIONS, check_names
+from nni_topo.network.masked import masked_model
 from nni_topo.network.network import Network
-from nni_topo.network.reference import masked_model
 from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
 from nni_topo.runs.pictures import figure_of, finish, single
 from nni_topo.runs.run import pruner_knobs

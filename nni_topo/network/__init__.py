@@ -6,9 +6,9 @@ from nni_topo.network.exporting import Exported, export
 from nni_topo.network.files import load, save
 from nni_topo.network.latency import LatencyTable, LayerLatency
 from nni_topo.network.layers import as_torch_layers, register_module
+from nni_topo.network.masked import masked_model
 from nni_topo.network.pretrained import save_pretrained
 from nni_topo.network.profiling import ModeCost, profile
-from nni_topo.network.reference import masked_model
 from nni_topo.network.report import DenseReport, LayerReport
 from nni_topo.network.timing import measure_latency
 from nni_topo.network.zeros import zeros_held

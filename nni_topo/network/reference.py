@@ -22,7 +22,6 @@ from nni_topo.network.computed import fold
 from nni_topo.network.counted import channel_dim
 from nni_topo.network.inputs import (
     Call,
-    call_arguments,
     cast_floats,
     out_of_memory,
     random_like,
@@ -31,66 +30,15 @@ from nni_topo.network.inputs import (
     tensors_of,
 )
 from nni_topo.network.layers import is_depthwise, is_normalizing, per_channel_names
-from nni_topo.network.masks import FullMasks, Masks, check_masks, check_model
+from nni_topo.network.masks import FullMasks
 from nni_topo.network.modes import RandomWeights, detached_copy, put_parameters, random_state_kept
 from nni_topo.network.transformers import fast_paths_off
 from nni_topo.sharing import find_ties, tie_again, untie
 
 
-def masked_model(model: torch.nn.Module, example_inputs: Any, masks: Masks) -> torch.nn.Module:
-    """Copy a model with its masked channels at zero, through batch norms too.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model, not wrapped by a pruner. It isn't changed.
-    example_inputs : Tensor, tuple, list or mapping of str to Any
-        Inputs of the model: one tensor, positional or keyword arguments.
-    masks : mapping of str to mapping of str to Tensor or None
-        NNI's masks, ``{module: {parameter: mask}}``.
-
-    Returns
-    -------
-    torch.nn.Module
-        A copy in which weights and biases are multiplied by their masks; the bias of a channel
-        without weights is zero; weight and bias of a batch norm are zero for channels that arrive at it as
-        zeros whatever the input, and so is the bias of a depth-wise convolution; and so are the places of a parameter
-        that the model uses by itself, a position embedding say, that meet removed channels. Nothing else differs. What
-        layers share, they share in the copy too unless their masks differ.
-
-    Raises
-    ------
-    ConfigError
-        If masks don't fit the model.
-    SpeedupError
-        If the model is still wrapped or a layer would be empty.
-    DataError
-        If the model holds NaN or infinite values.
-
-    Notes
-    -----
-    The channels that arrive as zeros are found by a forward pass in which all parameters and inputs are
-    positive and norms pass on what they get: there nothing cancels and no ReLU dies, so that a zero is a
-    zero of the structure. It holds through concatenations, additions and shared modules alike.
-
-    A group or layer norm takes its statistics over removed channels too, as zeros.
-    """
-    check_model(model)
-    call = call_arguments(example_inputs, model)
-    from nni_topo.network.network import Network  # which rehearses with this module
-    from nni_topo.network.resolve import union, with_own
-
-    full = check_masks(model, masks)
-    try:
-        flow = Network(model, call).flow
-    except SpeedupError:
-        return apply_masks(model, call, full)
-    return apply_masks(model, call, with_own(model, flow, full, union(model, flow, full)))
-
-
 @fast_paths_off()
 def apply_masks(model: torch.nn.Module, call: Call, masks: FullMasks) -> torch.nn.Module:
-    """Do the work of `masked_model` on checked arguments."""
+    """Do the work of `nni_topo.masked_model` on checked arguments."""
     own = detached_copy(model, light=True)
     ties = find_ties(own)
     untie(own, ties)

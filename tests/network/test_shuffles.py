@@ -10,9 +10,9 @@ from speedup_nets import lively
 from torch import nn
 
 import nni_topo
+from nni_topo.network.masked import masked_model
 from nni_topo.network.masks import check_masks
 from nni_topo.network.network import Network
-from nni_topo.network.reference import masked_model
 from nni_topo.network.resolve import union
 from nni_topo.network.shuffles import chosen_of, stays_in_place
 

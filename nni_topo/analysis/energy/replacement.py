@@ -17,7 +17,7 @@ from nni_topo.analysis.energy.study import Evaluate, Quality
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.maths.signals import Chirp
 from nni_topo.maths.ties import first_smallest
-from nni_topo.network.reference import masked_model
+from nni_topo.network.masked import masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
 

@@ -30,9 +30,9 @@ from nni_topo.maths.ties import descending
 from nni_topo.network.capture import watched
 from nni_topo.network.following import norms_behind
 from nni_topo.network.layers import spread
+from nni_topo.network.masked import masked_model
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.network import Network
-from nni_topo.network.reference import masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 
 METHODS = ("random", "energy", "energy, genetic", "taylor", "taylor, genetic", "loss, genetic")

@@ -21,7 +21,7 @@ from nni_topo.network.cost import NetworkCost
 from nni_topo.network.dense import to_dense
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import kept_channels
-from nni_topo.network.reference import masked_model
+from nni_topo.network.masked import masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.pruners.hooks import Masks, Metrics, unit_scores
 from nni_topo.runs.study import Findings

@@ -22,7 +22,7 @@ from nni_topo.disk import only_process
 from nni_topo.errors import ConfigError, instance, number
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import CONVOLUTIONS
-from nni_topo.network.reference import masked_model
+from nni_topo.network.masked import masked_model
 from nni_topo.network.zeros import weights_left
 from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.pruners.rounds import even_steps, prune_in_rounds
