@@ -88,7 +88,7 @@ class Logits(torch.nn.Module):
         self.model = model
 
     def forward(self, input_ids, decoder_input_ids):
-        return self.model(input_ids=input_ids, decoder_input_ids=decoder_input_ids, use_cache=False).logits
+        return self.model(input_ids=input_ids, decoder_input_ids=decoder_input_ids).logits
 
 
 @pytest.mark.parametrize("kind", ["T5", "Bart", "Marian"])

@@ -30,17 +30,22 @@ _CONSTANT = "_recorded"
 
 def record(model: nn.Module, named: dict[str, Any]) -> GraphModule:
     """Record a model, in evaluation mode and changed by it, on a call's arguments by name."""
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "use_cache", None):  # as models of Transformers have it
-        config.use_cache = False
-    implementation = getattr(config, "_attn_implementation", None)
-    if implementation not in (None, "eager"):
+    held: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in held if config is not None}.values()
+    for config in configs:
+        if getattr(config, "use_cache", None):  # as models of Transformers have it
+            config.use_cache = False
+    told = {id(config): getattr(config, "_attn_implementation", None) for config in configs}
+    others = [config for config in configs if told[id(config)] not in (None, "eager")]
+    if others:
         # So masks are always made, not only where this batch needs one; not all models can be told that any more.
-        config._attn_implementation = "eager"
+        for config in others:
+            config._attn_implementation = "eager"
         try:
             return _recorded(model, named)
         except Exception:  # a model fails in as many ways as it is written
-            config._attn_implementation = implementation
+            for config in others:
+                config._attn_implementation = told[id(config)]
     return _recorded(model, named)
 
 
