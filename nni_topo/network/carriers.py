@@ -52,7 +52,7 @@ class Brought:
         reasons = dict[int, str]()
         for name, carried in self.carried.items():
             for root in flow.entering_roots(name)[carried.carriers].tolist():
-                reasons.setdefault(root, f"it brings {name} what all that are removed bring, which isn't zero")
+                reasons.setdefault(root, f"it brings what all removed channels do, which isn't zero ({name})")
         return reasons
 
 
