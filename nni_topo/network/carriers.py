@@ -106,10 +106,11 @@ def _by_input(module: Any) -> Tensor:
 
 def _carried(reader: Reader, settled: Tensor, preferred: np.ndarray) -> Carried | None:
     """Choose channels whose multiples all others are that bring the same whatever comes in, if there are few."""
-    first, *others = reader.rows or [torch.zeros(1, 1)]
-    size = first.abs().amax(1)
-    if len(reader.rows or ()) < len(reader.ends) or any(each.shape != first.shape for each in others):
+    rows = reader.rows or []
+    if len(rows) < len(reader.ends) or any(each.shape != rows[0].shape for each in rows):
         return None
+    first, *others = rows
+    size = first.abs().amax(1)
     same = [((each - first).abs().amax(1) <= TOLERANCE * size).numpy() for each in others]
     waiting = np.all([(size > 0).numpy(), ~settled[reader.gone].numpy(), *same], 0)
     places, preferred = reader.gone.nonzero().flatten(), preferred[reader.gone.numpy()]
