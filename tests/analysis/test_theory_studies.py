@@ -80,10 +80,11 @@ def test_deviation_table(checkpoint, tmp_path, capsys):
     ("study", "more"),
     [
         ("deviation", ("--images", "8")),
-        pytest.param("connectivity", (), marks=pytest.mark.slow),
-        pytest.param("retraining", ("--epochs", "1"), marks=pytest.mark.slow),
+        ("connectivity", ()),
+        ("retraining", ("--epochs", "1")),
     ],
 )
+@pytest.mark.slow
 def test_networks_measured_beside_each_other_give_the_same_points(study, more, checkpoint, tmp_path):
     words = ("--pruners", "connections,random", "--ratios", "0.5", "--calibration", "100", "--seeds", "2", *more)
     for jobs in ("1", "2"):

@@ -75,7 +75,7 @@ VIT = {"num_layers": "2", "patch_size": "16", "num_heads": "2", "hidden_dim": "1
 @pytest.mark.parametrize(
     ("name", "knobs", "share"),
     [
-        ("torchvision/shufflenet_v2_x0_5", {}, 0.47),
+        pytest.param("torchvision/shufflenet_v2_x0_5", {}, 0.47, marks=pytest.mark.slow),
         ("torchvision/mobilenet_v3_small", {}, 0.49),
         ("torchvision/vit", VIT, 0.49),
         ("segmentation/lraspp_mobilenet_v3_large", {}, 0.5),

@@ -231,6 +231,7 @@ def test_a_shared_layer_ties_what_enters_its_calls():
     assert flow.layer_roots("stem").tolist() == flow.layer_roots("twice").tolist()
 
 
+@pytest.mark.slow
 def test_the_order_does_not_depend_on_the_hash_seed(bare_python):
     script = (
         f"import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r}); import torch, speedup_nets as nets;"

@@ -97,7 +97,8 @@ def test_a_finished_comparison_runs_nothing_again(tmp_path):
     assert second[0] == first[0]
 
 
-@pytest.mark.parametrize("n_jobs", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_jobs", [1, 2])
 def test_a_process_per_cell_gives_the_same_figures_however_many_run_at_a_time(n_jobs, tmp_path):
     both = dataclasses.replace(plan("l1", seeds=n_jobs), targets=(Target("flops", 0.5), Target("params", 0.5)))
     began = []
