@@ -1,12 +1,13 @@
-"""The steps of NNI's BERT tutorial on today's PyTorch and Transformers: heads, neurons, and no label for what follows.
+"""The steps of NNI's BERT tutorial on today's PyTorch and Transformers: heads and neurons, then width; and no labels.
 
     python benchmarks/bench_bert.py --out runs/bert.json
     python benchmarks/bench_bert.py --model DIR --tokens tokens.pt --out runs/bert.json
 
-Half of the heads of every layer and three quarters of the MLPs' neurons go; where the tutorial distils on GLUE,
-`compensate` solves what is left, on token ids alone. Without ``--model``, a folder that ``save_pretrained`` wrote, it
-is a BERT of base size with random weights, for what the steps cost; ``--tokens`` is what ``torch.save`` wrote of a dict
-of inputs, by default random ones, of which up to half is padding. Seconds are those of the processor, on one thread.
+Half of the heads of every layer and three quarters of the MLPs' neurons go, then a quarter of the hidden width; where
+the tutorial distils on GLUE, `compensate` solves what is left of each, on token ids alone. Without ``--model``, a
+folder that ``save_pretrained`` wrote, it is a BERT of base size with random weights, for what the steps cost;
+``--tokens`` is what ``torch.save`` wrote of a dict of inputs, by default random ones, of which up to half is padding.
+Seconds are those of the processor, on one thread.
 ``--times`` times dense networks with half, a third and a sixth of the heads, and half, a quarter and an eighth of the
 neurons, in turns with the whole one instead, two sequences without padding at a time.
 """
@@ -70,9 +71,26 @@ def random_tokens(samples: int, places: int, most: int = 30522) -> dict[str, Ten
     return {"input_ids": ids, "attention_mask": (torch.arange(places) < lengths).long()}
 
 
-def measure(model: nn.Module, batches: list[dict[str, Tensor]], heads: float = 0.5, neurons: float = 0.75) -> Any:
+def measure(
+    model: nn.Module,
+    batches: list[dict[str, Tensor]],
+    heads: float = 0.5,
+    neurons: float = 0.75,
+    width: float = 0.25,
+) -> Any:
     """Return seconds and GiB of each step, sizes, and how far logits are from the original's, as shares of variance."""
-    record: dict[str, Any] = {}
+    record: dict[str, Any] = {"parameters": zoo.count_params(model)}
+    wanted, net = _logits(model, batches), model
+    for name, asked in (("heads and neurons", _asked(heads, neurons)), ("width", _asked_width(width))):
+        net, record[name] = _shrunk(net, batches, asked, wanted)
+    return record
+
+
+def _shrunk(
+    model: nn.Module, batches: list[dict[str, Tensor]], asked: list[dict[str, Any]], wanted: Tensor
+) -> tuple[nn.Module, dict[str, float]]:
+    """Take away what is asked for and solve what is left; return the network, and what the steps cost and leave."""
+    record: dict[str, float] = {}
 
     def timed(step: str, work: Callable[[], Any]) -> Any:
         began = time.process_time()
@@ -82,18 +100,14 @@ def measure(model: nn.Module, batches: list[dict[str, Tensor]], heads: float = 0
         return found
 
     few = {key: each[:2] for key, each in batches[0].items()}
-    groups = list(timed("groups", lambda: dependency_groups(model, few, _asked(heads, neurons))))
+    groups = list(timed("groups", lambda: dependency_groups(model, few, asked)))
     masks = timed("choose", lambda: create_pruner("l1", copy.deepcopy(model), groups).compress()[1])
     solved = timed("compensate", lambda: compensate(model, masks, batches))
-    nets = {
-        "as shipped": to_dense(model, few, masks),
-        "compensated": timed("dense", lambda: to_dense(solved, few, masks)),
-    }
-    wanted = _logits(model, batches)
-    for name, net in nets.items():
+    dense = timed("dense", lambda: to_dense(solved, few, masks))
+    for name, net in (("as shipped", to_dense(model, few, masks)), ("compensated", dense)):
         lost = (_logits(net, batches) - wanted).square().mean() / wanted.var(0).mean()
         record |= {f"{name}, lost": float(lost), f"{name}, parameters": zoo.count_params(net)}
-    return {"parameters": zoo.count_params(model), **record}
+    return dense, record
 
 
 def times(model: nn.Module, ids: Tensor) -> Any:
@@ -113,6 +127,11 @@ def _asked(heads: float, neurons: float) -> list[dict[str, Any]]:
         {"op_names_re": [r".*\.attention\.self$"], "granularity": "head", "sparse_ratio": heads},
         {"op_names_re": [r".*\.intermediate\.dense$"], "sparse_ratio": neurons},
     ]
+
+
+def _asked_width(ratio: float) -> list[dict[str, Any]]:
+    """Ask all that adds to the residual stream for a share of its channels."""
+    return [{"op_names_re": [r".*_embeddings$", r".*\.output\.dense$"], "sparse_ratio": ratio}]
 
 
 def _logits(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:

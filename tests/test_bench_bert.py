@@ -38,8 +38,15 @@ def test_a_tiny_bert_loses_heads_and_neurons_and_is_compensated(bench):
     found = bench.measure(model, [{key: part[at : at + 32] for key, part in tokens.items()} for at in (0, 32)])
     # Of each layer half of four matrices of 32 x 32, three of them with a bias, and three quarters of the MLP's.
     gone = 2 * (2 * 32 * 32 + 3 * 16 + 36 * (2 * 32 + 1))
-    assert found["parameters"] - found["compensated, parameters"] == gone
-    assert found["compensated, lost"] < 0.5 * found["as shipped, lost"]
-    assert {key for key in found if key.endswith(", s")} == {
-        f"{s}, s" for s in ("groups", "choose", "compensate", "dense")
-    }
+    first, then = found["heads and neurons"], found["width"]
+    assert found["parameters"] - first["compensated, parameters"] == gone
+    assert first["compensated, lost"] < 0.5 * first["as shipped, lost"]
+    assert first["compensated, lost"] < then["compensated, lost"] < then["as shipped, lost"]
+    # What the 32 channels of the stream have: embeddings, norms, what reads and writes it in two layers, the pooler's
+    # inputs.
+    rows = 31 + 512 + 2 + 2 + 2 * (4 * 16 + 1 + 2 + 2 * 12 + 1 + 2) + 32
+    assert first["compensated, parameters"] - then["compensated, parameters"] == 8 * rows
+    for each in (first, then):
+        assert {key for key in each if key.endswith(", s")} == {
+            f"{s}, s" for s in ("groups", "choose", "compensate", "dense")
+        }
