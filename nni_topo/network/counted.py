@@ -189,19 +189,17 @@ def plain_rms_norm(norm: nn.Module) -> nn.RMSNorm | None:
         return None
     rows = torch.linspace(-1, 2, 3 * len(weight)).view(3, -1) * torch.tensor([[1.0], [eps**0.5], [10.0]])
     near = 64 * torch.finfo(weight.dtype).eps
-    for kind, shift in ((nn.RMSNorm, 0.0), (ShiftedRMSNorm, 1.0)):
-        made: Any = kind(len(weight), eps=eps, device="meta")
-        made.weight = weight
-        if shift:
-            made.shift = shift
-        with torch.no_grad():
-            try:
-                given = norm.forward(rows.to(weight))
-            except (RuntimeError, TypeError, ValueError):
-                return None
+    with torch.no_grad():
+        try:
+            given = norm.forward(rows.to(weight))
+        except (RuntimeError, TypeError, ValueError):
+            return None
+        for kind, shift in ((nn.RMSNorm, 0.0), (ShiftedRMSNorm, 1.0)):
+            made: Any = kind(len(weight), eps=eps, device="meta")
+            made.weight, made.shift = weight, shift
             wanted = made.forward(rows.to(weight))
-        if isinstance(given, Tensor) and torch.allclose(given, wanted, rtol=near, atol=near):
-            return cast("nn.RMSNorm", made)
+            if isinstance(given, Tensor) and torch.allclose(given, wanted, rtol=near, atol=near):
+                return cast("nn.RMSNorm", made)
     return None
 
 
