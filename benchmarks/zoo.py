@@ -37,7 +37,7 @@ import zoo_nets
 import zoo_transformers
 from nni.compression.speedup import ModelSpeedup
 from torch import Tensor, nn
-from zoo_reference import PRUNED, difference, run, width, zeroed_outputs, zeroing
+from zoo_reference import DETECTING, PRUNED, difference, run, width, zeroed_outputs, zeroing
 
 import nni_topo
 from nni_topo import zoo
@@ -119,7 +119,9 @@ def measure(name: str, options: dict[str, str], *, rivals: bool = False) -> dict
     groups = nni_topo.dependency_groups(model, inputs, asked)
     record["groups_cpu_seconds"] = time.process_time() - start
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PRUNED)}
-    heads = [name for name, why in groups.skipped.items() if "output" in why]
+    heads = [layer for layer, why in groups.skipped.items() if "output" in why]
+    if name.startswith("detection/"):
+        heads += [layer for layer in groups.skipped if layer.startswith(tuple(f"{each}." for each in DETECTING))]
     record["layers"] = len(layers)
     record["asked"] = sum(width(module) for name, module in layers.items() if name not in heads)
     record["skipped"] = {name: why for name, why in groups.skipped.items() if name not in heads}

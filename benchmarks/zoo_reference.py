@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 PRUNED = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase)
 DETECTING = {f"{each}_predictor" for each in ("roi_heads.box", "roi_heads.mask", "roi_heads.keypoint")} | {
-    "head", "rpn.head", "backbone.fpn", "backbone.features"
+    "head", "rpn.head"
 }  # fmt: skip
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 

@@ -65,7 +65,7 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("Starcoder2ForCausalLM", SHARES),
     "falcon": ("FalconForCausalLM", {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2,
                                      "num_attention_heads": 4}),
-    "mixtral": ("MixtralForCausalLM", {**SHARES, "num_local_experts": 2}),
+    "mixtral": ("MixtralForCausalLM", {**SHARES, "num_local_experts": 2, "experts_implementation": "eager"}),
     "mamba": ("MambaForCausalLM", {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
     "vit": ("ViTForImageClassification", SEES),
     "deit": ("DeiTForImageClassification", SEES),

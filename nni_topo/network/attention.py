@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from nni_topo.network.layers import entering_channels, is_recurrent
@@ -226,6 +226,13 @@ def attend(attention: Any, out: str, *args: Any, **kwargs: Any) -> Any:
         return attention(*args, **kwargs)
     finally:
         owner._modules[key] = layer
+
+
+def states_read(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, list[Tensor]]:
+    """List, by linear layer within attention, what enters it as it enters the attention; empty if not known."""
+    given: dict[Any, Any] = {**dict(enumerate(args[2:] if node.target is attend else args)), **kwargs}
+    read: Any = {name: [given.get(at) for at in places] for name, places in (node.meta.get("reads") or {}).items()}
+    return read if all(isinstance(each, Tensor) for states in read.values() for each in states) else {}
 
 
 Given = tuple[bool, dict[str, list[int | str]]]

@@ -37,6 +37,8 @@ REDUCTIONS = frozenset(
     ["mean", "sum", "amax", "amin", "max", "min", "norm", "std", "var", "prod", "logsumexp", "argmax", "argmin"]
 )
 
+_OF_ONE_VALUE = ("zeros", "ones", "empty", "full")
+
 
 def fixed(leaf: Any) -> Any:
     """Label a tensor from outside ``FIXED``: its channels can't be removed; any other leaf comes back as it is."""
@@ -52,6 +54,33 @@ def can_follow(value: Any) -> bool:
 def staying(shape: tuple[int, ...]) -> torch.Tensor:
     """Label all of a tensor ``FIXED``."""
     return torch.tensor(FIXED).expand(shape)
+
+
+def made(node: torch.fx.Node, shape: tuple[int, ...], numbers: dict[str, Any]) -> torch.Tensor:
+    """Label what is made of no traced tensor, given the labels of the nodes before.
+
+    It is a constant, of which all stays, and so do the channels that meet it; but of one value, as large as a tensor
+    along a dimension, there is as much as that has left.
+    """
+    args = node.args[0] if len(node.args) == 1 and isinstance(node.args[0], (tuple, list)) else node.args
+    # As ``torch.full(size, value)``.
+    sizes: Any = args[0] if args and isinstance(args[0], (tuple, list)) else args
+    for d, size in enumerate(sizes if plain_name(node) in _OF_ONE_VALUE and len(sizes) >= len(shape) else ()):
+        if isinstance(size, torch.fx.Node) and plain_name(size) == "size" and len(size.args) == 2:
+            tensor, at = size.args
+            labels = numbers.get(tensor.name) if isinstance(tensor, torch.fx.Node) else None
+            if isinstance(labels, torch.Tensor) and isinstance(at, int) and labels.numel() == labels.shape[at] > 1:
+                return labels.view([-1 if each == d else 1 for each in range(len(shape))]).expand(shape)
+    return staying(shape)
+
+
+def put_by_row(node: torch.fx.Node, labels: list[torch.Tensor]) -> list[torch.Tensor] | None:
+    """Return labels of one row each of a tensor and of those that are put into its rows; None for any other node."""
+    dim = node.args[1] if len(node.args) == 4 else None
+    if plain_name(node) not in ("index_add", "index_copy") or not isinstance(dim, int) or len(labels) != 3:
+        return None
+    rows = labels[0], labels[2]
+    return None if any(varies(each, dim) for each in rows) else [each.narrow(dim, 0, 1) for each in rows]
 
 
 def compressed(leaf: Any) -> Any:

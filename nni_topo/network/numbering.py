@@ -14,7 +14,7 @@ import torch.fx
 from torch.utils._pytree import tree_map, tree_map_only
 
 from nni_topo.network.along import goes_along
-from nni_topo.network.attention import Attention, attend, find_heads, is_mixed
+from nni_topo.network.attention import Attention, attend, find_heads, is_mixed, states_read
 from nni_topo.network.counted import channel_dim
 from nni_topo.network.inputs import tensors_of
 from nni_topo.network.labels import (
@@ -30,12 +30,14 @@ from nni_topo.network.labels import (
     compressed,
     fixed,
     given_shapes,
+    made,
     makes_mask,
     meet_alike,
     merge,
     merges,
     place,
     plain_name,
+    put_by_row,
     staying,
     tensor_shape,
     varies,
@@ -181,7 +183,7 @@ class Numbering(torch.fx.Interpreter):
 
     def _attend(self, node: torch.fx.Node, labels: list[torch.Tensor], attention: Attention) -> Any:
         """Tie what makes each head together; what enters is read by the linear layers within, or needed as a whole."""
-        read = self._read(node)
+        read = states_read(node, *self.fetch_args_kwargs_from_env(node))
         for name, states in read.items():
             for each in states:
                 self._tie_calls(name, self._per_channel(each, each.dim() - 1))
@@ -204,13 +206,6 @@ class Numbering(torch.fx.Interpreter):
         context = context if is_mixed(node, attention) else torch.from_numpy(numbers).expand(context.shape)
         leaves = iter([context, *by_head])
         return tree_map_only(torch.Tensor, lambda _: next(leaves), found)
-
-    def _read(self, node: torch.fx.Node) -> dict[str, list[torch.Tensor]]:
-        """List, by linear layer within attention, what enters it as it enters the attention."""
-        args, kwargs = self.fetch_args_kwargs_from_env(node)
-        given: dict[Any, Any] = {**dict(enumerate(args[2:] if node.target is attend else args)), **kwargs}
-        read: Any = {name: [given.get(at) for at in places] for name, places in (node.meta.get("reads") or {}).items()}
-        return read if all(isinstance(each, torch.Tensor) for states in read.values() for each in states) else {}
 
     def _whole(self, node: torch.fx.Node, labels: list[torch.Tensor], reason: str) -> Any:
         """Keep all channels that enter a node, and so all that leave it."""
@@ -264,9 +259,8 @@ class Numbering(torch.fx.Interpreter):
     ) -> Any:
         if n.target is attend:
             return self._attend(n, labels, self.attention[str(n.args[0].target)])  # type: ignore[union-attr]
-        # What is made of no traced tensor (torch.zeros) is a constant: its channels stay, and so do those that meet it.
         if not labels:
-            return self._size(n) if shape is None else staying(shape)
+            return self._size(n) if shape is None else made(n, shape, self.numbers)
         if plain_name(n) in ("put", "setitem"):  # whose numbers nobody would know any more
             return self._whole(n, labels, f"part of a tensor is written ({place(n)})")
         if plain_name(n) in ("to", "type_as"):  # the other is looked at for its type or device
@@ -282,6 +276,8 @@ class Numbering(torch.fx.Interpreter):
             return moved
         if not tensors_of(given_shapes(n)):
             return self._size(n)
+        if (rows := put_by_row(n, labels)) is not None:
+            return self._meet(rows, tuple(rows[0].shape)).expand(shape or ())
         if (picked := carry_picked(n, labels, shape)) is not None:
             return picked
         if shape is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import is_attention
@@ -72,12 +72,16 @@ class _Recorder(TorchFunctionMode):
         self._alive: list[Any] = []  # a tensor that is gone would leave its identity to another one
         self._stack: list[str] = []
         self._inside = 0
+        self._ran = set[str]()  # modules
+        self._chosen = False  # whether a value has been an index
         self._leaves = {id(module) for module in model.modules() if _is_leaf(module)}  # tried out before, on others
-        tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-        for name, value in tensors.items():
-            self._keep(value, self.graph.placeholder(name))
+        for name, value in named.items():
+            if tensors_of(value):
+                self._enter(value, self.graph.placeholder(name))
+        self.entry = self._nodes[id(tensors_of(named)[0])]  # whose size is the number of samples
         with self._calls_seen(model), self:
             outputs = model(**named)
+        self._check_choice(model)
         found = tuple(self._node(each) for each in tensors_of(outputs))
         self.graph.output(found[0] if isinstance(outputs, Tensor) else found)
         self._nodes.clear()
@@ -88,13 +92,24 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         """Compute what a function gives and write it down."""
         kwargs = kwargs or {}
+        self._chosen |= getattr(func, "__name__", "") == "__index__" and id(args[0]) in self._nodes
         out = func(*args, **kwargs)
-        if not self._inside and any(
-            id(each) in self._nodes or id(each) in self._own for each in tensors_of((args, kwargs))
-        ):
+        if not self._inside and any(self._is_followed(each) for each in tree_leaves((args, kwargs))):
             self._write(*_operation(func, args), kwargs, out)
             out = self._measured(func, args, kwargs, out)
         return out
+
+    def _check_choice(self, model: nn.Module) -> None:
+        """Raise if a value has chosen among modules of a list, and left some out, which the graph wouldn't know of."""
+        for name, module in model.named_modules() if self._chosen else ():
+            inner = [(f"{name}.{key}".lstrip("."), each) for key, each in module.named_children()]
+            ran = [own in self._ran for own, each in inner if next(each.parameters(), None) is not None]
+            if isinstance(module, nn.ModuleList) and any(ran) and not all(ran):
+                raise SpeedupError(f"of modules that are chosen by value all must run, got some that don't ({name})")
+
+    def _is_followed(self, value: Any) -> bool:
+        """Tell whether a value is a tensor of the graph's, or a size of one, as a tensor may be made of."""
+        return isinstance(value, _Size) or id(value) in self._nodes or id(value) in self._own
 
     def _measured(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Let the sizes that a model asks a tensor for say whose they are."""
@@ -115,6 +130,7 @@ class _Recorder(TorchFunctionMode):
             if self._inside or not name:
                 return plain(module, *args, **kwargs)
             self._stack.append(name)
+            self._ran.add(name)
             self._inside += id(module) in self._leaves
             try:
                 out = plain(module, *args, **kwargs)
@@ -184,6 +200,15 @@ class _Recorder(TorchFunctionMode):
         if not isinstance(value, _PLAIN):
             raise SpeedupError(f"arguments of what is recorded must be tensors or plain, got {type(value).__name__}")
         return value
+
+    def _enter(self, value: Any, node: Node) -> None:
+        """Note an argument; of a container, each tensor in it."""
+        if isinstance(value, Tensor):
+            self._keep(value, node)
+            return
+        for key, each in value.items() if isinstance(value, Mapping) else enumerate(value):
+            if tensors_of(each):
+                self._enter(each, self.graph.call_function(operator.getitem, (node, key)))
 
     def _node(self, tensor: Tensor) -> Node:
         if id(tensor) not in self._nodes:
@@ -307,9 +332,9 @@ def _follow_samples(first: _Recorder, second: _Recorder, samples: int) -> None:
     )
     if not same:
         raise SpeedupError("a model that is recorded must do the same whatever the number of samples, got two graphs")
-    last = [node for node in nodes if node.op == "placeholder"][-1]
+    last = [node for node in nodes if node.op == "placeholder" or node is first.entry][-1]
     with graph.inserting_after(last):
-        size = graph.call_method("size", (nodes[0], 0))
+        size = graph.call_method("size", (first.entry, 0))
     for one, other in zip(nodes, others, strict=True):
         name = str(one.target)
         if one.op == "get_attr" and name in first.constants:

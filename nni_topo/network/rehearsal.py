@@ -248,9 +248,10 @@ class _Rehearsal:
         if node.op == "call_module":
             layer = module.get_submodule(str(node.target))
             return (layer if which else self._silenced(str(node.target), layer))(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        method = getattr(args[0], str(node.target)) if node.op == "call_method" else None
+        value = node.target(*args, **kwargs) if method is None else method(*args[1:], **kwargs)  # type: ignore[operator]
+        # What isn't written to yet holds anything, and not the same in both.
+        return value.zero_() if plain_name(node) in ("empty", "empty_like", "new_empty") else value
 
     def _silenced(self, name: str, layer: nn.Module) -> nn.Module:
         """Return a recurrent layer without the units that are gone, which others of it read; any other as it is."""

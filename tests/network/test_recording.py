@@ -74,6 +74,86 @@ def test_rows_that_are_numbered_follow_the_number_of_samples():
         torch.testing.assert_close(graph(x, lengths), model(x, lengths))
 
 
+def test_arguments_may_be_containers_of_tensors():
+    class Levels(nn.Module):
+        """Adds the first rows of two levels, numbered, and scales them."""
+
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleDict({"a": nn.Linear(4, 2), "b": nn.Linear(4, 2)})
+
+        def forward(self, scale, levels):
+            rows = [self.layers[key](level)[torch.arange(len(level)), 0] for key, (level,) in levels.items()]
+            return sum(rows) * scale["by"]
+
+    def levels(samples):
+        return {key: [torch.randn(samples, 3, 4)] for key in "ab"}
+
+    model, scale = Levels().eval(), {"by": 2.0}
+    graph = record(model, {"scale": scale, "levels": levels(3)})
+    for samples in (1, 2, 7):
+        given = levels(samples)
+        torch.testing.assert_close(graph(given), model(scale, given))
+
+
+class Routed(nn.Module):
+    """Gives each row to the expert that a router chooses."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+        with torch.no_grad():
+            self.stem.weight.copy_(torch.eye(4))
+            self.stem.bias.zero_()
+
+    def forward(self, x):
+        x = self.stem(x)
+        chosen = x.argmax(1)
+        out = torch.zeros(len(x), x.shape[1], dtype=x.dtype, device=x.device)
+        for expert in chosen.unique():
+            (rows,) = torch.where(chosen == expert)
+            out.index_add_(0, rows, self.experts[expert](x[rows]))
+        return self.head(out)
+
+
+def test_of_modules_chosen_by_value_all_have_to_run():
+    model = Routed().eval()
+    record(model, {"x": torch.eye(4)})
+    with pytest.raises(SpeedupError, match=r"all must run, got some that don't \(experts\)"):
+        record(model, {"x": torch.eye(4)[:3]})
+    config = [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
+    skipped = dependency_groups(model, torch.eye(4)[:3], config).skipped
+    assert {"stem", *(f"experts.{each}" for each in range(4))} <= skipped.keys()
+
+
+def test_what_is_made_of_sizes_gets_smaller_with_them():
+    class Gathering(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            samples, places, width = x.shape
+            rows = self.second(x).reshape(-1, width)
+            out = torch.full((samples * places, width), 0.5, device=x.device)
+            if float(x.sum()) > -1:
+                out.index_add_(0, torch.arange(rows.shape[0], device=x.device).flip(0), rows)
+            return self.last(x + out.view(samples, places, width) * torch.ones(width, device=x.device))
+
+    torch.manual_seed(0)
+    model, inputs = Gathering().eval(), torch.randn(2, 3, 4)
+    groups = dependency_groups(model, inputs, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert groups.skipped == {"last": "it gives the model's output"}
+    pruner = create_pruner("random", model, groups)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    dense = to_dense(model, inputs, masks)
+    assert (dense.first.out_features, dense.second.out_features) == (3, 3)
+    torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs))
+
+
 class Flattening(nn.Module):
     """Asks tensors for their sizes, as models of Transformers do, and keeps one."""
 

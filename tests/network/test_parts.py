@@ -1,0 +1,99 @@
+"""Networks that are followed part by part: what only goes from one part to another may lose channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nni_topo
+
+IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Head(nn.Module):
+    """A convolution of each of some levels, which come in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleDict({"a": nn.Conv2d(6, 4, 1), "b": nn.Conv2d(6, 4, 1)})
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, levels: dict[str, Tensor]) -> Tensor:
+        found = [self.convs[key](level).relu().mean((2, 3)) for key, level in levels.items()]
+        return self.last(torch.cat(found, 1))
+
+
+class Net(nn.Module):
+    """A backbone and a head, which is named first, and between them something that a test chooses."""
+
+    def __init__(self, between: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.head, self.between = Head(), between
+        self.backbone = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU())
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        level = self.backbone(images)
+        told = self.between(level)
+        rows = self.head({"a": level, "b": self.backbone(images.flip(3))})
+        best = [row for row in rows if float(row.sum()) > 0] or [rows[0]]
+        return [torch.stack(best), *([told] if isinstance(told, Tensor) else [])]
+
+
+def net(between: Callable[[Tensor], object]) -> nn.Module:
+    torch.manual_seed(0)
+    return Net(between).eval()
+
+
+ALL = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda level: None,
+        lambda level: torch.arange(level.shape[2] * level.size(-1)) + level.dim(),
+        lambda level: torch.zeros(level.shape[-2:], dtype=level.dtype, device=level.device),
+    ],
+    ids=["nothing", "numbers", "zeros"],
+)
+def test_channels_go_where_only_sizes_are_asked_for(between):
+    model = net(between)
+    groups = nni_topo.dependency_groups(model, IMAGES, ALL)
+    assert groups.skipped == {"head.last": "what it gives goes where no tracer follows"}
+    pruner = nni_topo.RandomPruner(model, groups, seed=0)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    dense = nni_topo.to_dense(model, IMAGES, masks)
+    assert (dense.backbone[0].out_channels, dense.head.convs["a"].in_channels, dense.head.last.in_features) == (3, 3, 4)
+    masked = nni_topo.masked_model(model, IMAGES, masks)
+    torch.testing.assert_close(dense(IMAGES[:1]), masked(IMAGES[:1]))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda level: level,
+        lambda level: level.mean(1),
+        lambda level: level.relu_(),
+        lambda level: torch.from_numpy(level.numpy()) * 2,
+        lambda level: level.tolist(),
+        lambda level: torch.zeros_like(level),
+    ],
+    ids=["returned", "computed with", "written to", "as an array", "as a list", "as large"],
+)
+def test_channels_stay_where_anything_else_has_a_part_in_them(between):
+    groups = nni_topo.dependency_groups(net(between), IMAGES, ALL)
+    assert "backbone.0" in groups.skipped
+    assert [entry["op_names"][0] for entry in groups] == ["head.convs.a", "head.convs.b"]
+
+
+def test_a_model_is_left_as_it_was_by_tracers_that_fail():
+    model = net(lambda level: None)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    held = [(name, id(module), set(vars(module))) for name, module in model.named_modules()]
+    nni_topo.dependency_groups(model, IMAGES, ALL)
+    assert held == [(name, id(module), set(vars(module))) for name, module in model.named_modules()]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
