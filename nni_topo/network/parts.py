@@ -221,6 +221,7 @@ def _pairs(written: Any, given: Any) -> Iterator[tuple[Node, Tensor]]:
     elif isinstance(written, Mapping) and isinstance(given, Mapping):
         for key in written:
             yield from _pairs(written[key], given.get(key))
-    elif isinstance(written, (tuple, list)) and isinstance(given, (tuple, list)):
-        for one, other in zip(written, given, strict=False):
+    elif isinstance(written, (tuple, list)):
+        # What is recorded gives its tensors one after the other, whatever they lie in.
+        for one, other in zip(written, given if isinstance(given, (tuple, list)) else tensors_of(given), strict=False):
             yield from _pairs(one, other)

@@ -95,6 +95,29 @@ def test_torchvision_networks(name, knobs, share):
     assert record["gone"] >= share * record["asked"]
 
 
+@pytest.mark.slow
+def test_a_smaller_detector_finds_the_same_boxes_as_the_masked_one_and_learns():
+    torch.manual_seed(0)
+    build = torchvision.models.detection.ssdlite320_mobilenet_v3_large
+    model = build(weights=None, weights_backbone=None, score_thresh=0.0).eval()
+    images = [torch.rand(3, 200, 240)]
+    pruner = nni_topo.create_pruner("l2", model, nni_topo.dependency_groups(model, (images,), bench.ASKED))
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    dense, masked = nni_topo.to_dense(model, (images,), masks), nni_topo.masked_model(model, (images,), masks)
+    assert bench.zoo.count_params(dense) < 0.4 * bench.zoo.count_params(model)
+    others = [torch.rand(3, 300, 180, dtype=torch.float64), torch.rand(3, 160, 160, dtype=torch.float64)]
+    with torch.no_grad():
+        found = [each.double()(others) for each in (dense, masked)]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    assert len(found[0][0]["boxes"]) > 10
+    targets = [{"boxes": torch.tensor([[10.0, 10.0, 90.0, 90.0]]), "labels": torch.tensor([1])}] * 2
+    losses = dense.float().train()(2 * images, targets)
+    sum(losses.values()).backward()
+    assert all(parameter.grad is not None for parameter in dense.parameters())
+
+
 def test_strict_makes_a_layer_left_whole_an_error():
     model, inputs = zoo_nets.make("sliced")
     with pytest.raises(ConfigError, match=r"can lose channels, got two\.0: its sizes don't fit fewer channels"):
