@@ -18,6 +18,7 @@ CONFIG = [
 ]
 
 
+@pytest.mark.slow
 def test_a_study_states_what_the_diagrams_say():
     model = toy_model()
     study = study_topology(model, CONFIG, solver={"generations": 5})

@@ -45,6 +45,7 @@ print(nni_topo.to_dense(model, toy_images(2), masks).stem.out_channels)
 """
 
 
+@pytest.mark.slow
 def test_a_whole_pruning_and_both_speedups_say_nothing(tmp_path):
     (tmp_path / "whole.py").write_text(WHOLE)
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

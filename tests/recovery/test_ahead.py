@@ -50,6 +50,7 @@ def test_removed_channels_stay_out_and_the_model_and_masks_as_they_were(residual
     assert torch.equal(found.stem.weight, residual_net.stem.weight)
 
 
+@pytest.mark.slow
 def test_the_same_call_gives_the_same_weights_whatever_is_kept_in_memory(residual_net, images, halves):
     masks = halves(residual_net, "conv1", "conv3")
     found = [

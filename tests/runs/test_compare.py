@@ -163,6 +163,7 @@ def test_cells_in_one_process_run_one_by_one(tmp_path):
         compare(dataclasses.replace(plan("l1"), n_jobs=-1), tmp_path, isolate=False)
 
 
+@pytest.mark.slow
 def test_a_failing_cell_is_reported_and_the_others_run(tmp_path):
     broken = Plan(**{**plan("l1").__dict__, "pruners": (PrunerChoice("reconstruction"), PrunerChoice("l1"))})
     records, failures = compare(broken, tmp_path)

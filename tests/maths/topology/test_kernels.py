@@ -59,6 +59,7 @@ def test_rows_find_columns_before_they_are_compiled():
     assert kernels.covered(gaps[:, :0], np.zeros(3), 0.0)
 
 
+@pytest.mark.slow
 def test_without_numba_numpy_computes_and_asking_for_it_is_refused(bare_python):
     program = """
 from nni_topo.errors import ConfigError
