@@ -68,6 +68,10 @@ def build(name: str, options: dict[str, str]) -> tuple[nn.Module, Any]:
     knobs: dict[str, Any] = {
         key: int(value) for key, value in options.items() if key not in ("size", "frames", "blocks")
     }
+    if family == "yolo":  # AGPL, as it is asked for by name and imported
+        tasks = importlib.import_module("ultralytics.nn.tasks")
+        detector: nn.Module = tasks.DetectionModel(f"{kind}.yaml", verbose=False)
+        return zoo_nets.lively(detector.eval()), torch.rand(1, 3, size, size)
     if family == "timm":
         timm = importlib.import_module("timm")
         model: nn.Module = timm.create_model(kind, pretrained=False, **knobs)

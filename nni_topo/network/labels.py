@@ -37,7 +37,7 @@ REDUCTIONS = frozenset(
     ["mean", "sum", "amax", "amin", "max", "min", "norm", "std", "var", "prod", "logsumexp", "argmax", "argmin"]
 )
 
-_OF_ONE_VALUE = ("zeros", "ones", "empty", "full")
+_OF_ONE_VALUE = frozenset(f"{new}{name}" for name in ("zeros", "ones", "empty", "full") for new in ("", "new_"))
 
 
 def fixed(leaf: Any) -> Any:
@@ -62,8 +62,8 @@ def made(node: torch.fx.Node, shape: tuple[int, ...], numbers: dict[str, Any]) -
     It is a constant, of which all stays, and so do the channels that meet it; but of one value, as large as a tensor
     along a dimension, there is as much as that has left.
     """
-    args = node.args[0] if len(node.args) == 1 and isinstance(node.args[0], (tuple, list)) else node.args
-    # As ``torch.full(size, value)``.
+    args = node.args[is_like(node) :]
+    # As ``torch.zeros(2, 3)`` and ``torch.full((2, 3), value)``.
     sizes: Any = args[0] if args and isinstance(args[0], (tuple, list)) else args
     for d, size in enumerate(sizes if plain_name(node) in _OF_ONE_VALUE and len(sizes) >= len(shape) else ()):
         if isinstance(size, torch.fx.Node) and plain_name(size) == "size" and len(size.args) == 2:
@@ -72,6 +72,11 @@ def made(node: torch.fx.Node, shape: tuple[int, ...], numbers: dict[str, Any]) -
             if isinstance(labels, torch.Tensor) and isinstance(at, int) and labels.numel() == labels.shape[at] > 1:
                 return labels.view([-1 if each == d else 1 for each in range(len(shape))]).expand(shape)
     return staying(shape)
+
+
+def is_like(node: torch.fx.Node) -> bool:
+    """Tell whether a node makes a tensor of the type of another one, of which it takes no more (``x.new_zeros``)."""
+    return plain_name(node) in _OF_ONE_VALUE and plain_name(node).startswith("new_")
 
 
 def put_by_row(node: torch.fx.Node, labels: list[torch.Tensor]) -> list[torch.Tensor] | None:

@@ -30,6 +30,7 @@ from nni_topo.network.labels import (
     compressed,
     fixed,
     given_shapes,
+    is_like,
     made,
     makes_mask,
     meet_alike,
@@ -101,7 +102,7 @@ class Numbering(torch.fx.Interpreter):
             return self._parameter(str(n.target), value) if own else tree_map(fixed, value)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         shape = tensor_shape(n)
-        labels = [] if makes_mask(n) else tensors_of((args, kwargs))
+        labels = [] if makes_mask(n) or is_like(n) else tensors_of((args, kwargs))
         if n.op == "call_module":  # an embedding of positions may be given a size alone
             return self._module(n, labels or [staying(())], shape)
         return self._function(n, args, kwargs, labels, shape)

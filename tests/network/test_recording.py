@@ -127,7 +127,17 @@ def test_of_modules_chosen_by_value_all_have_to_run():
     assert {"stem", *(f"experts.{each}" for each in range(4))} <= skipped.keys()
 
 
-def test_what_is_made_of_sizes_gets_smaller_with_them():
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x, *sizes: torch.full(sizes, 0.5, device=x.device),
+        lambda x, *sizes: torch.zeros(*sizes, device=x.device),
+        lambda x, *sizes: x.new_full(sizes, 0.5),
+        lambda x, *sizes: x.new_ones(*sizes),
+    ],
+    ids=["full", "zeros", "new_full", "new_ones"],
+)
+def test_what_is_made_of_sizes_gets_smaller_with_them(make):
     class Gathering(nn.Module):
         def __init__(self):
             super().__init__()
@@ -137,10 +147,10 @@ def test_what_is_made_of_sizes_gets_smaller_with_them():
             x = self.first(x).relu()
             samples, places, width = x.shape
             rows = self.second(x).reshape(-1, width)
-            out = torch.full((samples * places, width), 0.5, device=x.device)
+            out = make(x, samples * places, width)
             if float(x.sum()) > -1:
                 out.index_add_(0, torch.arange(rows.shape[0], device=x.device).flip(0), rows)
-            return self.last(x + out.view(samples, places, width) * torch.ones(width, device=x.device))
+            return self.last(x + out.view(samples, places, width) * make(x, width))
 
     torch.manual_seed(0)
     model, inputs = Gathering().eval(), torch.randn(2, 3, 4)
