@@ -84,17 +84,17 @@ def inputs_seen(model: nn.Module, work: Callable[[], Any]) -> list[Any]:
     return seen
 
 
-def batches_of(calibration: Iterable[Any] | Evaluator, model: nn.Module) -> Iterable[Any]:
+def batches_of(calibration: Iterable[Any] | Evaluator, model: nn.Module, knob: str = "calibration") -> Iterable[Any]:
     """Return calibration batches that can be read more than once; of an evaluator, those it evaluates the model on."""
     if calibration is None:
         raise ConfigError(
-            "calibration must be an iterable of batches, got None: without data, nni_topo.synthetic_images(model, "
-            "example_inputs) makes some from the model alone (calibration)"
+            f"{knob} must be an iterable of batches, got None: without data, nni_topo.synthetic_images(model, "
+            f"example_inputs) makes some from the model alone ({knob})"
         )
     if not isinstance(calibration, Evaluator):
-        return repeatable(calibration)
+        return repeatable(calibration, knob)
     if getattr(calibration, "model", None) is not None:
-        raise ConfigError("an evaluator that serves as calibration must be free, got one at work (calibration)")
+        raise ConfigError(f"an evaluator that serves as {knob} must be free, got one at work ({knob})")
     # A copy of either: an evaluator that no pruner had yet must stay one that the next pruner can take.
     evaluator, evaluated = copy.copy(calibration), detached_copy(model)
     if not evaluator._initialization_complete:

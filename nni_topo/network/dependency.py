@@ -65,6 +65,10 @@ class DependencyGroups(list[dict[str, Any]]):
         """Put others in place of the entries."""
         return DependencyGroups(entries, self.skipped, self.named, self.ties, self.shares)
 
+    def unnamed(self) -> DependencyGroups:
+        """Be as if ``op_types`` had selected all: what a pruner can make nothing of it leaves whole."""
+        return DependencyGroups(self, self.skipped, (), self.ties, self.shares)
+
     def without(self, layers: Iterable[str]) -> DependencyGroups:
         """Leave out the entries of some layers, and of those in a group with them."""
         out = set(layers)

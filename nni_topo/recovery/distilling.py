@@ -134,7 +134,8 @@ def distillation(
     SEED.check("seed", seed, "distill")
     for model in (original, dense):
         check_model(model)
-    given = [batches_of(each, original) for each in (images, held_out) if each is not None]
+    both = {"images": images, "held_out": held_out}
+    given = [batches_of(each, original, knob) for knob, each in both.items() if each is not None]
     counts = [sum(survey(original, each)[0]) for each in given]
     student = _student(dense)
     pool = joined([call for each in given for call in calls(dense, each)])

@@ -168,7 +168,7 @@ def shrink(
     >>> small(torch.randn(2, 16)).shape
     torch.Size([2, 4])
     """
-    images = batches_of(images, model)
+    images = batches_of(images, model, "images")
     budget = as_settings(Budget, budget, "budget")
     _check(model, budget, pruner, knobs, compensate, distill)
     args, kwargs = structure_call(model, images)
@@ -178,7 +178,8 @@ def shrink(
     entries = _entries(inner_layers(model, example) if layers is None else layers)
     round_to = widths_multiple(round_to, device_of(model))
     narrows = narrow_heads and budget.kind != "latency" and round_to is None
-    steps = _Steps(model, example, entries, pruner, dict(knobs or {}), compensate, narrows, round_to, seed, progress)
+    own = dict(knobs or {})
+    steps = _Steps(model, example, entries, layers is None, pruner, own, compensate, narrows, round_to, seed, progress)
     # What judges distillation is kept from compensation too, which would look better on its own images than it is.
     is_tried = budget.allocation == AUTO
     is_judged = is_tried or distill is True or (isinstance(distill, Mapping) and "held_out" not in distill)
@@ -233,6 +234,7 @@ class _Steps:
     model: nn.Module
     example: Any
     entries: list[dict[str, Any]]
+    is_default: bool  # nobody named a layer
     pruner: str | Callable[..., Masks]
     knobs: dict[str, Any]
     compensate: str | Compensate | None
@@ -244,7 +246,8 @@ class _Steps:
     def pruned(self, budget: Budget, images: Iterable[Any]) -> _Made:
         """Prune under a budget."""
         own = {"seed": self.seed, "calibration": images, "example_inputs": self.example, "budget": budget}
-        masks = _chosen(self.model, self.entries, self.pruner, own | {"round_to": self.round_to}, self.knobs)
+        own |= {"round_to": self.round_to}
+        masks = _chosen(self.model, self.entries, self.pruner, own, self.knobs, is_default=self.is_default)
         full = self.model
         if self.narrows:
             full, masks = narrow_instead(self.model, images, masks)
@@ -325,10 +328,13 @@ def _chosen(
     pruner: str | Callable[..., Masks],
     own: dict[str, Any],
     knobs: dict[str, Any],
+    *,
+    is_default: bool,
 ) -> Masks:
     """Return the masks of a pruner that is told where and how much, on a copy of the model."""
     victim, images, budget = copy.deepcopy(model), own["calibration"], own["budget"]
-    config_list: list[dict[str, Any]] = dependency_groups(victim, own["example_inputs"], entries)
+    groups = dependency_groups(victim, own["example_inputs"], entries)
+    config_list: list[dict[str, Any]] = groups.unnamed() if is_default else groups
     if callable(pruner):
         return pruner(victim, config_list, images)
     if budget.kind == "latency":  # of the batch that counts

@@ -117,6 +117,28 @@ class Routed(nn.Module):
         return self.head(out)
 
 
+def test_what_a_model_keeps_from_its_last_run_does_not_count():
+    class Anchored(nn.Module):
+        """Computes places anew where its input has another shape than last time, as detectors do."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer, self.shape, self.places = nn.Linear(4, 4), None, torch.empty(0)
+
+        def forward(self, x):
+            if self.shape != x.shape:
+                self.places = torch.arange(x.shape[1], dtype=x.dtype) + 0.5
+                self.shape = x.shape
+            return self.layer(x * float(x.sum() > -100)) + self.places[:, None]
+
+    model, x = Anchored().eval(), torch.randn(2, 3, 4)
+    model(x)
+    graph = record(model, {"x": x})
+    for samples in (2, 5):
+        inputs = torch.randn(samples, 3, 4)
+        torch.testing.assert_close(graph(inputs), model(inputs))
+
+
 def test_of_modules_chosen_by_value_all_have_to_run():
     model = Routed().eval()
     record(model, {"x": torch.eye(4)})

@@ -116,3 +116,33 @@ def test_the_decision_looks_at_two_images_however_large_the_batch():
     names = [f"encoder.layers.encoder_layer_{index}.mlp.0" for index in range(2)]
     nni_topo.TopologicalPruner(net, layers(*names), calibration=batches)
     assert set(sizes) == {2}
+
+
+def test_shrink_leaves_layers_whole_that_nobody_named_and_refuses_those_named():
+    class Half(Net):
+        """Has another layer that may go instead."""
+
+        def __init__(self) -> None:
+            super().__init__("chunk")
+            self.more = nn.Conv2d(6, 24, 1)
+            self.head = nn.Linear(24, 2)
+
+        def forward(self, images: Tensor) -> Tensor:
+            one, two = self.wide(self.first(images)).chunk(2, 1)
+            return self.head(self.more(self.left(one) + self.right(two)).mean((2, 3)))
+
+    torch.manual_seed(0)
+    net = Half().eval()
+    small = nni_topo.shrink(net, [IMAGES], {"params": 0.6}, distill=False)
+    assert small.wide.out_channels == net.wide.out_channels
+    assert small.more.out_channels < net.more.out_channels
+    with pytest.raises(ConfigError, match=r"\(wide\)"):
+        nni_topo.shrink(net, [IMAGES], {"params": 0.6}, layers=["first", "wide", "more"], distill=False)
+
+
+def test_shrink_and_distill_call_their_images_by_name():
+    net = Net("chunk").eval()
+    with pytest.raises(ConfigError, match=r"images must be an iterable of batches, .* \(images\)"):
+        nni_topo.shrink(net, IMAGES, {"params": 0.6})
+    with pytest.raises(ConfigError, match=r"held_out must be an iterable of batches, .* \(held_out\)"):
+        nni_topo.distill(net, net, [IMAGES], held_out=IMAGES)
