@@ -168,6 +168,11 @@ def _counted(outputs: list[Tensor], real: Tensor | None) -> list[Tensor]:
 def joined(parts: list[Call]) -> Call:
     """Make one call of several; a DataError if their inputs don't fit together."""
     flat = [tree_flatten(part) for part in parts]
+    if any(isinstance(value, (tuple, list)) for args, kwargs in parts for value in (*args, *kwargs.values())):
+        raise DataError(
+            "distillation must have samples along the first dimension of tensors, got a list, as detectors take it: "
+            "shrink(..., distill=False) recovers without it (images)"
+        )
     leaves = []
     for column in zip(*(values for values, _ in flat), strict=False):
         shapes = {tuple(each.shape[1:]) for each in column if isinstance(each, Tensor) and each.dim()}

@@ -16,7 +16,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 
 from nni_topo.errors import DataError
-from nni_topo.network.inputs import PADDING, bind_arguments, calls, out_of_memory, real_positions, tensors_of
+from nni_topo.network.inputs import PADDING, Call, bind_arguments, calls, out_of_memory, real_positions, tensors_of
+from nni_topo.network.parts import is_in_parts
+from nni_topo.network.tracing import arguments
 
 Values = dict[Node, Any]
 
@@ -112,10 +114,16 @@ class Replay:
                 # Copies of the dictionaries: a pass takes out what it no longer needs.
                 yield replace(known[index], original=dict(known[index].original), pruned=dict(known[index].pruned))
             else:
-                named = bind_arguments(self.model, call)
-                values = {node: named[str(node.target)] for node in self._placeholders if str(node.target) in named}
+                values = self._given(call)
                 yield _Reached(0, 0, dict(values), dict(values))
         self._batches = batches
+
+    def _given(self, call: Call) -> Values:
+        """Return what enters the graph: of a network in parts all that the original's code gives these, in both."""
+        if is_in_parts(self._runners[0].graph):
+            return dict(zip(self._placeholders, arguments(self._runners[0].graph, self.model, call), strict=True))
+        named = bind_arguments(self.model, call)
+        return {node: named[str(node.target)] for node in self._placeholders if str(node.target) in named}
 
     def _advance(
         self, original: Values, pruned: Values, one: range, other: range, watched: set[Node], index: int

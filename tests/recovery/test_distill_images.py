@@ -168,3 +168,18 @@ def test_bad_images_are_refused(images, error, message):
     dense, original = pair()
     with pytest.raises(error, match=message):
         distill(dense, original, images)
+
+
+def test_lists_of_images_as_detectors_take_them_are_refused_with_a_way_on():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, images):
+            return [self.head(self.first(image[None]).mean((2, 3))) for image in images]
+
+    net = Listed().eval()
+    listed = [{"images": [torch.rand(3, 8, 8), torch.rand(3, 9, 8)]}]
+    with pytest.raises(DataError, match=r"got a list, as detectors take it: shrink\(\.\.\., distill=False\)"):
+        distill(copy.deepcopy(net), net, listed)
