@@ -177,7 +177,7 @@ def carry_picked(node: torch.fx.Node, labels: list[torch.Tensor], shape: tuple[i
     if plain_name(node) != "getitem" or not shape or not indices or not _leaves_last(node.args[1], states.dim()):
         return None
     if any(varies(each, d) for each in indices for d in range(each.dim())) or any(
-        varies(states, d) for d in range(last)
+        varies(states, d) or not states.shape[d] for d in range(last)
     ):
         return None
     return states[(slice(0, 1),) * last].reshape(-1).expand(shape)

@@ -81,7 +81,7 @@ class _Recorder(TorchFunctionMode):
         self._stack: list[str] = []
         self._inside = 0
         self._ran = set[str]()  # modules
-        self._chosen = False  # whether a value has been an index
+        self._chosen = self._picked = False  # whether a value has been an index, and how much there is was up to values
         self._leaves = {id(module) for module in model.modules() if _is_leaf(module)}  # tried out before, on others
         for name, value in named.items():
             if tensors_of(value):
@@ -90,6 +90,8 @@ class _Recorder(TorchFunctionMode):
         with self._calls_seen(model), self:
             outputs = model(**named)
         self._check_choice(model)
+        if self._picked and any(tensors_of(each) and not isinstance(each, Tensor) for each in named.values()):
+            raise SpeedupError("what picks among lists by value (a detector, of its boxes) is followed part by part")
         found = tuple(self._node(each) for each in tensors_of(outputs))
         self.graph.output(found[0] if isinstance(outputs, Tensor) else found)
         self._nodes.clear()
@@ -183,6 +185,7 @@ class _Recorder(TorchFunctionMode):
         return call
 
     def _write(self, op: str, target: Any, args: Any, kwargs: Any, out: Any) -> None:
+        self._picked |= _picks(target, args)
         if target is operator.setitem:
             # In a graph nothing is written in place: what was the tensor is another one from here on.
             op, target, out = "call_function", put, args[0]
@@ -251,29 +254,11 @@ class _Size(int):
             return NotImplemented
         return _Size(function(*map(int, given))).of(function, given)
 
-    def __mul__(self, other: int) -> Any:
-        return self._computed(operator.mul, self, other)
 
-    def __rmul__(self, other: int) -> Any:
-        return self._computed(operator.mul, other, self)
-
-    def __add__(self, other: int) -> Any:
-        return self._computed(operator.add, self, other)
-
-    def __radd__(self, other: int) -> Any:
-        return self._computed(operator.add, other, self)
-
-    def __sub__(self, other: int) -> Any:
-        return self._computed(operator.sub, self, other)
-
-    def __rsub__(self, other: int) -> Any:
-        return self._computed(operator.sub, other, self)
-
-    def __floordiv__(self, other: int) -> Any:
-        return self._computed(operator.floordiv, self, other)
-
-    def __rfloordiv__(self, other: int) -> Any:
-        return self._computed(operator.floordiv, other, self)
+for _function in (operator.mul, operator.add, operator.sub, operator.floordiv):
+    _name = _function.__name__
+    setattr(_Size, f"__{_name}__", lambda self, other, function=_function: self._computed(function, self, other))
+    setattr(_Size, f"__r{_name}__", lambda self, other, function=_function: self._computed(function, other, self))
 
 
 class _Bound:
@@ -307,6 +292,14 @@ def _is_leaf(module: nn.Module) -> bool:
     inner = [name for name, _ in module.named_children() if name != "_nni_wrapper"]
     own = type(module).__module__.startswith("torch.nn") and not inner
     return own or is_attention(module) or is_one(module)
+
+
+def _picks(target: Any, args: Any) -> bool:
+    """Tell whether an operation gives as much as values say."""
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if name == "getitem":
+        return any(each.dtype == torch.bool for each in tensors_of(args[1:]))
+    return name in ("nonzero", "masked_select", "unique", "nms") or (name == "where" and len(args) == 1)
 
 
 def _namespace(module: nn.Module) -> dict[str, Any]:
