@@ -263,3 +263,32 @@ def test_what_depends_on_the_number_of_samples_in_another_way_is_refused():
 
     with pytest.raises(SpeedupError, match="multiple of the number of samples, got 9 and 36"):
         record(Odd(), {"x": torch.randn(3, 4)})
+
+
+def test_what_picks_from_lists_by_value_is_not_recorded():
+    class Boxes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, rows):
+            return [self.layer(each[each[:, 0] > 0]) for each in rows]
+
+    rows = torch.randn(3, 4).abs()
+    with pytest.raises(SpeedupError, match="followed part by part"):
+        record(Boxes().eval(), {"rows": [rows, rows]})
+
+
+def test_rows_picked_from_none_are_followed():
+    class Picking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = self.first(x)
+            rows = x[x.sum(2) > 1e9]
+            return self.last(x), rows[rows[:, 0] > 0].sum(0)
+
+    groups = dependency_groups(Picking().eval(), torch.randn(2, 3, 4), [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert groups.skipped.keys() == {"first", "last"}
