@@ -10,10 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
-
-
-def _block(entering: int, leaving: int, norm: type[nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(entering, leaving, 3, padding=1), norm(leaving), nn.ReLU())
+from zoo_by_value import Detector, Experts, InParts, Untraceable, block
 
 
 class UNet(nn.Module):
@@ -21,9 +18,9 @@ class UNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.down1, self.down2, self.bottom = _block(3, 8), _block(8, 16), _block(16, 32)
-        self.up2, self.mix2 = nn.ConvTranspose2d(32, 16, 2, stride=2), _block(32, 16)
-        self.up1, self.mix1 = nn.ConvTranspose2d(16, 8, 2, stride=2), _block(16, 8)
+        self.down1, self.down2, self.bottom = block(3, 8), block(8, 16), block(16, 32)
+        self.up2, self.mix2 = nn.ConvTranspose2d(32, 16, 2, stride=2), block(32, 16)
+        self.up1, self.mix1 = nn.ConvTranspose2d(16, 8, 2, stride=2), block(16, 8)
         self.head = nn.Conv2d(8, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +82,7 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.tail = _block(3, 16), nn.Conv2d(16, 4, 1)
+        self.stem, self.tail = block(3, 16), nn.Conv2d(16, 4, 1)
         self.squeeze, self.excite = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,7 +109,7 @@ class Shared(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.twice, self.inner, self.tail = _block(3, 12), _block(12, 12), _block(12, 8), nn.Conv2d(8, 4, 1)
+        self.stem, self.twice, self.inner, self.tail = block(3, 12), block(12, 12), block(12, 8), nn.Conv2d(8, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -124,7 +121,7 @@ class Shuffled(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.wide, self.tail = _block(3, 8), nn.Conv2d(8, 24, 3, padding=1), _block(6, 8)
+        self.stem, self.wide, self.tail = block(3, 8), nn.Conv2d(8, 24, 3, padding=1), block(6, 8)
         self.shuffle, self.head = nn.PixelShuffle(2), nn.Conv2d(8, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,8 +133,8 @@ class Sliced(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two, self.three = _block(3, 16), _block(8, 12), _block(12, 10)
-        self.four, self.head = _block(10, 8), nn.Linear(6, 3)
+        self.one, self.two, self.three = block(3, 16), block(8, 12), block(12, 10)
+        self.four, self.head = block(10, 8), nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = self.one(x).chunk(2, 1)
@@ -154,7 +151,7 @@ class Written(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.width, self.sizes, self.shape, self.joined = 4, (8, 4), (12, 1, 1), 20
-        self.one, self.two, self.three = _block(3, 16), _block(16, 12), _block(12, 20)
+        self.one, self.two, self.three = block(3, 16), block(16, 12), block(12, 20)
         self.scale, self.head = nn.Parameter(torch.rand(12) + 0.5), nn.Linear(20, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -203,7 +200,7 @@ class ChannelShuffle(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.inner = _block(3, 16), nn.Conv2d(16, 16, 3, padding=1, groups=4)
+        self.stem, self.inner = block(3, 16), nn.Conv2d(16, 16, 3, padding=1, groups=4)
         self.wide, self.head = nn.Conv2d(16, 24, 1), nn.Linear(24, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -237,7 +234,7 @@ class Constants(nn.Module):
         self.one, self.two, self.three, self.four = (
             nn.Conv2d(*pair, 3, padding=1) for pair in ((3, 8), (8, 8), (8, 8), (8, 8))
         )
-        self.five, self.head = _block(8, 12), nn.Linear(12, 3)
+        self.five, self.head = block(8, 12), nn.Linear(12, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.two(torch.sigmoid(self.one(x)))
@@ -275,94 +272,11 @@ class FixedView(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two, self.wide, self.head = _block(3, 8), _block(8, 12), nn.Linear(12 * 16, 20), nn.Linear(20, 3)
+        self.one, self.two, self.wide, self.head = block(3, 8), block(8, 12), nn.Linear(12 * 16, 20), nn.Linear(20, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = functional.adaptive_avg_pool2d(self.two(self.one(x)), 4)
         return self.head(functional.relu(self.wide(x.view(-1, 192))))
-
-
-class Untraceable(nn.Module):
-    """A loop over values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(4, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = [self.one(row) * float(row.sum()) for row in x.unbind(0)]
-        return self.two(torch.stack(rows))
-
-
-class InParts(nn.Module):
-    """A list of images, and boxes that are chosen by value between a backbone and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = nn.Sequential(_block(3, 8), _block(8, 12))
-        self.head = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3))
-
-    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        found = []
-        for rows in self.backbone(torch.stack(images)).flatten(2).transpose(1, 2):
-            best = [row for row in rows if float(row.sum()) > 0] or [rows[0]]
-            found.append({"scores": self.head(torch.stack(best))})
-        return found
-
-
-class Experts(nn.Module):
-    """Rows go to those of several experts that a router chooses for them, and what these make is put together again."""
-
-    def __init__(self, count: int = 3) -> None:
-        super().__init__()
-        self.stem, self.router, self.head = nn.Linear(4, 12), nn.Linear(12, count), nn.Linear(12, 3)
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 12)) for _ in range(count)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = functional.gelu(self.stem(x)) * 3
-        samples, places, width = x.shape
-        rows = x.view(-1, width)
-        shares, chosen = torch.topk(self.router(rows).softmax(1), 2, dim=1)
-        hit = functional.one_hot(chosen, len(self.experts)).permute(2, 1, 0)
-        out = torch.zeros((samples * places, width), dtype=x.dtype, device=x.device)
-        for expert in torch.greater(hit.sum((1, 2)), 0).nonzero():
-            rank, row = torch.where(hit[expert].squeeze(0))
-            made = self.experts[expert](rows[None, row].reshape(-1, width)) * shares[row, rank, None]
-            out.index_add_(0, row, made)
-        return self.head(x + out.reshape(samples, places, width))
-
-
-class Detector(nn.Module):
-    """Levels of a backbone that go to heads, which are named before it; what these give is chosen from by value."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scores, self.boxes = (nn.Sequential(_block(12, 12), nn.Conv2d(12, n, 1)) for n in (3, 4))
-        self.levels = _Levels()
-
-    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        levels = [*self.levels(torch.stack(images)).values()]
-        sizes = [level.shape[-2:] for level in levels]
-        scores, boxes = ([head(level) for level in levels] for head in (self.scores, self.boxes))
-        scores, boxes = (torch.cat([each.flatten(2) for each in heads], 2).transpose(1, 2) for heads in (scores, boxes))
-        places = torch.cat([torch.arange(height * width) for height, width in sizes])
-        found = []
-        for rows, sides in zip(scores, boxes, strict=True):
-            best = [at for at, row in enumerate(rows) if float(row.sum()) > 0] or [0]
-            found.append({"scores": rows[best], "boxes": sides[best] + places[best, None]})
-        return found
-
-
-class _Levels(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fine, self.coarse = nn.Sequential(_block(3, 8), _block(8, 12)), _block(12, 12)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        fine = self.fine(x)
-        return {"fine": fine, "coarse": self.coarse(functional.max_pool2d(fine, 2))}
 
 
 IMAGE = (2, 3, 16, 16)
