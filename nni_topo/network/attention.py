@@ -125,6 +125,8 @@ def _attention(name: str, module: Any) -> Attention | None:
         if not is_known or module.bias_k is not None or module.add_zero_attn:
             return None
         return _together(name, name, module.num_heads, module.head_dim, f"{prefix}out_proj", module.embed_dim)
+    if not module._modules:
+        return None
     parts = {key: part for key, part in module.named_children() if any(True for _ in part.parameters())}
     count = next((getattr(module, key) for key in _COUNTS if isinstance(getattr(module, key, None), int)), None)
     count = count or getattr(getattr(module, "config", None), "num_attention_heads", None)
@@ -244,6 +246,8 @@ def open_attention(graph_module: GraphModule, given: dict[str, Given]) -> None:
 
     ``given``: by name of each attention that is called; its node's ``meta["reads"]`` says which arguments layers read.
     """
+    if not given:
+        return
     graph, found = graph_module.graph, find_attention(graph_module)
     for node in list(graph.nodes):
         attention = found.get(str(node.target)) if node.op == "call_module" else None

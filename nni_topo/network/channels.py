@@ -100,12 +100,13 @@ class ChannelFlow(Numbering):
         roots = self.layer_roots(name)
         starts = np.flatnonzero(np.diff(roots, prepend=-1))
         size = len(roots) // len(starts)
+        # NNI can't state blocks of a transposed convolution's channels.
+        if size == 1 or FIXED in roots or isinstance(self.fetch_attr(name), (*TRANSPOSED, torch.nn.Embedding)):
+            return 1
         is_even = len(np.unique(roots[starts])) == len(starts) and np.array_equal(starts, np.arange(len(starts)) * size)
-        # NNI can't state blocks of a transposed convolution's channels, and a depth-wise convolution that makes several
-        # channels of each follows the layer before it.
+        # A depth-wise convolution that makes several channels of each follows the layer before it.
         follows = self.layers[name].depthwise and len(self.entering_numbers(name)) < len(roots)
-        other = follows or isinstance(self.fetch_attr(name), (*TRANSPOSED, torch.nn.Embedding))
-        return size if is_even and not (other or FIXED in roots) else 1
+        return size if is_even and not follows else 1
 
     def mixers(self) -> dict[str, Attention]:
         """Return the linear layers that read all heads of attention and nothing else, by name."""

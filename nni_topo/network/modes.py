@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -71,22 +72,53 @@ def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Ten
 
     A ``light`` one holds the model's own parameters, any one the ``shared`` tensors; these mustn't be written to then.
     """
-    # Such weights aren't leaves, which deepcopy refuses: in the copy they are tensors of their own, without a history.
-    computed = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in (*vars(module).values(), *module._buffers.values())
-        if isinstance(value, Tensor) and not value.is_leaf
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*shared, *(model.parameters() if light else ()))}
+    modules = list(model.modules())
+    held = {
+        id(value): value
+        for module in modules
+        for value in (*vars(module).values(), *module._buffers.values(), *module._parameters.values())
+        if isinstance(value, Tensor)
     }
-    own = {id(tensor): tensor for tensor in (*shared, *(model.parameters() if light else ()))}
-    # Of what deepcopy takes its time for, most are the tables of hooks that a module doesn't have.
-    empty = {
-        id(table): type(table)()
-        for module in model.modules()
-        for table in vars(module).values()
-        if type(table) in (dict, OrderedDict) and not table
-    }
-    return copy.deepcopy(model, computed | own | empty)
+    strided = [each for each in held.values() if type(each) in (Tensor, nn.Parameter) and each.layout == torch.strided]
+    lookers = Counter(each.untyped_storage().data_ptr() for each in strided)
+    for key, value in held.items():
+        # Weights that are computed aren't leaves, which deepcopy refuses: in the copy they are tensors of their own.
+        if key not in memo and (not value.is_leaf or _is_plain_tensor(value, lookers)):
+            memo[key] = value.detach().clone()
+    # Deepcopy takes its time for the tables of each module, most of them empty.
+    plain = [module for module in modules if _is_copied_by_state(type(module))]
+    memo |= {id(module): type(module).__new__(type(module)) for module in plain}
+    for module in reversed(plain):
+        state = {key: _copied(key, value, memo) for key, value in vars(module).items() if key != "_compiled_call_impl"}
+        memo[id(module)].__setstate__(state)
+    return copy.deepcopy(model, memo)
+
+
+def _is_plain_tensor(value: Tensor, lookers: Counter[int]) -> bool:
+    """Tell whether a tensor is all of its memory, at which no other looks: a clone is a deep copy then, made sooner."""
+    if type(value) is not Tensor or value.layout != torch.strided or value.requires_grad or vars(value):
+        return False
+    memory = value.untyped_storage()
+    return value.is_contiguous() and memory.nbytes() == value.nbytes and lookers[memory.data_ptr()] == 1
+
+
+def _is_copied_by_state(kind: type[nn.Module]) -> bool:
+    """Tell whether deepcopy copies modules of a class attribute by attribute."""
+    own = (kind.__reduce_ex__, kind.__reduce__, kind.__new__, getattr(kind, "__getstate__", None))
+    usual = (object.__reduce_ex__, object.__reduce__, object.__new__, getattr(nn.Module, "__getstate__", None))
+    return own == usual and not hasattr(kind, "__deepcopy__") and not copyreg._slotnames(kind)  # type: ignore[attr-defined]
+
+
+def _copied(key: str, value: Any, memo: dict[int, Any]) -> Any:
+    """Copy an attribute of a module."""
+    if type(value) in (bool, int, float, str, type(None)):
+        return value
+    if type(value) in (dict, OrderedDict, set) and not value:
+        return type(value)()
+    if key in ("_parameters", "_buffers", "_modules"):
+        return type(value)((name, copy.deepcopy(each, memo)) for name, each in value.items())
+    return copy.deepcopy(value, memo)
 
 
 def unwrapped_copy(model: nn.Module, *, light: bool = False) -> nn.Module:

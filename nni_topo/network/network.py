@@ -42,6 +42,7 @@ class Network:
         self.model = model
         self.call = call
         self._own: dict[Any, Any] = {}  # what isn't kept, by question and structure
+        self._asked: str | None = None  # the structure, while a question is answered, which may ask others
 
     @classmethod
     def on(cls, model: nn.Module, example_inputs: Any) -> Network:
@@ -94,7 +95,7 @@ class Network:
         return partial(_assembled, graph, constants), flow
 
     def _known(self, what: str, find: Callable[[], T], kept: Callable[[T], bool] = lambda _: True) -> T:
-        structure, key = _structure(self.model), (what, _shown(self.call))
+        structure, key = self._asked or _structure(self.model), (what, _shown(self.call))
         if structure != _KNOWN.get(self.model, ("", {}))[0]:
             _KNOWN[self.model] = structure, {}
         answers = _KNOWN[self.model][1]
@@ -105,7 +106,11 @@ class Network:
         elif own in self._own:
             found = self._own[own]
         else:
-            found = find()
+            before, self._asked = self._asked, structure
+            try:
+                found = find()
+            finally:
+                self._asked = before
             (answers if kept(found) else self._own)[key if kept(found) else own] = found
         return found
 

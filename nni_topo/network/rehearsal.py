@@ -363,7 +363,8 @@ class _Rehearsal:
                 alike = [d for d, size in enumerate(numbers.shape) if size == 1]
                 value = value.abs() if value.is_complex() else value
                 ends = [getattr(value, end)(alike, keepdim=True) if alike else value for end in ("amin", "amax")]
-                found.append(np.unique(numbers[gone & ((ends[0] != 0) | (ends[1] != 0)).cpu()]))
+                alive = gone & ((ends[0] != 0) | (ends[1] != 0)).cpu()
+                found += [np.unique(numbers[alive].numpy())] if bool(alive.any()) else []
         return np.concatenate(found)
 
     def _blame(self, node: Node, entering: dict[Node, np.ndarray], reason: str) -> None:

@@ -93,7 +93,7 @@ def _symbolic(model: torch.nn.Module, named: dict[str, Any]) -> tuple[torch.fx.G
     }
     tracer = UnfoldingTracer()
     graph = trace_written(model, partial(tracer.trace, model, frozen or None))
-    graph_module = torch.fx.GraphModule(model, graph, type(model).__name__)
+    graph_module, count = torch.fx.GraphModule(model, graph, type(model).__name__), len(graph.nodes)
     for node in reversed(graph_module.graph.nodes):
         if not node.users and "_assert" in str(node.target):
             graph_module.graph.erase_node(node)
@@ -102,7 +102,8 @@ def _symbolic(model: torch.nn.Module, named: dict[str, Any]) -> tuple[torch.fx.G
     for (name, parameter), node in zip(parameters.items(), nodes, strict=True):
         if name in frozen or (parameter.kind == parameter.VAR_KEYWORD and not node.users):
             graph_module.graph.erase_node(node)
-    graph_module.recompile()
+    if len(graph_module.graph.nodes) < count:  # its code takes as long to write as the graph to trace
+        graph_module.recompile()
     return graph_module, tuple(named.values())
 
 

@@ -84,3 +84,61 @@ def test_random_weights_differ_from_row_to_row_and_from_layer_to_layer():
     assert len(rows.unique(dim=0)) == 1400
     assert not bool((one == other).any())
     assert float(one.std()) == pytest.approx(0.1, rel=0.01)
+
+
+class Unlike(nn.Module):
+    """Attributes that are more than what they hold: shared, looking at one another, or copied in a way of their own."""
+
+    class Counted(nn.Linear):
+        """A layer that says how it is copied."""
+
+        copies = 0
+
+        def __deepcopy__(self, memo):
+            type(self).copies += 1
+            return type(self)(self.in_features, self.out_features)
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleList([nn.Linear(2, 2), self.Counted(2, 2), nn.LSTM(2, 3)])
+        self.same = self.inner[0]
+        self.settings = {"widths": [2, 2], "layer": self.inner[0]}
+        self.inner[0].settings = self.settings
+        self.register_buffer("table", torch.arange(6.0).view(2, 3))
+        self.register_buffer("row", self.table[1])
+        self.register_buffer("flat", self.table.view(-1))
+        self.register_buffer("number", torch.tensor(3.0))
+        self.register_buffer("wide", torch.ones(1).expand(4))
+        self.computed = self.inner[0].weight * 2
+        self.empty, self.nothing = {}, None
+        self.inner[0].register_forward_hook(lambda module, args, output: output + 1)
+
+    def forward(self, x):
+        return self.inner[2](self.inner[0](x))[0] + self.number
+
+
+@pytest.mark.parametrize("light", [True, False])
+def test_a_copy_shares_within_itself_what_the_model_does_and_nothing_with_the_model(light):
+    model = Unlike()
+    copied = detached_copy(model, light=light)
+    assert copied.same is copied.inner[0] is copied.settings["layer"] is not model.same
+    assert copied.settings is copied.inner[0].settings is not model.settings
+    copied.settings["widths"].append(3)
+    assert model.settings["widths"] == [2, 2]
+    assert copied.inner[1].copies == 1
+    Unlike.Counted.copies = 0
+    assert (copied.inner[0].weight is model.inner[0].weight) == light
+    assert torch.equal(copied.computed, model.computed)
+    assert copied.computed.is_leaf
+    copied.table.zero_()
+    assert not bool(copied.row.any())
+    assert not bool(copied.flat.any())
+    assert bool(model.row.any())
+    copied.number.fill_(7.0)
+    copied.empty["new"] = 1
+    assert float(model.number) == 3.0
+    assert model.empty == {}
+    assert copied.wide.stride() == (0,)
+    x = torch.randn(3, 2)
+    assert torch.allclose(copied(x) - 7.0, model(x) - 3.0, atol=1e-6)
+    assert list(map(type, copied.modules())) == list(map(type, model.modules()))
