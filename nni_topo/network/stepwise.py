@@ -41,38 +41,46 @@ def multihead(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute what ``nn.MultiheadAttention`` does, step by step, whatever the number of heads that are left."""
     del is_causal  # a hint that the mask makes unnecessary
-    is_single, states = query.dim() == 2, [query, key, value]
+    is_single, states = query.dim() == 2, [query] if query is key is value else [query, key, value]
     if is_single or not self.batch_first:
         states = [each.unsqueeze(0) if is_single else each.transpose(0, 1) for each in states]
-    heads = [each.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for each in projected(self, *states)]
-    scores = heads[0] @ heads[1].transpose(2, 3) / self.head_dim**0.5
+    entering = states * 3 if len(states) == 1 else states
+    heads = [each.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for each in projected(self, *entering)]
+    mask: Tensor | None = None
     if attn_mask is not None:
         # Masks by head know those that were there at first.
-        mask = attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (scores.shape[0], -1))
-        scores = scores + _additive(mask, scores)
+        mask = _additive(attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (len(heads[0]), -1)), heads[0])
     if key_padding_mask is not None:
-        scores = scores + _additive(key_padding_mask, scores).reshape(scores.shape[0], 1, 1, -1)
-    shares = functional.dropout(scores.softmax(3), self.dropout, self.training)
-    mixed = (mix or self.out_proj)((shares @ heads[2]).transpose(1, 2).flatten(2))
+        padding = _additive(key_padding_mask, heads[0]).reshape(len(heads[0]), 1, 1, -1)
+        mask = padding if mask is None else mask + padding
+    dropout, shares = self.dropout if self.training else 0.0, None
+    if need_weights:
+        scores = heads[0] @ heads[1].transpose(2, 3) / self.head_dim**0.5
+        shares = functional.dropout((scores if mask is None else scores + mask).softmax(3), dropout)
+        context = shares @ heads[2]
+        shares = shares.mean(1) if average_attn_weights else shares
+        shares = shares.squeeze(0) if is_single else shares
+    else:
+        context = functional.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=dropout)
+    mixed = (mix or self.out_proj)(context.transpose(1, 2).flatten(2))
     if is_single or not self.batch_first:
         mixed = mixed.squeeze(0) if is_single else mixed.transpose(0, 1)
-    if not need_weights:
-        return mixed, None
-    shares = shares.mean(1) if average_attn_weights else shares
-    return mixed, shares.squeeze(0) if is_single else shares
+    return mixed, shares
 
 
 def projected(self: Any, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
     """Return the queries, keys and values that ``nn.MultiheadAttention`` makes of what enters: (..., width)."""
+    if query is key is value:
+        return list(functional.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1))
     biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
     entering = zip((query, key, value), self.in_proj_weight.chunk(3), biases, strict=True)
     return [functional.linear(*each) for each in entering]
 
 
-def _additive(mask: Tensor, scores: Tensor) -> Tensor:
-    return (
-        torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
-    )
+def _additive(mask: Tensor, states: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=states.dtype).masked_fill(mask, -torch.inf)
+    return mask.to(states.dtype)
 
 
 class PrunedMultiheadAttention(nn.MultiheadAttention):
