@@ -172,6 +172,7 @@ def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
     assert "must be new or empty, got 3 entries" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_shrink_lets_images_choose_the_widths(tmp_path, capsys):
     words = ["shrink", "--model", "small_cnn", "--limit", "200", "--images", "64", "--seconds", "0.2", "--flops", "0.3"]
     assert main([*words, "--allocation", "auto", "--out", str(tmp_path / "small")]) == 0

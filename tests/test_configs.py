@@ -121,6 +121,7 @@ def test_the_cifar_plans_run_on_files_as_cifars(net, cifar10, tmp_path):
     assert "epochs until back" in markdown_report(records)
 
 
+@pytest.mark.slow
 def test_the_plan_for_given_weights_runs_on_a_folder_of_photos(tmp_path):
     noise = np.random.default_rng(0)
     for part, each in (("train", 20), ("val", 3)):

@@ -119,6 +119,7 @@ def test_a_read_only_disk_is_said_in_words(tmp_path):
     assert holding.startswith("an output folder must be a folder that can be written to, got one that can't")
 
 
+@pytest.mark.slow
 def test_a_cut_checkpoint_is_to_be_deleted(tmp_path):
     compare(PLAN, tmp_path, isolate=False)
     (tmp_path / "results.jsonl").unlink()

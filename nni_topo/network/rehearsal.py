@@ -20,6 +20,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nni_topo.errors import SpeedupError
+from nni_topo.network.alone import channels_alone
 from nni_topo.network.attention import attend
 from nni_topo.network.carriers import Brought, brought
 from nni_topo.network.channels import ChannelFlow
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from nni_topo.network.network import Network
 
 _TOLERANCE = 1e-3  # of the largest value; rounding in single precision is far below, half of the channels far above
-_ROWS = 64  # that a linear layer reads at once, from which on its weights take less long to compare than to use
 _ROUNDS = 24  # each finds about half of the channels that can't go and weren't found yet
 
 
@@ -180,7 +180,7 @@ class _Rehearsal:
             return
         entering = {parent: self._nonzero(parent) for parent in self._tensors_before(node)}
         arriving = any(map(len, entering.values()))
-        if not arriving and node.op == "call_module" and (once := self._once(node)):
+        if not arriving and (once := self._once(node)):
             self._values[node] = once
             return
         needless = self._needless(node) if arriving else None
@@ -201,37 +201,18 @@ class _Rehearsal:
             actual = tree_map_only(Tensor, Tensor.clone, expected)
         self._values[node] = whole, actual
 
-    def _once(self, node: Node) -> tuple[Tensor, Tensor] | None:
-        """Run a linear layer that no removed channel enters in the small network alone; None unless that tells all.
-
-        If its weights are those of the channels left, it gives what the whole layer does there; all else is masked.
-        """
-        name, parent = str(node.target), node.args[0] if len(node.args) == 1 else None
-        if name not in self.flow.layers or self._order is not None or not isinstance(parent, Node):
+    def _once(self, node: Node) -> tuple[Any, Any] | None:
+        """Run a layer in the small network alone, whose removed channels are zeros in the whole one."""
+        if self._order is not None:
             return None
-        layers: list[Any] = [module.get_submodule(name) for module in (self.full, self.small)]
-        if any(type(each) is not nn.Linear or each._forward_pre_hooks or each._forward_hooks for each in layers):
-            return None
-        # What a parameter holds isn't compared before it is used, and to compare few rows' weights takes longer than
-        # to compute with them.
-        entering, numbers = self._values[parent][0], self.flow.numbers[parent.name]
-        if parent.op == "get_attr" or not isinstance(entering, Tensor) or not isinstance(numbers, Tensor):
-            return None
-        if numbers.dim() != entering.dim() or entering[..., 0].numel() < _ROWS:
-            return None
-        # Of dimensions other than the channels' all places stay.
-        *others, ins = kept_slices(numbers, tuple(entering.shape), self.flow, self.left)
-        if [len(each) for each in others] != list(entering.shape[:-1]):
-            return None
-        whole, small = layers
-        outs = torch.from_numpy(np.flatnonzero(self.left[self.flow.layer_roots(name)])).to(entering.device)
-        ins, bias = ins.to(entering.device), whole.bias
-        if not torch.equal(whole.weight.index_select(0, outs).index_select(1, ins), small.weight):
-            return None
-        if bias is not None and not torch.equal(bias[outs], small.bias):
+        stays = channels_alone(node, self.full, self.small, self.flow, self.left, self._values)
+        if stays is None:
             return None
         given = self._called(node, self.small, 1)
-        return given.new_zeros(*given.shape[:-1], whole.out_features).index_copy_(-1, outs, given), given
+        (small, *others), spec = tree_flatten(given)
+        places = stays.nonzero().flatten().to(small.device)
+        whole = small.new_zeros(*small.shape[:-1], len(stays)).index_copy_(-1, places, small)
+        return tree_unflatten([whole, *others], spec), given
 
     def _called(self, node: Node, module: nn.Module, which: int, needless: Tensor | None = None) -> Any:
         """Compute what a node gives in one of the networks, without channels that needn't enter it."""

@@ -61,7 +61,7 @@ def multihead(
         shares = shares.mean(1) if average_attn_weights else shares
         shares = shares.squeeze(0) if is_single else shares
     else:
-        context = functional.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=dropout)
+        context = functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], mask, dropout)
     mixed = (mix or self.out_proj)(context.transpose(1, 2).flatten(2))
     if is_single or not self.batch_first:
         mixed = mixed.squeeze(0) if is_single else mixed.transpose(0, 1)

@@ -32,6 +32,7 @@ def test_zeros_take_no_room_where_they_are_left_out():
     torch.testing.assert_close(with_sparse_linears(model)(inputs), model(inputs))
 
 
+@pytest.mark.slow
 def test_the_study_writes_rows_a_picture_and_goes_on(tmp_path, capsys, drawn):
     words = ["analyze", "magnitude", *SMALL, "--rounds", "2", "--epochs", "2", "--json", "--out", str(tmp_path)]
     assert main([*words, "--ratios", "0.5"]) == 0

@@ -197,6 +197,7 @@ def test_connectivity_command(checkpoint, tmp_path, capsys, drawn):
     assert "channels connected %" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_evolution_command(checkpoint, tmp_path, capsys):
     arguments = ("--damage-rates", "0.1", "0.5", "--population-size", "4", "--generations", "2")
     assert command("evolution", checkpoint, tmp_path, *arguments, "--layers", "fc1", "--json") == 0

@@ -1,4 +1,4 @@
-"""The rehearsal's two networks: linear layers that are alike run once for both, and no check goes with that."""
+"""The rehearsal's two networks: layers that are alike run once for both, and no check goes with that."""
 
 import copy
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import nni_topo
 from nni_topo.network.network import Network
@@ -136,3 +137,70 @@ def test_a_channel_that_is_picked_counts_where_its_values_do_and_rows_that_a_mas
     dense, reference = nni_topo.to_dense(model, ids, masks), nni_topo.masked_model(model, ids, masks)
     assert (dense.words.embedding_dim, dense.inner.out_features) == (8 if reads_values else 4, 4)
     torch.testing.assert_close(dense(ids), reference(ids))
+
+
+class Attending(nn.Module):
+    """Attention of states to themselves, which a gate may make of removed channels."""
+
+    def __init__(self, gated=False, mask=None) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(6, 3, batch_first=True), nn.Linear(6, 2)
+        self.gate, self.mask = nn.Linear(6, 6) if gated else None, mask
+
+    def forward(self, x):
+        x = x if self.gate is None else self.gate(x).sigmoid()
+        return self.head(self.attention(x, x, x, attn_mask=self.mask, need_weights=False)[0])
+
+
+class Products(TorchFunctionMode):
+    """Lists how many heads products of attention have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads: list[int] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.functional.scaled_dot_product_attention:
+            self.heads.append(args[0].shape[1])
+        return func(*args, **(kwargs or {}))
+
+
+def without_a_head(model: nn.Module, states: torch.Tensor) -> _Rehearsal:
+    assembled, flow = Network.on(model.eval(), states).traced()
+    left = np.ones(flow.size, dtype=bool)
+    left[flow.layer_roots("attention")[flow.heads["attention"].channels["attention"][1]]] = False
+    if "gate" in flow.layers:
+        left[flow.layer_roots("gate")[:2]] = False
+    return _Rehearsal(flow, left, assembled(copy.deepcopy(model)))
+
+
+def heads_of(rehearsal: _Rehearsal, states: torch.Tensor) -> tuple[dict[int, str], list[int]]:
+    with torch.no_grad(), Products() as seen:
+        found = rehearsal.run((states,))
+    return found, seen.heads
+
+
+@pytest.mark.parametrize(
+    ("model", "states", "heads"),
+    [
+        (Attending(), ROWS[None], [2]),
+        (Attending(gated=True), ROWS[None], [3, 2]),  # removed channels enter as halves
+        (Attending(), ROWS[None, :4], [3, 2]),
+        (Attending(mask=torch.zeros(80, 80)), ROWS[None], [3, 2]),  # one may be of all heads
+    ],
+)
+def test_attention_of_many_rows_runs_once_for_both(model, states, heads):
+    assert heads_of(without_a_head(model, states), states)[1] == heads
+
+
+@pytest.mark.parametrize("name", ["in_proj_weight", "in_proj_bias"])
+def test_attention_that_was_cut_wrongly_shows(name):
+    torch.manual_seed(0)
+    model = Attending()
+    nn.init.normal_(model.attention.in_proj_bias)
+    wrong = without_a_head(model, ROWS[None])
+    values = getattr(wrong.small.attention, name)
+    values.data = values.data.flip(0)
+    found, heads = heads_of(wrong, ROWS[None])
+    assert found
+    assert heads == [3, 2]

@@ -87,7 +87,7 @@ def test_vgg16_at_one_half_has_a_quarter_of_the_parameters():
     ("name", "share"),
     [
         ("resnet18", 0.27),
-        ("mobilenet_v2", 0.36),
+        pytest.param("mobilenet_v2", 0.36, marks=pytest.mark.slow),
         pytest.param("densenet121", 0.30, marks=pytest.mark.slow),
         pytest.param("resnet50", 0.28, marks=pytest.mark.slow),
         pytest.param("efficientnet_b0", 0.34, marks=pytest.mark.slow),

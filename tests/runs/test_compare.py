@@ -132,6 +132,7 @@ def two(num_classes):
 """
 
 
+@pytest.mark.slow
 def test_cells_run_beside_each_other_and_a_crash_of_one_is_its_own(tmp_path, monkeypatch):
     (tmp_path / "meeting_nets_for_tests.py").write_text(MEETING)
     monkeypatch.syspath_prepend(tmp_path)

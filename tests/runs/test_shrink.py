@@ -209,7 +209,7 @@ def test_bad_models_and_images_are_refused():
     ("make", "pruner"),
     [
         (vit_small, "l1"),
-        (bert_small, "reconstruction"),
+        pytest.param(bert_small, "reconstruction", marks=pytest.mark.slow),
         pytest.param(vit_small, "reconstruction", marks=pytest.mark.slow),
         pytest.param(bert_small, "l1", marks=pytest.mark.slow),
     ],

@@ -7,7 +7,10 @@ from nni_topo.errors import DataError
 from nni_topo.topology import pairwise_distances, projected_features, projection_error, random_projection
 
 
-@pytest.mark.parametrize(("points", "features", "kept"), [(40, 2000, 100), (120, 5000, 400), (15, 300, 20)])
+@pytest.mark.parametrize(
+    ("points", "features", "kept"),
+    [(40, 2000, 100), (15, 300, 20), pytest.param(120, 5000, 400, marks=pytest.mark.slow)],
+)
 def test_distances_stay_within_the_stated_error(points, features, kept):
     stated = projection_error(points, kept)
     upper = np.triu_indices(points, 1)
