@@ -321,3 +321,18 @@ def test_towers_of_clip_and_siglip_lose_heads_and_neurons(name, sizes, kind, tmp
         for one, other, third in zip(whole.to_tuple(), left.to_tuple(), again.to_tuple(), strict=True):
             torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
             assert torch.equal(other, third)
+
+
+def test_blocks_that_ask_the_models_config_for_their_heads_may_keep_different_ones(tmp_path):
+    model = make("Phi3ForCausalLM")
+    inputs = inputs_of(model)
+    config = [{"op_names": ["model.layers.1.self_attn"], "granularity": "head", "sparse_ratio": 0.5}]
+    groups = list(dependency_groups(model, inputs, config))
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense = to_dense(model, inputs, masks)
+    assert [each.query_heads for each in find_attention(dense).values()] == [4, 2]
+    assert model.config.num_attention_heads == dense.config.num_attention_heads == 4
+    torch.testing.assert_close(logits(dense, inputs), logits(masked_model(model, inputs, masks), inputs))
+    save(dense, tmp_path / "dense.pt")
+    again = load(tmp_path / "dense.pt", make("Phi3ForCausalLM"))
+    assert torch.equal(logits(again, inputs), logits(dense, inputs))

@@ -7,6 +7,7 @@ such a set is called a head. So is a unit of a recurrent layer, which goes with 
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,7 @@ _TOGETHER = (
     ("to_qkv", ("merge",)),
     ("Wqkv", ("Wo",)),
     ("query_key_value", ("dense",)),
+    ("qkv_proj", ("o_proj",)),  # keys and values may be of fewer heads
 )
 # Queries, keys and values of a head, then those of the next; else queries of all heads come first.
 _HEAD_BY_HEAD = ("query_key_value",)
@@ -75,7 +77,8 @@ class Attention:
         """The layers that make queries, keys and values, each with its channels of each head: (heads, channels)."""
         if self.is_fused:
             ((layer, channels),) = self.channels.items()
-            return [(layer, part) for part in np.split(channels, 3, axis=1)]
+            size = (channels.shape[1] - self.size) // 2
+            return [(layer, part) for part in np.split(channels, (self.size, self.size + size), axis=1)]
         return list(self.channels.items())
 
     @property
@@ -149,6 +152,9 @@ def _attention(name: str, module: Any) -> Attention | None:
         mixer = None if out is None else prefix + out
         if len(layers) > 1:
             return _apart(prefix, names, layers, size, mixer, by_head)
+        if names[0] == "qkv_proj":
+            shared = getattr(module, "num_key_value_heads", count)
+            return _sharing(prefix, names[0], layers[0], (count, shared, size), mixer)
         if not any(key in vars(module) for key in _COUNTS) and any(key in vars(module) for key in _SIZES):
             count = layers[0].out_features // (3 * size)  # the config may be that of the whole model
         if layers[0].out_features != 3 * count * size:
@@ -209,6 +215,20 @@ def _together(
     places = np.arange(3 * heads * size).reshape(3, heads, size)
     channels = places.transpose(1, 0, 2).reshape(heads, -1)
     return Attention(name, heads, size, {layer: channels}, (layer, places[2].ravel()), out, width, by_head or {})
+
+
+def _sharing(
+    prefix: str, name: str, layer: nn.Linear, sizes: tuple[int, int, int], out: str | None
+) -> Attention | None:
+    """Describe a layer that makes queries of all heads, then their keys, then their values, which several may share."""
+    heads, shared, size = sizes
+    if heads % shared or layer.out_features != (heads + 2 * shared) * size:
+        return None
+    rows = np.split(np.arange(layer.out_features), (heads * size, (heads + shared) * size))
+    parts = [each.reshape(shared, -1) for each in rows]
+    context = (prefix + name, parts[2].repeat(heads // shared, axis=0).ravel())
+    channels = {prefix + name: np.concatenate(parts, axis=1)}
+    return Attention(prefix[:-1], shared, heads // shared * size, channels, context, out, entering_channels(layer))
 
 
 def is_mixed(node: Node, attention: Attention) -> bool:
@@ -311,7 +331,11 @@ def resize(module: Any, attention: Attention, left: int, width: int) -> None:
         return
     if left == old:
         return
-    of_heads = len(attention.context[1])
+    of_heads, config = len(attention.context[1]), vars(module).get("config")
+    if attention.is_fused and config is not None and not any(key in vars(module) for key in _COUNTS):
+        # It asks the model's for the number of its heads; other blocks may keep more.
+        module.config = copy.copy(config)
+        module.config.num_attention_heads = config.num_attention_heads // old * left
     for key, value in vars(module).items():
         if key in (*_COUNTS, *_SHARED_COUNTS) and isinstance(value, int):
             setattr(module, key, value // old * left)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from nni_topo.network.network import Network
 
 _TOLERANCE = 1e-3  # of the largest value; rounding in single precision is far below, half of the channels far above
+_SINGLE = {torch.float64: torch.float32}
 _ROUNDS = 24  # each finds about half of the channels that can't go and weren't found yet
 
 
@@ -223,6 +224,8 @@ class _Rehearsal:
             return value
         given: Any = map_arg((node.args, node.kwargs), lambda parent: self._values[parent][which])
         args, kwargs = resized(given, self._sizes) if which else given
+        if torch.float64 in (*node.args, *node.kwargs.values()):  # of a model in double precision; here all is single
+            args, kwargs = tree_map_only(torch.dtype, lambda each: _SINGLE.get(each, each), (args, kwargs))
         if needless is not None:
             first, *others = args
             args = (first.masked_fill(needless.to(first.device), 0), *others)
