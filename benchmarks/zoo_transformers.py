@@ -30,6 +30,9 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "electra": ("ElectraForSequenceClassification", {**READS, "embedding_size": 32}),
     "albert": ("AlbertForSequenceClassification", {**READS, "embedding_size": 16}),
     "deberta_v2": ("DebertaV2ForSequenceClassification", READS),
+    "deberta_v3": ("DebertaV2ForSequenceClassification", {
+        **READS, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True,
+        "position_buckets": 8, "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0}),
     "mpnet": ("MPNetForSequenceClassification", READS),
     "modernbert": ("ModernBertForSequenceClassification", {**READS, **TOKENS}),
     "xlnet": ("XLNetForSequenceClassification", {"vocab_size": 100, "d_model": 32, "n_layer": 2, "n_head": 4,

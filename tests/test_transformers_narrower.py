@@ -30,7 +30,7 @@ from nni_topo.network.attention import find_attention
 
 
 # Positions turn a part of GPT-NeoX' and Phi's heads; those of ModernBERT aren't known in Transformers 5.
-@pytest.mark.parametrize("name", families("GPTNeoX", "PhiFor", "ModernBert"))
+@pytest.mark.parametrize("name", families("GPTNeoX", "PhiFor", "ModernBert", "Deberta"))
 def test_heads_with_half_of_their_channels(name, tmp_path):
     model = make(name)
     inputs = inputs_of(model, samples=12)
@@ -76,6 +76,12 @@ def test_frequencies_that_change_with_the_text_keep_heads_as_large_as_they_are(c
     assert "model.layers.1.self_attn (rotary positions of an unknown kind)" in caplog.text
 
 
+def test_heads_whose_queries_meet_positions_stay_as_large_as_they_are(caplog):
+    model = make("DebertaV2ForSequenceClassification")
+    assert narrow_heads(model, [inputs_of(model)], 0.5)[1] == {}
+    assert "encoder.layer.0.attention.self (its queries and keys meet positions too)" in caplog.text
+
+
 def test_a_decoder_of_narrower_heads_generates_with_and_without_cache():
     model = make("LlamaForCausalLM")
     inputs = inputs_of(model)
@@ -91,6 +97,7 @@ def test_a_decoder_of_narrower_heads_generates_with_and_without_cache():
     [
         ("BertForSequenceClassification", r".*_embeddings|.*\.output\.dense"),
         pytest.param("RobertaForSequenceClassification", r".*_embeddings|.*\.output\.dense", marks=pytest.mark.slow),
+        ("DebertaV2ForSequenceClassification", r".*word_embeddings|.*\.output\.dense"),
         ("DistilBertForSequenceClassification", r".*_embeddings|.*\.(out_lin|lin2)"),
         ("ViTForImageClassification", r".*projection|.*\.output\.dense|.*\.(o_proj|fc2)"),
         pytest.param(

@@ -22,6 +22,13 @@ SIZES = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidd
 IMAGES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 8}
 
 
+RELATIVE = {
+    "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "position_buckets": 4,
+    "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0, "max_position_embeddings": 16,
+}  # fmt: skip
+"""DeBERTa's third version: positions are read by the layers of queries and keys."""
+
+
 DISTIL = {"vocab_size": 31, "dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 4}
 
 
@@ -31,6 +38,7 @@ TOKENS = {f"{kind}_token_id": at for at, kind in enumerate(("pad", "bos", "eos",
 MODELS = {
     "BertForSequenceClassification": ("BertConfig", SIZES),
     "RobertaForSequenceClassification": ("RobertaConfig", SIZES),
+    "DebertaV2ForSequenceClassification": ("DebertaV2Config", {**SIZES, **RELATIVE}),
     "DistilBertForSequenceClassification": ("DistilBertConfig", DISTIL),
     "ViTForImageClassification": ("ViTConfig", {**IMAGES, "patch_size": 4}),
     "DeiTForImageClassification": ("DeiTConfig", {**IMAGES, "patch_size": 4}),

@@ -30,6 +30,7 @@ _APART = (
     ("query", "key", "value", ("out_proj",)),
     ("q_lin", "k_lin", "v_lin", ("out_lin",)),
     ("q", "k", "v", ("o",)),
+    ("query_proj", "key_proj", "value_proj", ()),  # DeBERTa's
 )
 _TOGETHER = (
     ("qkv", ("proj", "project.0")),
@@ -65,6 +66,7 @@ class Attention:
     width: int  # channels that enter
     by_head: dict[str, int] = field(default_factory=dict)  # parameters with an entry for each head, which dimension
     recurrent: bool = False  # heads are units, which see one another and put out a channel each
+    also: tuple[str, ...] = ()  # arguments of which the layers of queries and keys read rows too: positions
     shifted: bool = False  # norms within shift what the heads put out, those too that have no values any more
 
     @property
@@ -151,7 +153,9 @@ def _attention(name: str, module: Any) -> Attention | None:
             return None
         mixer = None if out is None else prefix + out
         if len(layers) > 1:
-            return _apart(prefix, names, layers, size, mixer, by_head)
+            apart = _apart(prefix, names, layers, size, mixer, by_head)
+            is_relative = names[0] == "query_proj" and getattr(module, "relative_attention", False)
+            return replace(apart, also=("rel_embeddings",)) if apart and is_relative else apart
         if names[0] == "qkv_proj":
             shared = getattr(module, "num_key_value_heads", count)
             return _sharing(prefix, names[0], layers[0], (count, shared, size), mixer)

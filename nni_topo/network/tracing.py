@@ -60,13 +60,13 @@ def _trace_whole(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModu
                 graph_module, args = tracer(model, named)
                 given, entered, calls_of = dict[str, Given](), dict[str, Any](), dict[str, Call]()
                 layers = {layer for each in found.values() for layer in each.channels}
-                enters = [(model.get_submodule(layer), partial(entered.__setitem__, layer)) for layer in layers]
+                enters = [(model.get_submodule(layer), partial(_note_entering, entered, layer)) for layer in layers]
                 inner = [(model.get_submodule(name), each) for name, each in found.items()]
                 leaves = [(part, partial(_note, given, entered, calls_of, part, each)) for part, each in inner]
                 calls = Calls(model)
                 with ExitStack() as stack:
                     for part, each in inner:
-                        stack.enter_context(called(part, partial(_note_call, calls_of, each.name)))
+                        stack.enter_context(called(part, partial(_note_call, calls_of, entered, each)))
                     stack.enter_context(watched(enters, leaves + calls.leaving()))
                     expected = model(*call[0], **call[1])
                 open_attention(graph_module, given)
@@ -143,8 +143,20 @@ def _placed(graph: torch.fx.Graph, named: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(named.get(str(node.target), node.args[0] if node.args else None) for node in nodes)
 
 
-def _note_call(calls: dict[str, Call], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    calls[name] = args, kwargs
+def _note_entering(entered: dict[str, Any], layer: str, value: Any) -> None:
+    entered.setdefault(layer, value)  # what enters first in each call of attention
+
+
+def _note_call(
+    calls: dict[str, Call],
+    entered: dict[str, Any],
+    attention: Attention,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    calls[attention.name] = args, kwargs
+    for layer in attention.channels:
+        entered.pop(layer, None)
 
 
 def _note(
@@ -166,6 +178,8 @@ def _note(
             reads[layer] = [*places][:1]
         else:
             reads[layer] = [at for at, value in places.items() if value is not None and value is entered.get(layer)][:1]
+            if reads[layer] and layer != attention.context[0]:
+                reads[layer] += [name for name in attention.also if places.get(name) is not None]
     is_same = given.get(attention.name, (False, reads))[1] == reads
     given[attention.name] = isinstance(output, tuple), reads if is_same and all(reads.values()) else {}
 

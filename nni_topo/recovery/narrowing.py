@@ -127,7 +127,7 @@ def narrow_heads(
     for layer, read in flow.mixers().items():
         readers.setdefault(read.name, []).append(layer)
     tables = find_frequencies(model, known)
-    whole = {name: why for name in asked if (why := _why_whole(name, readers, tables))}
+    whole = {name: why for name in asked if (why := _why_whole(known[name], readers, tables))}
     turned: nn.Module = detached_copy(model)
     heads = [
         _Heads(turned, known[name], readers[name][0], asked[name], tables.get(name))
@@ -196,10 +196,12 @@ def narrow_instead(model: nn.Module, calibration: Iterable[Any] | Evaluator, mas
     return turned, full
 
 
-def _why_whole(name: str, readers: dict[str, list[str]], tables: dict[str, str | None]) -> str:
-    if name in tables and tables[name] is None:
+def _why_whole(attention: Attention, readers: dict[str, list[str]], tables: dict[str, str | None]) -> str:
+    if attention.name in tables and tables[attention.name] is None:
         return "rotary positions of an unknown kind"
-    return "" if len(readers.get(name, [])) == 1 else "not one linear layer alone reads its heads"
+    if attention.also:
+        return "its queries and keys meet positions too"
+    return "" if len(readers.get(attention.name, [])) == 1 else "not one linear layer alone reads its heads"
 
 
 class _Heads:
