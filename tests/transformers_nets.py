@@ -49,6 +49,7 @@ MODELS = {
     "Gemma2ForCausalLM": ("Gemma2Config", {**SIZES, "num_key_value_heads": 2, "head_dim": 4}),
     "GPTNeoXForCausalLM": ("GPTNeoXConfig", {**SIZES, "rotary_pct": 0.5}),
     "PhiForCausalLM": ("PhiConfig", SIZES),
+    "StableLmForCausalLM": ("StableLmConfig", {**SIZES, "num_key_value_heads": 2}),
     "Phi3ForCausalLM": ("Phi3Config", {**SIZES, **TOKENS, "num_key_value_heads": 2}),
     "ModernBertForSequenceClassification": ("ModernBertConfig", {**SIZES, **TOKENS}),
 }

@@ -45,7 +45,7 @@ _HEAD_BY_HEAD = ("query_key_value",)
 _COUNTS = ("num_attention_heads", "num_heads", "n_heads")
 _SHARED_COUNTS = ("num_key_value_heads", "num_kv_heads")
 _SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
-_WIDTHS = ("all_head_size", "inner_dim", "attn_dim", "dim", "embed_dim", "split_size", "output_dim")
+_WIDTHS = ("all_head_size", "hidden_size", "inner_dim", "attn_dim", "dim", "embed_dim", "split_size", "output_dim")
 # Parameters with an entry for each head, and along which dimension; the last layer of what computes such a table.
 _BY_HEAD = {
     "relative_position_bias_table": 1, "relative_attention_bias.weight": 1,
