@@ -63,6 +63,8 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3ForCausalLM", {**SHARES, "head_dim": 8}),
     "gemma2": ("Gemma2ForCausalLM", {**SHARES, "head_dim": 8}),
     "phi": ("PhiForCausalLM", READS),
+    "stablelm": ("StableLmForCausalLM", SHARES),
+    "cohere": ("CohereForCausalLM", {**SHARES, **TOKENS}),
     "phi3": ("Phi3ForCausalLM", {**SHARES, **TOKENS}),
     "glm": ("GlmForCausalLM", {**SHARES, "head_dim": 8, "pad_token_id": 0}),
     "starcoder2": ("Starcoder2ForCausalLM", SHARES),

@@ -30,7 +30,7 @@ from nni_topo.network.attention import find_attention
 
 
 # Positions turn a part of GPT-NeoX' and Phi's heads; those of ModernBERT aren't known in Transformers 5.
-@pytest.mark.parametrize("name", families("GPTNeoX", "PhiFor", "StableLm", "ModernBert", "Deberta"))
+@pytest.mark.parametrize("name", families("Cohere", "GPTNeoX", "PhiFor", "StableLm", "ModernBert", "Deberta"))
 def test_heads_with_half_of_their_channels(name, tmp_path):
     model = make(name)
     inputs = inputs_of(model, samples=12)

@@ -32,6 +32,7 @@ from nni_topo.network.attention import find_attention
         ("LlamaForCausalLM", False),
         ("Qwen2ForCausalLM", True),
         ("Gemma2ForCausalLM", True),
+        ("CohereForCausalLM", True),
         pytest.param("LlamaForCausalLM", True, marks=pytest.mark.slow),
         pytest.param("Qwen2ForCausalLM", False, marks=pytest.mark.slow),
         pytest.param("MistralForCausalLM", False, marks=pytest.mark.slow),
@@ -75,9 +76,18 @@ def test_norms_that_compute_something_else_are_left_as_they_are():
         def forward(self, x):
             return (self.weight + self.shift) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
+    class Centred(Shifted):
+        def forward(self, x):
+            return super().forward(x - x.mean(-1, keepdim=True))
+
     made = (Shifted(0.0, 1e-6), Shifted(1.0, 1e-6), Shifted(0.5, 1e-6), Shifted(0.0, 1e-5))
-    found = as_torch_layers(torch.nn.Sequential(*made))
-    assert [type(each).__name__ for each in found] == ["RMSNorm", "ShiftedRMSNorm", "Shifted", "Shifted"]
+    made += (Centred(0.0, 1e-6), Centred(1.0, 1e-6), Centred(0.0, 1e-5))
+    model, x = torch.nn.Sequential(*made), torch.randn(5, 8)
+    found = as_torch_layers(model)
+    kinds = ["RMSNorm", "ShiftedRMSNorm", "Shifted", "Shifted", "LayerNorm", "Centred", "Centred"]
+    assert [type(each).__name__ for each in found] == kinds
+    for one, other in zip(found, model, strict=True):
+        torch.testing.assert_close(one(x), other(x))
 
 
 class Logits(torch.nn.Module):

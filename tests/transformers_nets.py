@@ -47,6 +47,7 @@ MODELS = {
     "Qwen2ForCausalLM": ("Qwen2Config", {**SIZES, "num_key_value_heads": 2}),
     "MistralForCausalLM": ("MistralConfig", {**SIZES, "num_key_value_heads": 2, "sliding_window": None}),
     "Gemma2ForCausalLM": ("Gemma2Config", {**SIZES, "num_key_value_heads": 2, "head_dim": 4}),
+    "CohereForCausalLM": ("CohereConfig", {**SIZES, **TOKENS, "num_key_value_heads": 2}),
     "GPTNeoXForCausalLM": ("GPTNeoXConfig", {**SIZES, "rotary_pct": 0.5}),
     "PhiForCausalLM": ("PhiConfig", SIZES),
     "StableLmForCausalLM": ("StableLmConfig", {**SIZES, "num_key_value_heads": 2}),
@@ -56,7 +57,13 @@ MODELS = {
 
 
 # Made as others are, to the last block: roughly as BERT, ViT, Qwen2 and LLaMA.
-TWINS = ("RobertaForSequenceClassification", "DeiTForImageClassification", "MistralForCausalLM", "PhiForCausalLM")
+TWINS = (
+    "RobertaForSequenceClassification",
+    "DeiTForImageClassification",
+    "MistralForCausalLM",
+    "PhiForCausalLM",
+    "CohereForCausalLM",
+)
 
 
 def families(*left_out):

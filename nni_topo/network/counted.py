@@ -9,6 +9,7 @@ by the mean of the channels' lengths over all places.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -177,10 +178,11 @@ def channel_dim(norm: nn.Module) -> int | None:
     return None
 
 
-def plain_rms_norm(norm: nn.Module) -> nn.RMSNorm | None:
-    """Return an RMS norm as PyTorch's, with the weight of one of another's making that computes the same; None if none.
+def plain_norm(norm: nn.Module) -> nn.Module | None:
+    """Return an RMS or layer norm as PyTorch's, with the weight of one of another's making that computes the same.
 
-    The answer is found by trying it, on inputs some of which are as small as what is added to their squares.
+    None if none does. The answer is found by trying it, on inputs some of which are as small as what is added to their
+    squares.
     """
     own, weight = dict(norm.named_parameters()), getattr(norm, "weight", None)
     eps = next((each for key in _EPS if isinstance(each := getattr(norm, key, None), float)), None)
@@ -189,17 +191,21 @@ def plain_rms_norm(norm: nn.Module) -> nn.RMSNorm | None:
         return None
     rows = torch.linspace(-1, 2, 3 * len(weight)).view(3, -1) * torch.tensor([[1.0], [eps**0.5], [10.0]])
     near = 64 * torch.finfo(weight.dtype).eps
+    knobs: dict[str, Any] = {"eps": eps, "device": "meta"}
+    kinds = (nn.RMSNorm, ShiftedRMSNorm, partial(nn.LayerNorm, bias=False))
     with torch.no_grad():
         try:
             given = norm.forward(rows.to(weight))
         except (RuntimeError, TypeError, ValueError):
             return None
-        for kind, shift in ((nn.RMSNorm, 0.0), (ShiftedRMSNorm, 1.0)):
-            made: Any = kind(len(weight), eps=eps, device="meta")
-            made.weight, made.shift = weight, shift
+        for kind in kinds:
+            made: Any = kind(len(weight), **knobs)
+            made.weight = weight
+            if isinstance(made, ShiftedRMSNorm):
+                made.shift = 1.0
             wanted = made.forward(rows.to(weight))
             if isinstance(given, Tensor) and torch.allclose(given, wanted, rtol=near, atol=near):
-                return cast("nn.RMSNorm", made)
+                return cast("nn.Module", made)
     return None
 
 

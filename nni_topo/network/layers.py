@@ -12,7 +12,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
 from nni_topo.errors import unknown_name
-from nni_topo.network.counted import channel_dim, plain_rms_norm, response_norm
+from nni_topo.network.counted import channel_dim, plain_norm, response_norm
 from nni_topo.network.modes import detached_copy, evaluation_mode
 
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
@@ -80,9 +80,10 @@ def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
     Returns
     -------
     torch.nn.Module
-        A model that computes the same, with linear layers for ``Conv1D``, as GPT-2 has them, and ``torch.nn.RMSNorm``
-        for RMS norms of a library's own, as LLaMA has them, or one derived from it, as Gemma's multiply by one more
-        than their weights; which are found by trying them. Weights that weight norm, spectral norm or another
+        A model that computes the same, with linear layers for ``Conv1D``, as GPT-2 has them, ``torch.nn.RMSNorm`` for
+        RMS norms of a library's own, as LLaMA has them, or one derived from it, as Gemma's multiply by one more than
+        their weights, and ``torch.nn.LayerNorm`` for layer norms without biases, as Cohere's are; which are found by
+        trying them. Weights that weight norm, spectral norm or another
         parametrization computes are plain ones with the values that they have in evaluation mode. A ``Conv1D`` is a
         linear layer whose weight, of shape (inputs, outputs), lies the other way round; NNI, and this package, would
         take its inputs for outputs. What is computed within a norm isn't seen to be one, and keeps all channels.
@@ -103,7 +104,7 @@ def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
             made = torch.nn.Linear(len(weight), weight.shape[1], device="meta")
             made.weight = torch.nn.Parameter(weight.detach().T.contiguous(), weight.requires_grad)
             made.bias = module.bias
-        made = made or (plain_rms_norm(module) if name else None)
+        made = made or (plain_norm(module) if name else None)
         if made is not None:
             copied.set_submodule(name, made.train(module.training))
     return copied

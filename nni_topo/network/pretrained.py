@@ -58,8 +58,8 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
 def _structure(model: torch.nn.Module) -> dict[str, Any]:
     """Return what a config must say of a model: the heads, the modules' sizes, and the tensors' shapes, by name."""
     heads = {name: f"{each.heads} heads of {each.head_size}" for name, each in find_attention(model).items()}
-    # An RMS norm as PyTorch's in the place of one of Transformers' own computes the same.
-    plain = (torch.nn.RMSNorm, ShiftedRMSNorm)
+    # A norm as PyTorch's in the place of one of Transformers' own computes the same; its weight says how wide it is.
+    plain = (torch.nn.RMSNorm, ShiftedRMSNorm, torch.nn.LayerNorm)
     described = [each for each in model.named_modules() if size_names(each[1]) and type(each[1]) not in plain]
     sizes = {name: describe(module) for name, module in described}
     return heads | sizes | {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
