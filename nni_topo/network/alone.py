@@ -47,7 +47,7 @@ def channels_alone(
     if bias[0] is not None and not torch.equal(bias[0][outs], bias[1]):
         return None
     given = flow.numbers[node.name]
-    numbers = (given[0] if isinstance(given, (tuple, list)) else given)[..., :].flatten(0, -2)[0]
+    numbers = (given[0] if isinstance(given, (tuple, list)) else given).flatten(0, -2)[0]
     return torch.from_numpy(left[flow.roots(numbers.numpy())])
 
 
