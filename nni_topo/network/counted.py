@@ -191,7 +191,6 @@ def plain_norm(norm: nn.Module) -> nn.Module | None:
         return None
     rows = torch.linspace(-1, 2, 3 * len(weight)).view(3, -1) * torch.tensor([[1.0], [eps**0.5], [10.0]])
     near = 64 * torch.finfo(weight.dtype).eps
-    knobs: dict[str, Any] = {"eps": eps, "device": "meta"}
     kinds = (nn.RMSNorm, ShiftedRMSNorm, partial(nn.LayerNorm, bias=False))
     with torch.no_grad():
         try:
@@ -199,7 +198,7 @@ def plain_norm(norm: nn.Module) -> nn.Module | None:
         except (RuntimeError, TypeError, ValueError):
             return None
         for kind in kinds:
-            made: Any = kind(len(weight), **knobs)
+            made: Any = kind(len(weight), eps=eps, device="meta")
             made.weight = weight
             if isinstance(made, ShiftedRMSNorm):
                 made.shift = 1.0
