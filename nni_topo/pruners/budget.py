@@ -116,6 +116,22 @@ class Budget:
         return float(getattr(self, self.kind))
 
 
+@dataclass(frozen=True)
+class BudgetOutcome:
+    """What came of a budget."""
+
+    kind: str  # what is counted: flops, params, latency or memory
+    asked: float  # share that should be left, in (0, 1]
+    left: float  # share that is left
+    is_met: bool  # within 1 % of the whole network; of time, where that is more, within 5 % of what was asked for
+    why: str = ""  # why it is missed; empty where it is met
+
+    def __str__(self) -> str:
+        found = f"a budget of {self.kind} is {'met' if self.is_met else 'missed'}"
+        shares = f"{self.asked:.4g} of it should be left, {self.left:.4g} is"
+        return f"{found}: {shares}{'' if self.is_met else f', because {self.why}'}"
+
+
 class BudgetPlanner(Planner):
     """Keep as many blocks as a budget allows."""
 
@@ -126,6 +142,7 @@ class BudgetPlanner(Planner):
         # Where none is given it is measured at the first use; with a table, an allocation is deterministic.
         self.latency_table = cast("LatencyTable | None", budget.latency_table)
         self.left = math.nan  # the share of the widths found, as it is counted or timed
+        self.outcome: BudgetOutcome | None = None  # None until the widths are found
         self._cost: Callable[[Kept], float] | None = None
         self._aim: float | None = None  # what the table must say so that the dense network takes the share
 
@@ -157,7 +174,7 @@ class BudgetPlanner(Planner):
         else:
             removed = solve(share)
             self.left = cost(removed)
-        tell_if_missed(self.budget, self.left, self._why_missed(removed, bounds))
+        self.outcome = tell_if_missed(self.budget, self.left, self._why_missed(removed, bounds))
         return {unit.name: unit.kept_rows(count) for unit, count in zip(units, removed, strict=True)}
 
     def _why_missed(self, removed: Sequence[int], bounds: Sequence[tuple[int, int]]) -> str:
@@ -184,11 +201,19 @@ class BudgetPlanner(Planner):
         return self._cost
 
 
-def tell_if_missed(budget: Budget, left: float, reason: str) -> None:
-    """Warn where a budget is missed, and say why."""
-    if abs(left - budget.share) > max(_MISSED, _MISSED_TIME * budget.share * (budget.kind == "latency")):
-        told = budget.kind, budget.share, left, reason
-        _logger.warning("a budget of %s is missed: %.4g of it should be left, %.4g is, because %s", *told)
+def budget_outcome(kind: str, asked: float, left: float, why: str) -> BudgetOutcome:
+    """Return what came of a budget; ``why`` is the reason if it is missed."""
+    tolerance = max(_MISSED, _MISSED_TIME * asked * (kind == "latency"))
+    is_met = abs(left - asked) <= tolerance
+    return BudgetOutcome(kind, asked, left, is_met, "" if is_met else why)
+
+
+def tell_if_missed(budget: Budget, left: float, reason: str) -> BudgetOutcome:
+    """Return what came of a budget, and warn where it is missed."""
+    outcome = budget_outcome(budget.kind, budget.share, left, reason)
+    if not outcome.is_met:
+        _logger.warning("%s", outcome)
+    return outcome
 
 
 def share_left(

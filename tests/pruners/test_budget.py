@@ -10,7 +10,7 @@ import torch
 
 from nni_topo import Budget, ReconstructionPruner, create_pruner, dependency_groups, to_dense, zoo
 from nni_topo.errors import ConfigError
-from nni_topo.pruners.budget import network_cost
+from nni_topo.pruners.budget import budget_outcome, network_cost
 from nni_topo.pruners.solving import solve_error, solve_uniform
 from nni_topo.pruners.topological.pruner import TopologicalPruner
 from nni_topo.runs.widths import inner_layers
@@ -175,6 +175,42 @@ def test_other_layers_lose_what_caps_and_floors_do_not_let_go(kind, caplog):
     assert all(shares[name] >= 0.75 for name in middle)
     assert all(shares[name] <= 0.8 for name in rest)
     assert "is missed" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("share", "is_met", "why"), [(0.5, True, ""), (0.05, False, "all layers are at their max_sparse_ratio")]
+)
+def test_a_pruner_knows_whether_its_budget_is_met(share, is_met, why):
+    model = resnet()
+    config = dependency_groups(model, IMAGES, [{"op_names": layers(), "max_sparse_ratio": 0.5}])
+    pruner = create_pruner("matrix", model, config, budget={"flops": share}, example_inputs=IMAGES)
+    assert pruner.planner.outcome is None
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    outcome = pruner.planner.outcome
+    left = zoo.count_macs(to_dense(model, IMAGES, masks), IMAGES) / zoo.count_macs(model, IMAGES)
+    assert (outcome.kind, outcome.asked, outcome.is_met) == ("flops", share, is_met)
+    assert outcome.left == pytest.approx(left)
+    assert why in outcome.why
+    assert bool(outcome.why) is not is_met
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "left", "is_met"),
+    [
+        ("flops", 0.5, 0.509, True),
+        ("flops", 0.5, 0.511, False),
+        ("flops", 0.5, 0.489, False),
+        ("latency", 0.5, 0.52, True),
+        ("latency", 0.5, 0.53, False),
+        ("latency", 0.1, 0.109, True),
+        ("params", 0.5, float("nan"), False),
+    ],
+)
+def test_a_budget_is_met_within_a_hundredth_of_the_network_or_a_twentieth_of_the_time(kind, asked, left, is_met):
+    outcome = budget_outcome(kind, asked, left, "of a reason")
+    assert outcome.is_met is is_met
+    assert str(outcome).endswith("because of a reason") is not is_met
 
 
 def test_a_budget_out_of_reach_empties_no_layer():
