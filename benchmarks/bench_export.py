@@ -83,7 +83,7 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
 def _exported(cell: Cell, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Write a seed's four files and measure them."""
     start = start_of(cell, options.out)
-    masks, _ = prune_to_ratios(cell, start, shared_ratios(cell, start, options.out))
+    masks = prune_to_ratios(cell, start, shared_ratios(cell, start, options.out)).masks
     dense, _ = made_dense(start, masks, CompensationChoice(options.images))
     dense = distilled(start, dense, DistillationChoice(options.images)).model
     images, records = start.images(options.images), []

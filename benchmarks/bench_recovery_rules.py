@@ -105,7 +105,7 @@ def _run(options: argparse.Namespace, seed: int) -> None:
         if not wanted:
             continue
         ratios = shared_ratios(cell, start, options.out)
-        masks, _ = prune_to_ratios(cell, start, ratios)
+        masks = prune_to_ratios(cell, start, ratios).masks
         for count in dict.fromkeys(count for count, _ in wanted):
             rows = [row for each, row in wanted if each == count]
             _recover(cell, start, masks, count, rows, path, steps=options.steps)

@@ -149,7 +149,7 @@ def _measure(cell: Cell, setting: Setting, out: Path) -> Record:
     began = time.perf_counter()
     start = start_of(cell, out)
     data = start.data
-    masks, prune_seconds = prune_to_ratios(_with_labels(cell, data), start, shared_ratios(cell, start, out))
+    masks, prune_seconds, _ = prune_to_ratios(_with_labels(cell, data), start, shared_ratios(cell, start, out))
     dense, _ = made_dense(start, masks)
     test = TensorDataset(*data.test[: setting.test_images])
     record = {

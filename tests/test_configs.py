@@ -21,6 +21,7 @@ from nni_topo.network.zeros import weights_left
 from nni_topo.runs.compare import compare
 from nni_topo.runs.plan import CompensationChoice, DataChoice, ModelChoice, load_plan, load_prune_config
 from nni_topo.runs.prune import prune_checkpoint
+from nni_topo.runs.report import prune_costs
 from nni_topo.runs.tables import markdown_report
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -221,6 +222,32 @@ def test_a_pruning_file_may_compensate_distil_and_round_for_any_pruner(checkpoin
     path.write_text(path.read_text().replace("te: {images", "te: {image"))
     with pytest.raises(ConfigError, match="did you mean images"):
         load_prune_config(path)
+
+
+@pytest.mark.parametrize(
+    ("share", "cap", "round_to", "is_met", "why"),
+    [
+        (0.5, 1.0, "null", True, ""),
+        (0.1, 0.5, "null", False, "all layers are at their max_sparse_ratio"),
+        (0.1, 0.9, 8, False, "layers keep a multiple of 8 channels"),
+    ],
+)
+def test_a_record_says_whether_the_dense_network_meets_the_budget(
+    share, cap, round_to, is_met, why, checkpoint, tmp_path
+):
+    path = tmp_path / "prune.yaml"
+    path.write_text(
+        f"pruner: matrix\nconfig_list: [{{op_types: [Conv2d], max_sparse_ratio: {cap}}}]\n"
+        f"knobs: {{budget: {{flops: {share}}}}}\nround_to: {round_to}\n"
+    )
+    record = prune_checkpoint(SMALL, checkpoint, load_prune_config(path), DIGITS, tmp_path / "out")
+    found = record["budget"]
+    assert (found["kind"], found["asked"], found["is_met"]) == ("flops", share, is_met)
+    assert found["left"] == pytest.approx(record["flops"] / record["flops_before"])
+    assert why in found["why"]
+    assert (found["why"] == "") is is_met
+    row = next(row for row in prune_costs(record) if row[0].startswith("flops left"))
+    assert row[0].endswith("asked, met)" if is_met else "asked, missed)")
 
 
 def test_the_trees_file_leaves_zeros_that_retraining_keeps(checkpoint, tmp_path):

@@ -273,7 +273,7 @@ def study_masks(name: str, start: Start, ratio: float, calibration: int) -> Mask
     entry = {"op_names": layers} if finds_number else {"op_names": layers, "sparse_ratio": ratio}
     config_list = dependency_groups(start.net, start.example, [entry]) if info.structured else [entry]
     choice = PrunerChoice(name, knobs=knobs, calibration=calibration if "calibration" in info.knobs() else 0)
-    return prune(start, choice, config_list)[0]
+    return prune(start, choice, config_list).masks
 
 
 def _random_connections(model: nn.Module, layers: list[str], ratio: float, seed: int) -> Masks:

@@ -13,10 +13,24 @@ from torch import nn
 
 from nni_topo.disk import only_process, read_json, write_json
 from nni_topo.pruners.hooks import Masks
+from nni_topo.pruners.registry import pruner_info
 from nni_topo.recovery import recalibrate_batch_norm
 from nni_topo.runs.plan import SCRATCH, Cell
 from nni_topo.runs.records import Record, provenance
-from nni_topo.runs.run import Start, costs, distilled, latencies, made_dense, prune_to_ratios, retrain, trained
+from nni_topo.runs.rivals import is_rival
+from nni_topo.runs.run import (
+    WHOLE_CHANNELS,
+    Pruned,
+    Start,
+    budget_facts,
+    costs,
+    distilled,
+    latencies,
+    made_dense,
+    prune_to_ratios,
+    retrain,
+    trained,
+)
 from nni_topo.runs.widths import layer_ratios
 
 _RECALIBRATION_IMAGES = 1024
@@ -37,9 +51,9 @@ def run_cell(cell: Cell, out: Path) -> Record:
     torch.set_num_threads(1)
     start = start_of(cell, out)
     ratios = shared_ratios(cell, start, out)
-    masks, prune_seconds = prune_to_ratios(cell, start, ratios)
+    pruned = prune_to_ratios(cell, start, ratios)
     cutting = time.perf_counter()
-    dense, _ = made_dense(start, masks)
+    dense, _ = made_dense(start, pruned.masks)
     # accuracies in [0, 1] on the test images, seconds, bytes; latencies are median milliseconds of a batch
     record = {
         **cell_facts(cell),
@@ -47,14 +61,16 @@ def run_cell(cell: Cell, out: Path) -> Record:
         **costs(start, dense),
         "accuracy_before": start.accuracy,
         **(start.figures(start.net, "before") if start.data.is_text else {}),
-        "prune_seconds": prune_seconds,
+        "prune_seconds": pruned.seconds,
         "speedup_seconds": time.perf_counter() - cutting,
         **latencies(start, dense),
     }
+    if cell.target.kind != "ratio":
+        record |= budget_facts(start, dense, cell.target, record, why_missed(cell, pruned))
     if cell.pruner.name == SCRATCH:
         dense, recipe = with_new_weights(dense, cell.seed), cell.train
     else:
-        dense, recipe = _recovered(cell, start, masks, dense, record), cell.retrain
+        dense, recipe = _recovered(cell, start, pruned.masks, dense, record), cell.retrain
     if recipe.epochs:
         curve = [start.validated(dense)] if len(start.data.validation) else []
         log = retrain(dense, start.data, recipe, seed=cell.seed)
@@ -104,6 +120,16 @@ def shared_ratios(cell: Cell, start: Start, out: Path) -> dict[str, float]:
             known[key] = layer_ratios(start.net, example, cell.target)
             write_json(path, known, sort=False)
     return dict(known[key])
+
+
+def why_missed(cell: Cell, pruned: Pruned) -> str:
+    """Say why the network may be far from the budget of a cell, whose widths all of its pruners share."""
+    name = cell.pruner.name
+    if pruned.budget is not None:
+        return pruned.budget.why or "the dense network keeps other channels than were counted"
+    if name != SCRATCH and not is_rival(name) and not pruner_info(name).structured:
+        return "the pruner removes single weights and no channels"
+    return WHOLE_CHANNELS
 
 
 def with_new_weights(model: nn.Module, seed: int) -> nn.Module:

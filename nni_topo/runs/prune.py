@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from nni_topo.pruners.registry import needs_rule, pruner_info
 from nni_topo.runs.plan import DataChoice, ModelChoice, PruneConfig, PrunerChoice, changed_recipe
 from nni_topo.runs.records import Record, provenance
 from nni_topo.runs.report import write_report
-from nni_topo.runs.run import costs, distilled, latencies, made_dense, on_cpu, prune, retrain, trained
+from nni_topo.runs.run import budget_facts, costs, distilled, latencies, made_dense, on_cpu, prune, retrain, trained
 
 
 def prune_checkpoint(
@@ -46,15 +47,15 @@ def prune_checkpoint(
     if config.dependency_groups and pruner_info(config.pruner).structured:
         config_list = dependency_groups(start.net, start.example, config_list)
     choice = PrunerChoice(config.pruner, knobs=config.knobs, calibration=config.calibration)
-    found, seconds = prune(start, choice, config_list)
-    masks = _rounded(start.net, start.example, on_cpu(found), config.round_to)
+    found = prune(start, choice, config_list)
+    masks = _rounded(start.net, start.example, on_cpu(found.masks), config.round_to)
     dense, _ = made_dense(start, masks)
     record: Record = {
         "model": model.label,
         "data": data.name,
         "pruner": config.pruner,
         "seed": seed,
-        "prune_seconds": seconds,
+        "prune_seconds": found.seconds,
         **costs(start, dense),
         "accuracy_before": start.accuracy,
         **(start.figures(start.net, "before") if start.data.is_text else {}),
@@ -73,6 +74,11 @@ def prune_checkpoint(
         retrain(dense, start.data, changed_recipe(recipe, config.retrain), seed=seed, progress=progress)
         record |= start.figures(dense, "retrained")
     record |= latencies(start, dense) | provenance()
+    if found.budget is not None and found.budget.kind == "latency" and config.round_to is None:
+        record["budget"] = asdict(found.budget)  # timed longer, and in the batch that was asked for
+    elif found.budget is not None:
+        why = found.budget.why or f"layers keep a multiple of {config.round_to} channels"
+        record |= budget_facts(start, dense, found.budget, record, why)
     out.mkdir(parents=True, exist_ok=True)
     files.save(dense, out / "dense.pt")
     write_tensors(out / "masks.pt", masks)

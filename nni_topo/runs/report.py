@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from nni_topo.disk import read_json, write_text
 from nni_topo.errors import DataError
+from nni_topo.pruners.budget import BudgetOutcome
 from nni_topo.runs.pictures import comparison_figures
 from nni_topo.runs.records import Record, compared_records
 from nni_topo.runs.tables import cells_of, grouped, title_of, widths_of
@@ -64,6 +65,10 @@ def prune_costs(record: Record) -> list[tuple[str, str, str]]:
     if "latency_ms" in record:
         times = f"{record['latency_before_ms']:.2f}", f"{record['latency_ms']:.2f}"
         rows.append((f"latency ms (batch of {record['latency_batch']})", *times))
+    if "budget" in record:
+        asked = BudgetOutcome(**record["budget"])
+        label = f"{asked.kind} left % ({100 * asked.asked:.4g} asked, {'met' if asked.is_met else 'missed'})"
+        rows.append((label, "100.0", f"{100 * asked.left:.1f}"))
     before = f"{100 * record['accuracy_before']:.1f}"
     for step in ("oneshot", "compensated", "distilled", "retrained"):
         if f"accuracy_{step}" in record:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.dense import to_dense
 from nni_topo.network.layers import output_channels
 from nni_topo.network.zeros import weights_left, zeros_held
+from nni_topo.pruners.budget import BudgetOutcome, BudgetPlanner, budget_outcome, network_cost
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.recovery import CompensationReport, Distillation, compensation, distillation
@@ -37,6 +38,7 @@ from nni_topo.runs.plan import (
     DistillationChoice,
     ModelChoice,
     PrunerChoice,
+    Target,
     training_key,
 )
 from nni_topo.runs.records import Record
@@ -51,6 +53,8 @@ _IMAGES_AT_ONCE = 128
 _LABELLED_AT_ONCE = 512
 STILL = 1e-30
 """Learning rate at which an evaluator measures gradients and leaves weights as they are."""
+WHOLE_CHANNELS = "whole channels come no nearer, or the pruner keeps others than it is asked to"
+"""Why a budget is missed by a pruner that is given ratios of layers."""
 
 
 @dataclass(frozen=True)
@@ -186,20 +190,31 @@ def pruner_knobs(name: str, victim: nn.Module, start: Start, calibration: int = 
     return knobs
 
 
-def prune(start: Start, pruner: PrunerChoice, config_list: list[dict[str, Any]]) -> tuple[Masks, float]:
-    """Prune a copy of the network; the choice's knobs come before :func:`pruner_knobs`. Return masks and seconds."""
+class Pruned(NamedTuple):
+    """What a pruner chose."""
+
+    masks: Masks
+    seconds: float
+    budget: BudgetOutcome | None = None  # what came of its own budget; None where it has none
+
+
+def prune(start: Start, pruner: PrunerChoice, config_list: list[dict[str, Any]]) -> Pruned:
+    """Prune a copy of the network; the choice's knobs come before :func:`pruner_knobs`."""
     victim = copy.deepcopy(start.net)
     knobs = {**pruner_knobs(pruner.name, victim, start, pruner.calibration), **pruner.knobs}
     began = time.perf_counter()
-    _, masks = create_pruner(pruner.name, victim, config_list, **knobs).compress()
-    return masks, time.perf_counter() - began
+    created = create_pruner(pruner.name, victim, config_list, **knobs)
+    _, masks = created.compress()
+    seconds = time.perf_counter() - began
+    planner = getattr(created, "planner", None)  # NNI's pruners have none
+    return Pruned(masks, seconds, planner.outcome if isinstance(planner, BudgetPlanner) else None)
 
 
-def prune_to_ratios(cell: Cell, start: Start, ratios: dict[str, float]) -> tuple[Masks, float]:
-    """Run a cell's pruner, or a rival from outside, with a ratio for every layer; return masks and seconds."""
+def prune_to_ratios(cell: Cell, start: Start, ratios: dict[str, float]) -> Pruned:
+    """Run a cell's pruner, or a rival from outside, with a ratio for every layer."""
     choice = cell.pruner
     if is_rival(choice.name):
-        return rival_masks(choice.name, start.net, start.example, ratios)
+        return Pruned(*rival_masks(choice.name, start.net, start.example, ratios))
     if choice.name == SCRATCH:
         choice = replace(choice, name="random")
     if pruner_info(choice.name).structured:
@@ -285,6 +300,20 @@ def costs(start: Start, dense: nn.Module) -> Record:
         found[f"params{suffix}"] = zoo.count_params(net)
         found[f"weights_left{suffix}"] = weights_left(net)
     return found
+
+
+def budget_facts(start: Start, dense: nn.Module, asked: Target | BudgetOutcome, times: Record, why: str) -> Record:
+    """Return what a record says of a budget: what was asked for and what the dense network takes.
+
+    ``times`` are those of :func:`latencies`; ``why`` is the reason if the budget is missed.
+    """
+    share = asked.value if isinstance(asked, Target) else asked.asked
+    if asked.kind == "latency":
+        left = times["latency_ms"] / times["latency_before_ms"]
+    else:
+        before, after = (network_cost(asked.kind, net, start.example)({}) for net in (start.net, dense))
+        left = after / before
+    return {"budget": asdict(budget_outcome(asked.kind, share, left, why))}
 
 
 def latencies(start: Start, dense: nn.Module) -> Record:

@@ -49,8 +49,8 @@ def prune_on_schedule(
             "(prune_on_schedule)"
         )
     if schedule == "one-shot":
-        masks, _ = prune(start, pruner, config_list)
-        dense, _ = made_dense(start, masks)
+        pruned = prune(start, pruner, config_list)
+        dense, _ = made_dense(start, pruned.masks)
         left = recipe
     else:
         dense = _in_rounds(start, pruner, config_list, recipe, schedule, rounds, finishing)

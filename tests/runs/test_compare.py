@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
@@ -62,6 +63,21 @@ def test_records_hold_what_a_table_needs(tmp_path):
         assert record["peak_memory_bytes"] > 2**26
     assert records[0]["flops"] == records[1]["flops"]
     assert json.loads((tmp_path / "results.json").read_text()) == records
+
+
+def test_records_say_whether_the_budget_is_met(tmp_path):
+    targets = (Target("flops", 0.5), Target("memory", 0.5), Target("ratio", 0.5))
+    asked = dataclasses.replace(plan("l1", "level"), targets=targets, retrain={"epochs": 0})
+    records, failures = compare(asked, tmp_path, isolate=False)
+    assert failures == []
+    told = {(each["pruner"], each["budget"]["kind"]): each["budget"] for each in records if "budget" in each}
+    assert set(told) == {("l1", "flops"), ("l1", "memory"), ("level", "flops"), ("level", "memory")}
+    for kind in ("flops", "memory"):
+        assert told["l1", kind] == {"kind": kind, "asked": 0.5, "left": ANY, "is_met": True, "why": ""}
+        assert told["l1", kind]["left"] == pytest.approx(0.5, abs=0.01)
+        assert told["level", kind]["left"] == 1.0
+        assert not told["level", kind]["is_met"]
+        assert told["level", kind]["why"] == "the pruner removes single weights and no channels"
 
 
 def test_single_weights_stay_pruned_while_the_net_is_retrained(tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def pruner_seen(monkeypatch):
 def pruned(cell, data=None):
     data = execute.load_model_data(cell.model, cell.data) if data is None else data
     start = Start(execute.build_model(cell.model, data, seed=0), data, cell.train)
-    masks, _ = execute.prune_to_ratios(cell, start, layer_ratios(start.net, start.example, cell.target))
+    masks = execute.prune_to_ratios(cell, start, layer_ratios(start.net, start.example, cell.target)).masks
     return start.net, masks
 
 

@@ -23,6 +23,8 @@ from nni_topo.runs.experiment.settings import TrialSettings
 from nni_topo.runs.processes import broadcast, broadcast_masks, data_share, world
 from nni_topo.runs.records import Record, provenance
 from nni_topo.runs.run import (
+    WHOLE_CHANNELS,
+    budget_facts,
     costs,
     distilled,
     latencies,
@@ -117,7 +119,7 @@ class _Trial:
         if path.exists():
             with reading(path, "a trial's masks", cure=DELETE):
                 return read_tensors(path)  # type: ignore[no-any-return]
-        masks = on_cpu(prune_to_ratios(self.cell, self.start, self._ratios())[0])
+        masks = on_cpu(prune_to_ratios(self.cell, self.start, self._ratios()).masks)
         write_tensors(path, masks)
         return masks
 
@@ -155,6 +157,8 @@ class _Trial:
             facts |= latencies(self.start, dense)
             facts["latency_share"] = facts["latency_ms"] / facts["latency_before_ms"]
             facts["price"] += settings.latency_weight * facts["latency_share"]
+        if self.cell.target.kind != "ratio":
+            facts |= budget_facts(self.start, dense, self.cell.target, facts, WHOLE_CHANNELS)
         return facts
 
     def retrained(self, dense: nn.Module, facts: Record, report: Report | None, rank: int, size: int) -> nn.Module:

@@ -52,6 +52,13 @@ def test_a_trial_leaves_a_net_that_does_what_its_metrics_say(settings, nets, tmp
 def test_the_config_list_leads_nnis_own_pruner_to_the_same_widths(settings, nets, tmp_path):
     metrics = run_trial(dataclasses.replace(settings, flops=0.3), tmp_path / "trial", cache=nets)
     assert metrics["flops_share"] == pytest.approx(0.3, abs=0.01)
+    assert metrics["budget"] == {
+        "kind": "flops",
+        "asked": 0.3,
+        "left": pytest.approx(metrics["flops_share"]),
+        "is_met": True,
+        "why": "",
+    }
     net, images = whole_net(), torch.randn(2, 1, 8, 8)
     config_list = json.loads((tmp_path / "trial" / "config_list.json").read_text())
     pruner = nni_topo.create_pruner("l1", net, config_list)
