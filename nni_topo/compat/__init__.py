@@ -3,7 +3,8 @@
 This package is the only home of patches to NNI. Each mend is one function that names the place, the cause
 and the versions, checks that it's needed, and does nothing where NNI or PyTorch is already right. No mend
 that `enable` applies changes the result of a computation that worked before; of layers that share a weight NNI
-made other layers, which counts as broken.
+made other layers, and of transposed convolutions it masked the inputs with the bias of the outputs, which counts as
+broken.
 """
 
 from __future__ import annotations

@@ -141,9 +141,6 @@ def dependency_groups(
     for granularity keeps it.
     Units of a recurrent layer of one level and one direction, with biases, go as heads do.
 
-    Of transposed convolutions the package's pruners prune output channels, NNI's own only under
-    ``nni_topo.enable_strict()``: else they prune the input channels, and fail in a group.
-
     Examples
     --------
     >>> from torch.nn import Conv2d, Sequential

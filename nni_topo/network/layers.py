@@ -247,10 +247,18 @@ def kept_channels(module: torch.nn.Module, targets: Mapping[str, torch.Tensor]) 
 
 def by_output(weight: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
     """Put a weight's, or its mask's, output channels into the first dimension: shape (channels, ...)."""
-    if isinstance(module, TRANSPOSED):  # weight: (in, out / groups, ...)
-        grouped: torch.Tensor = weight.unflatten(0, (module.groups, -1))
-        return grouped.transpose(1, 2).flatten(0, 1)
+    if isinstance(module, TRANSPOSED):
+        return channels_swapped(weight, module.groups)
     return weight.transpose(0, 1) if channel_dimension(module) else weight
+
+
+def channels_swapped(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """Turn a transposed convolution's weight (in, out / groups, ...) into (out, in / groups, ...), and the other way.
+
+    Of one group it is a view.
+    """
+    grouped: torch.Tensor = weight.unflatten(0, (groups, -1))
+    return grouped.transpose(1, 2).flatten(0, 1)
 
 
 def spread(module: torch.nn.Module, kept: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -258,8 +266,8 @@ def spread(module: torch.nn.Module, kept: torch.Tensor, dtype: torch.dtype | Non
     weight = weight_of(module)
     kept = kept.to(dtype=dtype or weight.dtype, device=weight.device)
     if isinstance(module, TRANSPOSED):
-        rows = kept.view(module.groups, 1, -1).expand(-1, weight.shape[0] // module.groups, -1).flatten(0, 1)
-        return rows.view(rows.shape + (1,) * (weight.dim() - 2)).expand_as(weight).clone()
+        rows = kept.view(-1, *[1] * (weight.dim() - 1)).expand(-1, weight.shape[0] // module.groups, *weight.shape[2:])
+        return channels_swapped(rows, module.groups).clone()
     view = [1] * weight.dim()
     view[channel_dimension(module)] = -1
     return kept.view(view).expand_as(weight).clone()

@@ -19,7 +19,6 @@ from nni_topo.maths.ties import descending
 from nni_topo.pruners.agreement import Agreement, warn_of_more
 from nni_topo.pruners.hooks import KeptSet, Masks, Metrics, PruningContext, SparsityAllocator, unit_scores
 from nni_topo.pruners.planner import FloatArray
-from nni_topo.pruners.transposed import loses_outputs, output_mask
 from nni_topo.pruners.units import PruningUnit
 
 
@@ -75,12 +74,6 @@ def _add_aligned(masks: Masks, context: PruningContext) -> None:
             has_value = space.type is not TargetType.PARAMETER or space.target is not None
             if not has_value or space.align["target_name"] not in masks.get(source, {}):
                 continue
-            weight = context.target_spaces[source][space.align["target_name"]]
-            # NNI's alignment keeps one dimension of the source, but with groups the output channels lie in two.
-            if loses_outputs(weight):
-                kept = masks[source][space.align["target_name"]]
-                masks[module_name][target_name] = output_mask(kept, weight._wrapper.module)
-            else:
-                followers[module_name][target_name] = space
+            followers[module_name][target_name] = space
     for module_name, found in _expand_masks(_generate_align_sparsity(masks, followers), followers).items():
         masks[module_name].update(found)

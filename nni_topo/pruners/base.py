@@ -16,7 +16,6 @@ from dataclasses import is_dataclass
 from typing import Any, ClassVar, Literal
 
 from nni.compression.base.compressor import Pruner
-from nni.compression.base.target_space import PruningTargetSpace
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.pruning.basic_pruner import _NormPruner
 from nni.compression.utils import Evaluator
@@ -40,7 +39,6 @@ from nni_topo.pruners.hooks import (
     SparsityAllocator,
 )
 from nni_topo.pruners.planner import Planner
-from nni_topo.pruners.transposed import follow_outputs, output_granularity
 from nni_topo.pruners.units import TargetSpaces, in_network_order, is_active, pruning_units
 from nni_topo.recovery.steps import Pairs
 
@@ -89,8 +87,8 @@ class StructuredPruner(Pruner):
     ``interval_steps``, ``total_times`` and ``first_step_gen`` mean what they mean for NNI's own pruners;
     ``LinearPruner`` and ``AGPPruner`` set them.
 
-    At the default granularity a transposed convolution (without groups) loses output channels, and its bias with
-    them. NNI's own pruners take its input channels and fail on the bias.
+    At the default granularity a transposed convolution loses output channels, and its bias with them, as every other
+    layer does; so it does in NNI's own pruners, which by themselves would take its input channels.
     """
 
     needs_rule: bool = True
@@ -194,13 +192,6 @@ class StructuredPruner(Pruner):
             ``{module name: {target name: mask}}``.
         """
         super().update_masks(known_masks(self, masks))
-
-    def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> list[Any] | str | None:
-        return output_granularity(target_space) or super()._set_default_sparse_granularity(target_space)
-
-    def _register_scalers(self) -> None:
-        super()._register_scalers()
-        follow_outputs(self._target_spaces)
 
     def _fitting(self, model: nn.Module, config_list: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Check the layers, and leave those out that can't be looked at and that dependency groups chose by kind."""

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from nni_topo.compat.wrapping import calling, scaling
 from nni_topo.network.attention import IntArray, find_heads
-from nni_topo.network.layers import TRANSPOSED, row_names, weight_name
+from nni_topo.network.layers import row_names, weight_name
 from nni_topo.network.stepwise import is_whole, set_stepwise
+from nni_topo.pruners.transposed import OutputScaling, scale_by_outputs
 from nni_topo.pruners.units import TargetSpaces, holds_columns
 
 _WEIGHT = PruningSetting.default_setting["weight"]
@@ -86,10 +87,11 @@ def scale_by_heads(model: Any, target_spaces: TargetSpaces) -> None:
     for group, spaces in groups.items():
         is_mixed = group is not None and len({space.target.dim() for space in spaces}) > 1
         for space in spaces:
-            by_row = space.granularity == "out_channel" and not isinstance(space._wrapper.module, TRANSPOSED)
             if holds_columns(space):
                 space._scaler = ColumnScaling(space.granularity)
-            elif is_mixed and by_row:
+            elif is_mixed and isinstance(space._scaler, OutputScaling):
+                space._scaler = space._scaler.as_column()
+            elif is_mixed and space.granularity == "out_channel":
                 space._scaler = ColumnScaling([1, *[-1] * (space.target.dim() - 1)])
 
 
@@ -102,5 +104,5 @@ def show_heads_to_nni() -> None:
         gates = {"weight_ih_l0": _WEIGHT, "weight_hh_l0": _WEIGHT, "bias_ih_l0": _GATE, "bias_hh_l0": _GATE}
         PruningSetting.register(kind, gates)
     if scale_by_heads not in scaling:
-        scaling.append(scale_by_heads)
+        scaling.extend((scale_by_outputs, scale_by_heads))
         calling.append((is_whole, set_stepwise))

@@ -18,7 +18,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import ConfigError, unknown_name
-from nni_topo.pruners.checks import check_request
+from nni_topo.pruners.checks import check_request, of_single_weights
 from nni_topo.pruners.heads import show_heads_to_nni
 from nni_topo.pruners.hooks import DataCollector, MetricCalculator, SparsityAllocator
 
@@ -200,6 +200,8 @@ def create_pruner(
     if missing:
         raise ConfigError(f"pruner {name!r} needs {', '.join(missing)}, got none (create_pruner)")
     config_list = check_request(model, config_list, needs_rule=needs_rule(name, knobs))
+    if not info.structured:
+        config_list = of_single_weights(config_list)
     if evaluator is not None:
         knobs["evaluator"] = evaluator
     return info.load()(model, config_list, **knobs)
@@ -210,7 +212,8 @@ def expose_in_nni() -> None:
 
     Pruners become attributes of ``nni.compression.pruning``; collectors, metrics and allocators of
     ``nni.compression.pruning.tools``, beside NNI's functions for these steps. NNI's schedulers warn of pruners that
-    they weren't tested with: no longer of these, which are. All pruners see heads of attention.
+    they weren't tested with: no longer of these, which are. All pruners see heads of attention,
+    and the output channels of transposed convolutions.
     """
     own = [cls for info in TABLE.values() if info.origin == "nni_topo" and isinstance(cls := info.load(), type)]
     for cls in own:

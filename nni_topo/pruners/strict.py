@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from nni.compression import speedup
 from nni.compression.base.compressor import Compressor, Pruner
-from nni.compression.base.target_space import PruningTargetSpace, TargetType
+from nni.compression.base.target_space import TargetType
 from nni.compression.pruning import basic_pruner, movement_pruner, scheduled_pruner, slim_pruner, taylor_pruner, tools
 from nni.compression.pruning.tools import sparse_gen
 from nni.compression.speedup import dependency, mask_conflict
@@ -25,7 +25,6 @@ from nni_topo.pruners.base import StructuredPruner, known_masks
 from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.hooks import Masks, Metrics, PruningContext
 from nni_topo.pruners.planner import Planner
-from nni_topo.pruners.transposed import follow_outputs, output_granularity
 from nni_topo.pruners.units import TargetSpaces, in_network_order
 
 _originals: dict[tuple[Any, str], Any] = {}
@@ -63,9 +62,6 @@ def enable_strict(*, normalization: Literal["none", "mean"] = "none") -> None:
     * ``update_masks`` leaves out modules it doesn't know (``base/compressor.py``).
     * The caller's ``customized_replacers`` list isn't changed (``speedup/model_speedup.py``).
     * A convolution to one channel isn't taken for depth-wise (``speedup/dependency.py``).
-    * Transposed convolutions lose output channels, as all other layers do, and their biases with them; NNI masks
-      their input channels and gives the bias the same mask (``base/compressor.py``,
-      ``Pruner._set_default_sparse_granularity``). Groups that hold them come from `nni_topo.dependency_groups`.
     * ``LinearPruner`` and ``AGPPruner`` say what they need of their pruner (``pruning/scheduled_pruner.py``).
 
     Examples
@@ -85,8 +81,6 @@ def enable_strict(*, normalization: Literal["none", "mean"] = "none") -> None:
         _replace(module, "generate_sparsity", allocate)
     _replace(Pruner, "__init__", _checked_init)
     _replace(Pruner, "update_masks", _update_known_masks)
-    _replace(Pruner, "_set_default_sparse_granularity", _default_granularity)
-    _replace(Pruner, "_register_scalers", _register_scalers)
     _replace(scheduled_pruner._ComboPruner, "__init__", _checked_combination)
     _replace(speedup.ModelSpeedup, "__init__", _init_with_copied_replacers)
     for module in (dependency, mask_conflict):
@@ -120,15 +114,6 @@ def _checked_init(
         config_list = check_request(model, config_list, existed_wrappers)
     _original(Pruner, "__init__")(self, model, config_list, evaluator, existed_wrappers)
     self._target_spaces = in_network_order(model, self._target_spaces)
-
-
-def _default_granularity(self: Pruner, target_space: PruningTargetSpace) -> list[Any] | str | None:
-    return output_granularity(target_space) or _original(Pruner, "_set_default_sparse_granularity")(self, target_space)
-
-
-def _register_scalers(self: Pruner) -> None:
-    _original(Pruner, "_register_scalers")(self)
-    follow_outputs(self._target_spaces)
 
 
 def _update_known_masks(self: Pruner, masks: Masks) -> None:

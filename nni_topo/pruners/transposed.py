@@ -1,49 +1,103 @@
 """Transposed convolutions, whose weights hold the output channels in the second dimension: ``(in, out / groups, ...)``.
 
-NNI prunes the first dimension of every weight and gives the bias the same mask: of a transposed convolution the input
-channels go, and the bias, one entry per output channel, doesn't fit or loses the wrong entries.
+NNI takes the first dimension of every weight for the output channels and gives the bias the same mask: of a transposed
+convolution the input channels went, and the bias, one entry per output channel, didn't fit or lost the wrong entries.
+The blocks of such a weight are its output channels here, for every pruner, the package's and NNI's own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from nni.compression.base.target_space import PruningTargetSpace, TargetType
-from torch import Tensor, nn
+from nni.compression.utils.scaling import Scaling
+from torch import Tensor
 
-from nni_topo.network.layers import TRANSPOSED
-
-
-def output_granularity(space: PruningTargetSpace) -> list[Any] | str | None:
-    """Return the granularity at which a transposed convolution's weight loses output channels; None for others."""
-    if space.type is not TargetType.PARAMETER or not isinstance(module := space._wrapper.module, TRANSPOSED):
-        return None
-    # NNI's name for the second dimension; with groups the metric is (groups, out / groups, 1, ...), flat in the order
-    # of the output channels.
-    return "in_channel" if module.groups == 1 else [[module.in_channels // module.groups, 1], "back", -1]
+from nni_topo.network.layers import TRANSPOSED, channels_swapped
+from nni_topo.pruners.units import TargetSpaces
 
 
-def follow_outputs(target_spaces: dict[str, dict[str, PruningTargetSpace]]) -> None:
-    """Let the groups of transposed convolutions lose as many channels each, and their biases what the weights do."""
-    for spaces in target_spaces.values():
+class OutputScaling(Scaling):
+    """Blocks that are the output channels of a transposed convolution: ``(out, 1, ...)``, as those of others are.
+
+    ``is_column``: ``(out, 1)``, for a group whose members' weights have different numbers of dimensions.
+    """
+
+    def __init__(self, groups: int, *, is_column: bool = False) -> None:
+        super().__init__([1], kernel_padding_mode="back", kernel_padding_val=-1)
+        self._groups, self._is_column = groups, is_column
+
+    def as_column(self) -> OutputScaling:
+        """Return the same blocks as a column."""
+        return OutputScaling(self._groups, is_column=True)
+
+    def shrink(
+        self, target: Tensor, reduce_func: Callable[[Tensor], Tensor] | None = None, keepdim: bool = False
+    ) -> Tensor:
+        """Reduce each output channel of ``(in, out / groups, ...)`` to one value, by default the mean."""
+        found: Tensor = super().shrink(channels_swapped(target, self._groups), reduce_func, keepdim)
+        if keepdim and self._is_column:
+            # A function that reduces nothing leaves each block's values in a dimension behind.
+            return found.reshape(-1, 1, *found.shape[target.dim() :])
+        return found
+
+    def expand(self, target: Tensor, expand_size: list[int], keepdim: bool = False, full_expand: bool = True) -> Tensor:
+        """Give each weight of an output channel the value of the channel."""
+        ins, outs, *kernel = expand_size
+        kernel = kernel if full_expand else [1] * len(kernel)
+        # Of one group the first dimension may stay short, of several each group has rows of its own.
+        ins = ins // self._groups if full_expand or self._groups > 1 else 1
+        rows = target.reshape(-1, *[1] * (1 + len(kernel))).expand(outs * self._groups, ins, *kernel)
+        return channels_swapped(rows, self._groups).clone()
+
+
+class FollowingScaling(Scaling):
+    """What follows the output channels of a transposed convolution, such as its bias: ``(out,)``."""
+
+    def __init__(self, ins: int, groups: int) -> None:
+        super().__init__([1])
+        self._ins, self._groups = ins, groups
+
+    def shrink(
+        self, target: Tensor, reduce_func: Callable[[Tensor], Tensor] | None = None, keepdim: bool = False
+    ) -> Tensor:
+        """Return the values ``(out,)`` as they are: each is a block."""
+        return target
+
+    def expand(self, target: Tensor, expand_size: list[int], keepdim: bool = False, full_expand: bool = True) -> Tensor:
+        """Return, of a mask of rows and columns ``(in, out / groups)``, the channels that any row keeps."""
+        if target.dim() == 1:
+            return target.clone()
+        return channels_swapped(target.expand(self._ins, -1), self._groups).amax(1)
+
+
+def scale_by_outputs(model: Any, target_spaces: TargetSpaces) -> None:
+    """Let transposed convolutions lose output channels where others do, and what follows their weights lose the same.
+
+    Their groups lose as many channels each.
+    """
+    del model
+    for name, spaces in target_spaces.items():
         for space in spaces.values():
-            source = spaces.get(space.align["target_name"]) if space.align is not None else None
-            if source is not None and loses_outputs(source):
-                space._setting["align"] = {**space.align, "dims": [1]}
-            if loses_outputs(space) and not space.internal_metric_block:
-                module = space._wrapper.module
-                grouped = 1 < module.groups < module.in_channels
-                space._setting["internal_metric_block"] = module.groups if grouped else None
+            if space.type is not TargetType.PARAMETER:
+                continue
+            module = space._wrapper.module
+            if is_transposed_weight(space) and space.granularity == "out_channel":
+                space._scaler = OutputScaling(module.groups)
+                if 1 < module.groups < module.in_channels and not space.internal_metric_block:
+                    space._setting["internal_metric_block"] = module.groups
+            if space.align is None or list(space.align["dims"]) != [0]:
+                continue
+            source = target_spaces.get(space.align["module_name"] or name, {}).get(space.align["target_name"])
+            if source is not None and is_transposed_weight(source):
+                of = source._wrapper.module
+                # NNI keeps these dimensions of the weight's mask and hands the rest to the scaler.
+                space._setting["align"] = {**space.align, "dims": [0, 1]}
+                space._scaler = FollowingScaling(of.in_channels, of.groups)
 
 
-def loses_outputs(space: Any) -> bool:
-    """Tell whether a target is a transposed convolution's weight that loses output channels."""
-    granularity = output_granularity(space)
-    return granularity is not None and space.granularity == granularity
-
-
-def output_mask(weight_mask: Tensor, module: nn.Module) -> Tensor:
-    """Return the output channels, 0 or 1, ``(out,)``, that a transposed mask ``(in, out / groups, ...)`` keeps."""
-    groups: int = module.groups  # type: ignore[assignment]
-    rows = weight_mask.reshape(groups, len(weight_mask) // groups, weight_mask.shape[1], -1)
-    return rows.amax((1, 3)).flatten()
+def is_transposed_weight(space: PruningTargetSpace) -> bool:
+    """Tell whether a target is the weight of a transposed convolution."""
+    is_weight = space.type is TargetType.PARAMETER and space._target_name == "weight"
+    return is_weight and isinstance(space._wrapper.module, TRANSPOSED)

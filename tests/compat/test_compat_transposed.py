@@ -1,19 +1,30 @@
-"""Transposed convolutions, and those to one channel, through NNI's speedup as it is and as it is mended."""
+"""Transposed convolutions under NNI's own pruners, and convolutions to one channel, as NNI is and as it is mended."""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from compat_pruners import kept, nnis, ours
 from nni.common.concrete_trace_utils import concrete_trace
 from nni.compression.base.compressor import Pruner
+from nni.compression.pruning import (
+    AGPPruner,
+    FPGMPruner,
+    L1NormPruner,
+    L2NormPruner,
+    LevelPruner,
+    MovementPruner,
+    TaylorPruner,
+)
 from nni.compression.speedup import auto_set_denpendency_group_ids as auto_set_ids_of_graph
 from nni.compression.utils import auto_set_denpendency_group_ids
 from torch import Tensor, nn
 
 import nni_topo
+from nni_topo.testing import toy_evaluator
 
 
 class Upsampled(nn.Module):
@@ -34,13 +45,10 @@ def test_transposed_convolution_in_an_addition() -> None:
     torch.manual_seed(0)
     model, images = Upsampled().eval(), torch.rand(2, 3, 8, 8)
     config = [{"op_names": ["conv", "transposed"], "sparse_ratio": 0.5}]
-    grouped = auto_set_denpendency_group_ids(model, config, images)
-    pruner = nnis(grouped, model)
-    with pytest.raises(RuntimeError, match="must match the size"):
-        pruner.compress()
-    pruner.unwrap_model()
+    assert_pruned_to_four(nnis(auto_set_denpendency_group_ids(model, config, images), model), images)
     grouped = nni_topo.dependency_groups(model, images, config)
     assert_pruned_to_four(ours(grouped, model), images)
+    assert_pruned_to_four(nnis(grouped, model), images)
     nni_topo.enable_strict()
     assert_pruned_to_four(nnis(grouped, model), images)
 
@@ -55,15 +63,72 @@ def assert_pruned_to_four(pruner: Pruner, images: Tensor) -> None:
     torch.testing.assert_close(dense(images), masked)
 
 
-def test_transposed_convolution_with_a_bias() -> None:
-    config = [{"op_names": ["transposed"], "sparse_ratio": 0.5}]
-    with pytest.raises(RuntimeError, match="must match the size"):
-        nnis(config, Upsampled()).compress()
-    nni_topo.enable_strict()
-    for pruner in (ours(config, Upsampled()), nnis(config, Upsampled())):
-        _, masks = pruner.compress()
-        assert torch.equal(masks["transposed"]["weight"][0, :, 0, 0], masks["transposed"]["bias"])
-        assert int(masks["transposed"]["bias"].sum()) == 4
+@pytest.mark.parametrize("kind", [L1NormPruner, L2NormPruner, FPGMPruner, LevelPruner, nni_topo.RandomPruner])
+@pytest.mark.parametrize(("channels", "groups"), [((6, 8), 1), ((8, 6), 1), ((8, 8), 2), ((4, 12), 2), ((6, 6), 6)])
+@pytest.mark.parametrize("layer", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
+def test_masks_of_the_bias_are_those_of_the_output_channels(
+    kind: type[Pruner], channels: tuple[int, int], groups: int, layer: type[nn.ConvTranspose2d]
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(layer(*channels, 3, stride=2, groups=groups))
+    with torch.no_grad():
+        rows = model[0].weight.unflatten(0, (groups, -1))
+        rows[:, :, 0] *= 1e-3  # the first channel of each group is worth least
+    _, masks = kind(model, [{"op_names": ["0"], "sparse_ratio": 0.5}]).compress()
+    alive = outputs_with_weights(masks["0"]["weight"].expand_as(model[0].weight), groups)
+    assert torch.equal(alive, masks["0"]["bias"].bool())
+    if kind is not LevelPruner:
+        assert int(alive.sum()) == channels[1] // 2
+    if kind in (L1NormPruner, L2NormPruner) and groups < channels[1]:
+        assert not alive.unflatten(0, (groups, -1))[:, 0].any()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_norms_are_those_of_output_channels(groups: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ConvTranspose2d(4, 8, 3, groups=groups), nn.Conv2d(8, 2, 1))
+    pruner = L1NormPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.5}])
+    metrics = pruner._calculate_metrics(pruner._collect_data())["0"]["weight"]
+    pruner.unwrap_model()
+    expected = model[0].weight.unflatten(0, (groups, -1)).abs().sum((1, 3, 4)).reshape(8, 1, 1, 1)
+    torch.testing.assert_close(metrics, expected.detach())
+
+
+def test_what_another_layer_aligns_to_a_transposed_convolution_follows_its_outputs() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(4, 8, 3), nn.BatchNorm2d(8))
+    follows = {"align": {"module_name": "0", "target_name": "weight", "dims": [0]}}
+    config = [
+        {"op_names": ["0"], "sparse_ratio": 0.5},
+        {"op_names": ["1"], "target_names": ["weight"], "target_settings": {"weight": follows}},
+    ]
+    _, masks = L1NormPruner(model, config).compress()
+    assert torch.equal(masks["1"]["weight"], masks["0"]["bias"])
+    assert int(masks["1"]["weight"].sum()) == 4
+
+
+def create_taylor(model: nn.Module, config: list[dict[str, Any]]) -> Pruner:
+    return TaylorPruner(model, config, toy_evaluator(model), training_steps=2)
+
+
+def create_movement(model: nn.Module, config: list[dict[str, Any]]) -> Pruner:
+    return MovementPruner(model, config, toy_evaluator(model), warmup_step=2, cooldown_begin_step=5)
+
+
+def create_schedule(model: nn.Module, config: list[dict[str, Any]]) -> Pruner:
+    return AGPPruner(L1NormPruner(model, config, toy_evaluator(model)), interval_steps=2, total_times=3)
+
+
+@pytest.mark.parametrize("create", [create_taylor, create_movement, create_schedule])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_pruners_that_train_take_output_channels(create: Callable[..., Pruner], groups: int) -> None:
+    torch.manual_seed(0)
+    up = nn.ConvTranspose2d(4, 8, 3, groups=groups)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), up, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    pruner = create(model, [{"op_names": ["1"], "sparse_ratio": 0.5}])
+    _, masks = pruner.compress() if create is create_taylor else pruner.compress(max_steps=7, max_epochs=None)
+    pruner.unwrap_model()
+    assert masks["1"]["bias"].sum() == 4
+    assert torch.equal(outputs_with_weights(masks["1"]["weight"], groups), masks["1"]["bias"].bool())
 
 
 def outputs_with_weights(mask: Tensor, groups: int) -> Tensor:
@@ -78,15 +143,7 @@ def test_grouped_transposed_convolution(groups: int, outputs: int) -> None:
     up, head = nn.ConvTranspose2d(8, outputs, 3, groups=groups), nn.Conv2d(outputs, 4, 1)
     model = nn.Sequential(nn.Conv2d(8, 8, 1), up, head).eval()
     config = [{"op_names": ["0", "1"], "sparse_ratio": 0.5}]
-    plain = nnis(config[:1], copy.deepcopy(model))
-    if outputs == 8:  # the bias of outputs that stay is gone
-        masks = plain.compress()[1]["1"]
-        assert not torch.equal(outputs_with_weights(masks["weight"], groups), masks["bias"].bool())
-    else:
-        with pytest.raises(RuntimeError, match="must match the size"):
-            plain.compress()
     grouped = nni_topo.dependency_groups(model, images, config)
-    nni_topo.enable_strict()
     for build in (ours, nnis):
         pruner = build(grouped, model)
         _, masks = pruner.compress()
