@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_map
 
 from nni_topo.network.attention import Attention
 from nni_topo.network.inputs import tensors_of
-from nni_topo.network.labels import FIXED, fixed
+from nni_topo.network.labels import FIXED, MEETS, MOVES, fixed, place, plain_name
 from nni_topo.network.layers import TRANSPOSED
 from nni_topo.network.numbering import Numbering
 from nni_topo.network.numbers import Blocks
+from nni_topo.network.picked import counted_off, is_looked_at
 from nni_topo.network.written import Place, counted
 
 
@@ -29,6 +30,9 @@ class ChannelFlow(Numbering):
         super().__init__(graph_module)
         with torch.no_grad():
             outputs = self.run(*tree_map(fixed, args))
+        written = counted(graph_module.graph, self.numbers)
+        for held, reason in counted_off(graph_module.graph, self.numbers, written.keys(), self.picks):
+            self._given.pin(held, reason)
         self._before, self._roots, self._reasons = self._given.settled()
         # Channels at the model's output, which have to stay. FIXED ones stay anyway.
         arriving = [np.unique(labels.numpy()) for labels in tensors_of(outputs)]
@@ -39,7 +43,7 @@ class ChannelFlow(Numbering):
                 uses[0][0],
                 [np.array(each, dtype=np.int64) for each in dict.fromkeys(tuple(self.roots(c)) for _, c in uses)],
             )
-            for place, uses in counted(graph_module.graph, self.numbers).items()
+            for place, uses in written.items()
         }
         # One number can only count equally many.
         self.blocks += [Blocks([each], may_vanish=False) for _, each in self._written.values() if len(each) > 1]
@@ -83,6 +87,18 @@ class ChannelFlow(Numbering):
         """Look up what enters a layer or norm, as numbered by the layers before: int, (input channels,)."""
         # An embedding is entered by indices, so by no channels; a linear layer behind a flattening one, by features.
         return self._entering.get(name, np.zeros(0, dtype=np.int64))
+
+    def read(self) -> list[tuple[np.ndarray, str]]:
+        """List the channels that layers and norms read, and those that are picked of others: roots, and who does."""
+        found = [(self.roots(entering), name) for name, entering in self._entering.items() if len(entering)]
+        for node in self.traced.graph.nodes:
+            labels = self.numbers[node.name]
+            picks = plain_name(node) in ("getitem", "narrow", "select") and not is_looked_at(node)
+            # What moves, or meets others, may have no channels.
+            picks = picks and not all(plain_name(user) in MEETS | MOVES for user in node.users)
+            if picks and isinstance(labels, torch.Tensor) and labels.numel():
+                found.append((np.unique(self.roots(labels.numpy())), place(node)))
+        return found
 
     def bundles(self, name: str) -> np.ndarray:
         """List a layer's output channels by what goes together, as a head does: int, (bundles, channels)."""

@@ -35,7 +35,8 @@ class DependencyGroups(list[dict[str, Any]]):
     entries : iterable of dict
         The entries.
     skipped : mapping of str to str
-        By layer that the asker's config_list selects and this one doesn't, why it stays whole; in network order.
+        By layer that the asker's config_list selects and this one doesn't, why it stays whole; in network order. Then,
+        by layer of which some channels have to stay and that this list selects for the others, how many stay and why.
     named : iterable of str
         The layers that ``op_names`` names. A pruner of the package that can make nothing of one raises; others it
         leaves whole, with a warning.
@@ -103,7 +104,7 @@ def dependency_groups(
         Layers before or at a grouped convolution or a group norm get ``internal_metric_block``, the
         number of blocks that have to lose the same number of channels, and a group id that makes NNI's
         pruners heed it. An ``op_types`` selects classes derived from these too. ``skipped`` holds what was left out,
-        by name with the reason.
+        and what can lose a part of its channels only, by name with the reason.
 
     Raises
     ------
@@ -200,7 +201,8 @@ def dependency_groups(
     if strict and (whole := {name: why for name, why in skipped.items() if why != OUTPUT}):
         name, why = next(iter(whole.items()))
         raise ConfigError(f"every layer that is selected must be one that can lose channels, got {name}: {why}")
-    _warn(flow, groups, selected - skipped.keys() - mixers.keys(), skipped)
+    pinned = _pinned(flow, selected - skipped.keys() - mixers.keys())
+    _warn(flow, groups, selected - skipped.keys() - mixers.keys(), skipped, pinned)
     extra = _settings(flow, mixers, selected - skipped.keys())
     left_out = skipped.keys() | _followers(flow)
 
@@ -216,6 +218,7 @@ def dependency_groups(
     ]
     # Of what mixes heads by column all rows stay.
     ties = partial_ties(flow, selected - left_out - mixers.keys())
+    skipped |= {name: why for name, why in pinned.items() if name not in named}
     return DependencyGroups(entries, skipped, named & selected, ties, shares(flow, asked_of(flow, entries, ties)))
 
 
@@ -347,8 +350,25 @@ def _followers(flow: ChannelFlow) -> set[str]:
     }
 
 
-def _warn(flow: ChannelFlow, groups: list[list[str]], selected: set[str], skipped: dict[str, str]) -> None:
-    """Name the layers left out, the selected ones that can't be pruned, and those that give the output."""
+def _pinned(flow: ChannelFlow, selected: set[str]) -> dict[str, str]:
+    """Say of which layers some channels have to stay: how many, and why."""
+    found = {}
+    for name in flow.layers:
+        roots = flow.layer_roots(name)
+        if name in selected and FIXED in roots:
+            why = "; ".join(filter(None, flow.why_pinned(name)))
+            found[name] = f"{(roots == FIXED).sum()} of {len(roots)} channels stay: {why}"
+    return found
+
+
+def _warn(
+    flow: ChannelFlow,
+    groups: list[list[str]],
+    selected: set[str],
+    skipped: Mapping[str, str],
+    pinned: Mapping[str, str],
+) -> None:
+    """Name the layers left out, those that keep some channels, and those that give the output."""
     by_reason: dict[str, list[str]] = {}
     for name, why in skipped.items():
         by_reason.setdefault(why, []).append(name)
@@ -364,12 +384,9 @@ def _warn(flow: ChannelFlow, groups: list[list[str]], selected: set[str], skippe
                 "the channels they share stay",
                 ", ".join(inside), ", ".join(outside),
             )  # fmt: skip
-    fixed = [name for name in flow.layers if name in selected and FIXED in flow.layer_roots(name)]
-    if fixed:
-        _logger.warning(
-            "channels that meet the network's input or a constant can't be removed: those of %s stay",
-            ", ".join(fixed),
-        )
+    if pinned:
+        told = "; ".join(f"{name}: {why}" for name, why in pinned.items())
+        _logger.warning("some channels of these layers can't be removed: %s", told)
     heads = [name for name in flow.layers if name in selected and flow.reaches_output(name)]
     if heads:
         _logger.warning("the layer that gives the model's output should be excluded, got %s", ", ".join(heads))

@@ -37,6 +37,7 @@ class DenseSpeedup(ModelSpeedup):
         self.node_infos = {node: NodeInfo(node) for node in flow.traced.graph.nodes}
         self.order = DenseOrder(flow, left) if flow.reorders else None
         self.replacers = [*replacers, _Cutter()]
+        self.at = ""  # the module that is being cut
 
     def speedup_model(self) -> torch.nn.Module:
         """Cut the modules; what stays of each is known."""
@@ -73,12 +74,14 @@ class _Cutter(Replacer):
         for name in dict.fromkeys(names):
             module, (ins, outs) = model.get_submodule(name), speedup.kept(name)
             entering, leaving = speedup.numbers(name)
+            speedup.at = name
             if len(ins) < len(entering) or len(outs) < len(leaving):
                 device = next((each.device for each in module.parameters()), torch.device("cpu"))
                 if name in flow.along:
                     cut_along(module, ins.to(device), len(entering))
                 else:
                     cut(name, module, ins.to(device), outs.to(device))
+        speedup.at = ""
         for name, own in flow.own.items():
             kept = speedup.indices(flow.own_numbers(name))
             if speedup.order is not None and name in speedup.order.own:

@@ -10,6 +10,7 @@ import torch.fx
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils._pytree import tree_map
 
+RECORDED = "_recorded"  # what a graph that was recorded calls constants, with a number behind it
 FIXED = 0  # the root of all channels that have to stay; the first layer starts at 1
 
 # These are run on the numbers themselves, which shows where each channel goes.
@@ -77,6 +78,11 @@ def made(node: torch.fx.Node, shape: tuple[int, ...], numbers: dict[str, Any]) -
 def is_like(node: torch.fx.Node) -> bool:
     """Tell whether a node makes a tensor of the type of another one, of which it takes no more (``x.new_zeros``)."""
     return plain_name(node) in _OF_ONE_VALUE and plain_name(node).startswith("new_")
+
+
+def is_of_forward(node: torch.fx.Node) -> bool:
+    """Tell whether a node is a constant that the forward makes at each call: nobody gives it other values."""
+    return node.op == "get_attr" and str(node.target).startswith(("_tensor_constant", RECORDED))
 
 
 def put_by_row(node: torch.fx.Node, labels: list[torch.Tensor]) -> list[torch.Tensor] | None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.fx
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map, tree_map_only
 
 from nni_topo.network.along import goes_along
@@ -31,6 +32,7 @@ from nni_topo.network.labels import (
     fixed,
     given_shapes,
     is_like,
+    is_of_forward,
     made,
     makes_mask,
     meet_alike,
@@ -72,6 +74,7 @@ class Numbering(torch.fx.Interpreter):
         self.reorders = False  # whether the dense model may put channels into another order: see `DenseOrder`
         self.chunks = False  # whether channels are cut into equal pieces
         self.numbers: dict[str, Any] = {}  # by node, what it puts out: int64, of length 1 where nothing differs
+        self.picks: dict[str, torch.Tensor] = {}  # by node, the places that a constant of the forward's picks
         self._called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
         self._entering: dict[str, np.ndarray] = {}
         self._given = Numbers()
@@ -98,6 +101,8 @@ class Numbering(torch.fx.Interpreter):
             return super().run_node(n)
         if n.op == "get_attr":
             value = super().run_node(n)
+            if is_of_forward(n) and value.dtype in (torch.bool, torch.int64, torch.int32):
+                self.picks[n.name] = value.cpu()
             own = can_follow(value) and str(n.target).rpartition(".")[0] not in self._called  # else cut with the module
             return self._parameter(str(n.target), value) if own else tree_map(fixed, value)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -269,7 +274,11 @@ class Numbering(torch.fx.Interpreter):
         if shape is not None and merges(n, labels):
             return merge(labels[0], shape)
         # Numbers in place of an index that is computed would pick at random, so such a choice isn't run on them.
-        if (name := plain_name(n)) in MOVES and not (name in INDEXED and tensors_of((args[1:], kwargs))):
+        name, indices = plain_name(n), n.all_input_nodes[1:]
+        is_known = bool(indices) and all(each.name in self.picks for each in indices)
+        if name in INDEXED and (is_known or not tensors_of((args[1:], kwargs))):
+            return self._move(n, labels[:1])
+        if name in MOVES - INDEXED:
             moved = self._move(n, labels)
             if name in ("cat", "concat", "concatenate", "stack"):
                 dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
@@ -297,6 +306,11 @@ class Numbering(torch.fx.Interpreter):
     def _move(self, n: torch.fx.Node, labels: list[torch.Tensor]) -> Any:
         """Run data movement on the numbers themselves."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if plain_name(n) in INDEXED:  # known places are those of the numbers too
+            values = self.env | {
+                node: self.picks[node.name] for node in n.all_input_nodes[1:] if node.name in self.picks
+            }
+            args, kwargs = map_arg((n.args, n.kwargs), values.__getitem__)
         try:
             if plain_name(n) in ("view", "view_as"):
                 # The numbers are expanded, which no view can be taken of.

@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import is_attention
 from nni_topo.network.inputs import tensors_of
+from nni_topo.network.labels import RECORDED
 from nni_topo.network.layers import is_one
 
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout, type(...))
-_CONSTANT = "_recorded"
 
 
 def record(model: nn.Module, named: dict[str, Any]) -> GraphModule:
@@ -225,7 +225,7 @@ class _Recorder(TorchFunctionMode):
         if id(tensor) not in self._nodes:
             name = self._own.get(id(tensor))
             if name is None:
-                name = f"{_CONSTANT}_{len(self.constants)}"
+                name = f"{RECORDED}_{len(self.constants)}"
                 self.constants[name] = tensor.detach().clone()
             self._keep(tensor, self.graph.create_node("get_attr", name))
         return self._nodes[id(tensor)]

@@ -30,7 +30,7 @@ from nni_topo.network.labels import FIXED, place, plain_name
 from nni_topo.network.layers import is_normalizing, is_recurrent, per_channel_names
 from nni_topo.network.modes import RandomWeights, detached_copy, put_parameters, random_state_kept, unwrapped_copy
 from nni_topo.network.reference import difference
-from nni_topo.network.resolve import grow
+from nni_topo.network.resolve import grow, keep_read
 from nni_topo.network.shuffles import Shares, chosen_of, shares
 from nni_topo.network.tracing import arguments
 from nni_topo.network.transformers import fast_paths_off
@@ -107,7 +107,10 @@ def _with_random_weights(model: nn.Module) -> nn.Module:
 def _draw(
     flow: ChannelFlow, held: dict[int, str], drawing: np.random.Generator, halves: Shares, *, in_parts: bool
 ) -> np.ndarray:
-    """Draw which channels stay, by representative: about half of those that can go, at least one of every layer."""
+    """Draw which channels stay, by representative: about half of those that can go.
+
+    Of every layer at least one stays, and of what enters any.
+    """
     left: np.ndarray = drawing.random(flow.size) < 0.5
     for block in (block for blocks in flow.blocks for side in blocks.sides for block in side if in_parts):
         roots = flow.roots(block)
@@ -122,6 +125,7 @@ def _draw(
         roots = flow.layer_roots(name)
         left[roots[0]] |= not left[roots].any()
     worth = drawing.random(len(left))
+    keep_read(flow, left, lambda: worth)
     grow(flow, left, lambda: worth, 1, set())
     return left
 
@@ -145,17 +149,17 @@ class _Rehearsal:
         vars(modules).update({key: value for key, value in vars(full).items() if key != "_graph"})
         # Cutting puts new tensors in place of those it makes smaller, so both networks may share the others.
         self.small: nn.Module = detached_copy(modules, light=True, shared=modules.buffers())
-        speedup, self._uncut = DenseSpeedup(self.small, flow, left), ""
+        speedup, self._uncut = DenseSpeedup(self.small, flow, left), dict[int, str]()
         try:
             speedup.speedup_model()
         except SpeedupError as error:
-            self._uncut = str(error)
+            self._uncut = dict.fromkeys(self._removed_at(speedup.at), str(error))
         self._order = speedup.order
 
     def run(self, args: tuple[Any, ...]) -> dict[int, str]:
         """Return the channels that can't go, by representative, and why."""
         if self._uncut:
-            return dict.fromkeys(self._removed(), self._uncut)
+            return self._uncut
         self._found: dict[int, str] = {}
         self._values: dict[Node, tuple[Any, Any]] = {}  # what a node gives in both networks
         self._args, inputs = args, iter(args)
@@ -368,6 +372,13 @@ class _Rehearsal:
             reason = "removed channels arrive as values that aren't zero"
         for root in gone:
             self._found.setdefault(root, f"{reason} ({place(node)})")
+
+    def _removed_at(self, name: str) -> list[int]:
+        """List the removed channels that enter or leave a module; without any, those of the whole network."""
+        leaving = self.flow.layer_roots(name) if name in self.flow.layers else np.zeros(0, dtype=np.int64)
+        roots = np.unique(np.concatenate([leaving, self.flow.entering_roots(name)]))
+        gone: list[int] = roots[~self.left[roots]].tolist()
+        return gone or self._removed()
 
     def _removed(self) -> list[int]:
         roots = np.unique(np.concatenate([self.flow.layer_roots(name) for name in self.flow.layers]))

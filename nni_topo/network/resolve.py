@@ -90,13 +90,14 @@ def resolve(
     # Equal blocks and rounding bring back the largest weights first, by L1 norm over tied channels.
     shared, scores = kept.copy(), cache(partial(_scores, model, flow))
     kept[[*carriers]] = True
+    read = keep_read(flow, kept, scores)
     # In two steps, so that what equal blocks bring back can be told from what rounding does.
     grow(flow, kept, scores, 1, set(given))
     leveled = kept.copy()
     grow(flow, kept, scores, round_to or 1, set(given))
     weighty = kept.copy()
     weighty[[*carriers]] = False
-    reasons = {name: _reason(flow, given, name, (shared, leveled, kept), round_to, carriers) for name in given}
+    reasons = {name: _reason(flow, given, name, (shared, leveled, kept), round_to, carriers, read) for name in given}
     more = {name: ((leveled & weighty)[flow.layer_roots(name)] & ~given[name]).sum() for name in given}
     told = {name: f"{count} of {len(given[name])} ({reasons[name]})" for name, count in more.items() if count}
     new = _new_masks(model, flow, masks, given, (shared, weighty))
@@ -143,6 +144,16 @@ def _check_output(flow: ChannelFlow, given: dict[str, np.ndarray], kept: np.ndar
                 "the shape of the model's output must not change: exclude the layer that gives it from the "
                 f"config_list (exclude_op_names), got a mask that prunes channels of it ({name})"
             )
+
+
+def keep_read(flow: ChannelFlow, kept: np.ndarray, scores: Scores) -> dict[int, str]:
+    """Bring one channel back where some are read by themselves of which none is left: which, and why."""
+    found = dict[int, str]()
+    for roots, reader in flow.read():
+        if not kept[roots].any():
+            _bring_back(roots, kept, scores, 1)
+            found[int(roots[kept[roots]][0])] = f"one of the channels that {reader} reads stays"
+    return found
 
 
 def grow(flow: ChannelFlow, kept: np.ndarray, scores: Scores, round_to: int, masked: set[str]) -> None:
@@ -209,17 +220,19 @@ def _reason(
     stages: tuple[np.ndarray, ...],
     round_to: int | None,
     carriers: Mapping[int, str],
+    read: Mapping[int, str],
 ) -> str:
     """Say at which stage a layer got back channels that its mask removes, and for what."""
     roots = flow.layer_roots(name)
     shared, leveled, rounded = (kept[roots] & ~given[name] for kept in stages)
     if shared.any():
         return _partners(flow, given, name, roots[shared])
-    carrying = [root for root in roots.tolist() if root in carriers]
-    if (leveled & ~np.isin(roots, carrying)).any():
+    single = {**read, **carriers}
+    alone = [root for root in roots.tolist() if root in single]
+    if (leveled & ~np.isin(roots, alone)).any():
         return "blocks of a grouped convolution, a group norm or a chunk keep equally many"
-    if carrying:
-        return carriers[carrying[0]]
+    if alone:
+        return single[alone[0]]
     return f"round_to={round_to}" if rounded.any() else ""
 
 
