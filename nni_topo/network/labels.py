@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,11 +34,6 @@ MEETS = frozenset((
     "where", "lerp", "addcmul", "addcdiv", "and", "or", "xor", "logical_and", "logical_or", "logical_xor", "eq", "ne",
     "lt", "le", "gt", "ge", "mod", "remainder", "fmod",
 ))  # fmt: skip
-# max and min are above too: with two tensors they meet, with one and a dimension they reduce.
-REDUCTIONS = frozenset(
-    ["mean", "sum", "amax", "amin", "max", "min", "norm", "std", "var", "prod", "logsumexp", "argmax", "argmin"]
-)
-
 _OF_ONE_VALUE = frozenset(f"{new}{name}" for name in ("zeros", "ones", "empty", "full") for new in ("", "new_"))
 
 
@@ -200,17 +196,13 @@ def _leaves_last(index: Any, dims: int) -> bool:
     return taken < dims or (taken == dims and parts[-1] == slice(None))
 
 
-def carry_reduced(
-    labels: torch.Tensor, shape: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> torch.Tensor | None:
-    """Carry labels through a reduction; ``FIXED`` where channels are summed up, None if that can't be told."""
-    given = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else None))
-    dims = range(labels.dim()) if given is None else [given] if isinstance(given, int) else given
-    if not all(isinstance(d, int) for d in dims):
-        return None
-    gone = {int(d) % labels.dim() for d in dims}
+def carry_reduced(labels: torch.Tensor, shape: tuple[int, ...], dims: Iterable[int]) -> torch.Tensor | None:
+    """Carry labels through a reduction along dimensions, counted from 0; None if that can't be told.
+
+    They are ``FIXED`` where all channels go into one number, which is made anew in the dense model too.
+    """
+    gone = set(dims)
     places = [d for d in range(labels.dim()) if varies(labels, d)]
-    # All channels go into one number that is made anew in the dense model too.
     if set(places) <= gone:
         return staying(shape)
     if gone & set(places):

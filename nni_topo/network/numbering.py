@@ -23,7 +23,6 @@ from nni_topo.network.labels import (
     MEETS,
     MOVES,
     MOVING_MODULES,
-    REDUCTIONS,
     can_follow,
     carry,
     carry_picked,
@@ -55,6 +54,7 @@ from nni_topo.network.layers import (
     output_channels,
 )
 from nni_topo.network.numbers import Blocks, Layer, Numbers, Own, by_layer
+from nni_topo.network.reductions import POINTWISE, POINTWISE_MODULES, Along, along, operation_name
 
 
 class Numbering(torch.fx.Interpreter):
@@ -73,6 +73,8 @@ class Numbering(torch.fx.Interpreter):
         self.blocks: list[Blocks] = []  # one for each grouped convolution, group norm and chunk
         self.reorders = False  # whether the dense model may put channels into another order: see `DenseOrder`
         self.chunks = False  # whether channels are cut into equal pieces
+        self.summed = set[str]()  # nodes that add up over channels: what is removed has to arrive as zeros
+        self.guessed = set[str]()  # nodes without a rule that are taken to work place by place
         self.numbers: dict[str, Any] = {}  # by node, what it puts out: int64, of length 1 where nothing differs
         self.picks: dict[str, torch.Tensor] = {}  # by node, the places that a constant of the forward's picks
         self._called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
@@ -150,6 +152,10 @@ class Numbering(torch.fx.Interpreter):
             if dim is None:
                 return self._whole(node, labels, f"{type(module).__name__} ({name}) stays whole")
             self._tie_calls(name, self._per_channel(labels[0], dim % labels[0].dim()))
+        elif (found := along(node, (), {}, labels[0].dim(), self.fetch_attr)) is not None:
+            return self._along_dims(node, labels, found)
+        if isinstance(module, tuple(RULES)) or not (any(True for _ in module.parameters()) or is_normalizing(module)):
+            self._guess(node, known=isinstance(module, POINTWISE_MODULES))
         return self._passed(node, labels)
 
     def _along(self, node: torch.fx.Node, name: str, module: Any, labels: torch.Tensor, shape: tuple[int, ...]) -> Any:
@@ -231,6 +237,35 @@ class Numbering(torch.fx.Interpreter):
         rest = iter(carried)
         return tree_map_only(torch.Tensor, lambda _: next(rest), found)
 
+    def _along_dims(self, node: torch.fx.Node, labels: list[torch.Tensor], found: Along) -> Any:
+        """Carry channels through what works along dimensions; along those it needs all, unless it only adds them up."""
+        held = [d for d in found.dims if varies(labels[0], d)]
+        if held and found.adds:
+            self.summed.add(node.name)
+        elif held:
+            entries = compressed(labels[0]).movedim(held, list(range(len(held))))
+            rows = entries.flatten(0, len(held) - 1).flatten(1) if entries.dim() > len(held) else entries.reshape(-1, 1)
+            reason = f"what it computes depends on removed channels ({place(node)})"
+            # Places of a dimension that can only go together leave none behind for which their absence counts.
+            self._given.pin_unless_tied(rows.numpy(), reason)
+        shape = tensor_shape(node)
+        if len(labels) > 1:
+            is_alike = shape is not None and meet_alike(labels, shape)
+            return self._meet(labels, shape or ()) if is_alike else self._passed(node, labels)
+        if not found.reduces:
+            return self._passed(node, labels)
+        given = given_shapes(node)
+        carried = [carry_reduced(labels[0], tuple(each.shape), found.dims) for each in tensors_of(given)]
+        if any(each is None for each in carried):
+            return self._whole(node, labels, f"no rule says where channels go ({place(node)})")
+        rest = iter(carried)
+        return tree_map_only(torch.Tensor, lambda _: next(rest), given)
+
+    def _guess(self, node: torch.fx.Node, *, known: bool = False) -> None:
+        """Note a node that is taken to work place by place, unless it is known to."""
+        if not known:
+            self.guessed.add(node.name)
+
     def _layer(self, name: str, module: Any, labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         dim = len(shape) - 1 if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) else 1
         count = output_channels(module) or 0
@@ -290,17 +325,20 @@ class Numbering(torch.fx.Interpreter):
             return self._meet(rows, tuple(rows[0].shape)).expand(shape or ())
         if (picked := carry_picked(n, labels, shape)) is not None:
             return picked
+        if not (name in MEETS and len(labels) > 1):  # of two tensors a maximum is place by place
+            found = along(n, args, kwargs, labels[0].dim(), self.fetch_attr)
+            if found is not None:
+                return self._along_dims(n, labels, found)
         if shape is None:
+            self._guess(n)
             return self._passed(n, labels)
         if name in ("matmul", "bmm", "rmatmul", "imatmul") and len(labels) == 2:
             return self._product(n, labels, shape)
         # A functional layer on parameters of the model's own, which nobody cuts.
         own = any(node.op == "get_attr" for node in n.all_input_nodes)
+        self._guess(n, known=name in MEETS or operation_name(n) in POINTWISE)
         if len(labels) > 1 and (name in MEETS or not own) and meet_alike(labels, shape):
             return self._meet(labels, shape)
-        if name in REDUCTIONS and len(labels) == 1:
-            reduced = carry_reduced(labels[0], shape, args, kwargs)
-            return self._passed(n, labels) if reduced is None else reduced
         return self._passed(n, labels)
 
     def _move(self, n: torch.fx.Node, labels: list[torch.Tensor]) -> Any:

@@ -49,6 +49,7 @@ class Numbers:
         self.reason = ""  # why numbers would stay that are tied to FIXED now
         self._pairs = [np.zeros((0, 2), dtype=np.int64)]
         self._pins: list[tuple[np.ndarray, str]] = []
+        self._columns: list[tuple[np.ndarray, str]] = []
 
     def new(self, count: int) -> int:
         """Give out so many numbers, and return the first of them."""
@@ -58,6 +59,10 @@ class Numbers:
     def pin(self, numbers: np.ndarray, reason: str) -> None:
         """Let numbers stay, and all that are tied to them."""
         self._pins.append((numbers, reason))
+
+    def pin_unless_tied(self, columns: np.ndarray, reason: str) -> None:
+        """Let the numbers of each column, (numbers, columns), stay unless all of them turn out to be tied."""
+        self._columns.append((columns, reason))
 
     def tie(self, ones: np.ndarray | int, others: np.ndarray | int) -> None:
         """Tie numbers to others, one by one; those that are tied to ``FIXED`` stay."""
@@ -78,7 +83,8 @@ class Numbers:
             connected_components(graph, directed=False)[1], return_index=True, return_inverse=True
         )
         before, reasons = firsts[parts], dict[int, str]()
-        for numbers, reason in self._pins:
+        apart = [(rows[:, (before[rows] != before[rows[:1]]).any(0)], reason) for rows, reason in self._columns]
+        for numbers, reason in self._pins + apart:
             for root in np.unique(before[numbers]).tolist():
                 reasons.setdefault(root, reason)
         return before, np.where(np.isin(before, list(reasons)), FIXED, before), reasons

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 _TOLERANCE = 1e-3  # of the largest value; rounding in single precision is far below, half of the channels far above
 _SINGLE = {torch.float64: torch.float32}
+_DEPENDS = "what it computes depends on removed channels"
 _ROUNDS = 24  # each finds about half of the channels that can't go and weren't found yet
 
 
@@ -189,6 +190,7 @@ class _Rehearsal:
             self._values[node] = once
             return
         needless = self._needless(node) if arriving else None
+        reads_others = node.name in self.flow.guessed and self._reads_others(node)
         whole = self._masked(node, self._called(node, self.full, 0, needless), self._first_input(node))
         expected = self._cut(node, whole)
         try:
@@ -200,11 +202,43 @@ class _Rehearsal:
             if out_of_memory(error):
                 raise
             actual, reason = None, f"its sizes don't fit fewer channels: {type(error).__name__}"
+        if not reason and (reads_others or (arriving and node.name in self.flow.summed)):
+            reason = _DEPENDS  # though not by much with these numbers
         # One channel that is picked may be looked at for its sizes alone: who reads it tells.
         if reason and not (self._is_picked(node) and "depends" in reason):
             self._blame(node, entering, reason)
             actual = tree_map_only(Tensor, Tensor.clone, expected)
         self._values[node] = whole, actual
+
+    def _reads_others(self, node: Node) -> bool:
+        """Tell whether what a node gives for the channels left has to do with those removed.
+
+        These get NaN, which shows wherever they are read, however little their numbers would matter.
+        """
+        poisoned = dict[Node, Any]()
+        for parent in node.all_input_nodes:
+            leaves, spec = tree_flatten(self._values[parent][0])
+            numbers = tree_flatten(self.flow.numbers[parent.name])[0]
+            if len(numbers) == len(leaves):
+                leaves = [self._poisoned(*pair) for pair in zip(leaves, numbers, strict=True)]
+            poisoned[parent] = tree_unflatten(leaves, spec)
+        plain = {parent: tree_map_only(Tensor, Tensor.clone, self._values[parent][0]) for parent in poisoned}
+        try:
+            given = [self._cut(node, self._called(node, self.full, 0, values=values)) for values in (plain, poisoned)]
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:  # what takes no NaN is compared alone
+            if out_of_memory(error):
+                raise
+            return False
+        pairs = zip(*map(tensors_of, given), strict=True)
+        return any(bool((poisoned.isnan() & ~plain.isnan()).any()) for plain, poisoned in pairs)
+
+    def _poisoned(self, value: Any, numbers: Any) -> Any:
+        """Copy a tensor, with NaN in place of removed channels."""
+        if not isinstance(value, Tensor):
+            return value
+        if not (isinstance(numbers, Tensor) and value.is_floating_point() and numbers.dim() == value.dim()):
+            return value.clone()
+        return value.masked_fill(~self._stays(numbers).to(value.device).expand(value.shape), torch.nan)
 
     def _once(self, node: Node) -> tuple[Any, Any] | None:
         """Run a layer in the small network alone, whose removed channels are zeros in the whole one."""
@@ -219,14 +253,25 @@ class _Rehearsal:
         whole = small.new_zeros(*small.shape[:-1], len(stays)).index_copy_(-1, places, small)
         return tree_unflatten([whole, *others], spec), given
 
-    def _called(self, node: Node, module: nn.Module, which: int, needless: Tensor | None = None) -> Any:
-        """Compute what a node gives in one of the networks, without channels that needn't enter it."""
+    def _called(
+        self,
+        node: Node,
+        module: nn.Module,
+        which: int,
+        needless: Tensor | None = None,
+        values: dict[Node, Any] | None = None,
+    ) -> Any:
+        """Compute what a node gives in one of the networks, without channels that needn't enter it.
+
+        ``values``: what the nodes before it give, if not what they gave in this network.
+        """
         if node.op == "get_attr":
             value: Any = module
             for part in str(node.target).split("."):
                 value = getattr(value, part)
             return value
-        given: Any = map_arg((node.args, node.kwargs), lambda parent: self._values[parent][which])
+        entering = values or {parent: self._values[parent][which] for parent in node.all_input_nodes}
+        given: Any = map_arg((node.args, node.kwargs), entering.__getitem__)
         args, kwargs = resized(given, self._sizes) if which else given
         if torch.float64 in (*node.args, *node.kwargs.values()):  # of a model in double precision; here all is single
             args, kwargs = tree_map_only(torch.dtype, lambda each: _SINGLE.get(each, each), (args, kwargs))
@@ -312,7 +357,7 @@ class _Rehearsal:
                 if wanted.shape != given.shape:
                     return "its sizes don't fit fewer channels"
                 if difference(wanted, given) > _TOLERANCE:
-                    return "what it computes depends on removed channels"
+                    return _DEPENDS
         return ""
 
     def _is_picked(self, node: Node) -> bool:
