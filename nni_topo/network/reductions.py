@@ -1,8 +1,8 @@
 """Operations that look at several places of a dimension at once: along which, and whether zeros among them count.
 
 A removed channel is zero in the masked network and missing in the dense one. A sum or a length is the same with and
-without it. A mean counts it, a maximum may be it, a softmax gives it a share, a cumulative sum puts others behind it:
-where such an operation goes along channels, all of them have to stay. What an operation does decides, not what came out
+without it. A mean counts it, a maximum may be it, a softmax gives it a share, a sort puts others in its place: where
+such an operation goes along channels, all of them have to stay. What an operation does decides, not what came out
 for some numbers.
 """
 
@@ -49,13 +49,15 @@ _ADDS = _table(
     ("norm linalg_norm linalg_vector_norm", 2, None),
     ("linalg_matrix_norm", 2, (-2, -1)),
     ("normalize", 2, 1),
+    ("cumsum", 1, -1),
 )
 # What is the same with zeros where no value is negative.
 _LARGEST = _table(("amax max", 1, None))
 # What counts zeros, chooses among them, or says or depends on where a value is.
 _COUNTS = _table(
-    ("mean nanmean std var std_mean var_mean prod all amin min aminmax median nanmedian logsumexp argmax argmin", 1, None),
-    ("sort argsort mode cumsum cumprod cummax cummin logcumsumexp", 1, -1),
+    ("mean nanmean std var std_mean var_mean prod all amin min aminmax median nanmedian", 1, None),
+    ("logsumexp argmax argmin", 1, None),
+    ("sort argsort mode cumprod cummax cummin logcumsumexp", 1, -1),
     ("softmax log_softmax softmin", 1, ()),
     ("gather scatter scatter_add scatter_reduce index_add index_copy index_fill index_reduce", 1, None),
     ("take_along_dim quantile nanquantile", 2, None),
@@ -89,20 +91,20 @@ _POOLS: tuple[tuple[tuple[type[nn.Module], ...], int], ...] = (
 # What works on each value by itself.
 POINTWISE = frozenset((
     "abs", "absolute", "neg", "negative", "positive", "pos", "sign", "sgn", "square", "sqrt", "rsqrt", "reciprocal",
-    "exp", "exp2", "expm1", "log", "log1p", "log2", "log10", "sin", "cos", "tan", "tanh", "sinh", "cosh", "asin", "acos",
-    "atan", "atan2", "arctan", "erf", "erfc", "expit", "sigmoid", "logit", "relu", "relu6", "leaky_relu", "elu", "celu",
-    "selu", "gelu", "silu", "mish", "hardtanh", "hardsigmoid", "hardswish", "hardshrink", "softshrink", "tanhshrink",
-    "softplus", "softsign", "logsigmoid", "threshold", "rrelu", "clamp", "clamp_min", "clamp_max", "clip", "ceil",
-    "floor", "round", "trunc", "frac", "nan_to_num", "float", "half", "double", "bfloat16", "long", "int", "bool", "to",
-    "type", "type_as", "cpu", "cuda", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
+    "exp", "exp2", "expm1", "log", "log1p", "log2", "log10", "sin", "cos", "tan", "tanh", "sinh", "cosh", "asin",
+    "acos", "atan", "atan2", "arctan", "erf", "erfc", "expit", "sigmoid", "logit", "relu", "relu6", "leaky_relu", "elu",
+    "celu", "selu", "gelu", "silu", "mish", "hardtanh", "hardsigmoid", "hardswish", "hardshrink", "softshrink",
+    "tanhshrink", "softplus", "softsign", "logsigmoid", "threshold", "rrelu", "clamp", "clamp_min", "clamp_max", "clip",
+    "ceil", "floor", "round", "trunc", "frac", "nan_to_num", "float", "half", "double", "bfloat16", "long", "int",
+    "bool", "to", "type", "type_as", "cpu", "cuda", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
     "feature_alpha_dropout", "invert", "bitwise_not", "logical_not", "isnan", "isinf", "isfinite", "requires_grad",
     "zero", "fill", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "conj", "real",
     "imag", "masked_fill", "stochastic_depth",
 ))  # fmt: skip
 POINTWISE_MODULES = (
-    nn.Identity, nn.modules.dropout._DropoutNd, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU,
-    nn.Mish, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Softplus,
-    nn.Softsign, nn.LogSigmoid, nn.Threshold, nn.RReLU, nn.Sigmoid, nn.Tanh,
+    nn.Identity, nn.modules.dropout._DropoutNd, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU,
+    nn.SiLU, nn.Mish, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink,
+    nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Threshold, nn.RReLU, nn.Sigmoid, nn.Tanh,
 )  # fmt: skip
 
 # What is never negative whatever it gets, and what isn't where nothing that it gets is.

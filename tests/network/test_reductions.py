@@ -1,0 +1,245 @@
+"""Operations along channels: those that a removed channel can change keep all of them, the others lose them exactly.
+
+Maps are as wide and high as there are channels, so that no shape tells which dimension is which.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import nni_topo
+
+CHANNELS = 8
+GONE = [1, 2, 4, 7]
+IMAGES = torch.randn(2, 3, CHANNELS, CHANNELS, generator=torch.Generator().manual_seed(0))
+
+
+def gate(z, value):
+    return z * torch.sigmoid(value)
+
+
+class Between(nn.Module):
+    """What a function or a module makes of one layer's channels goes into the next."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.first = nn.Conv2d(3, CHANNELS, 3, padding=1)
+        self.between = between
+        self.last = nn.Conv2d(CHANNELS, 4, 1)
+
+    def forward(self, x):
+        return self.last(self.between(self.first(x)))
+
+
+class Transposed(nn.Module):
+    """A module along the last dimension, to which the channels are moved."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, z):
+        return self.inner(z.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, (CHANNELS, CHANNELS))
+
+
+# By name, what needs all channels.
+WHOLE = {
+    "amax": lambda z: gate(z, z.amax(1, keepdim=True)),
+    "amax of all": lambda z: gate(z, z.amax()),
+    "amax of no dimensions": lambda z: gate(z, z.amax(())),
+    "amin": lambda z: gate(z, z.amin(1, keepdim=True)),
+    "amin behind relu": lambda z: gate(z, z.relu().amin(1, keepdim=True)),
+    "max": lambda z: gate(z, z.max(1, keepdim=True)[0]),
+    "max of all": lambda z: gate(z, z.max()),
+    "max, its place, behind relu": lambda z: gate(z, z.relu().max(1, keepdim=True)[1]),
+    "torch.max": lambda z: gate(z, torch.max(z, dim=1, keepdim=True).values),
+    "max without the dimension": lambda z: gate(z, z.max(1)[0].unsqueeze(1)),
+    "min": lambda z: gate(z, z.min(1, keepdim=True).values),
+    "aminmax": lambda z: gate(z, torch.aminmax(z, dim=1, keepdim=True)[1]),
+    "topk": lambda z: gate(z, z.topk(2, 1)[0].sum(1, keepdim=True)),
+    "topk of -3": lambda z: gate(z, torch.topk(z, k=2, dim=-3)[0].sum(1, keepdim=True)),
+    "sort": lambda z: z.sort(1)[0],
+    "sort, stable": lambda z: torch.sort(z, dim=1, stable=True)[0],
+    "argsort": lambda z: z * z.argsort(1),
+    "msort": lambda z: torch.msort(z.transpose(0, 1)).transpose(0, 1),
+    "kthvalue": lambda z: gate(z, z.kthvalue(3, 1, keepdim=True)[0]),
+    "median": lambda z: gate(z, z.median(1, keepdim=True)[0]),
+    "nanmedian of all": lambda z: gate(z, z.nanmedian()),
+    "mode": lambda z: gate(z, z.round().mode(1, keepdim=True)[0]),
+    "argmax": lambda z: gate(z, z.argmax(1, keepdim=True)),
+    "argmin": lambda z: gate(z, z.argmin(1, keepdim=True)),
+    "softmax": lambda z: z * z.softmax(1),
+    "functional softmax": lambda z: z * functional.softmax(z, dim=1),
+    "special softmax": lambda z: z * torch.special.softmax(z, 1),
+    "log_softmax": lambda z: z + functional.log_softmax(z, 1),
+    "softmin": lambda z: z * functional.softmin(z, 1),
+    "logsumexp": lambda z: gate(z, z.logsumexp(1, keepdim=True)),
+    "special logsumexp": lambda z: gate(z, torch.special.logsumexp(z, 1, keepdim=True)),
+    "mean": lambda z: gate(z, z.mean(1, keepdim=True)),
+    "mean of several": lambda z: gate(z, z.mean((1, 2, 3), keepdim=True)),
+    "mean of all": lambda z: gate(z, z.mean()),
+    "std": lambda z: gate(z, z.std(1, keepdim=True)),
+    "std of all": lambda z: gate(z, z.std(True)),
+    "var": lambda z: gate(z, torch.var(z, dim=(1, 2), keepdim=True)),
+    "std_mean": lambda z: gate(z, torch.std_mean(z, 1, keepdim=True)[1]),
+    "prod": lambda z: gate(z, z.prod(1, keepdim=True)),
+    "cumprod": lambda z: z.cumprod(1),
+    "cummax": lambda z: z.cummax(1)[0],
+    "cummin": lambda z: z.cummin(1).values,
+    "logcumsumexp": lambda z: z.logcumsumexp(1),
+    "all": lambda z: gate(z, (z > 0).all(1, keepdim=True)),
+    "quantile": lambda z: gate(z, z.quantile(0.3, 1, keepdim=True)),
+    "norm of order -1": lambda z: gate(z, z.norm(-1, 1, keepdim=True)),
+    "least length": lambda z: gate(z, torch.linalg.vector_norm(z, -torch.inf, 1, keepdim=True)),
+    "diff": lambda z: z + functional.pad(z.diff(dim=1), (0, 0, 0, 0, 1, 0)),
+    "fft": lambda z: torch.fft.fft(z, dim=1).real,
+    "fftn": lambda z: torch.fft.fftn(z).real,
+    "gather": lambda z: z.gather(1, z.argmax(1, keepdim=True)).expand(-1, CHANNELS, -1, -1) + z,
+    "local_response_norm": lambda z: functional.local_response_norm(z, 3),
+    "functional layer norm": lambda z: functional.layer_norm(z.movedim(1, -1), (CHANNELS,)).movedim(-1, 1),
+    "functional group norm": lambda z: functional.group_norm(z, 2),
+    "max_pool along channels": lambda z: (
+        functional.max_pool1d(z.flatten(2).transpose(1, 2), 3, 1, 1).transpose(1, 2).unflatten(2, (CHANNELS, CHANNELS))
+    ),
+    "Softmax": nn.Softmax(dim=1),
+    "Softmax without a dimension": nn.Softmax(),
+    "Softmax2d": nn.Softmax2d(),
+    "LogSoftmax": nn.LogSoftmax(dim=-3),
+    "Softmin": nn.Softmin(dim=1),
+    "CrossMapLRN2d": nn.CrossMapLRN2d(3),
+    "Softmax of the last": Transposed(nn.Softmax(dim=-1)),
+    "MaxPool1d along channels": Transposed(nn.MaxPool1d(3, 1, 1)),
+    "AvgPool1d along channels": Transposed(nn.AvgPool1d(3, 1, 1)),
+}
+# What doesn't, though it goes along channels or names one of their functions.
+FREE = {
+    "sum": lambda z: gate(z, z.sum(1, keepdim=True)),
+    "sum of all": lambda z: gate(z, z.sum()),
+    "nansum": lambda z: gate(z, z.nansum(1, keepdim=True)),
+    "norm": lambda z: gate(z, z.norm(dim=1, keepdim=True)),
+    "norm of order 1": lambda z: gate(z, z.norm(1, 1, keepdim=True)),
+    "norm of all": lambda z: gate(z, torch.norm(z)),
+    "largest length": lambda z: gate(z, torch.linalg.vector_norm(z, torch.inf, 1, keepdim=True)),
+    "vector_norm": lambda z: gate(z, torch.linalg.vector_norm(z, dim=(1, 2, 3), keepdim=True)),
+    "normalize": lambda z: functional.normalize(z),
+    "normalize by order 1": lambda z: functional.normalize(z, p=1.0, dim=1),
+    "any": lambda z: gate(z, (z > 0).any(1, keepdim=True)),
+    "count_nonzero": lambda z: gate(z, (z > 0).count_nonzero(1).unsqueeze(1)),
+    "cumsum": lambda z: z * z.cumsum(1),
+    "amax behind relu": lambda z: gate(z, z.relu().amax(1, keepdim=True)),
+    "max behind a clamp": lambda z: gate(z, z.clamp(min=0).max(1, keepdim=True)[0]),
+    "max of squares": lambda z: gate(z, (z**2).max(1, keepdim=True).values),
+    "max of lengths and pools": lambda z: gate(z, functional.max_pool2d(z.abs(), 3, 1, 1).amax(1, keepdim=True)),
+    "max of two": lambda z: torch.max(z, z.neg()),
+    "amax of pixels": lambda z: gate(z, z.amax((2, 3), keepdim=True)),
+    "max of pixels": lambda z: gate(z, z.max(2, keepdim=True)[0]),
+    "median of rows": lambda z: z + z.median(3)[0].unsqueeze(3),
+    "softmax of pixels": lambda z: z * z.softmax(-1),
+    "softmax of all pixels": lambda z: z * z.flatten(2).softmax(2).view_as(z),
+    "std of pixels": lambda z: gate(z, z.std((2, 3), keepdim=True)),
+    "sort of rows": lambda z: z.sort(2)[0],
+    "fft of pixels": lambda z: torch.fft.fft2(z).real,
+    "cumprod of rows": lambda z: z.cumprod(-1),
+    "lse of rows": lambda z: gate(z, z.logsumexp(3, keepdim=True)) * z.relu(),
+    "quantile of rows": lambda z: gate(z, z.quantile(0.3, 3, keepdim=True)),
+    "Softmax of rows": lambda z: z * functional.softmax(z, 3),
+    "pools": nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1)),
+}
+
+
+def net(between) -> Between:
+    torch.manual_seed(0)
+    module = between if isinstance(between, nn.Module) else None
+    model = Between(module or between).eval()
+    nn.init.constant_(model.first.bias, 3.0)
+    return model
+
+
+def masks(model: Between) -> dict:
+    kept = torch.ones(CHANNELS)
+    kept[GONE] = 0
+    weight = kept.view(-1, 1, 1, 1).expand_as(model.first.weight).clone()
+    return {"first": {"weight": weight, "bias": kept}}
+
+
+def inputs():
+    """Yield images of several scales, and some that were shifted."""
+    for scale in (0.01, 1.0, 100.0):
+        for shift in (0.0, -3.0, 3.0):
+            yield (IMAGES + shift) * scale
+
+
+@torch.no_grad()
+def largest_gap(one: nn.Module, other: nn.Module) -> float:
+    """Measure how far two networks are apart, of what each input's largest output is."""
+    one, other = (model.double() for model in (one, other))
+    gaps = []
+    for images in inputs():
+        wanted, given = (model(images.double()) for model in (one, other))
+        gaps.append(float((wanted - given).abs().max() / wanted.abs().max()))
+    return max(gaps)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_a_removed_channel_can_change_keeps_all_of_them(name):
+    model = net(WHOLE[name])
+    dense = nni_topo.to_dense(model, IMAGES, masks(model))
+    assert dense.first.out_channels == CHANNELS
+    assert dense.report.kept[0].reason
+    assert largest_gap(model, dense) < 1e-9
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_what_it_cant_loses_them_at_every_scale(name):
+    model = net(FREE[name])
+    dense = nni_topo.to_dense(model, IMAGES, masks(model))
+    assert dense.first.out_channels == CHANNELS - len(GONE)
+    assert largest_gap(nni_topo.masked_model(model, IMAGES, masks(model)), dense) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["amax", "softmax", "local_response_norm"])
+def test_a_layer_that_must_stay_is_left_out_with_the_operation_that_needs_it(name):
+    groups = nni_topo.dependency_groups(net(WHOLE[name]), IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert groups.skipped["first"] == f"what it computes depends on removed channels ({name})"
+
+
+def test_channels_that_are_added_up_must_be_zeros_where_they_are_removed():
+    # One half of each adds so little that no tolerance sees it.
+    model = net(lambda z: gate(z, z + 1e-9 * z.sigmoid().sum(1, keepdim=True)))
+    groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert groups.skipped["first"] == "removed channels arrive as values that aren't zero (sum)"
+
+
+def smoothed(images):
+    """Add to each channel so little of its neighbours that no tolerance sees it."""
+    return images + 1e-9 * (images.roll(1, 1) + images.roll(-1, 1))
+
+
+torch.fx.wrap("smoothed")
+
+
+def test_a_function_without_a_rule_must_not_read_other_channels():
+    model = net(lambda z: smoothed(z))
+    groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert groups.skipped["first"] == "what it computes depends on removed channels (smoothed)"
+
+
+class Branches(nn.Module):
+    """Two branches weighed by a softmax over both, as selective kernels are: channel by channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, CHANNELS, 3, padding=1), nn.Conv2d(3, CHANNELS, 1)
+        self.last = nn.Conv2d(CHANNELS, 4, 1)
+
+    def forward(self, x):
+        both = torch.stack([self.one(x), self.two(x)], 1)
+        return self.last((both * both.mean((3, 4), keepdim=True).softmax(1)).sum(1))
+
+
+def test_a_softmax_over_branches_lets_their_channels_go_together():
+    torch.manual_seed(0)
+    model = Branches().eval()
+    groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert {name for entry in groups for name in entry["op_names"]} == {"one", "two"}
