@@ -252,6 +252,13 @@ def by_output(weight: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
     return weight.transpose(0, 1) if channel_dimension(module) else weight
 
 
+def of_output(rows: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
+    """Put rows, as of `by_output`, back into the order of a module's weight."""
+    if isinstance(module, TRANSPOSED):
+        return channels_swapped(rows, module.groups)
+    return rows.transpose(0, 1) if channel_dimension(module) else rows
+
+
 def channels_swapped(weight: torch.Tensor, groups: int) -> torch.Tensor:
     """Turn a transposed convolution's weight (in, out / groups, ...) into (out, in / groups, ...), and the other way.
 

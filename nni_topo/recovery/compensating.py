@@ -181,8 +181,9 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
     layer's output goes into an addition, alone or over batch norms, the sum is what is met. Batch norms keep their
     place and statistics; where a layer has no bias, the running mean of the batch norm behind it takes the constant.
 
-    Transposed convolutions, layers that are called more than once, and layers that are masked weight by weight or whose
-    weights are tied or computed stay as they are; the log and the report name them.
+    Layers that are called more than once, transposed convolutions that are called for an output size, and layers that
+    are masked weight by weight or whose weights are tied or computed stay as they are; the log and the report name
+    them.
 
     ``"ahead"`` runs its steps on two neighbouring blocks at a time, whose ends are places that everything flows
     through; a step is taken if it makes the error on all images smaller. It holds the derivatives of about 128 images

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.disk import DELETE, read_tensors, reading, write_tensors
 from nni_topo.errors import ConfigError
-from nni_topo.network.layers import TRANSPOSED
+from nni_topo.network.layers import by_output
 from nni_topo.network.layouts import inputs_laid_out
 from nni_topo.network.progress import bar
 from nni_topo.network.zeros import zeros_held
@@ -111,7 +111,7 @@ def _learning(student: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
         if weight is None or bias is None:
             continue
         # A channel of zeros would come back by its bias, or by its norm's factor.
-        rows = weight.detach().movedim(int(isinstance(module, TRANSPOSED)), 0)
+        rows = by_output(weight.detach(), module)
         lives = rows.reshape(len(rows), -1).any(1)
         if lives.shape == bias.shape:
             lives |= bias.detach() != 0

@@ -5,7 +5,8 @@ and folds the mixing matrix into the layer's weights. ``"pair"`` replaces each r
 constant, ``f_u = alpha f_s + beta``: the correlation-based update of [1]_, equations 5.8 to 5.12.
 
 In front of a padded convolution a constant isn't seen at the border, where the padding stays zero; so there the
-constant that goes into the bias is exact only where the kernel lies within the image.
+constant that goes into the bias is exact only where the kernel lies within the image. What a transposed convolution
+with a stride makes of a constant differs from one position to the next; the bias takes the mean.
 
 References
 ----------
@@ -14,6 +15,7 @@ References
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError, DataError, check_integer, is_finite
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, fit
 from nni_topo.maths.ties import first_largest_along
+from nni_topo.network.layers import TRANSPOSED, by_output, of_output, weight_of
 from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.reconstruct import add_constant
 from nni_topo.recovery.replay import Values
@@ -74,8 +77,11 @@ class ChannelTask(Task):
 
     def apply(self, net: nn.Module, found: Fit) -> None:
         """Fold the mixing matrix into the weights of the layer that reads the channels."""
-        weight: Any = net.get_submodule(self.layer.name).weight
+        module: Any = net.get_submodule(self.layer.name)
+        # Of a transposed convolution each position meets one tap of so many.
+        taps = math.prod(module.stride) if isinstance(module, TRANSPOSED) else 1
         with torch.no_grad():
+            weight = by_output(module.weight, module)
             for group, (rows, places, kept) in enumerate(zip(self.layer.rows, self._places, self.kept, strict=True)):
                 # Places count over all groups, the weight's second axis over those of one.
                 rows, local = rows.to(weight.device), places.to(weight.device) % weight.shape[1]
@@ -90,8 +96,10 @@ class ChannelTask(Task):
                 weight[rows[:, None], local.flatten()] = new.flatten(1, 2).to(weight.dtype)
                 if self.layer.intercept is not None:
                     # What the removed channels' constants add is seen through their old weights: `old`, not `new`.
-                    constant = self._constant(old.flatten(2).sum(2), found.solution.shift[group].to(old.device), group)
+                    shift = found.solution.shift[group].to(old.device)
+                    constant = self._constant(old.flatten(2).sum(2) / taps, shift, group)
                     add_constant(net, self.layer.intercept, rows, constant)
+            module.weight.copy_(of_output(weight, module))
 
     def _constant(self, weights: Tensor, shift: Tensor, group: int) -> Tensor:
         """What the channels' constants add to each output; ``weights`` are summed over kernel and places."""
@@ -231,7 +239,7 @@ def pair_coefficients(
 
 def _places(layer: Solvable, roots: np.ndarray, module: nn.Module) -> tuple[Tensor, Tensor]:
     """Return where channels enter, (groups, channels, places), and the ranks of the kept ones, (groups, kept)."""
-    step = int(module.weight.shape[1])  # type: ignore[index]
+    step = by_output(weight_of(module), module).shape[1]
     groups = layer.columns[:, 0] // step
     counts = np.unique(np.unique(roots, return_counts=True)[1])
     # Behind a flattening each channel has equally many features. 0, FIXED, stands for whatever can't be pruned, which

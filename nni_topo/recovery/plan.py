@@ -15,7 +15,7 @@ from torch.nn import functional
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.following import followers, passes
 from nni_topo.network.labels import FIXED, tensor_shape
-from nni_topo.network.layers import CONVOLUTIONS, PER_CHANNEL, TRANSPOSED, is_plain_norm, kept_channels
+from nni_topo.network.layers import PER_CHANNEL, TRANSPOSED, WEIGHTED, by_output, is_plain_norm, kept_channels
 from nni_topo.network.masks import FullMasks
 
 
@@ -101,9 +101,7 @@ def _why_not(
     if isinstance(module, PER_CHANNEL) or not any(p.dim() > 1 for p in module.parameters()):
         return ""
     name = str(node.target)
-    if isinstance(module, TRANSPOSED):
-        return "a transposed convolution"
-    kinds = (*CONVOLUTIONS, nn.Linear)
+    kinds = WEIGHTED
     forward = next((kind.forward for kind in kinds if isinstance(module, kind)), None)
     # A subclass may compute something else from the same weights.
     if forward is None or type(module).forward is not forward or name not in flow.layers:
@@ -116,7 +114,8 @@ def _why_not(
     if sum(p is module.weight for m in graph_module.modules() for p in m._parameters.values()) > 1:
         return "its weight belongs to another module too"
     # Something else than one tensor in and one out has no patches to sample.
-    if tensor_shape(node) is None or len(node.all_input_nodes) != 1:
+    sized = isinstance(module, TRANSPOSED) and (len(node.args) > 1 or "output_size" in node.kwargs)
+    if tensor_shape(node) is None or len(node.all_input_nodes) != 1 or sized:
         return "called in an unusual way"
     mask = masks.get(name, {}).get("weight")
     return None if mask is None or _goes_by_channel(module, mask) else "masked weight by weight"
@@ -125,7 +124,7 @@ def _why_not(
 def _goes_by_channel(module: Any, mask: Tensor) -> bool:
     """Say whether a weight mask removes whole input and output channels and nothing else."""
     # (groups, rows, columns, kernel elements); a linear layer's one element comes from the dimension added at the end.
-    blocks = mask.unsqueeze(-1).unflatten(0, (getattr(module, "groups", 1), -1)).flatten(3)
+    blocks = by_output(mask, module).unsqueeze(-1).unflatten(0, (getattr(module, "groups", 1), -1)).flatten(3)
     rows = blocks.amax((2, 3), keepdim=True)
     columns = blocks.amax((1, 3), keepdim=True)
     # Whole channels are gone if, in each group, the mask is the product of one of rows and one of columns.
@@ -143,6 +142,7 @@ def _solvable(
     mask = masks.get(name, {}).get("weight")
     groups = getattr(module, "groups", 1)
     if mask is not None:
+        mask = by_output(mask, module)
         # A channel may stay for another layer's sake while this layer has no weight of it left.
         kept_out &= _any(mask.flatten(1), 1)
         kept_in &= _any(mask.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2), 2).reshape(-1)

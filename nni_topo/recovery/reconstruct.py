@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, fit
+from nni_topo.network.layers import by_output, of_output
 from nni_topo.network.norms import through_norms
 from nni_topo.recovery.plan import Equation
 from nni_topo.recovery.replay import Values
@@ -43,7 +44,8 @@ class ReconstructTask(Task):
         self.place = equation.place
         self.watched = [equation.layer.source, equation.place]
         self._module: Any = pruned.get_submodule(self.layer.name)
-        weight: Any = self._module.weight
+        module: Any = self._module
+        weight = by_output(module.weight, module)
         norms = [pruned.get_submodule(name) for name in equation.norms]
         # Only changes of an output are sent through, so that the norms' constants drop out.
         self._scale = through_norms(norms, weight.new_zeros(len(weight)))[0].to(weight.device)
@@ -69,7 +71,8 @@ class ReconstructTask(Task):
         """Return input patches of the pruned network, what it lacks at the place, and the original's values there."""
         wanted = original[self.place][part]
         positions = positions.to(wanted.device)
-        inputs = input_rows(self._module, pruned[self.layer.source][part], self._columns, positions)
+        source = pruned[self.layer.source][part]
+        inputs = input_rows(self._module, source, self._columns, positions, wanted.shape)
         wanted = output_rows(self._module, wanted, self._rows, positions)
         reached = output_rows(self._module, pruned[self.place][part], self._rows, positions)
         samples = inputs, wanted.double() - reached, wanted
@@ -96,10 +99,12 @@ class ReconstructTask(Task):
         inverse = self._inverse()
         module: Any = net.get_submodule(self.layer.name)
         change = (found.solution.weights * inverse.unsqueeze(1)).transpose(1, 2)
-        place = self.block(module.weight)
         with torch.no_grad():
-            old = module.weight[place]
-            module.weight[place] = (old.double() + change.reshape(old.shape)).to(old.dtype)
+            rows = by_output(module.weight, module)
+            place = self.block(rows)
+            old = rows[place]
+            rows[place] = (old.double() + change.reshape(old.shape)).to(old.dtype)
+            module.weight.copy_(of_output(rows, module))
             if self.layer.intercept is not None:
                 add_constant(net, self.layer.intercept, self._rows, found.solution.shift * inverse)
 
@@ -109,18 +114,20 @@ class ReconstructTask(Task):
         is_dead = scale.abs() <= _DEAD_SCALE * self._scale.abs().max()
         return (1.0 / scale).masked_fill(is_dead, 0.0)
 
-    def block(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the indices of the weights between kept channels, group by group."""
-        return self._rows[:, :, None], (self._columns % weight.shape[1])[:, None, :]
+    def block(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the indices of the weights between kept channels, group by group, in the weight by output."""
+        return self._rows[:, :, None], (self._columns % rows.shape[1])[:, None, :]
 
     def _cut(self, net: nn.Module) -> None:
         """Set the weights of kept rows that read removed channels to zero, whatever these channels hold."""
-        weight: Any = net.get_submodule(self.layer.name).weight
-        place = self.block(weight)
+        module: Any = net.get_submodule(self.layer.name)
         with torch.no_grad():
-            kept = weight[place].clone()
-            weight[self._rows.flatten()] = 0
-            weight[place] = kept
+            rows = by_output(module.weight, module)
+            place = self.block(rows)
+            kept = rows[place].clone()
+            rows[self._rows.flatten()] = 0
+            rows[place] = kept
+            module.weight.copy_(of_output(rows, module))
 
 
 def add_constant(net: nn.Module, taker: str, rows: Tensor, constant: Tensor) -> None:

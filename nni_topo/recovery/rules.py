@@ -35,7 +35,7 @@ from torch.fx import Node
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, fit
 from nni_topo.maths.ties import first_largest_along
 from nni_topo.network.following import norms_behind
-from nni_topo.network.layers import TRANSPOSED, WEIGHTED
+from nni_topo.network.layers import WEIGHTED, by_output
 from nni_topo.network.norms import through_norms
 from nni_topo.recovery.mixing import PairTask
 from nni_topo.recovery.networks import Networks
@@ -88,7 +88,7 @@ class ScalarTask(ReconstructTask):
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
         """Solve for what each factor differs from 1 by, from the sums for single weights."""
-        weight = self._module.weight.detach()
+        weight = by_output(self._module.weight.detach(), self._module)
         # (groups, outputs, channels * kernel elements), as they count at the place.
         kernel = weight[self.block(weight)].double().flatten(2) * self._scale[self._rows].unsqueeze(2)
         fewer, others = (_together(each, kernel, self._factors) for each in (learned, held))
@@ -106,9 +106,11 @@ class LayerTask(ReconstructTask):
         """Return the original's input patches, what the weights that are left lack of its output, and the output."""
         wanted = original[self.place][part]
         positions = positions.to(wanted.device)
-        inputs = input_rows(self._module, original[self.layer.source][part], self._columns, positions)
+        source = original[self.layer.source][part]
+        inputs = input_rows(self._module, source, self._columns, positions, wanted.shape)
         wanted = output_rows(self._module, wanted, self._rows, positions)
-        reached = inputs.double() @ self._module.weight[self.block(self._module.weight)].double().flatten(2).mT
+        weight = by_output(self._module.weight, self._module)
+        reached = inputs.double() @ weight[self.block(weight)].double().flatten(2).mT
         bias = self._module.bias
         constant = 0.0 if bias is None else bias[self._rows].double().unsqueeze(1)
         return inputs, (wanted.double() - reached - constant).detach(), wanted
@@ -167,10 +169,7 @@ class _Filter:
 def _filters(networks: Networks, name: str, norm: nn.Module | None) -> list[_Filter]:
     """Return a layer's filters; `norm` is the batch norm behind, or None."""
     module: Any = networks.original.get_submodule(name)
-    weight = module.weight.detach().double()
-    if isinstance(module, TRANSPOSED):
-        weight = weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
-    weight = weight.flatten(1)
+    weight = by_output(module.weight.detach().double(), module).flatten(1)
     bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias
     scale, bias = through_norms([] if norm is None else [norm], bias)
     rows = (weight * scale[:, None]).cpu(), bias.cpu()

@@ -16,7 +16,7 @@ from torch.nn import functional
 from nni_topo.errors import DataError, check_memory
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations
 from nni_topo.network.labels import tensor_shape
-from nni_topo.network.layers import CONVOLUTIONS
+from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
 from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.replay import Replay, Values
 
@@ -31,18 +31,27 @@ def position_count(module: nn.Module, shape: Sequence[int]) -> int:
     return math.prod(shape[1:-1] if is_pointwise(module) else shape[2:])
 
 
-def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor) -> Tensor:
-    """Return what enters a layer at flat output positions (n, p): (groups, n * p, d * kernel elements)."""
-    # In the order of the layer's weight, channels and then kernel; `columns` (groups, d) are the input channels.
+def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return what enters a layer at flat output positions (n, p): (groups, n * p, d * kernel elements).
+
+    ``columns`` (groups, d) are the input channels, ``shape`` is that of the layer's output.
+    """
+    # In the order of the layer's weight by output: channels and then kernel.
     groups = columns.shape[0]
     if is_pointwise(module):
         return _chosen(inputs, positions, columns)
     entries = torch.arange(len(inputs), device=inputs.device)[:, None]
-    windows = _windows(module, inputs[:, columns.flatten()])
     dims = len(module.kernel_size)
+    if isinstance(module, TRANSPOSED):
+        windows = _transposed_windows(module, inputs[:, columns.flatten()], shape[2:])
+    else:
+        windows = _windows(module, inputs[:, columns.flatten()])
     places = torch.unravel_index(positions, windows.shape[2 : 2 + dims])
     at: tuple[Any, ...] = (entries, slice(None), *places)
     rows = windows[at].flatten(0, 1)
+    if isinstance(module, TRANSPOSED):
+        # A transposed convolution's kernel meets its input from the last tap on.
+        rows = rows.flip(tuple(range(2, 2 + dims)))
     return rows.reshape(len(rows), groups, -1).transpose(0, 1)
 
 
@@ -96,6 +105,30 @@ def _windows(module: Any, inputs: Tensor) -> Tensor:
         zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
     ):
         windows = windows.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    return windows
+
+
+def _transposed_windows(module: Any, inputs: Tensor, size: Sequence[int]) -> Tensor:
+    """Return a view ``(n, channels, *output size, *kernel size)``: what each output position is a sum over, taps last.
+
+    Where a tap meets no input it meets a zero: a transposed convolution is a convolution of its input with ``stride -
+    1`` zeros between the pixels.
+    """
+    apart = [(length - 1) * stride + 1 for length, stride in zip(inputs.shape[2:], module.stride, strict=True)]
+    windows = inputs.new_zeros(*inputs.shape[:2], *apart)
+    pixels: Any = (..., *(slice(None, None, stride) for stride in module.stride))
+    windows[pixels] = inputs
+    around: list[int] = []
+    for length, wanted, kernel, dilation, padding in zip(
+        apart, size, module.kernel_size, module.dilation, module.padding, strict=True
+    ):
+        reach = dilation * (kernel - 1)
+        before = reach - padding
+        # Of the last dimension first, as `pad` wants it; less than nothing cuts off.
+        around = [before, wanted + reach - before - length, *around]
+    windows = functional.pad(windows, around)
+    for dim, (kernel, dilation) in enumerate(zip(module.kernel_size, module.dilation, strict=True), start=2):
+        windows = windows.unfold(dim, dilation * (kernel - 1) + 1, 1)[..., ::dilation]
     return windows
 
 

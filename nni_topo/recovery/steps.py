@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from nni_topo.errors import ConfigError, unknown_name
-from nni_topo.network.layers import kept_channels
+from nni_topo.network.layers import by_output, kept_channels, weight_of
 from nni_topo.recovery.mixing import ChannelTask, PairTask
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Plan, Solvable, pruned_roots
@@ -54,8 +54,8 @@ def tasks_of(
 
 
 def _reads_removed(layer: Solvable, networks: Networks) -> bool:
-    weight = networks.pruned.get_submodule(layer.name).weight
-    return layer.columns.shape[1] < int(weight.shape[1])  # type: ignore[index]
+    module = networks.pruned.get_submodule(layer.name)
+    return layer.columns.shape[1] < by_output(weight_of(module), module).shape[1]
 
 
 def _survivors(networks: Networks, pairs: Pairs) -> dict[int, int]:

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.fx import GraphModule, Interpreter, Node
 
-from nni_topo.network.layers import is_plain_norm
+from nni_topo.network.layers import by_output, is_plain_norm, of_output
 from nni_topo.network.layouts import safely_laid_out
 from nni_topo.network.norms import through_norms
 from nni_topo.recovery.plan import Solvable
@@ -136,8 +136,10 @@ class Window:
             for net in nets:
                 module: Any = net.get_submodule(name)
                 with torch.no_grad():
-                    old = module.weight[self._blocks[name]]
-                    module.weight[self._blocks[name]] = (old + weight).to(old.dtype)
+                    rows = by_output(module.weight, module)
+                    old = rows[self._blocks[name]]
+                    rows[self._blocks[name]] = (old + weight).to(old.dtype)
+                    module.weight.copy_(of_output(rows, module))
                     if layer.intercept is not None:
                         add_constant(net, layer.intercept, self._blocks[name][0][..., 0], constant.double())
 
@@ -145,7 +147,7 @@ class Window:
         """Call a layer with changed weights."""
         module: Any = self._network.get_submodule(name)
         weight, place = self._weight(name), self._blocks[name]
-        moved = weight.index_put(place, change.to(weight.dtype), accumulate=True)
+        moved = of_output(weight.index_put(place, change.to(weight.dtype), accumulate=True), module)
         moved, value = safely_laid_out(module, moved, value)
         found: Tensor = functional_call(module, {"weight": moved}, (value,))
         if self._layers[name].intercept is None:
@@ -156,8 +158,7 @@ class Window:
 
     def _weight(self, name: str) -> Tensor:
         module: Any = self._network.get_submodule(name)
-        weight: Tensor = module.weight.detach()
-        return weight
+        return by_output(module.weight.detach(), module)
 
 
 def _is_affine(network: GraphModule, name: str) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import nni_topo
+from nni_topo.recovery.compensating import compensation
 
 MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -162,6 +163,23 @@ def test_half_of_all_channels_goes(net: str, every: int) -> None:
     whole = [name for name in layers if name.startswith("gate")] if every == 2 else []
     kept = {name: model.get_submodule(name).out_channels // (1 if name in whole else 2) for name in layers}
     assert_dense_is_masked(model, images, masks, kept, whole)
+
+
+@pytest.mark.parametrize("net", ["transposed", "odd, padded", "gates", "two groups", "output padding"])
+def test_reconstruction_takes_half_of_all_channels(net: str, caplog: pytest.LogCaptureFixture) -> None:
+    make, size = NETS[net]
+    model, images = trained(make), torch.randn(4, 1, *size)
+    layers = layers_of(model)
+    groups = nni_topo.dependency_groups(model, images, [{"op_names": layers, "sparse_ratio": 0.5}])
+    pruner = nni_topo.create_pruner("reconstruction", model, groups, calibration=[images])
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    assert "stay whole" not in caplog.text
+    kept = {name: model.get_submodule(name).out_channels // 2 for name in layers}
+    assert_dense_is_masked(model, images, masks, kept, [])
+    found = compensation(model, masks, [images]).report
+    assert not found.left_alone
+    assert {"up2", "up1"} <= {layer.layer for layer in found.layers}
 
 
 @pytest.mark.parametrize("name", ["l1", "l2", "fpgm", "random", "topological"])

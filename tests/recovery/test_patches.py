@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from nni_topo.network.layers import by_output
 from nni_topo.recovery.samples import draw_positions, input_rows, output_rows, position_count
 
 LAYERS = {
@@ -17,6 +18,15 @@ LAYERS = {
     "3d": (nn.Conv3d(4, 6, (1, 2, 3), padding=(0, 1, 1)), (2, 4, 3, 4, 5)),
     "groups": (nn.Conv2d(4, 6, 3, groups=2, padding=1), (2, 4, 7, 9)),
     "depthwise": (nn.Conv2d(4, 8, 3, groups=4, stride=2), (2, 4, 7, 9)),
+    "transposed": (nn.ConvTranspose2d(4, 6, 2, stride=2), (2, 4, 5, 6)),
+    "transposed, overlapping": (nn.ConvTranspose2d(4, 6, (3, 4), stride=(2, 1), padding=(1, 0)), (2, 4, 5, 6)),
+    "transposed, gaps": (nn.ConvTranspose2d(4, 6, 1, stride=3), (2, 4, 4, 3)),
+    "transposed, dilation": (nn.ConvTranspose2d(4, 6, 3, dilation=2, padding=5, stride=3), (2, 4, 5, 6)),
+    "transposed, output padding": (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), (2, 4, 5, 6)),
+    "transposed, groups": (nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (2, 4, 5, 6)),
+    "transposed, depthwise": (nn.ConvTranspose2d(4, 8, 2, groups=4), (2, 4, 5, 6)),
+    "transposed, 1d": (nn.ConvTranspose1d(4, 6, 4, stride=3, padding=1), (2, 4, 7)),
+    "transposed, 3d": (nn.ConvTranspose3d(4, 6, (1, 2, 3), stride=(1, 2, 1)), (2, 4, 2, 3, 4)),
     "linear": (nn.Linear(5, 6), (3, 5)),
     "tokens": (nn.Linear(5, 6), (3, 4, 2, 5)),
 }
@@ -29,13 +39,14 @@ def test_rows_times_weights_are_the_layer(case):
     with torch.no_grad():
         outputs = layer(inputs)
     groups = getattr(layer, "groups", 1)
-    columns = torch.arange(layer.weight.shape[1] * groups).reshape(groups, -1)
-    rows = torch.arange(len(layer.weight)).reshape(groups, -1)
+    weight = by_output(layer.weight.detach(), layer)
+    columns = torch.arange(weight.shape[1] * groups).reshape(groups, -1)
+    rows = torch.arange(len(weight)).reshape(groups, -1)
     count = position_count(layer, outputs.shape)
     positions = draw_positions(count, len(inputs), max(1, count // 2), torch.Generator().manual_seed(0))
-    x = input_rows(layer, inputs, columns, positions)
+    x = input_rows(layer, inputs, columns, positions, outputs.shape)
     y = output_rows(layer, outputs, rows, positions)
-    weight = layer.weight.detach().reshape(groups, rows.shape[1], -1).transpose(1, 2)
+    weight = weight.reshape(groups, rows.shape[1], -1).transpose(1, 2)
     torch.testing.assert_close(x @ weight + layer.bias.detach()[rows][:, None], y)
 
 
@@ -47,12 +58,24 @@ def test_positions_are_counted_without_entries_and_channels(case, shape, count):
     assert position_count(LAYERS[case][0], shape) == count
 
 
+def test_rows_of_a_transposed_convolution_called_for_a_size_are_those_of_this_size():
+    layer = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1)
+    inputs = torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    outputs = layer(inputs, output_size=(10, 11)).detach()
+    positions = torch.arange(110).expand(2, 110)
+    x = input_rows(layer, inputs, torch.arange(4)[None], positions, outputs.shape)
+    weight = by_output(layer.weight.detach(), layer).flatten(1)
+    y = output_rows(layer, outputs, torch.arange(6)[None], positions)
+    torch.testing.assert_close(x @ weight.T + layer.bias.detach(), y)
+
+
 def test_rows_of_some_channels_are_those_of_the_whole():
     layer = nn.Conv2d(4, 6, 3)
     inputs = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(9).expand(2, 9)
-    whole = input_rows(layer, inputs, torch.arange(4)[None], positions).unflatten(2, (4, 9))
-    some = input_rows(layer, inputs, torch.tensor([[1, 3]]), positions).unflatten(2, (2, 9))
+    shape = layer(inputs).shape
+    whole = input_rows(layer, inputs, torch.arange(4)[None], positions, shape).unflatten(2, (4, 9))
+    some = input_rows(layer, inputs, torch.tensor([[1, 3]]), positions, shape).unflatten(2, (2, 9))
     torch.testing.assert_close(some, whole[:, :, [1, 3]])
 
 

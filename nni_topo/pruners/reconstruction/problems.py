@@ -29,7 +29,7 @@ from nni_topo.maths.least_squares.greedy import Products, Samples, forward_selec
 from nni_topo.network.capture import watched
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.inputs import batch_size, calls, fitting, real_positions_of, structure_call, structure_of
-from nni_topo.network.layers import CONVOLUTIONS
+from nni_topo.network.layers import WEIGHTED, output_channels
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.network import Network
 from nni_topo.network.transformers import mixing_called
@@ -43,7 +43,7 @@ FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 
-_LINEAR = (*CONVOLUTIONS, nn.Linear)
+_LINEAR = WEIGHTED
 _COPIES = 3  # of products, or of samples, at most
 _MANY = 2048  # columns: fewer take next to nothing
 _CURE = "fewer samples than columns (calibration) take less, or leave the layer out (exclude_op_names)"
@@ -119,7 +119,7 @@ class ReconstructionProblems:
         images = sum(batch_size(call) for call in calls(model, self.calibration))
         names = {id(module): name for name, module in model.named_modules()}
         for name, reader in wide:
-            columns, outputs = column_count(reader), int(reader.module.weight.shape[0])  # type: ignore[index]
+            columns, outputs = column_count(reader), output_channels(reader.module) or 0
             # Few samples are kept as they are, and not multiplied with each other.
             samples = images * position_count(reader.module, shapes[names[id(reader.module)]][0][1])
             rows = min(samples, columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from nni_topo.maths.least_squares.greedy import Products, Samples
 from nni_topo.maths.least_squares.normal import NormalEquations
+from nni_topo.network.layers import by_output
 from nni_topo.pruners.clouds.functional import Reader
 from nni_topo.recovery.samples import draw_counted, input_rows, position_count
 
@@ -35,13 +37,13 @@ class Reading:
         self._weights = self._read_weights()
         self._wanted = max(_LEAST_SAMPLES, _SAMPLES_PER_COLUMN * column_count(reader)) // images + 1
         self._generator = torch.Generator().manual_seed(seed)
-        self._places = 0
+        self._shape: Sequence[int]
         self._before: Tensor
         self._now: Tensor
 
     def met(self, entering: Tensor, output: Tensor) -> None:
         """See a call of the layer."""
-        self._before, self._places = entering, position_count(self.module, output.shape)
+        self._before, self._shape = entering, output.shape
 
     def reached(self, entering: Tensor) -> None:
         """See a call of the twin."""
@@ -49,13 +51,15 @@ class Reading:
 
     def add(self, counted: Tensor | None) -> None:
         """Add the batch that went through; ``(entries, places)`` tells which positions count, None: all do."""
-        before, now = self._before, self._now
+        before, now, shape = self._before, self._now, self._shape
         del self._before, self._now  # they may be large
-        positions, stay = draw_counted(self._places, len(before), self._wanted, self._generator, counted)
+        places = position_count(self.module, shape)
+        positions, stay = draw_counted(places, len(before), self._wanted, self._generator, counted)
         positions = positions.to(before.device)
         real = slice(None) if stay is None else stay.flatten()
-        rows = input_rows(self.module, now, self._inputs, positions)[:, real].double()
-        first = rows if now is before else input_rows(self.module, before, self._inputs, positions)[:, real].double()
+        rows = first = input_rows(self.module, now, self._inputs, positions, shape)[:, real].double()
+        if now is not before:
+            first = input_rows(self.module, before, self._inputs, positions, shape)[:, real].double()
         # What the unit adds to the layer's output, without the other channels and the bias. By the same rows it follows
         # from their products.
         outputs = first @ (self._weights[:, :0] if self.module is self.twin else self._weights)
@@ -79,7 +83,7 @@ class Reading:
 
     def _read_weights(self) -> Tensor:
         """Weights by which the layer reads the unit's columns, ``(channels * columns, outputs)``, float64."""
-        weight: Tensor = self.module.weight.detach().double()
+        weight = by_output(self.module.weight.detach().double(), self.module)
         inputs = self._inputs[0]
         kernels = weight.flatten(2) if weight.dim() > 2 else weight[..., None]
         rows = weight.new_zeros(len(inputs), kernels.shape[2], len(weight))
