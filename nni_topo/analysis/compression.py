@@ -20,6 +20,7 @@ from nni_topo.analysis.layers import WeightLayer, weight_layers
 from nni_topo.errors import ConfigError, check_between, unknown_name
 from nni_topo.network.network import Network
 from nni_topo.network.sizes import padded_size
+from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.runs.study import Findings, ModelVerb, Study, Tell
 from nni_topo.runs.tables import as_table
 from nni_topo.zoo import create_model, list_models
@@ -149,6 +150,7 @@ def _ratio(count: int, tree: int) -> tuple[str, str, str]:
     return str(count), str(tree), f"{count / tree:.5f}"
 
 
+@leaves_models_alone
 def critical_compression_ratio(
     model: nn.Module, example_inputs: Any, convention: Convention = "theorem"
 ) -> CriticalCompression:

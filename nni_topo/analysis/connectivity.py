@@ -20,6 +20,7 @@ from nni_topo.network.inputs import call_arguments, tensors_of
 from nni_topo.network.layers import CONVOLUTIONS, NORMALIZING
 from nni_topo.network.masked import masked_model
 from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.runs.run import Start
 from nni_topo.runs.study import Names, Tell
 from nni_topo.runs.tables import as_table
@@ -52,6 +53,7 @@ class Connectivity:
         return min(self.connected.values(), default=1.0)
 
 
+@leaves_models_alone
 def connectivity(model: nn.Module, example_inputs: Any, masks: Mapping[str, Mapping[str, Tensor]]) -> Connectivity:
     """Follow the kept weights from a model's inputs to its outputs.
 

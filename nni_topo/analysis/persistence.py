@@ -24,6 +24,7 @@ from nni_topo.analysis.layers import WeightLayer, weight_layers
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.maths.topology.layer_trees import channel_tree, spanning_forest
 from nni_topo.network.network import Network
+from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.runs.pictures import finish
 from nni_topo.runs.run import build_model, load_model_data, resolve_device
 from nni_topo.runs.study import Findings, Tell, TrainedStudy
@@ -70,6 +71,7 @@ class NeuralPersistence:
         return {**summary, "layers": self.layers, "deaths": {name: d.tolist() for name, d in self.deaths.items()}}
 
 
+@leaves_models_alone
 def neural_persistence(
     model: nn.Module,
     example_inputs: Any = None,

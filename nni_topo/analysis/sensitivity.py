@@ -26,6 +26,7 @@ from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import CONVOLUTIONS, check_names
 from nni_topo.network.masked import masked_model
 from nni_topo.network.network import Network
+from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
 from nni_topo.runs.pictures import figure_of, finish, single
 from nni_topo.runs.run import pruner_knobs
@@ -110,6 +111,7 @@ class Sensitivity(Findings):
         return {"suggested.yaml": head + yaml.safe_dump(content, sort_keys=False)}
 
 
+@leaves_models_alone
 def sensitivity(
     model: nn.Module,
     example_inputs: Any,

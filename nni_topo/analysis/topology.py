@@ -18,6 +18,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import Generation
 from nni_topo.network.dependency import dependency_groups
+from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.topological.pruner import TopologicalPruner
@@ -139,6 +140,7 @@ class AnalyzeTopology(TrainedStudy[TopologyStudy]):
         yield as_table(f"topology of {self.model}", head, rows)
 
 
+@leaves_models_alone
 def study_topology(
     model: nn.Module, config_list: list[dict[str, Any]], *, degrees: tuple[int, ...] = (0, 1), **knobs: Any
 ) -> TopologyStudy:

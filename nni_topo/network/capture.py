@@ -18,6 +18,7 @@ from nni_topo.network.inputs import bind_arguments, calls, fitting, real_positio
 from nni_topo.network.layers import feature_dimension
 from nni_topo.network.modes import detached_copy, evaluation_mode
 from nni_topo.network.progress import bar
+from nni_topo.network.untouched import left_alone
 
 Entering = Callable[[Tensor], Any]
 """Sees the tensor that enters a layer; what it returns, unless None, enters instead."""
@@ -109,7 +110,7 @@ def batches_of(calibration: Iterable[Any] | Evaluator, model: nn.Module, knob: s
 
 def run(model: nn.Module, calibration: Iterable[Any]) -> None:
     """Run a model over calibration batches, in evaluation mode and without gradients."""
-    with evaluation_mode(model), torch.no_grad(), padding_known(model):
+    with left_alone(model), evaluation_mode(model), torch.no_grad(), padding_known(model):
         for index, (args, kwargs) in enumerate(bar("calibration", None, calls(model, calibration))):
             with fitting(index):
                 model(*args, **kwargs)

@@ -24,10 +24,12 @@ from nni_topo.network.reference import apply_masks, check_equal
 from nni_topo.network.report import DenseReport, dense_report
 from nni_topo.network.resolve import Resolved, resolve, warn_of_kept
 from nni_topo.network.transformers import fast_paths_off
+from nni_topo.network.untouched import leaves_models_alone, left_alone
 from nni_topo.network.written import put_sizes
 from nni_topo.sharing import find_ties, tie_again, untie
 
 
+@leaves_models_alone
 @fast_paths_off()
 def to_dense(
     model: torch.nn.Module,
@@ -130,7 +132,8 @@ def to_dense(
             network, full, round_to, customized_replacers, keep=constants == "keep"
         )
         if check:
-            check_equal(reference, dense, call, kept, rtol, advise=partial(way_forward, network, reference, kept))
+            with left_alone(dense):
+                check_equal(reference, dense, call, kept, rtol, advise=partial(way_forward, network, reference, kept))
     _report(model, dense, full, resolved)
     return dense
 
@@ -159,9 +162,11 @@ def _build(
     resolved = resolve(original, flow, masks, round_to)
     ties = find_ties(original)
     # As in NNI's masked model, in which norms make something of the zeros that arrive.
-    kept = constants_read(original, flow, resolved.left, network.call) if keep else {}
+    with left_alone(original):
+        kept = constants_read(original, flow, resolved.left, network.call) if keep else {}
     reference = apply_masks(original, network.call, resolved.masks)
-    others = Brought({}, {}) if keep else brought(reference, flow, resolved.left, network.call)
+    with left_alone(reference):
+        others = Brought({}, {}) if keep else brought(reference, flow, resolved.left, network.call)
     if others.carried:
         resolved = resolve(original, flow, masks, round_to, carriers=others.carriers(flow))
         reference = apply_masks(original, network.call, resolved.masks)

@@ -21,6 +21,7 @@ from nni_topo.network.partial import meeting, partial_ties
 from nni_topo.network.parts import is_in_parts
 from nni_topo.network.report import why_not_followed
 from nni_topo.network.shuffles import Share, asked_of, shares
+from nni_topo.network.untouched import leaves_models_alone
 
 _logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class DependencyGroups(list[dict[str, Any]]):
         )
 
 
+@leaves_models_alone
 def dependency_groups(
     model: torch.nn.Module, example_inputs: Any, config_list: list[dict[str, Any]], *, strict: bool = False
 ) -> DependencyGroups:

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from nni_topo.errors import ConfigError, ExportError, unknown_name
 from nni_topo.network.inputs import Call, batch_size, call_arguments, calls, check_fits, repeatable, tensors_of
 from nni_topo.network.masks import check_model
+from nni_topo.network.untouched import leaves_models_alone
 
 Format = Literal["onnx", "torch.export"]
 _TOLERANCE = 1e-4
@@ -53,6 +54,7 @@ class Exported:
     int8_distance: float = math.nan
 
 
+@leaves_models_alone
 def export(
     model: nn.Module,
     path: str | Path,

@@ -32,6 +32,7 @@ from nni_topo.network.depth import kept_blocks, take_out_others
 from nni_topo.network.labels import can_follow
 from nni_topo.network.layers import weight_of
 from nni_topo.network.masks import check_unwrapped
+from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.network.written import Place, put_sizes, sizes_of
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
@@ -117,6 +118,7 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
         write_tensors(Path(path), document)
 
 
+@leaves_models_alone
 def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> torch.nn.Module:
     """Build a saved dense model from the unpruned model.
 

@@ -18,6 +18,7 @@ from nni_topo.network.layers import kept_channels, row_names, weight_of
 from nni_topo.network.masks import FullMasks
 from nni_topo.network.modes import device_of, evaluation_mode
 from nni_topo.network.rotary import by_table, find_frequencies, keep_frequencies, pairs_of
+from nni_topo.network.untouched import left_alone
 
 _TOLERANCE = 1e-3  # of the largest output, in single precision
 
@@ -38,7 +39,7 @@ def narrowed(dense: nn.Module, flow: ChannelFlow, masks: FullMasks, left: np.nda
     for divides in (True, False):
         small = _narrowed(dense, flow, found, divides=divides)
         try:
-            with torch.no_grad(), evaluation_mode(dense, small):
+            with left_alone(dense, small), torch.no_grad(), evaluation_mode(dense, small):
                 pairs = [tensors_of(net(*call[0], **call[1])) for net in (dense, small)]
             if all(bool((a - b).abs().max() <= _TOLERANCE * a.abs().max()) for a, b in zip(*pairs, strict=True)):
                 return small

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from nni_topo.errors import ConfigError, DataError, NniTopoError
 from nni_topo.network.modes import device_of, evaluation_mode
+from nni_topo.network.untouched import left_alone
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 _Given = ParamSpec("_Given")
@@ -260,7 +261,7 @@ def structure_of(model: nn.Module, call: Call) -> Call:
 
 def check_fits(model: nn.Module, call: Call) -> None:
     """Run a model on the first batch, in evaluation mode; a DataError if it can't take it."""
-    with fitting(0), evaluation_mode(model), torch.no_grad():
+    with fitting(0), left_alone(model), evaluation_mode(model), torch.no_grad():
         model(*call[0], **call[1])
 
 

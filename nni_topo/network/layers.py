@@ -14,6 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 from nni_topo.errors import unknown_name
 from nni_topo.network.counted import channel_dim, plain_norm, response_norm
 from nni_topo.network.modes import detached_copy, evaluation_mode
+from nni_topo.network.untouched import leaves_models_alone
 
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
@@ -69,6 +70,7 @@ def register_module(kind: type[torch.nn.Module], cut: Callable[[Any, torch.Tenso
     RULES[kind] = ChannelRule(cut, dim)
 
 
+@leaves_models_alone
 def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
     """Return a copy of a model with PyTorch's own plain layers in place of such as compute the same.
 

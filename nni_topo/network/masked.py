@@ -12,8 +12,10 @@ from nni_topo.network.masks import Masks, check_masks, check_model
 from nni_topo.network.network import Network
 from nni_topo.network.reference import apply_masks
 from nni_topo.network.resolve import union, with_own
+from nni_topo.network.untouched import leaves_models_alone
 
 
+@leaves_models_alone
 def masked_model(model: torch.nn.Module, example_inputs: Any, masks: Masks) -> torch.nn.Module:
     """Copy a model with its masked channels at zero, through batch norms too.
 

@@ -21,6 +21,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.network.inputs import call_arguments, tensors_of
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.transformers import fast_paths_off
+from nni_topo.network.untouched import leaves_models_alone
 
 _LEAST_ROUNDS = 8
 _BLOCK, _BLOCKS = 120 * 2**10, 8192  # bytes below what glibc maps alone, and how many
@@ -43,6 +44,7 @@ def count_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+@leaves_models_alone
 def count_macs(model: nn.Module, example_inputs: Inputs) -> int:
     """Return the multiply-accumulates of one sample: convolutions, linear layers, matrix products, attention.
 
@@ -102,6 +104,7 @@ def latency_ms(model: nn.Module, example_inputs: Inputs, *, runs: int = 30, warm
     return latencies({"model": model}, example_inputs, runs=runs, warmup=warmup, threads=threads)["model"]
 
 
+@leaves_models_alone
 def latencies(
     models: Mapping[str, nn.Module],
     example_inputs: Any,

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 import copyreg
-import random
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from nni.compression.base.wrapper import ModuleWrapper
 from torch import Tensor, nn
 
 
@@ -33,33 +30,6 @@ def random_state_kept() -> AbstractContextManager[None]:
     """Leave the random state as it was."""
     # Not to start CUDA for that, its generators are only kept if it is in use.
     return torch.random.fork_rng(list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else [])
-
-
-@contextmanager
-def left_alone(model: Any) -> Iterator[None]:
-    """Give a model's modules their modes and buffers back, and all global generators their states, whatever happens."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    modes = [(module, module.training) for module in modules]
-    buffers = [
-        (module._buffers, name, value, value.detach().clone())
-        for module in modules
-        for name, value in ({} if isinstance(module, ModuleWrapper) else module._buffers).items()
-        # Nor what NNI has put into a wrapped layer: what the layer computes with, new at each call.
-        if value is not None and name not in getattr(getattr(module, "_nni_wrapper", None), "pruning_target_spaces", ())
-    ]
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with random_state_kept():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for module, mode in modes:
-            module.training = mode
-        for table, name, value, before in buffers:
-            if not torch.equal(value, before):
-                value.detach().copy_(before)
-            table[name] = value
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -114,8 +84,12 @@ def _copied(key: str, value: Any, memo: dict[int, Any]) -> Any:
     """Copy an attribute of a module."""
     if type(value) in (bool, int, float, str, type(None)):
         return value
+    # A hook's handle holds the tables of its module, empty ones too, and mustn't get others of its own.
+    if id(value) in memo:
+        return memo[id(value)]
     if type(value) in (dict, OrderedDict, set) and not value:
-        return type(value)()
+        memo[id(value)] = type(value)()
+        return memo[id(value)]
     if key in ("_parameters", "_buffers", "_modules"):
         return type(value)((name, copy.deepcopy(each, memo)) for name, each in value.items())
     return copy.deepcopy(value, memo)

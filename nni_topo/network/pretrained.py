@@ -13,9 +13,11 @@ from nni_topo.network.attention import find_attention
 from nni_topo.network.counted import ShiftedRMSNorm
 from nni_topo.network.files import describe, size_names
 from nni_topo.network.masks import check_unwrapped
+from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.sharing import named_tensors
 
 
+@leaves_models_alone
 def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
     """Save a pruned model of Transformers as a folder that its ``from_pretrained`` loads without this package.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.network.measure import Inputs, count_macs, count_params, latencies
 from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.untouched import leaves_models_alone
 
 MODES = ("plain", "channels_last", "bf16", "compile")
 
@@ -46,6 +47,7 @@ class ModeCost:
     failed: str = ""
 
 
+@leaves_models_alone
 def profile(
     models: Mapping[str, nn.Module],
     example_inputs: Inputs,

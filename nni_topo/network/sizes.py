@@ -13,8 +13,9 @@ from nni_topo.maths.topology.layer_graphs import LayerGraph, convolution_graph
 from nni_topo.network.capture import watched
 from nni_topo.network.inputs import Call, tensors_of
 from nni_topo.network.layers import CONVOLUTIONS, WEIGHTED
-from nni_topo.network.modes import evaluation_mode, random_state_kept
+from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.transformers import mixing_called
+from nni_topo.network.untouched import left_alone
 
 Size = tuple[int, ...]
 LayerSizes = dict[str, list[tuple[Size, Size]]]
@@ -46,7 +47,7 @@ def layer_sizes(model: nn.Module, call: Call) -> LayerSizes:
         [(module, partial(check, name, module)) for name, module in layers if isinstance(module, CONVOLUTIONS)],
         [(module, partial(note, name)) for name, module in layers],
     )
-    with hooks, evaluation_mode(model), random_state_kept(), mixing_called(model), torch.no_grad():
+    with left_alone(model), hooks, evaluation_mode(model), mixing_called(model), torch.no_grad():
         try:
             model(*call[0], **call[1])
         except (RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:

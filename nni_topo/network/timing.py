@@ -19,11 +19,13 @@ from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, WEIGHTED, is_depth
 from nni_topo.network.measure import memory_kept, now, thread_count
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.network import Network
+from nni_topo.network.untouched import leaves_models_alone
 
 FloatArray = NDArray[np.float64]
 _SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
+@leaves_models_alone
 def measure_latency(
     model: nn.Module,
     example_inputs: Any,

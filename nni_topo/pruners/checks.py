@@ -42,7 +42,8 @@ from nni_topo.errors import (
 from nni_topo.network.dependency import DependencyGroups
 from nni_topo.network.inputs import in_smaller_batches, tensors_of
 from nni_topo.network.layers import CONVOLUTIONS, check_names, is_recurrent
-from nni_topo.network.modes import is_plain, left_alone
+from nni_topo.network.modes import is_plain
+from nni_topo.network.untouched import left_alone
 
 _Given = ParamSpec("_Given")
 _Returned = TypeVar("_Returned")

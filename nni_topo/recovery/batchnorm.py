@@ -14,8 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nni_topo.network.capture import batches_of
 from nni_topo.network.inputs import calls, in_smaller_batches
 from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.untouched import leaves_models_alone, left_alone
 
 
+@leaves_models_alone
 @in_smaller_batches
 def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evaluator) -> nn.Module:
     """Return a copy of a model whose batch norms have the statistics of its own activations.
@@ -47,14 +49,18 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evalua
     """
     copied, batches = copy.deepcopy(model), batches_of(calibration, model)
     norms = [module for module in copied.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    momenta = {norm: norm.momentum for norm in norms}
-    with evaluation_mode(copied), torch.no_grad():
+    measured: dict[_BatchNorm, dict[str, torch.Tensor]] = {}
+    with left_alone(copied), evaluation_mode(copied), torch.no_grad():
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None
             norm.train()
         for call in calls(copied, batches):
             copied(*call[0], **call[1])
-    for norm, momentum in momenta.items():
-        norm.momentum = momentum
+        for norm in norms:
+            measured[norm] = {name: value.clone() for name, value in norm.named_buffers(recurse=False)}
+    # The statistics are all that stays of these passes.
+    for norm, values in measured.items():
+        for name, value in values.items():
+            getattr(norm, name).copy_(value)
     return copied

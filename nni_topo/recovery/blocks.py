@@ -29,6 +29,7 @@ from nni_topo.network.depth import take_out, tell_depth
 from nni_topo.network.inputs import calls, first_call, fitting, real_positions_of, tensors_of
 from nni_topo.network.masks import check_model
 from nni_topo.network.modes import detached_copy, evaluation_mode
+from nni_topo.network.untouched import leaves_models_alone, left_alone
 
 _HELD_OUT = 5
 _NEAR = 1e-3
@@ -36,6 +37,7 @@ _NEAR = 1e-3
 _logger = logging.getLogger(__name__)
 
 
+@leaves_models_alone
 def remove_blocks(
     model: nn.Module,
     names: Sequence[str],
@@ -139,7 +141,8 @@ def _check_shapes(model: nn.Module, names: Sequence[str], batches: Iterable[Any]
     def look(name: str) -> Any:
         return lambda entering, output: shapes.update({name: (entering.shape, tensors_of(output)[0].shape)})
 
-    with evaluation_mode(model), torch.no_grad(), watched(leaving=[(model.get_submodule(n), look(n)) for n in names]):
+    looks = [(model.get_submodule(name), look(name)) for name in names]
+    with left_alone(model), evaluation_mode(model), torch.no_grad(), watched(leaving=looks):
         model(*args, **kwargs)
     for name in names:
         before, after = shapes.get(name, (None, None))
@@ -154,7 +157,7 @@ def _writer(model: nn.Module, block: nn.Module, batches: Iterable[Any]) -> Any:
     left: list[Tensor] = []
     linear = [module for module in block.modules() if type(module) is nn.Linear]
     looks = [(module, lambda _, __, module=module: called.append(module)) for module in linear]
-    with evaluation_mode(model), torch.no_grad():
+    with left_alone(model), evaluation_mode(model), torch.no_grad():
         with watched(leaving=[*looks, (block, lambda _, output: left.append(tensors_of(output)[0]))]):
             model(*args, **kwargs)
         width = left[0].shape[-1]
@@ -184,6 +187,7 @@ def _solved(
     ]
     equations, samples = (NormalEquations(), NormalEquations()), 0
     with (
+        left_alone(model, result),
         evaluation_mode(model, result),
         torch.no_grad(),
         watched([(writer, lambda entering: seen.update(entering=entering))], looks),

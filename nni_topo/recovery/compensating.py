@@ -19,6 +19,7 @@ from nni_topo.network.capture import batches_of
 from nni_topo.network.inputs import Call, batch_size, calls, in_smaller_batches, structure_call, tensors_of
 from nni_topo.network.masks import Masks, check_model
 from nni_topo.network.progress import bar
+from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.recovery.ahead import look_ahead
 from nni_topo.recovery.networks import Networks, build_networks, copy_norm_statistics
 from nni_topo.recovery.plan import make_plan
@@ -52,6 +53,7 @@ class Compensation:
     report: CompensationReport
 
 
+@leaves_models_alone
 @in_smaller_batches
 def compensation(
     model: nn.Module,

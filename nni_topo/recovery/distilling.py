@@ -39,6 +39,7 @@ from nni_topo.network.capture import batches_of
 from nni_topo.network.inputs import calls, in_smaller_batches
 from nni_topo.network.masks import check_model
 from nni_topo.network.modes import detached_copy
+from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.compensating import survey
 from nni_topo.recovery.course import Course
@@ -105,6 +106,7 @@ class Distillation:
     seconds: float
 
 
+@leaves_models_alone
 @in_smaller_batches
 def distillation(
     dense: nn.Module,

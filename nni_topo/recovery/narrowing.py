@@ -40,6 +40,7 @@ from nni_topo.network.resolve import union
 from nni_topo.network.rotary import by_table, find_frequencies
 from nni_topo.network.stepwise import projected
 from nni_topo.network.transformers import mixing_called
+from nni_topo.network.untouched import leaves_models_alone, left_alone
 from nni_topo.recovery.directions import Moments, directions
 from nni_topo.recovery.pairs import PairLogits, pairs_that_stay
 
@@ -49,6 +50,7 @@ _ROUNDING = 1e-9  # of channels: a ratio of two whole numbers means the first of
 _logger = logging.getLogger(__name__)
 
 
+@leaves_models_alone
 def narrow_heads(
     model: nn.Module,
     calibration: Iterable[Any] | Evaluator,
@@ -360,7 +362,7 @@ def _measure(model: nn.Module, heads: list[_Heads], batches: Iterable[Any]) -> N
 
 def _outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
     args, kwargs = first_call(model, batches)
-    with evaluation_mode(model), torch.no_grad():
+    with left_alone(model), evaluation_mode(model), torch.no_grad():
         return [each for each in tensors_of(model(*args, **kwargs)) if each.is_floating_point()]
 
 

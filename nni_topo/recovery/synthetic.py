@@ -26,6 +26,7 @@ from nni_topo.network.inputs import call_arguments, check_fits, tensors_of
 from nni_topo.network.masks import check_model
 from nni_topo.network.modes import detached_copy
 from nni_topo.network.progress import bar
+from nni_topo.network.untouched import leaves_models_alone
 
 _RATE = 0.1
 _CLASSES = 0.1  # weight of the classes beside the statistics
@@ -33,6 +34,7 @@ _ROUGHNESS = 0.01  # weight of differences between neighbours
 _LEAST_VARIANCE = 1e-6
 
 
+@leaves_models_alone
 def synthetic_images(
     model: nn.Module,
     example_inputs: Any,

@@ -25,6 +25,7 @@ from nni_topo.network.masks import Masks, check_model
 from nni_topo.network.modes import device_of, evaluation_mode
 from nni_topo.network.report import DenseReport
 from nni_topo.network.resolve import widths_multiple
+from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.pruners.budget import AUTO, Budget, network_cost, tell_if_missed
 from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
 from nni_topo.recovery import compensation, distillation
@@ -80,6 +81,7 @@ class ShrinkReport:
         return "\n".join([*lines, *(f"{row.name} keeps {row.kept} more: {row.reason}" for row in self.layers.kept)])
 
 
+@leaves_models_alone
 def shrink(
     model: nn.Module,
     images: Iterable[Any] | Evaluator,
@@ -290,6 +292,7 @@ class _Stages:
         self.found: list[Stage] = []
         self._began = time.perf_counter()
 
+    @leaves_models_alone
     def add(self, name: str, net: nn.Module) -> None:
         """Measure a network."""
         seconds = time.perf_counter() - self._began if self.found else 0.0
@@ -307,6 +310,7 @@ class _Stages:
         self.found.append(Stage(name, cost.macs, cost.params, fmean(errors), agreement, accuracy, seconds))
         self._began = time.perf_counter()
 
+    @leaves_models_alone
     def _answers(self, net: nn.Module) -> list[Tensor]:
         """Return all floating outputs."""
         with evaluation_mode(net), torch.no_grad():

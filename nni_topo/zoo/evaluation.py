@@ -12,9 +12,11 @@ from torch.utils.data import TensorDataset
 from nni_topo.errors import DataError
 from nni_topo.network.inputs import at_once, in_smaller_batches
 from nni_topo.network.modes import device_of, evaluation_mode
+from nni_topo.network.untouched import leaves_models_alone, left_alone
 from nni_topo.zoo.data import DataBundle
 
 
+@leaves_models_alone
 def check_model(model: nn.Module, data: DataBundle) -> None:
     """Check that a model takes the images of a data set and has one logit per class.
 
@@ -98,7 +100,7 @@ def loss_and_accuracy(
     device = device_of(model) if device is None else device
     model.to(device)
     totals = torch.zeros(2, dtype=torch.float64)
-    with evaluation_mode(model), torch.no_grad():
+    with left_alone(model), evaluation_mode(model), torch.no_grad():
         for images, labels in zip(
             *(torch.split(part, at_once(min(batch_size, len(dataset)))) for part in dataset.tensors), strict=True
         ):

@@ -16,6 +16,7 @@ from nni_topo.analysis.energy.study import LITTLE, EnergyStudy, Evaluate, Qualit
 from nni_topo.network.dense import to_dense
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import output_channels
+from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 
 
@@ -35,6 +36,7 @@ def harmless_layers(study: EnergyStudy, threshold: float, most_lost: float = LIT
     ]
 
 
+@leaves_models_alone
 def accumulate_energy(
     model: nn.Module,
     layers: Sequence[tuple[str, ...]],

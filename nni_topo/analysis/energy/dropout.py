@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nni_topo.analysis.energy.study import Evaluate, Quality
 from nni_topo.errors import ConfigError
+from nni_topo.network.untouched import leaves_models_alone
 
 RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -33,6 +34,7 @@ class ActiveDropout(nn.Module):
         return values * kept / (1.0 - self.rate)
 
 
+@leaves_models_alone
 def with_dropout(model: nn.Module, rate: float, *, seed: int = 0) -> nn.Module:
     """Copy a model so that its dropout layers drop at test time, all at one rate.
 
@@ -65,6 +67,7 @@ def with_dropout(model: nn.Module, rate: float, *, seed: int = 0) -> nn.Module:
     return copied
 
 
+@leaves_models_alone
 def study_dropout(
     models: Mapping[str, Callable[[], nn.Module]],
     evaluate: Evaluate,

@@ -18,6 +18,7 @@ from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.maths.signals import Chirp
 from nni_topo.maths.ties import first_smallest
 from nni_topo.network.masked import masked_model
+from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
 
@@ -49,6 +50,7 @@ class FilterEvolution:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)} (FilterEvolution)")
 
 
+@leaves_models_alone
 def study_replacement(
     model: nn.Module,
     layer: str,

@@ -33,6 +33,7 @@ from nni_topo.network.layers import spread
 from nni_topo.network.masked import masked_model
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.network import Network
+from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 
 METHODS = ("random", "energy", "energy, genetic", "taylor", "taylor, genetic", "loss, genetic")
@@ -50,6 +51,7 @@ class Selection:
     seconds: float  # that choosing took
 
 
+@leaves_models_alone
 def study_selection(
     model: nn.Module,
     layer: str,

@@ -22,6 +22,7 @@ from nni_topo.network.dense import to_dense
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import kept_channels
 from nni_topo.network.masked import masked_model
+from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.pruners.hooks import Masks, Metrics, unit_scores
 from nni_topo.runs.study import Findings
@@ -195,6 +196,7 @@ class EnergyStudy(Findings):
         return best
 
 
+@leaves_models_alone
 def study_energy(
     model: nn.Module,
     layers: Sequence[str],

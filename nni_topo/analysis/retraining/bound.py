@@ -18,6 +18,7 @@ from nni_topo.errors import ConfigError, DataError, is_finite, unknown_name
 from nni_topo.network.inputs import call_arguments
 from nni_topo.network.masks import check_model
 from nni_topo.network.modes import detached_copy
+from nni_topo.network.untouched import leaves_models_alone
 
 Kind = Literal["node", "connection"]
 
@@ -74,6 +75,7 @@ class RetrainingBound:
         return epochs * self.gamma / self.epochs if self.epochs > 0 else math.inf
 
 
+@leaves_models_alone
 def retraining_bound(
     initial: nn.Module,
     trained: nn.Module,

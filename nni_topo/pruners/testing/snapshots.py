@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+_TABLES = ("_parameters", "_buffers", "_modules")  # which have parts of their own
+
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """Return all that a pruner that doesn't train has to leave as it was, in parts that can be compared.
@@ -21,8 +23,8 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     Returns
     -------
     dict of str to Any
-        Parameters and buffers byte by byte, which of them are one, which are trained, modes, attributes and hooks of
-        all modules, and the states of Python's, NumPy's and PyTorch's generators.
+        Parameters and buffers byte by byte, which of them are one, which are trained, their gradients, modes,
+        attributes and hooks of all modules, and the states of Python's, NumPy's and PyTorch's generators.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     tensors = {
@@ -38,7 +40,17 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "requires_grad": {name: value.requires_grad for name, value in tensors.items()},
         "modes": {name: module.training for name, module in modules.items()},
         "classes": {name: type(module) for name, module in modules.items()},
-        "attributes": {name: sorted(vars(module)) for name, module in modules.items()},
+        "attributes": {
+            f"{name}.{key}": _content(value)
+            for name, module in modules.items()
+            for key, value in vars(module).items()
+            if key not in _TABLES and not key.endswith("_hooks")
+        },
+        "gradients": {
+            name: value.grad if value.grad is None else (id(value.grad), _bytes(value.grad))
+            for name, value in tensors.items()
+            if value.is_leaf
+        },
         "hooks": {
             f"{name}.{key}": list(value)
             for name, module in modules.items()
@@ -61,3 +73,18 @@ def require_unchanged(before: dict[str, Any], model: nn.Module) -> None:
 
 def _bytes(value: Tensor) -> bytes:
     return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _content(value: Any, depth: int = 3) -> Any:
+    """Write down what an attribute holds, objects so many deep."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape, _bytes(value)
+    if isinstance(value, np.ndarray):
+        return value.dtype, value.shape, value.tobytes()
+    if isinstance(value, dict):
+        return [(repr(key), _content(each, depth)) for key, each in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [_content(each, depth) for each in value]
+    if callable(value) or not hasattr(value, "__dict__") or not depth:
+        return repr(value)
+    return _content(vars(value), depth - 1)

@@ -1,0 +1,363 @@
+"""Every public function leaves every model that it is given as it was, whatever a forward does to it."""
+
+from __future__ import annotations
+
+import inspect
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import nni_topo
+from nni_topo import analysis, network, recovery, zoo
+from nni_topo.errors import DataError
+from nni_topo.network.untouched import left_alone
+from nni_topo.pruners.registry import list_pruners, pruner_info
+from nni_topo.testing import require_unchanged, snapshot, toy_knobs
+
+IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+LABELS = torch.arange(16) % 4
+BATCHES = [IMAGES[:8], IMAGES[8:]]
+MASKS = {"first": {"weight": (torch.arange(8) > 2).float()[:, None, None, None].expand(8, 3, 3, 3).clone()}}
+CONFIG = [{"op_names": ["first"], "sparse_ratio": 0.5}]
+
+
+class Tally:
+    def __init__(self):
+        self.seen = []
+
+
+class Busy(nn.Module):
+    """All that a forward may change, and what functions may forget to put back; half of it in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.first = nn.Conv2d(3, 8, 3, padding=1)
+            self.norm = nn.BatchNorm2d(8)
+            self.second = nn.Conv2d(8, 8, 3, padding=1)
+            self.other = nn.BatchNorm2d(8)
+            self.drop = nn.Dropout(0.5)
+            self.hidden = nn.Linear(8, 8)
+            self.head = nn.Linear(8, 4)
+        self.register_buffer("counter", torch.zeros(()))
+        self.calls = 0
+        self.log = []
+        self.by_size = {}
+        self.tally = Tally()
+        self.generator = torch.Generator().manual_seed(0)
+        for parameter in self.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        self.first.bias.requires_grad_(False)
+        self.hook = self.second.register_forward_hook(lambda module, args, output: output * 1.5)
+        self.train()
+        self.norm.eval()
+        self.second.eval()
+        self.drop.eval()
+
+    def forward(self, images):
+        """Map images ``(n, 3, 8, 8)`` to ``(n, 4)``."""
+        self.counter += 1
+        self.calls += 1
+        self.log.append(self.calls)
+        self.by_size[self.calls % 2] = self.calls
+        self.tally.seen.append(self.calls)
+        if not hasattr(self, "cache"):
+            self.cache = torch.full((8,), 2.0)
+            self.second.made = torch.zeros(3)
+        torch.rand(2, generator=self.generator)
+        features = torch.relu(self.other(self.second(torch.relu(self.norm(self.first(images))))))
+        return self.head(torch.relu(self.hidden(self.drop(features.mean((2, 3))))))
+
+
+class Attending(Busy):
+    """The same with attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        for parameter in self.encoder.parameters():
+            parameter.grad = torch.ones_like(parameter)
+
+    def forward(self, images):
+        """Map images ``(n, 3, 8, 8)`` to ``(n, 4)``."""
+        self.calls += 1
+        self.counter += 1
+        return self.head(self.encoder(self.first(images).flatten(2).transpose(1, 2)).mean(1))
+
+
+class Blocks(Busy):
+    """The same with blocks that can be taken out."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(*[nn.Sequential(nn.Conv2d(8, 8, 3, padding=1)) for _ in range(3)])
+
+    def forward(self, images):
+        """Map images ``(n, 3, 8, 8)`` to ``(n, 4)``."""
+        self.calls += 1
+        self.counter += 1
+        features = self.first(images)
+        for block in self.body:
+            features = features + block(features)
+        return self.head(features.mean((2, 3)))
+
+
+def busy(kind=Busy):
+    model = kind()
+    with torch.no_grad():  # nothing of what a pass makes is new
+        model.counter += 3
+    return model
+
+
+def quality(model):
+    with torch.no_grad():
+        answers = model(IMAGES)
+    random.random(), np.random.rand(), torch.rand(1)
+    return analysis.Quality(float(nn.functional.cross_entropy(answers, LABELS)), float(answers.mean()))
+
+
+def accuracy(model):
+    return quality(model).accuracy
+
+
+def bundle():
+    data = TensorDataset(IMAGES, LABELS)
+    return zoo.DataBundle(data, data, data, 3, 8, 4, (0.0,) * 3, (1.0,) * 3, "random", ("a", "b", "c", "d"))
+
+
+def changed(factor):
+    other = busy()
+    with torch.no_grad():
+        other.first.weight.mul_(factor)
+    return other
+
+
+def with_file(function, folder, model):
+    nni_topo.save(nni_topo.to_dense(busy(), IMAGES[:2], MASKS), folder / "dense.pt")
+    return function(folder / "dense.pt", model)
+
+
+# By name of a function: what to call with two models, a folder; those of other functions are the same objects.
+CALLS = {
+    "as_torch_layers": lambda m, _, __: nni_topo.as_torch_layers(m),
+    "compensate": lambda m, _, __: nni_topo.compensate(m, MASKS, BATCHES),
+    "compensation": lambda m, _, __: recovery.compensation(m, MASKS, BATCHES, method="ahead", recalibrate=True),
+    "dependency_groups": lambda m, _, __: nni_topo.dependency_groups(m, IMAGES[:2], CONFIG),
+    "distill": lambda m, other, _: nni_topo.distill(m, other, BATCHES, steps=2, batch_size=4),
+    "distillation": lambda m, other, _: recovery.distillation(m, other, BATCHES, steps=2, objective="squares"),
+    "export": lambda m, _, folder: nni_topo.export(m, folder / "net.pt2", IMAGES[:2], "torch.export"),
+    "load": lambda m, _, folder: with_file(nni_topo.load, folder, m),
+    "masked_model": lambda m, _, __: nni_topo.masked_model(m, IMAGES[:2], MASKS),
+    "narrow_heads": lambda m, _, __: nni_topo.narrow_heads(m, BATCHES, 0.5),
+    "recalibrate_batch_norm": lambda m, _, __: nni_topo.recalibrate_batch_norm(m, BATCHES),
+    "remove_blocks": lambda m, _, __: nni_topo.remove_blocks(m, ["body.1"], BATCHES),
+    "save": lambda m, _, folder: nni_topo.save(m, folder / "net.pt"),
+    "shrink": lambda m, _, __: nni_topo.shrink(
+        m, BATCHES, {"flops": 0.7}, evaluate=accuracy, distill={"steps": 2, "batch_size": 4}
+    ),
+    "synthetic_images": lambda m, _, __: nni_topo.synthetic_images(m, IMAGES[:2], count=2, steps=2),
+    "to_dense": lambda m, _, __: nni_topo.to_dense(m, IMAGES[:2], MASKS, constants="keep"),
+    "measure_latency": lambda m, _, __: network.measure_latency(m, IMAGES[:2], shares=(1.0,), repeats=1),
+    "profile": lambda m, other, _: network.profile({"one": m, "two": other}, IMAGES[:2], runs=1, warmup=0),
+    "count_macs": lambda m, _, __: zoo.count_macs(m, IMAGES[:2]),
+    "count_params": lambda m, _, __: zoo.count_params(m),
+    "check_model": lambda m, _, __: zoo.check_model(m, bundle()),
+    "evaluate": lambda m, _, __: zoo.evaluate(m, bundle().test),
+    "evaluate_loss": lambda m, _, __: zoo.evaluate_loss(m, bundle().test),
+    "loss_and_accuracy": lambda m, _, __: zoo.loss_and_accuracy(m, bundle().test, device="cpu"),
+    "latencies": lambda m, other, _: zoo.latencies({"one": m, "two": other}, IMAGES[:2], runs=1, warmup=1),
+    "latency_ms": lambda m, _, __: zoo.latency_ms(m, IMAGES[:2], runs=1, warmup=0),
+    "save_checkpoint": lambda m, _, folder: zoo.save_checkpoint(folder / "net.pt", m, {}),
+    "accumulate_energy": lambda m, _, __: analysis.accumulate_energy(m, [("first",)], IMAGES[:2], quality),
+    "connectivity": lambda m, _, __: analysis.connectivity(m, IMAGES[:2], MASKS),
+    "critical_compression_ratio": lambda m, _, __: analysis.critical_compression_ratio(m, IMAGES[:2]),
+    "critical_config_list": lambda m, _, __: analysis.critical_config_list(m, 0.5),
+    "error_bound": lambda m, other, _: analysis.error_bound(m, other, IMAGES, iterations=2),
+    "net_deviation": lambda m, other, _: analysis.net_deviation(m, other, IMAGES, iterations=2),
+    "neural_persistence": lambda m, _, __: analysis.neural_persistence(m, IMAGES[:2], conv_graph="toeplitz"),
+    "PersistenceTracker": lambda m, _, __: analysis.PersistenceTracker(m)(1),
+    "retraining_bound": lambda m, other, _: analysis.retraining_bound(
+        m, changed(1.01), changed(0.5), nn.functional.cross_entropy, [(IMAGES, LABELS)], 1.0
+    ),
+    "sensitivity": lambda m, _, __: analysis.sensitivity(m, IMAGES[:2], accuracy, (0.5,), layers=["first"]),
+    "study_dropout": lambda m, _, __: analysis.study_dropout({"one": lambda: m}, quality, rates=(0.5,)),
+    "study_energy": lambda m, _, __: analysis.study_energy(m, ["first"], IMAGES[:2], quality, thresholds=(0.1,)),
+    "study_replacement": lambda m, _, __: analysis.study_replacement(
+        m, "first", IMAGES[:2], quality, kinds=("kept", "removed")
+    ),
+    "study_selection": lambda m, _, __: analysis.study_selection(
+        m, "first", IMAGES[:2], [(IMAGES, LABELS)], quality, keep=4, methods=("random", "taylor")
+    ),
+    "study_topology": lambda m, _, __: analysis.study_topology(m, CONFIG),
+    "with_dropout": lambda m, _, __: analysis.with_dropout(m, 0.5),
+}
+KINDS = {"narrow_heads": Attending, "remove_blocks": Blocks}
+CHANGING = {
+    "train": "it trains the model",
+    "load_checkpoint": "it puts a file's values into the model",
+    "zeros_held": "it holds zeros of a model that is trained",
+    "create_pruner": "wraps the model, see below",
+    "save_pretrained": "for models of Transformers, see there",
+    "register_module": "it takes a class",
+}
+
+
+def takes_a_model(function):
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    words = ("nn.Module", "dense: 'Any'")
+    return any(word in str(each) for each in parameters for word in words)
+
+
+def public():
+    """Return all public functions and classes that take a model, by name; pruners have tests of their own."""
+    found = {}
+    for place in (nni_topo, network, recovery, zoo, analysis):
+        for name in place.__all__:
+            thing = getattr(place, name)
+            is_record = isinstance(thing, type) and thing is not analysis.PersistenceTracker
+            if callable(thing) and not is_record and takes_a_model(thing):
+                found[name] = thing
+    return found
+
+
+def test_every_public_function_is_tried():
+    assert public().keys() == CALLS.keys() | CHANGING.keys()
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_a_model_is_as_it_was(name, tmp_path):
+    kind = KINDS.get(name, Busy)
+    model, other = busy(kind), busy(kind)
+    before, others = snapshot(model), snapshot(other)
+    CALLS[name](model, other, tmp_path)
+    require_unchanged(before, model)
+    require_unchanged(others, other)
+
+
+MADE = ["as_torch_layers", "compensate", "load", "masked_model", "narrow_heads", "recalibrate_batch_norm"]
+MADE += ["remove_blocks", "shrink", "to_dense", "with_dropout"]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_is_made_of_a_model_has_not_counted_the_passes(name, tmp_path):
+    model = busy(KINDS.get(name, Busy))
+    found = CALLS[name](model, model, tmp_path)
+    made = found[0] if isinstance(found, tuple) else found
+    assert (made.calls, made.log, float(made.counter)) == (0, [], 3.0)
+    assert not hasattr(made, "cache")
+
+
+@pytest.mark.parametrize("name", sorted(name for name in list_pruners() if pruner_info(name).origin == "nni_topo"))
+@pytest.mark.parametrize("attention", [False, True])
+def test_a_model_is_as_it_was_after_a_pruner(name, attention):
+    model = busy(Attending if attention else Busy)
+    layer = "encoder.linear1" if attention else "hidden"
+    info = pruner_info(name)
+    knobs = {**toy_knobs(info.knobs(), info.needs), "example_inputs": IMAGES[:2], "calibration": BATCHES}
+    knobs = {knob: value for knob, value in knobs.items() if knob in info.knobs()}
+    if name == "genetic_weight":
+        knobs |= {"search": {"generations": 1, "population_size": 3}, "validation": [(IMAGES, LABELS)]}
+    before = snapshot(model)
+    gradients = {name: each.grad for name, each in model.get_submodule(layer).named_parameters()}
+    pruner = nni_topo.create_pruner(name, model, [{"op_names": [layer], "sparse_ratio": 0.5}], **knobs)
+    pruner.compress()
+    pruner.unwrap_model()
+    for name in ("weight", "bias"):  # NNI makes new Parameters of its targets
+        parameter = getattr(model.get_submodule(layer), name)
+        parameter.grad = gradients[name]
+    require_unchanged(before, model)
+
+
+class Slotted:
+    __slots__ = ("count",)
+
+    def __init__(self):
+        self.count = 0
+
+
+class Writing(nn.Module):
+    """Writes to what isn't a number in its own table."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(4, 2, max_norm=0.1)
+        self.register_buffer("sizes", torch.zeros(2))
+        self.state, self.array = Slotted(), np.zeros(2)
+        self.pair = ({"a": 1}, [2])
+        self.order = {"one": 1, "two": 2}
+        self.draws = np.random.default_rng(0)
+
+    def forward(self, places):
+        """Look words up, and write to everything."""
+        self.sizes.resize_(3).fill_(1.0)
+        self.state.count += 1
+        self.array += 1
+        self.pair[0]["b"] = self.pair[1].pop()
+        self.order["one"] = self.order.pop("one")
+        self.draws.random()
+        self.words.weight.requires_grad_(False)
+        return self.words(places)
+
+
+def test_what_a_forward_writes_to_is_put_back_after_an_error_too():
+    model = Writing()
+    words, draws = model.words.weight.detach().clone(), str(model.draws.bit_generator.state)
+
+    def fail():
+        with left_alone(model):
+            model(torch.arange(4))
+            assert model.state.count == 1
+            assert not torch.equal(model.words.weight, words)
+            raise DataError("later")
+
+    with pytest.raises(DataError, match="later"):
+        fail()
+    assert model.sizes.tolist() == [0.0, 0.0]
+    assert (model.state.count, model.array.tolist()) == (0, [0.0, 0.0])
+    assert (model.pair, list(model.order)) == (({"a": 1}, [2]), ["one", "two"])
+    assert str(model.draws.bit_generator.state) == draws
+    assert torch.equal(model.words.weight, words)
+    assert model.words.weight.requires_grad
+
+
+def test_parameters_stay_where_they_are_and_no_gradient_is_added():
+    layer = nn.Linear(2, 2)
+    layer.weight.grad = gradient = torch.ones(2, 2)
+    weight, address = layer.weight, layer.weight.data_ptr()
+    with left_alone(layer):
+        layer(torch.ones(1, 2)).sum().backward()
+        layer.double()
+        layer.register_forward_hook(print)
+        layer.extra = nn.Linear(1, 1)
+    assert layer.weight is weight
+    assert (weight.dtype, weight.data_ptr()) == (torch.float32, address)
+    assert weight.grad is gradient
+    assert gradient.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert not layer._forward_hooks
+    assert list(layer._modules) == []
+
+
+def test_a_model_that_holds_its_data_or_itself_is_written_down_once():
+    model = nn.Linear(2, 2)
+    model.itself, model.data = [model], TensorDataset(torch.zeros(3))
+    with left_alone(model):
+        model.data.tensors[0].fill_(1.0)
+        model.itself.append(model)
+    assert len(model.itself) == 1
+    assert model.data.tensors[0].tolist() == [1.0, 1.0, 1.0]  # as large as it is, and no forward's
+
+
+def test_a_model_that_keeps_the_handle_of_a_hook_is_copied_as_often_as_needed():
+    model = busy()
+    small = nni_topo.to_dense(nni_topo.to_dense(model, IMAGES[:2], {}), IMAGES[:2], MASKS)
+    small.hook.remove()
+    assert not small.second._forward_hooks
+    assert model.second._forward_hooks
