@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from nni_topo.maths.ties import first_largest
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.constants import TOLERANCE, Reader, can_absorb, readers
+from nni_topo.network.constants import TOLERANCE, Reader, can_absorb, readers, reads_plainly
 from nni_topo.network.cutting import keep
 from nni_topo.network.following import only_norm_behind
 from nni_topo.network.inputs import Call
-from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
+from nni_topo.network.layers import TRANSPOSED
 
 _MOST = 4  # channels that stay for one layer: what its others bring are multiples of what these do
 
@@ -94,8 +94,7 @@ def carry(model: nn.Module, flow: ChannelFlow, left: np.ndarray, carried: dict[s
 
 
 def _can_carry(module: Any) -> bool:
-    is_linear = type(module) is nn.Linear
-    return is_linear or (type(module) in (*CONVOLUTIONS, *TRANSPOSED) and module.groups == 1)
+    return reads_plainly(module) and getattr(module, "groups", 1) == 1
 
 
 def _by_input(module: Any) -> Tensor:

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
-_PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_COMPUTE = (functional.conv1d, functional.conv2d, functional.conv3d, functional.linear)
+from nni_topo.network.inner import Inner, forward_of, has_own_forward, inner_of, kind_of, trial_inputs
+from nni_topo.network.modes import detached_copy
 
 
 class PaddedAlike(nn.Conv2d):
@@ -32,70 +31,48 @@ class PaddedAlike(nn.Conv2d):
         return super().forward(functional.pad(x, ends))
 
 
-class _Seen(TorchFunctionMode):
-    """Note what layers' functions are called with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights: list[tuple[Any, Any]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
-        if func in _COMPUTE:
-            self.weights.append((given["weight"], given.get("bias")))
-        return func(*args, **(kwargs or {}))
-
-
 def fold(module: Any) -> bool:
     """Make a layer that computes its weight a plain one that has it, in place; False, and nothing done, for others."""
     found = _computed(module)
     if found is not None:
-        weight, kind = found
+        inner, kind, settings = found
         for table in (module._parameters, module._buffers):
             for name in table.keys() - {"weight", "bias"}:
                 del table[name]
-        module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+        module._modules.clear()
+        module.weight = nn.Parameter(inner.weight.clone(), requires_grad=module.weight.requires_grad)
+        if inner.bias is not None:
+            module.bias = nn.Parameter(inner.bias.clone(), requires_grad=module.bias.requires_grad)
+        vars(module).update(settings)
         module.__class__ = kind
     return found is not None
 
 
 @torch.no_grad()
-def _computed(module: Any) -> tuple[Tensor, type[nn.Module]] | None:
-    """Return the weight that a layer computes and the class that does with it what the layer does, by trying it."""
-    plain = next((kind for kind in _PLAIN if isinstance(module, kind)), None)
-    if plain is None or type(module).__module__.startswith(("torch.", "nni_topo.")) or module._modules:
+def _computed(module: Any) -> tuple[Inner, type[nn.Module], dict[str, Any]] | None:
+    """Return what a layer computes, and the class, with its settings, that does the same with that weight."""
+    if isinstance(module, PaddedAlike) or not has_own_forward(module):
         return None
-    if not isinstance(module._parameters.get("weight"), Tensor):
+    # Of a wrapped layer NNI holds the parameters, and of a parametrized one they are computed before.
+    if not isinstance(module._parameters.get("weight"), Tensor) or "_nni_wrapper" in module._modules:
         return None
-    entering = module.in_features if plain is nn.Linear else module.in_channels
-    found, kinds = Tensor(), {plain, PaddedAlike} if plain is nn.Conv2d else {plain}
-    # Two sizes: of one alone both ways to pad may need no pixel, or as many.
-    for more in (0, 1):
-        shape = (2, entering, *(max(4, 2 * size) + more for size in getattr(module, "kernel_size", ())))
-        x = torch.linspace(-9, 9, math.prod(shape)).sin().view(shape).to(module.weight)
-        with _Seen() as seen:
-            try:
-                wanted = module.forward(x)
-            except RuntimeError:
-                return None
-        if len(seen.weights) != 1 or seen.weights[0][0] is module.weight or seen.weights[0][1] is not module.bias:
-            return None
-        found = seen.weights[0][0]
-        if found.shape != module.weight.shape:
-            return None
-        kinds = {kind for kind in kinds if _gives(kind, module, found, x, wanted)}
-    kind = next((kind for kind in (plain, PaddedAlike) if kind in kinds), None)
-    return None if kind is None else (found.detach().clone(), kind)
+    inner = inner_of(module)
+    if inner is None or inner.is_own or not inner.is_bare or (inner.bias is None) != (module.bias is None):
+        return None
+    plain: Any = kind_of(module)
+    tried: Any = detached_copy(module, light=True).eval()
+    pairs = [(x, forward_of(tried, x)) for x in trial_inputs(module)]
+    for kind in (plain, PaddedAlike) if plain is nn.Conv2d else (plain,):
+        settings = inner.settings | ({} if plain is nn.Linear else {"padding_mode": "zeros"})
+        if all(_gives(kind, {**vars(module), **settings}, inner, x, wanted) for x, wanted in pairs):
+            return inner, kind, settings
+    return None
 
 
-def _gives(kind: type[Any], module: Any, weight: Tensor, x: Tensor, wanted: Any) -> bool:
-    """Tell whether a class gives with a weight what a layer gave."""
+def _gives(kind: type[Any], own: dict[str, Any], inner: Inner, x: Tensor, wanted: Tensor) -> bool:
+    """Tell whether a class gives, with attributes and a weight that was computed, what a layer gave."""
     made: Any = nn.Module.__new__(kind)
-    made.__dict__ = {**vars(module), "_parameters": {"weight": weight, "bias": module.bias}, "_buffers": {}}
+    made.__dict__ = {**own, "_parameters": {"weight": inner.weight, "bias": inner.bias}, "_buffers": {}}
     given = made.forward(x)
-    near = 64 * torch.finfo(weight.dtype).eps
-    return (
-        isinstance(wanted, Tensor)
-        and wanted.shape == given.shape
-        and bool((wanted - given).abs().max() <= near * wanted.abs().max())
-    )
+    near = 64 * torch.finfo(inner.weight.dtype).eps
+    return wanted.shape == given.shape and bool((wanted - given).abs().max() <= near * wanted.abs().max())

@@ -18,6 +18,7 @@ from nni_topo.network.capture import by_channel, watched
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.cutting import keep
 from nni_topo.network.following import only_norm_behind
+from nni_topo.network.inner import call_of, has_own_forward, inner_of, is_followed, kind_of
 from nni_topo.network.inputs import Call, random_like, run_small
 from nni_topo.network.layers import CONVOLUTIONS, WEIGHTED, is_depthwise
 
@@ -35,6 +36,9 @@ class Reader:
 
     def look(self, entered: Tensor) -> None:
         """Note what enters in a call."""
+        if self.rows is not None and has_own_forward(self.module) and inner_of(self.module) is not None:
+            # As far as its convolution: what it pads with is no constant of the channels.
+            entered = call_of(self.module, entered).entering
         rows, gone = by_channel(self.module, entered), self.gone
         found = rows[gone.to(rows.device)] if len(rows) == len(gone) else rows.new_full((int(gone.sum()), 1), torch.nan)
         self.ends.append(torch.stack([found.amin(1), found.amax(1)]).cpu().double())
@@ -62,7 +66,8 @@ def readers(
         if isinstance(module, WEIGHTED) and bool(gone.any()):
             found[name] = Reader(module, gone, [] if rows else None)
             entering.append((module, found[name].look))
-        if isinstance(module, WEIGHTED) and not bool(kept.all()):
+        # A layer that goes on behind its convolution may well give something of a channel that is gone.
+        if isinstance(module, WEIGHTED) and not bool(kept.all()) and not is_followed(module):
             leaving.append((module, partial(_zeroed, module, kept)))
     # What differs between two inputs is no constant, even where either has but one place for each channel.
     for seed in range(2):
@@ -108,12 +113,23 @@ def absorb(
 
 def can_absorb(module: nn.Module, norm: nn.Module | None, *, exactly: bool) -> bool:
     """Tell whether a layer, or the batch norm behind it, can add what it makes of constants."""
-    if type(module) not in (*CONVOLUTIONS, nn.Linear) or is_depthwise(module):
+    if not isinstance(module, (*CONVOLUTIONS, nn.Linear)) or not reads_plainly(module) or is_depthwise(module):
         return False
     # Beyond the border there is no constant but zeros.
     around: Any = getattr(module, "_reversed_padding_repeated_twice", ())
     is_padded = any(around) and module.padding_mode == "zeros"
+    if has_own_forward(module):
+        inner = inner_of(module)
+        is_padded = inner is not None and any(inner.settings.get("_reversed_padding_repeated_twice", ()))
     return not (is_padded and exactly) and (isinstance(module.bias, Tensor) or norm is not None)
+
+
+def reads_plainly(module: nn.Module) -> bool:
+    """Tell whether a layer reads what enters with its own weight, and adds its own bias."""
+    if not has_own_forward(module):
+        return type(module) is kind_of(module)
+    inner = inner_of(module)
+    return inner is not None and inner.is_own
 
 
 def _stay(flow: ChannelFlow, left: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:

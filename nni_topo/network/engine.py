@@ -16,6 +16,7 @@ from nni_topo.network.along import cut_along
 from nni_topo.network.attention import Attention, resize
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.cutting import cut, keep
+from nni_topo.network.inner import HEAD
 from nni_topo.network.labels import tensor_shape
 from nni_topo.network.layers import is_depthwise, output_channels
 from nni_topo.network.modes import device_of
@@ -132,7 +133,8 @@ def kept_outputs(flow: ChannelFlow, left: np.ndarray) -> Kept:
     kept: Kept = {}
     for node in flow.traced.graph.nodes:
         shape = tensor_shape(node)
-        if node.op == "call_module" and shape is not None:
+        # What a layer gives that goes on behind its convolution isn't what its node gives.
+        if node.op == "call_module" and shape is not None and not node.meta.get(HEAD):
             kept.setdefault(str(node.target), kept_slices(flow.numbers[node.name], shape, flow, left))
     return kept
 

@@ -13,6 +13,7 @@ from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
 from nni_topo.errors import unknown_name
 from nni_topo.network.counted import channel_dim, plain_norm, response_norm
+from nni_topo.network.inner import inner_of
 from nni_topo.network.modes import detached_copy, evaluation_mode
 from nni_topo.network.untouched import leaves_models_alone
 
@@ -144,7 +145,10 @@ def is_one(module: torch.nn.Module) -> bool:
     if type(module) in RULES:
         return True
     if isinstance(module, (*WEIGHTED, torch.nn.Embedding)):
-        return not any(True for _ in module.children())
+        inner = inner_of(module)
+        if inner is None or not (inner.is_bare or inner.is_own):
+            return not any(True for _ in module.children())
+        return inner.is_bare  # else what it does behind its convolution is followed, see `head`
     return is_normalizing(module) and channel_dim(module) is not None
 
 

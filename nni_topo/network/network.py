@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.passes.shape_prop import ShapeProp
 
 from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.inner import with_heads
 from nni_topo.network.inputs import Call, call_arguments
 from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
 from nni_topo.network.modes import put_parameters, random_state_kept, unwrapped_copy
@@ -118,7 +119,7 @@ class Network:
 def _assembled(graph: Graph, constants: dict[str, Any], model: nn.Module) -> GraphModule:
     targets = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
     parts = {name: constants[name].clone() if name in constants else attrgetter(name)(model) for name in targets}
-    return GraphModule(parts, copy.deepcopy(graph), type(model).__name__).eval()
+    return with_heads(GraphModule(parts, copy.deepcopy(graph), type(model).__name__)).eval()
 
 
 def _has(model: nn.Module, name: str) -> bool:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from nni_topo.network.along import goes_along
 from nni_topo.network.attention import Attention, attend, find_heads, is_mixed, states_read
 from nni_topo.network.counted import channel_dim
+from nni_topo.network.inner import is_head
 from nni_topo.network.inputs import tensors_of
 from nni_topo.network.labels import (
     INDEXED,
@@ -52,6 +53,8 @@ from nni_topo.network.layers import (
     is_depthwise,
     is_normalizing,
     output_channels,
+    row_names,
+    weight_name,
 )
 from nni_topo.network.numbers import Blocks, Layer, Numbers, Own, by_layer
 from nni_topo.network.reductions import POINTWISE, POINTWISE_MODULES, Along, along, operation_name
@@ -105,7 +108,7 @@ class Numbering(torch.fx.Interpreter):
             value = super().run_node(n)
             if is_of_forward(n) and value.dtype in (torch.bool, torch.int64, torch.int32):
                 self.picks[n.name] = value.cpu()
-            own = can_follow(value) and str(n.target).rpartition(".")[0] not in self._called  # else cut with the module
+            own = can_follow(value) and not self._is_cut_with_a_module(str(n.target))
             return self._parameter(str(n.target), value) if own else tree_map(fixed, value)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         shape = tensor_shape(n)
@@ -113,6 +116,14 @@ class Numbering(torch.fx.Interpreter):
         if n.op == "call_module":  # an embedding of positions may be given a size alone
             return self._module(n, labels or [staying(())], shape)
         return self._function(n, args, kwargs, labels, shape)
+
+    def _is_cut_with_a_module(self, name: str) -> bool:
+        """Tell whether a parameter is lost along with channels of the module that holds it, which the graph calls."""
+        owner, _, own = name.rpartition(".")
+        if owner not in self._called:
+            return False
+        module = self.fetch_attr(owner)
+        return not is_head(module) or own in (weight_name(module), *row_names(module))
 
     def _parameter(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Number the one dimension of a parameter that isn't of length 1, or the last: where channels usually are."""

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import is_attention
+from nni_topo.network.inner import HEAD, is_followed, is_inner, with_heads
 from nni_topo.network.inputs import tensors_of
 from nni_topo.network.labels import RECORDED
 from nni_topo.network.layers import is_one
@@ -64,7 +65,7 @@ def _recorded_twice(model: nn.Module, named: dict[str, Any]) -> GraphModule:
     _follow_samples(first, _Recorder(model, doubled), samples)
     for name, tensor in first.constants.items():
         model.register_buffer(name, tensor, persistent=False)
-    return GraphModule(model, first.graph, type(model).__name__)
+    return with_heads(GraphModule(model, first.graph, type(model).__name__))
 
 
 class _Recorder(TorchFunctionMode):
@@ -82,6 +83,8 @@ class _Recorder(TorchFunctionMode):
         self._inside = 0
         self._ran = set[str]()  # modules
         self._chosen = self._picked = False  # whether a value has been an index, and how much there is was up to values
+        self._followed = {id(module) for module in model.modules() if is_followed(module)}
+        self._before: tuple[str, Any, Any] | None = None  # a followed layer that hasn't called its function yet
         self._leaves = {id(module) for module in model.modules() if _is_leaf(module)}  # tried out before, on others
         for name, value in named.items():
             if tensors_of(value):
@@ -104,6 +107,12 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         self._chosen |= getattr(func, "__name__", "") == "__index__" and id(args[0]) in self._nodes
         out = func(*args, **kwargs)
+        if self._before and is_inner(func):
+            # Up to here the layer is one node; what it does with this is followed.
+            (name, given, named), self._before, self._inside = self._before, None, 0
+            self._write("call_module", name, given, named, out)
+            self._nodes[id(out)].meta[HEAD] = True
+            return out
         if not self._inside and any(self._is_followed(each) for each in tree_leaves((args, kwargs))):
             self._write(*_operation(func, args), kwargs, out)
             out = self._measured(func, args, kwargs, out)
@@ -141,7 +150,9 @@ class _Recorder(TorchFunctionMode):
                 return plain(module, *args, **kwargs)
             self._stack.append(name)
             self._ran.add(name)
-            self._inside += id(module) in self._leaves
+            if id(module) in self._followed:
+                self._before = name, args, kwargs
+            self._inside += id(module) in self._leaves or self._before is not None
             try:
                 out = plain(module, *args, **kwargs)
             finally:

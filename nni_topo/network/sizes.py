@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError
 from nni_topo.maths.topology.layer_graphs import LayerGraph, convolution_graph
 from nni_topo.network.capture import watched
+from nni_topo.network.inner import InnerCall, call_of, has_own_forward
 from nni_topo.network.inputs import Call, tensors_of
 from nni_topo.network.layers import CONVOLUTIONS, WEIGHTED
 from nni_topo.network.modes import evaluation_mode
@@ -38,13 +39,18 @@ def layer_sizes(model: nn.Module, call: Call) -> LayerSizes:
         sizes.setdefault(name, []).append(pair)
 
     def check(name: str, module: nn.Module, entered: Tensor) -> None:
-        check_covers_kernel(name, module, tuple(entered.shape))
+        check_covers_kernel(name, call_of(module, entered))
 
     # Of attention: what makes queries, keys and values in one.
     kinds = (*WEIGHTED, nn.MultiheadAttention, nn.RNNBase)
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
     hooks = watched(
-        [(module, partial(check, name, module)) for name, module in layers if isinstance(module, CONVOLUTIONS)],
+        # What another class does to its input before it convolves is its own affair, and so is what it needs.
+        [
+            (module, partial(check, name, module))
+            for name, module in layers
+            if isinstance(module, CONVOLUTIONS) and not has_own_forward(module)
+        ],
         [(module, partial(note, name)) for name, module in layers],
     )
     with left_alone(model), hooks, evaluation_mode(model), mixing_called(model), torch.no_grad():
@@ -60,28 +66,22 @@ def spatial(module: Any, size: Size) -> Size:
     return size[-len(module.kernel_size) :]
 
 
-def padding_of(module: Any) -> list[tuple[int, int]]:
-    """Return the pixels that a convolution adds before and after each axis."""
-    if module.padding == "valid":
-        return [(0, 0)] * len(module.kernel_size)
-    if module.padding == "same":
-        spare = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        # Where an odd number is added, PyTorch puts the spare pixel at the end.
-        return [(total // 2, total - total // 2) for total in spare]
-    return [(amount, amount) for amount in module.padding]
+def call_at(module: Any, input_size: Size) -> InnerCall:
+    """Return how a convolution, of PyTorch's class or one derived from it, convolves an input of so many pixels."""
+    with torch.no_grad(), evaluation_mode(module):
+        return call_of(module, module.weight.new_zeros(1, module.in_channels, *input_size))
 
 
 def padded_size(module: Any, input_size: Size) -> Size:
-    """Return the size of a convolution's input with its padding."""
-    return tuple(length + sum(pair) for length, pair in zip(input_size, padding_of(module), strict=True))
+    """Return the size of what a convolution convolves, of an input of a size, with all padding."""
+    return call_at(module, input_size).padded_size
 
 
-def check_covers_kernel(name: str, module: Any, size: Size) -> None:
+def check_covers_kernel(name: str, call: InnerCall) -> None:
     """Raise a ConfigError unless a convolution's input, padding included, is as large as its kernel."""
-    reach = tuple(d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
-    padded = padded_size(module, spatial(module, size))
-    if any(have < need for have, need in zip(padded, reach, strict=True)):
-        kernel, found = ("x".join(map(str, each)) for each in (reach, padded))
+    reach = tuple(d * (k - 1) + 1 for d, k in zip(call.dilation, call.kernel, strict=True))
+    if any(have < need for have, need in zip(call.padded_size, reach, strict=True)):
+        kernel, found = ("x".join(map(str, each)) for each in (reach, call.padded_size))
         raise ConfigError(
             f"an input, padding included, must be at least as large as the kernel {kernel}, got {found} ({name})"
         )
@@ -89,10 +89,7 @@ def check_covers_kernel(name: str, module: Any, size: Size) -> None:
 
 def graph_of_convolution(module: Any, input_size: Size) -> LayerGraph:
     """Return the graph of a convolution's Toeplitz matrix; its input's size is without padding."""
+    call = call_at(module, input_size)
     return convolution_graph(
-        (module.out_channels, module.in_channels // module.groups, *module.kernel_size),
-        padded_size(module, input_size),
-        stride=module.stride,
-        dilation=module.dilation,
-        groups=module.groups,
+        tuple(call.weight.shape), call.padded_size, stride=call.stride, dilation=call.dilation, groups=call.groups
     )

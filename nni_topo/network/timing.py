@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.capture import watched
+from nni_topo.network.cutting import cut
+from nni_topo.network.inner import has_own_forward, head, inner_of, is_followed
 from nni_topo.network.inputs import Call, batch_size, tensors_of
 from nni_topo.network.latency import LatencyTable, LayerLatency
-from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, WEIGHTED, is_depthwise
+from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, WEIGHTED, is_depthwise, output_channels, weight_of
 from nni_topo.network.measure import memory_kept, now, thread_count
-from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.modes import evaluation_mode, unwrapped_copy
 from nni_topo.network.network import Network
 from nni_topo.network.untouched import leaves_models_alone
 
@@ -83,7 +85,9 @@ def measure_latency(
             entering, leaving = _grid(modules[name], shares)
             seconds = np.zeros((len(entering), len(leaving)))
             for inputs, _ in found:
-                key = (type(modules[name]), modules[name].extra_repr(), inputs, entering, leaving)
+                # What a class with a forward of its own does may hang on anything that it holds.
+                own = name if has_own_forward(modules[name]) else ""
+                key = (type(modules[name]), modules[name].extra_repr(), own, inputs, entering, leaving)
                 if key not in timed:
                     timed[key] = _timed_grid(modules[name], inputs, entering, leaving, repeats)
                 seconds += timed[key]
@@ -150,12 +154,34 @@ def _steps(full: int, unit: int, shares: Sequence[float]) -> tuple[int, ...]:
     return tuple(sorted({unit, full, *(unit * max(1, round(share * full / unit)) for share in shares)}))
 
 
+def _cut_to(module: Any, entering: int, leaving: int) -> tuple[nn.Module, int]:
+    """Return a layer up to its convolution or product, cut to widths as it would be, and the width of its input."""
+    layer: Any = unwrapped_copy(module)
+    if is_followed(layer):
+        layer = head(layer)
+    groups = getattr(module, "groups", 1)
+    whole = [module.in_features if isinstance(module, nn.Linear) else module.in_channels, output_channels(module) or 0]
+    if is_depthwise(module):
+        entering = leaving * whole[0] // whole[1]
+        ins, outs = torch.arange(entering), torch.arange(leaving)
+    else:
+        ins, outs = (
+            (torch.arange(groups)[:, None] * (full // groups) + torch.arange(width // groups)).flatten()
+            for full, width in zip(whole, (entering, leaving), strict=True)
+        )
+    device = weight_of(module).device
+    cut("", layer, ins.to(device), outs.to(device))
+    return layer, entering
+
+
 def _like(module: nn.Module, entering: int, leaving: int) -> tuple[nn.Module, int]:
     """Return a layer of the same kind at other widths, and the width of its input."""
     conv: Any = module
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and inner_of(module) is None:
         return nn.Linear(entering, leaving, bias=module.bias is not None), entering
-    groups = conv.groups
+    groups = getattr(conv, "groups", 1)
+    if inner_of(module) is not None:
+        return _cut_to(conv, entering, leaving)
     if is_depthwise(conv):
         groups = entering = leaving * conv.in_channels // conv.out_channels
     more = {"output_padding": conv.output_padding} if isinstance(module, TRANSPOSED) else {}

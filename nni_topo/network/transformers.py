@@ -19,6 +19,7 @@ import torch.fx
 from torch import nn
 
 from nni_topo.network.attention import is_attention
+from nni_topo.network.inner import HEAD, InnerCall, Within, forward_of, is_followed, trial_inputs
 from nni_topo.network.layers import is_one
 from nni_topo.network.stepwise import is_whole, stepwise_class
 
@@ -57,6 +58,8 @@ class UnfoldingTracer(torch.fx.Tracer):
         """Trace a model."""
         # Found out before: while it traces, parameters are no tensors.
         self._ones = {module for module in root.modules() if is_one(module)}
+        self._followed = {module: trial_inputs(module)[0] for module in root.modules() if is_followed(module)}
+        self._is_apart = False  # while what is run is no part of the graph
         return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -69,8 +72,31 @@ class UnfoldingTracer(torch.fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Call what a module computes instead of its forward."""
+        if self._is_apart:
+            return forward(*args, **kwargs)
+        if m in self._followed:
+            return self._follow(m, self.create_proxy("call_module", self.path_of_module(m), args, kwargs))
         plain = UNFOLDED.get(type(m))
         return super().call_module(m, partial(plain, m) if plain else forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Return an attribute of a module, a parameter as a node."""
+        return attr_val if self._is_apart else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _follow(self, module: nn.Module, given: Any) -> Any:
+        """Trace what a layer does with what its convolution gives; what is before that the layer's node does."""
+        given.node.meta[HEAD] = True
+
+        def meet(_: InnerCall) -> Any:
+            self._is_apart = False
+            return given
+
+        self._is_apart = True
+        try:
+            with Within(meet):
+                return forward_of(module, self._followed[module])
+        finally:
+            self._is_apart = False
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None

@@ -21,8 +21,7 @@ from nni_topo.network.masks import Masks, check_model
 from nni_topo.network.progress import bar
 from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.recovery.ahead import look_ahead
-from nni_topo.recovery.networks import Networks, build_networks, copy_norm_statistics
-from nni_topo.recovery.plan import make_plan
+from nni_topo.recovery.networks import Networks, build_networks, copy_norm_statistics, plan_of
 from nni_topo.recovery.replay import Replay
 from nni_topo.recovery.report import CompensationReport, LayerReport, signed_like
 from nni_topo.recovery.samples import Sampler, Task
@@ -85,7 +84,7 @@ def compensation(
     sizes, call = survey(model, calibration)
     networks = build_networks(model, call, masks)
     replay = Replay(model, networks.original, networks.pruned, calibration, cache_bytes)
-    plan = make_plan(networks.original, networks.flow, networks.masks, replay.touched_nodes)
+    plan = plan_of(networks, replay.touched_nodes)
     tasks = tasks_of(method, plan, networks, refine=refine, pairs=pairs, as_printed=as_printed)
     thin_out(networks.pruned, tasks)
     sampler = Sampler(replay, sizes, seed, cache_bytes)
@@ -234,7 +233,7 @@ def compensate_up_to(
     sizes, call = survey(model, calibration)
     networks = build_networks(model, call, masks)
     replay = Replay(model, networks.original, networks.pruned, calibration, 2**30)
-    plan = make_plan(networks.original, networks.flow, networks.masks, replay.touched_nodes)
+    plan = plan_of(networks, replay.touched_nodes)
     end = next(rank for node, rank in replay.order.items() if node.op == "call_module" and node.target == layer)
     plan.equations = [equation for equation in plan.equations if replay.order[equation.place] < end]
     tasks = tasks_of("reconstruct", plan, networks, refine=0, pairs=None, as_printed=False)

@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.computed import fold
 from nni_topo.network.inputs import Call
 from nni_topo.network.masks import FullMasks, Masks, check_masks
 from nni_topo.network.network import Network, hand_on
 from nni_topo.network.reference import apply_masks
 from nni_topo.network.resolve import resolve_masks
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
+from nni_topo.recovery.plan import Plan, make_plan
 from nni_topo.recovery.replay import without_side_effects
 from nni_topo.sharing import find_ties, named_tensors, untie
 
@@ -34,12 +36,15 @@ class Networks:
     flow: ChannelFlow
     masks: FullMasks  # agree where layers share channels
     asked: FullMasks  # as they were given
+    folded: set[str]  # layers that compute their weight: plain ones in the graphs, and where solved in the result
 
 
 def build_networks(model: nn.Module, call: Call, masks: Masks) -> Networks:
     """Trace a model, complete its masks and make the networks; ConfigError or SpeedupError where that can't be."""
     checked = check_masks(model, masks)
     base = copy.deepcopy(model).eval()
+    # A weight that a forward computes from all others can't be solved anew one by one; what it computes can.
+    folded = {name for name, module in base.named_modules() if fold(module)}
     network, result = Network(model, call), copy.deepcopy(model)
     full = resolve_masks(base, network.flow, checked)
     original = without_side_effects(network.graph(base)[0])
@@ -47,7 +52,15 @@ def build_networks(model: nn.Module, call: Call, masks: Masks) -> Networks:
     hand_on(model, result)
     pruned = copy.deepcopy(original)
     _take_values(pruned, apply_masks(base, call, full))
-    return Networks(original, pruned, result, network.flow, full, checked)
+    return Networks(original, pruned, result, network.flow, full, checked, folded)
+
+
+def plan_of(networks: Networks, touched: set[Node]) -> Plan:
+    """Plan what is solved; in the result, layers that are and compute their weight become plain ones that have it."""
+    plan = make_plan(networks.original, networks.flow, networks.masks, touched)
+    for name in {equation.layer.name for equation in plan.equations} & networks.folded:
+        fold(networks.result.get_submodule(name))
+    return plan
 
 
 def _take_values(graph_module: GraphModule, model: nn.Module) -> None:

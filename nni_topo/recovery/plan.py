@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.following import followers, passes
+from nni_topo.network.inner import has_own_forward, inner_of
 from nni_topo.network.labels import FIXED, tensor_shape
 from nni_topo.network.layers import PER_CHANNEL, TRANSPOSED, WEIGHTED, by_output, is_plain_norm, kept_channels
 from nni_topo.network.masks import FullMasks
@@ -101,11 +102,15 @@ def _why_not(
     if isinstance(module, PER_CHANNEL) or not any(p.dim() > 1 for p in module.parameters()):
         return ""
     name = str(node.target)
-    kinds = WEIGHTED
-    forward = next((kind.forward for kind in kinds if isinstance(module, kind)), None)
-    # A subclass may compute something else from the same weights.
-    if forward is None or type(module).forward is not forward or name not in flow.layers:
+    if not isinstance(module, WEIGHTED) or name not in flow.layers:
         return f"of type {type(module).__name__}"
+    if has_own_forward(module):
+        # A subclass may compute something else from the same weights.
+        inner = inner_of(module)
+        if inner is None or not inner.is_bare:
+            return f"of type {type(module).__name__}, which does more than a convolution or a product"
+        if not inner.is_own:
+            return "its weight is computed or its calls are hooked"
     if sum(other.op == "call_module" and other.target == node.target for other in graph_module.graph.nodes) > 1:
         return "called more than once"
     # A parametrized weight isn't a parameter: what is written into it is computed over.

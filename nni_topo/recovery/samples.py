@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from torch.nn import functional
 
 from nni_topo.errors import DataError, check_memory
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations
+from nni_topo.network.inner import InnerCall, call_of, has_own_forward
 from nni_topo.network.labels import tensor_shape
-from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
+from nni_topo.network.layers import TRANSPOSED
 from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.replay import Replay, Values
 
@@ -37,15 +38,12 @@ def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor, 
     ``columns`` (groups, d) are the input channels, ``shape`` is that of the layer's output.
     """
     # In the order of the layer's weight by output: channels and then kernel.
-    groups = columns.shape[0]
+    groups, is_own = columns.shape[0], has_own_forward(module)
     if is_pointwise(module):
-        return _chosen(inputs, positions, columns)
+        return _chosen(call_of(module, inputs).entering if is_own else inputs, positions, columns)
     entries = torch.arange(len(inputs), device=inputs.device)[:, None]
     dims = len(module.kernel_size)
-    if isinstance(module, TRANSPOSED):
-        windows = _transposed_windows(module, inputs[:, columns.flatten()], shape[2:])
-    else:
-        windows = _windows(module, inputs[:, columns.flatten()])
+    windows = _windows(module, inputs, columns.flatten(), shape[2:])
     places = torch.unravel_index(positions, windows.shape[2 : 2 + dims])
     at: tuple[Any, ...] = (entries, slice(None), *places)
     rows = windows[at].flatten(0, 1)
@@ -95,39 +93,41 @@ def draw_counted(
     return positions, real.gather(1, positions)
 
 
-def _windows(module: Any, inputs: Tensor) -> Tensor:
-    """Return a view ``(n, channels, *output size, *kernel size)`` of a convolution's input."""
-    if not isinstance(module, CONVOLUTIONS):
-        raise TypeError(f"windows need a convolution, got {type(module).__name__}")
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    windows = functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
-    for dim, (kernel, stride, dilation) in enumerate(
-        zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
-    ):
-        windows = windows.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
-    return windows
+def _windows(module: Any, inputs: Tensor, channels: Tensor, size: Sequence[int]) -> Tensor:
+    """Return ``(n, channels, *output size, *kernel size)``: what each output position of a convolution is a sum over.
+
+    ``channels`` are some of those that enter.
+    """
+    if has_own_forward(module):
+        # Its forward takes all channels, and may do anything before it convolves.
+        call = call_of(module, inputs)
+        call, size = replace(call, entering=call.entering[:, channels]), call.output_size
+    else:
+        call = call_of(module, inputs[:, channels])
+    return _transposed_windows(call, size) if isinstance(module, TRANSPOSED) else call.windows()
 
 
-def _transposed_windows(module: Any, inputs: Tensor, size: Sequence[int]) -> Tensor:
+def _transposed_windows(call: InnerCall, size: Sequence[int]) -> Tensor:
     """Return a view ``(n, channels, *output size, *kernel size)``: what each output position is a sum over, taps last.
 
     Where a tap meets no input it meets a zero: a transposed convolution is a convolution of its input with ``stride -
     1`` zeros between the pixels.
     """
-    apart = [(length - 1) * stride + 1 for length, stride in zip(inputs.shape[2:], module.stride, strict=True)]
+    inputs = call.entering
+    apart = [(length - 1) * stride + 1 for length, stride in zip(inputs.shape[2:], call.stride, strict=True)]
     windows = inputs.new_zeros(*inputs.shape[:2], *apart)
-    pixels: Any = (..., *(slice(None, None, stride) for stride in module.stride))
+    pixels: Any = (..., *(slice(None, None, stride) for stride in call.stride))
     windows[pixels] = inputs
     around: list[int] = []
-    for length, wanted, kernel, dilation, padding in zip(
-        apart, size, module.kernel_size, module.dilation, module.padding, strict=True
+    for length, wanted, kernel, dilation, (padding, _) in zip(
+        apart, size, call.kernel, call.dilation, call.padding, strict=True
     ):
         reach = dilation * (kernel - 1)
         before = reach - padding
         # Of the last dimension first, as `pad` wants it; less than nothing cuts off.
         around = [before, wanted + reach - before - length, *around]
     windows = functional.pad(windows, around)
-    for dim, (kernel, dilation) in enumerate(zip(module.kernel_size, module.dilation, strict=True), start=2):
+    for dim, (kernel, dilation) in enumerate(zip(call.kernel, call.dilation, strict=True), start=2):
         windows = windows.unfold(dim, dilation * (kernel - 1) + 1, 1)[..., ::dilation]
     return windows
 

@@ -17,6 +17,7 @@ _WORTH = 0.9  # of the weights, to be left at most: taking channels out and putt
 class _Thin:
     """What a layer reads and puts out of its channels, of which the others are zero."""
 
+    computes_as_base = True
     ins: Tensor
     outs: Tensor
     weight: Tensor

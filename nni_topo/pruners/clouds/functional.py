@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from nni_topo.errors import LayerError
 from nni_topo.network.capture import by_channel, run, watched
 from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.inner import weight_used
 from nni_topo.network.inputs import Call, calls, structure_call, structure_of
 from nni_topo.network.labels import FIXED
-from nni_topo.network.layers import is_depthwise, weight_of
+from nni_topo.network.layers import WEIGHTED, is_depthwise, weight_of
 from nni_topo.network.network import Network
 from nni_topo.network.transformers import mixing_called
 from nni_topo.pruners.clouds.moments import Moments, points_of_gram
@@ -122,7 +123,7 @@ class Reader:
         """Return inner products of channels ``(channels, channels)`` from those that were summed up."""
         if not self.mixes:
             return gram
-        weight = self.module.weight.detach().double().cpu()[:, torch.from_numpy(self.places.ravel())]  # type: ignore[operator]
+        weight = weight_used(self.module).detach().double().cpu()[:, torch.from_numpy(self.places.ravel())]
         inner: Tensor = (gram * (weight.T @ weight)).view(*self.places.shape, *self.places.shape).sum((1, 3))
         return inner
 
@@ -197,7 +198,7 @@ def _places(channels: IntArray, entering: IntArray) -> IntArray | None:
 
 def read_strength(module: nn.Module, places: IntArray, order: float = 2.0) -> Tensor:
     """Return norms, float64 on the CPU, shape of ``places``, of the weights that read these input channels."""
-    weight = weight_of(module).detach().double()
+    weight = (weight_used(module) if isinstance(module, WEIGHTED) else weight_of(module)).detach().double()
     groups = getattr(module, "groups", 1)
     if getattr(module, "transposed", False):
         # Its weight has the input channels first, whatever the groups.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nni_topo.maths.least_squares.greedy import Products, Samples
 from nni_topo.maths.least_squares.normal import NormalEquations
+from nni_topo.network.inner import call_of, has_own_forward, weight_used
 from nni_topo.network.layers import by_output
 from nni_topo.pruners.clouds.functional import Reader
 from nni_topo.recovery.samples import draw_counted, input_rows, position_count
@@ -43,7 +44,10 @@ class Reading:
 
     def met(self, entering: Tensor, output: Tensor) -> None:
         """See a call of the layer."""
-        self._before, self._shape = entering, output.shape
+        self._before, self._shape = entering, tuple(output.shape)
+        if has_own_forward(self.module):  # which may go on behind its convolution
+            size = call_of(self.module, entering).output_size
+            self._shape = (len(entering), 1, *size) if size else tuple(entering.shape)
 
     def reached(self, entering: Tensor) -> None:
         """See a call of the twin."""
@@ -83,7 +87,7 @@ class Reading:
 
     def _read_weights(self) -> Tensor:
         """Weights by which the layer reads the unit's columns, ``(channels * columns, outputs)``, float64."""
-        weight = by_output(self.module.weight.detach().double(), self.module)
+        weight = by_output(weight_used(self.module).detach().double(), self.module)
         inputs = self._inputs[0]
         kernels = weight.flatten(2) if weight.dim() > 2 else weight[..., None]
         rows = weight.new_zeros(len(inputs), kernels.shape[2], len(weight))
