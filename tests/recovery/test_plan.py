@@ -40,15 +40,29 @@ def test_errors_are_measured_at_the_sum_where_all_before_it_hands_on(between):
     assert places == [("down", "down" if between in ("tanh", "double") else "add")]
 
 
-def test_a_layer_with_a_forward_of_its_own_is_left_alone():
-    class Doubling(nn.Linear):
-        __module__ = "torch.nn.doubling"  # tracers don't look into PyTorch's own layers
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2.0 * super().forward(x)
 
-        def forward(self, x):
-            return 2.0 * super().forward(x)
 
+class Looking(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * x.mean()
+
+
+def solved_by_class(kind):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), Doubling(4, 4), nn.Linear(4, 2)).eval()
+    model = nn.Sequential(nn.Linear(3, 4), kind(4, 4), nn.Linear(4, 2)).eval()
     masks = {"0": {"weight": torch.tensor([1.0, 0, 1, 1])[:, None]}}
-    found = compensation(model, masks, [torch.randn(40, 3)])
-    assert found.report.left_alone == {"1": "of type Doubling"}
+    return compensation(model, masks, [torch.randn(40, 3)]).report
+
+
+def test_a_layer_whose_forward_looks_at_its_input_twice_is_left_alone():
+    report = solved_by_class(Looking)
+    assert report.left_alone == {"1": "of type Looking, which does more than a convolution or a product"}
+
+
+def test_a_layer_whose_forward_goes_on_with_its_product_is_solved():
+    report = solved_by_class(Doubling)
+    assert report.left_alone == {}
+    assert [(each.layer, each.place) for each in report.layers] == [("1", "_1"), ("2", "_2")]
