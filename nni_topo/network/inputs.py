@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nni_topo.errors import ConfigError, DataError, NniTopoError
 from nni_topo.network.modes import device_of, evaluation_mode
@@ -23,6 +23,9 @@ from nni_topo.network.untouched import left_alone
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
+Variation = tuple[float, float]
+"""By which inputs are multiplied, after what is added to them."""
+VARIATIONS: tuple[Variation, ...] = ((0.01, 0.0), (100.0, 0.0), (1.0, 3.0))
 _SIDE = 64  # pixels at which models are tried where they can be
 _logger = logging.getLogger(__name__)
 
@@ -96,14 +99,42 @@ def random_like(call: Call, generator: torch.Generator, *, positive: bool = Fals
     return drawn
 
 
-def shrunk(call: Call) -> Call:
+def shrunk(call: Call, side: int = _SIDE) -> Call:
     """Cut large images of a call, 4-D tensors, to a corner, and leave two of them."""
     small: Call = tree_map_only(
         torch.Tensor,
-        lambda each: each[:2, :, :_SIDE, :_SIDE] if each.dim() == 4 and each.shape[1] < _SIDE else each,
+        lambda each: each[:2, :, :side, :side] if each.dim() == 4 and each.shape[1] < _SIDE else each,
         call,
     )
     return small if all(each.dim() == 4 for each in tensors_of(call)) else call
+
+
+def varied(call: Call, variation: Variation) -> Call:
+    """Shift the floats of a call and multiply them."""
+    factor, shift = variation
+    new: Call = tree_map_only(Tensor, lambda t: (t + shift) * factor if t.is_floating_point() else t, call)
+    return new
+
+
+def variations_of(call: Call) -> tuple[Variation, ...]:
+    """List how the inputs of a call may be varied: not at all where none are floats."""
+    return VARIATIONS if any(each.is_floating_point() for each in tensors_of(call)) else ()
+
+
+def together(call: Call, variations: tuple[Variation, ...]) -> Call | None:
+    """Put the first sample of a call and its variations into one batch; None if not all floats hold samples."""
+    size = batch_size(call)
+    if any(each.is_floating_point() and (not each.dim() or len(each) != size) for each in tensors_of(call)):
+        return None
+    one = taken(call, torch.arange(1))
+    several = [one, *(varied(one, variation) for variation in variations)]
+    leaves = [tree_flatten(each) for each in several]
+    joined = [
+        torch.cat(each) if isinstance(each[0], Tensor) and each[0].dim() and len(each[0]) == 1 else each[0]
+        for each in zip(*(found for found, _ in leaves), strict=True)
+    ]
+    batch: Call = tree_unflatten(joined, leaves[0][1])
+    return batch
 
 
 def run_small(model: nn.Module, call: Call) -> Any:

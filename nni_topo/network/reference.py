@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -22,12 +21,16 @@ from nni_topo.network.computed import fold
 from nni_topo.network.counted import channel_dim
 from nni_topo.network.inputs import (
     Call,
+    Variation,
     cast_floats,
     out_of_memory,
     random_like,
     run_small,
     shrunk,
     tensors_of,
+    together,
+    variations_of,
+    varied,
 )
 from nni_topo.network.layers import is_depthwise, is_normalizing, per_channel_names
 from nni_topo.network.masks import FullMasks
@@ -155,19 +158,96 @@ def check_equal(
     rtol: float,
     *,
     advise: Callable[[str | None], str] | None = None,
-) -> None:
-    """Raise a SpeedupError unless two models agree, to ``rtol`` of the largest output, on random inputs."""
+) -> str:
+    """Raise a SpeedupError unless two models agree, to ``rtol`` of the largest output, on random inputs.
+
+    The floats among these come as they are, in other scales and shifted, as small numbers and large ones ask different
+    things of an operation. Returns in words what was compared.
+    """
     drawn = random_like(call, torch.Generator().manual_seed(1))
-    pair = (reference, dense)
-    # Whatever is wrong is looked for below, layer by layer. A rough comparison needs no double precision.
-    tries = [(shrunk(drawn), False), (drawn, False)] if rtol >= _ROUGH and _is_single(reference) else []
-    for given, double in (*tries, (cast_floats(shrunk(drawn), torch.float64), True)):
-        with suppress(Exception):  # not every model takes a smaller image
-            expected, actual, _ = _run(pair, given, {}, rtol, double=double)
-            if [each.shape for each in expected] == [each.shape for each in actual]:
-                finite = double or all(bool(each.isfinite().all()) for each in expected)
-                if finite and _worst(expected, actual) <= (rtol if double else rtol / 10):
-                    return
+    pair, variations = (reference, dense), _variations_of(drawn)
+    is_rough = rtol >= _ROUGH and _is_single(reference)
+    batch = together(shrunk(drawn), variations) if variations else None
+    # All at once, in double precision only where that is needed. Whatever is wrong is looked for below.
+    tries = [] if batch is None else [(batch, True)]
+    if batch is not None and is_rough:
+        tries.insert(0, (batch, False))
+    for given, double in tries:
+        agreed = _agreed(pair, given, rtol if double else rtol / 10, 1 + len(variations), double=double)
+        if agreed is not None:
+            return _told(drawn, given, [variation for at, variation in enumerate(variations, 1) if at in agreed])
+    compared = _check_one(pair, drawn, kept, rtol, advise, is_rough=is_rough)
+    agreed_variations = list[Variation]()
+    for variation in variations:
+        other = varied(drawn, variation)
+        # A model needn't take all that is a number, nor make numbers of it.
+        if _agreed((reference, reference), other, rtol, 1, double=True):
+            _check_one(pair, other, kept, rtol, advise, is_rough=is_rough, variation=variation)
+            agreed_variations.append(variation)
+    return _told(drawn, compared, agreed_variations)
+
+
+def _variations_of(call: Call) -> tuple[Variation, ...]:
+    """List how inputs are varied: shifted both ways, as weights that were trained may tell these apart."""
+    variations = variations_of(call)
+    return (*variations, *((factor, -shift) for factor, shift in variations if shift))
+
+
+def _told(example: Call, compared: Call, variations: list[Variation]) -> str:
+    """Say on what two models were compared."""
+    shapes = [" and ".join(str(tuple(each.shape[1:])) for each in tensors_of(call)) for call in (example, compared)]
+    smaller = f", smaller than the example's {shapes[0]}" if shapes[0] != shapes[1] else ""
+    others = "".join(f", {_named(each)}" for each in variations)
+    return f"random inputs of shape {shapes[1]}{smaller}{others}"
+
+
+def _named(variation: Variation) -> str:
+    factor, shift = variation
+    return f"shifted by {shift:g}" if shift else f"times {factor:g}"
+
+
+def _agreed(
+    pair: tuple[torch.nn.Module, torch.nn.Module], call: Call, rtol: float, blocks: int, *, double: bool
+) -> set[int] | None:
+    """List of several inputs in one batch those on which two models agree; None unless on all that give numbers."""
+    try:
+        entering = cast_floats(call, torch.float64) if double else call
+        expected, actual, _ = _run(pair, entering, {}, rtol, double=double)
+    except Exception as error:  # not every model takes a smaller image, another scale or as many samples
+        # Where there is no memory for double precision there may be for the model's own.
+        if out_of_memory(error) and not double:
+            raise
+        return None
+    if [each.shape for each in expected] != [each.shape for each in actual]:
+        return None
+    finite = set(range(blocks))
+    for one, other in zip(expected, actual, strict=True):
+        parts = blocks if one.dim() and len(one) % blocks == 0 else 1
+        for at, (wanted, given) in enumerate(zip(one.chunk(parts), other.chunk(parts), strict=True)):
+            if not bool(wanted.isfinite().all()):
+                finite -= {at} if parts > 1 else finite
+            elif difference(wanted, given) > rtol:
+                return None
+    return finite if 0 in finite else None
+
+
+def _check_one(
+    pair: tuple[torch.nn.Module, torch.nn.Module],
+    drawn: Call,
+    kept: Kept,
+    rtol: float,
+    advise: Callable[[str | None], str] | None,
+    *,
+    is_rough: bool,
+    variation: Variation | None = None,
+) -> Call:
+    """Raise a SpeedupError unless two models agree on one input; return what of it was compared."""
+    small = shrunk(drawn)
+    # A rough comparison needs no double precision.
+    tries = [(small, False), (drawn, False)] if is_rough else []
+    for given, double in (*tries, (small, True)):
+        if _agreed(pair, given, rtol if double else rtol / 10, 1, double=double):
+            return given
     try:
         # In double precision two models that are equal differ by 1e-12 and less however deep they are.
         expected, actual, place = _run(pair, cast_floats(drawn, torch.float64), kept, rtol, double=True)
@@ -181,7 +261,10 @@ def check_equal(
                 "a dense model must run on inputs of the example's shape: a fixed size in its forward may not "
                 f"fit the pruned channels, got {type(error).__name__}: {error}"
             ) from error
+    if variation is not None:
+        place = place[0], f"{place[1]}, inputs {_named(variation)}"
     _compare(expected, actual, place, rtol, advise)
+    return drawn
 
 
 def _is_single(model: torch.nn.Module) -> bool:
@@ -226,8 +309,11 @@ def _first_difference(
     return None, "behind the last layer"
 
 
-def difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
-    """Measure the largest difference relative to the largest absolute value; NaN against a number is infinite."""
+def difference(expected: torch.Tensor, actual: torch.Tensor, *, if_finite: bool = False) -> float:
+    """Measure the largest difference relative to the largest absolute value; NaN against a number is infinite.
+
+    ``if_finite``: zero where any of what is expected isn't.
+    """
     if expected.numel() == 0:
         return 0.0
     # The usual case in two passes; where it fails, NaN and infinite values are told apart.
@@ -236,6 +322,8 @@ def difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
         if all(map(math.isfinite, bounds)):
             gap, scale = max(-bounds[0], bounds[1]), max(-bounds[2], bounds[3])
             return gap / scale if scale else gap
+    if if_finite and not bool(expected.isfinite().all()):
+        return 0.0
     expected, actual = expected.double(), actual.double()
     alike = (expected == actual) | (expected.isnan() & actual.isnan())
     gaps = (expected - actual).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).masked_fill(alike, 0)

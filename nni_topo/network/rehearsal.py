@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,7 +24,18 @@ from nni_topo.network.attention import attend
 from nni_topo.network.carriers import Brought, brought
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.engine import DenseSpeedup, kept_slices
-from nni_topo.network.inputs import Call, cast_floats, out_of_memory, random_like, shrunk, tensors_of
+from nni_topo.network.inputs import (
+    Call,
+    Variation,
+    cast_floats,
+    out_of_memory,
+    random_like,
+    shrunk,
+    tensors_of,
+    together,
+    variations_of,
+    varied,
+)
 from nni_topo.network.labels import FIXED, place, plain_name
 from nni_topo.network.layers import is_normalizing, is_recurrent, per_channel_names
 from nni_topo.network.modes import RandomWeights, detached_copy, put_parameters, random_state_kept, unwrapped_copy
@@ -42,6 +52,7 @@ if TYPE_CHECKING:
 _TOLERANCE = 1e-3  # of the largest value; rounding in single precision is far below, half of the channels far above
 _SINGLE = {torch.float64: torch.float32}
 _DEPENDS = "what it computes depends on removed channels"
+_SIDES = (33, 64)  # pixels of images in one batch; strides halve 33 to 17, 9, 5, 3 and 2
 _ROUNDS = 24  # each finds about half of the channels that can't go and weren't found yet
 
 
@@ -56,15 +67,13 @@ def unfit(network: Network) -> dict[int, str]:
         entering: Call = (arguments(full.graph, network.model, network.call), {})
         args = cast_floats(random_like(entering, torch.Generator().manual_seed(0)), torch.float32)[0]
         halves = shares(flow, {name: layer.channels - layer.channels // 2 for name, layer in flow.layers.items()})
-        small, clean = shrunk((args, {}))[0], set[bool]()
-        pairs = zip(tensors_of(small), tensors_of(args), strict=True)
-        ways = [small, args] if any(one.shape != other.shape for one, other in pairs) else [args]
+        inputs, clean = _Inputs(args), set[bool]()
         for turn in range(_ROUNDS):
             # Blocks lose a part of each, as pruners choose; and some as a whole, as masks may say.
             in_parts = bool(flow.blocks) and turn % 2 == 0
             left = _draw(flow, held, drawing, halves if in_parts else {}, in_parts=in_parts)
             try:
-                found = _rehearsed(_Rehearsal(flow, left, full), ways)
+                found = inputs.rehearsed(_Rehearsal(flow, left, full))
             except Exception as error:  # with these weights and inputs a network may fail, in as many ways as it does
                 if out_of_memory(error):
                     raise
@@ -82,14 +91,83 @@ def _all_held(flow: ChannelFlow, reason: str) -> dict[int, str]:
     return dict.fromkeys(roots.tolist(), reason)
 
 
-def _rehearsed(rehearsal: _Rehearsal, ways: list[tuple[Any, ...]]) -> dict[int, str]:
-    """Return the channels that can't go, and why; of the arguments keep the first ones while they find none."""
-    while len(ways) > 1:
-        with suppress(Exception):  # sizes may be written into the graph
-            if not rehearsal.run(ways[0]):
-                return {}
-        del ways[0]
-    return rehearsal.run(ways[0])
+class _Inputs:
+    """The random inputs that a rehearsal runs on, small ones as long as these will do.
+
+    They come in several scales and shifted, as small inputs and large ones ask different things of an operation: all in
+    one batch, if the network takes that.
+    """
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        self._variations = variations_of((args, {}))
+        self._alone = _different([shrunk((args, {})), (args, {})])
+        batches = (
+            [together((shrunk((args, {}), side)), self._variations) for side in _SIDES] if self._variations else []
+        )
+        batches += [together((args, {}), self._variations)] if self._variations else []
+        self._batches = _different([each for each in batches if each is not None])
+        self._is_clean = True  # whether nothing was found yet
+
+    def rehearsed(self, rehearsal: _Rehearsal) -> dict[int, str]:
+        """Return the channels that can't go, and why."""
+        if self._is_clean and self._in_one_batch(rehearsal):
+            return {}
+        self._is_clean = False
+        found = self._by_itself(rehearsal)
+        if found or not self._variations or self._in_one_batch(rehearsal):
+            return found
+        for variation in self._variations:
+            found |= self._varied(rehearsal, variation)
+        return found
+
+    def _in_one_batch(self, rehearsal: _Rehearsal) -> bool:
+        """Tell whether nothing is found at any scale; False too if that can't be told of one batch."""
+        while self._batches:
+            try:
+                return not rehearsal.run(self._batches[0][0], blocks=1 + len(self._variations))
+            except Exception as error:  # sizes may be written into the graph
+                if out_of_memory(error):
+                    raise
+                del self._batches[0]
+        return False
+
+    def _by_itself(self, rehearsal: _Rehearsal) -> dict[int, str]:
+        """Return what is found on the inputs as they are; of these keep the small ones while they find nothing."""
+        while len(self._alone) > 1:
+            try:
+                if not rehearsal.run(self._alone[0][0]):
+                    return {}
+            except Exception as error:  # sizes may be written into the graph
+                if out_of_memory(error):
+                    raise
+            del self._alone[0]
+        return rehearsal.run(self._alone[0][0])
+
+    def _varied(self, rehearsal: _Rehearsal, variation: Variation) -> dict[int, str]:
+        """Return what is found on other inputs, in double precision too: rounding grows with what is computed."""
+        args = varied(self._alone[0], variation)
+        try:
+            found = rehearsal.run(args[0], is_varied=True)
+        except Exception as error:  # a network needn't take all that is a number
+            if out_of_memory(error):
+                raise
+            return {}
+        if not found:
+            return {}
+        try:
+            return rehearsal.doubled().run(cast_floats(args, torch.float64)[0], is_varied=True)
+        except Exception as error:  # a type may be written into the network
+            if out_of_memory(error):
+                raise
+            return found
+
+
+def _different(calls: list[Call]) -> list[Call]:
+    """Leave out calls whose tensors have the shapes of those before."""
+    found: dict[str, Call] = {}
+    for call in calls:
+        found.setdefault(str([each.shape for each in tensors_of(call)]), call)
+    return list(found.values())
 
 
 def _with_random_weights(model: nn.Module) -> nn.Module:
@@ -140,11 +218,21 @@ def _taken(value: Tensor, d: int, places: Tensor) -> Tensor:
     return taken
 
 
+def _is_zero(value: Tensor, gone: Tensor) -> bool:
+    """Tell whether what is gone of a tensor is zero, where that is quick to say: of one dimension."""
+    dims = [d for d in range(gone.dim()) if gone.shape[d] > 1]
+    if len(dims) != 1 or gone.shape[dims[0]] != value.shape[dims[0]] or value.dtype not in (*_SINGLE, torch.float32):
+        return False
+    low, high = value.index_select(dims[0], gone.flatten().nonzero().flatten().to(value.device)).aminmax()
+    return float(low) == 0 == float(high)
+
+
 class _Rehearsal:
     """One run of both networks."""
 
-    def __init__(self, flow: ChannelFlow, left: np.ndarray, full: GraphModule) -> None:
+    def __init__(self, flow: ChannelFlow, left: np.ndarray, full: GraphModule, *, is_double: bool = False) -> None:
         self.flow, self.left, self.full = flow, left, full
+        self._is_double = is_double
         self._sizes = flow.sizes_left(left)
         modules = nn.Module()
         vars(modules).update({key: value for key, value in vars(full).items() if key != "_graph"})
@@ -157,8 +245,17 @@ class _Rehearsal:
             self._uncut = dict.fromkeys(self._removed_at(speedup.at), str(error))
         self._order = speedup.order
 
-    def run(self, args: tuple[Any, ...]) -> dict[int, str]:
-        """Return the channels that can't go, by representative, and why."""
+    def doubled(self) -> _Rehearsal:
+        """Return the same rehearsal in double precision."""
+        return _Rehearsal(self.flow, self.left, copy.deepcopy(self.full).double(), is_double=True)
+
+    def run(self, args: tuple[Any, ...], *, blocks: int = 1, is_varied: bool = False) -> dict[int, str]:
+        """Return the channels that can't go, by representative, and why.
+
+        ``blocks``: how many inputs there are in the batch, each of which counts by itself; of one of these, and of one
+        that ``is_varied``, what isn't finite isn't compared.
+        """
+        self._blocks, self._is_varied = blocks, is_varied
         if self._uncut:
             return self._uncut
         self._found: dict[int, str] = {}
@@ -273,7 +370,8 @@ class _Rehearsal:
         entering = values or {parent: self._values[parent][which] for parent in node.all_input_nodes}
         given: Any = map_arg((node.args, node.kwargs), entering.__getitem__)
         args, kwargs = resized(given, self._sizes) if which else given
-        if torch.float64 in (*node.args, *node.kwargs.values()):  # of a model in double precision; here all is single
+        # Of a model in double precision; here all is single.
+        if not self._is_double and torch.float64 in (*node.args, *node.kwargs.values()):
             args, kwargs = tree_map_only(torch.dtype, lambda each: _SINGLE.get(each, each), (args, kwargs))
         if needless is not None:
             first, *others = args
@@ -356,7 +454,11 @@ class _Rehearsal:
             if isinstance(wanted, Tensor):
                 if wanted.shape != given.shape:
                     return "its sizes don't fit fewer channels"
-                if difference(wanted, given) > _TOLERANCE:
+                # What has no samples in its first dimension is measured as one.
+                blocks = self._blocks if wanted.dim() > 1 and len(wanted) % self._blocks == 0 else 1
+                if_finite = self._is_varied or blocks > 1
+                pairs = zip(wanted.chunk(blocks), given.chunk(blocks), strict=True) if blocks > 1 else [(wanted, given)]
+                if any(difference(*pair, if_finite=if_finite) > _TOLERANCE for pair in pairs):
                     return _DEPENDS
         return ""
 
@@ -392,7 +494,7 @@ class _Rehearsal:
             if not (isinstance(value, Tensor) and isinstance(numbers, Tensor) and value.dim() == numbers.dim()):
                 continue
             gone = ~self._stays(numbers)
-            if bool(gone.any()) and value.numel():
+            if bool(gone.any()) and value.numel() and not _is_zero(value, gone):
                 alike = [d for d, size in enumerate(numbers.shape) if size == 1]
                 value = value.abs() if value.is_complex() else value
                 ends = [getattr(value, end)(alike, keepdim=True) if alike else value for end in ("amin", "amax")]

@@ -57,6 +57,8 @@ class DenseReport:
     ----------
     rows : tuple of LayerReport
         Convolutions, linear layers and embeddings, and masked norms, in the order of the model.
+    checked : str, default=""
+        On what inputs the dense model was found to compute what the masked one does; empty if that wasn't compared.
 
     Examples
     --------
@@ -67,6 +69,7 @@ class DenseReport:
     """
 
     rows: tuple[LayerReport, ...]
+    checked: str = ""
 
     @property
     def kept(self) -> tuple[LayerReport, ...]:

@@ -243,3 +243,92 @@ def test_a_softmax_over_branches_lets_their_channels_go_together():
     model = Branches().eval()
     groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
     assert {name for entry in groups for name in entry["op_names"]} == {"one", "two"}
+
+
+def neighbours(images):
+    """Add up what lies on both sides; NaN is left out, so that only the numbers tell that others are read."""
+    return images.nan_to_num().roll(1, 1) + images.nan_to_num().roll(-1, 1)
+
+
+def cubic(images):
+    return images + 1e-5 * neighbours(images) ** 3
+
+
+def signs(images):
+    return images + 1e-5 * torch.tanh(1e9 * neighbours(images))
+
+
+def above(images):
+    return images + (neighbours(images) - 20.0).clamp(0, 5e-3)
+
+
+torch.fx.wrap("cubic")
+torch.fx.wrap("signs")
+torch.fx.wrap("above")
+# What shows others' influence on large inputs, on small ones and on shifted ones alone.
+SCALED = {"cubic": lambda z: cubic(z), "signs": lambda z: signs(z), "above": lambda z: above(z)}
+
+
+def scaled_net(name) -> Between:
+    model = net(SCALED[name])
+    nn.init.zeros_(model.last.bias)
+    if name != "above":
+        nn.init.zeros_(model.first.bias)
+        return model
+    with torch.no_grad():
+        model.first.weight.fill_(0.25)  # 27 of them: the inputs' sum counts
+        model.first.bias.fill_(-9.0)
+    return model
+
+
+def test_the_rehearsal_tries_other_scales():
+    groups = nni_topo.dependency_groups(net(SCALED["cubic"]), IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert groups.skipped["first"] == "what it computes depends on removed channels (cubic)"
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"), {"cubic": "times 100", "signs": "times 0.01", "above": "shifted by 3"}.items()
+)
+def test_a_dense_model_is_compared_at_other_scales_and_shifts(name, inputs):
+    model = scaled_net(name)
+    with pytest.raises(nni_topo.errors.SpeedupError, match=rf"masked one does to 0.0001 .*{inputs}"):
+        nni_topo.to_dense(model, IMAGES, masks(model))
+
+
+def test_the_report_says_what_was_compared():
+    model = net(nn.ReLU())
+    others = "times 0.01, times 100, shifted by 3, shifted by -3"
+    assert (
+        nni_topo.to_dense(model, IMAGES, masks(model)).report.checked == f"random inputs of shape (3, 8, 8), {others}"
+    )
+    large = torch.zeros(1, 3, 80, 100)
+    given = nni_topo.to_dense(model, large, masks(model)).report.checked
+    assert given == f"random inputs of shape (3, 64, 64), smaller than the example's (3, 80, 100), {others}"
+    assert nni_topo.to_dense(model, IMAGES, masks(model), check=False).report.checked == ""
+
+
+def test_an_input_on_which_the_model_gives_no_numbers_is_left_out():
+    model = net(lambda z: torch.expm1(4 * z))
+    given = nni_topo.to_dense(model, IMAGES, masks(model)).report.checked
+    assert "times 0.01" in given
+    assert "times 100" not in given
+
+
+class Choosing(nn.Module):
+    """A model that refuses inputs beyond a bound, as one that looks something up does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, CHANNELS, 3), nn.Conv2d(CHANNELS, 2, 1)
+        self.table = nn.Embedding(60, CHANNELS)
+
+    def forward(self, x):
+        places = (x.amax((1, 2, 3)) * 4 + 20).long()
+        return self.last(self.first(x)) + self.table(places)[:, :2, None, None]
+
+
+def test_an_input_that_the_model_refuses_is_left_out():
+    torch.manual_seed(0)
+    model = Choosing().eval()
+    given = nni_topo.to_dense(model, IMAGES, {"first": masks(net(nn.ReLU()))["first"]}).report.checked
+    assert given == "random inputs of shape (3, 8, 8), times 0.01, shifted by 3, shifted by -3"
