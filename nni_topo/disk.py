@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import shutil
+import stat
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ from typing import IO, Any
 
 import torch
 
-from nni_topo.errors import DataError, NniTopoError
+from nni_topo.errors import ConfigError, DataError, NniTopoError
 
 MIN_FREE_BYTES = 16 * 2**20
 _LOCK = ".lock"
@@ -49,13 +51,31 @@ else:
         return True
 
 
+def path_of(path: Any, knob: str = "path") -> Path:
+    """Return what text or a path-like object names; ConfigError for anything else, and for text that names nothing."""
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise ConfigError(f"a path must be text or a path-like object, got {type(path).__name__} ({knob})")
+    if not os.fspath(path) or "\0" in os.fspath(path):
+        raise ConfigError(f"a path must name a place, got {os.fspath(path)!r} ({knob})")
+    return Path(path)
+
+
 def check_free_disk(folder: Path, needed: int = MIN_FREE_BYTES) -> None:
     """Raise DataError unless a folder, or the nearest one above it, can be written to and has ``needed`` bytes free."""
-    place = folder.expanduser().absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise DataError(f"an output folder must be a folder that can be written to, got one that can't ({place})")
+    rule = "an output folder must be a folder that can be written to"
+    with disk_errors(folder):
+        place = folder.expanduser().absolute()
+        while not os.path.lexists(place):
+            place = place.parent
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise DataError(f"{rule}, got one that can't ({place})")
+    try:
+        # What may be written to and what can be are two things: a file system may have a word in it.
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise DataError(f"{rule}, got one that can't: {error.strerror} ({place})") from None
     free = shutil.disk_usage(place).free
     if free < needed:
         raise DataError(
@@ -69,7 +89,7 @@ def only_process(folder: Path, *, wait: bool = True) -> Iterator[None]:
     check_free_disk(folder)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / _LOCK).open("w")
+        stream = output_file(folder / _LOCK).open("w")
     with stream:
         if not _locked(stream, wait=wait):
             raise DataError(f"a folder must be written by one run at a time, got one at work there ({folder})")
@@ -79,8 +99,8 @@ def only_process(folder: Path, *, wait: bool = True) -> Iterator[None]:
 def is_held(folder: Path) -> bool:
     """Say whether a process holds a folder by :func:`only_process`."""
     try:
-        stream = (folder / _LOCK).open("r")
-    except OSError:
+        stream = output_file(folder / _LOCK).open("r")  # to open a pipe would wait for a writer
+    except (OSError, DataError):
         return False
     with stream:
         return not _locked(stream, wait=False, shared=True)
@@ -91,6 +111,8 @@ def disk_errors(place: Path) -> Iterator[None]:
     """Turn what a disk that is full, or can't be written to, raises into a DataError that names the place."""
     try:
         yield
+    except NniTopoError:
+        raise
     except (OSError, RuntimeError) as error:
         # PyTorch says what a full disk did to its archive; what the disk said stands behind it.
         said: BaseException | None = error
@@ -103,14 +125,59 @@ def disk_errors(place: Path) -> Iterator[None]:
         raise DataError(f"a file must be writable, got {said.strerror} ({place})") from None
 
 
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def output_file(path: Path) -> Path:
+    """Return the file that is written where a path leads, links followed; DataError unless it is a file or is new."""
+    with disk_errors(path):
+        target = Path(os.path.realpath(path))
+        try:
+            kind = stat.S_IFMT(target.stat().st_mode)
+        except FileNotFoundError:
+            return target
+    if kind != stat.S_IFREG:
+        got = _KINDS.get(kind, "something else")
+        raise DataError(f"an output file must be a regular file or a new one, got {got} ({path})")
+    return target
+
+
+def check_output_file(path: Path, *, makes_folder: bool = False) -> None:
+    """Raise DataError unless a file can be written, before long work; ``makes_folder``: also where it lies in none."""
+    folder = output_file(path).parent
+    if not makes_folder and not folder.is_dir():
+        raise DataError(f"an output file must lie in a folder that exists, got none ({path})")
+    check_free_disk(folder, 0)
+
+
+def output_folder(folder: Path) -> Path:
+    """Return a folder to write to, made where there is none."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a place beside ``path``: what is written there is moved to ``path`` at the end, and removed by an error."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    """Yield a place beside a file: what is written there is moved to it at the end, and removed by an error.
+
+    A link stays; the file that it leads to is replaced. What is no regular file isn't written.
+    """
+    target = output_file(path)
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         with disk_errors(path):
+            part.unlink(missing_ok=True)  # of a process that was killed, or a link that leads elsewhere
             yield part
-            part.replace(path)
+            if target.exists():
+                shutil.copymode(target, part)
+            part.replace(target)
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -127,6 +194,15 @@ def write_json(path: Path, content: Any, *, sort: bool = True, default: Callable
     write_text(path, json.dumps(content, indent=1, sort_keys=sort, default=default) + "\n")
 
 
+def write_figure(path: Path, figure: Any, dpi: int) -> None:
+    """Write a picture of matplotlib's, whole or not at all, in the format of the file's name."""
+    kind, kinds = path.suffix[1:].lower() or "png", figure.canvas.get_supported_filetypes()
+    if kind not in kinds:
+        raise ConfigError(f"a picture must be one of {', '.join(sorted(kinds))}, got {kind} ({path})")
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=dpi, format=kind)
+
+
 def write_tensors(path: Path, content: Any) -> None:
     """Write a file of ``torch.save``, whole or not at all."""
     with whole_file(path) as part, part.open("wb") as stream:
@@ -136,8 +212,11 @@ def write_tensors(path: Path, content: Any) -> None:
 @contextmanager
 def reading(path: Path, what: str, holds: str = "", cure: str = "") -> Iterator[None]:
     """Turn whatever a file's content leads to into a DataError that says what it must be and hold, and a cure."""
-    if not path.is_file():
-        raise DataError(f"{what} must be a file that exists, got none ({path})")
+    with disk_errors(path):
+        is_file, exists = path.is_file(), path.exists()
+    if not is_file:
+        got = "none" if not exists else "a folder" if path.is_dir() else "something else"
+        raise DataError(f"{what} must be a file that exists, got {got} ({path})")
     try:
         yield
     except NniTopoError as error:

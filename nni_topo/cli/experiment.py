@@ -15,6 +15,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from nni_topo.disk import check_free_disk
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.runs.experiment.manager import (
     ENDED,
@@ -47,6 +48,7 @@ class Run(Verb):
             raise ConfigError(
                 "an experiment to run must be a file, or --resume ID, got both or neither (experiment run)"
             )
+        check_free_disk(self.out)
         config = None if self.config is None else load_experiment(self.config)
         if threading.current_thread() is threading.main_thread():
             # a manager mustn't outlive a run that is told to end
@@ -145,6 +147,7 @@ class Export(_Look):
 
     def run(self, console: Console) -> int:
         """Copy the files and print the trial."""
+        check_free_disk(self.out)
         chosen, command = self.chosen(self.trial)
         metrics = export_trial(chosen, self.out, command=command if self.rerun else None)
         lines = [*_in_lines(chosen, metrics), f"dense model and config_list: {self.out}"]

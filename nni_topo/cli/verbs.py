@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 import nni_topo
-from nni_topo.disk import write_json
+from nni_topo.disk import check_output_file, output_folder, write_figure, write_json
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import list_pruners, pruner_info
@@ -164,11 +164,13 @@ class Report(Verb):
 
     def run(self, console: Console) -> int:
         """Write the folders' reports and print what their records say."""
+        if self.out is not None:
+            check_output_file(self.out)
         for folder in self.folders:
             console.print(f"report: {write_report(folder)}", markup=False, soft_wrap=True)
         records = [record for folder in self.folders for record in compared_records(folder / "results.jsonl")]
         if self.out is not None and records:
-            figure_of(plot_accuracy(records)[0]).savefig(self.out, dpi=150)
+            write_figure(self.out, figure_of(plot_accuracy(records)[0]), dpi=150)
             console.print(f"picture: {self.out}", markup=False)
         if self.json:
             print(json.dumps(records, indent=1))
@@ -216,7 +218,7 @@ class Shrink(TrainedVerb):
             progress=False if self.json else None,
         )
         report: Any = dense.report
-        self.out.mkdir(parents=True, exist_ok=True)
+        output_folder(self.out)
         nni_topo.save(dense, self.out / "dense.pt")
         tables = {"stages": report.to_frame(), "recovery by layer": report.compensation.to_frame()}
         tables |= {"widths tried": pd.DataFrame(report.tried)} if report.tried else {}

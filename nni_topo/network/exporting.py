@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 
+from nni_topo.disk import check_output_file, output_folder, path_of, whole_file
 from nni_topo.errors import ConfigError, ExportError, unknown_name
 from nni_topo.network.inputs import Call, batch_size, call_arguments, calls, check_fits, repeatable, tensors_of
 from nni_topo.network.masks import check_model
@@ -106,7 +107,7 @@ def export(
     >>> done.path.name, done.error < 1e-4
     ('small.pt2', True)
     """
-    path = Path(path)
+    path = path_of(path)
     if format not in get_args(Format):
         raise unknown_name("format", str(format), get_args(Format))
     if int8 is not None and format != "onnx":
@@ -115,6 +116,7 @@ def export(
     if format == "onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):
             _package(name)
+    check_output_file(path, makes_folder=True)
     check_model(model)
     net = copy.deepcopy(model).cpu().eval()
     call = _resized(call_arguments(inputs, net), 2)
@@ -122,20 +124,26 @@ def export(
     if images is not None:
         check_fits(net, next(calls(net, images)))
     program = _program(net, call)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if format == "torch.export":
-        with _quietly(), _export_errors("that torch.export can save (ONNX may)", net):
-            torch.export.save(program, path)
-            loaded = torch.export.load(path).module()
-        return Exported(path, path.stat().st_size, _check(net, call, lambda one: tensors_of(loaded(*one[0], **one[1]))))
-    with _quietly(), _export_errors("that PyTorch can write as ONNX", net):
-        torch.onnx.export(program, f=str(path), dynamo=True, external_data=False, verbose=False)
-    session = _session(path)
-    error = _check(net, call, lambda one: _run(session, one))
-    if images is None:
-        return Exported(path, path.stat().st_size, error)
-    _quantize(path, session, list(calls(net, images)))
-    distance = _distance(net, _session(path), calls(net, images))
+    output_folder(path.parent)
+    # What doesn't compute the same isn't left behind, for the file is moved to its place at the end.
+    with whole_file(path) as part:
+        distance = math.nan
+        if format == "torch.export":
+            with _quietly(), _export_errors("that torch.export can save (ONNX may)", net):
+                # Streams, for a file must have a name of its kind.
+                with part.open("wb") as written:
+                    torch.export.save(program, written)
+                with part.open("rb") as read:
+                    loaded = torch.export.load(read).module()
+            error = _check(net, call, lambda one: tensors_of(loaded(*one[0], **one[1])))
+        else:
+            with _quietly(), _export_errors("that PyTorch can write as ONNX", net):
+                torch.onnx.export(program, f=str(part), dynamo=True, external_data=False, verbose=False)
+            session = _session(part)
+            error = _check(net, call, lambda one: _run(session, one))
+            if images is not None:
+                _quantize(part, session, list(calls(net, images)))
+                distance = _distance(net, _session(part), calls(net, images))
     return Exported(path, path.stat().st_size, error, distance)
 
 

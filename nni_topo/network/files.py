@@ -14,7 +14,6 @@ import json
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nni_topo._version import __version__
-from nni_topo.disk import read_tensors, reading, whole_file, write_tensors
+from nni_topo.disk import path_of, read_tensors, reading, whole_file, write_tensors
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.along import count_channels
 from nni_topo.network.attention import Attention, find_attention, resize, set_size
@@ -97,6 +96,7 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
     load : Builds the model again.
     save_pretrained : Writes a folder that Transformers loads by itself.
     """
+    place = path_of(path)
     check_unwrapped(dense)
     listed, every = dense.state_dict(keep_vars=True), named_tensors(dense)
     document = {
@@ -111,11 +111,11 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
         "blocks": kept_blocks(dense),
         "head_sizes": {name: attention.head_size for name, attention in find_attention(dense).items()},
     }
-    if Path(path).suffix == _SAFE:
-        with whole_file(Path(path)) as part:
+    if place.suffix == _SAFE:
+        with whole_file(place) as part:
             _write_safe(document, part)
     else:
-        write_tensors(Path(path), document)
+        write_tensors(place, document)
 
 
 @leaves_models_alone
@@ -273,9 +273,10 @@ def _read_safe(path: _PathLike) -> Any:
 
 def _read(path: _PathLike) -> dict[str, Any]:
     """Read a file and check that it is one of ours."""
-    place = os.fspath(path)
-    with reading(Path(path), "a dense model's file", "written by nni_topo.save"):
-        document = _read_safe(path) if Path(path).suffix == _SAFE else read_tensors(Path(path))
+    file = path_of(path)
+    place = os.fspath(file)
+    with reading(file, "a dense model's file", "written by nni_topo.save"):
+        document = _read_safe(file) if file.suffix == _SAFE else read_tensors(file)
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise DataError(f"a dense model's file must be written by nni_topo.save, got another kind ({place})")
     if document.get("format_version") != _FORMAT_VERSION:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nni_topo.disk import read_json, reading, write_json
+from nni_topo.disk import path_of, read_json, reading, write_json
 from nni_topo.errors import DataError
 
 
@@ -97,7 +97,7 @@ class LatencyTable:
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON."""
-        write_json(Path(path), asdict(self), sort=False)
+        write_json(path_of(path), asdict(self), sort=False)
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from nni_topo.disk import check_free_disk, disk_errors, output_folder, path_of, whole_file
 from nni_topo.errors import ConfigError
 from nni_topo.network.attention import find_attention
 from nni_topo.network.counted import ShiftedRMSNorm
@@ -40,6 +43,8 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
     --------
     save : One file for every model, for `load`.
     """
+    place = path_of(folder, "folder")
+    check_free_disk(place, 0)
     check_unwrapped(dense)
     config, name = getattr(dense, "config", None), type(dense).__name__
     if config is None or not callable(getattr(dense, "save_pretrained", None)):
@@ -54,7 +59,12 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
             f"{got.get(different[0])} where the config makes {wanted.get(different[0])}; nni_topo.save and "
             f"nni_topo.load take it ({different[0]}, {name})"
         )
-    dense.save_pretrained(folder)
+    place = output_folder(place)
+    with disk_errors(place), tempfile.TemporaryDirectory(dir=place) as beside:
+        dense.save_pretrained(beside)
+        for file in sorted(Path(beside).iterdir()):
+            with whole_file(place / file.name) as part:
+                file.replace(part)
 
 
 def _structure(model: torch.nn.Module) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nni_topo.disk import DELETE, read_tensors, reading, write_tensors
+from nni_topo.disk import DELETE, output_file, read_tensors, reading, write_tensors
 from nni_topo.errors import ConfigError
 from nni_topo.network.layers import by_output
 from nni_topo.network.layouts import inputs_laid_out
@@ -80,7 +80,7 @@ class Course:
     def forget(self) -> None:
         """Remove the file, so that another course can begin."""
         if self.path is not None:
-            self.path.unlink()
+            output_file(self.path).unlink()
 
     def _keep(self) -> None:
         if self.path is not None:

@@ -24,6 +24,7 @@ import torch
 from nni.compression.utils import Evaluator
 from torch import nn
 
+from nni_topo.disk import check_output_file, path_of
 from nni_topo.errors import (
     FLAG,
     NONE,
@@ -134,6 +135,8 @@ def distillation(
     numbers = {"temperature": temperature, "steps": steps, "seconds": seconds, "batch_size": batch_size, "lr": lr}
     check_knobs("distill", numbers | {"blend": blend, "state_seconds": state_seconds}, KNOBS)
     SEED.check("seed", seed, "distill")
+    if state is not None:
+        check_output_file(path_of(state, "state"))
     for model in (original, dense):
         check_model(model)
     both = {"images": images, "held_out": held_out}

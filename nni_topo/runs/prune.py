@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from nni_topo.disk import write_json, write_tensors
+from nni_topo.disk import check_free_disk, output_folder, write_json, write_tensors
 from nni_topo.errors import ConfigError
 from nni_topo.network import files
 from nni_topo.network.dependency import dependency_groups
@@ -79,7 +79,7 @@ def prune_checkpoint(
     elif found.budget is not None:
         why = found.budget.why or f"layers keep a multiple of {config.round_to} channels"
         record |= budget_facts(start, dense, found.budget, record, why)
-    out.mkdir(parents=True, exist_ok=True)
+    output_folder(out)
     files.save(dense, out / "dense.pt")
     write_tensors(out / "masks.pt", masks)
     write_json(out / "summary.json", record)
@@ -88,7 +88,8 @@ def prune_checkpoint(
 
 
 def check_empty(out: Path) -> None:
-    """Raise a ConfigError for an output folder that holds anything."""
+    """Raise a ConfigError for an output folder that holds anything, DataError for a place that can't be written to."""
+    check_free_disk(out)
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"an output folder must be new or empty, got {len(list(out.iterdir()))} entries ({out})")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nni_topo.disk import disk_errors
+from nni_topo.disk import disk_errors, output_file
 from nni_topo.errors import ConfigError, DataError, Rule, check_knobs, instance, number, whole
 
 Record = dict[str, Any]
@@ -67,7 +67,7 @@ def compared_records(path: Path) -> list[Record]:
 
 def append_record(path: Path, record: Record) -> None:
     """Add a record to ``results.jsonl``, in place of a line that a crash cut short; wait until it is on the disk."""
-    with disk_errors(path), path.open("ab") as stream:
+    with disk_errors(path), output_file(path).open("ab") as stream:
         if path.stat().st_size:
             before = path.read_bytes()
             if not _is_whole(before):

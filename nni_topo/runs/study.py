@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.console import Console, RenderableType
 from tyro.constructors import PrimitiveConstructorSpec
 
-from nni_topo.disk import disk_errors, write_text
+from nni_topo.disk import check_free_disk, output_folder, write_figure, write_text
 from nni_topo.runs.plan import DataChoice, ModelChoice, read_yaml
 from nni_topo.runs.report import entries_of, write_report
 from nni_topo.runs.run import Start, trained
@@ -175,12 +175,10 @@ def plain(value: Any) -> Any:
 
 def save_figures(folder: str | Path, figures: Mapping[str, Figure]) -> list[Path]:
     """Write figures as PNG files, the folder made if need be; return the files."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(Path(folder))
     files = {name: folder / f"{name}.png" for name in figures}
     for name, figure in figures.items():
-        with disk_errors(files[name]):
-            figure.savefig(files[name], dpi=130)
+        write_figure(files[name], figure, dpi=130)
     return list(files.values())
 
 
@@ -212,6 +210,8 @@ class Study(Verb, Generic[Found]):
 
     def run(self, console: Console) -> int:
         """Compute, write the files, and print one JSON document or tables and the files' names."""
+        if self.out is not None:
+            check_free_disk(self.out)
         found = self.find(lambda line: console.print(line, markup=False, highlight=False))
         files = [] if self.out is None else [*found.save(self.out), write_report(self.out)]
         written = [f"written: {', '.join(map(str, files))}"] if files else []

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nni_topo.disk import read_tensors, reading, write_tensors
+from nni_topo.disk import output_folder, path_of, read_tensors, reading, write_tensors
 from nni_topo.errors import DataError
 
 _FORMAT = "nni-topo checkpoint 1"
@@ -35,9 +35,9 @@ def save_checkpoint(path: str | Path, model: nn.Module, meta: Mapping[str, Any])
     DataError
         If ``meta`` holds anything else, which couldn't be read back without running pickled code.
     """
-    path = Path(path)
+    path = path_of(path)
     _check_plain(dict(meta), "meta")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    output_folder(path.parent)
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
     write_tensors(path, {"format": _FORMAT, "state_dict": state, "meta": dict(meta)})
 
@@ -64,7 +64,7 @@ def load_checkpoint(path: str | Path, model: nn.Module) -> dict[str, Any]:
         If the file is missing or damaged, holds pickled code, holds no state dict, or its names or shapes
         aren't the model's.
     """
-    path = Path(path)
+    path = path_of(path)
     content = _content(path)
     state = _state_dict(content, path)
     _check_fit(state, model, path)

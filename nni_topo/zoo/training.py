@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from nni_topo.disk import DELETE, read_tensors, reading, write_tensors
+from nni_topo.disk import DELETE, check_output_file, path_of, read_tensors, reading, write_tensors
 from nni_topo.errors import ConfigError
 from nni_topo.network.layouts import inputs_laid_out, lay_out
 from nni_topo.network.modes import device_of
@@ -130,7 +130,9 @@ def train(
     """
     device = device_of(model) if device is None else torch.device(device)
     check_model(model.to(device), data)
-    path = None if state is None else Path(state)
+    path = None if state is None else path_of(state, "state")
+    if path is not None:
+        check_output_file(path)
     with (
         _seeded(seed, device),
         _channels_last(model),

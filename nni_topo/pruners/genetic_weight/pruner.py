@@ -20,6 +20,7 @@ from nni.compression.utils import Evaluator
 from numpy.typing import NDArray
 from torch import nn
 
+from nni_topo.disk import check_output_file, path_of
 from nni_topo.errors import ANYTHING, FUNCTION, NONE, PATH, ConfigError, as_settings, settings, whole
 from nni_topo.maths.search.weights import HistoryRow, WeightGeneticAlgorithm, WeightSearch
 from nni_topo.pruners.base import StructuredPruner
@@ -129,6 +130,8 @@ class GeneticWeightPruner(StructuredPruner):
         self.validation = checked_validation(validation)
         self.evaluate = evaluate
         self.state = state
+        if state is not None:
+            check_output_file(path_of(state, "state"), makes_folder=True)
         self.on_generation = on_generation
         self.max_bytes = max_bytes
         self.n_jobs = n_jobs

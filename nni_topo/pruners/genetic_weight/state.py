@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nni_topo.disk import DELETE, reading, whole_file
+from nni_topo.disk import DELETE, output_folder, reading, whole_file
 from nni_topo.errors import ConfigError
 from nni_topo.maths.search.weights import HistoryRow, Individual, WeightGeneticAlgorithm
 
@@ -17,7 +17,7 @@ from nni_topo.maths.search.weights import HistoryRow, Individual, WeightGeneticA
 def save_state(algorithm: WeightGeneticAlgorithm, path: str | Path) -> None:
     """Write generation, history and random generator; folders are made, the file appears whole or not at all."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    output_folder(path.parent)
     members = algorithm.current_generation
     with whole_file(path) as part, part.open("wb") as file:
         np.savez(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from nni_topo.disk import check_free_disk, disk_errors, read_json, write_json
+from nni_topo.disk import check_free_disk, output_folder, read_json, whole_file, write_json
 from nni_topo.errors import DataError
 from nni_topo.runs.experiment.pipeline import CONFIG_LIST, DENSE, MASKS, METRICS, SETTINGS
 from nni_topo.runs.experiment.trials import TrialRecord
@@ -32,13 +32,12 @@ def export_trial(trial: TrialRecord, out: str | Path, *, command: str | None = N
     """
     out, folder = Path(out), Path(trial.folder or "nowhere")
     check_free_disk(out)
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+    output_folder(out)
     write_json(out / PARAMETERS, trial.parameters)
     if all((folder / name).is_file() for name in _FILES):
-        with disk_errors(out):
-            for name in _FILES:
-                shutil.copyfile(folder / name, out / name)
+        for name in _FILES:
+            with whole_file(out / name) as part:
+                shutil.copyfile(folder / name, part)
     elif command is None:
         raise DataError(f"a trial's files must be on this machine, or run again here, got none ({folder})")
     else:
@@ -50,8 +49,7 @@ def export_trial(trial: TrialRecord, out: str | Path, *, command: str | None = N
 def save_trials(trials: Sequence[TrialRecord], out: str | Path) -> Path:
     """Write all trials as JSON and return the file."""
     path = Path(out) / TRIALS
-    with disk_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    output_folder(path.parent)
     write_json(path, [trial.to_dict() for trial in trials])
     return path
 

@@ -1,0 +1,159 @@
+"""What is written where: behind links, never in the place of what is no file, and refused before long work."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import nni_topo
+from nni_topo import disk, zoo
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.network import LatencyTable, LayerLatency
+from nni_topo.runs.records import append_record
+
+TABLE = LatencyTable({"0": LayerLatency((1,), (1,), ((1.0,),), 0.0)})
+
+
+def net():
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+def figure(path):
+    from matplotlib.figure import Figure
+
+    disk.write_figure(path, Figure(), dpi=10)
+
+
+WRITERS = {
+    "save": lambda path: nni_topo.save(net(), path),
+    "save as text": lambda path: nni_topo.save(net(), str(path)),
+    "safetensors": lambda path: nni_topo.save(net(), path),
+    "checkpoint": lambda path: zoo.save_checkpoint(path, net(), {}),
+    "latency table": TABLE.save,
+    "export": lambda path: nni_topo.export(net(), path, torch.ones(2, 3), "torch.export"),
+    "figure": figure,
+    "record": lambda path: append_record(path, {"key": "a"}),
+    "text": lambda path: disk.write_text(path, "words"),
+    "state": lambda path: nni_topo.distill(net(), net(), [torch.ones(4, 3)], state=path, steps=1),
+}
+NAMES = {"safetensors": "out.safetensors", "figure": "out.png", "export": "out.pt2"}
+
+
+def put(kind, path):
+    """Put something that is no regular file at a path."""
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(os.path.relpath(path))
+    elif kind == "device":
+        try:
+            os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        except PermissionError:
+            path.symlink_to(os.devnull)
+    elif kind == "link to a device":
+        path.symlink_to(os.devnull)
+    elif kind == "link to itself":
+        path.symlink_to(path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "socket", "device", "link to a device", "link to itself"])
+@pytest.mark.parametrize("name", WRITERS)
+def test_only_regular_files_are_replaced(name, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / NAMES.get(name, "out.pt")
+    put(kind, path)
+    before = path.lstat().st_mode, path.lstat().st_ino, os.stat(os.devnull).st_mode
+    rule = (
+        "a file must be writable" if kind == "link to itself" else "an output file must be a regular file or a new one"
+    )
+    with pytest.raises(DataError, match=rf"{rule}, got .* \({re.escape(str(path))}\)"):
+        WRITERS[name](path)
+    assert (path.lstat().st_mode, path.lstat().st_ino, os.stat(os.devnull).st_mode) == before
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_link_stays_and_its_file_is_written(name, is_there, tmp_path):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    path, target = (place / NAMES.get(name, "out.pt") for place in (tmp_path, folder))
+    path.symlink_to(target)
+    if is_there and name != "state":  # which is gone on from
+        target.touch(0o640)
+    WRITERS[name](path)
+    assert path.is_symlink()
+    assert target.stat().st_size
+    assert not is_there or name == "state" or stat.S_IMODE(target.stat().st_mode) == 0o640
+    assert sorted(each.name for each in folder.iterdir()) == [target.name]
+
+
+@pytest.mark.parametrize("path", [None, 1, "", b"out.pt", "a\0b", ["out.pt"]])
+@pytest.mark.parametrize("name", ["save as text", "checkpoint", "latency table", "export", "state", "load"])
+def test_what_names_no_place_is_refused(name, path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    act = {**WRITERS, "save as text": lambda path: nni_topo.save(net(), path), "load": lambda p: nni_topo.load(p, net)}
+    if name == "state" and path is None:
+        return
+    with pytest.raises(ConfigError, match=r"a path must (be text or a path-like object|name a place), got .* \(\w+\)"):
+        act[name](path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["save", "safetensors", "latency table", "figure", "state", "text"])
+def test_a_folder_that_is_missing_or_none_is_named(name, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in ("missing", "file"):
+        path = tmp_path / folder / NAMES.get(name, "out.pt")
+        with pytest.raises(DataError, match=re.escape(str(path))):
+            WRITERS[name](path)
+
+
+def test_a_folder_is_probed_by_writing_to_it():
+    # Root may write to any folder by its rights, but files can't be made in this one.
+    if not Path("/proc/self").is_dir():
+        pytest.skip("no /proc")
+    with pytest.raises(DataError, match="must be a folder that can be written to, got one that can't"):
+        disk.check_free_disk(Path("/proc/out"))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to a device"])
+def test_a_lock_is_a_file(kind, tmp_path):
+    put(kind, tmp_path / ".lock")
+    with pytest.raises(DataError, match="an output file must be a regular file"), disk.only_process(tmp_path):
+        pass
+    assert kind != "pipe" or not disk.is_held(tmp_path)
+
+
+def test_what_does_not_compute_the_same_is_not_left_behind(tmp_path):
+    class Random(nn.Module):
+        def forward(self, inputs):
+            return inputs + torch.rand_like(inputs)
+
+    with pytest.raises(nni_topo.errors.ExportError, match="outputs must be equal"):
+        nni_topo.export(Random(), tmp_path / "net.pt2", torch.ones(2, 3), "torch.export")
+    assert not list(tmp_path.iterdir())
+
+
+def test_everything_is_written_by_disk():
+    found = []
+    words = re.compile(
+        r"savefig\(|\.open\(\"[wxa]|\.write_bytes\(|\bto_csv\(|[^_a-z]open\([^)]*\"[wxa]|os\.(rename|replace)"
+    )
+    for path in sorted(Path(nni_topo.__file__).parent.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        for line in text.splitlines():
+            is_ours = "output_file(" in line or "part.open(" in line
+            if words.search(line) and path.name != "disk.py" and not is_ours:
+                found.append(f"{path.name}: {line.strip()}")
+    assert not found
