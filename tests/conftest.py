@@ -37,6 +37,7 @@ settings.load_profile("unhurried")
 
 BARE = """
 import contextlib, io, json, sys, traceback
+import re
 sys.modules.update(dict.fromkeys(("numba", "pytorch_lightning", "transformers")))
 for line in sys.stdin:
     said, error = io.StringIO(), None
@@ -177,7 +178,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
     def save(figure: Figure, path: str | Path, **options: Any) -> None:
         savefig(figure, path, **options)
         assert imread(path)[..., :3].std() > 0.01
-        figures[Path(path).name] = figure
+        # It is written beside its place.
+        figures[re.sub(r"\.\d+\.part$", "", Path(path).name)] = figure
 
     monkeypatch.setattr(Figure, "savefig", save)
     return figures

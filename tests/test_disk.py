@@ -14,6 +14,7 @@ from torch import nn
 
 import nni_topo
 from nni_topo import disk, zoo
+from nni_topo.cli import main, studies
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network import LatencyTable, LayerLatency
 from nni_topo.runs.records import append_record
@@ -157,3 +158,40 @@ def test_everything_is_written_by_disk():
             if words.search(line) and path.name != "disk.py" and not is_ours:
                 found.append(f"{path.name}: {line.strip()}")
     assert not found
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+VERBS: dict[str, list[str]] = {
+    "shrink": ["shrink", "--model", "small_cnn", "--data", "digits", "--out"],
+    "prune": ["prune", "--config", str(CONFIGS / "prune_l1.yaml"), "--model", "small_cnn", "--data", "digits", "--out"],
+    "compare": ["compare", "--model", "small_cnn", "--data", "digits", "--out"],
+    "demo": ["demo", "--out"],
+    **{name: ["analyze", name, "--model", "small_cnn", "--out"] for name in studies()},
+    "experiment run": ["experiment", "run", str(CONFIGS / "experiments" / "tpe_ratios.yml"), "--out"],
+    "experiment export": ["experiment", "export", "--out"],
+}
+
+
+VERBS["compression"][-1:-1] = ["--input-size", "1", "8", "8"]
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "pipe", "/proc/none"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_looks_at_its_output_folder_before_it_works(verb, place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    assert main([*VERBS[verb], str(tmp_path / place)]) == 2
+    assert "an output folder must be a folder that can be written to" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_report_looks_at_its_picture_first(tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    for place, message in (
+        (os.devnull, "got a device"),
+        ("runs", "got a folder"),
+        ("no/a.png", "must lie in a folder"),
+    ):
+        assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / place)]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert not list((tmp_path / "runs").iterdir())

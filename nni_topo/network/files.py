@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -333,6 +334,78 @@ def _check_fit(document: dict[str, Any], model: torch.nn.Module, place: str) -> 
         fits = len(small) == len(full) and all(a <= b for a, b in zip(small, full, strict=True))
         if small != full and not (fits and (name.rpartition(".")[0] in resizable or can_follow(tensor))):
             raise ConfigError(f"{rule}, got shape {small} where the model has {full} ({name}, {place})")
+    for name, description in stored.items():
+        _check_sizes(modules[name], description["sizes"], document, name, place)
+
+
+def _check_sizes(
+    module: torch.nn.Module, sizes: dict[str, Any], document: dict[str, Any], name: str, place: str
+) -> None:
+    """Raise unless a recipe's sizes are at most those of the unpruned module and are those of the file's tensors."""
+    known = describe(module)["sizes"]
+    for key, size in sizes.items():
+        if key == "counted":
+            continue
+        new, old = (each if isinstance(each, list) else [each] for each in (size, known.get(key, size)))
+        if len(new) != len(old) or any(one > whole or one < min(whole, 1) for one, whole in zip(new, old, strict=True)):
+            raise ConfigError(
+                "a dense model must be loaded into the model it was pruned from, got "
+                f"{key} {size} where the model has {known.get(key)} ({name}, {place})"
+            )
+    tensors = {**document["state_dict"], **document["buffers"]}
+    stated, whole_stated = _stated(module, sizes), _stated(module, known)
+    for own, shape in stated.items():
+        # A class of one's own may hold its tensors in another way, which the model shows.
+        mine, tensor = getattr(module, own, None), tensors.get(f"{name}.{own}".lstrip("."))
+        is_usual = isinstance(mine, torch.Tensor) and mine.shape[: len(shape)] == whole_stated[own]
+        if is_usual and tensor is not None and tensor.shape[: len(shape)] != shape:
+            got = f"{sizes} for a {own} of shape {tuple(tensor.shape)}"
+            raise DataError(f"a recipe's sizes must be those of its tensors, got {got} ({name}, {place})")
+    if "counted" in sizes:
+        least, most = _counts(module, tensors.get(f"{name}.taps".lstrip(".")))
+        if not least <= sizes["counted"] <= most:
+            rule = f"a recipe must count {least} channels" + ("" if least == most else " or more")
+            raise DataError(f"{rule}, got {sizes['counted']} ({name}, {place})")
+
+
+def _stated(module: Any, sizes: dict[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Return by name how the shapes of a module's tensors begin if it has these sizes; NaN where none can."""
+    if isinstance(module, torch.nn.modules.conv._ConvNd):
+        groups = sizes["groups"]
+        if module.transposed:
+            return {"weight": (sizes["in_channels"], sizes["out_channels"] / groups)}
+        # Inputs and outputs are dealt out to the groups alike.
+        return {"weight": (sizes["out_channels"] // groups * groups, sizes["in_channels"] / groups)}
+    if isinstance(module, torch.nn.Linear):
+        return {"weight": (sizes["out_features"], sizes["in_features"])}
+    if isinstance(module, torch.nn.modules.batchnorm._NormBase):
+        return dict.fromkeys(("weight", "running_mean"), (sizes["num_features"],))
+    if isinstance(module, torch.nn.GroupNorm):
+        fits = sizes["num_channels"] % sizes["num_groups"] == 0
+        return {"weight": (sizes["num_channels"] if fits else math.nan,)}
+    if isinstance(module, torch.nn.RNNBase):
+        gates = len(module.weight_hh_l0) // module.hidden_size
+        return {"weight_ih_l0": (gates * sizes["hidden_size"], sizes["input_size"])}
+    if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
+        return {"weight": tuple(sizes["normalized_shape"])}
+    if isinstance(module, torch.nn.Embedding):
+        return {"weight": (sizes["num_embeddings"], sizes["embedding_dim"])}
+    if isinstance(module, torch.nn.PReLU):
+        return {"weight": (sizes["num_parameters"],)}
+    return {}
+
+
+def _counts(module: Any, taps: torch.Tensor | None) -> tuple[int, float]:
+    """Return the fewest and the most channels that a module cut from this one may count: all that there were."""
+    if hasattr(module, "counted"):
+        return module.counted, module.counted
+    if isinstance(module, torch.nn.Conv1d):  # it goes along channels, whose number the layer doesn't know
+        return (1 if taps is None else len(taps)), math.inf
+    if isinstance(module, torch.nn.GroupNorm):
+        return (module.num_channels // module.num_groups,) * 2
+    if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
+        return (module.normalized_shape[0],) * 2
+    return (next(module.parameters()).numel(),) * 2
 
 
 def _checked(description: Any, name: str, place: str) -> tuple[str, dict[str, Any]]:
@@ -380,8 +453,11 @@ def _resize_heads(model: torch.nn.Module, attention: Attention, size: Any, place
 
 
 def _resize(module: torch.nn.Module, sizes: dict[str, Any]) -> None:
-    if "counted" in sizes:
-        (count_channels if isinstance(module, torch.nn.Conv1d) else count)(module, sizes["counted"])
+    if "counted" in sizes and isinstance(module, torch.nn.Conv1d):
+        count_channels(module, 1)  # the file holds where the channels left are
+        module.counted = sizes["counted"]
+    elif "counted" in sizes:
+        count(module, sizes["counted"])
     for name in size_names(module):
         size = sizes[name]
         setattr(module, name, tuple(size) if isinstance(size, list) else size)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from tied_nets import LanguageModel, Rotation, TiedConvolutions, untied
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError, SpeedupError
-from nni_topo.network.files import load, save
+from nni_topo.network.along import cut_along
+from nni_topo.network.counted import count
+from nni_topo.network.files import describe, load, save, size_names
 from nni_topo.speedup import to_dense
 
 
@@ -310,6 +313,57 @@ def test_another_recipe_is_refused(tmp_path, change, message):
     with_recipe(tmp_path / "dense.safetensors", change)
     with pytest.raises(DataError, match=message):
         load(tmp_path / "dense.safetensors", make)
+
+
+class Everything(nn.Module):
+    """One module of each kind that a recipe has sizes of, some of them cut already."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = make()
+        self.units = nn.GRU(4, 3)
+        self.words = nn.Embedding(5, 4)
+        self.root = nn.RMSNorm(4)
+        self.shuffle = nn.PixelShuffle(2)
+        self.along = nn.Conv1d(2, 2, 3, padding=1)
+        cut_along(self.along, torch.tensor([0, 2, 3]), 4)
+        self.mean = nn.LayerNorm(4)
+        count(self.mean, 4)
+
+
+SIZES = [
+    (name, key)
+    for name, module in Everything().named_modules()
+    for key in (describe(module)["sizes"] if size_names(module) else ())
+]
+
+
+@pytest.mark.parametrize("value", [0, 10**12, 10**30, "one more"])
+@pytest.mark.parametrize(("name", "key"), SIZES)
+def test_sizes_that_are_not_those_of_the_tensors_are_refused(tmp_path, name, key, value):
+    path = tmp_path / "dense.safetensors"
+    save(Everything(), path)
+    load(path, Everything)
+    with safe_open(path, "pt") as file:
+        recipe = json.loads(file.metadata()["nni_topo"])
+        tensors = {each: file.get_tensor(each) for each in file.keys()}  # noqa: SIM118 - it is no mapping
+    sizes = recipe["modules"][name]["sizes"]
+    size = sizes[key][0] if isinstance(sizes[key], list) else sizes[key]
+    new = size + 1 if value == "one more" else value
+    sizes[key] = [new] if isinstance(sizes[key], list) else new
+    save_file(tensors, path, {"nni_topo": json.dumps(recipe)})
+    with pytest.raises((ConfigError, DataError), match=rf"got .*{re.escape(name)}.*dense\.safetensors"):
+        load(path, Everything)
+
+
+@pytest.mark.parametrize(("name", "key", "value"), [("body.0", "out_channels", 5), ("body.5", "groups", 1)])
+def test_sizes_that_are_smaller_than_the_tensors_are_refused(tmp_path, name, key, value):
+    save(Everything(), tmp_path / "dense.pt")
+    document = torch.load(tmp_path / "dense.pt", weights_only=True)
+    document["modules"][name]["sizes"][key] = value
+    torch.save(document, tmp_path / "dense.pt")
+    with pytest.raises(DataError, match=rf"sizes must be those of its tensors, got .*{value}.* \({name}"):
+        load(tmp_path / "dense.pt", Everything)
 
 
 def test_safetensors_of_others_are_refused_and_ours_are_read_by_others(tmp_path):

@@ -183,7 +183,11 @@ def _registered(experiment_id: str | None) -> dict[str, Any]:
 def _stopped_config(experiment_id: str | None) -> ExperimentConfig:
     entry = _registered(experiment_id)
     if entry["status"] != "STOPPED":
-        raise ConfigError(f"an experiment must have ended to be resumed, got {entry['status']} ({experiment_id})")
+        # A run that was killed leaves its manager, and the trials go on.
+        raise ConfigError(
+            f"an experiment must have ended to be resumed, got {entry['status']}: `nnictl stop {experiment_id}` ends "
+            f"it ({experiment_id})"
+        )
     return _written_config(entry["id"])
 
 
