@@ -384,7 +384,7 @@ def _stated(module: Any, sizes: dict[str, Any]) -> dict[str, tuple[float, ...]]:
         fits = sizes["num_channels"] % sizes["num_groups"] == 0
         return {"weight": (sizes["num_channels"] if fits else math.nan,)}
     if isinstance(module, torch.nn.RNNBase):
-        gates = len(module.weight_hh_l0) // module.hidden_size
+        gates = module.get_parameter("weight_hh_l0").shape[0] // module.hidden_size
         return {"weight_ih_l0": (gates * sizes["hidden_size"], sizes["input_size"])}
     if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
         return {"weight": tuple(sizes["normalized_shape"])}
