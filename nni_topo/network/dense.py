@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from nni_topo.network.advice import way_forward
 from nni_topo.network.attention import tell_config
 from nni_topo.network.carriers import Brought, brought, carry
 from nni_topo.network.constants import absorb, constants_read
+from nni_topo.network.constructors import sizes_shown, stale_numbers
 from nni_topo.network.engine import DenseSpeedup, kept_outputs
 from nni_topo.network.head_sizes import narrowed
 from nni_topo.network.inputs import call_arguments
@@ -26,8 +28,10 @@ from nni_topo.network.report import DenseReport, dense_report
 from nni_topo.network.resolve import Resolved, resolve, warn_of_kept
 from nni_topo.network.transformers import fast_paths_off
 from nni_topo.network.untouched import leaves_models_alone, left_alone
-from nni_topo.network.written import put_sizes
+from nni_topo.network.written import number_at, put_sizes
 from nni_topo.sharing import find_ties, tie_again, untie
+
+_logger = logging.getLogger(__name__)
 
 
 @leaves_models_alone
@@ -75,7 +79,9 @@ def to_dense(
     -------
     torch.nn.Module
         A new model of the same class with fewer channels, in the mode of ``model``, module by module. Attributes that
-        only count channels, as the size of a split, count those that are left. Layers that
+        only count channels, as the size of a split, count those that are left where the forward reads them so, or the
+        constructors give a layer the same number; others that hold what was a layer's number of channels stay, and are
+        named in ``report.stale`` and a warning. Layers that
         share a weight or buffer still do where the same of it is kept. Its ``report`` is a `DenseReport` of the
         channels of every layer before and after, and why some stay although they are masked; a model with a
         ``report`` of its own keeps that.
@@ -145,12 +151,27 @@ def to_dense(
 
 def _report(model: torch.nn.Module, dense: torch.nn.Module, masks: FullMasks, resolved: Resolved, checked: str) -> None:
     """Give a dense model its report, and warn of channels that it keeps for another reason than rounding."""
-    report = dataclasses.replace(dense_report(model, dense, masks, resolved.reasons), checked=checked)
+    report = dense_report(model, dense, masks, resolved.reasons, stale_numbers(model, dense))
+    report = dataclasses.replace(report, checked=checked)
+    if report.stale:
+        named = ", ".join(f"{name} {number}" for name, number in report.stale.items())
+        _logger.warning(
+            "attributes that hold what was a layer's number of channels stay as they are, for nothing shows what they "
+            "count: %s", named,
+        )  # fmt: skip
     others = {row.name: f"{row.kept} of {row.before} ({row.reason})" for row in report.kept}
     silent = {name for name, reason in resolved.reasons.items() if reason and name not in resolved.kept}
     warn_of_kept({name: resolved.kept.get(name, text) for name, text in others.items() if name not in silent})
     if isinstance(getattr(dense, "report", report), DenseReport):
         dense.report = report  # type: ignore[assignment]
+
+
+def _count_anew(original: torch.nn.Module, dense: torch.nn.Module) -> None:
+    """Let attributes that nobody reads while the model runs count the channels that are left, where it is known how."""
+    known = {place: size for place, size in sizes_shown(original, dense).items() if size != number_at(original, place)}
+    put_sizes(
+        dense, {place: size for place, size in known.items() if number_at(dense, place) == number_at(original, place)}
+    )
 
 
 def _build(
@@ -188,6 +209,7 @@ def _build(
     DenseSpeedup(dense, flow, resolved.left, replacers).speedup_model()
     put_sizes(dense, flow.sizes_left(resolved.left))
     dense = narrowed(dense, flow, resolved.masks, resolved.left, network.call)
+    _count_anew(original, dense)
     tie_again(dense, ties)
     tell_config(dense, original)
     for name, module in network.model.named_modules():

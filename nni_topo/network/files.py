@@ -33,7 +33,7 @@ from nni_topo.network.labels import can_follow
 from nni_topo.network.layers import weight_of
 from nni_topo.network.masks import check_unwrapped
 from nni_topo.network.untouched import leaves_models_alone
-from nni_topo.network.written import Place, put_sizes, sizes_of
+from nni_topo.network.written import Place, places_of, put_sizes, sizes_of
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
 _FORMAT = "nni-topo dense model"
@@ -181,7 +181,7 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
                 tensor.data = stored[name].to(tensor.device, copy=True)
     for name, attention in whole.items():
         _resize_heads(built, attention, document["head_sizes"].get(name, attention.head_size), os.fspath(path))
-    put_sizes(built, _smaller(document["numbers"], sizes_of(built), os.fspath(path)))
+    put_sizes(built, _smaller(document["numbers"], built, os.fspath(path)))
     tie_again(built, [part for names in ties for part in _shared(names, stored)])
     _check_values(document.get("fingerprints", {}), stored, built, os.fspath(path))
     return built
@@ -418,17 +418,23 @@ def _checked(description: Any, name: str, place: str) -> tuple[str, dict[str, An
     raise DataError(f"a recipe must give a module's type and whole sizes, got {description!r:.80} ({name}, {place})")
 
 
-def _smaller(stored: dict[str, Any], known: dict[str, Any], place: str) -> dict[Place, int]:
+def _by_keys(value: Any) -> dict[str, Any]:
+    """List numbers by the keys that lead to them, as `places_of` has them."""
+    if isinstance(value, dict):
+        return value
+    return {str(at): each for at, each in enumerate(value)} if isinstance(value, list) else {"": value}
+
+
+def _smaller(stored: dict[str, Any], model: torch.nn.Module, place: str) -> dict[Place, int]:
     """List the numbers in attributes that are smaller than in the unpruned model; the others say no size."""
     found: dict[Place, int] = {}
+    known, places = sizes_of(model), places_of(model)
     for name, value in stored.items():
-        module, _, key = name.rpartition(".")
-        pair = [each if type(each) is list else [each] for each in (value, known.get(name, []))]
-        if any(type(each) is not int for each in pair[0]):
+        new, old = _by_keys(value), _by_keys(known.get(name, []))
+        if any(type(each) is not int for each in new.values()):
             raise DataError(f"a recipe must hold whole numbers, got {value!r:.80} ({name}, {place})")
-        if type(value) is type(known.get(name)) and len(pair[0]) == len(pair[1]):
-            sizes = [(at, new) for at, (new, old) in enumerate(zip(*pair, strict=True)) if 0 < new < old]
-            found |= {(module, key, at if type(value) is list else None): new for at, new in sizes}
+        if type(value) is type(known.get(name)) and new.keys() == old.keys():
+            found |= {places[name][keys]: size for keys, size in new.items() if 0 < size < old[keys]}
     return found
 
 

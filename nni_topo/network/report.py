@@ -59,6 +59,9 @@ class DenseReport:
         Convolutions, linear layers and embeddings, and masked norms, in the order of the model.
     checked : str, default=""
         On what inputs the dense model was found to compute what the masked one does; empty if that wasn't compared.
+    stale : mapping of str to int, default={}
+        Attributes, by name, that hold what was the number of channels of a layer that lost some, and the number; they
+        may count something else.
 
     Examples
     --------
@@ -70,6 +73,7 @@ class DenseReport:
 
     rows: tuple[LayerReport, ...]
     checked: str = ""
+    stale: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def kept(self) -> tuple[LayerReport, ...]:
@@ -82,11 +86,17 @@ class DenseReport:
         for row in self.rows:
             why = f"  {row.kept}: {row.reason}" if row.kept else ""
             lines.append(f"{row.name:{width}}  {row.before:8}  {row.asked:5}  {row.after:5}{why}")
+        if self.stale:
+            lines.append("as before: " + ", ".join(f"{name} {number}" for name, number in self.stale.items()))
         return "\n".join(lines)
 
 
 def dense_report(
-    model: torch.nn.Module, dense: torch.nn.Module, masks: FullMasks, reasons: Mapping[str, str]
+    model: torch.nn.Module,
+    dense: torch.nn.Module,
+    masks: FullMasks,
+    reasons: Mapping[str, str],
+    stale: Mapping[str, int],
 ) -> DenseReport:
     """Compare a model with its dense one: a row for each layer that makes channels, and for each masked norm."""
     rows = []
@@ -100,7 +110,7 @@ def dense_report(
         otherwise = why_not_followed(model, name) if is_layer else norm
         reason = (reasons.get(name) or otherwise) if after > asked else ""
         rows.append(LayerReport(name, before, asked, after, reason))
-    return DenseReport(tuple(rows))
+    return DenseReport(tuple(rows), stale=stale)
 
 
 def _channels(module: torch.nn.Module) -> int | None:

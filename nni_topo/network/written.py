@@ -7,7 +7,7 @@ attribute sees a number that knows where it comes from, so that the graph says w
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,12 @@ from torch.overrides import TorchFunctionMode
 
 from nni_topo.network.labels import plain_name
 
-Place = tuple[str, str, int | None]
-"""A module, its attribute, and where in it the number is if that holds several."""
+Place = tuple[str, str, tuple[int | str, ...]]
+"""A module, its attribute, and the keys that lead to a number in it where that is a list or a dict."""
+
+_MANY = 1000  # numbers that an attribute may hold
+_DEEP = 4  # lists and dicts within one another
+_TABLES = frozenset(vars(nn.Module()))  # PyTorch's own
 
 
 class Written(int):
@@ -68,12 +72,39 @@ def _written(value: int, place: Place, parts: int, others: set[Place]) -> Writte
     return made
 
 
+def numbers_in(value: Any) -> dict[tuple[int | str, ...], int] | None:
+    """List the integers in a value by the keys that lead to them: itself, or a list, tuple or dict of plain values.
+
+    None where it holds anything else, as tensors, no integer, or very many.
+    """
+    found: dict[tuple[int | str, ...], int] = {}
+
+    def is_plain(each: Any, path: tuple[int | str, ...]) -> bool:
+        if type(each) is int:
+            found[path] = each
+        elif type(each) in (list, tuple, dict):
+            inside = each.items() if type(each) is dict else enumerate(each)
+            fits = len(path) < _DEEP and len(each) <= _MANY
+            return fits and all(type(key) in (int, str) and is_plain(one, (*path, key)) for key, one in inside)
+        return isinstance(each, (int, str, float, type(None)))
+
+    return found if is_plain(value, ()) and 0 < len(found) <= _MANY else None
+
+
+def with_numbers(value: Any, numbers: Mapping[tuple[int | str, ...], int], path: tuple[int | str, ...] = ()) -> Any:
+    """Put integers in place of those in a value, by the keys that lead to them; lists and dicts are new ones."""
+    if type(value) in (list, tuple):
+        return type(value)(with_numbers(each, numbers, (*path, at)) for at, each in enumerate(value))
+    if type(value) is dict:
+        return {key: with_numbers(each, numbers, (*path, key)) for key, each in value.items()}
+    return numbers.get(path, value)
+
+
 def whole_numbers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
-    """List a model's own modules and attributes that are an integer, or a tuple or list of them: with name and key."""
+    """List a model's own modules and attributes that hold integers, see `numbers_in`: with name and key."""
     for name, module in model.named_modules():
         for key, value in () if type(module).__module__.startswith("torch.nn.") else list(vars(module).items()):
-            several = type(value) in (tuple, list) and bool(value) and all(type(each) is int for each in value)
-            if type(value) is int or several:
+            if key not in _TABLES and numbers_in(value) is not None:
                 yield module, name, key, value
 
 
@@ -82,11 +113,9 @@ def trace_written(model: nn.Module, trace: Callable[[], Graph]) -> Graph:
     before, others = list(whole_numbers(model)), set[Place]()
     try:
         for module, name, key, value in before:
-            if isinstance(value, int):
-                vars(module)[key] = _written(value, (name, key, None), 1, others) if value > 1 else value
-            else:
-                made = (_written(n, (name, key, at), 1, others) if n > 1 else n for at, n in enumerate(value))
-                vars(module)[key] = type(value)(made)
+            found = numbers_in(value) or {}
+            made = {path: _written(each, (name, key, path), 1, others) for path, each in found.items() if each > 1}
+            vars(module)[key] = with_numbers(value, made)
         with _Noting(others):
             graph = trace()
     finally:
@@ -184,19 +213,38 @@ def _along(numbers: Any, dim: Any, size: int | None = None) -> np.ndarray | None
 
 
 def sizes_of(model: nn.Module) -> dict[str, Any]:
-    """List the numbers that attributes of a model's own modules hold, by full name: int or list of int."""
+    """List the numbers that attributes of a model's own modules hold, by full name: int or list of int.
+
+    Of a dict, or of lists within lists, it is a dict of int by the keys that lead to each, joined by slashes.
+    """
+    sizes: dict[str, Any] = {}
+    for _, name, key, value in whole_numbers(model):
+        found = numbers_in(value) or {}
+        is_flat = type(value) is int or (type(value) in (list, tuple) and len(found) == len(value))
+        nested = {"/".join(map(str, path)): each for path, each in found.items()}
+        sizes[f"{name}.{key}".lstrip(".")] = (value if type(value) is int else list(value)) if is_flat else nested
+    return sizes
+
+
+def places_of(model: nn.Module) -> dict[str, dict[str, Place]]:
+    """List where the numbers of `sizes_of` are: by full name, by the keys that lead to each, joined by slashes."""
     return {
-        f"{name}.{key}".lstrip("."): list(value) if isinstance(value, tuple) else value
+        f"{name}.{key}".lstrip("."): {"/".join(map(str, path)): (name, key, path) for path in numbers_in(value) or {}}
         for _, name, key, value in whole_numbers(model)
     }
 
 
+def number_at(model: nn.Module, place: Place) -> int | None:
+    """Return the number at a place of a model's attributes, None where there is none."""
+    name, key, path = place
+    return (numbers_in(getattr(model.get_submodule(name), key, None)) or {}).get(path)
+
+
 def put_sizes(model: nn.Module, sizes: dict[Place, int]) -> None:
     """Write sizes into a model's attributes."""
-    for (name, key, at), size in sizes.items():
+    for (name, key, path), size in sizes.items():
         module = model.get_submodule(name)
-        old = getattr(module, key)
-        setattr(module, key, size if at is None else type(old)((*old[:at], size, *old[at + 1 :])))
+        setattr(module, key, with_numbers(getattr(module, key), {path: size}))
 
 
 def resized(given: Any, sizes: dict[Place, int]) -> Any:
