@@ -27,6 +27,7 @@ from nni_topo.network import (  # noqa: E402
     to_dense,
     zeros_held,
 )
+from nni_topo.network.calibration import Calibration  # noqa: E402
 from nni_topo.pruners import testing  # noqa: E402
 from nni_topo.pruners.base import StructuredPruner  # noqa: E402
 from nni_topo.pruners.budget import Budget  # noqa: E402
@@ -83,6 +84,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "Budget",
+    "Calibration",
     "Chirp",
     "ClusterPruner",
     "DependencyGroups",

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.inputs import bind_arguments, calls, fitting, real_positions_of, repeatable
+from nni_topo.network.calibration import Calibration
+from nni_topo.network.inputs import bind_arguments, calls, fitting, name_of, real_positions_of
 from nni_topo.network.layers import feature_dimension
 from nni_topo.network.modes import detached_copy, evaluation_mode
 from nni_topo.network.progress import bar
@@ -76,7 +77,7 @@ def inputs_seen(model: nn.Module, work: Callable[[], Any]) -> list[Any]:
     def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = bind_arguments(model, (args, kwargs)) if kwargs else args
         # A batch's first entry is what the model takes: several arguments mustn't look like inputs and targets.
-        seen.append((tree_map_only(Tensor, lambda leaf: leaf.detach(), inputs),))
+        seen.append((tree_map_only(Tensor, lambda leaf: leaf.detach().clone(), inputs),))
 
     with called(model, record):
         work()
@@ -85,15 +86,15 @@ def inputs_seen(model: nn.Module, work: Callable[[], Any]) -> list[Any]:
     return seen
 
 
-def batches_of(calibration: Iterable[Any] | Evaluator, model: nn.Module, knob: str = "calibration") -> Iterable[Any]:
-    """Return calibration batches that can be read more than once; of an evaluator, those it evaluates the model on."""
+def batches_of(calibration: Iterable[Any] | Evaluator, model: nn.Module, knob: str = "calibration") -> Calibration:
+    """Return batches that are read once and kept; of an evaluator, those it evaluates the model on."""
     if calibration is None:
         raise ConfigError(
             f"{knob} must be an iterable of batches, got None: without data, nni_topo.synthetic_images(model, "
             f"example_inputs) makes some from the model alone ({knob})"
         )
     if not isinstance(calibration, Evaluator):
-        return repeatable(calibration, knob)
+        return Calibration.of(calibration, knob)
     if getattr(calibration, "model", None) is not None:
         raise ConfigError(f"an evaluator that serves as {knob} must be free, got one at work ({knob})")
     # A copy of either: an evaluator that no pruner had yet must stay one that the next pruner can take.
@@ -103,7 +104,7 @@ def batches_of(calibration: Iterable[Any] | Evaluator, model: nn.Module, knob: s
     evaluator.bind_model(evaluated)
     try:
         with evaluation_mode(evaluated), torch.no_grad():
-            return inputs_seen(evaluated, evaluator.evaluate)
+            return Calibration(inputs_seen(evaluated, evaluator.evaluate), name=knob)
     finally:
         evaluator.unbind_model()
 
@@ -112,7 +113,7 @@ def run(model: nn.Module, calibration: Iterable[Any]) -> None:
     """Run a model over calibration batches, in evaluation mode and without gradients."""
     with left_alone(model), evaluation_mode(model), torch.no_grad(), padding_known(model):
         for index, (args, kwargs) in enumerate(bar("calibration", None, calls(model, calibration))):
-            with fitting(index):
+            with fitting(index, name_of(calibration)):
                 model(*args, **kwargs)
 
 

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from nni_topo.disk import check_output_file, output_folder, path_of, whole_file
 from nni_topo.errors import ConfigError, ExportError, unknown_name
-from nni_topo.network.inputs import Call, batch_size, call_arguments, calls, check_fits, repeatable, tensors_of
+from nni_topo.network.calibration import Calibration
+from nni_topo.network.inputs import Call, batch_size, call_arguments, calls, check_fits, tensors_of
 from nni_topo.network.masks import check_model
 from nni_topo.network.untouched import leaves_models_alone
 
@@ -45,8 +46,8 @@ class Exported:
         Largest difference of the float file's outputs from the network's, at two batch sizes, as a share of the
         largest output.
     int8_distance : float
-        Mean squared distance of the INT8 file's outputs from the network's over the calibration batches, as a share of
-        their variance; NaN without INT8.
+        Mean squared distance of the INT8 file's outputs from the network's, as a share of their variance, on every
+        eighth sample, from which no range was taken; on all where there are fewer than eight. NaN without INT8.
     """
 
     path: Path
@@ -112,7 +113,7 @@ def export(
         raise unknown_name("format", str(format), get_args(Format))
     if int8 is not None and format != "onnx":
         raise ConfigError(f"INT8 must be exported as onnx, got format {format!r} (int8)")
-    images = None if int8 is None else repeatable(int8)
+    images = None if int8 is None else Calibration.of(int8, "int8")
     if format == "onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):
             _package(name)
@@ -142,8 +143,9 @@ def export(
             session = _session(part)
             error = _check(net, call, lambda one: _run(session, one))
             if images is not None:
-                _quantize(part, session, list(calls(net, images)))
-                distance = _distance(net, _session(part), calls(net, images))
+                learned, held_out = images.split()
+                _quantize(part, session, list(calls(net, learned)))
+                distance = _distance(net, _session(part), calls(net, held_out or learned))
     return Exported(path, path.stat().st_size, error, distance)
 
 

@@ -11,7 +11,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
@@ -34,7 +33,7 @@ PADDING = {"attention_mask": True, "key_padding_mask": False, "src_key_padding_m
 
 
 def call_arguments(example_inputs: Any, model: torch.nn.Module | None = None) -> Call:
-    """Split inputs, batch first, into positional and keyword arguments, on the model's device if one is given."""
+    """Split inputs, batch first, into positional and keyword arguments; copies on a model's device if one is given."""
     if isinstance(example_inputs, Mapping):
         call: Call = ((), dict(example_inputs))
     elif isinstance(example_inputs, (tuple, list)):
@@ -46,12 +45,17 @@ def call_arguments(example_inputs: Any, model: torch.nn.Module | None = None) ->
             "example_inputs must be a tensor, a tuple of arguments or a dict of keyword arguments "
             f"with a tensor in it, got {type(example_inputs).__name__}"
         )
-    return call if model is None else on_device(call, device_of(model))
+    return call if model is None else copied(call, device_of(model))
 
 
 def on_device(tree: Any, device: torch.device) -> Any:
     """Move the tensors of nested containers to a device."""
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), tree)
+
+
+def copied(tree: Any, device: torch.device) -> Any:
+    """Copy the tensors of nested containers to a device, without their gradients."""
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().to(device, copy=True), tree)
 
 
 def bind_arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:
@@ -154,22 +158,6 @@ def cast_floats(call: Call, dtype: torch.dtype) -> Call:
     return cast
 
 
-def checked_calibration(calibration: Iterable[Any] | None) -> Iterable[Any] | None:
-    """Return a knob's calibration data, if there are any, so that they can be read more than once."""
-    return None if calibration is None else repeatable(calibration)
-
-
-def repeatable(calibration: Iterable[Any], knob: str = "calibration") -> Iterable[Any]:
-    """Return batches that can be read more than once; a ConfigError if they are no iterable of batches."""
-    if isinstance(calibration, (Tensor, np.ndarray)):
-        kind = "tensor" if isinstance(calibration, Tensor) else "array"
-        got = f"one {kind} of shape {tuple(calibration.shape)}"
-        raise ConfigError(f"{knob} must be an iterable of batches, e.g. a list of tensors, got {got} ({knob})")
-    if isinstance(calibration, (str, bytes, Mapping)) or not isinstance(calibration, Iterable):
-        raise ConfigError(f"{knob} must be an iterable of batches, got {type(calibration).__name__} ({knob})")
-    return list(calibration) if isinstance(calibration, Iterator) else calibration
-
-
 @dataclass
 class _Share:
     """How many samples may run together, None: all; and how many did at most."""
@@ -245,54 +233,108 @@ def taken(call: Any, index: Tensor) -> Any:
     )
 
 
+def inputs_of(batch: Any, index: int = 0, name: str = "calibration") -> Any:
+    """Return the inputs of a batch: a tensor, a dict of keyword arguments or a tuple of positional ones.
+
+    This is the one rule of what a batch may be, see :class:`nni_topo.Calibration`.
+    """
+    if isinstance(batch, (tuple, list)):
+        if not batch:
+            raise DataError(f"a {name} batch must hold an input, got an empty one (batch {index})")
+        batch = batch[0]
+    inputs = dict(batch) if isinstance(batch, Mapping) else batch
+    if not tensors_of(inputs):
+        raise ConfigError(
+            f"the input of a {name} batch must be a tensor, or a tuple or mapping with a tensor in it, got "
+            f"{type(inputs).__name__} (batch {index})"
+        )
+    return inputs
+
+
+def check_inputs(batch: Any, index: int, name: str) -> None:
+    """Raise DataError unless all tensors among a batch's inputs have values, finite ones where they float."""
+    for tensor in tensors_of(inputs_of(batch, index, name)):
+        if tensor.numel() == 0:
+            raise DataError(f"a {name} batch must hold inputs, got an empty one (batch {index})")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            kind = "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+            raise DataError(f"{name} inputs must be dense tensors with values, got a {kind} tensor (batch {index})")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise DataError(f"{name} inputs must be finite, got NaN or infinity (batch {index})")
+
+
 def calls(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Call]:
-    """Yield the arguments that calibration batches stand for, on a model's device."""
-    # A batch is an input, or a tuple or list whose first entry is the input, e.g. (images, labels). An input is a
-    # tensor; or a mapping, of keyword arguments; or, within such a batch, a tuple of positional ones.
+    """Yield the arguments that calibration batches stand for, copies on a model's device; DataError if they don't fit.
+
+    A model may change what enters it in place: copies keep the batches as they are.
+    """
+    name = name_of(calibration)
     count = 0
     for count, batch in enumerate(calibration, start=1):
-        if isinstance(batch, (tuple, list)) and not batch:
-            raise DataError(f"a calibration batch must hold an input, got an empty one (batch {count - 1})")
-        inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-        if not tensors_of(inputs):
-            raise ConfigError(
-                "the input of a calibration batch must be a tensor, or a tuple or mapping with a tensor in it, got "
-                f"{type(inputs).__name__} (batch {count - 1})"
-            )
-        for part in parts(call_arguments(inputs)):
-            yield on_device(part, device_of(model))
+        call = _bound(model, call_arguments(inputs_of(batch, count - 1, name)), batch, count - 1, name)
+        for part in parts(call):
+            yield copied(part, device_of(model))
     if count == 0:
-        raise DataError("calibration must hold at least one batch, got none (was a generator used twice?)")
+        raise DataError(f"{name} must hold at least one batch, got none (was a generator used twice?)")
+
+
+def _bound(model: nn.Module, call: Call, batch: Any, index: int, name: str) -> Call:
+    """Return a call without entries of a mapping that the model has no argument for; DataError if it doesn't fit."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # not written in Python
+        return call
+    args, kwargs = call
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values())
+    known = {key: value for key, value in kwargs.items() if takes_any or key in signature.parameters}
+    try:
+        signature.bind(*args, **(known or kwargs))
+    except TypeError as error:
+        several = isinstance(batch, (tuple, list)) and len(batch) > 1
+        cure = f"; {_SEVERAL}" if several else ""
+        raise DataError(f"{name} must fit the model, got TypeError: {error}{cure} (batch {index})") from error
+    return args, known
+
+
+_SEVERAL = (
+    "of a batch that is a tuple or list, the first entry is the input and the others are targets: hand several inputs "
+    "on as ((images, vectors),) or as {'images': images, 'vectors': vectors}"
+)
 
 
 def first_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
     """Return the arguments that the first batch stands for, tried out."""
     call = next(calls(model, calibration))
-    check_fits(model, call)
+    check_fits(model, call, name_of(calibration))
     return call
 
 
 def structure_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
     """Return the arguments to follow a model's channels with: the first batch's, tried out, of two samples."""
-    return structure_of(model, next(calls(model, calibration)))
+    return structure_of(model, next(calls(model, calibration)), name_of(calibration))
 
 
-def structure_of(model: nn.Module, call: Call) -> Call:
+def name_of(calibration: Iterable[Any]) -> str:
+    """Return what messages call some batches."""
+    return getattr(calibration, "name", "calibration")
+
+
+def structure_of(model: nn.Module, call: Call, name: str = "calibration") -> Call:
     """Return a call's first two samples where the model takes them, else the call; DataError if it takes neither."""
     # To follow channels takes time and memory by sample.
     few: Call = taken(call, torch.arange(min(2, batch_size(call))))
     try:
-        check_fits(model, few)
+        check_fits(model, few, name)
     except DataError:
         # The model takes no other number of samples, or no fewer.
-        check_fits(model, call)
+        check_fits(model, call, name)
         return call
     return few
 
 
-def check_fits(model: nn.Module, call: Call) -> None:
+def check_fits(model: nn.Module, call: Call, name: str = "calibration") -> None:
     """Run a model on the first batch, in evaluation mode; a DataError if it can't take it."""
-    with fitting(0), left_alone(model), evaluation_mode(model), torch.no_grad():
+    with fitting(0, name), left_alone(model), evaluation_mode(model), torch.no_grad():
         model(*call[0], **call[1])
 
 

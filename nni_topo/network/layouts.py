@@ -13,21 +13,44 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nni_topo.network.capture import watched
+from nni_topo.network.inputs import out_of_memory
+from nni_topo.network.modes import evaluation_mode
 
 _FEW = 16  # channels that a vector register holds, at most
 
 
-def lay_out(model: nn.Module) -> nn.Module:
-    """Let channels come last in a model's weights, in place, but of layers for which that isn't safe; return it."""
-    model.to(memory_format=torch.channels_last)
+def lay_out(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:
+    """Let channels come last in a model's weights, in place, but of layers for which that isn't safe; return it.
+
+    Where the model then doesn't run, as with a ``view`` of a feature map, channels stay first.
+    """
+    _put(model, torch.channels_last)
     for layer in _fragile(model):
         layer.weight.data = _channels_first(layer.weight.data)
+    try:
+        with evaluation_mode(model), inputs_laid_out(model), torch.no_grad():
+            model(*args, **kwargs)
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        lay_back(model)
     return model
+
+
+def lay_back(model: nn.Module) -> None:
+    """Let channels come first again, in place."""
+    _put(model, torch.contiguous_format)
+
+
+def _put(model: nn.Module, layout: torch.memory_format) -> None:
+    # Tensors of other dimensions, such as kernels of volumes, have no such layout.
+    model._apply(lambda tensor: tensor.to(memory_format=layout) if tensor.dim() == 4 else tensor)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.capture import watched
@@ -283,8 +284,10 @@ def _run(
             runner = copy.deepcopy(model).eval().double() if double else detached_copy(model, light=True).eval()
             looks = [(runner.get_submodule(name), partial(_record, name, record)) for name in kept]
             # Both draw the same numbers where a forward draws any.
+            # What a forward does in place to its inputs mustn't reach the other model.
+            args, kwargs = tree_map_only(torch.Tensor, torch.clone, call)
             with random_state_kept(), watched(leaving=looks):
-                outputs.append(tensors_of(runner(*call[0], **call[1])))
+                outputs.append(tensors_of(runner(*args, **kwargs)))
     return outputs[0], outputs[1], _first_difference(records[0], records[1], kept, rtol)
 
 

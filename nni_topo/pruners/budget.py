@@ -27,6 +27,7 @@ from nni_topo.errors import (
 )
 from nni_topo.network.cost import Kept, NetworkCost
 from nni_topo.network.dense import to_dense
+from nni_topo.network.inputs import inputs_of
 from nni_topo.network.latency import LatencyTable
 from nni_topo.network.measure import time_shares
 from nni_topo.network.modes import unwrapped_copy
@@ -299,7 +300,7 @@ def planned(
     if budget.allocation not in allocations:
         raise unknown_name("allocation of this pruner", budget.allocation, allocations)
     if example_inputs is None and calibration is not None:
-        example_inputs = next((b[0] if isinstance(b, (tuple, list)) else b for b in calibration), None)
+        example_inputs = next((inputs_of(batch) for batch in calibration), None)
     if example_inputs is None:
         raise ConfigError("a budget needs example_inputs or calibration data, got neither (budget)")
     return BudgetPlanner(budget, example_inputs, round_to=fallback.round_to)

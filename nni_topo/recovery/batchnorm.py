@@ -11,8 +11,9 @@ from nni.compression.utils import Evaluator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nni_topo.errors import DataError
 from nni_topo.network.capture import batches_of
-from nni_topo.network.inputs import calls, in_smaller_batches
+from nni_topo.network.inputs import calls, fitting, in_smaller_batches
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.untouched import leaves_models_alone, left_alone
 
@@ -40,7 +41,7 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evalua
     Raises
     ------
     DataError
-        If there is no batch.
+        If there is no batch, inputs or activations are NaN or infinite, or a batch doesn't fit the model.
 
     Notes
     -----
@@ -55,12 +56,16 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evalua
             norm.reset_running_stats()
             norm.momentum = None
             norm.train()
-        for call in calls(copied, batches):
-            copied(*call[0], **call[1])
+        for index, (args, kwargs) in enumerate(calls(copied, batches)):
+            with fitting(index, batches.name):
+                copied(*args, **kwargs)
         for norm in norms:
             measured[norm] = {name: value.clone() for name, value in norm.named_buffers(recurse=False)}
     # The statistics are all that stays of these passes.
+    names = {norm: name for name, norm in copied.named_modules()}
     for norm, values in measured.items():
         for name, value in values.items():
+            if not bool(torch.isfinite(value).all()):
+                raise DataError(f"activations must be finite, got NaN or infinity ({names[norm]})")
             getattr(norm, name).copy_(value)
     return copied

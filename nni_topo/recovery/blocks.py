@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.maths.least_squares.normal import NormalEquations, fit
+from nni_topo.network.calibration import Calibration
 from nni_topo.network.capture import batches_of, watched
 from nni_topo.network.depth import take_out, tell_depth
 from nni_topo.network.inputs import calls, first_call, fitting, real_positions_of, tensors_of
@@ -134,7 +135,7 @@ def _gaps(model: nn.Module, names: Sequence[str]) -> list[tuple[str, int, int]]:
     return gaps
 
 
-def _check_shapes(model: nn.Module, names: Sequence[str], batches: Iterable[Any]) -> None:
+def _check_shapes(model: nn.Module, names: Sequence[str], batches: Calibration) -> None:
     args, kwargs = first_call(model, batches)
     shapes: dict[str, tuple[Any, Any]] = {}
 
@@ -150,7 +151,7 @@ def _check_shapes(model: nn.Module, names: Sequence[str], batches: Iterable[Any]
             raise ConfigError(f"a block must put out what enters it, changed, got shapes {before} and {after} ({name})")
 
 
-def _writer(model: nn.Module, block: nn.Module, batches: Iterable[Any]) -> Any:
+def _writer(model: nn.Module, block: nn.Module, batches: Calibration) -> Any:
     """Return the last linear layer of a block if all that it puts out is added to what leaves the block, or None."""
     args, kwargs = first_call(model, batches)
     called: list[Any] = []
@@ -176,7 +177,7 @@ def _solved(
     result: nn.Module,
     block: nn.Module,
     writer: nn.Linear,
-    batches: Iterable[Any],
+    batches: Calibration,
     ridge: float | Literal["auto"],
 ) -> Any:
     """Solve for what a layer lacks so that its block in `result` gives what `wanted` does in the original."""
@@ -193,7 +194,7 @@ def _solved(
         watched([(writer, lambda entering: seen.update(entering=entering))], looks),
     ):
         for index, call in enumerate(calls(model, batches)):
-            with fitting(index):
+            with fitting(index, batches.name):
                 for net in (model, result):
                     net(*call[0], **call[1])
             held = (samples + torch.arange(len(seen["wanted"]))) % _HELD_OUT == _HELD_OUT - 1

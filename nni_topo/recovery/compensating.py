@@ -9,14 +9,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import torch
 from nni.compression.utils import Evaluator
 from torch import nn
 from torch.fx import Node
 
-from nni_topo.errors import ConfigError, DataError, check_integer, unknown_name
+from nni_topo.errors import ConfigError, check_integer, unknown_name
+from nni_topo.network.calibration import Calibration
 from nni_topo.network.capture import batches_of
-from nni_topo.network.inputs import Call, batch_size, calls, in_smaller_batches, structure_call, tensors_of
+from nni_topo.network.inputs import Call, batch_size, calls, in_smaller_batches, structure_call
 from nni_topo.network.masks import Masks, check_model
 from nni_topo.network.progress import bar
 from nni_topo.network.untouched import leaves_models_alone
@@ -114,8 +114,8 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
         NNI's masks, ``{module: {parameter: mask}}``, of any pruner. They aren't changed.
     calibration : iterable or nni.compression.utils.Evaluator
         Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. Of an evaluator, what it
-        evaluates on. 500 to 2,000 images are enough for small nets. A list or DataLoader is iterated again where values
-        don't fit into ``cache_bytes``; a generator is read into a list.
+        evaluates on. 500 to 2,000 images are enough for small nets. They are read once, see
+        :class:`nni_topo.Calibration`.
     method : str, default="reconstruct"
         ``"reconstruct"``: solve each layer behind removed channels anew, so that it meets the original's output, or the
         sum it goes into. ``"ahead"``: after that, solve the layers of each block for the original's values several
@@ -299,16 +299,9 @@ def _check_choices(method: str, ridge: Any, refine: Any, ahead: Any, pairs: Pair
         raise ConfigError(f"pairs and as_printed go with method 'pair', got method {method!r}")
 
 
-def survey(model: nn.Module, calibration: Iterable[Any]) -> tuple[tuple[int, ...], Call]:
-    """Count the images of each batch, check that they are finite, and return a call to follow the structure with."""
-    sizes: list[int] = []
-    for index, call in enumerate(calls(model, calibration)):
-        tensors = tensors_of(call)
-        if not tensors or any(tensor.numel() == 0 for tensor in tensors):
-            raise DataError(f"a calibration batch must hold inputs, got an empty one (batch {index})")
-        if any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors):
-            raise DataError(f"calibration inputs must be finite, got NaN or infinity (batch {index})")
-        sizes.append(batch_size(call))
+def survey(model: nn.Module, calibration: Calibration) -> tuple[tuple[int, ...], Call]:
+    """Count the images of each call that batches stand for, and return a call to follow the structure with."""
+    sizes = [batch_size(call) for call in calls(model, calibration)]
     return tuple(sizes), structure_call(model, calibration)
 
 
@@ -316,10 +309,5 @@ def _warn(report: CompensationReport) -> None:
     if report.left_alone:
         named = ", ".join(f"{name} ({reason})" for name, reason in report.left_alone.items())
         _logger.warning("layers behind removed channels that were left as they are: %s", named)
-    # A layer that is refined is there once a step.
-    few = {layer.layer: layer for layer in report.layers if layer.is_underdetermined}
-    if few:
-        named = ", ".join(f"{name} ({layer.samples} of {layer.unknowns})" for name, layer in few.items())
-        _logger.warning("calibration should have more samples than a layer has unknowns, got fewer for: %s", named)
-    if report.lost:
-        _logger.warning("layers of whose output almost nothing is left: %s", ", ".join(report.lost))
+    for text in report.warnings:
+        _logger.warning("%s", text)

@@ -36,15 +36,15 @@ from nni_topo.errors import (
     unknown_name,
     whole,
 )
+from nni_topo.network.calibration import HELD_OUT
 from nni_topo.network.capture import batches_of
-from nni_topo.network.inputs import calls, in_smaller_batches
+from nni_topo.network.inputs import Call, calls, check_fits, in_smaller_batches
 from nni_topo.network.masks import check_model
 from nni_topo.network.modes import detached_copy
 from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
-from nni_topo.recovery.compensating import survey
 from nni_topo.recovery.course import Course
-from nni_topo.recovery.lesson import HELD_OUT, Augment, Lesson, Objective, is_blendable, joined, student_copy
+from nni_topo.recovery.lesson import Augment, Lesson, Objective, is_blendable, joined, student_copy
 from nni_topo.recovery.report import signed_like
 from nni_topo.sharing import named_tensors
 
@@ -141,9 +141,12 @@ def distillation(
         check_model(model)
     both = {"images": images, "held_out": held_out}
     given = [batches_of(each, original, knob) for knob, each in both.items() if each is not None]
-    counts = [sum(survey(original, each)[0]) for each in given]
-    student = _student(dense)
+    for each in given:
+        for model in (original, dense):
+            check_fits(model, next(calls(model, each)), each.name)
+    counts = [each.samples for each in given]
     pool = joined([call for each in given for call in calls(dense, each)])
+    student = _student(dense, pool)
     lesson = Lesson(original, student, pool, objective, temperature)
     order = torch.randperm(counts[0], generator=torch.Generator().manual_seed(seed))
     held, learned = order[::HELD_OUT], order[torch.arange(len(order)) % HELD_OUT != 0]
@@ -158,19 +161,36 @@ def distillation(
     is_blended = blend and is_blendable(pool)
     knobs = {"steps": total, "seconds": seconds, "batch_size": batch_size, "lr": lr, "blend": blend}
     kind = {**knobs, "temperature": temperature, "objective": lesson.kind, "seed": seed, "images": sum(counts)}
-    rates = [lr] if lr is not None else _RATES[:1] if seconds is not None else _RATES
+    rates = [lr] if lr is not None else _RATES
+    left = seconds  # for the courses to come
     for rate in rates:
-        course = Course(_student(dense), is_normed=is_normed, rate=rate, kind=kind, path=state, every=state_seconds)
+        course = Course(
+            _student(dense, pool),
+            is_normed=is_normed,
+            rate=rate,
+            kind=kind,
+            seconds=left,
+            path=state,
+            every=state_seconds,
+        )
         if course.rate < rate:  # the file is that of a later course
             continue
         batches = lesson.batches(learned, batch_size, seed, augment, is_blended)
-        course.run(lesson, batches, total, seconds, progress=progress)
+        course.run(
+            lesson,
+            batches,
+            total,
+            progress,
+            grows=lambda net, times: not lesson.judge(net, held)[0] <= times * before[0],
+        )
         student = course.student
         if is_normed:  # views and blends differ from the images that will come
             student = recalibrate_batch_norm(student, lesson.plain(student, learned))
         after = lesson.judge(student, held)
         is_kept = after[0] < before[0]  # of a hundred images, the answers alone tell little
-        if is_kept or rate == rates[-1]:
+        if course.seconds is not None:
+            left = course.seconds - course.spent
+        if is_kept or rate == rates[-1] or (left is not None and left <= 0.0):
             break
         course.forget()
     result = detached_copy(dense)
@@ -215,13 +235,14 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     steps : int, optional
         Gradient steps, at least 1; by default 600, or ten passes over the images where that is more.
     seconds : float, optional
-        Budget of wall time, above 0: steps end there, and the learning rate falls such that it ends with them. With a
-        budget that binds, the result depends on the machine's speed.
+        Budget of wall time, above 0, for all learning rates that are tried: steps end there, and the learning rate
+        falls such that it ends with them. With a budget that binds, the result depends on the machine's speed.
     batch_size : int, default=64
         Images a step, at least 1.
     lr : float, optional
-        Learning rate of AdamW, above 0, at first; it falls along half a cosine. By default 6e-3; unless ``seconds`` are
-        set, what would be left out is learned once more at 2e-3, and then at 6e-4.
+        Learning rate of AdamW, above 0, at first; it falls along half a cosine. By default 6e-3; what would be left
+        out is learned once more at 2e-3, and then at 6e-4. A rate is left early at which the loss on the held-out
+        images has grown tenfold after a tenth of the way, fourfold after a fifth or twofold at half.
     augment : callable, optional
         Gets inputs as a batch holds them (a tensor; for several arguments their tuple or dict) and returns others,
         equally many. It draws from PyTorch's generators, as torchvision's transforms do. Up to eight views of the
@@ -291,11 +312,11 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     return distillation(*args, **knobs).model
 
 
-def _student(dense: nn.Module) -> nn.Module:
+def _student(dense: nn.Module, pool: Call) -> nn.Module:
     """Return a copy that can learn."""
     if not any(parameter.requires_grad for parameter in dense.parameters()):
         raise ConfigError("a model must have parameters that require gradients, got none (dense)")
-    return student_copy(dense)
+    return student_copy(dense, pool)
 
 
 def _take_values(model: nn.Module, other: nn.Module) -> None:

@@ -32,9 +32,6 @@ Objective = Literal["auto", "kl", "squares"]
 Augment = Callable[[Any], Any]
 Batches = Iterator[tuple[Call, list[Tensor]]]
 
-HELD_OUT = 8
-"""Every so many images one judges."""
-
 _VIEWS = 8
 _BLENDED = 0.5  # share of the images in a view
 _AT_ONCE = 256
@@ -48,8 +45,7 @@ class Lesson:
 
     def __init__(self, original: nn.Module, student: nn.Module, pool: Call, objective: str, temperature: float) -> None:
         self._original, self._pool, self._temperature = original, pool, temperature
-        ordered = sorted(student.parameters(), key=lambda p: not p.requires_grad)
-        self._place = ordered[0].device, ordered[0].dtype
+        self._place = _place_of(student)
         self._wanted, likely = self._answers(pool)
         self._answered: dict[int, list[Tensor]] = {}  # by view, for all courses: they learn from the same images
         self.kind = likely if objective == "auto" else objective
@@ -121,31 +117,40 @@ class Lesson:
         with evaluation_mode(self._original), torch.no_grad():
             for part in _together(torch.arange(len(tensors_of(call)[0]))):
                 args, kwargs = on_device(taken(call, part), place)
-                outputs, kind = _outputs(self._original(*args, **kwargs), len(part))
+                outputs, kind = outputs_of(self._original(*args, **kwargs), len(part))
                 found.append(on_device(outputs, self._place[0]))
         return [torch.cat(each).to(self._place[1]) for each in zip(*found, strict=True)], kind
 
     def _run(self, student: nn.Module, call: Call) -> list[Tensor]:
         args, kwargs = cast_floats(call, self._place[1])
-        return _outputs(student(*args, **kwargs), len(tensors_of(call)[0]))[0]
+        return outputs_of(student(*args, **kwargs), len(tensors_of(call)[0]))[0]
 
 
-def student_copy(dense: nn.Module) -> nn.Module:
-    """Return a copy of a network in evaluation mode, in single precision at least."""
-    student = lay_out(detached_copy(dense).eval())
-    is_half = any(p.dtype in (torch.float16, torch.bfloat16) for p in student.parameters())
-    return student.float() if is_half else student
+def student_copy(dense: nn.Module, pool: Call) -> nn.Module:
+    """Return a copy of a network in evaluation mode, in single precision at least, to run on some images."""
+    student: nn.Module = detached_copy(dense).eval()
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in student.parameters()):
+        student = student.float()
+    few = taken(pool, torch.arange(min(2, len(tensors_of(pool)[0]))))
+    args, kwargs = on_device(cast_floats(few, _place_of(student)[1]), device_of(student))
+    return lay_out(student, args, kwargs)
+
+
+def _place_of(student: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Return the device and type of the parameters that learn."""
+    ordered = sorted(student.parameters(), key=lambda p: not p.requires_grad)
+    return ordered[0].device, ordered[0].dtype
 
 
 def judged(original: nn.Module, nets: Sequence[nn.Module], images: Iterable[Any]) -> list[tuple[float, float]]:
     """Return of each of several networks what a lesson's :meth:`Lesson.judge` does, on all of some images."""
-    students = [student_copy(net) for net in nets]
-    pool = joined(list(calls(students[0], images)))
+    pool = joined(list(calls(nets[0], images)))
+    students = [student_copy(net, pool) for net in nets]
     lesson = Lesson(original, students[0], pool, "auto", _TEMPERATURE)
     return [lesson.judge(net, torch.arange(len(tensors_of(pool)[0]))) for net in students]
 
 
-def _outputs(found: Any, count: int) -> tuple[list[Tensor], str]:
+def outputs_of(found: Any, count: int) -> tuple[list[Tensor], str]:
     """Return the outputs to be met, of so many entries, and whether they are logits (``kl``) or not (``squares``)."""
     logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
     if isinstance(logits, Tensor):
@@ -183,14 +188,6 @@ def joined(parts: list[Call]) -> Call:
         leaves.append(torch.cat(column) if shapes else column[0])
     joined: Call = tree_unflatten(leaves, flat[0][1])
     return joined
-
-
-def split(model: nn.Module, images: Iterable[Any]) -> tuple[list[Any], list[Any] | None]:
-    """Return batches of all images but every eighth, and batches of these; of fewer than eight none are these."""
-    pool = joined(list(calls(model, images)))
-    held_out = torch.arange(len(tensors_of(pool)[0])) % HELD_OUT == HELD_OUT - 1
-    learned, held = (_some(model, pool, chosen.nonzero().flatten()) for chosen in (~held_out, held_out))
-    return learned, held or None
 
 
 def _some(model: nn.Module, pool: Call, index: Tensor) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 
 from nni_topo.errors import DataError
+from nni_topo.network.calibration import Calibration
 from nni_topo.network.inputs import PADDING, Call, bind_arguments, calls, out_of_memory, real_positions, tensors_of
 from nni_topo.network.parts import is_in_parts
 from nni_topo.network.tracing import arguments
@@ -47,7 +48,7 @@ class Replay:
         model: nn.Module,
         original: GraphModule,
         pruned: GraphModule,
-        calibration: Iterable[Any],
+        calibration: Calibration,
         cache_bytes: int,
     ) -> None:
         self.model = model
@@ -64,11 +65,6 @@ class Replay:
         self._cache_bytes = 0 if _works_in_place(original) else cache_bytes
         self._reached: dict[int, _Reached] = {}  # by batch
         self._batches = math.inf  # unknown before a pass was read to its end
-
-    @property
-    def is_repeatable(self) -> bool:
-        """Whether each pass has the same entries in the same order, which a shuffling loader wouldn't give."""
-        return isinstance(self._calibration, Sequence) or len(self._reached) == self._batches
 
     def run(
         self, settled: int, watched: list[Node], later: Collection[Node] | None = None

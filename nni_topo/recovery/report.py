@@ -67,6 +67,22 @@ class CompensationReport:
     seconds: float
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        """What makes the solutions doubtful, with what to do about it."""
+        found = []
+        # A layer that is refined is there once a step.
+        few = {layer.layer: layer for layer in self.layers if layer.is_underdetermined}
+        if few:
+            named = ", ".join(f"{name} ({layer.samples} of {layer.unknowns})" for name, layer in few.items())
+            found.append(
+                f"calibration should have more samples than a layer has unknowns, got fewer for: {named}; hand on more "
+                "images, or take method='scalar', which has one unknown a channel"
+            )
+        if self.lost:
+            found.append(f"layers of whose output almost nothing is left: {', '.join(self.lost)}")
+        return tuple(found)
+
+    @property
     def lost(self) -> tuple[str, ...]:
         """Layers of whose output almost nothing is left."""
         return tuple(dict.fromkeys(layer.layer for layer in self.layers if layer.is_lost))

@@ -230,7 +230,7 @@ class Sampler:
         # A task that refines the one before has the same positions, so that the products of inputs are the same.
         # `settled` is the rank of the first node that may change before a later pass, `later` what these watch.
         kept = self._chunks if task.refines else None
-        known = self._known if kept or (task.refines and self.replay.is_repeatable) else None
+        known = self._known if task.refines else None
         self._known, self._chunks = None, kept
         learned, held = (NormalEquations(each) for each in known or (None, None))
         if kept is None:

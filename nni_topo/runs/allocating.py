@@ -11,10 +11,10 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.ties import first_smallest
-from nni_topo.network.inputs import batch_size, calls
+from nni_topo.network.calibration import HELD_OUT, Calibration
 from nni_topo.pruners.budget import AUTO
 from nni_topo.pruners.registry import TABLE, pruner_info
-from nni_topo.recovery.lesson import HELD_OUT, judged
+from nni_topo.recovery.lesson import judged
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,11 @@ def allocations_to_try(pruner: str | Callable[..., Any]) -> tuple[str, ...]:
     return found
 
 
-def check_held_out(model: nn.Module, images: Iterable[Any], held_out: Iterable[Any] | None) -> Iterable[Any]:
+def check_held_out(images: Calibration, held_out: Calibration | None) -> Calibration:
     """Return the images that judge, or raise DataError where there are none."""
     if held_out is None:
-        count = sum(map(batch_size, calls(model, images)))
         raise DataError(
-            f"allocation={AUTO!r} needs at least {HELD_OUT} images, of which one judges, got {count} (images)"
+            f"allocation={AUTO!r} needs at least {HELD_OUT} images, of which one judges, got {images.samples} (images)"
         )
     return held_out
 

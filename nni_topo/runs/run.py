@@ -21,6 +21,7 @@ from torch.utils.data import TensorDataset
 from nni_topo import zoo
 from nni_topo.disk import DELETE
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.calibration import HELD_OUT
 from nni_topo.network.dense import to_dense
 from nni_topo.network.layers import output_channels
 from nni_topo.network.zeros import weights_left, zeros_held
@@ -28,7 +29,6 @@ from nni_topo.pruners.budget import BudgetOutcome, BudgetPlanner, budget_outcome
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.recovery import CompensationReport, Distillation, compensation, distillation
-from nni_topo.recovery.lesson import HELD_OUT
 from nni_topo.runs.evaluators import recipe_evaluator
 from nni_topo.runs.plan import (
     SCRATCH,

@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+import numpy as np
 from nni.compression.utils import Evaluator
-from torch import Tensor, nn
+from torch import nn
 
-from nni_topo.errors import ConfigError, as_settings, unknown_name
+from nni_topo.errors import FUNCTION, NONE, ConfigError, as_settings, instance, shown, unknown_name
+from nni_topo.network.calibration import HELD_OUT, Calibration
 from nni_topo.network.capture import batches_of
 from nni_topo.network.cost import NetworkCost
 from nni_topo.network.dense import to_dense
 from nni_topo.network.dependency import dependency_groups
-from nni_topo.network.inputs import calls, first_call, structure_call, tensors_of
-from nni_topo.network.masks import Masks, check_model
+from nni_topo.network.inputs import first_call, structure_call
+from nni_topo.network.masks import Masks, check_masks, check_model
+from nni_topo.network.measure import time_shares
 from nni_topo.network.modes import device_of, evaluation_mode
 from nni_topo.network.report import DenseReport
 from nni_topo.network.resolve import widths_multiple
 from nni_topo.network.untouched import leaves_models_alone
-from nni_topo.pruners.budget import AUTO, Budget, network_cost, tell_if_missed
+from nni_topo.pruners.budget import (
+    AUTO,
+    Budget,
+    BudgetOutcome,
+    BudgetPlanner,
+    budget_outcome,
+    network_cost,
+    tell_if_missed,
+)
 from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
 from nni_topo.recovery import compensation, distillation
 from nni_topo.recovery.compensating import METHODS
-from nni_topo.recovery.lesson import split
+from nni_topo.recovery.likeness import Answers
 from nni_topo.recovery.narrowing import narrow_instead
 from nni_topo.recovery.report import CompensationReport
 from nni_topo.runs.allocating import Tried, allocations_to_try, check_held_out, compared
@@ -43,28 +53,66 @@ if TYPE_CHECKING:
 Compensate = Callable[[nn.Module, Masks, Iterable[Any]], nn.Module]
 Distill = Callable[[nn.Module, nn.Module, Iterable[Any]], nn.Module]
 
+# From where on a network is said to be worse on new images than on those that it was solved on: so many times the
+# distance, or so much less agreement, with an interval that leaves no doubt.
+_GAP = 2.0
+_LEAST_GAP = 0.05  # a distance below it, as a share of the outputs' variance, is small whatever the other one is
+_GAP_OF_AGREEMENT = 0.05
+_logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Stage:
-    """The network after one step."""
+    """The network after one step. Intervals are of 95 %, over the held-out images."""
 
     network: str  # original, pruned, compensated or distilled
     macs: int  # multiply-accumulates of one sample
     params: int
-    distance: float  # mean squared distance of the outputs from the original's over their variance, on the images
-    agreement: float  # share of images whose largest output is the original's; NaN unless outputs are (images, classes)
+    distance: float  # mean squared distance of the outputs from the original's over their variance, held out
+    distance_low: float
+    distance_high: float
+    agreement: float  # share of held-out images whose largest output is the original's; NaN but for (images, classes)
+    agreement_low: float
+    agreement_high: float
+    calibration_distance: float  # the same on the images that were solved on, where networks look better than they are
+    calibration_agreement: float
     accuracy: float  # what `evaluate` says; NaN without
     seconds: float  # wall time of the step; with allocation="auto" the pruned one's is that of all tries, compensated
 
 
 @dataclass(frozen=True, repr=False)
 class ShrinkReport:
-    """How a network was made smaller; its ``repr`` is a table."""
+    """How a network was made smaller; its ``repr`` is a table.
 
-    stages: tuple[Stage, ...]  # the original, and the network after each step
-    layers: DenseReport  # channels of every layer before and after, and why some stay
-    compensation: CompensationReport | None = None  # how each layer came back; None without the package's compensation
-    tried: tuple[Tried, ...] = ()  # each way to deal out a budget with allocation="auto"
+    Attributes
+    ----------
+    stages : tuple of Stage
+        The original, and the network after each step. Distances and agreements are those of held-out images.
+    layers : DenseReport
+        Channels of every layer before and after, and why some stay.
+    compensation : CompensationReport or None
+        How each layer came back; None without the package's compensation.
+    tried : tuple of Tried
+        Each way to deal out a budget with ``allocation="auto"``.
+    budget : BudgetOutcome or None
+        Whether the budget was met, and why not.
+    images : int
+        Images that the network was chosen, compensated and distilled on.
+    held_out : int
+        Images that took no part in this; 0 if there were fewer than eight images in all, and figures are those of
+        ``images`` then.
+    warnings : tuple of str
+        What makes the figures doubtful, with what to do about it.
+    """
+
+    stages: tuple[Stage, ...]
+    layers: DenseReport
+    compensation: CompensationReport | None = None
+    tried: tuple[Tried, ...] = ()
+    budget: BudgetOutcome | None = None
+    images: int = 0
+    held_out: int = 0
+    warnings: tuple[str, ...] = ()
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the stages as a table, one row each."""
@@ -73,12 +121,41 @@ class ShrinkReport:
         return pandas.DataFrame([asdict(stage) for stage in self.stages])
 
     def __repr__(self) -> str:
-        frame = self.to_frame().dropna(axis="columns", how="all")
+        import pandas
+
+        rows = [
+            {
+                "network": stage.network,
+                "macs": stage.macs,
+                "params": stage.params,
+                "distance": _with_interval(stage.distance, stage.distance_low, stage.distance_high),
+                "agreement": _with_interval(stage.agreement, stage.agreement_low, stage.agreement_high),
+                "accuracy": stage.accuracy,
+                "seconds": stage.seconds,
+            }
+            for stage in self.stages
+        ]
+        frame = pandas.DataFrame(rows).dropna(axis="columns", how="all")
         lines = [frame.to_string(index=False, float_format=lambda value: f"{value:.4g}")]
+        if self.held_out:
+            lines.append(
+                f"figures are those of {self.held_out} held-out images, with 95 % intervals; {self.images} others were "
+                "solved on"
+            )
+        if self.budget is not None:
+            lines.append(str(self.budget))
+        lines += [f"warning: {each}" for each in self.warnings]
         lines += map(repr, self.tried)
         left_alone = self.compensation.left_alone if self.compensation else {}
         lines += [f"not compensated: {name} ({reason})" for name, reason in left_alone.items()]
         return "\n".join([*lines, *(f"{row.name} keeps {row.kept} more: {row.reason}" for row in self.layers.kept)])
+
+
+def _with_interval(value: float, low: float, high: float) -> str | None:
+    """Return a figure and its interval as a table shows them; None for NaN."""
+    if math.isnan(value):
+        return None
+    return f"{value:.4g}" if low == high else f"{value:.4g} ({low:.3g}-{high:.3g})"
 
 
 @leaves_models_alone
@@ -106,12 +183,13 @@ def shrink(
         The trained network, not wrapped by a pruner. It isn't changed.
     images : iterable or nni.compression.utils.Evaluator
         Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. Of an evaluator, what it
-        evaluates on. Some 1,000 are enough for small nets.
+        evaluates on. They are read once, see :class:`nni_topo.Calibration`; a DataLoader may shuffle and augment.
+        Every eighth image is held out from all steps, for the report. Some 1,000 are enough for small nets.
     budget : Budget or mapping
         What is left of the cost, e.g. ``{"flops": 0.25}``, see :class:`nni_topo.Budget`. With ``"allocation": "auto"``
         the pruner deals it out in every way that it can, each network is compensated, and the one stays whose answers
-        have the least loss, as :func:`nni_topo.distill` counts it, on every eighth of the images, held out from all
-        steps. That takes two or three times as long; the report says which, with all figures.
+        have the least loss, as :func:`nni_topo.distill` counts it, on the held-out images. That takes two or three
+        times as long; the report says which, with all figures.
     pruner : str or callable, default="reconstruction"
         Name of a structured pruner, NNI's own too. Or a function of (a copy of the model, a
         config_list with dependency groups and no ratios, the images) that returns masks.
@@ -125,7 +203,7 @@ def shrink(
         Method of :func:`nni_topo.compensate`, or a function of (model, masks, images) that returns a model of full
         size; None: no compensation.
     distill : mapping, callable or bool, default=True
-        Whether to distil behind it, with every eighth of the images held out from both to judge; or knobs of
+        Whether to distil after it; the held-out images say whether what was learned is kept. Or knobs of
         :func:`nni_topo.distill`, e.g. ``{"seconds": 60, "augment": ...}``; or a function of (dense, model, images) that
         returns a dense model.
     narrow_heads : bool, default=True
@@ -170,50 +248,52 @@ def shrink(
     >>> small(torch.randn(2, 16)).shape
     torch.Size([2, 4])
     """
-    images = batches_of(images, model, "images")
+    calibration = batches_of(images, model, "images")
     budget = as_settings(Budget, budget, "budget")
-    _check(model, budget, pruner, knobs, compensate, distill)
-    args, kwargs = structure_call(model, images)
+    _check(model, budget, pruner, knobs, compensate, distill, evaluate)
+    args, kwargs = structure_call(model, calibration)
     example: Any = kwargs or args
-    stages = _Stages(model, images, example, evaluate)
+    # What judges took no part in any step: a network looks better than it is on the images that it was solved on.
+    learned, held_out = calibration.split()
+    stages = _Stages(model, learned, held_out, example, evaluate)
     stages.add("original", model)
     entries = _entries(inner_layers(model, example) if layers is None else layers)
     round_to = widths_multiple(round_to, device_of(model))
     narrows = narrow_heads and budget.kind != "latency" and round_to is None
     own = dict(knobs or {})
     steps = _Steps(model, example, entries, layers is None, pruner, own, compensate, narrows, round_to, seed, progress)
-    # What judges distillation is kept from compensation too, which would look better on its own images than it is.
-    is_tried = budget.allocation == AUTO
-    is_judged = is_tried or distill is True or (isinstance(distill, Mapping) and "held_out" not in distill)
-    learned: Iterable[Any] = images
-    held_out: list[Any] | None = None
     tried: tuple[Tried, ...] = ()
-    if is_tried:
-        learned, held_out = split(model, images)
-        made, tried = steps.best(budget, learned, check_held_out(model, learned, held_out))
+    if budget.allocation == AUTO:
+        made, tried = steps.best(budget, learned, check_held_out(calibration, held_out))
         stages.add("pruned", made.dense)
     else:
-        made = steps.pruned(budget, images)
+        made = steps.pruned(budget, learned)
         stages.add("pruned", made.dense)
-        if budget.kind != "latency" and _chooses_how_many(pruner):
-            whole, left = (network_cost(budget.kind, net, example)({}) for net in (model, made.dense))
-            tell_if_missed(budget, left / whole, "the pruner chooses how many channels stay")
-        if is_judged:
-            learned, held_out = split(model, images)
-        made = steps.compensated(made, images if callable(compensate) else learned)
+        made = steps.compensated(made, learned)
+    outcome = _outcome(budget, model, made, calibration, pruner)
     if compensate is not None:
         stages.add("compensated", made.recovered)
     dense = made.recovered
     layer_report: Any = dense.report
-    if distill is not False:
-        given = {} if distill is True else distill
-        if callable(given):
-            dense = given(dense, model, images)
-        else:
-            own = {"held_out": held_out, "seed": seed, "progress": progress}
-            dense = distillation(dense, model, learned, **{**own, **given}).model
+    if callable(distill):
+        dense = _checked_network(distill(dense, model, learned), "distill")
         stages.add("distilled", dense)
-    report: Any = ShrinkReport(tuple(stages.found), layer_report, made.report, tried)
+    elif distill is not False:
+        distillation_knobs: dict[str, Any] = {"held_out": held_out, "seed": seed, "progress": progress}
+        distillation_knobs |= {} if distill is True else distill
+        dense = distillation(dense, model, learned, **distillation_knobs).model
+        stages.add("distilled", dense)
+    warnings = stages.warnings() + ((made.report.warnings) if made.report is not None else ())
+    report: Any = ShrinkReport(
+        stages=tuple(stages.found),
+        layers=layer_report,
+        compensation=made.report,
+        tried=tried,
+        budget=outcome,
+        images=learned.samples,
+        held_out=0 if held_out is None else held_out.samples,
+        warnings=warnings,
+    )
     dense.report = report
     return dense
 
@@ -227,6 +307,7 @@ class _Made:
     dense: nn.Module
     recovered: nn.Module  # dense and compensated
     report: CompensationReport | None = None
+    planned: BudgetOutcome | None = None  # what the pruner's own budget came to; None where it has none
 
 
 @dataclass(frozen=True)
@@ -245,24 +326,24 @@ class _Steps:
     seed: int
     progress: bool | None
 
-    def pruned(self, budget: Budget, images: Iterable[Any]) -> _Made:
+    def pruned(self, budget: Budget, images: Calibration) -> _Made:
         """Prune under a budget."""
         own = {"seed": self.seed, "calibration": images, "example_inputs": self.example, "budget": budget}
         own |= {"round_to": self.round_to}
-        masks = _chosen(self.model, self.entries, self.pruner, own, self.knobs, is_default=self.is_default)
+        masks, planned = _chosen(self.model, self.entries, self.pruner, own, self.knobs, is_default=self.is_default)
         full = self.model
         if self.narrows:
             full, masks = narrow_instead(self.model, images, masks)
         dense = to_dense(full, self.example, masks, round_to=self.round_to)
-        return _Made(full, masks, dense, dense)
+        return _Made(full, masks, dense, dense, planned=planned)
 
-    def compensated(self, made: _Made, images: Iterable[Any]) -> _Made:
+    def compensated(self, made: _Made, images: Calibration) -> _Made:
         """Compensate what was pruned, if that is asked for."""
         recovered: CompensationReport | None = None
         if self.compensate is None:
             return made
         if callable(self.compensate):
-            full = self.compensate(made.full, made.masks, images)
+            full = _checked_network(self.compensate(made.full, made.masks, images), "compensate")
         else:
             method: Any = self.compensate
             knobs: Any = {"method": method, "seed": self.seed, "progress": self.progress}
@@ -271,7 +352,7 @@ class _Steps:
         dense = to_dense(full, self.example, made.masks, round_to=self.round_to)
         return replace(made, recovered=dense, report=recovered)
 
-    def best(self, budget: Budget, images: Iterable[Any], held_out: Iterable[Any]) -> tuple[_Made, tuple[Tried, ...]]:
+    def best(self, budget: Budget, images: Calibration, held_out: Calibration) -> tuple[_Made, tuple[Tried, ...]]:
         """Deal a budget out in each way that the pruner can, and keep what answers most like the whole network."""
         made: dict[str, _Made] = {}
         for name in allocations_to_try(self.pruner):
@@ -285,10 +366,16 @@ class _Stages:
     """Measures the network after each step, and how long the step took."""
 
     def __init__(
-        self, model: nn.Module, images: Iterable[Any], example: Any, evaluate: Callable[[nn.Module], float] | None
+        self,
+        model: nn.Module,
+        learned: Calibration,
+        held_out: Calibration | None,
+        example: Any,
+        evaluate: Callable[[nn.Module], float] | None,
     ) -> None:
-        self._images, self._example, self._evaluate = images, example, evaluate
-        self._wanted = self._answers(model)
+        self._answers = Answers(model, learned) if held_out is None else Answers(model, learned, held_out)
+        self._learned, self._held_out = learned, held_out
+        self._example, self._evaluate = example, evaluate
         self.found: list[Stage] = []
         self._began = time.perf_counter()
 
@@ -296,26 +383,59 @@ class _Stages:
     def add(self, name: str, net: nn.Module) -> None:
         """Measure a network."""
         seconds = time.perf_counter() - self._began if self.found else 0.0
-        found = self._answers(net)
-        errors = [
-            float((mine - theirs).square().sum() / (theirs - theirs.mean(0)).square().sum())
-            for mine, theirs in zip(found, self._wanted, strict=True)
-        ]
-        agreement = math.nan
-        if len(found) == 1 and found[0].dim() == 2:
-            agreement = float((found[0].argmax(1) == self._wanted[0].argmax(1)).double().mean())
+        found = self._answers.likenesses(net)
+        solved, held_out = found[0], found[-1]  # one and the same where none is held out
         cost = NetworkCost(net, self._example)({})
         with evaluation_mode(net):
-            accuracy = math.nan if self._evaluate is None else float(self._evaluate(net))
-        self.found.append(Stage(name, cost.macs, cost.params, fmean(errors), agreement, accuracy, seconds))
+            accuracy = math.nan if self._evaluate is None else _number(self._evaluate(net))
+        stage = Stage(
+            network=name,
+            macs=cost.macs,
+            params=cost.params,
+            distance=held_out.distance.value,
+            distance_low=held_out.distance.low,
+            distance_high=held_out.distance.high,
+            agreement=held_out.agreement.value,
+            agreement_low=held_out.agreement.low,
+            agreement_high=held_out.agreement.high,
+            calibration_distance=solved.distance.value,
+            calibration_agreement=solved.agreement.value,
+            accuracy=accuracy,
+            seconds=seconds,
+        )
+        self.found.append(stage)
         self._began = time.perf_counter()
 
-    @leaves_models_alone
-    def _answers(self, net: nn.Module) -> list[Tensor]:
-        """Return all floating outputs."""
-        with evaluation_mode(net), torch.no_grad():
-            found = [tensors_of(net(*args, **kwargs)) for args, kwargs in calls(net, self._images)]
-        return [torch.cat(each).double() for each in zip(*found, strict=True) if each[0].is_floating_point()]
+    def warnings(self) -> tuple[str, ...]:
+        """Say, with what to do, why the figures of the last network are doubtful."""
+        if self._held_out is None:
+            text = (
+                f"none of {self._learned.samples} images could be held out, so figures are those of the images solved "
+                f"on: hand on at least {HELD_OUT}, better some hundred"
+            )
+            _logger.warning("%s", text)
+            return (text,)
+        last = self.found[-1]
+        is_far = (
+            last.distance_low > last.calibration_distance
+            and last.distance > _GAP * last.calibration_distance
+            and last.distance > _LEAST_GAP
+        )
+        agrees_less = (
+            last.agreement_high < last.calibration_agreement
+            and last.agreement < last.calibration_agreement - _GAP_OF_AGREEMENT
+        )
+        if not (is_far or agrees_less):
+            return ()
+        found = f"distance {last.distance:.3g} held out, {last.calibration_distance:.3g} on the images solved on"
+        if not math.isnan(last.agreement):
+            found += f"; agreement {last.agreement:.3g} and {last.calibration_agreement:.3g}"
+        text = (
+            f"{self._learned.samples} images are too few for this network ({found}): hand on more images, as different "
+            "from each other as those to come, or leave more of the cost"
+        )
+        _logger.warning("%s", text)
+        return (text,)
 
 
 def _entries(layers: Iterable[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -334,13 +454,18 @@ def _chosen(
     knobs: dict[str, Any],
     *,
     is_default: bool,
-) -> Masks:
-    """Return the masks of a pruner that is told where and how much, on a copy of the model."""
+) -> tuple[Masks, BudgetOutcome | None]:
+    """Return the masks of a pruner that is told where and how much, on a copy of the model.
+
+    And what came of the budget as the pruner counts it; None where it knows no budgets.
+    """
     victim, images, budget = copy.deepcopy(model), own["calibration"], own["budget"]
     groups = dependency_groups(victim, own["example_inputs"], entries)
     config_list: list[dict[str, Any]] = groups.unnamed() if is_default else groups
     if callable(pruner):
-        return pruner(victim, config_list, images)
+        chosen = pruner(victim, config_list, images)
+        check_masks(model, chosen)
+        return chosen, None
     if budget.kind == "latency":  # of the batch that counts
         args, kwargs = first_call(model, images)
         own["example_inputs"] = kwargs or args
@@ -353,7 +478,34 @@ def _chosen(
     wrapped = create_pruner(pruner, victim, config_list, **{name: own[name] for name in taken if name in own} | knobs)
     masks: Masks = wrapped.compress()[1]
     wrapped.unwrap_model()
-    return masks
+    planner = getattr(wrapped, "planner", None)  # NNI's pruners have none
+    return masks, planner.outcome if isinstance(planner, BudgetPlanner) else None
+
+
+def _outcome(
+    budget: Budget, model: nn.Module, made: _Made, images: Calibration, pruner: str | Callable[..., Masks]
+) -> BudgetOutcome:
+    """Return what share of the cost the dense network takes, and warn where that isn't what was asked for."""
+    args, kwargs = first_call(model, images)
+    example: Any = kwargs or args
+    report: Any = made.dense.report
+    if budget.kind != "latency":
+        left, whole = (network_cost(budget.kind, net, example)({}) for net in (made.dense, model))
+        share = left / whole
+    elif budget.latency_table is not None:
+        table: Any = budget.latency_table  # a file was read when the budget was made
+        cost = network_cost(budget.kind, model, example, table)
+        known = {row.name: row for row in report.rows if row.name in table.layers}
+        share = cost({name: np.arange(row.before) < row.after for name, row in known.items()}) / cost({})
+    else:
+        ((share, _),) = time_shares([made.dense], model, example, budget.share)
+    planned = made.planned
+    if planned is not None and not planned.is_met:  # the planner has warned
+        return budget_outcome(budget.kind, budget.share, share, planned.why)
+    if _chooses_how_many(pruner):
+        return tell_if_missed(budget, share, "the pruner chooses how many channels stay")
+    why = "layers keep channels that were asked for" if report.kept else "one channel more or less is as much"
+    return budget_outcome(budget.kind, budget.share, share, why)
 
 
 def _chooses_how_many(pruner: str | Callable[..., Masks]) -> bool:
@@ -361,11 +513,34 @@ def _chooses_how_many(pruner: str | Callable[..., Masks]) -> bool:
     return callable(pruner) or not (pruner_info(pruner).origin == "nni" or "budget" in pruner_info(pruner).knobs())
 
 
+def _number(found: Any) -> float:
+    """Return what `evaluate` says of a network, if it is a number."""
+    try:
+        return float(found)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"evaluate must return a number, got {shown(found)} (shrink)") from None
+
+
+def _checked_network(made: Any, name: str) -> nn.Module:
+    """Return what a function of the user's made, if it is a network."""
+    if not isinstance(made, nn.Module):
+        raise ConfigError(f"{name} must return a torch.nn.Module, got {type(made).__name__} (shrink)")
+    return made
+
+
 def _check(
-    model: nn.Module, budget: Budget, pruner: Any, knobs: Mapping[str, Any] | None, compensate: Any, distill: Any
+    model: nn.Module,
+    budget: Budget,
+    pruner: Any,
+    knobs: Mapping[str, Any] | None,
+    compensate: Any,
+    distill: Any,
+    evaluate: Any,
 ) -> None:
     """Raise what can be known before anything runs."""
     check_model(model)
+    (instance(Mapping) | NONE).check("knobs", knobs, "shrink")
+    (FUNCTION | NONE).check("evaluate", evaluate, "shrink")
     if not callable(pruner):
         check_knob_names(pruner, knobs or {})
     if budget.allocation == AUTO:

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from nni_topo.disk import DELETE, check_output_file, path_of, read_tensors, reading, write_tensors
 from nni_topo.errors import ConfigError
-from nni_topo.network.layouts import inputs_laid_out, lay_out
+from nni_topo.network.layouts import inputs_laid_out, lay_back, lay_out
 from nni_topo.network.modes import device_of
 from nni_topo.network.progress import bar
 from nni_topo.zoo.data import DataBundle
@@ -135,7 +135,7 @@ def train(
         check_output_file(path)
     with (
         _seeded(seed, device),
-        _channels_last(model),
+        _channels_last(model, data.train[0][0][None].to(device)),
         bar("training", progress, total=recipe.epochs) as shown,
     ):
         trainer = _Trainer(model, data, recipe, seed, device)
@@ -269,12 +269,12 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _channels_last(model: nn.Module) -> Iterator[None]:
+def _channels_last(model: nn.Module, images: Tensor) -> Iterator[None]:
     """Lay weights out as CPUs convolve faster; afterwards as usual, in evaluation mode."""
-    lay_out(model)
+    lay_out(model, (images,), {})
     try:
         with inputs_laid_out(model):
             yield
     finally:
-        model.to(memory_format=torch.contiguous_format)
+        lay_back(model)
         model.eval()

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import copy
+import gc
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.inputs import batch_size, calls, repeatable
+from nni_topo.network.calibration import Calibration
+from nni_topo.network.inputs import batch_size, calls
 
 CONFIG = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
 KNOBS = {
@@ -99,8 +104,192 @@ def test_calls_are_arguments():
         list(calls(net, []))
 
 
-def test_what_can_be_read_again_is_left_as_it_is(batches):
-    loader = DataLoader(TensorDataset(torch.cat(batches)))
-    assert repeatable(loader) is loader
-    assert repeatable(batches) is batches
-    assert repeatable(iter(batches)) == batches
+class Counting:
+    """Counts how often it is iterated; every pass gives other batches."""
+
+    def __init__(self, batches):
+        self.batches, self.passes = batches, 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter([batch + self.passes for batch in self.batches])
+
+
+class CountingWithLength(Counting):
+    def __len__(self):
+        return len(self.batches)
+
+
+class Promising(Counting):
+    """Says that it holds more than any disk does."""
+
+    def __len__(self):
+        return 10**15
+
+
+@pytest.mark.parametrize("kind", [Counting, CountingWithLength])
+def test_batches_are_read_once_whatever_gives_them(batches, kind):
+    source = kind(batches)
+    calibration = Calibration(source)
+    assert source.passes == 0
+    for _ in range(3):
+        assert all(map(torch.equal, calibration, [batch + 1 for batch in batches]))
+    assert source.passes == 1
+    assert len(calibration) == 3
+    assert calibration.sizes == (40, 40, 40)
+    assert calibration.samples == 120
+    assert Calibration.of(calibration) is copy.deepcopy(calibration) is calibration
+
+
+def test_the_batches_of_a_list_are_not_copied_and_others_are(batches):
+    assert all(kept is given for kept, given in zip(Calibration(batches), batches, strict=True))
+    same = torch.zeros(2, 6)
+
+    def refilled():
+        for value in (1.0, 2.0):
+            yield same.fill_(value)
+
+    assert [float(batch.mean()) for batch in Calibration(refilled())] == [1.0, 2.0]
+
+
+def test_every_eighth_sample_is_held_out_with_its_labels():
+    images, labels = torch.arange(26.0)[:, None], torch.arange(26)
+    given = [(images[:5], labels[:5]), (images[5:], labels[5:])]
+    learned, held_out = Calibration(given).split()
+    assert torch.cat([batch[1] for batch in held_out]).tolist() == [7, 15, 23]
+    assert torch.cat([batch[1] for batch in learned]).tolist() == [n for n in range(26) if n % 8 != 7]
+    assert all(torch.equal(batch[0][:, 0].long(), batch[1]) for part in (learned, held_out) for batch in part)
+    assert (learned.sizes, held_out.sizes) == ((5, 18), (3,))
+    assert Calibration([images[:7]]).split()[1] is None
+    lists = Calibration([([[image, image]],) for image in torch.zeros(9, 3, 4, 4)])
+    assert list(map(len, lists.split())) == [8, 1]
+
+
+def test_what_memory_has_no_room_for_lies_in_files_that_go(batches, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    given = [({"inputs": batch}, (None, "text", torch.tensor([index]))) for index, batch in enumerate(batches)]
+    calibration = Calibration(iter(given), memory_bytes=1000)
+    assert calibration.samples == 120
+    assert len(list(tmp_path.rglob("*.pt"))) == 2  # the first batch has 968 bytes
+    for kept_batch, batch in zip(calibration, given, strict=True):
+        assert torch.equal(kept_batch[0]["inputs"], batch[0]["inputs"])
+        assert kept_batch[1][:2] == (None, "text")
+        assert torch.equal(kept_batch[1][2], batch[1][2])
+    learned, held_out = calibration.split()
+    assert (learned.samples, held_out.samples) == (105, 15)
+    del calibration, learned, held_out, kept_batch
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def endless():
+    while True:
+        yield torch.zeros(4, 6)
+
+
+def test_what_never_ends_or_does_not_fit_is_an_error(model, batches, monkeypatch):
+    monkeypatch.setattr("nni_topo.network.calibration._MOST_BATCHES", 50)
+    for work in (
+        lambda given: nni_topo.compensate(model, {"hidden": {"weight": torch.ones(12, 6)}}, given),
+        lambda given: nni_topo.shrink(model, given, {"flops": 0.5}),
+        lambda given: nni_topo.recalibrate_batch_norm(model, given),
+        lambda given: kept("reconstruction", model, given),
+    ):
+        with pytest.raises(DataError, match=r"must have an end, or a length, got 50 batches.*itertools\.islice"):
+            work(endless())
+    with pytest.raises(DataError, match=r"must fit into .* GiB of memory and .* of disk, got 1 of 10{15} batches"):
+        len(Calibration(Promising(batches)))
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (torch.full((4, 6), math.nan), r"inputs must be finite, got NaN or infinity \(batch 1\)"),
+        (torch.full((4, 6), math.inf), r"inputs must be finite, got NaN or infinity \(batch 1\)"),
+        (torch.zeros(0, 6), r"batch must hold inputs, got an empty one \(batch 1\)"),
+        ((), r"batch must hold an input, got an empty one \(batch 1\)"),
+        (torch.zeros(4, 7), r"must fit the model, got RuntimeError: .*mat1 .*\(batch 1\)|must have one shape"),
+        (torch.zeros(4, 6, device="meta"), r"dense tensors with values, got a meta tensor \(batch 1\)"),
+        (torch.zeros(4, 6).to_sparse(), r"dense tensors with values, got a sparse_coo tensor \(batch 1\)"),
+        ("text", r"must be a tensor, or a tuple or mapping with a tensor in it, got str \(batch 1\)"),
+        ({"images": torch.zeros(4, 6)}, r"got TypeError: missing a required argument: 'input.*\(batch 1\)"),
+    ],
+    ids=["nan", "inf", "no samples", "nothing", "wrong width", "meta", "sparse", "text", "wrong name"],
+)
+def test_batches_that_can_not_be_used_are_named_by_every_function(batch, message):
+    model = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3)).eval()
+    masks = {"0": {"weight": torch.ones(12, 6), "bias": torch.ones(12)}}
+    masks["0"]["weight"][3:] = masks["0"]["bias"][3:] = 0.0
+    dense = nni_topo.to_dense(model, torch.zeros(2, 6), masks)
+    given = [torch.randn(8, 6), batch]
+    for work in (
+        lambda: nni_topo.compensate(model, masks, given),
+        lambda: nni_topo.recalibrate_batch_norm(model, given),
+        lambda: nni_topo.distill(dense, model, given),
+        lambda: nni_topo.shrink(model, given, {"flops": 0.5}, pruner="l1", compensate=None, distill=False),
+    ):
+        with pytest.raises((DataError, ConfigError), match=message):
+            work()
+
+
+class Two(nn.Module):
+    """Takes two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.last = nn.Linear(6, 8), nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, images, vectors):
+        return self.last(torch.relu(self.a(images)) + torch.relu(self.b(vectors)))
+
+
+def chosen_of_two(model, batches):
+    config_list = nni_topo.dependency_groups(
+        model, (torch.zeros(2, 6), torch.zeros(2, 4)), [{"op_names": ["a", "b"], "sparse_ratio": 0.5}]
+    )
+    pruner = nni_topo.ReconstructionPruner(model, config_list, calibration=batches)
+    pruner.compress()
+    pruner.unwrap_model()
+
+
+def test_two_inputs_that_look_like_inputs_and_labels_say_how_to_write_them():
+    torch.manual_seed(0)
+    model, images, vectors = Two().eval(), torch.randn(64, 6), torch.randn(64, 4)
+    for work in (
+        lambda batches: nni_topo.shrink(model, batches, {"params": 0.6}, distill={"steps": 2}),
+        lambda batches: nni_topo.recalibrate_batch_norm(model, batches),
+        lambda batches: chosen_of_two(model, batches),
+    ):
+        with pytest.raises(DataError, match=r"missing a required argument: 'vectors'; .*\(\(images, vectors\),\)"):
+            work([(images, vectors)])
+        for batch in (((images, vectors),), ((images, vectors), "labels"), {"images": images, "vectors": vectors}):
+            work([batch])
+        # what the model has no argument for, as the labels of a data set, is left out
+        work([{"images": images, "vectors": vectors, "label": torch.zeros(64)}])
+
+
+class InPlace(nn.Module):
+    """Changes what enters it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, inputs):
+        return self.net(inputs.sub_(1.0))
+
+
+def test_a_model_that_changes_its_input_sees_the_same_one_each_time(batches):
+    torch.manual_seed(0)
+    model, before = InPlace().eval(), [batch.clone() for batch in batches]
+    small = nni_topo.shrink(model, batches, {"params": 0.5}, distill={"steps": 2})
+    assert all(map(torch.equal, batches, before))
+    moved = nni_topo.shrink(model.net, [batch - 1.0 for batch in batches], {"params": 0.5}, distill={"steps": 2})
+    torch.testing.assert_close(small.net.state_dict(), moved.state_dict())
+
+
+def test_inputs_may_require_gradients(batches, model):
+    given = [batch.clone().requires_grad_() for batch in batches]
+    one, other = (nni_topo.shrink(model, each, {"params": 0.5}, distill={"steps": 3}) for each in (given, batches))
+    torch.testing.assert_close(one.state_dict(), other.state_dict())
+    assert all(batch.grad is None for batch in given)

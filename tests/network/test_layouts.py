@@ -38,7 +38,7 @@ def test_gradients_of_thin_strided_shortcuts_are_right(channels):
     net, images = Shortcut(channels), torch.randn(61, 3, 14, 14)
     wanted = gradients(copy.deepcopy(net).double(), images.double())
     before = copy.deepcopy(net.state_dict())
-    laid_out = lay_out(net)
+    laid_out = lay_out(net, (images,), {})
     seen = []
     handles = [module.register_forward_hook(lambda _, __, out: seen.append(out)) for module in (net.body, net.shortcut)]
     with inputs_laid_out(laid_out):
@@ -55,7 +55,8 @@ def test_gradients_of_thin_strided_shortcuts_are_right(channels):
 
 
 def test_wide_shortcuts_and_others_have_their_channels_last():
-    net = lay_out(nn.Sequential(nn.Conv2d(16, 8, 1, 2), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 3, 2)))
+    net = nn.Sequential(nn.Conv2d(16, 8, 1, 2), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 3, 2))
+    lay_out(net, (torch.randn(2, 16, 20, 20),), {})
     with inputs_laid_out(net):
         out = net(torch.randn(2, 16, 20, 20).to(memory_format=torch.channels_last))
     assert out.is_contiguous(memory_format=torch.channels_last)

@@ -95,16 +95,6 @@ def test_the_original_computes_once_what_later_passes_look_at(residual_net, pair
         torch.testing.assert_close(torch.cat([values[place] for values in found]), net(torch.cat(images)).detach())
 
 
-class Loader:
-    """Batches that can be read again and again, in an order that nobody promises."""
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __iter__(self):
-        return iter(self.batches)
-
-
 def counted_runs(original, name):
     """A list that grows by the size of each batch that a layer sees."""
     seen = []
@@ -126,16 +116,6 @@ def test_the_batches_that_fit_are_kept_and_only_the_others_run_again(residual_ne
         assert len(seen) == runs
     whole = next(iter(Replay(residual_net, original, changed, [torch.cat(images)], 0).run(0, [settled])))[0]
     torch.testing.assert_close(found, whole[settled])
-
-
-def test_only_what_is_kept_of_all_batches_repeats_a_loader_that_shuffles(residual_net, pair, images):
-    for cache_bytes, is_kept in ((2**30, True), (100_000, False)):
-        replay = Replay(residual_net, *pair, Loader(images), cache_bytes)
-        assert not replay.is_repeatable
-        values(replay, pair[0], "head", "conv2")
-        assert replay.is_repeatable == is_kept
-    assert 0 < len(replay._reached) < len(images)
-    assert Replay(residual_net, *pair, images, 0).is_repeatable
 
 
 def test_only_nodes_behind_a_difference_are_touched(pair):
@@ -183,8 +163,11 @@ def test_nothing_works_in_place_any_more():
 
 
 def test_batches_may_be_tensors_tuples_and_mappings():
-    model = nn.Linear(2, 2)
-    x = torch.ones(3, 2)
+    class Any(nn.Module):
+        def forward(self, input, other=None):  # noqa: A002
+            return input
+
+    model, x = Any(), torch.ones(3, 2)
     batches = [x, (x, torch.zeros(3)), [x], {"input": x}, ({"input": x}, torch.zeros(3)), ((x, x), 0)]
     found = list(calls(model, batches))
     assert [len(args) for args, _ in found] == [1, 1, 1, 0, 0, 2]

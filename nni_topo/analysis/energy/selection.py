@@ -27,6 +27,7 @@ from nni_topo.analysis.energy.study import Evaluate, Quality
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, FloatArray, SubsetGeneticAlgorithm
 from nni_topo.maths.ties import descending
+from nni_topo.network.calibration import Calibration
 from nni_topo.network.capture import watched
 from nni_topo.network.following import norms_behind
 from nni_topo.network.layers import spread
@@ -106,7 +107,8 @@ def study_selection(
         if method not in METHODS:
             raise unknown_name("method", method, METHODS)
     with evaluation_mode(model):
-        search = _Search(model, layer, example_inputs, batches, seed, knobs)
+        labelled: Any = Calibration.of(batches, "batches")
+        search = _Search(model, layer, example_inputs, labelled, seed, knobs)
         if not 1 <= keep < search.filters:
             raise ConfigError(f"keep must be in [1, {search.filters - 1}], got {keep} ({layer})")
         found = {}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, is_finite, unknown_name
+from nni_topo.network.calibration import Calibration
 from nni_topo.network.inputs import call_arguments
 from nni_topo.network.masks import check_model
 from nni_topo.network.modes import detached_copy
@@ -140,7 +141,7 @@ def retraining_bound(
             raise ConfigError(f"{name} must be positive and finite, got {value!r} (retraining_bound)")
     if kind not in ("node", "connection"):
         raise unknown_name("kind", str(kind), ("node", "connection"))
-    data = [_pair(number, batch) for number, batch in enumerate(batches)]
+    data = [_pair(number, batch) for number, batch in enumerate(Calibration.of(batches, "batches"))]
     for model in (initial, trained, sparse):
         check_model(model)
     start, end, pruned = (_state(model, loss, data) for model in (initial, trained, sparse))

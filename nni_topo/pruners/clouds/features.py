@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.errors import ConfigError, DataError, LayerError, one_of, whole
 from nni_topo.network.attention import find_heads
+from nni_topo.network.calibration import Calibration, calibration_of
 from nni_topo.network.capture import by_channel, counting, inputs_seen
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.following import followers, passes
@@ -78,7 +79,7 @@ class FeatureCollector(DataCollector):
 
     def __init__(self, calibration: Iterable[Any] | None = None, *, pool: Pool = "none") -> None:
         POOL.check("pool", pool, "features")
-        self.calibration = calibration
+        self.calibration = calibration_of(calibration)
         self.pool = pool
         self._network: TracedNetwork | None = None
 
@@ -128,7 +129,7 @@ class FeatureCollector(DataCollector):
             for number, call in enumerate(calls(context.model, batches)):
                 samples += batch_size(call)
                 named = bind_arguments(context.model, call)
-                with fitting(number), counting(real_positions(named)):
+                with fitting(number, batches.name), counting(real_positions(named)):
                     runner.run(*named.values())
         if samples < 2:
             raise DataError(f"calibration must hold at least two samples to be clustered by, got {samples}")
@@ -138,10 +139,10 @@ class FeatureCollector(DataCollector):
 
         return context.collected(points)
 
-    def _batches(self, context: PruningContext) -> Iterable[Any]:
+    def _batches(self, context: PruningContext) -> Calibration:
         if self.calibration is not None:
             return self.calibration
-        return inputs_seen(context.model, lambda: context.run(None))
+        return Calibration(inputs_seen(context.model, lambda: context.run(None)))
 
 
 class _Rows:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nni_topo.errors import LayerError
+from nni_topo.network.calibration import Calibration
 from nni_topo.network.capture import by_channel, run, watched
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.inner import weight_used
@@ -40,7 +41,7 @@ class FunctionalCollector(DataCollector):
     Parameters
     ----------
     calibration : iterable
-        Batches of inputs, or of ``(inputs, ...)``. A list or DataLoader: it's iterated twice.
+        Batches of inputs, or of ``(inputs, ...)``. They are read once, see :class:`nni_topo.Calibration`.
     center : bool, default=True
         Subtract each neuron's mean first: the reading layer's bias can take over a constant.
     preprocess : {"none", "center", "standardize", "unit"}, default="none"
@@ -54,7 +55,7 @@ class FunctionalCollector(DataCollector):
     """
 
     def __init__(self, calibration: Iterable[Any], *, center: bool = True, preprocess: Preprocess = "none") -> None:
-        self.calibration = calibration
+        self.calibration = Calibration.of(calibration)
         self.center = center
         self.preprocess = checked_preprocess(preprocess)
 

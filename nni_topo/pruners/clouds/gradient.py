@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,8 +12,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nni_topo.errors import ConfigError, DataError, check_integer
+from nni_topo.network.calibration import calibration_of
 from nni_topo.network.capture import called, watched
-from nni_topo.network.inputs import call_arguments, on_device, parts, structure_call, structure_of, tensors_of
+from nni_topo.network.inputs import (
+    call_arguments,
+    copied,
+    inputs_of,
+    parts,
+    structure_call,
+    structure_of,
+    tensors_of,
+)
 from nni_topo.network.layers import feature_dimension
 from nni_topo.network.modes import detached_copy, device_of
 from nni_topo.network.network import Network
@@ -79,10 +88,9 @@ class GradientCollector(DataCollector):
         if not callable(loss):
             raise ConfigError(f"loss must be callable, got {type(loss).__name__} (GradientCollector)")
         check_integer("steps", steps, 1, "GradientCollector")
-        if isinstance(calibration, Sequence):
-            for _ in _labelled(calibration):
-                pass
-        self.calibration = calibration
+        self.calibration = calibration_of(calibration)
+        for _ in _labelled(self.calibration) if self.calibration is not None else ():
+            pass
         self.loss = loss
         self.steps = steps
         self.preprocess = checked_preprocess(preprocess)
@@ -121,7 +129,7 @@ class GradientCollector(DataCollector):
         model.eval().requires_grad_(False)
         device = device_of(model)
         for index, (inputs, targets) in enumerate(part for batch in _labelled(calibration) for part in parts(batch)):
-            call, targets = on_device((call_arguments(inputs), targets), device)
+            call, targets = copied((call_arguments(inputs), targets), device)
             with torch.enable_grad():
                 loss = self._checked_loss(model(*call[0], **call[1]), targets, index)
             if not loss.requires_grad or not gates.opened:
@@ -229,12 +237,9 @@ class _Gates:
 
 def _labelled(calibration: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
     """Yield inputs and targets, or raise :class:`~nni_topo.errors.DataError`."""
-    count = 0
-    for count, batch in enumerate(calibration, start=1):
+    for index, batch in enumerate(calibration):
         if not isinstance(batch, (tuple, list)) or len(batch) < 2 or batch[1] is None:
             raise DataError(
-                f"a gradient cloud needs batches (inputs, targets), got no targets (calibration batch {count - 1})"
+                f"a gradient cloud needs batches (inputs, targets), got no targets (calibration batch {index})"
             )
-        yield batch[0], batch[1]
-    if count == 0:
-        raise DataError("calibration must hold at least one batch, got none (was a generator used twice?)")
+        yield inputs_of(batch, index), batch[1]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nni_topo.errors import DataError, check_memory, one_of
+from nni_topo.network.calibration import calibration_of
 from nni_topo.network.capture import by_channel, watched
 from nni_topo.pruners.clouds.moments import Moments, points_of_gram
 from nni_topo.pruners.clouds.narrowing import Narrowing, stretches
@@ -146,7 +147,7 @@ class ActivationCollector(DataCollector):
         center: bool = True,
         preprocess: Preprocess = "none",
     ) -> None:
-        self.calibration = calibration
+        self.calibration = calibration_of(calibration)
         self.center = center
         self.preprocess = checked_preprocess(preprocess)
 

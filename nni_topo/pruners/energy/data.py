@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nni_topo.network.calibration import calibration_of
 from nni_topo.network.capture import by_channel, watched
 from nni_topo.pruners.clouds.moments import check_reached
 from nni_topo.pruners.energy.chirp import EnergyCollector, masked_parameters
@@ -20,6 +21,10 @@ class DataEnergyCollector(EnergyCollector):
     """Energy of each filter's responses to calibration data, or to an evaluator's: what the chirp stands in for."""
 
     calibration: Iterable[Any] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.calibration = calibration_of(self.calibration)
 
     def energies(self, context: PruningContext) -> dict[str, tuple[Tensor, int]]:
         """Return the mean energy of each channel's output, and the number of positions per image."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError, check_memory
 from nni_topo.maths.search.gene_layers import BoolArray, FloatArray, Layer
 from nni_topo.maths.search.weights import WeightGeneticAlgorithm, WeightSearch
-from nni_topo.network.inputs import repeatable
+from nni_topo.network.calibration import Calibration
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.progress import bar
 from nni_topo.pruners.genetic_weight.masked import MaskedScores
@@ -102,7 +102,7 @@ def checked_validation(validation: Iterable[Any] | None) -> list[Any] | None:
     """Return labelled batches as a list, or raise a ConfigError where there is none."""
     if validation is None:
         return None
-    batches = list(repeatable(validation, "validation"))
+    batches = list(Calibration(validation, name="validation"))
     if not batches:
         raise ConfigError("validation must hold at least one batch, got none (validation)")
     return batches

@@ -26,9 +26,10 @@ from torch import nn
 from nni_topo.errors import DataError, check_memory
 from nni_topo.maths.least_squares.exchange import exchange
 from nni_topo.maths.least_squares.greedy import Products, Samples, forward_selection
+from nni_topo.network.calibration import Calibration
 from nni_topo.network.capture import watched
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.inputs import batch_size, calls, fitting, real_positions_of, structure_call, structure_of
+from nni_topo.network.inputs import calls, fitting, real_positions_of, structure_call, structure_of
 from nni_topo.network.layers import WEIGHTED, output_channels
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.network import Network
@@ -76,14 +77,14 @@ class ReconstructionProblem:
 
 
 class ReconstructionProblems:
-    """Measures the reconstruction problems of a pruner's units on calibration batches, iterated several times.
+    """Measures the reconstruction problems of a pruner's units on calibration batches.
 
     Units are measured together as long as their matrices stay below ``max_bytes``; ``seed`` draws the positions at
     which large feature maps are sampled.
     """
 
     def __init__(self, calibration: Iterable[Any], *, seed: int = 0, max_bytes: int = 2**30) -> None:
-        self.calibration = calibration
+        self.calibration = Calibration.of(calibration)
         self.seed = seed
         self.max_bytes = max_bytes
 
@@ -116,7 +117,7 @@ class ReconstructionProblems:
         if not wide:
             return
         model, shapes = network.model, network.sizes
-        images = sum(batch_size(call) for call in calls(model, self.calibration))
+        images = self.calibration.samples
         names = {id(module): name for name, module in model.named_modules()}
         for name, reader in wide:
             columns, outputs = column_count(reader), output_channels(reader.module) or 0
@@ -133,12 +134,11 @@ class ReconstructionProblems:
 
         ``network`` is where the kept channels come from: the same model, or one with the same modules.
         """
-        sizes = [batch_size(call) for call in calls(original, self.calibration)]
+        samples = self.calibration.samples
         names = {id(module): name for name, module in original.named_modules()}
         sums = {
             name: [
-                Reading(reader, network.get_submodule(names[id(reader.module)]), sum(sizes), self.seed)
-                for reader in found
+                Reading(reader, network.get_submodule(names[id(reader.module)]), samples, self.seed) for reader in found
             ]
             for name, found in readers.items()
         }
@@ -146,7 +146,7 @@ class ReconstructionProblems:
         hooks = watched([(one.twin, one.reached) for one in flat], [(one.module, one.met) for one in flat])
         with mixing_called(original, network), hooks, evaluation_mode(original, network), torch.no_grad():
             for index, (args, kwargs) in enumerate(calls(original, self.calibration)):
-                with fitting(index):
+                with fitting(index, self.calibration.name):
                     original(*args, **kwargs)
                     if network is not original:
                         network(*args, **kwargs)

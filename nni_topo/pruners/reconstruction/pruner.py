@@ -19,7 +19,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import FLAG, ConfigError, whole
-from nni_topo.network.inputs import checked_calibration
+from nni_topo.network.calibration import calibration_of
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import ALLOCATIONS, Budget, BudgetPlanner, planned
 from nni_topo.pruners.checks import pruner_arguments
@@ -119,10 +119,10 @@ class ReconstructionPruner(StructuredPruner):
         seed: int = 0,
         progress: bool | None = None,
     ) -> None:
-        calibration = checked_calibration(calibration)
-        if calibration is None:
+        kept = calibration_of(calibration)
+        if kept is None:
             raise ConfigError("ReconstructionPruner needs calibration data, got none (calibration)")
-        self.calibration = calibration
+        self.calibration = calibration = kept
         self.sequential = sequential
         self.swaps = swaps
         self.budget = budget

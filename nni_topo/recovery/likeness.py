@@ -1,0 +1,181 @@
+"""How like a network's answers are to the unpruned one's, on some images, with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.special import stdtrit
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError
+from nni_topo.network.calibration import BatchStore, Calibration
+from nni_topo.network.inputs import batch_size, calls, fitting, real_positions_of, tensors_of
+from nni_topo.network.modes import evaluation_mode
+from nni_topo.recovery.lesson import outputs_of
+
+_Z = 1.959964  # 95 % of a normal distribution
+_TAIL = 0.975
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over images and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How like two networks' answers are."""
+
+    distance: Estimate  # mean squared distance over the variance of the unpruned network's outputs; NaN: other shapes
+    agreement: Estimate  # share of largest logits that are the same; NaN where outputs aren't logits
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a network gives for one batch, on the CPU."""
+
+    outputs: list[Tensor]
+    are_logits: bool
+    real: Tensor | None  # which positions aren't padding, bool (samples, places)
+    samples: int
+
+
+class Answers:
+    """What the unpruned network says of several parts of the images, and how like that another one's answers are.
+
+    Distances are shares of the variance over all parts, so that a small part doesn't need one of its own.
+    """
+
+    def __init__(self, model: nn.Module, *parts: Calibration) -> None:
+        self._model, self._parts = model, parts
+        self._wanted = [BatchStore() for _ in parts]
+        for part, store in zip(parts, self._wanted, strict=True):
+            for answer in _answers(model, part):
+                store.append((answer.outputs, answer.are_logits, answer.real, answer.samples))
+        self._scales = _scales([_Answer(*each) for store in self._wanted for each in store])
+
+    def likenesses(self, net: nn.Module) -> list[Likeness]:
+        """Compare a network on each part."""
+        exact = Likeness(Estimate(0.0, 0.0, 0.0), Estimate(*([1.0 if self._are_logits else math.nan] * 3)))
+        if net is self._model:
+            return [exact] * len(self._parts)
+        found = []
+        for part, store in zip(self._parts, self._wanted, strict=True):
+            distances: list[float] = []  # of each image
+            agreed: list[float] = []
+            for mine, kept in zip(_answers(net, part), store, strict=True):
+                theirs = _Answer(*kept)
+                distances += self._distances(mine, theirs)
+                agreed += _agreements(mine, theirs)
+            found.append(Likeness(_mean(distances), _share(agreed)))
+        return found
+
+    @property
+    def _are_logits(self) -> bool:
+        return _Answer(*self._wanted[0][0]).are_logits
+
+    def _distances(self, mine: _Answer, theirs: _Answer) -> list[float]:
+        """Return the squared distance of each sample's outputs, as a share of the variance, averaged over outputs."""
+        shapes = [[each.shape for each in answer.outputs] for answer in (mine, theirs)]
+        if shapes[0] != shapes[1]:  # such as the boxes that a detector finds
+            return [math.nan] * theirs.samples
+        total = torch.zeros(theirs.samples, dtype=torch.float64)
+        for one, other, scale in zip(mine.outputs, theirs.outputs, self._scales, strict=True):
+            squares = (one.double() - other.double()).square()
+            if theirs.real is not None and squares.dim() > 2 and squares.shape[:2] == theirs.real.shape:
+                squares = squares.flatten(2).sum(2) * theirs.real
+            by_sample = squares.flatten(1).sum(1)
+            # Outputs that never vary have no scale: only the same ones are near.
+            total += by_sample / scale if scale > 0.0 else torch.where(by_sample > 0.0, math.inf, 0.0)
+        found: list[float] = (total / max(len(mine.outputs), 1)).tolist()
+        return found
+
+
+def _answers(net: nn.Module, images: Calibration) -> Iterator[_Answer]:
+    """Run a network over images, in evaluation mode."""
+    with evaluation_mode(net), torch.no_grad():
+        for index, call in enumerate(calls(net, images)):
+            count = batch_size(call)
+            with fitting(index, images.name):
+                found = net(*call[0], **call[1])
+            real = real_positions_of(net, call)
+            try:
+                outputs, kind = outputs_of(found, count)
+            except ConfigError:
+                # Such as lists of boxes: without an entry per image, a batch is one sample.
+                outputs = [each.flatten()[None] for each in tensors_of(found) if each.is_floating_point()]
+                if not outputs:
+                    raise
+                kind, real, count = "squares", None, 1
+            yield _Answer(
+                outputs=[each.detach().cpu() for each in outputs],
+                are_logits=kind == "kl",
+                real=None if real is None else real.cpu(),
+                samples=count,
+            )
+
+
+def _scales(answers: Sequence[_Answer]) -> list[float]:
+    """Return for each output how far a sample's lies from the mean over all samples, squared, on average."""
+    scales = []
+    samples = sum(each.samples for each in answers)
+    for index in range(len(answers[0].outputs)):
+        shapes = {each.outputs[index].shape[1:] for each in answers}
+        # Where lengths differ, or some positions are padding, every position is an observation of its own.
+        is_ragged = len(shapes) > 1 or any(each.real is not None for each in answers)
+        count, total, squares = 0, torch.zeros((), dtype=torch.float64), 0.0
+        for each in answers:
+            rows = each.outputs[index].double()
+            if is_ragged and rows.dim() > 2:
+                is_masked = each.real is not None and rows.shape[:2] == each.real.shape
+                rows = rows[each.real] if is_masked else rows.flatten(0, -2)
+            if len({shape[-1:] for shape in shapes}) > 1:
+                rows = rows.reshape(-1, 1)
+            count += len(rows)
+            total = total + rows.sum(0)
+            squares += float(rows.square().sum())
+        scales.append(max(squares - float(total.square().sum()) / count, 0.0) / samples)
+    return scales
+
+
+def _agreements(mine: _Answer, theirs: _Answer) -> list[float]:
+    """Return for each sample the share of positions whose largest logit is the same."""
+    if not (mine.are_logits and theirs.are_logits) or mine.outputs[0].shape != theirs.outputs[0].shape:
+        return [math.nan] * theirs.samples
+    same = (mine.outputs[0].argmax(-1) == theirs.outputs[0].argmax(-1)).double()
+    if theirs.real is not None and same.shape[:2] == theirs.real.shape:
+        weights = theirs.real.double()
+        same = (same * weights).sum(1) / weights.sum(1).clamp_min(1.0)
+    found: list[float] = same.flatten(1).mean(1).tolist() if same.dim() > 1 else same.tolist()
+    return found
+
+
+def _mean(values: list[float]) -> Estimate:
+    """Return a mean of nonnegative numbers and its interval by Student's t."""
+    count = len(values)
+    found = torch.tensor(values, dtype=torch.float64)
+    mean = float(found.mean())
+    if not math.isfinite(mean):
+        return Estimate(mean, mean, mean)
+    if count < 2:
+        return Estimate(mean, 0.0, math.inf)
+    half = float(stdtrit(count - 1, _TAIL)) * float(found.std()) / math.sqrt(count)
+    return Estimate(mean, max(mean - half, 0.0), mean + half)
+
+
+def _share(values: list[float]) -> Estimate:
+    """Return a mean of numbers in [0, 1] and Wilson's interval."""
+    count = len(values)
+    share = math.fsum(values) / count
+    if math.isnan(share):
+        return Estimate(share, share, share)
+    middle = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
+    half = _Z / (1 + _Z**2 / count) * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
+    return Estimate(share, max(middle - half, 0.0), min(middle + half, 1.0))

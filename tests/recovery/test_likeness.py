@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+import nni_topo
+from nni_topo.network.calibration import Calibration
+from nni_topo.recovery.likeness import Answers
+from nni_topo.testing import toy_images, toy_model
+
+
+def net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+
+
+def test_distance_and_agreement_are_those_of_each_part_with_their_intervals():
+    one, other = net(0), net(0)
+    with torch.no_grad():
+        other[2].weight += 0.2 * torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
+    images = torch.randn(60, 5, generator=torch.Generator().manual_seed(1))
+    parts = [Calibration([images[:17], images[17:40]]), Calibration([(images[40:], "labels")])]
+    found = Answers(one, *parts).likenesses(other)
+    with torch.no_grad():
+        wanted, got = one(images).double(), other(images).double()
+    scale = float((wanted - wanted.mean(0)).square().sum()) / 60
+    errors = (wanted - got).square().sum(1) / scale
+    same = wanted.argmax(1) == got.argmax(1)
+    for likeness, rows in zip(found, (slice(0, 40), slice(40, 60)), strict=True):
+        mine = errors[rows].numpy()
+        assert likeness.distance.value == pytest.approx(mine.mean())
+        low, high = stats.t.interval(0.95, len(mine) - 1, loc=mine.mean(), scale=stats.sem(mine))
+        assert (likeness.distance.low, likeness.distance.high) == (pytest.approx(low), pytest.approx(high))
+        share = likeness.agreement
+        assert share.value == pytest.approx(float(same[rows].double().mean()))
+        wilson = stats.binomtest(int(same[rows].sum()), len(mine)).proportion_ci(method="wilson")
+        assert (share.low, share.high) == (pytest.approx(wilson.low), pytest.approx(wilson.high))
+    assert 0.0 < found[0].agreement.value < 1.0
+
+
+def test_a_network_is_exactly_like_itself_and_a_constant_one_has_no_scale():
+    model, batches = net(), Calibration([torch.randn(4, 5)])
+    ((likeness),) = Answers(model, batches).likenesses(model)
+    assert (likeness.distance.value, likeness.distance.high, likeness.agreement.low) == (0.0, 0.0, 1.0)
+    constant, other = net(), net()
+    with torch.no_grad():
+        constant[2].weight.zero_()
+        other[2].weight.zero_()
+        other[2].bias += 1.0
+    answers = Answers(constant, batches)
+    assert answers.likenesses(net())[0].distance.value == math.inf
+    assert answers.likenesses(nn.Sequential(*constant))[0].distance.value == 0.0
+
+
+class Tokens(nn.Module):
+    """What Transformers' models look like: lengths differ, a mask says what is padding."""
+
+    def __init__(self, shift: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.shift = nn.Embedding(11, 4), shift
+
+    def forward(self, input_ids, attention_mask=None):
+        return {"last_hidden_state": self.embed(input_ids) + self.shift * (input_ids == 3)[..., None]}
+
+
+def test_padding_and_lengths_that_differ_do_not_count():
+    generator = torch.Generator().manual_seed(0)
+    batches, values, errors = [], [], []
+    for length in (6, 9):
+        ids = torch.randint(1, 11, (5, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[:, length - 2 :] = 0
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": ids})
+        with torch.no_grad():
+            hidden = Tokens().embed(ids)[:, : length - 2].double()
+        values.append(hidden.flatten(0, 1))
+        errors.append(((ids[:, : length - 2] == 3).double() * 4 * 0.5**2).sum(1))
+    rows = torch.cat(values)
+    scale = float((rows - rows.mean(0)).square().sum()) / 10
+    (likeness,) = Answers(Tokens(), Calibration(batches)).likenesses(Tokens(0.5))
+    assert likeness.distance.value == pytest.approx(float(torch.cat(errors).mean()) / scale, rel=1e-5)
+    assert math.isnan(likeness.agreement.value)
+
+
+class Boxes(nn.Module):
+    """A detector: as many boxes as it finds."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, images):
+        return [{"boxes": self.scale * image.flatten()[image.flatten() > 0.5]} for image in images]
+
+
+def test_outputs_without_an_entry_per_image_are_compared_where_they_have_one_shape():
+    batches = Calibration([{"images": list(torch.rand(3, 3, 4, 4))} for _ in range(3)])
+    assert batches.samples == 9
+    answers = Answers(Boxes(1.0), batches)
+    assert 0.0 < answers.likenesses(Boxes(1.1))[0].distance.value < 1.0
+
+    class Fewer(Boxes):
+        def forward(self, images):
+            return super().forward([image[:2] for image in images])
+
+    assert math.isnan(answers.likenesses(Fewer(1.0))[0].distance.value)
+
+
+def test_the_report_has_held_out_figures_and_says_where_they_are_far_from_those_solved_on():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 10)).eval()
+    few = torch.randn(72, 64)
+    report = nni_topo.shrink(model, [few], {"flops": 0.75}, distill=False).report
+    last = report.stages[-1]
+    assert (report.images, report.held_out) == (63, 9)
+    assert last.distance > 2.0 * last.calibration_distance
+    text = " ".join(report.warnings)
+    assert "63 images are too few for this network" in text
+    assert "hand on more images" in text
+    assert "should have more samples than a layer has unknowns" in text
+    assert "warning: 63 images are too few" in repr(report)
+    assert "figures are those of 9 held-out images, with 95 % intervals; 63 others were solved on" in repr(report)
+    many = nni_topo.shrink(model, [torch.randn(6000, 64)], {"flops": 0.3}, distill=False).report
+    assert many.warnings == ()
+    assert many.stages[-1].distance_low < many.stages[-1].calibration_distance < many.stages[-1].distance_high
+
+
+def test_images_that_are_too_few_to_hold_any_out_are_told():
+    report = nni_topo.shrink(toy_model().eval(), [toy_images(7)], {"flops": 0.5}, distill=False).report
+    assert (report.images, report.held_out) == (7, 0)
+    assert "none of 7 images could be held out" in report.warnings[0]
+    last = report.stages[-1]
+    assert last.distance == last.calibration_distance
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5])
+def test_the_report_says_whether_the_budget_was_met(share):
+    small = nni_topo.shrink(toy_model().eval(), [toy_images(32)], {"params": share}, distill=False)
+    outcome = small.report.budget
+    found = nni_topo.zoo.count_params(small) / nni_topo.zoo.count_params(toy_model())
+    assert (outcome.kind, outcome.asked, outcome.left) == ("params", share, pytest.approx(found))
+    assert outcome.is_met == (abs(found - share) <= 0.01)
+    assert str(outcome) in repr(small.report)
+
+
+def test_a_budget_that_is_missed_says_why():
+    capped = [{"op_names": ["hidden"], "max_sparse_ratio": 0.1}]
+    report = nni_topo.shrink(toy_model().eval(), [toy_images(32)], {"params": 0.5}, layers=capped, distill=False).report
+    assert not report.budget.is_met
+    assert report.budget.left > 0.55
+    assert "at their max_sparse_ratio" in report.budget.why
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"evaluate": 5}, "evaluate must be a function or None, got 5"),
+        ({"evaluate": lambda net: "good"}, "evaluate must return a number, got 'good'"),
+        ({"evaluate": lambda net: None}, "evaluate must return a number, got None"),
+        ({"evaluate": lambda net: np.zeros(3)}, "evaluate must return a number"),
+        ({"knobs": 5}, "knobs must be a Mapping or None, got 5"),
+        ({"pruner": lambda model, config_list, images: None}, "masks must be"),
+        ({"compensate": lambda model, masks, images: None}, "compensate must return a torch.nn.Module, got NoneType"),
+        ({"distill": lambda dense, model, images: 3}, "distill must return a torch.nn.Module, got int"),
+    ],
+)
+def test_what_users_functions_return_is_checked(knobs, message):
+    with pytest.raises(nni_topo.errors.ConfigError, match=message):
+        nni_topo.shrink(toy_model().eval(), [toy_images(16)], {"flops": 0.5}, **{"distill": False, **knobs})
