@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -240,6 +240,12 @@ def _parts(names: set[str], flow: ChannelFlow) -> set[str]:
     found = {name: flow.attention[name] for name in names - flow.heads.keys() if name in flow.attention}
     inner = {layer for each in found.values() for layer in (*each.channels, *filter(None, [each.out]))}
     return (names - found.keys()) | inner
+
+
+def whole_layers(model: torch.nn.Module, example_inputs: Any, names: Sequence[str]) -> dict[str, str]:
+    """Say which of some layers have to stay whole, and why."""
+    network = Network.on(model, example_inputs)
+    return _skipped(network, network.flow, list(names), set(names))
 
 
 def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: set[str]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.inputs import call_arguments, tensors_of
+from nni_topo.network.inputs import call_arguments, taken, tensors_of
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.transformers import fast_paths_off
 from nni_topo.network.untouched import leaves_models_alone
@@ -26,8 +26,6 @@ from nni_topo.network.untouched import leaves_models_alone
 _LEAST_ROUNDS = 8
 _BLOCK, _BLOCKS = 120 * 2**10, 8192  # bytes below what glibc maps alone, and how many
 _SCHEDULED = "/proc/thread-self/schedstat"  # Linux: nanoseconds with a core and waiting for one, and slices
-
-Inputs = Tensor | tuple[Tensor, ...]
 
 
 def count_params(model: nn.Module) -> int:
@@ -45,15 +43,15 @@ def count_params(model: nn.Module) -> int:
 
 
 @leaves_models_alone
-def count_macs(model: nn.Module, example_inputs: Inputs) -> int:
+def count_macs(model: nn.Module, example_inputs: Any) -> int:
     """Return the multiply-accumulates of one sample: convolutions, linear layers, matrix products, attention.
 
     Parameters
     ----------
     model : nn.Module
         Run once in evaluation mode, then put back into the modes it was in.
-    example_inputs : Tensor or tuple of Tensor
-        Inputs of the model, batch first; only the first sample is used.
+    example_inputs : Tensor, tuple, list or mapping of str to Any
+        Inputs of the model, batch first: one tensor, positional or keyword arguments. Only the first sample is used.
 
     Returns
     -------
@@ -68,14 +66,15 @@ def count_macs(model: nn.Module, example_inputs: Inputs) -> int:
     """
     from torch.utils.flop_counter import FlopCounterMode  # loads Triton
 
-    inputs = tuple(tensor[:1] for tensor in _as_tuple(example_inputs))
+    call = call_arguments(example_inputs, model)
+    args, kwargs = taken(call, torch.arange(1))
     counter = FlopCounterMode(display=False)
     with evaluation_mode(model), fast_paths_off(), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
-        model(*inputs)
+        model(*args, **kwargs)
     return int(counter.get_total_flops()) // 2
 
 
-def latency_ms(model: nn.Module, example_inputs: Inputs, *, runs: int = 30, warmup: int = 5, threads: int = 1) -> float:
+def latency_ms(model: nn.Module, example_inputs: Any, *, runs: int = 30, warmup: int = 5, threads: int = 1) -> float:
     """Return the median time of one forward pass.
 
     Parameters
@@ -251,10 +250,6 @@ def _without_core() -> float:
             os.close(file)
     except (OSError, IndexError, ValueError):
         return 0.0
-
-
-def _as_tuple(example_inputs: Inputs) -> tuple[Tensor, ...]:
-    return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
 
 
 @contextmanager

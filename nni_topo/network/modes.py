@@ -125,7 +125,8 @@ class RandomWeights:
         if key not in self._scaled or self._scaled[key].numel() < count:
             scaled = (self._drawn[:count] * scale + shift).to(weight.device)
             self._scaled[key] = scaled.repeat(-(-count // scaled.numel()))
-        self._start = (self._start + 101) % self._APART
+        # An even place: complex numbers can be seen in the weights from there alone.
+        self._start = (self._start + 102) % self._APART
         return self._scaled[key][self._start : self._start + weight.numel()].view(weight.shape)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, unknown_name
-from nni_topo.network.measure import Inputs, count_macs, count_params, latencies
+from nni_topo.network.measure import count_macs, count_params, latencies
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.untouched import leaves_models_alone
 
@@ -50,7 +50,7 @@ class ModeCost:
 @leaves_models_alone
 def profile(
     models: Mapping[str, nn.Module],
-    example_inputs: Inputs,
+    example_inputs: Any,
     *,
     modes: Sequence[str] = ("plain",),
     runs: int = 30,

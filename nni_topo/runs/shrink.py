@@ -45,7 +45,7 @@ from nni_topo.recovery.narrowing import narrow_instead
 from nni_topo.recovery.report import CompensationReport
 from nni_topo.runs.allocating import Tried, allocations_to_try, check_held_out, compared
 from nni_topo.runs.plan import Target
-from nni_topo.runs.widths import inner_layers, layer_ratios, pruning_config
+from nni_topo.runs.widths import layer_ratios, pruning_config, sorted_layers
 
 if TYPE_CHECKING:
     import pandas
@@ -257,11 +257,19 @@ def shrink(
     learned, held_out = calibration.split()
     stages = _Stages(model, learned, held_out, example, evaluate)
     stages.add("original", model)
-    entries = _entries(inner_layers(model, example) if layers is None else layers)
+    if layers is None:
+        layers, whole = sorted_layers(model, example)
+        if not layers:
+            reasons = "; ".join(f"{name} ({why})" for name, why in whole.items()) or "no convolution or linear layer"
+            raise ConfigError(f"a model must have a layer that can lose channels, got none: {reasons} (shrink)")
+        is_default = True
+    else:
+        is_default = False
+    entries = _entries(layers)
     round_to = widths_multiple(round_to, device_of(model))
     narrows = narrow_heads and budget.kind != "latency" and round_to is None
     own = dict(knobs or {})
-    steps = _Steps(model, example, entries, layers is None, pruner, own, compensate, narrows, round_to, seed, progress)
+    steps = _Steps(model, example, entries, is_default, pruner, own, compensate, narrows, round_to, seed, progress)
     tried: tuple[Tried, ...] = ()
     if budget.allocation == AUTO:
         made, tried = steps.best(budget, learned, check_held_out(calibration, held_out))
@@ -270,7 +278,7 @@ def shrink(
         made = steps.pruned(budget, learned)
         stages.add("pruned", made.dense)
         made = steps.compensated(made, learned)
-    outcome = _outcome(budget, model, made, calibration, pruner)
+    outcome = _outcome(budget, model, made.dense, made.planned, calibration, pruner)
     if compensate is not None:
         stages.add("compensated", made.recovered)
     dense = made.recovered
@@ -365,6 +373,7 @@ class _Steps:
 class _Stages:
     """Measures the network after each step, and how long the step took."""
 
+    @leaves_models_alone
     def __init__(
         self,
         model: nn.Module,
@@ -482,15 +491,21 @@ def _chosen(
     return masks, planner.outcome if isinstance(planner, BudgetPlanner) else None
 
 
+@leaves_models_alone
 def _outcome(
-    budget: Budget, model: nn.Module, made: _Made, images: Calibration, pruner: str | Callable[..., Masks]
+    budget: Budget,
+    model: nn.Module,
+    dense: nn.Module,
+    planned: BudgetOutcome | None,
+    images: Calibration,
+    pruner: str | Callable[..., Masks],
 ) -> BudgetOutcome:
     """Return what share of the cost the dense network takes, and warn where that isn't what was asked for."""
     args, kwargs = first_call(model, images)
     example: Any = kwargs or args
-    report: Any = made.dense.report
+    report: Any = dense.report
     if budget.kind != "latency":
-        left, whole = (network_cost(budget.kind, net, example)({}) for net in (made.dense, model))
+        left, whole = (network_cost(budget.kind, net, example)({}) for net in (dense, model))
         share = left / whole
     elif budget.latency_table is not None:
         table: Any = budget.latency_table  # a file was read when the budget was made
@@ -498,8 +513,7 @@ def _outcome(
         known = {row.name: row for row in report.rows if row.name in table.layers}
         share = cost({name: np.arange(row.before) < row.after for name, row in known.items()}) / cost({})
     else:
-        ((share, _),) = time_shares([made.dense], model, example, budget.share)
-    planned = made.planned
+        ((share, _),) = time_shares([dense], model, example, budget.share)
     if planned is not None and not planned.is_met:  # the planner has warned
         return budget_outcome(budget.kind, budget.share, share, planned.why)
     if _chooses_how_many(pruner):

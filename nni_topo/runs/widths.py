@@ -11,8 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.dependency import OUTPUT, DependencyGroups, dependency_groups
-from nni_topo.network.labels import FIXED
+from nni_topo.network.dependency import OUTPUT, DependencyGroups, dependency_groups, whole_layers
 from nni_topo.network.latency import LatencyTable
 from nni_topo.network.network import Network
 from nni_topo.network.report import DenseReport, why_not_followed
@@ -88,16 +87,20 @@ def pruning_config(model: nn.Module, example_inputs: Tensor, ratios: dict[str, f
 
 
 def inner_layers(model: nn.Module, example_inputs: Tensor) -> list[str]:
-    """Return the convolutions and linear layers whose channels could go and aren't the model's output, in its order."""
+    """Return the convolutions and linear layers whose channels can go and aren't the model's output, in its order."""
+    return sorted_layers(model, example_inputs)[0]
+
+
+def sorted_layers(model: nn.Module, example_inputs: Tensor) -> tuple[list[str], dict[str, str]]:
+    """Return what :func:`inner_layers` does, and of the other convolutions and linear layers why they stay whole."""
     flow = Network.on(model, example_inputs).flow
     prunable = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
-    return [
-        name
-        for name in flow.layers
-        if isinstance(model.get_submodule(name), prunable)
-        and not flow.reaches_output(name)
-        and (flow.layer_roots(name) != FIXED).any()
-    ]
+    names = [name for name in flow.layers if isinstance(model.get_submodule(name), prunable)]
+    whole = whole_layers(model, example_inputs, names)
+    for name in names:
+        if flow.reaches_output(name):
+            whole.setdefault(name, OUTPUT)
+    return [name for name in names if name not in whole], whole
 
 
 def left_whole(model: nn.Module, example_inputs: Tensor, dense: nn.Module) -> dict[str, str]:

@@ -128,7 +128,7 @@ def test_a_pruner_says_what_it_is(name):
 def test_knobs_at_their_defaults_are_left_out_and_data_are_named_by_type():
     search = nni_topo.GeneticSearch(generations=3)
     pruner = nni_topo.TopologicalPruner(toy_model(), HALF, calibration=[toy_images()], solver=search, seed=4)
-    assert repr(pruner) == f"TopologicalPruner(calibration=<list>, solver={search!r}, seed=4)"
+    assert repr(pruner) == f"TopologicalPruner(calibration=<Calibration>, solver={search!r}, seed=4)"
     assert repr(nni_topo.RandomPruner(toy_model(), HALF)) == "RandomPruner()"
 
 
