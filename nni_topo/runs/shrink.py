@@ -473,6 +473,7 @@ def _chosen(
     config_list: list[dict[str, Any]] = groups.unnamed() if is_default else groups
     if callable(pruner):
         chosen = pruner(victim, config_list, images)
+        instance(Mapping).check("masks", chosen, "pruner")
         check_masks(model, chosen)
         return chosen, None
     if budget.kind == "latency":  # of the batch that counts
