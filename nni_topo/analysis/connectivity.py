@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nni_topo.analysis.deviation import CONNECTIONS, PointsStudy, PrunersStudy, curves, share_kept, study_masks
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.network.capture import by_channel, watched
+from nni_topo.network.computed import fold
 from nni_topo.network.inputs import call_arguments, tensors_of
 from nni_topo.network.layers import CONVOLUTIONS, NORMALIZING
 from nni_topo.network.masked import masked_model
@@ -185,6 +186,7 @@ def _flow_model(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> 
         if isinstance(module, (*NORMALIZING, *_SHRINKING)):
             flow.set_submodule(name, nn.Identity())
             continue
+        fold(module)  # a weight that is computed from ones and zeros may be anything
         for parameter, values in module.named_parameters(recurse=False):
             mask = masks.get(name, {}).get(parameter)
             if mask is not None and mask.shape != values.shape:

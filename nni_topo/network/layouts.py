@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.network.capture import watched
+from nni_topo.network.inner import has_own_forward
 from nni_topo.network.inputs import out_of_memory
 from nni_topo.network.modes import evaluation_mode
 
@@ -77,4 +78,6 @@ def _fragile(model: nn.Module) -> list[nn.Conv2d]:
 def _is_fragile(layer: nn.Module) -> bool:
     if not isinstance(layer, nn.Conv2d):
         return False
-    return max(layer.kernel_size) == 1 and max(layer.stride) > 1 and layer.in_channels // layer.groups < _FEW
+    # By which stride another class convolves its attributes needn't say.
+    skips = max(layer.stride) > 1 or has_own_forward(layer)
+    return max(layer.kernel_size) == 1 and skips and layer.in_channels // layer.groups < _FEW

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError
 from nni_topo.maths.topology.layer_graphs import LayerGraph, convolution_graph
 from nni_topo.network.capture import watched
-from nni_topo.network.inner import InnerCall, call_of, has_own_forward
+from nni_topo.network.inner import InnerCall, call_of, has_own_forward, inner_of
 from nni_topo.network.inputs import Call, tensors_of
 from nni_topo.network.layers import CONVOLUTIONS, WEIGHTED
 from nni_topo.network.modes import evaluation_mode
@@ -33,6 +33,13 @@ def layer_sizes(model: nn.Module, call: Call) -> LayerSizes:
         module: Any = model.get_submodule(name)
         attends, recurs = (isinstance(module, kind) for kind in (nn.MultiheadAttention, nn.RNNBase))
         leaving = (*entered.shape[:-1], 3 * entered.shape[-1]) if attends else tensors_of(left)[0].shape
+        if inner_of(module) is not None:
+            # What it goes on with behind its convolution has sizes of its own.
+            call = call_of(module, entered)
+            if isinstance(module, nn.Linear):
+                leaving = (*entered.shape[:-1], module.out_features)
+            else:
+                leaving = (len(entered), module.out_channels, *call.output_size)
         pair = tuple(entered.shape), tuple(leaving)
         if recurs and not module.batch_first and entered.dim() == 3:
             pair = (pair[0][1::-1] + pair[0][2:], pair[1][1::-1] + pair[1][2:])

@@ -35,6 +35,7 @@ from torch.fx import Node
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, fit
 from nni_topo.maths.ties import first_largest_along
 from nni_topo.network.following import norms_behind
+from nni_topo.network.inner import weight_used
 from nni_topo.network.layers import WEIGHTED, by_output
 from nni_topo.network.norms import through_norms
 from nni_topo.recovery.mixing import PairTask
@@ -169,7 +170,7 @@ class _Filter:
 def _filters(networks: Networks, name: str, norm: nn.Module | None) -> list[_Filter]:
     """Return a layer's filters; `norm` is the batch norm behind, or None."""
     module: Any = networks.original.get_submodule(name)
-    weight = by_output(module.weight.detach().double(), module).flatten(1)
+    weight = by_output(weight_used(module).detach().double(), module).flatten(1)
     bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias
     scale, bias = through_norms([] if norm is None else [norm], bias)
     rows = (weight * scale[:, None]).cpu(), bias.cpu()

@@ -153,6 +153,7 @@ def test_a_layer_that_makes_pixels_of_channels_loses_blocks_of_them():
     assert [entry["op_names"] for entry in groups] == [["0"], ["2"]]
     dense = nni_topo.to_dense(model, images(2, 8), masks)
     assert dense[2].weight.shape[:2] == (8, 4)
+    assert NetworkCost(model, images(2, 8))({}).macs == count_macs(model, images(2, 8))
     check_same(nni_topo.masked_model(model, images(2, 8), masks), dense)
 
 

@@ -17,6 +17,7 @@ from nni_topo.analysis.energy.study import Evaluate, Quality
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.maths.signals import Chirp
 from nni_topo.maths.ties import first_smallest
+from nni_topo.network.inner import weight_used
 from nni_topo.network.masked import masked_model
 from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
@@ -185,7 +186,7 @@ class _Surgeon:
 def _traits(before: Any, after: Any, weak: Tensor, plane: Tensor) -> tuple[float, float]:
     """Energy share of the weak filters, and their likeness to what they were."""
     bias = None if after.bias is None else after.bias.detach().double()
-    energy, _ = chirp_response_energy(after, after.weight.detach().double(), bias, plane)
+    energy, _ = chirp_response_energy(after, weight_used(after).detach().double(), bias, plane)
     old, new = (module.weight.detach()[weak].flatten(1).double() for module in (before, after))
     likeness = torch.cosine_similarity(old, new, dim=1).abs().mean()
     return float(energy[weak].sum() / energy.sum()), float(likeness)

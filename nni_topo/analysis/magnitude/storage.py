@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nni_topo.network.inner import has_own_forward
+
 
 def stored_bytes(model: nn.Module) -> dict[str, int]:
     """Return the bytes that a model's state takes on disk by format; masked weights are zeros in it."""
@@ -49,7 +51,7 @@ def with_sparse_linears(model: nn.Module) -> nn.Module:
     """Return a copy whose linear layers multiply by sparse matrices; convolutions have no such kernel in PyTorch."""
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and not has_own_forward(module):
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, SparseLinear(module))
     return model

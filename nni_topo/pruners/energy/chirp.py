@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import FLAG, ConfigError, DataError, LayerError, as_settings, check_knobs, one_of
 from nni_topo.maths import signals
+from nni_topo.network.inner import inner_of
 from nni_topo.network.layers import WEIGHTED, weight_name
 from nni_topo.network.network import Network
 from nni_topo.pruners.clouds.coupled import norm_scales
@@ -146,7 +147,11 @@ def masked_parameters(context: PruningContext, name: str) -> tuple[Tensor, Tenso
 
 def _masked(context: PruningContext, name: str, target: str) -> Tensor | None:
     space = context.target_spaces[name].get(target)
-    value = getattr(context.model.get_submodule(name), target) if space is None else space.target
+    module = context.model.get_submodule(name)
+    value = getattr(module, target) if space is None else space.target
+    inner = inner_of(module)
+    if inner is not None and not inner.is_own:
+        value = getattr(inner, target)  # as its forward computes it
     if value is None:
         return None
     found: Tensor = value.detach().cpu()

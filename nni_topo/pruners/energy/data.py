@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nni_topo.network.calibration import calibration_of
 from nni_topo.network.capture import by_channel, watched
+from nni_topo.network.inner import call_of, is_followed
 from nni_topo.pruners.clouds.moments import check_reached
 from nni_topo.pruners.energy.chirp import EnergyCollector, masked_parameters
 from nni_topo.pruners.hooks import PruningContext
@@ -44,11 +45,14 @@ class _Energy:
 
     def __init__(self, module: nn.Module, bias: Tensor | None) -> None:
         self.module, self.bias = module, bias
+        self._goes_on = is_followed(module)
         self.energy: Any = 0.0
         self.samples = 0
         self.positions = 0
 
-    def add(self, _: Tensor, outputs: Tensor) -> None:
+    def add(self, entering: Tensor, outputs: Tensor) -> None:
+        if self._goes_on:  # the filters' answers are what it goes on with
+            outputs = call_of(self.module, entering).run()
         rows = by_channel(self.module, outputs).double()
         if self.bias is not None:
             rows = rows - self.bias.to(rows.device)[:, None]

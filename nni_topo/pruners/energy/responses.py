@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
+from nni_topo.network.inner import call_of, inner_of
 from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
 from nni_topo.network.network import Network
 
@@ -69,6 +71,11 @@ def _respond(module: nn.Module, kernels: Tensor, planes: Tensor) -> Tensor:
     """Convolve one plane, shape ``(1, 1, ...)``, with kernels ``(n, 1, ...)`` as a layer does."""
     # PyTorch wants (in, out, ...) of a transposed kernel, and there is one input channel.
     weight = kernels.transpose(0, 1) if isinstance(module, TRANSPOSED) else kernels
+    if inner_of(module) is not None:
+        # What its class does before it convolves is done to all channels alike.
+        call = call_of(module, planes.expand(-1, int(module.in_channels), *planes.shape[2:]))  # type: ignore[arg-type]
+        entering = call.entering[:, :1]
+        return replace(call, given={**call.given, "input": entering, "weight": weight, "bias": None, "groups": 1}).run()
     # A layer of PyTorch's own class and with its own forward: NNI puts another in its place while a layer is wrapped.
     kind: Any = next(kind for kind in (*CONVOLUTIONS, *TRANSPOSED) if isinstance(module, kind))
     layer = kind.__new__(kind)

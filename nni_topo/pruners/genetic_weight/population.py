@@ -22,6 +22,7 @@ from torch.fx import Interpreter, Node
 
 from nni_topo.errors import DataError, SpeedupError
 from nni_topo.maths.search.gene_layers import BoolArray, FloatArray
+from nni_topo.network.inner import has_own_forward
 from nni_topo.network.inputs import at_once, call_arguments, fitting, parts
 from nni_topo.network.modes import unwrapped_copy
 from nni_topo.network.tracing import trace
@@ -173,7 +174,7 @@ class _Tail:
         """Return what a layer puts out with a masked weight."""
         layer: Any = self._run.fetch_attr(str(node.target))
         parameters = _parameters(layer, weight)
-        if isinstance(layer, nn.Linear) and node.all_input_nodes[0] in self._known:
+        if isinstance(layer, nn.Linear) and not has_own_forward(layer) and node.all_input_nodes[0] in self._known:
             # The weight on the left: those of all individuals become the rows of one product, where linear() would have
             # a small one for each, of the same inputs.
             product: Tensor = (weight @ entering.flatten(0, -2).mT).mT.contiguous().unflatten(0, entering.shape[:-1])
