@@ -29,8 +29,8 @@ _MOMENTUM = 0.1  # of batch norms that have none of their own
 _LOOKS = ((0.1, 10.0), (0.2, 4.0), (0.5, 2.0))
 """After these shares of the way a course is left whose held-out loss is more than so many times that at first.
 
-At a high rate the loss rises at first and falls again as the rate does. On the digits (LeNet-5-like, ResNet-20) it fell
-from a tenth of the way on to a seventh, from a fifth on to a third, from half on by a quarter.
+At a high rate the loss rises at first and falls again as the rate does; it doesn't fall from above these lines to less
+than at first, or the next lower rate falls further.
 """
 
 _LEAST_STEPS = 50  # before a course is left: of shorter ones too little is known

@@ -184,6 +184,13 @@ def distillation(
             grows=lambda net, times: not lesson.judge(net, held)[0] <= times * before[0],
         )
         student = course.student
+        if course.is_left:
+            _logger.info(
+                "learning rate %g is left after %d of %d steps: the loss on held-out images has grown",
+                rate,
+                course.done,
+                total,
+            )
         if is_normed:  # views and blends differ from the images that will come
             student = recalibrate_batch_norm(student, lesson.plain(student, learned))
         after = lesson.judge(student, held)

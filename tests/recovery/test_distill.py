@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import time
 
 import pytest
 import torch
@@ -152,6 +153,51 @@ def test_what_got_worse_is_left_out(caplog):
     assert not found.loss_after < found.loss_before
     torch.testing.assert_close(found.model.state_dict(), near.state_dict(), rtol=0, atol=0)
     assert "what was distilled is left out: held out it has loss" in caplog.text
+
+
+def nearly_the_same() -> tuple[nn.Module, nn.Module]:
+    """A network of sure answers and one so near it that high learning rates make the loss grow."""
+    dense, original = Narrow(16).eval(), Narrow(16).eval()
+    with torch.no_grad():
+        for model in (dense, original):
+            model.head.weight *= 20.0
+        dense.head.bias += 1e-4 * torch.arange(4.0)
+    return dense, original
+
+
+def test_a_rate_at_which_held_out_loss_grows_is_left_at_once(caplog):
+    dense, original = nearly_the_same()
+    with caplog.at_level("INFO", "nni_topo.recovery.distilling"):
+        found = distillation(dense, original, batches(), steps=600, blend=False)
+    assert "learning rate 0.006 is left after 60 of 600 steps: the loss on held-out images has grown" in caplog.text
+    assert found.lr < 6e-3
+    # a rate that somebody asks for is left as well, for what it makes is thrown away
+    high = distillation(dense, original, batches(), steps=600, lr=0.05, blend=False)
+    assert not high.is_kept
+    assert high.steps == 60
+    # one that lowers the loss at once has all of its steps
+    low = distillation(*pair(), batches(), steps=100, lr=1e-3, blend=False)
+    assert low.is_kept
+    assert low.steps == 100
+
+
+def test_a_budget_of_time_is_shared_by_the_rates():
+    dense, original = nearly_the_same()
+    began = time.perf_counter()
+    found = distillation(dense, original, batches(), seconds=3.0, steps=10**6, blend=False)
+    assert found.lr < 6e-3
+    assert found.steps > 50
+    assert time.perf_counter() - began < 6.0
+
+
+def test_a_course_goes_on_within_its_own_share_of_the_time(tmp_path):
+    dense, original = nearly_the_same()
+    state = tmp_path / "state.pt"
+    knobs = {"steps": 200, "blend": False, "state": state, "state_seconds": 0.0}
+    found = distillation(dense, original, batches(), **knobs)
+    again = distillation(dense, original, batches(), **knobs)
+    assert (again.lr, again.steps) == (found.lr, found.steps)
+    torch.testing.assert_close(again.model.state_dict(), found.model.state_dict(), rtol=0.0, atol=0.0)
 
 
 def test_masked_channels_and_single_weights_stay_zero(lively):
