@@ -11,11 +11,13 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.passes.shape_prop import ShapeProp
 
 from nni_topo.network.capture import Leaving
+from nni_topo.network.labels import RANDOM
 from nni_topo.network.layers import CONVOLUTIONS
+from nni_topo.network.modes import drawn_since, random_states
 from nni_topo.network.reference import difference
 
 _SAME = 1e-5  # of the largest value; sums in another order, as attention may compute them, are far below
@@ -56,11 +58,19 @@ class Calls:
 
 
 class Comparison(ShapeProp):
-    """Note the shapes of what a graph's nodes give, given the calls of its model's layers."""
+    """Note the shapes of what a graph's nodes give, and which draw random numbers, given the calls of its layers."""
 
     def __init__(self, graph_module: GraphModule, calls: Calls) -> None:
         super().__init__(graph_module)
         self._calls = calls
+
+    def run_node(self, n: Node) -> Any:
+        """Run a node, and note whether it draws random numbers."""
+        states = random_states()
+        found = super().run_node(n)
+        if n.op in ("call_function", "call_method", "call_module") and drawn_since(states):
+            n.meta[RANDOM] = True
+        return found
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a module, or return what it gave before."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.parametrize import is_parametrized
 
 from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.network.attention import Attention, is_attention
@@ -21,6 +22,7 @@ from nni_topo.network.partial import meeting, partial_ties
 from nni_topo.network.parts import is_in_parts
 from nni_topo.network.report import why_not_followed
 from nni_topo.network.shuffles import Share, asked_of, shares
+from nni_topo.network.tracing import DRAWS_OTHERS
 from nni_topo.network.untouched import leaves_models_alone
 
 _logger = logging.getLogger(__name__)
@@ -121,8 +123,8 @@ def dependency_groups(
     Notes
     -----
     Layers that ``op_names`` names are always in the result. Others are left out, in one warning and in ``skipped``,
-    where `to_dense` couldn't remove their channels: those that give the model's output, unless nothing else would be
-    left; and those whose channels enter something that needs all of them, or a fixed size in the forward.
+    where `to_dense` couldn't remove their channels: those that give the model's output; and those whose channels
+    enter something that needs all of them, or a fixed size in the forward.
     A model that can't be traced as a whole is followed part by part, and what a part gives stays. Which these are
     shows a rehearsal, in which random channels of all layers go: about two forward passes. A size that an attribute
     holds (``self.width``) isn't fixed where it counts channels, by which the forward splits, slices or views them, and
@@ -167,7 +169,8 @@ def dependency_groups(
     for config in trans_legacy_config_list(copy.deepcopy(config_list)):
         named.update(config.get("op_names") or ())
         if config.get("op_types"):
-            config["op_types"] = sorted({*config["op_types"], *derived_types(model, config["op_types"])})
+            types = {*config["op_types"], *derived_types(model, config["op_types"])}
+            config["op_types"] = sorted(types | _parametrized(model, types))
         asks = config.get("granularity") == "head"
         if asks:
             del config["granularity"]
@@ -224,6 +227,12 @@ def dependency_groups(
     return DependencyGroups(entries, skipped, named & selected, ties, shares(flow, asked_of(flow, entries, ties)))
 
 
+def _parametrized(model: torch.nn.Module, types: set[str]) -> set[str]:
+    """Name the classes that PyTorch has put in place of such types where a weight is computed."""
+    found = {type(module) for module in model.modules() if is_parametrized(module)}
+    return {kind.__name__ for kind in found if kind.__bases__[0].__name__ in types}
+
+
 def _why_headless(model: torch.nn.Module, name: str) -> str:
     """Say why a layer has no heads."""
     module, place = model.get_submodule(name), name.rpartition(".")[0]
@@ -267,12 +276,12 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: se
             skipped[name] = "all of its channels meet one another"
         elif flow.reaches_output(name):
             if is_in_parts(flow.traced.graph):
-                skipped[name] = "what it gives goes where no tracer follows"
+                why = ": the forward draws random numbers of Python's or NumPy's"
+                is_noise = flow.traced.meta.get(DRAWS_OTHERS)
+                skipped[name] = f"what it gives goes where no tracer follows{why if is_noise else ''}"
             else:
                 heads.append(name)
-    # A network of which all that is selected gives the output has no head that could be left out.
-    if selected - set(heads):
-        skipped |= dict.fromkeys(heads, OUTPUT)
+    skipped |= dict.fromkeys(heads, OUTPUT)
     return {name: skipped[name] for name in asked if name in skipped}
 
 
@@ -369,6 +378,14 @@ def _pinned(flow: ChannelFlow, selected: set[str]) -> dict[str, str]:
     return found
 
 
+def by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:
+    """Collect layers by why they stay whole."""
+    found: dict[str, list[str]] = {}
+    for name, why in skipped.items():
+        found.setdefault(why, []).append(name)
+    return found
+
+
 def _warn(
     flow: ChannelFlow,
     groups: list[list[str]],
@@ -377,11 +394,8 @@ def _warn(
     pinned: Mapping[str, str],
 ) -> None:
     """Name the layers left out, those that keep some channels, and those that give the output."""
-    by_reason: dict[str, list[str]] = {}
-    for name, why in skipped.items():
-        by_reason.setdefault(why, []).append(name)
-    if by_reason.keys() - {OUTPUT}:
-        told = "; ".join(f"{', '.join(names)}: {why}" for why, names in by_reason.items())
+    if set(skipped.values()) - {OUTPUT}:
+        told = "; ".join(f"{', '.join(names)}: {why}" for why, names in by_reason(skipped).items())
         _logger.warning("layers that can't lose channels stay whole and are left out: %s", told)
     for names in groups:
         inside = [name for name in names if name in selected]

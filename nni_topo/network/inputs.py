@@ -45,6 +45,11 @@ def call_arguments(example_inputs: Any, model: torch.nn.Module | None = None) ->
             "example_inputs must be a tensor, a tuple of arguments or a dict of keyword arguments "
             f"with a tensor in it, got {type(example_inputs).__name__}"
         )
+    first = tensors_of(call)[0]
+    if first.dim() and not len(first):
+        raise ConfigError(
+            f"example_inputs must hold a sample at least, got a tensor of shape {tuple(first.shape)} (example_inputs)"
+        )
     return call if model is None else copied(call, device_of(model))
 
 

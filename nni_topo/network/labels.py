@@ -12,6 +12,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils._pytree import tree_map
 
 RECORDED = "_recorded"  # what a graph that was recorded calls constants, with a number behind it
+RANDOM = "nni_topo_random"  # in a node's meta: whether it draws random numbers
 FIXED = 0  # the root of all channels that have to stay; the first layer starts at 1
 
 # These are run on the numbers themselves, which shows where each channel goes.

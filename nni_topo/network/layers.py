@@ -129,6 +129,11 @@ def _make_weights_plain(module: Any) -> None:
             remove(module, hook.name)
 
 
+def is_scripted(module: Any) -> bool:
+    """Tell whether a module is compiled by ``torch.jit``, so that nothing within can be seen or cut."""
+    return isinstance(module, torch.jit.ScriptModule)
+
+
 def is_recurrent(module: Any) -> bool:
     """Tell whether a module is a recurrent layer whose units can go: of one level and one direction, with biases."""
     plain = type(module) in (torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import random
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,10 +28,34 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def random_state_kept() -> AbstractContextManager[None]:
-    """Leave the random state as it was."""
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave the random states of PyTorch, NumPy and Python as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch_random_kept():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def torch_random_kept() -> AbstractContextManager[None]:
+    """Leave PyTorch's random state as it was."""
     # Not to start CUDA for that, its generators are only kept if it is in use.
     return torch.random.fork_rng(list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else [])
+
+
+def random_states() -> list[Tensor]:
+    """Return the states of PyTorch's random generators."""
+    others = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *others]
+
+
+def drawn_since(states: list[Tensor]) -> bool:
+    """Tell whether random numbers were drawn since PyTorch's generators had these states."""
+    # CUDA may have been started since, which has more of them.
+    return not all(torch.equal(one, other) for one, other in zip(states, random_states(), strict=False))
 
 
 def device_of(model: nn.Module) -> torch.device:

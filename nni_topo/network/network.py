@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.fx.passes.shape_prop import ShapeProp
 
+from nni_topo.errors import NniTopoError, SpeedupError
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.inner import with_heads
-from nni_topo.network.inputs import Call, call_arguments
-from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
+from nni_topo.network.inputs import Call, call_arguments, out_of_memory
+from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, is_scripted
 from nni_topo.network.modes import put_parameters, random_state_kept, unwrapped_copy
 from nni_topo.network.rehearsal import unfit
 from nni_topo.network.sizes import LayerSizes, Size, layer_sizes, spatial
@@ -86,7 +87,15 @@ class Network:
 
     def _trace(self) -> Traced:
         graph_module, args = trace(unwrapped_copy(self.model, light=True).eval(), self.call)
-        flow = ChannelFlow(graph_module, args)
+        try:
+            flow = ChannelFlow(graph_module, args)
+        except Exception as error:  # a forward may do with tensors what no rule has seen yet
+            if isinstance(error, NniTopoError) or out_of_memory(error):
+                raise
+            raise SpeedupError(
+                "the channels of a model must be followed to be removed, "
+                f"got {type(error).__name__}: {error} ({type(self.model).__name__})"
+            ) from error
         graph = copy.deepcopy(graph_module.graph)
         held = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
         # What the forward makes by itself the tracer keeps in the copy; all else is the model's, whatever it holds now.
@@ -140,7 +149,10 @@ def _structure(model: nn.Module) -> str:
     """Write down all of a model that a trace may depend on, whether NNI has wrapped it or not."""
     lines, places = [], dict[int, int]()
     for name, module in model.named_modules(remove_duplicate=False):
-        if "_nni_wrapper" not in name.split("."):
+        if is_scripted(module):
+            shapes = [tuple(each.shape) for each in (*module.parameters(), *module.buffers())]
+            lines.append(f"{name} {places.setdefault(id(module), len(places))} {module.original_name} {shapes}")
+        elif "_nni_wrapper" not in name.split("."):
             # A wrapper makes a plain attribute of a parameter.
             own = {**vars(module), **module._parameters, **module._buffers}
             plain = {key: own[key] for key in sorted(own.keys() - _OWN) if own[key] is not None}

@@ -14,6 +14,7 @@ import torch.fx
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map, tree_map_only
 
+from nni_topo.errors import ConfigError
 from nni_topo.network.along import goes_along
 from nni_topo.network.attention import Attention, attend, find_heads, is_mixed, states_read
 from nni_topo.network.counted import channel_dim
@@ -24,6 +25,7 @@ from nni_topo.network.labels import (
     MEETS,
     MOVES,
     MOVING_MODULES,
+    RANDOM,
     can_follow,
     carry,
     carry_picked,
@@ -46,12 +48,15 @@ from nni_topo.network.labels import (
     varies,
 )
 from nni_topo.network.layers import (
+    CONVOLUTIONS,
     PER_CHANNEL,
     RULES,
+    TRANSPOSED,
     can_be_cut,
     entering_channels,
     is_depthwise,
     is_normalizing,
+    is_scripted,
     output_channels,
     row_names,
     weight_name,
@@ -68,6 +73,7 @@ class Numbering(torch.fx.Interpreter):
     def __init__(self, graph_module: torch.fx.GraphModule) -> None:
         super().__init__(graph_module)
         self.traced = graph_module
+        self.extra_traceback = False  # an error of ours says what it has to
         self.layers: dict[str, Layer] = {}  # in the order they are called
         self.along = set[str]()  # convolutions that go along the channels of others, and make none of their own
         self.own: dict[str, Own] = {}  # by name; these go with the channels that they meet, and have no say
@@ -96,8 +102,16 @@ class Numbering(torch.fx.Interpreter):
 
     def run_node(self, n: torch.fx.Node) -> Any:
         """Compute a node's channel numbers from those of its arguments."""
-        self._given.reason = f"they meet the network's input, a constant or a parameter ({place(n)})"
+        met = "the network's input, a constant or a parameter"
+        if any(RANDOM in parent.meta for parent in n.all_input_nodes):
+            met = "random numbers that the forward draws"
+        self._given.reason = f"they meet {met} ({place(n)})"
         found = self._numbered(n)
+        if RANDOM in n.meta:
+            # With fewer channels others would be drawn, and nothing could be compared.
+            entering = self.fetch_args_kwargs_from_env(n)
+            for labels in map(compressed, tensors_of((entering, found))):
+                self._given.pin(np.unique(labels), f"the forward draws random numbers for them ({place(n)})")
         self.numbers[n.name] = tree_map(compressed, found)
         return found
 
@@ -145,7 +159,16 @@ class Numbering(torch.fx.Interpreter):
             return self._attend(node, labels, self.attention[name])
         if not can_be_cut(module):
             # It needs all that enters, and what it puts out can't be made less.
-            return self._whole(node, labels, f"{type(module).__name__} ({name}) stays whole")
+            kind = "a module that torch.jit has compiled" if is_scripted(module) else type(module).__name__
+            return self._whole(node, labels, f"{kind} ({name}) stays whole")
+        if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) and labels[0].dim() != module.weight.dim():
+            inputs = [tensor_shape(each) for each in self.traced.graph.nodes if each.op == "placeholder"]
+            if any(each is not None and len(each) == labels[0].dim() for each in inputs[:1]):
+                raise ConfigError(
+                    "example_inputs must hold a batch, the samples in the first dimension, "
+                    f"got a tensor of shape {tuple(labels[0].shape)}, which enters {name} (example_inputs)"
+                )
+            return self._whole(node, labels, f"what enters {name} is no batch")
         if name in self.along or (name not in self.layers and goes_along(module, labels[0], shape or ())):
             return self._along(node, name, module, labels[0], shape or ())
         if output_channels(module) is not None:
@@ -381,11 +404,16 @@ class Numbering(torch.fx.Interpreter):
     def _split(self, n: torch.fx.Node, labels: torch.Tensor, moved: torch.Tensor) -> None:
         """Say what a view asks of channels that it takes apart into rows: so many of them, or each of such a length."""
         places = [[d for d in range(each.dim()) if varies(each, d)] for each in (labels, moved)]
-        sizes: Any = n.args[1:]
+        sizes: Any = n.args[1:] or n.kwargs.get("shape", n.kwargs.get("size", ()))
+        if len(places[0]) != 1 or len(places[1]) != 2:
+            return
         if plain_name(n) == "unflatten":
-            sizes = (*[None] * (places[1] or [0])[0], *sizes[-1])
+            given = n.kwargs.get("sizes", n.args[-1])
+            # A slice of a shape is a node of its own, whose sizes follow those of a tensor.
+            parts = given if isinstance(given, (tuple, list)) else [given] * (moved.dim() - labels.dim() + 1)
+            sizes = (*[None] * places[1][0], *parts)
         sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-        if len(places[0]) != 1 or len(places[1]) != 2 or len(sizes) <= places[1][1]:
+        if len(sizes) <= places[1][1]:
             return
         fixed_sizes = [isinstance(sizes[d], int) and sizes[d] != -1 for d in places[1]]
         rows = moved.movedim(places[1], (0, 1)).flatten(2)[:, :, 0].numpy()

@@ -24,7 +24,7 @@ from nni_topo.network.attention import is_attention
 from nni_topo.network.inner import HEAD, is_followed, is_inner, with_heads
 from nni_topo.network.inputs import tensors_of
 from nni_topo.network.labels import RECORDED
-from nni_topo.network.layers import is_one
+from nni_topo.network.layers import is_one, is_scripted
 
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout, type(...))
 
@@ -302,7 +302,7 @@ def _is_leaf(module: nn.Module) -> bool:
     """Tell whether a module is one node: one of PyTorch's own, attention, or a layer or norm of another's making."""
     inner = [name for name, _ in module.named_children() if name != "_nni_wrapper"]
     own = type(module).__module__.startswith("torch.nn") and not inner
-    return own or is_attention(module) or is_one(module)
+    return own or is_scripted(module) or is_attention(module) or is_one(module)
 
 
 def _picks(target: Any, args: Any) -> bool:

@@ -36,7 +36,7 @@ from nni_topo.network.inputs import (
     variations_of,
     varied,
 )
-from nni_topo.network.labels import FIXED, place, plain_name
+from nni_topo.network.labels import FIXED, RANDOM, place, plain_name
 from nni_topo.network.layers import is_normalizing, is_recurrent, per_channel_names
 from nni_topo.network.modes import RandomWeights, detached_copy, put_parameters, random_state_kept, unwrapped_copy
 from nni_topo.network.reference import difference
@@ -362,6 +362,15 @@ class _Rehearsal:
 
         ``values``: what the nodes before it give, if not what they gave in this network.
         """
+        if RANDOM not in node.meta:
+            return self._computed(node, module, which, needless, values)
+        with random_state_kept():  # both draw the same numbers
+            torch.manual_seed(0)
+            return self._computed(node, module, which, needless, values)
+
+    def _computed(
+        self, node: Node, module: nn.Module, which: int, needless: Tensor | None, values: dict[Node, Any] | None
+    ) -> Any:
         if node.op == "get_attr":
             value: Any = module
             for part in str(node.target).split("."):

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import inspect
 import logging
+import random
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.fx
 from torch.fx.passes.shape_prop import ShapeProp
 
-from nni_topo.errors import SpeedupError
+from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.network.attention import Attention, Given, find_attention, open_attention
 from nni_topo.network.capture import called, watched
 from nni_topo.network.comparing import Calls, Comparison
 from nni_topo.network.inner import with_heads
 from nni_topo.network.inputs import Call, bind_arguments, out_of_memory, tensors_of
 from nni_topo.network.layers import is_one
-from nni_topo.network.modes import detached_copy, random_state_kept
+from nni_topo.network.modes import detached_copy, random_state_kept, torch_random_kept
 from nni_topo.network.parts import by_parts, is_in_parts, part_arguments
 from nni_topo.network.recording import record
 from nni_topo.network.stepwise import is_stepwise
@@ -28,6 +30,12 @@ from nni_topo.network.written import trace_written
 
 _logger = logging.getLogger(__name__)
 
+DRAWS_OTHERS = "nni_topo_draws_others"  # in the meta of a graph of parts: whether random numbers are why it is one
+
+
+class _OtherNumbersError(SpeedupError):
+    """A forward draws random numbers that no graph draws: Python's, or NumPy's."""
+
 
 @fast_paths_off()
 def trace(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModule, tuple[Any, ...]]:
@@ -35,6 +43,7 @@ def trace(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModule, tup
     try:
         return _trace_whole(model, call)
     except SpeedupError as error:
+        _check_runs(model, call)
         try:
             with torch.no_grad(), random_state_kept():
                 graph_module, args = by_parts(model, call, _trace_whole)
@@ -46,38 +55,67 @@ def trace(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModule, tup
         if not args:
             raise
         _logger.info("%s is followed part by part: %s", type(model).__name__, error)
+        graph_module.meta[DRAWS_OTHERS] = isinstance(error, _OtherNumbersError)
         return graph_module, args
+
+
+def _check_runs(model: torch.nn.Module, call: Call) -> None:
+    """Raise if a model can't be run on a call, for which no tracer is to blame."""
+    # A tracer that fails may leave its own things in what it runs.
+    copied = detached_copy(model, light=True)
+    try:
+        with torch.no_grad(), random_state_kept():
+            copied(*call[0], **call[1])
+    except Exception as error:  # a model fails in as many ways as it is written
+        if out_of_memory(error):
+            raise
+        given = ", ".join(f"{tuple(each.shape)} {each.dtype}" for each in tensors_of(call))
+        raise ConfigError(
+            f"example_inputs must fit the model: {type(model).__name__} can't be run on {given} in evaluation mode, "
+            f"got {type(error).__name__}: {error} (example_inputs)"
+        ) from error
 
 
 def _trace_whole(model: torch.nn.Module, call: Call) -> tuple[torch.fx.GraphModule, tuple[Any, ...]]:
     named = bind_arguments(model, call)
-    reasons = []
+    reasons, is_noise = [], False
     found = find_attention(model)
     # NNI's tracer goes into attention, and some norms.
     for tracer in (_symbolic, _recorded, _concrete):
         try:
             # The model is run, and may draw numbers.
             with torch.no_grad(), random_state_kept():
-                graph_module, args = tracer(model, named)
+                with torch_random_kept():
+                    graph_module, args = tracer(model, named)
                 given, entered, calls_of = dict[str, Given](), dict[str, Any](), dict[str, Call]()
                 layers = {layer for each in found.values() for layer in each.channels}
                 enters = [(model.get_submodule(layer), partial(_note_entering, entered, layer)) for layer in layers]
                 inner = [(model.get_submodule(name), each) for name, each in found.items()]
                 leaves = [(part, partial(_note, given, entered, calls_of, part, each)) for part, each in inner]
-                calls = Calls(model)
+                calls, others = Calls(model), _other_states()
                 with ExitStack() as stack:
                     for part, each in inner:
                         stack.enter_context(called(part, partial(_note_call, calls_of, entered, each)))
                     stack.enter_context(watched(enters, leaves + calls.leaving()))
+                    # So that the graph draws what the model drew. What a tracer has noted of Python's numbers or
+                    # NumPy's isn't drawn again, so that it differs from what the model draws now.
+                    stack.enter_context(torch_random_kept())
                     expected = model(*call[0], **call[1])
+                is_drawn = others != _other_states()
                 open_attention(graph_module, given)
-                _check_same(expected, Comparison(graph_module, calls).propagate(*args), model)
+                _check_same(expected, Comparison(graph_module, calls).propagate(*args), model, is_drawn=is_drawn)
             return graph_module, args
         except Exception as error:  # a tracer fails in as many ways as a model is written
             if out_of_memory(error):
                 raise
             _logger.debug("%s can't trace %s", tracer.__name__, type(model).__name__, exc_info=True)
+            is_noise |= isinstance(error, _OtherNumbersError)
             reasons.append(f"{tracer.__name__.strip('_')}: {type(error).__name__}: {error}")
+    if is_noise:
+        raise _OtherNumbersError(
+            "random numbers in a forward must be PyTorch's for a graph to draw them too, "
+            f"got some of Python's or NumPy's ({type(model).__name__})"
+        )
     raise SpeedupError(
         "a model must be traceable to be made dense, "
         f"got {type(model).__name__}, for which all tracers fail ({'; '.join(reasons)}); see docs/faq.md"
@@ -185,7 +223,14 @@ def _note(
     given[attention.name] = isinstance(output, tuple), reads if is_same and all(reads.values()) else {}
 
 
-def _check_same(expected: Any, actual: Any, model: torch.nn.Module) -> None:
+def _other_states() -> str:
+    """Write down the states of Python's and NumPy's random generators."""
+    state: Any = np.random.get_state()
+    _, keys, *place = state
+    return f"{hash(random.getstate())} {hash(keys.tobytes())} {place}"
+
+
+def _check_same(expected: Any, actual: Any, model: torch.nn.Module, *, is_drawn: bool) -> None:
     """Raise unless the graph computes the model's outputs on the example inputs."""
     pairs = tensors_of(expected), tensors_of(actual)
     same = len(pairs[0]) == len(pairs[1]) and all(
@@ -193,4 +238,5 @@ def _check_same(expected: Any, actual: Any, model: torch.nn.Module) -> None:
         for a, b in zip(*pairs, strict=True)
     )
     if not same:
-        raise SpeedupError(f"a graph must compute what its model does, got other outputs ({type(model).__name__})")
+        kind = _OtherNumbersError if is_drawn else SpeedupError
+        raise kind(f"a graph must compute what its model does, got other outputs ({type(model).__name__})")

@@ -20,7 +20,7 @@ from torch import nn
 
 from nni_topo.network.attention import is_attention
 from nni_topo.network.inner import HEAD, InnerCall, Within, forward_of, is_followed, trial_inputs
-from nni_topo.network.layers import is_one
+from nni_topo.network.layers import is_one, is_scripted
 from nni_topo.network.stepwise import is_whole, stepwise_class
 
 
@@ -64,7 +64,7 @@ class UnfoldingTracer(torch.fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a module becomes one node."""
-        if is_attention(m) or m in self._ones:
+        if is_scripted(m) or is_attention(m) or m in self._ones:
             return True
         return type(m) not in UNFOLDED and super().is_leaf_module(m, module_qualified_name)
 

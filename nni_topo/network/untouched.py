@@ -122,6 +122,9 @@ def _write_down(model: nn.Module, put_back: list[_PutBack], seen: dict[int, Any]
 
 def _add_module(module: nn.Module, put_back: list[_PutBack], seen: dict[int, Any]) -> list[Any]:
     """Append what puts a module's own tables back; return what they hold."""
+    if isinstance(module, torch.jit.ScriptModule):  # whose tables aren't Python's, so that no forward changes them
+        put_back.append(functools.partial(_put_mode, module, module.training))
+        return [*module.parameters(recurse=False), *module.buffers(recurse=False), *module.children()]
     targets = _targets(module)
     is_written = getattr(module, "max_norm", None) is not None
     held: list[Any] = []
@@ -142,6 +145,11 @@ def _add_module(module: nn.Module, put_back: list[_PutBack], seen: dict[int, Any
             else:
                 held.append(value)
     return held
+
+
+def _put_mode(module: nn.Module, before: bool) -> None:
+    if module.training != before:
+        module.training = before
 
 
 def _targets(module: nn.Module) -> frozenset[str]:

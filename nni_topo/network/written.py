@@ -249,6 +249,10 @@ def put_sizes(model: nn.Module, sizes: dict[Place, int]) -> None:
 
 def resized(given: Any, sizes: dict[Place, int]) -> Any:
     """Put sizes in place of those written into a node's arguments."""
+    leaves: list[Any] = []
+    map_aggregate(given, leaves.append)
+    if not any(isinstance(leaf, Written) for leaf in leaves):
+        return given  # as it is: of a tensor's shape a plain tuple would be made
 
     def new(leaf: Any) -> Any:
         return sizes.get(leaf.place, int(leaf) * leaf.parts) // leaf.parts if isinstance(leaf, Written) else leaf

@@ -39,7 +39,7 @@ from nni_topo.errors import (
     unknown_name,
     whole,
 )
-from nni_topo.network.dependency import DependencyGroups
+from nni_topo.network.dependency import DependencyGroups, by_reason
 from nni_topo.network.inputs import in_smaller_batches, tensors_of
 from nni_topo.network.layers import CONVOLUTIONS, check_names, is_recurrent
 from nni_topo.network.modes import is_plain
@@ -233,7 +233,10 @@ def check_request(
     check_knobs("pruner", {"model": model, "config_list": config_list}, REQUEST)
     # With inherited wrappers the config_list may be empty, as that of NNI's LinearPruner is.
     if not config_list and existed_wrappers is None:
-        raise ConfigError("a config_list must have at least one entry, got none (config_list)")
+        skipped = config_list.skipped if isinstance(config_list, DependencyGroups) else {}
+        why = "".join(f"; {', '.join(names)}: {reason}" for reason, names in by_reason(skipped).items())
+        told = f": all layers that were asked for stay whole{why}" if skipped else ""
+        raise ConfigError(f"a config_list must have at least one entry, got none (config_list){told}")
     _check_unwrapped(model, existed_wrappers or {})
     for index, config in enumerate(config_list):
         _check_values(config, f"config_list[{index}]", rules)

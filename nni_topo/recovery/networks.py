@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.computed import fold
 from nni_topo.network.inputs import Call
 from nni_topo.network.masks import FullMasks, Masks, check_masks
+from nni_topo.network.modes import detached_copy
 from nni_topo.network.network import Network, hand_on
 from nni_topo.network.reference import apply_masks
 from nni_topo.network.resolve import resolve_masks
@@ -42,15 +42,15 @@ class Networks:
 def build_networks(model: nn.Module, call: Call, masks: Masks) -> Networks:
     """Trace a model, complete its masks and make the networks; ConfigError or SpeedupError where that can't be."""
     checked = check_masks(model, masks)
-    base = copy.deepcopy(model).eval()
+    base = detached_copy(model).eval()
     # A weight that a forward computes from all others can't be solved anew one by one; what it computes can.
     folded = {name for name, module in base.named_modules() if fold(module)}
-    network, result = Network(model, call), copy.deepcopy(model)
+    network, result = Network(model, call), detached_copy(model)
     full = resolve_masks(base, network.flow, checked)
     original = without_side_effects(network.graph(base)[0])
     # The result has other weights, but is made dense by the same graph.
     hand_on(model, result)
-    pruned = copy.deepcopy(original)
+    pruned = detached_copy(original)
     _take_values(pruned, apply_masks(base, call, full))
     return Networks(original, pruned, result, network.flow, full, checked, folded)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import math
@@ -24,7 +23,7 @@ from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.inputs import first_call, structure_call
 from nni_topo.network.masks import Masks, check_masks, check_model
 from nni_topo.network.measure import time_shares
-from nni_topo.network.modes import device_of, evaluation_mode
+from nni_topo.network.modes import detached_copy, device_of, evaluation_mode
 from nni_topo.network.report import DenseReport
 from nni_topo.network.resolve import widths_multiple
 from nni_topo.network.untouched import leaves_models_alone
@@ -468,7 +467,7 @@ def _chosen(
 
     And what came of the budget as the pruner counts it; None where it knows no budgets.
     """
-    victim, images, budget = copy.deepcopy(model), own["calibration"], own["budget"]
+    victim, images, budget = detached_copy(model), own["calibration"], own["budget"]
     groups = dependency_groups(victim, own["example_inputs"], entries)
     config_list: list[dict[str, Any]] = groups.unnamed() if is_default else groups
     if callable(pruner):

@@ -100,6 +100,9 @@ def sorted_layers(model: nn.Module, example_inputs: Tensor) -> tuple[list[str], 
     for name in names:
         if flow.reaches_output(name):
             whole.setdefault(name, OUTPUT)
+    for name, module in model.named_modules():
+        if isinstance(module, prunable) and name not in flow.layers:
+            whole[name] = why_not_followed(model, name)
     return [name for name in names if name not in whole], whole
 
 

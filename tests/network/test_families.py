@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
@@ -148,10 +149,53 @@ def test_one_warning_names_all_that_is_left_whole(caplog):
 
 
 def test_a_network_of_which_all_layers_give_the_output_keeps_them():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1))
-    config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
-    groups = nni_topo.dependency_groups(model, torch.rand(1, 3, 4, 4), config)
+    model, images = nn.Sequential(nn.Conv2d(3, 4, 1)), torch.rand(1, 3, 4, 4)
+    groups = nni_topo.dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert (list(groups), groups.skipped) == ([], {"0": "it gives the model's output"})
+    groups = nni_topo.dependency_groups(model, images, [{"op_names": ["0"], "sparse_ratio": 0.5}])
     assert [entry["op_names"] for entry in groups] == [["0"]]
+
+
+class Branches(nn.Module):
+    """A sum of two convolutions, as re-parameterised blocks hold before they are made one."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.large, self.small = nn.Conv2d(inputs, outputs, 3, padding=1), nn.Conv2d(inputs, outputs, 1)
+        self.norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, x):
+        return self.norm(self.large(x) + self.small(x))
+
+
+class Features(nn.Module):
+    """Gives what each of its blocks gives, or what the last does."""
+
+    def __init__(self, blocks, *, only_last):
+        super().__init__()
+        self.blocks, self.only_last = nn.ModuleList(blocks), only_last
+
+    def forward(self, x):
+        found = []
+        for block in self.blocks:
+            x = block(x).relu()
+            found.append(x)
+        return found[-1] if self.only_last else found
+
+
+@pytest.mark.parametrize("only_last", [True, False])
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_groups_hold_of_a_network_that_gives_sums_can_be_removed(count, only_last):
+    torch.manual_seed(0)
+    model = Features([Branches(8 if place else 3, 8) for place in range(count)], only_last=only_last).eval()
+    images = torch.rand(2, 3, 6, 6)
+    groups = nni_topo.dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    hidden = [f"blocks.{place}.{name}" for place in range(count - 1) for name in ("large", "small")] * only_last
+    assert [name for entry in groups for name in entry["op_names"]] == hidden
+    assert set(groups.skipped.values()) == {"it gives the model's output"}
+    masks = nni_topo.create_pruner("l1", copy.deepcopy(model), groups).compress()[1] if groups else {}
+    dense = nni_topo.to_dense(model, images, masks)
+    assert all(dense.get_submodule(name).out_channels == 4 for name in hidden)
 
 
 def test_the_rehearsal_changes_nothing_of_the_model():

@@ -1,0 +1,111 @@
+"""Forwards that draw random numbers: what they are drawn for stays whole, with the reason; all else goes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import nni_topo
+
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+ASKED = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+DRAWN = "the forward draws random numbers for them"
+OUTPUT = "it gives the model's output"
+
+
+class Noisy(nn.Module):
+    """Three convolutions, with noise in front, within or behind."""
+
+    def __init__(self, *, before=torch.clone, within=torch.clone, behind=torch.clone):
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 4, 1)
+        self.noise = before, within, behind
+
+    def forward(self, x):
+        before, within, behind = self.noise
+        return behind(self.last(self.second(within(self.first(before(x)))).relu()))
+
+
+def noise(x: Tensor) -> Tensor:
+    return x + torch.randn_like(x)
+
+
+WITHIN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "dropout": (lambda x: functional.dropout(x, 0.5, training=True), f"{DRAWN} (dropout)"),
+    "randn_like": (noise, f"{DRAWN} (randn_like)"),
+    "bernoulli": (lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)), f"{DRAWN} (bernoulli)"),
+    "rand": (lambda x: x * torch.rand(x.shape), "they meet random numbers that the forward draws (mul)"),
+    "normal_": (lambda x: x + torch.empty_like(x).normal_(), f"{DRAWN} (normal)"),
+}
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_channels_that_noise_is_drawn_for_stay_with_the_reason(name):
+    torch.manual_seed(0)
+    within, reason = WITHIN[name]
+    model = Noisy(within=within).eval()
+    groups = nni_topo.dependency_groups(model, IMAGES, ASKED)
+    assert groups.skipped == {"first": reason, "last": OUTPUT}
+    stays = torch.arange(8) % 2 == 0
+    mask = {"first": {"weight": stays[:, None, None, None].expand(8, 3, 1, 1).float(), "bias": stays.float()}}
+    (row,) = nni_topo.to_dense(model, IMAGES, mask).report.kept
+    assert (row.name, row.kept, row.reason) == ("first", 4, reason)
+
+
+@pytest.mark.parametrize("place", ["before", "behind"])
+@pytest.mark.parametrize(
+    "draw", [noise, lambda x: functional.dropout(x, 0.5, training=True), lambda x: x + torch.rand(1)]
+)
+def test_noise_in_front_or_behind_keeps_no_channels(place, draw):
+    torch.manual_seed(0)
+    model = Noisy(**{place: draw}).eval()
+    state = torch.get_rng_state()
+    groups = nni_topo.dependency_groups(model, IMAGES, ASKED)
+    assert groups.skipped.keys() == {"last"}
+    masks = nni_topo.create_pruner("l1", nni_topo.as_torch_layers(model), groups).compress()[1]
+    torch.set_rng_state(state)
+    dense = nni_topo.to_dense(model, IMAGES, masks)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (dense.first.out_channels, dense.second.out_channels) == (4, 3)
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["Python", "NumPy"])
+def test_numbers_that_are_not_of_pytorch_are_named(draw):
+    torch.manual_seed(0)
+    model = Noisy(behind=lambda x: x + draw()).eval()
+    random.seed(0)
+    np.random.seed(0)
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    groups = nni_topo.dependency_groups(model, IMAGES, ASKED)
+    assert not groups
+    told = "what it gives goes where no tracer follows: the forward draws random numbers of Python's or NumPy's"
+    assert groups.skipped == dict.fromkeys(["first", "second", "last"], told)
+    assert states == (random.getstate(), np.random.get_state()[1].tolist())
+
+
+WRONG = {
+    "channels": (torch.randn(4, 5, 8, 8), r"must fit the model: Noisy can't be run on \(4, 5, 8, 8\) torch.float32"),
+    "dimensions": (torch.randn(4, 3), r"must fit the model: Noisy can't be run on \(4, 3\)"),
+    "integers": (torch.zeros(4, 3, 8, 8, dtype=torch.long), "must fit the model.*torch.int64"),
+    "precision": (torch.zeros(4, 3, 8, 8, dtype=torch.double), "must fit the model.*torch.float64"),
+    "no batch": (torch.randn(3, 8, 8), r"must hold a batch.*got a tensor of shape \(3, 8, 8\), which enters first"),
+    "no samples": (torch.randn(0, 3, 8, 8), r"must hold a sample at least, got a tensor of shape \(0, 3, 8, 8\)"),
+    "two tensors": ((IMAGES, IMAGES), "must fit Noisy.forward: too many positional arguments"),
+    "another name": ({"y": IMAGES}, "must fit Noisy.forward: missing a required argument"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_inputs_that_do_not_fit_the_model_are_said_to_be_those(name):
+    inputs, text = WRONG[name]
+    model = Noisy().eval()
+    with pytest.raises(nni_topo.errors.ConfigError, match=text):
+        nni_topo.dependency_groups(model, inputs, ASKED)
+    with pytest.raises(nni_topo.errors.ConfigError, match=text):
+        nni_topo.to_dense(model, inputs, {"first": {"weight": torch.ones(8, 3, 1, 1)}})
