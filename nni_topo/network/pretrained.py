@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
     ------
     ConfigError
         If the model isn't one of Transformers, or its config can't say how wide its layers are: it has one number for
-        all blocks, so all must be equally wide. `save` and `load` take every model.
+        all blocks, so all must be equally wide, but for heads, which Transformers 4 can prune block by block in BERT
+        and its like (``config.pruned_heads``). `save` and `load` take every model.
     SpeedupError
         If the model is still wrapped by NNI.
 
@@ -49,22 +52,57 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
     config, name = getattr(dense, "config", None), type(dense).__name__
     if config is None or not callable(getattr(dense, "save_pretrained", None)):
         raise ConfigError(f"a model must be one of Transformers, got {name}; nni_topo.save takes any (save_pretrained)")
+    config = copy.deepcopy(config)
+    config.pruned_heads = {}
     with torch.device("meta"):
-        plain = type(dense)(copy.deepcopy(config))
+        plain = type(dense)(config)
+    heads = _pruned_heads(plain, dense)
+    if heads:
+        plain.prune_heads(heads)
     wanted, got = _structure(plain), _structure(dense)
     different = [each for each in {**wanted, **got} if wanted.get(each) != got.get(each)]
     if different:
+        whole, left = find_attention(plain), find_attention(dense)
+        fewer = different[0] in whole and different[0] in left and left[different[0]].heads < whole[different[0]].heads
+        why = "has one width for all blocks"
+        if fewer and not heads:
+            why += f" (Transformers {version('transformers')} prunes no heads of this class)"
         raise ConfigError(
-            "from_pretrained must be able to build the model by its config, which has one width for all blocks, got "
+            f"from_pretrained must be able to build the model by its config, which {why}, got "
             f"{got.get(different[0])} where the config makes {wanted.get(different[0])}; nni_topo.save and "
             f"nni_topo.load take it ({different[0]}, {name})"
         )
+    dense.config.pruned_heads = heads  # put back at the end, as all of the model
     place = output_folder(place)
     with disk_errors(place), tempfile.TemporaryDirectory(dir=place) as beside:
         dense.save_pretrained(beside)
         for file in sorted(Path(beside).iterdir()):
             with whole_file(place / file.name) as part:
                 file.replace(part)
+
+
+def _pruned_heads(plain: Any, dense: torch.nn.Module) -> dict[int, list[int]]:
+    """Return what ``config.pruned_heads`` must say of a model: by the number of a block, heads that are gone.
+
+    Which of a block's heads these are makes no difference: their values come from the file. What else depends on it
+    has another shape then. Nothing where the class can't prune heads, as none can since Transformers 5.
+    """
+    whole, left = find_attention(plain), find_attention(dense)
+    probe, found = copy.deepcopy(plain), dict[int, list[int]]()
+    for block in itertools.count():
+        before = {name: each.heads for name, each in find_attention(probe).items()}
+        try:
+            probe.base_model._prune_heads({block: [0]})
+        except Exception:  # there is no such block, or the class has heads that stay; each says so in its own way
+            return found
+        after = {name: each.heads for name, each in find_attention(probe).items()}
+        changed = [name for name, count in before.items() if after.get(name, 0) != count]
+        gone = {whole[name].heads - left[name].heads if name in left else 0 for name in changed}
+        if not changed:
+            return found
+        if len(gone) == 1 and (count := gone.pop()) > 0:
+            found[block] = list(range(count))
+    return found
 
 
 def _structure(model: torch.nn.Module) -> dict[str, Any]:
