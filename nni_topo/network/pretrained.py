@@ -53,16 +53,22 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
     if config is None or not callable(getattr(dense, "save_pretrained", None)):
         raise ConfigError(f"a model must be one of Transformers, got {name}; nni_topo.save takes any (save_pretrained)")
     config = copy.deepcopy(config)
+    known = dict(getattr(config, "pruned_heads", None) or {})
     config.pruned_heads = {}
     with torch.device("meta"):
         plain = type(dense)(config)
-    heads = _pruned_heads(plain, dense)
-    if heads:
-        plain.prune_heads(heads)
-    wanted, got = _structure(plain), _structure(dense)
-    different = [each for each in {**wanted, **got} if wanted.get(each) != got.get(each)]
+    got = _structure(dense)
+    # What a model was loaded with comes first: Transformers knows heads that this package doesn't.
+    for heads in (known, _pruned_heads(plain, dense)):
+        built = copy.deepcopy(plain)
+        if heads:
+            built.prune_heads(heads)
+        wanted = _structure(built)
+        different = [each for each in {**wanted, **got} if wanted.get(each) != got.get(each)]
+        if not different:
+            break
     if different:
-        whole, left = find_attention(plain), find_attention(dense)
+        whole, left = find_attention(built), find_attention(dense)
         fewer = different[0] in whole and different[0] in left and left[different[0]].heads < whole[different[0]].heads
         why = "has one width for all blocks"
         if fewer and not heads:
@@ -72,7 +78,8 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
             f"{got.get(different[0])} where the config makes {wanted.get(different[0])}; nni_topo.save and "
             f"nni_topo.load take it ({different[0]}, {name})"
         )
-    dense.config.pruned_heads = heads  # put back at the end, as all of the model
+    if heads != known:
+        dense.config.pruned_heads = heads  # put back at the end, as all of the model
     place = output_folder(place)
     with disk_errors(place), tempfile.TemporaryDirectory(dir=place) as beside:
         dense.save_pretrained(beside)
