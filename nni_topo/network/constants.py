@@ -20,7 +20,7 @@ from nni_topo.network.cutting import keep
 from nni_topo.network.following import only_norm_behind
 from nni_topo.network.inner import call_of, has_own_forward, inner_of, is_followed, kind_of
 from nni_topo.network.inputs import Call, random_like, run_small
-from nni_topo.network.layers import CONVOLUTIONS, WEIGHTED, is_depthwise
+from nni_topo.network.layers import CONVOLUTIONS, WEIGHTED, is_depthwise, is_plain_norm
 
 TOLERANCE = 1e-5  # of a channel's largest value; rounding is below
 
@@ -82,6 +82,46 @@ def constants_read(model: nn.Module, flow: ChannelFlow, left: np.ndarray, call: 
     """Measure, by layer, what removed channels bring to it if that is constant: (input channels,), zero elsewhere."""
     found = {name: reader.constants() for name, reader in readers(model, flow, left, call).items()}
     return {name: values for name, values in found.items() if bool(values.any())}
+
+
+def dropped(model: nn.Module, flow: ChannelFlow, left: np.ndarray, call: Call) -> list[str]:
+    """Name the layers that lack a part of what removed channels bring them, where constants are kept."""
+    names = list[str]()
+    for name, reader in readers(model, flow, left, call).items():
+        is_lost = torch.stack(reader.ends).ne(0).flatten(0, 1).any(0) & (reader.constants()[reader.gone] == 0)
+        absorbs = can_absorb(reader.module, only_norm_behind(model, flow, name), exactly=False)
+        if bool(is_lost.any()) or not absorbs:
+            names.append(name)
+    return names
+
+
+def is_bordered(model: nn.Module, flow: ChannelFlow, name: str) -> bool:
+    """Tell whether a layer can add what it makes of constants but for what lies next to its border."""
+    module, norm = model.get_submodule(name), only_norm_behind(model, flow, name)
+    return can_absorb(module, norm, exactly=False) and not can_absorb(module, norm, exactly=True)
+
+
+def norms_of_constants(model: nn.Module, flow: ChannelFlow, left: np.ndarray, call: Call) -> list[str]:
+    """Name the batch norms that make something else than zeros of removed channels.
+
+    In training they take statistics of their own of these, so that something else comes out.
+    """
+    found, leaving = set[str](), list[Any]()
+
+    def look(name: str, gone: Tensor, _: Any, output: Tensor) -> None:
+        if bool(output.transpose(0, 1)[gone.to(output.device)].any()):
+            found.add(name)
+
+    for name, module in model.named_modules():
+        gone = torch.from_numpy(~left[flow.entering_roots(name)])
+        if is_plain_norm(module) and bool(gone.any()):
+            leaving.append((module, partial(look, name, gone)))
+        if name in flow.layers and isinstance(module, WEIGHTED):
+            kept = torch.from_numpy(np.asarray(left[flow.layer_roots(name)]))
+            leaving.append((module, partial(_zeroed, module, kept)))
+    with torch.no_grad(), watched(leaving=leaving):
+        run_small(model, random_like(call, torch.Generator().manual_seed(0)))
+    return [name for name, _ in model.named_modules() if name in found]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.network.advice import way_forward
 from nni_topo.network.attention import tell_config
 from nni_topo.network.carriers import Brought, brought, carry
-from nni_topo.network.constants import absorb, constants_read
+from nni_topo.network.constants import absorb, constants_read, dropped, is_bordered, norms_of_constants
 from nni_topo.network.constructors import sizes_shown, stale_numbers
 from nni_topo.network.engine import DenseSpeedup, kept_outputs
 from nni_topo.network.head_sizes import narrowed
@@ -122,8 +122,12 @@ def to_dense(
     which layers to leave out; ``check=False`` gives the dense model all the same, to be fine-tuned.
 
     With ``constants="keep"`` a layer that pads with zeros takes a constant for one that goes on beyond the border, so
-    that values next to it differ from those of NNI's wrapped model, and those of other layers don't. A constant that a
-    transposed convolution reads, or a layer that has neither bias nor batch norm, is dropped. After `compensate`, which
+    that values next to it differ from those of NNI's wrapped model, and those of other layers don't. A parameter that
+    the model adds (``x + self.w``) is kept like a norm's shift. A constant that a transposed convolution reads, or a
+    layer that has neither bias nor batch norm, is dropped, and so is what differs by place, as a table of positions
+    does; ``report.notes`` names the layers that lack it. Constants behind a batch norm are those of evaluation mode,
+    where the norm's statistics are fixed: trained on, the dense model and the masked one go apart, and the notes name
+    the norms. After `compensate`, which
     solves for removed channels that are zero, ``"zero"`` is right. Neither loses less accuracy on every network.
 
     Cost: two to four forward passes to trace the model, unless `dependency_groups` did, one on small images to look for
@@ -137,7 +141,7 @@ def to_dense(
     with random_state_kept(), torch.inference_mode(False):
         torch.manual_seed(0)
         network = Network(model, call)
-        dense, reference, kept, resolved = _build(
+        dense, reference, kept, resolved, notes = _build(
             network, full, round_to, customized_replacers, keep=constants == "keep"
         )
         checked = ""
@@ -145,14 +149,21 @@ def to_dense(
             advise = partial(way_forward, network, reference, kept)
             with left_alone(dense):
                 checked = check_equal(reference, dense, call, kept, rtol, advise=advise)
-    _report(model, dense, full, resolved, checked)
+    _report(model, dense, full, resolved, checked, notes)
     return dense
 
 
-def _report(model: torch.nn.Module, dense: torch.nn.Module, masks: FullMasks, resolved: Resolved, checked: str) -> None:
+def _report(
+    model: torch.nn.Module,
+    dense: torch.nn.Module,
+    masks: FullMasks,
+    resolved: Resolved,
+    checked: str,
+    notes: tuple[str, ...],
+) -> None:
     """Give a dense model its report, and warn of channels that it keeps for another reason than rounding."""
     report = dense_report(model, dense, masks, resolved.reasons, stale_numbers(model, dense))
-    report = dataclasses.replace(report, checked=checked)
+    report = dataclasses.replace(report, checked=checked, notes=notes)
     if report.stale:
         named = ", ".join(f"{name} {number}" for name, number in report.stale.items())
         _logger.warning(
@@ -181,8 +192,8 @@ def _build(
     replacers: Sequence[Replacer],
     *,
     keep: bool,
-) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, list[torch.Tensor]], Resolved]:
-    """Make the dense model, its reference, the list of what is kept of each module's output, and the masks used."""
+) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, list[torch.Tensor]], Resolved, tuple[str, ...]]:
+    """Make the dense model, its reference, the list of what is kept of each module's output, masks used and notes."""
     original = detached_copy(network.model, light=True).eval()
     flow = network.flow
     resolved = resolve(original, flow, masks, round_to)
@@ -196,6 +207,21 @@ def _build(
     if others.carried:
         resolved = resolve(original, flow, masks, round_to, carriers=others.carriers(flow))
         reference = apply_masks(original, network.call, resolved.masks)
+    notes = list[str]()
+    if keep and (lacking := dropped(original, flow, resolved.left, network.call)):
+        notes.append(
+            f"what removed channels bring is no constant that can be kept, and is dropped: {', '.join(lacking)}"
+        )
+    bordered = [name for name in kept if is_bordered(original, flow, name)]
+    if bordered:
+        notes.append(f"kept constants go on beyond the border that these layers pad with zeros: {', '.join(bordered)}")
+    if kept or others.constants or others.carried:
+        norms = norms_of_constants(original if keep else reference, flow, resolved.left, network.call)
+        if norms:
+            notes.append(
+                "constants behind batch norms are those of evaluation mode; in training mode the masked model computes "
+                f"others: {', '.join(norms)}"
+            )
     # Each layer is cut for itself, so each needs tensors of its own.
     if keep:
         untie(reference, find_ties(reference))
@@ -214,4 +240,4 @@ def _build(
     tell_config(dense, original)
     for name, module in network.model.named_modules():
         dense.get_submodule(name).training = module.training
-    return dense, reference, kept_outputs(flow, resolved.left), resolved
+    return dense, reference, kept_outputs(flow, resolved.left), resolved, tuple(notes)

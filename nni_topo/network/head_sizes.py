@@ -13,7 +13,7 @@ from torch import nn
 from nni_topo.network.attention import Attention, find_attention, set_size
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.cutting import cut
-from nni_topo.network.inputs import Call, tensors_of
+from nni_topo.network.inputs import Call, out_of_memory, tensors_of
 from nni_topo.network.layers import kept_channels, row_names, weight_of
 from nni_topo.network.masks import FullMasks
 from nni_topo.network.modes import device_of, evaluation_mode
@@ -43,8 +43,10 @@ def narrowed(dense: nn.Module, flow: ChannelFlow, masks: FullMasks, left: np.nda
                 pairs = [tensors_of(net(*call[0], **call[1])) for net in (dense, small)]
             if all(bool((a - b).abs().max() <= _TOLERANCE * a.abs().max()) for a, b in zip(*pairs, strict=True)):
                 return small
-        except (RuntimeError, TypeError, ValueError, IndexError):
-            pass
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            if out_of_memory(error):
+                raise
+            _logger.debug("heads of another size don't run", exc_info=True)
     _logger.warning("heads keep their size: attention does more with it than multiply (%s)", ", ".join(found))
     return dense
 

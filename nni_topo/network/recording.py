@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import is_attention
 from nni_topo.network.inner import HEAD, is_followed, is_inner, with_heads
-from nni_topo.network.inputs import tensors_of
+from nni_topo.network.inputs import out_of_memory, tensors_of
 from nni_topo.network.labels import RECORDED
 from nni_topo.network.layers import is_one, is_scripted
 
@@ -44,9 +44,16 @@ def record(model: nn.Module, named: dict[str, Any]) -> GraphModule:
             config._attn_implementation = "eager"
         try:
             return _recorded(model, named)
-        except Exception:  # a model fails in as many ways as it is written
+        except Exception as error:  # a model fails in as many ways as it is written
             for config in others:
                 config._attn_implementation = told[id(config)]
+            try:
+                return _recorded(model, named)
+            except Exception:
+                # This way takes less memory. Where it fails too, for whatever reason, memory is what is missing.
+                if out_of_memory(error):
+                    raise error from None
+                raise
     return _recorded(model, named)
 
 

@@ -62,6 +62,8 @@ class DenseReport:
     stale : mapping of str to int, default={}
         Attributes, by name, that hold what was the number of channels of a layer that lost some, and the number; they
         may count something else.
+    notes : tuple of str, default=()
+        What else to know of it: where it would train another way than the masked model, or lacks a part of that.
 
     Examples
     --------
@@ -74,6 +76,7 @@ class DenseReport:
     rows: tuple[LayerReport, ...]
     checked: str = ""
     stale: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def kept(self) -> tuple[LayerReport, ...]:
@@ -88,6 +91,8 @@ class DenseReport:
             lines.append(f"{row.name:{width}}  {row.before:8}  {row.asked:5}  {row.after:5}{why}")
         if self.stale:
             lines.append("as before: " + ", ".join(f"{name} {number}" for name, number in self.stale.items()))
+        lines += [f"compared on {self.checked}"] if self.checked else []
+        lines += self.notes
         return "\n".join(lines)
 
 

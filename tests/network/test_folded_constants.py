@@ -289,3 +289,61 @@ def test_another_word_is_refused():
     net, images = made(nn.ReLU(), [nn.Conv2d(8, 6, 1)])
     with pytest.raises(ConfigError, match=r'constants must be "zero" or "keep", got \'fold\''):
         to_dense(net, images, {"first": filter_mask(net.first, GONE)}, constants="fold")
+
+
+class Shifted(nn.Module):
+    """A layer, a parameter of the model's own and another layer."""
+
+    def __init__(self, shape: tuple[int, ...], last: nn.Module) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), last
+        self.shift = nn.Parameter(torch.randn(shape))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(self.first(images).flatten(2).transpose(1, 2) + self.shift)
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 1, 8)])
+@torch.no_grad()
+def test_a_parameter_that_is_added_is_kept_where_constants_are(shape):
+    net, images = Shifted(shape, nn.Linear(8, 5)).double().eval(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    masks = {"first": filter_mask(net.first, GONE)}
+    masked = copy.deepcopy(net)
+    masked.first.weight[GONE], masked.first.bias[GONE] = 0, 0
+    kept = to_dense(net, images, masks, constants="keep")
+    assert kept.first.out_channels == 8 - len(GONE)
+    assert gap(kept(images), masked(images)) < 1e-9
+    assert kept.report.notes == ()
+    assert gap(to_dense(net, images, masks)(images), masked_model(net, images, masks)(images)) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("shape", "last"), [((1, 36, 8), nn.Linear(8, 5)), ((8,), nn.Linear(8, 5, bias=False))], ids=["places", "no bias"]
+)
+def test_what_no_layer_can_keep_is_named(shape, last):
+    net, images = Shifted(shape, last).eval(), torch.randn(2, 3, 6, 6)
+    masks = {"first": filter_mask(net.first, GONE)}
+    (note,) = to_dense(net, images, masks, constants="keep").report.notes
+    assert note == "what removed channels bring is no constant that can be kept, and is dropped: last"
+    assert to_dense(net, images, masks).report.notes == ()
+
+
+def test_a_border_beyond_which_constants_go_on_is_named():
+    net, images = made(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), [nn.Conv2d(8, 6, 3, padding=1)])
+    masks = {"first": filter_mask(net.first, GONE)}
+    report = to_dense(net, images, masks, constants="keep").report
+    assert "kept constants go on beyond the border that these layers pad with zeros: behind.0" in report.notes
+    assert repr(report).endswith(report.notes[-1])
+
+
+@torch.no_grad()
+def test_norms_whose_constants_differ_in_training_are_named():
+    net, images = made(nn.Sequential(nn.Sigmoid(), nn.BatchNorm2d(8)), [nn.Conv2d(8, 6, 1)])
+    masks = {"first": filter_mask(net.first, GONE)}
+    dense, masked = to_dense(net, images, masks), masked_model(net, images, masks)
+    assert gap(dense(images), masked(images)) < 1e-9
+    assert gap(dense.train()(images), masked.train()(images)) > 1e-3
+    (note,) = dense.report.notes
+    assert note.startswith("constants behind batch norms are those of evaluation mode")
+    plain, images = made(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), [nn.Conv2d(8, 6, 1)])
+    assert to_dense(plain, images, masks).report.notes == ()
