@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ from nni_topo.network.calibration import HELD_OUT, Calibration
 from nni_topo.network.capture import batches_of
 from nni_topo.network.cost import NetworkCost
 from nni_topo.network.dense import to_dense
-from nni_topo.network.dependency import dependency_groups
+from nni_topo.network.dependency import OUTPUT, dependency_groups
 from nni_topo.network.inputs import first_call, structure_call
 from nni_topo.network.masks import Masks, check_masks, check_model
 from nni_topo.network.measure import time_shares
@@ -102,6 +102,8 @@ class ShrinkReport:
         ``images`` then.
     warnings : tuple of str
         What makes the figures doubtful, with what to do about it.
+    whole : dict of str to str
+        By layer that wasn't asked for, without ``layers``, because it can't lose channels, the reason.
     """
 
     stages: tuple[Stage, ...]
@@ -112,6 +114,7 @@ class ShrinkReport:
     images: int = 0
     held_out: int = 0
     warnings: tuple[str, ...] = ()
+    whole: dict[str, str] = field(default_factory=dict)
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the stages as a table, one row each."""
@@ -147,7 +150,9 @@ class ShrinkReport:
         lines += map(repr, self.tried)
         left_alone = self.compensation.left_alone if self.compensation else {}
         lines += [f"not compensated: {name} ({reason})" for name, reason in left_alone.items()]
-        return "\n".join([*lines, *(f"{row.name} keeps {row.kept} more: {row.reason}" for row in self.layers.kept)])
+        lines += [f"{row.name} keeps {row.kept} more: {row.reason}" for row in self.layers.kept]
+        lines += [f"{name} stays whole: {why}" for name, why in self.whole.items() if why != OUTPUT]
+        return "\n".join(lines)
 
 
 def _with_interval(value: float, low: float, high: float) -> str | None:
@@ -256,6 +261,7 @@ def shrink(
     learned, held_out = calibration.split()
     stages = _Stages(model, learned, held_out, example, evaluate)
     stages.add("original", model)
+    whole: dict[str, str] = {}
     if layers is None:
         layers, whole = sorted_layers(model, example)
         if not layers:
@@ -300,6 +306,7 @@ def shrink(
         images=learned.samples,
         held_out=0 if held_out is None else held_out.samples,
         warnings=warnings,
+        whole=whole,
     )
     dense.report = report
     return dense

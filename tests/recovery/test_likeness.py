@@ -157,6 +157,34 @@ def test_a_budget_that_is_missed_says_why():
     assert "at their max_sparse_ratio" in report.budget.why
 
 
+class Halves(nn.Module):
+    """All channels of one layer are looked at by a function that needs all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, images):
+        return self.last(torch.relu(self.second(self.first(images).softmax(1))))
+
+
+def test_the_report_says_which_layers_can_not_lose_channels():
+    report = nni_topo.shrink(Halves().eval(), [torch.randn(64, 6)], {"params": 0.8}, distill=False).report
+    assert list(report.whole) == ["first", "last"]
+    assert "first stays whole: " in repr(report)
+    assert "last stays whole" not in repr(report)
+
+    class Only(Halves):
+        def forward(self, images):
+            return self.last(self.second(self.first(images).softmax(1)).softmax(1))
+
+    with pytest.raises(
+        nni_topo.errors.ConfigError, match=r"must have a layer that can lose channels.*first \(.*second \("
+    ):
+        nni_topo.shrink(Only().eval(), [torch.randn(64, 6)], {"params": 0.8}, distill=False)
+
+
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
