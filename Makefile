@@ -21,6 +21,7 @@ TESTS ?=
 PROCESSORS ?=
 FUZZ ?=
 FAULTS ?=
+RELIABILITY ?=
 # for `make mutants`: options of benchmarks/mutants/run.py, such as --minutes 30
 MUTANTS ?=
 
@@ -28,7 +29,7 @@ MUTANTS ?=
 PY ?= $(BIN)/python
 CUDA_TESTS := tests/test_devices.py tests/test_devices_studies.py tests/test_bench_cuda.py tests/pruners/test_base.py
 
-.PHONY: fuzz faults demo test test-all test-lowest test-processors cuda lint docs start pictures mutants upstream checkout clean
+.PHONY: fuzz faults reliability demo test test-all test-lowest test-processors cuda lint docs start pictures mutants upstream checkout clean
 
 demo: $(READY)
 	$(BIN)/nni-topo demo --out demo
@@ -44,6 +45,11 @@ test-processors: $(READY)
 # random requests to the pruners, and what came of them; FUZZ: options of tests/fuzzing.py, such as --cases 10000
 fuzz: $(READY)
 	PYTHONPATH=. $(BIN)/python tests/fuzzing.py $(FUZZ)
+
+# operators and small networks: dense against masked by hand, and what came of each request; RELIABILITY: options of
+# tests/reliability/report.py, such as "--only gate --verbose"
+reliability: $(READY)
+	PYTHONPATH=. $(BIN)/python tests/reliability/report.py $(RELIABILITY)
 
 # damaged files and killed jobs; FAULTS: options of tests/kills.py, such as --kills 100
 faults: $(READY)

@@ -1,0 +1,110 @@
+"""Dense networks compute what masked ones do, whatever lies between two layers; `make reliability` prints counts."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import pytest
+import torch
+from reliability.networks import NETWORKS
+from reliability.operators import OPERATORS
+from reliability.serving import BAD, REQUESTS, by_hand, check, serve
+
+import nni_topo
+
+CASES = [*OPERATORS, *NETWORKS]
+# of all cases one in five in `make test`, with one request each, in turns
+LIGHT = [(case, list(REQUESTS)[turn % len(REQUESTS)]) for turn, case in enumerate(CASES[::5])]
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("case", "request_name"), LIGHT, ids=[f"{case.name}-{name}" for case, name in LIGHT])
+def test_requests_end_in_the_masked_network_or_a_named_reason(case, request_name):
+    outcome = serve(case, request_name)
+    if outcome.kind in BAD:
+        pytest.fail(str(outcome))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_each_request_of_each_case(case):
+    outcomes = [serve(case, request) for request in REQUESTS]
+    bad = [str(outcome) for outcome in outcomes if outcome.kind in BAD]
+    if bad:
+        pytest.fail("\n".join(bad))
+
+
+def test_there_are_as_many_cases_as_are_promised():
+    assert len({case.name for case in OPERATORS}) >= 60
+    assert len({case.name for case in NETWORKS}) >= 40
+
+
+def _dense(case, model):
+    masks = by_hand(case, model)
+    return masks, nni_topo.to_dense(model, case.example(), masks)
+
+
+def _wrong(case, model):
+    masks, dense = _dense(case, model)
+    with torch.no_grad():
+        dense.b.weight[0, 0] += 0.1
+    check(case, model, masks, dense)
+
+
+def _wrong_where_values_are_large(case, model):
+    masks, dense = _dense(case, model)
+    dense.register_forward_hook(lambda module, entered, found: found + 0.01 * torch.relu(found - 50))
+    check(case, model, masks, dense)
+
+
+def _wrong_after_a_step(case, model):
+    masks, dense = _dense(case, model)
+    dense.b.bias.requires_grad_(False)
+    check(case, model, masks, dense)
+
+
+def _unasked(case, model):
+    masks, dense = _dense(case, model)
+    masks["a"] = {"weight": torch.ones_like(model.a.weight)}
+    check(case, model, masks, dense)
+
+
+def _changed(case, model):
+    model.register_buffer("more", torch.zeros(1))
+
+
+def _raw(case, model):
+    raise KeyError("a")
+
+
+def _hangs(case, model):
+    time.sleep(10)
+
+
+@pytest.mark.parametrize(
+    ("request_made", "kind", "words"),
+    [
+        (_wrong, "wrong", "scale 1, shift 0"),
+        (_wrong_where_values_are_large, "wrong", "scale 100"),
+        (_wrong_after_a_step, "wrong", "after a step"),
+        (_unasked, "wrong", "of a went, which its mask keeps"),
+        (_changed, "changed", "more"),
+        (_raw, "raw", "KeyError"),
+        (_hangs, "hang", "1 s"),
+    ],
+)
+def test_what_goes_wrong_is_noticed(monkeypatch, request_made, kind, words):
+    monkeypatch.setitem(REQUESTS, "made", request_made)
+    case = next(case for case in OPERATORS if case.name == "relu")
+    outcome = serve(case, "made", seconds=1 if kind == "hang" else 60)
+    assert outcome.kind == kind
+    assert words in outcome.text
