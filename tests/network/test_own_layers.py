@@ -65,7 +65,7 @@ def test_they_are_saved_and_loaded(name, tmp_path):
         assert torch.equal(again.eval()(images()), dense(images()))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["mirrored", "standardized", "activated"])
 def test_their_cost_is_what_a_run_takes(name):
     model = make(name)
     masks = pruned(model)[1]
@@ -158,7 +158,7 @@ def test_a_layer_that_makes_pixels_of_channels_loses_blocks_of_them():
 
 
 def test_latency_is_of_layers_that_compute_the_same():
-    for name in ("alike", "standardized", "activated"):
+    for name in ("standardized", "activated"):
         model = make(name)
         table = measure_latency(model, images(), shares=(0.5,), repeats=1)
         assert table.layers.keys() >= {"stem", "blocks.0.depthwise", "fc", "head"}
