@@ -84,16 +84,19 @@ def test_constants_in_front_of_zeros_beyond_the_border_name_both_ways(kind):
 
 
 @pytest.mark.parametrize("kind", MIXED)
-def test_what_mixes_channels_names_the_layer_to_leave_out(kind):
+def test_channels_before_what_mixes_them_stay_and_the_report_says_why(kind):
     net = Net(MIXED[kind]).eval()
-    words = refused(net)
-    assert "exclude first from the config_list (exclude_op_names)" in words
-    if kind == "softmax":
-        assert "Softmax takes its statistics over removed channels too" in words
+    dense = to_dense(net, images(), {"first": filter_mask(net.first, GONE)})
+    (row,) = dense.report.kept
+    assert (row.name, row.after) == ("first", 8)
+    assert "what it computes depends on removed channels" in row.reason
+    for scale in (1.0, 100.0):
+        with torch.no_grad():
+            torch.testing.assert_close(dense(scale * images()), net(scale * images()))
 
 
 def test_all_ways_end_in_check_false():
-    for between in (CONSTANTS["sigmoid"], MIXED["softmax"]):
+    for between in (CONSTANTS["sigmoid"], CONSTANTS["softplus"]):
         assert "check=False gives the dense model all the same" in refused(Net(between).eval())
 
 
