@@ -87,12 +87,9 @@ def doubled(inputs: Any) -> Any:
 
 def call(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
     """Run a model on a tensor, positional or keyword arguments; return all floating tensors that it gives."""
-    if isinstance(inputs, dict):
-        found = model(**inputs)
-    elif isinstance(inputs, (tuple, list)):
-        found = model(*inputs)
-    else:
-        found = model(inputs)
+    args: Any = () if isinstance(inputs, dict) else inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    with torch.random.fork_rng(devices=[]):  # a forward may draw numbers
+        found = model(*args, **(inputs if isinstance(inputs, dict) else {}))
     tensors: list[torch.Tensor] = []
     tree_map_only(torch.Tensor, tensors.append, found)
     return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
