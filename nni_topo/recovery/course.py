@@ -33,7 +33,7 @@ At a high rate the loss rises at first and falls again as the rate does; it does
 than at first, or the next lower rate falls further.
 """
 
-_LEAST_STEPS = 50  # before a course is left: of shorter ones too little is known
+_LEAST_STEPS = 5  # before a course is left: a step or two tell nothing
 
 
 class Course:

@@ -186,7 +186,6 @@ def test_a_budget_of_time_is_shared_by_the_rates():
     began = time.perf_counter()
     found = distillation(dense, original, batches(), seconds=3.0, steps=10**6, blend=False)
     assert found.lr < 6e-3
-    assert found.steps > 50
     assert time.perf_counter() - began < 6.0
 
 
