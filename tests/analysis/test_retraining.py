@@ -132,7 +132,7 @@ def test_bad_requests_are_refused():
         retraining_bound(*nets, functools.partial(mse_loss, reduction="none"), BATCHES, 5)
     with pytest.raises(ConfigError, match="did you mean node"):
         bound(*nets, "nodes")
-    with pytest.raises(DataError, match="at least one sample, got none"):
+    with pytest.raises(DataError, match="at least one batch, got none"):
         retraining_bound(*nets, mse_loss, [], 5)
     with pytest.raises(DataError, match="gradients before training and after pruning must not be zero"):
         bound(Quadratic(6, 8), Quadratic(0, 1), Quadratic(0, 0), "node")

@@ -71,7 +71,7 @@ def test_a_folder_that_cannot_be_made_ends_with_2(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     words = ["analyze", "compression", "--model", "mnist_fcn", "--input-size", "1", "28", "28"]
     assert main([*words, "--out", str(tmp_path / "file" / "out")]) == 2
-    assert "can be read and written, got" in " ".join(capsys.readouterr().err.split())
+    assert "an output folder must be a folder that can be written to, got" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_listed_models_size_has_three_numbers():
