@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +19,7 @@ from nni_topo.network.computed import fold
 from nni_topo.network.inputs import call_arguments, tensors_of
 from nni_topo.network.layers import CONVOLUTIONS, NORMALIZING
 from nni_topo.network.masked import masked_model
-from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.modes import detached_copy, evaluation_mode
 from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.runs.run import Start
 from nni_topo.runs.study import Names, Tell
@@ -181,7 +180,7 @@ class AnalyzeConnectivity(PrunersStudy[ConnectivityStudy]):
 
 def _flow_model(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
     """Return a copy in double precision whose weights are shares and whose biases and norms do nothing."""
-    flow = copy.deepcopy(model).double()
+    flow: nn.Module = detached_copy(model).double()
     for name, module in list(flow.named_modules()):
         if isinstance(module, (*NORMALIZING, *_SHRINKING)):
             flow.set_submodule(name, nn.Identity())

@@ -6,7 +6,6 @@ curve.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from nni_topo.errors import ConfigError, DataError, check_jobs
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import CONVOLUTIONS, check_names
 from nni_topo.network.masked import masked_model
+from nni_topo.network.modes import detached_copy
 from nni_topo.network.network import Network
 from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
@@ -293,7 +293,7 @@ class _Trial:
         config: list[dict[str, Any]] = [{"op_names": list(n), "sparse_ratio": ratio} for n, ratio in ratios.items()]
         if self.info.structured:
             config = dependency_groups(self.model, self.example_inputs, config)
-        victim = copy.deepcopy(self.model)
+        victim = detached_copy(self.model)
         if not isinstance(self._knobs, Mapping):
             self.knobs = dict(self._knobs(victim))
         knobs = dict(self.knobs)

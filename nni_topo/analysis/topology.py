@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import Generation
 from nni_topo.network.dependency import dependency_groups
+from nni_topo.network.modes import detached_copy
 from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.hooks import Masks
@@ -168,7 +168,7 @@ def study_topology(
     """
     if not degrees or any(isinstance(d, bool) or not isinstance(d, int) or d < 0 for d in degrees):
         raise ConfigError(f"degrees must be one or more integers from 0, got {degrees!r} (study_topology)")
-    pruner = TopologicalPruner(copy.deepcopy(model), config_list, **knobs)
+    pruner = TopologicalPruner(detached_copy(model), config_list, **knobs)
     data = pruner._collect_data()
     masks = pruner._generate_sparsity(pruner._calculate_metrics(data))
     layers = []

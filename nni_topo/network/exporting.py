@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import inspect
 import logging
@@ -25,6 +24,7 @@ from nni_topo.errors import ConfigError, ExportError, unknown_name
 from nni_topo.network.calibration import Calibration
 from nni_topo.network.inputs import Call, batch_size, call_arguments, calls, check_fits, tensors_of
 from nni_topo.network.masks import check_model
+from nni_topo.network.modes import detached_copy
 from nni_topo.network.untouched import leaves_models_alone
 
 Format = Literal["onnx", "torch.export"]
@@ -119,7 +119,7 @@ def export(
             _package(name)
     check_output_file(path, makes_folder=True)
     check_model(model)
-    net = copy.deepcopy(model).cpu().eval()
+    net = detached_copy(model).cpu().eval()
     call = _resized(call_arguments(inputs, net), 2)
     check_fits(net, call)
     if images is not None:

@@ -8,7 +8,6 @@ made smaller to fit.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -32,6 +31,7 @@ from nni_topo.network.depth import kept_blocks, take_out_others
 from nni_topo.network.labels import can_follow
 from nni_topo.network.layers import weight_of
 from nni_topo.network.masks import check_unwrapped
+from nni_topo.network.modes import detached_copy
 from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.network.written import Place, places_of, put_sizes, sizes_of
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
@@ -160,7 +160,7 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
     )
     """
     document = _read(path)
-    built = copy.deepcopy(model) if isinstance(model, torch.nn.Module) else model()
+    built = detached_copy(model) if isinstance(model, torch.nn.Module) else model()
     check_unwrapped(built)
     _take_out(document["blocks"], built, os.fspath(path))
     for name, module in built.named_modules():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.network.measure import count_macs, count_params, latencies
-from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.modes import detached_copy, evaluation_mode
 from nni_topo.network.untouched import leaves_models_alone
 
 MODES = ("plain", "channels_last", "bf16", "compile")
@@ -90,7 +89,7 @@ def profile(
     costs = {name: (count_macs(model, inputs), count_params(model)) for name, model in models.items()}
     found = []
     for mode in modes:
-        given = {name: _in_mode(copy.deepcopy(model), mode) for name, model in models.items()}
+        given = {name: _in_mode(detached_copy(model), mode) for name, model in models.items()}
         entering = tuple(_in_mode(each, mode) for each in inputs)
         peaks, times, failed = dict.fromkeys(models, 0), dict.fromkeys(models, float("nan")), ""
         try:

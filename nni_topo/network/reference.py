@@ -7,7 +7,6 @@ here everything that works on single channels goes with the channel it works on.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -48,7 +47,7 @@ def apply_masks(model: torch.nn.Module, call: Call, masks: FullMasks) -> torch.n
     untie(own, ties)
     dead = _dead_inputs(own, call, masks)
     # Only now, when the masked weights of the probe are gone, which are as many.
-    reference: torch.nn.Module = copy.deepcopy(own)
+    reference: torch.nn.Module = detached_copy(own)
     with torch.no_grad():
         _apply(reference, masks)
         for name, channels in dead.items():
@@ -281,7 +280,7 @@ def _run(
     outputs = []
     with torch.no_grad():
         for model, record in zip(pair, records, strict=True):
-            runner = copy.deepcopy(model).eval().double() if double else detached_copy(model, light=True).eval()
+            runner = detached_copy(model).eval().double() if double else detached_copy(model, light=True).eval()
             looks = [(runner.get_submodule(name), partial(_record, name, record)) for name in kept]
             # Both draw the same numbers where a forward draws any.
             # What a forward does in place to its inputs mustn't reach the other model.

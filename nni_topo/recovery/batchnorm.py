@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nni_topo.errors import DataError
 from nni_topo.network.capture import batches_of
 from nni_topo.network.inputs import calls, fitting, in_smaller_batches
-from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.modes import detached_copy, evaluation_mode
 from nni_topo.network.untouched import leaves_models_alone, left_alone
 
 
@@ -48,7 +47,8 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evalua
     The statistics are the average over the batches, each batch counting the same. Only batch norms run in training
     mode meanwhile; dropout stays off.
     """
-    copied, batches = copy.deepcopy(model), batches_of(calibration, model)
+    copied: nn.Module = detached_copy(model)
+    batches = batches_of(calibration, model)
     norms = [module for module in copied.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     measured: dict[_BatchNorm, dict[str, torch.Tensor]] = {}
     with left_alone(copied), evaluation_mode(copied), torch.no_grad():

@@ -6,7 +6,6 @@ layer as the other rows.
 
 from __future__ import annotations
 
-import copy
 import importlib
 import time
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.network.layers import output_channels, spread
+from nni_topo.network.modes import detached_copy
 from nni_topo.pruners.hooks import Masks
 
 PREFIX = "torch-pruning"
@@ -67,7 +67,7 @@ def cut(
     """Return the network that Torch-Pruning leaves, and ones for the output channels that stayed, by layer."""
     # Of queries, keys and values, whose `heads` are given, whole heads go.
     package = _package()
-    dense = copy.deepcopy(model)
+    dense: nn.Module = detached_copy(model)
     layers = {n: m for n, m in dense.named_modules() if isinstance(m, KINDS)}
     importance, knobs = _IMPORTANCES[name]
     pruner = package.pruner.BasePruner(

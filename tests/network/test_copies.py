@@ -1,11 +1,13 @@
 """What is done to a model isn't done to copies of all its weights, nor to the weights themselves."""
 
+import warnings
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 
+import nni_topo
 from nni_topo import RandomPruner, dependency_groups, to_dense
 from nni_topo.network.modes import RandomWeights, detached_copy, put_parameters
 
@@ -43,8 +45,8 @@ def test_a_rehearsal_runs_on_a_corner_of_large_images_where_the_graph_lets_it(si
     Seen.sides.clear()
     groups = dependency_groups(Model(side), torch.randn(1, 3, 100, 100), CONFIG)
     assert [entry["op_names"][0] for entry in groups] == ["first", "second", "third"]
-    sides = [each for each in Seen.sides if each > 62]  # of the images, not of what the first makes of a corner
-    assert set(sides) == ({100, 98, 64} if side is None else {100, 98})
+    assert {100, 98} <= set(Seen.sides)
+    assert (33 in Seen.sides) == (side is None)
 
 
 def test_the_model_keeps_its_weights_and_shares_none_with_the_dense_one():
@@ -142,3 +144,20 @@ def test_a_copy_shares_within_itself_what_the_model_does_and_nothing_with_the_mo
     x = torch.randn(3, 2)
     assert torch.allclose(copied(x) - 7.0, model(x) - 3.0, atol=1e-6)
     assert list(map(type, copied.modules())) == list(map(type, model.modules()))
+
+
+def test_public_functions_copy_models_whose_weights_are_computed_with_gradients(tmp_path):
+    # After a forward in training the weight of PyTorch's old weight norm is no leaf, which deepcopy refuses.
+    torch.manual_seed(0)
+    inner = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()]
+    model = nn.Sequential(*inner, nn.Flatten(), nn.Linear(8 * 16, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.nn.utils.weight_norm(model[0])
+    images = torch.randn(16, 3, 8, 8)
+    model(images).sum().backward()
+    nni_topo.recalibrate_batch_norm(model, [images])
+    nni_topo.analysis.sensitivity(model, images[:2], lambda net: 0.0, [0.5], pruner="l1")
+    nni_topo.speedup.profile({"net": model}, images[:2], runs=1, warmup=0)
+    dense = nni_topo.shrink(model, [images], {"params": 0.7}, distill={"steps": 2})
+    assert dense(images).shape == (16, 4)

@@ -5,7 +5,6 @@ Source: Janjic, MSc thesis, University of Manitoba, 2018, section 6.1.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from nni_topo.analysis.energy.study import LITTLE, EnergyStudy, Evaluate, Qualit
 from nni_topo.network.dense import to_dense
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import output_channels
+from nni_topo.network.modes import detached_copy
 from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 
@@ -72,7 +72,7 @@ def accumulate_energy(
     for names in layers:
         entry = {"op_names": list(names), "sparse_threshold": threshold}
         config_list = dependency_groups(dense, example_inputs, [entry])
-        pruner = EnergyFilterPruner(copy.deepcopy(dense), config_list, example_inputs=example_inputs, **knobs)
+        pruner = EnergyFilterPruner(detached_copy(dense), config_list, example_inputs=example_inputs, **knobs)
         _, masks = pruner.compress()
         before = _channels(dense, names[0])
         dense = to_dense(dense, example_inputs, masks)

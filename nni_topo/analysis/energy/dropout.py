@@ -5,7 +5,6 @@ Source: Janjic, MSc thesis, University of Manitoba, 2018, section 5.2.1, table 5
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from nni_topo.analysis.energy.study import Evaluate, Quality
 from nni_topo.errors import ConfigError
+from nni_topo.network.modes import detached_copy
 from nni_topo.network.untouched import leaves_models_alone
 
 RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -57,7 +57,7 @@ def with_dropout(model: nn.Module, rate: float, *, seed: int = 0) -> nn.Module:
     ConfigError
         If the rate is out of its range, or the model has no dropout.
     """
-    copied = copy.deepcopy(model)
+    copied: nn.Module = detached_copy(model)
     names = [name for name, module in copied.named_modules() if isinstance(module, nn.Dropout)]
     if not names:
         raise ConfigError(f"a model must have a torch.nn.Dropout, got none ({type(model).__name__})")
@@ -123,7 +123,7 @@ class _Remembered(nn.Module):
 
 def _remembering(model: nn.Module) -> nn.Module:
     """Copy a model so that its first part, if it has no dropout, runs once whatever the rate."""
-    copied = copy.deepcopy(model)
+    copied: nn.Module = detached_copy(model)
     name, first = next(iter(copied.named_children()), ("", copied))
     if name and not any(isinstance(module, nn.Dropout) for module in first.modules()):
         setattr(copied, name, _Remembered(first))

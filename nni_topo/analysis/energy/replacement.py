@@ -5,7 +5,6 @@ Source: Janjic, MSc thesis, University of Manitoba, 2018, section 6.2.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,6 +18,7 @@ from nni_topo.maths.signals import Chirp
 from nni_topo.maths.ties import first_smallest
 from nni_topo.network.inner import weight_used
 from nni_topo.network.masked import masked_model
+from nni_topo.network.modes import detached_copy
 from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
@@ -109,7 +109,7 @@ def study_replacement(
         if kind not in KINDS:
             raise unknown_name("kind of replacement", kind, KINDS)
     entry = {"op_names": [layer], "sparse_threshold": threshold}
-    pruner = EnergyFilterPruner(copy.deepcopy(model), [entry], example_inputs=example_inputs, **knobs)
+    pruner = EnergyFilterPruner(detached_copy(model), [entry], example_inputs=example_inputs, **knobs)
     _, masks = pruner.compress()
     weak = ~masks[layer]["weight"].flatten(1).any(1)
     module = model.get_submodule(layer)
@@ -140,7 +140,8 @@ class _Surgeon:
     def simple(self, kind: str) -> nn.Module:
         """Return a copy with the weak filters kept, drawn anew or copied from others."""
         if kind == "kept":
-            return copy.deepcopy(self.model)
+            plain: nn.Module = detached_copy(self.model)
+            return plain
         if kind == "random":
             return self._with(self._drawn())
         others = (~self.weak).nonzero().flatten()
@@ -174,7 +175,7 @@ class _Surgeon:
         return int(rivals[first_smallest([losses[rival] for rival in rivals])])
 
     def _with(self, filters: Tensor, donors: Tensor | None = None) -> nn.Module:
-        changed = copy.deepcopy(self.model)
+        changed: nn.Module = detached_copy(self.model)
         module: Any = changed.get_submodule(self.layer)
         with torch.no_grad():
             module.weight[self.weak] = filters

@@ -12,7 +12,6 @@ References
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from nni_topo.network.capture import watched
 from nni_topo.network.following import norms_behind
 from nni_topo.network.layers import spread
 from nni_topo.network.masked import masked_model
-from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.modes import detached_copy, evaluation_mode
 from nni_topo.network.network import Network
 from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
@@ -128,7 +127,7 @@ class _Search:
         self.model, self.layer, self.example_inputs, self.batches = model, layer, example_inputs, batches
         self.seed = seed
         entry = {"op_names": [layer], "sparse_ratio": 0.0}
-        pruner = EnergyFilterPruner(copy.deepcopy(model), [entry], example_inputs=example_inputs, **knobs)
+        pruner = EnergyFilterPruner(detached_copy(model), [entry], example_inputs=example_inputs, **knobs)
         energies = pruner._collect_data()[layer]["weight"][:, 0]
         self.energies: FloatArray = (energies / energies.sum()).numpy()
         self.filters = len(self.energies)

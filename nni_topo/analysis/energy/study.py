@@ -5,7 +5,6 @@ Source: Janjic, MSc thesis, University of Manitoba, 2018, sections 4.2 and 5.2.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,6 +21,7 @@ from nni_topo.network.dense import to_dense
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import kept_channels
 from nni_topo.network.masked import masked_model
+from nni_topo.network.modes import detached_copy
 from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.pruners.hooks import Masks, Metrics, unit_scores
@@ -245,7 +245,7 @@ def study_energy(
         raise ConfigError(f"thresholds must be one or more in (0, 1) that ascend, got {thresholds} (study_energy)")
     entry = {"op_names": list(layers), "sparse_threshold": float(thresholds[0])}
     config_list = dependency_groups(model, example_inputs, [entry])
-    pruner = EnergyFilterPruner(copy.deepcopy(model), config_list, example_inputs=example_inputs, **knobs)
+    pruner = EnergyFilterPruner(detached_copy(model), config_list, example_inputs=example_inputs, **knobs)
     metrics = pruner._calculate_metrics(pruner._collect_data())
     masks = dict(_masks_by_threshold(pruner, metrics, thresholds))
     rows = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gzip
 import io
 import warnings
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.network.inner import has_own_forward
+from nni_topo.network.modes import detached_copy
 
 
 def stored_bytes(model: nn.Module) -> dict[str, int]:
@@ -49,7 +49,7 @@ class SparseLinear(nn.Module):
 
 def with_sparse_linears(model: nn.Module) -> nn.Module:
     """Return a copy whose linear layers multiply by sparse matrices; convolutions have no such kernel in PyTorch."""
-    model = copy.deepcopy(model)
+    model = detached_copy(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and not has_own_forward(module):
             parent, _, own = name.rpartition(".")
