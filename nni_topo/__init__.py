@@ -52,7 +52,9 @@ from nni_topo.pruners.topological import GeneticSearch, TopologicalPruner  # noq
 from nni_topo.pruners.topological_magnitude import TopologicalMagnitudePruner  # noqa: E402
 from nni_topo.recovery import (  # noqa: E402
     compensate,
+    compensation,
     distill,
+    distillation,
     narrow_heads,
     recalibrate_batch_norm,
     remove_blocks,
@@ -108,10 +110,12 @@ __all__ = [
     "clustering",
     "compat",
     "compensate",
+    "compensation",
     "create_pruner",
     "dependency_groups",
     "disable_strict",
     "distill",
+    "distillation",
     "enable_strict",
     "errors",
     "export",

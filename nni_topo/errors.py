@@ -10,12 +10,20 @@ import functools
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+import sys
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import reduce
 from numbers import Integral, Real
+from operator import or_
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 Settings = TypeVar("Settings")
 _Given = ParamSpec("_Given")
@@ -72,26 +80,44 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
 
 @dataclass(frozen=True)
 class Rule:
-    """What a knob must be: in words, and as a test that raises for no value; ``names``, where it is one of them."""
+    """What a knob must be: in words, and as a test that raises for no value; ``names``, where it is one of them.
+
+    ``tell`` says what was given, where that is clearer than the value itself; ``look`` gets the name, a value for which
+    the rule holds and the place, and raises what is wrong within it.
+    """
 
     words: str
     holds: Callable[[Any], bool]
     names: tuple[str, ...] = ()
+    tell: Callable[[Any], str] | None = None
+    error: type[NniTopoError] = ConfigError
+    look: Callable[[str, Any, str], None] | None = None
 
     def __or__(self, other: Rule) -> Rule:
+        def look(name: str, value: Any, place: str) -> None:
+            found = self.look if self.holds(value) else other.look
+            if found is not None:
+                found(name, value, place)
+
         return Rule(
             f"{self.words} or {other.words}",
             lambda value: self.holds(value) or other.holds(value),
             self.names + other.names,
+            self.tell or other.tell,
+            self.error,
+            look if self.look or other.look else None,
         )
 
     def check(self, name: str, value: Any, place: str) -> None:
-        """Raise a ConfigError, with the name of the knob and of its place, unless a value is what it must be."""
+        """Raise the rule's error, with the name of the knob and of its place, unless a value is what it must be."""
         if self.holds(value):
+            if self.look is not None:
+                self.look(name, value, place)
             return
         if self.names and isinstance(value, str):
             raise unknown_name(name, value, self.names)
-        raise ConfigError(f"{name} must be {self.words}, got {shown(value)} ({place})")
+        found = shown(value) if self.tell is None else self.tell(value)
+        raise self.error(f"{name} must be {self.words}, got {found} ({place})")
 
 
 def whole(least: int, most: int = 2**31 - 1) -> Rule:
@@ -101,7 +127,7 @@ def whole(least: int, most: int = 2**31 - 1) -> Rule:
         return not isinstance(value, bool) and isinstance(value, Integral) and least <= int(value) <= most
 
     limit = "" if most == 2**31 - 1 else f" and below 2^{most.bit_length()}"
-    return Rule(f"an integer of at least {least}{limit}", holds)
+    return Rule("an integer of 64 bits" if least == -(2**63) else f"an integer of at least {least}{limit}", holds)
 
 
 def number(
@@ -158,6 +184,34 @@ FLAG = Rule("True or False", lambda value: isinstance(value, bool))
 FUNCTION = Rule("a function", callable)
 SEED = whole(0, 2**32 - 1)  # what NumPy's and scikit-learn's generators take
 PATH = instance(str, os.PathLike)
+NUMBER = number()
+INTEGER = whole(-(2**63), 2**63 - 1)
+ARRAY = Rule("an array of real numbers", lambda value: _is_array(value), error=DataError)
+_ROWS = Rule("an array of real numbers of at least one dimension", lambda value: _is_array(value, 1), error=DataError)
+_PLAIN: dict[Any, Rule] = {
+    Any: ANYTHING,
+    inspect.Parameter.empty: ANYTHING,
+    None: NONE,
+    type(None): NONE,
+    bool: FLAG,
+    int: INTEGER,
+    float: NUMBER,
+    str: instance(str),
+    Path: PATH,
+}
+
+
+def _is_array(value: Any, least: int = 0) -> bool:
+    """Say whether NumPy makes an array of numbers of a value, of so many dimensions at least."""
+    if value is None or isinstance(value, (str, bytes)):
+        return False
+    if hasattr(value, "is_meta"):  # a tensor, of whatever precision, in training too
+        return not value.is_meta and str(value.layout) == "torch.strided" and value.dim() >= least
+    try:
+        array = np.asarray(value)
+        return array.dtype.kind in "biufc" and array.ndim >= least
+    except Exception:  # as many kinds of errors as there are classes that can't be read
+        return False
 
 
 def check_knobs(place: str, given: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
@@ -168,20 +222,153 @@ def check_knobs(place: str, given: Mapping[str, Any], rules: Mapping[str, Rule])
 
 
 def checked(**rules: Rule) -> Callable[[Callable[_Given, _Returned]], Callable[_Given, _Returned]]:
-    """Check a function's arguments before it runs, by their names."""
+    """Check a function's arguments before it runs: by the rules of their names, the others by their annotations."""
 
     def decorate(function: Callable[_Given, _Returned]) -> Callable[_Given, _Returned]:
         place = function.__qualname__.removesuffix(".__init__")
-        names = list(inspect.signature(function).parameters)
+        parameters = inspect.signature(function).parameters
+        names = list(parameters)
+        if unknown := rules.keys() - parameters.keys():
+            raise TypeError(f"{place} has no parameters {sorted(unknown)}")
+
+        @functools.cache
+        def table() -> dict[str, Rule]:
+            # At the first call, for annotations may name what stands further down in a module.
+            plain = {
+                name: each.annotation
+                for name, each in parameters.items()
+                if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD) and name not in ("self", "cls")
+            }
+            scope = getattr(inspect.unwrap(function), "__globals__", {})
+            return {name: rules[name] if name in rules else _rule(name, hint, scope) for name, hint in plain.items()}
 
         @functools.wraps(function)
         def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Returned:
-            check_knobs(place, {**dict(zip(names, args, strict=False)), **kwargs}, rules)
+            check_knobs(place, {**dict(zip(names, args, strict=False)), **kwargs}, table())
             return function(*args, **kwargs)
 
         return run
 
     return decorate
+
+
+def check_fields(settings: Any, place: str = "", **rules: Rule) -> None:
+    """Check a dataclass' fields: by the rules of their names, the others by their annotations."""
+    scope = vars(sys.modules[type(settings).__module__])
+    for item in fields(settings):
+        rule = rules[item.name] if item.name in rules else _rule(item.name, item.type, scope)
+        rule.check(item.name, getattr(settings, item.name), place or type(settings).__name__)
+
+
+def _rule(name: str, hint: Any, scope: Mapping[str, Any]) -> Rule:
+    """Return the rule of a parameter: of a name that means the same everywhere, else of its annotation."""
+    found = rule_of(hint, scope)
+    if name == "seed":
+        return SEED | NONE if found.holds(None) else SEED
+    return found
+
+
+def rule_of(hint: Any, scope: Mapping[str, Any] | None = None) -> Rule:
+    """Return the rule that an annotation stands for; what it can't tell apart is anything."""
+    if isinstance(hint, str):
+        try:
+            hint = eval(hint, dict(scope or {}))
+        except NameError:  # it is imported for type checkers alone
+            return ANYTHING
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return rule_of(inner[0], scope)
+    if hint is ArrayLike:
+        return ARRAY
+    if hint is np.ndarray or origin is np.ndarray:
+        return _ROWS
+    if hint in _PLAIN:
+        return _PLAIN[hint]
+    if origin is Literal:
+        named = [value for value in inner if isinstance(value, str)]
+        others = [value for value in inner if not isinstance(value, str)]
+        found = [one_of(named)] if named else []
+        return reduce(or_, [*found, *(_equal(value) for value in others)])
+    if origin in (typing.Union, types.UnionType):
+        if set(typing.get_args(ArrayLike)) <= set(inner):  # a union of them, which a wider one swallows
+            return ARRAY | NONE if type(None) in inner else ARRAY
+        return reduce(or_, (rule_of(each, scope) for each in inner))
+    if origin is Callable:
+        return FUNCTION
+    if origin is type:
+        kind = inner[0] if isinstance(inner[0], type) else object
+        return Rule(f"a class of {kind.__name__}", lambda value: isinstance(value, type) and issubclass(value, kind))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return _mapping(rule_of(inner[0], scope), rule_of(inner[1], scope))
+    if isinstance(origin, type) and issubclass(origin, tuple) and inner[-1:] != (...,):
+        return _row([rule_of(each, scope) for each in inner])
+    if isinstance(origin, type) and issubclass(origin, Iterable):
+        return _several(rule_of(inner[0], scope), is_sized=issubclass(origin, Collection))
+    if isinstance(hint, type) and hint is not object and not getattr(hint, "_is_protocol", False):
+        return instance(hint)
+    return ANYTHING
+
+
+def _equal(wanted: Any) -> Rule:
+    """Return the rule of one value."""
+    return Rule(repr(wanted), lambda value: type(value) is type(wanted) and bool(value == wanted))
+
+
+def _mapping(key: Rule, item: Rule) -> Rule:
+    """Return the rule of a mapping."""
+
+    def holds(value: Any) -> bool:
+        return isinstance(value, Mapping) and all(key.holds(k) and item.holds(v) for k, v in value.items())
+
+    return Rule("a mapping" if item is ANYTHING else f"a mapping, each value {item.words}", holds)
+
+
+def _row(rules: list[Rule]) -> Rule:
+    """Return the rule of a row of so many values."""
+
+    def holds(value: Any) -> bool:
+        if not isinstance(value, (tuple, list)) or len(value) != len(rules):
+            return False
+        return all(rule.holds(each) for rule, each in zip(rules, value, strict=True))
+
+    return Rule(f"a tuple of {', '.join(rule.words for rule in rules)}", holds)
+
+
+def _several(rule: Rule, *, is_sized: bool) -> Rule:
+    """Return the rule of a collection of any class, arrays too; unless ``is_sized``, also of what is read only once."""
+
+    def holds(value: Any) -> bool:
+        if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
+            return False
+        if hasattr(value, "named_parameters"):  # a model, whose modules are no values
+            return False
+        if not isinstance(value, Collection):
+            return not is_sized
+        try:
+            each = iter(value)
+            return rule is ANYTHING or all(map(rule.holds, each))
+        except TypeError:  # an array without dimensions
+            return False
+
+    words = "a sequence" if is_sized else "an iterable"
+    return Rule(words if rule is ANYTHING else f"{words}, each value {rule.words}", holds)
+
+
+def check_answer(name: str, value: Any, place: str) -> bool:
+    """Return what a function of the user said, yes or no, also None; ConfigError if that can't be told."""
+    try:
+        return bool(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"{name} must return True or False, got {shown(value)} ({place})") from None
+
+
+def check_result(name: str, value: Any, place: str) -> float:
+    """Return the number that a function of the user gave back, as a float; ConfigError if it gave another thing."""
+    # A tensor of one value and NumPy's numbers are numbers, a text that reads as one isn't.
+    if value is not None and not isinstance(value, (str, bytes, bytearray)):
+        with suppress(TypeError, ValueError, RuntimeError, OverflowError):
+            return float(value)
+    raise ConfigError(f"{name} must return a number, got {shown(value)} ({place})")
 
 
 def check_integer(name: str, value: Any, least: int, place: str) -> None:
@@ -206,6 +393,11 @@ def is_finite(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:
         return False
+
+
+def is_number(value: Any) -> bool:
+    """Say whether a value is a real number, infinity too, and no truth value and not NaN."""
+    return is_finite(value) or (isinstance(value, Real) and abs(value) == math.inf)
 
 
 def check_between(name: str, value: Any, low: float, high: float, place: str, *, closed: bool = False) -> None:

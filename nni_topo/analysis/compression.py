@@ -17,7 +17,8 @@ from rich.console import RenderableType
 from torch import nn
 
 from nni_topo.analysis.layers import WeightLayer, weight_layers
-from nni_topo.errors import ConfigError, check_between, unknown_name
+from nni_topo.errors import ConfigError, check_between, checked, unknown_name
+from nni_topo.network.arguments import INPUTS, MODEL
 from nni_topo.network.network import Network
 from nni_topo.network.sizes import padded_size
 from nni_topo.network.untouched import leaves_models_alone
@@ -150,6 +151,7 @@ def _ratio(count: int, tree: int) -> tuple[str, str, str]:
     return str(count), str(tree), f"{count / tree:.5f}"
 
 
+@checked(model=MODEL, example_inputs=INPUTS)
 @leaves_models_alone
 def critical_compression_ratio(
     model: nn.Module, example_inputs: Any, convention: Convention = "theorem"
@@ -212,6 +214,7 @@ def critical_compression_ratio(
     return CriticalCompression(convention, counts, skipped)
 
 
+@checked(model=MODEL)
 def critical_config_list(model: nn.Module, sparse_ratio: float) -> list[dict[str, Any]]:
     """Return a config_list by which no layer loses more weights than its spanning tree spares.
 

@@ -13,7 +13,8 @@ from rich.console import RenderableType
 from torch import Tensor, nn
 
 from nni_topo.analysis.deviation import CONNECTIONS, PointsStudy, PrunersStudy, curves, share_kept, study_masks
-from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.errors import ConfigError, DataError, checked, unknown_name
+from nni_topo.network.arguments import INPUTS, MASKS, MODEL
 from nni_topo.network.capture import by_channel, watched
 from nni_topo.network.computed import fold
 from nni_topo.network.inputs import call_arguments, tensors_of
@@ -53,6 +54,7 @@ class Connectivity:
         return min(self.connected.values(), default=1.0)
 
 
+@checked(model=MODEL, example_inputs=INPUTS, masks=MASKS)
 @leaves_models_alone
 def connectivity(model: nn.Module, example_inputs: Any, masks: Mapping[str, Mapping[str, Tensor]]) -> Connectivity:
     """Follow the kept weights from a model's inputs to its outputs.

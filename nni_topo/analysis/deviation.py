@@ -21,7 +21,8 @@ from rich.console import RenderableType
 from torch import Tensor, nn
 
 from nni_topo.analysis.bounds.propagation import ErrorBound, error_bound
-from nni_topo.errors import ConfigError, DataError, check_integer, check_jobs, unknown_name
+from nni_topo.errors import ConfigError, DataError, check_integer, check_jobs, checked, unknown_name
+from nni_topo.network.arguments import INPUTS, MODEL
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.masked import masked_model
 from nni_topo.pruners.hooks import Masks
@@ -62,6 +63,7 @@ class NetDeviation:
     bound: float
 
 
+@checked(original=MODEL, pruned=MODEL, inputs=INPUTS)
 def net_deviation(
     original: nn.Module, pruned: nn.Module, inputs: Tensor, *, form: Form = "first_order", iterations: int = 100
 ) -> NetDeviation:
@@ -102,6 +104,7 @@ def net_deviation(
     return deviation_of(error_bound(original, pruned, inputs, iterations=iterations), form)
 
 
+@checked()
 def deviation_of(found: ErrorBound, form: Form = "first_order") -> NetDeviation:
     """Return the Net Deviation of an error whose bounds are known."""
     bound = float(getattr(found, form))

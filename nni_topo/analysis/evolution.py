@@ -21,7 +21,7 @@ from rich.console import RenderableType
 from scipy.stats import gaussian_kde, kurtosis
 from torch import Tensor
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, checked
 from nni_topo.maths.search.weights import WeightSearch
 from nni_topo.pruners.genetic_weight.pruner import GeneticWeightPruner
 from nni_topo.runs.pictures import finish, panels, single
@@ -83,6 +83,7 @@ class EvolutionTrial:
         return self.history[self.history.individual == last.individual[last[by].idxmax()]]
 
 
+@checked()
 def plot_evolution(trials: Mapping[str, EvolutionTrial]) -> dict[str, list[Axes]]:
     """Draw searches as the thesis does.
 

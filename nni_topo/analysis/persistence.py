@@ -21,8 +21,9 @@ from torch import nn
 
 from nni_topo import zoo
 from nni_topo.analysis.layers import WeightLayer, weight_layers
-from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.errors import NONE, ConfigError, DataError, checked, unknown_name
 from nni_topo.maths.topology.layer_trees import channel_tree, spanning_forest
+from nni_topo.network.arguments import INPUTS, MODEL
 from nni_topo.network.network import Network
 from nni_topo.network.untouched import leaves_models_alone
 from nni_topo.runs.pictures import finish
@@ -71,6 +72,7 @@ class NeuralPersistence:
         return {**summary, "layers": self.layers, "deaths": {name: d.tolist() for name, d in self.deaths.items()}}
 
 
+@checked(model=MODEL, example_inputs=INPUTS | NONE)
 @leaves_models_alone
 def neural_persistence(
     model: nn.Module,
@@ -178,6 +180,7 @@ class PersistenceTracker:
     (2, 2)
     """
 
+    @checked(model=MODEL)
     def __init__(self, model: nn.Module, example_inputs: Any = None, **options: Any) -> None:
         self.model = model
         self.example_inputs = example_inputs

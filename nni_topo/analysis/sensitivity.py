@@ -20,7 +20,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
-from nni_topo.errors import ConfigError, DataError, check_jobs
+from nni_topo.errors import ConfigError, DataError, check_jobs, check_result, checked, instance
+from nni_topo.network.arguments import INPUTS, MODEL
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import CONVOLUTIONS, check_names
 from nni_topo.network.masked import masked_model
@@ -111,6 +112,7 @@ class Sensitivity(Findings):
         return {"suggested.yaml": head + yaml.safe_dump(content, sort_keys=False)}
 
 
+@checked(model=MODEL, example_inputs=INPUTS)
 @leaves_models_alone
 def sensitivity(
     model: nn.Module,
@@ -242,6 +244,7 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
         yield f"unpruned {before:.1f} %, all suggested ratios at once {after:.1f} %, without retraining"
 
 
+@checked()
 def plot_sensitivity(found: Sensitivity) -> Axes:
     """Draw a curve per layer, the baseline and the budget; nothing is shown or written."""
     _, axis = single(7.0, 4.5)
@@ -295,7 +298,9 @@ class _Trial:
             config = dependency_groups(self.model, self.example_inputs, config)
         victim = detached_copy(self.model)
         if not isinstance(self._knobs, Mapping):
-            self.knobs = dict(self._knobs(victim))
+            made = self._knobs(victim)
+            instance(Mapping).check("what knobs returns", made, "sensitivity")
+            self.knobs = dict(made)
         knobs = dict(self.knobs)
         if "example_inputs" in self.info.knobs():
             knobs.setdefault("example_inputs", self.example_inputs)
@@ -306,7 +311,7 @@ class _Trial:
 
     def score(self, model: nn.Module) -> float:
         """Return a model's score."""
-        score = float(self.evaluate(model))
+        score = check_result("evaluate", self.evaluate(model), "sensitivity")
         if not math.isfinite(score):
             raise DataError(f"an evaluation must return a finite number, got {score} (sensitivity)")
         return score

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 
 from matplotlib.axes import Axes
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, checked
 from nni_topo.maths.clustering.subclustering import SplitTree
 from nni_topo.runs.pictures import finish, panels
 
 
+@checked()
 def draw_splits(trees: Mapping[str, SplitTree]) -> list[Axes]:
     """Draw trees of splits, such as :attr:`nni_topo.SubclusterPruner.trees`.
 

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from rich.console import RenderableType
 from torch import nn
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, checked
 from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import Generation
+from nni_topo.network.arguments import CONFIG_LIST, MODEL
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.modes import detached_copy
 from nni_topo.network.untouched import leaves_models_alone
@@ -140,6 +141,7 @@ class AnalyzeTopology(TrainedStudy[TopologyStudy]):
         yield as_table(f"topology of {self.model}", head, rows)
 
 
+@checked(model=MODEL, config_list=CONFIG_LIST)
 @leaves_models_alone
 def study_topology(
     model: nn.Module, config_list: list[dict[str, Any]], *, degrees: tuple[int, ...] = (0, 1), **knobs: Any
@@ -166,7 +168,7 @@ def study_topology(
     ConfigError, DataError
         As the pruner does; also if ``degrees`` is empty or negative.
     """
-    if not degrees or any(isinstance(d, bool) or not isinstance(d, int) or d < 0 for d in degrees):
+    if not len(degrees) or any(isinstance(d, bool) or not isinstance(d, int) or d < 0 for d in degrees):
         raise ConfigError(f"degrees must be one or more integers from 0, got {degrees!r} (study_topology)")
     pruner = TopologicalPruner(detached_copy(model), config_list, **knobs)
     data = pruner._collect_data()

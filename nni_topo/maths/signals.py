@@ -18,7 +18,9 @@ from typing import Literal, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.errors import ConfigError, DataError, checked, unknown_name
+
+__all__ = ["Chirp", "chirp", "chirp_2d", "signal_energy", "sweep_range"]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 Sweep = Literal["nyquist", "thesis"]
@@ -29,6 +31,7 @@ _Value = TypeVar("_Value")
 _ENDS: dict[str, float] = {"nyquist": 0.5, "thesis": 1.0}
 
 
+@checked()
 def chirp_2d(
     height: int,
     width: int,
@@ -63,6 +66,7 @@ def chirp_2d(
     return chirp((height, width), sweep=sweep, direction=direction, window=window)
 
 
+@checked()
 def chirp(
     shape: Sequence[int],
     *,
@@ -171,6 +175,7 @@ class Chirp:
         return np.stack(found)
 
 
+@checked()
 def sweep_range(shape: Sequence[int], sweep: Sweep = "nyquist") -> tuple[float, float]:
     """Return the first and the last frequency of a chirp, in cycles per pixel.
 
@@ -201,6 +206,7 @@ def sweep_range(shape: Sequence[int], sweep: Sweep = "nyquist") -> tuple[float, 
     return min(1.0 / math.hypot(*_checked_shape(shape)), end), end
 
 
+@checked()
 def signal_energy(signal: ArrayLike) -> float:
     """Return the energy of a signal, the sum of its squared magnitudes.
 

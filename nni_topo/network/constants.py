@@ -19,7 +19,7 @@ from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.cutting import keep
 from nni_topo.network.following import only_norm_behind
 from nni_topo.network.inner import call_of, has_own_forward, inner_of, is_followed, kind_of
-from nni_topo.network.inputs import Call, random_like, run_small
+from nni_topo.network.inputs import Call, fitting, random_like, run_small
 from nni_topo.network.layers import CONVOLUTIONS, WEIGHTED, is_depthwise, is_plain_norm
 
 TOLERANCE = 1e-5  # of a channel's largest value; rounding is below
@@ -71,7 +71,7 @@ def readers(
             leaving.append((module, partial(_zeroed, module, kept)))
     # What differs between two inputs is no constant, even where either has but one place for each channel.
     for seed in range(2):
-        with torch.no_grad(), watched(entering, leaving):
+        with fitting(0, "example_inputs"), torch.no_grad(), watched(entering, leaving):
             run_small(model, random_like(call, torch.Generator().manual_seed(seed)))
         if not any(bool(each.any()) for reader in found.values() for each in reader.ends):
             return {}

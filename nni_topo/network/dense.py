@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from nni.compression.speedup.replacer import Replacer
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, checked
 from nni_topo.network.advice import way_forward
+from nni_topo.network.arguments import INPUTS, MASKS, MODEL
 from nni_topo.network.attention import tell_config
 from nni_topo.network.carriers import Brought, brought, carry
 from nni_topo.network.constants import absorb, constants_read, dropped, is_bordered, norms_of_constants
@@ -34,6 +35,7 @@ from nni_topo.sharing import find_ties, tie_again, untie
 _logger = logging.getLogger(__name__)
 
 
+@checked(model=MODEL, example_inputs=INPUTS, masks=MASKS)
 @leaves_models_alone
 @fast_paths_off()
 def to_dense(
@@ -142,7 +144,7 @@ def to_dense(
         torch.manual_seed(0)
         network = Network(model, call)
         dense, reference, kept, resolved, notes = _build(
-            network, full, round_to, customized_replacers, keep=constants == "keep"
+            network, full, round_to, tuple(customized_replacers), keep=constants == "keep"
         )
         checked = ""
         if check:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch.nn.utils.parametrize import is_parametrized
 
-from nni_topo.errors import ConfigError, SpeedupError
+from nni_topo.errors import NONE, ConfigError, SpeedupError, checked, instance
+from nni_topo.network.arguments import CONFIG_LIST, SHAPES, STRUCTURE
 from nni_topo.network.attention import Attention, is_attention
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.equal_blocks import blocks_of
@@ -51,6 +52,7 @@ class DependencyGroups(list[dict[str, Any]]):
         can say. The package's pruners heed it.
     """
 
+    @checked(ties=instance(Mapping) | NONE, shares=instance(Mapping) | NONE)  # of many channels
     def __init__(
         self,
         entries: Iterable[dict[str, Any]] = (),
@@ -82,6 +84,7 @@ class DependencyGroups(list[dict[str, Any]]):
         )
 
 
+@checked(model=STRUCTURE, example_inputs=SHAPES, config_list=CONFIG_LIST)
 @leaves_models_alone
 def dependency_groups(
     model: torch.nn.Module, example_inputs: Any, config_list: list[dict[str, Any]], *, strict: bool = False

@@ -54,8 +54,14 @@ def call_arguments(example_inputs: Any, model: torch.nn.Module | None = None) ->
 
 
 def on_device(tree: Any, device: torch.device) -> Any:
-    """Move the tensors of nested containers to a device."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device), tree)
+    """Move the tensors of nested containers to a device, as values: no gradient comes back through them."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        if tensor.is_meta and device.type != "meta":
+            raise DataError("inputs of a model must be tensors with values, got one on the meta device (inputs)")
+        return tensor.detach().to(device)
+
+    return tree_map_only(Tensor, moved, tree)
 
 
 def copied(tree: Any, device: torch.device) -> Any:

@@ -11,7 +11,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
-from nni_topo.errors import unknown_name
+from nni_topo.errors import checked, unknown_name
+from nni_topo.network.arguments import STRUCTURE
 from nni_topo.network.counted import channel_dim, plain_norm, response_norm
 from nni_topo.network.inner import inner_of
 from nni_topo.network.modes import detached_copy, evaluation_mode
@@ -38,6 +39,7 @@ class ChannelRule:
 RULES: dict[type[torch.nn.Module], ChannelRule] = {}
 
 
+@checked()
 def register_module(kind: type[torch.nn.Module], cut: Callable[[Any, torch.Tensor], None], *, dim: int = 1) -> None:
     """Say how a module loses channels that it works on one by one, where tracing it doesn't show that.
 
@@ -71,6 +73,7 @@ def register_module(kind: type[torch.nn.Module], cut: Callable[[Any, torch.Tenso
     RULES[kind] = ChannelRule(cut, dim)
 
 
+@checked(model=STRUCTURE)
 @leaves_models_alone
 def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
     """Return a copy of a model with PyTorch's own plain layers in place of such as compute the same.

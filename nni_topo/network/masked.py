@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from nni_topo.errors import SpeedupError
+from nni_topo.errors import SpeedupError, checked
+from nni_topo.network.arguments import INPUTS, MASKS, MODEL
 from nni_topo.network.inputs import call_arguments
 from nni_topo.network.masks import Masks, check_masks, check_model
 from nni_topo.network.network import Network
@@ -15,6 +16,7 @@ from nni_topo.network.resolve import union, with_own
 from nni_topo.network.untouched import leaves_models_alone
 
 
+@checked(model=MODEL, example_inputs=INPUTS, masks=MASKS)
 @leaves_models_alone
 def masked_model(model: torch.nn.Module, example_inputs: Any, masks: Masks) -> torch.nn.Module:
     """Copy a model with its masked channels at zero, through batch norms too.

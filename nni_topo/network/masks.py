@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from nni_topo.errors import ConfigError, DataError, SpeedupError, unknown_name
+from nni_topo.network.arguments import MASKS, MODEL
 from nni_topo.network.layers import kept_channels, row_names, weight_name
 
 Masks = Mapping[str, Mapping[str, torch.Tensor | None]]
@@ -24,7 +25,8 @@ def check_unwrapped(model: torch.nn.Module) -> None:
 
 
 def check_model(model: torch.nn.Module) -> None:
-    """Raise a SpeedupError if a model is still wrapped, a DataError if it holds NaN or infinite values."""
+    """Raise what is wrong with a model: a ConfigError, a DataError, or a SpeedupError where it is still wrapped."""
+    MODEL.check("model", model, "model")
     check_unwrapped(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         # A sum that is finite says it in one pass.
@@ -34,6 +36,7 @@ def check_model(model: torch.nn.Module) -> None:
 
 def check_masks(model: torch.nn.Module, masks: Masks) -> FullMasks:
     """Check masks and expand them to their parameters' shapes, types and devices; a channel's bias goes along."""
+    MASKS.check("masks", masks, "masks")
     modules = dict(model.named_modules(remove_duplicate=False))
     # Masks are kept under the first of the names of a module.
     first_names = {id(module): name for name, module in model.named_modules()}

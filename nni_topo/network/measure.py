@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nni_topo.errors import ConfigError
-from nni_topo.network.inputs import call_arguments, taken, tensors_of
+from nni_topo.errors import ConfigError, checked
+from nni_topo.network.arguments import COMPUTING, INPUTS, NETWORK, SHAPES
+from nni_topo.network.inputs import call_arguments, fitting, taken, tensors_of
 from nni_topo.network.modes import evaluation_mode
 from nni_topo.network.transformers import fast_paths_off
 from nni_topo.network.untouched import leaves_models_alone
@@ -28,6 +29,7 @@ _BLOCK, _BLOCKS = 120 * 2**10, 8192  # bytes below what glibc maps alone, and ho
 _SCHEDULED = "/proc/thread-self/schedstat"  # Linux: nanoseconds with a core and waiting for one, and slices
 
 
+@checked(model=NETWORK)
 def count_params(model: nn.Module) -> int:
     """Return the number of parameters, shared ones counted once; buffers aren't counted.
 
@@ -42,6 +44,7 @@ def count_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+@checked(model=NETWORK, example_inputs=SHAPES)
 @leaves_models_alone
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
     """Return the multiply-accumulates of one sample: convolutions, linear layers, matrix products, attention.
@@ -69,11 +72,19 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     call = call_arguments(example_inputs, model)
     args, kwargs = taken(call, torch.arange(1))
     counter = FlopCounterMode(display=False)
-    with evaluation_mode(model), fast_paths_off(), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
+    with (
+        evaluation_mode(model),
+        fast_paths_off(),
+        sdpa_kernel(SDPBackend.MATH),
+        torch.no_grad(),
+        fitting(0, "example_inputs"),
+        counter,
+    ):
         model(*args, **kwargs)
     return int(counter.get_total_flops()) // 2
 
 
+@checked(model=COMPUTING, example_inputs=INPUTS)
 def latency_ms(model: nn.Module, example_inputs: Any, *, runs: int = 30, warmup: int = 5, threads: int = 1) -> float:
     """Return the median time of one forward pass.
 
@@ -103,6 +114,7 @@ def latency_ms(model: nn.Module, example_inputs: Any, *, runs: int = 30, warmup:
     return latencies({"model": model}, example_inputs, runs=runs, warmup=warmup, threads=threads)["model"]
 
 
+@checked(example_inputs=INPUTS)
 @leaves_models_alone
 def latencies(
     models: Mapping[str, nn.Module],
@@ -199,7 +211,13 @@ def _rounds(
     first = tensors_of((args, kwargs))[0]
     order, generator = list(models), random.Random(seed)
     rounds: list[tuple[float, ...]] = []
-    with evaluation_mode(*models.values()), thread_count(threads), torch.inference_mode(), memory_kept(first):
+    with (
+        evaluation_mode(*models.values()),
+        thread_count(threads),
+        torch.inference_mode(),
+        memory_kept(first),
+        fitting(0, "example_inputs"),
+    ):
         while not enough(rounds):
             generator.shuffle(order)
             taken = {}

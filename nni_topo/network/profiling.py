@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.errors import ConfigError, checked, unknown_name
 from nni_topo.network.measure import count_macs, count_params, latencies
 from nni_topo.network.modes import detached_copy, evaluation_mode
 from nni_topo.network.untouched import leaves_models_alone
@@ -46,6 +46,7 @@ class ModeCost:
     failed: str = ""
 
 
+@checked()
 @leaves_models_alone
 def profile(
     models: Mapping[str, nn.Module],

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, checked
+from nni_topo.network.arguments import INPUTS, MODEL
 from nni_topo.network.capture import watched
 from nni_topo.network.cutting import cut
 from nni_topo.network.inner import has_own_forward, head, inner_of, is_followed
@@ -27,6 +28,7 @@ FloatArray = NDArray[np.float64]
 _SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
+@checked(model=MODEL, example_inputs=INPUTS)
 @leaves_models_alone
 def measure_latency(
     model: nn.Module,
@@ -68,7 +70,7 @@ def measure_latency(
     does between its layers is a whole pass less the time inside them. A layer that is called several times counts each
     call.
     """
-    if repeats < 1 or threads < 1 or not shares or not all(0.0 < share <= 1.0 for share in shares):
+    if repeats < 1 or threads < 1 or not len(shares) or not all(0.0 < share <= 1.0 for share in shares):
         raise ConfigError(
             f"repeats and threads must be at least 1 and shares in (0, 1], got {repeats}, {threads} and {shares} "
             "(measure_latency)"

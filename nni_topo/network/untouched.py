@@ -85,6 +85,8 @@ def _write_down(model: nn.Module, put_back: list[_PutBack], seen: dict[int, Any]
         seen[id(value)] = value
         if isinstance(value, Tensor):
             _add_tensor(value, put_back, is_written=False)
+        elif isinstance(value, torch.jit.ScriptModule):
+            continue  # its tables are no Python objects, and no function of the package takes one
         elif isinstance(value, nn.Module):
             waiting += _add_module(value, put_back, seen)
         elif isinstance(value, dict):

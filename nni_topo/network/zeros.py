@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from nni_topo.errors import checked
+from nni_topo.network.arguments import MODEL
 from nni_topo.network.layers import WEIGHTED
 
 
+@checked(model=MODEL)
 @contextmanager
 def zeros_held(model: nn.Module) -> Iterator[None]:
     """Keep the weights that are zero at zero while a network trains.

@@ -18,6 +18,7 @@ import torch
 from nni.compression.base.config import default_config_schema, select_modules_by_config
 from nni.compression.base.setting import INPUT_PREFIX, OUTPUT_PREFIX, PruningSetting
 from nni.compression.base.target_space import PruningTargetSpace
+from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from schema import SchemaError
 from torch import Tensor, nn
@@ -34,89 +35,36 @@ from nni_topo.errors import (
     check_knobs,
     checked,
     instance,
-    number,
-    one_of,
     unknown_name,
     whole,
 )
+from nni_topo.network.arguments import BATCHES, CONFIG_LIST, INPUTS, MODEL, check_entry
 from nni_topo.network.dependency import DependencyGroups, by_reason
-from nni_topo.network.inputs import in_smaller_batches, tensors_of
+from nni_topo.network.inputs import in_smaller_batches
 from nni_topo.network.layers import CONVOLUTIONS, check_names, is_recurrent
-from nni_topo.network.modes import is_plain
 from nni_topo.network.untouched import left_alone
 
 _Given = ParamSpec("_Given")
 _Returned = TypeVar("_Returned")
 
 
-def _is_pattern(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and re.compile(value) is not None
-    except re.error:
-        return False
-
-
-def _is_granularity(value: Any) -> bool:
-    if not isinstance(value, (list, tuple)) or not value:
-        return False
-    steps, padding = (value[0], value[1:]) if isinstance(value[0], (list, tuple)) else (value, ())
-    is_padding = all(rule.holds(each) for rule, each in zip((_PADDING, _STEP), padding, strict=False))
-    return bool(steps) and all(map(_STEP.holds, steps)) and len(padding) <= 2 and is_padding
-
-
 REQUEST = {
-    "model": Rule(
-        "a torch.nn.Module that isn't scripted, compiled or spread over devices: pass the inner module, such as "
-        "model.module or model._orig_mod",
-        is_plain,
-    ),
-    "config_list": Rule("a list of dicts", lambda value: isinstance(value, (list, tuple))),
+    "model": MODEL,
+    "config_list": CONFIG_LIST,
     "evaluator": instance(Evaluator) | NONE,
-    "existed_wrappers": instance(Mapping) | NONE,
+    "existed_wrappers": all_of(instance(ModuleWrapper), Mapping) | NONE,
 }
 """What NNI's own four arguments of every pruner must be; of the entries, see below."""
 
 KNOBS = {
-    "calibration": ANYTHING,  # looked at as it is read, see network/inputs.py
+    "calibration": BATCHES | NONE,
     "budget": ANYTHING,  # Budget's own table looks at it
-    "example_inputs": Rule(
-        "a tensor, a tuple of arguments or a dict of keyword arguments with a tensor in it, or None",
-        lambda value: value is None or bool(tensors_of(value)),
-    ),
+    "example_inputs": INPUTS | NONE,
     "round_to": whole(1) | NONE,
     "seed": SEED,
     "progress": FLAG | NONE,
 }
 """What the knobs must be that mean the same for every pruner."""
-
-_NAMES, _GROUP = all_of(instance(str), list), instance(str, int)
-_STEP = Rule("a number of elements, or -1 for all", lambda value: value != 0 and whole(-1).holds(value))
-_PADDING = one_of(("front", "back"))
-_SETTING = {
-    "sparse_ratio": number(0, 1, "left"),
-    "sparse_threshold": number(),
-    "max_sparse_ratio": number(0, 1, "right"),
-    "min_sparse_ratio": number(0, 1, "left"),
-    "global_group_id": _GROUP,
-    "dependency_group_id": _GROUP,
-    "internal_metric_block": whole(1),
-    "granularity": one_of(("default", "in_channel", "out_channel", "per_channel"))
-    | Rule("a list of steps, or of these, 'front' or 'back', and a step", _is_granularity),
-    "apply_method": one_of(("bypass", "mul", "add")),
-    "align": instance(Mapping),
-}
-_ENTRY = _SETTING | {
-    "op_names": _NAMES,
-    "op_types": _NAMES,
-    "op_names_re": all_of(Rule("a regular expression", _is_pattern), list),
-    "op_partial_names": _NAMES,
-    "exclude_op_names": _NAMES,
-    "exclude_op_types": _NAMES,
-    "exclude_op_names_re": all_of(Rule("a regular expression", _is_pattern), list),
-    "exclude": FLAG,
-    "target_names": _NAMES,
-    "target_settings": all_of(instance(dict), dict),
-}
 
 
 def pruner_arguments(**own: Rule) -> Callable[[Callable[_Given, _Returned]], Callable[_Given, _Returned]]:
@@ -126,8 +74,10 @@ def pruner_arguments(**own: Rule) -> Callable[[Callable[_Given, _Returned]], Cal
         names = [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
         table = {**REQUEST, **KNOBS, **own}
         # A knob without a rule is an error right here.
-        guarded = in_smaller_batches(checked(**{name: table[name] for name in names})(function))
+        rules = {name: table[name] for name in names}
+        guarded = in_smaller_batches(function)
 
+        @checked(**rules)
         @functools.wraps(function)
         def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Returned:
             with left_alone(args[1] if len(args) > 1 else kwargs.get("model")):
@@ -239,7 +189,7 @@ def check_request(
         raise ConfigError(f"a config_list must have at least one entry, got none (config_list){told}")
     _check_unwrapped(model, existed_wrappers or {})
     for index, config in enumerate(config_list):
-        _check_values(config, f"config_list[{index}]", rules)
+        check_entry(config, f"config_list[{index}]", rules)
     check_names(model, config_list)
     matched: dict[str, nn.Module] = {}
     first: dict[tuple[str, str], str] = {}
@@ -287,14 +237,6 @@ def _check_unwrapped(model: nn.Module, existed_wrappers: Mapping[str, Any]) -> N
                 "a model must not be wrapped by another compressor; call its unwrap_model() or use from_compressor, "
                 f"got a wrapped module ({name})"
             )
-
-
-def _check_values(config: Any, place: str, rules: Mapping[str, Rule]) -> None:
-    if not isinstance(config, dict):
-        raise ConfigError(f"a config_list entry must be a dict, got {type(config).__name__} ({place})")
-    check_knobs(place, config, {**_ENTRY, **rules})
-    for target, setting in config.get("target_settings", {}).items():
-        check_knobs(f"{place}.target_settings.{target}", setting, {**_SETTING, **rules})
 
 
 def _check_schema(config: dict[str, Any], place: str) -> None:

@@ -17,7 +17,8 @@ from nni.compression.base.compressor import Pruner
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.errors import ConfigError, check_fields, checked, instance, rule_of, unknown_name
+from nni_topo.network.arguments import CONFIG_LIST, MODEL
 from nni_topo.pruners.checks import check_request, of_single_weights
 from nni_topo.pruners.heads import show_heads_to_nni
 from nni_topo.pruners.hooks import DataCollector, MetricCalculator, SparsityAllocator
@@ -51,6 +52,9 @@ class PrunerInfo:
     structured: bool = True
     needs: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @property
     def origin(self) -> str:
         """The package it comes from: ``"nni_topo"``, ``"nni"`` or a third party's."""
@@ -76,6 +80,7 @@ class PrunerInfo:
 TABLE: dict[str, PrunerInfo] = {}
 
 
+@checked()
 def register_pruner(info: PrunerInfo) -> None:
     """Add a pruner to the table, for example a third party's.
 
@@ -90,6 +95,7 @@ def register_pruner(info: PrunerInfo) -> None:
     TABLE[info.name] = info
 
 
+@checked()
 def list_pruners(pattern: str = "*") -> list[str]:
     """Return the names of all registered pruners that match a pattern.
 
@@ -111,6 +117,7 @@ def list_pruners(pattern: str = "*") -> list[str]:
     return sorted(name for name in TABLE if fnmatchcase(name, pattern))
 
 
+@checked()
 def pruner_info(name: str) -> PrunerInfo:
     """Return a pruner's record, by its name or, of a third party's class, by ``package.module:Class``.
 
@@ -151,7 +158,8 @@ def _checked_class(info: PrunerInfo) -> PrunerInfo:
 def check_knob_names(name: str, knobs: Iterable[str]) -> None:
     """Raise ConfigError, with the nearest names there are, if a pruner or one of the names of its knobs is unknown."""
     allowed = pruner_info(name).knobs()
-    for knob in knobs:
+    (instance(Mapping) | rule_of(Iterable[str])).check("knobs", knobs, f"pruner {name!r}")
+    for knob in map(str, knobs):
         if knob not in allowed:
             raise unknown_name(f"knob of pruner {name!r}", knob, allowed)
 
@@ -161,6 +169,7 @@ def needs_rule(name: str, knobs: Mapping[str, Any]) -> bool:
     return getattr(pruner_info(name).load(), "needs_rule", True) and knobs.get("budget") is None
 
 
+@checked(model=MODEL, config_list=CONFIG_LIST)
 def create_pruner(
     name: str,
     model: nn.Module,

@@ -19,7 +19,7 @@ from nni.compression.pruning.tools import sparse_gen
 from nni.compression.speedup import dependency, mask_conflict
 from nni.compression.utils import Evaluator
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, checked
 from nni_topo.pruners.allocators import ConfigAllocator
 from nni_topo.pruners.base import StructuredPruner, known_masks
 from nni_topo.pruners.checks import check_request
@@ -30,6 +30,7 @@ from nni_topo.pruners.units import TargetSpaces, in_network_order
 _originals: dict[tuple[Any, str], Any] = {}
 
 
+@checked()
 def enable_strict(*, normalization: Literal["none", "mean"] = "none") -> None:
     """Make NNI's own pruners and ``ModelSpeedup`` refuse what can't be right and do what their pages promise.
 

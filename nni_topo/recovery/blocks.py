@@ -22,8 +22,9 @@ import torch
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.errors import ConfigError, DataError, checked, unknown_name
 from nni_topo.maths.least_squares.normal import NormalEquations, fit
+from nni_topo.network.arguments import BATCHES, MODEL
 from nni_topo.network.calibration import Calibration
 from nni_topo.network.capture import batches_of, watched
 from nni_topo.network.depth import take_out, tell_depth
@@ -38,6 +39,7 @@ _NEAR = 1e-3
 _logger = logging.getLogger(__name__)
 
 
+@checked(model=MODEL, calibration=BATCHES)
 @leaves_models_alone
 def remove_blocks(
     model: nn.Module,
@@ -113,7 +115,7 @@ def remove_blocks(
 def _gaps(model: nn.Module, names: Sequence[str]) -> list[tuple[str, int, int]]:
     """Return stretches of neighbouring blocks: the name of what holds them, the first and the last number."""
     modules = dict(model.named_modules())
-    if isinstance(names, str) or not names:
+    if isinstance(names, str) or not len(names):
         raise ConfigError(f"names must be a sequence of at least one block's name, got {names!r} (names)")
     places: dict[str, set[int]] = {}
     for name in names:

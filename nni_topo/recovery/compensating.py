@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -13,7 +13,8 @@ from nni.compression.utils import Evaluator
 from torch import nn
 from torch.fx import Node
 
-from nni_topo.errors import ConfigError, check_integer, unknown_name
+from nni_topo.errors import NONE, ConfigError, check_integer, checked, instance, unknown_name
+from nni_topo.network.arguments import BATCHES, MASKS, MODEL
 from nni_topo.network.calibration import Calibration
 from nni_topo.network.capture import batches_of
 from nni_topo.network.inputs import Call, batch_size, calls, in_smaller_batches, structure_call
@@ -52,6 +53,7 @@ class Compensation:
     report: CompensationReport
 
 
+@checked(model=MODEL, masks=MASKS, calibration=BATCHES, pairs=instance(Mapping) | NONE)
 @leaves_models_alone
 @in_smaller_batches
 def compensation(

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError, check_integer, is_finite
+from nni_topo.errors import ConfigError, DataError, check_integer, checked, is_finite
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, fit
 from nni_topo.maths.ties import first_largest_along
 from nni_topo.network.layers import TRANSPOSED, by_output, of_output, weight_of
@@ -194,6 +194,7 @@ class PairTask(ChannelTask):
         return printed.expand(len(weights))
 
 
+@checked()
 def pair_coefficients(
     removed: ArrayLike, survivor: ArrayLike, *, iterations: int | None = None, eps: float = 0.0
 ) -> tuple[float, float]:

@@ -28,7 +28,8 @@ import torch
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError, check_knobs, number, unknown_name
+from nni_topo.errors import ConfigError, DataError, check_knobs, checked, number, unknown_name
+from nni_topo.network.arguments import BATCHES, MODEL
 from nni_topo.network.attention import Attention, IntArray
 from nni_topo.network.capture import batches_of, by_channel, called, run, watched
 from nni_topo.network.inputs import bind_arguments, first_call, structure_call, tensors_of
@@ -50,6 +51,7 @@ _ROUNDING = 1e-9  # of channels: a ratio of two whole numbers means the first of
 _logger = logging.getLogger(__name__)
 
 
+@checked(model=MODEL, calibration=BATCHES)
 @leaves_models_alone
 def narrow_heads(
     model: nn.Module,

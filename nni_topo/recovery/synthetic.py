@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nni_topo.errors import SEED, ConfigError, check_integer
+from nni_topo.errors import SEED, ConfigError, check_integer, checked
+from nni_topo.network.arguments import INPUTS, MODEL
 from nni_topo.network.capture import watched
 from nni_topo.network.inputs import call_arguments, check_fits, tensors_of
 from nni_topo.network.masks import check_model
@@ -34,6 +35,7 @@ _ROUGHNESS = 0.01  # weight of differences between neighbours
 _LEAST_VARIANCE = 1e-6
 
 
+@checked(model=MODEL, example_inputs=INPUTS)
 @leaves_models_alone
 def synthetic_images(
     model: nn.Module,

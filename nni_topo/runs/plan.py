@@ -8,15 +8,28 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 
 from nni_topo.disk import reading
-from nni_topo.errors import ConfigError, as_settings, check_jobs, check_knobs, unknown_name
+from nni_topo.errors import (
+    ANYTHING,
+    NONE,
+    NUMBER,
+    PATH,
+    SEED,
+    ConfigError,
+    as_settings,
+    check_fields,
+    check_jobs,
+    unknown_name,
+    whole,
+)
+from nni_topo.network.arguments import CONFIG_LIST
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import pruner_info
-from nni_topo.recovery.compensating import METHODS, Method
+from nni_topo.recovery.compensating import Method
 from nni_topo.recovery.distilling import KNOBS
 from nni_topo.zoo import Augmentation, Recipe, default_recipe
 
@@ -31,6 +44,9 @@ class ModelChoice:
     name: str
     width: float = 1.0
     checkpoint: str | None = None  # file of its weights; None: it is trained
+
+    def __post_init__(self) -> None:
+        check_fields(self, "models", checkpoint=PATH | NONE)
 
     @property
     def label(self) -> str:
@@ -49,6 +65,9 @@ class DataChoice:
     download: bool = False
     image_size: int | None = None  # pixels a side that a folder's images are scaled to; None: as they are
 
+    def __post_init__(self) -> None:
+        check_fields(self, "data", data_dir=PATH | NONE)
+
 
 @dataclass(frozen=True)
 class CompensationChoice:
@@ -59,10 +78,7 @@ class CompensationChoice:
     refine: int = 2
 
     def __post_init__(self) -> None:
-        if self.images < 1:
-            raise ConfigError(f"images must be at least 1, got {self.images} (compensate)")
-        if self.method not in METHODS:
-            raise unknown_name("method", str(self.method), METHODS)
+        check_fields(self, "compensate", images=whole(1), refine=whole(0))
 
 
 @dataclass(frozen=True)
@@ -83,11 +99,8 @@ class DistillationChoice:
     blend: bool = True
 
     def __post_init__(self) -> None:
-        if self.images < 2:
-            raise ConfigError(f"images must be at least 2, got {self.images} (distill)")
-        if self.augmentation not in get_args(Augmentation):
-            raise unknown_name("augmentation", str(self.augmentation), get_args(Augmentation))
-        check_knobs("distill", vars(self), KNOBS)
+        own = {name: rule for name, rule in KNOBS.items() if hasattr(self, name)}
+        check_fields(self, "distill", images=whole(2), **own)
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,9 @@ class PrunerChoice:
     calibration: int = 0  # training images, without labels, given to the pruner; 0: none
     compensate: CompensationChoice | Literal[False] | None = None  # of this row, False: none; None: as the plan says
     distill: DistillationChoice | Literal[False] | None = None  # likewise
+
+    def __post_init__(self) -> None:
+        check_fields(self, "pruners", calibration=whole(0))
 
     @property
     def row(self) -> str:
@@ -118,6 +134,7 @@ class Target:
     def __post_init__(self) -> None:
         if self.kind not in _TARGETS:
             raise unknown_name("a target", str(self.kind), _TARGETS)
+        NUMBER.check(f"a {self.kind} target", self.value, "target")
         interval, edge = ("[0, 1)", 0.0) if self.kind == "ratio" else ("(0, 1]", 1.0)
         if not (0.0 < self.value < 1.0 or self.value == edge):
             raise ConfigError(f"a {self.kind} target must be in {interval}, got {self.value} (target)")
@@ -178,8 +195,7 @@ class Plan:
     n_jobs: int = 1  # cells that run at a time, in processes of their own, at least 1; -1: one per core
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise ConfigError(f"seeds must be at least 1, got {self.seeds} (plan)")
+        check_fields(self, "plan", seeds=whole(1), first_seed=SEED, n_jobs=ANYTHING)
         check_jobs(self.n_jobs, "plan")
         for name in ("models", "data", "pruners", "targets"):
             if not getattr(self, name):
@@ -215,6 +231,9 @@ class PruneConfig:
     distill: DistillationChoice | None = None  # likewise
     round_to: int | None = None  # layers keep a multiple of so many channels
     retrain: Mapping[str, Any] = field(default_factory=dict)  # of the recipe, `epochs` first of all; empty: none
+
+    def __post_init__(self) -> None:
+        check_fields(self, "configuration", config_list=CONFIG_LIST, calibration=whole(0), round_to=whole(1) | NONE)
 
 
 def load_plan(path: str | Path) -> Plan:

@@ -14,7 +14,8 @@ import numpy as np
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import FUNCTION, NONE, ConfigError, as_settings, instance, shown, unknown_name
+from nni_topo.errors import FUNCTION, NONE, ConfigError, as_settings, checked, instance, shown, unknown_name
+from nni_topo.network.arguments import BATCHES, MODEL
 from nni_topo.network.calibration import HELD_OUT, Calibration
 from nni_topo.network.capture import batches_of
 from nni_topo.network.cost import NetworkCost
@@ -162,6 +163,7 @@ def _with_interval(value: float, low: float, high: float) -> str | None:
     return f"{value:.4g}" if low == high else f"{value:.4g} ({low:.3g}-{high:.3g})"
 
 
+@checked(model=MODEL, images=BATCHES)
 @leaves_models_alone
 def shrink(
     model: nn.Module,

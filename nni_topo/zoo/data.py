@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.errors import ConfigError, DataError, checked, unknown_name
 from nni_topo.zoo.external import accepted
 from nni_topo.zoo.recipes import Recipe
 from nni_topo.zoo.sources import (
@@ -144,6 +144,7 @@ def list_data() -> list[str]:
     return list(_DATA)
 
 
+@checked()
 def data_info(name: str) -> DataInfo:
     """Return the record of a data set; for an ``.npz`` file or a folder, one with the little that is known.
 
@@ -166,6 +167,7 @@ def data_info(name: str) -> DataInfo:
     raise unknown_name("data", name, [*_DATA, "FOLDER", "FILE.npz"])
 
 
+@checked()
 def load_data(
     name: str,
     data_dir: str | Path | None = None,

@@ -9,13 +9,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
-from nni_topo.errors import DataError
-from nni_topo.network.inputs import at_once, in_smaller_batches
+from nni_topo.errors import NONE, DataError, checked, whole
+from nni_topo.network.arguments import COMPUTING, DEVICE
+from nni_topo.network.inputs import at_once, fitting, in_smaller_batches
 from nni_topo.network.modes import device_of, evaluation_mode
 from nni_topo.network.untouched import leaves_models_alone, left_alone
 from nni_topo.zoo.data import DataBundle
 
+_EVALUATION = {"model": COMPUTING, "device": DEVICE | NONE, "batch_size": whole(1)}
 
+
+@checked(model=COMPUTING)
 @leaves_models_alone
 def check_model(model: nn.Module, data: DataBundle) -> None:
     """Check that a model takes the images of a data set and has one logit per class.
@@ -54,6 +58,7 @@ def bits(loss: float) -> float:
     return loss / math.log(2.0)
 
 
+@checked(**_EVALUATION)
 def evaluate(
     model: nn.Module, dataset: TensorDataset, *, device: str | torch.device | None = None, batch_size: int = 512
 ) -> float:
@@ -83,6 +88,7 @@ def evaluate(
     return loss_and_accuracy(model, dataset, device=device, batch_size=batch_size)[1]
 
 
+@checked(**_EVALUATION)
 def evaluate_loss(
     model: nn.Module, dataset: TensorDataset, *, device: str | torch.device | None = None, batch_size: int = 512
 ) -> float:
@@ -90,6 +96,7 @@ def evaluate_loss(
     return loss_and_accuracy(model, dataset, device=device, batch_size=batch_size)[0]
 
 
+@checked(**_EVALUATION)
 @in_smaller_batches
 def loss_and_accuracy(
     model: nn.Module, dataset: TensorDataset, *, device: str | torch.device | None = None, batch_size: int = 512
@@ -100,7 +107,7 @@ def loss_and_accuracy(
     device = device_of(model) if device is None else device
     model.to(device)
     totals = torch.zeros(2, dtype=torch.float64)
-    with left_alone(model), evaluation_mode(model), torch.no_grad():
+    with left_alone(model), evaluation_mode(model), torch.no_grad(), fitting(0, "dataset"):
         for images, labels in zip(
             *(torch.split(part, at_once(min(batch_size, len(dataset)))) for part in dataset.tensors), strict=True
         ):

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.errors import ConfigError, checked, unknown_name
 from nni_topo.zoo.data import data_info
 from nni_topo.zoo.external import (
     TIMM,
@@ -126,6 +126,7 @@ _MODELS = {
 }
 
 
+@checked()
 def list_models(pattern: str = "*") -> list[str]:
     """Return the names of the models that can be built, sorted.
 
@@ -147,6 +148,7 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(names, pattern))
 
 
+@checked()
 def model_info(name: str) -> ModelInfo:
     """Return the record of a model; for models from outside, one with the little that is known.
 
@@ -177,6 +179,7 @@ def model_info(name: str) -> ModelInfo:
     raise unknown_name("model", name, [*_MODELS, "torchvision/NAME", "timm/NAME", "package.module:factory"])
 
 
+@checked()
 def create_model(
     name: str,
     *,
@@ -244,6 +247,7 @@ def create_model(
     return model
 
 
+@checked()
 def default_recipe(model_name: str, data_name: str) -> Recipe:
     """Return the recipe that the benchmarks use for a net on a data set.
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import check_fields, number, whole
 
 Schedule = Literal["cosine", "one-cycle"]
 Augmentation = Literal["none", "crop", "crop-flip"]
@@ -72,21 +72,15 @@ class Recipe:
     optimizer: Optimizer = "sgd"
 
     def __post_init__(self) -> None:
-        for knob, least in (("epochs", 0), ("batch_size", 1), ("weight_decay", 0)):
-            if not getattr(self, knob) >= least:
-                raise ConfigError(f"{knob} must be at least {least}, got {getattr(self, knob)} (Recipe)")
-        for knob in ("momentum", "label_smoothing"):
-            if not 0.0 <= getattr(self, knob) < 1.0:
-                raise ConfigError(f"{knob} must be in [0, 1), got {getattr(self, knob)} (Recipe)")
-        if not 0.0 < self.lr < math.inf:
-            raise ConfigError(f"lr must be positive and finite, got {self.lr} (Recipe)")
-        named = (
-            ("schedule", Schedule), ("augmentation", Augmentation), ("precision", Precision), ("optimizer", Optimizer)
-        )  # fmt: skip
-        for knob, kind in named:
-            if getattr(self, knob) not in get_args(kind):
-                known = ", ".join(get_args(kind))
-                raise ConfigError(f"{knob} must be one of {known}, got {getattr(self, knob)!r} (Recipe)")
+        check_fields(
+            self,
+            epochs=whole(0),
+            batch_size=whole(1),
+            lr=number(0, closed="neither"),
+            momentum=number(0, 1, "left"),
+            weight_decay=number(0),
+            label_smoothing=number(0, 1, "left"),
+        )
 
     def optimizing(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
         """Return the optimizer's class and its arguments besides the parameters."""

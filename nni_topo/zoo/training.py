@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from nni_topo.disk import DELETE, check_output_file, path_of, read_tensors, reading, write_tensors
-from nni_topo.errors import ConfigError
+from nni_topo.errors import NONE, ConfigError, DataError, checked
+from nni_topo.network.arguments import COMPUTING, DEVICE, TENSOR
 from nni_topo.network.layouts import inputs_laid_out, lay_back, lay_out
 from nni_topo.network.modes import device_of
 from nni_topo.network.progress import bar
@@ -82,6 +83,7 @@ class TrainingLog:
         return sum(epoch.seconds for epoch in self.epochs)
 
 
+@checked(model=COMPUTING, device=DEVICE | NONE)
 def train(
     model: nn.Module,
     data: DataBundle,
@@ -231,12 +233,16 @@ class _Trainer:
         return torch.stack([loss.detach(), (logits.argmax(1) == labels).double().mean()]) * len(chosen)
 
 
+@checked(images=TENSOR, black=TENSOR)
 def augmented(
     images: Tensor, augmentation: Augmentation, black: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
     """Shift and mirror images (n, c, h, w) as a recipe says, by PyTorch's own generator if none is given."""
     if augmentation == "none":
         return images
+    if images.dim() != 4 or black.numel() not in (1, images.shape[1]):
+        got = f"{tuple(images.shape)} and {tuple(black.shape)}"
+        raise DataError(f"images must be (n, c, h, w) and black (c,), got {got} (augmented)")
     images = shifted(images, black, generator)
     if augmentation == "crop-flip":
         flip = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5

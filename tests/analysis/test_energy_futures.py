@@ -106,7 +106,7 @@ def test_replacement_refuses_what_it_cannot_do():
         study_replacement(net(), "0", IMAGES[:1], quality, kinds=["copy"])
     with pytest.raises(ConfigError, match="got 0 \\(0\\)"):
         study_replacement(net(), "0", IMAGES[:1], quality, threshold=1e-9)
-    with pytest.raises(ConfigError, match="population_size must be at least 2, got 1"):
+    with pytest.raises(ConfigError, match="population_size must be an integer of at least 2, got 1"):
         FilterEvolution(population_size=1)
 
 

@@ -124,7 +124,7 @@ def test_bad_requests_are_refused():
         bound(*nets, "node", gamma=0)
     with pytest.raises(ConfigError, match="epochs must be positive and finite, got -1"):
         retraining_bound(*nets, mse_loss, BATCHES, -1)
-    with pytest.raises(ConfigError, match="epochs must be positive and finite, got 'a'"):
+    with pytest.raises(ConfigError, match="epochs must be a finite number, got 'a'"):
         retraining_bound(*nets, mse_loss, BATCHES, "a")
     with pytest.raises(ConfigError, match=r"pair of inputs and targets, got a Tensor \(batch 0\)"):
         retraining_bound(*nets, mse_loss, [torch.zeros(4, 1)], 5)

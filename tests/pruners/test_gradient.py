@@ -182,7 +182,7 @@ def test_bad_batches_are_refused_and_leave_nothing(batch, words):
 @pytest.mark.parametrize(
     ("knobs", "error", "words"),
     [
-        ({"loss": "mse"}, ConfigError, "loss must be callable, got str"),
+        ({"loss": "mse"}, ConfigError, "loss must be a function, got .mse."),
         ({"steps": 0}, ConfigError, "steps must be an integer of at least 1, got 0"),
         ({"loss": lambda outputs, targets: outputs}, ConfigError, r"scalar tensor, got \(5, 4\)"),
         ({"loss": lambda outputs, targets: targets.float().mean()}, DataError, "got a constant"),

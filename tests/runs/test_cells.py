@@ -112,7 +112,7 @@ def test_a_plan_is_read_from_yaml(tmp_path):
     ("old", "new", "words"),
     [
         ("seeds: 2", "seed: 2", "did you mean seeds"),
-        ("seeds: 2", "seeds: 0", "seeds must be at least 1, got 0"),
+        ("seeds: 2", "seeds: 0", "seeds must be an integer of at least 1, got 0"),
         ("width: 0.25", "widht: 0.25", "did you mean width"),
         ("{ratio: 0.5}", "{ratio: 1.0}", r"ratio target must be in \[0, 1\), got 1.0"),
         ("{flops: 0.25}", "{flops: 0}", r"flops target must be in \(0, 1\], got 0.0"),
@@ -168,7 +168,7 @@ def test_a_plan_reads_its_distillation(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("{images: 1}", "images must be at least 2, got 1 .distill."),
+        ("{images: 1}", "images must be an integer of at least 2, got 1 .distill."),
         ("{augmentation: noise}", "augmentation must be a known name, got 'noise'"),
         ("{temperature: 0}", "temperature must be above 0 and finite, got 0"),
         ("{labels: true}", "key of distill must be a known name, got 'labels'"),

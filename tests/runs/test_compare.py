@@ -314,7 +314,7 @@ def test_compensation_distillation_taylor_and_a_yardstick(tmp_path):
 
 
 def test_bad_compensation_is_refused():
-    with pytest.raises(ConfigError, match="images must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="images must be an integer of at least 1, got 0"):
         CompensationChoice(images=0)
     with pytest.raises(ConfigError, match="method"):
         CompensationChoice(method="magic")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.measure import memory_kept, now, time_shares
 from nni_topo.zoo import count_macs, count_params, create_model, latencies, latency_ms
 
@@ -242,7 +242,7 @@ def test_latency_restores_the_thread_count_even_after_an_error() -> None:
     before = torch.get_num_threads()
     assert latency_ms(nn.Linear(4, 2), torch.zeros(1, 4), runs=3, threads=before + 1) > 0
     assert torch.get_num_threads() == before
-    with pytest.raises(RuntimeError):
+    with pytest.raises(DataError, match="example_inputs must fit the model"):
         latency_ms(nn.Linear(4, 2), torch.zeros(1, 5), runs=1, threads=before + 1)
     assert torch.get_num_threads() == before
 

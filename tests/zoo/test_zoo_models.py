@@ -283,7 +283,7 @@ def test_unknown_names_come_with_the_nearest(name: str, nearest: str) -> None:
         ({"classes": 0}, "num_classes must be at least 1, got 0"),
         ({"channels": 0}, "in_channels must be at least 1, got 0"),
         ({"width": 0.0}, "width must be positive, got 0.0"),
-        ({"width": float("nan")}, "width must be positive, got nan"),
+        ({"width": float("nan")}, "width must be a finite number, got nan"),
     ],
 )
 def test_bad_numbers_are_named(knobs: dict[str, float], message: str) -> None:

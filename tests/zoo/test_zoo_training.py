@@ -251,16 +251,16 @@ def test_schedules_by_hand(schedule: str, points: list[tuple[float, float]]) -> 
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"epochs": -1}, "epochs must be at least 0, got -1"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"weight_decay": -1.0}, "weight_decay must be at least 0, got -1.0"),
-        ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
-        ({"lr": math.nan}, "lr must be positive and finite, got nan"),
+        ({"epochs": -1}, "epochs must be an integer of at least 0, got -1"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0 and finite, got -1.0"),
+        ({"lr": 0.0}, "lr must be above 0 and finite, got 0.0"),
+        ({"lr": math.nan}, "lr must be above 0 and finite, got nan"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
         ({"label_smoothing": -0.1}, r"label_smoothing must be in \[0, 1\), got -0.1"),
-        ({"schedule": "step"}, "schedule must be one of cosine, one-cycle, got 'step'"),
-        ({"augmentation": "mixup"}, "augmentation must be one of none, crop, crop-flip, got 'mixup'"),
-        ({"precision": "float16"}, "precision must be one of float32, bfloat16, got 'float16'"),
+        ({"schedule": "step"}, "schedule must be a known name, got 'step'; known: cosine"),
+        ({"augmentation": "mixup"}, "augmentation must be a known name, got 'mixup'; known: crop"),
+        ({"precision": "float16"}, "precision must be a known name, got 'float16'; did you mean"),
     ],
 )
 def test_bad_recipes_are_named(knobs: dict[str, object], message: str) -> None:

@@ -29,7 +29,8 @@ from torch.fx import GraphModule
 
 from nni_topo.analysis.bounds.lipschitz import largest_changes, norm
 from nni_topo.analysis.bounds.stages import Stage, chain, traced
-from nni_topo.errors import ConfigError, check_integer, is_finite
+from nni_topo.errors import ConfigError, check_integer, checked, is_finite
+from nni_topo.network.arguments import INPUTS, MODEL
 from nni_topo.network.untouched import leaves_models_alone
 
 _SETTLED = 1e-5
@@ -134,6 +135,7 @@ class ErrorBound:
         return pd.DataFrame(rows, columns=["layer", "share", "epsilon", "largest_change", "change"])
 
 
+@checked(original=MODEL, pruned=MODEL, inputs=INPUTS)
 @leaves_models_alone
 def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, iterations: int = 100) -> ErrorBound:
     """Bound the error that pruning makes at a network's output, layer by layer.

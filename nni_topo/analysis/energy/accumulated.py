@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from nni_topo.analysis.energy.study import LITTLE, EnergyStudy, Evaluate, Quality
+from nni_topo.analysis.energy.study import LITTLE, EnergyStudy, Evaluate, Quality, quality_of
+from nni_topo.errors import checked
+from nni_topo.network.arguments import INPUTS, MODEL
 from nni_topo.network.dense import to_dense
 from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import output_channels
@@ -36,6 +38,7 @@ def harmless_layers(study: EnergyStudy, threshold: float, most_lost: float = LIT
     ]
 
 
+@checked(model=MODEL, example_inputs=INPUTS)
 @leaves_models_alone
 def accumulate_energy(
     model: nn.Module,
@@ -76,7 +79,7 @@ def accumulate_energy(
         _, masks = pruner.compress()
         before = _channels(dense, names[0])
         dense = to_dense(dense, example_inputs, masks)
-        steps.append(Step(names, before - _channels(dense, names[0]), evaluate(dense)))
+        steps.append(Step(names, before - _channels(dense, names[0]), quality_of(evaluate, dense)))
     return steps
 
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from nni_topo.analysis.energy.study import Evaluate, Quality
-from nni_topo.errors import ConfigError
+from nni_topo.analysis.energy.study import Evaluate, Quality, quality_of
+from nni_topo.errors import ConfigError, checked
+from nni_topo.network.arguments import MODEL
 from nni_topo.network.modes import detached_copy
 from nni_topo.network.untouched import leaves_models_alone
 
@@ -34,6 +35,7 @@ class ActiveDropout(nn.Module):
         return values * kept / (1.0 - self.rate)
 
 
+@checked(model=MODEL)
 @leaves_models_alone
 def with_dropout(model: nn.Module, rate: float, *, seed: int = 0) -> nn.Module:
     """Copy a model so that its dropout layers drop at test time, all at one rate.
@@ -67,6 +69,7 @@ def with_dropout(model: nn.Module, rate: float, *, seed: int = 0) -> nn.Module:
     return copied
 
 
+@checked()
 @leaves_models_alone
 def study_dropout(
     models: Mapping[str, Callable[[], nn.Module]],
@@ -96,7 +99,7 @@ def study_dropout(
     found = {}
     for name, build in models.items():
         model = _remembering(build())
-        found[name] = {rate: evaluate(with_dropout(model, rate, seed=seed)) for rate in rates}
+        found[name] = {rate: quality_of(evaluate, with_dropout(model, rate, seed=seed)) for rate in rates}
     return found
 
 

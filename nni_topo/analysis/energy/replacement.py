@@ -12,10 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nni_topo.analysis.energy.study import Evaluate, Quality
-from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.analysis.energy.study import Evaluate, Quality, quality_of
+from nni_topo.errors import ConfigError, check_fields, checked, number, unknown_name, whole
 from nni_topo.maths.signals import Chirp
 from nni_topo.maths.ties import first_smallest
+from nni_topo.network.arguments import INPUTS, MODEL
 from nni_topo.network.inner import weight_used
 from nni_topo.network.masked import masked_model
 from nni_topo.network.modes import detached_copy
@@ -46,11 +47,10 @@ class FilterEvolution:
     mutation: float = 0.2
 
     def __post_init__(self) -> None:
-        for name, least in (("population_size", 2), ("generations", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)} (FilterEvolution)")
+        check_fields(self, population_size=whole(2), generations=whole(1), mutation=number(0))
 
 
+@checked(model=MODEL, example_inputs=INPUTS)
 @leaves_models_alone
 def study_replacement(
     model: nn.Module,
@@ -123,9 +123,15 @@ def study_replacement(
             changed = surgeon.evolved(fitness or evaluate, evolution or FilterEvolution())
         else:
             changed = masked_model(model, example_inputs, masks) if kind == "removed" else surgeon.simple(kind)
-        repaired = None if repair is None else evaluate(repair(changed))
+        repaired = None if repair is None else quality_of(evaluate, _repaired(repair, changed))
         traits = _traits(module, changed.get_submodule(layer), weak, plane)
-        found[kind] = Replacement(evaluate(changed), repaired, *traits)
+        found[kind] = Replacement(quality_of(evaluate, changed), repaired, *traits)
+    return found
+
+
+def _repaired(repair: Callable[[nn.Module], nn.Module], model: nn.Module) -> nn.Module:
+    found = repair(model)
+    MODEL.check("what repair returns", found, "repair")
     return found
 
 
@@ -151,7 +157,7 @@ class _Surgeon:
     def evolved(self, evaluate: Evaluate, settings: FilterEvolution) -> nn.Module:
         """Return a copy with the fittest filters: tournaments, filters dealt from two parents, normal mutation."""
         population = [self._drawn() for _ in range(settings.population_size)]
-        losses = [evaluate(self._with(filters)).loss for filters in population]
+        losses = [quality_of(evaluate, self._with(filters)).loss for filters in population]
         for _ in range(settings.generations - 1):
             best = first_smallest(losses)
             children = [population[best]]
@@ -162,7 +168,7 @@ class _Surgeon:
                 child = torch.where(dealt, mother, father)
                 children.append(child + settings.mutation * self._drawn())
             population = children
-            losses = [losses[best], *(evaluate(self._with(filters)).loss for filters in population[1:])]
+            losses = [losses[best], *(quality_of(evaluate, self._with(filters)).loss for filters in population[1:])]
         return self._with(population[first_smallest(losses)])
 
     def _drawn(self) -> Tensor:

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from nni_topo.analysis.energy.study import Evaluate, Quality
-from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.analysis.energy.study import Evaluate, Quality, quality_of
+from nni_topo.errors import ConfigError, DataError, checked, unknown_name
 from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, FloatArray, SubsetGeneticAlgorithm
 from nni_topo.maths.ties import descending
+from nni_topo.network.arguments import INPUTS, MODEL
 from nni_topo.network.calibration import Calibration
 from nni_topo.network.capture import watched
 from nni_topo.network.following import norms_behind
@@ -51,6 +52,7 @@ class Selection:
     seconds: float  # that choosing took
 
 
+@checked(model=MODEL, example_inputs=INPUTS)
 @leaves_models_alone
 def study_selection(
     model: nn.Module,
@@ -105,6 +107,8 @@ def study_selection(
     for method in methods:
         if method not in METHODS:
             raise unknown_name("method", method, METHODS)
+    if not len(batches):
+        raise DataError("batches must hold at least one batch, got none (study_selection)")
     with evaluation_mode(model):
         labelled: Any = Calibration.of(batches, "batches")
         search = _Search(model, layer, example_inputs, labelled, seed, knobs)
@@ -156,7 +160,7 @@ class _Search:
         masks = {"weight": spread(module, torch.from_numpy(kept))}
         if module.bias is not None:
             masks["bias"] = torch.from_numpy(kept).to(module.bias)
-        quality = evaluate(masked_model(self.model, self.example_inputs, {self.layer: masks}))
+        quality = quality_of(evaluate, masked_model(self.model, self.example_inputs, {self.layer: masks}))
         energy, taylor = (float(fitness(kept[None])[0]) for fitness in (self._energy_lost, self._joint_taylor))
         return Selection(tuple(np.flatnonzero(kept).tolist()), energy, taylor, quality, seconds)
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, checked, instance
+from nni_topo.network.arguments import INPUTS, MODEL
 from nni_topo.network.cost import NetworkCost
 from nni_topo.network.dense import to_dense
 from nni_topo.network.dependency import dependency_groups
@@ -51,6 +52,13 @@ class Quality:
 
 
 Evaluate = Callable[[nn.Module], Quality]
+
+
+def quality_of(evaluate: Evaluate, model: nn.Module) -> Quality:
+    """Return what an evaluation says of a model; ConfigError if that is no Quality."""
+    found = evaluate(model)
+    instance(Quality).check("what evaluate returns", found, "evaluate")
+    return found
 
 
 @dataclass(frozen=True)
@@ -196,6 +204,7 @@ class EnergyStudy(Findings):
         return best
 
 
+@checked(model=MODEL, example_inputs=INPUTS)
 @leaves_models_alone
 def study_energy(
     model: nn.Module,
@@ -254,7 +263,7 @@ def study_energy(
     ]
     baseline = None
     if evaluate is not None:
-        baseline = evaluate(model)
+        baseline = quality_of(evaluate, model)
         for row in rows:
             _evaluate_alone(row, model, example_inputs, masks, evaluate, baseline)
     whole = _whole_networks(model, example_inputs, masks, rows, evaluate) if together else {}
@@ -302,7 +311,8 @@ def _evaluate_alone(
     known = {0: baseline}
     for threshold, removed in row.removed.items():
         if removed not in known:
-            known[removed] = evaluate(masked_model(model, example_inputs, masks_of(row.layers, masks[threshold])))
+            net = masked_model(model, example_inputs, masks_of(row.layers, masks[threshold]))
+            known[removed] = quality_of(evaluate, net)
         row.alone[threshold] = known[removed]
 
 
@@ -318,7 +328,7 @@ def _whole_networks(
     for threshold, chosen in masks.items():
         left = cost({name: _kept(model, name, chosen).numpy() for row in rows for name in row.layers}).macs
         dense = to_dense(model, example_inputs, chosen)
-        quality = None if evaluate is None else evaluate(dense)
+        quality = None if evaluate is None else quality_of(evaluate, dense)
         removed = sum(row.removed[threshold] for row in rows)
         found[threshold] = WholeNetwork(removed, left / cost({}).macs, quality)
     return found

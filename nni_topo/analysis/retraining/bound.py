@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError, is_finite, unknown_name
+from nni_topo.errors import ConfigError, DataError, checked, is_finite, unknown_name
+from nni_topo.network.arguments import MODEL
 from nni_topo.network.calibration import Calibration
 from nni_topo.network.inputs import call_arguments
 from nni_topo.network.masks import check_model
@@ -76,6 +77,7 @@ class RetrainingBound:
         return epochs * self.gamma / self.epochs if self.epochs > 0 else math.inf
 
 
+@checked(initial=MODEL, trained=MODEL, sparse=MODEL)
 @leaves_models_alone
 def retraining_bound(
     initial: nn.Module,
@@ -199,8 +201,9 @@ def _state(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: list[t
     for inputs, targets in batches:
         args, kwargs = call_arguments(inputs, copied)
         found = loss(copied(*args, **kwargs), targets.to(device))
-        if found.dim():
-            raise ConfigError(f"a loss must be the mean over a batch, got one of shape {tuple(found.shape)} (loss)")
+        if not isinstance(found, Tensor) or found.dim():
+            got = f"one of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise ConfigError(f"a loss must be the mean over a batch, got {got} (loss)")
         # the mean over all samples, whatever the sizes of the batches
         mean = found * (len(targets) / samples)
         torch.autograd.backward(mean)

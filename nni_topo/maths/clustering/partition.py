@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import pdist, squareform
 
-from nni_topo.errors import ConfigError, DataError, check_integer, unknown_name
+from nni_topo.errors import ANYTHING, ConfigError, DataError, check_integer, checked, unknown_name
 from nni_topo.maths.ties import leveled
 
 FloatArray = NDArray[np.float64]
@@ -28,6 +28,7 @@ _SAME = 1e-9
 _AXES = 16
 
 
+@checked(count=ANYTHING)  # looked at with the points
 def partition(
     points: FloatArray, count: int, algorithm: str = "kmeans", *, seed: int = 0, n_init: int = 3, min_samples: int = 3
 ) -> IntArray:

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from nni_topo.errors import FLAG, NONE, DataError, all_of, check_knobs, number, one_of, whole
+from nni_topo.errors import FLAG, NONE, DataError, Rule, all_of, check_knobs, checked, is_number, number, one_of, whole
 from nni_topo.maths.clustering.partition import FloatArray, IntArray, partition
 from nni_topo.maths.ties import RELATIVE, first_largest, within
 
@@ -176,6 +176,7 @@ class SplitTree:
         return replace(self, clusters=tuple(clusters))
 
 
+@checked(share=_SHARE, nodes=whole(1))
 def initial_clusters(share: float, nodes: int) -> int:
     """Return the number of initial clusters, the share of the nodes rounded up, at least 1.
 
@@ -184,10 +185,10 @@ def initial_clusters(share: float, nodes: int) -> int:
     ConfigError
         If ``share`` isn't in (0, 1]: there would be none, or more clusters than nodes.
     """
-    _SHARE.check("initial_ratio", share, "share of a layer's nodes")
     return min(nodes, max(1, math.ceil(round(share * nodes, 9))))
 
 
+@checked(energy=ENERGY, bins=whole(1))
 def hoh_threshold(values: Sequence[NDArray[np.float64]], energy: float, *, bins: int = 10) -> float:
     """Return the variance threshold of algorithm 3, the histogram of histograms.
 
@@ -218,8 +219,6 @@ def hoh_threshold(values: Sequence[NDArray[np.float64]], energy: float, *, bins:
     >>> round(hoh_threshold([np.array([0.0, 1.0, 2.0, 10.0])], 0.5), 6)
     2.0
     """
-    ENERGY.check("energy", energy, "p of the HoH threshold")
-    Growth(bins=bins)
     if not len(values) or any(not len(v) for v in values):
         raise DataError("a threshold needs at least one value of each of at least one cluster, got none (HoH)")
     if not all(np.isfinite(v).all() for v in values):
@@ -233,6 +232,7 @@ def hoh_threshold(values: Sequence[NDArray[np.float64]], energy: float, *, bins:
     return float((borders[fullest] + borders[fullest + 1]) / 2.0)
 
 
+@checked(threshold=Rule("a number or None", lambda value: value is None or is_number(value)))
 def grow(
     points: FloatArray,
     covariance: FloatArray,
@@ -286,6 +286,11 @@ def grow(
     growth where it matters least. Nodes that all put out the same aren't split, however much they vary: one stands for
     all of them.
     """
+    points, covariance = np.asarray(points, dtype=np.float64), np.asarray(covariance, dtype=np.float64)
+    if points.ndim != 2 or covariance.shape != (len(points), len(points)):
+        raise DataError(
+            f"points and covariances must be of one number, got {points.shape} and {covariance.shape} (grow)"
+        )
     most = len(points) if at_most is None else at_most
     labels = partition(
         points, min(initial, most) if initial <= len(points) else initial, seed=seed, n_init=growth.n_init

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy.linalg.blas import dgemm
 from threadpoolctl import ThreadpoolController
 
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError, DataError, checked
 from nni_topo.maths.ties import first_largest
 
 FloatArray = NDArray[np.float64]
@@ -36,6 +36,7 @@ _NOTHING = 1e-5  # of what the chosen ones took: where no channel takes more, th
 _CACHED = 2**20  # bytes of targets that are worked on at a time
 
 
+@checked()
 def greedy_least_squares(
     gram: FloatArray | Sequence[FloatArray],
     cross: FloatArray | Sequence[FloatArray],
@@ -86,8 +87,10 @@ def greedy_least_squares(
     >>> greedy_least_squares(columns @ columns, columns @ [[1.0], [2.0], [3.0]], 2).tolist()
     [2, 1]
     """
-    grams = [gram] if isinstance(gram, np.ndarray) else list(gram)
-    crosses = [cross] if isinstance(cross, np.ndarray) else list(cross)
+    grams = [np.asarray(each) for each in ([gram] if isinstance(gram, np.ndarray) else gram)]
+    crosses = [np.asarray(each) for each in ([cross] if isinstance(cross, np.ndarray) else cross)]
+    if any(each.ndim != 2 for each in (*grams, *crosses)):
+        raise DataError("gram and cross must be matrices, got arrays of another number of dimensions")
     blocks = [block] * len(grams) if isinstance(block, int) else list(block)
     if not grams or not len(grams) == len(crosses) == len(blocks):
         raise DataError(

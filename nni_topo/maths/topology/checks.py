@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, float64
 
-from nni_topo.errors import DataError, unknown_name
+from nni_topo.errors import DataError, is_finite, unknown_name
 
 FloatArray: TypeAlias = NDArray[np.float64]
 BoolArray: TypeAlias = NDArray[np.bool_]
@@ -119,8 +119,8 @@ def as_diagram(diagram: ArrayLike, what: str) -> FloatArray:
 
 def as_order(order: float) -> float:
     """Return a Wasserstein order in [1, inf)."""
-    if not (np.isfinite(order) and order >= 1):
-        raise DataError(f"order must be in [1, inf), got {order}")
+    if not (is_finite(order) and order >= 1):
+        raise DataError(f"order must be in [1, inf), got {order!r}")
     return float(order)
 
 
@@ -128,6 +128,8 @@ def as_dimension(dimension: int) -> int:
     """Return a homology dimension, an integer >= 0."""
     if isinstance(dimension, bool) or not isinstance(dimension, (int, np.integer)) or dimension < 0:
         raise DataError(f"a homology dimension must be an integer >= 0, got {dimension!r}")
+    if dimension >= 2**31:
+        raise DataError(f"a homology dimension must be below 2^31, got {dimension!r}")
     return int(dimension)
 
 

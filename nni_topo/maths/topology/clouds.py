@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.distance import cdist
 from scipy.stats import chi2
 
-from nni_topo.errors import DataError
+from nni_topo.errors import DataError, checked
 from nni_topo.maths.topology.checks import FloatArray, as_points
 
 _RELATIVE_ERROR = 1e-9
@@ -18,6 +18,7 @@ _BLOCK_ROWS = 256
 _LARGEST_EXPONENT = 1022
 
 
+@checked()
 def with_origin(points: ArrayLike) -> FloatArray:
     """Append the zero vector to a point cloud, as its base point.
 
@@ -49,6 +50,7 @@ def with_origin(points: ArrayLike) -> FloatArray:
     return np.vstack([cloud, np.zeros((1, cloud.shape[1]))])
 
 
+@checked()
 def pairwise_distances(points: ArrayLike) -> FloatArray:
     """Compute all Euclidean distances of a point cloud.
 
@@ -126,6 +128,7 @@ _FAILURE = 1e-3
 _FIRST_FEATURES = 8
 
 
+@checked()
 def projection_error(points: int, features: int, *, failure: float = _FAILURE) -> float:
     """Bound the relative error of all distances of a cloud after a random projection.
 
@@ -168,6 +171,7 @@ def projection_error(points: int, features: int, *, failure: float = _FAILURE) -
     return _last_step(0.0, high, lambda error: _misses(features, error) * pairs <= failure)
 
 
+@checked()
 def projected_features(points: int, error: float, *, failure: float = _FAILURE) -> int:
     """Return how many features a random projection needs to keep all distances of a cloud within a relative error.
 
@@ -204,6 +208,7 @@ def projected_features(points: int, error: float, *, failure: float = _FAILURE) 
     return math.ceil(_last_step(high // 2, high, lambda k: _misses(math.ceil(k), error) * pairs <= failure))
 
 
+@checked()
 def random_projection(columns: Iterable[FloatArray], features: int, seed: int) -> FloatArray:
     """Project a cloud that comes in stretches of its features.
 
@@ -237,7 +242,12 @@ def random_projection(columns: Iterable[FloatArray], features: int, seed: int) -
     if features < 1:
         raise DataError(f"a projection needs at least one feature, got {features}")
     rng, total = np.random.default_rng(seed), None
-    for stretch in columns:
+    points = 0
+    for given in columns:
+        stretch = as_points(given, "a stretch of features")
+        if points and len(stretch) != points:
+            raise DataError(f"stretches must have a row per point, got {points} rows and {len(stretch)}")
+        points = len(stretch)
         part = _product(stretch, rng.standard_normal((stretch.shape[1], features)))
         total = part if total is None else np.add(total, part, out=total)
     if total is None:

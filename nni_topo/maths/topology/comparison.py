@@ -10,12 +10,14 @@ from numpy.typing import ArrayLike
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
+from nni_topo.errors import ANYTHING, checked
 from nni_topo.maths.topology import kernels
 from nni_topo.maths.topology.checks import FloatArray, as_diagram, as_engine, as_order
 from nni_topo.maths.topology.kernels import use_compiled
 from nni_topo.maths.topology.matching import closed_bottleneck, closed_wasserstein
 
 
+@checked()
 def bottleneck_distance(a: ArrayLike, b: ArrayLike, *, engine: str = "exact", compiled: bool | None = None) -> float:
     """Compute the bottleneck distance between two persistence diagrams.
 
@@ -75,6 +77,7 @@ def bottleneck_distance(a: ArrayLike, b: ArrayLike, *, engine: str = "exact", co
     return max(finite, float(births.max(initial=0.0)))
 
 
+@checked(order=ANYTHING)  # as_order looks at it
 def wasserstein_distance(
     a: ArrayLike, b: ArrayLike, order: float = 2.0, *, engine: str = "exact", compiled: bool | None = None
 ) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nni_topo.errors import checked
 from nni_topo.maths.ties import first_largest
 from nni_topo.maths.topology import kernels
 from nni_topo.maths.topology.checks import BoolArray, FloatArray, IntArray, as_distances, as_index, as_subsets
@@ -22,6 +23,7 @@ _FEW_COMPILED = 1.2
 _WORTH_SORTING = 64
 
 
+@checked()
 def hausdorff_to_subset(
     distances: ArrayLike, subsets: ArrayLike, base: int | None = None, *, compiled: bool | None = None
 ) -> FloatArray:
@@ -68,6 +70,7 @@ def hausdorff_to_subset(
     return _public_covers(distances, subsets, base, compiled)[0]
 
 
+@checked()
 def mean_cover(
     distances: ArrayLike, subsets: ArrayLike, base: int | None = None, *, compiled: bool | None = None
 ) -> FloatArray:
@@ -153,6 +156,7 @@ def _search(distances: FloatArray, neighbours: NDArray[np.int32], kept: BoolArra
             return
 
 
+@checked()
 def farthest_point_order(distances: ArrayLike, start: int = 0) -> tuple[IntArray, FloatArray]:
     """Order a cloud's points so that each is the farthest from those before it.
 

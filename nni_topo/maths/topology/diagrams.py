@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nni_topo.errors import DataError
+from nni_topo.errors import ANYTHING, DataError, checked
 from nni_topo.maths.topology.checks import FloatArray, IntArray, as_dimension, as_distances, as_engine
 from nni_topo.maths.topology.clouds import pairwise_distances
 from nni_topo.maths.topology.kernels import use_compiled
@@ -19,6 +19,7 @@ _FIELD = 2
 _BATCH_ELEMENTS = 1 << 22
 
 
+@checked(dimension=ANYTHING)  # as_dimension looks at it
 def rips_diagram(
     points: ArrayLike | None = None,
     *,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nni_topo.errors import DataError, unknown_name
+from nni_topo.errors import ANYTHING, DataError, checked, rule_of, unknown_name
 from nni_topo.maths.topology.checks import (
     BoolArray,
     FloatArray,
@@ -88,6 +88,7 @@ class SubsetFitness:
     array([1., 4.])
     """
 
+    @checked(order=ANYTHING, homology_dimensions=rule_of(Sequence[Any]))  # their values below
     def __init__(
         self,
         distances: ArrayLike,

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from nni_topo.errors import DataError
+from nni_topo.errors import DataError, checked
 from nni_topo.maths.topology.checks import IntArray
 
 
@@ -102,6 +102,7 @@ class LayerGraph:
         return sources, targets
 
 
+@checked()
 def linear_graph(outputs: int, inputs: int) -> LayerGraph:
     """Return the complete bipartite graph of a linear layer, or of one gate of a recurrent layer.
 
@@ -121,6 +122,7 @@ def linear_graph(outputs: int, inputs: int) -> LayerGraph:
     return LayerGraph((outputs, inputs, 1), 1, np.zeros((1, 1), dtype=np.intp), 1)
 
 
+@checked()
 def convolution_graph(
     weight_shape: Sequence[int],
     padded_size: Sequence[int],

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
-from nni_topo.errors import DataError
+from nni_topo.errors import DataError, checked
 from nni_topo.maths.topology.checks import BoolArray, FloatArray, IntArray, as_points, as_tensor
 from nni_topo.maths.topology.layer_graphs import LayerGraph, linear_graph, plane_components
 
@@ -28,6 +28,7 @@ class Batches(NamedTuple):
     sample: int = 1 << 16
 
 
+@checked()
 def maximum_spanning_tree(weight: ArrayLike) -> BoolArray:
     """Mark the weights of a dense layer that form its maximum spanning tree.
 
@@ -69,6 +70,7 @@ def maximum_spanning_tree(weight: ArrayLike) -> BoolArray:
     return mask.reshape(matrix.shape)
 
 
+@checked()
 def channel_tree(weight: ArrayLike, *, groups: int = 1) -> BoolArray:
     """Mark one weight per edge of a convolution's channel tree.
 
@@ -109,6 +111,7 @@ def channel_tree(weight: ArrayLike, *, groups: int = 1) -> BoolArray:
     return mask.reshape(sizes.shape)
 
 
+@checked()
 def plane_trees(weight: ArrayLike, graph: LayerGraph) -> BoolArray:
     """Mark the weights that the spanning tree of each kernel's own Toeplitz graph uses.
 
@@ -176,6 +179,7 @@ class Forest:
     lengths: FloatArray
 
 
+@checked()
 def spanning_forest(weight: ArrayLike, graph: LayerGraph, batches: Batches | None = None) -> Forest:
     """Compute the maximum spanning forest of a layer's whole graph.
 

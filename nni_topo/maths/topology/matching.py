@@ -9,11 +9,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nni_topo.errors import DataError
+from nni_topo.errors import ANYTHING, DataError, checked
 from nni_topo.maths.topology import kernels
 from nni_topo.maths.topology.checks import FloatArray, as_deaths, as_order
 
 
+@checked()
 def h0_bottleneck(deaths_a: ArrayLike, deaths_b: ArrayLike) -> FloatArray | float:
     """Compute the bottleneck distance of H0 diagrams from their finite death times.
 
@@ -66,6 +67,7 @@ def closed_bottleneck(first: FloatArray, second: FloatArray) -> FloatArray:
     return costs
 
 
+@checked(order=ANYTHING)  # as_order looks at it
 def h0_wasserstein(
     deaths_a: ArrayLike, deaths_b: ArrayLike, order: float = 2.0, *, compiled: bool | None = None
 ) -> FloatArray | float:

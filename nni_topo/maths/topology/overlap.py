@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import hypergeom
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, checked
 from nni_topo.maths.topology.checks import as_points
 from nni_topo.maths.topology.layer_trees import maximum_spanning_tree
 
 
+@checked()
 def overlap_bound(m: int, n: int, density: float = 1.0) -> float:
     """Bound from below the expected share of a spanning tree among the largest weights.
 
@@ -69,6 +70,7 @@ def overlap_bound(m: int, n: int, density: float = 1.0) -> float:
     return min(1.0, float(joins.sum()) / alpha)
 
 
+@checked()
 def tree_overlap(weight: ArrayLike) -> float:
     """Measure the share of a layer's maximum spanning tree among its largest weights.
 
@@ -100,6 +102,7 @@ def tree_overlap(weight: ArrayLike) -> float:
     return int(tree[largest].sum()) / alpha
 
 
+@checked()
 def random_overlap_log10(m: int, n: int, share: float, *, at_least: bool = False) -> float:
     """Return how likely two random sets of weights overlap, as a decimal logarithm.
 

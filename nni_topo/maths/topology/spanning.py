@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nni_topo.errors import DataError
+from nni_topo.errors import DataError, checked
 from nni_topo.maths.topology import kernels
 from nni_topo.maths.topology.checks import BoolArray, FloatArray, as_distances, as_subsets
 
 _CHUNK_ELEMENTS = 1 << 16
 
 
+@checked()
 def h0_deaths(distances: ArrayLike, subsets: ArrayLike | None = None, *, compiled: bool | None = None) -> FloatArray:
     """Compute the finite death times of H0 of a cloud, or of many subsets of it.
 

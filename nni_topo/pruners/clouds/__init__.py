@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from nni_topo.errors import FLAG, ConfigError, check_knobs, instance, one_of
+from nni_topo.errors import FLAG, ConfigError, check_knobs, checked, instance, one_of
 from nni_topo.pruners.clouds.coupled import CoupledWeightCollector
 from nni_topo.pruners.clouds.folded import FoldedWeightCollector
 from nni_topo.pruners.clouds.functional import FunctionalCollector
@@ -63,6 +63,7 @@ class PointCloud:
         check_knobs("cloud", vars(self), rules)
 
 
+@checked()
 def make_collector(
     cloud: str | PointCloud | DataCollector,
     *,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nni_topo.errors import checked
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.following import norms_behind
 from nni_topo.network.inputs import call_arguments
@@ -38,6 +39,7 @@ class CoupledWeightCollector(DataCollector):
     FunctionalCollector : the same idea with activations instead of weights; needs calibration data.
     """
 
+    @checked()
     def __init__(self, example_inputs: Any, *, preprocess: Preprocess = "none") -> None:
         self.example_inputs = example_inputs
         self.preprocess = checked_preprocess(preprocess)

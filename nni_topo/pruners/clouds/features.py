@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nni_topo.errors import ConfigError, DataError, LayerError, one_of, whole
+from nni_topo.errors import ConfigError, DataError, LayerError, checked, one_of, whole
 from nni_topo.network.attention import find_heads
 from nni_topo.network.calibration import Calibration, calibration_of
 from nni_topo.network.capture import by_channel, counting, inputs_seen
@@ -77,8 +77,8 @@ class FeatureCollector(DataCollector):
     by batch.
     """
 
+    @checked(pool=POOL)
     def __init__(self, calibration: Iterable[Any] | None = None, *, pool: Pool = "none") -> None:
-        POOL.check("pool", pool, "features")
         self.calibration = calibration_of(calibration)
         self.pool = pool
         self._network: TracedNetwork | None = None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nni_topo.errors import DataError
+from nni_topo.errors import DataError, checked
 from nni_topo.network.following import norms_behind
 from nni_topo.network.network import Network
 from nni_topo.network.norms import through_norms
@@ -40,6 +40,7 @@ class FoldedWeightCollector(DataCollector):
     A norm without running statistics can't be folded and is left out.
     """
 
+    @checked()
     def __init__(self, example_inputs: Any, *, preprocess: Preprocess = "none") -> None:
         self.example_inputs = example_inputs
         self.preprocess = checked_preprocess(preprocess)

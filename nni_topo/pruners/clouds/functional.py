@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nni_topo.errors import LayerError
+from nni_topo.errors import LayerError, checked
 from nni_topo.network.calibration import Calibration
 from nni_topo.network.capture import by_channel, run, watched
 from nni_topo.network.channels import ChannelFlow
@@ -54,6 +54,7 @@ class FunctionalCollector(DataCollector):
     same channels: the first one carries the joint cloud, the others none.
     """
 
+    @checked()
     def __init__(self, calibration: Iterable[Any], *, center: bool = True, preprocess: Preprocess = "none") -> None:
         self.calibration = Calibration.of(calibration)
         self.center = center

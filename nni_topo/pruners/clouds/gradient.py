@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from nni_topo.errors import ConfigError, DataError, check_integer
+from nni_topo.errors import ConfigError, DataError, checked, whole
 from nni_topo.network.calibration import calibration_of
 from nni_topo.network.capture import called, watched
 from nni_topo.network.inputs import (
@@ -77,6 +77,7 @@ class GradientCollector(DataCollector):
        point is their importance, equation 8.
     """
 
+    @checked(steps=whole(1))
     def __init__(
         self,
         calibration: Iterable[Any] | None = None,
@@ -85,9 +86,6 @@ class GradientCollector(DataCollector):
         steps: int = 8,
         preprocess: Preprocess = "none",
     ) -> None:
-        if not callable(loss):
-            raise ConfigError(f"loss must be callable, got {type(loss).__name__} (GradientCollector)")
-        check_integer("steps", steps, 1, "GradientCollector")
         self.calibration = calibration_of(calibration)
         for _ in _labelled(self.calibration) if self.calibration is not None else ():
             pass

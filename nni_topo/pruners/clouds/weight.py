@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nni_topo.errors import DataError, check_memory, one_of
+from nni_topo.errors import DataError, check_memory, checked, one_of
 from nni_topo.network.calibration import calibration_of
 from nni_topo.network.capture import by_channel, watched
 from nni_topo.pruners.clouds.moments import Moments, points_of_gram
@@ -140,6 +140,7 @@ class ActivationCollector(DataCollector):
     every position of their output map as a sample.
     """
 
+    @checked()
     def __init__(
         self,
         calibration: Iterable[Any] | None = None,

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, check_memory
+from nni_topo.errors import ConfigError, check_answer, check_memory, check_result
 from nni_topo.maths.search.gene_layers import BoolArray, FloatArray, Layer
 from nni_topo.maths.search.weights import WeightGeneticAlgorithm, WeightSearch
 from nni_topo.network.calibration import Calibration
@@ -79,7 +79,9 @@ class GeneticMetric(MetricCalculator):
     def _after(self, search: WeightGeneticAlgorithm) -> bool:
         if self.state is not None:
             save_state(search, self.state)
-        return self.on_generation is not None and bool(self.on_generation(search))
+        if self.on_generation is None:
+            return False
+        return check_answer("on_generation", self.on_generation(search), "genetic_weight")
 
     def _accuracies(self, context: PruningContext, names: list[str], weights: list[Tensor]) -> Accuracies:
         if self.validation is not None:
@@ -88,7 +90,11 @@ class GeneticMetric(MetricCalculator):
             )
         if self.evaluate is not None:
             evaluate, model = self.evaluate, context.model
-            return MaskedScores(weights, lambda: _in_evaluation(model, lambda: evaluate(model)))
+
+            def score() -> float:
+                return check_result("evaluate", evaluate(model), "genetic_weight")
+
+            return MaskedScores(weights, lambda: _in_evaluation(model, score))
         return MaskedScores(weights, lambda: _in_evaluation(context.model, lambda: _evaluated(context)))
 
 
@@ -120,6 +126,4 @@ def _evaluated(context: PruningContext) -> float:
         metric = context.evaluate()
     if isinstance(metric, tuple):
         metric = metric[0]
-    if metric is None:
-        raise ConfigError("an evaluator must have an evaluating function that returns a number, got None (evaluator)")
-    return float(metric)
+    return check_result("an evaluator's evaluating function", metric, "evaluator")

@@ -9,9 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nni_topo.errors import checked
+from nni_topo.network.arguments import MODEL
+
 _TABLES = ("_parameters", "_buffers", "_modules")  # which have parts of their own
 
 
+@checked(model=MODEL)
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """Return all that a pruner that doesn't train has to leave as it was, in parts that can be compared.
 
@@ -61,6 +65,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     }
 
 
+@checked()
 def require_unchanged(before: dict[str, Any], model: nn.Module) -> None:
     """Raise AssertionError, with what it is, if a model isn't as it was when :func:`snapshot` was called."""
     after = snapshot(model)

@@ -10,6 +10,9 @@ import torch
 from nni.compression import TorchEvaluator
 from torch import Tensor, nn
 
+from nni_topo.errors import checked, whole
+from nni_topo.network.arguments import MODEL
+
 
 class ToyModel(nn.Module):
     """Two convolutions tied by a residual addition, then a linear layer and a head; 3x8x8 images, four classes."""
@@ -30,6 +33,7 @@ class ToyModel(nn.Module):
         return logits
 
 
+@checked()
 def toy_model(seed: int = 0) -> ToyModel:
     """Return the toy network with seeded weights, the global generator left as it was."""
     with torch.random.fork_rng(devices=[]):
@@ -37,11 +41,13 @@ def toy_model(seed: int = 0) -> ToyModel:
         return ToyModel()
 
 
+@checked(count=whole(0))
 def toy_images(count: int = 32, seed: int = 0) -> Tensor:
     """Return seeded normal images, shape ``(count, 3, 8, 8)``."""
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
+@checked(model=MODEL, batch_size=whole(1))
 def toy_evaluator(model: nn.Module, *, batch_size: int = 4) -> TorchEvaluator:
     """Return an NNI evaluator that trains a toy network on random labels and evaluates on the same images.
 
@@ -82,6 +88,7 @@ def toy_evaluator(model: nn.Module, *, batch_size: int = 4) -> TorchEvaluator:
     return TorchEvaluator(train, optimizer, training_step, evaluating_func=evaluate)
 
 
+@checked()
 def toy_knobs(knobs: Iterable[str], needs: Iterable[str] = ()) -> dict[str, Any]:
     """Return, for those of a pruner's knobs that depend on the model, values that fit the toy network.
 

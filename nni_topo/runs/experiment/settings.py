@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 import tyro
 
 from nni_topo.disk import read_json, reading
-from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.errors import NONE, PATH, ConfigError, DataError, check_fields, unknown_name
 from nni_topo.pruners.registry import check_knob_names
 from nni_topo.runs.plan import (
     Cell,
@@ -68,6 +68,7 @@ class TrialSettings:
     knobs: tyro.conf.Suppress[Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_fields(self, "trial", data_dir=PATH | NONE, checkpoint=PATH | NONE)
         for name in ("calibration", "compensate", "distill", "retrain_epochs", "flops_weight", "latency_weight"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)} (trial)")

@@ -226,7 +226,7 @@ def test_bad_requests_are_refused():
         Growth(bins=0)
     with pytest.raises(ConfigError, match="statistic must be a known name, got 'median'"):
         Growth(statistic="median")
-    with pytest.raises(ConfigError, match=r"initial_ratio must be in \(0, 1\].*got 1.2"):
+    with pytest.raises(ConfigError, match=r"share must be in \(0, 1\].*got 1.2"):
         initial_clusters(1.2, 10)
     with pytest.raises(DataError, match="got none"):
         hoh_threshold([], 0.5)
