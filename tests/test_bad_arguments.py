@@ -310,6 +310,7 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "nni_topo.zoo.default_recipe": lambda: {"model_name": "small_cnn", "data_name": "digits"},
     "nni_topo.zoo.evaluate": lambda: {"model": net(), "dataset": DATA},
     "nni_topo.zoo.evaluate_loss": lambda: {"model": net(), "dataset": DATA},
+    "nni_topo.zoo.latencies": lambda: {"models": {"one": net()}, "example_inputs": IMAGES, "runs": 1, "warmup": 0},
     "nni_topo.zoo.latency_ms": lambda: {"model": net(), "example_inputs": IMAGES, "runs": 1, "warmup": 0},
     "nni_topo.zoo.list_models": dict,
     "nni_topo.zoo.load_data": lambda: {"name": "digits", "limit": 10},

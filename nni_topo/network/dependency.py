@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn.utils.parametrize import is_parametrized
 
-from nni_topo.errors import NONE, ConfigError, SpeedupError, checked, instance
+from nni_topo.errors import NONE, ConfigError, Rule, SpeedupError, checked
 from nni_topo.network.arguments import CONFIG_LIST, SHAPES, STRUCTURE
 from nni_topo.network.attention import Attention, is_attention
 from nni_topo.network.channels import ChannelFlow
@@ -29,6 +29,16 @@ from nni_topo.network.untouched import leaves_models_alone
 _logger = logging.getLogger(__name__)
 
 OUTPUT = "it gives the model's output"
+
+
+# Of each channel there is a number: a look at all of them would take its time.
+_BY_LAYER = Rule(
+    "a mapping of layers' names to tuples",
+    lambda value: (
+        isinstance(value, Mapping)
+        and all(isinstance(name, str) and isinstance(found, tuple) for name, found in value.items())
+    ),
+)
 
 
 class DependencyGroups(list[dict[str, Any]]):
@@ -52,7 +62,7 @@ class DependencyGroups(list[dict[str, Any]]):
         can say. The package's pruners heed it.
     """
 
-    @checked(ties=instance(Mapping) | NONE, shares=instance(Mapping) | NONE)  # of many channels
+    @checked(ties=_BY_LAYER | NONE, shares=_BY_LAYER | NONE)
     def __init__(
         self,
         entries: Iterable[dict[str, Any]] = (),

@@ -54,19 +54,19 @@ def call_arguments(example_inputs: Any, model: torch.nn.Module | None = None) ->
 
 
 def on_device(tree: Any, device: torch.device) -> Any:
-    """Move the tensors of nested containers to a device, as values: no gradient comes back through them."""
-
-    def moved(tensor: Tensor) -> Tensor:
-        if tensor.is_meta and device.type != "meta":
-            raise DataError("inputs of a model must be tensors with values, got one on the meta device (inputs)")
-        return tensor.detach().to(device)
-
-    return tree_map_only(Tensor, moved, tree)
+    """Move the tensors of nested containers to a device, without their gradients."""
+    return tree_map_only(Tensor, lambda tensor: _moved(tensor, device), tree)
 
 
 def copied(tree: Any, device: torch.device) -> Any:
     """Copy the tensors of nested containers to a device, without their gradients."""
-    return tree_map_only(Tensor, lambda tensor: tensor.detach().to(device, copy=True), tree)
+    return tree_map_only(Tensor, lambda tensor: _moved(tensor, device, copy=True), tree)
+
+
+def _moved(tensor: Tensor, device: torch.device, *, copy: bool = False) -> Tensor:
+    if tensor.is_meta and device.type != "meta":
+        raise DataError("inputs of a model must be tensors with values, got one on the meta device (inputs)")
+    return tensor.detach().to(device, copy=copy)
 
 
 def bind_arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:

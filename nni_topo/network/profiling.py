@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, checked, unknown_name
+from nni_topo.network.arguments import INPUTS
 from nni_topo.network.measure import count_macs, count_params, latencies
 from nni_topo.network.modes import detached_copy, evaluation_mode
 from nni_topo.network.untouched import leaves_models_alone
@@ -46,7 +47,7 @@ class ModeCost:
     failed: str = ""
 
 
-@checked()
+@checked(example_inputs=INPUTS)
 @leaves_models_alone
 def profile(
     models: Mapping[str, nn.Module],
