@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import NniTopoError
+from nni_topo.runs.plan import load_plan
 from nni_topo.testing import require_unchanged, snapshot
 
 MODULES = (
@@ -404,8 +405,7 @@ FILES = {"path", "folder", "state", "data_dir"}  # what isn't there is told when
 
 
 def function_of(name: str) -> Any:
-    module, _, attribute = name.rpartition(".")
-    return getattr(importlib.import_module(module), attribute)
+    return FUNCTIONS[name]
 
 
 def hints(function: Any) -> dict[str, Any]:
@@ -486,17 +486,20 @@ def wrong(name: str, parameter: str, label: str) -> str:
     return "" if fits(value, hints(function)[parameter]) or (name, parameter, label) in TAKEN else "takes it"
 
 
-def public_names() -> list[str]:
+def public_functions() -> dict[str, Any]:
     """Return what can be called among the public names, each once: functions, and classes but for exceptions."""
-    found: dict[int, str] = {}
+    found: dict[int, tuple[str, Any]] = {}
     for module in MODULES:
         room = importlib.import_module(module)
         for name in room.__all__:
             value = getattr(room, name)
             is_class = isinstance(value, type) and not issubclass(value, BaseException)
             if is_class or isinstance(value, types.FunctionType):
-                found.setdefault(id(value), f"{module}.{name}")
-    return sorted(found.values())
+                found.setdefault(id(value), (f"{module}.{name}", value))
+    return dict(found.values())
+
+
+FUNCTIONS = public_functions()  # before a test puts another in the place of one
 
 
 # What the package gives and nobody makes, and what a pruner or a collector of one's own is built of.
@@ -522,7 +525,7 @@ WALKED = sorted(VALID.keys() - SAME - PROMISES)
 
 def test_every_public_function_is_walked():
     parts = {f"{module}.{name}" for module, names in PARTS.items() for name in names.split()}
-    found = set(public_names()) - parts
+    found = FUNCTIONS.keys() - parts
     without_arguments = {name for name in found if not inspect.signature(function_of(name)).parameters}
     assert found - without_arguments - ON_DISK == set(VALID) - parts
 
@@ -542,3 +545,60 @@ def test_wrong_values_are_told_by_name(name):
             if what := wrong(name, parameter, label):
                 found[parameter, label] = what
     assert found == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "changes"),
+    [
+        ("nni_topo.shrink", "images", {"pruner": "reconstruction", "distill": {"steps": 2, "lr": 0.1}}),
+        ("nni_topo.distillation", "images", {"steps": 2}),
+        ("nni_topo.compensation", "calibration", {}),
+        ("nni_topo.ReconstructionPruner", "calibration", {}),
+        ("nni_topo.dependency_groups", "example_inputs", {}),
+        ("nni_topo.to_dense", "example_inputs", {}),
+        ("nni_topo.analysis.study_energy", "example_inputs", {}),
+    ],
+)
+@pytest.mark.parametrize("is_leaf", [True, False])
+def test_inputs_that_require_gradients_are_values(name, argument, changes, is_leaf):
+    source = IMAGES.clone().requires_grad_(True)
+    images = source if is_leaf else source * 1.0
+    given = {**VALID[name](), **changes}
+    given[argument] = [images] if isinstance(given[argument], list) else images
+    run(function_of(name), given)
+    assert source.grad is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ("seeds: [2]", r"seeds must be an integer of at least 1, got \[2\] \(plan\)"),
+        ("models: [{name: small_cnn, width: wide}]", r"width must be a finite number, got 'wide' \(models\)"),
+        ("data: [{name: digits, limit: half}]", r"limit must be an integer.*, got 'half' \(data\)"),
+        ("pruners: [{name: l1, calibration: true}]", r"calibration must be an integer of at least 0, got True"),
+        ("pruners: [{name: l1, knobs: 5}]", r"knobs must be a mapping, got 5 \(pruners\)"),
+        ("compensate: {images: few}", r"images must be an integer of at least 1, got 'few' \(compensate\)"),
+        ("train: 5", r"train must be a mapping, got 5 \(plan\)"),
+    ],
+)
+def test_values_of_a_plan_are_told_by_key(keys, words, tmp_path):
+    plan = {"models": "[small_cnn]", "data": "[digits]", "pruners": "[l1]", "targets": "[{ratio: 0.5}]"}
+    key, _, value = keys.partition(": ")
+    path = tmp_path / "plan.yaml"
+    path.write_text("".join(f"{name}: {text}\n" for name, text in {**plan, key: value}.items()))
+    with pytest.raises(NniTopoError, match=words):
+        load_plan(path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"op_names_re": ["["]}, r"op_names_re must be .*a regular expression.*\(config_list\[0\]\)"),
+        ({"op_names": "first"}, r"op_names must be a list"),
+        ({"op_names": ["first"], "sparse_ratio": math.nan}, r"sparse_ratio must be in \[0, 1\), got nan"),
+        (None, r"a config_list entry must be a dict, got NoneType \(config_list\[0\]\)"),
+    ],
+)
+def test_entries_are_told_by_dependency_groups_too(entry, words):
+    with pytest.raises(NniTopoError, match=words):
+        nni_topo.dependency_groups(net(), IMAGES, [entry])
