@@ -17,7 +17,7 @@ from nni.compression.base.compressor import Pruner
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ConfigError, check_fields, checked, instance, rule_of, unknown_name
+from nni_topo.errors import ANYTHING, ConfigError, check_fields, checked, instance, rule_of, unknown_name
 from nni_topo.network.arguments import CONFIG_LIST, MODEL
 from nni_topo.pruners.checks import check_request, of_single_weights
 from nni_topo.pruners.heads import show_heads_to_nni
@@ -117,7 +117,7 @@ def list_pruners(pattern: str = "*") -> list[str]:
     return sorted(name for name in TABLE if fnmatchcase(name, pattern))
 
 
-@checked()
+@checked(name=ANYTHING)  # looked at below
 def pruner_info(name: str) -> PrunerInfo:
     """Return a pruner's record, by its name or, of a third party's class, by ``package.module:Class``.
 

@@ -13,7 +13,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 from torch.fx import Node
 
-from nni_topo.errors import NONE, ConfigError, check_integer, checked, instance, unknown_name
+from nni_topo.errors import NONE, ConfigError, check_integer, checked, instance, unknown_name, whole
 from nni_topo.network.arguments import BATCHES, MASKS, MODEL
 from nni_topo.network.calibration import Calibration
 from nni_topo.network.capture import batches_of
@@ -53,7 +53,14 @@ class Compensation:
     report: CompensationReport
 
 
-@checked(model=MODEL, masks=MASKS, calibration=BATCHES, pairs=instance(Mapping) | NONE)
+@checked(
+    model=MODEL,
+    masks=MASKS,
+    calibration=BATCHES,
+    refine=whole(0),
+    ahead=whole(1),
+    pairs=instance(Mapping) | NONE,
+)
 @leaves_models_alone
 @in_smaller_batches
 def compensation(

@@ -98,7 +98,7 @@ class Distillation:
     seconds: float
 
 
-@checked(dense=MODEL, original=MODEL, images=BATCHES, held_out=BATCHES | NONE)
+@checked(dense=MODEL, original=MODEL, images=BATCHES, held_out=BATCHES | NONE, **KNOBS)
 @leaves_models_alone
 @in_smaller_batches
 def distillation(

@@ -14,7 +14,7 @@ import numpy as np
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import FUNCTION, NONE, ConfigError, as_settings, checked, instance, shown, unknown_name
+from nni_topo.errors import ANYTHING, FUNCTION, NONE, ConfigError, as_settings, checked, instance, shown, unknown_name
 from nni_topo.network.arguments import BATCHES, MODEL
 from nni_topo.network.calibration import HELD_OUT, Calibration
 from nni_topo.network.capture import batches_of
@@ -163,7 +163,8 @@ def _with_interval(value: float, low: float, high: float) -> str | None:
     return f"{value:.4g}" if low == high else f"{value:.4g} ({low:.3g}-{high:.3g})"
 
 
-@checked(model=MODEL, images=BATCHES)
+# What takes names, knobs or functions is looked at below.
+@checked(model=MODEL, images=BATCHES, budget=ANYTHING, pruner=ANYTHING, distill=ANYTHING)
 @leaves_models_alone
 def shrink(
     model: nn.Module,

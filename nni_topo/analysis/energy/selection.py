@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nni_topo.analysis.energy.study import Evaluate, Quality, quality_of
-from nni_topo.errors import ConfigError, DataError, checked, unknown_name
+from nni_topo.errors import ConfigError, checked, unknown_name
 from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, FloatArray, SubsetGeneticAlgorithm
 from nni_topo.maths.ties import descending
-from nni_topo.network.arguments import INPUTS, MODEL
+from nni_topo.network.arguments import BATCHES, INPUTS, MODEL
 from nni_topo.network.calibration import Calibration
 from nni_topo.network.capture import watched
 from nni_topo.network.following import norms_behind
+from nni_topo.network.inputs import fitting
 from nni_topo.network.layers import spread
 from nni_topo.network.masked import masked_model
 from nni_topo.network.modes import detached_copy, evaluation_mode
@@ -52,7 +53,7 @@ class Selection:
     seconds: float  # that choosing took
 
 
-@checked(model=MODEL, example_inputs=INPUTS)
+@checked(model=MODEL, example_inputs=INPUTS, batches=BATCHES)
 @leaves_models_alone
 def study_selection(
     model: nn.Module,
@@ -107,8 +108,6 @@ def study_selection(
     for method in methods:
         if method not in METHODS:
             raise unknown_name("method", method, METHODS)
-    if not len(batches):
-        raise DataError("batches must hold at least one batch, got none (study_selection)")
     with evaluation_mode(model):
         labelled: Any = Calibration.of(batches, "batches")
         search = _Search(model, layer, example_inputs, labelled, seed, knobs)
@@ -194,10 +193,11 @@ def taylor_terms(model: nn.Module, place: nn.Module, batches: Iterable[tuple[Ten
 
     terms = []
     with watched(leaving=[(place, watch)]), torch.enable_grad():
-        for images, labels in batches:
+        for index, (images, labels) in enumerate(batches):
             outputs.clear()
             # a sum, so that an image's gradient is that of its own loss
-            loss = cross_entropy(model(images), labels, reduction="sum")
+            with fitting(index, "batches"):
+                loss = cross_entropy(model(images), labels, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, outputs[-1])
             # the output times the gradient by it, over all positions [2]
             terms.append((outputs[-1].detach() * gradient).flatten(2).sum(2).double())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, checked, is_finite, unknown_name
-from nni_topo.network.arguments import MODEL
+from nni_topo.network.arguments import BATCHES, MODEL
 from nni_topo.network.calibration import Calibration
 from nni_topo.network.inputs import call_arguments
 from nni_topo.network.masks import check_model
@@ -77,7 +77,7 @@ class RetrainingBound:
         return epochs * self.gamma / self.epochs if self.epochs > 0 else math.inf
 
 
-@checked(initial=MODEL, trained=MODEL, sparse=MODEL)
+@checked(initial=MODEL, trained=MODEL, sparse=MODEL, batches=BATCHES)
 @leaves_models_alone
 def retraining_bound(
     initial: nn.Module,
