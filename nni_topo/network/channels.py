@@ -13,23 +13,27 @@ import torch
 import torch.fx
 from torch.utils._pytree import tree_map
 
-from nni_topo.network.attention import Attention
+from nni_topo.network.attention import Attention, attend
 from nni_topo.network.inputs import tensors_of
-from nni_topo.network.labels import FIXED, MEETS, MOVES, fixed, place, plain_name
+from nni_topo.network.labels import FIXED, IN_TRAINING, MEETS, MOVES, TRAINED_OUTPUT, fixed, place, plain_name
 from nni_topo.network.layers import TRANSPOSED
 from nni_topo.network.numbering import Numbering
-from nni_topo.network.numbers import Blocks
+from nni_topo.network.numbers import Blocks, Layer
 from nni_topo.network.picked import counted_off, is_looked_at
 from nni_topo.network.written import Place, counted
+
+ONLY_TRAINED = "{} runs in training alone"
 
 
 class ChannelFlow(Numbering):
     """Follow the channels of a traced model, on its arguments, and answer what they have to do with one another."""
 
-    def __init__(self, graph_module: torch.fx.GraphModule, args: tuple[Any, ...]) -> None:
+    def __init__(self, graph_module: torch.fx.GraphModule, args: tuple[Any, ...], missed: str = "") -> None:
         super().__init__(graph_module)
+        self.missed = missed  # what is known of modules that only training mode may reach, and that aren't followed
         with torch.no_grad():
             outputs = self.run(*tree_map(fixed, args))
+        self.in_training = self._set_apart()
         written = counted(graph_module.graph, self.numbers)
         for held, reason in counted_off(graph_module.graph, self.numbers, written.keys(), self.picks):
             self._given.pin(held, reason)
@@ -47,6 +51,30 @@ class ChannelFlow(Numbering):
         }
         # One number can only count equally many.
         self.blocks += [Blocks([each], may_vanish=False) for _, each in self._written.values() if len(each) > 1]
+
+    def _set_apart(self) -> dict[str, Layer]:
+        """Take out of the layers those that run in training alone, and let them and what they put out stay.
+
+        They read fewer channels where a layer before them loses some. What they make of these nobody has measured.
+        """
+        modes = dict[str, bool]()  # by what is called, whether that is in training alone
+        for node in self.traced.graph.nodes:
+            if node.op == "call_module" or node.target is attend:
+                holder: Any = node if node.op == "call_module" else node.args[0]
+                modes[str(holder.target)] = modes.get(str(holder.target), True) and IN_TRAINING in node.meta
+            if node.meta.get(TRAINED_OUTPUT):
+                for labels in tensors_of(self.numbers[node.name]):
+                    self._given.pin(np.unique(labels.numpy()), "the model puts them out in training")
+        owners = {layer: name for name, each in self.attention.items() for layer in each.channels}
+        found = dict[str, Layer]()
+        for name in list(self.layers):
+            if modes.get(owners.get(name, name), False):
+                self._given.pin(self.layer_numbers(name), ONLY_TRAINED.format(name))
+                found[name] = self.layers.pop(name)
+                # What heads are cut with counts heads, which these keep.
+                if self.heads.pop(name, None) is not None:
+                    self._given.pin(self._entering[name], f"{name} reads them, in training alone")
+        return found
 
     def roots(self, numbers: np.ndarray) -> np.ndarray:
         """Look up representatives, int, shape (n,): one for channels that are tied, ``FIXED`` if they stay."""

@@ -60,7 +60,7 @@ def readers(
     """Run a model on two random inputs, and return the layers to which removed channels bring anything but zeros."""
     entering, leaving = list[Any](), list[Any]()
     found = dict[str, Reader]()
-    for name in flow.layers:
+    for name in flow.all_layers:
         module = model.get_submodule(name)
         gone, kept = (torch.from_numpy(np.asarray(each)) for each in _stay(flow, left, name))
         if isinstance(module, WEIGHTED) and bool(gone.any()):
@@ -116,7 +116,7 @@ def norms_of_constants(model: nn.Module, flow: ChannelFlow, left: np.ndarray, ca
         gone = torch.from_numpy(~left[flow.entering_roots(name)])
         if is_plain_norm(module) and bool(gone.any()):
             leaving.append((module, partial(look, name, gone)))
-        if name in flow.layers and isinstance(module, WEIGHTED):
+        if name in flow.all_layers and isinstance(module, WEIGHTED):
             kept = torch.from_numpy(np.asarray(left[flow.layer_roots(name)]))
             leaving.append((module, partial(_zeroed, module, kept)))
     with torch.no_grad(), watched(leaving=leaving):

@@ -16,17 +16,19 @@ from nni_topo.network.advice import way_forward
 from nni_topo.network.arguments import INPUTS, MASKS, MODEL
 from nni_topo.network.attention import tell_config
 from nni_topo.network.carriers import Brought, brought, carry
+from nni_topo.network.channels import ONLY_TRAINED, ChannelFlow
 from nni_topo.network.constants import absorb, constants_read, dropped, is_bordered, norms_of_constants
 from nni_topo.network.constructors import sizes_shown, stale_numbers
 from nni_topo.network.engine import DenseSpeedup, kept_outputs
 from nni_topo.network.head_sizes import narrowed
-from nni_topo.network.inputs import call_arguments
+from nni_topo.network.inputs import Call, call_arguments
 from nni_topo.network.masks import FullMasks, Masks, check_masks, check_model
 from nni_topo.network.modes import detached_copy, random_state_kept
 from nni_topo.network.network import Network
 from nni_topo.network.reference import apply_masks, check_equal
 from nni_topo.network.report import DenseReport, dense_report
 from nni_topo.network.resolve import Resolved, resolve, warn_of_kept
+from nni_topo.network.training import Steps
 from nni_topo.network.transformers import fast_paths_off
 from nni_topo.network.untouched import leaves_models_alone, left_alone
 from nni_topo.network.written import number_at, put_sizes
@@ -151,7 +153,8 @@ def to_dense(
             advise = partial(way_forward, network, reference, kept)
             with left_alone(dense):
                 checked = check_equal(reference, dense, call, kept, rtol, advise=advise)
-    _report(model, dense, full, resolved, checked, notes)
+        flow = network.flow
+    _report(model, dense, full, resolved, checked, notes, flow)
     return dense
 
 
@@ -162,9 +165,11 @@ def _report(
     resolved: Resolved,
     checked: str,
     notes: tuple[str, ...],
+    flow: ChannelFlow,
 ) -> None:
     """Give a dense model its report, and warn of channels that it keeps for another reason than rounding."""
-    report = dense_report(model, dense, masks, resolved.reasons, stale_numbers(model, dense))
+    reasons = resolved.reasons | {name: ONLY_TRAINED.format(name) for name in flow.in_training}
+    report = dense_report(model, dense, masks, reasons, stale_numbers(model, dense))
     report = dataclasses.replace(report, checked=checked, notes=notes)
     if report.stale:
         named = ", ".join(f"{name} {number}" for name, number in report.stale.items())
@@ -172,6 +177,8 @@ def _report(
             "attributes that hold what was a layer's number of channels stay as they are, for nothing shows what they "
             "count: %s", named,
         )  # fmt: skip
+    if flow.missed:
+        _logger.warning("%s", flow.missed)
     others = {row.name: f"{row.kept} of {row.before} ({row.reason})" for row in report.kept}
     silent = {name for name, reason in resolved.reasons.items() if reason and name not in resolved.kept}
     warn_of_kept({name: resolved.kept.get(name, text) for name, text in others.items() if name not in silent})
@@ -200,17 +207,30 @@ def _build(
     flow = network.flow
     resolved = resolve(original, flow, masks, round_to)
     ties = find_ties(original)
+
+    is_read_in_training = any(not resolved.left[flow.entering_roots(name)].all() for name in flow.in_training)
+
+    def whole(model: torch.nn.Module) -> tuple[torch.nn.Module, Call]:
+        """Return what runs all layers of a model, those of training alone too, and what to call it on."""
+        if not is_read_in_training:
+            return model, network.call
+        graph_module, args = network.graph(model, in_training=True)
+        return Steps(graph_module), (args, {})
+
     # As in NNI's masked model, in which norms make something of the zeros that arrive.
     with left_alone(original):
-        kept = constants_read(original, flow, resolved.left, network.call) if keep else {}
+        runs, call = whole(original)
+        kept = constants_read(runs, flow, resolved.left, call) if keep else {}
+        lacking = dropped(runs, flow, resolved.left, call) if keep else []
     reference = apply_masks(original, network.call, resolved.masks)
     with left_alone(reference):
-        others = Brought({}, {}) if keep else brought(reference, flow, resolved.left, network.call)
+        runs, call = whole(reference)
+        others = Brought({}, {}) if keep else brought(runs, flow, resolved.left, call)
     if others.carried:
         resolved = resolve(original, flow, masks, round_to, carriers=others.carriers(flow))
         reference = apply_masks(original, network.call, resolved.masks)
-    notes = list[str]()
-    if keep and (lacking := dropped(original, flow, resolved.left, network.call)):
+    notes = [flow.missed] if flow.missed else []
+    if lacking:
         notes.append(
             f"what removed channels bring is no constant that can be kept, and is dropped: {', '.join(lacking)}"
         )
@@ -218,7 +238,8 @@ def _build(
     if bordered:
         notes.append(f"kept constants go on beyond the border that these layers pad with zeros: {', '.join(bordered)}")
     if kept or others.constants or others.carried:
-        norms = norms_of_constants(original if keep else reference, flow, resolved.left, network.call)
+        runs, call = whole(original if keep else reference)
+        norms = norms_of_constants(runs, flow, resolved.left, call)
         if norms:
             notes.append(
                 "constants behind batch norms are those of evaluation mode; in training mode the masked model computes "

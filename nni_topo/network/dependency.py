@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from nni_topo.errors import NONE, ConfigError, Rule, SpeedupError, checked
 from nni_topo.network.arguments import CONFIG_LIST, SHAPES, STRUCTURE
 from nni_topo.network.attention import Attention, is_attention
-from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.channels import ONLY_TRAINED, ChannelFlow
 from nni_topo.network.equal_blocks import blocks_of
 from nni_topo.network.labels import FIXED
 from nni_topo.network.layers import RECURRENT, check_names, is_transposed_linear, output_channels
@@ -278,8 +278,9 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: se
             # Of a norm, say, masks may be wanted all the same.
             module = network.model.get_submodule(name)
             if output_channels(module) is not None or isinstance(module, RECURRENT) or is_transposed_linear(module):
+                why = ONLY_TRAINED.format(name) if name in flow.in_training else why_not_followed(network.model, name)
                 along = "it goes along the channels of another layer" if name in flow.along else ""
-                skipped[name] = along or why_not_followed(network.model, name)
+                skipped[name] = along or why
             continue
         roots = flow.layer_roots(name)
         reasons = [unfit[root] for root in roots.tolist() if root in unfit]
@@ -407,6 +408,8 @@ def _warn(
     pinned: Mapping[str, str],
 ) -> None:
     """Name the layers left out, those that keep some channels, and those that give the output."""
+    if flow.missed:
+        _logger.warning("%s", flow.missed)
     if set(skipped.values()) - {OUTPUT}:
         told = "; ".join(f"{', '.join(names)}: {why}" for why, names in by_reason(skipped).items())
         _logger.warning("layers that can't lose channels stay whole and are left out: %s", told)

@@ -54,7 +54,7 @@ class DenseSpeedup(ModelSpeedup):
     def numbers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """List the numbers of the channels that enter and leave a module."""
         entering = self.flow.entering_numbers(name)
-        is_layer = output_channels(self.bound_model.get_submodule(name)) is not None and name in self.flow.layers
+        is_layer = output_channels(self.bound_model.get_submodule(name)) is not None and name in self.flow.all_layers
         return entering, self.flow.layer_numbers(name) if is_layer else entering
 
     def kept(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,7 +71,8 @@ class _Cutter(Replacer):
 
     def replace_modules(self, speedup: DenseSpeedup) -> None:
         flow, model = speedup.flow, speedup.bound_model
-        names = [str(node.target) for node in speedup.node_infos if node.op == "call_module"] + list(flow.heads)
+        names = [str(node.target) for node in speedup.node_infos if node.op == "call_module"]
+        names += [*flow.heads, *flow.in_training]
         for name in dict.fromkeys(names):
             module, (ins, outs) = model.get_submodule(name), speedup.kept(name)
             entering, leaving = speedup.numbers(name)
@@ -121,11 +122,11 @@ def _in_order(
     groups = getattr(module, "groups", getattr(module, "num_groups", 1))
     of_group = ins // max(len(flow.entering_numbers(name)) // groups, 1)
     if is_depthwise(module):
-        step = flow.layers[name].channels // len(flow.entering_numbers(name))
+        step = flow.all_layers[name].channels // len(flow.entering_numbers(name))
         outs = (ins[:, None] * step + torch.arange(step)).flatten()
     elif bool((of_group[1:] < of_group[:-1]).any()):
         return ascending[0], outs
-    return ins, outs if name in flow.layers else ins
+    return ins, outs if name in flow.all_layers else ins
 
 
 def kept_outputs(flow: ChannelFlow, left: np.ndarray) -> Kept:

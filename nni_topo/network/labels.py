@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_map
 
 RECORDED = "_recorded"  # what a graph that was recorded calls constants, with a number behind it
 RANDOM = "nni_topo_random"  # in a node's meta: whether it draws random numbers
+IN_TRAINING = "nni_topo_in_training"  # in a node's meta: whether training mode alone reaches it
+TRAINED_OUTPUT = "nni_topo_trained_output"  # and whether the model then puts out what it gives
 FIXED = 0  # the root of all channels that have to stay; the first layer starts at 1
 
 # These are run on the numbers themselves, which shows where each channel goes.

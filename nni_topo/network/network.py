@@ -23,10 +23,11 @@ from nni_topo.network.modes import put_parameters, random_state_kept, unwrapped_
 from nni_topo.network.rehearsal import unfit
 from nni_topo.network.sizes import LayerSizes, Size, layer_sizes, spatial
 from nni_topo.network.tracing import arguments, by_running, trace
+from nni_topo.network.training import add_training, evaluated, unused_parameters
 from nni_topo.network.transformers import fast_paths_off
 
 T = TypeVar("T")
-Traced = tuple[Callable[[nn.Module], GraphModule], ChannelFlow]
+Traced = tuple[Callable[..., GraphModule], ChannelFlow]
 
 # By model, its structure when it was last looked at and what was found out about it. Nothing here holds a weight, or
 # the model itself, which would never be freed.
@@ -73,9 +74,14 @@ class Network:
         convolutions = [each for each in found if isinstance(each[1], CONVOLUTIONS + TRANSPOSED)]
         return {name: (spatial(module, size[0]), spatial(module, size[1])) for name, module, size in convolutions}
 
-    def graph(self, model: nn.Module, call: Call | None = None) -> tuple[GraphModule, tuple[Any, ...]]:
-        """Put the graph on the modules of a model of this structure and run it on a call, by default its own."""
-        graph_module = self.traced()[0](model)
+    def graph(
+        self, model: nn.Module, call: Call | None = None, *, in_training: bool = False
+    ) -> tuple[GraphModule, tuple[Any, ...]]:
+        """Put the graph on the modules of a model of this structure and run it on a call, by default its own.
+
+        ``in_training``: with what runs in training alone.
+        """
+        graph_module = self.traced()[0](model, in_training=in_training)
         args = arguments(graph_module.graph, model, call or self.call)
         with torch.no_grad(), random_state_kept(), fast_paths_off():
             ShapeProp(graph_module).propagate(*args)
@@ -86,9 +92,15 @@ class Network:
         return self._known("traced", self._trace, kept=lambda traced: not by_running(traced[1].traced.graph))
 
     def _trace(self) -> Traced:
-        graph_module, args = trace(unwrapped_copy(self.model, light=True).eval(), self.call)
+        model = unwrapped_copy(self.model, light=True).eval()
+        graph_module, args = trace(model, self.call)
+        missed = ""
+        if unused := unused_parameters(model, graph_module.graph):
+            # What was traced may hold things of its tracer's.
+            model = unwrapped_copy(self.model, light=True).eval()
+            graph_module, missed = add_training(model, graph_module, unused, self.call, trace)
         try:
-            flow = ChannelFlow(graph_module, args)
+            flow = ChannelFlow(graph_module, args, missed)
         except Exception as error:  # a forward may do with tensors what no rule has seen yet
             if isinstance(error, NniTopoError) or out_of_memory(error):
                 raise
@@ -125,10 +137,11 @@ class Network:
         return found
 
 
-def _assembled(graph: Graph, constants: dict[str, Any], model: nn.Module) -> GraphModule:
+def _assembled(graph: Graph, constants: dict[str, Any], model: nn.Module, *, in_training: bool = True) -> GraphModule:
+    graph = copy.deepcopy(graph) if in_training else evaluated(copy.deepcopy(graph))
     targets = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
     parts = {name: constants[name].clone() if name in constants else attrgetter(name)(model) for name in targets}
-    return with_heads(GraphModule(parts, copy.deepcopy(graph), type(model).__name__)).eval()
+    return with_heads(GraphModule(parts, graph, type(model).__name__)).eval()
 
 
 def _has(model: nn.Module, name: str) -> bool:

@@ -75,6 +75,7 @@ class Numbering(torch.fx.Interpreter):
         self.traced = graph_module
         self.extra_traceback = False  # an error of ours says what it has to
         self.layers: dict[str, Layer] = {}  # in the order they are called
+        self.in_training = dict[str, Layer]()  # those that run in training alone, which are no layers to be pruned
         self.along = set[str]()  # convolutions that go along the channels of others, and make none of their own
         self.own: dict[str, Own] = {}  # by name; these go with the channels that they meet, and have no say
         self.attention = find_heads(graph_module)  # by module; of those that the graph calls
@@ -92,8 +93,13 @@ class Numbering(torch.fx.Interpreter):
 
     def layer_numbers(self, name: str) -> np.ndarray:
         """List the numbers of a layer's output channels: int, shape (channels,)."""
-        layer = self.layers[name]
+        layer = self.all_layers[name]
         return np.arange(layer.first, layer.first + layer.channels)
+
+    @property
+    def all_layers(self) -> dict[str, Layer]:
+        """All layers by name, those that run in training alone among them."""
+        return self.layers | self.in_training if self.in_training else self.layers
 
     def own_numbers(self, name: str) -> np.ndarray:
         """List the numbers of a parameter's channels: int, shape (channels,)."""

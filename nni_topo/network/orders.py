@@ -124,7 +124,7 @@ class DenseOrder(torch.fx.Interpreter):
 
     def _through(self, node: Node, labels: Tensor, ascending: Any) -> Any:
         name = str(node.target)
-        layer, entering = self.flow.layers.get(name), self.flow.entering_numbers(name)
+        layer, entering = self.flow.all_layers.get(name), self.flow.entering_numbers(name)
         if len(entering):
             dims = [d for d in range(1, labels.dim()) if varies(labels, d)] or [1]
             self.entering[name] = labels.transpose(0, dims[0]).flatten(1)[:, 0].numpy()

@@ -403,7 +403,7 @@ class _Rehearsal:
     def _needless(self, node: Node) -> Tensor | None:
         """Tell which channels needn't enter a layer, for else brings it what they do; broadcasts to what enters."""
         name = str(node.target)
-        found = self._brought.channels(name) if name in self.flow.layers else None
+        found = self._brought.channels(name) if name in self.flow.all_layers else None
         layer: Any = self.full.get_submodule(name) if found is not None else None
         return None if found is None else found.view(-1, *[1] * (layer.weight.dim() - 2))
 
