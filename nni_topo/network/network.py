@@ -16,6 +16,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from nni_topo.errors import NniTopoError, SpeedupError
 from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.graphs import on_modules
 from nni_topo.network.inner import with_heads
 from nni_topo.network.inputs import Call, call_arguments, out_of_memory
 from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, is_scripted
@@ -141,7 +142,7 @@ def _assembled(graph: Graph, constants: dict[str, Any], model: nn.Module, *, in_
     graph = copy.deepcopy(graph) if in_training else evaluated(copy.deepcopy(graph))
     targets = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
     parts = {name: constants[name].clone() if name in constants else attrgetter(name)(model) for name in targets}
-    return with_heads(GraphModule(parts, graph, type(model).__name__)).eval()
+    return with_heads(on_modules(parts, graph, type(model).__name__)).eval()
 
 
 def _has(model: nn.Module, name: str) -> bool:

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.network.capture import called, watched
+from nni_topo.network.graphs import on_modules
 from nni_topo.network.inner import with_heads
 from nni_topo.network.inputs import Call, bind_arguments, out_of_memory, tensors_of
 from nni_topo.network.modes import detached_copy, evaluation_mode, random_state_kept
@@ -130,7 +131,7 @@ class _Joined:
     def finished(self, model: nn.Module) -> tuple[GraphModule, tuple[Any, ...]]:
         """Return the whole graph, and its placeholders' values."""
         self._graph.output(tuple(self._outputs))
-        return with_heads(GraphModule(model, self._graph, type(model).__name__)), tuple(self._args)
+        return with_heads(on_modules(model, self._graph, type(model).__name__)), tuple(self._args)
 
     def _entered(self, label: str, place: tuple[str, int, str], value: Any) -> Any:
         """Return the node of what enters a part; of a container, that of each tensor in it."""

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import is_attention
+from nni_topo.network.graphs import on_modules
 from nni_topo.network.inner import HEAD, is_followed, is_inner, with_heads
 from nni_topo.network.inputs import out_of_memory, tensors_of
 from nni_topo.network.labels import RECORDED
@@ -72,7 +73,7 @@ def _recorded_twice(model: nn.Module, named: dict[str, Any]) -> GraphModule:
     _follow_samples(first, _Recorder(model, doubled), samples)
     for name, tensor in first.constants.items():
         model.register_buffer(name, tensor, persistent=False)
-    return with_heads(GraphModule(model, first.graph, type(model).__name__))
+    return with_heads(on_modules(model, first.graph, type(model).__name__))
 
 
 class _Recorder(TorchFunctionMode):

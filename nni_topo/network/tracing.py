@@ -18,6 +18,7 @@ from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.network.attention import Attention, Given, find_attention, open_attention
 from nni_topo.network.capture import called, watched
 from nni_topo.network.comparing import Calls, Comparison
+from nni_topo.network.graphs import on_modules
 from nni_topo.network.inner import with_heads
 from nni_topo.network.inputs import Call, bind_arguments, out_of_memory, tensors_of
 from nni_topo.network.layers import is_one
@@ -132,7 +133,7 @@ def _symbolic(model: torch.nn.Module, named: dict[str, Any]) -> tuple[torch.fx.G
     }
     tracer = UnfoldingTracer()
     graph = trace_written(model, partial(tracer.trace, model, frozen or None))
-    graph_module, count = with_heads(torch.fx.GraphModule(model, graph, type(model).__name__)), len(graph.nodes)
+    graph_module, count = with_heads(on_modules(model, graph, type(model).__name__)), len(graph.nodes)
     for node in reversed(graph_module.graph.nodes):
         if not node.users and "_assert" in str(node.target):
             graph_module.graph.erase_node(node)

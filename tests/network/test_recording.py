@@ -292,3 +292,35 @@ def test_rows_picked_from_none_are_followed():
 
     groups = dependency_groups(Picking().eval(), torch.randn(2, 3, 4), [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
     assert groups.skipped.keys() == {"first", "last"}
+
+
+class Coder(nn.Module):
+    """A child has a name that a graph module has itself; ``by_value``: a value decides, so that the run is recorded."""
+
+    def __init__(self, name, by_value):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(5, 6)
+        self.add_module(name, nn.Sequential(nn.Linear(8, 5), nn.ReLU()) if by_value else nn.Linear(8, 5))
+        self.name, self.by_value = name, by_value
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        if self.by_value and x.sum() < -1:
+            x = x + 1
+        return self.last(torch.relu(self.get_submodule(self.name)(x)))
+
+
+@pytest.mark.parametrize("by_value", [False, True])
+@pytest.mark.parametrize("name", ["code", "print_readable", "to_folder", "shape_env"])
+def test_children_may_have_names_of_a_graph_modules_own(name, by_value):
+    torch.manual_seed(0)
+    model, x = Coder(name, by_value).eval(), torch.randn(2, 6)
+    groups = dependency_groups(model, x, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    inner = f"{name}.0" if by_value else name
+    assert [entry["op_names"] for entry in groups] == [["first"], [inner]]
+    masks = {"first": {"weight": torch.ones(8, 6), "bias": torch.ones(8)}}
+    for mask in masks["first"].values():
+        mask[:4] = 0
+    dense = to_dense(model, x, masks)
+    assert dense.get_submodule(inner).in_features == 4
+    torch.testing.assert_close(dense(x), masked_model(model, x, masks)(x))
