@@ -205,7 +205,10 @@ def _build(
     """Make the dense model, its reference, the list of what is kept of each module's output, masks used and notes."""
     original = detached_copy(network.model, light=True).eval()
     flow = network.flow
-    resolved = resolve(original, flow, masks, round_to)
+    resolved = rounded = resolve(original, flow, masks, round_to)
+    if round_to is not None and not keep:
+        # Carriers count for the multiple, so that they are chosen among all that may go.
+        resolved = resolve(original, flow, masks)
     ties = find_ties(original)
 
     is_read_in_training = any(not resolved.left[flow.entering_roots(name)].all() for name in flow.in_training)
@@ -227,7 +230,12 @@ def _build(
         runs, call = whole(reference)
         others = Brought({}, {}) if keep else brought(runs, flow, resolved.left, call)
     if others.carried:
-        resolved = resolve(original, flow, masks, round_to, carriers=others.carriers(flow))
+        # What is gone now was gone when it was measured: none that stayed then may go because a carrier counts too.
+        carriers = others.carriers(flow)
+        resolved = resolve(original, flow, masks, round_to, carriers=carriers, also=resolved.left)
+        reference = apply_masks(original, network.call, resolved.masks)
+    elif not keep and round_to is not None:
+        resolved = rounded
         reference = apply_masks(original, network.call, resolved.masks)
     notes = [flow.missed] if flow.missed else []
     if lacking:

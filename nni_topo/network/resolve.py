@@ -76,10 +76,12 @@ def resolve(
     round_to: int | Literal["auto"] | None = None,
     *,
     carriers: Mapping[int, str] | None = None,
+    also: np.ndarray | None = None,
 ) -> Resolved:
     """Make checked masks of tied channels agree; ``round_to``: every pruned layer keeps a multiple of it, or all.
 
     Channels that are ``carriers``, by representative and with the reason, stay without getting their weights back.
+    Those that are ``also`` kept, bool by representative, stay with their weights.
     """
     carriers = carriers or {}
     round_to = widths_multiple(round_to, device_of(model))
@@ -90,6 +92,8 @@ def resolve(
     # Equal blocks and rounding bring back the largest weights first, by L1 norm over tied channels.
     shared, scores = kept.copy(), cache(partial(_scores, model, flow))
     kept[[*carriers]] = True
+    if also is not None:
+        kept |= also
     read = keep_read(flow, kept, scores)
     # In two steps, so that what equal blocks bring back can be told from what rounding does.
     grow(flow, kept, scores, 1, set(given))

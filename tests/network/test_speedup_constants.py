@@ -249,3 +249,27 @@ def test_bert_with_segments_zero_or_left_out(given):
     layer = dense.bert.encoder.layer[0]
     assert layer.intermediate.dense.out_features == layer.output.dense.in_features == 6
     assert parameters(dense) == parameters(model) - 6 * (10 + 1 + 10)
+
+
+class _Bordered(nn.Module):
+    """Removed channels are constants, which a border of zeros keeps from being one number to the layer behind."""
+
+    def __init__(self, between, padding, bias):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 10, 3, padding=1), nn.Conv2d(10, 6, 3, padding=padding, bias=bias)
+        self.head, self.between = nn.Linear(6, 5), between
+
+    def forward(self, x):
+        return self.head(torch.relu(self.b(self.between(self.a(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("between", [torch.sigmoid, torch.cos, lambda z: z + 0.5], ids=["sigmoid", "cos", "shift"])
+@pytest.mark.parametrize(("padding", "bias"), [(0, False), (1, True)])
+@pytest.mark.parametrize(("gone", "round_to", "kept"), [(2, 3, 9), (5, 3, 6), (7, 4, 4), (5, 4, 8), (3, 10, 10)])
+def test_constant_channels_and_rounding_go_together(between, padding, bias, gone, round_to, kept):
+    torch.manual_seed(0)
+    model, x = _Bordered(between, padding, bias).eval(), torch.randn(2, 3, 8, 8)
+    mask = torch.ones(10)
+    mask[:gone] = 0
+    masks = {"a": {"weight": mask.view(-1, 1, 1, 1).expand(10, 3, 3, 3).clone(), "bias": mask}}
+    assert to_dense(model, x, masks, round_to=round_to).a.out_channels == kept
