@@ -157,12 +157,14 @@ class Calibration(Sequence[Any]):
         is_lasting = isinstance(source, (list, tuple))
         length = _length(source)
         store = BatchStore(self._memory_bytes)
-        batches: Sequence[Any] = source if is_lasting else store  # type: ignore[assignment]
+        batches: list[Any] = []
         sizes: list[int] = []
         for index, batch in enumerate(bar(self.name, None, source, total=length)):
+            batch = _plain(batch)
             check_inputs(batch, index, self.name)
             sizes.append(_samples_in(inputs_of(batch, index, self.name)))
             if is_lasting:
+                batches.append(batch)
                 continue
             if length is None and index >= _MOST_BATCHES:
                 got = f"{index} batches of {store.nbytes / 2**30:.2f} GiB so far, and more"
@@ -177,7 +179,7 @@ class Calibration(Sequence[Any]):
             store.append(own)
         if not sizes:
             raise DataError(f"{self.name} must hold at least one batch, got none (was a generator used twice?)")
-        self._kept, self._sizes = batches, tuple(sizes)
+        self._kept, self._sizes = batches if is_lasting else store, tuple(sizes)
 
 
 def calibration_of(batches: Iterable[Any] | None) -> Calibration | None:
@@ -194,6 +196,15 @@ def _length(source: Iterable[Any]) -> int | None:
         return len(source)  # type: ignore[arg-type]
     except TypeError:  # so says the loader of a data set that is a stream, too
         return None
+
+
+def _plain(batch: Any) -> Any:
+    """Return a batch with dicts in the place of other mappings, such as what tokenizers give: trees of PyTorch's."""
+    if isinstance(batch, Mapping):
+        return {key: _plain(value) for key, value in batch.items()}
+    if type(batch) in (list, tuple):
+        return type(batch)(_plain(value) for value in batch)
+    return batch
 
 
 def _can_be_cut(inputs: Any) -> bool:

@@ -109,6 +109,11 @@ def batches_of(calibration: Iterable[Any] | Evaluator, model: nn.Module, knob: s
         evaluator.unbind_model()
 
 
+def pruner_batches(calibration: Iterable[Any] | Evaluator | None, model: nn.Module) -> Calibration | None:
+    """Return the calibration data that a pruner was given, if any; of an evaluator, what it evaluates the model on."""
+    return None if calibration is None else batches_of(calibration, model)
+
+
 def run(model: nn.Module, calibration: Iterable[Any]) -> None:
     """Run a model over calibration batches, in evaluation mode and without gradients."""
     with left_alone(model), evaluation_mode(model), torch.no_grad(), padding_known(model):

@@ -251,13 +251,13 @@ def inputs_of(batch: Any, index: int = 0, name: str = "calibration") -> Any:
     """
     if isinstance(batch, (tuple, list)):
         if not batch:
-            raise DataError(f"a {name} batch must hold an input, got an empty one (batch {index})")
+            raise DataError(f"a batch must hold an input, got an empty one ({name}, batch {index})")
         batch = batch[0]
     inputs = dict(batch) if isinstance(batch, Mapping) else batch
     if not tensors_of(inputs):
         raise ConfigError(
-            f"the input of a {name} batch must be a tensor, or a tuple or mapping with a tensor in it, got "
-            f"{type(inputs).__name__} (batch {index})"
+            "the input of a batch must be a tensor, or a tuple or mapping with a tensor in it, got "
+            f"{type(inputs).__name__} ({name}, batch {index})"
         )
     return inputs
 
@@ -266,12 +266,12 @@ def check_inputs(batch: Any, index: int, name: str) -> None:
     """Raise DataError unless all tensors among a batch's inputs have values, finite ones where they float."""
     for tensor in tensors_of(inputs_of(batch, index, name)):
         if tensor.numel() == 0:
-            raise DataError(f"a {name} batch must hold inputs, got an empty one (batch {index})")
+            raise DataError(f"a batch must hold inputs, got an empty one ({name}, batch {index})")
         if tensor.layout != torch.strided or tensor.is_meta:
             kind = "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
-            raise DataError(f"{name} inputs must be dense tensors with values, got a {kind} tensor (batch {index})")
+            raise DataError(f"inputs must be dense tensors with values, got a {kind} tensor ({name}, batch {index})")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise DataError(f"{name} inputs must be finite, got NaN or infinity (batch {index})")
+            raise DataError(f"inputs must be finite, got NaN or infinity ({name}, batch {index})")
 
 
 def calls(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Call]:
@@ -303,6 +303,8 @@ def _bound(model: nn.Module, call: Call, batch: Any, index: int, name: str) -> C
     except TypeError as error:
         several = isinstance(batch, (tuple, list)) and len(batch) > 1
         cure = f"; {_SEVERAL}" if several else ""
+        if unknown := [str(key) for key in kwargs if key not in known]:
+            cure = f"; it has no argument called {', '.join(unknown)}"
         raise DataError(f"{name} must fit the model, got TypeError: {error}{cure} (batch {index})") from error
     return args, known
 

@@ -223,7 +223,9 @@ def _agreed(
     finite = set(range(blocks))
     for one, other in zip(expected, actual, strict=True):
         parts = blocks if one.dim() and len(one) % blocks == 0 else 1
-        for at, (wanted, given) in enumerate(zip(one.chunk(parts), other.chunk(parts), strict=True)):
+        # A loss, say, has no dimension to be cut along.
+        pairs = zip(one.chunk(parts), other.chunk(parts), strict=True) if parts > 1 else [(one, other)]
+        for at, (wanted, given) in enumerate(pairs):
             if not bool(wanted.isfinite().all()):
                 finite -= {at} if parts > 1 else finite
             elif difference(wanted, given) > rtol:

@@ -33,7 +33,7 @@ At a high rate the loss rises at first and falls again as the rate does; it does
 than at first, or the next lower rate falls further.
 """
 
-_LEAST_STEPS = 5  # before a course is left: a step or two tell nothing
+_LEAST_STEPS, _LEAST_STEPS_IN_TIME = 50, 5  # before a course is left
 
 
 class Course:
@@ -99,7 +99,10 @@ class Course:
             if share >= 1.0:
                 break
             passed = [times for at, times in _LOOKS if last < at <= share]
-            if passed and self.done >= _LEAST_STEPS and grows(self.student, passed[-1]):
+            # Of few steps little is known, unless it is time that allows no more of them.
+            is_slow = self.seconds is not None and share > step / total
+            is_known = self.done >= (_LEAST_STEPS_IN_TIME if is_slow else _LEAST_STEPS)
+            if passed and is_known and grows(self.student, passed[-1]):
                 self.is_left = True
                 break
             last = share

@@ -196,11 +196,10 @@ def distillation(
     if is_kept:
         _take_values(result, student)
     else:
-        _logger.warning(
-            "what was distilled is left out: held out it has loss %.3g and agreement %.3g, without it %.3g and %.3g",
-            *after,
-            *before,
-        )
+        text = f"held out it has loss {after[0]:.3g}, without it {before[0]:.3g}"
+        if not math.isnan(before[1]):
+            text += f", and agreement {after[1]:.3g}, without it {before[1]:.3g}"
+        _logger.warning("what was distilled is left out: %s", text)
     took = time.perf_counter() - began
     judged = (before[0], after[0], before[1], after[1])
     return Distillation(result, lesson.kind, *judged, is_kept, sum(counts), course.rate, course.done, took)

@@ -170,22 +170,36 @@ def _counted(outputs: list[Tensor], real: Tensor | None) -> list[Tensor]:
     return [each[real.to(each.device)] if each.dim() > 2 and each.shape[:2] == real.shape else each for each in outputs]
 
 
+def check_one_shape(parts: Iterable[Call]) -> None:
+    """Raise a DataError unless the inputs of all calls fit together, sample by sample."""
+    first: tuple[Any, list[tuple[int, ...]]] | None = None
+    for args, kwargs in parts:
+        if any(isinstance(value, (tuple, list)) for value in (*args, *kwargs.values())):
+            raise DataError(
+                "distillation must have samples along the first dimension of tensors, got a list, as detectors take "
+                "it: shrink(..., distill=False) recovers without it (images)"
+            )
+        leaves, spec = tree_flatten((args, kwargs))
+        found = spec, [tuple(each.shape[1:]) for each in leaves if isinstance(each, Tensor) and each.dim()]
+        first = first or found
+        if found != first:
+            shapes = sorted({*first[1], *found[1]})
+            raise DataError(
+                f"inputs of all batches must have one shape but for their number, got {shapes}: pad them alike, with "
+                "padding='max_length', or recover without distillation: shrink(..., distill=False) (images)"
+            )
+
+
 def joined(parts: list[Call]) -> Call:
     """Make one call of several; a DataError if their inputs don't fit together."""
+    check_one_shape(parts)
     flat = [tree_flatten(part) for part in parts]
-    if any(isinstance(value, (tuple, list)) for args, kwargs in parts for value in (*args, *kwargs.values())):
-        raise DataError(
-            "distillation must have samples along the first dimension of tensors, got a list, as detectors take it: "
-            "shrink(..., distill=False) recovers without it (images)"
-        )
     leaves = []
     for column in zip(*(values for values, _ in flat), strict=False):
-        shapes = {tuple(each.shape[1:]) for each in column if isinstance(each, Tensor) and each.dim()}
-        if len(shapes) > 1 or any(spec != flat[0][1] for _, spec in flat):
-            raise DataError(f"inputs of all batches must have one shape but for their number, got {sorted(shapes)}")
+        has_samples = any(isinstance(each, Tensor) and each.dim() for each in column)
         size = sum(each.nbytes for each in column if isinstance(each, Tensor))
         check_memory(_COPIES * size, "images and a view of them", "fewer images take less", "images")
-        leaves.append(torch.cat(column) if shapes else column[0])
+        leaves.append(torch.cat(column) if has_samples else column[0])
     joined: Call = tree_unflatten(leaves, flat[0][1])
     return joined
 

@@ -14,14 +14,25 @@ import numpy as np
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ANYTHING, FUNCTION, NONE, ConfigError, as_settings, checked, instance, shown, unknown_name
+from nni_topo.errors import (
+    ANYTHING,
+    FUNCTION,
+    NONE,
+    ConfigError,
+    as_settings,
+    check_knobs,
+    checked,
+    instance,
+    shown,
+    unknown_name,
+)
 from nni_topo.network.arguments import BATCHES, MODEL
 from nni_topo.network.calibration import HELD_OUT, Calibration
 from nni_topo.network.capture import batches_of
 from nni_topo.network.cost import NetworkCost
 from nni_topo.network.dense import to_dense
 from nni_topo.network.dependency import OUTPUT, dependency_groups
-from nni_topo.network.inputs import first_call, structure_call
+from nni_topo.network.inputs import calls, first_call, structure_call
 from nni_topo.network.masks import Masks, check_masks, check_model
 from nni_topo.network.measure import time_shares
 from nni_topo.network.modes import detached_copy, device_of, evaluation_mode
@@ -40,6 +51,8 @@ from nni_topo.pruners.budget import (
 from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
 from nni_topo.recovery import compensation, distillation
 from nni_topo.recovery.compensating import METHODS
+from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
+from nni_topo.recovery.lesson import check_one_shape
 from nni_topo.recovery.likeness import Answers
 from nni_topo.recovery.narrowing import narrow_instead
 from nni_topo.recovery.report import CompensationReport
@@ -260,6 +273,8 @@ def shrink(
     _check(model, budget, pruner, knobs, compensate, distill, evaluate)
     args, kwargs = structure_call(model, calibration)
     example: Any = kwargs or args
+    if distill is True or isinstance(distill, Mapping):
+        check_one_shape(calls(model, calibration))
     # What judges took no part in any step: a network looks better than it is on the images that it was solved on.
     learned, held_out = calibration.split()
     stages = _Stages(model, learned, held_out, example, evaluate)
@@ -565,8 +580,12 @@ def _check(
     check_model(model)
     (instance(Mapping) | NONE).check("knobs", knobs, "shrink")
     (FUNCTION | NONE).check("evaluate", evaluate, "shrink")
+    if isinstance(pruner, type):
+        raise ConfigError(f"pruner must be a pruner's name, or a function, got the class {pruner.__name__} (shrink)")
     if not callable(pruner):
         check_knob_names(pruner, knobs or {})
+        if not pruner_info(pruner).structured:
+            raise ConfigError(f"pruner must be one that removes whole channels, got {pruner!r} (shrink)")
     if budget.allocation == AUTO:
         allocations_to_try(pruner)
     if not (compensate is None or callable(compensate) or compensate in METHODS):
@@ -578,3 +597,4 @@ def _check(
         for knob in distill:
             if knob not in allowed:
                 raise unknown_name("knob of distill", str(knob), allowed)
+        check_knobs("distill", distill, DISTILLATION_KNOBS)

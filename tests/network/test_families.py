@@ -44,7 +44,7 @@ OWN = {
     "layer_scale": (0.5, set()),
     "constants": (None, {"two", "three"}),
     "words": (0.5, set()),
-    "reparametrized": (10 / 36, {"old"}),
+    "reparametrized": (10 / 36, {"old", "new"}),
     "fixed_view": (None, {"two.0"}),
     "pixel_shuffle": (0.5, set()),
     "untraceable": (0.0, {"one", "two"}),

@@ -130,7 +130,7 @@ def test_no_batch_is_refused():
 
 
 def test_nan_images_are_refused():
-    with pytest.raises(DataError, match=r"calibration inputs must be finite.*batch 0"):
+    with pytest.raises(DataError, match=r"inputs must be finite.*batch 0"):
         ActivationCollector([toy_images() * float("nan")]).collect(context_of(toy_model(), CONVS))
 
 

@@ -110,7 +110,7 @@ def test_bad_requests_are_refused():
         collected(toy_model(), [], ["hidden"])
     bad = toy_images(4)
     bad[0] = torch.nan
-    with pytest.raises(DataError, match=r"calibration inputs must be finite.*batch 0"):
+    with pytest.raises(DataError, match=r"inputs must be finite.*batch 0"):
         collected(toy_model(), [bad], ["hidden"])
     sizes = "'none' or 'mean' or an integer of at least 1"
     for pool, words in (("max", "a known name.*did you mean mean"), (0, sizes), (True, sizes)):

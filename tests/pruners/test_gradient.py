@@ -165,7 +165,7 @@ def test_missing_targets_are_refused_before_the_model_is_wrapped(calibration, wo
     [
         (
             (toy_images(4) * float("nan"), torch.zeros(4, dtype=torch.long)),
-            r"calibration inputs must be finite.*batch 0",
+            r"inputs must be finite.*batch 0",
         ),
         ((toy_images(4), torch.zeros(3, dtype=torch.long)), "targets must fit the loss"),
         ((toy_images(4), torch.full((4,), 9)), "targets must fit the loss"),

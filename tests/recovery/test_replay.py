@@ -178,7 +178,7 @@ def test_batches_may_be_tensors_tuples_and_mappings():
     ("batches", "error", "message"),
     [
         ([], DataError, "at least one batch, got none"),
-        ([()], DataError, "must hold an input, got an empty one .batch 0."),
+        ([()], DataError, "must hold an input, got an empty one .calibration, batch 0."),
         (["text"], ConfigError, "with a tensor in it, got str"),
     ],
 )

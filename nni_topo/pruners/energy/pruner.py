@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError, Rule, instance, number, one_of, settings
 from nni_topo.maths import signals
 from nni_topo.maths.ties import descending
-from nni_topo.network.calibration import calibration_of
+from nni_topo.network.capture import pruner_batches
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget, planned
 from nni_topo.pruners.checks import pruner_arguments
@@ -153,7 +153,7 @@ class EnergyFilterPruner(StructuredPruner):
     ) -> None:
         self.example_inputs = example_inputs
         self.signal = signal
-        self.calibration = calibration_of(calibration)
+        self.calibration = pruner_batches(calibration, model)
         self.budget = budget
         self.normalization = normalization
         self.batch_norm = batch_norm

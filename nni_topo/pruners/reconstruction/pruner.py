@@ -19,7 +19,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import FLAG, ConfigError, whole
-from nni_topo.network.calibration import calibration_of
+from nni_topo.network.capture import pruner_batches
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import ALLOCATIONS, Budget, BudgetPlanner, planned
 from nni_topo.pruners.checks import pruner_arguments
@@ -119,7 +119,7 @@ class ReconstructionPruner(StructuredPruner):
         seed: int = 0,
         progress: bool | None = None,
     ) -> None:
-        kept = calibration_of(calibration)
+        kept = pruner_batches(calibration, model)
         if kept is None:
             raise ConfigError("ReconstructionPruner needs calibration data, got none (calibration)")
         self.calibration = calibration = kept

@@ -16,7 +16,7 @@ from torch import nn
 
 from nni_topo.errors import NONE, ConfigError, all_of, as_settings, settings
 from nni_topo.maths.clustering.subclustering import ENERGY, Growth, SplitTree
-from nni_topo.network.calibration import calibration_of
+from nni_topo.network.capture import pruner_batches
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds.features import POOL, Pool
@@ -126,7 +126,7 @@ class SubclusterPruner(StructuredPruner):
         self.seed = seed
         _check_names(model, energy, "energy")
         _check_names(model, self.growth.initial_ratio, "initial_ratio")
-        self.calibration = calibration_of(calibration)
+        self.calibration = pruner_batches(calibration, model)
         self.round_to = round_to
         collector = feature_collector(self.calibration, evaluator, pool, config_list)
         self._metric = SubclusterMetric(
