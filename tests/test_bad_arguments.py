@@ -535,7 +535,16 @@ def test_the_arguments_that_are_changed_work(name):
     run(function_of(name), VALID[name]())
 
 
-@pytest.mark.parametrize("name", WALKED)
+HEAVY = {"distillation", "compensation", "shrink", "dependency_groups", "to_dense", "analysis.sensitivity"}
+HEAVY |= {"analysis.deviation_of", "analysis.study_selection", "analysis.study_replacement", "analysis.study_energy"}
+HEAVY |= {"zoo.latency_ms", "zoo.train", "analysis.accumulate_energy", "analysis.neural_persistence"}
+
+
+def is_heavy(name: str) -> bool:
+    return name.removeprefix("nni_topo.") in HEAVY or name.endswith("Pruner")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * is_heavy(name)) for name in WALKED])
 def test_wrong_values_are_told_by_name(name):
     found = {}
     for parameter, hint in hints(function_of(name)).items():
