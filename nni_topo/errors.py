@@ -99,8 +99,9 @@ class Rule:
             if found is not None:
                 found(name, value, place)
 
+        words = dict.fromkeys([*self.words.split(" or "), *other.words.split(" or ")])  # each once
         return Rule(
-            f"{self.words} or {other.words}",
+            " or ".join(words),
             lambda value: self.holds(value) or other.holds(value),
             self.names + other.names,
             self.tell or other.tell,

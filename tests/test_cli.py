@@ -95,7 +95,7 @@ def test_a_third_partys_pruners_are_compared_by_path_and_by_entry_point(tmp_path
         (["compare", "--model", "small_cnn", "--ratio", "1.5"], "got 1.5"),
         (["compare", "--model", "small_cnn", "--device", "tpu"], "PyTorch can use, got 'tpu'"),
         (["compare"], "--model or --plan"),
-        (["compare", "--model", "small_cnn", "--distill", "1"], "images must be at least 2, got 1 (distill)"),
+        (["compare", "--model", "small_cnn", "--distill", "1"], "an integer of at least 2, got 1 (distill)"),
         (["prune", "--model", "small_cnn", "--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )

@@ -25,7 +25,19 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.disk import check_output_file, path_of
-from nni_topo.errors import FLAG, NONE, SEED, ConfigError, DataError, check_knobs, checked, number, unknown_name, whole
+from nni_topo.errors import (
+    ANYTHING,
+    FLAG,
+    NONE,
+    SEED,
+    ConfigError,
+    DataError,
+    check_knobs,
+    checked,
+    number,
+    unknown_name,
+    whole,
+)
 from nni_topo.network.arguments import BATCHES, MODEL
 from nni_topo.network.calibration import HELD_OUT
 from nni_topo.network.capture import batches_of
@@ -98,7 +110,7 @@ class Distillation:
     seconds: float
 
 
-@checked(dense=MODEL, original=MODEL, images=BATCHES, held_out=BATCHES | NONE, **KNOBS)
+@checked(dense=MODEL, original=MODEL, images=BATCHES, held_out=BATCHES | NONE, state=ANYTHING, **KNOBS)
 @leaves_models_alone
 @in_smaller_batches
 def distillation(
