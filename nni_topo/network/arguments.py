@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from nni_topo.errors import (
     FLAG,
+    NONE,
     ConfigError,
     DataError,
     Rule,
@@ -113,9 +114,9 @@ def check_entry(entry: Any, place: str, rules: Mapping[str, Rule] = {}) -> None:
         check_knobs(f"{place}.target_settings.{target}", setting, {**_SETTING, **rules})
 
 
-def _look_at_entries(name: str, config_list: Sequence[Any], place: str) -> None:
+def _look_at_entries(name: str, config_list: Sequence[Any], place: str, *, rules: Mapping[str, Rule] = {}) -> None:
     for index, entry in enumerate(config_list):
-        check_entry(entry, f"config_list[{index}]")
+        check_entry(entry, f"config_list[{index}]", rules)
 
 
 _MODEL = (
@@ -168,4 +169,8 @@ _ENTRY = _SETTING | {
     "target_names": _NAMES,
     "target_settings": all_of(instance(dict), dict),
 }
+ROUND_TO = whole(1) | one_of(("auto",)) | NONE
 CONFIG_LIST = Rule("a list of dicts", lambda value: isinstance(value, (list, tuple)), look=_look_at_entries)
+_BY_HEAD = {"granularity": one_of(("head",)) | _SETTING["granularity"]}
+UNGROUPED = Rule(CONFIG_LIST.words, CONFIG_LIST.holds, look=partial(_look_at_entries, rules=_BY_HEAD))
+"""Of a config_list for `dependency_groups`, which may ask for heads."""

@@ -13,7 +13,7 @@ from nni.compression.speedup.replacer import Replacer
 
 from nni_topo.errors import ConfigError, checked
 from nni_topo.network.advice import way_forward
-from nni_topo.network.arguments import INPUTS, MASKS, MODEL
+from nni_topo.network.arguments import INPUTS, MASKS, MODEL, ROUND_TO
 from nni_topo.network.attention import tell_config
 from nni_topo.network.carriers import Brought, brought, carry
 from nni_topo.network.channels import ONLY_TRAINED, ChannelFlow
@@ -37,7 +37,7 @@ from nni_topo.sharing import find_ties, tie_again, untie
 _logger = logging.getLogger(__name__)
 
 
-@checked(model=MODEL, example_inputs=INPUTS, masks=MASKS)
+@checked(model=MODEL, example_inputs=INPUTS, masks=MASKS, round_to=ROUND_TO)
 @leaves_models_alone
 @fast_paths_off()
 def to_dense(

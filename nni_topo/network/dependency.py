@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils.parametrize import is_parametrized
 
 from nni_topo.errors import NONE, ConfigError, Rule, SpeedupError, checked
-from nni_topo.network.arguments import CONFIG_LIST, SHAPES, STRUCTURE
+from nni_topo.network.arguments import SHAPES, STRUCTURE, UNGROUPED
 from nni_topo.network.attention import Attention, is_attention
 from nni_topo.network.channels import ONLY_TRAINED, ChannelFlow
 from nni_topo.network.equal_blocks import blocks_of
@@ -94,7 +94,7 @@ class DependencyGroups(list[dict[str, Any]]):
         )
 
 
-@checked(model=STRUCTURE, example_inputs=SHAPES, config_list=CONFIG_LIST)
+@checked(model=STRUCTURE, example_inputs=SHAPES, config_list=UNGROUPED)
 @leaves_models_alone
 def dependency_groups(
     model: torch.nn.Module, example_inputs: Any, config_list: list[dict[str, Any]], *, strict: bool = False

@@ -26,7 +26,7 @@ from nni_topo.errors import (
     shown,
     unknown_name,
 )
-from nni_topo.network.arguments import BATCHES, MODEL
+from nni_topo.network.arguments import BATCHES, MODEL, ROUND_TO
 from nni_topo.network.calibration import HELD_OUT, Calibration
 from nni_topo.network.capture import batches_of
 from nni_topo.network.cost import NetworkCost
@@ -177,7 +177,7 @@ def _with_interval(value: float, low: float, high: float) -> str | None:
 
 
 # What takes names, knobs or functions is looked at below.
-@checked(model=MODEL, images=BATCHES, budget=ANYTHING, pruner=ANYTHING, distill=ANYTHING)
+@checked(model=MODEL, images=BATCHES, budget=ANYTHING, pruner=ANYTHING, distill=ANYTHING, round_to=ROUND_TO)
 @leaves_models_alone
 def shrink(
     model: nn.Module,
