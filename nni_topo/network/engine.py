@@ -92,6 +92,8 @@ class _Cutter(Replacer):
                 owner, _, target = name.rpartition(".")
                 module = model.get_submodule(owner)
                 keep(module, target, getattr(module, target).index_select(own.dim, kept.to(device_of(module))))
+                if isinstance(module, torch.nn.Embedding) and own.dim == 1:  # read as a parameter, as DeBERTa does
+                    module.embedding_dim = len(kept)
         for attention in dict.fromkeys(each.name for each in flow.heads.values()):
             found = flow.attention[attention]
             layer = next(iter(found.channels))

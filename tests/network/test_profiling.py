@@ -70,5 +70,5 @@ def test_auto_rounds_to_what_the_processor_takes_at_once():
     step = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
     assert dense[0].out_channels == -(-33 // step) * step
     assert widths_multiple("auto", torch.device("cuda")) == 8
-    with pytest.raises(ConfigError, match="round_to must be a positive integer"):
+    with pytest.raises(ConfigError, match="round_to must be a known name"):
         nni_topo.to_dense(model, images, {"0": {"weight": mask}}, round_to="fast")

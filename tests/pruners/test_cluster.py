@@ -269,7 +269,7 @@ def test_calibration_that_does_not_fit_is_named_by_its_batch():
         ClusterPruner(model, config, calibration=[data, data[:, :3]]).compress()
     for calibration, message in (
         (data.numpy(), r"got one array of shape \(64, 5\)"),
-        ([data.numpy()], r"a calibration batch must be a tensor.*got ndarray \(batch 0\)"),
+        ([data.numpy()], r"the input of a batch must be a tensor.*got ndarray \(calibration, batch 0\)"),
     ):
         with pytest.raises(ConfigError, match=message):
             ClusterPruner(families()[0], config, calibration=calibration).compress()

@@ -64,7 +64,7 @@ def test_behind_a_norm_and_at_the_beginning_nothing_makes_up_for_them(build, nam
     ("names", "knobs", "message"),
     [
         ([], {}, "at least one block's name, got"),
-        ("blocks.1", {}, "at least one block's name, got 'blocks.1'"),
+        ("blocks.1", {}, "names must be a sequence, each value a str, got 'blocks.1'"),
         (["blocks.9"], {}, r"blocks\.9"),
         (["head"], {}, "a block must lie in a ModuleList or Sequential, got one of PatchTransformer"),
         ([f"blocks.{number}" for number in range(5)], {}, r"at least one block must stay, got all 5 \(blocks\)"),

@@ -255,11 +255,11 @@ def bad_model(change):
     [
         ([], DataError, "at least one batch, got none"),
         (iter([]), DataError, "at least one batch, got none"),
-        ([toy_images(0)], DataError, "must hold inputs, got an empty one .batch 0."),
+        ([toy_images(0)], DataError, "must hold inputs, got an empty one .calibration, batch 0."),
         (
             [toy_images(2), torch.full((1, 3, 8, 8), math.nan)],
             DataError,
-            "must be finite, got NaN or infinity .batch 1.",
+            "must be finite, got NaN or infinity .calibration, batch 1.",
         ),
         ([torch.ones(2, 1, 8, 8)], DataError, "must fit the model, got RuntimeError: .* .batch 0."),
         ([toy_images(2), torch.ones(2, 1, 8, 8)], DataError, "must fit the model, got RuntimeError: .* .batch 1."),

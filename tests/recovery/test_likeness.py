@@ -192,7 +192,7 @@ def test_the_report_says_which_layers_can_not_lose_channels():
         ({"evaluate": lambda net: "good"}, "evaluate must return a number, got 'good'"),
         ({"evaluate": lambda net: None}, "evaluate must return a number, got None"),
         ({"evaluate": lambda net: np.zeros(3)}, "evaluate must return a number"),
-        ({"knobs": 5}, "knobs must be a Mapping or None, got 5"),
+        ({"knobs": 5}, "knobs must be a mapping or None, got 5"),
         ({"pruner": lambda model, config_list, images: None}, "masks must be"),
         ({"compensate": lambda model, masks, images: None}, "compensate must return a torch.nn.Module, got NoneType"),
         ({"distill": lambda dense, model, images: 3}, "distill must return a torch.nn.Module, got int"),
