@@ -151,7 +151,8 @@ def _learning(student: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
     """Let gradients be taken and some batch norms use their batches; what masks have made zero stays zero."""
     handles = []
     for module in student.modules():
-        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        own = dict(module.named_parameters(recurse=False))  # scripted modules have no dicts of theirs
+        weight, bias = own.get("weight"), own.get("bias")
         if weight is None or bias is None:
             continue
         # A channel of zeros would come back by its bias, or by its norm's factor.

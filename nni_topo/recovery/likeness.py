@@ -91,7 +91,7 @@ class Answers:
             squares = (one.double() - other.double()).square()
             if theirs.real is not None and squares.dim() > 2 and squares.shape[:2] == theirs.real.shape:
                 squares = squares.flatten(2).sum(2) * theirs.real
-            by_sample = squares.flatten(1).sum(1)
+            by_sample = squares.reshape(theirs.samples, -1).sum(1)
             # Outputs that never vary have no scale: only the same ones are near.
             total += by_sample / scale if scale > 0.0 else torch.where(by_sample > 0.0, math.inf, 0.0)
         found: list[float] = (total / max(len(mine.outputs), 1)).tolist()

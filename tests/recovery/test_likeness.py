@@ -88,6 +88,27 @@ def test_padding_and_lengths_that_differ_do_not_count():
     assert math.isnan(likeness.agreement.value)
 
 
+class Similar(nn.Module):
+    """One number for each pair."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.map, self.scale = nn.Linear(5, 4), scale
+
+    def forward(self, images):
+        return self.scale * (self.map(images) * self.map(-images)).sum(1)
+
+
+def test_outputs_of_one_number_a_sample_are_compared():
+    images = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
+    (likeness,) = Answers(Similar(), Calibration([images])).likenesses(Similar(1.5))
+    with torch.no_grad():
+        wanted = Similar()(images).double()
+    assert likeness.distance.value == pytest.approx(float(0.25 * wanted.square().mean() / wanted.var(correction=0)))
+    assert math.isnan(likeness.agreement.value)
+
+
 class Boxes(nn.Module):
     """A detector: as many boxes as it finds."""
 
