@@ -25,6 +25,7 @@ def trial(damage_rate):
     return EvolutionTrial.of(pruner), masks["0"]["weight"], model[0].weight
 
 
+@pytest.mark.slow
 def test_a_trial_holds_the_search_and_gives_the_pictures(tmp_path, drawn):
     first, mask, weight = trial(0.1)
     assert first.kept.reshape(8, 10).tolist() == mask.bool().tolist()

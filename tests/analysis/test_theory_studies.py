@@ -220,6 +220,7 @@ def test_evolution_command(checkpoint, tmp_path, capsys):
     assert "highest" in text
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_flags_say(checkpoint, tmp_path, capsys):
     plan = tmp_path / "plan.yaml"
     plan.write_text(
