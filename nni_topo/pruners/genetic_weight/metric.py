@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, check_answer, check_memory, check_result
+from nni_topo.errors import check_answer, check_memory, check_result
 from nni_topo.maths.search.gene_layers import BoolArray, FloatArray, Layer
 from nni_topo.maths.search.weights import WeightGeneticAlgorithm, WeightSearch
 from nni_topo.network.calibration import Calibration
@@ -105,13 +105,8 @@ def largest_share(unit: PruningUnit) -> float:
 
 
 def checked_validation(validation: Iterable[Any] | None) -> list[Any] | None:
-    """Return labelled batches as a list, or raise a ConfigError where there is none."""
-    if validation is None:
-        return None
-    batches = list(Calibration(validation, name="validation"))
-    if not batches:
-        raise ConfigError("validation must hold at least one batch, got none (validation)")
-    return batches
+    """Return labelled batches as a list; a DataError where there is none."""
+    return None if validation is None else list(Calibration(validation, name="validation"))
 
 
 def _in_evaluation(model: nn.Module, score: Callable[[], float]) -> float:
