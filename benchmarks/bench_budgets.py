@@ -32,8 +32,8 @@ from torch import nn
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.network.cost import NetworkCost
-from nni_topo.network.measure import memory_kept, now, time_shares
+from nni_topo.network.cost.cost import NetworkCost
+from nni_topo.network.cost.measure import memory_kept, now, time_shares
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.runs.records import append_record, read_records
 from nni_topo.runs.tables import markdown_table

@@ -41,7 +41,7 @@ from zoo_reference import DETECTING, PRUNED, difference, run, width, zeroed_outp
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.network.modes import detached_copy
+from nni_topo.network.runtime.copying import detached_copy
 from nni_topo.runs.records import append_record, read_records
 from nni_topo.runs.rivals import KINDS, PREFIX, cut
 

@@ -27,7 +27,7 @@ from torch.utils.data import TensorDataset
 
 import nni_topo
 from nni_topo.errors import NniTopoError
-from nni_topo.network.latency import LatencyTable
+from nni_topo.network.cost.latency import LatencyTable
 from nni_topo.runs.experiment.settings import read_parameters
 from nni_topo.runs.plan import load_plan, load_prune_config
 from nni_topo.runs.records import COMPARED, read_records

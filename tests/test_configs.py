@@ -16,8 +16,8 @@ from PIL import Image
 from nni_topo import zoo
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network import files as serialization
-from nni_topo.network.zeros import weights_left
+from nni_topo.network.io import checkpoint as serialization
+from nni_topo.network.layers.zeros import weights_left
 from nni_topo.runs.compare import compare
 from nni_topo.runs.plan import CompensationChoice, DataChoice, ModelChoice, load_plan, load_prune_config
 from nni_topo.runs.prune import prune_checkpoint

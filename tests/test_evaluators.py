@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import nni_topo
 from nni_topo.errors import ConfigError
-from nni_topo.network.capture import called
+from nni_topo.network.runtime.hooks import called
 from nni_topo.testing import toy_evaluator, toy_images, toy_model
 
 Setup = Callable[[], tuple[nn.Module, Any]]

@@ -71,3 +71,21 @@ def test_rooms_and_floors_are_few_and_no_import_goes_in_a_circle():
 )
 def test_a_room_knows_nobody_above_it(room, strangers):
     assert not plan()[room] & strangers
+
+
+FOLDERS = ["runtime", "layers", "attention", "graph", "channels", "speedup", "cost", "io"]
+
+
+def test_each_folder_of_network_imports_only_those_before_it_and_by_what_these_export():
+    network = PACKAGE / "network"
+    assert sorted(path.name for path in network.iterdir() if path.name not in ("__init__.py", "__pycache__")) == sorted(
+        FOLDERS
+    )
+    for path in network.rglob("*.py"):
+        folder = path.relative_to(network).parts[0]
+        for name in imported(path) if folder in FOLDERS else ():
+            parts = name.split(".")
+            if parts[:2] != ["nni_topo", "network"] or len(parts) < 3 or parts[2] == folder:
+                continue
+            assert FOLDERS.index(parts[2]) < FOLDERS.index(folder), f"{path.name} imports {name}"
+            assert len(parts) == 3, f"{path.name} imports {name}, which nni_topo.network.{parts[2]} may export"

@@ -34,7 +34,7 @@ from nni_topo import (
     to_dense,
 )
 from nni_topo.errors import ConfigError, SpeedupError
-from nni_topo.network.attention import find_attention
+from nni_topo.network.attention.heads import find_attention
 from nni_topo.sharing import find_ties
 from nni_topo.testing import require_unchanged, snapshot
 

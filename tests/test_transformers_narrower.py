@@ -26,7 +26,7 @@ from nni_topo import (
     to_dense,
 )
 from nni_topo.errors import ConfigError
-from nni_topo.network.attention import find_attention
+from nni_topo.network.attention.heads import find_attention
 
 
 # Positions turn a part of GPT-NeoX' and Phi's heads; those of ModernBERT aren't known in Transformers 5.

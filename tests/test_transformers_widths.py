@@ -23,7 +23,7 @@ from nni_topo import (
     save_pretrained,
     to_dense,
 )
-from nni_topo.network.attention import find_attention
+from nni_topo.network.attention.heads import find_attention
 
 
 @pytest.mark.parametrize(

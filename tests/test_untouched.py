@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 import nni_topo
 from nni_topo import analysis, network, recovery, zoo
 from nni_topo.errors import DataError
-from nni_topo.network.untouched import left_alone
+from nni_topo.network.runtime.untouched import left_alone
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.testing import require_unchanged, snapshot, toy_knobs
 

@@ -18,10 +18,9 @@ from torch import nn
 
 from nni_topo.analysis.layers import WeightLayer, weight_layers
 from nni_topo.errors import ConfigError, check_between, checked, unknown_name
-from nni_topo.network.arguments import INPUTS, MODEL
-from nni_topo.network.network import Network
-from nni_topo.network.sizes import padded_size
-from nni_topo.network.untouched import leaves_models_alone
+from nni_topo.network.layers import padded_size
+from nni_topo.network.runtime import INPUTS, MODEL, leaves_models_alone
+from nni_topo.network.speedup import Network
 from nni_topo.runs.study import Findings, ModelVerb, Study, Tell
 from nni_topo.runs.tables import as_table
 from nni_topo.zoo import create_model, list_models

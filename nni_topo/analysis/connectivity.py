@@ -14,14 +14,19 @@ from torch import Tensor, nn
 
 from nni_topo.analysis.deviation import CONNECTIONS, PointsStudy, PrunersStudy, curves, share_kept, study_masks
 from nni_topo.errors import ConfigError, DataError, checked, unknown_name
-from nni_topo.network.arguments import INPUTS, MASKS, MODEL
-from nni_topo.network.capture import by_channel, watched
-from nni_topo.network.computed import fold
-from nni_topo.network.inputs import call_arguments, tensors_of
-from nni_topo.network.layers import CONVOLUTIONS, NORMALIZING
-from nni_topo.network.masked import masked_model
-from nni_topo.network.modes import detached_copy, evaluation_mode
-from nni_topo.network.untouched import leaves_models_alone
+from nni_topo.network.layers import CONVOLUTIONS, NORMALIZING, by_channel, fold
+from nni_topo.network.runtime import (
+    INPUTS,
+    MASKS,
+    MODEL,
+    call_arguments,
+    detached_copy,
+    evaluation_mode,
+    leaves_models_alone,
+    tensors_of,
+    watched,
+)
+from nni_topo.network.speedup import masked_model
 from nni_topo.runs.run import Start
 from nni_topo.runs.study import Names, Tell
 from nni_topo.runs.tables import as_table

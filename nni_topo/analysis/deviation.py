@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from nni_topo.analysis.bounds.propagation import ErrorBound, error_bound
 from nni_topo.errors import ConfigError, DataError, check_integer, check_jobs, checked, unknown_name
-from nni_topo.network.arguments import INPUTS, MODEL
-from nni_topo.network.dependency import dependency_groups
-from nni_topo.network.masked import masked_model
+from nni_topo.network.runtime import INPUTS, MODEL
+from nni_topo.network.speedup import dependency_groups, masked_model
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import pruner_info
 from nni_topo.runs.pictures import finish, panels

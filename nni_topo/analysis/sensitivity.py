@@ -21,13 +21,9 @@ from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, check_jobs, check_result, checked, instance
-from nni_topo.network.arguments import INPUTS, MODEL
-from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import CONVOLUTIONS, check_names
-from nni_topo.network.masked import masked_model
-from nni_topo.network.modes import detached_copy
-from nni_topo.network.network import Network
-from nni_topo.network.untouched import leaves_models_alone
+from nni_topo.network.runtime import INPUTS, MODEL, detached_copy, leaves_models_alone
+from nni_topo.network.speedup import Network, dependency_groups, masked_model
 from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
 from nni_topo.runs.pictures import figure_of, finish, single
 from nni_topo.runs.run import pruner_knobs

@@ -1,17 +1,16 @@
 """From NNI's masks to a smaller dense model: dependency groups, the masked reference, ModelSpeedup."""
 
-from nni_topo.network.dense import to_dense
-from nni_topo.network.dependency import DependencyGroups, dependency_groups
-from nni_topo.network.exporting import Exported, export
-from nni_topo.network.files import load, save
-from nni_topo.network.latency import LatencyTable, LayerLatency
-from nni_topo.network.layers import as_torch_layers, register_module
-from nni_topo.network.masked import masked_model
-from nni_topo.network.pretrained import save_pretrained
-from nni_topo.network.profiling import ModeCost, profile
-from nni_topo.network.report import DenseReport, LayerReport
-from nni_topo.network.timing import measure_latency
-from nni_topo.network.zeros import zeros_held
+from nni_topo.network.cost import LatencyTable, LayerLatency, ModeCost, measure_latency, profile
+from nni_topo.network.io import Exported, export, load, save, save_pretrained
+from nni_topo.network.layers import as_torch_layers, register_module, zeros_held
+from nni_topo.network.speedup import (
+    DenseReport,
+    DependencyGroups,
+    LayerReport,
+    dependency_groups,
+    masked_model,
+    to_dense,
+)
 
 __all__ = [
     "DenseReport",

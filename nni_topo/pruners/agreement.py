@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nni_topo.maths.ties import descending
-from nni_topo.network.partial import meeting
-from nni_topo.network.shuffles import chosen_of
+from nni_topo.network.channels import chosen_of, meeting
 from nni_topo.pruners.planner import FloatArray
 from nni_topo.pruners.units import PruningUnit
 

@@ -22,10 +22,9 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import NONE, ConfigError, LayerError, Rule, instance
-from nni_topo.network.dependency import DependencyGroups
-from nni_topo.network.inputs import in_smaller_batches
 from nni_topo.network.layers import kept_channels
-from nni_topo.network.untouched import left_alone
+from nni_topo.network.runtime import in_smaller_batches, left_alone
+from nni_topo.network.speedup import DependencyGroups
 from nni_topo.pruners.allocators import ConfigAllocator
 from nni_topo.pruners.budget import BudgetPlanner
 from nni_topo.pruners.checks import check_keys_left_out, check_request, matched_modules, pruner_arguments

@@ -25,13 +25,9 @@ from nni_topo.errors import (
     one_of,
     unknown_name,
 )
-from nni_topo.network.cost import Kept, NetworkCost
-from nni_topo.network.dense import to_dense
-from nni_topo.network.inputs import inputs_of
-from nni_topo.network.latency import LatencyTable
-from nni_topo.network.measure import time_shares
-from nni_topo.network.modes import unwrapped_copy
-from nni_topo.network.timing import measure_latency
+from nni_topo.network.cost import Kept, LatencyTable, NetworkCost, measure_latency, time_shares
+from nni_topo.network.runtime import inputs_of, unwrapped_copy
+from nni_topo.network.speedup import to_dense
 from nni_topo.pruners.agreement import Agreement
 from nni_topo.pruners.planner import Losses, Planner
 from nni_topo.pruners.solving import solve_error, solve_timed, solve_tolerance, solve_uniform

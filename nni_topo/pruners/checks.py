@@ -38,11 +38,9 @@ from nni_topo.errors import (
     unknown_name,
     whole,
 )
-from nni_topo.network.arguments import BATCHES, CONFIG_LIST, INPUTS, MODEL, check_entry
-from nni_topo.network.dependency import DependencyGroups, by_reason
-from nni_topo.network.inputs import in_smaller_batches
 from nni_topo.network.layers import CONVOLUTIONS, check_names, is_recurrent
-from nni_topo.network.untouched import left_alone
+from nni_topo.network.runtime import BATCHES, CONFIG_LIST, INPUTS, MODEL, check_entry, in_smaller_batches, left_alone
+from nni_topo.network.speedup import DependencyGroups, by_reason
 
 _Given = ParamSpec("_Given")
 _Returned = TypeVar("_Returned")

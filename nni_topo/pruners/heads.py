@@ -17,9 +17,8 @@ from nni.compression.utils.scaling import Scaling
 from torch import Tensor
 
 from nni_topo.compat.wrapping import calling, scaling
-from nni_topo.network.attention import IntArray, find_heads
+from nni_topo.network.attention import IntArray, find_heads, is_whole, set_stepwise
 from nni_topo.network.layers import row_names, weight_name
-from nni_topo.network.stepwise import is_whole, set_stepwise
 from nni_topo.pruners.transposed import OutputScaling, scale_by_outputs
 from nni_topo.pruners.units import TargetSpaces, holds_columns
 

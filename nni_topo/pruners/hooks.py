@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, check_memory
-from nni_topo.network.capture import padding_known, run
-from nni_topo.network.modes import evaluation_mode
-from nni_topo.network.shuffles import Share
+from nni_topo.network.channels import Share
+from nni_topo.network.runtime import evaluation_mode, padding_known, run
 from nni_topo.pruners.planner import Losses, Planner
 from nni_topo.pruners.units import PruningUnit, TargetSpaces, Ties, block_shape, pruning_units
 from nni_topo.recovery.steps import Pairs

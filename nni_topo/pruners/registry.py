@@ -18,7 +18,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import ANYTHING, ConfigError, check_fields, checked, instance, rule_of, unknown_name
-from nni_topo.network.arguments import CONFIG_LIST, MODEL
+from nni_topo.network.runtime import CONFIG_LIST, MODEL
 from nni_topo.pruners.checks import check_request, of_single_weights
 from nni_topo.pruners.heads import show_heads_to_nni
 from nni_topo.pruners.hooks import DataCollector, MetricCalculator, SparsityAllocator

@@ -29,8 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nni_topo.errors import DataError
 from nni_topo.maths.least_squares.gauss_newton import Vector, gauss_newton
-from nni_topo.network.inputs import tensors_of
-from nni_topo.network.progress import bar
+from nni_topo.network.runtime import bar, tensors_of
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.reconstruct import ReconstructTask

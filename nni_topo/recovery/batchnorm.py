@@ -11,11 +11,18 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.errors import DataError, checked
-from nni_topo.network.arguments import BATCHES, MODEL
-from nni_topo.network.capture import batches_of
-from nni_topo.network.inputs import calls, fitting, in_smaller_batches
-from nni_topo.network.modes import detached_copy, evaluation_mode
-from nni_topo.network.untouched import leaves_models_alone, left_alone
+from nni_topo.network.runtime import (
+    BATCHES,
+    MODEL,
+    batches_of,
+    calls,
+    detached_copy,
+    evaluation_mode,
+    fitting,
+    in_smaller_batches,
+    leaves_models_alone,
+    left_alone,
+)
 
 
 @checked(model=MODEL, calibration=BATCHES)

@@ -24,14 +24,24 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, checked, unknown_name
 from nni_topo.maths.least_squares.normal import NormalEquations, fit
-from nni_topo.network.arguments import BATCHES, MODEL
-from nni_topo.network.calibration import Calibration
-from nni_topo.network.capture import batches_of, watched
-from nni_topo.network.depth import take_out, tell_depth
-from nni_topo.network.inputs import calls, first_call, fitting, real_positions_of, tensors_of
-from nni_topo.network.masks import check_model
-from nni_topo.network.modes import detached_copy, evaluation_mode
-from nni_topo.network.untouched import leaves_models_alone, left_alone
+from nni_topo.network.io import take_out, tell_depth
+from nni_topo.network.runtime import (
+    BATCHES,
+    MODEL,
+    Calibration,
+    batches_of,
+    calls,
+    check_model,
+    detached_copy,
+    evaluation_mode,
+    first_call,
+    fitting,
+    leaves_models_alone,
+    left_alone,
+    real_positions_of,
+    tensors_of,
+    watched,
+)
 
 _HELD_OUT = 5
 _NEAR = 1e-3

@@ -14,13 +14,22 @@ from torch import nn
 from torch.fx import Node
 
 from nni_topo.errors import NONE, ConfigError, check_integer, checked, instance, unknown_name, whole
-from nni_topo.network.arguments import BATCHES, MASKS, MODEL
-from nni_topo.network.calibration import Calibration
-from nni_topo.network.capture import batches_of
-from nni_topo.network.inputs import Call, batch_size, calls, in_smaller_batches, structure_call
-from nni_topo.network.masks import Masks, check_model
-from nni_topo.network.progress import bar
-from nni_topo.network.untouched import leaves_models_alone
+from nni_topo.network.runtime import (
+    BATCHES,
+    MASKS,
+    MODEL,
+    Calibration,
+    Call,
+    bar,
+    batch_size,
+    batches_of,
+    calls,
+    check_model,
+    in_smaller_batches,
+    leaves_models_alone,
+    structure_call,
+)
+from nni_topo.network.speedup import Masks
 from nni_topo.recovery.ahead import look_ahead
 from nni_topo.recovery.networks import Networks, build_networks, copy_norm_statistics, plan_of
 from nni_topo.recovery.replay import Replay

@@ -16,10 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.disk import DELETE, output_file, read_tensors, reading, write_tensors
 from nni_topo.errors import ConfigError
-from nni_topo.network.layers import by_output
-from nni_topo.network.layouts import inputs_laid_out
-from nni_topo.network.progress import bar
-from nni_topo.network.zeros import zeros_held
+from nni_topo.network.layers import by_output, inputs_laid_out, zeros_held
+from nni_topo.network.runtime import bar
 from nni_topo.recovery.lesson import Batches, Lesson
 
 _FORMAT = "nni-topo distillation 2"

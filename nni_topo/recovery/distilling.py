@@ -38,13 +38,19 @@ from nni_topo.errors import (
     unknown_name,
     whole,
 )
-from nni_topo.network.arguments import BATCHES, MODEL
-from nni_topo.network.calibration import HELD_OUT
-from nni_topo.network.capture import batches_of
-from nni_topo.network.inputs import Call, calls, check_fits, in_smaller_batches
-from nni_topo.network.masks import check_model
-from nni_topo.network.modes import detached_copy
-from nni_topo.network.untouched import leaves_models_alone
+from nni_topo.network.runtime import (
+    BATCHES,
+    HELD_OUT,
+    MODEL,
+    Call,
+    batches_of,
+    calls,
+    check_fits,
+    check_model,
+    detached_copy,
+    in_smaller_batches,
+    leaves_models_alone,
+)
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.course import Course
 from nni_topo.recovery.lesson import Augment, Lesson, Objective, is_blendable, joined, student_copy

@@ -13,20 +13,23 @@ from torch.nn.functional import kl_div, log_softmax
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nni_topo.errors import ConfigError, DataError, check_memory
-from nni_topo.network.inputs import (
+from nni_topo.network.layers import lay_out
+from nni_topo.network.runtime import (
     Call,
     at_once,
     bind_arguments,
     call_arguments,
     calls,
     cast_floats,
+    detached_copy,
+    device_of,
+    evaluation_mode,
     on_device,
+    random_state_kept,
     real_positions_of,
     taken,
     tensors_of,
 )
-from nni_topo.network.layouts import lay_out
-from nni_topo.network.modes import detached_copy, device_of, evaluation_mode, random_state_kept
 
 Objective = Literal["auto", "kl", "squares"]
 Augment = Callable[[Any], Any]

@@ -11,9 +11,16 @@ from scipy.special import stdtrit
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.calibration import BatchStore, Calibration
-from nni_topo.network.inputs import batch_size, calls, fitting, real_positions_of, tensors_of
-from nni_topo.network.modes import evaluation_mode
+from nni_topo.network.runtime import (
+    BatchStore,
+    Calibration,
+    batch_size,
+    calls,
+    evaluation_mode,
+    fitting,
+    real_positions_of,
+    tensors_of,
+)
 from nni_topo.recovery.lesson import outputs_of
 
 _Z = 1.959964  # 95 % of a normal distribution

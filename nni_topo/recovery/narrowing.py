@@ -29,19 +29,26 @@ from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, check_knobs, checked, number, unknown_name
-from nni_topo.network.arguments import BATCHES, MODEL
-from nni_topo.network.attention import Attention, IntArray
-from nni_topo.network.capture import batches_of, by_channel, called, run, watched
-from nni_topo.network.inputs import bind_arguments, first_call, structure_call, tensors_of
-from nni_topo.network.layers import row_names, weight_name, weight_of
-from nni_topo.network.masks import FullMasks, Masks, check_masks, check_model
-from nni_topo.network.modes import detached_copy, evaluation_mode
-from nni_topo.network.network import Network
-from nni_topo.network.resolve import union
-from nni_topo.network.rotary import by_table, find_frequencies
-from nni_topo.network.stepwise import projected
-from nni_topo.network.transformers import mixing_called
-from nni_topo.network.untouched import leaves_models_alone, left_alone
+from nni_topo.network.attention import Attention, IntArray, by_table, find_frequencies, mixing_called, projected
+from nni_topo.network.layers import by_channel, row_names, weight_name, weight_of
+from nni_topo.network.runtime import (
+    BATCHES,
+    MODEL,
+    batches_of,
+    bind_arguments,
+    called,
+    check_model,
+    detached_copy,
+    evaluation_mode,
+    first_call,
+    leaves_models_alone,
+    left_alone,
+    run,
+    structure_call,
+    tensors_of,
+    watched,
+)
+from nni_topo.network.speedup import FullMasks, Masks, Network, check_masks, union
 from nni_topo.recovery.directions import Moments, directions
 from nni_topo.recovery.pairs import PairLogits, pairs_that_stay
 

@@ -12,13 +12,9 @@ from torch.fx import GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.computed import fold
-from nni_topo.network.inputs import Call
-from nni_topo.network.masks import FullMasks, Masks, check_masks
-from nni_topo.network.modes import detached_copy
-from nni_topo.network.network import Network, hand_on
-from nni_topo.network.reference import apply_masks
-from nni_topo.network.resolve import resolve_masks
+from nni_topo.network.layers import fold
+from nni_topo.network.runtime import Call, detached_copy
+from nni_topo.network.speedup import FullMasks, Masks, Network, apply_masks, check_masks, hand_on, resolve_masks
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.plan import Plan, make_plan
 from nni_topo.recovery.replay import without_side_effects

@@ -12,12 +12,19 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
-from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.following import followers, passes
-from nni_topo.network.inner import has_own_forward, inner_of
-from nni_topo.network.labels import FIXED, tensor_shape
-from nni_topo.network.layers import PER_CHANNEL, TRANSPOSED, WEIGHTED, by_output, is_plain_norm, kept_channels
-from nni_topo.network.masks import FullMasks
+from nni_topo.network.channels import FIXED, ChannelFlow, followers, passes
+from nni_topo.network.graph import tensor_shape
+from nni_topo.network.layers import (
+    PER_CHANNEL,
+    TRANSPOSED,
+    WEIGHTED,
+    by_output,
+    has_own_forward,
+    inner_of,
+    is_plain_norm,
+    kept_channels,
+)
+from nni_topo.network.speedup import FullMasks
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, fit
-from nni_topo.network.layers import by_output, of_output
-from nni_topo.network.norms import through_norms
+from nni_topo.network.layers import by_output, of_output, through_norms
 from nni_topo.recovery.plan import Equation
 from nni_topo.recovery.replay import Values
 from nni_topo.recovery.samples import Samples, Task, input_rows, output_rows, position_count

@@ -16,10 +16,17 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 
 from nni_topo.errors import DataError
-from nni_topo.network.calibration import Calibration
-from nni_topo.network.inputs import PADDING, Call, bind_arguments, calls, out_of_memory, real_positions, tensors_of
-from nni_topo.network.parts import is_in_parts
-from nni_topo.network.tracing import arguments
+from nni_topo.network.graph import arguments, is_in_parts
+from nni_topo.network.runtime import (
+    PADDING,
+    Calibration,
+    Call,
+    bind_arguments,
+    calls,
+    out_of_memory,
+    real_positions,
+    tensors_of,
+)
 
 Values = dict[Node, Any]
 

@@ -34,10 +34,8 @@ from torch.fx import Node
 
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, fit
 from nni_topo.maths.ties import first_largest_along
-from nni_topo.network.following import norms_behind
-from nni_topo.network.inner import weight_used
-from nni_topo.network.layers import WEIGHTED, by_output
-from nni_topo.network.norms import through_norms
+from nni_topo.network.channels import norms_behind
+from nni_topo.network.layers import WEIGHTED, by_output, through_norms, weight_used
 from nni_topo.recovery.mixing import PairTask
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Equation, Plan, Solvable, pruned_roots

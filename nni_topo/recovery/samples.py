@@ -15,9 +15,8 @@ from torch.nn import functional
 
 from nni_topo.errors import DataError, check_memory
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations
-from nni_topo.network.inner import InnerCall, call_of, has_own_forward
-from nni_topo.network.labels import tensor_shape
-from nni_topo.network.layers import TRANSPOSED
+from nni_topo.network.graph import tensor_shape
+from nni_topo.network.layers import TRANSPOSED, InnerCall, call_of, has_own_forward
 from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.replay import Replay, Values
 

@@ -21,13 +21,18 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.errors import SEED, ConfigError, check_integer, checked
-from nni_topo.network.arguments import INPUTS, MODEL
-from nni_topo.network.capture import watched
-from nni_topo.network.inputs import call_arguments, check_fits, tensors_of
-from nni_topo.network.masks import check_model
-from nni_topo.network.modes import detached_copy
-from nni_topo.network.progress import bar
-from nni_topo.network.untouched import leaves_models_alone
+from nni_topo.network.runtime import (
+    INPUTS,
+    MODEL,
+    bar,
+    call_arguments,
+    check_fits,
+    check_model,
+    detached_copy,
+    leaves_models_alone,
+    tensors_of,
+    watched,
+)
 
 _RATE = 0.1
 _CLASSES = 0.1  # weight of the classes beside the statistics

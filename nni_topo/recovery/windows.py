@@ -12,9 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.fx import GraphModule, Interpreter, Node
 
-from nni_topo.network.layers import by_output, is_plain_norm, of_output
-from nni_topo.network.layouts import safely_laid_out
-from nni_topo.network.norms import through_norms
+from nni_topo.network.layers import by_output, is_plain_norm, of_output, safely_laid_out, through_norms
 from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.reconstruct import ReconstructTask, add_constant
 from nni_topo.recovery.replay import Values

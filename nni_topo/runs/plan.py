@@ -26,7 +26,7 @@ from nni_topo.errors import (
     unknown_name,
     whole,
 )
-from nni_topo.network.arguments import CONFIG_LIST
+from nni_topo.network.runtime import CONFIG_LIST
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import pruner_info
 from nni_topo.recovery.compensating import Method

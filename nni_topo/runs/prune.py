@@ -9,11 +9,8 @@ from torch import Tensor, nn
 
 from nni_topo.disk import check_free_disk, output_folder, write_json, write_tensors
 from nni_topo.errors import ConfigError
-from nni_topo.network import files
-from nni_topo.network.dependency import dependency_groups
-from nni_topo.network.masks import check_masks
-from nni_topo.network.network import Network
-from nni_topo.network.resolve import resolve_masks
+from nni_topo.network.io import checkpoint as files
+from nni_topo.network.speedup import Network, check_masks, dependency_groups, resolve_masks
 from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import needs_rule, pruner_info

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.network.layers import output_channels, spread
-from nni_topo.network.modes import detached_copy
+from nni_topo.network.runtime import detached_copy
 from nni_topo.pruners.hooks import Masks
 
 PREFIX = "torch-pruning"

@@ -21,10 +21,9 @@ from torch.utils.data import TensorDataset
 from nni_topo import zoo
 from nni_topo.disk import DELETE
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.calibration import HELD_OUT
-from nni_topo.network.dense import to_dense
-from nni_topo.network.layers import output_channels
-from nni_topo.network.zeros import weights_left, zeros_held
+from nni_topo.network.layers import output_channels, weights_left, zeros_held
+from nni_topo.network.runtime import HELD_OUT
+from nni_topo.network.speedup import to_dense
 from nni_topo.pruners.budget import BudgetOutcome, BudgetPlanner, budget_outcome, network_cost
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import create_pruner, pruner_info

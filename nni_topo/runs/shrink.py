@@ -26,19 +26,32 @@ from nni_topo.errors import (
     shown,
     unknown_name,
 )
-from nni_topo.network.arguments import BATCHES, MODEL, ROUND_TO
-from nni_topo.network.calibration import HELD_OUT, Calibration
-from nni_topo.network.capture import batches_of
-from nni_topo.network.cost import NetworkCost
-from nni_topo.network.dense import to_dense
-from nni_topo.network.dependency import OUTPUT, dependency_groups
-from nni_topo.network.inputs import calls, first_call, structure_call
-from nni_topo.network.masks import Masks, check_masks, check_model
-from nni_topo.network.measure import time_shares
-from nni_topo.network.modes import detached_copy, device_of, evaluation_mode
-from nni_topo.network.report import DenseReport
-from nni_topo.network.resolve import widths_multiple
-from nni_topo.network.untouched import leaves_models_alone
+from nni_topo.network.cost import NetworkCost, time_shares
+from nni_topo.network.runtime import (
+    BATCHES,
+    HELD_OUT,
+    MODEL,
+    ROUND_TO,
+    Calibration,
+    batches_of,
+    calls,
+    check_model,
+    detached_copy,
+    device_of,
+    evaluation_mode,
+    first_call,
+    leaves_models_alone,
+    structure_call,
+)
+from nni_topo.network.speedup import (
+    OUTPUT,
+    DenseReport,
+    Masks,
+    check_masks,
+    dependency_groups,
+    to_dense,
+    widths_multiple,
+)
 from nni_topo.pruners.budget import (
     AUTO,
     Budget,

@@ -11,10 +11,16 @@ import numpy as np
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.dependency import OUTPUT, DependencyGroups, dependency_groups, whole_layers
-from nni_topo.network.latency import LatencyTable
-from nni_topo.network.network import Network
-from nni_topo.network.report import DenseReport, why_not_followed
+from nni_topo.network.cost import LatencyTable
+from nni_topo.network.speedup import (
+    OUTPUT,
+    DenseReport,
+    DependencyGroups,
+    Network,
+    dependency_groups,
+    whole_layers,
+    why_not_followed,
+)
 from nni_topo.pruners.budget import Budget, BudgetPlanner, network_cost, share_left
 from nni_topo.pruners.units import PruningUnit
 from nni_topo.runs.plan import Target

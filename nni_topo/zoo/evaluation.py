@@ -10,10 +10,17 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from nni_topo.errors import NONE, DataError, checked, whole
-from nni_topo.network.arguments import COMPUTING, DEVICE
-from nni_topo.network.inputs import at_once, fitting, in_smaller_batches
-from nni_topo.network.modes import device_of, evaluation_mode
-from nni_topo.network.untouched import leaves_models_alone, left_alone
+from nni_topo.network.runtime import (
+    COMPUTING,
+    DEVICE,
+    at_once,
+    device_of,
+    evaluation_mode,
+    fitting,
+    in_smaller_batches,
+    leaves_models_alone,
+    left_alone,
+)
 from nni_topo.zoo.data import DataBundle
 
 _EVALUATION = {"model": COMPUTING, "device": DEVICE | NONE, "batch_size": whole(1)}

@@ -20,10 +20,8 @@ from torch.nn.functional import cross_entropy, pad
 
 from nni_topo.disk import DELETE, check_output_file, path_of, read_tensors, reading, write_tensors
 from nni_topo.errors import NONE, ConfigError, DataError, checked
-from nni_topo.network.arguments import COMPUTING, DEVICE, TENSOR
-from nni_topo.network.layouts import inputs_laid_out, lay_back, lay_out
-from nni_topo.network.modes import device_of
-from nni_topo.network.progress import bar
+from nni_topo.network.layers import inputs_laid_out, lay_back, lay_out
+from nni_topo.network.runtime import COMPUTING, DEVICE, TENSOR, bar, device_of
 from nni_topo.zoo.data import DataBundle
 from nni_topo.zoo.evaluation import by_label, check_model, evaluate
 from nni_topo.zoo.recipes import Augmentation, Recipe

@@ -13,7 +13,7 @@ from nni_topo.analysis.bounds.lipschitz import convolution_constant, operator_co
 from nni_topo.analysis.connectivity import connectivity
 from nni_topo.analysis.magnitude.storage import with_sparse_linears
 from nni_topo.errors import ConfigError
-from nni_topo.network.inner import head
+from nni_topo.network.layers.derived import head
 from nni_topo.pruners.energy.responses import chirp_response_energy
 
 

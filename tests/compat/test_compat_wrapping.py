@@ -15,7 +15,7 @@ from torch import nn
 
 from nni_topo import MatrixPruner, RandomPruner, StructuredPruner, TopologicalPruner, compat
 from nni_topo.errors import ConfigError
-from nni_topo.network.modes import unwrapped_copy
+from nni_topo.network.runtime.copying import unwrapped_copy
 from nni_topo.pruners.rounds import prune_in_rounds
 from nni_topo.pruners.testing.toys import toy_evaluator
 from nni_topo.sharing import find_ties

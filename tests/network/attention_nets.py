@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nni_topo.network.attention import find_attention
-from nni_topo.network.layers import weight_name, weight_of
+from nni_topo.network.attention.heads import find_attention
+from nni_topo.network.layers.kinds import weight_name, weight_of
 from nni_topo.zoo.transformers import Block, GatedMlp, Mlp, SelfAttention
 
 WIDTH, HEADS, SIZE = 12, 4, 3

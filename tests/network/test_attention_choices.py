@@ -13,10 +13,10 @@ from torch import nn
 
 from nni_topo import compensate, create_pruner, dependency_groups, masked_model, to_dense
 from nni_topo.errors import SpeedupError
-from nni_topo.network.attention import find_attention
-from nni_topo.network.cost import NetworkCost
-from nni_topo.network.layers import weight_name, weight_of
-from nni_topo.network.measure import count_macs
+from nni_topo.network.attention.heads import find_attention
+from nni_topo.network.cost.cost import NetworkCost
+from nni_topo.network.cost.measure import count_macs
+from nni_topo.network.layers.kinds import weight_name, weight_of
 
 PRUNERS = {
     "NNI's L1": lambda model, groups, data: L1NormPruner(model, groups),

@@ -16,7 +16,7 @@ from torch import nn
 
 import nni_topo
 from nni_topo.errors import ConfigError
-from nni_topo.network.network import Network
+from nni_topo.network.speedup.network import Network
 
 sys.path.insert(0, str(_BENCHMARKS := Path(__file__).parents[2] / "benchmarks"))
 import zoo as bench

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import nni_topo
-from nni_topo.network.measure import count_macs
+from nni_topo.network.cost.measure import count_macs
 from nni_topo.recovery.compensating import compensation
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from torch import nn
 
 import nni_topo
 from nni_topo.errors import ConfigError
-from nni_topo.network.cost import NetworkCost
+from nni_topo.network.cost.cost import NetworkCost
 
 KINDS = [nn.LSTM, nn.GRU, nn.RNN]
 ASKED = [{"op_types": ["Linear", "LSTM", "GRU", "RNN"], "sparse_ratio": 0.5}]

@@ -9,7 +9,7 @@ from scipy import stats
 from torch import nn
 
 import nni_topo
-from nni_topo.network.calibration import Calibration
+from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.recovery.likeness import Answers
 from nni_topo.testing import toy_images, toy_model
 

@@ -8,8 +8,8 @@ from own_layers import COMPUTED, GOING_ON, KINDS, Alike, Framed, make
 from torch import nn
 
 import nni_topo
-from nni_topo.network.inner import call_of
-from nni_topo.network.layers import by_output
+from nni_topo.network.layers.derived import call_of
+from nni_topo.network.layers.kinds import by_output
 from nni_topo.recovery.compensating import METHODS, compensation
 from nni_topo.recovery.samples import input_rows
 

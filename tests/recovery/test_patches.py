@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nni_topo.network.layers import by_output
+from nni_topo.network.layers.kinds import by_output
 from nni_topo.recovery.samples import draw_positions, input_rows, output_rows, position_count
 
 LAYERS = {

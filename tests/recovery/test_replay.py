@@ -8,7 +8,7 @@ from torch import nn
 from torch.fx import symbolic_trace
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.inputs import calls
+from nni_topo.network.runtime.inputs import calls
 from nni_topo.recovery.replay import Replay, touched_nodes, without_side_effects
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from nni_topo import compensate, load, masked_model, narrow_heads, save, to_dense
 from nni_topo.errors import DataError
-from nni_topo.network.capture import counting
+from nni_topo.network.runtime.hooks import counting
 from nni_topo.recovery.pairs import PairLogits, pairs_that_stay
 from nni_topo.zoo.transformers import _turned, gpt_small
 

@@ -12,7 +12,7 @@ from toy_times import LAYERS, proportional
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, SpeedupError
-from nni_topo.network.attention import find_attention
+from nni_topo.network.attention.heads import find_attention
 from nni_topo.pruners.budget import network_cost
 from nni_topo.runs.shrink import ShrinkReport
 from nni_topo.testing import toy_images, toy_model

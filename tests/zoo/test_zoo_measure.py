@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.measure import memory_kept, now, time_shares
+from nni_topo.network.cost.measure import memory_kept, now, time_shares
 from nni_topo.zoo import count_macs, count_params, create_model, latencies, latency_ms
 
 
@@ -126,8 +126,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("nni_topo.network.measure.time", clock)
-    monkeypatch.setattr("nni_topo.network.measure._without_core", lambda: 0.0)
+    monkeypatch.setattr("nni_topo.network.cost.measure.time", clock)
+    monkeypatch.setattr("nni_topo.network.cost.measure._without_core", lambda: 0.0)
     return clock
 
 

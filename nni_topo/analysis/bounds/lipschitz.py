@@ -21,10 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.analysis.bounds.pooling import pooling_constant, pooling_of
 from nni_topo.errors import ConfigError
-from nni_topo.network.inner import call_of, has_own_forward, inner_of, kind_of
-from nni_topo.network.labels import tensor_shape
-from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
-from nni_topo.network.norms import norm_scale
+from nni_topo.network.graph import tensor_shape
+from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, call_of, has_own_forward, inner_of, kind_of, norm_scale
 
 # Upper bounds of the slopes; a knob can make a leaky or exponential unit steeper, see _steepness.
 _SLOPES = {

@@ -30,8 +30,7 @@ from torch.fx import GraphModule
 from nni_topo.analysis.bounds.lipschitz import largest_changes, norm
 from nni_topo.analysis.bounds.stages import Stage, chain, traced
 from nni_topo.errors import ConfigError, check_integer, checked, is_finite
-from nni_topo.network.arguments import INPUTS, MODEL
-from nni_topo.network.untouched import leaves_models_alone
+from nni_topo.network.runtime import INPUTS, MODEL, leaves_models_alone
 
 _SETTLED = 1e-5
 

@@ -11,11 +11,9 @@ from torch.func import functional_call
 from torch.fx import Graph, GraphModule, Node
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.inputs import call_arguments
+from nni_topo.network.graph import trace
 from nni_topo.network.layers import WEIGHTED
-from nni_topo.network.masks import check_model
-from nni_topo.network.modes import detached_copy
-from nni_topo.network.tracing import trace
+from nni_topo.network.runtime import call_arguments, check_model, detached_copy
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,9 @@ from torch import nn
 
 from nni_topo.analysis.energy.study import LITTLE, EnergyStudy, Evaluate, Quality, quality_of
 from nni_topo.errors import checked
-from nni_topo.network.arguments import INPUTS, MODEL
-from nni_topo.network.dense import to_dense
-from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import output_channels
-from nni_topo.network.modes import detached_copy
-from nni_topo.network.untouched import leaves_models_alone
+from nni_topo.network.runtime import INPUTS, MODEL, detached_copy, leaves_models_alone
+from nni_topo.network.speedup import dependency_groups, to_dense
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 
 

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from nni_topo.analysis.energy.study import Evaluate, Quality, quality_of
 from nni_topo.errors import ConfigError, checked
-from nni_topo.network.arguments import MODEL
-from nni_topo.network.modes import detached_copy
-from nni_topo.network.untouched import leaves_models_alone
+from nni_topo.network.runtime import MODEL, detached_copy, leaves_models_alone
 
 RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 

@@ -22,8 +22,7 @@ from nni_topo.analysis.energy.selection import study_selection
 from nni_topo.analysis.energy.study import EnergyStudy, Evaluate, LayerEnergy, Quality, masks_of, quality_on
 from nni_topo.errors import ConfigError
 from nni_topo.maths.search.subsets import EvolutionSettings
-from nni_topo.network.dependency import dependency_groups
-from nni_topo.network.masked import masked_model
+from nni_topo.network.speedup import dependency_groups, masked_model
 from nni_topo.recovery import recalibrate_batch_norm
 from nni_topo.runs.plan import PrunerChoice
 from nni_topo.runs.records import Record

@@ -16,11 +16,9 @@ from nni_topo.analysis.energy.study import Evaluate, Quality, quality_of
 from nni_topo.errors import ConfigError, check_fields, checked, number, unknown_name, whole
 from nni_topo.maths.signals import Chirp
 from nni_topo.maths.ties import first_smallest
-from nni_topo.network.arguments import INPUTS, MODEL
-from nni_topo.network.inner import weight_used
-from nni_topo.network.masked import masked_model
-from nni_topo.network.modes import detached_copy
-from nni_topo.network.untouched import leaves_models_alone
+from nni_topo.network.layers import weight_used
+from nni_topo.network.runtime import INPUTS, MODEL, detached_copy, leaves_models_alone
+from nni_topo.network.speedup import masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
 

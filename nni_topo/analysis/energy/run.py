@@ -21,7 +21,7 @@ from nni_topo.analysis.energy.study import THRESHOLDS, EnergyStudy, masks_of, qu
 from nni_topo.analysis.energy.tables import show_energy
 from nni_topo.errors import unknown_name
 from nni_topo.maths.signals import Chirp
-from nni_topo.network.dense import to_dense
+from nni_topo.network.speedup import to_dense
 from nni_topo.pruners.hooks import Masks
 from nni_topo.runs.records import Record
 from nni_topo.runs.run import Start

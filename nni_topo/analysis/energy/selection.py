@@ -26,16 +26,20 @@ from nni_topo.analysis.energy.study import Evaluate, Quality, quality_of
 from nni_topo.errors import ConfigError, checked, unknown_name
 from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, FloatArray, SubsetGeneticAlgorithm
 from nni_topo.maths.ties import descending
-from nni_topo.network.arguments import BATCHES, INPUTS, MODEL
-from nni_topo.network.calibration import Calibration
-from nni_topo.network.capture import watched
-from nni_topo.network.following import norms_behind
-from nni_topo.network.inputs import fitting
+from nni_topo.network.channels import norms_behind
 from nni_topo.network.layers import spread
-from nni_topo.network.masked import masked_model
-from nni_topo.network.modes import detached_copy, evaluation_mode
-from nni_topo.network.network import Network
-from nni_topo.network.untouched import leaves_models_alone
+from nni_topo.network.runtime import (
+    BATCHES,
+    INPUTS,
+    MODEL,
+    Calibration,
+    detached_copy,
+    evaluation_mode,
+    fitting,
+    leaves_models_alone,
+    watched,
+)
+from nni_topo.network.speedup import Network, masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 
 METHODS = ("random", "energy", "energy, genetic", "taylor", "taylor, genetic", "loss, genetic")

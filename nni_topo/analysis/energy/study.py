@@ -16,14 +16,10 @@ from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, checked, instance
-from nni_topo.network.arguments import INPUTS, MODEL
 from nni_topo.network.cost import NetworkCost
-from nni_topo.network.dense import to_dense
-from nni_topo.network.dependency import dependency_groups
 from nni_topo.network.layers import kept_channels
-from nni_topo.network.masked import masked_model
-from nni_topo.network.modes import detached_copy
-from nni_topo.network.untouched import leaves_models_alone
+from nni_topo.network.runtime import INPUTS, MODEL, detached_copy, leaves_models_alone
+from nni_topo.network.speedup import dependency_groups, masked_model, to_dense
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.pruners.hooks import Masks, Metrics, unit_scores
 from nni_topo.runs.study import Findings

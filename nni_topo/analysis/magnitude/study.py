@@ -20,10 +20,8 @@ from nni_topo.analysis.magnitude.storage import stored_bytes, with_sparse_linear
 from nni_topo.analysis.sensitivity import sensitivity
 from nni_topo.disk import only_process
 from nni_topo.errors import ConfigError, instance, number
-from nni_topo.network.dependency import dependency_groups
-from nni_topo.network.layers import CONVOLUTIONS
-from nni_topo.network.masked import masked_model
-from nni_topo.network.zeros import weights_left
+from nni_topo.network.layers import CONVOLUTIONS, weights_left
+from nni_topo.network.speedup import dependency_groups, masked_model
 from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.pruners.rounds import even_steps, prune_in_rounds
 from nni_topo.runs.records import Record, append_record, read_records

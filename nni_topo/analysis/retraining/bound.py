@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, checked, is_finite, unknown_name
-from nni_topo.network.arguments import BATCHES, MODEL
-from nni_topo.network.calibration import Calibration
-from nni_topo.network.inputs import call_arguments
-from nni_topo.network.masks import check_model
-from nni_topo.network.modes import detached_copy
-from nni_topo.network.untouched import leaves_models_alone
+from nni_topo.network.runtime import (
+    BATCHES,
+    MODEL,
+    Calibration,
+    call_arguments,
+    check_model,
+    detached_copy,
+    leaves_models_alone,
+)
 
 Kind = Literal["node", "connection"]
 

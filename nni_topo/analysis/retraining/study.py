@@ -17,7 +17,7 @@ from nni_topo import zoo
 from nni_topo.analysis.deviation import CONNECTIONS, PointsStudy, PrunersStudy, study_masks
 from nni_topo.analysis.retraining.bound import Kind, retraining_bound
 from nni_topo.errors import ConfigError, check_integer, is_finite
-from nni_topo.network.masked import masked_model
+from nni_topo.network.speedup import masked_model
 from nni_topo.pruners.registry import pruner_info
 from nni_topo.runs.pictures import finish, panels
 from nni_topo.runs.run import Start, build_model, made_dense, retrain

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import checked
-from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.following import norms_behind
-from nni_topo.network.inputs import call_arguments
-from nni_topo.network.network import Network
-from nni_topo.network.norms import norm_scale
+from nni_topo.network.channels import ChannelFlow, norms_behind
+from nni_topo.network.layers import norm_scale
+from nni_topo.network.runtime import call_arguments
+from nni_topo.network.speedup import Network
 from nni_topo.pruners.clouds.functional import check_read, readers_of
 from nni_topo.pruners.clouds.weight import Preprocess, WeightCollector, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext

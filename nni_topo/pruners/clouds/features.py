@@ -15,14 +15,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.errors import ConfigError, DataError, LayerError, checked, one_of, whole
 from nni_topo.network.attention import find_heads
-from nni_topo.network.calibration import Calibration, calibration_of
-from nni_topo.network.capture import by_channel, counting, inputs_seen
-from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.following import followers, passes
-from nni_topo.network.inputs import Call, batch_size, bind_arguments, calls, first_call, fitting, real_positions
-from nni_topo.network.layers import WEIGHTED
-from nni_topo.network.modes import detached_copy
-from nni_topo.network.tracing import trace
+from nni_topo.network.channels import ChannelFlow, followers, passes
+from nni_topo.network.graph import trace
+from nni_topo.network.layers import WEIGHTED, by_channel
+from nni_topo.network.runtime import (
+    Calibration,
+    Call,
+    batch_size,
+    bind_arguments,
+    calibration_of,
+    calls,
+    counting,
+    detached_copy,
+    first_call,
+    fitting,
+    inputs_seen,
+    real_positions,
+)
 from nni_topo.pruners.clouds.moments import Moments, check_finite, check_reached, embedding
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, output_blocks

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from nni_topo.errors import DataError, checked
-from nni_topo.network.following import norms_behind
-from nni_topo.network.network import Network
-from nni_topo.network.norms import through_norms
+from nni_topo.network.channels import norms_behind
+from nni_topo.network.layers import through_norms
+from nni_topo.network.speedup import Network
 from nni_topo.pruners.clouds.weight import Preprocess, WeightCollector, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, output_blocks

@@ -13,15 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nni_topo.errors import LayerError, checked
-from nni_topo.network.calibration import Calibration
-from nni_topo.network.capture import by_channel, run, watched
-from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.inner import weight_used
-from nni_topo.network.inputs import Call, calls, structure_call, structure_of
-from nni_topo.network.labels import FIXED
-from nni_topo.network.layers import WEIGHTED, is_depthwise, weight_of
-from nni_topo.network.network import Network
-from nni_topo.network.transformers import mixing_called
+from nni_topo.network.attention import mixing_called
+from nni_topo.network.channels import FIXED, ChannelFlow
+from nni_topo.network.layers import WEIGHTED, by_channel, is_depthwise, weight_of, weight_used
+from nni_topo.network.runtime import Calibration, Call, calls, run, structure_call, structure_of, watched
+from nni_topo.network.speedup import Network
 from nni_topo.pruners.clouds.moments import Moments, points_of_gram
 from nni_topo.pruners.clouds.weight import Preprocess, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext

@@ -12,20 +12,22 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nni_topo.errors import ConfigError, DataError, checked, whole
-from nni_topo.network.calibration import calibration_of
-from nni_topo.network.capture import called, watched
-from nni_topo.network.inputs import (
+from nni_topo.network.layers import feature_dimension
+from nni_topo.network.runtime import (
+    calibration_of,
     call_arguments,
+    called,
     copied,
+    detached_copy,
+    device_of,
     inputs_of,
     parts,
     structure_call,
     structure_of,
     tensors_of,
+    watched,
 )
-from nni_topo.network.layers import feature_dimension
-from nni_topo.network.modes import detached_copy, device_of
-from nni_topo.network.network import Network
+from nni_topo.network.speedup import Network
 from nni_topo.pruners.clouds.functional import Reader, check_read, readers_of
 from nni_topo.pruners.clouds.moments import Moments, points_of_gram
 from nni_topo.pruners.clouds.weight import Preprocess, checked_preprocess, preprocess_points

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nni_topo.errors import DataError, check_memory, checked, one_of
-from nni_topo.network.calibration import calibration_of
-from nni_topo.network.capture import by_channel, watched
+from nni_topo.network.layers import by_channel
+from nni_topo.network.runtime import calibration_of, watched
 from nni_topo.pruners.clouds.moments import Moments, points_of_gram
 from nni_topo.pruners.clouds.narrowing import Narrowing, stretches
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext

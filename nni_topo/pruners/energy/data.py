@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nni_topo.network.calibration import calibration_of
-from nni_topo.network.capture import by_channel, watched
-from nni_topo.network.inner import call_of, is_followed
+from nni_topo.network.layers import by_channel, call_of, is_followed
+from nni_topo.network.runtime import calibration_of, watched
 from nni_topo.pruners.clouds.moments import check_reached
 from nni_topo.pruners.energy.chirp import EnergyCollector, masked_parameters
 from nni_topo.pruners.hooks import PruningContext

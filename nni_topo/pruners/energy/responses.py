@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.inner import call_of, inner_of
-from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED
-from nni_topo.network.network import Network
+from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, call_of, inner_of
+from nni_topo.network.speedup import Network
 
 
 def input_sizes(model: nn.Module, names: Sequence[str], example_inputs: Any) -> dict[str, tuple[int, ...]]:

@@ -22,10 +22,9 @@ from torch.fx import Interpreter, Node
 
 from nni_topo.errors import DataError, SpeedupError
 from nni_topo.maths.search.gene_layers import BoolArray, FloatArray
-from nni_topo.network.inner import has_own_forward
-from nni_topo.network.inputs import at_once, call_arguments, fitting, parts
-from nni_topo.network.modes import unwrapped_copy
-from nni_topo.network.tracing import trace
+from nni_topo.network.graph import trace
+from nni_topo.network.layers import has_own_forward
+from nni_topo.network.runtime import at_once, call_arguments, fitting, parts, unwrapped_copy
 from nni_topo.pruners.genetic_weight.masked import split_genes
 from nni_topo.recovery.replay import without_side_effects
 

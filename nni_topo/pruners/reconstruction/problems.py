@@ -26,14 +26,20 @@ from torch import nn
 from nni_topo.errors import DataError, check_memory
 from nni_topo.maths.least_squares.exchange import exchange
 from nni_topo.maths.least_squares.greedy import Products, Samples, forward_selection
-from nni_topo.network.calibration import Calibration
-from nni_topo.network.capture import watched
+from nni_topo.network.attention import mixing_called
 from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.inputs import calls, fitting, real_positions_of, structure_call, structure_of
 from nni_topo.network.layers import WEIGHTED, output_channels
-from nni_topo.network.modes import evaluation_mode
-from nni_topo.network.network import Network
-from nni_topo.network.transformers import mixing_called
+from nni_topo.network.runtime import (
+    Calibration,
+    calls,
+    evaluation_mode,
+    fitting,
+    real_positions_of,
+    structure_call,
+    structure_of,
+    watched,
+)
+from nni_topo.network.speedup import Network
 from nni_topo.pruners.clouds.functional import Reader, check_read, readers_of, unread_error
 from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.reconstruction.readings import Reading, column_count

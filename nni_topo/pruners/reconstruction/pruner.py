@@ -19,7 +19,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import FLAG, ConfigError, whole
-from nni_topo.network.capture import pruner_batches
+from nni_topo.network.runtime import pruner_batches
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import ALLOCATIONS, Budget, BudgetPlanner, planned
 from nni_topo.pruners.checks import pruner_arguments

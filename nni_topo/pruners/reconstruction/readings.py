@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from nni_topo.maths.least_squares.greedy import Products, Samples
 from nni_topo.maths.least_squares.normal import NormalEquations
-from nni_topo.network.inner import call_of, has_own_forward, weight_used
-from nni_topo.network.layers import by_output
+from nni_topo.network.layers import by_output, call_of, has_own_forward, weight_used
 from nni_topo.pruners.clouds.functional import Reader
 from nni_topo.recovery.samples import draw_counted, input_rows, position_count
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from nni_topo.network.modes import unwrapped_copy
+from nni_topo.network.runtime import unwrapped_copy
 from nni_topo.pruners.hooks import Masks, PruningContext
 from nni_topo.pruners.reconstruction.problems import (
     BoolArray,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import checked
-from nni_topo.network.arguments import MODEL
+from nni_topo.network.runtime import MODEL
 
 _TABLES = ("_parameters", "_buffers", "_modules")  # which have parts of their own
 

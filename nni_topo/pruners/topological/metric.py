@@ -10,7 +10,7 @@ import numpy as np
 from nni_topo.errors import FLAG, check_knobs, one_of
 from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, Generation, SubsetGeneticAlgorithm
-from nni_topo.network.progress import bar
+from nni_topo.network.runtime import bar
 from nni_topo.pruners.hooks import Data, KeptSet, PruningContext
 from nni_topo.pruners.selection import Cloud, Clouds, Kept, SelectionMetric
 

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from nni_topo.errors import FUNCTION, NONE, ConfigError, instance, one_of, whole
 from nni_topo.maths.topology.layer_graphs import LayerGraph
-from nni_topo.network.layers import CONVOLUTIONS
-from nni_topo.network.network import Network
-from nni_topo.network.sizes import graph_of_convolution
+from nni_topo.network.layers import CONVOLUTIONS, graph_of_convolution
+from nni_topo.network.speedup import Network
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_weight_target, of_single_weights, pruner_arguments
 from nni_topo.pruners.planner import Planner

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nni_topo import zoo
 from nni_topo.disk import DELETE, only_process, read_json, read_tensors, reading, write_json, write_tensors
 from nni_topo.errors import ConfigError, unknown_name
-from nni_topo.network import files as serialization
+from nni_topo.network.io import checkpoint as serialization
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import pruner_info
 from nni_topo.runs.experiment.settings import TrialSettings

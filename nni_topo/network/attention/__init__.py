@@ -1,0 +1,55 @@
+"""Attention: its heads, their sizes, and attention without fused kernels."""
+
+from nni_topo.network.attention.fast_paths import fast_paths_off, mixing_called
+from nni_topo.network.attention.heads import (
+    Attention,
+    Given,
+    IntArray,
+    attend,
+    find_attention,
+    find_heads,
+    is_attention,
+    is_mixed,
+    open_attention,
+    resize,
+    set_size,
+    states_read,
+    tell_config,
+)
+from nni_topo.network.attention.rotary import by_table, find_frequencies, keep_frequencies, pairs_of
+from nni_topo.network.attention.unfused.multihead import (
+    PrunedMultiheadAttention,
+    is_stepwise,
+    is_whole,
+    projected,
+    set_stepwise,
+    stepwise_class,
+)
+
+__all__ = [
+    "Attention",
+    "Given",
+    "IntArray",
+    "PrunedMultiheadAttention",
+    "attend",
+    "by_table",
+    "fast_paths_off",
+    "find_attention",
+    "find_frequencies",
+    "find_heads",
+    "is_attention",
+    "is_mixed",
+    "is_stepwise",
+    "is_whole",
+    "keep_frequencies",
+    "mixing_called",
+    "open_attention",
+    "pairs_of",
+    "projected",
+    "resize",
+    "set_size",
+    "set_stepwise",
+    "states_read",
+    "stepwise_class",
+    "tell_config",
+]

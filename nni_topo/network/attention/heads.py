@@ -1,0 +1,373 @@
+"""Attention, found by the names of its parts: which channels belong to a head, and how a module gets by with fewer.
+
+Nothing that a head computes is seen by another one before the layer behind mixes them. So a head goes with its
+queries, keys and values together; heads that share keys and values (grouped-query attention) go together too. Here
+such a set is called a head. So is a unit of a recurrent layer, which goes with the rows of all of its gates.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from nni_topo.network.attention.unfused.multihead import (
+    PrunedMultiheadAttention,
+    is_whole,
+    set_stepwise,
+    stepwise_class,
+)
+from nni_topo.network.layers import entering_channels, is_recurrent
+
+IntArray = NDArray[np.int64]
+
+# Queries, keys, values; what mixes the heads where it is a part of the module, under one of some names.
+_APART = (
+    ("q_proj", "k_proj", "v_proj", ("o_proj", "out_proj", "dense")),
+    ("query", "key", "value", ("out_proj",)),
+    ("q_lin", "k_lin", "v_lin", ("out_lin",)),
+    ("q", "k", "v", ("o",)),
+    ("query_proj", "key_proj", "value_proj", ()),  # DeBERTa's
+)
+_TOGETHER = (
+    ("qkv", ("proj", "project.0")),
+    ("c_attn", ("c_proj",)),
+    ("to_qkv", ("merge",)),
+    ("Wqkv", ("Wo",)),
+    ("query_key_value", ("dense",)),
+    ("qkv_proj", ("o_proj",)),  # keys and values may be of fewer heads
+)
+# Queries, keys and values of a head, then those of the next; else queries of all heads come first.
+_HEAD_BY_HEAD = ("query_key_value",)
+_COUNTS = ("num_attention_heads", "num_heads", "n_heads")
+_SHARED_COUNTS = ("num_key_value_heads", "num_kv_heads")
+_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+_WIDTHS = ("all_head_size", "hidden_size", "inner_dim", "attn_dim", "dim", "embed_dim", "split_size", "output_dim")
+# Parameters with an entry for each head, and along which dimension; the last layer of what computes such a table.
+_BY_HEAD = {
+    "relative_position_bias_table": 1, "relative_attention_bias.weight": 1,
+    "relative_position_bias.relative_position_bias_table": 1, "logit_scale": 0, "cpb_mlp.2.weight": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention module and its heads."""
+
+    name: str  # of the module
+    heads: int  # sets of heads that go together
+    size: int  # channels of a head
+    channels: dict[str, IntArray]  # by layer, its output channels of each head: (heads, channels)
+    context: tuple[str, IntArray]  # a layer and which of its channels the heads put out, in this order
+    out: str | None  # the layer in it that mixes the heads; None where that is a module behind
+    width: int  # channels that enter
+    by_head: dict[str, int] = field(default_factory=dict)  # parameters with an entry for each head, which dimension
+    recurrent: bool = False  # heads are units, which see one another and put out a channel each
+    also: tuple[str, ...] = ()  # arguments of which the layers of queries and keys read rows too: positions
+    shifted: bool = False  # norms within shift what the heads put out, those too that have no values any more
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether one layer makes queries, keys and values."""
+        return len(self.channels) == 1
+
+    @property
+    def parts(self) -> list[tuple[str, IntArray]]:
+        """The layers that make queries, keys and values, each with its channels of each head: (heads, channels)."""
+        if self.is_fused:
+            ((layer, channels),) = self.channels.items()
+            size = (channels.shape[1] - self.size) // 2
+            return [(layer, part) for part in np.split(channels, (self.size, self.size + size), axis=1)]
+        return list(self.channels.items())
+
+    @property
+    def head_size(self) -> int:
+        """Channels of the keys of a head."""
+        return int(self.parts[1][1].shape[1])
+
+    @property
+    def query_heads(self) -> int:
+        """How many heads there are, of which some may share keys and values."""
+        return self.parts[0][1].size // self.head_size
+
+    def granularity(self, layer: str) -> list[int]:
+        """Return NNI's granularity at which a layer of it loses heads; where `is_fused` of queries, keys or values."""
+        return [self.size if self.is_fused else self.channels[layer].shape[1], -1]
+
+
+def find_attention(model: nn.Module) -> dict[str, Attention]:
+    """Find the attention modules of a model, by name."""
+    found = {name: _attention(name, module) for name, module in model.named_modules()}
+    return {name: each for name, each in found.items() if each is not None}
+
+
+def find_heads(model: nn.Module) -> dict[str, Attention]:
+    """Find the attention modules of a model, and the recurrent layers whose units can go, by name."""
+    found = {name: _units(name, module) for name, module in model.named_modules() if is_recurrent(module)}
+    return find_attention(model) | found
+
+
+def _units(name: str, module: Any) -> Attention:
+    # One gate of all units after the other.
+    rows = np.arange(len(module.weight_ih_l0)).reshape(-1, module.hidden_size).T
+    return Attention(name, len(rows), 1, {name: rows}, (name, rows[:, 0]), None, module.input_size, recurrent=True)
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Tell whether a module is attention whose heads are known."""
+    return _attention("", module) is not None
+
+
+def _attention(name: str, module: Any) -> Attention | None:
+    prefix = f"{name}." if name else ""
+    if isinstance(module, nn.MultiheadAttention):
+        # Keys or values of another width have weights of their own, appended ones no place in a head; a subclass may
+        # compute something else.
+        is_known = is_whole(module) or type(module) is PrunedMultiheadAttention
+        if not is_known or module.bias_k is not None or module.add_zero_attn:
+            return None
+        return _together(name, name, module.num_heads, module.head_dim, f"{prefix}out_proj", module.embed_dim)
+    if not module._modules:
+        return None
+    parts = {key: part for key, part in module.named_children() if any(True for _ in part.parameters())}
+    count = next((getattr(module, key) for key in _COUNTS if isinstance(getattr(module, key, None), int)), None)
+    count = count or getattr(getattr(module, "config", None), "num_attention_heads", None)
+    for *names, outs in (*_APART, *_TOGETHER):
+        layers: list[Any] = [parts.get(each) for each in names]
+        if not count or not all(isinstance(layer, nn.Linear) for layer in layers):
+            continue
+        out = next((each for each in outs if isinstance(_part(module, each), nn.Linear)), None)
+        size = next((getattr(module, key) for key in _SIZES if isinstance(getattr(module, key, None), int)), 0)
+        size = size or layers[0].out_features // (count if len(layers) > 1 else 3 * count)
+        by_head = _by_head(module, count)
+        # Whatever else it holds must be the same for all heads, as norms of queries and keys are.
+        held = {name.partition(".")[0] for name in (*by_head, *filter(None, [out]))}
+        others = [
+            *(p for key, p in module.named_parameters(recurse=False) if key not in by_head),
+            *(p for key in parts.keys() - {*names, *held} for p in parts[key].parameters()),
+        ]
+        if any(other.numel() != size for other in others) and not _is_pooled(module):
+            return None
+        mixer = None if out is None else prefix + out
+        if len(layers) > 1:
+            apart = _apart(prefix, names, layers, size, mixer, by_head)
+            is_relative = names[0] == "query_proj" and getattr(module, "relative_attention", False)
+            return replace(apart, also=("rel_embeddings",)) if apart and is_relative else apart
+        if names[0] == "qkv_proj":
+            shared = getattr(module, "num_key_value_heads", count)
+            return _sharing(prefix, names[0], layers[0], (count, shared, size), mixer)
+        if not any(key in vars(module) for key in _COUNTS) and any(key in vars(module) for key in _SIZES):
+            count = layers[0].out_features // (3 * size)  # the config may be that of the whole model
+        if layers[0].out_features != 3 * count * size:
+            return None
+        found = _together(name, prefix + names[0], count, size, mixer, entering_channels(layers[0]), by_head)
+        if names[0] in _HEAD_BY_HEAD:
+            rows = np.arange(3 * count * size).reshape(count, -1)
+            found = replace(
+                found, channels={prefix + names[0]: rows}, context=(prefix + names[0], rows[:, -size:].ravel())
+            )
+        return replace(found, shifted=_is_pooled(module))
+    return None
+
+
+def _is_pooled(module: nn.Module) -> bool:
+    """Tell whether a module is attention of torchvision's MViT, whose pools are the same for all heads."""
+    return (type(module).__module__, type(module).__name__) == ("torchvision.models.video.mvit", "MultiscaleAttention")
+
+
+def _part(module: nn.Module, path: str) -> nn.Module | None:
+    """Look up a part of a module by its path; None if there is none."""
+    found: nn.Module | None = module
+    for name in path.split("."):
+        found = None if found is None else found._modules.get(name)
+    return found
+
+
+def _by_head(module: nn.Module, heads: int) -> dict[str, int]:
+    """List the parameters of a module that have an entry for each head, with the dimension of these."""
+    own = dict(module.named_parameters())
+    return {name: d for name, d in _BY_HEAD.items() if name in own and own[name].shape[d] == heads}
+
+
+def _apart(
+    prefix: str, names: list[str], layers: list[Any], size: int, out: str | None, by_head: dict[str, int]
+) -> Attention | None:
+    widths = [layer.out_features // size for layer in layers]
+    heads = widths[2]
+    if widths[1] != heads or not heads or widths[0] % heads or any(each.out_features % size for each in layers):
+        return None
+    # Of heads that share keys several go together, and entries for each of these.
+    if by_head and widths[0] != heads:
+        return None
+    channels = {
+        prefix + each: np.arange(layer.out_features).reshape(heads, -1)
+        for each, layer in zip(names, layers, strict=True)
+    }
+    values = channels[prefix + names[2]].repeat(widths[0] // heads, axis=0).ravel()
+    context = (prefix + names[2], values)
+    width = entering_channels(layers[0])
+    return Attention(prefix[:-1], heads, widths[0] // heads * size, channels, context, out, width, by_head)
+
+
+def _together(
+    name: str, layer: str, heads: int, size: int, out: str | None, width: int, by_head: dict[str, int] | None = None
+) -> Attention:
+    # Queries of all heads, then keys, then values.
+    places = np.arange(3 * heads * size).reshape(3, heads, size)
+    channels = places.transpose(1, 0, 2).reshape(heads, -1)
+    return Attention(name, heads, size, {layer: channels}, (layer, places[2].ravel()), out, width, by_head or {})
+
+
+def _sharing(
+    prefix: str, name: str, layer: nn.Linear, sizes: tuple[int, int, int], out: str | None
+) -> Attention | None:
+    """Describe a layer that makes queries of all heads, then their keys, then their values, which several may share."""
+    heads, shared, size = sizes
+    if heads % shared or layer.out_features != (heads + 2 * shared) * size:
+        return None
+    rows = np.split(np.arange(layer.out_features), (heads * size, (heads + shared) * size))
+    parts = [each.reshape(shared, -1) for each in rows]
+    context = (prefix + name, parts[2].repeat(heads // shared, axis=0).ravel())
+    channels = {prefix + name: np.concatenate(parts, axis=1)}
+    return Attention(prefix[:-1], shared, heads // shared * size, channels, context, out, entering_channels(layer))
+
+
+def is_mixed(node: Node, attention: Attention) -> bool:
+    """Tell whether a node puts out what is mixed of the heads already, and not their values."""
+    return node.op == "call_module" and attention.out is not None
+
+
+def attend(attention: Any, out: str, *args: Any, **kwargs: Any) -> Any:
+    """Run attention without the layer in it that mixes the heads: what it puts out are the heads' values."""
+    if (kind := stepwise_class(attention)) is not None:
+        return partial(kind.forward, attention, mix=lambda context: context)(*args, **kwargs)
+    place, _, key = out.rpartition(".")
+    owner = attention.get_submodule(place)
+    layer = owner._modules[key]
+    owner._modules[key] = nn.Identity()
+    try:
+        return attention(*args, **kwargs)
+    finally:
+        owner._modules[key] = layer
+
+
+def states_read(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, list[Tensor]]:
+    """List, by linear layer within attention, what enters it as it enters the attention; empty if not known."""
+    given: dict[Any, Any] = {**dict(enumerate(args[2:] if node.target is attend else args)), **kwargs}
+    read: Any = {name: [given.get(at) for at in places] for name, places in (node.meta.get("reads") or {}).items()}
+    return read if all(isinstance(each, Tensor) for states in read.values() for each in states) else {}
+
+
+Given = tuple[bool, dict[str, list[int | str]]]
+"""Whether attention gives several values, and by layer which of its arguments it reads as they are; empty: not known"""
+
+
+def open_attention(graph_module: GraphModule, given: dict[str, Given]) -> None:
+    """Show in a graph, by a node of its own, each layer that mixes the heads of attention; see `attend`.
+
+    ``given``: by name of each attention that is called; its node's ``meta["reads"]`` says which arguments layers read.
+    """
+    if not given:
+        return
+    graph, found = graph_module.graph, find_attention(graph_module)
+    for node in list(graph.nodes):
+        attention = found.get(str(node.target)) if node.op == "call_module" else None
+        if attention is None or attention.name not in given:
+            continue
+        many, node.meta["reads"] = given[attention.name]
+        if attention.out is None:
+            continue
+        picked = {user: user.args[1] for user in node.users if user.target is operator.getitem}
+        apart = all(isinstance(at, int) or (isinstance(at, slice) and at.start) for at in picked.values())
+        if many and (len(picked) < len(node.users) or not apart):
+            continue
+        with graph.inserting_before(node):
+            module = graph.create_node("get_attr", attention.name)
+            inner = graph.call_function(
+                attend, (module, attention.out.removeprefix(f"{attention.name}."), *node.args), node.kwargs
+            )
+            inner.meta = {key: node.meta.get(key) for key in ("nn_module_stack", "reads")}
+            mixed = graph.call_module(
+                attention.out, (graph.call_function(operator.getitem, (inner, 0)) if many else inner,)
+            )
+        if many:
+            for user, at in picked.items():
+                user.replace_all_uses_with(mixed) if at == 0 else user.replace_input_with(node, inner)
+                if at == 0:
+                    graph.erase_node(user)
+        else:
+            node.replace_all_uses_with(mixed)
+        graph.erase_node(node)
+    graph_module.recompile()
+
+
+def tell_config(model: Any, original: nn.Module) -> None:
+    """Let the ``config`` of a model of Transformers say how wide it is now, where one number says it of all blocks."""
+    config: Any = getattr(model, "config", None)
+    found, before = find_attention(model), find_attention(original)
+    left = {each.heads / before[name].heads for name, each in found.items()}
+    size = next((key for key in ("head_dim", "d_kv") if isinstance(getattr(config, key, None), int)), None)
+    if len(left) == 1 and size:
+        share, channels = left.pop(), getattr(config, size)
+        for key in (*_COUNTS, *_SHARED_COUNTS, "num_decoder_heads"):
+            if isinstance(count := vars(config).get(key), int):
+                setattr(config, key, round(count * share))
+        setattr(config, size, channels)
+    for key in ("intermediate_size", "d_ff"):
+        wide = getattr(config, key, None)
+        inner = [name for name, each in original.named_modules() if getattr(each, "out_features", None) == wide]
+        widths = {model.get_submodule(name).out_features for name in inner} if isinstance(wide, int) else set()
+        if len(widths) == 1:
+            setattr(config, key, widths.pop())
+
+
+def resize(module: Any, attention: Attention, left: int, width: int) -> None:
+    """Tell a module how many of its heads are left, and channels that enter; its layers are cut already."""
+    old = attention.heads
+    if left < old or width < attention.width:
+        _set_stepwise(module)
+    if isinstance(module, nn.MultiheadAttention):
+        module.num_heads = left
+        module.embed_dim = module.kdim = module.vdim = width
+        return
+    if left == old:
+        return
+    of_heads, config = len(attention.context[1]), vars(module).get("config")
+    if attention.is_fused and config is not None and not any(key in vars(module) for key in _COUNTS):
+        # It asks the model's for the number of its heads; other blocks may keep more.
+        module.config = copy.copy(config)
+        module.config.num_attention_heads = config.num_attention_heads // old * left
+    for key, value in vars(module).items():
+        if key in (*_COUNTS, *_SHARED_COUNTS) and isinstance(value, int):
+            setattr(module, key, value // old * left)
+        elif key in _WIDTHS and value == of_heads:
+            setattr(module, key, of_heads // old * left)
+
+
+def set_size(module: Any, old: int, size: int, heads: int) -> None:
+    """Tell a module how many channels are left of each of its heads; its layers are cut already."""
+    _set_stepwise(module)
+    if isinstance(module, nn.MultiheadAttention):
+        module.head_dim = size
+        return
+    for key, value in vars(module).items():
+        if key in _SIZES and value == old:
+            setattr(module, key, size)
+        elif key in _WIDTHS and value == heads * old:
+            setattr(module, key, heads * size)
+        elif isinstance(value, float) and math.isclose(value, old**-0.5, rel_tol=1e-6):
+            setattr(module, key, size**-0.5)  # what queries times keys are multiplied by
+
+
+def _set_stepwise(module: Any) -> None:
+    if is_whole(module):
+        set_stepwise(module)
+        vars(module).pop("forward", None)  # NNI puts the class's own there when it takes a wrapper off

@@ -1,0 +1,1 @@
+"""Attention step by step, whatever number of heads and channels is kept."""

@@ -1,0 +1,168 @@
+"""Which channels of a network can only be removed together.
+
+Every output channel of every layer gets a number. The numbers travel through the graph in place of the values
+(`numbering`), so ties are found channel by channel and not only layer by layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.fx
+from torch.utils._pytree import tree_map
+
+from nni_topo.network.attention import Attention, attend
+from nni_topo.network.channels.ids import Blocks, Layer
+from nni_topo.network.channels.picked_channels import counted_off, is_looked_at
+from nni_topo.network.channels.propagate import Numbering
+from nni_topo.network.channels.rules import FIXED, MEETS, MOVES, fixed
+from nni_topo.network.graph import IN_TRAINING, TRAINED_OUTPUT, counted, place, plain_name
+from nni_topo.network.layers import TRANSPOSED, Place
+from nni_topo.network.runtime import tensors_of
+
+ONLY_TRAINED = "{} runs in training alone"
+
+
+class ChannelFlow(Numbering):
+    """Follow the channels of a traced model, on its arguments, and answer what they have to do with one another."""
+
+    def __init__(self, graph_module: torch.fx.GraphModule, args: tuple[Any, ...], missed: str = "") -> None:
+        super().__init__(graph_module)
+        self.missed = missed  # what is known of modules that only training mode may reach, and that aren't followed
+        with torch.no_grad():
+            outputs = self.run(*tree_map(fixed, args))
+        self.in_training = self._set_apart()
+        written = counted(graph_module.graph, self.numbers)
+        for held, reason in counted_off(graph_module.graph, self.numbers, written.keys(), self.picks):
+            self._given.pin(held, reason)
+        self._before, self._roots, self._reasons = self._given.settled()
+        # Channels at the model's output, which have to stay. FIXED ones stay anyway.
+        arriving = [np.unique(labels.numpy()) for labels in tensors_of(outputs)]
+        roots = np.unique(self.roots(np.concatenate([*arriving, np.zeros(0, dtype=np.int64)])))
+        self.at_output = roots[roots > FIXED]
+        self._written = {
+            place: (
+                uses[0][0],
+                [np.array(each, dtype=np.int64) for each in dict.fromkeys(tuple(self.roots(c)) for _, c in uses)],
+            )
+            for place, uses in written.items()
+        }
+        # One number can only count equally many.
+        self.blocks += [Blocks([each], may_vanish=False) for _, each in self._written.values() if len(each) > 1]
+
+    def _set_apart(self) -> dict[str, Layer]:
+        """Take out of the layers those that run in training alone, and let them and what they put out stay.
+
+        They read fewer channels where a layer before them loses some. What they make of these nobody has measured.
+        """
+        modes = dict[str, bool]()  # by what is called, whether that is in training alone
+        for node in self.traced.graph.nodes:
+            if node.op == "call_module" or node.target is attend:
+                holder: Any = node if node.op == "call_module" else node.args[0]
+                modes[str(holder.target)] = modes.get(str(holder.target), True) and IN_TRAINING in node.meta
+            if node.meta.get(TRAINED_OUTPUT):
+                for labels in tensors_of(self.numbers[node.name]):
+                    self._given.pin(np.unique(labels.numpy()), "the model puts them out in training")
+        owners = {layer: name for name, each in self.attention.items() for layer in each.channels}
+        found = dict[str, Layer]()
+        for name in list(self.layers):
+            if modes.get(owners.get(name, name), False):
+                self._given.pin(self.layer_numbers(name), ONLY_TRAINED.format(name))
+                found[name] = self.layers.pop(name)
+                # What heads are cut with counts heads, which these keep.
+                if self.heads.pop(name, None) is not None:
+                    self._given.pin(self._entering[name], f"{name} reads them, in training alone")
+        return found
+
+    def roots(self, numbers: np.ndarray) -> np.ndarray:
+        """Look up representatives, int, shape (n,): one for channels that are tied, ``FIXED`` if they stay."""
+        found: np.ndarray = self._roots[numbers]
+        return found
+
+    def sizes_left(self, left: np.ndarray) -> dict[Place, int]:
+        """Count anew what attributes of the model count, given which representatives stay."""
+        return {place: parts * int(left[each[0]].sum()) for place, (parts, each) in self._written.items()}
+
+    @property
+    def shuffles(self) -> bool:
+        """Whether the network cuts into equal pieces what it puts into another order."""
+        return self.reorders and self.chunks
+
+    @property
+    def size(self) -> int:
+        """How many numbers there are, ``FIXED`` among them."""
+        return len(self._roots)
+
+    def layer_roots(self, name: str) -> np.ndarray:
+        """Look up the representatives of a layer's output channels: int, shape (channels,)."""
+        return self.roots(self.layer_numbers(name))
+
+    def why_pinned(self, name: str) -> list[str]:
+        """Say why channels of a layer stay in any case, each reason once."""
+        return list(dict.fromkeys(self._reasons.get(root, "") for root in self._before[self.layer_numbers(name)]))
+
+    def reaches_output(self, name: str) -> bool:
+        """Tell whether any channel of a layer is one of the model's output, so that it has to stay."""
+        return bool(np.isin(self.layer_roots(name), self.at_output).any())
+
+    def entering_roots(self, name: str) -> np.ndarray:
+        """Look up the representatives of what enters a layer or norm: int, shape (input channels,)."""
+        return self.roots(self.entering_numbers(name))
+
+    def entering_numbers(self, name: str) -> np.ndarray:
+        """Look up what enters a layer or norm, as numbered by the layers before: int, (input channels,)."""
+        # An embedding is entered by indices, so by no channels; a linear layer behind a flattening one, by features.
+        return self._entering.get(name, np.zeros(0, dtype=np.int64))
+
+    def read(self) -> list[tuple[np.ndarray, str]]:
+        """List the channels that layers and norms read, and those that are picked of others: roots, and who does."""
+        found = [(self.roots(entering), name) for name, entering in self._entering.items() if len(entering)]
+        for node in self.traced.graph.nodes:
+            labels = self.numbers[node.name]
+            picks = plain_name(node) in ("getitem", "narrow", "select") and not is_looked_at(node)
+            # What moves, or meets others, may have no channels.
+            picks = picks and not all(plain_name(user) in MEETS | MOVES for user in node.users)
+            if picks and isinstance(labels, torch.Tensor) and labels.numel():
+                found.append((np.unique(self.roots(labels.numpy())), place(node)))
+        return found
+
+    def bundles(self, name: str) -> np.ndarray:
+        """List a layer's output channels by what goes together, as a head does: int, (bundles, channels)."""
+        if name in self.heads:
+            return self.heads[name].channels[name]
+        return np.arange(self.layers[name].channels).reshape(-1, self._stretch(name))
+
+    def bundle_numbers(self, name: str) -> np.ndarray:
+        """List the first number of each of a layer's bundles: int, (bundles,)."""
+        numbers: np.ndarray = self.layer_numbers(name)[self.bundles(name)[:, 0]]
+        return numbers
+
+    def _stretch(self, name: str) -> int:
+        """Count the neighbouring channels of a layer that only go together, as those that a pixel shuffle spreads."""
+        roots = self.layer_roots(name)
+        starts = np.flatnonzero(np.diff(roots, prepend=-1))
+        size = len(roots) // len(starts)
+        # NNI can't state blocks of a transposed convolution's channels.
+        if size == 1 or FIXED in roots or isinstance(self.fetch_attr(name), (*TRANSPOSED, torch.nn.Embedding)):
+            return 1
+        is_even = len(np.unique(roots[starts])) == len(starts) and np.array_equal(starts, np.arange(len(starts)) * size)
+        # A depth-wise convolution that makes several channels of each follows the layer before it.
+        follows = self.layers[name].depthwise and len(self.entering_numbers(name)) < len(roots)
+        return size if is_even and not follows else 1
+
+    def mixers(self) -> dict[str, Attention]:
+        """Return the linear layers that read all heads of attention and nothing else, by name."""
+        found: dict[str, Attention] = {}
+        for attention in dict.fromkeys(each.name for each in self.heads.values()):
+            if self.attention[attention].recurrent:
+                continue
+            layer, order = self.attention[attention].context
+            context = self.layer_roots(layer)[order]
+            found |= {
+                name: self.attention[attention]
+                for name in self.layers
+                if FIXED not in context and np.array_equal(self.entering_roots(name), context)
+            }
+        return found

@@ -1,0 +1,195 @@
+"""What a network costs at given widths, without building it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nni_topo.network.attention import Attention, find_attention
+from nni_topo.network.channels import FIXED, ChannelFlow
+from nni_topo.network.layers import (
+    NORMS,
+    TRANSPOSED,
+    Size,
+    has_bias,
+    is_recurrent,
+    row_names,
+    spread,
+    weight_name,
+    weight_of,
+)
+from nni_topo.network.runtime import tensors_of
+from nni_topo.network.speedup import Network
+
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+Kept = Mapping[str, BoolArray]
+"""``{layer name: which of its output channels are kept}``, or which of its heads; what mixes heads is passed over."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one sample takes: multiply-accumulates, number of parameters, bytes."""
+
+    macs: int
+    params: int
+    memory: int  # of the parameters, and of the layer whose input and output are largest together
+
+
+@dataclass(frozen=True)
+class _LayerCost:
+    entering: IntArray
+    leaving: IntArray
+    groups: int
+    kernel: int
+    positions: int
+    entering_positions: int
+    leaving_positions: int
+    together: int  # of these, those that see one another where it makes queries, keys or values: of a window
+    bias: int  # how many of them
+
+    def products(self, gone: BoolArray) -> int:
+        """Products per output position, summed over the output channels that are left."""
+        # A depth-wise convolution loses groups with its channels: each channel keeps one input.
+        depthwise = self.groups == len(self.entering) > 1
+        entering = 1 if depthwise else _left(self.entering, gone) // self.groups
+        return _left(self.leaving, gone) * entering * self.kernel
+
+    def weights(self, gone: BoolArray) -> int:
+        """Number of parameters that are left."""
+        return self.products(gone) + self.bias * _left(self.leaving, gone)
+
+    def activations(self, gone: BoolArray) -> int:
+        """Number of values that enter and leave one call."""
+        entering = _left(self.entering, gone) * self.entering_positions
+        return entering + _left(self.leaving, gone) * self.leaving_positions
+
+
+class NetworkCost:
+    """Count a network's cost from the channels that are kept."""
+
+    # Not by PyTorch's counter, on which `count_macs` stands: that runs a network, and a search for a budget asks for
+    # thousands of widths that nobody has built. The tests hold both to the same numbers.
+    # Convolutions, linear layers and attention count as the dense model has them, batch norms as parameters, everything
+    # else (other norms) as in the whole network. A channel that several layers
+    # put out together goes when all of them lose it; one of a layer without an entry stays.
+    def __init__(self, model: torch.nn.Module, example_inputs: Any) -> None:
+        network = Network.on(model, example_inputs)
+        samples = len(tensors_of(network.call)[0])
+        self._flow, sizes = network.flow, network.sizes
+        self._modules = modules = dict(model.named_modules())
+        self._layers = {
+            name: _layer_cost(self._flow, name, modules[name], _by_sample(modules[name], sizes[name], samples))
+            for name in self._flow.layers
+            if name in sizes  # embeddings compute nothing
+        }
+        self._norms = {
+            name: self._flow.entering_roots(name)
+            for name, module in modules.items()
+            if isinstance(module, NORMS) and module.affine and len(self._flow.entering_roots(name))
+        }
+        # What each channel of the heads' values takes: a product with every query for every key, twice.
+        self._attention = [
+            (self._flow.layer_roots(each.context[0])[each.context[1].ravel()], 2 * math.prod(self._tokens(each)))
+            for each in find_attention(model).values()
+            if self._layers.keys() >= {*each.channels, each.context[0]}
+        ]
+        nothing = np.zeros(self._flow.size, dtype=np.bool_)
+        counted = sum(cost.weights(nothing) for cost in self._layers.values())
+        counted += 2 * sum(len(roots) for roots in self._norms.values())
+        self._bytes = max((parameter.element_size() for parameter in model.parameters()), default=4)
+        self._rest = sum(parameter.numel() for parameter in model.parameters()) - counted
+
+    def __call__(self, kept: Kept) -> Cost:
+        """Count the cost with channels gone; by layer, bool, shape (channels,), those kept; else all are."""
+        gone = self._gone(kept)
+        macs = sum(cost.products(gone) * cost.positions for cost in self._layers.values())
+        macs += sum(_left(roots, gone) * products for roots, products in self._attention)
+        params = self._rest + sum(cost.weights(gone) for cost in self._layers.values())
+        params += 2 * sum(_left(roots, gone) for roots in self._norms.values())
+        values = params + max((cost.activations(gone) for cost in self._layers.values()), default=0)
+        return Cost(macs, params, self._bytes * values)
+
+    def _tokens(self, attention: Attention) -> tuple[int, int]:
+        """Count the queries and the keys of one sample."""
+        layers = [self._layers[name] for name in attention.channels]
+        return layers[0].leaving_positions, layers[-1].together
+
+    def widths(self, kept: Kept) -> dict[str, tuple[int, int]]:
+        """Count the (input, output) channels left of each layer, of a linear layer the features."""
+        gone = self._gone(kept)
+        return {name: (_left(cost.entering, gone), _left(cost.leaving, gone)) for name, cost in self._layers.items()}
+
+    def masks(self, kept: Kept) -> dict[str, dict[str, torch.Tensor]]:
+        """Return masks, of layers that lose channels, that let the same ones go."""
+        gone, found = self._gone(kept), {}
+        for name, cost in self._layers.items():
+            stays, module = torch.from_numpy(~gone[cost.leaving]), self._modules[name]
+            if not stays.all():
+                found[name] = {weight_name(module): spread(module, stays)}
+                for own in row_names(module):
+                    if isinstance(rows := getattr(module, own, None), torch.Tensor):
+                        found[name][own] = stays.to(rows).view(-1, *[1] * (rows.dim() - 1)).expand_as(rows)
+        return found
+
+    def _gone(self, kept: Kept) -> BoolArray:
+        """Say, by representative, which channels no layer puts out any more, (channels,)."""
+        gone = np.zeros(self._flow.size, dtype=np.bool_)
+        stays = [np.array([FIXED])]
+        for name, layer in self._flow.layers.items():
+            roots = self._flow.layer_roots(name)
+            if name in kept and len(kept[name]) < len(roots):
+                roots = self._flow.roots(self._flow.bundle_numbers(name))
+            if name in kept and len(kept[name]) == len(roots):
+                stays.append(roots[kept[name]])
+                gone[roots[~kept[name]]] = True
+            elif not layer.depthwise:
+                stays.append(roots)
+        gone[np.concatenate(stays)] = False
+        return gone
+
+
+def _layer_cost(flow: ChannelFlow, name: str, module: Any, calls: list[tuple[Size, Size]]) -> _LayerCost:
+    entering = [flow.entering_roots(name)]
+    if is_recurrent(module):  # every unit reads all units too
+        entering.append(flow.roots(flow.bundle_numbers(name)))
+    return _LayerCost(
+        entering=np.concatenate(entering),
+        leaving=flow.layer_roots(name),
+        groups=getattr(module, "groups", 1),
+        kernel=int(np.prod(weight_of(module).shape[2:])),
+        # A transposed convolution computes at its input positions, all others at those of their output.
+        positions=sum(_positions(module, call[not isinstance(module, TRANSPOSED)]) for call in calls),
+        entering_positions=max(_positions(module, entering) for entering, _ in calls),
+        leaving_positions=max(_positions(module, leaving) for _, leaving in calls),
+        together=max(leaving[-2] if len(leaving) > 3 else _positions(module, leaving) for _, leaving in calls),
+        bias=has_bias(module) * len(entering),
+    )
+
+
+def _by_sample(module: Any, calls: list[tuple[Size, Size]], samples: int) -> list[tuple[Size, Size]]:
+    """Let windows, which a linear layer may get as samples, be of the samples that they are of."""
+    if not isinstance(module, torch.nn.Linear):
+        return calls
+    return [(_parted(entering, samples), _parted(leaving, samples)) for entering, leaving in calls]
+
+
+def _parted(size: Size, samples: int) -> Size:
+    parts, rest = divmod(size[0], samples)
+    return size if rest or parts < 2 else (samples, parts, *size[1:])
+
+
+def _positions(module: Any, size: Size) -> int:
+    """Count the positions of one sample in a layer's input or output."""
+    last = isinstance(module, (torch.nn.Linear, torch.nn.MultiheadAttention, torch.nn.RNNBase))
+    return math.prod(size[1:]) // size[-1 if last else 1]
+
+
+def _left(roots: IntArray, gone: BoolArray) -> int:
+    return len(roots) - int(np.count_nonzero(gone[roots]))

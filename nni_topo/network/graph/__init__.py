@@ -1,0 +1,43 @@
+"""The graph of a model."""
+
+from nni_topo.network.graph.graph_module import on_modules
+from nni_topo.network.graph.layer_sizes import layer_sizes
+from nni_topo.network.graph.nodes import (
+    IN_TRAINING,
+    RANDOM,
+    TRAINED_OUTPUT,
+    is_of_forward,
+    makes_mask,
+    place,
+    plain_name,
+    tensor_shape,
+)
+from nni_topo.network.graph.submodules import is_in_parts
+from nni_topo.network.graph.traced_int import Written, counted, resized
+from nni_topo.network.graph.tracing import DRAWS_OTHERS, arguments, by_running, trace
+from nni_topo.network.graph.training_only import Steps, add_training, evaluated, unused_parameters
+
+__all__ = [
+    "DRAWS_OTHERS",
+    "IN_TRAINING",
+    "RANDOM",
+    "TRAINED_OUTPUT",
+    "Steps",
+    "Written",
+    "add_training",
+    "arguments",
+    "by_running",
+    "counted",
+    "evaluated",
+    "is_in_parts",
+    "is_of_forward",
+    "layer_sizes",
+    "makes_mask",
+    "on_modules",
+    "place",
+    "plain_name",
+    "resized",
+    "tensor_shape",
+    "trace",
+    "unused_parameters",
+]

@@ -1,0 +1,52 @@
+"""What a node of a graph is called, where it stands, what it gives, and the marks in its ``meta``."""
+
+from __future__ import annotations
+
+import operator
+
+import torch.fx
+
+RECORDED = "_recorded"  # what a graph that was recorded calls constants, with a number behind it
+
+
+RANDOM = "nni_topo_random"  # in a node's meta: whether it draws random numbers
+
+
+IN_TRAINING = "nni_topo_in_training"  # in a node's meta: whether training mode alone reaches it
+
+
+TRAINED_OUTPUT = "nni_topo_trained_output"  # and whether the model then puts out what it gives
+
+
+def is_of_forward(node: torch.fx.Node) -> bool:
+    """Tell whether a node is a constant that the forward makes at each call: nobody gives it other values."""
+    return node.op == "get_attr" and str(node.target).startswith(("_tensor_constant", RECORDED))
+
+
+def place(node: torch.fx.Node) -> str:
+    """Say where a node stands: a module's name, or an operation and the module that it is written in."""
+    if node.op == "call_module":
+        return str(node.target)
+    # NNI's tracer keeps the types of modules by name, PyTorch's names with types.
+    stack = (node.meta.get("nn_module_stack") or {}).items()
+    owner = [each for key, value in stack if (each := value[0] if isinstance(value, tuple) else key)]
+    return f"{plain_name(node)} in {owner[-1]}" if owner else plain_name(node)
+
+
+def makes_mask(node: torch.fx.Node) -> bool:
+    """Tell whether a node is a function that makes a mask: of states it looks at size and type alone."""
+    return getattr(node.target, "makes_mask", False)
+
+
+def tensor_shape(node: torch.fx.Node) -> tuple[int, ...] | None:
+    """Look up the shape of a node's tensor in ``node.meta["tensor_meta"]``; None if its value isn't one tensor."""
+    shape = getattr(node.meta.get("tensor_meta"), "shape", None)
+    # A plain tuple: torch.Size compares equal to it, but pytrees would open it as a container.
+    return None if shape is None else tuple(shape)
+
+
+def plain_name(node: torch.fx.Node) -> str:
+    """Name a function or method alike however it is called: "add" for ``torch.add``, ``operator.add``, ``add_``."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    # Underscores in front (``__add__``) and behind (``add_``) say how it is called, not what it does to channels.
+    return "getitem" if node.target is operator.getitem else name.strip("_")

@@ -1,0 +1,473 @@
+"""Save a dense model in one file without code in it, and build it again from the unpruned model.
+
+The file holds tensors, names and integers only, in PyTorch's format, which is read with ``weights_only=True``, or as
+safetensors, whose header holds a recipe in JSON: which module has which sizes. Reading a file from elsewhere runs
+nothing. What it doesn't hold is the model's forward: that comes with the model it is loaded into, whose layers are
+made smaller to fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from nni_topo._version import __version__
+from nni_topo.disk import path_of, read_tensors, reading, whole_file, write_tensors
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.attention import Attention, find_attention, resize, set_size
+from nni_topo.network.io.depth import kept_blocks, take_out_others
+from nni_topo.network.layers import (
+    Place,
+    can_follow,
+    count,
+    count_channels,
+    fold,
+    places_of,
+    put_sizes,
+    response_norm,
+    sizes_of,
+    weight_of,
+)
+from nni_topo.network.runtime import check_unwrapped, detached_copy, leaves_models_alone
+from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
+
+_FORMAT = "nni-topo dense model"
+_FORMAT_VERSION = 1
+_SAFE = ".safetensors"
+_RECIPE = "nni_topo"  # its place in the header of a safetensors file
+_KINDS: dict[str, type] = {
+    "format": str,
+    "format_version": int,
+    "package_version": str,
+    "modules": dict,
+    "numbers": dict,
+    "state_dict": dict,
+    "buffers": dict,
+    "fingerprints": dict,
+    "blocks": dict,
+    "head_sizes": dict,
+}
+_OLDER: dict[str, Any] = {
+    key: {} for key in ("numbers", "buffers", "fingerprints", "blocks", "head_sizes")
+}  # of older versions
+
+# The attributes that say how large a module is, by the class that defines them.
+_SIZES: dict[type[torch.nn.Module], tuple[str, ...]] = {
+    torch.nn.modules.conv._ConvNd: ("in_channels", "out_channels", "groups"),
+    torch.nn.Linear: ("in_features", "out_features"),
+    torch.nn.modules.batchnorm._NormBase: ("num_features",),
+    torch.nn.GroupNorm: ("num_channels", "num_groups"),
+    torch.nn.RNNBase: ("input_size", "hidden_size"),
+    torch.nn.LayerNorm: ("normalized_shape",),
+    torch.nn.RMSNorm: ("normalized_shape",),
+    torch.nn.Embedding: ("num_embeddings", "embedding_dim"),
+    torch.nn.PReLU: ("num_parameters",),
+    torch.nn.PixelShuffle: ("upscale_factor",),
+}
+
+_PathLike = str | os.PathLike[str]
+
+
+def save(dense: torch.nn.Module, path: _PathLike) -> None:
+    """Save a dense model without pickled code, non-persistent buffers too.
+
+    Parameters
+    ----------
+    dense : torch.nn.Module
+        A model made by `nni_topo.to_dense`, fine-tuned or not. It isn't changed.
+    path : str or path-like
+        The file to write, whole or not at all; an existing one is replaced. One that ends in ``.safetensors`` is
+        written as safetensors, with the recipe (which module has which sizes) as JSON under ``"nni_topo"`` in its
+        metadata; any other as PyTorch does.
+
+    Raises
+    ------
+    SpeedupError
+        If the model is still wrapped by NNI.
+    DataError
+        If the file can't be written.
+
+    See Also
+    --------
+    load : Builds the model again.
+    save_pretrained : Writes a folder that Transformers loads by itself.
+    """
+    place = path_of(path)
+    check_unwrapped(dense)
+    listed, every = dense.state_dict(keep_vars=True), named_tensors(dense)
+    document = {
+        "format": _FORMAT,
+        "format_version": _FORMAT_VERSION,
+        "package_version": __version__,
+        "modules": {name: describe(module) for name, module in dense.named_modules() if size_names(module)},
+        "numbers": sizes_of(dense),
+        "state_dict": {name: tensor.detach() for name, tensor in listed.items()},
+        "buffers": {name: tensor.detach() for name, tensor in every.items() if name not in listed},
+        "fingerprints": {name: _fingerprint(tensor) for name, tensor in every.items()},
+        "blocks": kept_blocks(dense),
+        "head_sizes": {name: attention.head_size for name, attention in find_attention(dense).items()},
+    }
+    if place.suffix == _SAFE:
+        with whole_file(place) as part:
+            _write_safe(document, part)
+    else:
+        write_tensors(place, document)
+
+
+@leaves_models_alone
+def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """Build a saved dense model from the unpruned model.
+
+    Parameters
+    ----------
+    path : str or path-like
+        A file written by `save`.
+    model : torch.nn.Module or callable
+        The original, unpruned model, whatever its weights, or a function without arguments that makes it.
+        It isn't changed.
+
+    Returns
+    -------
+    torch.nn.Module
+        A copy of ``model`` with the sizes and values of the file, in the modes and on the devices of
+        ``model``, in the precision of the file. Layers that share a tensor in ``model`` share it if they
+        did in the dense model.
+
+    Raises
+    ------
+    DataError
+        If the file is missing or cut short, isn't one that `save` writes, has unknown keys, or holds other values than
+        were saved.
+    ConfigError
+        If the file doesn't fit the model: other modules, other types, larger sizes, or modules with two names
+        that were two modules in the dense model.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> make = lambda width=3: torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.Linear(width, 2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(make(width=2), f"{folder}/dense.pt")
+    ...     load(f"{folder}/dense.pt", make)
+    Sequential(
+      (0): Linear(in_features=4, out_features=2, bias=True)
+      (1): Linear(in_features=2, out_features=2, bias=True)
+    )
+    """
+    document = _read(path)
+    built = detached_copy(model) if isinstance(model, torch.nn.Module) else model()
+    check_unwrapped(built)
+    _take_out(document["blocks"], built, os.fspath(path))
+    for name, module in built.named_modules():
+        # Of a layer that computes its weight a plain one was made where it was cut.
+        if _is_plain(document["modules"].get(name), module):
+            fold(module)
+    _check_fit(document, built, os.fspath(path))
+    modules: dict[str, dict[str, Any]] = document["modules"]
+    whole = find_attention(built)
+    for name, description in modules.items():
+        _resize(built.get_submodule(name), description["sizes"])
+    ties = find_ties(built)
+    untie(built, ties)
+    stored = document["state_dict"] | document.get("buffers", {})
+    with torch.no_grad():
+        for name, tensor in named_tensors(built).items():
+            if name in stored:
+                tensor.data = stored[name].to(tensor.device, copy=True)
+    for name, attention in whole.items():
+        _resize_heads(built, attention, document["head_sizes"].get(name, attention.head_size), os.fspath(path))
+    put_sizes(built, _smaller(document["numbers"], built, os.fspath(path)))
+    tie_again(built, [part for names in ties for part in _shared(names, stored)])
+    _check_values(document.get("fingerprints", {}), stored, built, os.fspath(path))
+    return built
+
+
+def size_names(module: torch.nn.Module) -> tuple[str, ...]:
+    """List the names of a module's size attributes; none for a type without."""
+    names = next((names for kind, names in _SIZES.items() if isinstance(module, kind)), ())
+    return (*names, "counted") if hasattr(module, "counted") else names
+
+
+def describe(module: torch.nn.Module) -> dict[str, Any]:
+    """Return a module's type and sizes, as a file's recipe has them."""
+    sizes = {name: getattr(module, name) for name in size_names(module)}
+    plain = {name: list(size) if isinstance(size, tuple) else int(size) for name, size in sizes.items()}
+    return {"type": type(module).__name__, "sizes": plain}
+
+
+def _is_plain(description: Any, module: torch.nn.Module) -> bool:
+    """Tell whether a file has a module as one of another class than the model, which might be the plain one of it."""
+    return isinstance(description, dict) and description.get("type") != type(module).__name__
+
+
+def _fingerprint(tensor: torch.Tensor) -> str:
+    """Digest a tensor's type, shape and bits."""
+    plain = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode())
+    digest.update(plain.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _shared(names: list[str], stored: dict[str, torch.Tensor]) -> list[list[str]]:
+    """Split a tie into the parts that were tied in the saved model: a file keeps one tensor in one place of memory."""
+    parts: dict[Any, list[str]] = {}
+    for name in names:
+        value = stored.get(name)
+        place = None if value is None else (value.data_ptr(), value.dtype, value.shape, value.stride())
+        parts.setdefault(place, []).append(name)
+    return list(parts.values())
+
+
+def _check_values(
+    fingerprints: dict[str, str], stored: dict[str, torch.Tensor], built: torch.nn.Module, place: str
+) -> None:
+    """Raise unless a model holds what was saved; files of older versions have no fingerprints."""
+    for name, tensor in named_tensors(built).items():
+        saved = fingerprints.get(name)
+        if saved is None or _fingerprint(tensor) == saved:
+            continue
+        if _fingerprint(stored[name]) != saved:
+            raise DataError(f"a dense model's file must hold what was saved, got other values ({name}, {place})")
+        raise ConfigError(
+            "a dense model must be loaded into the model it was pruned from, got one that shares tensors between "
+            f"modules that the saved model doesn't share ({name}, {place})"
+        )
+
+
+def _write_safe(document: dict[str, Any], path: _PathLike) -> None:
+    """Write the tensors as safetensors, each once, and all else as JSON into the header."""
+    tensors = document["state_dict"] | document["buffers"]
+    places = _shared([*tensors], tensors)
+    recipe = document | {
+        "state_dict": {name: first for first, *others in places for name in (first, *others)},
+        "buffers": [*document["buffers"]],
+    }
+    # Copies, for safetensors takes no two views of one memory.
+    values = {first: tensors[first].cpu().contiguous().clone() for first, *_ in places}
+    try:
+        save_file(values, os.fspath(path), {_RECIPE: json.dumps(recipe)})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise (error if number is None else OSError(int(number[1]), os.strerror(int(number[1])))) from error
+
+
+def _read_safe(path: _PathLike) -> Any:
+    """Read what `_write_safe` wrote."""
+    with safe_open(os.fspath(path), "pt") as file:
+        recipe = json.loads((file.metadata() or {}).get(_RECIPE, "null"))
+        if not isinstance(recipe, dict):
+            return None
+        values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    places, buffers = recipe["state_dict"], recipe["buffers"]
+    if unknown := values.keys() - {*places.values()}:
+        raise DataError(f"a dense model's recipe must name every tensor, got none of {min(unknown)} ({path})")
+    return recipe | {
+        "state_dict": {name: values[first] for name, first in places.items() if name not in buffers},
+        "buffers": {name: values[places[name]] for name in buffers},
+    }
+
+
+def _read(path: _PathLike) -> dict[str, Any]:
+    """Read a file and check that it is one of ours."""
+    file = path_of(path)
+    place = os.fspath(file)
+    with reading(file, "a dense model's file", "written by nni_topo.save"):
+        document = _read_safe(file) if file.suffix == _SAFE else read_tensors(file)
+    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+        raise DataError(f"a dense model's file must be written by nni_topo.save, got another kind ({place})")
+    if document.get("format_version") != _FORMAT_VERSION:
+        raise DataError(
+            f"a dense model's file must have format version {_FORMAT_VERSION}, got "
+            f"{document.get('format_version')!r} from nni_topo {document.get('package_version')} ({place})"
+        )
+    document = _OLDER | document
+    wrong = [str(key) for key in {**_KINDS, **document} if not isinstance(document.get(key), _KINDS.get(key, ()))]
+    if wrong:
+        raise DataError(f"a dense model's file must hold {', '.join(_KINDS)}, got it wrong at {wrong[0]!r} ({place})")
+    return document
+
+
+def _take_out(blocks: dict[str, Any], model: torch.nn.Module, place: str) -> None:
+    """Take out of a model the blocks that a file's lacks; one that was built without them is left as it is."""
+    modules, missing = dict(model.named_modules()), {}
+    for name, kept in blocks.items():
+        is_list = isinstance(kept, list) and bool(kept) and all(type(each) is int and each >= 0 for each in kept)
+        if not is_list or kept != sorted(set(kept)):
+            raise DataError(f"a recipe must number blocks in ascending order, got {kept!r:.80} ({name}, {place})")
+        lists = isinstance(modules.get(name), (torch.nn.ModuleList, torch.nn.Sequential))
+        count = len(modules[name]._modules) if lists else 0
+        if count != len(kept):
+            missing[name] = kept
+            if kept[-1] >= count:
+                rule = "a dense model must be loaded into the model it was pruned from"
+                raise ConfigError(f"{rule}, got {count} blocks where block {kept[-1]} is left ({name}, {place})")
+    take_out_others(model, missing)
+
+
+def _check_fit(document: dict[str, Any], model: torch.nn.Module, place: str) -> None:
+    """Raise unless the file could come from a pruned copy of the model."""
+    rule = "a dense model must be loaded into the model it was pruned from"
+    modules = {name: module for name, module in model.named_modules() if size_names(module)}
+    resizable = {name for name, module in model.named_modules(remove_duplicate=False) if size_names(module)}
+    resizable |= find_attention(model).keys()
+    stored: dict[str, dict[str, Any]] = document["modules"]
+    # Of a response norm the whole model says no size.
+    modules |= {name: each for name, each in model.named_modules() if name in stored and response_norm(each)}
+    tensors = dict(model.state_dict(keep_vars=True))
+    _check_names(rule, "modules", set(stored), set(modules), place)
+    _check_names(rule, "tensors", set(document["state_dict"]), set(tensors), place)
+    for name, description in stored.items():
+        kind, sizes = _checked(description, name, place)
+        known = describe(modules[name])
+        counts = "counted" in sizes and known["sizes"].keys() <= sizes.keys()
+        if kind != known["type"] and not counts:
+            raise ConfigError(f"{rule}, got {kind} where the model has {known['type']} ({name}, {place})")
+        if not counts and sizes.keys() != known["sizes"].keys():
+            raise DataError(f"a recipe must hold {', '.join(known['sizes'])}, got {', '.join(sizes)} ({name}, {place})")
+    for name, tensor in tensors.items():
+        small, full = tuple(document["state_dict"][name].shape), tuple(tensor.shape)
+        fits = len(small) == len(full) and all(a <= b for a, b in zip(small, full, strict=True))
+        if small != full and not (fits and (name.rpartition(".")[0] in resizable or can_follow(tensor))):
+            raise ConfigError(f"{rule}, got shape {small} where the model has {full} ({name}, {place})")
+    for name, description in stored.items():
+        _check_sizes(modules[name], description["sizes"], document, name, place)
+
+
+def _check_sizes(
+    module: torch.nn.Module, sizes: dict[str, Any], document: dict[str, Any], name: str, place: str
+) -> None:
+    """Raise unless a recipe's sizes are at most those of the unpruned module and are those of the file's tensors."""
+    known = describe(module)["sizes"]
+    for key, size in sizes.items():
+        if key == "counted":
+            continue
+        new, old = (each if isinstance(each, list) else [each] for each in (size, known.get(key, size)))
+        if len(new) != len(old) or any(one > whole or one < min(whole, 1) for one, whole in zip(new, old, strict=True)):
+            raise ConfigError(
+                "a dense model must be loaded into the model it was pruned from, got "
+                f"{key} {size} where the model has {known.get(key)} ({name}, {place})"
+            )
+    tensors = {**document["state_dict"], **document["buffers"]}
+    stated, whole_stated = _stated(module, sizes), _stated(module, known)
+    for own, shape in stated.items():
+        # A class of one's own may hold its tensors in another way, which the model shows.
+        mine, tensor = getattr(module, own, None), tensors.get(f"{name}.{own}".lstrip("."))
+        is_usual = isinstance(mine, torch.Tensor) and mine.shape[: len(shape)] == whole_stated[own]
+        if is_usual and tensor is not None and tensor.shape[: len(shape)] != shape:
+            got = f"{sizes} for a {own} of shape {tuple(tensor.shape)}"
+            raise DataError(f"a recipe's sizes must be those of its tensors, got {got} ({name}, {place})")
+    if "counted" in sizes:
+        least, most = _counts(module, tensors.get(f"{name}.taps".lstrip(".")))
+        if not least <= sizes["counted"] <= most:
+            rule = f"a recipe must count {least} channels" + ("" if least == most else " or more")
+            raise DataError(f"{rule}, got {sizes['counted']} ({name}, {place})")
+
+
+def _stated(module: Any, sizes: dict[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Return by name how the shapes of a module's tensors begin if it has these sizes; NaN where none can."""
+    if isinstance(module, torch.nn.modules.conv._ConvNd):
+        groups = sizes["groups"]
+        if module.transposed:
+            return {"weight": (sizes["in_channels"], sizes["out_channels"] / groups)}
+        # Inputs and outputs are dealt out to the groups alike.
+        return {"weight": (sizes["out_channels"] // groups * groups, sizes["in_channels"] / groups)}
+    if isinstance(module, torch.nn.Linear):
+        return {"weight": (sizes["out_features"], sizes["in_features"])}
+    if isinstance(module, torch.nn.modules.batchnorm._NormBase):
+        return dict.fromkeys(("weight", "running_mean"), (sizes["num_features"],))
+    if isinstance(module, torch.nn.GroupNorm):
+        fits = sizes["num_channels"] % sizes["num_groups"] == 0
+        return {"weight": (sizes["num_channels"] if fits else math.nan,)}
+    if isinstance(module, torch.nn.RNNBase):
+        gates = module.get_parameter("weight_hh_l0").shape[0] // module.hidden_size
+        return {"weight_ih_l0": (gates * sizes["hidden_size"], sizes["input_size"])}
+    if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
+        return {"weight": tuple(sizes["normalized_shape"])}
+    if isinstance(module, torch.nn.Embedding):
+        return {"weight": (sizes["num_embeddings"], sizes["embedding_dim"])}
+    if isinstance(module, torch.nn.PReLU):
+        return {"weight": (sizes["num_parameters"],)}
+    return {}
+
+
+def _counts(module: Any, taps: torch.Tensor | None) -> tuple[int, float]:
+    """Return the fewest and the most channels that a module cut from this one may count: all that there were."""
+    if hasattr(module, "counted"):
+        return module.counted, module.counted
+    if isinstance(module, torch.nn.Conv1d):  # it goes along channels, whose number the layer doesn't know
+        return (1 if taps is None else len(taps)), math.inf
+    if isinstance(module, torch.nn.GroupNorm):
+        return (module.num_channels // module.num_groups,) * 2
+    if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
+        return (module.normalized_shape[0],) * 2
+    return (next(module.parameters()).numel(),) * 2
+
+
+def _checked(description: Any, name: str, place: str) -> tuple[str, dict[str, Any]]:
+    """Return the type and sizes that a recipe has of a module."""
+    match description:
+        case {"type": str(kind), "sizes": dict(sizes)} if all(
+            type(one) is int and one >= 0 for size in sizes.values() for one in (size if type(size) is list else [size])
+        ):
+            return kind, sizes
+    raise DataError(f"a recipe must give a module's type and whole sizes, got {description!r:.80} ({name}, {place})")
+
+
+def _by_keys(value: Any) -> dict[str, Any]:
+    """List numbers by the keys that lead to them, as `places_of` has them."""
+    if isinstance(value, dict):
+        return value
+    return {str(at): each for at, each in enumerate(value)} if isinstance(value, list) else {"": value}
+
+
+def _smaller(stored: dict[str, Any], model: torch.nn.Module, place: str) -> dict[Place, int]:
+    """List the numbers in attributes that are smaller than in the unpruned model; the others say no size."""
+    found: dict[Place, int] = {}
+    known, places = sizes_of(model), places_of(model)
+    for name, value in stored.items():
+        new, old = _by_keys(value), _by_keys(known.get(name, []))
+        if any(type(each) is not int for each in new.values()):
+            raise DataError(f"a recipe must hold whole numbers, got {value!r:.80} ({name}, {place})")
+        if type(value) is type(known.get(name)) and new.keys() == old.keys():
+            found |= {places[name][keys]: size for keys, size in new.items() if 0 < size < old[keys]}
+    return found
+
+
+def _check_names(rule: str, kind: str, stored: set[str], known: set[str], place: str) -> None:
+    for problem, names in (("missing in the model", stored - known), ("missing in the file", known - stored)):
+        if names:
+            listed = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+            raise ConfigError(f"{rule}, got {kind} {problem}: {listed} ({place})")
+
+
+def _resize_heads(model: torch.nn.Module, attention: Attention, size: Any, place: str) -> None:
+    """Tell attention how many heads it has, and channels of each; its layers are cut already."""
+    layer, channels = next(iter(attention.channels.items()))
+    module, whole = model.get_submodule(attention.name), attention.head_size
+    if type(size) is not int or not 0 < size <= whole:
+        raise DataError(f"a head must have 1 to {whole} channels, got {size!r:.80} ({attention.name}, {place})")
+    weight = weight_of(model.get_submodule(layer))
+    left = len(weight) // (channels.shape[1] // whole * size)
+    resize(module, attention, left, weight.shape[1])
+    if size < whole:
+        set_size(module, whole, size, left)
+
+
+def _resize(module: torch.nn.Module, sizes: dict[str, Any]) -> None:
+    if "counted" in sizes and isinstance(module, torch.nn.Conv1d):
+        count_channels(module, 1)  # the file holds where the channels left are
+        module.counted = sizes["counted"]
+    elif "counted" in sizes:
+        count(module, sizes["counted"])
+    for name in size_names(module):
+        size = sizes[name]
+        setattr(module, name, tuple(size) if isinstance(size, list) else size)

@@ -1,0 +1,390 @@
+"""What a layer with a forward of its own computes: the convolution, or the product, within it.
+
+A class derived from one of PyTorch's layers may pad its input in its own way, compute the weight from another, or go on
+with a norm or an activation. Then the attributes that it has from PyTorch's class, ``padding`` say, tell nothing. What
+it does is seen by running it, up to the call of PyTorch's function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from nni_topo.network.runtime import detached_copy
+
+_CONVOLVED = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_SPREAD = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_FUNCTIONS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
+    functional.conv1d: (nn.Conv1d, _CONVOLVED),
+    functional.conv2d: (nn.Conv2d, _CONVOLVED),
+    functional.conv3d: (nn.Conv3d, _CONVOLVED),
+    functional.conv_transpose1d: (nn.ConvTranspose1d, _SPREAD),
+    functional.conv_transpose2d: (nn.ConvTranspose2d, _SPREAD),
+    functional.conv_transpose3d: (nn.ConvTranspose3d, _SPREAD),
+    functional.linear: (nn.Linear, ("input", "weight", "bias")),
+}
+_KINDS = tuple(kind for kind, _ in _FUNCTIONS.values())
+
+
+def _several(value: Any, dims: int) -> tuple[int, ...]:
+    """Write a setting as one number for each axis."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return values * dims if len(values) == 1 else values
+
+
+@dataclass(frozen=True)
+class InnerCall:
+    """One call of PyTorch's function: what it computes with, and how."""
+
+    function: Any
+    entering: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, ...]  # () of a linear layer, as all that follow
+    padding: tuple[tuple[int, int], ...]  # before and after each axis, with zeros
+    dilation: tuple[int, ...]
+    groups: int
+    given: dict[str, Any]  # all arguments by name
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Kernel elements along each axis."""
+        return tuple(self.weight.shape[2:])
+
+    @property
+    def padded_size(self) -> tuple[int, ...]:
+        """Pixels of what enters, with the padding."""
+        size = self.entering.shape[self.entering.dim() - len(self.kernel) :]
+        return tuple(length + sum(pair) for length, pair in zip(size, self.padding, strict=True))
+
+    @property
+    def output_size(self) -> tuple[int, ...]:
+        """Pixels of what leaves a convolution."""
+        more = _several(self.given.get("output_padding", 0), len(self.kernel))
+        found = []
+        for length, kernel, stride, dilation, (before, after), extra in zip(
+            self.entering.shape[2:], self.kernel, self.stride, self.dilation, self.padding, more, strict=True
+        ):
+            reach = (kernel - 1) * dilation
+            if _FUNCTIONS[self.function][1] is _SPREAD:
+                found.append((length - 1) * stride + 1 + reach - before - after + extra)
+            else:
+                found.append((length + before + after - reach - 1) // stride + 1)
+        return tuple(found)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings as attributes of one of PyTorch's layers hold them, as far as they were given."""
+        dims = len(self.kernel)
+        names = [name for name in ("stride", "padding", "dilation", "output_padding") if name in self.given]
+        found: dict[str, Any] = {}
+        for name in names:
+            value = self.given[name]
+            found[name] = value if isinstance(value, str) else _several(value, dims)
+        if "padding" in found:
+            found["_reversed_padding_repeated_twice"] = [amount for pair in reversed(self.padding) for amount in pair]
+        return found
+
+    def run(self) -> Tensor:
+        """Compute what the function gives."""
+        found: Tensor = self.function(**self.given)
+        return found
+
+    def windows(self) -> Tensor:
+        """Return a view ``(n, channels, *output size, *kernel size)`` of a convolution's padded input."""
+        ends = [amount for pair in reversed(self.padding) for amount in pair]
+        windows = functional.pad(self.entering, ends) if any(ends) else self.entering
+        for dim, (kernel, stride, dilation) in enumerate(
+            zip(self.kernel, self.stride, self.dilation, strict=True), start=2
+        ):
+            windows = windows.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+        return windows
+
+
+class Within(TorchFunctionMode):
+    """Let a function compute what calls of convolutions and products give, while a layer runs."""
+
+    def __init__(self, meet: Callable[[InnerCall], Any]) -> None:
+        super().__init__()
+        self._meet = meet
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Hand a call over, or compute it."""
+        if func in _FUNCTIONS:
+            return self._meet(_call(func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def is_inner(func: Any) -> bool:
+    """Tell whether a function is one that layers call: a convolution or a product."""
+    return func in _FUNCTIONS
+
+
+def kind_of(module: nn.Module) -> type[nn.Module] | None:
+    """Return which of PyTorch's weighted layers a module is one of, or derived from."""
+    return next((kind for kind in _KINDS if isinstance(module, kind)), None)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Tell whether a layer's class computes in another way than the class of PyTorch's that it is derived from."""
+    kind: Any = kind_of(module)
+    if kind is None or getattr(type(module), "computes_as_base", False):
+        return False
+    return any(getattr(type(module), name, None) is not getattr(kind, name, None) for name in ("forward", *_INNER))
+
+
+_INNER = ("_conv_forward",)  # what the forward of PyTorch's convolutions calls
+
+
+def forward_of(module: nn.Module, *args: Any) -> Any:
+    """Run the forward of a layer's class, whatever NNI or a hook has put in its place."""
+    forward: Any = type(module).forward
+    return forward(module, *args)
+
+
+def call_of(module: Any, entering: Tensor) -> InnerCall:
+    """Return the call of PyTorch's function that a layer makes of what enters it; TypeError if it makes none."""
+    if has_own_forward(module):
+        return _stopped(module, entering)
+    if isinstance(module, nn.Linear):
+        return _call(functional.linear, (entering, module.weight, module.bias), {})
+    function = next(each for each, (kind, _) in _FUNCTIONS.items() if isinstance(module, kind))
+    padding = module.padding
+    if module.padding_mode != "zeros":
+        entering = functional.pad(entering, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        padding = 0
+    settings = {"stride": module.stride, "padding": padding, "dilation": module.dilation, "groups": module.groups}
+    if _FUNCTIONS[function][1] is _SPREAD:
+        settings["output_padding"] = module.output_padding
+    return _call(function, (entering, module.weight, module.bias), settings)
+
+
+class _Reached(BaseException):
+    """Leaves a forward at its call; nothing that a layer may be written with catches it."""
+
+    def __init__(self, call: InnerCall) -> None:
+        super().__init__()
+        self.call = call
+
+
+def _stopped(module: nn.Module, *args: Any) -> InnerCall:
+    def stop(call: InnerCall) -> Any:
+        raise _Reached(call)
+
+    try:
+        with Within(stop):
+            forward_of(module, *args)
+    except _Reached as reached:
+        return reached.call
+    raise TypeError(f"a layer must call a convolution or a product, got {type(module).__name__}")
+
+
+def _call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> InnerCall:
+    kind, names = _FUNCTIONS[function]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    weight = given["weight"]
+    dims = len(weight.shape) - 2 if kind is not nn.Linear else 0
+
+    def several(name: str, default: int) -> tuple[int, ...]:
+        return _several(given.get(name, default), dims)
+
+    dilation, padding = several("dilation", 1), given.get("padding", 0)
+    if padding == "same":
+        spare = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        # Where an odd number is added, PyTorch puts the spare pixel at the end.
+        pairs = tuple((total // 2, total - total // 2) for total in spare)
+    else:
+        pairs = tuple((each, each) for each in (several("padding", 0) if padding != "valid" else (0,) * dims))
+    return InnerCall(
+        function=function,
+        entering=given["input"],
+        weight=weight,
+        bias=given.get("bias"),
+        stride=several("stride", 1),
+        padding=pairs[:dims],
+        dilation=dilation,
+        groups=given.get("groups", 1),
+        given=given,
+    )
+
+
+@dataclass(frozen=True)
+class Inner:
+    """What a layer with a forward of its own was seen to do: one call, and nothing that needs the input behind it."""
+
+    is_bare: bool  # it gives what the call gives; else it goes on with that
+    is_own: bool  # weight and bias are the parameters themselves; else they are computed, from no input
+    settings: dict[str, Any]  # stride, padding and dilation of the call, which a layer of PyTorch's would need
+    weight: Tensor
+    bias: Tensor | None
+
+
+def inner_of(module: Any) -> Inner | None:
+    """Try a layer with a forward of its own out, and tell what it does; None if it is none of these, or does more.
+
+    It makes one call, with a weight of its parameter's shape; before that it may do anything to its input that takes no
+    parameters; what it does behind that depends on the call's result alone.
+    """
+    if not has_own_forward(module) or not isinstance(getattr(module, "weight", None), Tensor):
+        return None
+    tried: Any = detached_copy(module, light=True).eval()
+    found: list[Inner] = []
+    with torch.no_grad():
+        for x in trial_inputs(module):
+            try:
+                one = _tried(tried, x)
+            except Exception:  # a forward fails in as many ways as it is written
+                return None
+            if one is None or (found and not _alike(one, found[0])):
+                return None
+            found.append(one)
+    return found[0]
+
+
+def trial_inputs(module: Any) -> list[Tensor]:
+    """Make inputs of a few sizes for a layer: of one alone two ways to pad may need no pixel, or as many."""
+    if isinstance(module, nn.Linear):
+        shapes = [(2, module.in_features), (3, module.in_features)]
+    else:
+        reach = [max(4, 2 * ((k - 1) * d + 1)) for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+        sizes = range(min(max(2, *module.stride), 4))
+        shapes = [(2, module.in_channels, *(each + more for each in reach)) for more in sizes]
+    found = []
+    for shape in shapes:
+        count = torch.Size(shape).numel()
+        found.append(torch.linspace(-9, 9, count).sin().view(shape).to(module.weight))
+    return found
+
+
+def _tried(module: Any, x: Tensor) -> Inner | None:
+    calls: list[InnerCall] = []
+    results: list[tuple[Tensor, Tensor]] = []
+    early = set[str]()
+
+    def meet(call: InnerCall) -> Tensor:
+        calls.append(call)
+        result = call.run()
+        results.append((result, result.clone()))
+        return result
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: None if calls else early.add(name)
+
+    with ExitStack() as hooks, Within(meet):
+        for name, child in module.named_modules():
+            if child is not module and (child._parameters or child._buffers):
+                hooks.enter_context(child.register_forward_pre_hook(note(name)))
+        left = forward_of(module, x)
+    dim = -1 if isinstance(module, nn.Linear) else 1
+    if len(calls) != 1 or early or _FUNCTIONS[calls[0].function][0] is not kind_of(module):
+        return None
+    call, (result, before) = calls[0], results[0]
+    same_channels = call.entering.dim() == x.dim() and call.entering.shape[dim] == x.shape[dim]
+    if not same_channels or len(call.entering) != len(x) or call.weight.shape != module.weight.shape:
+        return None
+    if call.groups != getattr(module, "groups", 1):
+        return None
+    is_bare = left is result and torch.equal(result, before)
+    if not is_bare:
+        # What comes behind mustn't look at the input again.
+        with Within(lambda _: before.clone()):
+            again = forward_of(module, 0.5 * x + 0.25)
+        pairs = list(zip(tree_leaves(left), tree_leaves(again), strict=True))
+        tensors = [pair for pair in pairs if isinstance(pair[0], Tensor)]
+        if not tensors or not all(torch.equal(one, other) for one, other in tensors):
+            return None
+    is_own = call.weight is module.weight and call.bias is module.bias
+    return Inner(
+        is_bare, is_own, call.settings, call.weight.detach(), None if call.bias is None else call.bias.detach()
+    )
+
+
+def _alike(one: Inner, other: Inner) -> bool:
+    """Tell whether two inputs show the same, with the same weight."""
+    plain = [(each.is_bare, each.is_own, each.settings, each.bias is None) for each in (one, other)]
+    if plain[0] != plain[1]:
+        return False
+    same_bias = one.bias is None or other.bias is None or torch.equal(one.bias, other.bias)
+    return torch.equal(one.weight, other.weight) and same_bias
+
+
+def weight_used(module: Any) -> Tensor:
+    """Return the weight that a layer's convolution or product is given: its own, or what its forward makes of that."""
+    inner = inner_of(module)
+    weight: Tensor = module.weight if inner is None or inner.is_own else inner.weight
+    return weight
+
+
+def is_followed(module: nn.Module) -> bool:
+    """Tell whether a layer goes on with what its own weight gives: it is two nodes of a graph and more, see `head`."""
+    inner = inner_of(module)
+    return inner is not None and inner.is_own and not inner.is_bare
+
+
+class _UpToCall(nn.Module):
+    """A layer that gives what its convolution or product gives, without what its class does with that."""
+
+    def forward(self, *args: Any) -> Any:
+        """Compute that."""
+
+        def stop(call: InnerCall) -> Any:
+            raise _Given(call.run())
+
+        try:
+            with Within(stop):
+                super().forward(*args)
+        except _Given as given:
+            return given.value
+        raise TypeError(f"a layer must call a convolution or a product, got {type(self).__name__}")
+
+
+class _Given(BaseException):
+    """Leaves a forward with what its call gives."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+
+HEAD = "nni_topo_head"
+"""In the meta of a node that calls a layer up to its call alone, as `head` gives it."""
+
+
+def with_heads(graph_module: GraphModule) -> GraphModule:
+    """Put heads in the place of the layers of which a graph calls these; return the graph module."""
+    for node in graph_module.graph.nodes:
+        if node.meta.get(HEAD):
+            graph_module.set_submodule(str(node.target), head(graph_module.get_submodule(str(node.target))))
+    return graph_module
+
+
+_HEADS: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _head_class(kind: type[nn.Module]) -> type[nn.Module]:
+    if kind not in _HEADS:
+        _HEADS[kind] = type(kind.__name__, (_UpToCall, kind), {"__module__": kind.__module__})
+    return _HEADS[kind]
+
+
+def is_head(module: nn.Module) -> bool:
+    """Tell whether a module is a layer up to its call alone."""
+    return isinstance(module, _UpToCall)
+
+
+def head(module: nn.Module) -> nn.Module:
+    """Return a layer up to its call, with the same parameters and children, for the graph in which the rest follows."""
+    if is_head(module):
+        return module
+    made = nn.Module.__new__(_head_class(type(module)))
+    made.__dict__ = dict(vars(module))
+    return made

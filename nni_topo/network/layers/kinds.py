@@ -1,0 +1,318 @@
+"""Layers that make channels: how many, and where their weights hold them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
+from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
+
+from nni_topo.errors import checked, unknown_name
+from nni_topo.network.layers.derived import inner_of
+from nni_topo.network.layers.original_width import channel_dim, plain_norm, response_norm
+from nni_topo.network.runtime import STRUCTURE, counted_places, detached_copy, evaluation_mode, leaves_models_alone
+
+CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
+TRANSPOSED = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
+RECURRENT = (torch.nn.RNNBase, torch.nn.RNNCellBase)
+WEIGHTED = (*CONVOLUTIONS, *TRANSPOSED, torch.nn.Linear)
+NORMALIZING = (torch.nn.modules.batchnorm._NormBase, torch.nn.GroupNorm, torch.nn.LayerNorm, torch.nn.RMSNorm)
+PER_CHANNEL = (*NORMALIZING, torch.nn.PReLU)
+"""Modules that hold one number a channel, and leave channels where they are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelRule:
+    """How a module of somebody's own making loses channels."""
+
+    cut: Callable[[Any, torch.Tensor], None]
+    dim: int
+
+
+RULES: dict[type[torch.nn.Module], ChannelRule] = {}
+
+
+@checked()
+def register_module(kind: type[torch.nn.Module], cut: Callable[[Any, torch.Tensor], None], *, dim: int = 1) -> None:
+    """Say how a module loses channels that it works on one by one, where tracing it doesn't show that.
+
+    Parameters
+    ----------
+    kind : type
+        The module's class. It isn't traced into; its output has the shape of its first input.
+    cut : callable
+        Gets such a module and the channels that stay, ascending or in the order they come, int64, shape (left,), and
+        makes it smaller in place.
+    dim : int, default=1
+        The dimension of the input that holds the channels, -1 for the last.
+
+    Notes
+    -----
+    That what the module makes of a channel depends on this channel alone, and is zero where the channel is, is checked
+    by `dependency_groups`.
+
+    Examples
+    --------
+    >>> class Gain(torch.nn.Module):
+    ...     def __init__(self, channels):
+    ...         super().__init__()
+    ...         self.gains = torch.nn.Parameter(torch.ones(channels))
+    ...     def forward(self, images):
+    ...         return torch.stack([image * self.gains[:, None, None] for image in images])
+    >>> def shorten(module, kept):
+    ...     module.gains = torch.nn.Parameter(module.gains.detach()[kept])
+    >>> register_module(Gain, shorten)
+    """
+    RULES[kind] = ChannelRule(cut, dim)
+
+
+@checked(model=STRUCTURE)
+@leaves_models_alone
+def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy of a model with PyTorch's own plain layers in place of such as compute the same.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Not wrapped by NNI. It isn't changed.
+
+    Returns
+    -------
+    torch.nn.Module
+        A model that computes the same, with linear layers for ``Conv1D``, as GPT-2 has them, ``torch.nn.RMSNorm`` for
+        RMS norms of a library's own, as LLaMA has them, or one derived from it, as Gemma's multiply by one more than
+        their weights, and ``torch.nn.LayerNorm`` for layer norms without biases, as Cohere's are; which are found by
+        trying them. Weights that weight norm, spectral norm or another
+        parametrization computes are plain ones with the values that they have in evaluation mode. A ``Conv1D`` is a
+        linear layer whose weight, of shape (inputs, outputs), lies the other way round; NNI, and this package, would
+        take its inputs for outputs. What is computed within a norm isn't seen to be one, and keeps all channels.
+
+    Examples
+    --------
+    >>> as_torch_layers(torch.nn.ReLU())
+    ReLU()
+    """
+    copied: torch.nn.Module = detached_copy(model)
+    with evaluation_mode(copied):
+        for module in copied.modules():
+            _make_weights_plain(module)
+    for name, module in list(copied.named_modules(remove_duplicate=False)):
+        made: Any = None
+        if name and is_transposed_linear(module):
+            weight: Any = module.weight
+            made = torch.nn.Linear(len(weight), weight.shape[1], device="meta")
+            made.weight = torch.nn.Parameter(weight.detach().T.contiguous(), weight.requires_grad)
+            made.bias = module.bias
+        made = made or (plain_norm(module) if name else None)
+        if made is not None:
+            copied.set_submodule(name, made.train(module.training))
+    return copied
+
+
+def _make_weights_plain(module: Any) -> None:
+    """Put what a layer computes its weights to be in the place of what it computes them from."""
+    if is_parametrized(module):
+        # PyTorch's own function would take the weight off the class, which copies share.
+        computed = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+        trained = {name: any(p.requires_grad for p in module.parametrizations[name].parameters()) for name in computed}
+        del module.parametrizations
+        module.__class__ = type(module).__bases__[0]
+        for name, value in computed.items():
+            module.register_parameter(name, torch.nn.Parameter(value, trained[name]))
+    removers = {WeightNorm: remove_weight_norm, SpectralNorm: remove_spectral_norm}
+    for hook in list(module._forward_pre_hooks.values()):
+        if remove := removers.get(type(hook)):
+            remove(module, hook.name)
+
+
+def is_scripted(module: Any) -> bool:
+    """Tell whether a module is compiled by ``torch.jit``, so that nothing within can be seen or cut."""
+    return isinstance(module, torch.jit.ScriptModule)
+
+
+def is_recurrent(module: Any) -> bool:
+    """Tell whether a module is a recurrent layer whose units can go: of one level and one direction, with biases."""
+    plain = type(module) in (torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN)
+    return plain and module.num_layers == 1 and not module.bidirectional and module.bias and not module.proj_size
+
+
+def is_transposed_linear(module: torch.nn.Module) -> bool:
+    """Tell whether a module is a ``Conv1D`` of Transformers, which needn't be installed."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def is_one(module: torch.nn.Module) -> bool:
+    """Tell whether a module of another's making is a layer or a norm, with an activation in it perhaps, to be cut."""
+    if type(module) in RULES:
+        return True
+    if isinstance(module, (*WEIGHTED, torch.nn.Embedding)):
+        inner = inner_of(module)
+        if inner is None or not (inner.is_bare or inner.is_own):
+            return not any(True for _ in module.children())
+        return inner.is_bare  # else what it does behind its convolution is followed, see `head`
+    return is_normalizing(module) and channel_dim(module) is not None
+
+
+def is_normalizing(module: torch.nn.Module) -> bool:
+    """Tell whether a module is a norm, of PyTorch's or a response norm of somebody's making."""
+    return isinstance(module, NORMALIZING) or response_norm(module) is not None
+
+
+def per_channel_names(norm: torch.nn.Module) -> list[str]:
+    """Name the parameters of a norm that hold one number a channel."""
+    names = {"weight", "bias"} if isinstance(norm, PER_CHANNEL) else dict(norm.named_parameters()).keys()
+    return [name for name in names if isinstance(getattr(norm, name, None), torch.Tensor)]
+
+
+def is_plain_norm(module: torch.nn.Module) -> bool:
+    """Tell whether a module is a batch norm and no more; one of another's making may hold an activation too."""
+    return isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and type(module).__module__.startswith("torch.")
+
+
+def can_be_cut(module: torch.nn.Module) -> bool:
+    """Tell whether a module can be made smaller, or has no parameters to cut; a recurrent layer, say, has and can't."""
+    if output_channels(module) is not None:
+        return not (weight_is_computed(module) or isinstance(module, torch.nn.MultiheadAttention))
+    is_known = isinstance(module, (*PER_CHANNEL, *RULES)) or is_normalizing(module)
+    return is_known or not any(True for _ in module.parameters())
+
+
+def weight_is_computed(module: torch.nn.Module) -> bool:
+    """Tell whether a layer's weight is made of other parameters, as under weight norm."""
+    # NNI's wrapper makes a plain tensor of it too, and holds the weight itself.
+    names = [name for name, _ in module.named_parameters() if not name.startswith("_nni_wrapper")]
+    return "weight" not in module._parameters and any("weight" in name for name in names)
+
+
+def is_depthwise(module: torch.nn.Module) -> bool:
+    """Tell whether a convolution filters each of several input channels by itself."""
+    if not isinstance(module, CONVOLUTIONS + TRANSPOSED):
+        return False
+    return module.groups == module.in_channels and module.groups > 1
+
+
+def output_channels(module: torch.nn.Module) -> int | None:
+    """Count the output channels of a convolution, linear layer, embedding or attention; None for any other module."""
+    if isinstance(module, CONVOLUTIONS + TRANSPOSED):
+        return int(module.out_channels)
+    if isinstance(module, torch.nn.Linear):
+        return int(module.out_features)
+    if isinstance(module, torch.nn.MultiheadAttention) and module.in_proj_weight is not None:
+        return len(module.in_proj_weight)
+    if is_recurrent(module):
+        return len(weight_of(module))  # of all gates
+    return int(module.embedding_dim) if isinstance(module, torch.nn.Embedding) else None
+
+
+def entering_channels(module: Any) -> int:
+    """Count the input channels of a linear layer, or of what makes the queries, keys and values of attention."""
+    return int(module.embed_dim if isinstance(module, torch.nn.MultiheadAttention) else module.in_features)
+
+
+def weight_name(module: torch.nn.Module) -> str:
+    """Name the parameter by whose masks a layer loses channels."""
+    names = {torch.nn.MultiheadAttention: "in_proj_weight", torch.nn.RNNBase: "weight_ih_l0"}
+    return next((name for kind, name in names.items() if isinstance(module, kind)), "weight")
+
+
+def weight_of(module: torch.nn.Module) -> torch.Tensor:
+    """Return the parameter by whose masks a layer loses channels."""
+    weight: torch.Tensor = getattr(module, weight_name(module))
+    return weight
+
+
+def row_names(module: torch.nn.Module) -> tuple[str, ...]:
+    """Name the other parameters that have a row for each of a layer's output channels: the bias."""
+    if isinstance(module, torch.nn.RNNBase):
+        return "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"
+    return ("in_proj_bias" if isinstance(module, torch.nn.MultiheadAttention) else "bias",)
+
+
+def has_bias(module: torch.nn.Module) -> bool:
+    """Tell whether a layer adds a bias to its channels."""
+    return getattr(module, row_names(module)[-1], None) is not None
+
+
+def channel_dimension(module: torch.nn.Module) -> int:
+    """Tell which dimension of a layer's weight holds its output channels."""
+    return 1 if isinstance(module, (*TRANSPOSED, torch.nn.Embedding)) else 0
+
+
+def feature_dimension(module: torch.nn.Module) -> int:
+    """Tell which dimension of what enters or leaves a layer holds its channels."""
+    last = (torch.nn.Linear, torch.nn.Embedding, torch.nn.RNNBase, torch.nn.MultiheadAttention)
+    return -1 if isinstance(module, last) else 1
+
+
+def kept_channels(module: torch.nn.Module, targets: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """Tell which output channels masks keep any weight of: bool, shape (channels,); None if they don't say."""
+    count, mask = output_channels(module), targets.get(weight_name(module))
+    if count is None or mask is None:
+        return None
+    return by_output(mask, module).flatten(1).amax(1).ne(0)
+
+
+def by_output(weight: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
+    """Put a weight's, or its mask's, output channels into the first dimension: shape (channels, ...)."""
+    if isinstance(module, TRANSPOSED):
+        return channels_swapped(weight, module.groups)
+    return weight.transpose(0, 1) if channel_dimension(module) else weight
+
+
+def of_output(rows: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
+    """Put rows, as of `by_output`, back into the order of a module's weight."""
+    if isinstance(module, TRANSPOSED):
+        return channels_swapped(rows, module.groups)
+    return rows.transpose(0, 1) if channel_dimension(module) else rows
+
+
+def channels_swapped(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """Turn a transposed convolution's weight (in, out / groups, ...) into (out, in / groups, ...), and the other way.
+
+    Of one group it is a view.
+    """
+    grouped: torch.Tensor = weight.unflatten(0, (groups, -1))
+    return grouped.transpose(1, 2).flatten(0, 1)
+
+
+def spread(module: torch.nn.Module, kept: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Turn kept output channels, bool, shape (channels,), into a mask of ones and zeros of the weight's shape."""
+    weight = weight_of(module)
+    kept = kept.to(dtype=dtype or weight.dtype, device=weight.device)
+    if isinstance(module, TRANSPOSED):
+        rows = kept.view(-1, *[1] * (weight.dim() - 1)).expand(-1, weight.shape[0] // module.groups, *weight.shape[2:])
+        return channels_swapped(rows, module.groups).clone()
+    view = [1] * weight.dim()
+    view[channel_dimension(module)] = -1
+    return kept.view(view).expand_as(weight).clone()
+
+
+def check_names(model: torch.nn.Module, config_list: Iterable[Any]) -> None:
+    """Raise a ConfigError if an ``op_names`` of a config_list holds a name that is no module's."""
+    # NNI passes over such a name, or raises a KeyError.
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    for config in config_list:
+        for name in (config.get("op_names") or ()) if isinstance(config, dict) else ():
+            if name not in known:
+                raise unknown_name("a layer", str(name), known)
+
+
+def by_channel(module: nn.Module, values: Tensor) -> Tensor:
+    """Return what enters or leaves a layer as ``(channels, samples)``, every entry and position a sample.
+
+    Positions that are padding are none; see `padding_known`.
+    """
+    rows = values.detach().movedim(feature_dimension(module), 0)
+    real = counted_places(rows.shape[1:])
+    return rows.flatten(1) if real is None else rows[:, real.to(rows.device)]
+
+
+def can_follow(value: Any) -> bool:
+    """Tell whether a value that the model uses by itself is a parameter that can lose channels."""
+    return isinstance(value, torch.nn.Parameter) and value.is_floating_point() and value.numel() > 1

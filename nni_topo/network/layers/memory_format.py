@@ -1,0 +1,81 @@
+"""Where a network's channels lie in memory while it learns: last, as CPUs convolve faster, but where that isn't safe.
+
+Of convolutions of single pixels that skip some, with few channels, oneDNN writes the weights' gradient past its
+workspace if channels come last: it is wrong, or the process dies [1]_. Pruning makes such layers of a ResNet's
+shortcuts.
+
+References
+----------
+.. [1] https://github.com/uxlfoundation/oneDNN/issues/6035
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nni_topo.network.layers.derived import has_own_forward
+from nni_topo.network.runtime import evaluation_mode, out_of_memory, watched
+
+_FEW = 16  # channels that a vector register holds, at most
+
+
+def lay_out(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:
+    """Let channels come last in a model's weights, in place, but of layers for which that isn't safe; return it.
+
+    Where the model then doesn't run, as with a ``view`` of a feature map, channels stay first.
+    """
+    _put(model, torch.channels_last)
+    for layer in _fragile(model):
+        layer.weight.data = _channels_first(layer.weight.data)
+    try:
+        with evaluation_mode(model), inputs_laid_out(model), torch.no_grad():
+            model(*args, **kwargs)
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        lay_back(model)
+    return model
+
+
+def lay_back(model: nn.Module) -> None:
+    """Let channels come first again, in place."""
+    _put(model, torch.contiguous_format)
+
+
+def _put(model: nn.Module, layout: torch.memory_format) -> None:
+    # Tensors of other dimensions, such as kernels of volumes, have no such layout.
+    model._apply(lambda tensor: tensor.to(memory_format=layout) if tensor.dim() == 4 else tensor)
+
+
+@contextmanager
+def inputs_laid_out(model: nn.Module) -> Iterator[None]:
+    """Hand layers for which it isn't safe their inputs with channels first, for a while."""
+    with watched(entering=[(layer, lambda values: values.contiguous()) for layer in _fragile(model)]):
+        yield
+
+
+def safely_laid_out(layer: nn.Module, weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a layer is called with, a weight of its own and its inputs, with channels first where it must be."""
+    return (_channels_first(weight), values.contiguous()) if _is_fragile(layer) else (weight, values)
+
+
+def _channels_first(weight: Tensor) -> Tensor:
+    # Of a 1x1 kernel both layouts have the same order, so that only a copy has the strides of the usual one.
+    return weight.clone(memory_format=torch.contiguous_format)
+
+
+def _fragile(model: nn.Module) -> list[nn.Conv2d]:
+    return [module for module in model.modules() if isinstance(module, nn.Conv2d) and _is_fragile(module)]
+
+
+def _is_fragile(layer: nn.Module) -> bool:
+    if not isinstance(layer, nn.Conv2d):
+        return False
+    # By which stride another class convolves its attributes needn't say.
+    skips = max(layer.stride) > 1 or has_own_forward(layer)
+    return max(layer.kernel_size) == 1 and skips and layer.in_channels // layer.groups < _FEW

@@ -1,0 +1,140 @@
+"""Cut channels out of a module in place, so that its type, mode, hooks and precision stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nni_topo.errors import SpeedupError
+from nni_topo.network.layers.kinds import CONVOLUTIONS, RULES, TRANSPOSED, is_recurrent, row_names, weight_name
+from nni_topo.network.layers.original_width import count, response_norm
+from nni_topo.network.layers.standardized import fold
+
+_BATCH_NORMS = torch.nn.modules.batchnorm._NormBase  # instance norms too
+
+
+def cut(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
+    """Keep some input and output channels, ascending indices, in place; an embedding has no input channels."""
+    if not len(outs) or not (len(ins) or isinstance(module, torch.nn.Embedding)):
+        raise SpeedupError(f"a layer must keep at least one channel, got none left ({name})")
+    fold(module)  # its weight depends on all inputs
+    if isinstance(module, CONVOLUTIONS + TRANSPOSED):
+        _cut_convolution(name, module, ins, outs)
+    elif isinstance(module, torch.nn.Linear):
+        keep(module, "weight", _part(module.weight, outs, ins))
+        keep(module, "bias", _rows(module.bias, outs))
+        module.in_features, module.out_features = len(ins), len(outs)
+    elif isinstance(module, torch.nn.MultiheadAttention):
+        keep(module, "in_proj_weight", _part(module.in_proj_weight, outs, ins))
+        keep(module, "in_proj_bias", _rows(module.in_proj_bias, outs))
+    elif isinstance(module, torch.nn.Embedding):
+        keep(module, "weight", module.weight[:, outs])
+        module.embedding_dim = len(outs)
+    elif isinstance(module, torch.nn.RNNBase):
+        for name in ("weight_ih_l0", "weight_ih_l0_reverse"):
+            keep(module, name, None if not hasattr(module, name) else getattr(module, name)[:, ins])
+        module.input_size = len(ins)
+        if is_recurrent(module):
+            _cut_units(module, outs)
+    elif type(module) in RULES:
+        RULES[type(module)].cut(module, outs)
+    elif isinstance(module, _BATCH_NORMS):
+        _cut_vectors(module, outs)
+        module.num_features = len(outs)
+    elif isinstance(module, torch.nn.GroupNorm):
+        _cut_group_norm(name, module, outs)
+    elif isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
+        count(module, module.normalized_shape[0])
+        _cut_vectors(module, outs)
+        module.normalized_shape = (len(outs),)
+    elif isinstance(module, torch.nn.PReLU) and module.num_parameters > 1:
+        _cut_vectors(module, outs)
+        module.num_parameters = len(outs)
+    elif response_norm(module):
+        _cut_response_norm(module, outs)
+
+
+def _cut_units(module: Any, rows: torch.Tensor) -> None:
+    """Keep some units of a recurrent layer, given the rows of their gates."""
+    units = rows[rows < module.hidden_size]
+    keep(module, "weight_hh_l0", module.weight_hh_l0[:, units])
+    for name in (weight_name(module), *row_names(module)):
+        keep(module, name, getattr(module, name)[rows])
+    module.hidden_size = len(units)
+
+
+def _part(weight: torch.Tensor, *places: torch.Tensor) -> torch.Tensor:
+    """Take some places, ascending or in another order, of the first dimensions of a weight: a new tensor."""
+    part = weight
+    for d, each in enumerate(places):
+        # Not by brackets, which look the entries of a second dimension up one by one.
+        if len(each) < weight.shape[d] or bool((each[1:] < each[:-1]).any()):
+            part = part.index_select(d, each)
+    return part.clone() if part is weight else part
+
+
+def _rows(tensor: torch.Tensor | None, kept: torch.Tensor) -> torch.Tensor | None:
+    return None if tensor is None else tensor[kept]
+
+
+def keep(module: torch.nn.Module, name: str, value: torch.Tensor | None) -> None:
+    """Replace a parameter or buffer by a new one of the same kind, which nothing else holds."""
+    old = getattr(module, name, None)
+    if value is None or old is None:
+        return
+    if isinstance(old, torch.nn.Parameter):
+        value = torch.nn.Parameter(value.detach(), requires_grad=old.requires_grad)
+    setattr(module, name, value)
+
+
+def _brief(counts: torch.Tensor) -> str:
+    """Write the first few counts."""
+    return ", ".join(map(str, counts[:8].tolist())) + (", ..." if len(counts) > 8 else "")
+
+
+def _cut_vectors(module: torch.nn.Module, kept: torch.Tensor) -> None:
+    """Cut everything that has one number a channel."""
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        keep(module, name, _rows(getattr(module, name, None), kept))
+
+
+def _cut_response_norm(module: torch.nn.Module, kept: torch.Tensor) -> None:
+    for name, parameter in list(module.named_parameters()):
+        count(module, parameter.numel())
+        keep(module, name, parameter.index_select(max(range(parameter.dim()), key=lambda d: parameter.shape[d]), kept))
+
+
+def _cut_group_norm(name: str, module: torch.nn.GroupNorm, kept: torch.Tensor) -> None:
+    sizes = torch.bincount(kept // (module.num_channels // module.num_groups), minlength=module.num_groups)
+    sizes = sizes[sizes > 0]
+    if bool((sizes != sizes[0]).any()):
+        raise SpeedupError(f"groups of a norm must keep equally many channels, got {_brief(sizes)} ({name})")
+    if int(sizes[0]) < module.num_channels // module.num_groups:
+        count(module, module.num_channels // module.num_groups)
+    _cut_vectors(module, kept)
+    module.num_groups, module.num_channels = len(sizes), len(kept)
+
+
+def _cut_convolution(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
+    """Cut a convolution group by group; groups that lose all their channels go."""
+    in_step, out_step = module.in_channels // module.groups, module.out_channels // module.groups
+    in_groups, out_groups = ins // in_step, outs // out_step
+    left = torch.unique(torch.cat([in_groups, out_groups]))
+    counts = torch.stack([torch.bincount(groups, minlength=module.groups)[left] for groups in (in_groups, out_groups)])
+    if not bool((counts == counts[:, :1]).all()) or not bool(counts.all()):
+        raise SpeedupError(
+            "groups of a convolution must keep equally many channels, got "
+            f"{_brief(counts[0])} in and {_brief(counts[1])} out ({name})"
+        )
+    # The weight holds (out, in / groups, ...), transposed (in, out / groups, ...).
+    rows, columns = (ins, outs % out_step) if isinstance(module, TRANSPOSED) else (outs, ins % in_step)
+    if module.groups == 1:
+        keep(module, "weight", _part(module.weight, rows, columns))
+    else:
+        per_row = columns.view(len(left), -1).repeat_interleave(len(rows) // len(left), dim=0)
+        weight = module.weight[rows]
+        index = per_row.view(per_row.shape + (1,) * (weight.dim() - 2)).expand(-1, -1, *weight.shape[2:])
+        keep(module, "weight", weight.gather(1, index.to(weight.device)))
+    keep(module, "bias", _rows(module.bias, outs))
+    module.in_channels, module.out_channels, module.groups = len(ins), len(outs), len(left)

@@ -1,0 +1,197 @@
+"""What models, inputs and masks must be, wherever they are handed in; the rules of numbers and names are in errors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from nni_topo.errors import (
+    FLAG,
+    NONE,
+    ConfigError,
+    DataError,
+    Rule,
+    SpeedupError,
+    all_of,
+    check_knobs,
+    instance,
+    number,
+    one_of,
+    shown,
+    whole,
+)
+from nni_topo.network.runtime.copying import is_plain
+from nni_topo.network.runtime.inputs import tensors_of
+
+
+def unusable(tensor: Tensor, *, needs_values: bool = True) -> str:
+    """Say why a tensor can't be used; nothing if it can. Those of the meta device have a shape and no values."""
+    if is_lazy(tensor):
+        return "a lazy one, which has no shape before the model has run"
+    if needs_values and tensor.is_meta:
+        return "one on the meta device, which has no values"
+    if tensor.layout != torch.strided:
+        return f"one of layout {tensor.layout}, of which to_dense() makes a plain one"
+    return ""
+
+
+def _kind(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
+def _no_batches(value: Any) -> str:
+    if value is None:
+        cure = "nni_topo.synthetic_images(model, example_inputs) makes some from the model alone"
+        return f"None: without data, {cure}"
+    return _kind(value)
+
+
+def _look_at_model(name: str, model: nn.Module, place: str, *, needs_values: bool = True) -> None:
+    for parameter, tensor in model.named_parameters():
+        if found := unusable(tensor, needs_values=needs_values):
+            raise DataError(f"parameters of a {name} must be tensors with values, got {found} ({parameter}, {place})")
+
+
+def _look_at_inputs(name: str, inputs: Any, place: str, *, needs_values: bool = True) -> None:
+    tensors = tensors_of(inputs)
+    for tensor in tensors:
+        if found := unusable(tensor, needs_values=needs_values):
+            raise DataError(f"{name} must be tensors with values, got {found} ({place})")
+    if all(tensor.dim() and not len(tensor) for tensor in tensors):
+        raise DataError(f"{name} must hold at least one sample, got shape {tuple(tensors[0].shape)} ({place})")
+
+
+def _look_at_masks(name: str, masks: Mapping[str, Any], place: str) -> None:
+    for module, targets in masks.items():
+        if not isinstance(module, str) or not isinstance(targets, Mapping):
+            raise ConfigError(f"{name} must be {_MASKS}, got {shown(targets)} ({module}, {place})")
+        for target, mask in targets.items():
+            if mask is None:
+                continue
+            if not isinstance(mask, Tensor):
+                raise ConfigError(f"a mask must be a tensor, got {type(mask).__name__} ({module}.{target})")
+            if found := unusable(mask):
+                raise DataError(f"a mask must be a tensor with values, got {found} ({module}.{target})")
+
+
+def _is_device(value: Any) -> bool:
+    try:
+        return isinstance(value, torch.device) or (isinstance(value, str) and bool(torch.device(value)))
+    except RuntimeError:
+        return False
+
+
+def _holds_tensors(value: Any) -> bool:
+    return bool(tensors_of(value))
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and re.compile(value) is not None
+    except re.error:
+        return False
+
+
+def _is_granularity(value: Any) -> bool:
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    steps, padding = (value[0], value[1:]) if isinstance(value[0], (list, tuple)) else (value, ())
+    is_padding = all(rule.holds(each) for rule, each in zip((_PADDING, _STEP), padding, strict=False))
+    return bool(steps) and all(map(_STEP.holds, steps)) and len(padding) <= 2 and is_padding
+
+
+def check_entry(entry: Any, place: str, rules: Mapping[str, Rule] = {}) -> None:
+    """Raise a ConfigError for a value of a config_list's entry that can't be; ``rules`` are those of further keys."""
+    if not isinstance(entry, dict):
+        raise ConfigError(f"a config_list entry must be a dict, got {type(entry).__name__} ({place})")
+    check_knobs(place, entry, {**_ENTRY, **rules})
+    for target, setting in entry.get("target_settings", {}).items():
+        check_knobs(f"{place}.target_settings.{target}", setting, {**_SETTING, **rules})
+
+
+def _look_at_entries(name: str, config_list: Sequence[Any], place: str, *, rules: Mapping[str, Rule] = {}) -> None:
+    for index, entry in enumerate(config_list):
+        check_entry(entry, f"config_list[{index}]", rules)
+
+
+_MODEL = (
+    "a torch.nn.Module that isn't scripted, compiled or spread over devices: pass the inner module, such as "
+    "model.module or model._orig_mod"
+)
+_INPUTS = "a tensor, a tuple of arguments or a dict of keyword arguments with a tensor in it"
+_MASKS = "a mapping of names of modules to mappings of names of parameters to masks"
+
+DEVICE = Rule("a device's name, e.g. 'cpu' or 'cuda:1', or a torch.device", lambda value: _is_device(value))
+MODEL = Rule(_MODEL, is_plain, tell=_kind, look=_look_at_model)
+STRUCTURE = Rule(_MODEL, is_plain, tell=_kind, look=partial(_look_at_model, needs_values=False))
+"""Of a model whose values nobody looks at."""
+NETWORK = Rule("a torch.nn.Module", lambda value: isinstance(value, nn.Module), tell=_kind, look=STRUCTURE.look)
+"""Of a model that may be compiled or spread over devices, and whose values nobody looks at."""
+COMPUTING = Rule(NETWORK.words, NETWORK.holds, tell=_kind, look=_look_at_model)
+"""Of a model that may be compiled or spread over devices."""
+TENSOR = Rule("a tensor", lambda value: isinstance(value, Tensor), look=_look_at_inputs)
+INPUTS = Rule(_INPUTS, _holds_tensors, look=_look_at_inputs)
+SHAPES = Rule(_INPUTS, _holds_tensors, look=partial(_look_at_inputs, needs_values=False))
+"""Of inputs whose values nobody looks at."""
+BATCHES = Rule("an iterable of batches", lambda value: not isinstance(value, (nn.Module, type(None))), tell=_no_batches)
+"""Of batches, which are looked at as they are read."""
+MASKS = Rule(_MASKS, lambda value: isinstance(value, Mapping), look=_look_at_masks)
+_NAMES, _GROUP = all_of(instance(str), list), instance(str, int)
+_STEP = Rule("a number of elements, or -1 for all", lambda value: value != 0 and whole(-1).holds(value))
+_PADDING = one_of(("front", "back"))
+_SETTING = {
+    "sparse_ratio": number(0, 1, "left"),
+    "sparse_threshold": number(),
+    "max_sparse_ratio": number(0, 1, "right"),
+    "min_sparse_ratio": number(0, 1, "left"),
+    "global_group_id": _GROUP,
+    "dependency_group_id": _GROUP,
+    "internal_metric_block": whole(1),
+    "granularity": one_of(("default", "in_channel", "out_channel", "per_channel"))
+    | Rule("a list of steps, or of these, 'front' or 'back', and a step", _is_granularity),
+    "apply_method": one_of(("bypass", "mul", "add")),
+    "align": instance(Mapping),
+}
+_ENTRY = _SETTING | {
+    "op_names": _NAMES,
+    "op_types": _NAMES,
+    "op_names_re": all_of(Rule("a regular expression", _is_pattern), list),
+    "op_partial_names": _NAMES,
+    "exclude_op_names": _NAMES,
+    "exclude_op_types": _NAMES,
+    "exclude_op_names_re": all_of(Rule("a regular expression", _is_pattern), list),
+    "exclude": FLAG,
+    "target_names": _NAMES,
+    "target_settings": all_of(instance(dict), dict),
+}
+ROUND_TO = whole(1) | one_of(("auto",)) | NONE
+CONFIG_LIST = Rule("a list of dicts", lambda value: isinstance(value, (list, tuple)), look=_look_at_entries)
+_BY_HEAD = {"granularity": one_of(("head",)) | _SETTING["granularity"]}
+UNGROUPED = Rule(CONFIG_LIST.words, CONFIG_LIST.holds, look=partial(_look_at_entries, rules=_BY_HEAD))
+"""Of a config_list for `dependency_groups`, which may ask for heads."""
+
+
+def check_unwrapped(model: torch.nn.Module) -> None:
+    """Raise a SpeedupError if a module still has NNI's wrapper."""
+    for name, _ in model.named_modules():
+        if name.endswith("_nni_wrapper"):
+            raise SpeedupError(
+                "a model must be unwrapped before it is made dense or saved, call pruner.unwrap_model() first; "
+                f"got a model still wrapped by NNI ({name.removesuffix('._nni_wrapper')})"
+            )
+
+
+def check_model(model: torch.nn.Module) -> None:
+    """Raise what is wrong with a model: a ConfigError, a DataError, or a SpeedupError where it is still wrapped."""
+    MODEL.check("model", model, "model")
+    check_unwrapped(model)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        # A sum that is finite says it in one pass.
+        if tensor.is_floating_point() and not bool(tensor.sum().isfinite() or tensor.isfinite().all()):
+            raise DataError(f"parameters and buffers must be finite, got NaN or infinite values ({name})")

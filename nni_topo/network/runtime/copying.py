@@ -1,0 +1,130 @@
+"""Copies of models, and where they lie."""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter; of a model without any, the CPU."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Tensor] = ()) -> Any:
+    """Return a deep copy of a model, also where weights are computed, as those of a masked model in training are.
+
+    A ``light`` one holds the model's own parameters, any one the ``shared`` tensors; these mustn't be written to then.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*shared, *(model.parameters() if light else ()))}
+    modules = list(model.modules())
+    held = {
+        id(value): value
+        for module in modules
+        for value in (*vars(module).values(), *module._buffers.values(), *module._parameters.values())
+        if isinstance(value, Tensor)
+    }
+    strided = [each for each in held.values() if type(each) in (Tensor, nn.Parameter) and each.layout == torch.strided]
+    lookers = Counter(each.untyped_storage().data_ptr() for each in strided)
+    for key, value in held.items():
+        # Weights that are computed aren't leaves, which deepcopy refuses: in the copy they are tensors of their own.
+        if key not in memo and (not value.is_leaf or _is_plain_tensor(value, lookers)):
+            memo[key] = value.detach().clone()
+    # Deepcopy takes its time for the tables of each module, most of them empty.
+    plain = [module for module in modules if _is_copied_by_state(type(module))]
+    memo |= {id(module): type(module).__new__(type(module)) for module in plain}
+    for module in reversed(plain):
+        state = {key: _copied(key, value, memo) for key, value in vars(module).items() if key != "_compiled_call_impl"}
+        memo[id(module)].__setstate__(state)
+    return copy.deepcopy(model, memo)
+
+
+def _is_plain_tensor(value: Tensor, lookers: Counter[int]) -> bool:
+    """Tell whether a tensor is all of its memory, at which no other looks: a clone is a deep copy then, made sooner."""
+    if type(value) is not Tensor or value.layout != torch.strided or value.requires_grad or vars(value):
+        return False
+    memory = value.untyped_storage()
+    return value.is_contiguous() and memory.nbytes() == value.nbytes and lookers[memory.data_ptr()] == 1
+
+
+def _is_copied_by_state(kind: type[nn.Module]) -> bool:
+    """Tell whether deepcopy copies modules of a class attribute by attribute."""
+    own = (kind.__reduce_ex__, kind.__reduce__, kind.__new__, getattr(kind, "__getstate__", None))
+    usual = (object.__reduce_ex__, object.__reduce__, object.__new__, getattr(nn.Module, "__getstate__", None))
+    return own == usual and not hasattr(kind, "__deepcopy__") and not copyreg._slotnames(kind)  # type: ignore[attr-defined]
+
+
+def _copied(key: str, value: Any, memo: dict[int, Any]) -> Any:
+    """Copy an attribute of a module."""
+    if type(value) in (bool, int, float, str, type(None)):
+        return value
+    # A hook's handle holds the tables of its module, empty ones too, and mustn't get others of its own.
+    if id(value) in memo:
+        return memo[id(value)]
+    if type(value) in (dict, OrderedDict, set) and not value:
+        memo[id(value)] = type(value)()
+        return memo[id(value)]
+    if key in ("_parameters", "_buffers", "_modules"):
+        return type(value)((name, copy.deepcopy(each, memo)) for name, each in value.items())
+    return copy.deepcopy(value, memo)
+
+
+def unwrapped_copy(model: nn.Module, *, light: bool = False) -> nn.Module:
+    """Return a copy of a model that NNI has wrapped, without wrappers and masks; of any other model, a copy."""
+    copied: nn.Module = detached_copy(model, light=light)
+    for module in list(copied.modules()):
+        wrapper = getattr(module, "_nni_wrapper", None)
+        if wrapper is not None:
+            wrapper.unwrap()
+    return copied
+
+
+class RandomWeights:
+    """Random numbers for the weights of a network, of which layers of one scale may look at the same, none written to.
+
+    To draw as many as a network has, and to find memory for them, takes longer than to run it.
+    """
+
+    _DRAWN = 262_147  # a prime, so that no two rows of a layer hold the same numbers
+    _APART = 4096  # layers begin at different places
+
+    def __init__(self, draw: Callable[..., Tensor], generator: torch.Generator | None = None) -> None:
+        self._drawn = draw(self._DRAWN, generator=generator)
+        self._scaled: dict[tuple[torch.device, float], Tensor] = {}
+        self._start = 0
+
+    def like(self, weight: Tensor, scale: float, shift: float = 0.0) -> Tensor:
+        """Return single-precision numbers ``scale * drawn + shift`` in the shape of a weight."""
+        key, count = (weight.device, scale), weight.numel() + self._APART
+        if key not in self._scaled or self._scaled[key].numel() < count:
+            scaled = (self._drawn[:count] * scale + shift).to(weight.device)
+            self._scaled[key] = scaled.repeat(-(-count // scaled.numel()))
+        # An even place: complex numbers can be seen in the weights from there alone.
+        self._start = (self._start + 102) % self._APART
+        return self._scaled[key][self._start : self._start + weight.numel()].view(weight.shape)
+
+
+def put_parameters(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
+    """Put others in place of a model's floating parameters, given by full name; one in several places stays one."""
+    made = dict[int, tuple[Tensor, nn.Parameter]]()  # with the old one, so that no other gets its id
+    for name, module in model.named_modules():
+        for own, old in list(module._parameters.items()):
+            if old is not None and old.is_floating_point():
+                if id(old) not in made:
+                    new = make(f"{name}.{own}".lstrip("."), old.detach())
+                    made[id(old)] = old, nn.Parameter(new, requires_grad=False)
+                setattr(module, own, made[id(old)][1])
+
+
+def is_plain(model: Any) -> bool:
+    """Say whether a model is a module whose layers are there to be seen: not scripted, compiled, or spread."""
+    # By their names: to import these classes takes longer than all else that looks at a model.
+    opaque = {"ScriptModule", "OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    return isinstance(model, nn.Module) and not kinds & {*opaque, "FSDPModule"}

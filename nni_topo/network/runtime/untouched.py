@@ -1,0 +1,245 @@
+"""Models that are used and not changed: what one holds is written down before, and put back afterwards."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from nni.compression.base.wrapper import ModuleWrapper
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+
+from nni_topo.network.runtime.evaluation import random_state_kept
+
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
+_PutBack = Callable[[], object]
+
+_PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
+# What no forward writes to, may be large, or isn't the model's own.
+_OTHERS = (type, ModuleType, FunctionType, BuiltinFunctionType, ModuleWrapper, Optimizer, Dataset, DataLoader)
+# What NNI and `stepwise.set_stepwise` put into a module while they wrap it; the wrapper's targets come on top.
+_WRAPPING = frozenset({"_nni_wrapper", "forward", "_qkv_same_embed_dim"})
+
+
+@contextmanager
+def left_alone(*models: Any) -> Iterator[None]:
+    """Put back, whatever happens in the block, what models hold, and the states of all global generators.
+
+    That is what a deep copy of a model would copy: modes, buffers, hooks, attributes and what these hold. Of parameters
+    it is whether they need gradients, and these, which are away within the block; values alone where a forward is known
+    to write to them, as to an embedding's with ``max_norm``. What a pruner does to wrap a model stays. A model that
+    isn't a module has nothing to put back.
+    """
+    put_back: list[_PutBack] = []
+    seen: dict[int, Any] = {}
+    for model in models:
+        if isinstance(model, nn.Module):
+            _write_down(model, put_back, seen)
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with random_state_kept():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for each in put_back:
+            each()
+
+
+def leaves_models_alone(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+    """Let a public function leave all models among its arguments as they were, in lists and mappings too."""
+
+    @functools.wraps(function)
+    def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
+        models: list[Any] = []
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, Mapping):
+                models += given.values()
+            elif isinstance(given, (list, tuple)):
+                models += given
+            else:
+                models.append(given)
+        with left_alone(*models):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _write_down(model: nn.Module, put_back: list[_PutBack], seen: dict[int, Any]) -> None:
+    """Append to a list what puts back all that can be reached from a model; ``seen`` keeps ids from being reused."""
+    waiting: list[Any] = [model]
+    while waiting:
+        value = waiting.pop()
+        if type(value) in _PLAIN or id(value) in seen or isinstance(value, _OTHERS):
+            continue
+        seen[id(value)] = value
+        if isinstance(value, Tensor):
+            _add_tensor(value, put_back, is_written=False)
+        elif isinstance(value, torch.jit.ScriptModule):
+            continue  # its tables are no Python objects, and no function of the package takes one
+        elif isinstance(value, nn.Module):
+            waiting += _add_module(value, put_back, seen)
+        elif isinstance(value, dict):
+            put_back.append(_table(value))
+            waiting += value.values()
+        elif isinstance(value, (list, deque)):
+            put_back.append(functools.partial(_put_items, value, list(value)))
+            waiting += value
+        elif isinstance(value, set):
+            put_back.append(functools.partial(_put_members, value, set(value)))
+        elif isinstance(value, tuple):
+            waiting += value
+        elif isinstance(value, np.ndarray):
+            if not value.dtype.hasobject:
+                put_back.append(functools.partial(_put_entries, value, value.copy()))
+        elif isinstance(value, torch.Generator):
+            put_back.append(functools.partial(value.set_state, value.get_state()))
+        elif isinstance(value, random.Random):
+            put_back.append(functools.partial(value.setstate, value.getstate()))
+        elif isinstance(value, np.random.Generator):
+            put_back.append(functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state))
+        elif isinstance(value, MethodType):
+            waiting.append(value.__self__)
+        elif isinstance(value, functools.partial):
+            waiting += (value.func, value.args, value.keywords)
+        elif _is_copied_by_attributes(type(value)):
+            if hasattr(value, "__dict__"):
+                put_back.append(_table(vars(value)))
+                waiting += vars(value).values()
+            for name in _slots(type(value)):
+                if hasattr(value, name):
+                    put_back.append(functools.partial(object.__setattr__, value, name, getattr(value, name)))
+                    waiting.append(getattr(value, name))
+
+
+def _add_module(module: nn.Module, put_back: list[_PutBack], seen: dict[int, Any]) -> list[Any]:
+    """Append what puts a module's own tables back; return what they hold."""
+    if isinstance(module, torch.jit.ScriptModule):  # whose tables aren't Python's, so that no forward changes them
+        put_back.append(functools.partial(_put_mode, module, module.training))
+        return [*module.parameters(recurse=False), *module.buffers(recurse=False), *module.children()]
+    targets = _targets(module)
+    is_written = getattr(module, "max_norm", None) is not None
+    held: list[Any] = []
+    for table in (vars(module), module._parameters, module._buffers, module._modules):
+        seen[id(table)] = table
+
+        def names(module: nn.Module = module) -> frozenset[str]:
+            return _WRAPPING | targets | _targets(module)
+
+        put_back.append(_table(table, names))
+        for name, value in table.items():
+            # What NNI has put in the place of a target is what the wrapped layer computes with, new at each call.
+            if name in targets or name in _WRAPPING:
+                continue
+            if isinstance(value, nn.Parameter) and id(value) not in seen:
+                seen[id(value)] = value
+                _add_tensor(value, put_back, is_written=is_written)
+            else:
+                held.append(value)
+    return held
+
+
+def _put_mode(module: nn.Module, before: bool) -> None:
+    if module.training != before:
+        module.training = before
+
+
+def _targets(module: nn.Module) -> frozenset[str]:
+    """Name the attributes of a module in whose place a wrapper puts others."""
+    wrapper = module._modules.get("_nni_wrapper")
+    return frozenset(() if wrapper is None else wrapper.pruning_target_spaces)  # type: ignore[arg-type]
+
+
+def _table(table: dict[Any, Any], left: Callable[[], frozenset[str]] = frozenset) -> _PutBack:
+    """Return what puts a table's entries back, in their order, but for the keys that are ``left`` as they are then."""
+    before = dict(table)
+
+    def put() -> None:
+        if len(table) == len(before) and all(
+            old == new and before[old] is table[new] for old, new in zip(before, table, strict=True)
+        ):
+            return
+        skipped, now = left(), dict(table)
+        wanted = {}
+        for key, value in before.items():
+            if key not in skipped:
+                wanted[key] = value
+            elif key in now:
+                wanted[key] = now[key]
+        for key in now:
+            if key in skipped:
+                wanted.setdefault(key, now[key])
+        # A subclass may do more than to hold what it is given.
+        kind: Any = OrderedDict if isinstance(table, OrderedDict) else dict
+        kind.clear(table)
+        for key, value in wanted.items():
+            kind.__setitem__(table, key, value)
+
+    return put
+
+
+def _put_items(items: list[Any] | deque[Any], before: list[Any]) -> None:
+    if len(items) != len(before) or any(new is not old for new, old in zip(items, before, strict=True)):
+        items.clear()
+        items.extend(before)
+
+
+def _put_members(members: set[Any], before: set[Any]) -> None:
+    if members != before:
+        members.clear()
+        members.update(before)
+
+
+def _put_entries(array: np.ndarray[Any, Any], before: np.ndarray[Any, Any]) -> None:
+    if array.tobytes() != before.tobytes():
+        np.copyto(array, before)
+
+
+def _add_tensor(tensor: Tensor, put_back: list[_PutBack], *, is_written: bool) -> None:
+    """Append what puts a tensor back: values but for parameters that no forward writes to, gradient, memory."""
+    if not tensor.is_leaf or is_lazy(tensor):
+        return  # computed anew, or nothing yet
+    gradient, needs, memory = tensor.grad, tensor.requires_grad, tensor.detach()
+    is_usual = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout == torch.strided
+    has_values = is_usual and not tensor.is_meta
+    keeps = has_values and (is_written or not isinstance(tensor, nn.Parameter))
+    values = memory.clone() if keeps else None
+    if gradient is not None:
+        tensor.grad = None  # so that none is added to it
+
+    def put() -> None:
+        if has_values and (tensor.data_ptr() != memory.data_ptr() or tensor.shape != memory.shape):
+            tensor.data = memory
+        if values is not None and not torch.equal(memory, values):
+            with torch.inference_mode(memory.is_inference()):
+                memory.copy_(values)
+        if tensor.requires_grad != needs:
+            tensor.requires_grad_(needs)
+        if tensor.grad is not gradient:
+            tensor.grad = gradient
+
+    put_back.append(put)
+
+
+def _is_copied_by_attributes(kind: type) -> bool:
+    """Tell whether deepcopy copies objects of a class attribute by attribute; what says itself how holds itself."""
+    own: Any = kind
+    usual = own.__reduce_ex__ is object.__reduce_ex__ and own.__reduce__ is object.__reduce__
+    return usual and not hasattr(kind, "__deepcopy__")
+
+
+def _slots(kind: type) -> Iterator[str]:
+    for each in kind.__mro__:
+        slots = vars(each).get("__slots__", ())
+        names = (slots,) if isinstance(slots, str) else slots
+        yield from (name for name in names if name not in ("__dict__", "__weakref__") and not name.startswith("__"))

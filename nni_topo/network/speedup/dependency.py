@@ -1,0 +1,434 @@
+"""Dependency groups: layers that have to be pruned at the same channels."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.parametrize import is_parametrized
+
+from nni_topo.errors import NONE, ConfigError, Rule, SpeedupError, checked
+from nni_topo.network.attention import Attention, is_attention
+from nni_topo.network.channels import (
+    FIXED,
+    ONLY_TRAINED,
+    ChannelFlow,
+    Share,
+    asked_of,
+    blocks_of,
+    meeting,
+    partial_ties,
+    shares,
+)
+from nni_topo.network.graph import DRAWS_OTHERS, is_in_parts
+from nni_topo.network.layers import RECURRENT, check_names, is_transposed_linear, output_channels
+from nni_topo.network.runtime import SHAPES, STRUCTURE, UNGROUPED, leaves_models_alone
+from nni_topo.network.speedup.network import Network
+from nni_topo.network.speedup.report import why_not_followed
+
+_logger = logging.getLogger(__name__)
+
+OUTPUT = "it gives the model's output"
+
+
+# Of each channel there is a number: a look at all of them would take its time.
+_BY_LAYER = Rule(
+    "a mapping of layers' names to tuples",
+    lambda value: (
+        isinstance(value, Mapping)
+        and all(isinstance(name, str) and isinstance(found, tuple) for name, found in value.items())
+    ),
+)
+
+
+class DependencyGroups(list[dict[str, Any]]):
+    """A config_list with a group for each layer that needs one, and what was left out of it.
+
+    Parameters
+    ----------
+    entries : iterable of dict
+        The entries.
+    skipped : mapping of str to str
+        By layer that the asker's config_list selects and this one doesn't, why it stays whole; in network order. Then,
+        by layer of which some channels have to stay and that this list selects for the others, how many stay and why.
+    named : iterable of str
+        The layers that ``op_names`` names. A pruner of the package that can make nothing of one raises; others it
+        leaves whole, with a warning.
+    ties : mapping of str to tuple of int
+        By layer that shares some of its channels with others, or with itself, a number for each channel, (channels,):
+        those with equal numbers can only go together, which no entry can say. The package's pruners heed it.
+    shares : mapping of str to Share
+        By layer whose channels are shuffled and split, how many of which stay at the ratio of its entry, which no entry
+        can say. The package's pruners heed it.
+    """
+
+    @checked(ties=_BY_LAYER | NONE, shares=_BY_LAYER | NONE)
+    def __init__(
+        self,
+        entries: Iterable[dict[str, Any]] = (),
+        skipped: Mapping[str, str] | None = None,
+        named: Iterable[str] = (),
+        ties: Mapping[str, tuple[int, ...]] | None = None,
+        shares: Mapping[str, Share] | None = None,
+    ) -> None:
+        super().__init__(entries)
+        self.skipped = dict(skipped or {})
+        self.named = frozenset(named)
+        self.ties = dict(ties or {})
+        self.shares = dict(shares or {})
+
+    def with_entries(self, entries: Iterable[dict[str, Any]]) -> DependencyGroups:
+        """Put others in place of the entries."""
+        return DependencyGroups(entries, self.skipped, self.named, self.ties, self.shares)
+
+    def unnamed(self) -> DependencyGroups:
+        """Be as if ``op_types`` had selected all: what a pruner can make nothing of it leaves whole."""
+        return DependencyGroups(self, self.skipped, (), self.ties, self.shares)
+
+    def without(self, layers: Iterable[str]) -> DependencyGroups:
+        """Leave out the entries of some layers, and of those in a group with them."""
+        out = set(layers)
+        groups = {entry.get("dependency_group_id") for entry in self if out & set(entry["op_names"])} - {None}
+        return self.with_entries(
+            entry for entry in self if not (out & set(entry["op_names"]) or entry.get("dependency_group_id") in groups)
+        )
+
+
+@checked(model=STRUCTURE, example_inputs=SHAPES, config_list=UNGROUPED)
+@leaves_models_alone
+def dependency_groups(
+    model: torch.nn.Module, example_inputs: Any, config_list: list[dict[str, Any]], *, strict: bool = False
+) -> DependencyGroups:
+    """Write a config_list that names every layer and the group it has to be pruned with.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model, not wrapped by a pruner. It isn't changed.
+    example_inputs : Tensor, tuple, list or mapping of str to Any
+        Inputs of the model: one tensor, positional or keyword arguments.
+    config_list : list of dict
+        NNI's pruning config_list. It isn't changed.
+    strict : bool, default=False
+        Raise where a layer that an entry selects can't lose channels, instead of leaving it out.
+
+    Returns
+    -------
+    DependencyGroups
+        A list with one entry for each layer an entry of ``config_list`` selects: the entries in their order, within
+        one the layers in network order. Layers that meet, in a residual addition say, get a common
+        ``dependency_group_id`` ("group_0", "group_1", ... in network order), which replaces the old one.
+        Layers before or at a grouped convolution or a group norm get ``internal_metric_block``, the
+        number of blocks that have to lose the same number of channels, and a group id that makes NNI's
+        pruners heed it. An ``op_types`` selects classes derived from these too. ``skipped`` holds what was left out,
+        and what can lose a part of its channels only, by name with the reason.
+
+    Raises
+    ------
+    ConfigError
+        If an entry names a layer that isn't there or selects none at all, or the inputs don't fit the model; with
+        ``strict``, if a layer that an entry selects would be left out because it can't lose channels.
+    SpeedupError
+        If the model can't be traced, and an entry names a layer in ``op_names`` or ``strict`` is given.
+    RuntimeError
+        PyTorch's own, if there isn't the memory to run the model.
+
+    Notes
+    -----
+    Layers that ``op_names`` names are always in the result. Others are left out, in one warning and in ``skipped``,
+    where `to_dense` couldn't remove their channels: those that give the model's output; and those whose channels
+    enter something that needs all of them, or a fixed size in the forward.
+    A model that can't be traced as a whole is followed part by part, and what a part gives stays. Which these are
+    shows a rehearsal, in which random channels of all layers go: about two forward passes. A size that an attribute
+    holds (``self.width``) isn't fixed where it counts channels, by which the forward splits, slices or views them, and
+    nothing else is made of it.
+
+    Where a selected layer is tied to one that isn't selected, its channels can't be removed: ``to_dense`` keeps them,
+    as NNI does. It's no error; a warning names both.
+    A depth-wise convolution that isn't selected ties nothing: it follows the layer before it. One that
+    follows several layers at once, over a concatenation, follows them channel by channel; its entry is left
+    out, since NNI can't state such a group.
+    Where layers share some of their channels, as over a concatenation or a split that meets an addition, ``ties`` says
+    which. The package's pruners then choose so that as many go of each layer as were asked for, as nearly as the ties
+    allow; NNI's choose for each layer by itself, and `to_dense` keeps what any of them keeps.
+
+    Layers that make queries, keys or values of attention lose whole heads: they get a granularity and a group. The
+    layer that mixes the heads loses rows where all that adds to the residual stream is selected, as it is where
+    ``op_names`` names it; selected without all that, columns, in the group of the heads. ``"granularity": "head"``,
+    which NNI doesn't know, asks for these layers' heads alone, also of a module that holds them. An entry with a list
+    for granularity keeps it.
+    Units of a recurrent layer of one level and one direction, with biases, go as heads do.
+
+    Examples
+    --------
+    >>> from torch.nn import Conv2d, Sequential
+    >>> model = Sequential(Conv2d(1, 4, 3), Conv2d(4, 4, 3, groups=4), Conv2d(4, 2, 1))
+    >>> config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+    >>> groups = dependency_groups(model, torch.ones(1, 1, 8, 8), config)
+    >>> [(entry["op_names"], entry["dependency_group_id"]) for entry in groups]
+    [(['0'], 'group_0'), (['1'], 'group_0')]
+    >>> groups.skipped
+    {'2': "it gives the model's output"}
+    """
+    from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
+    from nni.compression.base.setting import PruningSetting
+
+    from nni_topo.compat.wrapping import derived_types
+
+    check_names(model, config_list)
+    network = Network.on(model, example_inputs)
+    selections, named = [], set[str]()
+    by_head = set[str]()
+    for config in trans_legacy_config_list(copy.deepcopy(config_list)):
+        named.update(config.get("op_names") or ())
+        if config.get("op_types"):
+            types = {*config["op_types"], *derived_types(model, config["op_types"])}
+            config["op_types"] = sorted(types | _parametrized(model, types))
+        asks = config.get("granularity") == "head"
+        if asks:
+            del config["granularity"]
+        modules, public, _ = select_modules_by_config(model, config)
+        if not modules:
+            raise ConfigError(f"every entry of a config_list must select a layer, got none for {config}")
+        derived_types(torch.nn.ModuleList(modules.values()), PruningSetting.registry)  # of layers that are named, too
+        selections.append((set(modules), public))
+        by_head.update(modules if asks else ())
+    selected = {name for names, _ in selections for name in names}
+    try:
+        flow = network.flow
+    except SpeedupError as error:
+        if strict or selected & named:
+            raise
+        skipped = {name: str(error) for name, _ in model.named_modules() if name in selected}
+        _logger.warning("all layers stay whole and are left out: %s", error)
+        return DependencyGroups([], skipped)
+    order = _network_order(model, flow)
+    selections = [(_parts(names, flow) if by_head & names else names, public) for names, public in selections]
+    selected, by_head = {name for names, _ in selections for name in names}, _parts(by_head, flow)
+    asked = [name for name in order if name in selected - named]
+    skipped = _skipped(network, flow, asked, selected)
+    mixers = {name: each for name, each in flow.mixers().items() if each.channels.keys() <= selected - skipped.keys()}
+    mixers = {name: each for name, each in mixers.items() if name in by_head or name in selected - named}
+    groups = layer_groups(flow)
+    mixers = _by_column(flow, groups, mixers, by_head, selected - skipped.keys())
+    skipped = (
+        {name: why for name, why in skipped.items() if name not in mixers}
+        | _sharing_with(flow, mixers, [name for name in asked if name not in mixers])
+        | {name: _why_headless(model, name) for name in order if name in by_head - flow.heads.keys() - mixers.keys()}
+    )
+    if strict and (whole := {name: why for name, why in skipped.items() if why != OUTPUT}):
+        name, why = next(iter(whole.items()))
+        raise ConfigError(f"every layer that is selected must be one that can lose channels, got {name}: {why}")
+    pinned = _pinned(flow, selected - skipped.keys() - mixers.keys())
+    _warn(flow, groups, selected - skipped.keys() - mixers.keys(), skipped, pinned)
+    extra = _settings(flow, mixers, selected - skipped.keys())
+    left_out = skipped.keys() | _followers(flow)
+
+    def by_block(name: str, public: dict[str, Any]) -> bool:
+        # Blocks of one's own, NNI's 64 by 64, say, make no group: what is left of heads is seen when masks are there.
+        return isinstance(public.get("granularity"), list) and (name in flow.heads or name in mixers)
+
+    entries = [
+        {"op_names": [name], **copy.deepcopy(public), **({} if by_block(name, public) else extra.get(name, {}))}
+        for names, public in selections
+        for name in order
+        if name in names and name not in left_out
+    ]
+    # Of what mixes heads by column all rows stay.
+    ties = partial_ties(flow, selected - left_out - mixers.keys())
+    skipped |= {name: why for name, why in pinned.items() if name not in named}
+    return DependencyGroups(entries, skipped, named & selected, ties, shares(flow, asked_of(flow, entries, ties)))
+
+
+def _parametrized(model: torch.nn.Module, types: set[str]) -> set[str]:
+    """Name the classes that PyTorch has put in place of such types where a weight is computed."""
+    found = {type(module) for module in model.modules() if is_parametrized(module)}
+    return {kind.__name__ for kind in found if kind.__bases__[0].__name__ in types}
+
+
+def _why_headless(model: torch.nn.Module, name: str) -> str:
+    """Say why a layer has no heads."""
+    module, place = model.get_submodule(name), name.rpartition(".")[0]
+    if is_transposed_linear(module):
+        return why_not_followed(model, name)
+    owner = model.get_submodule(place)
+    if "attention" in type(owner).__name__.lower() and not is_attention(owner):
+        return f"within {place} ({type(owner).__name__}), attention of no known build"
+    return "it makes no queries, keys or values of attention, so it has no heads"
+
+
+def _parts(names: set[str], flow: ChannelFlow) -> set[str]:
+    """Put the layers of attention in place of a module that holds them."""
+    found = {name: flow.attention[name] for name in names - flow.heads.keys() if name in flow.attention}
+    inner = {layer for each in found.values() for layer in (*each.channels, *filter(None, [each.out]))}
+    return (names - found.keys()) | inner
+
+
+def whole_layers(model: torch.nn.Module, example_inputs: Any, names: Sequence[str]) -> dict[str, str]:
+    """Say which of some layers have to stay whole, and why."""
+    network = Network.on(model, example_inputs)
+    return _skipped(network, network.flow, list(names), set(names))
+
+
+def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: set[str]) -> dict[str, str]:
+    """Say which layers have to stay whole, and why: of those asked for, among all that are selected."""
+    unfit, skipped, heads = network.unfit, dict[str, str](), list[str]()
+    for name in asked:
+        if name not in flow.layers:
+            # Of a norm, say, masks may be wanted all the same.
+            module = network.model.get_submodule(name)
+            if output_channels(module) is not None or isinstance(module, RECURRENT) or is_transposed_linear(module):
+                why = ONLY_TRAINED.format(name) if name in flow.in_training else why_not_followed(network.model, name)
+                along = "it goes along the channels of another layer" if name in flow.along else ""
+                skipped[name] = along or why
+            continue
+        roots = flow.layer_roots(name)
+        reasons = [unfit[root] for root in roots.tolist() if root in unfit]
+        if reasons or (roots == FIXED).all():
+            skipped[name] = "; ".join(dict.fromkeys(reasons or flow.why_pinned(name)))
+        elif len(set(roots.tolist())) == 1 < len(roots) and name not in flow.heads:
+            skipped[name] = "all of its channels meet one another"
+        elif flow.reaches_output(name):
+            if is_in_parts(flow.traced.graph):
+                why = ": the forward draws random numbers of Python's or NumPy's"
+                is_noise = flow.traced.meta.get(DRAWS_OTHERS)
+                skipped[name] = f"what it gives goes where no tracer follows{why if is_noise else ''}"
+            else:
+                heads.append(name)
+    skipped |= dict.fromkeys(heads, OUTPUT)
+    return {name: skipped[name] for name in asked if name in skipped}
+
+
+def _by_column(
+    flow: ChannelFlow, groups: list[list[str]], mixers: dict[str, Attention], by_head: set[str], free: set[str]
+) -> dict[str, Attention]:
+    """Leave out what mixes heads and can lose rows: with all layers of its group, of which none was asked for heads."""
+    # What norms make of a head that is gone only a mask on its columns takes off.
+    by_head = by_head | {name for name, each in mixers.items() if each.shifted}
+    by_row = set[str]()
+    for names in groups:
+        inside = {name for name in names if not flow.layers[name].depthwise}
+        if inside <= free - by_head and not any(FIXED in flow.layer_roots(name) for name in inside):
+            by_row |= inside
+    return {name: each for name, each in mixers.items() if name not in by_row}
+
+
+def _sharing_with(flow: ChannelFlow, mixers: Mapping[str, Attention], asked: list[str]) -> dict[str, str]:
+    """Say which layers stay whole since they share channels with what mixes heads, which loses columns and no rows."""
+    rows = {root: name for name in mixers for root in flow.layer_roots(name).tolist() if root != FIXED}
+    found = {}
+    for name in asked:
+        roots = flow.layer_roots(name).tolist() if name in flow.layers else []
+        if mixer := next((rows[root] for root in roots if root in rows), None):
+            found[name] = f"it shares channels with {mixer}, which loses heads"
+    return found
+
+
+def layer_groups(flow: ChannelFlow) -> list[list[str]]:
+    """Group the layers of which any channel is tied, in network order; one without ties is a group of its own."""
+    return meeting({name: set(flow.layer_roots(name).tolist()) - {FIXED} for name in flow.layers})
+
+
+def _network_order(model: torch.nn.Module, flow: ChannelFlow) -> dict[str, int]:
+    """Rank module names by their first call, those that are never called behind."""
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    return {name: rank for rank, name in enumerate(dict.fromkeys([*flow.layers, *names]))}
+
+
+def _settings(flow: ChannelFlow, mixers: Mapping[str, Attention], chosen: set[str]) -> dict[str, dict[str, Any]]:
+    """Make the keys that dependency groups add to entries of chosen layers; `mixers` lose the columns of heads."""
+    blocks = blocks_of(flow)
+    # NNI can state only groups whose layers are tied channel i to channel i.
+    stated: dict[tuple[int, ...], list[str]] = {}
+    for name in flow.layers:
+        own = next(iter(mixers[name].channels)) if name in mixers else name
+        roots = tuple(flow.roots(flow.bundle_numbers(own)).tolist())
+        if set(roots) != {FIXED}:
+            stated.setdefault(roots, []).append(name)
+    # A recurrent layer is a group of its two weights.
+    alone = {name for name, each in flow.heads.items() if each.recurrent} | {
+        name for name in blocks if blocks[name] > 1
+    }
+    needed = [n for n in stated.values() if (len(n) > 1 or n[0] in alone) and not chosen.isdisjoint(n)]
+    settings: dict[str, dict[str, Any]] = {}
+    for rank, names in enumerate(needed):
+        for name in names:
+            settings[name] = {"dependency_group_id": f"group_{rank}"}
+            if blocks.get(name, 1) > 1:
+                settings[name]["internal_metric_block"] = blocks[name]
+    for name in flow.layers:
+        if name not in flow.heads and (size := flow.bundles(name).shape[1]) > 1:
+            weight: Any = flow.fetch_attr(name).weight
+            settings.setdefault(name, {})["granularity"] = [size, *[-1] * (weight.dim() - 1)]
+        if isinstance(flow.fetch_attr(name), torch.nn.Embedding):
+            settings.setdefault(name, {})["granularity"] = [-1, 1]  # by column, where NNI's default is by row
+    for name, attention in flow.heads.items():
+        settings.setdefault(name, {})["granularity"] = attention.granularity(name)
+    for name, attention in mixers.items():
+        settings.setdefault(name, {})["granularity"] = [-1, attention.size]
+    return settings
+
+
+def _followers(flow: ChannelFlow) -> set[str]:
+    """Find depth-wise convolutions whose channels come from several layers or in another order."""
+    owners = {name: flow.layer_roots(name) for name, layer in flow.layers.items() if not layer.depthwise}
+    return {
+        name
+        for name, layer in flow.layers.items()
+        if layer.depthwise
+        and not any(np.array_equal(flow.layer_roots(name), roots) for roots in owners.values())
+        and bool(set(flow.layer_roots(name).tolist()) & {r for roots in owners.values() for r in roots.tolist()})
+    }
+
+
+def _pinned(flow: ChannelFlow, selected: set[str]) -> dict[str, str]:
+    """Say of which layers some channels have to stay: how many, and why."""
+    found = {}
+    for name in flow.layers:
+        roots = flow.layer_roots(name)
+        if name in selected and FIXED in roots:
+            why = "; ".join(filter(None, flow.why_pinned(name)))
+            found[name] = f"{(roots == FIXED).sum()} of {len(roots)} channels stay: {why}"
+    return found
+
+
+def by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:
+    """Collect layers by why they stay whole."""
+    found: dict[str, list[str]] = {}
+    for name, why in skipped.items():
+        found.setdefault(why, []).append(name)
+    return found
+
+
+def _warn(
+    flow: ChannelFlow,
+    groups: list[list[str]],
+    selected: set[str],
+    skipped: Mapping[str, str],
+    pinned: Mapping[str, str],
+) -> None:
+    """Name the layers left out, those that keep some channels, and those that give the output."""
+    if flow.missed:
+        _logger.warning("%s", flow.missed)
+    if set(skipped.values()) - {OUTPUT}:
+        told = "; ".join(f"{', '.join(names)}: {why}" for why, names in by_reason(skipped).items())
+        _logger.warning("layers that can't lose channels stay whole and are left out: %s", told)
+    for names in groups:
+        inside = [name for name in names if name in selected]
+        outside = [name for name in names if name not in selected and not flow.layers[name].depthwise]
+        if inside and outside:
+            _logger.warning(
+                "layers that share channels must be selected together, got %s without %s: "
+                "the channels they share stay",
+                ", ".join(inside), ", ".join(outside),
+            )  # fmt: skip
+    if pinned:
+        told = "; ".join(f"{name}: {why}" for name, why in pinned.items())
+        _logger.warning("some channels of these layers can't be removed: %s", told)
+    heads = [name for name in flow.layers if name in selected and flow.reaches_output(name)]
+    if heads:
+        _logger.warning("the layer that gives the model's output should be excluded, got %s", ", ".join(heads))

@@ -1,0 +1,340 @@
+"""The masked model that a dense model has to equal.
+
+NNI's masked model multiplies weights by masks and no more: after a batch norm a removed channel is its
+bias, no longer zero, and what follows sees it. In the dense model the channel isn't there. So
+here everything that works on single channels goes with the channel it works on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from nni_topo.errors import SpeedupError
+from nni_topo.network.attention import fast_paths_off
+from nni_topo.network.layers import channel_dim, fold, is_depthwise, is_normalizing, per_channel_names
+from nni_topo.network.runtime import (
+    Call,
+    RandomWeights,
+    Variation,
+    cast_floats,
+    detached_copy,
+    difference,
+    out_of_memory,
+    put_parameters,
+    random_like,
+    random_state_kept,
+    run_small,
+    shrunk,
+    tensors_of,
+    together,
+    variations_of,
+    varied,
+    watched,
+)
+from nni_topo.network.speedup.masks import FullMasks
+from nni_topo.sharing import find_ties, tie_again, untie
+
+
+@fast_paths_off()
+def apply_masks(model: torch.nn.Module, call: Call, masks: FullMasks) -> torch.nn.Module:
+    """Do the work of `nni_topo.masked_model` on checked arguments."""
+    own = detached_copy(model, light=True)
+    ties = find_ties(own)
+    untie(own, ties)
+    dead = _dead_inputs(own, call, masks)
+    # Only now, when the masked weights of the probe are gone, which are as many.
+    reference: torch.nn.Module = detached_copy(own)
+    with torch.no_grad():
+        _apply(reference, masks)
+        for name, channels in dead.items():
+            _silence(reference.get_submodule(name), channels)
+    tie_again(reference, ties)
+    return reference
+
+
+def _apply(model: torch.nn.Module, masks: FullMasks) -> None:
+    for name, targets in masks.items():
+        for target, mask in targets.items():
+            model.get_submodule(name).get_parameter(target).mul_(mask)
+
+
+def _silence(module: torch.nn.Module, channels: torch.Tensor) -> None:
+    """Zero what a per-channel module makes of dead channels."""
+    for target in ["bias"] if is_depthwise(module) else per_channel_names(module):
+        parameter = getattr(module, target, None)
+        if isinstance(parameter, torch.Tensor):
+            parameter = parameter.view(-1)
+            repeats = parameter.shape[0] // len(channels)
+            parameter[channels.to(parameter.device).repeat_interleave(repeats)] = 0
+
+
+def _dead_inputs(model: torch.nn.Module, call: Call, masks: FullMasks) -> dict[str, torch.Tensor]:
+    """Find the channels that enter norms and depth-wise convolutions as zeros in every call: bool, (channels,)."""
+    generator = torch.Generator().manual_seed(0)
+    probe = _positive(model, masks, generator)
+    positive = cast_floats(random_like(call, generator, positive=True), torch.float32)
+    found = [(n, m) for n, m in probe.named_modules() if is_depthwise(m) or is_normalizing(m)]
+    watches = {name: _Watch(module) for name, module in found}
+    unstable = True
+    with torch.no_grad(), random_state_kept(), watched(leaving=[(m, watches[name].look) for name, m in found]):
+        while unstable:
+            run_small(probe, positive)
+            unsettled = [watch.settle() for watch in watches.values()]
+            unstable = any(unsettled)
+    dead = {name: watch.dead for name, watch in watches.items() if watch.dead is not None}
+    return {name: channels for name, channels in dead.items() if bool(channels.any())}
+
+
+def _positive(model: torch.nn.Module, masks: FullMasks, generator: torch.Generator) -> torch.nn.Module:
+    """Copy a model with positive parameters, scaled so that activations neither grow nor shrink, and masked."""
+    probe, numbers = detached_copy(model, light=True).eval(), RandomWeights(torch.rand, generator)
+    for module in probe.modules():
+        fold(module)  # weights with a mean of zero would cancel
+    unbiased = {f"{name}.bias".lstrip(".") for name, module in model.named_modules() if is_depthwise(module)}
+
+    def weights(name: str, old: torch.Tensor) -> torch.Tensor:
+        if name in unbiased:
+            return torch.zeros_like(old)
+        fan = max(old[0].numel(), 1) if old.dim() > 1 else 1
+        values, (owner, _, target) = numbers.like(old, 1 / fan, 0.5 / fan), name.rpartition(".")
+        mask = masks.get(owner, {}).get(target)
+        return values if mask is None else values * mask.to(values)
+
+    put_parameters(probe, weights)
+    floating: torch.nn.Module = probe.float()
+    return floating
+
+
+class _Watch:
+    """Watch one norm or depth-wise convolution of the probe over all of its calls; a norm passes on what it gets."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.dead: torch.Tensor | None = None
+        self._calls: list[torch.Tensor] = []
+        self._alive: torch.Tensor | None = None
+        self._is_norm = not is_depthwise(module)
+        self._dim = channel_dim(module) or 1
+
+    def settle(self) -> bool:
+        """Combine the calls of a round; True if another round is needed."""
+        if not self._calls:
+            return False
+        calls, self._calls = torch.stack(self._calls), []
+        self.dead = calls.all(0)
+        # A channel that is zero in one call and not in another can't be silenced in the parameters, so from the next
+        # round on its bias counts as positive.
+        mixed = calls.any(0) & ~self.dead
+        known = self._alive if self._alive is not None else torch.zeros_like(mixed)
+        self._alive = known | mixed
+        return bool((mixed & ~known).any())
+
+    def look(self, entered: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Note a call, and let out what is to pass instead."""
+        rows = entered.transpose(0, self._dim).flatten(1)
+        self._calls.append(rows.eq(0).all(1))
+        passed = entered.clone() if self._is_norm else output
+        if self._alive is None:
+            return passed
+        view = [1] * passed.dim()
+        view[self._dim] = -1
+        alive = self._alive.to(passed).repeat_interleave(passed.shape[self._dim] // len(self._alive))
+        return passed + alive.view(view)
+
+
+_ROUGH = 1e-5  # from this tolerance on a tenth of it is above rounding in single precision
+Kept = dict[str, list[torch.Tensor]]
+Place = tuple[str | None, str]
+
+
+def check_equal(
+    reference: torch.nn.Module,
+    dense: torch.nn.Module,
+    call: Call,
+    kept: Kept,
+    rtol: float,
+    *,
+    advise: Callable[[str | None], str] | None = None,
+) -> str:
+    """Raise a SpeedupError unless two models agree, to ``rtol`` of the largest output, on random inputs.
+
+    The floats among these come as they are, in other scales and shifted, as small numbers and large ones ask different
+    things of an operation. Returns in words what was compared.
+    """
+    drawn = random_like(call, torch.Generator().manual_seed(1))
+    pair, variations = (reference, dense), _variations_of(drawn)
+    is_rough = rtol >= _ROUGH and _is_single(reference)
+    batch = together(shrunk(drawn), variations) if variations else None
+    # All at once, in double precision only where that is needed. Whatever is wrong is looked for below.
+    tries = [] if batch is None else [(batch, True)]
+    if batch is not None and is_rough:
+        tries.insert(0, (batch, False))
+    for given, double in tries:
+        agreed = _agreed(pair, given, rtol if double else rtol / 10, 1 + len(variations), double=double)
+        if agreed is not None:
+            return _told(drawn, given, [variation for at, variation in enumerate(variations, 1) if at in agreed])
+    compared = _check_one(pair, drawn, kept, rtol, advise, is_rough=is_rough)
+    agreed_variations = list[Variation]()
+    for variation in variations:
+        other = varied(drawn, variation)
+        # A model needn't take all that is a number, nor make numbers of it.
+        if _agreed((reference, reference), other, rtol, 1, double=True):
+            _check_one(pair, other, kept, rtol, advise, is_rough=is_rough, variation=variation)
+            agreed_variations.append(variation)
+    return _told(drawn, compared, agreed_variations)
+
+
+def _variations_of(call: Call) -> tuple[Variation, ...]:
+    """List how inputs are varied: shifted both ways, as weights that were trained may tell these apart."""
+    variations = variations_of(call)
+    return (*variations, *((factor, -shift) for factor, shift in variations if shift))
+
+
+def _told(example: Call, compared: Call, variations: list[Variation]) -> str:
+    """Say on what two models were compared."""
+    shapes = [" and ".join(str(tuple(each.shape[1:])) for each in tensors_of(call)) for call in (example, compared)]
+    smaller = f", smaller than the example's {shapes[0]}" if shapes[0] != shapes[1] else ""
+    others = "".join(f", {_named(each)}" for each in variations)
+    return f"random inputs of shape {shapes[1]}{smaller}{others}"
+
+
+def _named(variation: Variation) -> str:
+    factor, shift = variation
+    return f"shifted by {shift:g}" if shift else f"times {factor:g}"
+
+
+def _agreed(
+    pair: tuple[torch.nn.Module, torch.nn.Module], call: Call, rtol: float, blocks: int, *, double: bool
+) -> set[int] | None:
+    """List of several inputs in one batch those on which two models agree; None unless on all that give numbers."""
+    try:
+        entering = cast_floats(call, torch.float64) if double else call
+        expected, actual, _ = _run(pair, entering, {}, rtol, double=double)
+    except Exception as error:  # not every model takes a smaller image, another scale or as many samples
+        # Where there is no memory for several inputs, or for double precision, there may be for less.
+        if out_of_memory(error) and blocks == 1 and not double:
+            raise
+        return None
+    if [each.shape for each in expected] != [each.shape for each in actual]:
+        return None
+    finite = set(range(blocks))
+    for one, other in zip(expected, actual, strict=True):
+        parts = blocks if one.dim() and len(one) % blocks == 0 else 1
+        # A loss, say, has no dimension to be cut along.
+        pairs = zip(one.chunk(parts), other.chunk(parts), strict=True) if parts > 1 else [(one, other)]
+        for at, (wanted, given) in enumerate(pairs):
+            if not bool(wanted.isfinite().all()):
+                finite -= {at} if parts > 1 else finite
+            elif difference(wanted, given) > rtol:
+                return None
+    return finite if 0 in finite else None
+
+
+def _check_one(
+    pair: tuple[torch.nn.Module, torch.nn.Module],
+    drawn: Call,
+    kept: Kept,
+    rtol: float,
+    advise: Callable[[str | None], str] | None,
+    *,
+    is_rough: bool,
+    variation: Variation | None = None,
+) -> Call:
+    """Raise a SpeedupError unless two models agree on one input; return what of it was compared."""
+    small = shrunk(drawn)
+    # A rough comparison needs no double precision.
+    tries = [(small, False), (drawn, False)] if is_rough else []
+    for given, double in (*tries, (small, True)):
+        if _agreed(pair, given, rtol if double else rtol / 10, 1, double=double):
+            return given
+    try:
+        # In double precision two models that are equal differ by 1e-12 and less however deep they are.
+        expected, actual, place = _run(pair, cast_floats(drawn, torch.float64), kept, rtol, double=True)
+    except (RuntimeError, TypeError):
+        try:
+            expected, actual, place = _run(pair, drawn, kept, rtol, double=False)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            if out_of_memory(error):
+                raise
+            raise SpeedupError(
+                "a dense model must run on inputs of the example's shape: a fixed size in its forward may not "
+                f"fit the pruned channels, got {type(error).__name__}: {error}"
+            ) from error
+    if variation is not None:
+        place = place[0], f"{place[1]}, inputs {_named(variation)}"
+    _compare(expected, actual, place, rtol, advise)
+    return drawn
+
+
+def _is_single(model: torch.nn.Module) -> bool:
+    """Tell whether a model computes in single precision at least."""
+    return all(parameter.dtype not in (torch.float16, torch.bfloat16) for parameter in model.parameters())
+
+
+def _run(
+    pair: tuple[torch.nn.Module, torch.nn.Module], call: Call, kept: Kept, rtol: float, *, double: bool
+) -> tuple[list[torch.Tensor], list[torch.Tensor], Place]:
+    """Run copies of both models; also name the first module whose outputs differ."""
+    records: list[dict[str, torch.Tensor]] = [{}, {}]
+    outputs = []
+    with torch.no_grad():
+        for model, record in zip(pair, records, strict=True):
+            runner = detached_copy(model).eval().double() if double else detached_copy(model, light=True).eval()
+            looks = [(runner.get_submodule(name), partial(_record, name, record)) for name in kept]
+            # Both draw the same numbers where a forward draws any.
+            # What a forward does in place to its inputs mustn't reach the other model.
+            args, kwargs = tree_map_only(torch.Tensor, torch.clone, call)
+            with random_state_kept(), watched(leaving=looks):
+                outputs.append(tensors_of(runner(*args, **kwargs)))
+    return outputs[0], outputs[1], _first_difference(records[0], records[1], kept, rtol)
+
+
+def _record(name: str, record: dict[str, torch.Tensor], entered: Any, output: Any) -> None:
+    """Record the output of a module's first call."""
+    if isinstance(output, torch.Tensor) and name not in record:
+        record[name] = output.clone()
+
+
+def _first_difference(
+    expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor], kept: Kept, rtol: float
+) -> Place:
+    for name, full in expected.items():
+        for d, indices in enumerate(kept[name][1:], start=1):
+            if len(indices) < full.shape[d]:
+                full = full.index_select(d, indices.to(full.device))
+        small = actual.get(name)
+        if small is None or small.shape != full.shape:
+            return name, f"from {name} on, whose output has another shape than expected"
+        if difference(full, small) > rtol:
+            return name, f"from {name} on"
+    return None, "behind the last layer"
+
+
+def _worst(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> float:
+    return max((difference(a, b) for a, b in zip(expected, actual, strict=True)), default=0.0)
+
+
+def _compare(
+    expected: list[torch.Tensor],
+    actual: list[torch.Tensor],
+    place: Place,
+    rtol: float,
+    advise: Callable[[str | None], str] | None,
+) -> None:
+    name, where = place
+    shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (expected, actual)]
+    if shapes[0] != shapes[1]:
+        raise SpeedupError(
+            "the shape of the model's output must not change: exclude the layer that gives it from the "
+            f"config_list (exclude_op_names), got {shapes[1]} instead of {shapes[0]} ({where})"
+        )
+    worst = _worst(expected, actual)
+    if not worst <= rtol:
+        raise SpeedupError(
+            f"a dense model must compute what the masked one does to {rtol:g} of its largest output, "
+            f"got a difference of {worst:.3g} ({where})" + (f"; {advise(name)}" if advise else "")
+        )

@@ -1,0 +1,210 @@
+"""What is found out about a model by running or tracing it: once, and handed on to all who ask."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+from torch.fx.passes.shape_prop import ShapeProp
+
+from nni_topo.errors import NniTopoError, SpeedupError
+from nni_topo.network.attention import fast_paths_off
+from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.graph import (
+    add_training,
+    arguments,
+    by_running,
+    evaluated,
+    layer_sizes,
+    on_modules,
+    trace,
+    unused_parameters,
+)
+from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, LayerSizes, Size, is_scripted, spatial, with_heads
+from nni_topo.network.runtime import (
+    Call,
+    call_arguments,
+    out_of_memory,
+    put_parameters,
+    random_state_kept,
+    unwrapped_copy,
+)
+from nni_topo.network.speedup.dry_run import unfit
+
+T = TypeVar("T")
+Traced = tuple[Callable[..., GraphModule], ChannelFlow]
+
+# By model, its structure when it was last looked at and what was found out about it. Nothing here holds a weight, or
+# the model itself, which would never be freed.
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[str, dict[Any, Any]]] = WeakKeyDictionary()
+_OWN = frozenset(vars(nn.Module())) | {"_nni_wrapper", "forward"}
+
+
+class Network:
+    """A model, wrapped by NNI or not, and a call of it; all answers are those of the unwrapped model in evaluation."""
+
+    # An answer holds for a structure: modules, shapes, devices and plain attributes, not weights. It is looked at anew
+    # by each question, so that a model that was cut since is traced again. A graph found by running the model may
+    # depend on weights and is kept no longer than this question lasts.
+    def __init__(self, model: nn.Module, call: Call) -> None:
+        self.model = model
+        self.call = call
+        self._own: dict[Any, Any] = {}  # what isn't kept, by question and structure
+        self._asked: str | None = None  # the structure, while a question is answered, which may ask others
+
+    @classmethod
+    def on(cls, model: nn.Module, example_inputs: Any) -> Network:
+        """Take a model with example inputs, whatever container they come in."""
+        return cls(model, call_arguments(example_inputs, model))
+
+    @property
+    def flow(self) -> ChannelFlow:
+        """How channels go through the network; its modules are without values."""
+        return self.traced()[1]
+
+    @property
+    def unfit(self) -> dict[int, str]:
+        """Channels that a dense model can't do without although none is pinned: by representative, the reason."""
+        return self._known("unfit", lambda: unfit(self))
+
+    @property
+    def sizes(self) -> LayerSizes:
+        """Shapes of what enters and leaves each layer, by call."""
+        return self._known("sizes", lambda: layer_sizes(self.model, self.call))
+
+    @property
+    def planes(self) -> dict[str, tuple[Size, Size]]:
+        """Sizes in pixels of what enters and leaves each convolution, transposed or not, at its first call."""
+        found = [(name, self.model.get_submodule(name), calls[0]) for name, calls in self.sizes.items()]
+        convolutions = [each for each in found if isinstance(each[1], CONVOLUTIONS + TRANSPOSED)]
+        return {name: (spatial(module, size[0]), spatial(module, size[1])) for name, module, size in convolutions}
+
+    def graph(
+        self, model: nn.Module, call: Call | None = None, *, in_training: bool = False
+    ) -> tuple[GraphModule, tuple[Any, ...]]:
+        """Put the graph on the modules of a model of this structure and run it on a call, by default its own.
+
+        ``in_training``: with what runs in training alone.
+        """
+        graph_module = self.traced()[0](model, in_training=in_training)
+        args = arguments(graph_module.graph, model, call or self.call)
+        with torch.no_grad(), random_state_kept(), fast_paths_off():
+            ShapeProp(graph_module).propagate(*args)
+        return graph_module, args
+
+    def traced(self) -> Traced:
+        """Return what puts the graph on the modules of a model of this structure, and how channels go through it."""
+        return self._known("traced", self._trace, kept=lambda traced: not by_running(traced[1].traced.graph))
+
+    def _trace(self) -> Traced:
+        model = unwrapped_copy(self.model, light=True).eval()
+        graph_module, args = trace(model, self.call)
+        missed = ""
+        if unused := unused_parameters(model, graph_module.graph):
+            # What was traced may hold things of its tracer's.
+            model = unwrapped_copy(self.model, light=True).eval()
+            graph_module, missed = add_training(model, graph_module, unused, self.call, trace)
+        try:
+            flow = ChannelFlow(graph_module, args, missed)
+        except Exception as error:  # a forward may do with tensors what no rule has seen yet
+            if isinstance(error, NniTopoError) or out_of_memory(error):
+                raise
+            raise SpeedupError(
+                "the channels of a model must be followed to be removed, "
+                f"got {type(error).__name__}: {error} ({type(self.model).__name__})"
+            ) from error
+        graph = copy.deepcopy(graph_module.graph)
+        held = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+        # What the forward makes by itself the tracer keeps in the copy; all else is the model's, whatever it holds now.
+        constants = {name: attrgetter(name)(graph_module) for name in held if not _has(self.model, name)}
+        put_parameters(graph_module, lambda _, parameter: parameter.to("meta"))
+        graph_module.to("meta")
+        return partial(_assembled, graph, constants), flow
+
+    def _known(self, what: str, find: Callable[[], T], kept: Callable[[T], bool] = lambda _: True) -> T:
+        structure, key = self._asked or _structure(self.model), (what, _shown(self.call))
+        if structure != _KNOWN.get(self.model, ("", {}))[0]:
+            _KNOWN[self.model] = structure, {}
+        answers = _KNOWN[self.model][1]
+        own = (structure, *key)
+        found: T
+        if key in answers:
+            found = answers[key]
+        elif own in self._own:
+            found = self._own[own]
+        else:
+            before, self._asked = self._asked, structure
+            try:
+                found = find()
+            finally:
+                self._asked = before
+            (answers if kept(found) else self._own)[key if kept(found) else own] = found
+        return found
+
+
+def _assembled(graph: Graph, constants: dict[str, Any], model: nn.Module, *, in_training: bool = True) -> GraphModule:
+    graph = copy.deepcopy(graph) if in_training else evaluated(copy.deepcopy(graph))
+    targets = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
+    parts = {name: constants[name].clone() if name in constants else attrgetter(name)(model) for name in targets}
+    return with_heads(on_modules(parts, graph, type(model).__name__)).eval()
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        attrgetter(name)(model)
+    except AttributeError:
+        return False
+    return True
+
+
+def hand_on(model: nn.Module, other: nn.Module) -> None:
+    """Let what is known of a model be known of a copy of it too."""
+    if model in _KNOWN:
+        _KNOWN[other] = _KNOWN[model]
+
+
+def _structure(model: nn.Module) -> str:
+    """Write down all of a model that a trace may depend on, whether NNI has wrapped it or not."""
+    lines, places = [], dict[int, int]()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_scripted(module):
+            shapes = [tuple(each.shape) for each in (*module.parameters(), *module.buffers())]
+            lines.append(f"{name} {places.setdefault(id(module), len(places))} {module.original_name} {shapes}")
+        elif "_nni_wrapper" not in name.split("."):
+            # A wrapper makes a plain attribute of a parameter.
+            own = {**vars(module), **module._parameters, **module._buffers}
+            plain = {key: own[key] for key in sorted(own.keys() - _OWN) if own[key] is not None}
+            place = places.setdefault(id(module), len(places))
+            lines.append(f"{name} {place} {type(module)!r} {_replacements(module)} {_shown(plain)}")
+    return "\n".join(lines)
+
+
+def _replacements(module: nn.Module) -> str:
+    """Write down hooks, and a forward in place of the class's own, but for NNI's, which calls that."""
+    own = vars(module).get("forward")
+    same = own is None or "_nni_wrapper" in module._modules or getattr(own, "__func__", None) is type(module).forward
+    return repr([*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *([] if same else [own])])
+
+
+def _shown(value: Any, depth: int = 3) -> str:
+    """Write a value down, tensors by shape and place, other objects by what they hold."""
+    if isinstance(value, Tensor):
+        # A number in a buffer may be a switch; what has more entries is computed with, not looked at.
+        number = value.tolist() if value.numel() == 1 and not value.is_meta else ""
+        return f"{tuple(value.shape)} {value.dtype} {value.device} {number}"
+    if isinstance(value, dict):
+        return str({repr(key): _shown(each, depth - 1) for key, each in value.items()}) if depth else repr(value)
+    if isinstance(value, (tuple, list)):
+        return str([_shown(each, depth - 1) for each in value]) if depth else repr(value)
+    if isinstance(value, nn.Module):
+        return repr(type(value))
+    if callable(value) or not hasattr(value, "__dict__") or not depth:
+        return repr(value)
+    return f"{type(value)} {_shown(vars(value), depth - 1)}"

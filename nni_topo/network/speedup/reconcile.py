@@ -1,0 +1,295 @@
+"""Reconcile the masks of layers that share channels, by keeping more channels, never fewer."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Literal
+
+import numpy as np
+import torch
+
+from nni_topo.errors import ConfigError, SpeedupError
+from nni_topo.maths.ties import descending
+from nni_topo.network.channels import FIXED, Blocks, ChannelFlow, stays_in_place
+from nni_topo.network.layers import channel_dimension, kept_channels, row_names, spread, weight_name, weight_of
+from nni_topo.network.runtime import device_of
+from nni_topo.network.speedup.masks import FullMasks
+from nni_topo.network.speedup.narrow_heads import find_narrow
+
+_logger = logging.getLogger(__name__)
+
+Scores = Callable[[], np.ndarray]
+"""By representative, what a channel is worth; only asked for where any come back."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """Masks that agree, and what was kept for it."""
+
+    masks: FullMasks
+    left: np.ndarray  # which channels stay, by representative: bool
+    reasons: dict[str, str]  # why masked layers keep channels that their masks remove; "" for those that keep none
+    kept: dict[str, str]  # how many such channels and why, by layer that keeps any but for ``round_to`` and carriers
+
+
+def resolve_masks(
+    model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, round_to: int | None = None
+) -> FullMasks:
+    """Make the masks of tied channels agree as `resolve` does, and warn of layers that keep channels for it."""
+    resolved = resolve(model, flow, masks, round_to)
+    warn_of_kept(resolved.kept)
+    return resolved.masks
+
+
+def warn_of_kept(kept: Mapping[str, str]) -> None:
+    """Say in one warning which layers keep channels although they are masked: how many and why, by layer."""
+    if kept:
+        by_reason: dict[str, list[str]] = {}
+        for name, text in kept.items():
+            count, _, why = text.partition(" (")
+            by_reason.setdefault(why, []).append(f"{name} {count}")
+        told = "; ".join(f"{', '.join(names)} ({why}" for why, names in by_reason.items())
+        _logger.warning("masks must agree where layers share channels; channels kept although masked: %s", told)
+
+
+def widths_multiple(round_to: int | str | None, device: torch.device) -> int | None:
+    """Check ``round_to``; ``"auto"`` is how many channels a processor computes at once."""
+    if round_to == "auto":
+        # Tensor cores take half-precision matrices by eights; a vector register of a CPU holds so many single floats.
+        lanes = {"AVX512": 16, "AVX2": 8}
+        return 8 if device.type != "cpu" else lanes.get(torch.backends.cpu.get_cpu_capability(), 4)
+    if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
+        raise ConfigError(f'round_to must be a positive integer, "auto" or None, got {round_to!r}')
+    return round_to
+
+
+def resolve(
+    model: torch.nn.Module,
+    flow: ChannelFlow,
+    masks: FullMasks,
+    round_to: int | Literal["auto"] | None = None,
+    *,
+    carriers: Mapping[int, str] | None = None,
+    also: np.ndarray | None = None,
+) -> Resolved:
+    """Make checked masks of tied channels agree; ``round_to``: every pruned layer keeps a multiple of it, or all.
+
+    Channels that are ``carriers``, by representative and with the reason, stay without getting their weights back.
+    Those that are ``also`` kept, bool by representative, stay with their weights.
+    """
+    carriers = carriers or {}
+    round_to = widths_multiple(round_to, device_of(model))
+    given = _given(model, flow, masks)
+    kept = _union(flow, given)
+    # Before rounding brings channels back: a mask on the output is a mistake even where this would undo it.
+    _check_output(flow, given, kept)
+    # Equal blocks and rounding bring back the largest weights first, by L1 norm over tied channels.
+    shared, scores = kept.copy(), cache(partial(_scores, model, flow))
+    kept[[*carriers]] = True
+    if also is not None:
+        kept |= also
+    read = keep_read(flow, kept, scores)
+    # In two steps, so that what equal blocks bring back can be told from what rounding does.
+    grow(flow, kept, scores, 1, set(given))
+    leveled = kept.copy()
+    grow(flow, kept, scores, round_to or 1, set(given))
+    weighty = kept.copy()
+    weighty[[*carriers]] = False
+    reasons = {name: _reason(flow, given, name, (shared, leveled, kept), round_to, carriers, read) for name in given}
+    more = {name: ((leveled & weighty)[flow.layer_roots(name)] & ~given[name]).sum() for name in given}
+    told = {name: f"{count} of {len(given[name])} ({reasons[name]})" for name, count in more.items() if count}
+    new = _new_masks(model, flow, masks, given, (shared, weighty))
+    # Of heads that keep as many channels each the others are cut as well.
+    for layer in (each for name in find_narrow(model, flow, new, kept) for each in flow.attention[name].channels):
+        told.pop(layer, None)
+    return Resolved(new, kept, reasons, told)
+
+
+def union(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> np.ndarray:
+    """Tell for every representative whether it is kept: it is as soon as one tied to it is, or has no mask."""
+    return _union(flow, _given(model, flow, masks))
+
+
+def _given(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> dict[str, np.ndarray]:
+    """Collect the channels that the masks keep, for the layers that have a mask."""
+    given = {}
+    for name in flow.layers:
+        kept = kept_channels(model.get_submodule(name), masks.get(name, {}))
+        if kept is not None:
+            given[name] = kept.cpu().numpy()
+    return given
+
+
+def _union(flow: ChannelFlow, given: dict[str, np.ndarray]) -> np.ndarray:
+    """Tell for every representative whether it is kept."""
+    kept, stated = np.zeros(flow.size, dtype=bool), np.zeros(flow.size, dtype=bool)
+    for name, layer in flow.layers.items():
+        # It has no say: its channels go with those of the layer before it. Any other layer without a mask keeps all.
+        if layer.depthwise and name not in given:
+            continue
+        roots = flow.layer_roots(name)
+        kept[roots[given.get(name, np.ones(len(roots), dtype=bool))]] = True
+        stated[roots] = True
+    kept[FIXED] = True
+    return kept | ~stated
+
+
+def _check_output(flow: ChannelFlow, given: dict[str, np.ndarray], kept: np.ndarray) -> None:
+    gone = flow.at_output[~kept[flow.at_output]]
+    for name in given:
+        if np.isin(flow.layer_roots(name), gone).any():
+            raise SpeedupError(
+                "the shape of the model's output must not change: exclude the layer that gives it from the "
+                f"config_list (exclude_op_names), got a mask that prunes channels of it ({name})"
+            )
+
+
+def keep_read(flow: ChannelFlow, kept: np.ndarray, scores: Scores) -> dict[int, str]:
+    """Bring one channel back where some are read by themselves of which none is left: which, and why."""
+    found = dict[int, str]()
+    for roots, reader in flow.read():
+        if not kept[roots].any():
+            _bring_back(roots, kept, scores, 1)
+            found[int(roots[kept[roots]][0])] = f"one of the channels that {reader} reads stays"
+    return found
+
+
+def grow(flow: ChannelFlow, kept: np.ndarray, scores: Scores, round_to: int, masked: set[str]) -> None:
+    """Bring channels back until blocks are equal and counts are rounded; both only ever add."""
+    layers = [flow.layer_roots(name) for name in flow.layers if name in masked]
+    # What evens one set of blocks may unbalance another that shares its channels. Channels only come back, so it ends.
+    before, in_place = -1, flow.shuffles and stays_in_place(flow, kept)
+    while before != int(kept.sum()):
+        before = int(kept.sum())
+        for blocks in flow.blocks:
+            if not (in_place and blocks.moves):
+                _level(blocks, [[flow.roots(block) for block in side] for side in blocks.sides], kept, scores)
+        for roots in layers:
+            wanted = -(-int(kept[roots].sum()) // round_to) * round_to
+            _bring_back(roots, kept, scores, min(wanted, len(roots)))
+        in_place = in_place and (before == int(kept.sum()) or stays_in_place(flow, kept))
+        uneven = [flow.roots(block) for each in flow.blocks if each.is_uneven for side in each.sides for block in side]
+        if uneven and not in_place and before == int(kept.sum()) and not stays_in_place(flow, kept):
+            # No number of each fits, but all of them.
+            kept[np.concatenate(uneven)] = True
+
+
+def _level(blocks: Blocks, sides: list[list[np.ndarray]], kept: np.ndarray, scores: Scores) -> None:
+    """Bring channels back until all blocks that are left keep equally many."""
+    # A block goes only if it goes on all sides; where any side keeps a channel of it, all are filled up.
+    left = [not blocks.may_vanish or any(kept[block].any() for block in parts) for parts in zip(*sides, strict=True)]
+    for side in sides:
+        most = max(int(kept[block].sum()) for block in side)
+        for block, is_left in zip(side, left, strict=True):
+            _bring_back(block, kept, scores, most if is_left else 0)
+
+
+def _bring_back(roots: np.ndarray, kept: np.ndarray, scores: Scores, wanted: int) -> None:
+    """Keep the best of the pruned channels until so many are kept."""
+    if int(kept[roots].sum()) >= wanted:
+        return
+    pruned = np.unique(roots[~kept[roots]])
+    best = pruned[descending(scores()[pruned])]
+    for root in best:
+        # Counted anew each time: one root may stand for several channels of the layer.
+        if int(kept[roots].sum()) >= wanted:
+            return
+        kept[root] = True
+
+
+def _scores(model: torch.nn.Module, flow: ChannelFlow) -> np.ndarray:
+    """Sum the L1 norms of the weights of tied channels."""
+    scores = np.zeros(flow.size)
+    for name in flow.layers:
+        module = model.get_submodule(name)
+        weight = weight_of(module).detach()
+        sums = weight.abs().double().transpose(0, channel_dimension(module)).flatten(1).sum(1).cpu().numpy()
+        roots = flow.layer_roots(name)
+        # A grouped transposed convolution has one column for the outputs at one place of every group, which share its
+        # sum. Roots may repeat: each has to add.
+        np.add.at(scores, roots, np.resize(sums, len(roots)))
+    return scores
+
+
+def _reason(
+    flow: ChannelFlow,
+    given: dict[str, np.ndarray],
+    name: str,
+    stages: tuple[np.ndarray, ...],
+    round_to: int | None,
+    carriers: Mapping[int, str],
+    read: Mapping[int, str],
+) -> str:
+    """Say at which stage a layer got back channels that its mask removes, and for what."""
+    roots = flow.layer_roots(name)
+    shared, leveled, rounded = (kept[roots] & ~given[name] for kept in stages)
+    if shared.any():
+        return _partners(flow, given, name, roots[shared])
+    single = {**read, **carriers}
+    alone = [root for root in roots.tolist() if root in single]
+    if (leveled & ~np.isin(roots, alone)).any():
+        return "blocks of a grouped convolution, a group norm or a chunk keep equally many"
+    if alone:
+        return single[alone[0]]
+    return f"round_to={round_to}" if rounded.any() else ""
+
+
+def _partners(flow: ChannelFlow, given: dict[str, np.ndarray], name: str, held: np.ndarray) -> str:
+    """Name what holds some of a layer's channels."""
+    if (held == FIXED).any():
+        return "; ".join(filter(None, flow.why_pinned(name)))
+    names = [other for other in flow.layers if np.isin(flow.layer_roots(other), held).any()]
+    if names == [name]:
+        return "its own channels meet one another"
+    free = [other for other in names if other not in given and not flow.layers[other].depthwise]
+    return f"shared by {', '.join(names)}{'; of these without a mask: ' if free else ''}{', '.join(free)}"
+
+
+def _new_masks(
+    model: torch.nn.Module,
+    flow: ChannelFlow,
+    masks: FullMasks,
+    given: dict[str, np.ndarray],
+    stages: tuple[np.ndarray, np.ndarray],
+) -> FullMasks:
+    shared, kept = stages
+    new = {name: dict(targets) for name, targets in masks.items()}
+    for name, layer in flow.layers.items():
+        module, keep = model.get_submodule(name), kept[flow.layer_roots(name)]
+        old = given.get(name, np.ones_like(keep))
+        if not (name in given or layer.depthwise) or np.array_equal(keep, old):
+            continue
+        # What is masked of a head that stays for the rest of it stays masked.
+        back = keep & ~(shared[flow.layer_roots(name)] if name in flow.heads else old)
+        changed, keep_all = torch.from_numpy(back), torch.from_numpy(keep)
+        targets = new.setdefault(name, {})
+        weight = targets.get(weight_name(module), spread(module, torch.ones(layer.channels)))
+        # Channels that came back get all of their weights; in the others single masked weights stay masked.
+        targets[weight_name(module)] = torch.maximum(weight, spread(module, changed)) * spread(module, keep_all)
+        for own in row_names(module):
+            if isinstance(rows := getattr(module, own, None), torch.Tensor):
+                mask = targets.get(own, torch.ones_like(rows).detach())
+                one, other = (each.to(mask).view(-1, *[1] * (rows.dim() - 1)) for each in (changed, keep_all))
+                targets[own] = torch.maximum(mask, one) * other
+    for name, attention in flow.mixers().items():
+        stays = torch.from_numpy(kept[flow.entering_roots(name)])
+        if attention.shifted and not bool(stays.all()):
+            weight = weight_of(model.get_submodule(name)).detach()
+            targets = new.setdefault(name, {})
+            targets["weight"] = targets.get("weight", torch.ones_like(weight)) * stays.to(weight)
+    return with_own(model, flow, new, kept)
+
+
+def with_own(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, kept: np.ndarray) -> FullMasks:
+    """Mask the parameters that the model uses by itself along with the channels that they meet."""
+    for name, own in flow.own.items():
+        stays = torch.from_numpy(kept[flow.roots(flow.own_numbers(name))])
+        if not bool(stays.all()):
+            module, _, target = name.rpartition(".")
+            parameter = model.get_parameter(name)
+            view = [-1 if d == own.dim else 1 for d in range(parameter.dim())]
+            masks.setdefault(module, {})[target] = stays.to(parameter).view(view).expand_as(parameter).clone()
+    return masks

@@ -1,0 +1,151 @@
+"""NNI's ModelSpeedup, told by the channels' numbers what stays: no node is run on random values to find out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.fx
+from nni.compression.speedup import ModelSpeedup
+from nni.compression.speedup.container import NodeInfo
+from nni.compression.speedup.replacer import Replacer
+
+from nni_topo.network.attention import Attention, resize
+from nni_topo.network.channels import ChannelFlow, DenseOrder
+from nni_topo.network.graph import tensor_shape
+from nni_topo.network.layers import HEAD, cut, cut_along, is_depthwise, keep, output_channels
+from nni_topo.network.runtime import device_of
+
+Kept = dict[str, list[torch.Tensor]]
+
+
+class DenseSpeedup(ModelSpeedup):
+    """Make a model dense in place, given how channels flow through it and which of their representatives stay."""
+
+    def __init__(
+        self, model: torch.nn.Module, flow: ChannelFlow, left: np.ndarray, replacers: Iterable[Replacer] = ()
+    ) -> None:
+        # NNI's own constructor runs the graph for values, which nobody reads here.
+        torch.fx.Interpreter.__init__(self, flow.traced)
+        self.graph_module, self.bound_model = flow.traced, model
+        self.flow, self.left = flow, left
+        self.node_infos = {node: NodeInfo(node) for node in flow.traced.graph.nodes}
+        self.order = DenseOrder(flow, left) if flow.reorders else None
+        self.replacers = [*replacers, _Cutter()]
+        self.at = ""  # the module that is being cut
+
+    def speedup_model(self) -> torch.nn.Module:
+        """Cut the modules; what stays of each is known."""
+        with torch.no_grad():
+            for replacer in self.replacers:
+                replacer.replace_modules(self)
+        return self.bound_model
+
+    def indices(self, numbers: np.ndarray) -> torch.Tensor:
+        """List the places, ascending, at which channels stay."""
+        return torch.from_numpy(np.flatnonzero(self.left[self.flow.roots(numbers)]))
+
+    def numbers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """List the numbers of the channels that enter and leave a module."""
+        entering = self.flow.entering_numbers(name)
+        is_layer = output_channels(self.bound_model.get_submodule(name)) is not None and name in self.flow.all_layers
+        return entering, self.flow.layer_numbers(name) if is_layer else entering
+
+    def kept(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """List the places of the channels that enter and leave a module and stay, in the dense model's order."""
+        entering, leaving = self.numbers(name)
+        ins, outs = self.indices(entering), self.indices(leaving)
+        if self.order is None or not len(entering):
+            return ins, outs
+        return _in_order(self.flow, self.order, name, self.bound_model.get_submodule(name), (ins, outs))
+
+
+class _Cutter(Replacer):
+    """Cut modules and parameters in place."""
+
+    def replace_modules(self, speedup: DenseSpeedup) -> None:
+        flow, model = speedup.flow, speedup.bound_model
+        names = [str(node.target) for node in speedup.node_infos if node.op == "call_module"]
+        names += [*flow.heads, *flow.in_training]
+        for name in dict.fromkeys(names):
+            module, (ins, outs) = model.get_submodule(name), speedup.kept(name)
+            entering, leaving = speedup.numbers(name)
+            speedup.at = name
+            if len(ins) < len(entering) or len(outs) < len(leaving):
+                device = next((each.device for each in module.parameters()), torch.device("cpu"))
+                if name in flow.along:
+                    cut_along(module, ins.to(device), len(entering))
+                else:
+                    cut(name, module, ins.to(device), outs.to(device))
+        speedup.at = ""
+        for name, own in flow.own.items():
+            kept = speedup.indices(flow.own_numbers(name))
+            if speedup.order is not None and name in speedup.order.own:
+                kept = torch.from_numpy(speedup.order.own[name])
+            if len(kept) < own.channels:
+                owner, _, target = name.rpartition(".")
+                module = model.get_submodule(owner)
+                keep(module, target, getattr(module, target).index_select(own.dim, kept.to(device_of(module))))
+                if isinstance(module, torch.nn.Embedding) and own.dim == 1:  # read as a parameter, as DeBERTa does
+                    module.embedding_dim = len(kept)
+        for attention in dict.fromkeys(each.name for each in flow.heads.values()):
+            found = flow.attention[attention]
+            layer = next(iter(found.channels))
+            left = speedup.indices(flow.bundle_numbers(layer))
+            _cut_by_head(model.get_submodule(attention), found, left)
+            resize(model.get_submodule(attention), found, len(left), len(speedup.kept(layer)[0]))
+
+
+def _cut_by_head(module: torch.nn.Module, attention: Attention, left: torch.Tensor) -> None:
+    """Keep the entries of some heads in what has one for each, such as a table of positions."""
+    if len(left) == attention.heads:
+        return
+    for name, dim in attention.by_head.items():
+        place, _, target = name.rpartition(".")
+        owner: Any = module.get_submodule(place)
+        keep(owner, target, getattr(owner, target).index_select(dim, left.to(device_of(owner))))
+        if isinstance(owner, torch.nn.Linear):
+            owner.out_features = len(left)
+        elif isinstance(owner, torch.nn.Embedding):
+            owner.embedding_dim = len(left)
+
+
+def _in_order(
+    flow: ChannelFlow, order: DenseOrder, name: str, module: torch.nn.Module, ascending: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """List the channels of a module that stay as they come: what enters, and what leaves in the same order."""
+    ins, outs = torch.from_numpy(order.places(name)), ascending[1]
+    groups = getattr(module, "groups", getattr(module, "num_groups", 1))
+    of_group = ins // max(len(flow.entering_numbers(name)) // groups, 1)
+    if is_depthwise(module):
+        step = flow.all_layers[name].channels // len(flow.entering_numbers(name))
+        outs = (ins[:, None] * step + torch.arange(step)).flatten()
+    elif bool((of_group[1:] < of_group[:-1]).any()):
+        return ascending[0], outs
+    return ins, outs if name in flow.all_layers else ins
+
+
+def kept_outputs(flow: ChannelFlow, left: np.ndarray) -> Kept:
+    """List, by module that gives one tensor, the indices that stay of each dimension at its first call."""
+    kept: Kept = {}
+    for node in flow.traced.graph.nodes:
+        shape = tensor_shape(node)
+        # What a layer gives that goes on behind its convolution isn't what its node gives.
+        if node.op == "call_module" and shape is not None and not node.meta.get(HEAD):
+            kept.setdefault(str(node.target), kept_slices(flow.numbers[node.name], shape, flow, left))
+    return kept
+
+
+def kept_slices(
+    numbers: torch.Tensor, shape: tuple[int, ...], flow: ChannelFlow, left: np.ndarray
+) -> list[torch.Tensor]:
+    """List the indices of each dimension of a tensor at which anything stays."""
+    stays = torch.from_numpy(np.asarray(left[flow.roots(numbers.numpy())]))
+    found = []
+    for d, size in enumerate(shape):
+        # Numbers are of length 1 where nothing differs, and where there is but one place.
+        rows = stays.movedim(d, -1).reshape(-1, stays.shape[d]).any(0) if stays.shape[d] == size > 0 else None
+        found.append(torch.arange(size) if rows is None else rows.nonzero().flatten())
+    return found

@@ -1,0 +1,267 @@
+"""Heads of attention: found, tied, removed and made up for."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from attention_nets import HEADS, NETS, SIZE, WIDTH, Fused, _states, head_masks, make, same
+from torch import nn
+from torchvision.models.vision_transformer import VisionTransformer
+
+from nni_topo import compensate, create_pruner, dependency_groups, load, masked_model, save, to_dense, zoo
+from nni_topo.network.attention.heads import find_attention
+from nni_topo.network.attention.unfused.multihead import multihead
+from nni_topo.zoo.transformers import Block, Mlp, SelfAttention
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_heads_that_are_masked_go(name):
+    model, inputs = make(name), _states(3, 7, 5)
+    (attention,) = find_attention(model).values()
+    masks = head_masks(model, [0, 2])
+    dense = to_dense(model, inputs, masks)
+    same(dense, masked_model(model, inputs, masks), inputs)
+    (left,) = find_attention(dense).values()
+    assert (left.heads, left.size) == (2, attention.size)
+    mixer = dense.get_submodule(attention.out)
+    assert mixer.in_features == 2 * attention.size
+    gone = attention.heads - 2
+    rows = sum(channels.shape[1] for channels in attention.channels.values())
+    biased = getattr(model.get_submodule(attention.out), "bias", None) is not None
+    expected = gone * (rows * (WIDTH + biased) + WIDTH * attention.size)
+    assert sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in dense.parameters()) == expected
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_dense_model_takes_other_numbers_of_samples_and_places(name):
+    model, masks = make(name), None
+    masks = head_masks(model, [1])
+    dense = to_dense(model, _states(3, 7, 5), masks)
+    same(dense, masked_model(model, _states(3, 7, 5), masks), _states(2, 4, 5))
+
+
+def test_a_vision_transformer_of_torchvision():
+    torch.manual_seed(0)
+    model, images = VisionTransformer(16, 4, 2, HEADS, WIDTH, 24, num_classes=5).eval(), _states(2, 3, 16, 16)
+    nn.init.normal_(model.heads.head.weight)
+    masks = head_masks(model, [0, 3])
+    dense = to_dense(model, images, masks)
+    assert [each.heads for each in find_attention(dense).values()] == [2, 2]
+    same(dense, masked_model(model, images, masks), images)
+
+
+def test_a_head_of_which_any_block_is_left_stays_and_the_rest_of_it_stays_masked():
+    model, inputs = make("apart"), _states(3, 7, 5)
+    masks = head_masks(model, [0, 2])
+    name = "1.attention.v_proj"
+    masks[name]["weight"][3] = 1  # one channel of head 1
+    masks[name]["weight"][0] = 0  # one of head 0
+    dense = to_dense(model, inputs, masks)
+    assert dense.get_submodule(name).out_features == 3 * SIZE
+    weight = dense.get_submodule(name).weight
+    assert torch.equal(weight[3], model.get_submodule(name).weight[3])
+    assert not weight[[0, 4, 5]].any()
+    same(dense, masked_model(model, inputs, masks), inputs)
+
+
+def test_round_to_brings_whole_heads_back_with_their_weights():
+    model, inputs = make("apart"), _states(3, 7, 5)
+    dense = to_dense(model, inputs, head_masks(model, [0, 1]), round_to=9)
+    assert dense.get_submodule("1.attention.q_proj").out_features == 9
+    assert dense.get_submodule("1.attention.v_proj").weight.flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_multihead_computes_what_torch_does(batch_first, bias):
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=batch_first, bias=bias).eval()
+    shape = (2, 5, WIDTH) if batch_first else (5, 2, WIDTH)
+    query, key = _states(*shape), _states(2, 6, WIDTH) if batch_first else _states(6, 2, WIDTH)
+    padding = torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    by_head = _states(2 * HEADS, 5, 6) > 2
+    for knobs in (
+        {},
+        {"need_weights": False, "attn_mask": _states(5, 6)},
+        {"key_padding_mask": padding, "attn_mask": torch.ones(5, 6).triu(3).bool(), "average_attn_weights": False},
+        {"attn_mask": by_head},
+    ):
+        expected, found = attention(query, key, key, **knobs), multihead(attention, query, key, key, **knobs)
+        for one, other in zip(expected, found, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    single = query[0] if batch_first else query[:, 0]
+    for one, other in zip(attention(single, single, single), multihead(attention, single, single, single), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_of_timm():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=WIDTH, num_heads=HEADS, qk_norm=True
+    )
+    images = _states(2, 3, 32, 32)
+    masks = head_masks(model.eval(), [0, 3])
+    dense = to_dense(model, images, masks)
+    assert [each.heads for each in find_attention(dense).values()] == [2, 2]
+    same(dense, masked_model(model, images, masks), images)
+
+
+def test_what_is_no_attention_that_is_known_stays_whole():
+    gated, scaled = Fused(), Fused()
+    gated.gate, scaled.scale = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.ones(HEADS))
+    others = (
+        nn.MultiheadAttention(WIDTH, HEADS, kdim=5, vdim=5),
+        nn.MultiheadAttention(WIDTH, HEADS, add_bias_kv=True),
+        nn.MultiheadAttention(WIDTH, HEADS, add_zero_attn=True),
+        type("Own", (nn.MultiheadAttention,), {})(WIDTH, HEADS),
+        gated,
+        scaled,
+    )
+    assert not any(find_attention(each) for each in others)
+
+
+def test_groups_tie_queries_keys_values_and_what_mixes_them():
+    model = make("shared keys")
+    asked = [{"op_types": ["Linear"], "exclude_op_names": ["0"], "sparse_ratio": 0.4}]
+    groups = dependency_groups(model, _states(2, 7, 5), asked)
+    found = {e["op_names"][0]: (e.get("dependency_group_id"), e.get("granularity")) for e in groups}
+    assert found == {
+        "1.attention.q_proj": ("group_0", [4, -1]),
+        "1.attention.k_proj": ("group_0", [2, -1]),
+        "1.attention.v_proj": ("group_0", [2, -1]),
+        "1.attention.o_proj": ("group_0", [-1, 4]),
+        "1.mlp.gate_proj": ("group_1", None),
+        "1.mlp.up_proj": ("group_1", None),
+    }
+
+
+def test_attention_that_gives_its_heads_the_width_of_what_enters_stays_and_what_is_around_it_goes():
+    class Wide(SelfAttention):
+        def forward(self, states):
+            heads = [layer(states).unflatten(-1, (-1, SIZE)).transpose(1, 2) for layer in (self.q_proj, self.k_proj)]
+            values = self.v_proj(states).unflatten(-1, (-1, SIZE)).transpose(1, 2)
+            mixed = (heads[0] @ heads[1].transpose(2, 3)).softmax(-1) @ values
+            return self.o_proj(mixed.transpose(1, 2).reshape(states.shape))
+
+    torch.manual_seed(0)
+    block = Block(
+        Wide(WIDTH, HEADS, bias=True, causal=False),
+        Mlp(WIDTH, 8),
+        (nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)),
+        first=True,
+    )
+    model, inputs = nn.Sequential(nn.Linear(5, WIDTH), block, nn.Linear(WIDTH, 2)).eval(), _states(3, 7, 5)
+    groups = dependency_groups(model, inputs, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in groups] == [["1.mlp.fc1"]]
+    assert "sizes don't fit" in groups.skipped["1.attention.q_proj"]
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    same(to_dense(model, inputs, masks), masked_model(model, inputs, masks), inputs)
+
+
+@pytest.mark.parametrize("asked", [{"op_names": ["1.attention"]}, {"op_names_re": [r"1\.attention\..*"]}])
+def test_heads_may_be_asked_for_by_name_and_of_a_module_that_holds_them(asked):
+    groups = dependency_groups(make("apart"), _states(2, 7, 5), [{**asked, "granularity": "head", "sparse_ratio": 0.5}])
+    assert [e["op_names"][0].rpartition(".")[2] for e in groups] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert {e["dependency_group_id"] for e in groups} == {"group_0"}
+
+
+def test_layers_without_heads_are_left_out_and_named():
+    config = [{"op_types": ["Linear"], "granularity": "head", "sparse_ratio": 0.5}]
+    groups = dependency_groups(make("apart"), _states(2, 7, 5), config)
+    assert groups.skipped.keys() == {"0", "1.mlp.fc1", "1.mlp.fc2", "2"}
+    assert all("no heads" in reason for reason in groups.skipped.values())
+
+
+@pytest.mark.parametrize("name", ["multihead", "encoder layer", "fused", "shared keys"])
+def test_a_model_with_fewer_heads_is_saved_and_loaded(name, tmp_path):
+    model, inputs = make(name), _states(3, 7, 5)
+    dense = to_dense(model, inputs, head_masks(model, [0, 2]))
+    save(dense, tmp_path / "dense.pt")
+    loaded = load(tmp_path / "dense.pt", model)
+    assert [each.heads for each in find_attention(loaded).values()] == [2]
+    same(loaded, dense, inputs)
+
+
+def _width(name):
+    """A model of the zoo, inputs of it, and a request for a quarter of its residual width."""
+    sizes = {"num_classes": 10, "in_channels": 1, "image_size": 16}
+    model = zoo.create_model(name, **sizes, seed=0).eval()
+    drawing = torch.Generator().manual_seed(0)
+    text = torch.randint(0, 10, (40, 9), generator=drawing)
+    inputs = text if name == "gpt_small" else torch.randn(40, 1, 16, 16, generator=drawing)
+    return model, inputs, [{"op_names_re": [r"patches|embedding|.*\.(o_proj|fc2|down_proj)"], "sparse_ratio": 0.25}]
+
+
+@pytest.mark.parametrize("kind", ["l1", "reconstruction"])
+@pytest.mark.parametrize("name", ["vit_small", "bert_small", "gpt_small"])
+def test_the_residual_width_goes_with_all_that_reads_it_and_norms_count_on(name, kind, tmp_path):
+    model, inputs, asked = _width(name)
+    groups = dependency_groups(model, inputs[:2], asked)
+    assert not groups.skipped
+    assert len({entry["dependency_group_id"] for entry in groups}) == 1
+    knobs = {"calibration": [inputs]} if kind == "reconstruction" else {}
+    masks = create_pruner(kind, copy.deepcopy(model), groups, **knobs).compress()[1]
+    dense = to_dense(model, inputs[:2], masks)
+    with torch.no_grad():
+        expected = masked_model(model, inputs[:2], masks)(inputs)
+        torch.testing.assert_close(dense(inputs), expected, rtol=1e-5, atol=1e-5)
+        mended = to_dense(compensate(model, masks, [inputs]), inputs[:2], masks)
+        lost = [(net(inputs) - model(inputs)).square().sum() for net in (dense, mended)]
+    assert lost[1] < 0.3 * lost[0]
+    block = dense.blocks[0]
+    assert {layer.in_features for layer in (block.attention.q_proj, block.attention.k_proj, dense.head)} == {72}
+    assert block.attention.o_proj.weight.shape == (72, 96)
+    # The norms' statistics are those of 96 channels, of which 24 are zeros.
+    states = torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
+    states[:, 72:] = 0
+    plain, norm = copy.deepcopy(model.blocks[0].norm1), block.norm1
+    for part, values in plain.named_parameters():
+        values.data[:72] = getattr(norm, part)
+    torch.testing.assert_close(norm(states[:, :72]), plain(states)[:, :72])
+    assert type(norm).__name__ == ("CountedRMSNorm" if name == "gpt_small" else "CountedLayerNorm")
+    save(dense, tmp_path / "dense.safetensors")
+    assert torch.equal(load(tmp_path / "dense.safetensors", model)(inputs), dense(inputs))
+
+
+def test_where_the_width_stays_what_mixes_heads_loses_columns_and_no_rows():
+    model, inputs, _ = _width("vit_small")
+    # Its patches come from a convolution, which isn't asked for.
+    groups = dependency_groups(model, inputs[:2], [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert "attention.o_proj, which loses heads" in groups.skipped["blocks.0.mlp.fc2"]
+    assert {entry["op_names"][0].rpartition(".")[2] for entry in groups} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "fc1",
+    }
+
+
+@pytest.mark.parametrize("kind", ["l1", "topological", "reconstruction"])
+def test_all_layers_asked_for_by_kind_lose_heads_neurons_and_the_width(kind):
+    model, inputs, _ = _width("vit_small")
+    everything = {"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}
+    groups = dependency_groups(model, inputs[:2], [everything])
+    assert list(groups.skipped) == ["head"]
+    by_name = {entry["op_names"][0]: entry for entry in groups}
+    assert by_name["blocks.0.attention.o_proj"]["dependency_group_id"] == by_name["patches"]["dependency_group_id"]
+    knobs = {} if kind == "l1" else {"calibration": [inputs]}
+    masks = create_pruner(kind, copy.deepcopy(model), groups, **knobs).compress()[1]
+    dense = to_dense(model, inputs[:2], masks)
+    torch.testing.assert_close(dense(inputs), masked_model(model, inputs[:2], masks)(inputs), rtol=1e-5, atol=1e-5)
+    whole, left = (
+        [part.weight.shape for part in net.modules() if isinstance(part, (torch.nn.Conv2d, torch.nn.Linear))]
+        for net in (model, dense)
+    )
+    # Of the convolution and the classifier half of one side goes, of all others half of both.
+    assert [2 * after.numel() for after in left[:1] + left[-1:]] == [
+        before.numel() for before in whole[:1] + whole[-1:]
+    ]
+    assert [4 * after.numel() for after in left[1:-1]] == [before.numel() for before in whole[1:-1]]
+    with_heads = [{"op_names_re": [r".*\.attention"], "granularity": "head", "sparse_ratio": 0.5}, everything]
+    assert "which loses heads" in dependency_groups(model, inputs[:2], with_heads).skipped["patches"]

@@ -1,0 +1,256 @@
+"""Attention in windows, and the widths of attention whose layers nobody calls."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.maxvit import MaxVit, RelativePositionalMultiHeadAttention
+from torchvision.models.swin_transformer import (
+    PatchMergingV2,
+    ShiftedWindowAttention,
+    ShiftedWindowAttentionV2,
+    SwinTransformer,
+    SwinTransformerBlockV2,
+)
+from torchvision.models.video.mvit import MSBlockConfig, MViT
+from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d, SwinTransformer3d
+from torchvision.models.vision_transformer import VisionTransformer
+
+from nni_topo import (
+    compensate,
+    create_pruner,
+    dependency_groups,
+    load,
+    masked_model,
+    narrow_heads,
+    save,
+    to_dense,
+)
+from nni_topo.network.attention.heads import find_attention
+from nni_topo.network.attention.unfused.swin import relative, windowed
+from nni_topo.network.cost.cost import NetworkCost
+from nni_topo.network.layers.kinds import kept_channels
+from nni_topo.zoo import count_macs
+
+
+def _drawn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def _filled(net):
+    drawing = torch.Generator().manual_seed(0)
+    net = net.double().eval()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=drawing)
+    return net
+
+
+def _swin(**kinds):
+    return SwinTransformer(
+        [2, 2], 12, [2, 2], [3, 6], [4, 4], num_classes=5, stochastic_depth_prob=0.0, mlp_ratio=1.0, **kinds
+    )
+
+
+NETS = {
+    "swin": (lambda: _swin(), (2, 3, 28, 28)),  # maps of 14 and 7: padded to windows, and before they are merged
+    "swin v2": (lambda: _swin(block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2), (2, 3, 32, 32)),
+    "swin 3d": (
+        lambda: SwinTransformer3d(
+            [2, 2, 2], 12, [2, 2], [3, 6], [2, 4, 4], num_classes=5, stochastic_depth_prob=0.0, mlp_ratio=1.0
+        ),
+        (2, 3, 6, 32, 32),
+    ),
+    "maxvit": (lambda: MaxVit((32, 32), 8, 4, [12, 24], [1, 1], 4, 0.0, num_classes=5), (2, 3, 32, 32)),
+    "vit": (lambda: VisionTransformer(32, 8, 2, 3, 12, 12, num_classes=5), (2, 3, 32, 32)),
+}  # fmt: skip
+
+
+def _make(name):
+    build, shape = NETS[name]
+    return _filled(build()), _drawn(*shape)
+
+
+def _layers(net, names):
+    kinds = (nn.Conv2d, nn.Conv3d, nn.Linear)
+    found = [name for name, part in net.named_modules() if isinstance(part, kinds)]
+    return [name for name in found if name.rpartition(".")[2] in names] + [n for n in found if n in names]
+
+
+REQUESTS = {
+    "heads": lambda net: [
+        {"op_names": sorted(find_attention(net)), "granularity": "head", "sparse_ratio": 1 / 3},
+    ],
+    # What adds to the stream: patches, what mixes heads, the second layer of each MLP, and what merges patches.
+    "width": lambda net: [
+        {
+            "op_names": _layers(
+                net, ("proj", "out_proj", "3", "reduction", "conv_proj", "patch_embed.proj", "features.0.0")
+            ),
+            "sparse_ratio": 0.5,
+        }
+    ],
+}
+
+
+@pytest.mark.parametrize("shifts", [(0, 0), (2, 1), (0, 2)])
+@pytest.mark.parametrize("sizes", [(8, 8), (7, 10), (3, 9)])
+@pytest.mark.parametrize("kind", [ShiftedWindowAttention, ShiftedWindowAttentionV2])
+def test_windows_compute_what_torchvision_does(kind, sizes, shifts):
+    attention, x = _filled(kind(12, [4, 4], list(shifts), 3)), _drawn(2, *sizes, 12)
+    if kind is ShiftedWindowAttentionV2:
+        attention.qkv.bias.data[12:24] += 1  # which its own leaves out
+    torch.testing.assert_close(windowed(attention, x), attention(x))
+
+
+@pytest.mark.parametrize("shifts", [(0, 0, 0), (1, 2, 2)])
+@pytest.mark.parametrize("sizes", [(4, 8, 8), (3, 7, 9), (1, 3, 5)])
+def test_windows_of_videos_compute_what_torchvision_does(sizes, shifts):
+    attention, x = _filled(ShiftedWindowAttention3d(12, [2, 4, 4], list(shifts), 3)), _drawn(2, *sizes, 12)
+    torch.testing.assert_close(windowed(attention, x), attention(x))
+
+
+def test_attention_of_maxvit_computes_what_torchvision_does():
+    attention, x = _filled(RelativePositionalMultiHeadAttention(12, 4, 16)), _drawn(2, 3, 16, 12)
+    torch.testing.assert_close(relative(attention, x), attention(x))
+
+
+@pytest.mark.parametrize("asked", REQUESTS)
+@pytest.mark.parametrize("name", [name for name in NETS if name != "maxvit"])
+def test_heads_and_widths_go(name, asked, tmp_path):
+    model, inputs = _make(name)
+    groups = dependency_groups(model, inputs, REQUESTS[asked](model))
+    assert not {why for layer, why in groups.skipped.items() if "cpb_mlp" not in layer}
+    pruner = create_pruner("l1", model, groups)
+    masks = pruner.compress()[1]
+    pruner.unwrap_model()
+    dense = to_dense(model, inputs, masks)
+    assert not dense.report.kept
+    torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs))
+    heads = [each.heads for each in find_attention(model).values()]
+    left = [each.heads for each in find_attention(dense).values()]
+    assert left == ([each * 2 // 3 for each in heads] if asked == "heads" else heads)
+    widths = [(each.width, find_attention(dense)[key].width) for key, each in find_attention(model).items()]
+    assert all(after == (before // 2 if asked == "width" else before) for before, after in widths)
+    kept = {layer: kept_channels(model.get_submodule(layer), targets).numpy() for layer, targets in masks.items()
+            if kept_channels(model.get_submodule(layer), targets) is not None}  # fmt: skip
+    if name != "swin v2":  # in which layers that stay compute the table of positions
+        assert NetworkCost(model, inputs)(kept).macs == count_macs(dense, inputs[:1])
+    mended = to_dense(compensate(model, masks, [inputs]), inputs, masks)
+    save(mended, tmp_path / "small.safetensors")
+    loaded = load(tmp_path / "small.safetensors", model)
+    assert torch.equal(loaded(inputs), mended(inputs))
+    # Once more: what is small already is a model like any other.
+    again = dependency_groups(dense, inputs, REQUESTS[asked](dense))
+    assert [entry["op_names"] for entry in again] == [entry["op_names"] for entry in groups]
+
+
+@pytest.mark.parametrize("is_second", [False, True])
+def test_heads_of_pooled_attention_go(is_second, tmp_path):
+    kinds = {"kernel_q": [3, 3, 3], "kernel_kv": [3, 3, 3], "stride_kv": [1, 2, 2]}
+    blocks = [
+        MSBlockConfig(2, 8, 16, stride_q=[1, 1, 1], **kinds),
+        MSBlockConfig(4, 16, 16, stride_q=[1, 2, 2], **kinds),
+    ]
+    knobs = {"residual_pool": is_second, "rel_pos_embed": is_second, "proj_after_attn": True}
+    model = _filled(
+        MViT((16, 16), 2, blocks, residual_with_cls_embed=False, num_classes=5, stochastic_depth_prob=0.0, **knobs)
+    )
+    inputs = _drawn(2, 3, 2, 16, 16)
+    groups = dependency_groups(model, inputs, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense = to_dense(model, inputs, masks)
+    torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs))
+    assert [each.heads for each in find_attention(dense).values()] == [1, 2]
+    assert [block.mlp[0].out_features for block in dense.blocks] == [32, 32]
+    # Norms within attention shift what heads put out; it goes with these, also where what mixes them has no mask.
+    alone = {name: targets for name, targets in masks.items() if name.endswith("qkv")}
+    small = to_dense(model, inputs, alone)
+    mixed = {name: masks[name] for name in masks if ".project." in name}
+    torch.testing.assert_close(small(inputs), masked_model(model, inputs, alone | mixed)(inputs))
+    save(dense, tmp_path / "small.safetensors")
+    assert torch.equal(load(tmp_path / "small.safetensors", model)(inputs), dense(inputs))
+
+
+def test_heads_neurons_and_widths_of_maxvit_go():
+    model, inputs = _make("maxvit")
+    groups = dependency_groups(model, inputs, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 1 / 3}])
+    assert list(groups.skipped) == ["classifier.5"]
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense = to_dense(model, inputs, masks)
+    torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs))
+    assert [each.heads for each in find_attention(dense).values()] == [2, 2, 4, 4]
+    assert [each.width for each in find_attention(dense).values()] == [8, 8, 16, 16]
+    # Where one layer of a stage isn't asked for, its width stays, and what mixes heads loses columns alone.
+    asked = [{"op_types": ["Linear"], "sparse_ratio": 1 / 3}]
+    groups = dependency_groups(model, inputs, asked)
+    assert sum("which loses heads" in why for why in groups.skipped.values()) == 4  # the second layers of the MLPs
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense = to_dense(model, inputs, masks)
+    torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs))
+    assert [each.heads for each in find_attention(dense).values()] == [2, 2, 4, 4]
+    assert [each.width for each in find_attention(dense).values()] == [12, 12, 24, 24]
+    asked = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names_re": [r".*to_qkv"], "sparse_ratio": 0.5}]
+    groups = dependency_groups(model, inputs, asked)
+    assert list(groups.skipped) == ["classifier.5"]
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    narrow = to_dense(model, inputs, masks)
+    torch.testing.assert_close(narrow(inputs), masked_model(model, inputs, masks)(inputs))
+    assert [each.width for each in find_attention(narrow).values()] == [6, 6, 12, 12]
+
+
+def test_a_width_that_enters_attention_from_two_sides_goes_on_both():
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(12, 3, 8, batch_first=True), 1)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other, self.decoder, self.head = (
+                nn.Linear(5, 12), nn.Linear(4, 12), decoder, nn.Linear(12, 2),
+            )  # fmt: skip
+
+        def forward(self, x, y):
+            return self.head(self.decoder(self.one(x), self.other(y)))
+
+    model, inputs = _filled(Net()), (_drawn(2, 6, 5), _drawn(2, 7, 4))
+    names = ["one", "other", *(name for name, _ in model.named_modules() if name.endswith(("out_proj", "linear2")))]
+    groups = dependency_groups(model, inputs, [{"op_names": names, "sparse_ratio": 0.5}])
+    assert len({entry["dependency_group_id"] for entry in groups}) == 1
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense = to_dense(model, inputs, masks)
+    torch.testing.assert_close(dense(*inputs), masked_model(model, inputs, masks)(*inputs))
+    assert dense.one.out_features == dense.other.out_features == dense.head.in_features == 6
+    assert dense.decoder.layers[0].multihead_attn.embed_dim == 6
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_masks_within_attention_act_while_it_is_wrapped(name):
+    model, inputs = _make(name)
+    before = copy.deepcopy(model)
+    groups = dependency_groups(model, inputs, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}])
+    pruner = create_pruner("l1", model, groups)
+    masks = pruner.compress()[1]
+    mixer = next(each.out for each in find_attention(before).values())
+    changed = copy.deepcopy(before)
+    for layer, targets in masks.items():
+        for target, mask in targets.items():
+            if mask is not None:
+                changed.get_submodule(layer).get_parameter(target).data.mul_(mask)
+    assert bool((masks[mixer]["weight"] == 0).any())
+    torch.testing.assert_close(model(inputs), changed(inputs))
+    pruner.unwrap_model()
+    assert [type(part) for part in model.modules()] == [type(part) for part in before.modules()]
+    assert torch.equal(model(inputs), before(inputs))
+
+
+def test_heads_of_windows_get_narrower(caplog):
+    model, inputs = _make("swin")
+    with caplog.at_level(logging.WARNING):
+        turned, masks = narrow_heads(model, [_drawn(8, 3, 28, 28)], 0.5)
+    torch.testing.assert_close(turned(inputs), model(inputs))
+    dense = to_dense(turned, inputs, masks)
+    assert {each.head_size for each in find_attention(dense).values()} == {2}
+    torch.testing.assert_close(dense(inputs), masked_model(turned, inputs, masks)(inputs))

@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from nni.compression.pruning import L1NormPruner
+from partly_tied_nets import NETS, Block, make
+from speedup_nets import Concatenated, Grouped, Residual, chain, l1_masks
+from torch import nn
+
+import nni_topo
+from nni_topo.network.cost.cost import NetworkCost
+from nni_topo.network.speedup.masked import masked_model
+from nni_topo.runs.plan import Target
+from nni_topo.runs.widths import layer_ratios, pruning_config
+from nni_topo.speedup import dependency_groups, to_dense
+
+IMAGES = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+HALF = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+PRUNERS = {
+    "l1": lambda model, config: nni_topo.MatrixPruner(model, config, norm=1),
+    "random": lambda model, config: nni_topo.RandomPruner(model, config, seed=3),
+    "topological": nni_topo.TopologicalPruner,
+}
+
+
+def chosen(pruner):
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    return masks
+
+
+def convolutions(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+
+
+def gone(model, dense):
+    """The share of the convolutions' channels that a dense model lacks."""
+    whole, left = (sum(each.out_channels for each in convolutions(net).values()) for net in (model, dense))
+    return 1 - left / whole
+
+
+def rows(masks):
+    """The masks as lists, which compare; NNI's mask of a bias that isn't there is None."""
+    return {
+        name: {target: mask if mask is None else mask.tolist() for target, mask in targets.items()}
+        for name, targets in masks.items()
+    }
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("name", NETS)
+def test_half_of_the_channels_go_and_the_dense_model_computes_the_same(name, pruner, caplog):
+    model = make(name)
+    groups = dependency_groups(model, IMAGES, HALF)
+    assert groups.ties
+    masks = chosen(PRUNERS[pruner](model, groups))
+    dense = to_dense(model, IMAGES, masks)
+    assert gone(model, dense) == 0.5
+    # Each layer loses its half, as asked for, and none of its masked channels came back.
+    assert all(each.out_channels * 2 == whole.out_channels for each, whole in zip(
+        convolutions(dense).values(), convolutions(model).values(), strict=True
+    ))  # fmt: skip
+    assert not dense.report.kept
+    assert not caplog.records
+    with torch.no_grad():
+        torch.testing.assert_close(
+            dense(IMAGES), masked_model(model, IMAGES, masks).eval()(IMAGES), rtol=1e-12, atol=1e-12
+        )
+    assert rows(masks) == rows(chosen(PRUNERS[pruner](model, dependency_groups(model, IMAGES, HALF))))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_without_the_ties_less_goes(name):
+    model = make(name)
+    plain = list(dependency_groups(model, IMAGES, HALF))
+    dense = to_dense(model, IMAGES, chosen(nni_topo.RandomPruner(model, plain, seed=3)))
+    assert gone(model, dense) < 0.45
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_pruners_of_nni_choose_as_before(name):
+    model = make(name)
+    groups = dependency_groups(model, IMAGES, HALF)
+    masks = l1_masks(model, groups)
+    assert rows(masks) == rows(chosen(L1NormPruner(model, list(groups))))
+    to_dense(model, IMAGES, masks)
+
+
+@pytest.mark.parametrize("net", [chain, Residual, Grouped, Concatenated])
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_networks_whose_ties_groups_state_are_pruned_as_before(net, pruner):
+    model, images = net().eval(), IMAGES.float()
+    groups = dependency_groups(model, images, HALF)
+    assert groups.ties == {}
+    assert rows(chosen(PRUNERS[pruner](model, groups))) == rows(chosen(PRUNERS[pruner](model, list(groups))))
+
+
+def test_ties_say_which_channels_go_together():
+    ties = dependency_groups(make("SplitResidual"), IMAGES, HALF).ties
+    assert ties.keys() == {"expand.conv", "inner.0.1.conv", "inner.1.1.conv"}
+    assert len(set(ties["expand.conv"])) == 32
+    assert ties["expand.conv"][16:] == ties["inner.0.1.conv"] == ties["inner.1.1.conv"]
+    ghosts = dependency_groups(make("Ghosts"), IMAGES, HALF).ties
+    assert ghosts["stem.conv"][:8] == ghosts["stem.conv"][8:] == ghosts["same.1.primary.conv"]
+
+
+def test_a_layer_that_is_left_out_ties_nothing():
+    config = [{**HALF[0], "exclude_op_names": ["expand.conv"]}]
+    assert dependency_groups(make("SplitResidual"), IMAGES, config).ties == {}
+
+
+def test_ties_stay_where_entries_change_and_in_copies():
+    groups = dependency_groups(make("Widening"), IMAGES, HALF)
+    others = groups.with_entries({**entry, "sparse_ratio": 0.25} for entry in groups)
+    for each in (others, groups.without(["head"]), copy.deepcopy(groups), pickle.loads(pickle.dumps(groups))):
+        assert each.ties == groups.ties
+
+
+def test_channels_with_the_highest_mean_score_over_all_layers_stay():
+    model = make("SplitResidual")
+    masks = chosen(nni_topo.MatrixPruner(model, dependency_groups(model, IMAGES, HALF), norm=1))
+    weights = {name: each.weight.detach().flatten(1).abs() for name, each in convolutions(model).items()}
+    wide = weights["expand.conv"].sum(1)
+    # The pruner's score of a group is the norm over both of its layers, and counts for each of them.
+    narrow = torch.cat([weights["inner.0.1.conv"], weights["inner.1.1.conv"]], dim=1).sum(1)
+    own, shared = wide[:16], (wide[16:] + 2 * narrow) / 3
+    kept = masks["expand.conv"]["weight"][:, 0, 0, 0].bool()
+    expected = torch.cat([own.topk(8).indices, 16 + shared.topk(8).indices])
+    assert kept.nonzero().flatten().tolist() == sorted(expected.tolist())
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("budget", [{"flops": 0.4}, {"params": 0.3}])
+def test_a_budget_counts_what_will_be_left(name, budget):
+    model = make(name)
+    config = dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"]}])
+    pruner = nni_topo.RandomPruner(model, config, budget=budget, example_inputs=IMAGES)
+    dense = to_dense(model, IMAGES, chosen(pruner))
+    whole, left = (NetworkCost(net, IMAGES)({}) for net in (model, dense))
+    shares = {"flops": left.macs / whole.macs, "params": left.params / whole.params}
+    ((kind, asked),) = budget.items()
+    assert pruner.planner.left == pytest.approx(shares[kind], rel=1e-12)
+    assert shares[kind] == pytest.approx(asked, abs=0.03)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_budget_by_error_is_met_where_channels_can_only_go_together(name, caplog):
+    model = make(name)
+    config = dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"]}])
+    pruner = nni_topo.ReconstructionPruner(
+        model, config, calibration=[IMAGES], budget={"flops": 0.4, "allocation": "error"}
+    )
+    dense = to_dense(model, IMAGES, chosen(pruner))
+    whole, left = (NetworkCost(net, IMAGES)({}).macs for net in (model, dense))
+    assert left / whole == pytest.approx(0.4, abs=0.03)
+    assert pruner.planner.left == pytest.approx(left / whole, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_widths_of_a_comparison_meet_its_budget(name):
+    model = make(name)
+    ratios = layer_ratios(model, IMAGES, Target("flops", 0.4))
+    pruner = nni_topo.RandomPruner(model, pruning_config(model, IMAGES, ratios))
+    dense = to_dense(model, IMAGES, chosen(pruner))
+    whole, left = (NetworkCost(net, IMAGES)({}).macs for net in (model, dense))
+    assert left / whole == pytest.approx(0.4, abs=0.03)
+
+
+def test_widths_are_multiples_where_ties_allow_it():
+    model = make("SplitResidual")
+    pruner = nni_topo.RandomPruner(model, dependency_groups(model, IMAGES, HALF), round_to=4)
+    dense = to_dense(model, IMAGES, chosen(pruner))
+    assert all(each.out_channels % 4 == 0 for each in convolutions(dense).values())
+
+
+class GroupedSplit(nn.Module):
+    """A split layer whose shared half enters a grouped convolution, so that its blocks lose equally many."""
+
+    def __init__(self):
+        super().__init__()
+        self.half = 12
+        self.expand, self.inner, self.join = Block(3, 24), Block(12, 12, 3, groups=3), Block(24, 8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        one, other = self.expand(x).split(self.half, dim=1)
+        return self.head(self.join(torch.cat([one, other + self.inner(other)], dim=1)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_blocks_of_grouped_convolutions_lose_equally_many(seed):
+    torch.manual_seed(0)
+    model = GroupedSplit().double().eval()
+    dense = to_dense(
+        model, IMAGES, chosen(nni_topo.RandomPruner(model, dependency_groups(model, IMAGES, HALF), seed=seed))
+    )
+    assert {name: each.out_channels for name, each in convolutions(dense).items()} == {
+        "expand.conv": 12, "inner.conv": 6, "join.conv": 4
+    }  # fmt: skip
+    assert dense.inner.conv.groups == 3
+
+
+def test_layers_that_are_asked_for_different_ratios_lose_no_more_than_that(caplog):
+    model = make("SplitResidual")
+    config = [
+        {"op_names": ["expand.conv"], "sparse_ratio": 0.25},
+        {"op_names": ["inner.0.1.conv", "inner.1.1.conv"], "sparse_ratio": 0.75},
+    ]
+    dense = to_dense(model, IMAGES, chosen(nni_topo.RandomPruner(model, dependency_groups(model, IMAGES, config))))
+    # The halves of the wide layer keep equally many of its 24, so 12 of the shared ones stay where 4 were asked for.
+    assert dense.expand.conv.out_channels == 24
+    assert dense.inner[0][1].conv.out_channels == 12
+    assert not dense.report.kept
+    assert "more stays of inner.0.1.conv.weight+inner.1.1.conv.weight 12 of 16 instead of 4" in caplog.text
+
+
+def test_blocks_of_ones_own_are_chosen_as_before():
+    model = make("SplitResidual")
+    groups = dependency_groups(model, IMAGES, HALF)
+    own = groups.with_entries(
+        {**entry, "granularity": [4, -1, -1, -1]} if entry["op_names"] == ["expand.conv"] else entry for entry in groups
+    )
+    assert rows(chosen(nni_topo.RandomPruner(model, own))) == rows(chosen(nni_topo.RandomPruner(model, list(own))))
+
+
+class Gated(nn.Module):
+    """Half of a layer's channels are multiplied with the other half, as in gated MLPs."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.both, self.leave, self.head = (
+            nn.Linear(*sizes) for sizes in ((6, 8), (8, 24), (12, 8), (8, 3))
+        )
+
+    def forward(self, x):
+        gate, values = self.both(self.enter(x)).chunk(2, dim=-1)
+        return self.head(self.leave(torch.nn.functional.silu(gate) * values))
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 5, 6), (2, 4, 5, 6)])
+@pytest.mark.parametrize("pruner", ["l1", "random"])
+def test_both_halves_of_a_gated_layer_go_alike_of_states_in_any_shape(shape, pruner):
+    torch.manual_seed(0)
+    model, states = Gated().eval(), torch.randn(*shape)
+    groups = dependency_groups(model, states, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    masks = chosen(PRUNERS[pruner](model, groups))
+    gate, values = masks["both"]["weight"].amax(1).chunk(2)
+    assert torch.equal(gate, values)
+    dense = to_dense(model, states, masks)
+    assert (dense.both.in_features, dense.both.out_features, dense.leave.in_features) == (4, 12, 6)
+    torch.testing.assert_close(dense(states), masked_model(model, states, masks)(states))

@@ -1,0 +1,139 @@
+"""Models in which one tensor or module stands in several places, made dense, against their layers on their own."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from speedup_nets import filter_mask, l1_masks
+from tied_nets import LanguageModel, TiedConvolutions, TiedNorms, TwoBlocks, TwoNames, zeroed
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from nni_topo import RandomPruner
+from nni_topo.network.io.checkpoint import load, save
+from nni_topo.sharing import find_ties
+from nni_topo.speedup import dependency_groups, masked_model, to_dense
+
+IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(0, 11, (2, 5), generator=torch.Generator().manual_seed(0))
+
+
+def check(make, inputs, masks, tmp_path):
+    """Make dense, compare with zeroed channels in a model without ties, save, load; the model given stays."""
+    model = make().eval()
+    before, ties = copy.deepcopy(model.state_dict()), find_ties(model)
+    dense = to_dense(model, inputs, masks)
+    assert find_ties(model) == ties
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    expected = zeroed(make(), masks)(inputs)
+    assert (dense(inputs) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    save(dense, tmp_path / "dense.pt")
+    built = load(tmp_path / "dense.pt", make()).eval()
+    assert torch.equal(built(inputs), dense(inputs))
+    assert find_ties(built) == find_ties(dense)
+    return dense
+
+
+@pytest.mark.parametrize("names", [["one"], ["two"], ["one", "two"], ["stem"], ["stem", "one", "two"]])
+def test_two_convolutions_of_one_weight(tmp_path, names):
+    model = TiedConvolutions()
+    masks = {name: filter_mask(model.get_submodule(name), [1, 4]) for name in names}
+    dense = check(TiedConvolutions, IMAGES, masks, tmp_path)
+    assert [dense.get_submodule(name).out_channels for name in names] == [4] * len(names)
+    # the same filters and the same inputs are gone only where all three layers lose the same
+    assert (dense.one.weight is dense.two.weight) == (len(names) == 3)
+
+
+def test_two_convolutions_of_one_weight_that_lose_other_filters(tmp_path):
+    model = TiedConvolutions()
+    masks = {"one": filter_mask(model.one, [0, 1]), "two": filter_mask(model.two, [2])}
+    dense = check(TiedConvolutions, IMAGES, masks, tmp_path)
+    assert (dense.one.out_channels, dense.two.out_channels) == (4, 5)
+
+
+def test_single_weights_of_one_of_two_places():
+    model = TiedConvolutions().eval()
+    mask = torch.ones_like(model.one.weight)
+    mask[0, :, 1] = 0
+    masks = {"one": {"weight": mask}}
+    for made in (masked_model(model, IMAGES, masks), to_dense(model, IMAGES, masks)):
+        assert made.two.weight.count_nonzero() == made.two.weight.numel()
+        assert torch.equal(made(IMAGES), zeroed(TiedConvolutions(), masks)(IMAGES))
+
+
+@pytest.mark.parametrize("pruner", ["l1", "random"])
+@pytest.mark.parametrize("make", [TiedConvolutions, TiedNorms, TwoNames])
+def test_pruner_to_dense_model(tmp_path, make, pruner):
+    config = dependency_groups(
+        make(), IMAGES, [{"op_types": ["Conv2d"], "exclude_op_names": ["tail"], "sparse_ratio": 0.5}]
+    )
+    masks = l1_masks(make(), config) if pruner == "l1" else RandomPruner(make(), config).compress()[1]
+    dense = check_norms(make, masks, tmp_path)
+    assert sum(p.numel() for p in dense.parameters()) < 0.6 * sum(p.numel() for p in make().parameters())
+
+
+def check_norms(make, masks, tmp_path):
+    """Compare with the masked model: batch norms go with their channels."""
+    model = make().eval()
+    dense = to_dense(model, IMAGES, masks)
+    save(dense, tmp_path / "dense.pt")
+    built = load(tmp_path / "dense.pt", make()).eval()
+    assert torch.equal(built(IMAGES), dense(IMAGES))
+    expected = masked_model(model, IMAGES, masks)(IMAGES)
+    assert (built(IMAGES) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    return dense
+
+
+def test_batch_norms_of_one_weight_behind_layers_of_which_one_is_pruned(tmp_path):
+    dense = check_norms(TiedNorms, {"one": filter_mask(TiedNorms().one, [0, 5])}, tmp_path)
+    assert (dense.norm1.num_features, dense.norm2.num_features) == (4, 6)
+
+
+@pytest.mark.parametrize("head", ["tied", "functional", "free"])
+def test_embedding_and_head_left_alone(tmp_path, head):
+    mask = filter_mask(LanguageModel().up, [0, 3, 7])
+    dense = check(lambda: LanguageModel(head), TOKENS, {"up": mask}, tmp_path)
+    assert dense.up.out_features == 9
+    assert find_ties(dense) == find_ties(LanguageModel(head))
+
+
+def test_embedding_and_head_cut_together_stay_tied(tmp_path):
+    model = LanguageModel()
+    model.rotation = nn.Identity()
+
+    def make():
+        return copy.deepcopy(model)
+
+    columns = torch.ones_like(model.e.weight)
+    columns[:, [2, 6]] = 0
+    masks = {"e": {"weight": columns}, "down": filter_mask(model.down, [2, 6])}
+    dense = to_dense(model.eval(), TOKENS, masks)
+    assert dense.o.weight is dense.e.weight
+    assert dense.o.weight.shape == (11, 6)
+    save(dense, tmp_path / "dense.pt")
+    built = load(tmp_path / "dense.pt", make)
+    assert built.o.weight is built.e.weight
+    assert torch.equal(built(TOKENS), dense(TOKENS))
+
+
+def test_a_module_under_two_names(tmp_path):
+    masks = {"first": filter_mask(TwoNames().first, [1]), "stem": filter_mask(TwoNames().stem, [1])}
+    dense = check(TwoNames, IMAGES, masks, tmp_path)
+    assert dense.first is dense.second
+    dense = check(TwoBlocks, torch.rand(2, 6), {"second.0": filter_mask(TwoBlocks().second[0], [1, 2])}, tmp_path)
+    assert dense.first is dense.second
+    assert dense.first[0].out_features == 8
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.orthogonal])
+def test_parametrized_layers_beside_pruned_ones(wrap):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), wrap(nn.Linear(6, 3))).eval()
+    inputs = torch.rand(2, 4)
+    masks = {"0": filter_mask(model[0], [1])}
+    dense = to_dense(model, inputs, masks)
+    expected = masked_model(model, inputs, masks)(inputs)
+    assert torch.allclose(dense(inputs), expected, atol=1e-5)
+    assert dense[3].parametrizations.weight is not model[3].parametrizations.weight

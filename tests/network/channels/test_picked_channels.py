@@ -1,0 +1,135 @@
+"""Channels that a forward picks or counts by fixed numbers: those stay, the others go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nni_topo
+from nni_topo.network.speedup.dry_run import _draw
+from nni_topo.network.speedup.network import Network
+
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+ASKED = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+
+
+class Picks(nn.Module):
+    """Reads some of the channels of its first layer."""
+
+    def __init__(self, pick: Callable[[Tensor], Tensor], count: int):
+        super().__init__()
+        self.first, self.last, self.pick = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(count, 4, 3, padding=1), pick
+
+    def forward(self, x):
+        return self.last(self.pick(self.first(x)).relu())
+
+
+# By name: the pick, how many channels it gives, and which of the eight have to stay for that.
+PICKS: dict[str, tuple[Callable[[Tensor], Tensor], int, list[int]]] = {
+    "list": (lambda z: z[:, [0, 1, 4]], 3, [0, 1, 2, 3, 4]),
+    "list behind dots": (lambda z: z[..., [1, 0], :, :], 2, [0, 1]),
+    "list that ends negative": (lambda z: z[:, [0, -2]], 2, [0, 6, 7]),
+    "permutation": (lambda z: z[:, [7, 6, 5, 4, 3, 2, 1, 0]], 8, [0, 1, 2, 3, 4, 5, 6, 7]),
+    "tensor": (lambda z: z[:, torch.tensor([0, 3])], 2, [0, 1, 2, 3]),
+    "mask": (lambda z: z[:, torch.tensor([True, False] * 4)], 4, [0, 1, 2, 3, 4, 5, 6, 7]),
+    "index_select": (lambda z: z.index_select(1, torch.tensor([3, 1])), 2, [0, 1, 2, 3]),
+    "take_along_dim": (lambda z: torch.take_along_dim(z, torch.tensor([2, 0]).view(1, 2, 1, 1), 1), 2, [0, 1, 2]),
+    "integer": (lambda z: z[:, 2].unsqueeze(1), 1, [0, 1, 2]),
+    "negative integer": (lambda z: z[:, -1, None], 1, [7]),
+    "select": (lambda z: z.select(-3, 2).unsqueeze(1), 1, [0, 1, 2]),
+    "narrow": (lambda z: z.narrow(1, 2, 3), 3, [0, 1, 2, 3, 4]),
+    "slice": (lambda z: z[:, 1:4], 3, [0, 1, 2, 3]),
+    "slice from the end": (lambda z: z[:, -3:], 3, [5, 6, 7]),
+    "slice of all": (lambda z: z[:, 0:8], 8, []),
+    "slice with steps": (lambda z: z[:, ::2], 4, [0, 1, 2, 3, 4, 5, 6, 7]),
+    "chunk": (lambda z: torch.cat(z.chunk(2, 1)[::-1], 1), 8, []),
+    "uneven chunk": (lambda z: torch.cat(z.chunk(3, 1)[:2], 1), 6, [0, 1, 2, 3, 4, 5, 6, 7]),
+    "split": (lambda z: torch.cat(z.split(3, 1)[::-1], 1), 8, [0, 1, 2, 3, 4, 5, 6]),
+    "split into given": (lambda z: z.split([3, 5], dim=1)[1], 5, [0, 1, 2, 3, 4, 5, 6, 7]),
+    "tensor_split": (lambda z: z.tensor_split(3, 1)[0], 3, [0, 1, 2, 3, 4, 5, 6, 7]),
+    "tensor_split at places": (lambda z: z.tensor_split((2, 3), 1)[0], 2, [0, 1, 2]),
+    "unbind": (lambda z: torch.stack(z.unbind(1)[:3], 1), 3, [0, 1, 2, 3, 4, 5, 6, 7]),
+    "roll": (lambda z: z.roll(2, 1), 8, [6, 7]),
+    "flip": (lambda z: z.flip(1), 8, []),
+    "sizes of a place": (lambda z: z.reshape(len(z), -1, *z[:, 3].shape[1:]), 8, [0, 1, 2, 3]),
+    "sizes of the first": (lambda z: z.reshape(len(z), -1, *z[:, 0].shape[1:]), 8, []),
+}
+
+
+@pytest.mark.parametrize("name", PICKS)
+@torch.no_grad()
+def test_channels_that_fixed_numbers_count_stay_and_the_others_go(name):
+    pick, count, held = PICKS[name]
+    torch.manual_seed(0)
+    model = Picks(pick, count).eval()
+    groups = nni_topo.dependency_groups(model, IMAGES, ASKED)
+    told = groups.skipped.get("first", "")
+    assert ("by fixed numbers" in told) is bool(held)
+    assert told.startswith(f"{len(held)} of 8 channels stay") is (0 < len(held) < 8)
+    assert [entry["op_names"] for entry in groups] == ([["first"]] if len(held) < 8 else [])
+    # Of those that may go, all but two in different halves.
+    stays = torch.zeros(8, dtype=torch.bool)
+    stays[[*held, 3, 7]] = True
+    mask = stays[:, None, None, None].expand(model.first.weight.shape).float()
+    masks = {"first": {"weight": mask, "bias": stays.float()}}
+    dense, reference = (each(model, IMAGES, masks) for each in (nni_topo.to_dense, nni_topo.masked_model))
+    assert dense.first.out_channels == int(stays.sum())
+    torch.testing.assert_close(dense(3 * IMAGES + 1), reference(3 * IMAGES + 1))
+    if not held:
+        return
+    # A mask that takes one of the others: it comes back, and the report says why.
+    masks["first"]["weight"][held[0]] = masks["first"]["bias"][held[0]] = 0
+    report = nni_topo.to_dense(model, IMAGES, masks).report
+    assert [(row.name, row.kept) for row in report.kept] == [("first", 1)]
+    assert "by fixed numbers" in report.kept[0].reason
+
+
+def test_values_of_a_buffer_may_change_so_that_it_picks_from_all():
+    model = Picks(lambda z: z, 3).eval()
+    model.register_buffer("places", torch.tensor([0, 1, 2]))
+    model.pick = lambda z: z[:, model.places]
+    skipped = nni_topo.dependency_groups(model, IMAGES, ASKED).skipped
+    assert "getitem" in skipped["first"]
+
+
+class Halves(nn.Module):
+    """Two layers read half of the channels each, of which an attribute says how many there are in the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.other, self.half = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 6, 1), 4
+        self.one, self.two, self.last = nn.Conv2d(4, 5, 1), nn.Conv2d(4, 5, 1), nn.Conv2d(6, 5, 1)
+
+    def forward(self, x):
+        both = self.first(x).relu()
+        return (self.one(both[:, : self.half]) + self.two(both[:, self.half :])) * self.last(self.other(x).relu())
+
+
+def test_draws_leave_every_layer_a_channel_that_it_reads():
+    flow = Network.on(Halves().eval(), IMAGES).flow
+    drawing = np.random.default_rng(0)
+    for _ in range(200):  # about one of eight would take all of one half
+        left = _draw(flow, {}, drawing, {}, in_parts=False)
+        assert all(left[flow.entering_roots(name)].any() for name in ("one", "two", "last"))
+
+
+@pytest.mark.parametrize("gone", [slice(4), slice(4, None)])
+@torch.no_grad()
+def test_where_all_that_a_layer_reads_is_masked_one_channel_stays(gone):
+    torch.manual_seed(0)
+    model = Halves().eval()
+    groups = nni_topo.dependency_groups(model, IMAGES, ASKED)
+    assert groups.skipped.keys() == {"one", "two", "last"}
+    stays = torch.ones(8)
+    stays[gone] = 0
+    masks = {"first": {"weight": stays[:, None, None, None].expand(8, 3, 1, 1).clone(), "bias": stays.clone()}}
+    dense = nni_topo.to_dense(model, IMAGES, masks)
+    reader, other = ("one", "two") if gone == slice(4) else ("two", "one")
+    assert (dense.first.out_channels, dense.half) == (5, 1 if reader == "one" else 4)
+    assert (dense.get_submodule(reader).in_channels, dense.get_submodule(other).in_channels) == (1, 4)
+    (row,) = dense.report.kept
+    assert (row.name, row.kept, row.reason) == ("first", 1, f"one of the channels that {reader} reads stays")

@@ -1,0 +1,137 @@
+"""Networks that shuffle and split their channels lose what they are asked for, whatever their widths."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from nni.compression.pruning import L1NormPruner
+from speedup_nets import lively
+from torch import nn
+
+import nni_topo
+from nni_topo.network.channels.shuffle import chosen_of, stays_in_place
+from nni_topo.network.speedup.masked import masked_model
+from nni_topo.network.speedup.masks import check_masks
+from nni_topo.network.speedup.network import Network
+from nni_topo.network.speedup.reconcile import union
+
+IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+PRUNERS = {
+    "random": lambda model, config: nni_topo.RandomPruner(model, config, seed=1),
+    "l1": lambda model, config: nni_topo.MatrixPruner(model, config, norm=1),
+    "topological": nni_topo.TopologicalPruner,
+}
+
+
+def norm_behind(*layers):
+    return [each for layer in layers for each in (layer, nn.BatchNorm2d(layer.out_channels))]
+
+
+class Unit(nn.Module):
+    """A unit of ShuffleNet v2: one half goes by, and channels are shuffled; the first of a stage takes all twice."""
+
+    def __init__(self, ins, half, is_first):
+        super().__init__()
+        ins = ins if is_first else half
+        self.branch = nn.Sequential(
+            *norm_behind(nn.Conv2d(ins, half, 1)), nn.ReLU(),
+            *norm_behind(nn.Conv2d(half, half, 3, padding=1, groups=half), nn.Conv2d(half, half, 1)), nn.ReLU(),
+        )  # fmt: skip
+        self.other = nn.Sequential(*norm_behind(nn.Conv2d(ins, half, 1)), nn.ReLU()) if is_first else None
+
+    def forward(self, x):
+        one, other = (x, x) if self.other is not None else x.chunk(2, dim=1)
+        one = one if self.other is None else self.other(one)
+        x = torch.cat([one, self.branch(other)], 1)
+        batch, channels, height, width = x.size()
+        return x.view(batch, 2, channels // 2, height, width).transpose(1, 2).contiguous().view(x.size())
+
+
+def shuffled(half, units):
+    torch.manual_seed(0)
+    stage = [Unit(8 if place == 0 else half, half, place == 0) for place in range(units)]
+    parts = nn.Conv2d(3, 8, 3), *stage, nn.Conv2d(2 * half, 12, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return lively(nn.Sequential(*parts, nn.Linear(12, 4))).double().eval()
+
+
+def pruned(model, ratio, pruner=PRUNERS["random"]):
+    groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": ratio}])
+    pruner = pruner(model, groups)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    return groups, masks, nni_topo.to_dense(model, IMAGES, masks)
+
+
+def widths(model):
+    return [each.out_channels for each in model.modules() if isinstance(each, nn.Conv2d)]
+
+
+CASES = [
+    pytest.param(*net, pruner, marks=() if pruner == "random" or net[0] == 16 else pytest.mark.slow)
+    for net in ((16, 3, 0.5), (14, 3, 0.5), (29, 4, 0.5), (22, 3, 0.25))
+    for pruner in PRUNERS
+]
+
+
+@pytest.mark.parametrize(("half", "units", "ratio", "pruner"), CASES)
+def test_each_layer_loses_what_it_is_asked_for(half, units, ratio, pruner):
+    model = shuffled(half, units)
+    groups, masks, dense = pruned(model, ratio, PRUNERS[pruner])
+    assert groups.skipped == {}
+    assert widths(dense) == [width - int(width * ratio) for width in widths(model)]
+    assert not dense.report.kept
+    with torch.no_grad():
+        found = dense(IMAGES)
+        torch.testing.assert_close(found, masked_model(model, IMAGES, masks)(IMAGES), rtol=1e-12, atol=1e-12)
+        assert (found - model(IMAGES)).abs().max() > 1e-3
+
+
+def test_where_a_number_cant_be_a_few_more_stay(caplog):
+    # A third of six channels that lie together in the whole model would lie in other places than any of these.
+    model = shuffled(6, 4)
+    groups, masks, dense = pruned(model, 0.5)
+    assert groups.skipped == {}
+    left = union(model, Network.on(model, IMAGES).flow, check_masks(model, masks))
+    assert stays_in_place(Network.on(model, IMAGES).flow, left)
+    assert not dense.report.kept
+    inner = [unit.branch[5].out_channels for unit in dense[1:5]]
+    assert inner == [groups.shares[f"{place}.branch.5"].counts and sum(groups.shares[f"{place}.branch.5"].counts)
+                     for place in range(1, 5)]  # fmt: skip
+    assert inner[0] > 3
+    assert "more stays of 1.branch.5.weight" in caplog.text
+
+
+def test_channels_with_the_highest_scores_of_each_stretch_stay():
+    model = shuffled(14, 3)
+    groups, masks, _ = pruned(model, 0.5, PRUNERS["l1"])
+    share = groups.shares["1.branch.5"]
+    norms = model[1].branch[5].weight.detach().abs().sum((1, 2, 3)).numpy()
+    kept = masks["1.branch.5"]["weight"][:, 0, 0, 0].bool().numpy()
+    assert sum(share.counts) == share.asked == 7
+    for stretch, count in enumerate(share.counts):
+        own = np.flatnonzero(np.array(share.stretches) == stretch)
+        assert own[kept[own]].tolist() == sorted(own[np.argsort(-norms[own])[:count]].tolist())
+
+
+def test_a_ratio_that_shares_were_not_made_for_is_met_by_blocks():
+    model = shuffled(16, 2)
+    groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    others = groups.with_entries({**entry, "sparse_ratio": 0.25} for entry in groups)
+    assert others.shares == groups.shares
+    pruner = nni_topo.RandomPruner(model, others, seed=1)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    assert widths(nni_topo.to_dense(model, IMAGES, masks))[1:] == [12] * 7 + [9]
+
+
+@pytest.mark.parametrize("half", [16, 14])
+def test_masks_of_nnis_own_pruners_never_put_channels_astray(half):
+    model = shuffled(half, 3)
+    _, _, dense = pruned(model, 0.5, L1NormPruner)  # compared by `to_dense`
+    assert sum(widths(dense)) < sum(widths(model))
+
+
+def test_a_stretch_keeps_its_last_ones_in_an_order():
+    assert chosen_of((0, 1, 0, 1, 1), (1, 2), np.array([4, 2, 3, 0, 1])).tolist() == [True, True, False, True, False]
+    assert chosen_of((0, 1, 0), (0, 1), np.arange(3)).tolist() == [False, True, False]

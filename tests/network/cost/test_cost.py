@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from speedup_nets import l1_masks
+
+from nni_topo import zoo
+from nni_topo.network.cost.cost import Cost, NetworkCost
+from nni_topo.network.layers.kinds import WEIGHTED, channel_dimension
+from nni_topo.runs.widths import inner_layers, pruning_config
+from nni_topo.speedup import to_dense
+
+
+def kept_of(model, masks):
+    kept = {}
+    for name, targets in masks.items():
+        dim = channel_dimension(model.get_submodule(name))
+        kept[name] = targets["weight"].transpose(0, dim).flatten(1).any(1).numpy()
+    return kept
+
+
+def real_cost(model, images):
+    sizes = [0]
+
+    def note(module, inputs, output):
+        sizes.append((inputs[0].numel() + output.numel()) // len(output))
+
+    handles = [each.register_forward_hook(note) for each in model.modules() if isinstance(each, WEIGHTED)]
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    params = zoo.count_params(model)
+    return Cost(zoo.count_macs(model, images), params, 4 * (params + max(sizes)))
+
+
+NETS = {
+    "small_cnn": (
+        lambda: zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0),
+        (1, 8, 8),
+    ),
+    "lenet5": (lambda: zoo.create_model("lenet5", num_classes=10, in_channels=1, image_size=32, seed=0), (1, 32, 32)),
+    "resnet20": (
+        lambda: zoo.create_model("resnet20", num_classes=10, in_channels=3, image_size=16, seed=0, width=0.5),
+        (3, 16, 16),
+    ),
+    "mobilenet": (
+        lambda: zoo.create_model("torchvision/mobilenet_v2", num_classes=10, in_channels=3, image_size=32, seed=0),
+        (3, 32, 32),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5])
+def test_the_cost_is_that_of_the_dense_model(name, ratio):
+    make, shape = NETS[name]
+    model, images = make().eval(), torch.randn(2, *shape)
+    config = pruning_config(model, images, dict.fromkeys(inner_layers(model, images), ratio))
+    masks = l1_masks(model, config)
+    dense = to_dense(model, images, masks, check=False)
+    assert NetworkCost(model, images)(kept_of(model, masks)) == real_cost(dense, images)
+
+
+def test_the_whole_network():
+    make, shape = NETS["mobilenet"]
+    model, images = make(), torch.randn(2, *shape)
+    assert NetworkCost(model, images)({}) == real_cost(model, images)
+
+
+def test_a_channel_that_another_layer_still_puts_out_stays():
+    make, shape = NETS["resnet20"]
+    model, images = make(), torch.randn(1, *shape)
+    cost = NetworkCost(model, images)
+    half = np.arange(8) % 2 == 0
+    stem = next(name for name, m in model.named_modules() if isinstance(m, torch.nn.Conv2d))
+    assert cost({stem: half}) == cost({})
+
+
+def test_transposed_convolutions_compute_at_their_inputs():
+    model = torch.nn.Sequential(torch.nn.ConvTranspose2d(2, 4, 2, stride=2), torch.nn.Conv2d(4, 3, 1))
+    images = torch.randn(1, 2, 5, 5)
+    assert NetworkCost(model, images)({}) == real_cost(model, images)
+
+
+GROUPED = {
+    "two groups": (torch.nn.Conv2d(8, 12, 3, groups=2), [True] * 8, [True] * 12),
+    "two groups, pruned": (torch.nn.Conv2d(8, 12, 3, groups=2), [True, True, True, False] * 2, [True, False] * 6),
+    "one channel a group": (torch.nn.Conv2d(8, 8, 3, groups=8), [True, False] * 4, [True, False] * 4),
+    "two outputs a channel": (torch.nn.Conv2d(4, 8, 3, groups=4), [True] * 4, [True] * 8),
+    "two outputs a channel, pruned": (
+        torch.nn.Conv2d(4, 8, 3, groups=4),
+        [True, False, True, True],
+        [True, True, False, False, True, True, True, True],
+    ),
+    "one input channel": (torch.nn.Conv2d(1, 8, 3), [True], [True, False] * 4),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_grouped_convolution_reads_one_groups_channels(name):
+    """Products per output: kernel times the input channels of one group; the counts are torch's, not the class's."""
+    layer, entering, leaving = GROUPED[name]
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, layer.in_channels, 1), layer, torch.nn.Conv2d(layer.out_channels, 2, 1)
+    )
+    images = torch.randn(1, 3, 6, 6)
+    masks = {
+        index: {"weight": torch.tensor(kept)[:, None, None, None].expand_as(model[int(index)].weight).float()}
+        for index, kept in (("0", entering), ("1", leaving))
+    }
+    dense = to_dense(model, images, masks)
+    kept = {"0": np.array(entering), "1": np.array(leaving)}
+    found = NetworkCost(model, images)
+    assert found(kept) == real_cost(dense, images)
+    assert found({}) == real_cost(model, images)
+    assert found.widths(kept)["1"] == (dense[1].in_channels, dense[1].out_channels)
+
+
+def test_without_its_only_input_channel_a_convolution_costs_nothing():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.Conv2d(1, 5, 1))
+    assert NetworkCost(model, torch.randn(1, 3, 4, 4))({"0": np.array([False])}).macs == 0

@@ -1,0 +1,273 @@
+"""What runs in training alone, as a second head of scores does, keeps working in dense networks."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import nni_topo
+from nni_topo.network.speedup.network import Network
+
+IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def convolution(entering, leaving):
+    return nn.Conv2d(entering, leaving, 3, padding=1)
+
+
+class Exit(nn.Module):
+    """Two convolutions with a head each, of which the first runs in training alone."""
+
+    def __init__(self, between=torch.relu):
+        super().__init__()
+        self.a, self.b = convolution(3, 8), convolution(8, 6)
+        self.exit, self.head = nn.Linear(8, 5), nn.Linear(6, 5)
+        self.between = between
+
+    def forward(self, x):
+        x = self.between(self.a(x))
+        scores = self.head(torch.relu(self.b(x)).mean((2, 3)))
+        return (scores, self.exit(x.mean((2, 3)))) if self.training else scores
+
+
+class Deep(Exit):
+    """The head is a network of its own, with dropout, and a value decides on the way to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.exit = nn.Sequential(
+            convolution(8, 8), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Dropout(), nn.Flatten(), nn.Linear(512, 5)
+        )
+
+    def forward(self, x):
+        x = self.a(x)
+        if x.abs().sum() > 0:
+            x = functional.dropout(torch.relu(x), 0.5, self.training)
+        found = {"scores": self.head(self.b(x).mean((2, 3)))}
+        if self.training:
+            found["exit"] = self.exit(x)
+        return tuple(found.values())
+
+
+class Scaled(Exit):
+    """A parameter of the network's own is used in training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 2, 8).view(8, 1, 1))
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        x = x * self.scale if self.training else x
+        return (self.head(self.b(x).mean((2, 3))),)
+
+
+class Written(Exit):
+    """What the second head reads is written to behind it."""
+
+    def forward(self, x):
+        x = self.a(x)
+        early = self.exit(x.mean((2, 3))) if self.training else None
+        scores = self.head(self.b(x.relu_()).mean((2, 3)))
+        return (scores, early) if self.training else scores
+
+
+class Beside(Exit):
+    """A branch of training's meets another, so that both stay."""
+
+    def __init__(self):
+        super().__init__()
+        self.side = convolution(8, 6)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        y = self.b(x) + self.side(x) if self.training else self.b(x)
+        return (self.head(torch.relu(y).mean((2, 3))),)
+
+
+class Attending(Exit):
+    """Attention and a recurrent layer run in training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.recurrent = nn.MultiheadAttention(8, 2, batch_first=True), nn.GRU(8, 4, batch_first=True)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        scores = self.head(self.b(x).mean((2, 3)))
+        if self.training:
+            states = x.flatten(2).transpose(1, 2)
+            return scores, self.attention(states, states, states)[0], self.recurrent(states)[0]
+        return scores
+
+
+class Compared(Exit):
+    """In training it needs labels, which nobody gives while it is looked at."""
+
+    def forward(self, x, labels=None):
+        x = torch.relu(self.a(x))
+        early = functional.cross_entropy(self.exit(x.mean((2, 3))), labels) if self.training else 0
+        return self.head(self.b(x).mean((2, 3))) + early
+
+
+class Needless(Exit):
+    """A layer that no mode reaches."""
+
+    def forward(self, x):
+        return self.head(self.b(torch.relu(self.a(x))).mean((2, 3)))
+
+
+def half(model, *names):
+    """Masks that keep every second channel."""
+    masks = {}
+    for name in names:
+        kept = torch.arange(len(model.get_submodule(name).weight)) % 2
+        spread = kept.float().view(-1, 1, 1, 1)
+        masks[name] = {"weight": spread.expand(model.get_submodule(name).weight.shape).clone(), "bias": kept.float()}
+    return masks
+
+
+def in_training(model):
+    """Outputs in training mode, but for batch norms and dropout."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.Dropout)):
+            module.eval()
+    torch.manual_seed(0)
+    return model(IMAGES)
+
+
+def assert_same_in_training(model, masks, dense):
+    for one, other in zip(in_training(nni_topo.masked_model(model, IMAGES, masks)), in_training(dense), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Exit, Deep, Scaled, Written, Beside])
+def test_a_dense_network_computes_in_training_what_the_masked_one_does(kind):
+    torch.manual_seed(0)
+    model = kind().eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    masks = half(model, "a")
+    dense = nni_topo.to_dense(model, IMAGES, masks)
+    assert len(dense.a.weight) == 4
+    assert dense.report.notes == ()
+    if kind is Deep:  # of its dropout alone other numbers are drawn
+        functional.mse_loss(*[dense.train()(IMAGES)[1]] * 2).backward()
+        assert dense.exit[0].in_channels == 4
+    else:
+        assert_same_in_training(model, masks, dense)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_removed_channels_bring_arrives_in_training_too():
+    torch.manual_seed(0)
+    model = Exit(torch.sigmoid).eval()
+    masks = half(model, "a")
+    assert_same_in_training(model, masks, nni_topo.to_dense(model, IMAGES, masks))
+
+
+@pytest.mark.parametrize("kind", [Exit, Deep])
+def test_layers_of_training_stay_whole_and_those_before_them_go(kind):
+    model = kind().eval()
+    groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in groups] == [["a"], ["b"]]
+    assert {why for name, why in groups.skipped.items() if name.startswith("exit")} == {
+        f"{name} runs in training alone" for name in groups.skipped if name.startswith("exit")
+    }
+
+
+def test_a_mask_on_a_layer_of_training_is_reported():
+    model = Deep().eval()
+    dense = nni_topo.to_dense(model, IMAGES, half(model, "a", "exit.0"))
+    (row,) = dense.report.kept
+    assert (row.name, row.after, row.reason) == ("exit.0", 8, "exit.0 runs in training alone")
+
+
+def test_what_meets_a_branch_of_training_stays(caplog):
+    torch.manual_seed(0)
+    model = Beside().eval()
+    dense = nni_topo.to_dense(model, IMAGES, half(model, "a", "b"))
+    assert [len(each.weight) for each in (dense.a, dense.b)] == [4, 6]
+    assert [row.reason for row in dense.report.kept] == ["side runs in training alone"]
+    assert "side runs in training alone" in caplog.text
+
+
+def test_what_attention_of_training_reads_stays():
+    model = Attending().eval()
+    dense = nni_topo.to_dense(model, IMAGES, half(model, "a", "b"))
+    assert [(row.name, row.reason) for row in dense.report.kept] == [("a", "attention reads them, in training alone")]
+    assert len(in_training(dense)) == 3
+
+
+def test_modules_are_named_that_training_may_reach_where_it_cannot_be_followed(caplog):
+    model = Compared().eval()
+    groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in groups] == [["a"], ["b"]]
+    assert "evaluation mode doesn't reach these modules" in caplog.text
+    caplog.clear()
+    dense = nni_topo.to_dense(model, IMAGES, half(model, "a"))
+    (note,) = dense.report.notes
+    assert note.endswith(": exit")
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [note]
+
+
+def test_nothing_is_said_of_a_layer_that_no_mode_reaches(caplog):
+    model = Needless().eval()
+    dense = nni_topo.to_dense(model, IMAGES, half(model, "a"))
+    assert dense.report.notes == ()
+    assert not caplog.records
+
+
+def test_a_network_that_evaluation_reaches_whole_is_traced_once(monkeypatch):
+    model, modes = Exit().eval(), list[bool]()
+    model.exit = None
+    plain = Exit.forward
+
+    def forward(self, x):
+        modes.append(self.training)
+        return plain(self, x)
+
+    monkeypatch.setattr(Exit, "forward", forward)
+    assert Network.on(model, IMAGES).flow.in_training == {}
+    assert modes
+    assert not any(modes)
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "count"),
+    [("googlenet", 64, 57), pytest.param("inception_v3", 299, 94, marks=pytest.mark.slow)],
+)
+def test_second_heads_of_torchvision_go_on_training(name, pixels, count):
+    torchvision = pytest.importorskip("torchvision")
+    model = getattr(torchvision.models, name)(weights=None, init_weights=False, num_classes=10, aux_logits=True).eval()
+    with torch.no_grad():  # PyTorch's own initial weights let values vanish on the way
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, (2 / parameter[0].numel()) ** 0.5, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, 3, pixels, pixels, generator=torch.Generator().manual_seed(0))
+    groups = nni_topo.dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert len(groups) == count
+    masks = {}
+    for entry in groups:
+        (layer,) = entry["op_names"]
+        weight = model.get_submodule(layer).weight
+        kept = (torch.arange(len(weight)) % 2).float().view(-1, 1, 1, 1)
+        masks[layer] = {"weight": kept.expand(weight.shape).clone()}
+    dense = nni_topo.to_dense(model, images, masks, check=False)
+    masked = nni_topo.masked_model(model, images, masks)
+    for training in (False, True):
+        for each in (dense, masked):
+            each.train(training)
+            for module in each.modules():
+                if isinstance(module, (nn.BatchNorm2d, nn.Dropout)):
+                    module.eval()
+        with torch.no_grad():
+            found, wanted = dense(images), masked(images)
+        pairs = zip(found, wanted, strict=True) if training else [(found, wanted)]
+        for one, other in pairs:
+            if other is not None:
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)

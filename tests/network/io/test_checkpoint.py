@@ -1,0 +1,437 @@
+from __future__ import annotations
+
+import copy
+import json
+import re
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tied_nets import LanguageModel, Rotation, TiedConvolutions, untied
+from torch import nn
+
+from nni_topo.errors import ConfigError, DataError, SpeedupError
+from nni_topo.network.io.checkpoint import describe, load, save, size_names
+from nni_topo.network.layers.channel_wise import cut_along
+from nni_topo.network.layers.original_width import count
+from nni_topo.speedup import to_dense
+
+
+def make(width=8, groups=2, classes=4):
+    """One layer of each kind that gets smaller."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, groups=1),
+        nn.BatchNorm2d(width),
+        nn.PReLU(width),
+        nn.ConvTranspose2d(width, width, 3, groups=width),
+        nn.InstanceNorm2d(width, affine=True, track_running_stats=True),
+        nn.Conv2d(width, width, 1, groups=groups),
+        nn.GroupNorm(groups, width),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.LayerNorm(width),
+        nn.Linear(width, classes),
+    )
+
+
+def small():
+    """A smaller one with values that aren't those of a new model."""
+    dense = make(width=6)
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+        dense[1].running_var.fill_(2.5)
+        dense[1].num_batches_tracked.fill_(9)
+    return dense
+
+
+IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=["dense.pt", "dense.safetensors"])
+def path(request, tmp_path):
+    """A file of each format."""
+    return tmp_path / request.param
+
+
+@pytest.mark.parametrize("original", [make(), make])
+def test_a_saved_model_comes_back_bit_by_bit(path, original):
+    dense = small()
+    save(dense, path)
+    built = load(path, original)
+    assert repr(built) == repr(dense)
+    assert list(built.state_dict()) == list(dense.state_dict())
+    assert all(torch.equal(value, dense.state_dict()[key]) for key, value in built.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(built.eval()(IMAGES), dense.eval()(IMAGES))
+
+
+def test_what_to_dense_makes_comes_back_and_trains(path):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3), nn.Flatten())
+    mask = torch.ones(8, 1, 1, 1)
+    mask[[1, 3]] = 0
+    dense = to_dense(model, IMAGES, {"0": {"weight": mask}})
+    save(dense, str(path))
+    built = load(str(path), model)
+    assert (built[0].out_channels, built[1].num_features, built[2].in_channels) == (6, 6, 6)
+    assert torch.equal(built.eval()(IMAGES), dense.eval()(IMAGES))
+    built.train()(IMAGES).sum().backward()
+    assert built[0].weight.grad.shape == (6, 3, 3, 3)
+
+
+def test_the_model_given_stays_as_it_was(tmp_path):
+    save(small(), tmp_path / "dense.pt")
+    model = make().eval()
+    before = copy.deepcopy(model.state_dict())
+    built = load(tmp_path / "dense.pt", model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model[0].out_channels == 8
+    assert not built.training
+    assert load(tmp_path / "dense.pt", model.train()).training
+
+
+def test_ties_frozen_parameters_and_precision_stay(path):
+    def tied(width):
+        model = nn.Sequential(nn.Embedding(5, width), nn.Linear(width, 5, bias=False))
+        model[1].weight = model[0].weight
+        model[0].weight.requires_grad_(False)
+        return model
+
+    dense = tied(3).half()
+    save(dense, path)
+    built = load(path, tied(7))
+    assert built[1].weight is built[0].weight
+    assert not built[0].weight.requires_grad
+    assert built[0].weight.dtype == torch.float16
+    assert built[0].embedding_dim == 3
+
+
+def of_an_older_version(path):
+    """Rewrite a file as it was before fingerprints and numbers."""
+    document = torch.load(path, weights_only=True)
+    del document["fingerprints"], document["buffers"], document["numbers"]
+    torch.save(document, path)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_ties_of_the_model_hold_where_the_dense_model_has_them(tmp_path, older):
+    for dense in (TiedConvolutions(), untied(TiedConvolutions())):
+        with torch.no_grad():
+            dense.two.weight.mul_(2)
+        save(dense, tmp_path / "dense.pt")
+        if older:
+            of_an_older_version(tmp_path / "dense.pt")
+        built = load(tmp_path / "dense.pt", TiedConvolutions)
+        assert torch.equal(built(IMAGES), dense(IMAGES))
+        assert (built.two.weight is built.one.weight) == (dense.two.weight is dense.one.weight)
+        assert (built.two.bias is built.one.bias) == (dense.two.bias is dense.one.bias)
+
+
+def test_equal_tensors_that_the_dense_model_does_not_share_stay_apart(path):
+    save(untied(TiedConvolutions()), path)
+    built = load(path, TiedConvolutions)
+    with torch.no_grad():
+        built.one.weight.zero_()
+    assert bool(built.two.weight.all())
+    save(TiedConvolutions(), path)
+    built = load(path, untied(TiedConvolutions()))
+    with torch.no_grad():
+        built.one.weight.zero_()
+    assert bool(built.two.weight.all())
+
+
+def test_buffers_that_no_state_dict_holds_come_back(tmp_path):
+    dense = LanguageModel()
+    dense.rotation.frequencies.mul_(1.5)
+    tokens = torch.arange(10).view(2, 5)
+    save(dense, tmp_path / "dense.pt")
+    assert torch.equal(load(tmp_path / "dense.pt", LanguageModel)(tokens), dense(tokens))
+    of_an_older_version(tmp_path / "dense.pt")
+    built = load(tmp_path / "dense.pt", LanguageModel)
+    assert torch.equal(built.rotation.frequencies, LanguageModel().rotation.frequencies)
+
+
+def test_buffers_in_two_places_that_no_state_dict_holds(path):
+    dense = nn.Sequential(Rotation(4), Rotation(4))
+    dense[1].frequencies = dense[0].frequencies
+    save(dense, path)
+    built = load(path, dense)
+    assert built[1].frequencies is built[0].frequencies
+    dense[1].frequencies = dense[0].frequencies * 2
+    tied = copy.deepcopy(built)
+    save(dense, path)
+    built = load(path, tied)
+    assert torch.equal(built[1].frequencies, 2 * built[0].frequencies)
+
+
+def test_buffers_that_a_forward_makes_are_not_asked_for(path):
+    dense = nn.Sequential(nn.Linear(3, 3))
+    dense.register_buffer("cache", torch.ones(2), persistent=False)
+    save(dense, path)
+    built = load(path, nn.Sequential(nn.Linear(3, 3)))
+    assert torch.equal(built[0].weight, dense[0].weight)
+
+
+class Twice(nn.Module):
+    """Two bilinear layers, or one under two names."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.one = nn.Bilinear(2, 2, 2)
+        self.two = self.one if shared else nn.Bilinear(2, 2, 2)
+
+
+def test_a_model_that_shares_what_the_dense_model_does_not_is_refused(path):
+    save(Twice(shared=False), path)
+    with pytest.raises(ConfigError, match=r"shares tensors between modules .*one.weight, .*dense\."):
+        load(path, Twice(shared=True))
+
+
+def test_a_file_of_other_values_is_refused(tmp_path):
+    save(small(), tmp_path / "dense.pt")
+    document = torch.load(tmp_path / "dense.pt", weights_only=True)
+    document["state_dict"]["0.weight"][0, 0, 0, 0] += 1e-3
+    torch.save(document, tmp_path / "dense.pt")
+    with pytest.raises(DataError, match=r"must hold what was saved, got other values \(0.weight, .*dense.pt"):
+        load(tmp_path / "dense.pt", make)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float16])
+def test_every_type_has_a_fingerprint(path, dtype):
+    dense = nn.Linear(3, 2).to(dtype)
+    dense.register_buffer("empty", torch.zeros(0, dtype=torch.bool))
+    dense.register_buffer("turned", torch.arange(6, dtype=torch.int16).view(2, 3).t())
+    save(dense, path)
+    built = load(path, dense)
+    assert torch.equal(built.weight, dense.weight)
+    assert torch.equal(built.turned, dense.turned)
+
+
+def test_the_file_holds_nothing_but_plain_data(tmp_path):
+    save(small(), tmp_path / "dense.pt")
+    document = torch.load(tmp_path / "dense.pt", weights_only=True)
+    names = [
+        "blocks",
+        "buffers",
+        "fingerprints",
+        "format",
+        "format_version",
+        "head_sizes",
+        "modules",
+        "numbers",
+        "package_version",
+        "state_dict",
+    ]
+    assert sorted(document) == names
+    assert sorted(document["fingerprints"]) == sorted(document["state_dict"])
+    assert document["modules"]["0"] == {
+        "type": "Conv2d",
+        "sizes": {"in_channels": 3, "out_channels": 6, "groups": 1},
+    }
+
+
+class Unpickled:
+    """Pickles as a call that would leave a trace."""
+
+    ran = False
+
+    def __reduce__(self):
+        return setattr, (Unpickled, "ran", True)
+
+
+def test_code_in_a_file_is_refused_and_not_run(tmp_path):
+    torch.save({"format": Unpickled()}, tmp_path / "evil.pt")
+    with pytest.raises(DataError, match=r"written by nni_topo.save.*evil.pt"):
+        load(tmp_path / "evil.pt", make)
+    assert not Unpickled.ran
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "written by nni_topo.save"),
+        (b"not a model at all", "written by nni_topo.save"),
+        ({"weight": torch.ones(2)}, "got another kind"),
+        ([torch.ones(2)], "got another kind"),
+        ({"format": "nni-topo dense model", "format_version": 99}, "format version 1, got 99"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, content, message):
+    path = tmp_path / "other.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(DataError, match=message):
+        load(path, make)
+
+
+def test_a_file_that_is_cut_short_or_missing_is_refused(path):
+    save(small(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DataError, match=rf"written by nni_topo.save.*{path.name}"):
+        load(path, make)
+    path.unlink()
+    with pytest.raises(DataError, match=rf"must be a file that exists, got none \(.*{path.name}"):
+        load(path, make)
+    with pytest.raises(DataError, match="must be writable"):
+        save(small(), path.parent / "no" / "folder" / path.name)
+
+
+def with_recipe(path, change):
+    """Save the small model with another recipe."""
+    save(small(), path)
+    with safe_open(path, "pt") as file:
+        recipe = json.loads(file.metadata()["nni_topo"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    change(recipe, tensors)
+    save_file(tensors, path, {"nni_topo": json.dumps(recipe)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda recipe, _: recipe.update(hidden=1), r"got it wrong at 'hidden'"),
+        (lambda recipe, _: recipe.pop("modules"), r"got it wrong at 'modules'"),
+        (lambda recipe, _: recipe.update(fingerprints=3), r"got it wrong at 'fingerprints'"),
+        (lambda recipe, _: recipe.update(blocks={"": [1, 0]}), r"number blocks in ascending order, got \[1, 0\]"),
+        (lambda recipe, _: recipe.pop("state_dict"), r"written by nni_topo.save, got \d+ bytes that lead to KeyError"),
+        (lambda recipe, _: recipe.update(format="other"), "got another kind"),
+        (lambda recipe, _: recipe.update(format_version=9), "format version 1, got 9"),
+        (lambda recipe, _: recipe["modules"].update({"0": "Conv2d"}), r"type and whole sizes, got 'Conv2d' \(0,"),
+        (lambda recipe, _: recipe["modules"]["0"]["sizes"].update(groups=-1), r"whole sizes, got .*-1.* \(0,"),
+        (lambda recipe, _: recipe["modules"]["0"]["sizes"].pop("groups"), r"in_channels, out_channels, groups, got"),
+        (lambda recipe, _: recipe["modules"]["0"]["sizes"].update(more=1), r"groups, more \(0,"),
+        (lambda _, tensors: tensors.update(more=torch.ones(1)), "name every tensor, got none of more"),
+        (lambda _, tensors: tensors.pop("0.weight"), r"written by nni_topo.save, got \d+ bytes that lead to KeyError"),
+        (lambda _, tensors: tensors["0.weight"].add_(1), r"must hold what was saved, got other values \(0.weight"),
+    ],
+)
+def test_another_recipe_is_refused(tmp_path, change, message):
+    with_recipe(tmp_path / "dense.safetensors", change)
+    with pytest.raises(DataError, match=message):
+        load(tmp_path / "dense.safetensors", make)
+
+
+class Everything(nn.Module):
+    """One module of each kind that a recipe has sizes of, some of them cut already."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = make()
+        self.units = nn.GRU(4, 3)
+        self.words = nn.Embedding(5, 4)
+        self.root = nn.RMSNorm(4)
+        self.shuffle = nn.PixelShuffle(2)
+        self.along = nn.Conv1d(2, 2, 3, padding=1)
+        cut_along(self.along, torch.tensor([0, 2, 3]), 4)
+        self.mean = nn.LayerNorm(4)
+        count(self.mean, 4)
+
+
+SIZES = [
+    (name, key)
+    for name, module in Everything().named_modules()
+    for key in (describe(module)["sizes"] if size_names(module) else ())
+]
+
+
+@pytest.mark.parametrize("value", [0, 10**12, 10**30, "one more"])
+@pytest.mark.parametrize(("name", "key"), SIZES)
+def test_sizes_that_are_not_those_of_the_tensors_are_refused(tmp_path, name, key, value):
+    path = tmp_path / "dense.safetensors"
+    save(Everything(), path)
+    load(path, Everything)
+    with safe_open(path, "pt") as file:
+        recipe = json.loads(file.metadata()["nni_topo"])
+        tensors = {each: file.get_tensor(each) for each in file.keys()}  # noqa: SIM118 - it is no mapping
+    sizes = recipe["modules"][name]["sizes"]
+    size = sizes[key][0] if isinstance(sizes[key], list) else sizes[key]
+    new = size + 1 if value == "one more" else value
+    sizes[key] = [new] if isinstance(sizes[key], list) else new
+    save_file(tensors, path, {"nni_topo": json.dumps(recipe)})
+    with pytest.raises((ConfigError, DataError), match=rf"got .*{re.escape(name)}.*dense\.safetensors"):
+        load(path, Everything)
+
+
+@pytest.mark.parametrize(("name", "key", "value"), [("body.0", "out_channels", 5), ("body.5", "groups", 1)])
+def test_sizes_that_are_smaller_than_the_tensors_are_refused(tmp_path, name, key, value):
+    save(Everything(), tmp_path / "dense.pt")
+    document = torch.load(tmp_path / "dense.pt", weights_only=True)
+    document["modules"][name]["sizes"][key] = value
+    torch.save(document, tmp_path / "dense.pt")
+    with pytest.raises(DataError, match=rf"sizes must be those of its tensors, got .*{value}.* \({name}"):
+        load(tmp_path / "dense.pt", Everything)
+
+
+def test_safetensors_of_others_are_refused_and_ours_are_read_by_others(tmp_path):
+    path = tmp_path / "dense.safetensors"
+    dense = small()
+    save_file({"0.weight": torch.ones(2)}, path)
+    with pytest.raises(DataError, match="got another kind"):
+        load(path, make)
+    save(dense, path)
+    assert load_file(path).keys() == dense.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: make()[:-1], "modules missing in the model: 10 "),
+        (lambda: make().append(nn.Linear(4, 4)), "modules missing in the file: 11 "),
+        (lambda: make(width=4), r"got shape \(6, 3, 3, 3\) where the model has \(4, 3, 3, 3\) \(0.weight"),
+        (lambda: nn.Sequential(nn.Linear(3, 8), *make()[1:]), "got Conv2d where the model has Linear"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), *make()[1:]), "tensors missing in the model: 0.bias"),
+        (lambda: nn.Sequential(nn.Conv3d(3, 8, 3), *make()[1:]), "got Conv2d where the model has Conv3d"),
+    ],
+)
+def test_another_model_is_refused_with_the_place(path, model, message):
+    save(small(), path)
+    with pytest.raises(ConfigError, match=message):
+        load(path, model)
+
+
+class Scaled(nn.Module):
+    """A layer that gets smaller, and a parameter of the model's own."""
+
+    def __init__(self, width, own):
+        super().__init__()
+        self.layer = nn.Linear(3, width)
+        self.own = nn.Parameter(torch.ones(own))
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ((6,), r"got shape \(6,\) where the model has \(5,\) \(own, "),
+        ((5, 1), r"got shape \(5, 1\) where the model has \(5,\) \(own, "),
+    ],
+)
+def test_a_parameter_of_the_models_own_may_be_smaller_and_no_more(path, own, message):
+    save(Scaled(2, own), path)
+    with pytest.raises(ConfigError, match=message):
+        load(path, Scaled(4, (5,)))
+    for size in (4, 5):
+        save(Scaled(2, (size,)), path)
+        loaded = load(path, Scaled(4, (5,)))
+        assert (loaded.layer.out_features, len(loaded.own)) == (2, size)
+
+
+def test_a_layer_whose_weight_has_other_dimensions_is_refused(tmp_path):
+    dense = Scaled(2, (5,))
+    dense.layer.weight = nn.Parameter(torch.ones(2))
+    save(dense, tmp_path / "dense.pt")
+    with pytest.raises(ConfigError, match=r"got shape \(2,\) where the model has \(4, 3\) \(layer.weight"):
+        load(tmp_path / "dense.pt", Scaled(4, (5,)))
+
+
+def test_a_wrapped_model_is_refused(tmp_path):
+    from nni.compression.pruning import L1NormPruner
+
+    model = make()
+    pruner = L1NormPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.5}])
+    pruner.compress()
+    with pytest.raises(SpeedupError, match="unwrap_model"):
+        save(model, tmp_path / "dense.pt")

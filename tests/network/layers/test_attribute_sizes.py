@@ -1,0 +1,110 @@
+"""Sizes that a model's attributes hold: smaller in the dense model where they count channels, else untouched."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import nni_topo
+from nni_topo.errors import DataError
+
+sys.path.insert(0, str(_BENCHMARKS := Path(__file__).parents[3] / "benchmarks"))
+import zoo_nets
+
+sys.path.remove(str(_BENCHMARKS))
+
+ASKED = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+
+
+class Split(nn.Module):
+    """Splits channels by an attribute, and does something with the pieces and with the attribute."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.width, self.use = 4, use
+        self.one, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.use(self, torch.cat(torch.split(self.one(x), self.width, 1)[::-1], 1))
+        return self.head(x).mean((2, 3))
+
+
+def in_tensor(self, x):
+    return x * torch.full((1, 1, 1, 1), 1.0).expand(1, 1, 1, self.width)
+
+
+def in_branch(self, x):
+    return 2 * x if self.width == 4 else x
+
+
+def in_product(self, x):
+    return x * (self.width * 2)
+
+
+def not_at_all(_, x):
+    return x
+
+
+def dense_of(model):
+    images = torch.randn(2, 3, 4, 4)
+    groups = nni_topo.dependency_groups(model, images, ASKED)
+    if not groups:
+        return None, groups
+    pruner = nni_topo.RandomPruner(model, groups, seed=0)
+    masks = pruner.compress()[1]
+    pruner.unwrap_model()
+    return nni_topo.to_dense(model, images, masks), groups
+
+
+def test_what_counts_channels_gets_smaller_and_the_model_stays_as_it_was():
+    model, images = zoo_nets.make("written")
+    groups = nni_topo.dependency_groups(model, images, ASKED)
+    pruner = nni_topo.RandomPruner(model, groups, seed=0)
+    masks = pruner.compress()[1]
+    pruner.unwrap_model()
+    dense = nni_topo.to_dense(model, images, masks)
+    kept = (masks["two.0"]["weight"].flatten(1).sum(1) > 0).tolist(), masks["three.0"]["weight"].flatten(1).sum(1) > 0
+    assert (dense.width, dense.sizes, dense.shape) == (2, (sum(kept[0][:8]), sum(kept[0][8:])), (6, 1, 1))
+    assert dense.joined == 2 * int(kept[1][:10].sum())
+    assert [model.width, model.sizes, model.shape, model.joined] == [4, (8, 4), (12, 1, 1), 20]
+    found = [*map(type, (model.width, dense.width, dense.joined, *model.sizes, *dense.sizes, *dense.shape))]
+    assert found == [int] * len(found)
+
+
+@pytest.mark.parametrize("use", [in_tensor, in_branch, in_product])
+def test_what_is_more_than_a_count_of_channels_stays_and_so_do_the_channels_that_it_counts(use):
+    dense, groups = dense_of(Split(use))
+    # The first piece is whole, of the second one channel stays in any case.
+    told = "5 of 8 channels stay: the forward picks or counts channels by fixed numbers (split)"
+    assert groups.skipped["one"] == told
+    assert dense.width == 4
+    assert 5 <= dense.one.out_channels < 8
+
+
+def test_each_piece_of_a_split_loses_as_many():
+    dense, groups = dense_of(Split(not_at_all))
+    assert groups[0]["internal_metric_block"] == 2
+    assert (dense.width, dense.one.out_channels) == (2, 4)
+
+
+@pytest.mark.parametrize("name", ["dense.pt", "dense.safetensors"])
+def test_a_file_holds_the_numbers(tmp_path, name):
+    dense, _ = dense_of(Split(not_at_all))
+    nni_topo.save(dense, tmp_path / name)
+    loaded = nni_topo.load(tmp_path / name, Split(not_at_all))
+    images = torch.randn(2, 3, 4, 4)
+    assert loaded.width == 2
+    assert torch.equal(loaded(images), dense(images))
+
+
+def test_numbers_of_a_file_must_be_whole(tmp_path):
+    path = tmp_path / "dense.pt"
+    nni_topo.save(dense_of(Split(not_at_all))[0], path)
+    document = torch.load(path, weights_only=True)
+    torch.save(document | {"numbers": {"width": 2.5}}, path)
+    with pytest.raises(DataError, match=r"whole numbers, got 2\.5 \(width"):
+        nni_topo.load(path, Split(not_at_all))

@@ -1,0 +1,182 @@
+"""Layers, norms and modules of somebody else's making."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nni.compression.speedup.replacer import Replacer
+from speedup_nets import filter_mask
+from torch import nn
+from torch.nn import functional
+
+import nni_topo
+from nni_topo.network import register_module
+from nni_topo.network.layers.kinds import RULES
+from nni_topo.network.layers.original_width import CountedLayerNorm, channel_dim
+
+CONVOLUTIONS = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+
+
+class SameConv(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(functional.pad(x, (1, 1, 1, 1)))
+
+
+class DividingConv(nn.Conv2d):
+    """It divides by a mean over all inputs, removed ones too."""
+
+    def forward(self, x):
+        return super().forward(x) / (1 + x.mean(1, keepdim=True).abs())
+
+
+class ChannelsFirst(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class NormAndMore(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Gain(nn.Module):
+    """One number a channel, applied in a loop over values that no tracer follows."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.gains = nn.Parameter(torch.rand(channels) + 0.5)
+
+    def forward(self, images):
+        return torch.stack([image * self.gains[:, None, None] for image in images if float(image.abs().sum()) >= 0])
+
+
+def zeroed_outputs(model, layer, gone, images):
+    def hook(_, __, output):
+        return output.index_fill(1, torch.tensor(gone), 0)
+
+    with torch.no_grad(), layer.register_forward_hook(hook):
+        return model(images)
+
+
+def random_images():
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("conv", [SameConv, nn.Conv2d])
+def test_layers_of_derived_classes_are_pruned_as_theirs(conv):
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 8, 3), ChannelsFirst(8, elementwise_affine=True), conv(8, 4, 3)).double()
+    groups = nni_topo.dependency_groups(model, random_images(), CONVOLUTIONS)
+    assert [entry["op_names"] for entry in groups] == [["0"]]
+    assert nni_topo.RandomPruner(model, groups).compress()[1]["0"]["weight"].mean() == 0.5
+
+
+def test_a_norm_of_channels_first_counts_what_is_gone():
+    torch.manual_seed(0)
+    model = nn.Sequential(SameConv(3, 8, 3), ChannelsFirst(8), nn.Conv2d(8, 4, 1)).double()
+    dense = nni_topo.to_dense(model, random_images(), {"0": filter_mask(model[0], [1, 4, 5])})
+    assert isinstance(dense[1], CountedLayerNorm)
+    assert dense[1].dim == 1
+    # The norm's shift is zero, but what it makes of a zero isn't: the channel goes with all that is made of it.
+    model[2].weight.data[:, [1, 4, 5]] = 0
+    torch.testing.assert_close(dense(random_images()), zeroed_outputs(model, model[0], [1, 4, 5], random_images()))
+
+
+def test_where_a_norm_has_its_channels_is_tried_out():
+    assert channel_dim(ChannelsFirst(5)) == 1
+    assert channel_dim(nn.LayerNorm(5)) == -1
+    assert channel_dim(NormAndMore(5)) is None
+    assert channel_dim(nn.LayerNorm((5, 2))) is None
+
+
+def test_a_layer_that_needs_all_inputs_keeps_those_before_it_whole():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), DividingConv(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    groups = nni_topo.dependency_groups(model, random_images().float(), CONVOLUTIONS)
+    assert [entry["op_names"] for entry in groups] == [["2"]]
+    assert groups.skipped["0"] == "what it computes depends on removed channels (2)"
+
+
+def test_a_module_with_a_rule_is_cut_by_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Gain(8), nn.Conv2d(8, 2, 1)).double()
+    assert not nni_topo.dependency_groups(model, random_images(), CONVOLUTIONS)
+
+    def shorten(module, kept):
+        module.gains = nn.Parameter(module.gains.detach()[kept])
+
+    register_module(Gain, shorten)
+    try:
+        again = nn.Sequential(*model)
+        assert nni_topo.dependency_groups(again, random_images(), CONVOLUTIONS).skipped.keys() == {"2"}
+        dense = nni_topo.to_dense(again, random_images(), {"0": filter_mask(again[0], [0, 3])})
+        assert len(dense[1].gains) == 6
+        torch.testing.assert_close(dense(random_images()), zeroed_outputs(again, again[0], [0, 3], random_images()))
+    finally:
+        del RULES[Gain]
+
+
+def test_replacers_of_nni_run_before_the_cut():
+    class ToSilu(Replacer):
+        def replace_modules(self, speedup):
+            self.kept = [each.tolist() for each in speedup.kept("2")]
+            speedup.bound_model[1] = nn.SiLU()
+
+    torch.manual_seed(0)
+    model, replacer = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1)), ToSilu()
+    masks = {"0": filter_mask(model[0], [0, 3])}
+    dense = nni_topo.to_dense(model, random_images().float(), masks, customized_replacers=[replacer], check=False)
+    assert isinstance(dense[1], nn.SiLU)
+    assert replacer.kept == [[1, 2, 4, 5, 6, 7], [0, 1]]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_takes_fewer_channels_in(kind, tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.body = nn.Linear(4, 8), kind(8, 6, num_layers=2, bidirectional=True, batch_first=True)
+
+        def forward(self, x):
+            return self.body(self.embed(x))[0]
+
+    torch.manual_seed(0)
+    model, x = Net().double(), torch.randn(2, 5, 4, dtype=torch.float64)
+    dense = nni_topo.to_dense(model, x, {"embed": filter_mask(model.embed, [1, 6])})
+    assert dense.body.input_size == 6
+
+    def hook(_, __, output):
+        return output.index_fill(-1, torch.tensor([1, 6]), 0)
+
+    with torch.no_grad(), model.embed.register_forward_hook(hook):
+        torch.testing.assert_close(dense(x), model(x))
+    nni_topo.save(dense, tmp_path / "dense.pt")
+    assert torch.equal(nni_topo.load(tmp_path / "dense.pt", Net)(x), dense(x))
+
+
+class Shuffle(nn.Module):
+    """A unit of ShuffleNet: two halves, of which one goes by, and a shuffle."""
+
+    def __init__(self, channels):
+        super().__init__()
+        half = channels // 2
+        self.branch = nn.Sequential(nn.Conv2d(half, half, 1), nn.BatchNorm2d(half), nn.ReLU())
+
+    def forward(self, x):
+        one, other = x.chunk(2, 1)
+        x = torch.cat([one, self.branch(other)], 1)
+        batch, channels, height, width = x.size()
+        halves = x.view(batch, 2, channels // 2, height, width)
+        return halves.transpose(1, 2).contiguous().view(batch, -1, height, width)
+
+
+def test_channels_are_shuffled_in_the_dense_models_own_order():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), Shuffle(16), Shuffle(16), nn.Conv2d(16, 4, 1)).double().eval()
+    groups = nni_topo.dependency_groups(model, random_images(), CONVOLUTIONS)
+    assert groups.skipped.keys() == {"3"}
+    _, masks = (pruner := nni_topo.RandomPruner(model, groups, seed=3)).compress()
+    pruner.unwrap_model()
+    dense = nni_topo.to_dense(model, random_images(), masks)
+    # Compared by `to_dense` itself; halves that lost different channels bring some back, never most.
+    assert all(dense.get_submodule(name).out_channels <= model.get_submodule(name).out_channels - 2 for name in masks)

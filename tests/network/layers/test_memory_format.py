@@ -1,0 +1,97 @@
+"""Channels come last, but where PyTorch's library would compute a wrong gradient, or die."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from nni_topo import compensate, distill
+from nni_topo.network.layers.memory_format import inputs_laid_out, lay_out, safely_laid_out
+
+
+class Shortcut(nn.Module):
+    """A block of a ResNet of few channels, with a strided shortcut, as pruning leaves them."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, padding=1)
+        self.body, self.shortcut = nn.Conv2d(channels, 8, 3, 2, 1), nn.Conv2d(channels, 8, 1, 2)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, images):
+        images = self.stem(images).relu()
+        return self.head((self.body(images) + self.shortcut(images)).relu().mean((2, 3)))
+
+
+def gradients(net, images):
+    net.zero_grad()
+    net(images).square().sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
+
+
+@pytest.mark.parametrize("channels", [1, 4, 7, 12])
+def test_gradients_of_thin_strided_shortcuts_are_right(channels):
+    torch.manual_seed(0)
+    net, images = Shortcut(channels), torch.randn(61, 3, 14, 14)
+    wanted = gradients(copy.deepcopy(net).double(), images.double())
+    before = copy.deepcopy(net.state_dict())
+    laid_out = lay_out(net, (images,), {})
+    seen = []
+    handles = [module.register_forward_hook(lambda _, __, out: seen.append(out)) for module in (net.body, net.shortcut)]
+    with inputs_laid_out(laid_out):
+        for _ in range(20):
+            found = gradients(laid_out, images.to(memory_format=torch.channels_last))
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient.double(), wanted[name], rtol=1e-3, atol=1e-3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    body, shortcut = seen[:2]
+    assert body.is_contiguous(memory_format=torch.channels_last)
+    assert shortcut.is_contiguous()
+    for handle in handles:
+        handle.remove()
+
+
+def test_wide_shortcuts_and_others_have_their_channels_last():
+    net = nn.Sequential(nn.Conv2d(16, 8, 1, 2), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 3, 2))
+    lay_out(net, (torch.randn(2, 16, 20, 20),), {})
+    with inputs_laid_out(net):
+        out = net(torch.randn(2, 16, 20, 20).to(memory_format=torch.channels_last))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_thin_shortcut_learns():
+    torch.manual_seed(0)
+    original, images = Shortcut(4), torch.randn(96, 3, 14, 14)
+    small = copy.deepcopy(original)
+    nn.init.zeros_(small.shortcut.weight)
+    learned = distill(small, original, [images], steps=60, lr=0.01, blend=False, augment=None)
+    with torch.no_grad():
+        lost = [(net(images) - original(images)).square().mean() for net in (small, learned)]
+    assert lost[1] < 0.5 * lost[0]
+
+
+@pytest.mark.parametrize(("layer", "is_fragile"), [(nn.Conv2d(12, 8, 1, 2), True), (nn.Conv2d(12, 8, 1), False)])
+def test_what_a_layer_is_called_with_has_channels_first_where_it_must_be(layer, is_fragile):
+    last = torch.channels_last
+    weight, values = layer.weight.detach().to(memory_format=last), torch.randn(2, 12, 6, 6).to(memory_format=last)
+    found = safely_laid_out(layer, weight, values)
+    assert [*found[1].stride()] == ([432, 36, 6, 1] if is_fragile else [432, 1, 72, 12])
+    assert [*found[0].stride()] == ([12, 1, 1, 1] if is_fragile else [*weight.stride()])
+    assert all(map(torch.equal, found, (weight, values)))
+
+
+def test_a_thin_shortcut_is_solved_ahead_whatever_its_layout():
+    torch.manual_seed(0)
+    net, images = Shortcut(12).eval(), [torch.randn(61, 3, 14, 14) for _ in range(3)]
+    masks = {"stem": {"weight": torch.ones_like(net.stem.weight)}}
+    masks["stem"]["weight"][3] = 0  # of so many left none is taken out before the layers behind compute
+    solved = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        laid_out = copy.deepcopy(net).to(memory_format=layout)
+        solved.append(compensate(laid_out, masks, [each.to(memory_format=layout) for each in images], method="ahead"))
+    for first, last in zip(solved[0].parameters(), solved[1].parameters(), strict=True):
+        torch.testing.assert_close(last, first, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(solved[0].shortcut.weight, net.shortcut.weight)

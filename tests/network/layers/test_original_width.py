@@ -1,0 +1,219 @@
+"""Modules that read all channels at once, in networks that lose half of them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import whole_nets
+from torch import nn
+from whole_nets import NETS, Gate, ResponseNorm, Standardized, make
+
+import nni_topo
+from nni_topo.network.layers.channel_wise import AlongChannels
+from nni_topo.network.layers.original_width import CountedResponseNorm, response_norm
+from nni_topo.network.layers.standardized import PaddedAlike, fold
+from nni_topo.network.speedup.masked import masked_model
+
+IMAGES = torch.rand(2, 3, 13, 13, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+HALF = [{"op_types": ["Conv1d", "Conv2d", "Linear"], "sparse_ratio": 0.5}]
+PRUNERS = {
+    "random": lambda model, config: nni_topo.RandomPruner(model, config, seed=1),
+    "l1": lambda model, config: nni_topo.MatrixPruner(model, config, norm=1),
+    "topological": nni_topo.TopologicalPruner,
+}
+
+
+def pruned(model, pruner=PRUNERS["random"], ratio=0.5):
+    groups = nni_topo.dependency_groups(model, IMAGES, [{**HALF[0], "sparse_ratio": ratio}])
+    pruner = pruner(model, groups)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    return groups, masks, nni_topo.to_dense(model, IMAGES, masks)
+
+
+def widths(model):
+    """Output channels of all layers but the head and what goes along channels."""
+    layers = [each for each in model.modules() if isinstance(each, (nn.Conv2d, nn.Linear))][:-1]
+    return [len(each.weight) for each in layers]
+
+
+def zeroed(model, masks):
+    """What a model gives when hooks zero the channels that masks remove, behind each layer and all that norms add."""
+
+    def hook(kept, dim):
+        view = [1, 1, 1, 1]
+        view[dim] = -1
+        return lambda _, __, output: output * kept.view(view)
+
+    handles = []
+    for name, targets in masks.items():
+        kept = targets["weight"].flatten(1).amax(1)
+        module = model.get_submodule(name)
+        norm = {"expand": "norm", "0": "1"}.get(name.rpartition(".")[2])
+        handles.append(module.register_forward_hook(hook(kept, -1 if isinstance(module, nn.Linear) else 1)))
+        behind = dict(model.named_modules()).get(f"{name.rpartition('.')[0]}.{norm}")
+        if isinstance(behind, (ResponseNorm, nn.BatchNorm2d)):
+            handles.append(behind.register_forward_hook(hook(kept, getattr(behind, "dim", 1))))
+    with torch.no_grad():
+        outputs = model(IMAGES)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("name", NETS)
+def test_half_of_the_channels_go_and_the_dense_model_computes_the_same(name, pruner):
+    model = make(name)
+    groups, masks, dense = pruned(model, PRUNERS[pruner])
+    assert [2 * width for width in widths(dense)] == widths(model)
+    assert not dense.report.kept
+    assert {why for why in groups.skipped.values() if "output" not in why} <= {
+        "it goes along the channels of another layer"
+    }
+    with torch.no_grad():
+        found, whole = dense(IMAGES), model(IMAGES)
+        torch.testing.assert_close(found, masked_model(model, IMAGES, masks)(IMAGES), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found, zeroed(model, masks), rtol=1e-12, atol=1e-12)
+    assert (found - whole).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_dense_model_is_pruned_again_saved_and_loaded(name, tmp_path):
+    model = make(name)
+    once = pruned(model, ratio=0.25)[2]
+    _, masks, dense = pruned(once)
+    assert all(width < first for width, first in zip(widths(dense), widths(once), strict=True))
+    with torch.no_grad():
+        expected = dense(IMAGES)
+        torch.testing.assert_close(expected, masked_model(once, IMAGES, masks)(IMAGES), rtol=1e-12, atol=1e-12)
+        for path in (tmp_path / "dense.pt", tmp_path / "dense.safetensors"):
+            nni_topo.save(dense, path)
+            again = nni_topo.load(path, lambda: make(name))
+            assert torch.equal(again(IMAGES), expected)
+            assert [type(each) for each in again.modules()] == [type(each) for each in dense.modules()]
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_dense_model_learns(name):
+    dense = pruned(make(name))[2].train()
+    dense(IMAGES).square().sum().backward()
+    assert all(each.grad is not None and bool(each.grad.isfinite().all()) for each in dense.parameters())
+
+
+def test_what_a_tap_sees_is_looked_up():
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), Gate(3), nn.Conv2d(6, 2, 1)).double().eval()
+    mask = torch.tensor([1, 0, 0, 1, 1, 0]).view(-1, 1, 1, 1).expand(6, 3, 1, 1).double()
+    dense = nni_topo.to_dense(model, IMAGES, {"0": {"weight": mask}})
+    assert isinstance(dense[1].conv, AlongChannels)
+    # Of channels 0, 3 and 4 the first has no neighbours left, the others each other; 3 stands for a zero.
+    assert dense[1].conv.taps.tolist() == [[3, 0, 3], [3, 1, 2], [1, 2, 3]]
+    assert torch.equal(dense[1].conv.weight, model[1].conv.weight)
+    assert "counted=6" in repr(dense[1].conv)
+
+
+def test_channels_that_a_hidden_layer_makes_constants_of_stay():
+    model = whole_nets._eca(Gate(1, bias=True, hidden=3)).double().eval()
+    groups = nni_topo.dependency_groups(model, IMAGES, HALF)
+    # A gate isn't zero, but multiplies what is: the hidden layer's bias harms nothing with a kernel of one channel.
+    assert not {"0", "2.body.0"} & groups.skipped.keys()
+    model = whole_nets._eca(Gate(3, bias=True, hidden=3)).double().eval()
+    model[2].body[3].last = nn.Conv1d(3, 1, 3, padding=1).double()
+    groups = nni_topo.dependency_groups(model, IMAGES, HALF)
+    assert groups.skipped["2.body.0"] == "removed channels arrive as values that aren't zero (2.body.3.last)"
+
+
+@pytest.mark.parametrize(("eps", "dim"), [(1e-6, -1), (1e-6, 1), (1e-3, -1)])
+def test_response_norms_are_found_by_trying(eps, dim):
+    found = response_norm(ResponseNorm(5, eps, dim))
+    assert (found.dim, found.eps, found.counted) == (dim, eps, 5)
+
+    class Other(ResponseNorm):
+        def forward(self, x):
+            return super().forward(x) - x
+
+    assert response_norm(Other(5, eps, dim)) is None
+    assert response_norm(nn.Linear(5, 1)) is None
+
+
+def test_a_response_norm_counts_what_is_gone():
+    dense = pruned(make("response_norm"))[2]
+    norm = dense[2].norm
+    assert isinstance(norm, CountedResponseNorm)
+    assert (norm.counted, norm.eps, norm.gamma.shape) == (24, 1e-3, (1, 1, 1, 12))
+    assert repr(norm) == "CountedResponseNorm(12, counted=24)"
+
+
+def test_computed_weights_become_the_layers_own():
+    model = make("standardized")
+    dense = pruned(model)[2]
+    assert not any(isinstance(each, Standardized) for each in dense.modules())
+    assert {name for name, _ in dense.named_parameters() if name.startswith("0.")} == {"0.weight", "0.bias"}
+    alike = pruned(make("standardized_alike"))[2]
+    assert {type(each) for each in alike.modules() if isinstance(each, nn.Conv2d)} == {nn.Conv2d, PaddedAlike}
+
+
+class Scaled(nn.Conv2d):
+    """It does more with what it convolves than a plain layer does."""
+
+    def forward(self, x):
+        return 2 * nn.functional.conv2d(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Own(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Scaled, Own, nn.Conv2d])
+def test_layers_that_arent_a_plain_one_with_a_computed_weight_are_left_alone(kind):
+    layer = kind(3, 4, 3)
+    before = layer.weight.clone()
+    assert not fold(layer)
+    assert type(layer) is kind
+    assert torch.equal(layer.weight, before)
+
+
+class Normed(nn.Module):
+    """Layers whose weights norms of both kinds compute, by hooks and by parametrizations."""
+
+    def __init__(self):
+        super().__init__()
+        make = (
+            nn.utils.weight_norm, nn.utils.spectral_norm,
+            nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm,
+        )  # fmt: skip
+        self.layers = nn.ModuleList(
+            norm(nn.Conv2d(3 if at == 0 else 8, 8, 3, padding=1)) for at, norm in enumerate(make)
+        )
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_layers_with_norms_of_weights_are_plain_ones_that_lose_channels(trained):
+    torch.manual_seed(0)
+    model = Normed().double()
+    if trained:
+        model(IMAGES[:, :3]).sum().backward()  # weights have a history now, and copies of them none
+    before = copy.deepcopy({name: value.detach() for name, value in model.state_dict().items()})
+    plain = nni_topo.as_torch_layers(model)
+    assert plain.training
+    assert {type(layer) for layer in plain.layers} == {nn.Conv2d}
+    assert [name for name, _ in plain.layers[0].named_parameters()] == ["bias", "weight"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model, plain = model.eval(), plain.eval()
+    torch.testing.assert_close(plain(IMAGES), model(IMAGES))
+    groups = nni_topo.dependency_groups(plain, IMAGES, HALF)
+    assert groups.skipped.keys() == {"head"}
+    masks = nni_topo.create_pruner("l1", copy.deepcopy(plain), list(groups)).compress()[1]
+    dense = nni_topo.to_dense(plain, IMAGES, masks)
+    assert [layer.out_channels for layer in dense.layers] == [4, 4, 4, 4]
+    skipped = nni_topo.dependency_groups(model, IMAGES, HALF).skipped
+    assert "nni_topo.as_torch_layers(model) makes a plain one of it" in skipped["layers.0"]

@@ -1,0 +1,380 @@
+from __future__ import annotations
+
+import copy
+import gc
+import math
+from collections import UserDict
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import nni_topo
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.inputs import batch_size, calls
+
+CONFIG = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
+KNOBS = {
+    "topological": {},
+    "topological, functional": {"criterion": "hausdorff", "solver": "greedy"},
+    "topological, activation": {"cloud": "activation"},
+    "reconstruction": {},
+    "cluster": {},
+    "subcluster": {},
+    "energy": {"signal": "data", "example_inputs": torch.randn(2, 6)},
+}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(6, 12)
+        self.last = nn.Linear(12, 3)
+
+    def forward(self, inputs, scale=1.0):
+        return self.last(torch.relu(self.hidden(inputs)) * scale)
+
+
+@pytest.fixture
+def model() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def batches() -> list[torch.Tensor]:
+    return list(torch.randn(3, 40, 6, generator=torch.Generator().manual_seed(1)))
+
+
+def kept(row: str, model: nn.Module, calibration) -> list[int]:
+    pruner = nni_topo.create_pruner(row.partition(",")[0], model, CONFIG, calibration=calibration, **KNOBS[row])
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    return masks["hidden"]["bias"].int().tolist()
+
+
+@pytest.mark.parametrize("row", KNOBS)
+def test_batches_may_come_in_any_container(row, model, batches):
+    expected = kept(row, model, batches)
+    assert 0 < sum(expected) < 12
+    assert kept(row, model, [{"inputs": batch} for batch in batches]) == expected
+    assert kept(row, model, [(batch, torch.zeros(40)) for batch in batches]) == expected
+    assert kept(row, model, (batch for batch in batches)) == expected
+    assert kept(row, model, DataLoader(TensorDataset(torch.cat(batches)), batch_size=40)) == expected
+
+
+@pytest.mark.parametrize("row", KNOBS)
+@pytest.mark.parametrize(
+    ("calibration", "found"),
+    [(torch.randn(40, 6), r"one tensor of shape \(40, 6\)"), ({"inputs": torch.randn(40, 6)}, "dict"), (5, "int")],
+    ids=["tensor", "mapping", "number"],
+)
+def test_what_is_no_iterable_of_batches_is_refused_before_the_model_is_wrapped(row, calibration, found, model):
+    with pytest.raises(ConfigError, match=f"iterable of batches.*{found}"):
+        kept(row, model, calibration)
+    assert not hasattr(model.hidden, "_nni_wrapper")
+
+
+@pytest.mark.parametrize("row", ["topological", "reconstruction", "cluster", "subcluster"])
+def test_batches_that_do_not_fit_are_named(row, model):
+    with pytest.raises(DataError, match=r"calibration must fit the model, got RuntimeError.*\(batch 0\)"):
+        kept(row, model, [torch.randn(40, 7)])
+
+
+def test_compensation_takes_the_same(model, batches):
+    masks = {"hidden": {"weight": torch.ones(12, 6), "bias": torch.ones(12)}}
+    masks["hidden"]["weight"][3:] = masks["hidden"]["bias"][3:] = 0.0
+    expected = nni_topo.compensate(model, masks, batches).last.weight
+    for given in ((b for b in batches), [{"inputs": b} for b in batches]):
+        torch.testing.assert_close(nni_topo.compensate(model, masks, given).last.weight, expected)
+    with pytest.raises(ConfigError, match="iterable of batches"):
+        nni_topo.compensate(model, masks, batches[0])
+
+
+def test_calls_are_arguments():
+    net, batch = Net(), torch.zeros(4, 6)
+    for given in (batch, (batch, "label"), [batch], {"inputs": batch}, ((batch, 2.0), "label")):
+        ((args, kwargs),) = calls(net, [given])
+        assert net(*args, **kwargs).shape == (4, 3)
+        assert batch_size((args, kwargs)) == 4
+    with pytest.raises(DataError, match="empty one"):
+        list(calls(net, [()]))
+    with pytest.raises(DataError, match="at least one batch"):
+        list(calls(net, []))
+
+
+class Counting:
+    """Counts how often it is iterated; every pass gives other batches."""
+
+    def __init__(self, batches):
+        self.batches, self.passes = batches, 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter([batch + self.passes for batch in self.batches])
+
+
+class CountingWithLength(Counting):
+    def __len__(self):
+        return len(self.batches)
+
+
+class Promising(Counting):
+    """Says that it holds more than any disk does."""
+
+    def __len__(self):
+        return 10**15
+
+
+@pytest.mark.parametrize("kind", [Counting, CountingWithLength])
+def test_batches_are_read_once_whatever_gives_them(batches, kind):
+    source = kind(batches)
+    calibration = Calibration(source)
+    assert source.passes == 0
+    for _ in range(3):
+        assert all(map(torch.equal, calibration, [batch + 1 for batch in batches]))
+    assert source.passes == 1
+    assert len(calibration) == 3
+    assert calibration.sizes == (40, 40, 40)
+    assert calibration.samples == 120
+    assert Calibration.of(calibration) is copy.deepcopy(calibration) is calibration
+
+
+def test_the_batches_of_a_list_are_not_copied_and_others_are(batches):
+    assert all(kept is given for kept, given in zip(Calibration(batches), batches, strict=True))
+    same = torch.zeros(2, 6)
+
+    def refilled():
+        for value in (1.0, 2.0):
+            yield same.fill_(value)
+
+    assert [float(batch.mean()) for batch in Calibration(refilled())] == [1.0, 2.0]
+
+
+def test_every_eighth_sample_is_held_out_with_its_labels():
+    images, labels = torch.arange(26.0)[:, None], torch.arange(26)
+    given = [(images[:5], labels[:5]), (images[5:], labels[5:])]
+    learned, held_out = Calibration(given).split()
+    assert torch.cat([batch[1] for batch in held_out]).tolist() == [7, 15, 23]
+    assert torch.cat([batch[1] for batch in learned]).tolist() == [n for n in range(26) if n % 8 != 7]
+    assert all(torch.equal(batch[0][:, 0].long(), batch[1]) for part in (learned, held_out) for batch in part)
+    assert (learned.sizes, held_out.sizes) == ((5, 18), (3,))
+    assert Calibration([images[:7]]).split()[1] is None
+    lists = Calibration([([[image, image]],) for image in torch.zeros(9, 3, 4, 4)])
+    assert list(map(len, lists.split())) == [8, 1]
+
+
+def test_what_memory_has_no_room_for_lies_in_files_that_go(batches, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    given = [({"inputs": batch}, (None, "text", torch.tensor([index]))) for index, batch in enumerate(batches)]
+    calibration = Calibration(iter(given), memory_bytes=1000)
+    assert calibration.samples == 120
+    assert len(list(tmp_path.rglob("*.pt"))) == 2  # the first batch has 968 bytes
+    for kept_batch, batch in zip(calibration, given, strict=True):
+        assert torch.equal(kept_batch[0]["inputs"], batch[0]["inputs"])
+        assert kept_batch[1][:2] == (None, "text")
+        assert torch.equal(kept_batch[1][2], batch[1][2])
+    learned, held_out = calibration.split()
+    assert (learned.samples, held_out.samples) == (105, 15)
+    del calibration, learned, held_out, kept_batch
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def endless():
+    while True:
+        yield torch.zeros(4, 6)
+
+
+def test_what_never_ends_or_does_not_fit_is_an_error(model, batches):
+    for work in (
+        lambda given: nni_topo.compensate(model, {"hidden": {"weight": torch.ones(12, 6)}}, given),
+        lambda given: nni_topo.shrink(model, given, {"flops": 0.5}),
+        lambda given: nni_topo.recalibrate_batch_norm(model, given),
+        lambda given: kept("reconstruction", model, given),
+    ):
+        with pytest.raises(DataError, match=r"must have an end, or a length, got 10000 batches.*itertools\.islice"):
+            work(endless())
+    with pytest.raises(DataError, match=r"must fit into .* GiB of memory and .* of disk, got 1 of 10{15} batches"):
+        len(Calibration(Promising(batches)))
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (torch.full((4, 6), math.nan), r"inputs must be finite, got NaN or infinity \(\w+, batch 1\)"),
+        (torch.full((4, 6), math.inf), r"inputs must be finite, got NaN or infinity \(\w+, batch 1\)"),
+        (torch.zeros(0, 6), r"batch must hold inputs, got an empty one \(\w+, batch 1\)"),
+        ((), r"batch must hold an input, got an empty one \(\w+, batch 1\)"),
+        (torch.zeros(4, 7), r"must fit the model, got RuntimeError: .*mat1 .*\(batch 1\)|must have one shape"),
+        (torch.zeros(4, 6, device="meta"), r"dense tensors with values, got a meta tensor \(\w+, batch 1\)"),
+        (torch.zeros(4, 6).to_sparse(), r"dense tensors with values, got a sparse_coo tensor \(\w+, batch 1\)"),
+        ("text", r"must be a tensor, or a tuple or mapping with a tensor in it, got str \(\w+, batch 1\)"),
+        ({"images": torch.zeros(4, 6)}, r"got TypeError: missing a required argument: 'input.*\(batch 1\)"),
+    ],
+    ids=["nan", "inf", "no samples", "nothing", "wrong width", "meta", "sparse", "text", "wrong name"],
+)
+def test_batches_that_can_not_be_used_are_named_by_every_function(batch, message):
+    model = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3)).eval()
+    masks = {"0": {"weight": torch.ones(12, 6), "bias": torch.ones(12)}}
+    masks["0"]["weight"][3:] = masks["0"]["bias"][3:] = 0.0
+    dense = nni_topo.to_dense(model, torch.zeros(2, 6), masks)
+    given = [torch.randn(8, 6), batch]
+    for work in (
+        lambda: nni_topo.compensate(model, masks, given),
+        lambda: nni_topo.recalibrate_batch_norm(model, given),
+        lambda: nni_topo.distill(dense, model, given),
+        lambda: nni_topo.shrink(model, given, {"flops": 0.5}, pruner="l1", compensate=None, distill=False),
+    ):
+        with pytest.raises((DataError, ConfigError), match=message):
+            work()
+
+
+class Two(nn.Module):
+    """Takes two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.last = nn.Linear(6, 8), nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, images, vectors):
+        return self.last(torch.relu(self.a(images)) + torch.relu(self.b(vectors)))
+
+
+def chosen_of_two(model, batches):
+    config_list = nni_topo.dependency_groups(
+        model, (torch.zeros(2, 6), torch.zeros(2, 4)), [{"op_names": ["a", "b"], "sparse_ratio": 0.5}]
+    )
+    pruner = nni_topo.ReconstructionPruner(model, config_list, calibration=batches)
+    pruner.compress()
+    pruner.unwrap_model()
+
+
+def test_two_inputs_that_look_like_inputs_and_labels_say_how_to_write_them():
+    torch.manual_seed(0)
+    model, images, vectors = Two().eval(), torch.randn(64, 6), torch.randn(64, 4)
+    for work in (
+        lambda batches: nni_topo.shrink(model, batches, {"params": 0.6}, distill={"steps": 2}),
+        lambda batches: nni_topo.recalibrate_batch_norm(model, batches),
+        lambda batches: chosen_of_two(model, batches),
+    ):
+        with pytest.raises(DataError, match=r"missing a required argument: 'vectors'; .*\(\(images, vectors\),\)"):
+            work([(images, vectors)])
+        for batch in (((images, vectors),), ((images, vectors), "labels"), {"images": images, "vectors": vectors}):
+            work([batch])
+        # what the model has no argument for, as the labels of a data set, is left out
+        work([{"images": images, "vectors": vectors, "label": torch.zeros(64)}])
+
+
+class InPlace(nn.Module):
+    """Changes what enters it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, inputs):
+        return self.net(inputs.sub_(1.0))
+
+
+def test_a_model_that_changes_its_input_sees_the_same_one_each_time(batches):
+    torch.manual_seed(0)
+    model, before = InPlace().eval(), [batch.clone() for batch in batches]
+    small = nni_topo.shrink(model, batches, {"params": 0.5}, distill={"steps": 2})
+    assert all(map(torch.equal, batches, before))
+    moved = nni_topo.shrink(model.net, [batch - 1.0 for batch in batches], {"params": 0.5}, distill={"steps": 2})
+    torch.testing.assert_close(small.net.state_dict(), moved.state_dict())
+
+
+def test_inputs_may_require_gradients(batches, model):
+    given = [batch.clone().requires_grad_() for batch in batches]
+    one, other = (nni_topo.shrink(model, each, {"params": 0.5}, distill={"steps": 3}) for each in (given, batches))
+    torch.testing.assert_close(one.state_dict(), other.state_dict())
+    assert all(batch.grad is None for batch in given)
+
+
+class Embedded(nn.Module):
+    """A classifier of tokens that gives a loss where labels come along, as those of Transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.hidden, self.last = nn.Embedding(20, 8), nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, input_ids, labels=None):
+        logits = self.last(torch.relu(self.hidden(self.embed(input_ids).mean(1))))
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_what_tokenizers_give_is_split_copied_and_measured_as_dicts_are():
+    ids, labels = torch.randint(20, (96, 5)), torch.randint(3, (96,))
+    dicts = [{"input_ids": ids[at : at + 32], "labels": labels[at : at + 32]} for at in range(0, 96, 32)]
+    learned, held_out = Calibration([UserDict(each) for each in dicts]).split()
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in held_out]), ids[7::8])
+    assert learned.samples == 84
+    one, other = (
+        nni_topo.shrink(Embedded().eval(), batches, {"params": 0.7}, pruner="l1", distill={"steps": 2})
+        for batches in (dicts, [UserDict(each) for each in dicts])
+    )
+    torch.testing.assert_close(one.state_dict(), other.state_dict())
+    stage, same = one.report.stages[-1], other.report.stages[-1]
+    assert stage.distance == pytest.approx(same.distance)
+    assert stage.distance != stage.calibration_distance
+    buffer = torch.zeros(4, 5, dtype=torch.long)
+
+    def refilled():
+        for value in (1, 2):
+            yield UserDict(input_ids=buffer.fill_(value))
+
+    assert [int(batch["input_ids"].max()) for batch in Calibration(refilled())] == [1, 2]
+
+
+def test_lengths_that_differ_are_told_before_anything_is_solved():
+    batches = [{"input_ids": torch.randint(20, (16, length))} for length in (5, 7)]
+    with pytest.raises(DataError, match=r"must have one shape.*\(5,\), \(7,\).*padding='max_length'.*distill=False"):
+        nni_topo.shrink(Embedded(), batches, {"params": 0.7}, compensate=lambda *_: pytest.fail("solved"))
+    report = nni_topo.shrink(Embedded().eval(), batches, {"params": 0.7}, pruner="l1", distill=False).report
+    assert 0.0 < report.stages[-1].distance < 1.0
+
+
+def test_an_argument_that_the_model_lacks_is_named():
+    with pytest.raises(DataError, match=r"missing a required argument: 'vectors'; it has no argument called vec "):
+        nni_topo.recalibrate_batch_norm(Two(), [{"images": torch.zeros(4, 6), "vec": torch.zeros(4, 4)}])
+
+
+def test_an_evaluator_serves_pruners_as_calibration(model, batches):
+    import nni
+    from nni.compression.utils import TorchEvaluator
+
+    def evaluate(net):
+        for batch in batches:
+            net(batch)
+        return 0.0
+
+    def evaluator():
+        optimizer = nni.trace(torch.optim.SGD)(model.parameters(), lr=0.1)
+        return TorchEvaluator(lambda *_: None, optimizer, lambda *_: 0.0, evaluating_func=evaluate)
+
+    for row in ("topological", "reconstruction", "cluster"):
+        assert kept(row, model, evaluator()) == kept(row, model, batches)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"pruner": "level"}, "pruner must be one that removes whole channels, got 'level'"),
+        (
+            {"pruner": nni_topo.ReconstructionPruner},
+            "a pruner's name, or a function, got the class ReconstructionPruner",
+        ),
+        ({"distill": {"seconds": -1}}, "seconds must be above 0"),
+        ({"distill": {"steps": 0}}, "steps must be an integer of at least 1"),
+    ],
+)
+def test_what_shrink_cannot_do_is_told_before_anything_is_chosen(knobs, message, model, batches):
+    with pytest.raises(ConfigError, match=message):
+        nni_topo.shrink(model, batches, {"params": 0.5}, compensate=lambda *_: pytest.fail("solved"), **knobs)

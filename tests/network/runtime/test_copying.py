@@ -1,0 +1,163 @@
+"""What is done to a model isn't done to copies of all its weights, nor to the weights themselves."""
+
+import warnings
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+import nni_topo
+from nni_topo import RandomPruner, dependency_groups, to_dense
+from nni_topo.network.runtime.copying import RandomWeights, detached_copy, put_parameters
+
+CONFIG = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
+
+
+class Seen(nn.Conv2d):
+    """A convolution that notes the sizes of the images that enter."""
+
+    sides: ClassVar[list[int]] = []
+
+    def forward(self, x):
+        self.sides.append(x.shape[-1])
+        return super().forward(x)
+
+
+class Model(nn.Module):
+    """A gate, whose removed channels are constants, and a norm; ``side``: takes images of so many pixels alone."""
+
+    def __init__(self, side=None):
+        super().__init__()
+        self.side = side
+        self.first, self.norm, self.second = Seen(3, 8, 3), nn.BatchNorm2d(8), Seen(8, 8, 1)
+        self.third, self.head = nn.Conv2d(8, 6, 1), nn.Linear(6, 2)
+
+    def forward(self, x):
+        if self.side is not None:
+            x = x.view(-1, 3, self.side, self.side)
+        x = torch.sigmoid(self.second(self.norm(self.first(x)).relu()))
+        return self.head(self.third(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("side", [None, 100])
+def test_a_rehearsal_runs_on_a_corner_of_large_images_where_the_graph_lets_it(side):
+    Seen.sides.clear()
+    groups = dependency_groups(Model(side), torch.randn(1, 3, 100, 100), CONFIG)
+    assert [entry["op_names"][0] for entry in groups] == ["first", "second", "third"]
+    assert {100, 98} <= set(Seen.sides)
+    assert (33 in Seen.sides) == (side is None)
+
+
+def test_the_model_keeps_its_weights_and_shares_none_with_the_dense_one():
+    model = Model().train()
+    before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+    groups = dependency_groups(model, torch.randn(1, 3, 20, 20), CONFIG)
+    pruner = RandomPruner(model, groups, seed=0)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    before |= {name: (tensor, before[name][1]) for name, tensor in model.state_dict(keep_vars=True).items()}
+    dense = to_dense(model, torch.randn(1, 3, 20, 20), masks)
+    after = model.state_dict(keep_vars=True)
+    assert all(after[name] is tensor and torch.equal(tensor, value) for name, (tensor, value) in before.items())
+    places = {tensor.untyped_storage().data_ptr() for tensor in after.values()}
+    assert not places & {tensor.untyped_storage().data_ptr() for tensor in dense.state_dict().values()}
+    assert all(parameter.requires_grad for parameter in dense.parameters())
+
+
+def test_a_light_copy_holds_the_weights_until_others_are_put_in_their_places():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    model[2].weight = model[0].weight
+    copied = detached_copy(model, light=True)
+    assert copied[0].weight is model[0].weight
+    assert copied[1].running_mean is not model[1].running_mean
+    given = []
+    put_parameters(copied, lambda name, old: given.append(name) or torch.zeros_like(old))
+    assert given == ["0.weight", "0.bias", "1.weight", "1.bias", "2.bias"]
+    assert copied[2].weight is copied[0].weight is not model[0].weight
+    assert not bool(copied[0].weight.any())
+    assert bool(model[0].weight.all())
+
+
+def test_random_weights_differ_from_row_to_row_and_from_layer_to_layer():
+    numbers = RandomWeights(torch.randn, torch.Generator().manual_seed(0))
+    one, other = (numbers.like(torch.empty(700, 512, 1, 1), 0.1) for _ in range(2))
+    rows = torch.cat([one, other]).flatten(1)
+    assert len(rows.unique(dim=0)) == 1400
+    assert not bool((one == other).any())
+    assert float(one.std()) == pytest.approx(0.1, rel=0.01)
+
+
+class Unlike(nn.Module):
+    """Attributes that are more than what they hold: shared, looking at one another, or copied in a way of their own."""
+
+    class Counted(nn.Linear):
+        """A layer that says how it is copied."""
+
+        copies = 0
+
+        def __deepcopy__(self, memo):
+            type(self).copies += 1
+            return type(self)(self.in_features, self.out_features)
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleList([nn.Linear(2, 2), self.Counted(2, 2), nn.LSTM(2, 3)])
+        self.same = self.inner[0]
+        self.settings = {"widths": [2, 2], "layer": self.inner[0]}
+        self.inner[0].settings = self.settings
+        self.register_buffer("table", torch.arange(6.0).view(2, 3))
+        self.register_buffer("row", self.table[1])
+        self.register_buffer("flat", self.table.view(-1))
+        self.register_buffer("number", torch.tensor(3.0))
+        self.register_buffer("wide", torch.ones(1).expand(4))
+        self.computed = self.inner[0].weight * 2
+        self.empty, self.nothing = {}, None
+        self.inner[0].register_forward_hook(lambda module, args, output: output + 1)
+
+    def forward(self, x):
+        return self.inner[2](self.inner[0](x))[0] + self.number
+
+
+@pytest.mark.parametrize("light", [True, False])
+def test_a_copy_shares_within_itself_what_the_model_does_and_nothing_with_the_model(light):
+    model = Unlike()
+    copied = detached_copy(model, light=light)
+    assert copied.same is copied.inner[0] is copied.settings["layer"] is not model.same
+    assert copied.settings is copied.inner[0].settings is not model.settings
+    copied.settings["widths"].append(3)
+    assert model.settings["widths"] == [2, 2]
+    assert copied.inner[1].copies == 1
+    Unlike.Counted.copies = 0
+    assert (copied.inner[0].weight is model.inner[0].weight) == light
+    assert torch.equal(copied.computed, model.computed)
+    assert copied.computed.is_leaf
+    copied.table.zero_()
+    assert not bool(copied.row.any())
+    assert not bool(copied.flat.any())
+    assert bool(model.row.any())
+    copied.number.fill_(7.0)
+    copied.empty["new"] = 1
+    assert float(model.number) == 3.0
+    assert model.empty == {}
+    assert copied.wide.stride() == (0,)
+    x = torch.randn(3, 2)
+    assert torch.allclose(copied(x) - 7.0, model(x) - 3.0, atol=1e-6)
+    assert list(map(type, copied.modules())) == list(map(type, model.modules()))
+
+
+def test_public_functions_copy_models_whose_weights_are_computed_with_gradients(tmp_path):
+    # After a forward in training the weight of PyTorch's old weight norm is no leaf, which deepcopy refuses.
+    torch.manual_seed(0)
+    inner = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()]
+    model = nn.Sequential(*inner, nn.Flatten(), nn.Linear(8 * 16, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.nn.utils.weight_norm(model[0])
+    images = torch.randn(16, 3, 8, 8)
+    model(images).sum().backward()
+    nni_topo.recalibrate_batch_norm(model, [images])
+    nni_topo.analysis.sensitivity(model, images[:2], lambda net: 0.0, [0.5], pruner="l1")
+    nni_topo.speedup.profile({"net": model}, images[:2], runs=1, warmup=0)
+    dense = nni_topo.shrink(model, [images], {"params": 0.7}, distill={"steps": 2})
+    assert dense(images).shape == (16, 4)

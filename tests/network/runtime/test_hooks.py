@@ -1,0 +1,72 @@
+"""Hooks around calls: what they see, what they put in its place, and that nothing of them is left."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nni_topo.network.runtime.hooks import called, run, watched
+
+
+class Twice(nn.Module):
+    """Calls one layer twice, by position and by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2, bias=False)
+        self.layer.weight.data.copy_(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(input=self.layer(inputs) + 1.0)
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_every_call_is_seen_however_its_input_is_given():
+    model, entered, left = Twice(), [], []
+    looks = [(model.layer, lambda values: entered.append(values.tolist()))]
+    with watched(looks, [(model.layer, lambda _, output: left.append(output.tolist()))]), torch.no_grad():
+        model(torch.tensor([[1.0, 5.0]]))
+    assert entered == [[[1.0, 5.0]], [[6.0, 2.0]]]
+    assert left == [[[5.0, 1.0]], [[2.0, 6.0]]]
+    assert hooks_of(model) == 0
+
+
+def test_what_looks_return_takes_the_place_of_what_they_saw():
+    model, inputs = Twice(), torch.tensor([[1.0, 5.0]])
+    with torch.no_grad():
+        with watched([(model.layer, lambda values: values * 2.0)]):
+            assert model(inputs).tolist() == [[6.0, 22.0]]
+        with watched(leaving=[(model.layer, lambda entered, output: output - entered)]):
+            # (5, 1) - (1, 5) + 1 = (5, -3) enters the second call, which gives (-3, 5) - (5, -3)
+            assert model(inputs).tolist() == [[-8.0, 8.0]]
+    assert hooks_of(model) == 0
+
+
+def test_an_error_leaves_no_hook_and_no_other_mode():
+    model, seen = Twice(), []
+
+    def fail(_: Tensor) -> None:
+        raise ValueError("no")
+
+    with (
+        pytest.raises(ValueError, match="no"),
+        called(model, lambda args, kwargs: seen.append((len(args), list(kwargs)))),
+        watched([(model.layer, fail)]),
+    ):
+        run(model, [torch.ones(1, 2)])
+    assert seen == [(1, [])]
+    assert hooks_of(model) == 0
+    assert model.training
+    assert model.layer.training
+
+
+def test_run_goes_through_all_batches_in_evaluation_mode():
+    model, modes = Twice(), []
+    with called(model, lambda args, _: modes.append((model.training, torch.is_grad_enabled(), len(args[0])))):
+        run(model, [(torch.ones(3, 2), torch.zeros(3)), torch.ones(1, 2)])
+    assert modes == [(False, False, 3), (False, False, 1)]
+    assert model.training

@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import copy
+import logging
+import pathlib
+
+import pytest
+import torch
+import torchvision
+from nni.compression.speedup.dependency import auto_set_denpendency_group_ids
+from speedup_nets import Chunked, Concatenated, Grouped, Residual, Shared, chain
+from torch import nn
+
+from nni_topo.errors import ConfigError
+from nni_topo.network.channels.flow import ChannelFlow
+from nni_topo.network.channels.rules import FIXED
+from nni_topo.network.graph.tracing import trace
+from nni_topo.network.runtime.inputs import call_arguments
+from nni_topo.speedup import dependency_groups
+
+IMAGES = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+CONVOLUTIONS = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+
+
+def partition(config_list):
+    """The groups of layer names, without their ids."""
+    groups = {}
+    for entry in config_list:
+        if "dependency_group_id" in entry:
+            groups.setdefault(entry["dependency_group_id"], set()).update(entry["op_names"])
+    return {frozenset(names) for names in groups.values() if len(names) > 1}
+
+
+def names(config_list):
+    return [entry["op_names"][0] for entry in config_list]
+
+
+def flow_of(model, inputs=IMAGES):
+    graph_module, args = trace(model.eval(), call_arguments(inputs))
+    return ChannelFlow(graph_module, args)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_groups_are_those_of_nni(name):
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name).eval()
+    graph_module, _ = trace(model, call_arguments(IMAGES))
+    expected = auto_set_denpendency_group_ids(graph_module, CONVOLUTIONS)
+    assert partition(dependency_groups(model, IMAGES, CONVOLUTIONS)) == partition(expected)
+
+
+def test_residual_layers_are_one_group_in_network_order():
+    result = dependency_groups(Residual(), IMAGES, CONVOLUTIONS)
+    assert result == [
+        {"op_names": ["stem"], "sparse_ratio": 0.5, "dependency_group_id": "group_0"},
+        {"op_names": ["depthwise"], "sparse_ratio": 0.5, "dependency_group_id": "group_0"},
+        {"op_names": ["point"], "sparse_ratio": 0.5, "dependency_group_id": "group_0"},
+    ]
+    assert result.skipped == {"tail": "it gives the model's output"}
+
+
+def test_a_follower_of_several_layers_is_left_out():
+    result = dependency_groups(Concatenated(), IMAGES, CONVOLUTIONS)
+    assert names(result) == ["left", "right"]
+    assert partition(result) == set()
+
+
+def test_blocks_are_stated_for_a_grouped_convolution_and_the_layer_before():
+    result = {entry["op_names"][0]: entry for entry in dependency_groups(Grouped(), IMAGES, CONVOLUTIONS)}
+    assert result["first"]["internal_metric_block"] == result["second"]["internal_metric_block"] == 2
+    assert result["first"]["dependency_group_id"] != result["second"]["dependency_group_id"]
+    named = dependency_groups(Grouped(), IMAGES, [{"op_names": ["tail"], "sparse_ratio": 0.5}])
+    assert "internal_metric_block" not in named[0]
+
+
+@pytest.mark.parametrize(("groups", "blocks"), [((2, 3), 6), ((3, 2), 6), ((4, 2), 4), ((2, 4), 4), ((2, 2), 2)])
+def test_a_layer_read_by_two_grouped_convolutions_has_blocks_that_suit_both(groups, blocks):
+    class Fork(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 12, 1)
+            self.one, self.two = (nn.Conv2d(12, 12, 1, groups=count) for count in groups)
+
+        def forward(self, x):
+            x = self.first(x)
+            return torch.cat([self.one(x), self.two(x)], 1)
+
+    config = [{"op_names": ["first", "one", "two"], "sparse_ratio": 0.5}]
+    result = {entry["op_names"][0]: entry for entry in dependency_groups(Fork(), IMAGES, config)}
+    assert result["first"]["internal_metric_block"] == blocks
+    assert [result[name]["internal_metric_block"] for name in ("one", "two")] == list(groups)
+
+
+def test_pairs_inside_a_larger_group_get_a_group_each():
+    class Pairs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 6, 1)
+            self.three, self.four = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 6, 1)
+            self.tail = nn.Conv2d(10, 10, 3, groups=10)
+
+        def forward(self, x):
+            return self.tail(torch.cat([self.one(x) + self.three(x), self.two(x) + self.four(x)], 1))
+
+    config = [{"op_names": ["one", "two", "three", "four", "tail"], "sparse_ratio": 0.5}]
+    result = dependency_groups(Pairs(), IMAGES, config)
+    assert partition(result) == {frozenset({"one", "three"}), frozenset({"two", "four"})}
+
+
+def test_halves_of_a_chunk_are_tied_to_each_other():
+    flow = flow_of(Chunked())
+    roots = flow.layer_roots("first")
+    assert roots[:4].tolist() == roots[4:].tolist()
+
+
+def test_a_convolution_of_one_output_channel_is_no_depthwise_one():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 1, 3), nn.Conv2d(1, 5, 3))
+    assert partition(dependency_groups(model, IMAGES, CONVOLUTIONS)) == set()
+
+
+class Sum(nn.Module):
+    """Two layers that meet in an addition."""
+
+    def __init__(self, one, two):
+        super().__init__()
+        self.one, self.two = one, two
+
+    def forward(self, x):
+        return self.one(x) + self.two(x)
+
+
+def test_three_dimensional_convolutions_are_layers_too():
+    model = Sum(nn.Conv3d(2, 4, 1), nn.Conv3d(2, 4, 3, padding=1))
+    config = [{"op_names": ["one", "two"], "sparse_ratio": 0.5}]
+    result = dependency_groups(model, torch.rand(1, 2, 3, 3, 3), config)
+    assert partition(result) == {frozenset({"one", "two"})}
+
+
+def test_transposed_convolutions_are_tied():
+    model = Sum(nn.ConvTranspose2d(3, 4, 1), nn.Conv2d(3, 4, 1))
+    config = [{"op_names": ["one", "two"], "sparse_ratio": 0.5}]
+    assert flow_of(model).layer_roots("one").tolist() == flow_of(model).layer_roots("two").tolist()
+    assert partition(dependency_groups(model, IMAGES, config)) == {frozenset({"one", "two"})}
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x, y: x + y, lambda x, y: x.add_(y), lambda x, y: torch.maximum(x, y), lambda x, y: x - y.relu(),
+        lambda x, y: torch.where(x > 0, x, y), lambda x, y: x * y.mean((2, 3), keepdim=True),
+        lambda x, y: (x.permute(0, 2, 3, 1) * y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
+        lambda x, y: (x.flatten(2) - y.flatten(2)).unflatten(2, (32, 32)),
+        lambda x, y: torch.cat([x, y], dim=2),
+        lambda x, y: torch.stack([x, y]).sum(0),
+    ],
+)  # fmt: skip
+def test_elementwise_operations_tie_channel_to_channel(operation):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.tail = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            return self.tail(operation(self.one(x), self.two(x)))
+
+    flow = flow_of(Two())
+    assert flow.layer_roots("one").tolist() == flow.layer_roots("two").tolist()
+    assert len(set(flow.layer_roots("one").tolist())) == 4
+
+
+def test_a_gate_of_one_channel_ties_nothing():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.gate = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 1, 1)
+
+        def forward(self, x):
+            return self.one(x) * torch.sigmoid(self.gate(x))
+
+    assert partition(dependency_groups(Gated(), IMAGES, CONVOLUTIONS)) == set()
+
+
+def test_what_meets_the_input_is_fixed_and_said(caplog):
+    class Skip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.tail = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1)
+
+        def forward(self, x):
+            return self.tail(x + self.one(x))
+
+    assert set(flow_of(Skip()).layer_roots("one").tolist()) == {FIXED}
+    with caplog.at_level(logging.WARNING, "nni_topo"):
+        assert dependency_groups(Skip(), IMAGES, CONVOLUTIONS) == []
+        named = dependency_groups(Skip(), IMAGES, [{"op_names": ["one", "tail"], "sparse_ratio": 0.5}])
+    assert "one: they meet the network's input, a constant or a parameter (add)" in caplog.text
+    assert names(named) == ["one", "tail"]
+    assert "one: 3 of 3 channels stay: they meet the network's input, a constant or a parameter (add)" in caplog.text
+    assert "should be excluded, got tail" in caplog.text
+
+
+def test_a_partner_that_is_not_selected_is_named(caplog):
+    config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5, "exclude_op_names": ["point", "tail"]}]
+    with caplog.at_level(logging.WARNING, "nni_topo"):
+        result = dependency_groups(Residual(), IMAGES, config)
+    assert names(result) == ["stem", "depthwise"]
+    assert "got stem, depthwise without point" in caplog.text
+
+
+def test_neither_the_model_nor_the_config_list_is_changed():
+    model, config = chain(), copy.deepcopy(CONVOLUTIONS)
+    config[0]["target_settings"] = {"weight": {"granularity": "default"}}
+    before, asked = copy.deepcopy(model.state_dict()), copy.deepcopy(config)
+    random_state = torch.get_rng_state()
+    result = dependency_groups(model, IMAGES, config)
+    result[0]["target_settings"]["weight"]["granularity"] = "changed"
+    assert config == asked
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert result[1]["target_settings"]["weight"]["granularity"] == "default"
+
+
+def test_an_entry_that_selects_nothing_is_refused_and_an_empty_list_is_not():
+    with pytest.raises(ConfigError, match="must select a layer"):
+        dependency_groups(chain(), IMAGES, [{"op_types": ["Conv7d"], "sparse_ratio": 0.5}])
+    assert dependency_groups(chain(), IMAGES, []) == []
+
+
+def test_a_shared_layer_ties_what_enters_its_calls():
+    flow = flow_of(Shared())
+    assert flow.layer_roots("stem").tolist() == flow.layer_roots("twice").tolist()
+
+
+@pytest.mark.slow
+def test_the_order_does_not_depend_on_the_hash_seed(bare_python):
+    script = (
+        f"import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parents[1])!r}); import torch, speedup_nets as nets;"
+        "from nni_topo.speedup import dependency_groups as groups;"
+        "print(groups(nets.Residual(), torch.rand(1, 3, 8, 8), [{'op_types': ['Conv2d'], 'sparse_ratio': 0.5}]))"
+    )
+    assert bare_python(script).strip() == str(dependency_groups(Residual(), IMAGES, CONVOLUTIONS))

@@ -1,0 +1,211 @@
+"""The rehearsal's two networks: layers that are alike run once for both, and no check goes with that."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import nni_topo
+from nni_topo.network.speedup.dry_run import _Rehearsal
+from nni_topo.network.speedup.network import Network
+
+ROWS = torch.randn(80, 6, generator=torch.Generator().manual_seed(0))
+
+
+def rehearsal(model: nn.Module, rows: torch.Tensor = ROWS) -> _Rehearsal:
+    """Make one of a model of which the odd channels of the first layer go."""
+    assembled, flow = Network.on(model, rows).traced()
+    left = np.ones(flow.size, dtype=bool)
+    left[flow.layer_roots("0")[1::2]] = False
+    return _Rehearsal(flow, left, assembled(copy.deepcopy(model)))
+
+
+def run(rehearsal: _Rehearsal, rows: torch.Tensor = ROWS) -> tuple[dict[int, str], list[str]]:
+    """Return the channels that can't go, and the linear layers of the whole network that were computed."""
+    layers = [(name, each) for name, each in rehearsal.full.named_modules() if isinstance(each, nn.Linear)]
+    computed: list[str] = []
+    with torch.no_grad():
+        before = {name: each.forward for name, each in layers}
+        for name, each in layers:
+            each.forward = lambda x, name=name: (computed.append(name), before[name](x))[1]
+        found = rehearsal.run((rows,))
+    return found, computed
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+
+
+def test_a_linear_layer_of_many_rows_runs_once_for_both(model):
+    assert run(rehearsal(model)) == ({}, [])
+    assert run(rehearsal(model, ROWS[:4]), ROWS[:4]) == ({}, ["0", "2"])
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("layer", ["0", "2"])
+def test_a_layer_that_was_cut_wrongly_shows(model, layer, name):
+    wrong = rehearsal(model)
+    values = getattr(wrong.small.get_submodule(layer), name)
+    values.data = values.data.flip(0)
+    found, computed = run(wrong)
+    assert set(wrong.flow.layer_roots("0")[1::2].tolist()) <= found.keys()
+    assert layer in computed
+
+
+def test_a_layer_that_channels_enter_as_values_is_computed(model):
+    model[1] = nn.Sigmoid()  # of a removed channel it makes one half, which the bias of the next can add
+    found, computed = run(rehearsal(model))
+    assert not found
+    assert "2" in computed
+
+
+def test_what_is_masked_is_what_the_whole_layer_gives():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
+    both = rehearsal(model)
+    kept = {}
+    step = both._step
+
+    def looked(node):
+        step(node)
+        kept[node.name] = both._values[node]
+
+    both._step = looked
+    assert run(both) == ({}, [])
+    with torch.no_grad():
+        first = model[0](ROWS) * torch.from_numpy(both.left[both.flow.layer_roots("0")])
+        second = model[2](model[1](first))
+    torch.testing.assert_close(kept["_0"][0], first)
+    torch.testing.assert_close(kept["_2"][0], second)
+    torch.testing.assert_close(kept["_2"][1], second)
+
+
+def test_a_network_that_fails_on_random_numbers_stays_whole_with_the_reason():
+    class Whitening(nn.Module):
+        """Multiplies with a root of a matrix, which must be positive."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(3, 2)
+            self.squares = nn.Parameter(torch.eye(6, 3))
+
+        def forward(self, x):
+            root = torch.linalg.cholesky(self.squares[:3])
+            return self.last(self.first(x) @ self.squares @ root)
+
+    groups = nni_topo.dependency_groups(
+        Whitening().eval(), torch.randn(5, 4), [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
+    )
+    assert not groups
+    assert "fails on random numbers: _LinAlgError" in groups.skipped["first"]
+
+
+class Picking(nn.Module):
+    """Reads rows that a mask picks, and adds positions, for which it only asks the length of one of the channels."""
+
+    def __init__(self, *, reads_values: bool):
+        super().__init__()
+        self.words, self.inner, self.head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.places, self.reads_values = nn.Embedding(12, 8), reads_values
+
+    def forward(self, ids):
+        x = self.words(ids)
+        one = x[:, :, -1]
+        positions = self.places(torch.arange(one.shape[1], device=ids.device))
+        x = x * one.mean(1)[:, None, None] if self.reads_values else x
+        x = self.inner(x + positions).relu()
+        ends = ids.eq(2)
+        return self.head(x[ends, :].view(len(ids), -1, x.shape[-1])[:, -1])
+
+
+@pytest.mark.parametrize("reads_values", [False, True])
+@torch.no_grad()
+def test_a_channel_that_is_picked_counts_where_its_values_do_and_rows_that_a_mask_picks_have_all(reads_values):
+    torch.manual_seed(0)
+    model, ids = Picking(reads_values=reads_values).eval(), torch.randint(3, 9, (4, 7))
+    ids[:, -1] = 2
+    asked = [{"op_types": ["Linear", "Embedding"], "sparse_ratio": 0.5}]
+    groups = nni_topo.dependency_groups(model, ids, asked)
+    told = "1 of 8 channels stay: the forward picks or counts channels by fixed numbers (getitem)"
+    assert groups.skipped.get("words") == (told if reads_values else None)
+    assert "inner" not in groups.skipped
+    masks = nni_topo.create_pruner("random", copy.deepcopy(model), list(groups), seed=0).compress()[1]
+    if reads_values:  # the one that is read may be masked
+        for name in ("words", "places"):
+            masks[name]["weight"][:, -1] = 1
+    dense, reference = nni_topo.to_dense(model, ids, masks), nni_topo.masked_model(model, ids, masks)
+    assert dense.words.embedding_dim in ((4, 5) if reads_values else (4,))
+    assert dense.inner.out_features == 4
+    torch.testing.assert_close(dense(ids), reference(ids))
+
+
+class Attending(nn.Module):
+    """Attention of states to themselves, which a gate may make of removed channels."""
+
+    def __init__(self, gated=False, mask=None) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(6, 3, batch_first=True), nn.Linear(6, 2)
+        self.gate, self.mask = nn.Linear(6, 6) if gated else None, mask
+
+    def forward(self, x):
+        x = x if self.gate is None else self.gate(x).sigmoid()
+        return self.head(self.attention(x, x, x, attn_mask=self.mask, need_weights=False)[0])
+
+
+class Products(TorchFunctionMode):
+    """Lists how many heads products of attention have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads: list[int] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.functional.scaled_dot_product_attention:
+            self.heads.append(args[0].shape[1])
+        return func(*args, **(kwargs or {}))
+
+
+def without_a_head(model: nn.Module, states: torch.Tensor) -> _Rehearsal:
+    assembled, flow = Network.on(model.eval(), states).traced()
+    left = np.ones(flow.size, dtype=bool)
+    left[flow.layer_roots("attention")[flow.heads["attention"].channels["attention"][1]]] = False
+    if "gate" in flow.layers:
+        left[flow.layer_roots("gate")[:2]] = False
+    return _Rehearsal(flow, left, assembled(copy.deepcopy(model)))
+
+
+def heads_of(rehearsal: _Rehearsal, states: torch.Tensor) -> tuple[dict[int, str], list[int]]:
+    with torch.no_grad(), Products() as seen:
+        found = rehearsal.run((states,))
+    return found, seen.heads
+
+
+@pytest.mark.parametrize(
+    ("model", "states", "heads"),
+    [
+        (Attending(), ROWS[None], [2]),
+        (Attending(gated=True), ROWS[None], [3, 2]),  # removed channels enter as halves
+        (Attending(), ROWS[None, :4], [3, 2]),
+        (Attending(mask=torch.zeros(80, 80)), ROWS[None], [3, 2]),  # one may be of all heads
+    ],
+)
+def test_attention_of_many_rows_runs_once_for_both(model, states, heads):
+    assert heads_of(without_a_head(model, states), states)[1] == heads
+
+
+@pytest.mark.parametrize("name", ["in_proj_weight", "in_proj_bias"])
+def test_attention_that_was_cut_wrongly_shows(name):
+    torch.manual_seed(0)
+    model = Attending()
+    nn.init.normal_(model.attention.in_proj_bias)
+    wrong = without_a_head(model, ROWS[None])
+    values = getattr(wrong.small.attention, name)
+    values.data = values.data.flip(0)
+    found, heads = heads_of(wrong, ROWS[None])
+    assert found
+    assert heads == [3, 2]

@@ -1,0 +1,189 @@
+"""What counts as the same output of a dense and a masked model."""
+
+from __future__ import annotations
+
+import copy
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from nni_topo import create_pruner, dependency_groups, to_dense
+from nni_topo.errors import SpeedupError
+from nni_topo.network.speedup.equivalence import check_equal
+
+NAN, INF = float("nan"), float("inf")
+
+
+class Constant(nn.Module):
+    """Puts out the same numbers, in double precision, whatever goes in."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.register_buffer("values", torch.tensor(values, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.values
+
+
+def check(expected, actual, rtol=1e-4):
+    check_equal(Constant(expected), Constant(actual), ((torch.zeros(1, 2),), {}), {}, rtol)
+
+
+@pytest.mark.parametrize("values", [[1.0, -2.0], [NAN, 1.0], [INF, -INF, 1.0], [NAN, NAN], [INF], [0.0, 0.0], []])
+def test_equal_outputs_pass_at_no_tolerance_at_all(values):
+    check(values, list(values), rtol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("expected", "actual"),
+    [
+        ([1.0, 2.0], [NAN, 2.0]),
+        ([NAN, 2.0], [1.0, 2.0]),
+        ([1.0, 2.0], [INF, 2.0]),
+        ([INF, 2.0], [1.0, 2.0]),
+        ([INF, 2.0], [-INF, 2.0]),
+        ([INF, 2.0], [NAN, 2.0]),
+        ([0.0, 0.0], [NAN, 0.0]),
+        ([NAN, NAN], [0.0, NAN]),
+    ],
+)
+def test_nan_or_infinity_against_anything_else_is_refused_at_any_tolerance(expected, actual):
+    with pytest.raises(SpeedupError, match="got a difference of inf"):
+        check(expected, actual, rtol=1e6)
+
+
+@pytest.mark.parametrize("largest", [1.0, 1000.0, -1000.0, 1e-6])
+@pytest.mark.parametrize("rtol", [1e-2, 1e-6])
+def test_the_tolerance_is_a_share_of_the_largest_output(largest, rtol):
+    size = abs(largest)
+    check([largest, 0.0], [largest, 0.9 * rtol * size], rtol)
+    for wrong in (1.1 * rtol * size, -1.1 * rtol * size):
+        with pytest.raises(SpeedupError, match="what the masked one does"):
+            check([largest, 0.0], [largest, wrong], rtol)
+
+
+def test_a_difference_of_just_the_tolerance_passes():
+    check([2.0, 0.0], [2.0, 0.5], rtol=0.25)
+
+
+def test_infinite_outputs_are_no_scale():
+    with pytest.raises(SpeedupError, match=r"got a difference of 0\.5 "):
+        check([INF, 2.0, NAN], [INF, 1.0, NAN])
+
+
+def test_where_everything_is_zero_the_difference_is_absolute():
+    check([0.0], [1e-5], rtol=1e-4)
+    with pytest.raises(SpeedupError, match=r"got a difference of 0\.001 "):
+        check([0.0], [1e-3], rtol=1e-4)
+
+
+def test_one_output_of_several_is_enough():
+    class Two(nn.Module):
+        def __init__(self, second):
+            super().__init__()
+            self.first, self.second = Constant([1.0]), Constant([second])
+
+        def forward(self, x):
+            return {"a": self.first(x), "b": self.second(x)}
+
+    call = ((torch.zeros(1, 2),), {})
+    check_equal(Two(3.0), Two(3.0), call, {}, 0.0)
+    with pytest.raises(SpeedupError, match=r"got a difference of 0.333 \(from second on\)"):
+        check_equal(Two(3.0), Two(4.0), call, {"first": [torch.arange(1)], "second": [torch.arange(1)]}, 0.01)
+
+
+def test_models_are_compared_in_double_precision():
+    seen = []
+
+    class Noting(nn.Linear):
+        def forward(self, x):
+            seen.append(x.dtype)
+            return super().forward(x)
+
+    model = Noting(3, 2)
+    check_equal(model, model, ((torch.ones(2, 3),), {}), {}, 1e-12)
+    assert seen == [torch.float64, torch.float64]
+
+
+class Means(nn.Module):
+    """Puts out the mean of each channel; ``side``: of images of so many pixels alone."""
+
+    def __init__(self, side=None, factor=1.0):
+        super().__init__()
+        self.side, self.factor = side, factor
+
+    def forward(self, x):
+        if self.side not in (None, x.shape[-1]):
+            raise AssertionError(f"images of {self.side} pixels alone")
+        return self.factor * x.mean((2, 3))
+
+
+@pytest.mark.parametrize("side", [None, 200])
+def test_large_images_are_compared_by_a_corner_and_whole_where_a_model_takes_no_other(side):
+    call = ((torch.zeros(3, 2, 200, 200),), {})
+    check_equal(Means(side), Means(side), call, {}, 0.0)
+    with pytest.raises(SpeedupError, match=r"got a difference of 0\.01 "):
+        check_equal(Means(side), Means(side, 1.01), call, {}, 1e-4)
+
+
+def test_what_is_compared_is_as_small_as_the_model_lets_it_be():
+    sizes = []
+
+    class Seen(Means):
+        def forward(self, x):
+            sizes.append(tuple(x.shape))
+            return super().forward(x)
+
+    check_equal(Seen(), Seen(), ((torch.zeros(3, 2, 200, 200),), {}), {}, 0.0)
+    assert sizes == [(5, 2, 64, 64)] * 2  # a sample of each scale and shift
+
+
+class Noting(nn.Linear):
+    """Notes the precision it computes in; ``off``: how far it is off by rounding, in single precision."""
+
+    seen: ClassVar[list[torch.dtype]] = []
+
+    def __init__(self, off=0.0):
+        super().__init__(3, 2)
+        self.off = off
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x):
+        self.seen.append(x.dtype)
+        return super().forward(x) * (1 + self.off * (x.dtype == torch.float32))
+
+
+@pytest.mark.parametrize(("off", "last"), [(0.0, torch.float32), (5e-5, torch.float64)])
+def test_single_precision_is_enough_where_what_it_shows_is_far_below_the_tolerance(off, last):
+    Noting.seen.clear()
+    check_equal(Noting(), Noting(off), ((torch.ones(2, 3),), {}), {}, 1e-4)
+    assert Noting.seen[:2] == [torch.float32] * 2
+    assert Noting.seen[-2:] == [last] * 2
+
+
+def test_half_precision_is_never_enough():
+    Noting.seen.clear()
+    model = Noting().to(torch.bfloat16)
+    check_equal(model, model, ((torch.ones(2, 3, dtype=torch.bfloat16),), {}), {}, 1e-4)
+    assert Noting.seen == [torch.float64] * 2
+
+
+def test_a_model_that_draws_numbers_is_compared_on_the_same_ones():
+    class Drawing(nn.Module):
+        """Sees some of the places, chosen at random, as masked autoencoders do."""
+
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+        def forward(self, x):
+            return self.body(x[:, torch.rand(x.shape[1]).argsort()[:3]])
+
+    torch.manual_seed(0)
+    model, states = Drawing().eval(), torch.randn(2, 20, 4)
+    groups = dependency_groups(model, states, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    assert to_dense(model, states, masks).body[0].out_features == 4

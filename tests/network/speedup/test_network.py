@@ -1,0 +1,222 @@
+"""A Network: one trace for many questions, and never an answer about a model as it was."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from nni_topo import RandomPruner, TopologicalPruner, compensate, dependency_groups, to_dense
+from nni_topo.network.channels.rules import FIXED
+from nni_topo.network.graph.unfolding import UnfoldingTracer
+from nni_topo.network.speedup import network as module
+from nni_topo.network.speedup.network import Network
+from nni_topo.pruners.testing.toys import toy_images, toy_model
+
+IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """The models that were traced, by class name."""
+    done = []
+    trace = UnfoldingTracer.trace
+
+    def counted(self, root, *args, **kwargs):
+        done.append(type(root).__name__)
+        return trace(self, root, *args, **kwargs)
+
+    monkeypatch.setattr(UnfoldingTracer, "trace", counted)
+    return done
+
+
+def two_layers(width=4):
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Conv2d(width, 2, 3, groups=2)).eval()
+
+
+class Switched(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.together, self.mix = True, torch.add
+        self.settings = {"scale": 1.0}
+        self.register_buffer("on", torch.tensor(True))
+
+    def forward(self, x):
+        if self.together and self.settings["scale"] and self.on:
+            return torch.relu(self.mix(self.one(x), self.other(x)))
+        return torch.relu(self.one(x))
+
+
+def test_a_chain_traces_a_model_once(traces):
+    # six times before: each step by itself, the pruner twice, and the dense model a second time
+    model, images = toy_model(), toy_images(2)
+    config = dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    pruner = TopologicalPruner(model, config, calibration=[images])
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    better = compensate(model, masks, [images])
+    to_dense(better, images, masks)
+    assert len(traces) == 1
+
+
+class Noting(nn.Module):
+    """Followed part by part, and noting sizes at its first run, as detectors' pooling does."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = two_layers()
+        self.head = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 3))
+
+    def forward(self, x):
+        places = self.backbone(x).flatten(2).transpose(1, 2).flatten(0, 1)
+        if not hasattr(self, "seen"):
+            self.seen = tuple(places.shape)
+        return self.head(torch.stack([place * float(place.sum()) for place in places]))  # which no graph could hold
+
+
+def test_parts_are_traced_once_though_a_model_notes_something_at_its_first_run(traces):
+    model = Noting().eval()
+    config = dependency_groups(model, IMAGES, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}])
+    count = len(traces)
+    assert count > 0
+    assert "seen" not in vars(model)
+    pruner = RandomPruner(model, config, seed=0)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    assert to_dense(model, IMAGES, masks).head[0].out_features == 3  # of 5
+    assert len(traces) == count
+
+
+def test_another_size_of_batch_is_traced_by_itself(traces):
+    model = two_layers()
+    for count in (1, 2, 1):
+        assert set(Network.on(model, torch.rand(count, 3, 8, 8)).flow.layers) == {"0", "2"}
+    assert len(traces) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model, "together", False),
+        lambda model: model.settings.update(scale=0.0),
+        lambda model: model.on.fill_(False),
+        lambda model: setattr(model, "mix", lambda one, other: one),
+    ],
+    ids=["attribute", "settings", "buffer", "function"],
+)
+def test_a_model_that_goes_another_way_is_traced_anew(change):
+    model = Switched()
+    assert set(Network.on(model, IMAGES).flow.layers) == {"one", "other"}
+    assert len(dependency_groups(model, IMAGES, [{"op_names": ["one", "other"], "sparse_ratio": 0.5}])) == 2
+    change(model)
+    assert set(Network.on(model, IMAGES).flow.layers) == {"one"}
+
+
+def test_a_part_with_another_forward_is_traced_anew():
+    model = nn.Sequential(Switched())
+    assert set(Network.on(model, IMAGES).flow.layers) == {"0.one", "0.other"}
+    model[0].forward = torch.relu
+    assert not Network.on(model, IMAGES).flow.layers
+
+
+def test_a_part_with_a_hook_is_traced_anew():
+    model = nn.Sequential(Switched(), nn.Conv2d(4, 2, 1))
+    assert FIXED not in Network.on(model, IMAGES).flow.entering_roots("1")
+    with model[0].register_forward_hook(lambda module, inputs, output: output + torch.ones(4, 1, 1)):
+        assert FIXED in Network.on(model, IMAGES).flow.entering_roots("1")
+    assert FIXED not in Network.on(model, IMAGES).flow.entering_roots("1")
+
+
+def test_no_answer_is_given_for_shapes_that_changed():
+    model = two_layers()
+    network = Network.on(model, IMAGES)
+    assert (len(network.flow.entering_roots("2")), network.sizes["2"][0][0]) == (4, (2, 4, 6, 6))
+    for name, layer in two_layers(6).named_children():
+        model.set_submodule(name, layer)
+    assert (len(network.flow.entering_roots("2")), network.sizes["2"][0][0]) == (6, (2, 6, 6, 6))
+    model[0].stride = (2, 2)
+    assert network.sizes["2"][0] == ((2, 6, 3, 3), (2, 2, 1, 1))
+
+
+def test_weights_may_change_and_the_graph_takes_the_new_ones(traces):
+    model = two_layers()
+    before = Network.on(model, IMAGES).flow
+    with torch.no_grad():
+        model[0].weight.mul_(3.0)
+    network = Network.on(model, IMAGES)
+    assert network.flow is before
+    graph, args = network.graph(model)
+    torch.testing.assert_close(graph(*args), model(IMAGES))
+    assert traces == ["Sequential"]
+
+
+def test_what_the_forward_makes_itself_is_in_the_graph():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(3, 4, 1)
+            self.shift = torch.ones(4, 1, 1)
+
+        def forward(self, x):
+            return self.layer(x) * torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1) + self.shift
+
+    model = Net().eval()
+    network = Network.on(model, IMAGES)
+    assert network.flow.layers
+    model.shift = torch.full((4, 1, 1), 5.0)
+    graph, args = network.graph(model)
+    torch.testing.assert_close(graph(*args), model(IMAGES))
+    assert "_tensor_constant0" not in vars(model)
+
+
+def test_a_wrapped_model_is_the_same_network(traces):
+    model, images = toy_model(), toy_images(2)
+    before = Network.on(model, images).flow
+    config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+    pruner = TopologicalPruner(model, config)
+    pruner.compress()
+    assert Network.on(pruner.bound_model, images).flow is before
+
+
+def test_a_graph_found_by_running_is_found_again(monkeypatch):
+    class Chosen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return torch.relu(self.one(x) if self.one(x).sum() > 0 else self.other(self.one(x)[:, :3]))
+
+    model = Chosen().eval()
+    with torch.no_grad():
+        model.one.bias.fill_(9.0)
+    assert set(Network.on(model, IMAGES).flow.layers) == {"one"}
+    with torch.no_grad():
+        model.one.bias.fill_(-9.0)
+    assert set(Network.on(model, IMAGES).flow.layers) == {"one", "other"}
+
+
+def test_a_model_that_is_gone_leaves_nothing_behind():
+    model = two_layers()
+    network = Network.on(model, IMAGES)
+    assert network.flow.layers
+    assert network.sizes
+    held = weakref.ref(model)
+    del model, network
+    gc.collect()
+    assert held() is None
+
+
+def test_a_copy_is_known_only_as_long_as_it_is_one(traces):
+    model = two_layers()
+    flow = Network.on(model, IMAGES).flow
+    other = copy.deepcopy(model)
+    module.hand_on(model, other)
+    assert Network.on(other, IMAGES).flow is flow
+    other.set_submodule("0", nn.Conv2d(3, 4, 1))
+    assert Network.on(other, IMAGES).flow is not flow
+    assert Network.on(model, IMAGES).flow is flow
+    assert len(traces) == 2

@@ -1,0 +1,276 @@
+"""What stays although it is masked is said, with the reason; the report says what went."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import pickle
+
+import pytest
+import torch
+from nni.compression.pruning import L1NormPruner
+from speedup_nets import Chunked, Grouped, Residual, chain, filter_mask, l1_masks, parameters
+from torch import nn
+
+import nni_topo
+from nni_topo.network.speedup.report import DenseReport, LayerReport
+from nni_topo.speedup import dependency_groups, masked_model, to_dense
+
+IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def rows(dense):
+    return {row.name: (row.before, row.asked, row.after) for row in dense.report.rows}
+
+
+def warned(caplog, model, inputs, masks, **knobs):
+    with caplog.at_level(logging.WARNING, "nni_topo"):
+        dense = to_dense(model, inputs, masks, **knobs)
+    return dense, [record.getMessage() for record in caplog.records]
+
+
+def test_the_report_of_a_chain_counts_by_hand(caplog):
+    model = chain()
+    masks = {"0": filter_mask(model[0], [1, 4, 5]), "3": filter_mask(model[3], [0, 4])}
+    dense, messages = warned(caplog, model, IMAGES, masks)
+    assert rows(dense) == {"0": (8, 5, 5), "3": (6, 4, 4), "8": (4, 4, 4)}
+    assert dense.report.kept == ()
+    assert messages == []
+    assert not hasattr(model, "report")
+
+
+def test_a_kept_channel_is_in_one_warning_and_in_the_report(caplog):
+    model = Residual()
+    dense, messages = warned(caplog, model, IMAGES, {"stem": filter_mask(model.stem, [0, 1])})
+    assert rows(dense)["stem"] == (8, 6, 8)
+    (row,) = dense.report.kept
+    assert (row.name, row.kept) == ("stem", 2)
+    assert "point" in row.reason
+    (message,) = messages
+    assert f"stem 2 of 8 ({row.reason})" in message
+    assert repr(dense.report).splitlines()[1].split()[:4] == ["stem", "8", "6", "8"]
+    assert row.reason in repr(dense.report)
+
+
+def test_one_warning_names_all_layers(caplog):
+    grouped = Grouped()
+    masks = {"first": filter_mask(grouped.first, [0]), "second": filter_mask(grouped.second, [7, 8])}
+    dense, messages = warned(caplog, grouped, IMAGES, masks)
+    assert {row.name for row in dense.report.kept} == {"first", "second"}
+    assert all("equally many" in row.reason for row in dense.report.kept)
+    (message,) = messages
+    assert "first 1 of 8" in message
+    assert "second 2 of 12" in message
+
+
+def test_chunks_and_rounding_say_so(caplog):
+    model = Chunked()
+    dense, messages = warned(caplog, model, IMAGES, {"first": filter_mask(model.first, [0])}, check=False)
+    assert len(messages) == 1
+    model, (row,) = chain(), dense.report.kept
+    assert row == LayerReport("first", 8, 7, 8, "its own channels meet one another")
+    caplog.clear()
+    dense, messages = warned(caplog, model, IMAGES, {"0": filter_mask(model[0], [1, 4, 5])}, round_to=4)
+    assert messages == []
+    assert dense.report.kept == (LayerReport("0", 8, 5, 8, "round_to=4"),)
+
+
+def test_a_norms_own_mask_removes_nothing_and_says_so(caplog):
+    model = chain()
+    mask = torch.ones(8)
+    mask[2] = 0
+    dense, messages = warned(caplog, model, IMAGES, {"1": {"weight": mask, "bias": mask}})
+    (row,) = dense.report.kept
+    assert (row.name, row.before, row.asked, row.after) == ("1", 8, 7, 8)
+    assert "1 1 of 8" in messages[0]
+
+
+def test_the_report_survives_pickle_copies_and_saving(tmp_path):
+    model = chain()
+    masks = {"0": filter_mask(model[0], [1, 4, 5])}
+    dense = to_dense(model, IMAGES, masks)
+    report = pickle.loads(pickle.dumps(dense.report))
+    assert isinstance(report, DenseReport)
+    assert report == dense.report == copy.deepcopy(dense).report
+    stream = io.BytesIO()
+    torch.save(dense, stream)
+    stream.seek(0)
+    assert torch.load(stream, weights_only=False).report == report
+    with pytest.raises(AttributeError):
+        report.rows = ()
+    nni_topo.save(dense, tmp_path / "dense.pt")
+    loaded = nni_topo.load(tmp_path / "dense.pt", chain)
+    assert torch.equal(loaded.eval()(IMAGES), dense.eval()(IMAGES))
+    again = to_dense(dense, IMAGES, {"0": filter_mask(dense[0], [0])})
+    assert rows(again)["0"] == (5, 4, 4)
+
+
+class WithReport(nn.Sequential):
+    def report(self):
+        return "of its own"
+
+
+def test_a_model_with_a_report_of_its_own_keeps_it():
+    model = WithReport(*chain())
+    assert to_dense(model, IMAGES, {"0": filter_mask(model[0], [1])}).report() == "of its own"
+    model = chain()
+    model.report = nn.Linear(4, 4)
+    model.append(nn.Flatten())
+    assert isinstance(to_dense(model, IMAGES, {"0": filter_mask(model[0], [1])}).report, nn.Linear)
+
+
+def encoder_layer(**knobs):
+    torch.manual_seed(0)
+    return nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0.0, **knobs)
+
+
+class Subclass(nn.TransformerEncoderLayer):
+    """A layer with a forward of its own, which goes through the fast path."""
+
+    def forward(self, src):
+        return super().forward(src)
+
+
+class Classifier(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        torch.manual_seed(1)
+        self.embed = nn.Linear(4, 8)
+        self.body = body
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.body(self.embed(x)).mean(1))
+
+
+class Translator(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.body = nn.Transformer(8, 2, 1, 2, 12, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, src, tgt):
+        return self.head(self.body(src, tgt, tgt_mask=torch.ones(6, 6).tril().log()))
+
+
+PARTS = ("decoder.layers.0", "decoder.layers.1", "encoder.layers.0")
+SEQUENCES = torch.rand(2, 6, 4, generator=torch.Generator().manual_seed(0))
+BODIES = {
+    "layer": encoder_layer,
+    "norm first": lambda: encoder_layer(norm_first=True, activation="gelu"),
+    "module activation": lambda: encoder_layer(activation=nn.GELU()),
+    "encoder": lambda: nn.TransformerEncoder(encoder_layer(), 2, norm=nn.LayerNorm(8)),
+    "encoder norm first": lambda: nn.TransformerEncoder(encoder_layer(norm_first=True), 2, enable_nested_tensor=False),
+}
+
+
+def same_output(dense, reference, *inputs):
+    with torch.no_grad():
+        expected, actual = (copy.deepcopy(model).eval()(*inputs) for model in (reference, dense))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("name", BODIES)
+def test_the_inner_layer_of_a_transformer_shrinks(name, alone, caplog):
+    model = BODIES[name]().eval() if alone else Classifier(BODIES[name]()).eval()
+    inputs = torch.rand(2, 6, 8, generator=torch.Generator().manual_seed(0)) if alone else SEQUENCES
+    config = {"op_names_re": [".*linear1"], "op_types": ["Linear"], "sparse_ratio": 0.5}
+    masks = l1_masks(model, dependency_groups(model, inputs, [config]))
+    dense, messages = warned(caplog, model, inputs, masks)
+    inner = [module for path, module in dense.named_modules() if path.endswith("linear1")]
+    outer = [module for path, module in dense.named_modules() if path.endswith("linear2")]
+    assert len(inner) == (2 if "encoder" in name else 1)
+    assert {module.out_features for module in inner} == {module.in_features for module in outer} == {6}
+    assert messages == []
+    assert dense.report.kept == ()
+    assert parameters(dense) == parameters(model) - len(inner) * 6 * (8 + 1 + 8)
+    # with and without gradients, that is on the plain path and on the fast one
+    same_output(dense, masked_model(model, inputs, masks), inputs)
+    torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_decoders_and_whole_transformers_shrink():
+    model = Translator().eval()
+    inputs = tuple(torch.rand(2, n, 8, generator=torch.Generator().manual_seed(n)) for n in (5, 6))
+    config = {"op_names_re": [".*linear1"], "op_types": ["Linear"], "sparse_ratio": 0.5}
+    masks = l1_masks(model, dependency_groups(model, inputs, [config]))
+    dense = to_dense(model, inputs, masks)
+    assert sorted(masks) == [
+        f"body.{part}.linear1" for part in ("decoder.layers.0", "decoder.layers.1", "encoder.layers.0")
+    ]
+    assert {row.after for row in dense.report.rows if row.name in masks} == {6}
+    same_output(dense, masked_model(model, inputs, masks), *inputs)
+
+
+class Padded(nn.Module):
+    """Padding that the fast path cuts out of the batch, at positions that are read later."""
+
+    def __init__(self, nested):
+        super().__init__()
+        torch.manual_seed(1)
+        self.embed = nn.Embedding(20, 8, padding_idx=0)
+        self.body = nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=nested)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids):
+        return self.head(self.body(self.embed(ids), src_key_padding_mask=ids.eq(0)))
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_padded_batches_shrink(nested):
+    model, ids = Padded(nested).eval(), torch.randint(1, 20, (3, 7), generator=torch.Generator().manual_seed(0))
+    ids[1, 4:] = 0
+    names = [f"body.layers.{i}.linear1" for i in range(2)]
+    masks = {name: filter_mask(model.get_submodule(name), range(0, 12, 2)) for name in names}
+    dense = to_dense(model, ids, masks)
+    assert [dense.get_submodule(name).out_features for name in names] == [6, 6]
+    assert torch.backends.mha.get_fastpath_enabled()
+    same_output(dense, masked_model(model, ids, masks), ids)
+
+
+def test_all_linear_layers_of_a_transformer_say_which_stay(caplog):
+    model = Classifier(encoder_layer()).eval()
+    pruner = L1NormPruner(model, [{"op_types": ["Linear"], "sparse_ratio": 0.5, "exclude_op_names": ["head"]}])
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    dense, messages = warned(caplog, model, SEQUENCES, masks)
+    assert rows(dense)["body.linear1"] == (12, 6, 6)
+    assert {row.name for row in dense.report.kept} == {"embed", "body.linear2"}
+    assert all("body.self_attn" in row.reason for row in dense.report.kept)
+    assert len(messages) == 1
+    assert "embed 4 of 8" in messages[0]
+    assert "body.linear2 4 of 8" in messages[0]
+
+
+def test_layers_within_a_module_that_is_called_as_a_whole_say_so(caplog):
+    model = Classifier(encoder_layer()).eval()
+    model.body.self_attn.add_zero_attn = True  # what heads that are left would still attend to
+    target = model.body.self_attn.out_proj
+    dense, messages = warned(caplog, model, SEQUENCES, {"body.self_attn.out_proj": filter_mask(target, [0, 1])})
+    (row,) = dense.report.kept
+    assert row == LayerReport(
+        "body.self_attn.out_proj", 8, 6, 8, "within body.self_attn (MultiheadAttention), which is called as a whole"
+    )
+    assert "body.self_attn.out_proj 2 of 8" in messages[0]
+
+
+def test_a_subclass_with_its_own_forward_shrinks_or_says_that_it_stays(caplog):
+    torch.manual_seed(0)
+    model = Classifier(Subclass(8, 2, 12, batch_first=True, dropout=0.0)).eval()
+    masks = {"body.linear1": filter_mask(model.body.linear1, range(6))}
+    dense, messages = warned(caplog, model, SEQUENCES, masks)
+    if dense.body.linear1.out_features == 12:
+        assert dense.report.kept[0].name == "body.linear1"
+        assert "body.linear1 6 of 12" in messages[0]
+    same_output(dense, masked_model(model, SEQUENCES, masks), SEQUENCES)
+
+
+def test_a_layer_that_is_never_called_says_so(caplog):
+    model = Classifier(encoder_layer()).eval()
+    model.never = nn.Linear(3, 4)
+    dense, messages = warned(caplog, model, SEQUENCES, {"never": filter_mask(model.never, [0])})
+    assert dense.report.kept[0].name == "never"
+    assert "never 1 of 4" in messages[0]
