@@ -235,7 +235,8 @@ def test_a_shared_layer_ties_what_enters_its_calls():
 @pytest.mark.slow
 def test_the_order_does_not_depend_on_the_hash_seed(bare_python):
     script = (
-        f"import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parents[1])!r}); import torch, speedup_nets as nets;"
+        f"import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parents[1])!r});"
+        "import torch, speedup_nets as nets;"
         "from nni_topo.speedup import dependency_groups as groups;"
         "print(groups(nets.Residual(), torch.rand(1, 3, 8, 8), [{'op_types': ['Conv2d'], 'sparse_ratio': 0.5}]))"
     )
