@@ -57,7 +57,7 @@ THESIS: dict[str, dict[str, Any]] = {
 COLUMNS = {
     "accuracy_oneshot": "as shipped %",
     "accuracy_recalibrated": "BN recal. %",
-    "accuracy_retrained": "retrained %",
+    "accuracy_retrained": "fine-tuned %",
 }
 
 
@@ -180,14 +180,14 @@ def _with_labels(cell: Cell, data: zoo.DataBundle) -> Cell:
 
 
 def _print(records: list[Record]) -> None:
-    """Print a Markdown table a target: means over the seeds, 95 % intervals, paired differences to the best rival.
+    """Print a Markdown table a target: means over the seeds, 95 % intervals, paired differences to the best baseline.
 
     Then what each search is worth over the greedy cover of its cloud, and the thesis' choice over random, in points.
     """
     for (model, data, target), rows in grouped(records).items():
         seeds = max(len(runs) for runs in rows.values())
         columns = [name for name in COLUMNS if any(name in run for runs in rows.values() for run in runs.values())]
-        titles = [title for name in columns for title in (COLUMNS[name], "vs best rival")]
+        titles = [title for name in columns for title in (COLUMNS[name], "vs best baseline")]
         print(f"\n**{model} on {data}, {target} ({seeds} seeds)**\n")
         print(f"| selection | MACs (M) | {' | '.join(titles)} | prune s |\n|---|{'---:|' * (len(titles) + 2)}")
         rivals = {name: best_rival(rows, name) for name in columns}
@@ -198,7 +198,7 @@ def _print(records: list[Record]) -> None:
                 rival = rivals[name]
                 is_best = rival is None or row == rival
                 versus = "" if rival is None else paired_difference(runs, rows[rival], name).show(100, sign=True)
-                cells.append("best rival" if is_best else versus)
+                cells.append("best baseline" if is_best else versus)
             cells.append(f"{interval([run['prune_seconds'] for run in runs.values()]).mean:.1f}")
             print(f"| {row} | {' | '.join(cells)} |")
         searches = {f"{c}, {k}": (f"{c}, {k}, genetic", f"{c}, hausdorff, greedy") for c, k in SEARCHES}

@@ -14,7 +14,12 @@ from nni_topo.runs.records import Record
 from nni_topo.runs.tables import grouped, interval
 
 _MARKERS = "osD^vP*X<>"
-_STEPS = {"oneshot": "one-shot", "compensated": "compensated", "distilled": "distilled", "retrained": "retrained"}
+_STEPS = {
+    "oneshot": "no recovery",
+    "compensated": "weight reconstruction",
+    "distilled": "distilled",
+    "retrained": "fine-tuned",
+}
 _Item = TypeVar("_Item")
 
 

@@ -70,10 +70,16 @@ def prune_costs(record: Record) -> list[tuple[str, str, str]]:
         label = f"{asked.kind} left % ({100 * asked.asked:.4g} asked, {'met' if asked.is_met else 'missed'})"
         rows.append((label, "100.0", f"{100 * asked.left:.1f}"))
     before = f"{100 * record['accuracy_before']:.1f}"
-    for step in ("oneshot", "compensated", "distilled", "retrained"):
+    steps = {
+        "oneshot": "accuracy",
+        "compensated": "weight reconstruction",
+        "distilled": "distilled",
+        "retrained": "fine-tuned",
+    }
+    for step, label in steps.items():
         if f"accuracy_{step}" in record:
-            label, whole = ("accuracy", before) if step == "oneshot" else (step, "")
-            rows.append((f"{label} %", whole, f"{100 * record[f'accuracy_{step}']:.1f}"))
+            unpruned = before if step == "oneshot" else ""
+            rows.append((f"{label} %", unpruned, f"{100 * record[f'accuracy_{step}']:.1f}"))
     return rows
 
 

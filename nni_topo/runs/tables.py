@@ -198,18 +198,18 @@ def _cells(rows: dict[str, dict[int, Record]], row: str) -> dict[str, str]:
         "not zero (k)": cell("weights_left", 1e-3, spread=False) if _has_zeros(runs) else "",
         "before %": cell("accuracy_before"),
         "before bits": cell("bits_before", 1, 3),
-        "one-shot %": cell("accuracy_oneshot"),
-        "one-shot bits": cell("bits_oneshot", 1, 3),
+        "no recovery %": cell("accuracy_oneshot"),
+        "no recovery bits": cell("bits_oneshot", 1, 3),
         "BN recal. %": cell("accuracy_recalibrated"),
-        "compensated %": cell("accuracy_compensated"),
-        "compensated bits": cell("bits_compensated", 1, 3),
-        "vs best rival, compensated": _versus(rows, row, "accuracy_compensated"),
+        "weight reconstruction %": cell("accuracy_compensated"),
+        "weight reconstruction bits": cell("bits_compensated", 1, 3),
+        "vs best baseline, weight reconstruction": _versus(rows, row, "accuracy_compensated"),
         "distilled %": cell("accuracy_distilled"),
         "distilled bits": cell("bits_distilled", 1, 3),
-        "vs best rival, distilled": _versus(rows, row, "accuracy_distilled"),
-        "retrained %": cell("accuracy_retrained"),
-        "retrained bits": cell("bits_retrained", 1, 3),
-        "vs best rival": _versus(rows, row, "accuracy_retrained"),
+        "vs best baseline, distilled": _versus(rows, row, "accuracy_distilled"),
+        "fine-tuned %": cell("accuracy_retrained"),
+        "fine-tuned bits": cell("bits_retrained", 1, 3),
+        "vs best baseline": _versus(rows, row, "accuracy_retrained"),
         "epochs until back": _convergence(runs),
         "latency ms": cell("latency_ms", 1, 2),
         "prune s": cell("prune_seconds", 1, 2, spread=False),
@@ -269,8 +269,8 @@ def _convergence(runs: dict[int, Record]) -> str:
 
 
 def _versus(rows: dict[str, dict[int, Record]], row: str, column: str) -> str:
-    """Show a row's paired difference to the best rival in a column."""
+    """Show a row's paired difference to the best baseline in a column."""
     rival = best_rival(rows, column)
     if rival is None or not any(column in record for record in rows[row].values()):
         return ""
-    return "best rival" if row == rival else paired_difference(rows[row], rows[rival], column).show(100, sign=True)
+    return "best baseline" if row == rival else paired_difference(rows[row], rows[rival], column).show(100, sign=True)

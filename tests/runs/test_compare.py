@@ -305,7 +305,7 @@ def test_compensation_distillation_taylor_and_a_yardstick(tmp_path):
         assert record["distill_seconds"] > 0.0
         assert "accuracy_retrained" not in record
     table = markdown_report(records)
-    assert "| distilled % | vs best rival, distilled |" in table
+    assert "| distilled % | vs best baseline, distilled |" in table
     assert f"| {100 * records[0]['accuracy_distilled']:.1f} |" in table
     assert "accuracy_oneshot" not in records[2]
     assert "accuracy_distilled" not in records[2]

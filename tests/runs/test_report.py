@@ -130,15 +130,15 @@ def test_differences_are_paired_by_seed_whatever_the_order_and_the_gaps():
     assert (difference.mean, difference.half) == (pytest.approx(0.1), pytest.approx(0.0, abs=1e-12))
 
 
-def test_the_table_names_every_row_and_the_best_rival():
+def test_the_table_names_every_row_and_the_best_baseline():
     stream = io.StringIO()
     print_report(RECORDS, Console(file=stream, width=160))
     text = stream.getvalue()
     assert "net on digits, ratio 0.5 (3 seeds)" in text
     (ours,) = [line for line in text.splitlines() if "ours" in line]
     assert "+1.7 ± 1.4" in ours
-    (rival,) = [line for line in text.splitlines() if "l1" in line]
-    assert "best rival" in rival
+    (baseline,) = [line for line in text.splitlines() if "l1" in line]
+    assert "best baseline" in baseline
 
 
 def test_the_markdown_table_has_the_same_cells():
@@ -160,7 +160,7 @@ def test_widths_are_means_over_seeds():
 def test_the_picture_shows_every_rows_mean_before_and_after():
     other = [{**entry, "data": "mnist", "flops": 2e6, "target": "flops 0.5"} for entry in RECORDS[:3]]
     axes = plot_accuracy([*RECORDS, *other])
-    titles = [f"net on {data}, {step}" for data in ("digits", "mnist") for step in ("one-shot", "retrained")]
+    titles = [f"net on {data}, {step}" for data in ("digits", "mnist") for step in ("no recovery", "fine-tuned")]
     assert [axis.get_title() for axis in axes] == titles
     rows = ("l1", "fpgm", "ours", "random")
     for axis, column in zip(axes[:2], ("accuracy_oneshot", "accuracy_retrained"), strict=True):
