@@ -1,6 +1,5 @@
 """Attention: its heads, their sizes, and attention without fused kernels."""
 
-from nni_topo.network.attention.fast_paths import fast_paths_off, mixing_called
 from nni_topo.network.attention.heads import (
     Attention,
     Given,
@@ -21,6 +20,7 @@ from nni_topo.network.attention.unfused.multihead import (
     PrunedMultiheadAttention,
     is_stepwise,
     is_whole,
+    mixing_called,
     projected,
     set_stepwise,
     stepwise_class,
@@ -33,7 +33,6 @@ __all__ = [
     "PrunedMultiheadAttention",
     "attend",
     "by_table",
-    "fast_paths_off",
     "find_attention",
     "find_frequencies",
     "find_heads",

@@ -6,6 +6,7 @@ Every output channel of every layer gets a number. The numbers travel through th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,27 @@ class ChannelFlow(Numbering):
     def layer_roots(self, name: str) -> np.ndarray:
         """Look up the representatives of a layer's output channels: int, shape (channels,)."""
         return self.roots(self.layer_numbers(name))
+
+    def kept(self, chosen: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Tell which channels stay if layers keep the chosen ones: bool, by group id.
+
+        ``chosen``: by layer, bool, shape (channels,) or (heads,). A channel stays as soon as one coupled with it does.
+        A layer that isn't chosen for keeps all, but for a depth-wise one, which follows the layer before it.
+        """
+        kept, stated = np.zeros(self.size, dtype=np.bool_), np.zeros(self.size, dtype=np.bool_)
+        for name, layer in self.layers.items():
+            ids, own = self.layer_roots(name), chosen.get(name)
+            if own is not None and len(own) < len(ids):
+                ids = self.roots(self.bundle_numbers(name))
+            # Of a layer that mixes heads, the choice may be one of columns.
+            if own is not None and len(own) == len(ids):
+                kept[ids[own]] = True
+                stated[ids] = True
+            elif not layer.depthwise:
+                kept[ids] = True
+                stated[ids] = True
+        kept[FIXED] = True
+        return kept | ~stated
 
     def why_pinned(self, name: str) -> list[str]:
         """Say why channels of a layer stay in any case, each reason once."""

@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nni_topo.network.attention import Attention, find_attention
-from nni_topo.network.channels import FIXED, ChannelFlow
 from nni_topo.network.layers import (
     NORMS,
     TRANSPOSED,
@@ -85,7 +83,7 @@ class NetworkCost:
         self._flow, sizes = network.flow, network.sizes
         self._modules = modules = dict(model.named_modules())
         self._layers = {
-            name: _layer_cost(self._flow, name, modules[name], _by_sample(modules[name], sizes[name], samples))
+            name: _layer_cost(network, name, modules[name], _by_sample(modules[name], sizes[name], samples))
             for name in self._flow.layers
             if name in sizes  # embeddings compute nothing
         }
@@ -95,11 +93,13 @@ class NetworkCost:
             if isinstance(module, NORMS) and module.affine and len(self._flow.entering_roots(name))
         }
         # What each channel of the heads' values takes: a product with every query for every key, twice.
-        self._attention = [
-            (self._flow.layer_roots(each.context[0])[each.context[1].ravel()], 2 * math.prod(self._tokens(each)))
-            for each in find_attention(model).values()
-            if self._layers.keys() >= {*each.channels, each.context[0]}
-        ]
+        self._attention: list[tuple[IntArray, int]] = []
+        for attention in network.attention.values():
+            layer, channels = attention.context
+            if self._layers.keys() >= {*attention.channels, layer}:
+                made = [self._layers[name] for name in attention.channels]
+                queries, keys = made[0].leaving_positions, made[-1].together  # of one sample
+                self._attention.append((self._flow.layer_roots(layer)[channels.ravel()], 2 * queries * keys))
         nothing = np.zeros(self._flow.size, dtype=np.bool_)
         counted = sum(cost.weights(nothing) for cost in self._layers.values())
         counted += 2 * sum(len(roots) for roots in self._norms.values())
@@ -108,7 +108,7 @@ class NetworkCost:
 
     def __call__(self, kept: Kept) -> Cost:
         """Count the cost with channels gone; by layer, bool, shape (channels,), those kept; else all are."""
-        gone = self._gone(kept)
+        gone = ~self._flow.kept(kept)
         macs = sum(cost.products(gone) * cost.positions for cost in self._layers.values())
         macs += sum(_left(roots, gone) * products for roots, products in self._attention)
         params = self._rest + sum(cost.weights(gone) for cost in self._layers.values())
@@ -116,19 +116,14 @@ class NetworkCost:
         values = params + max((cost.activations(gone) for cost in self._layers.values()), default=0)
         return Cost(macs, params, self._bytes * values)
 
-    def _tokens(self, attention: Attention) -> tuple[int, int]:
-        """Count the queries and the keys of one sample."""
-        layers = [self._layers[name] for name in attention.channels]
-        return layers[0].leaving_positions, layers[-1].together
-
     def widths(self, kept: Kept) -> dict[str, tuple[int, int]]:
         """Count the (input, output) channels left of each layer, of a linear layer the features."""
-        gone = self._gone(kept)
+        gone = ~self._flow.kept(kept)
         return {name: (_left(cost.entering, gone), _left(cost.leaving, gone)) for name, cost in self._layers.items()}
 
     def masks(self, kept: Kept) -> dict[str, dict[str, torch.Tensor]]:
         """Return masks, of layers that lose channels, that let the same ones go."""
-        gone, found = self._gone(kept), {}
+        gone, found = ~self._flow.kept(kept), {}
         for name, cost in self._layers.items():
             stays, module = torch.from_numpy(~gone[cost.leaving]), self._modules[name]
             if not stays.all():
@@ -138,24 +133,9 @@ class NetworkCost:
                         found[name][own] = stays.to(rows).view(-1, *[1] * (rows.dim() - 1)).expand_as(rows)
         return found
 
-    def _gone(self, kept: Kept) -> BoolArray:
-        """Say, by representative, which channels no layer puts out any more, (channels,)."""
-        gone = np.zeros(self._flow.size, dtype=np.bool_)
-        stays = [np.array([FIXED])]
-        for name, layer in self._flow.layers.items():
-            roots = self._flow.layer_roots(name)
-            if name in kept and len(kept[name]) < len(roots):
-                roots = self._flow.roots(self._flow.bundle_numbers(name))
-            if name in kept and len(kept[name]) == len(roots):
-                stays.append(roots[kept[name]])
-                gone[roots[~kept[name]]] = True
-            elif not layer.depthwise:
-                stays.append(roots)
-        gone[np.concatenate(stays)] = False
-        return gone
 
-
-def _layer_cost(flow: ChannelFlow, name: str, module: Any, calls: list[tuple[Size, Size]]) -> _LayerCost:
+def _layer_cost(network: Network, name: str, module: Any, calls: list[tuple[Size, Size]]) -> _LayerCost:
+    flow = network.flow
     entering = [flow.entering_roots(name)]
     if is_recurrent(module):  # every unit reads all units too
         entering.append(flow.roots(flow.bundle_numbers(name)))

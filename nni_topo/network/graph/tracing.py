@@ -15,7 +15,7 @@ import torch.fx
 from torch.fx.passes.shape_prop import ShapeProp
 
 from nni_topo.errors import ConfigError, SpeedupError
-from nni_topo.network.attention import Attention, Given, fast_paths_off, find_attention, is_stepwise, open_attention
+from nni_topo.network.attention import Attention, Given, find_attention, is_stepwise, open_attention
 from nni_topo.network.graph.checking import Calls, Comparison
 from nni_topo.network.graph.graph_module import on_modules
 from nni_topo.network.graph.recording import record
@@ -28,6 +28,7 @@ from nni_topo.network.runtime import (
     bind_arguments,
     called,
     detached_copy,
+    fast_paths_off,
     out_of_memory,
     random_state_kept,
     tensors_of,

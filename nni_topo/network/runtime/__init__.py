@@ -24,6 +24,7 @@ from nni_topo.network.runtime.copying import RandomWeights, detached_copy, devic
 from nni_topo.network.runtime.evaluation import (
     drawn_since,
     evaluation_mode,
+    fast_paths_off,
     random_state_kept,
     random_states,
     torch_random_kept,
@@ -119,6 +120,7 @@ __all__ = [
     "difference",
     "drawn_since",
     "evaluation_mode",
+    "fast_paths_off",
     "first_call",
     "fitting",
     "in_smaller_batches",

@@ -25,6 +25,18 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def fast_paths_off() -> Iterator[None]:
+    """Let attention and transformer layers compute what they say, step by step, for a while."""
+    # The fast paths turn padded batches into nested tensors, on which hooks and masks can't work.
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
 def random_state_kept() -> Iterator[None]:
     """Leave the random states of PyTorch, NumPy and Python as they were."""
     python, numpy = random.getstate(), np.random.get_state()

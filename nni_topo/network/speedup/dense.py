@@ -12,7 +12,7 @@ import torch
 from nni.compression.speedup.replacer import Replacer
 
 from nni_topo.errors import ConfigError, checked
-from nni_topo.network.attention import fast_paths_off, tell_config
+from nni_topo.network.attention import tell_config
 from nni_topo.network.channels import ONLY_TRAINED, ChannelFlow
 from nni_topo.network.graph import Steps
 from nni_topo.network.layers import number_at, put_sizes, sizes_shown, stale_numbers
@@ -25,6 +25,7 @@ from nni_topo.network.runtime import (
     call_arguments,
     check_model,
     detached_copy,
+    fast_paths_off,
     leaves_models_alone,
     left_alone,
     random_state_kept,

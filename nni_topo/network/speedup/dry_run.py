@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nni_topo.errors import SpeedupError
-from nni_topo.network.attention import attend, fast_paths_off
+from nni_topo.network.attention import attend
 from nni_topo.network.channels import FIXED, ChannelFlow, Shares, chosen_of, shares
 from nni_topo.network.graph import RANDOM, arguments, place, plain_name, resized
 from nni_topo.network.layers import is_normalizing, is_recurrent, per_channel_names
@@ -30,6 +30,7 @@ from nni_topo.network.runtime import (
     cast_floats,
     detached_copy,
     difference,
+    fast_paths_off,
     out_of_memory,
     put_parameters,
     random_like,

@@ -15,7 +15,6 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import SpeedupError
-from nni_topo.network.attention import fast_paths_off
 from nni_topo.network.layers import channel_dim, fold, is_depthwise, is_normalizing, per_channel_names
 from nni_topo.network.runtime import (
     Call,
@@ -24,6 +23,7 @@ from nni_topo.network.runtime import (
     cast_floats,
     detached_copy,
     difference,
+    fast_paths_off,
     out_of_memory,
     put_parameters,
     random_like,

@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.passes.shape_prop import ShapeProp
 
 from nni_topo.errors import NniTopoError, SpeedupError
-from nni_topo.network.attention import fast_paths_off
+from nni_topo.network.attention import Attention, find_attention
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.graph import (
     add_training,
@@ -31,6 +31,7 @@ from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, LayerSizes, Size, 
 from nni_topo.network.runtime import (
     Call,
     call_arguments,
+    fast_paths_off,
     out_of_memory,
     put_parameters,
     random_state_kept,
@@ -78,6 +79,11 @@ class Network:
     def sizes(self) -> LayerSizes:
         """Shapes of what enters and leaves each layer, by call."""
         return self._known("sizes", lambda: layer_sizes(self.model, self.call))
+
+    @property
+    def attention(self) -> dict[str, Attention]:
+        """The attention modules of the model, by name."""
+        return find_attention(self.model)
 
     @property
     def planes(self) -> dict[str, tuple[Size, Size]]:

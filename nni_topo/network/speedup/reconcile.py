@@ -83,7 +83,7 @@ def resolve(
     carriers = carriers or {}
     round_to = widths_multiple(round_to, device_of(model))
     given = _given(model, flow, masks)
-    kept = _union(flow, given)
+    kept = flow.kept(given)
     # Before rounding brings channels back: a mask on the output is a mistake even where this would undo it.
     _check_output(flow, given, kept)
     # Equal blocks and rounding bring back the largest weights first, by L1 norm over tied channels.
@@ -110,7 +110,7 @@ def resolve(
 
 def union(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> np.ndarray:
     """Tell for every representative whether it is kept: it is as soon as one tied to it is, or has no mask."""
-    return _union(flow, _given(model, flow, masks))
+    return flow.kept(_given(model, flow, masks))
 
 
 def _given(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> dict[str, np.ndarray]:
@@ -121,20 +121,6 @@ def _given(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> dict[
         if kept is not None:
             given[name] = kept.cpu().numpy()
     return given
-
-
-def _union(flow: ChannelFlow, given: dict[str, np.ndarray]) -> np.ndarray:
-    """Tell for every representative whether it is kept."""
-    kept, stated = np.zeros(flow.size, dtype=bool), np.zeros(flow.size, dtype=bool)
-    for name, layer in flow.layers.items():
-        # It has no say: its channels go with those of the layer before it. Any other layer without a mask keeps all.
-        if layer.depthwise and name not in given:
-            continue
-        roots = flow.layer_roots(name)
-        kept[roots[given.get(name, np.ones(len(roots), dtype=bool))]] = True
-        stated[roots] = True
-    kept[FIXED] = True
-    return kept | ~stated
 
 
 def _check_output(flow: ChannelFlow, given: dict[str, np.ndarray], kept: np.ndarray) -> None:

@@ -7,6 +7,9 @@ of ``nn.MultiheadAttention``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -121,3 +124,20 @@ def set_stepwise(module: Any, stepwise: bool = True) -> None:
     if isinstance(module, nn.MultiheadAttention):
         # Layers of PyTorch's don't compute with its weights by themselves where this is false.
         module._qkv_same_embed_dim = not stepwise
+
+
+@contextmanager
+def mixing_called(*models: nn.Module) -> Iterator[None]:
+    """Let attention call the layer that mixes its heads, and others of it, so that hooks see them."""
+    with ExitStack() as undone:
+        for module in (each for model in models for each in model.modules() if is_whole(each)):
+            kind: Any = stepwise_class(module)
+            # NNI's wrapper keeps the forward that it calls.
+            place = vars(getattr(module, "_nni_wrapper", module))
+            key = "forward" if place is vars(module) else "module_forward"
+            undone.callback(partial(place.__setitem__, key, place[key]) if key in place else partial(place.pop, key))
+            place[key] = partial(kind.forward, module)
+        # The fast paths call no layers at all.
+        undone.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield

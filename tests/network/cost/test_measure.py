@@ -12,7 +12,7 @@ from torch import nn
 import nni_topo
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError
-from nni_topo.network.cost.profiling import profile
+from nni_topo.network.cost.measure import profile
 from nni_topo.network.speedup.reconcile import widths_multiple
 
 
