@@ -79,7 +79,7 @@ def _children_import_no_trainers():
 
 @pytest.fixture(scope="session", autouse=True)
 def _timed_for_a_moment():
-    # every record of a run says how long its networks take; that the default is 30 rounds, test_zoo_measure looks at
+    # every record of a run says how long its networks take; network/cost/test_measure.py tests the default of 30
     from nni_topo import zoo
 
     with pytest.MonkeyPatch.context() as patch:

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +17,254 @@ from torch import nn
 
 import nni_topo
 from nni_topo.cli import main
-from nni_topo.errors import ConfigError
-from nni_topo.network.cost.measure import profile
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.cost.measure import memory_kept, now, profile, time_shares
 from nni_topo.network.speedup.reconcile import widths_multiple
+from nni_topo.zoo import count_macs, count_params, create_model, latencies, latency_ms
+
+
+# Convolution: output positions * output channels * input channels per group * kernel area.
+@pytest.mark.parametrize(
+    ("layer", "shape", "expected"),
+    [
+        (nn.Conv2d(3, 8, 3, padding=1), (3, 10, 12), 10 * 12 * 8 * 3 * 9),
+        (nn.Conv2d(3, 8, 3, stride=2), (3, 11, 11), 5 * 5 * 8 * 3 * 9),
+        (nn.Conv2d(4, 8, (3, 5), groups=2, padding=(1, 2)), (4, 6, 6), 6 * 6 * 8 * 2 * 15),
+        (nn.Conv2d(6, 6, 3, groups=6, padding=1), (6, 5, 5), 5 * 5 * 6 * 1 * 9),
+        (nn.ConvTranspose2d(4, 2, 2, stride=2), (4, 5, 5), 5 * 5 * 4 * 2 * 4),
+        (nn.Conv1d(4, 2, 3), (4, 9), 7 * 2 * 4 * 3),
+        (nn.Linear(20, 7), (20,), 20 * 7),
+        (nn.Linear(20, 7), (5, 20), 5 * 20 * 7),
+        (nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2)), (3, 4, 4), 0),
+    ],
+)
+def test_macs_by_hand(layer: nn.Module, shape: tuple[int, ...], expected: int) -> None:
+    assert count_macs(layer, torch.zeros(1, *shape)) == expected
+    assert count_macs(layer, torch.zeros(4, *shape)) == expected
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.attention(tokens, tokens, tokens, need_weights=False)[0]
+
+
+def test_macs_of_attention_by_hand() -> None:
+    tokens, width = 10, 16
+    # Queries, keys, values and output projection; then scores and weighted values, all heads together.
+    expected = 4 * tokens * width * width + 2 * tokens * tokens * width
+    assert count_macs(SelfAttention(width, heads=4), torch.zeros(2, tokens, width)) == expected
+
+
+def test_macs_of_an_encoder_layer_see_through_the_fast_path() -> None:
+    tokens, width, hidden = 6, 8, 32
+    layer = nn.TransformerEncoderLayer(width, 2, hidden, batch_first=True)
+    expected = 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * hidden
+    assert count_macs(layer, torch.zeros(1, tokens, width)) == expected
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+# ResNet-20 on 1x28x28: 3x3 convolutions at 28, 14 and 7, shortcuts, head.
+def test_macs_of_resnet20_by_hand() -> None:
+    model = create_model("resnet20", num_classes=10, in_channels=1, image_size=28)
+    first = 784 * 9 * (16 + 6 * 16 * 16)
+    second = 196 * (9 * (16 * 32 + 5 * 32 * 32) + 16 * 32)
+    third = 49 * (9 * (32 * 64 + 5 * 64 * 64) + 32 * 64)
+    assert count_macs(model, torch.zeros(1, 1, 28, 28)) == first + second + third + 640
+
+
+def test_macs_of_a_model_with_two_inputs() -> None:
+    model = nn.Bilinear(3, 4, 5)
+    assert count_macs(model, (torch.zeros(2, 3), torch.zeros(2, 4))) == count_macs(
+        model, (torch.zeros(1, 3), torch.zeros(1, 4))
+    )
+
+
+def test_measuring_leaves_the_modes_and_batch_norms_alone() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)).train()
+    model[1].eval()
+    inputs = torch.full((3, 4), 5.0)
+    count_macs(model, inputs)
+    latency_ms(model, inputs, runs=2, warmup=1)
+    assert [module.training for module in model.modules()] == [True, True, False]
+    assert torch.equal(model[0].running_mean, torch.zeros(4))
+
+
+def test_params_count_shared_ones_once_and_no_buffers() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    assert count_params(model) == 16 + 4 + 8 + 4
+
+
+def test_latencies_order_models_by_their_work() -> None:
+    """A hundred times the work takes longer on any machine, however busy: the two are timed in turns."""
+    models = {"large": nn.Linear(1500, 1500), "small": nn.Linear(1500, 15)}
+    times = latencies(models, torch.zeros(64, 1500), runs=9, warmup=2)
+    assert list(times) == ["large", "small"]
+    assert times["large"] > times["small"] > 0
+
+
+class Clock:
+    """Stands still but for what models say they take; notes which one ran."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.ran: list[str] = []
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def model(self, name: str, *seconds: float) -> nn.Module:
+        """A model that takes so many seconds at its first, second, ... pass."""
+        passes = iter(seconds)
+
+        class Timed(nn.Module):
+            def forward(_, inputs: torch.Tensor) -> torch.Tensor:  # noqa: N805
+                self.now += next(passes)
+                self.ran.append(name)
+                return inputs
+
+        return Timed()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("nni_topo.network.cost.measure.time", clock)
+    monkeypatch.setattr("nni_topo.network.cost.measure._without_core", lambda: 0.0)
+    return clock
+
+
+def test_a_latency_is_the_median_in_milliseconds_without_the_warm_up(clock: Clock) -> None:
+    models = {
+        "one": clock.model("one", 100.0, 50.0, 1.0, 9.0, 2.0),
+        "two": clock.model("two", 7.0, 7.0, 4.0, 4.0, 99.0),
+    }
+    assert latencies(models, torch.zeros(1), runs=3, warmup=2) == {"one": 2000.0, "two": 4000.0}
+
+
+def test_five_rounds_warm_up_and_thirty_count_where_nothing_else_is_said(clock: Clock) -> None:
+    model = clock.model("one", *[9.0] * 5, *[1.0] * 15, *[3.0] * 15)
+    assert latencies({"one": model}, torch.zeros(1)) == {"one": 2000.0}
+    assert len(clock.ran) == 35
+
+
+def test_a_share_of_the_time_is_that_of_passes_side_by_side(clock: Clock) -> None:
+    """A machine that is ten times as slow for a while is so in both passes of a round, each of which is half."""
+    slow = [1.0, 10.0, 10.0, 1.0, 1.0, 10.0, 1.0, 10.0, 1.0]
+    part, whole = (clock.model(name, *(factor * each for each in slow)) for name, factor in (("a", 1.0), ("b", 2.0)))
+    assert time_shares([part], whole, torch.zeros(1)) == [(0.5, 0.0)]
+    assert len(clock.ran) == 18  # a round warms up, eight are enough where all say the same
+
+
+def test_rounds_go_on_until_a_share_is_known_or_the_seconds_are_over(clock: Clock) -> None:
+    def timed(seconds: float, wanted: float | None = None) -> tuple[float, float, int]:
+        generator, clock.ran = random.Random(0), []
+        part = clock.model("a", *(generator.uniform(0.4, 0.6) for _ in range(4000)))
+        whole = clock.model("b", *[1.0] * 4000)
+        (found,) = time_shares([part], whole, torch.zeros(1), wanted, precision=0.02, seconds=seconds)
+        return *found, len(clock.ran) // 2 - 1
+
+    share, off, rounds = timed(1e9)
+    assert share == pytest.approx(0.5, rel=0.02)
+    assert off <= 0.02
+    assert rounds == 512  # of so many evenly spread ones the median is known to 1.96 * 0.1 / sqrt(512) of 0.5: 1.7 %
+    assert timed(1e9, wanted=0.25)[2] <= 32  # far from a quarter a tenth does
+    share, off, rounds = timed(30.0)
+    assert off > 0.02
+    assert 19 <= rounds <= 21
+
+
+def test_several_shares_are_found_in_the_same_rounds(clock: Clock) -> None:
+    slow = [1.0, 10.0, 10.0, 1.0, 1.0, 10.0, 1.0, 10.0, 1.0]
+    factors = {"a": 1.0, "b": 3.0, "whole": 4.0}
+    one, other, whole = (clock.model(name, *(by * each for each in slow)) for name, by in factors.items())
+    assert time_shares([one, other], whole, torch.zeros(1)) == [(0.25, 0.0), (0.75, 0.0)]
+    assert sorted(clock.ran[-3:]) == ["a", "b", "whole"]
+
+
+def test_models_are_timed_in_turns_of_random_order(clock: Clock) -> None:
+    models = {name: clock.model(name, *[1.0] * 12) for name in "abc"}
+    latencies(models, torch.zeros(1), runs=10, warmup=2)
+    rounds = [tuple(clock.ran[first : first + 3]) for first in range(0, 36, 3)]
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len(set(rounds)) > 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_passes_use_the_memory_that_they_free_and_give_it_back_in_the_end() -> None:
+    import resource
+
+    def pages() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    net = nn.Sequential(*[nn.ReLU() for _ in range(4)])
+    images = torch.zeros(16, 16, 64, 64)
+    with torch.inference_mode():
+        net(images)
+        before = resident()
+        with memory_kept(images):
+            for _ in range(100):
+                net(images)
+            taken, during = pages(), resident()
+            for _ in range(20):
+                net(images)
+            # 4 MB are 1,024 pages, and a pass fills 16 MB
+            assert pages() - taken < 20 * 100
+        assert during > before + 2**24
+        assert resident() < before + 2**24
+
+
+@pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="the system doesn't tell waits for a core")
+def test_waiting_for_a_core_is_not_the_models_time_and_waiting_for_else_is() -> None:
+    """Three busy programs on the same core take three quarters of it."""
+    inputs, cores = torch.zeros(1), os.sched_getaffinity(0)
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, {min(cores)})
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    try:
+        start, own, clock = now(inputs), time.thread_time(), time.perf_counter()
+        while time.thread_time() - own < 0.5:
+            pass
+        counted, wall = now(inputs) - start, time.perf_counter() - clock
+        before = now(inputs)
+        time.sleep(0.2)
+        assert now(inputs) - before > 0.19
+    finally:
+        for each in busy:
+            each.kill()
+            each.wait()
+        os.sched_setaffinity(0, cores)
+    assert counted == pytest.approx(0.5, rel=0.2)
+    assert wall > 1.5 * counted
+
+
+def test_latency_restores_the_thread_count_even_after_an_error() -> None:
+    before = torch.get_num_threads()
+    assert latency_ms(nn.Linear(4, 2), torch.zeros(1, 4), runs=3, threads=before + 1) > 0
+    assert torch.get_num_threads() == before
+    with pytest.raises(DataError, match="example_inputs must fit the model"):
+        latency_ms(nn.Linear(4, 2), torch.zeros(1, 5), runs=1, threads=before + 1)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"runs": 0}, "runs must be at least 1, got 0"),
+        ({"warmup": -1}, "warmup must be at least 0, got -1"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+    ],
+)
+def test_bad_numbers_are_named(knobs: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        latency_ms(nn.Linear(4, 2), torch.zeros(1, 4), **knobs)
 
 
 def net(width):

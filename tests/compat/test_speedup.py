@@ -181,7 +181,7 @@ def test_sparsity_text_is_the_text_of_nni(dtype: torch.dtype) -> None:
 def test_log_of_a_speedup_tells_the_sparsity(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     model = Sized().eval()
-    logger = logging.getLogger("test_compat_speedup")
+    logger = logging.getLogger("test_speedup")
     with caplog.at_level(logging.INFO, logger=logger.name):
         ModelSpeedup(model, INPUTS, masks_of(model), logger=logger).speedup_model()
     assert (
