@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.layers import fold
 from nni_topo.network.runtime import Call, detached_copy
-from nni_topo.network.speedup import FullMasks, Masks, Network, apply_masks, check_masks, hand_on, resolve_masks
+from nni_topo.network.speedup import FullMasks, Masks, Network, apply_masks, check_masks, resolve_masks, share_answers
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.plan import Plan, make_plan
 from nni_topo.recovery.replay import without_side_effects
@@ -45,7 +45,7 @@ def build_networks(model: nn.Module, call: Call, masks: Masks) -> Networks:
     full = resolve_masks(base, network.flow, checked)
     original = without_side_effects(network.graph(base)[0])
     # The result has other weights, but is made dense by the same graph.
-    hand_on(model, result)
+    share_answers(model, result)
     pruned = detached_copy(original)
     _take_values(pruned, apply_masks(base, call, full))
     return Networks(original, pruned, result, network.flow, full, checked, folded)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import symbolic_trace
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.speedup.masked import masked_model
+from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.recovery import compensate, compensation
 from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.windows import stretches

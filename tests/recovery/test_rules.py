@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.functional import unfold
 
 from nni_topo import create_pruner, dependency_groups
-from nni_topo.network.speedup.masked import masked_model
+from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.recovery import compensate, compensation
 from nni_topo.recovery.compensating import METHODS
 

@@ -2,11 +2,9 @@
 
 from nni_topo.network.speedup.dense import to_dense
 from nni_topo.network.speedup.dependency import OUTPUT, DependencyGroups, by_reason, dependency_groups, whole_layers
-from nni_topo.network.speedup.equivalence import apply_masks
-from nni_topo.network.speedup.masked import masked_model
-from nni_topo.network.speedup.masks import FullMasks, Masks, check_masks
-from nni_topo.network.speedup.network import Network, hand_on
-from nni_topo.network.speedup.reconcile import resolve_masks, union, widths_multiple
+from nni_topo.network.speedup.equivalence import apply_masks, masked_model
+from nni_topo.network.speedup.network import Network, share_answers
+from nni_topo.network.speedup.reconcile import FullMasks, Masks, check_masks, resolve_masks, union, widths_multiple
 from nni_topo.network.speedup.report import DenseReport, LayerReport, why_not_followed
 
 __all__ = [
@@ -21,9 +19,9 @@ __all__ = [
     "by_reason",
     "check_masks",
     "dependency_groups",
-    "hand_on",
     "masked_model",
     "resolve_masks",
+    "share_answers",
     "to_dense",
     "union",
     "whole_layers",

@@ -31,14 +31,20 @@ from nni_topo.network.runtime import (
     random_state_kept,
 )
 from nni_topo.network.speedup.advice import way_forward
-from nni_topo.network.speedup.constant_channels import Brought, brought, carry
-from nni_topo.network.speedup.constants import absorb, constants_read, dropped, is_bordered, norms_of_constants
+from nni_topo.network.speedup.constant_channels import (
+    Brought,
+    absorb,
+    brought,
+    carry,
+    constants_read,
+    dropped,
+    is_bordered,
+    norms_of_constants,
+)
 from nni_topo.network.speedup.equivalence import apply_masks, check_equal
-from nni_topo.network.speedup.masks import FullMasks, Masks, check_masks
-from nni_topo.network.speedup.narrow_heads import narrowed
 from nni_topo.network.speedup.network import Network
-from nni_topo.network.speedup.reconcile import Resolved, resolve, warn_of_kept
-from nni_topo.network.speedup.replace import DenseSpeedup, kept_outputs
+from nni_topo.network.speedup.reconcile import FullMasks, Masks, Resolved, check_masks, resolve, warn_of_kept
+from nni_topo.network.speedup.replace import DenseSpeedup, kept_outputs, narrowed
 from nni_topo.network.speedup.report import DenseReport, dense_report
 from nni_topo.sharing import find_ties, tie_again, untie
 

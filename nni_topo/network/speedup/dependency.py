@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
+from nni.compression.base.setting import PruningSetting
 from torch.nn.utils.parametrize import is_parametrized
 
+from nni_topo.compat.wrapping import derived_types
 from nni_topo.errors import NONE, ConfigError, Rule, SpeedupError, checked
 from nni_topo.network.attention import Attention, is_attention
 from nni_topo.network.channels import (
@@ -27,6 +30,7 @@ from nni_topo.network.channels import (
 from nni_topo.network.graph import DRAWS_OTHERS, is_in_parts
 from nni_topo.network.layers import RECURRENT, check_names, is_transposed_linear, output_channels
 from nni_topo.network.runtime import SHAPES, STRUCTURE, UNGROUPED, leaves_models_alone
+from nni_topo.network.speedup.dry_run import unprunable
 from nni_topo.network.speedup.network import Network
 from nni_topo.network.speedup.report import why_not_followed
 
@@ -174,11 +178,6 @@ def dependency_groups(
     >>> groups.skipped
     {'2': "it gives the model's output"}
     """
-    from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
-    from nni.compression.base.setting import PruningSetting
-
-    from nni_topo.compat.wrapping import derived_types
-
     check_names(model, config_list)
     network = Network.on(model, example_inputs)
     selections, named = [], set[str]()
@@ -276,7 +275,7 @@ def whole_layers(model: torch.nn.Module, example_inputs: Any, names: Sequence[st
 
 def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: set[str]) -> dict[str, str]:
     """Say which layers have to stay whole, and why: of those asked for, among all that are selected."""
-    unfit, skipped, heads = network.unfit, dict[str, str](), list[str]()
+    unfit, skipped, heads = unprunable(network), dict[str, str](), list[str]()
     for name in asked:
         if name not in flow.layers:
             # Of a norm, say, masks may be wanted all the same.

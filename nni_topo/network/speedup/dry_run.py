@@ -1,25 +1,27 @@
-"""A rehearsal: random channels go, and the network with them at zero runs beside the one without them, node by node.
+"""A dry run: random channels go, and the network with them at zero runs beside the one without them, node by node.
 
 What the rules for single operations say about channels is thereby checked on every operation of the model, whatever it
-is: that it runs on fewer channels at all, and that what it makes of those left doesn't depend on those removed.
+is: that it runs on fewer channels at all, and that what it makes of those kept doesn't depend on those pruned.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nni_topo.errors import SpeedupError
-from nni_topo.network.attention import attend
+from nni_topo.network.attention import PrunedMultiheadAttention, attend
 from nni_topo.network.channels import FIXED, ChannelFlow, Shares, chosen_of, shares
 from nni_topo.network.graph import RANDOM, arguments, place, plain_name, resized
 from nni_topo.network.layers import is_normalizing, is_recurrent, per_channel_names
@@ -43,12 +45,9 @@ from nni_topo.network.runtime import (
     varied,
 )
 from nni_topo.network.speedup.constant_channels import Brought, brought
-from nni_topo.network.speedup.exact_layers import channels_alone
+from nni_topo.network.speedup.network import Network
 from nni_topo.network.speedup.reconcile import grow, keep_read
 from nni_topo.network.speedup.replace import DenseSpeedup, kept_slices
-
-if TYPE_CHECKING:
-    from nni_topo.network.speedup.network import Network
 
 _TOLERANCE = 1e-3  # of the largest value; rounding in single precision is far below, half of the channels far above
 _SINGLE = {torch.float64: torch.float32}
@@ -57,9 +56,18 @@ _SIDES = (33, 64)  # pixels of images in one batch; strides halve 33 to 17, 9, 5
 _ROUNDS = 24  # each finds about half of the channels that can't go and weren't found yet
 
 
+_ROWS = 64  # that a layer reads at once, from which on its weights take less long to compare than to use
+_LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
+_MULTIHEAD = (nn.MultiheadAttention, PrunedMultiheadAttention)
+
+
+def unprunable(network: Network) -> dict[int, str]:
+    """Return the channels that a dense model can't do without although none is pinned: by group id, the reason."""
+    return network.remember("unprunable", lambda: _find_unprunable(network))
+
+
 @fast_paths_off()
-def unfit(network: Network) -> dict[int, str]:
-    """Find channels that a dense model can't do without although none is pinned: by representative, the reason."""
+def _find_unprunable(network: Network) -> dict[int, str]:
     (assembled, flow), held = network.traced(), dict[int, str]()
     drawing = np.random.default_rng(0)
     with random_state_kept(), torch.no_grad():
@@ -74,7 +82,7 @@ def unfit(network: Network) -> dict[int, str]:
             in_parts = bool(flow.blocks) and turn % 2 == 0
             left = _draw(flow, held, drawing, halves if in_parts else {}, in_parts=in_parts)
             try:
-                found = inputs.rehearsed(_Rehearsal(flow, left, full))
+                found = inputs.find(_DryRun(flow, left, full))
             except Exception as error:  # with these weights and inputs a network may fail, in as many ways as it does
                 if out_of_memory(error):
                     raise
@@ -93,7 +101,7 @@ def _all_held(flow: ChannelFlow, reason: str) -> dict[int, str]:
 
 
 class _Inputs:
-    """The random inputs that a rehearsal runs on, small ones as long as these will do.
+    """The random inputs that a dry run runs on, small ones as long as these will do.
 
     They come in several scales and shifted, as small inputs and large ones ask different things of an operation: all in
     one batch, if the network takes that.
@@ -109,44 +117,44 @@ class _Inputs:
         self._batches = _different([each for each in batches if each is not None])
         self._is_clean = True  # whether nothing was found yet
 
-    def rehearsed(self, rehearsal: _Rehearsal) -> dict[int, str]:
+    def find(self, dry_run: _DryRun) -> dict[int, str]:
         """Return the channels that can't go, and why."""
-        if self._is_clean and self._in_one_batch(rehearsal):
+        if self._is_clean and self._in_one_batch(dry_run):
             return {}
         self._is_clean = False
-        found = self._by_itself(rehearsal)
-        if found or not self._variations or self._in_one_batch(rehearsal):
+        found = self._by_itself(dry_run)
+        if found or not self._variations or self._in_one_batch(dry_run):
             return found
         for variation in self._variations:
-            found |= self._varied(rehearsal, variation)
+            found |= self._varied(dry_run, variation)
         return found
 
-    def _in_one_batch(self, rehearsal: _Rehearsal) -> bool:
+    def _in_one_batch(self, dry_run: _DryRun) -> bool:
         """Tell whether nothing is found at any scale; False too if that can't be told of one batch."""
         while self._batches:
             try:
-                return not rehearsal.run(self._batches[0][0], blocks=1 + len(self._variations))
+                return not dry_run.run(self._batches[0][0], blocks=1 + len(self._variations))
             except Exception:  # sizes may be written into the graph; or memory is short, which inputs alone will show
                 del self._batches[0]
         return False
 
-    def _by_itself(self, rehearsal: _Rehearsal) -> dict[int, str]:
+    def _by_itself(self, dry_run: _DryRun) -> dict[int, str]:
         """Return what is found on the inputs as they are; of these keep the small ones while they find nothing."""
         while len(self._alone) > 1:
             try:
-                if not rehearsal.run(self._alone[0][0]):
+                if not dry_run.run(self._alone[0][0]):
                     return {}
             except Exception as error:  # sizes may be written into the graph
                 if out_of_memory(error):
                     raise
             del self._alone[0]
-        return rehearsal.run(self._alone[0][0])
+        return dry_run.run(self._alone[0][0])
 
-    def _varied(self, rehearsal: _Rehearsal, variation: Variation) -> dict[int, str]:
+    def _varied(self, dry_run: _DryRun, variation: Variation) -> dict[int, str]:
         """Return what is found on other inputs, in double precision too: rounding grows with what is computed."""
         args = varied(self._alone[0], variation)
         try:
-            found = rehearsal.run(args[0], is_varied=True)
+            found = dry_run.run(args[0], is_varied=True)
         except Exception as error:  # a network needn't take all that is a number
             if out_of_memory(error):
                 raise
@@ -154,7 +162,7 @@ class _Inputs:
         if not found:
             return {}
         try:
-            return rehearsal.doubled().run(cast_floats(args, torch.float64)[0], is_varied=True)
+            return dry_run.doubled().run(cast_floats(args, torch.float64)[0], is_varied=True)
         except Exception as error:  # a type may be written into the network
             if out_of_memory(error):
                 raise
@@ -226,7 +234,7 @@ def _is_zero(value: Tensor, gone: Tensor) -> bool:
     return float(low) == 0 == float(high)
 
 
-class _Rehearsal:
+class _DryRun:
     """One run of both networks."""
 
     def __init__(self, flow: ChannelFlow, left: np.ndarray, full: GraphModule, *, is_double: bool = False) -> None:
@@ -244,9 +252,9 @@ class _Rehearsal:
             self._uncut = dict.fromkeys(self._removed_at(speedup.at), str(error))
         self._order = speedup.order
 
-    def doubled(self) -> _Rehearsal:
-        """Return the same rehearsal in double precision."""
-        return _Rehearsal(self.flow, self.left, copy.deepcopy(self.full).double(), is_double=True)
+    def doubled(self) -> _DryRun:
+        """Return the same dry run in double precision."""
+        return _DryRun(self.flow, self.left, copy.deepcopy(self.full).double(), is_double=True)
 
     def run(self, args: tuple[Any, ...], *, blocks: int = 1, is_varied: bool = False) -> dict[int, str]:
         """Return the channels that can't go, by representative, and why.
@@ -539,3 +547,58 @@ class _Rehearsal:
         roots = np.unique(np.concatenate([self.flow.layer_roots(name) for name in self.flow.layers]))
         gone: list[int] = roots[~self.left[roots]].tolist()
         return gone
+
+
+def channels_alone(
+    node: Node, whole: nn.Module, small: nn.Module, flow: ChannelFlow, left: np.ndarray, values: Mapping[Node, Any]
+) -> Tensor | None:
+    """Say which channels a linear layer or attention, entered by no removed channel, gives in the small network.
+
+    ``values``: by node, what it gives in the whole network first. None, unless the weights are those of the channels
+    left: then the layer gives in the small network what it gives there in the whole one; all else is masked.
+    """
+    read = _read(node)
+    if read is None or read[0] not in flow.layers:
+        return None
+    name, parents, kinds, prefix = read
+    layers: list[Any] = [network.get_submodule(name) for network in (whole, small)]
+    if any(type(each) not in kinds or each._forward_pre_hooks or each._forward_hooks for each in layers):
+        return None
+    entering = [_entering(parent, flow, left, values) for parent in parents]
+    ins = entering[0]
+    if ins is None or any(each is None or not torch.equal(each, ins) for each in entering):
+        return None
+    weight, bias = ([getattr(layer, f"{prefix}{part}") for layer in layers] for part in ("weight", "bias"))
+    outs = torch.from_numpy(np.flatnonzero(left[flow.layer_roots(name)])).to(weight[0].device)
+    if not torch.equal(weight[0].index_select(0, outs).index_select(1, ins.to(outs.device)), weight[1]):
+        return None
+    if bias[0] is not None and not torch.equal(bias[0][outs], bias[1]):
+        return None
+    given = flow.numbers[node.name]
+    numbers = (given[0] if isinstance(given, (tuple, list)) else given).flatten(0, -2)[0]
+    return torch.from_numpy(left[flow.roots(numbers.numpy())])
+
+
+def _read(node: Node) -> tuple[str, list[Node], tuple[type[nn.Module], ...], str] | None:
+    """Return what a node calls, what that reads, of which classes it may be and how its weights' names begin."""
+    if node.op == "call_module" and len(node.args) == 1 and isinstance(node.args[0], Node):
+        return str(node.target), [node.args[0]], _LINEAR, ""
+    if node.target is attend and len(node.args) == 5:
+        module, _, *states = node.args
+        others = set(node.all_input_nodes) - {module, *states}  # masks, which may be of all heads
+        if isinstance(module, Node) and not others:
+            parents = [each for each in states if isinstance(each, Node)]
+            return str(module.target), parents, _MULTIHEAD, "in_proj_"
+    return None
+
+
+def _entering(parent: Node, flow: ChannelFlow, left: np.ndarray, values: Mapping[Node, Any]) -> Tensor | None:
+    """List the channels left of what enters, in its last dimension; None if it lacks others, or has few rows."""
+    # What a parameter holds isn't compared before it is used.
+    value, numbers = values[parent][0], flow.numbers[parent.name]
+    if parent.op == "get_attr" or not isinstance(value, Tensor) or not isinstance(numbers, Tensor):
+        return None
+    if numbers.dim() != value.dim() or value[..., 0].numel() < _ROWS:
+        return None
+    *others, ins = kept_slices(numbers, tuple(value.shape), flow, left)
+    return ins if [len(each) for each in others] == list(value.shape[:-1]) else None

@@ -1,4 +1,4 @@
-"""The masked model that a dense model has to equal.
+"""The masked model, and the check that a dense model equals it.
 
 NNI's masked model multiplies weights by masks and no more: after a batch norm a removed channel is its
 bias, no longer zero, and what follows sees it. In the dense model the channel isn't there. So
@@ -14,16 +14,22 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from nni_topo.errors import SpeedupError
+from nni_topo.errors import SpeedupError, checked
 from nni_topo.network.layers import channel_dim, fold, is_depthwise, is_normalizing, per_channel_names
 from nni_topo.network.runtime import (
+    INPUTS,
+    MASKS,
+    MODEL,
     Call,
     RandomWeights,
     Variation,
+    call_arguments,
     cast_floats,
+    check_model,
     detached_copy,
     difference,
     fast_paths_off,
+    leaves_models_alone,
     out_of_memory,
     put_parameters,
     random_like,
@@ -36,8 +42,12 @@ from nni_topo.network.runtime import (
     varied,
     watched,
 )
-from nni_topo.network.speedup.masks import FullMasks
+from nni_topo.network.speedup.network import Network
+from nni_topo.network.speedup.reconcile import FullMasks, KeptIndices, Masks, check_masks, union, with_own
 from nni_topo.sharing import find_ties, tie_again, untie
+
+_ROUGH = 1e-5  # from this tolerance on a tenth of it is above rounding in single precision
+_Place = tuple[str | None, str]
 
 
 @fast_paths_off()
@@ -146,16 +156,11 @@ class _Watch:
         return passed + alive.view(view)
 
 
-_ROUGH = 1e-5  # from this tolerance on a tenth of it is above rounding in single precision
-Kept = dict[str, list[torch.Tensor]]
-Place = tuple[str | None, str]
-
-
 def check_equal(
     reference: torch.nn.Module,
     dense: torch.nn.Module,
     call: Call,
-    kept: Kept,
+    kept: KeptIndices,
     rtol: float,
     *,
     advise: Callable[[str | None], str] | None = None,
@@ -237,7 +242,7 @@ def _agreed(
 def _check_one(
     pair: tuple[torch.nn.Module, torch.nn.Module],
     drawn: Call,
-    kept: Kept,
+    kept: KeptIndices,
     rtol: float,
     advise: Callable[[str | None], str] | None,
     *,
@@ -276,8 +281,8 @@ def _is_single(model: torch.nn.Module) -> bool:
 
 
 def _run(
-    pair: tuple[torch.nn.Module, torch.nn.Module], call: Call, kept: Kept, rtol: float, *, double: bool
-) -> tuple[list[torch.Tensor], list[torch.Tensor], Place]:
+    pair: tuple[torch.nn.Module, torch.nn.Module], call: Call, kept: KeptIndices, rtol: float, *, double: bool
+) -> tuple[list[torch.Tensor], list[torch.Tensor], _Place]:
     """Run copies of both models; also name the first module whose outputs differ."""
     records: list[dict[str, torch.Tensor]] = [{}, {}]
     outputs = []
@@ -300,8 +305,8 @@ def _record(name: str, record: dict[str, torch.Tensor], entered: Any, output: An
 
 
 def _first_difference(
-    expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor], kept: Kept, rtol: float
-) -> Place:
+    expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor], kept: KeptIndices, rtol: float
+) -> _Place:
     for name, full in expected.items():
         for d, indices in enumerate(kept[name][1:], start=1):
             if len(indices) < full.shape[d]:
@@ -321,7 +326,7 @@ def _worst(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> float:
 def _compare(
     expected: list[torch.Tensor],
     actual: list[torch.Tensor],
-    place: Place,
+    place: _Place,
     rtol: float,
     advise: Callable[[str | None], str] | None,
 ) -> None:
@@ -338,3 +343,53 @@ def _compare(
             f"a dense model must compute what the masked one does to {rtol:g} of its largest output, "
             f"got a difference of {worst:.3g} ({where})" + (f"; {advise(name)}" if advise else "")
         )
+
+
+@checked(model=MODEL, example_inputs=INPUTS, masks=MASKS)
+@leaves_models_alone
+def masked_model(model: torch.nn.Module, example_inputs: Any, masks: Masks) -> torch.nn.Module:
+    """Copy a model with its masked channels at zero, through batch norms too.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model, not wrapped by a pruner. It isn't changed.
+    example_inputs : Tensor, tuple, list or mapping of str to Any
+        Inputs of the model: one tensor, positional or keyword arguments.
+    masks : mapping of str to mapping of str to Tensor or None
+        NNI's masks, ``{module: {parameter: mask}}``.
+
+    Returns
+    -------
+    torch.nn.Module
+        A copy in which weights and biases are multiplied by their masks; the bias of a channel
+        without weights is zero; weight and bias of a batch norm are zero for channels that arrive at it as
+        zeros whatever the input, and so is the bias of a depth-wise convolution; and so are the places of a parameter
+        that the model uses by itself, a position embedding say, that meet removed channels. Nothing else differs. What
+        layers share, they share in the copy too unless their masks differ.
+
+    Raises
+    ------
+    ConfigError
+        If masks don't fit the model.
+    SpeedupError
+        If the model is still wrapped or a layer would be empty.
+    DataError
+        If the model holds NaN or infinite values.
+
+    Notes
+    -----
+    The channels that arrive as zeros are found by a forward pass in which all parameters and inputs are
+    positive and norms pass on what they get: there nothing cancels and no ReLU dies, so that a zero is a
+    zero of the structure. It holds through concatenations, additions and shared modules alike.
+
+    A group or layer norm takes its statistics over removed channels too, as zeros.
+    """
+    check_model(model)
+    call = call_arguments(example_inputs, model)
+    full = check_masks(model, masks)
+    try:
+        flow = Network(model, call).flow
+    except SpeedupError:
+        return apply_masks(model, call, full)
+    return apply_masks(model, call, with_own(model, flow, full, union(model, flow, full)))

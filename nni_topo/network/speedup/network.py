@@ -1,4 +1,4 @@
-"""What is found out about a model by running or tracing it: once, and handed on to all who ask."""
+"""What is found out about a model by running or tracing it: once, and remembered for all who ask."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ from nni_topo.network.runtime import (
     random_state_kept,
     unwrapped_copy,
 )
-from nni_topo.network.speedup.dry_run import unfit
 
 T = TypeVar("T")
 Traced = tuple[Callable[..., GraphModule], ChannelFlow]
@@ -71,14 +70,9 @@ class Network:
         return self.traced()[1]
 
     @property
-    def unfit(self) -> dict[int, str]:
-        """Channels that a dense model can't do without although none is pinned: by representative, the reason."""
-        return self._known("unfit", lambda: unfit(self))
-
-    @property
     def sizes(self) -> LayerSizes:
         """Shapes of what enters and leaves each layer, by call."""
-        return self._known("sizes", lambda: layer_sizes(self.model, self.call))
+        return self.remember("sizes", lambda: layer_sizes(self.model, self.call))
 
     @property
     def attention(self) -> dict[str, Attention]:
@@ -107,7 +101,7 @@ class Network:
 
     def traced(self) -> Traced:
         """Return what puts the graph on the modules of a model of this structure, and how channels go through it."""
-        return self._known("traced", self._trace, kept=lambda traced: not by_running(traced[1].traced.graph))
+        return self.remember("traced", self._trace, kept=lambda traced: not by_running(traced[1].traced.graph))
 
     def _trace(self) -> Traced:
         model = unwrapped_copy(self.model, light=True).eval()
@@ -134,8 +128,13 @@ class Network:
         graph_module.to("meta")
         return partial(_assembled, graph, constants), flow
 
-    def _known(self, what: str, find: Callable[[], T], kept: Callable[[T], bool] = lambda _: True) -> T:
-        structure, key = self._asked or _structure(self.model), (what, _shown(self.call))
+    def remember(self, question: str, find: Callable[[], T], kept: Callable[[T], bool] = lambda _: True) -> T:
+        """Answer a question about the model as it is: with what was found before, or with what is found now.
+
+        ``kept``: whether an answer holds for all models of this structure, so that other networks may have it. Such an
+        answer mustn't hold the model, or a tensor of it.
+        """
+        structure, key = self._asked or _structure(self.model), (question, _shown(self.call))
         if structure != _KNOWN.get(self.model, ("", {}))[0]:
             _KNOWN[self.model] = structure, {}
         answers = _KNOWN[self.model][1]
@@ -170,10 +169,10 @@ def _has(model: nn.Module, name: str) -> bool:
     return True
 
 
-def hand_on(model: nn.Module, other: nn.Module) -> None:
+def share_answers(model: nn.Module, copied: nn.Module) -> None:
     """Let what is known of a model be known of a copy of it too."""
     if model in _KNOWN:
-        _KNOWN[other] = _KNOWN[model]
+        _KNOWN[copied] = _KNOWN[model]
 
 
 def _structure(model: nn.Module) -> str:

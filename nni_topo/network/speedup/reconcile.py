@@ -1,4 +1,4 @@
-"""Reconcile the masks of layers that share channels, by keeping more channels, never fewer."""
+"""Masks: checked, completed, and reconciled where layers share channels, by keeping more channels, never fewer."""
 
 from __future__ import annotations
 
@@ -11,15 +11,79 @@ from typing import Literal
 import numpy as np
 import torch
 
-from nni_topo.errors import ConfigError, SpeedupError
+from nni_topo.errors import ConfigError, SpeedupError, unknown_name
 from nni_topo.maths.ties import descending
+from nni_topo.network.attention import by_table, find_frequencies, pairs_of
 from nni_topo.network.channels import FIXED, Blocks, ChannelFlow, stays_in_place
 from nni_topo.network.layers import channel_dimension, kept_channels, row_names, spread, weight_name, weight_of
-from nni_topo.network.runtime import device_of
-from nni_topo.network.speedup.masks import FullMasks
-from nni_topo.network.speedup.narrow_heads import find_narrow
+from nni_topo.network.runtime import MASKS, device_of
 
 _logger = logging.getLogger(__name__)
+
+Masks = Mapping[str, Mapping[str, torch.Tensor | None]]
+FullMasks = dict[str, dict[str, torch.Tensor]]
+
+KeptIndices = dict[str, list[torch.Tensor]]
+"""By module that gives one tensor, the indices of each dimension that stay."""
+
+
+def check_masks(model: torch.nn.Module, masks: Masks) -> FullMasks:
+    """Check masks and expand them to their parameters' shapes, types and devices; a channel's bias goes along."""
+    MASKS.check("masks", masks, "masks")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    # Masks are kept under the first of the names of a module.
+    first_names = {id(module): name for name, module in model.named_modules()}
+    full: FullMasks = {}
+    for name, targets in masks.items():
+        if name not in modules:
+            raise unknown_name("the module of a mask", name, modules)
+        checked = {
+            target: _check_mask(modules[name], target, mask, f"{name}.{target}")
+            for target, mask in targets.items()
+            if mask is not None
+        }
+        _complete(modules[name], checked)
+        own = full.setdefault(first_names[id(modules[name])], checked)
+        if any(not torch.equal(own.get(target, mask), mask) for target, mask in checked.items()):
+            raise ConfigError(f"a module with two names must have one mask, got two that differ ({name})")
+    return {name: targets for name, targets in full.items() if targets}
+
+
+def _check_mask(module: torch.nn.Module, target: str, mask: torch.Tensor, place: str) -> torch.Tensor:
+    """Check one mask and expand it."""
+    parameter = dict(module.named_parameters(recurse=False)).get(target)
+    if parameter is None:
+        names = ", ".join(name for name, _ in module.named_parameters(recurse=False)) or "none"
+        raise ConfigError(f"a mask's target must be a parameter of its module ({names}), got {target!r} ({place})")
+    if not isinstance(mask, torch.Tensor):
+        raise ConfigError(f"a mask must be a tensor, got {type(mask).__name__} ({place})")
+    # What isn't its own square is neither zero nor one.
+    values = mask.detach() if mask.is_floating_point() else mask.to(torch.float32)
+    if values.numel() and bool((values * values).sub_(values).abs_().amax()):
+        raise ConfigError(f"a mask must hold zeros and ones, got other values or NaN ({place})")
+    try:
+        full = mask.detach().to(dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"a mask must have its parameter's shape {tuple(parameter.shape)} or broadcast to it, "
+            f"got {tuple(mask.shape)} ({place})"
+        ) from error
+    if target == weight_name(module) and not (full.numel() and bool(full.amax())):
+        raise SpeedupError(f"a mask must leave at least one channel of a layer, got only zeros ({place})")
+    return full
+
+
+def _complete(module: torch.nn.Module, targets: dict[str, torch.Tensor]) -> None:
+    """Mask the bias, and what else is its own, of every output channel of which all weights are masked."""
+    kept = kept_channels(module, targets)
+    for name in row_names(module):
+        if kept is not None and isinstance(rows := getattr(module, name, None), torch.Tensor):
+            mask = targets.get(name, torch.ones_like(rows).detach())
+            targets[name] = mask * kept.to(mask).view(-1, *[1] * (rows.dim() - 1))
+
+
+Dimensions = list[np.ndarray]
+"""What stays within each head of queries and keys, and of values: bool, (heads, channels)."""
 
 Scores = Callable[[], np.ndarray]
 """By representative, what a channel is worth; only asked for where any come back."""
@@ -279,3 +343,37 @@ def with_own(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, kept: 
             view = [-1 if d == own.dim else 1 for d in range(parameter.dim())]
             masks.setdefault(module, {})[target] = stays.to(parameter).view(view).expand_as(parameter).clone()
     return masks
+
+
+def find_narrow(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, left: np.ndarray) -> dict[str, Dimensions]:
+    """Find the attention modules within whose heads masks leave equally many channels, and which these are."""
+    found: dict[str, Dimensions] = {}
+    for name in dict.fromkeys(each.name for each in flow.heads.values() if not each.recurrent):
+        attention = flow.attention[name]
+        layer = next(iter(attention.channels))
+        heads = np.flatnonzero(left[flow.roots(flow.bundle_numbers(layer))])
+        queries, keys, values = (_kept_rows(flow, masks, each)[rows[heads]] for each, rows in attention.parts)
+        counts = {*keys.sum(1).tolist(), *values.sum(1).tolist()}
+        if (
+            np.array_equal(queries, keys_of_queries(keys, queries))
+            and len(counts) == 1
+            and 0 < max(counts) < keys.shape[1]
+        ):
+            found[name] = [keys, values]
+    for names in by_table(find_frequencies(model, flow.attention)).values():
+        # A pair of channels goes with its frequency, from all heads that turn by it.
+        kept = [found[name][0] for name in names if name in found]
+        if len(kept) < len(names) or pairs_of(np.concatenate(kept)) is None:
+            found = {name: each for name, each in found.items() if name not in names}
+    return found
+
+
+def keys_of_queries(keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Repeat what is of keys for each of the heads that share them: (heads, channels of queries)."""
+    return np.tile(keys, (1, queries.shape[1] // keys.shape[1]))
+
+
+def _kept_rows(flow: ChannelFlow, masks: FullMasks, layer: str) -> np.ndarray:
+    kept = kept_channels(flow.fetch_attr(layer), masks.get(layer, {}))
+    channels = flow.layers[layer].channels
+    return np.ones(channels, dtype=bool) if kept is None else np.asarray(kept.cpu())

@@ -1,34 +1,59 @@
-"""NNI's ModelSpeedup, told by the channels' numbers what stays: no node is run on random values to find out."""
+"""Cutting a model: NNI's replacers are told which channels stay, and heads get narrower where masks say so."""
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.fx
-from nni.compression.speedup import ModelSpeedup
 from nni.compression.speedup.container import NodeInfo
 from nni.compression.speedup.replacer import Replacer
+from torch import nn
 
-from nni_topo.network.attention import Attention, resize
+from nni_topo.network.attention import (
+    Attention,
+    by_table,
+    find_attention,
+    find_frequencies,
+    keep_frequencies,
+    pairs_of,
+    resize,
+    set_size,
+)
 from nni_topo.network.channels import ChannelFlow, DenseOrder
 from nni_topo.network.graph import tensor_shape
-from nni_topo.network.layers import HEAD, cut, cut_along, is_depthwise, keep, output_channels
-from nni_topo.network.runtime import device_of
+from nni_topo.network.layers import (
+    HEAD,
+    cut,
+    cut_along,
+    is_depthwise,
+    keep,
+    output_channels,
+    row_names,
+    weight_of,
+)
+from nni_topo.network.runtime import Call, device_of, evaluation_mode, left_alone, out_of_memory, tensors_of
+from nni_topo.network.speedup.reconcile import Dimensions, FullMasks, KeptIndices, find_narrow, keys_of_queries
 
-Kept = dict[str, list[torch.Tensor]]
+_TOLERANCE = 1e-3  # of the largest output, in single precision
+_logger = logging.getLogger(__name__)
 
 
-class DenseSpeedup(ModelSpeedup):
-    """Make a model dense in place, given how channels flow through it and which of their representatives stay."""
+class DenseSpeedup:
+    """Make a model dense in place, given how channels flow through it and which of them stay, by group id.
+
+    It runs NNI's replacers as NNI's ``ModelSpeedup`` does, and is what they get in its place: they find the model as
+    ``bound_model``, its graph as ``graph_module`` and the nodes of that in ``node_infos``. No node is run on random
+    values, for it is known what stays of each module: `kept` says it.
+    """
 
     def __init__(
         self, model: torch.nn.Module, flow: ChannelFlow, left: np.ndarray, replacers: Iterable[Replacer] = ()
     ) -> None:
-        # NNI's own constructor runs the graph for values, which nobody reads here.
-        torch.fx.Interpreter.__init__(self, flow.traced)
         self.graph_module, self.bound_model = flow.traced, model
         self.flow, self.left = flow, left
         self.node_infos = {node: NodeInfo(node) for node in flow.traced.graph.nodes}
@@ -37,7 +62,7 @@ class DenseSpeedup(ModelSpeedup):
         self.at = ""  # the module that is being cut
 
     def speedup_model(self) -> torch.nn.Module:
-        """Cut the modules; what stays of each is known."""
+        """Run the replacers, those that were given first; the last cuts the modules."""
         with torch.no_grad():
             for replacer in self.replacers:
                 replacer.replace_modules(self)
@@ -127,9 +152,9 @@ def _in_order(
     return ins, outs if name in flow.all_layers else ins
 
 
-def kept_outputs(flow: ChannelFlow, left: np.ndarray) -> Kept:
+def kept_outputs(flow: ChannelFlow, left: np.ndarray) -> KeptIndices:
     """List, by module that gives one tensor, the indices that stay of each dimension at its first call."""
-    kept: Kept = {}
+    kept: KeptIndices = {}
     for node in flow.traced.graph.nodes:
         shape = tensor_shape(node)
         # What a layer gives that goes on behind its convolution isn't what its node gives.
@@ -148,4 +173,79 @@ def kept_slices(
         # Numbers are of length 1 where nothing differs, and where there is but one place.
         rows = stays.movedim(d, -1).reshape(-1, stays.shape[d]).any(0) if stays.shape[d] == size > 0 else None
         found.append(torch.arange(size) if rows is None else rows.nonzero().flatten())
+    return found
+
+
+def narrowed(dense: nn.Module, flow: ChannelFlow, masks: FullMasks, left: np.ndarray, call: Call) -> nn.Module:
+    """Cut what masks take away within heads; ``left``: which representatives stay, and so which heads.
+
+    Returns the model itself where there is nothing to cut, or what it computes without that isn't the same.
+    """
+    if not (found := find_narrow(dense, flow, masks, left)):
+        return dense
+    # Most attention divides by the root of a head's size, some by a number of its own.
+    for divides in (True, False):
+        small = _narrowed(dense, flow, found, divides=divides)
+        try:
+            with left_alone(dense, small), torch.no_grad(), evaluation_mode(dense, small):
+                pairs = [tensors_of(net(*call[0], **call[1])) for net in (dense, small)]
+            if all(bool((a - b).abs().max() <= _TOLERANCE * a.abs().max()) for a, b in zip(*pairs, strict=True)):
+                return small
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            if out_of_memory(error):
+                raise
+            _logger.debug("heads of another size don't run", exc_info=True)
+    _logger.warning("heads keep their size: attention does more with it than multiply (%s)", ", ".join(found))
+    return dense
+
+
+def _narrowed(dense: nn.Module, flow: ChannelFlow, found: dict[str, Dimensions], *, divides: bool) -> nn.Module:
+    """Copy a model and cut within its heads; ``divides``: attention divides by the root of a head's size."""
+    small, mixers = copy.deepcopy(dense), flow.mixers()
+    before = find_attention(small)
+    with torch.no_grad():
+        for name, kept in found.items():
+            readers = [layer for layer, read in mixers.items() if read.name == name]
+            _cut_within_heads(small, before[name], kept, readers, divides=divides)
+        for table, names in by_table(find_frequencies(dense, flow.attention)).items():
+            stays = pairs_of(found[names[0]][0]) if names[0] in found else None
+            if stays is not None:
+                keep_frequencies(small, table, stays)
+    return small
+
+
+def _cut_within_heads(
+    model: nn.Module, attention: Attention, kept: Dimensions, readers: list[str], *, divides: bool
+) -> None:
+    """Keep some channels of each head, in place."""
+    (keys, values), size = kept, int(kept[0][0].sum())
+    module: Any = model.get_submodule(attention.name)
+    stays: dict[str, list[np.ndarray]] = {}
+    asked = keys_of_queries(keys, attention.parts[0][1])
+    for (layer, rows), dims in zip(attention.parts, (asked, keys, values), strict=True):
+        stays.setdefault(layer, []).append(rows[dims])
+    layer, rows = attention.parts[0]
+    asking = model.get_submodule(layer)
+    # What divides by the root of a head's size divides by less now.
+    for parameter in (weight_of(asking), getattr(asking, row_names(asking)[-1], None)):
+        if parameter is not None and divides:
+            parameter.data[torch.from_numpy(rows.ravel()).to(parameter.device)] *= (size / keys.shape[1]) ** 0.5
+    for layer, parts in stays.items():
+        made: Any = model.get_submodule(layer)
+        ins = torch.arange(weight_of(made).shape[1])
+        outs = torch.from_numpy(np.sort(np.concatenate(parts)))
+        cut(layer, made, ins.to(device_of(made)), outs.to(device_of(made)))
+    for name in readers:
+        reader: Any = model.get_submodule(name)
+        ins, outs = torch.from_numpy(np.flatnonzero(_of_context(attention, values))), torch.arange(reader.out_features)
+        cut(name, reader, ins.to(device_of(reader)), outs.to(device_of(reader)))
+    set_size(module, keys.shape[1], size, asked.size // keys.shape[1])
+
+
+def _of_context(attention: Attention, values: np.ndarray) -> np.ndarray:
+    """Tell which channels that the heads put out stay: bool, (channels,)."""
+    _, rows = attention.parts[2]
+    by_row = np.zeros(int(rows.max()) + 1, dtype=bool)
+    by_row[rows] = values
+    found: np.ndarray = by_row[attention.context[1]]
     return found

@@ -16,7 +16,7 @@ from nni_topo.network.layers import (
     output_channels,
     weight_is_computed,
 )
-from nni_topo.network.speedup.masks import FullMasks
+from nni_topo.network.speedup.reconcile import FullMasks
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,10 +11,9 @@ from torch import nn
 
 import nni_topo
 from nni_topo.network.channels.shuffle import chosen_of, stays_in_place
-from nni_topo.network.speedup.masked import masked_model
-from nni_topo.network.speedup.masks import check_masks
+from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.network.speedup.network import Network
-from nni_topo.network.speedup.reconcile import union
+from nni_topo.network.speedup.reconcile import check_masks, union
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 PRUNERS = {

@@ -14,7 +14,7 @@ import nni_topo
 from nni_topo.network.layers.channel_wise import AlongChannels
 from nni_topo.network.layers.original_width import CountedResponseNorm, response_norm
 from nni_topo.network.layers.standardized import PaddedAlike, fold
-from nni_topo.network.speedup.masked import masked_model
+from nni_topo.network.speedup.equivalence import masked_model
 
 IMAGES = torch.rand(2, 3, 13, 13, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 HALF = [{"op_types": ["Conv1d", "Conv2d", "Linear"], "sparse_ratio": 0.5}]

@@ -1,4 +1,4 @@
-"""The rehearsal's two networks: layers that are alike run once for both, and no check goes with that."""
+"""The dry run's two networks: layers that are alike run once for both, and no check goes with that."""
 
 import copy
 
@@ -9,29 +9,29 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import nni_topo
-from nni_topo.network.speedup.dry_run import _Rehearsal
+from nni_topo.network.speedup.dry_run import _DryRun
 from nni_topo.network.speedup.network import Network
 
 ROWS = torch.randn(80, 6, generator=torch.Generator().manual_seed(0))
 
 
-def rehearsal(model: nn.Module, rows: torch.Tensor = ROWS) -> _Rehearsal:
+def dry_run(model: nn.Module, rows: torch.Tensor = ROWS) -> _DryRun:
     """Make one of a model of which the odd channels of the first layer go."""
     assembled, flow = Network.on(model, rows).traced()
     left = np.ones(flow.size, dtype=bool)
     left[flow.layer_roots("0")[1::2]] = False
-    return _Rehearsal(flow, left, assembled(copy.deepcopy(model)))
+    return _DryRun(flow, left, assembled(copy.deepcopy(model)))
 
 
-def run(rehearsal: _Rehearsal, rows: torch.Tensor = ROWS) -> tuple[dict[int, str], list[str]]:
+def run(dry_run: _DryRun, rows: torch.Tensor = ROWS) -> tuple[dict[int, str], list[str]]:
     """Return the channels that can't go, and the linear layers of the whole network that were computed."""
-    layers = [(name, each) for name, each in rehearsal.full.named_modules() if isinstance(each, nn.Linear)]
+    layers = [(name, each) for name, each in dry_run.full.named_modules() if isinstance(each, nn.Linear)]
     computed: list[str] = []
     with torch.no_grad():
         before = {name: each.forward for name, each in layers}
         for name, each in layers:
             each.forward = lambda x, name=name: (computed.append(name), before[name](x))[1]
-        found = rehearsal.run((rows,))
+        found = dry_run.run((rows,))
     return found, computed
 
 
@@ -42,14 +42,14 @@ def model() -> nn.Module:
 
 
 def test_a_linear_layer_of_many_rows_runs_once_for_both(model):
-    assert run(rehearsal(model)) == ({}, [])
-    assert run(rehearsal(model, ROWS[:4]), ROWS[:4]) == ({}, ["0", "2"])
+    assert run(dry_run(model)) == ({}, [])
+    assert run(dry_run(model, ROWS[:4]), ROWS[:4]) == ({}, ["0", "2"])
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
 @pytest.mark.parametrize("layer", ["0", "2"])
 def test_a_layer_that_was_cut_wrongly_shows(model, layer, name):
-    wrong = rehearsal(model)
+    wrong = dry_run(model)
     values = getattr(wrong.small.get_submodule(layer), name)
     values.data = values.data.flip(0)
     found, computed = run(wrong)
@@ -59,7 +59,7 @@ def test_a_layer_that_was_cut_wrongly_shows(model, layer, name):
 
 def test_a_layer_that_channels_enter_as_values_is_computed(model):
     model[1] = nn.Sigmoid()  # of a removed channel it makes one half, which the bias of the next can add
-    found, computed = run(rehearsal(model))
+    found, computed = run(dry_run(model))
     assert not found
     assert "2" in computed
 
@@ -67,7 +67,7 @@ def test_a_layer_that_channels_enter_as_values_is_computed(model):
 def test_what_is_masked_is_what_the_whole_layer_gives():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
-    both = rehearsal(model)
+    both = dry_run(model)
     kept = {}
     step = both._step
 
@@ -170,18 +170,18 @@ class Products(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def without_a_head(model: nn.Module, states: torch.Tensor) -> _Rehearsal:
+def without_a_head(model: nn.Module, states: torch.Tensor) -> _DryRun:
     assembled, flow = Network.on(model.eval(), states).traced()
     left = np.ones(flow.size, dtype=bool)
     left[flow.layer_roots("attention")[flow.heads["attention"].channels["attention"][1]]] = False
     if "gate" in flow.layers:
         left[flow.layer_roots("gate")[:2]] = False
-    return _Rehearsal(flow, left, assembled(copy.deepcopy(model)))
+    return _DryRun(flow, left, assembled(copy.deepcopy(model)))
 
 
-def heads_of(rehearsal: _Rehearsal, states: torch.Tensor) -> tuple[dict[int, str], list[int]]:
+def heads_of(dry_run: _DryRun, states: torch.Tensor) -> tuple[dict[int, str], list[int]]:
     with torch.no_grad(), Products() as seen:
-        found = rehearsal.run((states,))
+        found = dry_run.run((states,))
     return found, seen.heads
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.layers.kinds import kept_channels, spread
-from nni_topo.network.speedup.masks import check_masks
+from nni_topo.network.speedup.reconcile import check_masks
 from nni_topo.speedup import masked_model, to_dense
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -214,7 +214,7 @@ def test_a_copy_is_known_only_as_long_as_it_is_one(traces):
     model = two_layers()
     flow = Network.on(model, IMAGES).flow
     other = copy.deepcopy(model)
-    module.hand_on(model, other)
+    module.share_answers(model, other)
     assert Network.on(other, IMAGES).flow is flow
     other.set_submodule("0", nn.Conv2d(3, 4, 1))
     assert Network.on(other, IMAGES).flow is not flow
