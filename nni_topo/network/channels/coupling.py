@@ -11,16 +11,19 @@ from nni_topo.network.channels.rules import FIXED
 
 
 def meeting(owned: Mapping[str, set[int]]) -> list[list[str]]:
-    """Group names that own a number together, over others too: both the groups and the names in the mapping's order."""
-    groups: list[tuple[set[int], list[str]]] = []
-    for name, own in owned.items():
-        numbers, names = set(own), [name]
-        for group in [group for group in groups if group[0] & numbers]:
-            groups.remove(group)
-            numbers, names = numbers | group[0], group[1] + names
-        groups.append((numbers, names))
-    rank = {name: place for place, name in enumerate(owned)}
-    return sorted((sorted(names, key=rank.__getitem__) for _, names in groups), key=lambda names: rank[names[0]])
+    """Group names that share a number, directly or through others; groups and names in the mapping's order."""
+    from scipy.cluster.hierarchy import DisjointSet  # takes 30 ms to import
+
+    sets = DisjointSet(owned)
+    first_owner: dict[int, str] = {}
+    for name, numbers in owned.items():
+        # One merge per owner, not per number: layers share thousands of channels with a few others.
+        for owner in {first_owner.setdefault(number, name) for number in numbers}:
+            sets.merge(owner, name)
+    groups: dict[str, list[str]] = {}
+    for name in owned:
+        groups.setdefault(sets[name], []).append(name)
+    return list(groups.values())
 
 
 def partial_ties(flow: ChannelFlow, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
