@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Ties = list[list[str]]
+SharedNames = list[list[str]]
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -22,7 +22,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters(remove_duplicate=False)) | dict(buffers)
 
 
-def find_ties(model: nn.Module) -> Ties:
+def find_ties(model: nn.Module) -> SharedNames:
     """List, in the order of modules, the places by full name that hold one parameter or buffer: two or more each."""
     places: dict[int, list[str]] = {}
     # A module with several names is one place, under its first.
@@ -78,7 +78,7 @@ def _place(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     return module._parameters if own in module._parameters else module._buffers, own
 
 
-def find_aliases(model: nn.Module) -> Ties:
+def find_aliases(model: nn.Module) -> SharedNames:
     """List the names of each module that has several."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

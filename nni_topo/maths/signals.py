@@ -25,7 +25,7 @@ __all__ = ["Chirp", "chirp", "chirp_2d", "signal_energy", "sweep_range"]
 FloatArray: TypeAlias = NDArray[np.float64]
 Sweep = Literal["nyquist", "thesis"]
 Direction = Literal["radial", "diagonal"]
-Window = Literal["none", "hann"]
+WindowFunction = Literal["none", "hann"]
 _Value = TypeVar("_Value")
 
 _ENDS: dict[str, float] = {"nyquist": 0.5, "thesis": 1.0}
@@ -38,7 +38,7 @@ def chirp_2d(
     *,
     sweep: Sweep = "nyquist",
     direction: Direction = "radial",
-    window: Window = "none",
+    window: WindowFunction = "none",
 ) -> FloatArray:
     """Return a two-dimensional linear chirp; see :func:`chirp`.
 
@@ -72,7 +72,7 @@ def chirp(
     *,
     sweep: Sweep = "nyquist",
     direction: Direction = "radial",
-    window: Window = "none",
+    window: WindowFunction = "none",
 ) -> FloatArray:
     """Return a linear chirp: a cosine whose frequency rises linearly along a coordinate.
 
@@ -152,7 +152,7 @@ class Chirp:
 
     direction: Literal["mean", "radial", "diagonal"] = "mean"
     sweep: Sweep = "nyquist"
-    window: Window = "none"
+    window: WindowFunction = "none"
     channels: Literal["together", "separate"] = "together"
 
     def __post_init__(self) -> None:

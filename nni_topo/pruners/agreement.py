@@ -19,13 +19,11 @@ from numpy.typing import NDArray
 from nni_topo.maths.ties import descending
 from nni_topo.network.channels import chosen_of, meeting
 from nni_topo.pruners.planner import FloatArray
-from nni_topo.pruners.units import PruningUnit
+from nni_topo.pruners.units import KeptBlocks, PruningUnit
 
 _logger = logging.getLogger(__name__)
 
 IntArray = NDArray[np.int64]
-Kept = dict[str, NDArray[np.bool_]]
-"""By unit name, which blocks stay, ``(blocks,)``."""
 
 
 class Agreement:
@@ -40,7 +38,7 @@ class Agreement:
         """Which units, by their places, share blocks, directly or over others."""
         self._shuffled = [unit for unit in units if unit.shares]
 
-    def __call__(self, kept: Kept, scores: Mapping[str, NDArray[np.generic]]) -> Kept:
+    def __call__(self, kept: KeptBlocks, scores: Mapping[str, NDArray[np.generic]]) -> KeptBlocks:
         """Return what stays: of each unit as many blocks as are kept now, as nearly as ties allow; which, by scores."""
         agreed = dict(kept)
         for shared in self._shared:
@@ -50,7 +48,7 @@ class Agreement:
         return agreed
 
 
-def warn_of_more(units: Sequence[PruningUnit], kept: Kept, agreed: Kept) -> None:
+def warn_of_more(units: Sequence[PruningUnit], kept: KeptBlocks, agreed: KeptBlocks) -> None:
     """Name the units of which more stays than a ratio or threshold of the config_list asks for."""
     # A row more is rounding; a budget counts what stays, and says so itself.
     found = [
@@ -85,7 +83,7 @@ class _Shared:
         self._order = np.argsort((holds > 0).sum(1), kind="stable")
         self._owner = np.repeat(np.arange(len(units)), [unit.parts for unit in units])
 
-    def choose(self, kept: Kept, scores: Mapping[str, NDArray[np.generic]]) -> Kept:
+    def choose(self, kept: KeptBlocks, scores: Mapping[str, NDArray[np.generic]]) -> KeptBlocks:
         """Return what stays of each unit."""
         wanted = [kept[unit.name].reshape(unit.parts, unit.rows).sum(1) for unit in self._units]
         counts = self._raised(self._dealt(np.concatenate(wanted)), np.concatenate(wanted))

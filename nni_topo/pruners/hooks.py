@@ -23,7 +23,7 @@ from nni_topo.errors import ConfigError, DataError, check_memory
 from nni_topo.network.channels import Share
 from nni_topo.network.runtime import evaluation_mode, padding_known, run
 from nni_topo.pruners.planner import Losses, Planner
-from nni_topo.pruners.units import PruningUnit, TargetSpaces, Ties, block_shape, pruning_units
+from nni_topo.pruners.units import ChannelCoupling, PruningUnit, TargetSpaces, block_shape, pruning_units
 from nni_topo.recovery.steps import Pairs
 
 Data = dict[str, dict[str, Tensor]]
@@ -69,7 +69,7 @@ class PruningContext:
     evaluator: Evaluator | None = None
     parameter_names: Mapping[str, str] = field(default_factory=dict)
     planner: Planner = field(default_factory=Planner)
-    ties: Ties = field(default_factory=dict)
+    ties: ChannelCoupling = field(default_factory=dict)
     shares: Mapping[str, Share] = field(default_factory=dict)
 
     @cached_property

@@ -15,21 +15,20 @@ from nni_topo.maths.search.subsets import BoolArray, FloatArray
 from nni_topo.maths.ties import first_largest
 from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext
 from nni_topo.pruners.planner import Losses
-from nni_topo.pruners.units import PruningUnit
+from nni_topo.pruners.units import KeptBlocks, PruningUnit
 
 Clouds = dict[str, list["Cloud"]]
-Kept = dict[str, BoolArray]
-Made = TypeVar("Made")
+Value = TypeVar("Value")
 
 
-class WhenAsked(dict[str, Made]):
+class WhenAsked(dict[str, Value]):
     """Values by name, each made when it is first looked at."""
 
-    def __init__(self, make: Callable[[str], Made]) -> None:
+    def __init__(self, make: Callable[[str], Value]) -> None:
         super().__init__()
         self._make = make
 
-    def __missing__(self, name: str) -> Made:
+    def __missing__(self, name: str) -> Value:
         self[name] = self._make(name)
         return self[name]
 
@@ -53,7 +52,7 @@ class SelectionMetric(MetricCalculator):
         return lambda unit: np.concatenate([cloud.losses() for cloud in clouds[unit.name]])
 
     @abstractmethod
-    def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> Kept:
+    def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> KeptBlocks:
         """Return what stays of each unit, ``(blocks,)``: of each part as many ``rows``."""
 
 

@@ -25,8 +25,10 @@ from nni_topo.network.layers import channel_dimension, output_channels, spread, 
 
 TargetSpaces = dict[str, dict[str, PruningTargetSpace]]
 """NNI's ``{module name: {target name: target space}}``."""
-Ties = Mapping[str, Sequence[int]]
-"""``{module name: a number for each output channel}``: those with equal numbers go together."""
+KeptBlocks = dict[str, NDArray[np.bool_]]
+"""By unit name, which blocks are kept, boolean ``(blocks,)``."""
+ChannelCoupling = Mapping[str, Sequence[int]]
+"""``{module name: group id of each output channel}``: channels with equal ids are kept or pruned together."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def output_blocks(space: PruningTargetSpace, what: str) -> NDArray[np.int64]:
 
 
 def pruning_units(
-    target_spaces: TargetSpaces, ties: Ties | None = None, shares: Mapping[str, Share] | None = None
+    target_spaces: TargetSpaces, ties: ChannelCoupling | None = None, shares: Mapping[str, Share] | None = None
 ) -> list[PruningUnit]:
     """Group the active targets of a pruner into units.
 
@@ -206,7 +208,9 @@ def pruning_units(
     return [_unit(group, ties or {}, shares or {}) for group in active]
 
 
-def _unit(group: list[tuple[str, str, PruningTargetSpace]], ties: Ties, shares: Mapping[str, Share]) -> PruningUnit:
+def _unit(
+    group: list[tuple[str, str, PruningTargetSpace]], ties: ChannelCoupling, shares: Mapping[str, Share]
+) -> PruningUnit:
     name = "+".join(f"{module}.{target}" for module, target, _ in group)
     spaces = [space for _, _, space in group]
     rules = {
@@ -244,7 +248,7 @@ def _unit(group: list[tuple[str, str, PruningTargetSpace]], ties: Ties, shares: 
     )
 
 
-def _tied(group: list[tuple[str, str, PruningTargetSpace]], ties: Ties) -> tuple[int, ...]:
+def _tied(group: list[tuple[str, str, PruningTargetSpace]], ties: ChannelCoupling) -> tuple[int, ...]:
     """Number the blocks of a unit by ties of channels; empty where it has none, or members whose blocks differ."""
     found = set()
     for module, _, space in group:

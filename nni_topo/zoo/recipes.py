@@ -10,7 +10,7 @@ import torch
 
 from nni_topo.errors import check_fields, number, whole
 
-Schedule = Literal["cosine", "one-cycle"]
+LearningRateSchedule = Literal["cosine", "one-cycle"]
 Augmentation = Literal["none", "crop", "crop-flip"]
 Precision = Literal["float32", "bfloat16"]
 Optimizer = Literal["sgd", "adamw"]
@@ -65,7 +65,7 @@ class Recipe:
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    schedule: Schedule = "one-cycle"
+    schedule: LearningRateSchedule = "one-cycle"
     augmentation: Augmentation = "none"
     label_smoothing: float = 0.0
     precision: Precision = "float32"

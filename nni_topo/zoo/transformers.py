@@ -49,7 +49,7 @@ def _turned(heads: Tensor, frequencies: Tensor) -> Tensor:
     return torch.cat([one * cos - other * sin, other * cos + one * sin], 3)
 
 
-class Mlp(nn.Module):
+class FeedForward(nn.Module):
     """Two linear layers with a GELU in between."""
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -108,7 +108,7 @@ class PatchTransformer(nn.Module):
             *(
                 Block(
                     SelfAttention(width, heads, bias=True, causal=False),
-                    Mlp(width, hidden),
+                    FeedForward(width, hidden),
                     (nn.LayerNorm(width), nn.LayerNorm(width)),
                     first=norm_first,
                 )

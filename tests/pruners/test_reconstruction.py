@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.maths.least_squares.greedy import Products, Samples
+from nni_topo.maths.least_squares.greedy import Products, SampleMatrix
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.pruners.reconstruction import ReconstructionPruner
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblem, ReconstructionProblems
@@ -118,7 +118,7 @@ def test_a_grouped_convolution_behind_is_read_group_by_group():
     np.testing.assert_allclose(crosses, cross.abs().numpy(), atol=1e-6)
 
 
-@pytest.mark.parametrize(("images", "kind"), [(2, Samples), (48, Products)])
+@pytest.mark.parametrize(("images", "kind"), [(2, SampleMatrix), (48, Products)])
 def test_few_samples_are_not_multiplied_with_each_other(images, kind):
     torch.manual_seed(5)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Conv2d(16, 8, 3)).eval()

@@ -29,7 +29,7 @@ from nni_topo.maths.least_squares.greedy import (
     FloatArray,
     IntArray,
     Products,
-    Samples,
+    SampleMatrix,
     channels_read,
     compressed,
     explained,
@@ -42,13 +42,13 @@ _TOGETHER = 2**22  # bytes of one block for every pair that is looked at togethe
 
 
 def exchange(
-    layers: Sequence[Products | Samples], chosen: Sequence[int] | IntArray, most: int, parts: int = 1
+    layers: Sequence[Products | SampleMatrix], chosen: Sequence[int] | IntArray, most: int, parts: int = 1
 ) -> tuple[IntArray, FloatArray]:
     """Exchange chosen channels for others as long as that lowers the squared error of the least-squares prediction.
 
     Parameters
     ----------
-    layers : sequence of Products or Samples
+    layers : sequence of Products or SampleMatrix
         What each layer that reads the channels is to be met from; their errors are summed.
     chosen : sequence of int, shape (keep,)
         Channels that :func:`~nni_topo.maths.least_squares.greedy.forward_selection` chose, or others.
@@ -275,7 +275,7 @@ class _InProducts(_Reader):
 class _InSamples(_Reader):
     """By samples: the columns, what the chosen ones explain taken out of them."""
 
-    def __init__(self, layer: Samples, chosen: IntArray) -> None:
+    def __init__(self, layer: SampleMatrix, chosen: IntArray) -> None:
         self._columns, block = np.asarray(layer.columns, dtype=np.float64), layer.block
         targets = compressed(layer.targets)
         diagonal = np.maximum(layer.ridge, LEAST_PIVOT * np.square(self._columns).sum(1))

@@ -100,7 +100,9 @@ def greedy_least_squares(
     return forward_selection(layers, keep, parts)[0]
 
 
-def forward_selection(layers: Sequence[Products | Samples], keep: int, parts: int = 1) -> tuple[IntArray, FloatArray]:
+def forward_selection(
+    layers: Sequence[Products | SampleMatrix], keep: int, parts: int = 1
+) -> tuple[IntArray, FloatArray]:
     """Return the order of :func:`greedy_least_squares`, and what each channel took off the squared error, (keep,)."""
     channels = channels_read(layers, keep)
     if parts < 1 or channels % parts or keep % parts:
@@ -153,7 +155,7 @@ class Products:
 
 
 @dataclass(frozen=True)
-class Samples:
+class SampleMatrix:
     """The same by samples, for few of them: X.T (n * block, samples), Y (samples, outputs), a ridge (n * block,)."""
 
     columns: FloatArray
@@ -256,7 +258,7 @@ class _InProducts(_Reader):
 class _InSamples(_Reader):
     """By samples: what the chosen columns explain is projected out of these, fewer than there are columns."""
 
-    def __init__(self, layer: Samples) -> None:
+    def __init__(self, layer: SampleMatrix) -> None:
         columns = np.array(layer.columns, dtype=np.float64)
         blocks = columns.reshape(-1, layer.block, columns.shape[1])
         own = blocks @ blocks.transpose(0, 2, 1)
@@ -291,7 +293,7 @@ def compressed(cross: FloatArray) -> FloatArray:
     return np.ascontiguousarray(factor.T)
 
 
-def channels_read(layers: Sequence[Products | Samples], keep: int) -> int:
+def channels_read(layers: Sequence[Products | SampleMatrix], keep: int) -> int:
     """Return the number of channels that some layers read, of which so many are to be kept; raise what is wrong."""
     for layer in layers:
         held = [layer.gram, layer.cross] if isinstance(layer, Products) else [layer.columns, layer.targets]

@@ -12,7 +12,7 @@ FloatArray = NDArray[np.float64]
 _FIRST_STRETCH = 1024
 
 
-class Layer:
+class GeneLayer:
     """One target's magnitudes, shape (weights,), at least 0: their ranking, and how many weights have to stay."""
 
     def __init__(self, magnitudes: NDArray[np.floating[Any]], cap: float = 1.0) -> None:

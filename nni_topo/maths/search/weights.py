@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pyeasyga.pyeasyga import Chromosome, GeneticAlgorithm
 
 from nni_topo.errors import Rule, all_of, check_knobs, number, whole
-from nni_topo.maths.search.gene_layers import BoolArray, FloatArray, Layer
+from nni_topo.maths.search.gene_layers import BoolArray, FloatArray, GeneLayer
 
 Bytes = NDArray[np.uint8]
 _SHARE = number(0, 1)
@@ -125,7 +125,7 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
 
     def __init__(
         self,
-        layers: Sequence[Layer],
+        layers: Sequence[GeneLayer],
         accuracies: Callable[[Iterator[BoolArray]], FloatArray],
         settings: WeightSearch,
         *,
@@ -235,7 +235,7 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
         stretch = np.unpackbits(other.genes[start : -(-second // 8)]).view(np.bool_)
         alive[first:second] = stretch[first - 8 * start : second - 8 * start]
 
-    def _parts(self, alive: BoolArray) -> Iterator[tuple[Layer, BoolArray]]:
+    def _parts(self, alive: BoolArray) -> Iterator[tuple[GeneLayer, BoolArray]]:
         start = 0
         for layer in self.layers:
             yield layer, alive[start : start + layer.size]

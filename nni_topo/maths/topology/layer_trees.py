@@ -20,7 +20,7 @@ from nni_topo.maths.topology.checks import BoolArray, FloatArray, IntArray, as_p
 from nni_topo.maths.topology.layer_graphs import LayerGraph, linear_graph, plane_components
 
 
-class Batches(NamedTuple):
+class EdgeBatches(NamedTuple):
     """How many edges are looked at together: at first and at most; and of how many weights the bounds are quantiles."""
 
     per_node: int = 16  # measured: so many mostly hold the whole forest
@@ -180,7 +180,7 @@ class Forest:
 
 
 @checked()
-def spanning_forest(weight: ArrayLike, graph: LayerGraph, batches: Batches | None = None) -> Forest:
+def spanning_forest(weight: ArrayLike, graph: LayerGraph, batches: EdgeBatches | None = None) -> Forest:
     """Compute the maximum spanning forest of a layer's whole graph.
 
     Parameters
@@ -189,7 +189,7 @@ def spanning_forest(weight: ArrayLike, graph: LayerGraph, batches: Batches | Non
         Finite weights, as many as the graph has elements.
     graph : LayerGraph
         The layer's graph.
-    batches : Batches or None, default=None
+    batches : EdgeBatches or None, default=None
         How many edges are looked at together; the forest doesn't depend on it.
 
     Returns
@@ -212,7 +212,7 @@ def spanning_forest(weight: ArrayLike, graph: LayerGraph, batches: Batches | Non
     labels = np.arange(graph.inputs + graph.outputs)
     taken: list[tuple[IntArray, IntArray, IntArray]] = []
     missing = graph.forest_edges
-    per_node, most, sample = batches or Batches()
+    per_node, most, sample = batches or EdgeBatches()
     first, most = (max(1, edges // graph.plane_outputs) for edges in (per_node * len(labels), most))
     for batch in _falling(flat, first, most, np.sort(flat[:: max(1, len(flat) // sample)])):
         sources, targets = (nodes.ravel() for nodes in graph.ends(batch))

@@ -32,7 +32,7 @@ from nni_topo.network.runtime import (
     inputs_seen,
     real_positions,
 )
-from nni_topo.pruners.clouds.moments import Moments, check_finite, check_reached, embedding
+from nni_topo.pruners.clouds.moments import ChannelMoments, check_finite, check_reached, embedding
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, output_blocks
 
@@ -158,7 +158,7 @@ class _Rows:
     """Features of one layer: kept as they are while they are few, else their sums and products."""
 
     def __init__(self, name: str) -> None:
-        self._moments = Moments(name)
+        self._moments = ChannelMoments(name)
         self._few: list[Tensor] = []
 
     def add(self, rows: Tensor) -> None:

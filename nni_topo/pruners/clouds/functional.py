@@ -18,7 +18,7 @@ from nni_topo.network.channels import FIXED, ChannelFlow
 from nni_topo.network.layers import WEIGHTED, by_channel, is_depthwise, weight_of, weight_used
 from nni_topo.network.runtime import Calibration, Call, calls, run, structure_call, structure_of, watched
 from nni_topo.network.speedup import Network
-from nni_topo.pruners.clouds.moments import Moments, points_of_gram
+from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram
 from nni_topo.pruners.clouds.weight import Preprocess, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, output_blocks
@@ -84,7 +84,7 @@ class FunctionalCollector(DataCollector):
         call = structure_of(context.model, next(calls(context.model, self.calibration)))
         flow = Network(context.model, call).flow
         readers = {unit.name: readers_of(unit, flow, context) for unit in context.units}
-        moments = {name: [Moments(name) for _ in found] for name, found in readers.items()}
+        moments = {name: [ChannelMoments(name) for _ in found] for name, found in readers.items()}
         each = [pair for name in readers for pair in zip(readers[name], moments[name], strict=True)]
         looks = [(reader.module, partial(reader.record, moment)) for reader, moment in each]
         with mixing_called(context.model), watched(looks):
@@ -100,7 +100,7 @@ class FunctionalCollector(DataCollector):
 
 
 @dataclass(frozen=True)
-class Reader:
+class ChannelReader:
     """A layer that reads a unit: where each channel enters, ``(channels, places)``, and how strongly it's read."""
 
     module: nn.Module
@@ -108,7 +108,7 @@ class Reader:
     strength: Tensor
     mixes: bool = False  # it adds up what it reads of a channel, which is a head, into what that puts out
 
-    def record(self, moments: Moments, entering: Tensor) -> None:
+    def record(self, moments: ChannelMoments, entering: Tensor) -> None:
         """Add what enters the layer to running sums."""
         rows = by_channel(self.module, entering)
         if self.mixes:
@@ -126,7 +126,9 @@ class Reader:
         return inner
 
 
-def readers_of(unit: PruningUnit, flow: ChannelFlow, context: PruningContext, *, order: float = 2.0) -> list[Reader]:
+def readers_of(
+    unit: PruningUnit, flow: ChannelFlow, context: PruningContext, *, order: float = 2.0
+) -> list[ChannelReader]:
     """Return the layers that read a unit, strengths being norms of this order; ConfigError if none reads it."""
     lead, target = unit.members[0]
     outputs = output_blocks(context.target_spaces[lead][target], "clouds of what is read")
@@ -139,7 +141,7 @@ def readers_of(unit: PruningUnit, flow: ChannelFlow, context: PruningContext, *,
     if not places:
         raise unread_error([unit.name])
     mixes = lead in flow.heads and not flow.heads[lead].recurrent
-    return [Reader(module, found, read_strength(module, found, order), mixes) for module, found in places]
+    return [ChannelReader(module, found, read_strength(module, found, order), mixes) for module, found in places]
 
 
 def check_read(

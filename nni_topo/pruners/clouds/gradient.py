@@ -28,8 +28,8 @@ from nni_topo.network.runtime import (
     watched,
 )
 from nni_topo.network.speedup import Network
-from nni_topo.pruners.clouds.functional import Reader, check_read, readers_of
-from nni_topo.pruners.clouds.moments import Moments, points_of_gram
+from nni_topo.pruners.clouds.functional import ChannelReader, check_read, readers_of
+from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram
 from nni_topo.pruners.clouds.weight import Preprocess, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 
@@ -181,7 +181,7 @@ class _Gates:
     def __init__(self, context: PruningContext, model: nn.Module) -> None:
         # What was read in the latest call, with gradients: the gates to differentiate by.
         self.opened: list[Tensor] = []
-        self.moments = {unit.name: Moments(unit.name) for unit in context.units}
+        self.moments = {unit.name: ChannelMoments(unit.name) for unit in context.units}
         self._context = dataclasses.replace(context, model=model)
         self._original = context.model
         self._samples = 0
@@ -207,7 +207,7 @@ class _Gates:
         self.hooks.enter_context(watched([(reader.module, self._gate(name, reader)) for name, reader in readers]))
         self._watching = True
 
-    def _gate(self, name: str, reader: Reader) -> Callable[[Tensor], Tensor | None]:
+    def _gate(self, name: str, reader: ChannelReader) -> Callable[[Tensor], Tensor | None]:
         places = torch.from_numpy(reader.places)
         channel_dim = feature_dimension(reader.module)
 

@@ -18,7 +18,7 @@ _ROUNDING = 1e-13
 _WIDE = 4096  # points from which on eigenvectors, 27 times as much work as pivoted Cholesky, take minutes
 
 
-class Moments:
+class ChannelMoments:
     """Running sums over samples: how many there were, the sum of each place of each row, the rows' inner products."""
 
     def __init__(self, name: str) -> None:

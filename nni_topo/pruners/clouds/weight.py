@@ -12,7 +12,7 @@ from torch import Tensor
 from nni_topo.errors import DataError, check_memory, checked, one_of
 from nni_topo.network.layers import by_channel
 from nni_topo.network.runtime import calibration_of, watched
-from nni_topo.pruners.clouds.moments import Moments, points_of_gram
+from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram
 from nni_topo.pruners.clouds.narrowing import Narrowing, stretches
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, output_blocks
@@ -162,7 +162,7 @@ class ActivationCollector(DataCollector):
         DataError
             If no batch came, or activations are NaN or infinite.
         """
-        moments = {module: Moments(module) for unit in context.units for module, _ in unit.members}
+        moments = {module: ChannelMoments(module) for unit in context.units for module, _ in unit.members}
         layers = {name: context.model.get_submodule(name) for name in moments}
 
         def see(name: str, _: Tensor, outputs: Tensor) -> None:

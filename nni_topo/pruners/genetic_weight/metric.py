@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nni_topo.errors import check_answer, check_memory, check_result
-from nni_topo.maths.search.gene_layers import BoolArray, FloatArray, Layer
+from nni_topo.maths.search.gene_layers import BoolArray, FloatArray, GeneLayer
 from nni_topo.maths.search.weights import WeightGeneticAlgorithm, WeightSearch
 from nni_topo.network.runtime import Calibration, bar, evaluation_mode
 from nni_topo.pruners.genetic_weight.masked import MaskedScores
@@ -49,7 +49,7 @@ class GeneticMetric(MetricCalculator):
         flat = [weight.detach().cpu().float().flatten() for weight in weights]
         self.start_weights = torch.cat(flat).numpy()
         layers = [
-            Layer(data[name]["weight"].numpy().ravel().astype(np.float32), largest_share(unit))
+            GeneLayer(data[name]["weight"].numpy().ravel().astype(np.float32), largest_share(unit))
             for name, unit in zip(names, context.units, strict=True)
         ]
         # Magnitudes and their order, parents and children in bits, and those that run together.

@@ -10,7 +10,8 @@ from nni_topo.network.runtime import bar
 from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.planner import Losses
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
-from nni_topo.pruners.selection import Clouds, Kept, SelectionMetric
+from nni_topo.pruners.selection import Clouds, SelectionMetric
+from nni_topo.pruners.units import KeptBlocks
 
 
 @dataclass(kw_only=True, eq=False)
@@ -31,9 +32,9 @@ class ReconstructionMetric(SelectionMetric):
         worth = {u.name: u.parts * found.worth(u.parts) for u, found in self.by_error.each(context, {})}
         return lambda unit: worth[unit.name]
 
-    def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> Kept:
+    def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> KeptBlocks:
         """Choose unit by unit, in the order of the problems."""
-        kept: Kept = {}
+        kept: KeptBlocks = {}
         with bar("choosing filters", self.progress, total=len(context.units)) as shown:
             for unit, problem in self.problems.each(context, kept):
                 chosen = problem.choose(rows[unit.name] * unit.parts, unit.parts, self.swaps)

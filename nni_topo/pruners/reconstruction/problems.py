@@ -25,7 +25,7 @@ from torch import nn
 
 from nni_topo.errors import DataError, check_memory
 from nni_topo.maths.least_squares.exchange import exchange
-from nni_topo.maths.least_squares.greedy import Products, Samples, forward_selection
+from nni_topo.maths.least_squares.greedy import Products, SampleMatrix, forward_selection
 from nni_topo.network.attention import mixing_called
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.layers import WEIGHTED, output_channels
@@ -40,7 +40,7 @@ from nni_topo.network.runtime import (
     watched,
 )
 from nni_topo.network.speedup import Network
-from nni_topo.pruners.clouds.functional import Reader, check_read, readers_of, unread_error
+from nni_topo.pruners.clouds.functional import ChannelReader, check_read, readers_of, unread_error
 from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.reconstruction.readings import Reading, column_count
 from nni_topo.pruners.units import PruningUnit
@@ -62,7 +62,7 @@ class ReconstructionProblem:
 
     # Covariances, or samples, of what enters each layer, channel by channel, with a ridge; targets are scaled such that
     # their total variance is 1. A block is a channel's kernel elements times positions.
-    layers: tuple[Products | Samples, ...]
+    layers: tuple[Products | SampleMatrix, ...]
 
     def choose(self, keep: int, parts: int = 1, swaps: int = 0) -> IntArray:
         """Return ``keep`` channels by forward selection, in the order of choice, as many from each of equal parts.
@@ -75,7 +75,7 @@ class ReconstructionProblem:
     def worth(self, parts: int = 1) -> FloatArray:
         """Return what each channel takes off the error, summed over the layers, when all are chosen in turn."""
         first = self.layers[0]
-        channels = len(first.columns if isinstance(first, Samples) else first.gram) // first.block
+        channels = len(first.columns if isinstance(first, SampleMatrix) else first.gram) // first.block
         order, taken = forward_selection(self.layers, channels, parts)
         worth = np.zeros(channels)
         worth[order] = taken.clip(min=0.0)
@@ -117,7 +117,7 @@ class ReconstructionProblems:
         """Return a model, which takes the first batch, with a call to follow its channels with."""
         return Network(model, structure_of(model, next(calls(model, self.calibration))))
 
-    def check_memory(self, readers: dict[str, list[Reader]], network: Network) -> None:
+    def check_memory(self, readers: dict[str, list[ChannelReader]], network: Network) -> None:
         """Raise DataError for a unit whose least squares don't fit into memory."""
         wide = [(name, reader) for name, found in readers.items() for reader in found if column_count(reader) > _MANY]
         if not wide:
@@ -134,7 +134,7 @@ class ReconstructionProblems:
             check_memory(8 * _COPIES * columns * (rows + min(outputs, rows)), what, _CURE, name)
 
     def measure(
-        self, readers: dict[str, list[Reader]], original: nn.Module, network: nn.Module
+        self, readers: dict[str, list[ChannelReader]], original: nn.Module, network: nn.Module
     ) -> dict[str, ReconstructionProblem]:
         """Return the problems of some units by their readers, whose modules are the original's, the network to be met.
 
@@ -161,7 +161,9 @@ class ReconstructionProblems:
                     one.add(real)
         return {name: _problem(found, name) for name, found in sums.items()}
 
-    def _together(self, units: list[PruningUnit], readers: dict[str, list[Reader]]) -> Iterator[list[PruningUnit]]:
+    def _together(
+        self, units: list[PruningUnit], readers: dict[str, list[ChannelReader]]
+    ) -> Iterator[list[PruningUnit]]:
         """Cut units into stretches whose matrices fit into memory together."""
         stretch: list[PruningUnit] = []
         size = 0
@@ -175,7 +177,7 @@ class ReconstructionProblems:
         yield stretch
 
 
-def linear_readers(unit: PruningUnit, flow: ChannelFlow, context: PruningContext) -> list[Reader]:
+def linear_readers(unit: PruningUnit, flow: ChannelFlow, context: PruningContext) -> list[ChannelReader]:
     """Return the convolutions and linear layers that read a unit's channels; ConfigError if there is none."""
     found = [r for r in readers_of(unit, flow, context) if isinstance(r.module, _LINEAR)]
     if not found:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nni_topo.maths.least_squares.greedy import Products, Samples
+from nni_topo.maths.least_squares.greedy import Products, SampleMatrix
 from nni_topo.maths.least_squares.normal import NormalEquations
 from nni_topo.network.layers import by_output, call_of, has_own_forward, weight_used
-from nni_topo.pruners.clouds.functional import Reader
+from nni_topo.pruners.clouds.functional import ChannelReader
 from nni_topo.recovery.samples import draw_counted, input_rows, position_count
 
 _LEAST_SAMPLES = 8192
@@ -27,7 +27,7 @@ class Reading:
     # ``images`` come in all. A layer with ``c`` columns is sampled at about ``max(8192, 4 * c)`` positions over all of
     # them, evenly spread.
 
-    def __init__(self, reader: Reader, twin: nn.Module, images: int, seed: int) -> None:
+    def __init__(self, reader: ChannelReader, twin: nn.Module, images: int, seed: int) -> None:
         self.module: Any = reader.module
         self.twin = twin
         self.columns = column_count(reader) // len(reader.places)  # of a channel: kernel elements times positions
@@ -68,7 +68,7 @@ class Reading:
         outputs = first @ (self._weights[:, :0] if self.module is self.twin else self._weights)
         self.equations.add(rows, outputs, outputs)
 
-    def layer(self) -> Products | Samples:
+    def layer(self) -> Products | SampleMatrix:
         """Return what was summed up, targets scaled such that their total variance is 1."""
         sums, weights = self.equations, self._weights
         if sums.samples * _FEW <= sums.unknowns:
@@ -76,7 +76,7 @@ class Reading:
             outputs = rows @ weights if self.module is self.twin else outputs
             targets = outputs * _inverse_root(outputs.square().sum())
             columns = np.ascontiguousarray(rows.T.cpu().numpy())
-            return Samples(columns, targets.cpu().numpy(), _RIDGE * np.square(columns).sum(1), self.columns)
+            return SampleMatrix(columns, targets.cpu().numpy(), _RIDGE * np.square(columns).sum(1), self.columns)
         own, across, variances = (values[0] for values in sums.covariances())
         if self.module is self.twin:
             across = own @ weights
@@ -102,7 +102,7 @@ def _inverse_root(variance: Tensor) -> float:
     return float(variance) ** -0.5 if variance > 0 else 0.0
 
 
-def column_count(reader: Reader) -> int:
+def column_count(reader: ChannelReader) -> int:
     """Columns that enter a reader from its unit."""
     weight: Any = reader.module.weight
     return int(reader.places.size * (weight[0, 0].numel() if weight.dim() > 2 else 1))

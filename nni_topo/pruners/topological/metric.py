@@ -12,7 +12,8 @@ from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, Generation, SubsetGeneticAlgorithm
 from nni_topo.network.runtime import bar
 from nni_topo.pruners.hooks import Data, KeptSet, PruningContext
-from nni_topo.pruners.selection import Cloud, Clouds, Kept, SelectionMetric
+from nni_topo.pruners.selection import Cloud, Clouds, SelectionMetric
+from nni_topo.pruners.units import KeptBlocks
 
 _COPIES = 3  # of a cloud, while its distances are computed
 _CURE = "leave the layer out (exclude_op_names), or choose by norms; solver='greedy' takes less than a search"
@@ -90,7 +91,7 @@ class TopologicalMetric(SelectionMetric):
         context.check_memory(1.5 if self.settings.search is None else by_search, _CURE, _COPIES * width)
         return super().calculate(data, context)
 
-    def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> Kept:
+    def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> KeptBlocks:
         """Choose in parallel where asked; a registered joblib backend spreads the work over machines."""
         from joblib import Parallel, delayed
         from joblib.parallel import get_active_backend

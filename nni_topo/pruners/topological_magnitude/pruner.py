@@ -26,9 +26,9 @@ from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.rounds import Round, even_steps, matched_state, prune_in_rounds
 from nni_topo.pruners.topological_magnitude.trees import (
     CONV_GRAPHS,
-    ConvGraph,
     MagnitudeCollector,
     OnSubcritical,
+    TreeGraph,
     TreeMetric,
 )
 from nni_topo.pruners.units import in_network_order, is_active
@@ -107,7 +107,7 @@ class TopologicalMagnitudePruner(StructuredPruner):
         existed_wrappers: dict[str, ModuleWrapper] | None = None,
         *,
         on_subcritical: OnSubcritical = "raise",
-        conv_graph: ConvGraph = "channel",
+        conv_graph: TreeGraph = "channel",
         example_inputs: Any = None,
         rounds: int = 1,
         rewind: Literal["initial"] | Mapping[str, Tensor] | None = None,

@@ -21,7 +21,7 @@ from nni_topo.pruners.units import PruningUnit
 
 BoolArray = NDArray[np.bool_]
 OnSubcritical = Literal["raise", "clip"]
-ConvGraph = Literal["channel", "toeplitz", "toeplitz_full"]
+TreeGraph = Literal["channel", "toeplitz", "toeplitz_full"]
 CONV_GRAPHS = ("channel", "toeplitz", "toeplitz_full")
 _LEAST = 1e-300
 _COPIES = 4  # of the magnitudes of all layers, in float64, until the trees are there
@@ -47,7 +47,7 @@ class MagnitudeCollector(DataCollector):
 class TreeMetric(MetricCalculator):
     """Keeps the largest weights, as many as planned, but never less than a layer's tree: else raises, or clips."""
 
-    conv_graph: ConvGraph
+    conv_graph: TreeGraph
     graphs: Mapping[str, LayerGraph]
     on_subcritical: OnSubcritical
 

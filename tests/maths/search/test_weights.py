@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.maths.search.gene_layers import Layer, random_subset
+from nni_topo.maths.search.gene_layers import GeneLayer, random_subset
 from nni_topo.maths.search.weights import WeightGeneticAlgorithm, WeightSearch
 from nni_topo.pruners.genetic_weight.state import load_state, save_state
 
@@ -20,13 +20,13 @@ def worth(population):
 
 def search(fitness=worth, caps=(1.0,), seed=0, **knobs):
     rng = np.random.default_rng(7)
-    layers = [Layer(np.sort(rng.random(SIZE // len(caps))), cap) for cap in caps]
+    layers = [GeneLayer(np.sort(rng.random(SIZE // len(caps))), cap) for cap in caps]
     knobs = {"population_size": 10, "generations": 30, "alpha": 10.0, **knobs}
     return WeightGeneticAlgorithm(layers, fitness, WeightSearch(**knobs), seed=seed)
 
 
 def test_weakest_termination_by_hand():
-    layer = Layer(np.array([0.5, 0.1, 0.9, 0.15, 0.3]))
+    layer = GeneLayer(np.array([0.5, 0.1, 0.9, 0.15, 0.3]))
     alive = np.ones(5, dtype=np.bool_)
     # Range 0.8, a tenth of it above 0.1: below 0.18.
     assert layer.drop_weakest(alive, 0, 0.1) == 2
@@ -40,7 +40,7 @@ def test_weakest_termination_by_hand():
 
 
 def test_a_cap_stops_both_terminations_and_revival_takes_the_strongest():
-    layer = Layer(np.arange(1.0, 11.0), cap=0.3)
+    layer = GeneLayer(np.arange(1.0, 11.0), cap=0.3)
     alive = np.ones(10, dtype=np.bool_)
     floor = layer.drop_weakest(alive, 0, 0.9)
     assert np.flatnonzero(~alive).tolist() == [0, 1, 2]

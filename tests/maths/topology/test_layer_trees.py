@@ -9,7 +9,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import minimum_spanning_tree
 
 from nni_topo.errors import DataError
-from nni_topo.maths.topology.layer_trees import Batches
+from nni_topo.maths.topology.layer_trees import EdgeBatches
 from nni_topo.topology import (
     LayerGraph,
     channel_tree,
@@ -62,7 +62,7 @@ def test_a_forest_has_networkxs_lengths_and_no_cycle(name, kind):
     reference = networkx_forest(weight, graph)
     lengths = sorted((data["weight"] for *_, data in reference.edges(data=True)), reverse=True)
     for batch in (40, 1 << 21):  # several batches, and one
-        forest = spanning_forest(weight, graph, Batches(most=batch))
+        forest = spanning_forest(weight, graph, EdgeBatches(most=batch))
         np.testing.assert_allclose(forest.lengths, lengths)
         np.testing.assert_array_equal(forest.lengths, np.abs(weight).ravel()[forest.elements])
         built = nx.Graph(zip(forest.sources.tolist(), (graph.inputs + forest.targets).tolist(), strict=True))
@@ -75,7 +75,7 @@ def test_ties_are_taken_in_row_major_order_whatever_the_batches(name):
     graph = GRAPHS[name]
     weight = weights_of(graph, "ties", seed=3)
     whole = spanning_forest(weight, graph)
-    parts = spanning_forest(weight, graph, Batches(most=30))
+    parts = spanning_forest(weight, graph, EdgeBatches(most=30))
     for field in ("elements", "sources", "targets"):
         np.testing.assert_array_equal(getattr(whole, field), getattr(parts, field))
 
@@ -99,7 +99,7 @@ def test_a_forest_of_many_weights_is_that_of_all_of_them_sorted(pruned, scale):
     weight.ravel()[:: weight.size // 50] *= 1e-3
     weight[rng.random(weight.shape) < pruned] = 0.0
     whole = maximum_spanning_tree(weight)
-    forest = spanning_forest(weight, linear_graph(*weight.shape), Batches(per_node=1, most=7, sample=50))
+    forest = spanning_forest(weight, linear_graph(*weight.shape), EdgeBatches(per_node=1, most=7, sample=50))
     np.testing.assert_array_equal(np.flatnonzero(whole), np.sort(forest.elements))
     assert len(forest.elements) == sum(weight.shape) - 1
     assert (np.diff(forest.lengths) <= 0).all()
