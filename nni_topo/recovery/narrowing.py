@@ -34,6 +34,8 @@ from nni_topo.network.layers import by_channel, row_names, weight_name, weight_o
 from nni_topo.network.runtime import (
     BATCHES,
     MODEL,
+    SAME_CHANNELS,
+    agree,
     batches_of,
     bind_arguments,
     called,
@@ -52,7 +54,6 @@ from nni_topo.network.speedup import FullMasks, Masks, Network, check_masks, uni
 from nni_topo.recovery.directions import Moments, directions
 from nni_topo.recovery.pairs import PairLogits, pairs_that_stay
 
-_SAME = 1e-3  # of the largest output, in single precision
 _ROUNDING = 1e-9  # of channels: a ratio of two whole numbers means the first of them
 
 _logger = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ def narrow_heads(
     _measure(turned, heads, batches)
     wanted = _outputs(turned, batches)
     for each in heads:
-        if not each.turned(lambda: _is_same(wanted, _outputs(turned, batches))):
+        if not each.turned(lambda: agree(wanted, _outputs(turned, batches), SAME_CHANNELS)):
             whole[each.attention.name] = "more is done to queries and keys than to multiply them"
     for names in by_table(tables).values():
         users = [each for each in heads if each.attention.name in names and each.attention.name not in whole]
@@ -373,7 +374,3 @@ def _outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
     args, kwargs = first_call(model, batches)
     with left_alone(model), evaluation_mode(model), torch.no_grad():
         return [each for each in tensors_of(model(*args, **kwargs)) if each.is_floating_point()]
-
-
-def _is_same(wanted: list[Tensor], got: list[Tensor]) -> bool:
-    return all(bool((a - b).abs().max() <= _SAME * a.abs().max()) for a, b in zip(wanted, got, strict=True))

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from nni_topo.disk import check_output_file, output_folder, path_of, whole_file
 from nni_topo.errors import ConfigError, ExportError, unknown_name
 from nni_topo.network.runtime import (
+    SAME_PROGRAM,
     Calibration,
     Call,
     batch_size,
@@ -30,12 +31,12 @@ from nni_topo.network.runtime import (
     check_fits,
     check_model,
     detached_copy,
+    difference,
     leaves_models_alone,
     tensors_of,
 )
 
 Format = Literal["onnx", "torch.export"]
-_TOLERANCE = 1e-4
 _OTHER_BATCH = 3
 
 
@@ -254,10 +255,11 @@ def _check(net: nn.Module, call: Call, run: Any) -> float:
             if wanted.shape != got.shape:
                 shapes = f"{tuple(got.shape)} for {tuple(wanted.shape)}"
                 raise ExportError(f"an output must keep its shape, got {shapes} (export)")
-            gap = (got.double() - wanted.double()).abs().max()
-            errors.append(float(gap / wanted.double().abs().max().clamp_min(torch.finfo(torch.float32).tiny)))
-    if not max(errors) <= _TOLERANCE:
-        raise ExportError(f"outputs must be equal within {_TOLERANCE:g} of the largest, got {max(errors):.3g} (export)")
+            errors.append(difference(wanted, got))
+    if not max(errors) <= SAME_PROGRAM:
+        raise ExportError(
+            f"outputs must be equal within {SAME_PROGRAM:g} of the largest, got {max(errors):.3g} (export)"
+        )
     return max(errors)
 
 

@@ -19,7 +19,7 @@ from nni_topo.network.runtime.arguments import (
     check_unwrapped,
 )
 from nni_topo.network.runtime.calibration import HELD_OUT, BatchStore, Calibration, calibration_of
-from nni_topo.network.runtime.comparison import difference
+from nni_topo.network.runtime.comparison import SAME_CHANNELS, SAME_LAYER, SAME_PROGRAM, agree, difference
 from nni_topo.network.runtime.copying import RandomWeights, detached_copy, device_of, put_parameters, unwrapped_copy
 from nni_topo.network.runtime.evaluation import (
     drawn_since,
@@ -88,6 +88,9 @@ __all__ = [
     "NETWORK",
     "PADDING",
     "ROUND_TO",
+    "SAME_CHANNELS",
+    "SAME_LAYER",
+    "SAME_PROGRAM",
     "SHAPES",
     "STRUCTURE",
     "TENSOR",
@@ -98,6 +101,7 @@ __all__ = [
     "Leaving",
     "RandomWeights",
     "Variation",
+    "agree",
     "at_once",
     "bar",
     "batch_size",

@@ -1,10 +1,35 @@
-"""How far two results are apart."""
+"""The one comparison of two runs: how far apart their results are, and how far apart those of equals may be."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+
+# How far apart results may be that ought to be equal, relative to the largest value: by what was computed, since
+# rounding adds up over layers.
+#
+# A channel that is missing or wrong changes some per cent of a result at least. In single precision rounding stays
+# below 1e-5 of it even in networks of some hundred layers, and in double precision below 1e-12. Half-precision networks
+# are held to the same: where their rounding is larger, two of them count as different, and nothing is cut.
+SAME_CHANNELS = 1e-3
+# Of two programs that compute the same network: a graph and its model, a file and the network that was written to it.
+SAME_PROGRAM = 1e-4
+# Of one layer, computed in two ways: sums in another order are off by a few units in the last place.
+SAME_LAYER = {
+    dtype: 64 * torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+}
+
+
+def agree(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor], tolerance: float) -> bool:
+    """Tell whether two runs gave equally many tensors of the same shapes, each equal to a tolerance as `difference` is.
+
+    NaN and infinite values agree with the same, and with nothing else.
+    """
+    if [each.shape for each in expected] != [each.shape for each in actual]:
+        return False
+    return all(difference(wanted, given) <= tolerance for wanted, given in zip(expected, actual, strict=True))
 
 
 def difference(expected: torch.Tensor, actual: torch.Tensor, *, if_finite: bool = False) -> float:

@@ -26,6 +26,7 @@ from nni_topo.network.channels import FIXED, ChannelFlow, Shares, chosen_of, sha
 from nni_topo.network.graph import RANDOM, arguments, place, plain_name, resized
 from nni_topo.network.layers import is_normalizing, is_recurrent, per_channel_names
 from nni_topo.network.runtime import (
+    SAME_CHANNELS,
     Call,
     RandomWeights,
     Variation,
@@ -49,7 +50,6 @@ from nni_topo.network.speedup.network import Network
 from nni_topo.network.speedup.reconcile import grow, keep_read
 from nni_topo.network.speedup.replace import DenseSpeedup, kept_slices
 
-_TOLERANCE = 1e-3  # of the largest value; rounding in single precision is far below, half of the channels far above
 _SINGLE = {torch.float64: torch.float32}
 _DEPENDS = "what it computes depends on removed channels"
 _SIDES = (33, 64)  # pixels of images in one batch; strides halve 33 to 17, 9, 5, 3 and 2
@@ -474,7 +474,7 @@ class _DryRun:
                 blocks = self._blocks if wanted.dim() > 1 and len(wanted) % self._blocks == 0 else 1
                 if_finite = self._is_varied or blocks > 1
                 pairs = zip(wanted.chunk(blocks), given.chunk(blocks), strict=True) if blocks > 1 else [(wanted, given)]
-                if any(difference(*pair, if_finite=if_finite) > _TOLERANCE for pair in pairs):
+                if any(difference(*pair, if_finite=if_finite) > SAME_CHANNELS for pair in pairs):
                     return _DEPENDS
         return ""
 

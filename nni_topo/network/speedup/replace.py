@@ -36,10 +36,18 @@ from nni_topo.network.layers import (
     row_names,
     weight_of,
 )
-from nni_topo.network.runtime import Call, device_of, evaluation_mode, left_alone, out_of_memory, tensors_of
+from nni_topo.network.runtime import (
+    SAME_CHANNELS,
+    Call,
+    agree,
+    device_of,
+    evaluation_mode,
+    left_alone,
+    out_of_memory,
+    tensors_of,
+)
 from nni_topo.network.speedup.reconcile import Dimensions, FullMasks, KeptIndices, find_narrow, keys_of_queries
 
-_TOLERANCE = 1e-3  # of the largest output, in single precision
 _logger = logging.getLogger(__name__)
 
 
@@ -188,8 +196,8 @@ def narrowed(dense: nn.Module, flow: ChannelFlow, masks: FullMasks, left: np.nda
         small = _narrowed(dense, flow, found, divides=divides)
         try:
             with left_alone(dense, small), torch.no_grad(), evaluation_mode(dense, small):
-                pairs = [tensors_of(net(*call[0], **call[1])) for net in (dense, small)]
-            if all(bool((a - b).abs().max() <= _TOLERANCE * a.abs().max()) for a, b in zip(*pairs, strict=True)):
+                expected, actual = (tensors_of(net(*call[0], **call[1])) for net in (dense, small))
+            if agree(expected, actual, SAME_CHANNELS):
                 return small
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             if out_of_memory(error):
