@@ -1,8 +1,7 @@
 """Which channels of a network go together, and where they go."""
 
-from nni_topo.network.channels.coupling import meeting, partial_ties
+from nni_topo.network.channels.constraints import blocks_of, meeting, partial_ties
 from nni_topo.network.channels.dense_order import DenseOrder
-from nni_topo.network.channels.equal_blocks import blocks_of
 from nni_topo.network.channels.flow import ONLY_TRAINED, ChannelFlow
 from nni_topo.network.channels.ids import Blocks, Layer
 from nni_topo.network.channels.readers import followers, norms_behind, only_norm_behind, passes

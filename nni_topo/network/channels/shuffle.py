@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from nni_topo.network.channels.coupling import meeting
+from nni_topo.network.channels.constraints import meeting
 from nni_topo.network.channels.dense_order import DenseOrder
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.rules import FIXED, compressed
