@@ -64,7 +64,7 @@ def measure(name: str, options: dict[str, str], *, rivals: bool = False) -> dict
     groups = nni_topo.dependency_groups(model, inputs, asked_of(name))
     record["groups_cpu_seconds"] = time.process_time() - start
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PRUNED)}
-    heads = [layer for layer, why in groups.skipped.items() if "output" in why]
+    heads = [layer for layer, why in groups.reasons.items() if any(each.kind == "model_output" for each in why)]
     if name.startswith("detection/"):
         heads += [layer for layer in groups.skipped if layer.startswith(tuple(f"{each}." for each in DETECTING))]
     record["layers"] = len(layers)

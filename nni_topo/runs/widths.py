@@ -11,9 +11,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
+from nni_topo.network.channels import reasons
 from nni_topo.network.cost import LatencyTable
 from nni_topo.network.speedup import (
-    OUTPUT,
     DenseReport,
     DependencyGroups,
     Network,
@@ -105,11 +105,11 @@ def sorted_layers(model: nn.Module, example_inputs: Tensor) -> tuple[list[str], 
     whole = whole_layers(model, example_inputs, names)
     for name in names:
         if flow.reaches_output(name):
-            whole.setdefault(name, OUTPUT)
+            whole.setdefault(name, (reasons.model_output(),))
     for name, module in model.named_modules():
         if isinstance(module, prunable) and name not in flow.layers:
-            whole[name] = why_not_followed(model, name)
-    return [name for name in names if name not in whole], whole
+            whole[name] = (why_not_followed(model, name),)
+    return [name for name in names if name not in whole], reasons.as_text(whole)
 
 
 def left_whole(model: nn.Module, example_inputs: Tensor, dense: nn.Module) -> dict[str, str]:
@@ -119,12 +119,14 @@ def left_whole(model: nn.Module, example_inputs: Tensor, dense: nn.Module) -> di
     for row in report.rows if isinstance(report, DenseReport) else ():
         if row.before > row.after:
             continue
-        known = row.name in flow.layers
-        pinned = flow.why_pinned(row.name) if known else [why_not_followed(model, row.name)]
-        asked_all = (
-            OUTPUT if known and flow.reaches_output(row.name) else "; ".join(filter(None, pinned)) or "not asked for"
-        )
-        found[row.name] = row.reason or asked_all
+        if row.reason:
+            found[row.name] = row.reason
+        elif row.name not in flow.layers:
+            found[row.name] = str(why_not_followed(model, row.name))
+        elif flow.reaches_output(row.name):
+            found[row.name] = str(reasons.model_output())
+        else:
+            found[row.name] = reasons.told(flow.why_pinned(row.name) or (reasons.not_asked(),))
     return found
 
 

@@ -40,7 +40,7 @@ WITHIN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "dropout": (lambda x: functional.dropout(x, 0.5, training=True), f"{DRAWN} (dropout)"),
     "randn_like": (noise, f"{DRAWN} (randn_like)"),
     "bernoulli": (lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)), f"{DRAWN} (bernoulli)"),
-    "rand": (lambda x: x * torch.rand(x.shape), "they meet random numbers that the forward draws (mul)"),
+    "rand": (lambda x: x * torch.rand(x.shape), "they are combined with random numbers that the forward draws (mul)"),
     "normal_": (lambda x: x + torch.empty_like(x).normal_(), f"{DRAWN} (normal)"),
 }
 
@@ -84,7 +84,7 @@ def test_numbers_that_are_not_of_pytorch_are_named(draw):
     states = random.getstate(), np.random.get_state()[1].tolist()
     groups = nni_topo.dependency_groups(model, IMAGES, ASKED)
     assert not groups
-    told = "what it gives goes where no tracer follows: the forward draws random numbers of Python's or NumPy's"
+    told = "its output enters code that could not be traced: the forward draws random numbers of Python's or NumPy's"
     assert groups.skipped == dict.fromkeys(["first", "second", "last"], told)
     assert states == (random.getstate(), np.random.get_state()[1].tolist())
 

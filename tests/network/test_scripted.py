@@ -12,7 +12,7 @@ import nni_topo
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 ASKED = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
-WHOLE = "a module that torch.jit has compiled (inner) stays whole"
+WHOLE = "they enter inner (compiled by torch.jit), which can't be cut"
 
 
 class Block(nn.Module):

@@ -1,20 +1,23 @@
 """Which channels of a network go together, and where they go."""
 
+from nni_topo.network.channels import reasons
 from nni_topo.network.channels.constraints import blocks_of, meeting, partial_ties
 from nni_topo.network.channels.dense_order import DenseOrder
-from nni_topo.network.channels.flow import ONLY_TRAINED, ChannelFlow
+from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import Blocks, Layer
 from nni_topo.network.channels.readers import followers, norms_behind, only_norm_behind, passes
+from nni_topo.network.channels.reasons import Reason, Reasons
 from nni_topo.network.channels.rules import FIXED, varies
 from nni_topo.network.channels.shuffle import Share, Shares, asked_of, chosen_of, shares, stays_in_place
 
 __all__ = [
     "FIXED",
-    "ONLY_TRAINED",
     "Blocks",
     "ChannelFlow",
     "DenseOrder",
     "Layer",
+    "Reason",
+    "Reasons",
     "Share",
     "Shares",
     "asked_of",
@@ -26,6 +29,7 @@ __all__ = [
     "only_norm_behind",
     "partial_ties",
     "passes",
+    "reasons",
     "shares",
     "stays_in_place",
     "varies",

@@ -15,6 +15,7 @@ import torch.fx
 from torch.utils._pytree import tree_map
 
 from nni_topo.network.attention import Attention, attend
+from nni_topo.network.channels import reasons
 from nni_topo.network.channels.ids import Blocks, Layer
 from nni_topo.network.channels.picked_channels import counted_off, is_looked_at
 from nni_topo.network.channels.propagate import Numbering
@@ -22,8 +23,6 @@ from nni_topo.network.channels.rules import FIXED, MEETS, MOVES, fixed
 from nni_topo.network.graph import IN_TRAINING, TRAINED_OUTPUT, counted, place, plain_name
 from nni_topo.network.layers import TRANSPOSED, Place
 from nni_topo.network.runtime import tensors_of
-
-ONLY_TRAINED = "{} runs in training alone"
 
 
 class ChannelFlow(Numbering):
@@ -65,16 +64,16 @@ class ChannelFlow(Numbering):
                 modes[str(holder.target)] = modes.get(str(holder.target), True) and IN_TRAINING in node.meta
             if node.meta.get(TRAINED_OUTPUT):
                 for labels in tensors_of(self.numbers[node.name]):
-                    self._given.pin(np.unique(labels.numpy()), "the model puts them out in training")
+                    self._given.pin(np.unique(labels.numpy()), reasons.training_output())
         owners = {layer: name for name, each in self.attention.items() for layer in each.channels}
         found = dict[str, Layer]()
         for name in list(self.layers):
             if modes.get(owners.get(name, name), False):
-                self._given.pin(self.layer_numbers(name), ONLY_TRAINED.format(name))
+                self._given.pin(self.layer_numbers(name), reasons.training_only(name))
                 found[name] = self.layers.pop(name)
                 # What heads are cut with counts heads, which these keep.
                 if self.heads.pop(name, None) is not None:
-                    self._given.pin(self._entering[name], f"{name} reads them, in training alone")
+                    self._given.pin(self._entering[name], reasons.training_reader(name))
         return found
 
     def roots(self, numbers: np.ndarray) -> np.ndarray:
@@ -121,9 +120,10 @@ class ChannelFlow(Numbering):
         kept[FIXED] = True
         return kept | ~stated
 
-    def why_pinned(self, name: str) -> list[str]:
-        """Say why channels of a layer stay in any case, each reason once."""
-        return list(dict.fromkeys(self._reasons.get(root, "") for root in self._before[self.layer_numbers(name)]))
+    def why_pinned(self, name: str) -> reasons.Reasons:
+        """Return why channels of a layer stay in any case, each reason once."""
+        roots = self._before[self.layer_numbers(name)].tolist()
+        return tuple(dict.fromkeys(self._reasons[root] for root in roots if root in self._reasons))
 
     def reaches_output(self, name: str) -> bool:
         """Tell whether any channel of a layer is one of the model's output, so that it has to stay."""

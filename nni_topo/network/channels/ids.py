@@ -9,6 +9,7 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from nni_topo.network.channels.reasons import Reason
 from nni_topo.network.channels.rules import FIXED
 
 
@@ -46,21 +47,21 @@ class Numbers:
 
     def __init__(self) -> None:
         self.count = FIXED + 1
-        self.reason = ""  # why numbers would stay that are tied to FIXED now
+        self.reason: Reason  # why numbers would stay that are tied to FIXED now; set before any are
         self._pairs = [np.zeros((0, 2), dtype=np.int64)]
-        self._pins: list[tuple[np.ndarray, str]] = []
-        self._columns: list[tuple[np.ndarray, str]] = []
+        self._pins: list[tuple[np.ndarray, Reason]] = []
+        self._columns: list[tuple[np.ndarray, Reason]] = []
 
     def new(self, count: int) -> int:
         """Give out so many numbers, and return the first of them."""
         self.count += count
         return self.count - count
 
-    def pin(self, numbers: np.ndarray, reason: str) -> None:
+    def pin(self, numbers: np.ndarray, reason: Reason) -> None:
         """Let numbers stay, and all that are tied to them."""
         self._pins.append((numbers, reason))
 
-    def pin_unless_tied(self, columns: np.ndarray, reason: str) -> None:
+    def pin_unless_tied(self, columns: np.ndarray, reason: Reason) -> None:
         """Let the numbers of each column, (numbers, columns), stay unless all of them turn out to be tied."""
         self._columns.append((columns, reason))
 
@@ -72,7 +73,7 @@ class Numbers:
             self.pin(pairs[stay].max(1), self.reason)
         self._pairs.append(pairs[~stay])
 
-    def settled(self) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    def settled(self) -> tuple[np.ndarray, np.ndarray, dict[int, Reason]]:
         """Look up representatives, int, (count,), before and after pinning; and, by those before, why they are pinned.
 
         The smallest number leads: that of the layer that came first.
@@ -82,7 +83,7 @@ class Numbers:
         _, firsts, parts = np.unique(
             connected_components(graph, directed=False)[1], return_index=True, return_inverse=True
         )
-        before, reasons = firsts[parts], dict[int, str]()
+        before, reasons = firsts[parts], dict[int, Reason]()
         apart = [(rows[:, (before[rows] != before[rows[:1]]).any(0)], reason) for rows, reason in self._columns]
         for numbers, reason in self._pins + apart:
             for root in np.unique(before[numbers]).tolist():

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from nni_topo.network.graph import Written, place, plain_name, tensor_shape
+from nni_topo.network.channels import reasons
+from nni_topo.network.graph import Written, plain_name, tensor_shape
 from nni_topo.network.layers import Place
 
 _IsFixed = Callable[[Any], bool]
@@ -29,7 +30,7 @@ _SIZES = frozenset((
 
 def counted_off(
     graph: Graph, numbers: dict[str, Any], following: Collection[Place], picks: dict[str, Tensor]
-) -> Iterator[tuple[np.ndarray, str]]:
+) -> Iterator[tuple[np.ndarray, reasons.Reason]]:
     """Yield numbers of channels that fixed numbers hold, with the reason.
 
     ``numbers``: those of channels, by node. ``following``: attributes that are made smaller with the channels.
@@ -55,7 +56,7 @@ def counted_off(
                 held[part] = True
             if held.any():
                 row = entering.flatten().numpy()
-                yield row[held], f"the forward picks or counts channels by fixed numbers ({place(node)})"
+                yield row[held], reasons.fixed_channels(node)
 
 
 def _held(node: Node, dim: int, shape: tuple[int, ...], is_fixed: _IsFixed, picks: dict[str, Tensor]) -> list[slice]:

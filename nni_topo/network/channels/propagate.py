@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.attention import Attention, attend, find_heads, is_mixed, states_read
+from nni_topo.network.channels import reasons
 from nni_topo.network.channels.ids import Blocks, Layer, Numbers, Own, by_layer
 from nni_topo.network.channels.reductions import POINTWISE, POINTWISE_MODULES, Along, along, operation_name
 from nni_topo.network.channels.rules import (
@@ -39,7 +40,7 @@ from nni_topo.network.channels.rules import (
     staying,
     varies,
 )
-from nni_topo.network.graph import RANDOM, is_of_forward, makes_mask, place, plain_name, tensor_shape
+from nni_topo.network.graph import RANDOM, is_of_forward, makes_mask, plain_name, tensor_shape
 from nni_topo.network.layers import (
     CONVOLUTIONS,
     PER_CHANNEL,
@@ -103,16 +104,14 @@ class Numbering(torch.fx.Interpreter):
 
     def run_node(self, n: torch.fx.Node) -> Any:
         """Compute a node's channel numbers from those of its arguments."""
-        met = "the network's input, a constant or a parameter"
-        if any(RANDOM in parent.meta for parent in n.all_input_nodes):
-            met = "random numbers that the forward draws"
-        self._given.reason = f"they meet {met} ({place(n)})"
+        is_random = any(RANDOM in parent.meta for parent in n.all_input_nodes)
+        self._given.reason = reasons.joins_random(n) if is_random else reasons.joins_constant(n)
         found = self._numbered(n)
         if RANDOM in n.meta:
             # With fewer channels others would be drawn, and nothing could be compared.
             entering = self.fetch_args_kwargs_from_env(n)
             for labels in map(compressed, tensors_of((entering, found))):
-                self._given.pin(np.unique(labels), f"the forward draws random numbers for them ({place(n)})")
+                self._given.pin(np.unique(labels), reasons.random_shape(n))
         self.numbers[n.name] = tree_map(compressed, found)
         return found
 
@@ -160,8 +159,8 @@ class Numbering(torch.fx.Interpreter):
             return self._attend(node, labels, self.attention[name])
         if not can_be_cut(module):
             # It needs all that enters, and what it puts out can't be made less.
-            kind = "a module that torch.jit has compiled" if is_scripted(module) else type(module).__name__
-            return self._whole(node, labels, f"{kind} ({name}) stays whole")
+            kind = "compiled by torch.jit" if is_scripted(module) else type(module).__name__
+            return self._whole(node, labels, reasons.uncut_module(node, kind))
         if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) and labels[0].dim() != module.weight.dim():
             inputs = [tensor_shape(each) for each in self.traced.graph.nodes if each.op == "placeholder"]
             if any(each is not None and len(each) == labels[0].dim() for each in inputs[:1]):
@@ -169,7 +168,7 @@ class Numbering(torch.fx.Interpreter):
                     "example_inputs must hold a batch, the samples in the first dimension, "
                     f"got a tensor of shape {tuple(labels[0].shape)}, which enters {name} (example_inputs)"
                 )
-            return self._whole(node, labels, f"what enters {name} is no batch")
+            return self._whole(node, labels, reasons.no_batch(node))
         if name in self.along or (name not in self.layers and goes_along(module, labels[0], shape or ())):
             return self._along(node, name, module, labels[0], shape or ())
         if output_channels(module) is not None:
@@ -185,7 +184,7 @@ class Numbering(torch.fx.Interpreter):
             rule = RULES.get(type(module))
             dim = rule.dim if rule else channel_dim(module)
             if dim is None:
-                return self._whole(node, labels, f"{type(module).__name__} ({name}) stays whole")
+                return self._whole(node, labels, reasons.uncut_module(node, type(module).__name__))
             self._tie_calls(name, self._per_channel(labels[0], dim % labels[0].dim()))
         elif (found := along(node, (), {}, labels[0].dim(), self.fetch_attr)) is not None:
             return self._along_dims(node, labels, found)
@@ -197,7 +196,7 @@ class Numbering(torch.fx.Interpreter):
         """Let a convolution along channels leave them where they are."""
         self.along.add(name)
         if not goes_along(module, labels, shape) or labels.shape[2] != len(self._entering.get(name, labels[0, 0])):
-            return self._whole(node, [labels], f"{name} goes along other channels elsewhere")
+            return self._whole(node, [labels], reasons.convolved_elsewhere(node))
         self._tie_calls(name, self._per_channel(labels, 2))
         return labels[:, :1].expand(shape)
 
@@ -207,7 +206,7 @@ class Numbering(torch.fx.Interpreter):
         found = given_shapes(node)
         if name not in self.attention:
             # What it puts out is what its state holds, which stays.
-            return self._whole(node, labels[1:], f"{kind} ({name}) keeps its state whole")
+            return self._whole(node, labels[1:], reasons.recurrent_input(node, kind))
         units = self._head_numbers(self.attention[name])
         for state in labels[1:]:
             self._given.tie(self._per_channel(state, state.dim() - 1), units)
@@ -243,7 +242,7 @@ class Numbering(torch.fx.Interpreter):
                 self._given.tie(first, self._per_channel(each, 1))
             elif not any(torch.equal(each, other) for states in read.values() for other in states):
                 needed.append(each)
-        found = self._whole(node, needed, f"attention ({attention.name}) needs all that enters")
+        found = self._whole(node, needed, reasons.needs_all_channels(node, attention.name))
         context, *others = tensors_of(found)
         by_head = [
             torch.from_numpy(first).view(-1, 1, 1).expand(each.shape)
@@ -254,7 +253,7 @@ class Numbering(torch.fx.Interpreter):
         leaves = iter([context, *by_head])
         return tree_map_only(torch.Tensor, lambda _: next(leaves), found)
 
-    def _whole(self, node: torch.fx.Node, labels: list[torch.Tensor], reason: str) -> Any:
+    def _whole(self, node: torch.fx.Node, labels: list[torch.Tensor], reason: reasons.Reason) -> Any:
         """Keep all channels that enter a node, and so all that leave it."""
         found = given_shapes(node)
         # What gives no tensor (a size, an assertion) is no reader of channels, unless it writes into one.
@@ -268,7 +267,7 @@ class Numbering(torch.fx.Interpreter):
         found = given_shapes(node)
         carried = [carry(labels[0], tuple(each.shape)) if len(labels) == 1 else None for each in tensors_of(found)]
         if any(each is None for each in carried):
-            return self._whole(node, labels, f"no rule says where channels go ({place(node)})")
+            return self._whole(node, labels, reasons.no_rule(node))
         rest = iter(carried)
         return tree_map_only(torch.Tensor, lambda _: next(rest), found)
 
@@ -280,9 +279,8 @@ class Numbering(torch.fx.Interpreter):
         elif held:
             entries = compressed(labels[0]).movedim(held, list(range(len(held))))
             rows = entries.flatten(0, len(held) - 1).flatten(1) if entries.dim() > len(held) else entries.reshape(-1, 1)
-            reason = f"what it computes depends on removed channels ({place(node)})"
             # Places of a dimension that can only go together leave none behind for which their absence counts.
-            self._given.pin_unless_tied(rows.numpy(), reason)
+            self._given.pin_unless_tied(rows.numpy(), reasons.result_depends(node))
         shape = tensor_shape(node)
         if len(labels) > 1:
             is_alike = shape is not None and meet_alike(labels, shape)
@@ -292,7 +290,7 @@ class Numbering(torch.fx.Interpreter):
         given = given_shapes(node)
         carried = [carry_reduced(labels[0], tuple(each.shape), found.dims) for each in tensors_of(given)]
         if any(each is None for each in carried):
-            return self._whole(node, labels, f"no rule says where channels go ({place(node)})")
+            return self._whole(node, labels, reasons.no_rule(node))
         rest = iter(carried)
         return tree_map_only(torch.Tensor, lambda _: next(rest), given)
 
@@ -338,7 +336,7 @@ class Numbering(torch.fx.Interpreter):
         if not labels:
             return self._size(n) if shape is None else made(n, shape, self.numbers)
         if plain_name(n) in ("put", "setitem"):  # whose numbers nobody would know any more
-            return self._whole(n, labels, f"part of a tensor is written ({place(n)})")
+            return self._whole(n, labels, reasons.overwritten(n))
         if plain_name(n) in ("to", "type_as"):  # the other is looked at for its type or device
             labels = labels[:1]
         if shape is not None and merges(n, labels):
@@ -390,7 +388,7 @@ class Numbering(torch.fx.Interpreter):
                 args = (args[0].contiguous(), *args[1:])
             moved = getattr(self, n.op)(n.target, args, kwargs)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError):
-            return self._whole(n, labels, f"no rule says where channels go ({place(n)})")
+            return self._whole(n, labels, reasons.no_rule(n))
         if plain_name(n) in ("view", "reshape", "unflatten") and len(labels) == 1:
             self._split(n, labels[0], moved)
         # In the dense model too chunk makes equal pieces of what it gets, so all of them have to lose equally many.
@@ -435,7 +433,7 @@ class Numbering(torch.fx.Interpreter):
         """Tie the channels over which a matrix product sums; other channels go where their rows and columns do."""
         one, other = labels
         if min(one.dim(), other.dim()) < 2:
-            return self._whole(n, labels, f"no rule says where channels go ({place(n)})")
+            return self._whole(n, labels, reasons.no_rule(n))
         along = [[d - each.dim() for d in range(1, each.dim()) if varies(each, d)] for each in labels]
         if along[0] in ([], [-1]) and along[1] in ([], [-2]):
             self._tie(one[..., :1, :].flatten(0, -2)[0], other[..., :, :1].transpose(-1, -2).flatten(0, -2)[0])
@@ -445,7 +443,7 @@ class Numbering(torch.fx.Interpreter):
             return one[..., :1].expand(shape)
         if along == [[], [-1]]:
             return other[..., :1, :].expand(shape)
-        return self._whole(n, labels, f"no rule says where channels go ({place(n)})")
+        return self._whole(n, labels, reasons.no_rule(n))
 
     def _meet(self, labels: list[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """Tie what meets elementwise; an operand that is broadcast along the channels ties nothing."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import sys
+from types import FrameType
 
 import torch.fx
 
@@ -16,6 +18,28 @@ IN_TRAINING = "nni_topo_in_training"  # in a node's meta: whether training mode 
 
 
 TRAINED_OUTPUT = "nni_topo_trained_output"  # and whether the model then puts out what it gives
+
+
+LINE = "nni_topo_line"  # in a node's meta: file and line of the forward that calls it
+
+
+_INSIDE = ("torch", "nni", "nni_topo.network")  # packages whose lines aren't those of a forward
+
+
+def forward_line() -> str:
+    """Say which file and line of a forward is running: "resnet.py:102"; empty if none is."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if not any(name == package or name.startswith(f"{package}.") for package in _INSIDE):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def line_of(node: torch.fx.Node) -> str:
+    """Look up file and line of the forward that calls a node; empty if they aren't known."""
+    return str(node.meta.get(LINE, ""))
 
 
 def is_of_forward(node: torch.fx.Node) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.maths.ties import first_largest
-from nni_topo.network.channels import ChannelFlow, only_norm_behind
+from nni_topo.network.channels import ChannelFlow, Reason, only_norm_behind, reasons
 from nni_topo.network.layers import (
     CONVOLUTIONS,
     TRANSPOSED,
@@ -222,13 +222,13 @@ class Brought:
         parts += [] if carried is None else [(carried.times != 0).any(1)]
         return torch.stack(parts).any(0) if parts else None
 
-    def carriers(self, flow: ChannelFlow) -> dict[int, str]:
+    def carriers(self, flow: ChannelFlow) -> dict[int, Reason]:
         """Return the channels that stay for others, by representative, and why."""
-        reasons = dict[int, str]()
+        found = dict[int, Reason]()
         for name, carried in self.carried.items():
             for root in flow.entering_roots(name)[carried.carriers].tolist():
-                reasons.setdefault(root, f"it brings what all removed channels do, which isn't zero ({name})")
-        return reasons
+                found.setdefault(root, reasons.carries_constant(name))
+        return found
 
 
 def brought(model: nn.Module, flow: ChannelFlow, left: np.ndarray, call: Call) -> Brought:

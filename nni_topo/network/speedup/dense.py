@@ -13,7 +13,7 @@ from nni.compression.speedup.replacer import Replacer
 
 from nni_topo.errors import ConfigError, checked
 from nni_topo.network.attention import tell_config
-from nni_topo.network.channels import ONLY_TRAINED, ChannelFlow
+from nni_topo.network.channels import ChannelFlow, Reasons, reasons
 from nni_topo.network.graph import Steps
 from nni_topo.network.layers import number_at, put_sizes, sizes_shown, stale_numbers
 from nni_topo.network.runtime import (
@@ -182,8 +182,8 @@ def _report(
     flow: ChannelFlow,
 ) -> None:
     """Give a dense model its report, and warn of channels that it keeps for another reason than rounding."""
-    reasons = resolved.reasons | {name: ONLY_TRAINED.format(name) for name in flow.in_training}
-    report = dense_report(model, dense, masks, reasons, stale_numbers(model, dense))
+    trained: dict[str, Reasons] = {name: (reasons.training_only(name),) for name in flow.in_training}
+    report = dense_report(model, dense, masks, resolved.reasons | trained, stale_numbers(model, dense))
     report = dataclasses.replace(report, checked=checked, notes=notes)
     if report.stale:
         named = ", ".join(f"{name} {number}" for name, number in report.stale.items())
@@ -194,7 +194,8 @@ def _report(
     if flow.missed:
         _logger.warning("%s", flow.missed)
     others = {row.name: f"{row.kept} of {row.before} ({row.reason})" for row in report.kept}
-    silent = {name for name, reason in resolved.reasons.items() if reason and name not in resolved.kept}
+    # What is kept for rounding alone, or without its weights, is no reason to warn.
+    silent = resolved.reasons.keys() - resolved.kept.keys()
     warn_of_kept({name: resolved.kept.get(name, text) for name, text in others.items() if name not in silent})
     if isinstance(getattr(dense, "report", report), DenseReport):
         dense.report = report  # type: ignore[assignment]

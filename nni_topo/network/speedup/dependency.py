@@ -18,13 +18,14 @@ from nni_topo.errors import NONE, ConfigError, Rule, SpeedupError, checked
 from nni_topo.network.attention import Attention, is_attention
 from nni_topo.network.channels import (
     FIXED,
-    ONLY_TRAINED,
     ChannelFlow,
+    Reasons,
     Share,
     asked_of,
     blocks_of,
     meeting,
     partial_ties,
+    reasons,
     shares,
 )
 from nni_topo.network.graph import DRAWS_OTHERS, is_in_parts
@@ -36,7 +37,7 @@ from nni_topo.network.speedup.report import why_not_followed
 
 _logger = logging.getLogger(__name__)
 
-OUTPUT = "it gives the model's output"
+OUTPUT = str(reasons.model_output())
 
 
 # Of each channel there is a number: a look at all of them would take its time.
@@ -68,6 +69,8 @@ class DependencyGroups(list[dict[str, Any]]):
     shares : mapping of str to Share
         By layer whose channels are shuffled and split, how many of which stay at the ratio of its entry, which no entry
         can say. The package's pruners heed it.
+    reasons : mapping of str to tuple of Reason
+        What ``skipped`` says in words, by layer: the kind of each reason and where it is found.
     """
 
     @checked(ties=_BY_LAYER | NONE, shares=_BY_LAYER | NONE)
@@ -78,20 +81,22 @@ class DependencyGroups(list[dict[str, Any]]):
         named: Iterable[str] = (),
         ties: Mapping[str, tuple[int, ...]] | None = None,
         shares: Mapping[str, Share] | None = None,
+        reasons: Mapping[str, Reasons] | None = None,
     ) -> None:
         super().__init__(entries)
         self.skipped = dict(skipped or {})
         self.named = frozenset(named)
         self.ties = dict(ties or {})
         self.shares = dict(shares or {})
+        self.reasons = dict(reasons or {})
 
     def with_entries(self, entries: Iterable[dict[str, Any]]) -> DependencyGroups:
         """Put others in place of the entries."""
-        return DependencyGroups(entries, self.skipped, self.named, self.ties, self.shares)
+        return DependencyGroups(entries, self.skipped, self.named, self.ties, self.shares, self.reasons)
 
     def unnamed(self) -> DependencyGroups:
         """Be as if ``op_types`` had selected all: what a pruner can make nothing of it leaves whole."""
-        return DependencyGroups(self, self.skipped, (), self.ties, self.shares)
+        return DependencyGroups(self, self.skipped, (), self.ties, self.shares, self.reasons)
 
     def without(self, layers: Iterable[str]) -> DependencyGroups:
         """Leave out the entries of some layers, and of those in a group with them."""
@@ -202,9 +207,9 @@ def dependency_groups(
     except SpeedupError as error:
         if strict or selected & named:
             raise
-        skipped = {name: str(error) for name, _ in model.named_modules() if name in selected}
+        untraced = {name: (reasons.untraced_model(error),) for name, _ in model.named_modules() if name in selected}
         _logger.warning("all layers stay whole and are left out: %s", error)
-        return DependencyGroups([], skipped)
+        return DependencyGroups([], reasons.as_text(untraced), reasons=untraced)
     order = _network_order(model, flow)
     selections = [(_parts(names, flow) if by_head & names else names, public) for names, public in selections]
     selected, by_head = {name for names, _ in selections for name in names}, _parts(by_head, flow)
@@ -219,9 +224,10 @@ def dependency_groups(
         | _sharing_with(flow, mixers, [name for name in asked if name not in mixers])
         | {name: _why_headless(model, name) for name in order if name in by_head - flow.heads.keys() - mixers.keys()}
     )
-    if strict and (whole := {name: why for name, why in skipped.items() if why != OUTPUT}):
-        name, why = next(iter(whole.items()))
-        raise ConfigError(f"every layer that is selected must be one that can lose channels, got {name}: {why}")
+    for name, why in skipped.items() if strict else ():
+        if why != (reasons.model_output(),):
+            told = reasons.told(why)
+            raise ConfigError(f"every layer that is selected must be one that can lose channels, got {name}: {told}")
     pinned = _pinned(flow, selected - skipped.keys() - mixers.keys())
     _warn(flow, groups, selected - skipped.keys() - mixers.keys(), skipped, pinned)
     extra = _settings(flow, mixers, selected - skipped.keys())
@@ -239,8 +245,10 @@ def dependency_groups(
     ]
     # Of what mixes heads by column all rows stay.
     ties = partial_ties(flow, selected - left_out - mixers.keys())
-    skipped |= {name: why for name, why in pinned.items() if name not in named}
-    return DependencyGroups(entries, skipped, named & selected, ties, shares(flow, asked_of(flow, entries, ties)))
+    pinned = {name: found for name, found in pinned.items() if name not in named}
+    told_of = reasons.as_text(skipped) | _told_in_part(flow, pinned)
+    each_share = shares(flow, asked_of(flow, entries, ties))
+    return DependencyGroups(entries, told_of, named & selected, ties, each_share, skipped | pinned)
 
 
 def _parametrized(model: torch.nn.Module, types: set[str]) -> set[str]:
@@ -249,15 +257,15 @@ def _parametrized(model: torch.nn.Module, types: set[str]) -> set[str]:
     return {kind.__name__ for kind in found if kind.__bases__[0].__name__ in types}
 
 
-def _why_headless(model: torch.nn.Module, name: str) -> str:
-    """Say why a layer has no heads."""
+def _why_headless(model: torch.nn.Module, name: str) -> Reasons:
+    """Return why a layer has no heads."""
     module, place = model.get_submodule(name), name.rpartition(".")[0]
     if is_transposed_linear(module):
-        return why_not_followed(model, name)
+        return (why_not_followed(model, name),)
     owner = model.get_submodule(place)
     if "attention" in type(owner).__name__.lower() and not is_attention(owner):
-        return f"within {place} ({type(owner).__name__}), attention of no known build"
-    return "it makes no queries, keys or values of attention, so it has no heads"
+        return (reasons.unknown_attention(place, type(owner).__name__),)
+    return (reasons.no_heads(),)
 
 
 def _parts(names: set[str], flow: ChannelFlow) -> set[str]:
@@ -267,38 +275,39 @@ def _parts(names: set[str], flow: ChannelFlow) -> set[str]:
     return (names - found.keys()) | inner
 
 
-def whole_layers(model: torch.nn.Module, example_inputs: Any, names: Sequence[str]) -> dict[str, str]:
-    """Say which of some layers have to stay whole, and why."""
+def whole_layers(model: torch.nn.Module, example_inputs: Any, names: Sequence[str]) -> dict[str, Reasons]:
+    """Return which of some layers have to stay whole, and why."""
     network = Network.on(model, example_inputs)
     return _skipped(network, network.flow, list(names), set(names))
 
 
-def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: set[str]) -> dict[str, str]:
-    """Say which layers have to stay whole, and why: of those asked for, among all that are selected."""
-    unfit, skipped, heads = unprunable(network), dict[str, str](), list[str]()
+def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: set[str]) -> dict[str, Reasons]:
+    """Return which layers have to stay whole, and why: of those asked for, among all that are selected."""
+    unfit, skipped, heads = unprunable(network), dict[str, Reasons](), list[str]()
     for name in asked:
         if name not in flow.layers:
             # Of a norm, say, masks may be wanted all the same.
             module = network.model.get_submodule(name)
             if output_channels(module) is not None or isinstance(module, RECURRENT) or is_transposed_linear(module):
-                why = ONLY_TRAINED.format(name) if name in flow.in_training else why_not_followed(network.model, name)
-                along = "it goes along the channels of another layer" if name in flow.along else ""
-                skipped[name] = along or why
+                if name in flow.along:
+                    skipped[name] = (reasons.convolves_channels(),)
+                elif name in flow.in_training:
+                    skipped[name] = (reasons.training_only(name),)
+                else:
+                    skipped[name] = (why_not_followed(network.model, name),)
             continue
         roots = flow.layer_roots(name)
-        reasons = [unfit[root] for root in roots.tolist() if root in unfit]
-        if reasons or (roots == FIXED).all():
-            skipped[name] = "; ".join(dict.fromkeys(reasons or flow.why_pinned(name)))
+        found = dict.fromkeys(unfit[root] for root in roots.tolist() if root in unfit)
+        if found or (roots == FIXED).all():
+            skipped[name] = tuple(found) or flow.why_pinned(name)
         elif len(set(roots.tolist())) == 1 < len(roots) and name not in flow.heads:
-            skipped[name] = "all of its channels meet one another"
+            skipped[name] = (reasons.coupled_with_itself(),)
         elif flow.reaches_output(name):
             if is_in_parts(flow.traced.graph):
-                why = ": the forward draws random numbers of Python's or NumPy's"
-                is_noise = flow.traced.meta.get(DRAWS_OTHERS)
-                skipped[name] = f"what it gives goes where no tracer follows{why if is_noise else ''}"
+                skipped[name] = (reasons.untraced_output(is_noise=bool(flow.traced.meta.get(DRAWS_OTHERS))),)
             else:
                 heads.append(name)
-    skipped |= dict.fromkeys(heads, OUTPUT)
+    skipped |= dict.fromkeys(heads, (reasons.model_output(),))
     return {name: skipped[name] for name in asked if name in skipped}
 
 
@@ -316,14 +325,14 @@ def _by_column(
     return {name: each for name, each in mixers.items() if name not in by_row}
 
 
-def _sharing_with(flow: ChannelFlow, mixers: Mapping[str, Attention], asked: list[str]) -> dict[str, str]:
-    """Say which layers stay whole since they share channels with what mixes heads, which loses columns and no rows."""
+def _sharing_with(flow: ChannelFlow, mixers: Mapping[str, Attention], asked: list[str]) -> dict[str, Reasons]:
+    """Return which layers stay whole since they share channels with an output projection that loses columns alone."""
     rows = {root: name for name in mixers for root in flow.layer_roots(name).tolist() if root != FIXED}
-    found = {}
+    found = dict[str, Reasons]()
     for name in asked:
         roots = flow.layer_roots(name).tolist() if name in flow.layers else []
         if mixer := next((rows[root] for root in roots if root in rows), None):
-            found[name] = f"it shares channels with {mixer}, which loses heads"
+            found[name] = (reasons.head_by_head(mixer),)
     return found
 
 
@@ -384,15 +393,18 @@ def _followers(flow: ChannelFlow) -> set[str]:
     }
 
 
-def _pinned(flow: ChannelFlow, selected: set[str]) -> dict[str, str]:
-    """Say of which layers some channels have to stay: how many, and why."""
-    found = {}
-    for name in flow.layers:
+def _pinned(flow: ChannelFlow, selected: set[str]) -> dict[str, Reasons]:
+    """Return of which layers some channels have to stay, and why."""
+    return {name: flow.why_pinned(name) for name in flow.layers if name in selected and FIXED in flow.layer_roots(name)}
+
+
+def _told_in_part(flow: ChannelFlow, pinned: Mapping[str, Reasons]) -> dict[str, str]:
+    """Say of layers of which some channels have to stay how many these are, and why."""
+    told = {}
+    for name, why in pinned.items():
         roots = flow.layer_roots(name)
-        if name in selected and FIXED in roots:
-            why = "; ".join(filter(None, flow.why_pinned(name)))
-            found[name] = f"{(roots == FIXED).sum()} of {len(roots)} channels stay: {why}"
-    return found
+        told[name] = reasons.in_part(int((roots == FIXED).sum()), len(roots), why)
+    return told
 
 
 def by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:
@@ -407,14 +419,14 @@ def _warn(
     flow: ChannelFlow,
     groups: list[list[str]],
     selected: set[str],
-    skipped: Mapping[str, str],
-    pinned: Mapping[str, str],
+    skipped: Mapping[str, Reasons],
+    pinned: Mapping[str, Reasons],
 ) -> None:
     """Name the layers left out, those that keep some channels, and those that give the output."""
     if flow.missed:
         _logger.warning("%s", flow.missed)
-    if set(skipped.values()) - {OUTPUT}:
-        told = "; ".join(f"{', '.join(names)}: {why}" for why, names in by_reason(skipped).items())
+    if set(skipped.values()) - {(reasons.model_output(),)}:
+        told = "; ".join(f"{', '.join(names)}: {why}" for why, names in by_reason(reasons.as_text(skipped)).items())
         _logger.warning("layers that can't lose channels stay whole and are left out: %s", told)
     for names in groups:
         inside = [name for name in names if name in selected]
@@ -426,7 +438,7 @@ def _warn(
                 ", ".join(inside), ", ".join(outside),
             )  # fmt: skip
     if pinned:
-        told = "; ".join(f"{name}: {why}" for name, why in pinned.items())
+        told = "; ".join(f"{name}: {why}" for name, why in _told_in_part(flow, pinned).items())
         _logger.warning("some channels of these layers can't be removed: %s", told)
     heads = [name for name in flow.layers if name in selected and flow.reaches_output(name)]
     if heads:

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import PrunedMultiheadAttention, attend
-from nni_topo.network.channels import FIXED, ChannelFlow, Shares, chosen_of, shares
-from nni_topo.network.graph import RANDOM, arguments, place, plain_name, resized
+from nni_topo.network.channels import FIXED, ChannelFlow, Reason, Shares, chosen_of, reasons, shares
+from nni_topo.network.graph import RANDOM, arguments, plain_name, resized
 from nni_topo.network.layers import is_normalizing, is_recurrent, per_channel_names
 from nni_topo.network.runtime import (
     SAME_CHANNELS,
@@ -51,7 +51,6 @@ from nni_topo.network.speedup.reconcile import grow, keep_read
 from nni_topo.network.speedup.replace import DenseSpeedup, kept_slices
 
 _SINGLE = {torch.float64: torch.float32}
-_DEPENDS = "what it computes depends on removed channels"
 _SIDES = (33, 64)  # pixels of images in one batch; strides halve 33 to 17, 9, 5, 3 and 2
 _ROUNDS = 24  # each finds about half of the channels that can't go and weren't found yet
 
@@ -61,14 +60,14 @@ _LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 _MULTIHEAD = (nn.MultiheadAttention, PrunedMultiheadAttention)
 
 
-def unprunable(network: Network) -> dict[int, str]:
+def unprunable(network: Network) -> dict[int, Reason]:
     """Return the channels that a dense model can't do without although none is pinned: by group id, the reason."""
     return network.remember("unprunable", lambda: _find_unprunable(network))
 
 
 @fast_paths_off()
-def _find_unprunable(network: Network) -> dict[int, str]:
-    (assembled, flow), held = network.traced(), dict[int, str]()
+def _find_unprunable(network: Network) -> dict[int, Reason]:
+    (assembled, flow), held = network.traced(), dict[int, Reason]()
     drawing = np.random.default_rng(0)
     with random_state_kept(), torch.no_grad():
         torch.manual_seed(0)
@@ -86,16 +85,16 @@ def _find_unprunable(network: Network) -> dict[int, str]:
             except Exception as error:  # with these weights and inputs a network may fail, in as many ways as it does
                 if out_of_memory(error):
                     raise
-                return _all_held(flow, f"the network fails on random numbers: {type(error).__name__}")
+                return _all_held(flow, reasons.dry_run_failed(error))
             held.update(found)
             clean = set() if found else clean | {in_parts}
             if clean == {bool(flow.blocks), False}:
                 return held
     # It didn't come to rest: nothing is sure.
-    return _all_held(flow, "channels depend on one another in a way that no rule describes")
+    return _all_held(flow, reasons.never_settled())
 
 
-def _all_held(flow: ChannelFlow, reason: str) -> dict[int, str]:
+def _all_held(flow: ChannelFlow, reason: Reason) -> dict[int, Reason]:
     roots = np.concatenate([flow.layer_roots(name) for name in flow.layers])
     return dict.fromkeys(roots.tolist(), reason)
 
@@ -117,7 +116,7 @@ class _Inputs:
         self._batches = _different([each for each in batches if each is not None])
         self._is_clean = True  # whether nothing was found yet
 
-    def find(self, dry_run: _DryRun) -> dict[int, str]:
+    def find(self, dry_run: _DryRun) -> dict[int, Reason]:
         """Return the channels that can't go, and why."""
         if self._is_clean and self._in_one_batch(dry_run):
             return {}
@@ -138,7 +137,7 @@ class _Inputs:
                 del self._batches[0]
         return False
 
-    def _by_itself(self, dry_run: _DryRun) -> dict[int, str]:
+    def _by_itself(self, dry_run: _DryRun) -> dict[int, Reason]:
         """Return what is found on the inputs as they are; of these keep the small ones while they find nothing."""
         while len(self._alone) > 1:
             try:
@@ -150,7 +149,7 @@ class _Inputs:
             del self._alone[0]
         return dry_run.run(self._alone[0][0])
 
-    def _varied(self, dry_run: _DryRun, variation: Variation) -> dict[int, str]:
+    def _varied(self, dry_run: _DryRun, variation: Variation) -> dict[int, Reason]:
         """Return what is found on other inputs, in double precision too: rounding grows with what is computed."""
         args = varied(self._alone[0], variation)
         try:
@@ -191,7 +190,7 @@ def _with_random_weights(model: nn.Module) -> nn.Module:
 
 
 def _draw(
-    flow: ChannelFlow, held: dict[int, str], drawing: np.random.Generator, halves: Shares, *, in_parts: bool
+    flow: ChannelFlow, held: dict[int, Reason], drawing: np.random.Generator, halves: Shares, *, in_parts: bool
 ) -> np.ndarray:
     """Draw which channels stay, by representative: about half of those that can go.
 
@@ -245,18 +244,18 @@ class _DryRun:
         vars(modules).update({key: value for key, value in vars(full).items() if key != "_graph"})
         # Cutting puts new tensors in place of those it makes smaller, so both networks may share the others.
         self.small: nn.Module = detached_copy(modules, light=True, shared=modules.buffers())
-        speedup, self._uncut = DenseSpeedup(self.small, flow, left), dict[int, str]()
+        speedup, self._uncut = DenseSpeedup(self.small, flow, left), dict[int, Reason]()
         try:
             speedup.speedup_model()
         except SpeedupError as error:
-            self._uncut = dict.fromkeys(self._removed_at(speedup.at), str(error))
+            self._uncut = dict.fromkeys(self._removed_at(speedup.at), reasons.cutting_failed(speedup.at, error))
         self._order = speedup.order
 
     def doubled(self) -> _DryRun:
         """Return the same dry run in double precision."""
         return _DryRun(self.flow, self.left, copy.deepcopy(self.full).double(), is_double=True)
 
-    def run(self, args: tuple[Any, ...], *, blocks: int = 1, is_varied: bool = False) -> dict[int, str]:
+    def run(self, args: tuple[Any, ...], *, blocks: int = 1, is_varied: bool = False) -> dict[int, Reason]:
         """Return the channels that can't go, by representative, and why.
 
         ``blocks``: how many inputs there are in the batch, each of which counts by itself; of one of these, and of one
@@ -265,7 +264,7 @@ class _DryRun:
         self._blocks, self._is_varied = blocks, is_varied
         if self._uncut:
             return self._uncut
-        self._found: dict[int, str] = {}
+        self._found: dict[int, Reason] = {}
         self._values: dict[Node, tuple[Any, Any]] = {}  # what a node gives in both networks
         self._args, inputs = args, iter(args)
         readers = {parent: node for node in self.full.graph.nodes for parent in node.all_input_nodes}
@@ -301,15 +300,15 @@ class _DryRun:
             actual = self._called(node, self.small, 1)
             # Of attention the first: how much each head heeds what is known of the heads alone.
             first = slice(1 if self._is_attention(node) else None)
-            reason = self._compare(*(tree_flatten(each)[0][first] for each in (expected, actual)))
+            reason = self._compare(node, *(tree_flatten(each)[0][first] for each in (expected, actual)))
         except Exception as error:  # an operation fails in as many ways as there are operations
             if out_of_memory(error):
                 raise
-            actual, reason = None, f"its sizes don't fit fewer channels: {type(error).__name__}"
+            actual, reason = None, reasons.fixed_sizes(node, error)
         if not reason and (reads_others or (arriving and node.name in self.flow.summed)):
-            reason = _DEPENDS  # though not by much with these numbers
+            reason = reasons.result_depends(node)  # though not by much with these numbers
         # One channel that is picked may be looked at for its sizes alone: who reads it tells.
-        if reason and not (self._is_picked(node) and "depends" in reason):
+        if reason and not (reason.kind == "result_depends" and self._is_picked(node)):
             self._blame(node, entering, reason)
             actual = tree_map_only(Tensor, Tensor.clone, expected)
         self._values[node] = whole, actual
@@ -465,18 +464,18 @@ class _DryRun:
         known = self.flow.attention.get(str(node.target)) if node.op == "call_module" else None
         return node.target is attend or not (known is None or known.recurrent)
 
-    def _compare(self, expected: list[Any], actual: list[Any]) -> str:
+    def _compare(self, node: Node, expected: list[Any], actual: list[Any]) -> Reason | None:
         for wanted, given in zip(expected, actual, strict=True):
             if isinstance(wanted, Tensor):
                 if wanted.shape != given.shape:
-                    return "its sizes don't fit fewer channels"
+                    return reasons.fixed_sizes(node)
                 # What has no samples in its first dimension is measured as one.
                 blocks = self._blocks if wanted.dim() > 1 and len(wanted) % self._blocks == 0 else 1
                 if_finite = self._is_varied or blocks > 1
                 pairs = zip(wanted.chunk(blocks), given.chunk(blocks), strict=True) if blocks > 1 else [(wanted, given)]
                 if any(difference(*pair, if_finite=if_finite) > SAME_CHANNELS for pair in pairs):
-                    return _DEPENDS
-        return ""
+                    return reasons.result_depends(node)
+        return None
 
     def _is_picked(self, node: Node) -> bool:
         numbers = self.flow.numbers[node.name]
@@ -518,7 +517,7 @@ class _DryRun:
                 found += [np.unique(numbers[alive].numpy())] if bool(alive.any()) else []
         return np.concatenate(found)
 
-    def _blame(self, node: Node, entering: dict[Node, np.ndarray], reason: str) -> None:
+    def _blame(self, node: Node, entering: dict[Node, np.ndarray], reason: Reason) -> None:
         """Hold the channels that are to blame: those that arrive as values, else all that arrive, else the heads."""
         alive = np.concatenate([*entering.values(), np.zeros(0, dtype=np.int64)])
         numbers = [
@@ -531,10 +530,10 @@ class _DryRun:
             attention = self.flow.attention[str(holder.target)]
             roots = np.unique(np.concatenate([self.flow.layer_roots(layer) for layer in attention.channels]))
         gone = roots[roots > FIXED].tolist() if not self.left[roots].all() else self._removed()
-        if len(alive) and "depends" in reason:
-            reason = "removed channels arrive as values that aren't zero"
+        if len(alive) and reason.kind == "result_depends":
+            reason = reasons.nonzero_values(node)
         for root in gone:
-            self._found.setdefault(root, f"{reason} ({place(node)})")
+            self._found.setdefault(root, reason)
 
     def _removed_at(self, name: str) -> list[int]:
         """List the removed channels that enter or leave a module; without any, those of the whole network."""

@@ -14,7 +14,7 @@ import torch
 from nni_topo.errors import ConfigError, SpeedupError, unknown_name
 from nni_topo.maths.ties import descending
 from nni_topo.network.attention import by_table, find_frequencies, pairs_of
-from nni_topo.network.channels import FIXED, Blocks, ChannelFlow, stays_in_place
+from nni_topo.network.channels import FIXED, Blocks, ChannelFlow, Reason, Reasons, reasons, stays_in_place
 from nni_topo.network.layers import channel_dimension, kept_channels, row_names, spread, weight_name, weight_of
 from nni_topo.network.runtime import MASKS, device_of
 
@@ -95,7 +95,7 @@ class Resolved:
 
     masks: FullMasks
     left: np.ndarray  # which channels stay, by representative: bool
-    reasons: dict[str, str]  # why masked layers keep channels that their masks remove; "" for those that keep none
+    reasons: dict[str, Reasons]  # why masked layers keep channels that their masks remove; of those that do
     kept: dict[str, str]  # how many such channels and why, by layer that keeps any but for ``round_to`` and carriers
 
 
@@ -136,7 +136,7 @@ def resolve(
     masks: FullMasks,
     round_to: int | Literal["auto"] | None = None,
     *,
-    carriers: Mapping[int, str] | None = None,
+    carriers: Mapping[int, Reason] | None = None,
     also: np.ndarray | None = None,
 ) -> Resolved:
     """Make checked masks of tied channels agree; ``round_to``: every pruned layer keeps a multiple of it, or all.
@@ -162,14 +162,21 @@ def resolve(
     grow(flow, kept, scores, round_to or 1, set(given))
     weighty = kept.copy()
     weighty[[*carriers]] = False
-    reasons = {name: _reason(flow, given, name, (shared, leveled, kept), round_to, carriers, read) for name in given}
+    why = dict[str, Reasons]()
+    for name in given:
+        if found := _why_kept(flow, given, name, (shared, leveled, kept), round_to, {**read, **carriers}):
+            why[name] = found
     more = {name: ((leveled & weighty)[flow.layer_roots(name)] & ~given[name]).sum() for name in given}
-    told = {name: f"{count} of {len(given[name])} ({reasons[name]})" for name, count in more.items() if count}
+    told = {
+        name: f"{count} of {len(given[name])} ({reasons.told(why.get(name, ()))})"
+        for name, count in more.items()
+        if count
+    }
     new = _new_masks(model, flow, masks, given, (shared, weighty))
     # Of heads that keep as many channels each the others are cut as well.
     for layer in (each for name in find_narrow(model, flow, new, kept) for each in flow.attention[name].channels):
         told.pop(layer, None)
-    return Resolved(new, kept, reasons, told)
+    return Resolved(new, kept, why, told)
 
 
 def union(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> np.ndarray:
@@ -197,13 +204,13 @@ def _check_output(flow: ChannelFlow, given: dict[str, np.ndarray], kept: np.ndar
             )
 
 
-def keep_read(flow: ChannelFlow, kept: np.ndarray, scores: Scores) -> dict[int, str]:
+def keep_read(flow: ChannelFlow, kept: np.ndarray, scores: Scores) -> dict[int, Reason]:
     """Bring one channel back where some are read by themselves of which none is left: which, and why."""
-    found = dict[int, str]()
+    found = dict[int, Reason]()
     for roots, reader in flow.read():
         if not kept[roots].any():
             _bring_back(roots, kept, scores, 1)
-            found[int(roots[kept[roots]][0])] = f"one of the channels that {reader} reads stays"
+            found[int(roots[kept[roots]][0])] = reasons.last_read(reader)
     return found
 
 
@@ -264,38 +271,39 @@ def _scores(model: torch.nn.Module, flow: ChannelFlow) -> np.ndarray:
     return scores
 
 
-def _reason(
+def _why_kept(
     flow: ChannelFlow,
     given: dict[str, np.ndarray],
     name: str,
     stages: tuple[np.ndarray, ...],
     round_to: int | None,
-    carriers: Mapping[int, str],
-    read: Mapping[int, str],
-) -> str:
-    """Say at which stage a layer got back channels that its mask removes, and for what."""
+    single: Mapping[int, Reason],
+) -> Reasons:
+    """Return why a layer got back channels that its mask removes, by the stage at which it did.
+
+    ``single``: channels that stay by themselves, by representative, with the reason.
+    """
     roots = flow.layer_roots(name)
     shared, leveled, rounded = (kept[roots] & ~given[name] for kept in stages)
     if shared.any():
         return _partners(flow, given, name, roots[shared])
-    single = {**read, **carriers}
     alone = [root for root in roots.tolist() if root in single]
     if (leveled & ~np.isin(roots, alone)).any():
-        return "blocks of a grouped convolution, a group norm or a chunk keep equally many"
+        return (reasons.blocks_equal(),)
     if alone:
-        return single[alone[0]]
-    return f"round_to={round_to}" if rounded.any() else ""
+        return (single[alone[0]],)
+    return (reasons.rounding(round_to),) if round_to is not None and rounded.any() else ()
 
 
-def _partners(flow: ChannelFlow, given: dict[str, np.ndarray], name: str, held: np.ndarray) -> str:
+def _partners(flow: ChannelFlow, given: dict[str, np.ndarray], name: str, held: np.ndarray) -> Reasons:
     """Name what holds some of a layer's channels."""
     if (held == FIXED).any():
-        return "; ".join(filter(None, flow.why_pinned(name)))
+        return flow.why_pinned(name)
     names = [other for other in flow.layers if np.isin(flow.layer_roots(other), held).any()]
     if names == [name]:
-        return "its own channels meet one another"
+        return (reasons.kept_by_itself(),)
     free = [other for other in names if other not in given and not flow.layers[other].depthwise]
-    return f"shared by {', '.join(names)}{'; of these without a mask: ' if free else ''}{', '.join(free)}"
+    return (reasons.shared(names, free),)
 
 
 def _new_masks(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch.nn.utils.parametrize import is_parametrized
 
+from nni_topo.network.channels import Reason, Reasons, reasons
 from nni_topo.network.layers import (
     PER_CHANNEL,
     RECURRENT,
@@ -100,7 +101,7 @@ def dense_report(
     model: torch.nn.Module,
     dense: torch.nn.Module,
     masks: FullMasks,
-    reasons: Mapping[str, str],
+    why: Mapping[str, Reasons],
     stale: Mapping[str, int],
 ) -> DenseReport:
     """Compare a model with its dense one: a row for each layer that makes channels, and for each masked norm."""
@@ -111,10 +112,10 @@ def dense_report(
         if before is None or after is None or not (is_layer or name in masks):
             continue
         asked = _asked(module, masks.get(name, {}), before)
-        norm = "a norm keeps the channels of the layer before it, whose mask decides"
-        otherwise = why_not_followed(model, name) if is_layer else norm
-        reason = (reasons.get(name) or otherwise) if after > asked else ""
-        rows.append(LayerReport(name, before, asked, after, reason))
+        found: Reasons = ()
+        if after > asked:
+            found = why.get(name, ()) or (why_not_followed(model, name) if is_layer else reasons.norm_follows(),)
+        rows.append(LayerReport(name, before, asked, after, reasons.told(found)))
     return DenseReport(tuple(rows), stale=stale)
 
 
@@ -132,22 +133,21 @@ def _asked(module: torch.nn.Module, targets: Mapping[str, torch.Tensor], before:
     return before if kept is None else int(kept.sum())
 
 
-def why_not_followed(model: torch.nn.Module, name: str) -> str:
-    """Say why a layer keeps its channels although no other layer knows of them."""
+def why_not_followed(model: torch.nn.Module, name: str) -> Reason:
+    """Return why a layer keeps its channels although no other layer knows of them."""
     if isinstance(model.get_submodule(name), RECURRENT):
-        return "a recurrent layer keeps its state whole"
+        return reasons.recurrent_state()
     if weight_is_computed(model.get_submodule(name)):
-        is_known = is_parametrized(model.get_submodule(name)) or model.get_submodule(name)._forward_pre_hooks
-        way = ": nni_topo.as_torch_layers(model) makes a plain one of it" if is_known else ""
-        return f"its weight is computed from other parameters{way}"
+        is_known = is_parametrized(model.get_submodule(name)) or bool(model.get_submodule(name)._forward_pre_hooks)
+        return reasons.computed_weight(can_convert=is_known)
     if is_transposed_linear(model.get_submodule(name)):
-        return "its weight lies the other way round: nni_topo.as_torch_layers(model) makes a linear layer of it"
+        return reasons.transposed_weight()
     parts = name.split(".")
     for length in range(len(parts) - 1, 0, -1):
         owner = model.get_submodule(".".join(parts[:length]))
         if type(owner).__module__.startswith("torch.nn.modules.") and not _is_container(owner):
-            return f"within {'.'.join(parts[:length])} ({type(owner).__name__}), which is called as a whole"
-    return "the layer isn't called by itself, or its channels couldn't be followed"
+            return reasons.inside_module(".".join(parts[:length]), type(owner).__name__)
+    return reasons.not_followed()
 
 
 def _is_container(module: torch.nn.Module) -> bool:

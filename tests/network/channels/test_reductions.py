@@ -201,7 +201,7 @@ def test_what_it_cant_loses_them_at_every_scale(name):
 @pytest.mark.parametrize("name", ["amax", "softmax", "local_response_norm"])
 def test_a_layer_that_must_stay_is_left_out_with_the_operation_that_needs_it(name):
     groups = nni_topo.dependency_groups(net(WHOLE[name]), IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
-    assert groups.skipped["first"] == f"what it computes depends on removed channels ({name})"
+    assert groups.skipped["first"] == f"the result of an operation depends on removed channels ({name})"
 
 
 def test_channels_that_are_added_up_must_be_zeros_where_they_are_removed():
@@ -222,7 +222,7 @@ torch.fx.wrap("smoothed")
 def test_a_function_without_a_rule_must_not_read_other_channels():
     model = net(lambda z: smoothed(z))
     groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
-    assert groups.skipped["first"] == "what it computes depends on removed channels (smoothed)"
+    assert groups.skipped["first"] == "the result of an operation depends on removed channels (smoothed)"
 
 
 class Branches(nn.Module):
@@ -283,7 +283,7 @@ def scaled_net(name) -> Between:
 
 def test_the_rehearsal_tries_other_scales():
     groups = nni_topo.dependency_groups(net(SCALED["cubic"]), IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
-    assert groups.skipped["first"] == "what it computes depends on removed channels (cubic)"
+    assert groups.skipped["first"] == "the result of an operation depends on removed channels (cubic)"
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_layers_of_training_stay_whole_and_those_before_them_go(kind):
     groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}])
     assert [entry["op_names"] for entry in groups] == [["a"], ["b"]]
     assert {why for name, why in groups.skipped.items() if name.startswith("exit")} == {
-        f"{name} runs in training alone" for name in groups.skipped if name.startswith("exit")
+        f"{name} runs in training mode only" for name in groups.skipped if name.startswith("exit")
     }
 
 
@@ -184,7 +184,7 @@ def test_a_mask_on_a_layer_of_training_is_reported():
     model = Deep().eval()
     dense = nni_topo.to_dense(model, IMAGES, half(model, "a", "exit.0"))
     (row,) = dense.report.kept
-    assert (row.name, row.after, row.reason) == ("exit.0", 8, "exit.0 runs in training alone")
+    assert (row.name, row.after, row.reason) == ("exit.0", 8, "exit.0 runs in training mode only")
 
 
 def test_what_meets_a_branch_of_training_stays(caplog):
@@ -192,14 +192,16 @@ def test_what_meets_a_branch_of_training_stays(caplog):
     model = Beside().eval()
     dense = nni_topo.to_dense(model, IMAGES, half(model, "a", "b"))
     assert [len(each.weight) for each in (dense.a, dense.b)] == [4, 6]
-    assert [row.reason for row in dense.report.kept] == ["side runs in training alone"]
-    assert "side runs in training alone" in caplog.text
+    assert [row.reason for row in dense.report.kept] == ["side runs in training mode only"]
+    assert "side runs in training mode only" in caplog.text
 
 
 def test_what_attention_of_training_reads_stays():
     model = Attending().eval()
     dense = nni_topo.to_dense(model, IMAGES, half(model, "a", "b"))
-    assert [(row.name, row.reason) for row in dense.report.kept] == [("a", "attention reads them, in training alone")]
+    assert [(row.name, row.reason) for row in dense.report.kept] == [
+        ("a", "attention reads them in training mode only")
+    ]
     assert len(in_training(dense)) == 3
 
 

@@ -71,7 +71,7 @@ def test_half_of_the_channels_go_and_the_dense_model_computes_the_same(name, pru
     assert [2 * width for width in widths(dense)] == widths(model)
     assert not dense.report.kept
     assert {why for why in groups.skipped.values() if "output" not in why} <= {
-        "it goes along the channels of another layer"
+        "it is a convolution along the channels of another layer"
     }
     with torch.no_grad():
         found, whole = dense(IMAGES), model(IMAGES)
@@ -216,4 +216,4 @@ def test_layers_with_norms_of_weights_are_plain_ones_that_lose_channels(trained)
     dense = nni_topo.to_dense(plain, IMAGES, masks)
     assert [layer.out_channels for layer in dense.layers] == [4, 4, 4, 4]
     skipped = nni_topo.dependency_groups(model, IMAGES, HALF).skipped
-    assert "nni_topo.as_torch_layers(model) makes a plain one of it" in skipped["layers.0"]
+    assert "nni_topo.as_torch_layers(model) makes it a plain layer" in skipped["layers.0"]

@@ -128,7 +128,7 @@ def test_where_no_bias_can_one_channel_brings_what_all_did(between, behind):
     assert dense.first.bias[1] == 0
     (row,) = dense.report.kept
     assert (row.name, row.kept) == ("first", 1)
-    assert "it brings what all removed channels do, which isn't zero (behind." in row.reason
+    assert "kept to carry the constant contribution of the removed channels (behind." in row.reason
     others = torch.randn(3, 3, 10, 10, dtype=torch.float64)
     assert gap(dense(others), masked_model(net, images, masks)(others)) < 1e-9
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

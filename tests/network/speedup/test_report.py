@@ -69,7 +69,7 @@ def test_chunks_and_rounding_say_so(caplog):
     dense, messages = warned(caplog, model, IMAGES, {"first": filter_mask(model.first, [0])}, check=False)
     assert len(messages) == 1
     model, (row,) = chain(), dense.report.kept
-    assert row == LayerReport("first", 8, 7, 8, "its own channels meet one another")
+    assert row == LayerReport("first", 8, 7, 8, "some of its channels are coupled with one another")
     caplog.clear()
     dense, messages = warned(caplog, model, IMAGES, {"0": filter_mask(model[0], [1, 4, 5])}, round_to=4)
     assert messages == []
@@ -252,7 +252,11 @@ def test_layers_within_a_module_that_is_called_as_a_whole_say_so(caplog):
     dense, messages = warned(caplog, model, SEQUENCES, {"body.self_attn.out_proj": filter_mask(target, [0, 1])})
     (row,) = dense.report.kept
     assert row == LayerReport(
-        "body.self_attn.out_proj", 8, 6, 8, "within body.self_attn (MultiheadAttention), which is called as a whole"
+        "body.self_attn.out_proj",
+        8,
+        6,
+        8,
+        "it is part of body.self_attn (MultiheadAttention), which runs as one operation",
     )
     assert "body.self_attn.out_proj 2 of 8" in messages[0]
 
