@@ -284,85 +284,77 @@ def shrink(
     calibration = batches_of(images, model, "images")
     budget = as_settings(Budget, budget, "budget")
     _check(model, budget, pruner, knobs, compensate, distill, evaluate)
-    args, kwargs = structure_call(model, calibration)
-    example: Any = kwargs or args
+    data = _split(calibration, model)
     if distill is True or isinstance(distill, Mapping):
-        check_one_shape(calls(model, calibration))
-    # What judges took no part in any step: a network looks better than it is on the images that it was solved on.
-    learned, held_out = calibration.split()
-    stages = _Stages(model, learned, held_out, example, evaluate)
-    stages.add("original", model)
-    whole: dict[str, str] = {}
-    if layers is None:
-        layers, whole = sorted_layers(model, example)
-        if not layers:
-            reasons = "; ".join(f"{name} ({why})" for name, why in whole.items()) or "no convolution or linear layer"
-            raise ConfigError(f"a model must have a layer that can lose channels, got none: {reasons} (shrink)")
-        is_default = True
-    else:
-        is_default = False
-    entries = _entries(layers)
-    round_to = widths_multiple(round_to, device_of(model))
-    narrows = narrow_heads and budget.kind != "latency" and round_to is None
-    own = dict(knobs or {})
-    steps = _Steps(model, example, entries, is_default, pruner, own, compensate, narrows, round_to, seed, progress)
+        check_one_shape(calls(model, data.all))
+    measured = _Measurements(model, data, evaluate)
+    measured.add("original", model)
+    prunable = _layers_to_prune(model, data.example, layers)
+    width_unit = widths_multiple(round_to, device_of(model))
+    narrows = narrow_heads and budget.kind != "latency" and width_unit is None
+    plan = _Plan(
+        model, data.example, prunable, pruner, dict(knobs or {}), compensate, narrows, width_unit, seed, progress
+    )
     tried: tuple[Tried, ...] = ()
     if budget.allocation == AUTO:
-        made, tried = steps.best(budget, learned, check_held_out(calibration, held_out))
-        stages.add("pruned", made.dense)
+        recovered, tried = _best_allocation(plan, budget, data)
+        measured.add("pruned", recovered.pruned.dense)
     else:
-        made = steps.pruned(budget, learned)
-        stages.add("pruned", made.dense)
-        made = steps.compensated(made, learned)
-    outcome = _outcome(budget, model, made.dense, made.planned, calibration, pruner)
+        pruned = _prune(plan, budget, data.learned)
+        measured.add("pruned", pruned.dense)
+        recovered = _compensate(plan, pruned, data.learned)
+    outcome = _outcome(budget, model, recovered.dense, recovered.pruned.planned, data.all, pruner)
     if compensate is not None:
-        stages.add("compensated", made.recovered)
-    dense = made.recovered
-    layer_report: Any = dense.report
-    if callable(distill):
-        dense = _checked_network(distill(dense, model, learned), "distill")
-        stages.add("distilled", dense)
-    elif distill is not False:
-        distillation_knobs: dict[str, Any] = {"held_out": held_out, "seed": seed, "progress": progress}
-        distillation_knobs |= {} if distill is True else distill
-        dense = distillation(dense, model, learned, **distillation_knobs).model
-        stages.add("distilled", dense)
-    warnings = stages.warnings() + ((made.report.warnings) if made.report is not None else ())
+        measured.add("compensated", recovered.dense)
+    # Read now: a function of the user's may distil in place.
+    layer_report: Any = recovered.dense.report
+    final = _distill(plan, recovered, data, distill)
+    if distill is not False:
+        measured.add("distilled", final)
     report: Any = ShrinkReport(
-        stages=tuple(stages.found),
+        stages=tuple(measured.stages),
         layers=layer_report,
-        compensation=made.report,
+        compensation=recovered.report,
         tried=tried,
         budget=outcome,
-        images=learned.samples,
-        held_out=0 if held_out is None else held_out.samples,
-        warnings=warnings,
-        whole=whole,
+        images=data.learned.samples,
+        held_out=0 if data.held_out is None else data.held_out.samples,
+        warnings=measured.warnings() + (recovered.report.warnings if recovered.report is not None else ()),
+        whole=prunable.unpruned,
     )
-    dense.report = report
-    return dense
+    final.report = report
+    return final
 
 
 @dataclass(frozen=True)
-class _Made:
-    """A network at the steps before distillation."""
+class _Data:
+    """The images, and which of them judge.
 
-    full: nn.Module  # of full size, heads made narrower
-    masks: Masks
-    dense: nn.Module
-    recovered: nn.Module  # dense and compensated
-    report: CompensationReport | None = None
-    planned: BudgetOutcome | None = None  # what the pruner's own budget came to; None where it has none
+    Those take no part in any step: a network looks better than it is on the images that it was solved on.
+    """
+
+    all: Calibration
+    learned: Calibration
+    held_out: Calibration | None  # None where there are too few
+    example: Any  # example inputs, of which only the shapes are read
 
 
 @dataclass(frozen=True)
-class _Steps:
-    """The steps before distillation, on whichever images."""
+class _Prunable:
+    """The layers to prune, as entries of a config_list without ratios."""
+
+    entries: list[dict[str, Any]]
+    unpruned: dict[str, str]  # why others can't lose channels, by layer; empty where the user names the layers
+    is_default: bool  # nobody named a layer
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the network is to be made smaller, whatever the budget and the images."""
 
     model: nn.Module
     example: Any
-    entries: list[dict[str, Any]]
-    is_default: bool  # nobody named a layer
+    prunable: _Prunable
     pruner: str | Callable[..., Masks]
     knobs: dict[str, Any]
     compensate: str | Compensate | None
@@ -371,67 +363,155 @@ class _Steps:
     seed: int
     progress: bool | None
 
-    def pruned(self, budget: Budget, images: Calibration) -> _Made:
-        """Prune under a budget."""
-        own = {"seed": self.seed, "calibration": images, "example_inputs": self.example, "budget": budget}
-        own |= {"round_to": self.round_to}
-        masks, planned = _chosen(self.model, self.entries, self.pruner, own, self.knobs, is_default=self.is_default)
-        full = self.model
-        if self.narrows:
-            full, masks = narrow_instead(self.model, images, masks)
-        dense = to_dense(full, self.example, masks, round_to=self.round_to)
-        return _Made(full, masks, dense, dense, planned=planned)
 
-    def compensated(self, made: _Made, images: Calibration) -> _Made:
-        """Compensate what was pruned, if that is asked for."""
-        recovered: CompensationReport | None = None
-        if self.compensate is None:
-            return made
-        if callable(self.compensate):
-            full = _checked_network(self.compensate(made.full, made.masks, images), "compensate")
-        else:
-            method: Any = self.compensate
-            knobs: Any = {"method": method, "seed": self.seed, "progress": self.progress}
-            done = compensation(made.full, made.masks, images, **knobs)
-            full, recovered = done.model, done.report
-        dense = to_dense(full, self.example, made.masks, round_to=self.round_to)
-        return replace(made, recovered=dense, report=recovered)
+@dataclass(frozen=True)
+class _Pruned:
+    """The pruned network without recovery."""
 
-    def best(self, budget: Budget, images: Calibration, held_out: Calibration) -> tuple[_Made, tuple[Tried, ...]]:
-        """Deal a budget out in each way that the pruner can, and keep what answers most like the whole network."""
-        made: dict[str, _Made] = {}
-        for name in allocations_to_try(self.pruner):
-            own: Any = replace(budget, allocation=name)  # type: ignore[arg-type]
-            made[name] = self.compensated(self.pruned(own, images), images)
-        tried = compared(self.model, {name: each.recovered for name, each in made.items()}, held_out)
-        return next(made[each.allocation] for each in tried if each.is_chosen), tried
+    full: nn.Module  # of full size, heads made narrower
+    masks: Masks
+    dense: nn.Module
+    planned: BudgetOutcome | None  # what the pruner's own budget came to; None where it has none
 
 
-class _Stages:
+@dataclass(frozen=True)
+class _Recovered:
+    """The pruned network after weight reconstruction, if that was asked for."""
+
+    pruned: _Pruned
+    dense: nn.Module
+    report: CompensationReport | None
+
+
+def _split(calibration: Calibration, model: nn.Module) -> _Data:
+    """Hold every eighth image out, and make example inputs."""
+    args, kwargs = structure_call(model, calibration)
+    learned, held_out = calibration.split()
+    return _Data(calibration, learned, held_out, kwargs or args)
+
+
+def _layers_to_prune(model: nn.Module, example: Any, layers: Iterable[str | Mapping[str, Any]] | None) -> _Prunable:
+    """Write entries of a config_list for the layers that were named; by default for all that can lose channels."""
+    if layers is not None:
+        given = list(layers)
+        entries = [dict(each) for each in given if isinstance(each, Mapping)]
+        names = [each for each in given if isinstance(each, str)]
+        return _Prunable([{"op_names": names}, *entries] if names else entries, {}, is_default=False)
+    names, unpruned = sorted_layers(model, example)
+    if not names:
+        reasons = "; ".join(f"{name} ({why})" for name, why in unpruned.items()) or "no convolution or linear layer"
+        raise ConfigError(f"a model must have a layer that can lose channels, got none: {reasons} (shrink)")
+    return _Prunable([{"op_names": names}], unpruned, is_default=True)
+
+
+def _prune(plan: _Plan, budget: Budget, images: Calibration) -> _Pruned:
+    """Prune under a budget."""
+    masks, planned = _choose_channels(plan, budget, images)
+    full = plan.model
+    if plan.narrows:
+        full, masks = narrow_instead(plan.model, images, masks)
+    return _Pruned(full, masks, to_dense(full, plan.example, masks, round_to=plan.round_to), planned)
+
+
+def _choose_channels(plan: _Plan, budget: Budget, images: Calibration) -> tuple[Masks, BudgetOutcome | None]:
+    """Return the masks of a pruner that is told where and how much, on a copy of the model.
+
+    And what came of the budget as the pruner counts it; None where it knows no budgets.
+    """
+    victim, entries, pruner = detached_copy(plan.model), plan.prunable.entries, plan.pruner
+    groups = dependency_groups(victim, plan.example, entries)
+    config_list: list[dict[str, Any]] = groups.unnamed() if plan.prunable.is_default else groups
+    if callable(pruner):
+        chosen = pruner(victim, config_list, images)
+        instance(Mapping).check("masks", chosen, "pruner")
+        check_masks(plan.model, chosen)
+        return chosen, None
+    example = plan.example
+    if budget.kind == "latency":  # of the batch that counts
+        args, kwargs = first_call(plan.model, images)
+        example = kwargs or args
+    pruner_knobs = pruner_info(pruner).knobs()
+    if "budget" not in pruner_knobs:
+        table: Any = budget.latency_table  # a file is read when the budget is made
+        kind: Any = budget.kind
+        target = Target(kind, budget.share)
+        ratios = layer_ratios(plan.model, example, target, entries, table, plan.round_to)
+        config_list = pruning_config(plan.model, example, ratios)
+    offered = {
+        "seed": plan.seed,
+        "calibration": images,
+        "example_inputs": example,
+        "budget": budget,
+        "round_to": plan.round_to,
+    }
+    taken = {name: offered[name] for name in pruner_knobs if name in offered}
+    wrapped = create_pruner(pruner, victim, config_list, **taken | plan.knobs)
+    masks: Masks = wrapped.compress()[1]
+    wrapped.unwrap_model()
+    planner = getattr(wrapped, "planner", None)  # NNI's pruners have none
+    return masks, planner.outcome if isinstance(planner, BudgetPlanner) else None
+
+
+def _compensate(plan: _Plan, pruned: _Pruned, images: Calibration) -> _Recovered:
+    """Reconstruct the weights of a pruned network, if that is asked for."""
+    if plan.compensate is None:
+        return _Recovered(pruned, pruned.dense, None)
+    report: CompensationReport | None = None
+    if callable(plan.compensate):
+        full = _checked_network(plan.compensate(pruned.full, pruned.masks, images), "compensate")
+    else:
+        method: Any = plan.compensate
+        knobs: Any = {"method": method, "seed": plan.seed, "progress": plan.progress}
+        done = compensation(pruned.full, pruned.masks, images, **knobs)
+        full, report = done.model, done.report
+    return _Recovered(pruned, to_dense(full, plan.example, pruned.masks, round_to=plan.round_to), report)
+
+
+def _best_allocation(plan: _Plan, budget: Budget, data: _Data) -> tuple[_Recovered, tuple[Tried, ...]]:
+    """Deal a budget out in each way that the pruner can, and keep what answers most like the unpruned network."""
+    judges = check_held_out(data.all, data.held_out)
+    candidates: dict[str, _Recovered] = {}
+    for name in allocations_to_try(plan.pruner):
+        own: Any = replace(budget, allocation=name)  # type: ignore[arg-type]
+        candidates[name] = _compensate(plan, _prune(plan, own, data.learned), data.learned)
+    tried = compared(plan.model, {name: each.dense for name, each in candidates.items()}, judges)
+    return next(candidates[each.allocation] for each in tried if each.is_chosen), tried
+
+
+def _distill(plan: _Plan, recovered: _Recovered, data: _Data, distill: Mapping[str, Any] | Distill | bool) -> nn.Module:
+    """Train the dense network to answer as the unpruned one does, if that is asked for."""
+    if distill is False:
+        return recovered.dense
+    if callable(distill):
+        return _checked_network(distill(recovered.dense, plan.model, data.learned), "distill")
+    knobs: dict[str, Any] = {"held_out": data.held_out, "seed": plan.seed, "progress": plan.progress}
+    given: Mapping[str, Any] = {} if distill is True else distill
+    return distillation(recovered.dense, plan.model, data.learned, **knobs | dict(given)).model
+
+
+class _Measurements:
     """Measures the network after each step, and how long the step took."""
 
     @leaves_models_alone
     def __init__(
         self,
         model: nn.Module,
-        learned: Calibration,
-        held_out: Calibration | None,
-        example: Any,
+        data: _Data,
         evaluate: Callable[[nn.Module], float] | None,
     ) -> None:
-        self._answers = Answers(model, learned) if held_out is None else Answers(model, learned, held_out)
-        self._learned, self._held_out = learned, held_out
-        self._example, self._evaluate = example, evaluate
-        self.found: list[Stage] = []
+        judges = [data.learned] if data.held_out is None else [data.learned, data.held_out]
+        self._answers = Answers(model, *judges)
+        self._data, self._evaluate = data, evaluate
+        self.stages: list[Stage] = []
         self._began = time.perf_counter()
 
     @leaves_models_alone
     def add(self, name: str, net: nn.Module) -> None:
         """Measure a network."""
-        seconds = time.perf_counter() - self._began if self.found else 0.0
+        seconds = time.perf_counter() - self._began if self.stages else 0.0
         found = self._answers.likenesses(net)
         solved, held_out = found[0], found[-1]  # one and the same where none is held out
-        cost = NetworkCost(net, self._example)({})
+        cost = NetworkCost(net, self._data.example)({})
         with evaluation_mode(net):
             accuracy = math.nan if self._evaluate is None else _number(self._evaluate(net))
         stage = Stage(
@@ -449,19 +529,19 @@ class _Stages:
             accuracy=accuracy,
             seconds=seconds,
         )
-        self.found.append(stage)
+        self.stages.append(stage)
         self._began = time.perf_counter()
 
     def warnings(self) -> tuple[str, ...]:
         """Say, with what to do, why the figures of the last network are doubtful."""
-        if self._held_out is None:
+        if self._data.held_out is None:
             text = (
-                f"none of {self._learned.samples} images could be held out, so figures are those of the images solved "
-                f"on: hand on at least {HELD_OUT}, better some hundred"
+                f"none of {self._data.learned.samples} images could be held out, so figures are those of the images "
+                f"solved on: hand on at least {HELD_OUT}, better some hundred"
             )
             _logger.warning("%s", text)
             return (text,)
-        last = self.found[-1]
+        last = self.stages[-1]
         is_far = (
             last.distance_low > last.calibration_distance
             and last.distance > _GAP * last.calibration_distance
@@ -477,56 +557,11 @@ class _Stages:
         if not math.isnan(last.agreement):
             found += f"; agreement {last.agreement:.3g} and {last.calibration_agreement:.3g}"
         text = (
-            f"{self._learned.samples} images are too few for this network ({found}): hand on more images, as different "
-            "from each other as those to come, or leave more of the cost"
+            f"{self._data.learned.samples} images are too few for this network ({found}): hand on more images, as "
+            "different from each other as those to come, or leave more of the cost"
         )
         _logger.warning("%s", text)
         return (text,)
-
-
-def _entries(layers: Iterable[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return entries of a config_list: those given, and one for all layers that are given by name."""
-    found = list(layers)
-    entries = [dict(each) for each in found if isinstance(each, Mapping)]
-    names = [each for each in found if isinstance(each, str)]
-    return [{"op_names": names}, *entries] if names else entries
-
-
-def _chosen(
-    model: nn.Module,
-    entries: list[dict[str, Any]],
-    pruner: str | Callable[..., Masks],
-    own: dict[str, Any],
-    knobs: dict[str, Any],
-    *,
-    is_default: bool,
-) -> tuple[Masks, BudgetOutcome | None]:
-    """Return the masks of a pruner that is told where and how much, on a copy of the model.
-
-    And what came of the budget as the pruner counts it; None where it knows no budgets.
-    """
-    victim, images, budget = detached_copy(model), own["calibration"], own["budget"]
-    groups = dependency_groups(victim, own["example_inputs"], entries)
-    config_list: list[dict[str, Any]] = groups.unnamed() if is_default else groups
-    if callable(pruner):
-        chosen = pruner(victim, config_list, images)
-        instance(Mapping).check("masks", chosen, "pruner")
-        check_masks(model, chosen)
-        return chosen, None
-    if budget.kind == "latency":  # of the batch that counts
-        args, kwargs = first_call(model, images)
-        own["example_inputs"] = kwargs or args
-    taken = pruner_info(pruner).knobs()
-    if "budget" not in taken:
-        example, table = own["example_inputs"], budget.latency_table  # a file is read when the budget is made
-        target = Target(budget.kind, budget.share)
-        ratios = layer_ratios(model, example, target, entries, table, own["round_to"])
-        config_list = pruning_config(model, example, ratios)
-    wrapped = create_pruner(pruner, victim, config_list, **{name: own[name] for name in taken if name in own} | knobs)
-    masks: Masks = wrapped.compress()[1]
-    wrapped.unwrap_model()
-    planner = getattr(wrapped, "planner", None)  # NNI's pruners have none
-    return masks, planner.outcome if isinstance(planner, BudgetPlanner) else None
 
 
 @leaves_models_alone
