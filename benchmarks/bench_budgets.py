@@ -35,8 +35,8 @@ from nni_topo import zoo
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.network.cost.measure import memory_kept, now, time_shares
 from nni_topo.pruners.budget import BUDGETS
-from nni_topo.runs.records import append_record, read_records
-from nni_topo.runs.tables import markdown_table
+from nni_topo.studies.records import append_record, read_records
+from nni_topo.studies.tables import markdown_table
 
 # name, channels and side of its images
 NETS = {

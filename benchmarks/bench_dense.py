@@ -31,7 +31,7 @@ def measure(net: str, tool: str) -> dict[str, Any]:
 
     import nni_topo
     from nni_topo import zoo
-    from nni_topo.runs.rivals import KINDS, PREFIX, cut
+    from nni_topo.studies.baselines import KINDS, PREFIX, cut
 
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)

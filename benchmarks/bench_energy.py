@@ -33,13 +33,14 @@ from nni_topo import (
     recalibrate_batch_norm,
     zoo,
 )
-from nni_topo.analysis.energy.plots import compression_plot
-from nni_topo.analysis.energy.run import AnalyzeEnergy
-from nni_topo.analysis.energy.study import THRESHOLDS, study_energy
-from nni_topo.analysis.energy.tables import show_energy
-from nni_topo.runs.records import append_record, provenance, read_records
-from nni_topo.runs.tables import interval, show_accuracies
+from nni_topo.runs.provenance import provenance
 from nni_topo.runs.widths import inner_layers
+from nni_topo.studies.analysis.energy.plots import compression_plot
+from nni_topo.studies.analysis.energy.run import AnalyzeEnergy
+from nni_topo.studies.analysis.energy.study import THRESHOLDS, study_energy
+from nni_topo.studies.analysis.energy.tables import show_energy
+from nni_topo.studies.records import append_record, read_records
+from nni_topo.studies.tables import interval, show_accuracies
 
 IMAGENET = ("torchvision/vgg16", "torchvision/resnet101")
 SHARED_THRESHOLDS = (0.05, 0.1, 0.2)

@@ -29,11 +29,13 @@ import torch
 from torch import Tensor
 
 import nni_topo
-from nni_topo.runs.cells import shared_ratios, start_of
-from nni_topo.runs.plan import Cell, CompensationChoice, DistillationChoice, PrunerChoice, Target, load_plan
-from nni_topo.runs.records import append_record, provenance, read_records
-from nni_topo.runs.run import Start, distilled, made_dense, prune_to_ratios
-from nni_topo.runs.tables import interval, markdown_table, show_accuracies
+from nni_topo.runs.choices import Cell, CompensationChoice, DistillationChoice, PrunerChoice, Target
+from nni_topo.runs.provenance import provenance
+from nni_topo.runs.run import Start, distilled, made_dense
+from nni_topo.studies.cells import pruned_cell, shared_ratios, start_of
+from nni_topo.studies.plan import load_plan
+from nni_topo.studies.records import append_record, read_records
+from nni_topo.studies.tables import interval, markdown_table, show_accuracies
 from nni_topo.zoo import count_macs
 from nni_topo.zoo.resnet import SmallImageResNet
 
@@ -83,7 +85,7 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
 def _exported(cell: Cell, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Write a seed's four files and measure them."""
     start = start_of(cell, options.out)
-    masks = prune_to_ratios(cell, start, shared_ratios(cell, start, options.out)).masks
+    masks = pruned_cell(cell, start, shared_ratios(cell, start, options.out)).masks
     dense, _ = made_dense(start, masks, CompensationChoice(options.images))
     dense = distilled(start, dense, DistillationChoice(options.images)).model
     images, records = start.images(options.images), []

@@ -32,11 +32,11 @@ from torch.utils.data import TensorDataset
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.analysis.evolution import EvolutionStudy, EvolutionTrial
 from nni_topo.maths.search.gene_layers import Layer
 from nni_topo.maths.search.weights import WeightGeneticAlgorithm, WeightSearch
-from nni_topo.runs.study import save_figures
-from nni_topo.runs.tables import interval
+from nni_topo.studies.analysis.evolution import EvolutionStudy, EvolutionTrial
+from nni_topo.studies.study import save_figures
+from nni_topo.studies.tables import interval
 
 RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
 TERMINATIONS = (0.1, 0.01)

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from nni_topo.runs.experiment.pipeline import run_trial
 from nni_topo.runs.experiment.settings import TrialSettings
-from nni_topo.runs.tables import interval
+from nni_topo.studies.tables import interval
 
 ROWS = ("uniform", "found")
 

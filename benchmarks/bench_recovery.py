@@ -28,11 +28,12 @@ from torch import Tensor, nn
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.runs.cells import shared_ratios, start_of
-from nni_topo.runs.plan import DataChoice, ModelChoice, Plan, PrunerChoice, Target
-from nni_topo.runs.records import append_record, read_records
-from nni_topo.runs.tables import interval
+from nni_topo.runs.choices import DataChoice, ModelChoice, PrunerChoice, Target
 from nni_topo.runs.widths import inner_layers, pruning_config
+from nni_topo.studies.cells import shared_ratios, start_of
+from nni_topo.studies.plan import Plan
+from nni_topo.studies.records import append_record, read_records
+from nni_topo.studies.tables import interval
 
 CLOUDS = ("weight", "folded", "coupled", "activation", "functional", "gradient")
 CRITERIA = ("hausdorff", "cover", "bottleneck", "wasserstein")

@@ -35,11 +35,12 @@ from torch.utils.data import TensorDataset
 
 from nni_topo import compensate, synthetic_images, to_dense
 from nni_topo.recovery.compensating import METHODS
-from nni_topo.runs.cells import shared_ratios, start_of, with_new_weights
-from nni_topo.runs.plan import Cell, CompensationChoice, DistillationChoice, PrunerChoice, load_plan
-from nni_topo.runs.records import append_record, read_records
-from nni_topo.runs.run import Start, distilled, made_dense, prune_to_ratios, retrain
-from nni_topo.runs.tables import interval
+from nni_topo.runs.choices import Cell, CompensationChoice, DistillationChoice, PrunerChoice
+from nni_topo.runs.run import Start, distilled, made_dense, retrain
+from nni_topo.studies.cells import pruned_cell, shared_ratios, start_of, with_new_weights
+from nni_topo.studies.plan import load_plan
+from nni_topo.studies.records import append_record, read_records
+from nni_topo.studies.tables import interval
 from nni_topo.zoo import DataBundle, Recipe
 
 SWAPPED = "least squares, swapped"
@@ -105,7 +106,7 @@ def _run(options: argparse.Namespace, seed: int) -> None:
         if not wanted:
             continue
         ratios = shared_ratios(cell, start, options.out)
-        masks = prune_to_ratios(cell, start, ratios).masks
+        masks = pruned_cell(cell, start, ratios).masks
         for count in dict.fromkeys(count for count, _ in wanted):
             rows = [row for each, row in wanted if each == count]
             _recover(cell, start, masks, count, rows, path, steps=options.steps)

@@ -23,18 +23,13 @@ import torch
 from torch.utils.data import TensorDataset
 
 from nni_topo import recalibrate_batch_norm, zoo
-from nni_topo.runs.cells import cell_facts, shared_ratios, start_of
-from nni_topo.runs.plan import Cell, DataChoice, ModelChoice, Plan, PrunerChoice, Target
-from nni_topo.runs.records import Record, append_record, provenance, read_records
-from nni_topo.runs.run import made_dense, prune_to_ratios
-from nni_topo.runs.tables import (
-    best_rival,
-    grouped,
-    interval,
-    markdown_table,
-    paired_difference,
-    show_accuracies,
-)
+from nni_topo.runs.choices import Cell, DataChoice, ModelChoice, PrunerChoice, Target
+from nni_topo.runs.provenance import Record, provenance
+from nni_topo.runs.run import made_dense
+from nni_topo.studies.cells import cell_facts, pruned_cell, shared_ratios, start_of
+from nni_topo.studies.plan import Plan
+from nni_topo.studies.records import append_record, read_records
+from nni_topo.studies.tables import best_rival, grouped, interval, markdown_table, paired_difference, show_accuracies
 
 CALIBRATION = 512
 TARGETS = (0.5, 0.25, 0.1, 0.03)
@@ -149,7 +144,7 @@ def _measure(cell: Cell, setting: Setting, out: Path) -> Record:
     began = time.perf_counter()
     start = start_of(cell, out)
     data = start.data
-    masks, prune_seconds, _ = prune_to_ratios(_with_labels(cell, data), start, shared_ratios(cell, start, out))
+    masks, prune_seconds, _ = pruned_cell(_with_labels(cell, data), start, shared_ratios(cell, start, out))
     dense, _ = made_dense(start, masks)
     test = TensorDataset(*data.test[: setting.test_images])
     record = {

@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 
 from nni_topo import zoo
-from nni_topo.analysis.rounds.study import METHODS, SPARSITIES, RoundsCell, RoundsStudy, run_rounds
-from nni_topo.runs.plan import Cell, DataChoice, ModelChoice, Target
+from nni_topo.runs.choices import Cell, DataChoice, ModelChoice, Target
+from nni_topo.studies.analysis.rounds.study import METHODS, SPARSITIES, RoundsCell, RoundsStudy, run_rounds
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from nni_topo import compensate, create_pruner, dependency_groups, distill, narrow_heads, to_dense, zoo
-from nni_topo.runs.records import append_record, read_records
-from nni_topo.runs.rivals import is_rival, rival_masks
 from nni_topo.runs.run import Start, pruner_knobs
-from nni_topo.runs.tables import interval
+from nni_topo.studies.baselines import is_rival, rival_masks
+from nni_topo.studies.records import append_record, read_records
+from nni_topo.studies.tables import interval
 from nni_topo.zoo.evaluation import bits
 from nni_topo.zoo.transformers import SelfAttention
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from nni_topo import zoo
-from nni_topo.runs.plan import DataChoice, ModelChoice
+from nni_topo.runs.choices import DataChoice, ModelChoice
 from nni_topo.runs.run import build_model, load_model_data
 
 TEST_IMAGES = 2000

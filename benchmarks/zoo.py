@@ -36,7 +36,7 @@ from zoo_reference import DETECTING, PRUNED, difference, run, width, zeroed_outp
 import nni_topo
 from nni_topo import zoo
 from nni_topo.network.runtime.copying import detached_copy
-from nni_topo.runs.rivals import KINDS, PREFIX, cut
+from nni_topo.studies.baselines import KINDS, PREFIX, cut
 
 
 def rival(make: Callable[[], nn.Module], model: nn.Module, inputs: Any) -> dict[str, Any]:

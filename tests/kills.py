@@ -32,16 +32,16 @@ from torch import nn
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.analysis.magnitude.study import AnalyzeMagnitude
-from nni_topo.analysis.rounds.study import METHODS, RoundsCell, run_rounds
 from nni_topo.cli import main as command
-from nni_topo.runs import plan as plans
-from nni_topo.runs.compare import compare
+from nni_topo.runs import choices as plans
 from nni_topo.runs.experiment.manager import free_port
 from nni_topo.runs.experiment.pipeline import run_trial
 from nni_topo.runs.experiment.settings import TrialSettings
-from nni_topo.runs.records import read_records
-from nni_topo.runs.study import plain
+from nni_topo.studies.analysis.magnitude.study import AnalyzeMagnitude
+from nni_topo.studies.analysis.rounds.study import METHODS, RoundsCell, run_rounds
+from nni_topo.studies.compare import compare
+from nni_topo.studies.records import read_records
+from nni_topo.studies.study import plain
 
 DIGITS = plans.DataChoice("digits", limit=200)
 SMALL = plans.Plan(

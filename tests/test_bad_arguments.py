@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import NniTopoError
-from nni_topo.runs.plan import load_plan
+from nni_topo.studies.plan import load_plan
 from nni_topo.testing import require_unchanged, snapshot
 
 MODULES = (

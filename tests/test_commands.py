@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from nni_topo.cli import VERBS, main, parsed
-from nni_topo.runs.plan import load_plan, load_prune_config
+from nni_topo.runs.choices import load_prune_config
+from nni_topo.studies.plan import load_plan
 
 PROJECT = Path(__file__).parent.parent
 PAGES = [*PROJECT.glob("docs/*.md"), *(PROJECT / name for name in ("README.md", "CONTRIBUTING.md"))]

@@ -18,11 +18,12 @@ from nni_topo.cli import main
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.io import checkpoint as serialization
 from nni_topo.network.layers.zeros import weights_left
-from nni_topo.runs.compare import compare
-from nni_topo.runs.plan import CompensationChoice, DataChoice, ModelChoice, load_plan, load_prune_config
+from nni_topo.runs.choices import CompensationChoice, DataChoice, ModelChoice, load_prune_config
 from nni_topo.runs.prune import prune_checkpoint
-from nni_topo.runs.report import prune_costs
-from nni_topo.runs.tables import markdown_report
+from nni_topo.studies.compare import compare
+from nni_topo.studies.plan import load_plan
+from nni_topo.studies.report import prune_costs
+from nni_topo.studies.tables import markdown_report
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL, DIGITS = ModelChoice("small_cnn"), DataChoice("digits", limit=400)

@@ -34,8 +34,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import create_pruner, list_pruners
 from nni_topo.recovery import distillation
 from nni_topo.recovery.compensating import METHODS
-from nni_topo.runs.cells import run_cell
-from nni_topo.runs.plan import (
+from nni_topo.runs.choices import (
     Cell,
     CompensationChoice,
     DataChoice,
@@ -47,6 +46,7 @@ from nni_topo.runs.plan import (
 from nni_topo.runs.processes import masks_digest
 from nni_topo.runs.run import Start, resolve_device
 from nni_topo.runs.scheduled import prune_on_schedule
+from nni_topo.studies.cells import run_cell
 from nni_topo.testing import toy_evaluator, toy_images, toy_model
 
 KNOBS: dict[str, dict[str, Any]] = {

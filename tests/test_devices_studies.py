@@ -24,10 +24,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from nni_topo import analysis
-from nni_topo.analysis.energy.replacement import FilterEvolution
-from nni_topo.analysis.energy.study import Quality
 from nni_topo.maths.search.subsets import EvolutionSettings
 from nni_topo.speedup import measure_latency
+from nni_topo.studies.analysis.energy.replacement import FilterEvolution
+from nni_topo.studies.analysis.energy.study import Quality
 from nni_topo.testing import toy_model
 
 

@@ -17,7 +17,7 @@ from nni_topo import disk, zoo
 from nni_topo.cli import main, studies
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network import LatencyTable, LayerLatency
-from nni_topo.runs.records import append_record
+from nni_topo.studies.records import append_record
 
 TABLE = LatencyTable({"0": LayerLatency((1,), (1,), ((1.0,),), 0.0)})
 

@@ -15,14 +15,15 @@ from matplotlib.figure import Figure
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.analysis.magnitude.study import AnalyzeMagnitude
-from nni_topo.analysis.rounds.study import run_rounds
 from nni_topo.disk import disk_errors, only_process, whole_file, write_json, write_tensors
 from nni_topo.errors import DataError
-from nni_topo.runs.compare import compare
-from nni_topo.runs.plan import DataChoice, ModelChoice, Plan, PrunerChoice, Target
-from nni_topo.runs.records import append_record, read_records
-from nni_topo.runs.study import save_figures
+from nni_topo.runs.choices import DataChoice, ModelChoice, PrunerChoice, Target
+from nni_topo.studies.analysis.magnitude.study import AnalyzeMagnitude
+from nni_topo.studies.analysis.rounds.study import run_rounds
+from nni_topo.studies.compare import compare
+from nni_topo.studies.plan import Plan
+from nni_topo.studies.records import append_record, read_records
+from nni_topo.studies.study import save_figures
 
 PLAN = Plan(
     models=(ModelChoice("small_cnn"),),

@@ -59,14 +59,14 @@ def test_rooms_and_floors_are_few_and_no_import_goes_in_a_circle():
 @pytest.mark.parametrize(
     ("room", "strangers"),
     [
-        ("compat", {"maths", "network", "recovery", "pruners", "zoo", "runs", "analysis", "cli"}),
-        ("maths", {"compat", "network", "recovery", "pruners", "zoo", "runs", "analysis", "cli"}),
-        ("network", {"recovery", "pruners", "zoo", "runs", "analysis", "cli"}),
-        ("recovery", {"pruners", "zoo", "runs", "analysis", "cli"}),
-        ("zoo", {"recovery", "pruners", "runs", "analysis", "cli"}),
-        ("pruners", {"zoo", "runs", "analysis", "cli"}),
-        ("runs", {"analysis", "cli"}),
-        ("analysis", {"cli"}),
+        ("compat", {"maths", "network", "recovery", "pruners", "zoo", "runs", "studies", "cli"}),
+        ("maths", {"compat", "network", "recovery", "pruners", "zoo", "runs", "studies", "cli"}),
+        ("network", {"recovery", "pruners", "zoo", "runs", "studies", "cli"}),
+        ("recovery", {"pruners", "zoo", "runs", "studies", "cli"}),
+        ("zoo", {"recovery", "pruners", "runs", "studies", "cli"}),
+        ("pruners", {"zoo", "runs", "studies", "cli"}),
+        ("runs", {"studies", "cli"}),
+        ("studies", {"cli"}),
     ],
 )
 def test_a_room_knows_nobody_above_it(room, strangers):

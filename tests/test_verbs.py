@@ -36,8 +36,8 @@ from dataclasses import dataclass
 from rich.console import RenderableType
 
 from nni_topo.runs.run import layer_widths
-from nni_topo.runs.study import Findings, Tell, TrainedStudy
-from nni_topo.runs.tables import as_table
+from nni_topo.studies.study import Findings, Tell, TrainedStudy
+from nni_topo.studies.tables import as_table
 
 """
 

@@ -93,7 +93,7 @@ def verbs() -> str:
         "Every verb takes `--json`, `--seed` and `--device`; `nni-topo VERB --help` says the same.",
         "",
     ]
-    for path in sorted(PROJECT.glob("nni_topo/cli/*.py")) + sorted(PROJECT.glob("nni_topo/analysis/**/*.py")):
+    for path in sorted(PROJECT.glob("nni_topo/cli/*.py")) + sorted(PROJECT.glob("nni_topo/studies/analysis/**/*.py")):
         for name, summary, flags in _classes(path.read_text()):
             if path.parent.name != "cli" and not name.startswith("analyze "):
                 continue
@@ -101,7 +101,8 @@ def verbs() -> str:
             parts += [f"## {group}{name}", "", summary, "", "| flag | default | |", "|---|---|---|", *flags, ""]
     parts += ["## YAML", "", "Keys of a plan for `compare`, of a file for `prune`, and of the mappings in them."]
     parts += ["`configs/` of the sources has a commented file per use. A study's plan has its flags as keys.", ""]
-    for name, summary, keys in _classes((PROJECT / "nni_topo/runs/plan.py").read_text(), of_verbs=False):
+    texts = [(PROJECT / "nni_topo" / path).read_text() for path in ("studies/plan.py", "runs/choices.py")]
+    for name, summary, keys in [found for text in texts for found in _classes(text, of_verbs=False)]:
         if name != "cell":
             parts += [f"### {_TITLES[name]}", "", summary, "", "| key | default | |", "|---|---|---|", *keys, ""]
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""The ``nni-topo`` command: each verb is a dataclass whose fields are its flags, see :mod:`nni_topo.runs.study`."""
+"""The ``nni-topo`` command: each verb is a dataclass whose fields are its flags, see :mod:`nni_topo.studies.study`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.console import Console
 import nni_topo
 from nni_topo.cli import completion, doctor, experiment, profile, verbs
 from nni_topo.errors import NniTopoError
-from nni_topo.runs.study import Study, Verb, flags_of
+from nni_topo.studies.study import Study, Verb, flags_of
 from nni_topo_command import chosen
 
 _INTERRUPTED = 130
@@ -26,7 +26,7 @@ Choices = dict[str, "type[Verb] | Callable[[], Choices]"]
 
 def studies() -> Choices:
     """Study one model; nothing is changed."""
-    from nni_topo import analysis
+    from nni_topo.studies import analysis
 
     found: Choices = {}
     for info in pkgutil.iter_modules(analysis.__path__):

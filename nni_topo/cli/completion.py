@@ -9,7 +9,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from nni_topo.runs.study import Verb
+from nni_topo.studies.study import Verb
 
 _SCRIPT = """_nni_topo() {{
   local before="${{COMP_WORDS[*]:1:COMP_CWORD-1}}" words

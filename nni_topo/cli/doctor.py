@@ -18,8 +18,8 @@ from rich.console import Console
 
 from nni_topo import compat
 from nni_topo.errors import NniTopoError
-from nni_topo.runs.study import Verb
-from nni_topo.runs.tables import as_table
+from nni_topo.studies.study import Verb
+from nni_topo.studies.tables import as_table
 from nni_topo.zoo import list_data, load_data
 
 _EXTRAS = {

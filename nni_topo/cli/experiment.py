@@ -28,8 +28,8 @@ from nni_topo.runs.experiment.manager import (
 )
 from nni_topo.runs.experiment.results import export_trial, in_words, save_trials, trials_table
 from nni_topo.runs.experiment.trials import FAILED, STOPPED, TrialRecord, best_trial, read_trials, stopped
-from nni_topo.runs.report import write_report
-from nni_topo.runs.study import Verb
+from nni_topo.studies.report import write_report
+from nni_topo.studies.study import Verb
 
 
 @dataclass(frozen=True, kw_only=True)

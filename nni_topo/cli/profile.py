@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import nni_topo
 from nni_topo.network.cost import ModeCost, profile
 from nni_topo.runs.run import resolve_device
-from nni_topo.runs.study import ModelVerb, Names
-from nni_topo.runs.tables import as_table
+from nni_topo.studies.study import ModelVerb, Names
+from nni_topo.studies.tables import as_table
 from nni_topo.zoo import create_model
 
 

@@ -16,34 +16,21 @@ from nni_topo.disk import check_output_file, output_folder, write_figure, write_
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import list_pruners, pruner_info
-from nni_topo.runs.compare import compare
-from nni_topo.runs.demo import DEMO
-from nni_topo.runs.pictures import comparison_figures, figure_of, plot_accuracy
-from nni_topo.runs.plan import (
-    SCRATCH,
-    Cell,
-    CompensationChoice,
-    DistillationChoice,
-    Plan,
-    PrunerChoice,
-    Target,
-    load_plan,
-    load_prune_config,
-)
+from nni_topo.runs.choices import Cell, CompensationChoice, DistillationChoice, PrunerChoice, Target, load_prune_config
+from nni_topo.runs.provenance import provenance
 from nni_topo.runs.prune import check_empty, prune_checkpoint
-from nni_topo.runs.records import compared_records, provenance
-from nni_topo.runs.report import prune_costs, write_report
-from nni_topo.runs.rivals import is_rival
 from nni_topo.runs.run import distillation_knobs, latencies
 from nni_topo.runs.shrink import shrink
-from nni_topo.runs.study import DataVerb, Names, TrainedVerb, Verb, plain, save_figures
-from nni_topo.runs.tables import (
-    as_table,
-    markdown_report,
-    print_report,
-    print_widths,
-)
 from nni_topo.runs.widths import inner_layers
+from nni_topo.studies.baselines import is_rival
+from nni_topo.studies.compare import compare
+from nni_topo.studies.demo import DEMO
+from nni_topo.studies.pictures import comparison_figures, figure_of, plot_accuracy
+from nni_topo.studies.plan import SCRATCH, Plan, load_plan
+from nni_topo.studies.records import compared_records
+from nni_topo.studies.report import prune_costs, write_report
+from nni_topo.studies.study import DataVerb, Names, TrainedVerb, Verb, plain, save_figures
+from nni_topo.studies.tables import as_table, markdown_report, print_report, print_widths
 from nni_topo.zoo import list_data, list_models
 
 
@@ -258,6 +245,6 @@ class Prune(TrainedVerb):
             progress=False if self.json else None,
         )
         table = as_table(f"{record['model']}, {record['pruner']}", ("", "before", "after"), prune_costs(record), left=3)
-        files = f"dense model: {self.out / 'dense.pt'} (nni_topo.load) · report: {self.out / 'report.html'}"
+        files = f"dense model: {self.out / 'dense.pt'} (nni_topo.load) · report: {write_report(self.out)}"
         self.put_out(console, record, [table, files])
         return 0

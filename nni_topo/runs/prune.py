@@ -14,9 +14,8 @@ from nni_topo.network.speedup import Network, check_masks, dependency_groups, re
 from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import needs_rule, pruner_info
-from nni_topo.runs.plan import DataChoice, ModelChoice, PruneConfig, PrunerChoice, changed_recipe
-from nni_topo.runs.records import Record, provenance
-from nni_topo.runs.report import write_report
+from nni_topo.runs.choices import DataChoice, ModelChoice, PruneConfig, PrunerChoice, changed_recipe
+from nni_topo.runs.provenance import Record, provenance
 from nni_topo.runs.run import budget_facts, costs, distilled, latencies, made_dense, on_cpu, prune, retrain, trained
 
 
@@ -31,7 +30,7 @@ def prune_checkpoint(
     device: str = "cpu",
     progress: bool | None = None,
 ) -> Record:
-    """Prune a trained model; write ``dense.pt``, ``masks.pt``, ``summary.json``, ``report.html`` to an empty folder."""
+    """Prune a trained model; write ``dense.pt``, ``masks.pt``, ``summary.json`` to an empty folder."""
     out = Path(out)
     check_empty(out)
 
@@ -80,7 +79,6 @@ def prune_checkpoint(
     files.save(dense, out / "dense.pt")
     write_tensors(out / "masks.pt", masks)
     write_json(out / "summary.json", record)
-    write_report(out)
     return record
 
 

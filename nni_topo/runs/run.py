@@ -28,10 +28,7 @@ from nni_topo.pruners.budget import BudgetOutcome, BudgetPlanner, budget_outcome
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.recovery import CompensationReport, Distillation, compensation, distillation
-from nni_topo.runs.evaluators import recipe_evaluator
-from nni_topo.runs.plan import (
-    SCRATCH,
-    Cell,
+from nni_topo.runs.choices import (
     CompensationChoice,
     DataChoice,
     DistillationChoice,
@@ -40,8 +37,8 @@ from nni_topo.runs.plan import (
     Target,
     training_key,
 )
-from nni_topo.runs.records import Record
-from nni_topo.runs.rivals import is_rival, rival_masks
+from nni_topo.runs.evaluators import recipe_evaluator
+from nni_topo.runs.provenance import Record
 from nni_topo.runs.widths import left_whole, pruning_config
 from nni_topo.zoo.evaluation import bits
 
@@ -209,22 +206,17 @@ def prune(start: Start, pruner: PrunerChoice, config_list: list[dict[str, Any]])
     return Pruned(masks, seconds, planner.outcome if isinstance(planner, BudgetPlanner) else None)
 
 
-def prune_to_ratios(cell: Cell, start: Start, ratios: dict[str, float]) -> Pruned:
-    """Run a cell's pruner, or a rival from outside, with a ratio for every layer."""
-    choice = cell.pruner
-    if is_rival(choice.name):
-        return Pruned(*rival_masks(choice.name, start.net, start.example, ratios))
-    if choice.name == SCRATCH:
-        choice = replace(choice, name="random")
+def prune_to_ratios(start: Start, choice: PrunerChoice, target: Target, ratios: dict[str, float]) -> Pruned:
+    """Prune a copy of the network with a ratio for every layer, or by the target where the pruner deals it out."""
     if pruner_info(choice.name).structured:
         config_list = pruning_config(start.net, start.example, ratios)
     else:  # single weights know no groups of channels
         config_list = [{"op_names": [name], "sparse_ratio": float(ratio)} for name, ratio in ratios.items()]
     # it deals out a budget itself
     allocation = choice.knobs.get("budget", {}).get("allocation")
-    if allocation is not None and cell.target.kind != "ratio":
-        budget = {cell.target.kind: cell.target.value, "allocation": allocation}
-        timed = {"example_inputs": start.timed} if cell.target.kind == "latency" else {}
+    if allocation is not None and target.kind != "ratio":
+        budget = {target.kind: target.value, "allocation": allocation}
+        timed = {"example_inputs": start.timed} if target.kind == "latency" else {}
         choice = replace(choice, knobs={**timed, **choice.knobs, "budget": budget})
         config_list = [{key: item for key, item in entry.items() if key != "sparse_ratio"} for entry in config_list]
     return prune(start, choice, config_list)

@@ -15,8 +15,8 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.network.speedup import to_dense
 from nni_topo.pruners.registry import create_pruner
+from nni_topo.runs.choices import PrunerChoice
 from nni_topo.runs.evaluators import batches_of, recipe_evaluator
-from nni_topo.runs.plan import PrunerChoice
 from nni_topo.runs.run import Start, made_dense, prune, pruner_knobs
 
 Schedule = Literal["one-shot", "linear", "agp"]

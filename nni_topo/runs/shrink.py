@@ -70,7 +70,7 @@ from nni_topo.recovery.likeness import Answers
 from nni_topo.recovery.narrowing import narrow_instead
 from nni_topo.recovery.report import CompensationReport
 from nni_topo.runs.allocating import Tried, allocations_to_try, check_held_out, compared
-from nni_topo.runs.plan import Target
+from nni_topo.runs.choices import Target
 from nni_topo.runs.widths import layer_ratios, pruning_config, sorted_layers
 
 if TYPE_CHECKING:

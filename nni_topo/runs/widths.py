@@ -23,7 +23,7 @@ from nni_topo.network.speedup import (
 )
 from nni_topo.pruners.budget import Budget, BudgetPlanner, network_cost, share_left
 from nni_topo.pruners.units import PruningUnit
-from nni_topo.runs.plan import Target
+from nni_topo.runs.choices import Target
 
 _HALVINGS = 40
 _MOVES = 32

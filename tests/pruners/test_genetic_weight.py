@@ -11,7 +11,7 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError, NniTopoError
 from nni_topo.pruners.genetic_weight.pruner import GeneticWeightPruner
 from nni_topo.pruners.registry import check_knob_names
-from nni_topo.runs.plan import load_prune_config
+from nni_topo.runs.choices import load_prune_config
 from nni_topo.speedup import masked_model
 from nni_topo.testing import toy_evaluator, toy_model
 

@@ -1,186 +1,94 @@
-"""Every way into the pipeline hands a pruner the same knobs, and none of them looks at test images."""
+"""One cell: what its pruner is given to look at."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Iterator
-from typing import Any
+import copy
+from dataclasses import replace
 
 import pytest
 import torch
-from nni.compression import TorchEvaluator
 from torch.utils.data import TensorDataset
 
-import nni_topo
 from nni_topo import zoo
-from nni_topo.analysis.deviation import study_masks
-from nni_topo.analysis.magnitude.study import AnalyzeMagnitude
-from nni_topo.cli import main
-from nni_topo.pruners.registry import TABLE, PrunerInfo, register_pruner
-from nni_topo.runs.compare import compare
-from nni_topo.runs.experiment.pipeline import run_trial
-from nni_topo.runs.experiment.settings import TrialSettings
-from nni_topo.runs.plan import DataChoice, ModelChoice, Plan, PruneConfig, PrunerChoice, Target
-from nni_topo.runs.prune import prune_checkpoint
-from nni_topo.runs.run import STILL, Start, prune, trained
-from nni_topo.runs.scheduled import prune_on_schedule
-
-DATA = DataChoice("digits", limit=120)
-MODEL = ModelChoice("lenet300")
-SEED = 3
-HANDED: list[dict[str, Any]] = []
+from nni_topo.runs import run as execute
+from nni_topo.runs.choices import DataChoice, ModelChoice, PrunerChoice, Target
+from nni_topo.runs.run import Start
+from nni_topo.runs.widths import layer_ratios
+from nni_topo.studies.plan import Plan
 
 
-class NosyPruner(nni_topo.RandomPruner):
-    """Random choice that asks for everything a run can give."""
+def cell_of(pruner, **changes):
+    factors = {
+        "models": (ModelChoice("small_cnn"),),
+        "data": (DataChoice("digits", limit=150),),
+        "pruners": (pruner,),
+        "targets": (Target("ratio", 0.5),),
+        "retrain": {"epochs": 1},
+    }
+    return next(Plan(**{**factors, **changes}).cells())
 
-    def __init__(
-        self,
-        model,
-        config_list,
-        evaluator=None,
-        existed_wrappers=None,
-        *,
-        training_steps=None,
-        seed=0,
-        calibration=None,
-        validation=None,
-        example_inputs=None,
-    ):
-        HANDED.append(
-            {
-                "seed": seed,
-                "calibration": calibration,
-                "validation": validation,
-                "example_inputs": example_inputs,
-                "training_steps": training_steps,
-                "evaluator": evaluator,
-            }
-        )
-        super().__init__(model, config_list, evaluator, existed_wrappers, seed=seed)
+
+def numbered(images):
+    """A bundle whose training image i is i everywhere, and whose test images are negative."""
+    data = zoo.load_data("digits", limit=10)
+    places = torch.arange(float(images))[:, None, None, None].expand(-1, 1, 8, 8).clone()
+    labels = torch.zeros(images, dtype=torch.long)
+    return replace(data, train=TensorDataset(places, labels), test=TensorDataset(-1.0 - places, labels))
+
+
+@pytest.mark.parametrize(("images", "sizes"), [(300, [128, 128, 44]), (128, [128]), (5, [5]), (999, [128, 128, 64])])
+def test_calibration_takes_the_first_training_images_and_nothing_else(images, sizes):
+    batches = Start(torch.nn.Linear(1, 1), numbered(320), zoo.Recipe(epochs=1)).images(images)
+    assert [len(batch) for batch in batches] == sizes
+    found = torch.cat(batches)
+    assert found.shape[1:] == (1, 8, 8)
+    assert torch.equal(found[:, 0, 0, 0], torch.arange(float(min(images, 320))))
 
 
 @pytest.fixture
-def nosy() -> Iterator[str]:
-    HANDED.clear()
-    register_pruner(PrunerInfo("nosy", f"{__name__}:NosyPruner", "anything", needs=("evaluator", "training_steps")))
-    yield "nosy"
-    del TABLE["nosy"]
+def pruner_seen(monkeypatch):
+    """Notes the pruner that a cell makes, what it is given, and the network as it was before."""
+    seen = {}
+
+    def create(name, victim, config_list, **knobs):
+        seen.update(victim=victim, before=copy.deepcopy(victim.state_dict()), knobs=knobs)
+        seen["pruner"] = create_pruner(name, victim, config_list, **knobs)
+        return seen["pruner"]
+
+    create_pruner = execute.create_pruner
+    monkeypatch.setattr(execute, "create_pruner", create)
+    return seen
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A trained network that every entry point starts from."""
-    start = trained(MODEL, DATA, recipe=zoo.Recipe(epochs=1), seed=SEED)
-    path = tmp_path_factory.mktemp("nets") / "lenet300.pt"
-    zoo.save_checkpoint(path, start.net, {})
-    return path
+def pruned(cell, data=None):
+    data = execute.load_model_data(cell.model, cell.data) if data is None else data
+    start = Start(execute.build_model(cell.model, data, seed=0), data, cell.train)
+    ratios = layer_ratios(start.net, start.example, cell.target)
+    masks = execute.prune_to_ratios(start, cell.pruner, cell.target, ratios).masks
+    return start.net, masks
 
 
-def _through_compare(name, folder, start, checkpoint):
-    choice = PrunerChoice(name, calibration=64)
-    plan = Plan((MODEL,), (DATA,), (choice,), (Target("ratio", 0.5),), first_seed=SEED, train={"epochs": 1})
-    _, failures = compare(plan, folder, isolate=False)
-    assert not failures
+def test_a_pruner_with_calibration_is_given_training_images(pruner_seen):
+    data = numbered(200)
+    pruned(
+        cell_of(
+            PrunerChoice("topological", calibration=130, knobs={"criterion": "hausdorff", "solver": {"generations": 1}})
+        ),
+        data,
+    )
+    given = pruner_seen["knobs"]["calibration"]
+    assert [len(batch) for batch in given] == [128, 2]
+    assert min(float(batch.min()) for batch in given) == 0.0
 
 
-def _through_prune(name, folder, start, checkpoint):
-    config = PruneConfig(name, [{"op_names": ["fc1"], "sparse_ratio": 0.5}], calibration=64)
-    prune_checkpoint(MODEL, checkpoint, config, DATA, folder, seed=SEED)
-
-
-def _through_a_trial(name, folder, start, checkpoint):
-    settings = TrialSettings(model="lenet300", limit=120, pruner=name, calibration=64, seed=SEED)
-    run_trial(TrialSettings(**{**settings.to_dict(), "checkpoint": str(checkpoint), "retrain_epochs": 0}), folder)
-
-
-def _through_deviation(name, folder, start, checkpoint):
-    study_masks(name, start, 0.5, 64)
-
-
-def _through_a_schedule(name, folder, start, checkpoint):
-    choice, config = PrunerChoice(name, calibration=64), [{"op_names": ["fc1"], "sparse_ratio": 0.5}]
-    prune_on_schedule(start, choice, config, zoo.Recipe(epochs=1), schedule="one-shot", finishing=0)
-
-
-def _through_sensitivity(name, folder, start, checkpoint):
-    words = ["analyze", "sensitivity", "--model", "lenet300", "--limit", "120", "--seed", str(SEED)]
-    study = ["--pruner", name, "--ratios", "0.5", "--calibration", "64", "--checkpoint", str(checkpoint)]
-    assert main([*words, *study, "--out", str(folder)]) == 0
-
-
-ENTRIES = [
-    _through_compare,
-    _through_prune,
-    _through_a_trial,
-    _through_deviation,
-    _through_a_schedule,
-    _through_sensitivity,
-]
-
-
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.__name__.removeprefix("_through_"))
-def test_every_entry_point_hands_a_pruner_the_same_knobs(entry, nosy, checkpoint, tmp_path):
-    start = trained(MODEL, DATA, checkpoint=checkpoint, seed=SEED)
-    entry(nosy, tmp_path / "out", start, checkpoint)
-    handed = HANDED[0]
-    assert handed["seed"] == SEED
-    assert torch.equal(torch.cat(handed["calibration"]), start.data.train.tensors[0][:64])
-    for index, tensor in enumerate(start.data.validation.tensors):
-        assert torch.equal(torch.cat([batch[index] for batch in handed["validation"]]), tensor)
-    assert handed["example_inputs"].shape == start.example.shape
-    assert handed["training_steps"] == -(-len(start.data.train) // start.recipe.batch_size)
-    assert isinstance(handed["evaluator"], TorchEvaluator)
-
-
-def test_an_evaluator_measures_and_leaves_the_weights(checkpoint):
-    start = trained(MODEL, DATA, checkpoint=checkpoint, seed=SEED)
-    before = {name: value.clone() for name, value in start.net.state_dict().items()}
-    prune(start, PrunerChoice("taylor"), [{"op_names": ["fc1"], "sparse_ratio": 0.5}])
-    assert all(torch.equal(before[name], value) for name, value in start.net.state_dict().items())
-    assert torch.finfo(torch.float32).eps > STILL
-
-
-def test_random_differs_between_seeds_of_a_comparison(tmp_path):
-    plan = Plan((MODEL,), (DATA,), (PrunerChoice("random"),), (Target("ratio", 0.5),), seeds=3, train={"epochs": 0})
-    records, _ = compare(plan, tmp_path, isolate=False)
-    assert len({record["accuracy_oneshot"] for record in records}) > 1
-    masks = [
-        prune(Start(start.net, start.data, start.recipe, seed), PrunerChoice("random"), CONFIG)[0]["fc1"]["weight"]
-        for start in [trained(MODEL, DATA, recipe=zoo.Recipe(epochs=0))]
-        for seed in (0, 1)
-    ]
-    assert not torch.equal(*masks)
-
-
-CONFIG = [{"op_names": ["fc1"], "sparse_ratio": 0.5}]
-
-
-@pytest.mark.parametrize("name", ["genetic_weight", "taylor", "level", "topological_magnitude"])
-def test_pruners_that_need_data_work_from_compare_without_knobs(name, tmp_path):
-    knobs = {"search": {"generations": 1, "population_size": 4}} if name == "genetic_weight" else {}
-    choice = PrunerChoice(name, knobs=knobs)
-    plan = Plan((MODEL,), (DATA,), (choice,), (Target("ratio", 0.5),), train={"epochs": 1}, retrain={"epochs": 0})
-    (record,), failures = compare(plan, tmp_path, isolate=False)
-    assert not failures
-    assert 0 < record["weights_left"] < record["params_before"]
-
-
-def test_a_magnitude_study_starts_where_every_run_starts(checkpoint, tmp_path):
-    start = trained(MODEL, DATA, checkpoint=checkpoint, seed=SEED)
-    study = AnalyzeMagnitude(model="lenet300", out=tmp_path, ratios=(0.5,), rounds=1, epochs=1, runs=1)
-    assert study.baseline(start)["accuracy"] == start.accuracy
-    assert json.dumps(study.baseline(start))
-
-
-def test_of_text_records_hold_bits_a_byte_too():
-    data = zoo.load_data("python-stdlib", limit=4, validation=0.0)
-    data = dataclasses.replace(data, test=TensorDataset(*(part[:3] for part in data.test.tensors)))
-    net = torch.nn.Sequential(torch.nn.Embedding(256, 4), torch.nn.Linear(4, 256)).eval()
-    with torch.no_grad():
-        net[1].weight.zero_()
-        net[1].bias.zero_()
-    figures = Start(net, data, zoo.Recipe(epochs=1)).figures(net, "oneshot")
-    assert figures.keys() == {"accuracy_oneshot", "bits_oneshot"}
-    assert figures["bits_oneshot"] == pytest.approx(8.0)  # 256 bytes, all as likely
+@pytest.mark.parametrize("train", [{"lr": 0.5}, {"lr": 0.5, "weight_decay": 0.1}])
+def test_weights_stay_while_taylor_measures_gradients(pruner_seen, train):
+    cell = cell_of(PrunerChoice("taylor", knobs={"training_steps": 3}), train=train)
+    assert cell.train.lr == 0.5
+    model, masks = pruned(cell)
+    pruner_seen["pruner"].unwrap_model()
+    assert pruner_seen["victim"] is not model
+    for name, weight in pruner_seen["victim"].named_parameters():
+        assert torch.equal(model.get_parameter(name), pruner_seen["before"][name])
+        torch.testing.assert_close(weight.detach(), pruner_seen["before"][name], rtol=0.0, atol=1e-12)
+    assert {float(targets["weight"].mean()) for targets in masks.values()} == {0.5}

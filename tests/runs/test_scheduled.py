@@ -10,8 +10,8 @@ import torch
 
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
+from nni_topo.runs.choices import PrunerChoice
 from nni_topo.runs.evaluators import recipe_evaluator
-from nni_topo.runs.plan import PrunerChoice
 from nni_topo.runs.run import Start
 from nni_topo.runs.scheduled import prune_on_schedule
 

@@ -7,7 +7,7 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import create_pruner
 from nni_topo.pruners.units import PruningUnit
-from nni_topo.runs.plan import Target
+from nni_topo.runs.choices import Target
 from nni_topo.runs.widths import inner_layers, layer_ratios, nearer, proposed_ratios, pruning_config
 from nni_topo.speedup import to_dense
 

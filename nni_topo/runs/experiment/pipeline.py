@@ -21,7 +21,7 @@ from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import pruner_info
 from nni_topo.runs.experiment.settings import TrialSettings
 from nni_topo.runs.processes import broadcast, broadcast_masks, data_share, world
-from nni_topo.runs.records import Record, provenance
+from nni_topo.runs.provenance import Record, provenance
 from nni_topo.runs.run import (
     WHOLE_CHANNELS,
     budget_facts,
@@ -119,7 +119,8 @@ class _Trial:
         if path.exists():
             with reading(path, "a trial's masks", cure=DELETE):
                 return read_tensors(path)  # type: ignore[no-any-return]
-        masks = on_cpu(prune_to_ratios(self.cell, self.start, self._ratios()).masks)
+        ratios = self._ratios()
+        masks = on_cpu(prune_to_ratios(self.start, self.cell.pruner, self.cell.target, ratios).masks)
         write_tensors(path, masks)
         return masks
 

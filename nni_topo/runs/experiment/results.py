@@ -17,7 +17,7 @@ from nni_topo.disk import check_free_disk, output_folder, read_json, whole_file,
 from nni_topo.errors import DataError
 from nni_topo.runs.experiment.pipeline import CONFIG_LIST, DENSE, MASKS, METRICS, SETTINGS
 from nni_topo.runs.experiment.trials import TrialRecord
-from nni_topo.runs.records import Record
+from nni_topo.runs.provenance import Record
 
 PARAMETERS, TRIALS = "parameters.json", "trials.json"
 _FILES = (DENSE, CONFIG_LIST, MASKS, SETTINGS, METRICS)

@@ -14,7 +14,7 @@ import tyro
 from nni_topo.disk import read_json, reading
 from nni_topo.errors import NONE, PATH, ConfigError, DataError, check_fields, unknown_name
 from nni_topo.pruners.registry import check_knob_names
-from nni_topo.runs.plan import (
+from nni_topo.runs.choices import (
     Cell,
     CompensationChoice,
     DataChoice,

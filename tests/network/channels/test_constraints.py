@@ -13,7 +13,7 @@ from torch import nn
 import nni_topo
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.network.speedup.equivalence import masked_model
-from nni_topo.runs.plan import Target
+from nni_topo.runs.choices import Target
 from nni_topo.runs.widths import layer_ratios, pruning_config
 from nni_topo.speedup import dependency_groups, to_dense
 

@@ -1,5 +1,0 @@
-"""Energy-based pruning under study: what each threshold takes, what that costs, and what could stand in its place."""
-
-from nni_topo.analysis.energy.run import AnalyzeEnergy
-
-__all__ = ["AnalyzeEnergy"]

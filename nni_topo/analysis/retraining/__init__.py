@@ -1,6 +1,0 @@
-"""Epochs of retraining against their lower bound."""
-
-from nni_topo.analysis.retraining.bound import RetrainingBound, retraining_bound
-from nni_topo.analysis.retraining.study import AnalyzeRetraining
-
-__all__ = ["AnalyzeRetraining", "RetrainingBound", "retraining_bound"]

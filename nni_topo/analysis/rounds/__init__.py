@@ -1,5 +1,0 @@
-"""Rounds of pruning and retraining: T-IMP against magnitude pruning."""
-
-from nni_topo.analysis.rounds.study import AnalyzeRounds
-
-__all__ = ["AnalyzeRounds"]

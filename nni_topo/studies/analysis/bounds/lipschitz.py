@@ -1,0 +1,204 @@
+"""How much a layer can enlarge a difference of its inputs: Lipschitz constants that hold for all inputs.
+
+References
+----------
+.. [1] H. Sedghi, V. Gupta, P. Long, "The singular values of convolutional layers", ICLR 2019.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import map_arg
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nni_topo.errors import ConfigError
+from nni_topo.network.graph import tensor_shape
+from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, call_of, has_own_forward, inner_of, kind_of, norm_scale
+from nni_topo.studies.analysis.bounds.pooling import pooling_constant, pooling_of
+
+# Upper bounds of the slopes; a knob can make a leaky or exponential unit steeper, see _steepness.
+_SLOPES = {
+    "relu": 1.0, "relu6": 1.0, "leakyrelu": 1.0, "elu": 1.0, "celu": 1.0, "tanh": 1.0, "hardtanh": 1.0, "softplus": 1.0,
+    "softsign": 1.0, "logsigmoid": 1.0, "sigmoid": 0.25, "hardsigmoid": 1.0 / 6.0, "softmax": 1.0, "gelu": 1.13,
+    "silu": 1.1, "mish": 1.09, "hardswish": 1.5, "abs": 1.0, "selu": 1.7581,
+}  # fmt: skip
+_MOVES = {
+    "flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "clone", "identity",
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "unflatten", "chunk", "split", "getitem", "cat", "concat", "neg",
+}  # fmt: skip
+_SUMS = {"add", "iadd", "sub"}
+
+
+def largest_changes(graph: GraphModule, other: GraphModule, inputs: Tensor) -> dict[str, float]:
+    """Bound how far two networks' outputs can differ (Euclidean norm): by module what its change adds to the bound."""
+    runner = _Changes(graph, other)
+    called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+    # A parameter that the model uses itself belongs to no module that is called: its change would be left out unseen.
+    apart = sorted(runner._moved - called)
+    if apart:
+        raise ConfigError(
+            "a global error bound needs parameters that belong to layers, got some that the model uses itself "
+            f"({apart[0] or 'model'})"
+        )
+    with torch.no_grad():
+        runner.run(inputs)
+    return runner.known[next(node for node in graph.graph.nodes if node.op == "output")]
+
+
+def norm(value: Any) -> float:
+    """Return the Euclidean norm of a tensor over all its entries."""
+    return float(torch.linalg.vector_norm(value.double())) if isinstance(value, Tensor) else 0.0
+
+
+def operator_constant(graph_module: GraphModule, node: Node) -> float:
+    """Return a Lipschitz constant, in the Euclidean norm, of a node with shapes; ConfigError if none is known."""
+    module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if module is not None and has_own_forward(module):
+        module = _plain_layer(module, _shape(node.all_input_nodes[0]))
+    if isinstance(module, nn.Linear):
+        return float(torch.linalg.matrix_norm(module.weight.detach().double(), 2))
+    if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
+        return convolution_constant(module, _shape(node.all_input_nodes[0])[2:])
+    if isinstance(module, _BatchNorm) and (scale := norm_scale(module)) is not None:
+        return float(scale.abs().max())
+    if isinstance(module, nn.PReLU):
+        return max(1.0, float(module.weight.detach().abs().max()))
+    pool = pooling_of(module, node)
+    if pool is not None:
+        return pooling_constant(pool, _shape(node.all_input_nodes[0])[2:], _shape(node)[2:])
+    name = _plain(module, node)
+    if name in _SLOPES:
+        return max(_SLOPES[name], _steepness(module, name, node))
+    if name == "mean":
+        # a mean of m entries has the norm 1 / sqrt(m), and no entry is in two of them
+        return math.sqrt(math.prod(_shape(node)) / math.prod(_shape(node.all_input_nodes[0])))
+    # of a sum: for each operand in the shape of the sum; _differences counts the copies of one that is broadcast
+    if name in _MOVES | _SUMS and not node.kwargs.get("alpha") and not (name == "getitem" and _repeats(node.args[1])):
+        return 1.0
+    raise ConfigError(f"a global error bound needs an operation of a known Lipschitz constant, got {name!r} ({node})")
+
+
+def _plain_layer(module: Any, shape: Sequence[int]) -> nn.Module:
+    """Return one of PyTorch's own layers that computes what a layer of another class does; ConfigError if none does."""
+    inner = inner_of(module)
+    x = torch.arange(1.0, math.prod(shape[1:]) + 1, dtype=torch.float64).view(1, *shape[1:])
+    entering = call_of(module, x).entering if inner is not None and inner.is_bare else x.new_zeros(0)
+    # Before it convolves it may add zeros, which change no norm, and nothing else.
+    if inner is None or not torch.equal(entering[entering != 0], x.flatten()):
+        raise ConfigError(
+            "a global error bound needs layers that pad with zeros and convolve or multiply by a matrix alone, got "
+            f"{type(module).__name__}"
+        )
+    plain: Any = copy.copy(module)
+    plain.__class__ = kind_of(module)
+    plain._parameters = {"weight": nn.Parameter(inner.weight, False), "bias": None}
+    vars(plain).update(inner.settings)
+    made: nn.Module = plain
+    return made
+
+
+def convolution_constant(module: Any, sides: Sequence[int], most: int = 2 * 10**8) -> float:
+    """Bound the operator norm of a convolution, padded by zeros, on images of these sides; of `most` values by sums."""
+    if module.padding_mode != "zeros":
+        raise ConfigError(f"a global error bound needs convolutions padded by zeros, got {module.padding_mode!r}")
+    kernels = module.weight.detach().double().unflatten(0, (module.groups, -1))
+    reach = [(k - 1) * d for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+    if isinstance(module, TRANSPOSED):
+        # its images are spread by the stride first
+        sides = [(side - 1) * step + 1 for side, step in zip(sides, module.stride, strict=True)]
+    # On a torus as large as image and kernel together nothing wraps onto itself: the layer computes a part of the
+    # convolution there, whose norm is the largest one of its frequencies [1].
+    torus = [side + more for side, more in zip(sides, reach, strict=True)]
+    dims = tuple(range(3, kernels.dim()))
+    if kernels.shape[:3].numel() * math.prod(torus) > most:
+        # too much memory: |A|_2 <= sqrt(|A|_1 |A|_inf), the largest absolute column and row sums
+        absolute = kernels.abs().sum(dims)
+        return float((absolute.sum(2).amax(1) * absolute.sum(1).amax(1)).sqrt().max())
+    spaced = kernels.new_zeros(*kernels.shape[:3], *(each + 1 for each in reach))
+    every_other = (..., *(slice(None, None, d) for d in module.dilation))
+    spaced[every_other] = kernels
+    spectrum = torch.fft.fftn(spaced, s=torus, dim=dims).flatten(3)
+    return float(torch.linalg.matrix_norm(spectrum.movedim(3, 1), 2).max())
+
+
+def _steepness(module: Any, name: str, node: Node) -> float:
+    """Slope of a leaky or exponential unit on its negative side."""
+    knob = {"leakyrelu": "negative_slope", "elu": "alpha"}.get(name)
+    if knob is None:
+        return 0.0
+    if module is not None:
+        return abs(float(getattr(module, knob)))
+    given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get(knob, 0.0)
+    return abs(float(given))
+
+
+def _repeats(index: Any) -> bool:
+    """Say whether an index may read an entry more than once."""
+    each = index if isinstance(index, tuple) else (index,)
+    return not all(part is None or part is Ellipsis or isinstance(part, (int, slice)) for part in each)
+
+
+def _plain(module: nn.Module | None, node: Node) -> str:
+    if module is not None:
+        return type(module).__name__.lower()
+    if node.target is operator.getitem:
+        return "getitem"
+    return str(getattr(node.target, "__name__", node.target)).replace("_", "").lower()
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    shape = tensor_shape(node)
+    if shape is None:
+        raise ConfigError(f"a global error bound needs operations on single tensors, got another ({node})")
+    return shape
+
+
+class _Changes(Interpreter):
+    """Runs the original and collects, at every node, by how much the pruned network can differ, layer by layer."""
+
+    def __init__(self, graph: GraphModule, other: GraphModule) -> None:
+        super().__init__(graph)
+        self.other = other
+        self.known: dict[Node, dict[str, float]] = {}
+        mine, theirs = graph.state_dict(), other.state_dict()
+        self._moved = {name.rpartition(".")[0] for name, value in mine.items() if not torch.equal(value, theirs[name])}
+
+    def run_node(self, n: Node) -> Any:
+        """Run a node of the original as usual."""
+        value = super().run_node(n)
+        if n.op in ("call_module", "call_function", "call_method"):
+            found = _differences(self.other, n, self.known)
+            if n.op == "call_module" and str(n.target) in self._moved:
+                args, kwargs = self.fetch_args_kwargs_from_env(n)
+                changed = self.other.get_submodule(str(n.target))(*args, **kwargs)
+                found[str(n.target)] = found.get(str(n.target), 0.0) + norm(changed - value)
+            self.known[n] = found
+        elif n.op == "output":
+            self.known[n] = self.known.get(n.all_input_nodes[0], {})
+        return value
+
+
+def _differences(graph_module: GraphModule, node: Node, known: dict[Node, dict[str, float]]) -> dict[str, float]:
+    """Return the norms that differences of a node's inputs can become at most, split by the layers they come from."""
+    total: dict[str, float] = {}
+    operands: list[Node] = []
+    map_arg((node.args, node.kwargs), operands.append)  # one that is read twice counts twice
+    moving = [operand for operand in operands if known.get(operand)]
+    if not moving:
+        return total
+    constant = operator_constant(graph_module, node)
+    broadcasts = node.op != "call_module" and _plain(None, node) in _SUMS
+    for operand in moving:
+        # k copies of a difference are sqrt(k) times as long
+        copies = math.prod(_shape(node)) / math.prod(_shape(operand)) if broadcasts else 1.0
+        for layer, norm in known[operand].items():
+            total[layer] = total.get(layer, 0.0) + constant * math.sqrt(copies) * norm
+    return total

@@ -1,0 +1,284 @@
+"""How the changes of pruned layers add up to the error of a network's output.
+
+Theorem 2 of [1]_ bounds the error by a sum over layers: how far a layer's weights moved, times how strongly its output
+depends on them, times how strongly the network's output depends on that of the layer. As printed it holds to first
+order only: it takes the derivatives at the unpruned weights, and a ReLU that a pruned weight switches on isn't in
+them. So there are two forms here: the printed one, and one with Lipschitz constants that bounds the error always.
+
+References
+----------
+.. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
+   Technology, 2019, section 3.3 and appendix B.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.func import jvp, vjp
+from torch.fx import GraphModule
+
+from nni_topo.errors import ConfigError, check_integer, checked, is_finite
+from nni_topo.network.runtime import INPUTS, MODEL, leaves_models_alone
+from nni_topo.studies.analysis.bounds.lipschitz import largest_changes, norm
+from nni_topo.studies.analysis.bounds.stages import Stage, chain, traced
+
+_SETTLED = 1e-5
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What one stage of the network (a layer, or a block that a branch goes past) adds to the error.
+
+    All norms are Euclidean, over the whole batch.
+
+    Attributes
+    ----------
+    name : str
+        Its layers, joined by ``+``.
+    change : float
+        ``||delta W||``, biases and batch norms of the stage included.
+    weight_jacobian : float
+        ``||dY(l) / dW(l-1)||``, the largest singular value.
+    downstream : float
+        Product of the ``||dY(i) / dY(i-1)||`` of all later stages.
+    first_order : float
+        The stage's term of (3.9): the product of the three.
+    directional : float
+        ``downstream * ||dY(l) / dW(l-1) delta W||``, the term before norms are separated (B.5): at most
+        ``first_order``.
+    lipschitz : float
+        The stage's term of the bound that always holds.
+    """
+
+    name: str
+    change: float
+    weight_jacobian: float
+    downstream: float
+    first_order: float
+    directional: float
+    lipschitz: float
+
+
+@dataclass(frozen=True)
+class ErrorBound:
+    """The error of a pruned network's output, and what bounds it.
+
+    Attributes
+    ----------
+    layers : tuple of LayerError
+        In network order.
+    error : float
+        ``||delta Y||`` over the batch.
+    """
+
+    layers: tuple[LayerError, ...]
+    error: float
+
+    @property
+    def first_order(self) -> float:
+        """The sum of (3.9). It bounds the error in the limit of small changes only."""
+        return sum(layer.first_order for layer in self.layers)
+
+    @property
+    def directional(self) -> float:
+        """The sum of (B.5), tighter than (3.9) and as local."""
+        return sum(layer.directional for layer in self.layers)
+
+    @property
+    def lipschitz(self) -> float:
+        """A bound of the error that holds for changes of any size."""
+        return sum(layer.lipschitz for layer in self.layers)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the layers as a table, a column per attribute."""
+        return pd.DataFrame([asdict(layer) for layer in self.layers])
+
+    def budgets(self, total: float | None = None) -> pd.DataFrame:
+        """Split an allowed error over the layers, equation (3.10).
+
+        Parameters
+        ----------
+        total : float or None, default=None
+            Allowed ``||delta Y||`` over the batch, at least 0. None: the sum of (3.9).
+
+        Returns
+        -------
+        pandas.DataFrame
+            By ``layer``: ``share`` of the sum of (3.9), equal ones if nothing changed; ``epsilon``, what the layer may
+            add; ``largest_change``, the ``||delta W||`` that (3.9) allows it; ``change``, what it has.
+
+        Raises
+        ------
+        ConfigError
+            If ``total`` is negative or not finite.
+        """
+        total = self.first_order if total is None else total
+        if not is_finite(total) or total < 0.0:
+            raise ConfigError(f"an allowed error must be finite and at least 0, got {total!r} (total)")
+        rows = []
+        for layer in self.layers:
+            share = layer.first_order / self.first_order if self.first_order > 0 else 1.0 / len(self.layers)
+            reach = layer.downstream * layer.weight_jacobian
+            largest = share * total / reach if reach > 0 else math.inf
+            rows.append((layer.name, share, share * total, largest, layer.change))
+        return pd.DataFrame(rows, columns=["layer", "share", "epsilon", "largest_change", "change"])
+
+
+@checked(original=MODEL, pruned=MODEL, inputs=INPUTS)
+@leaves_models_alone
+def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, iterations: int = 100) -> ErrorBound:
+    """Bound the error that pruning makes at a network's output, layer by layer.
+
+    Parameters
+    ----------
+    original : torch.nn.Module
+        The network.
+    pruned : torch.nn.Module
+        The same with changed parameters, e.g. :func:`nni_topo.masked_model`; of full size, not made dense.
+    inputs : torch.Tensor
+        A batch, shape ``(n, ...)``.
+    iterations : int, default=100
+        Most steps of each power iteration for a Jacobian's norm, at least 1; it ends earlier once it has settled.
+
+    Returns
+    -------
+    ErrorBound
+
+    Raises
+    ------
+    ConfigError
+        If the networks differ in more than the values of parameters, have several inputs or outputs, or hold an
+        operation whose Lipschitz constant isn't known.
+    DataError
+        If the inputs aren't a finite batch.
+    SpeedupError
+        If the network can't be traced.
+
+    Notes
+    -----
+    Norms of Jacobians are largest singular values, found from below, by power iteration with forward and reverse
+    derivatives; nothing of the size of a Jacobian is held. A stage that nothing changed has the Jacobian of all of its
+    parameters. Samples don't mix in evaluation mode, so that the norm of ``dY(i) / dY(i-1)`` over a batch is that of
+    the worst sample.
+
+    The bound that always holds sums, over layers, the exact change of the layer's output at the original's
+    activations, times Lipschitz constants of everything behind it, with pruned weights.
+    """
+    check_integer("iterations", iterations, 1, "error_bound")
+    graph, other = traced(original, inputs), traced(pruned, inputs)
+    changes = _changes(graph, other)
+    stages = chain(graph)
+    with torch.no_grad():
+        error = norm(other(inputs) - graph(inputs))
+    always = largest_changes(graph, other, inputs)
+    local = _local(stages, changes, inputs, iterations)
+    layers = []
+    for stage, (change, jacobian, downstream, directional) in zip(stages, local, strict=True):
+        bound = sum(always.pop(name, 0.0) for name, _ in stage.module.named_modules())
+        terms = (change * jacobian * downstream, directional * downstream, bound)
+        layers.append(LayerError(stage.name, change, jacobian, downstream, *terms))
+    return ErrorBound(tuple(layers), error)
+
+
+def jacobian_norm(
+    forward: Callable[[Any], Tensor], at: Any, *, per_sample: bool, iterations: int = 100, seed: int = 0
+) -> float:
+    """Return the largest singular value, from below, of a Jacobian by power iteration; 0 for a constant function."""
+    # With per_sample the function maps each entry of the first dimension by itself: each has a vector of its own, and
+    # the largest value counts.
+    value, pull = vjp(forward, at)[:2]
+    vector = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)).to(value)
+    found = 0.0
+    for _ in range(iterations):
+        vector, _ = _unit(vector, per_sample)
+        (tangent,) = pull(vector)
+        vector = _tangent(forward, at, tangent)
+        # vector is J J^T of a unit vector: its length tends to the square of the singular value.
+        _, lengths = _unit(vector, per_sample)
+        last, found = found, math.sqrt(float(lengths.max()))
+        if found == 0.0 or abs(found - last) <= _SETTLED * found:
+            break
+    return found
+
+
+def _unit(vector: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
+    """Return vectors of length 1 and the lengths they had; zeros stay."""
+    rows = vector.reshape(len(vector), -1) if per_sample else vector.reshape(1, -1)
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return (rows / lengths.clamp(min=torch.finfo(rows.dtype).tiny)).reshape(vector.shape), lengths
+
+
+def _changes(graph: GraphModule, other: GraphModule) -> dict[str, Tensor]:
+    """Return by how much each parameter changed; raise ConfigError unless nothing else differs."""
+    mine, theirs = (dict(each.named_parameters(remove_duplicate=False)) for each in (graph, other))
+    shapes = [{name: value.shape for name, value in each.items()} for each in (mine, theirs)]
+    unlike = sorted(name for name in mine.keys() | theirs.keys() if shapes[0].get(name) != shapes[1].get(name))
+    if unlike:
+        raise ConfigError(
+            f"original and pruned must have parameters of the same shapes, got others ({', '.join(unlike[:3])})"
+        )
+    own, buffers = dict(graph.named_buffers()), dict(other.named_buffers())
+    moved = [name for name in own if name not in buffers or not torch.equal(own[name], buffers[name])]
+    moved += [name for name in buffers if name not in own]
+    if moved:
+        raise ConfigError(f"original and pruned must share their buffers, got others ({', '.join(moved[:3])})")
+    # a traced network is printed with its modules and their settings, then its code
+    printed = (str(each).splitlines() for each in (graph, other))
+    for steps in itertools.zip_longest(*printed, fillvalue="nothing"):
+        if steps[0] != steps[1]:
+            one, same = (step.partition("): ")[2] or step for step in steps)
+            raise ConfigError(
+                f"original and pruned must do the same but for the values of parameters, got {one} and {same} (model)"
+            )
+    return {name: theirs[name].detach() - mine[name].detach() for name in mine}
+
+
+def _local(
+    stages: list[Stage], changes: dict[str, Tensor], inputs: Tensor, iterations: int
+) -> list[tuple[float, float, float, float]]:
+    """Return for each stage the change, its weight Jacobian, the downstream product and the directional change."""
+    values, forwards = [inputs], []
+    with torch.no_grad():
+        for stage in stages:
+            values.append(stage({}, values[-1]))
+    found = []
+    for stage, value in zip(stages, values, strict=False):
+        own = {name: p.detach() for name, p in stage.module.named_parameters()}
+        moved = {name: changes[name] for name in own if bool(changes[name].any())}
+        # a stage that nothing changed has the Jacobian of all of its parameters
+        at = {name: own[name] for name in moved or own}
+        change = math.sqrt(sum(norm(each) ** 2 for each in moved.values()))
+        forward = partial(_forward, stage, value)
+        jacobian = jacobian_norm(forward, at, per_sample=False, iterations=iterations)
+        step = norm(_tangent(forward, at, moved)) if moved else 0.0
+        found.append((change, jacobian, step))
+    for stage, value in list(zip(stages, values, strict=False))[1:]:
+        # samples don't mix in evaluation mode: the norm over a batch is that of the worst sample
+        forwards.append(jacobian_norm(partial(stage, {}), value, per_sample=True, iterations=iterations))
+    # forwards begins with the second stage: from index on it holds what lies behind a stage
+    return [
+        (change, jacobian, math.prod(forwards[index:]), step) for index, (change, jacobian, step) in enumerate(found)
+    ]
+
+
+def _forward(stage: Stage, value: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    return stage(parameters, value)
+
+
+def _tangent(forward: Callable[[Any], Tensor], at: Any, direction: Any) -> Tensor:
+    """Return the derivative of a function in a direction."""
+    with warnings.catch_warnings():
+        # PyTorch's own rules for forward derivatives are compiled by it.
+        warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
+        tangent: Tensor = jvp(forward, (at,), (direction,))[1]
+    return tangent

@@ -1,0 +1,283 @@
+"""The topologically critical compression ratio: how far a layer can be pruned before its spanning tree breaks.
+
+Source: Zeroth-Order Topological Insights into Iterative Magnitude Pruning, definition 3.1, theorem 3.2, appendices E
+and F.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from nni.compression.base.setting import PruningSetting
+from rich.console import RenderableType
+from torch import nn
+
+from nni_topo.errors import ConfigError, check_between, checked, unknown_name
+from nni_topo.network.layers import padded_size
+from nni_topo.network.runtime import INPUTS, MODEL, leaves_models_alone
+from nni_topo.network.speedup import Network
+from nni_topo.studies.analysis.layers import WeightLayer, weight_layers
+from nni_topo.studies.study import Findings, ModelVerb, Study, Tell
+from nni_topo.studies.tables import as_table
+from nni_topo.zoo import create_model, list_models
+
+Convention = Literal["theorem", "tables"]
+_CONVENTIONS = ("theorem", "tables")
+
+
+@dataclass(frozen=True)
+class LayerCount:
+    """What the critical ratio of a layer is made of.
+
+    Attributes
+    ----------
+    kind : {"dense", "recurrent", "conv"}
+        What it is.
+    edges : int
+        Edges of its graph; of a convolution those between one input plane and one output plane.
+    tree_edges : int
+        Nodes of that graph less one.
+    weights : int
+        Number of its weights.
+    channel_tree : int
+        Weights that keep every channel of it connected, see :func:`nni_topo.topology.channel_tree`.
+    """
+
+    kind: str
+    edges: int
+    tree_edges: int
+    weights: int
+    channel_tree: int
+
+    @property
+    def ratio(self) -> float:
+        """Edges over tree edges; below 1 where a convolution's plane isn't connected, such as a 1x1's."""
+        return self.edges / self.tree_edges
+
+    @property
+    def weight_ratio(self) -> float:
+        """Weights over those of the channel tree: how far a mask of weights can really go."""
+        return self.weights / self.channel_tree
+
+
+@dataclass(frozen=True)
+class CriticalCompression(Findings):
+    """Critical compression ratios of a model.
+
+    Attributes
+    ----------
+    convention : {"theorem", "tables"}
+        How convolutions were counted.
+    counts : dict of str to LayerCount
+        By layer, in the model's order.
+    skipped : dict of str to str
+        Modules with weights that are left out, and why: their type, or ``"1x1"`` under the tables' convention.
+    """
+
+    stem = "compression"
+    convention: Convention
+    counts: dict[str, LayerCount]
+    skipped: dict[str, str]
+
+    @property
+    def layers(self) -> dict[str, float]:
+        """Critical ratio by layer."""
+        return {name: count.ratio for name, count in self.counts.items()}
+
+    @property
+    def final(self) -> float:
+        """Critical ratio of the model: all edges over all tree edges."""
+        return _pooled(self.counts.values())
+
+    def by_kind(self) -> dict[str, float]:
+        """Return the ratio of all layers of each kind together, ``"dense"``, ``"conv"``, ``"recurrent"``."""
+        kinds = dict.fromkeys(count.kind for count in self.counts.values())
+        return {kind: _pooled(c for c in self.counts.values() if c.kind == kind) for kind in kinds}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as numbers and strings."""
+        layers = {
+            name: {**vars(count), "ratio": count.ratio, "weight_ratio": count.weight_ratio}
+            for name, count in self.counts.items()
+        }
+        summary = {"final": self.final, "by_kind": self.by_kind(), "skipped": self.skipped}
+        return {"convention": self.convention, "layers": layers, **summary}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeCompression(ModelVerb, Study[CriticalCompression]):
+    """Say how far layers can be pruned with their trees whole."""
+
+    input_size: tuple[int, ...]  # of one input, without the batch: channels, height and width of an image in pixels
+    classes: int = 10  # number of outputs
+    convention: str = "theorem"  # theorem or tables
+
+    def find(self, tell: Tell) -> CriticalCompression:
+        """Count the critical compression ratios of a model by name."""
+        size = self.input_size
+        if not size or min(size) < 1:
+            raise ConfigError(f"input_size must be one or more numbers of at least 1, got {size}")
+        # a model from outside may take any dimensions
+        if self.model in list_models() and (len(size) != 3 or size[1] != size[2]):
+            raise ConfigError(f"input_size must be channels, height and width of a square, got {size}")
+        shape = {"num_classes": self.classes, "in_channels": size[0], "image_size": size[-1]}
+        net = create_model(self.model, width=self.width, seed=self.seed, **shape)
+        return critical_compression_ratio(net, torch.zeros(1, *size), cast(Convention, self.convention))
+
+    def show(self, found: CriticalCompression) -> Iterator[RenderableType]:
+        """Yield a row per layer: edges, tree edges, critical ratio, and how far a mask of weights can go."""
+        size = "x".join(map(str, self.input_size))
+        head = ("layer", "kind", "edges", "tree edges", "critical ratio", "weights", "channel tree", "ratio of weights")
+        counts = list(found.counts.values())
+        sums = [sum(getattr(c, name) for c in counts) for name in ("edges", "tree_edges", "weights", "channel_tree")]
+        rows = [
+            (name, c.kind, *_ratio(c.edges, c.tree_edges), *_ratio(c.weights, c.channel_tree))
+            for name, c in found.counts.items()
+        ]
+        total = ("all", "", *_ratio(*sums[:2]), *_ratio(*sums[2:]))
+        title = f"{self.model_choice.label}, {size}, as in the {self.convention}"
+        yield as_table(title, head, rows, left=2, totals=[total])
+        yield "by kind: " + ", ".join(f"{kind} {ratio:.4f}" for kind, ratio in found.by_kind().items())
+        if found.skipped:
+            yield "left out: " + ", ".join(f"{name} ({why})" for name, why in found.skipped.items())
+
+
+def _ratio(count: int, tree: int) -> tuple[str, str, str]:
+    return str(count), str(tree), f"{count / tree:.5f}"
+
+
+@checked(model=MODEL, example_inputs=INPUTS)
+@leaves_models_alone
+def critical_compression_ratio(
+    model: nn.Module, example_inputs: Any, convention: Convention = "theorem"
+) -> CriticalCompression:
+    """Count how far each layer, and the model, can be pruned with its maximum spanning trees left whole.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model; its weights' values don't matter. It isn't changed.
+    example_inputs : Tensor, tuple, list or mapping of str to Any
+        Its inputs; the first dimension is the batch.
+    convention : {"theorem", "tables"}, default="theorem"
+        How convolutions are counted, each once, from one input plane to one output plane.
+        ``"theorem"``: at the true input size with padding, stride and dilation. ``"tables"``: as the paper's tables
+        do, at stride 1 on an input of the size of the output; convolutions of a single weight are left out.
+
+    Returns
+    -------
+    CriticalCompression
+        ``.layers`` (name to ratio), ``.final``, ``.counts``, ``.skipped``.
+
+    Raises
+    ------
+    ConfigError
+        If the convention is unknown, or the model has no linear, convolutional or recurrent layer that is run.
+
+    Notes
+    -----
+    A linear layer, and each gate of a recurrent one, has ``out * in`` edges and a tree of ``out + in - 1``. A
+    convolution has ``kernel * positions`` edges and, by the theorem, a tree of one edge less than padded input
+    positions plus output positions. These are ratios of *edges*: convolutions share weights, so how many weights a
+    mask needs is another question, see :attr:`LayerCount.weight_ratio`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 10))
+    >>> found = critical_compression_ratio(model, torch.ones(1, 784))
+    >>> {name: round(ratio, 5) for name, ratio in found.layers.items()}
+    {'0': 88.78822, '2': 9.17431}
+    """
+    if convention not in _CONVENTIONS:
+        raise unknown_name("convention", convention, _CONVENTIONS)
+    layers, skipped = weight_layers(model)
+    sizes = Network.on(model, example_inputs).planes
+    counts: dict[str, LayerCount] = {}
+    for layer in layers:
+        if layer.kind != "conv":
+            counts[layer.name] = _count(layer, layer.weight.size, sum(layer.weight.shape) - 1)
+        elif layer.name not in sizes:
+            skipped[layer.name] = "never run"
+        elif convention == "tables" and math.prod(layer.weight.shape[2:]) == 1:
+            skipped[layer.name] = "1x1"
+        else:
+            counts[layer.name] = _count(layer, *_plane_counts(layer, *sizes[layer.name], convention))
+    if not counts:
+        found = ", ".join(f"{name} ({why})" for name, why in skipped.items())
+        raise ConfigError(f"a model must have a layer that can be counted, got only {found} ({convention})")
+    return CriticalCompression(convention, counts, skipped)
+
+
+@checked(model=MODEL)
+def critical_config_list(model: nn.Module, sparse_ratio: float) -> list[dict[str, Any]]:
+    """Return a config_list by which no layer loses more weights than its spanning tree spares.
+
+    For pruners of single weights, such as NNI's ``LevelPruner``: every layer keeps at least as many weights as join
+    all its channels, though not these very ones, which is what
+    :class:`~nni_topo.TopologicalMagnitudePruner` promises.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model; its linear layers and convolutions are pruned, not those of types that NNI doesn't know.
+    sparse_ratio : float
+        Share of each layer's weights that goes, in (0, 1), where its channel tree leaves so many.
+
+    Returns
+    -------
+    list of dict
+        An entry per layer, with ``sparse_ratio`` and ``max_sparse_ratio``.
+
+    Raises
+    ------
+    ConfigError
+        If the ratio isn't in (0, 1), or the model has no such layer.
+
+    Examples
+    --------
+    >>> critical_config_list(nn.Sequential(nn.Linear(10, 10)), 0.9)
+    [{'op_names': ['0'], 'sparse_ratio': 0.9, 'max_sparse_ratio': 0.815}]
+    """
+    check_between("sparse_ratio", sparse_ratio, 0, 1, "critical_config_list")
+    # Types that NNI doesn't know, such as subclasses, can't be in a config_list.
+    found = [layer for layer in weight_layers(model)[0] if layer.kind != "recurrent"]
+    layers = [layer for layer in found if type(layer.module).__name__ in PruningSetting.registry]
+    if not layers:
+        raise ConfigError("a config_list of critical ratios needs linear layers or convolutions, got none (model)")
+    # Half a weight keeps int(weights * ratio) from falling short by rounding.
+    return [
+        {
+            "op_names": [layer.name],
+            "sparse_ratio": sparse_ratio,
+            "max_sparse_ratio": (layer.weight.size - layer.channel_tree + 0.5) / layer.weight.size,
+        }
+        for layer in layers
+    ]
+
+
+def _plane_counts(
+    layer: WeightLayer, entering: tuple[int, ...], leaving: tuple[int, ...], convention: Convention
+) -> tuple[int, int]:
+    """Return edges and tree edges between one input plane and one output plane."""
+    kernel = layer.weight.shape[2:]
+    positions = math.prod(leaving)
+    if convention == "tables":
+        entering = leaving
+        padded = padded_size(layer.module, entering)
+        positions = math.prod(max(1, size - width + 1) for size, width in zip(padded, kernel, strict=True))
+    inputs = math.prod(padded_size(layer.module, entering))
+    return math.prod(kernel) * positions, inputs + positions - 1
+
+
+def _count(layer: WeightLayer, edges: int, tree_edges: int) -> LayerCount:
+    return LayerCount(layer.kind, edges, tree_edges, layer.weight.size, layer.channel_tree)
+
+
+def _pooled(counts: Iterable[LayerCount]) -> float:
+    found = list(counts)
+    return sum(count.edges for count in found) / sum(count.tree_edges for count in found)

@@ -1,0 +1,226 @@
+"""What unstructured masks cut off: outputs and channels that no path of kept weights reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import RenderableType
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError, DataError, checked, unknown_name
+from nni_topo.network.layers import CONVOLUTIONS, NORMALIZING, by_channel, fold
+from nni_topo.network.runtime import (
+    INPUTS,
+    MASKS,
+    MODEL,
+    call_arguments,
+    detached_copy,
+    evaluation_mode,
+    leaves_models_alone,
+    tensors_of,
+    watched,
+)
+from nni_topo.network.speedup import masked_model
+from nni_topo.runs.run import Start
+from nni_topo.studies.analysis.deviation import CONNECTIONS, PointsStudy, PrunersStudy, curves, share_kept, study_masks
+from nni_topo.studies.study import Names, Tell
+from nni_topo.studies.tables import as_table
+
+_SHRINKING = (nn.Softshrink, nn.Hardshrink, nn.Threshold)
+_LAYERS = (nn.Linear, *CONVOLUTIONS)
+
+
+@dataclass(frozen=True)
+class Connectivity:
+    """What is still connected under masks.
+
+    Attributes
+    ----------
+    outputs : float
+        Share of the model's outputs that a path of kept weights reaches from its inputs, in [0, 1].
+    reached : dict of str to float
+        By layer the share of its output channels that such a path reaches.
+    connected : dict of str to float
+        By masked layer the share of its input and output channels that keep at least one weight.
+    """
+
+    outputs: float
+    reached: dict[str, float]
+    connected: dict[str, float]
+
+    @property
+    def channels(self) -> float:
+        """The lowest of the layers' shares of connected channels; 1 without masks."""
+        return min(self.connected.values(), default=1.0)
+
+
+@checked(model=MODEL, example_inputs=INPUTS, masks=MASKS)
+@leaves_models_alone
+def connectivity(model: nn.Module, example_inputs: Any, masks: Mapping[str, Mapping[str, Tensor]]) -> Connectivity:
+    """Follow the kept weights from a model's inputs to its outputs.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model without NNI's wrappers; it isn't changed.
+    example_inputs : Tensor, tuple, list or mapping of str to Any
+        Its inputs; the first dimension is the batch. Only their shapes matter.
+    masks : mapping of str to mapping of str to Tensor
+        NNI's masks; layers that aren't named keep all weights.
+
+    Returns
+    -------
+    Connectivity
+
+    Raises
+    ------
+    ConfigError
+        If the masks name a layer that isn't there, the model doesn't run on the inputs, or it puts out something where
+        all inputs are zero, for example by a sigmoid: then a reached output can't be told from others.
+    DataError
+        If a mask isn't of its weight's shape.
+
+    Notes
+    -----
+    Every kept weight becomes one over the number of kept weights of its layer, every bias zero, every other vector
+    one, norms and modules that cut small values off do nothing, and ones are fed in: with activations like ReLU a
+    value is positive where a path leads, and zero elsewhere.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    >>> mask = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+    >>> found = connectivity(model, torch.ones(1, 2), {"0": {"weight": mask}, "2": {"weight": mask.flip(0)}})
+    >>> found.outputs, found.reached, found.channels
+    (0.5, {'0': 0.5, '2': 0.5}, 0.75)
+    """
+    modules = dict(model.named_modules())
+    for name in masks:
+        if name not in modules:
+            raise unknown_name("a layer of masks", name, modules)
+    flow = _flow_model(model, masks)
+    args, kwargs = call_arguments(example_inputs, model)
+    reached: dict[str, float] = {}
+
+    def note(name: str, module: nn.Module, _: Tensor, output: Tensor) -> None:
+        reached[name] = float((by_channel(module, output) > 0).any(1).double().mean())
+
+    with evaluation_mode(flow), torch.no_grad():
+        if any(bool((out != 0).any()) for out in _outputs(flow, args, kwargs, 0.0)):
+            raise ConfigError("connectivity needs a model that maps zeros to zeros without biases, got other outputs")
+        layers = [(name, module) for name, module in flow.named_modules() if isinstance(module, _LAYERS)]
+        with watched(leaving=[(module, partial(note, name, module)) for name, module in layers]):
+            outputs = _outputs(flow, args, kwargs, 1.0)
+    alive = torch.cat([(out > 0).any(0).flatten() for out in outputs])
+    connected = {
+        name: _connected(flow.get_submodule(name), found["weight"])
+        for name, found in masks.items()
+        if "weight" in found
+    }
+    return Connectivity(float(alive.double().mean()), reached, connected)
+
+
+@dataclass(frozen=True)
+class ConnectivityPoint:
+    """One pruned network: what is connected, the share of its pruned layers' weights that is kept, its accuracy."""
+
+    pruner: str
+    ratio: float
+    seed: int
+    kept: float
+    outputs: float
+    channels: float
+    channels_reached: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class ConnectivityStudy(PointsStudy):
+    """All points; shares and accuracies in [0, 1]."""
+
+    stem = "connectivity"
+
+    def figures(self) -> dict[str, Figure]:
+        """Return ``connectivity``: what is connected against the share of weights that is gone."""
+        means = self.means()
+        for column in ("kept", "outputs", "channels"):
+            means[column] *= 100
+        columns = {"channels connected %": "channels", "outputs reached %": "outputs"}
+        return {"connectivity": curves(means.assign(pruned=1 - means["kept"] / 100), columns)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeConnectivity(PrunersStudy[ConnectivityStudy]):
+    """Measure what pruned networks still connect, by pruner."""
+
+    pruners: Names = (CONNECTIONS, "level")  # registered names; connections: single weights at random
+    ratios: tuple[float, ...] = (0.5, 0.9, 0.95, 0.99)  # of every layer, in [0, 1)
+
+    def find(self, tell: Tell) -> ConnectivityStudy:
+        """Prune one trained network in many ways and follow the weights that are left."""
+        start = self.start()
+        return ConnectivityStudy(self.points(start, tell), start.accuracy)
+
+    def point(self, start: Start, name: str, ratio: float) -> ConnectivityPoint:
+        """Prune the network and follow the weights that are left."""
+        masks = study_masks(name, start, ratio, self.calibration)
+        found = connectivity(start.net, start.example, masks)
+        accuracy = start.tested(masked_model(start.net, start.example, masks))
+        facts = found.outputs, found.channels, min(found.reached.values())
+        return ConnectivityPoint(name, ratio, start.seed, share_kept(masks), *facts, accuracy)
+
+    def show(self, found: ConnectivityStudy) -> Iterator[RenderableType]:
+        """Yield the means over seeds as a table."""
+        head = ("pruner", "ratio", "weights kept %", "outputs reached %", "channels connected %", "channels reached %")
+        columns = ("kept", "outputs", "channels", "channels_reached", "accuracy")
+        rows = [
+            (str(row["pruner"]), f"{row['ratio']:g}", *(f"{100 * row[column]:.1f}" for column in columns))
+            for row in found.means().to_dict("records")
+        ]
+        yield as_table(f"connectivity of {self.model}", (*head, "accuracy %"), rows)
+
+
+def _flow_model(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
+    """Return a copy in double precision whose weights are shares and whose biases and norms do nothing."""
+    flow: nn.Module = detached_copy(model).double()
+    for name, module in list(flow.named_modules()):
+        if isinstance(module, (*NORMALIZING, *_SHRINKING)):
+            flow.set_submodule(name, nn.Identity())
+            continue
+        fold(module)  # a weight that is computed from ones and zeros may be anything
+        for parameter, values in module.named_parameters(recurse=False):
+            mask = masks.get(name, {}).get(parameter)
+            if mask is not None and mask.shape != values.shape:
+                raise DataError(f"a mask must have its weight's shape, got {tuple(mask.shape)} ({name}.{parameter})")
+            kept = torch.ones_like(values) if mask is None else mask.to(values).ne(0).to(values)
+            share = kept / max(1.0, float(kept.sum()) / len(kept))
+            flat = torch.zeros_like(values) if parameter.startswith("bias") else torch.ones_like(values)
+            values.data.copy_(share if values.dim() > 1 else flat)
+    return flow
+
+
+def _outputs(model: nn.Module, args: Any, kwargs: Any, value: float) -> list[Tensor]:
+    """Run a model on floating inputs filled with a value."""
+
+    def fill(leaf: Any) -> Any:
+        is_float = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return torch.full_like(leaf, value, dtype=torch.float64) if is_float else leaf
+
+    call = torch.utils._pytree.tree_map(fill, (args, kwargs))
+    try:
+        return tensors_of(model(*call[0], **call[1]))
+    except (RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:
+        raise ConfigError(f"example_inputs must be ones that the model runs on, got: {error} (forward)") from error
+
+
+def _connected(module: nn.Module, mask: Tensor) -> float:
+    """Return the share of a layer's input and output channels that keep a weight."""
+    kernels = mask.ne(0).flatten(2).any(2) if mask.dim() > 2 else mask.ne(0)
+    groups = int(getattr(module, "groups", 1))
+    entering = kernels.reshape(groups, -1, kernels.shape[1]).any(1).flatten()
+    return float(torch.cat([kernels.any(1), entering]).double().mean())

@@ -1,0 +1,309 @@
+"""Net Deviation: how far a pruned network's error lies from what its pruning could have done.
+
+Source: S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
+Technology, 2019, equations 3.12 and 3.13.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from joblib import Parallel, delayed
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import RenderableType
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError, DataError, check_integer, check_jobs, checked, unknown_name
+from nni_topo.network.runtime import INPUTS, MODEL
+from nni_topo.network.speedup import dependency_groups, masked_model
+from nni_topo.pruners.hooks import Masks
+from nni_topo.pruners.registry import pruner_info
+from nni_topo.runs.choices import PrunerChoice, Target
+from nni_topo.runs.run import Start, prune
+from nni_topo.runs.widths import inner_layers
+from nni_topo.studies.analysis.bounds.propagation import ErrorBound, error_bound
+from nni_topo.studies.pictures import finish, panels
+from nni_topo.studies.study import Findings, Found, Names, Tell, TrainedStudy
+from nni_topo.studies.tables import as_table
+
+Form = Literal["first_order", "directional", "lipschitz"]
+_FORMS = ("first_order", "directional", "lipschitz")
+
+
+@dataclass(frozen=True)
+class NetDeviation:
+    """The Net Deviation of a pruned network.
+
+    Attributes
+    ----------
+    dev : float
+        ``||delta Y|| - bound``, equation (3.12).
+    sign : float
+        ``dev / ||dev||``, equation (3.13) as printed: for a number this is its sign, -1, 0 or 1, and nothing more.
+    relative : float
+        ``dev / bound``, at least -1: what (3.13) is described as, a *normalised* difference of error and bound. -1: no
+        error; 0: all of the bound is used up; above 0: the bound, which holds to first order, is broken, infinitely
+        where it is 0. 0 if there is neither error nor bound.
+    error, bound : float
+        Euclidean norms over the batch.
+    """
+
+    dev: float
+    sign: float
+    relative: float
+    error: float
+    bound: float
+
+
+@checked(original=MODEL, pruned=MODEL, inputs=INPUTS)
+def net_deviation(
+    original: nn.Module, pruned: nn.Module, inputs: Tensor, *, form: Form = "first_order", iterations: int = 100
+) -> NetDeviation:
+    """Compare the error of a pruned network's output with its bound; less is better.
+
+    Parameters
+    ----------
+    original, pruned : torch.nn.Module
+        As in :func:`~nni_topo.analysis.error_bound`.
+    inputs : torch.Tensor
+        A batch, shape ``(n, ...)``, of the data used for pruning; labels aren't needed.
+    form : {"first_order", "directional", "lipschitz"}, default="first_order"
+        The bound: (3.9) as printed, its tighter form (B.5), or the one that always holds.
+    iterations : int, default=100
+        Most steps of each power iteration.
+
+    Returns
+    -------
+    NetDeviation
+
+    Raises
+    ------
+    ConfigError, DataError, SpeedupError
+        As :func:`~nni_topo.analysis.error_bound` does; ConfigError for an unknown form.
+
+    Notes
+    -----
+    ``dev`` grows with the bound: a pruning whose bound is larger has the lower deviation at the same error. Read it
+    beside ``error`` itself.
+
+    References
+    ----------
+    .. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
+       Technology, 2019, equations 3.12 and 3.13.
+    """
+    if form not in _FORMS:
+        raise unknown_name("form", str(form), _FORMS)
+    return deviation_of(error_bound(original, pruned, inputs, iterations=iterations), form)
+
+
+@checked()
+def deviation_of(found: ErrorBound, form: Form = "first_order") -> NetDeviation:
+    """Return the Net Deviation of an error whose bounds are known."""
+    bound = float(getattr(found, form))
+    dev = found.error - bound
+    sign = 0.0 if dev == 0.0 else dev / abs(dev)
+    relative = dev / bound if bound > 0 else (math.inf if dev > 0 else 0.0)
+    return NetDeviation(dev, sign, relative, found.error, bound)
+
+
+# in the place of a pruner's name: single weights at random
+CONNECTIONS = "connections"
+_ITERATIONS = 50
+
+
+@dataclass(frozen=True)
+class DeviationPoint:
+    """One pruned network; shares and accuracies in [0, 1], norms over the batch."""
+
+    pruner: str
+    ratio: float
+    seed: int
+    pruned: float  # share of the pruned layers' weights that is gone
+    error: float  # norm of the output's change
+    bound: float  # (3.9)
+    lipschitz: float  # the bound that always holds
+    dev: float  # as in a NetDeviation with (3.9), like the next two
+    sign: float
+    relative: float
+    accuracy: float  # on the test images, without retraining
+
+
+@dataclass(frozen=True)
+class PointsStudy(Findings):
+    """A point per pruned network; the unpruned network's test accuracy in [0, 1]."""
+
+    points: Sequence[Any]
+    accuracy: float
+
+    def means(self) -> pd.DataFrame:
+        """Return means over seeds by ``pruner`` and ``ratio``, in the order of the points."""
+        frame = pd.DataFrame([asdict(point) for point in self.points]).drop(columns="seed")
+        return frame.groupby(["pruner", "ratio"], sort=False, as_index=False).mean()
+
+
+@dataclass(frozen=True)
+class DeviationStudy(PointsStudy):
+    """All points, and the number of images in the batch."""
+
+    stem = "deviation"
+    images: int
+
+    def figures(self) -> dict[str, Figure]:
+        """Return ``deviation`` and ``accuracy``: what pruning does against the share of weights that is gone."""
+        means = self.means()
+        columns = {"deviation (3.12)": "dev", "deviation / bound": "relative", "norm of the output's change": "error"}
+        accuracy = curves(means.assign(accuracy=100 * means["accuracy"]), {"test accuracy %": "accuracy"})
+        accuracy.axes[0].axhline(100 * self.accuracy, color="black", linewidth=0.6, linestyle="--")
+        return {"deviation": curves(means, columns), "accuracy": accuracy}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunersStudy(TrainedStudy[Found]):
+    """A study of one trained network under several pruners, ratios and seeds."""
+
+    pruners: Names = (CONNECTIONS, "level", "random", "cluster", "subcluster")  # connections: single weights at random
+    ratios: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # of every layer, in [0, 1)
+    seeds: int = 1  # runs of each pruner, at least 1
+    calibration: int = 512  # training images for pruners that take some, at least 1
+    n_jobs: int = 1  # networks pruned and measured at a time, at least 1; -1: one per core
+
+    def check(self) -> None:
+        """Raise ConfigError unless the study can be carried out."""
+        if not self.pruners or not self.ratios:
+            raise ConfigError(f"a study needs at least one pruner and one ratio, got none ({self.place})")
+        for name in self.pruners:
+            if name != CONNECTIONS:
+                pruner_info(name)
+        for ratio in self.ratios:
+            Target("ratio", ratio)
+        for knob in ("seeds", "calibration"):
+            check_integer(knob, getattr(self, knob), 1, self.place)
+        check_jobs(self.n_jobs, self.place)
+
+    def start(self, test_images: int | None = None) -> Start:
+        """Check the study before a network is trained for it."""
+        self.check()
+        return super().start(test_images)
+
+    def points(self, start: Start, tell: Tell) -> list[Any]:
+        """Return the point of every run, as many measured at a time as ``n_jobs`` says."""
+        known = replace(start, known_accuracy=start.accuracy)  # measured once, not by every run
+        runs = list(self.runs())
+        tasks = (delayed(self.point)(replace(known, seed=seed), name, ratio) for name, ratio, seed in runs)
+        found = []
+        for (name, ratio, seed), point in zip(runs, Parallel(self.n_jobs, return_as="generator")(tasks), strict=True):
+            tell(f"{name} at {ratio:g}, seed {seed}")
+            found.append(point)
+        return found
+
+    def runs(self) -> Iterator[tuple[str, float, int]]:
+        """Yield pruner, ratio and seed of every run; a pruner without a seed has one, for all would be alike."""
+        for name in self.pruners:
+            repeats = self.seeds if name == CONNECTIONS or "seed" in pruner_info(name).knobs() else 1
+            for ratio, seed in itertools.product(self.ratios, range(self.seed, self.seed + repeats)):
+                yield name, ratio, seed
+
+    def point(self, start: Start, name: str, ratio: float) -> Any:
+        """Prune the network, with the seed that is its run's, and measure what came out."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeDeviation(PrunersStudy[DeviationStudy]):
+    """Compare the error of pruned networks with its bound, by pruner."""
+
+    images: int = 64  # training images that are measured on, at least 1
+
+    def check(self) -> None:
+        """Raise ConfigError unless the study can be carried out."""
+        super().check()
+        check_integer("images", self.images, 1, self.place)
+
+    def find(self, tell: Tell) -> DeviationStudy:
+        """Prune one trained network in many ways; measure Net Deviation on training images."""
+        start = self.start()
+        return DeviationStudy(self.points(start, tell), start.accuracy, len(self._batch(start)))
+
+    def point(self, start: Start, name: str, ratio: float) -> DeviationPoint:
+        """Prune the network and measure how far its output is from the original's."""
+        batch, masks = self._batch(start), study_masks(name, start, ratio, self.calibration)
+        changed = masked_model(start.net, batch[:2], masks)
+        bound = error_bound(start.net, changed, batch, iterations=_ITERATIONS)
+        return _point(name, ratio, start.seed, 1.0 - share_kept(masks), bound, start.tested(changed))
+
+    def _batch(self, start: Start) -> Tensor:
+        return start.data.train.tensors[0][: self.images].to(start.device)
+
+    def show(self, found: DeviationStudy) -> Iterator[RenderableType]:
+        """Yield the means over seeds as a table."""
+        head = ("pruner", "ratio", "weights gone", "error", "bound (3.9)", "dev (3.12)", "dev / bound", "Lipschitz")
+        rows = [
+            [
+                str(row["pruner"]),
+                f"{row['ratio']:g}",
+                f"{row['pruned']:.3f}",
+                *(f"{row[key]:.4g}" for key in ("error", "bound", "dev", "relative", "lipschitz")),
+                f"{100 * row['accuracy']:.1f}",
+            ]
+            for row in found.means().to_dict("records")
+        ]
+        yield as_table(f"Net Deviation of {self.model}, {found.images} images", (*head, "accuracy %"), rows)
+
+
+def _point(name: str, ratio: float, seed: int, pruned: float, found: ErrorBound, accuracy: float) -> DeviationPoint:
+    # the fields of a Net Deviation are columns of the study, error and bound among them
+    values = asdict(deviation_of(found)) | {"lipschitz": found.lipschitz, "accuracy": accuracy}
+    return DeviationPoint(pruner=name, ratio=ratio, seed=seed, pruned=pruned, **values)
+
+
+def study_masks(name: str, start: Start, ratio: float, calibration: int) -> Masks:
+    """Return masks by a registered name, or ``"connections"``, at a ratio in [0, 1) of every layer but the output."""
+    layers = inner_layers(start.net, start.example)
+    if name == CONNECTIONS:
+        return _random_connections(start.net, layers, ratio, start.seed)
+    info = pruner_info(name)
+    # it finds the number of neurons itself, and begins with 1 - ratio of them
+    finds_number = name == "subcluster"
+    knobs = {"growth": {"initial_ratio": max(1.0 - ratio, 1e-9)}} if finds_number else {}
+    entry = {"op_names": layers} if finds_number else {"op_names": layers, "sparse_ratio": ratio}
+    config_list = dependency_groups(start.net, start.example, [entry]) if info.structured else [entry]
+    choice = PrunerChoice(name, knobs=knobs, calibration=calibration if "calibration" in info.knobs() else 0)
+    return prune(start, choice, config_list).masks
+
+
+def _random_connections(model: nn.Module, layers: list[str], ratio: float, seed: int) -> Masks:
+    generator = torch.Generator().manual_seed(seed)
+    masks: Masks = {}
+    for name in layers:
+        weight: Any = model.get_submodule(name).weight
+        mask = torch.ones(weight.numel())
+        mask[torch.randperm(len(mask), generator=generator)[: int(ratio * len(mask))]] = 0.0
+        masks[name] = {"weight": mask.reshape(weight.shape).to(weight.device)}
+    return masks
+
+
+def share_kept(masks: Masks) -> float:
+    """Return the share of the masked layers' weights that is kept, in [0, 1]."""
+    weights = [targets["weight"] for targets in masks.values() if targets.get("weight") is not None]
+    if not weights:
+        raise DataError("a pruner must mask weights to be studied, got no mask (masks)")
+    return sum(float(mask.sum()) for mask in weights) / sum(mask.numel() for mask in weights)
+
+
+def curves(means: pd.DataFrame, columns: dict[str, str]) -> Figure:
+    """Draw columns, by their labels, against the share of weights that is gone, a line per pruner."""
+
+    def draw(axis: Axes, column: str) -> None:
+        for name, rows in means.groupby("pruner", sort=False):
+            ordered = rows.sort_values("pruned")
+            axis.plot(100 * ordered["pruned"], ordered[column], "o-", markersize=3, label=str(name))
+        finish(axis, "weights gone %")
+
+    return panels(columns.items(), draw, size=(5.0, 3.8))

@@ -1,0 +1,84 @@
+"""Layer after layer pruned by energy without any retraining: how the small losses add up.
+
+Source: Janjic, MSc thesis, University of Manitoba, 2018, section 6.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from nni_topo.errors import checked
+from nni_topo.network.layers import output_channels
+from nni_topo.network.runtime import INPUTS, MODEL, detached_copy, leaves_models_alone
+from nni_topo.network.speedup import dependency_groups, to_dense
+from nni_topo.pruners.energy.pruner import EnergyFilterPruner
+from nni_topo.studies.analysis.energy.study import LITTLE, EnergyStudy, Evaluate, Quality, quality_of
+
+
+@dataclass(frozen=True)
+class Step:
+    """The network after one more step: the layers pruned in it, the filters that went, and the quality since."""
+
+    layers: tuple[str, ...]
+    removed: int
+    quality: Quality
+
+
+def harmless_layers(study: EnergyStudy, threshold: float, most_lost: float = LITTLE) -> list[tuple[str, ...]]:
+    """Return the layers, in order, that lose filters at one of the study's thresholds and, alone, little accuracy."""
+    return [
+        layer.layers for layer in study.layers if layer.removed[threshold] and study.lost(layer, threshold) < most_lost
+    ]
+
+
+@checked(model=MODEL, example_inputs=INPUTS)
+@leaves_models_alone
+def accumulate_energy(
+    model: nn.Module,
+    layers: Sequence[tuple[str, ...]],
+    example_inputs: Any,
+    evaluate: Evaluate,
+    *,
+    threshold: float = 0.01,
+    **knobs: Any,
+) -> list[Step]:
+    """Prune one layer after the other, each measured on the network that the ones before it left.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The trained model; it isn't changed.
+    layers : sequence of tuple of str
+        Layers in the order in which they go; those of one tuple go together.
+    example_inputs : Any
+        Inputs of the model.
+    evaluate : callable
+        Maps a model to its :class:`~nni_topo.analysis.Quality`.
+    threshold : float, default=0.01
+        Energy share, in (0, 1).
+    **knobs
+        Of :class:`~nni_topo.EnergyFilterPruner`.
+
+    Returns
+    -------
+    list of Step
+        One per tuple.
+    """
+    steps, dense = [], model
+    for names in layers:
+        entry = {"op_names": list(names), "sparse_threshold": threshold}
+        config_list = dependency_groups(dense, example_inputs, [entry])
+        pruner = EnergyFilterPruner(detached_copy(dense), config_list, example_inputs=example_inputs, **knobs)
+        _, masks = pruner.compress()
+        before = _channels(dense, names[0])
+        dense = to_dense(dense, example_inputs, masks)
+        steps.append(Step(names, before - _channels(dense, names[0]), quality_of(evaluate, dense)))
+    return steps
+
+
+def _channels(model: nn.Module, name: str) -> int:
+    return output_channels(model.get_submodule(name)) or 0

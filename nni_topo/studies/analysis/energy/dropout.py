@@ -1,0 +1,131 @@
+"""Dropout at test time: how accuracy depends on its rate, with and without pruning.
+
+Source: Janjic, MSc thesis, University of Manitoba, 2018, section 5.2.1, table 5.3 and figures 5.17 and 5.18.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError, checked
+from nni_topo.network.runtime import MODEL, detached_copy, leaves_models_alone
+from nni_topo.studies.analysis.energy.study import Evaluate, Quality, quality_of
+
+RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+class ActiveDropout(nn.Module):
+    """Dropout that also drops in evaluation mode, from a seed of its own; what stays is divided by ``1 - rate``."""
+
+    def __init__(self, rate: float, seed: int) -> None:
+        super().__init__()
+        if not 0.0 <= rate < 1.0:
+            raise ConfigError(f"a dropout rate must be in [0, 1), got {rate} (rate)")
+        self.rate = rate
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Drop single values of a tensor of any shape."""
+        kept = torch.rand(values.shape, generator=self._generator).to(values.device) >= self.rate
+        return values * kept / (1.0 - self.rate)
+
+
+@checked(model=MODEL)
+@leaves_models_alone
+def with_dropout(model: nn.Module, rate: float, *, seed: int = 0) -> nn.Module:
+    """Copy a model so that its dropout layers drop at test time, all at one rate.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model with ``torch.nn.Dropout`` in its classifier; it isn't changed.
+    rate : float
+        In [0, 1).
+    seed : int, default=0
+        Of what is dropped.
+
+    Returns
+    -------
+    torch.nn.Module
+        The copy.
+
+    Raises
+    ------
+    ConfigError
+        If the rate is out of its range, or the model has no dropout.
+    """
+    copied: nn.Module = detached_copy(model)
+    names = [name for name, module in copied.named_modules() if isinstance(module, nn.Dropout)]
+    if not names:
+        raise ConfigError(f"a model must have a torch.nn.Dropout, got none ({type(model).__name__})")
+    for index, name in enumerate(names):
+        parent, _, attribute = name.rpartition(".")
+        setattr(copied.get_submodule(parent), attribute, ActiveDropout(rate, seed + index))
+    return copied
+
+
+@checked()
+@leaves_models_alone
+def study_dropout(
+    models: Mapping[str, Callable[[], nn.Module]],
+    evaluate: Evaluate,
+    *,
+    rates: Sequence[float] = RATES,
+    seed: int = 0,
+) -> dict[str, dict[float, Quality]]:
+    """Evaluate models under every dropout rate.
+
+    Parameters
+    ----------
+    models : mapping of str to callable
+        Functions that return a model, by what it is called; one is built at a time.
+    evaluate : callable
+        Maps a model to its :class:`~nni_topo.analysis.Quality`.
+    rates : sequence of float, default=(0.0, 0.1, ..., 0.9)
+        In [0, 1) each. The model's first part runs once for all of them, if no dropout is in it.
+    seed : int, default=0
+        The same values are dropped in every model.
+
+    Returns
+    -------
+    dict of str to dict of float to Quality
+        By name and rate.
+    """
+    found = {}
+    for name, build in models.items():
+        model = _remembering(build())
+        found[name] = {rate: quality_of(evaluate, with_dropout(model, rate, seed=seed)) for rate in rates}
+    return found
+
+
+class _Remembered(nn.Module):
+    """A module that computes what it puts out for an input once; its copies share what is known."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module.eval()
+        self._known: list[tuple[Tensor, Tensor]] = []
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _Remembered:
+        return self
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return the module's output, from memory if the same values came before."""
+        for before, output in self._known:
+            if torch.equal(before, values):
+                return output
+        computed: Tensor = self.module(values)
+        self._known.append((values, computed))
+        return computed
+
+
+def _remembering(model: nn.Module) -> nn.Module:
+    """Copy a model so that its first part, if it has no dropout, runs once whatever the rate."""
+    copied: nn.Module = detached_copy(model)
+    name, first = next(iter(copied.named_children()), ("", copied))
+    if name and not any(isinstance(module, nn.Dropout) for module in first.modules()):
+        setattr(copied, name, _Remembered(first))
+    return copied

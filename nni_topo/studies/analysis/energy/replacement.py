@@ -1,0 +1,197 @@
+"""Low-energy filters replaced instead of removed: by random, copied or evolved ones.
+
+Source: Janjic, MSc thesis, University of Manitoba, 2018, section 6.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError, check_fields, checked, number, unknown_name, whole
+from nni_topo.maths.signals import Chirp
+from nni_topo.maths.ties import first_smallest
+from nni_topo.network.layers import weight_used
+from nni_topo.network.runtime import INPUTS, MODEL, detached_copy, leaves_models_alone
+from nni_topo.network.speedup import masked_model
+from nni_topo.pruners.energy.pruner import EnergyFilterPruner
+from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
+from nni_topo.studies.analysis.energy.study import Evaluate, Quality, quality_of
+
+KINDS = ("kept", "removed", "random", "copied", "evolved")
+_TOURNAMENT = 3
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What became of a network whose weakest filters were replaced."""
+
+    quality: Quality
+    repaired: Quality | None  # after repair; None without one
+    energy: float  # share of the layer's energy that the replaced filters have now, in [0, 1]
+    similarity: float  # mean absolute cosine between a filter and what stands in its place, in [0, 1]
+
+
+@dataclass(frozen=True)
+class FilterEvolution:
+    """Knobs of the evolution of filters; ``mutation``: standard deviation, in units of that of the layer's weights."""
+
+    population_size: int = 12
+    generations: int = 8
+    mutation: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_fields(self, population_size=whole(2), generations=whole(1), mutation=number(0))
+
+
+@checked(model=MODEL, example_inputs=INPUTS)
+@leaves_models_alone
+def study_replacement(
+    model: nn.Module,
+    layer: str,
+    example_inputs: Any,
+    evaluate: Evaluate,
+    *,
+    threshold: float = 0.1,
+    kinds: Sequence[str] = KINDS,
+    fitness: Evaluate | None = None,
+    repair: Callable[[nn.Module], nn.Module] | None = None,
+    evolution: FilterEvolution | None = None,
+    seed: int = 0,
+    **knobs: Any,
+) -> dict[str, Replacement]:
+    """Replace a convolution's filters within an energy threshold, in several ways.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The trained model; it isn't changed.
+    layer : str
+        A convolution without groups.
+    example_inputs : Any
+        Inputs of the model.
+    evaluate : callable
+        Maps a model to its :class:`~nni_topo.analysis.Quality`.
+    threshold : float, default=0.1
+        Energy share of the filters that go, in (0, 1).
+    kinds : sequence of str, default=("kept", "removed", "random", "copied", "evolved")
+        Left as they are; set to zero, batch norm included; drawn anew, normal with the standard deviation of the
+        layer's weights; copied from random other filters of the layer, with their biases; evolved from random ones.
+    fitness : callable or None, default=None
+        What evolution minimises the loss of, usually ``evaluate`` on a subset of other images. None: ``evaluate``.
+    repair : callable or None, default=None
+        Applied to every network before it is evaluated once more, such as a re-calibration of batch norms, to which
+        new filters are strangers. Evolution does without.
+    evolution : FilterEvolution or None, default=None
+        Knobs of the evolution.
+    seed : int, default=0
+        Of all draws.
+    **knobs
+        Of :class:`~nni_topo.EnergyFilterPruner`.
+
+    Returns
+    -------
+    dict of str to Replacement
+        By kind.
+
+    Raises
+    ------
+    ConfigError
+        If a kind is unknown, the layer isn't a convolution without groups, or no filter lies within the threshold.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise unknown_name("kind of replacement", kind, KINDS)
+    entry = {"op_names": [layer], "sparse_threshold": threshold}
+    pruner = EnergyFilterPruner(detached_copy(model), [entry], example_inputs=example_inputs, **knobs)
+    _, masks = pruner.compress()
+    weak = ~masks[layer]["weight"].flatten(1).any(1)
+    module = model.get_submodule(layer)
+    if not bool(weak.any()) or getattr(module, "groups", 1) != 1:
+        raise ConfigError(f"a layer without groups must have filters to replace, got {int(weak.sum())} ({layer})")
+    surgeon = _Surgeon(model, layer, weak, torch.Generator().manual_seed(seed))
+    plane = torch.from_numpy(Chirp().planes(input_sizes(model, [layer], example_inputs)[layer]))
+    found = {}
+    for kind in kinds:
+        if kind == "evolved":
+            changed = surgeon.evolved(fitness or evaluate, evolution or FilterEvolution())
+        else:
+            changed = masked_model(model, example_inputs, masks) if kind == "removed" else surgeon.simple(kind)
+        repaired = None if repair is None else quality_of(evaluate, _repaired(repair, changed))
+        traits = _traits(module, changed.get_submodule(layer), weak, plane)
+        found[kind] = Replacement(quality_of(evaluate, changed), repaired, *traits)
+    return found
+
+
+def _repaired(repair: Callable[[nn.Module], nn.Module], model: nn.Module) -> nn.Module:
+    found = repair(model)
+    MODEL.check("what repair returns", found, "repair")
+    return found
+
+
+class _Surgeon:
+    """Builds copies of a model with other filters in the place of the weak ones."""
+
+    def __init__(self, model: nn.Module, layer: str, weak: Tensor, generator: torch.Generator) -> None:
+        self.model, self.layer, self.weak, self.generator = model, layer, weak, generator
+        weight = cast(Tensor, model.get_submodule(layer).weight).detach()
+        self.weight, self.scale = weight, weight.std(correction=0)
+
+    def simple(self, kind: str) -> nn.Module:
+        """Return a copy with the weak filters kept, drawn anew or copied from others."""
+        if kind == "kept":
+            plain: nn.Module = detached_copy(self.model)
+            return plain
+        if kind == "random":
+            return self._with(self._drawn())
+        others = (~self.weak).nonzero().flatten()
+        donors = others[torch.randint(len(others), (int(self.weak.sum()),), generator=self.generator)]
+        return self._with(self.weight[donors], donors)
+
+    def evolved(self, evaluate: Evaluate, settings: FilterEvolution) -> nn.Module:
+        """Return a copy with the fittest filters: tournaments, filters dealt from two parents, normal mutation."""
+        population = [self._drawn() for _ in range(settings.population_size)]
+        losses = [quality_of(evaluate, self._with(filters)).loss for filters in population]
+        for _ in range(settings.generations - 1):
+            best = first_smallest(losses)
+            children = [population[best]]
+            while len(children) < settings.population_size:
+                mother, father = population[self._winner(losses)], population[self._winner(losses)]
+                dealt = torch.rand(len(mother), generator=self.generator) < 0.5
+                dealt = dealt.to(mother.device).view(-1, *[1] * (mother.dim() - 1))
+                child = torch.where(dealt, mother, father)
+                children.append(child + settings.mutation * self._drawn())
+            population = children
+            losses = [losses[best], *(quality_of(evaluate, self._with(filters)).loss for filters in population[1:])]
+        return self._with(population[first_smallest(losses)])
+
+    def _drawn(self) -> Tensor:
+        shape = self.weight[self.weak].shape
+        drawn = torch.randn(shape, generator=self.generator, dtype=self.weight.dtype)
+        return self.scale * drawn.to(self.weight.device)
+
+    def _winner(self, losses: list[float]) -> int:
+        rivals = torch.randint(len(losses), (_TOURNAMENT,), generator=self.generator).tolist()
+        return int(rivals[first_smallest([losses[rival] for rival in rivals])])
+
+    def _with(self, filters: Tensor, donors: Tensor | None = None) -> nn.Module:
+        changed: nn.Module = detached_copy(self.model)
+        module: Any = changed.get_submodule(self.layer)
+        with torch.no_grad():
+            module.weight[self.weak] = filters
+            if module.bias is not None:
+                module.bias[self.weak] = 0.0 if donors is None else module.bias[donors]
+        return changed
+
+
+def _traits(before: Any, after: Any, weak: Tensor, plane: Tensor) -> tuple[float, float]:
+    """Energy share of the weak filters, and their likeness to what they were."""
+    bias = None if after.bias is None else after.bias.detach().double()
+    energy, _ = chirp_response_energy(after, weight_used(after).detach().double(), bias, plane)
+    old, new = (module.weight.detach()[weak].flatten(1).double() for module in (before, after))
+    likeness = torch.cosine_similarity(old, new, dim=1).abs().mean()
+    return float(energy[weak].sum() / energy.sum()), float(likeness)

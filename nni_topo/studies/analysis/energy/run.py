@@ -1,0 +1,158 @@
+"""The energy study of one model by name."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import yaml
+from matplotlib.figure import Figure
+from rich.console import RenderableType
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from nni_topo import zoo
+from nni_topo.errors import unknown_name
+from nni_topo.maths.signals import Chirp
+from nni_topo.network.speedup import to_dense
+from nni_topo.pruners.hooks import Masks
+from nni_topo.runs.provenance import Record
+from nni_topo.runs.run import Start
+from nni_topo.runs.widths import inner_layers
+from nni_topo.studies.analysis.energy.dropout import with_dropout
+from nni_topo.studies.analysis.energy.parts import PARTS, Subject
+from nni_topo.studies.analysis.energy.study import THRESHOLDS, EnergyStudy, masks_of, quality_on, study_energy
+from nni_topo.studies.analysis.energy.tables import show_energy
+from nni_topo.studies.study import Findings, Names, Tell, TrainedStudy, plain
+
+_CHIRP = Chirp()
+
+
+@dataclass(frozen=True)
+class EnergyReport(Findings):
+    """A study, the records and pictures of what came with it, and the text of ``suggested.yaml``; empty: none."""
+
+    stem = "energy"
+    study: EnergyStudy
+    more: Record = field(default_factory=dict)
+    pictures: dict[str, Figure] = field(default_factory=dict)
+    suggestion: str = ""
+
+    def to_dict(self) -> Record:
+        """Return the study's numbers and those of its parts."""
+        return {**self.study.to_dict(), **self.more}
+
+    def figures(self) -> dict[str, Figure]:
+        """Return the pictures of the study and of its parts."""
+        return {**self.study.figures(), **self.pictures}
+
+    def texts(self) -> dict[str, str]:
+        """Return ``suggested.yaml``, where a layer can spare a filter."""
+        return {"suggested.yaml": self.suggestion} if self.suggestion else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeEnergy(TrainedStudy[EnergyReport]):
+    """Prune filters by energy share: what goes at each, what that costs, and a suggestion.
+
+    Layers, thresholds and all parts are judged on validation images; the test images see what was chosen.
+    """
+
+    thresholds: tuple[float, ...] = THRESHOLDS  # energy shares in (0, 1), ascending
+    images: int | None = None  # validation and test images used, of each, at least 1; None: all
+    max_drop: float = 0.01  # accuracy that the suggestion lets each layer cost by itself, at least 0
+    parts: Names = ()  # further studies: dropout, accumulated, replacement, selection, schedules
+    layer: str | None = None  # of replacement and selection; None: the one that is costliest to prune
+    calibration: int = 0  # training images whose energy is measured instead of the chirp's; 0: the chirp
+    sweep: str = _CHIRP.sweep  # of the chirp: nyquist or thesis
+    direction: str = _CHIRP.direction  # of the chirp: mean, radial or diagonal
+    window: str = _CHIRP.window  # taper of the chirp: none or hann
+    normalization: str = "area"  # of tied layers: none, area or layer
+    batch_norm: bool = False  # scale responses as batch norms do
+
+    def find(self, tell: Tell) -> EnergyReport:
+        """Study a trained model; what is known is written before the next part begins, which takes minutes."""
+        for part in self.parts:
+            if part not in PARTS:
+                raise unknown_name("part of an energy study", part, PARTS)
+        start = self.start(self.images)
+        net, example, knobs = start.net, start.example, self._knobs()
+        if "dropout" in self.parts:
+            with_dropout(net, 0.0)  # says at once that there is none
+        layers = [name for name in inner_layers(net, example) if not isinstance(net.get_submodule(name), nn.Linear)]
+        given = knobs | ({"calibration": start.images(self.calibration)} if self.calibration else {})
+        evaluate = partial(quality_on, images=TensorDataset(*start.data.validation[: self.images]))
+        study = study_energy(net, layers, example, evaluate, thresholds=self.thresholds, **given)
+        thresholds = study.suggestion(self.max_drop)
+        report = EnergyReport(study, {"model": self.model_choice.label, "data": self.data, "seed": self.seed})
+        if thresholds:
+            report.more["suggested"] = _suggested(study, thresholds, start)
+        subject = Subject(start, study, evaluate, given, self.layer)
+        for part in self.parts:
+            report.save(self.out)
+            tell(f"{part} ...")
+            report.more[part] = PARTS[part](subject)
+            report.pictures.update(subject.pictures)
+        suggestion = self._suggestion(report.more, knobs) if thresholds else ""
+        return EnergyReport(study, report.more, report.pictures, suggestion)
+
+    def show(self, found: EnergyReport) -> Iterator[RenderableType]:
+        """Yield the tables of the study and of its parts."""
+        return show_energy(found.to_dict())
+
+    def _knobs(self) -> dict[str, Any]:
+        """Return what isn't the pruner's default of its knobs, as YAML has them."""
+        signal = {name: getattr(self, name) for name in ("sweep", "direction", "window")}
+        knobs: dict[str, Any] = {}
+        if changed := {name: value for name, value in signal.items() if value != getattr(_CHIRP, name)}:
+            knobs["signal"] = changed
+        if self.normalization != "area":
+            knobs["normalization"] = self.normalization
+        if self.batch_norm:
+            knobs["batch_norm"] = True
+        return knobs | ({"signal": "data"} if self.calibration else {})
+
+    def _suggestion(self, record: Record, knobs: dict[str, Any]) -> str:
+        """Return a file for ``nni-topo prune``, with the command."""
+        found, thresholds = record["suggested"], record["suggested"]["thresholds"]
+        entries = [
+            {"op_names": [name for name in thresholds if thresholds[name] == level], "sparse_threshold": level}
+            for level in sorted(set(thresholds.values()))
+        ]
+        content: dict[str, Any] = {"pruner": "energy", "config_list": entries}
+        content |= {"knobs": knobs} if knobs else {}
+        content |= {"calibration": self.calibration} if self.calibration else {}
+        before, accuracy = (100.0 * found[key]["accuracy"] for key in ("quality_before", "quality"))
+        comment = (
+            f"# {record['model']} on {record['data']}: per layer the highest energy threshold that, alone, costs at "
+            f"most {100.0 * self.max_drop:g} points\n# on validation images. All at once, without retraining, on test "
+            f"images: {accuracy:.1f} % ({before:.1f} % before) at {100.0 * found['macs']:.1f} % of the MACs.\n"
+            f"#   {self._prune_command()} --config suggested.yaml --out DIR\n\n"
+        )
+        return comment + yaml.safe_dump(content, sort_keys=False)
+
+    def _prune_command(self) -> str:
+        """Return the command that prunes the same network, without what it takes its configuration from."""
+        values: dict[str, Any] = {
+            "model": self.model,
+            "data": self.data,
+            "data-dir": self.data_dir,
+            "checkpoint": self.checkpoint,
+        }
+        values |= {"width": None if self.width == 1.0 else f"{self.width:g}", "limit": self.limit}
+        given = [word for knob, value in values.items() if value is not None for word in (f"--{knob}", str(value))]
+        return shlex.join(["nni-topo", "prune", *given])
+
+
+def _suggested(study: EnergyStudy, thresholds: dict[str, float], start: Start) -> Record:
+    """Try the suggestion, all layers at once, on the test images."""
+    masks: Masks = {}
+    for name, threshold in thresholds.items():
+        masks |= masks_of([name], study.masks[threshold])
+    dense = to_dense(start.net, start.example, masks)
+    macs = [zoo.count_macs(net, start.example[:1]) for net in (dense, start.net)]
+    after, before = (quality_on(net, start.data.test) for net in (dense, start.net))
+    return plain({"thresholds": thresholds, "macs": macs[0] / macs[1], "quality": after, "quality_before": before})  # type: ignore[no-any-return]

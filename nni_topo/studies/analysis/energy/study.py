@@ -1,0 +1,330 @@
+"""The study of energy-based pruning: what each threshold takes from each layer, and what that costs.
+
+Source: Janjic, MSc thesis, University of Manitoba, 2018, sections 4.2 and 5.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from nni_topo import zoo
+from nni_topo.errors import ConfigError, checked, instance
+from nni_topo.network.cost import NetworkCost
+from nni_topo.network.layers import kept_channels
+from nni_topo.network.runtime import INPUTS, MODEL, detached_copy, leaves_models_alone
+from nni_topo.network.speedup import dependency_groups, masked_model, to_dense
+from nni_topo.pruners.energy.pruner import EnergyFilterPruner
+from nni_topo.pruners.hooks import Masks, Metrics, unit_scores
+from nni_topo.studies.study import Findings
+
+THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+MANY = 0.2
+"""Share of a layer's filters from which on many are removed."""
+LITTLE = 0.02
+"""Accuracy, a fraction, up to which little is lost: the two points of the thesis."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good a classifier is.
+
+    Attributes
+    ----------
+    loss : float
+        Mean cross entropy in nats.
+    accuracy : float
+        In [0, 1].
+    """
+
+    loss: float
+    accuracy: float
+
+
+Evaluate = Callable[[nn.Module], Quality]
+
+
+def quality_of(evaluate: Evaluate, model: nn.Module) -> Quality:
+    """Return what an evaluation says of a model; ConfigError if that is no Quality."""
+    found = evaluate(model)
+    instance(Quality).check("what evaluate returns", found, "evaluate")
+    return found
+
+
+@dataclass(frozen=True)
+class LayerEnergy:
+    """One layer, or the layers of one dependency group, under every threshold.
+
+    Attributes
+    ----------
+    layers : tuple of str
+        Module names.
+    filters : int
+        How many there are.
+    shares : tuple of float
+        Cumulative energy shares, ascending, the last one 1.
+    removed : dict of float to int
+        Filters that go, by threshold.
+    alone : dict of float to Quality
+        The network with this layer alone pruned, by threshold; empty if nothing was evaluated.
+    """
+
+    layers: tuple[str, ...]
+    filters: int
+    shares: tuple[float, ...]
+    removed: dict[float, int]
+    alone: dict[float, Quality]
+
+    @property
+    def name(self) -> str:
+        """The first layer's name, and how many more there are."""
+        return f"{self.layers[0]} +{len(self.layers) - 1}" if len(self.layers) > 1 else self.layers[0]
+
+    def compression(self, threshold: float) -> float:
+        """Return the share of the filters that goes, in [0, 1)."""
+        return self.removed[threshold] / self.filters
+
+
+@dataclass(frozen=True)
+class WholeNetwork:
+    """The dense network with all layers pruned at once: filters that went, share of the MACs left, in (0, 1]."""
+
+    removed: int
+    macs: float
+    # None if nothing was evaluated
+    quality: Quality | None
+
+
+@dataclass(frozen=True)
+class EnergyStudy(Findings):
+    """What energy-based pruning does to a network.
+
+    Attributes
+    ----------
+    thresholds : tuple of float
+        Ascending.
+    baseline : Quality or None
+        The unpruned network.
+    layers : list of LayerEnergy
+        In the network's order.
+    together : dict of float to WholeNetwork
+        All layers at once, by threshold.
+    masks : dict of float to Masks
+        Of all layers, by threshold.
+    """
+
+    stem, unwritten = "energy", ("masks",)
+    thresholds: tuple[float, ...]
+    baseline: Quality | None
+    layers: list[LayerEnergy]
+    together: dict[float, WholeNetwork]
+    masks: dict[float, Masks]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the study's numbers, with a verdict on each layer."""
+        content = super().to_dict()
+        for row, layer in zip(content["layers"], self.layers, strict=True):
+            row["verdict"] = self.verdict(layer)
+        return content
+
+    def figures(self) -> dict[str, Figure]:
+        """Return the pictures ``compression`` and, with an evaluation, ``accuracy``, ``loss`` and ``fitness``."""
+        from nni_topo.studies.analysis.energy.plots import energy_figures
+
+        return energy_figures(self)
+
+    def lost(self, layer: LayerEnergy, threshold: float) -> float:
+        """Return the accuracy lost by pruning a layer alone, a fraction to nine decimals; negative if it rose.
+
+        Raises
+        ------
+        ConfigError
+            If the study had nothing to evaluate with.
+        """
+        if self.baseline is None:
+            raise ConfigError("losses need an evaluation, got none (study_energy)")
+        # Without rounding, five images of 500 would be more than 1 %.
+        return round(self.baseline.accuracy - layer.alone[threshold].accuracy, 9)
+
+    def verdict(self, layer: LayerEnergy) -> str:
+        """Return ``"redundant"``, ``"saturated"`` or ``""``.
+
+        The lowest threshold that removes many filters (20 %) decides: if little accuracy is lost there (0.02), the
+        layer is redundant, else it is saturated: its filters' energies lie close together and all are needed. A layer
+        that loses many filters under no threshold is neither.
+        """
+        deep = next((t for t in self.thresholds if layer.compression(t) >= MANY), None)
+        if deep is None or self.baseline is None:
+            return ""
+        return "redundant" if self.lost(layer, deep) <= LITTLE else "saturated"
+
+    def suggestion(self, max_drop: float = 0.01) -> dict[str, float]:
+        """Return, by layer, the highest threshold up to which pruning it alone loses at most ``max_drop``.
+
+        Parameters
+        ----------
+        max_drop : float, default=0.01
+            Accuracy that a layer may cost, a fraction, at least 0.
+
+        Returns
+        -------
+        dict of str to float
+            Module names in the network's order; layers that nothing is taken from are left out.
+
+        Raises
+        ------
+        ConfigError
+            If ``max_drop`` is negative, or nothing was evaluated.
+        """
+        if not max_drop >= 0.0:
+            raise ConfigError(f"max_drop must be at least 0, got {max_drop} (suggestion)")
+        return {
+            name: best
+            for layer in self.layers
+            if (best := self._highest_within(layer, max_drop)) is not None
+            for name in layer.layers
+        }
+
+    def _highest_within(self, layer: LayerEnergy, max_drop: float) -> float | None:
+        best = None
+        for threshold in self.thresholds:
+            if self.lost(layer, threshold) > max_drop:
+                break
+            best = threshold if layer.removed[threshold] else best
+        return best
+
+
+@checked(model=MODEL, example_inputs=INPUTS)
+@leaves_models_alone
+def study_energy(
+    model: nn.Module,
+    layers: Sequence[str],
+    example_inputs: Any,
+    evaluate: Evaluate | None = None,
+    *,
+    thresholds: Sequence[float] = THRESHOLDS,
+    together: bool = True,
+    **knobs: Any,
+) -> EnergyStudy:
+    """Prune each layer alone, then all at once, at each threshold.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The trained model; it isn't changed.
+    layers : sequence of str
+        Convolutions to prune; those of a dependency group go together.
+    example_inputs : Any
+        Inputs of the model.
+    evaluate : callable or None, default=None
+        Maps a model to its :class:`Quality`. None: counts only.
+    thresholds : sequence of float, default=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+        Energy shares in (0, 1), ascending.
+    together : bool, default=True
+        Whether all layers at once are made dense, which traces the network once per threshold.
+    **knobs
+        Of :class:`~nni_topo.EnergyFilterPruner`.
+
+    Returns
+    -------
+    EnergyStudy
+
+    Raises
+    ------
+    ConfigError, DataError
+        As the pruner does; also if the thresholds aren't in (0, 1) or don't ascend.
+
+    Notes
+    -----
+    A layer alone is silenced in a copy of the model, batch norm included, which computes what the dense model would.
+    Masks that are equal are evaluated once.
+    """
+    thresholds = tuple(thresholds)
+    if not thresholds or any(low >= high for low, high in pairwise((0.0, *thresholds, 1.0))):
+        raise ConfigError(f"thresholds must be one or more in (0, 1) that ascend, got {thresholds} (study_energy)")
+    entry = {"op_names": list(layers), "sparse_threshold": float(thresholds[0])}
+    config_list = dependency_groups(model, example_inputs, [entry])
+    pruner = EnergyFilterPruner(detached_copy(model), config_list, example_inputs=example_inputs, **knobs)
+    metrics = pruner._calculate_metrics(pruner._collect_data())
+    masks = dict(_masks_by_threshold(pruner, metrics, thresholds))
+    rows = [
+        _layer(tuple(dict.fromkeys(m for m, _ in unit.members)), unit_scores(unit, metrics), model, masks)
+        for unit in pruner.context.units
+    ]
+    baseline = None
+    if evaluate is not None:
+        baseline = quality_of(evaluate, model)
+        for row in rows:
+            _evaluate_alone(row, model, example_inputs, masks, evaluate, baseline)
+    whole = _whole_networks(model, example_inputs, masks, rows, evaluate) if together else {}
+    return EnergyStudy(thresholds, baseline, rows, whole, masks)
+
+
+def quality_on(net: nn.Module, images: TensorDataset) -> Quality:
+    """Return a network's quality on images with labels."""
+    return Quality(*zoo.loss_and_accuracy(net, images, device=next(net.parameters()).device))
+
+
+def masks_of(layers: Sequence[str], masks: Masks) -> Masks:
+    """Return the masks of some layers only."""
+    return {name: masks[name] for name in layers}
+
+
+def _masks_by_threshold(
+    pruner: EnergyFilterPruner, metrics: Metrics, thresholds: Sequence[float]
+) -> Iterator[tuple[float, Masks]]:
+    for threshold in thresholds:
+        for spaces in pruner._target_spaces.values():
+            for space in spaces.values():
+                if space.sparse_threshold is not None:
+                    space.sparse_threshold = float(threshold)
+        yield threshold, pruner._generate_sparsity(metrics)
+
+
+def _layer(layers: tuple[str, ...], scores: Tensor, model: nn.Module, masks: dict[float, Masks]) -> LayerEnergy:
+    removed = {t: int((~_kept(model, layers[0], found)).sum()) for t, found in masks.items()}
+    return LayerEnergy(layers, len(scores), tuple(scores.sort().values.tolist()), removed, {})
+
+
+def _kept(model: nn.Module, layer: str, masks: Masks) -> Tensor:
+    return cast(Tensor, kept_channels(model.get_submodule(layer), masks[layer]))
+
+
+def _evaluate_alone(
+    row: LayerEnergy,
+    model: nn.Module,
+    example_inputs: Any,
+    masks: dict[float, Masks],
+    evaluate: Evaluate,
+    baseline: Quality,
+) -> None:
+    known = {0: baseline}
+    for threshold, removed in row.removed.items():
+        if removed not in known:
+            net = masked_model(model, example_inputs, masks_of(row.layers, masks[threshold]))
+            known[removed] = quality_of(evaluate, net)
+        row.alone[threshold] = known[removed]
+
+
+def _whole_networks(
+    model: nn.Module,
+    example_inputs: Any,
+    masks: dict[float, Masks],
+    rows: list[LayerEnergy],
+    evaluate: Evaluate | None,
+) -> dict[float, WholeNetwork]:
+    cost = NetworkCost(model, example_inputs)
+    found = {}
+    for threshold, chosen in masks.items():
+        left = cost({name: _kept(model, name, chosen).numpy() for row in rows for name in row.layers}).macs
+        dense = to_dense(model, example_inputs, chosen)
+        quality = None if evaluate is None else quality_of(evaluate, dense)
+        removed = sum(row.removed[threshold] for row in rows)
+        found[threshold] = WholeNetwork(removed, left / cost({}).macs, quality)
+    return found

@@ -1,0 +1,262 @@
+"""Pictures of weight-pruning genetic searches: one generation after another, and several searches side by side.
+
+Source: Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
+University of Manitoba, 2018, figures 5.1 to 5.14 and A.1 to A.6, tables 5.1 and 5.2.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from rich.console import RenderableType
+from scipy.stats import gaussian_kde, kurtosis
+from torch import Tensor
+
+from nni_topo.errors import ConfigError, checked
+from nni_topo.maths.search.weights import WeightSearch
+from nni_topo.pruners.genetic_weight.pruner import GeneticWeightPruner
+from nni_topo.runs.run import pruner_knobs
+from nni_topo.runs.widths import inner_layers
+from nni_topo.studies.pictures import finish, panels, single
+from nni_topo.studies.study import Findings, Names, Tell, TrainedStudy
+from nni_topo.studies.tables import as_table
+
+_ROWS = 400
+
+
+@dataclass(frozen=True)
+class EvolutionTrial:
+    """One search.
+
+    Attributes
+    ----------
+    history : pandas.DataFrame
+        As :attr:`nni_topo.GeneticWeightPruner.history`.
+    weights : numpy.ndarray
+        Start weights, ``(genes,)``.
+    kept : numpy.ndarray
+        Boolean ``(genes,)``: the fittest individual's.
+    start_accuracy : float
+        Of the undamaged network, in [0, 1].
+    alpha, beta : float
+        Weights of the fitness.
+    """
+
+    history: pd.DataFrame
+    weights: NDArray[np.float32]
+    kept: NDArray[np.bool_]
+    start_accuracy: float
+    alpha: float
+    beta: float
+
+    @classmethod
+    def of(cls, pruner: GeneticWeightPruner) -> EvolutionTrial:
+        """Take a pruner's latest search."""
+        search = pruner.evolution
+        knobs = search.settings
+        kept = search.genes(search.best())
+        return cls(pruner.history, pruner.start_weights, kept, search.start_accuracy, knobs.alpha, knobs.beta)
+
+    def summary(self) -> pd.DataFrame:
+        """Return lowest, mean and highest values of the first and last generation, ``(2, 9)``: tables 5.1, 5.2."""
+        columns, ends = ["fitness", "accuracy", "compression"], [0, self.history.generation.max()]
+        found = self.history.groupby("generation")[columns].agg(["min", "mean", "max"]).loc[ends]
+        return found.set_axis(["initial", "final"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the search as numbers and lists, its weights left out."""
+        facts = {"start_accuracy": self.start_accuracy, "alpha": self.alpha, "beta": self.beta}
+        return facts | {"kept": float(self.kept.mean()), "history": self.history.to_dict("list")}
+
+    def line(self, by: str) -> pd.DataFrame:
+        """Return the line of descent that ends highest in a column, one row per generation."""
+        last = self.history[self.history.generation == self.history.generation.max()]
+        return self.history[self.history.individual == last.individual[last[by].idxmax()]]
+
+
+@checked()
+def plot_evolution(trials: Mapping[str, EvolutionTrial]) -> dict[str, list[Axes]]:
+    """Draw searches as the thesis does.
+
+    Parameters
+    ----------
+    trials : mapping of str to EvolutionTrial
+        By label, e.g. the damage rate; at least one.
+
+    Returns
+    -------
+    dict of str to list of matplotlib.axes.Axes
+        The panels of each picture, a figure each:
+        ``distributions`` of fitness per generation, ``fitness`` over the generations with the lines of the fittest and
+        the most accurate, ``progress`` of accuracy and compression, ``heatmap`` of the weights that stay,
+        ``weights`` at the start of the first trial with their kurtosis, ``histograms`` of weights before and after,
+        ``solutions`` in the plane of compression and accuracy; ``lineages_fitness``, ``lineages_compression`` and
+        ``lineages_accuracy`` of every individual.
+
+    Raises
+    ------
+    ConfigError
+        If there is no trial.
+    """
+    if not trials:
+        raise ConfigError("pictures need at least one trial, got none (plot_evolution)")
+    return {name: figure.axes for name, figure in _figures(trials).items()}
+
+
+@dataclass(frozen=True)
+class EvolutionStudy(Findings):
+    """Searches by label."""
+
+    stem = "evolution"
+    trials: dict[str, EvolutionTrial]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return each search's history, its first and last generation, and what is kept."""
+        return {label: trial.to_dict() for label, trial in self.trials.items()}
+
+    def figures(self) -> dict[str, Figure]:
+        """Return the pictures of :func:`plot_evolution`."""
+        return _figures(self.trials)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeEvolution(TrainedStudy[EvolutionStudy]):
+    """Search for the weights of a layer that can go, once per damage rate, and draw the searches."""
+
+    layers: Names = ()  # names of the layers that are searched together; none: the one with the most weights
+    damage_rates: tuple[float, ...] = (0.1,)  # share of the weights that generation 0 loses at random, in [0, 1]
+    population_size: int = WeightSearch.population_size  # individuals, at least 2
+    generations: int = WeightSearch.generations  # after generation 0, at least 1
+    max_sparse_ratio: float | None = None  # most of the weights that may go, in (0, 1); None: all may
+
+    def find(self, tell: Tell) -> EvolutionStudy:
+        """Search on validation images; the search fits what it is given."""
+        if not self.damage_rates:
+            raise ConfigError(f"a study needs at least one damage rate, got none ({self.place})")
+        start = self.start()
+        sizes = {name: start.net.get_submodule(name).weight for name in inner_layers(start.net, start.example)}
+        layers = list(self.layers) or [max(sizes, key=lambda name: cast(Tensor, sizes[name]).numel())]
+        entry: dict[str, Any] = {"op_names": layers}
+        entry |= {} if self.max_sparse_ratio is None else {"max_sparse_ratio": self.max_sparse_ratio}
+        trials = {}
+        for rate in self.damage_rates:
+            victim = copy.deepcopy(start.net)
+            search = WeightSearch(population_size=self.population_size, generations=self.generations, damage_rate=rate)
+            knobs = pruner_knobs("genetic_weight", victim, start)
+            pruner = GeneticWeightPruner(victim, [entry], search=search, **knobs)
+            pruner.compress()
+            trial = trials[f"damage {100 * rate:g} %"] = EvolutionTrial.of(pruner)
+            tell(f"damage {100 * rate:g} %: {100 * (1 - trial.kept.mean()):.1f} % of {' + '.join(layers)} gone")
+        return EvolutionStudy(trials)
+
+    def show(self, found: EvolutionStudy) -> Iterator[RenderableType]:
+        """Yield lowest, mean and highest fitness, accuracy and compression of the first and last generation."""
+        rows = [
+            (label, str(when), column, *(f"{row[column, end]:.4g}" for end in ("min", "mean", "max")))
+            for label, trial in found.trials.items()
+            for when, row in trial.summary().iterrows()
+            for column in ("fitness", "accuracy", "compression")
+        ]
+        head = ("search", "generation", "of", "lowest", "mean", "highest")
+        yield as_table(f"evolution of {self.model}", head, rows, left=3)
+
+
+def _figures(trials: Mapping[str, EvolutionTrial]) -> dict[str, Figure]:
+    first = next(iter(trials.values()))
+    measured = [(label, (trial, column)) for label, trial in trials.items() for column in ("accuracy", "compression")]
+    figures = {
+        "distributions": panels(trials.items(), _distributions),
+        "fitness": panels(trials.items(), lambda axis, trial: _course(axis, (trial, "fitness"))),
+        "progress": panels(measured, _course, columns=2),
+        "heatmap": _heatmap(trials),
+        "weights": panels([(_shape(first.weights), first)], _initial, size=(5.0, 3.6)),
+        "histograms": panels(trials.items(), _histograms),
+        "solutions": _solutions(trials),
+    }
+    for column in ("fitness", "compression", "accuracy"):
+        figures[f"lineages_{column}"] = panels(trials.items(), partial(_lineages, column=column))
+    return figures
+
+
+def _distributions(axis: Axes, trial: EvolutionTrial) -> None:
+    values = trial.history.pivot(index="generation", columns="individual", values="fitness")
+    grid = np.linspace(values.to_numpy().min(), values.to_numpy().max(), 300)
+    for generation, row in values.iterrows():
+        if row.std() > 0:
+            density = gaussian_kde(row)(grid)
+            axis.plot(grid, density, linewidth=0.8)
+            axis.annotate(str(generation), (grid[density.argmax()], density.max()), fontsize="xx-small")
+    finish(axis, "fitness", "density")
+
+
+def _course(axis: Axes, measured: tuple[EvolutionTrial, str]) -> None:
+    """Range and mean of a column over the generations, and the lines of descent that end highest."""
+    trial, column = measured
+    groups = trial.history.groupby("generation")[column]
+    axis.fill_between(groups.min().index, groups.min(), groups.max(), alpha=0.2, label="range")
+    axis.plot(groups.mean(), "k--", linewidth=1.0, label="mean")
+    for by, color in (("fitness", "C3"), ("accuracy", "C2")):
+        line = trial.line(by)
+        axis.plot(line.generation, line[column], color=color, linewidth=1.2, label=f"top {by}")
+    finish(axis, "generation", column)
+
+
+def _heatmap(trials: Mapping[str, EvolutionTrial]) -> Figure:
+    """A column per trial; each row of the picture is the mean magnitude of a stretch of kept weights."""
+    columns = []
+    for trial in trials.values():
+        kept = np.where(trial.kept, np.abs(trial.weights), 0.0)
+        columns.append([part.mean() for part in np.array_split(kept, min(_ROWS, len(kept)))])
+    figure, axis = single(1.2 + 0.9 * len(trials), 5.0)
+    picture = axis.imshow(np.array(columns).T, aspect="auto", cmap="magma_r", interpolation="nearest")
+    axis.set_xticks(range(len(trials)), list(trials), fontsize="x-small")
+    axis.set(ylabel="weights of the layer, in order")
+    figure.colorbar(picture, label="mean |w| left")
+    return figure
+
+
+def _lineages(axis: Axes, trial: EvolutionTrial, column: str) -> None:
+    """A line per individual; a line of descent keeps its number."""
+    values = trial.history.pivot(index="generation", columns="individual", values=column)
+    axis.plot(values.index, values.to_numpy(), linewidth=0.6)
+    finish(axis, "generation", column)
+
+
+def _shape(weights: NDArray[np.float32]) -> str:
+    """Say how heavy the tails of weights are, and how many lie near zero."""
+    size = np.abs(weights)
+    weak = (size <= size.min() + 0.1 * np.ptp(size)).mean()
+    return f"kurtosis {kurtosis(weights, fisher=False):.2f}, {100 * weak:.1f} % in the lowest tenth of the magnitudes"
+
+
+def _initial(axis: Axes, trial: EvolutionTrial) -> None:
+    axis.hist(trial.weights, 81)
+    finish(axis, "weight", "count")
+
+
+def _histograms(axis: Axes, trial: EvolutionTrial) -> None:
+    bins = np.linspace(trial.weights.min(), trial.weights.max(), 81).tolist()
+    axis.hist(trial.weights, bins, color="0.7", label="before")
+    axis.hist(trial.weights[trial.kept], bins, color="C0", label="after")
+    finish(axis, "weight", "count", yscale="log")
+
+
+def _solutions(trials: Mapping[str, EvolutionTrial]) -> Figure:
+    figure, axis = single(6.5, 4.5)
+    for label, trial in trials.items():
+        last = trial.history[trial.history.generation == trial.history.generation.max()]
+        axis.scatter(100 * last.compression, 100 * (last.accuracy - trial.start_accuracy), s=8, label=label)
+    first = next(iter(trials.values()))
+    if first.alpha > 0:
+        axis.plot([0, 100], [0, -100 * first.beta / first.alpha], "k--", linewidth=0.8, label="fitness 0")
+    finish(axis, "weights removed, %", "change in accuracy, points", yscale="symlog")
+    return figure

@@ -1,0 +1,5 @@
+"""The magnitude study: iterative against direct pruning, sizes and times of sparse and dense networks."""
+
+from nni_topo.studies.analysis.magnitude.study import AnalyzeMagnitude
+
+__all__ = ["AnalyzeMagnitude"]

@@ -1,0 +1,323 @@
+"""Neural persistence: the zeroth homology of a layer's weights as one number, and its trend during training.
+
+References
+----------
+.. [1] B. Rieck et al., "Neural Persistence: A Complexity Measure for Deep Neural Networks Using Algebraic
+   Topology", ICLR 2019, https://arxiv.org/abs/1812.09764
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from rich.console import RenderableType
+from torch import nn
+
+from nni_topo import zoo
+from nni_topo.errors import NONE, ConfigError, DataError, checked, unknown_name
+from nni_topo.maths.topology.layer_trees import channel_tree, spanning_forest
+from nni_topo.network.runtime import INPUTS, MODEL, leaves_models_alone
+from nni_topo.network.speedup import Network
+from nni_topo.runs.run import build_model, load_model_data, resolve_device
+from nni_topo.studies.analysis.layers import WeightLayer, weight_layers
+from nni_topo.studies.pictures import finish
+from nni_topo.studies.study import Findings, Tell, TrainedStudy
+from nni_topo.studies.tables import as_table
+
+ConvGraph = Literal["channel", "toeplitz"]
+Scale = Literal["layer", "model"]
+
+
+@dataclass(frozen=True, eq=False)
+class NeuralPersistence:
+    """Neural persistence of a model.
+
+    Attributes
+    ----------
+    layers : dict of str to float
+        By layer, in the model's order.
+    deaths : dict of str to ndarray of float64
+        By layer the death values w' in [0, 1], descending: the diagram is ``(1, w')`` for each.
+    normalized : bool
+        Whether the layers' values are divided by their upper bounds.
+    skipped : dict of str to str
+        Modules with weights that are left out, with their type.
+    """
+
+    layers: dict[str, float]
+    deaths: dict[str, NDArray[np.float64]]
+    normalized: bool
+    skipped: dict[str, str]
+
+    @property
+    def total(self) -> float:
+        """Sum over the layers."""
+        return sum(self.layers.values())
+
+    @property
+    def mean(self) -> float:
+        """Mean over the layers."""
+        return self.total / len(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as numbers, lists and strings."""
+        summary = {"total": self.total, "mean": self.mean, "normalized": self.normalized, "skipped": self.skipped}
+        return {**summary, "layers": self.layers, "deaths": {name: d.tolist() for name, d in self.deaths.items()}}
+
+
+@checked(model=MODEL, example_inputs=INPUTS | NONE)
+@leaves_models_alone
+def neural_persistence(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    p: float = 2.0,
+    normalized: bool = False,
+    conv_graph: ConvGraph = "channel",
+    scale: Scale = "layer",
+) -> NeuralPersistence:
+    """Compute the neural persistence of every layer of a model.
+
+    Edges enter by descending ``w' = |w| / max |w|``. Every node is born at 1, and two components merge along each
+    edge of the maximum spanning tree, so that the diagram is ``(1, w')`` over the tree's edges.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model, wrapped by NNI (then masked weights count as 0) or not; it isn't changed.
+    example_inputs : Tensor, tuple, list, mapping of str to Any or None, default=None
+        The model's inputs; needed for ``conv_graph="toeplitz"`` only.
+    p : float, default=2.0
+        Order of the norm of the persistences ``1 - w'``, at least 1.
+    normalized : bool, default=False
+        Divide each layer by its upper bound, so that it lies in [0, 1]; a layer whose ``w'`` are all 1 gets 0.
+    conv_graph : {"channel", "toeplitz"}, default="channel"
+        A convolution's graph: channels joined by the largest |w| of their kernel, or channels and positions
+        joined as in the Toeplitz matrix.
+    scale : {"layer", "model"}, default="layer"
+        Whose largest |w| is 1: each layer's own, or the model's, as in [1]_.
+
+    Returns
+    -------
+    NeuralPersistence
+        ``.layers``, ``.total``, ``.mean``.
+
+    Raises
+    ------
+    ConfigError
+        If an argument is out of its range, or the model has no supported layer.
+    DataError
+        If the weights of a layer are all zero, NaN or infinite.
+
+    Notes
+    -----
+    The upper bound of theorem 1 of [1]_ is ``(1 - min w') * edges ** (1 / p)``, as no persistence is larger than
+    ``1 - min w'``; edges are those of the tree, ``m + n - 1`` for a linear layer.
+
+    Examples
+    --------
+    >>> import torch
+    >>> layer = nn.Linear(2, 2, bias=False)
+    >>> _ = layer.weight.data.copy_(torch.tensor([[4.0, 2.0], [1.0, 0.0]]))
+    >>> found = neural_persistence(layer)
+    >>> found.deaths[""].tolist(), round(found.total, 4)
+    ([1.0, 0.5, 0.25], 0.9014)
+    """
+    _check(p, conv_graph, scale, example_inputs)
+    layers, skipped = weight_layers(model)
+    sizes = Network.on(model, example_inputs).planes if conv_graph == "toeplitz" else {}
+    largest = {layer.name: _largest(layer) for layer in layers}
+    values: dict[str, float] = {}
+    deaths: dict[str, NDArray[np.float64]] = {}
+    for layer in layers:
+        if conv_graph == "toeplitz" and layer.kind == "conv" and layer.name not in sizes:
+            skipped[layer.name] = "never run"
+            continue
+        top = largest[layer.name] if scale == "layer" else max(largest.values())
+        lengths, least = _lengths(layer, sizes.get(layer.name, ((), ()))[0])
+        deaths[layer.name] = lengths / top
+        bound = (1.0 - least / top) * len(lengths) ** (1.0 / p) if normalized else 1.0
+        norm = _norm(1.0 - deaths[layer.name], p)
+        values[layer.name] = norm / bound if bound > 0 else 0.0
+    if not values:
+        found = ", ".join(f"{name} ({why})" for name, why in skipped.items())
+        raise ConfigError(f"a model must have a layer that can be followed, got only {found} (neural_persistence)")
+    return NeuralPersistence(values, deaths, normalized, skipped)
+
+
+class PersistenceTracker:
+    """Record a model's neural persistence while it trains.
+
+    An object is a callback: call it after each epoch, with any arguments, e.g. as ``callback`` of
+    :func:`nni_topo.zoo.train`. :meth:`lightning` returns a callback for Lightning's Trainer.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model that trains.
+    example_inputs : Any, default=None
+        See :func:`neural_persistence`, as for all others.
+    **options
+        Arguments of :func:`neural_persistence`.
+
+    Attributes
+    ----------
+    history : list of NeuralPersistence
+        The untrained model first.
+
+    Examples
+    --------
+    >>> tracker = PersistenceTracker(nn.Linear(3, 2), normalized=True)
+    >>> tracker()
+    >>> len(tracker.history), len(tracker.totals)
+    (2, 2)
+    """
+
+    @checked(model=MODEL)
+    def __init__(self, model: nn.Module, example_inputs: Any = None, **options: Any) -> None:
+        self.model = model
+        self.example_inputs = example_inputs
+        self.options = options
+        self.history = [neural_persistence(model, example_inputs, **options)]
+
+    def __call__(self, *_: Any) -> None:
+        """Look at the model as it is now."""
+        self.history.append(neural_persistence(self.model, self.example_inputs, **self.options))
+
+    @property
+    def totals(self) -> list[float]:
+        """Total of the whole model, per record."""
+        return [record.total for record in self.history]
+
+    def lightning(self) -> Any:
+        """Return a Lightning callback that records at the end of every training epoch.
+
+        Raises
+        ------
+        ImportError
+            If neither ``lightning`` nor ``pytorch_lightning`` is installed.
+        """
+        try:
+            from lightning.pytorch import Callback
+        except ImportError:
+            from pytorch_lightning import Callback
+
+        tracker = self
+
+        class _Recorder(Callback):
+            def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+                tracker(trainer, pl_module)
+
+        return _Recorder()
+
+
+@dataclass(frozen=True)
+class PersistenceStudy(Findings):
+    """Neural persistence before and after each epoch of a training, or of one trained model."""
+
+    stem = "persistence"
+    history: list[NeuralPersistence]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the trend of every layer and of the whole, and the last state in full."""
+        return {
+            "totals": [record.total for record in self.history],
+            "layers": {name: [record.layers[name] for record in self.history] for name in self.history[-1].layers},
+            "last": self.history[-1].to_dict(),
+        }
+
+    def figures(self) -> dict[str, Figure]:
+        """Return ``persistence``: the layers' trends, and the deaths of the last state."""
+        figure = Figure(figsize=(10.0, 4.0), layout="constrained")
+        trend, deaths = figure.subplots(1, 2)
+        last = self.history[-1]
+        for index, name in enumerate(last.layers):
+            color = f"C{index % 10}"
+            trend.plot([record.layers[name] for record in self.history], ".-", color=color, label=name)
+            curve = last.deaths[name]
+            deaths.plot([(i + 1) / len(curve) for i in range(len(curve))], curve, color=color)
+        what = "normalized neural persistence" if last.normalized else "neural persistence"
+        finish(trend, "epoch", what, columns=1 + len(last.layers) // 12)
+        finish(deaths, "share of the tree's edges", "|w| / max |w|", title="last state")
+        return {"persistence": figure}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzePersistence(TrainedStudy[PersistenceStudy]):
+    """Compute the neural persistence of a trained model, or without a checkpoint along its training."""
+
+    p: float = 2.0  # order of the norm, at least 1
+    normalized: bool = False  # divide each layer by its upper bound
+    conv_graph: str = "channel"  # channel or toeplitz
+    scale: str = "layer"  # whose largest weight is 1: layer or model
+
+    def find(self, tell: Tell) -> PersistenceStudy:
+        """Look at a model, and again after each epoch where there is no checkpoint."""
+        place = resolve_device(self.device)
+        bundle = load_model_data(self.model_choice, self.data_choice())
+        net = build_model(self.model_choice, bundle, self.seed).to(place)
+        if self.checkpoint is not None:
+            zoo.load_checkpoint(self.checkpoint, net)
+        options = {name: getattr(self, name) for name in ("p", "normalized", "conv_graph", "scale")}
+        tracker = PersistenceTracker(net, bundle.test.tensors[0][:1].to(place), **options)
+        if self.checkpoint is None:
+            recipe = zoo.default_recipe(self.model, self.data)
+            zoo.train(net, bundle, recipe, seed=self.seed, device=place, callback=tracker)
+        return PersistenceStudy(tracker.history)
+
+    def show(self, found: PersistenceStudy) -> Iterator[RenderableType]:
+        """Yield a row per layer: its persistence at the beginning and at the end, and its tree's edges."""
+        first, last = found.history[0], found.history[-1]
+        rows = [
+            (name, str(len(last.deaths[name])), f"{first.layers[name]:.4f}", f"{value:.4f}")
+            for name, value in last.layers.items()
+        ]
+        total = ("sum", "", f"{first.total:.4f}", f"{last.total:.4f}")
+        title = f"neural persistence of {self.model}"
+        yield as_table(title, ("layer", "tree edges", "first", "last"), rows, totals=[total])
+        if last.skipped:
+            yield "left out: " + ", ".join(f"{name} ({why})" for name, why in last.skipped.items())
+
+
+def _norm(persistences: NDArray[np.float64], p: float) -> float:
+    """Return the p-norm, scaled such that a large p doesn't underflow."""
+    largest = float(persistences.max())
+    return largest * float(np.linalg.norm(persistences / largest, ord=p)) if largest > 0 else 0.0
+
+
+def _lengths(layer: WeightLayer, size: tuple[int, ...]) -> tuple[NDArray[np.float64], float]:
+    """Return the |w| of the tree's edges, descending, and the least |w| of any edge."""
+    magnitudes = np.abs(layer.weight)
+    if layer.kind == "conv" and not size:
+        lengths = np.sort(magnitudes[channel_tree(layer.weight, groups=layer.groups)])[::-1]
+        return lengths, float(magnitudes.max(axis=tuple(range(2, magnitudes.ndim))).min())
+    return spanning_forest(layer.weight, layer.graph(size or None)).lengths, float(magnitudes.min())
+
+
+def _largest(layer: WeightLayer) -> float:
+    if layer.weight.size == 0:
+        raise DataError(f"a layer must have at least one weight, got shape {layer.weight.shape} ({layer.name})")
+    bad = int((~np.isfinite(layer.weight)).sum())
+    if bad:
+        raise DataError(f"weights must be finite, got {bad} NaN or infinite values ({layer.name})")
+    top = float(np.abs(layer.weight).max())
+    if top == 0.0:
+        raise DataError(f"a layer must have a weight other than 0 to be scaled, got {layer.weight.size} ({layer.name})")
+    return top
+
+
+def _check(p: float, conv_graph: str, scale: str, example_inputs: Any) -> None:
+    if not 1.0 <= p < math.inf:
+        raise ConfigError(f"p must be in [1, inf), got {p} (neural_persistence)")
+    if conv_graph not in ("channel", "toeplitz"):
+        raise unknown_name("conv_graph", conv_graph, ("channel", "toeplitz"))
+    if scale not in ("layer", "model"):
+        raise unknown_name("scale", scale, ("layer", "model"))
+    if conv_graph == "toeplitz" and example_inputs is None:
+        raise ConfigError("conv_graph 'toeplitz' needs example_inputs, got None (neural_persistence)")

@@ -1,0 +1,6 @@
+"""Epochs of retraining against their lower bound."""
+
+from nni_topo.studies.analysis.retraining.bound import RetrainingBound, retraining_bound
+from nni_topo.studies.analysis.retraining.study import AnalyzeRetraining
+
+__all__ = ["AnalyzeRetraining", "RetrainingBound", "retraining_bound"]

@@ -1,0 +1,174 @@
+"""Epochs of retraining against theorem 1: the library function behind ``nni-topo analyze retraining``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import RenderableType
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from nni_topo import zoo
+from nni_topo.errors import ConfigError, check_integer, is_finite
+from nni_topo.network.speedup import masked_model
+from nni_topo.pruners.registry import pruner_info
+from nni_topo.runs.run import Start, build_model, made_dense, retrain
+from nni_topo.studies.analysis.deviation import CONNECTIONS, PointsStudy, PrunersStudy, study_masks
+from nni_topo.studies.analysis.retraining.bound import Kind, retraining_bound
+from nni_topo.studies.pictures import finish, panels
+from nni_topo.studies.study import Names, Tell
+from nni_topo.studies.tables import as_table
+
+
+@dataclass(frozen=True)
+class RetrainingPoint:
+    """One pruned and retrained network; accuracies in [0, 1]."""
+
+    pruner: str
+    kind: str  # "connection" or "node"
+    ratio: float
+    seed: int
+    bound: float  # epochs by (3.1) as printed, with the study's constant
+    derived: float  # the same with the ratio of gradients the other way up
+    epochs: int | None  # after which the test accuracy was back; None: never
+    accuracy_pruned: float  # before retraining
+    accuracy_retrained: float  # after the last epoch of it
+
+
+@dataclass(frozen=True)
+class RetrainingStudy(PointsStudy):
+    """All points, the epochs of training, the most epochs of retraining, and gamma."""
+
+    stem = "retraining"
+    trained_epochs: int
+    most_epochs: int
+    gamma: float
+
+    def means(self) -> pd.DataFrame:
+        """Return means over seeds by ``pruner``, ``kind`` and ``ratio``, in the order of the points."""
+        frame = pd.DataFrame([asdict(point) for point in self.points]).drop(columns="seed")
+        # a run that wasn't back counts with the most epochs, and back says how many were
+        frame = frame.assign(
+            back=frame["epochs"].notna(), epochs=frame["epochs"].fillna(self.most_epochs).astype(float)
+        )
+        grouped = frame.groupby(["pruner", "kind", "ratio"], sort=False, as_index=False)
+        means = grouped.mean()
+        # the constant with which (3.1) gives the epochs, for the bound is proportional to it
+        return means.assign(back=grouped["back"].sum()["back"], fitted=self.gamma * means["epochs"] / means["bound"])
+
+    def figures(self) -> dict[str, Figure]:
+        """Return ``retraining``: epochs taken and both bounds against the ratio, a panel per pruner."""
+        groups = self.means().groupby(["pruner", "kind"], sort=False)
+        return {"retraining": panels(((f"{name} ({kind})", rows) for (name, kind), rows in groups), _draw)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeRetraining(PrunersStudy[RetrainingStudy]):
+    """Compare the epochs that retraining takes with their lower bound.
+
+    A checkpoint must be what the model's own recipe and this seed gave, for the bound needs the untrained network.
+    """
+
+    pruners: Names = (CONNECTIONS, "random")  # registered names; connections: single weights at random
+    ratios: tuple[float, ...] = (0.1, 0.5, 0.9)  # of every layer, in [0, 1)
+    images: int = 2048  # training images for losses and gradients, at least 1
+    epochs: int = 10  # most epochs of retraining, at least 1
+    gamma: float = 1.0  # the theorem's free constant, positive
+    tolerance: float = 0.0  # accuracy that may be missing, in [0, 1]
+
+    def check(self) -> None:
+        """Raise ConfigError unless the study can be carried out."""
+        super().check()
+        for knob in ("images", "epochs"):
+            check_integer(knob, getattr(self, knob), 1, self.place)
+        if not is_finite(self.gamma) or self.gamma <= 0.0:
+            raise ConfigError(f"gamma must be positive and finite, got {self.gamma!r} ({self.place})")
+        if not 0.0 <= self.tolerance <= 1.0:
+            raise ConfigError(f"tolerance must be in [0, 1], got {self.tolerance!r} ({self.place})")
+
+    def find(self, tell: Tell) -> RetrainingStudy:
+        """Prune a trained network, retrain it until its accuracy is back, and compare the epochs with theorem 1."""
+        start = self.start()
+        points = self.points(start, tell)
+        return RetrainingStudy(points, start.accuracy, start.recipe.epochs, self.epochs, self.gamma)
+
+    def runs(self) -> Iterator[tuple[str, float, int]]:
+        """Yield pruner, ratio and seed of every run; retraining has a seed, whether or not the pruner has one."""
+        yield from itertools.product(self.pruners, self.ratios, range(self.seed, self.seed + self.seeds))
+
+    def point(self, start: Start, name: str, ratio: float) -> RetrainingPoint:
+        """Prune, bound, retrain."""
+        initial = build_model(self.model_choice, start.data, self.seed).to(start.device)
+        pictures, labels = (tensor[: self.images].split(256) for tensor in start.data.train.tensors)
+        batches = list(zip(pictures, labels, strict=True))
+        masks = study_masks(name, start, ratio, self.calibration)
+        kind: Kind = "node" if name != CONNECTIONS and pruner_info(name).structured else "connection"
+        sparse = made_dense(start, masks)[0] if kind == "node" else masked_model(start.net, start.example, masks)
+        trained = start.recipe.epochs
+        found = retraining_bound(initial, start.net, sparse, cross_entropy, batches, trained, self.gamma, kind)
+        before = start.tested(sparse)
+        # the learning rate falls over the most epochs, however soon the accuracy is back
+        recipe, wanted = start.recipe.for_retraining(self.epochs), start.accuracy - self.tolerance
+        taken, after = epochs_back(sparse, start.data, recipe, wanted, seed=start.seed)
+        bounds = found.epochs, found.derived_epochs
+        return RetrainingPoint(name, kind, ratio, start.seed, *bounds, taken, before, after)
+
+    def show(self, found: RetrainingStudy) -> Iterator[RenderableType]:
+        """Yield the means over seeds as a table."""
+        bound = f"bound (3.1), gamma {found.gamma:g}"
+        head = ("pruner", "kind", "ratio", bound, "gamma that fits", "bound as derived", "epochs taken", "runs back")
+        rows = [
+            [
+                str(row["pruner"]),
+                str(row["kind"]),
+                f"{row['ratio']:g}",
+                *(f"{row[key]:.3g}" for key in ("bound", "fitted", "derived")),
+                f"{row['epochs']:.1f}",
+                f"{row['back']:g}",
+                *(f"{100 * row[key]:.1f}" for key in ("accuracy_pruned", "accuracy_retrained")),
+            ]
+            for row in found.means().to_dict("records")
+        ]
+        yield as_table(f"epochs of retraining of {self.model}", (*head, "pruned %", "retrained %"), rows, left=2)
+        yield f"trained for {found.trained_epochs} epochs to {100 * found.accuracy:.1f} %"
+
+
+class _Back(Exception):  # noqa: N818 - ends a training, no error
+    """The accuracy is back."""
+
+
+def epochs_back(
+    model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe, wanted: float, *, seed: int
+) -> tuple[int | None, float]:
+    """Train in place until the test accuracy is ``wanted``; return epochs (None: never) and the last test accuracy."""
+    device = next(model.parameters()).device
+    reached = [zoo.evaluate(model, data.test, device=device)]
+    if reached[0] >= wanted:
+        return 0, reached[0]
+
+    def watch(log: zoo.EpochLog) -> None:
+        reached.append(zoo.evaluate(model, data.test, device=device))
+        if reached[-1] >= wanted:
+            raise _Back
+
+    try:
+        retrain(model, data, recipe, seed=seed, callback=watch)
+    except _Back:
+        return len(reached) - 1, reached[-1]
+    return None, reached[-1]
+
+
+def _draw(axis: Axes, rows: pd.DataFrame) -> None:
+    rows = rows.sort_values("ratio")
+    for column, style, label in (
+        ("epochs", "ko-", "epochs taken"),
+        ("bound", "s--", "bound (3.1)"),
+        ("derived", "^--", "bound as derived"),
+    ):
+        axis.plot(rows["ratio"], rows[column], style, label=label)
+    finish(axis, "ratio", "epochs of retraining", yscale="symlog")

@@ -1,0 +1,257 @@
+"""Iterative magnitude pruning with and without the spanning trees: one net, one method, one seed, round by round."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from joblib import effective_n_jobs
+from matplotlib.figure import Figure
+from nni.compression.base.compressor import Pruner
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from nni_topo import zoo
+from nni_topo.disk import only_process
+from nni_topo.errors import ConfigError, DataError, check_integer, check_jobs, instance, unknown_name
+from nni_topo.pruners.hooks import Masks
+from nni_topo.pruners.registry import create_pruner
+from nni_topo.pruners.rounds import Round, prune_in_rounds
+from nni_topo.runs.choices import Cell, PrunerChoice, Target, changed_recipe
+from nni_topo.runs.provenance import Record, provenance
+from nni_topo.runs.run import Start, build_model, pruner_knobs
+from nni_topo.studies.analysis import (
+    connectivity,
+    critical_config_list,
+    neural_persistence,
+    overlap_bound,
+    tree_overlap,
+)
+from nni_topo.studies.analysis.deviation import share_kept
+from nni_topo.studies.analysis.layers import weight_layers
+from nni_topo.studies.analysis.rounds.report import markdown_overlap, markdown_rounds, overlap_figure, rounds_figure
+from nni_topo.studies.cells import start_of
+from nni_topo.studies.isolation import in_turn, isolated
+from nni_topo.studies.records import append_record, read_records
+from nni_topo.studies.study import DataVerb, Findings, Names, Study, Tell
+
+METHODS = {
+    "IMP": PrunerChoice("level", "IMP"),
+    "T-IMP": PrunerChoice("topological_magnitude", "T-IMP", {"on_subcritical": "clip"}),
+}
+"""NNI's magnitude pruner, and the one that keeps the trees; past the critical ratio it stays there."""
+_TYPES = ["Linear", "Conv2d"]
+SPARSITIES = (0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
+
+
+@dataclass(frozen=True)
+class RoundsCell:
+    """One run of the study."""
+
+    # its method is one of METHODS, its target the last round's, its recipes those of the training and of each round
+    cell: Cell
+    sparsities: tuple[float, ...] = SPARSITIES
+    rewind: bool = False  # a round's training then follows the recipe of the training
+    capped: bool = False  # no layer loses more weights than its channel tree spares: as many are kept as by T-IMP
+
+    @property
+    def training_key(self) -> str:
+        """Name of the trained network that the run begins with."""
+        return self.cell.training_key
+
+    @property
+    def key(self) -> str:
+        """Name of the run's record: equal settings, equal key."""
+        levels = ",".join(f"{level:g}" for level in self.sparsities)
+        return f"{self.cell.key} {levels}{' rewound' if self.rewind else ''}{' capped' if self.capped else ''}"
+
+    @property
+    def method(self) -> str:
+        """Row of the table."""
+        return self.cell.pruner.row + (" capped" if self.capped else "") + (", rewound" if self.rewind else "")
+
+
+@dataclass(frozen=True)
+class RoundsStudy(Findings):
+    """The records of all runs."""
+
+    stem = "rounds"
+    records: list[Record]
+
+    def figures(self) -> dict[str, Figure]:
+        """Return ``rounds`` and ``overlap``."""
+        return {"rounds": rounds_figure(self.records), "overlap": overlap_figure(self.records)}
+
+    def tables(self) -> Iterator[str]:
+        """Yield what the rounds left, and each linear layer's overlap with its bound, in Markdown."""
+        yield markdown_rounds(self.records)
+        yield markdown_overlap(self.records)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
+    """Prune by magnitude round by round, with and without the spanning trees.
+
+    "IMP capped" prunes by magnitude alone, but keeps as many weights of each layer as T-IMP.
+    """
+
+    methods: Names = ("IMP", "T-IMP", "IMP capped")  # of these
+    sparsities: tuple[float, ...] = SPARSITIES  # share of each layer gone after each round, rising, in (0, 1)
+    rewind: bool = False  # kept weights return to their initial values before each round's training
+    seeds: int = 1  # how many, at least 1
+    train_epochs: int | None = None  # None: the model's recipe
+    retrain_epochs: int = 2  # of each round that isn't rewound, at least 0
+    images: int | None = None  # test images used, at least 1; None: all
+    n_jobs: int = 1  # runs at a time, in processes of their own, at least 1; -1: one per core
+
+    def find(self, tell: Tell) -> RoundsStudy:
+        """Run what has no record in ``results.jsonl`` yet."""
+        check_integer("seeds", self.seeds, 1, self.place)
+
+        def announce(cell: RoundsCell, number: int, count: int) -> None:
+            tell(f"[{number}/{count}] seed {cell.cell.seed}: {cell.method}")
+
+        return RoundsStudy(run_rounds(list(self._cells()), self.out, n_jobs=self.n_jobs, announce=announce))
+
+    def show(self, found: RoundsStudy) -> Iterator[str]:
+        """Yield the tables."""
+        return found.tables()
+
+    def _cells(self) -> Iterator[RoundsCell]:
+        steps_to(self.sparsities)
+        changes = {} if self.train_epochs is None else {"epochs": self.train_epochs}
+        recipe = changed_recipe(zoo.default_recipe(self.model, self.data), changes)
+        for seed, method in itertools.product(range(self.seed, self.seed + self.seeds), self.methods):
+            name = method.removesuffix(" capped")
+            if name not in METHODS or method == "T-IMP capped":
+                raise unknown_name("a method", method, (*METHODS, "IMP capped"))
+            cell = Cell(
+                self.model_choice,
+                self.data_choice(self.images),
+                METHODS[name],
+                Target("ratio", self.sparsities[-1]),
+                seed,
+                train=recipe,
+                retrain=recipe.for_retraining(self.retrain_epochs),
+                device=self.device,
+            )
+            yield RoundsCell(cell, self.sparsities, self.rewind, capped=method != name)
+
+
+def run_rounds(cells: Sequence[RoundsCell], out: str | Path, *, n_jobs: int = 1, announce: Any = None) -> list[Record]:
+    """Run the cells that have no record in ``results.jsonl`` yet, and return all records in order.
+
+    With ``n_jobs`` other than 1 so many run at a time (-1: one per core), in processes of their own and on one thread
+    each. DataError names those that ended without a record, once all have ended; the same call tries them again.
+    """
+    check_jobs(n_jobs, "rounds")
+    out = Path(out)
+    with only_process(out, wait=False):
+        return _all_cells(cells, out, n_jobs, announce)
+
+
+def _all_cells(cells: Sequence[RoundsCell], out: Path, n_jobs: int, announce: Any) -> list[Record]:
+    done = {record["key"]: record for record in read_records(out / "results.jsonl", {"key": instance(str)})}
+    todo = {number: cell for number, cell in enumerate(cells, start=1) if cell.key not in done}
+
+    def tell(number: int) -> None:
+        if announce is not None:
+            announce(todo[number], number, len(cells))
+
+    jobs, failed = effective_n_jobs(n_jobs), []
+    run = run_rounds_cell
+    with closing(in_turn(todo, out, tell, run) if n_jobs == 1 else isolated(todo, out, jobs, tell, run)) as results:
+        for number, result in results:
+            if isinstance(result, str):
+                failed.append(f"{todo[number].method}, seed {todo[number].cell.seed}: {result}")
+                continue
+            append_record(out / "results.jsonl", result)
+            done[result["key"]] = result
+    if failed:
+        raise DataError(f"every run must end with a record, got none of {len(failed)}: {'; '.join(failed)} ({out})")
+    return [done[cell.key] for cell in cells]
+
+
+def run_rounds_cell(study: RoundsCell, out: Path) -> Record:
+    """Train, then prune and retrain round by round; return the record, accuracies and shares in [0, 1]."""
+    began = time.perf_counter()
+    cell = study.cell
+    start = start_of(cell, out)
+    nobody = TensorDataset(*(tensor[:0] for tensor in start.data.validation.tensors))
+    start = replace(start, data=replace(start.data, validation=nobody))  # epochs aren't watched here
+    net, data = start.net, start.data
+    record: Record = {
+        "key": study.key,
+        "model": cell.model.label,
+        "data": cell.data.name,
+        "images": len(data.train),
+        "method": study.method,
+        "seed": cell.seed,
+        "sparsities": list(study.sparsities),
+        "accuracy_before": start.accuracy,
+        "overlap": overlaps(net),
+        "persistence": neural_persistence(net, normalized=True).layers,
+        "persistence_untrained": neural_persistence(build_model(cell.model, data, cell.seed), normalized=True).layers,
+    }
+    record["rounds"] = _rounds(study, start)
+    record["seconds"] = time.perf_counter() - began
+    return {**record, **provenance()}
+
+
+def overlaps(net: nn.Module) -> dict[str, dict[str, float]]:
+    """Return each linear layer's share of tree weights among its largest, measured and bounded from below."""
+    return {
+        layer.name: {"measured": tree_overlap(layer.weight), "bound": overlap_bound(*layer.weight.shape)}
+        for layer in weight_layers(net)[0]
+        if layer.kind == "dense"
+    }
+
+
+def steps_to(sparsities: Sequence[float]) -> list[float]:
+    """Return the steps of :func:`~nni_topo.pruners.rounds.prune_in_rounds` through rising sparsities in (0, 1)."""
+    inside = all(0.0 < level < 1.0 for level in sparsities)
+    if not sparsities or not inside or sorted(set(sparsities)) != list(sparsities):
+        raise ConfigError(f"sparsities must be rising numbers in (0, 1), got {list(sparsities)} (study)")
+    # at a step s the share (1 - last) ** s of the weights is kept
+    last = math.log(1.0 - sparsities[-1])
+    return [math.log(1.0 - level) / last for level in sparsities[:-1]] + [1.0]
+
+
+def _rounds(study: RoundsCell, start: Start) -> list[Record]:
+    cell, net, last = study.cell, start.net, study.sparsities[-1]
+    initial = build_model(cell.model, start.data, cell.seed).to(start.device)
+    config = critical_config_list(net, last) if study.capped else [{"op_types": _TYPES, "sparse_ratio": last}]
+    knobs = {**pruner_knobs(cell.pruner.name, net, start, cell.pruner.calibration), **cell.pruner.knobs}
+    pruner = create_pruner(cell.pruner.name, net, config, **knobs)
+    recipe = cell.train if study.rewind else cell.retrain
+    rounds: list[Record] = []
+
+    def train() -> None:
+        zoo.train(net, start.data, recipe, seed=cell.seed, device=start.device)
+
+    def note(done: Round) -> None:
+        target = study.sparsities[done.index - 1]
+        rounds.append(_measured(pruner, start, initial) | {"target": target})
+
+    rewind = initial.state_dict() if study.rewind else None
+    prune_in_rounds(pruner, steps_to(study.sparsities), train, rewind=rewind, on_round=note)
+    return rounds
+
+
+def _measured(pruner: Pruner, start: Start, bare: nn.Module) -> Record:
+    """Measure a network in its wrappers; ``bare`` is one of the same architecture without."""
+    masks: Masks = pruner.get_masks()
+    found = connectivity(bare, start.example, masks)
+    return {
+        "accuracy": start.tested(start.net),
+        "kept": share_kept(masks),
+        "outputs_reached": found.outputs,
+        "channels_connected": found.channels,
+        "channels_reached": min(found.reached.values()),
+    }

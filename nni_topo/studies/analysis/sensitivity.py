@@ -1,0 +1,367 @@
+"""Sensitivity: accuracy against ratio with one layer, or one group of coupled layers, pruned at a time.
+
+NNI 2 had such a tool; NNI 3 dropped it. Layers that meet in an addition can only be pruned together, so they have one
+curve.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from joblib import Parallel, delayed
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import RenderableType
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from nni_topo import zoo
+from nni_topo.errors import ConfigError, DataError, check_jobs, check_result, checked, instance
+from nni_topo.network.layers import CONVOLUTIONS, check_names
+from nni_topo.network.runtime import INPUTS, MODEL, detached_copy, leaves_models_alone
+from nni_topo.network.speedup import Network, dependency_groups, masked_model
+from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
+from nni_topo.runs.run import pruner_knobs
+from nni_topo.studies.pictures import figure_of, finish, single
+from nni_topo.studies.study import Findings, Names, Tell, TrainedStudy
+from nni_topo.studies.tables import as_table
+
+_CALIBRATION = 512
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+Evaluate = Callable[[nn.Module], float]
+Progress = Callable[[str, float, float], None]
+Knobs = Mapping[str, Any] | Callable[[nn.Module], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class SensitivityCurve:
+    """One layer, or layers that lose the same channels.
+
+    Attributes
+    ----------
+    layers : tuple of str
+        Their names.
+    accuracy : dict of float to float
+        Score of the network with these layers alone pruned, by ratio; ratios behind an early stop are missing.
+    """
+
+    layers: tuple[str, ...]
+    accuracy: dict[float, float]
+
+    def highest_ratio(self, least: float) -> float:
+        """Return the highest measured ratio up to which the score never falls below ``least``; 0 if there is none."""
+        held = 0.0
+        for ratio, accuracy in sorted(self.accuracy.items()):
+            if accuracy < least:
+                break
+            held = ratio
+        return held
+
+
+@dataclass(frozen=True)
+class Sensitivity(Findings):
+    """What :func:`sensitivity` found.
+
+    Attributes
+    ----------
+    pruner, knobs : str, dict
+        The pruner's registered name and its knobs.
+    baseline : float
+        Score of the unpruned network.
+    curves : list of SensitivityCurve
+        In network order.
+    budget : float
+        Score that the suggestion may cost.
+    suggested : list of dict
+        A config_list with one ratio per curve that was affordable.
+    suggested_accuracy : float
+        Score, measured, of the network pruned by it, all layers at once, without retraining.
+    """
+
+    stem, unwritten = "sensitivity", ("knobs",)
+    pruner: str
+    knobs: dict[str, Any]
+    baseline: float
+    curves: list[SensitivityCurve]
+    budget: float
+    suggested: list[dict[str, Any]] = field(default_factory=list)
+    suggested_accuracy: float = math.nan
+
+    def figures(self) -> dict[str, Figure]:
+        """Return ``sensitivity``, see :func:`plot_sensitivity`."""
+        return {"sensitivity": figure_of(plot_sensitivity(self))}
+
+    def texts(self) -> dict[str, str]:
+        """Return ``suggested.yaml``, for ``nni-topo prune``."""
+        head = (
+            f"# All ratios together score {self.suggested_accuracy:.4f} of {self.baseline:.4f} before retraining "
+            f"(budget {self.budget:g}).\n# Run with nni-topo prune --config THIS.\n"
+        )
+        plain = {name: value for name, value in self.knobs.items() if isinstance(value, (str, int, float, bool))}
+        content: dict[str, Any] = {"pruner": self.pruner, "knobs": plain, "config_list": self.suggested}
+        if isinstance(self.knobs.get("calibration"), list):
+            content["calibration"] = sum(len(batch) for batch in self.knobs["calibration"])
+        return {"suggested.yaml": head + yaml.safe_dump(content, sort_keys=False)}
+
+
+@checked(model=MODEL, example_inputs=INPUTS)
+@leaves_models_alone
+def sensitivity(
+    model: nn.Module,
+    example_inputs: Any,
+    evaluate: Evaluate,
+    ratios: Sequence[float] = RATIOS,
+    pruner: str = "l1",
+    *,
+    layers: Sequence[str] | None = None,
+    knobs: Knobs | None = None,
+    budget: float = 0.01,
+    stop_drop: float | None = None,
+    on_progress: Progress | None = None,
+    n_jobs: int = 1,
+) -> Sensitivity:
+    """Prune one layer or dependency group at a time and measure; suggest a ratio for each.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Trained model. It isn't changed.
+    example_inputs : Tensor, tuple, list or mapping of str to Any
+        Inputs of the model.
+    evaluate : callable
+        Returns a model's score, larger = better; an accuracy in [0, 1] on validation data.
+    ratios : sequence of float, default=(0.1, 0.2, ..., 0.9)
+        In (0, 1); measured in rising order.
+    pruner : str, default="l1"
+        Any registered pruner that takes a ``sparse_ratio``.
+    layers : sequence of str or None, default=None
+        Names. None: all convolutions and linear layers, for pruners of whole channels without those that give the
+        model's output.
+    knobs : mapping, callable or None, default=None
+        The pruner's own arguments, or a function that returns them for each copy of the model before it is pruned, as
+        NNI's evaluators are made for one; ``example_inputs`` is added where the pruner takes it.
+    budget : float, default=0.01
+        Score that the suggestion may cost, all layers pruned at once, at least 0.
+    stop_drop : float or None, default=None
+        A curve ends once its score is more than this below the baseline. None: never.
+    on_progress : callable or None, default=None
+        Called with the layers' names (joined by ``+``), the ratio and the score of each measurement, curve by curve.
+    n_jobs : int, default=1
+        Curves measured at a time, as joblib's ``n_jobs``: in processes of their own, to which all of this is pickled.
+
+    Returns
+    -------
+    Sensitivity
+
+    Raises
+    ------
+    ConfigError
+        If a ratio, a name or the budget can't be used.
+    DataError
+        If a score isn't finite.
+
+    Notes
+    -----
+    The suggestion begins with one tolerance for all layers: each gets the highest ratio that costs at most so much
+    alone. The largest tolerance whose *joint* cost, which is measured, meets the budget is found by bisection. What is
+    left of the budget goes to single layers, a step at a time, the one that costs least alone first, as long as the
+    joint cost, measured anew, meets it. Cost: one pruning and one evaluation per curve and ratio, six or so for the
+    bisection, and one per step and per curve behind it.
+    """
+    ratios = sorted(set(map(float, ratios)))
+    if not ratios or not all(0.0 < ratio < 1.0 for ratio in ratios):
+        raise ConfigError(f"ratios must be one or more numbers in (0, 1), got {ratios} (sensitivity)")
+    if not budget >= 0.0 or (stop_drop is not None and not stop_drop >= 0.0):
+        raise ConfigError(f"budget and stop_drop must be at least 0, got {budget} and {stop_drop} (sensitivity)")
+    check_jobs(n_jobs, "sensitivity")
+    trial = _Trial(model, example_inputs, evaluate, pruner, {} if knobs is None else knobs)
+    baseline = trial.score(model)
+    least = -math.inf if stop_drop is None else baseline - stop_drop
+    tasks = (delayed(trial.curve)(names, ratios, least) for names in trial.groups(layers))
+    curves: list[SensitivityCurve] = []
+    for curve in Parallel(n_jobs=n_jobs, return_as="generator")(tasks):
+        curves.append(curve)
+        if on_progress is not None:
+            for ratio, accuracy in curve.accuracy.items():
+                on_progress("+".join(curve.layers), ratio, accuracy)
+    chosen, joint = _suggestion(trial, curves, baseline, budget)
+    suggested = [{"op_names": list(names), "sparse_ratio": ratio} for names, ratio in chosen.items()]
+    return Sensitivity(pruner, trial.knobs, baseline, curves, budget, suggested, joint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
+    """Measure accuracy with one layer pruned at a time, and suggest a ratio for each."""
+
+    pruner: str = "l1"  # any registered pruner
+    ratios: tuple[float, ...] = RATIOS  # of each layer, in (0, 1)
+    layers: Names = ()  # names of layers; none: all that can be pruned
+    budget: float = 0.01  # accuracy the suggestion may cost, at least 0
+    stop_drop: float | None = None  # end a curve so far below the baseline; None: never
+    calibration: int | None = None  # training images for the pruner; None: 512 where it needs them
+    images: int | None = None  # validation images used; None: all
+    n_jobs: int = 1  # curves measured at a time, at least 1; -1: one per core
+
+    def find(self, tell: Tell) -> Sensitivity:
+        """Prune copies of a trained model and judge them on validation images."""
+        start = self.start()
+        needs = any("calibration" in need for need in pruner_info(self.pruner).needs)
+        calibration = _CALIBRATION * needs if self.calibration is None else self.calibration
+        watched = TensorDataset(*start.data.validation[: self.images])
+        return sensitivity(
+            start.net,
+            start.example,
+            lambda pruned: zoo.evaluate(pruned, watched, device=start.device),
+            self.ratios,
+            self.pruner,
+            layers=self.layers or None,
+            knobs=lambda victim: pruner_knobs(self.pruner, victim, start, calibration),
+            budget=self.budget,
+            stop_drop=self.stop_drop,
+            on_progress=lambda layers, ratio, accuracy: tell(f"{layers} at {ratio:g}: {100 * accuracy:.1f} %"),
+            n_jobs=self.n_jobs,
+        )
+
+    def show(self, found: Sensitivity) -> Iterator[RenderableType]:
+        """Yield a row per curve, and the suggestion."""
+        ratios = sorted({ratio for curve in found.curves for ratio in curve.accuracy})
+        chosen = {tuple(entry["op_names"]): f"{entry['sparse_ratio']:g}" for entry in found.suggested}
+        head = ("layers", *(f"{ratio:g}" for ratio in ratios), "suggested")
+        rows = []
+        for curve in found.curves:
+            shown = [f"{100 * curve.accuracy[ratio]:.1f}" if ratio in curve.accuracy else "" for ratio in ratios]
+            rows.append([" + ".join(curve.layers), *shown, chosen.get(curve.layers, "0")])
+        yield as_table(f"sensitivity of {self.model}, {self.pruner}, validation accuracy in %", head, rows)
+        before, after = 100 * found.baseline, 100 * found.suggested_accuracy
+        yield f"unpruned {before:.1f} %, all suggested ratios at once {after:.1f} %, without retraining"
+
+
+@checked()
+def plot_sensitivity(found: Sensitivity) -> Axes:
+    """Draw a curve per layer, the baseline and the budget; nothing is shown or written."""
+    _, axis = single(7.0, 4.5)
+    for index, curve in enumerate(found.curves):
+        points = sorted({0.0: found.baseline, **curve.accuracy}.items())
+        style = ("-", "--", ":")[index // 10 % 3]
+        axis.plot(*zip(*points, strict=True), f".{style}", color=f"C{index % 10}", label="+".join(curve.layers))
+    axis.axhline(found.baseline - found.budget, color="0.5", linewidth=0.8, label="budget")
+    what, columns = f"sensitivity, {found.pruner}", 1 + len(found.curves) // 14
+    finish(axis, "sparse_ratio of these layers alone", "score", columns=columns, title=what)
+    return axis
+
+
+class _Trial:
+    """Prunes copies of a model and scores them."""
+
+    def __init__(self, model: nn.Module, example_inputs: Any, evaluate: Evaluate, pruner: str, knobs: Knobs) -> None:
+        self.model, self.example_inputs, self.evaluate, self.pruner = model, example_inputs, evaluate, pruner
+        self.info = pruner_info(pruner)
+        self._knobs = knobs
+        self.knobs: dict[str, Any] = {}
+        if isinstance(knobs, Mapping):
+            check_knob_names(pruner, knobs)
+            self.knobs = dict(knobs)
+
+    def groups(self, layers: Sequence[str] | None) -> list[tuple[str, ...]]:
+        """Return the layers, those that lose the same channels together."""
+        entry: dict[str, Any] = {"op_names": self._all_layers() if layers is None else list(layers)}
+        check_names(self.model, [entry])
+        if not self.info.structured:
+            return [(name,) for name in entry["op_names"]]
+        tied: dict[str, list[str]] = {}
+        for config in dependency_groups(self.model, self.example_inputs, [{**entry, "sparse_ratio": 0.5}]):
+            (name,) = config["op_names"]
+            tied.setdefault(config.get("dependency_group_id", name), []).append(name)
+        return [tuple(names) for names in tied.values()]
+
+    def curve(self, names: tuple[str, ...], ratios: Sequence[float], least: float) -> SensitivityCurve:
+        """Return the scores of copies with some layers pruned, in the ratios' order, until one is below ``least``."""
+        accuracy: dict[float, float] = {}
+        for ratio in ratios:
+            accuracy[ratio] = self.pruned({names: ratio})
+            if accuracy[ratio] < least:
+                break
+        return SensitivityCurve(names, accuracy)
+
+    def pruned(self, ratios: Mapping[tuple[str, ...], float]) -> float:
+        """Return the score of a copy with these layers pruned."""
+        config: list[dict[str, Any]] = [{"op_names": list(n), "sparse_ratio": ratio} for n, ratio in ratios.items()]
+        if self.info.structured:
+            config = dependency_groups(self.model, self.example_inputs, config)
+        victim = detached_copy(self.model)
+        if not isinstance(self._knobs, Mapping):
+            made = self._knobs(victim)
+            instance(Mapping).check("what knobs returns", made, "sensitivity")
+            self.knobs = dict(made)
+        knobs = dict(self.knobs)
+        if "example_inputs" in self.info.knobs():
+            knobs.setdefault("example_inputs", self.example_inputs)
+        pruner = create_pruner(self.pruner, victim, config, **knobs)
+        _, masks = pruner.compress()
+        pruner.unwrap_model()
+        return self.score(masked_model(victim, self.example_inputs, masks))
+
+    def score(self, model: nn.Module) -> float:
+        """Return a model's score."""
+        score = check_result("evaluate", self.evaluate(model), "sensitivity")
+        if not math.isfinite(score):
+            raise DataError(f"an evaluation must return a finite number, got {score} (sensitivity)")
+        return score
+
+    def _all_layers(self) -> list[str]:
+        flow = Network.on(self.model, self.example_inputs).flow
+        return [
+            name
+            for name in flow.layers
+            if isinstance(self.model.get_submodule(name), (nn.Linear, *CONVOLUTIONS))
+            and not (self.info.structured and flow.reaches_output(name))
+        ]
+
+
+def _suggestion(
+    trial: _Trial, curves: list[SensitivityCurve], baseline: float, budget: float
+) -> tuple[dict[tuple[str, ...], float], float]:
+    """Return ratios that together stay within the budget, and their joint score.
+
+    First one tolerance for all layers, the largest that does; then single layers go on, the next step that costs least
+    alone first, and a layer whose step is too much for all together stays where it is.
+    """
+    drops = {baseline - accuracy for curve in curves for accuracy in curve.accuracy.values()}
+    tolerances = sorted(drop for drop in {0.0, *drops} if drop <= budget)
+    best, joint = dict[tuple[str, ...], float](), baseline
+    low, high = 0, len(tolerances)
+    while low < high:
+        middle = (low + high) // 2
+        # Half an ulp of an accuracy must not decide.
+        least = baseline - tolerances[middle] - 1e-12
+        ratios = {curve.layers: ratio for curve in curves if (ratio := curve.highest_ratio(least)) > 0.0}
+        score = trial.pruned(ratios) if ratios else baseline
+        if score >= baseline - budget - 1e-12:
+            best, joint, low = ratios, score, middle + 1
+        else:
+            high = middle
+    going = list(curves)
+    while going:
+        steps = {index: _next_ratio(curve, best) for index, curve in enumerate(going)}
+        costs = {index: baseline - going[index].accuracy[ratio] for index, ratio in steps.items() if ratio is not None}
+        if not costs:
+            break
+        index = min(costs, key=costs.__getitem__)
+        curve = going.pop(index)
+        if costs[index] > budget + 1e-12:
+            continue
+        tried = {**best, curve.layers: float(steps[index] or 0.0)}
+        score = trial.pruned(tried)
+        if score >= baseline - budget - 1e-12:
+            best, joint = tried, score
+            going.insert(index, curve)
+    return {curve.layers: best[curve.layers] for curve in curves if curve.layers in best}, joint
+
+
+def _next_ratio(curve: SensitivityCurve, chosen: Mapping[tuple[str, ...], float]) -> float | None:
+    """Return the lowest measured ratio above the chosen one; None if there is none."""
+    return min((ratio for ratio in curve.accuracy if ratio > chosen.get(curve.layers, 0.0)), default=None)

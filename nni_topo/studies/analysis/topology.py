@@ -1,0 +1,277 @@
+"""What a pruning does to the topology of each layer: diagrams before and after, death curves, the search's progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from rich.console import RenderableType
+from torch import nn
+
+from nni_topo.errors import ConfigError, checked
+from nni_topo.maths import topology
+from nni_topo.maths.search.subsets import Generation
+from nni_topo.network.runtime import CONFIG_LIST, MODEL, detached_copy, leaves_models_alone
+from nni_topo.network.speedup import dependency_groups
+from nni_topo.pruners.budget import Budget
+from nni_topo.pruners.hooks import Masks
+from nni_topo.pruners.topological.pruner import TopologicalPruner
+from nni_topo.pruners.units import PruningUnit
+from nni_topo.runs.choices import Target
+from nni_topo.runs.run import pruner_knobs
+from nni_topo.runs.widths import inner_layers
+from nni_topo.studies.pictures import finish, panels, single
+from nni_topo.studies.study import Findings, Tell, TrainedStudy
+from nni_topo.studies.tables import as_table
+
+FloatArray = NDArray[np.float64]
+_MOST_PANELS = 12
+_DEGREE_COLORS = ("C0", "C1", "C2", "C3")
+
+
+@dataclass(frozen=True)
+class LayerTopology:
+    """Topology of one unit (a layer, or a dependency group as one joint cloud) before and after pruning.
+
+    Attributes
+    ----------
+    name : str
+        The unit's targets.
+    points, kept : int
+        Blocks before and after.
+    share : float
+        Of the blocks that is kept, in (0, 1].
+    deaths : ndarray of float64, shape (points,)
+        H0 death times of the cloud with the origin, descending, in units of their mean.
+    tolerance : float
+        Half the longest death time that is lost, in units of the mean: the ``sparse_threshold`` just above it gives the
+        same number of blocks. 0 if none is lost. A topological allocation gives all layers nearly the same.
+    diagrams_before, diagrams_after : dict of int to ndarray, shape (bars, 2)
+        Finite bars, births and deaths, by degree.
+    bottleneck : dict of int to float
+        Distance of the two diagrams by degree, infinite bars left out.
+    hausdorff : float
+        Largest distance of a point to the nearest kept one, the origin counted as kept.
+    trace : list of Generation
+        The genetic algorithm's progress; empty for the greedy solver.
+    """
+
+    name: str
+    points: int
+    kept: int
+    share: float
+    deaths: FloatArray
+    tolerance: float
+    diagrams_before: dict[int, FloatArray]
+    diagrams_after: dict[int, FloatArray]
+    bottleneck: dict[int, float]
+    hausdorff: float
+    trace: list[Generation]
+
+
+@dataclass(frozen=True)
+class TopologyStudy(Findings):
+    """The layers of a pruned network, in its order."""
+
+    stem, unwritten = "topology", ("masks",)
+    layers: list[LayerTopology]
+    masks: Masks
+
+    def figures(self) -> dict[str, Figure]:
+        """Return the pictures ``deaths``, ``allocation``, ``diagrams``, ``barcodes`` and ``search``.
+
+        ``deaths`` and ``allocation`` have all layers, what they can spare and how many blocks they keep; the others the
+        layers with the most points, twelve at most. ``search``, the genetic algorithm's progress, isn't there where
+        there was none.
+        """
+        most = sorted(self.layers, key=lambda layer: -layer.points)[:_MOST_PANELS]
+        drawn = [layer for layer in self.layers if layer in most]
+        searched = [layer for layer in drawn if layer.trace]
+        return {
+            "deaths": _death_curves(self.layers),
+            "allocation": _allocation(self.layers),
+            "diagrams": _panels(drawn, _draw_diagram),
+            "barcodes": _panels(drawn, _draw_barcode),
+            **({"search": _panels(searched, _draw_trace)} if searched else {}),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeTopology(TrainedStudy[TopologyStudy]):
+    """Compare the clouds of a model's layers before and after topological pruning: diagrams, death curves, search."""
+
+    ratio: float = 0.5  # sparse_ratio of every layer, in [0, 1)
+    flops: float | None = None  # instead: share of the MACs to be left, in (0, 1], dealt out by death times
+    degrees: tuple[int, ...] = (0, 1)  # of homology, each from 0
+    calibration: int = 0  # training images for the functional cloud; 0: the weights
+
+    def find(self, tell: Tell) -> TopologyStudy:
+        """Prune a copy of a trained model."""
+        target = Target("ratio", self.ratio) if self.flops is None else Target("flops", self.flops)
+        start = self.start()
+        knobs = pruner_knobs("topological", start.net, start, self.calibration)
+        entry: dict[str, Any] = {"op_names": inner_layers(start.net, start.example)}
+        if target.kind == "flops":
+            # death times deal out a share of the MACs
+            knobs["budget"] = Budget(flops=target.value, allocation="topological")
+        else:
+            entry["sparse_ratio"] = target.value
+        config_list = dependency_groups(start.net, start.example, [entry])
+        return study_topology(start.net, config_list, degrees=self.degrees, **knobs)
+
+    def show(self, found: TopologyStudy) -> Iterator[RenderableType]:
+        """Yield a row per layer: points before and after, distances of the diagrams, Hausdorff distance."""
+        head = ("layer", "points", "kept", *(f"bottleneck H{degree}" for degree in self.degrees), "Hausdorff")
+        rows = [
+            (
+                layer.name,
+                str(layer.points),
+                str(layer.kept),
+                *(f"{distance:.4f}" for distance in (*layer.bottleneck.values(), layer.hausdorff)),
+            )
+            for layer in found.layers
+        ]
+        yield as_table(f"topology of {self.model}", head, rows)
+
+
+@checked(model=MODEL, config_list=CONFIG_LIST)
+@leaves_models_alone
+def study_topology(
+    model: nn.Module, config_list: list[dict[str, Any]], *, degrees: tuple[int, ...] = (0, 1), **knobs: Any
+) -> TopologyStudy:
+    """Prune a copy of a model by :class:`~nni_topo.TopologicalPruner` and compare the layers' clouds.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model; it isn't changed.
+    config_list : list of dict
+        NNI's config_list.
+    degrees : tuple of int, default=(0, 1)
+        Degrees of the diagrams, each from 0.
+    **knobs
+        The pruner's own.
+
+    Returns
+    -------
+    TopologyStudy
+
+    Raises
+    ------
+    ConfigError, DataError
+        As the pruner does; also if ``degrees`` is empty or negative.
+    """
+    if not len(degrees) or any(isinstance(d, bool) or not isinstance(d, int) or d < 0 for d in degrees):
+        raise ConfigError(f"degrees must be one or more integers from 0, got {degrees!r} (study_topology)")
+    pruner = TopologicalPruner(detached_copy(model), config_list, **knobs)
+    data = pruner._collect_data()
+    masks = pruner._generate_sparsity(pruner._calculate_metrics(data))
+    layers = []
+    for unit in pruner.context.units:
+        points = np.concatenate([data[module][target].numpy() for module, target in unit.members], axis=1)
+        module_name, target_name = unit.members[0]
+        mask = masks[module_name][target_name]
+        kept = mask.reshape(unit.blocks, -1)[:, 0].bool().numpy()
+        layers.append(_layer(unit, points, kept, degrees, pruner.trace.get(unit.name, [])))
+    return TopologyStudy(layers, masks)
+
+
+def _layer(
+    unit: PruningUnit, points: FloatArray, kept: NDArray[np.bool_], degrees: Sequence[int], trace: list[Generation]
+) -> LayerTopology:
+    distances = topology.pairwise_distances(topology.with_origin(points))
+    stays = np.append(kept, True)
+    deaths = topology.h0_deaths(distances)
+    before, after = (
+        {degree: topology.rips_diagram(distances=cloud, dimension=degree, keep_infinite=False) for degree in degrees}
+        for cloud in (distances, distances[np.ix_(stays, stays)])
+    )
+    mean = deaths.mean()
+    deaths = deaths / mean if mean > 0 else deaths
+    count = int(kept.sum())
+    return LayerTopology(
+        name=unit.name,
+        points=unit.blocks,
+        kept=count,
+        share=count / unit.blocks,
+        deaths=deaths,
+        tolerance=float(deaths[count] / 2.0) if count < unit.blocks else 0.0,
+        diagrams_before=before,
+        diagrams_after=after,
+        bottleneck={d: topology.bottleneck_distance(before[d], after[d]) for d in degrees},
+        hausdorff=float(topology.hausdorff_to_subset(distances, stays[None])[0]),
+        trace=trace,
+    )
+
+
+def _death_curves(layers: list[LayerTopology]) -> Figure:
+    """Death times against the share of points, with a dot where each layer is cut."""
+    figure, axis = single(7.5, 4.5)
+    for index, layer in enumerate(layers):
+        color, share = f"C{index % 10}", np.arange(1, layer.points + 1) / layer.points
+        axis.plot(share, layer.deaths, color=color, label=_short(layer.name))
+        axis.plot(layer.share, layer.deaths[layer.kept - 1], "o", color=color)
+    title = "what each layer can spare (dots: where it is cut)"
+    labels = "share of the points kept", "H0 death time / layer's mean"
+    finish(axis, *labels, columns=1 + len(layers) // 12, title=title)
+    return figure
+
+
+def _allocation(layers: list[LayerTopology]) -> Figure:
+    """Blocks of every layer before and after, with the tolerance that its death times put on that cut."""
+    figure, axis = single(7.5, 1.2 + 0.28 * len(layers))
+    places = np.arange(len(layers))
+    axis.barh(places, [layer.points for layer in layers], color="C0", alpha=0.3, label="before")
+    bars = axis.barh(places, [layer.kept for layer in layers], color="C0", label="after")
+    notes = [f"{layer.share:.0%}, tolerance {layer.tolerance:.2f}" for layer in layers]
+    axis.bar_label(bars, notes, fontsize="x-small", padding=3)
+    axis.set_yticks(places, [_short(layer.name) for layer in layers], fontsize="x-small")
+    axis.invert_yaxis()
+    finish(axis, "blocks", title="how many stay (tolerance: half the longest lost death time / mean)")
+    return figure
+
+
+def _panels(layers: list[LayerTopology], draw: Callable[[Axes, LayerTopology], None]) -> Figure:
+    titled = ((f"{_short(layer.name)}: {layer.points} to {layer.kept}", layer) for layer in layers)
+    return panels(titled, draw, size=(3.2, 2.8), columns=4)
+
+
+def _draw_diagram(axis: Axes, layer: LayerTopology) -> None:
+    for degree, before in layer.diagrams_before.items():
+        color, after = _DEGREE_COLORS[degree % 4], layer.diagrams_after[degree]
+        axis.plot(before[:, 0], before[:, 1], "o", color=color, markerfacecolor="none", label=f"H{degree} before")
+        axis.plot(after[:, 0], after[:, 1], ".", color=color, label=f"H{degree} after")
+    limit = max((bars[:, 1].max() for bars in layer.diagrams_before.values() if len(bars)), default=1.0)
+    axis.plot([0, limit], [0, limit], "k-", linewidth=0.5)
+    finish(axis, "birth", "death")
+
+
+def _draw_barcode(axis: Axes, layer: LayerTopology) -> None:
+    height = 0
+    for side, diagrams in (("before", layer.diagrams_before), ("after", layer.diagrams_after)):
+        for degree, bars in diagrams.items():
+            ordered = bars[np.argsort(bars[:, 1])]
+            heights = height + np.arange(len(ordered))
+            alpha = 0.45 if side == "before" else 1.0
+            axis.hlines(heights, ordered[:, 0], ordered[:, 1], color=_DEGREE_COLORS[degree % 4], alpha=alpha)
+            height += len(ordered) + 1
+        axis.axhline(height, color="black", linewidth=0.5)
+    axis.set(xlabel="scale (pale: before, full: after)", yticks=[])
+
+
+def _draw_trace(axis: Axes, layer: LayerTopology) -> None:
+    axis.plot([generation.best for generation in layer.trace], label="best")
+    axis.plot([generation.mean for generation in layer.trace], label="mean")
+    finish(axis, "generation", "fitness")
+
+
+def _short(name: str) -> str:
+    """First target of a unit, and how many more there are."""
+    first, *others = name.split("+")
+    first = first.removesuffix(".weight")
+    return f"{first} +{len(others)}" if others else first

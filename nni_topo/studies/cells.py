@@ -1,0 +1,183 @@
+"""One cell of a comparison: its stages in turn, and the record of what was measured."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from nni_topo.disk import only_process, read_json, write_json
+from nni_topo.pruners.hooks import Masks
+from nni_topo.pruners.registry import pruner_info
+from nni_topo.recovery import recalibrate_batch_norm
+from nni_topo.runs.choices import Cell
+from nni_topo.runs.provenance import Record, provenance
+from nni_topo.runs.run import (
+    WHOLE_CHANNELS,
+    Pruned,
+    Start,
+    budget_facts,
+    costs,
+    distilled,
+    latencies,
+    made_dense,
+    prune_to_ratios,
+    retrain,
+    trained,
+)
+from nni_topo.runs.widths import layer_ratios
+from nni_topo.studies.baselines import is_rival, rival_masks
+from nni_topo.studies.plan import SCRATCH
+
+_RECALIBRATION_IMAGES = 1024
+
+
+class Trained(Protocol):
+    """What begins with a trained network, which is kept in the run's folder by this key."""
+
+    @property
+    def training_key(self) -> str:
+        """Equal networks, equal key."""
+
+
+def run_cell(cell: Cell, out: Path) -> Record:
+    """Run a cell, its trained network in the ``checkpoints`` of a comparison's folder, and return its record."""
+    began = time.perf_counter()
+    # latencies are those of one thread, whatever the machine
+    torch.set_num_threads(1)
+    start = start_of(cell, out)
+    ratios = shared_ratios(cell, start, out)
+    pruned = pruned_cell(cell, start, ratios)
+    cutting = time.perf_counter()
+    dense, _ = made_dense(start, pruned.masks)
+    # accuracies in [0, 1] on the test images, seconds, bytes; latencies are median milliseconds of a batch
+    record = {
+        **cell_facts(cell),
+        "sparse_ratios": ratios,
+        **costs(start, dense),
+        "accuracy_before": start.accuracy,
+        **(start.figures(start.net, "before") if start.data.is_text else {}),
+        "prune_seconds": pruned.seconds,
+        "speedup_seconds": time.perf_counter() - cutting,
+        **latencies(start, dense),
+    }
+    if cell.target.kind != "ratio":
+        record |= budget_facts(start, dense, cell.target, record, why_missed(cell, pruned))
+    if cell.pruner.name == SCRATCH:
+        dense, recipe = with_new_weights(dense, cell.seed), cell.train
+    else:
+        dense, recipe = _recovered(cell, start, pruned.masks, dense, record), cell.retrain
+    if recipe.epochs:
+        curve = [start.validated(dense)] if len(start.data.validation) else []
+        log = retrain(dense, start.data, recipe, seed=cell.seed)
+        record["retrain_seconds"] = log.seconds
+        if curve:
+            record["validation_before"] = start.validation_accuracy
+            record["curve"] = [*curve, *(epoch.validation_accuracy for epoch in log.epochs)]
+        record |= start.figures(dense, "retrained")
+    record["peak_memory_bytes"] = _peak_memory()
+    record["seconds"] = time.perf_counter() - began
+    return {**record, **provenance()}
+
+
+def start_of(cell: Cell, out: Path) -> Start:
+    """Return a cell's trained network; all cells of a model, data set, recipe and seed share it."""
+    folder = checkpoint(cell, out).parent
+    return trained(cell.model, cell.data, recipe=cell.train, folder=folder, seed=cell.seed, device=cell.device)
+
+
+def checkpoint(cell: Trained, out: Path) -> Path:
+    """Return the file of a cell's trained network."""
+    return out / "checkpoints" / f"{cell.training_key}.pt"
+
+
+def cell_facts(cell: Cell) -> Record:
+    """Return what every record says of its cell."""
+    return {
+        "key": cell.key,
+        "pruner": cell.pruner.row,
+        "pruner_name": cell.pruner.name,
+        "seed": cell.seed,
+        "model": cell.model.label,
+        "data": cell.data.name,
+        "target": cell.target.label,
+    }
+
+
+def shared_ratios(cell: Cell, start: Start, out: Path) -> dict[str, float]:
+    """Return every layer's ``sparse_ratio``; those solved for a budget are kept in ``ratios.json``."""
+    path = out / "ratios.json"
+    # they depend on the architecture alone: all seeds and pruners share them
+    key = f"{cell.model.label}, {tuple(start.example.shape[1:])}, {cell.target.label}"
+    with only_process(checkpoint(cell, out).parent):  # the folder itself is held by the comparison
+        known = read_json(path) or {}
+        if key not in known:
+            example = start.timed if cell.target.kind == "latency" else start.example
+            known[key] = layer_ratios(start.net, example, cell.target)
+            write_json(path, known, sort=False)
+    return dict(known[key])
+
+
+def pruned_cell(cell: Cell, start: Start, ratios: dict[str, float]) -> Pruned:
+    """Run a cell's pruner, or a baseline from outside, with a ratio for every layer."""
+    choice = cell.pruner
+    if is_rival(choice.name):
+        return Pruned(*rival_masks(choice.name, start.net, start.example, ratios))
+    if choice.name == SCRATCH:  # of the network only the widths are used
+        choice = replace(choice, name="random")
+    return prune_to_ratios(start, choice, cell.target, ratios)
+
+
+def why_missed(cell: Cell, pruned: Pruned) -> str:
+    """Say why the network may be far from the budget of a cell, whose widths all of its pruners share."""
+    name = cell.pruner.name
+    if pruned.budget is not None:
+        return pruned.budget.why or "the dense network keeps other channels than were counted"
+    if name != SCRATCH and not is_rival(name) and not pruner_info(name).structured:
+        return "the pruner removes single weights and no channels"
+    return WHOLE_CHANNELS
+
+
+def with_new_weights(model: nn.Module, seed: int) -> nn.Module:
+    """Return a copy of a model with newly drawn weights."""
+    fresh = copy.deepcopy(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for module in fresh.modules():
+            reset: Any = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+    return fresh
+
+
+def _recovered(cell: Cell, start: Start, masks: Masks, dense: nn.Module, record: Record) -> nn.Module:
+    """Measure a pruned network as it is, with batch norms re-calibrated, and recovered as asked for; return this."""
+    record |= start.figures(dense, "oneshot")
+    images = start.images(_RECALIBRATION_IMAGES)
+    record["accuracy_recalibrated"] = start.tested(recalibrate_batch_norm(dense, images))
+    if cell.compensate is not None:
+        dense, report = made_dense(start, masks, cell.compensate)
+        record |= start.figures(dense, "compensated")
+        record["compensate_seconds"] = None if report is None else report.seconds
+    if cell.distill is not None:
+        found = distilled(start, dense, cell.distill)
+        dense = found.model
+        record |= start.figures(dense, "distilled")
+        record["distill_seconds"] = found.seconds
+    return dense
+
+
+def _peak_memory() -> int | None:
+    """Largest resident memory of this process so far, in bytes; None where the system doesn't say."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,124 @@
+"""Run a plan so that it can be killed anywhere and goes on where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from joblib import effective_n_jobs
+
+from nni_topo.disk import only_process, write_json
+from nni_topo.errors import ConfigError, instance
+from nni_topo.pruners.registry import check_knob_names
+from nni_topo.runs.choices import Cell
+from nni_topo.runs.provenance import Record
+from nni_topo.runs.run import load_model_data, resolve_device
+from nni_topo.studies.baselines import is_rival
+from nni_topo.studies.cells import run_cell
+from nni_topo.studies.isolation import in_turn, isolated
+from nni_topo.studies.plan import SCRATCH, Plan
+from nni_topo.studies.records import COMPARED, append_record, read_records
+from nni_topo.studies.report import write_report
+from nni_topo.studies.tables import markdown_report
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class RunFailure:
+    """A cell that ended without a record, and why."""
+
+    cell: Cell
+    reason: str
+
+
+class Comparison(NamedTuple):
+    """What a comparison found; its ``repr`` is the tables, in Markdown."""
+
+    records: list[Record]  # of the plan's cells that ran, in its order
+    failures: list[RunFailure]  # cells that raised or were killed; the same command tries them again
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return the records as a table, one row each, what is nested as columns with dots in their names."""
+        import pandas
+
+        return pandas.json_normalize(self.records)
+
+    def __repr__(self) -> str:
+        failed = [f"failed: {each.cell.pruner.row}, seed {each.cell.seed}" for each in self.failures]
+        return "\n".join([markdown_report(self.records), *failed])
+
+
+def compare(
+    plan: Plan,
+    out: str | Path,
+    *,
+    isolate: bool = True,
+    on_cell: Callable[[Cell, int, int], None] | None = None,
+) -> Comparison:
+    """Run the cells of a plan that have no record yet; return all records, in the plan's order, and the failed cells.
+
+    The folder gets a line per finished cell in ``results.jsonl``, all records at the end in ``results.json``, the
+    plan, ``report.html`` and the trained models. With ``isolate`` each cell has a process of its own: its memory is
+    given back, a crash ends one cell only, and the plan's ``n_jobs`` of them run at a time. ``on_cell`` is called with
+    each cell, its number from 1 and their number before it runs. ConfigError if a name, a knob or the device is
+    unknown, or the folder holds another comparison's records; DataError if the data can't be read, or another run is at
+    work in the folder.
+    """
+    if not isolate and plan.n_jobs != 1:
+        raise ConfigError(f"cells that share a process must run one by one, got n_jobs {plan.n_jobs} (compare)")
+    out = Path(out)
+    cells = list(plan.cells())
+    _check_choices(cells)
+    with only_process(out, wait=False):
+        return _all_cells(plan, cells, out, isolate, on_cell)
+
+
+def _all_cells(
+    plan: Plan, cells: list[Cell], out: Path, isolate: bool, on_cell: Callable[[Cell, int, int], None] | None
+) -> Comparison:
+    done = {record["key"]: record for record in read_records(out / "results.jsonl", {"key": instance(str), **COMPARED})}
+    # results.json and the tables are of one comparison; a changed plan in an old folder would mix two
+    strangers = [record for key, record in done.items() if key not in {cell.key for cell in cells}]
+    if strangers:
+        one = strangers[0]
+        raise ConfigError(
+            f"an output folder must hold one comparison, got {len(strangers)} records of another one, e.g. "
+            f"{one['model']}, {one['data']}, {one['pruner']}, {one['target']} ({out})"
+        )
+    write_json(out / "plan.json", asdict(plan), sort=False, default=repr)
+
+    def tell(number: int) -> None:
+        if on_cell is not None:
+            on_cell(cells[number - 1], number, len(cells))
+
+    todo = {number: cell for number, cell in enumerate(cells, start=1) if cell.key not in done}
+    jobs = effective_n_jobs(plan.n_jobs)
+    failures = {}
+    with closing(
+        isolated(todo, out, jobs, tell, run_cell) if isolate else in_turn(todo, out, tell, run_cell)
+    ) as results:
+        for number, result in results:
+            if isinstance(result, str):
+                failures[number] = RunFailure(todo[number], result)
+                continue
+            append_record(out / "results.jsonl", result)
+            done[todo[number].key] = result
+    records = [done[cell.key] for cell in cells if cell.key in done]
+    write_json(out / "results.json", records)
+    write_report(out)
+    return Comparison(records, [failures[number] for number in sorted(failures)])
+
+
+def _check_choices(cells: list[Cell]) -> None:
+    """Raise, before anything runs, what would stop every cell of a model, data set or pruner."""
+    for pruner in {cell.pruner.name: cell.pruner for cell in cells}.values():
+        if pruner.name != SCRATCH and not is_rival(pruner.name):
+            check_knob_names(pruner.name, pruner.knobs)
+    for cell in {(cell.model.name, cell.data): cell for cell in cells}.values():
+        resolve_device(cell.device)
+        load_model_data(cell.model, cell.data)

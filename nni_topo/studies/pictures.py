@@ -1,0 +1,121 @@
+"""Pictures: one panel or several, what all panels have, and those of a comparison's records."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from nni_topo.runs.provenance import Record
+from nni_topo.studies.tables import grouped, interval
+
+_MARKERS = "osD^vP*X<>"
+_STEPS = {
+    "oneshot": "no recovery",
+    "compensated": "weight reconstruction",
+    "distilled": "distilled",
+    "retrained": "fine-tuned",
+}
+_Item = TypeVar("_Item")
+
+
+def single(width: float, height: float) -> tuple[Figure, Axes]:
+    """Return a figure of a size in inches with one panel."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def figure_of(axis: Axes) -> Figure:
+    """Return the figure that a panel is part of."""
+    return cast("Figure", axis.figure)
+
+
+def finish(axis: Axes, xlabel: str = "", ylabel: str = "", *, columns: int = 1, **settings: Any) -> None:
+    """Label a panel, put a grid under it and, where lines have labels, a legend of so many columns on it."""
+    axis.set(xlabel=xlabel, ylabel=ylabel, **settings)
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize="xx-small", ncols=columns)
+
+
+def panels(
+    items: Iterable[tuple[str, _Item]],
+    draw: Callable[[Axes, _Item], None],
+    *,
+    size: tuple[float, float] = (4.2, 3.4),
+    columns: int = 3,
+) -> Figure:
+    """Draw each item in a panel of a size in inches, its name above it, so many beside each other."""
+    named = list(items)
+    across = min(columns, len(named))
+    down = -(-len(named) // across)
+    figure = Figure(figsize=(size[0] * across, size[1] * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).ravel()
+    for axis, (name, item) in zip(axes, named, strict=False):
+        draw(axis, item)
+        axis.set_title(name, fontsize="small")
+    for axis in axes[len(named) :]:
+        axis.remove()
+    return figure
+
+
+def comparison_figures(records: Sequence[Record]) -> dict[str, Figure]:
+    """Return a comparison's pictures by the stems of their files."""
+    drawn = {"accuracy": plot_accuracy(records), "convergence": plot_convergence(records)}
+    return {name: figure_of(axes[0]) for name, axes in drawn.items() if axes}
+
+
+def plot_accuracy(records: Sequence[Record]) -> list[Axes]:
+    """Draw accuracy against MACs of at least one record: a panel per model, data set and step of recovery.
+
+    Bars are 95 % intervals, the dotted line is the unpruned network; each panel has its own scale.
+    """
+    found: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        found[f"{record['model']} on {record['data']}"].append(record)
+    steps = [step for step in _STEPS if any(f"accuracy_{step}" in record for record in records)]
+    named = [(f"{name}, {_STEPS[step]}", (runs, f"accuracy_{step}")) for name, runs in found.items() for step in steps]
+    return panels(named, _draw_accuracy, size=(4.2, 4.2), columns=len(steps)).axes
+
+
+def plot_convergence(records: Sequence[Record]) -> list[Axes]:
+    """Draw validation accuracy against the epochs of retraining, a line per row; empty where nothing was retrained."""
+    groups = grouped(record for record in records if len(record.get("curve", ())) > 1)
+    if not groups:
+        return []
+    named = ((f"{model} on {data},\n{target}", rows) for (model, data, target), rows in groups.items())
+    return panels(named, _draw_convergence, size=(5.5, 4.2)).axes
+
+
+def _draw_accuracy(axis: Axes, found: tuple[list[Record], str]) -> None:
+    records, column = found
+    groups, names = grouped(records), list(dict.fromkeys(record["pruner"] for record in records))
+    axis.axhline(100 * interval([run["accuracy_before"] for run in records]).mean, color="k", ls=":", label="unpruned")
+    for index, name in enumerate(names):
+        targets = [[run for run in rows.get(name, {}).values() if column in run] for rows in groups.values()]
+        targets = [runs for runs in targets if runs]
+        # Rows of one target have the same MACs: a small step to the side keeps their markers apart.
+        step = (index - (len(names) - 1) / 2) * records[0]["flops_before"] / 2e8
+        macs = [interval([run["flops"] for run in runs]).mean / 1e6 + step for runs in targets]
+        points = [interval([100 * run[column] for run in runs]) for runs in targets]
+        heights, halves = [point.mean for point in points], [np.nan_to_num(point.half) for point in points]
+        marker, color = _MARKERS[index % len(_MARKERS)], f"C{index % 10}"
+        axis.errorbar(macs, heights, yerr=halves, marker=marker, color=color, linestyle="", label=name)
+    finish(axis, "MACs (millions)", "test accuracy %", xlim=(0, 1.08 * axis.dataLim.x1))
+
+
+def _draw_convergence(axis: Axes, rows: dict[str, dict[int, Record]]) -> None:
+    before = 100 * float(np.mean([run["validation_before"] for runs in rows.values() for run in runs.values()]))
+    axis.axhline(before, color="k", linestyle=":", label="unpruned")
+    means = [100 * np.array([run["curve"] for run in runs.values()]).mean(axis=0) for runs in rows.values()]
+    for index, (name, curve) in enumerate(zip(rows, means, strict=True)):
+        line = f"{_MARKERS[index % len(_MARKERS)]}{'-' if index < 10 else '--'}"
+        axis.plot(curve, line, markersize=4, color=f"C{index % 10}", label=name)
+    # pruned networks often begin at chance, far below all that follows
+    low, high = min(curve[1:].min() for curve in means), max(before, *(curve[1:].max() for curve in means))
+    margin = 0.1 * (high - low)
+    finish(axis, "epochs of retraining", "validation accuracy %", ylim=(low - margin, high + margin))

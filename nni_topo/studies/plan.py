@@ -1,0 +1,107 @@
+"""A comparison's plan: all the cells it is made of, read from YAML."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nni_topo.errors import (
+    ANYTHING,
+    SEED,
+    ConfigError,
+    as_settings,
+    check_fields,
+    check_jobs,
+    whole,
+)
+from nni_topo.runs.choices import (
+    TARGETS,
+    Cell,
+    CompensationChoice,
+    DataChoice,
+    DistillationChoice,
+    ModelChoice,
+    PrunerChoice,
+    Target,
+    changed_recipe,
+    read_yaml,
+    with_recovery,
+)
+from nni_topo.zoo import default_recipe
+
+SCRATCH = "scratch"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All cells of a comparison: every combination of models, data, pruners, targets and seeds."""
+
+    models: tuple[ModelChoice, ...]
+    data: tuple[DataChoice, ...]
+    pruners: tuple[PrunerChoice, ...]
+    targets: tuple[Target, ...]
+    seeds: int = 1  # how many, at least 1, from `first_seed` on
+    first_seed: int = 0
+    train: Mapping[str, Any] = field(default_factory=dict)  # fields to replace in the model's default recipe
+    retrain: Mapping[str, Any] = field(default_factory=lambda: {"epochs": 1})  # likewise, `epochs` too; 0: none
+    device: str = "cpu"  # cpu, cuda or auto
+    compensate: CompensationChoice | None = None  # between pruning and retraining, for every row; None: none
+    distill: DistillationChoice | None = None  # behind compensation, for every row; None: none
+    n_jobs: int = 1  # cells that run at a time, in processes of their own, at least 1; -1: one per core
+
+    def __post_init__(self) -> None:
+        check_fields(self, "plan", seeds=whole(1), first_seed=SEED, n_jobs=ANYTHING)
+        check_jobs(self.n_jobs, "plan")
+        for name in ("models", "data", "pruners", "targets"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} must hold at least one entry, got none (plan)")
+        rows = [pruner.row for pruner in self.pruners]
+        twice = sorted({row for row in rows if rows.count(row) > 1})
+        if twice:
+            raise ConfigError(f"labels of pruners must differ, got twice: {', '.join(twice)} (plan)")
+
+    def cells(self) -> Iterator[Cell]:
+        """Yield the cells, those that share a trained model next to each other."""
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
+        for model, data, seed in itertools.product(self.models, self.data, seeds):
+            default = default_recipe(model.name, data.name)
+            train = changed_recipe(default, self.train)
+            retrain = changed_recipe(train.for_retraining(int(self.retrain.get("epochs", 1))), self.retrain)
+            for target, pruner in itertools.product(self.targets, self.pruners):
+                compensate = self.compensate if pruner.compensate is None else pruner.compensate or None
+                distill = self.distill if pruner.distill is None else pruner.distill or None
+                yield Cell(model, data, pruner, target, seed, train, retrain, self.device, compensate, distill)
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan from a YAML file; DataError if it can't be read, ConfigError if a key is unknown or a value is wrong.
+
+    Keys are those of :class:`Plan`; an entry of ``models``, ``data`` and ``pruners`` is a name or a mapping, one of
+    ``targets`` a mapping such as ``{flops: 0.25}``.
+    """
+    content = read_yaml(path, "a plan")
+    for name, made in {"models": ModelChoice, "data": DataChoice, "pruners": PrunerChoice, "targets": Target}.items():
+        entries = content.get(name, [])
+        entries = entries if isinstance(entries, list) else [entries]
+        content[name] = tuple(_target(entry) if made is Target else _choice(made, entry, name) for entry in entries)
+    return as_settings(Plan, content, Path(path).name)
+
+
+def _choice(kind: Any, entry: Any, place: str) -> Any:
+    values = {"name": entry} if isinstance(entry, str) else entry
+    if not isinstance(values, dict) or "name" not in values:
+        raise ConfigError(f"an entry must be a name or a mapping with a name, got {entry!r} ({place})")
+    return as_settings(kind, with_recovery(values, (None, False)), place)
+
+
+def _target(entry: Any) -> Target:
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise ConfigError(f"a target must be a mapping with one key of {', '.join(TARGETS)}, got {entry!r} (targets)")
+    ((kind, value),) = entry.items()
+    try:
+        return Target(kind, float(value))  # YAML takes 1e-3 for a text
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"a target must be a number in its interval, got {entry!r} (targets): {error}") from error

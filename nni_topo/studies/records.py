@@ -1,0 +1,74 @@
+"""Records of finished cells: one JSON line each."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from nni_topo.disk import disk_errors, output_file
+from nni_topo.errors import ConfigError, DataError, Rule, check_knobs, instance, number, whole
+from nni_topo.runs.provenance import Record
+
+COMPARED: dict[str, Rule] = {
+    **dict.fromkeys(("model", "data", "target", "pruner"), instance(str)),
+    **dict.fromkeys(("flops", "flops_before", "params", "params_before"), number(0.0)),
+    "seed": whole(0),
+    "accuracy_before": number(0.0, 1.0),
+}
+"""What every record of a comparison holds."""
+
+
+def read_records(path: Path, rules: Mapping[str, Rule] | None = None) -> list[Record]:
+    """Read the records of ``results.jsonl``, whose keys keep some rules; DataError names the line that doesn't.
+
+    A last line that a crash cut short is left out, or one that is being written.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().splitlines(keepends=True)
+    records = []
+    for index, line in enumerate(filter(_is_whole, lines), start=1):
+        place = f"{path}:{index}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"every line must be a JSON record, got: {error} ({place})") from error
+        missing = set(rules or ()) - record.keys() if isinstance(record, dict) else None
+        if missing is None or missing:
+            found = f"the keys {', '.join(record)[:80]}" if missing else f"a {type(record).__name__}"
+            raise DataError(f"every line must be a JSON record of a run, got {found} ({place})")
+        try:
+            check_knobs(place, record, rules or {})
+        except ConfigError as error:
+            raise DataError(f"every line must be a JSON record of a run: {error}") from None
+        records.append(record)
+    return records
+
+
+def compared_records(path: Path) -> list[Record]:
+    """Read the records of comparisons; those of studies, which have no target, are left out."""
+    found = [record for record in read_records(path) if "target" in record]
+    for record in found:
+        missing = COMPARED.keys() - record.keys()
+        if missing:
+            raise DataError(f"a record of a comparison must have {', '.join(sorted(missing))}, got none ({path})")
+        check_knobs(str(path), record, COMPARED)
+    return found
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Add a record to ``results.jsonl``, in place of a line that a crash cut short; wait until it is on the disk."""
+    with disk_errors(path), output_file(path).open("ab") as stream:
+        if path.stat().st_size:
+            before = path.read_bytes()
+            if not _is_whole(before):
+                stream.truncate(before.rfind(b"\n") + 1)
+        stream.write(json.dumps(record, sort_keys=True).encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _is_whole(line: bytes) -> bool:
+    return line.endswith(b"\n")

@@ -1,0 +1,201 @@
+"""``report.html``: what a run's folder holds, in one file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from nni_topo.disk import read_json, write_text
+from nni_topo.errors import DataError
+from nni_topo.pruners.budget import BudgetOutcome
+from nni_topo.runs.provenance import Record
+from nni_topo.studies.pictures import comparison_figures
+from nni_topo.studies.records import compared_records
+from nni_topo.studies.tables import cells_of, grouped, title_of, widths_of
+
+_SOURCES = ("versions", "hardware", "revision")
+_LONG = 40
+_COLORS = {"#000000": "currentColor", "#ffffff": "var(--page)"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a report: a table whose ``left`` first columns are words, or a picture as HTML, or lines of text."""
+
+    title: str
+    head: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    left: int = 1
+    picture: str = ""
+    text: str = ""
+    folded: bool = False
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write ``report.html`` from the files of a run's folder, also while it runs; DataError if there is nothing."""
+    from jinja2 import Environment
+
+    folder = Path(folder)
+    parts = list(_parts(folder))
+    if not parts:
+        raise DataError(f"a report needs a run's files, got none in {folder} (results.jsonl or another .json)")
+    page = Environment(autoescape=True).from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+    path = folder / "report.html"
+    write_text(path, page.render(title=folder.resolve().name, parts=parts))
+    return path
+
+
+def prune_costs(record: Record) -> list[tuple[str, str, str]]:
+    """Return rows of what pruning changed: before and after."""
+    rows = [
+        ("MACs (M)", f"{record['flops_before'] / 1e6:.2f}", f"{record['flops'] / 1e6:.2f}"),
+        ("parameters (k)", f"{record['params_before'] / 1e3:.1f}", f"{record['params'] / 1e3:.1f}"),
+    ]
+    if record["weights_left"] < record["params"]:
+        left = f"{record['weights_left_before'] / 1e3:.1f}", f"{record['weights_left'] / 1e3:.1f}"
+        rows.append(("weights that aren't zero (k)", *left))
+    if "latency_ms" in record:
+        times = f"{record['latency_before_ms']:.2f}", f"{record['latency_ms']:.2f}"
+        rows.append((f"latency ms (batch of {record['latency_batch']})", *times))
+    if "budget" in record:
+        asked = BudgetOutcome(**record["budget"])
+        label = f"{asked.kind} left % ({100 * asked.asked:.4g} asked, {'met' if asked.is_met else 'missed'})"
+        rows.append((label, "100.0", f"{100 * asked.left:.1f}"))
+    before = f"{100 * record['accuracy_before']:.1f}"
+    steps = {
+        "oneshot": "accuracy",
+        "compensated": "weight reconstruction",
+        "distilled": "distilled",
+        "retrained": "fine-tuned",
+    }
+    for step, label in steps.items():
+        if f"accuracy_{step}" in record:
+            unpruned = before if step == "oneshot" else ""
+            rows.append((f"{label} %", unpruned, f"{100 * record[f'accuracy_{step}']:.1f}"))
+    return rows
+
+
+def _parts(folder: Path) -> Iterator[Part]:
+    drawn, told = set[str](), {"results"}
+    # A study's own records have no target; its findings lie beside them.
+    records = compared_records(folder / "results.jsonl")
+    if records:
+        drawn = {"accuracy", "convergence"}
+        yield from _of_comparison(records)
+    for path in sorted(folder.glob("*.json")):
+        if path.stem not in told:
+            document = read_json(path, "a run's file")
+            is_pruning = path.stem == "summary" and "flops_before" in document
+            yield from _of_pruning(document) if is_pruning else _of_document(path.stem, document)
+    for path in sorted(folder.glob("*.png")):
+        if path.stem not in drawn:
+            data = base64.b64encode(path.read_bytes()).decode()
+            yield Part(path.stem, picture=f'<img alt="{path.stem}" src="data:image/png;base64,{data}">')
+    if records:
+        yield from _sources(records)
+
+
+def _of_comparison(records: list[Record]) -> Iterator[Part]:
+    groups = grouped(records)
+    for group, rows in groups.items():
+        yield Part(title_of(group, rows), *cells_of(rows))
+    for name, figure in comparison_figures(records).items():
+        yield Part(name, picture=as_svg(figure, name))
+    for group, rows in groups.items():
+        if all("widths" in record for runs in rows.values() for record in runs.values()):
+            yield Part(f"widths: {title_of(group, rows)}", *widths_of(rows), folded=True)
+
+
+def _of_pruning(record: Record) -> Iterator[Part]:
+    yield Part(
+        f"{record['model']} on {record['data']}, {record['pruner']}", ("", "before", "after"), prune_costs(record)
+    )
+    yield Part("widths", *widths_of({"after": {record["seed"]: record}}))
+    if "compensation" in record:
+        yield _table("recovery by layer", record["compensation"])
+    yield from _sources([record])
+
+
+def _of_document(title: str, document: Any) -> Iterator[Part]:
+    """Show any JSON document: what is alike in a table, what is long or nested folded."""
+    if not isinstance(document, Mapping):
+        document = {title: document}
+    single = {key: value for key, value in document.items() if _is_single(value)}
+    if single:
+        yield Part(title, rows=[(str(key), _shown(value)) for key, value in single.items()], left=2)
+    for key, value in document.items():
+        if key in single or key in _SOURCES:
+            continue
+        if isinstance(value, Mapping) and value and all(map(_is_single, value.values())):
+            rows = [(str(name), _shown(item)) for name, item in value.items()]
+            yield Part(str(key), rows=rows, folded=len(rows) > _LONG)
+        elif entries_of(value):
+            yield _table(str(key), entries_of(value))
+        else:
+            yield Part(str(key), text=json.dumps(value, indent=1), folded=True)
+    if isinstance(document, Mapping) and "versions" in document:
+        yield from _sources([dict(document)])
+
+
+def _table(title: str, entries: Sequence[Mapping[str, Any]]) -> Part:
+    """Return entries as rows; a column with nested values is left to the file."""
+    names = dict.fromkeys(name for entry in entries for name in entry)
+    shown = [name for name in names if all(_is_single(entry.get(name)) for entry in entries)]
+    words = [name for name in shown if any(isinstance(entry.get(name), str) for entry in entries)]
+    shown = [*words, *(name for name in shown if name not in words)]
+    rows = [[_shown(entry.get(name)) for name in shown] for entry in entries]
+    return Part(title, [name.replace("_", " ") for name in shown], rows, len(words), folded=len(rows) > _LONG)
+
+
+def entries_of(value: Any) -> list[Mapping[str, Any]]:
+    """Return the rows that a list of mappings, or a mapping of them by name, stands for; none of anything else."""
+    if isinstance(value, Mapping) and all(isinstance(item, Mapping) for item in value.values()):
+        return [{"name": name, **item} for name, item in value.items()]
+    return value if isinstance(value, list) and all(isinstance(item, Mapping) for item in value) else []
+
+
+def _is_single(value: Any) -> bool:
+    return not isinstance(value, (Mapping, list)) or (
+        isinstance(value, list) and len(value) <= 8 and not any(isinstance(item, (Mapping, list)) for item in value)
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _sources(records: Sequence[Record]) -> Iterator[Part]:
+    """Yield which versions ran where; records of several machines or versions show each once."""
+    found: dict[str, dict[str, None]] = {}
+    for record in records:
+        for name in _SOURCES:
+            value = record.get(name)
+            items = value.items() if isinstance(value, Mapping) else [(name, value)]
+            for key, item in items:
+                if item is not None:
+                    found.setdefault(key, {})[str(item)] = None
+    if found:
+        yield Part("versions", rows=[(name, " / ".join(values)) for name, values in found.items()], left=2, folded=True)
+
+
+def as_svg(figure: Figure, name: str) -> str:
+    """Return a figure as an SVG element, its text as text, black and white as the page has them."""
+    stream = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
+    for color, name_on_page in _COLORS.items():
+        text = text.replace(color, name_on_page)
+    return text

@@ -1,0 +1,225 @@
+"""The base of all verbs, studies above all: fields are the flags, and what was found writes and shows itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console, RenderableType
+from tyro.constructors import PrimitiveConstructorSpec
+
+from nni_topo.disk import check_free_disk, output_folder, write_figure, write_text
+from nni_topo.runs.choices import DataChoice, ModelChoice, read_yaml
+from nni_topo.runs.run import Start, trained
+from nni_topo.studies.report import entries_of, write_report
+
+if TYPE_CHECKING:
+    import pandas
+
+Tell = Callable[[str], None]
+Names = Annotated[
+    tuple[str, ...],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME,NAME",
+        instance_from_str=lambda words: tuple(n.strip() for word in words for n in word.split(",") if n.strip()),
+        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(name, str) for name in value),
+        str_from_instance=lambda names: [",".join(names)],
+    ),
+]
+"""Names behind a flag, with commas or spaces between them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """A verb of ``nni-topo``. Its fields are its flags, and the comment behind a field is what ``--help`` says of it.
+
+    The class's docstring begins with what the verb does.
+    """
+
+    json: bool = False  # one JSON document on standard output
+    seed: int = 0  # of a single run; a comparison's first
+    device: str = "cpu"  # cpu, cuda, cuda:1, auto or another of PyTorch
+
+    def run(self, console: Console) -> int:
+        """Do it, print to the console what isn't JSON, and return the exit status."""
+        raise NotImplementedError
+
+    def put_out(self, console: Console, document: Any, parts: Iterable[RenderableType]) -> None:
+        """Print one JSON document if that is asked for, else tables and lines."""
+        if self.json:
+            print(json.dumps(document, indent=1))
+            return
+        for part in parts:
+            console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelVerb(Verb):
+    """A verb for a model by name."""
+
+    model: str  # a listed name, torchvision/NAME, timm/NAME or package.module:factory
+    width: float = 1.0  # factor on the layers' widths, above 0
+
+    @property
+    def model_choice(self) -> ModelChoice:
+        """The model and its width."""
+        return ModelChoice(self.model, self.width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataVerb(ModelVerb):
+    """A verb for a model and a data set."""
+
+    data: str = "digits"  # a listed name, an .npz file or a folder
+    data_dir: Path | None = None  # folder with the data set's files
+    limit: int | None = None  # training images used, at least 1; None: all
+    download: bool = False  # let torchvision download CIFAR
+    out: Path  # output folder
+
+    def data_choice(self, test_images: int | None = None) -> DataChoice:
+        """Return the data set, with so many test images; None: all."""
+        folder = None if self.data_dir is None else str(self.data_dir)
+        return DataChoice(self.data, folder, self.limit, test_images, self.download)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedVerb(DataVerb):
+    """A verb for a trained model."""
+
+    checkpoint: Path | None = None  # state dict of the trained model; None: train it first
+
+    def start(self, test_images: int | None = None) -> Start:
+        """Return the trained network with its data."""
+        return trained(
+            self.model_choice,
+            self.data_choice(test_images),
+            checkpoint=self.checkpoint,
+            seed=self.seed,
+            device=self.device,
+        )
+
+
+def flags_of(path: str | Path) -> list[str]:
+    """Return the words that give a verb what a YAML file says; its keys are names of flags, with ``_`` or ``-``."""
+    words = []
+    for key, value in read_yaml(path, "a plan").items():
+        flag = f"--{key}".replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+class Findings:
+    """What a study found, a frozen dataclass: it becomes the file ``STEM.json`` and pictures."""
+
+    stem: ClassVar[str]
+    unwritten: ClassVar[tuple[str, ...]] = ()
+    """Fields that the document leaves out."""
+
+    def __init_subclass__(cls, **knobs: Any) -> None:
+        super().__init_subclass__(**knobs)
+        cls.__repr__ = Findings.__repr__  # type: ignore[method-assign]  # a dataclass would put its own there
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}\n{self.to_frame().to_string(index=False, max_colwidth=60)}"
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return the rows of the document's first table, or, where it has none, all of it in one row."""
+        import pandas
+
+        document = self.to_dict()
+        rows = next(filter(None, map(entries_of, document.values())), [document])
+        return pandas.json_normalize(rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was found as numbers, lists and strings."""
+        return plain({name: value for name, value in vars(self).items() if name not in self.unwritten})  # type: ignore[no-any-return]
+
+    def figures(self) -> dict[str, Figure]:
+        """Return the pictures by the stems of their files."""
+        return {}
+
+    def texts(self) -> dict[str, str]:
+        """Return further files by their names."""
+        return {}
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write the JSON document, the pictures and further files, the folder made if need be; return the files."""
+        pictures = save_figures(folder, self.figures())
+        texts = {f"{self.stem}.json": json.dumps(self.to_dict(), indent=1) + "\n", **self.texts()}
+        files = {Path(folder, name): text for name, text in texts.items()}
+        for path, text in files.items():
+            write_text(path, text)
+        first, *more = files
+        return [first, *pictures, *more]
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it: dataclasses as mappings, keys as strings, arrays as lists."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+
+
+def save_figures(folder: str | Path, figures: Mapping[str, Figure]) -> list[Path]:
+    """Write figures as PNG files, the folder made if need be; return the files."""
+    folder = output_folder(Path(folder))
+    files = {name: folder / f"{name}.png" for name in figures}
+    for name, figure in figures.items():
+        write_figure(files[name], figure, dpi=130)
+    return list(files.values())
+
+
+Found = TypeVar("Found", bound=Findings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(Verb, Generic[Found]):
+    """A verb of ``nni-topo analyze``: :meth:`find` computes, :meth:`show` says how it is printed.
+
+    The verb is the name of the study's file or folder in ``nni_topo/studies/analysis``; that it is
+    there is all it needs.
+    """
+
+    plan: Path | None = None  # YAML file whose keys are these flags; flags that are given come before it
+    out: Path | None = None  # output folder; None: nothing is written
+
+    @property
+    def place(self) -> str:
+        """Where the study's knobs are, for messages."""
+        return f"analyze {type(self).__module__.split('.')[3]}"
+
+    def find(self, tell: Tell) -> Found:
+        """Compute; ``tell`` prints a line as something is known."""
+        raise NotImplementedError
+
+    def show(self, found: Found) -> Iterator[RenderableType]:
+        """Yield tables and lines."""
+        raise NotImplementedError
+
+    def run(self, console: Console) -> int:
+        """Compute, write the files, and print one JSON document or tables and the files' names."""
+        if self.out is not None:
+            check_free_disk(self.out)
+        found = self.find(lambda line: console.print(line, markup=False, highlight=False))
+        files = [] if self.out is None else [*found.save(self.out), write_report(self.out)]
+        written = [f"written: {', '.join(map(str, files))}"] if files else []
+        self.put_out(console, found.to_dict(), [*self.show(found), *written])
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedStudy(TrainedVerb, Study[Found]):
+    """A study of a trained model."""

@@ -1,0 +1,276 @@
+"""Tables of a comparison's records, and of anything else.
+
+Rivals are the pruners that aren't this package's own, and random choice, which is nobody's.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from scipy import special, stats
+
+from nni_topo.pruners.registry import list_pruners, pruner_info
+from nni_topo.runs.provenance import Record
+from nni_topo.studies.plan import SCRATCH
+
+Group = tuple[str, str, str]
+_NEAREST = 1e-3
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and half the width of its 95 % interval (Student's t); ``nan`` with one value."""
+
+    mean: float
+    half: float
+
+    def show(self, scale: float = 1.0, digits: int = 1, *, sign: bool = False) -> str:
+        """Return ``mean ± half``, or the mean alone where there is one value."""
+        mean = f"{scale * self.mean:{'+' if sign else ''}.{digits}f}"
+        return mean if np.isnan(self.half) else f"{mean} ± {scale * self.half:.{digits}f}"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Return the mean of at least one value, and half its 95 % interval.
+
+    >>> interval([1.0, 2.0, 3.0]).show(digits=2)
+    '2.00 ± 2.48'
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if len(array) < 2:
+        return Interval(float(array.mean()), float("nan"))
+    half = stats.t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array))
+    return Interval(float(array.mean()), float(half))
+
+
+def show_accuracies(values: Sequence[float]) -> str:
+    """Return the mean of accuracies in [0, 1] and its 95 % interval, in percent and within 0 and 100.
+
+    Where Student's interval leaves that range, the interval is that of the log-odds, shown by its ends; values within
+    0.001 of 0 or 1 count as that far away.
+
+    >>> show_accuracies([0.5, 0.6, 0.7]), show_accuracies([0.1, 0.2, 0.9])
+    ('60.0 ± 24.8', '40.0 (0.2 to 99.5)')
+    """
+    found = interval(values)
+    if np.isnan(found.half) or 0.0 <= found.mean - found.half <= found.mean + found.half <= 1.0:
+        return found.show(100)
+    odds = interval(special.logit(np.clip(values, _NEAREST, 1.0 - _NEAREST)).tolist())
+    low, high = special.expit([odds.mean - odds.half, odds.mean + odds.half])
+    return f"{100 * found.mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def epochs_until_back(record: Record) -> int | None:
+    """Return the epochs of retraining until the validation accuracy of before pruning is back, None if it wasn't."""
+    return next((epoch for epoch, now in enumerate(record["curve"]) if now >= record["validation_before"]), None)
+
+
+def grouped(records: Iterable[Record]) -> dict[Group, dict[str, dict[int, Record]]]:
+    """Sort records by model, data and target, then by pruner, then by seed."""
+    groups: dict[Group, dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
+    for record in records:
+        groups[record["model"], record["data"], record["target"]][record["pruner"]][record["seed"]] = record
+    return groups
+
+
+def paired_difference(ours: dict[int, Record], theirs: dict[int, Record], column: str) -> Interval:
+    """Return the difference of a column over the seeds that both rows have."""
+    seeds = sorted(seed for seed in set(ours) & set(theirs) if column in ours[seed] and column in theirs[seed])
+    return interval([ours[seed][column] - theirs[seed][column] for seed in seeds])
+
+
+def best_rival(rows: dict[str, dict[int, Record]], column: str) -> str | None:
+    """Return the row with the highest mean among the rivals: the pruners of others, and random choice."""
+    own = {name for name in list_pruners() if pruner_info(name).origin == "nni_topo"} - {"random"} | {SCRATCH}
+    means = {}
+    for row, runs in rows.items():
+        values = [record[column] for record in runs.values() if column in record]
+        if values and next(iter(runs.values()))["pruner_name"] not in own:
+            means[row] = float(np.mean(values))
+    return max(means, key=means.__getitem__, default=None)
+
+
+def as_table(
+    title: str | None,
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    left: int = 1,
+    totals: Iterable[Sequence[str]] = (),
+) -> Table:
+    """Return a table for the terminal: its ``left`` first columns of words, others of numbers; ``totals`` set apart."""
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(head):
+        table.add_column(name, justify="left" if index < left else "right", no_wrap=not index)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    table.add_section()
+    for row in totals:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """Return a table in Markdown, its ``left`` first columns of words, others of numbers."""
+    rule = "|" + "---|" * left + "---:|" * (len(head) - left)
+    return "\n".join((f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)))
+
+
+def print_report(records: Iterable[Record], console: Console) -> None:
+    """Print one table of records per model, data set and target."""
+    for group, rows in grouped(records).items():
+        columns, lines = cells_of(rows)
+        table = as_table(title_of(group, rows), columns, lines)
+        table.rows[0].end_section = True
+        console.print(table)
+
+
+def print_widths(records: Iterable[Record], console: Console) -> None:
+    """Print the mean number of output channels of every layer, one table per model, data set and target."""
+    for group, rows in grouped(records).items():
+        console.print(as_table(f"widths: {title_of(group, rows)}", *widths_of(rows)))
+
+
+def widths_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
+    """Return columns and cells of a group's widths: by layer the mean of each row, beside what it was before."""
+    first = next(iter(next(iter(rows.values())).values()))
+    before, whole = first.get("widths_before", {}), first.get("whole", {})
+    lines = []
+    for layer in first["widths"]:
+        widths = (interval([record["widths"][layer] for record in runs.values()]).mean for runs in rows.values())
+        known = [str(before[layer])] if before else []
+        lines.append([layer, *known, *(f"{width:g}" for width in widths), *([whole.get(layer, "")] if whole else [])])
+    return ["layer", *(["before"] if before else []), *rows, *(["left whole, because"] if whole else [])], lines
+
+
+def markdown_report(records: Iterable[Record]) -> str:
+    """Return one Markdown table of records per model, data set and target."""
+    lines = []
+    for group, rows in grouped(records).items():
+        lines += [f"**{title_of(group, rows)}**", "", markdown_table(*cells_of(rows)), ""]
+    return "\n".join(lines)
+
+
+def title_of(group: Group, rows: dict[str, dict[int, Record]]) -> str:
+    """Return a group's model, data, target and number of seeds."""
+    model, data, target = group
+    seeds = max(len(runs) for runs in rows.values())
+    return f"{model} on {data}, {target} ({seeds} seed{'s' if seeds > 1 else ''})"
+
+
+def cells_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
+    """Columns that hold anything, and cells of a table: the unpruned network, then a line per pruner."""
+    rows = _timed_together(rows)
+    lines = [_unpruned(next(iter(rows.values()))), *(_cells(rows, row) for row in rows)]
+    used = [name for name in lines[-1] if any(line.get(name) for line in lines)]
+    return used, [[line.get(name, "") for name in used] for line in lines]
+
+
+def _unpruned(runs: dict[int, Record]) -> dict[str, str]:
+    """Cells of the unpruned network, by column, from the runs of one row."""
+    cell = _column(runs)
+    return {
+        "method": "unpruned",
+        "MACs (M)": cell("flops_before", 1e-6, 2, spread=False),
+        "parameters (k)": cell("params_before", 1e-3, spread=False),
+        "before %": cell("accuracy_before"),
+        "before bits": cell("bits_before", 1, 3),
+        "latency ms": cell("latency_before_ms", 1, 2),
+    }
+
+
+def _cells(rows: dict[str, dict[int, Record]], row: str) -> dict[str, str]:
+    """Cells of a row by column."""
+    runs = rows[row]
+    cell = _column(runs)
+    return {
+        "method": row,
+        "MACs (M)": cell("flops", 1e-6, 2, spread=False),
+        "parameters (k)": cell("params", 1e-3, spread=False),
+        "not zero (k)": cell("weights_left", 1e-3, spread=False) if _has_zeros(runs) else "",
+        "before %": cell("accuracy_before"),
+        "before bits": cell("bits_before", 1, 3),
+        "no recovery %": cell("accuracy_oneshot"),
+        "no recovery bits": cell("bits_oneshot", 1, 3),
+        "BN recal. %": cell("accuracy_recalibrated"),
+        "weight reconstruction %": cell("accuracy_compensated"),
+        "weight reconstruction bits": cell("bits_compensated", 1, 3),
+        "vs best baseline, weight reconstruction": _versus(rows, row, "accuracy_compensated"),
+        "distilled %": cell("accuracy_distilled"),
+        "distilled bits": cell("bits_distilled", 1, 3),
+        "vs best baseline, distilled": _versus(rows, row, "accuracy_distilled"),
+        "fine-tuned %": cell("accuracy_retrained"),
+        "fine-tuned bits": cell("bits_retrained", 1, 3),
+        "vs best baseline": _versus(rows, row, "accuracy_retrained"),
+        "epochs until back": _convergence(runs),
+        "latency ms": cell("latency_ms", 1, 2),
+        "prune s": cell("prune_seconds", 1, 2, spread=False),
+    }
+
+
+def _timed_together(rows: dict[str, dict[int, Record]]) -> dict[str, dict[int, Record]]:
+    """Give networks of equal widths one latency, the median of those measured in a seed's rows, one after the other."""
+    # Equal networks take equal time: what lies between their rows is what else the machine had to do.
+    found: dict[tuple[str, int, str], list[float]] = defaultdict(list)
+
+    def keys(seed: int, record: Record) -> dict[str, tuple[str, int, str]]:
+        widths = {"latency_before_ms": "", "latency_ms": json.dumps(record.get("widths"), sort_keys=True)}
+        return {name: (name, seed, own) for name, own in widths.items() if name in record}
+
+    for runs in rows.values():
+        for seed, record in runs.items():
+            for name, key in keys(seed, record).items():
+                found[key].append(record[name])
+    medians = {key: statistics.median(values) for key, values in found.items()}
+    return {
+        row: {seed: run | {name: medians[key] for name, key in keys(seed, run).items()} for seed, run in runs.items()}
+        for row, runs in rows.items()
+    }
+
+
+def _has_zeros(runs: dict[int, Record]) -> bool:
+    """Say whether single weights were pruned: networks of one width have many that are zero."""
+    return any(record.get("weights_left", record["params"]) < 0.999 * record["params"] for record in runs.values())
+
+
+def _column(runs: dict[int, Record]) -> Callable[..., str]:
+    """Return a function that shows a column's mean and interval over a row's seeds; nothing where it has no value."""
+
+    def show(name: str, scale: float = 100, digits: int = 1, *, spread: bool = True) -> str:
+        values = [record[name] for record in runs.values() if name in record]
+        if not values:
+            return ""
+        if name.startswith("accuracy"):
+            return show_accuracies(values)
+        found = interval(values)
+        return found.show(scale, digits) if spread else f"{scale * found.mean:.{digits}f}"
+
+    return show
+
+
+def _convergence(runs: dict[int, Record]) -> str:
+    """Median, lowest and highest number of epochs until the accuracy is back; nothing behind two epochs or fewer."""
+    records = [record for record in runs.values() if len(record.get("curve", ())) > 3]
+    if not records:
+        return ""
+    last = len(records[0]["curve"]) - 1
+    found = sorted(last + 1 if epochs is None else epochs for epochs in map(epochs_until_back, records))
+    names = [f"> {last}" if epochs > last else str(epochs) for epochs in found]
+    middle = names[(len(names) - 1) // 2]
+    return middle if names[0] == names[-1] else f"{middle} [{names[0]}, {names[-1]}]"
+
+
+def _versus(rows: dict[str, dict[int, Record]], row: str, column: str) -> str:
+    """Show a row's paired difference to the best baseline in a column."""
+    rival = best_rival(rows, column)
+    if rival is None or not any(column in record for record in rows[row].values()):
+        return ""
+    return "best baseline" if row == rival else paired_difference(rows[row], rows[rival], column).show(100, sign=True)

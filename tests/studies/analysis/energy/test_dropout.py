@@ -1,0 +1,87 @@
+"""Dropout at test time."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from nni_topo.errors import ConfigError
+from nni_topo.studies.analysis.energy.dropout import ActiveDropout, study_dropout, with_dropout
+from nni_topo.studies.analysis.energy.study import Quality
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 64), nn.Sequential(nn.ReLU(), nn.Dropout(0.5)), nn.Linear(64, 3)).eval()
+
+
+def test_rate_zero_is_the_model_itself():
+    model, inputs = net(), torch.randn(5, 8)
+    assert torch.equal(with_dropout(model, 0.0)(inputs), model(inputs))
+
+
+def test_values_are_dropped_at_the_rate_and_keep_their_mean():
+    values = ActiveDropout(0.3, seed=1).eval()(torch.ones(100_000))
+    assert float((values == 0).float().mean()) == pytest.approx(0.3, abs=0.01)
+    assert float(values.mean()) == pytest.approx(1.0, abs=0.02)
+    assert values.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
+
+
+def test_it_drops_in_evaluation_mode_by_its_seed_and_leaves_the_model_alone():
+    model, inputs = net(), torch.randn(5, 8)
+    before = copy.deepcopy(model)
+    state = torch.get_rng_state()
+    first, again, other = (with_dropout(model, 0.5, seed=seed)(inputs) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(model(inputs), before(inputs))
+    assert isinstance(model[1][1], nn.Dropout)
+
+
+def test_study_evaluates_every_model_at_every_rate():
+    inputs = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+
+    def spread(model):
+        with torch.no_grad():
+            return Quality(float((model(inputs) - net()(inputs)).pow(2).mean()), 0.0)
+
+    found = study_dropout({"one": net, "two": net}, spread, rates=(0.0, 0.2, 0.6))
+    assert list(found) == ["one", "two"]
+    assert found["one"] == found["two"]
+    losses = [found["one"][rate].loss for rate in (0.0, 0.2, 0.6)]
+    assert losses[0] == 0.0
+    assert losses == sorted(losses)
+
+
+def test_the_part_before_the_dropout_runs_once_and_changes_nothing():
+    calls, inputs = [], torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+
+    class Counted(nn.Linear):
+        def forward(self, values):
+            calls.append(len(values))
+            return super().forward(values)
+
+    model = nn.Sequential(Counted(8, 64), nn.Dropout(0.5), nn.Linear(64, 3)).eval()
+
+    def evaluate(net):
+        with torch.no_grad():
+            return Quality(float(torch.cat([net(batch) for batch in inputs.split(4)]).pow(2).mean()), 0.0)
+
+    found = study_dropout({"net": lambda: model}, evaluate, rates=(0.0, 0.3, 0.6))["net"]
+    assert calls == [4, 2]
+    assert {rate: evaluate(with_dropout(model, rate)) for rate in (0.0, 0.3, 0.6)} == found
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0])
+def test_bad_rates_are_refused(rate):
+    with pytest.raises(ConfigError, match=f"in \\[0, 1\\), got {rate}"):
+        with_dropout(net(), rate)
+
+
+def test_a_model_without_dropout_is_refused():
+    with pytest.raises(ConfigError, match=r"must have a torch\.nn\.Dropout, got none"):
+        with_dropout(nn.Sequential(nn.Linear(2, 2)), 0.1)

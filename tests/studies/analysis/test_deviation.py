@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nni_topo import zoo
+from nni_topo.cli import main
+from nni_topo.errors import ConfigError
+from nni_topo.runs.choices import DataChoice, ModelChoice
+from nni_topo.runs.run import build_model, load_model_data
+from nni_topo.studies.analysis.deviation import AnalyzeDeviation
+from nni_topo.studies.analysis.retraining.study import epochs_back
+
+DATA = DataChoice("digits", limit=400)
+RECIPE = zoo.Recipe(epochs=3, batch_size=32, lr=0.05)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A lenet300 trained for a moment on a few digits."""
+    data = load_model_data(ModelChoice("lenet300"), DATA)
+    model = build_model(ModelChoice("lenet300"), data, 0)
+    zoo.train(model, data, RECIPE, seed=0)
+    path = tmp_path_factory.mktemp("study") / "lenet300.pt"
+    zoo.save_checkpoint(path, model, {})
+    return path
+
+
+def command(study, checkpoint, out, *more):
+    words = ["analyze", study, "--model", "lenet300", "--data", "digits", "--limit", "400"]
+    return main([*words, "--checkpoint", str(checkpoint), "--out", str(out), *more])
+
+
+def test_deviation_command(checkpoint, tmp_path, capsys, drawn):
+    pruners = "connections,level,cluster,subcluster"
+    arguments = ("--pruners", pruners, "--ratios", "0", "0.5", "--images", "8", "--calibration", "100", "--json")
+    assert command("deviation", checkpoint, tmp_path, *arguments) == 0
+    study = json.loads(capsys.readouterr().out)
+    points = {(point["pruner"], point["ratio"]): point for point in study["points"]}
+    assert len(points) == 8
+    assert study["images"] == 8
+    for name in ("connections", "level", "cluster"):
+        assert points[name, 0.0]["error"] == points[name, 0.0]["bound"] == points[name, 0.0]["dev"] == 0.0
+        assert points[name, 0.0]["accuracy"] == study["accuracy"]
+    for name in pruners.split(","):
+        point = points[name, 0.5]
+        assert 0.0 < point["error"] <= point["lipschitz"]
+        assert point["dev"] == pytest.approx(point["error"] - point["bound"])
+        assert point["relative"] == pytest.approx(point["error"] / point["bound"] - 1.0)
+    assert points["connections", 0.5]["pruned"] == pytest.approx(0.5, abs=1e-3)
+    assert points["level", 0.5]["error"] < points["connections", 0.5]["error"]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "deviation.json",
+        "deviation.png",
+        "accuracy.png",
+        "report.html",
+    }
+    panels = [("deviation.png", 0, "dev"), ("deviation.png", 1, "relative"), ("deviation.png", 2, "error")]
+    for picture, panel, column in [*panels, ("accuracy.png", 0, "accuracy")]:
+        for name, curve in drawn.lines(picture, panel).items():
+            wanted = [(100 * points[name, r]["pruned"], points[name, r][column]) for r in (0.0, 0.5)]
+            factor = 100 if column == "accuracy" else 1
+            assert curve == [pytest.approx((x, factor * y), nan_ok=True) for x, y in sorted(wanted)]
+        assert list(drawn.lines(picture, panel)) == pruners.split(",")
+
+
+def test_deviation_table(checkpoint, tmp_path, capsys):
+    arguments = ("--pruners", "random", "--ratios", "0.5", "--images", "4", "--seeds", "2")
+    assert command("deviation", checkpoint, tmp_path, *arguments) == 0
+    text = capsys.readouterr().out
+    assert "Net Deviation of lenet300, 4 images" in text
+    assert "dev (3.12)" in text
+    assert len(json.loads((tmp_path / "deviation.json").read_text())["points"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("study", "more"),
+    [
+        ("deviation", ("--images", "8")),
+        ("connectivity", ()),
+        ("retraining", ("--epochs", "1")),
+    ],
+)
+@pytest.mark.slow
+def test_networks_measured_beside_each_other_give_the_same_points(study, more, checkpoint, tmp_path):
+    words = ("--pruners", "connections,random", "--ratios", "0.5", "--calibration", "100", "--seeds", "2", *more)
+    for jobs in ("1", "2"):
+        assert command(study, checkpoint, tmp_path / jobs, *words, "--n-jobs", jobs) == 0
+    alone, beside = ((tmp_path / jobs / f"{study}.json").read_text() for jobs in ("1", "2"))
+    assert alone == beside
+    assert len(json.loads(alone)["points"]) == 4
+
+
+@pytest.mark.parametrize("study", ["deviation", "sensitivity", "rounds"])
+def test_a_number_of_jobs_that_is_none_is_refused(study, tmp_path, capsys):
+    words = ["analyze", study, "--model", "lenet300", "--limit", "100", "--out", str(tmp_path), "--n-jobs", "0"]
+    assert main(words) == 2
+    assert "n_jobs must be at least 1, or -1 for all cores, got 0" in " ".join(capsys.readouterr().err.split())
+
+
+def test_retraining_command(checkpoint, tmp_path, capsys, drawn):
+    arguments = ("--ratios", "0.3", "0.8", "--epochs", "2", "--images", "200", "--tolerance", "0.05", "--gamma", "0.5")
+    assert command("retraining", checkpoint, tmp_path, *arguments, "--json") == 0
+    study = json.loads(capsys.readouterr().out)
+    assert study["gamma"] == 0.5
+    kinds = {(point["pruner"], point["kind"]) for point in study["points"]}
+    assert kinds == {("connections", "connection"), ("random", "node")}
+    for point in study["points"]:
+        assert point["bound"] > 0
+        assert point["derived"] > 0
+        back = point["epochs"] is not None
+        assert back == (point["accuracy_retrained"] >= study["accuracy"] - 0.05)
+    assert {path.name for path in tmp_path.iterdir()} == {"retraining.json", "retraining.png", "report.html"}
+    for panel, name in enumerate(dict.fromkeys(point["pruner"] for point in study["points"])):
+        rows = sorted((point for point in study["points"] if point["pruner"] == name), key=lambda row: row["ratio"])
+        curves = drawn.lines("retraining.png", panel)
+        assert curves["epochs taken"] == [(row["ratio"], 2 if row["epochs"] is None else row["epochs"]) for row in rows]
+        assert curves["bound (3.1)"] == [(row["ratio"], pytest.approx(row["bound"])) for row in rows]
+        assert curves["bound as derived"] == [(row["ratio"], pytest.approx(row["derived"])) for row in rows]
+
+
+def test_retraining_table_fits_gamma(checkpoint, tmp_path, capsys):
+    arguments = ("--pruners", "random", "--ratios", "0.5", "--epochs", "1", "--images", "100")
+    assert command("retraining", checkpoint, tmp_path, *arguments) == 0
+    text = capsys.readouterr().out
+    assert "gamma that fits" in text
+    assert "epochs of retraining of lenet300" in text
+
+
+def test_epochs_end_when_the_accuracy_is_back():
+    data = load_model_data(ModelChoice("lenet300"), DATA)
+    model = build_model(ModelChoice("lenet300"), data, 0)
+    start = zoo.evaluate(model, data.test)
+    assert epochs_back(model, data, RECIPE, start, seed=0) == (0, start)
+    taken, accuracy = epochs_back(model, data, RECIPE, start + 0.05, seed=0)
+    assert taken in (1, 2, 3)
+    assert accuracy >= start + 0.05
+    assert epochs_back(model, data, RECIPE, 1.1, seed=0)[0] is None
+
+
+def test_pruned_connections_stay_pruned_in_retraining():
+    data = load_model_data(ModelChoice("lenet300"), DATA)
+    model = build_model(ModelChoice("lenet300"), data, 0)
+    mask = torch.rand(model.fc1.weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    with torch.no_grad():
+        model.fc1.weight *= mask
+    assert epochs_back(model, data, RECIPE, 1.1, seed=0)[0] is None
+    assert bool((model.fc1.weight[~mask] == 0).all())
+    assert bool((model.fc1.weight[mask] != 0).any())
+
+
+def test_bad_requests_are_refused(checkpoint, tmp_path, capsys):
+    study = AnalyzeDeviation(model="lenet300", checkpoint=checkpoint, limit=400, out=tmp_path)
+    for knobs, message in (
+        ({"pruners": ()}, "at least one pruner and one ratio"),
+        ({"pruners": ("l3",)}, "did you mean"),
+        ({"ratios": (1.0,)}, r"must be in \[0, 1\), got 1.0"),
+        ({"images": 0}, "images must be an integer of at least 1, got 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            replace(study, **knobs).find(print)
+    for words, message in (
+        (("--epochs", "0"), "epochs must be an integer of at least 1, got 0"),
+        (("--images", "-5"), "images must be an integer of at least 1, got -5"),
+        (("--calibration", "0"), "calibration must be an integer of at least 1, got 0"),
+        (("--gamma", "-1"), "gamma must be positive and finite, got -1.0"),
+        (("--tolerance", "7"), "tolerance must be in [0, 1], got 7.0"),
+    ):
+        assert command("retraining", checkpoint, tmp_path, *words) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_connectivity_command(checkpoint, tmp_path, capsys, drawn):
+    arguments = ("--pruners", "connections,level", "--ratios", "0", "0.99", "--seeds", "2", "--json")
+    assert command("connectivity", checkpoint, tmp_path, *arguments) == 0
+    study = json.loads(capsys.readouterr().out)
+    points = {(point["pruner"], point["ratio"], point["seed"]): point for point in study["points"]}
+    # magnitudes are the same for every seed
+    runs = {("connections", 0), ("connections", 1), ("level", 0)}
+    assert points.keys() == {(name, ratio, seed) for name, seed in runs for ratio in (0.0, 0.99)}
+    whole = points["level", 0.0, 0]
+    assert whole["kept"] == whole["outputs"] == whole["channels"] == 1.0
+    assert whole["accuracy"] == study["accuracy"]
+    for seed in (0, 1):
+        point = points["connections", 0.99, seed]
+        assert point["kept"] == pytest.approx(0.01, abs=1e-3)
+        assert point["channels"] < 1.0
+        assert point["channels_reached"] <= 1.0
+    for panel, column in enumerate(("channels", "outputs")):
+        ends = [point[column] for key, point in points.items() if key[:2] == ("connections", 0.99)]
+        shown = drawn.lines("connectivity.png", panel)["connections"]
+        assert shown[-1] == pytest.approx((99, 100 * sum(ends) / 2), abs=0.1)
+    assert command("connectivity", checkpoint, tmp_path, "--pruners", "level", "--ratios", "0.5") == 0
+    assert "channels connected %" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_evolution_command(checkpoint, tmp_path, capsys):
+    arguments = ("--damage-rates", "0.1", "0.5", "--population-size", "4", "--generations", "2")
+    assert command("evolution", checkpoint, tmp_path, *arguments, "--layers", "fc1", "--json") == 0
+    output = capsys.readouterr()
+    assert output.err.count("% of fc1 gone") == 2
+    study = json.loads(output.out)
+    assert list(study) == ["damage 10 %", "damage 50 %"]
+    for trial in study.values():
+        history = trial["history"]
+        assert set(history["generation"]) == {0, 1, 2}
+        assert len(history["fitness"]) == 12
+        fittest = max(range(12), key=lambda index, values=history["fitness"]: (values[index], index))
+        assert trial["kept"] == pytest.approx(1 - history["compression"][fittest])
+    files = {path.name for path in tmp_path.iterdir()}
+    assert {"evolution.json", "fitness.png", "solutions.png"} < files
+    assert command("evolution", checkpoint, tmp_path, "--generations", "1", "--population-size", "2") == 0
+    text = capsys.readouterr().out
+    assert "of fc2 gone" in text  # the layer with the most weights
+    assert "compression" in text
+    assert "highest" in text
+
+
+@pytest.mark.slow
+def test_a_plan_says_what_flags_say(checkpoint, tmp_path, capsys):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        f"model: lenet300\nlimit: 400\ncheckpoint: {checkpoint}\npruners: [random, level]\nratios: [0.5]\nimages: 4\n"
+        f"out: {tmp_path / 'planned'}\njson: true\n"
+    )
+    assert main(["analyze", "deviation", "--plan", str(plan)]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    words = ("--pruners", "random,level", "--ratios", "0.5", "--images", "4", "--json")
+    assert command("deviation", checkpoint, tmp_path, *words) == 0
+    assert planned == json.loads(capsys.readouterr().out)
+    assert main(["analyze", "deviation", "--plan", str(plan), "--ratios", "0.25", "--pruners", "level"]) == 0
+    (point,) = json.loads(capsys.readouterr().out)["points"]
+    assert (point["pruner"], point["ratio"]) == ("level", 0.25)
+    plan.write_text("modell: lenet300\n")
+    with pytest.raises(SystemExit, match="2"):
+        main(["analyze", "deviation", "--plan", str(plan)])
+    assert "--modell" in capsys.readouterr().err
+    assert main(["analyze", "deviation", "--plan", str(tmp_path / "nowhere.yaml")]) == 2
+    assert "nowhere.yaml" in "".join(capsys.readouterr().err.split())

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.runs.choices import CompensationChoice, DataChoice, DistillationChoice, ModelChoice, PrunerChoice, Target
+from nni_topo.studies.plan import Plan, load_plan
+
+
+def plan(**changes):
+    factors = {
+        "models": (ModelChoice("small_cnn"),),
+        "data": (DataChoice("digits"),),
+        "pruners": (PrunerChoice("l1"), PrunerChoice("random")),
+        "targets": (Target("ratio", 0.5), Target("flops", 0.3)),
+    }
+    return Plan(**{**factors, **changes})
+
+
+def test_every_combination_is_a_cell_and_has_a_key_of_its_own():
+    cells = list(plan(seeds=3).cells())
+    assert len(cells) == 12
+    assert len({cell.key for cell in cells}) == 12
+    assert len({cell.training_key for cell in cells}) == 3
+
+
+def test_cells_of_one_trained_model_stand_together():
+    keys = [cell.training_key for cell in plan(seeds=2).cells()]
+    assert keys == sorted(keys)
+
+
+def test_seeds_start_where_asked():
+    assert {cell.seed for cell in plan(seeds=2, first_seed=7).cells()} == {7, 8}
+
+
+def test_the_place_of_the_data_is_no_part_of_a_key():
+    here, there = (next(plan(data=(DataChoice("mnist", folder),)).cells()) for folder in ("/a", "/b"))
+    assert here.key == there.key
+    assert here.training_key == there.training_key
+
+
+def test_knobs_and_recipes_are_part_of_a_key():
+    cell = next(plan().cells())
+    other_knob = dataclasses.replace(cell, pruner=PrunerChoice("l1", knobs={"seed": 1}))
+    longer = next(plan(train={"epochs": 99}).cells())
+    assert len({cell.key, other_knob.key, longer.key}) == 3
+    assert longer.train.epochs == 99
+
+
+def test_retraining_has_its_own_epochs():
+    cell = next(plan(retrain={"epochs": 3, "lr": 0.001}).cells())
+    assert (cell.retrain.epochs, cell.retrain.lr) == (3, 0.001)
+
+
+HALF = (Target("ratio", 0.5),)
+YAML = """
+models: [small_cnn, {name: vgg16, width: 0.25}]
+data: digits
+pruners:
+  - l1
+  - {name: topological, label: activations, calibration: 64, knobs: {criterion: cover}}
+targets: [{ratio: 0.5}, {flops: 0.25}]
+seeds: 2
+train: {epochs: 4}
+retrain: {epochs: 1}
+"""
+
+
+def test_a_row_is_compensated_in_its_own_way():
+    rows = (
+        PrunerChoice("l1"),
+        PrunerChoice("l1", "never", compensate=False),
+        PrunerChoice("l1", "less", compensate=CompensationChoice(images=8)),
+    )
+    images = {
+        common: [
+            cell.compensate and cell.compensate.images
+            for cell in plan(pruners=rows, targets=HALF, compensate=common).cells()
+        ]
+        for common in (None, CompensationChoice(images=64))
+    }
+    assert list(images.values()) == [[None, None, 8], [64, None, 64 // 8]]
+
+
+def test_equal_cells_have_equal_keys_whoever_asks_for_the_compensation():
+    (row,) = plan(pruners=(PrunerChoice("l1", compensate=CompensationChoice(8)),), targets=HALF).cells()
+    (common,) = plan(pruners=(PrunerChoice("l1"),), targets=HALF, compensate=CompensationChoice(8)).cells()
+    assert row.key == common.key
+
+
+def test_a_plan_is_read_from_yaml(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(YAML)
+    read = load_plan(path)
+    assert read.models == (ModelChoice("small_cnn"), ModelChoice("vgg16", 0.25))
+    assert read.pruners[1] == PrunerChoice("topological", "activations", {"criterion": "cover"}, 64)
+    assert read.targets == (Target("ratio", 0.5), Target("flops", 0.25))
+    assert len(list(read.cells())) == 16
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("seeds: 2", "seed: 2", "did you mean seeds"),
+        ("seeds: 2", "seeds: 0", "seeds must be an integer of at least 1, got 0"),
+        ("width: 0.25", "widht: 0.25", "did you mean width"),
+        ("{ratio: 0.5}", "{ratio: 1.0}", r"ratio target must be in \[0, 1\), got 1.0"),
+        ("{flops: 0.25}", "{flops: 0}", r"flops target must be in \(0, 1\], got 0.0"),
+        ("{flops: 0.25}", "{flop: 0.25}", "a target must be a known name, got 'flop'; did you mean flops"),
+        ("{flops: 0.25}", "0.25", "mapping with one key"),
+        ("train: {epochs: 4}", "train: {epoch: 4}", "did you mean epochs"),
+        ("label: activations", "label: l1", "labels of pruners must differ, got twice: l1"),
+        ("- l1", "- {label: l1}", "a mapping with a name"),
+    ],
+)
+def test_bad_plans_are_refused(tmp_path, old, new, words):
+    path = tmp_path / "plan.yaml"
+    path.write_text(YAML.replace(old, new))
+    with pytest.raises(ConfigError, match=words):
+        list(load_plan(path).cells())
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.yaml"):
+        load_plan(tmp_path / "nowhere.yaml")
+    (tmp_path / "broken.yaml").write_text("models: [")
+    with pytest.raises(DataError, match=r"broken\.yaml"):
+        load_plan(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match="must be a mapping, got list"):
+        load_plan(tmp_path / "list.yaml")
+
+
+def test_a_row_is_distilled_in_its_own_way_and_keys_of_plans_without_it_stay():
+    common = DistillationChoice(images=64)
+    rows = (
+        PrunerChoice("l1"),
+        PrunerChoice("l1", "never", distill=False),
+        PrunerChoice("l1", "less", distill=DistillationChoice(images=8)),
+    )
+    cells = list(plan(pruners=rows, targets=HALF, distill=common).cells())
+    assert [cell.distill and cell.distill.images for cell in cells] == [64, None, 8]
+    assert len({cell.key for cell in cells}) == 3
+    (without,) = plan(pruners=(PrunerChoice("l1", "never"),), targets=HALF).cells()
+    assert cells[1].key == without.key
+
+
+def test_a_plan_reads_its_distillation(tmp_path):
+    (tmp_path / "plan.yaml").write_text(
+        "models: small_cnn\ndata: digits\ntargets: [{ratio: 0.5}]\ndistill: {images: 64, steps: 5}\n"
+        "pruners: [l1, {name: l2, distill: false}, {name: fpgm, distill: {augmentation: none}}]\n"
+    )
+    found = load_plan(tmp_path / "plan.yaml")
+    assert found.distill == DistillationChoice(images=64, steps=5)
+    assert [pruner.distill for pruner in found.pruners] == [None, False, DistillationChoice(augmentation="none")]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{images: 1}", "images must be an integer of at least 2, got 1 .distill."),
+        ("{augmentation: noise}", "augmentation must be a known name, got 'noise'"),
+        ("{temperature: 0}", "temperature must be above 0 and finite, got 0"),
+        ("{labels: true}", "key of distill must be a known name, got 'labels'"),
+        ("much", "distill must be a DistillationChoice or a mapping of its fields or None, got 'much'"),
+    ],
+)
+def test_bad_distillations_are_refused(tmp_path, entry, message):
+    path = tmp_path / "plan.yaml"
+    path.write_text(f"models: small_cnn\ndata: digits\npruners: l1\ntargets: [{{ratio: 0.5}}]\ndistill: {entry}\n")
+    with pytest.raises(ConfigError, match=message):
+        load_plan(path)

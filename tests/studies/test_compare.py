@@ -1,0 +1,355 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest.mock import ANY
+
+import pytest
+
+from nni_topo import zoo
+from nni_topo.cli import main
+from nni_topo.disk import only_process
+from nni_topo.errors import ConfigError, DataError, instance
+from nni_topo.network.layers.zeros import weights_left
+from nni_topo.runs.choices import CompensationChoice, DataChoice, DistillationChoice, ModelChoice, PrunerChoice, Target
+from nni_topo.studies.compare import compare
+from nni_topo.studies.plan import Plan, load_plan
+from nni_topo.studies.records import append_record, read_records
+from nni_topo.studies.tables import markdown_report
+
+RESULTS = ("accuracy_before", "accuracy_oneshot", "accuracy_recalibrated", "accuracy_retrained", "flops", "params")
+
+
+def plan(*pruners, seeds=1):
+    return Plan(
+        models=(ModelChoice("small_cnn"),),
+        data=(DataChoice("digits", limit=300),),
+        pruners=tuple(PrunerChoice(name) for name in pruners),
+        targets=(Target("ratio", 0.5),),
+        seeds=seeds,
+        train={"epochs": 2},
+        retrain={"epochs": 1},
+    )
+
+
+def figures(records):
+    return [{name: record[name] for name in (*RESULTS, "pruner", "seed")} for record in records]
+
+
+def test_records_hold_what_a_table_needs(tmp_path):
+    records, failures = compare(plan("l1", "topological"), tmp_path, isolate=False)
+    assert failures == []
+    assert [record["pruner"] for record in records] == ["l1", "topological"]
+    for record in records:
+        assert record["flops"] < record["flops_before"]
+        assert record["params"] < 0.35 * record["params_before"]
+        assert all(0.0 <= record[name] <= 1.0 for name in RESULTS[:4])
+        assert record["widths"]["head" if "head" in record["widths"] else list(record["widths"])[-1]] == 10
+        assert record["versions"]["torch"]
+        assert record["peak_memory_bytes"] > 2**26
+    assert records[0]["flops"] == records[1]["flops"]
+    assert json.loads((tmp_path / "results.json").read_text()) == records
+
+
+def test_records_say_whether_the_budget_is_met(tmp_path):
+    targets = (Target("flops", 0.5), Target("memory", 0.5), Target("ratio", 0.5))
+    asked = dataclasses.replace(plan("l1", "level"), targets=targets, retrain={"epochs": 0})
+    records, failures = compare(asked, tmp_path, isolate=False)
+    assert failures == []
+    told = {(each["pruner"], each["budget"]["kind"]): each["budget"] for each in records if "budget" in each}
+    assert set(told) == {("l1", "flops"), ("l1", "memory"), ("level", "flops"), ("level", "memory")}
+    for kind in ("flops", "memory"):
+        assert told["l1", kind] == {"kind": kind, "asked": 0.5, "left": ANY, "is_met": True, "why": ""}
+        assert told["l1", kind]["left"] == pytest.approx(0.5, abs=0.01)
+        assert told["level", kind]["left"] == 1.0
+        assert not told["level", kind]["is_met"]
+        assert told["level", kind]["why"] == "the pruner removes single weights and no channels"
+
+
+def test_single_weights_stay_pruned_while_the_net_is_retrained(tmp_path, monkeypatch):
+    trained = []
+
+    def train(model, *args, **knobs):
+        log = zoo_train(model, *args, **knobs)
+        trained.append(weights_left(model))
+        return log
+
+    zoo_train = zoo.train
+    monkeypatch.setattr(zoo, "train", train)
+    records, _ = compare(plan("level", "l1"), tmp_path, isolate=False)
+    level, l1 = records
+    assert level["params"] == level["params_before"]
+    assert level["weights_left"] == pytest.approx(0.5 * level["params"], rel=0.1)
+    assert trained[-2:] == [level["weights_left"], l1["weights_left"]]
+    assert l1["weights_left"] == l1["params"]
+    lines = markdown_report(records).splitlines()
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in lines if line.startswith("| ")}
+    column = rows["method"].index("not zero (k)")
+    assert rows["level"][column] == f"{level['weights_left'] / 1e3:.1f}"
+    assert rows["l1"][column] == rows["unpruned"][column] == ""
+    assert "not zero" not in markdown_report([l1])
+
+
+def test_a_finished_comparison_runs_nothing_again(tmp_path):
+    first, _ = compare(plan("l1"), tmp_path, isolate=False)
+    ran = []
+    both = plan("l1", "random")
+    second, _ = compare(both, tmp_path, isolate=False, on_cell=lambda cell, *_: ran.append(cell.pruner.name))
+    assert ran == ["random"]
+    assert second[0] == first[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_a_process_per_cell_gives_the_same_figures_however_many_run_at_a_time(n_jobs, tmp_path):
+    both = dataclasses.replace(plan("l1", seeds=n_jobs), targets=(Target("flops", 0.5), Target("params", 0.5)))
+    began = []
+    apart = dataclasses.replace(both, n_jobs=n_jobs)
+    alone, _ = compare(apart, tmp_path / "alone", on_cell=lambda cell, *_: began.append(cell.seed))
+    together, _ = compare(both, tmp_path / "together", isolate=False)
+    assert figures(alone) == figures(together)
+    assert began[:n_jobs] == [*range(n_jobs)]  # each trains its network
+    ratios = [json.loads((tmp_path / name / "ratios.json").read_text()) for name in ("alone", "together")]
+    assert ratios[0] == ratios[1]
+
+
+MEETING = """
+import os, pathlib, time
+from torch import nn
+
+def meet(name, other, num_classes):
+    here = pathlib.Path(__file__).parent
+    (here / name).touch()
+    until = time.monotonic() + 60
+    while not (here / other).exists():
+        assert time.monotonic() < until, "alone"
+        time.sleep(0.05)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, num_classes))
+
+def one(num_classes):
+    return meet("one", "two", num_classes)
+
+def two(num_classes):
+    os._exit(meet("two", "one", num_classes) is None)
+"""
+
+
+@pytest.mark.slow
+def test_cells_run_beside_each_other_and_a_crash_of_one_is_its_own(tmp_path, monkeypatch):
+    (tmp_path / "meeting_nets_for_tests.py").write_text(MEETING)
+    monkeypatch.syspath_prepend(tmp_path)
+    models = tuple(ModelChoice(f"meeting_nets_for_tests:{name}") for name in ("two", "one"))
+    both = dataclasses.replace(plan("l1"), models=models, n_jobs=2)
+    records, failures = compare(both, tmp_path / "out")
+    assert [record["model"] for record in records] == ["meeting_nets_for_tests:one"]
+    assert [failure.reason for failure in failures] == ["ended with exit code 0"]
+
+
+@pytest.mark.parametrize("n_jobs", [0, -2])
+def test_a_number_of_jobs_that_is_none_is_refused(n_jobs):
+    with pytest.raises(ConfigError, match=rf"n_jobs must be at least 1, or -1 for all cores, got {n_jobs} \(plan\)"):
+        dataclasses.replace(plan("l1"), n_jobs=n_jobs)
+
+
+def test_a_file_says_how_many_cells_run_at_a_time_and_the_command_before_it(tmp_path, capsys):
+    path = tmp_path / "plan.yaml"
+    path.write_text("{models: small_cnn, data: digits, pruners: l1, targets: {ratio: 0.5}, n_jobs: 3}")
+    assert load_plan(path).n_jobs == 3
+    words = ["compare", "--plan", str(path), "--out", str(tmp_path / "out"), "--in-process"]
+    for given, n_jobs in (([], 3), (["--n-jobs", "2"], 2)):
+        assert main([*words, *given]) == 2
+        assert f"must run one by one, got n_jobs {n_jobs} (compare)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_cells_in_one_process_run_one_by_one(tmp_path):
+    with pytest.raises(ConfigError, match="must run one by one, got n_jobs -1"):
+        compare(dataclasses.replace(plan("l1"), n_jobs=-1), tmp_path, isolate=False)
+
+
+@pytest.mark.slow
+def test_a_failing_cell_is_reported_and_the_others_run(tmp_path):
+    broken = Plan(**{**plan("l1").__dict__, "pruners": (PrunerChoice("reconstruction"), PrunerChoice("l1"))})
+    records, failures = compare(broken, tmp_path)
+    assert [record["pruner"] for record in records] == ["l1"]
+    assert "needs calibration" in failures[0].reason
+    assert failures[0].cell.pruner.name == "reconstruction"
+
+
+DYING = """
+import os, signal
+
+def killed(num_classes):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def leaving(num_classes):
+    os._exit(3)
+"""
+
+
+def test_a_process_that_dies_is_reported_with_its_signal_or_code(tmp_path, monkeypatch):
+    (tmp_path / "dying_nets_for_tests.py").write_text(DYING)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = [f"dying_nets_for_tests:{name}" for name in ("killed", "leaving")]
+    both = Plan(**{**plan("l1").__dict__, "models": tuple(map(ModelChoice, names))})
+    records, failures = compare(both, tmp_path / "out")
+    assert records == []
+    assert [failure.reason for failure in failures] == ["killed by signal 9 (out of memory?)", "ended with exit code 3"]
+
+
+def test_a_folder_of_another_comparison_is_refused(tmp_path):
+    compare(plan("l1"), tmp_path, isolate=False)
+    with pytest.raises(ConfigError, match=r"1 records of another one, e\.g\. small_cnn, digits, l1, ratio 0\.5"):
+        compare(plan("l2"), tmp_path, isolate=False)
+
+
+def test_a_part_of_the_test_images(tmp_path):
+    few = Plan(**{**plan("l1").__dict__, "data": (DataChoice("digits", limit=300, test_limit=20),)})
+    (record,), _ = compare(few, tmp_path, isolate=False)
+    assert record["accuracy_before"] * 20 == pytest.approx(round(record["accuracy_before"] * 20))
+    with pytest.raises(ConfigError, match="test_limit must be at least 1, got 0"):
+        compare(Plan(**{**few.__dict__, "data": (DataChoice("digits", test_limit=0),)}), tmp_path, isolate=False)
+
+
+@pytest.mark.parametrize("lost", [1, 5])
+def test_a_line_cut_short_by_a_crash_is_dropped(lost, tmp_path):
+    path = tmp_path / "results.jsonl"
+    append_record(path, {"key": "a"})
+    append_record(path, {"key": "b"})
+    path.write_bytes(path.read_bytes()[:-lost])
+    cut = path.read_bytes()
+    assert read_records(path) == [{"key": "a"}]
+    assert path.read_bytes() == cut  # another process may be writing the line
+    append_record(path, {"key": "c"})
+    assert read_records(path) == [{"key": "a"}, {"key": "c"}]
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_broken_line_before_the_last_is_refused_and_nothing_is_cut_off(broken, tmp_path):
+    lines = [b'{"key": "a"}\n', b'{"key": "b"}\n', b'{"key": "c"}\n']
+    lines[broken] = b'{"key": \n'
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(DataError, match=rf"must be a JSON record.*results\.jsonl:{broken + 1}\)"):
+        read_records(path)
+    assert path.read_bytes() == b"".join(lines)
+
+
+SCRIPT = """
+import sys
+from tests_plan import plan
+from nni_topo.studies.compare import compare
+
+if __name__ == "__main__":
+    compare(plan("random", "l1", "l2", seeds=2), sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_and_repeated_it_ends_with_the_same_table(tmp_path):
+    (tmp_path / "tests_plan.py").write_text(Path(__file__).read_text())
+    (tmp_path / "run.py").write_text(SCRIPT)
+    out = tmp_path / "killed"
+    # the package under test first, wherever another one is installed
+    paths = [str(tmp_path), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, str(tmp_path / "run.py"), str(out)]
+    process = subprocess.Popen(command, env=environment)
+    deadline = time.monotonic() + 300
+    while len(read_lines(out / "results.jsonl")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 2 <= len(read_lines(out / "results.jsonl")) < 6
+    subprocess.run(command, env=environment, check=True)
+    whole, _ = compare(plan("random", "l1", "l2", seeds=2), tmp_path / "whole", isolate=False)
+    assert figures(json.loads((out / "results.json").read_text())) == figures(whole)
+
+
+def read_lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_compensation_distillation_taylor_and_a_yardstick(tmp_path):
+    both = dataclasses.replace(
+        plan("l1"),
+        pruners=(
+            PrunerChoice("l1"),
+            PrunerChoice("taylor", knobs={"training_steps": 4}),
+            PrunerChoice("scratch"),
+        ),
+        train={"epochs": 5},
+        retrain={"epochs": 0},
+        compensate=CompensationChoice(images=256),
+        distill=DistillationChoice(images=256, steps=100, augmentation="none"),
+        targets=(Target("ratio", 0.8),),
+    )
+    records, failures = compare(both, tmp_path, isolate=False)
+    assert failures == []
+    for record in records[:2]:
+        assert record["accuracy_compensated"] > record["accuracy_oneshot"]
+        assert record["accuracy_distilled"] != record["accuracy_compensated"]
+        assert record["distill_seconds"] > 0.0
+        assert "accuracy_retrained" not in record
+    table = markdown_report(records)
+    assert "| distilled % | vs best baseline, distilled |" in table
+    assert f"| {100 * records[0]['accuracy_distilled']:.1f} |" in table
+    assert "accuracy_oneshot" not in records[2]
+    assert "accuracy_distilled" not in records[2]
+    assert records[2]["widths"] == records[0]["widths"]
+    assert records[2]["accuracy_retrained"] > 0.5
+
+
+def test_bad_compensation_is_refused():
+    with pytest.raises(ConfigError, match="images must be an integer of at least 1, got 0"):
+        CompensationChoice(images=0)
+    with pytest.raises(ConfigError, match="method"):
+        CompensationChoice(method="magic")
+
+
+@pytest.mark.parametrize(
+    ("line", "got"),
+    [("[1, 2]", "a list"), ("3", "a int"), ('{"seed": 0}', "the keys seed"), ('{"key": 5}', "a str, got 5")],
+)
+def test_lines_that_are_no_records_are_named(tmp_path, line, got):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"key": "a"}\n' + line + '\n{"key": "c"}\n')
+    with pytest.raises(DataError, match=rf"a JSON record of a run.* {got} .*results\.jsonl:2\)"):
+        read_records(path, {"key": instance(str)})
+
+
+HOLD = """
+import os, pathlib, time
+from nni_topo.disk import only_process
+child = os.fork()
+if not child:
+    try:
+        with only_process(pathlib.Path({folder!r}), wait=False):
+            pathlib.Path({inside!r}).touch()
+            time.sleep(600)
+    finally:
+        os._exit(1)
+print(child)
+"""
+
+
+def test_a_folder_takes_one_run_at_a_time_and_is_free_after_a_kill(tmp_path, bare_python):
+    folder, inside = tmp_path / "new" / "out", tmp_path / "inside"
+    other = int(bare_python(HOLD.format(folder=str(folder), inside=str(inside))))
+    try:
+        deadline = time.monotonic() + 60
+        while not inside.exists():
+            assert time.monotonic() < deadline, "it never held the folder"
+            time.sleep(0.01)
+        with pytest.raises(DataError, match="one run at a time"), only_process(folder, wait=False):
+            pass
+    finally:
+        os.kill(other, signal.SIGKILL)
+        bare_python(f"import os; os.waitpid({other}, 0)")
+    with only_process(folder, wait=False):
+        pass

@@ -1,0 +1,141 @@
+"""The report in a run's folder: what it shows is what the files say, and it needs no other file."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from nni_topo.cli import main
+from nni_topo.errors import DataError
+from nni_topo.studies.report import write_report
+from nni_topo.studies.tables import cells_of, grouped
+
+spec = importlib.util.spec_from_file_location("screenshots", Path(__file__).parents[2] / "tools" / "screenshots.py")
+screenshots = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(screenshots)
+FACTS = {"model": "net", "data": "digits", "target": "ratio 0.5", "flops_before": 4e6, "flops": 1e6}
+FACTS |= {"params_before": 8e3, "params": 2e3, "accuracy_before": 0.99, "accuracy_oneshot": 0.5}
+FACTS |= {"latency_before_ms": 2.0, "latency_ms": 1.0, "prune_seconds": 0.1, "versions": {"torch": "2.x"}}
+FACTS |= {"widths_before": {"conv1": 8, "head": 10}, "whole": {"head": "it gives the output"}}
+RECORDS = [
+    {**FACTS, "pruner": name, "pruner_name": "l1", "seed": seed, "widths": {"conv1": 4, "head": 10}}
+    for name in ("l1", "<b>ours</b>")
+    for seed in range(2)
+]
+
+
+class Page(HTMLParser):
+    """Rows of tables, and how often each element and each address was met."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.rows, self.tags, self.addresses, self._cell = [], [], [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._cell = True
+
+    def handle_endtag(self, tag):
+        self._cell = self._cell and tag not in ("td", "th")
+
+    def handle_data(self, data):
+        if self._cell:
+            self.rows[-1][-1] += data
+
+
+def page_of(folder):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert all(address.startswith(("#", "data:")) for address in page.addresses)
+    assert not re.search(r"@import|url\((?!#)", text)
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    return page
+
+
+def test_a_comparison_has_its_tables_pictures_and_widths(tmp_path):
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    (tmp_path / "plan.json").write_text(json.dumps({"seeds": 2, "retrain": {"epochs": 1}}))
+    page = page_of(write_report(tmp_path).parent)
+    head, rows = cells_of(next(iter(grouped(RECORDS).values())))
+    assert page.rows[: len(rows) + 1] == [list(head), *rows]
+    assert "b" not in page.tags
+    assert page.tags.count("svg") == 1
+    assert ["conv1", "8", "4", "4", ""] in page.rows
+    assert ["head", "10", "10", "10", "it gives the output"] in page.rows
+    assert ["epochs", "1"] in page.rows
+    assert ["torch", "2.x"] in page.rows
+
+
+def test_a_pruning_shows_what_was_left_whole_and_how_each_layer_came_back(tmp_path):
+    config, out = tmp_path / "prune.yaml", tmp_path / "out"
+    config.write_text("pruner: l1\nconfig_list: [{op_types: [Conv2d], sparse_ratio: 0.5}]\ncompensate: {images: 64}\n")
+    words = ["prune", "--model", "small_cnn", "--limit", "100", "--config", str(config), "--out", str(out)]
+    assert main(words) == 0
+    record = json.loads((out / "summary.json").read_text())
+    page = page_of(out)
+    assert ["features.conv1", "16", "8", ""] in page.rows
+    assert ["classifier.fc1", "64", "64", "not asked for"] in page.rows
+    assert ["classifier.fc2", "10", "10", "it gives the model's output"] in page.rows
+    solved = [row for row in page.rows if row[0] in {found["layer"] for found in record["compensation"]}]
+    assert len(solved) >= len(record["compensation"])
+    assert [f"{100 * record['accuracy_compensated']:.1f}"] in [row[2:] for row in page.rows]
+    before = (out / "report.html").read_text()
+    (out / "report.html").unlink()
+    assert main(["report", str(out)]) == 0
+    assert (out / "report.html").read_text() == before
+
+
+def test_a_study_has_its_pictures_and_its_numbers(tmp_path):
+    words = ["analyze", "topology", "--model", "small_cnn", "--limit", "100", "--ratio", "0.5"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    document = json.loads((tmp_path / "topology.json").read_text())
+    page = page_of(tmp_path)
+    assert page.tags.count("img") == len(list(tmp_path.glob("*.png"))) > 1
+    for layer in document["layers"]:
+        assert any({str(layer["points"]), str(layer["kept"])} <= set(row) for row in page.rows)
+
+
+@pytest.mark.parametrize("files", [{}, {"notes.json": "{"}])
+def test_a_folder_without_a_run_is_refused(files, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match="needs a run's files, got none" if not files else "a whole file of JSON"):
+        write_report(tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_a_browser_without_a_network_shows_it_on_a_phone_and_in_the_readers_colours(tmp_path):
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    page = write_report(tmp_path)
+    light, dark = (screenshots.facts(page, width=390, dark=dark) for dark in (False, True))
+    assert light["wide"] == dark["wide"] == 390
+    assert light["text"] == dark["text"] > 100
+    assert light["broken"] == dark["broken"] == 0
+    assert (light["paper"], dark["paper"]) == ("rgb(255, 255, 255)", "rgb(22, 24, 28)")
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_it_prints_with_what_is_folded_opened(tmp_path):
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    page = write_report(tmp_path)
+    closed = tmp_path / "closed.html"
+    closed.write_text(page.read_text().replace("content-visibility: visible; block-size: auto;", ""))
+    sizes = []
+    for each in (page, closed):
+        printed = tmp_path / f"{each.stem}.pdf"
+        screenshots.chromium(f"--print-to-pdf={printed}", each.as_uri())
+        assert printed.read_bytes().startswith(b"%PDF")
+        sizes.append(printed.stat().st_size)
+    assert sizes[0] > 1.05 * sizes[1]

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import io
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from nni_topo.studies.pictures import plot_accuracy, plot_convergence
+from nni_topo.studies.tables import (
+    best_rival,
+    epochs_until_back,
+    grouped,
+    interval,
+    markdown_report,
+    paired_difference,
+    print_report,
+    print_widths,
+    show_accuracies,
+)
+
+
+def record(pruner, seed, retrained, name=None):
+    return {
+        "model": "net",
+        "data": "digits",
+        "target": "ratio 0.5",
+        "pruner": pruner,
+        "pruner_name": name or pruner,
+        "seed": seed,
+        "flops_before": 4e6,
+        "flops": 1e6,
+        "params_before": 8e3,
+        "params": 2e3,
+        "accuracy_before": 0.99,
+        "accuracy_oneshot": 0.5,
+        "accuracy_recalibrated": 0.7,
+        "accuracy_retrained": retrained,
+        "latency_before_ms": 2.0,
+        "latency_ms": 1.0,
+        "prune_seconds": 0.1,
+    }
+
+
+RECORDS = [
+    *(record("l1", seed, value) for seed, value in enumerate([0.90, 0.92, 0.94])),
+    *(record("fpgm", seed, value) for seed, value in enumerate([0.91, 0.92, 0.91])),
+    *(record("ours", seed, value, "topological") for seed, value in enumerate([0.92, 0.93, 0.96])),
+    *(record("random", seed, 0.85) for seed in range(3)),
+]
+
+
+def test_interval_is_students():
+    values = [0.5, 0.7, 0.9, 0.4]
+    found = interval(values)
+    low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
+
+
+def test_one_value_has_no_interval():
+    assert interval([0.5]).show(100) == "50.0"
+
+
+def test_rivals_are_the_pruners_of_others():
+    (rows,) = grouped(RECORDS).values()
+    assert best_rival(rows, "accuracy_retrained") == "l1"
+
+
+def test_random_choice_is_a_rival_and_a_new_network_is_none():
+    (rows,) = grouped([*RECORDS, record("by chance", 0, 0.98, "random"), record("scratch", 0, 0.99)]).values()
+    assert best_rival(rows, "accuracy_retrained") == "by chance"
+
+
+@pytest.mark.parametrize("values", [[0.1, 0.2, 0.9], [0.99, 0.95, 0.999, 1.0], [0.0, 0.01, 0.0]])
+def test_intervals_of_accuracies_stay_within_0_and_100(values):
+    found = interval(values)
+    assert found.mean - found.half < 0 or found.mean + found.half > 1
+    shown = re.fullmatch(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)", show_accuracies(values))
+    mean, low, high = map(float, shown.groups())
+    assert mean == pytest.approx(100 * np.mean(values), abs=0.05)
+    assert 0.0 <= low < mean < high <= 100.0
+
+
+def test_intervals_of_accuracies_inside_are_students():
+    assert show_accuracies([0.5, 0.6, 0.7]) == interval([0.5, 0.6, 0.7]).show(100)
+
+
+def converging(pruner, seed, *curve):
+    return {**record(pruner, seed, curve[-1]), "validation_before": 0.9, "curve": list(curve)}
+
+
+CURVES = [
+    *(converging("l1", seed, 0.2, 0.8, last, 0.95) for seed, last in enumerate([0.9, 0.89, 0.95])),
+    *(converging("ours", seed, 0.2, 0.7, 0.8, last) for seed, last in enumerate([0.9, 0.89, 0.899])),
+    *(converging("kept", seed, 0.91, 0.7, 0.8, 0.8) for seed in range(3)),
+]
+
+
+def test_epochs_until_the_accuracy_is_back_are_counted_from_the_pruned_network():
+    assert [epochs_until_back(found) for found in CURVES] == [2, 3, 2, 3, None, None, 0, 0, 0]
+    table = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in markdown_report(CURVES).splitlines()}
+    column = table["method"].index("epochs until back")
+    assert [table[row][column] for row in ("l1", "ours", "kept", "unpruned")] == ["2 [2, 3]", "> 3 [3, > 3]", "0", ""]
+    assert "until back" not in markdown_report(RECORDS)
+
+
+def test_the_picture_of_convergence_has_a_line_per_row(drawn, tmp_path):
+    assert plot_convergence(RECORDS) == []
+    plot_convergence([*CURVES, *RECORDS])[0].figure.savefig(tmp_path / "convergence.png")
+    lines = drawn.lines("convergence.png")
+    assert set(lines) == {"unpruned", "l1", "ours", "kept"}
+    assert lines["ours"] == [(epoch, pytest.approx(y)) for epoch, y in enumerate([20, 70, 80, 100 * 2.689 / 3])]
+    assert [y for _, y in lines["unpruned"]] == pytest.approx([90, 90])
+
+
+def test_differences_are_paired_over_seeds():
+    (rows,) = grouped(RECORDS).values()
+    difference = paired_difference(rows["ours"], rows["l1"], "accuracy_retrained")
+    expected = stats.ttest_rel([0.92, 0.93, 0.96], [0.90, 0.92, 0.94]).confidence_interval(0.95)
+    assert (difference.mean - difference.half, difference.mean + difference.half) == pytest.approx(tuple(expected))
+
+
+def test_differences_are_paired_by_seed_whatever_the_order_and_the_gaps():
+    ours = {seed: record("ours", seed, 0.5 + seed / 10, "topological") for seed in (3, 0, 2, 1, 9)}
+    theirs = {seed: record("l1", seed, 0.4 + seed / 10) for seed in (8, 0, 1, 2, 3)}
+    del theirs[2]["accuracy_retrained"]
+    difference = paired_difference(ours, theirs, "accuracy_retrained")
+    assert (difference.mean, difference.half) == (pytest.approx(0.1), pytest.approx(0.0, abs=1e-12))
+
+
+def test_the_table_names_every_row_and_the_best_baseline():
+    stream = io.StringIO()
+    print_report(RECORDS, Console(file=stream, width=160))
+    text = stream.getvalue()
+    assert "net on digits, ratio 0.5 (3 seeds)" in text
+    (ours,) = [line for line in text.splitlines() if "ours" in line]
+    assert "+1.7 ± 1.4" in ours
+    (baseline,) = [line for line in text.splitlines() if "l1" in line]
+    assert "best baseline" in baseline
+
+
+def test_the_markdown_table_has_the_same_cells():
+    lines = markdown_report(RECORDS).splitlines()
+    assert lines[0] == "**net on digits, ratio 0.5 (3 seeds)**"
+    assert lines[4].startswith("| unpruned | 4.00 | 8.0 | 99.0")
+    (ours,) = [line for line in lines if line.startswith("| ours")]
+    assert "| +1.7 ± 1.4 |" in ours
+    assert {line.count("|") for line in lines if line.startswith("|")} == {11}
+
+
+def test_widths_are_means_over_seeds():
+    runs = [{**record("l1", seed, 0.9), "widths": {"conv1": 4 + seed, "head": 10}} for seed in range(2)]
+    stream = io.StringIO()
+    print_widths(runs, Console(file=stream, width=100))
+    assert [line.split()[1::2] for line in stream.getvalue().splitlines() if "conv1" in line] == [["conv1", "4.5"]]
+
+
+def test_the_picture_shows_every_rows_mean_before_and_after():
+    other = [{**entry, "data": "mnist", "flops": 2e6, "target": "flops 0.5"} for entry in RECORDS[:3]]
+    axes = plot_accuracy([*RECORDS, *other])
+    titles = [f"net on {data}, {step}" for data in ("digits", "mnist") for step in ("no recovery", "fine-tuned")]
+    assert [axis.get_title() for axis in axes] == titles
+    rows = ("l1", "fpgm", "ours", "random")
+    for axis, column in zip(axes[:2], ("accuracy_oneshot", "accuracy_retrained"), strict=True):
+        unpruned = next(line for line in axis.get_lines() if line.get_label() == "unpruned")
+        assert list(unpruned.get_ydata()) == pytest.approx([99.0, 99.0])
+        assert [bars.get_label() for bars in axis.containers] == list(rows)
+        for index, bars in enumerate(axis.containers):
+            found = interval([100 * entry[column] for entry in RECORDS if entry["pruner"] == rows[index]])
+            # Rows of one target stand side by side, a two-hundredth of the whole network apart.
+            place = 1.0 + (index - 1.5) * 0.02
+            assert np.ravel(bars[0].get_data()) == pytest.approx([place, found.mean])
+            ((_, low), (_, high)) = bars[2][0].get_segments()[0]
+            assert (low, high) == pytest.approx((found.mean - found.half, found.mean + found.half))
+    assert [np.ravel(bars[0].get_data())[0] for bars in axes[3].containers] == pytest.approx([2.0])
+
+
+def test_equal_networks_have_one_latency():
+    wide, narrow = {"conv1": 8}, {"conv1": 4}
+    times = {"l1": (wide, 1.0), "fpgm": (wide, 9.0), "random": (wide, 2.0), "ours": (narrow, 0.5)}
+    runs = [{**record(name, 0, 0.9), "widths": own, "latency_ms": ms} for name, (own, ms) in times.items()]
+    rows = [line.split(" | ") for line in markdown_report(runs).splitlines() if line.startswith("| ")]
+    place = rows[0].index("latency ms")
+    shown = {row[0].removeprefix("| "): row[place] for row in rows[1:]}
+    assert shown == {"unpruned": "2.00", "l1": "2.00", "fpgm": "2.00", "random": "2.00", "ours": "0.50"}
