@@ -11,8 +11,10 @@ A change of structure must not change a result. ``record`` writes one JSON line 
 
 ``compare`` prints every difference from a reference and ends with exit status 1 if there is one. Names, integers and
 shapes must be equal, outputs equal within 1e-5, times at most 10 % longer in the median and at most 1.5 times for any
-network. Only networks that take 0.2 s in the reference count for the times, since below that noise decides. Reasons
-are compared by layer; that a text changed is printed, and counts as a difference with ``--reasons`` alone.
+network. Only networks that take 0.2 s in the reference count for the times, since below that noise decides. On a
+machine with other busy processes the same code may take 1.5 times as long, so record both sides side by side, or
+compare ``--without-times``. Reasons are compared by layer; that a text changed is printed, and counts as a difference
+with ``--reasons`` alone.
 
 Only public names of the package are used, so that the same file records an old checkout and a new one:
 

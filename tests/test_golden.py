@@ -1,0 +1,93 @@
+"""What the package makes of some networks is what ``benchmarks/golden/zoo.jsonl.gz`` holds of them."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(_BENCHMARKS := Path(__file__).parents[1] / "benchmarks"))
+import golden
+
+sys.path.remove(str(_BENCHMARKS))
+
+REFERENCE = golden.read_records(_BENCHMARKS / "golden" / "zoo.jsonl.gz")
+
+
+@pytest.mark.parametrize("name", ["own/sliced", "own/own_attention", "torchvision/shufflenet_v2_x0_5"])
+def test_groups_and_dense_networks_are_those_of_the_golden_record(name):
+    record = {"status": "ok", **golden.measure(name, {}, timed=False)}
+    assert golden.differences(REFERENCE[name], record) == []
+
+
+def test_every_network_of_the_zoo_is_in_the_golden_record():
+    assert REFERENCE.keys() == {name for name, _ in golden.entries()}
+    assert {record["status"] for record in REFERENCE.values()} == {"ok"}
+
+
+def test_each_kind_of_difference_is_found():
+    expected = REFERENCE["torchvision/shufflenet_v2_x0_5"]
+
+    def changed(**values):
+        return golden.differences(expected, {**copy.deepcopy(expected), **values})
+
+    shapes = expected["shapes"]
+    layer, skipped = next(iter(shapes)), {**expected["skipped"], "another": "why"}
+    assert changed() == []
+    assert len(changed(shapes={**shapes, layer: "9x9"})) == 1
+    assert len(changed(entries=expected["entries"][1:])) == 1
+    assert len(changed(entries=expected["entries"][::-1])) == 1
+    assert len(changed(skipped=skipped)) == 1
+    assert len(changed(parameters=expected["parameters"] + 1)) == 1
+    assert len(changed(shares={})) == len(expected["shares"]) > 0
+    assert len(changed(ties={layer: "0 0"})) == 1
+    assert len(changed(kept_counts={layer: 1})) == 1
+    assert len(changed(inputs=[])) == 1
+    assert len(changed(status="ValueError: other")) == 1
+
+
+@pytest.mark.parametrize(("factor", "count"), [(1 + 1e-6, 0), (1 + 1e-4, 1)])
+def test_outputs_may_differ_by_rounding_alone(factor, count):
+    expected = REFERENCE["own/unet"]
+    outputs = [[shape, *(number * factor for number in numbers), 0] for shape, *numbers, _ in expected["outputs"]]
+    assert len(golden.differences(expected, {**expected, "outputs": outputs})) == count
+
+
+def test_another_text_of_a_reason_counts_only_where_asked_for():
+    expected = next(record for record in REFERENCE.values() if record["skipped"])
+    actual = {**expected, "skipped": dict.fromkeys(expected["skipped"], "worded anew")}
+    assert golden.differences(expected, actual) == []
+    assert golden.changed_texts(expected, actual)
+    assert len(golden.differences(expected, actual, reasons=True)) == len(expected["skipped"])
+
+
+def test_numbers_are_written_as_ranges():
+    assert golden.as_ranges([0, 1, 2, 3, 4, 9, 9, 9, 2]) == "0:4 9*3 2"
+    assert golden.renumbered({"one": [7, 7, 30], "two": [30, 7, -4]}) == {"one": "0*2 1", "two": "1 0 2"}
+
+
+def test_times_are_judged_by_their_median_and_by_each_network(capsys):
+    reference = {name: {"status": "ok", "seconds": [1.0, 1.0]} for name in "abc"}
+
+    def judged(**seconds):
+        records = {name: {**reference[name], "seconds": seconds[name]} for name in "abc"}
+        return golden.different_times(reference, records)
+
+    assert judged(a=[1.0, 1.0], b=[1.0, 1.1], c=[1.0, 1.9]) == []
+    assert len(judged(a=[1.0, 1.0], b=[1.0, 1.0], c=[1.0, 2.1])) == 1
+    assert len(judged(a=[1.2, 1.1], b=[1.2, 1.1], c=[1.0, 1.0])) == 1
+    assert "median ratio 1.15 of 3 networks" in capsys.readouterr().out
+
+
+def test_a_packed_file_is_the_same_whenever_it_is_packed(tmp_path):
+    records = {name: REFERENCE[name] for name in ("own/unet", "own/lstm")}
+    lines, packed = tmp_path / "lines.jsonl", [tmp_path / "one.jsonl.gz", tmp_path / "two.jsonl.gz"]
+    for name in reversed(records):
+        golden.append_line(lines, {**records[name], "cpu_seconds": 1.0})
+    for path in packed:
+        assert golden.main(["pack", str(lines), str(path)]) == 0
+    assert packed[0].read_bytes() == packed[1].read_bytes()
+    assert golden.read_records(packed[0]) == records
+    assert golden.main(["compare", str(packed[0]), str(lines)]) == 0
