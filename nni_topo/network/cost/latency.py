@@ -43,6 +43,9 @@ from nni_topo.network.runtime import (
 )
 from nni_topo.network.speedup import Network
 
+FloatArray = NDArray[np.float64]
+_SHARES = (0.25, 0.5, 0.75, 1.0)
+
 
 @dataclass(frozen=True)
 class LayerLatency:
@@ -152,10 +155,6 @@ class LatencyTable:
                 for name, layer in content.pop("layers").items()
             }
             return cls(layers, **content)
-
-
-FloatArray = NDArray[np.float64]
-_SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
 @checked(model=MODEL, example_inputs=INPUTS)

@@ -39,6 +39,9 @@ _BLOCK, _BLOCKS = 120 * 2**10, 8192  # bytes below what glibc maps alone, and ho
 _SCHEDULED = "/proc/thread-self/schedstat"  # Linux: nanoseconds with a core and waiting for one, and slices
 
 
+MODES = ("plain", "channels_last", "bf16", "compile")
+
+
 @checked(model=NETWORK)
 def count_params(model: nn.Module) -> int:
     """Return the number of parameters, shared ones counted once; buffers aren't counted.
@@ -289,9 +292,6 @@ def thread_count(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-MODES = ("plain", "channels_last", "bf16", "compile")
 
 
 @dataclass(frozen=True)

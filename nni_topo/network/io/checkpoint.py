@@ -4,29 +4,46 @@ The file holds tensors, names and integers only, in PyTorch's format, which is r
 safetensors, whose header holds a recipe in JSON: which module has which sizes. Reading a file from elsewhere runs
 nothing. What it doesn't hold is the model's forward: that comes with the model it is loaded into, whose layers are
 made smaller to fit.
+
+A pruned model of Transformers can also be saved as a folder that loads without this package.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from nni_topo._version import __version__
-from nni_topo.disk import path_of, read_tensors, reading, whole_file, write_tensors
+from nni_topo.disk import (
+    check_free_disk,
+    disk_errors,
+    output_folder,
+    path_of,
+    read_tensors,
+    reading,
+    whole_file,
+    write_tensors,
+)
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.attention import Attention, find_attention, resize, set_size
-from nni_topo.network.io.depth import kept_blocks, take_out_others
 from nni_topo.network.layers import (
     Place,
+    ShiftedRMSNorm,
     can_follow,
     count,
     count_channels,
@@ -471,3 +488,149 @@ def _resize(module: torch.nn.Module, sizes: dict[str, Any]) -> None:
     for name in size_names(module):
         size = sizes[name]
         setattr(module, name, tuple(size) if isinstance(size, list) else size)
+
+
+@leaves_models_alone
+def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
+    """Save a pruned model of Transformers as a folder that its ``from_pretrained`` loads without this package.
+
+    Parameters
+    ----------
+    dense : transformers.PreTrainedModel
+        A model made by `nni_topo.to_dense`. It isn't changed.
+    folder : str or path-like
+        The folder for ``config.json`` and ``model.safetensors``; made where there is none.
+
+    Raises
+    ------
+    ConfigError
+        If the model isn't one of Transformers, or its config can't say how wide its layers are: it has one number for
+        all blocks, so all must be equally wide, but for heads, which Transformers 4 can prune block by block in BERT
+        and its like (``config.pruned_heads``). `save` and `load` take every model.
+    SpeedupError
+        If the model is still wrapped by NNI.
+
+    See Also
+    --------
+    save : One file for every model, for `load`.
+    """
+    place = path_of(folder, "folder")
+    check_free_disk(place, 0)
+    check_unwrapped(dense)
+    config, name = getattr(dense, "config", None), type(dense).__name__
+    if config is None or not callable(getattr(dense, "save_pretrained", None)):
+        raise ConfigError(f"a model must be one of Transformers, got {name}; nni_topo.save takes any (save_pretrained)")
+    config = copy.deepcopy(config)
+    known = dict(getattr(config, "pruned_heads", None) or {})
+    config.pruned_heads = {}
+    with torch.device("meta"):
+        plain = type(dense)(config)
+    got = _structure(dense)
+    # What a model was loaded with comes first: Transformers knows heads that this package doesn't.
+    for heads in (known, _pruned_heads(plain, dense)):
+        built = copy.deepcopy(plain)
+        if heads:
+            built.prune_heads(heads)
+        wanted = _structure(built)
+        different = [each for each in {**wanted, **got} if wanted.get(each) != got.get(each)]
+        if not different:
+            break
+    if different:
+        whole, left = find_attention(built), find_attention(dense)
+        fewer = different[0] in whole and different[0] in left and left[different[0]].heads < whole[different[0]].heads
+        why = "has one width for all blocks"
+        if fewer and not heads:
+            why += f" (Transformers {version('transformers')} prunes no heads of this class)"
+        raise ConfigError(
+            f"from_pretrained must be able to build the model by its config, which {why}, got "
+            f"{got.get(different[0])} where the config makes {wanted.get(different[0])}; nni_topo.save and "
+            f"nni_topo.load take it ({different[0]}, {name})"
+        )
+    if heads != known:
+        dense.config.pruned_heads = heads  # put back at the end, as all of the model
+    place = output_folder(place)
+    with disk_errors(place), tempfile.TemporaryDirectory(dir=place) as beside:
+        dense.save_pretrained(beside)
+        for file in sorted(Path(beside).iterdir()):
+            with whole_file(place / file.name) as part:
+                file.replace(part)
+
+
+def _pruned_heads(plain: Any, dense: torch.nn.Module) -> dict[int, list[int]]:
+    """Return what ``config.pruned_heads`` must say of a model: by the number of a block, heads that are gone.
+
+    Which of a block's heads these are makes no difference: their values come from the file. What else depends on it
+    has another shape then. Nothing where the class can't prune heads, as none can since Transformers 5.
+    """
+    whole, left = find_attention(plain), find_attention(dense)
+    probe, found = copy.deepcopy(plain), dict[int, list[int]]()
+    for block in itertools.count():
+        before = {name: each.heads for name, each in find_attention(probe).items()}
+        try:
+            probe.base_model._prune_heads({block: [0]})
+        except Exception:  # there is no such block, or the class has heads that stay; each says so in its own way
+            return found
+        after = {name: each.heads for name, each in find_attention(probe).items()}
+        changed = [name for name, count in before.items() if after.get(name, 0) != count]
+        gone = {whole[name].heads - left[name].heads if name in left else 0 for name in changed}
+        if not changed:
+            return found
+        if len(gone) == 1 and (count := gone.pop()) > 0:
+            found[block] = list(range(count))
+    return found
+
+
+def _structure(model: torch.nn.Module) -> dict[str, Any]:
+    """Return what a config must say of a model: the heads, the modules' sizes, and the tensors' shapes, by name."""
+    heads = {name: f"{each.heads} heads of {each.head_size}" for name, each in find_attention(model).items()}
+    # A norm as PyTorch's in the place of one of Transformers' own computes the same; its weight says how wide it is.
+    plain = (torch.nn.RMSNorm, ShiftedRMSNorm, torch.nn.LayerNorm)
+    described = [each for each in model.named_modules() if size_names(each[1]) and type(each[1]) not in plain]
+    sizes = {name: describe(module) for name, module in described}
+    return heads | sizes | {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+
+
+_NOTE = "kept_blocks"
+
+
+def take_out(model: nn.Module, parent: str, first: int, count: int) -> None:
+    """Take so many blocks out of an ``nn.ModuleList`` or ``nn.Sequential``, from a number on, in place."""
+    container: Any = model.get_submodule(parent)
+    kept = list(getattr(container, _NOTE, range(len(container))))
+    del container[first : first + count]
+    del kept[first : first + count]
+    setattr(container, _NOTE, tuple(kept))
+    # By their numbers the layers of Transformers find what they cached.
+    for block in list(container)[first:]:
+        for module in block.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx -= count
+
+
+def kept_blocks(model: nn.Module) -> dict[str, list[int]]:
+    """Return which of a model's first blocks are left, by the names of the lists that lost any."""
+    return {name: list(getattr(module, _NOTE)) for name, module in model.named_modules() if hasattr(module, _NOTE)}
+
+
+def take_out_others(model: nn.Module, kept: Mapping[str, list[int]]) -> None:
+    """Take all blocks but some out of a whole model, in place."""
+    before = {parent: len(model.get_submodule(parent)._modules) for parent in kept}
+    for parent, numbers in kept.items():
+        for number in sorted(set(range(before[parent])) - set(numbers), reverse=True):
+            take_out(model, parent, number, 1)
+    tell_depth(model, {parent: (before[parent], numbers) for parent, numbers in kept.items()})
+
+
+def tell_depth(model: Any, kept: Mapping[str, tuple[int, list[int]]]) -> None:
+    """Let the ``config`` of a model of Transformers say how many blocks are left, where it counts those of one list.
+
+    ``kept``: by list how many there were, and the numbers of those that are left.
+    """
+    config: Any = getattr(model, "config", None)
+    count, numbers = next(iter(kept.values()), (0, []))
+    if len(kept) != 1 or getattr(config, "num_hidden_layers", None) != count or config.is_encoder_decoder:
+        return
+    config.num_hidden_layers = len(numbers)
+    kinds = getattr(config, "layer_types", None)
+    if isinstance(kinds, list) and len(kinds) == count:
+        config.layer_types = [kinds[number] for number in numbers]

@@ -1,24 +1,29 @@
 """Layers: what kinds there are, where they hold channels, and how they lose some."""
 
-from nni_topo.network.layers.attribute_sizes import (
+from nni_topo.network.layers.batch_norm import norm_scale, through_norms
+from nni_topo.network.layers.constructors import (
     Place,
     number_at,
     numbers_in,
     places_of,
     put_sizes,
     sizes_of,
+    sizes_shown,
+    stale_numbers,
     whole_numbers,
     with_numbers,
 )
-from nni_topo.network.layers.batch_norm import norm_scale, through_norms
-from nni_topo.network.layers.channel_wise import AlongChannels, count_channels, cut_along
-from nni_topo.network.layers.constructors import sizes_shown, stale_numbers
 from nni_topo.network.layers.derived import (
     HEAD,
     InnerCall,
+    LayerSizes,
+    Size,
     Within,
     call_of,
+    check_covers_kernel,
+    fold,
     forward_of,
+    graph_of_convolution,
     has_own_forward,
     head,
     inner_of,
@@ -26,6 +31,8 @@ from nni_topo.network.layers.derived import (
     is_head,
     is_inner,
     kind_of,
+    padded_size,
+    spatial,
     trial_inputs,
     weight_used,
     with_heads,
@@ -70,16 +77,7 @@ from nni_topo.network.layers.kinds import (
 )
 from nni_topo.network.layers.memory_format import inputs_laid_out, lay_back, lay_out, safely_laid_out
 from nni_topo.network.layers.original_width import ShiftedRMSNorm, channel_dim, count, response_norm
-from nni_topo.network.layers.shapes import (
-    LayerSizes,
-    Size,
-    check_covers_kernel,
-    graph_of_convolution,
-    padded_size,
-    spatial,
-)
-from nni_topo.network.layers.slicing import cut, keep
-from nni_topo.network.layers.standardized import fold
+from nni_topo.network.layers.slicing import AlongChannels, count_channels, cut, cut_along, keep
 from nni_topo.network.layers.zeros import weights_left, zeros_held
 
 __all__ = [

@@ -3,10 +3,15 @@
 A class derived from one of PyTorch's layers may pad its input in its own way, compute the weight from another, or go on
 with a norm or an activation. Then the attributes that it has from PyTorch's class, ``padding`` say, tell nothing. What
 it does is seen by running it, up to the call of PyTorch's function.
+
+Some compute the weight that they convolve with, as weight standardization does. Such a weight depends on all inputs of
+the layer: where some are gone it stays what it was with all of them, so it is computed once and becomes the layer's
+own. A plain layer is also what other tools know, and takes less time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,7 +24,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from nni_topo.network.runtime import detached_copy
+from nni_topo.errors import ConfigError
+from nni_topo.maths.topology.layer_graphs import LayerGraph, convolution_graph
+from nni_topo.network.runtime import SAME_LAYER, agree, detached_copy, evaluation_mode
 
 _CONVOLVED = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _SPREAD = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -388,3 +395,102 @@ def head(module: nn.Module) -> nn.Module:
     made = nn.Module.__new__(_head_class(type(module)))
     made.__dict__ = dict(vars(module))
     return made
+
+
+Size = tuple[int, ...]
+LayerSizes = dict[str, list[tuple[Size, Size]]]
+"""``{layer: shapes that enter and leave it, call by call}``, of all layers that are called."""
+
+
+def spatial(module: Any, size: Size) -> Size:
+    """Return the pixels of a convolution's input or output."""
+    return size[-len(module.kernel_size) :]
+
+
+def call_at(module: Any, input_size: Size) -> InnerCall:
+    """Return how a convolution, of PyTorch's class or one derived from it, convolves an input of so many pixels."""
+    with torch.no_grad(), evaluation_mode(module):
+        return call_of(module, module.weight.new_zeros(1, module.in_channels, *input_size))
+
+
+def padded_size(module: Any, input_size: Size) -> Size:
+    """Return the size of what a convolution convolves, of an input of a size, with all padding."""
+    return call_at(module, input_size).padded_size
+
+
+def check_covers_kernel(name: str, call: InnerCall) -> None:
+    """Raise a ConfigError unless a convolution's input, padding included, is as large as its kernel."""
+    reach = tuple(d * (k - 1) + 1 for d, k in zip(call.dilation, call.kernel, strict=True))
+    if any(have < need for have, need in zip(call.padded_size, reach, strict=True)):
+        kernel, found = ("x".join(map(str, each)) for each in (reach, call.padded_size))
+        raise ConfigError(
+            f"an input, padding included, must be at least as large as the kernel {kernel}, got {found} ({name})"
+        )
+
+
+def graph_of_convolution(module: Any, input_size: Size) -> LayerGraph:
+    """Return the graph of a convolution's Toeplitz matrix; its input's size is without padding."""
+    call = call_at(module, input_size)
+    return convolution_graph(
+        tuple(call.weight.shape), call.padded_size, stride=call.stride, dilation=call.dilation, groups=call.groups
+    )
+
+
+class PaddedAlike(nn.Conv2d):
+    """A convolution that pads as TensorFlow's "SAME" does: as its input's size needs, the odd pixel behind."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve ``(batch, channels, height, width)``."""
+        ends = list[int]()
+        for size, kernel, stride, dilation in zip(
+            x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], self.dilation[::-1], strict=True
+        ):
+            missing = max((math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+            ends += [missing // 2, missing - missing // 2]
+        return super().forward(functional.pad(x, ends))
+
+
+def fold(module: Any) -> bool:
+    """Make a layer that computes its weight a plain one that has it, in place; False, and nothing done, for others."""
+    found = _computed(module)
+    if found is not None:
+        inner, kind, settings = found
+        for table in (module._parameters, module._buffers):
+            for name in table.keys() - {"weight", "bias"}:
+                del table[name]
+        module._modules.clear()
+        module.weight = nn.Parameter(inner.weight.clone(), requires_grad=module.weight.requires_grad)
+        if inner.bias is not None:
+            module.bias = nn.Parameter(inner.bias.clone(), requires_grad=module.bias.requires_grad)
+        vars(module).update(settings)
+        module.__class__ = kind
+    return found is not None
+
+
+@torch.no_grad()
+def _computed(module: Any) -> tuple[Inner, type[nn.Module], dict[str, Any]] | None:
+    """Return what a layer computes, and the class, with its settings, that does the same with that weight."""
+    if isinstance(module, PaddedAlike) or not has_own_forward(module):
+        return None
+    # Of a wrapped layer NNI holds the parameters, and of a parametrized one they are computed before.
+    if not isinstance(module._parameters.get("weight"), Tensor) or "_nni_wrapper" in module._modules:
+        return None
+    inner = inner_of(module)
+    if inner is None or inner.is_own or not inner.is_bare or (inner.bias is None) != (module.bias is None):
+        return None
+    plain: Any = kind_of(module)
+    tried: Any = detached_copy(module, light=True).eval()
+    pairs = [(x, forward_of(tried, x)) for x in trial_inputs(module)]
+    for kind in (plain, PaddedAlike) if plain is nn.Conv2d else (plain,):
+        settings = inner.settings | ({} if plain is nn.Linear else {"padding_mode": "zeros"})
+        if all(_gives(kind, {**vars(module), **settings}, inner, x, wanted) for x, wanted in pairs):
+            return inner, kind, settings
+    return None
+
+
+def _gives(kind: type[Any], own: dict[str, Any], inner: Inner, x: Tensor, wanted: Tensor) -> bool:
+    """Tell whether a class gives, with attributes and a weight that was computed, what a layer gave."""
+    made: Any = nn.Module.__new__(kind)
+    made.__dict__ = {**own, "_parameters": {"weight": inner.weight, "bias": inner.bias}, "_buffers": {}}
+    given = made.forward(x)
+    return agree([wanted], [given], SAME_LAYER[inner.weight.dtype])

@@ -18,17 +18,9 @@ from nni_topo.network.runtime.arguments import (
     check_model,
     check_unwrapped,
 )
-from nni_topo.network.runtime.calibration import HELD_OUT, BatchStore, Calibration, calibration_of
+from nni_topo.network.runtime.calibration import HELD_OUT, BatchStore, Calibration, bar, calibration_of
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, SAME_LAYER, SAME_PROGRAM, agree, difference
 from nni_topo.network.runtime.copying import RandomWeights, detached_copy, device_of, put_parameters, unwrapped_copy
-from nni_topo.network.runtime.evaluation import (
-    drawn_since,
-    evaluation_mode,
-    fast_paths_off,
-    random_state_kept,
-    random_states,
-    torch_random_kept,
-)
 from nni_topo.network.runtime.hooks import (
     Leaving,
     batches_of,
@@ -73,8 +65,16 @@ from nni_topo.network.runtime.inputs import (
     variations_of,
     varied,
 )
-from nni_topo.network.runtime.progress import bar
-from nni_topo.network.runtime.untouched import leaves_models_alone, left_alone
+from nni_topo.network.runtime.untouched import (
+    drawn_since,
+    evaluation_mode,
+    fast_paths_off,
+    leaves_models_alone,
+    left_alone,
+    random_state_kept,
+    random_states,
+    torch_random_kept,
+)
 
 __all__ = [
     "BATCHES",

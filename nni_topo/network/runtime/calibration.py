@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from tqdm import tqdm
 
 from nni_topo.errors import ConfigError, DataError, free_memory, whole
 from nni_topo.network.runtime.inputs import batch_size, check_inputs, inputs_of, taken, tensors_of
-from nni_topo.network.runtime.progress import bar
 
 HELD_OUT = 8
 """Every so many samples one is held out."""
@@ -306,3 +306,15 @@ class _Part(Sequence[Any]):
         number, chosen = self._rows[index]
         batch = self._batches[number]
         return batch if chosen is None else taken(batch, chosen)
+
+
+_PATIENCE = 5.0
+
+
+def bar(
+    what: str, progress: bool | None, items: Iterable[Any] | None = None, *, total: int | None = None, done: int = 0
+) -> tqdm[Any]:
+    """Return tqdm's bar: at once if ``progress``; None: where five seconds don't do, in a terminal; False: never."""
+    # tqdm itself takes None for a bar in a terminal alone
+    hidden, patience = (None, _PATIENCE) if progress is None else (not progress, 0.0)
+    return tqdm(items, desc=what, total=total, initial=done, disable=hidden, delay=patience)

@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nni_topo.errors import ConfigError, DataError, NniTopoError
 from nni_topo.network.runtime.copying import device_of
-from nni_topo.network.runtime.evaluation import evaluation_mode
-from nni_topo.network.runtime.untouched import left_alone
+from nni_topo.network.runtime.untouched import evaluation_mode, left_alone
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 _Given = ParamSpec("_Given")

@@ -1,4 +1,7 @@
-"""Models that are used and not changed: what one holds is written down before, and put back afterwards."""
+"""Models that are used and not changed: what one holds is written down before, and put back afterwards.
+
+So are modes, random states and the switch for fast paths.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import functools
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, ParamSpec, TypeVar
 
@@ -17,8 +20,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
-
-from nni_topo.network.runtime.evaluation import random_state_kept
 
 _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
@@ -243,3 +244,58 @@ def _slots(kind: type) -> Iterator[str]:
         slots = vars(each).get("__slots__", ())
         names = (slots,) if isinstance(slots, str) else slots
         yield from (name for name in names if name not in ("__dict__", "__weakref__") and not name.startswith("__"))
+
+
+@contextmanager
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Put models into evaluation mode, and every module of theirs back into its own mode afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def fast_paths_off() -> Iterator[None]:
+    """Let attention and transformer layers compute what they say, step by step, for a while."""
+    # The fast paths turn padded batches into nested tensors, on which hooks and masks can't work.
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave the random states of PyTorch, NumPy and Python as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch_random_kept():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def torch_random_kept() -> AbstractContextManager[None]:
+    """Leave PyTorch's random state as it was."""
+    # Not to start CUDA for that, its generators are only kept if it is in use.
+    return torch.random.fork_rng(list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else [])
+
+
+def random_states() -> list[Tensor]:
+    """Return the states of PyTorch's random generators."""
+    others = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *others]
+
+
+def drawn_since(states: list[Tensor]) -> bool:
+    """Tell whether random numbers were drawn since PyTorch's generators had these states."""
+    # CUDA may have been started since, which has more of them.
+    return not all(torch.equal(one, other) for one, other in zip(states, random_states(), strict=False))

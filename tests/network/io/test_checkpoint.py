@@ -13,8 +13,8 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.io.checkpoint import describe, load, save, size_names
-from nni_topo.network.layers.channel_wise import cut_along
 from nni_topo.network.layers.original_width import count
+from nni_topo.network.layers.slicing import cut_along
 from nni_topo.speedup import to_dense
 
 

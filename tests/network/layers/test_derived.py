@@ -13,8 +13,14 @@ import nni_topo
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.network.cost.latency import measure_latency
 from nni_topo.network.cost.measure import count_macs
-from nni_topo.network.layers.derived import call_of, has_own_forward, inner_of, is_followed
-from nni_topo.network.layers.shapes import graph_of_convolution, padded_size
+from nni_topo.network.layers.derived import (
+    call_of,
+    graph_of_convolution,
+    has_own_forward,
+    inner_of,
+    is_followed,
+    padded_size,
+)
 
 HALF = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
 SIDE = 21

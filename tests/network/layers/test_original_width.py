@@ -11,9 +11,9 @@ from torch import nn
 from whole_nets import NETS, Gate, ResponseNorm, Standardized, make
 
 import nni_topo
-from nni_topo.network.layers.channel_wise import AlongChannels
+from nni_topo.network.layers.derived import PaddedAlike, fold
 from nni_topo.network.layers.original_width import CountedResponseNorm, response_norm
-from nni_topo.network.layers.standardized import PaddedAlike, fold
+from nni_topo.network.layers.slicing import AlongChannels
 from nni_topo.network.speedup.equivalence import masked_model
 
 IMAGES = torch.rand(2, 3, 13, 13, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

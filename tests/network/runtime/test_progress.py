@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from nni_topo.network.runtime.progress import bar
+from nni_topo.network.runtime.calibration import bar
 
 
 class Terminal(io.StringIO):
