@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from nni_topo.network.channels import reasons
-from nni_topo.network.graph import Written, plain_name, tensor_shape
+from nni_topo.network.graph import TracedInt, plain_name, tensor_shape
 from nni_topo.network.layers import Place
 
 _IsFixed = Callable[[Any], bool]
@@ -38,7 +38,7 @@ def counted_off(
     """
 
     def is_fixed(value: Any) -> bool:
-        return isinstance(value, int) and not (isinstance(value, Written) and value.place in following)
+        return isinstance(value, int) and not (isinstance(value, TracedInt) and value.place in following)
 
     for node in graph.nodes:
         parent = node.args[0] if node.args else node.kwargs.get("input")

@@ -14,20 +14,19 @@ from nni_topo.network.graph.nodes import (
     tensor_shape,
 )
 from nni_topo.network.graph.submodules import is_in_parts
-from nni_topo.network.graph.traced_int import Written, counted, resized
-from nni_topo.network.graph.tracing import DRAWS_OTHERS, arguments, by_running, trace
+from nni_topo.network.graph.traced_int import TracedInt, counted, resized
+from nni_topo.network.graph.tracing import Recording, arguments, trace
 from nni_topo.network.graph.training_only import Steps, add_training, evaluated, unused_parameters
 
 __all__ = [
-    "DRAWS_OTHERS",
     "IN_TRAINING",
     "RANDOM",
     "TRAINED_OUTPUT",
+    "Recording",
     "Steps",
-    "Written",
+    "TracedInt",
     "add_training",
     "arguments",
-    "by_running",
     "counted",
     "evaluated",
     "is_in_parts",

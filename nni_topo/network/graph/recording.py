@@ -8,29 +8,56 @@ from __future__ import annotations
 
 import operator
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import is_attention
 from nni_topo.network.graph.graph_module import on_modules
+from nni_topo.network.graph.layer_results import LayerResults
 from nni_topo.network.graph.nodes import RECORDED
+from nni_topo.network.graph.traced_int import TracedInt, attributes_traced, forget_places
 from nni_topo.network.layers import HEAD, is_followed, is_inner, is_one, is_scripted, with_heads
 from nni_topo.network.runtime import out_of_memory, tensors_of
 
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout, type(...))
+# What a forward may ask a tensor for without reading its values, and get a number.
+_ABOUT_TENSORS = {
+    *("__get__", "__hash__", "__len__", "data_ptr", "dim", "element_size", "get_device", "is_complex", "is_conj"),
+    *("is_contiguous", "is_floating_point", "is_inference", "is_neg", "is_same_size", "is_signed", "ndimension"),
+    *("nelement", "numel", "size", "storage_offset", "stride"),
+}
 
 
-def record(model: nn.Module, named: dict[str, Any]) -> GraphModule:
-    """Record a model, in evaluation mode and changed by it, on a call's arguments by name."""
+@dataclass(frozen=True)
+class Recorded:
+    """What two runs of a model showed."""
+
+    graph_module: GraphModule
+    outputs: Any  # of the first run
+    reads_values: bool  # whether values of tensors became Python's, so that other weights may give another graph
+
+
+def record(model: nn.Module, named: dict[str, Any], results: LayerResults | None = None) -> Recorded:
+    """Record a model, in evaluation mode and changed by it, on a call's arguments by name.
+
+    ``results``: takes what the layers of the first run give.
+    """
+    results = LayerResults(model) if results is None else results
     held: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in held if config is not None}.values()
     for config in configs:
@@ -38,72 +65,125 @@ def record(model: nn.Module, named: dict[str, Any]) -> GraphModule:
             config.use_cache = False
     told = {id(config): getattr(config, "_attn_implementation", None) for config in configs}
     others = [config for config in configs if told[id(config)] not in (None, "eager")]
-    if others:
-        # So masks are always made, not only where this batch needs one; not all models can be told that any more.
-        for config in others:
-            config._attn_implementation = "eager"
-        try:
-            return _recorded(model, named)
-        except Exception as error:  # a model fails in as many ways as it is written
-            for config in others:
-                config._attn_implementation = told[id(config)]
-            try:
-                return _recorded(model, named)
-            except Exception:
-                # This way takes less memory. Where it fails too, for whatever reason, memory is what is missing.
-                if out_of_memory(error):
-                    raise error from None
-                raise
-    return _recorded(model, named)
-
-
-def _recorded(model: nn.Module, named: dict[str, Any]) -> GraphModule:
+    if not others:
+        return _recorded(model, named, results)
+    # So masks are always made, not only where this batch needs one; not all models can be told that any more.
+    for config in others:
+        config._attn_implementation = "eager"
     try:
-        return _recorded_twice(model, named)
+        return _recorded(model, named, results)
+    except Exception as error:  # a model fails in as many ways as it is written
+        for config in others:
+            config._attn_implementation = told[id(config)]
+        try:
+            return _recorded(model, named, results)
+        except Exception:
+            # This way takes less memory. Where it fails too, for whatever reason, memory is what is missing.
+            if out_of_memory(error):
+                raise error from None
+            raise
+
+
+def _recorded(model: nn.Module, named: dict[str, Any], results: LayerResults) -> Recorded:
+    # Before it runs, for a run may put others in their places.
+    attributes = _tensor_attributes(model)
+    try:
+        return _recorded_twice(model, named, attributes, results)
     except SpeedupError:
         # What a model has kept from its last run (a detector's anchors, by size) is that of other inputs now.
-        return _recorded_twice(model, named)
+        return _recorded_twice(model, named, attributes, results)
 
 
-def _recorded_twice(model: nn.Module, named: dict[str, Any]) -> GraphModule:
-    first = _Recorder(model, named)
+def _recorded_twice(
+    model: nn.Module, named: dict[str, Any], attributes: dict[str, Tensor], results: LayerResults
+) -> Recorded:
     samples = len(tensors_of(named)[0])
     doubled = tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() and len(t) == samples else t, named)
-    _follow_samples(first, _Recorder(model, doubled), samples)
+    kinds = _ModuleKinds(model)
+    with attributes_traced(model) as unclear:
+        with results.taken():
+            first = _Recorder(model, kinds, named)
+        with results.given():
+            second = _Recorder(model, kinds, doubled)
+        _follow_samples(first, second, samples)
+        forget_places(first.graph, unclear)
+    for node in reversed(first.graph.nodes):
+        if not node.users and node not in first.read and node.op not in ("placeholder", "output"):
+            first.graph.erase_node(node)  # nothing comes of it
+    _name_attributes(first, attributes, _tensor_attributes(model))
+    used = {str(node.target) for node in first.graph.nodes if node.op == "get_attr"}
     for name, tensor in first.constants.items():
-        model.register_buffer(name, tensor, persistent=False)
-    return with_heads(on_modules(model, first.graph, type(model).__name__))
+        if name in used:
+            model.register_buffer(name, tensor, persistent=False)
+    graph_module = with_heads(on_modules(model, first.graph, type(model).__name__))
+    return Recorded(graph_module, first.outputs, first.reads_values or second.reads_values)
+
+
+def _tensor_attributes(model: nn.Module) -> dict[str, Tensor]:
+    """List the tensors that modules hold as plain attributes, by full name."""
+    found = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor):
+                found[f"{name}.{key}".lstrip(".")] = value
+    return found
+
+
+def _name_attributes(recorder: _Recorder, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    """Read constants that are attributes of modules from there, unless the model has replaced them while it ran."""
+    names = {id(tensor): name for name, tensor in before.items() if after.get(name) is tensor}
+    for node in recorder.graph.nodes:
+        held = recorder.held.get(str(node.target)) if node.op == "get_attr" else None
+        if held is not None and id(held) in names and recorder.constants[str(node.target)].shape == held.shape:
+            del recorder.constants[str(node.target)]
+            node.target = names[id(held)]
+
+
+class _ModuleKinds:
+    """Which modules of a model a recorder treats in which way, by identity."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.places: dict[int, str] = {}
+        self.followed = set[int]()  # one node up to the function they call
+        self.leaves = set[int]()  # one node; tried out before the model runs, on other values
+        for name, module in model.named_modules():
+            self.places[id(module)] = name
+            if is_followed(module):
+                self.followed.add(id(module))
+            if _is_leaf(module):
+                self.leaves.add(id(module))
 
 
 class _Recorder(TorchFunctionMode):
     """One run of a model, written down."""
 
-    def __init__(self, model: nn.Module, named: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, kinds: _ModuleKinds, named: dict[str, Any]) -> None:
         super().__init__()
         self.graph = Graph()
         self.constants: dict[str, Tensor] = {}
-        self._places = {id(module): name for name, module in model.named_modules()}
+        self.held: dict[str, Tensor] = {}  # of which constants are copies
+        self.reads_values = False
+        self.read = set[Node]()  # whose values decided something
+        self._kinds = kinds
         self._own = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
         self._nodes: dict[int, Node] = {}
         self._alive: list[Any] = []  # a tensor that is gone would leave its identity to another one
-        self._stack: list[str] = []
-        self._inside = 0
+        self._stack: list[str] = []  # the modules that run and are followed, the innermost last
+        self._inside = 0  # within what is one node
         self._ran = set[str]()  # modules
         self._chosen = self._picked = False  # whether a value has been an index, and how much there is was up to values
-        self._followed = {id(module) for module in model.modules() if is_followed(module)}
         self._before: tuple[str, Any, Any] | None = None  # a followed layer that hasn't called its function yet
-        self._leaves = {id(module) for module in model.modules() if _is_leaf(module)}  # tried out before, on others
         for name, value in named.items():
             if tensors_of(value):
                 self._enter(value, self.graph.placeholder(name))
         self.entry = self._nodes[id(tensors_of(named)[0])]  # whose size is the number of samples
         with self._calls_seen(model), self:
-            outputs = model(**named)
+            self.outputs = model(**named)
         self._check_choice(model)
         if self._picked and any(tensors_of(each) and not isinstance(each, Tensor) for each in named.values()):
             raise SpeedupError("what picks among lists by value (a detector, of its boxes) is followed part by part")
-        found = tuple(self._node(each) for each in tensors_of(outputs))
-        self.graph.output(found[0] if isinstance(outputs, Tensor) else found)
+        found = tuple(self._node(each) for each in tensors_of(self.outputs))
+        self.graph.output(found[0] if isinstance(self.outputs, Tensor) else found)
         self._nodes.clear()
         self._alive.clear()
 
@@ -112,7 +192,6 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         """Compute what a function gives and write it down."""
         kwargs = kwargs or {}
-        self._chosen |= getattr(func, "__name__", "") == "__index__" and id(args[0]) in self._nodes
         out = func(*args, **kwargs)
         if self._before and is_inner(func):
             # Up to here the layer is one node; what it does with this is followed.
@@ -120,10 +199,23 @@ class _Recorder(TorchFunctionMode):
             self._write("call_module", name, given, named, out)
             self._nodes[id(out)].meta[HEAD] = True
             return out
-        if not self._inside and any(self._is_followed(each) for each in tree_leaves((args, kwargs))):
-            self._write(*_operation(func, args), kwargs, out)
-            out = self._measured(func, args, kwargs, out)
-        return out
+        leaves: list[Any] = []
+        _list_leaves(args, leaves)
+        _list_leaves(kwargs, leaves)
+        if self._inside or not any(self._is_followed(each) for each in leaves):
+            # No node shows what is made here of an attribute's number.
+            for each in leaves:
+                if isinstance(each, TracedInt):
+                    each.note_other_use()
+            return out
+        if isinstance(out, (bool, int, float, complex, list, np.ndarray)) and not tensors_of(out):
+            name = getattr(func, "__name__", "")
+            self._chosen |= name == "__index__"
+            if name not in _ABOUT_TENSORS:
+                self.reads_values = True
+                self.read.update(self._nodes[id(each)] for each in leaves if id(each) in self._nodes)
+        self._write(*_operation(func, args), kwargs, out)
+        return self._measured(func, args, kwargs, out)
 
     def _check_choice(self, model: nn.Module) -> None:
         """Raise if a value has chosen among modules of a list, and left some out, which the graph wouldn't know of."""
@@ -135,7 +227,9 @@ class _Recorder(TorchFunctionMode):
 
     def _is_followed(self, value: Any) -> bool:
         """Tell whether a value is a tensor of the graph's, or a size of one, as a tensor may be made of."""
-        return isinstance(value, _Size) or id(value) in self._nodes or id(value) in self._own
+        if isinstance(value, Tensor):
+            return id(value) in self._nodes or id(value) in self._own
+        return isinstance(value, TracedInt) and value.source is not None
 
     def _measured(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Let the sizes that a model asks a tensor for say whose they are."""
@@ -144,66 +238,77 @@ class _Recorder(TorchFunctionMode):
         if not (of_shape or name == "size") or id(args[0]) not in self._nodes:
             return out
         if isinstance(out, int):
-            return _Size(out).of(args[0], args[1] if len(args) > 1 else kwargs["dim"])
-        return torch.Size([_Size(size).of(args[0], d) for d, size in enumerate(out)])
+            return TracedInt.of_tensor(out, args[0], args[1] if len(args) > 1 else kwargs["dim"])
+        return torch.Size([TracedInt.of_tensor(size, args[0], d) for d, size in enumerate(out)])
 
     @contextmanager
     def _calls_seen(self, model: nn.Module) -> Iterator[None]:
-        plain = nn.Module.__call__
-
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            name = self._places.get(id(module))
-            if self._inside or not name:
-                return plain(module, *args, **kwargs)
-            self._stack.append(name)
-            self._ran.add(name)
-            if id(module) in self._followed:
-                self._before = name, args, kwargs
-            self._inside += id(module) in self._leaves or self._before is not None
-            try:
-                out = plain(module, *args, **kwargs)
-            finally:
-                self._inside = 0
-            if id(module) in self._leaves:
-                self._write("call_module", name, args, kwargs, out)
-            self._stack.pop()
-            return out
-
-        masks = [
-            (space, key, function)
-            for space in {id(each): each for each in map(_namespace, model.modules())}.values()
-            for key, function in space.items()
-            if key.startswith("create_") and key.endswith("_mask") and callable(function)
-        ]
-        nn.Module.__call__ = call  # type: ignore[method-assign]
-        for space, key, function in masks:
-            space[key] = self._whole(function)
-        try:
+        scripted: dict[int, str] = {}
+        with ExitStack() as stack:
+            for name, module in model.named_modules():
+                if is_scripted(module):
+                    scripted[id(module)] = name
+                elif name:
+                    # Around all other hooks, which are part of what a module does.
+                    before, after = partial(self._enter_module, name), partial(self._leave_module, name)
+                    stack.enter_context(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+                    stack.enter_context(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+            if scripted:
+                # They take no hooks of their own, so that PyTorch's for all modules see them, of any thread.
+                stack.enter_context(register_module_forward_pre_hook(partial(self._enter_scripted, scripted)))
+                after = partial(self._leave_scripted, scripted)
+                stack.enter_context(register_module_forward_hook(after, with_kwargs=True, always_call=True))
+            stack.enter_context(_masks_whole(model))
+            token = _RUNNING.set(self)
+            stack.callback(_RUNNING.reset, token)
             yield
+
+    def _enter_module(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._inside:
+            return
+        self._stack.append(name)
+        self._ran.add(name)
+        if id(module) in self._kinds.followed:
+            self._before = name, args, kwargs
+        self._inside += id(module) in self._kinds.leaves or self._before is not None
+
+    def _leave_module(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
+        if not self._stack or self._stack[-1] != name:
+            return  # within a leaf
+        self._inside, self._before = 0, None
+        if id(module) in self._kinds.leaves:
+            self._write("call_module", name, args, kwargs, out)
+        self._stack.pop()
+
+    def _enter_scripted(self, names: dict[int, str], module: nn.Module, args: tuple[Any, ...]) -> None:
+        if id(module) in names and _RUNNING.get() is self:
+            self._enter_module(names[id(module)], module, args, {})
+
+    def _leave_scripted(
+        self, names: dict[int, str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
+        if id(module) in names and _RUNNING.get() is self:
+            self._leave_module(names[id(module)], module, args, kwargs, out)
+
+    def whole(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function and write it down as one node."""
+        self._inside += 1
+        try:
+            out = function(*args, **kwargs)
         finally:
-            nn.Module.__call__ = plain  # type: ignore[method-assign]
-            for space, key, function in masks:
-                space[key] = function
-
-    def _whole(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Write a function down as one node."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self._inside += 1
-            try:
-                out = function(*args, **kwargs)
-            finally:
-                self._inside -= 1
-            if isinstance(out, Tensor) and not self._inside:
-                given = {key: value for key, value in kwargs.items() if isinstance(value, Tensor)}
-                rest = {key: value for key, value in kwargs.items() if key not in given}
-                self._write("call_function", _Bound(function, args, rest), (), given, out)
-            return out
-
-        return call
+            self._inside -= 1
+        if isinstance(out, Tensor) and not self._inside:
+            given = {key: value for key, value in kwargs.items() if isinstance(value, Tensor)}
+            rest = {key: value for key, value in kwargs.items() if key not in given}
+            self._write("call_function", _Bound(function, args, rest), (), given, out)
+        return out
 
     def _write(self, op: str, target: Any, args: Any, kwargs: Any, out: Any) -> None:
-        self._picked |= _picks(target, args)
+        picks = op != "call_module" and _picks(target, args)
+        self._picked |= picks
+        self.reads_values |= picks  # what is made of that has as many entries as values say
         if target is operator.setitem:
             # In a graph nothing is written in place: what was the tensor is another one from here on.
             op, target, out = "call_function", put, args[0]
@@ -221,7 +326,7 @@ class _Recorder(TorchFunctionMode):
     def _argument(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self._node(value)
-        if isinstance(value, _Size):
+        if isinstance(value, TracedInt) and value.source is not None:
             first, given = value.source
             if isinstance(first, Tensor):
                 return self.graph.call_method("size", (self._node(first), given))
@@ -245,6 +350,7 @@ class _Recorder(TorchFunctionMode):
             if name is None:
                 name = f"{RECORDED}_{len(self.constants)}"
                 self.constants[name] = tensor.detach().clone()
+                self.held[name] = tensor
             self._keep(tensor, self.graph.create_node("get_attr", name))
         return self._nodes[id(tensor)]
 
@@ -253,30 +359,57 @@ class _Recorder(TorchFunctionMode):
         self._nodes[id(tensor)] = node
 
 
-class _Size(int):
-    """A tensor's size along a dimension, or what is computed of such."""
-
-    source: tuple[Any, ...]  # the tensor and the dimension, or a function and what it gets
-
-    def of(self, *source: Any) -> _Size:
-        """Note where it comes from."""
-        self.source = source
-        return self
-
-    def __reduce__(self) -> tuple[type[int], tuple[int]]:
-        """Be copied as a number, without the tensor."""
-        return int, (int(self),)
-
-    def _computed(self, function: Callable[..., int], *given: Any) -> Any:
-        if not all(isinstance(each, int) for each in given):
-            return NotImplemented
-        return _Size(function(*map(int, given))).of(function, given)
+def _list_leaves(value: Any, found: list[Any]) -> None:
+    """List what nested containers hold, slices too."""
+    if isinstance(value, (tuple, list)):
+        for each in value:
+            _list_leaves(each, found)
+    elif isinstance(value, dict):
+        for each in value.values():
+            _list_leaves(each, found)
+    elif isinstance(value, slice):
+        found += (value.start, value.stop, value.step)
+    else:
+        found.append(value)
 
 
-for _function in (operator.mul, operator.add, operator.sub, operator.floordiv):
-    _name = _function.__name__
-    setattr(_Size, f"__{_name}__", lambda self, other, function=_function: self._computed(function, self, other))
-    setattr(_Size, f"__r{_name}__", lambda self, other, function=_function: self._computed(function, other, self))
+_RUNNING: ContextVar[_Recorder | None] = ContextVar("running", default=None)  # the recorder of this thread
+_MASKS: dict[tuple[int, str], tuple[int, Any]] = {}  # by namespace and name, how many recorders want it, and the plain
+_MASKS_LOCK = threading.Lock()
+
+
+@contextmanager
+def _masks_whole(model: nn.Module) -> Iterator[None]:
+    """Write functions that make masks, as models of Transformers call them, down as one node each.
+
+    A model finds them among the names of its file. What stands there meanwhile asks for the thread's own recorder, so
+    that other threads compute what they always do.
+    """
+    spaces = {id(space): space for space in map(_namespace, model.modules())}
+    taken: list[tuple[dict[str, Any], str]] = []
+    with _MASKS_LOCK:
+        for space in spaces.values():
+            for key, function in list(space.items()):
+                if key.startswith("create_") and key.endswith("_mask") and callable(function):
+                    count, plain = _MASKS.get((id(space), key), (0, function))
+                    _MASKS[id(space), key] = count + 1, plain
+                    space[key] = partial(_call_whole, plain)
+                    taken.append((space, key))
+    try:
+        yield
+    finally:
+        with _MASKS_LOCK:
+            for space, key in taken:
+                count, plain = _MASKS.pop((id(space), key))
+                if count > 1:
+                    _MASKS[id(space), key] = count - 1, plain
+                else:
+                    space[key] = plain
+
+
+def _call_whole(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    recorder = _RUNNING.get()
+    return function(*args, **kwargs) if recorder is None else recorder.whole(function, args, kwargs)
 
 
 class _Bound:

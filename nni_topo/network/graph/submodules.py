@@ -22,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.network.graph.graph_module import on_modules
-from nni_topo.network.graph.unfolding import UnfoldingTracer
 from nni_topo.network.layers import with_heads
 from nni_topo.network.runtime import (
     Call,
@@ -36,7 +35,6 @@ from nni_topo.network.runtime import (
     watched,
 )
 
-Trace = Callable[[nn.Module, Call], tuple[GraphModule, tuple[Any, ...]]]
 _Place = tuple[str, int]  # a module's name, and which of its calls
 _Part = tuple[Graph, tuple[Any, ...]]  # with its placeholders' values
 _PART = "nni_topo_part"  # in a placeholder's meta: a module's name, which call, which argument, which of its tensors
@@ -44,14 +42,27 @@ _UNPACKING = (iter, next, len, list, tuple, dict, zip, enumerate, reversed, oper
 _ASKED = {"shape", "size", "dim", "ndim", "dtype", "device", "is_cuda", "requires_grad", "is_floating_point"}
 
 
-def by_parts(model: nn.Module, call: Call, trace: Trace) -> tuple[GraphModule, tuple[Any, ...]]:
-    """Trace the largest parts of a model that can be traced, once for each of their calls, in the order of these."""
+def by_parts(
+    model: nn.Module, call: Call, trace: Callable[[nn.Module, Call], Any]
+) -> tuple[GraphModule, tuple[Any, ...], bool]:
+    """Trace the largest parts of a model that can be traced, once for each of their calls, in the order of these.
+
+    ``trace``: returns a `Recording`. Also tells whether any part reads values.
+    """
     untouched = detached_copy(model, light=True)  # a tracer that fails may leave its own things in what it runs
-    parts = {(name, number): part for name, number, part in _traced(model, "", _seen(model, call), trace)}
+    reads_values = False
+
+    def traced(module: nn.Module, part_call: Call) -> _Part:
+        nonlocal reads_values
+        recording = trace(module, part_call)
+        reads_values |= recording.reads_values
+        return recording.graph_module.graph, recording.args
+
+    parts = {(name, number): part for name, number, part in _traced(model, "", _seen(model, call), traced)}
     run, joined = _Run(untouched, call, {name for name, _ in parts}), _Joined()
     for place in run.order:
         joined.add(place, *parts[place], run)
-    return joined.finished(model)
+    return *joined.finished(model), reads_values
 
 
 def is_in_parts(graph: Graph) -> bool:
@@ -116,7 +127,7 @@ class _Joined:
     """The graphs of parts, one behind the other."""
 
     def __init__(self) -> None:
-        self._graph = Graph(tracer_cls=UnfoldingTracer)
+        self._graph = Graph()
         self._args: list[Any] = []
         self._outputs: list[Any] = []
         self._given: dict[int, Node] = {}  # by the identity of a tensor that only goes from part to part
@@ -190,7 +201,7 @@ def _note(calls: list[Call], args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 
 
 def _traced(
-    module: nn.Module, prefix: str, seen: dict[str, list[Call]], trace: Trace
+    module: nn.Module, prefix: str, seen: dict[str, list[Call]], trace: Callable[[nn.Module, Call], _Part]
 ) -> Iterator[tuple[str, int, _Part]]:
     """Yield the parts of a module: name, number of the call, graph with arguments."""
     for own, child in module.named_children():
@@ -199,7 +210,7 @@ def _traced(
         name, found = prefix + own, list[tuple[str, int, _Part]]()
         try:
             for number, call in enumerate(seen.get(name, [])):
-                found.append((name, number, _leaf(child, call) if _is_leaf(child) else _of(trace(child, call))))
+                found.append((name, number, _leaf(child, call) if _is_leaf(child) else trace(child, call)))
         except Exception as error:  # a tracer fails in as many ways as a model is written
             if out_of_memory(error):
                 raise
@@ -209,10 +220,6 @@ def _traced(
 
 def _is_leaf(module: nn.Module) -> bool:
     return not any(True for _ in module.children())
-
-
-def _of(traced: tuple[GraphModule, tuple[Any, ...]]) -> _Part:
-    return traced[0].graph, traced[1]
 
 
 def _leaf(module: nn.Module, call: Call) -> _Part:

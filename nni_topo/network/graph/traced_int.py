@@ -1,163 +1,217 @@
-"""Sizes written into a model's attributes, which its forward splits, slices or views channels by.
+"""Integers that know where they come from, while a model is recorded.
 
-``torch.split(images, self.width, 1)`` needs another ``width`` as soon as channels are gone. A tracer that meets such an
-attribute sees a number that knows where it comes from, so that the graph says which channels it counts.
+A size that a forward asks a tensor for belongs to that tensor, and what is computed of such sizes belongs to all of
+them: the graph asks and computes again, so that it holds for other sizes. A size that an attribute of a module holds
+(``torch.split(images, self.width, 1)``) must change as soon as channels are removed: the graph says where it is held,
+so that a dense network's attribute can be changed, see `counted`.
 """
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
-from torch.fx import Graph, Node, Proxy
+from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
-from torch.overrides import TorchFunctionMode
 
 from nni_topo.network.graph.nodes import plain_name
 from nni_topo.network.layers import Place, numbers_in, whole_numbers, with_numbers
 
 
-class Written(int):
-    """A number that a model's attribute holds, or a whole part of one; it notes whether anything else is made of it."""
+class TracedInt(int):
+    """An integer that knows where it comes from: an attribute of a module, or sizes of tensors."""
 
-    place: Place
-    parts: int
-    others: set[Place]  # of which something else is made
+    # Of a number that an attribute holds, or a whole part of one:
+    place: Place | None = None
+    parts: int = 1
+    unclear: set[Place]  # places of which something is made that the graph doesn't show
+    # Of sizes of tensors: a tensor and a dimension, or a function and the integers that it takes.
+    source: tuple[Any, ...] | None = None
 
-    def __floordiv__(self, other: Any) -> Any:
-        """Know the number still behind a division that leaves nothing over."""
-        if isinstance(other, Written):
-            other.others.add(other.place)
-            other = int(other)
-        if type(other) is int and other > 0 and int(self) % other == 0:
-            return _written(int(self) // other, self.place, self.parts * other, self.others)
-        self.others.add(self.place)
-        return int.__floordiv__(self, other)
+    @classmethod
+    def of_tensor(cls, size: int, tensor: Tensor, dim: int) -> TracedInt:
+        """Return the size of a tensor along a dimension."""
+        made = cls(size)
+        made.source = tensor, dim
+        return made
+
+    @classmethod
+    def of_attribute(cls, value: int, place: Place, parts: int, unclear: set[Place]) -> TracedInt:
+        """Return one of so many equal parts of a number that an attribute holds."""
+        made = cls(value)
+        made.place, made.parts, made.unclear = place, parts, unclear
+        return made
+
+    def note_other_use(self) -> None:
+        """Note that something is made of an attribute's number that the graph doesn't show."""
+        if self.place is not None:
+            self.unclear.add(self.place)
 
     __hash__ = int.__hash__
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be copied without a tensor: sizes of tensors as plain integers."""
+        if self.place is None:
+            return int, (int(self),)
+        return TracedInt.of_attribute, (int(self), self.place, self.parts, self.unclear)
 
-def _noting(name: str) -> Callable[..., Any]:
+
+def _arithmetic(function: Callable[..., int], *operands: Any) -> Any:
+    """Compute with integers, of which at least one is traced."""
+    if not all(isinstance(each, int) for each in operands):
+        _note_other_uses(operands)
+        return NotImplemented
+    first, second = operands
+    value = function(int(first), int(second))
+    if function is operator.floordiv and isinstance(first, TracedInt) and first.place is not None:
+        # An equal part of an attribute's number is known still.
+        is_known = type(second) is int or (isinstance(second, TracedInt) and second.source is None)
+        if is_known and int(second) > 0 and value * int(second) == int(first):
+            _note_other_uses((second,))
+            return TracedInt.of_attribute(value, first.place, first.parts * int(second), first.unclear)
+    _note_other_uses(operands)
+    if any(isinstance(each, TracedInt) and each.source is not None for each in operands):
+        made = TracedInt(value)
+        made.source = function, operands
+        return made
+    return value
+
+
+def _note_other_uses(operands: Any) -> None:
+    for each in operands:
+        if isinstance(each, TracedInt):
+            each.note_other_use()
+
+
+def _traced_operation(function: Callable[..., int], *, is_reflected: bool) -> Callable[..., Any]:
+    if is_reflected:
+        return lambda self, other: _arithmetic(function, other, self)
+    return lambda self, other: _arithmetic(function, self, other)
+
+
+def _noted_operation(name: str) -> Callable[..., Any]:
     plain = getattr(int, name)
 
-    def operate(self: Written, *operands: Any) -> Any:
-        self.others.add(self.place)
+    def operate(self: TracedInt, *operands: Any) -> Any:
+        _note_other_uses((self, *operands))
         return plain(self, *operands)
 
     return operate
 
 
+for _function in (operator.mul, operator.add, operator.sub, operator.floordiv):
+    _name = _function.__name__
+    setattr(TracedInt, f"__{_name}__", _traced_operation(_function, is_reflected=False))
+    setattr(TracedInt, f"__r{_name}__", _traced_operation(_function, is_reflected=True))
 # A branch, say, that a number decides upon: with another number the model might do another thing than its graph.
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow"):
-    for _side in ("", "r") if _name != "floordiv" else ("r",):
-        setattr(Written, f"__{_side}{_name}__", _noting(f"__{_side}{_name}__"))
+for _name in ("truediv", "mod", "divmod", "pow"):
+    setattr(TracedInt, f"__{_name}__", _noted_operation(f"__{_name}__"))
+    setattr(TracedInt, f"__r{_name}__", _noted_operation(f"__r{_name}__"))
 for _name in ("eq", "ne", "lt", "le", "gt", "ge", "neg"):
-    setattr(Written, f"__{_name}__", _noting(f"__{_name}__"))
+    setattr(TracedInt, f"__{_name}__", _noted_operation(f"__{_name}__"))
 
 
-def _written(value: int, place: Place, parts: int, others: set[Place]) -> Written:
-    """Make a number that knows its place."""
-    made = Written(value)
-    made.place, made.parts, made.others = place, parts, others
-    return made
+@contextmanager
+def attributes_traced(model: nn.Module) -> Iterator[set[Place]]:
+    """Let the integers that attributes of a model's own modules hold say where they come from, within the block.
 
-
-def trace_written(model: nn.Module, trace: Callable[[], Graph]) -> Graph:
-    """Trace a model whose own modules hold numbers that know their places, until it is traced."""
-    before, others = list(whole_numbers(model)), set[Place]()
+    Yields the set of places of which something is made that no graph shows; it is filled while the model runs.
+    """
+    before, unclear = list(whole_numbers(model)), set[Place]()
     try:
         for module, name, key, value in before:
-            found = numbers_in(value) or {}
-            made = {path: _written(each, (name, key, path), 1, others) for path, each in found.items() if each > 1}
-            vars(module)[key] = with_numbers(value, made)
-        with _Noting(others):
-            graph = trace()
+            traced = {}
+            for path, number in (numbers_in(value) or {}).items():
+                if number > 1:
+                    traced[path] = TracedInt.of_attribute(number, (name, key, path), 1, unclear)
+            vars(module)[key] = with_numbers(value, traced)
+        yield unclear
     finally:
         for module, _, key, value in before:
             vars(module)[key] = value
-    known = set(others)
+
+
+def forget_places(graph: Graph, places: set[Place]) -> None:
+    """Make plain integers of those in a graph that come from some places."""
+    known = set(places)  # a comparison of traced integers may add to the other one
+
+    def plain(leaf: Any) -> Any:
+        return int(leaf) if isinstance(leaf, TracedInt) and leaf.place in known else leaf
+
     for node in graph.nodes:
-        if any(isinstance(leaf, Written) for leaf in _leaves(node)):
-            node.args, node.kwargs = map_aggregate((node.args, node.kwargs), partial(_plain, known))
-    return graph
+        if _attribute_sizes(node):
+            node.args, node.kwargs = map_aggregate((node.args, node.kwargs), plain)
 
 
-class _Noting(TorchFunctionMode):
-    """Note numbers that constants are made of, which no node of a graph shows."""
+def _attribute_sizes(node: Node) -> list[TracedInt]:
+    """List the numbers in a node's arguments that attributes hold."""
+    found: list[TracedInt] = []
 
-    def __init__(self, others: set[Place]) -> None:
-        super().__init__()
-        self._others = others
+    def look(leaf: Any) -> None:
+        if isinstance(leaf, TracedInt):
+            found.append(leaf)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        leaves: list[Any] = []
-        map_aggregate((args, kwargs or {}), leaves.append)
-        if not any(isinstance(each, Proxy) for each in leaves):
-            self._others.update(each.place for each in leaves if isinstance(each, Written))
-        return func(*args, **(kwargs or {}))
-
-
-def _plain(places: set[Place], leaf: Any) -> Any:
-    return int(leaf) if isinstance(leaf, Written) and leaf.place in places else leaf
-
-
-def _leaves(node: Node) -> list[Any]:
-    leaves: list[Any] = []
-    map_aggregate((node.args, node.kwargs), leaves.append)
-    return leaves
+    map_aggregate((node.args, node.kwargs), look)
+    return found
 
 
 def counted(graph: Graph, numbers: dict[str, Any]) -> dict[Place, list[tuple[int, np.ndarray]]]:
-    """List what attributes count, given the numbers of channels by node: by place, parts of it and their channels.
+    """List what attributes count, given the channel ids by node: by place, parts of it and their channels.
 
     A place of which any use isn't understood isn't among them.
     """
     found: dict[Place, list[tuple[int, np.ndarray]]] = defaultdict(list)
-    unclear = set[Place]()
+    unclear = set[Place | None]()
     for node in graph.nodes:
-        leaves = [each for each in _leaves(node) if isinstance(each, Written)]
-        uses = _uses(node, numbers) if leaves else []
-        if any(channels is None for _, channels in uses) or not {id(each) for each in leaves} <= {
-            id(each) for each, _ in uses
-        }:
-            unclear.update(each.place for each in leaves)
-        for leaf, channels in uses:
-            if channels is not None:
-                found[leaf.place].append((leaf.parts, channels))
-    even = {place for place, uses in found.items() if len({(parts, len(each)) for parts, each in uses}) == 1}
-    return {place: found[place] for place in found if place in even - unclear}
+        sizes = _attribute_sizes(node)
+        if not sizes:
+            continue
+        uses = _uses(node, numbers)
+        understood = {id(size) for size, channels in uses}
+        if any(channels is None for _, channels in uses) or any(id(size) not in understood for size in sizes):
+            unclear.update(size.place for size in sizes)
+        for size, channels in uses:
+            if channels is not None and size.place is not None:
+                found[size.place].append((size.parts, channels))
+    even = {}
+    for place, uses_of_place in found.items():
+        widths = {(parts, len(channels)) for parts, channels in uses_of_place}
+        if len(widths) == 1 and place not in unclear:
+            even[place] = uses_of_place
+    return even
 
 
-def _uses(node: Node, numbers: dict[str, Any]) -> list[tuple[Written, np.ndarray | None]]:
+def _uses(node: Node, numbers: dict[str, Any]) -> list[tuple[TracedInt, np.ndarray | None]]:
     """List the numbers in a node's arguments with the channels that each counts, None where it can't be told."""
     name, args = plain_name(node), node.args
     if name in ("view", "reshape"):
         sizes: Any = args[1] if len(args) > 1 and isinstance(args[1], (tuple, list)) else args[1:]
-        return [(size, _along(numbers[node.name], d, size)) for d, size in enumerate(sizes) if _is(size)]
+        return [(size, _along(numbers[node.name], d, size)) for d, size in enumerate(sizes) if _is_traced(size)]
     entering = numbers.get(args[0].name) if args and isinstance(args[0], Node) else None
     if name in ("split", "split_with_sizes") and len(args) > 1:
         sizes = args[1]
         row = _along(entering, node.kwargs.get("dim", args[2] if len(args) > 2 else 0))
-        if row is not None and _is(sizes):
-            return [(sizes, part) for part in np.split(row, range(sizes, len(row), sizes))]
+        if row is not None and _is_traced(sizes):
+            return [(sizes, part) for part in np.split(row, range(int(sizes), len(row), int(sizes)))]
         if row is None or isinstance(sizes, (int, Node)) or any(isinstance(size, Node) for size in sizes):
             return []
         ends = np.cumsum(sizes).tolist()
-        return [(size, row[end - size : end]) for size, end in zip(sizes, ends, strict=True) if _is(size)]
+        return [(size, row[end - size : end]) for size, end in zip(sizes, ends, strict=True) if _is_traced(size)]
     cuts: Any = args[1] if name == "getitem" else None
     if isinstance(cuts, tuple) and all(isinstance(each, slice) for each in cuts):
-        ends = [(d, end) for d, each in enumerate(cuts) for end in (each.start, each.stop) if _is(end)]
-        rows = [_along(entering, d) for d, _ in ends]
-        return [(end, None if row is None else row[:end]) for (_, end), row in zip(ends, rows, strict=True)]
+        bounds = [(d, end) for d, each in enumerate(cuts) for end in (each.start, each.stop) if _is_traced(end)]
+        rows = [_along(entering, d) for d, _ in bounds]
+        return [(end, None if row is None else row[:end]) for (_, end), row in zip(bounds, rows, strict=True)]
     return []
 
 
-def _is(size: Any) -> bool:
-    return isinstance(size, Written)
+def _is_traced(size: Any) -> bool:
+    return isinstance(size, TracedInt)
 
 
 def _along(numbers: Any, dim: Any, size: int | None = None) -> np.ndarray | None:
@@ -171,13 +225,20 @@ def _along(numbers: Any, dim: Any, size: int | None = None) -> np.ndarray | None
 
 
 def resized(given: Any, sizes: dict[Place, int]) -> Any:
-    """Put sizes in place of those written into a node's arguments."""
-    leaves: list[Any] = []
-    map_aggregate(given, leaves.append)
-    if not any(isinstance(leaf, Written) for leaf in leaves):
+    """Put new sizes in place of those that attributes hold, in a node's arguments."""
+    found: list[TracedInt] = []
+
+    def look(leaf: Any) -> None:
+        if isinstance(leaf, TracedInt):
+            found.append(leaf)
+
+    map_aggregate(given, look)
+    if not found:
         return given  # as it is: of a tensor's shape a plain tuple would be made
 
     def new(leaf: Any) -> Any:
-        return sizes.get(leaf.place, int(leaf) * leaf.parts) // leaf.parts if isinstance(leaf, Written) else leaf
+        if not isinstance(leaf, TracedInt) or leaf.place is None:
+            return leaf
+        return sizes.get(leaf.place, int(leaf) * leaf.parts) // leaf.parts
 
     return map_aggregate(given, new)

@@ -24,13 +24,10 @@ from torch.fx.node import map_arg
 from nni_topo.errors import SpeedupError
 from nni_topo.network.graph.nodes import IN_TRAINING, RANDOM, TRAINED_OUTPUT, is_of_forward
 from nni_topo.network.graph.submodules import is_in_parts
-from nni_topo.network.graph.unfolding import UnfoldingTracer
 from nni_topo.network.layers import with_heads
 from nni_topo.network.runtime import Call, called, detached_copy, out_of_memory, random_state_kept
 
 _logger = logging.getLogger(__name__)
-
-_Trace = Callable[[nn.Module, Call], tuple[GraphModule, tuple[Any, ...]]]
 
 
 def unused_parameters(model: nn.Module, graph: Graph) -> list[str]:
@@ -45,12 +42,13 @@ def unused_parameters(model: nn.Module, graph: Graph) -> list[str]:
 
 
 def add_training(
-    model: nn.Module, graph_module: GraphModule, unused: list[str], call: Call, trace: _Trace
-) -> tuple[GraphModule, str]:
+    model: nn.Module, graph_module: GraphModule, unused: list[str], call: Call, trace: Callable[[nn.Module, Call], Any]
+) -> tuple[GraphModule, str, bool]:
     """Put what a model runs in training alone into its graph of evaluation mode, which leaves some parameters unused.
 
     The model, in evaluation mode, isn't changed. What is put in has ``IN_TRAINING`` in its meta. Where training mode
-    can't be followed, the graph comes back as it is, with words that say so.
+    can't be followed, the graph comes back as it is, with words that say so. Also tells whether training mode reads
+    values, by `trace`, which returns a `Recording`.
     """
     try:
         # A copy of weights too, for a forward may write into them in training.
@@ -61,10 +59,11 @@ def add_training(
                 # Not what lies beside them, as dropout and batch norms, which don't say where data goes.
                 around = trained.get_submodule(".".join(parts[:length]))
                 around.training = around.training or not _computes_otherwise(around)
-        other, _ = trace(trained, call)
+        recording = trace(trained, call)
+        other = recording.graph_module
         if is_in_parts(graph_module.graph) or is_in_parts(other.graph):
             raise SpeedupError("what runs in training alone is followed where a tracer follows all of a model")
-        return _merged(graph_module, other, unused), ""
+        return _merged(graph_module, other, unused), "", recording.reads_values
     except Exception as error:  # a forward in training fails in as many ways as it is written
         if out_of_memory(error):
             raise
@@ -73,11 +72,12 @@ def add_training(
         _logger.debug("%s can't be followed in training mode", type(model).__name__, exc_info=True)
         owners = _not_run(model, call, unused)
         if not owners:
-            return graph_module, ""
-        return graph_module, (
+            return graph_module, "", False
+        missed = (
             "evaluation mode doesn't reach these modules, and training mode can't be followed, so that channels that "
             f"they read there may be gone: {', '.join(owners)}"
         )
+        return graph_module, missed, False
 
 
 def evaluated(graph: Graph) -> Graph:
@@ -164,8 +164,6 @@ def _merged(graph_module: GraphModule, other: GraphModule, unused: list[str]) ->
             cursor.meta[IN_TRAINING] = True
             cursor.meta[TRAINED_OUTPUT] = node in outputs
             _bring(cursor, graph_module, other)
-    if other.graph._tracer_cls is not UnfoldingTracer:
-        graph._tracer_cls = other.graph._tracer_cls  # what values have decided in one they have decided in all
     graph_module.recompile()
     return with_heads(graph_module)
 

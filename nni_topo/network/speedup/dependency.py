@@ -28,7 +28,7 @@ from nni_topo.network.channels import (
     reasons,
     shares,
 )
-from nni_topo.network.graph import DRAWS_OTHERS, is_in_parts
+from nni_topo.network.graph import is_in_parts
 from nni_topo.network.layers import RECURRENT, check_names, is_transposed_linear, output_channels
 from nni_topo.network.runtime import SHAPES, STRUCTURE, UNGROUPED, leaves_models_alone
 from nni_topo.network.speedup.dry_run import unprunable
@@ -304,7 +304,7 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: se
             skipped[name] = (reasons.coupled_with_itself(),)
         elif flow.reaches_output(name):
             if is_in_parts(flow.traced.graph):
-                skipped[name] = (reasons.untraced_output(is_noise=bool(flow.traced.meta.get(DRAWS_OTHERS))),)
+                skipped[name] = (reasons.untraced_output(is_noise=network.draws_others),)
             else:
                 heads.append(name)
     skipped |= dict.fromkeys(heads, (reasons.model_output(),))

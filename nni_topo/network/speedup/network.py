@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -20,7 +21,6 @@ from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.graph import (
     add_training,
     arguments,
-    by_running,
     evaluated,
     layer_sizes,
     on_modules,
@@ -41,6 +41,17 @@ from nni_topo.network.runtime import (
 T = TypeVar("T")
 Traced = tuple[Callable[..., GraphModule], ChannelFlow]
 
+
+@dataclass(frozen=True)
+class _Known:
+    """What a recording leaves behind."""
+
+    assembled: Callable[..., GraphModule]
+    flow: ChannelFlow
+    reads_values: bool
+    draws_others: bool
+
+
 # By model, its structure when it was last looked at and what was found out about it. Nothing here holds a weight, or
 # the model itself, which would never be freed.
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[str, dict[Any, Any]]] = WeakKeyDictionary()
@@ -51,8 +62,8 @@ class Network:
     """A model, wrapped by NNI or not, and a call of it; all answers are those of the unwrapped model in evaluation."""
 
     # An answer holds for a structure: modules, shapes, devices and plain attributes, not weights. It is looked at anew
-    # by each question, so that a model that was cut since is traced again. A graph found by running the model may
-    # depend on weights and is kept no longer than this question lasts.
+    # by each question, so that a model that was cut since is traced again. A graph that reads values may depend on
+    # weights and is kept no longer than this question lasts.
     def __init__(self, model: nn.Module, call: Call) -> None:
         self.model = model
         self.call = call
@@ -101,18 +112,29 @@ class Network:
 
     def traced(self) -> Traced:
         """Return what puts the graph on the modules of a model of this structure, and how channels go through it."""
-        return self.remember("traced", self._trace, kept=lambda traced: not by_running(traced[1].traced.graph))
+        recorded = self._recorded()
+        return recorded.assembled, recorded.flow
 
-    def _trace(self) -> Traced:
+    @property
+    def draws_others(self) -> bool:
+        """Whether the forward draws random numbers of Python's or NumPy's, so that only parts of it are followed."""
+        return self._recorded().draws_others
+
+    def _recorded(self) -> _Known:
+        return self.remember("traced", self._trace, kept=lambda recorded: not recorded.reads_values)
+
+    def _trace(self) -> _Known:
         model = unwrapped_copy(self.model, light=True).eval()
-        graph_module, args = trace(model, self.call)
+        recording = trace(model, self.call)
+        graph_module, reads_values = recording.graph_module, recording.reads_values
         missed = ""
         if unused := unused_parameters(model, graph_module.graph):
             # What was traced may hold things of its tracer's.
             model = unwrapped_copy(self.model, light=True).eval()
-            graph_module, missed = add_training(model, graph_module, unused, self.call, trace)
+            graph_module, missed, also_reads = add_training(model, graph_module, unused, self.call, trace)
+            reads_values |= also_reads
         try:
-            flow = ChannelFlow(graph_module, args, missed)
+            flow = ChannelFlow(graph_module, recording.args, missed)
         except Exception as error:  # a forward may do with tensors what no rule has seen yet
             if isinstance(error, NniTopoError) or out_of_memory(error):
                 raise
@@ -126,7 +148,7 @@ class Network:
         constants = {name: attrgetter(name)(graph_module) for name in held if not _has(self.model, name)}
         put_parameters(graph_module, lambda _, parameter: parameter.to("meta"))
         graph_module.to("meta")
-        return partial(_assembled, graph, constants), flow
+        return _Known(partial(_assembled, graph, constants), flow, reads_values, recording.draws_others)
 
     def remember(self, question: str, find: Callable[[], T], kept: Callable[[T], bool] = lambda _: True) -> T:
         """Answer a question about the model as it is: with what was found before, or with what is found now.

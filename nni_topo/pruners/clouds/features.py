@@ -217,8 +217,9 @@ def _pooled(maps: Tensor, pool: Pool) -> Tensor:
 
 
 def _traced(context: PruningContext, call: Call) -> TracedNetwork:
-    graph, args = trace(detached_copy(context.model).eval(), call)
-    flow = ChannelFlow(graph, args)
+    recording = trace(detached_copy(context.model).eval(), call)
+    graph = recording.graph_module
+    flow = ChannelFlow(graph, recording.args)
     names = {module_name for unit in context.units for module_name, _ in unit.members}
     found: dict[str, list[tuple[Node, tuple[str, ...]]]] = {}
     for node in graph.graph.nodes:

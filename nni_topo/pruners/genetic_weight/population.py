@@ -96,7 +96,7 @@ class PopulationAccuracy:
         with fitting(0, "validation"):
             expected = _logits(self._model(inputs), labels)
         try:
-            graph = without_side_effects(trace(self._model, call_arguments(inputs[:2]))[0])
+            graph = without_side_effects(trace(self._model, call_arguments(inputs[:2])).graph_module)
             tails = [_Tail(graph, self._names, *batch) for batch in self._batches]
             found = tails[0].logits([layer.weight[None] for layer in self._layers])[0]
             # A graph holds the branches that the traced batch took; and joint products are rounded differently.

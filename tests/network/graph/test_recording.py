@@ -48,7 +48,7 @@ class Writing(nn.Module):
 def test_a_recorded_model_takes_other_numbers_of_samples():
     torch.manual_seed(0)
     model = Wild().eval()
-    graph = record(model, {"x": torch.randn(3, 5, 4), "scale": 0.5})
+    graph = record(model, {"x": torch.randn(3, 5, 4), "scale": 0.5}).graph_module
     targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
     assert targets == ["first", "last"]
     for samples in (1, 2, 7):
@@ -68,7 +68,7 @@ def test_rows_that_are_numbered_follow_the_number_of_samples():
             return self.layer(x)[torch.arange(len(x)), lengths - 1]
 
     model = Last().eval()
-    graph = record(model, {"x": torch.randn(3, 5, 4), "lengths": torch.tensor([5, 2, 3])})
+    graph = record(model, {"x": torch.randn(3, 5, 4), "lengths": torch.tensor([5, 2, 3])}).graph_module
     for samples in (1, 2, 7):
         x, lengths = torch.randn(samples, 5, 4), 1 + torch.arange(samples) % 5
         torch.testing.assert_close(graph(x, lengths), model(x, lengths))
@@ -90,7 +90,7 @@ def test_arguments_may_be_containers_of_tensors():
         return {key: [torch.randn(samples, 3, 4)] for key in "ab"}
 
     model, scale = Levels().eval(), {"by": 2.0}
-    graph = record(model, {"scale": scale, "levels": levels(3)})
+    graph = record(model, {"scale": scale, "levels": levels(3)}).graph_module
     for samples in (1, 2, 7):
         given = levels(samples)
         torch.testing.assert_close(graph(given), model(scale, given))
@@ -133,7 +133,7 @@ def test_what_a_model_keeps_from_its_last_run_does_not_count():
 
     model, x = Anchored().eval(), torch.randn(2, 3, 4)
     model(x)
-    graph = record(model, {"x": x})
+    graph = record(model, {"x": x}).graph_module
     for samples in (2, 5):
         inputs = torch.randn(samples, 3, 4)
         torch.testing.assert_close(graph(inputs), model(inputs))
@@ -204,7 +204,7 @@ class Flattening(nn.Module):
 def test_sizes_that_a_model_asks_for_are_those_of_fewer_channels():
     model, inputs = Flattening().eval(), torch.randn(3, 5, 4)
     recorded = copy.deepcopy(model)
-    graph = record(recorded, {"x": inputs})
+    graph = record(recorded, {"x": inputs}).graph_module
     assert all(type(size) is int for size in copy.deepcopy(recorded).seen)
     for shape in ((1, 5, 4), (4, 7, 4)):
         x = torch.randn(*shape)
@@ -237,7 +237,7 @@ class Folding(nn.Module):
 
 def test_sizes_that_are_computed_of_others_follow_them():
     model, inputs = Folding().eval(), torch.randn(3, 3, 4, 6)
-    graph = record(copy.deepcopy(model), {"x": inputs})
+    graph = record(copy.deepcopy(model), {"x": inputs}).graph_module
     for shape in ((1, 3, 4, 6), (4, 3, 8, 2)):
         x = torch.randn(*shape)
         torch.testing.assert_close(graph(x), model(x))
@@ -247,7 +247,7 @@ def test_sizes_that_are_computed_of_others_follow_them():
 
 def test_what_is_written_into_a_part_of_a_tensor_is_in_the_graph():
     model = Writing().eval()
-    graph = record(model, {"x": torch.randn(3, 4)})
+    graph = record(model, {"x": torch.randn(3, 4)}).graph_module
     for samples in (1, 5):
         x = torch.randn(samples, 4)
         torch.testing.assert_close(graph(x), model(x))

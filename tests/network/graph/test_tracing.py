@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from nni_topo import dependency_groups, to_dense
+from nni_topo.network.graph.nodes import plain_name
 from nni_topo.network.graph.recording import record
 from nni_topo.network.graph.tracing import trace
 
@@ -16,8 +20,8 @@ def test_a_model_may_put_out_nan():
         def forward(self, x):
             return torch.log(super().forward(x) * 0.0 - 1.0)
 
-    graph_module, args = trace(Log(3, 2).eval(), ((torch.ones(2, 3),), {}))
-    assert graph_module(*args).isnan().all()
+    recording = trace(Log(3, 2).eval(), ((torch.ones(2, 3),), {}))
+    assert recording.graph_module(*recording.args).isnan().all()
 
 
 class TooLarge(nn.Sequential):
@@ -57,20 +61,20 @@ def test_memory_that_one_way_of_attention_lacks_is_what_is_said_if_the_other_fai
 
 def hungry(x):
     """Take more memory than there is for several inputs at once."""
-    if len(x) > 2:
+    if has_torch_function_unary(x):
+        return handle_torch_function(hungry, (x,), x)
+    if len(x) > 4:
         torch.zeros(1 << 50)
     return x
 
 
 def hungry_for_numbers(x):
     """Take more memory than there is for large numbers."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(hungry_for_numbers, (x,), x)
     if float(x.abs().max()) > 20:
         torch.zeros(1 << 50)
     return x
-
-
-torch.fx.wrap("hungry")
-torch.fx.wrap("hungry_for_numbers")
 
 
 class Hungry(nn.Module):
@@ -101,3 +105,95 @@ def test_inputs_for_which_together_there_is_no_memory_are_taken_one_by_one():
     dense = to_dense(model, torch.ones(2, 3), MASKS)
     assert dense.first.out_features == 2
     assert "shifted by -3" in dense.report.checked
+
+
+class Chain(nn.Module):
+    """Layers one after the other, each of which waits for other threads, so that their runs are mixed."""
+
+    def __init__(self, width: int, depth: int, meet: Barrier) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.width, self.meet = width, meet
+
+    def forward(self, x):
+        for layer in self.layers:
+            self.meet.wait(timeout=60)
+            x = torch.relu(layer(x)).view(-1, self.width)
+        return x
+
+    def __deepcopy__(self, memo):
+        return self  # of a barrier there is no copy
+
+
+def test_two_threads_trace_at_once_and_a_third_runs_unseen():
+    # Two runs while a model is recorded, and one of its graph, which knows no barrier.
+    meet = Barrier(3)
+    models = [Chain(width, 8, meet).eval() for width in (4, 5, 6)]
+    inputs = [torch.ones(2, model.width) for model in models]
+
+    def work(at: int) -> object:
+        if at < 2:
+            return trace(models[at], ((inputs[at],), {}))
+        with torch.no_grad():
+            models[at](inputs[at])
+            return models[at](inputs[at])
+
+    with ThreadPoolExecutor(3) as pool:
+        *recordings, output = pool.map(work, range(3))
+    torch.testing.assert_close(output.shape, inputs[2].shape)
+    for model, x, recording in zip(models, inputs, recordings, strict=False):
+        nodes = [(node.op, str(node.target)) for node in recording.graph_module.graph.nodes]
+        called = [target for op, target in nodes if op == "call_module"]
+        assert called == [f"layers.{at}" for at in range(8)]
+        assert sum("relu" in target for op, target in nodes if op == "call_function") == 8
+        assert not recording.reads_values
+        meet.reset()
+        torch.testing.assert_close(recording.graph_module(x + 1.0).shape, x.shape)
+        expected = x + 1.0
+        for layer in model.layers:
+            expected = torch.relu(layer(expected))
+        torch.testing.assert_close(recording.graph_module(x + 1.0), expected)
+
+
+@pytest.mark.parametrize(
+    "decide",
+    [
+        lambda x: bool(x.sum() > -1e9),
+        lambda x: x.sum().item() > -1e9,
+        lambda x: float(x.sum()) > -1e9,
+        lambda x: int(x.sum()) > -1e9,
+        lambda x: x.sum(1).tolist()[0] > -1e9,
+        lambda x: x.numpy()[0, 0] > -1e9,
+        lambda x: not torch.equal(x, x + 1.0),
+        lambda x: [1, 2][(x[0, 0] > 1e9).long()] == 1,
+        lambda x: len(x[x > -1e9]) > 0,
+    ],
+    ids=["bool", "item", "float", "int", "tolist", "numpy", "equal", "index", "picked"],
+)
+def test_a_recording_knows_that_values_were_read(decide):
+    class Deciding(nn.Linear):
+        def forward(self, x):
+            x = super().forward(x)
+            return x + 1.0 if decide(x) else x
+
+    assert trace(Deciding(3, 2).eval(), ((torch.ones(2, 3),), {})).reads_values
+
+
+@pytest.mark.parametrize(
+    "decide",
+    [
+        lambda x: x.shape[0] * x.size(1) > x.dim(),
+        lambda x: len(x) == x.numel() // 2 and x.is_floating_point() and x.dtype == torch.float32,
+        lambda x: torch.linspace(0, 1, 3).tolist()[1] == 0.5,
+    ],
+    ids=["sizes", "kind", "constants"],
+)
+def test_a_recording_knows_that_only_sizes_and_constants_were_read(decide):
+    class Deciding(nn.Linear):
+        def forward(self, x):
+            x = super().forward(x)
+            return x + 1.0 if decide(x) else x
+
+    recording = trace(Deciding(3, 2).eval(), ((torch.ones(2, 3),), {}))
+    assert not recording.reads_values
+    assert "add" in [plain_name(node) for node in recording.graph_module.graph.nodes]

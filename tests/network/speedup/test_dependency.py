@@ -36,7 +36,8 @@ def names(config_list):
 
 
 def flow_of(model, inputs=IMAGES):
-    graph_module, args = trace(model.eval(), call_arguments(inputs))
+    recording = trace(model.eval(), call_arguments(inputs))
+    graph_module, args = recording.graph_module, recording.args
     return ChannelFlow(graph_module, args)
 
 
@@ -44,7 +45,7 @@ def flow_of(model, inputs=IMAGES):
 def test_groups_are_those_of_nni(name):
     torch.manual_seed(0)
     model = torchvision.models.get_model(name).eval()
-    graph_module, _ = trace(model, call_arguments(IMAGES))
+    graph_module = trace(model, call_arguments(IMAGES)).graph_module
     expected = auto_set_denpendency_group_ids(graph_module, CONVOLUTIONS)
     assert partition(dependency_groups(model, IMAGES, CONVOLUTIONS)) == partition(expected)
 

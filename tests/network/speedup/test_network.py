@@ -10,7 +10,7 @@ from torch import nn
 
 from nni_topo import RandomPruner, TopologicalPruner, compensate, dependency_groups, to_dense
 from nni_topo.network.channels.rules import FIXED
-from nni_topo.network.graph.unfolding import UnfoldingTracer
+from nni_topo.network.graph import tracing
 from nni_topo.network.speedup import network as module
 from nni_topo.network.speedup.network import Network
 from nni_topo.pruners.testing.toys import toy_images, toy_model
@@ -22,13 +22,13 @@ IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 def traces(monkeypatch):
     """The models that were traced, by class name."""
     done = []
-    trace = UnfoldingTracer.trace
+    record = tracing.record
 
-    def counted(self, root, *args, **kwargs):
-        done.append(type(root).__name__)
-        return trace(self, root, *args, **kwargs)
+    def counted(model, *args, **kwargs):
+        done.append(type(model).__name__)
+        return record(model, *args, **kwargs)
 
-    monkeypatch.setattr(UnfoldingTracer, "trace", counted)
+    monkeypatch.setattr(tracing, "record", counted)
     return done
 
 

@@ -43,7 +43,8 @@ def traced(model: nn.Module, inputs: Tensor) -> GraphModule:
     if not bool(torch.isfinite(inputs).all()):
         raise DataError("inputs must be finite, got NaN or infinity (inputs)")
     check_model(model)
-    graph_module, _ = trace(detached_copy(model).eval().requires_grad_(False), call_arguments(inputs, model))
+    recording = trace(detached_copy(model).eval().requires_grad_(False), call_arguments(inputs, model))
+    graph_module = recording.graph_module
     count = sum(node.op == "placeholder" for node in graph_module.graph.nodes)
     if count != 1:
         raise ConfigError(f"the propagation of errors needs a model of one input, got {count} (model)")
